@@ -1,0 +1,372 @@
+"""What can be done in a sandbox, and what comes back."""
+
+from __future__ import annotations
+
+import base64
+from enum import StrEnum
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from rock.protocol.sandbox import Wire
+
+MAX_OUTPUT = 16 << 20
+SESSION_PATTERN = r"^[A-Za-z0-9_.:@-]{1,128}$"
+
+Check = Literal["raise", "silent", "ignore"]
+
+
+class RunMode(StrEnum):
+    """How `arun` waits: "normal" holds the call open, "nohup" runs in the background and polls."""
+
+    NORMAL = "normal"
+    NOHUP = "nohup"
+
+
+RunModeType = Literal["normal", "nohup"]
+
+
+def _no_nul(value: str) -> str:
+    if "\0" in value:
+        raise ValueError("a command cannot contain a NUL character")
+    return value
+
+
+class Command(Wire):
+    """A one-shot program, apart from any session.
+
+    command: a list is an argv and no shell is involved; a string is run by the image's shell.
+    timeout: seconds, then the whole process tree is killed; None is no limit.
+    env: added to the sandbox's environment. cwd, user: None is the image's.
+    stdin: text for its standard input; without it /dev/null.
+    max_output_bytes: cap of stdout and of stderr each; the head and the tail are kept and the rest is counted.
+    """
+
+    command: str | list[str]
+    timeout: float | None = Field(default=1200.0, gt=0)
+    env: dict[str, str] | None = None
+    cwd: str | None = None
+    user: str | None = None
+    stdin: str | None = None
+    max_output_bytes: int = Field(default=MAX_OUTPUT, ge=0, le=1 << 30)
+    session_type: Literal["bash"] = "bash"
+    shell: bool | None = None
+    check: bool = False
+    error_msg: str = ""
+
+    @field_validator("command")
+    @classmethod
+    def _command(cls, value: str | list[str]) -> str | list[str]:
+        if not value or (isinstance(value, list) and not value[0]):
+            raise ValueError("the command is empty")
+        for part in [value] if isinstance(value, str) else value:
+            _no_nul(part)
+        return value
+
+
+class CreateBashSessionRequest(Wire):
+    """A session to open.
+
+    startup_source: files that the shell sources first, as in `. FILE`; a missing one is an error.
+    env_enable: ROCK's switch for `env`; an `env` that is given is used either way.
+    remote_user: user inside. pty: (rows, columns) of a real terminal; None is pipes.
+    shell: "bash", "sh" or a path; None is bash, or sh where there is no bash.
+    """
+
+    session: str = Field(default="default", pattern=SESSION_PATTERN)
+    startup_source: list[str] = Field(default_factory=list)
+    env_enable: bool = False
+    env: dict[str, str] | None = None
+    cwd: str | None = None
+    remote_user: str | None = None
+    pty: tuple[int, int] | None = None
+    shell: str | None = None
+    session_type: Literal["bash"] = "bash"
+    startup_timeout: float = Field(default=10.0, gt=0)
+    max_read_size: int = 2000
+
+
+class BashAction(Wire):
+    """A command for a session.
+
+    timeout: seconds, then what the command started is killed and the session stays; None is no limit.
+    check: "raise" makes an exit status other than 0 an error, "silent" and "ignore" only tell it.
+    separate: keep stdout and stderr apart in the observation (pipes only).
+    """
+
+    command: str
+    session: str = Field(default="default", pattern=SESSION_PATTERN)
+    timeout: float | None = Field(default=None, gt=0)
+    check: Check = "raise"
+    separate: bool = False
+    max_output_bytes: int = Field(default=MAX_OUTPUT, ge=0, le=1 << 30)
+    action_type: Literal["bash"] = "bash"
+    is_interactive_command: bool = False
+    is_interactive_quit: bool = False
+    error_msg: str = ""
+    expect: list[str] = Field(default_factory=list)
+
+    _nul = field_validator("command")(_no_nul)
+
+
+Action = BashAction
+
+
+class CloseBashSessionRequest(Wire):
+    """A session to close: its shell and what it started are killed."""
+
+    session: str = Field(default="default", pattern=SESSION_PATTERN)
+    session_type: Literal["bash"] = "bash"
+
+
+CloseSessionRequest = CloseBashSessionRequest
+
+
+class ReadFileRequest(Wire):
+    """A text file to read whole; `encoding` and `errors` as of bytes.decode."""
+
+    path: str
+    encoding: str | None = None
+    errors: str | None = None
+
+
+class WriteFileRequest(Wire):
+    """A text file to write; missing parent folders are made, an old file is replaced at once."""
+
+    content: str
+    path: str
+
+
+class UploadMode(StrEnum):
+    """ROCK's ways of uploading; all of them are a direct stream here, except "oss", which is refused."""
+
+    AUTO = "auto"
+    OSS = "oss"
+    DIRECT = "direct"
+
+
+class UploadRequest(Wire):
+    """A local file or folder to copy in."""
+
+    source_path: str
+    target_path: str
+    upload_mode: UploadMode = UploadMode.AUTO
+
+
+class ChownRequest(Wire):
+    """New owner of paths inside."""
+
+    remote_user: str
+    paths: list[str]
+    recursive: bool = False
+
+
+class ChmodRequest(Wire):
+    """New mode of paths inside, in octal."""
+
+    paths: list[str]
+    mode: str = "755"
+    recursive: bool = False
+
+
+# ---- answers --------------------------------------------------------------------------------------------------------
+
+
+class Answer(Wire):
+    """Base of answers: a newer server's extra keys do not break an older client."""
+
+    model_config = {"extra": "ignore"}
+
+
+class CommandResponse(Answer):
+    """Outcome of a one-shot command. exit_code None: unknown. `stdout_b64`: the exact bytes when they are not UTF-8."""
+
+    stdout: str = ""
+    stderr: str = ""
+    exit_code: int | None = None
+    signal: int | None = None
+    timed_out: bool = False
+    failure_reason: str = ""
+    stdout_dropped: int = 0
+    stderr_dropped: int = 0
+    stdout_b64: str | None = Field(default=None, repr=False)
+    stderr_b64: str | None = Field(default=None, repr=False)
+    duration: float = 0.0
+
+    @property
+    def stdout_bytes(self) -> bytes:
+        """The exact bytes of stdout (without those that the cap dropped)."""
+        return base64.b64decode(self.stdout_b64) if self.stdout_b64 is not None else self.stdout.encode()
+
+    @property
+    def stderr_bytes(self) -> bytes:
+        """The exact bytes of stderr (without those that the cap dropped)."""
+        return base64.b64decode(self.stderr_b64) if self.stderr_b64 is not None else self.stderr.encode()
+
+
+class BashObservation(Answer):
+    """Outcome of a command in a session.
+
+    output: stdout and stderr as they came, or stdout alone when `separate` was asked for and `stderr` has the rest.
+    exit_code: the real one; None is unknown. failure_reason: a sentence when it was not an ordinary end.
+    dropped_bytes: how much the cap took out of the middle. session_closed: the shell is gone.
+    """
+
+    output: str = ""
+    exit_code: int | None = None
+    failure_reason: str = ""
+    expect_string: str = ""
+    stderr: str = ""
+    timed_out: bool = False
+    interrupted: bool = False
+    session_closed: bool = False
+    session_restarted: bool = False
+    dropped_bytes: int = 0
+    output_b64: str | None = Field(default=None, repr=False)
+    stderr_b64: str | None = Field(default=None, repr=False)
+    duration: float = 0.0
+    session_type: Literal["bash"] = "bash"
+
+    @property
+    def output_bytes(self) -> bytes:
+        """The exact bytes (without those that the cap dropped)."""
+        return base64.b64decode(self.output_b64) if self.output_b64 is not None else self.output.encode()
+
+
+Observation = BashObservation
+
+
+class CreateBashSessionResponse(Answer):
+    """`output`: what the start-up files printed."""
+
+    output: str = ""
+    session_type: Literal["bash"] = "bash"
+
+
+class CloseBashSessionResponse(Answer):
+    session_type: Literal["bash"] = "bash"
+
+
+CloseSessionResponse = CloseBashSessionResponse
+
+
+class SessionInfo(Answer):
+    """An open session: `busy` while a command runs in it."""
+
+    session: str
+    shell: str = ""
+    pid: int = 0
+    busy: bool = False
+    pty: bool = False
+    user: str | None = None
+    created_at: float = 0.0
+
+
+class ProcessInfo(Answer):
+    """A background process. exit_code None while `running`, or when nobody saw its end.
+
+    stdout_size, stderr_size: bytes it has written so far: the offset at which its logs end.
+    """
+
+    process_id: str
+    pid: int = 0
+    command: str | list[str] = ""
+    running: bool = True
+    exit_code: int | None = None
+    signal: int | None = None
+    started_at: float = 0.0
+    ended_at: float | None = None
+    stdout_size: int = 0
+    stderr_size: int = 0
+
+
+class FileInfo(Answer):
+    """One file inside."""
+
+    name: str
+    path: str
+    kind: Literal["file", "directory", "symlink", "fifo", "socket", "device"]
+    size: int
+    mode: int
+    uid: int
+    gid: int
+    mtime: float
+    target: str | None = None
+
+
+class ReadFileResponse(Answer):
+    content: str = ""
+
+
+class WriteFileResponse(Answer):
+    success: bool = True
+    message: str = ""
+
+
+class UploadResponse(Answer):
+    success: bool = True
+    message: str = ""
+    file_name: str = ""
+
+
+class DownloadFileResponse(Answer):
+    success: bool = True
+    message: str = ""
+
+
+class ChownResponse(Answer):
+    success: bool = True
+    message: str = ""
+
+
+class ChmodResponse(Answer):
+    success: bool = True
+    message: str = ""
+
+
+class ExecuteBashSessionResponse(Answer):
+    success: bool = True
+    message: str = ""
+
+
+class OssSetupResponse(Answer):
+    success: bool = False
+    message: str = "object storage is not used here"
+
+
+class IsAliveResponse(Answer):
+    is_alive: bool
+    message: str = ""
+
+    def __bool__(self) -> bool:
+        return self.is_alive
+
+
+class CloseResponse(Answer):
+    success: bool = True
+    message: str = ""
+
+
+class SandboxResponse(Answer):
+    code: int | None = None
+    exit_code: int | None = None
+    failure_reason: str | None = None
+
+
+class SandboxStatusResponse(SandboxResponse):
+    """Status in ROCK's shape; `info` has ours."""
+
+    sandbox_id: str | None = None
+    status: dict[str, Any] | None = None
+    state: str | None = None
+    is_alive: bool = False
+    port_mapping: dict[str, int] = Field(default_factory=dict)
+    host_name: str | None = None
+    host_ip: str | None = None
+    image: str | None = None
+    cpus: float | None = None
+    memory: str | None = None
+    user_id: str | None = None
+    experiment_id: str | None = None
+    namespace: str | None = None
+    info: dict[str, Any] | None = None

@@ -1,0 +1,271 @@
+"""The contract between the rocklet and whatever makes sandboxes on this machine.
+
+A runtime implements `Runtime`; a sandbox is known by its `Handle`, plain data that is stored, so that a restarted rocklet
+finds it again. A program is started with `spawn` and is then a `Process`, whose streams are file descriptors of ours.
+
+Optional capabilities stand beside it and are asked for by type: `isinstance(runtime, Files)`.
+"""
+
+from __future__ import annotations
+
+import signal as signals
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
+
+Stream = Literal["pipe", "null"]
+Enforced = Literal["cgroup-v1", "cgroup-v2", "watched", "affinity", "rlimit", "tmpfs", "none"]
+
+
+class Liveness(StrEnum):
+    """What `recover` found."""
+
+    RUNNING = "running"
+    GONE = "gone"
+
+
+@dataclass(frozen=True)
+class Handle:
+    """Where a sandbox is. `data` is JSON-safe and belongs to the runtime; nobody else reads it."""
+
+    runtime: str
+    id: str
+    isolation: Isolation
+    enforced: Mapping[str, Enforced]  # how each limit is held: keys "memory", "cpus", "pids"
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ExitStatus:
+    """How a process ended: `code` of a normal exit, or the number of the `signal` that killed it.
+
+    Both None: it ended and nobody saw how. A status is never invented.
+    """
+
+    code: int | None = None
+    signal: int | None = None
+
+    @property
+    def shell_code(self) -> int | None:
+        """The status as a shell tells it: the exit code, or 128 + the signal."""
+        return 128 + self.signal if self.signal is not None else self.code
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program to start in a sandbox.
+
+    argv: no shell is involved; argv[0] is looked up in the PATH of `env`, inside.
+    env: the whole environment; nothing is inherited.
+    cwd: a folder inside; None is the image's working directory.
+    user: "name", "uid", "name:group" or "uid:gid" inside; None is the image's user.
+    stdin, stdout, stderr: "pipe" gives our side a descriptor, "null" is /dev/null; stderr="stdout" joins the two.
+    pty: (rows, columns): one terminal as stdin, stdout and stderr and as the controlling terminal.
+    channels: further pipes; key: the descriptor number that the program sees, value: "r" when the program reads it
+        (we get the writing end), "w" when it writes it (we get the reading end).
+    key: a name that is unique in the sandbox, for `attach` after a restart of the rocklet.
+    keep: pid 1 holds copies of our ends of the streams, so that neither side sees an end of file when the
+        rocklet crashes, and `attach` gives them again. When False the streams die with the rocklet.
+    nofile: limit on open files; None leaves the default.
+    """
+
+    argv: Sequence[str]
+    env: Mapping[str, str] = field(default_factory=dict)
+    cwd: str | None = None
+    user: str | None = None
+    stdin: Stream = "null"
+    stdout: Stream = "pipe"
+    stderr: Literal["pipe", "null", "stdout"] = "pipe"
+    pty: tuple[int, int] | None = None
+    channels: Mapping[int, Literal["r", "w"]] = field(default_factory=dict)
+    key: str = ""
+    keep: bool = False
+    nofile: int | None = None
+
+
+class Process(Protocol):
+    """One running program in a sandbox.
+
+    The descriptors are ours (non-blocking, close-on-exec); None where the program has no such stream. With a pty,
+    `stdin` and `stdout` are two descriptors of the terminal's master side and `stderr` is None.
+    """
+
+    pid: int  # as seen inside
+    key: str
+    stdin: int | None
+    stdout: int | None
+    stderr: int | None
+    channels: Mapping[int, int]
+
+    async def wait(self) -> ExitStatus:
+        """How it ended. Any number of callers may wait, before or after the end; a lost sandbox raises Lost."""
+        ...
+
+    async def signal(self, number: signals.Signals | int, *, tree: bool = False, since: float | None = None,
+                     root: bool = True) -> int:
+        """Send a signal; answers how many processes got it. An ended process is no error, and gives 0.
+
+        tree: to all its descendants too, those that left its process group or were orphaned included.
+        since: only to descendants started at or after this time (seconds of CLOCK_BOOTTIME); the process itself
+            is governed by `root` alone.
+        """
+        ...
+
+    async def kill_tree(self, *, since: float | None = None, root: bool = True) -> int:
+        """SIGKILL to the same set, again and again until none of it is left; answers how many were killed."""
+        ...
+
+    async def resize(self, rows: int, columns: int) -> None:
+        """Set the size of its terminal; InvalidConfig without a pty."""
+        ...
+
+    def close(self) -> None:
+        """Close our descriptors, and let pid 1 forget a kept process that has ended. Idempotent, and kills nothing."""
+        ...
+
+
+@runtime_checkable
+class Runtime(Protocol):
+    """A way to make sandboxes on this machine."""
+
+    name: str
+
+    async def open(self) -> None:
+        """Probe the host and start what the runtime needs (a launcher, a pool). Raises Unsupported with the reason."""
+        ...
+
+    async def close(self) -> None:
+        """Release what `open` made and the warm pool. Sandboxes stay alive."""
+        ...
+
+    async def check(self, config: SandboxConfig) -> None:
+        """Raise InvalidConfig, Unsupported, ImageError or NoCapacity where `create` would have to; starts nothing."""
+        ...
+
+    async def create(self, id: str, config: SandboxConfig) -> Handle:
+        """Make a sandbox in which `spawn` works. On failure nothing of it is left."""
+        ...
+
+    async def recover(self, handle: Handle) -> Liveness:
+        """Find a sandbox again after a restart of the rocklet."""
+        ...
+
+    async def spawn(self, handle: Handle, program: Program) -> Process:
+        """Start a program. Raises NotFound (no such program, cwd or user, with its name), InvalidConfig, Lost."""
+        ...
+
+    async def attach(self, handle: Handle, key: str) -> Process:
+        """The kept process of that key, with its streams again; NotFound when there is none."""
+        ...
+
+    async def processes(self, handle: Handle) -> list[str]:
+        """Keys of the kept processes that have not been closed."""
+        ...
+
+    async def wait(self, handle: Handle) -> str:
+        """Return when the sandbox is gone, with the reason: "oom" or "gone". Never returns while it lives."""
+        ...
+
+    async def stop(self, handle: Handle, grace: float) -> None:
+        """SIGTERM to its programs, SIGKILL after `grace` seconds; the sandbox ends and its files stay until destroy."""
+        ...
+
+    async def destroy(self, handle: Handle) -> None:
+        """Remove it and all it used. Idempotent; works on half-made and on dead sandboxes."""
+        ...
+
+    async def sweep(self, known: Sequence[str]) -> list[str]:
+        """Destroy what this runtime left on the machine for ids that are not in `known`; answers their ids."""
+        ...
+
+
+# ---- optional capabilities ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FileStat:
+    """One file inside. `mtime` in seconds since the epoch, `mode` the permission bits, `target` of a symbolic link."""
+
+    name: str
+    kind: Literal["file", "directory", "symlink", "fifo", "socket", "device"]
+    size: int
+    mode: int
+    uid: int
+    gid: int
+    mtime: float
+    target: str | None = None
+
+
+@runtime_checkable
+class Files(Protocol):
+    """Files inside, without a shell and without any program of the image.
+
+    Paths are absolute, resolved inside, so a symbolic link never leads out. `user` as in Program: with it the
+    kernel checks that user's rights. Errors: NotFound, Conflict (exists, not a folder, is a folder, not empty),
+    InvalidConfig (not a regular file: a FIFO, a device or a socket is refused and never blocks),
+    Unauthorized (permission), StorageFull.
+    """
+
+    async def open_read(self, handle: Handle, path: str, *, user: str | None = None) -> int:
+        """A descriptor for reading a regular file; the caller closes it."""
+        ...
+
+    async def open_write(
+        self, handle: Handle, path: str, *, append: bool = False, mode: int | None = None, parents: bool = True,
+        user: str | None = None,
+    ) -> tuple[int, str]:
+        """A descriptor for writing and a token. Without `append` it is a new file beside the old one; `commit_write`
+        puts it in the old one's place at once, `abort_write` removes it. `mode` None keeps the old file's, else 0644.
+        A symbolic link at `path` is followed: its target is replaced. With `append` the token is ""."""
+        ...
+
+    async def commit_write(self, handle: Handle, token: str) -> None: ...
+
+    async def abort_write(self, handle: Handle, token: str) -> None: ...
+
+    async def stat(self, handle: Handle, path: str, *, follow: bool = True) -> FileStat: ...
+
+    async def list(self, handle: Handle, path: str, *, offset: int = 0, limit: int = 10_000) -> list[FileStat]:
+        """Entries of a folder by name, from `offset`, at most `limit`; links are not followed."""
+        ...
+
+    async def remove(self, handle: Handle, path: str, *, recursive: bool = False) -> None: ...
+
+    async def make_dir(self, handle: Handle, path: str, *, parents: bool = True, mode: int = 0o755,
+                       user: str | None = None) -> None: ...
+
+    async def symlink(self, handle: Handle, target: str, path: str) -> None: ...
+
+    async def move(self, handle: Handle, source: str, target: str) -> None: ...
+
+    async def chmod(self, handle: Handle, path: str, mode: int, *, recursive: bool = False) -> None: ...
+
+    async def chown(self, handle: Handle, path: str, user: str, *, recursive: bool = False) -> None: ...
+
+
+@runtime_checkable
+class Ports(Protocol):
+    """Connections to ports inside, dialled from inside, so they work without a network too."""
+
+    async def dial(self, handle: Handle, port: int, *, host: str = "127.0.0.1", timeout: float = 10.0) -> int:
+        """A connected TCP socket's descriptor. Raises NotFound when nothing listens."""
+        ...
+
+
+@runtime_checkable
+class Limits(Protocol):
+    """Measured use."""
+
+    async def usage(self, handle: Handle) -> Usage: ...
+
+
+@runtime_checkable
+class Watches(Protocol):
+    """The runtime tells what it did by itself, such as a kill for memory."""
+
+    def oom_kills(self, handle: Handle) -> int:
+        """How many processes were killed for memory so far."""
+        ...

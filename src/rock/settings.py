@@ -1,0 +1,97 @@
+"""The only reader of the process's environment.
+
+Client settings are functions, because a script may set a variable after the import. A server reads its own once, into
+`Settings`, at the edge; nothing further in looks at the environment.
+
+| variable | default | meaning |
+|---|---|---|
+| ROCK_BASE_URL | http://127.0.0.1:8080 | where the SDK and the CLI find the server |
+| ROCK_API_KEY | none | the key that they send, and that a server asks for |
+| ROCK_HOME | ~/.rock | the one folder with all of a server's state |
+| ROCK_POOL_SIZE | 4 | warm sandboxes kept per recently used image; 0 is off |
+| ROCK_RUNTIME | namespace | the default runtime |
+| ROCK_HOST, ROCK_PORT | 127.0.0.1, 8080 | where the server listens |
+| ROCK_SANDBOX_LIMIT | 2000 | most sandboxes at once on this machine |
+| ROCK_LOG_LEVEL | info | debug, info, warning, error |
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+DEFAULT_URL = "http://127.0.0.1:8080"
+
+
+def base_url() -> str:
+    """ROCK_BASE_URL, or the default address."""
+    return os.environ.get("ROCK_BASE_URL") or DEFAULT_URL
+
+
+def api_key() -> str | None:
+    """ROCK_API_KEY, if set and not empty."""
+    return os.environ.get("ROCK_API_KEY") or None
+
+
+def home() -> Path:
+    """ROCK_HOME, or ~/.rock."""
+    return Path(os.environ.get("ROCK_HOME") or Path.home() / ".rock").expanduser().absolute()
+
+
+def terminal_environment() -> dict[str, str]:
+    """TERM and the locale of this process, for an interactive shell inside."""
+    return {k: v for k, v in os.environ.items() if k in ("TERM", "LANG", "COLORTERM") or k.startswith("LC_")}
+
+
+def child_environment(**extra: str) -> dict[str, str]:
+    """The whole environment of this process, for a server that is started as a child."""
+    return {**os.environ, **extra}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One server's settings."""
+
+    home: Path
+    host: str = "127.0.0.1"
+    port: int = 8080
+    api_key: str | None = None
+    pool_size: int = 4
+    runtime: str = "namespace"
+    sandbox_limit: int = 2000
+    log_level: str = "info"
+
+    @property
+    def run_dir(self) -> Path:
+        """What lives as long as the machine runs: sandboxes, sockets, locks."""
+        return self.home / "run"
+
+    @property
+    def image_dir(self) -> Path:
+        return self.home / "images"
+
+    @property
+    def log_dir(self) -> Path:
+        return self.home / "logs"
+
+    @property
+    def database(self) -> Path:
+        return self.home / "rock.sqlite"
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str] | None = None, **given: object) -> Settings:
+        """Settings of the environment, over which what is `given` and not None wins. ValueError names a bad value."""
+        env = os.environ if environ is None else environ
+        values: dict[str, object] = {"home": home(), "api_key": env.get("ROCK_API_KEY") or None}
+        for name, kind in (("host", str), ("runtime", str), ("log_level", str), ("port", int), ("pool_size", int),
+                           ("sandbox_limit", int)):
+            text = env.get(f"ROCK_{name.upper()}")
+            if text:
+                try:
+                    values[name] = kind(text)
+                except ValueError:
+                    raise ValueError(f"ROCK_{name.upper()}={text!r} is not a number") from None
+        values |= {k: v for k, v in given.items() if v is not None}
+        return cls(**values)  # type: ignore[arg-type]
