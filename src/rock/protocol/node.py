@@ -1,0 +1,95 @@
+"""Messages between the admin and a rocklet, and lists that the server answers with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from rock.protocol.action import Answer, FileInfo, ProcessInfo, SessionInfo
+from rock.protocol.sandbox import Cause, Isolation, Phase, SandboxInfo, Usage
+
+
+class NodeSandbox(Answer):
+    """A sandbox as its rocklet sees it. `idle_seconds`: since the last activity; 0 while something runs in it."""
+
+    sandbox_id: str
+    alive: bool = False
+    idle_seconds: float = 0.0
+    isolation: Isolation | None = None
+    enforced: dict[str, str] = Field(default_factory=dict)
+    runtime: str = ""
+    phases: dict[str, Phase] = Field(default_factory=dict)
+    cause: Cause | None = None
+    reason: str | None = None
+    usage: Usage | None = None
+
+
+class NodeInventory(Answer):
+    sandboxes: list[NodeSandbox] = Field(default_factory=list)
+
+
+class NodeEvent(Answer):
+    """A sandbox ended by itself. `number` grows by one an event, from 1 at the start of the rocklet."""
+
+    number: int
+    sandbox_id: str
+    cause: Cause
+    reason: str
+
+
+class NodeEvents(Answer):
+    """`boot` names this run of the rocklet: when it changes, numbers start again."""
+
+    boot: str = ""
+    events: list[NodeEvent] = Field(default_factory=list)
+
+
+class NodeStatus(Answer):
+    """What a worker has: cores, bytes of memory in all and free, sandboxes now and at most."""
+
+    host_name: str
+    host_ip: str
+    runtime: str
+    isolation: Isolation
+    enforced: dict[str, str] = Field(default_factory=dict)
+    cpus: int
+    memory_total: int
+    memory_free: int
+    sandboxes: int
+    sandbox_limit: int
+    boot: str = ""
+
+
+class ServerInfo(Answer):
+    version: str
+    home: str
+    roles: list[str]
+    workers: list[NodeStatus] = Field(default_factory=list)
+    sandboxes: dict[str, int] = Field(default_factory=dict)
+    started_at: float = 0.0
+    pid: int = 0
+
+
+class SandboxList(Answer):
+    items: list[SandboxInfo]
+    next: str | None = None
+
+
+class SessionList(Answer):
+    items: list[SessionInfo]
+
+
+class ProcessList(Answer):
+    items: list[ProcessInfo]
+
+
+class FileList(Answer):
+    """`next`: the offset to go on at; None at the end."""
+
+    items: list[FileInfo]
+    next: int | None = None
+
+
+class EnvList(Answer):
+    items: list[dict[str, Any]]
