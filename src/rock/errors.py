@@ -5,6 +5,7 @@ RockError                           code, message, sandbox_id, retryable, hint
 │   ├── InvalidConfig               a value or a name is wrong
 │   ├── Unsupported                 this host or runtime cannot give what was asked
 │   ├── NotFound                    no such sandbox, session, process, image, path
+│   │   └── NotHere                 a worker does not hold it; never seen by a client of the admin
 │   ├── Conflict                    it exists already, or its state forbids this
 │   ├── Unauthorized                no key, or the wrong one
 │   └── QuotaExceeded               over a limit set for you
@@ -45,6 +46,7 @@ __all__ = [
     "Lost",
     "NoCapacity",
     "NotFound",
+    "NotHere",
     "OutOfMemory",
     "QuotaExceeded",
     "RockError",
@@ -63,7 +65,7 @@ __all__ = [
 ]
 
 
-class codes:  # noqa: N801 - the name ROCK's clients import
+class codes:
     """Numeric codes of the ROCK dialect."""
 
     OK = 2000
@@ -154,6 +156,13 @@ class NotFound(ClientError):
 
     code = "not_found"
     status = 404
+
+
+class NotHere(NotFound):
+    """A worker was asked for a sandbox that it does not hold; whoever forwarded the request knows what became of it."""
+
+    code = "not_here"
+    status = 421
 
 
 class Conflict(ClientError):

@@ -85,8 +85,14 @@ class Settings:
         """Settings of the environment, over which what is `given` and not None wins. ValueError names a bad value."""
         env = os.environ if environ is None else environ
         values: dict[str, object] = {"home": home(), "api_key": env.get("ROCK_API_KEY") or None}
-        for name, kind in (("host", str), ("runtime", str), ("log_level", str), ("port", int), ("pool_size", int),
-                           ("sandbox_limit", int)):
+        for name, kind in (
+            ("host", str),
+            ("runtime", str),
+            ("log_level", str),
+            ("port", int),
+            ("pool_size", int),
+            ("sandbox_limit", int),
+        ):
             text = env.get(f"ROCK_{name.upper()}")
             if text:
                 try:

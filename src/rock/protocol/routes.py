@@ -1,14 +1,14 @@
 """One table of the native wire, for server, client and docs.
 
-Bodies are JSON unless a row says "raw". An answer that is not 2xx is `RockError.to_wire()`. Every mutating call may carry
-`Idempotency-Key`; the same key gets the same answer. Keys travel as `Authorization: Bearer KEY`.
+Bodies are JSON unless a row says "raw". An answer that is not 2xx is `RockError.to_wire()`. Every mutating call may
+carry `Idempotency-Key`; the same key gets the same answer. Keys travel as `Authorization: Bearer KEY`.
 
 Times to wait (`wait`) are seconds: the server answers as soon as there is something to say, at the latest then.
 
 Streams (`?stream=1`) are frames: one byte of kind, four bytes of big-endian length, the payload. Kinds: see `Frame`.
 
-The terminal is a WebSocket: binary messages are bytes of the terminal both ways; text messages are JSON: from the client
-{"resize": [rows, columns]}, from the server {"exit": code} as the last one, or {"error": ...} as in `to_wire`.
+The terminal is a WebSocket: binary messages are bytes of the terminal both ways; text messages are JSON: from the
+client {"resize": [rows, columns]}, from the server {"exit": code} as the last one, or {"error": ...} as in `to_wire`.
 """
 
 from __future__ import annotations
@@ -86,59 +86,187 @@ _S = "/v1/sandboxes/{sandbox_id}"
 
 
 def _rows() -> Iterator[Route]:
-    def row(name: str, method: str, path: str, plane: Plane, summary: str, request: str = "", answer: str = "") -> Route:
+    def row(
+        name: str, method: str, path: str, plane: Plane, summary: str, request: str = "", answer: str = ""
+    ) -> Route:
         return Route(name, method, path, plane, summary, request, answer, method in ("POST", "PUT", "DELETE"))
 
     # control plane
-    yield row("create_sandbox", "POST", "/v1/sandboxes", "control", "Create; ?wait= until it runs or failed",
-              "SandboxConfig ?wait", "SandboxInfo")
-    yield row("list_sandboxes", "GET", "/v1/sandboxes", "control", "List, newest first",
-              "?state ?user_id ?experiment_id ?namespace ?image ?label=k=v ?limit ?after", "SandboxList")
-    yield row("get_sandbox", "GET", _S, "control", "Status; ?wait= while pending; ?touch=1 counts as activity",
-              "?wait ?touch ?usage", "SandboxInfo")
+    yield row(
+        "create_sandbox",
+        "POST",
+        "/v1/sandboxes",
+        "control",
+        "Create; ?wait= until it runs or failed",
+        "SandboxConfig ?wait",
+        "SandboxInfo",
+    )
+    yield row(
+        "list_sandboxes",
+        "GET",
+        "/v1/sandboxes",
+        "control",
+        "List, newest first",
+        "?state ?user_id ?experiment_id ?namespace ?image ?label=k=v ?limit ?after",
+        "SandboxList",
+    )
+    yield row(
+        "get_sandbox",
+        "GET",
+        _S,
+        "control",
+        "Status; ?wait= while pending; ?touch=1 counts as activity",
+        "?wait ?touch ?usage",
+        "SandboxInfo",
+    )
     yield row("stop_sandbox", "POST", _S + "/stop", "control", "Stop; leaves a tombstone", "", "SandboxInfo")
-    yield row("delete_sandbox", "DELETE", _S, "control", "Forget a stopped one; ?force=1 stops it first", "?force",
-              "SandboxInfo")
-    yield row("open_env", "POST", "/v1/envs", "control", "A sandbox that hosts this environment; made when there is none",
-              "OpenEnv ?wait", "SandboxInfo")
+    yield row(
+        "delete_sandbox",
+        "DELETE",
+        _S,
+        "control",
+        "Forget a stopped one; ?force=1 stops it first",
+        "?force",
+        "SandboxInfo",
+    )
+    yield row(
+        "open_env",
+        "POST",
+        "/v1/envs",
+        "control",
+        "A sandbox that hosts this environment; made when there is none",
+        "OpenEnv ?wait",
+        "SandboxInfo",
+    )
     yield row("list_envs", "GET", "/v1/envs", "control", "Environments that can be made", "", "EnvList")
     yield row("server_info", "GET", "/v1/server", "control", "Version, isolation, capacity", "", "ServerInfo")
     yield row("health", "GET", "/healthz", "control", "Answers while the server serves")
     # data plane: sessions
-    yield row("create_session", "POST", _S + "/sessions", "data", "Open a session", "CreateBashSessionRequest",
-              "CreateBashSessionResponse")
+    yield row(
+        "create_session",
+        "POST",
+        _S + "/sessions",
+        "data",
+        "Open a session",
+        "CreateBashSessionRequest",
+        "CreateBashSessionResponse",
+    )
     yield row("list_sessions", "GET", _S + "/sessions", "data", "Open sessions", "", "SessionList")
-    yield row("close_session", "DELETE", _S + "/sessions/{session}", "data", "Close; kills what runs in it", "",
-              "CloseBashSessionResponse")
-    yield row("run", "POST", _S + "/sessions/{session}/run", "data", "Run a command; ?stream=1 for frames",
-              "BashAction ?stream", "BashObservation")
+    yield row(
+        "close_session",
+        "DELETE",
+        _S + "/sessions/{session}",
+        "data",
+        "Close; kills what runs in it",
+        "",
+        "CloseBashSessionResponse",
+    )
+    yield row(
+        "run",
+        "POST",
+        _S + "/sessions/{session}/run",
+        "data",
+        "Run a command; ?stream=1 for frames",
+        "BashAction ?stream",
+        "BashObservation",
+    )
     yield row("interrupt", "POST", _S + "/sessions/{session}/interrupt", "data", "Ctrl-C", "", "SessionInfo")
-    yield row("session_input", "POST", _S + "/sessions/{session}/input", "data", "Type into a session with a pty", "raw",
-              "SessionInfo")
-    yield row("resize", "POST", _S + "/sessions/{session}/resize", "data", "Size of its terminal",
-              '{"rows", "columns"}', "SessionInfo")
+    yield row(
+        "session_input",
+        "POST",
+        _S + "/sessions/{session}/input",
+        "data",
+        "Type into a session with a pty",
+        "raw",
+        "SessionInfo",
+    )
+    yield row(
+        "resize",
+        "POST",
+        _S + "/sessions/{session}/resize",
+        "data",
+        "Size of its terminal",
+        '{"rows", "columns"}',
+        "SessionInfo",
+    )
     # data plane: programs
-    yield row("execute", "POST", _S + "/execute", "data", "Run one program to its end; ?stream=1 for frames",
-              "Command ?stream", "CommandResponse")
+    yield row(
+        "execute",
+        "POST",
+        _S + "/execute",
+        "data",
+        "Run one program to its end; ?stream=1 for frames",
+        "Command ?stream",
+        "CommandResponse",
+    )
     yield row("start_process", "POST", _S + "/processes", "data", "Start in the background", "Command", "ProcessInfo")
     yield row("list_processes", "GET", _S + "/processes", "data", "Background processes", "", "ProcessList")
-    yield row("get_process", "GET", _S + "/processes/{process_id}", "data", "Status; ?wait= for its end", "?wait",
-              "ProcessInfo")
-    yield row("process_logs", "GET", _S + "/processes/{process_id}/logs", "data",
-              "Bytes of a log from an offset; ?wait= for more when there is none",
-              "?stream=stdout|stderr ?offset ?limit ?wait", "raw")
-    yield row("signal_process", "POST", _S + "/processes/{process_id}/signal", "data", "Send a signal",
-              '{"signal": 15, "tree": true}', "ProcessInfo")
-    yield row("process_stdin", "POST", _S + "/processes/{process_id}/stdin", "data",
-              "Write to its standard input; ?close=1 ends it", "raw ?close", "ProcessInfo")
-    yield row("forget_process", "DELETE", _S + "/processes/{process_id}", "data", "Kill if it runs; drop its logs", "",
-              "ProcessInfo")
-    yield row("terminal", "WEBSOCKET", _S + "/terminal", "data", "An interactive program on a pty",
-              "?rows ?columns ?command ?user ?cwd ?term")
+    yield row(
+        "get_process",
+        "GET",
+        _S + "/processes/{process_id}",
+        "data",
+        "Status; ?wait= for its end",
+        "?wait",
+        "ProcessInfo",
+    )
+    yield row(
+        "process_logs",
+        "GET",
+        _S + "/processes/{process_id}/logs",
+        "data",
+        "Bytes of a log from an offset; ?wait= for more when there is none",
+        "?stream=stdout|stderr ?offset ?limit ?wait",
+        "raw",
+    )
+    yield row(
+        "signal_process",
+        "POST",
+        _S + "/processes/{process_id}/signal",
+        "data",
+        "Send a signal",
+        '{"signal": 15, "tree": true}',
+        "ProcessInfo",
+    )
+    yield row(
+        "process_stdin",
+        "POST",
+        _S + "/processes/{process_id}/stdin",
+        "data",
+        "Write to its standard input; ?close=1 ends it",
+        "raw ?close",
+        "ProcessInfo",
+    )
+    yield row(
+        "forget_process",
+        "DELETE",
+        _S + "/processes/{process_id}",
+        "data",
+        "Kill if it runs; drop its logs",
+        "",
+        "ProcessInfo",
+    )
+    yield row(
+        "terminal",
+        "WEBSOCKET",
+        _S + "/terminal",
+        "data",
+        "An interactive program on a pty",
+        "?rows ?columns ?command ?user ?cwd ?term",
+    )
     # data plane: files
-    yield row("read_file", "GET", _S + "/files/content", "data", "Bytes of a file", "?path ?offset ?length ?user", "raw")
-    yield row("write_file", "PUT", _S + "/files/content", "data", "Replace at once, or append",
-              "raw ?path ?append ?mode ?user", "FileInfo")
+    yield row(
+        "read_file", "GET", _S + "/files/content", "data", "Bytes of a file", "?path ?offset ?length ?user", "raw"
+    )
+    yield row(
+        "write_file",
+        "PUT",
+        _S + "/files/content",
+        "data",
+        "Replace at once, or append",
+        "raw ?path ?append ?mode ?user",
+        "FileInfo",
+    )
     yield row("stat_file", "GET", _S + "/files/stat", "data", "One file", "?path ?follow", "FileInfo")
     yield row("list_files", "GET", _S + "/files/list", "data", "A folder", "?path ?offset ?limit", "FileList")
     yield row("remove_file", "DELETE", _S + "/files", "data", "Remove", "?path ?recursive")
@@ -154,15 +282,36 @@ def _rows() -> Iterator[Route]:
     yield row("step_env", "POST", _S + "/envs/{env}/step", "data", "One step", "StepEnv", "StepResult")
     yield row("close_env", "DELETE", _S + "/envs/{env}", "data", "End its process", "", "EnvInfo")
     # node plane
-    yield row("node_create", "PUT", "/node/v1/sandboxes/{sandbox_id}", "node", "Make it here", "SandboxConfig ?check",
-              "NodeSandbox")
+    yield row(
+        "node_create",
+        "PUT",
+        "/node/v1/sandboxes/{sandbox_id}",
+        "node",
+        "Make it here",
+        "SandboxConfig ?check",
+        "NodeSandbox",
+    )
     yield row("node_list", "GET", "/node/v1/sandboxes", "node", "What is here, with activity", "", "NodeInventory")
-    yield row("node_get", "GET", "/node/v1/sandboxes/{sandbox_id}", "node", "One of them; ?usage=1 measures", "?usage",
-              "NodeSandbox")
+    yield row(
+        "node_get",
+        "GET",
+        "/node/v1/sandboxes/{sandbox_id}",
+        "node",
+        "One of them; ?usage=1 measures",
+        "?usage",
+        "NodeSandbox",
+    )
     yield row("node_destroy", "DELETE", "/node/v1/sandboxes/{sandbox_id}", "node", "Destroy", "?grace", "NodeSandbox")
     yield row("node_status", "GET", "/node/v1/status", "node", "Capacity, isolation, load", "", "NodeStatus")
-    yield row("node_events", "GET", "/node/v1/events", "node", "Ends of sandboxes since a number; waits for one",
-              "?after ?wait", "NodeEvents")
+    yield row(
+        "node_events",
+        "GET",
+        "/node/v1/events",
+        "node",
+        "Ends of sandboxes since a number; waits for one",
+        "?after ?wait",
+        "NodeEvents",
+    )
 
 
 ROUTES: dict[str, Route] = {route.name: route for route in _rows()}

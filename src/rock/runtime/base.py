@@ -1,7 +1,7 @@
 """The contract between the rocklet and whatever makes sandboxes on this machine.
 
-A runtime implements `Runtime`; a sandbox is known by its `Handle`, plain data that is stored, so that a restarted rocklet
-finds it again. A program is started with `spawn` and is then a `Process`, whose streams are file descriptors of ours.
+A runtime implements `Runtime`; a sandbox is known by its `Handle`, plain data that is stored, so that a restarted
+rocklet finds it again. A program is started with `spawn` and is then a `Process`, whose streams are file descriptors of ours.
 
 Optional capabilities stand beside it and are asked for by type: `isinstance(runtime, Files)`.
 """
@@ -104,8 +104,9 @@ class Process(Protocol):
         """How it ended. Any number of callers may wait, before or after the end; a lost sandbox raises Lost."""
         ...
 
-    async def signal(self, number: signals.Signals | int, *, tree: bool = False, since: float | None = None,
-                     root: bool = True) -> int:
+    async def signal(
+        self, number: signals.Signals | int, *, tree: bool = False, since: float | None = None, root: bool = True
+    ) -> int:
         """Send a signal; answers how many processes got it. An ended process is no error, and gives 0.
 
         tree: to all its descendants too, those that left its process group or were orphaned included.
@@ -214,7 +215,13 @@ class Files(Protocol):
         ...
 
     async def open_write(
-        self, handle: Handle, path: str, *, append: bool = False, mode: int | None = None, parents: bool = True,
+        self,
+        handle: Handle,
+        path: str,
+        *,
+        append: bool = False,
+        mode: int | None = None,
+        parents: bool = True,
         user: str | None = None,
     ) -> tuple[int, str]:
         """A descriptor for writing and a token. Without `append` it is a new file beside the old one; `commit_write`
@@ -234,8 +241,9 @@ class Files(Protocol):
 
     async def remove(self, handle: Handle, path: str, *, recursive: bool = False) -> None: ...
 
-    async def make_dir(self, handle: Handle, path: str, *, parents: bool = True, mode: int = 0o755,
-                       user: str | None = None) -> None: ...
+    async def make_dir(
+        self, handle: Handle, path: str, *, parents: bool = True, mode: int = 0o755, user: str | None = None
+    ) -> None: ...
 
     async def symlink(self, handle: Handle, target: str, path: str) -> None: ...
 

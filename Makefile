@@ -1,0 +1,53 @@
+# `make demo` and `make test` set up what they need: a virtual environment in .venv from the lock files.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+
+.PHONY: demo test check lint types unit sync lock bench clean
+
+demo: $(VENV)/ready
+	@$(PY) -m rock.cli.demo
+
+test: check unit
+
+# ---- setting up ----
+
+$(VENV)/ready: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ROCK needs Python 3.11 or newer; name one: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) ..."
+	@$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+$(VENV)/ready-dev: requirements-dev.lock $(VENV)/ready
+	@echo "installing the development tools into $(VENV) ..."
+	@$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
+	@touch $@
+
+# ---- checking ----
+
+check: lint types
+
+lint: $(VENV)/ready-dev
+	$(VENV)/bin/ruff check src tests tools bench
+	$(PY) tools/unasync.py --check
+
+types: $(VENV)/ready-dev
+	$(VENV)/bin/mypy
+
+unit: $(VENV)/ready-dev
+	$(PY) -m pytest
+
+bench: $(VENV)/ready-dev
+	$(VENV)/bin/rock bench
+
+sync: $(VENV)/ready-dev
+	$(PY) tools/unasync.py
+
+lock:
+	uv pip compile pyproject.toml --generate-hashes --universal --python-version 3.11 --no-header -o requirements.lock
+	uv pip compile pyproject.toml --extra dev --generate-hashes --universal --python-version 3.11 --no-header -o requirements-dev.lock
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

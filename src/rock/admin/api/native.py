@@ -1,0 +1,244 @@
+"""The control plane of the native wire, thin over service.py. Rows of protocol/routes.py, with an OpenAPI page."""
+
+from __future__ import annotations
+
+import html
+import os
+import time
+from typing import Annotated, Any
+
+import orjson
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from rock import __version__
+from rock.admin.service import Service
+from rock.envhub import registry
+from rock.errors import ClientError, InternalServerRockError, InvalidConfig, NotFound, RockError
+from rock.protocol import action, env, node, sandbox
+from rock.protocol.env import OpenEnv
+from rock.protocol.node import EnvList, SandboxList, ServerInfo
+from rock.protocol.routes import IDEMPOTENCY_KEY, ROUTES
+from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
+from rock.settings import Settings
+from rock.store.base import Query as Listing
+from rock.wire.asgi import validate
+
+Wait = Annotated[float, Query(ge=0, le=3600)]
+
+
+def _json(model: BaseModel, status: int = 200) -> Response:
+    return Response(orjson.dumps(model.model_dump(mode="json")), status, media_type="application/json")
+
+
+def _failure(error: RockError) -> Response:
+    headers = {"retry-after": "1"} if error.retryable else None
+    return Response(orjson.dumps(error.to_wire(), default=repr), error.status, headers, "application/json")
+
+
+async def _body(request: Request, kind: type[Any]) -> Any:
+    try:
+        value = orjson.loads(await request.body() or b"{}")
+    except orjson.JSONDecodeError as error:
+        raise InvalidConfig(f"the body is not JSON: {error}") from None
+    return validate(kind, value)
+
+
+def build(service: Service, settings: Settings, roles: list[str]) -> FastAPI:
+    """The FastAPI application of the control plane."""
+    app = FastAPI(title="ROCK", version=__version__, docs_url="/docs", openapi_url="/openapi.json")
+    started_at = time.time()
+    _errors(app)
+    _sandboxes(app, service)
+    _environments(app, service)
+
+    @app.get(ROUTES["server_info"].path, response_model=ServerInfo, tags=["server"])
+    async def server_info() -> Response:
+        """Version, isolation and capacity."""
+        workers = [await worker.status() for worker in service.workers.values()]
+        return _json(
+            ServerInfo(
+                version=__version__,
+                home=str(settings.home),
+                roles=roles,
+                workers=workers,
+                sandboxes=await service.store.count(),
+                started_at=started_at,
+                pid=os.getpid(),
+            )
+        )
+
+    @app.get(ROUTES["health"].path, tags=["server"])
+    async def health() -> dict[str, str]:
+        """Answers while the server serves."""
+        return {"status": "ok", "version": __version__}
+
+    @app.get("/", include_in_schema=False, response_model=None)
+    async def front(request: Request) -> Response | dict[str, str]:
+        if "text/html" not in request.headers.get("accept", ""):
+            return {"message": "hello, ROCK!"}
+        return HTMLResponse(_front_page(await service.list(Listing(limit=100))))
+
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+def _sandboxes(app: FastAPI, service: Service) -> None:
+    @app.post(ROUTES["create_sandbox"].path, response_model=SandboxInfo, status_code=201, tags=["sandboxes"])
+    async def create_sandbox(request: Request, wait: Wait = 0.0) -> Response:
+        """Create a sandbox; with `wait`, answer when it runs or failed, at the latest after that many seconds."""
+        config = await _body(request, SandboxConfig)
+        return _json(await service.create(config, request.headers.get(IDEMPOTENCY_KEY), wait), 201)
+
+    @app.get(ROUTES["list_sandboxes"].path, response_model=SandboxList, tags=["sandboxes"])
+    async def list_sandboxes(
+        request: Request, limit: Annotated[int, Query(ge=1, le=2000)] = 500, after: str | None = None
+    ) -> Response:
+        """Sandboxes, newest first; filters are equality on fields of SandboxInfo, `state` and `label=k=v`."""
+        return _json(await service.list(_listing(request, limit, after)))
+
+    @app.get(ROUTES["get_sandbox"].path, response_model=SandboxInfo, tags=["sandboxes"])
+    async def get_sandbox(sandbox_id: str, wait: Wait = 0.0, touch: bool = False, usage: bool = False) -> Response:
+        """Status; `wait` as long as it is pending, `touch` counts as activity, `usage` measures."""
+        return _json(await service.get(sandbox_id, wait=wait, touch=touch, usage=usage))
+
+    @app.post(ROUTES["stop_sandbox"].path, response_model=SandboxInfo, tags=["sandboxes"])
+    async def stop_sandbox(sandbox_id: str) -> Response:
+        """Stop it; answers when nothing of it is left but its tombstone."""
+        return _json(await service.stop(sandbox_id))
+
+    @app.delete(ROUTES["delete_sandbox"].path, response_model=SandboxInfo, tags=["sandboxes"])
+    async def delete_sandbox(sandbox_id: str, force: bool = False) -> Response:
+        """Forget a stopped one; `force` stops it first."""
+        return _json(await service.delete(sandbox_id, force))
+
+
+def _environments(app: FastAPI, service: Service) -> None:
+    @app.post(ROUTES["open_env"].path, response_model=SandboxInfo, status_code=201, tags=["environments"])
+    async def open_env(request: Request, wait: Wait = 0.0) -> Response:
+        """A sandbox that hosts this environment; the first one of a package set installs it."""
+        return _json(await service.open_env(await _body(request, OpenEnv), wait), 201)
+
+    @app.get(ROUTES["list_envs"].path, response_model=EnvList, tags=["environments"])
+    async def list_envs() -> Response:
+        """Environments that can be made."""
+        return _json(EnvList(items=registry.catalogue()))
+
+
+def _listing(request: Request, limit: int, after: str | None) -> Listing:
+    states: list[State] = []
+    labels: dict[str, str] = {}
+    fields: dict[str, str] = {}
+    for name, value in request.query_params.multi_items():
+        if name == "state":
+            states += [_state(text) for text in value.split(",")]
+        elif name == "label":
+            key, _, text = value.partition("=")
+            labels[key] = text
+        elif name in ("user_id", "experiment_id", "namespace", "image", "runtime", "worker", "cause"):
+            fields[name] = value
+        elif name not in ("limit", "after"):
+            raise InvalidConfig(f"cannot list by {name!r}")
+    page: tuple[float, str] | None = None
+    if after:
+        time_text, _, sandbox_id = after.partition(":")
+        try:
+            page = float(time_text), sandbox_id
+        except ValueError:
+            raise InvalidConfig(f"after={after!r} is not what a page before answered as `next`") from None
+    return Listing(states=states, fields=fields, labels=labels, limit=limit, after=page)
+
+
+def _state(text: str) -> State:
+    try:
+        return State(text)
+    except ValueError:
+        raise InvalidConfig(f"no such state: {text!r}", hint=", ".join(State)) from None
+
+
+def _errors(app: FastAPI) -> None:
+    @app.exception_handler(RockError)
+    async def rock_error(request: Request, error: RockError) -> Response:
+        return _failure(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def validation(request: Request, error: RequestValidationError) -> Response:
+        text = "; ".join(f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors())
+        return _failure(InvalidConfig(text))
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 404:
+            return _failure(NotFound(f"no such route: {request.method} {request.url.path}"))
+        refused = ClientError(f"{request.method} {request.url.path}: {error.detail}")
+        return Response(
+            orjson.dumps(refused.to_wire()), error.status_code, dict(error.headers or {}), "application/json"
+        )
+
+    @app.exception_handler(Exception)
+    async def other(request: Request, error: Exception) -> Response:
+        return _failure(InternalServerRockError(f"{type(error).__name__}: {error}"))
+
+
+def _front_page(listing: SandboxList) -> str:
+    rows = "".join(
+        f"<tr><td>{html.escape(i.sandbox_id)}<td>{i.state}<td>{html.escape(i.image)}<td>{i.cause or ''}"
+        for i in listing.items
+    )
+    return (
+        "<!doctype html><title>ROCK</title><style>body{font:15px system-ui;margin:2rem}td,th{padding:.2rem 1rem;"
+        "text-align:left}</style><h1>ROCK</h1><p>Version " + __version__ + ", <a href=/docs>API</a></p>"
+        f"<table><tr><th>sandbox<th>state<th>image<th>cause{rows}</table>"
+    )
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's own schema plus the data plane, whose handlers are not FastAPI's."""
+    if app.openapi_schema is not None:
+        return app.openapi_schema
+    from fastapi.openapi.utils import get_openapi
+
+    schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    models: dict[str, type[BaseModel]] = {
+        name: kind
+        for module in (sandbox, action, env, node)
+        for name, kind in vars(module).items()
+        if isinstance(kind, type) and issubclass(kind, BaseModel)
+    }
+    components = schema.setdefault("components", {}).setdefault("schemas", {})
+
+    def reference(name: str) -> dict[str, Any]:
+        if name not in models:
+            return {"schema": {}}
+        made = models[name].model_json_schema(ref_template="#/components/schemas/{model}")
+        components.update(made.pop("$defs", {}))
+        components[name] = made
+        return {"schema": {"$ref": f"#/components/schemas/{name}"}}
+
+    for row in ROUTES.values():
+        if row.plane != "data" or row.method == "WEBSOCKET":
+            continue
+        names = [part[1:-1] for part in row.path.split("/") if part.startswith("{")]
+        asked, *queries = (row.request or " ").split(" ")
+        parameters = [{"name": n, "in": "path", "required": True, "schema": {"type": "string"}} for n in names]
+        parameters += [
+            {"name": q.lstrip("?").partition("=")[0], "in": "query", "schema": {"type": "string"}}
+            for q in [asked, *queries]
+            if q.startswith("?")
+        ]
+        kind = "application/octet-stream" if row.answer == "raw" else "application/json"
+        operation: dict[str, Any] = {
+            "summary": row.summary,
+            "operationId": row.name,
+            "tags": ["data"],
+            "parameters": parameters,
+            "responses": {"200": {"description": "done", "content": {kind: reference(row.answer)}}},
+        }
+        if asked in models:
+            operation["requestBody"] = {"content": {"application/json": reference(asked)}}
+        schema["paths"].setdefault(row.path, {})[row.method.lower()] = operation
+    app.openapi_schema = schema
+    return schema

@@ -1,0 +1,53 @@
+"""Who may call: one key for all, given at start. A server beyond loopback has to have one."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+
+from rock.errors import InvalidConfig, Unauthorized
+from rock.wire.asgi import App, Receive, Scope, Send, failure
+
+_OPEN = ("/healthz", "/")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a server that listens on `host` can be reached from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def require_key_beyond_loopback(host: str, key: str | None) -> None:
+    if not key and not is_loopback(host):
+        raise InvalidConfig(
+            f"refusing to listen on {host} without an API key: anybody who can reach it could run programs here",
+            hint="set ROCK_API_KEY, or listen on 127.0.0.1",
+        )
+
+
+class Authenticated:
+    """Lets requests through that carry `Authorization: Bearer KEY`; without a key, every request."""
+
+    def __init__(self, app: App, key: str | None) -> None:
+        self._app = app
+        self._want = f"Bearer {key}".encode() if key else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._want is None or scope["type"] == "lifespan" or self._allowed(scope):
+            await self._app(scope, receive, send)
+            return
+        error = Unauthorized("the API key is missing or wrong", hint="set ROCK_API_KEY to the server's key")
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008, "reason": "unauthorized"})
+            return
+        await failure(error).send(send)
+
+    def _allowed(self, scope: Scope) -> bool:
+        if scope["path"] in _OPEN and scope["type"] == "http":
+            return True
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        return hmac.compare_digest(given, self._want or b"")

@@ -1,0 +1,298 @@
+"""Create, stop, delete, list: load, decide, save if unchanged, command the worker.
+
+Every change of a record goes through `_apply`: the pure lifecycle decides, the store saves over the version that was
+read, and only then the effects are carried out. A crash in between is finished by the reconciler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from rock.admin.lifecycle import Effect, Event, step
+from rock.admin.worker import Worker
+from rock.envhub import registry
+from rock.errors import InternalServerRockError, NotFound, RockError, SandboxError, from_wire
+from rock.protocol.env import OpenEnv
+from rock.protocol.node import NodeSandbox, SandboxList
+from rock.protocol.sandbox import Cause, SandboxConfig, SandboxInfo, State
+from rock.scheduler.base import Scheduler
+from rock.store.base import Query, Record, Store, VersionConflict
+
+log = logging.getLogger("rock.admin")
+
+ENV_LABEL = "rock.env"
+_ALIVE = (State.PENDING, State.RUNNING, State.STOPPING)
+
+
+class Service:
+    """The control plane over a store, a scheduler and workers. `scheduled` is told of each sandbox that runs."""
+
+    def __init__(self, store: Store, scheduler: Scheduler, workers: Mapping[str, Worker]) -> None:
+        self.store = store
+        self.scheduler = scheduler
+        self.workers = workers
+        self._launches: dict[str, asyncio.Task[Record]] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._env_lock = asyncio.Lock()
+        self.on_schedule: list[Any] = []
+
+    async def close(self) -> None:
+        """Cancel what is under way; its records stay as they are for the next start."""
+        tasks = [*self._launches.values(), *self._tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # ---- create ----
+
+    async def create(self, config: SandboxConfig, key: str | None = None, wait: float = 0.0) -> SandboxInfo:
+        """Make a sandbox, or, for a key that was seen, answer with the one that was made.
+
+        Waits up to `wait` seconds for the start; a start that fails meanwhile raises its reason.
+        """
+        record = await self.store.by_key(key) if key else None
+        if record is None:
+            record = await self._insert(config, key)
+        return await self._waited(record, wait)
+
+    async def _insert(self, config: SandboxConfig, key: str | None = None) -> Record:
+        worker = await self._place(config)
+        await worker.check(config)
+        sandbox_id = config.sandbox_id or uuid.uuid4().hex
+        record = await self.store.insert(Record(_new_info(sandbox_id, config, worker.name), config, key))
+        if record.state is State.PENDING:
+            self.launch(record)
+        return record
+
+    async def _place(self, config: SandboxConfig) -> Worker:
+        states = {name: await worker.status() for name, worker in self.workers.items()}
+        return self.workers[self.scheduler.place(config, states)]
+
+    def launch(self, record: Record) -> asyncio.Task[Record]:
+        """Start a pending sandbox in the background; one task a sandbox."""
+        task = self._launches.get(record.id)
+        if task is None:
+            task = asyncio.create_task(self._launch(record), name=f"launch-{record.id}")
+            self._launches[record.id] = task
+            task.add_done_callback(lambda done: self._launched(record.id, done))
+        return task
+
+    def _launched(self, sandbox_id: str, task: asyncio.Task[Record]) -> None:
+        self._launches.pop(sandbox_id, None)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("launch of %s: %r", sandbox_id, task.exception())
+
+    async def _launch(self, record: Record) -> Record:
+        worker = self.workers[record.info.worker or ""]
+        try:
+            async with asyncio.timeout(record.config.startup_timeout):
+                made = await worker.create(record.id, record.config)
+        except TimeoutError:
+            error: RockError = SandboxError(
+                f"sandbox {record.id} did not start within {record.config.startup_timeout:g} s", sandbox_id=record.id
+            )
+        except RockError as raised:
+            error = raised
+        except Exception as raised:
+            log.exception("launch of %s", record.id)
+            error = InternalServerRockError(f"{type(raised).__name__}: {raised}", sandbox_id=record.id)
+        else:
+            return await self.apply(record.id, Event.LAUNCHED, **_running(made))
+        wire = error.to_wire()
+        wire["error"]["sandbox_id"] = record.id
+        return await self.apply(
+            record.id, Event.LAUNCH_FAILED, cause=Cause.START_FAILED, reason=error.message, error=wire
+        )
+
+    async def _waited(self, record: Record, wait: float) -> SandboxInfo:
+        """The record once it is no longer pending, or after `wait` seconds as it is then."""
+        launch = self._launches.get(record.id)
+        if launch is not None and wait > 0:
+            try:
+                async with asyncio.timeout(wait):
+                    record = await asyncio.shield(launch)
+            except TimeoutError:
+                pass
+        if record.info.cause is Cause.START_FAILED and record.info.error:
+            raise from_wire(record.info.error)
+        return record.info
+
+    # ---- read ----
+
+    async def load(self, sandbox_id: str) -> Record:
+        record = await self.store.get(sandbox_id)
+        if record is None:
+            raise NotFound(f"Sandbox {sandbox_id} not found", sandbox_id=sandbox_id)
+        return record
+
+    async def get(self, sandbox_id: str, *, wait: float = 0.0, touch: bool = False, usage: bool = False) -> SandboxInfo:
+        """Status, with what its worker says of it now. `wait`: seconds, as long as it is pending."""
+        record = await self.load(sandbox_id)
+        if record.state is State.PENDING:
+            launch = self._launches.get(sandbox_id)
+            if launch is not None and wait > 0:
+                try:
+                    async with asyncio.timeout(wait):
+                        record = await asyncio.shield(launch)
+                except TimeoutError:
+                    pass
+        if record.state is not State.RUNNING:
+            return record.info
+        try:
+            found = await self.workers[record.info.worker or ""].get(sandbox_id, touch=touch, usage=usage)
+        except RockError as error:
+            log.info("worker of %s: %s", sandbox_id, error)
+            return record.info.model_copy(update={"is_alive": False})
+        return _seen(record, found)
+
+    async def list(self, query: Query) -> SandboxList:
+        records = await self.store.list(query)
+        last = records[-1].info if len(records) == query.limit else None
+        return SandboxList(
+            items=[r.info for r in records], next=f"{last.created_at!r}:{last.sandbox_id}" if last else None
+        )
+
+    # ---- stop and delete ----
+
+    async def stop(
+        self, sandbox_id: str, cause: Cause = Cause.USER, reason: str = "stopped by its user"
+    ) -> SandboxInfo:
+        """Stop it and wait until nothing of it is left; a stopped one stays as it is."""
+        record = await self.apply(sandbox_id, Event.STOP, cause=cause, reason=reason)
+        if record.state is State.STOPPING:
+            record = await self.finish_stop(record)
+        return record.info
+
+    async def finish_stop(self, record: Record) -> Record:
+        worker = self.workers.get(record.info.worker or "")
+        if worker is not None:
+            await worker.destroy(record.id)
+        return await self.apply(record.id, Event.DESTROYED)
+
+    async def delete(self, sandbox_id: str, force: bool = False) -> SandboxInfo:
+        """Forget a stopped one; with `force` it is stopped first."""
+        if force:
+            await self.stop(sandbox_id)
+        record = await self.load(sandbox_id)
+        state, _ = step(record.state, Event.DELETE, sandbox_id)
+        await self.store.delete(sandbox_id)
+        return record.info.model_copy(update={"state": state})
+
+    # ---- changes ----
+
+    async def apply(self, sandbox_id: str, event: Event, **fields: object) -> Record:
+        """One step of the lifecycle, saved; then its effects. What a tombstone says first stays."""
+        while True:
+            record = await self.load(sandbox_id)
+            state, effects = step(record.state, event, sandbox_id)
+            if state is record.state and event is not Event.LAUNCHED:
+                new = record
+                break
+            if record.info.cause is not None:
+                fields = {k: v for k, v in fields.items() if k not in ("cause", "reason", "error")}
+            stamp: dict[str, object] = {"state": state, "is_alive": state is State.RUNNING}
+            if state is State.STOPPED:
+                stamp["stopped_at"] = time.time()
+            try:
+                new = await self.store.put(record.changed(**{**fields, **stamp}))
+                break
+            except VersionConflict:
+                continue
+        if Effect.DESTROY in effects and state is State.STOPPED:
+            self._background(self._destroy(new))
+        if Effect.SCHEDULE in effects:
+            for listener in self.on_schedule:
+                listener(new)
+        return new
+
+    def _background(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _destroy(self, record: Record) -> None:
+        worker = self.workers.get(record.info.worker or "")
+        if worker is not None:
+            try:
+                await worker.destroy(record.id)
+            except RockError as error:
+                log.warning("destroy of %s: %s; the reconciler tries again", record.id, error)
+
+    # ---- environments ----
+
+    async def open_env(self, wish: OpenEnv, wait: float) -> SandboxInfo:
+        """A sandbox that can host the environment: a running one of its package set, else a new one."""
+        spec = registry.resolve(wish.env_id)
+        async with self._env_lock:  # two first wishes must not make two hosts
+            found = (
+                []
+                if wish.exclusive
+                else await self.store.list(
+                    Query(states=(State.RUNNING, State.PENDING), labels={ENV_LABEL: spec.packages}, limit=1)
+                )
+            )
+            record = found[0] if found else await self._create_env_host(spec.packages, wish)
+        return await self._waited(record, wait)
+
+    async def _create_env_host(self, packages: str, wish: OpenEnv) -> Record:
+        config = wish.config or SandboxConfig(image="host", memory="4g", cpus=1.0, auto_clear_seconds=600)
+        config = config.model_copy(
+            update={
+                "image": f"{registry.IMAGE_PREFIX}{packages}",
+                "labels": config.labels if wish.exclusive else {**config.labels, ENV_LABEL: packages},
+                # The first start installs the packages.
+                "startup_timeout": max(config.startup_timeout, 1200.0),
+            }
+        )
+        return await self._insert(config)
+
+
+def _new_info(sandbox_id: str, config: SandboxConfig, worker: str) -> SandboxInfo:
+    return SandboxInfo(
+        sandbox_id=sandbox_id,
+        state=State.PENDING,
+        image=config.image,
+        memory=config.memory,
+        cpus=config.cpus,
+        network=config.network,
+        user_id=config.user_id,
+        experiment_id=config.experiment_id,
+        cluster=config.cluster,
+        namespace=config.namespace,
+        labels=config.labels,
+        worker=worker,
+        created_at=time.time(),
+        host_name=worker,
+        host_ip="127.0.0.1",
+    )
+
+
+def _running(made: NodeSandbox) -> dict[str, object]:
+    return {
+        "isolation": made.isolation,
+        "enforced": made.enforced,
+        "runtime": made.runtime,
+        "phases": made.phases,
+        "started_at": time.time(),
+    }
+
+
+def _seen(record: Record, found: NodeSandbox) -> SandboxInfo:
+    last = time.time() - found.idle_seconds
+    idle = record.config.auto_clear_seconds
+    deadlines = [last + idle] if idle else []
+    if record.config.timeout is not None and record.info.started_at is not None:
+        deadlines.append(record.info.started_at + record.config.timeout)
+    return record.info.model_copy(
+        update={
+            "is_alive": found.alive,
+            "last_activity_at": last,
+            "auto_stop_at": min(deadlines, default=None),
+            "usage": found.usage,
+        }
+    )

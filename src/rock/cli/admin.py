@@ -1,0 +1,164 @@
+"""`rock admin start|stop|status`: the server as a background process of this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rock.errors import Conflict, InvalidConfig, RockError, ServerError, Unavailable
+from rock.settings import Settings, child_environment
+
+app = typer.Typer(no_args_is_help=True, help="Start and stop the server of this machine.")
+
+_START_TIMEOUT = 60.0
+
+
+def _settings(**given: object) -> Settings:
+    try:
+        return Settings.read(**given)
+    except ValueError as error:
+        raise InvalidConfig(str(error)) from None
+
+
+@app.command()
+def start(
+    port: Annotated[int | None, typer.Option(help="Port; 8080 by default, 0 takes a free one.")] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on; beyond loopback an API key is needed.")
+    ] = None,
+    env: Annotated[str, typer.Option(help="Kept for ROCK's command line; local is the only one.")] = "local",
+    role: Annotated[str, typer.Option(help="all; admin and write mean the same here.")] = "all",
+    foreground: Annotated[bool, typer.Option("--foreground", help="Stay, and log to the terminal.")] = False,
+) -> None:
+    """Start the server and return when it serves. Sandboxes of a server that crashed are found again."""
+    from rock.admin.auth import require_key_beyond_loopback
+    from rock.cli.serve import Home, run_server
+
+    if role not in ("all", "admin", "write"):
+        raise InvalidConfig(f"role {role!r} is not available yet", hint="role 'all' serves reads and writes")
+    settings = _settings(host=host, port=port)
+    require_key_beyond_loopback(settings.host, settings.api_key)
+    if foreground:
+        run_server(settings, log_to_file=False)
+        return
+    running = Home(settings.home).read()
+    if running is not None:
+        raise Conflict(f"a server runs already for {settings.home} ({_where(running)})", hint="rock admin stop")
+    began = time.monotonic()
+    note = _launch(settings)
+    typer.echo(
+        f"ROCK serves on {_where(note)} after {time.monotonic() - began:.2f} s "
+        f"(pid {note['pid']}, home {settings.home}, log {settings.log_dir / 'server.log'})"
+    )
+
+
+def _launch(settings: Settings) -> dict[str, Any]:
+    """A server in a session of its own, so that closing the terminal does not end it."""
+    from rock.cli.serve import Home
+
+    settings.log_dir.mkdir(parents=True, exist_ok=True)
+    output = settings.log_dir / "start.log"
+    with output.open("wb") as log:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "rock.cli.server", "--host", settings.host, "--port", str(settings.port)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            cwd="/",
+            env=child_environment(ROCK_HOME=str(settings.home)),
+        )
+    home = Home(settings.home)
+    end = time.monotonic() + _START_TIMEOUT
+    while time.monotonic() < end:
+        note = home.read()
+        if note and note.get("pid") == child.pid:
+            return note
+        if child.poll() is not None:
+            raise _why(output)
+        time.sleep(0.02)
+    child.terminate()
+    raise Unavailable(f"the server did not start within {_START_TIMEOUT:g} s", hint=f"look into {output}")
+
+
+def _why(output: Path) -> RockError:
+    lines = output.read_text(errors="replace").strip().splitlines()
+    told = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    hints = [line.removeprefix("hint: ") for line in lines if line.startswith("hint: ")]
+    if told:
+        return ServerError(told[-1], hint=hints[-1] if hints else None)
+    return ServerError(f"the server ended at once: {lines[-1] if lines else 'no output'}", hint=f"look into {output}")
+
+
+def _where(note: dict[str, Any]) -> str:
+    host = note.get("host", "?")
+    return f"http://{f'[{host}]' if ':' in str(host) else host}:{note.get('port', '?')}"
+
+
+@app.command()
+def stop(
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the sandboxes alive for the next start.")] = False,
+) -> None:
+    """Stop the server and, without --keep, every sandbox first, so that nothing is left behind."""
+    from rock.cli.serve import Home
+
+    settings = _settings()
+    home = Home(settings.home)
+    note = home.read()
+    if note is None:
+        typer.echo(f"no server runs for {settings.home}")
+        return
+    pid = int(note.get("pid", 0))
+    if not pid:
+        raise Unavailable("a server holds the folder but has not said where it listens; try again")
+    if not keep:
+        count = _stop_sandboxes(_where(note), settings.api_key)
+        typer.echo(f"stopped {count} sandboxes")
+    try:
+        os.kill(pid, signal.SIGTERM)
+    except ProcessLookupError:
+        pass
+    end = time.monotonic() + 30.0
+    while home.read() is not None:
+        if time.monotonic() > end:
+            raise Unavailable(f"the server (pid {pid}) does not stop", hint=f"kill -9 {pid}; sandboxes survive that")
+        time.sleep(0.02)
+    typer.echo("stopped")
+
+
+def _stop_sandboxes(url: str, key: str | None) -> int:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from rock.sync import Client
+
+    with Client(url, key) as client:
+        ids = [item["sandbox_id"] for item in client.list_sandboxes(states="pending,running,stopping")]
+        with ThreadPoolExecutor(8) as pool:
+            for _ in pool.map(client.stop_sandbox, ids):
+                pass
+    return len(ids)
+
+
+@app.command()
+def status(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+    """Whether a server runs for this ROCK_HOME, and where."""
+    from rock.cli.serve import Home
+
+    settings = _settings()
+    note = Home(settings.home).read()
+    if as_json:
+        typer.echo(json.dumps({"running": note is not None, "home": str(settings.home), **(note or {})}))
+    elif note is None:
+        typer.echo(f"no server runs for {settings.home}; start one with: rock admin start")
+    else:
+        typer.echo(f"serving on {_where(note)} (pid {note.get('pid')}, home {settings.home})")
+    if note is None:
+        raise typer.Exit(3)

@@ -1,0 +1,292 @@
+"""The only place that joins roles in one process: store, admin, proxy and rocklet behind one port."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import uvicorn
+
+from rock import settings as environment
+from rock.admin.app import Admin
+from rock.admin.auth import Authenticated, require_key_beyond_loopback
+from rock.admin.worker import Worker
+from rock.errors import Conflict, InvalidConfig, RockError, Unavailable
+from rock.proxy.app import Proxy, is_data
+from rock.rocklet.api import Api
+from rock.rocklet.images import Images
+from rock.rocklet.node import Node
+from rock.runtime.base import Runtime
+from rock.settings import Settings
+from rock.store.sqlite import SqliteStore
+from rock.telemetry import set_up_logs
+from rock.wire.asgi import App, Receive, Scope, Send, call
+
+log = logging.getLogger("rock.server")
+
+
+class Home:
+    """The one folder of a server, locked for as long as it runs, with a note of where it listens."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock: IO[str] | None = None
+
+    @property
+    def note(self) -> Path:
+        return self.folder / "server.json"
+
+    def take(self) -> None:
+        """Lock it; Conflict when another server has it."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        lock = open(self.folder / "server.lock", "a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise Conflict(
+                f"a server is running already with ROCK_HOME={self.folder} ({self.read()})",
+                hint="stop it with: rock admin stop, or set another ROCK_HOME",
+            ) from None
+        self._lock = lock
+
+    def write(self, host: str, port: int) -> None:
+        temporary = self.note.with_suffix(".new")
+        temporary.write_text(json.dumps({"pid": os.getpid(), "host": host, "port": port}))
+        os.replace(temporary, self.note)
+
+    def read(self) -> dict[str, Any] | None:
+        """Where the server of this folder listens, if one runs now."""
+        try:
+            with open(self.folder / "server.lock", "a+") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return None
+        except BlockingIOError:
+            pass
+        except OSError:
+            return None
+        try:
+            note = json.loads(self.note.read_text())
+        except (OSError, ValueError):
+            return {}
+        return note if isinstance(note, dict) else {}
+
+    def release(self) -> None:
+        if self._lock is not None:
+            self.note.unlink(missing_ok=True)
+            self._lock.close()
+            self._lock = None
+
+
+def make_runtimes(settings: Settings, images: Images) -> dict[str, Runtime]:
+    """Every runtime that this machine can have, by name."""
+    from rock.runtime.process import ProcessRuntime
+
+    runtimes: dict[str, Runtime] = {"process": ProcessRuntime(settings.run_dir / "process")}
+    if sys.platform == "linux":
+        from rock.runtime.namespace.runtime import NamespaceRuntime
+
+        runtimes["namespace"] = NamespaceRuntime(settings.run_dir / "namespace", settings.pool_size, images)
+    if settings.runtime not in runtimes:
+        names = ", ".join(sorted(runtimes))
+        raise InvalidConfig(f"no runtime {settings.runtime!r} (there are: {names})", hint="set ROCK_RUNTIME")
+    return runtimes
+
+
+class Server:
+    """All roles in one process, as one ASGI application with a life of its own."""
+
+    def __init__(self, settings: Settings) -> None:
+        require_key_beyond_loopback(settings.host, settings.api_key)
+        self.settings = settings
+        self.home = Home(settings.home)
+        name = socket.gethostname()
+        self.images = Images(settings.image_dir)
+        self.node = Node(
+            make_runtimes(settings, self.images),
+            settings.runtime,
+            settings.run_dir / "sandboxes",
+            settings.sandbox_limit,
+            self.images,
+        )
+        rocklet: App = Api(self.node).router()  # type: ignore[assignment]
+
+        async def transport(method: str, path: str, query: str, body: bytes) -> tuple[int, bytes]:
+            return await call(rocklet, method, path, query=query, body=body)
+
+        self.store = SqliteStore(settings.database)
+        self.admin = Admin(settings, self.store, {name: Worker(name, transport)}, ["write", "read", "worker"])
+        self._proxy = Proxy(self.store, {name: rocklet})
+        self.app = Authenticated(self._route, settings.api_key)
+
+    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan" and is_data(scope["path"]):
+            await self._proxy(scope, receive, send)
+        else:
+            await self.admin.app(scope, receive, send)
+
+    async def open(self) -> None:
+        self.home.take()
+        try:
+            await self.node.open()
+            await self.admin.open()
+        except BaseException:
+            self.home.release()
+            raise
+
+    async def close(self) -> None:
+        """Stop serving; sandboxes stay alive and are found again by the next server."""
+        await self.admin.close()
+        await self.node.close()
+        self.home.release()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A listening socket; Conflict when the port is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        raise Conflict(
+            f"cannot listen on {host}:{port}: {error.strerror}",
+            hint="choose another with --port, or stop what listens there",
+        ) from None
+    listener.setblocking(False)
+    return listener
+
+
+class _Uvicorn(uvicorn.Server):
+    """Signals are ours: see `_stop_on_signals`."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    listener = _listen(settings.host, settings.port)
+    port = listener.getsockname()[1]
+    server = Server(settings)
+    try:
+        await server.open()
+    except BaseException:
+        listener.close()
+        raise
+    try:
+        config = uvicorn.Config(
+            server.app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",  # type: ignore[arg-type]
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=5,
+            server_header=False,
+            ws_max_size=16 << 20,
+            backlog=2048,
+        )
+        http = _Uvicorn(config)
+        with _stop_on_signals(http):
+            server.home.write(settings.host, port)
+            log.info("serving on http://%s:%d, home %s, pid %d", settings.host, port, settings.home, os.getpid())
+            print(f"ROCK serves on http://{settings.host}:{port} (home {settings.home})", flush=True)
+            await http.serve(sockets=[listener])
+    finally:
+        left = len(server.node.supervisors)
+        await server.close()
+        listener.close()
+        if left:
+            print(f"{left} sandboxes stay alive; `rock admin start` finds them again", flush=True)
+
+
+@contextlib.contextmanager
+def _stop_on_signals(http: uvicorn.Server) -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+
+    def stop() -> None:
+        http.should_exit = True
+
+    for number in numbers:
+        loop.add_signal_handler(number, stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+def run_server(settings: Settings, log_to_file: bool = True) -> None:
+    """Serve in this process until told to stop. Raises RockError when it cannot start."""
+    set_up_logs(settings.log_level, settings.log_dir if log_to_file else None)
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(serve(settings))
+        return
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve(settings))
+
+
+def fail(error: RockError) -> int:
+    """Tell an error as one line, with what to do; 1 as exit status."""
+    print(f"error: {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {error.hint}", file=sys.stderr)
+    return 1
+
+
+def admin_main() -> None:
+    """The console script `admin`: the server in the foreground."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="admin", description="The ROCK server in the foreground.")
+    parser.add_argument("--env", default="local", help="kept for ROCK's command line; local is the only one")
+    parser.add_argument("--role", default="all", choices=["all", "admin", "write", "proxy", "read"])
+    parser.add_argument("--host", default=None)
+    parser.add_argument("--port", type=int, default=None)
+    given = parser.parse_args()
+    if given.role in ("proxy", "read"):
+        sys.exit(fail(Unavailable("a read cluster of its own is not available yet; role 'all' serves both")))
+    try:
+        run_server(Settings.read(host=given.host, port=given.port))
+    except (RockError, ValueError) as error:
+        sys.exit(fail(error if isinstance(error, RockError) else InvalidConfig(str(error))))
+
+
+def _not_yet(name: str) -> None:
+    sys.exit(
+        fail(
+            Unavailable(
+                f"{name} as a process of its own is not available yet",
+                hint="`rock admin start` has all roles in one process",
+            )
+        )
+    )
+
+
+def rocklet_main() -> None:
+    """The console script `rocklet`."""
+    _not_yet("rocklet")
+
+
+def envhub_main() -> None:
+    """The console script `envhub`."""
+    _not_yet("envhub")
+
+
+__all__ = ["Home", "Server", "admin_main", "environment", "run_server", "serve"]

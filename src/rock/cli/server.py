@@ -1,0 +1,28 @@
+"""The server as `rock admin start` starts it: `python -m rock.cli.server`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from rock.cli.serve import fail, run_server
+from rock.errors import InvalidConfig, RockError
+from rock.settings import Settings
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="rock.cli.server")
+    parser.add_argument("--host", required=True)
+    parser.add_argument("--port", type=int, required=True)
+    given = parser.parse_args()
+    try:
+        run_server(Settings.read(host=given.host, port=given.port))
+    except RockError as error:
+        return fail(error)
+    except ValueError as error:
+        return fail(InvalidConfig(str(error)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

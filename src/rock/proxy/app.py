@@ -1,0 +1,97 @@
+"""The data plane's way in: finds the worker of a sandbox and hands the request on. Decides nothing else.
+
+With the worker in this process, the request goes to its ASGI application as it is: no copy, no second parse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any
+
+from rock.errors import Expired, Lost, NotFound, NotHere, OutOfMemory, RockError, StartFailed, Unavailable
+from rock.protocol.sandbox import Cause, SandboxInfo, State
+from rock.store.base import Store
+from rock.wire.asgi import App, Receive, Scope, Send, failure
+
+PREFIX = "/v1/sandboxes/"
+_CONTROL = {"stop"}
+
+
+def is_data(path: str) -> bool:
+    """Whether a path belongs to the data plane: something below a sandbox that is not the admin's."""
+    if not path.startswith(PREFIX):
+        return False
+    _, _, rest = path[len(PREFIX) :].partition("/")
+    return bool(rest) and rest not in _CONTROL
+
+
+class Proxy:
+    """Routes by sandbox id. `workers`: ASGI applications by worker name."""
+
+    def __init__(self, store: Store, workers: dict[str, App]) -> None:
+        self._store = store
+        self._workers = workers
+        self._local = next(iter(workers.values())) if len(workers) == 1 else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._local is None:
+            await self._forward(scope, receive, send)
+            return
+        # One worker: it knows its sandboxes, so the store is asked only for what it does not know.
+        held = _Held(send)
+        await self._local(scope, receive, held if scope["type"] == "http" else send)
+        if held.held:
+            await failure(await self._explain(_sandbox_id(scope))).send(send)
+
+    async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
+        record = await self._store.get(_sandbox_id(scope))
+        worker = self._workers.get(record.info.worker or "") if record else None
+        if record is None or worker is None:
+            missing = Unavailable("its worker is not known here") if record else NotFound("Sandbox not found")
+            await failure(missing).send(send)
+            return
+        await worker(scope, receive, send)
+
+    async def _explain(self, sandbox_id: str) -> RockError:
+        """A worker does not hold the sandbox: what became of it."""
+        record = await self._store.get(sandbox_id)
+        if record is None:
+            return NotFound(f"Sandbox {sandbox_id} not found", sandbox_id=sandbox_id)
+        return tell(record.info)
+
+
+class _Held:
+    """Passes an answer on, but keeps back that of a worker which does not hold the sandbox."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.held = False
+
+    async def __call__(self, message: MutableMapping[str, Any]) -> None:
+        if message["type"] == "http.response.start" and message["status"] == NotHere.status:
+            self.held = True
+        if not self.held:
+            await self._send(message)
+
+
+def _sandbox_id(scope: Scope) -> str:
+    return str(scope["path"])[len(PREFIX) :].partition("/")[0]
+
+
+def tell(info: SandboxInfo) -> RockError:
+    """The error for a call to a sandbox that is not there (yet, or any more)."""
+    if info.cause is None:
+        what = "has not started yet" if info.state is State.PENDING else "is not found on its worker now"
+        return Unavailable(f"sandbox {info.sandbox_id} {what}", sandbox_id=info.sandbox_id, hint="retry")
+    kinds: dict[Cause, type[RockError]] = {
+        Cause.OUT_OF_MEMORY: OutOfMemory,
+        Cause.LOST: Lost,
+        Cause.EXITED: Lost,
+        Cause.START_FAILED: StartFailed,
+    }
+    kind = kinds.get(info.cause, Expired)
+    return kind(
+        f"sandbox {info.sandbox_id} is gone: {info.reason or info.cause}",
+        sandbox_id=info.sandbox_id,
+        details={"cause": info.cause.value, "stopped_at": info.stopped_at},
+    )

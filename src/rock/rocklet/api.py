@@ -1,0 +1,298 @@
+"""The rocklet's face: the data plane and the node plane of protocol/routes.py, over a Node."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from typing import Any
+
+import orjson
+
+from rock.errors import InvalidConfig, NotFound, RockError
+from rock.protocol.action import BashAction, Command, CreateBashSessionRequest
+from rock.protocol.node import ProcessList, SessionList
+from rock.protocol.routes import IDEMPOTENCY_KEY, LOG_NEXT, LOG_RUNNING, LOG_START, ROUTES
+from rock.protocol.sandbox import SandboxConfig
+from rock.rocklet import env_api, file_api, programs, terminal
+from rock.rocklet.node import Node
+from rock.rocklet.stream import Streaming
+from rock.rocklet.supervisor import Supervisor
+from rock.wire.asgi import Answer, Request, Router, answer, failure, validate
+
+_KEY = IDEMPOTENCY_KEY.encode()
+_REMEMBERED = 2_000
+_REMEMBERED_SIZE = 64 << 10
+
+
+class Once:
+    """Answers by idempotency key: a request that was sent again gets the first one's answer and does nothing."""
+
+    def __init__(self) -> None:
+        self._answers: OrderedDict[tuple[str, str], asyncio.Future[Answer]] = OrderedDict()
+
+    async def do(self, sandbox_id: str, request: Request, work: Any) -> Answer:
+        key = request.header(_KEY)
+        if key is None:
+            return await work  # type: ignore[no-any-return]
+        known = self._answers.get((sandbox_id, key))
+        if known is not None:
+            work.close()
+            return await asyncio.shield(known)
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._answers[sandbox_id, key] = future
+        try:
+            reply: Answer = await work
+        except RockError as error:
+            reply = failure(error)
+        except BaseException:
+            future.cancel()
+            self._answers.pop((sandbox_id, key), None)
+            raise
+        future.set_result(reply)
+        if len(reply.body) > _REMEMBERED_SIZE:
+            self._answers.pop((sandbox_id, key), None)
+        while len(self._answers) > _REMEMBERED:
+            self._answers.popitem(last=False)
+        return reply
+
+
+class Api:
+    """Handlers by route name. Each finds its sandbox, counts as activity, and calls one method of its supervisor."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.once = Once()
+
+    def router(self) -> Router:
+        router = Router("rocklet")
+        for name in (
+            "create_session",
+            "list_sessions",
+            "close_session",
+            "run",
+            "interrupt",
+            "session_input",
+            "resize",
+            "execute",
+            "start_process",
+            "list_processes",
+            "get_process",
+            "process_logs",
+            "signal_process",
+            "process_stdin",
+            "forget_process",
+            "node_create",
+            "node_list",
+            "node_get",
+            "node_destroy",
+            "node_status",
+            "node_events",
+        ):
+            router.add(ROUTES[name], getattr(self, name))
+        router.add(ROUTES["terminal"], terminal.handler(self.node))
+        file_api.add_routes(router, self.node)
+        env_api.add_routes(router, self.node, self.once.do)
+        return router
+
+    def _find(self, request: Request) -> Supervisor:
+        return self.node.get(request.path["sandbox_id"])
+
+    # ---- sessions ----
+
+    async def create_session(self, request: Request) -> Answer:
+        sandbox = self._find(request)
+        wanted = await request.model(CreateBashSessionRequest)
+
+        async def work() -> Answer:
+            with sandbox.active():
+                output = await sandbox.create_session(wanted)
+            return answer({"output": output, "session_type": "bash"}, 201)
+
+        return await self.once.do(sandbox.id, request, work())
+
+    async def list_sessions(self, request: Request) -> Answer:
+        sandbox = self._find(request)
+        return answer(SessionList(items=[s.info for s in sandbox.sessions.values() if s.closed is None]))
+
+    async def close_session(self, request: Request) -> Answer:
+        sandbox = self._find(request)
+        with sandbox.active():
+            await sandbox.close_session(request.path["session"])
+        return answer({"session_type": "bash"})
+
+    async def run(self, request: Request) -> Answer:
+        sandbox = self._find(request)
+        body = await request.json()
+        if not isinstance(body, dict):
+            raise InvalidConfig("the body is not a JSON object")
+        body["session"] = request.path["session"]
+        action = validate(BashAction, body)
+        if request.flag("stream"):
+            return await self._stream_run(sandbox, request, action)
+
+        async def work() -> Answer:
+            with sandbox.active():
+                session = await sandbox.session(action.session)
+                return answer(await session.run(action))
+
+        return await self.once.do(sandbox.id, request, work())
+
+    async def _stream_run(self, sandbox: Supervisor, request: Request, action: BashAction) -> Answer:
+        session = await sandbox.session(action.session)
+        streaming = Streaming(session.pause, session.resume)
+
+        async def work() -> Any:
+            with sandbox.active():
+                return await session.run(action, streaming.put)
+
+        return streaming.answer(work(), request)
+
+    async def interrupt(self, request: Request) -> Answer:
+        sandbox = self._find(request)
+        session = await sandbox.session(request.path["session"])
+        await session.interrupt()
+        return answer(session.info)
+
+    async def session_input(self, request: Request) -> Answer:
+        sandbox = self._find(request)
+        with sandbox.active():
+            session = await sandbox.session(request.path["session"])
+            await session.type(await request.body())
+        return answer(session.info)
+
+    async def resize(self, request: Request) -> Answer:
+        session = await self._find(request).session(request.path["session"])
+        rows, columns = size_of(await request.json())
+        await session.resize(rows, columns)
+        return answer(session.info)
+
+    # ---- programs ----
+
+    async def execute(self, request: Request) -> Answer:
+        sandbox = self._find(request)
+        command = await request.model(Command)
+        if request.flag("stream"):
+            return await self._stream_execute(sandbox, request, command)
+
+        async def work() -> Answer:
+            with sandbox.active():
+                process = await programs.start(
+                    sandbox.runtime, sandbox.handle, command, await sandbox.shell_for(command)
+                )
+                return answer(await programs.Execution(process, command).run())
+
+        return await self.once.do(sandbox.id, request, work())
+
+    async def _stream_execute(self, sandbox: Supervisor, request: Request, command: Command) -> Answer:
+        process = await programs.start(sandbox.runtime, sandbox.handle, command, await sandbox.shell_for(command))
+        streaming = Streaming()
+        execution = programs.Execution(process, command, streaming.put)
+        streaming.pause, streaming.resume = execution.pause, execution.resume
+
+        async def work() -> Any:
+            with sandbox.active():
+                return await execution.run()
+
+        return streaming.answer(work(), request)
+
+    async def start_process(self, request: Request) -> Answer:
+        sandbox = self._find(request)
+        command = await request.model(Command)
+
+        async def work() -> Answer:
+            with sandbox.active():
+                return answer((await sandbox.start_process(command)).info, 201)
+
+        return await self.once.do(sandbox.id, request, work())
+
+    async def list_processes(self, request: Request) -> Answer:
+        return answer(ProcessList(items=[p.info for p in self._find(request).processes.values()]))
+
+    async def get_process(self, request: Request) -> Answer:
+        sandbox = self._find(request)
+        process = sandbox.process(request.path["process_id"])
+        with sandbox.active():
+            return answer(await process.wait(request.number("wait", 0, high=3600)))
+
+    async def process_logs(self, request: Request) -> Answer:
+        sandbox = self._find(request)
+        process = sandbox.process(request.path["process_id"])
+        offset = int(request.number("offset", 0))
+        limit = int(request.number("limit", 1 << 20, high=16 << 20))
+        with sandbox.active():
+            data, more = await process.read(
+                request.query.get("stream", "stdout"), offset, limit, request.number("wait", 0, high=3600)
+            )
+        headers = [
+            (LOG_START.encode(), b"%d" % offset),
+            (LOG_NEXT.encode(), b"%d" % (offset + len(data))),
+            (LOG_RUNNING.encode(), b"1" if more else b"0"),
+        ]
+        return Answer(data, content_type=b"application/octet-stream", headers=headers)
+
+    async def signal_process(self, request: Request) -> Answer:
+        sandbox = self._find(request)
+        process = sandbox.process(request.path["process_id"])
+        body = await request.json()
+        number = body.get("signal", 15) if isinstance(body, dict) else None
+        if not isinstance(number, int) or not 1 <= number <= 64:
+            raise InvalidConfig(f"no such signal: {number!r}", hint="a number from 1 to 64")
+        with sandbox.active():
+            if process.status is None:
+                await process.process.signal(number, tree=bool(body.get("tree", False)))
+        return answer(process.info)
+
+    async def process_stdin(self, request: Request) -> Answer:
+        sandbox = self._find(request)
+        process = sandbox.process(request.path["process_id"])
+        with sandbox.active():
+            await process.write(await request.body(), request.flag("close"))
+        return answer(process.info)
+
+    async def forget_process(self, request: Request) -> Answer:
+        sandbox = self._find(request)
+        return answer((await sandbox.forget_process(request.path["process_id"])).info)
+
+    # ---- node plane ----
+
+    async def node_create(self, request: Request) -> Answer:
+        config = await request.model(SandboxConfig)
+        if request.flag("check"):
+            await self.node.check(config)
+            return answer({})
+        return _dump(await self.node.create(request.path["sandbox_id"], config), 201)
+
+    async def node_list(self, request: Request) -> Answer:
+        return _dump(self.node.inventory())
+
+    async def node_get(self, request: Request) -> Answer:
+        sandbox_id = request.path["sandbox_id"]
+        if sandbox_id not in self.node.supervisors:
+            raise NotFound(f"sandbox {sandbox_id} is not here", sandbox_id=sandbox_id)
+        sandbox = self.node.supervisors[sandbox_id]
+        if request.flag("touch"):
+            sandbox.touch()
+        return _dump(sandbox.describe(await sandbox.usage() if request.flag("usage") else None))
+
+    async def node_destroy(self, request: Request) -> Answer:
+        return _dump(await self.node.destroy(request.path["sandbox_id"], request.number("grace", 0, high=600)))
+
+    async def node_status(self, request: Request) -> Answer:
+        return _dump(await self.node.status())
+
+    async def node_events(self, request: Request) -> Answer:
+        after = int(request.number("after", 0))
+        return _dump(await self.node.events(after, request.number("wait", 0, high=600)))
+
+
+def _dump(model: Any, status: int = 200) -> Answer:
+    return Answer(orjson.dumps(model.model_dump(mode="json")), status)
+
+
+def size_of(body: Any) -> tuple[int, int]:
+    """(rows, columns) of a request; InvalidConfig when they are no size of a terminal."""
+    values = [body.get(name) for name in ("rows", "columns")] if isinstance(body, dict) else [None, None]
+    rows, columns = (v if isinstance(v, int) and 1 <= v <= 10_000 else 0 for v in values)
+    if not rows or not columns:
+        raise InvalidConfig(f"rows and columns have to be numbers from 1 to 10000, not {values}")
+    return rows, columns

@@ -1,0 +1,261 @@
+"""Every sandbox on this machine: admit, create, find again after a restart, tell of ends, destroy."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shutil
+import socket
+import time
+import uuid
+from collections import OrderedDict
+from pathlib import Path
+
+from rock.errors import Conflict, Expired, InvalidConfig, Lost, NoCapacity, NotHere, OutOfMemory, RockError
+from rock.protocol.node import NodeEvent, NodeEvents, NodeInventory, NodeSandbox, NodeStatus
+from rock.protocol.sandbox import Cause, Isolation, Phase, SandboxConfig
+from rock.rocklet.supervisor import Supervisor
+from rock.runtime.base import Liveness, Runtime
+
+log = logging.getLogger("rock.node")
+
+_KEPT_EVENTS = 10_000
+_KEPT_ENDS = 5_000
+
+
+class Node:
+    """The sandboxes of one machine.
+
+    runtimes: by name; `default` is the one for configs that name none. folder: where records and logs live.
+    """
+
+    def __init__(self, runtimes: dict[str, Runtime], default: str, folder: Path, limit: int) -> None:
+        self.runtimes = runtimes
+        self.default = default
+        self.folder = folder
+        self.limit = limit
+        self.boot = uuid.uuid4().hex[:12]
+        self.supervisors: dict[str, Supervisor] = {}
+        self._creating: dict[str, asyncio.Task[Supervisor]] = {}
+        self._phases: dict[str, dict[str, Phase]] = {}
+        self._events: list[NodeEvent] = []
+        self._changed = asyncio.Condition()
+        self._ends: OrderedDict[str, tuple[Cause, str]] = OrderedDict()
+        self._number = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closing = False
+
+    # ---- life ----
+
+    async def open(self) -> None:
+        """Start the runtimes, find the sandboxes of a former run, and remove what has no record."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for runtime in self.runtimes.values():
+            await runtime.open()
+        known: dict[str, list[str]] = {name: [] for name in self.runtimes}
+        for folder in sorted(self.folder.iterdir()):
+            if folder.is_dir():
+                await self._recover(folder, known)
+        for name, runtime in self.runtimes.items():
+            swept = await runtime.sweep(known[name])
+            if swept:
+                log.warning("removed %d sandboxes of runtime %s that had no record: %s", len(swept), name, swept)
+
+    async def _recover(self, folder: Path, known: dict[str, list[str]]) -> None:
+        try:
+            config, handle, record = Supervisor.load(folder)
+            runtime = self.runtimes[handle.runtime]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("no usable record in %s: %s", folder, error)
+            await asyncio.to_thread(shutil.rmtree, folder, True)
+            return
+        sandbox_id = folder.name
+        if await runtime.recover(handle) is Liveness.GONE:
+            await runtime.destroy(handle)
+            await asyncio.to_thread(shutil.rmtree, folder, True)
+            self._tell(sandbox_id, Cause.LOST, "it ended while no server was running")
+            return
+        known[handle.runtime].append(handle.id)
+        supervisor = Supervisor(sandbox_id, config, runtime, handle, folder, self._ended)
+        await supervisor.recover(record)
+        self.supervisors[sandbox_id] = supervisor
+        log.info("found sandbox %s again, sessions: %s", sandbox_id, sorted(supervisor.sessions))
+
+    async def close(self) -> None:
+        """Let go of every sandbox and leave it running."""
+        self._closing = True
+        for task in [*self._creating.values(), *self._tasks]:
+            task.cancel()
+        await asyncio.gather(*self._creating.values(), *self._tasks, return_exceptions=True)
+        for supervisor in self.supervisors.values():
+            await supervisor.detach()
+        for runtime in self.runtimes.values():
+            await runtime.close()
+        async with self._changed:
+            self._changed.notify_all()
+
+    # ---- create and destroy ----
+
+    def runtime_for(self, config: SandboxConfig) -> Runtime:
+        name = config.runtime or self.default
+        try:
+            return self.runtimes[name]
+        except KeyError:
+            names = ", ".join(sorted(self.runtimes))
+            raise InvalidConfig(f"no runtime {name!r} on this machine (there are: {names})") from None
+
+    async def check(self, config: SandboxConfig) -> None:
+        """Raise what a create would raise at once; starts nothing."""
+        await self.runtime_for(config).check(config)
+
+    async def create(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
+        """Make a sandbox. The same id and config again is the same sandbox, made once."""
+        found = self.supervisors.get(sandbox_id)
+        if found is not None:
+            if found.config != config:
+                raise Conflict(f"sandbox {sandbox_id} exists already", sandbox_id=sandbox_id)
+            return found.describe()
+        task = self._creating.get(sandbox_id)
+        if task is None:
+            if len(self.supervisors) + len(self._creating) >= self.limit:
+                raise NoCapacity(
+                    f"this machine is at its limit of {self.limit} sandboxes",
+                    hint="stop some, or raise ROCK_SANDBOX_LIMIT",
+                )
+            task = asyncio.create_task(self._create(sandbox_id, config), name=f"create-{sandbox_id}")
+            self._creating[sandbox_id] = task
+            task.add_done_callback(lambda _: self._creating.pop(sandbox_id, None))
+        return (await asyncio.shield(task)).describe()
+
+    async def _create(self, sandbox_id: str, config: SandboxConfig) -> Supervisor:
+        runtime = self.runtime_for(config)
+        phases = {"image": Phase(status="running", started_at=time.time()), "sandbox": Phase()}
+        self._phases[sandbox_id] = phases
+        step = "image"
+        try:
+            await runtime.check(config)
+            phases["image"] = _finished(phases["image"], "on disk")
+            step = "sandbox"
+            phases["sandbox"] = Phase(status="running", started_at=time.time())
+            handle = await runtime.create(sandbox_id, config)
+            phases["sandbox"] = _finished(phases["sandbox"], "running")
+        except RockError as error:
+            phases[step] = phases[step].model_copy(update={"status": "failed", "message": error.message})
+            error.sandbox_id = sandbox_id
+            raise
+        finally:
+            self._phases.pop(sandbox_id, None)
+        supervisor = Supervisor(sandbox_id, config, runtime, handle, self.folder / sandbox_id, self._ended)
+        supervisor.phases = phases
+        try:
+            supervisor.save()
+        except OSError:
+            await supervisor.destroy(0)
+            raise
+        self.supervisors[sandbox_id] = supervisor
+        self._spawn(supervisor.prepare())
+        return supervisor
+
+    def _spawn(self, work: object) -> None:
+        task = asyncio.ensure_future(work)  # type: ignore[arg-type]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def destroy(self, sandbox_id: str, grace: float = 0.0) -> NodeSandbox:
+        """Remove a sandbox and all it used. Idempotent: an unknown one answers as not alive."""
+        creating = self._creating.get(sandbox_id)
+        if creating is not None:
+            creating.cancel()
+            await asyncio.gather(creating, return_exceptions=True)
+        supervisor = self.supervisors.pop(sandbox_id, None)
+        if supervisor is None:
+            return NodeSandbox(sandbox_id=sandbox_id)
+        self._remember(sandbox_id, Cause.USER, "it was stopped")
+        await supervisor.destroy(grace)
+        await asyncio.to_thread(shutil.rmtree, supervisor.folder, True)
+        supervisor.cause = supervisor.cause or Cause.USER
+        return supervisor.describe()
+
+    # ---- find ----
+
+    def get(self, sandbox_id: str) -> Supervisor:
+        """The sandbox, or the error that tells what became of it."""
+        supervisor = self.supervisors.get(sandbox_id)
+        if supervisor is not None and supervisor.cause is None:
+            return supervisor
+        if sandbox_id in self._ends:
+            cause, reason = self._ends[sandbox_id]
+            kind = OutOfMemory if cause is Cause.OUT_OF_MEMORY else Lost if cause is Cause.LOST else Expired
+            raise kind(f"sandbox {sandbox_id} is gone: {reason}", sandbox_id=sandbox_id)
+        raise NotHere(f"sandbox {sandbox_id} not found", sandbox_id=sandbox_id)
+
+    def inventory(self) -> NodeInventory:
+        return NodeInventory(sandboxes=[s.describe() for s in self.supervisors.values()])
+
+    async def status(self) -> NodeStatus:
+        runtime = self.runtimes[self.default]
+        total, free = _memory()
+        return NodeStatus(
+            host_name=socket.gethostname(),
+            host_ip="127.0.0.1",
+            runtime=self.default,
+            isolation=getattr(runtime, "isolation", Isolation.NONE),
+            enforced=dict(getattr(runtime, "enforced", {})),
+            cpus=os.cpu_count() or 1,
+            memory_total=total,
+            memory_free=free,
+            sandboxes=len(self.supervisors),
+            sandbox_limit=self.limit,
+            boot=self.boot,
+        )
+
+    # ---- ends ----
+
+    def _remember(self, sandbox_id: str, cause: Cause, reason: str) -> None:
+        self._ends[sandbox_id] = (cause, reason)
+        while len(self._ends) > _KEPT_ENDS:
+            self._ends.popitem(last=False)
+
+    def _tell(self, sandbox_id: str, cause: Cause, reason: str) -> None:
+        self._remember(sandbox_id, cause, reason)
+        self._number += 1
+        self._events.append(NodeEvent(number=self._number, sandbox_id=sandbox_id, cause=cause, reason=reason))
+        del self._events[:-_KEPT_EVENTS]
+
+    def _ended(self, supervisor: Supervisor, cause: Cause, reason: str) -> None:
+        """A sandbox died by itself: tell of it, and remove what is left of it."""
+        log.warning("sandbox %s ended: %s", supervisor.id, reason)
+        self._tell(supervisor.id, cause, reason)
+        self._spawn(self._clean_up(supervisor))
+
+    async def _clean_up(self, supervisor: Supervisor) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+        if self.supervisors.get(supervisor.id) is supervisor:
+            del self.supervisors[supervisor.id]
+            await supervisor.destroy(0)
+            await asyncio.to_thread(shutil.rmtree, supervisor.folder, True)
+
+    async def events(self, after: int, wait: float) -> NodeEvents:
+        """Ends with a number above `after`; waits up to `wait` seconds for one."""
+        try:
+            async with asyncio.timeout(wait), self._changed:
+                await self._changed.wait_for(lambda: self._number > after or self._closing)
+        except TimeoutError:
+            pass
+        return NodeEvents(boot=self.boot, events=[event for event in self._events if event.number > after])
+
+
+def _finished(phase: Phase, message: str) -> Phase:
+    return phase.model_copy(update={"status": "success", "message": message, "completed_at": time.time()})
+
+
+def _memory() -> tuple[int, int]:
+    """(total, available) bytes of this machine's memory."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0, 0
+    values = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if ":" in line}
+    return values.get("MemTotal", 0), values.get("MemAvailable", 0)

@@ -1,0 +1,275 @@
+"""One-shot programs and background processes, over `Runtime.spawn`."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from rock.errors import InvalidConfig, NotFound
+from rock.protocol.action import Command, CommandResponse, ProcessInfo
+from rock.rocklet.session import Shell
+from rock.rocklet.streams import Capped, Reader, as_text, write_all
+from rock.runtime.base import ExitStatus, Handle, Process, Program, Runtime
+
+KEY = "process:"
+LOG_CAP = 1 << 30  # bytes of a log on the server's disk; what comes after is counted, not kept
+
+Sink = Callable[[bool, bytes], None]
+
+
+def argv_of(command: str | list[str], sh: Shell | None) -> list[str]:
+    """A list as it is; a string through the image's shell. NotFound when it has none."""
+    if isinstance(command, list):
+        return command
+    if sh is None:
+        raise NotFound("the image has no shell to run a string with", hint="give the command as a list")
+    return [sh.path, "-c", command]
+
+
+class Execution:
+    """One program run to its end, its output collected or handed to a sink."""
+
+    def __init__(self, process: Process, command: Command, sink: Sink | None = None) -> None:
+        self.process = process
+        self._command = command
+        self._out, self._err = Capped(command.max_output_bytes), Capped(command.max_output_bytes)
+        put = sink or (lambda is_errors, data: (self._err if is_errors else self._out).add(data))
+        self._readers = [
+            Reader(fd, lambda data, e=is_errors: put(e, data))  # type: ignore[misc]
+            for is_errors, fd in ((False, process.stdout), (True, process.stderr))
+            if fd is not None
+        ]
+
+    def pause(self) -> None:
+        for reader in self._readers:
+            reader.pause()
+
+    def resume(self) -> None:
+        for reader in self._readers:
+            reader.resume()
+
+    async def run(self) -> CommandResponse:
+        """Wait for the end, or the time-out. Whatever happens, descriptors are released, and after a time-out or a
+        cancellation nothing of the program runs on."""
+        began = time.monotonic()
+        feed = asyncio.create_task(self._feed()) if self.process.stdin is not None else None
+        timed_out = False
+        try:
+            try:
+                async with asyncio.timeout(self._command.timeout):
+                    status = await self.process.wait()
+            except TimeoutError:
+                timed_out = True
+                await self.process.kill_tree()
+                await self.process.wait()
+                status = ExitStatus()
+            for reader in self._readers:
+                reader.drain()  # a daemon it left may hold the pipe open: its end is not waited for
+            return self._response(status, timed_out, time.monotonic() - began)
+        except asyncio.CancelledError:
+            await asyncio.shield(self.process.kill_tree())
+            raise
+        finally:
+            if feed is not None:
+                feed.cancel()
+                await asyncio.gather(feed, return_exceptions=True)
+            for reader in self._readers:
+                reader.close()
+            self.process.close()
+
+    async def _feed(self) -> None:
+        assert self.process.stdin is not None
+        await write_all(self.process.stdin, (self._command.stdin or "").encode("utf-8", "surrogateescape"))
+        close_stdin(self.process)
+
+    def _response(self, status: ExitStatus, timed_out: bool, duration: float) -> CommandResponse:
+        out, out_dropped = self._out.take()
+        err, err_dropped = self._err.take()
+        out_text, out_exact = as_text(out)
+        err_text, err_exact = as_text(err)
+        reason = ""
+        if timed_out:
+            reason = f"timed out after {self._command.timeout:g} s; the whole process tree was killed"
+        elif status.signal is not None:
+            reason = f"killed by signal {status.signal}"
+        elif status.code is None:
+            reason = "it ended and nobody saw how"
+        return CommandResponse.model_construct(
+            stdout=out_text,
+            stderr=err_text,
+            stdout_b64=out_exact,
+            stderr_b64=err_exact,
+            exit_code=status.shell_code,
+            signal=status.signal,
+            timed_out=timed_out,
+            failure_reason=reason,
+            stdout_dropped=out_dropped,
+            stderr_dropped=err_dropped,
+            duration=duration,
+        )
+
+
+def close_stdin(process: Process) -> None:
+    """End of file for the program."""
+    if process.stdin is not None:
+        fd, process.stdin = process.stdin, None
+        os.close(fd)
+
+
+async def start(
+    runtime: Runtime,
+    handle: Handle,
+    command: Command,
+    sh: Shell | None,
+    *,
+    key: str = "",
+    keep: bool = False,
+    stdin: bool | None = None,
+) -> Process:
+    """Spawn what a Command describes."""
+    wants_stdin = command.stdin is not None if stdin is None else stdin
+    return await runtime.spawn(
+        handle,
+        Program(
+            argv_of(command.command, sh),
+            env=command.env or {},
+            cwd=command.cwd,
+            user=command.user,
+            stdin="pipe" if wants_stdin else "null",
+            key=key,
+            keep=keep,
+        ),
+    )
+
+
+class Background:
+    """A process that outlives the call that started it. Its output goes to two files of the server, read by offset.
+
+    pid 1 of the sandbox keeps its streams, so it outlives the rocklet too; while no rocklet reads, it waits.
+    """
+
+    def __init__(
+        self, process_id: str, command: str | list[str], process: Process, folder: Path, started_at: float | None = None
+    ) -> None:
+        self.id = process_id
+        self.command = command
+        self.process = process
+        self.started_at = started_at or time.time()
+        self.ended_at: float | None = None
+        self.status: ExitStatus | None = None
+        self._folder = folder
+        self._grown = asyncio.Condition()
+        self._files = {name: open(folder / name, "ab", buffering=0) for name in ("stdout", "stderr")}
+        self._sizes = {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
+        self._readers = [
+            Reader(fd, lambda data, n=name: self._append(n, data))  # type: ignore[misc]
+            for name, fd in (("stdout", process.stdout), ("stderr", process.stderr))
+            if fd is not None
+        ]
+        self._watch = asyncio.create_task(self._watch_exit(), name=f"process-{process_id}")
+        self._wakers: set[asyncio.Task[None]] = set()
+
+    @property
+    def info(self) -> ProcessInfo:
+        status = self.status
+        return ProcessInfo(
+            process_id=self.id,
+            pid=self.process.pid,
+            command=self.command,
+            running=status is None,
+            exit_code=status.shell_code if status else None,
+            signal=status.signal if status else None,
+            started_at=self.started_at,
+            ended_at=self.ended_at,
+            stdout_size=self._sizes["stdout"],
+            stderr_size=self._sizes["stderr"],
+        )
+
+    def _append(self, name: str, data: bytes) -> None:
+        room = LOG_CAP - self._sizes[name]
+        if room > 0:
+            try:
+                self._files[name].write(data[:room])
+            except OSError:
+                room = 0  # the server's disk is full: the program goes on, and the size tells what is not there
+            self._sizes[name] += min(len(data), max(room, 0))
+        self._wake()
+
+    def _wake(self) -> None:
+        task = asyncio.ensure_future(self._notify())
+        self._wakers.add(task)
+        task.add_done_callback(self._wakers.discard)
+
+    async def _notify(self) -> None:
+        async with self._grown:
+            self._grown.notify_all()
+
+    async def _watch_exit(self) -> None:
+        try:
+            status = await self.process.wait()
+        except Exception:
+            status = ExitStatus()
+        for reader in self._readers:
+            reader.drain()
+        self.status, self.ended_at = status, time.time()
+        await self._notify()
+
+    async def wait(self, seconds: float) -> ProcessInfo:
+        """Its state as soon as it has ended, at the latest after `seconds`."""
+        try:
+            async with asyncio.timeout(seconds), self._grown:
+                await self._grown.wait_for(lambda: self.status is not None)
+        except TimeoutError:
+            pass
+        return self.info
+
+    async def read(self, stream: str, offset: int, limit: int, wait: float) -> tuple[bytes, bool]:
+        """(bytes of a log from `offset`, whether more may come). Waits up to `wait` seconds while there are none."""
+        if stream not in self._files:
+            raise InvalidConfig(f"no such stream: {stream!r}", hint="stdout or stderr")
+        if wait and self._sizes[stream] <= offset:
+            try:
+                async with asyncio.timeout(wait), self._grown:
+                    await self._grown.wait_for(lambda: self.status is not None or self._sizes[stream] > offset)
+            except TimeoutError:
+                pass
+        running = self.status is None
+        data = await asyncio.to_thread(_read_at, self._folder / stream, offset, limit)
+        return data, running or offset + len(data) < self._sizes[stream]
+
+    async def write(self, data: bytes, close: bool) -> None:
+        if self.process.stdin is None:
+            raise InvalidConfig(f"process {self.id} takes no input: it was closed, or it has ended")
+        if data and not await write_all(self.process.stdin, data):
+            close = True
+        if close:
+            close_stdin(self.process)
+
+    async def detach(self) -> None:
+        """Let go of it and leave it running."""
+        self._watch.cancel()
+        await asyncio.gather(self._watch, *self._wakers, return_exceptions=True)
+        for reader in self._readers:
+            reader.close()
+        for file in self._files.values():
+            file.close()
+
+    async def forget(self) -> None:
+        """Kill it if it runs, and drop its logs."""
+        if self.status is None:
+            await self.process.kill_tree()
+            await self.wait(5.0)
+        await self.detach()
+        self.process.close()
+        for name in self._files:
+            (self._folder / name).unlink(missing_ok=True)
+        self._folder.rmdir()
+
+
+def _read_at(path: Path, offset: int, limit: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(limit)

@@ -1,0 +1,478 @@
+"""A shell held open in a sandbox: ordered commands, kept state.
+
+The shell is a kept Process: pid 1 of the sandbox holds its streams, so a session outlives a crash of the rocklet and is
+found again by `attach`. The framing is shell.py's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from rock.errors import InvalidConfig, NotFound, SessionClosed, StartFailed
+from rock.protocol.action import MAX_OUTPUT, BashAction, BashObservation, CreateBashSessionRequest, SessionInfo
+from rock.rocklet import shell
+from rock.rocklet.streams import Capped, Reader, as_text, write_all
+from rock.runtime.base import ExitStatus, Files, Handle, Process, Program, Runtime
+
+KEY = "session:"
+_RESTART_GRACE = 1.5  # seconds for a shell to hand its state over before it is killed
+_BULK = 16 << 10  # a pipe is read byte by byte by the shell: longer commands go by a file
+
+Sink = Callable[[bool, bytes], None]  # (is stderr, bytes)
+
+
+@dataclass
+class _Run:
+    """The command that runs now."""
+
+    token: int
+    output: Capped
+    errors: Capped
+    done: asyncio.Future[shell.Report | ExitStatus]
+    began: float  # seconds of CLOCK_BOOTTIME: what is younger was started by this command
+    sink: Sink | None = None
+    interrupted: bool = False
+
+
+@dataclass
+class Shell:
+    """Which shell an image has, and how to talk to it."""
+
+    path: str
+    dialect: shell.Dialect
+    env: Mapping[str, str] = field(default_factory=dict)
+
+
+async def find_shell(runtime: Runtime, handle: Handle, wanted: str | None = None) -> Shell:
+    """The shell to use: the `wanted` one, else bash, else sh. NotFound when the image has none."""
+    names = (
+        [wanted]
+        if wanted and "/" in wanted
+        else [
+            f"{d}/{n}" for n in ([wanted] if wanted else ["bash", "sh"]) for d in ("/bin", "/usr/bin", "/usr/local/bin")
+        ]
+    )
+    if isinstance(runtime, Files):
+        for path in names:
+            try:
+                found = await runtime.stat(handle, path)
+            except NotFound:
+                continue
+            if found.kind == "file" and found.mode & 0o111:
+                return Shell(path, shell.BASH if path.endswith("bash") else shell.SH)
+    raise NotFound(
+        f"the image has no shell ({', '.join(names)})",
+        hint="run programs with execute and a list, or use an image with bash or sh",
+    )
+
+
+class Session:
+    """One session. Commands run one after the other; callers queue."""
+
+    def __init__(self, runtime: Runtime, handle: Handle, spec: CreateBashSessionRequest, sh: Shell) -> None:
+        self.spec = spec
+        self.shell = sh
+        self.created_at = time.time()
+        self.closed: str | None = None
+        self.startup_output = ""
+        self._runtime = runtime
+        self._handle = handle
+        self._process: Process | None = None
+        self._readers: list[Reader] = []
+        self._reports = shell.ReportParser()
+        self._run: _Run | None = None
+        self._lock = asyncio.Lock()
+        self._token = int(time.time() * 1000) % 1_000_000_000  # a report to a former rocklet is not taken for ours
+        self._status = 0
+        self._cwd: str | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._idle_output = Capped(MAX_OUTPUT)
+
+    # ---- life ----
+
+    async def open(self) -> None:
+        """Start the shell; `startup_output` is what the start-up files printed. Raises StartFailed with it."""
+        await self._spawn()
+        observation = await self._preamble()
+        if observation.exit_code != 0:
+            await self.close()
+            raise StartFailed(
+                f"session {self.spec.session!r} could not start: {observation.output.strip() or 'the shell ended'}",
+                sandbox_id=self._handle.id,
+                hint="look at startup_source, cwd and remote_user",
+            )
+        self.startup_output = observation.output
+
+    async def attach(self) -> None:
+        """Take over a shell that a former rocklet started."""
+        self._adopt(await self._runtime.attach(self._handle, KEY + self.spec.session))
+
+    async def close(self) -> None:
+        """Kill the shell and all that it started."""
+        self.closed = self.closed or "it was closed"
+        if self._process is not None:
+            await self._process.kill_tree()
+        await self._release()
+
+    async def detach(self) -> None:
+        """Let go of the shell and leave it running, for a rocklet that comes after this one."""
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+        for reader in self._readers:
+            reader.close()
+
+    async def _release(self) -> None:
+        await self.detach()
+        if self._process is not None:
+            self._process.close()
+        if self._run is not None and not self._run.done.done():
+            self._run.done.set_result(ExitStatus())
+
+    async def _spawn(self) -> None:
+        pty = self.spec.pty is not None
+        dialect = self.shell.dialect
+        channels: dict[int, str] = {dialect.status: "w"}
+        if pty:
+            channels[dialect.script] = "r"
+        else:
+            channels[dialect.errors] = "w"
+        program = Program(
+            argv=dialect.argv(self.shell.path, pty),
+            env={"PS1": "", "PS2": "", **({"TERM": "xterm-256color"} if pty else {}), **(self.spec.env or {})},
+            cwd=self._cwd or self.spec.cwd,
+            user=self.spec.remote_user,
+            stdin="pipe",
+            stderr="stdout",
+            pty=self.spec.pty,
+            channels=channels,  # type: ignore[arg-type]
+            key=KEY + self.spec.session,
+            keep=True,
+        )
+        self._adopt(await self._runtime.spawn(self._handle, program))
+
+    def _adopt(self, process: Process) -> None:
+        self._process = process
+        dialect = self.shell.dialect
+        assert process.stdout is not None
+        self._reports = shell.ReportParser()
+        self._readers = [Reader(process.stdout, lambda data: self._on_output(False, data))]
+        if dialect.errors in process.channels:
+            self._readers.append(Reader(process.channels[dialect.errors], lambda data: self._on_output(True, data)))
+        self._readers.append(Reader(process.channels[dialect.status], self._on_status))
+        self._watch = asyncio.create_task(self._watch_exit(process), name=f"session-{self.spec.session}")
+
+    async def _watch_exit(self, process: Process) -> None:
+        try:
+            status = await process.wait()
+        except Exception:
+            status = ExitStatus()
+        if self._process is process:
+            if self._run is not None and not self._run.done.done():
+                self._run.done.set_result(status)
+            elif self.closed is None:
+                self.closed = f"its shell ended with status {_tell(status)}"
+
+    # ---- bytes ----
+
+    def _on_output(self, is_errors: bool, data: bytes) -> None:
+        run = self._run
+        if run is None:
+            self._idle_output.add(data)  # a background job's; the next command shows it
+        elif run.sink is not None:
+            run.sink(is_errors, data)
+        else:
+            (run.errors if is_errors else run.output).add(data)
+
+    def _on_status(self, data: bytes) -> None:
+        for report in self._reports.feed(data):
+            run = self._run
+            if isinstance(report, shell.Done):
+                self._cwd = report.cwd
+                if run is None or report.token != run.token:
+                    continue  # of a command that was given up
+            if run is not None and not run.done.done():
+                self._drain()
+                run.done.set_result(report)
+
+    def _drain(self) -> None:
+        for reader in self._readers[:-1]:
+            reader.drain()
+
+    def pause(self) -> None:
+        """Stop reading its output: whoever streams it is slow, and the program has to wait."""
+        for reader in self._readers[:-1]:
+            reader.pause()
+
+    def resume(self) -> None:
+        for reader in self._readers[:-1]:
+            reader.resume()
+
+    async def _write(self, data: bytes) -> None:
+        assert self._process is not None
+        fd = self._process.stdin if self.spec.pty is None else self._process.channels[self.shell.dialect.script]
+        assert fd is not None
+        await write_all(fd, data)
+
+    # ---- commands ----
+
+    @property
+    def info(self) -> SessionInfo:
+        return SessionInfo(
+            session=self.spec.session,
+            shell=self.shell.path,
+            pid=self._process.pid if self._process else 0,
+            busy=self._run is not None,
+            pty=self.spec.pty is not None,
+            user=self.spec.remote_user,
+            created_at=self.created_at,
+        )
+
+    async def run(self, action: BashAction, sink: Sink | None = None) -> BashObservation:
+        """Run a command after those that came before it. Raises SessionClosed when the shell is gone."""
+        if self.spec.pty is not None and action.separate:
+            raise InvalidConfig("a terminal has one stream: stdout and stderr cannot be kept apart on a pty")
+        async with self._lock:
+            self._check_open()
+            began = time.monotonic()
+            run = self._begin(action.max_output_bytes, sink)
+            bulk = await self._bulk(action.command, run.token)
+            await self._write(
+                shell.frame(
+                    self.shell.dialect,
+                    bulk or action.command,
+                    run.token,
+                    previous=self._status,
+                    separate=action.separate,
+                    pty=self.spec.pty is not None,
+                )
+            )
+            try:
+                observation = await self._finish(run, action.timeout)
+            except asyncio.CancelledError:
+                # The caller went away: nothing of its command may run on, and the session has to stay in step.
+                await asyncio.shield(self._give_up(run))
+                raise
+            finally:
+                self._run = None
+                if bulk:
+                    await self._remove_bulk(run.token)
+            observation.duration = time.monotonic() - began
+            return observation
+
+    def _check_open(self) -> None:
+        if self.closed is not None:
+            raise SessionClosed(
+                f"session {self.spec.session!r} is closed: {self.closed}",
+                sandbox_id=self._handle.id,
+                hint="open it again with create_session",
+            )
+
+    def _begin(self, limit: int, sink: Sink | None = None) -> _Run:
+        self._token += 1
+        output = Capped(limit)
+        data, _ = self._idle_output.take()
+        self._idle_output = Capped(MAX_OUTPUT)
+        done: asyncio.Future[shell.Report | ExitStatus] = asyncio.get_running_loop().create_future()
+        run = _Run(self._token, output, Capped(limit), done, time.clock_gettime(time.CLOCK_BOOTTIME), sink)
+        self._run = run
+        if data:
+            self._on_output(False, data)
+        return run
+
+    def _bulk_path(self, token: int) -> str:
+        return f"/tmp/.rock-{self.spec.session}-{token}"
+
+    async def _bulk(self, command: str, token: int) -> str | None:
+        if len(command) < _BULK or not self.shell.dialect.is_bash or not isinstance(self._runtime, Files):
+            return None
+        path = self._bulk_path(token)
+        fd, commit = await self._runtime.open_write(self._handle, path, mode=0o600, user=self.spec.remote_user)
+        try:
+            await asyncio.to_thread(_write_and_close, fd, shell.encode(command))
+        except BaseException:
+            await self._runtime.abort_write(self._handle, commit)
+            raise
+        await self._runtime.commit_write(self._handle, commit)
+        return f'eval "$(<{shell.quote(path)})"'
+
+    async def _remove_bulk(self, token: int) -> None:
+        if isinstance(self._runtime, Files):
+            try:
+                await self._runtime.remove(self._handle, self._bulk_path(token))
+            except NotFound:
+                pass
+
+    async def _finish(self, run: _Run, timeout: float | None) -> BashObservation:
+        timed_out = False
+        try:
+            async with asyncio.timeout(timeout):
+                report = await asyncio.shield(run.done)
+        except TimeoutError:
+            timed_out = True
+            report = await self._abort(run)
+        restarted = await self._settle(run, report, timed_out)
+        return self._observe(run, report, timeout if timed_out else None, restarted)
+
+    async def _settle(self, run: _Run, report: shell.Report | ExitStatus, given_up: bool) -> bool:
+        """Bring the shell back in step after a command; True when its state was lost on the way."""
+        if isinstance(report, shell.Restarted):
+            return not await self._restore()
+        if isinstance(report, ExitStatus):
+            self._drain()
+            if given_up or (run.interrupted and report.signal is not None):
+                return await self._respawn()
+            self.closed = f"its shell ended with status {_tell(report)}"
+            await self._release()
+        return False
+
+    async def _give_up(self, run: _Run) -> None:
+        await self._settle(run, await self._abort(run), True)
+
+    def _observe(
+        self, run: _Run, report: shell.Report | ExitStatus, timeout: float | None, restarted: bool
+    ) -> BashObservation:
+        code = report.shell_code if isinstance(report, ExitStatus) else report.code
+        reason = ""
+        if timeout is not None:
+            code, reason = None, f"timed out after {timeout:g} s; what it had started was killed"
+        elif run.interrupted:
+            reason = "interrupted"
+        elif self.closed is not None:
+            reason = f"the session is closed: {self.closed}"
+        if restarted:
+            reason += "; the shell was started anew, its variables are lost"
+        self._status = (code if code is not None else 124) & 255
+        output, dropped = run.output.take()
+        errors, dropped_errors = run.errors.take()
+        text, exact = as_text(output)
+        errors_text, errors_exact = as_text(errors)
+        return BashObservation.model_construct(
+            output=text,
+            output_b64=exact,
+            stderr=errors_text,
+            stderr_b64=errors_exact,
+            exit_code=code,
+            failure_reason=reason,
+            timed_out=timeout is not None,
+            interrupted=run.interrupted,
+            session_closed=self.closed is not None,
+            session_restarted=restarted,
+            dropped_bytes=dropped + dropped_errors,
+        )
+
+    async def _preamble(self) -> BashObservation:
+        run = self._begin(MAX_OUTPUT)
+        try:
+            await self._write(
+                shell.preamble(
+                    self.shell.dialect,
+                    run.token,
+                    env={},
+                    cwd=None,
+                    sources=self.spec.startup_source,
+                    pty=self.spec.pty is not None,
+                )
+            )
+            return await self._finish(run, self.spec.startup_timeout)
+        finally:
+            self._run = None
+
+    # ---- ends of commands that do not end by themselves ----
+
+    async def _abort(self, run: _Run) -> shell.Report | ExitStatus:
+        """End the running command: the shell is told first, so that it does not go on to the next line when what it
+        waits for is killed."""
+        process = self._process
+        assert process is not None
+        if run.done.done():
+            return run.done.result()
+        if self.shell.dialect.is_bash:
+            await process.signal(signal.SIGTERM)
+        await process.kill_tree(since=run.began, root=False)
+        try:
+            async with asyncio.timeout(_RESTART_GRACE if self.shell.dialect.is_bash else 0.05):
+                return await asyncio.shield(run.done)
+        except TimeoutError:
+            await process.kill_tree()
+            return await run.done
+
+    async def _restore(self) -> bool:
+        """Complete a shell's replacement of itself; False when that failed and it was started afresh."""
+        run = self._begin(MAX_OUTPUT)
+        await self._write(shell.restore(self.shell.dialect, run.token, self.spec.pty is not None))
+        try:
+            async with asyncio.timeout(_RESTART_GRACE):
+                report = await asyncio.shield(run.done)
+            if isinstance(report, shell.Done):
+                return True
+        except TimeoutError:
+            assert self._process is not None
+            await self._process.kill_tree()
+        finally:
+            self._run = None
+        return not await self._respawn()
+
+    async def _respawn(self) -> bool:
+        """A new shell in the place of one that could not be kept; True when it stands."""
+        await self._release()
+        self._run = None
+        try:
+            await self._spawn()
+            run = self._begin(MAX_OUTPUT)
+            await self._write(
+                shell.preamble(
+                    self.shell.dialect,
+                    run.token,
+                    env={},
+                    cwd=self._cwd,
+                    sources=self.spec.startup_source,
+                    pty=self.spec.pty is not None,
+                )
+            )
+            async with asyncio.timeout(self.spec.startup_timeout):
+                await asyncio.shield(run.done)
+        except Exception as error:
+            self.closed = f"its shell could not be started again: {error}"
+            return False
+        finally:
+            self._run = None
+        return True
+
+    async def interrupt(self) -> None:
+        """Ctrl-C: SIGINT to the shell and to what the running command started; nothing when it is idle."""
+        if self._run is None or self._process is None:
+            return
+        self._run.interrupted = True
+        if self.spec.pty is not None and self._process.stdin is not None:
+            await write_all(self._process.stdin, b"\x03")
+        else:
+            await self._process.signal(signal.SIGINT, tree=True, since=self._run.began)
+
+    async def type(self, data: bytes) -> None:
+        """Bytes as typed at its terminal."""
+        if self.spec.pty is None or self._process is None or self._process.stdin is None:
+            raise InvalidConfig("only a session with a pty can be typed into", hint="create_session with pty=(24, 80)")
+        self._check_open()
+        await write_all(self._process.stdin, data)
+
+    async def resize(self, rows: int, columns: int) -> None:
+        if self.spec.pty is None or self._process is None:
+            raise InvalidConfig("only a session with a pty has a size", hint="create_session with pty=(24, 80)")
+        self._check_open()
+        await self._process.resize(rows, columns)
+
+
+def _write_and_close(fd: int, data: bytes) -> None:
+    with open(fd, "wb") as file:
+        file.write(data)
+
+
+def _tell(status: ExitStatus) -> str:
+    if status.signal is not None:
+        return f"{128 + status.signal} (signal {status.signal})"
+    return "unknown" if status.code is None else str(status.code)

@@ -1,0 +1,165 @@
+"""Framing of a persistent shell: commands in, output and exit status out. Pure: bytes only, no I/O.
+
+The shell runs a script that we go on writing: a pipe on its standard input, or, where that is a terminal, on
+descriptor `script`. A command is one `eval '...'` of it, so that unbalanced quotes are an error of that command at once
+and a heredoc cannot swallow what comes next. After each command the shell reports on descriptor `status`, never on its
+output:
+
+    D <token> <exit status> <working directory> NUL      the command is done
+    R <exit status> NUL                                   the shell was about to end, and starts itself anew
+
+Commands read /dev/null, so they cannot eat the script. A shell that ends for another reason than `exit` (`set -e`,
+`set -u`, a signal of ours after a time-out) replaces itself by a new one, in the same process, with its variables,
+functions, options and working directory handed over on descriptor `state`: the session stays usable. That needs bash;
+another shell ends, and the session says so.
+
+Everything in a sandbox could write to these descriptors: they are no security boundary, only a channel that ordinary
+output cannot be mistaken for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+MAX_REPORT = 64 << 10
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """A family of shells: `bash`, or any POSIX `sh`, which knows only one-digit descriptors."""
+
+    name: str
+    script: int
+    status: int
+    errors: int
+    state: int
+
+    @property
+    def is_bash(self) -> bool:
+        return self.name == "bash"
+
+    def argv(self, path: str, pty: bool = False) -> list[str]:
+        options = ["--norc", "--noprofile"] if self.is_bash else []
+        return [path, *options, *([f"/dev/fd/{self.script}"] if pty else [])]
+
+
+BASH = Dialect("bash", script=198, status=199, errors=197, state=196)
+SH = Dialect("sh", script=8, status=9, errors=7, state=6)
+
+
+def quote(text: str) -> str:
+    """`text` as one word of a shell; NUL cannot be in one."""
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+def encode(text: str) -> bytes:
+    """The bytes of a command; what came from undecodable bytes goes back as it was."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+# The trap runs when the shell is about to end. `exit` is a function only to tell a wanted end from any other.
+_BASH_EXIT = """\
+exit() {{ local s=$?; __rock_exit=1; builtin exit "${{@:-$s}}"; }}
+trap '__rock_exit="$? ${{__rock_exit-}}"; if [ "${{__rock_exit#* }}" != 1 ]; then set +eux; \
+command printf "R %s\\0" "${{__rock_exit% *}}" >&{status}; \
+exec {state}< <(declare -p; declare -f; alias -p; shopt -p; set +o) 2>/dev/null; \
+exec -a bash "$BASH" --norc --noprofile {source}; fi' EXIT
+shopt -s expand_aliases
+"""
+
+
+def _exit_hook(dialect: Dialect, pty: bool) -> str:
+    source = f"/dev/fd/{dialect.script}" if pty else f"<&{dialect.script}"
+    hook = _BASH_EXIT.format(status=dialect.status, state=dialect.state, source=source)
+    # A script on standard input is out of reach inside `eval ... </dev/null`: hence a second descriptor for it.
+    return hook if pty else f"exec {dialect.script}<&0\n{hook}"
+
+
+def preamble(
+    dialect: Dialect, token: int, *, env: Mapping[str, str], cwd: str | None, sources: Sequence[str], pty: bool = False
+) -> bytes:
+    """What a new shell runs first; it reports like a command, with the status of the first start-up file that failed."""
+    lines = [_exit_hook(dialect, pty)] if dialect.is_bash else []
+    lines += [f"export {name}={quote(value)}\n" for name, value in env.items()]
+    if cwd is not None:
+        lines.append(f"cd -- {quote(cwd)}\n")
+    steps = " && ".join(f". {quote(path)}" for path in sources)
+    return encode("".join(lines)) + frame(dialect, steps or ":", token, pty=pty)
+
+
+def restore(dialect: Dialect, token: int, pty: bool = False) -> bytes:
+    """What a shell that replaced itself runs first: take over the state of the old one."""
+    text = (
+        f"{{ . /dev/fd/{dialect.state}; }} 2>/dev/null >/dev/null\n"
+        f"exec {dialect.state}<&-\n"
+        "unset __rock_exit\n" + _exit_hook(dialect, pty)
+    )
+    return encode(text) + frame(dialect, ":", token, pty=pty)
+
+
+def frame(
+    dialect: Dialect, command: str, token: int, *, previous: int = 0, separate: bool = False, pty: bool = False
+) -> bytes:
+    """One command for the shell.
+
+    previous: exit status of the command before, which `$?` has to show. separate: stderr to its own descriptor.
+    Raises ValueError for a NUL, which no shell can take.
+    """
+    if "\0" in command:
+        raise ValueError("a command cannot contain a NUL character")
+    # Under `set -e` a failing subshell would end the shell; then there is no status to carry over either.
+    carry = f"case $- in *e*) ;; *) (exit {previous}) ;; esac\n" if previous else ""
+    word = "eval" if dialect.is_bash else "command eval"
+    aside = ("" if pty else " </dev/null") + (f" 2>&{dialect.errors}" if separate else "")
+    return encode(
+        f"{carry}{word} {quote(command)}{aside}\n"
+        f'\n{{ command printf \'D %s %s %s\\0\' {token} "$?" "$PWD" >&{dialect.status}; }} 2>/dev/null\n'
+    )
+
+
+@dataclass(frozen=True)
+class Done:
+    """The command of `token` ended with `code`, in folder `cwd`."""
+
+    token: int
+    code: int
+    cwd: str
+
+
+@dataclass(frozen=True)
+class Restarted:
+    """The shell was ending with `code` and starts itself anew."""
+
+    code: int
+
+
+Report = Done | Restarted
+
+
+class ReportParser:
+    """Bytes of the status descriptor, in any portions -> reports. What is no report is passed over."""
+
+    def __init__(self) -> None:
+        self._buffer = b""
+
+    def feed(self, data: bytes) -> Iterator[Report]:
+        *lines, self._buffer = (self._buffer + data).split(b"\0")
+        self._buffer = self._buffer[-MAX_REPORT:]
+        for line in lines:
+            report = _parse(line)
+            if report is not None:
+                yield report
+
+
+def _parse(line: bytes) -> Report | None:
+    kind, _, rest = line.partition(b" ")
+    fields = rest.split(b" ", 2)
+    try:
+        if kind == b"R" and len(fields) == 1:
+            return Restarted(int(fields[0]))
+        if kind == b"D" and len(fields) == 3:
+            return Done(int(fields[0]), int(fields[1]), fields[2].decode("utf-8", "surrogateescape"))
+    except ValueError:
+        pass
+    return None

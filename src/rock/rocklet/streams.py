@@ -1,0 +1,149 @@
+"""Descriptors of a program, on the event loop: reading with a cap, writing without blocking."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import base64
+import fcntl
+import os
+import termios
+from collections import deque
+from collections.abc import Callable
+
+_CHUNK = 256 << 10
+
+
+class Capped:
+    """Bytes of which at most `limit` are kept: half from the head, half from the tail; `dropped` counts the rest."""
+
+    def __init__(self, limit: int) -> None:
+        self._head_room = limit - limit // 2
+        self._tail_room = limit // 2
+        self._head = bytearray()
+        self._tail: deque[bytes] = deque()
+        self._tail_size = 0
+        self.dropped = 0
+        self.total = 0
+
+    def add(self, data: bytes) -> None:
+        self.total += len(data)
+        room = self._head_room - len(self._head)
+        if room > 0:
+            self._head += data[:room]
+            data = data[room:]
+        if not data:
+            return
+        self._tail.append(data)
+        self._tail_size += len(data)
+        while self._tail_size - len(self._tail[0]) >= self._tail_room:
+            gone = len(self._tail.popleft())
+            self._tail_size -= gone
+            self.dropped += gone
+            if not self._tail:
+                return
+
+    def take(self) -> tuple[bytes, int]:
+        """The bytes kept and how many were dropped between head and tail; a line in their place says so."""
+        tail = b"".join(self._tail)
+        over = len(tail) - self._tail_room
+        if over > 0:
+            tail = tail[over:]
+            self.dropped += over
+        if not self.dropped:
+            return bytes(self._head) + tail, 0
+        return bytes(self._head) + b"\n[... %d bytes dropped ...]\n" % self.dropped + tail, self.dropped
+
+
+def as_text(data: bytes) -> tuple[str, str | None]:
+    """(text, base64): base64 of the exact bytes only when they are not UTF-8."""
+    try:
+        return data.decode(), None
+    except UnicodeDecodeError:
+        return data.decode("utf-8", "replace"), base64.b64encode(data).decode()
+
+
+class Reader:
+    """Reads a non-blocking descriptor whenever it has bytes, and hands them to `sink`.
+
+    The descriptor belongs to the Process; this only watches it. `done` is set at its end of file.
+    """
+
+    def __init__(self, fd: int, sink: Callable[[bytes], None]) -> None:
+        self.fd = fd
+        self.sink = sink
+        self.done = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._watching = False
+        self.resume()
+
+    def resume(self) -> None:
+        if not self._watching and not self.done.is_set():
+            self._loop.add_reader(self.fd, self._ready)
+            self._watching = True
+
+    def pause(self) -> None:
+        if self._watching:
+            self._loop.remove_reader(self.fd)
+            self._watching = False
+
+    def _ready(self) -> None:
+        self._read(_CHUNK)
+
+    def _read(self, limit: int) -> int:
+        try:
+            data = os.read(self.fd, limit)
+        except BlockingIOError:
+            return 0
+        except OSError:  # EIO: the last program on a pty closed it
+            data = b""
+        if not data:
+            self.pause()
+            self.done.set()
+            return 0
+        self.sink(data)
+        return len(data)
+
+    def drain(self) -> None:
+        """Take what is there now and no more: a program that goes on writing cannot hold us here."""
+        if self.done.is_set():
+            return
+        size = array.array("i", [0])
+        try:
+            fcntl.ioctl(self.fd, termios.FIONREAD, size)
+        except OSError:
+            return
+        left = size[0]
+        while left > 0:
+            count = self._read(min(left, _CHUNK))
+            if not count:
+                return
+            left -= count
+
+    def close(self) -> None:
+        self.pause()
+        self.done.set()
+
+
+async def write_all(fd: int, data: bytes) -> bool:
+    """Write to a non-blocking descriptor; False when nobody reads it any more."""
+    view = memoryview(data)
+    loop = asyncio.get_running_loop()
+    while view:
+        try:
+            view = view[os.write(fd, view) :]
+        except BlockingIOError:
+            ready = loop.create_future()
+            loop.add_writer(fd, _set, ready)
+            try:
+                await ready
+            finally:
+                loop.remove_writer(fd)
+        except OSError:
+            return False
+    return True
+
+
+def _set(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)

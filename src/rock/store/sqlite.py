@@ -1,0 +1,204 @@
+"""The default store: one SQLite file, one thread that owns it."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import orjson
+
+from rock.errors import Conflict, StorageFull, Unavailable
+from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
+from rock.store.base import Query, Record, VersionConflict
+
+T = TypeVar("T")
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS sandbox (
+    id TEXT PRIMARY KEY,
+    version INTEGER NOT NULL,
+    state TEXT NOT NULL,
+    created_at REAL NOT NULL,
+    stopped_at REAL,
+    idempotency_key TEXT UNIQUE,
+    info TEXT NOT NULL,
+    config TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS sandbox_state ON sandbox (state, created_at);
+CREATE INDEX IF NOT EXISTS sandbox_created ON sandbox (created_at, id);
+"""
+_VERSION = 1
+_FIELDS = {"user_id", "experiment_id", "namespace", "image", "runtime", "worker", "cluster", "cause"}
+
+
+class SqliteStore:
+    """Records in a file. WAL with synchronous=NORMAL: a commit survives a crash of the process, at any point."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rock-store")
+        self._db: sqlite3.Connection | None = None
+
+    async def open(self) -> None:
+        await self._do(self._open)
+
+    def _open(self, _: None = None) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        db = sqlite3.connect(self.path, isolation_level=None, timeout=5.0)
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=NORMAL")
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version > _VERSION:
+            db.close()
+            raise Unavailable(
+                f"{self.path} was written by a newer version of ROCK (schema {version})",
+                hint="use that version, or another ROCK_HOME",
+            )
+        db.executescript(_SCHEMA)
+        db.execute(f"PRAGMA user_version={_VERSION}")
+        self._db = db
+
+    async def close(self) -> None:
+        if self._db is not None:
+            await self._do(self._db.close)
+            self._db = None
+        self._thread.shutdown()
+
+    async def _do(self, work: Callable[..., T], *args: Any) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
+        except sqlite3.OperationalError as error:
+            if "full" in str(error) or "disk I/O" in str(error):
+                raise StorageFull(
+                    f"the store {self.path} cannot be written: {error}", hint="free some space on the server"
+                ) from error
+            raise Unavailable(f"the store {self.path} does not answer: {error}") from error
+
+    @property
+    def _open_db(self) -> sqlite3.Connection:
+        if self._db is None:
+            raise Unavailable("the store is closed")
+        return self._db
+
+    # ---- records ----
+
+    async def insert(self, record: Record) -> Record:
+        return await self._do(self._insert, replace(record, version=1))
+
+    def _insert(self, record: Record) -> Record:
+        if record.key is not None:
+            known = self._by_key(record.key)
+            if known is not None:
+                return known
+        try:
+            self._open_db.execute(
+                "INSERT INTO sandbox (id, version, state, created_at, stopped_at, idempotency_key, info, config) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                _columns(record),
+            )
+        except sqlite3.IntegrityError:
+            raise Conflict(
+                f"Sandbox {record.id} already exists",
+                sandbox_id=record.id,
+                hint="choose another sandbox_id, or delete the stopped one",
+            ) from None
+        return record
+
+    async def get(self, sandbox_id: str) -> Record | None:
+        return await self._do(self._get, sandbox_id)
+
+    def _get(self, sandbox_id: str) -> Record | None:
+        row = self._open_db.execute(f"{_SELECT} WHERE id = ?", (sandbox_id,)).fetchone()
+        return None if row is None else _load(row)
+
+    async def by_key(self, key: str) -> Record | None:
+        return await self._do(self._by_key, key)
+
+    def _by_key(self, key: str) -> Record | None:
+        row = self._open_db.execute(f"{_SELECT} WHERE idempotency_key = ?", (key,)).fetchone()
+        return None if row is None else _load(row)
+
+    async def put(self, record: Record) -> Record:
+        return await self._do(self._put, record)
+
+    def _put(self, record: Record) -> Record:
+        new = replace(record, version=record.version + 1)
+        _, version, state, _, stopped_at, _, info, config = _columns(new)
+        done = self._open_db.execute(
+            "UPDATE sandbox SET version = ?, state = ?, stopped_at = ?, info = ?, config = ? "
+            "WHERE id = ? AND version = ?",
+            (version, state, stopped_at, info, config, record.id, record.version),
+        )
+        if done.rowcount != 1:
+            raise VersionConflict(record.id)
+        return new
+
+    async def delete(self, sandbox_id: str) -> None:
+        await self._do(lambda: self._open_db.execute("DELETE FROM sandbox WHERE id = ?", (sandbox_id,)))
+
+    async def list(self, query: Query) -> list[Record]:
+        return await self._do(self._list, query)
+
+    def _list(self, query: Query) -> list[Record]:
+        where, values = ["1"], list[Any]()
+        if query.states:
+            where.append(f"state IN ({', '.join('?' * len(query.states))})")
+            values += [state.value for state in query.states]
+        for name, value in query.fields.items():
+            if name not in _FIELDS:
+                raise ValueError(f"cannot list by {name!r}")
+            where.append(f"json_extract(info, '$.{name}') = ?")
+            values.append(value)
+        for name, value in query.labels.items():
+            where.append("json_extract(info, '$.labels.' || json_quote(?)) = ?")
+            values += [name, value]
+        if query.after is not None:
+            where.append("(created_at, id) < (?, ?)")
+            values += query.after
+        rows = self._open_db.execute(
+            f"{_SELECT} WHERE {' AND '.join(where)} ORDER BY created_at DESC, id DESC LIMIT ?", (*values, query.limit)
+        ).fetchall()
+        return [_load(row) for row in rows]
+
+    async def count(self) -> dict[str, int]:
+        rows = await self._do(
+            lambda: self._open_db.execute("SELECT state, count(*) FROM sandbox GROUP BY state").fetchall()
+        )
+        return dict(rows)
+
+    async def prune(self, before: float) -> int:
+        done = await self._do(
+            lambda: self._open_db.execute(
+                "DELETE FROM sandbox WHERE state = ? AND stopped_at < ?", (State.STOPPED.value, before)
+            )
+        )
+        return done.rowcount
+
+
+_SELECT = "SELECT version, idempotency_key, info, config FROM sandbox"
+
+
+def _columns(record: Record) -> tuple[Any, ...]:
+    info = record.info
+    # The registry password is needed for one pull, never later: it does not go to the disk.
+    config = record.config.model_dump(mode="json", exclude={"registry_password"})
+    return (
+        record.id,
+        record.version,
+        info.state.value,
+        info.created_at,
+        info.stopped_at,
+        record.key,
+        orjson.dumps(info.model_dump(mode="json")).decode(),
+        orjson.dumps(config).decode(),
+    )
+
+
+def _load(row: tuple[Any, ...]) -> Record:
+    version, key, info, config = row
+    return Record(SandboxInfo.model_validate_json(info), SandboxConfig.model_validate_json(config), key, version)

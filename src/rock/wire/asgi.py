@@ -1,0 +1,294 @@
+"""A small bare ASGI toolkit for the data plane, where a framework's 200 microseconds a call would be most of the call.
+
+`Router` maps rows of protocol/routes.py to handlers; `call` runs a request through an ASGI application in this process:
+the same wire without a socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import traceback
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+from urllib.parse import parse_qsl
+
+import orjson
+from pydantic import BaseModel, ValidationError
+
+from rock.errors import InternalServerRockError, InvalidConfig, NotFound, RockError
+from rock.protocol.routes import Route
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+Model = TypeVar("Model", bound=BaseModel)
+
+MAX_BODY = 64 << 20
+log = logging.getLogger("rock.wire")
+
+
+class Disconnected(Exception):
+    """The client went away before its request was whole."""
+
+
+class Request:
+    """One HTTP request: path variables, query, headers, body."""
+
+    __slots__ = ("_receive", "headers", "path", "query", "scope")
+
+    def __init__(self, scope: Scope, receive: Receive, path: dict[str, str]) -> None:
+        self.scope = scope
+        self._receive = receive
+        self.path = path
+        raw: bytes = scope.get("query_string", b"")
+        self.query: dict[str, str] = dict(parse_qsl(raw.decode("latin-1"), keep_blank_values=True)) if raw else {}
+        self.headers: list[tuple[bytes, bytes]] = scope["headers"]
+
+    def header(self, name: bytes) -> str | None:
+        for key, value in self.headers:
+            if key == name:
+                return value.decode("latin-1")
+        return None
+
+    def number(self, name: str, default: float, *, low: float = 0, high: float = float("inf")) -> float:
+        """A number of the query; InvalidConfig names what is wrong with it."""
+        text = self.query.get(name)
+        if text is None or text == "":
+            return default
+        try:
+            value = float(text)
+        except ValueError:
+            raise InvalidConfig(f"query {name}={text!r} is not a number") from None
+        if not low <= value <= high:
+            raise InvalidConfig(f"query {name}={text} is not between {low:g} and {high:g}")
+        return value
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        text = self.query.get(name)
+        return default if text is None else text.lower() not in ("", "0", "false", "no")
+
+    def required(self, name: str) -> str:
+        value = self.query.get(name)
+        if not value:
+            raise InvalidConfig(f"query {name} is missing")
+        return value
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body as it comes."""
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise Disconnected
+            if message.get("body"):
+                yield message["body"]
+            if not message.get("more_body", False):
+                return
+
+    async def body(self) -> bytes:
+        message = await self._receive()
+        if message["type"] == "http.request" and not message.get("more_body", False):
+            return message.get("body", b"")  # type: ignore[no-any-return]
+        parts = [message.get("body", b"")]
+        size = len(parts[0])
+        if message["type"] == "http.request":
+            async for part in self.chunks():
+                size += len(part)
+                if size > MAX_BODY:
+                    raise InvalidConfig(f"the body is over {MAX_BODY} bytes", hint="send files with write_file")
+                parts.append(part)
+        return b"".join(parts)
+
+    async def json(self) -> Any:
+        data = await self.body()
+        try:
+            return orjson.loads(data) if data else {}
+        except orjson.JSONDecodeError as error:
+            raise InvalidConfig(f"the body is not JSON: {error}") from None
+
+    async def model(self, kind: type[Model]) -> Model:
+        return validate(kind, await self.json())
+
+    async def disconnected(self) -> None:
+        """Return when the client goes away; call it only after the body was read."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+
+def validate(kind: type[Model], value: Any) -> Model:
+    """A model of plain data; InvalidConfig names each wrong field."""
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise InvalidConfig(tell_validation(error)) from None
+
+
+def tell_validation(error: ValidationError) -> str:
+    parts = []
+    for item in error.errors(include_url=False, include_input=False):
+        where = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        parts.append(f"{where}: {message}" if where else message)
+    return "; ".join(parts)
+
+
+@dataclass(slots=True)
+class Answer:
+    """What a handler answers: bytes, or a stream of them."""
+
+    body: bytes = b""
+    status: int = 200
+    content_type: bytes = b"application/json"
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    stream: AsyncIterator[bytes] | None = None
+    length: int | None = None
+
+    async def send(self, send: Send) -> None:
+        headers = [(b"content-type", self.content_type), *self.headers]
+        if self.stream is None:
+            headers.append((b"content-length", str(len(self.body)).encode()))
+            await send({"type": "http.response.start", "status": self.status, "headers": headers})
+            await send({"type": "http.response.body", "body": self.body})
+            return
+        if self.length is not None:
+            headers.append((b"content-length", str(self.length).encode()))
+        await send({"type": "http.response.start", "status": self.status, "headers": headers})
+        async for part in self.stream:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.__dict__
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def dumps(value: Any) -> bytes:
+    """JSON of plain data and of models (their fields as they are)."""
+    return orjson.dumps(
+        value.__dict__ if isinstance(value, BaseModel) else value, default=_plain, option=orjson.OPT_SERIALIZE_NUMPY
+    )
+
+
+def answer(value: Any, status: int = 200) -> Answer:
+    return Answer(dumps(value), status)
+
+
+def failure(error: RockError) -> Answer:
+    return Answer(orjson.dumps(error.to_wire(), default=repr), error.status)
+
+
+Handler = Callable[[Request], Awaitable[Answer]]
+SocketHandler = Callable[[Request, Receive, Send], Awaitable[None]]
+
+
+class Router:
+    """An ASGI application over rows of the wire table. No error of a handler becomes anything but a typed answer."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._rows: dict[tuple[str, int], list[tuple[tuple[str, ...], Handler | SocketHandler]]] = {}
+
+    def add(self, route: Route, handler: Handler | SocketHandler) -> None:
+        parts = tuple(route.path.split("/"))
+        self._rows.setdefault((route.method, len(parts)), []).append((parts, handler))
+
+    def match(self, method: str, path: str) -> tuple[Handler | SocketHandler, dict[str, str]] | None:
+        given = path.split("/")
+        for parts, handler in self._rows.get((method, len(given)), ()):
+            values: dict[str, str] = {}
+            for want, have in zip(parts, given, strict=True):
+                if want[:1] == "{":
+                    values[want[1:-1]] = have
+                elif want != have:
+                    break
+            else:
+                return handler, values
+        return None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        kind = scope["type"]
+        method = "WEBSOCKET" if kind == "websocket" else scope["method"]
+        found = self.match(method, scope["path"])
+        if kind == "websocket":
+            await self._socket(found, scope, receive, send)
+            return
+        started = False
+
+        async def track(message: MutableMapping[str, Any]) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            if found is None:
+                raise NotFound(f"no such route: {method} {scope['path']}")
+            reply = await found[0](Request(scope, receive, found[1]))  # type: ignore[call-arg, misc]
+            await reply.send(track)
+        except Disconnected:
+            return
+        except RockError as error:
+            if started:
+                raise
+            await failure(error).send(send)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            if started:
+                raise  # the head is out: cutting the connection is the only honest sign left
+            log.error("%s %s: %s", method, scope["path"], traceback.format_exc())
+            await failure(InternalServerRockError(f"{type(error).__name__}: {error}")).send(send)
+
+    async def _socket(self, found: Any, scope: Scope, receive: Receive, send: Send) -> None:
+        if found is None:
+            await send({"type": "websocket.close", "code": 1008, "reason": "no such route"})
+            return
+        try:
+            await found[0](Request(scope, receive, found[1]), receive, send)
+        except RockError as error:
+            try:
+                await send({"type": "websocket.send", "text": orjson.dumps(error.to_wire(), default=repr).decode()})
+                await send({"type": "websocket.close", "code": 1011, "reason": error.code})
+            except RuntimeError:
+                log.debug("the client left before it could be told: %s", error)
+
+
+async def call(
+    app: App, method: str, path: str, *, body: bytes = b"", query: str = "", headers: Mapping[str, str] | None = None
+) -> tuple[int, bytes]:
+    """(status, body) of one request to an ASGI application in this process."""
+    scope: dict[str, Any] = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": query.encode(),
+        "scheme": "http",
+        "client": None,
+        "server": None,
+        "headers": [(k.lower().encode(), v.encode()) for k, v in (headers or {}).items()],
+    }
+    inbox: list[MutableMapping[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
+    status = 500
+    parts: list[bytes] = []
+
+    async def receive() -> MutableMapping[str, Any]:
+        if inbox:
+            return inbox.pop()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        nonlocal status
+        if message["type"] == "http.response.start":
+            status = message["status"]
+        else:
+            parts.append(message.get("body", b""))
+
+    await app(scope, receive, send)
+    return status, b"".join(parts)

@@ -1,0 +1,94 @@
+"""Imports point down only, and optional dependencies stay in the file that bears their name."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "rock"
+GROUND = {"protocol", "errors", "settings", "telemetry", "wire"}
+ALLOWED: dict[str, set[str]] = {
+    "protocol": {"protocol", "errors", "settings"},
+    "errors": set(),
+    "settings": set(),
+    "telemetry": set(),
+    "wire": {"wire", "protocol", "errors"},
+    "guest": {"guest"},
+    "runtime": {"runtime", "guest", *GROUND},
+    "store": {"store", *GROUND},
+    "scheduler": {"scheduler", *GROUND},
+    "envhub": {"envhub", *GROUND},
+    "rocklet": {"rocklet", "runtime", "guest", "envhub", *GROUND},
+    "proxy": {"proxy", "scheduler", "store", *GROUND},
+    "admin": {"admin", "envhub", "scheduler", "store", *GROUND},
+    "sdk": {"sdk", "protocol", "errors", "settings"},
+    "sync": {"sync", "sdk", "protocol", "errors", "settings"},
+    "actions": {"actions", "protocol"},
+    "envs": {"sync", "protocol", "errors", "settings"},
+}
+# Old import paths that only name things of a higher floor again.
+ALIASES = {"sdk/envs": {"envs"}, "sdk/common": {"errors"}}
+ROOFS = {"cli", "__init__", "bench"}
+OPTIONAL = {"numpy", "gymnasium", "torch", "ray", "gem", "httpx", "requests", "aiohttp", "docker", "asyncpg", "psycopg"}
+
+
+def modules() -> Iterator[tuple[Path, ast.Module]]:
+    for path in sorted(SOURCE.rglob("*.py")):
+        yield path, ast.parse(path.read_text())
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imported(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module
+            if node.module == "rock":
+                yield from (f"rock.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", [p for p, _ in modules()], ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_point_down(path: Path) -> None:
+    part = part_of(path)
+    if part in ROOFS:
+        return
+    assert part in ALLOWED, f"{part} has no place in the map"
+    allowed = set(ALLOWED[part])
+    for prefix, more in ALIASES.items():
+        if str(path.relative_to(SOURCE)).startswith(prefix):
+            allowed |= more
+    for name in imported(ast.parse(path.read_text())):
+        parts = name.split(".")
+        if parts[0] == "rock" and len(parts) > 1 and parts[1] != "__version__":
+            assert parts[1] in allowed, f"{path.relative_to(SOURCE)} imports {name}"
+        assert parts[0] not in OPTIONAL or path.stem == "envhost", f"{path.relative_to(SOURCE)} imports {name}"
+
+
+def test_only_settings_read_the_environment() -> None:
+    readers = [
+        path.relative_to(SOURCE)
+        for path, tree in modules()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and node.attr in ("environ", "getenv")
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "os"
+        and part_of(path) not in ("settings", "guest")  # what runs inside a sandbox has an environment of its own
+    ]
+    assert readers == []
+
+
+def test_nothing_runs_text_through_a_shell() -> None:
+    for path, tree in modules():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.keyword) and node.arg == "shell":
+                assert not (isinstance(node.value, ast.Constant) and node.value.value is True), path
+            if isinstance(node, ast.Attribute) and node.attr in ("system", "popen"):
+                assert not (isinstance(node.value, ast.Name) and node.value.id == "os"), path
