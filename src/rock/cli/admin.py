@@ -140,7 +140,7 @@ def _stop_sandboxes(url: str, key: str | None) -> int:
     from rock.sync import Client
 
     with Client(url, key) as client:
-        ids = [item["sandbox_id"] for item in client.list_sandboxes(states="pending,running,stopping")]
+        ids = [item.sandbox_id for item in client.list_sandboxes(states="pending,running,stopping")]
         with ThreadPoolExecutor(8) as pool:
             for _ in pool.map(client.stop_sandbox, ids):
                 pass

@@ -13,7 +13,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import uvicorn
 
@@ -40,7 +40,7 @@ class Home:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._lock: IO[str] | None = None
+        self._lock: int | None = None
 
     @property
     def note(self) -> Path:
@@ -49,11 +49,11 @@ class Home:
     def take(self) -> None:
         """Lock it; Conflict when another server has it."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = open(self.folder / "server.lock", "a+")
+        lock = os.open(self.folder / "server.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            lock.close()
+            os.close(lock)
             raise Conflict(
                 f"a server is running already with ROCK_HOME={self.folder} ({self.read()})",
                 hint="stop it with: rock admin stop, or set another ROCK_HOME",
@@ -84,7 +84,7 @@ class Home:
     def release(self) -> None:
         if self._lock is not None:
             self.note.unlink(missing_ok=True)
-            self._lock.close()
+            os.close(self._lock)
             self._lock = None
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from rock.errors import Conflict, Expired, InvalidConfig, Lost, NoCapacity, NotHere, OutOfMemory, RockError
 from rock.protocol.node import NodeEvent, NodeEvents, NodeInventory, NodeSandbox, NodeStatus
 from rock.protocol.sandbox import Cause, Isolation, Phase, SandboxConfig
+from rock.rocklet.images import Images
 from rock.rocklet.supervisor import Supervisor
 from rock.runtime.base import Liveness, Runtime
 
@@ -30,7 +31,8 @@ class Node:
     runtimes: by name; `default` is the one for configs that name none. folder: where records and logs live.
     """
 
-    def __init__(self, runtimes: dict[str, Runtime], default: str, folder: Path, limit: int) -> None:
+    def __init__(self, runtimes: dict[str, Runtime], default: str, folder: Path, limit: int, images: Images) -> None:
+        self.images = images
         self.runtimes = runtimes
         self.default = default
         self.folder = folder
@@ -107,7 +109,9 @@ class Node:
 
     async def check(self, config: SandboxConfig) -> None:
         """Raise what a create would raise at once; starts nothing."""
-        await self.runtime_for(config).check(config)
+        runtime = self.runtime_for(config)
+        if self.images.is_ready(config.image):  # what has to be installed first is checked when it is
+            await runtime.check(config)
 
     async def create(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
         """Make a sandbox. The same id and config again is the same sandbox, made once."""
@@ -134,6 +138,7 @@ class Node:
         self._phases[sandbox_id] = phases
         step = "image"
         try:
+            await self.images.prepare(config.image)
             await runtime.check(config)
             phases["image"] = _finished(phases["image"], "on disk")
             step = "sandbox"

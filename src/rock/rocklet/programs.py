@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -83,7 +84,7 @@ class Execution:
     async def _feed(self) -> None:
         assert self.process.stdin is not None
         await write_all(self.process.stdin, (self._command.stdin or "").encode("utf-8", "surrogateescape"))
-        close_stdin(self.process)
+        await self.process.close_stdin()
 
     def _response(self, status: ExitStatus, timed_out: bool, duration: float) -> CommandResponse:
         out, out_dropped = self._out.take()
@@ -110,13 +111,6 @@ class Execution:
             stderr_dropped=err_dropped,
             duration=duration,
         )
-
-
-def close_stdin(process: Process) -> None:
-    """End of file for the program."""
-    if process.stdin is not None:
-        fd, process.stdin = process.stdin, None
-        os.close(fd)
 
 
 async def start(
@@ -162,8 +156,9 @@ class Background:
         self.status: ExitStatus | None = None
         self._folder = folder
         self._grown = asyncio.Condition()
-        self._files = {name: open(folder / name, "ab", buffering=0) for name in ("stdout", "stderr")}
-        self._sizes = {name: os.fstat(file.fileno()).st_size for name, file in self._files.items()}
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        self._files = {name: os.open(folder / name, flags, 0o600) for name in ("stdout", "stderr")}
+        self._sizes = {name: os.fstat(fd).st_size for name, fd in self._files.items()}
         self._readers = [
             Reader(fd, lambda data, n=name: self._append(n, data))  # type: ignore[misc]
             for name, fd in (("stdout", process.stdout), ("stderr", process.stderr))
@@ -192,7 +187,7 @@ class Background:
         room = LOG_CAP - self._sizes[name]
         if room > 0:
             try:
-                self._files[name].write(data[:room])
+                os.write(self._files[name], data[:room])
             except OSError:
                 room = 0  # the server's disk is full: the program goes on, and the size tells what is not there
             self._sizes[name] += min(len(data), max(room, 0))
@@ -228,7 +223,7 @@ class Background:
 
     async def read(self, stream: str, offset: int, limit: int, wait: float) -> tuple[bytes, bool]:
         """(bytes of a log from `offset`, whether more may come). Waits up to `wait` seconds while there are none."""
-        if stream not in self._files:
+        if stream not in self._sizes:
             raise InvalidConfig(f"no such stream: {stream!r}", hint="stdout or stderr")
         if wait and self._sizes[stream] <= offset:
             try:
@@ -246,7 +241,7 @@ class Background:
         if data and not await write_all(self.process.stdin, data):
             close = True
         if close:
-            close_stdin(self.process)
+            await self.process.close_stdin()
 
     async def detach(self) -> None:
         """Let go of it and leave it running."""
@@ -254,8 +249,9 @@ class Background:
         await asyncio.gather(self._watch, *self._wakers, return_exceptions=True)
         for reader in self._readers:
             reader.close()
-        for file in self._files.values():
-            file.close()
+        for fd in self._files.values():
+            os.close(fd)
+        self._files = {}
 
     async def forget(self) -> None:
         """Kill it if it runs, and drop its logs."""
@@ -264,9 +260,7 @@ class Background:
             await self.wait(5.0)
         await self.detach()
         self.process.close()
-        for name in self._files:
-            (self._folder / name).unlink(missing_ok=True)
-        self._folder.rmdir()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _read_at(path: Path, offset: int, limit: int) -> bytes:

@@ -337,6 +337,8 @@ class Session:
         self, run: _Run, report: shell.Report | ExitStatus, timeout: float | None, restarted: bool
     ) -> BashObservation:
         code = report.shell_code if isinstance(report, ExitStatus) else report.code
+        if run.interrupted and isinstance(report, shell.Restarted):
+            code = 128 + signal.SIGINT  # what ended it; its own `$?` is that of the command before
         reason = ""
         if timeout is not None:
             code, reason = None, f"timed out after {timeout:g} s; what it had started was killed"

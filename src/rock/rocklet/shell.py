@@ -79,7 +79,7 @@ def _exit_hook(dialect: Dialect, pty: bool) -> str:
 def preamble(
     dialect: Dialect, token: int, *, env: Mapping[str, str], cwd: str | None, sources: Sequence[str], pty: bool = False
 ) -> bytes:
-    """What a new shell runs first; it reports like a command, with the status of the first start-up file that failed."""
+    """What a new shell runs first. It reports like a command: with the status of the start-up file that failed."""
     lines = [_exit_hook(dialect, pty)] if dialect.is_bash else []
     lines += [f"export {name}={quote(value)}\n" for name, value in env.items()]
     if cwd is not None:

@@ -74,8 +74,8 @@ class _Bridge:
             await asyncio.wait({from_client, ended}, return_when=asyncio.FIRST_COMPLETED)
             if ended.done():
                 self._reader.drain()
-                while not self._out.empty() and not to_client.done():
-                    await asyncio.sleep(0.001)
+                self._out.put_nowait(b"")  # the end: all before it is sent
+                await asyncio.wait({to_client})
                 code = ended.result().shell_code  # type: ignore[union-attr]
                 with contextlib.suppress(RuntimeError):
                     await self._send({"type": "websocket.send", "text": orjson.dumps({"exit": code}).decode()})
@@ -89,6 +89,8 @@ class _Bridge:
     async def _to_client(self) -> None:
         while True:
             data = await self._out.get()
+            if not data:
+                return
             await self._send({"type": "websocket.send", "bytes": data})
             self._waiting -= len(data)
             if self._waiting < _HIGH // 2:

@@ -1,0 +1,149 @@
+"""`make demo`: the main job for real, with times, and nothing left behind.
+
+Its server has a home of its own beside the virtual environment; only the environment packages stay there, so that the
+next run is quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import rock
+from rock.errors import RockError
+from rock.protocol.action import Command
+from rock.settings import child_environment
+from rock.sync import Client, Sandbox, SandboxConfig, SandboxGroup, SandboxGroupConfig
+
+HOME = Path(sys.prefix) / "rock-demo"
+IMAGE = "python:3.11"
+GROUP = 8
+
+
+@contextlib.contextmanager
+def timed(what: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    print(f"  {what:<58} {(time.perf_counter() - began) * 1000:9.1f} ms", flush=True)
+
+
+def run_cli(*arguments: str) -> str:
+    """The `rock` command as a user would type it."""
+    done = subprocess.run(
+        [sys.executable, "-m", "rock.cli.main", *arguments], capture_output=True, text=True, timeout=120,
+        env=child_environment(ROCK_HOME=str(HOME)),
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"rock {' '.join(arguments)}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout.strip()
+
+
+def server() -> str:
+    """Start a server on a free port; its URL."""
+    with timed("rock admin start"):
+        said = run_cli("admin", "start", "--port", "0")
+    return next(word for word in said.split() if word.startswith("http://"))
+
+
+def one_sandbox(url: str, folder: Path) -> None:
+    sandbox = Sandbox(SandboxConfig(base_url=url, image=IMAGE, memory="1g", cpus=1.0))
+    with timed("start a sandbox"):
+        sandbox.start()
+    try:
+        with timed("first command"):
+            seen = sandbox.arun("echo hello from $(hostname); id -un; ls /root /home | wc -l")
+        print("      " + " | ".join(seen.output.split("\n")))
+        with timed("100 commands in its session"):
+            for number in range(100):
+                assert sandbox.arun(f"echo {number}").output == f"{number}\n"
+        with timed("a Python program in it"):
+            done = sandbox.execute(Command(command=["python3", "-c", "print(sum(range(10**6)))"]))
+        print(f"      it printed {done.stdout.strip()}, exit status {done.exit_code}")
+        seen = sandbox.arun("kill -9 $$")
+        print(f"      a shell that kills itself is told as: exit status {seen.exit_code}, {seen.failure_reason}")
+        files(sandbox, folder)
+        info = sandbox.info(usage=True)
+        print(f"      isolation: {info.isolation}; limits held by {dict(info.enforced)}")
+    finally:
+        with timed("stop it"):
+            sandbox.stop()
+
+
+def files(sandbox: Sandbox, folder: Path) -> None:
+    source, back = folder / "there.bin", folder / "back.bin"
+    source.write_bytes(os.urandom(1 << 20) * 32)
+    with timed("32 MB in"):
+        sandbox.fs.upload_file(str(source), "/tmp/there.bin")
+    with timed("32 MB out"):
+        sandbox.fs.download_file("/tmp/there.bin", str(back))
+    assert source.read_bytes() == back.read_bytes()
+
+
+def group(url: str) -> None:
+    fleet = SandboxGroup(SandboxGroupConfig(base_url=url, image=IMAGE, size=GROUP, start_concurrency=4, memory="512m"))
+    with timed(f"start a group of {GROUP}"):
+        fleet.start()
+    try:
+        with timed("a command in each"):
+            seen = fleet.arun_all("echo $((6 * 7))")
+        assert [s.output for s in seen] == ["42\n"] * GROUP
+    finally:
+        with timed("stop the group"):
+            fleet.stop()
+
+
+def episode(url: str) -> None:
+    print("  (the first run installs the environment packages, which takes minutes)", flush=True)
+    with timed('rock.make("game:Sokoban-v0-easy")'):
+        env = rock.make("game:Sokoban-v0-easy", base_url=url)
+    try:
+        with timed("reset"):
+            _, info = env.reset(seed=42)
+        print("\n".join("      " + line for line in str(info.get("suffix", "")).strip().splitlines()))
+        moves, steps, total, over = random.Random(7), 0, 0.0, False
+        with timed("an episode of random moves"):
+            while not over:
+                action = f"\\boxed{{{moves.choice(['up', 'left', 'right', 'down'])}}}"
+                _, reward, terminated, truncated, info = env.step(action)
+                steps, total, over = steps + 1, total + reward, terminated or truncated
+        print(f"      {steps} steps, reward {total:.2f}")
+    finally:
+        env.close()
+
+
+def main() -> int:
+    began = time.perf_counter()
+    HOME.mkdir(parents=True, exist_ok=True)
+    print(f"ROCK {rock.__version__}, {'root' if os.geteuid() == 0 else 'an ordinary user'}, home {HOME}")
+    run_cli("image", "from-host", IMAGE)
+    url = server()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            one_sandbox(url, Path(folder))
+        group(url)
+        episode(url)
+        with Client(url) as client:
+            left = client.list_sandboxes(states="running")
+            print(f"  still running: {len(left)} (the host of environments, kept warm)")
+    except RockError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        with timed("rock admin stop"):
+            said = run_cli("admin", "stop")
+        print("      " + said.replace("\n", ", "))
+    left_over = sorted(str(p.relative_to(HOME)) for p in (HOME / "run").rglob("*") if not p.is_dir())
+    print(f"  left behind: {left_over or 'nothing'}")
+    print(f"done in {time.perf_counter() - began:.1f} s")
+    return 1 if left_over else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
