@@ -1,0 +1,142 @@
+"""Real servers for the tests, each with a home of its own, and the leak check that runs after every test."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from rock.sync import Client, Sandbox, SandboxConfig
+from tests.leaks import Inventory, take_inventory
+
+IMAGE = "python:3.11"
+
+
+class RunningServer:
+    """A server process of the tests. `url` is its address."""
+
+    def __init__(self, home: Path, **environment: str) -> None:
+        self.home = home
+        self.environment = environment
+        self.process: subprocess.Popen[bytes] | None = None
+        self.url = ""
+        self.pid = 0
+
+    def __str__(self) -> str:
+        return self.url
+
+    def start(self, port: int = 0, seconds: float = 30.0) -> None:
+        """Start it and wait until it serves; its log is told when it does not."""
+        environ = {
+            **os.environ, "ROCK_POOL_SIZE": "0", **self.environment, "ROCK_HOME": str(self.home),
+        }  # fmt: skip
+        with open(self.home / "output.log", "ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-W", "error::ResourceWarning", "-m", "rock.cli.server", "--host", "127.0.0.1",
+                 "--port", str(port)], env=environ, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+        self.pid = self.process.pid
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            try:
+                note = json.loads((self.home / "server.json").read_text())
+            except (OSError, ValueError):
+                note = {}
+            if note.get("pid") == self.pid:
+                self.url = f"http://127.0.0.1:{note['port']}"
+                return
+            if self.process.poll() is not None:
+                break
+            time.sleep(0.01)
+        raise AssertionError(f"the server did not start:\n{self.log()}")
+
+    def log(self) -> str:
+        parts = [self.home / "output.log", self.home / "logs" / "server.log"]
+        return "\n".join(p.read_text(errors="replace")[-4000:] for p in parts if p.exists())
+
+    def kill(self) -> None:
+        """kill -9."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        """Stop every sandbox, then the server."""
+        if self.process is None or self.process.poll() is not None:
+            return
+        with Client(self.url) as client:
+            for info in client.list_sandboxes(states="pending,running,stopping"):
+                client.stop_sandbox(info.sandbox_id)
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(30) == 0, self.log()
+
+    def inventory(self) -> Inventory:
+        return take_inventory(self.home, self.pid)
+
+    def assert_clean(self, before: Inventory, seconds: float = 5.0) -> None:
+        """Nothing is left that was not there before; what is being removed gets `seconds`."""
+        end = time.monotonic() + seconds
+        while (left := self.inventory() - before) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not left, f"left behind: {left}"
+
+
+@pytest.fixture(scope="session")
+def session_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """One server for most tests, without a warm pool, so that the leak check can count."""
+    running = RunningServer(tmp_path_factory.mktemp("home"))
+    from rock.runtime.image.store import ImageStore
+
+    ImageStore(running.home / "images").from_host(IMAGE)
+    running.start()
+    yield running
+    empty = Inventory()
+    running.stop()
+    running.assert_clean(empty)
+
+
+@pytest.fixture
+def server(session_server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunningServer]:
+    """The shared server, as ROCK_BASE_URL; after the test nothing of it may be left."""
+    monkeypatch.setenv("ROCK_BASE_URL", session_server.url)
+    before = session_server.inventory()
+    yield session_server
+    session_server.assert_clean(before)
+
+
+@pytest.fixture
+def own_server(tmp_path: Path) -> Iterator[Callable[..., RunningServer]]:
+    """Servers of a test's own, which it may kill and start again: `own_server(ROCK_POOL_SIZE="2")`."""
+    made: list[RunningServer] = []
+
+    def make(**environment: str) -> RunningServer:
+        home = tmp_path / f"home{len(made)}"
+        home.mkdir()
+        running = RunningServer(home, **environment)
+        made.append(running)
+        from rock.runtime.image.store import ImageStore
+
+        ImageStore(home / "images").from_host(IMAGE)
+        running.start()
+        return running
+
+    yield make
+    for running in made:
+        if running.process is not None and running.process.poll() is not None:
+            running.start()  # a killed one: what it left has to be found and removed
+        running.stop()
+        running.assert_clean(Inventory())
+
+
+@pytest.fixture
+def sandbox(server: RunningServer) -> Iterator[Sandbox]:
+    """A running sandbox, stopped after the test."""
+    with Sandbox(SandboxConfig(base_url=server.url, image=IMAGE, memory="512m", cpus=1.0)) as made:
+        yield made

@@ -1,0 +1,151 @@
+"""kill -9 of the server at a bad moment: sandboxes live on, and the next server finds them and their sessions."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+from tests.conftest import IMAGE, RunningServer
+
+from rock.actions import CreateBashSessionRequest
+from rock.errors import Conflict, RockError
+from rock.protocol.sandbox import Cause, State
+from rock.sync import Client, Sandbox, SandboxConfig
+
+
+def make(server: RunningServer, **fields: object) -> Sandbox:
+    sandbox = Sandbox(
+        SandboxConfig.model_validate({"base_url": server.url, "image": IMAGE, "memory": "256m", "cpus": 1.0, **fields})
+    )
+    sandbox.start()
+    return sandbox
+
+
+def again(server: RunningServer, sandbox: Sandbox) -> Sandbox:
+    return Sandbox(SandboxConfig(base_url=server.url, image=IMAGE)).attach(sandbox.sandbox_id)
+
+
+@pytest.mark.parametrize("pool", ["0", "2"])
+def test_sandboxes_sessions_and_processes_are_found_again(own_server: Callable[..., RunningServer], pool: str) -> None:
+    server = own_server(ROCK_POOL_SIZE=pool)
+    sandboxes = [make(server) for _ in range(5)]
+    for number, sandbox in enumerate(sandboxes):
+        sandbox.create_session(CreateBashSessionRequest(session="work"))
+        sandbox.arun(f"x={number}; cd /tmp; echo kept > file", session="work")
+        sandbox.arun("y=default")
+    process = sandboxes[0].start_process("for i in 1 2 3 4 5 6; do echo line $i; sleep 0.3; done; exit 3")
+    server.kill()
+    began = time.monotonic()
+    server.start()
+    assert time.monotonic() - began < 5
+    for number, sandbox in enumerate(sandboxes):
+        found = again(server, sandbox)
+        assert found.arun("echo $x $PWD $(cat file)", session="work").output == f"{number} /tmp kept\n"
+        assert found.arun("echo $y").output == "default\n"
+    same = again(server, sandboxes[0]).get_process(process.id)
+    assert same.wait(10).exit_code == 3
+    assert same.logs().data == b"".join(b"line %d\n" % n for n in range(1, 7))
+
+
+def test_a_command_that_was_running_does_not_confuse_its_session(own_server: Callable[..., RunningServer]) -> None:
+    server = own_server()
+    sandbox = make(server)
+
+    def call() -> None:
+        with pytest.raises(RockError):
+            sandbox.arun("sleep 1.5; echo finished > /tmp/flag; echo old output; false")
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    time.sleep(0.4)
+    server.kill()
+    thread.join(20)
+    server.start()
+    seen = again(server, sandbox).arun("echo new; cat /tmp/flag")
+    assert seen.exit_code == 0
+    assert seen.output.endswith("new\nfinished\n")
+
+
+def test_what_died_meanwhile_is_told(own_server: Callable[..., RunningServer]) -> None:
+    server = own_server()
+    alive, dead = make(server), make(server)
+    # The host's view of the sandbox's pid 1, by the inventory of what the server started.
+    before = {item for item in server.inventory().items if item.startswith("process ")}
+    dead_shell = dead.arun("echo $$").output
+    assert dead_shell
+    server.kill()
+    assert before
+    server.start()
+    assert again(server, alive).arun("echo").exit_code == 0
+    with Client(server.url) as client:
+        assert {i.state for i in client.list_sandboxes()} == {State.RUNNING}
+        client.stop_sandbox(dead.sandbox_id)
+        assert client.get_sandbox(dead.sandbox_id).cause is Cause.USER
+
+
+def test_deadlines_survive(own_server: Callable[..., RunningServer]) -> None:
+    server = own_server()
+    sandbox = make(server, timeout=3.0)
+    server.kill()
+    server.start()
+    end = time.time() + 8
+    with Client(server.url) as client:
+        while client.get_sandbox(sandbox.sandbox_id).state is not State.STOPPED:
+            assert time.time() < end
+            time.sleep(0.1)
+        assert client.get_sandbox(sandbox.sandbox_id).cause is Cause.DEADLINE
+
+
+def test_kill_in_the_middle_of_starts(own_server: Callable[..., RunningServer]) -> None:
+    """Whatever was under way: after the next start every record is true, and nothing lives without one."""
+    server = own_server()
+    acknowledged: list[str] = []
+
+    def create() -> None:
+        try:
+            acknowledged.append(make(server).sandbox_id)
+        except RockError:
+            pass
+
+    threads = [threading.Thread(target=create) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.12)
+    server.kill()
+    for thread in threads:
+        thread.join(30)
+    server.start()
+    with Client(server.url) as client:
+        end = time.time() + 20
+        while any(i.state is State.PENDING for i in client.list_sandboxes()):
+            assert time.time() < end
+            time.sleep(0.05)
+        infos = {i.sandbox_id: i for i in client.list_sandboxes()}
+        assert set(acknowledged) <= {name for name, i in infos.items() if i.state is State.RUNNING}
+        for name, info in infos.items():
+            if info.state is State.RUNNING:
+                assert again(server, _named(server, name)).arun("echo ok").output == "ok\n"
+
+
+def _named(server: RunningServer, name: str) -> Sandbox:
+    return Sandbox(SandboxConfig(base_url=server.url, image=IMAGE)).attach(name)
+
+
+def test_two_servers_never_share_a_home(own_server: Callable[..., RunningServer]) -> None:
+    server = own_server()
+    twin = RunningServer(server.home)
+    with pytest.raises(AssertionError, match="a server is running already"):
+        twin.start()
+    assert Conflict.code == "conflict"
+
+
+def test_two_servers_with_two_homes_never_meet(own_server: Callable[..., RunningServer]) -> None:
+    one, two = own_server(), own_server()
+    here = make(one)
+    with Client(two.url) as client:
+        assert client.list_sandboxes() == []
+    two.kill()
+    two.start()
+    assert here.arun("echo mine").output == "mine\n"

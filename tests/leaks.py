@@ -1,0 +1,77 @@
+"""What a server has on this machine beside itself: processes, folders, cgroups, mounts, open files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Inventory:
+    items: frozenset[str] = field(default_factory=frozenset)
+
+    def __sub__(self, other: Inventory) -> list[str]:
+        return sorted(self.items - other.items)
+
+
+def take_inventory(home: Path, pid: int) -> Inventory:
+    """What is there now. `pid`: the server's; its launcher is no leak, but what the launcher made is."""
+    return Inventory(frozenset([*_processes(pid), *_folders(home), *_cgroups(home), *_mounts(home), *_files(pid)]))
+
+
+def _stat(pid: str) -> tuple[int, str, str] | None:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    name, _, rest = text.partition("(")[2].rpartition(")")
+    fields = rest.split()
+    return int(fields[1]), name, fields[19]
+
+
+def _processes(server: int) -> Iterator[str]:
+    """Descendants of the server, its launcher excepted, by pid and start time."""
+    found = {int(p): s for p in os.listdir("/proc") if p.isdigit() and (s := _stat(p))}
+    for pid, (_, name, start) in found.items():
+        chain, at = [], pid
+        while at in found and at != server:
+            chain.append(at)
+            at = found[at][0]
+        if at == server and len(chain) > 1:
+            yield f"process {pid} {name} {start}"
+
+
+def _folders(home: Path) -> Iterator[str]:
+    for part in ("run/sandboxes", "run/namespace", "run/process"):
+        folder = home / part
+        if folder.is_dir():
+            yield from (f"folder {part}/{entry.name}" for entry in folder.iterdir() if entry.is_dir())
+
+
+def _cgroups(home: Path) -> Iterator[str]:
+    from rock.runtime.namespace import cgroups
+
+    parent = cgroups.parent_name(home / "run" / "namespace")
+    for root, folders, _ in os.walk("/sys/fs/cgroup"):
+        if os.path.basename(root) == parent:
+            yield from (f"cgroup {root}/{name}" for name in folders)
+            folders[:] = []
+
+
+def _mounts(home: Path) -> Iterator[str]:
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        if str(home) in line:
+            yield f"mount {line.split()[4]}"
+
+
+def _files(server: int) -> Iterator[str]:
+    """Open files of the server that lie in a sandbox or are pipes; sockets belong to its clients."""
+    try:
+        for fd in os.listdir(f"/proc/{server}/fd"):
+            target = os.readlink(f"/proc/{server}/fd/{fd}")
+            if target.startswith("pipe:") or "/run/" in target:
+                yield f"open {target}"
+    except OSError:
+        return
