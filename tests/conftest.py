@@ -140,3 +140,31 @@ def sandbox(server: RunningServer) -> Iterator[Sandbox]:
     """A running sandbox, stopped after the test."""
     with Sandbox(SandboxConfig(base_url=server.url, image=IMAGE, memory="512m", cpus=1.0)) as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def env_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """A server whose image store, with the packages of environments, is kept between runs of the tests."""
+    cache = Path(os.environ.get("ROCK_TEST_CACHE") or Path.home() / ".cache" / "rock-tests")
+    images = cache / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    home = tmp_path_factory.mktemp("env-home")
+    (home / "images").symlink_to(images)
+    running = RunningServer(home)
+    running.start()
+    yield running
+    running.stop()
+    running.assert_clean(Inventory())
+
+
+@pytest.fixture
+def free_port() -> Callable[[], int]:
+    """A port that nobody listens on now."""
+    import socket
+
+    def find() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return int(probe.getsockname()[1])
+
+    return find

@@ -1,3 +1,70 @@
-"""ROCK: isolated environments for agentic reinforcement learning."""
+"""ROCK: isolated environments for agentic reinforcement learning.
+
+    env = rock.make("game:Sokoban-v0-easy")
+    sandbox = rock.Sandbox(image="host")
+
+The names below are loaded when they are asked for, so that `import rock` is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rock.envs import RockEnv, make
+    from rock.errors import (
+        BadRequestRockError,
+        CommandRockError,
+        InternalServerRockError,
+        RockError,
+        RockException,
+        codes,
+        raise_for_code,
+    )
+    from rock.sdk.sandbox import Sandbox, SandboxConfig, SandboxGroup, SandboxGroupConfig
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "rock.envs": ("RockEnv", "make"),
+    "rock.errors": (
+        "BadRequestRockError",
+        "CommandRockError",
+        "InternalServerRockError",
+        "RockError",
+        "RockException",
+        "codes",
+        "raise_for_code",
+    ),
+    "rock.sdk.sandbox": ("Sandbox", "SandboxConfig", "SandboxGroup", "SandboxGroupConfig"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "BadRequestRockError",
+    "CommandRockError",
+    "InternalServerRockError",
+    "RockEnv",
+    "RockError",
+    "RockException",
+    "Sandbox",
+    "SandboxConfig",
+    "SandboxGroup",
+    "SandboxGroupConfig",
+    "codes",
+    "make",
+    "raise_for_code",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'rock' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

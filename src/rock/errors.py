@@ -307,10 +307,12 @@ def from_wire(body: Any, http_status: int = 500) -> RockError:
     error = body.get("error") if isinstance(body, dict) else None
     if not isinstance(error, dict):
         text = body if isinstance(body, str) else repr(body)
-        kind = Unavailable if http_status in (502, 503, 504) else ServerError if http_status >= 500 else ClientError
+        kind: type[RockError] = ServerError if http_status >= 500 else ClientError
+        if http_status in (502, 503, 504):
+            kind = Unavailable
         return kind(f"HTTP {http_status}: {text[:500]}")
-    kind = _BY_CODE.get(str(error.get("code")), ServerError)
-    return kind(
+    known = _BY_CODE.get(str(error.get("code")), ServerError)
+    return known(
         str(error.get("message", "")),
         sandbox_id=error.get("sandbox_id"),
         hint=error.get("hint"),

@@ -21,6 +21,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 
@@ -81,7 +82,7 @@ class Settings:
         return self.home / "rock.sqlite"
 
     @classmethod
-    def read(cls, environ: Mapping[str, str] | None = None, **given: object) -> Settings:
+    def read(cls, environ: Mapping[str, str] | None = None, **given: Any) -> Settings:
         """Settings of the environment, over which what is `given` and not None wins. ValueError names a bad value."""
         env = os.environ if environ is None else environ
         values: dict[str, object] = {"home": home(), "api_key": env.get("ROCK_API_KEY") or None}

@@ -18,7 +18,7 @@ class Admin:
     def __init__(self, settings: Settings, store: Store, workers: dict[str, Worker], roles: list[str]) -> None:
         self.service = Service(store, LocalScheduler(), workers)
         self.reconciler = Reconciler(self.service)
-        self.app: App = native.build(self.service, settings, roles)  # type: ignore[assignment]
+        self.app: App = native.build(self.service, settings, roles)
         self._store = store
 
     async def open(self) -> None:

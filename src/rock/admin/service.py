@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rock.admin.lifecycle import Effect, Event, step
@@ -227,24 +227,24 @@ class Service:
 
     async def open_env(self, wish: OpenEnv, wait: float) -> SandboxInfo:
         """A sandbox that can host the environment: a running one of its package set, else a new one."""
-        spec = registry.resolve(wish.env_id)
+        image = registry.find(wish.env_id).image
         async with self._env_lock:  # two first wishes must not make two hosts
             found = (
                 []
                 if wish.exclusive
                 else await self.store.list(
-                    Query(states=(State.RUNNING, State.PENDING), labels={ENV_LABEL: spec.packages}, limit=1)
+                    Query(states=(State.RUNNING, State.PENDING), labels={ENV_LABEL: image}, limit=1)
                 )
             )
-            record = found[0] if found else await self._create_env_host(spec.packages, wish)
+            record = found[0] if found else await self._create_env_host(image, wish)
         return await self._waited(record, wait)
 
-    async def _create_env_host(self, packages: str, wish: OpenEnv) -> Record:
+    async def _create_env_host(self, image: str, wish: OpenEnv) -> Record:
         config = wish.config or SandboxConfig(image="host", memory="4g", cpus=1.0, auto_clear_seconds=600)
         config = config.model_copy(
             update={
-                "image": f"{registry.IMAGE_PREFIX}{packages}",
-                "labels": config.labels if wish.exclusive else {**config.labels, ENV_LABEL: packages},
+                "image": image,
+                "labels": config.labels if wish.exclusive else {**config.labels, ENV_LABEL: image},
                 # The first start installs the packages.
                 "startup_timeout": max(config.startup_timeout, 1200.0),
             }

@@ -21,7 +21,7 @@ app = typer.Typer(no_args_is_help=True, help="Start and stop the server of this 
 _START_TIMEOUT = 60.0
 
 
-def _settings(**given: object) -> Settings:
+def _settings(**given: Any) -> Settings:
     try:
         return Settings.read(**given)
     except ValueError as error:

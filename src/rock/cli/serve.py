@@ -119,7 +119,7 @@ class Server:
             settings.sandbox_limit,
             self.images,
         )
-        rocklet: App = Api(self.node).router()  # type: ignore[assignment]
+        rocklet: App = Api(self.node).router()
 
         async def transport(method: str, path: str, query: str, body: bytes) -> tuple[int, bytes]:
             return await call(rocklet, method, path, query=query, body=body)
@@ -192,7 +192,7 @@ async def serve(settings: Settings) -> None:
             server.app,
             log_config=None,
             access_log=False,
-            lifespan="off",  # type: ignore[arg-type]
+            lifespan="off",
             timeout_keep_alive=75,
             timeout_graceful_shutdown=5,
             server_header=False,

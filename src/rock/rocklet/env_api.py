@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from rock.envhub import registry
 from rock.errors import InvalidConfig
 from rock.protocol.env import MakeEnv, ResetEnv, StepEnv
 from rock.protocol.routes import ROUTES
@@ -29,11 +30,12 @@ class EnvApi:
     async def make_env(self, request: Request) -> Answer:
         sandbox, _ = self._find(request)
         wish = await request.model(MakeEnv)
+        env_id = registry.find(wish.env_id).id  # an alias is another name for it
 
         async def work() -> Answer:
             with sandbox.active():
-                number = await (await sandbox.environments()).make(wish.env_id, wish.kwargs)
-            return answer({"env": number, "env_id": wish.env_id, "sandbox_id": sandbox.id}, 201)
+                number = await (await sandbox.environments()).make(env_id, wish.kwargs)
+            return answer({"env": number, "env_id": env_id, "sandbox_id": sandbox.id}, 201)
 
         return await self.once(sandbox.id, request, work())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import posixpath
+from typing import Any
 
 from rock.errors import InvalidConfig
 from rock.protocol.action import ChmodRequest, ChownRequest, FileInfo
@@ -147,7 +148,7 @@ class FileApi:
             return answer(await self._info(sandbox, path))
 
 
-def _object(body: object) -> dict[str, object]:
+def _object(body: object) -> dict[str, Any]:
     if not isinstance(body, dict):
         raise InvalidConfig("the body is not a JSON object")
     return body

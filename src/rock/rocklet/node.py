@@ -10,7 +10,9 @@ import socket
 import time
 import uuid
 from collections import OrderedDict
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 from rock.errors import Conflict, Expired, InvalidConfig, Lost, NoCapacity, NotHere, OutOfMemory, RockError
 from rock.protocol.node import NodeEvent, NodeEvents, NodeInventory, NodeSandbox, NodeStatus
@@ -162,8 +164,8 @@ class Node:
         self._spawn(supervisor.prepare())
         return supervisor
 
-    def _spawn(self, work: object) -> None:
-        task = asyncio.ensure_future(work)  # type: ignore[arg-type]
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -243,6 +243,9 @@ class Supervisor:
     async def environments(self) -> EnvHost:
         """The host of environments in this sandbox, started when first used."""
         async with self._env_lock:
+            if self.env_host is not None and self.env_host.failed is not None:
+                await self.env_host.close()
+                self.env_host = None
             if self.env_host is None:
                 host = EnvHost(self.runtime, self.handle)
                 await host.open()

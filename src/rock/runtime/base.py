@@ -1,7 +1,8 @@
 """The contract between the rocklet and whatever makes sandboxes on this machine.
 
 A runtime implements `Runtime`; a sandbox is known by its `Handle`, plain data that is stored, so that a restarted
-rocklet finds it again. A program is started with `spawn` and is then a `Process`, whose streams are file descriptors of ours.
+rocklet finds it again. A program is started with `spawn` and is then a `Process`, whose streams are descriptors of
+ours.
 
 Optional capabilities stand beside it and are asked for by type: `isinstance(runtime, Files)`.
 """
@@ -121,6 +122,10 @@ class Process(Protocol):
 
     async def resize(self, rows: int, columns: int) -> None:
         """Set the size of its terminal; InvalidConfig without a pty."""
+        ...
+
+    async def close_stdin(self) -> None:
+        """Give the program the end of its input: closes our `stdin`, and pid 1's copy of a kept one. Idempotent."""
         ...
 
     def close(self) -> None:

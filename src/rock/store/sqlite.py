@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -141,11 +141,12 @@ class SqliteStore:
     async def delete(self, sandbox_id: str) -> None:
         await self._do(lambda: self._open_db.execute("DELETE FROM sandbox WHERE id = ?", (sandbox_id,)))
 
-    async def list(self, query: Query) -> list[Record]:
+    async def list(self, query: Query) -> Sequence[Record]:
         return await self._do(self._list, query)
 
-    def _list(self, query: Query) -> list[Record]:
-        where, values = ["1"], list[Any]()
+    def _list(self, query: Query) -> Sequence[Record]:
+        where: Any = ["1"]
+        values: Any = []
         if query.states:
             where.append(f"state IN ({', '.join('?' * len(query.states))})")
             values += [state.value for state in query.states]

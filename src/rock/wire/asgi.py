@@ -11,7 +11,7 @@ import logging
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from urllib.parse import parse_qsl
 
 import orjson
@@ -226,7 +226,8 @@ class Router:
         try:
             if found is None:
                 raise NotFound(f"no such route: {method} {scope['path']}")
-            reply = await found[0](Request(scope, receive, found[1]))  # type: ignore[call-arg, misc]
+            handler = cast(Handler, found[0])
+            reply = await handler(Request(scope, receive, found[1]))
             await reply.send(track)
         except Disconnected:
             return

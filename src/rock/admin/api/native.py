@@ -125,7 +125,12 @@ def _environments(app: FastAPI, service: Service) -> None:
     @app.get(ROUTES["list_envs"].path, response_model=EnvList, tags=["environments"])
     async def list_envs() -> Response:
         """Environments that can be made."""
-        return _json(EnvList(items=registry.catalogue()))
+        return _json(EnvList(items=[_catalogue_row(env_id) for env_id in registry.IDS]))
+
+
+def _catalogue_row(env_id: str) -> dict[str, Any]:
+    spec = registry.find(env_id)
+    return {"id": spec.id, "protocol": spec.protocol, "image": spec.image, "note": spec.note}
 
 
 def _listing(request: Request, limit: int, after: str | None) -> Listing:

@@ -1,0 +1,1 @@
+"""The messages of sandboxes, under ROCK's paths."""

@@ -1,0 +1,31 @@
+"""The requests, under ROCK's path; documented in `rock.protocol.action`."""
+
+from rock.protocol.action import (
+    Action,
+    BashAction,
+    ChmodRequest,
+    ChownRequest,
+    CloseBashSessionRequest,
+    CloseSessionRequest,
+    Command,
+    CreateBashSessionRequest,
+    ReadFileRequest,
+    UploadMode,
+    UploadRequest,
+    WriteFileRequest,
+)
+
+__all__ = [
+    "Action",
+    "BashAction",
+    "ChmodRequest",
+    "ChownRequest",
+    "CloseBashSessionRequest",
+    "CloseSessionRequest",
+    "Command",
+    "CreateBashSessionRequest",
+    "ReadFileRequest",
+    "UploadMode",
+    "UploadRequest",
+    "WriteFileRequest",
+]

@@ -1,0 +1,102 @@
+"""The `rock` command: parses, calls, prints. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Annotated
+
+import typer
+
+from rock import __version__
+from rock.cli import doctor, env, image, sandbox
+from rock.cli.admin import app as admin_app
+from rock.cli.output import OPTIONS, complain, fail
+from rock.errors import RockError
+
+app = typer.Typer(
+    name="rock",
+    help="ROCK: isolated environments for agentic reinforcement learning.",
+    epilog="Start a server with `rock admin start`, then try: rock run host -- uname -a",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: drawing it would take longer than all the rest
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"rock {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    base_url: Annotated[str | None, typer.Option(help="The server; ROCK_BASE_URL, or http://127.0.0.1:8080.")] = None,
+    api_key: Annotated[str | None, typer.Option(help="Its key; ROCK_API_KEY.")] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show where an error came from.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    OPTIONS.base_url, OPTIONS.api_key, OPTIONS.verbose = base_url, api_key, verbose
+
+
+sandbox.add_commands(app)
+app.command(name="doctor")(doctor.doctor)
+app.add_typer(image.app, name="image")
+app.add_typer(env.app, name="env")
+app.add_typer(admin_app, name="admin")
+if find_spec("rock.cli.bench"):
+    app.add_typer(import_module("rock.cli.bench").app, name="bench")
+
+
+def main() -> None:
+    """Run a command. Exit status: 0, 1 for an error, 2 for a wrong call, 130 for Ctrl-C, or that of the command run."""
+    try:
+        app()
+    except RockError as error:
+        _trace(error)
+        status = fail(error)
+    except BrokenPipeError:
+        # Whoever read our output has gone; nothing more can be told to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
+    except KeyboardInterrupt:
+        status = 130
+    except OSError as error:
+        _trace(error)
+        status = complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+    except Exception as error:
+        _trace(error)
+        status = _unexpected(error)
+    else:
+        status = 0
+    sys.exit(status)
+
+
+def _trace(error: Exception) -> None:
+    if OPTIONS.verbose:
+        import traceback
+
+        traceback.print_exception(error)
+
+
+def _unexpected(error: Exception) -> int:
+    from pydantic import ValidationError
+
+    if isinstance(error, ValidationError):
+        wrong = (
+            f"{'.'.join(map(str, item['loc'])) or 'value'}: {item['msg'].removeprefix('Value error, ')}"
+            for item in error.errors()
+        )
+        return complain("; ".join(wrong))
+    return complain(f"unexpected: {type(error).__name__}: {error}", None if OPTIONS.verbose else "rock -v shows where")
+
+
+if __name__ == "__main__":
+    main()

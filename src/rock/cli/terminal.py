@@ -1,0 +1,148 @@
+"""A terminal here joined to a program in a sandbox, over a WebSocket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+
+from rock.cli.output import OPTIONS
+from rock.errors import Unavailable, Unsupported, from_wire
+from rock.protocol.routes import ROUTES
+from rock.sdk.http import Address, query_string
+from rock.settings import terminal_environment
+from rock.sync import Sandbox
+
+DETACH_HINT = "the terminal was cut off; the sandbox is as it was"
+END_OF_INPUT = b"\x04"
+
+
+async def attend(sandbox: Sandbox, query: dict[str, object]) -> int:
+    """Connect this terminal to one inside, until the program there ends; its exit status."""
+    key = OPTIONS.api_key or sandbox.config.api_key
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    try:
+        async with connect(
+            _address(sandbox, query), additional_headers=headers, proxy=None, compression=None, max_size=None
+        ) as socket:
+            with _raw_terminal():
+                return await _Terminal(socket).run()
+    except InvalidStatus as error:
+        raise _refusal(error.response.status_code, error.response.body) from None
+    except ConnectionClosed as error:
+        raise Unavailable(f"the server closed the terminal: {error}", hint=DETACH_HINT) from None
+    except (OSError, WebSocketException) as error:
+        raise Unavailable(f"no terminal at {sandbox.url}: {error}") from None
+
+
+def _address(sandbox: Sandbox, query: dict[str, object]) -> str:
+    size = shutil.get_terminal_size()
+    term = terminal_environment().get("TERM")
+    values = {"rows": size.lines, "columns": size.columns, "term": term, **query}
+    address = Address.parse(sandbox.url)
+    path = ROUTES["terminal"].url(sandbox_id=sandbox.sandbox_id or "") + query_string(values)
+    return f"{'wss' if address.tls else 'ws'}://{address.host_header}{address.path}{path}"
+
+
+def _refusal(status: int, body: bytes | bytearray | None) -> Exception:
+    try:
+        return from_wire(json.loads(bytes(body or b"")), status)
+    except ValueError:
+        return from_wire(bytes(body or b"").decode("utf-8", "replace"), status)
+
+
+@contextlib.contextmanager
+def _raw_terminal() -> Iterator[None]:
+    """Every key goes inside while it lasts; the terminal is put back whatever happens."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    try:
+        import termios
+        import tty
+    except ImportError:
+        raise Unsupported("an interactive shell needs a Unix terminal", hint="use rock exec") from None
+    handle = sys.stdin.fileno()
+    before = termios.tcgetattr(handle)
+    try:
+        tty.setraw(handle)
+        yield
+    finally:
+        termios.tcsetattr(handle, termios.TCSADRAIN, before)
+
+
+class _Terminal:
+    """Bytes between this terminal and a WebSocket."""
+
+    def __init__(self, socket: ClientConnection) -> None:
+        self._socket = socket
+        self._input: asyncio.Queue[bytes | str] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
+        self._keyboard = sys.stdin.fileno()
+
+    async def run(self) -> int:
+        resize = getattr(signal, "SIGWINCH", None)
+        if resize is not None and sys.stdin.isatty():
+            self._loop.add_signal_handler(resize, self._resized)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            task = asyncio.current_task()
+            assert task is not None
+            self._loop.add_signal_handler(number, task.cancel)
+        sender = asyncio.create_task(self._send())
+        reading = self._start_reading()
+        try:
+            return await self._receive()
+        finally:
+            sender.cancel()
+            if reading:
+                self._loop.remove_reader(self._keyboard)
+
+    def _start_reading(self) -> bool:
+        try:
+            self._loop.add_reader(self._keyboard, self._typed)
+        except PermissionError:  # a plain file: epoll does not take it
+            self._input.put_nowait(sys.stdin.buffer.read())
+            self._input.put_nowait(END_OF_INPUT)
+            return False
+        return True
+
+    def _typed(self) -> None:
+        data = os.read(self._keyboard, 65536)
+        if not data:
+            self._loop.remove_reader(self._keyboard)
+            data = END_OF_INPUT
+        self._input.put_nowait(data)
+
+    def _resized(self) -> None:
+        size = os.get_terminal_size(self._keyboard)
+        self._input.put_nowait(json.dumps({"resize": [size.lines, size.columns]}))
+
+    async def _send(self) -> None:
+        while True:
+            await self._socket.send(await self._input.get())
+
+    async def _receive(self) -> int:
+        async for message in self._socket:
+            if isinstance(message, str):
+                said: dict[str, Any] = json.loads(message)
+                if "error" in said:
+                    raise from_wire(said)
+                if "exit" in said:
+                    return 125 if said["exit"] is None else int(said["exit"])
+            else:
+                await asyncio.to_thread(_write, message)
+        raise Unavailable("the server closed the terminal", hint=DETACH_HINT)
+
+
+def _write(data: bytes) -> None:
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()

@@ -1,0 +1,487 @@
+"""pid 1 of a sandbox: reaps, starts programs and serves files on request. Single-threaded, standard library only.
+
+    server ── SOCK_SEQPACKET, one JSON object a packet, descriptors by SCM_RIGHTS ──► init ── fork, exec ──► programs
+
+A request is {"id": n, "op": name, ...}, its reply {"id": n, "ok": true, ...} or {"id": n, "error": [code, message]}.
+A packet over `PACKET` bytes is {"memfd": length}, with the JSON in a memory file. Ends are told to every connection:
+{"event": "exit", "pid": n, "code": n} or "signal". Connections come and go; programs stay.
+
+It is forked from the launcher before the root switch, so that the image needs nothing of ours, or started as
+`python -I -S init.py '{"listen": FD, "uid": UID}'`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if __name__ == "__main__" and "rock" not in sys.modules:  # started by its path: make `rock.guest` importable, bare
+    import types
+
+    _source = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    for _name, _folder in (("rock", _source), ("rock.guest", os.path.join(_source, "guest"))):
+        _package = types.ModuleType(_name)
+        _package.__path__ = [_folder]
+        sys.modules[_name] = _package
+
+import errno
+import gc
+import heapq
+import json
+import resource
+import select
+import signal
+import socket
+import struct
+import time
+from collections.abc import Callable, Generator
+from typing import Any
+
+from rock.guest import dial, proctree, programs, syscalls, treefiles, users
+from rock.guest.fault import Fault, of_os_error
+from rock.guest.wire import Connection, send_patiently
+
+_CHILD_PATIENCE = 600.0
+_MOST_CHILDREN = 64
+_MOST_CONNECTIONS = 32
+
+
+class Init:
+    """The loop and all that it knows.
+
+    uid: of the server, as seen here; outside: whether the server must be outside of this pid namespace.
+    """
+
+    def __init__(self, listener: socket.socket, uid: int, outside: bool) -> None:
+        self.listener = listener
+        self.uid = uid
+        self.outside = outside
+        self.epoll = select.epoll()
+        self.readers: dict[int, Callable[[], None]] = {}
+        self.connections: list[Connection] = []
+        self.programs: dict[int, programs.Program] = {}
+        self.children: dict[int, tuple[Connection, int, float]] = {}  # pid -> whom it answers, and its deadline
+        self.starting: dict[int, Callable[[], None]] = {}  # pid -> what settles its start
+        self.timers: list[tuple[float, int, Callable[[], None]]] = []
+        self.sequence = 0
+        self.stopping = False
+        os.umask(0o022)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        self.limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (self.limits[1], self.limits[1]))
+        self.score = _own_score()
+
+    def descriptors(self) -> set[int]:
+        """All that must stay open before `run`."""
+        return {self.listener.fileno(), self.epoll.fileno(), *([self.score[0]] if self.score else [])}
+
+    # ---- the loop ----
+
+    def run(self) -> None:
+        """Serve until told to stop; never returns otherwise."""
+        wake_reader, wake_writer = socket.socketpair()
+        wake_reader.setblocking(False)
+        wake_writer.setblocking(False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
+            signal.signal(number, signal.SIG_IGN)
+        signal.set_wakeup_fd(wake_writer.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        self.listener.setblocking(False)
+        self.watch(self.listener.fileno(), self._accept)
+        self.watch(wake_reader.fileno(), lambda: self._drain(wake_reader))
+        while not self.stopping:
+            timeout = max(0.0, self.timers[0][0] - time.monotonic()) if self.timers else 60.0
+            try:
+                for fd, mask in self.epoll.poll(timeout, 64):
+                    self._serve(fd, mask)
+            except InterruptedError:
+                pass
+            self._reap()
+            self._run_timers()
+
+    def watch(self, fd: int, callback: Callable[[], None], mask: int = select.EPOLLIN) -> None:
+        if fd in self.readers:
+            self.epoll.modify(fd, mask)
+        else:
+            self.epoll.register(fd, mask)
+        self.readers[fd] = callback
+
+    def unwatch(self, fd: int) -> None:
+        if self.readers.pop(fd, None) is not None:
+            self.epoll.unregister(fd)
+
+    def later(self, seconds: float, callback: Callable[[], None]) -> None:
+        self.sequence += 1
+        heapq.heappush(self.timers, (time.monotonic() + seconds, self.sequence, callback))
+
+    def _serve(self, fd: int, mask: int) -> None:
+        callback = self.readers.get(fd)
+        if callback is None:
+            return
+        try:
+            callback()
+        except Exception as error:  # whatever happens, pid 1 lives
+            complain(error)
+
+    def _run_timers(self) -> None:
+        now = time.monotonic()
+        while self.timers and self.timers[0][0] <= now:
+            callback = heapq.heappop(self.timers)[2]
+            try:
+                callback()
+            except Exception as error:
+                complain(error)
+
+    @staticmethod
+    def _drain(sock: socket.socket) -> None:
+        try:
+            while sock.recv(4096):
+                pass
+        except BlockingIOError:
+            pass
+
+    # ---- connections ----
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self.listener.accept()
+        except OSError:
+            return
+        pid, uid, _gid = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if uid != self.uid or (self.outside and pid != 0) or len(self.connections) >= _MOST_CONNECTIONS:
+            sock.close()
+            return
+        connection = Connection(sock)
+        self.connections.append(connection)
+        self.watch(sock.fileno(), lambda: self._readable(connection))
+
+    def _readable(self, connection: Connection) -> None:
+        if connection.waiting and not connection.flush():
+            self.drop(connection)
+            return
+        for _ in range(16):  # then others get a turn
+            try:
+                request = connection.receive()
+            except BlockingIOError:
+                break
+            except (OSError, ValueError):
+                request = None
+            if request is None:
+                self.drop(connection)
+                return
+            self._handle(connection, request)
+        self._rearm(connection)
+
+    def _rearm(self, connection: Connection) -> None:
+        if connection in self.connections:
+            mask = select.EPOLLIN | (select.EPOLLOUT if connection.waiting else 0)
+            if mask != connection.mask:
+                connection.mask = mask
+                self.epoll.modify(connection.sock.fileno(), mask)
+
+    def drop(self, connection: Connection) -> None:
+        if connection in self.connections:
+            self.connections.remove(connection)
+            self.unwatch(connection.sock.fileno())
+            connection.close()
+
+    def answer(self, connection: Connection, number: int, reply: dict[str, Any], fds: list[int]) -> None:
+        """Reply and close `fds`, whether the connection still lives or not."""
+        if connection not in self.connections:
+            for fd in fds:
+                os.close(fd)
+        elif connection.send({"id": number, "ok": True, **reply}, fds):
+            self._rearm(connection)
+        else:
+            self.drop(connection)
+
+    def refuse(self, connection: Connection, number: int, fault: Fault) -> None:
+        if connection in self.connections:
+            if connection.send({"id": number, "error": [fault.code, fault.message]}, []):
+                self._rearm(connection)
+            else:
+                self.drop(connection)
+
+    def tell(self, event: dict[str, Any]) -> None:
+        for connection in list(self.connections):
+            if connection.send(event, []):
+                self._rearm(connection)
+            else:
+                self.drop(connection)
+
+    # ---- requests ----
+
+    def _handle(self, connection: Connection, request: dict[str, Any]) -> None:
+        number = int(request.get("id", 0))
+        try:
+            op = request.get("op")
+            if op in treefiles.OPERATIONS:
+                if treefiles.in_child(request):
+                    raise treefiles.Later
+                self.answer(connection, number, *treefiles.OPERATIONS[op](request))
+                return
+            method = getattr(self, f"do_{op}", None)
+            if method is None:
+                raise Fault("unsupported", f"pid 1 does not know {op!r}")
+            method(connection, number, request)
+        except treefiles.Later:
+            self._later_in_child(connection, number, request)
+        except Fault as fault:
+            self.refuse(connection, number, fault)
+        except OSError as error:
+            self.refuse(connection, number, of_os_error(error, str(request.get("op"))))
+        except Exception as error:
+            complain(error)
+            self.refuse(connection, number, Fault("internal", f"{request.get('op')}: {error!r}"))
+
+    def do_hello(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        running = [program.describe() for program in self.programs.values()]
+        self.answer(connection, number, {"pid": os.getpid(), "programs": running}, [])
+
+    def do_spawn(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        key, keep = str(request.get("key") or ""), bool(request.get("keep"))
+        if key and any(program.key == key for program in self.programs.values()):
+            raise Fault("conflict", f"a program with the key {key!r} exists already")
+        if not request.get("argv"):
+            raise Fault("invalid_config", "argv is empty")
+        user = users.find(str(request["user"])) if request.get("user") else None
+        streams = programs.Streams(request, user)
+        try:
+            pid, verdict = programs.start(programs.Plan(request, streams, user, self.limits), self.score)
+        except BaseException:
+            streams.close()
+            raise
+        streams.close_theirs()
+        program = programs.Program(pid, key, keep, streams.pty)
+        self.programs[pid] = program
+
+        def settle() -> None:
+            self.starting.pop(pid, None)
+            self.unwatch(verdict)
+            data = os.read(verdict, 4096)
+            os.close(verdict)
+            if data:
+                self.programs.pop(pid, None)
+                streams.close()
+                code, message = json.loads(data)
+                self.refuse(connection, number, Fault(code, message))
+                return
+            if keep:
+                program.held = {name: os.dup(fd) for name, fd in streams.ours.items()}
+            reply = {"pid": pid, "streams": list(streams.ours), "pty": streams.pty}
+            self.answer(connection, number, reply, list(streams.ours.values()))
+
+        self.starting[pid] = settle
+        self.watch(verdict, settle)
+
+    def do_attach(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        program = self._kept(str(request.get("key")))
+        fds = [os.dup(fd) for fd in program.held.values()]
+        self.answer(connection, number, program.describe(), fds)
+
+    def do_forget(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        """Close our copies of its streams; once it has ended nothing is known of it any more."""
+        program = self.programs.get(int(request.get("pid", 0)))
+        if program is not None and program.ended is not None:
+            program.release()
+            del self.programs[program.pid]
+        self.answer(connection, number, {}, [])
+
+    def do_close_stream(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        """Close our copy of one stream, so that the program sees its end once the server closes its own."""
+        program = self.programs.get(int(request["pid"]))
+        fd = program.held.pop(str(request["stream"]), None) if program is not None else None
+        if fd is not None:
+            os.close(fd)
+        self.answer(connection, number, {}, [])
+
+    def _kept(self, key: str) -> programs.Program:
+        for program in self.programs.values():
+            if program.keep and program.key == key:
+                return program
+        raise Fault("not_found", f"no kept program has the key {key!r}")
+
+    def do_signal(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        pid, signum = int(request["pid"]), int(request["signal"])
+        if not 0 < signum < signal.NSIG:
+            raise Fault("invalid_config", f"{signum} is not a signal")
+        program = self.programs.get(pid)
+        if program is None or program.ended is not None:
+            count = 0
+        elif request.get("tree"):
+            count = proctree.signal_tree(pid, signum, request.get("since"), bool(request.get("root", True)))
+        else:
+            os.kill(pid, signum)  # not reaped yet, so the pid is still its own
+            count = 1
+        self.answer(connection, number, {"count": count}, [])
+
+    def do_kill_tree(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        pid = int(request["pid"])
+        program = self.programs.get(pid)
+        if program is None or program.ended is not None:
+            self.answer(connection, number, {"count": 0}, [])
+            return
+        job = proctree.kill_tree(pid, request.get("since"), bool(request.get("root", True)))
+        self._step(job, lambda count: self.answer(connection, number, {"count": count}, []))
+
+    def _step(self, job: Generator[float, None, int], done: Callable[[int], None]) -> None:
+        """Drive a job from the loop, so that others are served while it waits."""
+        try:
+            pause = next(job)
+        except StopIteration as end:
+            done(int(end.value))
+            return
+        self.later(pause, lambda: self._step(job, done))
+
+    def do_stop(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        """SIGTERM (and a hang-up to programs with a terminal), SIGKILL after `grace` seconds; then we end."""
+        end = time.monotonic() + max(0.0, min(float(request.get("grace", 0)), 3600.0))
+        self.answer(connection, number, {}, [])
+        for program in self.programs.values():
+            if program.has_pty and program.ended is None:
+                os.kill(program.pid, signal.SIGHUP)
+        me = os.getpid()
+        if end > time.monotonic():
+            proctree.signal_tree(me, signal.SIGTERM, None, False)
+            proctree.signal_tree(me, signal.SIGCONT, None, False)
+
+        def look() -> None:
+            self._reap()
+            if time.monotonic() < end and proctree.alive_under(me, None):
+                self.later(0.01, look)
+            elif me == 1:
+                self.stopping = True  # the end of pid 1 ends all
+            else:
+                proctree.run(_kill_under(me))
+                self.stopping = True
+
+        look()
+
+    def do_dial(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        dial.start(self, connection, number, request)
+
+    # ---- children: long operations and those as another user ----
+
+    def _later_in_child(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        try:
+            self._in_child(connection, number, request)
+        except Fault as fault:
+            self.refuse(connection, number, fault)
+
+    def _in_child(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        if len(self.children) >= _MOST_CHILDREN:
+            raise Fault("unavailable", "too many file operations at once")
+        user = users.find(str(request["user"])) if request.get("user") else None
+        try:
+            pid = os.fork()
+        except OSError as error:
+            raise of_os_error(error, "no further process can be started: the sandbox's limit is reached") from None
+        if pid:
+            self.children[pid] = connection, number, time.monotonic() + _CHILD_PATIENCE
+            self.later(_CHILD_PATIENCE, lambda: self._give_up(pid))
+            return
+        status = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            syscalls.close_all_but(2, connection.sock.fileno())  # no stream of a program lives on in here
+            request["in_child"] = True
+            message: dict[str, Any]
+            fds: list[int] = []
+            try:
+                if user is not None:
+                    programs.drop(user)
+                reply, fds = treefiles.OPERATIONS[request["op"]](request)
+                message = {"id": number, "ok": True, **reply}
+            except Fault as fault:
+                message = {"id": number, "error": [fault.code, fault.message]}
+            except Exception as error:
+                message = {"id": number, "error": ["internal", f"{request['op']}: {error!r}"]}
+            send_patiently(connection.sock, message, fds)
+            status = 0
+        except BaseException as error:
+            complain(error)
+        finally:
+            os._exit(status)
+
+    def _give_up(self, pid: int) -> None:
+        if pid in self.children:
+            os.kill(pid, signal.SIGKILL)
+
+    # ---- ends ----
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            code = os.waitstatus_to_exitcode(status)
+            if pid in self.starting:
+                self.starting[pid]()
+            if pid in self.children:
+                connection, number, _ = self.children.pop(pid)
+                if code != 0:
+                    self.refuse(connection, number, Fault("unavailable", "the file operation was killed"))
+            elif pid in self.programs:
+                self._ended(self.programs[pid], code)
+
+    def _ended(self, program: programs.Program, code: int) -> None:
+        program.ended = {"code": code} if code >= 0 else {"signal": -code}
+        if not program.keep:
+            del self.programs[program.pid]
+        self.tell({"event": "exit", "pid": program.pid, **program.ended})
+
+
+def _kill_under(root: int) -> Generator[float, None, int]:
+    """SIGKILL to all under a process that must itself go on: without pid 1's power to end its namespace."""
+    end = time.monotonic() + 10
+    count = 0
+    while time.monotonic() < end and (left := proctree.alive_under(root, None)):
+        for entry in left:
+            proctree.send(entry, signal.SIGSTOP)
+        count += sum(proctree.send(entry, signal.SIGKILL) for entry in left)
+        yield 0.001
+    return count
+
+
+def _own_score() -> tuple[int, int] | None:
+    """Our oom_score_adj, open for writing, and its value. Opened early: later we are not its owner any more."""
+    try:
+        fd = os.open("/proc/self/oom_score_adj", os.O_RDWR | os.O_CLOEXEC)
+        return fd, int(os.read(fd, 32))
+    except (OSError, ValueError):
+        return None
+
+
+def complain(error: BaseException) -> None:
+    """One line to our log; it cannot fail."""
+    try:
+        os.write(2, f"init: {error!r}\n".encode("utf-8", "backslashreplace")[:1000])
+    except OSError as failure:
+        if failure.errno == errno.EPIPE:
+            return
+
+
+def prepare(listener: socket.socket, uid: int, outside: bool) -> Init:
+    """An Init whose process others cannot look into."""
+    made = Init(listener, uid, outside)
+    if os.getpid() != 1:
+        syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
+    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
+    return made
+
+
+def main() -> None:
+    """Run as a program, see the module's docstring."""
+    options = json.loads(sys.argv[1])
+    os.setsid() if os.getsid(0) != os.getpid() else None
+    init = prepare(socket.socket(fileno=int(options["listen"])), int(options["uid"]), bool(options.get("outside")))
+    gc.freeze()
+    init.run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""The few system calls that Python 3.11 does not wrap."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_prctl = _libc.prctl
+_prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
+
+PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
+PR_SET_CHILD_SUBREAPER = 36
+_CLOSE_RANGE = 436
+_CLOSE_RANGE_CLOEXEC = 4
+
+
+def prctl(option: int, value: int) -> None:
+    """prctl with one argument; OSError on failure."""
+    if _prctl(option, value, 0, 0, 0) < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"prctl {option}: {os.strerror(number)}")
+
+
+def close_on_exec_from(lowest: int) -> None:
+    """Mark every descriptor from `lowest` on close-on-exec."""
+    arguments = ctypes.c_uint(lowest), ctypes.c_uint(0xFFFFFFFF), ctypes.c_uint(_CLOSE_RANGE_CLOEXEC)
+    if _syscall(ctypes.c_long(_CLOSE_RANGE), *arguments) < 0:  # older than 5.11
+        for name in os.listdir("/proc/self/fd"):
+            if int(name) >= lowest:
+                try:
+                    os.set_inheritable(int(name), False)
+                except OSError:
+                    pass
+
+
+def close_range(first: int, last: int) -> None:
+    """Close every descriptor from `first` to `last`, both included."""
+    if first > last:
+        return
+    if _syscall(ctypes.c_long(_CLOSE_RANGE), ctypes.c_uint(first), ctypes.c_uint(last), ctypes.c_uint(0)) < 0:
+        os.closerange(first, min(last + 1, 65536))  # older than 5.9
+
+
+def close_all_but(highest: int, spared: int) -> None:
+    """Close every descriptor over `highest`, except one."""
+    close_range(highest + 1, spared - 1)
+    close_range(spared + 1, 0xFFFFFFFF)
+
+
+close_on_exec_from(1 << 30)  # resolves the symbol and the argument converters before the root is switched

@@ -1,0 +1,125 @@
+"""pid 1's side of its connections: packets of JSON, with descriptors."""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import select
+import socket
+from collections import deque
+from typing import Any
+
+PACKET = 60_000  # bytes; a longer message travels in a memory file
+_LARGEST = 64 << 20
+_MOST_WAITING = 2_000
+_MOST_FDS = 64
+_buffer = bytearray(PACKET + 4096)
+
+
+def pack(message: dict[str, Any]) -> tuple[bytes, list[int]]:
+    """The packet of a message, and the memory file that it needs when it is long."""
+    data = json.dumps(message).encode()
+    if len(data) <= PACKET:
+        return data, []
+    fd = os.memfd_create("message", os.MFD_CLOEXEC)
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view):]
+    return json.dumps({"memfd": len(data)}).encode(), [fd]
+
+
+def unpack(data: bytes | bytearray | memoryview, fds: list[int]) -> dict[str, Any]:
+    """The message of a packet; its memory file, the last of `fds`, is taken out and closed. ValueError if unsound."""
+    message = json.loads(bytes(data))
+    if isinstance(message, dict) and "memfd" in message and fds:
+        fd = fds.pop()
+        try:
+            length = int(message["memfd"])
+            if not 0 <= length <= _LARGEST:
+                raise ValueError(f"a message of {length} bytes is too long")
+            pieces = []
+            offset = 0
+            while offset < length and (piece := os.pread(fd, length - offset, offset)):
+                pieces.append(piece)
+                offset += len(piece)
+        finally:
+            os.close(fd)
+        message = json.loads(b"".join(pieces))
+    if not isinstance(message, dict):
+        raise ValueError("a message must be an object")
+    return message
+
+
+def receive_packet(sock: socket.socket, buffer: bytearray) -> tuple[memoryview, list[int]]:
+    """One packet and its descriptors, close-on-exec. BlockingIOError when there is none; an empty one is the end."""
+    space = socket.CMSG_SPACE(_MOST_FDS * 4)
+    size, ancillary, _flags, _ = sock.recvmsg_into([buffer], space, socket.MSG_CMSG_CLOEXEC)
+    fds = array.array("i")
+    for level, kind, data in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    return memoryview(buffer)[:size], list(fds)
+
+
+def send_patiently(sock: socket.socket, message: dict[str, Any], fds: list[int]) -> None:
+    """Send from a child on a socket that it shares with pid 1, and whose flags it must not change; waits up to 30 s."""
+    data, extra = pack(message)
+    poll = select.poll()
+    poll.register(sock, select.POLLOUT)
+    for _ in range(30):
+        try:
+            socket.send_fds(sock, [data], [*fds, *extra])
+            return
+        except BlockingIOError:
+            poll.poll(1000)
+    raise TimeoutError("the server does not read")
+
+
+class Connection:
+    """One server's connection. Sending never blocks: what the socket does not take waits, up to a bound."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self.waiting: deque[tuple[bytes, list[int]]] = deque()
+        self.mask = select.EPOLLIN
+
+    def receive(self) -> dict[str, Any] | None:
+        """The next request; None at the end. BlockingIOError when there is none now."""
+        data, fds = receive_packet(self.sock, _buffer)
+        try:
+            return unpack(data, fds) if data else None
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def send(self, message: dict[str, Any], fds: list[int]) -> bool:
+        """Send and close `fds`; False when the connection is of no use any more."""
+        data, extra = pack(message)
+        self.waiting.append((data, [*fds, *extra]))
+        return self.flush() and len(self.waiting) <= _MOST_WAITING
+
+    def flush(self) -> bool:
+        while self.waiting:
+            data, fds = self.waiting[0]
+            try:
+                if fds:
+                    socket.send_fds(self.sock, [data], fds)
+                else:
+                    self.sock.send(data)
+            except BlockingIOError:
+                return True
+            except OSError:
+                return False
+            self.waiting.popleft()
+            for fd in fds:
+                os.close(fd)
+        return True
+
+    def close(self) -> None:
+        for _, fds in self.waiting:
+            for fd in fds:
+                os.close(fd)
+        self.waiting.clear()
+        self.sock.close()

@@ -1,0 +1,196 @@
+"""The layers on disk: one folder each, named by the digest of its content.
+
+    layers/<id>/      the files, ready to be overlay's lowerdir; never written to again
+    meta/<id>.json    digest and size; a layer is there when this is
+    tmp/<random>/     a layer being made or removed, locked by the process that does it
+    locks/<id>        held while a layer is made: who comes second waits, and finds it done
+
+`<id>` is the first 16 hexadecimal digits of the digest: short, because overlay's options share one page. The rest of
+the digest is compared, so a collision is an error and never the wrong layer. The whole store is closed to other users
+(0700): a layer may have setuid programs, which must be of no use to anybody outside a sandbox.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rock.errors import ImageError
+from rock.runtime.image.layer import LayerWriter
+from rock.runtime.image.locks import locked, storing, sync_folder, sync_tree, try_lock, write_atomic
+
+Fill = Callable[[LayerWriter], str]
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """What is known of a layer: digest of the plain archive, bytes of its files, whether it deletes files of the
+    layers below, how many device nodes were left out."""
+
+    diff_id: str
+    size: int
+    whiteouts: bool = False
+    skipped: int = 0
+
+
+def layer_id(diff_id: str) -> str:
+    """The folder name of a digest."""
+    return diff_id.removeprefix("sha256:")[:16]
+
+
+class LayerStore:
+    """The layers below `folder`. Safe for any number of processes and threads."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with storing(f"opening the image store {folder}"):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for name in ("layers", "meta", "tmp", "locks"):
+                (folder / name).mkdir(exist_ok=True)
+
+    def path(self, diff_id: str) -> str:
+        return str(self.folder / "layers" / layer_id(diff_id))
+
+    def info(self, diff_id: str) -> LayerInfo | None:
+        """The layer of that digest, if it is there."""
+        try:
+            body = json.loads(self._meta(layer_id(diff_id)).read_bytes())
+        except FileNotFoundError:
+            return None
+        info = LayerInfo(**body)
+        if info.diff_id != diff_id:
+            raise ImageError(f"two layers share the first digits of their digests: {info.diff_id} and {diff_id}")
+        return info
+
+    def add(self, what: str, fill: Fill, diff_id: str | None = None) -> LayerInfo:
+        """Make a layer: `fill` writes it and answers its digest. With a `diff_id` that is there, nothing is done.
+
+        Of several callers with the same `diff_id` one makes it and the others wait for that. A digest that turns out
+        different is an ImageError; a full disk is StorageFull; either way nothing is left.
+        """
+        with storing(what):
+            if diff_id is None:
+                return self._make(what, fill, None)
+            if found := self.info(diff_id):
+                return found
+            with locked(self._lock(layer_id(diff_id))):
+                return self.info(diff_id) or self._make(what, fill, diff_id)
+
+    def _make(self, what: str, fill: Fill, expected: str | None) -> LayerInfo:
+        with self.scratch() as folder:
+            new = folder / "layer"
+            new.mkdir(mode=0o755)
+            new.chmod(0o755)
+            with LayerWriter(str(new)) as writer:
+                actual = fill(writer)
+                if expected not in (None, actual):
+                    raise ImageError(f"{what}: its content has digest {actual}, not {expected}",
+                                     hint="the archive is damaged; fetch or save it again")
+                writer.finish()
+            info = LayerInfo(actual, writer.size, writer.whiteouts, writer.skipped)
+            if expected is not None:
+                self._publish(new, info)
+                return info
+            with locked(self._lock(layer_id(actual))):
+                found = self.info(actual)
+                if found is None:
+                    self._publish(new, info)
+            return found or info
+
+    def _publish(self, new: Path, info: LayerInfo) -> None:
+        fd = os.open(new, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            sync_tree(fd)  # once for all files: a power cut must not leave a published layer with holes
+        finally:
+            os.close(fd)
+        target = Path(self.path(info.diff_id))
+        if target.exists():
+            self._discard(target)  # of a crash between the next two steps
+        os.rename(new, target)
+        sync_folder(target.parent)
+        write_atomic(self._meta(target.name), json.dumps(asdict(info)).encode())
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder of our own that is removed at the end; one that a crash leaves is removed by the next `sweep`."""
+        with locked(self.folder / "locks" / "tmp", shared=True):
+            folder = Path(tempfile.mkdtemp(dir=self.folder / "tmp"))
+            fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try_lock(fd)
+        try:
+            yield folder
+        finally:
+            remove_tree(folder)
+            os.close(fd)
+
+    def sweep(self) -> None:
+        """Remove what crashed processes left half-made."""
+        with locked(self.folder / "locks" / "tmp"):
+            for folder in (self.folder / "tmp").iterdir():
+                with suppress(OSError):
+                    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                    try:
+                        if try_lock(fd):
+                            remove_tree(folder)
+                    finally:
+                        os.close(fd)
+        for folder in (self.folder / "layers").iterdir():
+            if not self._meta(folder.name).exists():
+                with self._if_free(folder.name) as free:
+                    if free and not self._meta(folder.name).exists():
+                        self._discard(folder)
+
+    def ids(self) -> list[str]:
+        return [p.stem for p in (self.folder / "meta").glob("*.json")]
+
+    def remove(self, id: str) -> int:
+        """Remove a layer; answers the bytes of its files. The caller knows that nobody uses it."""
+        with self._if_free(id) as free:
+            meta = self._meta(id)
+            if not free or not meta.exists():
+                return 0
+            size = LayerInfo(**json.loads(meta.read_bytes())).size
+            meta.unlink()
+            self._discard(self.folder / "layers" / id)
+            return size
+
+    def _discard(self, folder: Path) -> None:
+        with self.scratch() as grave:
+            with suppress(FileNotFoundError):
+                os.rename(folder, grave / "layer")
+
+    @contextmanager
+    def _if_free(self, id: str) -> Iterator[bool]:
+        fd = os.open(self._lock(id), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            yield try_lock(fd)
+        finally:
+            os.close(fd)
+
+    def _meta(self, id: str) -> Path:
+        return self.folder / "meta" / f"{id}.json"
+
+    def _lock(self, id: str) -> Path:
+        return self.folder / "locks" / id
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder and all in it, whatever the modes of its folders; what is gone already is no error."""
+
+    def widen(function: Callable[..., object], path: str, _: object) -> None:
+        with suppress(OSError):
+            os.chmod(os.path.dirname(path), 0o700)
+            os.chmod(path, 0o700, follow_symlinks=False) if os.path.isdir(path) else None
+        with suppress(OSError):
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                os.unlink(path)
+
+    shutil.rmtree(folder, onerror=widen)

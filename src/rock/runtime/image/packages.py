@@ -1,0 +1,202 @@
+"""Python packages as a read-only layer, installed once and shared by all sandboxes that need them.
+
+    /opt/rock/envs/<key>/site        the packages, byte-compiled
+    /opt/rock/envs/<key>/python      link to the Python that they were installed for
+    /opt/rock/envs/<key>/nltk_data   the word lists that word games look for, where they can be had
+    /opt/rock/envs/<key>/packages    what was installed, a name and version a line
+    /opt/rock/envs/current           link to <key>
+
+The key is of the Python's version and the requirements. The layer lies on the image `host`; the whole has a name, so to
+everything else it is an image like any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from rock.errors import ImageError, NotFound
+from rock.runtime.image.host import rock_python
+from rock.runtime.image.layer import LayerWriter
+from rock.runtime.image.locks import locked
+from rock.runtime.image.rootfs import RootFS
+from rock.runtime.image.store import ImageStore
+
+Progress = Callable[[str], None]
+
+FOLDER = "opt/rock/envs"
+CURRENT = f"/{FOLDER}/current"
+_VERSION = 1  # raise when the layer is built in another way
+_LAST_LINES = 15
+_WORDS_TIMEOUT = 30.0
+_DICTIONARIES = ("/usr/share/dict/words", "/usr/share/dict/american-english")
+
+
+@dataclass(frozen=True)
+class PackageSet:
+    """Requirements, as pip takes them, and the name of the image that has them."""
+
+    image: str
+    requirements: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """The folder name: Python's version and a digest of the requirements."""
+        asked = repr((_VERSION, sorted(self.requirements), platform.machine(), sys.implementation.cache_tag))
+        return f"{sys.implementation.cache_tag}-{hashlib.sha256(asked.encode()).hexdigest()[:12]}"
+
+
+def ensure(store: ImageStore, packages: PackageSet, progress: Progress | None = None) -> RootFS:
+    """The image with these packages; they are installed if they are not there. Blocks, the first time for a minute.
+
+    Of several callers, processes too, one installs and the others wait. ImageError has pip's last lines.
+    """
+    python = rock_python()
+    if python is None:
+        raise ImageError("the Python that runs ROCK cannot be shown inside a sandbox: not everybody may read it",
+                         hint="use a Python that other users may read, such as the system's python3")
+    diff_id = f"sha256:{hashlib.sha256(repr((packages.key, python)).encode()).hexdigest()}"
+
+    def fill(writer: LayerWriter) -> str:
+        _build(packages, python, writer, store.folder / f"{packages.key}.log", progress)
+        return diff_id
+
+    if not is_built(store, packages):
+        with locked(store.folder / "locks" / f"env-{packages.key}"):
+            store.host_with(packages.image, f"installing {', '.join(packages.requirements)}", fill, diff_id)
+    return store.resolve(packages.image)
+
+
+def is_built(store: ImageStore, packages: PackageSet) -> bool:
+    """Whether the image is there, for this Python and these requirements."""
+    try:
+        layers = store.resolve(packages.image).layers
+    except ImageError:
+        return False
+    return os.path.isdir(os.path.join(layers[0], FOLDER, packages.key))
+
+
+def packages_folder(rootfs: RootFS) -> Path:
+    """Where the packages are on this machine, for programs that run outside of a sandbox; NotFound without any."""
+    link = Path(rootfs.layers[0], FOLDER, "current")
+    if not link.is_symlink():
+        raise NotFound(f"image {rootfs.name} has no environment packages")
+    return link.parent / os.readlink(link)
+
+
+def _build(packages: PackageSet, python: str, writer: LayerWriter, log: Path, progress: Progress | None) -> None:
+    base = Path(writer.folder) / FOLDER
+    home = base / packages.key
+    site = home / "site"
+    site.mkdir(parents=True)
+    _install(packages.requirements, site, log, progress)
+    if progress is not None:
+        progress("compiling")
+    _prune(site)
+    # Compiled files are never compared with their sources again: the layer is read-only. A file that does not compile,
+    # such as an example for another Python, is none that anybody imports
+    subprocess.run([sys.executable, "-m", "compileall", "-qq", "-j", "0", "--invalidation-mode", "unchecked-hash",
+                    "-s", writer.folder, "-p", "/", str(site)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL, check=False)  # fmt: skip
+    names = sorted(p.name.removesuffix(".dist-info").replace("-", " ", 1) for p in site.glob("*.dist-info"))
+    (home / "packages").write_text("\n".join(names) + "\n")
+    (home / "python").symlink_to(python)
+    (base / "current").symlink_to(packages.key)
+    if (site / "nltk").is_dir():
+        _words(site, home / "nltk_data", log, progress)
+    writer.size = _readable(Path(writer.folder))
+    log.unlink(missing_ok=True)
+
+
+def _install(requirements: Sequence[str], site: Path, log: Path, progress: Progress | None) -> None:
+    if find_spec("pip") is not None:
+        command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--no-compile",
+                   "--no-user", "--no-warn-script-location", "--target", str(site)]  # fmt: skip
+        if sys.version_info >= (3, 12):
+            command.append("--ignore-requires-python")  # gem-llm says "<= 3.12", which no 3.12.1 fulfils
+    elif uv := shutil.which("uv"):
+        command = [uv, "pip", "install", "--python", sys.executable, "--target", str(site)]
+    else:
+        raise ImageError("environment packages cannot be installed: this Python has no pip",
+                         hint=f"run `{sys.executable} -m ensurepip`")
+    last: deque[str] = deque(maxlen=_LAST_LINES)
+    with open(log, "w") as told, subprocess.Popen(
+        [*command, *requirements], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, errors="replace",
+    ) as child:  # fmt: skip
+        assert child.stdout is not None
+        for line in child.stdout:
+            told.write(line)
+            last.append(line.rstrip())
+            if progress is not None and (step := re.match(r"Collecting (\S+)|(Installing) ", line)):
+                progress(f"fetching {step[1]}" if step[1] else "installing")
+        status = child.wait()
+    if status != 0:
+        raise ImageError(
+            f"installing {', '.join(requirements)} failed: {last[-1] if last else f'pip ended with {status}'}",
+            hint=f"is the network reachable? The whole log is {log}", details={"output": "\n".join(last)},
+        )
+
+
+def _prune(site: Path) -> None:
+    """Remove what no environment imports: the packages' own tests (a third of it all), scripts and manuals."""
+    for folder in ("bin", "share"):
+        shutil.rmtree(site / folder, ignore_errors=True)
+    for tests in sorted(site.glob("*/**/tests")):
+        if tests.is_dir() and any(tests.glob("test_*.py")):
+            shutil.rmtree(tests)
+
+
+def _words(site: Path, target: Path, log: Path, progress: Progress | None) -> None:
+    """The corpus `words` of NLTK; else the machine's own dictionary in its place, and a note that says so.
+
+    A sandbox has no network, so what NLTK would fetch when it is first used has to be there.
+    """
+    if progress is not None:
+        progress("fetching word lists")
+    fetch = "import nltk, sys; sys.exit(not nltk.download('words', download_dir=sys.argv[1], quiet=True))"
+    with open(log, "a") as told:
+        try:
+            done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, sys.argv[2]); {fetch}",
+                                   str(target), str(site)], stdin=subprocess.DEVNULL, stdout=told, stderr=told,
+                                  timeout=_WORDS_TIMEOUT, check=False).returncode == 0  # fmt: skip
+        except subprocess.TimeoutExpired:
+            done = False
+    found = target / "corpora/words"
+    if done and (found / "en-basic").is_file():
+        return
+    for dictionary in _DICTIONARIES:
+        if os.path.isfile(dictionary):
+            words = [w for w in Path(dictionary).read_text(errors="ignore").split() if w.isascii() and w.isalpha()]
+            found.mkdir(parents=True, exist_ok=True)
+            for name in ("en", "en-basic"):
+                (found / name).write_text("\n".join(words) + "\n")
+            (target / "NOTE").write_text(f"The words are those of {dictionary}; NLTK's could not be fetched.\n")
+            return
+
+
+def _readable(folder: Path) -> int:
+    """Let everybody read all of it, whatever the umask; answers the bytes of its files."""
+    size = 0
+    for base, folders, files in os.walk(folder):
+        for name in folders:
+            path = os.path.join(base, name)
+            if not os.path.islink(path):
+                os.chmod(path, 0o755)
+        for name in files:
+            path = os.path.join(base, name)
+            if not os.path.islink(path):
+                info = os.stat(path)
+                size += info.st_size
+                os.chmod(path, 0o755 if info.st_mode & 0o100 else 0o644)
+    return size

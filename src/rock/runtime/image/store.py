@@ -1,0 +1,301 @@
+"""The images on this machine, by name. No daemon: any number of processes share one folder.
+
+    images/                what a name stands for          records.py
+    layers/ meta/ tmp/     the layers on disk              layers.py
+    use/                   what sandboxes have mounted     leases.py
+    locks/store            shared while an image is added, alone while garbage is collected
+
+Removing a name never pulls a layer from under a sandbox: a layer goes when no name and no lease is left for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rock.errors import ImageError, InvalidConfig, NotFound
+from rock.runtime.image.blobs import Archive, Blob, Plain
+from rock.runtime.image.host import HostImage, system_folders
+from rock.runtime.image.importer import Archived, LayerBlob, kind_of, read_docker, read_oci, this_architecture
+from rock.runtime.image.layer import LayerWriter
+from rock.runtime.image.layers import Fill, LayerInfo, LayerStore, layer_id
+from rock.runtime.image.leases import Lease, Leases
+from rock.runtime.image.locks import locked, storing, try_lock
+from rock.runtime.image.private import HostScan
+from rock.runtime.image.records import ImageRecord, Records
+from rock.runtime.image.reference import HOST, parse
+from rock.runtime.image.rootfs import Bind, RootFS
+from rock.runtime.image.tarstream import ByteStream, TarReader
+from rock.runtime.image.tree import copy_tree
+
+__all__ = ["ImageRecord", "ImageStore", "Lease"]
+
+Progress = Callable[[str], None]
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_EMPTY = f"sha256:{hashlib.sha256().hexdigest()}"
+_BY_REFERENCE = "shows this machine's own system: changes of the machine show in it"
+
+
+class ImageStore:
+    """The images below `folder`, which is made if missing. Cheap to open; every call may block on the disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.layers = LayerStore(folder)
+        self._gate = folder / "locks" / "store"
+        self._records = Records(folder / "images")
+        self._leases = Leases(folder / "use", self._gate)
+        self._host = HostImage(self.layers)
+        self._scan = HostScan(folder, system_folders())
+        self._resolved: dict[str, tuple[tuple[int, int], RootFS]] = {}
+        self.layers.sweep()
+
+    # ---- asking
+
+    def resolve(self, name: str) -> RootFS:
+        """The image of that name, ready to be mounted. ImageError when it is not on this machine."""
+        if name == HOST:
+            return self._host_rootfs(HOST, writable=False)
+        full = parse(name).full
+        stamp = self._records.stamp(full)
+        known = self._resolved.get(full)
+        if known is not None and known[0] == stamp:
+            return known[1]
+        record = self._records.find(name)
+        if record is None:
+            raise ImageError(
+                f"image {name} is not on this machine, and pulling from registries is not supported yet",
+                hint=f"`rock image import PATH {name}` takes a root folder, a tar, a `docker save` archive or an OCI "
+                f"layout; `rock image from-host {name}` gives this machine's own system that name; image `host` is "
+                "always there",
+            )
+        if record.kind == HOST:
+            extra = [self.layers.path(diff) for diff in record.layers[1:]]
+            rootfs = self._host_rootfs(record.name, writable=os.geteuid() == 0 and not extra)
+            return rootfs.with_layers(extra)
+        rootfs = RootFS(
+            digest=record.digest, layers=tuple(self.layers.path(diff) for diff in reversed(record.layers)),
+            env={"PATH": _PATH, **record.env}, cwd=record.cwd, user=record.user, name=record.name,
+            entrypoint=record.entrypoint, cmd=record.cmd, labels=record.labels,
+        )  # fmt: skip
+        if stamp is not None:
+            self._resolved[full] = (stamp, rootfs)
+        return rootfs
+
+    def list(self) -> Sequence[ImageRecord]:
+        """All images by name, the built-in `host` first."""
+        return [self._host_record(HOST, 0.0), *self._records.all()]
+
+    def inspect(self, name: str) -> ImageRecord:
+        """What is known of an image; NotFound when it is not on this machine."""
+        if name == HOST:
+            return self._host_record(HOST, 0.0)
+        record = self._records.find(name)
+        if record is None:
+            raise NotFound(f"no image {name} on this machine", hint="`rock image ls` shows what there is")
+        return record
+
+    # ---- adding
+
+    def import_any(self, path: Path | str, name: str | None = None,
+                   progress: Progress | None = None) -> Sequence[ImageRecord]:
+        """Import what `path` is: a root folder, a tar of one, a `docker save` archive or an OCI layout.
+
+        Without `name` an archive's own names are taken, and a folder or tar is refused with InvalidConfig.
+        """
+        path = Path(path)
+        with storing(f"reading {path}"):
+            kind = kind_of(path)
+        if kind in ("docker", "oci", "archive"):
+            return self._archive(path, name, progress, kind)
+        if name is None:
+            raise InvalidConfig(f"{path} is a {kind} and has no image name", hint="give it one, like my/image:1.0")
+        return [self.import_folder(path, name) if kind == "folder" else self.import_tar(path, name)]
+
+    def import_folder(self, path: Path | str, name: str) -> ImageRecord:
+        """Import a folder that is the root of a system; it is copied."""
+        path = Path(path)
+        if not path.is_dir():
+            raise ImageError(f"{path} is no folder")
+        return self._single(name, f"copying {path}", lambda writer: copy_tree(path, writer))
+
+    def import_tar(self, path: Path | str, name: str) -> ImageRecord:
+        """Import a tar of the root of a system, plain or compressed with gzip or zstd."""
+        path = Path(path)
+        if not path.is_file():
+            raise ImageError(f"{path} is no file")
+        return self._single(name, f"unpacking {path}", lambda writer: _unpack(Blob.of(path), None, writer))
+
+    def import_docker_archive(self, path: Path | str, name: str | None = None,
+                              progress: Progress | None = None) -> Sequence[ImageRecord]:
+        """Import the images of a `docker save` archive, or with a name that it has several of, the one so named."""
+        return self._archive(Path(path), name, progress, "docker")
+
+    def import_oci(self, path: Path | str, name: str | None = None,
+                   progress: Progress | None = None) -> Sequence[ImageRecord]:
+        """Import the images of an OCI layout: a folder or a tar of it."""
+        return self._archive(Path(path), name, progress, "oci")
+
+    def from_host(self, name: str) -> ImageRecord:
+        """Give this machine's own system a name. As root, sandboxes of it may write anywhere, each for itself."""
+        _free_name(name)
+        if os.geteuid() == 0:
+            self._scan.masks()  # now, when somebody waits for it
+        with locked(self._gate, shared=True):
+            return self._records.save(self._host_record(parse(name).familiar, time.time()))
+
+    def host_with(self, name: str, what: str, fill: Fill, diff_id: str) -> ImageRecord:
+        """Give this machine's own system a name, read-only, with one more layer on top, made by `fill` if missing."""
+        _free_name(name)
+        with locked(self._gate, shared=True):
+            info = self.layers.add(what, fill, diff_id)
+            record = self._host_record(parse(name).familiar, time.time())
+            old = self._records.find(name)
+            if old is not None and old.layers[1:] == (diff_id,):
+                return old
+            return self._records.save(replace(record, layers=(*record.layers, diff_id), size=info.size))
+
+    # ---- removing and holding
+
+    def remove(self, name: str, in_use: Iterable[str] = ()) -> int:
+        """Forget a name and remove the layers that nobody needs any more; answers the bytes that were freed.
+
+        in_use: layer folders to be kept in any case, beside those that are leased.
+        """
+        _free_name(name)
+        self._records.forget(self.inspect(name))
+        return self.gc(in_use)
+
+    def gc(self, in_use: Iterable[str] = ()) -> int:
+        """Remove layers without a name or a lease. Does nothing while a process adds an image: it is done later."""
+        fd = os.open(self._gate, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            if not try_lock(fd):
+                return 0
+            kept = {layer_id(self._host.diff_id())}
+            for record in self._records.all():  # the first layer of a host image is the skeleton as it once was
+                kept.update(layer_id(diff) for diff in record.layers[record.kind == HOST :])
+            kept |= {os.path.basename(folder) for folder in (*in_use, *self._leases.folders())}
+            return sum(self.layers.remove(id) for id in self.layers.ids() if id not in kept)
+        finally:
+            os.close(fd)
+
+    def lease(self, rootfs: RootFS) -> Lease:
+        """Hold an image's layers for a sandbox, whose pid 1 should inherit `Lease.fd`."""
+        return self._leases.take(rootfs)
+
+    # ---- inside
+
+    def _archive(self, path: Path, name: str | None, progress: Progress | None, kind: str) -> Sequence[ImageRecord]:
+        with locked(self._gate, shared=True), self.layers.scratch() as scratch:
+            with storing(f"reading {path}"):
+                archive = Archive(path, scratch)
+                if kind == "archive":
+                    kind = "docker" if archive.get("manifest.json") else "oci"
+                images = read_docker(archive) if kind == "docker" else read_oci(archive)
+            chosen = _chosen(path, images, name)
+            return [record for image, names in chosen for record in self._add(image, names, progress)]
+
+    def _add(self, image: Archived, names: Iterable[str], progress: Progress | None) -> Sequence[ImageRecord]:
+        infos: list[LayerInfo] = []
+        for number, layer in enumerate(image.layers, 1):
+            if progress is not None:
+                progress(f"layer {number} of {len(image.layers)}, {layer.blob.size / 1e6:.1f} MB")
+            infos.append(self.layers.add(f"unpacking layer {number}", _filler(layer), layer.diff_id))
+        if not infos:
+            infos.append(self.layers.add("making an empty layer", lambda _: _EMPTY, _EMPTY))
+        config = image.config
+        record = ImageRecord(
+            name="", kind="image", digest=image.digest, id=image.id, layers=tuple(i.diff_id for i in infos),
+            size=sum(i.size for i in infos), created=time.time(), architecture=config.architecture, env=config.env,
+            cwd=config.cwd, user=config.user, entrypoint=config.entrypoint, cmd=config.cmd, labels=config.labels,
+            note=_note(infos),
+        )  # fmt: skip
+        return [self._records.save(replace(record, name=parse(name).familiar)) for name in names]
+
+    def _single(self, name: str, what: str, fill: Callable[[LayerWriter], str]) -> ImageRecord:
+        _free_name(name)
+        with locked(self._gate, shared=True):
+            info = self.layers.add(what, fill)
+            return self._records.save(ImageRecord(
+                name=parse(name).familiar, kind="image", digest=info.diff_id, id=info.diff_id, layers=(info.diff_id,),
+                size=info.size, created=time.time(), architecture=this_architecture(), note=_note([info]),
+            ))  # fmt: skip
+
+    def _host_record(self, name: str, created: float) -> ImageRecord:
+        host = self._host.current()
+        return ImageRecord(
+            name=name, kind=HOST, digest=host.diff_id, id=host.diff_id, layers=(host.diff_id,), size=0, created=created,
+            by_reference=True, architecture=this_architecture(), env=host.env, note=_BY_REFERENCE,
+        )  # fmt: skip
+
+    def _host_rootfs(self, name: str, *, writable: bool) -> RootFS:
+        host = self._host.current()
+        binds: tuple[Bind, ...] = host.binds
+        if writable and (masks := self._scan.masks()) is not None:
+            binds = (*(_opened(bind) for bind in binds), *masks)
+        digest = host.diff_id if binds is host.binds else f"{host.diff_id}-{hash_of(binds)}"
+        return RootFS(digest=digest, layers=(self.layers.path(host.diff_id),), binds=binds, env=host.env, name=name)
+
+
+def hash_of(value: object) -> str:
+    """A short digest of a value's repr."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+
+
+def _opened(bind: Bind) -> Bind:
+    """Of the machine's own folders; its Python may lie in somebody's home and stays as it is."""
+    return replace(bind, writable=True, idmap=True) if bind.source == bind.target else bind
+
+
+def _unpack(blob: Blob, digest: str | None, writer: LayerWriter) -> str:
+    plain = Plain(blob)
+    chunks = plain.chunks()
+    try:
+        stream = ByteStream(chunks)
+        writer.add_all(TarReader(stream))
+        stream.drain()
+    finally:
+        chunks.close()
+    if digest is not None and digest != plain.blob_digest:
+        raise ImageError(f"layer {digest} has other content than its name says",
+                         hint="the archive is damaged; fetch or save it again")
+    return plain.diff_id
+
+
+def _filler(layer: LayerBlob) -> Callable[[LayerWriter], str]:
+    return lambda writer: _unpack(layer.blob, layer.digest, writer)
+
+
+def _free_name(name: str) -> None:
+    if name == HOST:
+        raise InvalidConfig("the image `host` is built in", hint="take another name, like my/image:1.0")
+    parse(name)
+
+
+def _note(infos: list[LayerInfo]) -> str:
+    skipped = sum(info.skipped for info in infos)
+    return f"{skipped} device nodes left out" if skipped else ""
+
+
+def _chosen(path: Path, images: list[Archived], name: str | None) -> list[tuple[Archived, tuple[str, ...]]]:
+    """Which images of an archive to add, and under which names."""
+    if not images:
+        raise ImageError(f"{path} has no image")
+    there = [n for image in images for n in image.names]
+    if name is None:
+        unnamed = any(not image.names for image in images)
+        if unnamed:
+            raise InvalidConfig(f"{path} has an image without a name", hint="give it one, like my/image:1.0")
+        return [(image, image.names) for image in images]
+    _free_name(name)
+    if len(images) == 1:
+        return [(images[0], (name,))]
+    for image in images:
+        if parse(name).full in (parse(n).full for n in image.names):
+            return [(image, (name,))]
+    raise ImageError(f"{path} has several images, and none is named {name}", hint=f"it has {', '.join(there)}")

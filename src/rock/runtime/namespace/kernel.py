@@ -1,0 +1,210 @@
+"""System calls for making a sandbox, by ctypes. Standard library only: this runs in the launcher and in its children.
+
+Every function raises OSError with the name of the call. Numbers that differ between x86_64 and aarch64 are in `_TABLE`;
+the mount calls of 5.2 and later have the same numbers everywhere.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import platform
+import socket
+import struct
+
+CLONE_NEWNS = 0x00020000
+CLONE_NEWCGROUP = 0x02000000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
+MS_REMOUNT, MS_BIND, MS_MOVE, MS_REC, MS_PRIVATE, MS_SLAVE = 32, 4096, 8192, 16384, 1 << 18, 1 << 19
+MNT_DETACH = 2
+
+ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV, ATTR_NOEXEC, ATTR_IDMAP = 1, 2, 4, 8, 0x00100000
+
+_AT_FDCWD = -100
+_AT_EMPTY_PATH = 0x1000
+_AT_RECURSIVE = 0x8000
+_OPEN_TREE_CLONE = 1
+_SIGCHLD = 17
+
+_TABLE = {
+    "x86_64": {"clone": 56, "pivot_root": 155, "setns": 308, "unshare": 272, "capset": 126, "seccomp": 317},
+    "aarch64": {"clone": 220, "pivot_root": 41, "setns": 268, "unshare": 97, "capset": 91, "seccomp": 277},
+}
+_OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _MOUNT_SETATTR = 428, 429, 430, 431, 432, 442
+
+MACHINE = platform.machine()
+NUMBERS = _TABLE.get(MACHINE, {})
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
+_mount = _libc.mount
+_mount.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_ulong, ctypes.c_char_p]
+_umount2 = _libc.umount2
+_umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
+_prctl = _libc.prctl
+_prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
+_long = ctypes.c_long
+# A fork by hand must hold the interpreter's lock throughout: PyDLL does not let go of it.
+_fork_syscall = ctypes.PyDLL(None, use_errno=True).syscall
+_fork_syscall.restype = ctypes.c_long
+
+
+def _raise(what: str) -> None:
+    number = ctypes.get_errno()
+    raise OSError(number, f"{what}: {os.strerror(number)}")
+
+
+def _number(name: str) -> int:
+    if name not in NUMBERS:
+        raise OSError(errno.ENOSYS, f"{name}: {MACHINE} is not supported")
+    return NUMBERS[name]
+
+
+def fork_into(flags: int) -> int:
+    """Fork with new namespaces: 0 in the child, its pid in the parent. Only for a process with a single thread."""
+    arguments = [_long(flags | _SIGCHLD), _long(0), _long(0), _long(0), _long(0)]
+    pid = int(_fork_syscall(_long(_number("clone")), *arguments))
+    if pid < 0:
+        _raise("clone")
+    return pid
+
+
+def unshare(flags: int) -> None:
+    if _syscall(_long(_number("unshare")), _long(flags)) < 0:
+        _raise("unshare")
+
+
+def setns(fd: int, kind: int) -> None:
+    if _syscall(_long(_number("setns")), _long(fd), _long(kind)) < 0:
+        _raise("setns")
+
+
+def prctl(option: int, value: int = 0, third: int = 0) -> int:
+    result = int(_prctl(option, value, third, 0, 0))
+    if result < 0:
+        _raise(f"prctl {option}")
+    return result
+
+
+def mount(source: str, target: str, kind: str, flags: int, options: str = "") -> None:
+    if _mount(os.fsencode(source), os.fsencode(target), kind.encode(), flags, os.fsencode(options) or None) < 0:
+        _raise(f"mount {kind or source} at {target}")
+
+
+def umount(target: str, flags: int = 0) -> None:
+    if _umount2(os.fsencode(target), flags) < 0:
+        _raise(f"umount {target}")
+
+
+def pivot_root(new: str, old: str) -> None:
+    if _syscall(_long(_number("pivot_root")), ctypes.c_char_p(os.fsencode(new)), ctypes.c_char_p(os.fsencode(old))) < 0:
+        _raise("pivot_root")
+
+
+def open_tree(path: str, *, recursive: bool = False) -> int:
+    """A detached copy of the mount at `path`, as a descriptor."""
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | (_AT_RECURSIVE if recursive else 0)
+    fd = int(_syscall(_long(_OPEN_TREE), _long(_AT_FDCWD), ctypes.c_char_p(os.fsencode(path)), _long(flags)))
+    if fd < 0:
+        _raise(f"open_tree {path}")
+    return fd
+
+
+def set_attributes(fd: int, attributes: int, *, userns: int = -1, recursive: bool = False,
+                   private: bool = False) -> None:
+    """Set mount attributes of a descriptor of `open_tree`; with a user namespace's descriptor, its id mapping too."""
+    if userns >= 0:
+        attributes |= ATTR_IDMAP
+    packed = struct.pack("=QQQQ", attributes, 0, MS_PRIVATE if private else 0, max(userns, 0))
+    flags = _AT_EMPTY_PATH | (_AT_RECURSIVE if recursive else 0)
+    if _syscall(_long(_MOUNT_SETATTR), _long(fd), ctypes.c_char_p(b""), _long(flags), ctypes.c_char_p(packed),
+                _long(len(packed))) < 0:
+        _raise("mount_setattr")
+
+
+def move_mount(fd: int, target: str, folder: int = _AT_FDCWD) -> None:
+    """Attach a detached mount at a path."""
+    path = ctypes.c_char_p(os.fsencode(target))
+    if _syscall(_long(_MOVE_MOUNT), _long(fd), ctypes.c_char_p(b""), _long(folder), path, _long(4)) < 0:
+        _raise(f"move_mount to {target}")
+
+
+def mount_overlay(target: str, layers: list[str], options: dict[str, str], flags: list[str]) -> None:
+    """Overlay by the new mount calls, whose options have no common length limit (`lowerdir+`, 6.5 and later)."""
+    fd = int(_syscall(_long(_FSOPEN), ctypes.c_char_p(b"overlay"), _long(1)))
+    if fd < 0:
+        _raise("fsopen overlay")
+    try:
+        for layer in layers:
+            _fsconfig(fd, 1, "lowerdir+", layer)
+        for key, value in options.items():
+            _fsconfig(fd, 1, key, value)
+        for flag in flags:
+            _fsconfig(fd, 0, flag, None)
+        _fsconfig(fd, 6, None, None)
+        tree = int(_syscall(_long(_FSMOUNT), _long(fd), _long(1), _long(ATTR_NOSUID | ATTR_NODEV)))
+        if tree < 0:
+            _raise("fsmount overlay")
+        try:
+            move_mount(tree, target)
+        finally:
+            os.close(tree)
+    finally:
+        os.close(fd)
+
+
+def _fsconfig(fd: int, command: int, key: str | None, value: str | None) -> None:
+    name = ctypes.c_char_p(key.encode() if key is not None else None)
+    text = ctypes.c_char_p(os.fsencode(value) if value is not None else None)
+    if _syscall(_long(_FSCONFIG), _long(fd), _long(command), name, text, _long(0)) < 0:
+        _raise(f"fsconfig {key or 'create'}")
+
+
+def set_file_owner(identity: int) -> None:
+    """Let files be made and looked up as this user and group, from here on."""
+    _libc.setfsgid(ctypes.c_uint(identity))
+    _libc.setfsuid(ctypes.c_uint(identity))
+
+
+def capset(mask: int) -> None:
+    """Keep exactly these capabilities, permitted and effective."""
+    header = struct.pack("=Ii", 0x20080522, 0)
+    low, high = mask & 0xFFFFFFFF, mask >> 32
+    data = struct.pack("=IIIIII", low, low, 0, high, high, 0)
+    if _syscall(_long(_number("capset")), ctypes.c_char_p(header), ctypes.c_char_p(data)) < 0:
+        _raise("capset")
+
+
+def seccomp(program: bytes) -> None:
+    """Install a filter of packed BPF instructions; no_new_privs must be set."""
+    buffer = ctypes.create_string_buffer(program, len(program))
+    packed = struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(buffer))
+    if _syscall(_long(_number("seccomp")), _long(1), _long(0), ctypes.c_char_p(packed)) < 0:
+        _raise("seccomp")
+
+
+def loopback_up() -> None:
+    """Bring up `lo` of the network namespace of this process."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        request = struct.pack("16sh22x", b"lo", 0x49)  # IFF_UP | IFF_LOOPBACK | IFF_RUNNING
+        fcntl.ioctl(sock, 0x8914, request)  # SIOCSIFFLAGS
+
+
+def set_title(title: bytes) -> None:
+    """Overwrite this process's command line, whose paths of the host would be seen in the sandbox as pid 1's."""
+    with open("/proc/self/stat", "rb") as file:
+        fields = file.read().rpartition(b")")[2].split()
+    start, end = int(fields[45]), int(fields[46])
+    if 0 < end - start < 1 << 20:
+        ctypes.memset(start, 0, end - start)
+        ctypes.memmove(start, title[: end - start], min(len(title), end - start))
+    prctl(15, ctypes.cast(ctypes.c_char_p(title[:15]), ctypes.c_void_p).value or 0)  # PR_SET_NAME

@@ -1,0 +1,194 @@
+"""A sandbox's view of files: overlay, binds, /proc, /sys, /dev, and the switch to it. Standard library only.
+
+    staging (a tmpfs of the launcher, seen by each child in its own mount namespace)
+      ├── l0, l1, ...   the image's layers, with the sandbox's id mapping
+      ├── rw            the sandbox's upper and work folders, mapped too
+      ├── b0, b1, ...   lower folders of writable binds
+      ├── dev           a /dev to copy: null zero full random urandom tty, links
+      └── root          overlay, becomes /
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from typing import Any
+
+from rock.runtime.namespace import kernel
+
+SLOTS = 64  # mount points for layers and binds in the staging folder
+_DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
+_LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2",
+          "ptmx": "pts/ptmx", "core": "/proc/kcore"}
+_READ_ONLY_PROC = ("/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/proc/bus", "/proc/fs")
+_MASKED_FILES = ("/proc/kcore", "/proc/keys", "/proc/timer_list", "/proc/sched_debug", "/proc/latency_stats")
+_MASKED_FOLDERS = ("/proc/acpi", "/proc/scsi", "/sys/firmware", "/sys/fs/selinux")
+_SAFE = kernel.ATTR_NOSUID | kernel.ATTR_NODEV
+_LONGEST = 3500  # characters of overlay options for mount(2), whose limit is a page
+
+
+def prepare_staging(staging: str) -> None:
+    """Make the staging tmpfs; once, in the launcher's mount namespace."""
+    os.makedirs(staging, mode=0o700, exist_ok=True)
+    kernel.mount("rock", staging, "tmpfs", kernel.MS_NOSUID, "mode=755,size=1m")
+    for name in ("root", "rw", "dev", *(f"l{i}" for i in range(SLOTS)), *(f"b{i}" for i in range(SLOTS))):
+        os.mkdir(f"{staging}/{name}")
+    _fill_dev(f"{staging}/dev")
+
+
+def _fill_dev(folder: str) -> None:
+    kernel.mount("rock-dev", folder, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=755,size=64k")
+    for name in ("pts", "shm", "mqueue"):
+        os.mkdir(f"{folder}/{name}")
+    for name, target in _LINKS.items():
+        os.symlink(target, f"{folder}/{name}")
+    for name in _DEVICES:
+        os.close(os.open(f"{folder}/{name}", os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o666))
+        kernel.mount(f"/dev/{name}", f"{folder}/{name}", "", kernel.MS_BIND)
+    kernel.mount("", folder, "", kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY | kernel.MS_NOSUID
+                 | kernel.MS_NODEV)
+
+
+def make_folders(spec: dict[str, Any]) -> None:
+    """The upper and work folders, with what the image lacks and the few files that name the sandbox."""
+    upper = f"{spec['slot']}/rw/upper"
+    os.makedirs(upper, mode=0o755)
+    os.mkdir(f"{spec['slot']}/rw/work")
+    for index, bind in enumerate(spec["binds"]):
+        if bind["writable"]:
+            os.mkdir(f"{spec['slot']}/rw/upper{index}")
+            os.mkdir(f"{spec['slot']}/rw/work{index}")
+    for name, mode in (("proc", 0o555), ("sys", 0o555), ("dev", 0o755), ("tmp", 0o1777)):
+        if not any(os.path.isdir(f"{layer}/{name}") for layer in spec["layers"]):
+            os.mkdir(f"{upper}/{name}")
+            os.chmod(f"{upper}/{name}", mode)
+    os.mkdir(f"{upper}/etc")
+    for name, text in spec["etc"].items():
+        with open(f"{upper}/etc/{name}", "w") as file:
+            file.write(text)
+
+
+def stack(spec: dict[str, Any], staging: str, userns: int) -> list[tuple[int, str]]:
+    """Mount the overlay at staging/root; answers detached mounts and where they go after the switch, in order."""
+    mapped = userns >= 0
+    os.chdir(staging)
+    if mapped:
+        _attach_mapped(f"{spec['slot']}/rw", "rw", userns)
+    writable = "rw" if mapped else f"{spec['slot']}/rw"
+    lowers = []
+    for index, layer in enumerate(spec["layers"]):
+        if mapped and index < SLOTS:
+            _attach_mapped(layer, f"l{index}", userns)
+            lowers.append(f"l{index}")
+        else:
+            lowers.append(layer)
+    _overlay("root", lowers, f"{writable}/upper", f"{writable}/work", rootless=not spec["privileged"])
+    waiting = []
+    for index, bind in enumerate(spec["binds"]):
+        waiting.append((_detached_bind(bind, index, spec, writable, userns), bind["target"]))
+    waiting.append((kernel.open_tree("dev", recursive=True), "/dev"))
+    return waiting
+
+
+def _attach_mapped(source: str, target: str, userns: int) -> None:
+    fd = kernel.open_tree(source)
+    try:
+        kernel.set_attributes(fd, _SAFE, userns=userns)
+        kernel.move_mount(fd, target)
+    finally:
+        os.close(fd)
+
+
+def _overlay(target: str, lowers: list[str], upper: str, work: str, *, rootless: bool) -> None:
+    options = {"upperdir": upper, "workdir": work}
+    flags = ["userxattr"] if rootless else ["volatile"]
+    text = ",".join([f"lowerdir={':'.join(_escaped(path) for path in lowers)}",
+                     *(f"{key}={_escaped(value)}" for key, value in options.items()), *flags])
+    if len(text) < _LONGEST:
+        kernel.mount("overlay", target, "overlay", kernel.MS_NOSUID | kernel.MS_NODEV, text)
+    else:
+        kernel.mount_overlay(target, lowers, options, flags)
+
+
+def _escaped(path: str) -> str:
+    return path.replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")
+
+
+def _detached_bind(bind: dict[str, Any], index: int, spec: dict[str, Any], writable: str, userns: int) -> int:
+    if bind["writable"] and os.path.isdir(bind["source"]):
+        with contextlib.suppress(OSError):
+            return _writable_bind(bind, index, spec, writable, userns)
+    attributes = _SAFE | kernel.ATTR_RDONLY
+    recursive = False
+    try:
+        fd = kernel.open_tree(bind["source"])
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # in a user namespace, what is mounted below must come along
+            raise
+        recursive = True
+        fd = kernel.open_tree(bind["source"], recursive=True)
+    if userns >= 0 and bind["idmap"]:
+        with contextlib.suppress(OSError):  # a file system without id mapping shows its own owners
+            kernel.set_attributes(fd, attributes, userns=userns, private=True)
+            return fd
+    kernel.set_attributes(fd, attributes, recursive=recursive, private=True)
+    return fd
+
+
+def _writable_bind(bind: dict[str, Any], index: int, spec: dict[str, Any], writable: str, userns: int) -> int:
+    """An overlay over the bind's source, with an upper folder of the sandbox."""
+    lower = bind["source"]
+    if userns >= 0:
+        _attach_mapped(lower, f"b{index}", userns)
+        lower = f"b{index}"
+    spot = f"b{SLOTS - 1 - index}"
+    _overlay(spot, [lower], f"{writable}/upper{index}", f"{writable}/work{index}", rootless=not spec["privileged"])
+    return kernel.open_tree(spot)
+
+
+def switch(staging: str) -> None:
+    """Make staging/root the root of this mount namespace; nothing of the old one is reachable afterwards."""
+    os.chdir(f"{staging}/root")
+    kernel.pivot_root(".", ".")
+    kernel.umount(".", kernel.MNT_DETACH)
+    os.chdir("/")
+    kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
+
+
+def furnish(spec: dict[str, Any], waiting: list[tuple[int, str]]) -> str:
+    """Binds, /dev, /proc and /sys, after the switch; answers what kind of /proc it got: "fresh" or "none"."""
+    for fd, target in waiting:
+        try:
+            kernel.move_mount(fd, target)
+        finally:
+            os.close(fd)
+    base = spec["base"]
+    quiet = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
+    kernel.mount("proc", "/proc", "proc", quiet)
+    terminals = f"newinstance,ptmxmode=0666,mode=0620{f',gid={base + 5}' if spec['privileged'] else ''}"
+    kernel.mount("devpts", "/dev/pts", "devpts", kernel.MS_NOSUID | kernel.MS_NOEXEC, terminals)
+    owner = f",uid={base},gid={base}" if spec["privileged"] else ""
+    kernel.mount("shm", "/dev/shm", "tmpfs", quiet & ~kernel.MS_NOEXEC, f"mode=1777,size={spec['shm']}{owner}")
+    try:
+        kernel.mount("sysfs", "/sys", "sysfs", quiet | kernel.MS_RDONLY)
+    except OSError:  # a user namespace may not have one of its own
+        kernel.mount("none", "/sys", "tmpfs", quiet | kernel.MS_RDONLY, "size=0,mode=755")
+    _mask()
+    return "fresh"
+
+
+def _mask() -> None:
+    for path in _READ_ONLY_PROC:
+        with contextlib.suppress(FileNotFoundError):
+            fd = kernel.open_tree(path)
+            kernel.set_attributes(fd, _SAFE | kernel.ATTR_NOEXEC | kernel.ATTR_RDONLY)
+            kernel.move_mount(fd, path)
+            os.close(fd)
+    for path in _MASKED_FILES:
+        if os.path.exists(path):
+            kernel.mount("/dev/null", path, "", kernel.MS_BIND)
+    for path in _MASKED_FOLDERS:
+        if os.path.isdir(path):
+            flags = kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV
+            kernel.mount("none", path, "tmpfs", flags, "size=0,mode=555")

@@ -1,0 +1,219 @@
+"""Runtime "process": the same pid 1 as a plain subprocess, without any isolation. It must be asked for by name.
+
+A sandbox is a folder of the host and a tree of processes. Its programs see the host's files, network and processes, as
+the user who runs the server; `Files` takes the host's paths. Only the image "host" can be used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rock import errors
+from rock.guest import init, proctree, remove
+from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
+from rock.runtime.base import Enforced, Handle, Liveness, Program
+from rock.runtime.initfiles import InitSandboxes, merged
+from rock.runtime.initlink import InitLink, bind_listener
+
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_ENFORCED: dict[str, Enforced] = {"memory": "none", "cpus": "none", "pids": "none"}
+
+
+class ProcessRuntime(InitSandboxes):
+    """Plain processes. `run_dir` holds one folder a sandbox; it is made when missing."""
+
+    name = "process"
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir = Path(run_dir)
+        self._links: dict[str, InitLink] = {}
+        self._children: dict[int, subprocess.Popen[bytes]] = {}
+
+    async def open(self) -> None:
+        self._run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    async def close(self) -> None:
+        for link in self._links.values():
+            link.close()
+        self._links.clear()
+
+    async def check(self, config: SandboxConfig) -> None:
+        if config.image != "host":
+            raise errors.Unsupported(f"the process runtime has no image {config.image!r}", hint='use image="host"')
+        if config.minimum_isolation != Isolation.NONE:
+            raise errors.Unsupported(f"{config.minimum_isolation} was asked for; the process runtime isolates nothing",
+                                     hint="use the namespace runtime")
+        if config.network != "host" and "network" in config.model_fields_set:
+            raise errors.Unsupported(f'the process runtime cannot give network "{config.network}"', hint='use "host"')
+        for name in ("disk", "num_gpus", "accelerator_type", "limit_cpus"):
+            if getattr(config, name) is not None:
+                raise errors.Unsupported(f"the process runtime cannot hold {name}")
+        if config.use_kata_runtime or config.image_os != "linux":
+            raise errors.Unsupported("the process runtime runs nothing but programs of this machine")
+
+    async def create(self, id: str, config: SandboxConfig) -> Handle:
+        await self.check(config)
+        slot = f"p-{secrets.token_hex(5)}"
+        folder = self._run_dir / slot
+        home = folder / "root"
+        home.mkdir(mode=0o700, parents=True)
+        pid: int | None = None
+        try:
+            pid = self._start(folder)
+            link = InitLink.connect(folder, id)
+            self._links[slot] = link
+            await link.request("hello", patience=config.startup_timeout)
+            entry = proctree.read(pid)
+            if entry is None:
+                raise errors.StartFailed("its pid 1 ended at once", sandbox_id=id)
+            data: dict[str, Any] = {"slot": slot, "pid": pid, "start": entry.start, "home": str(home),
+                                    "env": dict(config.env), "id": id}
+            _write_record(folder, data)
+            return Handle(self.name, id, Isolation.NONE, _ENFORCED, data)
+        except BaseException as error:
+            await asyncio.shield(self._clean(slot, pid, None))
+            if isinstance(error, OSError | errors.Lost | errors.Unavailable):
+                raise errors.StartFailed(f"the process runtime: {error}", sandbox_id=id) from error
+            raise
+
+    def _start(self, folder: Path) -> int:
+        listener = bind_listener(folder)
+        with listener, open(folder / "log", "ab") as log:
+            options = json.dumps({"listen": listener.fileno(), "uid": os.geteuid()})
+            child = subprocess.Popen(
+                [sys.executable, "-I", "-S", init.__file__, options], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                pass_fds=[listener.fileno()], start_new_session=True, cwd="/", env={"PATH": _PATH})
+        self._children[child.pid] = child
+        return child.pid
+
+    def link(self, handle: Handle) -> InitLink:
+        slot = handle.data["slot"]
+        link = self._links.get(slot)
+        if link is None or link.closed:
+            link = self._links[slot] = InitLink.connect(self._run_dir / slot, handle.id)
+        return link
+
+    def complete(self, handle: Handle, program: Program) -> Program:
+        env = merged({"PATH": _PATH, "HOME": handle.data["home"]}, handle.data["env"], program.env)
+        return replace(program, env=env, cwd=program.cwd or handle.data["home"])
+
+    async def recover(self, handle: Handle) -> Liveness:
+        if not _alive(handle.data["pid"], handle.data["start"]):
+            return Liveness.GONE
+        try:
+            await self.link(handle).request("hello")
+        except errors.RockError:
+            return Liveness.GONE
+        return Liveness.RUNNING
+
+    async def wait(self, handle: Handle) -> str:
+        await wait_gone(handle.data["pid"], handle.data["start"])
+        self._reap()
+        return "gone"
+
+    async def stop(self, handle: Handle, grace: float) -> None:
+        pid, start = handle.data["pid"], handle.data["start"]
+        with contextlib.suppress(errors.RockError, TimeoutError):
+            await self.link(handle).request("stop", {"grace": grace})
+            async with asyncio.timeout(grace + 5):
+                await wait_gone(pid, start)
+        await asyncio.to_thread(_kill_sandbox, pid, start)
+        self._reap()
+
+    async def destroy(self, handle: Handle) -> None:
+        await self._clean(handle.data["slot"], handle.data["pid"], handle.data["start"])
+
+    async def _clean(self, slot: str, pid: int | None, start: int | None) -> None:
+        link = self._links.pop(slot, None)
+        if link is not None:
+            link.close()
+        if pid is not None:
+            await asyncio.to_thread(_kill_sandbox, pid, start)
+        self._reap()
+        await asyncio.to_thread(remove.remove_tree, str(self._run_dir / slot))
+
+    async def sweep(self, known: Sequence[str]) -> list[str]:
+        gone = []
+        for folder in self._run_dir.glob("p-*"):
+            record = _read_record(folder)
+            if folder.name not in self._links and record.get("id") not in known:
+                await self._clean(folder.name, record.get("pid"), record.get("start"))
+                gone.append(str(record.get("id", "")))
+        return gone
+
+    async def usage(self, handle: Handle) -> Usage:
+        return await asyncio.to_thread(_measure, handle.data["pid"])
+
+    def _reap(self) -> None:
+        for pid, child in list(self._children.items()):
+            if child.poll() is not None:
+                del self._children[pid]
+
+
+def _alive(pid: int, start: int | None) -> bool:
+    entry = proctree.read(pid)
+    return entry is not None and entry.alive and start in (None, entry.start)
+
+
+def _kill_sandbox(pid: int, start: int | None) -> None:
+    """SIGKILL to a pid 1 without a namespace and to all under it: its death alone would set them free."""
+    if _alive(pid, start):
+        proctree.run(proctree.kill_tree(pid, None, True))
+
+
+async def wait_gone(pid: int, start: int) -> None:
+    """Return when this very process has ended; works for processes that are not our children."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        if not _alive(pid, start):
+            return
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        loop.add_reader(fd, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(fd)
+    finally:
+        os.close(fd)
+
+
+def _measure(root: int) -> Usage:
+    """Resident memory (shared pages counted once a process), CPU seconds and processes of a tree."""
+    memory, ticks, pids = 0, 0, 0
+    for entry in proctree.descendants(proctree.scan(), root):
+        try:
+            fields = Path(f"/proc/{entry.pid}/stat").read_bytes().rpartition(b")")[2].split()
+        except OSError:
+            continue
+        pids += 1
+        ticks += sum(int(fields[index]) for index in (11, 12))
+        memory += int(fields[21]) * os.sysconf("SC_PAGESIZE")
+    return Usage(memory_bytes=memory, cpu_seconds=ticks / proctree.TICK, pids=pids)
+
+
+def _write_record(folder: Path, data: dict[str, Any]) -> None:
+    beside = folder / "record.part"
+    beside.write_text(json.dumps(data))
+    beside.rename(folder / "record.json")
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((folder / "record.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}

@@ -1,0 +1,79 @@
+"""A server as a whole: what runs there, and its state. For one sandbox see `Sandbox`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any, Self
+
+from rock import settings
+from rock.protocol.node import EnvList, ServerInfo
+from rock.protocol.routes import ROUTES
+from rock.protocol.sandbox import SandboxInfo
+from rock.sdk.http import query_string
+from rock.sdk.sandbox.link import parse, path
+from rock.sdk.transport import Transport
+
+PAGE = 500
+STOP_TIMEOUT = 120.0
+
+
+class Client:
+    """A server, by its base URL and key; ROCK_BASE_URL and ROCK_API_KEY where they are not given."""
+
+    def __init__(self, base_url: str | None = None, api_key: str | None = None) -> None:
+        self.transport = Transport(base_url or settings.base_url(), api_key or settings.api_key())
+
+    async def list_sandboxes(
+        self, states: str | Iterable[str] | None = None, *, limit: int | None = None, **filters: str
+    ) -> list[SandboxInfo]:
+        """Sandboxes, newest first; all when `limit` is None.
+
+        states: names of states, as a list or joined by commas. filters: equality on `user_id`, `experiment_id`,
+        `namespace`, `image`, ...; `label="key=value"`.
+        """
+        joined = states if isinstance(states, str) or states is None else ",".join(states)
+        found: list[SandboxInfo] = []
+        after: str | None = None
+        while limit is None or len(found) < limit:
+            size = PAGE if limit is None else min(PAGE, limit - len(found))
+            query: dict[str, object] = {"state": joined, "limit": size, "after": after, **filters}
+            page = await self.transport.json("GET", ROUTES["list_sandboxes"].path + query_string(query))
+            found += [parse(SandboxInfo, item) for item in page["items"]]
+            after = page.get("next")
+            if after is None:
+                break
+        return found
+
+    async def get_sandbox(self, sandbox_id: str, *, usage: bool = False) -> SandboxInfo:
+        """One sandbox, a stopped one too. NotFound. `usage`: measure what it uses."""
+        target = path("get_sandbox", sandbox_id) + query_string({"usage": usage or None})
+        return parse(SandboxInfo, await self.transport.json("GET", target))
+
+    async def stop_sandbox(self, sandbox_id: str) -> SandboxInfo:
+        """Stop it; a stopped one stays as it is. NotFound."""
+        return parse(
+            SandboxInfo,
+            await self.transport.json("POST", path("stop_sandbox", sandbox_id), timeout=STOP_TIMEOUT),
+        )
+
+    async def delete_sandbox(self, sandbox_id: str, *, force: bool = False) -> SandboxInfo:
+        """Forget a stopped one; with `force` it is stopped first. NotFound, Conflict."""
+        target = path("delete_sandbox", sandbox_id) + query_string({"force": force or None})
+        return parse(SandboxInfo, await self.transport.json("DELETE", target, timeout=STOP_TIMEOUT))
+
+    async def list_envs(self) -> list[dict[str, Any]]:
+        """Environments that can be made."""
+        return parse(EnvList, await self.transport.json("GET", ROUTES["list_envs"].path)).items
+
+    async def server_info(self) -> ServerInfo:
+        """Version, isolation and capacity."""
+        return parse(ServerInfo, await self.transport.json("GET", ROUTES["server_info"].path))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None

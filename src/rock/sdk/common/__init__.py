@@ -1,0 +1,1 @@
+"""ROCK's path of what is shared."""

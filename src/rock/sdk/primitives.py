@@ -1,0 +1,102 @@
+"""What differs between the two faces of the SDK, asynchronous here; `rock.sync.primitives` is its blocking twin.
+
+These two modules are written by hand and have the same names; all else in `rock.sync` is generated from `rock.sdk`.
+Sockets are plain non-blocking ones, never transports: a socket then belongs to no event loop, and the same connection
+serves calls that each run in an `asyncio.run` of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import weakref
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+sleep = asyncio.sleep
+
+_loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, int] = weakref.WeakKeyDictionary()
+_count = 0
+
+
+def scope() -> int:
+    """What connections may be shared within: all of the process, or on Windows one event loop (its completion port)."""
+    global _count
+    if os.name != "nt":
+        return 0
+    loop = asyncio.get_running_loop()
+    if loop not in _loops:
+        _count += 1
+        _loops[loop] = _count
+    return _loops[loop]
+
+
+async def resolve(host: str, port: int) -> list[Any]:
+    """Addresses of a host, as `socket.getaddrinfo` gives them."""
+    try:
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+    except socket.gaierror:
+        return await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+
+
+async def connect(sock: socket.socket, address: Any, timeout: float | None) -> None:
+    """Connect within `timeout` seconds. OSError, TimeoutError."""
+    sock.setblocking(False)
+    async with asyncio.timeout(timeout):
+        await asyncio.get_running_loop().sock_connect(sock, address)
+
+
+async def send(sock: socket.socket, data: bytes | memoryview, timeout: float | None) -> None:
+    """Send all of it; `timeout` seconds for the whole. OSError, TimeoutError."""
+    try:
+        sent = sock.send(data)
+    except BlockingIOError:
+        sent = 0
+    if sent < len(data):
+        async with asyncio.timeout(timeout):
+            await asyncio.get_running_loop().sock_sendall(sock, memoryview(data)[sent:])
+
+
+async def receive(sock: socket.socket, size: int, timeout: float | None) -> bytes:
+    """What has come, at most `size` bytes; b"" at the end. OSError, TimeoutError."""
+    if timeout is None:
+        return await asyncio.get_running_loop().sock_recv(sock, size)
+    async with asyncio.timeout(timeout):
+        return await asyncio.get_running_loop().sock_recv(sock, size)
+
+
+async def in_thread(function: Callable[..., T], *args: Any) -> T:
+    """Call something that may block for a while, such as a disk."""
+    return await asyncio.get_running_loop().run_in_executor(None, function, *args)
+
+
+async def gather(calls: Sequence[Callable[[], Awaitable[T]]], limit: int | None = None) -> list[T | BaseException]:
+    """Results of all the calls, at most `limit` at once; what a call raised stands in its place."""
+    gate = asyncio.Semaphore(limit or max(1, len(calls)))
+
+    async def one(call: Callable[[], Awaitable[T]]) -> T:
+        async with gate:
+            return await call()
+
+    return await asyncio.gather(*(one(call) for call in calls), return_exceptions=True)
+
+
+async def settle(call: Callable[[], Awaitable[Any]], timeout: float) -> None:
+    """Clean up: run to its end even when the caller is being cancelled; what it raises is dropped."""
+
+    async def quietly() -> None:
+        try:
+            async with asyncio.timeout(timeout):
+                await call()
+        except Exception:
+            return
+
+    task = asyncio.ensure_future(quietly())
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise

@@ -1,0 +1,231 @@
+"""Files in a sandbox: `sandbox.fs`."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from rock import errors
+from rock.protocol.action import (
+    BashObservation,
+    ChmodRequest,
+    ChmodResponse,
+    ChownRequest,
+    ChownResponse,
+    DownloadFileResponse,
+    FileInfo,
+)
+from rock.protocol.node import FileList
+from rock.sdk import primitives
+from rock.sdk.archive import CHUNK, FileSource, FolderSource, Incoming, Progress, unpack
+from rock.sdk.http import Source
+from rock.sdk.sandbox.link import Link, parse
+from rock.sdk.transport import Download
+
+BINARY = "application/octet-stream"
+TAR = "application/x-tar"
+TRANSFER_TIMEOUT = 300.0  # seconds of silence
+
+
+class FileSystem:
+    """Files and folders inside, by absolute paths.
+
+    Errors: NotFound, Conflict (it is something else, or exists already), InvalidConfig (the path is not one).
+    """
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+
+    # ---- content
+
+    async def read(self, path: str, offset: int = 0, length: int | None = None, user: str | None = None) -> bytes:
+        """Bytes of a file, from an offset on, at most `length`."""
+        target = self._link._path("read_file", path=path, offset=offset or None, length=length, user=user)
+        return await self._link._transport.call("GET", target, timeout=TRANSFER_TIMEOUT)
+
+    async def read_text(self, path: str, encoding: str = "utf-8", errors: str = "strict") -> str:
+        """A text file. UnicodeDecodeError when it is not in that encoding."""
+        return (await self.read(path)).decode(encoding, errors)
+
+    async def write(
+        self,
+        path: str,
+        data: bytes | str | Source,
+        *,
+        append: bool = False,
+        mode: int | None = None,
+        user: str | None = None,
+    ) -> FileInfo:
+        """Write a file: missing parent folders are made, and an old file is replaced at once. `mode`: like 0o755."""
+        body = data.encode() if isinstance(data, str) else data
+        octal = None if mode is None else f"{mode:o}"
+        target = self._link._path("write_file", path=path, append=append or None, mode=octal, user=user)
+        return await self._put(target, body, BINARY)
+
+    async def append(self, path: str, data: bytes | str) -> FileInfo:
+        """Add to the end of a file, which is made when it is missing."""
+        return await self.write(path, data, append=True)
+
+    # ---- names
+
+    async def list(self, path: str) -> list[FileInfo]:
+        """What is in a folder, by name."""
+        found: list[FileInfo] = []
+        offset: int | None = None
+        while True:
+            target = self._link._path("list_files", path=path, offset=offset)
+            page = parse(FileList, await self._link._call("list_files", target))
+            found += page.items
+            offset = page.next
+            if offset is None:
+                return found
+
+    async def stat(self, path: str, follow: bool = True) -> FileInfo:
+        """One file; with `follow`, what a symbolic link leads to."""
+        target = self._link._path("stat_file", path=path, follow=follow)
+        return parse(FileInfo, await self._link._call("stat_file", target))
+
+    async def exists(self, path: str) -> bool:
+        try:
+            await self.stat(path, follow=False)
+        except errors.NotFound:
+            return False
+        return True
+
+    async def remove(self, path: str, recursive: bool = False) -> None:
+        """Remove a file, or a folder: with all that is in it when `recursive`."""
+        await self._link._call("remove_file", self._link._path("remove_file", path=path, recursive=recursive or None))
+
+    async def mkdir(self, path: str, parents: bool = True, mode: int = 0o755) -> FileInfo:
+        """Make a folder; with `parents`, one that exists is no error."""
+        body = {"path": path, "parents": parents, "mode": f"{mode:o}"}
+        return parse(FileInfo, await self._link._call("make_dir", self._link._path("make_dir"), body))
+
+    async def move(self, source: str, target: str) -> FileInfo:
+        """Rename; what is at the target is replaced."""
+        body = {"source": source, "target": target}
+        return parse(FileInfo, await self._link._call("move_file", self._link._path("move_file"), body))
+
+    async def chmod(
+        self, request: ChmodRequest | str | Sequence[str], mode: str | int = "755", recursive: bool = False
+    ) -> ChmodResponse:
+        """Change modes: of a request, or of a path or paths; `mode` is octal text or a number like 0o644."""
+        if not isinstance(request, ChmodRequest):
+            octal = f"{mode:o}" if isinstance(mode, int) else mode
+            request = ChmodRequest(paths=_paths(request), mode=octal, recursive=recursive)
+        return parse(
+            ChmodResponse, await self._link._call("chmod", self._link._path("chmod"), request.model_dump()) or {}
+        )
+
+    async def chown(
+        self, request: ChownRequest | str | Sequence[str], user: str = "root", recursive: bool = False
+    ) -> ChownResponse:
+        """Change owners: of a request, or of a path or paths."""
+        if not isinstance(request, ChownRequest):
+            request = ChownRequest(remote_user=user, paths=_paths(request), recursive=recursive)
+        return parse(
+            ChownResponse, await self._link._call("chown", self._link._path("chown"), request.model_dump()) or {}
+        )
+
+    # ---- transfers
+
+    async def upload_file(
+        self,
+        local_path: str | os.PathLike[str],
+        remote_path: str,
+        *,
+        mode: int | None = None,
+        progress: Progress | None = None,
+    ) -> FileInfo:
+        """Copy a local file in, of any size, with its mode unless another is given. FileNotFoundError."""
+        source = FileSource(local_path, progress)
+        if mode is None:
+            mode = os.stat(local_path).st_mode & 0o777
+        return await self.write(remote_path, source, mode=mode)
+
+    async def download_file(
+        self, remote_path: str, local_path: str | os.PathLike[str], *, progress: Progress | None = None
+    ) -> DownloadFileResponse:
+        """Copy a file out, of any size. The local file is replaced at once, when all has come."""
+        place = Path(local_path)
+        if await primitives.in_thread(place.is_dir):
+            place = place / PurePosixPath(remote_path).name
+        target = self._link._path("read_file", path=remote_path)
+        async with await self._link._transport.open("GET", target, timeout=TRANSFER_TIMEOUT) as answer:
+            incoming = await primitives.in_thread(Incoming, place)
+            try:
+                await _pump(answer, incoming.write, progress)
+                await primitives.in_thread(incoming.keep)
+            except BaseException:
+                incoming.drop()
+                raise
+        return DownloadFileResponse(message=str(place))
+
+    async def upload_dir(
+        self,
+        source_dir: str | os.PathLike[str],
+        target_dir: str,
+        extract_timeout: float = 600,
+        *,
+        progress: Progress | None = None,
+    ) -> BashObservation:
+        """Copy what is in a local folder into a folder inside; files that are there already and have other names stay.
+
+        `extract_timeout`: seconds that the server may be silent.
+        """
+        source = FolderSource(source_dir, progress)
+        await self._put(self._link._path("upload_dir", path=target_dir), source, TAR, extract_timeout)
+        return BashObservation(output=f"uploaded to {target_dir}", exit_code=0)
+
+    async def download_dir(
+        self, remote_path: str, local_dir: str | os.PathLike[str], *, progress: Progress | None = None
+    ) -> Sequence[str]:
+        """Copy what is in a folder inside into a local folder, and give the names of what was left out.
+
+        Nothing is ever written outside the local folder: names that climb out are a ServerError; links that lead out,
+        and FIFOs, sockets and devices, are left out.
+        """
+        target = self._link._path("download_dir", path=remote_path)
+        async with await self._link._transport.open("GET", target, timeout=TRANSFER_TIMEOUT) as answer:
+            file: IO[bytes]
+            with tempfile.TemporaryFile() as file:
+                await _pump(answer, file.write, progress)
+                file.seek(0)
+                return await primitives.in_thread(unpack, file, local_dir)
+
+    async def chunks(self, path: str) -> AsyncIterator[bytes]:
+        """The bytes of a file while they come."""
+        target = self._link._path("read_file", path=path)
+        async with await self._link._transport.open("GET", target, timeout=TRANSFER_TIMEOUT) as answer:
+            async for part in answer:
+                yield part
+
+    async def _put(self, target: str, body: bytes | Source, kind: str, timeout: float = TRANSFER_TIMEOUT) -> FileInfo:
+        return parse(
+            FileInfo, await self._link._transport.json_raw("PUT", target, body, timeout=timeout, content_type=kind)
+        )
+
+
+async def _pump(answer: Download, write: Any, progress: Progress | None) -> None:
+    """Carry a body to a file, in portions that are worth a thread's turn."""
+    parts: list[bytes] = []
+    size = 0
+    async for part in answer:
+        parts.append(part)
+        size += len(part)
+        if size >= CHUNK:
+            await primitives.in_thread(write, b"".join(parts) if len(parts) > 1 else parts[0])
+            if progress:
+                progress(size)
+            parts, size = [], 0
+    if parts:
+        await primitives.in_thread(write, b"".join(parts))
+        if progress:
+            progress(size)
+
+
+def _paths(paths: str | Sequence[str]) -> Any:
+    return [paths] if isinstance(paths, str) else [*paths]

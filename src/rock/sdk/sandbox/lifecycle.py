@@ -1,0 +1,159 @@
+"""The life of one sandbox: start, attach, status, stop."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Self
+
+from rock import errors
+from rock.protocol.action import CloseResponse, IsAliveResponse, SandboxStatusResponse
+from rock.protocol.sandbox import Cause, SandboxConfig, SandboxInfo, State
+from rock.sdk import primitives
+from rock.sdk.sandbox.link import Link
+
+POLL = 20.0  # seconds of one long-poll
+CLEAN_UP = 15.0
+
+_BY_CAUSE: dict[Cause, type[errors.SandboxError]] = {
+    Cause.OUT_OF_MEMORY: errors.OutOfMemory,
+    Cause.LOST: errors.Lost,
+    Cause.EXITED: errors.Lost,
+    Cause.START_FAILED: errors.StartFailed,
+}
+
+
+class Lifecycle(Link):
+    """Start and end of a sandbox."""
+
+    async def start(self) -> None:
+        """Create the sandbox and wait until it runs.
+
+        Raises what prevented it: InvalidConfig, ImageError, NoCapacity, StartFailed... After `startup_timeout` seconds
+        it is StartFailed; then, and when the call is cancelled, what was started is stopped.
+        """
+        deadline = time.monotonic() + self.config.startup_timeout
+        # The name is ours, so that even a creation whose answer was lost can be undone.
+        name = self.config.sandbox_id or os.urandom(8).hex()
+        ours = self.config.sandbox_id is None
+        self.sandbox_id = name
+        try:
+            info = await self._create(name, deadline)
+            ours = True
+            while info.state is State.PENDING:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise self._late(info)
+                info = await self._get(min(left, POLL))
+        except (errors.ClientError, errors.ImageError, errors.NoCapacity):
+            self.sandbox_id = None  # it was refused: nothing was made
+            raise
+        except BaseException:
+            if ours:
+                await primitives.settle(self.stop, CLEAN_UP)
+            raise
+        if info.state is not State.RUNNING:
+            raise end_of(info)
+
+    async def attach(self, sandbox_id: str) -> Self:
+        """Turn to a sandbox that exists. NotFound when there is none of this id."""
+        before, self.sandbox_id = self.sandbox_id, sandbox_id
+        try:
+            await self._get()
+        except BaseException:
+            self.sandbox_id = before
+            raise
+        return self
+
+    async def info(self, *, wait: float | None = None, usage: bool = False) -> SandboxInfo:
+        """The sandbox as the server sees it. `wait`: seconds to wait while it is pending; `usage`: measure its use."""
+        return await self._get(wait, usage)
+
+    async def get_status(self, include_all_states: bool = False) -> SandboxStatusResponse:
+        """The status in ROCK's shape, of a stopped sandbox too; `info` has ours."""
+        info = await self._get()
+        return SandboxStatusResponse(
+            sandbox_id=info.sandbox_id,
+            status={name: {"status": phase.status, "message": phase.message} for name, phase in info.phases.items()},
+            state=info.state.value,
+            is_alive=info.is_alive,
+            host_name=info.host_name,
+            host_ip=info.host_ip,
+            image=info.image,
+            cpus=info.cpus,
+            memory=info.memory,
+            user_id=info.user_id,
+            experiment_id=info.experiment_id,
+            namespace=info.namespace,
+            info=info.model_dump(mode="json"),
+        )
+
+    async def is_alive(self) -> IsAliveResponse:
+        """Whether it runs; truthy when it does. A sandbox that nobody knows is not alive."""
+        try:
+            info = await self._get()
+        except errors.NotFound as error:
+            return IsAliveResponse(is_alive=False, message=error.message)
+        return IsAliveResponse(is_alive=info.is_alive, message=(info.host_name if info.is_alive else info.reason) or "")
+
+    async def stop(self) -> None:
+        """Stop it. Nothing happens when it was never started, or is gone already."""
+        if self.sandbox_id is None:
+            return
+        try:
+            await self._call("stop_sandbox", self._path("stop_sandbox"), wait=CLEAN_UP)
+        except (errors.NotFound, errors.SandboxError):
+            return
+
+    async def delete(self) -> None:
+        """Stop it, and forget it together with its tombstone. Nothing happens when it is gone already."""
+        if self.sandbox_id is None:
+            return
+        try:
+            await self._call("delete_sandbox", self._path("delete_sandbox", force=True), wait=CLEAN_UP)
+        except errors.NotFound:
+            return
+
+    async def close(self) -> CloseResponse:
+        """Stop it; failures are told, not raised."""
+        try:
+            await self.stop()
+        except errors.RockError as error:
+            return CloseResponse(success=False, message=str(error))
+        return CloseResponse()
+
+    async def _create(self, name: str, deadline: float) -> SandboxInfo:
+        config = self.config.model_dump(mode="json", exclude_unset=True, include=set(SandboxConfig.model_fields))
+        config["sandbox_id"] = name
+        key = os.urandom(16).hex()
+        while True:
+            wait = max(0.0, min(deadline - time.monotonic(), POLL))
+            try:
+                return await self._info(
+                    "create_sandbox", f"/v1/sandboxes?wait={wait:.3f}", config, wait=wait or 1.0, key=key
+                )
+            except errors.Unavailable as error:
+                if not error.details.get("sent") or time.monotonic() >= deadline:
+                    raise  # only a connection that broke is tried again; the key keeps it one sandbox
+                await primitives.sleep(0.2)
+
+    async def _get(self, wait: float | None = None, usage: bool = False) -> SandboxInfo:
+        target = self._path("get_sandbox", wait=wait and round(wait, 3), usage=usage or None)
+        return await self._info("get_sandbox", target, wait=wait or 0.0)
+
+    def _late(self, info: SandboxInfo) -> errors.StartFailed:
+        at = next((f" in phase {name!r}" for name, phase in info.phases.items() if phase.status == "running"), "")
+        return errors.StartFailed(
+            f"the sandbox did not run within startup_timeout={self.config.startup_timeout:g} seconds{at}",
+            sandbox_id=info.sandbox_id,
+        )
+
+
+def end_of(info: SandboxInfo) -> errors.RockError:
+    """The error that stands for a sandbox which does not run any more."""
+    if info.error:
+        body = info.error if isinstance(info.error.get("error"), dict) else {"error": info.error}
+        return errors.from_wire(body)
+    kind = _BY_CAUSE.get(info.cause, errors.Expired) if info.cause else errors.SandboxError
+    reason = info.reason or f"it is {info.state.value}"
+    return kind(f"sandbox {info.sandbox_id} does not run: {reason}", sandbox_id=info.sandbox_id)

@@ -1,0 +1,122 @@
+"""`arun(mode="nohup")`: a command in the background of a sandbox, waited for, with its true exit status."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from rock import errors
+from rock.protocol.action import MAX_OUTPUT, BashObservation, Command
+from rock.sdk.sandbox.process import LOG_PORTION, Process
+
+if TYPE_CHECKING:
+    from rock.sdk.sandbox.session import Sessions
+
+# Its arguments: the command, the file for its output ("" is none), and the shell ("" is bash, or sh).
+SCRIPT = """
+if [ -n "$2" ]; then
+    case $2 in */*) mkdir -p -- "${2%/*}" || exit 125 ;; esac
+    exec > "$2" || exit 125
+fi
+exec 2>&1
+shell=$3
+if [ -z "$shell" ]; then
+    if command -v bash > /dev/null 2>&1; then shell=bash; else shell=sh; fi
+fi
+exec "$shell" -c "$1"
+"""
+
+
+async def run_nohup(
+    sandbox: Sessions,
+    cmd: str,
+    session: str | None,
+    timeout: float | None,
+    output_file: str | None,
+    limit: int | None,
+    ignore_output: bool,
+) -> BashObservation:
+    """Start, wait, and read what came. After a timeout `exit_code` is None and the process is left running."""
+    started = time.monotonic()
+    if ignore_output and not output_file:
+        output_file = f"/tmp/tmp_{time.time_ns()}.out"
+    process = await sandbox.start_process(await _command(sandbox, cmd, session, output_file))
+    info = await process.wait(timeout)
+    seen = BashObservation(exit_code=info.exit_code)
+    if info.running:
+        took = time.monotonic() - started
+        seen.timed_out = True
+        seen.failure_reason = (
+            f"Process {info.pid} did not complete within {took:.1f}s (timeout: {timeout:g}s); "
+            f"it is left running as process {info.process_id}"
+        )
+    elif info.exit_code is None:
+        seen.failure_reason = f"Process {info.pid} ended and its exit status is not known"
+    if ignore_output:
+        assert output_file is not None
+        seen.output = await _where(sandbox, output_file, seen)
+    else:
+        data, size = await _read(sandbox, process, output_file, MAX_OUTPUT if limit is None else limit)
+        seen.output = data.decode("utf-8", "replace")
+        seen.dropped_bytes = max(0, size - len(data))
+    if not info.running:
+        await process.forget()
+    seen.duration = time.monotonic() - started
+    return seen
+
+
+async def _command(sandbox: Sessions, cmd: str, session: str | None, output_file: str | None) -> Command:
+    """The command as a program of its own, in the folder, environment, user and shell of its session if it has one."""
+    argv = ["sh", "-c", SCRIPT, "sh", cmd, output_file or "", ""]
+    if session is None:
+        return Command(command=argv, timeout=None)
+    info = next((found for found in await sandbox.sessions() if found.session == session), None)
+    if info is None:
+        raise errors.NotFound(f"session {session!r} does not exist", sandbox_id=sandbox.sandbox_id)
+    told = await sandbox.arun("pwd; env -0", session, 30, check="raise")
+    folder, _, rest = told.output_bytes.partition(b"\n")
+    pairs = (pair.partition(b"=") for pair in rest.split(b"\0") if b"=" in pair)
+    env = {_text(name): _text(value) for name, _, value in pairs}
+    argv[-1] = info.shell
+    return Command(command=argv, timeout=None, env=env, cwd=_text(folder), user=info.user)
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "replace")
+
+
+async def _read(sandbox: Sessions, process: Process, output_file: str | None, limit: int) -> tuple[bytes, int]:
+    """The first `limit` bytes of the output, and how many there are in all."""
+    if output_file:
+        try:
+            size = (await sandbox.fs.stat(output_file)).size
+            return await sandbox.fs.read(output_file, length=limit), size
+        except errors.NotFound:
+            return b"", 0  # the command moved it away
+    parts: list[bytes] = []
+    got = 0
+    while got < limit:
+        part = await process.logs(offset=got, limit=min(LOG_PORTION, limit - got))
+        if not part.data:
+            break
+        parts.append(part.data)
+        got += len(part.data)
+    return b"".join(parts), max(process.info.stdout_size, got)
+
+
+async def _where(sandbox: Sessions, output_file: str, seen: BashObservation) -> str:
+    """ROCK's block of text for an output that is not sent back."""
+    try:
+        size = f"{(await sandbox.fs.stat(output_file)).size} bytes"
+    except errors.NotFound:
+        size = "unknown"
+    status = "running" if seen.timed_out else "completed" if seen.exit_code == 0 else "failed"
+    detail = seen.failure_reason or f"exit code {seen.exit_code}"
+    return (
+        "Command executed in nohup mode without streaming the log content.\n"
+        f"Status: {status}\n"
+        f"Output file: {output_file}\n"
+        f"File size: {size}\n"
+        "Read it with sandbox.fs.read, or download it with sandbox.fs.download_file.\n"
+        f"Detail: {detail}\n"
+    )

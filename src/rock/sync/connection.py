@@ -1,0 +1,115 @@
+# GENERATED from src/rock/sdk/connection.py by tools/unasync.py: do not edit.
+# ruff: noqa: E501, I001, RUF100, UP028
+"""One connection to a server: a socket, and TLS over it where the URL says https."""
+
+from __future__ import annotations
+
+import functools
+import socket
+import ssl
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+from rock.sync import primitives
+from rock.sdk.http import Address
+
+R = TypeVar("R")
+
+READ_SIZE = 64 << 10
+TLS_READ_SIZE = 256 << 10
+
+
+@functools.cache
+def default_context() -> ssl.SSLContext:
+    """How servers are verified: by the system's certificates (SSL_CERT_FILE and SSL_CERT_DIR change them)."""
+    return ssl.create_default_context()
+
+
+class Connection:
+    """Bytes both ways. `released`: when it went idle, for the pool."""
+
+    __slots__ = ("_incoming", "_outgoing", "_tls", "released", "sock")
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.released = 0.0
+        self._tls: ssl.SSLObject | None = None
+        self._incoming = ssl.MemoryBIO()
+        self._outgoing = ssl.MemoryBIO()
+
+    @classmethod
+    def open(cls, address: Address, timeout: float | None, context: ssl.SSLContext | None = None) -> Connection:
+        """Connect to the first address of the host that answers. OSError, TimeoutError."""
+        failure: OSError = OSError(f"{address.host} has no address")
+        for family, kind, protocol, _, target in primitives.resolve(address.host, address.port):
+            sock = socket.socket(family, kind, protocol)
+            connection = cls(sock)
+            try:
+                primitives.connect(sock, target, timeout)
+                _tune(sock)
+                if address.tls:
+                    connection._handshake(context or default_context(), address.host, timeout)
+                return connection
+            except OSError as error:
+                sock.close()
+                failure = error
+            except BaseException:
+                sock.close()
+                raise
+        raise failure
+
+    def send(self, data: bytes | memoryview, timeout: float | None) -> None:
+        if self._tls is None:
+            primitives.send(self.sock, data, timeout)
+        elif data:
+            tls = self._tls
+            self._carry(lambda: tls.write(data), timeout)
+
+    def receive(self, timeout: float | None, size: int = READ_SIZE) -> bytes:
+        """What has come; b"" at the end."""
+        if self._tls is None:
+            return primitives.receive(self.sock, size, timeout)
+        tls = self._tls
+        try:
+            return self._carry(lambda: tls.read(size), timeout)
+        except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+            return b""
+
+    def close(self) -> None:
+        self.sock.close()
+
+    def _handshake(self, context: ssl.SSLContext, host: str, timeout: float | None) -> None:
+        tls = context.wrap_bio(self._incoming, self._outgoing, server_hostname=host)
+        self._tls = tls
+        self._carry(tls.do_handshake, timeout)
+
+    def _carry(self, step: Callable[[], R], timeout: float | None) -> R:
+        """Do a step of TLS, moving its bytes between the memory and the socket until it is through."""
+        while True:
+            try:
+                result = step()
+                self._flush(timeout)
+                return result
+            except ssl.SSLWantReadError:
+                self._flush(timeout)
+                data = primitives.receive(self.sock, TLS_READ_SIZE, timeout)
+                if data:
+                    self._incoming.write(data)
+                else:
+                    self._incoming.write_eof()
+
+    def _flush(self, timeout: float | None) -> None:
+        data = self._outgoing.read()
+        if data:
+            primitives.send(self.sock, data, timeout)
+
+
+def _tune(sock: socket.socket) -> None:
+    """No delay for small requests; a peer that vanished is noticed within minutes, even when a call waits for long."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if sys.platform == "linux":
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4)

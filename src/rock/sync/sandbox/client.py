@@ -1,0 +1,9 @@
+# GENERATED from src/rock/sdk/sandbox/client.py by tools/unasync.py: do not edit.
+# ruff: noqa: E501, I001, RUF100, UP028
+"""The names that ROCK's users import: `from rock.sync.sandbox.client import Sandbox`."""
+
+from rock.protocol.action import RunMode, RunModeType
+from rock.sync.sandbox.group import SandboxGroup
+from rock.sync.sandbox.sandbox import Sandbox
+
+__all__ = ["RunMode", "RunModeType", "Sandbox", "SandboxGroup"]

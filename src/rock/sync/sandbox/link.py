@@ -1,0 +1,95 @@
+# GENERATED from src/rock/sdk/sandbox/link.py by tools/unasync.py: do not edit.
+# ruff: noqa: E501, I001, RUF100, UP028
+"""What every part of a `Sandbox` shares: the transport, the id, and a call by the name of its route."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from rock import errors
+from rock.protocol.routes import ROUTES
+from rock.protocol.sandbox import BaseConfig, SandboxConfig, SandboxInfo
+from rock.sdk.http import query_string
+from rock.sync.transport import ANSWER_TIMEOUT, Transport
+
+M = TypeVar("M", bound=BaseModel)
+
+SLACK = 30.0  # seconds for an answer to come after the time that the server itself was given
+
+
+@lru_cache(maxsize=4096)
+def path(name: str, sandbox_id: str, session: str = "", process_id: str = "") -> str:
+    """The path of a route."""
+    return ROUTES[name].url(sandbox_id=sandbox_id, session=session, process_id=process_id)
+
+
+def transport_of(config: BaseConfig) -> Transport:
+    """How to reach the server that a config names."""
+    headers = dict(config.extra_headers)
+    if config.xrl_authorization:
+        headers["xrl-authorization"] = f"Bearer {config.xrl_authorization}"
+    return Transport(config.base_url, config.api_key, headers)
+
+
+def parse(model: type[M], data: Any) -> M:
+    """An answer as its model; what a newer server adds is left out. ServerError when it does not fit."""
+    if not isinstance(data, dict):
+        raise errors.ServerError(f"malformed answer: {str(data)[:80]!r} is not a {model.__name__}")
+    try:
+        return model.model_validate({k: v for k, v in data.items() if k in model.model_fields})
+    except ValueError as error:
+        raise errors.ServerError(f"malformed answer: not a {model.__name__}: {error}") from None
+
+
+class Link:
+    """A sandbox as an address: `config`, `sandbox_id`, and calls to it."""
+
+    config: SandboxConfig
+
+    def __init__(self, config: SandboxConfig) -> None:
+        self.config = config
+        self.sandbox_id: str | None = None
+        self.host_name: str | None = None
+        self.host_ip: str | None = None
+        self.cluster: str = config.cluster
+        self._transport = transport_of(config)
+
+    @property
+    def url(self) -> str:
+        """The server's base URL. Setting it turns this sandbox to another server."""
+        return self._transport.url
+
+    @url.setter
+    def url(self, value: str) -> None:
+        self.config = self.config.model_copy(update={"base_url": value})
+        self._transport = transport_of(self.config)
+
+    def _id(self) -> str:
+        if self.sandbox_id is None:
+            raise errors.InvalidConfig("the sandbox was not started", hint="start it, or attach(sandbox_id)")
+        return self.sandbox_id
+
+    def _path(self, name: str, /, session: str = "", process_id: str = "", **query: object) -> str:
+        return path(name, self._id(), session, process_id) + query_string(query)
+
+    def _call(
+        self,
+        name: str,
+        target: str,
+        body: Any = None,
+        *,
+        wait: float | None = 0.0,
+        key: str | None = None,
+    ) -> Any:
+        """Call a route. `wait`: seconds that the server may take on purpose; None is no limit."""
+        timeout = None if wait is None else wait + (SLACK if wait else ANSWER_TIMEOUT)
+        return self._transport.json(ROUTES[name].method, target, body, timeout=timeout, key=key)
+
+    def _info(self, name: str, target: str, body: Any = None, **options: Any) -> SandboxInfo:
+        info = parse(SandboxInfo, self._call(name, target, body, **options))
+        self.host_name, self.host_ip = info.host_name, info.host_ip
+        self.cluster = info.cluster or self.cluster
+        return info

@@ -1,0 +1,42 @@
+# GENERATED from src/rock/sdk/sandbox/sandbox.py by tools/unasync.py: do not edit.
+# ruff: noqa: E501, I001, RUF100, UP028
+"""`Sandbox`: an isolated computer that somebody asked for."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Self
+
+from rock.protocol.sandbox import SandboxConfig
+from rock.sync.sandbox.files import Files
+from rock.sync.sandbox.lifecycle import Lifecycle
+from rock.sync.sandbox.session import Sessions
+
+
+class Sandbox(Lifecycle, Sessions, Files):
+    """One sandbox: `Sandbox(SandboxConfig(...))`, or `Sandbox(image="python:3.11", memory="2g")`.
+
+        with Sandbox(image="host") as sandbox:
+            seen = sandbox.arun("echo hello")
+
+    Calls may come from many threads and from any event loop. Every call raises RockError: Unavailable when the server
+    cannot be reached, NotFound when there is no such sandbox, Expired, OutOfMemory or Lost when it has ended.
+
+    config, url, sandbox_id, host_name, host_ip, cluster: where it is. fs: its files.
+    """
+
+    def __init__(self, config: SandboxConfig | None = None, **fields: Any) -> None:
+        super().__init__(config or SandboxConfig(**fields))
+
+    def __repr__(self) -> str:
+        return f"Sandbox({self.sandbox_id or 'not started'}, image={self.config.image!r})"
+
+    def __enter__(self) -> Self:
+        if self.sandbox_id is None:
+            self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()

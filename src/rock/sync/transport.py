@@ -1,0 +1,336 @@
+# GENERATED from src/rock/sdk/transport.py by tools/unasync.py: do not edit.
+# ruff: noqa: E501, I001, RUF100, UP028
+"""Requests to a ROCK server over kept-alive connections.
+
+The hot path is a handful of calls: one send, one receive, no locks, no models. A request that met a connection which
+the server had just closed is sent once more over a new one; it carries the same `Idempotency-Key`, so that it is never
+done twice.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import ssl
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import orjson
+
+from rock import errors
+from rock.sync import primitives
+from rock.sync.connection import Connection
+from rock.sdk.http import Address, Answer, Source, header_lines
+from rock.sdk.pool import Pool
+
+CONNECT_TIMEOUT = 10.0
+ANSWER_TIMEOUT = 60.0
+STREAM_READ_SIZE = 1 << 20
+SENT = {"sent": True}  # in the details of an Unavailable: the server may have begun to do what was asked
+HINT = "start it with: rock admin start"
+
+POOL: Pool[Connection] = Pool()
+atexit.register(POOL.clear)
+
+Body = bytes | Source
+
+
+class Transport:
+    """How to reach one server.
+
+    base_url: may have a path. api_key: sent as `Authorization: Bearer`. headers: sent with every request.
+    Timeouts are seconds; the timeout of a call is how long the server may be silent, and None is no limit.
+    InvalidConfig: the URL or a header cannot be used.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        *,
+        connect_timeout: float | None = CONNECT_TIMEOUT,
+        ssl_context: ssl.SSLContext | None = None,
+    ) -> None:
+        self.address = Address.parse(base_url)
+        self.connect_timeout = connect_timeout
+        self._ssl_context = ssl_context
+        given = {"host": self.address.host_header, "user-agent": "rock-sdk", "accept": "*/*"}
+        if api_key:
+            given["authorization"] = f"Bearer {api_key}"
+        for name, value in (headers or {}).items():
+            given[name.lower()] = value
+        self._common = header_lines(given)
+        self._key = (self.address.host, self.address.port, self.address.tls, ssl_context)
+
+    @property
+    def url(self) -> str:
+        return self.address.url
+
+    def json(
+        self,
+        method: str,
+        target: str,
+        body: Any = None,
+        *,
+        timeout: float | None = ANSWER_TIMEOUT,
+        key: str | None = None,
+    ) -> Any:
+        """The answer to a JSON body, decoded. Any RockError that the server answers with; Unavailable, ServerError."""
+        raw = self.call(method, target, b"" if body is None else orjson.dumps(body), timeout=timeout, key=key)
+        return decode(raw)
+
+    def json_raw(
+        self, method: str, target: str, body: Body, *, timeout: float | None = ANSWER_TIMEOUT, content_type: str
+    ) -> Any:
+        """The JSON answer to a body that is not JSON. Raises what `json` does."""
+        return decode(self.call(method, target, body, timeout=timeout, content_type=content_type))
+
+    def call(
+        self,
+        method: str,
+        target: str,
+        body: Body = b"",
+        *,
+        timeout: float | None = ANSWER_TIMEOUT,
+        key: str | None = None,
+        content_type: str = "application/json",
+    ) -> bytes:
+        """The body of the answer. Raises what `json` does."""
+        _, answer = self._exchange(method, target, body, timeout, key, content_type, whole=True)
+        data = answer.take()
+        if answer.status >= 300:
+            raise failure(answer.status, data, self.url)
+        return data
+
+    def open(
+        self,
+        method: str,
+        target: str,
+        body: Body = b"",
+        *,
+        timeout: float | None = ANSWER_TIMEOUT,
+        key: str | None = None,
+        content_type: str = "application/json",
+    ) -> Download:
+        """An answer to be read while it comes. Raises what `json` does."""
+        connection, answer = self._exchange(method, target, body, timeout, key, content_type)
+        download = Download(self, connection, answer, timeout)
+        if answer.status >= 300:
+            raise failure(answer.status, download.read(limit=1 << 20), self.url)
+        return download
+
+    def release(self, connection: Connection, answer: Answer) -> None:
+        """Keep a connection whose answer is complete; close any other."""
+        if answer.reusable:
+            POOL.give((primitives.scope(), self._key), connection)
+        else:
+            connection.close()
+
+    def _head(self, method: str, target: str, body: Body, key: str | None, content_type: str) -> bytes:
+        lines = f"{method} {self.address.path}{target} HTTP/1.1\r\n"
+        if method != "GET":
+            lines += f"idempotency-key: {key or os.urandom(16).hex()}\r\n"
+            size = len(body) if isinstance(body, bytes) else body.size
+            lines += "transfer-encoding: chunked\r\n" if size is None else f"content-length: {size}\r\n"
+            if size != 0:
+                lines += f"content-type: {content_type}\r\n"
+        return b"%b%b\r\n" % (lines.encode("ascii"), self._common)
+
+    def _exchange(
+        self,
+        method: str,
+        target: str,
+        body: Body,
+        timeout: float | None,
+        key: str | None,
+        content_type: str,
+        whole: bool = False,
+    ) -> tuple[Connection, Answer]:
+        """Send and read, to the end of the answer when `whole` (its connection is then released), else to its head."""
+        head = self._head(method, target, body, key, content_type)
+        connection = POOL.take((primitives.scope(), self._key))
+        kept = connection is not None
+        while True:
+            if connection is None:
+                connection = self._connect()
+            answer = Answer()
+            try:
+                self._send(connection, answer, head, body, timeout)
+                self._read(connection, answer, timeout, whole)
+                return connection, answer
+            except TimeoutError:
+                connection.close()
+                raise errors.Unavailable(f"{self.url} did not answer within {timeout} seconds") from None
+            except OSError as error:
+                connection.close()
+                if not kept or answer.received:
+                    raise errors.Unavailable(f"the connection to {self.url} broke: {error}", details=SENT) from error
+                connection, kept = None, False
+            except BaseException:
+                connection.close()
+                raise
+
+    def _connect(self) -> Connection:
+        try:
+            return Connection.open(self.address, self.connect_timeout, self._ssl_context)
+        except TimeoutError:
+            message = f"nothing answers at {self.url} within {self.connect_timeout} seconds"
+            raise errors.Unavailable(message, hint=HINT) from None
+        except ssl.SSLError as error:
+            raise errors.Unavailable(f"no TLS connection to {self.url}: {error}") from error
+        except ConnectionRefusedError:
+            raise errors.Unavailable(f"no ROCK server at {self.url}", hint=HINT) from None
+        except OSError as error:
+            raise errors.Unavailable(f"cannot reach {self.url}: {error}", hint=HINT) from error
+
+    def _send(
+        self, connection: Connection, answer: Answer, head: bytes, body: Body, timeout: float | None
+    ) -> None:
+        limit = ANSWER_TIMEOUT if timeout is None else timeout
+        try:
+            if isinstance(body, bytes):
+                if len(body) < 32 << 10:
+                    connection.send(head + body, limit)
+                else:
+                    connection.send(head, limit)
+                    connection.send(body, limit)
+                return
+            connection.send(head, limit)
+            _send_source(connection, body, limit)
+        except (BrokenPipeError, ConnectionResetError):
+            self._refusal(connection, answer, timeout)
+
+    def _refusal(self, connection: Connection, answer: Answer, timeout: float | None) -> None:
+        """The server closed its side while we were sending: it may have said why."""
+        while not answer.done:
+            data = connection.receive(timeout)
+            if not data:
+                if not answer.received:
+                    raise ConnectionResetError("the server closed it")
+                answer.end()
+                break
+            answer.feed(data)
+
+    def _read(self, connection: Connection, answer: Answer, timeout: float | None, whole: bool) -> None:
+        while not (answer.done if whole else answer.status):
+            data = connection.receive(timeout)
+            if data:
+                answer.feed(data)
+            elif answer.received:
+                answer.end()
+            else:
+                raise ConnectionResetError("the server closed it")
+        if whole:
+            self.release(connection, answer)
+
+
+class Download:
+    """A body that is coming: `for` its parts, or `read` it. Leaving it early closes its connection."""
+
+    def __init__(self, transport: Transport, connection: Connection, answer: Answer, timeout: float | None) -> None:
+        self.headers = answer.headers
+        self.status = answer.status
+        self._transport = transport
+        self._connection: Connection | None = connection
+        self._answer = answer
+        self._timeout = timeout
+
+    def next(self) -> bytes:
+        """The next part; b"" at the end. Unavailable, ServerError."""
+        answer, connection = self._answer, self._connection
+        while True:
+            part = answer.take()
+            if part or connection is None:
+                return part
+            if answer.done:
+                self._connection = None
+                self._transport.release(connection, answer)
+                return b""
+            try:
+                data = connection.receive(self._timeout, STREAM_READ_SIZE)
+                if data:
+                    answer.feed(data)
+                else:
+                    answer.end()
+            except TimeoutError:
+                self.close()
+                raise errors.Unavailable(f"{self._transport.url} was silent for {self._timeout} seconds") from None
+            except OSError as error:
+                self.close()
+                raise errors.Unavailable(f"the connection to {self._transport.url} broke: {error}") from error
+            except BaseException:
+                self.close()
+                raise
+
+    def read(self, limit: int | None = None) -> bytes:
+        """The rest of the body; no more than `limit` bytes of it, when given."""
+        parts, size = [], 0
+        while part := self.next():
+            parts.append(part)
+            size += len(part)
+            if limit is not None and size >= limit:
+                self.close()
+                break
+        return b"".join(parts)[:limit]
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> bytes:
+        if part := self.next():
+            return part
+        raise StopIteration
+
+    def close(self) -> None:
+        """Stop reading."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _send_source(connection: Connection, body: Source, timeout: float | None) -> None:
+    chunks = body.chunks()
+    left = body.size
+    while chunk := primitives.in_thread(next, chunks, b""):
+        if left is None:
+            connection.send(b"%x\r\n" % len(chunk), timeout)
+            connection.send(chunk, timeout)
+            connection.send(b"\r\n", timeout)
+            continue
+        left -= len(chunk)
+        if left < 0:
+            raise errors.ClientError("the file grew while it was being sent")
+        connection.send(chunk, timeout)
+    if left is None:
+        connection.send(b"0\r\n\r\n", timeout)
+    elif left:
+        raise errors.ClientError("the file shrank while it was being sent")
+
+
+def decode(raw: bytes) -> Any:
+    """JSON of an answer; ServerError when it is none."""
+    try:
+        return orjson.loads(raw) if raw else None
+    except orjson.JSONDecodeError:
+        raise errors.ServerError(f"malformed answer: {raw[:80]!r} is not JSON") from None
+
+
+def failure(status: int, body: bytes, url: str) -> errors.RockError:
+    """The error that an answer stands for."""
+    try:
+        content = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        content = body.decode("utf-8", "replace")
+    if status < 400:
+        return errors.ServerError(f"{url} answered with a redirection ({status}), which is not followed")
+    return errors.from_wire(content, status)
