@@ -71,7 +71,7 @@ class RunningServer:
         """Stop every sandbox, then the server."""
         if self.process is None or self.process.poll() is not None:
             return
-        with Client(self.url) as client:
+        with Client(self.url, self.environment.get("ROCK_API_KEY")) as client:
             for info in client.list_sandboxes(states="pending,running,stopping"):
                 client.stop_sandbox(info.sandbox_id)
         self.process.send_signal(signal.SIGTERM)
@@ -116,9 +116,9 @@ def own_server(tmp_path: Path) -> Iterator[Callable[..., RunningServer]]:
     """Servers of a test's own, which it may kill and start again: `own_server(ROCK_POOL_SIZE="2")`."""
     made: list[RunningServer] = []
 
-    def make(**environment: str) -> RunningServer:
-        home = tmp_path / f"home{len(made)}"
-        home.mkdir()
+    def make(home: Path | None = None, **environment: str) -> RunningServer:
+        home = home or tmp_path / f"home{len(made)}"
+        home.mkdir(exist_ok=True)
         running = RunningServer(home, **environment)
         made.append(running)
         from rock.runtime.image.store import ImageStore
@@ -133,6 +133,16 @@ def own_server(tmp_path: Path) -> Iterator[Callable[..., RunningServer]]:
             running.start()  # a killed one: what it left has to be found and removed
         running.stop()
         running.assert_clean(Inventory())
+
+
+def running(sandbox: Sandbox, command: str) -> int:
+    """How many processes inside have exactly this command line."""
+    program = (
+        "import glob, sys\n"
+        "print(sum(open(f, 'rb').read().replace(b'\\0', b' ').decode().strip() == sys.argv[1]"
+        " for f in glob.glob('/proc/[0-9]*/cmdline')))"
+    )
+    return int(sandbox.execute(["python3", "-c", program, command]).stdout)
 
 
 @pytest.fixture

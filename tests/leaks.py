@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -47,13 +48,14 @@ def _folders(home: Path) -> Iterator[str]:
     for part in ("run/sandboxes", "run/namespace", "run/process"):
         folder = home / part
         if folder.is_dir():
-            yield from (f"folder {part}/{entry.name}" for entry in folder.iterdir() if entry.is_dir())
+            names = (entry.name for entry in folder.iterdir() if entry.is_dir())
+            # Two folders are the runtime's own, made once.
+            yield from (f"folder {part}/{name}" for name in names if name not in ("staging", "probe"))
 
 
 def _cgroups(home: Path) -> Iterator[str]:
-    from rock.runtime.namespace import cgroups
-
-    parent = cgroups.parent_name(home / "run" / "namespace")
+    run_dir = os.path.realpath(home / "run" / "namespace")
+    parent = "rock-" + hashlib.sha256(run_dir.encode()).hexdigest()[:12]
     for root, folders, _ in os.walk("/sys/fs/cgroup"):
         if os.path.basename(root) == parent:
             yield from (f"cgroup {root}/{name}" for name in folders)
@@ -62,7 +64,7 @@ def _cgroups(home: Path) -> Iterator[str]:
 
 def _mounts(home: Path) -> Iterator[str]:
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        if str(home) in line:
+        if f"{home}/" in line:
             yield f"mount {line.split()[4]}"
 
 

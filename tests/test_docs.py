@@ -1,4 +1,5 @@
-"""Code blocks in README and docs are run: python ones as scripts, sh ones with `rock` on the PATH and a home of their own."""
+"""Code blocks in README and docs are run: python ones as scripts, sh ones with `rock` on the PATH and a home of their
+own."""
 
 from __future__ import annotations
 
@@ -6,8 +7,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,12 +18,17 @@ from tests.conftest import RunningServer
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.M | re.S)
-BLOCKS = [
-    pytest.param(kind, words, code, id=f"{page.relative_to(ROOT)}:{page.read_text()[: match.start()].count(chr(10)) + 1}")
-    for page in PAGES
-    for match in BLOCK.finditer(page.read_text())
-    for kind, words, code in [match.groups()]
-]  # fmt: skip
+
+
+def _blocks() -> Iterator[Any]:
+    for page in PAGES:
+        text = page.read_text()
+        for match in BLOCK.finditer(text):
+            line = text[: match.start()].count("\n") + 1
+            yield pytest.param(*match.groups(), id=f"{page.relative_to(ROOT)}:{line}")
+
+
+BLOCKS = list(_blocks())
 
 
 def test_there_are_blocks() -> None:

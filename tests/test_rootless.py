@@ -1,4 +1,4 @@
-"""As root, the tests that an ordinary user can run are run again as one: the same suites, with nothing but a user id."""
+"""As root, the tests that an ordinary user can run are run again as one: the same suites with nothing but a user id."""
 
 from __future__ import annotations
 

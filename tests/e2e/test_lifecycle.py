@@ -47,7 +47,7 @@ def test_a_life(server: RunningServer) -> None:
         sandbox.stop()
         gone = client.get_sandbox(sandbox.sandbox_id)
         assert (gone.state, gone.cause, gone.is_alive) == (State.STOPPED, Cause.USER, False)
-        with pytest.raises(Expired, match="stopped by its user|it was stopped"):
+        with pytest.raises(Expired, match=r"stopped by its user|it was stopped"):
             sandbox.arun("echo")
         client.delete_sandbox(sandbox.sandbox_id)
         with pytest.raises(NotFound):

@@ -121,7 +121,7 @@ def test_no_archive_at_all(store: ImageStore, data: bytes) -> None:
         unpack(store, data)
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=150, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(flips=st.lists(st.tuples(st.integers(0, 4095), st.integers(0, 255)), max_size=6), cut=st.integers(0, 4096))
 def test_damaged_archives_raise_only_image_errors(store: ImageStore, flips: list[tuple[int, int]], cut: int) -> None:
     data = bytearray(tar([entry("a", None), entry("a/f", b"x" * 600), entry("é" * 60, b"y"),

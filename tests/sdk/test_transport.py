@@ -265,6 +265,7 @@ def test_a_refusal_in_the_middle_of_an_upload_is_told(face: str) -> None:
         ready.set()
         await asyncio.to_thread(stop.wait)
         server.close()
+        await asyncio.sleep(0.05)  # the connections end
 
     port: list[int] = []
     ready, stop = threading.Event(), threading.Event()

@@ -76,9 +76,11 @@ def serve(reply: Reply, tls: ssl.SSLContext | None = None, host: str = "127.0.0.
     wire = Wire()
     ready = threading.Event()
     stop: list[Callable[[], object]] = []
+    writers: list[asyncio.StreamWriter] = []
 
     async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         wire.connections += 1
+        writers.append(writer)
         with contextlib.suppress(ConnectionError, asyncio.CancelledError, ssl.SSLError):
             while (request := await read_request(reader)) is not None:
                 wire.requests.append(request)
@@ -86,8 +88,6 @@ def serve(reply: Reply, tls: ssl.SSLContext | None = None, host: str = "127.0.0.
                     break
                 await writer.drain()
         writer.close()
-        with contextlib.suppress(ConnectionError, asyncio.CancelledError, ssl.SSLError):
-            await writer.wait_closed()
 
     async def main() -> None:
         server = await asyncio.start_server(client, host, 0, ssl=tls)
@@ -102,6 +102,9 @@ def serve(reply: Reply, tls: ssl.SSLContext | None = None, host: str = "127.0.0.
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for writer in writers:
+            writer.transport.abort()
+        await asyncio.sleep(0.01)
 
     thread = threading.Thread(target=lambda: asyncio.run(main()))
     thread.start()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rock.cli.output import as_json, busy, table
+
+if TYPE_CHECKING:
+    from rock.runtime.namespace.probe import Finding
 
 
 def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
@@ -16,16 +19,18 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
     if json:
         as_json([{"name": f.name, "ok": f.ok, "detail": f.detail, "hint": f.hint} for f in findings])
     else:
-        table(["", "", ""], [["ok" if f.ok else "no", f.name, _text(f)] for f in findings])
-    if not all(f.ok for f in findings if not f.hint):
+        signs = {True: "ok", False: "no", None: "-"}
+        table(["", "", ""], [[signs[f.ok], f.name, _text(f)] for f in findings])
+    if any(f.ok is False for f in findings):
         raise typer.Exit(1)
 
 
-def _text(finding: Any) -> str:
-    return f"{finding.detail} -> {finding.hint}" if finding.hint and not finding.ok else str(finding.detail)
+def _text(finding: Finding) -> str:
+    told = finding.ok is not False or not finding.hint
+    return finding.detail if told else f"{finding.detail} -> {finding.hint}"
 
 
-def _findings() -> list[Any]:
+def _findings() -> list[Finding]:
     import sys
 
     from rock.errors import Unsupported
@@ -34,4 +39,4 @@ def _findings() -> list[Any]:
         raise Unsupported("sandboxes need Linux; here ROCK is a client only", hint="set ROCK_BASE_URL to a server")
     from rock.runtime.namespace.probe import host_report
 
-    return list(host_report())
+    return host_report()

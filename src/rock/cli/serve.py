@@ -96,7 +96,7 @@ def make_runtimes(settings: Settings, images: Images) -> dict[str, Runtime]:
     if sys.platform == "linux":
         from rock.runtime.namespace.runtime import NamespaceRuntime
 
-        runtimes["namespace"] = NamespaceRuntime(settings.run_dir / "namespace", settings.pool_size, images)
+        runtimes["namespace"] = NamespaceRuntime(settings.run_dir / "namespace", settings.pool_size, images.store)
     if settings.runtime not in runtimes:
         names = ", ".join(sorted(runtimes))
         raise InvalidConfig(f"no runtime {settings.runtime!r} (there are: {names})", hint="set ROCK_RUNTIME")

@@ -82,10 +82,9 @@ class Init:
         wake_reader, wake_writer = socket.socketpair()
         wake_reader.setblocking(False)
         wake_writer.setblocking(False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
-            signal.signal(number, signal.SIG_IGN)
         signal.set_wakeup_fd(wake_writer.fileno(), warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
+        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, _ignore)  # not SIG_IGN: programs would inherit that, a handler ends at exec
         self.listener.setblocking(False)
         self.watch(self.listener.fileno(), self._accept)
         self.watch(wake_reader.fileno(), lambda: self._drain(wake_reader))
@@ -383,7 +382,6 @@ class Init:
         status = 1
         try:
             signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             syscalls.close_all_but(2, connection.sock.fileno())  # no stream of a program lives on in here
             request["in_child"] = True
             message: dict[str, Any]
@@ -447,6 +445,10 @@ def _kill_under(root: int) -> Generator[float, None, int]:
     return count
 
 
+def _ignore(_number: int, _frame: object) -> None:
+    """A signal that pid 1 does not act upon, or that only wakes its loop."""
+
+
 def _own_score() -> tuple[int, int] | None:
     """Our oom_score_adj, open for writing, and its value. Opened early: later we are not its owner any more."""
     try:
@@ -471,6 +473,7 @@ def prepare(listener: socket.socket, uid: int, outside: bool) -> Init:
     if os.getpid() != 1:
         syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
+    syscalls.close_on_exec_from(3)
     return made
 
 

@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import resource
-import signal
 import struct
 import termios
 from dataclasses import dataclass, field
@@ -18,7 +17,6 @@ from rock.guest.fault import Fault, of_os_error
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 HIGHEST_CHANNEL = 255
-_IGNORED = (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass
@@ -108,7 +106,10 @@ class Streams:
 
 
 class Plan:
-    """All that a child needs to become the program, worked out before the fork: the child only copies what it touches."""
+    """All that a child needs to become the program, worked out before the fork.
+
+    Every page that the child touches is copied, at about 3 us each; so it does as little as it can.
+    """
 
     def __init__(self, request: dict[str, Any], streams: Streams, user: users.User | None,
                  limits: tuple[int, int]) -> None:
@@ -184,11 +185,8 @@ def _set_score(fd: int, value: int) -> None:
 
 def _become(plan: Plan, step: list[str]) -> None:
     """The child's way to exec. `step` names what is being done, for the error's text."""
-    for number in _IGNORED:
-        signal.signal(number, signal.SIG_DFL)
     os.setsid()
-    syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
-    syscalls.close_on_exec_from(3)
+    syscalls.become_subreaper()
     if plan.streams.pty:
         fcntl.ioctl(plan.streams.theirs[0], termios.TIOCSCTTY, 0)
     _place(plan.streams.theirs)

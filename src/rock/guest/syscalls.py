@@ -25,6 +25,11 @@ def prctl(option: int, value: int) -> None:
         raise OSError(number, f"prctl {option}: {os.strerror(number)}")
 
 
+def become_subreaper() -> None:
+    """Inherit the orphans among one's descendants. Cannot fail."""
+    _prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
 def close_on_exec_from(lowest: int) -> None:
     """Mark every descriptor from `lowest` on close-on-exec."""
     arguments = ctypes.c_uint(lowest), ctypes.c_uint(0xFFFFFFFF), ctypes.c_uint(_CLOSE_RANGE_CLOEXEC)

@@ -27,8 +27,13 @@ from rock.runtime.image.packages import CURRENT, PackageSet, ensure
 from rock.runtime.image.store import ImageStore
 
 _OPEN_TIMEOUT = 180.0  # importing takes seconds, and more on a busy machine
-# Threads do not survive a fork
-_ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"), "1")
+_ENVIRONMENT = {
+    "LANG": "C.UTF-8", "HOME": "/tmp", "MPLCONFIGDIR": "/tmp",
+    # Some environments iterate over sets of words: with this a seed gives the same episode in every process
+    "PYTHONHASHSEED": "0", "PYTHONPATH": "",
+    # Threads do not survive a fork
+    "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NUMEXPR_NUM_THREADS": "1",
+}  # fmt: skip
 
 
 async def prepare_image(store: ImageStore, image: str, progress: Callable[[str], None] | None = None) -> None:
@@ -84,12 +89,11 @@ class EnvHost:
 
         ImageError when the sandbox's image has none; SandboxError, with its last lines, when it does not come up.
         """
-        words = f"{self._folder}/nltk_data"
         channels: dict[int, Literal["r", "w"]] = dict.fromkeys((envhost.REQUESTS, *envhost.PIPES), "r")
         program = Program(
-            [self._python, "-I", "-B", "-X", "utf8", "-c", _source(), f"{self._folder}/site"],
-            env={"LANG": "C.UTF-8", "HOME": "/tmp", "MPLCONFIGDIR": "/tmp", "NLTK_DATA": words, **_ONE_THREAD}, cwd="/",
-            stdout="null", stderr="pipe", channels={**channels, envhost.ANSWERS: "w"}, key=self.KEY, keep=True,
+            [self._python, "-s", "-P", "-B", "-X", "utf8", "-c", _source(), f"{self._folder}/site"],
+            env={**_ENVIRONMENT, "NLTK_DATA": f"{self._folder}/nltk_data"}, cwd="/", stdout="null", stderr="pipe",
+            channels={**channels, envhost.ANSWERS: "w"}, key=self.KEY, keep=True,
         )  # fmt: skip
         try:
             process = await self._runtime.spawn(self._handle, program)

@@ -26,6 +26,7 @@ class Outlet:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._waiting: deque[bytes] = deque()
+        self._watching = False
 
     def send(self, stream: int, message: Message) -> None:
         """InvalidConfig for what JSON cannot hold. That the reader is gone is no error: it is told elsewhere."""
@@ -44,18 +45,25 @@ class Outlet:
             try:
                 os.write(self._fd, self._waiting[0])
             except BlockingIOError:
-                asyncio.get_running_loop().add_writer(self._fd, self._write)
+                if not self._watching:
+                    self._watching = True
+                    asyncio.get_running_loop().add_writer(self._fd, self._write)
                 return
             except OSError:
                 self._waiting.clear()
                 break
             self._waiting.popleft()
-        asyncio.get_running_loop().remove_writer(self._fd)
+        self._unwatch()
+
+    def _unwatch(self) -> None:
+        if self._watching:
+            self._watching = False
+            asyncio.get_running_loop().remove_writer(self._fd)
 
     def drop(self) -> None:
         """Forget what waits, and the descriptor."""
         self._waiting.clear()
-        asyncio.get_running_loop().remove_writer(self._fd)
+        self._unwatch()
 
 
 class Inlet:

@@ -43,12 +43,11 @@ class FileApi:
     async def read_file(self, request: Request) -> Answer:
         sandbox = self._find(request)
         path = files.inside(request.required("path"))
-        length = request.query.get("length")
+        offset = int(request.number("offset", 0))
+        length = int(request.number("length", 0)) if request.query.get("length") else None
         with sandbox.active():
             fd = await files.of(sandbox.runtime).open_read(sandbox.handle, path, user=request.query.get("user"))
-            reading = files.Reading(
-                fd, int(request.number("offset", 0)), int(request.number("length", 0)) if length else None
-            )
+        reading = files.Reading(fd, offset, length)
         return Answer(stream=reading.chunks(), length=reading.length, content_type=_RAW)
 
     async def write_file(self, request: Request) -> Answer:

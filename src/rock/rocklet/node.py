@@ -178,7 +178,6 @@ class Node:
         supervisor = self.supervisors.pop(sandbox_id, None)
         if supervisor is None:
             return NodeSandbox(sandbox_id=sandbox_id)
-        self._remember(sandbox_id, Cause.USER, "it was stopped")
         await supervisor.destroy(grace)
         await asyncio.to_thread(shutil.rmtree, supervisor.folder, True)
         supervisor.cause = supervisor.cause or Cause.USER

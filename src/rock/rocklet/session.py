@@ -96,8 +96,12 @@ class Session:
 
     async def open(self) -> None:
         """Start the shell; `startup_output` is what the start-up files printed. Raises StartFailed with it."""
-        await self._spawn()
-        observation = await self._preamble()
+        try:
+            await self._spawn()
+            observation = await self._preamble()
+        except BaseException:
+            await self._release()
+            raise
         if observation.exit_code != 0:
             await self.close()
             raise StartFailed(

@@ -160,14 +160,14 @@ class _Unpacker:
             if _stays_inside(name, member.linkname):
                 self._links.append((path, member.linkname))
             else:
-                self.left_out.append(member.name)
+                self.left_out.append(str(name))
         elif member.islnk() and (source := self._files.get(_inside(member.linkname))):
             self._place(path.parent)
             _clear(path)
             os.link(source, path)
             self._files[name] = path
         else:
-            self.left_out.append(member.name)
+            self.left_out.append(str(name))
 
     def finish(self) -> None:
         for path, target in self._links:

@@ -11,6 +11,7 @@ never mapped to the sandbox's users: a file of the machine that only its owner m
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import os
 import re
@@ -19,7 +20,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from rock.runtime.image.layer import LayerWriter
 from rock.runtime.image.layers import LayerStore
@@ -27,7 +27,8 @@ from rock.runtime.image.rootfs import Bind
 from rock.runtime.image.tarstream import Entry, Kind
 
 _VERSION = 1  # raise when the code below makes another skeleton from the same inputs
-_CHECK_EVERY = 1.0  # seconds between two looks at the inputs
+_GLANCE_EVERY = 1.0  # seconds between two looks at the folders of the inputs: 0.3 ms
+_LOOK_EVERY = 30.0  # and at each of them: 10 ms
 _LARGEST = 4 << 20
 _PYTHON = "/opt/rock/python"
 _BIN = "/opt/rock/bin"
@@ -81,22 +82,32 @@ class HostImage:
 
     layers: LayerStore
     _known: Host | None = field(default=None, init=False)
+    _glanced: float = field(default=float("-inf"), init=False)
     _looked: float = field(default=float("-inf"), init=False)
+    _watched: tuple[str, ...] = field(default=(), init=False)
+    _stamps: list[tuple[int, int]] = field(default_factory=list, init=False)
 
     def diff_id(self) -> str:
         """Digest of the skeleton as the machine is now, without making it."""
         return _signature(list(_plan()))
 
     def current(self) -> Host:
-        """The image as the machine is now; looks at most once a second whether that has changed."""
+        """The image as the machine is now, or was a moment ago: a package that is installed or upgraded shows within a
+        second, a file that somebody writes to in place within half a minute."""
         now = time.monotonic()
-        if self._known is not None and now - self._looked < _CHECK_EVERY \
-                and os.path.isdir(self.layers.path(self._known.diff_id)):
-            return self._known
+        if self._known is not None and os.path.isdir(self.layers.path(self._known.diff_id)):
+            if now - self._glanced < _GLANCE_EVERY:
+                return self._known
+            if now - self._looked < _LOOK_EVERY and self._stamps == _stamps(self._watched):
+                self._glanced = now
+                return self._known
         plan = list(_plan())
+        self._watched = _watched(plan)
+        self._stamps = _stamps(self._watched)
         diff_id = _signature(plan)
         self.layers.add("making the host image", lambda writer: _write(plan, writer, diff_id), diff_id)
-        self._known, self._looked = Host(diff_id, _binds(), _env()), now
+        self._known = Host(diff_id, _binds(), _env())
+        self._glanced = self._looked = now
         return self._known
 
 
@@ -127,11 +138,32 @@ def _plan() -> Iterator[_Planned]:
     for path, name in (("etc/passwd", "/etc/passwd"), ("etc/group", "/etc/group")):
         yield _Planned(path, 0o644, text=_system_only(name))
     yield from _python_links()
+    names = os.listdir("/etc")
     for pattern in _ETC:
-        for top in sorted(Path("/etc").glob(pattern)):
-            for parent in reversed(top.relative_to("/").parents[:-2]):
-                yield _Planned(str(parent))
-            yield from _copied(str(top))
+        tops = fnmatch.filter(names, pattern) if "*" in pattern else [pattern]
+        for top in sorted(tops):
+            if os.path.lexists(f"/etc/{top}"):
+                parts = top.split("/")[:-1]
+                yield from (_Planned("/".join(("etc", *parts[: n + 1]))) for n in range(len(parts)))
+                yield from _copied(f"/etc/{top}")
+
+
+def _watched(plan: list[_Planned]) -> tuple[str, ...]:
+    """Folders that a change of packages touches, and the files of /etc itself."""
+    inputs = {f"/{item.path}" for item in plan if item.path.startswith("etc/") and item.target is None
+              and item.text is None and (not item.source or item.path.count("/") == 1)}  # fmt: skip
+    return tuple(sorted({"/etc", "/etc/passwd", "/etc/group", "/usr/bin", "/usr/local/bin", *inputs}))
+
+
+def _stamps(paths: tuple[str, ...]) -> list[tuple[int, int]]:
+    found = []
+    for path in paths:
+        try:
+            info = os.lstat(path)
+            found.append((info.st_mtime_ns, info.st_ino))
+        except OSError:
+            found.append((0, 0))
+    return found
 
 
 def _copied(path: str) -> Iterator[_Planned]:

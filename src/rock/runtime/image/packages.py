@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -143,9 +143,16 @@ def _install(requirements: Sequence[str], site: Path, log: Path, progress: Progr
         status = child.wait()
     if status != 0:
         raise ImageError(
-            f"installing {', '.join(requirements)} failed: {last[-1] if last else f'pip ended with {status}'}",
+            f"installing {', '.join(requirements)} failed: {_reason(last) or f'pip ended with {status}'}",
             hint=f"is the network reachable? The whole log is {log}", details={"output": "\n".join(last)},
         )
+
+
+def _reason(lines: Iterable[str]) -> str:
+    """The line that says what went wrong: pip's last error, else the last line that says anything."""
+    told = [line for line in lines if line.strip()]
+    errors = [line for line in told if line.startswith("ERROR: ")]
+    return (errors or told or [""])[-1].removeprefix("ERROR: ")
 
 
 def _prune(site: Path) -> None:

@@ -80,6 +80,7 @@ def _build(spec: dict[str, Any], staging: str, namespace: int, bpf: bytes, ready
     waiting = mounts.stack(spec, staging, namespace if privileged else -1)
     mounts.switch(staging)
     mounts.furnish(spec, waiting)
+    mounts.leave()
     step.name = "user namespace"
     if privileged and namespace >= 0:
         kernel.setns(namespace, kernel.CLONE_NEWUSER)

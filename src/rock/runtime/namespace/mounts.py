@@ -148,16 +148,21 @@ def _writable_bind(bind: dict[str, Any], index: int, spec: dict[str, Any], writa
 
 
 def switch(staging: str) -> None:
-    """Make staging/root the root of this mount namespace; nothing of the old one is reachable afterwards."""
+    """Make staging/root the root. The old one stays for now, under the working folder: a new /proc or /sys may only be
+    mounted in a user namespace while a whole one is there."""
     os.chdir(f"{staging}/root")
     kernel.pivot_root(".", ".")
+
+
+def leave() -> None:
+    """Let go of the old root; nothing of it is reachable afterwards."""
     kernel.umount(".", kernel.MNT_DETACH)
     os.chdir("/")
     kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
 
 
-def furnish(spec: dict[str, Any], waiting: list[tuple[int, str]]) -> str:
-    """Binds, /dev, /proc and /sys, after the switch; answers what kind of /proc it got: "fresh" or "none"."""
+def furnish(spec: dict[str, Any], waiting: list[tuple[int, str]]) -> None:
+    """Binds, /dev, /proc and /sys, after the switch."""
     for fd, target in waiting:
         try:
             kernel.move_mount(fd, target)
@@ -175,7 +180,6 @@ def furnish(spec: dict[str, Any], waiting: list[tuple[int, str]]) -> str:
     except OSError:  # a user namespace may not have one of its own
         kernel.mount("none", "/sys", "tmpfs", quiet | kernel.MS_RDONLY, "size=0,mode=755")
     _mask()
-    return "fresh"
 
 
 def _mask() -> None:

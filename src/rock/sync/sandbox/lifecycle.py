@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from typing import Self
 
 from rock import errors
 from rock.protocol.action import CloseResponse, IsAliveResponse, SandboxStatusResponse
+from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import Cause, SandboxConfig, SandboxInfo, State
 from rock.sync import primitives
 from rock.sync.sandbox.link import Link
@@ -36,12 +38,12 @@ class Lifecycle(Link):
         """
         deadline = time.monotonic() + self.config.startup_timeout
         # The name is ours, so that even a creation whose answer was lost can be undone.
-        name = self.config.sandbox_id or os.urandom(8).hex()
-        ours = self.config.sandbox_id is None
-        self.sandbox_id = name
+        self.sandbox_id = self.config.sandbox_id or os.urandom(8).hex()
+        key = os.urandom(16).hex()
+        created = False
         try:
-            info = self._create(name, deadline)
-            ours = True
+            info = self._create(key, deadline)
+            created = True
             while info.state is State.PENDING:
                 left = deadline - time.monotonic()
                 if left <= 0:
@@ -50,9 +52,9 @@ class Lifecycle(Link):
         except (errors.ClientError, errors.ImageError, errors.NoCapacity):
             self.sandbox_id = None  # it was refused: nothing was made
             raise
-        except BaseException:
-            if ours:
-                primitives.settle(self.stop, CLEAN_UP)
+        except BaseException as error:
+            answered = created or (isinstance(error, errors.RockError) and not isinstance(error, errors.Unavailable))
+            primitives.settle(self.stop if answered else partial(self._undo, key), CLEAN_UP)
             raise
         if info.state is not State.RUNNING:
             raise end_of(info)
@@ -124,20 +126,29 @@ class Lifecycle(Link):
             return CloseResponse(success=False, message=str(error))
         return CloseResponse()
 
-    def _create(self, name: str, deadline: float) -> SandboxInfo:
+    def _create(self, key: str, deadline: float) -> SandboxInfo:
         config = self.config.model_dump(mode="json", exclude_unset=True, include=set(SandboxConfig.model_fields))
-        config["sandbox_id"] = name
-        key = os.urandom(16).hex()
+        config["sandbox_id"] = self._id()
         while True:
             wait = max(0.0, min(deadline - time.monotonic(), POLL))
+            target = ROUTES["create_sandbox"].path + f"?wait={wait:.3f}"
             try:
-                return self._info(
-                    "create_sandbox", f"/v1/sandboxes?wait={wait:.3f}", config, wait=wait or 1.0, key=key
-                )
+                return self._info("create_sandbox", target, config, wait=wait or 1.0, key=key)
             except errors.Unavailable as error:
                 if not error.details.get("sent") or time.monotonic() >= deadline:
                     raise  # only a connection that broke is tried again; the key keeps it one sandbox
                 primitives.sleep(0.2)
+
+    def _undo(self, key: str) -> None:
+        """Stop what a creation made, or may yet make, whose answer never came: asking again with its key shows it."""
+        try:
+            self._create(key, time.monotonic())
+        except errors.Conflict:
+            if self.config.sandbox_id is not None:
+                return  # somebody else's
+        except errors.RockError:
+            pass
+        self.stop()
 
     def _get(self, wait: float | None = None, usage: bool = False) -> SandboxInfo:
         target = self._path("get_sandbox", wait=wait and round(wait, 3), usage=usage or None)

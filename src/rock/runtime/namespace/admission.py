@@ -1,0 +1,65 @@
+"""What a host can take: refusals that are told before anything is started."""
+
+from __future__ import annotations
+
+import os
+
+from rock import errors
+from rock.protocol.sandbox import Isolation, SandboxConfig
+
+_ORDER = list(Isolation)
+_RESERVE = 256 << 20  # bytes of memory that stay with the host
+_LEAST = 64 << 20  # bytes that a new sandbox should find free, or its limit if that is less
+
+
+def memory() -> tuple[int, int]:
+    """Bytes of memory that the machine has, and those that are available now."""
+    values = {}
+    with open("/proc/meminfo") as lines:
+        for line in lines:
+            key, _, rest = line.partition(":")
+            if key in ("MemTotal", "MemAvailable"):
+                values[key] = int(rest.split()[0]) << 10
+    return values["MemTotal"], values.get("MemAvailable", values["MemTotal"])
+
+
+def refuse_unsupported(config: SandboxConfig, isolation: Isolation, networks: tuple[str, ...]) -> None:
+    """Raise Unsupported for what this runtime, or this host, cannot give."""
+    if config.image_os != "linux":
+        raise errors.Unsupported(f"image_os {config.image_os!r}: the namespace runtime runs Linux images only")
+    if config.use_kata_runtime:
+        raise errors.Unsupported("use_kata_runtime: the namespace runtime has no virtual machines",
+                                 hint="use a runtime with micro virtual machines")
+    if config.num_gpus or config.accelerator_type:
+        raise errors.Unsupported("the namespace runtime gives sandboxes no accelerators", hint="leave num_gpus unset")
+    if config.disk is not None:
+        raise errors.Unsupported(f"disk={config.disk}: this runtime cannot hold a disk limit yet",
+                                 hint="leave disk unset")
+    if config.network not in networks:
+        raise errors.Unsupported(f'network "{config.network}" cannot be given here',
+                                 hint=f"use one of {', '.join(networks)}")
+    if _ORDER.index(config.minimum_isolation) > _ORDER.index(isolation):
+        raise errors.Unsupported(
+            f"minimum_isolation {config.minimum_isolation.value}: this host gives {isolation.value}",
+            hint="`rock doctor` tells what is missing here")
+
+
+def refuse_too_large(config: SandboxConfig) -> None:
+    """Raise InvalidConfig for a sandbox that could never fit, and NoCapacity when there is no memory free now.
+
+    Limits may be overcommitted, so what counts is what is really free and not the sum of the limits.
+    """
+    cores = os.cpu_count() or 1
+    wanted = max(config.cpus, config.limit_cpus or 0.0)
+    if wanted > cores:
+        raise errors.InvalidConfig(f"Requested CPUs {wanted} exceed the {cores} of this machine",
+                                   hint=f"ask for at most {cores}")
+    total, available = memory()
+    if config.memory_bytes > total:
+        raise errors.InvalidConfig(
+            f"Requested memory {config.memory} ({config.memory_bytes} bytes) exceeds the {total} bytes of this machine",
+            hint=f"ask for at most {total >> 20}m")
+    if available < _RESERVE + min(_LEAST, config.memory_bytes):
+        raise errors.NoCapacity(f"{available >> 20} MB of memory are available on this machine; "
+                                f"{(_RESERVE + _LEAST) >> 20} MB are needed to start a sandbox",
+                                hint="stop some sandboxes, or try again")

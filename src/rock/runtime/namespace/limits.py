@@ -1,0 +1,133 @@
+"""How a sandbox's limits are held, and what it uses: by cgroups, or without them by watching, affinity and rlimits."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import resource
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rock.guest import proctree
+from rock.protocol.sandbox import SandboxConfig, Usage
+from rock.runtime.base import Enforced
+from rock.runtime.namespace import cgroups
+
+_PAGE = os.sysconf("SC_PAGESIZE")
+
+
+@dataclass(frozen=True)
+class Limiter:
+    """The ways in which this host holds limits."""
+
+    groups: cgroups.Cgroups
+    _cpus: Any = field(default_factory=lambda: itertools.cycle(sorted(os.sched_getaffinity(0))))
+
+    def enforced(self) -> dict[str, Enforced]:
+        """For each limit how it is held here, as `Handle.enforced` tells it."""
+        def by(controller: str, otherwise: Enforced) -> Enforced:
+            version = self.groups.version(controller)
+            return otherwise if version is None else "cgroup-v1" if version == 1 else "cgroup-v2"
+
+        return {"memory": by("memory", "watched"), "cpus": by("cpu", "affinity"), "pids": by("pids", "rlimit")}
+
+    def files(self, slot: str, config: SandboxConfig) -> list[tuple[str, str]]:
+        """Control files to write for a sandbox."""
+        hard = config.limit_cpus or config.cpus
+        return self.groups.limits(slot, config.memory_bytes, hard, config.cpus, config.pids)
+
+    def affinity(self, config: SandboxConfig) -> list[int] | None:
+        """CPUs to run on, where no cgroup holds the limit: whole ones, given out in turn."""
+        if self.groups.version("cpu") is not None:
+            return None
+        count = min(math.ceil(config.limit_cpus or config.cpus), len(os.sched_getaffinity(0)))
+        return [next(self._cpus) for _ in range(count)]
+
+    def processes(self, config: SandboxConfig) -> int:
+        """RLIMIT_NPROC where no cgroup holds the limit, else 0. Counted by the sandbox's user namespace."""
+        return 0 if self.groups.version("pids") is not None else config.pids
+
+    def apply(self, slot: str, pid: int, config: SandboxConfig) -> None:
+        """Set the limits of a sandbox that runs already but has started nothing. OSError when one cannot be set."""
+        cgroups.write_limits(self.files(slot, config))
+        affinity, processes = self.affinity(config), self.processes(config)
+        if affinity is not None:
+            os.sched_setaffinity(pid, affinity)
+        if processes:
+            resource.prlimit(pid, resource.RLIMIT_NPROC, (processes, processes))
+
+
+def usage(folders: Mapping[str, str], pid: int, kills: int) -> Usage:
+    """What a sandbox uses, from its cgroups where it has them and from /proc else. Blocking."""
+    tree = list(proctree.descendants(proctree.scan(), pid)) if "pids" not in folders or "memory" not in folders else []
+    memory, cpuacct, cpu = folders.get("memory", ""), folders.get("cpuacct", ""), folders.get("cpu", "")
+    result = Usage(oom_kills=kills)
+    result.memory_bytes = _first(cgroups.read_value(f"{memory}/memory.usage_in_bytes"),
+                                 cgroups.read_value(f"{memory}/memory.current"))
+    if result.memory_bytes is None:
+        result.memory_bytes = sum(shared_out(entry.pid) for entry in tree if entry.alive)
+    result.memory_peak_bytes = _first(cgroups.read_value(f"{memory}/memory.max_usage_in_bytes"),
+                                      cgroups.read_value(f"{memory}/memory.peak"))
+    result.pids = _first(cgroups.read_value(f"{folders.get('pids', '')}/pids.current"), len(tree) + 1)
+    nanoseconds = cgroups.read_value(f"{cpuacct}/cpuacct.usage")
+    microseconds = cgroups.read_field(f"{cpu}/cpu.stat", "usage_usec")
+    if nanoseconds is not None:
+        result.cpu_seconds = nanoseconds / 1e9
+    elif microseconds is not None:
+        result.cpu_seconds = microseconds / 1e6
+    else:
+        result.cpu_seconds = _cpu_seconds(pid, tree)
+    return result
+
+
+def _first(*values: int | None) -> int | None:
+    return next((value for value in values if value is not None), None)
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory that a process has mapped and present, shared ones in full; 0 when it is gone."""
+    fields = cgroups.read_text(f"/proc/{pid}/statm").split()
+    return int(fields[1]) * _PAGE if len(fields) > 1 else 0
+
+
+def shared_out(pid: int) -> int:
+    """The same with shared pages split among those who share them; dearer to find out."""
+    for line in cgroups.read_text(f"/proc/{pid}/smaps_rollup").splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) << 10
+    return resident(pid)
+
+
+def _cpu_seconds(pid: int, tree: list[proctree.Entry]) -> float:
+    """CPU time of all that live and, through those who waited for them, of all that ended."""
+    ticks = 0
+    for number in (pid, *(entry.pid for entry in tree)):
+        fields = cgroups.read_text(f"/proc/{number}/stat").rpartition(")")[2].split()
+        if len(fields) > 14:
+            ticks += sum(int(field) for field in fields[11:15])
+    return ticks / proctree.TICK
+
+
+def watch(limits: Mapping[int, int]) -> dict[int, int]:
+    """Kill the largest processes of each sandbox that is over its limit; answers how many, by pid 1. Blocking.
+
+    limits: bytes by pid 1. One look at /proc serves all; what is shared is only split when the plain sum is too high.
+    """
+    table = proctree.scan()
+    killed: dict[int, int] = {}
+    for pid, limit in limits.items():
+        tree = [entry for entry in proctree.descendants(table, pid) if entry.alive]
+        if sum(resident(entry.pid) for entry in tree) <= limit:
+            continue
+        sizes = sorted(((shared_out(entry.pid), entry) for entry in tree), key=lambda pair: pair[0], reverse=True)
+        total = sum(size for size, _ in sizes)
+        for size, entry in sizes:
+            if total <= limit:
+                break
+            if proctree.send(entry, signal.SIGKILL):
+                killed[pid] = killed.get(pid, 0) + 1
+            total -= size
+    return killed

@@ -1,0 +1,173 @@
+"""Looking at the host: what it allows, by trying, and what is missing, for `rock doctor`."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from rock.runtime.namespace import cgroups, seccomp
+
+_TRY = """
+import os, sys, types
+for name in ("rock", "rock.guest", "rock.runtime", "rock.runtime.namespace"):
+    package = types.ModuleType(name)
+    package.__path__ = [os.path.join(sys.argv[1], *name.split(".")[1:])]
+    sys.modules[name] = package
+from rock.runtime.namespace import kernel, userns
+what, folder = sys.argv[2], sys.argv[3]
+root = os.geteuid() == 0
+try:
+    if what == "userns" or not root:
+        uid, gid = os.geteuid(), os.getegid()
+        kernel.unshare(kernel.CLONE_NEWUSER | kernel.CLONE_NEWNS)
+        userns.become_root(uid, gid)
+    else:
+        kernel.unshare(kernel.CLONE_NEWNS)
+    kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_SLAVE)
+    if what in ("overlay", "idmap"):
+        for name in ("rw", "low", "rw/up", "rw/work", "m", "l"):
+            os.mkdir(folder + "/" + name)
+        os.chdir(folder)
+        low = "low"
+        if what == "idmap":
+            fd = userns.make("0 300000 65536\\n", "0 300000 65536\\n")
+            for source, target in (("low", "l"), ("rw", "rw")):
+                tree = kernel.open_tree(source)
+                kernel.set_attributes(tree, 0, userns=fd)
+                kernel.move_mount(tree, target)
+            low = "l"
+            kernel.set_file_owner(300000)
+            kernel.capset((1 << 41) - 1 & int(open("/proc/self/status").read().split("CapPrm:")[1].split()[0], 16))
+        kernel.mount("overlay", "m", "overlay", 0, "lowerdir=%s,upperdir=rw/up,workdir=rw/work%s" % (
+            low, "" if root else ",userxattr"))
+        open("m/file", "w").close()
+    if what in ("proc", "net"):
+        pid = kernel.fork_into(kernel.CLONE_NEWPID | kernel.CLONE_NEWNS | (kernel.CLONE_NEWNET if what == "net" else 0))
+        if pid == 0:
+            try:
+                if what == "net":
+                    kernel.loopback_up()
+                else:
+                    kernel.mount("proc", "/proc", "proc", 0)
+            except OSError as error:
+                sys.stderr.write(str(error))
+                sys.stderr.flush()
+                os._exit(1)
+            os._exit(0)
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+except OSError as error:
+    sys.stderr.write(str(error))
+    sys.exit(1)
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of a report. ok: None is neither good nor bad. hint: what to do when it is not ok."""
+
+    name: str
+    ok: bool | None
+    detail: str
+    hint: str = ""
+
+
+def host_report(run_dir: Path | None = None) -> list[Finding]:
+    """What this host gives, each found by trying it; blocks for about a second. `run_dir`: where sandboxes would be."""
+    base = Path(run_dir or tempfile.gettempdir())
+    while not base.is_dir():
+        base = base.parent
+    report = [
+        Finding("python", sys.version_info >= (3, 11), platform.python_version(), "Python 3.11 or newer is needed"),
+        Finding("kernel", _release() >= (5, 12), platform.release(), "Linux 5.12 or newer is needed, 5.19 as root"),
+        Finding("user", None, "root" if os.geteuid() == 0 else f"uid {os.geteuid()}"),
+    ]
+    for what, name, hint in (
+        ("userns", "user namespaces", "see kernel.unprivileged_userns_clone, user.max_user_namespaces and, on Ubuntu, "
+                                      "kernel.apparmor_restrict_unprivileged_userns in sysctl"),
+        ("overlay", "overlay file system", "Linux 5.11 is needed for it in a user namespace"),
+        ("proc", "a /proc of its own", "a container with a masked /proc forbids it: run with systempaths=unconfined"),
+        ("net", "network namespaces", "see user.max_net_namespaces in sysctl"),
+    ):
+        report.append(_tried(what, name, hint, base))
+    if os.geteuid() == 0:
+        hint = f"the file system of {base} must support them (ext4, xfs, btrfs, tmpfs of 6.3), with Linux 5.19"
+        report.append(_tried("idmap", "idmapped layers", hint, base))
+    report += [*_cgroup_findings(str(base)), _seccomp(), _landlock(), _kvm()]
+    report += [_program("newuidmap", "one user inside without it, when not root"),
+               _program("pasta", "for networks of ordinary users, later"),
+               _program("slirp4netns", "for networks of ordinary users, later")]
+    return report
+
+
+def _release() -> tuple[int, int]:
+    parts = platform.release().split("-")[0].split(".")
+    return int(parts[0]), int(parts[1])
+
+
+def _tried(what: str, name: str, hint: str, base: Path) -> Finding:
+    import subprocess
+
+    source = str(Path(__file__).parents[2])
+    try:
+        with tempfile.TemporaryDirectory(dir=base, prefix="rock-probe-", ignore_cleanup_errors=True) as folder:
+            run = subprocess.run([sys.executable, "-I", "-S", "-c", _TRY, source, what, folder], capture_output=True,
+                                 text=True, timeout=20, check=False)
+            # what overlay leaves in its work folder has mode 000
+            for inner in Path(folder).glob("rw/work/*"):
+                inner.chmod(0o700)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Finding(name, False, str(error), hint)
+    if run.returncode == 0:
+        return Finding(name, True, "works")
+    return Finding(name, False, run.stderr.strip().splitlines()[-1] if run.stderr.strip() else "it was killed", hint)
+
+
+def _cgroup_findings(base: str) -> list[Finding]:
+    found = cgroups.discover(base)
+    report = []
+    for name, otherwise in (("memory", "watched by the server"), ("cpu", "by affinity"), ("pids", "by rlimit")):
+        version = found.version(name)
+        if version:
+            report.append(Finding(f"cgroup {name}", True, f"version {version}: {found.places[name].parent}"))
+        else:
+            report.append(Finding(f"cgroup {name}", None, f"{found.reasons.get(name, 'none')}; held {otherwise}",
+                                  "run as root, or with a delegated cgroup"))
+    for place in found.places.values():
+        try:
+            os.rmdir(place.parent)
+        except OSError:
+            pass
+    return report
+
+
+def _seccomp() -> Finding:
+    known = seccomp.supported()
+    text = cgroups.read_text("/proc/sys/kernel/seccomp/actions_avail").strip()
+    return Finding("seccomp", bool(text) and known, f"{text or 'not in this kernel'}; {platform.machine()} "
+                                                     f"{'has' if known else 'has no'} table",
+                   "x86_64 or aarch64 with seccomp is needed for the system call filter")
+
+
+def _landlock() -> Finding:
+    version = ctypes.CDLL(None, use_errno=True).syscall(444, None, 0, 1)
+    if version < 0:
+        return Finding("landlock", None, "not in this kernel, or switched off")
+    return Finding("landlock", None, f"ABI {version}; not used yet")
+
+
+def _kvm() -> Finding:
+    if not os.path.exists("/dev/kvm"):
+        return Finding("kvm", None, "no /dev/kvm")
+    access = "can be opened" if os.access("/dev/kvm", os.R_OK | os.W_OK) else "cannot be opened by this user"
+    return Finding("kvm", None, f"/dev/kvm is there and {access}; only a boot would prove that it works")
+
+
+def _program(name: str, use: str) -> Finding:
+    path = shutil.which(name)
+    return Finding(name, None, path or f"not installed; {use}")

@@ -1,0 +1,90 @@
+"""What is on disk about each sandbox, so that a restarted server, or a sweep, needs nothing else.
+
+    <run_dir>/<slot>/record.json   sandbox id, pid 1 and its start time, first uid, cgroups
+                    /s             pid 1's socket
+                    /log           pid 1's complaints
+                    /rw            upper and work folders
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rock.guest import proctree
+from rock.runtime.namespace import userns
+
+SLOT_PREFIX = "n-"
+_SPAN = 20_000
+
+
+def write(run_dir: Path, slot: str, record: dict[str, Any]) -> None:
+    """Replace a sandbox's record at once."""
+    folder = run_dir / slot
+    beside = folder / "record.part"
+    beside.write_text(json.dumps(record))
+    beside.rename(folder / "record.json")
+
+
+def read(run_dir: Path, slot: str) -> dict[str, Any]:
+    """A sandbox's record; empty when there is none, as of a half-made one."""
+    try:
+        record = json.loads((run_dir / slot / "record.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def slots(run_dir: Path) -> list[str]:
+    """All slots that have a folder."""
+    return sorted(name for name in os.listdir(run_dir) if name.startswith(SLOT_PREFIX))
+
+
+def alive(pid: int, start: int | None) -> bool:
+    """Whether this very process lives; a pid that was used again does not count."""
+    entry = proctree.read(pid)
+    return entry is not None and entry.alive and start in (None, entry.start)
+
+
+class UidRanges:
+    """First ids of uid ranges: the one given back last is given out first, since its user namespace is still there."""
+
+    def __init__(self, run_dir: Path) -> None:
+        digest = hashlib.sha256(str(run_dir).encode()).digest()
+        self._first = int.from_bytes(digest[:4], "big") % (userns.MOST - _SPAN)
+        self._next = 0
+        self._free: list[int] = []
+        self._used: dict[int, str] = {}
+
+    def take(self, slot: str) -> int:
+        if self._free:
+            base = self._free.pop()
+        else:
+            while (base := self._base(self._next)) in self._used:
+                self._next += 1
+            self._next += 1
+        self._used[base] = slot
+        return base
+
+    def coming(self, count: int) -> list[int]:
+        """The ranges that would be given out next."""
+        fresh = [self._base(self._next + index) for index in range(count)]
+        return [*reversed(self._free[-count:]), *(base for base in fresh if base not in self._used)][:count]
+
+    def reserve(self, base: int, slot: str) -> None:
+        """Mark a range that a sandbox of before has."""
+        self._used[base] = slot
+        if base in self._free:
+            self._free.remove(base)
+
+    def give_back(self, base: int, slot: str) -> None:
+        """Free a range, if it is still this sandbox's."""
+        if self._used.get(base) == slot:
+            del self._used[base]
+            self._free.append(base)
+
+    def _base(self, number: int) -> int:
+        return userns.FIRST + userns.RANGE * (self._first + number)

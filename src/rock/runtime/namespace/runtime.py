@@ -1,0 +1,362 @@
+"""Runtime "namespace": sandboxes from Linux namespaces, made by a launcher process, with our own pid 1 in each.
+
+    create -> admission -> image -> warm pool, or the launcher -> record -> Handle
+    spawn, files, ports -> pid 1 (initfiles.py)      destroy -> kill pid 1, cgroups, folder (teardown.py)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from rock import errors
+from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
+from rock.runtime.base import Handle, Liveness, Program
+from rock.runtime.image.rootfs import RootFS
+from rock.runtime.initfiles import InitSandboxes, merged
+from rock.runtime.initlink import InitLink
+from rock.runtime.namespace import admission, cgroups, limits, records, teardown
+from rock.runtime.namespace.launchlink import LaunchLink
+from rock.runtime.namespace.pool import Pool
+from rock.runtime.process import wait_gone
+
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_SHM = "256m"
+_WATCH_EVERY = 0.25  # seconds
+_SPARE_RANGES = 4
+
+
+class Images(Protocol):
+    """Where root file systems come from."""
+
+    def resolve(self, name: str) -> RootFS:
+        """The image, ready to be mounted. ImageError when it is not on this machine."""
+        ...
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What pool members have in common."""
+
+    rootfs: RootFS = field(compare=False, hash=False)
+    digest: str
+    network: str
+
+
+@dataclass
+class Sandbox:
+    """What this server knows of a living sandbox; all of it can be found again by the handle."""
+
+    slot: str
+    pid: int
+    start: int
+    base: int
+    folders: dict[str, str]
+    link: InitLink | None = None
+    memory: int = 0
+    kills: int = 0  # by our own watching
+
+
+class NamespaceRuntime(InitSandboxes):
+    """The embedded default. `run_dir` holds a folder a sandbox; pool_size 0 switches the warm pool off."""
+
+    name = "namespace"
+
+    def __init__(self, run_dir: Path, pool_size: int, images: Images) -> None:
+        self._run_dir = Path(os.path.realpath(run_dir))
+        self._images = images
+        self._live: dict[str, Sandbox] = {}
+        self._making: set[str] = set()
+        self._pool: Pool[Kind, Sandbox] = Pool(pool_size, self._prepare, self._discard, self._usable)
+        self._watcher: asyncio.Task[None] | None = None
+        self._opened = False
+        self._known_images: dict[str, Kind] = {}
+        self.isolation = Isolation.NAMESPACES
+
+    # ---- life of the runtime ----
+
+    async def open(self) -> None:
+        if self._opened:
+            return
+        self._run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.chmod(self._run_dir, 0o700)
+        self._ranges = records.UidRanges(self._run_dir)
+        for slot in records.slots(self._run_dir):
+            base = records.read(self._run_dir, slot).get("base")
+            if isinstance(base, int):
+                self._ranges.reserve(base, slot)
+        self._limiter = limits.Limiter(await asyncio.to_thread(cgroups.discover, str(self._run_dir)))
+        await self._choose_level()
+        self._opened = True
+        if self._limiter.enforced()["memory"] == "watched":
+            self._watcher = asyncio.create_task(self._watch(), name="namespace memory watch")
+
+    async def _choose_level(self) -> None:
+        """Start one sandbox of nothing and look; as root with less when the whole cannot be had."""
+        shapes = [(True, Isolation.NAMESPACES), (False, Isolation.USERNS)] if os.geteuid() == 0 else \
+            [(False, Isolation.USERNS)]
+        reasons = []
+        for privileged, isolation in shapes:
+            options = {"privileged": privileged, "userns": True, "staging": str(self._run_dir / "staging")}
+            self._launcher = LaunchLink(options, self._run_dir / "launcher.log")
+            self.isolation = isolation
+            try:
+                await self._launcher.start()
+                await self._try_one()
+                return
+            except errors.RockError as error:
+                self._launcher.close()
+                reasons.append(f"{isolation.value}: {error.message}")
+        raise errors.Unsupported("this host cannot run the namespace runtime: " + "; ".join(reasons),
+                                 hint="`rock doctor` tells what is missing; the process runtime isolates nothing, "
+                                      "and must be asked for by name")
+
+    async def _try_one(self) -> None:
+        layer = self._run_dir / "probe"
+        for name in ("proc", "sys", "dev", "tmp", "etc"):
+            (layer / name).mkdir(parents=True, exist_ok=True)
+        kind = Kind(RootFS("probe", (str(layer),)), "probe", "none")
+        await self._discard(await self._make(kind, SandboxConfig(image="probe", memory="64m", cpus=0.5)))
+
+    async def close(self) -> None:
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
+            self._watcher = None
+        await self._pool.close()
+        for sandbox in self._live.values():
+            if sandbox.link is not None:
+                sandbox.link.close()
+        self._live.clear()
+        if self._opened:
+            self._launcher.close()
+            self._opened = False
+
+    # ---- creating ----
+
+    async def check(self, config: SandboxConfig) -> None:
+        admission.refuse_unsupported(config, self.isolation, ("none", "host"))
+        admission.refuse_too_large(config)
+        await self._kind(config)
+
+    async def _kind(self, config: SandboxConfig) -> Kind:
+        if config.image in self._known_images:
+            rootfs = self._images.resolve(config.image)
+        else:  # the first time it may have to be made
+            rootfs = await asyncio.to_thread(self._images.resolve, config.image)
+        kind = self._known_images[config.image] = Kind(rootfs, rootfs.digest, config.network)
+        return kind
+
+    async def create(self, id: str, config: SandboxConfig) -> Handle:
+        await self.check(config)
+        kind = await self._kind(config)
+        sandbox = self._pool.claim(kind)
+        if sandbox is not None:
+            try:
+                self._limiter.apply(sandbox.slot, sandbox.pid, config)
+            except OSError as error:
+                await self._discard(sandbox)
+                raise errors.StartFailed(f"its limits could not be set: {error}", sandbox_id=id) from None
+        else:
+            try:
+                sandbox = await self._make(kind, config)
+            except errors.RockError as error:
+                error.sandbox_id = id
+                raise
+        sandbox.memory = config.memory_bytes
+        if sandbox.link is not None:
+            sandbox.link.sandbox_id = id
+        records.write(self._run_dir, sandbox.slot, self._record(sandbox, id))
+        rootfs = kind.rootfs
+        data = {**self._record(sandbox, id), "env": merged({"PATH": _PATH}, rootfs.env, config.env),
+                "cwd": rootfs.cwd or "/", "user": rootfs.user, "memory": config.memory_bytes}
+        return Handle(self.name, id, self.isolation, self._limiter.enforced(), data)
+
+    @staticmethod
+    def _record(sandbox: Sandbox, id: str) -> dict[str, Any]:
+        return {"id": id, "slot": sandbox.slot, "pid": sandbox.pid, "start": sandbox.start, "base": sandbox.base,
+                "cgroups": sandbox.folders}
+
+    async def _prepare(self, kind: Kind) -> Sandbox:
+        """A pool member: everything but its limits and its name."""
+        return await self._make(kind, SandboxConfig(image="pool", memory="1g", cpus=1.0, network="none")
+                                .model_copy(update={"network": kind.network}))
+
+    async def _make(self, kind: Kind, config: SandboxConfig) -> Sandbox:
+        """Have the launcher make one. Once asked it is waited for, so that a cancelled caller leaves nothing behind."""
+        task = asyncio.create_task(self._make_whole(kind, config))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            with contextlib.suppress(errors.RockError):
+                await self._discard(await task)
+            raise
+
+    async def _make_whole(self, kind: Kind, config: SandboxConfig) -> Sandbox:
+        slot = records.SLOT_PREFIX + secrets.token_hex(5)
+        base = self._ranges.take(slot)
+        folders = self._limiter.groups.folders(slot)
+        self._making.add(slot)
+        try:
+            os.mkdir(self._run_dir / slot, 0o700)
+            reply = await self._launcher.request("create", self._spec(slot, base, kind, config, folders))
+            if "error" in reply:
+                reason = f"{reply['error']} ({reply['hint']})" if reply.get("hint") else reply["error"]
+                raise errors.StartFailed(f"the sandbox could not be made: {reason}")
+            sandbox = Sandbox(slot, reply["pid"], reply["start"], base, folders)
+            sandbox.link = InitLink.connect(self._run_dir / slot, slot)
+            records.write(self._run_dir, slot, self._record(sandbox, ""))
+            self._live[slot] = sandbox
+            self._launcher.post("ranges", {"bases": self._ranges.coming(_SPARE_RANGES)})
+            return sandbox
+        except (OSError, errors.RockError) as error:
+            await self._clean_up(slot, None, None, base, folders)
+            if isinstance(error, OSError):
+                raise errors.StartFailed(f"the sandbox could not be made: {error}") from None
+            raise
+        finally:
+            self._making.discard(slot)
+
+    def _spec(self, slot: str, base: int, kind: Kind, config: SandboxConfig,
+              folders: Mapping[str, str]) -> dict[str, Any]:
+        name = f"rock-{slot.removeprefix(records.SLOT_PREFIX)}"
+        etc = {"hostname": f"{name}\n",
+               "hosts": f"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{name}\n"}
+        if config.network == "host":
+            with contextlib.suppress(OSError):
+                etc["resolv.conf"] = Path("/etc/resolv.conf").read_text()
+        return {
+            "slot": str(self._run_dir / slot), "base": base, "hostname": name, "network": config.network, "shm": _SHM,
+            "layers": list(kind.rootfs.layers), "etc": etc,
+            "binds": [{"source": bind.source, "target": bind.target, "writable": bind.writable, "idmap": bind.idmap}
+                      for bind in kind.rootfs.binds],
+            "cgroups": list(folders.values()), "limits": self._limiter.files(slot, config),
+            "affinity": self._limiter.affinity(config), "processes": self._limiter.processes(config),
+        }
+
+    # ---- using ----
+
+    def _find(self, handle: Handle) -> Sandbox:
+        slot = handle.data["slot"]
+        sandbox = self._live.get(slot)
+        if sandbox is None:
+            data = handle.data
+            if not records.alive(data["pid"], data["start"]):
+                raise errors.Lost("the sandbox is gone", sandbox_id=handle.id)
+            sandbox = Sandbox(slot, data["pid"], data["start"], data["base"], dict(data["cgroups"]),
+                              memory=int(data["memory"]))
+            self._ranges.reserve(sandbox.base, slot)
+            self._live[slot] = sandbox
+        return sandbox
+
+    def link(self, handle: Handle) -> InitLink:
+        sandbox = self._find(handle)
+        if sandbox.link is None or sandbox.link.closed:
+            sandbox.link = InitLink.connect(self._run_dir / sandbox.slot, handle.id)
+        return sandbox.link
+
+    def complete(self, handle: Handle, program: Program) -> Program:
+        data = handle.data
+        user = program.user
+        if user is None and self.isolation == Isolation.NAMESPACES:  # else there is one user only, who is root inside
+            user = data["user"]
+        return replace(program, env=merged(data["env"], program.env), cwd=program.cwd or data["cwd"], user=user or None)
+
+    async def recover(self, handle: Handle) -> Liveness:
+        try:
+            await self.link(handle).request("hello", patience=10)
+        except errors.RockError:
+            return Liveness.GONE
+        return Liveness.RUNNING
+
+    async def wait(self, handle: Handle) -> str:
+        kills = self.oom_kills(handle)
+        await wait_gone(handle.data["pid"], handle.data["start"])
+        return "oom" if self.oom_kills(handle) > kills and not await self._was_told(handle) else "gone"
+
+    async def _was_told(self, handle: Handle) -> bool:
+        """Whether pid 1 ended by itself, as `stop` makes it do."""
+        return (self._run_dir / str(handle.data["slot"]) / "stopped").exists()
+
+    async def usage(self, handle: Handle) -> Usage:
+        sandbox = self._live.get(handle.data["slot"])
+        kills = self.oom_kills(handle)
+        folders = sandbox.folders if sandbox else dict(handle.data["cgroups"])
+        return await asyncio.to_thread(limits.usage, folders, handle.data["pid"], kills)
+
+    def oom_kills(self, handle: Handle) -> int:
+        sandbox = self._live.get(handle.data["slot"])
+        folder = handle.data["cgroups"].get("memory")
+        return (cgroups.oom_kills(folder) if folder else 0) + (sandbox.kills if sandbox else 0)
+
+    async def _watch(self) -> None:
+        """Hold memory limits where no cgroup does."""
+        while True:
+            await asyncio.sleep(_WATCH_EVERY)
+            by_pid = {sandbox.pid: sandbox for sandbox in self._live.values() if sandbox.memory}
+            if by_pid:
+                wanted = {pid: sandbox.memory for pid, sandbox in by_pid.items()}
+                for pid, count in (await asyncio.to_thread(limits.watch, wanted)).items():
+                    by_pid[pid].kills += count
+
+    # ---- ending ----
+
+    async def stop(self, handle: Handle, grace: float) -> None:
+        pid, start, slot = handle.data["pid"], handle.data["start"], handle.data["slot"]
+        with contextlib.suppress(OSError):
+            (self._run_dir / slot / "stopped").touch()
+        with contextlib.suppress(errors.RockError, TimeoutError):
+            await self.link(handle).request("stop", {"grace": grace}, patience=grace + 5)
+            async with asyncio.timeout(grace + 2):
+                await wait_gone(pid, start)
+        teardown.kill(pid, start)
+        await wait_gone(pid, start)
+        self._forget(slot)
+
+    async def destroy(self, handle: Handle) -> None:
+        data = handle.data
+        await self._clean_up(data["slot"], data["pid"], data["start"], data["base"], data["cgroups"])
+
+    async def _discard(self, sandbox: Sandbox) -> None:
+        await self._clean_up(sandbox.slot, sandbox.pid, sandbox.start, sandbox.base, sandbox.folders)
+
+    @staticmethod
+    def _usable(sandbox: Sandbox) -> bool:
+        return sandbox.link is not None and not sandbox.link.closed
+
+    async def _clean_up(self, slot: str, pid: int | None, start: int | None, base: int | None,
+                        folders: Mapping[str, str]) -> None:
+        """Remove all of a sandbox, made in whole or in part. Idempotent."""
+        self._forget(slot)
+        if pid is None or start is None:
+            pid, start = teardown.find(self._run_dir / slot) or (None, None)
+        if pid is not None and start is not None:
+            teardown.kill(pid, start)
+            await wait_gone(pid, start)
+        await asyncio.to_thread(teardown.remove, self._run_dir / slot, list(folders.values()))
+        if base is not None:
+            self._ranges.give_back(base, slot)
+
+    def _forget(self, slot: str) -> None:
+        sandbox = self._live.pop(slot, None)
+        if sandbox is not None and sandbox.link is not None:
+            sandbox.link.close()
+
+    async def sweep(self, known: Sequence[str]) -> list[str]:
+        keep, gone = set(known), []
+        groups = await asyncio.to_thread(teardown.leftover_groups, self._limiter.groups)
+        for slot in sorted({*records.slots(self._run_dir), *groups}):
+            record = records.read(self._run_dir, slot)
+            id = str(record.get("id", ""))
+            if slot in self._making or (id in keep if id else slot in self._live):
+                continue
+            folders = self._limiter.groups.folders(slot)
+            await self._clean_up(slot, record.get("pid"), record.get("start"), record.get("base"), folders)
+            gone.append(id or slot)
+        return gone

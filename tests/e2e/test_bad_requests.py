@@ -1,0 +1,172 @@
+"""Raw HTTP: whatever is sent, the answer is a typed error with a code, never a 500 and never a hang."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from rock.errors import StorageFull
+from rock.protocol.routes import ROUTES
+from rock.sync import Sandbox, SandboxConfig
+from tests.conftest import IMAGE, RunningServer
+
+
+def ask(server: RunningServer, method: str, path: str, body: bytes | str = b"", **headers: str) -> tuple[int, Any]:
+    connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=10)
+    try:
+        connection.request(method, path, body, headers)
+        reply = connection.getresponse()
+        data = reply.read()
+        return reply.status, json.loads(data) if data[:1] in (b"{", b"[") else data
+    finally:
+        connection.close()
+
+
+CREATE = ROUTES["create_sandbox"].path
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "code"),
+    [
+        ("POST", CREATE, "{", 422, "invalid_config"),
+        ("POST", CREATE, "[]", 422, "invalid_config"),
+        ("POST", CREATE, '{"memroy": "8g"}', 422, "invalid_config"),
+        ("POST", CREATE, '{"memory": "abc"}', 422, "invalid_config"),
+        ("POST", CREATE, '{"cpus": 4096}', 422, "invalid_config"),
+        ("POST", CREATE, '{"sandbox_id": "../../etc"}', 422, "invalid_config"),
+        ("POST", CREATE, '{"image": "../../etc"}', 422, None),
+        ("POST", CREATE, '{"image": "no/such:image"}', 422, "image_error"),
+        ("POST", CREATE + "?wait=x", "{}", 422, "invalid_config"),
+        ("POST", CREATE, b"\xff\xfe", 422, "invalid_config"),
+        ("GET", "/v1/sandboxes/nope", "", 404, "not_found"),
+        ("POST", "/v1/sandboxes/nope/stop", "", 404, "not_found"),
+        ("DELETE", "/v1/sandboxes/nope", "", 404, "not_found"),
+        ("GET", "/v1/sandboxes?state=nope", "", 422, "invalid_config"),
+        ("GET", "/v1/sandboxes?after=nope", "", 422, "invalid_config"),
+        ("GET", "/v1/sandboxes?colour=red", "", 422, "invalid_config"),
+        ("POST", "/v1/sandboxes/nope/execute", '{"command": "ls"}', 404, "not_found"),
+        ("POST", "/v1/sandboxes/nope/sessions/default/run", '{"command": "ls"}', 404, "not_found"),
+        ("GET", "/v1/sandboxes/nope/files/content?path=/x", "", 404, "not_found"),
+        ("GET", "/v1/nothing", "", 404, "not_found"),
+        ("GET", "/v1/sandboxes/a/b/c/d/e", "", 404, "not_found"),
+        ("PATCH", CREATE, "", 405, "bad_request"),
+        ("POST", "/v1/envs", '{"env_id": "game:NoSuch-v0"}', 404, "not_found"),
+        ("POST", "/v1/envs", "{}", 422, "invalid_config"),
+    ],
+)
+def test_errors_are_typed(
+    server: RunningServer, method: str, path: str, body: str, status: int, code: str | None
+) -> None:
+    found, reply = ask(server, method, path, body)
+    assert (found, code in (None, reply["error"]["code"])) == (status, True), reply
+    assert reply["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "code"),
+    [
+        ("POST", "/execute", "{}", "invalid_config"),
+        ("POST", "/execute", '{"command": []}', "invalid_config"),
+        ("POST", "/execute", '{"command": ["ls"], "cdw": "/"}', "invalid_config"),
+        ("POST", "/execute", '{"command": "a\\u0000b"}', "invalid_config"),
+        ("POST", "/execute", '{"command": ["ls"], "timeout": -1}', "invalid_config"),
+        ("POST", "/sessions", '{"session": "a/b"}', "invalid_config"),
+        ("POST", "/sessions", '{"session": "x", "shell": "nosuchshell"}', "not_found"),
+        ("POST", "/sessions/zz/run", '{"command": "ls"}', "not_found"),
+        ("POST", "/sessions/default/run", "17", "invalid_config"),
+        ("POST", "/sessions/default/run", '{"command": "\\u0000"}', "invalid_config"),
+        ("POST", "/sessions/default/resize", '{"rows": 0, "columns": "x"}', "invalid_config"),
+        ("GET", "/files/content?path=relative", "", "invalid_config"),
+        ("GET", "/files/content", "", "invalid_config"),
+        ("GET", "/files/content?path=/tmp/%00", "", "invalid_config"),
+        ("GET", "/files/content?path=/tmp&offset=x", "", "invalid_config"),
+        ("GET", "/files/content?path=/nowhere", "", "not_found"),
+        ("PUT", "/files/content?path=/tmp/x&mode=999", "x", "invalid_config"),
+        ("POST", "/files/chmod", '{"paths": ["/tmp"], "mode": "rwx"}', "invalid_config"),
+        ("PUT", "/files/archive?path=/tmp/x", "this is no tar", "invalid_config"),
+        ("POST", "/processes/nope/signal", '{"signal": 9}', "not_found"),
+        ("GET", "/processes/nope", "", "not_found"),
+        ("DELETE", "/sessions/nope", "", "not_found"),
+        ("POST", "/envs/x/step", "{}", "invalid_config"),
+    ],
+)
+def test_errors_of_the_data_plane(server: RunningServer, method: str, path: str, body: str, code: str) -> None:
+    with Sandbox(SandboxConfig(base_url=server.url, image=IMAGE, memory="128m")) as sandbox:
+        status, reply = ask(server, method, f"/v1/sandboxes/{sandbox.sandbox_id}{path}", body)
+        assert 400 <= status < 500 and reply["error"]["code"] == code, (status, reply)
+        assert sandbox.arun("echo fine").output == "fine\n"
+
+
+def test_garbage_on_the_socket(server: RunningServer) -> None:
+    for junk in (b"\0" * 100, b"GET / HTTP/9.9\r\n\r\n", b"POST /v1/sandboxes HTTP/1.1\r\nContent-Length: -5\r\n\r\n"):
+        with socket.create_connection((urlsplit(server.url).hostname, urlsplit(server.url).port), 5) as raw:
+            raw.sendall(junk)
+            raw.settimeout(5)
+            assert b"400" in raw.recv(4096)
+    assert ask(server, "GET", "/healthz")[0] == 200
+
+
+def test_the_page_of_the_api_has_every_route(server: RunningServer) -> None:
+    status, page = ask(server, "GET", "/openapi.json")
+    assert status == 200
+    for row in ROUTES.values():
+        if row.plane != "node" and row.method != "WEBSOCKET":
+            assert row.method.lower() in page["paths"][row.path], row.name
+    assert ask(server, "GET", "/")[1] == {"message": "hello, ROCK!"}
+    assert b"<h1>ROCK</h1>" in ask(server, "GET", "/", accept="text/html")[1]
+
+
+def test_beyond_loopback_a_key_is_needed(tmp_path: Path) -> None:
+    import os
+    import sys
+
+    done = subprocess.run([sys.executable, "-m", "rock.cli.server", "--host", "0.0.0.0", "--port", "0"],
+                          env={**os.environ, "ROCK_HOME": str(tmp_path), "ROCK_API_KEY": ""}, capture_output=True, text=True,
+                          timeout=30)  # fmt: skip
+    assert done.returncode == 1 and "API key" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_taken_port(server: RunningServer, tmp_path: Path) -> None:
+    twin = RunningServer(tmp_path)
+    with pytest.raises(AssertionError, match="cannot listen on"):
+        twin.start(port=urlsplit(server.url).port or 0)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a file system of 24 MB, which only root can make."""
+    import os
+
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small file system")
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk(small_disk: Path, own_server: Callable[..., RunningServer]) -> None:
+    server = own_server(home=small_disk)
+    with Sandbox(SandboxConfig(base_url=server.url, image=IMAGE, memory="256m")) as sandbox:
+        sandbox.fs.write("/tmp/small", b"old")
+        with pytest.raises(StorageFull):
+            sandbox.fs.write("/tmp/small", b"x" * (40 << 20))
+        assert sandbox.fs.read("/tmp/small") == b"old"
+        assert sandbox.arun("head -c 40000000 /dev/zero > /tmp/fill").exit_code != 0
+        assert sandbox.arun("echo alive").output == "alive\n"
+        with pytest.raises(StorageFull):
+            Sandbox(SandboxConfig(base_url=server.url, image=IMAGE, memory="256m")).start()
+        sandbox.fs.remove("/tmp/fill")
+        with Sandbox(SandboxConfig(base_url=server.url, image=IMAGE, memory="256m")) as other:
+            assert other.arun("echo again").output == "again\n"
+    assert shutil.disk_usage(small_disk).free > 0

@@ -1,0 +1,69 @@
+"""Hosts of environments in sandboxes of the process runtime, and GEM itself, installed once for many runs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small_gem
+
+from rock.envhub.packages import GEM, SETS, image_of
+from rock.errors import ImageError
+from rock.protocol.sandbox import SandboxConfig
+from rock.rocklet.envs import EnvHost
+from rock.runtime.base import Handle
+from rock.runtime.image.packages import PackageSet, ensure, packages_folder
+from rock.runtime.image.store import ImageStore
+from rock.runtime.process import ProcessRuntime
+
+Body = Callable[[EnvHost, ProcessRuntime, Handle], Awaitable[Any]]
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """A folder of packages with the environments of small_gem."""
+    return small_gem.write(tmp_path / "packages")
+
+
+@pytest.fixture
+def hosted(tmp_path: Path) -> Callable[..., Any]:
+    """Runs a body with an open host in a sandbox of its own."""
+
+    def run(folder: Path, body: Body, **more: Any) -> Any:
+        async def work() -> Any:
+            runtime = ProcessRuntime(tmp_path / "run")
+            await runtime.open()
+            handle = await runtime.create("envs", SandboxConfig(image="host"))
+            host = EnvHost(runtime, handle, folder=str(folder), python=sys.executable, **more)
+            try:
+                await host.open()
+                return await body(host, runtime, handle)
+            finally:
+                await host.close()
+                await runtime.destroy(handle)
+                await runtime.close()
+
+        return asyncio.run(work())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def gem_folder() -> Iterator[Path]:
+    """GEM's packages, installed by pip the first time and kept between runs."""
+    base = Path(os.environ.get("ROCK_TEST_CACHE") or Path.home() / ".cache" / "rock-tests")
+    store = ImageStore(base / "images")
+    try:
+        rootfs = ensure(store, PackageSet(image_of(GEM), SETS[GEM]))
+    except ImageError as error:
+        if "failed" not in error.message:
+            raise
+        pytest.skip(f"GEM cannot be installed: {error}")
+    lease = store.lease(rootfs)
+    yield packages_folder(rootfs)
+    lease.close()

@@ -1,0 +1,106 @@
+"""A package with GEM's interface whose environments do what GEM's never should, for a host to use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+INIT = "from gem.envs.registration import make\n"
+
+REGISTRATION = """
+ENV_REGISTRY = {}
+
+def make(env_id, **kwargs):
+    return ENV_REGISTRY[env_id](**kwargs)
+"""
+
+ENVS = '''
+import ctypes, os, random, signal, subprocess, sys, time
+from gem.envs.registration import ENV_REGISTRY
+
+
+class Echo:
+    """Answers what it is told to do."""
+
+    def __init__(self, start=0, fail=False, pause=0.0, **kwargs):
+        if fail:
+            raise RuntimeError("cannot be made")
+        if fail is None:
+            os._exit(4)
+        time.sleep(pause)
+        self.count = start
+        self.kwargs = kwargs
+
+    def reset(self, seed=None):
+        if seed is not None:
+            random.seed(seed)
+        return f"{random.random():.12f}", {"kwargs": self.kwargs, "pid": os.getpid()}
+
+    def step(self, action):
+        self.count += 1
+        result = getattr(self, action.pop("do"))(**action) if isinstance(action, dict) else action
+        return result, 1, 0, None, {"count": self.count}
+
+    def say(self, text, times=1):
+        for _ in range(times):
+            print(text)
+            os.write(1, text.encode())
+            subprocess.run(["cat"], input=text.encode())
+        print(text, file=sys.stderr)
+        return "said"
+
+    def fail(self):
+        raise KeyError("deep inside")
+
+    def leave(self):
+        raise SystemExit(7)
+
+    def exit(self, status):
+        print("last words", file=sys.stderr, flush=True)
+        os._exit(status)
+
+    def kill(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def crash(self):
+        ctypes.string_at(0)
+
+    def sleep(self, seconds, size=0):
+        time.sleep(seconds)
+        return "x" * size
+
+    def grow(self, size):
+        return "é" * size
+
+    def start(self):
+        return subprocess.Popen(["sleep", "1000"]).pid
+
+    def odd(self):
+        return float("nan"), float("inf"), ["\\ud800"], (1, 2), {3: 4}
+
+    def unsendable(self):
+        return object()
+
+    def nested(self):
+        value = []
+        value.append(value)
+        return value
+
+
+class Info(Echo):
+    def step(self, action):
+        return "ok", 0.5, True, True, {"what": Echo(), "set": {2, 1}, (1, 2): "key", "bytes": b"x"}
+
+
+ENV_REGISTRY["small:Echo-v0"] = Echo
+ENV_REGISTRY["small:Info-v0"] = Info
+'''
+
+
+def write(folder: Path) -> Path:
+    """Write it below `folder` as a host expects its packages; answers that folder."""
+    package = folder / "site" / "gem"
+    (package / "envs").mkdir(parents=True)
+    (package / "__init__.py").write_text(INIT)
+    (package / "envs/__init__.py").write_text(ENVS)
+    (package / "envs/registration.py").write_text(REGISTRATION)
+    return folder

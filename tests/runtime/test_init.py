@@ -1,0 +1,350 @@
+"""pid 1 and its link, the same on the process and on the namespace runtime: programs and their streams."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+import pytest
+from rock import errors
+from rock.runtime.base import ExitStatus, Files, Limits, Ports, Runtime
+from rock.runtime.initlink import InitLink, boottime
+from tests.runtime.boxes import Box, Maker, read_all, run
+
+
+def test_streams_carry_exact_bytes(box: Maker) -> None:
+    async def main() -> None:
+        async with box() as b:
+            blob = bytes(range(256)) * 4000
+            process = await b.spawn("sh", "-c", "cat; echo err >&2", stdin="pipe")
+
+            async def feed() -> None:
+                rest = memoryview(blob)
+                while rest:
+                    try:
+                        rest = rest[os.write(process.stdin, rest):]
+                    except BlockingIOError:
+                        await asyncio.sleep(0.001)
+                await process.close_stdin()
+
+            _, out, err = await asyncio.gather(feed(), read_all(process.stdout), read_all(process.stderr))
+            assert out == blob
+            assert err == b"err\n"
+            assert await process.wait() == ExitStatus(code=0)
+
+    run(main())
+
+
+def test_capabilities_are_told_by_type(box: Maker) -> None:
+    async def main() -> None:
+        async with box() as b:
+            for capability in (Runtime, Files, Ports, Limits):
+                assert isinstance(b.runtime, capability)
+
+    run(main())
+
+
+@pytest.mark.parametrize(("script", "status"), [
+    ("exit 0", ExitStatus(code=0)), ("exit 7", ExitStatus(code=7)), ("exit 255", ExitStatus(code=255)),
+    ("kill -9 $$", ExitStatus(signal=9)), ("kill -TERM $$", ExitStatus(signal=15)),
+])
+def test_exit_status_is_the_real_one(box: Maker, script: str, status: ExitStatus) -> None:
+    async def main() -> None:
+        async with box() as b:
+            process = await b.spawn("sh", "-c", script)
+            assert await process.wait() == status
+            assert await process.wait() == status
+            assert await process.signal(9) == 0
+            assert await process.kill_tree() == 0
+
+    run(main())
+
+
+def test_defaults_are_null_and_joined_streams(box: Maker) -> None:
+    async def main() -> None:
+        async with box() as b:
+            process = await b.spawn("sh", "-c", "cat; echo out; echo err >&2", stderr="stdout")
+            assert process.stdin is None
+            assert process.stderr is None
+            assert await read_all(process.stdout) == b"out\nerr\n"
+            quiet = await b.spawn("sh", "-c", "echo out; echo err >&2; exit 3", stdout="null", stderr="null")
+            assert quiet.stdout is None
+            assert (await quiet.wait()).code == 3
+
+    run(main())
+
+
+def test_programs_start_with_clean_signals_and_descriptors(box: Maker) -> None:
+    async def main() -> None:
+        async with box() as b:
+            script = ("import os,signal;print(sorted(int(f) for f in os.listdir('/proc/self/fd'))[:-1],"
+                      "open('/proc/self/status').read().split('SigIgn:')[1].split()[0],"
+                      "open('/proc/self/status').read().split('SigBlk:')[1].split()[0], os.getpid()==os.getsid(0))")
+            out = await b.python(script)
+            # Python itself ignores SIGPIPE and SIGXFSZ
+            assert out == "[0, 1, 2] 0000000001001000 0000000000000000 True\n"
+
+    run(main())
+
+
+def test_channels_have_the_numbers_that_the_program_expects(box: Maker) -> None:
+    async def main() -> None:
+        async with box() as b:
+            process = await b.spawn("bash", "-c", "read -r line <&7; echo got $line >&30", channels={30: "w", 7: "r"})
+            os.write(process.channels[7], b"hello\n")
+            assert await read_all(process.channels[30]) == b"got hello\n"
+            with pytest.raises(errors.InvalidConfig, match="channel 2"):
+                await b.spawn("true", channels={2: "w"})
+
+    run(main())
+
+
+def test_terminal(box: Maker) -> None:
+    async def main() -> None:
+        async with box() as b:
+            process = await b.spawn("sh", "-c", "tty; stty size; read x; stty size; echo got $x", pty=(33, 99))
+            await asyncio.sleep(0.2)
+            await process.resize(40, 120)
+            os.write(process.stdin, b"hey\n")
+            out = await read_all(process.stdout)
+            assert b"/dev/pts/" in out
+            assert b"33 99" in out
+            assert b"40 120" in out
+            assert b"got hey" in out
+            with pytest.raises(errors.InvalidConfig):
+                await (await b.spawn("true")).resize(1, 1)
+            with pytest.raises(errors.InvalidConfig):
+                await process.resize(0, 100_000)
+
+    run(main())
+
+
+def test_terminal_sends_an_interrupt(box: Maker) -> None:
+    async def main() -> None:
+        async with box() as b:
+            process = await b.spawn("sleep", "60", pty=(24, 80))
+            await asyncio.sleep(0.2)
+            os.write(process.stdin, b"\x03")
+            assert await process.wait() == ExitStatus(signal=2)
+
+    run(main())
+
+
+def test_kill_tree_reaches_daemons_and_orphans(box: Maker) -> None:
+    async def main() -> None:
+        async with box() as b:
+            script = "(setsid sh -c 'sleep 1000 & sleep 1000' &) ; (sleep 1000 &) ; sleep 1000"
+            process = await b.spawn("sh", "-c", script)
+            await asyncio.sleep(0.3)
+            assert await process.kill_tree() >= 5
+            assert await process.wait() == ExitStatus(signal=9)
+            assert "sleep 1000" not in await b.sh("cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '" if b.root.name
+                                                  == "work" else "true")
+
+    run(main())
+
+
+def test_kill_tree_since_spares_what_was_there_before(box: Maker) -> None:
+    async def main() -> None:
+        async with box() as b:
+            process = await b.spawn("bash", stdin="pipe")
+            os.write(process.stdin, b"sleep 501 & sleep 502 & echo ready\n")
+            await asyncio.sleep(0.3)
+            since = boottime()
+            os.write(process.stdin, b"sleep 503 & (setsid sleep 504 &); sleep 505\n")
+            await asyncio.sleep(0.3)
+            assert await process.signal(0 + signal.SIGCONT, tree=True, since=since, root=False) == 3
+            assert await process.kill_tree(since=since, root=False) == 3
+            os.write(process.stdin, b"jobs -r | wc -l; exit 4\n")
+            assert b"2" in await read_some(process.stdout)
+            assert (await process.wait()).code == 4
+
+    run(main())
+
+
+async def read_some(fd: int, wait: float = 0.5) -> bytes:
+    await asyncio.sleep(wait)
+    return os.read(fd, 1 << 16)
+
+
+def test_missing_things_are_named(box: Maker) -> None:
+    async def main() -> None:
+        async with box() as b:
+            with pytest.raises(errors.NotFound, match="no-such-program"):
+                await b.spawn("no-such-program")
+            with pytest.raises(errors.NotFound, match="/no/such"):
+                await b.spawn("/no/such")
+            with pytest.raises(errors.NotFound, match="/no/cwd"):
+                await b.spawn("true", cwd="/no/cwd")
+            with pytest.raises(errors.NotFound, match="no-such-user"):
+                await b.spawn("true", user="no-such-user")
+            with pytest.raises(errors.NotFound, match="no-such-group"):
+                await b.spawn("true", user="root:no-such-group")
+            with pytest.raises(errors.Unauthorized, match="/etc/passwd"):
+                await b.spawn("/etc/passwd")
+            with pytest.raises(errors.InvalidConfig):
+                await b.spawn()
+            with pytest.raises(errors.InvalidConfig):
+                await b.spawn("a\0b")
+            fd, token = await b.runtime.open_write(b.handle, str(b.root / "garbage"), mode=0o755)
+            os.write(fd, b"\x01\x02\x03")
+            os.close(fd)
+            await b.runtime.commit_write(b.handle, token)
+            with pytest.raises(errors.InvalidConfig, match="format"):
+                await b.spawn(str(b.root / "garbage"))
+            assert await b.sh("echo fine") == "fine\n"
+
+    run(main())
+
+
+def test_environment_is_exact_and_has_path_and_home(box: Maker) -> None:
+    async def main() -> None:
+        async with box() as b:
+            out = await b.sh("env", env={"A": "1 2\n3", "PATH": "/usr/bin:/bin", "HOME": "/h"})
+            seen = {line for line in out.splitlines() if not line.startswith(("PWD=", "_=", "SHLVL=", "OLDPWD="))}
+            assert seen - {"FROM_IMAGE=yes"} == {"A=1 2", "3", "PATH=/usr/bin:/bin", "HOME=/h"}
+            big = "x" * 100_000
+            assert await b.sh('printf %s "$BIG" | wc -c', env={"BIG": big, "B2": big}) == "100000\n"
+
+    run(main())
+
+
+def test_kept_programs_are_attached_again(box: Maker) -> None:
+    async def main() -> None:
+        async with box() as b:
+            process = await b.spawn("sh", "-c", "read a; echo $a; read b; echo $b; exit 5", stdin="pipe", keep=True,
+                                    key="session")
+            with pytest.raises(errors.Conflict, match="session"):
+                await b.spawn("true", keep=True, key="session")
+            os.write(process.stdin, b"one\n")
+            link: InitLink = b.runtime.link(b.handle)
+            link.close()  # as if the server had gone
+            process.close()
+            with pytest.raises(errors.Unavailable):
+                await process.wait()
+            assert await b.runtime.processes(b.handle) == ["session"]
+            again = await b.runtime.attach(b.handle, "session")
+            assert again.pid == process.pid
+            os.write(again.stdin, b"two\n")
+            await again.close_stdin()
+            assert await again.wait() == ExitStatus(code=5)
+            assert os.read(again.stdout, 100) == b"one\ntwo\n"
+            third = await b.runtime.attach(b.handle, "session")
+            assert await third.wait() == ExitStatus(code=5)
+            third.close()
+            again.close()
+            assert await b.runtime.processes(b.handle) == []
+            with pytest.raises(errors.NotFound, match="session"):
+                await b.runtime.attach(b.handle, "session")
+
+    run(main())
+
+
+def test_closing_a_kept_input_is_seen_inside(box: Maker) -> None:
+    async def main() -> None:
+        async with box() as b:
+            process = await b.spawn("cat", stdin="pipe", keep=True, key="cat")
+            os.write(process.stdin, b"data")
+            await process.close_stdin()
+            assert (await process.wait()).code == 0
+
+    run(main())
+
+
+def test_cancelled_spawn_leaves_no_program(box: Maker) -> None:
+    async def main() -> None:
+        async with box() as b:
+            for delay in (0.0, 0.0005, 0.001, 0.003):
+                task = asyncio.create_task(b.spawn("sleep", "777"))
+                await asyncio.sleep(delay)
+                task.cancel()
+                result = (await asyncio.gather(task, return_exceptions=True))[0]
+                if not isinstance(result, BaseException):
+                    await result.kill_tree()
+            await asyncio.sleep(0.3)
+            reply, _ = await b.runtime.link(b.handle).request("hello")
+            assert reply["programs"] == []
+
+    run(main())
+
+
+def test_many_programs_at_once(box: Maker) -> None:
+    async def main() -> None:
+        async with box() as b:
+            results = await asyncio.gather(*(b.run("sh", "-c", f"echo {i}; exit {i}") for i in range(60)))
+            assert [status.code for status, _, _ in results] == list(range(60))
+            assert [out for _, out, _ in results] == [f"{i}\n".encode() for i in range(60)]
+
+    run(main())
+
+
+def test_stop_gives_programs_a_chance(box: Maker) -> None:
+    async def main() -> None:
+        async with box() as b:
+            path = b.root / "said"
+            polite = await b.spawn("sh", "-c", f"trap 'echo bye > {path}; exit 0' TERM; echo up; while :; do sleep 0.05; done")
+            await b.spawn("sh", "-c", "trap '' TERM; while :; do sleep 1; done")
+            await read_some(polite.stdout, 0.2)
+            waiting = asyncio.create_task(b.runtime.wait(b.handle))
+            await b.runtime.stop(b.handle, 0.5)
+            assert await waiting == "gone"
+            with pytest.raises(errors.Lost):
+                await b.spawn("true")
+            assert str(await b.runtime.recover(b.handle)) == "gone"
+            await b.runtime.stop(b.handle, 0.1)
+
+    run(main())
+
+
+def test_dial(box: Maker) -> None:
+    server = ("import socket;s=socket.create_server(('127.0.0.1',0));print(s.getsockname()[1],flush=True);"
+              "c,_=s.accept();c.sendall(c.recv(100).upper())")
+
+    async def main() -> None:
+        async with box() as b:
+            process = await b.spawn("/usr/bin/python3", "-I", "-S", "-c", server)
+            port = int(await _line(process.stdout))
+            fd = await b.runtime.dial(b.handle, port)
+            os.set_blocking(fd, True)
+            os.write(fd, b"hello")
+            assert os.read(fd, 100) == b"HELLO"
+            os.close(fd)
+            with pytest.raises(errors.NotFound):
+                await b.runtime.dial(b.handle, 1)
+            for host, number in (("no name", 80), ("127.0.0.1", 0), ("127.0.0.1", 70000)):
+                with pytest.raises(errors.InvalidConfig):
+                    await b.runtime.dial(b.handle, number, host=host)
+
+    run(main())
+
+
+async def _line(fd: int) -> bytes:
+    out = b""
+    while not out.endswith(b"\n"):
+        try:
+            out += os.read(fd, 100)
+        except BlockingIOError:
+            await asyncio.sleep(0.01)
+    return out
+
+
+def test_usage(box: Maker) -> None:
+    async def main() -> None:
+        async with box() as b:
+            await b.spawn("sleep", "60")
+            used = await b.runtime.usage(b.handle)
+            assert 0 < (used.memory_bytes or 0) < 1 << 30
+            assert (used.pids or 0) >= 1
+            assert used.cpu_seconds is not None
+
+    run(main())
+
+
+def test_a_box_is_a_box(box: Maker) -> None:
+    async def main() -> None:
+        async with box() as b:
+            assert isinstance(b, Box)
+            assert b.handle.id == "box"
+
+    run(main())
