@@ -201,6 +201,11 @@ def test_an_ordinary_user_can_read_and_remove_everything(open_folder: Path) -> N
         assert (folder / "d/e/f").read_bytes() == b"x"
         assert (folder / "d/e/f").stat().st_uid == os.geteuid()
         assert store.remove("t") == 1
+        with store.layers.scratch() as scratch:
+            (scratch / "closed/inner").mkdir(parents=True)
+            (scratch / "closed/inner/file").touch()
+            (scratch / "closed/inner").chmod(0)
+            (scratch / "closed").chmod(0o500)
         return leftovers(store)
 
     assert as_ordinary_user(work) == []

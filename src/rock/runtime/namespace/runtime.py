@@ -27,7 +27,7 @@ from rock.runtime.namespace.pool import Pool
 from rock.runtime.process import wait_gone
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_SHM = "256m"
+_MOST_SHARED = 2 << 30
 _WATCH_EVERY = 0.25  # seconds
 _SPARE_RANGES = 4
 
@@ -47,6 +47,19 @@ class Kind:
     rootfs: RootFS = field(compare=False, hash=False)
     digest: str
     network: str
+    shared: int
+
+    @classmethod
+    def of(cls, rootfs: RootFS, config: SandboxConfig) -> Kind:
+        return cls(rootfs, rootfs.digest, config.network, _shared_memory(config.memory_bytes))
+
+
+def _shared_memory(memory: int) -> int:
+    """Bytes of /dev/shm, and of System V shared memory, for a memory limit: the greatest power of two up to a quarter.
+
+    What lies there belongs to no process, so with more of it than the limit the kernel would find only pid 1 to kill.
+    """
+    return min(_MOST_SHARED, 1 << max(20, (memory // 4).bit_length() - 1))
 
 
 @dataclass
@@ -121,8 +134,8 @@ class NamespaceRuntime(InitSandboxes):
         layer = self._run_dir / "probe"
         for name in ("proc", "sys", "dev", "tmp", "etc"):
             (layer / name).mkdir(parents=True, exist_ok=True)
-        kind = Kind(RootFS("probe", (str(layer),)), "probe", "none")
-        await self._discard(await self._make(kind, SandboxConfig(image="probe", memory="64m", cpus=0.5)))
+        config = SandboxConfig(image="probe", memory="64m", cpus=0.5)
+        await self._discard(await self._make(Kind.of(RootFS("probe", (str(layer),)), config), config))
 
     async def close(self) -> None:
         if self._watcher is not None:
@@ -150,7 +163,7 @@ class NamespaceRuntime(InitSandboxes):
             rootfs = self._images.resolve(config.image)
         else:  # the first time it may have to be made
             rootfs = await asyncio.to_thread(self._images.resolve, config.image)
-        kind = self._known_images[config.image] = Kind(rootfs, rootfs.digest, config.network)
+        kind = self._known_images[config.image] = Kind.of(rootfs, config)
         return kind
 
     async def create(self, id: str, config: SandboxConfig) -> Handle:
@@ -232,7 +245,7 @@ class NamespaceRuntime(InitSandboxes):
             with contextlib.suppress(OSError):
                 etc["resolv.conf"] = Path("/etc/resolv.conf").read_text()
         return {
-            "slot": str(self._run_dir / slot), "base": base, "hostname": name, "network": config.network, "shm": _SHM,
+            "slot": str(self._run_dir / slot), "base": base, "hostname": name, "network": config.network, "shared": kind.shared,
             "layers": list(kind.rootfs.layers), "etc": etc,
             "binds": [{"source": bind.source, "target": bind.target, "writable": bind.writable, "idmap": bind.idmap}
                       for bind in kind.rootfs.binds],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 from rock import errors
 from rock.protocol.action import CloseResponse, IsAliveResponse, SandboxStatusResponse
@@ -16,6 +16,7 @@ from rock.sdk.sandbox.link import Link
 
 POLL = 20.0  # seconds of one long-poll
 CLEAN_UP = 15.0
+UNDO = 5.0
 
 _BY_CAUSE: dict[Cause, type[errors.SandboxError]] = {
     Cause.OUT_OF_MEMORY: errors.OutOfMemory,
@@ -125,22 +126,25 @@ class Lifecycle(Link):
         return CloseResponse()
 
     async def _create(self, key: str, deadline: float) -> SandboxInfo:
-        config = self.config.model_dump(mode="json", exclude_unset=True, include=set(SandboxConfig.model_fields))
-        config["sandbox_id"] = self._id()
         while True:
             wait = max(0.0, min(deadline - time.monotonic(), POLL))
             target = ROUTES["create_sandbox"].path + f"?wait={wait:.3f}"
             try:
-                return await self._info("create_sandbox", target, config, wait=wait or 1.0, key=key)
+                return await self._info("create_sandbox", target, self._wish(), wait=wait or 1.0, key=key)
             except errors.Unavailable as error:
                 if not error.details.get("sent") or time.monotonic() >= deadline:
                     raise  # only a connection that broke is tried again; the key keeps it one sandbox
                 await primitives.sleep(0.2)
 
+    def _wish(self) -> dict[str, Any]:
+        """What was set, and nothing else: the server knows the rest."""
+        config = self.config.model_dump(mode="json", exclude_unset=True, include=set(SandboxConfig.model_fields))
+        return {**config, "sandbox_id": self._id()}
+
     async def _undo(self, key: str) -> None:
         """Stop what a creation made, or may yet make, whose answer never came: asking again with its key shows it."""
         try:
-            await self._create(key, time.monotonic())
+            await self._transport.json("POST", ROUTES["create_sandbox"].path, self._wish(), timeout=UNDO, key=key)
         except errors.Conflict:
             if self.config.sandbox_id is not None:
                 return  # somebody else's

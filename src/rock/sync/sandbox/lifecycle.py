@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import time
 from functools import partial
-from typing import Self
+from typing import Any, Self
 
 from rock import errors
 from rock.protocol.action import CloseResponse, IsAliveResponse, SandboxStatusResponse
@@ -18,6 +18,7 @@ from rock.sync.sandbox.link import Link
 
 POLL = 20.0  # seconds of one long-poll
 CLEAN_UP = 15.0
+UNDO = 5.0
 
 _BY_CAUSE: dict[Cause, type[errors.SandboxError]] = {
     Cause.OUT_OF_MEMORY: errors.OutOfMemory,
@@ -127,22 +128,25 @@ class Lifecycle(Link):
         return CloseResponse()
 
     def _create(self, key: str, deadline: float) -> SandboxInfo:
-        config = self.config.model_dump(mode="json", exclude_unset=True, include=set(SandboxConfig.model_fields))
-        config["sandbox_id"] = self._id()
         while True:
             wait = max(0.0, min(deadline - time.monotonic(), POLL))
             target = ROUTES["create_sandbox"].path + f"?wait={wait:.3f}"
             try:
-                return self._info("create_sandbox", target, config, wait=wait or 1.0, key=key)
+                return self._info("create_sandbox", target, self._wish(), wait=wait or 1.0, key=key)
             except errors.Unavailable as error:
                 if not error.details.get("sent") or time.monotonic() >= deadline:
                     raise  # only a connection that broke is tried again; the key keeps it one sandbox
                 primitives.sleep(0.2)
 
+    def _wish(self) -> dict[str, Any]:
+        """What was set, and nothing else: the server knows the rest."""
+        config = self.config.model_dump(mode="json", exclude_unset=True, include=set(SandboxConfig.model_fields))
+        return {**config, "sandbox_id": self._id()}
+
     def _undo(self, key: str) -> None:
         """Stop what a creation made, or may yet make, whose answer never came: asking again with its key shows it."""
         try:
-            self._create(key, time.monotonic())
+            self._transport.json("POST", ROUTES["create_sandbox"].path, self._wish(), timeout=UNDO, key=key)
         except errors.Conflict:
             if self.config.sandbox_id is not None:
                 return  # somebody else's
