@@ -12,11 +12,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from rock.sync import Client, Sandbox, SandboxConfig
 from tests.leaks import Inventory, take_inventory
 
 IMAGE = "python:3.11"
+
+# No data base of examples: the checkout may be read-only.
+settings.register_profile("rock", database=None)
+settings.load_profile("rock")
 
 
 class RunningServer:

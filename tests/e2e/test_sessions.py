@@ -110,6 +110,14 @@ def test_a_timeout_gives_what_there_was_and_kills_the_tree(sandbox: Sandbox) -> 
     assert running(sandbox, "sleep 1234") == 0
 
 
+def test_state_survives_every_timeout(sandbox: Sandbox) -> None:
+    """The shell hands its state over by a child of its own, which the killing of the command must not catch."""
+    for number in range(20):
+        sandbox.arun(f"x=kept{number}")
+        assert sandbox.arun("(setsid sleep 1234 &); sleep 1234; echo never", timeout=0.03).output == ""
+        assert sandbox.arun("echo $x").output == f"kept{number}\n"
+
+
 def test_a_timeout_of_the_shell_itself(sandbox: Sandbox) -> None:
     sandbox.arun("x=kept; f() { echo function; }")
     assert sandbox.arun("while :; do :; done", timeout=0.3).timed_out

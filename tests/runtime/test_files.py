@@ -152,8 +152,8 @@ def test_modes_of_a_tree(box: Maker) -> None:
             await b.runtime.chmod(b.handle, str(b.root / "t"), 0o700, recursive=True)
             assert (await b.runtime.stat(b.handle, str(b.root / "t/a/file"))).mode == 0o700
             assert (await b.runtime.stat(b.handle, "/etc/passwd")).mode == 0o644
-            await b.runtime.chown(b.handle, str(b.root / "t"), str(os.geteuid() if b.root.name != "work" else 0),
-                                  recursive=True)
+            owner = f"{os.geteuid()}:{os.getegid()}" if b.root.name != "work" else "0:0"
+            await b.runtime.chown(b.handle, str(b.root / "t"), owner, recursive=True)
 
     run(main())
 
@@ -212,7 +212,7 @@ def test_pid_1_is_closed_to_file_operations_too(tmp_path) -> None:
                 with pytest.raises((errors.Unauthorized, errors.NotFound)):
                     await b.runtime.open_read(b.handle, path)
             with pytest.raises((errors.Unauthorized, errors.InvalidConfig)):
-                await b.runtime.open_write(b.handle, "/proc/sysrq-trigger")
+                await b.runtime.open_write(b.handle, "/proc/sys/kernel/core_pattern")
             with pytest.raises(errors.Unauthorized):
                 await b.runtime.open_write(b.handle, "/usr/bin/bash")
             with pytest.raises(errors.InvalidConfig):

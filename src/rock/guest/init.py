@@ -24,7 +24,6 @@ if __name__ == "__main__" and "rock" not in sys.modules:  # started by its path:
         _package.__path__ = [_folder]
         sys.modules[_name] = _package
 
-import errno
 import gc
 import heapq
 import json
@@ -120,7 +119,14 @@ class Init:
         try:
             callback()
         except Exception as error:  # whatever happens, pid 1 lives
-            complain(error)
+            self.complain(error)
+
+    def complain(self, error: BaseException) -> None:
+        """Tell the server of a mistake of our own; it cannot fail. pid 1 has no log file: it holds nothing outside."""
+        try:
+            self.tell({"event": "complaint", "text": repr(error)[:1000]})
+        except Exception:
+            pass
 
     def _run_timers(self) -> None:
         now = time.monotonic()
@@ -129,7 +135,7 @@ class Init:
             try:
                 callback()
             except Exception as error:
-                complain(error)
+                self.complain(error)
 
     @staticmethod
     def _drain(sock: socket.socket) -> None:
@@ -230,7 +236,7 @@ class Init:
         except OSError as error:
             self.refuse(connection, number, of_os_error(error, str(request.get("op"))))
         except Exception as error:
-            complain(error)
+            self.complain(error)
             self.refuse(connection, number, Fault("internal", f"{request.get('op')}: {error!r}"))
 
     def do_hello(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
@@ -320,7 +326,7 @@ class Init:
         if program is None or program.ended is not None:
             self.answer(connection, number, {"count": 0}, [])
             return
-        job = proctree.kill_tree(pid, request.get("since"), bool(request.get("root", True)))
+        job = proctree.kill_tree(pid, request.get("since"), bool(request.get("root", True)), tell=request.get("tell"))
         self._step(job, lambda count: self.answer(connection, number, {"count": count}, []))
 
     def _step(self, job: Generator[float, None, int], done: Callable[[int], None]) -> None:
@@ -397,8 +403,8 @@ class Init:
                 message = {"id": number, "error": ["internal", f"{request['op']}: {error!r}"]}
             send_patiently(connection.sock, message, fds)
             status = 0
-        except BaseException as error:
-            complain(error)
+        except BaseException:
+            pass  # the status tells
         finally:
             os._exit(status)
 
@@ -456,15 +462,6 @@ def _own_score() -> tuple[int, int] | None:
         return fd, int(os.read(fd, 32))
     except (OSError, ValueError):
         return None
-
-
-def complain(error: BaseException) -> None:
-    """One line to our log; it cannot fail."""
-    try:
-        os.write(2, f"init: {error!r}\n".encode("utf-8", "backslashreplace")[:1000])
-    except OSError as failure:
-        if failure.errno == errno.EPIPE:
-            return
 
 
 def prepare(listener: socket.socket, uid: int, outside: bool) -> Init:

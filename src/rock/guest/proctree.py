@@ -113,12 +113,13 @@ def signal_tree(root: int, number: int, since: int | None, include_root: bool, s
     return sum(send(entry, number) for entry in ([own, *entries] if own else entries))
 
 
-def kill_tree(root: int, since: int | None, include_root: bool,
-              spare: Collection[int] = ()) -> Generator[float, None, int]:
+def kill_tree(root: int, since: int | None, include_root: bool, spare: Collection[int] = (),
+              tell: int | None = None) -> Generator[float, None, int]:
     """SIGKILL to the tree until none of it is left. Yields seconds to wait; returns how many were killed.
 
     Everything is stopped before the first kill, so that a fork bomb cannot outrun the killing, and the root goes last,
-    because it is the one who inherits the orphans.
+    because it is the one who inherits the orphans. tell: a signal that a spared root finds when it goes on, before it
+    can notice what became of its children.
     """
     own = read(root)
     if own is None or not own.alive:
@@ -126,6 +127,8 @@ def kill_tree(root: int, since: int | None, include_root: bool,
     end = time.monotonic() + _PATIENCE
     killed: set[tuple[int, int]] = set()
     send(own, signal.SIGSTOP)
+    if tell is not None:
+        send(own, tell)
     try:
         yield from _stop_all(root, since, spare, end)
         pause = 0.0005

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import struct
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _prctl = _libc.prctl
@@ -16,6 +18,9 @@ PR_SET_DUMPABLE = 4
 PR_SET_CHILD_SUBREAPER = 36
 _CLOSE_RANGE = 436
 _CLOSE_RANGE_CLOEXEC = 4
+_OPENAT2 = 437
+_AT_FDCWD = -100
+_NO_MAGIC_LINKS = 2
 
 
 def prctl(option: int, value: int) -> None:
@@ -40,6 +45,19 @@ def close_on_exec_from(lowest: int) -> None:
                     os.set_inheritable(int(name), False)
                 except OSError:
                     pass
+
+
+def open_plain(path: str) -> int:
+    """An O_PATH descriptor, reached without any of /proc's magic links: OSError ELOOP where there is one."""
+    how = struct.pack("=QQQ", os.O_PATH | os.O_CLOEXEC, 0, _NO_MAGIC_LINKS)
+    fd = int(_syscall(ctypes.c_long(_OPENAT2), ctypes.c_long(_AT_FDCWD), ctypes.c_char_p(os.fsencode(path)),
+                      ctypes.c_char_p(how), ctypes.c_long(len(how))))
+    if fd < 0:
+        number = ctypes.get_errno()
+        if number == errno.ENOSYS:  # older than 5.6
+            return os.open(path, os.O_PATH | os.O_CLOEXEC)
+        raise OSError(number, os.strerror(number))
+    return fd
 
 
 def close_range(first: int, last: int) -> None:

@@ -13,7 +13,7 @@ import stat
 from collections.abc import Callable
 from typing import Any
 
-from rock.guest import remove, users
+from rock.guest import remove, syscalls, users
 from rock.guest.fault import Fault, of_os_error
 
 Reply = tuple[dict[str, Any], list[int]]
@@ -33,16 +33,31 @@ class Later(Exception):
 def open_read(request: dict[str, Any]) -> Reply:
     path = _path(request)
     try:
-        return {}, [_open_regular(path, os.O_RDONLY)]
+        return {}, [_open_regular(path, os.O_RDONLY, bool(request.get("in_child")))]
     except OSError as error:
         raise of_os_error(error, path) from None
 
 
-def _open_regular(path: str, flags: int) -> int:
-    """Open an existing regular file and nothing else; never blocks and never has a device's side effects."""
-    handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
+def _open_regular(path: str, flags: int, in_child: bool) -> int:
+    """Open an existing regular file and nothing else; never blocks and never has a device's side effects.
+
+    pid 1 must not look into /proc, where its own memory and descriptors would be open to it: that is left to a child,
+    to whom the kernel refuses them.
+    """
+    if in_child:
+        handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    else:
+        try:
+            handle = syscalls.open_plain(path)
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise Later from None
+            raise
     try:
-        mode = os.fstat(handle).st_mode
+        found = os.fstat(handle)
+        if not in_child and found.st_dev == os.stat("/proc").st_dev:
+            raise Later
+        mode = found.st_mode
         if stat.S_ISDIR(mode):
             raise Fault("conflict", f"{path}: it is a folder")
         if not stat.S_ISREG(mode):
@@ -55,16 +70,16 @@ def _open_regular(path: str, flags: int) -> int:
 
 def open_write(request: dict[str, Any]) -> Reply:
     path = os.path.realpath(_path(request))
-    mode = request.get("mode")
+    mode, in_child = request.get("mode"), bool(request.get("in_child"))
     try:
         if request.get("parents", True):
             os.makedirs(os.path.dirname(path) or "/", exist_ok=True)
         old = _stat_or_none(path)
         if old is not None and not stat.S_ISREG(old.st_mode):
-            os.close(_open_regular(path, os.O_RDONLY))  # raises the fitting fault
+            os.close(_open_regular(path, os.O_RDONLY, in_child))  # raises the fitting fault
         if request.get("append"):
-            return {"token": ""}, [_open_append(path, mode, old is not None)]
-        return _open_beside(path, mode, old, str(request.get("user") or ""))
+            return {"token": ""}, [_open_append(path, mode, old is not None, in_child)]
+        return _open_beside(path, mode, old, str(request.get("user") or ""), in_child)
     except OSError as error:
         raise of_os_error(error, path) from None
 
@@ -76,9 +91,9 @@ def _stat_or_none(path: str) -> os.stat_result | None:
         return None
 
 
-def _open_append(path: str, mode: int | None, exists: bool) -> int:
+def _open_append(path: str, mode: int | None, exists: bool, in_child: bool) -> int:
     if exists:
-        fd = _open_regular(path, os.O_WRONLY | os.O_APPEND)
+        fd = _open_regular(path, os.O_WRONLY | os.O_APPEND, in_child)
     else:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(path, flags, 0o644)
@@ -87,7 +102,7 @@ def _open_append(path: str, mode: int | None, exists: bool) -> int:
     return fd
 
 
-def _open_beside(path: str, mode: int | None, old: os.stat_result | None, user: str) -> Reply:
+def _open_beside(path: str, mode: int | None, old: os.stat_result | None, user: str, in_child: bool) -> Reply:
     """A new file in the same folder, with the owner and the mode of the old one."""
     if old is not None and not os.access(path, os.W_OK, effective_ids=True):
         raise Fault("unauthorized", f"{path}: permission denied")
@@ -98,7 +113,7 @@ def _open_beside(path: str, mode: int | None, old: os.stat_result | None, user: 
     except PermissionError:
         if old is None:
             raise
-        return {"token": ""}, [_open_regular(path, os.O_WRONLY | os.O_TRUNC)]  # our file in a folder that is not
+        return {"token": ""}, [_open_regular(path, os.O_WRONLY | os.O_TRUNC, in_child)]  # our file, not our folder
     try:
         if old is not None and (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
             try:
@@ -135,9 +150,9 @@ def commit_write(request: dict[str, Any]) -> Reply:
 
 
 def _copy_into(source: str, target: str) -> None:
-    reading = _open_regular(source, os.O_RDONLY)
+    reading = _open_regular(source, os.O_RDONLY, True)
     try:
-        writing = _open_regular(target, os.O_WRONLY | os.O_TRUNC)
+        writing = _open_regular(target, os.O_WRONLY | os.O_TRUNC, True)
         try:
             while piece := os.read(reading, _LARGEST_COPY):
                 view = memoryview(piece)

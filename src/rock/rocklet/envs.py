@@ -66,8 +66,15 @@ class EnvHost:
 
     KEY = "rock.envs"
 
-    def __init__(self, runtime: Runtime, handle: Handle, *, folder: str = CURRENT, python: str | None = None,
-                 timeout: float = 600.0) -> None:
+    def __init__(
+        self,
+        runtime: Runtime,
+        handle: Handle,
+        *,
+        folder: str = CURRENT,
+        python: str | None = None,
+        timeout: float = 600.0,
+    ) -> None:
         self._runtime = runtime
         self._handle = handle
         self._folder = folder
@@ -98,8 +105,11 @@ class EnvHost:
         try:
             process = await self._runtime.spawn(self._handle, program)
         except NotFound as error:
-            raise ImageError(f"this sandbox has no environment packages ({error.message})", sandbox_id=self._handle.id,
-                             hint="rock.make starts a sandbox that has them") from None
+            raise ImageError(
+                f"this sandbox has no environment packages ({error.message})",
+                sandbox_id=self._handle.id,
+                hint="rock.make starts a sandbox that has them",
+            ) from None
         await self._connect(process)
 
     async def attach(self) -> None:
@@ -113,8 +123,11 @@ class EnvHost:
                 there = await self._request(0, {"op": "hello", "token": link.inlet.token})
         except TimeoutError:
             await self.close()
-            raise SandboxError(f"the host of environments did not start in {_OPEN_TIMEOUT:.0f} s",
-                               sandbox_id=self._handle.id, details={"stderr": link.tail.text}) from None
+            raise SandboxError(
+                f"the host of environments did not start in {_OPEN_TIMEOUT:.0f} s",
+                sandbox_id=self._handle.id,
+                details={"stderr": link.tail.text},
+            ) from None
         except BaseException:
             await self.close()
             raise
@@ -210,8 +223,11 @@ class EnvHost:
     async def _ordered(self, number: int, message: dict[str, Any]) -> Any:
         hosted = self._envs.get(number)
         if hosted is None or hosted.closed:
-            raise NotFound(f"there is no environment {number} in sandbox {self._handle.id}",
-                           sandbox_id=self._handle.id, hint="it was closed; make a new one")
+            raise NotFound(
+                f"there is no environment {number} in sandbox {self._handle.id}",
+                sandbox_id=self._handle.id,
+                hint="it was closed; make a new one",
+            )
         async with hosted.lock:
             return await self._ask(number, number, message)
 
@@ -269,14 +285,24 @@ class EnvHost:
         details = {"type": name, "traceback": error["traceback"]}
         if error["kind"] == "unknown":
             near = ", ".join(error.get("near", ()))
-            return NotFound(text, sandbox_id=self._handle.id,
-                            hint=f"did you mean {near}?" if near else "`rock env list` shows what there is")
+            return NotFound(
+                text,
+                sandbox_id=self._handle.id,
+                hint=f"did you mean {near}?" if near else "`rock env list` shows what there is",
+            )
         if error["kind"] == "import":
-            return ActionError(f"the environment cannot be imported: {name}: {text}", sandbox_id=self._handle.id,
-                               details=details, hint="it needs a package that is not installed for it")
+            return ActionError(
+                f"the environment cannot be imported: {name}: {text}",
+                sandbox_id=self._handle.id,
+                details=details,
+                hint="it needs a package that is not installed for it",
+            )
         if error["kind"] == "refused":
-            return QuotaExceeded(f"the sandbox cannot start another process: {text}", sandbox_id=self._handle.id,
-                                 hint="close environments, or ask for more pids or memory")
+            return QuotaExceeded(
+                f"the sandbox cannot start another process: {text}",
+                sandbox_id=self._handle.id,
+                hint="close environments, or ask for more pids or memory",
+            )
         if error["kind"] == "gone":
             return NotFound(text, sandbox_id=self._handle.id, hint="make a new one")
         return ActionError(f"the environment raised {name}: {text}", sandbox_id=self._handle.id, details=details)
@@ -295,8 +321,12 @@ class EnvHost:
         if code == -signal.SIGKILL:
             how += ", as happens when the sandbox is out of memory"
         if hosted.ended is None:
-            hosted.ended = ActionError(f"environment {hosted.env_id} ended: {how}", sandbox_id=self._handle.id,
-                                       hint="make a new one", details={"stderr": lines, "exit": code})
+            hosted.ended = ActionError(
+                f"environment {hosted.env_id} ended: {how}",
+                sandbox_id=self._handle.id,
+                hint="make a new one",
+                details={"stderr": lines, "exit": code},
+            )
         for other, future in list(self._pending.values()):
             if other == number and not future.done():
                 future.set_exception(hosted.ended)
@@ -306,8 +336,9 @@ class EnvHost:
     def _end(self, nonsense: str | None) -> None:
         """Nothing comes any more, or nothing that makes sense."""
         if nonsense is not None:
-            self._fail(SandboxError(f"the host of environments speaks nonsense: {nonsense}",
-                                    sandbox_id=self._handle.id))
+            self._fail(
+                SandboxError(f"the host of environments speaks nonsense: {nonsense}", sandbox_id=self._handle.id)
+            )
         elif self._ending is None and self._link is not None:
             self._ending = asyncio.ensure_future(self._ended(self._link))
 
@@ -337,8 +368,9 @@ class EnvHost:
 class _Link:
     """The pipes to the host."""
 
-    def __init__(self, process: Process, answered: Callable[[int, dict[str, Any]], None],
-                 ended: Callable[[str | None], None]) -> None:
+    def __init__(
+        self, process: Process, answered: Callable[[int, dict[str, Any]], None], ended: Callable[[str | None], None]
+    ) -> None:
         self.process = process
         self.inlet = Inlet(process.channels[envhost.ANSWERS], answered, ended)
         self.tail = Tail(process.stderr)

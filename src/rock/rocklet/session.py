@@ -391,15 +391,16 @@ class Session:
     # ---- ends of commands that do not end by themselves ----
 
     async def _abort(self, run: _Run) -> shell.Report | ExitStatus:
-        """End the running command: the shell is told first, so that it does not go on to the next line when what it
-        waits for is killed."""
+        """End the running command and all that it started."""
         process = self._process
         assert process is not None
         if run.done.done():
             return run.done.result()
-        if self.shell.dialect.is_bash:
-            await process.signal(signal.SIGTERM)
-        await process.kill_tree(since=run.began, root=False)
+        # Told while it is stopped: else it would go on to its next line when what it waits for is killed, or what it
+        # starts to hand its state over would be killed with the rest.
+        await process.kill_tree(
+            since=run.began, root=False, tell=signal.SIGTERM if self.shell.dialect.is_bash else None
+        )
         try:
             async with asyncio.timeout(_RESTART_GRACE if self.shell.dialect.is_bash else 0.05):
                 return await asyncio.shield(run.done)

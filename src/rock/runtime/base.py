@@ -116,8 +116,12 @@ class Process(Protocol):
         """
         ...
 
-    async def kill_tree(self, *, since: float | None = None, root: bool = True) -> int:
-        """SIGKILL to the same set, again and again until none of it is left; answers how many were killed."""
+    async def kill_tree(self, *, since: float | None = None, root: bool = True, tell: int | None = None) -> int:
+        """SIGKILL to the same set, again and again until none of it is left; answers how many were killed.
+
+        tell: a signal for the process itself, when `root` spares it. It is stopped while its descendants are killed,
+        and finds that signal first when it goes on: what it does then is not part of what was killed.
+        """
         ...
 
     async def resize(self, rows: int, columns: int) -> None:

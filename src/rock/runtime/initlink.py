@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import socket
 import struct
@@ -26,6 +27,7 @@ from rock.runtime.base import ExitStatus, Program
 
 SOCKET_NAME = "s"
 PATIENCE = 60.0  # seconds that pid 1 may take for an answer that has no time limit of its own
+log = logging.getLogger(__name__)
 Answer = tuple[dict[str, Any], list[int]]
 _buffer = bytearray(PACKET + 4096)
 
@@ -198,6 +200,10 @@ class InitLink:
                 return
 
     def _take(self, message: dict[str, Any], fds: list[int]) -> None:
+        if message.get("event") == "complaint":
+            _close_all(fds)
+            log.warning("pid 1 of sandbox %s: %s", self.sandbox_id, str(message.get("text"))[:1000])
+            return
         if message.get("event") == "exit":
             _close_all(fds)
             pid, status = int(message["pid"]), _status(message)
@@ -308,10 +314,11 @@ class InitProcess:
         reply, _ = await self._link.request("signal", wish)
         return int(reply["count"])
 
-    async def kill_tree(self, *, since: float | None = None, root: bool = True) -> int:
+    async def kill_tree(self, *, since: float | None = None, root: bool = True, tell: int | None = None) -> int:
         if self._end.done():
             return 0
-        reply, _ = await self._link.request("kill_tree", {"pid": self.pid, "since": _ticks(since), "root": root})
+        wish = {"pid": self.pid, "since": _ticks(since), "root": root, "tell": tell}
+        reply, _ = await self._link.request("kill_tree", wish)
         return int(reply["count"])
 
     async def resize(self, rows: int, columns: int) -> None:

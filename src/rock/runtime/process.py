@@ -194,9 +194,9 @@ async def wait_gone(pid: int, start: int) -> None:
 def _measure(root: int) -> Usage:
     """Resident memory (shared pages counted once a process), CPU seconds and processes of a tree."""
     memory, ticks, pids = 0, 0, 0
-    for entry in proctree.descendants(proctree.scan(), root):
+    for pid in (root, *(entry.pid for entry in proctree.descendants(proctree.scan(), root))):
         try:
-            fields = Path(f"/proc/{entry.pid}/stat").read_bytes().rpartition(b")")[2].split()
+            fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
         except OSError:
             continue
         pids += 1

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+TURN = 1.0  # seconds
+
 sleep = time.sleep
 
 
@@ -36,9 +38,23 @@ def send(sock: socket.socket, data: bytes | memoryview, timeout: float | None) -
 
 
 def receive(sock: socket.socket, size: int, timeout: float | None) -> bytes:
-    """What has come, at most `size` bytes; b"" at the end. OSError, TimeoutError."""
-    sock.settimeout(timeout)
-    return sock.recv(size)
+    """What has come, at most `size` bytes; b"" at the end. OSError, TimeoutError.
+
+    It waits in turns: a signal that arrives just before a system call blocks is only seen after it.
+    """
+    end = None if timeout is None else time.monotonic() + timeout
+    turn = TURN if timeout is None else min(TURN, timeout)
+    while True:
+        sock.settimeout(turn)
+        try:
+            return sock.recv(size)
+        except TimeoutError as error:
+            if error.errno is not None:  # the network's word, not ours
+                raise
+        if end is not None:
+            turn = min(TURN, end - time.monotonic())
+            if turn <= 0:
+                raise TimeoutError("timed out")
 
 
 def in_thread(function: Callable[..., T], *args: Any) -> T:

@@ -43,6 +43,7 @@ def live(spec: dict[str, Any], staging: str, namespace: int, bpf: bytes, ready: 
     try:
         init = _build(spec, staging, namespace, bpf, ready, step)
         kernel.prctl(_PR_SET_PDEATHSIG, 0)
+        os.dup2(0, 2)  # pid 1 holds no file of the host
         os.write(ready, b"{}")
         os.close(ready)
     except BaseException as error:

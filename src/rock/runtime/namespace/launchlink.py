@@ -56,7 +56,11 @@ class LaunchLink:
             except BaseException:
                 ours.close()
                 raise
-            answer = json.loads(data) if data else {"error": "it ended at once"}
+            if not data:
+                ours.close()
+                self._bury()
+                raise errors.Unavailable("the launcher ended while it started", hint=f"see {self._log}")
+            answer = json.loads(data)
             if "error" in answer:
                 ours.close()
                 self._bury()

@@ -78,6 +78,8 @@ def stack(spec: dict[str, Any], staging: str, userns: int) -> list[tuple[int, st
     writable = "rw" if mapped else f"{spec['slot']}/rw"
     lowers = []
     for index, layer in enumerate(spec["layers"]):
+        if not os.path.isdir(layer):
+            raise FileNotFoundError(errno.ENOENT, "a layer of the image is missing", layer)
         if mapped and index < SLOTS:
             _attach_mapped(layer, f"l{index}", userns)
             lowers.append(f"l{index}")

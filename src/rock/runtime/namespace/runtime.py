@@ -245,8 +245,8 @@ class NamespaceRuntime(InitSandboxes):
             with contextlib.suppress(OSError):
                 etc["resolv.conf"] = Path("/etc/resolv.conf").read_text()
         return {
-            "slot": str(self._run_dir / slot), "base": base, "hostname": name, "network": config.network, "shared": kind.shared,
-            "layers": list(kind.rootfs.layers), "etc": etc,
+            "slot": str(self._run_dir / slot), "base": base, "hostname": name, "network": config.network,
+            "shared": kind.shared, "layers": list(kind.rootfs.layers), "etc": etc,
             "binds": [{"source": bind.source, "target": bind.target, "writable": bind.writable, "idmap": bind.idmap}
                       for bind in kind.rootfs.binds],
             "cgroups": list(folders.values()), "limits": self._limiter.files(slot, config),

@@ -1,0 +1,222 @@
+"""Sandboxes outlive the server and the launcher, are found again by their handles, and are swept by their folders."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rock import errors
+from rock.protocol.sandbox import SandboxConfig
+from rock.runtime.base import Handle, Liveness
+from rock.runtime.namespace.runtime import NamespaceRuntime
+from tests.runtime.boxes import Box, HandMade, leftovers, namespace_runtime, run, until
+
+CONFIG = {"image": "hand", "memory": "128m", "cpus": 1, "pids": 64}
+SERVER = """
+import asyncio, dataclasses, json, os, sys
+from pathlib import Path
+from rock.protocol.sandbox import SandboxConfig
+from rock.runtime.base import Program
+from rock.runtime.namespace.runtime import NamespaceRuntime
+from tests.runtime.boxes import HandMade
+
+async def main():
+    folder = Path(sys.argv[1])
+    runtime = NamespaceRuntime(folder / "run", 1, HandMade(folder / "image"))
+    await runtime.open()
+    handle = await runtime.create("kept", SandboxConfig(**json.loads(sys.argv[2])))
+    while runtime._pool.ready < 1:
+        await asyncio.sleep(0.01)
+    program = Program(["sh", "-c", "read a; echo got $a > /work/out; echo $a"], stdin="pipe", keep=True, key="k")
+    await runtime.spawn(handle, program)
+    print(json.dumps({**dataclasses.asdict(handle), "launcher": runtime._launcher.pid}), flush=True)
+    await asyncio.sleep(100)
+
+asyncio.run(main())
+"""
+
+
+def test_a_killed_server_loses_nothing(tmp_path: Path) -> None:
+    server = subprocess.Popen([sys.executable, "-c", SERVER, str(tmp_path), json.dumps(CONFIG)], stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, cwd=Path(__file__).parents[2])
+    assert server.stdout is not None
+    line = server.stdout.readline()
+    if not line:
+        text = server.communicate()[1].decode()
+        if "Unsupported" in text:
+            pytest.skip(f"no namespaces here: {text[-300:]}")
+        raise AssertionError(text)
+    data = json.loads(line)
+    launcher = data.pop("launcher")
+    handle = Handle(**data)
+    server.kill()
+    server.communicate()
+
+    async def main() -> None:
+        end = time.monotonic() + 5
+        while os.path.exists(f"/proc/{launcher}") and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+        assert not os.path.exists(f"/proc/{launcher}")  # it ends with the server's socket
+        runtime = NamespaceRuntime(tmp_path / "run", 0, HandMade(tmp_path / "image"))
+        await runtime.open()
+        assert await runtime.recover(handle) == Liveness.RUNNING
+        assert await runtime.processes(handle) == ["k"]
+        process = await runtime.attach(handle, "k")
+        os.write(process.stdin, b"hello\n")
+        assert (await process.wait()).code == 0
+        assert os.read(process.stdout, 100) == b"hello\n"
+        process.close()
+        assert len(list((tmp_path / "run").glob("n-*"))) == 2
+        swept = await runtime.sweep(["kept"])  # the pool member that the server left
+        assert len(swept) == 1
+        assert await Box(runtime, handle, Path("/work")).sh("cat out") == "got hello\n"
+        other = await runtime.create("other", SandboxConfig(**CONFIG))
+        assert other.data["base"] != handle.data["base"] or os.geteuid() != 0
+        assert await runtime.sweep(["kept", "other"]) == []
+        assert await runtime.sweep(["other"]) == ["kept"]
+        assert await runtime.recover(handle) == Liveness.GONE
+        with pytest.raises(errors.Lost):
+            await Box(runtime, handle, Path("/work")).sh("true")
+        await runtime.destroy(handle)
+        await runtime.destroy(other)
+        await runtime.close()
+
+    run(main())
+    assert leftovers(tmp_path)["slots"] == []
+    assert leftovers(tmp_path)["groups"] == []
+
+
+def test_a_crashed_launcher_is_started_again(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with namespace_runtime(tmp_path) as runtime:
+            first = await runtime.create("first", SandboxConfig(**CONFIG))
+            assert runtime._launcher.pid is not None
+            os.kill(runtime._launcher.pid, signal.SIGKILL)
+            await asyncio.sleep(0.1)
+            assert await Box(runtime, first, Path("/work")).sh("echo alive") == "alive\n"
+            second = await runtime.create("second", SandboxConfig(**CONFIG))
+            assert await Box(runtime, second, Path("/work")).sh("echo alive") == "alive\n"
+            for handle in (first, second):
+                await runtime.destroy(handle)
+
+    run(main())
+    assert leftovers(tmp_path)["processes"] == []
+
+
+def test_half_made_sandboxes_die_with_the_launcher(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with namespace_runtime(tmp_path) as runtime:
+            for delay in (0.002, 0.004, 0.006, 0.008, 0.012):
+                tasks = [asyncio.create_task(runtime.create(f"x{i}", SandboxConfig(**CONFIG))) for i in range(4)]
+                await asyncio.sleep(delay)
+                os.kill(runtime._launcher.pid, signal.SIGKILL)
+                for result in await asyncio.gather(*tasks, return_exceptions=True):
+                    if isinstance(result, Handle):
+                        await runtime.destroy(result)
+                    else:
+                        assert isinstance(result, errors.Unavailable | errors.StartFailed | errors.Lost)
+            assert leftovers(tmp_path)["slots"] == []
+            assert leftovers(tmp_path)["groups"] == []
+
+    run(main())
+
+
+def test_cancelled_creates_leave_nothing(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with namespace_runtime(tmp_path) as runtime:
+            for delay in (0.0, 0.001, 0.004, 0.008, 0.016):
+                task = asyncio.create_task(runtime.create("x", SandboxConfig(**CONFIG)))
+                await asyncio.sleep(delay)
+                task.cancel()
+                result = (await asyncio.gather(task, return_exceptions=True))[0]
+                if isinstance(result, Handle):
+                    await runtime.destroy(result)
+            assert leftovers(tmp_path)["slots"] == []
+            assert runtime._live == {}
+
+    run(main())
+
+
+def test_destroy_is_idempotent_and_works_on_the_dead(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with namespace_runtime(tmp_path) as runtime:
+            handle = await runtime.create("x", SandboxConfig(**CONFIG))
+            waiting = asyncio.create_task(runtime.wait(handle))
+            await Box(runtime, handle, Path("/work")).sh("mkdir -p a/b; touch a/b/c; chmod 000 a/b; ln -s / root")
+            os.kill(handle.data["pid"], signal.SIGKILL)
+            assert await waiting == "gone"
+            assert await runtime.wait(handle) == "gone"
+            assert await runtime.recover(handle) == Liveness.GONE
+            await asyncio.gather(runtime.destroy(handle), runtime.destroy(handle))
+            await runtime.destroy(handle)
+            await runtime.stop(handle, 0.1)
+            assert leftovers(tmp_path)["slots"] == []
+
+    run(main())
+
+
+def test_long_paths(tmp_path: Path) -> None:
+    folder = tmp_path / ("a" * 60) / ("b" * 60) / ("c" * 60)
+    folder.mkdir(parents=True)
+
+    async def main() -> None:
+        async with namespace_runtime(folder) as runtime:
+            handle = await runtime.create("x", SandboxConfig(**CONFIG))
+            assert await Box(runtime, handle, Path("/work")).sh("echo fine") == "fine\n"
+            await runtime.destroy(handle)
+
+    run(main())
+
+
+def test_a_hundred_at_once(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with namespace_runtime(tmp_path) as runtime:
+            handles = await asyncio.gather(*(runtime.create(f"s{i}", SandboxConfig(**CONFIG)) for i in range(100)))
+            boxes = [Box(runtime, handle, Path("/work")) for handle in handles]
+            outputs = await asyncio.gather(*(box.sh(f"echo {i} > mine; cat mine; ls /work") for i, box in enumerate(boxes)))
+            assert outputs == [f"{i}\nmine\n" for i in range(100)]
+            if handles[0].isolation == "namespaces":
+                assert len({handle.data["base"] for handle in handles}) == 100
+            await asyncio.gather(*(runtime.destroy(handle) for handle in handles))
+            found = leftovers(tmp_path)
+            assert (found["slots"], found["groups"], found["mounts"]) == ([], [], [])
+
+    run(main(), 110)
+
+
+def test_only_the_server_is_served(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("becoming another user needs root")
+
+    async def main() -> None:
+        async with namespace_runtime(tmp_path) as runtime:
+            handle = await runtime.create("x", SandboxConfig(**CONFIG))
+            sock = tmp_path / "run" / handle.data["slot"] / "s"
+            script = ("import os, socket, sys\ns = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n"
+                      "try:\n os.setuid(1234); s.connect(sys.argv[1]); print('connected')\nexcept OSError as e: print(type(e).__name__)")
+            said = subprocess.run([sys.executable, "-c", script, str(sock)], capture_output=True, text=True, check=True)
+            assert said.stdout == "PermissionError\n"
+            await runtime.destroy(handle)
+
+    run(main())
+
+
+def test_close_leaves_sandboxes_and_empties_the_pool(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with namespace_runtime(tmp_path, pool=2) as runtime:
+            handle = await runtime.create("x", SandboxConfig(**CONFIG))
+            await until(lambda: runtime._pool.ready == 2)
+        assert [path.name for path in (tmp_path / "run").glob("n-*")] == [handle.data["slot"]]
+        async with namespace_runtime(tmp_path) as runtime:
+            assert await runtime.recover(handle) == Liveness.RUNNING
+            await runtime.destroy(handle)
+
+    run(main())
