@@ -33,7 +33,7 @@ Step = tuple[Any, float, bool, bool, dict[str, Any]]
 class RockEnv:
     """One environment in a process of its own, in a sandbox on the server.
 
-    env_id: as GEM names it. env: its number there. sandbox_id: where it runs.
+    env_id: as GEM names it. env_number: its number there. sandbox_id: where it runs.
     base_url, api_key: ROCK_BASE_URL and ROCK_API_KEY where they are not given.
     config: limits of its sandbox; it then gets one of its own, which `close` stops. `exclusive` asks for the same.
     start_timeout, step_timeout: seconds. kwargs: go to the environment's constructor.
@@ -59,11 +59,12 @@ class RockEnv:
         self._step_timeout = step_timeout
         self._transport = _transport(base_url, api_key, config)
         self._index = 0
-        self.sandbox_id = self._open_sandbox(
-            OpenEnv(env_id=env_id, exclusive=self._exclusive, config=config), start_timeout
-        )
+        wish = OpenEnv(env_id=env_id, exclusive=self._exclusive)
+        if config is not None:
+            wish.config = config
+        self.sandbox_id = self._open_sandbox(wish, start_timeout)
         try:
-            self.env = self._make(kwargs, start_timeout)
+            self.env_number = self._make(kwargs, start_timeout)
         except BaseException:
             self._stop_sandbox()
             raise
@@ -72,7 +73,7 @@ class RockEnv:
         self._reset_path = self._path("reset_env")
 
     def __repr__(self) -> str:
-        return f"RockEnv({self.env_id!r}, sandbox_id={self.sandbox_id!r}, env={self.env})"
+        return f"RockEnv({self.env_id!r}, sandbox_id={self.sandbox_id!r}, env_number={self.env_number})"
 
     @property
     def unwrapped(self) -> Self:
@@ -128,7 +129,7 @@ class RockEnv:
             raise errors.Conflict(f"{self.env_id} is closed", hint="make a new one")
 
     def _path(self, name: str) -> str:
-        return ROUTES[name].url(sandbox_id=self.sandbox_id, env=str(self.env))
+        return ROUTES[name].url(sandbox_id=self.sandbox_id, env=str(self.env_number))
 
     def _call(self, target: str, body: dict[str, Any]) -> Any:
         try:

@@ -14,11 +14,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from tests.conftest import IMAGE, RunningServer
 
 from rock.errors import StorageFull
 from rock.protocol.routes import ROUTES
 from rock.sync import Sandbox, SandboxConfig
-from tests.conftest import IMAGE, RunningServer
 
 
 def ask(server: RunningServer, method: str, path: str, body: bytes | str = b"", **headers: str) -> tuple[int, Any]:
@@ -130,9 +130,9 @@ def test_beyond_loopback_a_key_is_needed(tmp_path: Path) -> None:
     import os
     import sys
 
-    done = subprocess.run([sys.executable, "-m", "rock.cli.server", "--host", "0.0.0.0", "--port", "0"],
-                          env={**os.environ, "ROCK_HOME": str(tmp_path), "ROCK_API_KEY": ""}, capture_output=True, text=True,
-                          timeout=30)  # fmt: skip
+    environment = {**os.environ, "ROCK_HOME": str(tmp_path), "ROCK_API_KEY": ""}
+    command = [sys.executable, "-m", "rock.cli.server", "--host", "0.0.0.0", "--port", "0"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
     assert done.returncode == 1 and "API key" in done.stderr and "Traceback" not in done.stderr
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from tests.conftest import RunningServer, running
 
 from rock.actions import Command
 from rock.errors import ClientError, InvalidConfig, NotFound, RockError
 from rock.sync import Sandbox
-from tests.conftest import RunningServer, running
 
 # ---- programs
 

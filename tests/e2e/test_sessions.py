@@ -6,11 +6,11 @@ import threading
 import time
 
 import pytest
+from tests.conftest import running
 
 from rock.actions import Action, BashAction, CreateBashSessionRequest
 from rock.errors import CommandFailed, CommandTimeout, Conflict, InvalidConfig, NotFound, SessionClosed, StartFailed
 from rock.sync import Sandbox
-from tests.conftest import running
 
 
 def usable(sandbox: Sandbox, session: str = "default") -> None:

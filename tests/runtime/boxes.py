@@ -191,12 +191,24 @@ def leftovers(folder: Path) -> dict[str, list[str]]:
     """What sandboxes of a run folder would leave on the machine: processes, mounts, cgroups, folders, descriptors."""
     run_dir = folder / "run"
     mounts = [line for line in Path("/proc/self/mounts").read_text().splitlines() if str(run_dir) in line]
-    places = cgroups.discover(str(run_dir)).places.values()
-    groups = [str(path) for place in places for path in Path(place.parent).glob("n-*")]
+    ours = cgroups.discover(str(run_dir))
+    groups = [str(path) for place in ours.places.values() for path in Path(place.parent).glob("n-*")]
+    cgroups.remove_parents(ours)
     slots = [path.name for path in run_dir.glob("n-*")] if run_dir.exists() else []
     processes = [str(entry.pid) for entry in proctree.descendants(proctree.scan(), os.getpid()) if entry.alive]
+    if not ROOT:  # without cgroups: what is ours and called so
+        processes += [str(pid) for pid in proctree.scan() if _is_our_init(pid)]
     return {"mounts": mounts, "groups": groups, "slots": slots, "processes": processes,
             "descriptors": sorted(os.readlink(f"/proc/self/fd/{fd}").split(":")[0] for fd in _descriptors())}
+
+
+def _is_our_init(pid: int) -> bool:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    ours = status.startswith("Name:\trock-init\n") and f"\nUid:\t{os.geteuid()}\t" in status
+    return ours and "State:\tZ" not in status
 
 
 def _descriptors() -> list[str]:

@@ -226,7 +226,7 @@ def test_users_have_their_own_rights(tmp_path) -> None:
         async with namespace_box(tmp_path) as b:
             if b.handle.isolation != "namespaces":
                 pytest.skip("an ordinary user's sandbox has one user: this needs root")
-            await b.sh("mkdir -m 755 /work/alice; chown alice:alice /work/alice; echo s > /work/secret; chmod 600 /work/secret")
+            await b.sh("mkdir -m 755 alice; chown alice:alice alice; echo s > secret; chmod 600 secret")
             with pytest.raises(errors.Unauthorized):
                 await b.runtime.open_read(b.handle, "/work/secret", user="alice")
             with pytest.raises(errors.Unauthorized):

@@ -7,6 +7,7 @@ import os
 import signal
 
 import pytest
+
 from rock import errors
 from rock.runtime.base import ExitStatus, Files, Limits, Ports, Runtime
 from rock.runtime.initlink import InitLink, boottime
@@ -283,7 +284,8 @@ def test_stop_gives_programs_a_chance(box: Maker) -> None:
     async def main() -> None:
         async with box() as b:
             path = b.root / "said"
-            polite = await b.spawn("sh", "-c", f"trap 'echo bye > {path}; exit 0' TERM; echo up; while :; do sleep 0.05; done")
+            script = f"trap 'echo bye > {path}; exit 0' TERM; echo up; while :; do sleep 0.05; done"
+            polite = await b.spawn("sh", "-c", script)
             await b.spawn("sh", "-c", "trap '' TERM; while :; do sleep 1; done")
             await read_some(polite.stdout, 0.2)
             waiting = asyncio.create_task(b.runtime.wait(b.handle))

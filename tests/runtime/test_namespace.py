@@ -12,6 +12,7 @@ from rock import errors
 from rock.protocol.sandbox import Isolation, SandboxConfig
 from tests.runtime.boxes import ROOT, Box, HandMade, namespace_box, namespace_runtime, run, until
 
+GREED = "x = bytearray(900 << 20); import time; time.sleep(9)"
 CALLS = """
 import ctypes, errno, os
 libc = ctypes.CDLL(None, use_errno=True)
@@ -45,7 +46,8 @@ def test_what_it_is(tmp_path: Path) -> None:
 def test_privileges_are_gone(tmp_path: Path) -> None:
     async def main() -> None:
         async with namespace_box(tmp_path) as b:
-            status = dict(line.split(":\t") for line in (await b.sh("cat /proc/self/status")).splitlines() if ":\t" in line)
+            lines = (await b.sh("cat /proc/self/status")).splitlines()
+            status = dict(line.split(":\t") for line in lines if ":\t" in line)
             assert status["NoNewPrivs"] == "1"
             assert status["Seccomp"] == "2"
             kept = sum(1 << number for number in (0, 1, 3, 4, 5, 6, 7, 10, 18))
@@ -60,7 +62,8 @@ def test_host_secrets_are_not_there(tmp_path: Path) -> None:
     async def main() -> None:
         async with namespace_box(tmp_path) as b:
             out = await b.sh(f"ls /home /srv /var {tmp_path} {Path.home()}/.ssh 2>&1 | grep -v 'No such file'; "
-                             "cat /etc/shadow 2>&1; ls -A /root; cat /proc/1/environ /proc/1/cmdline 2>/dev/null | tr '\\0' ' '")
+                             "cat /etc/shadow 2>&1; ls -A /root; "
+                             "cat /proc/1/environ /proc/1/cmdline 2>/dev/null | tr '\\0' ' '")
             assert out.replace(" ", "") == "cat:/etc/shadow:Nosuchfileordirectory\nrock-init".replace(" ", "")
             assert "Permission denied" in await b.sh("ls /proc/1/fd; cat /proc/1/mem; ls /proc/1/root/")
             assert str(tmp_path) not in await b.sh("cat /proc/self/mountinfo /proc/self/mounts | grep -v overlay")
@@ -103,7 +106,8 @@ def test_devices_cannot_be_made_or_opened(tmp_path: Path) -> None:
                     assert "nodev" in options.split(","), line
                 if where not in ("/dev/null", "/proc/keys") and not where.startswith("/dev/"):
                     assert "nosuid" in options.split(",") or where.startswith("/proc/"), line
-            assert await b.sh("echo x > /dev/null; head -c 4 /dev/urandom | wc -c; ls /dev/kvm /dev/vda 2>&1 | wc -l") == "4\n2\n"
+            script = "echo x > /dev/null; head -c 4 /dev/urandom | wc -c; ls /dev/kvm /dev/vda 2>&1 | wc -l"
+            assert await b.sh(script) == "4\n2\n"
 
     run(main())
 
@@ -113,12 +117,15 @@ def test_a_memory_bomb_does_not_kill_pid_1(tmp_path: Path) -> None:
     async def main() -> None:
         async with namespace_box(tmp_path, memory="64m") as b:
             for _ in range(3):
-                status, _, _ = await b.run("/usr/bin/python3", "-I", "-S", "-c", "x = bytearray(900 << 20); import time; time.sleep(9)")
+                status, _, _ = await b.run("/usr/bin/python3", "-I", "-S", "-c", GREED)
                 assert status.signal == 9
             await b.sh("head -c 200m /dev/zero > /work/big")  # page cache is given back
             await b.sh("head -c 200m /dev/zero > /dev/shm/big")
-            segments = CALLS + ("for i in range(8):\n  s = libc.shmget(0, 30 << 20, 0o1600)\n  if s < 0: print('no'); break\n"
-                                "  libc.shmat.restype = ctypes.c_void_p\n  ctypes.memset(libc.shmat(s, None, 0), 1, 30 << 20)\n")
+            segments = CALLS + ("libc.shmat.restype = ctypes.c_void_p\n"
+                                "for i in range(8):\n"
+                                "  s = libc.shmget(0, 30 << 20, 0o1600)\n"
+                                "  if s < 0: print('no'); break\n"
+                                "  ctypes.memset(libc.shmat(s, None, 0), 1, 30 << 20)\n")
             assert await b.python(segments) == "no\n"
             assert await b.sh("echo alive") == "alive\n"
             await b.sh("rm -f /dev/shm/big")
@@ -157,19 +164,22 @@ def test_calls_that_have_opened_sandboxes_are_refused(tmp_path: Path) -> None:
         async with namespace_box(tmp_path) as b:
             x86(b)
             calls = {
-                "ptrace": (101, 0), "process_vm_readv": (310,), "pidfd_getfd": (438,), "kcmp": (312,), "keyctl": (250, 0),
-                "bpf": (321, 0), "perf_event_open": (298,), "userfaultfd": (323,), "io_uring_setup": (425, 1), "mount": (165,),
-                "umount2": (166,), "pivot_root": (155,), "setns": (308,), "open_tree": (428,), "fsopen": (430,),
-                "move_mount": (429,), "mount_setattr": (442,), "swapon": (167,), "reboot": (169,), "kexec_load": (246,),
-                "init_module": (175,), "open_by_handle_at": (304,), "acct": (163,), "settimeofday": (164,), "syslog": (103, 3),
-                "sethostname": (170,), "personality": (135, 0x0400000 | 0x1000000), "quotactl": (179,),
+                "ptrace": (101, 0), "process_vm_readv": (310,), "pidfd_getfd": (438,), "kcmp": (312,),
+                "keyctl": (250, 0), "bpf": (321, 0), "perf_event_open": (298,), "userfaultfd": (323,),
+                "io_uring_setup": (425, 1), "mount": (165,), "umount2": (166,), "pivot_root": (155,), "setns": (308,),
+                "open_tree": (428,), "fsopen": (430,), "move_mount": (429,), "mount_setattr": (442,), "swapon": (167,),
+                "reboot": (169,), "kexec_load": (246,), "init_module": (175,), "open_by_handle_at": (304,),
+                "acct": (163,), "settimeofday": (164,), "syslog": (103, 3), "sethostname": (170,),
+                "personality": (135, 0x0400000 | 0x1000000), "quotactl": (179,),
             }
             script = CALLS + "".join(f"call({name!r}, *{arguments!r})\n" for name, arguments in calls.items())
             assert (await b.python(script)).splitlines() == [f"{name} EPERM" for name in calls]
-            sockets = ("import socket\nfor f, t, p in ((17, 3, 0), (40, 1, 0), (16, 3, 15), (16, 3, 16), (38, 5, 0), (16, 3, 0), (1, 1, 0)):\n"
+            kinds = ((17, 3, 0), (40, 1, 0), (16, 3, 15), (16, 3, 16), (38, 5, 0), (16, 3, 0), (1, 1, 0))
+            sockets = (f"import socket\nfor f, t, p in {kinds}:\n"
                        "  try: socket.socket(f, t, p); print('ok')\n  except OSError as e: print('no')")
             assert (await b.python(sockets)).split() == ["no"] * 5 + ["ok"] * 2
-            terminal = "import fcntl\ntry: fcntl.ioctl(0, 0x5412, b'x'); print('sent')\nexcept OSError as e: print(e.errno)"
+            terminal = ("import fcntl\ntry: fcntl.ioctl(0, 0x5412, b'x'); print('sent')\n"
+                        "except OSError as e: print(e.errno)")
             process = await b.spawn("/usr/bin/python3", "-I", "-S", "-c", terminal, pty=(24, 80))
             assert (await process.wait()).code == 0
             assert os.read(process.stdout, 100).strip() == b"1"
@@ -182,10 +192,12 @@ def test_calls_that_have_opened_sandboxes_are_refused(tmp_path: Path) -> None:
 def test_kernel_settings_are_out_of_reach(tmp_path: Path) -> None:
     async def main() -> None:
         async with namespace_box(tmp_path) as b:
-            out = await b.sh("for f in /proc/sys/kernel/hostname /proc/sys/kernel/core_pattern /proc/sys/vm/overcommit_memory "
-                             "/proc/sysrq-trigger /sys/kernel/uevent_helper /proc/sys/net/ipv4/ip_forward; do "
-                             "[ -e $f ] && echo x > $f && echo wrote $f; done 2>/dev/null; mount -t tmpfs x /tmp 2>/dev/null && echo mounted; "
-                             "/usr/sbin/chroot / true && echo chroot; date -s 2020-01-01 2>/dev/null >&2 && echo dated; true")
+            out = await b.sh("for f in /proc/sys/kernel/hostname /proc/sys/kernel/core_pattern "
+                             "/proc/sys/vm/overcommit_memory /proc/sysrq-trigger /sys/kernel/uevent_helper "
+                             "/proc/sys/net/ipv4/ip_forward; do [ -e $f ] && echo x > $f && echo wrote $f; done "
+                             "2>/dev/null; mount -t tmpfs x /tmp 2>/dev/null && echo mounted; "
+                             "/usr/sbin/chroot / true && echo chroot; "
+                             "date -s 2020-01-01 2>/dev/null >&2 && echo dated; true")
             assert out == "chroot\n"
 
     run(main())
@@ -194,10 +206,12 @@ def test_kernel_settings_are_out_of_reach(tmp_path: Path) -> None:
 def test_network_none_has_loopback_only(tmp_path: Path) -> None:
     async def main() -> None:
         async with namespace_box(tmp_path) as b:
-            script = ("import socket\ns = socket.create_server(('127.0.0.1', 80))\nc = socket.create_connection(('127.0.0.1', 80), 2)\n"
+            script = ("import socket\ns = socket.create_server(('127.0.0.1', 80))\n"
+                      "c = socket.create_connection(('127.0.0.1', 80), 2)\n"
                       "print('low port')\n"
                       "for a in ('169.254.169.254', '8.8.8.8', '10.0.0.1'):\n"
-                      "  try: socket.create_connection((a, 80), 2); print('reached')\n  except OSError as e: print(e.errno)\n")
+                      "  try: socket.create_connection((a, 80), 2); print('reached')\n"
+                      "  except OSError as e: print(e.errno)\n")
             assert (await b.python(script)).split() == ["low", "port", "101", "101", "101"]
             assert "lo:" in await b.sh("cat /proc/net/dev")
 
@@ -275,7 +289,8 @@ def test_limits_are_told_as_they_are_held(tmp_path: Path) -> None:
             if b.handle.enforced["cpus"] == "affinity":
                 assert await b.python("import os; print(len(os.sched_getaffinity(0)))") == "1\n"
             else:
-                used = await b.python("import time\ne=time.time()+1\nwhile time.time()<e: pass\nprint(time.process_time())")
+                used = await b.python("import time\ne = time.time() + 1\nwhile time.time() < e: pass\n"
+                                      "print(time.process_time())")
                 assert float(used) < 0.8
 
     run(main())
@@ -315,6 +330,7 @@ def test_a_broken_image_leaves_nothing(tmp_path: Path) -> None:
 
     async def main() -> None:
         async with namespace_runtime(tmp_path, images=images) as runtime:
+            launcher = runtime._launcher.pid
             images.binds = (Bind("/no/such/source", "/usr"),)
             with pytest.raises(errors.StartFailed, match="/no/such/source"):
                 await runtime.create("x", SandboxConfig(image="hand", memory="64m", cpus=1))
@@ -323,6 +339,7 @@ def test_a_broken_image_leaves_nothing(tmp_path: Path) -> None:
             with pytest.raises(errors.StartFailed, match="no/such/layer"):
                 await runtime.create("x", SandboxConfig(image="hand", memory="64m", cpus=1))
             assert list((tmp_path / "run").glob("n-*")) == []
+            assert runtime._launcher.pid == launcher  # it was not taken for the broken sandbox's pid 1
 
     run(main())
 
@@ -338,7 +355,7 @@ def test_pool(tmp_path: Path) -> None:
             assert second.data["slot"] in slots  # it was there already
             box = Box(runtime, second, Path("/work"))
             assert await box.sh("echo $A", env={}) == "1\n"
-            status, _, _ = await box.run("/usr/bin/python3", "-I", "-S", "-c", "x = bytearray(500 << 20); import time; time.sleep(5)")
+            status, _, _ = await box.run("/usr/bin/python3", "-I", "-S", "-c", GREED)
             assert status.signal == 9
             await until(lambda: runtime._pool.ready == 2)
             for member in [m for ready in runtime._pool._ready.values() for m in ready]:

@@ -8,14 +8,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from rock import errors
+from rock.guest import native, proctree
 from rock.protocol.sandbox import SandboxConfig
 from rock.runtime.base import Handle, Liveness
+from rock.runtime.namespace import records
 from rock.runtime.namespace.runtime import NamespaceRuntime
 from tests.runtime.boxes import Box, HandMade, leftovers, namespace_runtime, run, until
 
@@ -25,6 +26,7 @@ import asyncio, dataclasses, json, os, sys
 from pathlib import Path
 from rock.protocol.sandbox import SandboxConfig
 from rock.runtime.base import Program
+from rock.runtime.namespace import records
 from rock.runtime.namespace.runtime import NamespaceRuntime
 from tests.runtime.boxes import HandMade
 
@@ -61,10 +63,7 @@ def test_a_killed_server_loses_nothing(tmp_path: Path) -> None:
     server.communicate()
 
     async def main() -> None:
-        end = time.monotonic() + 5
-        while os.path.exists(f"/proc/{launcher}") and time.monotonic() < end:
-            await asyncio.sleep(0.01)
-        assert not os.path.exists(f"/proc/{launcher}")  # it ends with the server's socket
+        await until(lambda: not records.alive(launcher, None))  # it ends with the server's socket
         runtime = NamespaceRuntime(tmp_path / "run", 0, HandMade(tmp_path / "image"))
         await runtime.open()
         assert await runtime.recover(handle) == Liveness.RUNNING
@@ -127,6 +126,32 @@ def test_half_made_sandboxes_die_with_the_launcher(tmp_path: Path) -> None:
             assert leftovers(tmp_path)["groups"] == []
 
     run(main())
+    assert leftovers(tmp_path)["processes"] == []
+
+
+@pytest.mark.skipif(not native.available, reason="there is no zygote on this kind of machine")
+def test_the_death_of_the_zygote_is_survived(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with namespace_runtime(tmp_path) as runtime:
+            first = await runtime.create("first", SandboxConfig(**CONFIG))
+            launcher = runtime._launcher.pid
+            for entry in proctree.descendants(proctree.scan(), launcher):
+                if entry.parent == launcher:  # or one of the children that live for a moment only
+                    proctree.send(entry, signal.SIGKILL)
+            await asyncio.sleep(0.1)
+            assert await Box(runtime, first, Path("/work")).sh("echo alive") == "alive\n"
+            handles = []
+            for number in range(3):
+                try:
+                    handles.append(await runtime.create(f"x{number}", SandboxConfig(**CONFIG)))
+                except errors.StartFailed as error:
+                    assert "zygote" in error.message
+            assert len(handles) >= 2
+            assert runtime._launcher.pid == launcher
+            for handle in (first, *handles):
+                await runtime.destroy(handle)
+
+    run(main())
 
 
 def test_cancelled_creates_leave_nothing(tmp_path: Path) -> None:
@@ -181,7 +206,8 @@ def test_a_hundred_at_once(tmp_path: Path) -> None:
         async with namespace_runtime(tmp_path) as runtime:
             handles = await asyncio.gather(*(runtime.create(f"s{i}", SandboxConfig(**CONFIG)) for i in range(100)))
             boxes = [Box(runtime, handle, Path("/work")) for handle in handles]
-            outputs = await asyncio.gather(*(box.sh(f"echo {i} > mine; cat mine; ls /work") for i, box in enumerate(boxes)))
+            scripts = [f"echo {number} > mine; cat mine; ls /work" for number in range(100)]
+            outputs = await asyncio.gather(*(box.sh(script) for box, script in zip(boxes, scripts, strict=True)))
             assert outputs == [f"{i}\nmine\n" for i in range(100)]
             if handles[0].isolation == "namespaces":
                 assert len({handle.data["base"] for handle in handles}) == 100
@@ -201,9 +227,11 @@ def test_only_the_server_is_served(tmp_path: Path) -> None:
             handle = await runtime.create("x", SandboxConfig(**CONFIG))
             sock = tmp_path / "run" / handle.data["slot"] / "s"
             script = ("import os, socket, sys\ns = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n"
-                      "try:\n os.setuid(1234); s.connect(sys.argv[1]); print('connected')\nexcept OSError as e: print(type(e).__name__)")
-            said = subprocess.run([sys.executable, "-c", script, str(sock)], capture_output=True, text=True, check=True)
-            assert said.stdout == "PermissionError\n"
+                      "try:\n os.setuid(1234); s.connect(sys.argv[1]); print('connected')\n"
+                      "except OSError as e: print(type(e).__name__)")
+            other = await asyncio.create_subprocess_exec(sys.executable, "-c", script, str(sock),
+                                                         stdout=subprocess.PIPE)
+            assert (await other.communicate())[0] == b"PermissionError\n"
             await runtime.destroy(handle)
 
     run(main())

@@ -29,22 +29,44 @@ def require_key_beyond_loopback(host: str, key: str | None) -> None:
         )
 
 
+def _foreign_page(scope: Scope) -> Unauthorized | None:
+    """Without a key, what can reach us includes every web page in a browser of this machine: it may send requests
+    here, under its own origin or under a name of its own that leads to 127.0.0.1. Programs tell no origin."""
+    headers = dict(scope["headers"])
+    origin, host = headers.get(b"origin"), headers.get(b"host", b"").decode("latin-1")
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+    browser = origin is not None or b"sec-fetch-site" in headers
+    if not browser or (is_loopback(name.strip("[]")) and origin in (None, f"http://{host}".encode("latin-1"))):
+        return None
+    return Unauthorized("a web page of another origin has no business here", hint="set ROCK_API_KEY, and give the key")
+
+
 class Authenticated:
-    """Lets requests through that carry `Authorization: Bearer KEY`; without a key, every request."""
+    """Lets requests through that carry `Authorization: Bearer KEY`; without a key, every request but those of
+    web pages that are not ours."""
 
     def __init__(self, app: App, key: str | None) -> None:
         self._app = app
         self._want = f"Bearer {key}".encode() if key else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._want is None or scope["type"] == "lifespan" or self._allowed(scope):
+        error = self._refusal(scope)
+        if error is None:
             await self._app(scope, receive, send)
             return
-        error = Unauthorized("the API key is missing or wrong", hint="set ROCK_API_KEY to the server's key")
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008, "reason": "unauthorized"})
             return
         await failure(error).send(send)
+
+    def _refusal(self, scope: Scope) -> Unauthorized | None:
+        if scope["type"] == "lifespan":
+            return None
+        if self._want is None:
+            return _foreign_page(scope)
+        if self._allowed(scope):
+            return None
+        return Unauthorized("the API key is missing or wrong", hint="set ROCK_API_KEY to the server's key")
 
     def _allowed(self, scope: Scope) -> bool:
         if scope["path"] in _OPEN and scope["type"] == "http":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
 import logging
 import time
@@ -11,6 +12,7 @@ from rock.admin.lifecycle import Event
 from rock.admin.service import Service
 from rock.admin.worker import Worker
 from rock.errors import NotFound, RockError
+from rock.protocol.node import NodeSandbox
 from rock.protocol.sandbox import Cause, State
 from rock.store.base import Query, Record
 
@@ -34,6 +36,7 @@ class Reconciler:
     async def start(self) -> None:
         """Settle what a former run left, then go on in the background."""
         self.service.on_schedule.append(self.schedule)
+        self.service.on_unfinished.append(lambda sandbox_id: self._push(time.time() + _RETRY, sandbox_id))
         await self._settle()
         self._tasks = [
             asyncio.create_task(self._deadlines(), name="deadlines"),
@@ -125,13 +128,19 @@ class Reconciler:
     async def _look(self, sandbox_id: str) -> None:
         try:
             record = await self.service.load(sandbox_id)
+            if record.state is State.PENDING:
+                self.service.launch(record)
+            elif record.state is State.STOPPING:
+                await self.service.finish_stop(record)
             if record.state is not State.RUNNING:
                 return
             config, now = record.config, time.time()
             if config.timeout is not None and now >= (record.info.started_at or now) + config.timeout:
                 await self.service.stop(sandbox_id, Cause.DEADLINE, f"its time of {config.timeout:g} s was over")
                 return
-            found = await self.service.workers[record.info.worker or ""].get(sandbox_id)
+            found = await self._find(record)
+            if found is None:
+                return
             left = config.auto_clear_seconds - found.idle_seconds if config.auto_clear_seconds else float("inf")
             if left <= 0:
                 await self.service.stop(sandbox_id, Cause.IDLE, f"it was idle for {config.auto_clear_seconds} s")
@@ -141,10 +150,22 @@ class Reconciler:
             if left != float("inf"):
                 self._push(now + left, sandbox_id)
         except NotFound:
-            pass
+            pass  # deleted meanwhile
         except RockError as error:
             log.warning("deadline of %s: %s; looking again", sandbox_id, error)
             self._push(time.time() + _RETRY, sandbox_id)
+        except Exception:
+            # Whatever it was: a sandbox that nobody looks at any more would run for ever.
+            log.exception("deadline of %s; looking again", sandbox_id)
+            self._push(time.time() + _POLL, sandbox_id)
+
+    async def _find(self, record: Record) -> NodeSandbox | None:
+        """The sandbox on its worker; None when it is not there any more, which is then recorded."""
+        try:
+            return await self.service.workers[record.info.worker or ""].get(record.id)
+        except NotFound:
+            await self.service.apply(record.id, Event.ENDED, cause=Cause.LOST, reason="its worker does not have it")
+            return None
 
     # ---- ends ----
 
@@ -158,12 +179,10 @@ class Reconciler:
                     continue
                 boot = news.boot
                 for event in news.events:
-                    after = max(after, event.number)
-                    try:
+                    with contextlib.suppress(NotFound):
                         await self.service.apply(event.sandbox_id, Event.ENDED, cause=event.cause, reason=event.reason)
-                    except NotFound:
-                        continue
-            except RockError as error:
+                    after = max(after, event.number)  # not before it is recorded
+            except Exception as error:
                 log.warning("events of worker %s: %s", worker.name, error)
                 await asyncio.sleep(_RETRY)
 
@@ -171,6 +190,6 @@ class Reconciler:
         while True:
             try:
                 await self.service.store.prune(time.time() - TOMBSTONES)
-            except RockError as error:
+            except Exception as error:
                 log.warning("pruning: %s", error)
             await asyncio.sleep(600.0)

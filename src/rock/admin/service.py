@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rock.admin.lifecycle import Effect, Event, step
@@ -18,7 +18,7 @@ from rock.admin.worker import Worker
 from rock.envhub import registry
 from rock.errors import InternalServerRockError, NotFound, RockError, SandboxError, from_wire
 from rock.protocol.env import OpenEnv
-from rock.protocol.node import NodeSandbox, SandboxList
+from rock.protocol.node import NodeSandbox, NodeStatus, SandboxList
 from rock.protocol.sandbox import Cause, SandboxConfig, SandboxInfo, State
 from rock.scheduler.base import Scheduler
 from rock.store.base import Query, Record, Store, VersionConflict
@@ -26,6 +26,8 @@ from rock.store.base import Query, Record, Store, VersionConflict
 log = logging.getLogger("rock.admin")
 
 ENV_LABEL = "rock.env"
+_STATUS_AGE = 0.1  # seconds
+_RETRY = 5.0
 _ALIVE = (State.PENDING, State.RUNNING, State.STOPPING)
 
 
@@ -40,6 +42,9 @@ class Service:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._env_lock = asyncio.Lock()
         self.on_schedule: list[Any] = []
+        self.on_unfinished: list[Any] = []
+        self._status: Mapping[str, NodeStatus] = {}
+        self._asked_at = float("-inf")
 
     async def close(self) -> None:
         """Cancel what is under way; its records stay as they are for the next start."""
@@ -64,14 +69,22 @@ class Service:
         worker = await self._place(config)
         await worker.check(config)
         sandbox_id = config.sandbox_id or uuid.uuid4().hex
-        record = await self.store.insert(Record(_new_info(sandbox_id, config, worker.name), config, key))
+        record = await self.store.insert(
+            Record(_new_info(sandbox_id, config, worker.name, self._status[worker.name]), config, key)
+        )
         if record.state is State.PENDING:
             self.launch(record)
         return record
 
     async def _place(self, config: SandboxConfig) -> Worker:
-        states = {name: await worker.status() for name, worker in self.workers.items()}
-        return self.workers[self.scheduler.place(config, states)]
+        return self.workers[self.scheduler.place(config, await self._statuses())]
+
+    async def _statuses(self) -> Mapping[str, NodeStatus]:
+        """What the workers report, at most 0.1 s old: in a burst of creates they are not asked each time."""
+        if time.monotonic() - self._asked_at > _STATUS_AGE:
+            self._status = {name: await worker.status() for name, worker in self.workers.items()}
+            self._asked_at = time.monotonic()
+        return self._status
 
     def launch(self, record: Record) -> asyncio.Task[Record]:
         """Start a pending sandbox in the background; one task a sandbox."""
@@ -86,6 +99,12 @@ class Service:
         self._launches.pop(sandbox_id, None)
         if not task.cancelled() and task.exception() is not None:
             log.error("launch of %s: %r", sandbox_id, task.exception())
+            self._unfinished(sandbox_id)
+
+    def _unfinished(self, sandbox_id: str) -> None:
+        """A step could not be completed: somebody has to come back to it."""
+        for listener in self.on_unfinished:
+            listener(sandbox_id)
 
     async def _launch(self, record: Record) -> Record:
         worker = self.workers[record.info.worker or ""]
@@ -102,7 +121,7 @@ class Service:
             log.exception("launch of %s", record.id)
             error = InternalServerRockError(f"{type(raised).__name__}: {raised}", sandbox_id=record.id)
         else:
-            return await self.apply(record.id, Event.LAUNCHED, **_running(made))
+            return await self.apply(record.id, Event.LAUNCHED, known=record, **_running(made))
         wire = error.to_wire()
         wire["error"]["sandbox_id"] = record.id
         return await self.apply(
@@ -165,7 +184,11 @@ class Service:
         """Stop it and wait until nothing of it is left; a stopped one stays as it is."""
         record = await self.apply(sandbox_id, Event.STOP, cause=cause, reason=reason)
         if record.state is State.STOPPING:
-            record = await self.finish_stop(record)
+            try:
+                record = await self.finish_stop(record)
+            except BaseException:
+                self._unfinished(sandbox_id)
+                raise
         return record.info
 
     async def finish_stop(self, record: Record) -> Record:
@@ -185,10 +208,14 @@ class Service:
 
     # ---- changes ----
 
-    async def apply(self, sandbox_id: str, event: Event, **fields: object) -> Record:
-        """One step of the lifecycle, saved; then its effects. What a tombstone says first stays."""
+    async def apply(self, sandbox_id: str, event: Event, known: Record | None = None, **fields: object) -> Record:
+        """One step of the lifecycle, saved; then its effects. What a tombstone says first stays.
+
+        known: the record as it was read last; when it has changed since, it is read again.
+        """
         while True:
-            record = await self.load(sandbox_id)
+            record = known or await self.load(sandbox_id)
+            known = None
             state, effects = step(record.state, event, sandbox_id)
             if state is record.state and event is not Event.LAUNCHED:
                 new = record
@@ -218,16 +245,22 @@ class Service:
     async def _destroy(self, record: Record) -> None:
         worker = self.workers.get(record.info.worker or "")
         if worker is not None:
-            try:
-                await worker.destroy(record.id)
-            except RockError as error:
-                log.warning("destroy of %s: %s; the reconciler tries again", record.id, error)
+            while True:
+                try:
+                    await worker.destroy(record.id)
+                    return
+                except RockError as error:
+                    log.warning("destroy of %s: %s; trying again", record.id, error)
+                    await asyncio.sleep(_RETRY)
 
     # ---- environments ----
 
-    async def open_env(self, wish: OpenEnv, wait: float) -> SandboxInfo:
+    async def open_env(self, wish: OpenEnv, wait: float, key: str | None = None) -> SandboxInfo:
         """A sandbox that can host the environment: a running one of its package set, else a new one."""
         image = registry.find(wish.env_id).image
+        known = await self.store.by_key(key) if key else None
+        if known is not None:
+            return await self._waited(known, wait)
         async with self._env_lock:  # two first wishes must not make two hosts
             found = (
                 []
@@ -236,10 +269,10 @@ class Service:
                     Query(states=(State.RUNNING, State.PENDING), labels={ENV_LABEL: image}, limit=1)
                 )
             )
-            record = found[0] if found else await self._create_env_host(image, wish)
+            record = found[0] if found else await self._create_env_host(image, wish, key)
         return await self._waited(record, wait)
 
-    async def _create_env_host(self, image: str, wish: OpenEnv) -> Record:
+    async def _create_env_host(self, image: str, wish: OpenEnv, key: str | None) -> Record:
         config = wish.config or SandboxConfig(image="host", memory="4g", cpus=1.0, auto_clear_seconds=600)
         config = config.model_copy(
             update={
@@ -249,10 +282,10 @@ class Service:
                 "startup_timeout": max(config.startup_timeout, 1200.0),
             }
         )
-        return await self._insert(config)
+        return await self._insert(config, key)
 
 
-def _new_info(sandbox_id: str, config: SandboxConfig, worker: str) -> SandboxInfo:
+def _new_info(sandbox_id: str, config: SandboxConfig, worker: str, status: NodeStatus) -> SandboxInfo:
     return SandboxInfo(
         sandbox_id=sandbox_id,
         state=State.PENDING,
@@ -267,8 +300,8 @@ def _new_info(sandbox_id: str, config: SandboxConfig, worker: str) -> SandboxInf
         labels=config.labels,
         worker=worker,
         created_at=time.time(),
-        host_name=worker,
-        host_ip="127.0.0.1",
+        host_name=status.host_name,
+        host_ip=status.host_ip,
     )
 
 

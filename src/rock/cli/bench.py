@@ -261,12 +261,13 @@ def _install() -> tuple[int, float]:
 
 async def measure(short: bool) -> list[Figure]:
     """All rows. `short`: few repetitions, to see that it works."""
-    from rock.runtime.namespace import bench as floors
+    from rock.runtime.namespace.bench import floor as bare_namespaces
+    from rock.runtime.namespace.bench import plain_bash
 
     n = 5 if short else 40
     figures = []
-    floor = [1000 * s for s in await floors.floor(n)]
-    bash = [1000 * s for s in await floors.plain_bash(n)]
+    floor = [1000 * s for s in await bare_namespaces(n)]
+    bash = [1000 * s for s in await plain_bash(n)]
     with running_server(0) as (url, pid):
         cold = await _first_commands(url, n, 0.05)
         figures.append(

@@ -110,7 +110,8 @@ class Server:
         require_key_beyond_loopback(settings.host, settings.api_key)
         self.settings = settings
         self.home = Home(settings.home)
-        name = socket.gethostname()
+        # Not the host's name: that changes with the network, and every sandbox would be on a worker nobody knows.
+        name = "local"
         self.images = Images(settings.image_dir)
         self.node = Node(
             make_runtimes(settings, self.images),
@@ -130,10 +131,11 @@ class Server:
         self.app = Authenticated(self._route, settings.api_key)
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "lifespan" and is_data(scope["path"]):
-            await self._proxy(scope, receive, send)
-        else:
-            await self.admin.app(scope, receive, send)
+        with contextlib.suppress(asyncio.CancelledError):  # its time was over when the server stopped: no fault of it
+            if scope["type"] != "lifespan" and is_data(scope["path"]):
+                await self._proxy(scope, receive, send)
+            else:
+                await self.admin.app(scope, receive, send)
 
     async def open(self) -> None:
         self.home.take()
@@ -200,7 +202,7 @@ async def serve(settings: Settings) -> None:
             backlog=2048,
         )
         http = _Uvicorn(config)
-        with _stop_on_signals(http):
+        with _stop_on_signals(http, server.node):
             server.home.write(settings.host, port)
             log.info("serving on http://%s:%d, home %s, pid %d", settings.host, port, settings.home, os.getpid())
             print(f"ROCK serves on http://{settings.host}:{port} (home {settings.home})", flush=True)
@@ -214,11 +216,12 @@ async def serve(settings: Settings) -> None:
 
 
 @contextlib.contextmanager
-def _stop_on_signals(http: uvicorn.Server) -> Iterator[None]:
+def _stop_on_signals(http: uvicorn.Server, node: Node) -> Iterator[None]:
     loop = asyncio.get_running_loop()
     numbers = (signal.SIGTERM, signal.SIGINT)
 
     def stop() -> None:
+        node.let_go()
         http.should_exit = True
 
     for number in numbers:
@@ -233,6 +236,7 @@ def _stop_on_signals(http: uvicorn.Server) -> Iterator[None]:
 def run_server(settings: Settings, log_to_file: bool = True) -> None:
     """Serve in this process until told to stop. Raises RockError when it cannot start."""
     set_up_logs(settings.log_level, settings.log_dir if log_to_file else None)
+    _raise_file_limit()
     try:
         import uvloop
     except ImportError:
@@ -240,6 +244,15 @@ def run_server(settings: Settings, log_to_file: bool = True) -> None:
         return
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve(settings))
+
+
+def _raise_file_limit() -> None:
+    """A session holds five descriptors: the usual soft limit of 1024 would end at 200 of them."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def fail(error: RockError) -> int:

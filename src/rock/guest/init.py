@@ -25,7 +25,6 @@ if __name__ == "__main__" and "rock" not in sys.modules:  # started by its path:
         sys.modules[_name] = _package
 
 import gc
-import heapq
 import json
 import resource
 import select
@@ -38,6 +37,7 @@ from typing import Any
 
 from rock.guest import dial, proctree, programs, syscalls, treefiles, users
 from rock.guest.fault import Fault, of_os_error
+from rock.guest.loop import Loop
 from rock.guest.wire import Connection, send_patiently
 
 _CHILD_PATIENCE = 600.0
@@ -45,36 +45,26 @@ _MOST_CHILDREN = 64
 _MOST_CONNECTIONS = 32
 
 
-class Init:
-    """The loop and all that it knows.
+class Init(Loop):
+    """All that pid 1 knows and does.
 
     uid: of the server, as seen here; outside: whether the server must be outside of this pid namespace.
     """
 
     def __init__(self, listener: socket.socket, uid: int, outside: bool) -> None:
+        super().__init__()
         self.listener = listener
         self.uid = uid
         self.outside = outside
-        self.epoll = select.epoll()
-        self.readers: dict[int, Callable[[], None]] = {}
         self.connections: list[Connection] = []
         self.programs: dict[int, programs.Program] = {}
         self.children: dict[int, tuple[Connection, int, float]] = {}  # pid -> whom it answers, and its deadline
         self.starting: dict[int, Callable[[], None]] = {}  # pid -> what settles its start
-        self.timers: list[tuple[float, int, Callable[[], None]]] = []
-        self.sequence = 0
         self.stopping = False
         os.umask(0o022)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         self.limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (self.limits[1], self.limits[1]))
-        self.score = _own_score()
-
-    def descriptors(self) -> set[int]:
-        """All that must stay open before `run`."""
-        return {self.listener.fileno(), self.epoll.fileno(), *([self.score[0]] if self.score else [])}
-
-    # ---- the loop ----
 
     def run(self) -> None:
         """Serve until told to stop; never returns otherwise."""
@@ -88,38 +78,8 @@ class Init:
         self.watch(self.listener.fileno(), self._accept)
         self.watch(wake_reader.fileno(), lambda: self._drain(wake_reader))
         while not self.stopping:
-            timeout = max(0.0, self.timers[0][0] - time.monotonic()) if self.timers else 60.0
-            try:
-                for fd, mask in self.epoll.poll(timeout, 64):
-                    self._serve(fd, mask)
-            except InterruptedError:
-                pass
-            self._reap()
-            self._run_timers()
-
-    def watch(self, fd: int, callback: Callable[[], None], mask: int = select.EPOLLIN) -> None:
-        if fd in self.readers:
-            self.epoll.modify(fd, mask)
-        else:
-            self.epoll.register(fd, mask)
-        self.readers[fd] = callback
-
-    def unwatch(self, fd: int) -> None:
-        if self.readers.pop(fd, None) is not None:
-            self.epoll.unregister(fd)
-
-    def later(self, seconds: float, callback: Callable[[], None]) -> None:
-        self.sequence += 1
-        heapq.heappush(self.timers, (time.monotonic() + seconds, self.sequence, callback))
-
-    def _serve(self, fd: int, mask: int) -> None:
-        callback = self.readers.get(fd)
-        if callback is None:
-            return
-        try:
-            callback()
-        except Exception as error:  # whatever happens, pid 1 lives
-            self.complain(error)
+            self.turn()
+            self.guard(self._reap)
 
     def complain(self, error: BaseException) -> None:
         """Tell the server of a mistake of our own; it cannot fail. pid 1 has no log file: it holds nothing outside."""
@@ -127,15 +87,6 @@ class Init:
             self.tell({"event": "complaint", "text": repr(error)[:1000]})
         except Exception:
             pass
-
-    def _run_timers(self) -> None:
-        now = time.monotonic()
-        while self.timers and self.timers[0][0] <= now:
-            callback = heapq.heappop(self.timers)[2]
-            try:
-                callback()
-            except Exception as error:
-                self.complain(error)
 
     @staticmethod
     def _drain(sock: socket.socket) -> None:
@@ -252,32 +203,49 @@ class Init:
         user = users.find(str(request["user"])) if request.get("user") else None
         streams = programs.Streams(request, user)
         try:
-            pid, verdict = programs.start(programs.Plan(request, streams, user, self.limits), self.score)
+            plan = programs.Plan(request, streams, user, self.limits)
+            rehearsal = bool(request.get("rehearsal"))
+            self._start(connection, number, programs.Program(0, key, keep, streams.pty), plan, last=rehearsal)
         except BaseException:
             streams.close()
             raise
-        streams.close_theirs()
-        program = programs.Program(pid, key, keep, streams.pty)
+
+    def _start(self, connection: Connection, number: int, program: programs.Program, plan: programs.Plan, *,
+               by_fork: bool = False, last: bool = False) -> None:
+        start = programs.Start(plan, by_fork=by_fork)
+        pid = program.pid = start.pid
         self.programs[pid] = program
 
         def settle() -> None:
-            self.starting.pop(pid, None)
-            self.unwatch(verdict)
-            data = os.read(verdict, 4096)
-            os.close(verdict)
-            if data:
-                self.programs.pop(pid, None)
-                streams.close()
-                code, message = json.loads(data)
-                self.refuse(connection, number, Fault(code, message))
+            try:
+                verdict = os.read(start.verdict, 4096)
+            except BlockingIOError:
                 return
-            if keep:
-                program.held = {name: os.dup(fd) for name, fd in streams.ours.items()}
-            reply = {"pid": pid, "streams": list(streams.ours), "pty": streams.pty}
-            self.answer(connection, number, reply, list(streams.ours.values()))
+            del self.starting[pid]
+            self.unwatch(start.verdict)
+            fault = start.settle(verdict)
+            if fault is None:
+                self._started(connection, number, program, plan.streams)
+                return
+            del self.programs[pid]
+            try:
+                if start.by_fork or last:
+                    raise fault
+                self._start(connection, number, program, plan, by_fork=True)
+            except Fault as final:
+                plan.streams.close()
+                self.refuse(connection, number, final)
 
         self.starting[pid] = settle
-        self.watch(verdict, settle)
+        self.watch(start.verdict, settle)
+
+    def _started(self, connection: Connection, number: int, program: programs.Program,
+                 streams: programs.Streams) -> None:
+        streams.close_theirs()
+        if program.keep:
+            program.held = {name: os.dup(fd) for name, fd in streams.ours.items()}
+        reply = {"pid": program.pid, "streams": list(streams.ours), "pty": streams.pty}
+        self.answer(connection, number, reply, list(streams.ours.values()))
 
     def do_attach(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
         program = self._kept(str(request.get("key")))
@@ -424,7 +392,7 @@ class Init:
                 return
             code = os.waitstatus_to_exitcode(status)
             if pid in self.starting:
-                self.starting[pid]()
+                self.guard(self.starting[pid])
             if pid in self.children:
                 connection, number, _ = self.children.pop(pid)
                 if code != 0:
@@ -453,15 +421,6 @@ def _kill_under(root: int) -> Generator[float, None, int]:
 
 def _ignore(_number: int, _frame: object) -> None:
     """A signal that pid 1 does not act upon, or that only wakes its loop."""
-
-
-def _own_score() -> tuple[int, int] | None:
-    """Our oom_score_adj, open for writing, and its value. Opened early: later we are not its owner any more."""
-    try:
-        fd = os.open("/proc/self/oom_score_adj", os.O_RDWR | os.O_CLOEXEC)
-        return fd, int(os.read(fd, 32))
-    except (OSError, ValueError):
-        return None
 
 
 def prepare(listener: socket.socket, uid: int, outside: bool) -> Init:

@@ -12,7 +12,7 @@ import termios
 from dataclasses import dataclass, field
 from typing import Any
 
-from rock.guest import syscalls, users
+from rock.guest import native, syscalls, users
 from rock.guest.fault import Fault, of_os_error
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -136,24 +136,58 @@ def _guess(name: str, path: str) -> str:
     return name
 
 
-def start(plan: Plan, score: tuple[int, int] | None) -> tuple[int, int]:
-    """Fork and exec; answers the pid and the descriptor that tells, at its end of file, that the exec went well.
+class Start:
+    """A child on its way to exec. `verdict` reaches its end of file when it got there or gave up; then `settle`."""
 
-    score: descriptor of our own oom_score_adj and its value, raised around the fork, so that the program is killed for
-    memory before we are.
-    """
-    reading, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    if score is not None:
-        _set_score(score[0], max(500, score[1]))
-    try:
-        pid = os.fork()
-    except OSError as error:
-        os.close(reading)
-        os.close(writing)
-        raise of_os_error(error, "no further process can be started: the sandbox's limit is reached") from None
-    finally:
-        if score is not None and "pid" not in locals():
-            _set_score(*score)
+    def __init__(self, plan: Plan, *, by_fork: bool = False) -> None:
+        self.plan = plan
+        self.by_fork = by_fork or not native.available or not plan.path.startswith("/")
+        self._table: native.Table | None = None
+        self.verdict, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            self.pid = _fork(plan, writing) if self.by_fork else self._clone()
+        except OSError as error:
+            os.close(self.verdict)
+            raise of_os_error(error, "no further process can be started: the sandbox's limit is reached") from None
+        finally:
+            os.close(writing)
+
+    def _clone(self) -> int:
+        plan, table = self.plan, native.Table()
+        table.session(plan.streams.theirs[0] if plan.streams.pty else None)
+        high: list[int] = []
+        theirs = plan.streams.theirs
+        if min(theirs.values()) <= max(theirs):  # a descriptor has a number that the program expects for another one
+            high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, HIGHEST_CHANNEL + 1) for fd in theirs.values()]
+            theirs = dict(zip(theirs, high, strict=True))
+        try:
+            table.descriptors(theirs)
+            if plan.limits is not None:
+                table.files(*plan.limits)
+            if plan.user is not None and not _is_already(plan.user):
+                table.user(plan.user.uid, plan.user.gid, plan.user.groups)
+            table.folder(plan.cwd)
+            table.execute(plan.path, plan.encoded_argv, plan.encoded_env)
+            self._table = table
+            return table.run()
+        finally:
+            for fd in high:
+                os.close(fd)
+
+    def settle(self, data: bytes) -> Fault | None:
+        """What went wrong, or None, after what `verdict` gave. Of a clone we only know that it did not get there."""
+        os.close(self.verdict)
+        if data:
+            return Fault(*json.loads(data))
+        if self._table is not None and self._table.failed():
+            return Fault("internal", "the program could not be started")
+        _raise_score(self.pid)
+        return None
+
+
+def _fork(plan: Plan, writing: int) -> int:
+    """The slow way, with a sentence for each thing that can go wrong."""
+    pid = os.fork()
     if pid == 0:
         step = ["start"]
         try:
@@ -162,10 +196,25 @@ def start(plan: Plan, score: tuple[int, int] | None) -> tuple[int, int]:
             os.write(writing, json.dumps(_verdict(error, step[0])).encode())
         finally:
             os._exit(127)
-    if score is not None:
-        _set_score(*score)
-    os.close(writing)
-    return pid, reading
+    return pid
+
+
+def _raise_score(pid: int) -> None:
+    """Have a program killed for memory before us. Only now: as long as it shares our memory, its score is ours too."""
+    try:
+        fd = os.open(f"/proc/{pid}/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        os.write(fd, b"500")
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
+
+
+def _is_already(user: users.User) -> bool:
+    return (user.uid, user.gid) == (os.geteuid(), os.getegid()) and os.geteuid() != 0
 
 
 def _verdict(error: BaseException, step: str) -> list[str]:
@@ -174,13 +223,6 @@ def _verdict(error: BaseException, step: str) -> list[str]:
     if isinstance(error, Fault):
         return [error.code, error.message[:500]]
     return ["internal", f"{step}: {error!r}"[:500]]
-
-
-def _set_score(fd: int, value: int) -> None:
-    try:
-        os.pwrite(fd, b"%d" % value, 0)
-    except OSError:
-        pass
 
 
 def _become(plan: Plan, step: list[str]) -> None:
@@ -230,7 +272,7 @@ def _file_limits(wish: int | None, limits: tuple[int, int]) -> tuple[int, int] |
 
 
 def drop(user: users.User) -> None:
-    if (user.uid, user.gid) == (os.geteuid(), os.getegid()) and os.geteuid() != 0:
+    if _is_already(user):
         return
     try:
         try:

@@ -2,58 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections import OrderedDict
 from typing import Any
 
 import orjson
 
-from rock.errors import InvalidConfig, NotFound, RockError
+from rock.errors import InvalidConfig, NotFound
 from rock.protocol.action import BashAction, Command, CreateBashSessionRequest
 from rock.protocol.node import ProcessList, SessionList
-from rock.protocol.routes import IDEMPOTENCY_KEY, LOG_NEXT, LOG_RUNNING, LOG_START, ROUTES
+from rock.protocol.routes import LOG_NEXT, LOG_RUNNING, LOG_START, ROUTES
 from rock.protocol.sandbox import SandboxConfig
 from rock.rocklet import env_api, file_api, programs, terminal
 from rock.rocklet.node import Node
+from rock.rocklet.once import Once
 from rock.rocklet.stream import Streaming
 from rock.rocklet.supervisor import Supervisor
-from rock.wire.asgi import Answer, Request, Router, answer, failure, validate
-
-_KEY = IDEMPOTENCY_KEY.encode()
-_REMEMBERED = 2_000
-_REMEMBERED_SIZE = 64 << 10
-
-
-class Once:
-    """Answers by idempotency key: a request that was sent again gets the first one's answer and does nothing."""
-
-    def __init__(self) -> None:
-        self._answers: OrderedDict[tuple[str, str], asyncio.Future[Answer]] = OrderedDict()
-
-    async def do(self, sandbox_id: str, request: Request, work: Any) -> Answer:
-        key = request.header(_KEY)
-        if key is None:
-            return await work  # type: ignore[no-any-return]
-        known = self._answers.get((sandbox_id, key))
-        if known is not None:
-            work.close()
-            return await asyncio.shield(known)
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._answers[sandbox_id, key] = future
-        try:
-            reply: Answer = await work
-        except RockError as error:
-            reply = failure(error)
-        except BaseException:
-            future.cancel()
-            self._answers.pop((sandbox_id, key), None)
-            raise
-        future.set_result(reply)
-        if len(reply.body) > _REMEMBERED_SIZE:
-            self._answers.pop((sandbox_id, key), None)
-        while len(self._answers) > _REMEMBERED:
-            self._answers.popitem(last=False)
-        return reply
+from rock.wire.asgi import Answer, Request, Router, answer, validate
 
 
 class Api:
@@ -91,7 +54,7 @@ class Api:
             router.add(ROUTES[name], getattr(self, name))
         router.add(ROUTES["terminal"], terminal.handler(self.node))
         file_api.add_routes(router, self.node)
-        env_api.add_routes(router, self.node, self.once.do)
+        env_api.add_routes(router, self.node, self.once)
         return router
 
     def _find(self, request: Request) -> Supervisor:
@@ -108,7 +71,7 @@ class Api:
                 output = await sandbox.create_session(wanted)
             return answer({"output": output, "session_type": "bash"}, 201)
 
-        return await self.once.do(sandbox.id, request, work())
+        return await self.once.do(request, work())
 
     async def list_sessions(self, request: Request) -> Answer:
         sandbox = self._find(request)
@@ -135,7 +98,7 @@ class Api:
                 session = await sandbox.session(action.session)
                 return answer(await session.run(action))
 
-        return await self.once.do(sandbox.id, request, work())
+        return await self.once.do(request, work(), abandon=True)
 
     async def _stream_run(self, sandbox: Supervisor, request: Request, action: BashAction) -> Answer:
         session = await sandbox.session(action.session)
@@ -181,7 +144,7 @@ class Api:
                 )
                 return answer(await programs.Execution(process, command).run())
 
-        return await self.once.do(sandbox.id, request, work())
+        return await self.once.do(request, work(), abandon=True)
 
     async def _stream_execute(self, sandbox: Supervisor, request: Request, command: Command) -> Answer:
         process = await programs.start(sandbox.runtime, sandbox.handle, command, await sandbox.shell_for(command))
@@ -203,7 +166,7 @@ class Api:
             with sandbox.active():
                 return answer((await sandbox.start_process(command)).info, 201)
 
-        return await self.once.do(sandbox.id, request, work())
+        return await self.once.do(request, work())
 
     async def list_processes(self, request: Request) -> Answer:
         return answer(ProcessList(items=[p.info for p in self._find(request).processes.values()]))
@@ -217,8 +180,8 @@ class Api:
     async def process_logs(self, request: Request) -> Answer:
         sandbox = self._find(request)
         process = sandbox.process(request.path["process_id"])
-        offset = int(request.number("offset", 0))
-        limit = int(request.number("limit", 1 << 20, high=16 << 20))
+        offset = request.integer("offset", 0)
+        limit = request.integer("limit", 1 << 20, low=1, high=16 << 20)
         with sandbox.active():
             data, more = await process.read(
                 request.query.get("stream", "stdout"), offset, limit, request.number("wait", 0, high=3600)
@@ -235,7 +198,7 @@ class Api:
         process = sandbox.process(request.path["process_id"])
         body = await request.json()
         number = body.get("signal", 15) if isinstance(body, dict) else None
-        if not isinstance(number, int) or not 1 <= number <= 64:
+        if type(number) is not int or not 1 <= number <= 64:
             raise InvalidConfig(f"no such signal: {number!r}", hint="a number from 1 to 64")
         with sandbox.active():
             if process.status is None:
@@ -281,7 +244,7 @@ class Api:
         return _dump(await self.node.status())
 
     async def node_events(self, request: Request) -> Answer:
-        after = int(request.number("after", 0))
+        after = request.integer("after", 0)
         return _dump(await self.node.events(after, request.number("wait", 0, high=600)))
 
 

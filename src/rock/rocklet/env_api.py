@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from typing import Any
-
 from rock.envhub import registry
 from rock.errors import InvalidConfig
 from rock.protocol.env import MakeEnv, ResetEnv, StepEnv
 from rock.protocol.routes import ROUTES
 from rock.rocklet.node import Node
+from rock.rocklet.once import Once
 from rock.rocklet.supervisor import Supervisor
 from rock.wire.asgi import Answer, Request, Router, answer
-
-Once = Callable[[str, Request, Any], Awaitable[Answer]]
 
 
 class EnvApi:
@@ -37,7 +33,7 @@ class EnvApi:
                 number = await (await sandbox.environments()).make(env_id, wish.kwargs)
             return answer({"env": number, "env_id": env_id, "sandbox_id": sandbox.id}, 201)
 
-        return await self.once(sandbox.id, request, work())
+        return await self.once.do(request, work())
 
     async def reset_env(self, request: Request) -> Answer:
         sandbox, number = self._find(request)
@@ -48,7 +44,7 @@ class EnvApi:
                 observation, info = await (await sandbox.environments()).reset(number, wish.seed)
             return answer({"observation": observation, "info": info})
 
-        return await self.once(sandbox.id, request, work())
+        return await self.once.do(request, work())
 
     async def step_env(self, request: Request) -> Answer:
         sandbox, number = self._find(request)
@@ -68,7 +64,7 @@ class EnvApi:
                 }
             )
 
-        return await self.once(sandbox.id, request, work())
+        return await self.once.do(request, work())
 
     async def close_env(self, request: Request) -> Answer:
         sandbox, number = self._find(request)

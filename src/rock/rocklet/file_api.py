@@ -43,12 +43,12 @@ class FileApi:
     async def read_file(self, request: Request) -> Answer:
         sandbox = self._find(request)
         path = files.inside(request.required("path"))
-        offset = int(request.number("offset", 0))
-        length = int(request.number("length", 0)) if request.query.get("length") else None
+        offset = request.integer("offset", 0)
+        length = request.integer("length", 0) if request.query.get("length") else None
         with sandbox.active():
             fd = await files.of(sandbox.runtime).open_read(sandbox.handle, path, user=request.query.get("user"))
         reading = files.Reading(fd, offset, length)
-        return Answer(stream=reading.chunks(), length=reading.length, content_type=_RAW)
+        return Answer(stream=sandbox.during(reading.chunks()), length=reading.length, content_type=_RAW)
 
     async def write_file(self, request: Request) -> Answer:
         sandbox = self._find(request)
@@ -75,7 +75,7 @@ class FileApi:
     async def list_files(self, request: Request) -> Answer:
         sandbox = self._find(request)
         path = files.inside(request.required("path"))
-        offset, limit = int(request.number("offset", 0)), int(request.number("limit", 1000, low=1, high=10_000))
+        offset, limit = request.integer("offset", 0), request.integer("limit", 1000, low=1, high=10_000)
         with sandbox.active():
             found = await files.of(sandbox.runtime).list(sandbox.handle, path, offset=offset, limit=limit)
         items = [files.describe(posixpath.join(path, entry.name), entry) for entry in found]
@@ -137,7 +137,8 @@ class FileApi:
         path = files.inside(request.required("path"))
         with sandbox.active():
             await files.of(sandbox.runtime).stat(sandbox.handle, path)
-        return Answer(stream=files.pack(sandbox.runtime, sandbox.handle, path), content_type=b"application/x-tar")
+        packed = files.pack(sandbox.runtime, sandbox.handle, path)
+        return Answer(stream=sandbox.during(packed), content_type=b"application/x-tar")
 
     async def upload_dir(self, request: Request) -> Answer:
         sandbox = self._find(request)

@@ -8,10 +8,12 @@ import os
 import posixpath
 import stat as modes
 import tarfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 
 from rock.errors import InvalidConfig, NotFound, RockError, StorageFull, Unsupported
 from rock.protocol.action import FileInfo
+from rock.rocklet.streams import write_all
 from rock.runtime.base import Files, FileStat, Handle, Runtime
 
 CHUNK = 1 << 20
@@ -57,7 +59,7 @@ class Reading:
         self.offset = min(offset, size)
         self.length = min(size - self.offset, size if length is None else length)
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self) -> AsyncGenerator[bytes]:
         """Exactly `length` bytes; a file that shrinks meanwhile is an error, because a length was promised."""
         left, at = self.length, self.offset
         try:
@@ -74,7 +76,13 @@ class Reading:
                 left -= len(data)
                 at += len(data)
         finally:
-            os.close(self._fd)
+            self.close()
+
+    def close(self) -> None:
+        """Close the file. Idempotent."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 async def write_stream(
@@ -138,7 +146,7 @@ def _write_parts(fd: int, parts: list[bytes]) -> None:
 # ---- folders as tar -------------------------------------------------------------------------------------------------
 
 
-async def pack(runtime: Runtime, handle: Handle, path: str) -> AsyncIterator[bytes]:
+async def pack(runtime: Runtime, handle: Handle, path: str) -> AsyncGenerator[bytes]:
     """A file or folder as an uncompressed tar; names in it are relative to `path`. Links are kept as links;
     FIFOs, sockets and devices are left out."""
     files = of(runtime)
@@ -187,10 +195,13 @@ async def _pack_one(files: Files, handle: Handle, path: str, name: str, found: F
         yield info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
         return
     reading = Reading(await files.open_read(handle, path), 0, None)
-    info.size = reading.length
-    yield info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
-    async for part in reading.chunks():
-        yield part
+    try:
+        info.size = reading.length
+        yield info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+        async for part in reading.chunks():
+            yield part
+    finally:
+        reading.close()
     if info.size % 512:
         yield b"\0" * (512 - info.size % 512)
 
@@ -202,7 +213,10 @@ async def unpack(runtime: Runtime, handle: Handle, path: str, chunks: AsyncItera
     await files.make_dir(handle, path)
     loop = asyncio.get_running_loop()
     read_fd, write_fd = os.pipe()
-    work = asyncio.create_task(asyncio.to_thread(_unpack_thread, read_fd, loop, files, handle, path))
+    os.set_blocking(write_fd, False)
+    # A thread of its own: it blocks for as long as the sender likes, and the shared ones have other work to do.
+    thread = ThreadPoolExecutor(1, thread_name_prefix="rock-unpack")
+    work = loop.run_in_executor(thread, _unpack_thread, read_fd, loop, files, handle, path)
     feed = asyncio.create_task(_feed_pipe(write_fd, chunks))
     try:
         await asyncio.wait({work, feed}, return_when=asyncio.FIRST_COMPLETED)
@@ -215,12 +229,13 @@ async def unpack(runtime: Runtime, handle: Handle, path: str, chunks: AsyncItera
     finally:
         feed.cancel()
         await asyncio.gather(feed, work, return_exceptions=True)
+        thread.shutdown(wait=False)
 
 
 async def _feed_pipe(fd: int, chunks: AsyncIterator[bytes]) -> None:
     try:
         async for part in chunks:
-            await asyncio.to_thread(_write_parts, fd, [part])
+            await write_all(fd, part)
     finally:
         os.close(fd)
 
@@ -270,12 +285,14 @@ def _unpack_one(
             )
         fd, token = do(files.open_write(handle, target, mode=modes.S_IMODE(member.mode)))
         try:
-            with open(fd, "wb", buffering=0) as out:
+            with open(fd, "wb") as out:
                 while data := source.read(CHUNK):
                     out.write(data)
-        except OSError as error:
+        except BaseException as error:
             do(files.abort_write(handle, token))
-            raise full_or(error, target) from error
+            if isinstance(error, OSError):
+                raise full_or(error, target) from error
+            raise
         do(files.commit_write(handle, token))
     else:
         raise InvalidConfig(f"the archive has a special file: {member.name!r}", hint="pack without devices and FIFOs")

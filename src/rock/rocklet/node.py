@@ -42,6 +42,7 @@ class Node:
         self.boot = uuid.uuid4().hex[:12]
         self.supervisors: dict[str, Supervisor] = {}
         self._creating: dict[str, asyncio.Task[Supervisor]] = {}
+        self._destroying: dict[str, asyncio.Task[NodeSandbox]] = {}
         self._phases: dict[str, dict[str, Phase]] = {}
         self._events: list[NodeEvent] = []
         self._changed = asyncio.Condition()
@@ -86,12 +87,19 @@ class Node:
         self.supervisors[sandbox_id] = supervisor
         log.info("found sandbox %s again, sessions: %s", sandbox_id, sorted(supervisor.sessions))
 
+    def let_go(self) -> None:
+        """The server is about to stop: requests that wait for commands end now, and the commands go on."""
+        for supervisor in self.supervisors.values():
+            for session in supervisor.sessions.values():
+                session.let_go()
+
     async def close(self) -> None:
         """Let go of every sandbox and leave it running."""
         self._closing = True
-        for task in [*self._creating.values(), *self._tasks]:
+        tasks = [*self._creating.values(), *self._destroying.values(), *self._tasks]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._creating.values(), *self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         for supervisor in self.supervisors.values():
             await supervisor.detach()
         for runtime in self.runtimes.values():
@@ -117,9 +125,13 @@ class Node:
 
     async def create(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
         """Make a sandbox. The same id and config again is the same sandbox, made once."""
+        leaving = self._destroying.get(sandbox_id)
+        if leaving is not None:
+            await asyncio.wait({leaving})
         found = self.supervisors.get(sandbox_id)
         if found is not None:
-            if found.config != config:
+            # The registry password is not kept.
+            if found.config.model_copy(update={"registry_password": config.registry_password}) != config:
                 raise Conflict(f"sandbox {sandbox_id} exists already", sandbox_id=sandbox_id)
             return found.describe()
         task = self._creating.get(sandbox_id)
@@ -131,8 +143,12 @@ class Node:
                 )
             task = asyncio.create_task(self._create(sandbox_id, config), name=f"create-{sandbox_id}")
             self._creating[sandbox_id] = task
+            self._ends.pop(sandbox_id, None)  # of an earlier one with this name
             task.add_done_callback(lambda _: self._creating.pop(sandbox_id, None))
-        return (await asyncio.shield(task)).describe()
+        await asyncio.wait({task})
+        if task.cancelled():
+            raise Conflict(f"sandbox {sandbox_id} was stopped while it started", sandbox_id=sandbox_id)
+        return task.result().describe()
 
     async def _create(self, sandbox_id: str, config: SandboxConfig) -> Supervisor:
         runtime = self.runtime_for(config)
@@ -170,17 +186,29 @@ class Node:
         task.add_done_callback(self._tasks.discard)
 
     async def destroy(self, sandbox_id: str, grace: float = 0.0) -> NodeSandbox:
-        """Remove a sandbox and all it used. Idempotent: an unknown one answers as not alive."""
+        """Remove a sandbox and all it used. Idempotent: an unknown one answers as not alive.
+
+        However many ask, and whoever of them leaves: it is done once, and all are answered when nothing is left.
+        """
+        task = self._destroying.get(sandbox_id)
+        if task is None:
+            task = asyncio.create_task(self._destroy(sandbox_id, grace), name=f"destroy-{sandbox_id}")
+            self._destroying[sandbox_id] = task
+            task.add_done_callback(lambda _: self._destroying.pop(sandbox_id, None))
+        return await asyncio.shield(task)
+
+    async def _destroy(self, sandbox_id: str, grace: float) -> NodeSandbox:
         creating = self._creating.get(sandbox_id)
         if creating is not None:
             creating.cancel()
             await asyncio.gather(creating, return_exceptions=True)
-        supervisor = self.supervisors.pop(sandbox_id, None)
+        supervisor = self.supervisors.get(sandbox_id)
         if supervisor is None:
             return NodeSandbox(sandbox_id=sandbox_id)
+        supervisor.cause = supervisor.cause or Cause.USER  # from now on it is not found
         await supervisor.destroy(grace)
         await asyncio.to_thread(shutil.rmtree, supervisor.folder, True)
-        supervisor.cause = supervisor.cause or Cause.USER
+        del self.supervisors[sandbox_id]  # only now: a destroy that failed can be repeated
         return supervisor.describe()
 
     # ---- find ----
@@ -239,9 +267,10 @@ class Node:
         async with self._changed:
             self._changed.notify_all()
         if self.supervisors.get(supervisor.id) is supervisor:
-            del self.supervisors[supervisor.id]
-            await supervisor.destroy(0)
-            await asyncio.to_thread(shutil.rmtree, supervisor.folder, True)
+            try:
+                await self.destroy(supervisor.id)
+            except Exception:
+                log.exception("removing what is left of sandbox %s; its stop tries again", supervisor.id)
 
     async def events(self, after: int, wait: float) -> NodeEvents:
         """Ends with a number above `after`; waits up to `wait` seconds for one."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 from rock.errors import InvalidConfig, NotFound
 from rock.protocol.action import Command, CommandResponse, ProcessInfo
@@ -156,16 +158,16 @@ class Background:
         self.status: ExitStatus | None = None
         self._folder = folder
         self._grown = asyncio.Condition()
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-        self._files = {name: os.open(folder / name, flags, 0o600) for name in ("stdout", "stderr")}
-        self._sizes = {name: os.fstat(fd).st_size for name, fd in self._files.items()}
+        # Opened for each portion: a sandbox may have thousands of ended processes that nobody has forgotten yet.
+        self._sizes = {name: self._log(name, b"") for name in ("stdout", "stderr")}
         self._readers = [
             Reader(fd, lambda data, n=name: self._append(n, data))  # type: ignore[misc]
             for name, fd in (("stdout", process.stdout), ("stderr", process.stderr))
             if fd is not None
         ]
         self._watch = asyncio.create_task(self._watch_exit(), name=f"process-{process_id}")
-        self._wakers: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._input = asyncio.Lock()
 
     @property
     def info(self) -> ProcessInfo:
@@ -186,17 +188,28 @@ class Background:
     def _append(self, name: str, data: bytes) -> None:
         room = LOG_CAP - self._sizes[name]
         if room > 0:
-            try:
-                os.write(self._files[name], data[:room])
-            except OSError:
-                room = 0  # the server's disk is full: the program goes on, and the size tells what is not there
-            self._sizes[name] += min(len(data), max(room, 0))
+            # When the server's disk is full the program goes on; the size is that of what is there to be read.
+            with contextlib.suppress(OSError):
+                self._sizes[name] = self._log(name, data[:room])
         self._wake()
 
+    def _log(self, name: str, data: bytes) -> int:
+        """Append to a log; answers its size then."""
+        fd = os.open(self._folder / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            if data:
+                os.write(fd, data)
+            return os.fstat(fd).st_size
+        finally:
+            os.close(fd)
+
     def _wake(self) -> None:
-        task = asyncio.ensure_future(self._notify())
-        self._wakers.add(task)
-        task.add_done_callback(self._wakers.discard)
+        self._spawn(self._notify())
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _notify(self) -> None:
         async with self._grown:
@@ -211,6 +224,8 @@ class Background:
             reader.drain()
         self.status, self.ended_at = status, time.time()
         await self._notify()
+        async with self._input:
+            await self.process.close_stdin()
 
     async def wait(self, seconds: float) -> ProcessInfo:
         """Its state as soon as it has ended, at the latest after `seconds`."""
@@ -235,23 +250,28 @@ class Background:
         data = await asyncio.to_thread(_read_at, self._folder / stream, offset, limit)
         return data, running or offset + len(data) < self._sizes[stream]
 
+    def feed(self, data: bytes) -> None:
+        """Give it all its input and the end of it, as fast as it takes it."""
+        self._spawn(self.write(data, True))
+
     async def write(self, data: bytes, close: bool) -> None:
-        if self.process.stdin is None:
-            raise InvalidConfig(f"process {self.id} takes no input: it was closed, or it has ended")
-        if data and not await write_all(self.process.stdin, data):
-            close = True
-        if close:
-            await self.process.close_stdin()
+        """Give it input, after that of the calls before; returns when it is in the program's pipe."""
+        async with self._input:
+            if self.process.stdin is None:
+                raise InvalidConfig(f"process {self.id} takes no input: it was closed, or it has ended")
+            if data and not await write_all(self.process.stdin, data):
+                close = True
+            if close:
+                await self.process.close_stdin()
 
     async def detach(self) -> None:
         """Let go of it and leave it running."""
-        self._watch.cancel()
-        await asyncio.gather(self._watch, *self._wakers, return_exceptions=True)
+        tasks = [self._watch, *self._tasks]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         for reader in self._readers:
             reader.close()
-        for fd in self._files.values():
-            os.close(fd)
-        self._files = {}
 
     async def forget(self) -> None:
         """Kill it if it runs, and drop its logs."""

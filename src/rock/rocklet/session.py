@@ -7,12 +7,13 @@ found again by `attach`. The framing is shell.py's.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from rock.errors import InvalidConfig, NotFound, SessionClosed, StartFailed
+from rock.errors import InvalidConfig, NotFound, RockError, SessionClosed, StartFailed, Unavailable
 from rock.protocol.action import MAX_OUTPUT, BashAction, BashObservation, CreateBashSessionRequest, SessionInfo
 from rock.rocklet import shell
 from rock.rocklet.streams import Capped, Reader, as_text, write_all
@@ -20,6 +21,8 @@ from rock.runtime.base import ExitStatus, Files, Handle, Process, Program, Runti
 
 KEY = "session:"
 _RESTART_GRACE = 1.5  # seconds for a shell to hand its state over before it is killed
+_IDLE_OUTPUT = 1 << 20  # bytes kept of what background jobs write between commands
+_END = 10.0  # seconds for a killed shell to be seen dead
 _BULK = 16 << 10  # a pipe is read byte by byte by the shell: longer commands go by a file
 
 Sink = Callable[[bool, bytes], None]  # (is stderr, bytes)
@@ -36,6 +39,8 @@ class _Run:
     began: float  # seconds of CLOCK_BOOTTIME: what is younger was started by this command
     sink: Sink | None = None
     interrupted: bool = False
+    written: bool = False  # the shell has the whole of it
+    dropped: int = 0  # bytes that were dropped before it began
 
 
 @dataclass
@@ -90,7 +95,9 @@ class Session:
         self._status = 0
         self._cwd: str | None = None
         self._watch: asyncio.Task[None] | None = None
-        self._idle_output = Capped(MAX_OUTPUT)
+        self._idle_output = Capped(_IDLE_OUTPUT)
+        self._leaving = False
+        self._replaced = False  # the shell ended between two commands, and its successor waits for its state
 
     # ---- life ----
 
@@ -100,7 +107,7 @@ class Session:
             await self._spawn()
             observation = await self._preamble()
         except BaseException:
-            await self._release()
+            await asyncio.shield(self.close())
             raise
         if observation.exit_code != 0:
             await self.close()
@@ -114,13 +121,37 @@ class Session:
     async def attach(self) -> None:
         """Take over a shell that a former rocklet started."""
         self._adopt(await self._runtime.attach(self._handle, KEY + self.spec.session))
+        self._readers[-1].drain()  # what the shell told a former rocklet's command is not meant for ours
 
     async def close(self) -> None:
-        """Kill the shell and all that it started."""
+        """Kill the shell and all that it started; its name is free again after that."""
         self.closed = self.closed or "it was closed"
-        if self._process is not None:
+        await self._kill()
+        async with self._lock:  # the command that ran has seen the end, and whoever waited was refused
+            await self._kill()
+            await self._release()
+
+    async def _kill(self) -> None:
+        if self._process is None:
+            return
+        with contextlib.suppress(RockError, TimeoutError):
             await self._process.kill_tree()
-        await self._release()
+            async with asyncio.timeout(_END):
+                await self._process.wait()
+
+    def let_go(self) -> None:
+        """The server is about to stop: whoever waits for a command is told so, and the command goes on."""
+        self._leaving = True
+        if self._run is not None and not self._run.done.done():
+            self._run.done.set_exception(self._unavailable())
+            self._run.done.exception()  # nobody may be waiting
+
+    def _unavailable(self) -> Unavailable:
+        return Unavailable(
+            f"the server is stopping; what runs in session {self.spec.session!r} goes on",
+            sandbox_id=self._handle.id,
+            hint="rock admin start finds the session again",
+        )
 
     async def detach(self) -> None:
         """Let go of the shell and leave it running, for a rocklet that comes after this one."""
@@ -195,6 +226,8 @@ class Session:
     def _on_status(self, data: bytes) -> None:
         for report in self._reports.feed(data):
             run = self._run
+            if run is None and isinstance(report, shell.Restarted):
+                self._replaced = True
             if isinstance(report, shell.Done):
                 self._cwd = report.cwd
                 if run is None or report.token != run.token:
@@ -243,10 +276,13 @@ class Session:
         async with self._lock:
             self._check_open()
             began = time.monotonic()
+            lost = self._replaced and not await self._restore()
+            self._check_open()
             run = self._begin(action.max_output_bytes, sink)
-            bulk = await self._bulk(action.command, run.token)
-            await self._write(
-                shell.frame(
+            bulk: str | None = None
+            try:
+                bulk = await self._bulk(action.command, run.token)
+                script = shell.frame(
                     self.shell.dialect,
                     bulk or action.command,
                     run.token,
@@ -254,21 +290,22 @@ class Session:
                     separate=action.separate,
                     pty=self.spec.pty is not None,
                 )
-            )
-            try:
-                observation = await self._finish(run, action.timeout)
+                observation = await self._finish(run, script, action.timeout, lost)
             except asyncio.CancelledError:
                 # The caller went away: nothing of its command may run on, and the session has to stay in step.
                 await asyncio.shield(self._give_up(run))
                 raise
             finally:
                 self._run = None
+                self.resume()  # a slow client may have left it paused
                 if bulk:
                     await self._remove_bulk(run.token)
             observation.duration = time.monotonic() - began
             return observation
 
     def _check_open(self) -> None:
+        if self._leaving:
+            raise self._unavailable()
         if self.closed is not None:
             raise SessionClosed(
                 f"session {self.spec.session!r} is closed: {self.closed}",
@@ -279,10 +316,11 @@ class Session:
     def _begin(self, limit: int, sink: Sink | None = None) -> _Run:
         self._token += 1
         output = Capped(limit)
-        data, _ = self._idle_output.take()
-        self._idle_output = Capped(MAX_OUTPUT)
+        data, dropped = self._idle_output.take()
+        self._idle_output = Capped(_IDLE_OUTPUT)
         done: asyncio.Future[shell.Report | ExitStatus] = asyncio.get_running_loop().create_future()
         run = _Run(self._token, output, Capped(limit), done, time.clock_gettime(time.CLOCK_BOOTTIME), sink)
+        run.dropped = dropped
         self._run = run
         if data:
             self._on_output(False, data)
@@ -311,26 +349,30 @@ class Session:
             except NotFound:
                 pass
 
-    async def _finish(self, run: _Run, timeout: float | None) -> BashObservation:
+    async def _finish(
+        self, run: _Run, script: bytes, timeout: float | None, restarted: bool = False
+    ) -> BashObservation:
         timed_out = False
         try:
             async with asyncio.timeout(timeout):
+                await self._write(script)
+                run.written = True
                 report = await asyncio.shield(run.done)
         except TimeoutError:
             timed_out = True
             report = await self._abort(run)
-        restarted = await self._settle(run, report, timed_out)
+        restarted |= await self._settle(run, report, timed_out)
         return self._observe(run, report, timeout if timed_out else None, restarted)
 
     async def _settle(self, run: _Run, report: shell.Report | ExitStatus, given_up: bool) -> bool:
         """Bring the shell back in step after a command; True when its state was lost on the way."""
         if isinstance(report, shell.Restarted):
-            return not await self._restore()
+            return self.closed is None and not await self._restore()
         if isinstance(report, ExitStatus):
             self._drain()
-            if given_up or (run.interrupted and report.signal is not None):
+            if self.closed is None and (given_up or (run.interrupted and report.signal is not None)):
                 return await self._respawn()
-            self.closed = f"its shell ended with status {_tell(report)}"
+            self.closed = self.closed or f"its shell ended with status {_tell(report)}"
             await self._release()
         return False
 
@@ -368,23 +410,21 @@ class Session:
             interrupted=run.interrupted,
             session_closed=self.closed is not None,
             session_restarted=restarted,
-            dropped_bytes=dropped + dropped_errors,
+            dropped_bytes=dropped + dropped_errors + run.dropped,
         )
 
     async def _preamble(self) -> BashObservation:
         run = self._begin(MAX_OUTPUT)
         try:
-            await self._write(
-                shell.preamble(
-                    self.shell.dialect,
-                    run.token,
-                    env={},
-                    cwd=None,
-                    sources=self.spec.startup_source,
-                    pty=self.spec.pty is not None,
-                )
+            script = shell.preamble(
+                self.shell.dialect,
+                run.token,
+                env={},
+                cwd=None,
+                sources=self.spec.startup_source,
+                pty=self.spec.pty is not None,
             )
-            return await self._finish(run, self.spec.startup_timeout)
+            return await self._finish(run, script, self.spec.startup_timeout)
         finally:
             self._run = None
 
@@ -396,6 +436,9 @@ class Session:
         assert process is not None
         if run.done.done():
             return run.done.result()
+        if not run.written:  # half a command is in its pipe: no shell could make sense of the next one
+            await process.kill_tree()
+            return await run.done
         # Told while it is stopped: else it would go on to its next line when what it waits for is killed, or what it
         # starts to hand its state over would be killed with the rest.
         await process.kill_tree(
@@ -410,9 +453,10 @@ class Session:
 
     async def _restore(self) -> bool:
         """Complete a shell's replacement of itself; False when that failed and it was started afresh."""
+        self._replaced = False
         run = self._begin(MAX_OUTPUT)
-        await self._write(shell.restore(self.shell.dialect, run.token, self.spec.pty is not None))
         try:
+            await self._write(shell.restore(self.shell.dialect, run.token, self.spec.pty is not None))
             async with asyncio.timeout(_RESTART_GRACE):
                 report = await asyncio.shield(run.done)
             if isinstance(report, shell.Done):
@@ -422,6 +466,8 @@ class Session:
             await self._process.kill_tree()
         finally:
             self._run = None
+            data, _ = run.output.take()
+            self._idle_output.add(data)  # a background job's
         return not await self._respawn()
 
     async def _respawn(self) -> bool:
@@ -430,6 +476,9 @@ class Session:
         self._run = None
         try:
             await self._spawn()
+            if self.closed is not None:  # meanwhile
+                await self._kill()
+                return False
             run = self._begin(MAX_OUTPUT)
             await self._write(
                 shell.preamble(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any
 
 import orjson
@@ -45,7 +45,7 @@ class Streaming:
     def answer(self, work: Coroutine[Any, Any, Any], request: Request) -> Answer:
         return Answer(stream=self._frames(work, request), content_type=STREAM_TYPE.encode())
 
-    async def _frames(self, work: Coroutine[Any, Any, Any], request: Request) -> AsyncIterator[bytes]:
+    async def _frames(self, work: Coroutine[Any, Any, Any], request: Request) -> AsyncGenerator[bytes]:
         task = asyncio.ensure_future(work)
         gone = asyncio.ensure_future(request.disconnected())
         task.add_done_callback(lambda _: self._ready.set())

@@ -7,11 +7,13 @@ import asyncio
 import base64
 import fcntl
 import os
+import select
 import termios
 from collections import deque
 from collections.abc import Callable
 
 _CHUNK = 256 << 10
+_PORTION = 4 << 10
 
 
 class Capped:
@@ -21,7 +23,7 @@ class Capped:
         self._head_room = limit - limit // 2
         self._tail_room = limit // 2
         self._head = bytearray()
-        self._tail: deque[bytes] = deque()
+        self._tail: deque[bytearray] = deque()
         self._tail_size = 0
         self.dropped = 0
         self.total = 0
@@ -34,7 +36,10 @@ class Capped:
             data = data[room:]
         if not data:
             return
-        self._tail.append(data)
+        if self._tail and len(self._tail[-1]) < _PORTION:
+            self._tail[-1] += data  # a thousand short lines must not cost a thousand objects
+        else:
+            self._tail.append(bytearray(data))
         self._tail_size += len(data)
         while self._tail_size - len(self._tail[0]) >= self._tail_room:
             gone = len(self._tail.popleft())
@@ -75,6 +80,7 @@ class Reader:
         self.done = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._watching = False
+        self._terminal = os.isatty(fd)
         self.resume()
 
     def resume(self) -> None:
@@ -106,14 +112,30 @@ class Reader:
 
     def drain(self) -> None:
         """Take what is there now and no more: a program that goes on writing cannot hold us here."""
+        self._take(self._held())
+        left = _CHUNK if self._terminal else 0
+        while left > 0 and not self.done.is_set():
+            # What a program wrote to a terminal comes to our side by and by; asking makes the kernel bring it.
+            poll = select.poll()
+            poll.register(self.fd, select.POLLIN)
+            poll.poll(0)
+            held = self._held()
+            if not held:
+                return
+            self._take(held)
+            left -= held
+
+    def _held(self) -> int:
         if self.done.is_set():
-            return
+            return 0
         size = array.array("i", [0])
         try:
             fcntl.ioctl(self.fd, termios.FIONREAD, size)
         except OSError:
-            return
-        left = size[0]
+            return 0
+        return size[0]
+
+    def _take(self, left: int) -> None:
         while left > 0:
             count = self._read(min(left, _CHUNK))
             if not count:

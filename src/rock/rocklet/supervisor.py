@@ -8,7 +8,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ class Supervisor:
         self._shells: dict[str | None, Shell] = {}
         self._opening: dict[str, asyncio.Task[Session]] = {}
         self._env_lock = asyncio.Lock()
+        self._save_lock = asyncio.Lock()
         self._watch = asyncio.create_task(self._watch_end(), name=f"watch-{sandbox_id}")
 
     # ---- what is kept on disk, for the rocklet after this one ----
@@ -64,15 +65,27 @@ class Supervisor:
 
     def save(self) -> None:
         """Write the record: replaced at once, so that a crash leaves the old one or the new one."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write(self._record())
+
+    async def saved(self) -> None:
+        """Write the record without holding up anybody else."""
+        async with self._save_lock:
+            await asyncio.to_thread(self._write, self._record())
+
+    def _record(self) -> str:
         record = {
-            "config": self.config.model_dump(mode="json"),
+            # The registry password was needed for one pull: it does not go to the disk.
+            "config": self.config.model_dump(mode="json", exclude={"registry_password"}),
             "handle": {**asdict(self.handle), "isolation": self.handle.isolation.value},
             "sessions": {name: s.spec.model_dump(mode="json") for name, s in self.sessions.items() if not s.closed},
             "processes": {p.id: {"command": p.command, "started_at": p.started_at} for p in self.processes.values()},
         }
+        return json.dumps(record)
+
+    def _write(self, record: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         temporary = self.record_path.with_suffix(".new")
-        temporary.write_text(json.dumps(record))
+        temporary.write_text(record)
         os.replace(temporary, self.record_path)
 
     @staticmethod
@@ -113,6 +126,13 @@ class Supervisor:
         finally:
             self._busy -= 1
             self._last = time.monotonic()
+
+    async def during(self, stream: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+        """A stream that counts as activity for as long as it is read: a slow client is not an idle sandbox."""
+        with self.active():
+            async with contextlib.aclosing(stream):
+                async for part in stream:
+                    yield part
 
     def touch(self) -> None:
         self._last = time.monotonic()
@@ -176,7 +196,7 @@ class Supervisor:
             session = Session(self.runtime, self.handle, request, await self.find_shell(request.shell))
             await session.open()
             self.sessions[request.session] = session
-            await asyncio.to_thread(self.save)
+            await self.saved()
             return session
         finally:
             self._opening.pop(request.session, None)
@@ -203,7 +223,7 @@ class Supervisor:
         if session is None:
             raise NotFound(f"session {name!r} does not exist", sandbox_id=self.id)
         await session.close()
-        await asyncio.to_thread(self.save)
+        await self.saved()
 
     # ---- programs ----
 
@@ -216,13 +236,19 @@ class Supervisor:
         process = await programs.start(
             self.runtime, self.handle, command, sh, key=programs.KEY + key, keep=True, stdin=True
         )
-        folder = self.folder / "processes" / key
-        folder.mkdir(parents=True)
-        background = programs.Background(key, command.command, process, folder)
-        self.processes[key] = background
+        try:
+            folder = self.folder / "processes" / key
+            folder.mkdir(parents=True)
+            background = programs.Background(key, command.command, process, folder)
+            self.processes[key] = background
+            await self.saved()
+        except BaseException:
+            # Nobody would know of it.
+            self.processes.pop(key, None)
+            await asyncio.shield(process.kill_tree())
+            raise
         if command.stdin is not None:
-            await background.write(command.stdin.encode("utf-8", "surrogateescape"), True)
-        await asyncio.to_thread(self.save)
+            background.feed(command.stdin.encode("utf-8", "surrogateescape"))
         return background
 
     def process(self, key: str) -> programs.Background:
@@ -235,7 +261,7 @@ class Supervisor:
         background = self.process(key)
         del self.processes[key]
         await background.forget()
-        await asyncio.to_thread(self.save)
+        await self.saved()
         return background
 
     # ---- environments ----
@@ -266,8 +292,10 @@ class Supervisor:
 
     async def detach(self) -> None:
         """Let go of it and leave it running, for a rocklet that comes after this one."""
-        self._watch.cancel()
-        await asyncio.gather(self._watch, *self._opening.values(), return_exceptions=True)
+        tasks = [self._watch, *self._opening.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         for session in self.sessions.values():
             await session.detach()
         for background in self.processes.values():
@@ -281,7 +309,7 @@ class Supervisor:
         for task in self._opening.values():
             task.cancel()
         await asyncio.gather(self._watch, *self._opening.values(), return_exceptions=True)
-        if grace > 0 and self.cause is None:
+        if grace > 0:
             await self.runtime.stop(self.handle, grace)
         await self.runtime.destroy(self.handle)
         for session in self.sessions.values():

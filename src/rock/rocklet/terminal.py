@@ -21,8 +21,8 @@ def handler(node: Node) -> SocketHandler:
     async def terminal(request: Request, receive: Receive, send: Send) -> None:
         sandbox = node.get(request.path["sandbox_id"])
         size = (
-            int(request.number("rows", 24, low=1, high=10_000)),
-            int(request.number("columns", 80, low=1, high=10_000)),
+            request.integer("rows", 24, low=1, high=10_000),
+            request.integer("columns", 80, low=1, high=10_000),
         )
         await receive()  # websocket.connect
         await send({"type": "websocket.accept"})

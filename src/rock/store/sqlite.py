@@ -72,7 +72,7 @@ class SqliteStore:
     async def _do(self, work: Callable[..., T], *args: Any) -> T:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
-        except sqlite3.OperationalError as error:
+        except sqlite3.Error as error:
             if "full" in str(error) or "disk I/O" in str(error):
                 raise StorageFull(
                     f"the store {self.path} cannot be written: {error}", hint="free some space on the server"

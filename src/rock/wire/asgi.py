@@ -7,9 +7,10 @@ the same wire without a socket.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 from urllib.parse import parse_qsl
@@ -17,7 +18,7 @@ from urllib.parse import parse_qsl
 import orjson
 from pydantic import BaseModel, ValidationError
 
-from rock.errors import InternalServerRockError, InvalidConfig, NotFound, RockError
+from rock.errors import InternalServerRockError, InvalidConfig, NotFound, RockError, Unavailable
 from rock.protocol.routes import Route
 
 Scope = MutableMapping[str, Any]
@@ -66,6 +67,10 @@ class Request:
             raise InvalidConfig(f"query {name}={text} is not between {low:g} and {high:g}")
         return value
 
+    def integer(self, name: str, default: int, *, low: int = 0, high: int = 1 << 53) -> int:
+        """A whole number of the query; InvalidConfig names what is wrong with it."""
+        return int(self.number(name, default, low=low, high=high))
+
     def flag(self, name: str, default: bool = False) -> bool:
         text = self.query.get(name)
         return default if text is None else text.lower() not in ("", "0", "false", "no")
@@ -91,14 +96,15 @@ class Request:
         message = await self._receive()
         if message["type"] == "http.request" and not message.get("more_body", False):
             return message.get("body", b"")  # type: ignore[no-any-return]
+        if message["type"] == "http.disconnect":
+            raise Disconnected
         parts = [message.get("body", b"")]
         size = len(parts[0])
-        if message["type"] == "http.request":
-            async for part in self.chunks():
-                size += len(part)
-                if size > MAX_BODY:
-                    raise InvalidConfig(f"the body is over {MAX_BODY} bytes", hint="send files with write_file")
-                parts.append(part)
+        async for part in self.chunks():
+            size += len(part)
+            if size > MAX_BODY:
+                raise InvalidConfig(f"the body is over {MAX_BODY} bytes", hint="send files with write_file")
+            parts.append(part)
         return b"".join(parts)
 
     async def json(self) -> Any:
@@ -142,7 +148,7 @@ class Answer:
     status: int = 200
     content_type: bytes = b"application/json"
     headers: list[tuple[bytes, bytes]] = field(default_factory=list)
-    stream: AsyncIterator[bytes] | None = None
+    stream: AsyncGenerator[bytes] | None = None
     length: int | None = None
 
     async def send(self, send: Send) -> None:
@@ -154,10 +160,13 @@ class Answer:
             return
         if self.length is not None:
             headers.append((b"content-length", str(self.length).encode()))
-        await send({"type": "http.response.start", "status": self.status, "headers": headers})
-        async for part in self.stream:
-            await send({"type": "http.response.body", "body": part, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
+        # Closed at once when it cannot be sent: what a stream holds (a program, a descriptor) must not wait for
+        # the garbage collector.
+        async with contextlib.aclosing(self.stream) as stream:
+            await send({"type": "http.response.start", "status": self.status, "headers": headers})
+            async for part in stream:
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
 
 
 def _plain(value: Any) -> Any:
@@ -236,6 +245,8 @@ class Router:
                 raise
             await failure(error).send(send)
         except asyncio.CancelledError:
+            if not started:
+                await failure(Unavailable("the server stopped before this was done")).send(send)
             raise
         except Exception as error:
             if started:

@@ -80,7 +80,9 @@ def build(service: Service, settings: Settings, roles: list[str]) -> FastAPI:
     async def front(request: Request) -> Response | dict[str, str]:
         if "text/html" not in request.headers.get("accept", ""):
             return {"message": "hello, ROCK!"}
-        return HTMLResponse(_front_page(await service.list(Listing(limit=100))))
+        # This page asks for no key, so it must not tell what a key protects.
+        listing = SandboxList(items=[]) if settings.api_key else await service.list(Listing(limit=100))
+        return HTMLResponse(_front_page(listing))
 
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
@@ -120,7 +122,9 @@ def _environments(app: FastAPI, service: Service) -> None:
     @app.post(ROUTES["open_env"].path, response_model=SandboxInfo, status_code=201, tags=["environments"])
     async def open_env(request: Request, wait: Wait = 0.0) -> Response:
         """A sandbox that hosts this environment; the first one of a package set installs it."""
-        return _json(await service.open_env(await _body(request, OpenEnv), wait), 201)
+        return _json(
+            await service.open_env(await _body(request, OpenEnv), wait, request.headers.get(IDEMPOTENCY_KEY)), 201
+        )
 
     @app.get(ROUTES["list_envs"].path, response_model=EnvList, tags=["environments"])
     async def list_envs() -> Response:

@@ -17,9 +17,9 @@ from rock.runtime.namespace.launchlink import LaunchLink
 
 
 async def floor(n: int) -> list[float]:
-    """Seconds of each of `n` bare namespace forks, from the fork to bash's answer. Unsupported where none can be made."""
+    """Seconds of each of `n` bare namespace forks, from the fork to bash's answer. Unsupported where there are none."""
     with tempfile.TemporaryDirectory(prefix="rock-floor-") as folder:
-        options = {"privileged": os.geteuid() == 0, "userns": True, "staging": f"{folder}/staging"}
+        options = {"privileged": os.geteuid() == 0, "staging": f"{folder}/staging"}
         launcher = LaunchLink(options, Path(folder) / "log")
         try:
             return [float((await launcher.request("floor", {}))["seconds"]) for _ in range(n)]

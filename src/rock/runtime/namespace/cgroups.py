@@ -2,8 +2,8 @@
 
     <controller's tree>/<our own cgroup, or the root>/rock-<hash of run_dir>/<slot>
 
-The parent is ours alone, so what a crash left behind is found by its name. Standard library only: the launcher's
-children attach themselves.
+The parent is ours alone, so what a crash left behind is found by its name. Standard library only: the
+launcher uses it too.
 """
 
 from __future__ import annotations
@@ -68,12 +68,11 @@ class Cgroups:
         return files
 
 
-def join(folders: list[str]) -> None:
-    """Make these groups and put this process into them; the kernel counts what it starts as well."""
+def join(folders: list[str], pid: int) -> None:
+    """Make these groups and put a process into them; the kernel counts what it starts as well."""
     for folder in dict.fromkeys(folders):
-        with contextlib.suppress(FileExistsError):
-            os.mkdir(folder)
-        write(f"{folder}/cgroup.procs", "0")
+        os.makedirs(folder, exist_ok=True)
+        write(f"{folder}/cgroup.procs", str(pid))
 
 
 def write(path: str, value: str) -> None:
@@ -149,6 +148,12 @@ def remove(folders: list[str], patience: float = 5.0) -> list[str]:
         time.sleep(pause)
         pause = min(pause * 2, 0.1)
     return left
+
+
+def remove_parents(groups: Cgroups) -> None:
+    """Remove our own folders where no sandbox is left in them; `discover` makes them again."""
+    for place in groups.places.values():
+        _rmdir(place.parent)
 
 
 def _rmdir(folder: str) -> bool:

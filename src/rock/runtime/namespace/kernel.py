@@ -28,6 +28,7 @@ MNT_DETACH = 2
 
 ATTR_RDONLY, ATTR_NOSUID, ATTR_NODEV, ATTR_NOEXEC, ATTR_IDMAP = 1, 2, 4, 8, 0x00100000
 
+PR_SET_PDEATHSIG = 1
 _AT_FDCWD = -100
 _AT_EMPTY_PATH = 0x1000
 _AT_RECURSIVE = 0x8000
@@ -35,10 +36,17 @@ _OPEN_TREE_CLONE = 1
 _SIGCHLD = 17
 
 _TABLE = {
-    "x86_64": {"clone": 56, "pivot_root": 155, "setns": 308, "unshare": 272, "capset": 126, "seccomp": 317},
-    "aarch64": {"clone": 220, "pivot_root": 41, "setns": 268, "unshare": 97, "capset": 91, "seccomp": 277},
+    "x86_64": {"clone": 56, "pivot_root": 155, "setns": 308, "unshare": 272, "capset": 126, "seccomp": 317, "read": 0,
+               "prctl": 157, "setsid": 112, "chdir": 80, "setgroups": 116, "setresgid": 119, "setresuid": 117,
+               "getpid": 39, "openat": 257, "dup3": 292, "sendmsg": 46,
+               "write": 1, "socket": 41, "ioctl": 16, "sethostname": 170, "listen": 50},
+    "aarch64": {"clone": 220, "pivot_root": 41, "setns": 268, "unshare": 97, "capset": 91, "seccomp": 277, "read": 63,
+                "prctl": 167, "setsid": 157, "chdir": 49, "setgroups": 159, "setresgid": 149, "setresuid": 147,
+                "getpid": 172, "openat": 56, "dup3": 24, "sendmsg": 211,
+                "write": 64, "socket": 198, "ioctl": 29, "sethostname": 161, "listen": 201},
 }
-_OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT, _MOUNT_SETATTR = 428, 429, 430, 431, 432, 442
+_OPEN_TREE, _MOVE_MOUNT, FSOPEN, FSCONFIG, FSMOUNT, _MOUNT_SETATTR = 428, 429, 430, 431, 432, 442
+FSCONFIG_CREATE = 6
 
 MACHINE = platform.machine()
 NUMBERS = _TABLE.get(MACHINE, {})
@@ -76,6 +84,16 @@ def fork_into(flags: int) -> int:
     if pid < 0:
         _raise("clone")
     return pid
+
+
+def call(number: int, *arguments: int) -> int:
+    """Any system call; a negative error number on failure."""
+    result = int(_syscall(_long(number), *(_long(value) for value in arguments)))
+    return result if result >= 0 else -ctypes.get_errno()
+
+
+def munmap(address: int, length: int) -> None:
+    _libc.munmap(ctypes.c_void_p(address), ctypes.c_size_t(length))
 
 
 def unshare(flags: int) -> None:
@@ -140,7 +158,7 @@ def move_mount(fd: int, target: str, folder: int = _AT_FDCWD) -> None:
 
 def mount_overlay(target: str, layers: list[str], options: dict[str, str], flags: list[str]) -> None:
     """Overlay by the new mount calls, whose options have no common length limit (`lowerdir+`, 6.5 and later)."""
-    fd = int(_syscall(_long(_FSOPEN), ctypes.c_char_p(b"overlay"), _long(1)))
+    fd = int(_syscall(_long(FSOPEN), ctypes.c_char_p(b"overlay"), _long(1)))
     if fd < 0:
         _raise("fsopen overlay")
     try:
@@ -150,8 +168,8 @@ def mount_overlay(target: str, layers: list[str], options: dict[str, str], flags
             _fsconfig(fd, 1, key, value)
         for flag in flags:
             _fsconfig(fd, 0, flag, None)
-        _fsconfig(fd, 6, None, None)
-        tree = int(_syscall(_long(_FSMOUNT), _long(fd), _long(1), _long(ATTR_NOSUID | ATTR_NODEV)))
+        _fsconfig(fd, FSCONFIG_CREATE, None, None)
+        tree = int(_syscall(_long(FSMOUNT), _long(fd), _long(1), _long(ATTR_NOSUID | ATTR_NODEV)))
         if tree < 0:
             _raise("fsmount overlay")
         try:
@@ -165,7 +183,7 @@ def mount_overlay(target: str, layers: list[str], options: dict[str, str], flags
 def _fsconfig(fd: int, command: int, key: str | None, value: str | None) -> None:
     name = ctypes.c_char_p(key.encode() if key is not None else None)
     text = ctypes.c_char_p(os.fsencode(value) if value is not None else None)
-    if _syscall(_long(_FSCONFIG), _long(fd), _long(command), name, text, _long(0)) < 0:
+    if _syscall(_long(FSCONFIG), _long(fd), _long(command), name, text, _long(0)) < 0:
         _raise(f"fsconfig {key or 'create'}")
 
 
@@ -184,19 +202,14 @@ def capset(mask: int) -> None:
         _raise("capset")
 
 
-def seccomp(program: bytes) -> None:
-    """Install a filter of packed BPF instructions; no_new_privs must be set."""
-    buffer = ctypes.create_string_buffer(program, len(program))
-    packed = struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(buffer))
-    if _syscall(_long(_number("seccomp")), _long(1), _long(0), ctypes.c_char_p(packed)) < 0:
-        _raise("seccomp")
+LOOPBACK_UP = struct.pack("16sh22x", b"lo", 0x49)  # an ifreq with IFF_UP | IFF_LOOPBACK | IFF_RUNNING
+SIOCSIFFLAGS = 0x8914
 
 
 def loopback_up() -> None:
     """Bring up `lo` of the network namespace of this process."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-        request = struct.pack("16sh22x", b"lo", 0x49)  # IFF_UP | IFF_LOOPBACK | IFF_RUNNING
-        fcntl.ioctl(sock, 0x8914, request)  # SIOCSIFFLAGS
+        fcntl.ioctl(sock, SIOCSIFFLAGS, LOOPBACK_UP)
 
 
 def set_title(title: bytes) -> None:

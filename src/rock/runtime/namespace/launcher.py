@@ -1,9 +1,10 @@
 """The launcher: a small single-threaded process that forks sandboxes. Run by its path, `python -I -S launcher.py JSON`.
 
-    rocklet ── SOCK_SEQPACKET, JSON ──► launcher ── clone with namespaces ──► child.py becomes pid 1 of a sandbox
+    rocklet ── SOCK_SEQPACKET, JSON ──► launcher ── zygote.py ──► a child with new namespaces, which waits (birth.py)
+                                           └── steps into them and furnishes them (build.py), then lets the child go on
 
-Requests: create, ranges (make user namespaces ahead), floor (a bare namespace fork, for the benchmark). It answers in
-the order in which sandboxes become ready, several at once, and ends when its socket does; sandboxes stay.
+Requests: create, ahead (make user namespaces and run folders while idle), floor (a bare namespace fork, for `bench`).
+It answers in the order in which sandboxes become ready, several at once, and ends when its socket does; sandboxes stay.
 Standard library only, and few modules: what it imports is what every pid 1 weighs.
 """
 
@@ -34,27 +35,30 @@ from typing import Any
 
 from rock.guest import proctree
 from rock.guest.wire import pack, receive_packet, unpack
-from rock.runtime.namespace import child, kernel, mounts, seccomp, userns
+from rock.runtime.namespace import birth, build, cgroups, kernel, mounts, seccomp, userns
+from rock.runtime.namespace.zygote import Area, Zygote
 
 _ALL = (kernel.CLONE_NEWNS | kernel.CLONE_NEWPID | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS | kernel.CLONE_NEWNET)
 _START_PATIENCE = 60.0
+_OVERFLOW_UID = int(cgroups.read_text("/proc/sys/kernel/overflowuid") or 65534)
 
 
 class Launcher:
-    """options: privileged, userns (whether sandboxes get a uid range), staging, dynmods."""
+    """options: privileged (as root, with a uid range for each sandbox), staging (a folder to mount things in)."""
 
     def __init__(self, sock: socket.socket, options: dict[str, Any]) -> None:
         self.sock = sock
         self.privileged = bool(options["privileged"])
-        self.mapped = bool(options["userns"])
         self.staging = str(options["staging"])
-        self.most = max(2, min(8, 2 * (os.cpu_count() or 1)))
-        self.ranges = userns.Ranges()
-        self.bpf = seccomp.build() if seccomp.supported() else b""
+        self.ranges = userns.Ranges(single=not self.privileged)
+        self.constants = birth.Constants(seccomp.build() if seccomp.supported() else b"")
+        self.zygote = Zygote(birth.live)
         self.buffer = bytearray(1 << 17)
         self.queue: deque[dict[str, Any]] = deque()
-        self.starting: dict[int, tuple[int, int, float]] = {}  # ready descriptor -> request, pid, deadline
-        self.spare: deque[int] = deque()
+        # by descriptor of the socket on which it will tell: request, pid, area, deadline, the socket
+        self.starting: dict[int, tuple[int, int, Area, float, socket.socket]] = {}
+        self.spare: deque[int | str] = deque()  # first ids of ranges, and run folders, to make while idle
+        self.listeners: dict[str, socket.socket] = {}
         self.outgoing: deque[tuple[bytes, list[int]]] = deque()
 
     def prepare(self) -> None:
@@ -67,6 +71,7 @@ class Launcher:
             userns.become_root(uid, gid)
         kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_SLAVE)
         mounts.prepare_staging(self.staging)
+        self.home = build.Home(self.privileged)
         if self.privileged:
             self._favour_moves()
 
@@ -105,7 +110,7 @@ class Launcher:
                     self._settle(fd)
             self._reap()
             self._give_up()
-            while self.queue and len(self.starting) < self.most:
+            if self.queue and not self.zygote.full:  # one, then look who has become ready
                 self._start(self.queue.popleft())
 
     def _wait(self) -> list[tuple[int, int]]:
@@ -115,8 +120,10 @@ class Launcher:
             ready = self.poll.poll(0)
             if not ready:
                 with contextlib.suppress(OSError):
-                    self.ranges.get(self.spare.popleft())
+                    self._make_ahead(self.spare.popleft())
             return ready
+        if self.queue and not self.zygote.full:
+            return self.poll.poll(0)
         return self.poll.poll(1000 if self.starting else None)
 
     def _read(self) -> bool:
@@ -135,8 +142,9 @@ class Launcher:
                 os.close(fd)
             if request["op"] == "create":
                 self.queue.append(request)
-            elif request["op"] == "ranges":
-                self.spare.extend(base for base in request["bases"] if base not in self.ranges)
+            elif request["op"] == "ahead":
+                bases = [base for base in request["ranges"] if base not in self.ranges]
+                self.spare = deque([*bases, *request["folders"]])  # what was not made yet is not wanted any more
             elif request["op"] == "floor":
                 self._answer(request, {"seconds": floor()})
             else:
@@ -163,48 +171,93 @@ class Launcher:
 
     # ---- sandboxes ----
 
+    def _make_ahead(self, what: int | str) -> None:
+        if isinstance(what, int):
+            self.ranges.get(what)
+        else:
+            os.mkdir(what, 0o700)
+            mounts.make_slot(what)
+            self.listeners[os.path.basename(what)] = build.bind(what)
+            self._answer({"id": 0}, {"made": os.path.basename(what)})
+
     def _start(self, spec: dict[str, Any]) -> None:
         spec["privileged"] = self.privileged
-        namespace = -1
+        listener = self.listeners.pop(os.path.basename(spec["slot"]), None)
+        pid, area = 0, self.zygote.area()
+        ready, told = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        gate = os.pipe2(os.O_CLOEXEC)
         try:
-            if self.mapped and self.privileged:
-                namespace = self.ranges.get(spec["base"])
-            else:
-                spec["base"] = 0
-            reading, writing = os.pipe2(os.O_CLOEXEC)
+            namespace = self.ranges.get(spec["base"])
+            listener = listener or build.bind(spec["slot"])
+            fds = birth.Descriptors(listener.fileno(), told.fileno(), gate[0], namespace)
+            birth.plan(area, self.constants, fds, spec)
             flags = _ALL & ~(kernel.CLONE_NEWNET if spec["network"] == "host" else 0)
-            try:
-                pid = kernel.fork_into(flags)
-            except OSError:
-                os.close(reading)
-                os.close(writing)
-                raise
-        except OSError as error:
-            self._answer(spec, {"error": f"namespaces: {error}", "errno": error.errno})
-            return
-        if pid == 0:
-            signal.set_wakeup_fd(-1)
-            child.live(spec, self.staging, namespace, self.bpf, writing)
-        os.close(writing)
-        self.starting[reading] = spec["id"], pid, time.monotonic() + _START_PATIENCE
-        self.poll.register(reading, select.POLLIN)
+            pid = self.zygote.clone(area, flags, birth.pack_note(fds, self._server_uid()))
+            told.close()
+            build.build(spec, pid, self.staging, namespace, self.home, lambda: birth.receive_proc(ready))
+            birth.open_gate(gate[1])
+        except (OSError, build.Failure, birth.Told) as error:
+            if isinstance(error, birth.Told):
+                self._answer(spec, self._reply(pid, area, error.message))
+            else:
+                number = error.number if isinstance(error, build.Failure) else error.errno or 0
+                self._answer(spec, {"error": str(error), "errno": number, "hint": build.explain(number)})
+            if pid:
+                os.kill(pid, signal.SIGKILL)
+                self._await_end(pid)
+            self.zygote.free(area)
+            ready.close()
+        else:
+            self._wait_for(spec["id"], pid, area, ready)
+        finally:
+            told.close()
+            if listener is not None:
+                listener.close()
+            for fd in gate:
+                os.close(fd)
+
+    def _wait_for(self, number: int, pid: int, area: Area, ready: socket.socket) -> None:
+        ready.setblocking(False)
+        self.starting[ready.fileno()] = number, pid, area, time.monotonic() + _START_PATIENCE, ready
+        self.poll.register(ready, select.POLLIN)
+
+    def _server_uid(self) -> int:
+        """The server's user as pid 1 sees it: nobody, when it is outside of its user namespace's ids."""
+        return _OVERFLOW_UID if self.privileged else 0
+
+    @staticmethod
+    def _await_end(pid: int) -> None:
+        """Until a killed child is gone and its area is free; it may be the zygote's child, whom we cannot wait for."""
+        with contextlib.suppress(OSError):
+            fd = os.pidfd_open(pid)
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            poll.poll(5000)
+            os.close(fd)
 
     def _settle(self, fd: int) -> None:
-        number, pid, _ = self.starting.pop(fd)
+        number, pid, area, _, ready = self.starting.pop(fd)
         self.poll.unregister(fd)
-        data = os.read(fd, 4096)
-        os.close(fd)
-        entry = proctree.read(pid)
-        reply: dict[str, Any] = json.loads(data) if data else {"error": "it was killed while it started", "errno": 0}
-        if "error" not in reply:
-            reply = {"pid": pid, "start": entry.start} if entry else {"error": "its pid 1 ended at once", "errno": 0}
-        else:
-            reply["hint"] = child.explain(int(reply["errno"]))
+        with ready:
+            data = ready.recv(4096)
+        reply = self._reply(pid, area, data)
+        self.zygote.free(area)
         self._answer({"id": number}, reply)
+
+    def _reply(self, pid: int, area: Area, message: bytes) -> dict[str, Any]:
+        """The answer that a pid 1's message stands for; an empty one is its end."""
+        told: dict[str, Any] = json.loads(message) if message else {"error": "it was killed while it started"}
+        if "row" in told:
+            what, number = area.reason(int(told["row"]))
+            return {"error": f"{what}: {os.strerror(number)}", "errno": number, "hint": build.explain(number)}
+        entry = proctree.read(pid)
+        if "error" not in told and entry is not None:
+            return {"pid": pid, "start": entry.start}
+        return {"error": told.get("error", "its pid 1 ended at once"), "errno": 0}
 
     def _give_up(self) -> None:
         now = time.monotonic()
-        for _, pid, deadline in list(self.starting.values()):
+        for _, pid, _, deadline, _ in list(self.starting.values()):
             if deadline < now:
                 os.kill(pid, signal.SIGKILL)  # its descriptor then reads as ended
 

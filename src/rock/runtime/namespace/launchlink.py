@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,14 @@ _START_PATIENCE = 30.0
 
 
 class LaunchLink:
-    """One launcher at a time. `options` are those of `launcher.Launcher`, without the descriptor."""
+    """One launcher at a time. `options` are those of `launcher.Launcher`, without the descriptor.
 
-    def __init__(self, options: dict[str, Any], log: Path) -> None:
+    made: called with the name of each run folder that was made ahead.
+    """
+
+    def __init__(self, options: dict[str, Any], log: Path, made: Callable[[str], None] = lambda name: None) -> None:
         self._options = options
+        self._made = made
         self._log = log
         self._child: subprocess.Popen[bytes] | None = None
         self._sock: socket.socket | None = None
@@ -128,6 +133,8 @@ class LaunchLink:
                 self._lost()
                 return
             message = unpack(data, fds)
+            if "made" in message:
+                self._made(str(message["made"]))
             future = self._waiting.get(int(message["id"]))
             if future is not None and not future.done():
                 future.set_result(message)

@@ -17,6 +17,7 @@ from typing import Any
 
 from rock.runtime.namespace import kernel
 
+_HOSTS = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
 SLOTS = 64  # mount points for layers and binds in the staging folder
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 _LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2",
@@ -50,11 +51,33 @@ def _fill_dev(folder: str) -> None:
                  | kernel.MS_NODEV)
 
 
+def make_slot(slot: str) -> None:
+    """What every sandbox has in its run folder: upper and work folders, and the files that name it."""
+    name = slot_name(slot)
+    os.makedirs(f"{slot}/rw/upper/etc", mode=0o755)
+    os.mkdir(f"{slot}/rw/work")
+    for file, text in (("hostname", f"{name}\n"), ("hosts", f"{_HOSTS}127.0.1.1\t{name}\n")):
+        _write(f"{slot}/rw/upper/etc/{file}", text)
+
+
+def slot_name(slot: str) -> str:
+    """The host name of the sandbox in this run folder."""
+    return "rock-" + slot.rsplit("/", 1)[1].rpartition("-")[2]
+
+
+def _write(path: str, text: str) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)
+
+
 def make_folders(spec: dict[str, Any]) -> None:
-    """The upper and work folders, with what the image lacks and the few files that name the sandbox."""
+    """The run folder's contents, where they were not made ahead, and what this image lacks."""
     upper = f"{spec['slot']}/rw/upper"
-    os.makedirs(upper, mode=0o755)
-    os.mkdir(f"{spec['slot']}/rw/work")
+    if not os.path.isdir(upper):
+        make_slot(spec["slot"])
     for index, bind in enumerate(spec["binds"]):
         if bind["writable"]:
             os.mkdir(f"{spec['slot']}/rw/upper{index}")
@@ -63,10 +86,8 @@ def make_folders(spec: dict[str, Any]) -> None:
         if not any(os.path.isdir(f"{layer}/{name}") for layer in spec["layers"]):
             os.mkdir(f"{upper}/{name}")
             os.chmod(f"{upper}/{name}", mode)
-    os.mkdir(f"{upper}/etc")
     for name, text in spec["etc"].items():
-        with open(f"{upper}/etc/{name}", "w") as file:
-            file.write(text)
+        _write(f"{upper}/etc/{name}", text)
 
 
 def stack(spec: dict[str, Any], staging: str, userns: int) -> list[tuple[int, str]]:
@@ -164,7 +185,7 @@ def leave() -> None:
 
 
 def furnish(spec: dict[str, Any], waiting: list[tuple[int, str]]) -> None:
-    """Binds, /dev, /proc and /sys, after the switch."""
+    """Binds, /dev and /proc, which are waiting, and /sys, after the switch."""
     for fd, target in waiting:
         try:
             kernel.move_mount(fd, target)
@@ -172,7 +193,6 @@ def furnish(spec: dict[str, Any], waiting: list[tuple[int, str]]) -> None:
             os.close(fd)
     base = spec["base"]
     quiet = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
-    kernel.mount("proc", "/proc", "proc", quiet)
     terminals = f"newinstance,ptmxmode=0666,mode=0620{f',gid={base + 5}' if spec['privileged'] else ''}"
     kernel.mount("devpts", "/dev/pts", "devpts", kernel.MS_NOSUID | kernel.MS_NOEXEC, terminals)
     owner = f",uid={base},gid={base}" if spec["privileged"] else ""

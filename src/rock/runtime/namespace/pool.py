@@ -16,6 +16,8 @@ from rock import errors
 
 _IMAGES = 4
 _PAUSE_AFTER_FAILURE = 5.0  # seconds
+_PAUSE_AFTER_CLAIM = 0.03  # seconds, as long as claims keep coming, but at most so many times:
+_MOST_PAUSES = 5
 
 Member = TypeVar("Member")
 Key = TypeVar("Key")
@@ -70,7 +72,7 @@ class Pool(Generic[Key, Member]):
     async def _refill(self) -> None:
         while True:
             await self._wake.wait()
-            self._wake.clear()
+            await self._calm()
             while len(self._ready) > _IMAGES:
                 _, old = self._ready.popitem(last=False)
                 await self._discard(list(old))
@@ -85,6 +87,14 @@ class Pool(Generic[Key, Member]):
                     self._ready[key].append(member)
                 else:
                     await self._discard([member])
+
+    async def _calm(self) -> None:
+        """Let those who just claimed go first: making a sandbox takes a CPU for 10 ms."""
+        for _ in range(_MOST_PAUSES):
+            self._wake.clear()
+            await asyncio.sleep(_PAUSE_AFTER_CLAIM)
+            if not self._wake.is_set():
+                return
 
     def _missing(self) -> Key | None:
         for key, ready in reversed(self._ready.items()):

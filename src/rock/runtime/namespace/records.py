@@ -2,7 +2,6 @@
 
     <run_dir>/<slot>/record.json   sandbox id, pid 1 and its start time, first uid, cgroups
                     /s             pid 1's socket
-                    /log           pid 1's complaints
                     /rw            upper and work folders
 """
 
@@ -11,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,13 @@ from rock.guest import proctree
 from rock.runtime.namespace import userns
 
 SLOT_PREFIX = "n-"
+SPARE = "spare"  # folder of run folders that were made ahead
 _SPAN = 20_000
+
+
+def new_slot() -> str:
+    """A name that no sandbox has."""
+    return SLOT_PREFIX + secrets.token_hex(5)
 
 
 def write(run_dir: Path, slot: str, record: dict[str, Any]) -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from rock import errors
+from rock.guest.remove import remove_tree
 from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
 from rock.runtime.base import Handle, Liveness, Program
 from rock.runtime.image.rootfs import RootFS
@@ -29,7 +29,7 @@ from rock.runtime.process import wait_gone
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _MOST_SHARED = 2 << 30
 _WATCH_EVERY = 0.25  # seconds
-_SPARE_RANGES = 4
+_SPARES = 8  # run folders and user namespaces that are made ahead
 
 
 class Images(Protocol):
@@ -46,7 +46,7 @@ class Kind:
 
     rootfs: RootFS = field(compare=False, hash=False)
     digest: str
-    network: str
+    network: Literal["none", "nat", "host"]
     shared: int
 
     @classmethod
@@ -85,6 +85,7 @@ class NamespaceRuntime(InitSandboxes):
         self._run_dir = Path(os.path.realpath(run_dir))
         self._images = images
         self._live: dict[str, Sandbox] = {}
+        self._spares: list[str] = []
         self._making: set[str] = set()
         self._pool: Pool[Kind, Sandbox] = Pool(pool_size, self._prepare, self._discard, self._usable)
         self._watcher: asyncio.Task[None] | None = None
@@ -99,6 +100,8 @@ class NamespaceRuntime(InitSandboxes):
             return
         self._run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.chmod(self._run_dir, 0o700)
+        await asyncio.to_thread(remove_tree, str(self._run_dir / records.SPARE))
+        (self._run_dir / records.SPARE).mkdir(mode=0o700)
         self._ranges = records.UidRanges(self._run_dir)
         for slot in records.slots(self._run_dir):
             base = records.read(self._run_dir, slot).get("base")
@@ -116,8 +119,8 @@ class NamespaceRuntime(InitSandboxes):
             [(False, Isolation.USERNS)]
         reasons = []
         for privileged, isolation in shapes:
-            options = {"privileged": privileged, "userns": True, "staging": str(self._run_dir / "staging")}
-            self._launcher = LaunchLink(options, self._run_dir / "launcher.log")
+            options = {"privileged": privileged, "staging": str(self._run_dir / "staging")}
+            self._launcher = LaunchLink(options, self._run_dir / "launcher.log", self._spares.append)
             self.isolation = isolation
             try:
                 await self._launcher.start()
@@ -150,6 +153,9 @@ class NamespaceRuntime(InitSandboxes):
         if self._opened:
             self._launcher.close()
             self._opened = False
+            self._spares.clear()
+            await asyncio.to_thread(remove_tree, str(self._run_dir / records.SPARE))
+            cgroups.remove_parents(self._limiter.groups)
 
     # ---- creating ----
 
@@ -198,8 +204,11 @@ class NamespaceRuntime(InitSandboxes):
 
     async def _prepare(self, kind: Kind) -> Sandbox:
         """A pool member: everything but its limits and its name."""
-        return await self._make(kind, SandboxConfig(image="pool", memory="1g", cpus=1.0, network="none")
-                                .model_copy(update={"network": kind.network}))
+        sandbox = await self._make(kind, SandboxConfig(image="pool", memory="1g", cpus=1.0, network=kind.network))
+        if sandbox.link is not None:  # nothing is started, but pid 1 then has its own copies of the pages it needs
+            with contextlib.suppress(errors.RockError):
+                await sandbox.link.request("spawn", {"argv": ["/"], "rehearsal": True})
+        return sandbox
 
     async def _make(self, kind: Kind, config: SandboxConfig) -> Sandbox:
         """Have the launcher make one. Once asked it is waited for, so that a cancelled caller leaves nothing behind."""
@@ -212,21 +221,20 @@ class NamespaceRuntime(InitSandboxes):
             raise
 
     async def _make_whole(self, kind: Kind, config: SandboxConfig) -> Sandbox:
-        slot = records.SLOT_PREFIX + secrets.token_hex(5)
+        slot = self._spares.pop(0) if self._spares else records.new_slot()
         base = self._ranges.take(slot)
         folders = self._limiter.groups.folders(slot)
         self._making.add(slot)
         try:
-            os.mkdir(self._run_dir / slot, 0o700)
+            self._place(slot)
             reply = await self._launcher.request("create", self._spec(slot, base, kind, config, folders))
             if "error" in reply:
                 reason = f"{reply['error']} ({reply['hint']})" if reply.get("hint") else reply["error"]
                 raise errors.StartFailed(f"the sandbox could not be made: {reason}")
             sandbox = Sandbox(slot, reply["pid"], reply["start"], base, folders)
             sandbox.link = InitLink.connect(self._run_dir / slot, slot)
-            records.write(self._run_dir, slot, self._record(sandbox, ""))
             self._live[slot] = sandbox
-            self._launcher.post("ranges", {"bases": self._ranges.coming(_SPARE_RANGES)})
+            self._stock_up()
             return sandbox
         except (OSError, errors.RockError) as error:
             await self._clean_up(slot, None, None, base, folders)
@@ -236,16 +244,27 @@ class NamespaceRuntime(InitSandboxes):
         finally:
             self._making.discard(slot)
 
+    def _place(self, slot: str) -> None:
+        """The run folder: one that was made ahead, or a new one that the launcher's child fills."""
+        try:
+            os.rename(self._run_dir / records.SPARE / slot, self._run_dir / slot)
+        except FileNotFoundError:
+            os.mkdir(self._run_dir / slot, 0o700)
+
+    def _stock_up(self) -> None:
+        """Have the launcher make, while it is idle, what the next sandboxes will need."""
+        fresh = [records.new_slot() for _ in range(_SPARES - len(self._spares))]  # in place of those asked for before
+        folders = [str(self._run_dir / records.SPARE / slot) for slot in fresh]
+        self._launcher.post("ahead", {"ranges": self._ranges.coming(_SPARES), "folders": folders})
+
     def _spec(self, slot: str, base: int, kind: Kind, config: SandboxConfig,
               folders: Mapping[str, str]) -> dict[str, Any]:
-        name = f"rock-{slot.removeprefix(records.SLOT_PREFIX)}"
-        etc = {"hostname": f"{name}\n",
-               "hosts": f"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{name}\n"}
+        etc = {}
         if config.network == "host":
             with contextlib.suppress(OSError):
                 etc["resolv.conf"] = Path("/etc/resolv.conf").read_text()
         return {
-            "slot": str(self._run_dir / slot), "base": base, "hostname": name, "network": config.network,
+            "slot": str(self._run_dir / slot), "base": base, "network": config.network,
             "shared": kind.shared, "layers": list(kind.rootfs.layers), "etc": etc,
             "binds": [{"source": bind.source, "target": bind.target, "writable": bind.writable, "idmap": bind.idmap}
                       for bind in kind.rootfs.binds],

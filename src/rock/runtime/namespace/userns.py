@@ -18,7 +18,9 @@ MOST = ((1 << 32) - 2 - FIRST) // RANGE
 class Ranges:
     """Descriptors of user namespaces by their first id; the least recently made go first when there are many."""
 
-    def __init__(self, keep: int = 512) -> None:
+    def __init__(self, *, single: bool, keep: int = 512) -> None:
+        """single: there is one id to map, our own; then a range is only a number."""
+        self._single = single
         self._keep = keep
         self._fds: dict[int, int] = {}
 
@@ -28,7 +30,8 @@ class Ranges:
         if fd is None:
             while len(self._fds) >= self._keep:
                 os.close(self._fds.pop(next(iter(self._fds))))
-            fd = self._fds[base] = make(f"0 {base} {RANGE}\n", f"0 {base} {RANGE}\n")
+            text = "0 0 1\n" if self._single else f"0 {base} {RANGE}\n"
+            fd = self._fds[base] = make(text, text)
         return fd
 
     def __contains__(self, base: int) -> bool:
