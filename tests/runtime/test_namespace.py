@@ -368,3 +368,16 @@ def test_pool(tmp_path: Path) -> None:
         assert list((tmp_path / "run").glob("n-*")) == []
 
     run(main())
+
+
+def test_closing_while_the_pool_is_filled_leaves_nothing(tmp_path: Path) -> None:
+    async def main() -> None:
+        config = SandboxConfig(image="hand", memory="64m", cpus=1, pids=64)
+        for delay in (0.0, 0.03, 0.035, 0.038, 0.04, 0.042, 0.045, 0.05, 0.06):
+            async with namespace_runtime(tmp_path, pool=3) as runtime:
+                handle = await runtime.create("one", config)
+                await asyncio.sleep(delay)
+                await runtime.destroy(handle)
+            assert list((tmp_path / "run").glob("n-*")) == []
+
+    run(main())

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable
-from typing import Generic, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Generic, TypeVar
 
 from rock import errors
 
@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 class Pool(Generic[Key, Member]):
     """`size` members for each of the few keys that were used last. make: prepares one; drop: destroys one."""
 
-    def __init__(self, size: int, make: Callable[[Key], Awaitable[Member]], drop: Callable[[Member], Awaitable[None]],
-                 alive: Callable[[Member], bool]) -> None:
+    def __init__(self, size: int, make: Callable[[Key], Awaitable[Member]],
+                 drop: Callable[[Member], Coroutine[Any, Any, None]], alive: Callable[[Member], bool]) -> None:
         self._size = size
         self._make = make
         self._drop = drop
@@ -36,6 +36,7 @@ class Pool(Generic[Key, Member]):
         self._ready: OrderedDict[Key, deque[Member]] = OrderedDict()
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._dropping: set[asyncio.Task[None]] = set()
 
     def claim(self, key: Key) -> Member | None:
         """A ready member, or None; either way more of this kind are made in the background."""
@@ -50,8 +51,9 @@ class Pool(Generic[Key, Member]):
             member = ready.popleft()
             if self._alive(member):
                 return member
-            self._ready.setdefault(key, ready)
-            asyncio.get_running_loop().create_task(self._discard([member]))
+            task = asyncio.create_task(self._drop(member), name="namespace pool: a dead member")
+            self._dropping.add(task)
+            task.add_done_callback(self._dropping.discard)
         return None
 
     @property
@@ -68,6 +70,7 @@ class Pool(Generic[Key, Member]):
         members = [member for ready in self._ready.values() for member in ready]
         self._ready.clear()
         await self._discard(members)
+        await asyncio.gather(*self._dropping, return_exceptions=True)
 
     async def _refill(self) -> None:
         while True:

@@ -205,9 +205,13 @@ class NamespaceRuntime(InitSandboxes):
     async def _prepare(self, kind: Kind) -> Sandbox:
         """A pool member: everything but its limits and its name."""
         sandbox = await self._make(kind, SandboxConfig(image="pool", memory="1g", cpus=1.0, network=kind.network))
-        if sandbox.link is not None:  # nothing is started, but pid 1 then has its own copies of the pages it needs
-            with contextlib.suppress(errors.RockError):
-                await sandbox.link.request("spawn", {"argv": ["/"], "rehearsal": True})
+        try:
+            if sandbox.link is not None:  # nothing is started, but pid 1 then has its own copies of the pages it needs
+                with contextlib.suppress(errors.RockError):
+                    await sandbox.link.request("spawn", {"argv": ["/"], "rehearsal": True})
+        except BaseException:
+            await self._discard(sandbox)
+            raise
         return sandbox
 
     async def _make(self, kind: Kind, config: SandboxConfig) -> Sandbox:
