@@ -19,6 +19,10 @@ from tests.leaks import Inventory, take_inventory
 
 IMAGE = "python:3.11"
 
+# A background job of a shell starts with these ignored, and would hand that on to all that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+
 # No data base of examples: the checkout may be read-only.
 settings.register_profile("rock", database=None)
 settings.load_profile("rock")
