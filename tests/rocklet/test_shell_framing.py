@@ -49,7 +49,7 @@ class Harness:
         self.token = 0
         self.previous = 0
         self.pending: list[shell.Report] = []
-        self._send(shell.preamble(dialect, self._next(), env={}, cwd="/", sources=[]))
+        self._send(shell.preamble(dialect, self._next(), cwd="/", sources=[]))
         assert isinstance(self._report(), shell.Done)
 
     def _next(self) -> int:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import os
 import signal
+import struct
+from collections.abc import Iterator
 
 import pytest
 
@@ -76,6 +79,24 @@ def test_defaults_are_null_and_joined_streams(box: Maker) -> None:
     run(main())
 
 
+def _set_action(signum: int, handler: int) -> None:
+    """Ignore a signal (handler 1), or not (0). Python's own module has no access to the C library's signals."""
+    number = {"x86_64": 13, "aarch64": 134}[os.uname().machine]
+    action = ctypes.create_string_buffer(struct.pack("Q", handler), 64)
+    assert ctypes.CDLL(None).syscall(ctypes.c_long(number), ctypes.c_long(signum), action, None, ctypes.c_long(8)) == 0
+
+
+@pytest.fixture
+def ignored_signals() -> Iterator[None]:
+    """What a server inherits that was started as a shell's background job, or by a program that ignores signal 32."""
+    for signum in (signal.SIGQUIT, signal.SIGUSR1, 32):
+        _set_action(signum, 1)
+    yield
+    for signum in (signal.SIGQUIT, signal.SIGUSR1, 32):
+        _set_action(signum, 0)
+
+
+@pytest.mark.usefixtures("ignored_signals")
 def test_programs_start_with_clean_signals_and_descriptors(box: Maker) -> None:
     async def main() -> None:
         async with box() as b:

@@ -129,17 +129,22 @@ class Service:
         )
 
     async def _waited(self, record: Record, wait: float) -> SandboxInfo:
-        """The record once it is no longer pending, or after `wait` seconds as it is then."""
+        """What became of a start after at most `wait` seconds; one that failed raises its reason."""
+        record = await self._launch_ended(record, wait)
+        if record.info.cause is Cause.START_FAILED and record.info.error:
+            raise from_wire(record.info.error)
+        return record.info
+
+    async def _launch_ended(self, record: Record, wait: float) -> Record:
+        """The record once it is no longer being launched, or after `wait` seconds as it was."""
         launch = self._launches.get(record.id)
         if launch is not None and wait > 0:
             try:
                 async with asyncio.timeout(wait):
-                    record = await asyncio.shield(launch)
+                    return await asyncio.shield(launch)
             except TimeoutError:
                 pass
-        if record.info.cause is Cause.START_FAILED and record.info.error:
-            raise from_wire(record.info.error)
-        return record.info
+        return record
 
     # ---- read ----
 
@@ -153,13 +158,7 @@ class Service:
         """Status, with what its worker says of it now. `wait`: seconds, as long as it is pending."""
         record = await self.load(sandbox_id)
         if record.state is State.PENDING:
-            launch = self._launches.get(sandbox_id)
-            if launch is not None and wait > 0:
-                try:
-                    async with asyncio.timeout(wait):
-                        record = await asyncio.shield(launch)
-                except TimeoutError:
-                    pass
+            record = await self._launch_ended(record, wait)
         if record.state is not State.RUNNING:
             return record.info
         try:

@@ -71,6 +71,7 @@ class Init(Loop):
         wake_reader, wake_writer = socket.socketpair()
         wake_reader.setblocking(False)
         wake_writer.setblocking(False)
+        syscalls.default_signals()
         signal.set_wakeup_fd(wake_writer.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(number, _ignore)  # not SIG_IGN: programs would inherit that, a handler ends at exec

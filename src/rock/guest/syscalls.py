@@ -19,6 +19,7 @@ PR_SET_CHILD_SUBREAPER = 36
 _CLOSE_RANGE = 436
 _CLOSE_RANGE_CLOEXEC = 4
 _OPENAT2 = 437
+_SIGACTION = {"x86_64": 13, "aarch64": 134}
 _AT_FDCWD = -100
 _NO_MAGIC_LINKS = 2
 
@@ -33,6 +34,19 @@ def prctl(option: int, value: int) -> None:
 def become_subreaper() -> None:
     """Inherit the orphans among one's descendants. Cannot fail."""
     _prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def default_signals() -> None:
+    """Undo what was inherited: programs would start with the signals ignored that whoever started us ignored.
+
+    Not by the signal module: the C library keeps the numbers 32 and 33 to itself, and they too may be ignored.
+    """
+    number = _SIGACTION.get(os.uname().machine)
+    if number is None:
+        return
+    default = ctypes.create_string_buffer(64)
+    for signum in range(1, 65):  # SIGKILL and SIGSTOP answer EINVAL
+        _syscall(ctypes.c_long(number), ctypes.c_long(signum), default, None, ctypes.c_long(8))
 
 
 def close_on_exec_from(lowest: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from rock.errors import InvalidConfig
 from rock.guest import envhost
+from rock.rocklet.streams import Reader
 
 _READ = 1 << 18
 _HELLO = b'{"hello": "'
@@ -126,27 +127,16 @@ class Tail:
     """The last that a program printed."""
 
     def __init__(self, fd: int | None) -> None:
-        self._fd = fd
         self._kept = b""
-        if fd is not None:
-            asyncio.get_running_loop().add_reader(fd, self._read)
+        self._reader = None if fd is None else Reader(fd, self._add)
 
     @property
     def text(self) -> str:
         return self._kept.decode(errors="replace").strip()
 
-    def _read(self) -> None:
-        assert self._fd is not None
-        try:
-            data = os.read(self._fd, _READ)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
+    def _add(self, data: bytes) -> None:
         self._kept = (self._kept + data)[-_STDERR_KEPT:]
-        if not data:
-            self.stop()
 
     def stop(self) -> None:
-        if self._fd is not None:
-            asyncio.get_running_loop().remove_reader(self._fd)
+        if self._reader is not None:
+            self._reader.close()

@@ -10,8 +10,8 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from rock.errors import InvalidConfig, NotFound, RockError, SessionClosed, StartFailed, Unavailable
 from rock.protocol.action import MAX_OUTPUT, BashAction, BashObservation, CreateBashSessionRequest, SessionInfo
@@ -49,7 +49,6 @@ class Shell:
 
     path: str
     dialect: shell.Dialect
-    env: Mapping[str, str] = field(default_factory=dict)
 
 
 async def find_shell(runtime: Runtime, handle: Handle, wanted: str | None = None) -> Shell:
@@ -416,17 +415,14 @@ class Session:
     async def _preamble(self) -> BashObservation:
         run = self._begin(MAX_OUTPUT)
         try:
-            script = shell.preamble(
-                self.shell.dialect,
-                run.token,
-                env={},
-                cwd=None,
-                sources=self.spec.startup_source,
-                pty=self.spec.pty is not None,
-            )
-            return await self._finish(run, script, self.spec.startup_timeout)
+            return await self._finish(run, self._preamble_script(run), self.spec.startup_timeout)
         finally:
             self._run = None
+
+    def _preamble_script(self, run: _Run) -> bytes:
+        """What a new shell begins with; one that takes the place of another, in the folder of that one."""
+        pty = self.spec.pty is not None
+        return shell.preamble(self.shell.dialect, run.token, cwd=self._cwd, sources=self.spec.startup_source, pty=pty)
 
     # ---- ends of commands that do not end by themselves ----
 
@@ -480,16 +476,7 @@ class Session:
                 await self._kill()
                 return False
             run = self._begin(MAX_OUTPUT)
-            await self._write(
-                shell.preamble(
-                    self.shell.dialect,
-                    run.token,
-                    env={},
-                    cwd=self._cwd,
-                    sources=self.spec.startup_source,
-                    pty=self.spec.pty is not None,
-                )
-            )
+            await self._write(self._preamble_script(run))
             async with asyncio.timeout(self.spec.startup_timeout):
                 await asyncio.shield(run.done)
         except Exception as error:

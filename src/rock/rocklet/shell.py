@@ -19,7 +19,7 @@ output cannot be mistaken for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 MAX_REPORT = 64 << 10
@@ -77,11 +77,10 @@ def _exit_hook(dialect: Dialect, pty: bool) -> str:
 
 
 def preamble(
-    dialect: Dialect, token: int, *, env: Mapping[str, str], cwd: str | None, sources: Sequence[str], pty: bool = False
+    dialect: Dialect, token: int, *, cwd: str | None, sources: Sequence[str], pty: bool = False
 ) -> bytes:
     """What a new shell runs first. It reports like a command: with the status of the start-up file that failed."""
     lines = [_exit_hook(dialect, pty)] if dialect.is_bash else []
-    lines += [f"export {name}={quote(value)}\n" for name, value in env.items()]
     if cwd is not None:
         lines.append(f"cd -- {quote(cwd)}\n")
     steps = " && ".join(f". {quote(path)}" for path in sources)
