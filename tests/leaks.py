@@ -45,12 +45,12 @@ def _processes(server: int) -> Iterator[str]:
 
 
 def _folders(home: Path) -> Iterator[str]:
-    for part in ("run/sandboxes", "run/namespace", "run/process"):
+    for part in ("run/records", "run/logs", "run/namespace", "run/process"):
         folder = home / part
         if folder.is_dir():
-            names = (entry.name for entry in folder.iterdir() if entry.is_dir())
-            # Two folders are the runtime's own, made once.
-            yield from (f"folder {part}/{name}" for name in names if name not in ("staging", "probe"))
+            names = (entry.name for entry in folder.iterdir() if entry.is_dir() or part == "run/records")
+            # Three folders are the runtime's own, made once.
+            yield from (f"{part}/{name}" for name in names if name not in ("staging", "probe", "base"))
 
 
 def _cgroups(home: Path) -> Iterator[str]:

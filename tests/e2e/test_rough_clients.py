@@ -92,7 +92,7 @@ def test_the_same_key_is_done_once(server: RunningServer, sandbox: Sandbox, size
 def test_all_who_stop_are_answered_when_nothing_is_left(server: RunningServer) -> None:
     sandbox = Sandbox(base_url=server.url, image=IMAGE, memory="256m")
     sandbox.start()
-    folder = server.home / "run" / "sandboxes" / str(sandbox.sandbox_id)
+    folder = server.home / "run" / "records" / str(sandbox.sandbox_id)
 
     def stop() -> tuple[int, str, bool]:
         status, info = call(server, "POST", f"/v1/sandboxes/{sandbox.sandbox_id}/stop")

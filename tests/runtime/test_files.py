@@ -195,7 +195,7 @@ def test_links_never_lead_out(tmp_path) -> None:
                     await b.runtime.open_read(b.handle, path)
             with pytest.raises(errors.Unauthorized):
                 await b.runtime.open_read(b.handle, f"/work/root{secret}")
-            assert (await get(b, "/work/name")).startswith(b"rock-")
+            assert await get(b, "/work/name") == b"sandbox\n"
             await put(b, "/work/abs", b"inside")  # the link's target is made inside
             assert await b.sh(f"cat {secret}") == "inside"
             assert secret.read_text() == "the host's"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rock.admin.api import native
+from rock.admin.api.sandboxes import Sandboxes
 from rock.admin.reconciler import Reconciler
 from rock.admin.service import Service
 from rock.admin.worker import Worker
@@ -18,7 +19,7 @@ class Admin:
     def __init__(self, settings: Settings, store: Store, workers: dict[str, Worker], roles: list[str]) -> None:
         self.service = Service(store, LocalScheduler(), workers)
         self.reconciler = Reconciler(self.service)
-        self.app: App = native.build(self.service, settings, roles)
+        self.app: App = Sandboxes(self.service).over(native.build(self.service, settings, roles))
         self._store = store
 
     async def open(self) -> None:

@@ -26,8 +26,9 @@ from rock.store.base import Query, Record, Store, VersionConflict
 log = logging.getLogger("rock.admin")
 
 ENV_LABEL = "rock.env"
-_STATUS_AGE = 0.1  # seconds
+_STATUS_AGE = 1.0  # seconds
 _RETRY = 5.0
+_MOST_RECENT = 10_000
 _ALIVE = (State.PENDING, State.RUNNING, State.STOPPING)
 
 
@@ -45,6 +46,7 @@ class Service:
         self.on_unfinished: list[Any] = []
         self._status: Mapping[str, NodeStatus] = {}
         self._asked_at = float("-inf")
+        self._recent: dict[str, Record] = {}  # as they were saved last, by us
 
     async def close(self) -> None:
         """Cancel what is under way; its records stay as they are for the next start."""
@@ -60,9 +62,13 @@ class Service:
 
         Waits up to `wait` seconds for the start; a start that fails meanwhile raises its reason.
         """
-        record = await self.store.by_key(key) if key else None
-        if record is None:
+        try:
             record = await self._insert(config, key)
+        except RockError:
+            known = await self.store.by_key(key) if key else None  # what was made then may no longer fit now
+            if known is None:
+                raise
+            record = known
         return await self._waited(record, wait)
 
     async def _insert(self, config: SandboxConfig, key: str | None = None) -> Record:
@@ -80,7 +86,7 @@ class Service:
         return self.workers[self.scheduler.place(config, await self._statuses())]
 
     async def _statuses(self) -> Mapping[str, NodeStatus]:
-        """What the workers report, at most 0.1 s old: in a burst of creates they are not asked each time."""
+        """What the workers report, at most a second old: a worker refuses by itself what it has no room for."""
         if time.monotonic() - self._asked_at > _STATUS_AGE:
             self._status = {name: await worker.status() for name, worker in self.workers.items()}
             self._asked_at = time.monotonic()
@@ -194,7 +200,7 @@ class Service:
         worker = self.workers.get(record.info.worker or "")
         if worker is not None:
             await worker.destroy(record.id)
-        return await self.apply(record.id, Event.DESTROYED)
+        return await self.apply(record.id, Event.DESTROYED, known=record)
 
     async def delete(self, sandbox_id: str, force: bool = False) -> SandboxInfo:
         """Forget a stopped one; with `force` it is stopped first."""
@@ -212,13 +218,23 @@ class Service:
 
         known: the record as it was read last; when it has changed since, it is read again.
         """
+        guess = known or self._recent.pop(sandbox_id, None)
         while True:
-            record = known or await self.load(sandbox_id)
-            known = None
-            state, effects = step(record.state, event, sandbox_id)
+            record = guess or await self.load(sandbox_id)
+            try:
+                state, effects = step(record.state, event, sandbox_id)
+            except RockError:
+                if guess is None:
+                    raise
+                guess = None
+                continue
             if state is record.state and event is not Event.LAUNCHED:
+                if guess is not None:  # only what is saved tells whether that is so
+                    guess = None
+                    continue
                 new = record
                 break
+            guess = None
             if record.info.cause is not None:
                 fields = {k: v for k, v in fields.items() if k not in ("cause", "reason", "error")}
             stamp: dict[str, object] = {"state": state, "is_alive": state is State.RUNNING}
@@ -229,12 +245,20 @@ class Service:
                 break
             except VersionConflict:
                 continue
+        self._keep(new)
         if Effect.DESTROY in effects and state is State.STOPPED:
             self._background(self._destroy(new))
         if Effect.SCHEDULE in effects:
             for listener in self.on_schedule:
                 listener(new)
         return new
+
+    def _keep(self, record: Record) -> None:
+        """Remember a record for its next step: `put` tells when somebody else changed it meanwhile."""
+        if record.state is not State.STOPPED:
+            self._recent[record.id] = record
+            while len(self._recent) > _MOST_RECENT:
+                del self._recent[next(iter(self._recent))]
 
     def _background(self, work: Any) -> None:
         task = asyncio.create_task(work)

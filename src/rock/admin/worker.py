@@ -1,9 +1,9 @@
-"""A worker as the admin commands it: the node plane of the wire, in this process or over the network."""
+"""A worker as the admin commands it: the node plane, in this process or over the wire."""
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import orjson
 from pydantic import BaseModel
@@ -17,8 +17,30 @@ Transport = Callable[[str, str, str, bytes], Awaitable[tuple[int, bytes]]]  # me
 Model = TypeVar("Model", bound=BaseModel)
 
 
-class Worker:
+class Worker(Protocol):
     """Commands to one rocklet. Errors come back as they were raised there."""
+
+    name: str
+
+    async def check(self, config: SandboxConfig) -> None:
+        """Raise what a create would raise at once."""
+        ...
+
+    async def create(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox: ...
+
+    async def destroy(self, sandbox_id: str, grace: float = 0.0) -> NodeSandbox: ...
+
+    async def get(self, sandbox_id: str, *, touch: bool = False, usage: bool = False) -> NodeSandbox: ...
+
+    async def list(self) -> NodeInventory: ...
+
+    async def status(self) -> NodeStatus: ...
+
+    async def events(self, after: int, wait: float) -> NodeEvents: ...
+
+
+class WireWorker:
+    """A rocklet that is reached by requests: `transport` carries one."""
 
     def __init__(self, name: str, transport: Transport) -> None:
         self.name = name

@@ -20,17 +20,18 @@ import uvicorn
 from rock import settings as environment
 from rock.admin.app import Admin
 from rock.admin.auth import Authenticated, require_key_beyond_loopback
-from rock.admin.worker import Worker
+from rock.cli.worker import LocalWorker
 from rock.errors import Conflict, InvalidConfig, RockError, Unavailable
 from rock.proxy.app import Proxy, is_data
 from rock.rocklet.api import Api
 from rock.rocklet.images import Images
 from rock.rocklet.node import Node
+from rock.runtime import wholefile
 from rock.runtime.base import Runtime
 from rock.settings import Settings
 from rock.store.sqlite import SqliteStore
 from rock.telemetry import set_up_logs
-from rock.wire.asgi import App, Receive, Scope, Send, call
+from rock.wire.asgi import App, Receive, Scope, Send
 
 log = logging.getLogger("rock.server")
 
@@ -61,9 +62,7 @@ class Home:
         self._lock = lock
 
     def write(self, host: str, port: int) -> None:
-        temporary = self.note.with_suffix(".new")
-        temporary.write_text(json.dumps({"pid": os.getpid(), "host": host, "port": port}))
-        os.replace(temporary, self.note)
+        wholefile.replace(self.note, json.dumps({"pid": os.getpid(), "host": host, "port": port}))
 
     def read(self) -> dict[str, Any] | None:
         """Where the server of this folder listens, if one runs now."""
@@ -116,17 +115,13 @@ class Server:
         self.node = Node(
             make_runtimes(settings, self.images),
             settings.runtime,
-            settings.run_dir / "sandboxes",
+            settings.run_dir,
             settings.sandbox_limit,
             self.images,
         )
         rocklet: App = Api(self.node).router()
-
-        async def transport(method: str, path: str, query: str, body: bytes) -> tuple[int, bytes]:
-            return await call(rocklet, method, path, query=query, body=body)
-
         self.store = SqliteStore(settings.database)
-        self.admin = Admin(settings, self.store, {name: Worker(name, transport)}, ["write", "read", "worker"])
+        self.admin = Admin(settings, self.store, {name: LocalWorker(name, self.node)}, ["write", "read", "worker"])
         self._proxy = Proxy(self.store, {name: rocklet})
         self.app = Authenticated(self._route, settings.api_key)
 

@@ -205,14 +205,13 @@ class Init(Loop):
         streams = programs.Streams(request, user)
         try:
             plan = programs.Plan(request, streams, user, self.limits)
-            rehearsal = bool(request.get("rehearsal"))
-            self._start(connection, number, programs.Program(0, key, keep, streams.pty), plan, last=rehearsal)
+            self._start(connection, number, programs.Program(0, key, keep, streams.pty), plan)
         except BaseException:
             streams.close()
             raise
 
     def _start(self, connection: Connection, number: int, program: programs.Program, plan: programs.Plan, *,
-               by_fork: bool = False, last: bool = False) -> None:
+               by_fork: bool = False) -> None:
         start = programs.Start(plan, by_fork=by_fork)
         pid = program.pid = start.pid
         self.programs[pid] = program
@@ -230,7 +229,7 @@ class Init(Loop):
                 return
             del self.programs[pid]
             try:
-                if start.by_fork or last:
+                if start.by_fork:
                     raise fault
                 self._start(connection, number, program, plan, by_fork=True)
             except Fault as final:

@@ -6,7 +6,7 @@ from typing import Any
 
 import orjson
 
-from rock.errors import InvalidConfig, NotFound
+from rock.errors import InvalidConfig
 from rock.protocol.action import BashAction, Command, CreateBashSessionRequest
 from rock.protocol.node import ProcessList, SessionList
 from rock.protocol.routes import LOG_NEXT, LOG_RUNNING, LOG_START, ROUTES
@@ -229,13 +229,8 @@ class Api:
         return _dump(self.node.inventory())
 
     async def node_get(self, request: Request) -> Answer:
-        sandbox_id = request.path["sandbox_id"]
-        if sandbox_id not in self.node.supervisors:
-            raise NotFound(f"sandbox {sandbox_id} is not here", sandbox_id=sandbox_id)
-        sandbox = self.node.supervisors[sandbox_id]
-        if request.flag("touch"):
-            sandbox.touch()
-        return _dump(sandbox.describe(await sandbox.usage() if request.flag("usage") else None))
+        look = self.node.look(request.path["sandbox_id"], touch=request.flag("touch"), usage=request.flag("usage"))
+        return _dump(await look)
 
     async def node_destroy(self, request: Request) -> Answer:
         return _dump(await self.node.destroy(request.path["sandbox_id"], request.number("grace", 0, high=600)))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
-import shutil
 import socket
 import time
 import uuid
@@ -14,12 +14,14 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from rock.errors import Conflict, Expired, InvalidConfig, Lost, NoCapacity, NotHere, OutOfMemory, RockError
+from rock.errors import Conflict, Expired, InvalidConfig, Lost, NoCapacity, NotFound, NotHere, OutOfMemory, RockError
 from rock.protocol.node import NodeEvent, NodeEvents, NodeInventory, NodeSandbox, NodeStatus
 from rock.protocol.sandbox import Cause, Isolation, Phase, SandboxConfig
 from rock.rocklet.images import Images
-from rock.rocklet.supervisor import Supervisor
-from rock.runtime.base import Liveness, Runtime
+from rock.rocklet.session import Session
+from rock.rocklet.supervisor import Shelf, Supervisor, open_ahead
+from rock.runtime import hostmemory
+from rock.runtime.base import Liveness, Pools, Prepared, Runtime
 
 log = logging.getLogger("rock.node")
 
@@ -30,16 +32,17 @@ _KEPT_ENDS = 5_000
 class Node:
     """The sandboxes of one machine.
 
-    runtimes: by name; `default` is the one for configs that name none. folder: where records and logs live.
+    runtimes: by name; `default` is the one for configs that name none. folder: see Shelf.
     """
 
     def __init__(self, runtimes: dict[str, Runtime], default: str, folder: Path, limit: int, images: Images) -> None:
         self.images = images
         self.runtimes = runtimes
         self.default = default
-        self.folder = folder
+        self.shelf = Shelf(folder)
         self.limit = limit
         self.boot = uuid.uuid4().hex[:12]
+        self._host_name = socket.gethostname()
         self.supervisors: dict[str, Supervisor] = {}
         self._creating: dict[str, asyncio.Task[Supervisor]] = {}
         self._destroying: dict[str, asyncio.Task[NodeSandbox]] = {}
@@ -55,34 +58,34 @@ class Node:
 
     async def open(self) -> None:
         """Start the runtimes, find the sandboxes of a former run, and remove what has no record."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.shelf.make()
         for runtime in self.runtimes.values():
+            if isinstance(runtime, Pools):
+                runtime.prepare = functools.partial(open_ahead, runtime)
             await runtime.open()
         known: dict[str, list[str]] = {name: [] for name in self.runtimes}
-        for folder in sorted(self.folder.iterdir()):
-            if folder.is_dir():
-                await self._recover(folder, known)
+        for sandbox_id in self.shelf.ids():
+            await self._recover(sandbox_id, known)
         for name, runtime in self.runtimes.items():
             swept = await runtime.sweep(known[name])
             if swept:
                 log.warning("removed %d sandboxes of runtime %s that had no record: %s", len(swept), name, swept)
 
-    async def _recover(self, folder: Path, known: dict[str, list[str]]) -> None:
+    async def _recover(self, sandbox_id: str, known: dict[str, list[str]]) -> None:
         try:
-            config, handle, record = Supervisor.load(folder)
+            config, handle, record = self.shelf.load(sandbox_id)
             runtime = self.runtimes[handle.runtime]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("no usable record in %s: %s", folder, error)
-            await asyncio.to_thread(shutil.rmtree, folder, True)
+            log.warning("no usable record of %s: %s", sandbox_id, error)
+            await asyncio.to_thread(self.shelf.remove, sandbox_id)
             return
-        sandbox_id = folder.name
         if await runtime.recover(handle) is Liveness.GONE:
             await runtime.destroy(handle)
-            await asyncio.to_thread(shutil.rmtree, folder, True)
+            await asyncio.to_thread(self.shelf.remove, sandbox_id)
             self._tell(sandbox_id, Cause.LOST, "it ended while no server was running")
             return
         known[handle.runtime].append(handle.id)
-        supervisor = Supervisor(sandbox_id, config, runtime, handle, folder, self._ended)
+        supervisor = Supervisor(sandbox_id, config, runtime, handle, self.shelf, self._ended)
         await supervisor.recover(record)
         self.supervisors[sandbox_id] = supervisor
         log.info("found sandbox %s again, sessions: %s", sandbox_id, sorted(supervisor.sessions))
@@ -157,7 +160,6 @@ class Node:
         step = "image"
         try:
             await self.images.prepare(config.image)
-            await runtime.check(config)
             phases["image"] = _finished(phases["image"], "on disk")
             step = "sandbox"
             phases["sandbox"] = Phase(status="running", started_at=time.time())
@@ -169,7 +171,7 @@ class Node:
             raise
         finally:
             self._phases.pop(sandbox_id, None)
-        supervisor = Supervisor(sandbox_id, config, runtime, handle, self.folder / sandbox_id, self._ended)
+        supervisor = Supervisor(sandbox_id, config, runtime, handle, self.shelf, self._ended)
         supervisor.phases = phases
         try:
             supervisor.save()
@@ -177,8 +179,16 @@ class Node:
             await supervisor.destroy(0)
             raise
         self.supervisors[sandbox_id] = supervisor
-        self._spawn(supervisor.prepare())
+        ahead = runtime.prepared(handle) if isinstance(runtime, Pools) else None
+        if not isinstance(ahead, Session) or not supervisor.take_over(ahead):
+            self._spawn(self._open_default(supervisor, ahead))
         return supervisor
+
+    @staticmethod
+    async def _open_default(supervisor: Supervisor, unfit: Prepared | None) -> None:
+        if isinstance(unfit, Session):
+            await unfit.close()
+        await supervisor.prepare()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -207,7 +217,7 @@ class Node:
             return NodeSandbox(sandbox_id=sandbox_id)
         supervisor.cause = supervisor.cause or Cause.USER  # from now on it is not found
         await supervisor.destroy(grace)
-        await asyncio.to_thread(shutil.rmtree, supervisor.folder, True)
+        await supervisor.forget()
         del self.supervisors[sandbox_id]  # only now: a destroy that failed can be repeated
         return supervisor.describe()
 
@@ -224,14 +234,23 @@ class Node:
             raise kind(f"sandbox {sandbox_id} is gone: {reason}", sandbox_id=sandbox_id)
         raise NotHere(f"sandbox {sandbox_id} not found", sandbox_id=sandbox_id)
 
+    async def look(self, sandbox_id: str, *, touch: bool = False, usage: bool = False) -> NodeSandbox:
+        """What is known of a sandbox now. NotFound when it is not here."""
+        supervisor = self.supervisors.get(sandbox_id)
+        if supervisor is None:
+            raise NotFound(f"sandbox {sandbox_id} is not here", sandbox_id=sandbox_id)
+        if touch:
+            supervisor.touch()
+        return supervisor.describe(await supervisor.usage() if usage else None)
+
     def inventory(self) -> NodeInventory:
         return NodeInventory(sandboxes=[s.describe() for s in self.supervisors.values()])
 
     async def status(self) -> NodeStatus:
         runtime = self.runtimes[self.default]
-        total, free = _memory()
+        total, free = hostmemory.read()
         return NodeStatus(
-            host_name=socket.gethostname(),
+            host_name=self._host_name,
             host_ip="127.0.0.1",
             runtime=self.default,
             isolation=getattr(runtime, "isolation", Isolation.NONE),
@@ -285,12 +304,3 @@ class Node:
 def _finished(phase: Phase, message: str) -> Phase:
     return phase.model_copy(update={"status": "success", "message": message, "completed_at": time.time()})
 
-
-def _memory() -> tuple[int, int]:
-    """(total, available) bytes of this machine's memory."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0, 0
-    values = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if ":" in line}
-    return values.get("MemTotal", 0), values.get("MemAvailable", 0)

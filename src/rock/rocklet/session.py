@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from rock.errors import InvalidConfig, NotFound, RockError, SessionClosed, StartFailed, Unavailable
@@ -96,6 +96,7 @@ class Session:
         self._watch: asyncio.Task[None] | None = None
         self._idle_output = Capped(_IDLE_OUTPUT)
         self._leaving = False
+        self._first = b""  # to be run ahead of the next command
         self._replaced = False  # the shell ended between two commands, and its successor waits for its state
 
     # ---- life ----
@@ -121,6 +122,18 @@ class Session:
         """Take over a shell that a former rocklet started."""
         self._adopt(await self._runtime.attach(self._handle, KEY + self.spec.session))
         self._readers[-1].drain()  # what the shell told a former rocklet's command is not meant for ours
+
+    def claim(self, handle: Handle, env: Mapping[str, str]) -> bool:
+        """Give a session that was opened ahead to the sandbox that its place has become; False when it cannot be.
+
+        env: what that sandbox's programs have in their environment beside what this shell began with.
+        """
+        if self.closed is not None or not all(shell.can_export(name) for name in env):
+            return False
+        self._handle = handle
+        self._first = shell.exports(env)
+        self.created_at = time.time()
+        return True
 
     async def close(self) -> None:
         """Kill the shell and all that it started; its name is free again after that."""
@@ -177,7 +190,8 @@ class Session:
             channels[dialect.errors] = "w"
         program = Program(
             argv=dialect.argv(self.shell.path, pty),
-            env={"PS1": "", "PS2": "", **({"TERM": "xterm-256color"} if pty else {}), **(self.spec.env or {})},
+            env={"PS1": "", "PS2": "", "SHELL": self.shell.path, **({"TERM": "xterm-256color"} if pty else {}),
+                 **(self.spec.env or {})},
             cwd=self._cwd or self.spec.cwd,
             user=self.spec.remote_user,
             stdin="pipe",
@@ -289,6 +303,7 @@ class Session:
                     separate=action.separate,
                     pty=self.spec.pty is not None,
                 )
+                script, self._first = self._first + script, b""
                 observation = await self._finish(run, script, action.timeout, lost)
             except asyncio.CancelledError:
                 # The caller went away: nothing of its command may run on, and the session has to stay in step.

@@ -19,7 +19,8 @@ output cannot be mistaken for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 MAX_REPORT = 64 << 10
@@ -67,6 +68,21 @@ exec {state}< <(declare -p; declare -f; alias -p; shopt -p; set +o) 2>/dev/null;
 exec -a bash "$BASH" --norc --noprofile {source}; fi' EXIT
 shopt -s expand_aliases
 """
+
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# What a shell looks at when it starts, or does not let anybody set.
+_OWN = re.compile(r"(BASH.*|SHELLOPTS|POSIXLY_CORRECT|ENV|UID|EUID|PPID|FUNCNAME|GROUPS|DIRSTACK|IFS|OPTIND|OPTERR)")
+
+
+def can_export(name: str) -> bool:
+    """Whether a variable means the same to a running shell as to one that finds it in its environment."""
+    return _NAME.fullmatch(name) is not None and _OWN.fullmatch(name) is None
+
+
+def exports(env: Mapping[str, str]) -> bytes:
+    """Lines that put variables into the environment of a shell and of all that it starts."""
+    return encode("".join(f"export {name}={quote(value)}\n" for name, value in env.items()))
 
 
 def _exit_hook(dialect: Dialect, pty: bool) -> str:

@@ -6,10 +6,10 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,58 @@ from rock.protocol.node import NodeSandbox
 from rock.protocol.sandbox import Cause, Isolation, Phase, SandboxConfig, Usage
 from rock.rocklet import programs
 from rock.rocklet.envs import EnvHost
-from rock.rocklet.session import Session, Shell, find_shell
+from rock.rocklet.session import KEY, Session, Shell, find_shell
+from rock.runtime import wholefile
 from rock.runtime.base import Handle, Limits, Runtime, Watches
 
 DEFAULT_SESSION = "default"
+_DEFAULT = CreateBashSessionRequest(session=DEFAULT_SESSION)
+
+
+class Shelf:
+    """What is kept on disk for the rocklet after this one, and what sandboxes learn from each other.
+
+    folder/records/ID   config, handle, sessions and processes of a sandbox
+    folder/logs/ID/     a folder a background process
+    shells              by runtime, image and wish: where the last sandbox had its shell
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._records = folder / "records"
+        self._logs = folder / "logs"
+        self.shells: dict[tuple[str, str, str | None], Shell] = {}
+
+    def make(self) -> None:
+        for folder in (self._records, self._logs):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def record(self, sandbox_id: str) -> str:
+        return f"{self._records}/{sandbox_id}"
+
+    def logs(self, sandbox_id: str) -> Path:
+        return self._logs / sandbox_id
+
+    def ids(self) -> list[str]:
+        """All that have a record."""
+        return sorted(name for name in os.listdir(self._records) if not name.startswith("."))
+
+    def load(self, sandbox_id: str) -> tuple[SandboxConfig, Handle, dict[str, Any]]:
+        record = json.loads(Path(self.record(sandbox_id)).read_text())
+        handle = record["handle"]
+        handle["isolation"] = Isolation(handle["isolation"])
+        return SandboxConfig.model_validate(record["config"]), Handle(**handle), record
+
+    def remove(self, sandbox_id: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.record(sandbox_id))
+        shutil.rmtree(self.logs(sandbox_id), ignore_errors=True)
+
+
+async def open_ahead(runtime: Runtime, handle: Handle) -> Session:
+    """The default session of a sandbox that nobody has claimed yet."""
+    session = Session(runtime, handle, _DEFAULT, await find_shell(runtime, handle))
+    await session.open()
+    return session
 
 
 class Supervisor:
@@ -34,14 +82,14 @@ class Supervisor:
         config: SandboxConfig,
         runtime: Runtime,
         handle: Handle,
-        folder: Path,
+        shelf: Shelf,
         ended: Callable[[Supervisor, Cause, str], None],
     ) -> None:
         self.id = sandbox_id
         self.config = config
         self.runtime = runtime
         self.handle = handle
-        self.folder = folder
+        self._shelf = shelf
         self.phases: dict[str, Phase] = {}
         self.cause: Cause | None = None
         self.reason: str | None = None
@@ -59,46 +107,36 @@ class Supervisor:
 
     # ---- what is kept on disk, for the rocklet after this one ----
 
-    @property
-    def record_path(self) -> Path:
-        return self.folder / "record.json"
-
     def save(self) -> None:
         """Write the record: replaced at once, so that a crash leaves the old one or the new one."""
-        self._write(self._record())
+        wholefile.replace(self._shelf.record(self.id), self._record())
 
     async def saved(self) -> None:
         """Write the record without holding up anybody else."""
         async with self._save_lock:
-            await asyncio.to_thread(self._write, self._record())
+            await asyncio.to_thread(wholefile.replace, self._shelf.record(self.id), self._record())
 
     def _record(self) -> str:
+        handle = self.handle
         record = {
             # The registry password was needed for one pull: it does not go to the disk.
             "config": self.config.model_dump(mode="json", exclude={"registry_password"}),
-            "handle": {**asdict(self.handle), "isolation": self.handle.isolation.value},
-            "sessions": {name: s.spec.model_dump(mode="json") for name, s in self.sessions.items() if not s.closed},
+            "handle": {"runtime": handle.runtime, "id": handle.id, "isolation": handle.isolation.value,
+                       "enforced": dict(handle.enforced), "data": handle.data},
+            # A plain default session is not worth a write: pid 1 tells whether there is one.
+            "sessions": {name: s.spec.model_dump(mode="json") for name, s in self.sessions.items()
+                         if not s.closed and s.spec != _DEFAULT},
             "processes": {p.id: {"command": p.command, "started_at": p.started_at} for p in self.processes.values()},
-        }
+        }  # fmt: skip
         return json.dumps(record)
-
-    def _write(self, record: str) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.record_path.with_suffix(".new")
-        temporary.write_text(record)
-        os.replace(temporary, self.record_path)
-
-    @staticmethod
-    def load(folder: Path) -> tuple[SandboxConfig, Handle, dict[str, Any]]:
-        record = json.loads((folder / "record.json").read_text())
-        handle = record["handle"]
-        handle["isolation"] = Isolation(handle["isolation"])
-        return SandboxConfig.model_validate(record["config"]), Handle(**handle), record
 
     async def recover(self, record: dict[str, Any]) -> None:
         """Take over the sessions and processes of a former rocklet; what is gone is left out."""
-        for name, spec in record.get("sessions", {}).items():
-            request = CreateBashSessionRequest.model_validate(spec)
+        kept = await self.runtime.processes(self.handle)
+        specs = {name: CreateBashSessionRequest.model_validate(s) for name, s in record.get("sessions", {}).items()}
+        if KEY + DEFAULT_SESSION in kept:
+            specs.setdefault(DEFAULT_SESSION, _DEFAULT)
+        for name, request in specs.items():
             with contextlib.suppress(RockError):
                 session = Session(self.runtime, self.handle, request, await self.find_shell(request.shell))
                 await session.attach()
@@ -106,10 +144,10 @@ class Supervisor:
         for key, entry in record.get("processes", {}).items():
             with contextlib.suppress(RockError):
                 process = await self.runtime.attach(self.handle, programs.KEY + key)
-                folder = self.folder / "processes" / key
+                folder = self._shelf.logs(self.id) / key
                 folder.mkdir(parents=True, exist_ok=True)
                 self.processes[key] = programs.Background(key, entry["command"], process, folder, entry["started_at"])
-        if EnvHost.KEY in await self.runtime.processes(self.handle):
+        if EnvHost.KEY in kept:
             host = EnvHost(self.runtime, self.handle)
             with contextlib.suppress(RockError):
                 await host.attach()
@@ -169,7 +207,7 @@ class Supervisor:
         """Open a session; Conflict when there is one of that name. Answers what its start-up printed."""
         old = self.sessions.get(request.session)
         if request.session in self._opening or (old is not None and old.closed is None):
-            if request == CreateBashSessionRequest(session=DEFAULT_SESSION):
+            if request == _DEFAULT:
                 await self.session(DEFAULT_SESSION)  # it stands ready from the start
                 return ""
             raise Conflict(
@@ -193,13 +231,31 @@ class Supervisor:
             old = self.sessions.pop(request.session, None)
             if old is not None:
                 await old.close()
-            session = Session(self.runtime, self.handle, request, await self.find_shell(request.shell))
-            await session.open()
+            session = await self._open_shell(request)
             self.sessions[request.session] = session
-            await self.saved()
+            if request != _DEFAULT:
+                await self.saved()
             return session
         finally:
             self._opening.pop(request.session, None)
+
+    async def _open_shell(self, request: CreateBashSessionRequest) -> Session:
+        """Where the last sandbox of this image had its shell, this one probably has it too; else it is looked for."""
+        place = (self.handle.runtime, self.config.image, request.shell)
+        guess = self._shelf.shells.get(place)
+        if guess is not None:
+            session = Session(self.runtime, self.handle, request, guess)
+            try:
+                await session.open()
+            except NotFound:
+                del self._shelf.shells[place]
+            else:
+                self._shells[request.shell] = guess
+                return session
+        session = Session(self.runtime, self.handle, request, await self.find_shell(request.shell))
+        await session.open()
+        self._shelf.shells[place] = session.shell
+        return session
 
     async def session(self, name: str) -> Session:
         """An open session. "default" is opened when first used; any other has to be created."""
@@ -210,7 +266,7 @@ class Supervisor:
         if opening is not None:
             return await asyncio.shield(opening)
         if name == DEFAULT_SESSION:
-            return await self._open(CreateBashSessionRequest(session=name))
+            return await self._open(_DEFAULT)
         names = ", ".join(sorted(self.sessions)) or "none"
         raise NotFound(
             f"session {name!r} does not exist in sandbox {self.id} (open: {names})",
@@ -237,7 +293,7 @@ class Supervisor:
             self.runtime, self.handle, command, sh, key=programs.KEY + key, keep=True, stdin=True
         )
         try:
-            folder = self.folder / "processes" / key
+            folder = self._shelf.logs(self.id) / key
             folder.mkdir(parents=True)
             background = programs.Background(key, command.command, process, folder)
             self.processes[key] = background
@@ -319,6 +375,21 @@ class Supervisor:
             background.process.close()
         if self.env_host is not None:
             await self.env_host.close()
+
+    async def forget(self) -> None:
+        """Remove what is kept of it on disk, once it is gone."""
+        if self.processes:  # logs may be large
+            await asyncio.to_thread(self._shelf.remove, self.id)
+        else:
+            self._shelf.remove(self.id)
+
+    def take_over(self, session: Session) -> bool:
+        """Use a default session that was opened before this sandbox had a name; False when it does not suit."""
+        if not session.claim(self.handle, self.config.env):
+            return False
+        self.sessions[DEFAULT_SESSION] = session
+        self._shells[None] = session.shell
+        return True
 
     async def prepare(self) -> None:
         """Open the default session ahead of its first use; an image without a shell has none."""

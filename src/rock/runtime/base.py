@@ -10,7 +10,7 @@ Optional capabilities stand beside it and are asked for by type: `isinstance(run
 from __future__ import annotations
 
 import signal as signals
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -285,4 +285,26 @@ class Watches(Protocol):
 
     def oom_kills(self, handle: Handle) -> int:
         """How many processes were killed for memory so far."""
+        ...
+
+
+class Prepared(Protocol):
+    """What was started in a sandbox that nobody has claimed yet."""
+
+    async def detach(self) -> None:
+        """Let go of it: the sandbox is being removed."""
+        ...
+
+
+@runtime_checkable
+class Pools(Protocol):
+    """The runtime makes sandboxes ahead, and has them prepared by its user."""
+
+    prepare: Callable[[Handle], Awaitable[Prepared | None]] | None
+    """Called with each sandbox that is made ahead, under a handle that ends with its claim.
+
+    A RockError says that nothing was started."""
+
+    def prepared(self, handle: Handle) -> Prepared | None:
+        """What `prepare` answered for the sandbox that has this handle now. It is the caller's from then on."""
         ...

@@ -21,6 +21,7 @@ from typing import Any
 from rock import errors
 from rock.guest import init, proctree, remove
 from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
+from rock.runtime import wholefile
 from rock.runtime.base import Enforced, Handle, Liveness, Program
 from rock.runtime.initfiles import InitSandboxes, merged
 from rock.runtime.initlink import InitLink, bind_listener
@@ -206,9 +207,7 @@ def _measure(root: int) -> Usage:
 
 
 def _write_record(folder: Path, data: dict[str, Any]) -> None:
-    beside = folder / "record.part"
-    beside.write_text(json.dumps(data))
-    beside.rename(folder / "record.json")
+    wholefile.replace(folder / "record.json", json.dumps(data))
 
 
 def _read_record(folder: Path) -> dict[str, Any]:

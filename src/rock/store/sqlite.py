@@ -1,8 +1,14 @@
-"""The default store: one SQLite file, one thread that owns it."""
+"""The default store: one SQLite file.
+
+Single records are read and written on the event loop: 50 microseconds each, since nothing waits for the disk, which is
+less than handing them to a thread. Lists, and bringing the log into the file, have a thread with a connection of its
+own; neither keeps the other from writing.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,9 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import orjson
-
-from rock.errors import Conflict, StorageFull, Unavailable
+from rock.errors import Conflict, RockError, StorageFull, Unavailable
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
 from rock.store.base import Query, Record, VersionConflict
 
@@ -33,6 +37,8 @@ CREATE INDEX IF NOT EXISTS sandbox_state ON sandbox (state, created_at);
 CREATE INDEX IF NOT EXISTS sandbox_created ON sandbox (created_at, id);
 """
 _VERSION = 1
+_CHECKPOINT_EVERY = 2.0  # seconds
+_PRUNED_AT_ONCE = 200
 _FIELDS = {"user_id", "experiment_id", "namespace", "image", "runtime", "worker", "cluster", "cause"}
 
 
@@ -43,15 +49,20 @@ class SqliteStore:
         self.path = path
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rock-store")
         self._db: sqlite3.Connection | None = None
+        self._side: sqlite3.Connection | None = None  # the thread's
+        self._checkpoints: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
-        await self._do(self._open)
+        self._now(self._open)
+        await self._aside(self._open_side)
+        self._checkpoints = asyncio.create_task(self._checkpoint(), name="store checkpoints")
 
-    def _open(self, _: None = None) -> None:
+    def _open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         db = sqlite3.connect(self.path, isolation_level=None, timeout=5.0)
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=NORMAL")
+        db.execute("PRAGMA wal_autocheckpoint=0")  # see _checkpoint
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if version > _VERSION:
             db.close()
@@ -63,21 +74,46 @@ class SqliteStore:
         db.execute(f"PRAGMA user_version={_VERSION}")
         self._db = db
 
+    def _open_side(self) -> None:
+        self._side = sqlite3.connect(self.path, isolation_level=None, timeout=5.0)
+
+    async def _checkpoint(self) -> None:
+        """Bring the log into the file now and then: it waits for the disk, so not in whoever writes."""
+        while True:
+            await asyncio.sleep(_CHECKPOINT_EVERY)
+            with contextlib.suppress(Unavailable, StorageFull):  # the next write tells
+                await self._aside(lambda: self._open_db_aside.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall())
+
     async def close(self) -> None:
+        if self._checkpoints is not None:
+            self._checkpoints.cancel()
+            await asyncio.gather(self._checkpoints, return_exceptions=True)
+            self._checkpoints = None
+        if self._side is not None:
+            await self._aside(self._side.close)
+            self._side = None
         if self._db is not None:
-            await self._do(self._db.close)
+            self._now(self._db.close)
             self._db = None
         self._thread.shutdown()
 
-    async def _do(self, work: Callable[..., T], *args: Any) -> T:
+    def _now(self, work: Callable[..., T], *args: Any) -> T:
+        try:
+            return work(*args)
+        except sqlite3.Error as error:
+            raise self._told(error) from error
+
+    async def _aside(self, work: Callable[..., T], *args: Any) -> T:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
         except sqlite3.Error as error:
-            if "full" in str(error) or "disk I/O" in str(error):
-                raise StorageFull(
-                    f"the store {self.path} cannot be written: {error}", hint="free some space on the server"
-                ) from error
-            raise Unavailable(f"the store {self.path} does not answer: {error}") from error
+            raise self._told(error) from error
+
+    def _told(self, error: sqlite3.Error) -> RockError:
+        if "full" in str(error) or "disk I/O" in str(error):
+            hint = "free some space on the server"
+            return StorageFull(f"the store {self.path} cannot be written: {error}", hint=hint)
+        return Unavailable(f"the store {self.path} does not answer: {error}")
 
     @property
     def _open_db(self) -> sqlite3.Connection:
@@ -85,10 +121,16 @@ class SqliteStore:
             raise Unavailable("the store is closed")
         return self._db
 
+    @property
+    def _open_db_aside(self) -> sqlite3.Connection:
+        if self._side is None:
+            raise Unavailable("the store is closed")
+        return self._side
+
     # ---- records ----
 
     async def insert(self, record: Record) -> Record:
-        return await self._do(self._insert, replace(record, version=1))
+        return self._now(self._insert, replace(record, version=1))
 
     def _insert(self, record: Record) -> Record:
         if record.key is not None:
@@ -110,21 +152,21 @@ class SqliteStore:
         return record
 
     async def get(self, sandbox_id: str) -> Record | None:
-        return await self._do(self._get, sandbox_id)
+        return self._now(self._get, sandbox_id)
 
     def _get(self, sandbox_id: str) -> Record | None:
         row = self._open_db.execute(f"{_SELECT} WHERE id = ?", (sandbox_id,)).fetchone()
         return None if row is None else _load(row)
 
     async def by_key(self, key: str) -> Record | None:
-        return await self._do(self._by_key, key)
+        return self._now(self._by_key, key)
 
     def _by_key(self, key: str) -> Record | None:
         row = self._open_db.execute(f"{_SELECT} WHERE idempotency_key = ?", (key,)).fetchone()
         return None if row is None else _load(row)
 
     async def put(self, record: Record) -> Record:
-        return await self._do(self._put, record)
+        return self._now(self._put, record)
 
     def _put(self, record: Record) -> Record:
         new = replace(record, version=record.version + 1)
@@ -139,10 +181,10 @@ class SqliteStore:
         return new
 
     async def delete(self, sandbox_id: str) -> None:
-        await self._do(lambda: self._open_db.execute("DELETE FROM sandbox WHERE id = ?", (sandbox_id,)))
+        self._now(self._open_db.execute, "DELETE FROM sandbox WHERE id = ?", (sandbox_id,))
 
     async def list(self, query: Query) -> Sequence[Record]:
-        return await self._do(self._list, query)
+        return await self._aside(self._list, query)
 
     def _list(self, query: Query) -> Sequence[Record]:
         where: Any = ["1"]
@@ -161,24 +203,29 @@ class SqliteStore:
         if query.after is not None:
             where.append("(created_at, id) < (?, ?)")
             values += query.after
-        rows = self._open_db.execute(
+        rows = self._open_db_aside.execute(
             f"{_SELECT} WHERE {' AND '.join(where)} ORDER BY created_at DESC, id DESC LIMIT ?", (*values, query.limit)
         ).fetchall()
         return [_load(row) for row in rows]
 
     async def count(self) -> dict[str, int]:
-        rows = await self._do(
-            lambda: self._open_db.execute("SELECT state, count(*) FROM sandbox GROUP BY state").fetchall()
+        rows = await self._aside(
+            lambda: self._open_db_aside.execute("SELECT state, count(*) FROM sandbox GROUP BY state").fetchall()
         )
         return dict(rows)
 
     async def prune(self, before: float) -> int:
-        done = await self._do(
-            lambda: self._open_db.execute(
-                "DELETE FROM sandbox WHERE state = ? AND stopped_at < ?", (State.STOPPED.value, before)
+        removed = 0
+        while True:
+            done = self._now(
+                self._open_db.execute,
+                "DELETE FROM sandbox WHERE id IN (SELECT id FROM sandbox WHERE state = ? AND stopped_at < ? LIMIT ?)",
+                (State.STOPPED.value, before, _PRUNED_AT_ONCE),
             )
-        )
-        return done.rowcount
+            removed += done.rowcount
+            if done.rowcount < _PRUNED_AT_ONCE:
+                return removed
+            await asyncio.sleep(0)  # whoever waits goes first
 
 
 _SELECT = "SELECT version, idempotency_key, info, config FROM sandbox"
@@ -187,7 +234,7 @@ _SELECT = "SELECT version, idempotency_key, info, config FROM sandbox"
 def _columns(record: Record) -> tuple[Any, ...]:
     info = record.info
     # The registry password is needed for one pull, never later: it does not go to the disk.
-    config = record.config.model_dump(mode="json", exclude={"registry_password"})
+    config = record.config.model_dump_json(exclude={"registry_password"})
     return (
         record.id,
         record.version,
@@ -195,8 +242,8 @@ def _columns(record: Record) -> tuple[Any, ...]:
         info.created_at,
         info.stopped_at,
         record.key,
-        orjson.dumps(info.model_dump(mode="json")).decode(),
-        orjson.dumps(config).decode(),
+        info.model_dump_json(),
+        config,
     )
 
 

@@ -187,7 +187,8 @@ def answer(value: Any, status: int = 200) -> Answer:
 
 
 def failure(error: RockError) -> Answer:
-    return Answer(orjson.dumps(error.to_wire(), default=repr), error.status)
+    headers = [(b"retry-after", b"1")] if error.retryable else []
+    return Answer(orjson.dumps(error.to_wire(), default=repr), error.status, headers=headers)
 
 
 Handler = Callable[[Request], Awaitable[Answer]]

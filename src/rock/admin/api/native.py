@@ -15,17 +15,16 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from rock import __version__
+from rock.admin.api import sandboxes
 from rock.admin.service import Service
 from rock.envhub import registry
 from rock.errors import ClientError, InternalServerRockError, InvalidConfig, NotFound, RockError
 from rock.protocol import action, env, node, sandbox
-from rock.protocol.env import OpenEnv
 from rock.protocol.node import EnvList, SandboxList, ServerInfo
-from rock.protocol.routes import IDEMPOTENCY_KEY, ROUTES
-from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
+from rock.protocol.routes import ROUTES
+from rock.protocol.sandbox import SandboxInfo, State
 from rock.settings import Settings
 from rock.store.base import Query as Listing
-from rock.wire.asgi import validate
 
 Wait = Annotated[float, Query(ge=0, le=3600)]
 
@@ -37,14 +36,6 @@ def _json(model: BaseModel, status: int = 200) -> Response:
 def _failure(error: RockError) -> Response:
     headers = {"retry-after": "1"} if error.retryable else None
     return Response(orjson.dumps(error.to_wire(), default=repr), error.status, headers, "application/json")
-
-
-async def _body(request: Request, kind: type[Any]) -> Any:
-    try:
-        value = orjson.loads(await request.body() or b"{}")
-    except orjson.JSONDecodeError as error:
-        raise InvalidConfig(f"the body is not JSON: {error}") from None
-    return validate(kind, value)
 
 
 def build(service: Service, settings: Settings, roles: list[str]) -> FastAPI:
@@ -89,28 +80,12 @@ def build(service: Service, settings: Settings, roles: list[str]) -> FastAPI:
 
 
 def _sandboxes(app: FastAPI, service: Service) -> None:
-    @app.post(ROUTES["create_sandbox"].path, response_model=SandboxInfo, status_code=201, tags=["sandboxes"])
-    async def create_sandbox(request: Request, wait: Wait = 0.0) -> Response:
-        """Create a sandbox; with `wait`, answer when it runs or failed, at the latest after that many seconds."""
-        config = await _body(request, SandboxConfig)
-        return _json(await service.create(config, request.headers.get(IDEMPOTENCY_KEY), wait), 201)
-
     @app.get(ROUTES["list_sandboxes"].path, response_model=SandboxList, tags=["sandboxes"])
     async def list_sandboxes(
         request: Request, limit: Annotated[int, Query(ge=1, le=2000)] = 500, after: str | None = None
     ) -> Response:
         """Sandboxes, newest first; filters are equality on fields of SandboxInfo, `state` and `label=k=v`."""
         return _json(await service.list(_listing(request, limit, after)))
-
-    @app.get(ROUTES["get_sandbox"].path, response_model=SandboxInfo, tags=["sandboxes"])
-    async def get_sandbox(sandbox_id: str, wait: Wait = 0.0, touch: bool = False, usage: bool = False) -> Response:
-        """Status; `wait` as long as it is pending, `touch` counts as activity, `usage` measures."""
-        return _json(await service.get(sandbox_id, wait=wait, touch=touch, usage=usage))
-
-    @app.post(ROUTES["stop_sandbox"].path, response_model=SandboxInfo, tags=["sandboxes"])
-    async def stop_sandbox(sandbox_id: str) -> Response:
-        """Stop it; answers when nothing of it is left but its tombstone."""
-        return _json(await service.stop(sandbox_id))
 
     @app.delete(ROUTES["delete_sandbox"].path, response_model=SandboxInfo, tags=["sandboxes"])
     async def delete_sandbox(sandbox_id: str, force: bool = False) -> Response:
@@ -119,13 +94,6 @@ def _sandboxes(app: FastAPI, service: Service) -> None:
 
 
 def _environments(app: FastAPI, service: Service) -> None:
-    @app.post(ROUTES["open_env"].path, response_model=SandboxInfo, status_code=201, tags=["environments"])
-    async def open_env(request: Request, wait: Wait = 0.0) -> Response:
-        """A sandbox that hosts this environment; the first one of a package set installs it."""
-        return _json(
-            await service.open_env(await _body(request, OpenEnv), wait, request.headers.get(IDEMPOTENCY_KEY)), 201
-        )
-
     @app.get(ROUTES["list_envs"].path, response_model=EnvList, tags=["environments"])
     async def list_envs() -> Response:
         """Environments that can be made."""
@@ -205,7 +173,7 @@ def _front_page(listing: SandboxList) -> str:
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's own schema plus the data plane, whose handlers are not FastAPI's."""
+    """FastAPI's own schema plus the rows whose handlers are not FastAPI's."""
     if app.openapi_schema is not None:
         return app.openapi_schema
     from fastapi.openapi.utils import get_openapi
@@ -228,7 +196,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         return {"schema": {"$ref": f"#/components/schemas/{name}"}}
 
     for row in ROUTES.values():
-        if row.plane != "data" or row.method == "WEBSOCKET":
+        if not (row.plane == "data" or row.name in sandboxes.NAMES) or row.method == "WEBSOCKET":
             continue
         names = [part[1:-1] for part in row.path.split("/") if part.startswith("{")]
         asked, *queries = (row.request or " ").split(" ")
@@ -239,12 +207,13 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             if q.startswith("?")
         ]
         kind = "application/octet-stream" if row.answer == "raw" else "application/json"
+        status = "201" if row.name in ("create_sandbox", "open_env") else "200"
         operation: dict[str, Any] = {
             "summary": row.summary,
             "operationId": row.name,
-            "tags": ["data"],
+            "tags": ["data" if row.plane == "data" else "sandboxes"],
             "parameters": parameters,
-            "responses": {"200": {"description": "done", "content": {kind: reference(row.answer)}}},
+            "responses": {status: {"description": "done", "content": {kind: reference(row.answer)}}},
         }
         if asked in models:
             operation["requestBody"] = {"content": {"application/json": reference(asked)}}

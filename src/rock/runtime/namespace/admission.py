@@ -6,21 +6,11 @@ import os
 
 from rock import errors
 from rock.protocol.sandbox import Isolation, SandboxConfig
+from rock.runtime import hostmemory
 
 _ORDER = list(Isolation)
 _RESERVE = 256 << 20  # bytes of memory that stay with the host
 _LEAST = 64 << 20  # bytes that a new sandbox should find free, or its limit if that is less
-
-
-def memory() -> tuple[int, int]:
-    """Bytes of memory that the machine has, and those that are available now."""
-    values = {}
-    with open("/proc/meminfo") as lines:
-        for line in lines:
-            key, _, rest = line.partition(":")
-            if key in ("MemTotal", "MemAvailable"):
-                values[key] = int(rest.split()[0]) << 10
-    return values["MemTotal"], values.get("MemAvailable", values["MemTotal"])
 
 
 def refuse_unsupported(config: SandboxConfig, isolation: Isolation, networks: tuple[str, ...]) -> None:
@@ -54,7 +44,7 @@ def refuse_too_large(config: SandboxConfig) -> None:
     if wanted > cores:
         raise errors.InvalidConfig(f"Requested CPUs {wanted} exceed the {cores} of this machine",
                                    hint=f"ask for at most {cores}")
-    total, available = memory()
+    total, available = hostmemory.read()
     if config.memory_bytes > total:
         raise errors.InvalidConfig(
             f"Requested memory {config.memory} ({config.memory_bytes} bytes) exceeds the {total} bytes of this machine",

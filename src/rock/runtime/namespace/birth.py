@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from rock.guest import init
 from rock.runtime.namespace import cgroups, kernel
-from rock.runtime.namespace.mounts import slot_name
+from rock.runtime.namespace.mounts import HOST_NAME
 from rock.runtime.namespace.zygote import Area
 
 # chown, dac_override, fowner, fsetid, kill, setgid, setuid, net_bind_service, sys_chroot
@@ -114,7 +114,7 @@ def _network(area: Area, constants: Constants, privileged: bool) -> list[tuple[i
 
 def _names(area: Area, constants: Constants, spec: dict[str, Any]) -> list[tuple[int, ...]]:
     """Its host name, and how much shared memory may be without an owner."""
-    name = slot_name(spec["slot"]).encode()
+    name = HOST_NAME.encode()
     pages = str(spec["shared"] // resource.getpagesize()).encode()
     return [(kernel.NUMBERS["sethostname"], area.put(name), len(name)),
             *_setting(area, b"/proc/sys/kernel/shmall", pages)]

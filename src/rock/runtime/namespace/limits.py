@@ -50,9 +50,10 @@ class Limiter:
         """RLIMIT_NPROC where no cgroup holds the limit, else 0. Counted by the sandbox's user namespace."""
         return 0 if self.groups.version("pids") is not None else config.pids
 
-    def apply(self, slot: str, pid: int, config: SandboxConfig) -> None:
-        """Set the limits of a sandbox that runs already but has started nothing. OSError when one cannot be set."""
-        cgroups.write_limits(self.files(slot, config))
+    def apply(self, slot: str, pid: int, config: SandboxConfig, before: SandboxConfig) -> None:
+        """Change the limits of a sandbox that runs already. OSError when one cannot be set."""
+        known = set(self.files(slot, before))
+        cgroups.write_limits([file for file in self.files(slot, config) if file not in known])
         affinity, processes = self.affinity(config), self.processes(config)
         if affinity is not None:
             os.sched_setaffinity(pid, affinity)

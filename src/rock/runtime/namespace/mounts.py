@@ -2,7 +2,7 @@
 
     staging (a tmpfs of the launcher, seen by each child in its own mount namespace)
       ├── l0, l1, ...   the image's layers, with the sandbox's id mapping
-      ├── rw            the sandbox's upper and work folders, mapped too
+      ├── rw            the sandbox's run folder with its upper and work folders, mapped too
       ├── b0, b1, ...   lower folders of writable binds
       ├── dev           a /dev to copy: null zero full random urandom tty, links
       └── root          overlay, becomes /
@@ -17,7 +17,8 @@ from typing import Any
 
 from rock.runtime.namespace import kernel
 
-_HOSTS = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n"
+HOST_NAME = "sandbox"
+_HOSTS = f"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{HOST_NAME}\n"
 SLOTS = 64  # mount points for layers and binds in the staging folder
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 _LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2",
@@ -51,18 +52,17 @@ def _fill_dev(folder: str) -> None:
                  | kernel.MS_NODEV)
 
 
+def make_base(folder: str) -> None:
+    """The layer that is on top of every image: who the sandbox is. All are called the same, as runs should be alike."""
+    os.makedirs(f"{folder}/etc", mode=0o755, exist_ok=True)
+    _write(f"{folder}/etc/hostname", f"{HOST_NAME}\n")
+    _write(f"{folder}/etc/hosts", _HOSTS)
+
+
 def make_slot(slot: str) -> None:
-    """What every sandbox has in its run folder: upper and work folders, and the files that name it."""
-    name = slot_name(slot)
-    os.makedirs(f"{slot}/rw/upper/etc", mode=0o755)
-    os.mkdir(f"{slot}/rw/work")
-    for file, text in (("hostname", f"{name}\n"), ("hosts", f"{_HOSTS}127.0.1.1\t{name}\n")):
-        _write(f"{slot}/rw/upper/etc/{file}", text)
-
-
-def slot_name(slot: str) -> str:
-    """The host name of the sandbox in this run folder."""
-    return "rock-" + slot.rsplit("/", 1)[1].rpartition("-")[2]
+    """What every sandbox has in its run folder: upper and work folders. Few files, as some disks are slow with them."""
+    os.mkdir(f"{slot}/upper", 0o755)
+    os.mkdir(f"{slot}/work")
 
 
 def _write(path: str, text: str) -> None:
@@ -75,17 +75,19 @@ def _write(path: str, text: str) -> None:
 
 def make_folders(spec: dict[str, Any]) -> None:
     """The run folder's contents, where they were not made ahead, and what this image lacks."""
-    upper = f"{spec['slot']}/rw/upper"
+    upper = f"{spec['slot']}/upper"
     if not os.path.isdir(upper):
         make_slot(spec["slot"])
     for index, bind in enumerate(spec["binds"]):
         if bind["writable"]:
-            os.mkdir(f"{spec['slot']}/rw/upper{index}")
-            os.mkdir(f"{spec['slot']}/rw/work{index}")
+            os.mkdir(f"{spec['slot']}/upper{index}")
+            os.mkdir(f"{spec['slot']}/work{index}")
     for name, mode in (("proc", 0o555), ("sys", 0o555), ("dev", 0o755), ("tmp", 0o1777)):
         if not any(os.path.isdir(f"{layer}/{name}") for layer in spec["layers"]):
             os.mkdir(f"{upper}/{name}")
             os.chmod(f"{upper}/{name}", mode)
+    if spec["etc"]:
+        os.mkdir(f"{upper}/etc", 0o755)
     for name, text in spec["etc"].items():
         _write(f"{upper}/etc/{name}", text)
 
@@ -95,8 +97,8 @@ def stack(spec: dict[str, Any], staging: str, userns: int) -> list[tuple[int, st
     mapped = userns >= 0
     os.chdir(staging)
     if mapped:
-        _attach_mapped(f"{spec['slot']}/rw", "rw", userns)
-    writable = "rw" if mapped else f"{spec['slot']}/rw"
+        _attach_mapped(spec["slot"], "rw", userns)
+    writable = "rw" if mapped else spec["slot"]
     lowers = []
     for index, layer in enumerate(spec["layers"]):
         if not os.path.isdir(layer):

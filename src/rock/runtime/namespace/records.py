@@ -2,7 +2,7 @@
 
     <run_dir>/<slot>/record.json   sandbox id, pid 1 and its start time, first uid, cgroups
                     /s             pid 1's socket
-                    /rw            upper and work folders
+                    /upper /work   what the sandbox writes
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from rock.guest import proctree
+from rock.runtime import wholefile
 from rock.runtime.namespace import userns
 
 SLOT_PREFIX = "n-"
+BASE = "base"  # the layer on top of every image
 SPARE = "spare"  # folder of run folders that were made ahead
 _SPAN = 20_000
 
@@ -29,10 +31,7 @@ def new_slot() -> str:
 
 def write(run_dir: Path, slot: str, record: dict[str, Any]) -> None:
     """Replace a sandbox's record at once."""
-    folder = run_dir / slot
-    beside = folder / "record.part"
-    beside.write_text(json.dumps(record))
-    beside.rename(folder / "record.json")
+    wholefile.replace(f"{run_dir}/{slot}/record.json", json.dumps(record))
 
 
 def read(run_dir: Path, slot: str) -> dict[str, Any]:

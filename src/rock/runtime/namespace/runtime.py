@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -17,11 +17,11 @@ from typing import Any, Literal, Protocol
 from rock import errors
 from rock.guest.remove import remove_tree
 from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
-from rock.runtime.base import Handle, Liveness, Program
+from rock.runtime.base import Handle, Liveness, Prepared, Program
 from rock.runtime.image.rootfs import RootFS
 from rock.runtime.initfiles import InitSandboxes, merged
 from rock.runtime.initlink import InitLink
-from rock.runtime.namespace import admission, cgroups, limits, records, teardown
+from rock.runtime.namespace import admission, cgroups, limits, mounts, records, teardown
 from rock.runtime.namespace.launchlink import LaunchLink
 from rock.runtime.namespace.pool import Pool
 from rock.runtime.process import wait_gone
@@ -29,6 +29,7 @@ from rock.runtime.process import wait_gone
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _MOST_SHARED = 2 << 30
 _WATCH_EVERY = 0.25  # seconds
+_POOL = SandboxConfig(image="pool", memory="1g", cpus=1.0)  # limits of what nobody has claimed yet
 _SPARES = 8  # run folders and user namespaces that are made ahead
 
 
@@ -74,6 +75,7 @@ class Sandbox:
     link: InitLink | None = None
     memory: int = 0
     kills: int = 0  # by our own watching
+    prepared: Prepared | None = None
 
 
 class NamespaceRuntime(InitSandboxes):
@@ -92,6 +94,7 @@ class NamespaceRuntime(InitSandboxes):
         self._opened = False
         self._known_images: dict[str, Kind] = {}
         self.isolation = Isolation.NAMESPACES
+        self.prepare: Callable[[Handle], Awaitable[Prepared | None]] | None = None
 
     # ---- life of the runtime ----
 
@@ -102,6 +105,7 @@ class NamespaceRuntime(InitSandboxes):
         os.chmod(self._run_dir, 0o700)
         await asyncio.to_thread(remove_tree, str(self._run_dir / records.SPARE))
         (self._run_dir / records.SPARE).mkdir(mode=0o700)
+        mounts.make_base(str(self._run_dir / records.BASE))
         self._ranges = records.UidRanges(self._run_dir)
         for slot in records.slots(self._run_dir):
             base = records.read(self._run_dir, slot).get("base")
@@ -160,9 +164,12 @@ class NamespaceRuntime(InitSandboxes):
     # ---- creating ----
 
     async def check(self, config: SandboxConfig) -> None:
+        await self._admit(config)
+
+    async def _admit(self, config: SandboxConfig) -> Kind:
         admission.refuse_unsupported(config, self.isolation, ("none", "host"))
         admission.refuse_too_large(config)
-        await self._kind(config)
+        return await self._kind(config)
 
     async def _kind(self, config: SandboxConfig) -> Kind:
         if config.image in self._known_images:
@@ -173,12 +180,11 @@ class NamespaceRuntime(InitSandboxes):
         return kind
 
     async def create(self, id: str, config: SandboxConfig) -> Handle:
-        await self.check(config)
-        kind = await self._kind(config)
+        kind = await self._admit(config)
         sandbox = self._pool.claim(kind)
         if sandbox is not None:
             try:
-                self._limiter.apply(sandbox.slot, sandbox.pid, config)
+                self._limiter.apply(sandbox.slot, sandbox.pid, config, _POOL)
             except OSError as error:
                 await self._discard(sandbox)
                 raise errors.StartFailed(f"its limits could not be set: {error}", sandbox_id=id) from None
@@ -188,11 +194,13 @@ class NamespaceRuntime(InitSandboxes):
             except errors.RockError as error:
                 error.sandbox_id = id
                 raise
+            records.write(self._run_dir, sandbox.slot, self._record(sandbox, id))
         sandbox.memory = config.memory_bytes
         if sandbox.link is not None:
             sandbox.link.sandbox_id = id
-        records.write(self._run_dir, sandbox.slot, self._record(sandbox, id))
-        rootfs = kind.rootfs
+        return self._handle(sandbox, id, kind.rootfs, config)
+
+    def _handle(self, sandbox: Sandbox, id: str, rootfs: RootFS, config: SandboxConfig) -> Handle:
         data = {**self._record(sandbox, id), "env": merged({"PATH": _PATH}, rootfs.env, config.env),
                 "cwd": rootfs.cwd or "/", "user": rootfs.user, "memory": config.memory_bytes}
         return Handle(self.name, id, self.isolation, self._limiter.enforced(), data)
@@ -204,15 +212,25 @@ class NamespaceRuntime(InitSandboxes):
 
     async def _prepare(self, kind: Kind) -> Sandbox:
         """A pool member: everything but its limits and its name."""
-        sandbox = await self._make(kind, SandboxConfig(image="pool", memory="1g", cpus=1.0, network=kind.network))
+        config = _POOL.model_copy(update={"network": kind.network})
+        sandbox = await self._make(kind, config)
         try:
-            if sandbox.link is not None:  # nothing is started, but pid 1 then has its own copies of the pages it needs
+            # Without a sandbox's id: whoever claims it has it in a handle, and what nobody claimed is swept away.
+            records.write(self._run_dir, sandbox.slot, self._record(sandbox, ""))
+            if self.prepare is not None:
                 with contextlib.suppress(errors.RockError):
-                    await sandbox.link.request("spawn", {"argv": ["/"], "rehearsal": True})
+                    sandbox.prepared = await self.prepare(self._handle(sandbox, sandbox.slot, kind.rootfs, config))
         except BaseException:
             await self._discard(sandbox)
             raise
         return sandbox
+
+    def prepared(self, handle: Handle) -> Prepared | None:
+        sandbox = self._live.get(handle.data["slot"])
+        if sandbox is None:
+            return None
+        found, sandbox.prepared = sandbox.prepared, None
+        return found
 
     async def _make(self, kind: Kind, config: SandboxConfig) -> Sandbox:
         """Have the launcher make one. Once asked it is waited for, so that a cancelled caller leaves nothing behind."""
@@ -269,7 +287,7 @@ class NamespaceRuntime(InitSandboxes):
                 etc["resolv.conf"] = Path("/etc/resolv.conf").read_text()
         return {
             "slot": str(self._run_dir / slot), "base": base, "network": config.network,
-            "shared": kind.shared, "layers": list(kind.rootfs.layers), "etc": etc,
+            "shared": kind.shared, "layers": [str(self._run_dir / records.BASE), *kind.rootfs.layers], "etc": etc,
             "binds": [{"source": bind.source, "target": bind.target, "writable": bind.writable, "idmap": bind.idmap}
                       for bind in kind.rootfs.binds],
             "cgroups": list(folders.values()), "limits": self._limiter.files(slot, config),
@@ -360,6 +378,8 @@ class NamespaceRuntime(InitSandboxes):
         await self._clean_up(data["slot"], data["pid"], data["start"], data["base"], data["cgroups"])
 
     async def _discard(self, sandbox: Sandbox) -> None:
+        if sandbox.prepared is not None:
+            await sandbox.prepared.detach()
         await self._clean_up(sandbox.slot, sandbox.pid, sandbox.start, sandbox.base, sandbox.folders)
 
     @staticmethod

@@ -1,0 +1,36 @@
+"""The rocklet of this process as a worker of the admin of this process: the node plane without a wire."""
+
+from __future__ import annotations
+
+from rock.protocol.node import NodeEvents, NodeInventory, NodeSandbox, NodeStatus
+from rock.protocol.sandbox import SandboxConfig
+from rock.rocklet.node import Node
+
+
+class LocalWorker:
+    """What admin.worker.Worker asks for, by calls."""
+
+    def __init__(self, name: str, node: Node) -> None:
+        self.name = name
+        self._node = node
+
+    async def check(self, config: SandboxConfig) -> None:
+        await self._node.check(config)
+
+    async def create(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
+        return await self._node.create(sandbox_id, config)
+
+    async def destroy(self, sandbox_id: str, grace: float = 0.0) -> NodeSandbox:
+        return await self._node.destroy(sandbox_id, grace)
+
+    async def get(self, sandbox_id: str, *, touch: bool = False, usage: bool = False) -> NodeSandbox:
+        return await self._node.look(sandbox_id, touch=touch, usage=usage)
+
+    async def list(self) -> NodeInventory:
+        return self._node.inventory()
+
+    async def status(self) -> NodeStatus:
+        return await self._node.status()
+
+    async def events(self, after: int, wait: float) -> NodeEvents:
+        return await self._node.events(after, wait)
