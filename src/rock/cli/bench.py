@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -24,11 +25,15 @@ from typing import Annotated, Any
 
 import typer
 
-from rock.errors import Unavailable
+from rock.cli import serve
+from rock.cli.serve import Server
+from rock.errors import Unavailable, from_wire
 from rock.protocol.action import CreateBashSessionRequest
+from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import SandboxConfig
 from rock.sdk.sandbox.client import Sandbox
-from rock.settings import child_environment
+from rock.settings import Settings, child_environment
+from rock.wire.asgi import call
 
 app = typer.Typer(help="Measure this machine: figures next to their floors.", invoke_without_command=True)
 
@@ -158,6 +163,31 @@ async def _commands(url: str, count: int) -> list[float]:
         return await _repeat(count, lambda: sandbox.arun("echo hi"))
 
 
+async def _server_side(count: int) -> list[float]:
+    """Milliseconds of a command from the request's arrival in the server to its answer, without the socket."""
+    with tempfile.TemporaryDirectory(prefix="rock-bench-") as home:
+        server = Server(dataclasses.replace(Settings.read(), home=Path(home), pool_size=0))
+        await server.open()
+        try:
+            body = _config("http://here").model_dump_json(exclude={"base_url"}).encode()
+            made = await _asked(server, ROUTES["create_sandbox"].url(), body, "wait=60")
+            path = {"sandbox_id": made["sandbox_id"]}
+            url = ROUTES["run"].url(session="default", **path)
+            values = await _repeat(count, lambda: _asked(server, url, b'{"command": "echo hi"}'))
+            await _asked(server, ROUTES["stop_sandbox"].url(**path), b"")
+            return values
+        finally:
+            await server.close()
+
+
+async def _asked(server: Server, url: str, body: bytes, query: str = "") -> dict[str, Any]:
+    status, answer = await call(server.app, "POST", url, body=body, query=query)
+    if status >= 400:
+        raise from_wire(json.loads(answer), status)
+    reply: dict[str, Any] = json.loads(answer)
+    return reply
+
+
 async def _many_sessions(url: str, seconds: float, width: int) -> list[float]:
     """Commands a second over `width` sessions of four sandboxes, in slices of half a second."""
     async with contextlib.AsyncExitStack() as stack:
@@ -259,27 +289,22 @@ def _install() -> tuple[int, float]:
     return len(seen), size / 1e6
 
 
-async def measure(short: bool) -> list[Figure]:
-    """All rows. `short`: few repetitions, to see that it works."""
+async def measure(short: bool, inside: list[float]) -> list[Figure]:
+    """All rows. `short`: few repetitions, to see that it works. inside: what `_server_side` gave, on its own loop."""
     from rock.runtime.namespace.bench import floor as bare_namespaces
-    from rock.runtime.namespace.bench import plain_bash
+    from rock.runtime.namespace.bench import plain_bash, whole
 
     n = 5 if short else 40
     figures = []
-    floor = [1000 * s for s in await bare_namespaces(n)]
+    floor = [1000 * s for s in await whole(n)]
+    fork = [1000 * s for s in await bare_namespaces(n)]
     bash = [1000 * s for s in await plain_bash(n)]
     with running_server(0) as (url, pid):
         cold = await _first_commands(url, n, 0.05)
-        figures.append(
-            Figure(
-                "create to first command, no pool",
-                "ms",
-                cold,
-                "<= 2.5x floor",
-                "namespaces and bash in the launcher",
-                floor,
-            )
-        )
+        made = "a whole sandbox and bash in the launcher"
+        figures.append(Figure("create to first command, no pool", "ms", cold, "<= 2.5x floor", made, floor))
+        bare = "bare namespaces and bash, forked"
+        figures.append(Figure("a whole sandbox in the launcher", "ms", floor, "", bare, fork))
         rates = await _cycles(url, 8 if short else 60, 8)
         figures.append(
             Figure(
@@ -287,8 +312,8 @@ async def measure(short: bool) -> list[Figure]:
                 "1/s",
                 rates,
                 ">= 100",
-                "floor: one after the other in the launcher",
-                [1000 / v for v in floor],
+                "bare namespaces, one after the other",
+                [1000 / v for v in fork],
             )
         )
         commands = await _commands(url, 50 if short else 1000)
@@ -301,6 +326,9 @@ async def measure(short: bool) -> list[Figure]:
                 "a command on a bare bash's pipes",
                 await _bare_commands(50 if short else 1000),
             )
+        )
+        figures.append(
+            Figure("the same, server side", "ms", inside, "<= 0.4")
         )
         figures.append(
             Figure("commands a second, 32 sessions", "1/s", await _many_sessions(url, 1 if short else 5, 32), ">= 1500")
@@ -343,7 +371,8 @@ def run(
     short: Annotated[bool, typer.Option(help="Few repetitions: does it work at all?")] = False,
 ) -> None:
     """Measure the embedded runtime on this machine; takes about a minute and a half."""
-    rows = [figure.row() for figure in asyncio.run(measure(short))]
+    inside = serve.run(_server_side(50 if short else 1000))
+    rows = [figure.row() for figure in asyncio.run(measure(short, inside))]
     if as_json:
         typer.echo(json.dumps({"figures": rows}, indent=1))
         return

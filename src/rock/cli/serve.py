@@ -11,9 +11,9 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import uvicorn
 
@@ -34,6 +34,7 @@ from rock.telemetry import set_up_logs
 from rock.wire.asgi import App, Receive, Scope, Send
 
 log = logging.getLogger("rock.server")
+T = TypeVar("T")
 
 
 class Home:
@@ -232,13 +233,17 @@ def run_server(settings: Settings, log_to_file: bool = True) -> None:
     """Serve in this process until told to stop. Raises RockError when it cannot start."""
     set_up_logs(settings.log_level, settings.log_dir if log_to_file else None)
     _raise_file_limit()
+    run(serve(settings))
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Run on the event loop that servers have: uvloop where there is one."""
     try:
         import uvloop
     except ImportError:
-        asyncio.run(serve(settings))
-        return
+        return asyncio.run(work)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(serve(settings))
+        return runner.run(work)
 
 
 def _raise_file_limit() -> None:

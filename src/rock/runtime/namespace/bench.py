@@ -2,6 +2,7 @@
 
     plain_bash   a bash on pipes answers `echo ready`, without any isolation
     floor        the same in new namespaces, forked by a launcher: no files, no limits, no HTTP
+    whole        the same in a whole sandbox of the launcher: all namespaces, limits and mounts; no server, no HTTP
 """
 
 from __future__ import annotations
@@ -13,7 +14,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from rock.protocol.sandbox import SandboxConfig
+from rock.runtime.base import Program
+from rock.runtime.image.store import ImageStore
 from rock.runtime.namespace.launchlink import LaunchLink
+from rock.runtime.namespace.runtime import NamespaceRuntime
 
 
 async def floor(n: int) -> list[float]:
@@ -25,6 +30,37 @@ async def floor(n: int) -> list[float]:
             return [float((await launcher.request("floor", {}))["seconds"]) for _ in range(n)]
         finally:
             launcher.close()
+
+
+async def whole(n: int) -> list[float]:
+    """Seconds from asking for each of `n` sandboxes to the answer of a bash in it, one after the other."""
+    with tempfile.TemporaryDirectory(prefix="rock-floor-") as folder:
+        runtime = NamespaceRuntime(Path(folder) / "run", 0, ImageStore(Path(folder) / "images"))
+        await runtime.open()
+        try:
+            config = SandboxConfig(image="host", memory="256m", cpus=1.0)
+            await _whole_one(runtime, config)
+            return [await _whole_one(runtime, config) for _ in range(n)]
+        finally:
+            await runtime.close()
+
+
+async def _whole_one(runtime: NamespaceRuntime, config: SandboxConfig) -> float:
+    started = time.perf_counter()
+    handle = await runtime.create("floor", config)
+    try:
+        bash = await runtime.spawn(handle, Program(argv=["/bin/bash", "-c", "echo ready"]))
+        assert bash.stdout is not None
+        readable = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().add_reader(bash.stdout, readable.set_result, None)
+        await readable
+        asyncio.get_running_loop().remove_reader(bash.stdout)
+        seconds = time.perf_counter() - started
+        await bash.wait()
+        bash.close()
+    finally:
+        await runtime.destroy(handle)
+    return seconds
 
 
 async def plain_bash(n: int) -> list[float]:

@@ -21,7 +21,7 @@ from rock.runtime.base import Handle, Liveness, Prepared, Program
 from rock.runtime.image.rootfs import RootFS
 from rock.runtime.initfiles import InitSandboxes, merged
 from rock.runtime.initlink import InitLink
-from rock.runtime.namespace import admission, cgroups, limits, mounts, records, teardown
+from rock.runtime.namespace import admission, cgroups, disk, limits, mounts, records, teardown
 from rock.runtime.namespace.launchlink import LaunchLink
 from rock.runtime.namespace.pool import Pool
 from rock.runtime.process import wait_gone
@@ -105,6 +105,8 @@ class NamespaceRuntime(InitSandboxes):
         os.chmod(self._run_dir, 0o700)
         await asyncio.to_thread(remove_tree, str(self._run_dir / records.SPARE))
         (self._run_dir / records.SPARE).mkdir(mode=0o700)
+        for folder in (self._run_dir, self._run_dir / records.SPARE):
+            disk.spread(str(folder))
         mounts.make_base(str(self._run_dir / records.BASE))
         self._ranges = records.UidRanges(self._run_dir)
         for slot in records.slots(self._run_dir):
