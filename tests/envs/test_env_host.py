@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rock.errors import ActionError, CommandTimeout, ImageError, InvalidConfig, NotFound, SandboxError
-from rock.guest.envhost import PIECE, PIPES, Joiner, pieces
+from rock.guest.envhost import PIPES
+from rock.guest.frames import PIECE, Joiner, pieces
 from rock.protocol.sandbox import SandboxConfig
 from rock.rocklet.envs import EnvHost
 from rock.runtime.base import Handle

@@ -1,27 +1,42 @@
 """Environments in one sandbox: the rocklet's side of guest/envhost.py, which has the protocol.
 
-An `EnvHost` starts one program inside and speaks to it over two pipes, without a thread: a request costs a write, an
-answer a read. Requests of one environment follow each other; those of several run side by side, each in its own
-process.
+An `EnvHost` starts one program inside and speaks to it over pipes, without a thread: a request costs a write, an answer
+a read. Requests of one environment follow each other; those of several run side by side, each in its own process. What
+environments are asked and answer is passed on unread.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import json
 import os
 import secrets
 import signal
-from collections.abc import Callable, Mapping
+import zlib
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from rock.envhub.packages import requirements_of
-from rock.errors import ActionError, CommandTimeout, ImageError, Lost, NotFound, QuotaExceeded, RockError, SandboxError
-from rock.guest import envhost
-from rock.rocklet.envwire import Inlet, Outlet, Tail
+from rock.envhub.packages import requirements_of, wheels_only
+from rock.errors import (
+    CommandTimeout,
+    EnvironmentEnded,
+    ImageError,
+    InvalidConfig,
+    Lost,
+    NotFound,
+    RockError,
+    SandboxError,
+)
+from rock.guest import envhost, frames
+from rock.guest.frames import CLOSE, ENDED, ERROR, HEAD, HELLO, KILL, MAKE, NO_INDEX, PLAIN, RESET, STEP, Frame
+from rock.rocklet.enverrors import error_of
+from rock.rocklet.envwire import Inlet, Outlet, OwnInlet, Tail
 from rock.runtime.base import ExitStatus, Handle, Process, Program, Runtime
 from rock.runtime.image.packages import CURRENT, PackageSet, ensure
 from rock.runtime.image.store import ImageStore
@@ -36,6 +51,19 @@ _ENVIRONMENT = {
 }  # fmt: skip
 
 
+_MODULES = ("values", "frames", "spaces", "hosting", "player", "envhost")
+_LOADER = """import base64, json, sys, types, zlib
+for name in ("rock", "rock.guest"):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = []
+for name, text in json.loads(zlib.decompress(base64.b64decode("{packed}"))):
+    sys.modules[name] = module = types.ModuleType(name)
+    setattr(sys.modules["rock.guest"], name.rpartition(".")[2], module)
+    exec(compile(text, name, "exec"), module.__dict__)
+sys.modules["rock.guest.envhost"].main()
+"""
+
+
 async def prepare_image(store: ImageStore, image: str, progress: Callable[[str], None] | None = None) -> None:
     """Install what the environments of `image` need, if it is named after a package set and not there yet.
 
@@ -43,18 +71,52 @@ async def prepare_image(store: ImageStore, image: str, progress: Callable[[str],
     """
     requirements = requirements_of(image)
     if requirements is not None:
-        await asyncio.to_thread(ensure, store, PackageSet(image, requirements), progress)
+        await asyncio.to_thread(ensure, store, PackageSet(image, requirements, wheels_only(requirements)), progress)
+
+
+Answered = bytes | bytearray | RockError  # a whole frame, or why there is none
+
+
+class _Batch:
+    """Answers to what was asked together, in that order."""
+
+    __slots__ = ("answers", "future", "left")
+
+    def __init__(self, count: int) -> None:
+        self.answers: list[Answered] = [b""] * count
+        self.left = count
+        self.future: asyncio.Future[list[Answered]] = asyncio.get_running_loop().create_future()
+
+    def put(self, place: int, answer: Answered) -> None:
+        self.answers[place] = answer
+        self.left -= 1
+        if not self.left and not self.future.done():
+            self.future.set_result(self.answers)
+
+
+@dataclass(slots=True)
+class _Call:
+    """Something that an environment was asked. `id`: the asker's."""
+
+    batch: _Batch
+    place: int
+    number: int
+    op: int
+    id: int
 
 
 @dataclass
 class _Hosted:
-    """An environment inside. `pipe`: its own way for requests, if it has one. `ended`: why it is no longer there."""
+    """An environment inside. `pipe`: its own way for requests, if it has one. `ended`: why it is no longer there.
+    `asked`: ids of what it has not answered; since when the first of them waits, and what ends it."""
 
     env_id: str
     pipe: int | None = None
     closed: bool = False
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    ended: ActionError | None = None
+    ended: RockError | None = None
+    asked: deque[int] = field(default_factory=deque)
+    since: float = 0.0
+    timer: asyncio.TimerHandle | None = None
 
 
 class EnvHost:
@@ -82,7 +144,7 @@ class EnvHost:
         self._timeout = timeout
         self._envs: dict[int, _Hosted] = {}
         self._free: list[int] = []  # pipes
-        self._pending: dict[int, tuple[int, asyncio.Future[Any]]] = {}
+        self._calls: dict[int, _Call] = {}
         self._next_id = secrets.randbits(40)  # answers to a former rocklet must not look like answers to us
         self._next_env = 1
         self._link: _Link | None = None
@@ -97,10 +159,11 @@ class EnvHost:
         ImageError when the sandbox's image has none; SandboxError, with its last lines, when it does not come up.
         """
         channels: dict[int, Literal["r", "w"]] = dict.fromkeys((envhost.REQUESTS, *envhost.PIPES), "r")
+        channels.update(dict.fromkeys((envhost.ANSWERS, *(pipe + envhost.OWN for pipe in envhost.PIPES)), "w"))
         program = Program(
             [self._python, "-s", "-P", "-B", "-X", "utf8", "-c", _source(), f"{self._folder}/site"],
             env={**_ENVIRONMENT, "NLTK_DATA": f"{self._folder}/nltk_data"}, cwd="/", stdout="null", stderr="pipe",
-            channels={**channels, envhost.ANSWERS: "w"}, key=self.KEY, keep=True,
+            channels=channels, key=self.KEY, keep=True,
         )  # fmt: skip
         try:
             process = await self._runtime.spawn(self._handle, program)
@@ -117,10 +180,10 @@ class EnvHost:
         await self._connect(await self._runtime.attach(self._handle, self.KEY))
 
     async def _connect(self, process: Process) -> None:
-        self._link = link = _Link(process, self._answer, self._end)
+        self._link = link = _Link(process, self._answer, self._end, self._nonsense)
         try:
             async with asyncio.timeout(_OPEN_TIMEOUT):
-                there = await self._request(0, {"op": "hello", "token": link.inlet.token})
+                answers = await self._zygote(HELLO, link.inlet.token.encode())
         except TimeoutError:
             await self.close()
             raise SandboxError(
@@ -131,11 +194,20 @@ class EnvHost:
         except BaseException:
             await self.close()
             raise
-        for number, (env_id, pipe) in there.items():
+        for number, (env_id, pipe) in answers["there"].items():
             self._envs[int(number)] = _Hosted(env_id, pipe)
+            if pipe is not None:  # a former rocklet may have read half of an answer
+                token = secrets.token_bytes(16)
+                link.own[pipe + envhost.OWN].seek(token)
+                link.outlets[pipe].send(int(number), _frame(HELLO, int(number), 0, NO_INDEX, token))
         taken = {hosted.pipe for hosted in self._envs.values()}
         self._free = [pipe for pipe in envhost.PIPES if pipe not in taken]
         self._next_env = max((0, *self._envs)) + 1
+
+    async def _zygote(self, op: int, payload: bytes) -> Any:
+        batch = _Batch(1)
+        self._send(batch, 0, op, 0, 0, 0, NO_INDEX, payload)
+        return _plain_of((await batch.future)[0])
 
     async def detach(self) -> None:
         """Let go of it and leave it running, for `attach` by the next rocklet."""
@@ -159,35 +231,45 @@ class EnvHost:
 
     # ---- environments
 
-    async def make(self, env_id: str, kwargs: Mapping[str, Any] | None = None) -> int:
+    async def make(self, env_id: str, kwargs: Mapping[str, Any] | None = None, **more: Any) -> int:
         """Make an environment in a process of its own; answers its number, by which it is asked for.
 
-        NotFound for an id that nobody knows, with the nearest; ActionError with the traceback when it cannot be made.
+        more: "protocol" and what guest/hosting.py makes of it. NotFound for an id that nobody knows, with the nearest;
+        ActionError with the traceback when it cannot be made.
         """
         number = self._next_env
         self._next_env += 1
         hosted = self._envs[number] = _Hosted(env_id, self._free.pop() if self._free else None)
-        message = {"op": "make", "env": number, "env_id": env_id, "kwargs": dict(kwargs or {}), "pipe": hosted.pipe}
+        wish = {"env_id": env_id, "kwargs": dict(kwargs or {}), "pipe": hosted.pipe, **more}
+        batch = _Batch(1)
         try:
-            async with hosted.lock:
-                await self._ask(number, 0, message)
+            self._send(batch, 0, MAKE, PLAIN, number, 0, NO_INDEX, _json(wish))
+            _plain_of((await batch.future)[0])
         except BaseException:
             self._forget(number)
             raise
         return number
 
-    async def reset(self, number: int, seed: int | None = None) -> tuple[Any, dict[str, Any]]:
-        """Begin an episode: (observation, info)."""
-        observation, info = await self._ordered(number, {"op": "reset", "seed": seed})
+    async def reset(
+        self, number: int, seed: Any = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode: (observation, info), as JSON has them."""
+        wish = {"seed": seed} if options is None else {"seed": seed, "options": options}
+        observation, info = await self._plain(RESET, number, wish)
         return observation, info
 
-    async def step(self, number: int, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Act: (observation, reward, terminated, truncated, info).
+    async def step(
+        self, number: int, action: Any, index: int | None = None
+    ) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Act: (observation, reward, terminated, truncated, info), as JSON has them.
 
-        ActionError with the traceback when the environment raised (it stays usable), CommandTimeout when it took too
-        long (it was killed), ActionError with its last lines when it is dead, NotFound when it was closed.
+        index: number of the step in the episode: the same one again gets the same answer, and another one than the
+        next is a Conflict. EnvironmentRaised with the traceback when the environment raised (it stays usable),
+        CommandTimeout when it took too long (it was killed), EnvironmentEnded with its last lines when it is dead,
+        NotFound when it was closed.
         """
-        observation, reward, terminated, truncated, info = await self._ordered(number, {"op": "step", "action": action})
+        index = NO_INDEX if index is None else index
+        observation, reward, terminated, truncated, info = await self._plain(STEP, number, action, index)
         return observation, reward, terminated, truncated, info
 
     async def close_env(self, number: int) -> None:
@@ -197,11 +279,27 @@ class EnvHost:
             return
         try:
             if hosted.ended is None and self._failed is None:
-                await self._ordered(number, {"op": "close"})
-        except ActionError:
+                await self._plain(CLOSE, number, None)
+        except RockError:
             pass
         finally:
             self._forget(number)
+
+    async def exchange(self, asked: Sequence[Frame]) -> list[Answered]:
+        """What environments answer to these frames, in their order; each may be an error of its own.
+
+        Those of several environments run side by side, those to one after each other. An answer is a whole frame,
+        with the id of what was asked.
+        """
+        batch = _Batch(len(asked))
+        for place, (op, flags, number, id, index, payload) in enumerate(asked):
+            try:
+                if op not in (RESET, STEP, frames.CALL):
+                    raise InvalidConfig(f"a frame with op {op} is none of reset, step and call")
+                self._send(batch, place, op, flags, number, id, index, payload)
+            except RockError as error:
+                batch.put(place, error)
+        return await batch.future
 
     def _forget(self, number: int) -> None:
         """Nobody asks for it again; its number and pipe are free once its process has ended."""
@@ -220,116 +318,141 @@ class EnvHost:
 
     # ---- requests
 
-    async def _ordered(self, number: int, message: dict[str, Any]) -> Any:
-        hosted = self._envs.get(number)
-        if hosted is None or hosted.closed:
-            raise NotFound(
-                f"there is no environment {number} in sandbox {self._handle.id}",
-                sandbox_id=self._handle.id,
-                hint="it was closed; make a new one",
-            )
-        async with hosted.lock:
-            return await self._ask(number, number, message)
+    async def _plain(self, op: int, number: int, value: Any, index: int = NO_INDEX) -> Any:
+        batch = _Batch(1)
+        self._send(batch, 0, op, PLAIN, number, 0, index, _json(value))
+        return _plain_of((await batch.future)[0])
 
-    async def _ask(self, number: int, stream: int, message: dict[str, Any]) -> Any:
-        hosted = self._envs[number]
-        if hosted.ended is not None:
-            raise hosted.ended
-        try:
-            async with asyncio.timeout(self._timeout):
-                return await self._request(stream, message, number, hosted.pipe if stream else None)
-        except TimeoutError:
-            hosted.ended = CommandTimeout(
-                f"environment {hosted.env_id}: {message['op']} took longer than {self._timeout:g} s; it was killed",
-                sandbox_id=self._handle.id, hint="make a new one",
-            )  # fmt: skip
-            self._kill(number)
-            raise hosted.ended from None
-
-    async def _request(self, stream: int, message: dict[str, Any], number: int = 0, pipe: int | None = None) -> Any:
+    def _send(
+        self, batch: _Batch, place: int, op: int, flags: int, number: int, asker: int, index: int, payload: Any
+    ) -> None:
+        """Write a request; its answer comes to the batch. Raises what is known without asking."""
+        pipe = None
+        if number:
+            hosted = self._envs.get(number)
+            if hosted is None or hosted.closed:
+                raise NotFound(
+                    f"there is no environment {number} in sandbox {self._handle.id}",
+                    sandbox_id=self._handle.id,
+                    hint="it was closed; make a new one",
+                )
+            if hosted.ended is not None:
+                raise hosted.ended
         if self._failed is not None or self._link is None:
             raise self._failed or Lost("the host of environments was not started", sandbox_id=self._handle.id)
         self._next_id += 1
         id = self._next_id
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._pending[id] = (number, future)
-        try:
-            self._link.outlets[pipe or envhost.REQUESTS].send(stream, {"id": id, **message})
-            return await future
-        finally:
-            self._pending.pop(id, None)
+        self._calls[id] = _Call(batch, place, number, op, asker)
+        if number:
+            pipe = None if op == MAKE else hosted.pipe
+            loop = asyncio.get_running_loop()
+            if not hosted.asked:
+                hosted.since = loop.time()
+            hosted.asked.append(id)
+            if hosted.timer is None:
+                hosted.timer = loop.call_at(hosted.since + self._timeout, self._overdue, number)
+        stream = 0 if op == MAKE else number
+        message = HEAD.pack(len(payload), op, flags, number, id, index) + payload
+        self._link.outlets[pipe or envhost.REQUESTS].send(stream, message)
 
-    def _kill(self, number: int) -> None:
-        if self._link is not None and self._failed is None:
-            self._link.outlets[envhost.REQUESTS].send(0, {"op": "kill", "env": number, "id": 0})
-
-    # ---- answers
-
-    def _answer(self, stream: int, message: dict[str, Any]) -> None:
-        if "ended" in message:
-            self._env_ended(message["ended"], message["status"], message["stderr"])
-            return
-        number, future = self._pending.get(message["id"], (0, None))
-        if "error" in message and not stream and number in self._envs:  # it was refused, and no process started
-            refused = self._envs.pop(number)
-            self._free += [refused.pipe] if refused.pipe is not None else []
-        if future is None or future.done():
-            return
-        if "error" in message:
-            future.set_exception(self._error(message["error"]))
-        else:
-            future.set_result(message["ok"])
-
-    def _error(self, error: dict[str, Any]) -> RockError:
-        name, text = error["type"], error["message"]
-        details = {"type": name, "traceback": error["traceback"]}
-        if error["kind"] == "unknown":
-            near = ", ".join(error.get("near", ()))
-            return NotFound(
-                text,
-                sandbox_id=self._handle.id,
-                hint=f"did you mean {near}?" if near else "`rock env list` shows what there is",
-            )
-        if error["kind"] == "import":
-            return ActionError(
-                f"the environment cannot be imported: {name}: {text}",
-                sandbox_id=self._handle.id,
-                details=details,
-                hint="it needs a package that is not installed for it",
-            )
-        if error["kind"] == "refused":
-            return QuotaExceeded(
-                f"the sandbox cannot start another process: {text}",
-                sandbox_id=self._handle.id,
-                hint="close environments, or ask for more pids or memory",
-            )
-        if error["kind"] == "gone":
-            return NotFound(text, sandbox_id=self._handle.id, hint="make a new one")
-        return ActionError(f"the environment raised {name}: {text}", sandbox_id=self._handle.id, details=details)
-
-    def _env_ended(self, number: int, status: int, lines: str) -> None:
-        if self._link is not None:
-            self._link.inlet.forget(number)
+    def _overdue(self, number: int) -> None:
+        """The time of what was asked first is over, or would be if it were still that."""
         hosted = self._envs.get(number)
         if hosted is None:
             return
+        hosted.timer = None
+        if not hosted.asked:
+            return
+        loop = asyncio.get_running_loop()
+        if hosted.since + self._timeout > loop.time():
+            hosted.timer = loop.call_at(hosted.since + self._timeout, self._overdue, number)
+            return
+        name = {MAKE: "make", RESET: "reset", STEP: "step", CLOSE: "close"}.get(self._calls[hosted.asked[0]].op, "call")
+        self._env_failed(hosted, CommandTimeout(
+            f"environment {hosted.env_id}: {name} took longer than {self._timeout:g} s; it was killed",
+            sandbox_id=self._handle.id, hint="make a new one",
+        ))  # fmt: skip
+        self._kill(number)
+
+    def _env_failed(self, hosted: _Hosted, why: RockError) -> None:
+        """An environment is of no use any more: everything that it was asked fails."""
+        hosted.ended = hosted.ended or why
+        for id in hosted.asked:
+            call = self._calls.pop(id)
+            call.batch.put(call.place, hosted.ended)
+        hosted.asked.clear()
+        if hosted.timer is not None:
+            hosted.timer.cancel()
+            hosted.timer = None
+
+    def _kill(self, number: int) -> None:
+        if self._link is not None and self._failed is None:
+            self._link.outlets[envhost.REQUESTS].send(0, _frame(KILL, number, 0, NO_INDEX, b""))
+
+    # ---- answers
+
+    def _answer(self, frame: bytes | bytearray, pipe: int | None = None) -> None:
+        """A frame came: on the pipe that all share, or on the one of the environment that has `pipe`."""
+        length, op, flags, number, id, index = HEAD.unpack_from(frame)
+        if length != len(frame) - HEAD.size:
+            raise ValueError("a frame of another length than it says")
+        if op == ENDED:
+            told = json.loads(frame[HEAD.size :])
+            self._env_ended(number, int(told["status"]), str(told["stderr"]))
+            return
+        call = self._calls.get(id)
+        if call is None or call.number != number:
+            return  # an answer to a former rocklet, or to what was given up
+        hosted = self._envs.get(number)
+        if pipe is not None and (hosted is None or hosted.pipe != pipe):
+            raise ValueError("an answer in another environment's name")
+        del self._calls[id]
+        if hosted is not None and hosted.asked:
+            hosted.asked.remove(id)
+            hosted.since = asyncio.get_running_loop().time()
+        if op == ERROR:
+            error, started = error_of(json.loads(frame[HEAD.size :]), self._handle.id)
+            if not started and number in self._envs:
+                refused = self._envs.pop(number)
+                self._free += [refused.pipe] if refused.pipe is not None else []
+                if refused.timer is not None:
+                    refused.timer.cancel()
+            call.batch.put(call.place, error)
+            return
+        patched = frame if isinstance(frame, bytearray) else bytearray(frame)
+        HEAD.pack_into(patched, 0, length, op, flags, number, call.id, index)
+        call.batch.put(call.place, patched)
+
+    def _nonsense(self, pipe: int, why: str) -> None:
+        """What an environment answers makes no sense: it is of no use any more."""
+        for number, hosted in self._envs.items():
+            if hosted.pipe == pipe and hosted.ended is None:
+                self._env_failed(hosted, EnvironmentEnded(
+                    f"environment {hosted.env_id} was killed: what it answers makes no sense ({why})",
+                    sandbox_id=self._handle.id, hint="make a new one",
+                ))  # fmt: skip
+                self._kill(number)
+
+    def _env_ended(self, number: int, status: int, lines: str) -> None:
+        hosted = self._envs.get(number)
+        if hosted is None or self._link is None:
+            return
+        self._link.inlet.forget(number)
         if hosted.pipe is not None:
+            self._link.own[hosted.pipe + envhost.OWN].drain()  # its last answers may still be there
             self._free.append(hosted.pipe)
             hosted.pipe = None
         code = os.waitstatus_to_exitcode(status)
         how = f"it was killed by {signal.Signals(-code).name}" if code < 0 else f"its process exited with status {code}"
         if code == -signal.SIGKILL:
             how += ", as happens when the sandbox is out of memory"
-        if hosted.ended is None:
-            hosted.ended = ActionError(
-                f"environment {hosted.env_id} ended: {how}",
-                sandbox_id=self._handle.id,
-                hint="make a new one",
-                details={"stderr": lines, "exit": code},
-            )
-        for other, future in list(self._pending.values()):
-            if other == number and not future.done():
-                future.set_exception(hosted.ended)
+        last = lines.strip().splitlines()[-1:]
+        self._env_failed(hosted, EnvironmentEnded(
+            ": ".join([f"environment {hosted.env_id} ended: {how}", *last]),
+            sandbox_id=self._handle.id,
+            hint="make a new one",
+            details={"stderr": lines, "exit": code},
+        ))  # fmt: skip
         if hosted.closed:
             del self._envs[number]
 
@@ -355,9 +478,14 @@ class EnvHost:
 
     def _fail(self, error: RockError) -> None:
         self._failed = self._failed or error
-        for _, future in list(self._pending.values()):
-            if not future.done():
-                future.set_exception(error)
+        calls, self._calls = self._calls, {}
+        for call in calls.values():
+            call.batch.put(call.place, error)
+        for hosted in self._envs.values():
+            hosted.asked.clear()
+            if hosted.timer is not None:
+                hosted.timer.cancel()
+                hosted.timer = None
 
     @property
     def failed(self) -> RockError | None:
@@ -369,18 +497,55 @@ class _Link:
     """The pipes to the host."""
 
     def __init__(
-        self, process: Process, answered: Callable[[int, dict[str, Any]], None], ended: Callable[[str | None], None]
+        self,
+        process: Process,
+        answered: Callable[[bytes | bytearray, int | None], None],
+        ended: Callable[[str | None], None],
+        nonsense: Callable[[int, str], None],
     ) -> None:
         self.process = process
-        self.inlet = Inlet(process.channels[envhost.ANSWERS], answered, ended)
+        self.inlet = Inlet(process.channels[envhost.ANSWERS], lambda frame: answered(frame, None), ended)
         self.tail = Tail(process.stderr)
-        self.outlets = {fd: Outlet(ours) for fd, ours in process.channels.items() if fd != envhost.ANSWERS}
+        self.own: dict[int, OwnInlet] = {}
+        for pipe in envhost.PIPES:
+            self._add(pipe, answered, nonsense)
+        self.outlets = {pipe: Outlet(process.channels[pipe]) for pipe in (envhost.REQUESTS, *envhost.PIPES)}
+
+    def _add(
+        self, pipe: int, answered: Callable[[bytearray, int | None], None], nonsense: Callable[[int, str], None]
+    ) -> None:
+        self.own[pipe + envhost.OWN] = OwnInlet(
+            self.process.channels[pipe + envhost.OWN], lambda frame: answered(frame, pipe), lambda why: nonsense(pipe, why)
+        )
 
     def stop(self) -> None:
         self.inlet.stop()
         self.tail.stop()
+        for own in self.own.values():
+            own.stop()
         for outlet in self.outlets.values():
             outlet.drop()
+
+
+def _frame(op: int, number: int, id: int, index: int, payload: bytes) -> bytes:
+    return HEAD.pack(len(payload), op, PLAIN, number, id, index) + payload
+
+
+def _json(value: Any) -> bytes:
+    try:
+        return json.dumps(value).encode()
+    except (TypeError, ValueError) as error:
+        raise InvalidConfig(f"an environment can only be given what JSON holds: {error}") from None
+
+
+def _plain_of(answered: Answered) -> Any:
+    """The value of an answer that is JSON; raises the error that came instead."""
+    if isinstance(answered, RockError):
+        raise answered
+    try:
+        return json.loads(memoryview(answered)[HEAD.size :].tobytes())
+    except (ValueError, RecursionError) as error:
+        raise EnvironmentEnded(f"what the environment answered is no JSON: {error}") from None
 
 
 def _described(status: ExitStatus) -> str:
@@ -391,5 +556,11 @@ def _described(status: ExitStatus) -> str:
 
 @cache
 def _source() -> str:
-    """The program itself: given on the command line, so nothing has to be put into the image."""
-    return Path(envhost.__file__).read_text(encoding="utf-8")
+    """The program itself: given on the command line, so nothing has to be put into the image.
+
+    It is packed, as one argument may have 128 KiB.
+    """
+    folder = Path(envhost.__file__).parent
+    modules = [(f"rock.guest.{name}", (folder / f"{name}.py").read_text(encoding="utf-8")) for name in _MODULES]
+    packed = base64.b64encode(zlib.compress(json.dumps(modules).encode(), 9)).decode()
+    return _LOADER.format(packed=packed)
