@@ -73,6 +73,11 @@ class RockEnv:
         return self._link.sandbox_id
 
     @property
+    def player(self) -> Player:
+        """What it is asked with, for those that ask several at once."""
+        return self._player
+
+    @property
     def env_number(self) -> int:
         return self._player.number
 

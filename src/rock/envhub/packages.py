@@ -19,7 +19,7 @@ GEM_PANDAS = "gem-pandas"
 GYM = "gym"
 _OTHER = "with-"
 # A name, extras and versions: nothing that pip would take for an option, an address or a path
-_REQUIREMENT = re.compile(r"[A-Za-z0-9][\w.-]{0,99}(\[[\w.,-]{1,200}\])?\s*([<>=!~]=?=?\s*[\w.*+!-]{1,50}\s*,?\s*){0,8}")
+_REQUIREMENT = re.compile(r"[A-Za-z0-9][\w.-]{0,99}(\[[\w.,-]{1,200}\])?([<>=!~]=?=?[\w.*+]{1,50}(,|$)){0,8}")
 
 SETS: dict[str, tuple[str, ...]] = {
     GEM: ("gem-llm==0.1.0",),
@@ -37,9 +37,10 @@ def with_packages(name: str, packages: Sequence[str]) -> str:
     """The name of the set `name` with further packages. InvalidConfig for what is no name and versions of a package."""
     if not packages:
         return name
+    packages = [package.replace(" ", "") for package in packages]
     for package in packages:
         if not _REQUIREMENT.fullmatch(package):
-            raise InvalidConfig(f"package {package!r} is not a name with versions", hint='for example "ale-py>=0.11,<1"')
+            raise InvalidConfig(f"package {package!r} is not a name with versions", hint='like "ale-py>=0.11,<1"')
     asked = "\n".join(sorted(set(packages)))
     return f"{_OTHER}{name}-{base64.urlsafe_b64encode(asked.encode()).decode().rstrip('=')}"
 

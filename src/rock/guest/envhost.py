@@ -9,7 +9,7 @@
 GEM seeds the global random state, so two environments in one process would disturb each other; importing it takes
 seconds, so a process an environment can only be forked from one that has it.
 
-What travels is in frames.py, and how an environment is played in player.py. A message to environment 0 is to the zygote:
+What travels is in frames.py, and how an environment is played in player.py. A message to environment 0 is the zygote's:
 
     -> HELLO token      <- OK {"hello": token, "there": {n: [env id, pipe]}}
     -> MAKE {"env_id", "protocol", "kwargs", "pipe": its descriptor, or null}  <- of n: OK n

@@ -158,7 +158,8 @@ class Player:
         if not self._env.vector:
             reward, terminated, truncated = _number(reward), bool(terminated), bool(truncated)
         if plain:
-            return [_json([_plain(observation, False), _plain(reward, False), terminated, truncated, _plain(info, True)])]
+            strict = [_plain(value, False) for value in (observation, reward, terminated, truncated)]
+            return [_json([*strict, _plain(info, True)])]
         return values.encode_result([observation, reward, terminated, truncated], info)
 
     def _call(self, payload: bytes, plain: bool) -> list[Any]:

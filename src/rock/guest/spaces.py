@@ -10,8 +10,9 @@ def spec_of(space: Any) -> dict[str, Any]:
     from gymnasium import spaces
 
     for kind in type(space).__mro__:
-        if kind.__module__.startswith("gymnasium.spaces") and kind.__name__ in _SPECS and hasattr(spaces, kind.__name__):
-            return {"kind": kind.__name__, **_SPECS[kind.__name__](space)}
+        name = kind.__name__
+        if name in _SPECS and kind is getattr(spaces, name, None):
+            return {"kind": name, **_SPECS[name](space)}
     raise TypeError(f"a space of type {type(space).__module__}.{type(space).__qualname__} is none of Gymnasium's")
 
 

@@ -31,6 +31,7 @@ _DTYPE = re.compile(r"[<|]([biufcSU])(\d{1,8})|<[Mm]8(\[\d{0,6}[a-zA-Z]{1,7}\])?
 _FORMATS = {"b1": "?", "i1": "b", "u1": "B", "i2": "h", "u2": "H", "i4": "i", "u4": "I", "i8": "q", "u8": "Q",
             "f2": "e", "f4": "f", "f8": "d"}  # fmt: skip
 _PLAIN = (str, int, bool, type(None))
+_BASES: tuple[Callable[[Any], Any], ...] = (int, float, str, dict, list, tuple)
 _DIMENSIONS = 32
 _REPR_KEPT = 2000
 _DEPTH = 100
@@ -128,8 +129,8 @@ class _Packer:
             return {"$g": [self.pack(item, depth + 1) for item in value]}
         if getattr(kind, "__module__", "").startswith("numpy") and "numpy" in sys.modules:
             return self._numpy(value, depth)
-        for base in (bool, int, float, str, dict, list, tuple):
-            if isinstance(value, base) and not isinstance(value, bool):
+        for base in _BASES:
+            if isinstance(value, base):  # type: ignore[arg-type]
                 return self.pack(base(value), depth)
         return self.odd(value)
 
@@ -164,7 +165,7 @@ def _finish(packer: _Packer, tree: Any) -> list[Any]:
 
 
 def decode(data: bytes | memoryview, graph: Callable[[Any, Any, Any], Any] | None = None) -> Any:
-    """The value of these bytes; Malformed when they are none. Arrays are copies. `graph`: makes graphs of their parts."""
+    """The value of these bytes; Malformed when they are none. Arrays are copies. `graph` makes graphs of parts."""
     try:
         (length,) = _LENGTH.unpack_from(data)
         start = _LENGTH.size + length

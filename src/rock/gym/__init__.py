@@ -8,6 +8,11 @@ Needs the extra: pip install "rock-sandbox[gym]".
 
 from __future__ import annotations
 
+try:
+    import gymnasium  # noqa: F401
+except ImportError as error:
+    raise ImportError(f"rock.gym needs gymnasium ({error}): pip install 'rock-sandbox[gym]'") from error
+
 from rock.gym.env import SandboxEnv, remake
 from rock.gym.vector import SandboxVectorEnv
 

@@ -138,7 +138,7 @@ class SandboxEnv(gymnasium.Env[Any, Any]):
         if not getattr(self, "_closed", True):
             try:
                 self.close()
-            except Exception:  # noqa: S110  # nobody is there to be told; its sandbox has an idle time
+            except Exception:  # nobody is there to be told; its sandbox has an idle time
                 pass
 
     def _check_open(self) -> None:

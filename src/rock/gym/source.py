@@ -49,7 +49,7 @@ class Source:
         if found and kind == "gym":
             return cls._named(rest, packages)
         if found and kind != "file":
-            raise errors.InvalidConfig(f"source {text!r} is of no kind that is known", hint="an id, gym://ID, or a folder")
+            raise errors.InvalidConfig(f"source {text!r} is of no known kind", hint="an id, gym://ID, or a folder")
         folder = Path(rest if found else text).expanduser().resolve()
         if not (folder / FILE).is_file():
             raise errors.InvalidConfig(f"there is no {FILE} in {folder}", hint="it defines make_env(**kwargs)")
@@ -116,7 +116,8 @@ class Making:
             wish.packages = list(self.source.packages)
         link.open(wish, self.start_timeout)
         try:
-            made: dict[str, Any] = {"env_id": self.source.env_id, "protocol": "gym", "kwargs": self.kwargs, **self.vector}
+            made: dict[str, Any] = {"env_id": self.source.env_id, "protocol": "gym", "kwargs": self.kwargs}
+            made.update(self.vector)
             if self.imports:
                 made["imports"] = list(self.imports)
             if self.task:

@@ -78,7 +78,7 @@ def _sequence(spec: Any, depth: int) -> Space:
 def _graph(spec: Any, depth: int) -> Space:
     edges = None if spec["edges"] is None else _made(spec["edges"], depth)
     nodes: Any = _made(spec["nodes"], depth)
-    return spaces.Graph(nodes, edges)  # type: ignore[arg-type]  # which kinds it takes it checks itself
+    return spaces.Graph(nodes, edges)  # which kinds it takes it checks itself
 
 
 def _one_of(spec: Any, depth: int) -> Space:

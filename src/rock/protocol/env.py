@@ -9,7 +9,6 @@ from pydantic import Field
 from rock.protocol.action import Answer
 from rock.protocol.sandbox import SandboxConfig, Wire
 
-
 Family = Literal["gem", "gym"]
 
 
@@ -31,8 +30,8 @@ class OpenEnv(Wire):
 class MakeEnv(Wire):
     """kwargs: go to the environment's constructor. imports: modules that are imported before, and may register it.
 
-    Of Gymnasium: num_envs makes a vector of them in one process, vectorization_mode and vector_kwargs as gymnasium.make_vec
-    has them. folder: inside, with an env.py whose make_env makes it; task: "suite" or "suite/task" of several.
+    Of Gymnasium: num_envs makes a vector of them in one process, vectorization_mode and vector_kwargs are those of
+    gymnasium.make_vec. folder: inside, with an env.py whose make_env makes it; task: "suite" or "suite/task".
     """
 
     env_id: str = Field(min_length=1, max_length=256)

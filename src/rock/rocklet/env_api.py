@@ -10,12 +10,11 @@ from rock.guest import frames
 from rock.guest.frames import HEAD, PLAIN, Frame
 from rock.protocol.env import MakeEnv, ResetEnv, StepEnv
 from rock.protocol.routes import FRAMES_TYPE, ROUTES
-from rock.rocklet.envs import Answered
+from rock.rocklet.envcalls import Answered
 from rock.rocklet.node import Node
 from rock.rocklet.once import Once
 from rock.rocklet.supervisor import Supervisor
 from rock.wire.asgi import Answer, Request, Router, answer
-
 
 _FRAMES = 4096  # in one request
 _TYPE = FRAMES_TYPE.encode()

@@ -30,7 +30,7 @@ def _error(kind: str, name: str, text: str, details: dict[str, Any], near: list[
         return NotFound(text, sandbox_id=sandbox_id, hint=hint)
     if kind == "unknown_env":
         return NotFound(text, sandbox_id=sandbox_id, details=details,
-                        hint="is the package that registers it named in `packages`, and its module in `imports`?")  # fmt: skip
+                        hint="a package that registers it goes into packages, its module into imports")  # fmt: skip
     if kind == "import":
         return ActionError(
             f"the environment cannot be imported: {name}: {text}",
@@ -46,7 +46,7 @@ def _error(kind: str, name: str, text: str, details: dict[str, Any], near: list[
         )
     if kind == "refused_step":
         return Conflict(text, sandbox_id=sandbox_id, details=details,
-                        hint="steps of an episode are numbered from 0; somebody else may play this environment")  # fmt: skip
+                        hint="steps are numbered from 0; does somebody else play this environment?")  # fmt: skip
     if kind == "gone":
         return NotFound(text, sandbox_id=sandbox_id, hint="make a new one")
     if kind == "transport":

@@ -8,21 +8,14 @@ environments are asked and answer is passed on unread.
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import json
 import os
 import secrets
 import signal
-import zlib
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from rock.envhub.packages import requirements_of, wheels_only
 from rock.errors import (
     CommandTimeout,
     EnvironmentEnded,
@@ -35,88 +28,13 @@ from rock.errors import (
 )
 from rock.guest import envhost, frames
 from rock.guest.frames import CLOSE, ENDED, ERROR, HEAD, HELLO, KILL, MAKE, NO_INDEX, PLAIN, RESET, STEP, Frame
+from rock.rocklet.envcalls import Answered, Batch, Call, Hosted
 from rock.rocklet.enverrors import error_of
-from rock.rocklet.envwire import Inlet, Outlet, OwnInlet, Tail
-from rock.runtime.base import ExitStatus, Handle, Process, Program, Runtime
-from rock.runtime.image.packages import CURRENT, PackageSet, ensure
-from rock.runtime.image.store import ImageStore
+from rock.rocklet.envprogram import Link, program
+from rock.runtime.base import ExitStatus, Handle, Process, Runtime
+from rock.runtime.image.packages import CURRENT
 
 _OPEN_TIMEOUT = 180.0  # importing takes seconds, and more on a busy machine
-_ENVIRONMENT = {
-    "LANG": "C.UTF-8", "HOME": "/tmp", "MPLCONFIGDIR": "/tmp",
-    # Some environments iterate over sets of words: with this a seed gives the same episode in every process
-    "PYTHONHASHSEED": "0", "PYTHONPATH": "",
-    # Threads do not survive a fork
-    "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NUMEXPR_NUM_THREADS": "1",
-}  # fmt: skip
-
-
-_MODULES = ("values", "frames", "spaces", "hosting", "player", "envhost")
-_LOADER = """import base64, json, sys, types, zlib
-for name in ("rock", "rock.guest"):
-    sys.modules[name] = types.ModuleType(name)
-    sys.modules[name].__path__ = []
-for name, text in json.loads(zlib.decompress(base64.b64decode("{packed}"))):
-    sys.modules[name] = module = types.ModuleType(name)
-    setattr(sys.modules["rock.guest"], name.rpartition(".")[2], module)
-    exec(compile(text, name, "exec"), module.__dict__)
-sys.modules["rock.guest.envhost"].main()
-"""
-
-
-async def prepare_image(store: ImageStore, image: str, progress: Callable[[str], None] | None = None) -> None:
-    """Install what the environments of `image` need, if it is named after a package set and not there yet.
-
-    Takes about a minute the first time. Other images are nobody's business here.
-    """
-    requirements = requirements_of(image)
-    if requirements is not None:
-        await asyncio.to_thread(ensure, store, PackageSet(image, requirements, wheels_only(requirements)), progress)
-
-
-Answered = bytes | bytearray | RockError  # a whole frame, or why there is none
-
-
-class _Batch:
-    """Answers to what was asked together, in that order."""
-
-    __slots__ = ("answers", "future", "left")
-
-    def __init__(self, count: int) -> None:
-        self.answers: list[Answered] = [b""] * count
-        self.left = count
-        self.future: asyncio.Future[list[Answered]] = asyncio.get_running_loop().create_future()
-
-    def put(self, place: int, answer: Answered) -> None:
-        self.answers[place] = answer
-        self.left -= 1
-        if not self.left and not self.future.done():
-            self.future.set_result(self.answers)
-
-
-@dataclass(slots=True)
-class _Call:
-    """Something that an environment was asked. `id`: the asker's."""
-
-    batch: _Batch
-    place: int
-    number: int
-    op: int
-    id: int
-
-
-@dataclass
-class _Hosted:
-    """An environment inside. `pipe`: its own way for requests, if it has one. `ended`: why it is no longer there.
-    `asked`: ids of what it has not answered; since when the first of them waits, and what ends it."""
-
-    env_id: str
-    pipe: int | None = None
-    closed: bool = False
-    ended: RockError | None = None
-    asked: deque[int] = field(default_factory=deque)
-    since: float = 0.0
-    timer: asyncio.TimerHandle | None = None
 
 
 class EnvHost:
@@ -142,12 +60,12 @@ class EnvHost:
         self._folder = folder
         self._python = python or f"{folder}/python"
         self._timeout = timeout
-        self._envs: dict[int, _Hosted] = {}
+        self._envs: dict[int, Hosted] = {}
         self._free: list[int] = []  # pipes
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, Call] = {}
         self._next_id = secrets.randbits(40)  # answers to a former rocklet must not look like answers to us
         self._next_env = 1
-        self._link: _Link | None = None
+        self._link: Link | None = None
         self._failed: RockError | None = None
         self._ending: asyncio.Task[None] | None = None
 
@@ -158,15 +76,8 @@ class EnvHost:
 
         ImageError when the sandbox's image has none; SandboxError, with its last lines, when it does not come up.
         """
-        channels: dict[int, Literal["r", "w"]] = dict.fromkeys((envhost.REQUESTS, *envhost.PIPES), "r")
-        channels.update(dict.fromkeys((envhost.ANSWERS, *(pipe + envhost.OWN for pipe in envhost.PIPES)), "w"))
-        program = Program(
-            [self._python, "-s", "-P", "-B", "-X", "utf8", "-c", _source(), f"{self._folder}/site"],
-            env={**_ENVIRONMENT, "NLTK_DATA": f"{self._folder}/nltk_data"}, cwd="/", stdout="null", stderr="pipe",
-            channels=channels, key=self.KEY, keep=True,
-        )  # fmt: skip
         try:
-            process = await self._runtime.spawn(self._handle, program)
+            process = await self._runtime.spawn(self._handle, program(self._folder, self._python, self.KEY))
         except NotFound as error:
             raise ImageError(
                 f"this sandbox has no environment packages ({error.message})",
@@ -180,7 +91,7 @@ class EnvHost:
         await self._connect(await self._runtime.attach(self._handle, self.KEY))
 
     async def _connect(self, process: Process) -> None:
-        self._link = link = _Link(process, self._answer, self._end, self._nonsense)
+        self._link = link = Link(process, self._answer, self._end, self._nonsense)
         try:
             async with asyncio.timeout(_OPEN_TIMEOUT):
                 answers = await self._zygote(HELLO, link.inlet.token.encode())
@@ -195,7 +106,7 @@ class EnvHost:
             await self.close()
             raise
         for number, (env_id, pipe) in answers["there"].items():
-            self._envs[int(number)] = _Hosted(env_id, pipe)
+            self._envs[int(number)] = Hosted(env_id, pipe)
             if pipe is not None:  # a former rocklet may have read half of an answer
                 token = secrets.token_bytes(16)
                 link.own[pipe + envhost.OWN].seek(token)
@@ -205,7 +116,7 @@ class EnvHost:
         self._next_env = max((0, *self._envs)) + 1
 
     async def _zygote(self, op: int, payload: bytes) -> Any:
-        batch = _Batch(1)
+        batch = Batch(1)
         self._send(batch, 0, op, 0, 0, 0, NO_INDEX, payload)
         return _plain_of((await batch.future)[0])
 
@@ -239,9 +150,9 @@ class EnvHost:
         """
         number = self._next_env
         self._next_env += 1
-        hosted = self._envs[number] = _Hosted(env_id, self._free.pop() if self._free else None)
+        hosted = self._envs[number] = Hosted(env_id, self._free.pop() if self._free else None)
         wish = {"env_id": env_id, "kwargs": dict(kwargs or {}), "pipe": hosted.pipe, **more}
-        batch = _Batch(1)
+        batch = Batch(1)
         try:
             self._send(batch, 0, MAKE, PLAIN, number, 0, NO_INDEX, _json(wish))
             _plain_of((await batch.future)[0])
@@ -291,7 +202,7 @@ class EnvHost:
         Those of several environments run side by side, those to one after each other. An answer is a whole frame,
         with the id of what was asked.
         """
-        batch = _Batch(len(asked))
+        batch = Batch(len(asked))
         for place, (op, flags, number, id, index, payload) in enumerate(asked):
             try:
                 if op not in (RESET, STEP, frames.CALL):
@@ -319,17 +230,17 @@ class EnvHost:
     # ---- requests
 
     async def _plain(self, op: int, number: int, value: Any, index: int = NO_INDEX) -> Any:
-        batch = _Batch(1)
+        batch = Batch(1)
         self._send(batch, 0, op, PLAIN, number, 0, index, _json(value))
         return _plain_of((await batch.future)[0])
 
     def _send(
-        self, batch: _Batch, place: int, op: int, flags: int, number: int, asker: int, index: int, payload: Any
+        self, batch: Batch, place: int, op: int, flags: int, number: int, asker: int, index: int, payload: Any
     ) -> None:
         """Write a request; its answer comes to the batch. Raises what is known without asking."""
         pipe = None
+        hosted = self._envs.get(number) if number else None
         if number:
-            hosted = self._envs.get(number)
             if hosted is None or hosted.closed:
                 raise NotFound(
                     f"there is no environment {number} in sandbox {self._handle.id}",
@@ -342,8 +253,8 @@ class EnvHost:
             raise self._failed or Lost("the host of environments was not started", sandbox_id=self._handle.id)
         self._next_id += 1
         id = self._next_id
-        self._calls[id] = _Call(batch, place, number, op, asker)
-        if number:
+        self._calls[id] = Call(batch, place, number, op, asker)
+        if hosted is not None:
             pipe = None if op == MAKE else hosted.pipe
             loop = asyncio.get_running_loop()
             if not hosted.asked:
@@ -374,7 +285,7 @@ class EnvHost:
         ))  # fmt: skip
         self._kill(number)
 
-    def _env_failed(self, hosted: _Hosted, why: RockError) -> None:
+    def _env_failed(self, hosted: Hosted, why: RockError) -> None:
         """An environment is of no use any more: everything that it was asked fails."""
         hosted.ended = hosted.ended or why
         for id in hosted.asked:
@@ -465,7 +376,7 @@ class EnvHost:
         elif self._ending is None and self._link is not None:
             self._ending = asyncio.ensure_future(self._ended(self._link))
 
-    async def _ended(self, link: _Link) -> None:
+    async def _ended(self, link: Link) -> None:
         try:
             status = await link.process.wait()
         except RockError as error:
@@ -493,40 +404,6 @@ class EnvHost:
         return self._failed
 
 
-class _Link:
-    """The pipes to the host."""
-
-    def __init__(
-        self,
-        process: Process,
-        answered: Callable[[bytes | bytearray, int | None], None],
-        ended: Callable[[str | None], None],
-        nonsense: Callable[[int, str], None],
-    ) -> None:
-        self.process = process
-        self.inlet = Inlet(process.channels[envhost.ANSWERS], lambda frame: answered(frame, None), ended)
-        self.tail = Tail(process.stderr)
-        self.own: dict[int, OwnInlet] = {}
-        for pipe in envhost.PIPES:
-            self._add(pipe, answered, nonsense)
-        self.outlets = {pipe: Outlet(process.channels[pipe]) for pipe in (envhost.REQUESTS, *envhost.PIPES)}
-
-    def _add(
-        self, pipe: int, answered: Callable[[bytearray, int | None], None], nonsense: Callable[[int, str], None]
-    ) -> None:
-        self.own[pipe + envhost.OWN] = OwnInlet(
-            self.process.channels[pipe + envhost.OWN], lambda frame: answered(frame, pipe), lambda why: nonsense(pipe, why)
-        )
-
-    def stop(self) -> None:
-        self.inlet.stop()
-        self.tail.stop()
-        for own in self.own.values():
-            own.stop()
-        for outlet in self.outlets.values():
-            outlet.drop()
-
-
 def _frame(op: int, number: int, id: int, index: int, payload: bytes) -> bytes:
     return HEAD.pack(len(payload), op, PLAIN, number, id, index) + payload
 
@@ -552,15 +429,3 @@ def _described(status: ExitStatus) -> str:
     if status.signal is not None:
         return f"killed by signal {status.signal}" + (" (out of memory?)" if status.signal == signal.SIGKILL else "")
     return "exit status unknown" if status.code is None else f"exit status {status.code}"
-
-
-@cache
-def _source() -> str:
-    """The program itself: given on the command line, so nothing has to be put into the image.
-
-    It is packed, as one argument may have 128 KiB.
-    """
-    folder = Path(envhost.__file__).parent
-    modules = [(f"rock.guest.{name}", (folder / f"{name}.py").read_text(encoding="utf-8")) for name in _MODULES]
-    packed = base64.b64encode(zlib.compress(json.dumps(modules).encode(), 9)).decode()
-    return _LOADER.format(packed=packed)
