@@ -36,12 +36,14 @@ class Descriptors(NamedTuple):
     """What pid 1 has of the launcher.
 
     listener: its socket. ready: where it tells that it is. gate: what lets it go on. userns: its user namespace.
+    lease: holds the lock on its image's layers, for as long as it lives; -1 where nobody removes them.
     """
 
     listener: int
     ready: int
     gate: int
     userns: int
+    lease: int = -1
 
 
 class Constants:
@@ -97,7 +99,7 @@ def plan(area: Area, constants: Constants, fds: Descriptors, spec: dict[str, Any
     ]
     if constants.program is not None:
         rows.append(("system call filter", (number["seccomp"], 1, 0, ctypes.addressof(constants.program))))
-    rows += [("descriptors", call) for call in _descriptors(constants, {fds.listener, fds.ready})]
+    rows += [("descriptors", call) for call in _descriptors(constants, {fds.listener, fds.ready, fds.lease} - {-1})]
     rows.append(("the launcher's end", (number["prctl"], kernel.PR_SET_PDEATHSIG, 0)))
 
 

@@ -138,9 +138,8 @@ class Launcher:
             if not data:
                 return False
             request = unpack(data, fds)
-            for fd in fds:
-                os.close(fd)
             if request["op"] == "create":
+                request["lease"] = fds.pop() if fds else -1
                 self.queue.append(request)
             elif request["op"] == "ahead":
                 bases = [base for base in request["ranges"] if base not in self.ranges]
@@ -149,6 +148,8 @@ class Launcher:
                 self._answer(request, {"seconds": floor()})
             else:
                 self._answer(request, {"error": f"unknown request {request['op']!r}", "errno": errno.EINVAL})
+            for fd in fds:
+                os.close(fd)
 
     def _answer(self, request: dict[str, Any], reply: dict[str, Any]) -> None:
         self.outgoing.append(pack({"id": request["id"], **reply}))
@@ -189,7 +190,7 @@ class Launcher:
         try:
             namespace = self.ranges.get(spec["base"])
             listener = listener or build.bind(spec["slot"])
-            fds = birth.Descriptors(listener.fileno(), told.fileno(), gate[0], namespace)
+            fds = birth.Descriptors(listener.fileno(), told.fileno(), gate[0], namespace, spec["lease"])
             birth.plan(area, self.constants, fds, spec)
             flags = _ALL & ~(kernel.CLONE_NEWNET if spec["network"] == "host" else 0)
             pid = self.zygote.clone(area, flags, birth.pack_note(fds, self._server_uid()))
@@ -213,8 +214,9 @@ class Launcher:
             told.close()
             if listener is not None:
                 listener.close()
-            for fd in gate:
-                os.close(fd)
+            for fd in (*gate, spec["lease"]):
+                if fd >= 0:
+                    os.close(fd)
 
     def _wait_for(self, number: int, pid: int, area: Area, ready: socket.socket) -> None:
         ready.setblocking(False)
