@@ -139,8 +139,11 @@ def main() -> int:
         with timed("rock admin stop"):
             said = run_cli("admin", "stop")
         print("      " + said.replace("\n", ", "))
-    kept = ("staging", "probe")  # two empty folders of the runtime
-    left_over = sorted(str(p) for p in (HOME / "run").glob("*/*") if p.is_dir() and p.name not in kept)
+    kept = ("staging", "probe", "base")  # folders of the runtime itself
+    left_over = sorted(
+        str(path) for path in (HOME / "run").glob("*/*")
+        if path.name not in kept and (path.is_dir() or path.parent.name == "records")
+    )  # fmt: skip
     print(f"  left behind: {left_over or 'nothing'}")
     print(f"done in {time.perf_counter() - began:.1f} s")
     return 1 if left_over else 0
