@@ -418,12 +418,23 @@ class NamespaceRuntime(InitSandboxes):
         self._forget(slot)
         if pid is None or start is None:
             pid, start = teardown.find(self._run_dir / slot) or (None, None)
+        clean = False
         if pid is not None and start is not None:
-            teardown.kill(pid, start)
-            await wait_gone(pid, start)
-        await asyncio.to_thread(teardown.remove, self._run_dir / slot, list(folders.values()))
+            with contextlib.suppress(errors.RockError):
+                clean = await self._retire(slot, pid, start, folders)
+            if not clean:
+                teardown.kill(pid, start)
+                await wait_gone(pid, start)
+        if not clean:
+            await asyncio.to_thread(teardown.remove, self._run_dir / slot, list(folders.values()))
         if base is not None:
             self._ranges.give_back(base, slot)
+
+    async def _retire(self, slot: str, pid: int, start: int, folders: Mapping[str, str]) -> bool:
+        """Have the launcher end it; False when there is more to remove than it does."""
+        reply = await self._launcher.request("retire", {
+            "pid": pid, "start": start, "slot": str(self._run_dir / slot), "cgroups": list(folders.values())})
+        return bool(reply.get("clean"))
 
     def _forget(self, slot: str) -> None:
         sandbox = self._live.pop(slot, None)
