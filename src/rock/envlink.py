@@ -54,7 +54,8 @@ class EnvLink:
     """A sandbox that hosts environments.
 
     base_url, api_key: ROCK_BASE_URL and ROCK_API_KEY where they are not given. config: limits of a sandbox of its own,
-    which `close` stops; `exclusive` asks for the same. timeout: seconds for one answer; None is no limit.
+    which `close` stops; `exclusive` asks for the same. timeout: seconds for one reset, step or
+    call, after which the environment is killed; None leaves that to the server.
     """
 
     def __init__(
@@ -74,7 +75,8 @@ class EnvLink:
         self.exclusive = exclusive or config is not None
         self.sandbox_id = ""
         self._config = config
-        self._timeout = timeout
+        self._limit = timeout
+        self._timeout = None if timeout is None else timeout + SLACK  # the server tells when its time is over
         self._graph = graph
         self._target = ""
 
@@ -103,6 +105,8 @@ class EnvLink:
     def make(self, wish: dict[str, Any], timeout: float) -> int:
         """Make an environment (fields of MakeEnv); answers its number."""
         target = ROUTES["make_env"].url(sandbox_id=self.sandbox_id)
+        if self._limit is not None:
+            wish = {**wish, "timeout": self._limit}
         try:
             body = orjson.dumps(wish, option=orjson.OPT_SERIALIZE_NUMPY)
         except TypeError as error:

@@ -198,6 +198,25 @@ def test_a_dead_environment_is_told(make: Make) -> None:
         env.reset()
 
 
+def test_one_that_hangs_is_killed(make: Make) -> None:
+    env = make(str(WORLDS), trust_remote_code=True, world="Bad", step_timeout=1.0)
+    env.reset()
+    with pytest.raises(errors.CommandTimeout, match="step took longer than 1 s; it was killed"):
+        env.step("hang")
+    with pytest.raises(errors.CommandTimeout):
+        env.reset()
+
+
+def test_garbage_in_every_pipe_costs_no_more_than_the_environment(make: Make) -> None:
+    bad, good = (make(str(WORLDS), trust_remote_code=True, world="Bad") for _ in range(2))
+    bad.reset()
+    good.reset()
+    with pytest.raises(errors.RockError):
+        bad.step("every descriptor")
+        bad.step("fine")
+    assert good.step("fine")[4] == {}
+
+
 def test_what_cannot_be_made(make: Make, tmp_path: Path) -> None:
     with pytest.raises(errors.NotFound, match="CartPole"):
         make("CartPol-v1")

@@ -156,7 +156,8 @@ class Player:
         assert self._env is not None
         observation, reward, terminated, truncated, info = self._env.step(_decoded(payload, plain))
         if not self._env.vector:
-            reward, terminated, truncated = _number(reward), bool(terminated), bool(truncated)
+            reward = reward if type(reward) in (float, int) and not plain else _number(reward)
+            terminated, truncated = bool(terminated), bool(truncated)
         if plain:
             strict = [_plain(value, False) for value in (observation, reward, terminated, truncated)]
             return [_json([*strict, _plain(info, True)])]

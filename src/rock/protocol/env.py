@@ -28,7 +28,8 @@ class OpenEnv(Wire):
 
 
 class MakeEnv(Wire):
-    """kwargs: go to the environment's constructor. imports: modules that are imported before, and may register it.
+    """kwargs: go to the environment's constructor. timeout: seconds for one reset, step or call; then it is killed.
+    imports: modules that are imported before, and may register it.
 
     Of Gymnasium: num_envs makes a vector of them in one process, vectorization_mode and vector_kwargs are those of
     gymnasium.make_vec. folder: inside, with an env.py whose make_env makes it; task: "suite" or "suite/task".
@@ -42,6 +43,7 @@ class MakeEnv(Wire):
     vectorization_mode: str | None = None
     vector_kwargs: dict[str, Any] | None = None
     folder: str | None = None
+    timeout: float | None = Field(default=None, gt=0, le=86400)
     task: str | None = None
 
 

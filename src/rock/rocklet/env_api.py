@@ -36,11 +36,13 @@ class EnvApi:
         wish = await request.model(MakeEnv)
         gem = wish.protocol == "gem" and not wish.imports
         env_id = registry.find(wish.env_id).id if gem else wish.env_id  # an alias is another name for it
-        more = wish.model_dump(exclude={"env_id", "kwargs"}, exclude_defaults=True)
+        more = wish.model_dump(exclude={"env_id", "kwargs", "timeout"}, exclude_defaults=True)
 
         async def work() -> Answer:
             with sandbox.active():
-                number = await (await sandbox.environments()).make(env_id, wish.kwargs, **more)
+                number = await (await sandbox.environments()).make(
+                    env_id, wish.kwargs, timeout=wish.timeout, **more
+                )
             return answer({"env": number, "env_id": env_id, "sandbox_id": sandbox.id}, 201)
 
         return await self.once.do(request, work())

@@ -42,12 +42,13 @@ class Call:
 @dataclass
 class Hosted:
     """An environment inside. `pipe`: its own way for requests, if it has one. `ended`: why it is no longer there.
-    `asked`: ids of what it has not answered; since when the first of them waits, and what ends it."""
+    `asked`: ids of what it has not answered, each within `timeout` seconds; since when the first of them waits, and what ends it."""
 
     env_id: str
     pipe: int | None = None
     closed: bool = False
     ended: RockError | None = None
+    timeout: float | None = None
     asked: deque[int] = field(default_factory=deque)
     since: float = 0.0
     timer: asyncio.TimerHandle | None = None

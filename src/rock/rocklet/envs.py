@@ -34,6 +34,7 @@ from rock.rocklet.envprogram import Link, program
 from rock.runtime.base import ExitStatus, Handle, Process, Runtime
 from rock.runtime.image.packages import CURRENT
 
+_CLOSE_TIMEOUT = 10.0  # for what an environment does at its end; then it is killed
 _OPEN_TIMEOUT = 180.0  # importing takes seconds, and more on a busy machine
 
 
@@ -142,10 +143,12 @@ class EnvHost:
 
     # ---- environments
 
-    async def make(self, env_id: str, kwargs: Mapping[str, Any] | None = None, **more: Any) -> int:
+    async def make(
+        self, env_id: str, kwargs: Mapping[str, Any] | None = None, *, timeout: float | None = None, **more: Any
+    ) -> int:
         """Make an environment in a process of its own; answers its number, by which it is asked for.
 
-        more: "protocol" and what guest/hosting.py makes of it. NotFound for an id that nobody knows, with the nearest;
+        timeout: seconds for each thing that it is asked from then on, instead of the host's. more: "protocol" and what guest/hosting.py makes of it. NotFound for an id that nobody knows, with the nearest;
         ActionError with the traceback when it cannot be made.
         """
         number = self._next_env
@@ -159,6 +162,10 @@ class EnvHost:
         except BaseException:
             self._forget(number)
             raise
+        hosted.timeout = timeout
+        if hosted.timer is not None:  # that was for making it
+            hosted.timer.cancel()
+            hosted.timer = None
         return number
 
     async def reset(
@@ -190,8 +197,9 @@ class EnvHost:
             return
         try:
             if hosted.ended is None and self._failed is None:
-                await self._plain(CLOSE, number, None)
-        except RockError:
+                async with asyncio.timeout(_CLOSE_TIMEOUT):
+                    await self._plain(CLOSE, number, None)
+        except (RockError, TimeoutError):
             pass
         finally:
             self._forget(number)
@@ -261,10 +269,13 @@ class EnvHost:
                 hosted.since = loop.time()
             hosted.asked.append(id)
             if hosted.timer is None:
-                hosted.timer = loop.call_at(hosted.since + self._timeout, self._overdue, number)
+                hosted.timer = loop.call_at(hosted.since + self._limit(hosted), self._overdue, number)
         stream = 0 if op == MAKE else number
         message = HEAD.pack(len(payload), op, flags, number, id, index) + payload
         self._link.outlets[pipe or envhost.REQUESTS].send(stream, message)
+
+    def _limit(self, hosted: Hosted) -> float:
+        return self._timeout if hosted.timeout is None else hosted.timeout
 
     def _overdue(self, number: int) -> None:
         """The time of what was asked first is over, or would be if it were still that."""
@@ -275,12 +286,13 @@ class EnvHost:
         if not hosted.asked:
             return
         loop = asyncio.get_running_loop()
-        if hosted.since + self._timeout > loop.time():
-            hosted.timer = loop.call_at(hosted.since + self._timeout, self._overdue, number)
+        limit = self._limit(hosted)
+        if hosted.since + limit > loop.time():
+            hosted.timer = loop.call_at(hosted.since + limit, self._overdue, number)
             return
         name = {MAKE: "make", RESET: "reset", STEP: "step", CLOSE: "close"}.get(self._calls[hosted.asked[0]].op, "call")
         self._env_failed(hosted, CommandTimeout(
-            f"environment {hosted.env_id}: {name} took longer than {self._timeout:g} s; it was killed",
+            f"environment {hosted.env_id}: {name} took longer than {limit:g} s; it was killed",
             sandbox_id=self._handle.id, hint="make a new one",
         ))  # fmt: skip
         self._kill(number)
