@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test check lint types unit compat sync lock bench clean
+.PHONY: demo test check lint types unit sync lock bench clean
 
 demo: $(VENV)/ready
 	@$(PY) -m rock.cli.demo
@@ -40,10 +40,6 @@ types: $(VENV)/ready-dev
 unit: $(VENV)/ready-dev
 	$(PY) -m pytest tests/runtime tests/rocklet
 	$(PY) -m pytest --ignore=tests/runtime --ignore=tests/rocklet
-
-# All environments of GEM against GEM itself, and longer episodes.
-compat: $(VENV)/ready-dev
-	$(PY) -m pytest tests/envs -m "compat or not compat"
 
 bench: $(VENV)/ready-dev
 	$(VENV)/bin/rock bench
