@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.conftest import RunningServer
 
 import rock
 from rock import errors
 from rock.gem import AutoresetMode, RockVectorEnv
-from tests.conftest import RunningServer
 
 pytestmark = pytest.mark.timeout(1200)
 GUESS = "game:GuessTheNumber-v0-easy"

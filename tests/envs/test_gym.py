@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from tests.conftest import RunningServer
 
 from rock import errors
 from rock.gym import SandboxEnv, SandboxVectorEnv
-from tests.conftest import RunningServer
 
 WORLDS = Path(__file__).parent / "worlds"
 Make = Callable[..., SandboxEnv]

@@ -21,7 +21,7 @@ from rock.guest.frames import CALL, CLOSE, HEAD, HELLO, MAKE, NO_INDEX, OK, PLAI
 from rock.guest.hosting import Hosted, host
 from rock.guest.values import Unsendable
 
-_READ = 1 << 16
+_READ = 1 << 14
 _TRACEBACK_KEPT = 8000
 _VECTOR = 64  # byte strings of one write
 _NAMES = {MAKE: "make", RESET: "reset", STEP: "step", CALL: "call", CLOSE: "close"}

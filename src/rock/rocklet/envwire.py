@@ -14,7 +14,7 @@ from rock.guest import frames
 from rock.guest.frames import HEAD, HEADER, LIMIT
 from rock.rocklet.streams import Reader
 
-_READ = 1 << 18
+_READ = 1 << 15  # a larger one costs the kernel a mapping each time
 _LARGE = 32 << 10  # a frame for which the pipe is made larger
 _PIPE = 1 << 20
 _STDERR_KEPT = 8192
@@ -213,16 +213,22 @@ class OwnInlet:
             with contextlib.suppress(OSError):
                 fcntl.fcntl(self._fd, fcntl.F_SETPIPE_SZ, _PIPE)
         self._filled = len(self._buffer)
-        self._buffer += bytes(length - len(self._buffer))
+        room = bytearray(length)
+        room[: self._filled] = self._buffer
+        self._buffer = room
 
     def _fill(self, filled: int) -> bool:
+        length = len(self._buffer)
         with memoryview(self._buffer) as room:
-            got = os.readv(self._fd, [room[filled:]])
-        if not got:
-            self.stop()
-            return False
-        self._filled = filled + got
-        if self._filled == len(self._buffer):
+            while filled < length:
+                with room[filled:] as rest:
+                    got = os.readv(self._fd, [rest])
+                if not got:
+                    self.stop()
+                    return False
+                filled += got
+                self._filled = filled
+        if filled == length:
             frame, self._buffer = self._buffer, bytearray()
             self._filled = None
             self._tell(frame)
