@@ -2,7 +2,7 @@
 
     python bench/environments.py --server http://127.0.0.1:8080 [--seconds 2] [--gem FOLDER] [--rlmesh]
 
-Every row is measured in this run, one after the other: medians of single steps, and steps a second where frames are large.
+Every row is measured in this run, one after the other: medians of single steps; steps a second where frames are large.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rock import gym
+    from rock import gym as gym
     from rock.envs import RockEnv, list_envs, make
     from rock.errors import (
         BadRequestRockError,
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
         codes,
         raise_for_code,
     )
-    from rock.gem import make_vec, register_gem
+    from rock.gem import make_vec as make_vec
+    from rock.gem import register_gem as register_gem
     from rock.sdk.sandbox import Sandbox, SandboxConfig, SandboxGroup, SandboxGroupConfig
 
 __version__ = "0.1.0"

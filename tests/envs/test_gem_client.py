@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from tests.conftest import RunningServer
 
+np = pytest.importorskip("numpy", reason="install the development extra: pip install -e .[dev]")
 import rock
 from rock import errors
-from rock.gem import AutoresetMode, RockVectorEnv
+from rock.gem import AutoresetMode, RockVectorEnv  # noqa: E402
 
 pytestmark = pytest.mark.timeout(1200)
 GUESS = "game:GuessTheNumber-v0-easy"

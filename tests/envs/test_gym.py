@@ -9,9 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import gymnasium
-import numpy as np
 import pytest
+
+gymnasium = pytest.importorskip("gymnasium", reason="install the development extra: pip install -e .[dev]")
+
+# ruff: noqa: E402
+import numpy as np
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from tests.conftest import RunningServer

@@ -42,7 +42,8 @@ class Call:
 @dataclass
 class Hosted:
     """An environment inside. `pipe`: its own way for requests, if it has one. `ended`: why it is no longer there.
-    `asked`: ids of what it has not answered, each within `timeout` seconds; since when the first of them waits, and what ends it."""
+    `asked`: ids of what it has not answered, each within `timeout` seconds; since when the first of them waits, and
+    what ends it."""
 
     env_id: str
     pipe: int | None = None

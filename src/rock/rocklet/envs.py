@@ -148,8 +148,9 @@ class EnvHost:
     ) -> int:
         """Make an environment in a process of its own; answers its number, by which it is asked for.
 
-        timeout: seconds for each thing that it is asked from then on, instead of the host's. more: "protocol" and what guest/hosting.py makes of it. NotFound for an id that nobody knows, with the nearest;
-        ActionError with the traceback when it cannot be made.
+        timeout: seconds for each thing that it is asked from then on, instead of the host's. more: "protocol" and what
+        guest/hosting.py makes of it. NotFound for an id that nobody knows, with the nearest; ActionError with the
+        traceback when it cannot be made.
         """
         number = self._next_env
         self._next_env += 1
