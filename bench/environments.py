@@ -8,7 +8,9 @@ Every row is measured in this run, one after the other: medians of single steps;
 from __future__ import annotations
 
 import argparse
+import socket
 import statistics
+import subprocess
 import sys
 import time
 import warnings
@@ -111,14 +113,19 @@ def rlmesh(seconds: float) -> None:
     except ImportError:
         print("rlmesh is not installed: no figures of it")
         return
-    server = rlmesh.EnvServer(gymnasium.make("CartPole-v1"), "127.0.0.1:0")
-    server.start()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    code = ("import gymnasium, rlmesh, sys;"
+            "rlmesh.EnvServer(gymnasium.make('CartPole-v1'), sys.argv[1]).serve()")  # fmt: skip
+    server = subprocess.Popen([sys.executable, "-c", code, address])
     try:
-        env = rlmesh.RemoteEnv(server.address)
+        env = rlmesh.RemoteEnv(address, connect_timeout_seconds=30.0)
         print(f"CartPole, 1 env, step p50: rlmesh {rlmesh.__version__} {median(env, 0, seconds):.0f} us")
         env.close()
     finally:
-        server.shutdown()
+        server.terminate()
+        server.wait()
 
 
 def main() -> None:

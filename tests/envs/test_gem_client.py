@@ -13,9 +13,11 @@ import pytest
 from tests.conftest import RunningServer
 
 np = pytest.importorskip("numpy", reason="install the development extra: pip install -e .[dev]")
+
+# ruff: noqa: E402
 import rock
 from rock import errors
-from rock.gem import AutoresetMode, RockVectorEnv  # noqa: E402
+from rock.gem import AutoresetMode, RockVectorEnv
 
 pytestmark = pytest.mark.timeout(1200)
 GUESS = "game:GuessTheNumber-v0-easy"
