@@ -26,6 +26,7 @@ from collections.abc import Callable
 from typing import Any
 
 LIMIT = 256 << 20  # bytes of one value
+_dumps = json.JSONEncoder(check_circular=False).encode  # `pack` has bounded the depth
 _LENGTH = struct.Struct(">I")
 _DTYPE = re.compile(r"[<|]([biufcSU])(\d{1,8})|<[Mm]8(\[\d{0,6}[a-zA-Z]{1,7}\])?")
 _FORMATS = {"b1": "?", "i1": "b", "u1": "B", "i2": "h", "u2": "H", "i4": "i", "u4": "I", "i8": "q", "u8": "Q",
@@ -154,7 +155,7 @@ def encode_result(strict: list[object], lenient: object) -> list[Any]:
 
 def _finish(packer: _Packer, tree: Any) -> list[Any]:
     try:
-        text = json.dumps(tree, check_circular=False).encode()
+        text = _dumps(tree).encode()
     except (ValueError, RecursionError) as error:
         raise Unsendable(str(error)) from None
     if len(text) + packer.size > LIMIT:
@@ -171,7 +172,10 @@ def decode(data: bytes | memoryview, graph: Callable[[Any, Any, Any], Any] | Non
         start = _LENGTH.size + length
         if start > len(data):
             raise Malformed("it ends too early")
-        return json.loads(bytes(data[_LENGTH.size : start]), object_hook=_Unpacker(memoryview(data)[start:], graph))
+        text = bytes(data[_LENGTH.size : start])
+        if b'"$' not in text:
+            return json.loads(text)
+        return json.loads(text, object_hook=_Unpacker(memoryview(data)[start:], graph))
     except Malformed:
         raise
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError, struct.error) as error:
