@@ -122,8 +122,9 @@ class Server:
         )
         rocklet: App = Api(self.node).router()
         self.store = SqliteStore(settings.database)
-        self.admin = Admin(settings, self.store, {name: LocalWorker(name, self.node)}, ["write", "read", "worker"])
         self._proxy = Proxy(self.store, {name: rocklet})
+        roles = ["write", "read", "worker"]
+        self.admin = Admin(settings, self.store, {name: LocalWorker(name, self.node)}, roles, self._proxy)
         self.app = Authenticated(self._route, settings.api_key)
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
