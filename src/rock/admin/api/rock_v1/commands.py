@@ -20,6 +20,7 @@ _PROMPT = "SHELLPS1PREFIX"  # what ROCK's server says of its prompt in every obs
 _ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 _SYNTAX = 2  # exit status of bash for what it cannot read
 _REMEMBERED = 10_000
+_MARGIN = 0.25  # seconds: clients wait as long as the command may take, and expect to be the first to give up
 
 
 class ExecuteRequest(AboutSandbox):
@@ -131,7 +132,8 @@ class Commands:
         if wish.is_interactive_command or wish.is_interactive_quit:
             raise Unsupported("interactive commands are not supported in this dialect", hint="use the terminal")
         name = session_name(wish.session)
-        body = {"command": wish.command, "timeout": wish.timeout, "check": "silent"}
+        timeout = None if wish.timeout is None else wish.timeout + _MARGIN
+        body = {"command": wish.command, "timeout": timeout, "check": "silent"}
         try:
             seen = await self._data.json(request, "run", wish.sandbox_id, body, session=name)
         except NotFound as error:
@@ -185,4 +187,4 @@ def plain(output: str) -> str:
 
 def _told(prefix: str, text: str, output: str) -> str:
     head = f"{prefix}: {text}" if prefix else text
-    return f"{head}. Here is the output:\n{output!r}" if output else head
+    return f"{head}. Here is the output:\n{output!r}"

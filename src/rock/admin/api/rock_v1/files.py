@@ -63,7 +63,14 @@ class Files:
 
     async def upload(self, request: Request) -> dict[str, Any]:
         """A form with `sandbox_id`, `target_path` and the file, which goes on as it comes when it comes last."""
-        form = Form(request.chunks(), boundary_of(request.header(b"content-type")))
+        chunks = request.chunks()
+        try:
+            return await self._upload(request, Form(chunks, boundary_of(request.header(b"content-type"))))
+        finally:
+            async for _ in chunks:  # a client that is still sending would not read the answer
+                pass
+
+    async def _upload(self, request: Request, form: Form) -> dict[str, Any]:
         fields: dict[str, str] = {}
         name: str | None = None
         with tempfile.TemporaryFile() as kept:
@@ -71,18 +78,19 @@ class Files:
             async with aclosing(form.parts()) as parts:
                 async for part in parts:
                     if part.name != "file":
-                        fields[part.name] = await part.text()
+                        fields[part.name] = (await part.text()).strip()
                     elif name is None:
                         name = part.filename or "file"
-                        sent = {"sandbox_id", "target_path"} <= fields.keys()
+                        sent = bool(fields.get("sandbox_id") and fields.get("target_path"))
                         if sent:
                             await self._send(request, fields, part.data)
                         else:
                             async for piece in part.data:
                                 await asyncio.to_thread(kept.write, piece)
-            missing = [field for field in ("sandbox_id", "target_path") if not fields.get(field, "").strip()]
-            if name is None or missing:
-                raise Malformed("; ".join(f"body.{f}: Field required" for f in [*missing, *["file"] * (name is None)]))
+            missing = [field for field in ("sandbox_id", "target_path") if not fields.get(field)]
+            missing += ["file"] * (name is None)
+            if missing:
+                raise Malformed("; ".join(f"body.{field}: Field required" for field in missing))
             if not sent:
                 kept.seek(0)
                 await self._send(request, fields, _pieces(kept))
@@ -90,11 +98,7 @@ class Files:
 
     async def _send(self, request: Request, fields: dict[str, str], data: AsyncIterator[bytes]) -> None:
         query = {"path": fields["target_path"]}
-        try:
-            await self._data.bytes(request, "write_file", fields["sandbox_id"].strip(), data, query)
-        finally:
-            async for _ in data:  # a client that is still sending would not read the answer
-                pass
+        await self._data.bytes(request, "write_file", fields["sandbox_id"], data, query)
 
 
 async def _pieces(file: IO[bytes]) -> AsyncIterator[bytes]:

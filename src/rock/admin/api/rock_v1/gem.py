@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from rock.admin.api.rock_v1.data import DataPlane
-from rock.admin.api.rock_v1.envelope import AboutSandbox, Asked, Name, body_of, detailed
+from rock.admin.api.rock_v1.envelope import AboutSandbox, Asked, Failed, Name, body_of, detailed
 from rock.admin.service import Service
 from rock.envhub import registry
 from rock.errors import NotFound, Unavailable
@@ -70,7 +70,11 @@ class Gem:
         """End the environment. Its sandbox stays for others of its kind, and is stopped when it is idle."""
         sandbox_id = (await body_of(request, AboutSandbox)).sandbox_id
         host, number, _ = _parts(sandbox_id)
-        await self._data.bytes(request, "close_env", host, env=number)
+        await self._service.load(host)
+        try:
+            await self._data.bytes(request, "close_env", host, env=number)
+        except (Failed, NotFound):
+            pass  # it ended before
         return {"sandbox_id": sandbox_id}
 
     async def list(self, request: Request) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from rock.admin.api.rock_v1.envelope import (
 )
 from rock.admin.api.rock_v1.status import FIELDS, START_FIELDS, is_listed, status_of
 from rock.admin.service import Service
-from rock.errors import Conflict, NotFound, RockError, Unsupported
+from rock.errors import Conflict, InvalidConfig, NotFound, RockError, Unsupported
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State, parse_size
 from rock.store.base import Query
 from rock.wire.asgi import Handler, Request, validate
@@ -188,7 +188,7 @@ class Sandboxes:
         wanted = {name: value for name, value in request.query.items() if name not in ("page", "page_size")}
         unknown = sorted(set(wanted) - set(FIELDS))
         if unknown:
-            raise Conflict(f"cannot list by {', '.join(unknown)}", hint=f"there are: {', '.join(FIELDS)}")
+            raise InvalidConfig(f"cannot list by {', '.join(unknown)}", hint=f"there are: {', '.join(FIELDS)}")
         items = [
             status
             for record in await self._service.store.list(Query(states=_ACTIVE, limit=1 << 30))

@@ -10,6 +10,7 @@ from rock.store.base import Record
 
 # Versions of parts that ROCK had and that some clients read.
 _GATEWAY, _REX = "0.0.45", "1.2.17"
+_ON_DISK = "use cached image, skip image pull"
 
 FIELDS: dict[str, Any] = dict.fromkeys(
     (
@@ -33,12 +34,12 @@ def is_listed(info: SandboxInfo) -> bool:
 
 def status_of(record: Record, info: SandboxInfo) -> dict[str, Any]:
     """`info`: the record's, with what its worker says of it now."""
-    config = record.config
+    config, state = record.config, state_of(info)
     return {
         **FIELDS,
         "sandbox_id": info.sandbox_id,
         "status": _phases(info),
-        "state": state_of(info),
+        "state": state,
         "is_alive": info.is_alive,
         "port_mapping": {},
         "host_name": info.host_name,
@@ -58,7 +59,7 @@ def status_of(record: Record, info: SandboxInfo) -> dict[str, Any]:
         "create_time": _time(info.created_at),
         "start_time": _time(info.started_at),
         "stop_time": _time(info.stopped_at),
-        "delete_time": _time(info.stopped_at),
+        "delete_time": _time(info.stopped_at) if state == "deleted" else None,
         "auto_stop_time": _time(info.auto_stop_at),
         "state_history": _history(info),
     }
@@ -82,13 +83,14 @@ def _phases(info: SandboxInfo) -> dict[str, Any]:
     if info.cause is Cause.START_FAILED:
         message = info.reason or "the start failed"
         of_image = (info.error or {}).get("error", {}).get("code") == "image_error"
-        pull = ("failed", message) if of_image else ("success", "on disk")
-        return {"image_pull": _phase(*pull), "docker_run": _phase("waiting" if of_image else "failed", message)}
+        if of_image:
+            return {"image_pull": _phase("failed", message), "docker_run": _phase("waiting", "waiting")}
+        return {"image_pull": _phase("success", _ON_DISK), "docker_run": _phase("failed", message)}
     if info.state is State.PENDING:
         return {"image_pull": _phase("running", "image pull running"), "docker_run": _phase("waiting", "waiting")}
     image, run = info.phases.get("image"), info.phases.get("sandbox")
     return {
-        "image_pull": _phase("success", "use cached image, skip image pull", image),
+        "image_pull": _phase("success", _ON_DISK, image),
         "docker_run": _phase("success", "docker run success", run),
     }
 
