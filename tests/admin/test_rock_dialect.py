@@ -542,3 +542,11 @@ def test_a_catalogue_of_a_folder_that_is_gone(tmp_path: Path) -> None:
         await catalogue.close()
 
     asyncio.run(work())
+
+
+def test_a_user_is_made_as_clients_do_it(box: RockClient) -> None:
+    made = box.post("/execute", command=["useradd", "-m", "-s", "/bin/bash", "agent"])["result"]
+    assert made["exit_code"] == 0, made
+    assert box.post("/execute", command=["id", "-un", "agent"])["result"]["stdout"] == "agent\n"
+    box.post("/create_session", session="hers", remote_user="agent")
+    assert box.output("whoami; echo ~", session="hers") == "agent\n/home/agent"
