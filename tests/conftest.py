@@ -162,13 +162,18 @@ def sandbox(server: RunningServer) -> Iterator[Sandbox]:
 
 
 @pytest.fixture(scope="session")
-def env_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """A server whose image store, with the packages of environments, is kept between runs of the tests."""
-    cache = Path(os.environ.get("ROCK_TEST_CACHE") or Path.home() / ".cache" / "rock-tests")
-    images = cache / "images"
+def env_images() -> Path:
+    """An image store that is kept between runs of the tests, with the packages of environments."""
+    images = Path(os.environ.get("ROCK_TEST_CACHE") or Path.home() / ".cache" / "rock-tests") / "images"
     images.mkdir(parents=True, exist_ok=True)
+    return images
+
+
+@pytest.fixture(scope="session")
+def env_server(tmp_path_factory: pytest.TempPathFactory, env_images: Path) -> Iterator[RunningServer]:
+    """A server that can host environments."""
     home = tmp_path_factory.mktemp("env-home")
-    (home / "images").symlink_to(images)
+    (home / "images").symlink_to(env_images)
     running = RunningServer(home)
     running.start()
     yield running

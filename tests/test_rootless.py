@@ -19,6 +19,9 @@ USER = 61234  # no account: an ordinary user is a user id without rights
 SUITES = [
     "tests/rocklet/test_streams.py",
     "tests/runtime",
+    "tests/image",
+    "tests/cli/test_demo.py",
+    "tests/e2e/test_images.py",
     "tests/e2e/test_sessions.py",
     "tests/e2e/test_programs_and_files.py",
     "tests/e2e/test_lifecycle.py",

@@ -229,3 +229,17 @@ def test_a_name_used_again_has_no_past(server: RunningServer) -> None:
         assert call(server, "DELETE", "/v1/sandboxes/again")[0] == 200
         with pytest.raises(NotFound):
             Sandbox(base_url=server.url).attach("again")
+
+
+def test_a_streamed_request_is_not_begun_twice(server: RunningServer, sandbox: Sandbox) -> None:
+    base = f"/v1/sandboxes/{sandbox.sandbox_id}"
+    sandbox.arun("rm -f /tmp/log")
+    for path, body in (
+        ("execute?stream=1", {"command": "echo once >> /tmp/log"}),
+        ("sessions/default/run?stream=1", {"command": "echo once >> /tmp/log"}),
+    ):
+        headers = {"idempotency-key": f"stream {path}"}
+        assert call(server, "POST", f"{base}/{path}", body, headers)[0] == 200
+        status, answer = call(server, "POST", f"{base}/{path}", body, headers)
+        assert status == 409 and "begun already" in answer["error"]["message"]
+    assert sandbox.execute("cat /tmp/log").stdout == "once\n" * 2

@@ -16,6 +16,7 @@ from rock import errors
 from rock.guest import proctree
 from rock.protocol.sandbox import SandboxConfig
 from rock.runtime.base import ExitStatus, Handle, Process, Program
+from rock.runtime.image.leases import Lease
 from rock.runtime.image.rootfs import Bind, RootFS
 from rock.runtime.namespace import cgroups
 from rock.runtime.namespace.runtime import NamespaceRuntime
@@ -64,6 +65,9 @@ class HandMade:
             raise errors.ImageError(f"image {name} is not on this machine")
         layers = (*self.extra, str(self.layer))
         return RootFS("hand" + "".join(layers), layers, self.binds, self.env, "/work", "root", name)
+
+    def lease(self, rootfs: RootFS) -> Lease | None:
+        return None
 
 
 async def read_all(fd: int) -> bytes:

@@ -10,6 +10,7 @@ import pytest
 
 from rock import errors
 from rock.protocol.sandbox import Isolation, SandboxConfig
+from rock.runtime.namespace.runtime import NamespaceRuntime
 from tests.runtime.boxes import ROOT, Box, HandMade, namespace_box, namespace_runtime, run, until
 
 GREED = "x = bytearray(900 << 20); import time; time.sleep(9)"
@@ -379,5 +380,32 @@ def test_closing_while_the_pool_is_filled_leaves_nothing(tmp_path: Path) -> None
                 await asyncio.sleep(delay)
                 await runtime.destroy(handle)
             assert list((tmp_path / "run").glob("n-*")) == []
+
+    run(main())
+
+
+def test_a_network_namespace_is_used_again_only_when_it_was_never_used(tmp_path: Path) -> None:
+    touch = ("import socket; s = socket.socket(); s.bind(('127.0.0.1', 5001)); s.listen(); "
+             "c = socket.create_connection(s.getsockname()); s.accept(); print('touched')")
+
+    async def one(runtime: NamespaceRuntime, name: str, *, use: bool) -> str:
+        handle = await runtime.create(name, SandboxConfig(image="hand", memory="128m", cpus=1.0))
+        b = Box(runtime, handle, Path("/"))
+        seen = await b.sh("readlink /proc/self/ns/net; ls /sys/class/net 2>/dev/null | xargs")
+        assert seen.split()[1:] in (["lo"], []), "of the host's devices nothing may be seen"
+        if use:
+            assert await b.python(touch) == "touched\n"
+        await runtime.destroy(handle)
+        return seen.split()[0]
+
+    async def main() -> None:
+        async with namespace_runtime(tmp_path) as runtime:
+            first = await one(runtime, "one", use=False)
+            assert await one(runtime, "two", use=False) == first
+            assert await one(runtime, "three", use=True) == first
+            assert await one(runtime, "four", use=False) != first
+            # a port rests for a minute after its use; not so in the next sandbox
+            for name in ("five", "six"):
+                await one(runtime, name, use=True)
 
     run(main())

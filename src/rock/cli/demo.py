@@ -34,21 +34,21 @@ def timed(what: str) -> Iterator[None]:
     print(f"  {what:<58} {(time.perf_counter() - began) * 1000:9.1f} ms", flush=True)
 
 
-def run_cli(*arguments: str) -> str:
+def run_cli(home: Path, *arguments: str) -> str:
     """The `rock` command as a user would type it."""
     done = subprocess.run(
         [sys.executable, "-m", "rock.cli.main", *arguments], capture_output=True, text=True, timeout=120,
-        env=child_environment(ROCK_HOME=str(HOME)),
+        env=child_environment(ROCK_HOME=str(home)),
     )  # fmt: skip
     if done.returncode:
         raise SystemExit(f"rock {' '.join(arguments)}: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout.strip()
 
 
-def server() -> str:
+def server(home: Path) -> str:
     """Start a server on a free port; its URL."""
     with timed("rock admin start"):
-        said = run_cli("admin", "start", "--port", "0")
+        said = run_cli(home, "admin", "start", "--port", "0")
     return next(word for word in said.split() if word.startswith("http://"))
 
 
@@ -118,12 +118,13 @@ def episode(url: str) -> None:
         env.close()
 
 
-def main() -> int:
+def main(home: Path) -> int:
+    """Run it all with this ROCK_HOME; 1 when something failed or was left behind."""
     began = time.perf_counter()
-    HOME.mkdir(parents=True, exist_ok=True)
-    print(f"ROCK {rock.__version__}, {'root' if os.geteuid() == 0 else 'an ordinary user'}, home {HOME}")
-    run_cli("image", "from-host", IMAGE)
-    url = server()
+    home.mkdir(parents=True, exist_ok=True)
+    print(f"ROCK {rock.__version__}, {'root' if os.geteuid() == 0 else 'an ordinary user'}, home {home}")
+    run_cli(home, "image", "from-host", IMAGE)
+    url = server(home)
     try:
         with tempfile.TemporaryDirectory() as folder:
             one_sandbox(url, Path(folder))
@@ -137,14 +138,17 @@ def main() -> int:
         return 1
     finally:
         with timed("rock admin stop"):
-            said = run_cli("admin", "stop")
+            said = run_cli(home, "admin", "stop")
         print("      " + said.replace("\n", ", "))
-    kept = ("staging", "probe")  # two empty folders of the runtime
-    left_over = sorted(str(p) for p in (HOME / "run").glob("*/*") if p.is_dir() and p.name not in kept)
+    kept = ("staging", "probe", "base")  # folders of the runtime itself
+    left_over = sorted(
+        str(path) for path in (home / "run").glob("*/*")
+        if path.name not in kept and (path.is_dir() or path.parent.name == "records")
+    )  # fmt: skip
     print(f"  left behind: {left_over or 'nothing'}")
     print(f"done in {time.perf_counter() - began:.1f} s")
     return 1 if left_over else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(Path(sys.argv[1]) if len(sys.argv) > 1 else HOME))

@@ -17,11 +17,14 @@ from typing import Any, TypeVar
 
 import uvicorn
 
+from rock import __version__
 from rock import settings as environment
 from rock.admin.app import Admin
 from rock.admin.auth import Authenticated, require_key_beyond_loopback
+from rock.admin.worker import Worker
 from rock.cli.worker import LocalWorker
-from rock.errors import Conflict, InvalidConfig, RockError, Unavailable
+from rock.errors import Conflict, InvalidConfig
+from rock.protocol.routes import ROUTES
 from rock.proxy.app import Proxy, is_data
 from rock.rocklet.api import Api
 from rock.rocklet.images import Images
@@ -31,7 +34,7 @@ from rock.runtime.base import Runtime
 from rock.settings import Settings
 from rock.store.sqlite import SqliteStore
 from rock.telemetry import set_up_logs
-from rock.wire.asgi import App, Receive, Scope, Send
+from rock.wire.asgi import Answer, Receive, Request, Scope, Send, answer
 
 log = logging.getLogger("rock.server")
 T = TypeVar("T")
@@ -103,28 +106,50 @@ def make_runtimes(settings: Settings, images: Images) -> dict[str, Runtime]:
     return runtimes
 
 
+class Rocklet:
+    """The sandboxes of this machine, their home and their routes."""
+
+    def __init__(self, settings: Settings) -> None:
+        require_key_beyond_loopback(settings.host, settings.api_key)
+        self.home = Home(settings.home)
+        self.images = Images(settings.image_dir)
+        runtimes = make_runtimes(settings, self.images)
+        self.node = Node(runtimes, settings.runtime, settings.run_dir, settings.sandbox_limit, self.images)
+        self.router = Api(self.node).router()
+        self.router.add(ROUTES["health"], _health)
+        self.app = Authenticated(self.router, settings.api_key)
+
+    async def open(self) -> None:
+        self.home.take()
+        try:
+            await self.node.open()
+        except BaseException:
+            self.home.release()
+            raise
+
+    async def close(self) -> None:
+        """Stop serving; sandboxes stay alive and are found again by the next server."""
+        await self.node.close()
+        self.home.release()
+
+
+async def _health(_: Request) -> Answer:
+    return answer({"status": "ok", "version": __version__})
+
+
 class Server:
     """All roles in one process, as one ASGI application with a life of its own."""
 
     def __init__(self, settings: Settings) -> None:
-        require_key_beyond_loopback(settings.host, settings.api_key)
         self.settings = settings
-        self.home = Home(settings.home)
+        self.rocklet = Rocklet(settings)
+        self.home, self.node = self.rocklet.home, self.rocklet.node
         # Not the host's name: that changes with the network, and every sandbox would be on a worker nobody knows.
         name = "local"
-        self.images = Images(settings.image_dir)
-        self.node = Node(
-            make_runtimes(settings, self.images),
-            settings.runtime,
-            settings.run_dir,
-            settings.sandbox_limit,
-            self.images,
-        )
-        rocklet: App = Api(self.node).router()
         self.store = SqliteStore(settings.database)
-        self._proxy = Proxy(self.store, {name: rocklet})
-        roles = ["write", "read", "worker"]
-        self.admin = Admin(settings, self.store, {name: LocalWorker(name, self.node)}, roles, self._proxy)
+        self._proxy = Proxy(self.store, {name: self.rocklet.router})
+        workers: dict[str, Worker] = {name: LocalWorker(name, self.node)}
+        self.admin = Admin(settings, self.store, workers, ["write", "read", "worker"], self._proxy)
         self.app = Authenticated(self._route, settings.api_key)
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -135,19 +160,17 @@ class Server:
                 await self.admin.app(scope, receive, send)
 
     async def open(self) -> None:
-        self.home.take()
+        await self.rocklet.open()
         try:
-            await self.node.open()
             await self.admin.open()
         except BaseException:
-            self.home.release()
+            await self.rocklet.close()
             raise
 
     async def close(self) -> None:
         """Stop serving; sandboxes stay alive and are found again by the next server."""
         await self.admin.close()
-        await self.node.close()
-        self.home.release()
+        await self.rocklet.close()
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -176,11 +199,11 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings, role: type[Server] | type[Rocklet] = Server) -> None:
     """Serve until SIGTERM or SIGINT."""
     listener = _listen(settings.host, settings.port)
     port = listener.getsockname()[1]
-    server = Server(settings)
+    server = role(settings)
     try:
         await server.open()
     except BaseException:
@@ -230,11 +253,11 @@ def _stop_on_signals(http: uvicorn.Server, node: Node) -> Iterator[None]:
             loop.remove_signal_handler(number)
 
 
-def run_server(settings: Settings, log_to_file: bool = True) -> None:
+def run_server(settings: Settings, role: type[Server] | type[Rocklet] = Server, *, log_to_file: bool = True) -> None:
     """Serve in this process until told to stop. Raises RockError when it cannot start."""
     set_up_logs(settings.log_level, settings.log_dir if log_to_file else None)
     _raise_file_limit()
-    run(serve(settings))
+    run(serve(settings, role))
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
@@ -256,51 +279,4 @@ def _raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def fail(error: RockError) -> int:
-    """Tell an error as one line, with what to do; 1 as exit status."""
-    print(f"error: {error.message}", file=sys.stderr)
-    if error.hint:
-        print(f"hint: {error.hint}", file=sys.stderr)
-    return 1
-
-
-def admin_main() -> None:
-    """The console script `admin`: the server in the foreground."""
-    import argparse
-
-    parser = argparse.ArgumentParser(prog="admin", description="The ROCK server in the foreground.")
-    parser.add_argument("--env", default="local", help="kept for ROCK's command line; local is the only one")
-    parser.add_argument("--role", default="all", choices=["all", "admin", "write", "proxy", "read"])
-    parser.add_argument("--host", default=None)
-    parser.add_argument("--port", type=int, default=None)
-    given = parser.parse_args()
-    if given.role in ("proxy", "read"):
-        sys.exit(fail(Unavailable("a read cluster of its own is not available yet; role 'all' serves both")))
-    try:
-        run_server(Settings.read(host=given.host, port=given.port))
-    except (RockError, ValueError) as error:
-        sys.exit(fail(error if isinstance(error, RockError) else InvalidConfig(str(error))))
-
-
-def _not_yet(name: str) -> None:
-    sys.exit(
-        fail(
-            Unavailable(
-                f"{name} as a process of its own is not available yet",
-                hint="`rock admin start` has all roles in one process",
-            )
-        )
-    )
-
-
-def rocklet_main() -> None:
-    """The console script `rocklet`."""
-    _not_yet("rocklet")
-
-
-def envhub_main() -> None:
-    """The console script `envhub`."""
-    _not_yet("envhub")
-
-
-__all__ = ["Home", "Server", "admin_main", "environment", "run_server", "serve"]
+__all__ = ["Home", "Rocklet", "Server", "environment", "run", "run_server", "serve"]

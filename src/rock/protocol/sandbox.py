@@ -82,7 +82,8 @@ class SandboxConfig(BaseConfig):
     image: "host" (this machine's own system, read-only) or the name of an image in the server's store.
     memory, cpus: limits; they may be overcommitted. limit_cpus: a hard cap, when cpus is only the usual share.
     pids: most processes and threads at once. disk: size limit of what is written; None is no limit.
-    auto_clear_seconds: idle time after which it is stopped; 0 is never. timeout: seconds from its start after which it
+    auto_clear_seconds: idle time after which it is stopped; 0 is never. Idle is without a call under way: a background
+        process alone does not keep a sandbox. timeout: seconds from its start after which it
         is stopped in any case; None is never.
     startup_timeout: seconds that a start may take.
     network: "none" (its own, with loopback), "nat" or "host".
@@ -196,6 +197,8 @@ class SandboxInfo(Wire):
     enforced: how each limit is held on this host ("cgroup-v1", "cgroup-v2", "watched", "affinity", "rlimit", "none").
     cause, reason: why it is no longer running, as a word and as a sentence.
     """
+
+    model_config = ConfigDict(extra="ignore")  # of a newer server
 
     sandbox_id: str
     state: State

@@ -102,6 +102,7 @@ class Api:
 
     async def _stream_run(self, sandbox: Supervisor, request: Request, action: BashAction) -> Answer:
         session = await sandbox.session(action.session)
+        self.once.first(request)
         streaming = Streaming(session.pause, session.resume)
 
         async def work() -> Any:
@@ -147,6 +148,7 @@ class Api:
         return await self.once.do(request, work(), abandon=True)
 
     async def _stream_execute(self, sandbox: Supervisor, request: Request, command: Command) -> Answer:
+        self.once.first(request)
         process = await programs.start(sandbox.runtime, sandbox.handle, command, await sandbox.shell_for(command))
         streaming = Streaming()
         execution = programs.Execution(process, command, streaming.put)

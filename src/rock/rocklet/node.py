@@ -27,6 +27,7 @@ log = logging.getLogger("rock.node")
 
 _KEPT_EVENTS = 10_000
 _KEPT_ENDS = 5_000
+_RECOVERED_AT_ONCE = 16
 
 
 class Node:
@@ -64,8 +65,13 @@ class Node:
                 runtime.prepare = functools.partial(open_ahead, runtime)
             await runtime.open()
         known: dict[str, list[str]] = {name: [] for name in self.runtimes}
-        for sandbox_id in self.shelf.ids():
-            await self._recover(sandbox_id, known)
+        gate = asyncio.Semaphore(_RECOVERED_AT_ONCE)
+
+        async def recover(sandbox_id: str) -> None:
+            async with gate:
+                await self._recover(sandbox_id, known)
+
+        await asyncio.gather(*(recover(sandbox_id) for sandbox_id in self.shelf.ids()))
         for name, runtime in self.runtimes.items():
             swept = await runtime.sweep(known[name])
             if swept:

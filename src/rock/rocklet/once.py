@@ -8,7 +8,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
-from rock.errors import RockError
+from rock.errors import Conflict, RockError
 from rock.protocol.routes import IDEMPOTENCY_KEY
 from rock.wire.asgi import Answer, Disconnected, Request, failure
 
@@ -36,6 +36,22 @@ class Once:
         self._running: dict[Place, _Work] = {}  # never forgotten before it has ended, however long it takes
         self._answers: OrderedDict[Place, Answer] = OrderedDict()
         self._size = 0
+        self._streams: OrderedDict[Place, None] = OrderedDict()
+
+    def first(self, request: Request) -> None:
+        """Let a request through whose answer is a stream, once a key: Conflict when it was let through before."""
+        key = request.header(_KEY)
+        if key is None:
+            return
+        place = str(request.scope["path"]), key
+        if place in self._streams:
+            raise Conflict(
+                "a request with this key was begun already, and its answer was a stream, which is not kept",
+                hint="look what it did; ask without ?stream=1 for an answer that can be had again",
+            )
+        self._streams[place] = None
+        while len(self._streams) > _REMEMBERED:
+            self._streams.popitem(last=False)
 
     async def do(self, request: Request, work: Coroutine[Any, Any, Answer], *, abandon: bool = False) -> Answer:
         """The answer of `work`, which is awaited once a key.

@@ -96,6 +96,7 @@ class Supervisor:
         self.sessions: dict[str, Session] = {}
         self.processes: dict[str, programs.Background] = {}
         self.env_host: EnvHost | None = None
+        self._env_host_kept = False  # a former rocklet's is there; asked only when it is needed, as it may hang
         self._ended = ended
         self._busy = 0
         self._last = time.monotonic()
@@ -147,11 +148,7 @@ class Supervisor:
                 folder = self._shelf.logs(self.id) / key
                 folder.mkdir(parents=True, exist_ok=True)
                 self.processes[key] = programs.Background(key, entry["command"], process, folder, entry["started_at"])
-        if EnvHost.KEY in kept:
-            host = EnvHost(self.runtime, self.handle)
-            with contextlib.suppress(RockError):
-                await host.attach()
-                self.env_host = host
+        self._env_host_kept = EnvHost.KEY in kept
 
     # ---- activity ----
 
@@ -220,11 +217,7 @@ class Supervisor:
     async def _open(self, request: CreateBashSessionRequest) -> Session:
         task = asyncio.create_task(self._open_now(request), name=f"open-{request.session}")
         self._opening[request.session] = task
-        try:
-            return await asyncio.shield(task)
-        finally:
-            if task.done():
-                self._opening.pop(request.session, None)
+        return await asyncio.shield(task)  # which takes itself out of `_opening`
 
     async def _open_now(self, request: CreateBashSessionRequest) -> Session:
         try:
@@ -330,6 +323,12 @@ class Supervisor:
                 self.env_host = None
             if self.env_host is None:
                 host = EnvHost(self.runtime, self.handle)
+                if self._env_host_kept:
+                    self._env_host_kept = False
+                    with contextlib.suppress(NotFound):  # it ended meanwhile
+                        await host.attach()
+                        self.env_host = host
+                        return host
                 await host.open()
                 self.env_host = host
             return self.env_host

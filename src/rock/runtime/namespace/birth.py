@@ -36,12 +36,16 @@ class Descriptors(NamedTuple):
     """What pid 1 has of the launcher.
 
     listener: its socket. ready: where it tells that it is. gate: what lets it go on. userns: its user namespace.
+    lease: holds the lock on its image's layers, for as long as it lives; -1 where nobody removes them.
+    net: the network namespace to enter; -1 for the one that it was born in.
     """
 
     listener: int
     ready: int
     gate: int
     userns: int
+    lease: int = -1
+    net: int = -1
 
 
 class Constants:
@@ -73,7 +77,9 @@ def plan(area: Area, constants: Constants, fds: Descriptors, spec: dict[str, Any
     rows += [("the launcher's end", (number["prctl"], kernel.PR_SET_PDEATHSIG, int(signal.SIGKILL))),
              ("session", (number["setsid"],)),
              ("socket", (number["listen"], fds.listener, 16))]
-    if spec["network"] == "none":
+    if fds.net >= 0:
+        rows.append(("network", (number["setns"], fds.net, kernel.CLONE_NEWNET)))
+    elif spec["network"] == "none":
         rows += [("network", call) for call in _network(area, constants, spec["privileged"])]
     rows += [("its own names", call) for call in _names(area, constants, spec)]
     rows += [("its own /proc", call) for call in _proc(constants, fds.ready)]
@@ -97,7 +103,7 @@ def plan(area: Area, constants: Constants, fds: Descriptors, spec: dict[str, Any
     ]
     if constants.program is not None:
         rows.append(("system call filter", (number["seccomp"], 1, 0, ctypes.addressof(constants.program))))
-    rows += [("descriptors", call) for call in _descriptors(constants, {fds.listener, fds.ready})]
+    rows += [("descriptors", call) for call in _descriptors(constants, {fds.listener, fds.ready, fds.lease} - {-1})]
     rows.append(("the launcher's end", (number["prctl"], kernel.PR_SET_PDEATHSIG, 0)))
 
 

@@ -17,23 +17,31 @@ from collections.abc import Callable
 from typing import Any
 
 from rock.runtime.namespace import cgroups, kernel, mounts
+from rock.runtime.namespace.nets import Nets
 
 
 class Home:
-    """The mount namespace that the launcher comes from."""
+    """The mount and the network namespace that the launcher comes from."""
 
-    def __init__(self, privileged: bool) -> None:
+    def __init__(self, privileged: bool, nets: Nets) -> None:
+        self._nets = nets
         self._fd = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         self._permitted = _permitted()
         self._privileged = privileged
 
-    def enter(self, pid: int, owner: int) -> None:
-        """Step into the mount namespace of a process; own new files as `owner` from then on, with all our rights."""
+    def enter(self, pid: int, owner: int, net: int | None) -> None:
+        """Step into the namespaces of a process; own new files as `owner` from then on, with all our rights.
+
+        net: the network namespace that it will enter; -1 is the one that it is in, None is ours. A /sys shows the
+        devices of whoever mounts it.
+        """
         fd = os.pidfd_open(pid)
         try:
-            kernel.setns(fd, kernel.CLONE_NEWNS)
+            kernel.setns(fd, kernel.CLONE_NEWNS | (kernel.CLONE_NEWNET if net == -1 else 0))
         finally:
             os.close(fd)
+        if net is not None and net >= 0:
+            self._nets.enter(net)
         if self._privileged:
             kernel.set_file_owner(owner)
             kernel.capset(self._permitted)
@@ -41,6 +49,7 @@ class Home:
     def back(self) -> None:
         """Step back into our own. When this fails we are of no further use."""
         kernel.setns(self._fd, kernel.CLONE_NEWNS)
+        self._nets.back()
         if self._privileged:
             kernel.set_file_owner(0)
             kernel.capset(self._permitted)
@@ -54,10 +63,11 @@ class Failure(Exception):
         self.number = error.errno or 0
 
 
-def build(spec: dict[str, Any], pid: int, staging: str, namespace: int, home: Home, proc: Callable[[], int]) -> None:
+def build(spec: dict[str, Any], pid: int, staging: str, namespace: int, home: Home, proc: Callable[[], int],
+          net: int) -> None:
     """Furnish the mount namespace of `pid`, a child that waits. Failure names the step.
 
-    namespace: its user namespace. proc: gives the detached /proc that the child has made.
+    namespace: its user namespace. proc: gives the detached /proc that the child has made. net: see Home.enter.
     """
     step = "run folder"
     try:
@@ -66,7 +76,7 @@ def build(spec: dict[str, Any], pid: int, staging: str, namespace: int, home: Ho
         _limit(spec, pid)
         step = "files"
         try:
-            home.enter(pid, spec["base"])
+            home.enter(pid, spec["base"], None if spec["network"] == "host" else net)
             waiting = mounts.stack(spec, staging, namespace if spec["privileged"] else -1)
             waiting.append((proc(), "/proc"))  # until then the child needs the root that it was born with
             mounts.switch(staging)

@@ -134,6 +134,12 @@ def oom_kills(memory_folder: str) -> int:
             or read_field(f"{memory_folder}/memory.events", "oom_kill") or 0)
 
 
+def remove_empty(folders: list[str]) -> bool:
+    """Remove groups in which nothing is left; False when one stays."""
+    left = [folder for folder in dict.fromkeys(folders) if not _rmdir(folder)]
+    return not left
+
+
 def remove(folders: list[str], patience: float = 5.0) -> list[str]:
     """Kill what is left in these groups and remove them; answers those that could not be removed."""
     end = time.monotonic() + patience

@@ -3,7 +3,8 @@
     rocklet ── SOCK_SEQPACKET, JSON ──► launcher ── zygote.py ──► a child with new namespaces, which waits (birth.py)
                                            └── steps into them and furnishes them (build.py), then lets the child go on
 
-Requests: create, ahead (make user namespaces and run folders while idle), floor (a bare namespace fork, for `bench`).
+Requests: create, retire (end a sandbox and remove what is left of it), ahead (make user namespaces and run folders
+while idle), floor (a bare namespace fork, for `bench`).
 It answers in the order in which sandboxes become ready, several at once, and ends when its socket does; sandboxes stay.
 Standard library only, and few modules: what it imports is what every pid 1 weighs.
 """
@@ -35,7 +36,8 @@ from typing import Any
 
 from rock.guest import proctree
 from rock.guest.wire import pack, receive_packet, unpack
-from rock.runtime.namespace import birth, build, cgroups, kernel, mounts, seccomp, userns
+from rock.runtime.namespace import birth, build, cgroups, kernel, mounts, seccomp, slot, userns
+from rock.runtime.namespace.nets import Nets
 from rock.runtime.namespace.zygote import Area, Zygote
 
 _ALL = (kernel.CLONE_NEWNS | kernel.CLONE_NEWPID | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS | kernel.CLONE_NEWNET)
@@ -57,6 +59,7 @@ class Launcher:
         self.queue: deque[dict[str, Any]] = deque()
         # by descriptor of the socket on which it will tell: request, pid, area, deadline, the socket
         self.starting: dict[int, tuple[int, int, Area, float, socket.socket]] = {}
+        self.retiring: dict[int, dict[str, Any]] = {}  # by descriptor of the pid 1 that was killed
         self.spare: deque[int | str] = deque()  # first ids of ranges, and run folders, to make while idle
         self.listeners: dict[str, socket.socket] = {}
         self.outgoing: deque[tuple[bytes, list[int]]] = deque()
@@ -71,7 +74,8 @@ class Launcher:
             userns.become_root(uid, gid)
         kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_SLAVE)
         mounts.prepare_staging(self.staging)
-        self.home = build.Home(self.privileged)
+        self.nets = Nets()
+        self.home = build.Home(self.privileged, self.nets)
         if self.privileged:
             self._favour_moves()
 
@@ -108,6 +112,8 @@ class Launcher:
                         wake_reader.recv(4096)
                 elif fd in self.starting:
                     self._settle(fd)
+                elif fd in self.retiring:
+                    self._retired(fd)
             self._reap()
             self._give_up()
             if self.queue and not self.zygote.full:  # one, then look who has become ready
@@ -138,10 +144,11 @@ class Launcher:
             if not data:
                 return False
             request = unpack(data, fds)
-            for fd in fds:
-                os.close(fd)
             if request["op"] == "create":
+                request["lease"] = fds.pop() if fds else -1
                 self.queue.append(request)
+            elif request["op"] == "retire":
+                self._retire(request)
             elif request["op"] == "ahead":
                 bases = [base for base in request["ranges"] if base not in self.ranges]
                 self.spare = deque([*bases, *request["folders"]])  # what was not made yet is not wanted any more
@@ -149,6 +156,8 @@ class Launcher:
                 self._answer(request, {"seconds": floor()})
             else:
                 self._answer(request, {"error": f"unknown request {request['op']!r}", "errno": errno.EINVAL})
+            for fd in fds:
+                os.close(fd)
 
     def _answer(self, request: dict[str, Any], reply: dict[str, Any]) -> None:
         self.outgoing.append(pack({"id": request["id"], **reply}))
@@ -176,25 +185,26 @@ class Launcher:
             self.ranges.get(what)
         else:
             os.mkdir(what, 0o700)
-            mounts.make_slot(what)
+            slot.make(what)
             self.listeners[os.path.basename(what)] = build.bind(what)
             self._answer({"id": 0}, {"made": os.path.basename(what)})
 
     def _start(self, spec: dict[str, Any]) -> None:
         spec["privileged"] = self.privileged
         listener = self.listeners.pop(os.path.basename(spec["slot"]), None)
+        net = self.nets.take() if spec["network"] == "none" else -1
         pid, area = 0, self.zygote.area()
         ready, told = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         gate = os.pipe2(os.O_CLOEXEC)
         try:
             namespace = self.ranges.get(spec["base"])
             listener = listener or build.bind(spec["slot"])
-            fds = birth.Descriptors(listener.fileno(), told.fileno(), gate[0], namespace)
+            fds = birth.Descriptors(listener.fileno(), told.fileno(), gate[0], namespace, spec["lease"], net)
             birth.plan(area, self.constants, fds, spec)
-            flags = _ALL & ~(kernel.CLONE_NEWNET if spec["network"] == "host" else 0)
+            flags = _ALL & ~(kernel.CLONE_NEWNET if spec["network"] == "host" or net >= 0 else 0)
             pid = self.zygote.clone(area, flags, birth.pack_note(fds, self._server_uid()))
             told.close()
-            build.build(spec, pid, self.staging, namespace, self.home, lambda: birth.receive_proc(ready))
+            build.build(spec, pid, self.staging, namespace, self.home, lambda: birth.receive_proc(ready), net)
             birth.open_gate(gate[1])
         except (OSError, build.Failure, birth.Told) as error:
             if isinstance(error, birth.Told):
@@ -213,8 +223,41 @@ class Launcher:
             told.close()
             if listener is not None:
                 listener.close()
-            for fd in gate:
+            for fd in (*gate, spec["lease"], net):
+                if fd >= 0:
+                    os.close(fd)
+
+    def _retire(self, request: dict[str, Any]) -> None:
+        """Kill a pid 1, and with it its pid namespace; the rest when it is gone. Never another that got its number."""
+        try:
+            fd = os.pidfd_open(request["pid"])
+        except OSError:
+            fd = -1
+        entry = proctree.read(request["pid"])
+        if fd < 0 or entry is None or entry.start != request["start"]:
+            if fd >= 0:
                 os.close(fd)
+            self._bury(request)
+            return
+        with contextlib.suppress(OSError):
+            request["net"] = os.open(f"/proc/{request['pid']}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        with contextlib.suppress(OSError):
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+        self.retiring[fd] = request
+        self.poll.register(fd, select.POLLIN)
+
+    def _retired(self, fd: int) -> None:
+        request = self.retiring.pop(fd)
+        self.poll.unregister(fd)
+        os.close(fd)
+        self._bury(request)
+
+    def _bury(self, request: dict[str, Any]) -> None:
+        """Remove what a dead sandbox left, as far as that is quickly done; the server does the rest."""
+        if request.get("net", -1) >= 0:
+            self.nets.give(request["net"])
+        clean = cgroups.remove_empty(request["cgroups"])
+        self._answer(request, {"clean": slot.remove(request["slot"]) and clean})
 
     def _wait_for(self, number: int, pid: int, area: Area, ready: socket.socket) -> None:
         ready.setblocking(False)

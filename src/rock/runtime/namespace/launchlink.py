@@ -82,14 +82,18 @@ class LaunchLink:
                 pass_fds=[theirs.fileno()], cwd="/", start_new_session=True,
                 env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONDONTWRITEBYTECODE": "1"})
 
-    async def request(self, op: str, fields: dict[str, Any]) -> dict[str, Any]:
-        """Ask the launcher, starting it first when it is gone. Unavailable when it dies meanwhile."""
+    async def request(self, op: str, fields: dict[str, Any], fd: int | None = None) -> dict[str, Any]:
+        """Ask the launcher, starting it first when it is gone. Unavailable when it dies meanwhile.
+
+        fd: a descriptor that it gets a copy of.
+        """
         await self.start()
         self._number += 1
         number = self._number
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
-        self._outgoing.append(pack({"id": number, "op": op, **fields}))
+        data, extra = pack({"id": number, "op": op, **fields})
+        self._outgoing.append((data, extra if fd is None else [os.dup(fd), *extra]))
         self._flush()
         try:
             return await future

@@ -15,7 +15,7 @@ import errno
 import os
 from typing import Any
 
-from rock.runtime.namespace import kernel
+from rock.runtime.namespace import kernel, slot
 
 HOST_NAME = "sandbox"
 _HOSTS = f"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{HOST_NAME}\n"
@@ -59,12 +59,6 @@ def make_base(folder: str) -> None:
     _write(f"{folder}/etc/hosts", _HOSTS)
 
 
-def make_slot(slot: str) -> None:
-    """What every sandbox has in its run folder: upper and work folders. Few files, as some disks are slow with them."""
-    os.mkdir(f"{slot}/upper", 0o755)
-    os.mkdir(f"{slot}/work")
-
-
 def _write(path: str, text: str) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
@@ -77,7 +71,7 @@ def make_folders(spec: dict[str, Any]) -> None:
     """The run folder's contents, where they were not made ahead, and what this image lacks."""
     upper = f"{spec['slot']}/upper"
     if not os.path.isdir(upper):
-        make_slot(spec["slot"])
+        slot.make(spec["slot"])
     for index, bind in enumerate(spec["binds"]):
         if bind["writable"]:
             os.mkdir(f"{spec['slot']}/upper{index}")

@@ -18,6 +18,7 @@ from rock import errors
 from rock.guest.remove import remove_tree
 from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
 from rock.runtime.base import Handle, Liveness, Prepared, Program
+from rock.runtime.image.leases import Lease
 from rock.runtime.image.rootfs import RootFS
 from rock.runtime.initfiles import InitSandboxes, merged
 from rock.runtime.initlink import InitLink
@@ -30,6 +31,7 @@ _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _MOST_SHARED = 2 << 30
 _WATCH_EVERY = 0.25  # seconds
 _POOL = SandboxConfig(image="pool", memory="1g", cpus=1.0)  # limits of what nobody has claimed yet
+_LEASE_KEPT = 2.0  # seconds
 _SPARES = 8  # run folders and user namespaces that are made ahead
 
 
@@ -38,6 +40,11 @@ class Images(Protocol):
 
     def resolve(self, name: str) -> RootFS:
         """The image, ready to be mounted. ImageError when it is not on this machine."""
+        ...
+
+    def lease(self, rootfs: RootFS) -> Lease | None:
+        """Hold its layers on disk, for as long as a copy of the lease's descriptor is open; None if nothing has to be.
+        ImageError when they were removed since."""
         ...
 
 
@@ -93,6 +100,7 @@ class NamespaceRuntime(InitSandboxes):
         self._watcher: asyncio.Task[None] | None = None
         self._opened = False
         self._known_images: dict[str, Kind] = {}
+        self._leases: dict[str, Lease] = {}
         self.isolation = Isolation.NAMESPACES
         self.prepare: Callable[[Handle], Awaitable[Prepared | None]] | None = None
 
@@ -152,6 +160,8 @@ class NamespaceRuntime(InitSandboxes):
             await asyncio.gather(self._watcher, return_exceptions=True)
             self._watcher = None
         await self._pool.close()
+        for digest in list(self._leases):
+            self._end_lease(digest)
         for sandbox in self._live.values():
             if sandbox.link is not None:
                 sandbox.link.close()
@@ -251,7 +261,9 @@ class NamespaceRuntime(InitSandboxes):
         self._making.add(slot)
         try:
             self._place(slot)
-            reply = await self._launcher.request("create", self._spec(slot, base, kind, config, folders))
+            lease = self._lease(kind)
+            spec = self._spec(slot, base, kind, config, folders)
+            reply = await self._launcher.request("create", spec, lease.fd if lease else None)
             if "error" in reply:
                 reason = f"{reply['error']} ({reply['hint']})" if reply.get("hint") else reply["error"]
                 raise errors.StartFailed(f"the sandbox could not be made: {reason}")
@@ -267,6 +279,18 @@ class NamespaceRuntime(InitSandboxes):
             raise
         finally:
             self._making.discard(slot)
+
+    def _lease(self, kind: Kind) -> Lease | None:
+        """Every sandbox holds a copy of it; ours is for those that come in the next seconds."""
+        found = self._leases.get(kind.digest)
+        if found is None and (found := self._images.lease(kind.rootfs)) is not None:
+            self._leases[kind.digest] = found
+            asyncio.get_running_loop().call_later(_LEASE_KEPT, self._end_lease, kind.digest)
+        return found
+
+    def _end_lease(self, digest: str) -> None:
+        if (lease := self._leases.pop(digest, None)) is not None:
+            lease.close()
 
     def _place(self, slot: str) -> None:
         """The run folder: one that was made ahead, or a new one that the launcher's child fills."""
@@ -394,12 +418,23 @@ class NamespaceRuntime(InitSandboxes):
         self._forget(slot)
         if pid is None or start is None:
             pid, start = teardown.find(self._run_dir / slot) or (None, None)
+        clean = False
         if pid is not None and start is not None:
-            teardown.kill(pid, start)
-            await wait_gone(pid, start)
-        await asyncio.to_thread(teardown.remove, self._run_dir / slot, list(folders.values()))
+            with contextlib.suppress(errors.RockError):
+                clean = await self._retire(slot, pid, start, folders)
+            if not clean:
+                teardown.kill(pid, start)
+                await wait_gone(pid, start)
+        if not clean:
+            await asyncio.to_thread(teardown.remove, self._run_dir / slot, list(folders.values()))
         if base is not None:
             self._ranges.give_back(base, slot)
+
+    async def _retire(self, slot: str, pid: int, start: int, folders: Mapping[str, str]) -> bool:
+        """Have the launcher end it; False when there is more to remove than it does."""
+        reply = await self._launcher.request("retire", {
+            "pid": pid, "start": start, "slot": str(self._run_dir / slot), "cgroups": list(folders.values())})
+        return bool(reply.get("clean"))
 
     def _forget(self, slot: str) -> None:
         sandbox = self._live.pop(slot, None)

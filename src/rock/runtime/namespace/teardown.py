@@ -15,7 +15,7 @@ from pathlib import Path
 from rock import errors
 from rock.guest import proctree
 from rock.guest.remove import remove_tree
-from rock.runtime.namespace import cgroups, records
+from rock.runtime.namespace import cgroups, records, slot
 
 
 def kill(pid: int, start: int) -> None:
@@ -40,31 +40,11 @@ def find(folder: Path) -> tuple[int, int] | None:
     return None
 
 
-# What the run folder of a sandbox has that wrote nothing; the kernel's part of it is out of a sandbox's reach.
-_FILES = ("s", "record.json", "work/work/incompat/volatile/dirty")
-_FOLDERS = ("work/work/incompat/volatile", "work/work/incompat", "work/work", "work", "upper")
-
-
-def _remove_known(folder: str) -> bool:
-    """Remove a run folder without looking what is in it: half the time. False when there is more."""
-    try:
-        for name in _FILES:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(f"{folder}/{name}")
-        for name in _FOLDERS:
-            with contextlib.suppress(FileNotFoundError):
-                os.rmdir(f"{folder}/{name}")
-        os.rmdir(folder)
-    except OSError:
-        return False
-    return True
-
-
 def remove(folder: Path, groups: list[str]) -> None:
     """Remove what is left when pid 1 is gone. Blocking. Raises Unavailable when something stays."""
     left = cgroups.remove(groups)
     try:
-        if not _remove_known(str(folder)):
+        if not slot.remove(str(folder)):
             remove_tree(str(folder))
     except OSError as error:
         raise errors.Unavailable(f"the files of a destroyed sandbox could not be removed: {error}",

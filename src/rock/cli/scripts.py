@@ -1,0 +1,54 @@
+"""The console scripts `admin`, `rocklet` and `envhub`: servers in the foreground."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from rock.cli.serve import Rocklet, Server, run_server
+from rock.errors import InvalidConfig, RockError, Unavailable
+from rock.settings import Settings
+
+
+def fail(error: RockError) -> int:
+    """Tell an error as one line, with what to do; 1 as exit status."""
+    print(f"error: {error.message}", file=sys.stderr)
+    if error.hint:
+        print(f"hint: {error.hint}", file=sys.stderr)
+    return 1
+
+
+def admin_main() -> None:
+    """`admin`: the whole server."""
+    parser = argparse.ArgumentParser(prog="admin", description="The ROCK server in the foreground.")
+    parser.add_argument("--env", default="local", help="kept for ROCK's command line; local is the only one")
+    parser.add_argument("--role", default="all", choices=["all", "admin", "write", "proxy", "read"])
+    given = _place(parser)
+    if given.role in ("proxy", "read"):
+        sys.exit(fail(Unavailable("a read cluster of its own is not available yet; role 'all' serves both")))
+    _run(given, Server)
+
+
+def rocklet_main() -> None:
+    """`rocklet`: the sandboxes of one machine, without a control plane."""
+    text = "The sandboxes of this machine: the data plane and the node plane of the wire, without an admin."
+    _run(_place(argparse.ArgumentParser(prog="rocklet", description=text)), Rocklet)
+
+
+def envhub_main() -> None:
+    """`envhub`: which environments there are."""
+    hint = "`rock admin start` has all roles in one process, and `rock env list` asks it"
+    sys.exit(fail(Unavailable("envhub as a process of its own is not available yet", hint=hint)))
+
+
+def _place(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    parser.add_argument("--host", default=None)
+    parser.add_argument("--port", type=int, default=None)
+    return parser.parse_args()
+
+
+def _run(given: argparse.Namespace, role: type[Server] | type[Rocklet]) -> None:
+    try:
+        run_server(Settings.read(host=given.host, port=given.port), role)
+    except (RockError, ValueError) as error:
+        sys.exit(fail(error if isinstance(error, RockError) else InvalidConfig(str(error))))

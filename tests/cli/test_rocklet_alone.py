@@ -1,0 +1,115 @@
+"""The console script `rocklet`: a machine's sandboxes over the wire, as an admin elsewhere would command them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.leaks import Inventory, take_inventory
+
+from rock.admin.worker import WireWorker
+from rock.errors import Conflict, ImageError, NotFound
+from rock.protocol.sandbox import Cause, SandboxConfig
+
+SCRIPT = Path(sys.executable).with_name("rocklet")
+
+
+@pytest.fixture
+def rocklet(tmp_path: Path) -> Iterator[tuple[str, Path, int]]:
+    """(URL, home, pid) of one with a key."""
+    home = tmp_path / "home"
+    environment = {**os.environ, "ROCK_HOME": str(home), "ROCK_API_KEY": "open sesame", "ROCK_POOL_SIZE": "0"}
+    with subprocess.Popen([SCRIPT, "--port", "0"], env=environment, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        line = child.stdout.readline()
+        try:
+            note = json.loads((home / "server.json").read_text())
+            yield f"http://127.0.0.1:{note['port']}", home, child.pid
+        finally:
+            child.send_signal(signal.SIGTERM)
+            assert child.wait(30) == 0, line
+
+
+def ask(url: str, method: str, path: str, body: bytes = b"", key: str = "open sesame") -> tuple[int, bytes]:
+    headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
+    request = urllib.request.Request(url + path, data=body or None, method=method, headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            return int(reply.status), reply.read()
+    except urllib.error.HTTPError as error:
+        return int(error.code), error.read()
+
+
+def test_an_admin_elsewhere_commands_it(rocklet: tuple[str, Path, int]) -> None:
+    url, home, pid = rocklet
+
+    async def transport(method: str, path: str, query: str, body: bytes) -> tuple[int, bytes]:
+        return await asyncio.to_thread(ask, url, method, f"{path}?{query}" if query else path, body)
+
+    async def main() -> Inventory:
+        worker = WireWorker("there", transport)
+        config = SandboxConfig(image="host", memory="256m", cpus=1.0)
+        await worker.check(config)
+        with pytest.raises(ImageError, match="rock image import"):
+            await worker.check(SandboxConfig(image="no-such:1", memory="256m"))
+        before = take_inventory(home, pid)
+        made = await worker.create("one", config)
+        assert made.alive and made.enforced
+        assert (await worker.create("one", config)).sandbox_id == "one"  # asked again, made once
+        with pytest.raises(Conflict):
+            await worker.create("one", SandboxConfig(image="host", memory="512m"))
+        target = "/v1/sandboxes/one/sessions/default/run"
+        status, answer = await transport("POST", target, "", b'{"command": "echo hi"}')
+        assert (status, json.loads(answer)["output"]) == (200, "hi\n")
+        assert [s.sandbox_id for s in (await worker.list()).sandboxes] == ["one"]
+        assert (await worker.get("one", usage=True)).usage is not None
+        assert (await worker.status()).sandboxes == 1
+        boot = (await worker.events(0, 0)).boot
+        await transport("POST", "/v1/sandboxes/one/execute", "", b'{"command": ["/bin/sh", "-c", "kill -9 -1"]}')
+        await worker.destroy("one")
+        assert (await worker.destroy("one")).alive is False
+        with pytest.raises(NotFound):
+            await worker.get("one")
+        assert (await worker.events(0, 0)).boot == boot
+        return before
+
+    before = asyncio.run(main())
+    end = time.monotonic() + 5
+    while (left := take_inventory(home, pid) - before) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not left
+
+
+def test_it_tells_of_a_sandbox_that_ended(rocklet: tuple[str, Path, int]) -> None:
+    url, home, _ = rocklet
+
+    async def transport(method: str, path: str, query: str, body: bytes) -> tuple[int, bytes]:
+        return await asyncio.to_thread(ask, url, method, f"{path}?{query}" if query else path, body)
+
+    async def main() -> None:
+        worker = WireWorker("there", transport)
+        await worker.create("two", SandboxConfig(image="host", memory="64m", cpus=1.0))
+        waiting = asyncio.create_task(worker.events(0, 20))
+        handle = json.loads((home / "run" / "records" / "two").read_text())["handle"]
+        os.kill(handle["data"]["pid"], signal.SIGKILL)
+        (event,) = (await waiting).events
+        assert (event.sandbox_id, event.cause) == ("two", Cause.LOST)
+
+    asyncio.run(main())
+
+
+def test_it_asks_for_its_key_and_answers_for_its_health(rocklet: tuple[str, Path, int]) -> None:
+    url, _, _ = rocklet
+    assert ask(url, "GET", "/healthz", key="wrong")[0] == 200
+    assert ask(url, "GET", "/node/v1/sandboxes", key="wrong")[0] == 401
+    assert ask(url, "POST", "/v1/sandboxes", b"{}")[0] == 404  # that is an admin's

@@ -1,0 +1,60 @@
+"""Sandboxes of images that were imported: real layers, which go when nobody needs them any more and not before."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tests.conftest import RunningServer
+
+from rock.errors import ImageError
+from rock.runtime.image.store import ImageStore
+from rock.sync import Sandbox
+
+
+def small_root(folder: Path) -> Path:
+    """A root folder with bash, cat and ls, and the libraries that they need."""
+    for name in ("bash", "cat", "ls"):
+        program = shutil.which(name)
+        assert program is not None
+        libraries = re.findall(r"(/\S+) \(", subprocess.run(["ldd", program], capture_output=True, text=True).stdout)
+        for path in (program, *libraries):
+            target = folder / path.lstrip("/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+    (folder / "bin").mkdir(exist_ok=True)
+    if not (folder / "bin" / "bash").exists():
+        (folder / "bin" / "bash").symlink_to("/usr/bin/bash")
+    (folder / "marker").write_text("from the image\n")
+    return folder
+
+
+@pytest.mark.parametrize("pool", ["0", "1"])
+def test_a_removed_image_stays_under_its_sandboxes(
+    own_server: Callable[..., RunningServer], tmp_path: Path, pool: str
+) -> None:
+    server = own_server(ROCK_POOL_SIZE=pool)
+    store = ImageStore(server.home / "images")
+    store.import_any(small_root(tmp_path / "root"), "small:1")
+    (layer,) = (Path(folder) for folder in store.resolve("small:1").layers)
+    sandboxes = [Sandbox(base_url=server.url, image="small:1", memory="256m") for _ in range(3)]
+    for sandbox in sandboxes:
+        sandbox.start()
+        assert sandbox.arun("cat /marker; cat /etc/hostname").output == "from the image\nsandbox\n"
+    assert store.remove("small:1") == 0
+    assert layer.is_dir()
+    with pytest.raises(ImageError, match="rock image import"):
+        Sandbox(base_url=server.url, image="small:1", memory="256m").start()
+    sandboxes[0].stop()
+    server.kill()
+    assert store.gc() == 0 and layer.is_dir(), "the other two live on, and so does what they have mounted"
+    server.start()
+    assert Sandbox(base_url=server.url).attach(sandboxes[1].sandbox_id).arun("cat /marker").output == "from the image\n"
+    for sandbox in sandboxes[1:]:
+        Sandbox(base_url=server.url).attach(sandbox.sandbox_id).stop()
+    server.stop()
+    assert store.gc() > 0 and not layer.exists()
