@@ -162,6 +162,19 @@ def test_a_start_that_cannot_be(client: RockClient, wish: dict[str, Any], code: 
     assert told["result"]["exit_code"] is None and told["result"]["sandbox_id"] is None
 
 
+def test_the_phases_tell_why_a_start_failed(client: RockClient) -> None:
+    wish = {"image": IMAGE, "memory": "256m", "cpus": 1, "startup_timeout": 0.0001, "sandbox_id": "too-slow"}
+    client.ask("POST", "/start_async", wish)
+    client.sandbox_id = "too-slow"
+    seen = client.status()["result"]
+    assert seen["is_alive"] is False and seen["stop_time"] is not None
+    assert seen["status"]["image_pull"]["status"] == "success"
+    assert seen["status"]["docker_run"]["status"] == "failed"
+    assert "did not start within 0.0001 s" in seen["status"]["docker_run"]["message"]
+    listed = client.done("GET", "/sandboxes")["items"]
+    assert "too-slow" not in {item["sandbox_id"] for item in listed}
+
+
 def test_stop_and_what_is_said_afterwards(box: RockClient) -> None:
     assert box.post("/stop") == {
         "status": "Success", "message": None, "error": None, "result": f"{box.sandbox_id} stopped",
