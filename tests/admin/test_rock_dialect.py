@@ -239,7 +239,7 @@ def test_lists_batches_and_statistics(box: RockClient) -> None:
     assert [status["sandbox_id"] for status in batch["statuses"]] == [first]
     box.output("yes > /dev/null & true", session="default")
     used = box.done("GET", f"/get_sandbox_statistics?sandbox_id={first}")
-    assert 5 < used["cpu"] < 150 and 0 < used["mem"] < 100
+    assert 0 < used["cpu"] < 300 and 0 < used["mem"] < 100
     assert set(used) == {"cpu", "mem", "disk", "disk_log_percent", "disk_dind_percent", "net"}
 
 
@@ -279,6 +279,30 @@ def test_the_default_session_is_as_it_was_asked_for(box: RockClient) -> None:
     assert box.output("C=3; echo $A$B") == "12"
     assert box.post("/create_session", **wish)["result"]["output"] == ""
     assert box.output("echo $A$B$C") == "123"  # the second one changed nothing
+
+
+def test_files_to_source_that_are_missing_are_no_error(box: RockClient) -> None:
+    box.post("/write_file", path="/tmp/rc", content="D=4")
+    opened = box.post("/create_session", session="s", startup_source=["/no/.bashrc", "/tmp/rc"])
+    assert opened["result"]["output"] == "bash: /no/.bashrc: No such file or directory"
+    assert box.output("echo $D", session="s") == "4"
+    box.post("/write_file", path="/tmp/bad", content="echo my words; exit 9")
+    told = box.post("/create_session", session="t", startup_source=["/tmp/bad"])
+    assert told["status"] == "Failed" and "my words" in told["error"]
+
+
+def test_a_crash_of_the_server_changes_nothing(own_server: Callable[..., RunningServer]) -> None:
+    server = own_server()
+    box = RockClient(server)
+    box.start()
+    box.post("/create_session", session="s")
+    box.output("A=kept", session="s")
+    server.kill()
+    server.start()
+    box.address = urlsplit(server.url).netloc
+    assert box.status()["result"]["is_alive"] is True
+    assert box.output("echo $A", session="s") == "kept"
+    box.post("/stop")
 
 
 def test_what_a_check_makes_of_a_status(box: RockClient) -> None:

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rl_rock import RlRock
 from tests.conftest import IMAGE, RunningServer
-
-from conftest import RlRock
 
 NEWEST, MIDDLE, OLDEST = "1.11.0", "1.4.8", "1.0.0"
 ALL = (NEWEST, MIDDLE, OLDEST)

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from rock.admin.api.rock_v1.data import DataPlane
 from rock.admin.api.rock_v1.envelope import AboutSandbox, Failed, body_of, enveloped
-from rock.errors import Conflict, NotFound, RockError, Unsupported
+from rock.errors import Conflict, InvalidConfig, NotFound, RockError, Unsupported
 from rock.protocol.action import SESSION_PATTERN, Check
 from rock.wire.asgi import Handler, Request
 
@@ -101,6 +101,7 @@ class Commands:
         body = wish.model_dump(exclude={"sandbox_id"})
         body["session"] = name = session_name(wish.session)
         place = f"{wish.sandbox_id}/{name}"
+        body["startup_source"], noise = await self._sources(request, wish)
         try:
             reply = await self._data.json(request, "create_session", wish.sandbox_id, body)
         except Conflict:
@@ -113,7 +114,22 @@ class Commands:
             self._shaped[place] = None
             while len(self._shaped) > _REMEMBERED:
                 self._shaped.popitem(last=False)
-        return {"output": reply["output"], "session_type": "bash"}
+        return {"output": plain(noise + reply["output"]), "session_type": "bash"}
+
+    async def _sources(self, request: Request, wish: CreateSession) -> tuple[list[str], str]:
+        """The files to source that there are, and what a shell says of the others: to ROCK they are no error, and
+        clients ask for root's .bashrc whatever the image."""
+        found, noise = [], ""
+        for path in wish.startup_source:
+            try:
+                await self._data.bytes(request, "stat_file", wish.sandbox_id, query={"path": path})
+            except NotFound:
+                noise += f"bash: {path}: No such file or directory\n"
+                continue
+            except InvalidConfig:
+                pass  # not absolute: the shell may know
+            found.append(path)
+        return found, noise
 
     async def close_session(self, request: Request) -> dict[str, Any]:
         """Close a session; one that is not there is closed."""
