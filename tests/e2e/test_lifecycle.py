@@ -36,6 +36,7 @@ def config(server: RunningServer, **fields: object) -> SandboxConfig:
 def test_a_life(server: RunningServer) -> None:
     sandbox = Sandbox(config(server, labels={"k": "v"}, experiment_id="e1"))
     sandbox.start()
+    sandbox.arun("true")
     info = sandbox.info(usage=True)
     assert (info.state, info.is_alive, info.image) == (State.RUNNING, True, IMAGE)
     assert info.isolation is not None and set(info.enforced) >= {"memory", "cpus", "pids"}

@@ -35,14 +35,15 @@ _PATIENCE = 20.0  # seconds
 class Descriptors(NamedTuple):
     """What pid 1 has of the launcher.
 
-    listener: its socket. ready: where it tells that it is. gate: what lets it go on. userns: its user namespace.
+    listener: its socket. ready: where it tells that it is. gate: what lets it go on, and the launcher's end of that.
+    userns: its user namespace.
     lease: holds the lock on its image's layers, for as long as it lives; -1 where nobody removes them.
     net: the network namespace to enter; -1 for the one that it was born in.
     """
 
     listener: int
     ready: int
-    gate: int
+    gate: tuple[int, int]
     userns: int
     lease: int = -1
     net: int = -1
@@ -75,6 +76,8 @@ def plan(area: Area, constants: Constants, fds: Descriptors, spec: dict[str, Any
     number = kernel.NUMBERS
     rows = area.rows
     rows += [("the launcher's end", (number["prctl"], kernel.PR_SET_PDEATHSIG, int(signal.SIGKILL))),
+             # so that the gate ends with the launcher, should that have died before the call above
+             ("the launcher's end", (_CLOSE_RANGE, fds.gate[1], fds.gate[1])),
              ("session", (number["setsid"],)),
              ("socket", (number["listen"], fds.listener, 16))]
     if fds.net >= 0:
@@ -84,7 +87,7 @@ def plan(area: Area, constants: Constants, fds: Descriptors, spec: dict[str, Any
     rows += [("its own names", call) for call in _names(area, constants, spec)]
     rows += [("its own /proc", call) for call in _proc(constants, fds.ready)]
     gate = area.row(len(rows) + 1)
-    rows += [("waiting for its files", (number["read"], fds.gate, gate, 8)),
+    rows += [("waiting for its files", (number["read"], fds.gate[0], gate, 8)),
              ("waiting for its files", (_NO_CALL,)),
              ("root folder", (number["chdir"], ctypes.addressof(constants.root)))]
     if spec["cgroups"]:  # of which it then sees only its own

@@ -37,7 +37,7 @@ class Home:
         """
         fd = os.pidfd_open(pid)
         try:
-            kernel.setns(fd, kernel.CLONE_NEWNS | (kernel.CLONE_NEWNET if net == -1 else 0))
+            kernel.setns(fd, kernel.CLONE_NEWNS | (kernel.CLONE_NEWNET if net == -1 and self._nets.usable else 0))
         finally:
             os.close(fd)
         if net is not None and net >= 0:
@@ -49,7 +49,8 @@ class Home:
     def back(self) -> None:
         """Step back into our own. When this fails we are of no further use."""
         kernel.setns(self._fd, kernel.CLONE_NEWNS)
-        self._nets.back()
+        if self._nets.usable:
+            self._nets.back()
         if self._privileged:
             kernel.set_file_owner(0)
             kernel.capset(self._permitted)

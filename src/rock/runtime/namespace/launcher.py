@@ -74,7 +74,7 @@ class Launcher:
             userns.become_root(uid, gid)
         kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_SLAVE)
         mounts.prepare_staging(self.staging)
-        self.nets = Nets()
+        self.nets = Nets(usable=self.privileged)
         self.home = build.Home(self.privileged, self.nets)
         if self.privileged:
             self._favour_moves()
@@ -199,7 +199,7 @@ class Launcher:
         try:
             namespace = self.ranges.get(spec["base"])
             listener = listener or build.bind(spec["slot"])
-            fds = birth.Descriptors(listener.fileno(), told.fileno(), gate[0], namespace, spec["lease"], net)
+            fds = birth.Descriptors(listener.fileno(), told.fileno(), gate, namespace, spec["lease"], net)
             birth.plan(area, self.constants, fds, spec)
             flags = _ALL & ~(kernel.CLONE_NEWNET if spec["network"] == "host" or net >= 0 else 0)
             pid = self.zygote.clone(area, flags, birth.pack_note(fds, self._server_uid()))

@@ -14,9 +14,13 @@ _MOST = 16
 
 
 class Nets:
-    """Descriptors of untouched network namespaces, with loopback up."""
+    """Descriptors of untouched network namespaces, with loopback up.
 
-    def __init__(self) -> None:
+    usable: whether we may come back from another one, which takes rights over the one that we come from.
+    """
+
+    def __init__(self, usable: bool) -> None:
+        self.usable = usable
         self._home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         self._free: list[int] = []
 
@@ -26,7 +30,8 @@ class Nets:
 
     def give(self, fd: int) -> None:
         """Keep the namespace of a sandbox in which nothing runs any more, or close it. OSError: we are lost in it."""
-        if len(self._free) >= _MOST or os.path.sameopenfile(fd, self._home) or not self._untouched(fd):
+        wanted = self.usable and len(self._free) < _MOST and not os.path.sameopenfile(fd, self._home)
+        if not wanted or not self._untouched(fd):
             os.close(fd)
         else:
             self._free.append(fd)

@@ -1,0 +1,32 @@
+"""`rock bench`, short: that every row is measured, next to its floor. Figures are not judged here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROWS = {
+    "create to first command, no pool", "a whole sandbox in the launcher", "create + command + destroy, 8 at once",
+    "a command in a session", "the same, server side", "commands a second, 32 sessions", "upload of 100 MB",
+    "download of 100 MB", "memory of an idle sandbox, all in", "create to first command, warm pool",
+    "base install, distributions", "base install, size",
+}  # fmt: skip
+
+
+def test_every_row_is_measured_next_to_its_floor(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rock.cli.main", "bench", "--short", "--json"]
+    environ = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environ)
+    assert done.returncode == 0, done.stderr
+    figures = {row["name"]: row for row in json.loads(done.stdout)["figures"]}
+    assert set(figures) == ROWS
+    for name, row in figures.items():
+        assert row["n"] >= 1 and row["min"] <= row["p50"] <= row["p95"], name
+    for name in ("create to first command, no pool", "create to first command, warm pool", "a command in a session"):
+        assert figures[name]["floor"]["p50"] > 0 and figures[name]["ratio"] > 1, name
+    assert figures["base install, distributions"]["p50"] <= 40
+    assert figures["base install, size"]["p50"] <= 60
+    assert list(tmp_path.iterdir()) == [], "bench leaves nothing behind"

@@ -1,0 +1,130 @@
+"""Values and frames as bytes, and what a hostile other side may send instead."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rock.guest import frames, values
+
+ARRAYS = [
+    np.zeros((), np.float32), np.array([np.nan, -0.0, np.inf]), np.arange(6, dtype=">i4").reshape(2, 3),
+    np.arange(24).reshape(2, 3, 4)[:, ::2, ::-1], np.zeros((0, 3), np.uint8), np.array(["a", "bé"]), np.array([b"x"]),
+    np.array([True, False]), np.array([1 + 2j]), np.array(["2020-01-01"], "M8[D]"), np.random.bytes(3) and
+    np.random.default_rng(1).integers(0, 255, (210, 160, 3), np.uint8), np.array([""]), np.float16([1.5]),
+]  # fmt: skip
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
+    lambda inner: (
+        st.lists(inner)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.text() | st.sampled_from(["$a", "$d", "$t"]) | st.integers(), inner)
+        | st.sets(st.integers())
+    ),
+    max_leaves=20,
+)
+
+
+def there(value: object, **more: bool) -> Any:
+    return values.decode(b"".join(bytes(part) for part in values.encode(value, **more)))
+
+
+def same(left: Any, right: Any) -> bool:
+    if isinstance(left, float) and math.isnan(left):
+        return type(right) is float and math.isnan(right)
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, dict):
+        return list(left) == list(right) and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list | tuple):
+        return len(left) == len(right) and all(map(same, left, right))
+    return bool(left == right)
+
+
+@given(plain)
+def test_plain_values_arrive_as_they_were(value: object) -> None:
+    assert same(value, there(value))
+
+
+@pytest.mark.parametrize("array", ARRAYS, ids=lambda a: f"{a.dtype}{a.shape}")
+def test_arrays_arrive_bit_by_bit(array: np.ndarray[Any, Any]) -> None:
+    found = there({"it": [array]})["it"][0]
+    assert found.shape == array.shape and found.dtype == array.dtype.newbyteorder("<")
+    assert found.tobytes() == array.astype(found.dtype).tobytes() and found.flags.writeable
+
+
+def test_numpy_s_other_values() -> None:
+    for scalar in (np.float32(0.1), np.int64(-3), np.bool_(True), np.float64("nan"), np.str_("é")):
+        found = there(scalar)
+        assert type(found) is type(scalar) and found.tobytes() == scalar.tobytes()
+    objects = np.empty((2, 1), dtype=object)
+    objects[0, 0], objects[1, 0] = {"x": np.arange(2)}, None
+    found = there(objects)
+    assert found.dtype == object and found.shape == (2, 1) and found[1, 0] is None
+    assert (found[0, 0]["x"] == [0, 1]).all()
+    assert there(OrderedDict(a=1)) == {"a": 1}
+
+
+def test_what_cannot_travel() -> None:
+    with pytest.raises(values.Unsendable, match="type object"):
+        values.encode([object()])
+    told = there({"it": object(), "fine": 1}, describe=True)
+    assert told["fine"] == 1 and told["it"]["$type"] == "builtins.object" and "object at" in told["it"]["$repr"]
+    endless: list[Any] = []
+    endless.append(endless)
+    with pytest.raises(values.Unsendable, match="nested deeper"):
+        values.encode(endless, describe=True)
+
+
+def message(tree: object, data: bytes = b"") -> bytes:
+    text = json.dumps(tree).encode()
+    return struct.pack(">I", len(text)) + text + data
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"", b"\0\0", b"\xff\xff\xff\xff{}", message(1)[:-1] + b"{", message({"$a": ["<f4", [4], 0]}, b"1234"),
+        message({"$a": ["<f4", [-1], 0]}), message({"$a": ["|O8", [1], 0]}, bytes(8)), message({"$a": [["O"], [1], 0]}),
+        message({"$a": ["<f4", [1 << 62, 1 << 62], 0]}, b"1234"), message({"$a": ["<f4", [1] * 99, 0]}, b"1234"),
+        message({"$a": ["<f4", 1, 0]}, b"1234"), message({"$a": ["<f4", [1], -4]}, b"1234"), message({"$a": 1}),
+        message({"$o": [[1 << 40], []]}), message({"$n": ["<U99999999", 0]}), message({"$b": [0, 1]}),
+        message({"$d": [1]}), message({"$s": [[]]}), message({"$t": 5}), message({"$a": ["<U0", [1 << 40], 0]}),
+        struct.pack(">I", 200_000) + b"[" * 200_000,
+    ],
+)  # fmt: skip
+def test_malformed_values_are_refused(data: bytes) -> None:
+    with pytest.raises(values.Malformed):
+        values.decode(data)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_value_or_refused(data: bytes) -> None:
+    for attempt in (data, struct.pack(">I", len(data)) + data):
+        try:
+            values.decode(attempt)
+        except values.Malformed:
+            pass
+
+
+@given(st.lists(st.tuples(st.integers(0, 255), st.integers(0, 2**32 - 1), st.integers(-1, 2**62), st.binary()), max_size=5))
+def test_frames_are_split_as_they_were_joined(asked: list[tuple[int, int, int, bytes]]) -> None:
+    heads = [frames.HEAD.pack(len(p), op, 0, env, 3, index) + p for op, env, index, p in asked]
+    assert [(f[0], f[2], f[4], bytes(f[5])) for f in frames.split(b"".join(heads))] == asked
+    if heads:
+        with pytest.raises(ValueError):
+            list(frames.split(b"".join(heads)[:-1]))
+
+
+def test_without_numpy_arrays_are_lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = b"".join(bytes(part) for part in values.encode([np.arange(6, dtype=np.int16).reshape(2, 3), np.float32(0.5)]))
+    monkeypatch.setattr(values, "_NUMPY", [None])
+    assert values.decode(sent) == [[[0, 1, 2], [3, 4, 5]], 0.5]

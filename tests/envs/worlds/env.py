@@ -1,0 +1,102 @@
+"""Environments for the tests: spaces of every kind, and one that misbehaves as it is told to."""
+
+import os
+import sys
+import time
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+PICTURE = spaces.Box(0, 255, (210, 160, 3), np.uint8)
+KINDS = {
+    "picture": PICTURE,
+    "discrete": spaces.Discrete(5, start=-2),
+    "binary": spaces.MultiBinary([2, 3]),
+    "many": spaces.MultiDiscrete(np.array([[2, 3], [4, 5]]), start=np.array([[1, 0], [-2, 7]])),
+    "text": spaces.Text(12, min_length=2, charset="abcé"),
+    "dict": spaces.Dict({"z": spaces.Box(-np.inf, 1.0, (3,), np.float64), "a": spaces.Dict({"x": spaces.Discrete(3)})}),
+    "tuple": spaces.Tuple((spaces.Box(-1, 1, (2,), np.float32), spaces.Discrete(4))),
+    "sequence": spaces.Sequence(spaces.Box(0, 1, (2,), np.float32)),
+    "stacked": spaces.Sequence(spaces.Box(0, 1, (2,), np.float32), stack=True),
+    "graph": spaces.Graph(spaces.Box(0, 1, (2,), np.float32), spaces.Discrete(3)),
+    "one_of": spaces.OneOf((spaces.Discrete(3), spaces.Box(0, 1, (2,), np.float32))),
+}
+
+
+class World(gym.Env):
+    """Observations and actions are of the space `kind`; an episode has `length` steps."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 7}
+
+    def __init__(self, kind="picture", length=3, render_mode=None):
+        self.render_mode = render_mode
+        self.observation_space = KINDS[kind]
+        self.action_space = KINDS[kind] if kind != "picture" else spaces.Discrete(4)
+        self.length = length
+        self.count = 0
+        self.last = None
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.observation_space.seed(seed)
+        self.count = 0
+        return self.observation_space.sample(), {"options": options, "seed": seed}
+
+    def step(self, action):
+        self.count += 1
+        self.last = action
+        info = {"count": np.int16(self.count), "half": np.float32(0.5), "square": np.eye(2), "name": "x", "pair": (1, 2)}
+        return self.observation_space.sample(), float(self.count), self.count >= self.length, False, info
+
+    def render(self):
+        return np.full((4, 5, 3), self.count, np.uint8)
+
+    def same(self, action):
+        return repr(self.last) == repr(action)
+
+    def add(self, left, right=1):
+        return left + right
+
+
+class Bad(gym.Env):
+    """Does what the action says."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = spaces.Text(100)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        found, info = np.array([np.nan, -0.0], np.float32), {}
+        if action == "raise":
+            raise OddError("on purpose")
+        if action == "die":
+            print("these are my last words", file=sys.stderr, flush=True)
+            os._exit(7)
+        if action == "hang":
+            time.sleep(1000)
+        if action == "garbage":
+            for fd in (1, 2):
+                os.write(fd, b"\x00\xff{}[" * 5000)
+            for fd in range(3, 300):
+                try:
+                    os.write(fd, b"garbage") if action == "every descriptor" else None
+                except OSError:
+                    pass
+        if action == "odd":
+            info = {"file": sys.stderr, "fine": 1, 3: "three", "nan": float("nan"), "set": {1}, "bytes": b"\xff"}
+        if action == "object":
+            found = object()
+        return found, float("nan"), False, False, info
+
+
+class OddError(Exception):
+    pass
+
+
+def make_env(world="World", **kwargs):
+    return {"World": World, "Bad": Bad}[world](**kwargs)
