@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test check lint types unit sync lock bench clean
+.PHONY: demo test check lint types unit compat sync lock bench clean
 
 demo: $(VENV)/ready
 	@$(PY) -m rock.cli.demo
@@ -40,6 +40,10 @@ types: $(VENV)/ready-dev
 unit: $(VENV)/ready-dev
 	$(PY) -m pytest tests/runtime tests/rocklet
 	$(PY) -m pytest --ignore=tests/runtime --ignore=tests/rocklet
+
+# ROCK's own client in several versions, installed from PyPI and kept in ROCK_TEST_CACHE.
+compat: $(VENV)/ready-dev
+	ROCK_TEST_COMPAT=1 $(PY) -m pytest tests/compat
 
 bench: $(VENV)/ready-dev
 	$(VENV)/bin/rock bench

@@ -147,9 +147,9 @@ class Server:
         # Not the host's name: that changes with the network, and every sandbox would be on a worker nobody knows.
         name = "local"
         self.store = SqliteStore(settings.database)
-        workers: dict[str, Worker] = {name: LocalWorker(name, self.node)}
-        self.admin = Admin(settings, self.store, workers, ["write", "read", "worker"])
         self._proxy = Proxy(self.store, {name: self.rocklet.router})
+        workers: dict[str, Worker] = {name: LocalWorker(name, self.node)}
+        self.admin = Admin(settings, self.store, workers, ["write", "read", "worker"], self._proxy)
         self.app = Authenticated(self._route, settings.api_key)
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -48,6 +48,11 @@ class Request:
         self.query: dict[str, str] = dict(parse_qsl(raw.decode("latin-1"), keep_blank_values=True)) if raw else {}
         self.headers: list[tuple[bytes, bytes]] = scope["headers"]
 
+    @property
+    def client(self) -> Receive:
+        """Where it tells that its client left, once the body was read."""
+        return self._receive
+
     def header(self, name: bytes) -> str | None:
         for key, value in self.headers:
             if key == name:
@@ -270,9 +275,20 @@ class Router:
 
 
 async def call(
-    app: App, method: str, path: str, *, body: bytes = b"", query: str = "", headers: Mapping[str, str] | None = None
+    app: App,
+    method: str,
+    path: str,
+    *,
+    body: bytes | AsyncIterator[bytes] = b"",
+    query: str = "",
+    headers: Mapping[str, str] | None = None,
+    client: Receive | None = None,
 ) -> tuple[int, bytes]:
-    """(status, body) of one request to an ASGI application in this process."""
+    """(status, body) of one request to an ASGI application in this process.
+
+    body: whole, or as it comes. client: what tells that whoever is asked for left (the `receive` of its own request,
+    once its body was read); then what it wanted is given up, and Disconnected is raised.
+    """
     scope: dict[str, Any] = {
         "type": "http",
         "asgi": {"version": "3.0"},
@@ -286,13 +302,21 @@ async def call(
         "server": None,
         "headers": [(k.lower().encode(), v.encode()) for k, v in (headers or {}).items()],
     }
-    inbox: list[MutableMapping[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
-    status = 500
+    status: int | None = None
     parts: list[bytes] = []
+    pending = None if isinstance(body, bytes) else body
+    whole = False
 
     async def receive() -> MutableMapping[str, Any]:
-        if inbox:
-            return inbox.pop()
+        nonlocal whole
+        if pending is not None and not whole:
+            async for part in pending:
+                return {"type": "http.request", "body": part, "more_body": True}
+        if not whole:
+            whole = True
+            return {"type": "http.request", "body": b"" if pending is not None else body, "more_body": False}
+        if client is not None:
+            return await client()
         await asyncio.Event().wait()
         raise AssertionError
 
@@ -304,4 +328,6 @@ async def call(
             parts.append(message.get("body", b""))
 
     await app(scope, receive, send)
+    if status is None:  # only whoever is asked by nobody any more gives no answer
+        raise Disconnected
     return status, b"".join(parts)

@@ -137,7 +137,10 @@ def _mknod(argument: int) -> list[Instruction]:
 
 
 def _socket() -> list[Instruction]:
-    """Unix and internet sockets, and netlink for routes; nothing else, such as packet, vsock or crypto."""
-    netlink = [_load(_argument(2)), *_allow_values((0,)), _refuse()]
+    """Unix and internet sockets, and netlink for routes; nothing else, such as packet, vsock or crypto.
+
+    Of netlink's other protocols the kernel seems to know nothing: useradd and su then go on without its audit.
+    """
+    netlink = [_load(_argument(2)), *_allow_values((0,)), _ret(_ERRNO | errno.EPROTONOSUPPORT)]
     return [_load(_argument(0)), *_allow_values(_SOCKET_FAMILIES), (_JEQ, 0, len(netlink), _NETLINK), *netlink,
             _ret(_ERRNO | errno.EAFNOSUPPORT)]

@@ -1,0 +1,61 @@
+"""The dialect of ROCK's own clients (rl-rock), on the port of the native wire.
+
+    /apis/envs/sandbox/v1/...   sandboxes.py commands.py files.py    in the envelope of envelope.py, under HTTP 200
+    /apis/v1/envs/gem/...       gem.py                               plain JSON, errors as HTTP statuses
+    /env/...  /health           envhub.py                            the same
+
+It has no state and decides nothing: the control plane is service.py, and a call to a sandbox is the native request of
+the same name, through the data plane's application in this process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rock.admin.api.rock_v1.commands import Commands
+from rock.admin.api.rock_v1.data import DataPlane
+from rock.admin.api.rock_v1.envhub import EnvHub
+from rock.admin.api.rock_v1.files import Files
+from rock.admin.api.rock_v1.gem import Gem
+from rock.admin.api.rock_v1.sandboxes import Sandboxes
+from rock.admin.service import Service
+from rock.envhub.catalogue import Catalogue
+from rock.protocol.routes import Route
+from rock.wire.asgi import Answer, App, Handler, Receive, Router, Scope, Send, answer
+
+SANDBOXES, GEM = "/apis/envs/sandbox/v1", "/apis/v1/envs/gem"
+_METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH")
+
+
+class RockV1:
+    """The dialect's routes over the service, the data plane and the catalogue of environments."""
+
+    def __init__(self, service: Service, data: App, catalogue: Catalogue) -> None:
+        plane = DataPlane(data)
+        self._router = Router("rock-v1")
+        self._add(SANDBOXES, [*Sandboxes(service).routes(), *Commands(plane).routes(), *Files(plane).routes()])
+        self._add(GEM, Gem(service, plane).routes())
+        self._add("", EnvHub(catalogue).routes())
+
+    def _add(self, prefix: str, routes: Iterable[tuple[str, str, Handler]]) -> None:
+        for method, path, handler in routes:
+            self._router.add(Route(f"rock{path}", method, prefix + path, "control", "ROCK dialect"), handler)
+
+    def over(self, rest: App) -> App:
+        """This dialect's paths, and `rest` for all others."""
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] != "http":
+                await rest(scope, receive, send)
+            elif self._router.match(scope["method"], scope["path"]) is not None:
+                await self._router(scope, receive, send)
+            elif scope["path"].startswith("/apis/"):
+                await self._missing(scope["path"]).send(send)
+            else:
+                await rest(scope, receive, send)
+
+        return app
+
+    def _missing(self, path: str) -> Answer:
+        known = any(self._router.match(method, path) for method in _METHODS)
+        return answer({"detail": "Method Not Allowed"}, 405) if known else answer({"detail": "Not Found"}, 404)

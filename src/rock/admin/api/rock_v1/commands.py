@@ -1,0 +1,206 @@
+"""Programs and sessions in the ROCK dialect, over the data plane."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import OrderedDict
+from typing import Any, Literal
+
+from pydantic import Field
+
+from rock.admin.api.rock_v1.data import DataPlane
+from rock.admin.api.rock_v1.envelope import AboutSandbox, Failed, body_of, enveloped
+from rock.errors import Conflict, InvalidConfig, NotFound, RockError, Unsupported
+from rock.protocol.action import SESSION_PATTERN, Check
+from rock.wire.asgi import Handler, Request
+
+_SESSION = re.compile(SESSION_PATTERN)
+_PROMPT = "SHELLPS1PREFIX"  # what ROCK's server says of its prompt in every observation
+_ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
+_SYNTAX = 2  # exit status of bash for what it cannot read
+_REMEMBERED = 10_000
+_MARGIN = 0.25  # seconds: clients wait as long as the command may take, and expect to be the first to give up
+
+
+class ExecuteRequest(AboutSandbox):
+    command: str | list[str]
+    timeout: float | None = 1200.0
+    cwd: str | None = None
+    env: dict[str, str] | None = None
+    check: bool = False
+    error_msg: str = ""
+
+
+class CreateSession(AboutSandbox):
+    session: str = "default"
+    session_type: Literal["bash"] = "bash"
+    startup_source: list[str] = Field(default_factory=list)
+    env_enable: bool = False
+    env: dict[str, str] | None = None
+    remote_user: str | None = None
+
+
+class CloseSession(AboutSandbox):
+    session: str = "default"
+    session_type: Literal["bash"] = "bash"
+
+
+class ActionRequest(AboutSandbox):
+    command: str
+    session: str = "default"
+    action_type: Literal["bash"] = "bash"
+    timeout: float | None = None
+    check: Check = "raise"
+    is_interactive_command: bool = False
+    is_interactive_quit: bool = False
+    error_msg: str = ""
+
+
+class Commands:
+    """Handlers of programs and sessions, by method and path."""
+
+    def __init__(self, data: DataPlane) -> None:
+        self._data = data
+        self._shaped: OrderedDict[str, None] = OrderedDict()  # sandboxes whose default session a client has shaped
+
+    def routes(self) -> list[tuple[str, str, Handler]]:
+        return [
+            ("POST", "/execute", enveloped(self.execute, "execute command failed")),
+            ("POST", "/create_session", enveloped(self.create_session, "create session failed")),
+            ("POST", "/run_in_session", enveloped(self.run_in_session, "run in session failed")),
+            ("POST", "/close_session", enveloped(self.close_session, "close session failed")),
+        ]
+
+    # ---- programs ----
+
+    async def execute(self, request: Request) -> dict[str, Any]:
+        """A program's outcome. One that could not be run, or ran out of time, has the status -1 and says why."""
+        wish = await body_of(request, ExecuteRequest)
+        body = wish.model_dump(include={"command", "timeout", "cwd", "env"})
+        try:
+            seen = await self._data.json(request, "execute", wish.sandbox_id, body)
+        except RockError as error:
+            if error.status >= 500:
+                raise  # ours: the program may be all right
+            seen = {"exit_code": -1, "stdout": "", "stderr": str(error)}
+        code, errors = seen["exit_code"], seen["stderr"]
+        if code is None:
+            code, errors = -1, "\n".join(filter(None, [errors, seen["failure_reason"]]))
+        if wish.check and code != 0:
+            raise Failed(
+                _told(wish.error_msg, f"Command {wish.command!r} failed with exit code {code}", seen["stdout"] + errors)
+            )
+        return {"stdout": seen["stdout"], "stderr": errors, "exit_code": code}
+
+    # ---- sessions ----
+
+    async def create_session(self, request: Request) -> dict[str, Any]:
+        """Open a session. A name that is taken is no error in ROCK, and its session stays as it is."""
+        wish = await body_of(request, CreateSession)
+        body = wish.model_dump(exclude={"sandbox_id"})
+        body["session"] = name = session_name(wish.session)
+        place = f"{wish.sandbox_id}/{name}"
+        body["startup_source"], noise = await self._sources(request, wish)
+        try:
+            reply = await self._data.json(request, "create_session", wish.sandbox_id, body)
+        except Conflict:
+            if name != "default" or place in self._shaped:
+                return {"output": "", "session_type": "bash"}
+            # The session that every sandbox has from its start is not the one that this client asks for.
+            await self._data.bytes(request, "close_session", wish.sandbox_id, session=name)
+            reply = await self._data.json(request, "create_session", wish.sandbox_id, body)
+        if name == "default":
+            self._shaped[place] = None
+            while len(self._shaped) > _REMEMBERED:
+                self._shaped.popitem(last=False)
+        return {"output": plain(noise + reply["output"]), "session_type": "bash"}
+
+    async def _sources(self, request: Request, wish: CreateSession) -> tuple[list[str], str]:
+        """The files to source that there are, and what a shell says of the others: to ROCK they are no error, and
+        clients ask for root's .bashrc whatever the image."""
+        found, noise = [], ""
+        for path in wish.startup_source:
+            try:
+                await self._data.bytes(request, "stat_file", wish.sandbox_id, query={"path": path})
+            except NotFound:
+                noise += f"bash: {path}: No such file or directory\n"
+                continue
+            except InvalidConfig:
+                pass  # not absolute: the shell may know
+            found.append(path)
+        return found, noise
+
+    async def close_session(self, request: Request) -> dict[str, Any]:
+        """Close a session; one that is not there is closed."""
+        wish = await body_of(request, CloseSession)
+        name = session_name(wish.session)
+        try:
+            await self._data.bytes(request, "close_session", wish.sandbox_id, session=name)
+        except NotFound:
+            pass
+        self._shaped.pop(f"{wish.sandbox_id}/{name}", None)
+        return {"session_type": "bash"}
+
+    async def run_in_session(self, request: Request) -> dict[str, Any]:
+        """A command's observation; an exit status other than 0 is a failure, unless the check says otherwise."""
+        wish = await body_of(request, ActionRequest)
+        if wish.is_interactive_command or wish.is_interactive_quit:
+            raise Unsupported("interactive commands are not supported in this dialect", hint="use the terminal")
+        name = session_name(wish.session)
+        timeout = None if wish.timeout is None else wish.timeout + _MARGIN
+        body = {"command": wish.command, "timeout": timeout, "check": "silent"}
+        try:
+            seen = await self._data.json(request, "run", wish.sandbox_id, body, session=name)
+        except NotFound as error:
+            raise Failed(f"session {wish.session!r} does not exist: {error}") from None
+        code, output = seen["exit_code"], plain(seen["output"])
+        if code is None:
+            raise Failed(_told(wish.error_msg, seen["failure_reason"], output), told=False)
+        if code == _SYNTAX:
+            await self._refuse_syntax(request, wish, output)
+        if code != 0 and wish.check == "raise":
+            text = f"Command {wish.command!r} failed with exit code {code}"
+            raise Failed(_told(wish.error_msg, text, output), told=False)
+        return {
+            "session_type": "bash",
+            "output": output,
+            "exit_code": None if wish.check == "ignore" else code,
+            "failure_reason": seen["failure_reason"],
+            "expect_string": _PROMPT,
+        }
+
+    async def _refuse_syntax(self, request: Request, wish: ActionRequest, output: str) -> None:
+        """Failed when bash cannot read the command, in the words that agents look for.
+
+        Only bash knows. It is asked after the fact, and only when it looks like that, so that no good command waits.
+        """
+        if "syntax error" not in output and "unexpected EOF" not in output:
+            return
+        body = {"command": ["/bin/bash", "-n"], "stdin": wish.command, "timeout": 10.0}
+        try:
+            seen = await self._data.json(request, "execute", wish.sandbox_id, body)
+        except RockError:
+            return  # an image without bash
+        if seen["exit_code"]:
+            raise Failed(
+                f"Error (exit code {_SYNTAX}) while checking bash command\n{wish.command!r}\n{seen['stderr']}",
+                told=False,
+            )
+
+
+def session_name(name: str) -> str:
+    """A name that paths can have: clients may call a session what they like."""
+    if _SESSION.match(name):
+        return name
+    return "rock-" + hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:24]
+
+
+def plain(output: str) -> str:
+    """Output as ROCK shows it: without the codes that colour a terminal, and without blanks around it."""
+    return (_ESCAPE.sub("", output) if "\x1b" in output else output).strip()
+
+
+def _told(prefix: str, text: str, output: str) -> str:
+    head = f"{prefix}: {text}" if prefix else text
+    return f"{head}. Here is the output:\n{output!r}"

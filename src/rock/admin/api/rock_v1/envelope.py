@@ -1,0 +1,151 @@
+"""The envelope of the ROCK dialect: `{"status", "message", "error", "result"}` under HTTP 200, whatever happened."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, TypeVar
+
+import orjson
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+
+from rock.errors import InternalServerRockError, InvalidConfig, NotFound, RockError
+from rock.wire.asgi import Answer, Disconnected, Handler, Request, answer
+
+log = logging.getLogger("rock.admin")
+
+Body = TypeVar("Body", bound="Asked")
+Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+"""Text that is stripped, and then must not be empty: ids and images."""
+
+
+class Asked(BaseModel):
+    """Base of request bodies. Clients of every age send fields that others do not know: those are passed over."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+
+class AboutSandbox(Asked):
+    """A body that says nothing but which sandbox."""
+
+    sandbox_id: Name
+
+
+class Malformed(Exception):
+    """A request that is not what its route takes; the text names each wrong field."""
+
+
+class Failed(Exception):
+    """An answer "Failed" in words that clients of ROCK look for. `told`: the route's own message goes with it."""
+
+    def __init__(self, error: str, *, told: bool = True) -> None:
+        super().__init__(error)
+        self.told = told
+
+
+def _dump(value: dict[str, Any]) -> Answer:
+    return Answer(orjson.dumps(value, default=repr))
+
+
+def success(result: Any) -> Answer:
+    return _dump({"status": "Success", "message": None, "error": None, "result": result})
+
+
+def failed(message: str | None, error: str, result: Any = None) -> Answer:
+    return _dump({"status": "Failed", "message": message, "error": error, "result": result})
+
+
+def malformed(error: str) -> Answer:
+    return failed("invalid parameter", error)
+
+
+def enveloped(
+    handler: Callable[[Request], Awaitable[Any]], message: str, fields: dict[str, Any] | None = None
+) -> Handler:
+    """A handler that answers in the envelope and nothing else.
+
+    message: what "Failed" says for this route. fields: the route's failures carry a code, among the fields of its
+    result; None: their result is null, as ROCK has it for all that happens inside a sandbox.
+    """
+
+    async def reply(request: Request) -> Answer:
+        try:
+            return success(await handler(request))
+        except Disconnected:
+            raise
+        except Malformed as error:
+            return malformed(str(error))
+        except Failed as error:
+            return failed(message if error.told else None, str(error))
+        except RockError as error:
+            told = error
+        except Exception as error:
+            log.error("%s: %s", message, traceback.format_exc())
+            told = InternalServerRockError(f"{type(error).__name__}: {error}")
+        coded = {"code": told.rock_code, "exit_code": None, "failure_reason": str(told)}
+        return failed(message, str(told), None if fields is None else {**fields, **coded})
+
+    return reply
+
+
+def detailed(handler: Callable[[Request], Awaitable[Any]], refusal: int | None = None) -> Handler:
+    """A handler without an envelope: an error is an HTTP status with `{"detail"}`, which clients show.
+
+    refusal: the status for a request that is not what the route takes; None: the envelope's answer, as in ROCK.
+    """
+
+    async def reply(request: Request) -> Answer:
+        try:
+            return answer(await handler(request))
+        except Malformed as error:
+            return malformed(str(error)) if refusal is None else answer({"detail": str(error)}, refusal)
+        except Failed as error:
+            return answer({"detail": str(error)}, NotFound.status)
+        except RockError as error:
+            return answer({"detail": str(error)}, error.status)
+
+    return reply
+
+
+CODED: dict[str, Any] = {"code": None, "exit_code": None, "failure_reason": None}
+"""Fields of a result that is nothing more."""
+
+
+async def body_of(request: Request, kind: type[Body]) -> Body:
+    """The request's JSON body; Malformed names what is wrong with it."""
+    data = await request.body()
+    try:
+        value = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise Malformed(f"body.{error.pos}: JSON decode error" if data else "body: Field required") from None
+    return parsed(kind, value)
+
+
+def parsed(kind: type[Body], value: Any, where: str = "body") -> Body:
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise Malformed(tell(error, where)) from None
+
+
+def tell(error: ValidationError, where: str) -> str:
+    """Each wrong field with its place, as FastAPI would name them."""
+    return "; ".join(
+        f"{'.'.join([where, *map(str, item['loc'])])}: {item['msg'].removeprefix('Value error, ')}"
+        for item in error.errors(include_url=False, include_input=False)
+    )
+
+
+def query_id(request: Request) -> str:
+    value = request.query.get("sandbox_id", "").strip()
+    if not value:
+        raise Malformed("query.sandbox_id: Field required")
+    return value
+
+
+def query_number(request: Request, name: str, default: int, high: int) -> int:
+    try:
+        return request.integer(name, default, low=1, high=high)
+    except InvalidConfig as error:
+        raise Malformed(f"query.{name}: {error.message}") from None

@@ -1,0 +1,106 @@
+"""Files in the ROCK dialect, over the data plane."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import IO, Any
+
+from rock.admin.api.rock_v1.data import DataPlane
+from rock.admin.api.rock_v1.envelope import AboutSandbox, Malformed, body_of, enveloped
+from rock.admin.api.rock_v1.multipart import Form, boundary_of
+from rock.errors import InvalidConfig, NotFound
+from rock.wire.asgi import Handler, Request
+
+_CHUNK = 1 << 20
+
+
+class ReadFile(AboutSandbox):
+    path: str
+    encoding: str | None = None
+    errors: str | None = None
+
+
+class WriteFile(AboutSandbox):
+    path: str
+    content: str
+
+
+class Files:
+    """Handlers of files, by method and path."""
+
+    def __init__(self, data: DataPlane) -> None:
+        self._data = data
+
+    def routes(self) -> list[tuple[str, str, Handler]]:
+        return [
+            ("POST", "/read_file", enveloped(self.read_file, "read file failed")),
+            ("POST", "/write_file", enveloped(self.write_file, "write file failed")),
+            ("POST", "/upload", enveloped(self.upload, "upload file failed")),
+        ]
+
+    async def read_file(self, request: Request) -> dict[str, Any]:
+        """A text. A file that is missing has none, as in ROCK, whose clients do not look at the envelope here; the
+        result says so beside it."""
+        wish = await body_of(request, ReadFile)
+        try:
+            data = await self._data.bytes(request, "read_file", wish.sandbox_id, query={"path": wish.path})
+        except NotFound as error:
+            return {"content": "", "failure_reason": str(error)}
+        try:
+            content = data.decode(wish.encoding or "utf-8", wish.errors or "backslashreplace")
+        except (LookupError, UnicodeError) as error:
+            raise InvalidConfig(f"{wish.path} cannot be read as {wish.encoding or 'utf-8'}: {error}") from None
+        return {"content": content}
+
+    async def write_file(self, request: Request) -> dict[str, Any]:
+        wish = await body_of(request, WriteFile)
+        data = wish.content.encode("utf-8", "surrogatepass")
+        await self._data.bytes(request, "write_file", wish.sandbox_id, data, {"path": wish.path})
+        return {"success": True, "message": f"{len(data)} bytes written to {wish.path}"}
+
+    async def upload(self, request: Request) -> dict[str, Any]:
+        """A form with `sandbox_id`, `target_path` and the file, which goes on as it comes when it comes last."""
+        chunks = request.chunks()
+        try:
+            return await self._upload(request, Form(chunks, boundary_of(request.header(b"content-type"))))
+        finally:
+            async for _ in chunks:  # a client that is still sending would not read the answer
+                pass
+
+    async def _upload(self, request: Request, form: Form) -> dict[str, Any]:
+        fields: dict[str, str] = {}
+        name: str | None = None
+        with tempfile.TemporaryFile() as kept:
+            sent = False
+            async with aclosing(form.parts()) as parts:
+                async for part in parts:
+                    if part.name != "file":
+                        fields[part.name] = (await part.text()).strip()
+                    elif name is None:
+                        name = part.filename or "file"
+                        sent = bool(fields.get("sandbox_id") and fields.get("target_path"))
+                        if sent:
+                            await self._send(request, fields, part.data)
+                        else:
+                            async for piece in part.data:
+                                await asyncio.to_thread(kept.write, piece)
+            missing = [field for field in ("sandbox_id", "target_path") if not fields.get(field)]
+            missing += ["file"] * (name is None)
+            if missing:
+                raise Malformed("; ".join(f"body.{field}: Field required" for field in missing))
+            if not sent:
+                kept.seek(0)
+                await self._send(request, fields, _pieces(kept))
+        return {"success": True, "message": f"uploaded to {fields['target_path']}", "file_name": name}
+
+    async def _send(self, request: Request, fields: dict[str, str], data: AsyncIterator[bytes]) -> None:
+        query = {"path": fields["target_path"]}
+        await self._data.bytes(request, "write_file", fields["sandbox_id"], data, query)
+
+
+async def _pieces(file: IO[bytes]) -> AsyncIterator[bytes]:
+    while piece := await asyncio.to_thread(file.read, _CHUNK):
+        yield piece

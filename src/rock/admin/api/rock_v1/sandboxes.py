@@ -1,0 +1,263 @@
+"""Sandboxes in the ROCK dialect: start, status, list, stop, delete; thin over service.py."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import Any
+
+from pydantic import Field
+
+from rock.admin.api.rock_v1.envelope import (
+    CODED,
+    AboutSandbox,
+    Asked,
+    Name,
+    body_of,
+    enveloped,
+    query_id,
+    query_number,
+)
+from rock.admin.api.rock_v1.status import FIELDS, START_FIELDS, is_listed, status_of
+from rock.admin.service import Service
+from rock.errors import Conflict, InvalidConfig, NotFound, RockError, Unsupported
+from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State, parse_size
+from rock.store.base import Query
+from rock.wire.asgi import Handler, Request, validate
+
+_A_MOMENT = 1.0  # seconds: the client looks at once and then every three seconds, so a start is worth waiting for
+_LONGEST_START = 85.0  # seconds of the `start` that waits
+_SAMPLE = 0.1  # seconds over which the use of CPUs is measured
+_DEFAULT_MINUTES = 360.0
+_MOST = 2000
+_ACTIVE = (State.PENDING, State.RUNNING)
+
+
+class StartRequest(Asked):
+    """What a client asks for. Times to clear are minutes, in a fraction by clients up to 1.4."""
+
+    image: Name
+    image_os: str = "linux"
+    auto_clear_time_minutes: float | None = Field(default=None, ge=0)
+    auto_clear_time: float | None = Field(default=None, ge=0)
+    startup_timeout: float | None = Field(default=None, gt=0)
+    memory: str = "8g"
+    cpus: float = 2.0
+    limit_cpus: float | None = None
+    num_gpus: float | None = None
+    accelerator_type: str | None = None
+    sandbox_id: Name | None = None
+    registry_username: str | None = None
+    registry_password: str | None = None
+    use_kata_runtime: bool = False
+    auto_archive_seconds: int | None = None
+    auto_delete_seconds: int | None = None
+    disk: str | None = None
+
+    def config(self, request: Request) -> SandboxConfig:
+        """The same wish as ours. InvalidConfig in words of the field that is wrong."""
+        fields = self.model_dump(exclude={"auto_clear_time_minutes", "auto_clear_time", "startup_timeout"})
+        minutes = self.auto_clear_time_minutes or self.auto_clear_time or _DEFAULT_MINUTES
+        fields["auto_clear_seconds"] = math.ceil(minutes * 60)
+        fields["startup_timeout"] = min(self.startup_timeout or 600.0, 1800.0)
+        for name in ("user_id", "experiment_id", "namespace", "cluster"):
+            value = request.header(f"x-{name.replace('_', '-')}".encode())
+            if value:
+                fields[name] = value
+        return validate(SandboxConfig, fields)
+
+
+class Batch(Asked):
+    sandbox_ids: list[str] = Field(max_length=_MOST)
+
+
+class CommitRequest(AboutSandbox):
+    image_tag: Name
+    username: str
+    password: str
+
+
+class Sandboxes:
+    """Handlers of sandboxes, by method and path."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def routes(self) -> list[tuple[str, str, Handler]]:
+        started = {**CODED, **START_FIELDS}
+        return [
+            ("POST", "/start_async", enveloped(self.start_async, "async start sandbox failed", started)),
+            ("POST", "/start", enveloped(self.start, "start sandbox failed", started)),
+            ("GET", "/get_status", enveloped(self.get_status, "get sandbox status failed", {**CODED, **FIELDS})),
+            ("GET", "/is_alive", enveloped(self.is_alive, "get sandbox is alive failed")),
+            ("GET", "/get_sandbox_statistics", enveloped(self.statistics, "get sandbox statistics failed")),
+            ("POST", "/stop", enveloped(self.stop, "stop sandbox failed", CODED)),
+            ("POST", "/delete", enveloped(self.delete, "delete sandbox failed", CODED)),
+            ("POST", "/sandboxes/batch", enveloped(self.batch, "batch get sandbox status failed", CODED)),
+            ("GET", "/sandboxes", enveloped(self.list, "list sandboxes failed")),
+            ("GET", "/get_token", enveloped(self.get_token, "get oss sts token failed")),
+            ("POST", "/restart", enveloped(self.restart, "restart sandbox failed", started)),
+            ("POST", "/sandboxes/{sandbox_id}/restart",
+             enveloped(self.restart, "restart sandbox failed", started)),
+            ("POST", "/sandboxes/{sandbox_id}/archive", enveloped(self.archive, "archive sandbox failed", CODED)),
+            ("POST", "/commit", enveloped(self.commit, "commit sandbox failed", CODED)),
+            ("GET", "/commit/{sandbox_id}", enveloped(self.commit_status, "get commit status failed", CODED)),
+        ]  # fmt: skip
+
+    # ---- start ----
+
+    async def start_async(self, request: Request) -> dict[str, Any]:
+        """Start; waits a moment, so that a client's first look finds it running, or is told why it does not run."""
+        return _started(await self._create(request, _A_MOMENT))
+
+    async def start(self, request: Request) -> dict[str, Any]:
+        """Start and wait until it runs."""
+        return _started(await self._create(request, _LONGEST_START))
+
+    async def _create(self, request: Request, wait: float) -> SandboxInfo:
+        config = (await body_of(request, StartRequest)).config(request)
+        try:
+            return await self._service.create(config, None, wait)
+        except Unsupported:
+            # Newer clients ask for a disk of 50 GB without being told to, and ROCK passes over a disk limit that a
+            # host cannot hold: it is null in the status then.
+            if config.disk is None:
+                raise
+        return await self._service.create(config.model_copy(update={"disk": None}), None, wait)
+
+    # ---- look ----
+
+    async def get_status(self, request: Request) -> dict[str, Any]:
+        """Counts as activity, as in ROCK: clients keep a sandbox alive by looking at it."""
+        sandbox_id = query_id(request)
+        found = await self._status(sandbox_id, request.flag("include_all_states"), wait=_A_MOMENT, touch=True)
+        if found is None:
+            raise NotFound(f"Sandbox {sandbox_id} not found", sandbox_id=sandbox_id)
+        return found
+
+    async def _status(
+        self, sandbox_id: str, all_states: bool, *, wait: float = 0.0, touch: bool = False
+    ) -> dict[str, Any] | None:
+        try:
+            info = await self._service.get(sandbox_id, wait=wait, touch=touch)
+            record = await self._service.load(sandbox_id)
+        except NotFound:
+            return None
+        return status_of(record, info) if all_states or is_listed(info) else None
+
+    async def is_alive(self, request: Request) -> dict[str, Any]:
+        sandbox_id = query_id(request)
+        try:
+            info = await self._service.get(sandbox_id, touch=True)
+        except NotFound as error:
+            return {"is_alive": False, "message": str(error)}
+        return {"is_alive": info.is_alive, "message": (info.host_name if info.is_alive else info.reason) or ""}
+
+    async def statistics(self, request: Request) -> dict[str, Any]:
+        """Percent of what the sandbox may use; null is not measured here."""
+        sandbox_id = query_id(request)
+        first = await self._usage(sandbox_id)
+        began = asyncio.get_running_loop().time()
+        await asyncio.sleep(_SAMPLE)
+        second = await self._usage(sandbox_id)
+        passed = asyncio.get_running_loop().time() - began
+        result: dict[str, Any] = dict.fromkeys(("cpu", "mem", "disk", "disk_log_percent", "disk_dind_percent", "net"))
+        if first.usage and second.usage:
+            if first.usage.cpu_seconds is not None and second.usage.cpu_seconds is not None:
+                used = second.usage.cpu_seconds - first.usage.cpu_seconds
+                result["cpu"] = round(100 * used / passed / second.cpus, 2)
+            if second.usage.memory_bytes is not None:
+                result["mem"] = round(100 * second.usage.memory_bytes / parse_size(second.memory), 2)
+        return result
+
+    async def _usage(self, sandbox_id: str) -> SandboxInfo:
+        info = await self._service.get(sandbox_id, usage=True)
+        if not is_listed(info):
+            raise NotFound(f"Sandbox {sandbox_id} not found", sandbox_id=sandbox_id)
+        return info
+
+    async def batch(self, request: Request) -> dict[str, Any]:
+        """Those that start or run, of the ids that were asked for."""
+        wish = await body_of(request, Batch)
+        found = [await self._status(sandbox_id, False) for sandbox_id in wish.sandbox_ids]
+        return {**CODED, "statuses": [status for status in found if status and status["state"] in _ACTIVE]}
+
+    async def list(self, request: Request) -> dict[str, Any]:
+        """A page of those that start or run, newest first; any other word of the query is a field and its value."""
+        page, size = query_number(request, "page", 1, 1 << 30), query_number(request, "page_size", 500, _MOST)
+        wanted = {name: value for name, value in request.query.items() if name not in ("page", "page_size")}
+        unknown = sorted(set(wanted) - set(FIELDS))
+        if unknown:
+            raise InvalidConfig(f"cannot list by {', '.join(unknown)}", hint=f"there are: {', '.join(FIELDS)}")
+        items = [
+            status
+            for record in await self._service.store.list(Query(states=_ACTIVE, limit=1 << 30))
+            if _matches(status := status_of(record, record.info), wanted)
+        ]
+        end = page * size
+        return {"items": items[end - size : end], "total": len(items), "has_more": len(items) > end}
+
+    async def get_token(self, request: Request) -> None:
+        """There is no object storage: clients take that for "upload to the server"."""
+        return
+
+    # ---- end ----
+
+    async def stop(self, request: Request) -> str:
+        """Stop it; one that is gone or was never there is stopped."""
+        sandbox_id = (await body_of(request, AboutSandbox)).sandbox_id
+        try:
+            await self._service.stop(sandbox_id)
+        except NotFound:
+            pass
+        return f"{sandbox_id} stopped"
+
+    async def delete(self, request: Request) -> str:
+        """Forget a stopped one. What is not there is deleted: clients repeat themselves."""
+        sandbox_id = (await body_of(request, AboutSandbox)).sandbox_id
+        try:
+            await self._service.delete(sandbox_id)
+        except NotFound:
+            pass
+        except Conflict:
+            state = (await self._service.load(sandbox_id)).state
+            raise Conflict(
+                f"Sandbox {sandbox_id} cannot be deleted: current state is '{state}', "
+                "must be stopped or archived first",
+                sandbox_id=sandbox_id,
+            ) from None
+        return f"{sandbox_id} deleted"
+
+    # ---- what this server cannot do yet ----
+
+    async def restart(self, request: Request) -> None:
+        sandbox_id = request.path.get("sandbox_id") or (await body_of(request, AboutSandbox)).sandbox_id
+        raise await self._cannot(sandbox_id, "restarted", "a stopped sandbox leaves nothing to start again")
+
+    async def archive(self, request: Request) -> None:
+        raise await self._cannot(request.path["sandbox_id"], "archived", "the archive feature is disabled")
+
+    async def commit(self, request: Request) -> None:
+        sandbox_id = (await body_of(request, CommitRequest)).sandbox_id
+        raise await self._cannot(sandbox_id, "committed", "images cannot be made of sandboxes yet")
+
+    async def commit_status(self, request: Request) -> None:
+        raise await self._cannot(request.path["sandbox_id"], "committed", "images cannot be made of sandboxes yet")
+
+    async def _cannot(self, sandbox_id: str, what: str, why: str) -> RockError:
+        """Unsupported; NotFound when there is no such sandbox at all."""
+        state = (await self._service.load(sandbox_id)).state
+        return Unsupported(
+            f"Sandbox {sandbox_id} cannot be {what}: not supported by this server yet, {why}"
+            f" (current state is '{state}')",
+            sandbox_id=sandbox_id,
+        )
+
+
+def _started(info: SandboxInfo) -> dict[str, Any]:
+    about = {"sandbox_id": info.sandbox_id, "host_name": info.host_name, "host_ip": info.host_ip}
+    return {**CODED, **START_FIELDS, **about}
+
+
+def _matches(status: dict[str, Any], wanted: dict[str, str]) -> bool:
+    return all(str(status[name]) == value for name, value in wanted.items())

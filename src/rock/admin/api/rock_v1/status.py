@@ -1,0 +1,116 @@
+"""A sandbox in the shape that clients of ROCK read."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from rock.protocol.sandbox import Cause, Phase, SandboxInfo, State
+from rock.store.base import Record
+
+# Versions of parts that ROCK had and that some clients read.
+_GATEWAY, _REX = "0.0.45", "1.2.17"
+_ON_DISK = "use cached image, skip image pull"
+
+FIELDS: dict[str, Any] = dict.fromkeys(
+    (
+        "sandbox_id", "status", "state", "is_alive", "port_mapping", "host_name", "host_ip", "image", "user_id",
+        "experiment_id", "namespace", "gateway_version", "swe_rex_version", "cpus", "memory", "num_gpus",
+        "accelerator_type", "disk", "disk_limit_rootfs", "create_time", "start_time", "stop_time", "archive_time",
+        "delete_time", "auto_stop_time", "auto_archive_time", "auto_delete_time", "state_history",
+    )
+)  # fmt: skip
+"""Fields of a status, for the result of a failure."""
+
+START_FIELDS: dict[str, Any] = dict.fromkeys(
+    ("sandbox_id", "host_name", "host_ip", "cpus", "memory", "disk", "disk_limit_rootfs")
+)
+
+
+def is_listed(info: SandboxInfo) -> bool:
+    """Whether it is there for clients that do not ask for all states. One whose start failed is: they read why."""
+    return info.state in (State.PENDING, State.RUNNING) or info.cause is Cause.START_FAILED
+
+
+def status_of(record: Record, info: SandboxInfo) -> dict[str, Any]:
+    """`info`: the record's, with what its worker says of it now."""
+    config, state = record.config, state_of(info)
+    return {
+        **FIELDS,
+        "sandbox_id": info.sandbox_id,
+        "status": _phases(info),
+        "state": state,
+        "is_alive": info.is_alive,
+        "port_mapping": {},
+        "host_name": info.host_name,
+        "host_ip": info.host_ip,
+        "image": info.image,
+        "user_id": info.user_id or "default",
+        "experiment_id": info.experiment_id or "default",
+        "namespace": info.namespace or "default",
+        "gateway_version": _GATEWAY,
+        "swe_rex_version": _REX,
+        "cpus": info.cpus,
+        "memory": info.memory,
+        "num_gpus": config.num_gpus,
+        "accelerator_type": config.accelerator_type,
+        "disk": config.disk,
+        "disk_limit_rootfs": config.disk,
+        "create_time": _time(info.created_at),
+        "start_time": _time(info.started_at),
+        "stop_time": _time(info.stopped_at),
+        "delete_time": _time(info.stopped_at) if state == "deleted" else None,
+        "auto_stop_time": _time(info.auto_stop_at),
+        "state_history": _history(info),
+    }
+
+
+def state_of(info: SandboxInfo) -> str:
+    """ROCK's word for the state. Nothing of a stopped sandbox is kept here, which ROCK calls deleted."""
+    if info.state is State.STOPPING:
+        return "stopped"
+    if info.state is State.STOPPED:
+        return "stopped" if info.cause is Cause.START_FAILED else "deleted"
+    return info.state.value
+
+
+def _time(seconds: float | None) -> str | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+def _phases(info: SandboxInfo) -> dict[str, Any]:
+    """Never null: clients look into it while they wait for the start."""
+    if info.cause is Cause.START_FAILED:
+        message = info.reason or "the start failed"
+        of_image = (info.error or {}).get("error", {}).get("code") == "image_error"
+        if of_image:
+            return {"image_pull": _phase("failed", message), "docker_run": _phase("waiting", "waiting")}
+        return {"image_pull": _phase("success", _ON_DISK), "docker_run": _phase("failed", message)}
+    if info.state is State.PENDING:
+        return {"image_pull": _phase("running", "image pull running"), "docker_run": _phase("waiting", "waiting")}
+    image, run = info.phases.get("image"), info.phases.get("sandbox")
+    return {
+        "image_pull": _phase("success", _ON_DISK, image),
+        "docker_run": _phase("success", "docker run success", run),
+    }
+
+
+def _phase(status: str, message: str, told: Phase | None = None) -> dict[str, Any]:
+    return {
+        "status": status,
+        "message": message,
+        "started_at": _time(told.started_at) if told else None,
+        "completed_at": _time(told.completed_at) if told else None,
+    }
+
+
+def _history(info: SandboxInfo) -> list[dict[str, Any]]:
+    steps = []
+    if info.started_at is not None:
+        steps.append(("pending", "running", "alive", info.started_at))
+    if info.stopped_at is not None:
+        steps.append(("running" if info.started_at is not None else "pending", "stopped", "stop", info.stopped_at))
+    return [
+        {"from_state": before, "to_state": after, "event": event, "timestamp": _time(at)}
+        for before, after, event, at in steps
+    ]
