@@ -185,7 +185,7 @@ def test_no_server_says_how_to_start_one() -> None:
 
 def test_memory_is_held(server: RunningServer) -> None:
     with Sandbox(config(server, memory="64m")) as sandbox:
-        seen = sandbox.arun("python3 -c 'x = bytearray(200 << 20); print(len(x))'")
+        seen = sandbox.arun("python3 -c 'import time; x = bytearray(200 << 20); time.sleep(2); print(len(x))'")
         assert seen.exit_code == 137
         assert sandbox.arun("echo fine").output == "fine\n"
         usage = sandbox.info(usage=True).usage

@@ -6,11 +6,11 @@ import threading
 import time
 
 import pytest
-from tests.conftest import running
+from tests.conftest import IMAGE, RunningServer, running
 
 from rock.actions import Action, BashAction, CreateBashSessionRequest
 from rock.errors import CommandFailed, CommandTimeout, Conflict, InvalidConfig, NotFound, SessionClosed, StartFailed
-from rock.sync import Sandbox
+from rock.sync import Sandbox, SandboxConfig
 
 
 def usable(sandbox: Sandbox, session: str = "default") -> None:
@@ -252,3 +252,11 @@ def test_calls_to_one_session_queue(sandbox: Sandbox) -> None:
     for thread in threads:
         thread.join()
     assert sandbox.arun("echo $n").output == "10\n"
+
+
+def test_a_session_that_is_still_being_opened_can_be_closed(server: RunningServer) -> None:
+    for _ in range(5):  # the default one is opened behind the back of whoever started the sandbox
+        with Sandbox(SandboxConfig(base_url=server.url, image=IMAGE, memory="256m", cpus=1.0)) as sandbox:
+            sandbox.close_session("default")
+            sandbox.create_session(CreateBashSessionRequest(session="default", env={"A": "1"}))
+            assert sandbox.arun("echo $A").output == "1\n"

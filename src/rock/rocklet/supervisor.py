@@ -268,6 +268,9 @@ class Supervisor:
         )
 
     async def close_session(self, name: str) -> None:
+        opening = self._opening.get(name)
+        if opening is not None:
+            await asyncio.wait({opening})
         session = self.sessions.pop(name, None)
         if session is None:
             raise NotFound(f"session {name!r} does not exist", sandbox_id=self.id)
