@@ -44,7 +44,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(data)
 
     def do_GET(self):
-        word, _, rest = self.path[1:].partition("/")
+        word, _, rest = self.path[1:].partition("?")[0].partition("/")
         handler = getattr(self, f"on_{word}", None)
         if handler is not None:
             handler(rest)
@@ -224,6 +224,7 @@ def half(sock):
 
 
 def reset(sock):
+    sock.recv(1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 

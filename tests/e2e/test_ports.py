@@ -1,4 +1,4 @@
-"""Ports of programs in a sandbox without a network: HTTP, WebSockets and plain connections, and programs that misbehave."""
+"""Ports of programs in a sandbox without a network: HTTP, WebSockets and plain connections, and bad manners."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ import hashlib
 import http.client
 import json
 import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -21,6 +26,8 @@ from tests.conftest import IMAGE, RunningServer
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+import rock.sdk
+from rock.errors import Conflict, InvalidConfig, RockError
 from rock.sync import Sandbox, SandboxConfig
 
 GUEST = Path(__file__).parent / "port_guest.py"
@@ -34,6 +41,12 @@ def sockets(server: RunningServer) -> int:
         with contextlib.suppress(OSError):
             found += os.readlink(f"{folder}/{name}").startswith("socket:")
     return found
+
+
+def memory_peak(server: RunningServer) -> int:
+    """Bytes."""
+    lines = Path(f"/proc/{server.pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
 
 
 def until(what: Callable[[], bool], seconds: float = SECONDS) -> None:
@@ -131,15 +144,15 @@ def test_head_empty_answers_and_early_hints(guest: Guest) -> None:
 
 def test_20_mb_both_ways_and_never_whole_in_memory(guest: Guest) -> None:
     size = 20 << 20
-    answer, body = guest.ask("GET", f"/size/{size}")
-    assert len(body) == size
+    peak = memory_peak(guest.server)
+    assert len(guest.ask("GET", f"/size/{size}")[1]) == size
     part = os.urandom(1 << 20)
     want = hashlib.sha256(part * 20).hexdigest()
     for headers in ({"Content-Length": str(size)}, {}):  # and chunked
-        answer, body = guest.ask("POST", "/hash", iter([part] * 20), headers)
+        _, body = guest.ask("POST", "/hash", iter([part] * 20), headers)
         assert json.loads(body) == {"size": size, "sha256": want, "chunked": not headers}
-    answer, body = guest.ask("GET", f"/chunked/{size}")
-    assert len(body) == size
+    assert len(guest.ask("GET", f"/chunked/{size}")[1]) == size
+    assert memory_peak(guest.server) - peak < size // 2
 
 
 def test_events_come_when_they_are_sent(guest: Guest) -> None:
@@ -185,8 +198,7 @@ def test_a_port_where_nobody_listens(guest: Guest) -> None:
     status, error = guest.failure(7999)
     assert status == 503 and error["code"] == "unavailable" and "7999" in error["message"] and error["hint"]
     for port in ("0", "65536", "http", "-1", "08000000"):
-        answer, body = guest.ask("GET", "/", port=port)  # type: ignore[arg-type]
-        assert answer.status == 422, port
+        assert guest.ask("GET", "/", port=port)[0].status == 422, port  # type: ignore[arg-type]
     assert guest.ask("GET", "/", headers={"X-ROCK-Timeout": "soon"})[0].status == 422
 
 
@@ -411,6 +423,7 @@ def test_tunnels_that_break(guest: Guest) -> None:
         assert socket.close_code == 1003
 
     async def reset(socket: ClientConnection) -> None:
+        await socket.send(b"x")
         await socket.wait_closed()
         assert socket.close_code == 1011
 
@@ -428,3 +441,102 @@ def test_tunnels_that_break(guest: Guest) -> None:
         assert socket.close_code == 1011
 
     talk(guest, "/tcp/9015", stop)
+
+
+# ---- ports of this machine ----
+
+
+def exchange(address: tuple[str, int], data: bytes, seconds: float = SECONDS) -> bytes:
+    with socket.create_connection(address, seconds) as client:
+        sender = threading.Thread(target=lambda: (client.sendall(data), client.shutdown(socket.SHUT_WR)))
+        sender.start()
+        parts = iter(lambda: client.recv(1 << 16), b"")
+        seen = b"".join(parts)
+        sender.join()
+        return seen
+
+
+def test_a_forwarded_port(guest: Guest, free_port: Callable[[], int]) -> None:
+    with guest.sandbox.port_forward(9015) as forward:
+        assert forward.host == "127.0.0.1" and forward.port > 0
+        data = os.urandom(3 << 20)
+        with ThreadPoolExecutor(8) as pool:
+            answers = pool.map(lambda n: exchange((forward.host, forward.port), data + b"%d" % n), range(8))
+            assert all(seen == data + b"%d" % n for n, seen in enumerate(answers))
+        with pytest.raises(Conflict), guest.sandbox.port_forward(9015, forward.port):
+            raise AssertionError("it is taken")
+    with pytest.raises(ConnectionRefusedError):
+        exchange((forward.host, forward.port), b"")
+    local = free_port()
+    with guest.sandbox.port_forward(8000, local) as forward:
+        assert forward.url == f"http://127.0.0.1:{local}"
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", local, timeout=SECONDS)) as connection:
+            for _ in range(2):  # over one connection
+                connection.request("GET", "/size/10")
+                assert connection.getresponse().read() == b"x" * 10
+    with guest.sandbox.port_forward(7999) as forward:
+        failures: list[RockError] = []
+        forward.failed = failures.append
+        with contextlib.suppress(ConnectionError):
+            assert exchange((forward.host, forward.port), b"") == b""
+        until(lambda: [error.code for error in failures] == ["unavailable"])
+    for remote, wanted in ((0, 0), (65536, 0), (1, -1)):
+        with pytest.raises(InvalidConfig), guest.sandbox.port_forward(remote, wanted):
+            raise AssertionError("that is no port")
+
+
+def test_a_forwarded_port_from_asynchronous_code(guest: Guest) -> None:
+    async def work() -> None:
+        sandbox = rock.sdk.Sandbox(guest.sandbox.config)
+        sandbox.sandbox_id = guest.sandbox.sandbox_id
+        async with sandbox.port_forward(9015) as forward:
+            reader, writer = await asyncio.open_connection(forward.host, forward.port)
+            writer.write(b"hello")
+            assert await reader.readexactly(5) == b"hello"
+            writer.close()
+
+    asyncio.run(work())
+
+
+def test_the_address_of_a_port(guest: Guest) -> None:
+    url = guest.sandbox.url_of(8000)
+    assert url == f"{guest.server.url}{guest.base}/ports/8000/"
+    with urllib.request.urlopen(url + "size/3", timeout=SECONDS) as answer:
+        assert answer.read() == b"xxx"
+
+
+def test_the_command_port_forward(guest: Guest) -> None:
+    sandbox_id = str(guest.sandbox.sandbox_id)
+    command = [sys.executable, "-W", "error", "-m", "rock.cli.main", "port-forward", sandbox_id, "0:9015", "0:7999"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        addresses = []
+        for remote in (9015, 7999):
+            address, _, there = process.stdout.readline().strip().partition(" -> ")
+            assert there == f"{sandbox_id}:{remote}"
+            host, _, port = address.partition(":")
+            addresses.append((host, int(port)))
+        assert exchange(addresses[0], b"hello" * 1000) == b"hello" * 1000
+        with contextlib.suppress(ConnectionError):
+            exchange(addresses[1], b"")
+        assert "nothing listens on port 7999" in process.stderr.readline()
+        with socket.create_connection(addresses[0], SECONDS) as left_open:
+            left_open.sendall(b"x")
+            assert left_open.recv(1) == b"x"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(SECONDS) == 0
+        assert "Traceback" not in process.stderr.read()
+    done = subprocess.run([*command[:6], sandbox_id, "x:80"], capture_output=True, text=True, timeout=SECONDS)
+    assert done.returncode == 1 and "LOCAL:]REMOTE" in done.stderr
+
+
+def test_the_command_port_forward_ends_with_its_sandbox(guest: Guest) -> None:
+    command = [sys.executable, "-m", "rock.cli.main", "port-forward", str(guest.sandbox.sandbox_id), "0:9015"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        port = int(process.stdout.readline().partition(" ")[0].rpartition(":")[2])
+        guest.sandbox.stop()
+        with contextlib.suppress(ConnectionError):
+            exchange(("127.0.0.1", port), b"")
+        assert process.wait(SECONDS) == 1
+        assert "is gone" in process.stderr.read()
