@@ -246,6 +246,54 @@ def test_a_program_that_does_not_read_the_body(guest: Guest) -> None:
     assert answer.status == 413 and body == b"no"
 
 
+def test_a_slow_client_is_not_a_slow_program(guest: Guest) -> None:
+    def parts() -> Iterator[bytes]:
+        for word in (b"one ", b"two ", b"three"):
+            time.sleep(0.6)
+            yield word
+
+    answer, body = guest.ask("POST", "/echo", parts(), {"Content-Length": "13", "X-ROCK-Timeout": "0.5"})
+    assert answer.status == 200 and json.loads(body)["body"] == "one two three"
+
+
+def test_an_answer_before_the_body_was_sent(guest: Guest) -> None:
+    host, _, port = guest.address.partition(":")
+    with socket.create_connection((host, int(port)), SECONDS) as client:
+        head = f"POST {guest.base}/ports/9014/ HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n"
+        client.sendall(head.encode())
+        seen = b""
+        while not seen.endswith(b"no"):
+            part = client.recv(4096)
+            assert part, seen
+            seen += part
+        assert seen.startswith(b"HTTP/1.1 413")
+
+
+def test_streams_and_tunnels_do_not_hold_up_a_server_that_stops(own_server: Callable[..., RunningServer]) -> None:
+    server = own_server()
+    with Sandbox(SandboxConfig(base_url=server.url, image=IMAGE, memory="512m", network="none")) as sandbox:
+        sandbox.fs.write("/tmp/guest.py", GUEST.read_bytes())
+        sandbox.start_process(["python3", "/tmp/guest.py"])
+        sandbox.arun("until [ -e /tmp/ready ]; do sleep 0.05; done", timeout=SECONDS)
+        guest = Guest(server, sandbox)
+        connection, answer = guest.open("GET", "/events")
+        assert answer.readline() == b"data: 0\n"
+        with contextlib.closing(connection), sandbox.port_forward(9015) as forward:
+            with socket.create_connection((forward.host, forward.port), SECONDS) as client:
+                client.sendall(b"x")
+                assert client.recv(1) == b"x"
+                assert server.process is not None
+                began = time.monotonic()
+                server.process.send_signal(signal.SIGTERM)
+                assert server.process.wait(SECONDS) == 0
+                assert time.monotonic() - began < 4
+                with contextlib.suppress(ConnectionError):
+                    assert client.recv(1) == b""
+        assert "Traceback" not in server.log()
+        server.start(port=urlsplit(server.url).port or 0)
+        assert guest.ask("GET", "/echo")[0].status == 200  # the sandbox and its programs went on
+
+
 @pytest.mark.parametrize("path", ["/events", "/forever"])
 def test_a_client_that_leaves(guest: Guest, path: str) -> None:
     before = sockets(guest.server)

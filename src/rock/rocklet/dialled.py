@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING
@@ -58,10 +59,11 @@ async def dial(sandbox: Supervisor, port: int) -> socket.socket:
         try:
             fd = await runtime.dial(sandbox.handle, port, host=host, timeout=CONNECT_WITHIN)
             break
-        except NotFound as error:
-            if "did not answer" in error.message:
-                raise PortTimeout(error.message, sandbox_id=sandbox.id) from None
-        except RockError:
+        except NotFound:
+            pass
+        except PortTimeout:
+            raise
+        except RockError:  # it may have no IPv6 at all
             if host == _LOOPBACK[0]:
                 raise
     else:
@@ -70,7 +72,11 @@ async def dial(sandbox: Supervisor, port: int) -> socket.socket:
             sandbox_id=sandbox.id,
             hint="start a server there, on 127.0.0.1 or 0.0.0.0; one that was just started may need a moment",
         )
-    sock = socket.socket(fileno=fd)
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError as error:  # pid 1 runs inside, and may have been made to hand out anything
+        os.close(fd)
+        raise PortFailed(f"port {port} gave no connection: {error}", sandbox_id=sandbox.id) from None
     sock.setblocking(False)
     return sock
 
@@ -81,7 +87,7 @@ async def streams(sandbox: Supervisor, port: int) -> AsyncIterator[tuple[asyncio
     sock = await dial(sandbox, port)
     try:
         reader, writer = await asyncio.open_connection(sock=sock, limit=CHUNK)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         sock.close()
         raise PortFailed(f"the connection to port {port} broke: {error}", sandbox_id=sandbox.id) from None
     except BaseException:

@@ -83,7 +83,7 @@ async def _joined(sandbox: Supervisor, target: Target, request: Request) -> Asyn
     sock = await dial(sandbox, target.port)
     try:
         _, program = await asyncio.get_running_loop().create_connection(make, sock=sock)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         sock.close()
         raise PortFailed(f"the connection to port {target.port} broke: {error}", sandbox_id=sandbox.id) from None
     except BaseException:

@@ -109,8 +109,8 @@ class _Exchange:
                 await self._put(head)
                 async for part in self._request.chunks():
                     await self._put(self._http.send(h11.Data(data=part)))
-                    self._expect(None)  # it is the client's turn
                 await self._put(self._http.send(h11.EndOfMessage()))
+                self._expect(self._patience)
             except (OSError, h11.LocalProtocolError):
                 # It does not read, and may have answered all the same. The client shall get to hear that.
                 self._expect(self._patience)
@@ -123,11 +123,12 @@ class _Exchange:
         self._writer.transport.abort()
 
     async def _put(self, data: bytes | None) -> None:
-        self._expect(self._patience)
         if data:
+            self._expect(self._patience)
             self._writer.write(data)
             async with asyncio.timeout(self._patience):
                 await self._writer.drain()
+        self._expect(None)  # it is the client's turn
 
     def _expect(self, seconds: float | None) -> None:
         if self._limit is not None and not self._limit.expired():
