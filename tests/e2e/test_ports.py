@@ -43,6 +43,10 @@ def sockets(server: RunningServer) -> int:
     return found
 
 
+def whole_log(server: RunningServer) -> str:
+    return (server.home / "output.log").read_text() + (server.home / "logs" / "server.log").read_text()
+
+
 def memory_peak(server: RunningServer) -> int:
     """Bytes."""
     lines = Path(f"/proc/{server.pid}/status").read_text().splitlines()
@@ -99,8 +103,9 @@ def guest(server: RunningServer) -> Iterator[Guest]:
         sandbox.start_process(["python3", "/tmp/guest.py"])
         assert sandbox.arun("until [ -e /tmp/ready ]; do sleep 0.05; done", timeout=SECONDS).exit_code == 0
         sandbox.execute("true")
-        before = sockets(server)
+        before, told = sockets(server), len(whole_log(server))
         yield Guest(server, sandbox)
+        assert "Traceback" not in whole_log(server)[told:]
         until(lambda: sockets(server) <= before)  # every connection to a port was closed, whoever ended it
 
 
