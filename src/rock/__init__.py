@@ -3,7 +3,8 @@
     env = rock.make("game:Sokoban-v0-easy")
     sandbox = rock.Sandbox(image="host")
 
-The names below are loaded when they are asked for, so that `import rock` is quick.
+The names below are loaded when they are asked for, so that `import rock` is quick. `rock.gym`, `rock.make_vec` and
+`rock.register_gem` are there too, where numpy and Gymnasium or GEM are installed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rock.envs import RockEnv, make
+    from rock import gym as gym
+    from rock.envs import RockEnv, list_envs, make
     from rock.errors import (
         BadRequestRockError,
         CommandRockError,
@@ -22,12 +24,15 @@ if TYPE_CHECKING:
         codes,
         raise_for_code,
     )
+    from rock.gem import make_vec as make_vec
+    from rock.gem import register_gem as register_gem
     from rock.sdk.sandbox import Sandbox, SandboxConfig, SandboxGroup, SandboxGroupConfig
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "rock.envs": ("RockEnv", "make"),
+    "rock.envs": ("RockEnv", "list_envs", "make"),
+    "rock.gem": ("make_vec", "register_gem"),
     "rock.errors": (
         "BadRequestRockError",
         "CommandRockError",
@@ -53,12 +58,15 @@ __all__ = [
     "SandboxGroup",
     "SandboxGroupConfig",
     "codes",
+    "list_envs",
     "make",
     "raise_for_code",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "gym":
+        return import_module("rock.gym")
     if name not in _HOME:
         raise AttributeError(f"module 'rock' has no attribute {name!r}")
     value = getattr(import_module(_HOME[name]), name)

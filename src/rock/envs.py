@@ -8,22 +8,14 @@ env.close()
 
 from __future__ import annotations
 
-import time
 from types import TracebackType
 from typing import Any, Self
 
-import orjson
+from rock import errors
+from rock.envlink import EnvLink, Player
+from rock.protocol.env import OpenEnv
+from rock.protocol.sandbox import SandboxConfig
 
-from rock import errors, settings
-from rock.protocol.env import EnvInfo, OpenEnv
-from rock.protocol.routes import ROUTES
-from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
-from rock.sync.sandbox.lifecycle import end_of
-from rock.sync.sandbox.link import parse, path, transport_of
-from rock.sync.transport import Transport, decode
-
-POLL = 20.0  # seconds of one long-poll
-SLACK = 30.0
 START_TIMEOUT = 1200.0  # the first one of a package set installs it
 STEP_TIMEOUT = 300.0
 
@@ -36,9 +28,11 @@ class RockEnv:
     env_id: as GEM names it. env_number: its number there. sandbox_id: where it runs.
     base_url, api_key: ROCK_BASE_URL and ROCK_API_KEY where they are not given.
     config: limits of its sandbox; it then gets one of its own, which `close` stops. `exclusive` asks for the same.
+    packages: what it needs beside GEM, as pip names it. imports: modules that register it.
     start_timeout, step_timeout: seconds. kwargs: go to the environment's constructor.
 
-    Errors are typed: NotFound (no such environment), InvalidConfig (arguments it does not take), Unavailable, ...
+    Errors are typed: NotFound (no such environment), EnvironmentRaised (it raised, and stays usable),
+    EnvironmentEnded (its process is gone), CommandTimeout, Unavailable, ...
     """
 
     def __init__(
@@ -49,28 +43,43 @@ class RockEnv:
         api_key: str | None = None,
         config: SandboxConfig | None = None,
         exclusive: bool = False,
+        packages: list[str] | None = None,
+        imports: list[str] | None = None,
         start_timeout: float = START_TIMEOUT,
         step_timeout: float | None = STEP_TIMEOUT,
         **kwargs: Any,
     ) -> None:
         self.env_id = env_id
         self._closed = True
-        self._exclusive = exclusive or config is not None
-        self._step_timeout = step_timeout
-        self._transport = _transport(base_url, api_key, config)
-        self._index = 0
-        wish = OpenEnv(env_id=env_id, exclusive=self._exclusive)
-        if config is not None:
-            wish.config = config
-        self.sandbox_id = self._open_sandbox(wish, start_timeout)
+        self._link = EnvLink(
+            base_url=base_url, api_key=api_key, config=config, exclusive=exclusive, timeout=step_timeout
+        )
+        wish = OpenEnv(env_id=env_id)
+        if packages:
+            wish.packages = packages
+        self._link.open(wish, start_timeout)
         try:
-            self.env_number = self._make(kwargs, start_timeout)
+            made: dict[str, Any] = {"env_id": env_id, "kwargs": kwargs}
+            if imports:
+                made["imports"] = imports
+            self._player = Player(self._link, self._link.make(made, start_timeout))
         except BaseException:
-            self._stop_sandbox()
+            self._link.close()
             raise
         self._closed = False
-        self._step_path = self._path("step_env")
-        self._reset_path = self._path("reset_env")
+
+    @property
+    def sandbox_id(self) -> str:
+        return self._link.sandbox_id
+
+    @property
+    def player(self) -> Player:
+        """What it is asked with, for those that ask several at once."""
+        return self._player
+
+    @property
+    def env_number(self) -> int:
+        return self._player.number
 
     def __repr__(self) -> str:
         return f"RockEnv({self.env_id!r}, sandbox_id={self.sandbox_id!r}, env_number={self.env_number})"
@@ -82,12 +91,7 @@ class RockEnv:
     def reset(self, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Start an episode: (observation, info). The same seed gives the same start."""
         self._check_open()
-        body: dict[str, Any] = {"seed": seed}
-        if options is not None:
-            body["options"] = options
-        answer = self._call(self._reset_path, body)
-        self._index = 0
-        return answer["observation"], answer["info"]
+        return self._player.reset(seed, options)
 
     def step(self, action: Any) -> Step:
         """One step: (observation, reward, terminated, truncated, info).
@@ -95,26 +99,37 @@ class RockEnv:
         It carries its number in the episode, so that one sent again because its answer was lost is done once.
         """
         self._check_open()
-        answer = self._call(self._step_path, {"action": action, "index": self._index})
-        self._index += 1
-        return (
-            answer["observation"],
-            float(answer["reward"]),
-            bool(answer["terminated"]),
-            bool(answer["truncated"]),
-            answer["info"],
-        )
+        observation, reward, terminated, truncated, info = self._player.step(action)
+        return observation, float(reward), terminated, truncated, info
+
+    def sample_random_action(self) -> Any:
+        """An action as the environment itself draws one; EnvironmentRaised when it does not."""
+        return self.call("sample_random_action")
+
+    def get_state(self) -> Any:
+        """The state of environments that tell it, for `set_state`."""
+        return self.call("get_state")
+
+    def set_state(self, state: Any) -> None:
+        self.call("set_state", state)
+
+    def call(self, name: str, *arguments: Any, **keywords: Any) -> Any:
+        """The result of a method of the environment; what cannot travel is told as {"$type", "$repr"}."""
+        self._check_open()
+        return self._player.call("call", name, list(arguments), keywords)
+
+    def get_attr(self, name: str) -> Any:
+        """An attribute of the environment, as it is now."""
+        self._check_open()
+        return self._player.call("get", name)
 
     def close(self) -> None:
         """End its process. Nothing happens when that was done, or when its sandbox is gone."""
         if self._closed:
             return
         self._closed = True
-        try:
-            self._transport.json("DELETE", self._path("close_env"), timeout=SLACK)
-        except (errors.NotFound, errors.SandboxError):
-            pass
-        self._stop_sandbox()
+        self._link.close_env(self._player.number)
+        self._link.close()
 
     def __enter__(self) -> Self:
         return self
@@ -128,57 +143,15 @@ class RockEnv:
         if self._closed:
             raise errors.Conflict(f"{self.env_id} is closed", hint="make a new one")
 
-    def _path(self, name: str) -> str:
-        return ROUTES[name].url(sandbox_id=self.sandbox_id, env=str(self.env_number))
-
-    def _call(self, target: str, body: dict[str, Any]) -> Any:
-        try:
-            raw = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
-        except TypeError as error:
-            raise errors.InvalidConfig(f"this cannot be sent to an environment: {error}") from None
-        answer = decode(self._transport.call("POST", target, raw, timeout=self._step_timeout))
-        if not isinstance(answer, dict) or "observation" not in answer:
-            raise errors.ServerError(f"malformed answer: {str(answer)[:80]!r} is not a result of an environment")
-        return answer
-
-    def _open_sandbox(self, wish: OpenEnv, timeout: float) -> str:
-        """The sandbox that hosts it. The packages of its family are installed the first time, which takes minutes."""
-        deadline = time.monotonic() + timeout
-        target = f"{ROUTES['open_env'].path}?wait={min(POLL, timeout):.3f}"
-        body = wish.model_dump(mode="json", exclude_unset=True)
-        info = parse(SandboxInfo, self._transport.json("POST", target, body, timeout=POLL + SLACK))
-        while info.state is State.PENDING:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise errors.StartFailed(
-                    f"{self.env_id} was not ready within {timeout:g} seconds", sandbox_id=info.sandbox_id
-                )
-            target = f"{path('get_sandbox', info.sandbox_id)}?wait={min(left, POLL):.3f}"
-            info = parse(SandboxInfo, self._transport.json("GET", target, timeout=POLL + SLACK))
-        if info.state is not State.RUNNING:
-            raise end_of(info)
-        return info.sandbox_id
-
-    def _make(self, kwargs: dict[str, Any], timeout: float) -> int:
-        target = ROUTES["make_env"].url(sandbox_id=self.sandbox_id)
-        body = {"env_id": self.env_id, "kwargs": kwargs}
-        return parse(EnvInfo, self._transport.json("POST", target, body, timeout=timeout)).env
-
-    def _stop_sandbox(self) -> None:
-        if not self._exclusive:
-            return
-        try:
-            self._transport.json("POST", path("stop_sandbox", self.sandbox_id), timeout=SLACK)
-        except errors.RockError:
-            return
-
-
-def _transport(base_url: str | None, api_key: str | None, config: SandboxConfig | None) -> Transport:
-    if config is not None and base_url is None and api_key is None:
-        return transport_of(config)
-    return Transport(base_url or settings.base_url(), api_key or settings.api_key())
-
 
 def make(env_id: str, **options: Any) -> RockEnv:
     """Make an environment, as `gem.make` does; `options` are those of `RockEnv`, and the environment's own."""
     return RockEnv(env_id, **options)
+
+
+def list_envs(*, base_url: str | None = None, api_key: str | None = None) -> list[dict[str, str]]:
+    """What the server can make: {"id", "protocol", "image", "note"} of each."""
+    return EnvLink(base_url=base_url, api_key=api_key).list_envs()
+
+
+__all__ = ["RockEnv", "Step", "list_envs", "make"]

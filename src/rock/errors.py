@@ -18,6 +18,8 @@ RockError                           code, message, sandbox_id, retryable, hint
 ├── ActionError                     what was run in it is at fault     (CommandRockError)
 │   ├── CommandFailed               exit status not 0, and check="raise"
 │   ├── CommandTimeout              it ran out of time and was killed
+│   ├── EnvironmentRaised           an environment raised an exception; it stays usable
+│   ├── EnvironmentEnded            the process of an environment is gone
 │   ├── SessionClosed               the shell of the session is gone
 │   └── PortFailed                  what listens on a port does not answer as it should
 │       └── PortTimeout             or not in time
@@ -41,6 +43,8 @@ __all__ = [
     "CommandRockError",
     "CommandTimeout",
     "Conflict",
+    "EnvironmentEnded",
+    "EnvironmentRaised",
     "Expired",
     "ImageError",
     "InternalServerRockError",
@@ -257,6 +261,27 @@ class CommandTimeout(ActionError):
     code = "command_timeout"
     status = 408
     observation: Any = None
+
+
+class EnvironmentRaised(ActionError):
+    """The environment raised an exception; it stays usable. `type`: the exception's own name; `traceback`: as text."""
+
+    code = "environment_raised"
+
+    @property
+    def type(self) -> str:
+        return str(self.details.get("type", ""))
+
+    @property
+    def traceback(self) -> str:
+        return str(self.details.get("traceback", ""))
+
+
+class EnvironmentEnded(ActionError):
+    """The environment's process is gone; `details` has its last lines ("stderr") and how it ended ("exit")."""
+
+    code = "environment_ended"
+    status = 410
 
 
 class SessionClosed(ActionError):

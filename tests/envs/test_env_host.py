@@ -15,8 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rock.errors import ActionError, CommandTimeout, ImageError, InvalidConfig, NotFound, SandboxError
-from rock.guest.envhost import PIECE, PIPES, Joiner, pieces
+from rock.errors import ActionError, CommandTimeout, Conflict, ImageError, InvalidConfig, NotFound, SandboxError
+from rock.guest.envhost import PIPES
+from rock.guest.frames import PIECE, Joiner, pieces
 from rock.protocol.sandbox import SandboxConfig
 from rock.rocklet.envs import EnvHost
 from rock.runtime.base import Handle
@@ -233,6 +234,30 @@ def test_found_again_after_a_restart(small: Path, hosted: Run) -> None:
             new = await later.make(ECHO)
             assert new == max(numbers) + 1
             assert (await later.step(new, "new"))[0] == "new"
+        finally:
+            await later.close()
+
+    hosted(small, body)
+
+
+def test_a_step_is_done_once_even_across_a_restart(small: Path, hosted: Run) -> None:
+    async def body(host: EnvHost, runtime: ProcessRuntime, handle: Handle) -> None:
+        number = await host.make(ECHO)
+        await host.reset(number, 1)
+        first = await host.step(number, "a", 0)
+        assert await host.step(number, "ignored", 0) == first
+        await host.detach()
+        later = EnvHost(runtime, handle)
+        await later.attach()
+        try:
+            assert await later.step(number, "ignored", 0) == first
+            with pytest.raises(Conflict, match="step 5 was asked for, and step 1 is the next one") as caught:
+                await later.step(number, "b", 5)
+            assert caught.value.details["next"] == 1
+            assert (await later.step(number, "b", 1))[4] == {"count": 2}
+            assert (await later.step(number, "without a number"))[4] == {"count": 3}
+            await later.reset(number, 1)
+            assert (await later.step(number, "b", 0))[4] == {"count": 4}
         finally:
             await later.close()
 

@@ -9,15 +9,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import gymnasium
-import numpy as np
 import pytest
+
+gymnasium = pytest.importorskip("gymnasium", reason="install the development extra: pip install -e .[dev]")
+
+# ruff: noqa: E402
+import numpy as np
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from tests.conftest import RunningServer
 
 from rock import errors
 from rock.gym import SandboxEnv, SandboxVectorEnv
-from tests.conftest import RunningServer
 
 WORLDS = Path(__file__).parent / "worlds"
 Make = Callable[..., SandboxEnv]
@@ -196,6 +199,25 @@ def test_a_dead_environment_is_told(make: Make) -> None:
     assert caught.value.details == {"stderr": "these are my last words\n", "exit": 7}
     with pytest.raises(errors.EnvironmentEnded):
         env.reset()
+
+
+def test_one_that_hangs_is_killed(make: Make) -> None:
+    env = make(str(WORLDS), trust_remote_code=True, world="Bad", step_timeout=1.0)
+    env.reset()
+    with pytest.raises(errors.CommandTimeout, match="step took longer than 1 s; it was killed"):
+        env.step("hang")
+    with pytest.raises(errors.CommandTimeout):
+        env.reset()
+
+
+def test_garbage_in_every_pipe_costs_no_more_than_the_environment(make: Make) -> None:
+    bad, good = (make(str(WORLDS), trust_remote_code=True, world="Bad") for _ in range(2))
+    bad.reset()
+    good.reset()
+    with pytest.raises(errors.RockError):
+        bad.step("every descriptor")
+        bad.step("fine")
+    assert good.step("fine")[4] == {}
 
 
 def test_what_cannot_be_made(make: Make, tmp_path: Path) -> None:

@@ -8,12 +8,13 @@ import struct
 from collections import OrderedDict
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rock.guest import frames, values
+
+np = pytest.importorskip("numpy", reason="install the development extra: pip install -e .[dev]")
 
 ARRAYS = [
     np.zeros((), np.float32), np.array([np.nan, -0.0, np.inf]), np.arange(6, dtype=">i4").reshape(2, 3),
@@ -115,7 +116,10 @@ def test_any_bytes_are_a_value_or_refused(data: bytes) -> None:
             pass
 
 
-@given(st.lists(st.tuples(st.integers(0, 255), st.integers(0, 2**32 - 1), st.integers(-1, 2**62), st.binary()), max_size=5))
+ASKED = st.tuples(st.integers(0, 255), st.integers(0, 2**32 - 1), st.integers(-1, 2**62), st.binary())
+
+
+@given(st.lists(ASKED, max_size=5))
 def test_frames_are_split_as_they_were_joined(asked: list[tuple[int, int, int, bytes]]) -> None:
     heads = [frames.HEAD.pack(len(p), op, 0, env, 3, index) + p for op, env, index, p in asked]
     assert [(f[0], f[2], f[4], bytes(f[5])) for f in frames.split(b"".join(heads))] == asked
@@ -125,6 +129,6 @@ def test_frames_are_split_as_they_were_joined(asked: list[tuple[int, int, int, b
 
 
 def test_without_numpy_arrays_are_lists(monkeypatch: pytest.MonkeyPatch) -> None:
-    sent = b"".join(bytes(part) for part in values.encode([np.arange(6, dtype=np.int16).reshape(2, 3), np.float32(0.5)]))
+    (sent,) = values.encode([np.arange(6, dtype=np.int16).reshape(2, 3), np.float32(0.5)])
     monkeypatch.setattr(values, "_NUMPY", [None])
     assert values.decode(sent) == [[[0, 1, 2], [3, 4, 5]], 0.5]

@@ -11,6 +11,7 @@ from wire_server import Request, Wire, answer, serve
 
 import rock
 from rock import errors
+from rock.guest import frames, values
 from rock.protocol.sandbox import SandboxInfo, State
 from rock.sdk.envs import RockEnv
 
@@ -29,23 +30,30 @@ class Game:
         made = SandboxInfo(sandbox_id="host1", state=state, image="x")
         return bytes(answer(orjson.dumps(made.model_dump(mode="json"))))
 
+    def play(self, op: int, _flags: int, env: int, id: int, index: int, payload: bytes) -> bytes:
+        value = values.decode(payload)
+        if op == frames.RESET:
+            self.done = []
+            result: object = ["start", {"seed": value["seed"]}]
+        else:
+            if index not in self.done:
+                self.done.append(index)
+            result = [len(self.done), 1, False, True, {}]
+        (body,) = values.encode(result)
+        return frames.HEAD.pack(len(body), frames.OK, 0, env, id, index) + body
+
     async def __call__(self, request: Request, writer: asyncio.StreamWriter, wire: Wire) -> bool:
         method, target, _ = request.line.split()
-        body = orjson.loads(request.body or b"null")
+        body = None if target.endswith("/frames") else orjson.loads(request.body or b"null")
         if target.startswith("/v1/envs?") or (method == "GET" and target.startswith("/v1/sandboxes/host1?")):
             writer.write(self.info())
         elif target.endswith("/envs"):
             writer.write(answer(orjson.dumps({"env": 7, "env_id": body["env_id"], "sandbox_id": "host1"})))
-        elif target.endswith("/reset"):
-            self.done = []
-            writer.write(answer(orjson.dumps({"observation": "start", "info": {"seed": body["seed"]}})))
-        elif target.endswith("/step"):
-            if body["index"] not in self.done:
-                self.done.append(body["index"])
+        elif target.endswith("/envs/frames"):
+            replies = [self.play(*frame) for frame in frames.split(request.body)]
             if self.breaks_at == len(wire.requests):
                 return True  # it was done, and the answer is lost
-            result = {"observation": len(self.done), "reward": 1, "terminated": False, "truncated": True, "info": {}}
-            writer.write(answer(orjson.dumps(result)))
+            writer.write(answer(b"".join(replies)))
         else:
             writer.write(answer(b"{}"))
         return False
@@ -64,10 +72,11 @@ def test_an_episode() -> None:
         env.close()
         with pytest.raises(errors.Conflict, match="closed"):
             env.step("up")
-    bodies = [orjson.loads(request.body) for request in wire.requests if request.body]
+    bodies = [orjson.loads(request.body) for request in wire.requests if request.body[:1] == b"{"]
+    steps = [next(frames.split(request.body)) for request in wire.requests if "/frames" in request.line]
     assert bodies[0] == {"env_id": "game:X-v0", "exclusive": False}
-    assert bodies[1] == {"env_id": "game:X-v0", "kwargs": {"size": 3}}
-    assert [body["index"] for body in bodies if "index" in body] == [0, 1, 0]
+    assert bodies[1] == {"env_id": "game:X-v0", "kwargs": {"size": 3}, "timeout": 300.0}
+    assert [index for op, _, _, _, index, _ in steps if op == frames.STEP] == [0, 1, 0]
     assert [request.line for request in wire.requests if "DELETE" in request.line] == [
         "DELETE /v1/sandboxes/host1/envs/7 HTTP/1.1"
     ]

@@ -280,7 +280,7 @@ class Service:
 
     async def open_env(self, wish: OpenEnv, wait: float, key: str | None = None) -> SandboxInfo:
         """A sandbox that can host the environment: a running one of its package set, else a new one."""
-        image = registry.find(wish.env_id).image
+        image = registry.image_for(wish)
         known = await self.store.by_key(key) if key else None
         if known is not None:
             return await self._waited(known, wait)

@@ -1,9 +1,14 @@
 """Which packages environments need. A set has a name, and an image is named after it.
 
-All environments of one set share a layer on disk, and may share a sandbox.
+All environments of one set share a layer on disk, and may share a sandbox. The name of a set that was put together for
+somebody has its requirements in it, so that every worker knows them.
 """
 
 from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Sequence
 
 from rock.errors import InvalidConfig
 
@@ -11,9 +16,14 @@ _PREFIX = "rock.local/env/"
 
 GEM = "gem"
 GEM_PANDAS = "gem-pandas"
+GYM = "gym"
+_OTHER = "with-"
+# A name, extras and versions: nothing that pip would take for an option, an address or a path
+_REQUIREMENT = re.compile(r"[A-Za-z0-9][\w.-]{0,99}(\[[\w.,-]{1,200}\])?([<>=!~]=?=?[\w.*+]{1,50}(,|$)){0,8}")
 
 SETS: dict[str, tuple[str, ...]] = {
     GEM: ("gem-llm==0.1.0",),
+    GYM: ("gymnasium[classic-control]>=1.1,<2",),
     GEM_PANDAS: ("gem-llm==0.1.0", "pandas"),  # for crosswords alone: a third more to fetch
 }
 
@@ -23,11 +33,36 @@ def image_of(name: str) -> str:
     return _PREFIX + name
 
 
+def with_packages(name: str, packages: Sequence[str]) -> str:
+    """The name of the set `name` with further packages. InvalidConfig for what is no name and versions of a package."""
+    if not packages:
+        return name
+    packages = [package.replace(" ", "") for package in packages]
+    for package in packages:
+        if not _REQUIREMENT.fullmatch(package):
+            raise InvalidConfig(f"package {package!r} is not a name with versions", hint='like "ale-py>=0.11,<1"')
+    asked = "\n".join(sorted(set(packages)))
+    return f"{_OTHER}{name}-{base64.urlsafe_b64encode(asked.encode()).decode().rstrip('=')}"
+
+
 def requirements_of(image: str) -> tuple[str, ...] | None:
     """What pip has to install for `image`; None when it is an image like any other, not of a package set."""
     if not image.startswith(_PREFIX):
         return None
     name = image.removeprefix(_PREFIX).removesuffix(":latest")
+    if name.startswith(_OTHER):
+        base, _, asked = name.removeprefix(_OTHER).partition("-")
+        try:
+            packages = base64.urlsafe_b64decode(asked + "=" * (-len(asked) % 4)).decode().split("\n")
+        except ValueError:
+            packages = [""]
+        if base in SETS and with_packages(base, packages) == name:
+            return (*SETS[base], *packages)
     if name not in SETS:
         raise InvalidConfig(f"there is no environment image {image!r}", hint=f"there are: {', '.join(sorted(SETS))}")
     return SETS[name]
+
+
+def wheels_only(requirements: Sequence[str]) -> bool:
+    """Whether somebody asked for these: building a package runs its code on the worker, so only wheels are taken."""
+    return tuple(requirements) not in SETS.values()

@@ -12,9 +12,10 @@ from __future__ import annotations
 import difflib
 
 from rock.envhub.gem_ids import DATASETS, GAMES, REASONING
-from rock.envhub.packages import GEM, GEM_PANDAS, SETS, image_of
+from rock.envhub.packages import GEM, GEM_PANDAS, GYM, SETS, image_of, with_packages
 from rock.envhub.spec import EnvSpec
 from rock.errors import NotFound
+from rock.protocol.env import OpenEnv
 
 _WORD_GAMES = ("Wordle", "Hangman", "WordSearch")
 
@@ -37,6 +38,13 @@ def find(env_id: str) -> EnvSpec:
                        hint=f"did you mean {', '.join(near)}?" if near else "`rock env list` shows what there is")
     packages = GEM_PANDAS if name.startswith("game:Crosswords-") else GEM
     return EnvSpec(id=name, image=image_of(packages), requirements=SETS[packages], note=_note(name))
+
+
+def image_for(wish: OpenEnv) -> str:
+    """The image of the sandbox that hosts what is wished for. NotFound, InvalidConfig."""
+    if wish.protocol == "gem":
+        return find(wish.env_id).image if not wish.packages else image_of(with_packages(GEM, wish.packages))
+    return image_of(with_packages(GYM, wish.packages))
 
 
 def _note(name: str) -> str:

@@ -1,34 +1,26 @@
-"""Hosts GEM environments inside a sandbox: one process imports `gem` once, and forks one process an environment.
+"""Hosts environments inside a sandbox: one process imports what they share once, and forks one process an environment.
 
     rocklet ──198──> zygote ──pipe──> child 17: an environment
-       │^               ┆ forks
-       │└──────199──────┴──────────────┐
-       └──200 to 215─────────────> child 1 to 16: as many have a pipe of their own, which saves a hop
+       │^               ┆ forks             │
+       │└──────199──────┴───────────────────┘
+       │──200 to 215────────────> child 1 to 16: as many have a pipe of their own for what they are asked, and
+       └<─216 to 231───────────── one for their answers, on which a large one travels whole
 
 GEM seeds the global random state, so two environments in one process would disturb each other; importing it takes
 seconds, so a process an environment can only be forked from one that has it.
 
-Messages are JSON, cut into pieces of at most 4096 bytes, which the kernel writes to a pipe whole: so any number of
-processes share the answering pipe without a lock. A piece is
+What travels is in frames.py, and how an environment is played in player.py. A message to environment 0 is the zygote's:
 
-    length of the payload (2 bytes) | flags (1: 1 the first, 2 the last of its message) | stream (4) | payload
+    -> HELLO token      <- OK {"hello": token, "there": {n: [env id, pipe]}}
+    -> MAKE {"env_id", "protocol", "kwargs", "pipe": its descriptor, or null}  <- of n: OK n
+    -> KILL             <- ENDED, when the process of that environment is gone
 
-in network byte order. Stream 0 is the zygote, stream n the environment of that number, which the rocklet chooses.
+The kind of an error is "unknown" (no such id), "import", "environment" (it raised; it stays usable), "gone", "refused"
+(no process can be started), "refused_step" (another index than the next one) or "transport" (a value that cannot
+travel).
 
-    -> 0  {"id", "op": "hello", "token"}                   <- 0  {"hello": token, "id", "ok": {n: [env id, pipe]}}
-    -> 0  {"id", "op": "make", "env", "env_id", "kwargs",
-           "pipe": its descriptor, or null}                <- n  {"id", "ok": n}
-    -> n  {"id", "op": "reset", "seed"}                    <- n  {"id", "ok": [observation, info]}
-    -> n  {"id", "op": "step", "action"}                   <- n  {"id", "ok": what GEM's step returns}
-    -> n  {"id", "op": "close"}                            <- n  {"id", "ok": null}
-    -> 0  {"id", "op": "kill", "env"}                      <- 0  {"id", "ok": whether there was one}
-                                                           <- 0  {"ended": n, "status": as of wait, "stderr"}
-
-Instead of "ok" there may be "error": {"kind", "type", "message", "traceback"}, kind being "unknown" (no such id),
-"import", "environment" (it raised; it stays usable), "gone", "refused" (no process can be started) or "transport" (a
-value that JSON cannot hold).
-
-Runs as `python -c SOURCE FOLDER_OF_PACKAGES`: standard library and gem only.
+Runs as one program on the command line, made by rocklet/envs.py of these files, with the folder of packages as its
+argument: standard library and those packages only.
 """
 
 from __future__ import annotations
@@ -38,171 +30,30 @@ import ctypes
 import gc
 import json
 import os
-import random
 import select
 import signal
-import struct
 import sys
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
+
+from rock.guest import frames
+from rock.guest.frames import HEAD, HELLO, KILL, MAKE, NO_INDEX, OK, PLAIN, Joiner, pieces
+from rock.guest.player import Player, failure
 
 REQUESTS, ANSWERS = 198, 199
 PIPES = range(200, 216)
-FIRST, LAST = 1, 2
-HEADER = struct.Struct(">HBI")
-PIECE = 4096 - HEADER.size  # PIPE_BUF: what a pipe takes whole
+OWN = len(PIPES)  # the answers of the environment with the request pipe n come on n + OWN
 _READ = 1 << 16
 _STDERR_KEPT = 8192
-_TRACEBACK_KEPT = 8000
-_REPR_KEPT = 2000
 _PR_SET_PDEATHSIG = 1
 
 
-def pieces(stream: int, payload: bytes) -> Iterator[bytes]:
-    """A message cut into pieces."""
-    starts = range(0, len(payload), PIECE) or range(1)
-    for start in starts:
-        part = payload[start : start + PIECE]
-        flags = (FIRST if start == 0 else 0) | (LAST if start + PIECE >= len(payload) else 0)
-        yield HEADER.pack(len(part), flags, stream) + part
-
-
-class Joiner:
-    """Makes messages of pieces again. A message whose beginning was lost is left out."""
-
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-        self._parts: dict[int, list[bytes]] = {}
-
-    def feed(self, data: bytes) -> Iterator[tuple[int, bytes]]:
-        """(stream, message) of all that is complete now."""
-        self._buffer += data
-        position = 0
-        try:
-            while len(self._buffer) - position >= HEADER.size:
-                length, flags, stream = HEADER.unpack_from(self._buffer, position)
-                end = position + HEADER.size + length
-                if end > len(self._buffer):
-                    break
-                part = bytes(self._buffer[position + HEADER.size : end])
-                position = end
-                if flags & FIRST:
-                    self._parts[stream] = []
-                elif stream not in self._parts:
-                    continue
-                self._parts[stream].append(part)
-                if flags & LAST:
-                    yield stream, b"".join(self._parts.pop(stream))
-        finally:
-            del self._buffer[:position]
-
-    def forget(self, stream: int) -> None:
-        """Leave out what came of a stream that will not be completed."""
-        self._parts.pop(stream, None)
-
-
-def answer(stream: int, message: dict[str, Any]) -> None:
-    """Write a message to the rocklet; waits while the pipe is full."""
-    for piece in pieces(stream, json.dumps(message).encode()):
+def answer(env: int, op: int, id: int, message: Any, stream: int = 0) -> None:
+    """Write a message of the zygote to the rocklet; waits while the pipe is full."""
+    payload = json.dumps(message).encode()
+    for piece in pieces(stream, HEAD.pack(len(payload), op, PLAIN, env, id, NO_INDEX) + payload):
         os.write(ANSWERS, piece)
-
-
-def failure(error: BaseException, kind: str) -> dict[str, Any]:
-    """An exception as it travels."""
-    return {"kind": kind, "type": type(error).__name__, "message": str(error)[:_TRACEBACK_KEPT],
-            "traceback": "".join(traceback.format_exception(error))[-_TRACEBACK_KEPT:]}
-
-
-# ---- an environment's own process
-
-
-class Unsendable(TypeError):
-    """A value that JSON cannot hold."""
-
-
-def plain(value: object) -> object:
-    """What a value that JSON does not know travels as: numpy's numbers and arrays, sets."""
-    if type(value).__module__.partition(".")[0] == "numpy" and hasattr(value, "tolist"):
-        return value.tolist()
-    if isinstance(value, set | frozenset):
-        return sorted(value, key=repr)
-    raise Unsendable(f"a value of type {type(value).__name__} cannot be sent as JSON")
-
-
-def described(value: object) -> object:
-    """As `plain`, and anything else by its type and repr: so an odd value in an info does not cost the whole step."""
-    try:
-        return plain(value)
-    except Unsendable:
-        return {"$type": f"{type(value).__module__}.{type(value).__qualname__}", "$repr": repr(value)[:_REPR_KEPT]}
-
-
-def sendable(value: object, default: Callable[[object], object]) -> object:
-    """The value with everything in it that JSON holds, checked."""
-    if type(value) is str:
-        return value
-    try:
-        return json.loads(json.dumps(value, default=default))
-    except (TypeError, ValueError, RecursionError) as error:
-        if isinstance(value, dict) and not all(isinstance(key, str) for key in value) and default is described:
-            return sendable({str(key): item for key, item in value.items()}, default)
-        raise Unsendable(str(error)) from None
-
-
-class Player:
-    """One environment, in a process of its own."""
-
-    def __init__(self, number: int, requests: int) -> None:
-        self._number = number
-        self._requests = requests
-        self._env: Any = None
-
-    def run(self, first: dict[str, Any]) -> None:
-        """Make the environment and serve it until it is closed."""
-        self._serve(first)
-        joiner = Joiner()
-        while self._env is not None:
-            data = os.read(self._requests, _READ)
-            if not data:
-                return  # the zygote is gone
-            for stream, payload in joiner.feed(data):
-                if stream == self._number:  # else it was meant for one that had this pipe before, and died
-                    self._serve(json.loads(payload))
-
-    def _serve(self, request: dict[str, Any]) -> None:
-        try:
-            result: dict[str, Any] = {"ok": getattr(self, f"_{request['op']}")(request)}
-        except Unsendable as error:
-            result = {"error": failure(error, "transport")}
-        except BaseException as error:
-            missing = isinstance(error, ImportError) and request["op"] == "make"
-            result = {"error": failure(error, "import" if missing else "environment")}
-        answer(self._number, {"id": request["id"], **result})
-
-    def _make(self, request: dict[str, Any]) -> int:
-        import gem
-
-        random.seed()  # every child inherits the same state
-        if "numpy" in sys.modules:
-            sys.modules["numpy"].random.seed()
-        self._env = gem.make(request["env_id"], **request["kwargs"])
-        return self._number
-
-    def _reset(self, request: dict[str, Any]) -> list[object]:
-        observation, info = self._env.reset(seed=request["seed"])
-        return [sendable(observation, plain), sendable(info, described)]
-
-    def _step(self, request: dict[str, Any]) -> list[object]:
-        observation, reward, terminated, truncated, info = self._env.step(request["action"])
-        return [sendable(observation, plain), float(reward), bool(terminated), bool(truncated),
-                sendable(info, described)]
-
-    def _close(self, request: dict[str, Any]) -> None:
-        env, self._env = self._env, None
-        if hasattr(env, "close"):
-            env.close()
 
 
 # ---- the zygote
@@ -285,36 +136,34 @@ class Zygote:
                         self._poll.unregister(fd)
                         del self._by_requests[fd]
 
-    def _request(self, stream: int, payload: bytes) -> None:
+    def _request(self, stream: int, message: bytes) -> None:
+        op, _, env, id, _, payload = frames.unpack(message)
         if stream:
             child = self._children.get(stream)
             if child is None:
                 gone = {"kind": "gone", "type": "", "message": f"there is no environment {stream}", "traceback": ""}
-                answer(stream, {"id": json.loads(payload)["id"], "error": gone})
+                answer(stream, frames.ERROR, id, gone)
                 return
-            child.waiting.extend(pieces(stream, payload))
+            child.waiting.extend(pieces(stream, message))
             if not child.send() and child.requests not in self._by_requests:
                 self._by_requests[child.requests] = child
                 self._poll.register(child.requests, select.POLLOUT)
-            return
-        request = json.loads(payload)
-        if request["op"] == "hello":
+        elif op == HELLO:
             there = {number: [child.env_id, child.pipe] for number, child in self._children.items()}
-            answer(0, {"hello": request["token"], "id": request["id"], "ok": there})
-        elif request["op"] == "kill":
-            child = self._children.get(request["env"])
+            answer(0, OK, id, {"hello": payload.decode(), "there": there})
+        elif op == KILL:
+            child = self._children.get(env)
             if child is not None:
                 _kill(child)
-            answer(0, {"id": request["id"], "ok": child is not None})
-        elif request["op"] == "make":
-            problem = self._problem or _unknown(request["env_id"])
+        elif op == MAKE:
+            request = json.loads(payload)
+            problem = self._problem or _unknown(request)
             if problem is not None:
-                answer(0, {"id": request["id"], "error": problem})
+                answer(env, frames.ERROR, id, problem)
             else:
-                self._fork(request)
+                self._fork(env, id, request, message)
 
-    def _fork(self, request: dict[str, Any]) -> None:
-        number = request["env"]
+    def _fork(self, number: int, id: int, request: dict[str, Any], message: bytes) -> None:
         theirs, ours = os.pipe2(os.O_CLOEXEC)
         stderr, their_stderr = os.pipe2(os.O_CLOEXEC)
         try:
@@ -322,10 +171,10 @@ class Zygote:
         except OSError as error:
             for fd in (theirs, ours, stderr, their_stderr):
                 os.close(fd)
-            answer(0, {"id": request["id"], "error": failure(error, "refused")})
+            answer(number, frames.ERROR, id, failure(error, "refused"))
             return
         if pid == 0:
-            self._become(number, request, theirs, their_stderr)  # and never comes back
+            self._become(number, request["pipe"], message, theirs, their_stderr)  # and never comes back
         with contextlib.suppress(OSError):
             os.setpgid(pid, pid)  # the child does it too; whoever is first
         os.close(theirs)
@@ -336,7 +185,7 @@ class Zygote:
         self._children[number] = self._by_stderr[stderr] = child
         self._poll.register(stderr, select.POLLIN)
 
-    def _become(self, number: int, request: dict[str, Any], requests: int, stderr: int) -> NoReturn:
+    def _become(self, number: int, pipe: int | None, message: bytes, requests: int, stderr: int) -> NoReturn:
         """In the child: let go of what is the zygote's, and be an environment."""
         status = 1
         try:
@@ -349,12 +198,12 @@ class Zygote:
             for child in self._children.values():
                 os.close(child.requests)
                 os.close(child.stderr)
-            pipe = request["pipe"]
-            for fd in (REQUESTS, self._wake, self._wake_end, *PIPES):
-                if fd != pipe:
+            own = None if pipe is None else pipe + OWN
+            for fd in (REQUESTS, self._wake, self._wake_end, *PIPES, *(p + OWN for p in PIPES)):
+                if fd not in (pipe, own):
                     os.close(fd)
             _die_with_parent()
-            Player(number, requests if pipe is None else pipe).run(request)
+            Player(number, requests if pipe is None else pipe, own, ANSWERS).run(message)
             status = 0
         except BaseException:
             traceback.print_exc()
@@ -392,7 +241,8 @@ class Zygote:
         os.close(child.requests)
         if child.pipe is not None:
             _drain(child.pipe)
-        answer(0, {"ended": child.number, "status": status, "stderr": child.tail.decode(errors="replace")})
+        told = {"status": status, "stderr": child.tail.decode(errors="replace")}
+        answer(child.number, frames.ENDED, 0, told)
 
     def _kill_all(self) -> None:
         for child in self._children.values():
@@ -418,8 +268,11 @@ def _drain(fd: int) -> None:
             return
 
 
-def _unknown(env_id: str) -> dict[str, Any] | None:
+def _unknown(request: dict[str, Any]) -> dict[str, Any] | None:
     """The problem with an id that GEM does not know, with the nearest that it does."""
+    env_id = request["env_id"]
+    if request.get("protocol", "gem") != "gem" or request.get("imports"):
+        return None
     import difflib
 
     from gem.envs.registration import ENV_REGISTRY
@@ -434,11 +287,18 @@ def _import(folder: str) -> dict[str, Any] | None:
     """Import what all environments share; the problem when that fails."""
     sys.path.insert(0, folder)
     try:
-        import gem
-        import gem.envs  # registers the environments
+        if os.path.isdir(os.path.join(folder, "gem")):
+            import gem
+            import gem.envs  # registers the environments
+
+            del gem
+        if os.path.isdir(os.path.join(folder, "gymnasium")):
+            import gymnasium
+            import gymnasium.vector
+
+            del gymnasium
     except BaseException as error:
         return failure(error, "import")
-    del gem
     return None
 
 

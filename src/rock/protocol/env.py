@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
 from rock.protocol.action import Answer
 from rock.protocol.sandbox import SandboxConfig, Wire
 
+Family = Literal["gem", "gym"]
+
 
 class OpenEnv(Wire):
     """A wish for a sandbox that can host `env_id`. Environments of one package set share a sandbox, a process each;
-    `exclusive` asks for one of its own. `config`: limits and image, when the defaults do not fit."""
+    `exclusive` asks for one of its own. `config`: limits and image, when the defaults do not fit.
+
+    protocol: whose environment it is: GEM's or Gymnasium's. packages: what it needs beside those, as pip names it;
+    wheels only.
+    """
 
     env_id: str = Field(min_length=1, max_length=256)
+    protocol: Family = "gem"
+    packages: list[str] = Field(default_factory=list, max_length=32)
     exclusive: bool = False
     config: SandboxConfig | None = None
 
 
 class MakeEnv(Wire):
+    """kwargs: go to the environment's constructor. timeout: seconds for one reset, step or call; then it is killed.
+    imports: modules that are imported before, and may register it.
+
+    Of Gymnasium: num_envs makes a vector of them in one process, vectorization_mode and vector_kwargs are those of
+    gymnasium.make_vec. folder: inside, with an env.py whose make_env makes it; task: "suite" or "suite/task".
+    """
+
     env_id: str = Field(min_length=1, max_length=256)
+    protocol: Family = "gem"
     kwargs: dict[str, Any] = Field(default_factory=dict)
+    imports: list[str] = Field(default_factory=list, max_length=64)
+    num_envs: int | None = Field(default=None, ge=1, le=4096)
+    vectorization_mode: str | None = None
+    vector_kwargs: dict[str, Any] | None = None
+    folder: str | None = None
+    timeout: float | None = Field(default=None, gt=0, le=86400)
+    task: str | None = None
 
 
 class EnvInfo(Answer):

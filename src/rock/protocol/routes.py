@@ -7,6 +7,9 @@ Times to wait (`wait`) are seconds: the server answers as soon as there is somet
 
 Streams (`?stream=1`) are frames: one byte of kind, four bytes of big-endian length, the payload. Kinds: see `Frame`.
 
+`env_frames` takes and answers frames as guest/frames.py has them, values as in guest/values.py, both without JSON where
+there are arrays. An answer has the id of its request; the payload of an ERROR is `to_wire`.
+
 The terminal is a WebSocket: binary messages are bytes of the terminal both ways; text messages are JSON: from the
 client {"resize": [rows, columns]}, from the server {"exit": code} as the last one, or {"error": ...} as in `to_wire`.
 
@@ -26,6 +29,7 @@ from urllib.parse import quote
 
 IDEMPOTENCY_KEY = "idempotency-key"
 STREAM_TYPE = "application/x-rock-stream"
+FRAMES_TYPE = "application/x-rock-frames"
 ERROR_CODE = "x-rock-error"  # on every error of ours: what tells it from the answer of a program inside
 ANSWER_WITHIN = "x-rock-timeout"  # seconds that a program behind a port has for the head of its answer; 120
 OTHER_KEY = "x-rock-api-key"  # the key, for requests whose Authorization is meant for a program inside
@@ -307,6 +311,15 @@ def _rows() -> Iterator[Route]:
     yield row("make_env", "POST", _S + "/envs", "data", "Make an environment in its own process", "MakeEnv", "EnvInfo")
     yield row("reset_env", "POST", _S + "/envs/{env}/reset", "data", "Start an episode", "ResetEnv", "ResetResult")
     yield row("step_env", "POST", _S + "/envs/{env}/step", "data", "One step", "StepEnv", "StepResult")
+    yield row(
+        "env_frames",
+        "POST",
+        _S + "/envs/frames",
+        "data",
+        "Resets, steps and calls of any number of environments, in binary frames",
+        "frames (application/x-rock-frames)",
+        "frames",
+    )
     yield row("close_env", "DELETE", _S + "/envs/{env}", "data", "End its process", "", "EnvInfo")
     # node plane
     yield row(

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import orjson
+
 from rock.envhub import registry
-from rock.errors import InvalidConfig
+from rock.errors import InvalidConfig, RockError
+from rock.guest import frames
+from rock.guest.frames import HEAD, PLAIN, Frame
 from rock.protocol.env import MakeEnv, ResetEnv, StepEnv
-from rock.protocol.routes import ROUTES
+from rock.protocol.routes import FRAMES_TYPE, ROUTES
+from rock.rocklet.envcalls import Answered
 from rock.rocklet.node import Node
 from rock.rocklet.once import Once
 from rock.rocklet.supervisor import Supervisor
 from rock.wire.asgi import Answer, Request, Router, answer
+
+_FRAMES = 4096  # in one request
+_TYPE = FRAMES_TYPE.encode()
 
 
 class EnvApi:
@@ -26,11 +34,15 @@ class EnvApi:
     async def make_env(self, request: Request) -> Answer:
         sandbox, _ = self._find(request)
         wish = await request.model(MakeEnv)
-        env_id = registry.find(wish.env_id).id  # an alias is another name for it
+        gem = wish.protocol == "gem" and not wish.imports
+        env_id = registry.find(wish.env_id).id if gem else wish.env_id  # an alias is another name for it
+        more = wish.model_dump(exclude={"env_id", "kwargs", "timeout"}, exclude_defaults=True)
 
         async def work() -> Answer:
             with sandbox.active():
-                number = await (await sandbox.environments()).make(env_id, wish.kwargs)
+                number = await (await sandbox.environments()).make(
+                    env_id, wish.kwargs, timeout=wish.timeout, **more
+                )
             return answer({"env": number, "env_id": env_id, "sandbox_id": sandbox.id}, 201)
 
         return await self.once.do(request, work())
@@ -41,7 +53,7 @@ class EnvApi:
 
         async def work() -> Answer:
             with sandbox.active():
-                observation, info = await (await sandbox.environments()).reset(number, wish.seed)
+                observation, info = await (await sandbox.environments()).reset(number, wish.seed, wish.options)
             return answer({"observation": observation, "info": info})
 
         return await self.once.do(request, work())
@@ -52,7 +64,7 @@ class EnvApi:
 
         async def work() -> Answer:
             with sandbox.active():
-                result = await (await sandbox.environments()).step(number, wish.action)
+                result = await (await sandbox.environments()).step(number, wish.action, wish.index)
             observation, reward, terminated, truncated, info = result
             return answer(
                 {
@@ -66,6 +78,23 @@ class EnvApi:
 
         return await self.once.do(request, work())
 
+    async def env_frames(self, request: Request) -> Answer:
+        """The hot path: no key to remember, no model, and what travels is not read here."""
+        sandbox = self.node.get(request.path["sandbox_id"])
+        try:
+            asked = list(frames.split(await request.body()))
+        except ValueError as error:
+            raise InvalidConfig(f"the body is no sequence of frames: {error}") from None
+        if not 1 <= len(asked) <= _FRAMES:
+            raise InvalidConfig(f"{len(asked)} frames in one request", hint=f"1 to {_FRAMES} are taken")
+        with sandbox.active():
+            host = sandbox.env_host
+            if host is None or host.failed is not None:
+                host = await sandbox.environments()
+            answers = await host.exchange(asked)
+        parts = [_framed(frame, found) for frame, found in zip(asked, answers, strict=True)]
+        return Answer(parts[0] if len(parts) == 1 else b"".join(parts), content_type=_TYPE)
+
     async def close_env(self, request: Request) -> Answer:
         sandbox, number = self._find(request)
         with sandbox.active():
@@ -73,7 +102,16 @@ class EnvApi:
         return answer({"env": number, "sandbox_id": sandbox.id})
 
 
+def _framed(asked: Frame, found: Answered) -> bytes:
+    """An answer as it travels: an error too is a frame, so that one of many does not cost the others."""
+    if not isinstance(found, RockError):
+        return found  # type: ignore[return-value]  # a bytearray that nobody touches any more
+    _, _, number, id, index, _ = asked
+    body = orjson.dumps(found.to_wire(), default=repr)
+    return HEAD.pack(len(body), frames.ERROR, PLAIN, number, id, index) + body
+
+
 def add_routes(router: Router, node: Node, once: Once) -> None:
     api = EnvApi(node, once)
-    for name in ("make_env", "reset_env", "step_env", "close_env"):
+    for name in ("make_env", "reset_env", "step_env", "env_frames", "close_env"):
         router.add(ROUTES[name], getattr(api, name))

@@ -1,60 +1,41 @@
 """Environments in one sandbox: the rocklet's side of guest/envhost.py, which has the protocol.
 
-An `EnvHost` starts one program inside and speaks to it over two pipes, without a thread: a request costs a write, an
-answer a read. Requests of one environment follow each other; those of several run side by side, each in its own
-process.
+An `EnvHost` starts one program inside and speaks to it over pipes, without a thread: a request costs a write, an answer
+a read. Requests of one environment follow each other; those of several run side by side, each in its own process. What
+environments are asked and answer is passed on unread.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import secrets
 import signal
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from rock.envhub.packages import requirements_of
-from rock.errors import ActionError, CommandTimeout, ImageError, Lost, NotFound, QuotaExceeded, RockError, SandboxError
-from rock.guest import envhost
-from rock.rocklet.envwire import Inlet, Outlet, Tail
-from rock.runtime.base import ExitStatus, Handle, Process, Program, Runtime
-from rock.runtime.image.packages import CURRENT, PackageSet, ensure
-from rock.runtime.image.store import ImageStore
+from rock.errors import (
+    CommandTimeout,
+    EnvironmentEnded,
+    ImageError,
+    InvalidConfig,
+    Lost,
+    NotFound,
+    RockError,
+    SandboxError,
+)
+from rock.guest import envhost, frames
+from rock.guest.frames import CLOSE, ENDED, ERROR, HEAD, HELLO, KILL, MAKE, NO_INDEX, PLAIN, RESET, STEP, Frame
+from rock.rocklet.envcalls import Answered, Batch, Call, Hosted
+from rock.rocklet.enverrors import error_of
+from rock.rocklet.envprogram import Link, program
+from rock.runtime.base import ExitStatus, Handle, Process, Runtime
+from rock.runtime.image.packages import CURRENT
 
+_CLOSE_TIMEOUT = 10.0  # for what an environment does at its end; then it is killed
 _OPEN_TIMEOUT = 180.0  # importing takes seconds, and more on a busy machine
-_ENVIRONMENT = {
-    "LANG": "C.UTF-8", "HOME": "/tmp", "MPLCONFIGDIR": "/tmp",
-    # Some environments iterate over sets of words: with this a seed gives the same episode in every process
-    "PYTHONHASHSEED": "0", "PYTHONPATH": "",
-    # Threads do not survive a fork
-    "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NUMEXPR_NUM_THREADS": "1",
-}  # fmt: skip
-
-
-async def prepare_image(store: ImageStore, image: str, progress: Callable[[str], None] | None = None) -> None:
-    """Install what the environments of `image` need, if it is named after a package set and not there yet.
-
-    Takes about a minute the first time. Other images are nobody's business here.
-    """
-    requirements = requirements_of(image)
-    if requirements is not None:
-        await asyncio.to_thread(ensure, store, PackageSet(image, requirements), progress)
-
-
-@dataclass
-class _Hosted:
-    """An environment inside. `pipe`: its own way for requests, if it has one. `ended`: why it is no longer there."""
-
-    env_id: str
-    pipe: int | None = None
-    closed: bool = False
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    ended: ActionError | None = None
 
 
 class EnvHost:
@@ -80,12 +61,12 @@ class EnvHost:
         self._folder = folder
         self._python = python or f"{folder}/python"
         self._timeout = timeout
-        self._envs: dict[int, _Hosted] = {}
+        self._envs: dict[int, Hosted] = {}
         self._free: list[int] = []  # pipes
-        self._pending: dict[int, tuple[int, asyncio.Future[Any]]] = {}
+        self._calls: dict[int, Call] = {}
         self._next_id = secrets.randbits(40)  # answers to a former rocklet must not look like answers to us
         self._next_env = 1
-        self._link: _Link | None = None
+        self._link: Link | None = None
         self._failed: RockError | None = None
         self._ending: asyncio.Task[None] | None = None
 
@@ -96,14 +77,8 @@ class EnvHost:
 
         ImageError when the sandbox's image has none; SandboxError, with its last lines, when it does not come up.
         """
-        channels: dict[int, Literal["r", "w"]] = dict.fromkeys((envhost.REQUESTS, *envhost.PIPES), "r")
-        program = Program(
-            [self._python, "-s", "-P", "-B", "-X", "utf8", "-c", _source(), f"{self._folder}/site"],
-            env={**_ENVIRONMENT, "NLTK_DATA": f"{self._folder}/nltk_data"}, cwd="/", stdout="null", stderr="pipe",
-            channels={**channels, envhost.ANSWERS: "w"}, key=self.KEY, keep=True,
-        )  # fmt: skip
         try:
-            process = await self._runtime.spawn(self._handle, program)
+            process = await self._runtime.spawn(self._handle, program(self._folder, self._python, self.KEY))
         except NotFound as error:
             raise ImageError(
                 f"this sandbox has no environment packages ({error.message})",
@@ -117,10 +92,10 @@ class EnvHost:
         await self._connect(await self._runtime.attach(self._handle, self.KEY))
 
     async def _connect(self, process: Process) -> None:
-        self._link = link = _Link(process, self._answer, self._end)
+        self._link = link = Link(process, self._answer, self._end, self._nonsense)
         try:
             async with asyncio.timeout(_OPEN_TIMEOUT):
-                there = await self._request(0, {"op": "hello", "token": link.inlet.token})
+                answers = await self._zygote(HELLO, link.inlet.token.encode())
         except TimeoutError:
             await self.close()
             raise SandboxError(
@@ -131,11 +106,20 @@ class EnvHost:
         except BaseException:
             await self.close()
             raise
-        for number, (env_id, pipe) in there.items():
-            self._envs[int(number)] = _Hosted(env_id, pipe)
+        for number, (env_id, pipe) in answers["there"].items():
+            self._envs[int(number)] = Hosted(env_id, pipe)
+            if pipe is not None:  # a former rocklet may have read half of an answer
+                token = secrets.token_bytes(16)
+                link.own[pipe + envhost.OWN].seek(token)
+                link.outlets[pipe].send(int(number), _frame(HELLO, int(number), 0, NO_INDEX, token))
         taken = {hosted.pipe for hosted in self._envs.values()}
         self._free = [pipe for pipe in envhost.PIPES if pipe not in taken]
         self._next_env = max((0, *self._envs)) + 1
+
+    async def _zygote(self, op: int, payload: bytes) -> Any:
+        batch = Batch(1)
+        self._send(batch, 0, op, 0, 0, 0, NO_INDEX, payload)
+        return _plain_of((await batch.future)[0])
 
     async def detach(self) -> None:
         """Let go of it and leave it running, for `attach` by the next rocklet."""
@@ -159,35 +143,52 @@ class EnvHost:
 
     # ---- environments
 
-    async def make(self, env_id: str, kwargs: Mapping[str, Any] | None = None) -> int:
+    async def make(
+        self, env_id: str, kwargs: Mapping[str, Any] | None = None, *, timeout: float | None = None, **more: Any
+    ) -> int:
         """Make an environment in a process of its own; answers its number, by which it is asked for.
 
-        NotFound for an id that nobody knows, with the nearest; ActionError with the traceback when it cannot be made.
+        timeout: seconds for each thing that it is asked from then on, instead of the host's. more: "protocol" and what
+        guest/hosting.py makes of it. NotFound for an id that nobody knows, with the nearest; ActionError with the
+        traceback when it cannot be made.
         """
         number = self._next_env
         self._next_env += 1
-        hosted = self._envs[number] = _Hosted(env_id, self._free.pop() if self._free else None)
-        message = {"op": "make", "env": number, "env_id": env_id, "kwargs": dict(kwargs or {}), "pipe": hosted.pipe}
+        hosted = self._envs[number] = Hosted(env_id, self._free.pop() if self._free else None)
+        wish = {"env_id": env_id, "kwargs": dict(kwargs or {}), "pipe": hosted.pipe, **more}
+        batch = Batch(1)
         try:
-            async with hosted.lock:
-                await self._ask(number, 0, message)
+            self._send(batch, 0, MAKE, PLAIN, number, 0, NO_INDEX, _json(wish))
+            _plain_of((await batch.future)[0])
         except BaseException:
             self._forget(number)
             raise
+        hosted.timeout = timeout
+        if hosted.timer is not None:  # that was for making it
+            hosted.timer.cancel()
+            hosted.timer = None
         return number
 
-    async def reset(self, number: int, seed: int | None = None) -> tuple[Any, dict[str, Any]]:
-        """Begin an episode: (observation, info)."""
-        observation, info = await self._ordered(number, {"op": "reset", "seed": seed})
+    async def reset(
+        self, number: int, seed: Any = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode: (observation, info), as JSON has them."""
+        wish = {"seed": seed} if options is None else {"seed": seed, "options": options}
+        observation, info = await self._plain(RESET, number, wish)
         return observation, info
 
-    async def step(self, number: int, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Act: (observation, reward, terminated, truncated, info).
+    async def step(
+        self, number: int, action: Any, index: int | None = None
+    ) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Act: (observation, reward, terminated, truncated, info), as JSON has them.
 
-        ActionError with the traceback when the environment raised (it stays usable), CommandTimeout when it took too
-        long (it was killed), ActionError with its last lines when it is dead, NotFound when it was closed.
+        index: number of the step in the episode: the same one again gets the same answer, and another one than the
+        next is a Conflict. EnvironmentRaised with the traceback when the environment raised (it stays usable),
+        CommandTimeout when it took too long (it was killed), EnvironmentEnded with its last lines when it is dead,
+        NotFound when it was closed.
         """
-        observation, reward, terminated, truncated, info = await self._ordered(number, {"op": "step", "action": action})
+        index = NO_INDEX if index is None else index
+        observation, reward, terminated, truncated, info = await self._plain(STEP, number, action, index)
         return observation, reward, terminated, truncated, info
 
     async def close_env(self, number: int) -> None:
@@ -197,11 +198,28 @@ class EnvHost:
             return
         try:
             if hosted.ended is None and self._failed is None:
-                await self._ordered(number, {"op": "close"})
-        except ActionError:
+                async with asyncio.timeout(_CLOSE_TIMEOUT):
+                    await self._plain(CLOSE, number, None)
+        except (RockError, TimeoutError):
             pass
         finally:
             self._forget(number)
+
+    async def exchange(self, asked: Sequence[Frame]) -> list[Answered]:
+        """What environments answer to these frames, in their order; each may be an error of its own.
+
+        Those of several environments run side by side, those to one after each other. An answer is a whole frame,
+        with the id of what was asked.
+        """
+        batch = Batch(len(asked))
+        for place, (op, flags, number, id, index, payload) in enumerate(asked):
+            try:
+                if op not in (RESET, STEP, frames.CALL):
+                    raise InvalidConfig(f"a frame with op {op} is none of reset, step and call")
+                self._send(batch, place, op, flags, number, id, index, payload)
+            except RockError as error:
+                batch.put(place, error)
+        return await batch.future
 
     def _forget(self, number: int) -> None:
         """Nobody asks for it again; its number and pipe are free once its process has ended."""
@@ -220,116 +238,145 @@ class EnvHost:
 
     # ---- requests
 
-    async def _ordered(self, number: int, message: dict[str, Any]) -> Any:
-        hosted = self._envs.get(number)
-        if hosted is None or hosted.closed:
-            raise NotFound(
-                f"there is no environment {number} in sandbox {self._handle.id}",
-                sandbox_id=self._handle.id,
-                hint="it was closed; make a new one",
-            )
-        async with hosted.lock:
-            return await self._ask(number, number, message)
+    async def _plain(self, op: int, number: int, value: Any, index: int = NO_INDEX) -> Any:
+        batch = Batch(1)
+        self._send(batch, 0, op, PLAIN, number, 0, index, _json(value))
+        return _plain_of((await batch.future)[0])
 
-    async def _ask(self, number: int, stream: int, message: dict[str, Any]) -> Any:
-        hosted = self._envs[number]
-        if hosted.ended is not None:
-            raise hosted.ended
-        try:
-            async with asyncio.timeout(self._timeout):
-                return await self._request(stream, message, number, hosted.pipe if stream else None)
-        except TimeoutError:
-            hosted.ended = CommandTimeout(
-                f"environment {hosted.env_id}: {message['op']} took longer than {self._timeout:g} s; it was killed",
-                sandbox_id=self._handle.id, hint="make a new one",
-            )  # fmt: skip
-            self._kill(number)
-            raise hosted.ended from None
-
-    async def _request(self, stream: int, message: dict[str, Any], number: int = 0, pipe: int | None = None) -> Any:
+    def _send(
+        self, batch: Batch, place: int, op: int, flags: int, number: int, asker: int, index: int, payload: Any
+    ) -> None:
+        """Write a request; its answer comes to the batch. Raises what is known without asking."""
+        pipe = None
+        hosted = self._envs.get(number) if number else None
+        if number:
+            if hosted is None or hosted.closed:
+                raise NotFound(
+                    f"there is no environment {number} in sandbox {self._handle.id}",
+                    sandbox_id=self._handle.id,
+                    hint="it was closed; make a new one",
+                )
+            if hosted.ended is not None:
+                raise hosted.ended
         if self._failed is not None or self._link is None:
             raise self._failed or Lost("the host of environments was not started", sandbox_id=self._handle.id)
         self._next_id += 1
         id = self._next_id
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._pending[id] = (number, future)
-        try:
-            self._link.outlets[pipe or envhost.REQUESTS].send(stream, {"id": id, **message})
-            return await future
-        finally:
-            self._pending.pop(id, None)
+        self._calls[id] = Call(batch, place, number, op, asker)
+        if hosted is not None:
+            pipe = None if op == MAKE else hosted.pipe
+            loop = asyncio.get_running_loop()
+            if not hosted.asked:
+                hosted.since = loop.time()
+            hosted.asked.append(id)
+            if hosted.timer is None:
+                hosted.timer = loop.call_at(hosted.since + self._limit(hosted), self._overdue, number)
+        stream = 0 if op == MAKE else number
+        message = HEAD.pack(len(payload), op, flags, number, id, index) + payload
+        self._link.outlets[pipe or envhost.REQUESTS].send(stream, message)
 
-    def _kill(self, number: int) -> None:
-        if self._link is not None and self._failed is None:
-            self._link.outlets[envhost.REQUESTS].send(0, {"op": "kill", "env": number, "id": 0})
+    def _limit(self, hosted: Hosted) -> float:
+        return self._timeout if hosted.timeout is None else hosted.timeout
 
-    # ---- answers
-
-    def _answer(self, stream: int, message: dict[str, Any]) -> None:
-        if "ended" in message:
-            self._env_ended(message["ended"], message["status"], message["stderr"])
-            return
-        number, future = self._pending.get(message["id"], (0, None))
-        if "error" in message and not stream and number in self._envs:  # it was refused, and no process started
-            refused = self._envs.pop(number)
-            self._free += [refused.pipe] if refused.pipe is not None else []
-        if future is None or future.done():
-            return
-        if "error" in message:
-            future.set_exception(self._error(message["error"]))
-        else:
-            future.set_result(message["ok"])
-
-    def _error(self, error: dict[str, Any]) -> RockError:
-        name, text = error["type"], error["message"]
-        details = {"type": name, "traceback": error["traceback"]}
-        if error["kind"] == "unknown":
-            near = ", ".join(error.get("near", ()))
-            return NotFound(
-                text,
-                sandbox_id=self._handle.id,
-                hint=f"did you mean {near}?" if near else "`rock env list` shows what there is",
-            )
-        if error["kind"] == "import":
-            return ActionError(
-                f"the environment cannot be imported: {name}: {text}",
-                sandbox_id=self._handle.id,
-                details=details,
-                hint="it needs a package that is not installed for it",
-            )
-        if error["kind"] == "refused":
-            return QuotaExceeded(
-                f"the sandbox cannot start another process: {text}",
-                sandbox_id=self._handle.id,
-                hint="close environments, or ask for more pids or memory",
-            )
-        if error["kind"] == "gone":
-            return NotFound(text, sandbox_id=self._handle.id, hint="make a new one")
-        return ActionError(f"the environment raised {name}: {text}", sandbox_id=self._handle.id, details=details)
-
-    def _env_ended(self, number: int, status: int, lines: str) -> None:
-        if self._link is not None:
-            self._link.inlet.forget(number)
+    def _overdue(self, number: int) -> None:
+        """The time of what was asked first is over, or would be if it were still that."""
         hosted = self._envs.get(number)
         if hosted is None:
             return
+        hosted.timer = None
+        if not hosted.asked:
+            return
+        loop = asyncio.get_running_loop()
+        limit = self._limit(hosted)
+        if hosted.since + limit > loop.time():
+            hosted.timer = loop.call_at(hosted.since + limit, self._overdue, number)
+            return
+        name = {MAKE: "make", RESET: "reset", STEP: "step", CLOSE: "close"}.get(self._calls[hosted.asked[0]].op, "call")
+        self._env_failed(hosted, CommandTimeout(
+            f"environment {hosted.env_id}: {name} took longer than {limit:g} s; it was killed",
+            sandbox_id=self._handle.id, hint="make a new one",
+        ))  # fmt: skip
+        self._kill(number)
+
+    def _env_failed(self, hosted: Hosted, why: RockError) -> None:
+        """An environment is of no use any more: everything that it was asked fails."""
+        hosted.ended = hosted.ended or why
+        for id in hosted.asked:
+            call = self._calls.pop(id)
+            call.batch.put(call.place, hosted.ended)
+        hosted.asked.clear()
+        if hosted.timer is not None:
+            hosted.timer.cancel()
+            hosted.timer = None
+
+    def _kill(self, number: int) -> None:
+        if self._link is not None and self._failed is None:
+            self._link.outlets[envhost.REQUESTS].send(0, _frame(KILL, number, 0, NO_INDEX, b""))
+
+    # ---- answers
+
+    def _answer(self, frame: bytes | bytearray, pipe: int | None = None) -> None:
+        """A frame came: on the pipe that all share, or on the one of the environment that has `pipe`."""
+        length, op, flags, number, id, index = HEAD.unpack_from(frame)
+        if length != len(frame) - HEAD.size:
+            raise ValueError("a frame of another length than it says")
+        if op == ENDED:
+            told = json.loads(frame[HEAD.size :])
+            self._env_ended(number, int(told["status"]), str(told["stderr"]))
+            return
+        call = self._calls.get(id)
+        if call is None or call.number != number:
+            return  # an answer to a former rocklet, or to what was given up
+        hosted = self._envs.get(number)
+        if pipe is not None and (hosted is None or hosted.pipe != pipe):
+            raise ValueError("an answer in another environment's name")
+        del self._calls[id]
+        if hosted is not None and hosted.asked:
+            hosted.asked.remove(id)
+            hosted.since = asyncio.get_running_loop().time()
+        if op == ERROR:
+            error, started = error_of(json.loads(frame[HEAD.size :]), self._handle.id)
+            if not started and number in self._envs:
+                refused = self._envs.pop(number)
+                self._free += [refused.pipe] if refused.pipe is not None else []
+                if refused.timer is not None:
+                    refused.timer.cancel()
+            call.batch.put(call.place, error)
+            return
+        patched = frame if isinstance(frame, bytearray) else bytearray(frame)
+        HEAD.pack_into(patched, 0, length, op, flags, number, call.id, index)
+        call.batch.put(call.place, patched)
+
+    def _nonsense(self, pipe: int, why: str) -> None:
+        """What an environment answers makes no sense: it is of no use any more."""
+        for number, hosted in self._envs.items():
+            if hosted.pipe == pipe and hosted.ended is None:
+                self._env_failed(hosted, EnvironmentEnded(
+                    f"environment {hosted.env_id} was killed: what it answers makes no sense ({why})",
+                    sandbox_id=self._handle.id, hint="make a new one",
+                ))  # fmt: skip
+                self._kill(number)
+
+    def _env_ended(self, number: int, status: int, lines: str) -> None:
+        hosted = self._envs.get(number)
+        if hosted is None or self._link is None:
+            return
+        self._link.inlet.forget(number)
         if hosted.pipe is not None:
+            self._link.own[hosted.pipe + envhost.OWN].drain()  # its last answers may still be there
             self._free.append(hosted.pipe)
             hosted.pipe = None
         code = os.waitstatus_to_exitcode(status)
         how = f"it was killed by {signal.Signals(-code).name}" if code < 0 else f"its process exited with status {code}"
         if code == -signal.SIGKILL:
             how += ", as happens when the sandbox is out of memory"
-        if hosted.ended is None:
-            hosted.ended = ActionError(
-                f"environment {hosted.env_id} ended: {how}",
-                sandbox_id=self._handle.id,
-                hint="make a new one",
-                details={"stderr": lines, "exit": code},
-            )
-        for other, future in list(self._pending.values()):
-            if other == number and not future.done():
-                future.set_exception(hosted.ended)
+        last = lines.strip().splitlines()[-1:]
+        self._env_failed(hosted, EnvironmentEnded(
+            ": ".join([f"environment {hosted.env_id} ended: {how}", *last]),
+            sandbox_id=self._handle.id,
+            hint="make a new one",
+            details={"stderr": lines, "exit": code},
+        ))  # fmt: skip
         if hosted.closed:
             del self._envs[number]
 
@@ -342,7 +389,7 @@ class EnvHost:
         elif self._ending is None and self._link is not None:
             self._ending = asyncio.ensure_future(self._ended(self._link))
 
-    async def _ended(self, link: _Link) -> None:
+    async def _ended(self, link: Link) -> None:
         try:
             status = await link.process.wait()
         except RockError as error:
@@ -355,9 +402,14 @@ class EnvHost:
 
     def _fail(self, error: RockError) -> None:
         self._failed = self._failed or error
-        for _, future in list(self._pending.values()):
-            if not future.done():
-                future.set_exception(error)
+        calls, self._calls = self._calls, {}
+        for call in calls.values():
+            call.batch.put(call.place, error)
+        for hosted in self._envs.values():
+            hosted.asked.clear()
+            if hosted.timer is not None:
+                hosted.timer.cancel()
+                hosted.timer = None
 
     @property
     def failed(self) -> RockError | None:
@@ -365,31 +417,28 @@ class EnvHost:
         return self._failed
 
 
-class _Link:
-    """The pipes to the host."""
+def _frame(op: int, number: int, id: int, index: int, payload: bytes) -> bytes:
+    return HEAD.pack(len(payload), op, PLAIN, number, id, index) + payload
 
-    def __init__(
-        self, process: Process, answered: Callable[[int, dict[str, Any]], None], ended: Callable[[str | None], None]
-    ) -> None:
-        self.process = process
-        self.inlet = Inlet(process.channels[envhost.ANSWERS], answered, ended)
-        self.tail = Tail(process.stderr)
-        self.outlets = {fd: Outlet(ours) for fd, ours in process.channels.items() if fd != envhost.ANSWERS}
 
-    def stop(self) -> None:
-        self.inlet.stop()
-        self.tail.stop()
-        for outlet in self.outlets.values():
-            outlet.drop()
+def _json(value: Any) -> bytes:
+    try:
+        return json.dumps(value).encode()
+    except (TypeError, ValueError) as error:
+        raise InvalidConfig(f"an environment can only be given what JSON holds: {error}") from None
+
+
+def _plain_of(answered: Answered) -> Any:
+    """The value of an answer that is JSON; raises the error that came instead."""
+    if isinstance(answered, RockError):
+        raise answered
+    try:
+        return json.loads(memoryview(answered)[HEAD.size :].tobytes())
+    except (ValueError, RecursionError) as error:
+        raise EnvironmentEnded(f"what the environment answered is no JSON: {error}") from None
 
 
 def _described(status: ExitStatus) -> str:
     if status.signal is not None:
         return f"killed by signal {status.signal}" + (" (out of memory?)" if status.signal == signal.SIGKILL else "")
     return "exit status unknown" if status.code is None else f"exit status {status.code}"
-
-
-@cache
-def _source() -> str:
-    """The program itself: given on the command line, so nothing has to be put into the image."""
-    return Path(envhost.__file__).read_text(encoding="utf-8")

@@ -1,25 +1,23 @@
-"""The two ends of the pipes between the rocklet and guest/envhost.py, on the event loop and without a thread."""
+"""The ends of the pipes between the rocklet and guest/envhost.py, on the event loop and without a thread."""
 
 from __future__ import annotations
 
 import asyncio
-import json
+import contextlib
+import fcntl
 import os
 import secrets
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
-from rock.errors import InvalidConfig
-from rock.guest import envhost
+from rock.guest import frames
+from rock.guest.frames import HEAD, HEADER, LIMIT
 from rock.rocklet.streams import Reader
 
-_READ = 1 << 18
-_HELLO = b'{"hello": "'
+_READ = 1 << 15  # a larger one costs the kernel a mapping each time
+_LARGE = 32 << 10  # a frame for which the pipe is made larger
+_PIPE = 1 << 20
 _STDERR_KEPT = 8192
-
-Message = dict[str, Any]
-
 
 class Outlet:
     """Writes messages to a pipe, and keeps what does not fit until it does."""
@@ -29,14 +27,20 @@ class Outlet:
         self._waiting: deque[bytes] = deque()
         self._watching = False
 
-    def send(self, stream: int, message: Message) -> None:
-        """InvalidConfig for what JSON cannot hold. That the reader is gone is no error: it is told elsewhere."""
-        try:
-            payload = json.dumps(message).encode()
-        except (TypeError, ValueError) as error:
-            raise InvalidConfig(f"an environment can only be given what JSON holds: {error}") from None
+    def send(self, stream: int, message: bytes) -> None:
+        """That the reader is gone is no error: it is told elsewhere."""
+        if not self._waiting and len(message) <= frames.PIECE:
+            piece = HEADER.pack(len(message), frames.FIRST | frames.LAST, stream) + message
+            try:
+                os.write(self._fd, piece)
+            except BlockingIOError:
+                self._waiting.append(piece)
+                self._write()
+            except OSError:
+                return
+            return
         idle = not self._waiting
-        self._waiting.extend(envhost.pieces(stream, payload))
+        self._waiting.extend(frames.pieces(stream, message))
         if idle:
             self._write()
 
@@ -68,19 +72,20 @@ class Outlet:
 
 
 class Inlet:
-    """Reads messages from a pipe, from the answer to our greeting on: a former rocklet may have read half of one.
+    """Reads messages from the pipe that all share, from the answer to our greeting on: a former rocklet may have read
+    half of one.
 
-    token: what to greet with. answered: called with (stream, message); an exception of it counts as nonsense too.
+    token: what to greet with. answered: called with each frame; an exception of it counts as nonsense too.
     ended: called once, with None at the end of the pipe, or with what was wrong with what came.
     """
 
-    def __init__(self, fd: int, answered: Callable[[int, Message], None], ended: Callable[[str | None], None]) -> None:
+    def __init__(self, fd: int, answered: Callable[[bytes], None], ended: Callable[[str | None], None]) -> None:
         self.token = secrets.token_hex(16)
         self._fd = fd
         self._answered = answered
         self._ended = ended
-        self._joiner = envhost.Joiner()
-        self._seeking: bytes | None = _HELLO + self.token.encode()
+        self._joiner = frames.Joiner()
+        self._seeking: bytes | None = b'{"hello": "' + self.token.encode()
         self._seen = bytearray()
         asyncio.get_running_loop().add_reader(fd, self._read)
 
@@ -105,22 +110,140 @@ class Inlet:
         if self._seeking is not None:
             data = self._found(data, self._seeking)
         try:
-            for stream, payload in self._joiner.feed(data):
-                self._answered(stream, json.loads(payload))
+            for _, message in self._joiner.feed(data):
+                self._answered(message)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             self.stop()
             self._ended(f"{type(error).__name__}: {error}")
 
     def _found(self, data: bytes, sought: bytes) -> bytes:
+        before = HEADER.size + HEAD.size
         self._seen += data
         place = self._seen.find(sought)
-        if place < envhost.HEADER.size:
-            del self._seen[: -(len(sought) + envhost.HEADER.size)]
+        if place < before:
+            del self._seen[: -(len(sought) + before)]
             return b""
-        found = bytes(self._seen[place - envhost.HEADER.size :])
+        found = bytes(self._seen[place - before :])
         self._seeking = None
         self._seen.clear()
         return found
+
+
+class OwnInlet:
+    """Reads whole frames from the pipe that one environment has for its answers.
+
+    answered: called with each frame, which is the caller's. nonsense: called with what was wrong with what came;
+    nothing is read any more until `reset`.
+    """
+
+    def __init__(self, fd: int, answered: Callable[[bytearray], None], nonsense: Callable[[str], None]) -> None:
+        self._fd = fd
+        self._answered = answered
+        self._nonsense = nonsense
+        self._seeking: bytes | None = None
+        self._buffer = bytearray()  # less than a frame, or the room of one
+        self._filled: int | None = None  # how much of the room is filled
+        self._deaf = False
+        self._large = False
+        asyncio.get_running_loop().add_reader(fd, self._read)
+
+    def seek(self, token: bytes) -> None:
+        """Leave out everything to the end of this token."""
+        self._seeking = token
+        self._buffer.clear()
+        self._filled = None
+
+    def drain(self) -> None:
+        """Take what is there now, and forget a half frame: nobody will write the rest of it."""
+        while self._read():
+            pass
+        self._seeking = None
+        self._buffer = bytearray()
+        self._filled = None
+        self._deaf = False
+
+    def stop(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._fd)
+
+    def _read(self) -> bool:
+        try:
+            if self._filled is not None:
+                return self._fill(self._filled)
+            data = os.read(self._fd, _READ)
+        except BlockingIOError:
+            return False
+        except OSError:
+            data = b""
+        if not data:
+            self.stop()  # the host is gone, which is told by its end
+            return False
+        if not self._deaf:
+            self._take(data)
+        return True
+
+    def _take(self, data: bytes) -> None:
+        self._buffer += data
+        if self._seeking is not None:
+            place = self._buffer.find(self._seeking)
+            if place < 0:
+                del self._buffer[: -len(self._seeking)]
+                return
+            del self._buffer[: place + len(self._seeking)]
+            self._seeking = None
+        while len(self._buffer) >= HEAD.size:
+            length = HEAD.size + int.from_bytes(self._buffer[:4], "big")
+            if length == len(self._buffer):
+                frame, self._buffer = self._buffer, bytearray()
+                self._tell(frame)
+                return
+            if length > HEAD.size + LIMIT:
+                self._refuse(f"a frame of {length} bytes is over the limit of {LIMIT}")
+                return
+            if length > len(self._buffer):
+                if length > _LARGE:
+                    self._make_room(length)
+                return
+            frame = self._buffer[:length]
+            del self._buffer[:length]
+            self._tell(frame)
+
+    def _make_room(self, length: int) -> None:
+        if not self._large:
+            self._large = True
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(self._fd, fcntl.F_SETPIPE_SZ, _PIPE)
+        self._filled = len(self._buffer)
+        room = bytearray(length)
+        room[: self._filled] = self._buffer
+        self._buffer = room
+
+    def _fill(self, filled: int) -> bool:
+        length = len(self._buffer)
+        with memoryview(self._buffer) as room:
+            while filled < length:
+                with room[filled:] as rest:
+                    got = os.readv(self._fd, [rest])
+                if not got:
+                    self.stop()
+                    return False
+                filled += got
+                self._filled = filled
+        if filled == length:
+            frame, self._buffer = self._buffer, bytearray()
+            self._filled = None
+            self._tell(frame)
+        return True
+
+    def _tell(self, frame: bytearray) -> None:
+        try:
+            self._answered(frame)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            self._refuse(f"{type(error).__name__}: {error}")
+
+    def _refuse(self, why: str) -> None:
+        self._deaf = True
+        self._buffer = bytearray()
+        self._nonsense(why)
 
 
 class Tail:

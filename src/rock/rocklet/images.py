@@ -6,9 +6,8 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from rock.envhub.packages import requirements_of
-from rock.rocklet.envs import prepare_image
-from rock.runtime.image.packages import PackageSet, is_built
+from rock.envhub.packages import requirements_of, wheels_only
+from rock.runtime.image.packages import PackageSet, ensure, is_built
 from rock.runtime.image.store import ImageStore
 
 
@@ -21,8 +20,8 @@ class Images:
 
     def is_ready(self, image: str) -> bool:
         """Whether `prepare` has nothing to do. InvalidConfig for a package set that nobody knows."""
-        requirements = requirements_of(image)
-        return requirements is None or is_built(self.store, PackageSet(image, requirements))
+        packages = _packages(image)
+        return packages is None or is_built(self.store, packages)
 
     async def prepare(self, image: str) -> None:
         """Install the packages that an image is named after, once, however many ask at the same time."""
@@ -30,7 +29,18 @@ class Images:
             return
         task = self._preparing.get(image)
         if task is None:
-            task = asyncio.create_task(prepare_image(self.store, image), name=f"prepare-{image}")
+            task = asyncio.create_task(self._build(image), name=f"prepare-{image}")
             self._preparing[image] = task
             task.add_done_callback(lambda _: self._preparing.pop(image, None))
         await asyncio.shield(task)
+
+    async def _build(self, image: str) -> None:
+        packages = _packages(image)
+        if packages is not None:
+            await asyncio.to_thread(ensure, self.store, packages)
+
+
+def _packages(image: str) -> PackageSet | None:
+    """What an image is named after; None when it is an image like any other."""
+    requirements = requirements_of(image)
+    return None if requirements is None else PackageSet(image, requirements, wheels_only(requirements))

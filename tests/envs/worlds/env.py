@@ -47,7 +47,7 @@ class World(gym.Env):
     def step(self, action):
         self.count += 1
         self.last = action
-        info = {"count": np.int16(self.count), "half": np.float32(0.5), "square": np.eye(2), "name": "x", "pair": (1, 2)}
+        info = {"count": np.int16(self.count), "half": np.float32(0.5), "square": np.eye(2), "pair": (1, "x")}
         return self.observation_space.sample(), float(self.count), self.count >= self.length, False, info
 
     def render(self):
@@ -79,7 +79,7 @@ class Bad(gym.Env):
             os._exit(7)
         if action == "hang":
             time.sleep(1000)
-        if action == "garbage":
+        if action in ("garbage", "every descriptor"):
             for fd in (1, 2):
                 os.write(fd, b"\x00\xff{}[" * 5000)
             for fd in range(3, 300):

@@ -102,7 +102,8 @@ def _environments(app: FastAPI, service: Service) -> None:
 
 def _catalogue_row(env_id: str) -> dict[str, Any]:
     spec = registry.find(env_id)
-    return {"id": spec.id, "protocol": spec.protocol, "image": spec.image, "note": spec.note}
+    aliases = [alias for alias, name in registry.ALIASES.items() if name == spec.id]
+    return {"id": spec.id, "protocol": spec.protocol, "image": spec.image, "note": spec.note, "aliases": aliases}
 
 
 def _listing(request: Request, limit: int, after: str | None) -> Listing:

@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,6 +48,7 @@ class PackageSet:
 
     image: str
     requirements: tuple[str, ...]
+    wheels_only: bool = False  # nothing is built, so no code of theirs runs on this machine
 
     @property
     def key(self) -> str:
@@ -99,7 +100,7 @@ def _build(packages: PackageSet, python: str, writer: LayerWriter, log: Path, pr
     home = base / packages.key
     site = home / "site"
     site.mkdir(parents=True)
-    _install(packages.requirements, site, log, progress)
+    _install(packages, site, log, progress)
     if progress is not None:
         progress("compiling")
     _prune(site)
@@ -112,13 +113,13 @@ def _build(packages: PackageSet, python: str, writer: LayerWriter, log: Path, pr
     (home / "packages").write_text("\n".join(names) + "\n")
     (home / "python").symlink_to(python)
     (base / "current").symlink_to(packages.key)
-    if (site / "nltk").is_dir():
+    if (site / "nltk").is_dir() and not packages.wheels_only:
         _words(site, home / "nltk_data", log, progress)
     writer.size = _readable(Path(writer.folder))
     log.unlink(missing_ok=True)
 
 
-def _install(requirements: Sequence[str], site: Path, log: Path, progress: Progress | None) -> None:
+def _install(packages: PackageSet, site: Path, log: Path, progress: Progress | None) -> None:
     if find_spec("pip") is not None:
         command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--no-compile",
                    "--no-user", "--no-warn-script-location", "--target", str(site)]  # fmt: skip
@@ -129,9 +130,12 @@ def _install(requirements: Sequence[str], site: Path, log: Path, progress: Progr
     else:
         raise ImageError("environment packages cannot be installed: this Python has no pip",
                          hint=f"run `{sys.executable} -m ensurepip`")
+    if packages.wheels_only:
+        command += ["--only-binary", ":all:"]
+    requirements = packages.requirements
     last: deque[str] = deque(maxlen=_LAST_LINES)
     with open(log, "w") as told, subprocess.Popen(
-        [*command, *requirements], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [*command, "--", *requirements], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, errors="replace",
     ) as child:  # fmt: skip
         assert child.stdout is not None

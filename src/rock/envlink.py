@@ -1,0 +1,220 @@
+"""How environments are reached: a sandbox that hosts them, and frames to and from it over a kept-alive connection.
+
+Every request has a number by which the environment knows it again, so one whose answer was lost is sent once more and
+done once.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import orjson
+
+from rock import errors, settings
+from rock.guest import frames, values
+from rock.guest.frames import ERROR, HEAD, RESET
+from rock.protocol.env import EnvInfo, OpenEnv
+from rock.protocol.routes import FRAMES_TYPE, ROUTES
+from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
+from rock.sync.sandbox.lifecycle import end_of
+from rock.sync.sandbox.link import parse, path, transport_of
+from rock.sync.transport import Transport
+
+POLL = 20.0  # seconds of one long-poll
+SLACK = 30.0
+
+Graph = Callable[[Any, Any, Any], Any]
+
+
+class Ask:
+    """Something to ask an environment: `op` and `value` as in guest/frames.py; `index` of a step, else any number."""
+
+    __slots__ = ("env", "index", "op", "value")
+
+    def __init__(self, env: int, op: int, value: Any, index: int | None = None) -> None:
+        self.env = env
+        self.op = op
+        self.value = value
+        self.index = secrets.randbits(62) if index is None else index
+
+    def frame(self, id: int) -> bytes:
+        """InvalidConfig for a value that cannot travel."""
+        try:
+            parts = values.encode(self.value)
+        except values.Unsendable as error:
+            raise errors.InvalidConfig(f"this cannot be sent to an environment: {error}") from None
+        length = sum(len(part) for part in parts)
+        return b"".join((HEAD.pack(length, self.op, 0, self.env, id, self.index), *parts))
+
+
+class EnvLink:
+    """A sandbox that hosts environments.
+
+    base_url, api_key: ROCK_BASE_URL and ROCK_API_KEY where they are not given. config: limits of a sandbox of its own,
+    which `close` stops; `exclusive` asks for the same. timeout: seconds for one reset, step or
+    call, after which the environment is killed; None leaves that to the server.
+    """
+
+    def __init__(
+        self,
+        *,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        config: SandboxConfig | None = None,
+        exclusive: bool = False,
+        timeout: float | None = None,
+        graph: Graph | None = None,
+    ) -> None:
+        if config is not None and base_url is None and api_key is None:
+            self.transport = transport_of(config)
+        else:
+            self.transport = Transport(base_url or settings.base_url(), api_key or settings.api_key())
+        self.exclusive = exclusive or config is not None
+        self.sandbox_id = ""
+        self._config = config
+        self._limit = timeout
+        self._timeout = None if timeout is None else timeout + SLACK  # the server tells when its time is over
+        self._graph = graph
+        self._target = ""
+
+    def open(self, wish: OpenEnv, timeout: float) -> None:
+        """Find or start the sandbox. The packages of its family are installed the first time, which takes minutes."""
+        wish.exclusive = self.exclusive
+        if self._config is not None:
+            wish.config = self._config
+        deadline = time.monotonic() + timeout
+        target = f"{ROUTES['open_env'].path}?wait={min(POLL, timeout):.3f}"
+        body = wish.model_dump(mode="json", exclude_unset=True)
+        info = parse(SandboxInfo, self.transport.json("POST", target, body, timeout=POLL + SLACK))
+        while info.state is State.PENDING:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise errors.StartFailed(
+                    f"{wish.env_id} was not ready within {timeout:g} seconds", sandbox_id=info.sandbox_id
+                )
+            target = f"{path('get_sandbox', info.sandbox_id)}?wait={min(left, POLL):.3f}"
+            info = parse(SandboxInfo, self.transport.json("GET", target, timeout=POLL + SLACK))
+        if info.state is not State.RUNNING:
+            raise end_of(info)
+        self.sandbox_id = info.sandbox_id
+        self._target = ROUTES["env_frames"].url(sandbox_id=self.sandbox_id)
+
+    def make(self, wish: dict[str, Any], timeout: float) -> int:
+        """Make an environment (fields of MakeEnv); answers its number."""
+        target = ROUTES["make_env"].url(sandbox_id=self.sandbox_id)
+        if self._limit is not None:
+            wish = {**wish, "timeout": self._limit}
+        try:
+            body = orjson.dumps(wish, option=orjson.OPT_SERIALIZE_NUMPY)
+        except TypeError as error:
+            raise errors.InvalidConfig(f"arguments of an environment have to be what JSON holds: {error}") from None
+        try:
+            answer = orjson.loads(self.transport.call("POST", target, body, timeout=timeout))
+        except orjson.JSONDecodeError as error:
+            raise errors.ServerError(f"malformed answer: {error}") from None
+        return parse(EnvInfo, answer).env
+
+    def ask(self, wanted: Ask) -> Any:
+        """The answer of an environment. Its error, Unavailable, ServerError."""
+        found = self.ask_all([wanted])[0]
+        if isinstance(found, errors.RockError):
+            raise found
+        return found
+
+    def ask_all(self, wanted: Sequence[Ask]) -> list[Any]:
+        """Answers in that order, over one request; an error of one environment stands in its place."""
+        body = b"".join([ask.frame(id) for id, ask in enumerate(wanted)])
+        raw = self._post(body)
+        try:
+            answers = list(frames.split(raw))
+            if [found[3] for found in answers] != list(range(len(wanted))):
+                raise ValueError("answers to something else")
+            return [self._value(op, payload) for op, _, _, _, _, payload in answers]
+        except ValueError as error:
+            raise errors.ServerError(f"malformed answer of an environment: {error}",
+                                     sandbox_id=self.sandbox_id) from None  # fmt: skip
+
+    def _post(self, body: bytes) -> bytes:
+        try:
+            return self.transport.call("POST", self._target, body, timeout=self._timeout, content_type=FRAMES_TYPE)
+        except errors.Unavailable as error:
+            if not error.details.get("sent"):
+                raise
+        return self.transport.call("POST", self._target, body, timeout=self._timeout, content_type=FRAMES_TYPE)
+
+    def _value(self, op: int, payload: Any) -> Any:
+        if op == ERROR:
+            return errors.from_wire(orjson.loads(payload))
+        return values.decode(payload, self._graph)
+
+    def close_env(self, number: int) -> None:
+        """End its process. Nothing happens when it or its sandbox is gone."""
+        try:
+            target = ROUTES["close_env"].url(sandbox_id=self.sandbox_id, env=str(number))
+            self.transport.json("DELETE", target, timeout=SLACK)
+        except (errors.NotFound, errors.SandboxError):
+            return
+
+    def list_envs(self) -> list[dict[str, str]]:
+        """What the server can make."""
+        answer = self.transport.json(ROUTES["list_envs"].method, ROUTES["list_envs"].path)
+        items = answer.get("items") if isinstance(answer, dict) else None
+        if not isinstance(items, list):
+            raise errors.ServerError("malformed answer: no list of environments")
+        return items
+
+    def close(self) -> None:
+        """Stop the sandbox, if it is nobody else's."""
+        if not self.exclusive or not self.sandbox_id:
+            return
+        try:
+            self.transport.json("POST", path("stop_sandbox", self.sandbox_id), timeout=SLACK)
+        except errors.RockError:
+            return
+
+
+class Player:
+    """One environment that is there: what it is asked, and the number of its next step."""
+
+    def __init__(self, link: EnvLink, number: int) -> None:
+        self.link = link
+        self.number = number
+        self.index = 0
+
+    def ask_reset(self, seed: Any = None, options: dict[str, Any] | None = None) -> Ask:
+        return Ask(self.number, RESET, {"seed": seed} if options is None else {"seed": seed, "options": options})
+
+    def ask_step(self, action: Any) -> Ask:
+        return Ask(self.number, frames.STEP, action, self.index)
+
+    def was_reset(self, found: Any) -> tuple[Any, Any]:
+        """(observation, info) of an answer; raises what came instead."""
+        if isinstance(found, errors.RockError):
+            raise found
+        if type(found) is not list or len(found) != 2:
+            raise errors.ServerError("malformed answer of an environment: no result of a reset")
+        self.index = 0
+        return found[0], found[1]
+
+    def was_stepped(self, found: Any) -> tuple[Any, Any, Any, Any, Any]:
+        """(observation, reward, terminated, truncated, info) of an answer; raises what came instead."""
+        if isinstance(found, errors.RockError):
+            self.index = found.details.get("next", self.index)  # a step that raised was one too
+            raise found
+        if type(found) is not list or len(found) != 5:
+            raise errors.ServerError("malformed answer of an environment: no result of a step")
+        self.index += 1
+        return found[0], found[1], found[2], found[3], found[4]
+
+    def reset(self, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, Any]:
+        return self.was_reset(self.link.ask_all([self.ask_reset(seed, options)])[0])
+
+    def step(self, action: Any) -> tuple[Any, Any, Any, Any, Any]:
+        return self.was_stepped(self.link.ask_all([self.ask_step(action)])[0])
+
+    def call(self, what: str, *arguments: Any) -> Any:
+        return self.link.ask(Ask(self.number, frames.CALL, [what, *arguments]))
+

@@ -1,0 +1,123 @@
+"""Frames: how environments are spoken to, from the client to the rocklet and from there into the sandbox.
+
+    length of the payload (4 bytes) | op (1) | flags (1) | environment (4) | request id (8) | index (8) | payload
+
+in network byte order. The payload of what an environment is asked and answers is a value (values.py), or JSON with the
+flag PLAIN; the rocklet passes it on unread. Ops:
+
+    HELLO   token                     answered by OK with the token: how a rocklet finds the beginning of a frame
+    MAKE    {"env_id", "kwargs", ..}  answered by OK
+    RESET   {"seed", "options"}       answered by OK [observation, info]
+    STEP    action                    answered by OK [observation, reward, terminated, truncated, info]
+    CALL    [what, *arguments]        see player.py
+    CLOSE                             answered by OK, and the process ends
+    KILL                              of the environment in the frame, by the zygote
+    ENDED   from the zygote: its process is gone. JSON {"status", "stderr"}
+    ERROR   instead of OK: JSON {"kind", "type", "message", "traceback", "next"}
+
+The index of a STEP is its number in the episode, that of another op any number; the same op and index again is
+answered again, and not done again. -1 is no index.
+
+On a pipe that several processes write to, frames are cut in pieces of at most 4096 bytes, which the kernel takes whole:
+
+    length (2 bytes) | flags (1: 1 the first, 2 the last of its frame) | environment (4) | bytes of the frame
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+HELLO, MAKE, RESET, STEP, CALL, CLOSE, KILL = range(7)
+OK, ERROR, ENDED = 16, 17, 18
+PLAIN = 1
+NO_INDEX = -1
+
+HEAD = struct.Struct(">IBBIQq")
+LIMIT = 257 << 20  # bytes of one payload
+
+FIRST, LAST = 1, 2
+HEADER = struct.Struct(">HBI")
+PIECE = 4096 - HEADER.size  # PIPE_BUF: what a pipe takes whole
+
+
+def pieces(stream: int, payload: bytes) -> Iterator[bytes]:
+    """A message cut into pieces."""
+    if len(payload) <= PIECE:
+        yield HEADER.pack(len(payload), FIRST | LAST, stream) + payload
+        return
+    for start in range(0, len(payload), PIECE):
+        part = payload[start : start + PIECE]
+        flags = (FIRST if start == 0 else 0) | (LAST if start + PIECE >= len(payload) else 0)
+        yield HEADER.pack(len(part), flags, stream) + part
+
+
+class Joiner:
+    """Makes messages of pieces again. A message whose beginning was lost is left out."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._parts: dict[int, list[bytes]] = {}
+        self._sizes: dict[int, int] = {}
+
+    def feed(self, data: bytes) -> Iterator[tuple[int, bytes]]:
+        """(stream, message) of all that is complete now."""
+        self._buffer += data
+        position = 0
+        try:
+            while len(self._buffer) - position >= HEADER.size:
+                length, flags, stream = HEADER.unpack_from(self._buffer, position)
+                end = position + HEADER.size + length
+                if end > len(self._buffer):
+                    break
+                part = bytes(self._buffer[position + HEADER.size : end])
+                position = end
+                if flags & FIRST:
+                    if flags & LAST:
+                        self._parts.pop(stream, None)
+                        yield stream, part
+                        continue
+                    self._parts[stream] = []
+                    self._sizes[stream] = 0
+                elif stream not in self._parts:
+                    continue
+                self._parts[stream].append(part)
+                self._sizes[stream] += length
+                if self._sizes[stream] > LIMIT + HEAD.size:
+                    raise ValueError(f"a message is over the limit of {LIMIT} bytes")
+                if flags & LAST:
+                    yield stream, b"".join(self._parts.pop(stream))
+        finally:
+            del self._buffer[:position]
+
+    def forget(self, stream: int) -> None:
+        """Leave out what came of a stream that will not be completed."""
+        self._parts.pop(stream, None)
+
+
+Frame = tuple[int, int, int, int, int, Any]
+
+
+def unpack(message: bytes | memoryview) -> Frame:
+    """(op, flags, environment, request id, index, payload) of a whole frame; ValueError when it is none."""
+    if len(message) < HEAD.size:
+        raise ValueError("a frame ends in its head")
+    length, op, flags, env, id, index = HEAD.unpack_from(message)
+    if length != len(message) - HEAD.size:
+        raise ValueError("a frame of another length than it says")
+    return op, flags, env, id, index, message[HEAD.size :]
+
+
+def split(data: bytes) -> Iterator[Frame]:
+    """The frames of a whole message of them; ValueError when they do not end where it ends."""
+    view = memoryview(data)
+    position = 0
+    while position < len(data):
+        if len(data) - position < HEAD.size:
+            raise ValueError("a frame ends in its head")
+        length, op, flags, env, id, index = HEAD.unpack_from(view, position)
+        position += HEAD.size + length
+        if position > len(data):
+            raise ValueError("a frame ends too early")
+        yield op, flags, env, id, index, view[position - length : position]

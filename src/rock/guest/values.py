@@ -1,0 +1,294 @@
+"""Values of environments as bytes and back: JSON for what is small, raw bytes for arrays. Nothing is ever unpickled.
+
+    length of the JSON (4 bytes, big-endian) | JSON | bytes of the arrays, one after another
+
+What JSON does not have is an object with one key in it:
+
+    {"$a": [dtype, shape, offset]}    a numpy array, C order, little-endian    {"$n": [dtype, offset]}   a numpy scalar
+    {"$t": [..]}  a tuple             {"$s": [..]}  a set                      {"$b": [offset, length]}  bytes
+    {"$d": [[key, value], ..]}        a dict that has other keys than strings, or one that looks like one of these
+    {"$o": [shape, [..]]}             an array of objects                      {"$g": [nodes, edges, links]}  a graph
+
+NaN and infinities travel as Python's JSON writes them, those in arrays bit by bit. Where no numpy is installed, arrays
+arrive as nested lists. Both sides check what they read: the other one may be hostile.
+
+Standard library only; numpy where it is there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+import sys
+from collections.abc import Callable
+from typing import Any
+
+LIMIT = 256 << 20  # bytes of one value
+_dumps = json.JSONEncoder(check_circular=False).encode  # `pack` has bounded the depth
+_LENGTH = struct.Struct(">I")
+_DTYPE = re.compile(r"[<|]([biufcSU])(\d{1,8})|<[Mm]8(\[\d{0,6}[a-zA-Z]{1,7}\])?")
+_FORMATS = {"b1": "?", "i1": "b", "u1": "B", "i2": "h", "u2": "H", "i4": "i", "u4": "I", "i8": "q", "u8": "Q",
+            "f2": "e", "f4": "f", "f8": "d"}  # fmt: skip
+_PLAIN = (str, int, bool, type(None))
+_BASES: tuple[Callable[[Any], Any], ...] = (int, float, str, dict, list, tuple)
+_DIMENSIONS = 32
+_REPR_KEPT = 2000
+_DEPTH = 100
+
+
+class Unsendable(TypeError):
+    """A value that cannot travel."""
+
+
+class Malformed(ValueError):
+    """Bytes that are no value."""
+
+
+def described(value: object) -> dict[str, str]:
+    """What stands for a value that cannot travel: its type and its repr."""
+    try:
+        text = repr(value)[:_REPR_KEPT]
+    except Exception as error:
+        text = f"<its repr raised {type(error).__name__}>"
+    return {"$type": f"{type(value).__module__}.{type(value).__qualname__}", "$repr": text}
+
+
+def _strict(value: object) -> Any:
+    raise Unsendable(f"a value of type {type(value).__name__} cannot be sent")
+
+
+class _Packer:
+    def __init__(self, odd: Callable[[object], Any]) -> None:
+        self.odd = odd
+        self.parts: list[Any] = []
+        self.size = 0
+
+    def add(self, data: Any, size: int) -> int:
+        offset = self.size
+        self.parts.append(data)
+        self.size += size
+        return offset
+
+    def pack(self, value: Any, depth: int = 0) -> Any:
+        kind = type(value)
+        if kind in _PLAIN or kind is float:
+            return value
+        if depth > _DEPTH:
+            raise Unsendable(f"a value is nested deeper than {_DEPTH}")
+        if kind is dict:
+            return self._dict(value, depth)
+        if kind is list:
+            return [self.pack(item, depth + 1) for item in value]
+        if kind is tuple:
+            return {"$t": [self.pack(item, depth + 1) for item in value]}
+        if kind.__module__ == "numpy":
+            return self._numpy(value, depth)
+        return self._other(value, depth)
+
+    def _dict(self, value: dict[Any, Any], depth: int) -> dict[str, Any]:
+        if all(type(key) is str for key in value) and not (len(value) == 1 and next(iter(value))[:1] == "$"):
+            return {key: self.pack(item, depth + 1) for key, item in value.items()}
+        return {"$d": [[self.pack(k, depth + 1), self.pack(v, depth + 1)] for k, v in value.items()]}
+
+    def _numpy(self, value: Any, depth: int) -> Any:
+        np = sys.modules["numpy"]
+        if isinstance(value, np.ndarray):
+            if type(value) is not np.ndarray and value.dtype.kind != "O":
+                value = np.asarray(value)
+            if value.dtype.kind == "O":
+                return {"$o": [list(value.shape), [self.pack(item, depth + 1) for item in value.ravel().tolist()]]}
+            dtype, data = self._raw(np, value)
+            return {"$a": [dtype, list(value.shape), self.add(data, len(data))]}
+        if isinstance(value, np.generic) and value.dtype.kind not in "OV":
+            dtype, data = self._raw(np, np.asarray(value))
+            return {"$n": [dtype, self.add(data, len(data))]}
+        return self.odd(value)
+
+    def _raw(self, np: Any, value: Any) -> tuple[str, Any]:
+        dtype = value.dtype
+        if dtype.itemsize == 0:  # strings without a letter
+            value = value.astype(f"{dtype.kind}1")
+            dtype = value.dtype
+        if dtype.byteorder == ">" or (dtype.byteorder == "=" and sys.byteorder == "big"):
+            dtype = dtype.newbyteorder("<")
+            value = value.astype(dtype)
+        if not _DTYPE.fullmatch(dtype.str):
+            raise Unsendable(f"an array of {dtype} cannot be sent")
+        # Bytes and not a view where it is small: that is quicker. The array may change as soon as we return.
+        return dtype.str, value.tobytes() if value.nbytes < 4096 else np.ascontiguousarray(value).reshape(-1).view("u1")
+
+    def _other(self, value: Any, depth: int) -> Any:
+        kind = type(value)
+        if isinstance(value, bytes | bytearray | memoryview):
+            data = bytes(value)
+            return {"$b": [self.add(data, len(data)), len(data)]}
+        if kind in (set, frozenset):
+            return {"$s": [self.pack(item, depth + 1) for item in sorted(value, key=repr)]}
+        if kind.__name__ == "GraphInstance" and isinstance(value, tuple) and len(value) == 3:
+            return {"$g": [self.pack(item, depth + 1) for item in value]}
+        if getattr(kind, "__module__", "").startswith("numpy") and "numpy" in sys.modules:
+            return self._numpy(value, depth)
+        for base in _BASES:
+            if isinstance(value, base):  # type: ignore[arg-type]
+                return self.pack(base(value), depth)
+        return self.odd(value)
+
+
+def encode(value: object, *, describe: bool = False) -> list[Any]:
+    """The value as byte strings and contiguous arrays of bytes, to be written one after the other.
+
+    describe: what cannot travel becomes {"$type", "$repr"}; else it is Unsendable, which tells the type.
+    """
+    packer = _Packer(described if describe else _strict)
+    return _finish(packer, packer.pack(value))
+
+
+def encode_result(strict: list[object], lenient: object) -> list[Any]:
+    """[*strict, lenient], where only what is in `lenient` may be described."""
+    packer = _Packer(_strict)
+    tree = [packer.pack(value) for value in strict]
+    packer.odd = described
+    return _finish(packer, [*tree, packer.pack(lenient)])
+
+
+def _finish(packer: _Packer, tree: Any) -> list[Any]:
+    try:
+        text = _dumps(tree).encode()
+    except (ValueError, RecursionError) as error:
+        raise Unsendable(str(error)) from None
+    if len(text) + packer.size > LIMIT:
+        raise Unsendable(f"a value of {len(text) + packer.size} bytes is over the limit of {LIMIT}")
+    if packer.size < 4096:
+        return [b"".join((_LENGTH.pack(len(text)), text, *packer.parts))]
+    return [_LENGTH.pack(len(text)) + text, *packer.parts]
+
+
+def decode(data: bytes | memoryview, graph: Callable[[Any, Any, Any], Any] | None = None) -> Any:
+    """The value of these bytes; Malformed when they are none. Arrays are copies. `graph` makes graphs of parts."""
+    try:
+        (length,) = _LENGTH.unpack_from(data)
+        start = _LENGTH.size + length
+        if start > len(data):
+            raise Malformed("it ends too early")
+        text = bytes(data[_LENGTH.size : start])
+        if b'"$' not in text:
+            return json.loads(text)
+        return json.loads(text, object_hook=_Unpacker(memoryview(data)[start:], graph))
+    except Malformed:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError, struct.error) as error:
+        raise Malformed(f"{type(error).__name__}: {str(error)[:200]}") from None
+
+
+class _Unpacker:
+    def __init__(self, data: memoryview, graph: Callable[[Any, Any, Any], Any] | None) -> None:
+        self.data = data
+        self.graph = graph
+
+    def __call__(self, found: dict[str, Any]) -> Any:
+        if len(found) != 1:
+            return found
+        (key,) = found
+        method = _KINDS.get(key)
+        return found if method is None else method(self, found[key])
+
+    def part(self, offset: Any, length: int) -> memoryview:
+        if type(offset) is not int or type(length) is not int or not 0 <= offset <= offset + length <= len(self.data):
+            raise Malformed("bytes outside of the value")
+        return self.data[offset : offset + length]
+
+    def array(self, value: Any) -> Any:
+        dtype, shape, offset = value
+        shape = _shape(shape)
+        data = self.part(offset, math.prod(shape) * _width(dtype))
+        np = _numpy()
+        if np is None:
+            return _nested(_items(dtype, data), shape)
+        return np.frombuffer(data, dtype).reshape(shape).copy() if data else np.empty(shape, dtype)
+
+    def scalar(self, value: Any) -> Any:
+        dtype, offset = value
+        data = self.part(offset, _width(dtype))
+        np = _numpy()
+        return _items(dtype, data)[0] if np is None else np.frombuffer(data, dtype)[0]
+
+    def objects(self, value: Any) -> Any:
+        shape, items = value
+        shape = _shape(shape)
+        if type(items) is not list or math.prod(shape) != len(items):
+            raise Malformed("an array of another size than it says")
+        np = _numpy()
+        if np is None:
+            return _nested(items, shape)
+        flat = np.empty(len(items), dtype=object)
+        for place, item in enumerate(items):
+            flat[place] = item
+        return flat.reshape(shape)
+
+    def blob(self, value: Any) -> bytes:
+        offset, length = value
+        return bytes(self.part(offset, length))
+
+    def instance(self, value: Any) -> Any:
+        nodes, edges, links = value
+        return (nodes, edges, links) if self.graph is None else self.graph(nodes, edges, links)
+
+
+def _pairs(_: _Unpacker, value: Any) -> dict[Any, Any]:
+    return {key: item for key, item in value}  # noqa: C416
+
+
+_KINDS: dict[str, Callable[[_Unpacker, Any], Any]] = {
+    "$a": _Unpacker.array, "$n": _Unpacker.scalar, "$o": _Unpacker.objects, "$b": _Unpacker.blob,
+    "$g": _Unpacker.instance, "$d": _pairs, "$t": lambda _, v: tuple(v), "$s": lambda _, v: set(v),
+}  # fmt: skip
+
+
+def _shape(shape: Any) -> tuple[int, ...]:
+    if type(shape) is not list or len(shape) > _DIMENSIONS or any(type(n) is not int or n < 0 for n in shape):
+        raise Malformed("no shape of an array")
+    return tuple(shape)
+
+
+def _width(dtype: Any) -> int:
+    """Bytes of one element; Malformed for a type that we do not take."""
+    found = _DTYPE.fullmatch(dtype) if type(dtype) is str else None
+    if found is None:
+        raise Malformed(f"no type of an array: {str(dtype)[:40]!r}")
+    width = int(found[2] or 8)
+    if width == 0:
+        raise Malformed("an array whose elements have no size")
+    return 4 * width if found[1] == "U" else width
+
+
+def _items(dtype: str, data: memoryview) -> list[Any]:
+    kind = _FORMATS.get(dtype[1:])
+    if kind is None:
+        raise Malformed(f"an array of {dtype} needs numpy")
+    return [item[0] for item in struct.iter_unpack("<" + kind, data)]
+
+
+def _nested(items: list[Any], shape: tuple[int, ...]) -> Any:
+    if not shape:
+        return items[0]
+    if len(shape) == 1:
+        return items
+    step = len(items) // shape[0] if shape[0] else 0
+    return [_nested(items[n * step : (n + 1) * step], shape[1:]) for n in range(shape[0])]
+
+
+_NUMPY: list[Any] = []
+
+
+def _numpy() -> Any:
+    """numpy, or None where it is not installed."""
+    if not _NUMPY:
+        try:
+            import numpy
+        except ImportError:
+            _NUMPY.append(None)
+        else:
+            _NUMPY.append(numpy)
+    return _NUMPY[0]

@@ -1,0 +1,19 @@
+"""Environments of Gymnasium in sandboxes: a real `gymnasium.Env` and a real `gymnasium.vector.VectorEnv`.
+
+    env = rock.gym.SandboxEnv("CartPole-v1")
+    envs = rock.gym.SandboxVectorEnv("CartPole-v1", 8)
+
+Needs the extra: pip install "rock-sandbox[gym]".
+"""
+
+from __future__ import annotations
+
+try:
+    import gymnasium  # noqa: F401
+except ImportError as error:
+    raise ImportError(f"rock.gym needs gymnasium ({error}): pip install 'rock-sandbox[gym]'") from error
+
+from rock.gym.env import SandboxEnv, remake
+from rock.gym.vector import SandboxVectorEnv
+
+__all__ = ["SandboxEnv", "SandboxVectorEnv", "remake"]

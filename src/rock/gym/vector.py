@@ -1,0 +1,149 @@
+"""Many environments of Gymnasium in one process of a sandbox, as a `gymnasium.vector.VectorEnv`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+
+from rock import errors
+from rock.gym.env import _spec_of
+from rock.gym.source import START_TIMEOUT, STEP_TIMEOUT, Making, Source, described
+from rock.gym.spaces import space_of
+from rock.protocol.sandbox import SandboxConfig
+
+Arrays = tuple[Any, np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any], dict[str, Any]]
+
+
+class SandboxVectorEnv(VectorEnv[Any, Any, Any]):
+    """`num_envs` environments, stepped together by one request.
+
+    vectorization_mode: "sync" (one after the other), "async" (a process each), "vector_entry_point" (the environment's
+        own vector), or None for what gymnasium.make_vec would take. vector_kwargs: go to that vector.
+    autoreset_mode: gymnasium.vector.AutoresetMode or its value: next step (Gymnasium's default), same step, disabled.
+    All else is as for `SandboxEnv`.
+
+    Observations are batched as `observation_space` says, rewards are float64[num_envs], flags bool[num_envs].
+    """
+
+    def __init__(
+        self,
+        source: str,
+        /,
+        num_envs: int,
+        *,
+        vectorization_mode: str | None = "sync",
+        vector_kwargs: dict[str, Any] | None = None,
+        autoreset_mode: AutoresetMode | str | None = None,
+        packages: Sequence[str] = (),
+        imports: Sequence[str] = (),
+        trust_remote_code: bool = False,
+        task: str | None = None,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        config: SandboxConfig | None = None,
+        exclusive: bool = False,
+        start_timeout: float = START_TIMEOUT,
+        step_timeout: float | None = STEP_TIMEOUT,
+        **kwargs: Any,
+    ) -> None:
+        self.closed = True
+        self.source = source
+        vector = {"num_envs": num_envs, "vectorization_mode": vectorization_mode,
+                  "vector_kwargs": _vector_kwargs(vector_kwargs, autoreset_mode)}  # fmt: skip
+        self._player = Making(
+            Source.parse(source, packages, trust_remote_code), kwargs, imports, task, base_url, api_key, config,
+            exclusive, start_timeout, step_timeout, vector,
+        ).make()  # fmt: skip
+        self.closed = False
+        try:
+            told = described(self._player)
+            self.num_envs = int(told["num_envs"])
+            self.observation_space = space_of(told["observation_space"])
+            self.action_space = space_of(told["action_space"])
+            self.single_observation_space = space_of(told["single_observation_space"])
+            self.single_action_space = space_of(told["single_action_space"])
+            self.metadata = dict(told["metadata"])
+            if "autoreset_mode" in self.metadata:
+                self.metadata["autoreset_mode"] = AutoresetMode(self.metadata["autoreset_mode"])
+            self.render_mode = told["render_mode"]
+            self.spec = _spec_of(told["spec"], {"rock_source": source, **kwargs})
+        except BaseException:
+            self.close()
+            raise
+
+    def __repr__(self) -> str:
+        return f"SandboxVectorEnv({self.source!r}, {self.num_envs}, sandbox_id={self.sandbox_id!r})"
+
+    __str__ = __repr__
+
+    @property
+    def sandbox_id(self) -> str:
+        """Where it runs."""
+        return self._player.link.sandbox_id
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Start episodes: (observations, infos). An int seeds environment i with seed + i.
+
+        options={"reset_mask": bool[num_envs]} resets some of them only.
+        """
+        self._check_open()
+        if seed is not None:
+            self._np_random, self._np_random_seed = gymnasium.utils.seeding.np_random(
+                seed if isinstance(seed, int) else seed[0]
+            )
+            seed = seed if isinstance(seed, int) else list(seed)
+        return self._player.reset(seed, options)
+
+    def step(self, actions: Any) -> Arrays:
+        """One step of each: (observations, rewards, terminations, truncations, infos)."""
+        self._check_open()
+        return self._player.step(actions)
+
+    def render(self) -> Any:
+        """A frame of each."""
+        self._check_open()
+        return self._player.call("render")
+
+    def call(self, name: str, *arguments: Any, **keywords: Any) -> tuple[Any, ...]:
+        """The results of a method of each."""
+        self._check_open()
+        return tuple(self._player.call("call", name, list(arguments), keywords))
+
+    def get_attr(self, name: str) -> tuple[Any, ...]:
+        """An attribute of each."""
+        self._check_open()
+        return tuple(self._player.call("get", name))
+
+    def set_attr(self, name: str, values: Any) -> None:
+        """Set an attribute of each, to one value or to a list of them."""
+        self._check_open()
+        self._player.call("set", name, values)
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """End their process."""
+        self._player.link.close_env(self._player.number)
+        self._player.link.close()
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise errors.Conflict(f"{self.source} is closed", hint="make a new one")
+
+
+def _vector_kwargs(given: dict[str, Any] | None, mode: AutoresetMode | str | None) -> dict[str, Any]:
+    options = dict(given or {})
+    if mode is not None:
+        options["autoreset_mode"] = mode
+    chosen = options.get("autoreset_mode")
+    if chosen is not None:
+        try:
+            options["autoreset_mode"] = AutoresetMode(chosen).value
+        except ValueError:
+            names = ", ".join(repr(item.value) for item in AutoresetMode)
+            raise errors.InvalidConfig(f"no autoreset mode {chosen!r}", hint=f"there are {names}") from None
+    return options

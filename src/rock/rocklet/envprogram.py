@@ -1,0 +1,93 @@
+"""The program that hosts environments, as it is started inside, and the pipes to it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from rock.guest import envhost
+from rock.rocklet.envwire import Inlet, Outlet, OwnInlet, Tail
+from rock.runtime.base import Process, Program
+
+_ENVIRONMENT = {
+    "LANG": "C.UTF-8", "HOME": "/tmp", "MPLCONFIGDIR": "/tmp",
+    # Some environments iterate over sets of words: with this a seed gives the same episode in every process
+    "PYTHONHASHSEED": "0", "PYTHONPATH": "",
+    # Threads do not survive a fork
+    "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NUMEXPR_NUM_THREADS": "1",
+}  # fmt: skip
+_MODULES = ("values", "frames", "spaces", "hosting", "player", "envhost")
+_LOADER = """import base64, json, sys, types, zlib
+for name in ("rock", "rock.guest"):
+    sys.modules[name] = types.ModuleType(name)
+    sys.modules[name].__path__ = []
+for name, text in json.loads(zlib.decompress(base64.b64decode("{packed}"))):
+    sys.modules[name] = module = types.ModuleType(name)
+    setattr(sys.modules["rock.guest"], name.rpartition(".")[2], module)
+    exec(compile(text, name, "exec"), module.__dict__)
+sys.modules["rock.guest.envhost"].main()
+"""
+
+
+def program(folder: str, python: str, key: str) -> Program:
+    """The host; `folder`: where its packages are inside."""
+    channels: dict[int, Literal["r", "w"]] = dict.fromkeys((envhost.REQUESTS, *envhost.PIPES), "r")
+    channels.update(dict.fromkeys((envhost.ANSWERS, *(pipe + envhost.OWN for pipe in envhost.PIPES)), "w"))
+    return Program(
+        [python, "-s", "-P", "-B", "-X", "utf8", "-c", source(), f"{folder}/site"],
+        env={**_ENVIRONMENT, "NLTK_DATA": f"{folder}/nltk_data"}, cwd="/", stdout="null", stderr="pipe",
+        channels=channels, key=key, keep=True,
+    )  # fmt: skip
+
+
+@cache
+def source() -> str:
+    """The program itself: given on the command line, so nothing has to be put into the image.
+
+    It is packed, as one argument may have 128 KiB.
+    """
+    folder = Path(envhost.__file__).parent
+    modules = [(f"rock.guest.{name}", (folder / f"{name}.py").read_text(encoding="utf-8")) for name in _MODULES]
+    packed = base64.b64encode(zlib.compress(json.dumps(modules).encode(), 9)).decode()
+    return _LOADER.format(packed=packed)
+
+
+class Link:
+    """The pipes to the host."""
+
+    def __init__(
+        self,
+        process: Process,
+        answered: Callable[[bytes | bytearray, int | None], None],
+        ended: Callable[[str | None], None],
+        nonsense: Callable[[int, str], None],
+    ) -> None:
+        self.process = process
+        self.inlet = Inlet(process.channels[envhost.ANSWERS], lambda frame: answered(frame, None), ended)
+        self.tail = Tail(process.stderr)
+        self.own: dict[int, OwnInlet] = {}
+        for pipe in envhost.PIPES:
+            self._add(pipe, answered, nonsense)
+        self.outlets = {pipe: Outlet(process.channels[pipe]) for pipe in (envhost.REQUESTS, *envhost.PIPES)}
+
+    def _add(
+        self, pipe: int, answered: Callable[[bytearray, int | None], None], nonsense: Callable[[int, str], None]
+    ) -> None:
+        self.own[pipe + envhost.OWN] = OwnInlet(
+            self.process.channels[pipe + envhost.OWN],
+            lambda frame: answered(frame, pipe),
+            lambda why: nonsense(pipe, why),
+        )
+
+    def stop(self) -> None:
+        self.inlet.stop()
+        self.tail.stop()
+        for own in self.own.values():
+            own.stop()
+        for outlet in self.outlets.values():
+            outlet.drop()
