@@ -20,7 +20,9 @@ RockError                           code, message, sandbox_id, retryable, hint
 │   ├── CommandTimeout              it ran out of time and was killed
 │   ├── EnvironmentRaised           an environment raised an exception; it stays usable
 │   ├── EnvironmentEnded            the process of an environment is gone
-│   └── SessionClosed               the shell of the session is gone
+│   ├── SessionClosed               the shell of the session is gone
+│   └── PortFailed                  what listens on a port does not answer as it should
+│       └── PortTimeout             or not in time
 └── ServerError                     we are at fault                    (InternalServerRockError)
     ├── NoCapacity                  nothing free now; retry
     ├── StorageFull                 the server's disk is full
@@ -52,6 +54,8 @@ __all__ = [
     "NotFound",
     "NotHere",
     "OutOfMemory",
+    "PortFailed",
+    "PortTimeout",
     "QuotaExceeded",
     "RockError",
     "RockException",
@@ -285,6 +289,20 @@ class SessionClosed(ActionError):
 
     code = "session_closed"
     status = 409
+
+
+class PortFailed(ActionError):
+    """A program inside took a connection to its port, and broke it off or answered with what is no HTTP."""
+
+    code = "port_failed"
+    status = 502
+
+
+class PortTimeout(PortFailed):
+    """A program inside took a connection to its port, and did not answer in time."""
+
+    code = "port_timeout"
+    status = 504
 
 
 class ServerError(InternalServerRockError):

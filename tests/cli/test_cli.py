@@ -44,7 +44,8 @@ def alive() -> set[str]:
 def test_help_and_version() -> None:
     assert rock("--version").stdout == f"rock {__version__}\n"
     shown = rock("--help").stdout
-    for command in ("run", "ps", "exec", "shell", "cp", "logs", "stop", "rm", "image", "env", "doctor", "admin"):
+    own = ("run", "ps", "exec", "shell", "cp", "port-forward", "logs", "stop", "rm")
+    for command in (*own, "image", "env", "doctor", "admin"):
         assert f"\n  {command} " in shown
         assert rock(command, "--help").returncode == 0
 

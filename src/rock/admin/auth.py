@@ -6,9 +6,11 @@ import hmac
 import ipaddress
 
 from rock.errors import InvalidConfig, Unauthorized
-from rock.wire.asgi import App, Receive, Scope, Send, failure
+from rock.protocol.routes import OTHER_KEY
+from rock.wire.asgi import App, Receive, Scope, Send, deny, failure
 
 _OPEN = ("/healthz", "/")
+_OTHER_KEY = OTHER_KEY.encode()
 
 
 def is_loopback(host: str) -> bool:
@@ -42,8 +44,8 @@ def _foreign_page(scope: Scope) -> Unauthorized | None:
 
 
 class Authenticated:
-    """Lets requests through that carry `Authorization: Bearer KEY`; without a key, every request but those of
-    web pages that are not ours."""
+    """Lets requests through that carry `Authorization: Bearer KEY`, or the key alone as X-ROCK-API-Key; without a key,
+    every request but those of web pages that are not ours."""
 
     def __init__(self, app: App, key: str | None) -> None:
         self._app = app
@@ -52,10 +54,13 @@ class Authenticated:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         error = self._refusal(scope)
         if error is None:
+            if self._want is not None and scope["type"] != "lifespan":
+                # The key ends here: programs inside, to which requests are handed on, must not see it.
+                scope = {**scope, "headers": [header for header in scope["headers"] if not self._is_key(*header)]}
             await self._app(scope, receive, send)
             return
         if scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008, "reason": "unauthorized"})
+            await deny(scope, send, error)
             return
         await failure(error).send(send)
 
@@ -71,5 +76,10 @@ class Authenticated:
     def _allowed(self, scope: Scope) -> bool:
         if scope["path"] in _OPEN and scope["type"] == "http":
             return True
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        return hmac.compare_digest(given, self._want or b"")
+        return any(self._is_key(name, value) for name, value in scope["headers"])
+
+    def _is_key(self, name: bytes, value: bytes) -> bool:
+        want = self._want or b""
+        if name == b"authorization":
+            return hmac.compare_digest(value, want)
+        return name == _OTHER_KEY and hmac.compare_digest(value, want.removeprefix(b"Bearer "))

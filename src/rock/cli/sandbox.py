@@ -301,13 +301,14 @@ def _each(names: list[str], act: Any) -> None:
 
 
 def add_commands(app: typer.Typer) -> None:
-    from rock.cli import copy, shell
+    from rock.cli import copy, forward, shell
 
     app.command(context_settings=OWN_OPTIONS_FIRST)(run)
     app.command("ps")(ps)
     app.command("exec", context_settings=OWN_OPTIONS_FIRST)(exec_)
     app.command("shell")(shell.shell)
     app.command("cp")(copy.cp)
+    app.command("port-forward")(forward.port_forward)
     app.command("logs")(logs)
     app.command("stop")(stop)
     app.command("rm")(rm)

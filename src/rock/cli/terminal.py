@@ -12,13 +12,14 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.asyncio.client import ClientConnection
+from websockets.exceptions import ConnectionClosed
 
-from rock.cli.output import OPTIONS
 from rock.errors import Unavailable, Unsupported, from_wire
 from rock.protocol.routes import ROUTES
-from rock.sdk.http import Address, query_string
+from rock.sdk.forward import web_socket
+from rock.sdk.http import query_string
+from rock.sdk.sandbox.link import headers_of
 from rock.settings import terminal_environment
 from rock.sync import Sandbox
 
@@ -28,36 +29,19 @@ END_OF_INPUT = b"\x04"
 
 async def attend(sandbox: Sandbox, query: dict[str, object]) -> int:
     """Connect this terminal to one inside, until the program there ends; its exit status."""
-    key = OPTIONS.api_key or sandbox.config.api_key
-    headers = {"authorization": f"Bearer {key}"} if key else {}
     try:
-        async with connect(
-            _address(sandbox, query), additional_headers=headers, proxy=None, compression=None, max_size=None
-        ) as socket:
+        async with await web_socket(sandbox.url, _target(sandbox, query), headers_of(sandbox.config)) as socket:
             with _raw_terminal():
                 return await _Terminal(socket).run()
-    except InvalidStatus as error:
-        raise _refusal(error.response.status_code, error.response.body) from None
     except ConnectionClosed as error:
         raise Unavailable(f"the server closed the terminal: {error}", hint=DETACH_HINT) from None
-    except (OSError, WebSocketException) as error:
-        raise Unavailable(f"no terminal at {sandbox.url}: {error}") from None
 
 
-def _address(sandbox: Sandbox, query: dict[str, object]) -> str:
+def _target(sandbox: Sandbox, query: dict[str, object]) -> str:
     size = shutil.get_terminal_size()
     term = terminal_environment().get("TERM")
     values = {"rows": size.lines, "columns": size.columns, "term": term, **query}
-    address = Address.parse(sandbox.url)
-    path = ROUTES["terminal"].url(sandbox_id=sandbox.sandbox_id or "") + query_string(values)
-    return f"{'wss' if address.tls else 'ws'}://{address.host_header}{address.path}{path}"
-
-
-def _refusal(status: int, body: bytes | bytearray | None) -> Exception:
-    try:
-        return from_wire(json.loads(bytes(body or b"")), status)
-    except ValueError:
-        return from_wire(bytes(body or b"").decode("utf-8", "replace"), status)
+    return ROUTES["terminal"].url(sandbox_id=sandbox.sandbox_id or "") + query_string(values)
 
 
 @contextlib.contextmanager

@@ -54,7 +54,7 @@ def start(init: Init, connection: Connection, number: int, request: dict[str, An
             settled = True
             init.unwatch(sock.fileno())
             sock.close()
-            init.refuse(connection, number, Fault("not_found", f"{what} did not answer in {timeout:g} s"))
+            init.refuse(connection, number, Fault("port_timeout", f"{what} did not answer in {timeout:g} s"))
 
     init.watch(sock.fileno(), settle, select.EPOLLOUT)
     init.later(timeout, give_up)

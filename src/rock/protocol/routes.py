@@ -12,6 +12,10 @@ there are arrays. An answer has the id of its request; the payload of an ERROR i
 
 The terminal is a WebSocket: binary messages are bytes of the terminal both ways; text messages are JSON: from the
 client {"resize": [rows, columns]}, from the server {"exit": code} as the last one, or {"error": ...} as in `to_wire`.
+
+A tunnel to a port is a WebSocket too: binary messages are the connection's bytes both ways, an empty one is the end of
+its direction; it is closed with 1000 once both have ended. What the HTTP and WebSocket rows of ports answer is the
+program's own, except where a header X-ROCK-Error has the code of an error of ours.
 """
 
 from __future__ import annotations
@@ -26,6 +30,9 @@ from urllib.parse import quote
 IDEMPOTENCY_KEY = "idempotency-key"
 STREAM_TYPE = "application/x-rock-stream"
 FRAMES_TYPE = "application/x-rock-frames"
+ERROR_CODE = "x-rock-error"  # on every error of ours: what tells it from the answer of a program inside
+ANSWER_WITHIN = "x-rock-timeout"  # seconds that a program behind a port has for the head of its answer; 120
+OTHER_KEY = "x-rock-api-key"  # the key, for requests whose Authorization is meant for a program inside
 LOG_START, LOG_NEXT, LOG_RUNNING = "x-rock-start", "x-rock-next", "x-rock-running"
 
 Plane = Literal["control", "data", "node"]
@@ -70,7 +77,10 @@ class FrameParser:
 
 @dataclass(frozen=True)
 class Route:
-    """A row: `plane` control is the admin's, data goes through the proxy to the rocklet, node is admin to rocklet."""
+    """A row: `plane` control is the admin's, data goes through the proxy to the rocklet, node is admin to rocklet.
+
+    method: ANY is each of METHODS. tail: the last variable is the whole rest of the path, which may be missing.
+    """
 
     name: str
     method: str
@@ -80,12 +90,14 @@ class Route:
     request: str = ""  # model, or raw, or query names
     answer: str = ""
     mutates: bool = False
+    tail: bool = False
 
     def url(self, **values: str) -> str:
         """The path with its variables filled in and percent-encoded."""
         return self.path.format(**{k: quote(v, safe="") for k, v in values.items()})
 
 
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _S = "/v1/sandboxes/{sandbox_id}"
 
 
@@ -258,6 +270,21 @@ def _rows() -> Iterator[Route]:
         "An interactive program on a pty",
         "?rows ?columns ?command ?user ?cwd ?term",
     )
+    # data plane: ports
+    yield Route(
+        "port",
+        "ANY",
+        _S + "/ports/{port}/{rest}",
+        "data",
+        "HTTP to a TCP port inside, streamed both ways",
+        "raw",
+        "raw",
+        tail=True,
+    )
+    yield Route(
+        "port_socket", "WEBSOCKET", _S + "/ports/{port}/{rest}", "data", "A WebSocket of a port inside", tail=True
+    )
+    yield row("tunnel", "WEBSOCKET", _S + "/tcp/{port}", "data", "A connection to a TCP port inside")
     # data plane: files
     yield row(
         "read_file", "GET", _S + "/files/content", "data", "Bytes of a file", "?path ?offset ?length ?user", "raw"

@@ -9,12 +9,14 @@ from collections.abc import MutableMapping
 from typing import Any
 
 from rock.errors import Expired, Lost, NotFound, NotHere, OutOfMemory, RockError, StartFailed, Unavailable
+from rock.protocol.routes import ERROR_CODE
 from rock.protocol.sandbox import Cause, SandboxInfo, State
 from rock.store.base import Store
-from rock.wire.asgi import App, Receive, Scope, Send, failure
+from rock.wire.asgi import App, Receive, Scope, Send, deny, failure
 
 PREFIX = "/v1/sandboxes/"
 _CONTROL = {"stop"}
+_NOT_HERE = (ERROR_CODE.encode(), NotHere.code.encode())  # a program inside may answer 421 too
 
 
 def is_data(path: str) -> bool:
@@ -39,16 +41,17 @@ class Proxy:
             return
         # One worker: it knows its sandboxes, so the store is asked only for what it does not know.
         held = _Held(send)
-        await self._local(scope, receive, held if scope["type"] == "http" else send)
+        await self._local(scope, receive, held)
         if held.held:
-            await failure(await self._explain(_sandbox_id(scope))).send(send)
+            error = await self._explain(_sandbox_id(scope))
+            await (deny(scope, send, error) if scope["type"] == "websocket" else failure(error).send(send))
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
         record = await self._store.get(_sandbox_id(scope))
         worker = self._workers.get(record.info.worker or "") if record else None
         if record is None or worker is None:
             missing = Unavailable("its worker is not known here") if record else NotFound("Sandbox not found")
-            await failure(missing).send(send)
+            await (deny(scope, send, missing) if scope["type"] == "websocket" else failure(missing).send(send))
             return
         await worker(scope, receive, send)
 
@@ -68,7 +71,7 @@ class _Held:
         self.held = False
 
     async def __call__(self, message: MutableMapping[str, Any]) -> None:
-        if message["type"] == "http.response.start" and message["status"] == NotHere.status:
+        if message.get("status") == NotHere.status and _NOT_HERE in message["headers"]:
             self.held = True
         if not self.held:
             await self._send(message)

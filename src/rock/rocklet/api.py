@@ -11,7 +11,7 @@ from rock.protocol.action import BashAction, Command, CreateBashSessionRequest
 from rock.protocol.node import ProcessList, SessionList
 from rock.protocol.routes import LOG_NEXT, LOG_RUNNING, LOG_START, ROUTES
 from rock.protocol.sandbox import SandboxConfig
-from rock.rocklet import env_api, file_api, programs, terminal
+from rock.rocklet import env_api, file_api, ports, programs, terminal
 from rock.rocklet.node import Node
 from rock.rocklet.once import Once
 from rock.rocklet.stream import Streaming
@@ -53,6 +53,7 @@ class Api:
         ):
             router.add(ROUTES[name], getattr(self, name))
         router.add(ROUTES["terminal"], terminal.handler(self.node))
+        ports.add_routes(router, self.node)
         file_api.add_routes(router, self.node)
         env_api.add_routes(router, self.node, self.once)
         return router

@@ -18,6 +18,7 @@ from rock.protocol.action import Command, CreateBashSessionRequest
 from rock.protocol.node import NodeSandbox
 from rock.protocol.sandbox import Cause, Isolation, Phase, SandboxConfig, Usage
 from rock.rocklet import programs
+from rock.rocklet.dialled import Connections
 from rock.rocklet.envs import EnvHost
 from rock.rocklet.session import KEY, Session, Shell, find_shell
 from rock.runtime import wholefile
@@ -97,6 +98,7 @@ class Supervisor:
         self.processes: dict[str, programs.Background] = {}
         self.env_host: EnvHost | None = None
         self._env_host_kept = False  # a former rocklet's is there; asked only when it is needed, as it may hang
+        self.connections = Connections()
         self._ended = ended
         self._busy = 0
         self._last = time.monotonic()
@@ -364,6 +366,7 @@ class Supervisor:
     async def destroy(self, grace: float) -> None:
         """End it and remove all that it used."""
         self._watch.cancel()
+        self.connections.cut()
         for task in self._opening.values():
             task.cancel()
         await asyncio.gather(self._watch, *self._opening.values(), return_exceptions=True)

@@ -268,7 +268,7 @@ class Ports(Protocol):
     """Connections to ports inside, dialled from inside, so they work without a network too."""
 
     async def dial(self, handle: Handle, port: int, *, host: str = "127.0.0.1", timeout: float = 10.0) -> int:
-        """A connected TCP socket's descriptor. Raises NotFound when nothing listens."""
+        """A connected TCP socket's descriptor. Raises NotFound when nothing listens, PortTimeout."""
         ...
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,10 +39,7 @@ class InitSandboxes:
         return await self.link(handle).request(op, fields, patience=660.0)
 
     async def _ask_fd(self, handle: Handle, op: str, **fields: Any) -> tuple[dict[str, Any], int]:
-        reply, fds = await self._ask(handle, op, **fields)
-        if len(fds) != 1:
-            raise errors.Lost("the sandbox's pid 1 answered without a descriptor", sandbox_id=handle.id)
-        return reply, fds[0]
+        return _single(await self._ask(handle, op, **fields), handle)
 
     async def open_read(self, handle: Handle, path: str, *, user: str | None = None) -> int:
         return (await self._ask_fd(handle, "open_read", path=path, user=user))[1]
@@ -93,8 +91,17 @@ class InitSandboxes:
 
     async def dial(self, handle: Handle, port: int, *, host: str = "127.0.0.1", timeout: float = 10.0) -> int:
         wish = {"port": port, "host": host, "timeout": timeout}
-        _, fds = await self.link(handle).request("dial", wish, patience=timeout + 5)
-        return fds[0]
+        return _single(await self.link(handle).request("dial", wish, patience=timeout + 5), handle)[1]
+
+
+def _single(answer: tuple[dict[str, Any], list[int]], handle: Handle) -> tuple[dict[str, Any], int]:
+    """An answer that has to come with one descriptor."""
+    reply, fds = answer
+    if len(fds) != 1:
+        for fd in fds:
+            os.close(fd)
+        raise errors.Lost("the sandbox's pid 1 answered without a descriptor", sandbox_id=handle.id)
+    return reply, fds[0]
 
 
 def merged(*environments: Mapping[str, str] | None) -> dict[str, str]:

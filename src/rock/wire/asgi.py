@@ -19,7 +19,7 @@ import orjson
 from pydantic import BaseModel, ValidationError
 
 from rock.errors import InternalServerRockError, InvalidConfig, NotFound, RockError, Unavailable
-from rock.protocol.routes import Route
+from rock.protocol.routes import ERROR_CODE, Route
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -192,12 +192,39 @@ def answer(value: Any, status: int = 200) -> Answer:
 
 
 def failure(error: RockError) -> Answer:
-    headers = [(b"retry-after", b"1")] if error.retryable else []
+    headers = [(ERROR_CODE.encode(), error.code.encode())]
+    if error.retryable:
+        headers.append((b"retry-after", b"1"))
     return Answer(orjson.dumps(error.to_wire(), default=repr), error.status, headers=headers)
+
+
+async def deny(scope: Scope, send: Send, error: RockError) -> None:
+    """Refuse a WebSocket with the error as the HTTP answer to its handshake, where the server can do that."""
+    if "websocket.http.response" not in scope.get("extensions", {}):
+        await send({"type": "websocket.close", "code": 1011, "reason": error.code})
+        return
+
+    async def translate(message: MutableMapping[str, Any]) -> None:
+        await send({**message, "type": f"websocket.{message['type']}"})
+
+    await failure(error).send(translate)
 
 
 Handler = Callable[[Request], Awaitable[Answer]]
 SocketHandler = Callable[[Request, Receive, Send], Awaitable[None]]
+
+
+def _fit(wanted: tuple[str, ...], given: list[str]) -> dict[str, str] | None:
+    """The variables of a row's path, or None when it is another's."""
+    if len(wanted) != len(given):
+        return None
+    values: dict[str, str] = {}
+    for want, have in zip(wanted, given, strict=True):
+        if want[:1] == "{":
+            values[want[1:-1]] = have
+        elif want != have:
+            return None
+    return values
 
 
 class Router:
@@ -206,22 +233,26 @@ class Router:
     def __init__(self, name: str) -> None:
         self.name = name
         self._rows: dict[tuple[str, int], list[tuple[tuple[str, ...], Handler | SocketHandler]]] = {}
+        self._tails: list[tuple[str, tuple[str, ...], Handler | SocketHandler]] = []
 
     def add(self, route: Route, handler: Handler | SocketHandler) -> None:
         parts = tuple(route.path.split("/"))
+        if route.tail:
+            self._tails.append((route.method, parts[:-1], handler))
+            return
         self._rows.setdefault((route.method, len(parts)), []).append((parts, handler))
 
     def match(self, method: str, path: str) -> tuple[Handler | SocketHandler, dict[str, str]] | None:
         given = path.split("/")
         for parts, handler in self._rows.get((method, len(given)), ()):
-            values: dict[str, str] = {}
-            for want, have in zip(parts, given, strict=True):
-                if want[:1] == "{":
-                    values[want[1:-1]] = have
-                elif want != have:
-                    break
-            else:
+            values = _fit(parts, given)
+            if values is not None:
                 return handler, values
+        for kind, parts, handler in self._tails:
+            if kind == method or (kind == "ANY" and method != "WEBSOCKET"):
+                values = _fit(parts, given[: len(parts)])
+                if values is not None:
+                    return handler, values
         return None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -264,13 +295,23 @@ class Router:
         if found is None:
             await send({"type": "websocket.close", "code": 1008, "reason": "no such route"})
             return
+        opened = False
+
+        async def track(message: MutableMapping[str, Any]) -> None:
+            nonlocal opened
+            opened = True
+            await send(message)
+
         try:
-            await found[0](Request(scope, receive, found[1]), receive, send)
+            await found[0](Request(scope, receive, found[1]), receive, track)
         except RockError as error:
+            if not opened:
+                await deny(scope, send, error)
+                return
             try:
                 await send({"type": "websocket.send", "text": orjson.dumps(error.to_wire(), default=repr).decode()})
                 await send({"type": "websocket.close", "code": 1011, "reason": error.code})
-            except RuntimeError:
+            except (RuntimeError, OSError):
                 log.debug("the client left before it could be told: %s", error)
 
 

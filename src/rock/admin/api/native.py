@@ -21,7 +21,7 @@ from rock.envhub import registry
 from rock.errors import ClientError, InternalServerRockError, InvalidConfig, NotFound, RockError
 from rock.protocol import action, env, node, sandbox
 from rock.protocol.node import EnvList, SandboxList, ServerInfo
-from rock.protocol.routes import ROUTES
+from rock.protocol.routes import METHODS, ROUTES
 from rock.protocol.sandbox import SandboxInfo, State
 from rock.settings import Settings
 from rock.store.base import Query as Listing
@@ -218,6 +218,8 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         }
         if asked in models:
             operation["requestBody"] = {"content": {"application/json": reference(asked)}}
-        schema["paths"].setdefault(row.path, {})[row.method.lower()] = operation
+        for method in METHODS if row.method == "ANY" else (row.method,):
+            unique = {"operationId": f"{row.name}_{method.lower()}"} if row.method == "ANY" else {}
+            schema["paths"].setdefault(row.path, {})[method.lower()] = {**operation, **unique}
     app.openapi_schema = schema
     return schema

@@ -24,12 +24,22 @@ def path(name: str, sandbox_id: str, session: str = "", process_id: str = "") ->
     return ROUTES[name].url(sandbox_id=sandbox_id, session=session, process_id=process_id)
 
 
-def transport_of(config: BaseConfig) -> Transport:
-    """How to reach the server that a config names."""
-    headers = dict(config.extra_headers)
+def headers_of(config: BaseConfig) -> dict[str, str]:
+    """What a request of the config's owner carries, its key included."""
+    given = {"authorization": f"Bearer {config.api_key}"} if config.api_key else {}
+    return {**given, **_extra(config)}
+
+
+def _extra(config: BaseConfig) -> dict[str, str]:
+    headers = {name.lower(): value for name, value in config.extra_headers.items()}
     if config.xrl_authorization:
         headers["xrl-authorization"] = f"Bearer {config.xrl_authorization}"
-    return Transport(config.base_url, config.api_key, headers)
+    return headers
+
+
+def transport_of(config: BaseConfig) -> Transport:
+    """How to reach the server that a config names."""
+    return Transport(config.base_url, config.api_key, _extra(config))
 
 
 def parse(model: type[M], data: Any) -> M:

@@ -8,10 +8,11 @@ from typing import Any, Self
 from rock.protocol.sandbox import SandboxConfig
 from rock.sdk.sandbox.files import Files
 from rock.sdk.sandbox.lifecycle import Lifecycle
+from rock.sdk.sandbox.ports import Ports
 from rock.sdk.sandbox.session import Sessions
 
 
-class Sandbox(Lifecycle, Sessions, Files):
+class Sandbox(Lifecycle, Sessions, Files, Ports):
     """One sandbox: `Sandbox(SandboxConfig(...))`, or `Sandbox(image="python:3.11", memory="2g")`.
 
         async with Sandbox(image="host") as sandbox:

@@ -10,10 +10,11 @@ from typing import Any, Self
 from rock.protocol.sandbox import SandboxConfig
 from rock.sync.sandbox.files import Files
 from rock.sync.sandbox.lifecycle import Lifecycle
+from rock.sync.sandbox.ports import Ports
 from rock.sync.sandbox.session import Sessions
 
 
-class Sandbox(Lifecycle, Sessions, Files):
+class Sandbox(Lifecycle, Sessions, Files, Ports):
     """One sandbox: `Sandbox(SandboxConfig(...))`, or `Sandbox(image="python:3.11", memory="2g")`.
 
         with Sandbox(image="host") as sandbox:

@@ -1,6 +1,7 @@
 """The dialect of ROCK's own clients (rl-rock), on the port of the native wire.
 
     /apis/envs/sandbox/v1/...   sandboxes.py commands.py files.py    in the envelope of envelope.py, under HTTP 200
+                                ports.py                             answers of programs, the envelope for errors
     /apis/v1/envs/gem/...       gem.py                               plain JSON, errors as HTTP statuses
     /env/...  /health           envhub.py                            the same
 
@@ -17,6 +18,7 @@ from rock.admin.api.rock_v1.data import DataPlane
 from rock.admin.api.rock_v1.envhub import EnvHub
 from rock.admin.api.rock_v1.files import Files
 from rock.admin.api.rock_v1.gem import Gem
+from rock.admin.api.rock_v1.ports import Ports
 from rock.admin.api.rock_v1.sandboxes import Sandboxes
 from rock.admin.service import Service
 from rock.envhub.catalogue import Catalogue
@@ -32,6 +34,7 @@ class RockV1:
 
     def __init__(self, service: Service, data: App, catalogue: Catalogue) -> None:
         plane = DataPlane(data)
+        self._ports = Ports(data)
         self._router = Router("rock-v1")
         self._add(SANDBOXES, [*Sandboxes(service).routes(), *Commands(plane).routes(), *Files(plane).routes()])
         self._add(GEM, Gem(service, plane).routes())
@@ -45,7 +48,9 @@ class RockV1:
         """This dialect's paths, and `rest` for all others."""
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            if scope["type"] != "http":
+            if scope["type"] in ("http", "websocket") and self._ports.wants(scope):
+                await self._ports(scope, receive, send)
+            elif scope["type"] != "http":
                 await rest(scope, receive, send)
             elif self._router.match(scope["method"], scope["path"]) is not None:
                 await self._router(scope, receive, send)

@@ -38,7 +38,7 @@ class DataPlane:
         Raises what the data plane raised; a sandbox that is not there is Failed, in ROCK's words for it.
         """
         row = ROUTES[route]
-        if not _ID.match(sandbox_id):
+        if not is_id(sandbox_id):
             raise not_started(sandbox_id)
         if not isinstance(body, bytes | AsyncIterator):
             body = orjson.dumps(body)
@@ -52,12 +52,7 @@ class DataPlane:
         )
         if status < 400:
             return reply
-        error = _raised(reply, status)
-        if isinstance(error, NotFound) and error.message == f"Sandbox {sandbox_id} not found":
-            raise not_started(sandbox_id)
-        if "cause" in error.details or error.message.startswith(f"sandbox {sandbox_id} has not started"):
-            raise not_started(sandbox_id, error)
-        raise error
+        raise raised(reply, status, sandbox_id)
 
     async def json(
         self,
@@ -76,8 +71,19 @@ def not_started(sandbox_id: str, why: RockError | None = None) -> Failed:
     return Failed(f"sandbox {sandbox_id} not started" + (f": {why}" if why else ""))
 
 
-def _raised(reply: bytes, status: int) -> RockError:
+def is_id(text: str) -> bool:
+    """Whether there could be a sandbox of that id."""
+    return _ID.match(text) is not None
+
+
+def raised(reply: bytes, status: int, sandbox_id: str) -> RockError | Failed:
+    """What an answer of the data plane stands for; Failed for a sandbox that is not there."""
     try:
-        return from_wire(orjson.loads(reply), status)
+        error = from_wire(orjson.loads(reply), status)
     except orjson.JSONDecodeError:
         return from_wire(reply.decode(errors="replace"), status)
+    if isinstance(error, NotFound) and error.message == f"Sandbox {sandbox_id} not found":
+        return not_started(sandbox_id)
+    if "cause" in error.details or error.message.startswith(f"sandbox {sandbox_id} has not started"):
+        return not_started(sandbox_id, error)
+    return error
