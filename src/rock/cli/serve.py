@@ -218,6 +218,7 @@ async def serve(settings: Settings, role: type[Server] | type[Rocklet] = Server)
             timeout_keep_alive=75,
             timeout_graceful_shutdown=5,
             server_header=False,
+            proxy_headers=False,  # nobody who sends them is known to be a proxy
             ws_max_size=16 << 20,
             backlog=2048,
         )
