@@ -131,7 +131,7 @@ def test_methods_bodies_and_headers(guest: Guest, method: str) -> None:
     headers = seen["headers"]
     assert headers["host"] == "localhost:8000" and headers["x-mine"] == "1" and headers["cookie"] == "a=b"
     assert headers["authorization"] == "Basic Zm9v" and "x-drop" not in headers
-    assert headers["x-forwarded-for"] == "10.1.1.1" and headers["x-forwarded-proto"] == "http"
+    assert headers["x-forwarded-for"] == "10.1.1.1, 127.0.0.1" and headers["x-forwarded-proto"] == "http"
     assert headers["x-forwarded-host"] == guest.address
     assert headers["x-forwarded-prefix"] == f"{guest.base}/ports/8000"
 
