@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from tests.leaks import Inventory, take_inventory
 
-from rock.admin.worker import WireWorker
+from rock.admin.worker import Transport, WireWorker
 from rock.errors import Conflict, ImageError, NotFound
 from rock.protocol.sandbox import Cause, SandboxConfig
 
@@ -50,11 +50,17 @@ def ask(url: str, method: str, path: str, body: bytes = b"", key: str = "open se
         return int(error.code), error.read()
 
 
+def wire_to(url: str) -> Transport:
+    async def transport(method: str, path: str, query: str, body: bytes) -> tuple[int, bytes]:
+        return await asyncio.to_thread(ask, url, method, f"{path}?{query}" if query else path, body)
+
+    return transport
+
+
 def test_an_admin_elsewhere_commands_it(rocklet: tuple[str, Path, int]) -> None:
     url, home, pid = rocklet
 
-    async def transport(method: str, path: str, query: str, body: bytes) -> tuple[int, bytes]:
-        return await asyncio.to_thread(ask, url, method, f"{path}?{query}" if query else path, body)
+    transport = wire_to(url)
 
     async def main() -> Inventory:
         worker = WireWorker("there", transport)
@@ -93,8 +99,7 @@ def test_an_admin_elsewhere_commands_it(rocklet: tuple[str, Path, int]) -> None:
 def test_it_tells_of_a_sandbox_that_ended(rocklet: tuple[str, Path, int]) -> None:
     url, home, _ = rocklet
 
-    async def transport(method: str, path: str, query: str, body: bytes) -> tuple[int, bytes]:
-        return await asyncio.to_thread(ask, url, method, f"{path}?{query}" if query else path, body)
+    transport = wire_to(url)
 
     async def main() -> None:
         worker = WireWorker("there", transport)

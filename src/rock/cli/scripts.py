@@ -5,17 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
+from rock.cli.output import fail
 from rock.cli.serve import Rocklet, Server, run_server
 from rock.errors import InvalidConfig, RockError, Unavailable
 from rock.settings import Settings
-
-
-def fail(error: RockError) -> int:
-    """Tell an error as one line, with what to do; 1 as exit status."""
-    print(f"error: {error.message}", file=sys.stderr)
-    if error.hint:
-        print(f"hint: {error.hint}", file=sys.stderr)
-    return 1
 
 
 def admin_main() -> None:

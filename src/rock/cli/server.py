@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from rock.cli.scripts import fail
+from rock.cli.output import fail
 from rock.cli.serve import run_server
 from rock.errors import InvalidConfig, RockError
 from rock.settings import Settings

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import orjson
-
 from rock.errors import InvalidConfig
 from rock.protocol.action import BashAction, Command, CreateBashSessionRequest
 from rock.protocol.node import ProcessList, SessionList
@@ -16,7 +14,7 @@ from rock.rocklet.node import Node
 from rock.rocklet.once import Once
 from rock.rocklet.stream import Streaming
 from rock.rocklet.supervisor import Supervisor
-from rock.wire.asgi import Answer, Request, Router, answer, validate
+from rock.wire.asgi import Answer, Request, Router, answer, answer_model, validate
 
 
 class Api:
@@ -226,28 +224,24 @@ class Api:
         if request.flag("check"):
             await self.node.check(config)
             return answer({})
-        return _dump(await self.node.create(request.path["sandbox_id"], config), 201)
+        return answer_model(await self.node.create(request.path["sandbox_id"], config), 201)
 
     async def node_list(self, request: Request) -> Answer:
-        return _dump(self.node.inventory())
+        return answer_model(self.node.inventory())
 
     async def node_get(self, request: Request) -> Answer:
         look = self.node.look(request.path["sandbox_id"], touch=request.flag("touch"), usage=request.flag("usage"))
-        return _dump(await look)
+        return answer_model(await look)
 
     async def node_destroy(self, request: Request) -> Answer:
-        return _dump(await self.node.destroy(request.path["sandbox_id"], request.number("grace", 0, high=600)))
+        return answer_model(await self.node.destroy(request.path["sandbox_id"], request.number("grace", 0, high=600)))
 
     async def node_status(self, request: Request) -> Answer:
-        return _dump(await self.node.status())
+        return answer_model(await self.node.status())
 
     async def node_events(self, request: Request) -> Answer:
         after = request.integer("after", 0)
-        return _dump(await self.node.events(after, request.number("wait", 0, high=600)))
-
-
-def _dump(model: Any, status: int = 200) -> Answer:
-    return Answer(orjson.dumps(model.model_dump(mode="json")), status)
+        return answer_model(await self.node.events(after, request.number("wait", 0, high=600)))
 
 
 def size_of(body: Any) -> tuple[int, int]:

@@ -29,6 +29,12 @@ class _Work:
     waiting: int = 0
 
 
+def _place(request: Request) -> Place | None:
+    """What a request with a key is known by; a key means nothing on another path."""
+    key = request.header(_KEY)
+    return None if key is None else (str(request.scope["path"]), key)
+
+
 class Once:
     """Answers by idempotency key: a request that was sent again gets the first one's answer and does nothing."""
 
@@ -40,10 +46,9 @@ class Once:
 
     def first(self, request: Request) -> None:
         """Let a request through whose answer is a stream, once a key: Conflict when it was let through before."""
-        key = request.header(_KEY)
-        if key is None:
+        place = _place(request)
+        if place is None:
             return
-        place = str(request.scope["path"]), key
         if place in self._streams:
             raise Conflict(
                 "a request with this key was begun already, and its answer was a stream, which is not kept",
@@ -58,8 +63,7 @@ class Once:
 
         abandon: end the work by a cancellation when every client that waits for it has left. Else it is finished.
         """
-        key = request.header(_KEY)
-        place = None if key is None else (str(request.scope["path"]), key)
+        place = _place(request)
         if place is not None and place in self._answers:
             work.close()
             return self._answers[place]

@@ -191,6 +191,11 @@ def answer(value: Any, status: int = 200) -> Answer:
     return Answer(dumps(value), status)
 
 
+def answer_model(model: BaseModel, status: int = 200) -> Answer:
+    """A model as its own serializers write it: enums, times and models inside it."""
+    return Answer(orjson.dumps(model.model_dump(mode="json")), status)
+
+
 def failure(error: RockError) -> Answer:
     headers = [(ERROR_CODE.encode(), error.code.encode())]
     if error.retryable:

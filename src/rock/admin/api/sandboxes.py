@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import orjson
-from pydantic import BaseModel
-
 from rock.admin.service import Service
 from rock.protocol.env import OpenEnv
 from rock.protocol.routes import IDEMPOTENCY_KEY, ROUTES
 from rock.protocol.sandbox import SandboxConfig
-from rock.wire.asgi import Answer, App, Receive, Request, Router, Scope, Send
+from rock.wire.asgi import Answer, App, Receive, Request, Router, Scope, Send, answer_model
 
 _LONGEST_WAIT = 3600.0  # seconds
 NAMES = ("create_sandbox", "get_sandbox", "stop_sandbox", "open_env")
@@ -36,19 +33,19 @@ class Sandboxes:
     async def create_sandbox(self, request: Request) -> Answer:
         wait = _wait(request)
         config = await request.model(SandboxConfig)
-        return _answer(await self._service.create(config, _key(request), wait), 201)
+        return answer_model(await self._service.create(config, _key(request), wait), 201)
 
     async def get_sandbox(self, request: Request) -> Answer:
         look = {"touch": request.flag("touch"), "usage": request.flag("usage")}
-        return _answer(await self._service.get(request.path["sandbox_id"], wait=_wait(request), **look))
+        return answer_model(await self._service.get(request.path["sandbox_id"], wait=_wait(request), **look))
 
     async def stop_sandbox(self, request: Request) -> Answer:
-        return _answer(await self._service.stop(request.path["sandbox_id"]))
+        return answer_model(await self._service.stop(request.path["sandbox_id"]))
 
     async def open_env(self, request: Request) -> Answer:
         wait = _wait(request)
         wish = await request.model(OpenEnv)
-        return _answer(await self._service.open_env(wish, wait, _key(request)), 201)
+        return answer_model(await self._service.open_env(wish, wait, _key(request)), 201)
 
 
 def _wait(request: Request) -> float:
@@ -57,7 +54,3 @@ def _wait(request: Request) -> float:
 
 def _key(request: Request) -> str | None:
     return request.header(IDEMPOTENCY_KEY.encode())
-
-
-def _answer(model: BaseModel, status: int = 200) -> Answer:
-    return Answer(orjson.dumps(model.model_dump(mode="json")), status)
