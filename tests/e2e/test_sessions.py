@@ -95,8 +95,8 @@ def test_exec_replaces_the_shell_and_its_status_is_told(sandbox: Sandbox) -> Non
 
 def test_background_jobs_go_on(sandbox: Sandbox) -> None:
     began = time.monotonic()
-    assert sandbox.arun("(sleep 0.3; echo done > /tmp/job) &").exit_code == 0
-    assert time.monotonic() - began < 0.3
+    assert sandbox.arun("(sleep 2; echo done > /tmp/job) &").exit_code == 0
+    assert time.monotonic() - began < 2
     assert sandbox.arun("wait; cat /tmp/job").output == "done\n"
 
 
@@ -235,12 +235,12 @@ def test_sessions_are_apart_and_run_at_once(sandbox: Sandbox) -> None:
     for name in ("a", "b"):
         sandbox.create_session(CreateBashSessionRequest(session=name))
     began = time.monotonic()
-    threads = [threading.Thread(target=sandbox.arun, args=("sleep 0.5",), kwargs={"session": n}) for n in ("a", "b")]
+    threads = [threading.Thread(target=sandbox.arun, args=("sleep 2",), kwargs={"session": n}) for n in ("a", "b")]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert time.monotonic() - began < 0.95
+    assert time.monotonic() - began < 3.9
     assert {s.session for s in sandbox.sessions()} == {"default", "a", "b"}
 
 

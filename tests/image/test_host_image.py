@@ -86,7 +86,7 @@ def test_it_is_remembered(store: ImageStore) -> None:
     begin = time.perf_counter()
     for _ in range(100):
         assert store.resolve("host") == first
-    assert (time.perf_counter() - begin) / 100 < 0.005
+    assert (time.perf_counter() - begin) / 100 < 0.05
     assert ImageStore(store.folder).resolve("host") == first
     assert store.gc() == 0
     assert os.path.isdir(first.layers[0])
