@@ -28,7 +28,7 @@ def usable(sandbox: Sandbox, session: str = "default") -> None:
         ("cat <<'EOF'\nheredoc $x\nEOF", "heredoc $x\n", 0),
         ("cat", "", 0),
         ("read line; echo status $?", "status 1\n", 0),
-        ("printf 'D 1 0 /\\000R 5\\000SHELLPS1PREFIX'", "D 1 0 /\0R 5\0SHELLPS1PREFIX", 0),
+        ("printf 'D 0 / 1\\000R 5\\000SHELLPS1PREFIX'", "D 0 / 1\0R 5\0SHELLPS1PREFIX", 0),
         ("echo ünïcødé", "ünïcødé\n", 0),
         ("{ sh -c 'kill -KILL $$'; } 2>/dev/null; echo $?", "137\n", 0),
         ("nosuchcommand 2>/dev/null", "", 127),

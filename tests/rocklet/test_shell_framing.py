@@ -39,7 +39,7 @@ class Harness:
             preexec_fn=place,
             close_fds=False,
             cwd="/",
-            env={"PATH": os.environ["PATH"]},
+            env={"PATH": os.environ["PATH"], **dialect.environment()},
         )
         for fd in (script_read, status_write, output_write, errors_write):
             os.close(fd)
@@ -123,7 +123,7 @@ def bash() -> Iterator[Harness]:
         ("cat <<E\na $((1+1))\nE", 0, b"a 2\n"),
         ("cat", 0, b""),
         ("read x; echo $?", 0, b"1\n"),
-        ("printf 'D 1 0 /\\000R 7\\000'", 0, b"D 1 0 /\0R 7\0"),
+        ("printf 'D 0 / 1\\000R 7\\000'", 0, b"D 0 / 1\0R 7\0"),
         ("echo a; echo b >&2; echo c", 0, b"a\nb\nc\n"),
         ("", 0, b""),
         ("# nothing", 0, b""),
@@ -208,7 +208,7 @@ def test_any_text_passes_through_one_shell_exactly(long_lived: Harness, text: st
 @settings(max_examples=100, deadline=None)
 @given(reports=st.lists(st.tuples(st.integers(0, 10**9), st.integers(0, 255), _TEXT), max_size=5), data=st.data())
 def test_reports_in_any_portions(reports: list[tuple[int, int, str]], data: st.DataObject) -> None:
-    wire = b"".join(b"D %d %d %s\0" % (t, c, cwd.encode()) for t, c, cwd in reports)
+    wire = b"".join(b"D %d %s %d\0" % (c, cwd.encode(), t) for t, c, cwd in reports)
     parser = shell.ReportParser()
     seen: list[shell.Report] = []
     while wire:
@@ -223,4 +223,4 @@ def test_reports_in_any_portions(reports: list[tuple[int, int, str]], data: st.D
 def test_the_parser_takes_anything(junk: bytes) -> None:
     parser = shell.ReportParser()
     list(parser.feed(junk))
-    assert [r for r in parser.feed(b"\0D 1 2 /x\0") if isinstance(r, shell.Done) and r.cwd == "/x"]
+    assert [r for r in parser.feed(b"\0D 2 /x 1\0") if isinstance(r, shell.Done) and r.cwd == "/x"]

@@ -191,7 +191,7 @@ class Session:
         program = Program(
             argv=dialect.argv(self.shell.path, pty),
             env={"PS1": "", "PS2": "", "SHELL": self.shell.path, **({"TERM": "xterm-256color"} if pty else {}),
-                 **(self.spec.env or {})},
+                 **(self.spec.env or {}), **dialect.environment(pty)},
             cwd=self._cwd or self.spec.cwd,
             user=self.spec.remote_user,
             stdin="pipe",

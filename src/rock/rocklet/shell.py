@@ -5,7 +5,7 @@ descriptor `script`. A command is one `eval '...'` of it, so that unbalanced quo
 and a heredoc cannot swallow what comes next. After each command the shell reports on descriptor `status`, never on its
 output:
 
-    D <token> <exit status> <working directory> NUL      the command is done
+    D <exit status> <working directory> <token> NUL      the command is done
     R <exit status> NUL                                   the shell was about to end, and starts itself anew
 
 Commands read /dev/null, so they cannot eat the script. A shell that ends for another reason than `exit` (`set -e`,
@@ -44,6 +44,10 @@ class Dialect:
         options = ["--norc", "--noprofile"] if self.is_bash else []
         return [path, *options, *([f"/dev/fd/{self.script}"] if pty else [])]
 
+    def environment(self, pty: bool = False) -> dict[str, str]:
+        """What the first command takes from the environment, and out of it: a shell reads a pipe byte by byte."""
+        return {_HOOK: _exit_hook(self, pty)} if self.is_bash else {}
+
 
 BASH = Dialect("bash", script=198, status=199, errors=197, state=196)
 SH = Dialect("sh", script=8, status=9, errors=7, state=6)
@@ -59,6 +63,10 @@ def encode(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
+# Bash keeps it in a variable that nobody can unset: a byte of the script costs it a system call.
+_REPORT = """>&{status} command printf 'D %s %s %s\\0' "$?" "$PWD" """
+
+
 # The trap runs when the shell is about to end. `exit` is a function only to tell a wanted end from any other.
 _BASH_EXIT = """\
 exit() {{ local s=$?; __rock_exit=1; builtin exit "${{@:-$s}}"; }}
@@ -66,10 +74,12 @@ trap '__rock_exit="$? ${{__rock_exit-}}"; if [ "${{__rock_exit#* }}" != 1 ]; the
 command printf "R %s\\0" "${{__rock_exit% *}}" >&{status}; \
 exec {state}< <(declare -p; declare -f; alias -p; shopt -p; set +o) 2>/dev/null; \
 exec -a bash "$BASH" --norc --noprofile {source}; fi' EXIT
+declare -r __rock_report={report} 2>/dev/null
 shopt -s expand_aliases
 """
 
 
+_HOOK = "__rock_hook"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # What a shell looks at when it starts, or does not let anybody set.
 _OWN = re.compile(r"(BASH.*|SHELLOPTS|POSIXLY_CORRECT|ENV|UID|EUID|PPID|FUNCNAME|GROUPS|DIRSTACK|IFS|OPTIND|OPTERR)")
@@ -87,16 +97,24 @@ def exports(env: Mapping[str, str]) -> bytes:
 
 def _exit_hook(dialect: Dialect, pty: bool) -> str:
     source = f"/dev/fd/{dialect.script}" if pty else f"<&{dialect.script}"
-    hook = _BASH_EXIT.format(status=dialect.status, state=dialect.state, source=source)
-    # A script on standard input is out of reach inside `eval ... </dev/null`: hence a second descriptor for it.
-    return hook if pty else f"exec {dialect.script}<&0\n{hook}"
+    report = quote(_REPORT.format(status=dialect.status))
+    return _BASH_EXIT.format(status=dialect.status, state=dialect.state, source=source, report=report)
+
+
+def _hold_script(dialect: Dialect, pty: bool) -> str:
+    """A script on standard input is out of reach inside `eval ... </dev/null`: hence a second descriptor for it.
+
+    Never inside an `eval`: bash 5.2 crashes when its own script is duplicated there.
+    """
+    return "" if pty else f"exec {dialect.script}<&0\n"
 
 
 def preamble(
     dialect: Dialect, token: int, *, cwd: str | None, sources: Sequence[str], pty: bool = False
 ) -> bytes:
-    """What a new shell runs first. It reports like a command: with the status of the start-up file that failed."""
-    lines = [_exit_hook(dialect, pty)] if dialect.is_bash else []
+    """What a new shell in `Dialect.environment` runs first. It reports like a command: with the status of the start-up
+    file that failed."""
+    lines = [f'{_hold_script(dialect, pty)}eval "${_HOOK}"; unset {_HOOK}\n'] if dialect.is_bash else []
     if cwd is not None:
         lines.append(f"cd -- {quote(cwd)}\n")
     steps = " && ".join(f". {quote(path)}" for path in sources)
@@ -108,7 +126,7 @@ def restore(dialect: Dialect, token: int, pty: bool = False) -> bytes:
     text = (
         f"{{ . /dev/fd/{dialect.state}; }} 2>/dev/null >/dev/null\n"
         f"exec {dialect.state}<&-\n"
-        "unset __rock_exit\n" + _exit_hook(dialect, pty)
+        "unset __rock_exit\n" + _hold_script(dialect, pty) + _exit_hook(dialect, pty)
     )
     return encode(text) + frame(dialect, ":", token, pty=pty)
 
@@ -125,12 +143,11 @@ def frame(
         raise ValueError("a command cannot contain a NUL character")
     # Under `set -e` a failing subshell would end the shell; then there is no status to carry over either.
     carry = f"case $- in *e*) ;; *) (exit {previous}) ;; esac\n" if previous else ""
-    word = "eval" if dialect.is_bash else "command eval"
     aside = ("" if pty else " </dev/null") + (f" 2>&{dialect.errors}" if separate else "")
-    return encode(
-        f"{carry}{word} {quote(command)}{aside}\n"
-        f'\n{{ command printf \'D %s %s %s\\0\' {token} "$?" "$PWD" >&{dialect.status}; }} 2>/dev/null\n'
-    )
+    word, report = "eval", 'eval "$__rock_report" '
+    if not dialect.is_bash:
+        word, report = "command eval", _REPORT.format(status=dialect.status)
+    return encode(f"{carry}{word} {quote(command)}{aside}\n{{ {report}{token}; }} 2>/dev/null\n")
 
 
 @dataclass(frozen=True)
@@ -169,12 +186,13 @@ class ReportParser:
 
 def _parse(line: bytes) -> Report | None:
     kind, _, rest = line.partition(b" ")
-    fields = rest.split(b" ", 2)
     try:
-        if kind == b"R" and len(fields) == 1:
-            return Restarted(int(fields[0]))
-        if kind == b"D" and len(fields) == 3:
-            return Done(int(fields[0]), int(fields[1]), fields[2].decode("utf-8", "surrogateescape"))
+        if kind == b"R":
+            return Restarted(int(rest))
+        if kind == b"D":
+            code, _, rest = rest.partition(b" ")
+            cwd, _, token = rest.rpartition(b" ")
+            return Done(int(token), int(code), cwd.decode("utf-8", "surrogateescape"))
     except ValueError:
         pass
     return None

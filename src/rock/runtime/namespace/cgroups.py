@@ -71,7 +71,10 @@ class Cgroups:
 def join(folders: list[str], pid: int) -> None:
     """Make these groups and put a process into them; the kernel counts what it starts as well."""
     for folder in dict.fromkeys(folders):
-        os.makedirs(folder, exist_ok=True)
+        try:
+            os.mkdir(folder)
+        except (FileNotFoundError, FileExistsError):
+            os.makedirs(folder, exist_ok=True)
         write(f"{folder}/cgroup.procs", str(pid))
 
 
