@@ -28,7 +28,8 @@ ALLOWED: dict[str, set[str]] = {
     "sync": {"sync", "sdk", "protocol", "errors", "settings"},
     "actions": {"actions", "protocol"},
     # guest: the frames and values that an environment is spoken to with are the same on both sides
-    "envlink": {"sync", "guest", "protocol", "errors", "settings"},
+    "envlink": {"sync", "guest", "protocol", "errors", "settings", "envpipes"},
+    "envpipes": {"guest", "protocol", "errors"},
     "envs": {"envlink", "protocol", "errors"},
     "gem": {"envs", "envlink", "errors"},
     "gym": {"gym", "envlink", "guest", "sync", "protocol", "errors"},

@@ -14,6 +14,7 @@ from typing import Any
 import orjson
 
 from rock import errors, settings
+from rock.envpipes import GivenUp, Pipes, reach
 from rock.guest import frames, values
 from rock.guest.frames import ERROR, HEAD, RESET
 from rock.protocol.env import EnvInfo, OpenEnv
@@ -29,23 +30,32 @@ SLACK = 30.0
 Graph = Callable[[Any, Any, Any], Any]
 
 
+_NO_WAYS: dict[int, Pipes] = {}
+
+
 class Ask:
-    """Something to ask an environment: `op` and `value` as in guest/frames.py; `index` of a step, else any number."""
+    """Something to ask an environment: `op` and `value` as in guest/frames.py; `index` of a step, else any number.
+    `ways`: pipes by environment, of the link that made it."""
 
-    __slots__ = ("env", "index", "op", "value")
+    __slots__ = ("env", "index", "op", "value", "ways")
 
-    def __init__(self, env: int, op: int, value: Any, index: int | None = None) -> None:
+    def __init__(
+        self, env: int, op: int, value: Any, index: int | None = None, ways: dict[int, Pipes] | None = None
+    ) -> None:
         self.env = env
+        self.ways = _NO_WAYS if ways is None else ways
         self.op = op
         self.value = value
         self.index = secrets.randbits(62) if index is None else index
 
-    def frame(self, id: int) -> bytes:
-        """InvalidConfig for a value that cannot travel."""
+    def parts(self) -> list[bytes]:
+        """The value as byte strings; InvalidConfig where it cannot travel."""
         try:
-            parts = values.encode(self.value)
+            return values.encode(self.value)
         except values.Unsendable as error:
             raise errors.InvalidConfig(f"this cannot be sent to an environment: {error}") from None
+
+    def frame(self, id: int, parts: list[bytes]) -> bytes:
         length = sum(len(part) for part in parts)
         return b"".join((HEAD.pack(length, self.op, 0, self.env, id, self.index), *parts))
 
@@ -79,6 +89,7 @@ class EnvLink:
         self._timeout = None if timeout is None else timeout + SLACK  # the server tells when its time is over
         self._graph = graph
         self._target = ""
+        self.ways: dict[int, Pipes] = {}
 
     def open(self, wish: OpenEnv, timeout: float) -> None:
         """Find or start the sandbox. The packages of its family are installed the first time, which takes minutes."""
@@ -115,7 +126,10 @@ class EnvLink:
             answer = orjson.loads(self.transport.call("POST", target, body, timeout=timeout))
         except orjson.JSONDecodeError as error:
             raise errors.ServerError(f"malformed answer: {error}") from None
-        return parse(EnvInfo, answer).env
+        made = parse(EnvInfo, answer)
+        if settings.env_pipes() and (pipes := reach(made, self.transport.address.host)) is not None:
+            self.ways[made.env] = pipes
+        return made.env
 
     def ask(self, wanted: Ask) -> Any:
         """The answer of an environment. Its error, Unavailable, ServerError."""
@@ -125,17 +139,87 @@ class EnvLink:
         return found
 
     def ask_all(self, wanted: Sequence[Ask]) -> list[Any]:
-        """Answers in that order, over one request; an error of one environment stands in its place."""
-        body = b"".join([ask.frame(id) for id, ask in enumerate(wanted)])
-        raw = self._post(body)
+        """Answers in that order, side by side where environments are several; an error of one stands in its place."""
+        parts = [ask.parts() for ask in wanted]
+        answers: list[Any] = [None] * len(wanted)
+        if len(wanted) == 1 and (pipes := wanted[0].ways.get(wanted[0].env)) is not None:
+            over_http: list[int] = []
+            if self._begun(pipes, wanted[0], parts[0], 0, answers, over_http):
+                self._finish(pipes, wanted[0], 0, answers, over_http)
+            return self._over_http(wanted, parts) if over_http else answers
+        if not any(ask.env in ask.ways for ask in wanted):
+            return self._over_http(wanted, parts)
+        left = sorted(range(len(wanted)), key=lambda place: wanted[place].env)  # all lock them in this order
+        while left:
+            left = self._round(wanted, parts, left, answers)
+        return answers
+
+    def _round(
+        self, wanted: Sequence[Ask], parts: list[list[bytes]], places: list[int], answers: list[Any]
+    ) -> list[int]:
+        """Ask each environment one thing; answers what is left for the next round."""
+        begun: list[tuple[int, Pipes]] = []
+        over_http: list[int] = []
+        later: list[int] = []
+        try:
+            for place in places:
+                ask = wanted[place]
+                pipes = ask.ways.get(ask.env)
+                if pipes is None:
+                    over_http.append(place)
+                elif begun and wanted[begun[-1][0]].env == ask.env:
+                    later.append(place)
+                elif self._begun(pipes, ask, parts[place], place, answers, over_http):
+                    begun.append((place, pipes))
+        finally:
+            for place, pipes in begun:
+                self._finish(pipes, wanted[place], place, answers, over_http)
+        if over_http:
+            over_http.sort()
+            found = self._over_http([wanted[place] for place in over_http], [parts[place] for place in over_http])
+            for place, answer in zip(over_http, found, strict=True):
+                answers[place] = answer
+        return later
+
+    def _begun(
+        self, pipes: Pipes, ask: Ask, parts: list[bytes], place: int, answers: list[Any], over_http: list[int]
+    ) -> bool:
+        try:
+            pipes.begin(ask.op, ask.index, parts)
+            return True
+        except GivenUp:
+            ask.ways.pop(ask.env, None)
+            over_http.append(place)
+        except errors.RockError as error:
+            ask.ways.pop(ask.env, None)
+            answers[place] = error
+        return False
+
+    def _finish(self, pipes: Pipes, ask: Ask, place: int, answers: list[Any], over_http: list[int]) -> None:
+        try:
+            op, payload = pipes.finish()
+            answers[place] = pipes.error(payload) if op == ERROR else values.decode(payload, self._graph)
+        except GivenUp:
+            ask.ways.pop(ask.env, None)
+            over_http.append(place)
+        except errors.RockError as error:
+            ask.ways.pop(ask.env, None)
+            answers[place] = error
+        except ValueError as error:
+            answers[place] = self._malformed(error)
+
+    def _malformed(self, error: ValueError) -> errors.ServerError:
+        return errors.ServerError(f"malformed answer of an environment: {error}", sandbox_id=self.sandbox_id)
+
+    def _over_http(self, wanted: Sequence[Ask], parts: list[list[bytes]]) -> list[Any]:
+        raw = self._post(b"".join([ask.frame(id, parts[id]) for id, ask in enumerate(wanted)]))
         try:
             answers = list(frames.split(raw))
             if [found[3] for found in answers] != list(range(len(wanted))):
                 raise ValueError("answers to something else")
             return [self._value(op, payload) for op, _, _, _, _, payload in answers]
         except ValueError as error:
-            raise errors.ServerError(f"malformed answer of an environment: {error}",
-                                     sandbox_id=self.sandbox_id) from None  # fmt: skip
+            raise self._malformed(error) from None
 
     def _post(self, body: bytes) -> bytes:
         try:
@@ -152,6 +236,8 @@ class EnvLink:
 
     def close_env(self, number: int) -> None:
         """End its process. Nothing happens when it or its sandbox is gone."""
+        if (pipes := self.ways.pop(number, None)) is not None:
+            pipes.close()
         try:
             target = ROUTES["close_env"].url(sandbox_id=self.sandbox_id, env=str(number))
             self.transport.json("DELETE", target, timeout=SLACK)
@@ -185,10 +271,10 @@ class Player:
         self.index = 0
 
     def ask_reset(self, seed: Any = None, options: dict[str, Any] | None = None) -> Ask:
-        return Ask(self.number, RESET, {"seed": seed} if options is None else {"seed": seed, "options": options})
+        return self._ask(RESET, {"seed": seed} if options is None else {"seed": seed, "options": options})
 
     def ask_step(self, action: Any) -> Ask:
-        return Ask(self.number, frames.STEP, action, self.index)
+        return self._ask(frames.STEP, action, self.index)
 
     def was_reset(self, found: Any) -> tuple[Any, Any]:
         """(observation, info) of an answer; raises what came instead."""
@@ -216,5 +302,8 @@ class Player:
         return self.was_stepped(self.link.ask_all([self.ask_step(action)])[0])
 
     def call(self, what: str, *arguments: Any) -> Any:
-        return self.link.ask(Ask(self.number, frames.CALL, [what, *arguments]))
+        return self.link.ask(self._ask(frames.CALL, [what, *arguments]))
+
+    def _ask(self, op: int, value: Any, index: int | None = None) -> Ask:
+        return Ask(self.number, op, value, index, self.link.ways)
 

@@ -36,6 +36,11 @@ def api_key() -> str | None:
     return os.environ.get("ROCK_API_KEY") or None
 
 
+def env_pipes() -> bool:
+    """ROCK_ENV_PIPES: whether a client on the server's machine plays environments by their own pipes; 0 for never."""
+    return os.environ.get("ROCK_ENV_PIPES", "1") != "0"
+
+
 def home() -> Path:
     """ROCK_HOME, or ~/.rock."""
     return Path(os.environ.get("ROCK_HOME") or Path.home() / ".rock").expanduser().absolute()

@@ -37,6 +37,18 @@ def worlds() -> Any:
     return sys.modules["worlds_env"]
 
 
+@pytest.fixture(scope="module", autouse=True, params=["pipes", "http"])
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """How environments are played: by their own pipes, or through the server."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ROCK_ENV_PIPES", "1" if request.param == "pipes" else "0")
+        yield request.param
+
+
+def test_the_way_is_taken(make: Make, way: str) -> None:
+    assert bool(make("CartPole-v1")._player.link.ways) == (way == "pipes")
+
+
 @pytest.fixture
 def make(env_server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     """SandboxEnv, closed after the test."""
@@ -53,7 +65,7 @@ def make(env_server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 
 @pytest.fixture(scope="module")
-def bad(env_server: RunningServer) -> Iterator[SandboxEnv]:
+def bad(env_server: RunningServer, way: str) -> Iterator[SandboxEnv]:
     with SandboxEnv(str(WORLDS), trust_remote_code=True, world="Bad", base_url=env_server.url) as env:
         yield env
 

@@ -31,6 +31,7 @@ from typing import Any
 
 HELLO, MAKE, RESET, STEP, CALL, CLOSE, KILL = range(7)
 OK, ERROR, ENDED = 16, 17, 18
+NAMES = {MAKE: "make", RESET: "reset", STEP: "step", CALL: "call", CLOSE: "close"}
 PLAIN = 1
 NO_INDEX = -1
 

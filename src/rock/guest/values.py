@@ -26,14 +26,17 @@ from collections.abc import Callable
 from typing import Any
 
 LIMIT = 256 << 20  # bytes of one value
-_dumps = json.JSONEncoder(check_circular=False).encode  # `pack` has bounded the depth
+_ENCODER = json.JSONEncoder(check_circular=False)  # `pack` has bounded the depth
 _LENGTH = struct.Struct(">I")
 _DTYPE = re.compile(r"[<|]([biufcSU])(\d{1,8})|<[Mm]8(\[\d{0,6}[a-zA-Z]{1,7}\])?")
 _FORMATS = {"b1": "?", "i1": "b", "u1": "B", "i2": "h", "u2": "H", "i4": "i", "u4": "I", "i8": "q", "u8": "Q",
             "f2": "e", "f4": "f", "f8": "d"}  # fmt: skip
 _PLAIN = (str, int, bool, type(None))
 _BASES: tuple[Callable[[Any], Any], ...] = (int, float, str, dict, list, tuple)
-_DIMENSIONS = 32
+_DIMENSIONS = 32  # that numpy takes in any version
+_SMALL = 4096  # bytes
+_LARGE = 64 << 10
+_SENT: dict[Any, str] = {}  # types of elements that travel as they are
 _REPR_KEPT = 2000
 _DEPTH = 100
 
@@ -53,6 +56,19 @@ def described(value: object) -> dict[str, str]:
     except Exception as error:
         text = f"<its repr raised {type(error).__name__}>"
     return {"$type": f"{type(value).__module__}.{type(value).__qualname__}", "$repr": text}
+
+
+def _text_maker() -> Callable[[Any], str]:
+    """`_ENCODER.encode`, which makes an encoder of its own each time, with one that stays."""
+    make = getattr(json.encoder, "c_make_encoder", None)
+    if make is None:
+        return _ENCODER.encode
+    quote = json.encoder.encode_basestring_ascii
+    chunks = make(None, _ENCODER.default, quote, None, ":", ",", False, False, True)
+    return lambda tree: "".join(chunks(tree, 0))
+
+
+_dumps = _text_maker()
 
 
 def _strict(value: object) -> Any:
@@ -94,6 +110,9 @@ class _Packer:
 
     def _numpy(self, value: Any, depth: int) -> Any:
         np = sys.modules["numpy"]
+        if type(value) is np.ndarray and (dtype := _SENT.get(value.dtype)) is not None and value.nbytes < _SMALL:
+            data = value.tobytes()
+            return {"$a": [dtype, value.shape, self.add(data, len(data))]}
         if isinstance(value, np.ndarray):
             if type(value) is not np.ndarray and value.dtype.kind != "O":
                 value = np.asarray(value)
@@ -116,8 +135,11 @@ class _Packer:
             value = value.astype(dtype)
         if not _DTYPE.fullmatch(dtype.str):
             raise Unsendable(f"an array of {dtype} cannot be sent")
+        if len(_SENT) < 256:
+            _SENT[dtype] = dtype.str
         # Bytes and not a view where it is small: that is quicker. The array may change as soon as we return.
-        return dtype.str, value.tobytes() if value.nbytes < 4096 else np.ascontiguousarray(value).reshape(-1).view("u1")
+        small = value.nbytes < _SMALL
+        return dtype.str, value.tobytes() if small else np.ascontiguousarray(value).reshape(-1).view("u1")
 
     def _other(self, value: Any, depth: int) -> Any:
         kind = type(value)
@@ -166,16 +188,16 @@ def _finish(packer: _Packer, tree: Any) -> list[Any]:
 
 
 def decode(data: bytes | memoryview, graph: Callable[[Any, Any, Any], Any] | None = None) -> Any:
-    """The value of these bytes; Malformed when they are none. Arrays are copies. `graph` makes graphs of parts."""
+    """The value of these bytes; Malformed when they are none. Arrays are copies, but
+    for large ones of a buffer that can be written to, which is then theirs. `graph` makes graphs of parts."""
     try:
         (length,) = _LENGTH.unpack_from(data)
         start = _LENGTH.size + length
         if start > len(data):
             raise Malformed("it ends too early")
         text = bytes(data[_LENGTH.size : start])
-        if b'"$' not in text:
-            return json.loads(text)
-        return json.loads(text, object_hook=_Unpacker(memoryview(data)[start:], graph))
+        tree = json.loads(text)
+        return _Unpacker(memoryview(data)[start:], graph).resolve(tree) if b'"$' in text else tree
     except Malformed:
         raise
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError, struct.error) as error:
@@ -187,12 +209,19 @@ class _Unpacker:
         self.data = data
         self.graph = graph
 
-    def __call__(self, found: dict[str, Any]) -> Any:
-        if len(found) != 1:
-            return found
-        (key,) = found
-        method = _KINDS.get(key)
-        return found if method is None else method(self, found[key])
+    def resolve(self, value: Any) -> Any:
+        """The tree with what stands for something else replaced by it; the depth is that of the JSON."""
+        kind = type(value)
+        if kind is list:
+            return [item if type(item) in _LEAVES else self.resolve(item) for item in value]
+        if kind is not dict:
+            return value
+        if len(value) == 1:
+            (key,) = value
+            method = _KINDS.get(key)
+            if method is not None:
+                return method(self, value[key] if key in _FLAT else self.resolve(value[key]))
+        return {key: item if type(item) in _LEAVES else self.resolve(item) for key, item in value.items()}
 
     def part(self, offset: Any, length: int) -> memoryview:
         if type(offset) is not int or type(length) is not int or not 0 <= offset <= offset + length <= len(self.data):
@@ -201,12 +230,18 @@ class _Unpacker:
 
     def array(self, value: Any) -> Any:
         dtype, shape, offset = value
-        shape = _shape(shape)
-        data = self.part(offset, math.prod(shape) * _width(dtype))
         np = _numpy()
         if np is None:
-            return _nested(_items(dtype, data), shape)
-        return np.frombuffer(data, dtype).reshape(shape).copy() if data else np.empty(shape, dtype)
+            shape = _shape(shape)
+            return _nested(_items(dtype, self.part(offset, math.prod(shape) * _width(dtype))), shape)
+        if type(offset) is not int or offset < 0 or type(shape) is not list or len(shape) > _DIMENSIONS:
+            raise Malformed("no array")
+        if shape and min(shape) < 0:  # numpy checks all else, but takes -1 as "whatever fits"
+            raise Malformed("no shape of an array")
+        found = np.ndarray(shape, _taken(np, dtype), self.data, offset)
+        if found.nbytes >= _LARGE and found.flags.writeable and found.flags.aligned:
+            return found  # of bytes that are nobody else's
+        return found.copy()
 
     def scalar(self, value: Any) -> Any:
         dtype, offset = value
@@ -240,6 +275,8 @@ def _pairs(_: _Unpacker, value: Any) -> dict[Any, Any]:
     return {key: item for key, item in value}  # noqa: C416
 
 
+_FLAT = {"$a", "$n", "$b"}
+_LEAVES = {str, int, float, bool, type(None)}
 _KINDS: dict[str, Callable[[_Unpacker, Any], Any]] = {
     "$a": _Unpacker.array, "$n": _Unpacker.scalar, "$o": _Unpacker.objects, "$b": _Unpacker.blob,
     "$g": _Unpacker.instance, "$d": _pairs, "$t": lambda _, v: tuple(v), "$s": lambda _, v: set(v),
@@ -252,15 +289,35 @@ def _shape(shape: Any) -> tuple[int, ...]:
     return tuple(shape)
 
 
+_WIDTHS: dict[str, int] = {}
+_TAKEN: dict[str, Any] = {}
+
+
+def _taken(np: Any, dtype: Any) -> Any:
+    """numpy's own of a type of elements."""
+    if type(dtype) is str and (known := _TAKEN.get(dtype)) is not None:
+        return known
+    _width(dtype)
+    found = np.dtype(dtype)
+    if len(_TAKEN) < 256:  # names come from the other side
+        _TAKEN[dtype] = found
+    return found
+
+
 def _width(dtype: Any) -> int:
     """Bytes of one element; Malformed for a type that we do not take."""
+    if type(dtype) is str and (known := _WIDTHS.get(dtype)) is not None:
+        return known
     found = _DTYPE.fullmatch(dtype) if type(dtype) is str else None
     if found is None:
         raise Malformed(f"no type of an array: {str(dtype)[:40]!r}")
     width = int(found[2] or 8)
     if width == 0:
         raise Malformed("an array whose elements have no size")
-    return 4 * width if found[1] == "U" else width
+    width = 4 * width if found[1] == "U" else width
+    if len(_WIDTHS) < 256:  # names come from the other side
+        _WIDTHS[dtype] = width
+    return width
 
 
 def _items(dtype: str, data: memoryview) -> list[Any]:

@@ -10,6 +10,7 @@ from rock.protocol.action import Answer
 from rock.protocol.sandbox import SandboxConfig, Wire
 
 Family = Literal["gem", "gym"]
+DOOR = "environments.sock"  # the name of every door
 
 
 class OpenEnv(Wire):
@@ -47,12 +48,20 @@ class MakeEnv(Wire):
     task: str | None = None
 
 
+class Door(Answer):
+    """Where a client on the server's own machine may ask for the pipes of an environment (rocklet/envdoor.py)."""
+
+    path: str
+    token: str
+
+
 class EnvInfo(Answer):
     """An environment that was made: `env` is its number in the sandbox."""
 
     env: int
     env_id: str = ""
     sandbox_id: str = ""
+    door: Door | None = None
 
 
 class ResetEnv(Wire):

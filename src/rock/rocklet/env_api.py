@@ -8,7 +8,7 @@ from rock.envhub import registry
 from rock.errors import InvalidConfig, RockError
 from rock.guest import frames
 from rock.guest.frames import HEAD, PLAIN, Frame
-from rock.protocol.env import MakeEnv, ResetEnv, StepEnv
+from rock.protocol.env import EnvInfo, MakeEnv, ResetEnv, StepEnv
 from rock.protocol.routes import FRAMES_TYPE, ROUTES
 from rock.rocklet.envcalls import Answered
 from rock.rocklet.node import Node
@@ -40,10 +40,10 @@ class EnvApi:
 
         async def work() -> Answer:
             with sandbox.active():
-                number = await (await sandbox.environments()).make(
-                    env_id, wish.kwargs, timeout=wish.timeout, **more
-                )
-            return answer({"env": number, "env_id": env_id, "sandbox_id": sandbox.id}, 201)
+                host = await sandbox.environments()
+                number = await host.make(env_id, wish.kwargs, timeout=wish.timeout, **more)
+            made = EnvInfo(env=number, env_id=env_id, sandbox_id=sandbox.id, door=self.node.door.way(host, number))
+            return answer(made, 201)
 
         return await self.once.do(request, work())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from rock.errors import RockError
@@ -43,7 +44,8 @@ class Call:
 class Hosted:
     """An environment inside. `pipe`: its own way for requests, if it has one. `ended`: why it is no longer there.
     `asked`: ids of what it has not answered, each within `timeout` seconds; since when the first of them waits, and
-    what ends it."""
+    what ends it. `dead`: its process is gone. `token`: what its pipes are given for; `lent`: who has them, and is told
+    when they are taken back."""
 
     env_id: str
     pipe: int | None = None
@@ -53,3 +55,7 @@ class Hosted:
     asked: deque[int] = field(default_factory=deque)
     since: float = 0.0
     timer: asyncio.TimerHandle | None = None
+    dead: bool = False
+    token: str = ""
+    lent: Callable[[RockError], None] | None = None
+    returned: asyncio.Event = field(default_factory=asyncio.Event)

@@ -13,11 +13,12 @@ import json
 import os
 import secrets
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rock.errors import (
     CommandTimeout,
+    Conflict,
     EnvironmentEnded,
     ImageError,
     InvalidConfig,
@@ -28,13 +29,14 @@ from rock.errors import (
 )
 from rock.guest import envhost, frames
 from rock.guest.frames import CLOSE, ENDED, ERROR, HEAD, HELLO, KILL, MAKE, NO_INDEX, PLAIN, RESET, STEP, Frame
+from rock.protocol.enverrors import error_of
 from rock.rocklet.envcalls import Answered, Batch, Call, Hosted
-from rock.rocklet.enverrors import error_of
 from rock.rocklet.envprogram import Link, program
 from rock.runtime.base import ExitStatus, Handle, Process, Runtime
 from rock.runtime.image.packages import CURRENT
 
 _CLOSE_TIMEOUT = 10.0  # for what an environment does at its end; then it is killed
+_RETURN_TIMEOUT = 2.0
 _OPEN_TIMEOUT = 180.0  # importing takes seconds, and more on a busy machine
 
 
@@ -108,13 +110,18 @@ class EnvHost:
             raise
         for number, (env_id, pipe) in answers["there"].items():
             self._envs[int(number)] = Hosted(env_id, pipe)
-            if pipe is not None:  # a former rocklet may have read half of an answer
-                token = secrets.token_bytes(16)
-                link.own[pipe + envhost.OWN].seek(token)
-                link.outlets[pipe].send(int(number), _frame(HELLO, int(number), 0, NO_INDEX, token))
+            if pipe is not None:
+                self._greet(int(number), pipe)
         taken = {hosted.pipe for hosted in self._envs.values()}
         self._free = [pipe for pipe in envhost.PIPES if pipe not in taken]
         self._next_env = max((0, *self._envs)) + 1
+
+    def _greet(self, number: int, pipe: int) -> None:
+        """Somebody else may have read half of an answer: the next one begins after what answers this."""
+        assert self._link is not None
+        token = secrets.token_bytes(16)
+        self._link.own[pipe + envhost.OWN].seek(token)
+        self._link.outlets[pipe].send(number, _frame(HELLO, number, 0, NO_INDEX, token))
 
     async def _zygote(self, op: int, payload: bytes) -> Any:
         batch = Batch(1)
@@ -197,6 +204,9 @@ class EnvHost:
         if hosted is None or hosted.closed:
             return
         try:
+            if hosted.lent is not None:
+                hosted.lent(NotFound(f"environment {number} was closed", sandbox_id=self._handle.id))
+                self.take_back(number)
             if hosted.ended is None and self._failed is None:
                 async with asyncio.timeout(_CLOSE_TIMEOUT):
                     await self._plain(CLOSE, number, None)
@@ -211,6 +221,8 @@ class EnvHost:
         Those of several environments run side by side, those to one after each other. An answer is a whole frame,
         with the id of what was asked.
         """
+        for _, _, number, *_ in asked:
+            await self._at_home(number)
         batch = Batch(len(asked))
         for place, (op, flags, number, id, index, payload) in enumerate(asked):
             try:
@@ -236,9 +248,84 @@ class EnvHost:
         """Numbers and ids of the environments that are there."""
         return {number: h.env_id for number, h in self._envs.items() if h.ended is None and not h.closed}
 
+    # ---- pipes that a client has (envdoor.py)
+
+    def token_of(self, number: int) -> str | None:
+        """What its pipes are given for; None when it has none of its own."""
+        hosted = self._envs.get(number)
+        if hosted is None or hosted.pipe is None:
+            return None
+        hosted.token = hosted.token or secrets.token_urlsafe(24)
+        return hosted.token
+
+    def is_token(self, number: int, token: str) -> bool:
+        hosted = self._envs.get(number)
+        if hosted is None or not hosted.token:
+            return False
+        return secrets.compare_digest(hosted.token.encode(), token.encode(errors="replace"))
+
+    def lend(self, number: int, lost: Callable[[RockError], None]) -> tuple[int, int, float]:
+        """(requests, answers, seconds for each thing asked) of an environment that is nobody's; `lost` is called when
+        it ends or is taken back. Raises its end, Conflict."""
+        hosted = self._envs[number]
+        if hosted.ended is not None:
+            raise hosted.ended
+        if self._failed is not None or self._link is None or hosted.pipe is None or hosted.closed:
+            raise self._failed or NotFound(f"there is no environment {number}", sandbox_id=self._handle.id)
+        if hosted.lent is not None or hosted.asked:
+            raise Conflict(f"environment {number} is being played", sandbox_id=self._handle.id)
+        own = hosted.pipe + envhost.OWN
+        self._link.own[own].stop()
+        hosted.lent = lost
+        hosted.returned.clear()
+        channels = self._link.process.channels
+        return channels[hosted.pipe], channels[own], self._limit(hosted)
+
+    def take_back(self, number: int) -> None:
+        """The client has let go of the pipes, or has to. Idempotent."""
+        hosted = self._envs.get(number)
+        if hosted is None or hosted.lent is None:
+            return
+        hosted.lent = None
+        hosted.returned.set()
+        if self._link is None or hosted.pipe is None:
+            return
+        own = self._link.own[hosted.pipe + envhost.OWN]
+        own.start()
+        if hosted.dead:
+            own.drain()
+            self._release(number, hosted)
+        elif hosted.ended is None:
+            self._greet(number, hosted.pipe)
+
+    def overdue(self, number: int, what: str) -> None:
+        """The client that has the pipes found that something took too long."""
+        hosted = self._envs.get(number)
+        if hosted is not None and hosted.lent is not None:
+            self._took_too_long(number, hosted, what)
+
+    def nonsense(self, number: int, why: str) -> None:
+        """The client that has the pipes could not make sense of an answer."""
+        hosted = self._envs.get(number)
+        if hosted is not None and hosted.lent is not None and hosted.pipe is not None:
+            self._nonsense(hosted.pipe, why)
+
+    async def _at_home(self, number: int) -> None:
+        """Wait a little for pipes that their client is about to give back: it asks here next when it lost its way."""
+        hosted = self._envs.get(number)
+        if hosted is None or hosted.lent is None:
+            return
+        try:
+            async with asyncio.timeout(_RETURN_TIMEOUT):
+                await hosted.returned.wait()
+        except TimeoutError:
+            raise Conflict(f"environment {number} is being played by a client that has its pipes",
+                           sandbox_id=self._handle.id) from None  # fmt: skip
+
     # ---- requests
 
     async def _plain(self, op: int, number: int, value: Any, index: int = NO_INDEX) -> Any:
+        await self._at_home(number)
         batch = Batch(1)
         self._send(batch, 0, op, PLAIN, number, 0, index, _json(value))
         return _plain_of((await batch.future)[0])
@@ -291,9 +378,11 @@ class EnvHost:
         if hosted.since + limit > loop.time():
             hosted.timer = loop.call_at(hosted.since + limit, self._overdue, number)
             return
-        name = {MAKE: "make", RESET: "reset", STEP: "step", CLOSE: "close"}.get(self._calls[hosted.asked[0]].op, "call")
+        self._took_too_long(number, hosted, frames.NAMES.get(self._calls[hosted.asked[0]].op, "call"))
+
+    def _took_too_long(self, number: int, hosted: Hosted, what: str) -> None:
         self._env_failed(hosted, CommandTimeout(
-            f"environment {hosted.env_id}: {name} took longer than {limit:g} s; it was killed",
+            f"environment {hosted.env_id}: {what} took longer than {self._limit(hosted):g} s; it was killed",
             sandbox_id=self._handle.id, hint="make a new one",
         ))  # fmt: skip
         self._kill(number)
@@ -301,6 +390,8 @@ class EnvHost:
     def _env_failed(self, hosted: Hosted, why: RockError) -> None:
         """An environment is of no use any more: everything that it was asked fails."""
         hosted.ended = hosted.ended or why
+        if hosted.lent is not None:
+            hosted.lent(hosted.ended)
         for id in hosted.asked:
             call = self._calls.pop(id)
             call.batch.put(call.place, hosted.ended)
@@ -362,10 +453,9 @@ class EnvHost:
         if hosted is None or self._link is None:
             return
         self._link.inlet.forget(number)
-        if hosted.pipe is not None:
+        hosted.dead = True
+        if hosted.pipe is not None and hosted.lent is None:
             self._link.own[hosted.pipe + envhost.OWN].drain()  # its last answers may still be there
-            self._free.append(hosted.pipe)
-            hosted.pipe = None
         code = os.waitstatus_to_exitcode(status)
         how = f"it was killed by {signal.Signals(-code).name}" if code < 0 else f"its process exited with status {code}"
         if code == -signal.SIGKILL:
@@ -377,8 +467,16 @@ class EnvHost:
             hint="make a new one",
             details={"stderr": lines, "exit": code},
         ))  # fmt: skip
+        if hosted.lent is None:
+            self._release(number, hosted)
+
+    def _release(self, number: int, hosted: Hosted) -> None:
+        """Its process is gone, and nobody has its pipes."""
+        if hosted.pipe is not None:
+            self._free.append(hosted.pipe)
+            hosted.pipe = None
         if hosted.closed:
-            del self._envs[number]
+            self._envs.pop(number, None)
 
     def _end(self, nonsense: str | None) -> None:
         """Nothing comes any more, or nothing that makes sense."""
@@ -407,6 +505,8 @@ class EnvHost:
             call.batch.put(call.place, error)
         for hosted in self._envs.values():
             hosted.asked.clear()
+            if hosted.lent is not None:
+                hosted.lent(error)
             if hosted.timer is not None:
                 hosted.timer.cancel()
                 hosted.timer = None

@@ -145,7 +145,10 @@ class OwnInlet:
         self._filled: int | None = None  # how much of the room is filled
         self._deaf = False
         self._large = False
-        asyncio.get_running_loop().add_reader(fd, self._read)
+        self.start()
+
+    def start(self) -> None:
+        asyncio.get_running_loop().add_reader(self._fd, self._read)
 
     def seek(self, token: bytes) -> None:
         """Leave out everything to the end of this token."""

@@ -17,6 +17,7 @@ from typing import Any
 from rock.errors import Conflict, Expired, InvalidConfig, Lost, NoCapacity, NotFound, NotHere, OutOfMemory, RockError
 from rock.protocol.node import NodeEvent, NodeEvents, NodeInventory, NodeSandbox, NodeStatus
 from rock.protocol.sandbox import Cause, Isolation, Phase, SandboxConfig
+from rock.rocklet.envdoor import Door
 from rock.rocklet.images import Images
 from rock.rocklet.session import Session
 from rock.rocklet.supervisor import Shelf, Supervisor, open_ahead
@@ -41,6 +42,7 @@ class Node:
         self.runtimes = runtimes
         self.default = default
         self.shelf = Shelf(folder)
+        self.door = Door(folder, self.get)
         self.limit = limit
         self.boot = uuid.uuid4().hex[:12]
         self._host_name = socket.gethostname()
@@ -60,6 +62,7 @@ class Node:
     async def open(self) -> None:
         """Start the runtimes, find the sandboxes of a former run, and remove what has no record."""
         self.shelf.make()
+        self.door.open()
         for runtime in self.runtimes.values():
             if isinstance(runtime, Pools):
                 runtime.prepare = functools.partial(open_ahead, runtime)
@@ -110,6 +113,7 @@ class Node:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.door.close()
         for supervisor in self.supervisors.values():
             await supervisor.detach()
         for runtime in self.runtimes.values():
