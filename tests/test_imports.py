@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "envpipes": {"guest", "protocol", "errors"},
     "envs": {"envlink", "protocol", "errors"},
     "gem": {"envs", "envlink", "errors"},
-    "gym": {"gym", "envlink", "guest", "sync", "protocol", "errors"},
+    "gym": {"gym", "envlink", "guest", "sync", "protocol", "errors", "settings"},
 }
 # Old import paths that only name things of a higher floor again.
 ALIASES = {"sdk/envs": {"envs"}, "sdk/common": {"errors"}}

@@ -13,6 +13,7 @@ Client settings are functions, because a script may set a variable after the imp
 | ROCK_HOST, ROCK_PORT | 127.0.0.1, 8080 | where the server listens |
 | ROCK_SANDBOX_LIMIT | 2000 | most sandboxes at once on this machine |
 | ROCK_LOG_LEVEL | info | debug, info, warning, error |
+| HF_ENDPOINT | https://huggingface.co | where the client finds the repositories of `hf://` sources |
 """
 
 from __future__ import annotations
@@ -39,6 +40,28 @@ def api_key() -> str | None:
 def env_pipes() -> bool:
     """ROCK_ENV_PIPES: whether a client on the server's machine plays environments by their own pipes; 0 for never."""
     return os.environ.get("ROCK_ENV_PIPES", "1") != "0"
+
+
+def hub_endpoint() -> str:
+    """HF_ENDPOINT: where repositories of `hf://` sources are."""
+    return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+
+
+_GIT_KEPT = ("PATH", "http_proxy", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY")
+_CA_BUNDLES = ("GIT_SSL_CAINFO", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+
+
+def git_environment(home: str) -> dict[str, str]:
+    """For a git that reads nobody's configuration and asks nobody anything: the proxies and certificates of this
+    process, and nothing else of it. home: a folder that may be anything to it."""
+    kept = {name: os.environ[name] for name in _GIT_KEPT if name in os.environ}
+    bundle = next((os.environ[name] for name in _CA_BUNDLES if os.environ.get(name)), None)
+    if bundle is not None:
+        kept["GIT_SSL_CAINFO"] = bundle
+    return {
+        **kept, "HOME": home, "LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0", "GIT_CONFIG_NOSYSTEM": "1",
+        "GIT_CONFIG_GLOBAL": os.devnull, "GIT_ATTR_NOSYSTEM": "1", "GIT_ALLOW_PROTOCOL": "http:https",
+    }  # fmt: skip
 
 
 def home() -> Path:

@@ -14,7 +14,7 @@ import difflib
 from rock.envhub.gem_ids import DATASETS, GAMES, REASONING
 from rock.envhub.packages import GEM, GEM_PANDAS, GYM, SETS, image_of, with_packages
 from rock.envhub.spec import EnvSpec
-from rock.errors import NotFound
+from rock.errors import InvalidConfig, NotFound
 from rock.protocol.env import OpenEnv
 
 _WORD_GAMES = ("Wordle", "Hangman", "WordSearch")
@@ -42,6 +42,11 @@ def find(env_id: str) -> EnvSpec:
 
 def image_for(wish: OpenEnv) -> str:
     """The image of the sandbox that hosts what is wished for. NotFound, InvalidConfig."""
+    if wish.image is not None:
+        if wish.packages or wish.protocol != "gym":
+            raise InvalidConfig("nothing is installed in an image, and it hosts environments of Gymnasium alone",
+                                hint="put the packages into the image, or leave the image out")  # fmt: skip
+        return wish.image
     if wish.protocol == "gem":
         return find(wish.env_id).image if not wish.packages else image_of(with_packages(GEM, wish.packages))
     return image_of(with_packages(GYM, wish.packages))

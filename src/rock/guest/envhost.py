@@ -16,8 +16,8 @@ What travels is in frames.py, and how an environment is played in player.py. A m
     -> KILL             <- ENDED, when the process of that environment is gone
 
 The kind of an error is "unknown" (no such id), "import", "environment" (it raised; it stays usable), "gone", "refused"
-(no process can be started), "refused_step" (another index than the next one) or "transport" (a value that cannot
-travel).
+(no process can be started), "image" (its Python lacks what is needed), "source" (nothing there makes one),
+"refused_step" (another index than the next one) or "transport" (a value that cannot travel).
 
 Runs as one program on the command line, made by rocklet/envs.py of these files, with the folder of packages as its
 argument: standard library and those packages only.
@@ -275,7 +275,10 @@ def _unknown(request: dict[str, Any]) -> dict[str, Any] | None:
         return None
     import difflib
 
-    from gem.envs.registration import ENV_REGISTRY
+    try:
+        from gem.envs.registration import ENV_REGISTRY
+    except ImportError as error:
+        return failure(error, "import")
 
     if env_id in ENV_REGISTRY:
         return None
@@ -284,7 +287,10 @@ def _unknown(request: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _import(folder: str) -> dict[str, Any] | None:
-    """Import what all environments share; the problem when that fails."""
+    """Import what all environments share; the problem when that fails. Without a folder it is the image's own Python
+    that has it."""
+    if not folder:
+        return _own()
     sys.path.insert(0, folder)
     try:
         if os.path.isdir(os.path.join(folder, "gem")):
@@ -297,6 +303,21 @@ def _import(folder: str) -> dict[str, Any] | None:
             import gymnasium.vector
 
             del gymnasium
+    except BaseException as error:
+        return failure(error, "import")
+    return None
+
+
+def _own() -> dict[str, Any] | None:
+    try:
+        import gymnasium
+        import gymnasium.vector
+
+        del gymnasium
+    except ImportError as error:
+        version = ".".join(map(str, sys.version_info[:3]))
+        told = f"the image's Python {version} ({sys.executable}) has no gymnasium: {error}"
+        return {**failure(error, "image"), "message": told}
     except BaseException as error:
         return failure(error, "import")
     return None

@@ -11,6 +11,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 FILE = "env.py"
+_USUAL = "/app"  # where images have what they run
+
+
+class BadSource(Exception):
+    """There is nothing at a source that makes an environment."""
 
 
 class Hosted(Protocol):
@@ -143,7 +148,7 @@ def _gym(wish: Mapping[str, Any]) -> Any:
 
     if not wish.get("folder"):
         return gymnasium.make(wish["env_id"], **wish["kwargs"])
-    made = _chosen(_maker(wish["folder"])(**wish["kwargs"]), wish.get("task"))
+    made = _chosen(_maker(wish)(**wish["kwargs"]), wish.get("task"))
     if isinstance(made, gymnasium.vector.VectorEnv) or not isinstance(made, gymnasium.Env):
         raise TypeError(f"make_env made a {type(made).__name__}, and not one gymnasium.Env")
     return made
@@ -161,7 +166,7 @@ def _gym_vector(wish: Mapping[str, Any]) -> Any:
     if not wish.get("folder"):
         return gymnasium.make_vec(wish["env_id"], num_envs=count, vectorization_mode=mode, vector_kwargs=options,
                                   **wish["kwargs"])  # fmt: skip
-    maker, kwargs = _maker(wish["folder"]), dict(wish["kwargs"])
+    maker, kwargs = _maker(wish), dict(wish["kwargs"])
     if "n_envs" in inspect.signature(maker).parameters:
         kwargs["n_envs"] = count
         made = _chosen(maker(**kwargs), wish.get("task"))
@@ -172,13 +177,16 @@ def _gym_vector(wish: Mapping[str, Any]) -> Any:
     return kind([lambda: _chosen(maker(**kwargs), wish.get("task"))] * count, **options)
 
 
-def _maker(folder: str) -> Callable[..., Any]:
-    """`make_env` of the folder's env.py."""
-    path = os.path.join(folder, FILE)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"there is no {FILE} in the folder")
-    os.chdir(folder)
-    sys.path.insert(0, folder)
+def _maker(wish: Mapping[str, Any]) -> Callable[..., Any]:
+    """`make_env` of the folder's env.py. "." is the working directory that the image has, else the usual folder."""
+    folder = str(wish["folder"])
+    tried = [os.getcwd(), _USUAL] if folder == "." else [folder]
+    found = next((place for place in tried if os.path.isfile(os.path.join(place, FILE))), None)
+    if found is None:
+        raise BadSource(f"there is no {FILE} in {' or '.join(dict.fromkeys(tried))}")
+    path = os.path.join(found, FILE)
+    os.chdir(found)
+    sys.path[:0] = dict.fromkeys((found, *([str(wish["root"])] if wish.get("root") else [])))
     spec = importlib.util.spec_from_file_location("env", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -186,7 +194,7 @@ def _maker(folder: str) -> Callable[..., Any]:
     spec.loader.exec_module(module)
     maker = getattr(module, "make_env", None)
     if not callable(maker):
-        raise AttributeError(f"{FILE} has no function make_env")
+        raise BadSource(f"{path} has no function make_env")
     return maker  # type: ignore[no-any-return]
 
 

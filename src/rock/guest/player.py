@@ -20,7 +20,7 @@ from typing import Any
 
 from rock.guest import frames, values
 from rock.guest.frames import HEAD, HELLO, MAKE, NO_INDEX, OK, PLAIN, RESET, STEP
-from rock.guest.hosting import Hosted, host
+from rock.guest.hosting import BadSource, Hosted, host
 from rock.guest.values import Unsendable
 
 _READ = 1 << 14
@@ -125,8 +125,7 @@ class Player:
         except Unsendable as error:
             self._error(error, "transport")
         except BaseException as error:
-            missing = isinstance(error, ImportError) and op == MAKE
-            self._error(error, "import" if missing else "unknown_env" if _is_unknown(error) else "environment")
+            self._error(error, _kind(error, op))
 
     def _count(self, index: int) -> None:
         expected = self._expected
@@ -200,6 +199,14 @@ class Player:
 def _number(reward: Any) -> float:
     """A reward as a float; numpy's keep their width."""
     return reward if type(reward).__module__ == "numpy" and getattr(reward, "shape", None) == () else float(reward)
+
+
+def _kind(error: BaseException, op: int) -> str:
+    if isinstance(error, BadSource):
+        return "source"
+    if isinstance(error, ImportError) and op == MAKE:
+        return "import"
+    return "unknown_env" if _is_unknown(error) else "environment"
 
 
 def _is_unknown(error: BaseException) -> bool:

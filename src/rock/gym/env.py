@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,24 +10,34 @@ import gymnasium
 from gymnasium.envs.registration import EnvSpec
 
 from rock import errors
-from rock.gym.source import START_TIMEOUT, STEP_TIMEOUT, Making, Source, described
+from rock.gym.arguments import START_TIMEOUT, STEP_TIMEOUT, AnyPath, Arguments, Config, Network, for_single
+from rock.gym.contract import EnvContract, EnvSandbox, SpaceSpec
+from rock.gym.source import Making, described, sandbox_of
 from rock.gym.spaces import space_of
-from rock.protocol.sandbox import SandboxConfig
 
 
 class SandboxEnv(gymnasium.Env[Any, Any]):
     """An environment in a process of its own, in a sandbox on the server.
 
-    source: an id of Gymnasium ("CartPole-v1", "gym://CartPole-v1", "module:Id-v0"), or a folder with an env.py that
-        defines `make_env(**kwargs)`; that needs trust_remote_code=True, and its requirements.txt is installed.
+    source: an id of Gymnasium ("CartPole-v1", "gym://CartPole-v1", "module:Id-v0"); "hf://ORG/REPO@COMMIT", or a
+        folder, with an env.py that defines `make_env(**kwargs)`; "image://NAME", an image of the server that has one.
+    base_image: the image whose own Python hosts it; that has gymnasium, and nothing is installed.
     packages: what it needs beside gymnasium, as pip names it; only wheels are taken. imports: modules that register it.
+    trust_remote_code: needed for hf:// and folders. allow_unpinned_hf: let the code be what a branch or tag names now.
     task: "suite" or "suite/task", where make_env makes several.
-    base_url, api_key: ROCK_BASE_URL and ROCK_API_KEY where they are not given. config: limits of its sandbox, which is
-        then its own; `exclusive` asks for the same. start_timeout, step_timeout: seconds.
+    config: limits of its sandbox, which is then its own, as a SandboxConfig; or a mapping, or a JSON or TOML file of
+        one, that make_env is given as `config`. memory, cpus, network: those limits one by one.
+    capabilities: refuse it unless it has them: "render", and of vectors "vector", "next_step", "same_step", "disabled".
+    override: a file, or a folder of files, laid over those of the source.
+    cwd: the folder with env.py, in the source or (absolute) in the image. repo_root: a folder that the source lies in,
+        sent as a whole. build_memory: None, "off" or "auto", as nothing is built.
+    base_url, api_key: ROCK_BASE_URL and ROCK_API_KEY where they are not given. exclusive: a sandbox of its own.
+    start_timeout, step_timeout: seconds.
     kwargs: go to gymnasium.make or make_env: render_mode, ...; they have to be what JSON holds.
 
     Errors: NotFound (no such environment), EnvironmentRaised (with `type` and `traceback`; it stays usable),
-    EnvironmentEnded (with its last lines and exit status), CommandTimeout (it was killed), InvalidConfig, Unavailable.
+    EnvironmentEnded (with its last lines and exit status), CommandTimeout (it was killed), InvalidConfig, Unsupported,
+    ImageError, Unavailable.
     """
 
     def __init__(
@@ -34,37 +45,53 @@ class SandboxEnv(gymnasium.Env[Any, Any]):
         source: str,
         /,
         *,
-        packages: Sequence[str] = (),
-        imports: Sequence[str] = (),
+        base_image: str | None = None,
+        packages: Sequence[str] | None = None,
+        imports: Sequence[str] | None = None,
         trust_remote_code: bool = False,
+        allow_unpinned_hf: bool = False,
+        build_memory: str | None = None,
         task: str | None = None,
+        config: Config | None = None,
+        capabilities: Sequence[str] | None = None,
+        override: AnyPath | None = None,
+        cwd: AnyPath | None = None,
+        repo_root: AnyPath | None = None,
+        memory: str | None = None,
+        cpus: float | None = None,
+        network: Network | None = None,
         base_url: str | None = None,
         api_key: str | None = None,
-        config: SandboxConfig | None = None,
         exclusive: bool = False,
         start_timeout: float = START_TIMEOUT,
         step_timeout: float | None = STEP_TIMEOUT,
         **kwargs: Any,
     ) -> None:
         self._closed = True
+        self._process = os.getpid()
         self.source = source
-        options = {
-            "packages": packages, "imports": imports, "trust_remote_code": trust_remote_code, "task": task,
-            "base_url": base_url, "api_key": api_key, "config": config, "exclusive": exclusive,
+        for_single(kwargs)
+        options: dict[str, Any] = {
+            "base_image": base_image, "packages": packages, "imports": imports,
+            "trust_remote_code": trust_remote_code, "allow_unpinned_hf": allow_unpinned_hf,
+            "build_memory": build_memory, "task": task, "config": config, "capabilities": capabilities,
+            "override": override, "cwd": cwd, "repo_root": repo_root, "memory": memory, "cpus": cpus,
+            "network": network, "base_url": base_url, "api_key": api_key, "exclusive": exclusive,
             "start_timeout": start_timeout, "step_timeout": step_timeout,
         }  # fmt: skip
-        self._player = Making(
-            Source.parse(source, packages, trust_remote_code), kwargs, imports, task, base_url, api_key, config,
-            exclusive, start_timeout, step_timeout,
-        ).make()  # fmt: skip
+        asked = Arguments(source, kwargs, **options)
+        self._player, found = Making(asked).make()
         self._closed = False
         try:
             told = described(self._player)
+            asked.check(told)
             self.observation_space = space_of(told["observation_space"])
             self.action_space = space_of(told["action_space"])
             self.metadata = told["metadata"]
             self.render_mode = told["render_mode"]
             self.spec = _spec_of(told["spec"], {"rock_source": source, **options, **kwargs})
+            self._contract = EnvContract.of(told, self.observation_space, self.action_space)
+            self._sandbox = sandbox_of(source, found, self._player)
         except BaseException:
             self.close()
             raise
@@ -78,6 +105,24 @@ class SandboxEnv(gymnasium.Env[Any, Any]):
     def sandbox_id(self) -> str:
         """Where it runs."""
         return self._player.link.sandbox_id
+
+    @property
+    def sandbox(self) -> EnvSandbox:
+        """Where it runs, and what its source turned out to be."""
+        return self._sandbox
+
+    @property
+    def env_contract(self) -> EnvContract:
+        """What it is, as plain data that does not change."""
+        return self._contract
+
+    @property
+    def observation_space_spec(self) -> SpaceSpec:
+        return self._contract.observation_space
+
+    @property
+    def action_space_spec(self) -> SpaceSpec:
+        return self._contract.action_space
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Start an episode: (observation, info). The same seed gives the same start."""
@@ -135,7 +180,8 @@ class SandboxEnv(gymnasium.Env[Any, Any]):
         self._player.link.close()
 
     def __del__(self) -> None:
-        if not getattr(self, "_closed", True):
+        # A child of a fork has a copy of it, whose end is not its end.
+        if not getattr(self, "_closed", True) and self._process == os.getpid():
             try:
                 self.close()
             except Exception:  # nobody is there to be told; its sandbox has an idle time

@@ -1,14 +1,11 @@
-"""What an environment is made of: an id of Gymnasium, or a folder with an env.py."""
+"""What an environment is made of: an id of Gymnasium, a folder, a hub's repository, or an image; and making it."""
 
 from __future__ import annotations
 
-import io
 import re
-import tarfile
 import urllib.parse
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -16,117 +13,142 @@ from gymnasium.spaces import GraphInstance
 
 from rock import errors
 from rock.envlink import EnvLink, Player
+from rock.gym.arguments import Arguments
+from rock.gym.contract import EnvSandbox
+from rock.gym.hub import HubSource
+from rock.gym.tree import FILE, Tree
 from rock.protocol.env import OpenEnv
 from rock.protocol.routes import ROUTES
-from rock.protocol.sandbox import SandboxConfig
 
-FILE = "env.py"
-REQUIREMENTS = "requirements.txt"
 INSIDE = "/tmp/rock-environment"
-START_TIMEOUT = 1200.0  # the first one of a package set installs it
-STEP_TIMEOUT = 300.0
 _ID = re.compile(r"([\w.]+:)?([\w:.-]+/)?[\w:.-]+")
-_LIMIT = 64 << 20
-_LEFT_OUT = {".git", "__pycache__", ".venv"}
+_KINDS = "an id, gym://ID, hf://ORG/REPO@REVISION, image://NAME, or a folder"
 
 
 @dataclass(frozen=True)
 class Source:
-    """`env_id` of Gymnasium, or a `folder` whose env.py has `make_env`."""
+    """`env_id`: of Gymnasium, or what errors call it. resolved: the source with all that was left open filled in.
+    files: sent into the sandbox. folder, root: inside, with env.py, and from where that may import. image: whose own
+    Python hosts it. packages: to be installed. task: of several that make_env makes."""
 
     env_id: str
-    folder: Path | None = None
+    resolved: str
+    files: Tree | None = None
+    folder: str | None = None
+    root: str | None = None
+    image: str | None = None
     packages: tuple[str, ...] = ()
-
-    @classmethod
-    def parse(cls, text: str, packages: Sequence[str], trusted: bool) -> Source:
-        """InvalidConfig says what to write instead. Code of a folder runs only when it is trusted, and inside."""
-        if isinstance(packages, str):
-            raise errors.InvalidConfig("packages is a list of requirements, not one string")
-        if not text.startswith(("/", ".", "~")) and "://" not in text:
-            return cls._named(text, packages)
-        kind, found, rest = text.partition("://")
-        if found and kind == "gym":
-            return cls._named(rest, packages)
-        if found and kind != "file":
-            raise errors.InvalidConfig(f"source {text!r} is of no known kind", hint="an id, gym://ID, or a folder")
-        folder = Path(rest if found else text).expanduser().resolve()
-        if not (folder / FILE).is_file():
-            raise errors.InvalidConfig(f"there is no {FILE} in {folder}", hint="it defines make_env(**kwargs)")
-        if not trusted:
-            raise errors.InvalidConfig(f"{folder} has code of its own, which runs in the sandbox",
-                                       hint="pass trust_remote_code=True if that is wanted")  # fmt: skip
-        return cls(folder.name, folder, (*packages, *_requirements(folder / REQUIREMENTS)))
-
-    @classmethod
-    def _named(cls, env_id: str, packages: Sequence[str]) -> Source:
-        if not _ID.fullmatch(env_id) or len(env_id) > 256:
-            raise errors.InvalidConfig(f"{env_id!r} is not the id of an environment", hint="for example CartPole-v1")
-        return cls(env_id, None, tuple(packages))
+    task: str | None = None
 
 
-def _requirements(path: Path) -> list[str]:
-    if not path.is_file():
-        return []
-    lines = (line.partition("#")[0].strip() for line in path.read_text().splitlines())
-    return [line for line in lines if line]
+def find(asked: Arguments) -> Source:
+    """The source that the arguments name. InvalidConfig says what to write instead, or which argument does not go with
+    it. A repository is fetched here; no code of it runs before it is in its sandbox."""
+    text = asked.source
+    kind, found, rest = text.partition("://")
+    if text.startswith(("/", ".", "~")) or kind == "file":
+        return _folder(asked, rest if found and kind == "file" else text)
+    if not found or kind == "gym":
+        return _named(asked, rest if found else text)
+    if kind == "hf":
+        return _hub(asked, rest)
+    if kind == "image":
+        return _image(asked, rest)
+    raise errors.InvalidConfig(f"source {text!r} is of no known kind", hint=_KINDS)
 
 
-def _packed(folder: Path) -> bytes:
-    """The folder as tar; InvalidConfig when it is too large."""
-    buffer = io.BytesIO()
-    size = 0
+def _named(asked: Arguments, env_id: str) -> Source:
+    asked.refuse(f"{env_id!r}, an id of Gymnasium,", "override", "cwd", "repo_root")
+    if not _ID.fullmatch(env_id) or len(env_id) > 256:
+        raise errors.InvalidConfig(f"{env_id!r} is not the id of an environment", hint="for example CartPole-v1")
+    if asked.task is not None:
+        raise errors.InvalidConfig("task chooses among the environments of a make_env, and an id has none",
+                                   hint="leave it out; other words of the environment's own are kwargs")  # fmt: skip
+    return Source(env_id, f"gym://{env_id}", image=asked.base_image, packages=tuple(asked.packages or ()))
 
-    def chosen(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
-        nonlocal size
-        size += entry.size
-        return None if Path(entry.name).name in _LEFT_OUT else entry
 
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        for path in sorted(folder.iterdir()):
-            archive.add(path, path.name, filter=chosen)
-            if size > _LIMIT:
-                raise errors.InvalidConfig(f"{folder} is larger than {_LIMIT >> 20} MiB")
-    return buffer.getvalue()
+def _folder(asked: Arguments, text: str) -> Source:
+    folder = Path(text).expanduser().resolve()
+    if not folder.is_dir():
+        raise errors.InvalidConfig(f"there is no {FILE} in {folder}", hint="it is no folder")
+    top, cwd = folder, PurePosixPath(_relative(str(asked.cwd or ".")))
+    if asked.repo_root is not None:
+        top = Path(asked.repo_root).expanduser().resolve()
+        if not folder.is_relative_to(top):
+            raise errors.InvalidConfig(f"{folder} is not in repo_root, which is {top}")
+        cwd = PurePosixPath(folder.relative_to(top).as_posix()) / cwd
+    if not asked.trust_remote_code:
+        raise errors.InvalidConfig(f"{folder} has code of its own, which runs in the sandbox",
+                                   hint="pass trust_remote_code=True if that is wanted")  # fmt: skip
+    return _sent(asked, folder.name or "folder", f"file://{folder}", Tree.of_folder(top), str(cwd), asked.task)
+
+
+def _hub(asked: Arguments, rest: str) -> Source:
+    asked.refuse("a source hf://", "repo_root")
+    wanted = HubSource.parse(rest)
+    wanted.allow(asked.trust_remote_code, asked.allow_unpinned_hf)
+    if wanted.task and asked.task and wanted.task != asked.task:
+        raise errors.InvalidConfig(f"the source says {wanted.task!r} and task={asked.task!r}", hint="give one of them")
+    cwd, task = _relative(str(asked.cwd or ".")), wanted.task or asked.task
+    commit, raw = wanted.fetch()
+    resolved = f"hf://{wanted.repository}@{commit}" + (f":{task}" if task else "")
+    return _sent(asked, wanted.repository, resolved, Tree.of_tar(raw, f"hf://{wanted.repository}"), cwd, task)
+
+
+def _sent(asked: Arguments, name: str, resolved: str, files: Tree, cwd: str, task: str | None) -> Source:
+    if asked.override is not None:
+        files = files.lay(Path(asked.override).expanduser().resolve())
+    files.check(cwd)
+    packages = () if asked.base_image else (*(asked.packages or ()), *files.requirements(cwd))
+    return Source(name, resolved, files, str(PurePosixPath(INSIDE, cwd)), INSIDE, asked.base_image, packages, task)
+
+
+def _image(asked: Arguments, name: str) -> Source:
+    asked.refuse("a source image://", "base_image", "packages", "override", "repo_root")
+    if not name:
+        raise errors.InvalidConfig("image:// names no image", hint="image://NAME, as `rock image ls` has it")
+    cwd = str(asked.cwd or ".")
+    if cwd != "." and not cwd.startswith("/"):
+        raise errors.InvalidConfig(f"cwd={cwd!r} is not absolute", hint=f"the folder in the image with {FILE}")
+    return Source(name, f"image://{name}", folder=cwd, image=name, task=asked.task)
+
+
+def _relative(text: str) -> str:
+    path = PurePosixPath(text)
+    if path.is_absolute() or ".." in path.parts or "\0" in text:
+        raise errors.InvalidConfig(f"cwd={text!r} does not lie in the source", hint="a folder in it, like envs/cart")
+    return str(path)
 
 
 @dataclass
 class Making:
-    """What is needed to make an environment, and the link that is made for it."""
+    """What is needed to make an environment, and the link that is made for it. vector: fields of MakeEnv, for one."""
 
-    source: Source
-    kwargs: dict[str, Any]
-    imports: Sequence[str] = ()
-    task: str | None = None
-    base_url: str | None = None
-    api_key: str | None = None
-    config: SandboxConfig | None = None
-    exclusive: bool = False
-    start_timeout: float = START_TIMEOUT
-    step_timeout: float | None = STEP_TIMEOUT
+    asked: Arguments
     vector: dict[str, Any] = field(default_factory=dict)
 
-    def make(self) -> Player:
+    def make(self) -> tuple[Player, Source]:
         """The environment; whatever fails, nothing of it is left."""
-        folder = self.source.folder
-        link = EnvLink(base_url=self.base_url, api_key=self.api_key, config=self.config, graph=_graph,
-                       exclusive=self.exclusive or folder is not None, timeout=self.step_timeout)  # fmt: skip
-        wish = OpenEnv(env_id=self.source.env_id, protocol="gym")
-        if self.source.packages:
-            wish.packages = list(self.source.packages)
-        link.open(wish, self.start_timeout)
+        asked = self.asked
+        source = find(asked)
+        own = source.files is not None or source.image is not None  # others must not meet its files
+        link = EnvLink(base_url=asked.base_url, api_key=asked.api_key, config=asked.limits, graph=_graph,
+                       exclusive=asked.exclusive or own, timeout=asked.step_timeout)  # fmt: skip
+        wish = OpenEnv(env_id=source.env_id, protocol="gym")
+        if source.packages:
+            wish.packages = list(source.packages)
+        if source.image is not None:
+            wish.image = source.image
+        link.open(wish, asked.start_timeout)
         try:
-            made: dict[str, Any] = {"env_id": self.source.env_id, "protocol": "gym", "kwargs": self.kwargs}
-            made.update(self.vector)
-            if self.imports:
-                made["imports"] = list(self.imports)
-            if self.task:
-                made["task"] = self.task
-            if folder is not None:
+            made: dict[str, Any] = {"env_id": source.env_id, "protocol": "gym", "kwargs": asked.kwargs, **self.vector}
+            optional = {"imports": list(asked.imports or ()), "task": source.task, "folder": source.folder,
+                        "root": source.root}  # fmt: skip
+            made.update({name: value for name, value in optional.items() if value})
+            if source.files is not None:
                 target = ROUTES["upload_dir"].url(sandbox_id=link.sandbox_id) + "?path=" + urllib.parse.quote(INSIDE)
-                link.transport.json_raw("PUT", target, _packed(folder), content_type="application/x-tar")
-                made["folder"] = INSIDE
-            return Player(link, link.make(made, self.start_timeout))
+                link.transport.json_raw("PUT", target, source.files.packed(), content_type="application/x-tar")
+            return Player(link, link.make(made, asked.start_timeout)), source
         except BaseException:
             link.close()
             raise
@@ -137,6 +159,11 @@ def _graph(nodes: Any, edges: Any, links: Any) -> GraphInstance:
         if part is not None and not isinstance(part, np.ndarray):
             raise ValueError("a graph is made of arrays")
     return GraphInstance(nodes, edges, links)
+
+
+def sandbox_of(requested: str, found: Source, player: Player) -> EnvSandbox:
+    """Where an environment that was made of a source runs."""
+    return EnvSandbox(requested, found.resolved, player.link.sandbox_id, player.link.transport.address.url)
 
 
 def described(player: Player) -> dict[str, Any]:

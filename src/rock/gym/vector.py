@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,10 +11,11 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from rock import errors
+from rock.gym.arguments import START_TIMEOUT, STEP_TIMEOUT, AnyPath, Arguments, Config, Network
+from rock.gym.contract import EnvContract, EnvSandbox, SpaceSpec
 from rock.gym.env import _spec_of
-from rock.gym.source import START_TIMEOUT, STEP_TIMEOUT, Making, Source, described
+from rock.gym.source import Making, described, sandbox_of
 from rock.gym.spaces import space_of
-from rock.protocol.sandbox import SandboxConfig
 
 Arrays = tuple[Any, np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any], dict[str, Any]]
 
@@ -38,13 +40,23 @@ class SandboxVectorEnv(VectorEnv[Any, Any, Any]):
         vectorization_mode: str | None = "sync",
         vector_kwargs: dict[str, Any] | None = None,
         autoreset_mode: AutoresetMode | str | None = None,
-        packages: Sequence[str] = (),
-        imports: Sequence[str] = (),
+        base_image: str | None = None,
+        packages: Sequence[str] | None = None,
+        imports: Sequence[str] | None = None,
         trust_remote_code: bool = False,
+        allow_unpinned_hf: bool = False,
+        build_memory: str | None = None,
         task: str | None = None,
+        config: Config | None = None,
+        capabilities: Sequence[str] | None = None,
+        override: AnyPath | None = None,
+        cwd: AnyPath | None = None,
+        repo_root: AnyPath | None = None,
+        memory: str | None = None,
+        cpus: float | None = None,
+        network: Network | None = None,
         base_url: str | None = None,
         api_key: str | None = None,
-        config: SandboxConfig | None = None,
         exclusive: bool = False,
         start_timeout: float = START_TIMEOUT,
         step_timeout: float | None = STEP_TIMEOUT,
@@ -54,13 +66,19 @@ class SandboxVectorEnv(VectorEnv[Any, Any, Any]):
         self.source = source
         vector = {"num_envs": num_envs, "vectorization_mode": vectorization_mode,
                   "vector_kwargs": _vector_kwargs(vector_kwargs, autoreset_mode)}  # fmt: skip
-        self._player = Making(
-            Source.parse(source, packages, trust_remote_code), kwargs, imports, task, base_url, api_key, config,
-            exclusive, start_timeout, step_timeout, vector,
-        ).make()  # fmt: skip
+        asked = Arguments(
+            source, kwargs, base_image=base_image, packages=packages, imports=imports,
+            trust_remote_code=trust_remote_code, allow_unpinned_hf=allow_unpinned_hf, build_memory=build_memory,
+            task=task, config=config, capabilities=capabilities, override=override, cwd=cwd, repo_root=repo_root,
+            memory=memory, cpus=cpus, network=network, base_url=base_url, api_key=api_key, exclusive=exclusive,
+            start_timeout=start_timeout, step_timeout=step_timeout,
+        )  # fmt: skip
+        self._process = os.getpid()
+        self._player, found = Making(asked, vector).make()
         self.closed = False
         try:
             told = described(self._player)
+            asked.check(told)
             self.num_envs = int(told["num_envs"])
             self.observation_space = space_of(told["observation_space"])
             self.action_space = space_of(told["action_space"])
@@ -71,6 +89,8 @@ class SandboxVectorEnv(VectorEnv[Any, Any, Any]):
                 self.metadata["autoreset_mode"] = AutoresetMode(self.metadata["autoreset_mode"])
             self.render_mode = told["render_mode"]
             self.spec = _spec_of(told["spec"], {"rock_source": source, **kwargs})
+            self._contract = EnvContract.of(told, self.single_observation_space, self.single_action_space)
+            self._sandbox = sandbox_of(source, found, self._player)
         except BaseException:
             self.close()
             raise
@@ -84,6 +104,26 @@ class SandboxVectorEnv(VectorEnv[Any, Any, Any]):
     def sandbox_id(self) -> str:
         """Where it runs."""
         return self._player.link.sandbox_id
+
+    @property
+    def sandbox(self) -> EnvSandbox:
+        """Where they run, and what their source turned out to be."""
+        return self._sandbox
+
+    @property
+    def env_contract(self) -> EnvContract:
+        """What each of them is, as plain data that does not change."""
+        return self._contract
+
+    @property
+    def observation_space_spec(self) -> SpaceSpec:
+        """Of one of them."""
+        return self._contract.observation_space
+
+    @property
+    def action_space_spec(self) -> SpaceSpec:
+        """Of one of them."""
+        return self._contract.action_space
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
@@ -126,7 +166,9 @@ class SandboxVectorEnv(VectorEnv[Any, Any, Any]):
         self._player.call("set", name, values)
 
     def close_extras(self, **kwargs: Any) -> None:
-        """End their process."""
+        """End their process. A child of a fork has a copy, whose end is not theirs."""
+        if self._process != os.getpid():
+            return
         self._player.link.close_env(self._player.number)
         self._player.link.close()
 

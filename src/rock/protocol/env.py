@@ -18,12 +18,13 @@ class OpenEnv(Wire):
     `exclusive` asks for one of its own. `config`: limits and image, when the defaults do not fit.
 
     protocol: whose environment it is: GEM's or Gymnasium's. packages: what it needs beside those, as pip names it;
-    wheels only.
+    wheels only. image: host it with the Python of this image, which has gymnasium; nothing is installed then.
     """
 
     env_id: str = Field(min_length=1, max_length=256)
     protocol: Family = "gem"
     packages: list[str] = Field(default_factory=list, max_length=32)
+    image: str | None = Field(default=None, min_length=1, max_length=1024)
     exclusive: bool = False
     config: SandboxConfig | None = None
 
@@ -33,7 +34,8 @@ class MakeEnv(Wire):
     imports: modules that are imported before, and may register it.
 
     Of Gymnasium: num_envs makes a vector of them in one process, vectorization_mode and vector_kwargs are those of
-    gymnasium.make_vec. folder: inside, with an env.py whose make_env makes it; task: "suite" or "suite/task".
+    gymnasium.make_vec. folder: inside, with an env.py whose make_env makes it, "." for the image's working directory or
+    /app; root: a folder inside from which that may import; task: "suite" or "suite/task".
     """
 
     env_id: str = Field(min_length=1, max_length=256)
@@ -44,6 +46,7 @@ class MakeEnv(Wire):
     vectorization_mode: str | None = None
     vector_kwargs: dict[str, Any] | None = None
     folder: str | None = None
+    root: str | None = None
     timeout: float | None = Field(default=None, gt=0, le=86400)
     task: str | None = None
 

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from rock.errors import ActionError, Conflict, EnvironmentRaised, NotFound, QuotaExceeded, RockError
+from rock.errors import (
+    ActionError,
+    Conflict,
+    EnvironmentRaised,
+    ImageError,
+    InvalidConfig,
+    NotFound,
+    QuotaExceeded,
+    RockError,
+)
 
-_NOT_STARTED = {"unknown", "refused"}
+_NOT_STARTED = {"unknown", "refused", "image"}
 
 
 def error_of(told: dict[str, Any], sandbox_id: str) -> tuple[RockError, bool]:
@@ -38,6 +47,10 @@ def _error(kind: str, name: str, text: str, details: dict[str, Any], near: list[
             details=details,
             hint="it needs a package that is not installed for it",
         )
+    if kind == "image":
+        return ImageError(text, sandbox_id=sandbox_id, details=details, hint="install it in the image")
+    if kind == "source":
+        return InvalidConfig(text, sandbox_id=sandbox_id, hint="it defines make_env(**kwargs); cwd= names its folder")
     if kind == "refused":
         return QuotaExceeded(
             f"the sandbox cannot start another process: {text}",

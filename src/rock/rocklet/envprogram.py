@@ -23,6 +23,8 @@ _ENVIRONMENT = {
 }  # fmt: skip
 _MODULES = ("values", "frames", "spaces", "hosting", "player", "envhost")
 _LOADER = """import base64, json, sys, types, zlib
+if sys.version_info < (3, 10):
+    sys.exit("Python 3.10 or newer is needed, and this is " + sys.version)
 for name in ("rock", "rock.guest"):
     sys.modules[name] = types.ModuleType(name)
     sys.modules[name].__path__ = []
@@ -34,10 +36,14 @@ sys.modules["rock.guest.envhost"].main()
 """
 
 
-def program(folder: str, python: str, key: str) -> Program:
-    """The host; `folder`: where its packages are inside."""
+def program(folder: str | None, python: str, key: str) -> Program:
+    """The host; `folder`: where its packages are inside, None for an image whose `python` has them itself."""
     channels: dict[int, Literal["r", "w"]] = dict.fromkeys((envhost.REQUESTS, *envhost.PIPES), "r")
     channels.update(dict.fromkeys((envhost.ANSWERS, *(pipe + envhost.OWN for pipe in envhost.PIPES)), "w"))
+    if folder is None:
+        own = {name: value for name, value in _ENVIRONMENT.items() if name != "PYTHONPATH"}
+        return Program([python, "-B", "-X", "utf8", "-c", source(), ""], env=own, stdout="null", stderr="pipe",
+                       channels=channels, key=key, keep=True)  # fmt: skip
     return Program(
         [python, "-s", "-P", "-B", "-X", "utf8", "-c", source(), f"{folder}/site"],
         env={**_ENVIRONMENT, "NLTK_DATA": f"{folder}/nltk_data"}, cwd="/", stdout="null", stderr="pipe",

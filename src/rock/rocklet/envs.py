@@ -43,8 +43,8 @@ _OPEN_TIMEOUT = 180.0  # importing takes seconds, and more on a busy machine
 class EnvHost:
     """The environments of one sandbox.
 
-    folder: where the packages are inside: a link `python`, and a folder `site`. timeout: seconds for one make, reset or
-    step, after which the environment is killed.
+    folder: where the packages are inside: a link `python`, and a folder `site`; None for an image whose own Python has
+    them. timeout: seconds for one make, reset or step, after which the environment is killed.
     """
 
     KEY = "rock.envs"
@@ -54,14 +54,14 @@ class EnvHost:
         runtime: Runtime,
         handle: Handle,
         *,
-        folder: str = CURRENT,
+        folder: str | None = CURRENT,
         python: str | None = None,
         timeout: float = 600.0,
     ) -> None:
         self._runtime = runtime
         self._handle = handle
         self._folder = folder
-        self._python = python or f"{folder}/python"
+        self._pythons = [python] if python else ["python3", "python"] if folder is None else [f"{folder}/python"]
         self._timeout = timeout
         self._envs: dict[int, Hosted] = {}
         self._free: list[int] = []  # pipes
@@ -79,15 +79,20 @@ class EnvHost:
 
         ImageError when the sandbox's image has none; SandboxError, with its last lines, when it does not come up.
         """
-        try:
-            process = await self._runtime.spawn(self._handle, program(self._folder, self._python, self.KEY))
-        except NotFound as error:
-            raise ImageError(
-                f"this sandbox has no environment packages ({error.message})",
-                sandbox_id=self._handle.id,
-                hint="rock.make starts a sandbox that has them",
-            ) from None
-        await self._connect(process)
+        await self._connect(await self._start())
+
+    async def _start(self) -> Process:
+        told = ""
+        for python in self._pythons:
+            try:
+                return await self._runtime.spawn(self._handle, program(self._folder, python, self.KEY))
+            except NotFound as error:
+                told = error.message
+        if self._folder is None:
+            raise ImageError(f"the image has no Python to host environments with ({told})", sandbox_id=self._handle.id,
+                             hint="use an image with python3 in its PATH, and gymnasium")  # fmt: skip
+        raise ImageError(f"this sandbox has no environment packages ({told})", sandbox_id=self._handle.id,
+                         hint="rock.make starts a sandbox that has them")  # fmt: skip
 
     async def attach(self) -> None:
         """Find the host and its environments again after a restart of the rocklet; NotFound when there is none."""

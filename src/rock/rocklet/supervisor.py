@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rock.envhub.packages import requirements_of
 from rock.errors import Conflict, NotFound, RockError
 from rock.protocol.action import Command, CreateBashSessionRequest
 from rock.protocol.node import NodeSandbox
@@ -23,6 +24,7 @@ from rock.rocklet.envs import EnvHost
 from rock.rocklet.session import KEY, Session, Shell, find_shell
 from rock.runtime import wholefile
 from rock.runtime.base import Handle, Limits, Runtime, Watches
+from rock.runtime.image.packages import CURRENT
 
 DEFAULT_SESSION = "default"
 _DEFAULT = CreateBashSessionRequest(session=DEFAULT_SESSION)
@@ -327,7 +329,8 @@ class Supervisor:
                 await self.env_host.close()
                 self.env_host = None
             if self.env_host is None:
-                host = EnvHost(self.runtime, self.handle)
+                own = requirements_of(self.config.image) is None  # an image like any other hosts with its own Python
+                host = EnvHost(self.runtime, self.handle, folder=None if own else CURRENT)
                 if self._env_host_kept:
                     self._env_host_kept = False
                     with contextlib.suppress(NotFound):  # it ended meanwhile

@@ -1,0 +1,96 @@
+"""What an environment is, as plain and unchangeable data: its contract, its spaces, and where it runs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from rock.gym.spaces import Space, space_of
+
+UNKNOWN = "UnknownEnv-v1"
+
+
+@dataclass(frozen=True)
+class SpaceSpec:
+    """A space as data. kind: "box", "discrete", "multi_binary", "multi_discrete", "text", "dict", "tuple", "sequence",
+    "graph", "one_of". shape, dtype: as the space has them; None where it has none."""
+
+    kind: str
+    shape: tuple[int, ...] | None
+    dtype: str | None
+    _told: Mapping[str, Any] = field(repr=False, compare=False)
+    _plain: str = field(repr=False)
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any], space: Space) -> SpaceSpec:
+        dtype = None if space.dtype is None else np.dtype(space.dtype).name
+        kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(told["kind"])).lower()
+        return cls(kind, space.shape, dtype, MappingProxyType(dict(told)), repr(_plain(told)))
+
+    def to_space(self) -> Space:
+        """A space of Gymnasium, newly made."""
+        return space_of(self._told)
+
+    to_gym_space = to_space
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: {"kind", "shape", "dtype"} and what its kind has, bounds as (nested) lists."""
+        details = {name: value for name, value in _plain(self._told).items() if name not in ("kind", "shape", "dtype")}
+        return {"kind": self.kind, "shape": None if self.shape is None else list(self.shape), "dtype": self.dtype,
+                **details}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EnvContract:
+    """What was agreed on when the environment was made. id: as Gymnasium has registered it, or "UnknownEnv-v1".
+    Spaces are those of one environment; num_envs is 1 where there is no vector."""
+
+    id: str
+    render_mode: str | None
+    num_envs: int
+    metadata: Mapping[str, Any]
+    observation_space: SpaceSpec
+    action_space: SpaceSpec
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any], observation: Space, action: Space) -> EnvContract:
+        """Of what an environment told of itself, and the (single) spaces that were made of that."""
+        prefix = "single_" if told.get("num_envs") else ""
+        spec = told.get("spec")
+        return cls(
+            str(spec["id"]) if spec else UNKNOWN, told["render_mode"], int(told.get("num_envs") or 1),
+            MappingProxyType(dict(told["metadata"])), SpaceSpec.of(told[f"{prefix}observation_space"], observation),
+            SpaceSpec.of(told[f"{prefix}action_space"], action),
+        )  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"id": self.id, "render_mode": self.render_mode, "num_envs": self.num_envs,
+                "metadata": _plain(self.metadata), "observation_space": self.observation_space.to_dict(),
+                "action_space": self.action_space.to_dict()}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EnvSandbox:
+    """Where an environment runs. requested_source: as it was given; resolved_source: with all that it left open, such
+    as the commit of a branch; address: of the server."""
+
+    requested_source: str
+    resolved_source: str
+    sandbox_id: str
+    address: str
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    return value.value if isinstance(value, Enum) else value
