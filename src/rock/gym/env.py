@@ -28,7 +28,7 @@ class SandboxEnv(gymnasium.Env[Any, Any]):
     config: limits of its sandbox, which is then its own, as a SandboxConfig; or a mapping, or a JSON or TOML file of
         one, that make_env is given as `config`. memory, cpus, network: those limits one by one.
     capabilities: refuse it unless it has them: "render", and of vectors "vector", "next_step", "same_step", "disabled".
-    override: a file, or a folder of files, laid over those of the source.
+    override: a folder whose files are laid over the source's, or a file laid beside env.py.
     cwd: the folder with env.py, in the source or (absolute) in the image. repo_root: a folder that the source lies in,
         sent as a whole. build_memory: None, "off" or "auto", as nothing is built.
     base_url, api_key: ROCK_BASE_URL and ROCK_API_KEY where they are not given. exclusive: a sandbox of its own.

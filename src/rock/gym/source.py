@@ -97,7 +97,7 @@ def _hub(asked: Arguments, rest: str) -> Source:
 
 def _sent(asked: Arguments, name: str, resolved: str, files: Tree, cwd: str, task: str | None) -> Source:
     if asked.override is not None:
-        files = files.lay(Path(asked.override).expanduser().resolve())
+        files = files.lay(Path(asked.override).expanduser().resolve(), cwd)
     files.check(cwd)
     packages = () if asked.base_image else (*(asked.packages or ()), *files.requirements(cwd))
     return Source(name, resolved, files, str(PurePosixPath(INSIDE, cwd)), INSIDE, asked.base_image, packages, task)

@@ -95,8 +95,8 @@ class Tree:
         both._entries = {**other._entries, **self._entries}
         return both
 
-    def lay(self, path: Path) -> Tree:
-        """This one with a file (by its name), or a folder's files, of this machine laid over it."""
+    def lay(self, path: Path, cwd: str) -> Tree:
+        """This one with a folder's files, or a file beside env.py in `cwd`, of this machine laid over it."""
         if path.is_dir():
             return Tree.of_folder(path).over(self)
         if not path.is_file():
@@ -107,7 +107,7 @@ class Tree:
         entry = tarfile.TarInfo(path.name)
         entry.mode = 0o644
         laid = Tree(self.what)
-        laid._put(path.name, entry, data)
+        laid._put(str(PurePosixPath(cwd, path.name)), entry, data)
         return laid.over(self)
 
     def text_of(self, name: str, limit: int) -> str | None:
