@@ -137,7 +137,7 @@ def test_what_is_refused() -> None:
         ({"cwd": "x"}, "cwd does not go"), ({"override": "x"}, "override does not go"),
         ({"repo_root": "x"}, "repo_root does not go"), ({"task": "x"}, "task chooses"),
         ({"packages": "x"}, "packages is a list"), ({"imports": "x"}, "imports is a list"),
-        ({"rlmesh_package": "x"}, "no package of ours"), ({"base_image": "x", "packages": ["y"]}, "nothing is installed"),
+        ({"rlmesh_package": "x"}, "no package of ours"), ({"base_image": "x", "packages": ["y"]}, "nothing is inst"),
     ]  # fmt: skip
     for wrong, told in more:
         with pytest.raises(errors.InvalidConfig, match=told):
