@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test check lint types unit compat sync lock bench clean
+.PHONY: demo test check lint types unit compat gym-extras sync lock bench clean
 
 demo: $(VENV)/ready
 	@$(PY) -m rock.cli.demo
@@ -44,6 +44,19 @@ unit: $(VENV)/ready-dev
 # ROCK's own client in several versions, installed from PyPI and kept in ROCK_TEST_CACHE.
 compat: $(VENV)/ready-dev
 	ROCK_TEST_COMPAT=1 $(PY) -m pytest tests/compat
+
+# Tensors of torch and stable-baselines3, in an environment of their own that is kept in ROCK_TEST_CACHE.
+EXTRAS := $(or $(ROCK_TEST_CACHE),$(HOME)/.cache/rock-tests)/gym-extras
+
+gym-extras: $(EXTRAS)/ready
+	PYTHONPATH=$(CURDIR)/src $(EXTRAS)/bin/python -m pytest tests/envs/test_torch.py tests/envs/test_sb3.py
+
+$(EXTRAS)/ready: requirements-dev.lock
+	@$(PYTHON) -m venv $(EXTRAS)
+	@echo "installing torch and stable-baselines3 into $(EXTRAS) ..."
+	@$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
+	@$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 stable-baselines3
+	@touch $@
 
 bench: $(VENV)/ready-dev
 	$(VENV)/bin/rock bench

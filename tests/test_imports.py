@@ -43,6 +43,7 @@ OPTIONAL = {"numpy", "gymnasium", "torch", "ray", "gem", "httpx", "requests", "a
 HOMES = {
     "gymnasium": {"gym", "guest/hosting", "guest/spaces", "guest/envhost"},
     "numpy": {"gym", "gem", "guest/values"},
+    "torch": {"gym/torch"},
     "gem": {"gem", "guest/hosting", "guest/envhost"},
 }
 
