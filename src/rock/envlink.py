@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 import time
+import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from rock import errors, settings
 from rock.envpipes import GivenUp, Pipes, reach
 from rock.guest import frames, values
 from rock.guest.frames import ERROR, HEAD, RESET
-from rock.protocol.env import EnvInfo, OpenEnv
+from rock.protocol.env import EnvAbout, EnvInfo, OpenEnv
 from rock.protocol.routes import FRAMES_TYPE, ROUTES
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
 from rock.sync.sandbox.lifecycle import end_of
@@ -252,6 +253,11 @@ class EnvLink:
             raise errors.ServerError("malformed answer: no list of environments")
         return items
 
+    def about(self, env_id: str) -> EnvAbout:
+        """What the server knows of an environment. NotFound."""
+        target = ROUTES["about_env"].path + "?" + urllib.parse.urlencode({"id": env_id})
+        return parse(EnvAbout, self.transport.json("GET", target))
+
     def close(self) -> None:
         """Stop the sandbox, if it is nobody else's."""
         if not self.exclusive or not self.sandbox_id:
@@ -306,4 +312,3 @@ class Player:
 
     def _ask(self, op: int, value: Any, index: int | None = None) -> Ask:
         return Ask(self.number, op, value, index, self.link.ways)
-

@@ -55,18 +55,43 @@ class RockEnv:
             base_url=base_url, api_key=api_key, config=config, exclusive=exclusive, timeout=step_timeout
         )
         wish = OpenEnv(env_id=env_id)
+        made: dict[str, Any] = {"env_id": env_id, "kwargs": kwargs}
         if packages:
             wish.packages = packages
-        self._link.open(wish, start_timeout)
+        if imports:
+            made["imports"] = imports
         try:
-            made: dict[str, Any] = {"env_id": env_id, "kwargs": kwargs}
-            if imports:
-                made["imports"] = imports
+            self._link.open(wish, start_timeout)
+        except errors.NotFound as unknown:
+            wish = self._named(unknown, made, packages or [])
+            self._link.open(wish, start_timeout)
+        try:
             self._player = Player(self._link, self._link.make(made, start_timeout))
         except BaseException:
             self._link.close()
             raise
         self._closed = False
+
+    def _named(self, unknown: errors.NotFound, made: dict[str, Any], packages: list[str]) -> OpenEnv:
+        """The wish for what somebody registered under this name; `made` is filled in. Raises `unknown` for no name."""
+        try:
+            about = self._link.about(self.env_id)
+        except errors.NotFound:
+            raise unknown from None
+        if about.version is None:
+            raise unknown
+        if about.source.startswith("hf://"):
+            raise errors.InvalidConfig(f"{self.env_id} is {about.source}", hint="rock.gym.SandboxEnv makes those")
+        name = about.source.removeprefix("gym://").removeprefix("image://")
+        made.update(env_id=name, protocol=about.protocol, imports=[*about.imports, *made.get("imports", [])])
+        wish = OpenEnv(env_id=name, protocol=about.protocol)
+        if about.source.startswith("image://"):
+            wish.image = name
+            made["folder"] = "."
+            self._link.exclusive = True  # others must not meet its files
+        if about.asked or packages:
+            wish.packages = [*about.asked, *packages]
+        return wish
 
     @property
     def sandbox_id(self) -> str:

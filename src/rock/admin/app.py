@@ -5,6 +5,7 @@ from __future__ import annotations
 from rock.admin.api import native
 from rock.admin.api.rock_v1 import RockV1
 from rock.admin.api.sandboxes import Sandboxes
+from rock.admin.environments import Environments
 from rock.admin.reconciler import Reconciler
 from rock.admin.service import Service
 from rock.admin.worker import Worker
@@ -27,7 +28,9 @@ class Admin:
         self.service = Service(store, LocalScheduler(), workers)
         self.reconciler = Reconciler(self.service)
         self.catalogue = Catalogue(settings.home / "envhub.sqlite")
-        own = Sandboxes(self.service).over(native.build(self.service, settings, roles))
+        own = Sandboxes(self.service).over(
+            native.build(self.service, Environments(self.service, self.catalogue), settings, roles)
+        )
         self.app: App = RockV1(self.service, data, self.catalogue).over(own)
         self._store = store
 

@@ -9,7 +9,7 @@ import orjson
 from pydantic import BaseModel
 
 from rock.errors import from_wire
-from rock.protocol.node import NodeEvents, NodeInventory, NodeSandbox, NodeStatus
+from rock.protocol.node import NodeEvents, NodeImage, NodeInventory, NodeSandbox, NodeStatus
 from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import SandboxConfig
 
@@ -33,6 +33,10 @@ class Worker(Protocol):
     async def get(self, sandbox_id: str, *, touch: bool = False, usage: bool = False) -> NodeSandbox: ...
 
     async def list(self) -> NodeInventory: ...
+
+    async def image(self, image: str, wait: float = 0.0) -> NodeImage:
+        """What there is of an image; spends up to `wait` seconds on building it where that can be done."""
+        ...
 
     async def status(self) -> NodeStatus: ...
 
@@ -70,6 +74,9 @@ class WireWorker:
 
     async def list(self) -> NodeInventory:
         return await self._call(NodeInventory, "node_list")
+
+    async def image(self, image: str, wait: float = 0.0) -> NodeImage:
+        return await self._call(NodeImage, "node_image", "", {"image": image, "wait": wait})
 
     async def status(self) -> NodeStatus:
         return await self._call(NodeStatus, "node_status")

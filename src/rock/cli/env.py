@@ -5,21 +5,25 @@ from __future__ import annotations
 import random
 import re
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rock.cli.output import OPTIONS, as_json, busy, table
 
-app = typer.Typer(no_args_is_help=True, help="List and play environments.")
+if TYPE_CHECKING:
+    from rock.protocol.env import EnvAbout
 
+app = typer.Typer(no_args_is_help=True, help="List, show, add, build and play environments.")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 MOVES = ("up", "down", "left", "right")
 
 
 @app.command("list")
 def list_envs(
     words: Annotated[str | None, typer.Argument(help="Only those whose id contains this.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: Json = False,
 ) -> None:
     """List the environments."""
     from rock.cli.sandbox import client
@@ -38,6 +42,83 @@ def _id(item: dict[str, Any]) -> Any:
 
 def _row(item: dict[str, Any], columns: list[str]) -> list[object]:
     return [", ".join(map(str, v)) if isinstance(v := item.get(c), list) else v for c in columns]
+
+
+@app.command()
+def show(
+    env_id: Annotated[str, typer.Argument(metavar="ID", help="An id, or a name that was added, with @VERSION.")],
+    json: Json = False,
+) -> None:
+    """Show what is known of an environment; its spaces too, where what it needs is there."""
+    from rock.cli.sandbox import client
+
+    about = client().about_env(env_id)
+    told = about.model_dump(exclude={"versions"} if not json else set())
+    if about.is_ready and about.protocol == "gym" and not about.source.startswith(("hf://", "image://")):
+        told |= _spaces(about)
+    if json:
+        as_json({**told, "versions": about.versions})
+        return
+    for name, value in told.items():
+        if value not in (None, "", []):
+            print(f"{name.replace('_', ' '):<18} {', '.join(map(str, value)) if isinstance(value, list) else value}")
+    for version in about.versions:
+        print(f"version {version['version']:<10} {version['source']}  {version['digest'] or 'not built then'}")
+
+
+def _spaces(about: EnvAbout) -> dict[str, Any]:
+    """The spaces of an environment of Gymnasium, as it has them when it is made."""
+    from rock.envlink import EnvLink, Player
+    from rock.protocol.env import OpenEnv
+
+    link = EnvLink(base_url=OPTIONS.base_url, api_key=OPTIONS.api_key)
+    name = about.source.removeprefix("gym://")
+    wish = OpenEnv(env_id=name, protocol="gym")
+    if about.asked:
+        wish.packages = about.asked
+    link.open(wish, 60)
+    made: dict[str, Any] = {"env_id": name, "protocol": "gym"}
+    if about.imports:
+        made["imports"] = about.imports
+    player = Player(link, link.make(made, 60))
+    try:
+        found = player.call("describe")
+    finally:
+        link.close_env(player.number)
+    spaces = ("observation_space", "action_space")
+    return {key: " ".join(f"{k}={v}".replace("\n", "") for k, v in found[key].items()) for key in spaces}
+
+
+@app.command()
+def add(
+    name: Annotated[str, typer.Argument(help="What it is called from now on, like team/Cart.")],
+    source: Annotated[str, typer.Argument(help="An id of GEM or Gymnasium, hf://ORG/REPO@COMMIT or image://NAME.")],
+    packages: Annotated[list[str] | None, typer.Option(help="What pip installs for it; may be repeated.")] = None,
+    imports: Annotated[list[str] | None, typer.Option(help="A module that registers it; may be repeated.")] = None,
+    description: Annotated[str, typer.Option(help="What it is, for people.")] = "",
+) -> None:
+    """Register an environment under a name; another source or package set under it is a new version."""
+    from rock.cli.sandbox import client
+    from rock.protocol.env import AddEnv
+
+    wish = AddEnv(name=name, source=source, packages=packages or [], imports=imports or [], description=description)
+    about = client().add_env(wish)
+    print(f"{about.id}@{about.version}  {about.source}")
+
+
+@app.command()
+def build(
+    env_id: Annotated[str, typer.Argument(metavar="ID", help="An id, or a name that was added, with @VERSION.")],
+    packages: Annotated[list[str] | None, typer.Option(help="What else pip installs; may be repeated.")] = None,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds.")] = 1200.0,
+) -> None:
+    """Install ahead what an environment needs, and print the image and its digest."""
+    from rock.cli.sandbox import client
+    from rock.protocol.env import BuildEnv
+
+    with busy(f"installing the packages of {env_id}"):
+        about = client().build_env(BuildEnv(env_id=env_id, packages=packages or []), timeout=timeout)
+    print(f"{about.image}  {about.digest}")
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rock.protocol.node import NodeEvents, NodeInventory, NodeSandbox, NodeStatus
+from rock.protocol.node import NodeEvents, NodeImage, NodeInventory, NodeSandbox, NodeStatus
 from rock.protocol.sandbox import SandboxConfig
 from rock.rocklet.node import Node
 
@@ -28,6 +28,9 @@ class LocalWorker:
 
     async def list(self) -> NodeInventory:
         return self._node.inventory()
+
+    async def image(self, image: str, wait: float = 0.0) -> NodeImage:
+        return await self._node.images.look(image, wait)
 
     async def status(self) -> NodeStatus:
         return await self._node.status()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import urllib.parse
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -130,10 +130,12 @@ class Making:
     def make(self) -> tuple[Player, Source]:
         """The environment; whatever fails, nothing of it is left."""
         asked = self.asked
-        source = find(asked)
-        own = source.files is not None or source.image is not None  # others must not meet its files
         link = EnvLink(base_url=asked.base_url, api_key=asked.api_key, config=asked.limits, graph=_graph,
-                       exclusive=asked.exclusive or own, timeout=asked.step_timeout)  # fmt: skip
+                       exclusive=asked.exclusive, timeout=asked.step_timeout)  # fmt: skip
+        asked = _registered(link, asked)
+        source = find(asked)
+        if source.files is not None or source.image is not None:
+            link.exclusive = True  # others must not meet its files
         wish = OpenEnv(env_id=source.env_id, protocol="gym")
         if source.packages:
             wish.packages = list(source.packages)
@@ -152,6 +154,22 @@ class Making:
         except BaseException:
             link.close()
             raise
+
+
+def _registered(link: EnvLink, asked: Arguments) -> Arguments:
+    """What is asked for, with the source that somebody registered under its name."""
+    if "://" in asked.source or asked.source.startswith(("/", ".", "~")):
+        return asked
+    try:
+        about = link.about(asked.source)
+    except (errors.NotFound, errors.InvalidConfig):
+        return asked  # an id that only Gymnasium may know
+    if about.version is None:
+        return asked
+    if about.protocol != "gym":
+        raise errors.InvalidConfig(f"{asked.source} is an environment of GEM", hint="rock.make makes those")
+    packages = [*about.asked, *(asked.packages or ())]
+    return replace(asked, source=about.source, packages=packages, imports=[*about.imports, *(asked.imports or ())])
 
 
 def _graph(nodes: Any, edges: Any, links: Any) -> GraphInstance:

@@ -29,6 +29,46 @@ class OpenEnv(Wire):
     config: SandboxConfig | None = None
 
 
+class AddEnv(Wire):
+    """Register an environment under a name. source: an id of GEM or Gymnasium, hf://ORG/REPO@COMMIT or image://NAME.
+    packages: what it needs beside its family's, from wheels; imports: modules that register it."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]{0,63}(/[A-Za-z0-9][\w.-]{0,63})?$")
+    source: str = Field(min_length=1, max_length=512)
+    packages: list[str] = Field(default_factory=list, max_length=32)
+    imports: list[str] = Field(default_factory=list, max_length=64)
+    description: str = Field(default="", max_length=2000)
+
+
+class BuildEnv(Wire):
+    """Install ahead what an environment needs. packages: beside what is known of it."""
+
+    env_id: str = Field(min_length=1, max_length=512)
+    packages: list[str] = Field(default_factory=list, max_length=32)
+
+
+class EnvAbout(Answer):
+    """What is known of an environment. version: of a registered one, else None; a new one for another source, package
+    set or digest. requirements: what pip is asked for; asked: those of them that were registered with it; packages:
+    what was installed, as "name version". digest: of the image, or of the layer with the packages; None before it is
+    there (is_ready)."""
+
+    id: str
+    source: str
+    protocol: Family
+    image: str
+    requirements: list[str] = Field(default_factory=list)
+    asked: list[str] = Field(default_factory=list)
+    imports: list[str] = Field(default_factory=list)
+    is_ready: bool = False
+    digest: str | None = None
+    packages: list[str] = Field(default_factory=list)
+    aliases: list[str] = Field(default_factory=list)
+    note: str = ""
+    version: int | None = None
+    versions: list[dict[str, Any]] = Field(default_factory=list)
+
+
 class MakeEnv(Wire):
     """kwargs: go to the environment's constructor. timeout: seconds for one reset, step or call; then it is killed.
     imports: modules that are imported before, and may register it.

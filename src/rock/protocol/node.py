@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from rock.protocol.action import Answer, FileInfo, ProcessInfo, SessionInfo
-from rock.protocol.sandbox import Cause, Isolation, Phase, SandboxInfo, Usage
+from rock.protocol.sandbox import Cause, Isolation, Phase, SandboxInfo, Usage, Wire
 
 
 class NodeSandbox(Answer):
@@ -59,6 +59,23 @@ class NodeStatus(Answer):
     sandboxes: int
     sandbox_limit: int
     boot: str = ""
+
+
+class WorkerImage(Wire):
+    """Which image is asked for. wait: seconds that are spent on building it where it can be built and is not there."""
+
+    image: str = Field(min_length=1, max_length=8192)
+    wait: float = Field(default=0.0, ge=0, le=3600)
+
+
+class NodeImage(Answer):
+    """An image as a worker has it. is_ready: it is there. digest: of it, or of its layer with packages, which are
+    listed as "name version"."""
+
+    image: str
+    is_ready: bool
+    digest: str | None = None
+    packages: list[str] = Field(default_factory=list)
 
 
 class ServerInfo(Answer):

@@ -155,6 +155,11 @@ def _rows() -> Iterator[Route]:
         "SandboxInfo",
     )
     yield row("list_envs", "GET", "/v1/envs", "control", "Environments that can be made", "", "EnvList")
+    yield row("about_env", "GET", "/v1/envs/about", "control", "What is known of an environment", "?id", "EnvAbout")
+    yield row("add_env", "POST", "/v1/envs/add", "control", "Register one under a name", "AddEnv", "EnvAbout")
+    yield row(
+        "build_env", "POST", "/v1/envs/build", "control", "Install what it needs; waits", "BuildEnv ?wait", "EnvAbout"
+    )
     yield row("server_info", "GET", "/v1/server", "control", "Version, isolation, capacity", "", "ServerInfo")
     yield row("health", "GET", "/healthz", "control", "Answers while the server serves")
     # data plane: sessions
@@ -342,6 +347,7 @@ def _rows() -> Iterator[Route]:
         "NodeSandbox",
     )
     yield row("node_destroy", "DELETE", "/node/v1/sandboxes/{sandbox_id}", "node", "Destroy", "?grace", "NodeSandbox")
+    yield row("node_image", "POST", "/node/v1/images", "node", "An image; may build it", "WorkerImage", "NodeImage")
     yield row("node_status", "GET", "/node/v1/status", "node", "Capacity, isolation, load", "", "NodeStatus")
     yield row(
         "node_events",

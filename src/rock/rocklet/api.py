@@ -6,7 +6,7 @@ from typing import Any
 
 from rock.errors import InvalidConfig
 from rock.protocol.action import BashAction, Command, CreateBashSessionRequest
-from rock.protocol.node import ProcessList, SessionList
+from rock.protocol.node import ProcessList, SessionList, WorkerImage
 from rock.protocol.routes import LOG_NEXT, LOG_RUNNING, LOG_START, ROUTES
 from rock.protocol.sandbox import SandboxConfig
 from rock.rocklet import env_api, file_api, ports, programs, terminal
@@ -46,6 +46,7 @@ class Api:
             "node_list",
             "node_get",
             "node_destroy",
+            "node_image",
             "node_status",
             "node_events",
         ):
@@ -235,6 +236,10 @@ class Api:
 
     async def node_destroy(self, request: Request) -> Answer:
         return answer_model(await self.node.destroy(request.path["sandbox_id"], request.number("grace", 0, high=600)))
+
+    async def node_image(self, request: Request) -> Answer:
+        wish = await request.model(WorkerImage)
+        return answer_model(await self.node.images.look(wish.image, wish.wait))
 
     async def node_status(self, request: Request) -> Answer:
         return answer_model(await self.node.status())

@@ -4,10 +4,13 @@ needed."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 
 from rock.envhub.packages import requirements_of, wheels_only
-from rock.runtime.image.packages import PackageSet, ensure, is_built
+from rock.errors import ImageError, NotFound
+from rock.protocol.node import NodeImage
+from rock.runtime.image.packages import PackageSet, ensure, is_built, packages_folder
 from rock.runtime.image.store import ImageStore
 
 
@@ -33,6 +36,27 @@ class Images:
             self._preparing[image] = task
             task.add_done_callback(lambda _: self._preparing.pop(image, None))
         await asyncio.shield(task)
+
+    async def look(self, image: str, wait: float) -> NodeImage:
+        """What there is of an image; spends up to `wait` seconds on building it. ImageError when that fails."""
+        if wait > 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self.prepare(image)
+        return await asyncio.to_thread(self._look, image)
+
+    def _look(self, image: str) -> NodeImage:
+        packages = _packages(image)
+        try:
+            record = self.store.inspect(image)
+            listed = packages_folder(self.store.resolve(image)) / "packages" if packages is not None else None
+        except (NotFound, ImageError):
+            return NodeImage(image=image, is_ready=False)
+        if packages is not None and not is_built(self.store, packages):
+            return NodeImage(image=image, is_ready=False)
+        names = listed.read_text().splitlines() if listed is not None else []
+        digest = record.digest if packages is None else record.layers[-1]
+        return NodeImage(image=image, is_ready=True, digest=digest, packages=names)
 
     async def _build(self, image: str) -> None:
         packages = _packages(image)

@@ -4,11 +4,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Self
 
 from rock import settings
+from rock.errors import StartFailed
+from rock.protocol.env import AddEnv, BuildEnv, EnvAbout
 from rock.protocol.node import EnvList, ServerInfo
 from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import SandboxInfo
@@ -67,6 +70,30 @@ class Client:
     def list_envs(self) -> list[dict[str, Any]]:
         """Environments that can be made."""
         return parse(EnvList, self.transport.json("GET", ROUTES["list_envs"].path)).items
+
+    def about_env(self, env_id: str) -> EnvAbout:
+        """What is known of an environment: an id, or a registered name, with @VERSION for an older one. NotFound."""
+        target = ROUTES["about_env"].path + query_string({"id": env_id})
+        return parse(EnvAbout, self.transport.json("GET", target))
+
+    def add_env(self, wish: AddEnv) -> EnvAbout:
+        """Register an environment under a name; a new version where it differs. InvalidConfig, NotFound."""
+        body = wish.model_dump(mode="json")
+        return parse(EnvAbout, self.transport.json("POST", ROUTES["add_env"].path, body))
+
+    def build_env(self, wish: BuildEnv, *, timeout: float = 1200.0) -> EnvAbout:
+        """Install ahead what an environment needs, on every worker. ImageError with pip's last lines; StartFailed when
+        that takes longer than `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while True:
+            wait = min(20.0, max(0.1, deadline - time.monotonic()))
+            target = ROUTES["build_env"].path + query_string({"wait": wait})
+            answer = self.transport.json("POST", target, wish.model_dump(mode="json"), timeout=wait + 60)
+            about = parse(EnvAbout, answer)
+            if about.is_ready:
+                return about
+            if time.monotonic() > deadline:
+                raise StartFailed(f"{wish.env_id} was not built within {timeout:g} seconds", hint="ask again")
 
     def server_info(self) -> ServerInfo:
         """Version, isolation and capacity."""

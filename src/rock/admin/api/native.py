@@ -16,10 +16,12 @@ from starlette.exceptions import HTTPException
 
 from rock import __version__
 from rock.admin.api import sandboxes
+from rock.admin.environments import Environments
 from rock.admin.service import Service
 from rock.envhub import registry
 from rock.errors import ClientError, InternalServerRockError, InvalidConfig, NotFound, RockError
 from rock.protocol import action, env, node, sandbox
+from rock.protocol.env import AddEnv, BuildEnv, EnvAbout
 from rock.protocol.node import EnvList, SandboxList, ServerInfo
 from rock.protocol.routes import METHODS, ROUTES
 from rock.protocol.sandbox import SandboxInfo, State
@@ -38,13 +40,13 @@ def _failure(error: RockError) -> Response:
     return Response(orjson.dumps(error.to_wire(), default=repr), error.status, headers, "application/json")
 
 
-def build(service: Service, settings: Settings, roles: list[str]) -> FastAPI:
+def build(service: Service, envs: Environments, settings: Settings, roles: list[str]) -> FastAPI:
     """The FastAPI application of the control plane."""
     app = FastAPI(title="ROCK", version=__version__, docs_url="/docs", openapi_url="/openapi.json")
     started_at = time.time()
     _errors(app)
     _sandboxes(app, service)
-    _environments(app, service)
+    _environments(app, envs)
 
     @app.get(ROUTES["server_info"].path, response_model=ServerInfo, tags=["server"])
     async def server_info() -> Response:
@@ -93,11 +95,27 @@ def _sandboxes(app: FastAPI, service: Service) -> None:
         return _json(await service.delete(sandbox_id, force))
 
 
-def _environments(app: FastAPI, service: Service) -> None:
+def _environments(app: FastAPI, envs: Environments) -> None:
     @app.get(ROUTES["list_envs"].path, response_model=EnvList, tags=["environments"])
     async def list_envs() -> Response:
         """Environments that can be made."""
-        return _json(EnvList(items=[_catalogue_row(env_id) for env_id in registry.IDS]))
+        added = await envs.listed()
+        return _json(EnvList(items=[*(_catalogue_row(env_id) for env_id in registry.IDS), *added]))
+
+    @app.get(ROUTES["about_env"].path, response_model=EnvAbout, tags=["environments"])
+    async def about_env(id: Annotated[str, Query(min_length=1, max_length=512)]) -> Response:
+        """What is known of an environment, and whether what it needs is there."""
+        return _json(await envs.about(id))
+
+    @app.post(ROUTES["add_env"].path, response_model=EnvAbout, tags=["environments"])
+    async def add_env(wish: AddEnv) -> Response:
+        """Register an environment under a name."""
+        return _json(await envs.add(wish))
+
+    @app.post(ROUTES["build_env"].path, response_model=EnvAbout, tags=["environments"])
+    async def build_env(wish: BuildEnv, wait: Wait = 0.0) -> Response:
+        """Install ahead what an environment needs; answers after `wait` seconds at the latest."""
+        return _json(await envs.build(wish, wait))
 
 
 def _catalogue_row(env_id: str) -> dict[str, Any]:

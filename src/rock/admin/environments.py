@@ -1,0 +1,155 @@
+"""EnvHub as the native wire has it: environments by id or by name, versions of those, and building what they need."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from rock.admin.service import Service
+from rock.envhub import registry
+from rock.envhub.catalogue import Catalogue, Registered
+from rock.envhub.packages import GEM, GYM, image_of, requirements_of, with_packages
+from rock.errors import InvalidConfig, NoCapacity, NotFound, RockError
+from rock.protocol.env import AddEnv, BuildEnv, EnvAbout
+from rock.protocol.node import NodeImage
+
+_PINNED = re.compile(r"hf://[\w.-]+/[\w.-]+@[0-9a-f]{40}(:.+)?")
+_GYM_ID = re.compile(r"([\w.]+:)?([\w:.-]+/)?[\w:.-]+-v\d+")
+_KEPT = 100  # versions of a name
+_HINT = "an id of GEM or Gymnasium, hf://ORG/REPO@COMMIT or image://NAME"
+
+
+class Version(BaseModel):
+    """What a name stood for from one registration to the next that differed."""
+
+    version: int
+    source: str
+    packages: list[str] = []
+    imports: list[str] = []
+    image: str = ""
+    digest: str | None = None
+
+    def is_like(self, other: Version) -> bool:
+        return self.model_copy(update={"version": other.version}) == other
+
+
+class Environments:
+    """Answers what is known of environments. The catalogue remembers those with a name."""
+
+    def __init__(self, service: Service, catalogue: Catalogue) -> None:
+        self._service = service
+        self._catalogue = catalogue
+
+    async def about(self, env_id: str) -> EnvAbout:
+        """NotFound for what nobody registered and what is no id."""
+        return await self._seen(await self._known(env_id))
+
+    async def listed(self) -> list[dict[str, Any]]:
+        """Rows of the registered ones."""
+        rows = []
+        for env in await self._catalogue.list():
+            with contextlib.suppress(RockError):  # of a registration that this release does not understand
+                known = _of_registered(env, "")
+                rows.append({"id": env.env_name, "protocol": known.protocol, "image": env.image, "note": known.note,
+                             "aliases": []})  # fmt: skip
+        return rows
+
+    async def add(self, wish: AddEnv) -> EnvAbout:
+        """Register; a source, package set or digest other than the last one's is a new version.
+        A name goes before an id of Gymnasium; those of GEM have a colon, which a name has not."""
+        seen = await self._seen(_of_source(wish.source, wish.packages))
+        versions: list[Version] = []
+        with contextlib.suppress(NotFound):
+            versions = _versions(await self._catalogue.get(wish.name))
+        new = Version(version=versions[-1].version + 1 if versions else 1, source=wish.source, image=seen.image,
+                      packages=sorted(set(wish.packages)), imports=wish.imports, digest=seen.digest)  # fmt: skip
+        if not versions or not new.is_like(versions[-1]):
+            versions = [*versions, new][-_KEPT:]
+        spec = {"versions": [version.model_dump() for version in versions]}
+        await self._catalogue.register(
+            Registered(env_name=wish.name, image=seen.image, description=wish.description, extra_spec=spec)
+        )
+        return await self.about(wish.name)
+
+    async def build(self, wish: BuildEnv, wait: float) -> EnvAbout:
+        """Have it built on every worker; answers after `wait` seconds at the latest, ready or not."""
+        known = await self._known(wish.env_id)
+        if wish.packages:
+            more = _of_source(known.source, [*known.asked, *wish.packages])
+            known = more.model_copy(update={"id": known.id, "imports": known.imports})
+        return await self._seen(known, wait)
+
+    async def _seen(self, known: EnvAbout, wait: float = 0.0) -> EnvAbout:
+        """With what the workers have of it: it is ready when it is on all of them."""
+        workers = list(self._service.workers.values())
+        if not workers:
+            raise NoCapacity("there is no worker")
+        found: list[NodeImage] = await asyncio.gather(*(worker.image(known.image, wait) for worker in workers))
+        ready = all(one.is_ready for one in found)
+        seen = {"is_ready": ready, "digest": found[0].digest if ready else None, "packages": found[0].packages}
+        return known.model_copy(update=seen)
+
+    async def _known(self, env_id: str) -> EnvAbout:
+        name, _, number = env_id.partition("@") if "://" not in env_id else (env_id, "", "")
+        try:
+            registered = await self._catalogue.get(name)
+        except NotFound:
+            return _of_source(env_id, [])
+        return _of_registered(registered, number)
+
+
+def _of_registered(env: Registered, number: str) -> EnvAbout:
+    versions = _versions(env)
+    if not versions:
+        return _of_source(f"image://{env.image}", []).model_copy(update={"id": env.env_name, "note": env.description})
+    chosen = versions[-1:] if not number else [one for one in versions if str(one.version) == number]
+    if not chosen:
+        there = ", ".join(str(one.version) for one in versions)
+        raise NotFound(f"{env.env_name} has no version {number!r}", hint=f"there are {there}")
+    about = _of_source(chosen[0].source, chosen[0].packages)
+    more = {"id": env.env_name, "note": env.description or about.note, "imports": chosen[0].imports,
+            "asked": chosen[0].packages, "version": chosen[0].version,
+            "versions": [version.model_dump() for version in versions]}  # fmt: skip
+    return about.model_copy(update=more)
+
+
+def _versions(env: Registered) -> list[Version]:
+    """Those of a registration that was made here; clients of ROCK may have written anything in their place."""
+    found = (env.extra_spec or {}).get("versions")
+    try:
+        return [Version.model_validate(one) for one in found] if isinstance(found, list) else []
+    except ValidationError:
+        return []
+
+
+def _is_of_gem(source: str) -> bool:
+    known = source in registry.IDS or source in registry.ALIASES
+    return known or not ("://" in source or _GYM_ID.fullmatch(source))
+
+
+def _of_source(source: str, packages: list[str]) -> EnvAbout:
+    """What a source tells by itself. InvalidConfig, NotFound."""
+    if source.startswith("image://"):
+        if packages:
+            raise InvalidConfig("nothing is installed in an image", hint="put the packages into it")
+        return EnvAbout(id=source, source=source, protocol="gym", image=source.removeprefix("image://"))
+    if source.startswith("hf://"):
+        if not _PINNED.fullmatch(source):
+            raise InvalidConfig(f"{source!r} names no commit, so it may change", hint="hf://ORG/REPO@ and 40 digits")
+    elif source.startswith(("/", ".", "~", "file:")):
+        raise InvalidConfig(f"{source!r} is a folder of one machine alone", hint=_HINT)
+    elif _is_of_gem(source):
+        spec = registry.find(source)
+        image = image_of(with_packages(GEM, packages)) if packages else spec.image
+        aliases = [alias for alias, name in registry.ALIASES.items() if name == spec.id]
+        return EnvAbout(id=spec.id, source=spec.id, protocol="gem", image=image, note=spec.note, aliases=aliases,
+                        requirements=list(requirements_of(image) or ()))  # fmt: skip
+    elif "://" in source and not _GYM_ID.fullmatch(source.removeprefix("gym://")):
+        raise InvalidConfig(f"source {source!r} is of no known kind", hint=_HINT)
+    image = image_of(with_packages(GYM, packages))
+    return EnvAbout(id=source.removeprefix("gym://"), source=source, protocol="gym", image=image,
+                    requirements=list(requirements_of(image) or ()))  # fmt: skip
