@@ -21,20 +21,26 @@ IMAGE = "rock.local/env/tiny"
 @pytest.fixture
 def tiny(tmp_path: Path) -> PackageSet:
     """A package that pip can install from where it lies, without asking anybody for a build tool."""
-    wheel = tmp_path / "tiny-1.0-py3-none-any.whl"
-    build = tmp_path / "build"
+    return PackageSet(IMAGE, (str(write_wheel(tmp_path, "1.0")),))
+
+
+def write_wheel(folder: Path, version: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    wheel = folder / f"tiny-{version}-py3-none-any.whl"
+    build = folder / f"build-{version}"
+    info = f"tiny-{version}.dist-info"
     files = {
         "tiny.py": "ANSWER = 42\n",
-        "tiny-1.0.dist-info/METADATA": "Metadata-Version: 2.1\nName: tiny\nVersion: 1.0\n",
-        "tiny-1.0.dist-info/WHEEL": "Wheel-Version: 1.0\nGenerator: hand\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        "tiny-1.0.dist-info/RECORD": "",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: tiny\nVersion: {version}\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: hand\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"{info}/RECORD": "",
     }
     for name, text in files.items():
         (build / name).parent.mkdir(parents=True, exist_ok=True)
         (build / name).write_text(text)
     shutil.make_archive(str(wheel.with_suffix("")), "zip", build)
     wheel.with_suffix(".zip").rename(wheel)
-    return PackageSet(IMAGE, (str(wheel),))
+    return wheel
 
 
 def test_they_are_installed_once(tmp_path: Path, tiny: PackageSet) -> None:
@@ -60,12 +66,41 @@ def test_they_are_installed_once(tmp_path: Path, tiny: PackageSet) -> None:
     assert not is_built(stores[0], tiny)
 
 
-def test_other_requirements_are_another_layer(tmp_path: Path, tiny: PackageSet) -> None:
+def test_what_comes_to_the_same_is_one_layer(tmp_path: Path, tiny: PackageSet) -> None:
+    store = ImageStore(tmp_path / "images")
+    told: list[str] = []
+    first = ensure(store, tiny, told.append)
+    (wheel,) = tiny.requirements
+    link = tmp_path / "elsewhere" / Path(wheel).name
+    link.parent.mkdir()
+    shutil.copy(wheel, link)
+    other = PackageSet("rock.local/env/other", (str(link),))
+    assert not is_built(store, other)
+    assert ensure(store, other, told.append).layers == first.layers
+    assert told.count("compiling") == 1 and is_built(store, other) and is_built(store, tiny)
+    store.remove(IMAGE)
+    assert is_built(store, other) and not is_built(store, tiny)
+    assert (packages_folder(store.resolve(other.image)) / "pins").read_text() == "tiny==1.0\n"
+
+
+def test_another_version_is_another_layer(tmp_path: Path, tiny: PackageSet) -> None:
     store = ImageStore(tmp_path / "images")
     first = ensure(store, tiny)
-    other = PackageSet(IMAGE, (*tiny.requirements, *tiny.requirements))
-    assert not is_built(store, other)
-    assert ensure(store, other).layers[0] != first.layers[0]
+    other = ensure(store, PackageSet(IMAGE, (str(write_wheel(tmp_path / "more", "2.0")),)))
+    assert other.layers[0] != first.layers[0] and other.layers[1:] == first.layers[1:]
+    assert (packages_folder(other) / "packages").read_text() == "tiny 2.0\n"
+    assert not is_built(store, tiny), "the name stands for the other one now"
+
+
+def test_pip_s_own_configuration_reaches_it(tmp_path: Path, tiny: PackageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pip.conf").write_text(f"[install]\nno-index = true\nfind-links = {tmp_path}\n")
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    store = ImageStore(tmp_path / "images")
+    found = ensure(store, PackageSet(IMAGE, ("tiny>=1",), wheels_only=True))
+    assert (packages_folder(found) / "packages").read_text() == "tiny 1.0\n"
+    with pytest.raises(ImageError, match="tiny>=3"):
+        ensure(store, PackageSet("rock.local/env/more", ("tiny>=3",), wheels_only=True))
 
 
 def test_pip_s_words_are_told(tmp_path: Path) -> None:

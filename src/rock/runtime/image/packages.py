@@ -3,32 +3,40 @@
     /opt/rock/envs/<key>/site        the packages, byte-compiled
     /opt/rock/envs/<key>/python      link to the Python that they were installed for
     /opt/rock/envs/<key>/nltk_data   the word lists that word games look for, where they can be had
+    /opt/rock/envs/<key>/pins        what pip resolved, a name==version a line
     /opt/rock/envs/<key>/packages    what was installed, a name and version a line
     /opt/rock/envs/current           link to <key>
 
-The key is of the Python's version and the requirements. The layer lies on the image `host`; the whole has a name, so to
-everything else it is an image like any other.
+The key is of the base (the Python and what it is compiled against) and of the packages as pip resolved them, name and
+version each: requirements that come to the same share a layer, whoever asked for them. What requirements came to is
+kept in the store (packages/<digest>.json); an image that was removed is resolved anew. The layer lies on the image
+`host`; the whole has a name, so to everything else it is an image like any other.
+
+pip runs with this process's environment: its configuration, proxies and certificates reach it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 from rock.errors import ImageError, NotFound
 from rock.runtime.image.host import rock_python
 from rock.runtime.image.layer import LayerWriter
-from rock.runtime.image.locks import locked
+from rock.runtime.image.locks import locked, write_atomic
 from rock.runtime.image.rootfs import RootFS
 from rock.runtime.image.store import ImageStore
 
@@ -36,7 +44,7 @@ Progress = Callable[[str], None]
 
 FOLDER = "opt/rock/envs"
 CURRENT = f"/{FOLDER}/current"
-_VERSION = 1  # raise when the layer is built in another way
+_VERSION = 2  # raise when the layer is built in another way
 _LAST_LINES = 15
 _WORDS_TIMEOUT = 30.0
 _DICTIONARIES = ("/usr/share/dict/words", "/usr/share/dict/american-english")
@@ -51,10 +59,35 @@ class PackageSet:
     wheels_only: bool = False  # nothing is built, so no code of theirs runs on this machine
 
     @property
+    def asked(self) -> str:
+        """A digest of the wish: the base and the requirements as they stand."""
+        return _digest((_base(), sorted(set(self.requirements)), self.wheels_only))[:24]
+
+
+@dataclass(frozen=True)
+class _Resolved:
+    """What requirements came to. pins: "name==version", sorted."""
+
+    pins: tuple[str, ...]
+
+    @property
     def key(self) -> str:
-        """The folder name: Python's version and a digest of the requirements."""
-        asked = repr((_VERSION, sorted(self.requirements), platform.machine(), sys.implementation.cache_tag))
-        return f"{sys.implementation.cache_tag}-{hashlib.sha256(asked.encode()).hexdigest()[:12]}"
+        """The folder name."""
+        return f"{sys.implementation.cache_tag}-{_digest((_base(), self.pins))[:12]}"
+
+    @property
+    def diff_id(self) -> str:
+        return f"sha256:{_digest((_base(), self.pins))}"
+
+
+@cache
+def _base() -> tuple[object, ...]:
+    """What compiled packages have to fit: the Python inside and its machine."""
+    return _VERSION, rock_python(), sys.version, platform.machine(), platform.libc_ver()
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
 def ensure(store: ImageStore, packages: PackageSet, progress: Progress | None = None) -> RootFS:
@@ -66,25 +99,50 @@ def ensure(store: ImageStore, packages: PackageSet, progress: Progress | None = 
     if python is None:
         raise ImageError("the Python that runs ROCK cannot be shown inside a sandbox: not everybody may read it",
                          hint="use a Python that other users may read, such as the system's python3")
-    diff_id = f"sha256:{hashlib.sha256(repr((packages.key, python)).encode()).hexdigest()}"
+    if not is_built(store, packages):
+        with locked(store.folder / "locks" / f"env-{packages.asked}"):
+            if not is_built(store, packages):
+                _ensure(store, packages, python, progress)
+    return store.resolve(packages.image)
+
+
+def _ensure(store: ImageStore, packages: PackageSet, python: str, progress: Progress | None) -> None:
+    log = store.folder / f"{packages.asked}.log"
+    resolved = _resolve(packages, log, progress)
 
     def fill(writer: LayerWriter) -> str:
-        _build(packages, python, writer, store.folder / f"{packages.key}.log", progress)
-        return diff_id
+        _build(packages, resolved, python, writer, log, progress)
+        return resolved.diff_id
 
-    if not is_built(store, packages):
-        with locked(store.folder / "locks" / f"env-{packages.key}"):
-            store.host_with(packages.image, f"installing {', '.join(packages.requirements)}", fill, diff_id)
-    return store.resolve(packages.image)
+    store.host_with(packages.image, f"installing {', '.join(packages.requirements)}", fill, resolved.diff_id)
+    note = _note(store, packages)
+    note.parent.mkdir(exist_ok=True)
+    write_atomic(note, json.dumps({"pins": resolved.pins}).encode())
+    log.unlink(missing_ok=True)
+
+
+def _note(store: ImageStore, packages: PackageSet) -> Path:
+    return store.folder / "packages" / f"{packages.asked}.json"
+
+
+def _known(store: ImageStore, packages: PackageSet) -> _Resolved | None:
+    """What these requirements came to when they were last resolved."""
+    try:
+        return _Resolved(tuple(json.loads(_note(store, packages).read_bytes())["pins"]))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
 
 
 def is_built(store: ImageStore, packages: PackageSet) -> bool:
     """Whether the image is there, for this Python and these requirements."""
+    resolved = _known(store, packages)
+    if resolved is None:
+        return False
     try:
         layers = store.resolve(packages.image).layers
     except ImageError:
         return False
-    return os.path.isdir(os.path.join(layers[0], FOLDER, packages.key))
+    return os.path.isdir(os.path.join(layers[0], FOLDER, resolved.key))
 
 
 def packages_folder(rootfs: RootFS) -> Path:
@@ -95,12 +153,16 @@ def packages_folder(rootfs: RootFS) -> Path:
     return link.parent / os.readlink(link)
 
 
-def _build(packages: PackageSet, python: str, writer: LayerWriter, log: Path, progress: Progress | None) -> None:
+def _build(
+    packages: PackageSet, resolved: _Resolved, python: str, writer: LayerWriter, log: Path, progress: Progress | None
+) -> None:
     base = Path(writer.folder) / FOLDER
-    home = base / packages.key
+    home = base / resolved.key
     site = home / "site"
     site.mkdir(parents=True)
-    _install(packages, site, log, progress)
+    pins = home / "pins"  # what was resolved is what is installed, whatever was published since
+    pins.write_text("\n".join(resolved.pins) + "\n")
+    _pip(packages, ["--target", str(site), "--constraint", str(pins)], log, progress)
     if progress is not None:
         progress("compiling")
     _prune(site)
@@ -112,21 +174,36 @@ def _build(packages: PackageSet, python: str, writer: LayerWriter, log: Path, pr
     names = sorted(p.name.removesuffix(".dist-info").replace("-", " ", 1) for p in site.glob("*.dist-info"))
     (home / "packages").write_text("\n".join(names) + "\n")
     (home / "python").symlink_to(python)
-    (base / "current").symlink_to(packages.key)
+    (base / "current").symlink_to(resolved.key)
     if (site / "nltk").is_dir() and not packages.wheels_only:
         _words(site, home / "nltk_data", log, progress)
     writer.size = _readable(Path(writer.folder))
-    log.unlink(missing_ok=True)
 
 
-def _install(packages: PackageSet, site: Path, log: Path, progress: Progress | None) -> None:
+def _resolve(packages: PackageSet, log: Path, progress: Progress | None) -> _Resolved:
+    """What pip would install, without installing it."""
+    with tempfile.TemporaryDirectory(prefix="rock-packages-") as folder:
+        if find_spec("pip") is None:
+            told = _pip(packages, ["--dry-run", "--target", folder], log, progress)
+            pins = re.findall(r"^ \+ (\S+==\S+)", told, re.MULTILINE)  # as uv tells them
+        else:
+            report = Path(folder, "report.json")
+            _pip(packages, ["--dry-run", "--target", folder, "--report", str(report)], log, progress)
+            found = (item["metadata"] for item in json.loads(report.read_bytes())["install"])
+            pins = [f"{item['name']}=={item['version']}" for item in found]
+    return _Resolved(tuple(sorted(re.sub(r"[-_.]+", "-", pin.partition("==")[0]).lower()
+                                  + "==" + pin.partition("==")[2] for pin in pins)))  # fmt: skip
+
+
+def _pip(packages: PackageSet, options: list[str], log: Path, progress: Progress | None) -> str:
+    """Have the requirements installed, or looked at; answers what was told. ImageError with its last lines."""
     if find_spec("pip") is not None:
         command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--no-compile",
-                   "--no-user", "--no-warn-script-location", "--target", str(site)]  # fmt: skip
+                   "--no-user", "--no-warn-script-location", *options]  # fmt: skip
         if sys.version_info >= (3, 12):
             command.append("--ignore-requires-python")  # gem-llm says "<= 3.12", which no 3.12.1 fulfils
     elif uv := shutil.which("uv"):
-        command = [uv, "pip", "install", "--python", sys.executable, "--target", str(site)]
+        command = [uv, "pip", "install", "--python", sys.executable, *options]
     else:
         raise ImageError("environment packages cannot be installed: this Python has no pip",
                          hint=f"run `{sys.executable} -m ensurepip`")
@@ -134,6 +211,7 @@ def _install(packages: PackageSet, site: Path, log: Path, progress: Progress | N
         command += ["--only-binary", ":all:"]
     requirements = packages.requirements
     last: deque[str] = deque(maxlen=_LAST_LINES)
+    everything: list[str] = []
     with open(log, "w") as told, subprocess.Popen(
         [*command, "--", *requirements], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, errors="replace",
@@ -142,6 +220,7 @@ def _install(packages: PackageSet, site: Path, log: Path, progress: Progress | N
         for line in child.stdout:
             told.write(line)
             last.append(line.rstrip())
+            everything.append(line)
             if progress is not None and (step := re.match(r"Collecting (\S+)|(Installing) ", line)):
                 progress(f"fetching {step[1]}" if step[1] else "installing")
         status = child.wait()
@@ -150,6 +229,7 @@ def _install(packages: PackageSet, site: Path, log: Path, progress: Progress | N
             f"installing {', '.join(requirements)} failed: {_reason(last) or f'pip ended with {status}'}",
             hint=f"is the network reachable? The whole log is {log}", details={"output": "\n".join(last)},
         )
+    return "".join(everything)
 
 
 def _reason(lines: Iterable[str]) -> str:
