@@ -83,6 +83,7 @@ def add_gymnasium(root: Path) -> None:
     site = Path(gymnasium.__file__).parent.parent
     target = next((root / "usr/local/lib").glob("python3*")) / "site-packages"
     target.mkdir(exist_ok=True)
+    (target.parent / "dist-packages").symlink_to(target.name)  # where Debian's Python looks
     for name in ("gymnasium", "numpy", "numpy.libs", "cloudpickle", "farama_notifications"):
         if (site / name).is_dir():
             shutil.copytree(site / name, target / name, ignore=shutil.ignore_patterns("tests", "__pycache__"))
