@@ -68,6 +68,10 @@ def test_an_admin_elsewhere_commands_it(rocklet: tuple[str, Path, int]) -> None:
         await worker.check(config)
         with pytest.raises(ImageError, match="rock image import"):
             await worker.check(SandboxConfig(image="no-such:1", memory="256m"))
+        seen = await worker.image("host")
+        assert seen.is_ready and seen.digest is not None and seen.digest.startswith("sha256:")
+        for name in ("no-such:1", "rock.local/env/gem"):
+            assert not (await worker.image(name)).is_ready
         before = take_inventory(home, pid)
         made = await worker.create("one", config)
         assert made.alive and made.enforced
