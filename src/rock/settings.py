@@ -12,12 +12,16 @@ Client settings are functions, because a script may set a variable after the imp
 | ROCK_RUNTIME | namespace | the default runtime |
 | ROCK_HOST, ROCK_PORT | 127.0.0.1, 8080 | where the server listens |
 | ROCK_SANDBOX_LIMIT | 2000 | most sandboxes at once on this machine |
+| ROCK_INSECURE_REGISTRIES | none | registries that are spoken to without TLS, comma-separated |
+| ROCK_ENV_PIPES | 1 | 0: clients on the server's machine play environments over HTTP too |
 | ROCK_LOG_LEVEL | info | debug, info, warning, error |
 """
 
 from __future__ import annotations
 
 import os
+import urllib.parse
+import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +43,20 @@ def api_key() -> str | None:
 def env_pipes() -> bool:
     """ROCK_ENV_PIPES: whether a client on the server's machine plays environments by their own pipes; 0 for never."""
     return os.environ.get("ROCK_ENV_PIPES", "1") != "0"
+
+
+def insecure_registries() -> frozenset[str]:
+    """ROCK_INSECURE_REGISTRIES: registries, as images name them, that are spoken to without TLS; comma-separated."""
+    names = os.environ.get("ROCK_INSECURE_REGISTRIES", "").split(",")
+    return frozenset(name.strip() for name in names if name.strip())
+
+
+def proxy_for(url: str) -> str | None:
+    """The proxy that HTTP_PROXY, HTTPS_PROXY and NO_PROXY name for an address."""
+    parts = urllib.parse.urlsplit(url)
+    if urllib.request.proxy_bypass(parts.netloc) or parts.hostname in ("localhost", "127.0.0.1", "::1"):
+        return None
+    return urllib.request.getproxies().get(parts.scheme)
 
 
 def home() -> Path:

@@ -115,6 +115,7 @@ class SandboxConfig(BaseConfig):
     namespace: str | None = None
     cluster: str = "default"
     route_key: str | None = None
+    pull: Literal["missing", "always", "never"] = "missing"
     registry_username: str | None = None
     registry_password: str | None = Field(default=None, repr=False)
     use_kata_runtime: bool = False

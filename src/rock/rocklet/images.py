@@ -1,13 +1,16 @@
-"""Images as a worker has them: those of its store, and those that carry the packages of environments, built when first
-needed."""
+"""Images as a worker has them: those of its store, those that are pulled when first needed, and those that carry the
+packages of environments, which are built then."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 from rock.envhub.packages import requirements_of, wheels_only
+from rock.protocol.sandbox import SandboxConfig
 from rock.runtime.image.packages import PackageSet, ensure, is_built
+from rock.runtime.image.registry import Login
 from rock.runtime.image.store import ImageStore
 
 
@@ -18,26 +21,37 @@ class Images:
         self.store = ImageStore(folder)
         self._preparing: dict[str, asyncio.Task[None]] = {}
 
-    def is_ready(self, image: str) -> bool:
+    def is_ready(self, config: SandboxConfig) -> bool:
         """Whether `prepare` has nothing to do. InvalidConfig for a package set that nobody knows."""
-        packages = _packages(image)
-        return packages is None or is_built(self.store, packages)
+        packages = _packages(config.image)
+        if packages is not None:
+            return is_built(self.store, packages)
+        return config.pull == "never" or (config.pull == "missing" and self.store.has(config.image))
 
-    async def prepare(self, image: str) -> None:
-        """Install the packages that an image is named after, once, however many ask at the same time."""
-        if self.is_ready(image):
+    async def prepare(self, config: SandboxConfig, tell: Callable[[str], None] = lambda _: None) -> None:
+        """Install the packages that an image is named after, or pull it, once, however many ask at the same time.
+
+        tell: called with words on the progress, from any thread; those who come later are not told.
+        """
+        if self.is_ready(config):
             return
-        task = self._preparing.get(image)
+        key = f"{config.image} {config.registry_username or ''}"
+        task = self._preparing.get(key)
         if task is None:
-            task = asyncio.create_task(self._build(image), name=f"prepare-{image}")
-            self._preparing[image] = task
-            task.add_done_callback(lambda _: self._preparing.pop(image, None))
+            task = asyncio.create_task(self._build(config, tell), name=f"prepare-{config.image}")
+            self._preparing[key] = task
+            task.add_done_callback(lambda _: self._preparing.pop(key, None))
         await asyncio.shield(task)
 
-    async def _build(self, image: str) -> None:
-        packages = _packages(image)
+    async def _build(self, config: SandboxConfig, tell: Callable[[str], None]) -> None:
+        packages = _packages(config.image)
         if packages is not None:
             await asyncio.to_thread(ensure, self.store, packages)
+            return
+        login = None
+        if config.registry_username is not None:
+            login = Login(config.registry_username, config.registry_password or "")
+        await asyncio.to_thread(self.store.pull, config.image, login, tell)
 
 
 def _packages(image: str) -> PackageSet | None:

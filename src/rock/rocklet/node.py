@@ -134,7 +134,7 @@ class Node:
     async def check(self, config: SandboxConfig) -> None:
         """Raise what a create would raise at once; starts nothing."""
         runtime = self.runtime_for(config)
-        if self.images.is_ready(config.image):  # what has to be installed first is checked when it is
+        if self.images.is_ready(config):  # what has to be installed first is checked when it is
             await runtime.check(config)
 
     async def create(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
@@ -170,7 +170,11 @@ class Node:
         self._phases[sandbox_id] = phases
         step = "image"
         try:
-            await self.images.prepare(config.image)
+
+            def tell(text: str) -> None:
+                phases["image"] = phases["image"].model_copy(update={"message": text})
+
+            await self.images.prepare(config, tell)
             phases["image"] = _finished(phases["image"], "on disk")
             step = "sandbox"
             phases["sandbox"] = Phase(status="running", started_at=time.time())

@@ -26,8 +26,10 @@ from rock.runtime.image.layers import Fill, LayerInfo, LayerStore, layer_id
 from rock.runtime.image.leases import Lease, Leases
 from rock.runtime.image.locks import locked, storing, try_lock
 from rock.runtime.image.private import HostScan
+from rock.runtime.image.pull import Pull
 from rock.runtime.image.records import ImageRecord, Records
 from rock.runtime.image.reference import HOST, parse
+from rock.runtime.image.registry import Login
 from rock.runtime.image.rootfs import Bind, RootFS
 from rock.runtime.image.tarstream import ByteStream, TarReader
 from rock.runtime.image.tree import copy_tree
@@ -68,10 +70,10 @@ class ImageStore:
         record = self._records.find(name)
         if record is None:
             raise ImageError(
-                f"image {name} is not on this machine, and pulling from registries is not supported yet",
-                hint=f"`rock image import PATH {name}` takes a root folder, a tar, a `docker save` archive or an OCI "
-                f"layout; `rock image from-host {name}` gives this machine's own system that name; image `host` is "
-                "always there",
+                f"image {name} is not on this machine",
+                hint=f"`rock image pull {name}` fetches it from its registry, `rock image import PATH {name}` takes an "
+                f"archive or a folder, `rock image from-host {name}` gives this machine's own system that name; image "
+                "`host` is always there",
             )
         if record.kind == HOST:
             extra = [self.layers.path(diff) for diff in record.layers[1:]]
@@ -85,6 +87,10 @@ class ImageStore:
         if stamp is not None:
             self._resolved[full] = (stamp, rootfs)
         return rootfs
+
+    def has(self, name: str) -> bool:
+        """Whether an image of that name is on this machine."""
+        return name == HOST or self._records.stamp(parse(name).full) is not None or self._records.find(name) is not None
 
     def list(self) -> Sequence[ImageRecord]:
         """All images by name, the built-in `host` first."""
@@ -159,6 +165,23 @@ class ImageStore:
                 return old
             return self._records.save(replace(record, layers=(*record.layers, diff_id), size=info.size))
 
+    def pull(self, name: str, login: Login | None = None, progress: Progress | None = None) -> ImageRecord:
+        """Fetch an image from its registry, with the layers that are missing here; one that is there is fetched anew
+        where its tag stands for another one by now. ImageError, StorageFull; nothing half-made is kept."""
+        _free_name(name)
+        reference = parse(name)
+        pulls = self.folder / "locks" / f"pull-{hashlib.sha256(reference.full.encode()).hexdigest()[:16]}"
+        with locked(pulls), locked(self._gate, shared=True), self.layers.scratch() as scratch:
+            with storing(f"pulling {name}"), Pull(reference, login, scratch, self._has, progress) as pull:
+                image = pull.begin()
+                found = self._records.find(name)
+                if found is not None and found.digest == image.digest:
+                    return found
+                return self._add(image, [name], progress, pull.wait)[0]
+
+    def _has(self, diff_id: str) -> bool:
+        return self.layers.info(diff_id) is not None
+
     # ---- removing and holding
 
     def remove(self, name: str, in_use: Iterable[str] = ()) -> int:
@@ -200,9 +223,14 @@ class ImageStore:
             chosen = _chosen(path, images, name)
             return [record for image, names in chosen for record in self._add(image, names, progress)]
 
-    def _add(self, image: Archived, names: Iterable[str], progress: Progress | None) -> Sequence[ImageRecord]:
+    def _add(
+        self, image: Archived, names: Iterable[str], progress: Progress | None,
+        wait: Callable[[str | None], None] = lambda _: None,
+    ) -> Sequence[ImageRecord]:  # fmt: skip
+        """wait: for the blob of a digest, which may be on its way."""
         infos: list[LayerInfo] = []
         for number, layer in enumerate(image.layers, 1):
+            wait(layer.digest)
             if progress is not None:
                 progress(f"layer {number} of {len(image.layers)}, {layer.blob.size / 1e6:.1f} MB")
             infos.append(self.layers.add(f"unpacking layer {number}", _filler(layer), layer.diff_id))
