@@ -30,6 +30,14 @@ class Worker(Protocol):
 
     async def destroy(self, sandbox_id: str, grace: float = 0.0) -> NodeSandbox: ...
 
+    async def rest(self, sandbox_id: str, grace: float = 0.0) -> NodeSandbox:
+        """End it and keep its files; `kept` tells whether they are there."""
+        ...
+
+    async def wake(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
+        """Make it again over its kept files. Lost when there are none."""
+        ...
+
     async def get(self, sandbox_id: str, *, touch: bool = False, usage: bool = False) -> NodeSandbox: ...
 
     async def list(self) -> NodeInventory: ...
@@ -63,6 +71,12 @@ class WireWorker:
 
     async def destroy(self, sandbox_id: str, grace: float = 0.0) -> NodeSandbox:
         return await self._call(NodeSandbox, "node_destroy", f"grace={grace:g}", sandbox_id=sandbox_id)
+
+    async def rest(self, sandbox_id: str, grace: float = 0.0) -> NodeSandbox:
+        return await self._call(NodeSandbox, "node_rest", f"grace={grace:g}", sandbox_id=sandbox_id)
+
+    async def wake(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
+        return await self._call(NodeSandbox, "node_wake", "", config.model_dump(mode="json"), sandbox_id=sandbox_id)
 
     async def get(self, sandbox_id: str, *, touch: bool = False, usage: bool = False) -> NodeSandbox:
         query = f"touch={int(touch)}&usage={int(usage)}"

@@ -23,6 +23,12 @@ class LocalWorker:
     async def destroy(self, sandbox_id: str, grace: float = 0.0) -> NodeSandbox:
         return await self._node.destroy(sandbox_id, grace)
 
+    async def rest(self, sandbox_id: str, grace: float = 0.0) -> NodeSandbox:
+        return await self._node.rest(sandbox_id, grace)
+
+    async def wake(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
+        return await self._node.wake(sandbox_id, config)
+
     async def get(self, sandbox_id: str, *, touch: bool = False, usage: bool = False) -> NodeSandbox:
         return await self._node.look(sandbox_id, touch=touch, usage=usage)
 

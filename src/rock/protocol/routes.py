@@ -123,7 +123,7 @@ def _rows() -> Iterator[Route]:
         "/v1/sandboxes",
         "control",
         "List, newest first",
-        "?state ?user_id ?experiment_id ?namespace ?image ?label=k=v ?limit ?after",
+        "?state ?user_id ?experiment_id ?namespace ?image ?label=k=v ?limit ?after ?history",
         "SandboxList",
     )
     yield row(
@@ -137,11 +137,20 @@ def _rows() -> Iterator[Route]:
     )
     yield row("stop_sandbox", "POST", _S + "/stop", "control", "Stop; leaves a tombstone", "", "SandboxInfo")
     yield row(
+        "restart_sandbox",
+        "POST",
+        _S + "/restart",
+        "control",
+        "Start a stopped or archived one again over its kept files; ?wait= until it runs or failed",
+        "?wait",
+        "SandboxInfo",
+    )
+    yield row(
         "delete_sandbox",
         "DELETE",
         _S,
         "control",
-        "Forget a stopped one; ?force=1 stops it first",
+        "Forget a stopped or archived one and its kept files; ?force=1 stops it first",
         "?force",
         "SandboxInfo",
     )
@@ -342,6 +351,24 @@ def _rows() -> Iterator[Route]:
         "NodeSandbox",
     )
     yield row("node_destroy", "DELETE", "/node/v1/sandboxes/{sandbox_id}", "node", "Destroy", "?grace", "NodeSandbox")
+    yield row(
+        "node_rest",
+        "POST",
+        "/node/v1/sandboxes/{sandbox_id}/rest",
+        "node",
+        "End it and keep its files",
+        "?grace",
+        "NodeSandbox",
+    )
+    yield row(
+        "node_wake",
+        "POST",
+        "/node/v1/sandboxes/{sandbox_id}/wake",
+        "node",
+        "Make it again over its kept files",
+        "SandboxConfig",
+        "NodeSandbox",
+    )
     yield row("node_status", "GET", "/node/v1/status", "node", "Capacity, isolation, load", "", "NodeStatus")
     yield row(
         "node_events",

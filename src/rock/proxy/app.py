@@ -15,7 +15,7 @@ from rock.store.base import Store
 from rock.wire.asgi import App, Receive, Scope, Send, deny, failure
 
 PREFIX = "/v1/sandboxes/"
-_CONTROL = {"stop"}
+_CONTROL = {"stop", "restart", "archive"}
 _NOT_HERE = (ERROR_CODE.encode(), NotHere.code.encode())  # a program inside may answer 421 too
 
 
@@ -96,5 +96,6 @@ def tell(info: SandboxInfo) -> RockError:
     return kind(
         f"sandbox {info.sandbox_id} is gone: {info.reason or info.cause}",
         sandbox_id=info.sandbox_id,
+        hint="restart it: its files are kept" if info.kept or info.archive else None,
         details={"cause": info.cause.value, "stopped_at": info.stopped_at},
     )

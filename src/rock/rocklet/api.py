@@ -46,6 +46,8 @@ class Api:
             "node_list",
             "node_get",
             "node_destroy",
+            "node_rest",
+            "node_wake",
             "node_status",
             "node_events",
         ):
@@ -235,6 +237,12 @@ class Api:
 
     async def node_destroy(self, request: Request) -> Answer:
         return answer_model(await self.node.destroy(request.path["sandbox_id"], request.number("grace", 0, high=600)))
+
+    async def node_rest(self, request: Request) -> Answer:
+        return answer_model(await self.node.rest(request.path["sandbox_id"], request.number("grace", 0, high=600)))
+
+    async def node_wake(self, request: Request) -> Answer:
+        return answer_model(await self.node.wake(request.path["sandbox_id"], await request.model(SandboxConfig)))
 
     async def node_status(self, request: Request) -> Answer:
         return answer_model(await self.node.status())

@@ -288,6 +288,25 @@ class Watches(Protocol):
         ...
 
 
+@runtime_checkable
+class Keeps(Protocol):
+    """What a sandbox wrote can outlive it. Asked for when `config.keeps_files`.
+
+    A sandbox at rest has no process, memory, cgroup or network, only its files; `destroy` removes them, `sweep` leaves
+    those that are known.
+    """
+
+    async def rest(self, handle: Handle, grace: float = 0.0) -> Handle:
+        """End every process and keep the files; answers the handle of what is at rest. Idempotent, and finishes what a
+        crash broke off, in a rest or in a wake. Lost when the files are gone. `grace` as in `stop`."""
+        ...
+
+    async def wake(self, handle: Handle, config: SandboxConfig) -> Handle:
+        """A new sandbox over the files of one at rest. When it fails, that stays at rest. ImageError when its image was
+        removed."""
+        ...
+
+
 class Prepared(Protocol):
     """What was started in a sandbox that nobody has claimed yet."""
 
