@@ -78,7 +78,7 @@ def stamped(record: Record, event: Event, state: State, key: str | None, fields:
     if info.state is State.RUNNING and state is not State.RUNNING:
         stamp["kept"] = record.config.keeps_files
     if state is State.RUNNING:
-        stamp |= {"kept": False, "archive": None}
+        stamp |= {"kept": False, "archive": None, "archived_at": None}
     elif state is State.PENDING:
         stamp |= _NEW_LIFE
     elif state in (State.STOPPED, State.ARCHIVED):
@@ -94,7 +94,7 @@ def stamped(record: Record, event: Event, state: State, key: str | None, fields:
 
 
 _NEW_LIFE: dict[str, Any] = dict.fromkeys(
-    ("cause", "reason", "error", "stopped_at", "auto_archive_at", "auto_delete_at", "archived_at", "usage"), None
+    ("cause", "reason", "error", "stopped_at", "auto_archive_at", "auto_delete_at", "usage"), None
 ) | {"phases": {}}
 
 

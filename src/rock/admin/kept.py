@@ -58,14 +58,16 @@ class Kept:
         return await self.finish_delete(await self._service.apply(sandbox_id, Event.DELETE))
 
     async def finish_delete(self, record: Record) -> Record:
-        """Remove the files of one that is deleted."""
+        """Remove the files of one that is deleted, wherever they are."""
         service = self._service
-        if not record.info.kept:
-            return record
         worker = service.workers.get(record.info.worker or "")
-        if worker is not None:
+        if record.info.kept and worker is not None:
             await worker.destroy(record.id)
-        return await service.amend(record.id, kept=False)
+        if any(step.event == Event.ARCHIVE for step in record.info.state_history):
+            await service.archive.forget(record.id)
+        if record.info.kept or record.info.archive:
+            return await service.amend(record.id, kept=False, archive=None)
+        return record
 
     # ---- when a worker does not have them ----
 

@@ -74,7 +74,7 @@ class Reconciler:
             here[name] = _Here({found.sandbox_id for found in inventory.sandboxes if found.alive},
                                {found.sandbox_id for found in inventory.sandboxes} | set(inventory.kept))  # fmt: skip
         known: set[str] = set()
-        for query in (Query(states=_UNSETTLED), Query(states=(State.STOPPED, State.DELETED), kept=True)):
+        for query in (Query(states=_UNSETTLED), Query(states=(State.STOPPED, State.DELETED), left=True)):
             async for record in self._all(query):
                 known.add(record.id)
                 await self._settle_one(record, here.get(record.info.worker or "", _Here()))
@@ -100,7 +100,9 @@ class Reconciler:
                 self.service.launch(record)  # create is idempotent: one that was made is found, not made again
             elif record.state is State.STOPPING:
                 await self.service.finish_stop(record)
-            elif record.state in (State.STOPPED, State.DELETED):
+            elif record.state is State.ARCHIVING:
+                await self.service.apply(record.id, Event.ARCHIVE)
+            elif record.state in (State.STOPPED, State.ARCHIVED, State.DELETED):
                 await self._settle_kept(record, here)
             elif alive:
                 self.schedule(record)
@@ -115,6 +117,10 @@ class Reconciler:
         """One that does not run, whose files should be on its worker."""
         if record.state is State.DELETED:
             await self.service.kept.finish_delete(record)
+        elif record.state is State.ARCHIVED:
+            if record.id in here.all:
+                self.service.release(record)
+            self.schedule(record)
         elif record.id in here.all:
             self.service.release(record)  # which does nothing to what is at rest already
             self.schedule(record)
@@ -195,13 +201,14 @@ class Reconciler:
 
     async def _look_at_kept(self, record: Record) -> None:
         info, now = record.info, time.time()
-        if info.auto_delete_at is not None and info.auto_delete_at <= now:
-            if record.state is State.ARCHIVING:  # first let that end
-                self._push(now + _RETRY, record.id)
-                return
+        if info.auto_delete_at is not None and info.auto_delete_at <= now and record.state is not State.ARCHIVING:
             await self.service.kept.expire(record.id)
-            return
-        self.schedule(record)
+        elif record.state is State.ARCHIVING:
+            await self.service.apply(record.id, Event.ARCHIVE)  # which goes on, or begins again
+        elif info.auto_archive_at is not None and info.auto_archive_at <= now:
+            await self.service.archive.archive(record.id)
+        else:
+            self.schedule(record)
 
     async def _find(self, record: Record) -> NodeSandbox | None:
         """The sandbox on its worker; None when it is not there any more, which is then recorded."""

@@ -14,6 +14,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from rock.admin import infos
+from rock.admin.archiving import Archive
 from rock.admin.kept import Kept
 from rock.admin.lifecycle import Effect, Event, step
 from rock.admin.worker import Worker
@@ -24,6 +25,7 @@ from rock.protocol.node import NodeSandbox, NodeStatus, SandboxList
 from rock.protocol.sandbox import Cause, SandboxConfig, SandboxInfo, State
 from rock.scheduler.base import Scheduler
 from rock.store.base import Query, Record, Store, VersionConflict
+from rock.store.blobs import Blobs
 
 log = logging.getLogger("rock.admin")
 
@@ -38,7 +40,14 @@ _PUT_AWAY = 10.0  # seconds to wait for the end of a former life
 class Service:
     """The control plane over a store, a scheduler and workers. `scheduled` is told of each sandbox that runs."""
 
-    def __init__(self, store: Store, scheduler: Scheduler, workers: Mapping[str, Worker]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        scheduler: Scheduler,
+        workers: Mapping[str, Worker],
+        blobs: Blobs | None = None,
+        archive_limit: int = 64 << 30,
+    ) -> None:
         self.store = store
         self.scheduler = scheduler
         self.workers = workers
@@ -46,6 +55,7 @@ class Service:
         self._releases: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self.kept = Kept(self)
+        self.archive = Archive(self, blobs, archive_limit)
         self._env_lock = asyncio.Lock()
         self.on_schedule: list[Any] = []
         self.on_unfinished: list[Any] = []
@@ -59,6 +69,7 @@ class Service:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.archive.close()
 
     # ---- create ----
 
@@ -77,6 +88,7 @@ class Service:
         return await self.waited(record, wait)
 
     async def _insert(self, config: SandboxConfig, key: str | None = None) -> Record:
+        self.archive.check(config)
         worker = await self.place(config)
         await worker.check(config)
         sandbox_id = config.sandbox_id or uuid.uuid4().hex
@@ -110,16 +122,17 @@ class Service:
         self._launches.pop(sandbox_id, None)
         if not task.cancelled() and task.exception() is not None:
             log.error("launch of %s: %r", sandbox_id, task.exception())
-            self._unfinished(sandbox_id)
+            self.unfinished(sandbox_id)
 
-    def _unfinished(self, sandbox_id: str) -> None:
+    def unfinished(self, sandbox_id: str) -> None:
         """A step could not be completed: somebody has to come back to it."""
         for listener in self.on_unfinished:
             listener(sandbox_id)
 
     async def _launch(self, record: Record) -> Record:
-        worker = self.workers[record.info.worker or ""]
+        restored = record.info.archive is not None
         try:
+            worker = await self._worker_for(record)
             async with asyncio.timeout(record.config.startup_timeout):
                 made = await self._start(worker, record)
         except TimeoutError:
@@ -132,17 +145,33 @@ class Service:
             log.exception("launch of %s", record.id)
             error = InternalServerRockError(f"{type(raised).__name__}: {raised}", sandbox_id=record.id)
         else:
-            return await self.apply(record.id, Event.LAUNCHED, known=record, **infos.running(made))
+            new = await self.apply(record.id, Event.LAUNCHED, known=record, **infos.running(made))
+            if restored and new.info.archive is None:
+                await self.archive.forget(record.id)
+            return new
         wire = error.to_wire()
         wire["error"]["sandbox_id"] = record.id
+        if restored:
+            return await self.apply(record.id, Event.RESTORE_FAILED, reason=error.message, error=wire)
         lost: dict[str, Any] = {"kept": False} if isinstance(error, Lost) else {}
         return await self.apply(
             record.id, Event.LAUNCH_FAILED, cause=Cause.START_FAILED, reason=error.message, error=wire, **lost
         )
 
-    @staticmethod
-    async def _start(worker: Worker, record: Record) -> NodeSandbox:
+    async def _worker_for(self, record: Record) -> Worker:
+        """Its own, or for one from the archive any that fits."""
+        if record.info.archive is None:
+            return self.workers[record.info.worker or ""]
+        worker = await self.place(record.config)
+        if worker.name != record.info.worker:
+            status = self._status[worker.name]
+            await self.amend(record.id, worker=worker.name, host_name=status.host_name, host_ip=status.host_ip)
+        return worker
+
+    async def _start(self, worker: Worker, record: Record) -> NodeSandbox:
         """For the first time, or over what it left."""
+        if record.info.archive is not None:
+            return await self.archive.restore(worker, record)
         if record.info.kept:
             return await worker.wake(record.id, record.config)
         return await worker.create(record.id, record.config)
@@ -150,7 +179,8 @@ class Service:
     async def waited(self, record: Record, wait: float) -> SandboxInfo:
         """What became of a start after at most `wait` seconds; one that failed raises its reason."""
         record = await self._launch_ended(record, wait)
-        if record.info.cause is Cause.START_FAILED and record.info.error:
+        failed = record.info.cause is Cause.START_FAILED or record.state is State.ARCHIVED
+        if failed and record.info.error:
             raise from_wire(record.info.error)
         return record.info
 
@@ -158,11 +188,11 @@ class Service:
         """The record once it is no longer being launched, or after `wait` seconds as it was."""
         launch = self._launches.get(record.id)
         if launch is not None and wait > 0:
-            try:
-                async with asyncio.timeout(wait):
-                    return await asyncio.shield(launch)
-            except TimeoutError:
-                pass
+            await asyncio.wait({launch}, timeout=wait)
+            if launch.cancelled():  # it was stopped meanwhile
+                return await self.load(record.id)
+            if launch.done():
+                return launch.result()
         return record
 
     # ---- read ----
@@ -207,14 +237,30 @@ class Service:
             try:
                 record = await self.finish_stop(record)
             except BaseException:
-                self._unfinished(sandbox_id)
+                self.unfinished(sandbox_id)
                 raise
         return record.info
 
     async def finish_stop(self, record: Record) -> Record:
+        if record.info.archive is not None:
+            return await self._give_up_restore(record)
         gone = await self._release(record)
         record = await self.apply(record.id, Event.DESTROYED, known=record)
         return await self.amend(record.id, **gone) if gone else record
+
+    async def _give_up_restore(self, record: Record) -> Record:
+        """A stop while it was coming from the archive: it is still there."""
+        launch = self._launches.get(record.id)
+        if launch is not None:
+            launch.cancel()
+            await asyncio.wait({launch})
+        record = await self.load(record.id)
+        if record.state is not State.STOPPING:
+            return record
+        worker = self.workers.get(record.info.worker or "")
+        if worker is not None:
+            await worker.destroy(record.id)
+        return await self.apply(record.id, Event.RESTORE_FAILED, known=record)
 
     async def _release(self, record: Record) -> dict[str, Any]:
         """End what there is of it on its worker, and keep or remove its files: what has to be said when they are lost.
@@ -330,6 +376,8 @@ class Service:
                 listener(new)
         if Effect.LAUNCH in effects:
             self.launch(new)
+        if Effect.ARCHIVE in effects:
+            self.archive.begin(new)
         return new
 
     def _keep(self, record: Record) -> None:

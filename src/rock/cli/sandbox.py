@@ -266,6 +266,11 @@ def restart(ids: Annotated[list[str], typer.Argument(metavar="ID...", show_defau
     _each(ids, client().restart_sandbox)
 
 
+def archive(ids: Annotated[list[str], typer.Argument(metavar="ID...", show_default=False)]) -> None:
+    """Bring the kept files of stopped sandboxes to the server's archive; `rock restart` brings them back."""
+    _each(ids, client().archive_sandbox)
+
+
 def rm(
     ids: Annotated[list[str] | None, typer.Argument(metavar="ID...", show_default=False)] = None,
     everything: Annotated[bool, typer.Option("--all", help="All that have ended; with --force all.")] = False,
@@ -323,4 +328,5 @@ def add_commands(app: typer.Typer) -> None:
     app.command("logs")(logs)
     app.command("stop")(stop)
     app.command("restart")(restart)
+    app.command("archive")(archive)
     app.command("rm")(rm)

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from rock.protocol.action import Answer, FileInfo, ProcessInfo, SessionInfo
-from rock.protocol.sandbox import Cause, Isolation, Phase, SandboxInfo, Usage
+from rock.protocol.sandbox import ArchivedFiles, Cause, Isolation, Phase, SandboxConfig, SandboxInfo, Usage
 
 
 class NodeSandbox(Answer):
@@ -27,6 +27,13 @@ class NodeSandbox(Answer):
     reason: str | None = None
     usage: Usage | None = None
     kept: bool = False
+
+
+class NodeFiles(Answer):
+    """How an archived sandbox comes to a worker: the head of the frames that `node_unpack` takes."""
+
+    config: SandboxConfig
+    files: ArchivedFiles
 
 
 class NodeInventory(Answer):

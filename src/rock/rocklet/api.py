@@ -9,7 +9,7 @@ from rock.protocol.action import BashAction, Command, CreateBashSessionRequest
 from rock.protocol.node import ProcessList, SessionList
 from rock.protocol.routes import LOG_NEXT, LOG_RUNNING, LOG_START, ROUTES
 from rock.protocol.sandbox import SandboxConfig
-from rock.rocklet import env_api, file_api, ports, programs, terminal
+from rock.rocklet import env_api, file_api, kept_api, ports, programs, terminal
 from rock.rocklet.node import Node
 from rock.rocklet.once import Once
 from rock.rocklet.stream import Streaming
@@ -55,6 +55,7 @@ class Api:
         router.add(ROUTES["terminal"], terminal.handler(self.node))
         ports.add_routes(router, self.node)
         file_api.add_routes(router, self.node)
+        kept_api.add_routes(router, self.node)
         env_api.add_routes(router, self.node, self.once)
         return router
 

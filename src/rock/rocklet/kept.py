@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
 
-from rock.errors import Lost
+from rock.errors import Lost, Unavailable
 from rock.protocol.node import NodeSandbox
-from rock.protocol.sandbox import SandboxConfig
+from rock.protocol.sandbox import ArchivedFiles, SandboxConfig
 from rock.rocklet.supervisor import Shelf, Supervisor
 from rock.runtime.base import Handle, Keeps, Runtime
 
@@ -30,6 +33,7 @@ class KeptSandboxes:
     def __init__(self, shelf: Shelf) -> None:
         self._shelf = shelf
         self._resting: dict[str, Resting] = {}
+        self._read: Counter[str] = Counter()  # how many archives are being made of each
 
     def __contains__(self, sandbox_id: str) -> bool:
         return sandbox_id in self._resting
@@ -66,11 +70,43 @@ class KeptSandboxes:
         if found is None:
             raise Lost(f"the files of sandbox {sandbox_id} are not on this machine", sandbox_id=sandbox_id)
         assert isinstance(found.runtime, Keeps)
+        self._refuse_read(sandbox_id)
         try:
             return found.runtime, await found.runtime.wake(found.handle, config)
         except Lost:
             await self.remove(sandbox_id)
             raise
+
+    def _refuse_read(self, sandbox_id: str) -> None:
+        if self._read[sandbox_id]:
+            raise Unavailable(f"the files of sandbox {sandbox_id} are being archived", sandbox_id=sandbox_id)
+
+    async def pack(self, sandbox_id: str, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:
+        """Its files as a layer's tar, see `Keeps.pack`. Lost."""
+        found = self._resting.get(sandbox_id)
+        if found is None:
+            raise Lost(f"the files of sandbox {sandbox_id} are not on this machine", sandbox_id=sandbox_id)
+        assert isinstance(found.runtime, Keeps)
+        self._read[sandbox_id] += 1
+        try:
+            async with contextlib.aclosing(found.runtime.pack(found.handle, limit)) as stream:
+                async for part in stream:
+                    yield part
+        finally:
+            self._read[sandbox_id] -= 1
+            if not self._read[sandbox_id]:
+                del self._read[sandbox_id]
+
+    async def unpack(
+        self, sandbox_id: str, config: SandboxConfig, runtime: Runtime, files: ArchivedFiles, data: AsyncIterator[bytes]
+    ) -> None:
+        """Take in one that is at rest elsewhere; one that is here already stays as it is. See `Keeps.unpack`."""
+        if sandbox_id in self._resting:
+            return
+        assert isinstance(runtime, Keeps)
+        handle = await runtime.unpack(sandbox_id, config, files, data)
+        self._shelf.rest(config, handle)
+        self._resting[sandbox_id] = Resting(config, runtime, handle)
 
     def awake(self, sandbox_id: str) -> None:
         """It runs, and has the record of one that does."""
@@ -80,6 +116,7 @@ class KeptSandboxes:
         """Remove its files. Nothing happens to one that is not at rest."""
         found = self._resting.get(sandbox_id)
         if found is not None:
+            self._refuse_read(sandbox_id)
             await found.runtime.destroy(found.handle)
             await asyncio.to_thread(self._shelf.remove, sandbox_id)
             self._resting.pop(sandbox_id, None)

@@ -10,7 +10,7 @@ import socket
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from rock.errors import (
     Unsupported,
 )
 from rock.protocol.node import NodeEvent, NodeEvents, NodeInventory, NodeSandbox, NodeStatus
-from rock.protocol.sandbox import Cause, Isolation, Phase, SandboxConfig
+from rock.protocol.sandbox import ArchivedFiles, Cause, Isolation, Phase, SandboxConfig
 from rock.rocklet.images import Images
 from rock.rocklet.kept import KeptSandboxes
 from rock.rocklet.session import Session
@@ -304,6 +304,29 @@ class Node:
                 await supervisor.destroy(0)
                 await supervisor.forget()
             del self.supervisors[sandbox_id]
+        return self.kept.describe(sandbox_id)
+
+    async def unpack(
+        self, sandbox_id: str, config: SandboxConfig, files: ArchivedFiles, data: AsyncIterator[bytes]
+    ) -> NodeSandbox:
+        """Take in a sandbox from the archive, to be woken."""
+        await self._ended_first(sandbox_id, self._destroying, self._resting)
+        found = self.supervisors.get(sandbox_id)
+        if found is not None:
+            if found.config != config:
+                raise Conflict(f"sandbox {sandbox_id} exists already", sandbox_id=sandbox_id)
+            return found.describe()  # of a restore whose end was not seen
+        runtime = self.runtime_for(config)
+        await self.images.prepare(config.image)
+        task = asyncio.ensure_future(self.kept.unpack(sandbox_id, config, runtime, files, data))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.cancel()
+            await asyncio.wait({task})
+            raise
         return self.kept.describe(sandbox_id)
 
     async def _after_creation(self, sandbox_id: str) -> Supervisor | None:

@@ -65,6 +65,11 @@ class Client:
         key = os.urandom(16).hex()
         return parse(SandboxInfo, await self.transport.json("POST", target, timeout=wait + STOP_TIMEOUT, key=key))
 
+    async def archive_sandbox(self, sandbox_id: str, wait: float = 600.0) -> SandboxInfo:
+        """Bring the kept files of a stopped one to the archive, waiting up to `wait` seconds. NotFound, Conflict."""
+        target = path("archive_sandbox", sandbox_id) + query_string({"wait": wait})
+        return parse(SandboxInfo, await self.transport.json("POST", target, timeout=wait + STOP_TIMEOUT))
+
     async def delete_sandbox(self, sandbox_id: str, *, force: bool = False) -> SandboxInfo:
         """Forget a stopped one and its files; with `force` it is stopped first. NotFound, Conflict."""
         target = path("delete_sandbox", sandbox_id) + query_string({"force": force or None})

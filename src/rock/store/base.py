@@ -40,7 +40,7 @@ class Query:
     """Which records to list: equality on fields of `info`, labels that must match; newest first.
 
     after: the `created_at` and id of the last record of the page before.
-    kept: only those whose files are kept on a worker.
+    left: only those whose files are kept on a worker or in the archive.
     """
 
     states: Sequence[State] = ()
@@ -48,7 +48,7 @@ class Query:
     labels: Mapping[str, str] = field(default_factory=dict)
     limit: int = 500
     after: tuple[float, str] | None = None
-    kept: bool = False
+    left: bool = False
 
 
 class Store(Protocol):

@@ -197,8 +197,8 @@ class SqliteStore:
                 raise ValueError(f"cannot list by {name!r}")
             where.append(f"json_extract(info, '$.{name}') = ?")
             values.append(value)
-        if query.kept:
-            where.append("json_extract(info, '$.kept')")
+        if query.left:
+            where.append(f"({_LEFT})")
         for name, value in query.labels.items():
             where.append("json_extract(info, '$.labels.' || json_quote(?)) = ?")
             values += [name, value]
@@ -222,7 +222,7 @@ class SqliteStore:
             done = self._now(
                 self._open_db.execute,
                 "DELETE FROM sandbox WHERE id IN (SELECT id FROM sandbox WHERE state IN (?, ?) AND stopped_at < ? "
-                "AND NOT coalesce(json_extract(info, '$.kept'), 0) LIMIT ?)",
+                f"AND NOT ({_LEFT}) LIMIT ?)",
                 (State.STOPPED.value, State.DELETED.value, before, _PRUNED_AT_ONCE),
             )
             removed += done.rowcount
@@ -231,6 +231,7 @@ class SqliteStore:
             await asyncio.sleep(0)  # whoever waits goes first
 
 
+_LEFT = "coalesce(json_extract(info, '$.kept'), 0) OR json_extract(info, '$.archive') IS NOT NULL"
 _SELECT = "SELECT version, idempotency_key, info, config FROM sandbox"
 
 

@@ -45,6 +45,15 @@ def record(id: str, slot: str) -> dict[str, Any]:
     return {"id": id, "slot": slot, "resting": True}
 
 
+def make_empty(run_dir: Path, slot: str, id: str, rootfs: RootFS) -> None:
+    """A run folder in which nothing was written yet, for files from elsewhere. Blocking."""
+    folder = run_dir / slot
+    folder.mkdir(mode=0o700)
+    records.write(run_dir, slot, record(id, slot))
+    for suffix in ("", *(str(index) for index, bind in enumerate(rootfs.binds) if bind.writable)):
+        (folder / f"upper{suffix}").mkdir(mode=0o755)
+
+
 def strip(run_dir: Path, slot: str, id: str, groups: list[str]) -> None:
     """Remove all but the files of a sandbox without processes, and bring these to the disk. Blocking, idempotent.
 

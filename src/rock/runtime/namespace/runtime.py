@@ -9,20 +9,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from rock import errors
 from rock.guest.remove import remove_tree
-from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
+from rock.protocol.sandbox import ArchivedFiles, Isolation, SandboxConfig, Usage
 from rock.runtime.base import Handle, Liveness, Prepared, Program
 from rock.runtime.image.leases import Lease
 from rock.runtime.image.rootfs import RootFS
 from rock.runtime.initfiles import InitSandboxes, merged
 from rock.runtime.initlink import InitLink
-from rock.runtime.namespace import admission, cgroups, disk, keeping, limits, mounts, records, teardown
+from rock.runtime.namespace import admission, cgroups, disk, keeping, limits, mounts, packlink, records, teardown
 from rock.runtime.namespace.launchlink import LaunchLink
 from rock.runtime.namespace.pool import Pool
 from rock.runtime.process import wait_gone
@@ -458,6 +458,38 @@ class NamespaceRuntime(InitSandboxes):
         records.write(self._run_dir, sandbox.slot, self._record(sandbox, handle.id))
         self._let_go(sandbox.slot)  # its pid 1 holds the image now
         return self._named(sandbox, handle.id, rootfs, config)
+
+    def pack(self, handle: Handle, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:
+        rootfs = keeping.noted(handle.data["rootfs"])
+        parts = packlink.parts(self._run_dir / handle.data["slot"], rootfs)
+        return packlink.pack({**self._packer_options(parts), "limit": limit}, rootfs.digest)
+
+    async def unpack(self, id: str, config: SandboxConfig, files: ArchivedFiles, data: AsyncIterator[bytes]) -> Handle:
+        rootfs = (await self._admit(config)).rootfs
+        if rootfs.digest != files.image_digest:
+            raise errors.ImageError(f"image {config.image} is not the one that sandbox {id} was made of", sandbox_id=id,
+                                    hint="bring that image to this machine under its name")
+        slot = records.new_slot()
+        folder = self._run_dir / slot
+        self._making.add(slot)
+        try:
+            await asyncio.to_thread(keeping.make_empty, self._run_dir, slot, id, rootfs)
+            options = self._packer_options(packlink.parts(folder, rootfs))
+            await packlink.unpack({**options, "size": files.size, "digest": files.digest}, data)
+            plain = {"id": id, "slot": slot, "cgroups": {}, "rootfs": keeping.note(rootfs)}
+            return await self.rest(Handle(self.name, id, self.isolation, self._limiter.enforced(), plain))
+        except BaseException:
+            self._let_go(slot)
+            await asyncio.shield(asyncio.to_thread(remove_tree, str(folder)))
+            raise
+        finally:
+            self._making.discard(slot)
+
+    def _packer_options(self, parts: list[dict[str, str]]) -> dict[str, Any]:
+        """As root files have their owners' ids as seen inside; else all are ours, and inside they are root's."""
+        privileged = self.isolation == Isolation.NAMESPACES
+        return {"parts": parts, "enter": os.geteuid() != 0, "one_owner": not privileged,
+                "overlay": "trusted.overlay." if privileged else "user.overlay."}
 
     async def _put_back(self, kept: Handle, base: int) -> None:
         """What became of a wake is given up, and the files stay."""

@@ -147,6 +147,27 @@ class Lifecycle(Link):
         if info.state is not State.RUNNING:
             raise end_of(info)
 
+    def archive(self, timeout: float = 3600.0) -> None:
+        """Bring the files of a stopped one to the server's archive, and wait until they are there; `restart` brings
+        them back. It takes no room on its worker meanwhile.
+
+        Conflict when it runs, or its files were not kept; InvalidConfig when they cannot be archived, and what the
+        archive raises: then it is stopped, as it was. Unavailable after `timeout` seconds, and it goes on.
+        """
+        deadline = time.monotonic() + timeout
+        key = os.urandom(16).hex()
+        while True:
+            wait = max(0.0, min(deadline - time.monotonic(), POLL))
+            info = self._info(
+                "archive_sandbox", self._path("archive_sandbox", wait=round(wait, 3)), wait=wait or 1.0, key=key
+            )
+            if info.state is State.ARCHIVED:
+                return
+            if info.state is not State.ARCHIVING:
+                raise end_of(info)
+            if time.monotonic() >= deadline:
+                raise errors.Unavailable(f"sandbox {info.sandbox_id} is not archived yet", sandbox_id=info.sandbox_id)
+
     def close(self) -> CloseResponse:
         """Stop it; failures are told, not raised."""
         try:

@@ -238,6 +238,15 @@ class Sandboxes:
         except Conflict as error:
             raise await self._refused(sandbox_id, "restarted", error) from None
 
+    async def archive(self, request: Request) -> str:
+        """Begin to bring its files to the archive; the status tells how that goes."""
+        sandbox_id = request.path["sandbox_id"]
+        try:
+            await self._service.archive.archive(sandbox_id)
+        except Conflict as error:
+            raise await self._refused(sandbox_id, "archived", error) from None
+        return f"{sandbox_id} archiving"
+
     async def _refused(self, sandbox_id: str, what: str, error: Conflict) -> Conflict:
         """The refusal in ROCK's words, with ours after them."""
         state = state_of((await self._service.load(sandbox_id)).info)
@@ -248,9 +257,6 @@ class Sandboxes:
         )
 
     # ---- what this server cannot do yet ----
-
-    async def archive(self, request: Request) -> None:
-        raise await self._cannot(request.path["sandbox_id"], "archived", "the archive feature is disabled")
 
     async def commit(self, request: Request) -> None:
         sandbox_id = (await body_of(request, CommitRequest)).sandbox_id

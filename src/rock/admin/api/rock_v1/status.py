@@ -83,7 +83,19 @@ def _time(seconds: float | None) -> str | None:
 
 
 def _phases(info: SandboxInfo) -> dict[str, Any]:
-    """Never null: clients look into it while they wait for the start."""
+    """Never null: clients look into it while they wait for the start. With the archive's while it has to do with it."""
+    phases = _start_phases(info)
+    archive = info.phases.get("archive")
+    if info.archive is not None and info.state in (State.PENDING, State.STOPPING):
+        phases["image_archive"] = _phase("running", "restore running")
+    elif archive is not None:
+        phases["image_archive"] = _phase(archive.status, archive.message, archive)
+    elif info.state is State.ARCHIVED and info.error:
+        phases["image_archive"] = _phase("failed", info.reason or "the restore failed")
+    return phases
+
+
+def _start_phases(info: SandboxInfo) -> dict[str, Any]:
     if info.cause is Cause.START_FAILED:
         message = info.reason or "the start failed"
         of_image = (info.error or {}).get("error", {}).get("code") == "image_error"
