@@ -77,12 +77,15 @@ class RunningServer:
         self.process.wait()
 
     def stop(self) -> None:
-        """Stop every sandbox, then the server."""
+        """Stop every sandbox, remove what is kept, then stop the server."""
         if self.process is None or self.process.poll() is not None:
             return
         with Client(self.url, self.environment.get("ROCK_API_KEY")) as client:
             for info in client.list_sandboxes(states="pending,running,stopping"):
                 client.stop_sandbox(info.sandbox_id)
+            for info in client.list_sandboxes(states="stopped,archived"):
+                if info.kept or info.archive:
+                    client.delete_sandbox(info.sandbox_id)
         self.process.send_signal(signal.SIGTERM)
         assert self.process.wait(30) == 0, self.log()
 

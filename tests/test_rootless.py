@@ -26,6 +26,8 @@ SUITES = [
     "tests/e2e/test_programs_and_files.py",
     "tests/e2e/test_lifecycle.py",
     "tests/e2e/test_recovery.py",
+    "tests/e2e/test_kept_files.py",
+    "tests/e2e/test_archive.py",
 ]
 
 pytestmark = pytest.mark.skipif(

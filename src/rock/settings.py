@@ -14,6 +14,10 @@ Client settings are functions, because a script may set a variable after the imp
 | ROCK_SANDBOX_LIMIT | 2000 | most sandboxes at once on this machine |
 | ROCK_INSECURE_REGISTRIES | none | registries that are spoken to without TLS, comma-separated |
 | ROCK_ENV_PIPES | 1 | 0: clients on the server's machine play environments over HTTP too |
+| ROCK_ARCHIVE | archive in ROCK_HOME | where archived sandboxes are kept: a folder, s3://BUCKET/PREFIX, or "off" |
+| ROCK_ARCHIVE_LIMIT | 64g | most bytes of files in one archive, holes counted |
+| ROCK_S3_ENDPOINT, ROCK_S3_REGION | Amazon's, us-east-1 | of an archive in a bucket |
+| ROCK_S3_KEY, ROCK_S3_SECRET | none | what it is signed with |
 | ROCK_LOG_LEVEL | info | debug, info, warning, error |
 """
 
@@ -23,7 +27,7 @@ import os
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +90,17 @@ class Settings:
     runtime: str = "namespace"
     sandbox_limit: int = 2000
     log_level: str = "info"
+    archive: str = ""
+    archive_limit: str = "64g"
+    s3_endpoint: str = ""
+    s3_region: str = "us-east-1"
+    s3_key: str = ""
+    s3_secret: str = field(default="", repr=False)
+
+    @property
+    def archive_dir(self) -> Path:
+        """Where archives are, when they are in a folder."""
+        return Path(self.archive).expanduser().absolute() if self.archive else self.home / "archive"
 
     @property
     def run_dir(self) -> Path:
@@ -113,6 +128,12 @@ class Settings:
             ("host", str),
             ("runtime", str),
             ("log_level", str),
+            ("archive", str),
+            ("archive_limit", str),
+            ("s3_endpoint", str),
+            ("s3_region", str),
+            ("s3_key", str),
+            ("s3_secret", str),
             ("port", int),
             ("pool_size", int),
             ("sandbox_limit", int),

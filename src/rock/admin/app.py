@@ -9,10 +9,27 @@ from rock.admin.reconciler import Reconciler
 from rock.admin.service import Service
 from rock.admin.worker import Worker
 from rock.envhub.catalogue import Catalogue
+from rock.errors import InvalidConfig
+from rock.protocol.sandbox import parse_size
 from rock.scheduler.local import LocalScheduler
 from rock.settings import Settings
 from rock.store.base import Store
+from rock.store.blobs import Blobs, FolderBlobs
 from rock.wire.asgi import App
+
+
+def make_blobs(settings: Settings) -> Blobs | None:
+    """The archive that the settings name; None when it is off. InvalidConfig."""
+    if settings.archive == "off":
+        return None
+    return FolderBlobs(settings.archive_dir)
+
+
+def _limit(text: str) -> int:
+    try:
+        return parse_size(text, "archive")
+    except ValueError as error:
+        raise InvalidConfig(f"ROCK_ARCHIVE_LIMIT: {error}") from None
 
 
 class Admin:
@@ -24,7 +41,9 @@ class Admin:
     def __init__(
         self, settings: Settings, store: Store, workers: dict[str, Worker], roles: list[str], data: App
     ) -> None:
-        self.service = Service(store, LocalScheduler(), workers)
+        self._blobs = make_blobs(settings)
+        limit = _limit(settings.archive_limit)
+        self.service = Service(store, LocalScheduler(), workers, self._blobs, limit)
         self.reconciler = Reconciler(self.service)
         self.catalogue = Catalogue(settings.home / "envhub.sqlite")
         own = Sandboxes(self.service).over(native.build(self.service, settings, roles))
@@ -35,6 +54,8 @@ class Admin:
         """Open the store and settle what a former run left."""
         await self._store.open()
         await self.catalogue.open()
+        if isinstance(self._blobs, FolderBlobs):
+            await self._blobs.sweep()
         await self.reconciler.start()
 
     async def close(self) -> None:

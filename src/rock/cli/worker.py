@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator, AsyncIterator
+
 from rock.protocol.node import NodeEvents, NodeInventory, NodeSandbox, NodeStatus
-from rock.protocol.sandbox import SandboxConfig
+from rock.protocol.sandbox import ArchivedFiles, SandboxConfig
 from rock.rocklet.node import Node
 
 
@@ -22,6 +24,20 @@ class LocalWorker:
 
     async def destroy(self, sandbox_id: str, grace: float = 0.0) -> NodeSandbox:
         return await self._node.destroy(sandbox_id, grace)
+
+    async def rest(self, sandbox_id: str, grace: float = 0.0) -> NodeSandbox:
+        return await self._node.rest(sandbox_id, grace)
+
+    async def wake(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
+        return await self._node.wake(sandbox_id, config)
+
+    def pack(self, sandbox_id: str, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:
+        return self._node.kept.pack(sandbox_id, limit)
+
+    async def unpack(
+        self, sandbox_id: str, config: SandboxConfig, files: ArchivedFiles, data: AsyncIterator[bytes]
+    ) -> NodeSandbox:
+        return await self._node.unpack(sandbox_id, config, files, data)
 
     async def get(self, sandbox_id: str, *, touch: bool = False, usage: bool = False) -> NodeSandbox:
         return await self._node.look(sandbox_id, touch=touch, usage=usage)

@@ -7,11 +7,14 @@ from typing import Any
 from pydantic import Field
 
 from rock.protocol.action import Answer, FileInfo, ProcessInfo, SessionInfo
-from rock.protocol.sandbox import Cause, Isolation, Phase, SandboxInfo, Usage
+from rock.protocol.sandbox import ArchivedFiles, Cause, Isolation, Phase, SandboxConfig, SandboxInfo, Usage
 
 
 class NodeSandbox(Answer):
-    """A sandbox as its rocklet sees it. `idle_seconds`: since the last activity; 0 while something runs in it."""
+    """A sandbox as its rocklet sees it. `idle_seconds`: since the last activity; 0 while something runs in it.
+
+    kept: it does not run, and its files are there.
+    """
 
     sandbox_id: str
     alive: bool = False
@@ -23,19 +26,31 @@ class NodeSandbox(Answer):
     cause: Cause | None = None
     reason: str | None = None
     usage: Usage | None = None
+    kept: bool = False
+
+
+class NodeFiles(Answer):
+    """How an archived sandbox comes to a worker: the head of the frames that `node_unpack` takes."""
+
+    config: SandboxConfig
+    files: ArchivedFiles
 
 
 class NodeInventory(Answer):
+    """`sandboxes` that run, and ids of those that do not and whose files are `kept`."""
+
     sandboxes: list[NodeSandbox] = Field(default_factory=list)
+    kept: list[str] = Field(default_factory=list)
 
 
 class NodeEvent(Answer):
-    """A sandbox ended by itself. `number` grows by one an event, from 1 at the start of the rocklet."""
+    """A sandbox ended by itself, at a time. `number` grows by one an event, from 1 at the start of the rocklet."""
 
     number: int
     sandbox_id: str
     cause: Cause
     reason: str
+    at: float
 
 
 class NodeEvents(Answer):

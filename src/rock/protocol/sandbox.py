@@ -85,6 +85,10 @@ class SandboxConfig(BaseConfig):
     auto_clear_seconds: idle time after which it is stopped; 0 is never. Idle is without a call under way: a background
         process alone does not keep a sandbox. timeout: seconds from its start after which it
         is stopped in any case; None is never.
+    auto_delete_seconds: how long the files of a stopped one are kept, so that it can be restarted or archived: seconds
+        from its stop. None and 0 keep nothing: its files go with its stop.
+    auto_archive_seconds: keep the files too, and bring them to the server's archive so many seconds after the stop.
+        Excludes auto_delete_seconds.
     startup_timeout: seconds that a start may take.
     network: "none" (its own, with loopback), "nat" or "host".
     runtime: name of the runtime; None is the server's default.
@@ -163,6 +167,11 @@ class SandboxConfig(BaseConfig):
     def memory_bytes(self) -> int:
         return parse_size(self.memory)
 
+    @property
+    def keeps_files(self) -> bool:
+        """Whether what it wrote outlives its stop."""
+        return bool(self.auto_delete_seconds) or self.auto_archive_seconds is not None
+
 
 class SandboxGroupConfig(SandboxConfig):
     """`size` equal sandboxes, started `start_concurrency` at once, each tried up to `start_retry_times` times."""
@@ -192,11 +201,35 @@ class Usage(Wire):
     disk_bytes: int | None = None
 
 
+class StateChange(Wire):
+    """One step of a sandbox's life. `key`: the idempotency key of the request that asked for it, if it had one."""
+
+    from_state: State
+    to_state: State
+    event: str
+    timestamp: float
+    key: str | None = None
+
+
+class ArchivedFiles(Wire):
+    """What a sandbox wrote, as one layer in the server's archive: `size` in bytes, `digest` "sha256:..." of the tar.
+
+    image_digest: of the image below it, without which it is of no use.
+    """
+
+    size: int
+    digest: str
+    image_digest: str
+
+
 class SandboxInfo(Wire):
     """A sandbox as the server sees it. Times are seconds since the epoch, UTC.
 
     enforced: how each limit is held on this host ("cgroup-v1", "cgroup-v2", "watched", "affinity", "rlimit", "none").
     cause, reason: why it is no longer running, as a word and as a sentence.
+    kept: it does not run, and its files are on its worker: it can be restarted. archive: they are in the archive.
+    auto_stop_at, auto_archive_at, auto_delete_at: when that will happen by itself, as things are now.
+    state_history: the last 100 steps, oldest first; lists leave it out unless asked.
     """
 
     model_config = ConfigDict(extra="ignore")  # of a newer server
@@ -229,5 +262,12 @@ class SandboxInfo(Wire):
     stopped_at: float | None = None
     last_activity_at: float | None = None
     auto_stop_at: float | None = None
+    auto_archive_at: float | None = None
+    auto_delete_at: float | None = None
+    archived_at: float | None = None
+    deleted_at: float | None = None
+    kept: bool = False
+    archive: ArchivedFiles | None = None
+    state_history: list[StateChange] = Field(default_factory=list)
     usage: Usage | None = None
     error: dict[str, Any] | None = None

@@ -121,6 +121,8 @@ class Session:
     async def attach(self) -> None:
         """Take over a shell that a former rocklet started."""
         self._adopt(await self._runtime.attach(self._handle, KEY + self.spec.session))
+        if self.spec.pty is None:
+            self._first = shell.begun(self.shell.dialect)
         self._readers[-1].drain()  # what the shell told a former rocklet's command is not meant for ours
 
     def claim(self, handle: Handle, env: Mapping[str, str]) -> bool:

@@ -121,6 +121,14 @@ def preamble(
     return encode("".join(lines)) + frame(dialect, steps or ":", token, pty=pty)
 
 
+def begun(dialect: Dialect) -> bytes:
+    """What a shell gets whose former rocklet may have died between its start and its preamble; else it does nothing."""
+    if not dialect.is_bash:
+        return b""
+    unless = '[ "${__rock_report-}" ] || '
+    return encode(f'{unless}exec {dialect.script}<&0\n{unless}{{ eval "${_HOOK}"; unset {_HOOK}; }}\n')
+
+
 def restore(dialect: Dialect, token: int, pty: bool = False) -> bytes:
     """What a shell that replaced itself runs first: take over the state of the old one."""
     text = (

@@ -22,7 +22,7 @@ from rock.rocklet.dialled import Connections
 from rock.rocklet.envs import EnvHost
 from rock.rocklet.session import KEY, Session, Shell, find_shell
 from rock.runtime import wholefile
-from rock.runtime.base import Handle, Limits, Runtime, Watches
+from rock.runtime.base import Handle, Keeps, Limits, Runtime, Watches
 
 DEFAULT_SESSION = "default"
 _DEFAULT = CreateBashSessionRequest(session=DEFAULT_SESSION)
@@ -61,10 +61,26 @@ class Shelf:
         handle["isolation"] = Isolation(handle["isolation"])
         return SandboxConfig.model_validate(record["config"]), Handle(**handle), record
 
+    def rest(self, config: SandboxConfig, handle: Handle) -> None:
+        """Write the record of a sandbox that does not run, or is about not to, and whose files are kept."""
+        wholefile.replace(self.record(handle.id), json.dumps({**_plain(config, handle), "resting": True}))
+
     def remove(self, sandbox_id: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.record(sandbox_id))
+        self.remove_logs(sandbox_id)
+
+    def remove_logs(self, sandbox_id: str) -> None:
         shutil.rmtree(self.logs(sandbox_id), ignore_errors=True)
+
+
+def _plain(config: SandboxConfig, handle: Handle) -> dict[str, Any]:
+    return {
+        # The registry password was needed for one pull: it does not go to the disk.
+        "config": config.model_dump(mode="json", exclude={"registry_password"}),
+        "handle": {"runtime": handle.runtime, "id": handle.id, "isolation": handle.isolation.value,
+                   "enforced": dict(handle.enforced), "data": handle.data},
+    }  # fmt: skip
 
 
 async def open_ahead(runtime: Runtime, handle: Handle) -> Session:
@@ -120,12 +136,8 @@ class Supervisor:
             await asyncio.to_thread(wholefile.replace, self._shelf.record(self.id), self._record())
 
     def _record(self) -> str:
-        handle = self.handle
         record = {
-            # The registry password was needed for one pull: it does not go to the disk.
-            "config": self.config.model_dump(mode="json", exclude={"registry_password"}),
-            "handle": {"runtime": handle.runtime, "id": handle.id, "isolation": handle.isolation.value,
-                       "enforced": dict(handle.enforced), "data": handle.data},
+            **_plain(self.config, self.handle),
             # A plain default session is not worth a write: pid 1 tells whether there is one.
             "sessions": {name: s.spec.model_dump(mode="json") for name, s in self.sessions.items()
                          if not s.closed and s.spec != _DEFAULT},
@@ -365,14 +377,34 @@ class Supervisor:
 
     async def destroy(self, grace: float) -> None:
         """End it and remove all that it used."""
+        await self._let_go()
+        if grace > 0:
+            await self.runtime.stop(self.handle, grace)
+        await self.runtime.destroy(self.handle)
+        await self._close_all()
+
+    async def rest(self, grace: float) -> Handle:
+        """End it and keep its files: the handle of what is kept. The intent is on disk first."""
+        assert isinstance(self.runtime, Keeps)
+        await self._let_go()
+        async with self._save_lock:
+            self._shelf.rest(self.config, self.handle)
+        kept = await self.runtime.rest(self.handle, grace)
+        await self._close_all()
+        self._shelf.rest(self.config, kept)
+        if self.processes:
+            await asyncio.to_thread(self._shelf.remove_logs, self.id)
+        return kept
+
+    async def _let_go(self) -> None:
+        """Nobody waits for its end, opens a session or has a connection any more."""
         self._watch.cancel()
         self.connections.cut()
         for task in self._opening.values():
             task.cancel()
         await asyncio.gather(self._watch, *self._opening.values(), return_exceptions=True)
-        if grace > 0:
-            await self.runtime.stop(self.handle, grace)
-        await self.runtime.destroy(self.handle)
+
+    async def _close_all(self) -> None:
         for session in self.sessions.values():
             await session.close()
         for background in self.processes.values():

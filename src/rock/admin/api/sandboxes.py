@@ -9,7 +9,7 @@ from rock.protocol.sandbox import SandboxConfig
 from rock.wire.asgi import Answer, App, Receive, Request, Router, Scope, Send, answer_model
 
 _LONGEST_WAIT = 3600.0  # seconds
-NAMES = ("create_sandbox", "get_sandbox", "stop_sandbox", "open_env")
+NAMES = ("create_sandbox", "get_sandbox", "stop_sandbox", "restart_sandbox", "archive_sandbox", "open_env")
 
 
 class Sandboxes:
@@ -41,6 +41,16 @@ class Sandboxes:
 
     async def stop_sandbox(self, request: Request) -> Answer:
         return answer_model(await self._service.stop(request.path["sandbox_id"]))
+
+    async def restart_sandbox(self, request: Request) -> Answer:
+        return answer_model(
+            await self._service.kept.restart(request.path["sandbox_id"], _key(request), _wait(request))
+        )
+
+    async def archive_sandbox(self, request: Request) -> Answer:
+        return answer_model(
+            await self._service.archive.archive(request.path["sandbox_id"], _key(request), _wait(request))
+        )
 
     async def open_env(self, request: Request) -> Answer:
         wait = _wait(request)

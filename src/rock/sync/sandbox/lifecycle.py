@@ -1,6 +1,6 @@
 # GENERATED from src/rock/sdk/sandbox/lifecycle.py by tools/unasync.py: do not edit.
 # ruff: noqa: E501, I001, RUF100, UP028
-"""The life of one sandbox: start, attach, status, stop."""
+"""The life of one sandbox: start, attach, status, stop, restart, delete."""
 
 from __future__ import annotations
 
@@ -45,11 +45,7 @@ class Lifecycle(Link):
         try:
             info = self._create(key, deadline)
             created = True
-            while info.state is State.PENDING:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise self._late(info)
-                info = self._get(min(left, POLL))
+            info = self._launched(info, deadline)
         except (errors.ClientError, errors.ImageError, errors.NoCapacity):
             self.sandbox_id = None  # it was refused: nothing was made
             raise
@@ -59,6 +55,15 @@ class Lifecycle(Link):
             raise
         if info.state is not State.RUNNING:
             raise end_of(info)
+
+    def _launched(self, info: SandboxInfo, deadline: float) -> SandboxInfo:
+        """What became of a start. StartFailed when it is not over in time."""
+        while info.state is State.PENDING:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise self._late(info)
+            info = self._get(min(left, POLL))
+        return info
 
     def attach(self, sandbox_id: str) -> Self:
         """Turn to a sandbox that exists. NotFound when there is none of this id."""
@@ -102,7 +107,9 @@ class Lifecycle(Link):
         return IsAliveResponse(is_alive=info.is_alive, message=(info.host_name if info.is_alive else info.reason) or "")
 
     def stop(self) -> None:
-        """Stop it. Nothing happens when it was never started, or is gone already."""
+        """Stop it. Nothing happens when it was never started, or is gone already.
+
+        With `auto_delete_seconds` or `auto_archive_seconds` its files are kept, and `restart` starts it again."""
         if self.sandbox_id is None:
             return
         try:
@@ -111,13 +118,55 @@ class Lifecycle(Link):
             return
 
     def delete(self) -> None:
-        """Stop it, and forget it together with its tombstone. Nothing happens when it is gone already."""
+        """Stop it, and forget it, its tombstone and its kept files. Nothing happens when it is gone already."""
         if self.sandbox_id is None:
             return
         try:
             self._call("delete_sandbox", self._path("delete_sandbox", force=True), wait=CLEAN_UP)
         except errors.NotFound:
             return
+
+    def restart(self) -> None:
+        """Start it again, stopped or archived, over the files that it left; its sessions and processes are gone.
+
+        Conflict when it runs, or its files were not kept; else as `start`. One that cannot be started stays as it was.
+        """
+        deadline = time.monotonic() + self.config.startup_timeout
+        key = os.urandom(16).hex()
+        while True:
+            wait = max(0.0, min(deadline - time.monotonic(), POLL))
+            target = self._path("restart_sandbox", wait=round(wait, 3))
+            try:
+                info = self._info("restart_sandbox", target, wait=wait or 1.0, key=key)
+                break
+            except errors.Unavailable as error:
+                if not error.details.get("sent") or time.monotonic() >= deadline:
+                    raise
+                primitives.sleep(0.2)
+        info = self._launched(info, deadline)
+        if info.state is not State.RUNNING:
+            raise end_of(info)
+
+    def archive(self, timeout: float = 3600.0) -> None:
+        """Bring the files of a stopped one to the server's archive, and wait until they are there; `restart` brings
+        them back. It takes no room on its worker meanwhile.
+
+        Conflict when it runs, or its files were not kept; InvalidConfig when they cannot be archived, and what the
+        archive raises: then it is stopped, as it was. Unavailable after `timeout` seconds, and it goes on.
+        """
+        deadline = time.monotonic() + timeout
+        key = os.urandom(16).hex()
+        while True:
+            wait = max(0.0, min(deadline - time.monotonic(), POLL))
+            info = self._info(
+                "archive_sandbox", self._path("archive_sandbox", wait=round(wait, 3)), wait=wait or 1.0, key=key
+            )
+            if info.state is State.ARCHIVED:
+                return
+            if info.state is not State.ARCHIVING:
+                raise end_of(info)
+            if time.monotonic() >= deadline:
+                raise errors.Unavailable(f"sandbox {info.sandbox_id} is not archived yet", sandbox_id=info.sandbox_id)
 
     def close(self) -> CloseResponse:
         """Stop it; failures are told, not raised."""
