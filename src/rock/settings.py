@@ -13,6 +13,8 @@ Client settings are functions, because a script may set a variable after the imp
 | ROCK_HOST, ROCK_PORT | 127.0.0.1, 8080 | where the server listens |
 | ROCK_SANDBOX_LIMIT | 2000 | most sandboxes at once on this machine |
 | ROCK_LOG_LEVEL | info | debug, info, warning, error |
+| ROCK_ENVHUB_BASE_URL | http://localhost:8081 | where the SDK finds the registry of environments |
+| ROCK_RTENV_PYTHON_V31114_INSTALL_CMD, ..._PYTHON_V31212_..., ..._NODE_V22180_... | none | commands that install one |
 """
 
 from __future__ import annotations
@@ -24,6 +26,13 @@ from pathlib import Path
 from typing import Any
 
 DEFAULT_URL = "http://127.0.0.1:8080"
+_RUNTIME_ENVS = {
+    ("python", "default"): "PYTHON_V31114",
+    ("python", "3.11"): "PYTHON_V31114",
+    ("python", "3.12"): "PYTHON_V31212",
+    ("node", "default"): "NODE_V22180",
+    ("node", "22.18.0"): "NODE_V22180",
+}
 
 
 def base_url() -> str:
@@ -34,6 +43,17 @@ def base_url() -> str:
 def api_key() -> str | None:
     """ROCK_API_KEY, if set and not empty."""
     return os.environ.get("ROCK_API_KEY") or None
+
+
+def envhub_url() -> str:
+    """ROCK_ENVHUB_BASE_URL, or the default address of an `envhub`."""
+    return os.environ.get("ROCK_ENVHUB_BASE_URL") or "http://localhost:8081"
+
+
+def runtime_env_install(kind: str, version: str) -> str | None:
+    """The commands that install a runtime environment, if the user named some: ROCK_RTENV_..._INSTALL_CMD."""
+    name = _RUNTIME_ENVS.get((kind, version))
+    return os.environ.get(f"ROCK_RTENV_{name}_INSTALL_CMD") or None if name else None
 
 
 def home() -> Path:

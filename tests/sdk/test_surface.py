@@ -27,6 +27,9 @@ PATHS = {
     "rock.sdk.envs": "make RockEnv",
     "rock.sdk.common.exceptions": "RockException BadRequestRockError InternalServerRockError CommandRockError "
     "InvalidParameterRockException raise_for_code SandboxNotFoundRockError",
+    "rock.sdk.sandbox.runtime_env": "RuntimeEnv RuntimeEnvConfig PythonRuntimeEnv PythonRuntimeEnvConfig NodeRuntimeEnv "
+    "NodeRuntimeEnvConfig RuntimeEnvConfigType",
+    "rock.sdk.sandbox.speedup": "SpeedupType",
     "rock.sync": "Sandbox SandboxConfig SandboxGroup SandboxGroupConfig RunMode Client",
     "rock.sync.sandbox.client": "Sandbox SandboxGroup",
     "rock.sdk": "Client Sandbox",
