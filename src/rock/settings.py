@@ -13,6 +13,7 @@ Client settings are functions, because a script may set a variable after the imp
 | ROCK_HOST, ROCK_PORT | 127.0.0.1, 8080 | where the server listens |
 | ROCK_SANDBOX_LIMIT | 2000 | most sandboxes at once on this machine |
 | ROCK_LOG_LEVEL | info | debug, info, warning, error |
+| ROCK_ENVHUB_DB_URL | envhub.sqlite in ROCK_HOME | where an `envhub` keeps it: sqlite:///FILE |
 | ROCK_ENVHUB_BASE_URL | http://localhost:8081 | where the SDK finds the registry of environments |
 | ROCK_RTENV_PYTHON_V31114_INSTALL_CMD, ..._PYTHON_V31212_..., ..._NODE_V22180_... | none | commands that install one |
 """
@@ -48,6 +49,11 @@ def api_key() -> str | None:
 def envhub_url() -> str:
     """ROCK_ENVHUB_BASE_URL, or the default address of an `envhub`."""
     return os.environ.get("ROCK_ENVHUB_BASE_URL") or "http://localhost:8081"
+
+
+def envhub_database() -> str | None:
+    """ROCK_ENVHUB_DB_URL: where an `envhub` keeps what is registered."""
+    return os.environ.get("ROCK_ENVHUB_DB_URL") or None
 
 
 def runtime_env_install(kind: str, version: str) -> str | None:
@@ -96,6 +102,11 @@ class Settings:
     @property
     def log_dir(self) -> Path:
         return self.home / "logs"
+
+    @property
+    def catalogue(self) -> Path:
+        """What users registered."""
+        return self.home / "envhub.sqlite"
 
     @property
     def database(self) -> Path:

@@ -26,7 +26,7 @@ class Admin:
     ) -> None:
         self.service = Service(store, LocalScheduler(), workers)
         self.reconciler = Reconciler(self.service)
-        self.catalogue = Catalogue(settings.home / "envhub.sqlite")
+        self.catalogue = Catalogue(settings.catalogue)
         own = Sandboxes(self.service).over(native.build(self.service, settings, roles))
         self.app: App = RockV1(self.service, data, self.catalogue).over(own)
         self._store = store
