@@ -98,7 +98,8 @@ class Commands:
     async def create_session(self, request: Request) -> dict[str, Any]:
         """Open a session. A name that is taken is no error in ROCK, and its session stays as it is."""
         wish = await body_of(request, CreateSession)
-        body = wish.model_dump(exclude={"sandbox_id"})
+        # With this switch even "default" is a session that somebody made: it reads .bashrc, as all of ROCK's do.
+        body = {**wish.model_dump(exclude={"sandbox_id"}), "env_enable": True}
         body["session"] = name = session_name(wish.session)
         place = f"{wish.sandbox_id}/{name}"
         body["startup_source"], noise = await self._sources(request, wish)
