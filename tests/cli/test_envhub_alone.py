@@ -5,41 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
-import signal
 import subprocess
-import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from tests.conftest import RunningServer
+from tests.envhub_process import SCRIPT, envhub
 
 from rock import errors
 from rock.sdk.envhub.client import EnvHubClient as Asynchronous
 from rock.sync.envhub.client import EnvHubClient, EnvHubClientConfig, EnvHubError
-
-SCRIPT = Path(sys.executable).with_name("envhub")
-
-
-@contextmanager
-def envhub(folder: Path, *arguments: str, **environment: str) -> Iterator[str]:
-    """The URL of one; it ends with status 0 when it is asked to."""
-    environ = {**os.environ, "ROCK_HOME": str(folder / "home"), **environment}
-    command = [sys.executable, "-W", "error::ResourceWarning", str(SCRIPT), "--port", "0", *arguments]
-    with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True, cwd=folder) as child:
-        assert child.stdout is not None
-        line = child.stdout.readline()
-        found = re.search(r"http://\S+", line)
-        try:
-            assert found, line
-            yield found[0]
-        finally:
-            child.send_signal(signal.SIGTERM)
-            assert child.wait(30) == 0, line
 
 
 def client_of(url: str) -> EnvHubClient:
