@@ -11,14 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-SCRIPT = Path(sys.executable).with_name("envhub")
+# The console script, which is not beside every Python that can run the tests.
+CALL = "from rock.cli.scripts import envhub_main; envhub_main()"
+SCRIPT = [sys.executable, "-W", "error::ResourceWarning", "-c", CALL]
 
 
 @contextmanager
 def envhub(folder: Path, *arguments: str, **environment: str) -> Iterator[str]:
     """The URL of one; it ends with status 0 when it is asked to."""
     environ = {**os.environ, "ROCK_HOME": str(folder / "home"), **environment}
-    command = [sys.executable, "-W", "error::ResourceWarning", str(SCRIPT), "--port", "0", *arguments]
+    command = [*SCRIPT, "--port", "0", *arguments]
     with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True, cwd=folder) as child:
         assert child.stdout is not None
         line = child.stdout.readline()

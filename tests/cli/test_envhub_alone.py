@@ -103,6 +103,6 @@ def test_what_is_wrong_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_one_that_cannot_start_says_why(tmp_path: Path, arguments: list[str], words: str) -> None:
     environ = {k: v for k, v in os.environ.items() if k != "ROCK_API_KEY"} | {"ROCK_HOME": str(tmp_path)}
     done = subprocess.run(
-        [str(SCRIPT), "--port", "0", *arguments], env=environ, capture_output=True, text=True, timeout=60
+        [*SCRIPT, "--port", "0", *arguments], env=environ, capture_output=True, text=True, timeout=60
     )
     assert done.returncode != 0 and words in done.stderr and "Traceback" not in done.stderr

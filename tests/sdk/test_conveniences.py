@@ -261,10 +261,10 @@ def test_an_installation_of_the_users_own(box: Sandbox, monkeypatch: pytest.Monk
 
 @pytest.mark.timeout(400)
 def test_node(box: Sandbox) -> None:
-    env = create(box, NodeRuntimeEnvConfig(npm_registry="https://registry.example", extra_symlink_dir="/usr/local/bin"))
+    env = create(box, NodeRuntimeEnvConfig(npm_registry="https://registry.example", extra_symlink_dir="/opt/links"))
     seen = env.run("node -p 6*7; npm config get registry; npx --version > /dev/null && echo npx")
     assert seen.output == "42\nhttps://registry.example\nnpx\n"
-    assert box.execute(["node", "--version"]).stdout == "v22.18.0\n"
+    assert box.execute(["/opt/links/node", "--version"]).stdout == "v22.18.0\n"
 
 
 def test_wheels_for_a_target_that_lies() -> None:
