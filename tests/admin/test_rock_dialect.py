@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -349,6 +350,20 @@ def test_a_client_that_leaves_ends_its_command(box: RockClient) -> None:
         box.raw("POST", BASE + "/run_in_session", body, timeout=1.0)
     assert box.output("echo next") == "next"
     assert running(Sandbox(base_url=f"http://{box.address}").attach(box.sandbox_id), "sleep 38") == 0
+
+
+def test_a_background_command_that_ends_before_it_is_disowned(box: RockClient) -> None:
+    box.post("/create_session", session="s")
+    submit = "nohup true < /dev/null > /tmp/o 2>&1 & echo PIDSTART${!}PIDEND;disown"
+    for _ in range(300):  # it is a matter of microseconds: one in a hundred does
+        assert re.fullmatch(r"PIDSTART\d+PIDEND", box.output(submit, session="s", timeout=30))
+
+
+def test_sessions_read_bashrc(box: RockClient) -> None:
+    box.post("/write_file", path="/root/.bashrc", content="echo noise; export PATH=/opt/conda/bin:$PATH")
+    for session in ("s", "default"):
+        assert box.post("/create_session", session=session)["result"]["output"] == "noise"
+        assert box.output("echo ${PATH%%:*}", session=session) == "/opt/conda/bin"
 
 
 def test_nohup_as_clients_do_it(box: RockClient) -> None:

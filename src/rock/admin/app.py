@@ -45,7 +45,7 @@ class Admin:
         limit = _limit(settings.archive_limit)
         self.service = Service(store, LocalScheduler(), workers, self._blobs, limit)
         self.reconciler = Reconciler(self.service)
-        self.catalogue = Catalogue(settings.home / "envhub.sqlite")
+        self.catalogue = Catalogue(settings.catalogue)
         own = Sandboxes(self.service).over(native.build(self.service, settings, roles))
         self.app: App = RockV1(self.service, data, self.catalogue).over(own)
         self._store = store
