@@ -140,6 +140,7 @@ async def nohup(box: Any) -> None:
         step("nohup file", box.arun("echo x", mode="nohup", output_file="/tmp/new/out.txt"), *fields),
         step("nohup no session", box.arun("ls", session="zz", mode="nohup"), "exit_code"),
         step("nohup of a session", box.arun("bash -c 'echo $A $PWD'", session="bg", mode="nohup"), "output"),
+        step("nohup and wait", box.run_nohup_and_wait("echo x", "/tmp/waited.txt"), "success"),
         ignored(box),
         script(box),
     )

@@ -55,6 +55,18 @@ def test_a_script_that_is_too_slow_is_left_running(box: Sandbox) -> None:
     assert [process.info.running for process in box.processes()] == [True]
 
 
+def test_a_background_command_with_its_output_in_a_file(box: Sandbox) -> None:
+    assert box.run_nohup_and_wait("echo out", "/tmp/new/out.txt").success
+    assert box.fs.read_text("/tmp/new/out.txt") == "out\n"
+    assert box.run_nohup_and_wait("true").success
+    failed = box.run_nohup_and_wait("exit 3")
+    assert not failed.success and failed.message == "exit code 3"
+    late = box.run_nohup_and_wait("sleep 300", wait_timeout=1)
+    assert not late.success and "did not complete" in late.message
+    box.stop()
+    assert not box.run_nohup_and_wait("true").success
+
+
 def test_lines_of_a_file(box: Sandbox) -> None:
     box.fs.write("/tmp/lines", "1\n2\n3\nlast")
     ranges: list[tuple[int | None, int | None]] = [(None, None), (2, 3), (3, None), (None, 2), (4, 9), (5, 6), (1, 1)]
