@@ -218,7 +218,7 @@ async def kept(box: Any) -> dict[str, Any]:
     """Stopped, restarted, archived, restored, deleted: a sandbox of its own, as the wish is told at the start."""
     other = Sandbox(config(auto_delete_seconds=600))
     await other.start()
-    await other.arun("echo kept > /root/file", session="s")
+    await other.execute(Command(command=["sh", "-c", "echo kept > /root/file"]))
     await other.stop()
     stopped = await other.get_status(include_all_states=True)
     await other.restart()
