@@ -57,8 +57,11 @@ def listing(folder: Path) -> list[tuple[object, ...]]:
             body = os.readlink(path) if stat.S_ISLNK(info.st_mode) else b""
             if stat.S_ISREG(info.st_mode):
                 body = Path(os.fsdecode(path)).read_bytes()
-            rows.append((os.path.relpath(path, os.fsencode(folder)), info.st_mode, info.st_uid, info.st_gid, body,
-                         0 if stat.S_ISCHR(info.st_mode) else info.st_mtime_ns, info.st_rdev, info.st_nlink if not folders else 0))  # fmt: skip
+            is_whiteout = stat.S_ISCHR(info.st_mode)  # which has no time of its own
+            rows.append((
+                os.path.relpath(path, os.fsencode(folder)), info.st_mode, info.st_uid, info.st_gid, body,
+                0 if is_whiteout else info.st_mtime_ns, info.st_rdev, info.st_nlink if not folders else 0,
+            ))  # fmt: skip
     return sorted(rows, key=repr)
 
 
