@@ -136,9 +136,16 @@ def test_errors(run: Run) -> None:
         "running": "BadRequestRockError", "restart": "BadRequestRockError", "archive": "BadRequestRockError",
         "image": "InternalServerRockError", "memory": "BadRequestRockError", "twice": "BadRequestRockError",
     }  # fmt: skip
-    for name, text in (("running", "must be stopped"), ("restart", "running"), ("archive", "running"),
+    for name, text in (("running", "must be stopped"), ("restart", "current state is"), ("archive", "current state is"),
                        ("commit", "not supported"), ("image", "no/such:image"), ("memory", "Invalid memory size: abc"),
                        ("twice", "already exists")):  # fmt: skip
         assert text in seen[name][1], (name, seen[name])
     assert seen["attached"] == "here"
     assert seen["state"] == "deleted" and "not found" in seen["after"][1]
+
+
+@pytest.mark.parametrize("version", [NEWEST], indirect=True)
+def test_kept_files(run: Run) -> None:
+    seen = run("kept")
+    assert (seen["stopped"], seen["restarted"], seen["restored"]) == ("stopped", "kept\n", "kept\n")
+    assert "not found" in seen["after"][1]
