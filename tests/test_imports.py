@@ -20,7 +20,9 @@ ALLOWED: dict[str, set[str]] = {
     "runtime": {"runtime", "guest", *GROUND},
     "store": {"store", *GROUND},
     "scheduler": {"scheduler", *GROUND},
-    "envhub": {"envhub", *GROUND},
+    "envhub": {"envhub", "datasets", *GROUND},
+    # what runs inside a sandbox, and the plain data that tells the server of it
+    "datasets": {"datasets", "guest"},
     "rocklet": {"rocklet", "runtime", "guest", "envhub", *GROUND},
     "proxy": {"proxy", "scheduler", "store", *GROUND},
     "admin": {"admin", "envhub", "scheduler", "store", *GROUND},
@@ -31,6 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "envlink": {"sync", "guest", "protocol", "errors", "settings"},
     "envs": {"envlink", "protocol", "errors"},
     "gem": {"envs", "envlink", "errors"},
+    "training": {"sdk", "sync"},
     "gym": {"gym", "envlink", "guest", "sync", "protocol", "errors"},
 }
 # Old import paths that only name things of a higher floor again.

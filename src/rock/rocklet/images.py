@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from rock.envhub.packages import requirements_of, wheels_only
+from rock.envhub.packages import requirements_of, wheels_only, without_dependencies
 from rock.runtime.image.packages import PackageSet, ensure, is_built
 from rock.runtime.image.store import ImageStore
 
@@ -43,4 +43,6 @@ class Images:
 def _packages(image: str) -> PackageSet | None:
     """What an image is named after; None when it is an image like any other."""
     requirements = requirements_of(image)
-    return None if requirements is None else PackageSet(image, requirements, wheels_only(requirements))
+    return None if requirements is None else PackageSet(
+        image, requirements, wheels_only(image), without_dependencies(image)
+    )

@@ -49,11 +49,13 @@ class PackageSet:
     image: str
     requirements: tuple[str, ...]
     wheels_only: bool = False  # nothing is built, so no code of theirs runs on this machine
+    no_deps: bool = False  # exactly these, and nothing that they ask for
 
     @property
     def key(self) -> str:
         """The folder name: Python's version and a digest of the requirements."""
-        asked = repr((_VERSION, sorted(self.requirements), platform.machine(), sys.implementation.cache_tag))
+        exactly = (True,) if self.no_deps else ()
+        asked = repr((_VERSION, sorted(self.requirements), platform.machine(), sys.implementation.cache_tag, *exactly))
         return f"{sys.implementation.cache_tag}-{hashlib.sha256(asked.encode()).hexdigest()[:12]}"
 
 
@@ -132,6 +134,8 @@ def _install(packages: PackageSet, site: Path, log: Path, progress: Progress | N
                          hint=f"run `{sys.executable} -m ensurepip`")
     if packages.wheels_only:
         command += ["--only-binary", ":all:"]
+    if packages.no_deps:
+        command.append("--no-deps")
     requirements = packages.requirements
     last: deque[str] = deque(maxlen=_LAST_LINES)
     with open(log, "w") as told, subprocess.Popen(

@@ -1,0 +1,17 @@
+"""Training sets: graded tasks, with the calls of AgentScope's training sandbox.
+
+    with TrainingSandbox(box_type="bfcl") as box:
+        ids = box.get_env_profile(env_type="bfcl", split="train")
+        made = box.create_instance(env_type="bfcl", task_id=ids[0])
+        done = box.step(made["info"]["instance_id"], {"role": "assistant", "content": "..."})
+        score = box.evaluate(made["info"]["instance_id"])
+
+`AsyncTrainingSandbox` has the same calls, to be awaited.
+"""
+
+from __future__ import annotations
+
+from rock.sdk.training import TrainingSandbox as AsyncTrainingSandbox
+from rock.sync.training import IDLE, STEP_TIMEOUT, Message, TrainingSandbox, failure_of
+
+__all__ = ["IDLE", "STEP_TIMEOUT", "AsyncTrainingSandbox", "Message", "TrainingSandbox", "failure_of"]
