@@ -12,6 +12,6 @@
 from __future__ import annotations
 
 from rock.sdk.training import TrainingSandbox as AsyncTrainingSandbox
-from rock.sync.training import IDLE, STEP_TIMEOUT, Message, TrainingSandbox, failure_of
+from rock.sync.training import Message, TrainingSandbox, failure_of
 
-__all__ = ["IDLE", "STEP_TIMEOUT", "AsyncTrainingSandbox", "Message", "TrainingSandbox", "failure_of"]
+__all__ = ["AsyncTrainingSandbox", "Message", "TrainingSandbox", "failure_of"]

@@ -7,45 +7,50 @@ import importlib.util
 import json
 import re
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 
 from rock.datasets import GROUP, OWN, Dataset
 from rock.errors import InvalidConfig, NotFound
 from rock.protocol.env import TASK_IMAGES
 
-_NAME = re.compile(r"[a-z][a-z0-9_-]{0,39}")
+_NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
 _LARGEST = 90_000  # bytes of one adapter: it travels as one argument of a program, which may have 128 KiB
 
 
 @cache
-def _found() -> dict[str, Dataset]:
+def _entries() -> dict[str, EntryPoint | Dataset]:
     """Sets by name. A package cannot take the name of one of ours."""
-    sets = {own.name: own for own in OWN}
-    for entry in entry_points(group=GROUP):
-        if entry.name not in sets:
-            sets[entry.name] = _loaded(entry.name, entry.value, entry.load())
-    return sets
+    found: dict[str, EntryPoint | Dataset] = {entry.name: entry for entry in entry_points(group=GROUP)}
+    return {**found, **{own.name: own for own in OWN}}
 
 
-def _loaded(name: str, value: str, found: object) -> Dataset:
+@cache
+def _loaded(name: str) -> Dataset:
+    """InvalidConfig when the package that has it is at fault; the other sets are none the worse."""
+    entry = _entries()[name]
+    if isinstance(entry, Dataset):
+        return entry
+    try:
+        found = entry.load()
+    except Exception as error:
+        raise InvalidConfig(f"training set {name} = {entry.value} cannot be loaded: {error!r}") from error
     if not isinstance(found, Dataset) or found.name != name or not _NAME.fullmatch(name):
-        raise InvalidConfig(f"entry point {name} = {value} of {GROUP} is no Dataset of that name",
+        raise InvalidConfig(f"entry point {name} = {entry.value} of {GROUP} is no Dataset of that name",
                             hint="docs/adding-a-dataset.md has an example")  # fmt: skip
     return found
 
 
 def names() -> list[str]:
-    return sorted(_found())
+    return sorted(_entries())
 
 
 def find(name: str) -> Dataset:
     """The set of that name, however it is written: BFCL and bfcl, reasoning_gym and reasoning-gym. NotFound."""
-    sets = _found()
+    sets = _entries()
     wanted = name.lower().replace("_", "-")
-    for known in (name, wanted, wanted.replace("-", "_")):
-        if known in sets:
-            return sets[known]
+    if wanted in sets:
+        return _loaded(wanted)
     near = difflib.get_close_matches(wanted, sets, 3, 0.6)
     raise NotFound(f"there is no training set {name!r}",
                    hint=f"there are: {', '.join(near or sorted(sets))}")  # fmt: skip
@@ -73,4 +78,4 @@ def adapter_of(image: str) -> str:
     if len(text.encode()) > _LARGEST:
         raise InvalidConfig(f"the adapter {dataset.module} is larger than {_LARGEST} bytes",
                             hint="what is large belongs into a package of the set")  # fmt: skip
-    return json.dumps({"module": dataset.module, "class": dataset.cls, "source": text})
+    return json.dumps({"name": dataset.name, "module": dataset.module, "class": dataset.cls, "source": text})

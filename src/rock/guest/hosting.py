@@ -132,7 +132,7 @@ def _registered(env: Any) -> dict[str, Any]:
 def host(wish: Mapping[str, Any]) -> Hosted:
     """Make what is wished for: "protocol" gem, gym or task, "env_id" or "folder", "kwargs", "num_envs" for a vector."""
     if wish.get("protocol") == "task":
-        return TaskHost(wish["kwargs"])
+        return TaskHost(wish["env_id"], wish["kwargs"])
     for module in wish.get("imports") or ():
         importlib.import_module(module)
     if wish.get("protocol", "gem") == "gem":

@@ -129,15 +129,15 @@ def load(module: str, source: str, name: str) -> type[Task]:
     return found
 
 
-_ADAPTER: list[type[Task]] = []
+_ADAPTER: dict[str, type[Task]] = {}  # the one set of this sandbox
 
 
 def install(packed: str) -> None:
-    """In the host, before the first instance: load the adapter {"module", "class", "source"} and prepare it."""
+    """In the host, before the first instance: load the adapter {"name", "module", "class", "source"} and prepare it."""
     told = json.loads(packed)
     adapter = load(told["module"], told["source"], told["class"])
     adapter.prepare()
-    _ADAPTER.append(adapter)
+    _ADAPTER[told["name"]] = adapter
 
 
 class TaskHost:
@@ -149,10 +149,11 @@ class TaskHost:
 
     vector = False
 
-    def __init__(self, kwargs: Mapping[str, Any]) -> None:
-        if not _ADAPTER:
-            raise BadParams("this sandbox has no training set")
-        self._adapter = _ADAPTER[0]
+    def __init__(self, name: str, kwargs: Mapping[str, Any]) -> None:
+        if name not in _ADAPTER:
+            there = ", ".join(_ADAPTER) or "none"
+            raise BadParams(f"this sandbox has no training set {name!r}; what it has: {there}")
+        self._adapter = _ADAPTER[name]
         self._id = kwargs.get("task_id")
         self._params = kwargs.get("params") or {}
         self._limit: float | None = kwargs.get("time_limit")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import orjson
 
-from rock.envhub import registry
+from rock.envhub import datasets, registry
 from rock.errors import InvalidConfig, RockError
 from rock.guest import frames
 from rock.guest.frames import HEAD, PLAIN, Frame
 from rock.protocol.env import CallEnv, MakeEnv, ResetEnv, StepEnv
 from rock.protocol.routes import FRAMES_TYPE, ROUTES
+from rock.protocol.training import NAMED
 from rock.rocklet.envcalls import Answered
 from rock.rocklet.envs import EnvHost
 from rock.rocklet.node import Node
@@ -18,7 +19,6 @@ from rock.rocklet.supervisor import Supervisor
 from rock.wire.asgi import Answer, Request, Router, answer
 
 _FRAMES = 4096  # in one request
-_NAMED = "name:"
 _STEP = ("observation", "reward", "terminated", "truncated", "info")
 _TYPE = FRAMES_TYPE.encode()
 
@@ -32,18 +32,20 @@ class EnvApi:
         """What a path names: an environment by its number, or as "name:NAME"."""
         text = request.path["env"]
         sandbox = self.node.get(request.path["sandbox_id"])
-        named = text.startswith(_NAMED)
+        named = text.startswith(NAMED)
         if not named and not text.isdigit():
             raise InvalidConfig(f"no such environment: {text!r}", hint="use the number that make_env answered")
         with sandbox.active():
             host = await sandbox.environments()
-        return sandbox, host, host.number_of(text.removeprefix(_NAMED)) if named else int(text)
+        return sandbox, host, host.number_of(text.removeprefix(NAMED)) if named else int(text)
 
     async def make_env(self, request: Request) -> Answer:
         sandbox = self.node.get(request.path["sandbox_id"])
         wish = await request.model(MakeEnv)
         gem = wish.protocol == "gem" and not wish.imports
         env_id = registry.find(wish.env_id).id if gem else wish.env_id  # an alias is another name for it
+        if wish.protocol == "task":
+            env_id = datasets.find(wish.env_id).name
         more = wish.model_dump(exclude={"env_id", "kwargs", "timeout", "begin"}, exclude_defaults=True)
 
         async def work() -> Answer:

@@ -13,12 +13,10 @@ from rock import errors
 from rock.protocol.env import TASK_IMAGES, CallResult, EnvInfo, StepResult
 from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import SandboxConfig
+from rock.protocol.training import IDLE, NAMED, START_TIMEOUT, STEP_TIMEOUT, created, overdue, stepped
 from rock.sync.sandbox.link import SLACK, parse
 from rock.sync.sandbox.sandbox import Sandbox
 
-IDLE = 300.0  # seconds after which an instance that nobody asks for anything is released
-STEP_TIMEOUT = 60.0
-START_TIMEOUT = 1200.0  # the first sandbox of a set installs its packages
 DATA = "/tmp/rock-dataset"  # where the user's data folder is inside
 
 Message = dict[str, Any]
@@ -186,7 +184,7 @@ class TrainingSandbox:
         if self._episode_timeout is not None:
             wish["time_limit"] = self._episode_timeout
         made = self._make(env_type, wish, name=instance_id, idle=self._idle, begin=True)
-        return {"state": made.observation, "info": {**made.info, "instance_id": instance_id, "task_id": task_id}}
+        return created(made, instance_id, task_id)
 
     def step(
         self, instance_id: str, action: Message | None = None, params: dict[str, Any] | None = None
@@ -201,10 +199,8 @@ class TrainingSandbox:
         try:
             done = parse(StepResult, self._ask("step_env", _named(instance_id), body))
         except errors.CommandTimeout as error:
-            info = {"truncated": True, "stop_reason": "step_timeout", "failure": "timeout", "error": str(error)}
-            return {"state": [], "reward": 0.0, "is_terminated": True, "info": info}
-        over = done.terminated or done.truncated
-        return {"state": done.observation, "reward": done.reward, "is_terminated": over, "info": done.info}
+            return overdue(error)
+        return stepped(done)
 
     def evaluate(
         self, instance_id: str, messages: list[Message] | None = None, params: dict[str, Any] | None = None
@@ -269,7 +265,7 @@ def _plain(name: str) -> str:
 
 
 def _named(instance_id: str) -> str:
-    return f"name:{instance_id}"
+    return NAMED + instance_id
 
 
 def _key() -> str:

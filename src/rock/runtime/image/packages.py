@@ -102,7 +102,8 @@ def _build(packages: PackageSet, python: str, writer: LayerWriter, log: Path, pr
     home = base / packages.key
     site = home / "site"
     site.mkdir(parents=True)
-    _install(packages, site, log, progress)
+    if packages.requirements:
+        _install(packages, site, log, progress)
     if progress is not None:
         progress("compiling")
     _prune(site)
@@ -112,7 +113,7 @@ def _build(packages: PackageSet, python: str, writer: LayerWriter, log: Path, pr
                     "-s", writer.folder, "-p", "/", str(site)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                    stderr=subprocess.DEVNULL, check=False)  # fmt: skip
     names = sorted(p.name.removesuffix(".dist-info").replace("-", " ", 1) for p in site.glob("*.dist-info"))
-    (home / "packages").write_text("\n".join(names) + "\n")
+    (home / "packages").write_text("".join(f"{name}\n" for name in names))
     (home / "python").symlink_to(python)
     (base / "current").symlink_to(packages.key)
     if (site / "nltk").is_dir() and not packages.wheels_only:
