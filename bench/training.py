@@ -15,7 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from rock.errors import InvalidConfig
+from rock.errors import EnvironmentRaised, InvalidConfig
 from rock.training import TrainingSandbox
 
 NOTHING = {"role": "assistant", "content": ""}
@@ -36,11 +36,12 @@ class Seen:
 
 def play(box: TrainingSandbox, env_type: str, task: str, seen: Seen | None, known: bool) -> float | None:
     """The reward of one episode; None where no solution is known."""
-    began = time.perf_counter()
-    instance = box.create_instance(env_type, task)["info"]["instance_id"]
-    if seen is not None:
-        seen.creates.append(time.perf_counter() - began)
+    instance = ""
     try:
+        began = time.perf_counter()
+        instance = box.create_instance(env_type, task)["info"]["instance_id"]
+        if seen is not None:
+            seen.creates.append(time.perf_counter() - began)
         messages = box.get_solution(instance) if known else [NOTHING] * MOST_STEPS
         reward = 0.0
         for message in messages:
@@ -54,12 +55,16 @@ def play(box: TrainingSandbox, env_type: str, task: str, seen: Seen | None, know
             if done["is_terminated"]:
                 return float(reward)
         return float(box.evaluate(instance, params={"sparse": True}))
+    except EnvironmentRaised as error:
+        print(f"    {task}: {error}")
+        return -1.0
     except InvalidConfig:
         if known:
             return None
         raise
     finally:
-        box.release_instance(instance)
+        if instance:
+            box.release_instance(instance)
 
 
 def run(env_type: str, each: int | None, data: str | None, split: str) -> bool:

