@@ -6,12 +6,23 @@
         done = box.step(made["info"]["instance_id"], {"role": "assistant", "content": "..."})
         score = box.evaluate(made["info"]["instance_id"])
 
-`AsyncTrainingSandbox` has the same calls, to be awaited.
+`HarborTasks` has them for a folder of tasks in Harbor's format. `AsyncTrainingSandbox` and `AsyncHarborTasks` have the
+same, to be awaited.
 """
 
 from __future__ import annotations
 
+from rock.sdk.harbor import HarborTasks as AsyncHarborTasks
 from rock.sdk.training import TrainingSandbox as AsyncTrainingSandbox
+from rock.sync.harbor import HarborTask, HarborTasks
 from rock.sync.training import Message, TrainingSandbox, failure_of
 
-__all__ = ["AsyncTrainingSandbox", "Message", "TrainingSandbox", "failure_of"]
+__all__ = [
+    "AsyncHarborTasks",
+    "AsyncTrainingSandbox",
+    "HarborTask",
+    "HarborTasks",
+    "Message",
+    "TrainingSandbox",
+    "failure_of",
+]
