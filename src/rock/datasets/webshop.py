@@ -296,4 +296,5 @@ def _goal(product: Product, wish: dict[str, Any]) -> Goal | None:
         if name is not None:
             wanted[name] = value.lower()
     most = math.ceil(product.price / 10 + 0.01) * 10.0
-    raise MissingData(f"the folder has none of {', '.join(names)}: pass the one with WebShop's data as data=")
+    text = f"{instruction.rstrip('. ')}, and price lower than {most:.2f} dollars"
+    return Goal(product.id, text, attributes, wanted, most)
