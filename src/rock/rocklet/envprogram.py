@@ -13,11 +13,15 @@ from typing import Literal
 from rock.guest import envhost
 from rock.rocklet.envwire import Inlet, Outlet, OwnInlet, Tail
 from rock.runtime.base import Process, Program
+from rock.runtime.image.host import PYTHON_LIBRARIES
 
 _ENVIRONMENT = {
     "LANG": "C.UTF-8", "HOME": "/tmp", "MPLCONFIGDIR": "/tmp",
     # Some environments iterate over sets of words: with this a seed gives the same episode in every process
     "PYTHONHASHSEED": "0", "PYTHONPATH": "",
+    # A Python that is built with a shared library finds it by its own path, and that is another one inside; without
+    # this it would take the machine's library of the same name, whose modules do not fit
+    "LD_LIBRARY_PATH": PYTHON_LIBRARIES,
     # Threads do not survive a fork
     "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NUMEXPR_NUM_THREADS": "1",
 }  # fmt: skip
