@@ -2,7 +2,8 @@
 
 The package (appworld) has the apps; its tasks are a download of their own, `appworld download data`, whose folder the
 user supplies. An agent writes Python in a ```python block, which runs in the instance's process, where AppWorld's own
-guard stands between it and the rest of that process; the sandbox is what holds. `apis.supervisor.complete_task(answer=..)` ends the episode.
+guard stands between it and the rest of that process; the sandbox is what holds.
+`apis.supervisor.complete_task(answer=..)` ends the episode.
 """
 
 from __future__ import annotations

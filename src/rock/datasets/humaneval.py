@@ -137,8 +137,8 @@ def _child(told: str, folder: str, user: int | None, pipe: int, timeout: float) 
     with tempfile.TemporaryFile() as errors:
         child = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", _RUNNER], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-            stderr=errors, cwd=folder, env={"HOME": folder, "TMPDIR": folder, **kept}, pass_fds=(pipe,), process_group=0,
-            **given,
+            stderr=errors, cwd=folder, env={"HOME": folder, "TMPDIR": folder, **kept}, pass_fds=(pipe,),
+            process_group=0, **given,
         )  # fmt: skip
         try:
             child.communicate(told.encode(), timeout=timeout)
