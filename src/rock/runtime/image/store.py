@@ -1,9 +1,9 @@
 """The images on this machine, by name. No daemon: any number of processes share one folder.
 
-    images/                what a name stands for          records.py
-    layers/ meta/ tmp/     the layers on disk              layers.py
-    use/                   what sandboxes have mounted     leases.py
-    locks/store            shared while an image is added, alone while garbage is collected
+    images/                      what a name stands for          records.py
+    layers/ meta/ blobs/ tmp/    the layers on disk              layers.py
+    use/                         what sandboxes have mounted     leases.py
+    locks/store                  shared while an image is added, alone while garbage is collected
 
 Removing a name never pulls a layer from under a sandbox: a layer goes when no name and no lease is left for it.
 """
@@ -13,20 +13,22 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 from rock.errors import ImageError, InvalidConfig, NotFound
-from rock.runtime.image.blobs import Archive, Blob, Plain
+from rock.runtime.image.blobs import Archive, Blob, Plain, compression
 from rock.runtime.image.host import HostImage, system_folders
 from rock.runtime.image.importer import Archived, LayerBlob, kind_of, read_docker, read_oci, this_architecture
 from rock.runtime.image.layer import LayerWriter
-from rock.runtime.image.layers import Fill, LayerInfo, LayerStore, layer_id
+from rock.runtime.image.layers import Fill, LayerInfo, LayerStore, PackedLayer, layer_id
 from rock.runtime.image.leases import Lease, Leases
 from rock.runtime.image.locks import locked, storing, try_lock
 from rock.runtime.image.private import HostScan
 from rock.runtime.image.pull import Pull
+from rock.runtime.image.push import GZIP_LAYER, Push, ToLayout, ToRegistry, refuse_by_reference
 from rock.runtime.image.records import ImageRecord, Records
 from rock.runtime.image.reference import HOST, parse
 from rock.runtime.image.registry import Login
@@ -39,6 +41,8 @@ __all__ = ["ImageRecord", "ImageStore", "Lease"]
 Progress = Callable[[str], None]
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _EMPTY = f"sha256:{hashlib.sha256().hexdigest()}"
+_PLAIN_LAYER = GZIP_LAYER.removesuffix("+gzip")
+_MEDIA_TYPES = {"none": _PLAIN_LAYER, "gzip": GZIP_LAYER, "zstd": f"{_PLAIN_LAYER}+zstd"}
 _BY_REFERENCE = "shows this machine's own system: changes of the machine show in it"
 
 
@@ -177,7 +181,44 @@ class ImageStore:
                 found = self._records.find(name)
                 if found is not None and found.digest == image.digest:
                     return found
-                return self._add(image, [name], progress, pull.wait)[0]
+                repository = f"{reference.domain}/{reference.repository}"
+                return self._add(image, [name], progress, pull.wait, repository)[0]
+
+    def push(
+        self, name: str, login: Login | None = None, progress: Progress | None = None,
+        ready: Mapping[str, Path] | None = None,
+    ) -> str:  # fmt: skip
+        """Send an image to the registry that its name tells; answers the digest of its manifest there.
+
+        ready: plain tars that layers were made of, by their digest. Unsupported for an image that shows this machine;
+        ImageError for what the registry says.
+        """
+        record = self.inspect(name)
+        refuse_by_reference(record)
+        target = ToRegistry(parse(record.name), login)
+        return self._send(record, target, progress, ready or {})
+
+    def export(self, name: str, path: Path | str, progress: Progress | None = None) -> str:
+        """Write an image to a new file, as the tar of an OCI layout; answers the digest of its manifest."""
+        record = self.inspect(name)
+        refuse_by_reference(record)
+        with storing(f"writing {path}"):
+            target = ToLayout(Path(path), record.name if "/" in record.name else f"docker.io/library/{record.name}")
+        try:
+            return self._send(record, target, progress, {})
+        except BaseException:
+            Path(path).unlink(missing_ok=True)
+            raise
+
+    def _send(
+        self, record: ImageRecord, target: ToRegistry | ToLayout, progress: Progress | None, ready: Mapping[str, Path]
+    ) -> str:
+        with closing(target), storing(f"sending {record.name}"), locked(self._gate, shared=True):
+            for diff in record.layers:  # with the gate held none of them goes
+                if self.layers.info(diff) is None:
+                    raise ImageError(f"image {record.name} was removed")
+            with self.layers.scratch() as scratch:
+                return Push(record, self.layers, target, scratch, progress, ready).run()
 
     def _has(self, diff_id: str) -> bool:
         return self.layers.info(diff_id) is not None
@@ -225,15 +266,20 @@ class ImageStore:
 
     def _add(
         self, image: Archived, names: Iterable[str], progress: Progress | None,
-        wait: Callable[[str | None], None] = lambda _: None,
+        wait: Callable[[str | None], None] = lambda _: None, repository: str = "",
     ) -> Sequence[ImageRecord]:  # fmt: skip
-        """wait: for the blob of a digest, which may be on its way."""
+        """wait: for the blob of a digest, which may be on its way. repository: where it comes from."""
         infos: list[LayerInfo] = []
         for number, layer in enumerate(image.layers, 1):
             wait(layer.digest)
             if progress is not None:
                 progress(f"layer {number} of {len(image.layers)}, {layer.blob.size / 1e6:.1f} MB")
+            fresh = not self._has(layer.diff_id)
             infos.append(self.layers.add(f"unpacking layer {number}", _filler(layer), layer.diff_id))
+            if fresh and layer.digest is not None and (kind := _MEDIA_TYPES.get(compression(layer.blob))):
+                # Both digests have been checked just now; those of a layer that was there, nobody has looked at.
+                known = PackedLayer(layer.diff_id, layer.digest, layer.blob.size, kind)
+                self.layers.remember(layer.diff_id, known.seen_in(repository) if repository else known)
         if not infos:
             infos.append(self.layers.add("making an empty layer", lambda _: _EMPTY, _EMPTY))
         config = image.config
