@@ -110,7 +110,9 @@ class LayerStore:
             with storing("remembering a layer"):
                 write_atomic(self._blobs(layer_id(diff_id)), json.dumps([asdict(row) for row in rows]).encode())
 
-    def add(self, what: str, fill: Fill, diff_id: str | None = None) -> LayerInfo:
+    def add(
+        self, what: str, fill: Fill, diff_id: str | None = None, kind: type[LayerWriter] = LayerWriter
+    ) -> LayerInfo:
         """Make a layer: `fill` writes it and answers its digest. With a `diff_id` that is there, nothing is done.
 
         Of several callers with the same `diff_id` one makes it and the others wait for that. A digest that turns out
@@ -118,18 +120,18 @@ class LayerStore:
         """
         with storing(what):
             if diff_id is None:
-                return self._make(what, fill, None)
+                return self._make(what, fill, None, kind)
             if found := self.info(diff_id):
                 return found
             with locked(self._lock(layer_id(diff_id))):
-                return self.info(diff_id) or self._make(what, fill, diff_id)
+                return self.info(diff_id) or self._make(what, fill, diff_id, kind)
 
-    def _make(self, what: str, fill: Fill, expected: str | None) -> LayerInfo:
+    def _make(self, what: str, fill: Fill, expected: str | None, kind: type[LayerWriter]) -> LayerInfo:
         with self.scratch() as folder:
             new = folder / "layer"
             new.mkdir(mode=0o755)
             new.chmod(0o755)
-            with LayerWriter(str(new)) as writer:
+            with kind(str(new)) as writer:
                 actual = fill(writer)
                 if expected not in (None, actual):
                     raise ImageError(f"{what}: its content has digest {actual}, not {expected}",

@@ -11,11 +11,12 @@ Removing a name never pulls a layer from under a sandbox: a layer goes when no n
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rock.errors import ImageError, InvalidConfig, NotFound
@@ -26,11 +27,12 @@ from rock.runtime.image.layer import LayerWriter
 from rock.runtime.image.layers import Fill, LayerInfo, LayerStore, PackedLayer, layer_id
 from rock.runtime.image.leases import Lease, Leases
 from rock.runtime.image.locks import locked, storing, try_lock
+from rock.runtime.image.packing import HoledWriter
 from rock.runtime.image.private import HostScan
 from rock.runtime.image.pull import Pull
 from rock.runtime.image.push import GZIP_LAYER, Push, ToLayout, ToRegistry, refuse_by_reference
 from rock.runtime.image.records import ImageRecord, Records
-from rock.runtime.image.reference import HOST, parse
+from rock.runtime.image.reference import HOST, Reference, parse
 from rock.runtime.image.registry import Login
 from rock.runtime.image.rootfs import Bind, RootFS
 from rock.runtime.image.tarstream import ByteStream, TarReader
@@ -80,7 +82,7 @@ class ImageStore:
                 "`host` is always there",
             )
         if record.kind == HOST:
-            extra = [self.layers.path(diff) for diff in record.layers[1:]]
+            extra = [self.layers.path(diff) for diff in reversed(record.layers[1:])]
             rootfs = self._host_rootfs(record.name, writable=os.geteuid() == 0 and not extra)
             return rootfs.with_layers(extra)
         rootfs = RootFS(
@@ -183,6 +185,33 @@ class ImageStore:
                     return found
                 repository = f"{reference.domain}/{reference.repository}"
                 return self._add(image, [name], progress, pull.wait, repository)[0]
+
+    def commit(self, name: str, base: RootFS, tar: Path, diff_id: str) -> ImageRecord:
+        """Name what a sandbox wrote: the layers of its image with one more on top, made of a plain `tar`.
+
+        base: the image as the sandbox has it mounted, so that its layers are held. Where that shows this machine's own
+        system, so does the new one, read-only.
+        """
+        new_name(name)
+        with locked(self._gate, shared=True):
+            host = bool(base.binds)
+            below = [self.layers.info_of(folder) for folder in reversed(base.layers[:-1] if host else base.layers)]
+            made = self.layers.add(
+                "unpacking what was written", lambda writer: _unpack(Blob.of(tar), None, writer), diff_id, HoledWriter)
+            layers = tuple(info.diff_id for info in (*below, made))
+            size = sum(info.size for info in (*below, made))
+            familiar = parse(name).familiar
+            if host:
+                record = self._host_record(familiar, time.time())
+                return self._records.save(replace(record, layers=(*record.layers, *layers), size=size))
+            record = ImageRecord(
+                name=familiar, kind="image", digest="", id="", layers=layers, size=size, created=time.time(),
+                architecture=this_architecture(), env=dict(base.env), cwd=base.cwd, user=base.user,
+                entrypoint=base.entrypoint, cmd=base.cmd, labels=dict(base.labels),
+            )  # fmt: skip
+            body = json.dumps([asdict(replace(record, name="", created=0.0))])
+            digest = f"sha256:{hashlib.sha256(body.encode()).hexdigest()}"
+            return self._records.save(replace(record, digest=digest, id=digest))
 
     def push(
         self, name: str, login: Login | None = None, progress: Progress | None = None,
@@ -349,6 +378,15 @@ def _free_name(name: str) -> None:
     if name == HOST:
         raise InvalidConfig("the image `host` is built in", hint="take another name, like my/image:1.0")
     parse(name)
+
+
+def new_name(name: str) -> Reference:
+    """What an image that is about to be made may be called. InvalidConfig."""
+    _free_name(name)
+    reference = parse(name)
+    if reference.digest is not None:
+        raise InvalidConfig(f"{name} is named by a digest, which a new image cannot choose", hint="give it a tag")
+    return reference
 
 
 def _note(infos: list[LayerInfo]) -> str:

@@ -221,8 +221,8 @@ class NamespaceRuntime(InitSandboxes):
     def _handle(self, sandbox: Sandbox, id: str, rootfs: RootFS, config: SandboxConfig) -> Handle:
         data = {**self._record(sandbox, id), "env": merged({"PATH": _PATH}, rootfs.env, config.env),
                 "cwd": rootfs.cwd or "/", "user": rootfs.user, "memory": config.memory_bytes}
-        if config.keeps_files:
-            data["rootfs"] = keeping.note(rootfs)
+        # Of one that can rest it is called otherwise: its handle says so.
+        data["rootfs" if config.keeps_files else "image"] = keeping.note(rootfs)
         return Handle(self.name, id, self.isolation, self._limiter.enforced(), data)
 
     @staticmethod
@@ -463,6 +463,25 @@ class NamespaceRuntime(InitSandboxes):
         rootfs = keeping.noted(handle.data["rootfs"])
         parts = packlink.parts(self._run_dir / handle.data["slot"], rootfs)
         return packlink.pack({**self._packer_options(parts), "limit": limit}, rootfs.digest)
+
+    def image(self, handle: Handle) -> RootFS:
+        note = handle.data.get("rootfs") or handle.data.get("image")
+        if note is None:
+            raise errors.Unsupported("it was made by a server that did not note its image", sandbox_id=handle.id)
+        return keeping.noted(note)
+
+    async def snapshot(self, handle: Handle, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:
+        rootfs, folder = self.image(handle), self._run_dir / handle.data["slot"]
+        places = packlink.parts(folder, rootfs)
+        async with contextlib.AsyncExitStack() as stack:
+            if "pid" in handle.data:
+                link = InitLink.connect(folder, handle.id)  # of its own: pid 1 resumes when it ends, however it does
+                stack.callback(link.close)
+                await link.request("pause")
+            await asyncio.to_thread(keeping.refuse_written, places[1:])
+            data = packlink.pack({**self._packer_options(places[:1]), "limit": limit}, rootfs.digest)
+            async for part in await stack.enter_async_context(contextlib.aclosing(data)):
+                yield part
 
     async def unpack(self, id: str, config: SandboxConfig, files: ArchivedFiles, data: AsyncIterator[bytes]) -> Handle:
         rootfs = (await self._admit(config)).rootfs
