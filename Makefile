@@ -41,7 +41,7 @@ unit: $(VENV)/ready-dev
 	$(PY) -m pytest tests/runtime tests/rocklet
 	$(PY) -m pytest --ignore=tests/runtime --ignore=tests/rocklet
 
-# ROCK's own client in several versions, installed from PyPI and kept in ROCK_TEST_CACHE.
+# ROCK's own client in several versions, installed from PyPI and kept in ROCK_TEST_CACHE; `test` runs the fast half.
 compat: $(VENV)/ready-dev
 	ROCK_TEST_COMPAT=1 $(PY) -m pytest tests/compat
 

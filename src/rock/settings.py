@@ -19,6 +19,9 @@ Client settings are functions, because a script may set a variable after the imp
 | ROCK_S3_ENDPOINT, ROCK_S3_REGION | Amazon's, us-east-1 | of an archive in a bucket |
 | ROCK_S3_KEY, ROCK_S3_SECRET | none | what it is signed with |
 | ROCK_LOG_LEVEL | info | debug, info, warning, error |
+| ROCK_ENVHUB_DB_URL | envhub.sqlite in ROCK_HOME | where an `envhub` keeps it: sqlite:///FILE |
+| ROCK_ENVHUB_BASE_URL | http://localhost:8081 | where the SDK finds the registry of environments |
+| ROCK_RTENV_PYTHON_V31114_INSTALL_CMD, ..._PYTHON_V31212_..., ..._NODE_V22180_... | none | commands that install one |
 """
 
 from __future__ import annotations
@@ -32,6 +35,13 @@ from pathlib import Path
 from typing import Any
 
 DEFAULT_URL = "http://127.0.0.1:8080"
+_RUNTIME_ENVS = {
+    ("python", "default"): "PYTHON_V31114",
+    ("python", "3.11"): "PYTHON_V31114",
+    ("python", "3.12"): "PYTHON_V31212",
+    ("node", "default"): "NODE_V22180",
+    ("node", "22.18.0"): "NODE_V22180",
+}
 
 
 def base_url() -> str:
@@ -61,6 +71,22 @@ def proxy_for(url: str) -> str | None:
     if urllib.request.proxy_bypass(parts.netloc) or parts.hostname in ("localhost", "127.0.0.1", "::1"):
         return None
     return urllib.request.getproxies().get(parts.scheme)
+
+
+def envhub_url() -> str:
+    """ROCK_ENVHUB_BASE_URL, or the default address of an `envhub`."""
+    return os.environ.get("ROCK_ENVHUB_BASE_URL") or "http://localhost:8081"
+
+
+def envhub_database() -> str | None:
+    """ROCK_ENVHUB_DB_URL: where an `envhub` keeps what is registered."""
+    return os.environ.get("ROCK_ENVHUB_DB_URL") or None
+
+
+def runtime_env_install(kind: str, version: str) -> str | None:
+    """The commands that install a runtime environment, if the user named some: ROCK_RTENV_..._INSTALL_CMD."""
+    name = _RUNTIME_ENVS.get((kind, version))
+    return os.environ.get(f"ROCK_RTENV_{name}_INSTALL_CMD") or None if name else None
 
 
 def home() -> Path:
@@ -114,6 +140,11 @@ class Settings:
     @property
     def log_dir(self) -> Path:
         return self.home / "logs"
+
+    @property
+    def catalogue(self) -> Path:
+        """What users registered."""
+        return self.home / "envhub.sqlite"
 
     @property
     def database(self) -> Path:

@@ -261,3 +261,20 @@ def test_shell_without_a_terminal(box: Sandbox) -> None:
     assert "got-5" in done.stdout and done.returncode == 6
     done = rock("shell", "--command", "stty size; exit 2", box.sandbox_id or "", stdin=subprocess.DEVNULL)
     assert done.returncode == 2 and len(done.stdout.split()) == 2
+
+
+def test_restart_archive_and_rm(server: Any) -> None:
+    done = rock("run", "--keep-files", "600", IMAGE, "--", "sh", "-c", "echo kept > /root/file")
+    assert done.returncode == 0, done.stderr
+    name = done.stderr.split()[-1]
+    try:
+        for commands in (("restart",), ("stop", "archive", "restart")):
+            for command in commands:
+                told = rock(command, name)
+                assert (told.returncode, told.stdout) == (0, f"{name}\n"), (command, told.stderr)
+            assert rock("exec", name, "--", "cat", "/root/file").stdout == "kept\n"
+        twice = rock("restart", name)
+        assert twice.returncode == 1 and "stop it first" in twice.stderr
+    finally:
+        assert rock("rm", "--force", name).stdout == f"{name}\n"
+    assert rock("restart", name).returncode == 1

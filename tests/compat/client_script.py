@@ -214,7 +214,34 @@ async def errors(box: Any) -> dict[str, Any]:
     return {**seen, "state": states, "after": await error_of(box.get_status(include_all_states=True))}
 
 
-BOXED: dict[str, Case] = {case.__name__: case for case in (life, sessions, slow, nohup, execute, files, newer, errors)}
+async def kept(box: Any) -> dict[str, Any]:
+    """Stopped, restarted, archived, restored, deleted: a sandbox of its own, as the wish is told at the start."""
+    other = Sandbox(config(auto_delete_seconds=600))
+    await other.start()
+    await other.execute(Command(command=["sh", "-c", "echo kept > /root/file"]))
+    await other.stop()
+    stopped = await other.get_status(include_all_states=True)
+    await other.restart()
+    restarted = (await other.execute(Command(command=["cat", "/root/file"]))).stdout
+    await other.stop()
+    await other.archive()
+    while (state := (await other.get_status(include_all_states=True)).state) != "archived":
+        assert state == "archiving", state
+        await asyncio.sleep(0.1)
+    await other.restart()
+    restored = (await other.execute(Command(command=["cat", "/root/file"]))).stdout
+    await other.stop()
+    await other.delete()
+    return {
+        "stopped": str(getattr(stopped.state, "value", stopped.state)),
+        "restarted": restarted,
+        "restored": restored,
+        "after": await error_of(other.get_status(include_all_states=True)),
+    }
+
+
+CASES = (life, sessions, slow, nohup, execute, files, newer, errors, kept)
+BOXED: dict[str, Case] = {case.__name__: case for case in CASES}
 
 
 async def in_box(case: Case) -> dict[str, Any]:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rl_rock import RlRock
+from rl_rock import NEWEST, RlRock
 from tests.conftest import IMAGE, RunningServer
+from tests.envhub_process import envhub
 
-NEWEST, MIDDLE, OLDEST = "1.11.0", "1.4.8", "1.0.0"
+MIDDLE, OLDEST = "1.4.8", "1.0.0"
 ALL = (NEWEST, MIDDLE, OLDEST)
 
 pytestmark = [pytest.mark.compat, pytest.mark.timeout(1200)]
@@ -55,11 +56,13 @@ def test_sessions(run: Run) -> None:
     assert seen["lines"] == ["1", "2", "3"]
 
 
+@pytest.mark.usefixtures("whole")
 def test_a_slow_command(run: Run) -> None:
     seen = run("slow")
     assert seen["told"] == "ReadTimeout" and seen["after"] == "in step" and seen["waited"] < 10
 
 
+@pytest.mark.usefixtures("whole")
 def test_nohup(run: Run) -> None:
     seen = run("nohup")
     assert sorted(seen["plain"][0].split()) == ["one", "two"] and seen["plain"][1] == 0
@@ -97,6 +100,14 @@ def test_envhub(run: Run) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("version", [NEWEST])
+def test_an_envhub_of_its_own(rl_rock: Callable[[str], RlRock], version: str, tmp_path: Path) -> None:
+    with envhub(tmp_path, "--db-url", "sqlite:///envs.db") as url:
+        seen = rl_rock(version).run("envhub", url, tmp_path)
+    assert seen["same"] and seen["listed"] == ["maze"] and seen["deleted"] == [True, False] and seen["told"]
+
+
+@pytest.mark.usefixtures("whole")
 def test_gem(rl_rock: Callable[[str], RlRock], env_server: RunningServer, version: str, tmp_path: Path) -> None:
     seen = rl_rock(version).run("gem", env_server.url, tmp_path, 1100)
     assert seen["same"] and "Sokoban" in seen["text"]
@@ -105,6 +116,7 @@ def test_gem(rl_rock: Callable[[str], RlRock], env_server: RunningServer, versio
     assert "game:Nothing-v0" in seen["told"]
 
 
+@pytest.mark.usefixtures("whole")
 @pytest.mark.parametrize("version", [NEWEST], indirect=True)
 def test_what_came_later(run: Run) -> None:
     seen = run("newer")
@@ -124,9 +136,16 @@ def test_errors(run: Run) -> None:
         "running": "BadRequestRockError", "restart": "BadRequestRockError", "archive": "BadRequestRockError",
         "image": "InternalServerRockError", "memory": "BadRequestRockError", "twice": "BadRequestRockError",
     }  # fmt: skip
-    for name, text in (("running", "must be stopped"), ("restart", "not supported"), ("archive", "not supported"),
+    for name, text in (("running", "must be stopped"), ("restart", "current state is"), ("archive", "current state is"),
                        ("commit", "not supported"), ("image", "no/such:image"), ("memory", "Invalid memory size: abc"),
                        ("twice", "already exists")):  # fmt: skip
         assert text in seen[name][1], (name, seen[name])
     assert seen["attached"] == "here"
     assert seen["state"] == "deleted" and "not found" in seen["after"][1]
+
+
+@pytest.mark.parametrize("version", [NEWEST], indirect=True)
+def test_kept_files(run: Run) -> None:
+    seen = run("kept")
+    assert (seen["stopped"], seen["restarted"], seen["restored"]) == ("stopped", "kept\n", "kept\n")
+    assert "not found" in seen["after"][1]

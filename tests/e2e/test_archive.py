@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable
@@ -231,3 +232,33 @@ def test_an_archive_that_is_full(own_server: Callable[..., RunningServer], tmp_p
     sandbox.archive()
     sandbox.restart()
     assert look(sandbox) == before
+
+
+def test_in_a_bucket(own_server: Callable[..., RunningServer], s3_endpoint: str, tmp_path: Path) -> None:
+    """There and back over a real S3 server, in one piece and in several, and nothing of it left afterwards."""
+    from rock.store.s3 import Place, S3Blobs
+
+    url = f"s3://rock-test/{tmp_path.name}"
+    server = own_server(
+        ROCK_ARCHIVE=url, ROCK_S3_ENDPOINT=s3_endpoint, ROCK_S3_KEY="key", ROCK_S3_SECRET="secret"
+    )
+    bucket = S3Blobs(Place.parse(url, s3_endpoint, "us-east-1", "key", "secret"))
+    sandbox, _ = stopped(server)
+    sandbox.restart()
+    sandbox.arun("head -c 40M /dev/urandom > /work/large", check="raise")
+    before = look(sandbox)
+    sandbox.stop()
+    sandbox.archive()
+    assert asyncio.run(bucket.list()) == [sandbox.sandbox_id]
+    assert not archives(server) and wait_until(lambda: not slots(server))
+    sandbox.restart()
+    assert look(sandbox) == before
+    assert wait_until(lambda: asyncio.run(bucket.list()) == [])
+    small, before = stopped(server)
+    small.archive()
+    small.restart()
+    assert look(small) == before
+    small.stop()
+    small.archive()
+    small.delete()
+    assert asyncio.run(bucket.list()) == []

@@ -15,6 +15,7 @@ from rock.scheduler.local import LocalScheduler
 from rock.settings import Settings
 from rock.store.base import Store
 from rock.store.blobs import Blobs, FolderBlobs
+from rock.store.s3 import Place, S3Blobs
 from rock.wire.asgi import App
 
 
@@ -22,6 +23,9 @@ def make_blobs(settings: Settings) -> Blobs | None:
     """The archive that the settings name; None when it is off. InvalidConfig."""
     if settings.archive == "off":
         return None
+    if settings.archive.startswith("s3://"):
+        s = settings
+        return S3Blobs(Place.parse(s.archive, s.s3_endpoint, s.s3_region, s.s3_key, s.s3_secret))
     return FolderBlobs(settings.archive_dir)
 
 
@@ -45,7 +49,7 @@ class Admin:
         limit = _limit(settings.archive_limit)
         self.service = Service(store, LocalScheduler(), workers, self._blobs, limit)
         self.reconciler = Reconciler(self.service)
-        self.catalogue = Catalogue(settings.home / "envhub.sqlite")
+        self.catalogue = Catalogue(settings.catalogue)
         own = Sandboxes(self.service).over(native.build(self.service, settings, roles))
         self.app: App = RockV1(self.service, data, self.catalogue).over(own)
         self._store = store

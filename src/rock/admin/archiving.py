@@ -44,7 +44,7 @@ class Archive:
 
     def _there(self) -> Blobs:
         if self._blobs is None:
-            raise Unsupported("this server has no archive", hint="set ROCK_ARCHIVE on the server")
+            raise Unsupported("the archive feature is disabled on this server", hint="set ROCK_ARCHIVE on the server")
         return self._blobs
 
     def check(self, config: SandboxConfig) -> None:

@@ -202,7 +202,9 @@ class Reconciler:
 
     async def _look_at_kept(self, record: Record) -> None:
         info, now = record.info, time.time()
-        if info.auto_delete_at is not None and info.auto_delete_at <= now and record.state is not State.ARCHIVING:
+        if record.state is State.DELETED:
+            await self.service.kept.finish_delete(record)
+        elif info.auto_delete_at is not None and info.auto_delete_at <= now and record.state is not State.ARCHIVING:
             await self.service.kept.expire(record.id)
         elif record.state is State.ARCHIVING:
             await self.service.apply(record.id, Event.ARCHIVE)  # which goes on, or begins again
@@ -240,8 +242,11 @@ class Reconciler:
 
     async def _ended(self, told: NodeEvent) -> None:
         record = await self.service.load(told.sandbox_id)
-        if told.at >= life_began(record.info):  # not of a life before a restart
-            await self.service.apply(record.id, Event.ENDED, known=record, cause=told.cause, reason=told.reason)
+        if told.at < life_began(record.info):
+            return  # of a life before a restart
+        restored = record.state is State.PENDING and record.info.archive is not None
+        event = Event.RESTORE_FAILED if restored else Event.ENDED
+        await self.service.apply(record.id, event, known=record, cause=told.cause, reason=told.reason)
 
     async def _prune(self) -> None:
         while True:

@@ -20,6 +20,7 @@ from rock.rocklet.streams import Capped, Reader, as_text, write_all
 from rock.runtime.base import ExitStatus, Files, Handle, Process, Program, Runtime
 
 KEY = "session:"
+DEFAULT = CreateBashSessionRequest()  # the session that every sandbox has
 _RESTART_GRACE = 1.5  # seconds for a shell to hand its state over before it is killed
 _IDLE_OUTPUT = 1 << 20  # bytes kept of what background jobs write between commands
 _END = 10.0  # seconds for a killed shell to be seen dead
@@ -439,7 +440,10 @@ class Session:
     def _preamble_script(self, run: _Run) -> bytes:
         """What a new shell begins with; one that takes the place of another, in the folder of that one."""
         pty = self.spec.pty is not None
-        return shell.preamble(self.shell.dialect, run.token, cwd=self._cwd, sources=self.spec.startup_source, pty=pty)
+        sources = self.spec.startup_source
+        # Not the session that is there from the start: nobody shaped it, and a .bashrc may take a second.
+        rc = self.spec != DEFAULT
+        return shell.preamble(self.shell.dialect, run.token, cwd=self._cwd, sources=sources, rc=rc, pty=pty)
 
     # ---- ends of commands that do not end by themselves ----
 

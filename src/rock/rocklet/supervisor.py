@@ -20,12 +20,11 @@ from rock.protocol.sandbox import Cause, Isolation, Phase, SandboxConfig, Usage
 from rock.rocklet import programs
 from rock.rocklet.dialled import Connections
 from rock.rocklet.envs import EnvHost
-from rock.rocklet.session import KEY, Session, Shell, find_shell
+from rock.rocklet.session import DEFAULT, KEY, Session, Shell, find_shell
 from rock.runtime import wholefile
 from rock.runtime.base import Handle, Keeps, Limits, Runtime, Watches
 
 DEFAULT_SESSION = "default"
-_DEFAULT = CreateBashSessionRequest(session=DEFAULT_SESSION)
 
 
 class Shelf:
@@ -85,7 +84,7 @@ def _plain(config: SandboxConfig, handle: Handle) -> dict[str, Any]:
 
 async def open_ahead(runtime: Runtime, handle: Handle) -> Session:
     """The default session of a sandbox that nobody has claimed yet."""
-    session = Session(runtime, handle, _DEFAULT, await find_shell(runtime, handle))
+    session = Session(runtime, handle, DEFAULT, await find_shell(runtime, handle))
     await session.open()
     return session
 
@@ -140,7 +139,7 @@ class Supervisor:
             **_plain(self.config, self.handle),
             # A plain default session is not worth a write: pid 1 tells whether there is one.
             "sessions": {name: s.spec.model_dump(mode="json") for name, s in self.sessions.items()
-                         if not s.closed and s.spec != _DEFAULT},
+                         if not s.closed and s.spec != DEFAULT},
             "processes": {p.id: {"command": p.command, "started_at": p.started_at} for p in self.processes.values()},
         }  # fmt: skip
         return json.dumps(record)
@@ -150,7 +149,7 @@ class Supervisor:
         kept = await self.runtime.processes(self.handle)
         specs = {name: CreateBashSessionRequest.model_validate(s) for name, s in record.get("sessions", {}).items()}
         if KEY + DEFAULT_SESSION in kept:
-            specs.setdefault(DEFAULT_SESSION, _DEFAULT)
+            specs.setdefault(DEFAULT_SESSION, DEFAULT)
         for name, request in specs.items():
             with contextlib.suppress(RockError):
                 session = Session(self.runtime, self.handle, request, await self.find_shell(request.shell))
@@ -218,7 +217,7 @@ class Supervisor:
         """Open a session; Conflict when there is one of that name. Answers what its start-up printed."""
         old = self.sessions.get(request.session)
         if request.session in self._opening or (old is not None and old.closed is None):
-            if request == _DEFAULT:
+            if request == DEFAULT:
                 await self.session(DEFAULT_SESSION)  # it stands ready from the start
                 return ""
             raise Conflict(
@@ -240,7 +239,7 @@ class Supervisor:
                 await old.close()
             session = await self._open_shell(request)
             self.sessions[request.session] = session
-            if request != _DEFAULT:
+            if request != DEFAULT:
                 await self.saved()
             return session
         finally:
@@ -273,7 +272,7 @@ class Supervisor:
         if opening is not None:
             return await asyncio.shield(opening)
         if name == DEFAULT_SESSION:
-            return await self._open(_DEFAULT)
+            return await self._open(DEFAULT)
         names = ", ".join(sorted(self.sessions)) or "none"
         raise NotFound(
             f"session {name!r} does not exist in sandbox {self.id} (open: {names})",

@@ -222,8 +222,8 @@ class SqliteStore:
             done = self._now(
                 self._open_db.execute,
                 "DELETE FROM sandbox WHERE id IN (SELECT id FROM sandbox WHERE state IN (?, ?) AND stopped_at < ? "
-                f"AND NOT ({_LEFT}) LIMIT ?)",
-                (State.STOPPED.value, State.DELETED.value, before, _PRUNED_AT_ONCE),
+                f"AND coalesce(json_extract(info, '$.deleted_at'), 0) < ? AND NOT ({_LEFT}) LIMIT ?)",
+                (State.STOPPED.value, State.DELETED.value, before, before, _PRUNED_AT_ONCE),
             )
             removed += done.rowcount
             if done.rowcount < _PRUNED_AT_ONCE:

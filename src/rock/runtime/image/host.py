@@ -49,9 +49,9 @@ _ETC = (
 )  # fmt: skip
 
 _FOLDERS = (
-    "dev", "etc", "home", "media", "mnt", "opt", "opt/rock", "opt/rock/bin", "opt/rock/envs", "proc", "root", "run",
-    "run/lock", "srv", "sys", "tmp", "usr", "var", "var/cache", "var/lib", "var/local", "var/log", "var/mail",
-    "var/opt", "var/spool", "var/tmp",
+    "dev", "etc", "etc/pam.d", "home", "media", "mnt", "opt", "opt/rock", "opt/rock/bin", "opt/rock/envs", "proc",
+    "root", "run", "run/lock", "srv", "sys", "tmp", "usr", "var", "var/cache", "var/lib", "var/local", "var/log",
+    "var/mail", "var/opt", "var/spool", "var/tmp",
 )  # fmt: skip
 _MODES = {"root": 0o700, "tmp": 0o1777, "var/tmp": 0o1777, "run/lock": 0o1777}
 
@@ -64,6 +64,16 @@ _MADE = {
     "etc/profile": "[ -n \"$BASH\" ] && [ -r /etc/bash.bashrc ] && . /etc/bash.bashrc\numask 022\n",
     "etc/bash.bashrc": "[ -z \"$PS1\" ] && return\nshopt -s checkwinsize\nPS1='\\u@\\h:\\w\\$ '\n",
 }  # fmt: skip
+# su and runuser: root may become anybody, and nobody anything else. Without these files they refuse root too.
+_PAM = """\
+auth sufficient pam_rootok.so
+auth required pam_deny.so
+account required pam_permit.so
+session required pam_permit.so
+password required pam_deny.so
+"""
+_MADE |= {f"etc/pam.d/{name}": _PAM for name in ("su", "su-l", "runuser", "runuser-l")}
+_MADE["etc/pam.d/other"] = "".join(f"{kind} required pam_deny.so\n" for kind in ("auth", "account", "password"))
 _LINKS = {"etc/mtab": "/proc/self/mounts", "var/run": "/run", "var/lock": "/run/lock"}
 
 

@@ -18,6 +18,8 @@ POLL = 20.0  # seconds of one long-poll
 CLEAN_UP = 15.0
 UNDO = 5.0
 
+_PHASES = {"image": "image_pull", "sandbox": "docker_run"}  # ROCK's names
+
 _BY_CAUSE: dict[Cause, type[errors.SandboxError]] = {
     Cause.OUT_OF_MEMORY: errors.OutOfMemory,
     Cause.LOST: errors.Lost,
@@ -82,7 +84,10 @@ class Lifecycle(Link):
         info = await self._get()
         return SandboxStatusResponse(
             sandbox_id=info.sandbox_id,
-            status={name: {"status": phase.status, "message": phase.message} for name, phase in info.phases.items()},
+            status={
+                _PHASES.get(name, name): {"status": phase.status, "message": phase.message}
+                for name, phase in info.phases.items()
+            },
             state=info.state.value,
             is_alive=info.is_alive,
             host_name=info.host_name,
