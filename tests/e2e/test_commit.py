@@ -6,6 +6,7 @@ import http.client
 import json
 import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -279,10 +280,12 @@ class Silent(Odd):
         return True
 
 
-def lost(server: RunningServer, sandbox: Sandbox) -> CommitStatus:
-    """The server is killed and started again; what became of the commit."""
+def lost(server: RunningServer, sandbox: Sandbox, number: int = signal.SIGKILL) -> CommitStatus:
+    """The server is ended by a signal and started again; what became of the commit."""
     sandbox_id = sandbox.sandbox_id
-    server.kill()
+    assert server.process is not None
+    server.process.send_signal(number)
+    assert server.process.wait(30) == (0 if number == signal.SIGTERM else -number), server.log()
     server.start(urlsplit(server.url).port or 0)
     info = Sandbox(base_url=server.url).attach(sandbox_id).info()
     assert info.commit is not None
@@ -295,7 +298,10 @@ def raise_error(status: CommitStatus) -> None:
     raise from_wire(status.error)
 
 
-def test_a_crash_while_it_is_pushed(own_server: Callable[..., RunningServer], tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_an_end_of_the_server_while_it_is_pushed(
+    own_server: Callable[..., RunningServer], tmp_path: Path, number: int
+) -> None:
     server = own_server()
     store = base_of(server, tmp_path, "base:1")
     Silent.began.clear()
@@ -304,7 +310,7 @@ def test_a_crash_while_it_is_pushed(own_server: Callable[..., RunningServer], tm
         try:
             sandbox.commit_async(f"{address}/team/tool:1", push=True)
             assert Silent.began.wait(60)
-            status = lost(server, sandbox)
+            status = lost(server, sandbox, number)
         finally:
             Silent.ended.set()
         assert (status.phase, status.error_code) == (CommitPhase.FAILED, CommitError.PROCESS_LOST)

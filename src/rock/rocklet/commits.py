@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rock.rocklet.node import Node
 
 _STAGE = "stage"
+_LET_GO = 2.0  # seconds
 
 
 class Commits:
@@ -175,12 +176,33 @@ def _append(file: BinaryIO, part: bytes) -> None:
 
 
 async def _in_thread(work: Callable[[threading.Event], NodeImage]) -> NodeImage:
-    """What the work gives; on a cancellation it is told to end, and waited for: it uses what the caller cleans up."""
-    gone = threading.Event()
-    task = asyncio.ensure_future(asyncio.to_thread(work, gone))
+    """What the work gives. On a cancellation it is told to end, and waited for a moment: a registry that is silent
+    must not keep a server from stopping, and what is half-made then is removed by whoever opens the store next."""
+    gone, loop = threading.Event(), asyncio.get_running_loop()
+    future: asyncio.Future[NodeImage] = loop.create_future()
+
+    def settle(made: NodeImage | None, error: BaseException | None) -> None:
+        if future.cancelled():
+            return
+        if error is not None:
+            future.set_exception(error)
+        elif made is not None:
+            future.set_result(made)
+
+    def run() -> None:
+        made, error = None, None
+        try:
+            made = work(gone)
+        except BaseException as raised:
+            error = raised
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(settle, made, error)
+
+    threading.Thread(target=run, name="rock-commit", daemon=True).start()
     try:
-        return await asyncio.shield(task)
+        return await asyncio.shield(future)
     except asyncio.CancelledError:
         gone.set()
-        await asyncio.wait({task})
+        await asyncio.wait({future}, timeout=_LET_GO)
+        future.cancel()
         raise
