@@ -76,6 +76,37 @@ def test_who_breeds_is_stopped_too(box: Maker) -> None:
     run(main())
 
 
+HEADLESS = """
+import ctypes, platform, threading, sys
+def write():
+    with open(sys.argv[1], "a") as file:
+        while True:
+            file.write("x")
+            file.flush()
+threading.Thread(target=write).start()
+ctypes.CDLL(None).syscall({"x86_64": 60, "aarch64": 93}[platform.machine()], 0)  # exit(2): of this thread alone
+"""
+
+
+def test_who_has_lost_its_main_thread_is_stopped_too(box: Maker) -> None:
+    async def main() -> None:
+        async with box() as b:
+            path = str(b.root / "count")
+            process = await b.spawn("/usr/bin/python3", "-I", "-S", "-c", HEADLESS, path)
+            await asyncio.sleep(0.5)
+            assert await states(b, process.pid) == {"Z"}
+            link = another(b)
+            await link.request("pause")
+            before = (await b.runtime.stat(b.handle, path)).size
+            await asyncio.sleep(0.3)
+            assert (await b.runtime.stat(b.handle, path)).size == before > 0
+            link.close()
+            await until_grown(b, path, before)
+            await process.signal(9)
+
+    run(main())
+
+
 async def until_grown(b: Box, path: str, before: int) -> None:
     end = asyncio.get_running_loop().time() + 20
     while (await b.runtime.stat(b.handle, path)).size == before:

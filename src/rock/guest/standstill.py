@@ -52,16 +52,17 @@ class Standstill:
         pause = 0.0005
         while self.owner is not None:
             restless, now = False, time.monotonic()
-            for entry in proctree.alive_under(os.getpid(), None):  # parents first: none sees its children stop
-                if entry.state in "Tt":
+            for entry in _under_us():  # parents first: none sees its children stop
+                state = _state(entry)
+                if state in "TtZX":
                     continue
                 key = entry.pid, entry.start
                 since = self._stopped.get(key)
                 if since is None:
-                    if proctree.send(entry, signal.SIGSTOP):
+                    if _send(entry, signal.SIGSTOP):
                         self._stopped[key] = now
                     restless = True
-                elif entry.state != "D" or now - since < _SETTLE:
+                elif state != "D" or now - since < _SETTLE:
                     restless = True
             if not restless:
                 return len(self._stopped)
@@ -76,9 +77,46 @@ class Standstill:
         self.owner = None
         stopped, self._stopped = self._stopped, {}
         if stopped:
-            for entry in reversed(list(proctree.descendants(proctree.scan(), os.getpid()))):
+            for entry in reversed(_under_us()):
                 if (entry.pid, entry.start) in stopped:
-                    proctree.send(entry, signal.SIGCONT)
+                    _send(entry, signal.SIGCONT)
         held, self._held = self._held, []
         for connection, request in held:
             self._again(connection, request)
+
+
+def _under_us() -> list[proctree.Entry]:
+    return list(proctree.descendants(proctree.scan(), os.getpid()))
+
+
+def _state(entry: proctree.Entry) -> str:
+    """That of the process; where only its main thread has ended, that of one that goes on."""
+    if entry.state != "Z":
+        return entry.state
+    found = "Z"
+    try:
+        for name in os.listdir(f"/proc/{entry.pid}/task"):
+            thread = proctree.read_thread(entry.pid, int(name))
+            if thread is not None and thread.state not in "ZX" and (found in "ZTt" or thread.state == "R"):
+                found = thread.state
+    except OSError:
+        pass
+    return found
+
+
+def _send(entry: proctree.Entry, number: int) -> bool:
+    """As `proctree.send`, also to one whose main thread has ended."""
+    try:
+        fd = os.pidfd_open(entry.pid)
+    except OSError:
+        return False
+    try:
+        now = proctree.read(entry.pid)
+        if now is None or now.start != entry.start:
+            return False
+        signal.pidfd_send_signal(fd, number)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(fd)

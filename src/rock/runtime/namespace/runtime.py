@@ -32,6 +32,7 @@ _MOST_SHARED = 2 << 30
 _WATCH_EVERY = 0.25  # seconds
 _POOL = SandboxConfig(image="pool", memory="1g", cpus=1.0)  # limits of what nobody has claimed yet
 _LEASE_KEPT = 2.0  # seconds
+_MOST_NOTES = 100
 _SPARES = 8  # run folders and user namespaces that are made ahead
 
 
@@ -100,6 +101,7 @@ class NamespaceRuntime(InitSandboxes):
         self._watcher: asyncio.Task[None] | None = None
         self._opened = False
         self._known_images: dict[str, Kind] = {}
+        self._notes: dict[str, tuple[RootFS, dict[str, Any]]] = {}
         self._leases: dict[str, Lease] = {}
         self._resting: dict[str, Lease | None] = {}  # by slot: what holds the image of a sandbox at rest
         self.isolation = Isolation.NAMESPACES
@@ -222,8 +224,17 @@ class NamespaceRuntime(InitSandboxes):
         data = {**self._record(sandbox, id), "env": merged({"PATH": _PATH}, rootfs.env, config.env),
                 "cwd": rootfs.cwd or "/", "user": rootfs.user, "memory": config.memory_bytes}
         # Of one that can rest it is called otherwise: its handle says so.
-        data["rootfs" if config.keeps_files else "image"] = keeping.note(rootfs)
+        data["rootfs" if config.keeps_files else "image"] = self._note(rootfs)
         return Handle(self.name, id, self.isolation, self._limiter.enforced(), data)
+
+    def _note(self, rootfs: RootFS) -> dict[str, Any]:
+        """The image as plain data, which nobody changes: it takes 0.1 ms to make, and is the same for many."""
+        known = self._notes.get(rootfs.digest)
+        if known is None or known[0] != rootfs:
+            if len(self._notes) >= _MOST_NOTES:
+                self._notes.clear()
+            known = self._notes[rootfs.digest] = rootfs, keeping.note(rootfs)
+        return known[1]
 
     @staticmethod
     def _record(sandbox: Sandbox, id: str) -> dict[str, Any]:
