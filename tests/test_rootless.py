@@ -28,6 +28,7 @@ SUITES = [
     "tests/e2e/test_recovery.py",
     "tests/e2e/test_kept_files.py",
     "tests/e2e/test_archiving.py",
+    "tests/e2e/test_commit.py",
 ]
 
 pytestmark = pytest.mark.skipif(

@@ -203,16 +203,6 @@ def test_a_running_one_cannot_be_deleted(box: RockClient) -> None:
     assert box.status()["result"]["is_alive"] is True
 
 
-def test_what_is_not_supported_says_so(box: RockClient) -> None:
-    commit = {"image_tag": "a:b", "username": "", "password": ""}
-    for told in (
-        box.post("/commit", **commit),
-        box.ask("GET", f"/commit/{box.sandbox_id}"),
-    ):
-        assert told["status"] == "Failed" and told["result"]["code"] == 4000
-        assert "not supported by this server yet" in told["error"]
-
-
 def test_restart_and_archive_of_what_cannot_be(box: RockClient) -> None:
     """Running, and then stopped without the wish to keep anything, which is deleted in ROCK's words."""
     for state in ("running", "deleted"):

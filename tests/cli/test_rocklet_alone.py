@@ -20,7 +20,9 @@ from tests.leaks import Inventory, take_inventory
 
 from rock.admin.worker import StreamTransport, Transport, WireWorker
 from rock.errors import Conflict, ImageError, InvalidConfig, Lost, NotFound
+from rock.protocol.node import NodeCommit
 from rock.protocol.sandbox import ArchivedFiles, Cause, SandboxConfig
+from rock.runtime.image.store import ImageStore
 
 SCRIPT = Path(sys.executable).with_name("rocklet")
 
@@ -81,6 +83,12 @@ def test_an_admin_elsewhere_commands_it(rocklet: tuple[str, Path, int]) -> None:
         assert [s.sandbox_id for s in (await worker.list()).sandboxes] == ["one"]
         assert (await worker.get("one", usage=True)).usage is not None
         assert (await worker.status()).sandboxes == 1
+        image = await worker.commit("one", NodeCommit(image_tag="team/one:1"))
+        assert image.name == "team/one:1" and image.pushed is None
+        ImageStore(home / "images").remove(image.name)
+        with pytest.raises(InvalidConfig, match="named by a digest") as refused:
+            await worker.commit("one", NodeCommit(image_tag="team/one@sha256:" + "0" * 64))
+        assert refused.value.details == {"stage": "commit"}
         boot = (await worker.events(0, 0)).boot
         await transport("POST", "/v1/sandboxes/one/execute", "", b'{"command": ["/bin/sh", "-c", "kill -9 -1"]}')
         await worker.destroy("one")

@@ -9,7 +9,11 @@ from typing import Any
 import pytest
 from rl_rock import NEWEST, RlRock
 from tests.conftest import IMAGE, RunningServer
+from tests.e2e.test_images import small_root
 from tests.envhub_process import envhub
+from tests.image.registries import USER, docker_registry
+
+from rock.runtime.image.store import ImageStore
 
 MIDDLE, OLDEST = "1.4.8", "1.0.0"
 ALL = (NEWEST, MIDDLE, OLDEST)
@@ -137,11 +141,36 @@ def test_errors(run: Run) -> None:
         "image": "InternalServerRockError", "memory": "BadRequestRockError", "twice": "BadRequestRockError",
     }  # fmt: skip
     for name, text in (("running", "must be stopped"), ("restart", "current state is"), ("archive", "current state is"),
-                       ("commit", "not supported"), ("image", "no/such:image"), ("memory", "Invalid memory size: abc"),
-                       ("twice", "already exists")):  # fmt: skip
+                       ("commit", "STATUS_NOT_FOUND"), ("image", "no/such:image"),
+                       ("memory", "Invalid memory size: abc"), ("twice", "already exists")):  # fmt: skip
         assert text in seen[name][1], (name, seen[name])
     assert seen["attached"] == "here"
     assert seen["state"] == "deleted" and "not found" in seen["after"][1]
+
+
+@pytest.mark.parametrize("version", [NEWEST], indirect=True)
+def test_commit(run: Run, server: RunningServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ImageStore(server.home / "images")
+    store.import_any(small_root(tmp_path / "root"), "team/base:1")
+    folder = tmp_path / "registry"
+    folder.mkdir()
+    with docker_registry(folder, login=True) as address:
+        tag = f"{address}/team/made:1"
+        monkeypatch.setenv("TEST_COMMIT", f"team/base:1 {tag} {USER.username} {USER.password}")
+        seen = run("commit")
+        assert seen["done"] == ["SUCCEEDED", tag, 0] and seen["same"] and seen["read"] == "from a commit\n"
+        assert seen["wrong"] == ["FAILED", "login", "LOGIN_FAILED", True] and seen["local"] == "SUCCEEDED"
+        assert ImageStore(tmp_path / "other").pull(tag, USER).layers
+    for name in (tag, "team/base:1", "team/local:1"):
+        store.remove(name)
+
+
+@pytest.mark.parametrize("version", [MIDDLE, OLDEST], indirect=True)
+def test_commit_of_older_clients(run: Run, server: RunningServer) -> None:
+    assert run("commit_old")["seen"] == "CommandResponse"
+    store = ImageStore(server.home / "images")
+    if store.has("team/old:1"):  # else its sandbox was stopped before it was made
+        store.remove("team/old:1")
 
 
 @pytest.mark.parametrize("version", [NEWEST], indirect=True)

@@ -19,9 +19,9 @@ from rock.runtime.image.store import ImageStore
 from rock.sync import Sandbox
 
 
-def small_root(folder: Path) -> Path:
-    """A root folder with bash, cat and ls, and the libraries that they need."""
-    for name in ("bash", "cat", "ls"):
+def small_root(folder: Path, *more: str) -> Path:
+    """A root folder with bash, cat, ls and `more` programs, and the libraries that they need."""
+    for name in ("bash", "cat", "ls", *more):
         program = shutil.which(name)
         assert program is not None
         libraries = re.findall(r"(/\S+) \(", subprocess.run(["ldd", program], capture_output=True, text=True).stdout)

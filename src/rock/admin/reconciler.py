@@ -75,7 +75,8 @@ class Reconciler:
                                {found.sandbox_id for found in inventory.sandboxes} | set(inventory.kept))  # fmt: skip
         known: set[str] = set()
         for query in (Query(states=_UNSETTLED), Query(states=(State.STOPPED, State.DELETED), left=True)):
-            async for record in self._all(query):
+            async for found_one in self._all(query):
+                record = await self.service.commits.settle(found_one)
                 known.add(record.id)
                 await self._settle_one(record, here.get(record.info.worker or "", _Here()))
         for name, found in here.items():

@@ -15,6 +15,7 @@ from typing import Any
 
 from rock.admin import infos
 from rock.admin.archiving import Archive
+from rock.admin.commits import Commits
 from rock.admin.kept import Kept
 from rock.admin.lifecycle import Effect, Event, step
 from rock.admin.worker import Worker
@@ -56,6 +57,7 @@ class Service:
         self._tasks: set[asyncio.Task[Any]] = set()
         self.kept = Kept(self)
         self.archive = Archive(self, blobs, archive_limit)
+        self.commits = Commits(self, archive_limit)
         self._env_lock = asyncio.Lock()
         self.on_schedule: list[Any] = []
         self.on_unfinished: list[Any] = []
@@ -70,6 +72,7 @@ class Service:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.archive.close()
+        await self.commits.close()
 
     # ---- create ----
 

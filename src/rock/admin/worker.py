@@ -10,7 +10,7 @@ import orjson
 from pydantic import BaseModel
 
 from rock.errors import Unsupported, from_wire
-from rock.protocol.node import NodeEvents, NodeFiles, NodeInventory, NodeSandbox, NodeStatus
+from rock.protocol.node import NodeCommit, NodeEvents, NodeFiles, NodeImage, NodeInventory, NodeSandbox, NodeStatus
 from rock.protocol.routes import ROUTES, Frame, FrameParser, pack_frame
 from rock.protocol.sandbox import ArchivedFiles, SandboxConfig
 
@@ -52,6 +52,10 @@ class Worker(Protocol):
         """Give it such files, to be woken. ImageError when it has another image of that name."""
         ...
 
+    async def commit(self, sandbox_id: str, wish: NodeCommit) -> NodeImage:
+        """Make an image of it, and push it. What is raised has `details["stage"]`."""
+        ...
+
     async def get(self, sandbox_id: str, *, touch: bool = False, usage: bool = False) -> NodeSandbox: ...
 
     async def list(self) -> NodeInventory: ...
@@ -88,6 +92,9 @@ class WireWorker:
 
     async def wake(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
         return await self._call(NodeSandbox, "node_wake", "", config.model_dump(mode="json"), sandbox_id=sandbox_id)
+
+    async def commit(self, sandbox_id: str, wish: NodeCommit) -> NodeImage:
+        return await self._call(NodeImage, "node_commit", "", wish.model_dump(mode="json"), sandbox_id=sandbox_id)
 
     async def pack(self, sandbox_id: str, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:
         row, parser = ROUTES["node_pack"], FrameParser()

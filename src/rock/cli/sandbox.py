@@ -317,7 +317,7 @@ def _each(names: list[str], act: Any) -> None:
 
 
 def add_commands(app: typer.Typer) -> None:
-    from rock.cli import copy, forward, shell
+    from rock.cli import commit, copy, forward, shell
 
     app.command(context_settings=OWN_OPTIONS_FIRST)(run)
     app.command("ps")(ps)
@@ -329,4 +329,5 @@ def add_commands(app: typer.Typer) -> None:
     app.command("stop")(stop)
     app.command("restart")(restart)
     app.command("archive")(archive)
+    app.command("commit")(commit.commit)
     app.command("rm")(rm)

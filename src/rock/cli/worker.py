@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
 
-from rock.protocol.node import NodeEvents, NodeInventory, NodeSandbox, NodeStatus
+from rock.protocol.node import NodeCommit, NodeEvents, NodeImage, NodeInventory, NodeSandbox, NodeStatus
 from rock.protocol.sandbox import ArchivedFiles, SandboxConfig
 from rock.rocklet.node import Node
 
@@ -38,6 +38,9 @@ class LocalWorker:
         self, sandbox_id: str, config: SandboxConfig, files: ArchivedFiles, data: AsyncIterator[bytes]
     ) -> NodeSandbox:
         return await self._node.unpack(sandbox_id, config, files, data)
+
+    async def commit(self, sandbox_id: str, wish: NodeCommit) -> NodeImage:
+        return await self._node.commits.commit(sandbox_id, wish)
 
     async def get(self, sandbox_id: str, *, touch: bool = False, usage: bool = False) -> NodeSandbox:
         return await self._node.look(sandbox_id, touch=touch, usage=usage)

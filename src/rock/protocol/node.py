@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from rock.protocol.action import Answer, FileInfo, ProcessInfo, SessionInfo
-from rock.protocol.sandbox import ArchivedFiles, Cause, Isolation, Phase, SandboxConfig, SandboxInfo, Usage
+from rock.protocol.sandbox import ArchivedFiles, Cause, Isolation, Phase, SandboxConfig, SandboxInfo, Usage, Wire
 
 
 class NodeSandbox(Answer):
@@ -34,6 +34,27 @@ class NodeFiles(Answer):
 
     config: SandboxConfig
     files: ArchivedFiles
+
+
+class NodeCommit(Wire):
+    """Make an image of a sandbox, from at most `limit` bytes of files, and push it if that is asked for."""
+
+    image_tag: str
+    registry_username: str | None = None
+    registry_password: str | None = Field(default=None, repr=False)
+    push: bool = False
+    limit: int = Field(default=1 << 40, ge=0)
+
+
+class NodeImage(Answer):
+    """An image that was made. size: bytes of the files of all its layers. pushed: digest of its manifest, when it was.
+
+    Errors have `details["stage"]`: login, commit or push."""
+
+    name: str
+    digest: str
+    size: int
+    pushed: str | None = None
 
 
 class NodeInventory(Answer):

@@ -157,6 +157,24 @@ def _rows() -> Iterator[Route]:
         "SandboxInfo",
     )
     yield row(
+        "commit_sandbox",
+        "POST",
+        _S + "/commit",
+        "control",
+        "Begin to make an image of a running one, or of one whose files are kept; ?wait= until that is over",
+        "CommitRequest ?wait",
+        "CommitStatus",
+    )
+    yield row(
+        "get_commit",
+        "GET",
+        _S + "/commit",
+        "control",
+        "What became of the last image that was made of it; ?wait= while it is under way",
+        "?wait",
+        "CommitStatus",
+    )
+    yield row(
         "delete_sandbox",
         "DELETE",
         _S,
@@ -398,6 +416,15 @@ def _rows() -> Iterator[Route]:
         "Take in the files of an archived one, to be woken",
         "frames",
         "NodeSandbox",
+    )
+    yield row(
+        "node_commit",
+        "POST",
+        "/node/v1/sandboxes/{sandbox_id}/commit",
+        "node",
+        "Make an image of it here, and push that; answers when it is done",
+        "NodeCommit",
+        "NodeImage",
     )
     yield row("node_status", "GET", "/node/v1/status", "node", "Capacity, isolation, load", "", "NodeStatus")
     yield row(

@@ -222,12 +222,69 @@ class ArchivedFiles(Wire):
     image_digest: str
 
 
+class CommitRequest(Wire):
+    """Make an image of a sandbox: `image_tag` is its name. `push`: to the registry that is named there, with this
+    login, which is forgotten afterwards."""
+
+    image_tag: str = Field(min_length=1, max_length=400)
+    registry_username: str | None = None
+    registry_password: str | None = Field(default=None, repr=False)
+    push: bool = False
+
+
+class CommitPhase(StrEnum):
+    """How far it is."""
+
+    RUNNING = "RUNNING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+
+
+class CommitError(StrEnum):
+    """Why there is no image, in ROCK's words."""
+
+    SANDBOX_NOT_FOUND = "SANDBOX_NOT_FOUND"
+    WORKER_NOT_FOUND = "WORKER_NOT_FOUND"
+    WORKER_UNREACHABLE = "WORKER_UNREACHABLE"
+    SANDBOX_CONTAINER_NOT_FOUND = "SANDBOX_CONTAINER_NOT_FOUND"
+    COMMIT_CONFLICT = "COMMIT_CONFLICT"
+    DISPATCH_FAILED = "DISPATCH_FAILED"
+    LOGIN_FAILED = "LOGIN_FAILED"
+    COMMIT_FAILED = "COMMIT_FAILED"
+    PUSH_FAILED = "PUSH_FAILED"
+    PROCESS_LOST = "PROCESS_LOST"
+    STATUS_NOT_FOUND = "STATUS_NOT_FOUND"
+
+
+class CommitStatus(Wire):
+    """An image that is or was made of a sandbox. Times are seconds since the epoch.
+
+    image_digest: of the image here; pushed_digest: of its manifest in the registry. failed_stage: login, commit, push,
+    or dispatch, before a worker had it; error: what was raised, as it travels.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    sandbox_id: str
+    image_tag: str
+    push: bool = False
+    phase: CommitPhase
+    started_at: float
+    completed_at: float | None = None
+    image_digest: str | None = None
+    pushed_digest: str | None = None
+    failed_stage: str | None = None
+    error_code: CommitError | None = None
+    error: dict[str, Any] | None = None
+
+
 class SandboxInfo(Wire):
     """A sandbox as the server sees it. Times are seconds since the epoch, UTC.
 
     enforced: how each limit is held on this host ("cgroup-v1", "cgroup-v2", "watched", "affinity", "rlimit", "none").
     cause, reason: why it is no longer running, as a word and as a sentence.
     kept: it does not run, and its files are on its worker: it can be restarted. archive: they are in the archive.
+    commit: of the last image that was made of it.
     auto_stop_at, auto_archive_at, auto_delete_at: when that will happen by itself, as things are now.
     state_history: the last 100 steps, oldest first; lists leave it out unless asked.
     """
@@ -268,6 +325,7 @@ class SandboxInfo(Wire):
     deleted_at: float | None = None
     kept: bool = False
     archive: ArchivedFiles | None = None
+    commit: CommitStatus | None = None
     state_history: list[StateChange] = Field(default_factory=list)
     usage: Usage | None = None
     error: dict[str, Any] | None = None

@@ -6,7 +6,7 @@ from typing import Any
 
 from rock.errors import InvalidConfig
 from rock.protocol.action import BashAction, Command, CreateBashSessionRequest
-from rock.protocol.node import ProcessList, SessionList
+from rock.protocol.node import NodeCommit, ProcessList, SessionList
 from rock.protocol.routes import LOG_NEXT, LOG_RUNNING, LOG_START, ROUTES
 from rock.protocol.sandbox import SandboxConfig
 from rock.rocklet import env_api, file_api, kept_api, ports, programs, terminal
@@ -48,6 +48,7 @@ class Api:
             "node_destroy",
             "node_rest",
             "node_wake",
+            "node_commit",
             "node_status",
             "node_events",
         ):
@@ -244,6 +245,9 @@ class Api:
 
     async def node_wake(self, request: Request) -> Answer:
         return answer_model(await self.node.wake(request.path["sandbox_id"], await request.model(SandboxConfig)))
+
+    async def node_commit(self, request: Request) -> Answer:
+        return answer_model(await self.node.commits.commit(request.path["sandbox_id"], await request.model(NodeCommit)))
 
     async def node_status(self, request: Request) -> Answer:
         return answer_model(await self.node.status())

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from dataclasses import dataclass
 
 from rock.errors import Lost, Unavailable
@@ -33,7 +33,7 @@ class KeptSandboxes:
     def __init__(self, shelf: Shelf) -> None:
         self._shelf = shelf
         self._resting: dict[str, Resting] = {}
-        self._read: Counter[str] = Counter()  # how many archives are being made of each
+        self._read: Counter[str] = Counter()  # how many archives and images are being made of each
 
     def __contains__(self, sandbox_id: str) -> bool:
         return sandbox_id in self._resting
@@ -79,19 +79,25 @@ class KeptSandboxes:
 
     def _refuse_read(self, sandbox_id: str) -> None:
         if self._read[sandbox_id]:
-            raise Unavailable(f"the files of sandbox {sandbox_id} are being archived", sandbox_id=sandbox_id)
+            raise Unavailable(f"the files of sandbox {sandbox_id} are being read", sandbox_id=sandbox_id, hint="retry")
 
     async def pack(self, sandbox_id: str, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:
         """Its files as a layer's tar, see `Keeps.pack`. Lost."""
-        found = self._resting.get(sandbox_id)
-        if found is None:
-            raise Lost(f"the files of sandbox {sandbox_id} are not on this machine", sandbox_id=sandbox_id)
-        assert isinstance(found.runtime, Keeps)
-        self._read[sandbox_id] += 1
-        try:
+        with self.reading(sandbox_id) as found:
+            assert isinstance(found.runtime, Keeps)
             async with contextlib.aclosing(found.runtime.pack(found.handle, limit)) as stream:
                 async for part in stream:
                     yield part
+
+    @contextlib.contextmanager
+    def reading(self, sandbox_id: str) -> Iterator[Resting]:
+        """One of them, which stays where it is meanwhile. Lost."""
+        found = self._resting.get(sandbox_id)
+        if found is None:
+            raise Lost(f"the files of sandbox {sandbox_id} are not on this machine", sandbox_id=sandbox_id)
+        self._read[sandbox_id] += 1
+        try:
+            yield found
         finally:
             self._read[sandbox_id] -= 1
             if not self._read[sandbox_id]:

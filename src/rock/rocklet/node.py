@@ -28,6 +28,7 @@ from rock.errors import (
 )
 from rock.protocol.node import NodeEvent, NodeEvents, NodeInventory, NodeSandbox, NodeStatus
 from rock.protocol.sandbox import ArchivedFiles, Cause, Isolation, Phase, SandboxConfig
+from rock.rocklet.commits import Commits
 from rock.rocklet.envdoor import Door
 from rock.rocklet.images import Images
 from rock.rocklet.kept import KeptSandboxes
@@ -60,6 +61,7 @@ class Node:
         self._host_name = socket.gethostname()
         self.supervisors: dict[str, Supervisor] = {}
         self.kept = KeptSandboxes(self.shelf)
+        self.commits = Commits(self)
         self._creating: dict[str, asyncio.Task[Supervisor]] = {}
         self._destroying: dict[str, asyncio.Task[NodeSandbox]] = {}
         self._resting: dict[str, asyncio.Task[NodeSandbox]] = {}
@@ -132,6 +134,7 @@ class Node:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.commits.close()
         await self.door.close()
         for supervisor in self.supervisors.values():
             await supervisor.detach()

@@ -16,6 +16,7 @@ from enum import StrEnum
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from rock.protocol.sandbox import ArchivedFiles, Isolation, SandboxConfig, Usage
+from rock.runtime.image.rootfs import RootFS
 
 Stream = Literal["pipe", "null"]
 Enforced = Literal["cgroup-v1", "cgroup-v2", "watched", "affinity", "rlimit", "tmpfs", "none"]
@@ -317,6 +318,20 @@ class Keeps(Protocol):
     async def wake(self, handle: Handle, config: SandboxConfig) -> Handle:
         """A new sandbox over the files of one at rest. When it fails, that stays at rest. ImageError when its image was
         removed."""
+        ...
+
+
+@runtime_checkable
+class Snapshots(Protocol):
+    """What a sandbox wrote can be read, whether it runs or is at rest: to make an image of it."""
+
+    def image(self, handle: Handle) -> RootFS:
+        """The image that it was made of, which it holds on disk."""
+        ...
+
+    def snapshot(self, handle: Handle, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:
+        """What it wrote, as `Keeps.pack` gives it; its processes stand still meanwhile. They go on when the generator
+        is closed, and when we crash. Unsupported where files were written that no layer can have."""
         ...
 
 

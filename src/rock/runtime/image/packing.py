@@ -191,7 +191,7 @@ def _told(path: bytes) -> str:
 
 def unpack(chunks: Iterator[bytes], parts: Sequence[Part], *, one_owner: bool) -> None:
     """Write a packed layer into empty folders, one a part. `one_owner`: there is one id only, which gets all."""
-    writers = [(part.target.split(b"/") if part.target else [], _HoledWriter(part.folder)) for part in parts]
+    writers = [(part.target.split(b"/") if part.target else [], HoledWriter(part.folder)) for part in parts]
     writers.sort(key=lambda pair: -len(pair[0]))
     try:
         tar = TarReader(ByteStream(chunks))
@@ -222,7 +222,7 @@ def _placed(writers: Sequence[tuple[list[bytes], LayerWriter]], path: bytes) -> 
     raise AssertionError("there is always a part for /")
 
 
-class _HoledWriter(LayerWriter):
+class HoledWriter(LayerWriter):
     """Leaves holes where a file has a chunk of zeros."""
 
     def _file(self, parent: int, name: bytes, entry: Entry, data: Iterable[bytes | memoryview]) -> None:

@@ -23,7 +23,7 @@ import urllib3
 from urllib3.exceptions import HTTPError
 
 from rock import settings
-from rock.errors import ImageError
+from rock.errors import ImageError, Unauthorized
 from rock.runtime.image.reference import Reference
 
 INDEXES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
@@ -70,6 +70,20 @@ class Registry:
 
     def close(self) -> None:
         self._pool.clear()
+
+    def log_in(self) -> None:
+        """See that the login is taken. Unauthorized when it is not; ImageError when there is no such registry."""
+        url = f"{self._base.partition('/v2/')[0]}/v2/"
+        with contextlib.closing(self._send("GET", url, {}, None)) as answer:
+            if answer.status != 401:
+                return
+            challenge = answer.headers.get("www-authenticate", "")
+        try:
+            self._log_in(challenge, push=True)
+            with contextlib.closing(self._send("GET", url, {}, None)) as answer:
+                self._expect(answer, (200, 404), "a login")
+        except ImageError as error:
+            raise Unauthorized(error.message, hint="are username and password right?") from None
 
     # ---- reading
 
@@ -125,6 +139,20 @@ class Registry:
     def has(self, digest: str) -> bool:
         with contextlib.closing(self._asked("HEAD", f"blobs/{digest}", {}, taken=(200, 404))) as response:
             return bool(response.status == 200)
+
+    def mount(self, digest: str, source: str) -> bool:
+        """Take over a blob from another repository of this registry; False when that cannot be, for whatever reason."""
+        path = f"blobs/uploads/?{urlencode({'mount': digest, 'from': source})}"
+        try:
+            with contextlib.closing(self._asked("POST", path, {}, taken=(201, 202), push=True)) as response:
+                if response.status == 201:
+                    return True
+                location = urljoin(self._base, response.headers.get("location", ""))
+            if _origin(location) == _origin(self._base):  # it began an upload instead
+                self._send("DELETE", location, {}, None).close()
+        except ImageError:
+            pass
+        return False
 
     def upload(self, digest: str, size: int, path: Path) -> None:
         """Send a blob, unless the registry has it."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +25,8 @@ from rock.runtime.namespace import cgroups, records
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _MOUNT_POINTS = ("proc", "sys", "dev")
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_MOST_OPEN, _MOST_SEEN = 200, 100_000  # more than this of folders without a file is not what programs leave
 
 
 def note(rootfs: RootFS) -> dict[str, Any]:
@@ -90,6 +92,41 @@ def refuse_unusable(folder: Path, id: str) -> None:
         path = folder / "upper" / name
         if os.path.lexists(path) and not _is_folder(path):
             raise errors.StartFailed(f"its /{name} is no folder any more, so it cannot be started again", sandbox_id=id)
+
+
+def refuse_written(places: Sequence[Mapping[str, str]]) -> None:
+    """Unsupported when there is a file in one of these folders, which are for what was written below `target`. Folders
+    and the caches of Python are passed over. Blocking."""
+    for place in places:
+        found = _first_file(os.open(place["folder"], _FOLDER))
+        if found is not None:
+            raise errors.Unsupported(
+                f"{place['target']} is this machine's own, and what was written there cannot be part of an image: "
+                f"{place['target']}/{ascii(found[-200:])[1:-1]}",
+                hint=f"write elsewhere than below {place['target']}, or use an image that was imported or pulled")
+
+
+def _first_file(top: int) -> str | None:
+    """The name of something below a guest's folder, whose descriptor is closed."""
+    todo, looked_at = [(top, "")], 0
+    try:
+        while todo:
+            fd, path = todo.pop()
+            try:
+                with os.scandir(fd) as entries:
+                    for entry in entries:
+                        looked_at += 1
+                        inner = f"{path}/{entry.name}" if path else entry.name
+                        if not entry.is_dir(follow_symlinks=False) or len(todo) > _MOST_OPEN or looked_at > _MOST_SEEN:
+                            return inner
+                        if entry.name != "__pycache__":
+                            todo.append((os.open(entry.name, _FOLDER, dir_fd=fd), inner))
+            finally:
+                os.close(fd)
+    finally:
+        for fd, _ in todo:
+            os.close(fd)
+    return None
 
 
 def _is_folder(path: Path) -> bool:

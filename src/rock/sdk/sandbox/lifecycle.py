@@ -10,9 +10,9 @@ from typing import Any, Self
 from rock import errors
 from rock.protocol.action import CloseResponse, IsAliveResponse, SandboxStatusResponse
 from rock.protocol.routes import ROUTES
-from rock.protocol.sandbox import Cause, SandboxConfig, SandboxInfo, State
+from rock.protocol.sandbox import Cause, CommitPhase, CommitStatus, SandboxConfig, SandboxInfo, State
 from rock.sdk import primitives
-from rock.sdk.sandbox.link import Link
+from rock.sdk.sandbox.link import Link, parse
 
 POLL = 20.0  # seconds of one long-poll
 CLEAN_UP = 15.0
@@ -170,6 +170,51 @@ class Lifecycle(Link):
                 raise end_of(info)
             if time.monotonic() >= deadline:
                 raise errors.Unavailable(f"sandbox {info.sandbox_id} is not archived yet", sandbox_id=info.sandbox_id)
+
+    async def commit(
+        self,
+        image_tag: str,
+        username: str | None = None,
+        password: str | None = None,
+        timeout: float = 3600.0,
+        *,
+        push: bool | None = None,
+    ) -> CommitStatus:
+        """Make an image of it under that name, and wait until it is there: its image with what it wrote on top.
+
+        It may run, and stands still while its files are read; or be stopped, with its files kept. push: to the registry
+        that the name tells; as it is left, where there is a login. Raises why there is none, with `details["stage"]`;
+        Conflict when it is being committed to another name; Unavailable after `timeout` seconds, and it goes on.
+        """
+        deadline = time.monotonic() + timeout
+        status = await self.commit_async(image_tag, username, password, push=push)
+        while status.phase is CommitPhase.RUNNING:
+            wait = min(deadline - time.monotonic(), POLL)
+            if wait <= 0:
+                raise errors.Unavailable(f"{image_tag} is not made yet", sandbox_id=self.sandbox_id)
+            status = await self.get_commit_status(wait)
+        if status.phase is CommitPhase.FAILED:
+            raise errors.from_wire(status.error or {})
+        return status
+
+    async def commit_async(
+        self,
+        image_tag: str,
+        username: str | None = None,
+        password: str | None = None,
+        *,
+        push: bool | None = None,
+    ) -> CommitStatus:
+        """Begin to make an image of it, see `commit`; `get_commit_status` tells what becomes of it."""
+        wish = {"image_tag": image_tag, "registry_username": username or None, "registry_password": password or None,
+                "push": bool(username) if push is None else push}  # fmt: skip
+        answer = await self._call("commit_sandbox", self._path("commit_sandbox"), wish)
+        return parse(CommitStatus, answer)
+
+    async def get_commit_status(self, wait: float | None = None) -> CommitStatus:
+        """The last commit, after at most `wait` seconds when it is under way. NotFound when there was none."""
+        target = self._path("get_commit", wait=wait and round(wait, 3))
+        return parse(CommitStatus, await self._call("get_commit", target, wait=wait or 0.0))
 
     async def close(self) -> CloseResponse:
         """Stop it; failures are told, not raised."""

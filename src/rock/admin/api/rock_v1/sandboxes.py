@@ -20,7 +20,7 @@ from rock.admin.api.rock_v1.envelope import (
 )
 from rock.admin.api.rock_v1.status import FIELDS, START_FIELDS, is_listed, state_of, status_of
 from rock.admin.service import Service
-from rock.errors import Conflict, InvalidConfig, NotFound, RockError, Unsupported
+from rock.errors import Conflict, InvalidConfig, NotFound, Unsupported
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State, parse_size
 from rock.store.base import Query
 from rock.wire.asgi import Handler, Request, validate
@@ -71,12 +71,6 @@ class Batch(Asked):
     sandbox_ids: list[str] = Field(max_length=_MOST)
 
 
-class CommitRequest(AboutSandbox):
-    image_tag: Name
-    username: str
-    password: str
-
-
 class Sandboxes:
     """Handlers of sandboxes, by method and path."""
 
@@ -100,8 +94,6 @@ class Sandboxes:
             ("POST", "/sandboxes/{sandbox_id}/restart",
              enveloped(self.restart, "restart sandbox failed", started)),
             ("POST", "/sandboxes/{sandbox_id}/archive", enveloped(self.archive, "archive sandbox failed", CODED)),
-            ("POST", "/commit", enveloped(self.commit, "commit sandbox failed", CODED)),
-            ("GET", "/commit/{sandbox_id}", enveloped(self.commit_status, "get commit status failed", CODED)),
         ]  # fmt: skip
 
     # ---- start ----
@@ -254,24 +246,6 @@ class Sandboxes:
             f"Sandbox {sandbox_id} cannot be {what}: current state is '{state}'; {error.message}",
             sandbox_id=sandbox_id,
             hint=error.hint,
-        )
-
-    # ---- what this server cannot do yet ----
-
-    async def commit(self, request: Request) -> None:
-        sandbox_id = (await body_of(request, CommitRequest)).sandbox_id
-        raise await self._cannot(sandbox_id, "committed", "images cannot be made of sandboxes yet")
-
-    async def commit_status(self, request: Request) -> None:
-        raise await self._cannot(request.path["sandbox_id"], "committed", "images cannot be made of sandboxes yet")
-
-    async def _cannot(self, sandbox_id: str, what: str, why: str) -> RockError:
-        """Unsupported; NotFound when there is no such sandbox at all."""
-        state = (await self._service.load(sandbox_id)).state
-        return Unsupported(
-            f"Sandbox {sandbox_id} cannot be {what}: not supported by this server yet, {why}"
-            f" (current state is '{state}')",
-            sandbox_id=sandbox_id,
         )
 
 

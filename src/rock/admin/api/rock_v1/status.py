@@ -57,14 +57,14 @@ def status_of(record: Record, info: SandboxInfo) -> dict[str, Any]:
         "accelerator_type": config.accelerator_type,
         "disk": config.disk,
         "disk_limit_rootfs": config.disk,
-        "create_time": _time(info.created_at),
-        "start_time": _time(info.started_at),
-        "stop_time": _time(info.stopped_at),
-        "archive_time": _time(info.archived_at),
-        "delete_time": _time(info.deleted_at or info.stopped_at) if state == "deleted" else None,
-        "auto_stop_time": _time(info.auto_stop_at),
-        "auto_archive_time": _time(info.auto_archive_at),
-        "auto_delete_time": _time(info.auto_delete_at),
+        "create_time": time_of(info.created_at),
+        "start_time": time_of(info.started_at),
+        "stop_time": time_of(info.stopped_at),
+        "archive_time": time_of(info.archived_at),
+        "delete_time": time_of(info.deleted_at or info.stopped_at) if state == "deleted" else None,
+        "auto_stop_time": time_of(info.auto_stop_at),
+        "auto_archive_time": time_of(info.auto_archive_at),
+        "auto_delete_time": time_of(info.auto_delete_at),
         "state_history": _history(info),
     }
 
@@ -78,7 +78,8 @@ def state_of(info: SandboxInfo) -> str:
     return info.state.value
 
 
-def _time(seconds: float | None) -> str | None:
+def time_of(seconds: float | None) -> str | None:
+    """As the dialect tells a time."""
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
@@ -115,8 +116,8 @@ def _phase(status: str, message: str, told: Phase | None = None) -> dict[str, An
     return {
         "status": status,
         "message": message,
-        "started_at": _time(told.started_at) if told else None,
-        "completed_at": _time(told.completed_at) if told else None,
+        "started_at": time_of(told.started_at) if told else None,
+        "completed_at": time_of(told.completed_at) if told else None,
     }
 
 
@@ -127,7 +128,7 @@ def _history(info: SandboxInfo) -> list[dict[str, Any]]:
             "from_state": step.from_state.value,
             "to_state": "stopped" if step.to_state is State.STOPPING else step.to_state.value,
             "event": _EVENTS.get(step.event, step.event),
-            "timestamp": _time(step.timestamp),
+            "timestamp": time_of(step.timestamp),
         }
         for step in info.state_history
         if step.from_state is not State.STOPPING
