@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test check lint types unit compat gym-extras sync lock bench clean
+.PHONY: demo test check lint types unit compat training gym-extras sync lock bench clean
 
 demo: $(VENV)/ready
 	@$(PY) -m rock.cli.demo
@@ -41,7 +41,7 @@ unit: $(VENV)/ready-dev
 	$(PY) -m pytest tests/runtime tests/rocklet
 	$(PY) -m pytest --ignore=tests/runtime --ignore=tests/rocklet
 
-# ROCK's own client in several versions, installed from PyPI and kept in ROCK_TEST_CACHE.
+# ROCK's own client in several versions, installed from PyPI and kept in ROCK_TEST_CACHE; `test` runs the fast half.
 compat: $(VENV)/ready-dev
 	ROCK_TEST_COMPAT=1 $(PY) -m pytest tests/compat
 
@@ -57,6 +57,10 @@ $(EXTRAS)/ready: requirements-dev.lock
 	@$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
 	@$(EXTRAS)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 stable-baselines3
 	@touch $@
+
+# Every task of the training sets; installs their packages from PyPI, kept in ROCK_TEST_CACHE.
+training: $(VENV)/ready-dev
+	ROCK_TEST_TRAINING=1 $(PY) -m pytest -s tests/envs/test_training_sets.py
 
 bench: $(VENV)/ready-dev
 	$(VENV)/bin/rock bench

@@ -77,12 +77,15 @@ class RunningServer:
         self.process.wait()
 
     def stop(self) -> None:
-        """Stop every sandbox, then the server."""
+        """Stop every sandbox, remove what is kept, then stop the server."""
         if self.process is None or self.process.poll() is not None:
             return
         with Client(self.url, self.environment.get("ROCK_API_KEY")) as client:
             for info in client.list_sandboxes(states="pending,running,stopping"):
                 client.stop_sandbox(info.sandbox_id)
+            for info in client.list_sandboxes(states="stopped,archived"):
+                if info.kept or info.archive:
+                    client.delete_sandbox(info.sandbox_id)
         self.process.send_signal(signal.SIGTERM)
         assert self.process.wait(30) == 0, self.log()
 
@@ -192,3 +195,34 @@ def free_port() -> Callable[[], int]:
             return int(probe.getsockname()[1])
 
     return find
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """A real S3 server (moto), from a virtual environment of its own, with the bucket rock-test."""
+    if not os.environ.get("ROCK_TEST_S3"):
+        pytest.skip("installs an S3 server (moto) with pip: set ROCK_TEST_S3=1")
+    import socket
+    import urllib.request
+
+    cache = Path(os.environ.get("ROCK_TEST_CACHE") or Path.home() / ".cache" / "rock-tests")
+    folder = cache / "moto"
+    if not (folder / "ready").exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        subprocess.run([str(folder / "bin/python"), "-m", "pip", "install", "-q", "moto[server,s3]"], check=True)
+        (folder / "ready").touch()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    with subprocess.Popen([str(folder / "bin/moto_server"), "-H", "127.0.0.1", "-p", str(port)],
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:  # fmt: skip
+        url, end = f"http://127.0.0.1:{port}", time.monotonic() + 60
+        while True:
+            try:
+                urllib.request.urlopen(urllib.request.Request(f"{url}/rock-test", method="PUT"), timeout=5).close()
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < end
+                time.sleep(0.1)
+        yield url
+        server.terminate()

@@ -26,6 +26,9 @@ SUITES = [
     "tests/e2e/test_programs_and_files.py",
     "tests/e2e/test_lifecycle.py",
     "tests/e2e/test_recovery.py",
+    "tests/e2e/test_kept_files.py",
+    "tests/e2e/test_archiving.py",
+    "tests/e2e/test_commit.py",
 ]
 
 pytestmark = pytest.mark.skipif(

@@ -23,6 +23,7 @@ RockError                           code, message, sandbox_id, retryable, hint
 │   ├── SessionClosed               the shell of the session is gone
 │   └── PortFailed                  what listens on a port does not answer as it should
 │       └── PortTimeout             or not in time
+├── EnvHubError                     the registry of environments did not do what it was asked
 └── ServerError                     we are at fault                    (InternalServerRockError)
     ├── NoCapacity                  nothing free now; retry
     ├── StorageFull                 the server's disk is full
@@ -33,6 +34,7 @@ Each class has one wire code and one HTTP status; `from_wire` turns a body back 
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import Any, ClassVar
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "CommandRockError",
     "CommandTimeout",
     "Conflict",
+    "EnvHubError",
     "EnvironmentEnded",
     "EnvironmentRaised",
     "Expired",
@@ -73,13 +76,42 @@ __all__ = [
 ]
 
 
-class codes:
-    """Numeric codes of the ROCK dialect."""
+class codes(IntEnum):
+    """Numeric codes of the ROCK dialect: the first digit is the kind."""
 
     OK = 2000
     BAD_REQUEST = 4000
     INTERNAL_SERVER_ERROR = 5000
     COMMAND_ERROR = 6000
+
+    @property
+    def phrase(self) -> str:
+        return "OK" if self is codes.OK else self.name.replace("_", " ").title()
+
+    @classmethod
+    def get_reason_phrase(cls, value: int) -> str:
+        """The phrase of a code; "" when it is none of these."""
+        return next((code.phrase for code in cls if code == value), "")
+
+    @staticmethod
+    def is_success(value: int) -> bool:
+        return 2000 <= value <= 2999
+
+    @staticmethod
+    def is_client_error(value: int) -> bool:
+        return 4000 <= value <= 4999
+
+    @staticmethod
+    def is_server_error(value: int) -> bool:
+        return 5000 <= value <= 5999
+
+    @staticmethod
+    def is_command_error(value: int) -> bool:
+        return 6000 <= value <= 6999
+
+    @staticmethod
+    def is_error(value: int) -> bool:
+        return 4000 <= value <= 6999
 
 
 class RockError(Exception):
@@ -234,6 +266,12 @@ class Lost(SandboxError):
     code = "lost"
 
 
+class EnvHubError(RockError):
+    """A call to the registry of environments failed; `__cause__` is what went wrong."""
+
+    code = "envhub_error"
+
+
 class CommandRockError(RockError):
     """ROCK's name for errors of a command."""
 
@@ -349,11 +387,12 @@ def from_wire(body: Any, http_status: int = 500) -> RockError:
     """The error that a body of `to_wire` stands for; any other body becomes a ServerError with its text."""
     error = body.get("error") if isinstance(body, dict) else None
     if not isinstance(error, dict):
-        text = body if isinstance(body, str) else repr(body)
+        told = body.get("detail") if isinstance(body, dict) else body
+        text = told if isinstance(told, str) else repr(body)
         kind: type[RockError] = ServerError if http_status >= 500 else ClientError
         if http_status in (502, 503, 504):
             kind = Unavailable
-        return kind(f"HTTP {http_status}: {text[:500]}")
+        return kind(f"HTTP {http_status}: {text[:500]}", details={"http_status": http_status})
     known = _BY_CODE.get(str(error.get("code")), ServerError)
     return known(
         str(error.get("message", "")),
@@ -365,12 +404,12 @@ def from_wire(body: Any, http_status: int = 500) -> RockError:
 
 def raise_for_code(code: int | None, message: str = "") -> None:
     """Raise the error of a numeric code of the ROCK dialect; None and 2000 to 2999 are no error."""
-    if code is None or 2000 <= code <= 2999:
+    if code is None or codes.is_success(code):
         return
-    if 4000 <= code <= 4999:
+    if codes.is_client_error(code):
         raise BadRequestRockError(message)
-    if 5000 <= code <= 5999:
+    if codes.is_server_error(code):
         raise InternalServerRockError(message)
-    if 6000 <= code <= 6999:
+    if codes.is_command_error(code):
         raise CommandRockError(message)
     raise RockException(message)

@@ -12,19 +12,37 @@ Client settings are functions, because a script may set a variable after the imp
 | ROCK_RUNTIME | namespace | the default runtime |
 | ROCK_HOST, ROCK_PORT | 127.0.0.1, 8080 | where the server listens |
 | ROCK_SANDBOX_LIMIT | 2000 | most sandboxes at once on this machine |
+| ROCK_INSECURE_REGISTRIES | none | registries that are spoken to without TLS, comma-separated |
+| ROCK_ENV_PIPES | 1 | 0: clients on the server's machine play environments over HTTP too |
+| ROCK_ARCHIVE | archive in ROCK_HOME | where archived sandboxes are kept: a folder, s3://BUCKET/PREFIX, or "off" |
+| ROCK_ARCHIVE_LIMIT | 64g | most bytes of files in one archive, holes counted |
+| ROCK_S3_ENDPOINT, ROCK_S3_REGION | Amazon's, us-east-1 | of an archive in a bucket |
+| ROCK_S3_KEY, ROCK_S3_SECRET | none | what it is signed with |
 | ROCK_LOG_LEVEL | info | debug, info, warning, error |
 | HF_ENDPOINT | https://huggingface.co | where the client finds the repositories of `hf://` sources |
+| ROCK_ENVHUB_DB_URL | envhub.sqlite in ROCK_HOME | where an `envhub` keeps it: sqlite:///FILE |
+| ROCK_ENVHUB_BASE_URL | http://localhost:8081 | where the SDK finds the registry of environments |
+| ROCK_RTENV_PYTHON_V31114_INSTALL_CMD, ..._PYTHON_V31212_..., ..._NODE_V22180_... | none | commands that install one |
 """
 
 from __future__ import annotations
 
 import os
+import urllib.parse
+import urllib.request
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 DEFAULT_URL = "http://127.0.0.1:8080"
+_RUNTIME_ENVS = {
+    ("python", "default"): "PYTHON_V31114",
+    ("python", "3.11"): "PYTHON_V31114",
+    ("python", "3.12"): "PYTHON_V31212",
+    ("node", "default"): "NODE_V22180",
+    ("node", "22.18.0"): "NODE_V22180",
+}
 
 
 def base_url() -> str:
@@ -64,6 +82,36 @@ def git_environment(home: str) -> dict[str, str]:
     }  # fmt: skip
 
 
+def insecure_registries() -> frozenset[str]:
+    """ROCK_INSECURE_REGISTRIES: registries, as images name them, that are spoken to without TLS; comma-separated."""
+    names = os.environ.get("ROCK_INSECURE_REGISTRIES", "").split(",")
+    return frozenset(name.strip() for name in names if name.strip())
+
+
+def proxy_for(url: str) -> str | None:
+    """The proxy that HTTP_PROXY, HTTPS_PROXY and NO_PROXY name for an address."""
+    parts = urllib.parse.urlsplit(url)
+    if urllib.request.proxy_bypass(parts.netloc) or parts.hostname in ("localhost", "127.0.0.1", "::1"):
+        return None
+    return urllib.request.getproxies().get(parts.scheme)
+
+
+def envhub_url() -> str:
+    """ROCK_ENVHUB_BASE_URL, or the default address of an `envhub`."""
+    return os.environ.get("ROCK_ENVHUB_BASE_URL") or "http://localhost:8081"
+
+
+def envhub_database() -> str | None:
+    """ROCK_ENVHUB_DB_URL: where an `envhub` keeps what is registered."""
+    return os.environ.get("ROCK_ENVHUB_DB_URL") or None
+
+
+def runtime_env_install(kind: str, version: str) -> str | None:
+    """The commands that install a runtime environment, if the user named some: ROCK_RTENV_..._INSTALL_CMD."""
+    name = _RUNTIME_ENVS.get((kind, version))
+    return os.environ.get(f"ROCK_RTENV_{name}_INSTALL_CMD") or None if name else None
+
+
 def home() -> Path:
     """ROCK_HOME, or ~/.rock."""
     return Path(os.environ.get("ROCK_HOME") or Path.home() / ".rock").expanduser().absolute()
@@ -91,6 +139,17 @@ class Settings:
     runtime: str = "namespace"
     sandbox_limit: int = 2000
     log_level: str = "info"
+    archive: str = ""
+    archive_limit: str = "64g"
+    s3_endpoint: str = ""
+    s3_region: str = "us-east-1"
+    s3_key: str = ""
+    s3_secret: str = field(default="", repr=False)
+
+    @property
+    def archive_dir(self) -> Path:
+        """Where archives are, when they are in a folder."""
+        return Path(self.archive).expanduser().absolute() if self.archive else self.home / "archive"
 
     @property
     def run_dir(self) -> Path:
@@ -106,6 +165,11 @@ class Settings:
         return self.home / "logs"
 
     @property
+    def catalogue(self) -> Path:
+        """What users registered."""
+        return self.home / "envhub.sqlite"
+
+    @property
     def database(self) -> Path:
         return self.home / "rock.sqlite"
 
@@ -118,6 +182,12 @@ class Settings:
             ("host", str),
             ("runtime", str),
             ("log_level", str),
+            ("archive", str),
+            ("archive_limit", str),
+            ("s3_endpoint", str),
+            ("s3_region", str),
+            ("s3_key", str),
+            ("s3_secret", str),
             ("port", int),
             ("pool_size", int),
             ("sandbox_limit", int),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -202,19 +203,71 @@ def test_a_running_one_cannot_be_deleted(box: RockClient) -> None:
     assert box.status()["result"]["is_alive"] is True
 
 
-def test_what_is_not_supported_says_so(box: RockClient) -> None:
-    commit = {"image_tag": "a:b", "username": "", "password": ""}
-    for told in (
-        box.post("/restart"),
-        box.post(f"/sandboxes/{box.sandbox_id}/restart"),
-        box.post(f"/sandboxes/{box.sandbox_id}/archive"),
-        box.post("/commit", **commit),
-        box.ask("GET", f"/commit/{box.sandbox_id}"),
-    ):
-        assert told["status"] == "Failed" and told["result"]["code"] == 4000
-        assert "not supported by this server yet" in told["error"]
-    nobody = box.ask("POST", "/restart", {"sandbox_id": "nobody"})
-    assert nobody["error"] == "Sandbox nobody not found"
+def test_restart_and_archive_of_what_cannot_be(box: RockClient) -> None:
+    """Running, and then stopped without the wish to keep anything, which is deleted in ROCK's words."""
+    for state in ("running", "deleted"):
+        for told, what in (
+            (box.post("/restart"), "restarted"),
+            (box.post(f"/sandboxes/{box.sandbox_id}/restart"), "restarted"),
+            (box.post(f"/sandboxes/{box.sandbox_id}/archive"), "archived"),
+        ):
+            assert (told["status"], told["result"]["code"]) == ("Failed", 4000)
+            begin = f"Sandbox {box.sandbox_id} cannot be {what}: current state is '{state}'"
+            assert told["error"].startswith(begin)
+            assert told["message"] == ("archive" if what == "archived" else "restart") + " sandbox failed"
+        box.post("/stop")
+    for route, body in (("/restart", {"sandbox_id": "nobody"}), ("/sandboxes/nobody/archive", {})):
+        assert box.ask("POST", route, body)["error"] == "Sandbox nobody not found"
+
+
+def test_stopped_restarted_archived_restored_deleted(client: RockClient) -> None:
+    client.start(auto_delete_seconds=500)
+    client.output("echo kept > /root/file; cd /tmp")
+    first = client.status()["result"]
+    client.post("/stop")
+    assert client.status()["error"] == f"Sandbox {client.sandbox_id} not found"
+    seen = client.status(include_all_states=True)["result"]
+    assert (seen["state"], seen["is_alive"], seen["delete_time"]) == ("stopped", False, None)
+    stop, delete = (datetime.fromisoformat(seen[name]) for name in ("stop_time", "auto_delete_time"))
+    assert (delete - stop).total_seconds() == 500
+    started = client.post(f"/sandboxes/{client.sandbox_id}/restart")["result"]
+    assert started["sandbox_id"] == client.sandbox_id and started["host_ip"]
+    again = client.status()["result"]
+    assert again["is_alive"] and again["create_time"] == first["create_time"] and again["stop_time"] is None
+    assert client.output("cat /root/file; pwd") == "kept\n/"
+    told = [(s["from_state"], s["event"], s["to_state"]) for s in again["state_history"]]
+    assert told == [
+        ("pending", "alive", "running"), ("running", "stop", "stopped"), ("stopped", "restart", "pending"),
+        ("pending", "alive", "running"),
+    ]  # fmt: skip
+    client.post("/stop")
+    archived = client.post(f"/sandboxes/{client.sandbox_id}/archive")
+    assert archived["result"] == f"{client.sandbox_id} archiving"
+    end = time.monotonic() + 30
+    while (seen := client.status(include_all_states=True)["result"])["state"] != "archived":
+        assert seen["state"] == "archiving" and time.monotonic() < end
+        time.sleep(0.05)
+    assert seen["status"]["image_archive"]["status"] == "success" and seen["archive_time"] is not None
+    assert client.post("/restart")["status"] == "Success"
+    while not client.status(include_all_states=True)["result"]["is_alive"]:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert client.output("cat /root/file") == "kept"
+    client.post("/stop")
+    assert client.post("/delete")["result"] == f"{client.sandbox_id} deleted"
+    assert client.post("/restart")["error"] == f"Sandbox {client.sandbox_id} not found"
+
+
+def test_its_time_is_over_in_rocks_words(client: RockClient) -> None:
+    client.start(auto_delete_seconds=1)
+    client.post("/stop")
+    end = time.monotonic() + 30
+    while (seen := client.status(include_all_states=True)["result"])["state"] != "deleted":
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert seen["delete_time"] is not None and seen["state_history"][-1]["event"] == "delete"
+    assert "current state is 'deleted'" in client.post("/restart")["error"]
+    assert client.post("/stop")["status"] == "Success" and client.post("/delete")["status"] == "Success"
 
 
 def test_lists_batches_and_statistics(box: RockClient) -> None:
@@ -349,6 +402,20 @@ def test_a_client_that_leaves_ends_its_command(box: RockClient) -> None:
         box.raw("POST", BASE + "/run_in_session", body, timeout=1.0)
     assert box.output("echo next") == "next"
     assert running(Sandbox(base_url=f"http://{box.address}").attach(box.sandbox_id), "sleep 38") == 0
+
+
+def test_a_background_command_that_ends_before_it_is_disowned(box: RockClient) -> None:
+    box.post("/create_session", session="s")
+    submit = "nohup true < /dev/null > /tmp/o 2>&1 & echo PIDSTART${!}PIDEND;disown"
+    for _ in range(300):  # it is a matter of microseconds: one in a hundred does
+        assert re.fullmatch(r"PIDSTART\d+PIDEND", box.output(submit, session="s", timeout=30))
+
+
+def test_sessions_read_bashrc(box: RockClient) -> None:
+    box.post("/write_file", path="/root/.bashrc", content="echo noise; export PATH=/opt/conda/bin:$PATH")
+    for session in ("s", "default"):
+        assert box.post("/create_session", session=session)["result"]["output"] == "noise"
+        assert box.output("echo ${PATH%%:*}", session=session) == "/opt/conda/bin"
 
 
 def test_nohup_as_clients_do_it(box: RockClient) -> None:

@@ -44,7 +44,7 @@ def alive() -> set[str]:
 def test_help_and_version() -> None:
     assert rock("--version").stdout == f"rock {__version__}\n"
     shown = rock("--help").stdout
-    own = ("run", "ps", "exec", "shell", "cp", "port-forward", "logs", "stop", "rm")
+    own = ("run", "ps", "exec", "shell", "cp", "port-forward", "logs", "stop", "commit", "rm")
     for command in (*own, "image", "env", "doctor", "admin"):
         assert f"\n  {command} " in shown
         assert rock(command, "--help").returncode == 0
@@ -261,3 +261,36 @@ def test_shell_without_a_terminal(box: Sandbox) -> None:
     assert "got-5" in done.stdout and done.returncode == 6
     done = rock("shell", "--command", "stty size; exit 2", box.sandbox_id or "", stdin=subprocess.DEVNULL)
     assert done.returncode == 2 and len(done.stdout.split()) == 2
+
+
+def test_commit(server: Any, box: Sandbox, tmp_path: Path) -> None:
+    name = box.sandbox_id or ""
+    box.arun("echo 41 > /root/answer")
+    done = rock("commit", name[:12], "team/cli:1")
+    assert done.returncode == 0 and done.stdout.startswith("team/cli:1  sha256:"), done.stderr
+    assert rock("run", "team/cli:1", "--", "cat", "/root/answer").stdout == "41\n"
+    told = rock("commit", name, "localhost:1/team/cli:1", "--push")
+    assert told.returncode == 1 and "no registry can hold" in told.stderr and "commit without a push" in told.stderr
+    assert rock("commit", name, "A b").returncode == 1
+    home = {**os.environ, "ROCK_HOME": str(server.home)}
+    for command in (("push", "team/cli:1"), ("export", "team/cli:1", str(tmp_path / "x"))):
+        told = rock("image", *command, env=home)
+        assert told.returncode == 1 and "this machine's own system" in told.stderr
+    assert rock("image", "rm", "team/cli:1", env=home).returncode == 0
+
+
+def test_restart_archive_and_rm(server: Any) -> None:
+    done = rock("run", "--keep-files", "600", IMAGE, "--", "sh", "-c", "echo kept > /root/file")
+    assert done.returncode == 0, done.stderr
+    name = done.stderr.split()[-1]
+    try:
+        for commands in (("restart",), ("stop", "archive", "restart")):
+            for command in commands:
+                told = rock(command, name)
+                assert (told.returncode, told.stdout) == (0, f"{name}\n"), (command, told.stderr)
+            assert rock("exec", name, "--", "cat", "/root/file").stdout == "kept\n"
+        twice = rock("restart", name)
+        assert twice.returncode == 1 and "stop it first" in twice.stderr
+    finally:
+        assert rock("rm", "--force", name).stdout == f"{name}\n"
+    assert rock("restart", name).returncode == 1

@@ -200,7 +200,7 @@ async def errors(box: Any) -> dict[str, Any]:
         "running": await error_of(box.delete()),
         "restart": await error_of(box.restart()),
         "archive": await error_of(box.archive()),
-        "commit": await error_of(box.commit("a:b", "", "")),
+        "commit": await error_of(box.get_commit_status()),
         "image": await error_of(Sandbox(SandboxConfig(image="no/such:image")).start()),
         "memory": await error_of(Sandbox(SandboxConfig(image=IMAGE, memory="abc")).start()),
         "twice": await error_of(Sandbox(config(sandbox_id=box.sandbox_id)).start()),
@@ -214,7 +214,34 @@ async def errors(box: Any) -> dict[str, Any]:
     return {**seen, "state": states, "after": await error_of(box.get_status(include_all_states=True))}
 
 
-BOXED: dict[str, Case] = {case.__name__: case for case in (life, sessions, slow, nohup, execute, files, newer, errors)}
+async def kept(box: Any) -> dict[str, Any]:
+    """Stopped, restarted, archived, restored, deleted: a sandbox of its own, as the wish is told at the start."""
+    other = Sandbox(config(auto_delete_seconds=600))
+    await other.start()
+    await other.execute(Command(command=["sh", "-c", "echo kept > /root/file"]))
+    await other.stop()
+    stopped = await other.get_status(include_all_states=True)
+    await other.restart()
+    restarted = (await other.execute(Command(command=["cat", "/root/file"]))).stdout
+    await other.stop()
+    await other.archive()
+    while (state := (await other.get_status(include_all_states=True)).state) != "archived":
+        assert state == "archiving", state
+        await asyncio.sleep(0.1)
+    await other.restart()
+    restored = (await other.execute(Command(command=["cat", "/root/file"]))).stdout
+    await other.stop()
+    await other.delete()
+    return {
+        "stopped": str(getattr(stopped.state, "value", stopped.state)),
+        "restarted": restarted,
+        "restored": restored,
+        "after": await error_of(other.get_status(include_all_states=True)),
+    }
+
+
+CASES = (life, sessions, slow, nohup, execute, files, newer, errors, kept)
+BOXED: dict[str, Case] = {case.__name__: case for case in CASES}
 
 
 async def in_box(case: Case) -> dict[str, Any]:
@@ -299,7 +326,54 @@ def envhub() -> dict[str, Any]:
     return asyncio.run(work())
 
 
-OTHER: dict[str, Callable[[], dict[str, Any]]] = {case.__name__: case for case in (group, loops, gem, envhub)}
+def commit() -> dict[str, Any]:
+    """An image made of a sandbox, pushed as the client asks for it, and refused with a wrong password."""
+    base, tag, username, password = os.environ["TEST_COMMIT"].split(" ", 3)
+
+    async def work() -> dict[str, Any]:
+        box = Sandbox(SandboxConfig(image=base, memory="256m", cpus=1))
+        await box.start()
+        try:
+            await box.execute(Command(command=["bash", "-c", "echo from a commit > /written"]))
+            done = await box.commit(tag, username, password, interval=0.2)
+            told = await box.get_commit_status()
+            wrong = await box.commit(tag, username, "wrong", interval=0.2)
+            local = await box.commit("team/local:1", "", "", interval=0.2)
+        finally:
+            await box.stop()
+        other = Sandbox(SandboxConfig(image=tag, memory="256m", cpus=1))
+        await other.start()
+        try:
+            read = (await other.execute(Command(command=["cat", "/written"]))).stdout
+        finally:
+            await other.stop()
+        return {
+            "done": [done.phase, done.image_tag, done.exit_code],
+            "same": told == done,
+            "wrong": [wrong.phase, wrong.failed_stage, wrong.error_code, bool(wrong.error_message)],
+            "local": local.phase,
+            "read": read,
+        }
+
+    return asyncio.run(work())
+
+
+def commit_old() -> dict[str, Any]:
+    """Of a client that knows no status: it takes what comes for the end of a command."""
+
+    async def work() -> dict[str, Any]:
+        box = Sandbox(config())
+        await box.start()
+        try:
+            return {"seen": type(await box.commit("team/old:1", "", "")).__name__}
+        finally:
+            await box.stop()
+
+    return asyncio.run(work())
+
+
+ALONE = (group, loops, gem, envhub, commit, commit_old)
+OTHER: dict[str, Callable[[], dict[str, Any]]] = {case.__name__: case for case in ALONE}
 
 
 def main() -> None:

@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rl_rock import RlRock
+from rl_rock import NEWEST, RlRock
 from tests.conftest import IMAGE, RunningServer
+from tests.e2e.test_images import small_root
+from tests.envhub_process import envhub
+from tests.image.registries import USER, docker_registry
 
-NEWEST, MIDDLE, OLDEST = "1.11.0", "1.4.8", "1.0.0"
+from rock.runtime.image.store import ImageStore
+
+MIDDLE, OLDEST = "1.4.8", "1.0.0"
 ALL = (NEWEST, MIDDLE, OLDEST)
 
 pytestmark = [pytest.mark.compat, pytest.mark.timeout(1200)]
@@ -55,11 +60,13 @@ def test_sessions(run: Run) -> None:
     assert seen["lines"] == ["1", "2", "3"]
 
 
+@pytest.mark.usefixtures("whole")
 def test_a_slow_command(run: Run) -> None:
     seen = run("slow")
     assert seen["told"] == "ReadTimeout" and seen["after"] == "in step" and seen["waited"] < 10
 
 
+@pytest.mark.usefixtures("whole")
 def test_nohup(run: Run) -> None:
     seen = run("nohup")
     assert sorted(seen["plain"][0].split()) == ["one", "two"] and seen["plain"][1] == 0
@@ -97,6 +104,14 @@ def test_envhub(run: Run) -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("version", [NEWEST])
+def test_an_envhub_of_its_own(rl_rock: Callable[[str], RlRock], version: str, tmp_path: Path) -> None:
+    with envhub(tmp_path, "--db-url", "sqlite:///envs.db") as url:
+        seen = rl_rock(version).run("envhub", url, tmp_path)
+    assert seen["same"] and seen["listed"] == ["maze"] and seen["deleted"] == [True, False] and seen["told"]
+
+
+@pytest.mark.usefixtures("whole")
 def test_gem(rl_rock: Callable[[str], RlRock], env_server: RunningServer, version: str, tmp_path: Path) -> None:
     seen = rl_rock(version).run("gem", env_server.url, tmp_path, 1100)
     assert seen["same"] and "Sokoban" in seen["text"]
@@ -105,6 +120,7 @@ def test_gem(rl_rock: Callable[[str], RlRock], env_server: RunningServer, versio
     assert "game:Nothing-v0" in seen["told"]
 
 
+@pytest.mark.usefixtures("whole")
 @pytest.mark.parametrize("version", [NEWEST], indirect=True)
 def test_what_came_later(run: Run) -> None:
     seen = run("newer")
@@ -124,9 +140,41 @@ def test_errors(run: Run) -> None:
         "running": "BadRequestRockError", "restart": "BadRequestRockError", "archive": "BadRequestRockError",
         "image": "InternalServerRockError", "memory": "BadRequestRockError", "twice": "BadRequestRockError",
     }  # fmt: skip
-    for name, text in (("running", "must be stopped"), ("restart", "not supported"), ("archive", "not supported"),
-                       ("commit", "not supported"), ("image", "no/such:image"), ("memory", "Invalid memory size: abc"),
-                       ("twice", "already exists")):  # fmt: skip
+    for name, text in (("running", "must be stopped"), ("restart", "current state is"), ("archive", "current state is"),
+                       ("commit", "STATUS_NOT_FOUND"), ("image", "no/such:image"),
+                       ("memory", "Invalid memory size: abc"), ("twice", "already exists")):  # fmt: skip
         assert text in seen[name][1], (name, seen[name])
     assert seen["attached"] == "here"
     assert seen["state"] == "deleted" and "not found" in seen["after"][1]
+
+
+@pytest.mark.parametrize("version", [NEWEST], indirect=True)
+def test_commit(run: Run, server: RunningServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ImageStore(server.home / "images")
+    store.import_any(small_root(tmp_path / "root"), "team/base:1")
+    folder = tmp_path / "registry"
+    folder.mkdir()
+    with docker_registry(folder, login=True) as address:
+        tag = f"{address}/team/made:1"
+        monkeypatch.setenv("TEST_COMMIT", f"team/base:1 {tag} {USER.username} {USER.password}")
+        seen = run("commit")
+        assert seen["done"] == ["SUCCEEDED", tag, 0] and seen["same"] and seen["read"] == "from a commit\n"
+        assert seen["wrong"] == ["FAILED", "login", "LOGIN_FAILED", True] and seen["local"] == "SUCCEEDED"
+        assert ImageStore(tmp_path / "other").pull(tag, USER).layers
+    for name in (tag, "team/base:1", "team/local:1"):
+        store.remove(name)
+
+
+@pytest.mark.parametrize("version", [MIDDLE, OLDEST], indirect=True)
+def test_commit_of_older_clients(run: Run, server: RunningServer) -> None:
+    assert run("commit_old")["seen"] == "CommandResponse"
+    store = ImageStore(server.home / "images")
+    if store.has("team/old:1"):  # else its sandbox was stopped before it was made
+        store.remove("team/old:1")
+
+
+@pytest.mark.parametrize("version", [NEWEST], indirect=True)
+def test_kept_files(run: Run) -> None:
+    seen = run("kept")
+    assert (seen["stopped"], seen["restarted"], seen["restored"]) == ("stopped", "kept\n", "kept\n")
+    assert "not found" in seen["after"][1]

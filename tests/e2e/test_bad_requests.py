@@ -45,7 +45,7 @@ CREATE = ROUTES["create_sandbox"].path
         ("POST", CREATE, '{"cpus": 4096}', 422, "invalid_config"),
         ("POST", CREATE, '{"sandbox_id": "../../etc"}', 422, "invalid_config"),
         ("POST", CREATE, '{"image": "../../etc"}', 422, None),
-        ("POST", CREATE, '{"image": "no/such:image"}', 422, "image_error"),
+        ("POST", CREATE, '{"image": "no/such:image", "pull": "never"}', 422, "image_error"),
         ("POST", CREATE + "?wait=x", "{}", 422, "invalid_config"),
         ("POST", CREATE, b"\xff\xfe", 422, "invalid_config"),
         ("GET", "/v1/sandboxes/nope", "", 404, "not_found"),

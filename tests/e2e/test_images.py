@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 import subprocess
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tests.conftest import RunningServer
+from tests.image.registries import USER, docker_registry, push
 
 from rock.errors import ImageError
 from rock.runtime.image.store import ImageStore
 from rock.sync import Sandbox
 
 
-def small_root(folder: Path) -> Path:
-    """A root folder with bash, cat and ls, and the libraries that they need."""
-    for name in ("bash", "cat", "ls"):
+def small_root(folder: Path, *more: str) -> Path:
+    """A root folder with bash, cat, ls and `more` programs, and the libraries that they need."""
+    for name in ("bash", "cat", "ls", *more):
         program = shutil.which(name)
         assert program is not None
         libraries = re.findall(r"(/\S+) \(", subprocess.run(["ldd", program], capture_output=True, text=True).stdout)
@@ -58,3 +61,31 @@ def test_a_removed_image_stays_under_its_sandboxes(
         Sandbox(base_url=server.url).attach(sandbox.sandbox_id).stop()
     server.stop()
     assert store.gc() > 0 and not layer.exists()
+
+
+def test_an_image_is_pulled_when_it_is_first_needed(
+    own_server: Callable[..., RunningServer], tmp_path: Path
+) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        archive.add(small_root(root), ".")
+    server = own_server()
+    with docker_registry(tmp_path, login=True) as address:
+        image = f"{address}/team/small:1"
+        push(image, [packed.getvalue()], tmp_path, USER, Env=["GREETING=hello"])
+        options = {"base_url": server.url, "image": image, "memory": "256m"}
+        with pytest.raises(ImageError, match=r"refuses .* without a login"):
+            Sandbox(**options).start()
+        with pytest.raises(ImageError, match="not on this machine"):
+            Sandbox(**options, pull="never").start()
+        login = {"registry_username": USER.username, "registry_password": USER.password}
+        with Sandbox(**options, **login) as first:
+            assert first.arun("cat /marker; echo $GREETING").output == "from the image\nhello\n"
+    with Sandbox(**options) as second:  # the registry is gone, and nobody asks it
+        assert second.arun("cat /marker").output == "from the image\n"
+    with pytest.raises(ImageError, match="cannot be reached"):
+        Sandbox(**options, pull="always").start()
+    kept = [path for path in server.home.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert not [path for path in kept if USER.password.encode() in path.read_bytes()]

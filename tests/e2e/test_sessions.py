@@ -212,6 +212,57 @@ def test_startup_source(sandbox: Sandbox) -> None:
     assert sandbox.arun("echo $RC", session="rc").output == "1\n"
 
 
+def test_a_created_session_reads_bashrc(sandbox: Sandbox) -> None:
+    text = """
+[ -z "$PS1" ] && return
+echo noise; alias hi='echo hello'; act() { ACTIVE=$1; }
+act env; export PATH=/opt/conda/bin:$PATH
+cd /tmp
+false
+"""
+    sandbox.fs.write("/root/.bashrc", text)
+    assert sandbox.create_session(CreateBashSessionRequest(session="rc", cwd="/srv")).output == "noise\n"
+    seen = sandbox.arun("hi; echo $ACTIVE $PWD ${PATH%%:*}", session="rc")
+    assert seen.output == "hello\nenv /tmp /opt/conda/bin\n"
+    assert sandbox.arun("act other; set -u; echo $NOTHING", session="rc").exit_code != 0  # it replaces itself
+    assert sandbox.arun("hi $ACTIVE", session="rc").output == "hello other\n"
+    assert sandbox.arun("echo ${ACTIVE-none}").output == "none\n"  # the session that is there anyway
+    sandbox.create_session(CreateBashSessionRequest(session="sh", shell="sh"))
+    assert sandbox.arun("echo ${ACTIVE-none}", session="sh").output == "none\n"
+    if sandbox.remote_user.create_remote_user("agent"):
+        sandbox.fs.write("/home/agent/.bashrc", "ACTIVE=agents", user="agent")
+        sandbox.create_session(CreateBashSessionRequest(session="own", remote_user="agent"))
+        assert sandbox.arun("echo $ACTIVE", session="own").output == "agents\n"
+
+
+def test_a_bashrc_that_is_no_good(sandbox: Sandbox) -> None:
+    sandbox.fs.write("/root/.bashrc", "echo (\n")
+    assert "syntax error" in sandbox.create_session(CreateBashSessionRequest(session="a")).output
+    assert sandbox.arun("echo usable", session="a").output == "usable\n"
+    sandbox.fs.write("/root/.bashrc", "echo bye; exit 3\n")
+    with pytest.raises(StartFailed, match="bye"):
+        sandbox.create_session(CreateBashSessionRequest(session="b"))
+    sandbox.fs.write("/root/.bashrc", "sleep 300\n")
+    with pytest.raises(StartFailed):
+        sandbox.create_session(CreateBashSessionRequest(session="c", startup_timeout=2))
+    assert sandbox.arun("echo usable").output == "usable\n"
+    sandbox.fs.remove("/root/.bashrc")
+    sandbox.fs.mkdir("/root/.bashrc")
+    sandbox.create_session(CreateBashSessionRequest(session="d"))
+    assert sandbox.arun("echo usable", session="d").output == "usable\n"
+
+
+def test_root_becomes_another_user_by_the_images_own_means(sandbox: Sandbox) -> None:
+    if not sandbox.remote_user.create_remote_user("agent"):
+        pytest.skip("an ordinary user's sandbox has one user id: there are no other users in it")
+    for command in ("su - agent -c", "su agent -c", "runuser - agent -c"):
+        seen = sandbox.arun(f"{command} 'id -un; echo $HOME'")
+        assert (seen.output, seen.exit_code) == ("agent\n/home/agent\n", 0), command
+    for command in ("su -c id", "su root -c id", "su - daemon -s /bin/sh -c id"):
+        seen = sandbox.execute(command, user="agent", stdin="\n")
+        assert seen.exit_code != 0 and "uid=" not in seen.stdout, command
+
+
 def test_a_terminal(sandbox: Sandbox) -> None:
     sandbox.create_session(CreateBashSessionRequest(session="t", pty=(24, 80)))
     assert sandbox.arun("test -t 0 && test -t 1 && stty size", session="t").output == "24 80\r\n"

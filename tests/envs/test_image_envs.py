@@ -150,8 +150,8 @@ def test_what_an_image_lacks(image_server: RunningServer) -> None:
         SandboxEnv("image://worlds:1", cwd="/usr", base_url=url)
     with pytest.raises(errors.InvalidConfig, match=r"/broken/env\.py has no function make_env"):
         SandboxEnv("image://worlds:1", cwd="/broken", base_url=url)
-    with pytest.raises(errors.ImageError, match="not on this machine"):
-        SandboxEnv("image://missing:1", base_url=url)
+    with pytest.raises(errors.ImageError, match="cannot be reached"):
+        SandboxEnv("image://127.0.0.1:1/missing:1", base_url=url)
     with pytest.raises(errors.NotFound, match="CartPole"):
         SandboxEnv("CartPol-v1", base_image="worlds:1", base_url=url)
 

@@ -27,6 +27,12 @@ PATHS = {
     "rock.sdk.envs": "make RockEnv",
     "rock.sdk.common.exceptions": "RockException BadRequestRockError InternalServerRockError CommandRockError "
     "InvalidParameterRockException raise_for_code SandboxNotFoundRockError",
+    "rock.sdk.sandbox.runtime_env": "RuntimeEnv RuntimeEnvConfig PythonRuntimeEnv PythonRuntimeEnvConfig "
+    "NodeRuntimeEnv NodeRuntimeEnvConfig RuntimeEnvConfigType",
+    "rock.sdk.envhub.client": "EnvHubClient EnvHubError EnvHubClientConfig RockEnvInfo",
+    "rock.sdk.envhub.schema": "RockEnvInfo EnvHubClientConfig",
+    "rock.sdk.envhub": "EnvHubClient",
+    "rock.sdk.sandbox.speedup": "SpeedupType",
     "rock.sync": "Sandbox SandboxConfig SandboxGroup SandboxGroupConfig RunMode Client",
     "rock.sync.sandbox.client": "Sandbox SandboxGroup",
     "rock.sdk": "Client Sandbox",
@@ -56,6 +62,20 @@ def test_one_class_under_every_path() -> None:
     assert Blocking.__module__ != Sandbox.__module__
     assert Action(session="s", command="c").check == "raise"
     assert isinstance(Sandbox(), AbstractSandbox)
+
+
+def test_codes() -> None:
+    from rock import codes, errors, raise_for_code
+
+    assert codes.BAD_REQUEST == 4000 and codes.get_reason_phrase(5000) == "Internal Server Error"
+    assert codes.OK.phrase == "OK" and codes.get_reason_phrase(1) == ""
+    assert errors.Conflict.rock_code is codes.BAD_REQUEST and codes.is_error(6100) and not codes.is_error(2000)
+    for code in (None, 2000, 2999):
+        raise_for_code(code)
+    for code, kind in ((4000, errors.BadRequestRockError), (5999, errors.InternalServerRockError),
+                       (6000, errors.CommandRockError), (3000, errors.RockException)):  # fmt: skip
+        with pytest.raises(kind, match="why"):
+            raise_for_code(code, "why")
 
 
 def test_misspelt_and_bad_configs() -> None:

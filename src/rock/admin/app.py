@@ -5,15 +5,37 @@ from __future__ import annotations
 from rock.admin.api import native
 from rock.admin.api.rock_v1 import RockV1
 from rock.admin.api.sandboxes import Sandboxes
+from rock.admin.api.training import Training
 from rock.admin.environments import Environments
 from rock.admin.reconciler import Reconciler
 from rock.admin.service import Service
 from rock.admin.worker import Worker
 from rock.envhub.catalogue import Catalogue
+from rock.errors import InvalidConfig
+from rock.protocol.sandbox import parse_size
 from rock.scheduler.local import LocalScheduler
 from rock.settings import Settings
 from rock.store.base import Store
+from rock.store.blobs import Blobs, FolderBlobs
+from rock.store.s3 import Place, S3Blobs
 from rock.wire.asgi import App
+
+
+def make_blobs(settings: Settings) -> Blobs | None:
+    """The archive that the settings name; None when it is off. InvalidConfig."""
+    if settings.archive == "off":
+        return None
+    if settings.archive.startswith("s3://"):
+        s = settings
+        return S3Blobs(Place.parse(s.archive, s.s3_endpoint, s.s3_region, s.s3_key, s.s3_secret))
+    return FolderBlobs(settings.archive_dir)
+
+
+def _limit(text: str) -> int:
+    try:
+        return parse_size(text, "archive")
+    except ValueError as error:
+        raise InvalidConfig(f"ROCK_ARCHIVE_LIMIT: {error}") from None
 
 
 class Admin:
@@ -25,19 +47,23 @@ class Admin:
     def __init__(
         self, settings: Settings, store: Store, workers: dict[str, Worker], roles: list[str], data: App
     ) -> None:
-        self.service = Service(store, LocalScheduler(), workers)
+        self._blobs = make_blobs(settings)
+        limit = _limit(settings.archive_limit)
+        self.service = Service(store, LocalScheduler(), workers, self._blobs, limit)
         self.reconciler = Reconciler(self.service)
-        self.catalogue = Catalogue(settings.home / "envhub.sqlite")
-        own = Sandboxes(self.service).over(
-            native.build(self.service, Environments(self.service, self.catalogue), settings, roles)
-        )
-        self.app: App = RockV1(self.service, data, self.catalogue).over(own)
+        self.catalogue = Catalogue(settings.catalogue)
+        environments = Environments(self.service, self.catalogue)
+        own = Sandboxes(self.service).over(native.build(self.service, environments, settings, roles))
+        rock = RockV1(self.service, data, self.catalogue).over(own)
+        self.app: App = Training(self.service, data).over(rock)
         self._store = store
 
     async def open(self) -> None:
         """Open the store and settle what a former run left."""
         await self._store.open()
         await self.catalogue.open()
+        if isinstance(self._blobs, FolderBlobs):
+            await self._blobs.sweep()
         await self.reconciler.start()
 
     async def close(self) -> None:

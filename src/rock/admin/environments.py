@@ -15,7 +15,7 @@ from rock.envhub.catalogue import Catalogue, Registered
 from rock.envhub.packages import GEM, GYM, image_of, requirements_of, with_packages
 from rock.errors import InvalidConfig, NoCapacity, NotFound, RockError
 from rock.protocol.env import AddEnv, BuildEnv, EnvAbout
-from rock.protocol.node import NodeImage
+from rock.protocol.node import ImageState
 
 _PINNED = re.compile(r"hf://[\w.-]+/[\w.-]+@[0-9a-f]{40}(:.+)?")
 _GYM_ID = re.compile(r"([\w.]+:)?([\w:.-]+/)?[\w:.-]+-v\d+")
@@ -88,7 +88,7 @@ class Environments:
         workers = list(self._service.workers.values())
         if not workers:
             raise NoCapacity("there is no worker")
-        found: list[NodeImage] = await asyncio.gather(*(worker.image(known.image, wait) for worker in workers))
+        found: list[ImageState] = await asyncio.gather(*(worker.image(known.image, wait) for worker in workers))
         ready = all(one.is_ready for one in found)
         seen = {"is_ready": ready, "digest": found[0].digest if ready else None, "packages": found[0].packages}
         return known.model_copy(update=seen)
@@ -136,7 +136,10 @@ def _of_source(source: str, packages: list[str]) -> EnvAbout:
     if source.startswith("image://"):
         if packages:
             raise InvalidConfig("nothing is installed in an image", hint="put the packages into it")
-        return EnvAbout(id=source, source=source, protocol="gym", image=source.removeprefix("image://"))
+        image = source.removeprefix("image://").strip()
+        if not image:
+            raise InvalidConfig(f"{source!r} names no image", hint="image://NAME")
+        return EnvAbout(id=source, source=source, protocol="gym", image=image)
     if source.startswith("hf://"):
         if not _PINNED.fullmatch(source):
             raise InvalidConfig(f"{source!r} names no commit, so it may change", hint="hf://ORG/REPO@ and 40 digits")

@@ -7,12 +7,15 @@ import contextlib
 import heapq
 import logging
 import time
+from collections.abc import AsyncIterator, Set
+from dataclasses import dataclass, replace
 
+from rock.admin.infos import life_began
 from rock.admin.lifecycle import Event
 from rock.admin.service import Service
 from rock.admin.worker import Worker
 from rock.errors import NotFound, RockError
-from rock.protocol.node import NodeSandbox
+from rock.protocol.node import NodeEvent, NodeSandbox
 from rock.protocol.sandbox import Cause, State
 from rock.store.base import Query, Record
 
@@ -21,6 +24,15 @@ log = logging.getLogger("rock.reconciler")
 TOMBSTONES = 24 * 3600.0  # seconds that a stopped sandbox is remembered
 _POLL = 30.0
 _RETRY = 1.0
+_UNSETTLED = (State.PENDING, State.RUNNING, State.STOPPING, State.ARCHIVING, State.ARCHIVED)
+
+
+@dataclass(frozen=True)
+class _Here:
+    """Ids that a worker has: of sandboxes that live, and of all, those at rest included."""
+
+    alive: Set[str] = frozenset()
+    all: Set[str] = frozenset()
 
 
 class Reconciler:
@@ -56,34 +68,43 @@ class Reconciler:
     # ---- after a crash ----
 
     async def _settle(self) -> None:
-        here: dict[str, dict[str, bool]] = {}
+        here: dict[str, _Here] = {}
         for name, worker in self.service.workers.items():
             inventory = await worker.list()
-            here[name] = {found.sandbox_id: found.alive for found in inventory.sandboxes}
+            here[name] = _Here({found.sandbox_id for found in inventory.sandboxes if found.alive},
+                               {found.sandbox_id for found in inventory.sandboxes} | set(inventory.kept))  # fmt: skip
         known: set[str] = set()
-        after: tuple[float, str] | None = None
-        while True:
-            page = await self.service.store.list(
-                Query(states=(State.PENDING, State.RUNNING, State.STOPPING), limit=500, after=after)
-            )
-            for record in page:
+        for query in (Query(states=_UNSETTLED), Query(states=(State.STOPPED, State.DELETED), left=True)):
+            async for found_one in self._all(query):
+                record = await self.service.commits.settle(found_one)
                 known.add(record.id)
-                await self._settle_one(record, here.get(record.info.worker or "", {}))
-            if len(page) < 500:
-                break
-            after = (page[-1].info.created_at, page[-1].id)
-        for name, sandboxes in here.items():
-            for stray in sandboxes.keys() - known:
+                await self._settle_one(record, here.get(record.info.worker or "", _Here()))
+        for name, found in here.items():
+            for stray in found.all - known:
                 log.warning("destroying sandbox %s: it has no record", stray)
                 await self.service.workers[name].destroy(stray)
 
-    async def _settle_one(self, record: Record, here: dict[str, bool]) -> None:
-        alive = here.get(record.id, False)
+    async def _all(self, query: Query) -> AsyncIterator[Record]:
+        """Every record that a query finds, page by page."""
+        while True:
+            page = await self.service.store.list(query)
+            for record in page:
+                yield record
+            if len(page) < query.limit:
+                return
+            query = replace(query, after=(page[-1].info.created_at, page[-1].id))
+
+    async def _settle_one(self, record: Record, here: _Here) -> None:
+        alive = record.id in here.alive
         try:
             if record.state is State.PENDING:
                 self.service.launch(record)  # create is idempotent: one that was made is found, not made again
             elif record.state is State.STOPPING:
                 await self.service.finish_stop(record)
+            elif record.state is State.ARCHIVING:
+                await self.service.apply(record.id, Event.ARCHIVE)
+            elif record.state in (State.STOPPED, State.ARCHIVED, State.DELETED):
+                await self._settle_kept(record, here)
             elif alive:
                 self.schedule(record)
             else:
@@ -93,10 +114,29 @@ class Reconciler:
         except RockError as error:
             log.error("settling %s: %s", record.id, error)
 
+    async def _settle_kept(self, record: Record, here: _Here) -> None:
+        """One that does not run, whose files should be on its worker."""
+        if record.state is State.DELETED:
+            await self.service.kept.finish_delete(record)
+        elif record.state is State.ARCHIVED:
+            if record.id in here.all:
+                self.service.release(record)
+            self.schedule(record)
+        elif record.id in here.all:
+            self.service.release(record)  # which does nothing to what is at rest already
+            self.schedule(record)
+        else:
+            await self.service.kept.lost(record)
+
     # ---- deadlines ----
 
     def schedule(self, record: Record) -> None:
-        """Look at a running sandbox when it may first be due."""
+        """Look at a sandbox when it may first be due."""
+        if record.state is not State.RUNNING:
+            due = [at for at in (record.info.auto_archive_at, record.info.auto_delete_at) if at is not None]
+            if due:
+                self._push(min(due), record.id)
+            return
         config, now = record.config, time.time()
         times = [now + config.auto_clear_seconds] if config.auto_clear_seconds else []
         if config.timeout is not None:
@@ -133,6 +173,7 @@ class Reconciler:
             elif record.state is State.STOPPING:
                 await self.service.finish_stop(record)
             if record.state is not State.RUNNING:
+                await self._look_at_kept(record)
                 return
             config, now = record.config, time.time()
             if config.timeout is not None and now >= (record.info.started_at or now) + config.timeout:
@@ -159,6 +200,19 @@ class Reconciler:
             log.exception("deadline of %s; looking again", sandbox_id)
             self._push(time.time() + _POLL, sandbox_id)
 
+    async def _look_at_kept(self, record: Record) -> None:
+        info, now = record.info, time.time()
+        if record.state is State.DELETED:
+            await self.service.kept.finish_delete(record)
+        elif info.auto_delete_at is not None and info.auto_delete_at <= now and record.state is not State.ARCHIVING:
+            await self.service.kept.expire(record.id)
+        elif record.state is State.ARCHIVING:
+            await self.service.apply(record.id, Event.ARCHIVE)  # which goes on, or begins again
+        elif info.auto_archive_at is not None and info.auto_archive_at <= now:
+            await self.service.archive.archive(record.id)
+        else:
+            self.schedule(record)
+
     async def _find(self, record: Record) -> NodeSandbox | None:
         """The sandbox on its worker; None when it is not there any more, which is then recorded."""
         try:
@@ -180,11 +234,19 @@ class Reconciler:
                 boot = news.boot
                 for event in news.events:
                     with contextlib.suppress(NotFound):
-                        await self.service.apply(event.sandbox_id, Event.ENDED, cause=event.cause, reason=event.reason)
+                        await self._ended(event)
                     after = max(after, event.number)  # not before it is recorded
             except Exception as error:
                 log.warning("events of worker %s: %s", worker.name, error)
                 await asyncio.sleep(_RETRY)
+
+    async def _ended(self, told: NodeEvent) -> None:
+        record = await self.service.load(told.sandbox_id)
+        if told.at < life_began(record.info):
+            return  # of a life before a restart
+        restored = record.state is State.PENDING and record.info.archive is not None
+        event = Event.RESTORE_FAILED if restored else Event.ENDED
+        await self.service.apply(record.id, event, known=record, cause=told.cause, reason=told.reason)
 
     async def _prune(self) -> None:
         while True:

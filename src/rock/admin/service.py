@@ -1,4 +1,4 @@
-"""Create, stop, delete, list: load, decide, save if unchanged, command the worker.
+"""Create, stop, list: load, decide, save if unchanged, command the worker. What comes after a stop is in `kept.py`.
 
 Every change of a record goes through `_apply`: the pure lifecycle decides, the store saves over the version that was
 read, and only then the effects are carried out. A crash in between is finished by the reconciler.
@@ -10,37 +10,54 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
+from rock.admin import infos
+from rock.admin.archiving import Archive
+from rock.admin.commits import Commits
+from rock.admin.kept import Kept
 from rock.admin.lifecycle import Effect, Event, step
 from rock.admin.worker import Worker
 from rock.envhub import registry
-from rock.errors import InternalServerRockError, NotFound, RockError, SandboxError, from_wire
+from rock.errors import InternalServerRockError, Lost, NotFound, RockError, SandboxError, Unavailable, from_wire
 from rock.protocol.env import OpenEnv
 from rock.protocol.node import NodeSandbox, NodeStatus, SandboxList
 from rock.protocol.sandbox import Cause, SandboxConfig, SandboxInfo, State
 from rock.scheduler.base import Scheduler
 from rock.store.base import Query, Record, Store, VersionConflict
+from rock.store.blobs import Blobs
 
 log = logging.getLogger("rock.admin")
 
 ENV_LABEL = "rock.env"
 _STATUS_AGE = 1.0  # seconds
 _RETRY = 5.0
+_ENDS = (Event.LAUNCH_FAILED, Event.STOP, Event.ENDED, Event.DESTROYED)
 _MOST_RECENT = 10_000
-_ALIVE = (State.PENDING, State.RUNNING, State.STOPPING)
+_PUT_AWAY = 10.0  # seconds to wait for the end of a former life
 
 
 class Service:
     """The control plane over a store, a scheduler and workers. `scheduled` is told of each sandbox that runs."""
 
-    def __init__(self, store: Store, scheduler: Scheduler, workers: Mapping[str, Worker]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        scheduler: Scheduler,
+        workers: Mapping[str, Worker],
+        blobs: Blobs | None = None,
+        archive_limit: int = 64 << 30,
+    ) -> None:
         self.store = store
         self.scheduler = scheduler
         self.workers = workers
         self._launches: dict[str, asyncio.Task[Record]] = {}
+        self._releases: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self.kept = Kept(self)
+        self.archive = Archive(self, blobs, archive_limit)
+        self.commits = Commits(self, archive_limit)
         self._env_lock = asyncio.Lock()
         self.on_schedule: list[Any] = []
         self.on_unfinished: list[Any] = []
@@ -50,10 +67,12 @@ class Service:
 
     async def close(self) -> None:
         """Cancel what is under way; its records stay as they are for the next start."""
-        tasks = [*self._launches.values(), *self._tasks]
+        tasks = [*self._launches.values(), *self._releases.values(), *self._tasks]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.archive.close()
+        await self.commits.close()
 
     # ---- create ----
 
@@ -69,20 +88,21 @@ class Service:
             if known is None:
                 raise
             record = known
-        return await self._waited(record, wait)
+        return await self.waited(record, wait)
 
     async def _insert(self, config: SandboxConfig, key: str | None = None) -> Record:
-        worker = await self._place(config)
+        self.archive.check(config)
+        worker = await self.place(config)
         await worker.check(config)
         sandbox_id = config.sandbox_id or uuid.uuid4().hex
         record = await self.store.insert(
-            Record(_new_info(sandbox_id, config, worker.name, self._status[worker.name]), config, key)
+            Record(infos.new_info(sandbox_id, config, worker.name, self._status[worker.name]), config, key)
         )
         if record.state is State.PENDING:
             self.launch(record)
         return record
 
-    async def _place(self, config: SandboxConfig) -> Worker:
+    async def place(self, config: SandboxConfig) -> Worker:
         return self.workers[self.scheduler.place(config, await self._statuses())]
 
     async def _statuses(self) -> Mapping[str, NodeStatus]:
@@ -105,18 +125,19 @@ class Service:
         self._launches.pop(sandbox_id, None)
         if not task.cancelled() and task.exception() is not None:
             log.error("launch of %s: %r", sandbox_id, task.exception())
-            self._unfinished(sandbox_id)
+            self.unfinished(sandbox_id)
 
-    def _unfinished(self, sandbox_id: str) -> None:
+    def unfinished(self, sandbox_id: str) -> None:
         """A step could not be completed: somebody has to come back to it."""
         for listener in self.on_unfinished:
             listener(sandbox_id)
 
     async def _launch(self, record: Record) -> Record:
-        worker = self.workers[record.info.worker or ""]
+        restored = record.info.archive is not None
         try:
+            worker = await self._worker_for(record)
             async with asyncio.timeout(record.config.startup_timeout):
-                made = await worker.create(record.id, record.config)
+                made = await self._start(worker, record)
         except TimeoutError:
             error: RockError = SandboxError(
                 f"sandbox {record.id} did not start within {record.config.startup_timeout:g} s", sandbox_id=record.id
@@ -127,17 +148,42 @@ class Service:
             log.exception("launch of %s", record.id)
             error = InternalServerRockError(f"{type(raised).__name__}: {raised}", sandbox_id=record.id)
         else:
-            return await self.apply(record.id, Event.LAUNCHED, known=record, **_running(made))
+            new = await self.apply(record.id, Event.LAUNCHED, known=record, **infos.running(made))
+            if restored and new.info.archive is None:
+                await self.archive.forget(record.id)
+            return new
         wire = error.to_wire()
         wire["error"]["sandbox_id"] = record.id
+        if restored:
+            return await self.apply(record.id, Event.RESTORE_FAILED, reason=error.message, error=wire)
+        lost: dict[str, Any] = {"kept": False} if isinstance(error, Lost) else {}
         return await self.apply(
-            record.id, Event.LAUNCH_FAILED, cause=Cause.START_FAILED, reason=error.message, error=wire
+            record.id, Event.LAUNCH_FAILED, cause=Cause.START_FAILED, reason=error.message, error=wire, **lost
         )
 
-    async def _waited(self, record: Record, wait: float) -> SandboxInfo:
+    async def _worker_for(self, record: Record) -> Worker:
+        """Its own, or for one from the archive any that fits."""
+        if record.info.archive is None:
+            return self.workers[record.info.worker or ""]
+        worker = await self.place(record.config)
+        if worker.name != record.info.worker:
+            status = self._status[worker.name]
+            await self.amend(record.id, worker=worker.name, host_name=status.host_name, host_ip=status.host_ip)
+        return worker
+
+    async def _start(self, worker: Worker, record: Record) -> NodeSandbox:
+        """For the first time, or over what it left."""
+        if record.info.archive is not None:
+            return await self.archive.restore(worker, record)
+        if record.info.kept:
+            return await worker.wake(record.id, record.config)
+        return await worker.create(record.id, record.config)
+
+    async def waited(self, record: Record, wait: float) -> SandboxInfo:
         """What became of a start after at most `wait` seconds; one that failed raises its reason."""
         record = await self._launch_ended(record, wait)
-        if record.info.cause is Cause.START_FAILED and record.info.error:
+        failed = record.info.cause is Cause.START_FAILED or record.state is State.ARCHIVED
+        if failed and record.info.error:
             raise from_wire(record.info.error)
         return record.info
 
@@ -145,11 +191,11 @@ class Service:
         """The record once it is no longer being launched, or after `wait` seconds as it was."""
         launch = self._launches.get(record.id)
         if launch is not None and wait > 0:
-            try:
-                async with asyncio.timeout(wait):
-                    return await asyncio.shield(launch)
-            except TimeoutError:
-                pass
+            await asyncio.wait({launch}, timeout=wait)
+            if launch.cancelled():  # it was stopped meanwhile
+                return await self.load(record.id)
+            if launch.done():
+                return launch.result()
         return record
 
     # ---- read ----
@@ -172,57 +218,139 @@ class Service:
         except RockError as error:
             log.info("worker of %s: %s", sandbox_id, error)
             return record.info.model_copy(update={"is_alive": False})
-        return _seen(record, found)
+        return infos.seen(record, found)
 
-    async def list(self, query: Query) -> SandboxList:
+    async def list(self, query: Query, history: bool = False) -> SandboxList:
+        """A page. `history`: with the steps of each life, which are most of what a record has to say."""
         records = await self.store.list(query)
         last = records[-1].info if len(records) == query.limit else None
+        items = [r.info if history else r.info.model_copy(update={"state_history": []}) for r in records]
         return SandboxList(
-            items=[r.info for r in records], next=f"{last.created_at!r}:{last.sandbox_id}" if last else None
+            items=items, next=f"{last.created_at!r}:{last.sandbox_id}" if last else None
         )
 
-    # ---- stop and delete ----
+    # ---- stop ----
 
     async def stop(
         self, sandbox_id: str, cause: Cause = Cause.USER, reason: str = "stopped by its user"
     ) -> SandboxInfo:
-        """Stop it and wait until nothing of it is left; a stopped one stays as it is."""
+        """Stop it and wait until nothing of it is left but what is to be kept; a stopped one stays as it is."""
         record = await self.apply(sandbox_id, Event.STOP, cause=cause, reason=reason)
         if record.state is State.STOPPING:
             try:
                 record = await self.finish_stop(record)
             except BaseException:
-                self._unfinished(sandbox_id)
+                self.unfinished(sandbox_id)
                 raise
         return record.info
 
     async def finish_stop(self, record: Record) -> Record:
+        if record.info.archive is not None:
+            return await self._give_up_restore(record)
+        gone = await self._release(record)
+        record = await self.apply(record.id, Event.DESTROYED, known=record)
+        return await self.amend(record.id, **gone) if gone else record
+
+    async def _give_up_restore(self, record: Record) -> Record:
+        """A stop while it was coming from the archive: it is still there."""
+        launch = self._launches.get(record.id)
+        if launch is not None:
+            launch.cancel()
+            await asyncio.wait({launch})
+        record = await self.load(record.id)
+        if record.state is not State.STOPPING:
+            return record
         worker = self.workers.get(record.info.worker or "")
         if worker is not None:
             await worker.destroy(record.id)
-        return await self.apply(record.id, Event.DESTROYED, known=record)
+        return await self.apply(record.id, Event.RESTORE_FAILED, known=record)
 
-    async def delete(self, sandbox_id: str, force: bool = False) -> SandboxInfo:
-        """Forget a stopped one; with `force` it is stopped first."""
-        if force:
-            await self.stop(sandbox_id)
-        record = await self.load(sandbox_id)
-        state, _ = step(record.state, Event.DELETE, sandbox_id)
-        await self.store.delete(sandbox_id)
-        return record.info.model_copy(update={"state": state})
+    async def _release(self, record: Record) -> dict[str, Any]:
+        """End what there is of it on its worker, and keep or remove its files: what has to be said when they are lost.
+
+        Whether they are kept was decided by the step that ended it."""
+        worker = self.workers.get(record.info.worker or "")
+        if worker is None:
+            return {}
+        if not record.info.kept:
+            await worker.destroy(record.id)
+        elif not (await worker.rest(record.id)).kept:
+            return infos.files_lost(record)
+        return {}
+
+    def release(self, record: Record) -> None:
+        """Do that in the background, again and again until it is done."""
+        before = self._releases.get(record.id)
+        task = asyncio.create_task(self._release_surely(record, before), name=f"release-{record.id}")
+        self._releases[record.id] = task
+        task.add_done_callback(lambda done: self._released(record.id, done))
+
+    def _released(self, sandbox_id: str, task: asyncio.Task[None]) -> None:
+        if self._releases.get(sandbox_id) is task:
+            del self._releases[sandbox_id]
+
+    async def _release_surely(self, record: Record, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await asyncio.wait({before})
+        while True:
+            try:
+                gone = await self._release(record)
+                if gone:
+                    await self.amend(record.id, **gone)
+                return
+            except NotFound:
+                return
+            except RockError as error:
+                log.warning("release of %s: %s; trying again", record.id, error)
+                await asyncio.sleep(_RETRY)
+
+    async def settled(self, sandbox_id: str) -> None:
+        """Wait until its former life is put away. Unavailable when that takes long."""
+        task = self._releases.get(sandbox_id)
+        if task is not None:
+            done, _ = await asyncio.wait({task}, timeout=_PUT_AWAY)
+            if not done:
+                raise Unavailable(
+                    f"sandbox {sandbox_id}: what is left of its last run is being put away",
+                    sandbox_id=sandbox_id,
+                    hint="retry",
+                )
 
     # ---- changes ----
 
-    async def apply(self, sandbox_id: str, event: Event, known: Record | None = None, **fields: object) -> Record:
+    async def amend(self, sandbox_id: str, **fields: Any) -> Record:
+        """Change what the record says, in whatever state it is."""
+        while True:
+            record = await self.load(sandbox_id)
+            try:
+                new = await self.store.put(record.changed(**fields))
+            except VersionConflict:
+                continue
+            self._recent.pop(sandbox_id, None)
+            return new
+
+    async def apply(
+        self,
+        sandbox_id: str,
+        event: Event,
+        known: Record | None = None,
+        *,
+        key: str | None = None,
+        check: Callable[[Record], None] | None = None,
+        **fields: Any,
+    ) -> Record:
         """One step of the lifecycle, saved; then its effects. What a tombstone says first stays.
 
-        known: the record as it was read last; when it has changed since, it is read again.
+        known: the record as it was read last; when it has changed since, it is read again. key: of the request that
+        asks for it. check: raises where the record, in its state, does not allow this.
         """
         guess = known or self._recent.pop(sandbox_id, None)
         while True:
             record = guess or await self.load(sandbox_id)
             try:
                 state, effects = step(record.state, event, sandbox_id)
+                if check is not None:
+                    check(record)
             except RockError:
                 if guess is None:
                     raise
@@ -235,22 +363,24 @@ class Service:
                 new = record
                 break
             guess = None
-            if record.info.cause is not None:
-                fields = {k: v for k, v in fields.items() if k not in ("cause", "reason", "error")}
-            stamp: dict[str, object] = {"state": state, "is_alive": state is State.RUNNING}
-            if state is State.STOPPED:
-                stamp["stopped_at"] = time.time()
+            said = fields
+            if record.info.cause is not None and event in _ENDS:
+                said = {k: v for k, v in fields.items() if k not in ("cause", "reason", "error")}
             try:
-                new = await self.store.put(record.changed(**{**fields, **stamp}))
+                new = await self.store.put(infos.stamped(record, event, state, key, said))
                 break
             except VersionConflict:
                 continue
         self._keep(new)
-        if Effect.DESTROY in effects and state is State.STOPPED:
-            self._background(self._destroy(new))
+        if Effect.RELEASE in effects and state is not State.STOPPING:
+            self.release(new)
         if Effect.SCHEDULE in effects:
             for listener in self.on_schedule:
                 listener(new)
+        if Effect.LAUNCH in effects:
+            self.launch(new)
+        if Effect.ARCHIVE in effects:
+            self.archive.begin(new)
         return new
 
     def _keep(self, record: Record) -> None:
@@ -260,21 +390,10 @@ class Service:
             while len(self._recent) > _MOST_RECENT:
                 del self._recent[next(iter(self._recent))]
 
-    def _background(self, work: Any) -> None:
+    def background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    async def _destroy(self, record: Record) -> None:
-        worker = self.workers.get(record.info.worker or "")
-        if worker is not None:
-            while True:
-                try:
-                    await worker.destroy(record.id)
-                    return
-                except RockError as error:
-                    log.warning("destroy of %s: %s; trying again", record.id, error)
-                    await asyncio.sleep(_RETRY)
 
     # ---- environments ----
 
@@ -283,7 +402,7 @@ class Service:
         image = registry.image_for(wish)
         known = await self.store.by_key(key) if key else None
         if known is not None:
-            return await self._waited(known, wait)
+            return await self.waited(known, wait)
         async with self._env_lock:  # two first wishes must not make two hosts
             found = (
                 []
@@ -293,7 +412,7 @@ class Service:
                 )
             )
             record = found[0] if found else await self._create_env_host(image, wish, key)
-        return await self._waited(record, wait)
+        return await self.waited(record, wait)
 
     async def _create_env_host(self, image: str, wish: OpenEnv, key: str | None) -> Record:
         config = wish.config or SandboxConfig(image="host", memory="4g", cpus=1.0, auto_clear_seconds=600)
@@ -306,49 +425,3 @@ class Service:
             }
         )
         return await self._insert(config, key)
-
-
-def _new_info(sandbox_id: str, config: SandboxConfig, worker: str, status: NodeStatus) -> SandboxInfo:
-    return SandboxInfo(
-        sandbox_id=sandbox_id,
-        state=State.PENDING,
-        image=config.image,
-        memory=config.memory,
-        cpus=config.cpus,
-        network=config.network,
-        user_id=config.user_id,
-        experiment_id=config.experiment_id,
-        cluster=config.cluster,
-        namespace=config.namespace,
-        labels=config.labels,
-        worker=worker,
-        created_at=time.time(),
-        host_name=status.host_name,
-        host_ip=status.host_ip,
-    )
-
-
-def _running(made: NodeSandbox) -> dict[str, object]:
-    return {
-        "isolation": made.isolation,
-        "enforced": made.enforced,
-        "runtime": made.runtime,
-        "phases": made.phases,
-        "started_at": time.time(),
-    }
-
-
-def _seen(record: Record, found: NodeSandbox) -> SandboxInfo:
-    last = time.time() - found.idle_seconds
-    idle = record.config.auto_clear_seconds
-    deadlines = [last + idle] if idle else []
-    if record.config.timeout is not None and record.info.started_at is not None:
-        deadlines.append(record.info.started_at + record.config.timeout)
-    return record.info.model_copy(
-        update={
-            "is_alive": found.alive,
-            "last_activity_at": last,
-            "auto_stop_at": min(deadlines, default=None),
-            "usage": found.usage,
-        }
-    )

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Any, Protocol, TypeVar
 
 import orjson
 from pydantic import BaseModel
 
-from rock.errors import from_wire
-from rock.protocol.node import NodeEvents, NodeImage, NodeInventory, NodeSandbox, NodeStatus
-from rock.protocol.routes import ROUTES
-from rock.protocol.sandbox import SandboxConfig
+from rock.errors import Unsupported, from_wire
+from rock.protocol.node import (
+    ImageState,
+    NodeCommit,
+    NodeEvents,
+    NodeFiles,
+    NodeImage,
+    NodeInventory,
+    NodeSandbox,
+    NodeStatus,
+)
+from rock.protocol.routes import ROUTES, Frame, FrameParser, pack_frame
+from rock.protocol.sandbox import ArchivedFiles, SandboxConfig
 
 Transport = Callable[[str, str, str, bytes], Awaitable[tuple[int, bytes]]]  # method, path, query, body
+# the same with a body as it comes; what it gives is the status, then the answer as it comes
+StreamTransport = Callable[[str, str, str, AsyncIterator[bytes] | None], AsyncGenerator[int | bytes]]
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -30,12 +42,35 @@ class Worker(Protocol):
 
     async def destroy(self, sandbox_id: str, grace: float = 0.0) -> NodeSandbox: ...
 
+    async def rest(self, sandbox_id: str, grace: float = 0.0) -> NodeSandbox:
+        """End it and keep its files; `kept` tells whether they are there."""
+        ...
+
+    async def wake(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
+        """Make it again over its kept files. Lost when there are none."""
+        ...
+
+    def pack(self, sandbox_id: str, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:
+        """The files of one at rest as a layer's tar, in pieces; the last item tells what was given. Lost, InvalidConfig
+        for what no layer can hold or is over `limit` bytes."""
+        ...
+
+    async def unpack(
+        self, sandbox_id: str, config: SandboxConfig, files: ArchivedFiles, data: AsyncIterator[bytes]
+    ) -> NodeSandbox:
+        """Give it such files, to be woken. ImageError when it has another image of that name."""
+        ...
+
+    async def commit(self, sandbox_id: str, wish: NodeCommit) -> NodeImage:
+        """Make an image of it, and push it. What is raised has `details["stage"]`."""
+        ...
+
     async def get(self, sandbox_id: str, *, touch: bool = False, usage: bool = False) -> NodeSandbox: ...
 
     async def list(self) -> NodeInventory: ...
 
-    async def image(self, image: str, wait: float = 0.0) -> NodeImage:
-        """What there is of an image; spends up to `wait` seconds on building it where that can be done."""
+    async def image(self, image: str, wait: float = 0.0) -> ImageState:
+        """What there is of an image; spends up to `wait` seconds on building or pulling it."""
         ...
 
     async def status(self) -> NodeStatus: ...
@@ -44,20 +79,17 @@ class Worker(Protocol):
 
 
 class WireWorker:
-    """A rocklet that is reached by requests: `transport` carries one."""
+    """A rocklet that is reached by requests: `transport` carries one, `streams` one whose body or answer is long."""
 
-    def __init__(self, name: str, transport: Transport) -> None:
+    def __init__(self, name: str, transport: Transport, streams: StreamTransport | None = None) -> None:
         self.name = name
         self._transport = transport
+        self._streams = streams
 
     async def _call(self, kind: type[Model], route: str, query: str = "", body: Any = None, **path: str) -> Model:
         row = ROUTES[route]
         data = b"" if body is None else orjson.dumps(body)
-        status, reply = await self._transport(row.method, row.url(**path), query, data)
-        value = orjson.loads(reply) if reply else {}
-        if status >= 400:
-            raise from_wire(value, status)
-        return kind.model_validate(value)
+        return _parsed(kind, *await self._transport(row.method, row.url(**path), query, data))
 
     async def check(self, config: SandboxConfig) -> None:
         await self._call(_Empty, "node_create", "check=1", config.model_dump(mode="json"), sandbox_id="-")
@@ -68,6 +100,52 @@ class WireWorker:
     async def destroy(self, sandbox_id: str, grace: float = 0.0) -> NodeSandbox:
         return await self._call(NodeSandbox, "node_destroy", f"grace={grace:g}", sandbox_id=sandbox_id)
 
+    async def rest(self, sandbox_id: str, grace: float = 0.0) -> NodeSandbox:
+        return await self._call(NodeSandbox, "node_rest", f"grace={grace:g}", sandbox_id=sandbox_id)
+
+    async def wake(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
+        return await self._call(NodeSandbox, "node_wake", "", config.model_dump(mode="json"), sandbox_id=sandbox_id)
+
+    async def commit(self, sandbox_id: str, wish: NodeCommit) -> NodeImage:
+        return await self._call(NodeImage, "node_commit", "", wish.model_dump(mode="json"), sandbox_id=sandbox_id)
+
+    async def pack(self, sandbox_id: str, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:
+        row, parser = ROUTES["node_pack"], FrameParser()
+        reply = self._stream(row.method, row.url(sandbox_id=sandbox_id), f"limit={limit}", None)
+        async with contextlib.aclosing(reply):
+            status = await anext(reply)
+            if status != 200:
+                body = b"".join([part async for part in reply if isinstance(part, bytes)])
+                raise from_wire(orjson.loads(body) if body else {}, int(status))
+            async for part in reply:
+                assert isinstance(part, bytes)
+                for kind, payload in parser.feed(part):
+                    if kind is Frame.ERROR:
+                        raise from_wire(orjson.loads(payload))
+                    yield payload if kind is Frame.STDOUT else ArchivedFiles.model_validate_json(payload)
+
+    async def unpack(
+        self, sandbox_id: str, config: SandboxConfig, files: ArchivedFiles, data: AsyncIterator[bytes]
+    ) -> NodeSandbox:
+        async def body() -> AsyncGenerator[bytes]:
+            head = NodeFiles(config=config, files=files)
+            yield pack_frame(Frame.RESULT, orjson.dumps(head.model_dump(mode="json")))
+            async for part in data:
+                yield pack_frame(Frame.STDOUT, part)
+
+        row = ROUTES["node_unpack"]
+        async with contextlib.aclosing(self._stream(row.method, row.url(sandbox_id=sandbox_id), "", body())) as reply:
+            status = await anext(reply)
+            told = b"".join([part async for part in reply if isinstance(part, bytes)])
+            return _parsed(NodeSandbox, int(status), told)
+
+    def _stream(
+        self, method: str, path: str, query: str, body: AsyncIterator[bytes] | None
+    ) -> AsyncGenerator[int | bytes]:
+        if self._streams is None:
+            raise Unsupported(f"worker {self.name} is not reached in a way that could carry files")
+        return self._streams(method, path, query, body)
+
     async def get(self, sandbox_id: str, *, touch: bool = False, usage: bool = False) -> NodeSandbox:
         query = f"touch={int(touch)}&usage={int(usage)}"
         return await self._call(NodeSandbox, "node_get", query, sandbox_id=sandbox_id)
@@ -75,14 +153,21 @@ class WireWorker:
     async def list(self) -> NodeInventory:
         return await self._call(NodeInventory, "node_list")
 
-    async def image(self, image: str, wait: float = 0.0) -> NodeImage:
-        return await self._call(NodeImage, "node_image", "", {"image": image, "wait": wait})
+    async def image(self, image: str, wait: float = 0.0) -> ImageState:
+        return await self._call(ImageState, "node_image", "", {"image": image, "wait": wait})
 
     async def status(self) -> NodeStatus:
         return await self._call(NodeStatus, "node_status")
 
     async def events(self, after: int, wait: float) -> NodeEvents:
         return await self._call(NodeEvents, "node_events", f"after={after}&wait={wait:g}")
+
+
+def _parsed(kind: type[Model], status: int, reply: bytes) -> Model:
+    value = orjson.loads(reply) if reply else {}
+    if status >= 400:
+        raise from_wire(value, status)
+    return kind.model_validate(value)
 
 
 class _Empty(BaseModel):

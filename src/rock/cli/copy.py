@@ -55,7 +55,7 @@ def _upload(sandbox: Sandbox, source: Path, target: str) -> None:
     total = _size_of(source) if folder else source.stat().st_size
     with transfer(f"{source.name} ->", total) as advance:
         if folder:
-            sandbox.fs.upload_dir(source, target, progress=advance)
+            sandbox.fs.upload_dir(source, target, merge=True, check="raise", progress=advance)
         else:
             sandbox.fs.upload_file(source, target, progress=advance)
 

@@ -12,7 +12,7 @@ from rock.cli.output import age, as_json, busy, fail, size, table
 if TYPE_CHECKING:
     from rock.runtime.image.store import ImageStore
 
-app = typer.Typer(no_args_is_help=True, help="Import, list and remove the images of this machine.")
+app = typer.Typer(no_args_is_help=True, help="Pull, push, import, list and remove the images of this machine.")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -43,6 +43,45 @@ def list_images(json: Json = False) -> None:
         for record in found
     ]
     table(["NAME", "KIND", "DIGEST", "LAYERS", "SIZE", "AGE"], rows, "no images")
+
+
+@app.command("pull")
+def pull_image(
+    name: Annotated[str, typer.Argument(help="Its name, like python:3.11 or localhost:5000/team/tool:1.0.")],
+    username: Annotated[str | None, typer.Option(help="For the registry; its password is asked for.")] = None,
+) -> None:
+    """Fetch an image from its registry."""
+    from rock.runtime.image.registry import Login
+
+    login = None if username is None else Login(username, typer.prompt("Password", hide_input=True, err=True))
+    with busy(f"pulling {name}") as tell:
+        record = _store().pull(name, login, tell)
+    print(f"{record.name}  {record.digest}")
+
+
+@app.command("push")
+def push_image(
+    name: Annotated[str, typer.Argument(help="Its name, which tells the registry, like localhost:5000/team/tool:1.0.")],
+    username: Annotated[str | None, typer.Option(help="For the registry; its password is asked for.")] = None,
+) -> None:
+    """Send an image to its registry."""
+    from rock.runtime.image.registry import Login
+
+    login = None if username is None else Login(username, typer.prompt("Password", hide_input=True, err=True))
+    with busy(f"pushing {name}") as tell:
+        digest = _store().push(name, login, tell)
+    print(f"{name}  {digest}")
+
+
+@app.command("export")
+def export_image(
+    name: Annotated[str, typer.Argument(help="Its name.")],
+    path: Annotated[str, typer.Argument(help="A file that is not there yet: the tar of an OCI layout.")],
+) -> None:
+    """Write an image to a file, for `rock image import` and other tools."""
+    with busy(f"writing {path}") as tell:
+        digest = _store().export(name, path, tell)
+    print(f"{name}  {digest}")
 
 
 @app.command("import")

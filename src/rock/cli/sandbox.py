@@ -124,11 +124,17 @@ def run(
     timeout: Timeout = None,
     stdin: Stdin = False,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the sandbox running, and print its id.")] = False,
+    keep_files: Annotated[
+        int | None,
+        typer.Option(metavar="SECONDS", help="Keep its files so long after its stop, for `rock restart`."),
+    ] = None,
 ) -> None:
     """Start a sandbox, run a program in it, show its output, exit with its status, stop the sandbox."""
     wish = program(command, stdin, cwd=cwd, user=user, timeout=timeout)
     signal.signal(signal.SIGTERM, _terminated)
-    sandbox = new_sandbox(image, memory=memory, cpus=cpus, env=variables(env), network=network)
+    sandbox = new_sandbox(
+        image, memory=memory, cpus=cpus, env=variables(env), network=network, auto_delete_seconds=keep_files
+    )
     with busy(f"starting a sandbox of {image}"):
         sandbox.start()
     try:
@@ -137,9 +143,9 @@ def run(
         if not keep:
             sandbox.close()
         raise
-    if keep:
+    if keep or keep_files:
         print(sandbox.sandbox_id, file=sys.stderr)
-    else:
+    if not keep:
         sandbox.stop()
     raise typer.Exit(status)
 
@@ -250,9 +256,19 @@ def stop(
     ids: Annotated[list[str] | None, typer.Argument(metavar="ID...", show_default=False)] = None,
     everything: Annotated[bool, typer.Option("--all", help="All that run.")] = False,
 ) -> None:
-    """Stop sandboxes. What stays is their tombstone, which `rock ps -a` shows."""
+    """Stop sandboxes. What stays is their tombstone, which `rock ps -a` shows, and files that are to be kept."""
     server = client()
     _each(_chosen(server, ids, everything), server.stop_sandbox)
+
+
+def restart(ids: Annotated[list[str], typer.Argument(metavar="ID...", show_default=False)]) -> None:
+    """Start stopped or archived sandboxes again over their kept files (see `rock run --keep-files`)."""
+    _each(ids, client().restart_sandbox)
+
+
+def archive(ids: Annotated[list[str], typer.Argument(metavar="ID...", show_default=False)]) -> None:
+    """Bring the kept files of stopped sandboxes to the server's archive; `rock restart` brings them back."""
+    _each(ids, client().archive_sandbox)
 
 
 def rm(
@@ -260,9 +276,9 @@ def rm(
     everything: Annotated[bool, typer.Option("--all", help="All that have ended; with --force all.")] = False,
     force: Annotated[bool, typer.Option("--force", "-f", help="Stop it first when it runs.")] = False,
 ) -> None:
-    """Forget sandboxes that have ended."""
+    """Forget sandboxes that have ended, and their kept files."""
     server = client()
-    names = _chosen(server, ids, everything, None if force else "stopped")
+    names = _chosen(server, ids, everything, None if force else "stopped,archived,deleted")
     _each(names, lambda name: server.delete_sandbox(name, force=force))
 
 
@@ -301,7 +317,7 @@ def _each(names: list[str], act: Any) -> None:
 
 
 def add_commands(app: typer.Typer) -> None:
-    from rock.cli import copy, forward, shell
+    from rock.cli import commit, copy, forward, shell
 
     app.command(context_settings=OWN_OPTIONS_FIRST)(run)
     app.command("ps")(ps)
@@ -311,4 +327,7 @@ def add_commands(app: typer.Typer) -> None:
     app.command("port-forward")(forward.port_forward)
     app.command("logs")(logs)
     app.command("stop")(stop)
+    app.command("restart")(restart)
+    app.command("archive")(archive)
+    app.command("commit")(commit.commit)
     app.command("rm")(rm)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 
+from rock.cli.envhub import serve_envhub
 from rock.cli.output import fail
 from rock.cli.serve import Rocklet, Server, run_server
 from rock.errors import InvalidConfig, RockError, Unavailable
-from rock.settings import Settings
+from rock.settings import Settings, envhub_database
 
 
 def admin_main() -> None:
@@ -29,9 +30,17 @@ def rocklet_main() -> None:
 
 
 def envhub_main() -> None:
-    """`envhub`: which environments there are."""
-    hint = "`rock admin start` has all roles in one process, and `rock env list` asks it"
-    sys.exit(fail(Unavailable("envhub as a process of its own is not available yet", hint=hint)))
+    """`envhub`: the registry of environments alone."""
+    text = "The registry of environments alone; `rock admin start` has it too."
+    parser = argparse.ArgumentParser(prog="envhub", description=text)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8081)
+    parser.add_argument("--db-url", default=None, help="sqlite:///FILE; the one of the server's home unless given")
+    given = parser.parse_args()
+    try:
+        serve_envhub(Settings.read(host=given.host, port=given.port), given.db_url or envhub_database())
+    except (RockError, ValueError) as error:
+        sys.exit(fail(error if isinstance(error, RockError) else InvalidConfig(str(error))))
 
 
 def _place(parser: argparse.ArgumentParser) -> argparse.Namespace:

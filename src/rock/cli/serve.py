@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +34,7 @@ from rock.runtime.base import Runtime
 from rock.settings import Settings
 from rock.store.sqlite import SqliteStore
 from rock.telemetry import set_up_logs
-from rock.wire.asgi import Answer, Receive, Request, Scope, Send, answer
+from rock.wire.asgi import Answer, App, Receive, Request, Scope, Send, answer
 
 log = logging.getLogger("rock.server")
 T = TypeVar("T")
@@ -173,7 +173,7 @@ class Server:
         await self.rocklet.close()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """A listening socket; Conflict when the port is taken."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -192,16 +192,33 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 class _Uvicorn(uvicorn.Server):
-    """Signals are ours: see `_stop_on_signals`."""
+    """Signals are ours: see `stop_on_signals`."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
 
+def http_over(app: App) -> uvicorn.Server:
+    """An HTTP server over an application, to be given its sockets."""
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=5,
+        server_header=False,
+        proxy_headers=False,  # nobody who sends them is known to be a proxy
+        ws_max_size=16 << 20,
+        backlog=2048,
+    )
+    return _Uvicorn(config)
+
+
 async def serve(settings: Settings, role: type[Server] | type[Rocklet] = Server) -> None:
     """Serve until SIGTERM or SIGINT."""
-    listener = _listen(settings.host, settings.port)
+    listener = listen(settings.host, settings.port)
     port = listener.getsockname()[1]
     server = role(settings)
     try:
@@ -210,20 +227,8 @@ async def serve(settings: Settings, role: type[Server] | type[Rocklet] = Server)
         listener.close()
         raise
     try:
-        config = uvicorn.Config(
-            server.app,
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            timeout_keep_alive=75,
-            timeout_graceful_shutdown=5,
-            server_header=False,
-            proxy_headers=False,  # nobody who sends them is known to be a proxy
-            ws_max_size=16 << 20,
-            backlog=2048,
-        )
-        http = _Uvicorn(config)
-        with _stop_on_signals(http, server.node):
+        http = http_over(server.app)
+        with stop_on_signals(http, server.node.let_go):
             server.home.write(settings.host, port)
             log.info("serving on http://%s:%d, home %s, pid %d", settings.host, port, settings.home, os.getpid())
             print(f"ROCK serves on http://{settings.host}:{port} (home {settings.home})", flush=True)
@@ -237,12 +242,13 @@ async def serve(settings: Settings, role: type[Server] | type[Rocklet] = Server)
 
 
 @contextlib.contextmanager
-def _stop_on_signals(http: uvicorn.Server, node: Node) -> Iterator[None]:
+def stop_on_signals(http: uvicorn.Server, let_go: Callable[[], None]) -> Iterator[None]:
+    """SIGTERM and SIGINT end `http`, after `let_go`."""
     loop = asyncio.get_running_loop()
     numbers = (signal.SIGTERM, signal.SIGINT)
 
     def stop() -> None:
-        node.let_go()
+        let_go()
         http.should_exit = True
 
     for number in numbers:
@@ -280,4 +286,15 @@ def _raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-__all__ = ["Home", "Rocklet", "Server", "environment", "run", "run_server", "serve"]
+__all__ = [
+    "Home",
+    "Rocklet",
+    "Server",
+    "environment",
+    "http_over",
+    "listen",
+    "run",
+    "run_server",
+    "serve",
+    "stop_on_signals",
+]

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from rock.protocol.node import NodeEvents, NodeImage, NodeInventory, NodeSandbox, NodeStatus
-from rock.protocol.sandbox import SandboxConfig
+from collections.abc import AsyncGenerator, AsyncIterator
+
+from rock.protocol.node import (
+    ImageState,
+    NodeCommit,
+    NodeEvents,
+    NodeImage,
+    NodeInventory,
+    NodeSandbox,
+    NodeStatus,
+)
+from rock.protocol.sandbox import ArchivedFiles, SandboxConfig
 from rock.rocklet.node import Node
 
 
@@ -23,13 +33,30 @@ class LocalWorker:
     async def destroy(self, sandbox_id: str, grace: float = 0.0) -> NodeSandbox:
         return await self._node.destroy(sandbox_id, grace)
 
+    async def rest(self, sandbox_id: str, grace: float = 0.0) -> NodeSandbox:
+        return await self._node.rest(sandbox_id, grace)
+
+    async def wake(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
+        return await self._node.wake(sandbox_id, config)
+
+    def pack(self, sandbox_id: str, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:
+        return self._node.kept.pack(sandbox_id, limit)
+
+    async def unpack(
+        self, sandbox_id: str, config: SandboxConfig, files: ArchivedFiles, data: AsyncIterator[bytes]
+    ) -> NodeSandbox:
+        return await self._node.unpack(sandbox_id, config, files, data)
+
+    async def commit(self, sandbox_id: str, wish: NodeCommit) -> NodeImage:
+        return await self._node.commits.commit(sandbox_id, wish)
+
     async def get(self, sandbox_id: str, *, touch: bool = False, usage: bool = False) -> NodeSandbox:
         return await self._node.look(sandbox_id, touch=touch, usage=usage)
 
     async def list(self) -> NodeInventory:
         return self._node.inventory()
 
-    async def image(self, image: str, wait: float = 0.0) -> NodeImage:
+    async def image(self, image: str, wait: float = 0.0) -> ImageState:
         return await self._node.images.look(image, wait)
 
     async def status(self) -> NodeStatus:

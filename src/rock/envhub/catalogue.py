@@ -78,7 +78,7 @@ class Catalogue:
         """Do it on the one thread that has the connection: a commit waits for the disk."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             kind = StorageFull if "full" in str(error) or "disk I/O" in str(error) else Unavailable
             raise kind(f"the catalogue {self.path} does not answer: {error}") from error
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 
+from rock.envhub import datasets
 from rock.envhub.gem_ids import DATASETS, GAMES, REASONING
 from rock.envhub.packages import GEM, GEM_PANDAS, GYM, SETS, image_of, with_packages
 from rock.envhub.spec import EnvSpec
@@ -47,6 +48,10 @@ def image_for(wish: OpenEnv) -> str:
             raise InvalidConfig("nothing is installed in an image, and it hosts environments of Gymnasium alone",
                                 hint="put the packages into the image, or leave the image out")  # fmt: skip
         return wish.image
+    if wish.protocol == "task":
+        if wish.packages:
+            raise InvalidConfig("a training set has its own packages", hint="leave packages out")
+        return datasets.image_of(datasets.find(wish.env_id))
     if wish.protocol == "gem":
         return find(wish.env_id).image if not wish.packages else image_of(with_packages(GEM, wish.packages))
     return image_of(with_packages(GYM, wish.packages))

@@ -38,6 +38,7 @@ from typing import Any
 from rock.guest import dial, proctree, programs, syscalls, treefiles, users
 from rock.guest.fault import Fault, of_os_error
 from rock.guest.loop import Loop
+from rock.guest.standstill import Standstill
 from rock.guest.wire import Connection, send_patiently
 
 _CHILD_PATIENCE = 600.0
@@ -61,6 +62,7 @@ class Init(Loop):
         self.children: dict[int, tuple[Connection, int, float]] = {}  # pid -> whom it answers, and its deadline
         self.starting: dict[int, Callable[[], None]] = {}  # pid -> what settles its start
         self.stopping = False
+        self.standstill = Standstill(self._handle)
         os.umask(0o022)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         self.limits = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -141,6 +143,8 @@ class Init(Loop):
             self.connections.remove(connection)
             self.unwatch(connection.sock.fileno())
             connection.close()
+            if self.standstill.owner is connection:
+                self.standstill.end()
 
     def answer(self, connection: Connection, number: int, reply: dict[str, Any], fds: list[int]) -> None:
         """Reply and close `fds`, whether the connection still lives or not."""
@@ -171,6 +175,8 @@ class Init(Loop):
     def _handle(self, connection: Connection, request: dict[str, Any]) -> None:
         number = int(request.get("id", 0))
         try:
+            if self.standstill.holds(connection, request):
+                return
             op = request.get("op")
             if op in treefiles.OPERATIONS:
                 if treefiles.in_child(request):
@@ -297,6 +303,24 @@ class Init(Loop):
         job = proctree.kill_tree(pid, request.get("since"), bool(request.get("root", True)), tell=request.get("tell"))
         self._step(job, lambda count: self.answer(connection, number, {"count": count}, []))
 
+    def do_pause(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        """Stop every process until `resume`, or the end of this connection."""
+
+        def done(count: int) -> None:
+            if count >= 0:
+                self.answer(connection, number, {"count": count}, [])
+                return
+            if self.standstill.owner is connection:
+                self.standstill.end()
+            self.refuse(connection, number, Fault("unavailable", "not all processes could be stopped"))
+
+        self._step(self.standstill.begin(connection), done)
+
+    def do_resume(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        if self.standstill.owner is connection:
+            self.standstill.end()
+        self.answer(connection, number, {}, [])
+
     def _step(self, job: Generator[float, None, int], done: Callable[[int], None]) -> None:
         """Drive a job from the loop, so that others are served while it waits."""
         try:
@@ -310,6 +334,7 @@ class Init(Loop):
         """SIGTERM (and a hang-up to programs with a terminal), SIGKILL after `grace` seconds; then we end."""
         end = time.monotonic() + max(0.0, min(float(request.get("grace", 0)), 3600.0))
         self.answer(connection, number, {}, [])
+        self.standstill.end()
         for program in self.programs.values():
             if program.has_pty and program.ended is None:
                 os.kill(program.pid, signal.SIGHUP)

@@ -40,8 +40,17 @@ def parse_stat(text: bytes) -> Entry | None:
 
 def read(pid: int) -> Entry | None:
     """Entry of a process, or None when there is none."""
+    return _read(f"/proc/{pid}/stat")
+
+
+def read_thread(pid: int, thread: int) -> Entry | None:
+    """The same of one of its threads."""
+    return _read(f"/proc/{pid}/task/{thread}/stat")
+
+
+def _read(path: str) -> Entry | None:
     try:
-        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
     try:

@@ -65,7 +65,8 @@ class Command(Wire):
 
 
 class CreateBashSessionRequest(Wire):
-    """A session to open.
+    """A session to open. bash reads its user's ~/.bashrc first, as in a terminal; the session that is there without
+    being created does not.
 
     startup_source: files that the shell sources first, as in `. FILE`; a missing one is an error.
     env_enable: ROCK's switch for `env`; an `env` that is given is used either way.

@@ -7,11 +7,14 @@ from typing import Any
 from pydantic import Field
 
 from rock.protocol.action import Answer, FileInfo, ProcessInfo, SessionInfo
-from rock.protocol.sandbox import Cause, Isolation, Phase, SandboxInfo, Usage, Wire
+from rock.protocol.sandbox import ArchivedFiles, Cause, Isolation, Phase, SandboxConfig, SandboxInfo, Usage, Wire
 
 
 class NodeSandbox(Answer):
-    """A sandbox as its rocklet sees it. `idle_seconds`: since the last activity; 0 while something runs in it."""
+    """A sandbox as its rocklet sees it. `idle_seconds`: since the last activity; 0 while something runs in it.
+
+    kept: it does not run, and its files are there.
+    """
 
     sandbox_id: str
     alive: bool = False
@@ -23,19 +26,52 @@ class NodeSandbox(Answer):
     cause: Cause | None = None
     reason: str | None = None
     usage: Usage | None = None
+    kept: bool = False
+
+
+class NodeFiles(Answer):
+    """How an archived sandbox comes to a worker: the head of the frames that `node_unpack` takes."""
+
+    config: SandboxConfig
+    files: ArchivedFiles
+
+
+class NodeCommit(Wire):
+    """Make an image of a sandbox, from at most `limit` bytes of files, and push it if that is asked for."""
+
+    image_tag: str
+    registry_username: str | None = None
+    registry_password: str | None = Field(default=None, repr=False)
+    push: bool = False
+    limit: int = Field(default=1 << 40, ge=0)
+
+
+class NodeImage(Answer):
+    """An image that was made. size: bytes of the files of all its layers. pushed: digest of its manifest, when it was.
+
+    Errors have `details["stage"]`: login, commit or push."""
+
+    name: str
+    digest: str
+    size: int
+    pushed: str | None = None
 
 
 class NodeInventory(Answer):
+    """`sandboxes` that run, and ids of those that do not and whose files are `kept`."""
+
     sandboxes: list[NodeSandbox] = Field(default_factory=list)
+    kept: list[str] = Field(default_factory=list)
 
 
 class NodeEvent(Answer):
-    """A sandbox ended by itself. `number` grows by one an event, from 1 at the start of the rocklet."""
+    """A sandbox ended by itself, at a time. `number` grows by one an event, from 1 at the start of the rocklet."""
 
     number: int
     sandbox_id: str
     cause: Cause
     reason: str
+    at: float
 
 
 class NodeEvents(Answer):
@@ -62,13 +98,13 @@ class NodeStatus(Answer):
 
 
 class WorkerImage(Wire):
-    """Which image is asked for. wait: seconds that are spent on building it where it can be built and is not there."""
+    """Which image is asked for. wait: seconds that are spent on building or pulling it where it is not there."""
 
     image: str = Field(min_length=1, max_length=8192)
     wait: float = Field(default=0.0, ge=0, le=3600)
 
 
-class NodeImage(Answer):
+class ImageState(Answer):
     """An image as a worker has it. is_ready: it is there. digest: of it, or of its layer with packages, which are
     listed as "name version"."""
 

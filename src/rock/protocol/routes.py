@@ -6,6 +6,8 @@ carry `Idempotency-Key`; the same key gets the same answer. Keys travel as `Auth
 Times to wait (`wait`) are seconds: the server answers as soon as there is something to say, at the latest then.
 
 Streams (`?stream=1`) are frames: one byte of kind, four bytes of big-endian length, the payload. Kinds: see `Frame`.
+The files of a sandbox travel between admin and rocklet so too: STDOUT frames with the tar, and one RESULT frame, an
+ArchivedFiles at the end of `node_pack`, a NodeFiles at the beginning of `node_unpack`.
 
 `env_frames` takes and answers frames as guest/frames.py has them, values as in guest/values.py, both without JSON where
 there are arrays. An answer has the id of its request; the payload of an ERROR is `to_wire`.
@@ -123,7 +125,7 @@ def _rows() -> Iterator[Route]:
         "/v1/sandboxes",
         "control",
         "List, newest first",
-        "?state ?user_id ?experiment_id ?namespace ?image ?label=k=v ?limit ?after",
+        "?state ?user_id ?experiment_id ?namespace ?image ?label=k=v ?limit ?after ?history",
         "SandboxList",
     )
     yield row(
@@ -137,11 +139,47 @@ def _rows() -> Iterator[Route]:
     )
     yield row("stop_sandbox", "POST", _S + "/stop", "control", "Stop; leaves a tombstone", "", "SandboxInfo")
     yield row(
+        "restart_sandbox",
+        "POST",
+        _S + "/restart",
+        "control",
+        "Start a stopped or archived one again over its kept files; ?wait= until it runs or failed",
+        "?wait",
+        "SandboxInfo",
+    )
+    yield row(
+        "archive_sandbox",
+        "POST",
+        _S + "/archive",
+        "control",
+        "Bring the kept files of a stopped one to the archive; ?wait= until they are there or that failed",
+        "?wait",
+        "SandboxInfo",
+    )
+    yield row(
+        "commit_sandbox",
+        "POST",
+        _S + "/commit",
+        "control",
+        "Begin to make an image of a running one, or of one whose files are kept; ?wait= until that is over",
+        "CommitRequest ?wait",
+        "CommitStatus",
+    )
+    yield row(
+        "get_commit",
+        "GET",
+        _S + "/commit",
+        "control",
+        "What became of the last image that was made of it; ?wait= while it is under way",
+        "?wait",
+        "CommitStatus",
+    )
+    yield row(
         "delete_sandbox",
         "DELETE",
         _S,
         "control",
-        "Forget a stopped one; ?force=1 stops it first",
+        "Forget a stopped or archived one and its kept files; ?force=1 stops it first",
         "?force",
         "SandboxInfo",
     )
@@ -316,6 +354,7 @@ def _rows() -> Iterator[Route]:
     yield row("make_env", "POST", _S + "/envs", "data", "Make an environment in its own process", "MakeEnv", "EnvInfo")
     yield row("reset_env", "POST", _S + "/envs/{env}/reset", "data", "Start an episode", "ResetEnv", "ResetResult")
     yield row("step_env", "POST", _S + "/envs/{env}/step", "data", "One step", "StepEnv", "StepResult")
+    yield row("call_env", "POST", _S + "/envs/{env}/call", "data", "Ask for something else", "CallEnv", "CallResult")
     yield row(
         "env_frames",
         "POST",
@@ -347,7 +386,60 @@ def _rows() -> Iterator[Route]:
         "NodeSandbox",
     )
     yield row("node_destroy", "DELETE", "/node/v1/sandboxes/{sandbox_id}", "node", "Destroy", "?grace", "NodeSandbox")
-    yield row("node_image", "POST", "/node/v1/images", "node", "An image; may build it", "WorkerImage", "NodeImage")
+    yield row(
+        "node_rest",
+        "POST",
+        "/node/v1/sandboxes/{sandbox_id}/rest",
+        "node",
+        "End it and keep its files",
+        "?grace",
+        "NodeSandbox",
+    )
+    yield row(
+        "node_wake",
+        "POST",
+        "/node/v1/sandboxes/{sandbox_id}/wake",
+        "node",
+        "Make it again over its kept files",
+        "SandboxConfig",
+        "NodeSandbox",
+    )
+    yield row(
+        "node_pack",
+        "GET",
+        "/node/v1/sandboxes/{sandbox_id}/files",
+        "node",
+        "The files of one at rest, as a layer",
+        "?limit",
+        "frames",
+    )
+    yield row(
+        "node_unpack",
+        "PUT",
+        "/node/v1/sandboxes/{sandbox_id}/files",
+        "node",
+        "Take in the files of an archived one, to be woken",
+        "frames",
+        "NodeSandbox",
+    )
+    yield row(
+        "node_commit",
+        "POST",
+        "/node/v1/sandboxes/{sandbox_id}/commit",
+        "node",
+        "Make an image of it here, and push that; answers when it is done",
+        "NodeCommit",
+        "NodeImage",
+    )
+    yield row(
+        "node_image",
+        "POST",
+        "/node/v1/images",
+        "node",
+        "An image; may build or pull it",
+        "WorkerImage",
+        "ImageState",
+    )
     yield row("node_status", "GET", "/node/v1/status", "node", "Capacity, isolation, load", "", "NodeStatus")
     yield row(
         "node_events",

@@ -85,6 +85,10 @@ class SandboxConfig(BaseConfig):
     auto_clear_seconds: idle time after which it is stopped; 0 is never. Idle is without a call under way: a background
         process alone does not keep a sandbox. timeout: seconds from its start after which it
         is stopped in any case; None is never.
+    auto_delete_seconds: how long the files of a stopped one are kept, so that it can be restarted or archived: seconds
+        from its stop. None and 0 keep nothing: its files go with its stop.
+    auto_archive_seconds: keep the files too, and bring them to the server's archive so many seconds after the stop.
+        Excludes auto_delete_seconds.
     startup_timeout: seconds that a start may take.
     network: "none" (its own, with loopback), "nat" or "host".
     runtime: name of the runtime; None is the server's default.
@@ -115,6 +119,7 @@ class SandboxConfig(BaseConfig):
     namespace: str | None = None
     cluster: str = "default"
     route_key: str | None = None
+    pull: Literal["missing", "always", "never"] = "missing"
     registry_username: str | None = None
     registry_password: str | None = Field(default=None, repr=False)
     use_kata_runtime: bool = False
@@ -162,6 +167,11 @@ class SandboxConfig(BaseConfig):
     def memory_bytes(self) -> int:
         return parse_size(self.memory)
 
+    @property
+    def keeps_files(self) -> bool:
+        """Whether what it wrote outlives its stop."""
+        return bool(self.auto_delete_seconds) or self.auto_archive_seconds is not None
+
 
 class SandboxGroupConfig(SandboxConfig):
     """`size` equal sandboxes, started `start_concurrency` at once, each tried up to `start_retry_times` times."""
@@ -191,11 +201,92 @@ class Usage(Wire):
     disk_bytes: int | None = None
 
 
+class StateChange(Wire):
+    """One step of a sandbox's life. `key`: the idempotency key of the request that asked for it, if it had one."""
+
+    from_state: State
+    to_state: State
+    event: str
+    timestamp: float
+    key: str | None = None
+
+
+class ArchivedFiles(Wire):
+    """What a sandbox wrote, as one layer in the server's archive: `size` in bytes, `digest` "sha256:..." of the tar.
+
+    image_digest: of the image below it, without which it is of no use.
+    """
+
+    size: int
+    digest: str
+    image_digest: str
+
+
+class CommitRequest(Wire):
+    """Make an image of a sandbox: `image_tag` is its name. `push`: to the registry that is named there, with this
+    login, which is forgotten afterwards."""
+
+    image_tag: str = Field(min_length=1, max_length=400)
+    registry_username: str | None = None
+    registry_password: str | None = Field(default=None, repr=False)
+    push: bool = False
+
+
+class CommitPhase(StrEnum):
+    """How far it is."""
+
+    RUNNING = "RUNNING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+
+
+class CommitError(StrEnum):
+    """Why there is no image, in ROCK's words."""
+
+    SANDBOX_NOT_FOUND = "SANDBOX_NOT_FOUND"
+    WORKER_NOT_FOUND = "WORKER_NOT_FOUND"
+    WORKER_UNREACHABLE = "WORKER_UNREACHABLE"
+    SANDBOX_CONTAINER_NOT_FOUND = "SANDBOX_CONTAINER_NOT_FOUND"
+    COMMIT_CONFLICT = "COMMIT_CONFLICT"
+    DISPATCH_FAILED = "DISPATCH_FAILED"
+    LOGIN_FAILED = "LOGIN_FAILED"
+    COMMIT_FAILED = "COMMIT_FAILED"
+    PUSH_FAILED = "PUSH_FAILED"
+    PROCESS_LOST = "PROCESS_LOST"
+    STATUS_NOT_FOUND = "STATUS_NOT_FOUND"
+
+
+class CommitStatus(Wire):
+    """An image that is or was made of a sandbox. Times are seconds since the epoch.
+
+    image_digest: of the image here; pushed_digest: of its manifest in the registry. failed_stage: login, commit, push,
+    or dispatch, before a worker had it; error: what was raised, as it travels.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+    sandbox_id: str
+    image_tag: str
+    push: bool = False
+    phase: CommitPhase
+    started_at: float
+    completed_at: float | None = None
+    image_digest: str | None = None
+    pushed_digest: str | None = None
+    failed_stage: str | None = None
+    error_code: CommitError | None = None
+    error: dict[str, Any] | None = None
+
+
 class SandboxInfo(Wire):
     """A sandbox as the server sees it. Times are seconds since the epoch, UTC.
 
     enforced: how each limit is held on this host ("cgroup-v1", "cgroup-v2", "watched", "affinity", "rlimit", "none").
     cause, reason: why it is no longer running, as a word and as a sentence.
+    kept: it does not run, and its files are on its worker: it can be restarted. archive: they are in the archive.
+    commit: of the last image that was made of it.
+    auto_stop_at, auto_archive_at, auto_delete_at: when that will happen by itself, as things are now.
+    state_history: the last 100 steps, oldest first; lists leave it out unless asked.
     """
 
     model_config = ConfigDict(extra="ignore")  # of a newer server
@@ -228,5 +319,13 @@ class SandboxInfo(Wire):
     stopped_at: float | None = None
     last_activity_at: float | None = None
     auto_stop_at: float | None = None
+    auto_archive_at: float | None = None
+    auto_delete_at: float | None = None
+    archived_at: float | None = None
+    deleted_at: float | None = None
+    kept: bool = False
+    archive: ArchivedFiles | None = None
+    commit: CommitStatus | None = None
+    state_history: list[StateChange] = Field(default_factory=list)
     usage: Usage | None = None
     error: dict[str, Any] | None = None

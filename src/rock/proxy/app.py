@@ -15,7 +15,7 @@ from rock.store.base import Store
 from rock.wire.asgi import App, Receive, Scope, Send, deny, failure
 
 PREFIX = "/v1/sandboxes/"
-_CONTROL = {"stop"}
+_CONTROL = {"stop", "restart", "archive", "commit"}
 _NOT_HERE = (ERROR_CODE.encode(), NotHere.code.encode())  # a program inside may answer 421 too
 
 
@@ -83,6 +83,9 @@ def _sandbox_id(scope: Scope) -> str:
 
 def tell(info: SandboxInfo) -> RockError:
     """The error for a call to a sandbox that is not there (yet, or any more)."""
+    if info.state in (State.ARCHIVING, State.ARCHIVED, State.DELETED):
+        hint = "restart it: its files are in the archive" if info.state is State.ARCHIVED else None
+        return Expired(f"sandbox {info.sandbox_id} is {info.state.value}", sandbox_id=info.sandbox_id, hint=hint)
     if info.cause is None:
         what = "has not started yet" if info.state is State.PENDING else "is not found on its worker now"
         return Unavailable(f"sandbox {info.sandbox_id} {what}", sandbox_id=info.sandbox_id, hint="retry")
@@ -96,5 +99,6 @@ def tell(info: SandboxInfo) -> RockError:
     return kind(
         f"sandbox {info.sandbox_id} is gone: {info.reason or info.cause}",
         sandbox_id=info.sandbox_id,
+        hint="restart it: its files are kept" if info.kept else None,
         details={"cause": info.cause.value, "stopped_at": info.stopped_at},
     )

@@ -6,10 +6,10 @@ from typing import Any
 
 from rock.errors import InvalidConfig
 from rock.protocol.action import BashAction, Command, CreateBashSessionRequest
-from rock.protocol.node import ProcessList, SessionList, WorkerImage
+from rock.protocol.node import NodeCommit, ProcessList, SessionList, WorkerImage
 from rock.protocol.routes import LOG_NEXT, LOG_RUNNING, LOG_START, ROUTES
 from rock.protocol.sandbox import SandboxConfig
-from rock.rocklet import env_api, file_api, ports, programs, terminal
+from rock.rocklet import env_api, file_api, kept_api, ports, programs, terminal
 from rock.rocklet.node import Node
 from rock.rocklet.once import Once
 from rock.rocklet.stream import Streaming
@@ -46,6 +46,9 @@ class Api:
             "node_list",
             "node_get",
             "node_destroy",
+            "node_rest",
+            "node_wake",
+            "node_commit",
             "node_image",
             "node_status",
             "node_events",
@@ -54,6 +57,7 @@ class Api:
         router.add(ROUTES["terminal"], terminal.handler(self.node))
         ports.add_routes(router, self.node)
         file_api.add_routes(router, self.node)
+        kept_api.add_routes(router, self.node)
         env_api.add_routes(router, self.node, self.once)
         return router
 
@@ -236,6 +240,15 @@ class Api:
 
     async def node_destroy(self, request: Request) -> Answer:
         return answer_model(await self.node.destroy(request.path["sandbox_id"], request.number("grace", 0, high=600)))
+
+    async def node_rest(self, request: Request) -> Answer:
+        return answer_model(await self.node.rest(request.path["sandbox_id"], request.number("grace", 0, high=600)))
+
+    async def node_wake(self, request: Request) -> Answer:
+        return answer_model(await self.node.wake(request.path["sandbox_id"], await request.model(SandboxConfig)))
+
+    async def node_commit(self, request: Request) -> Answer:
+        return answer_model(await self.node.commits.commit(request.path["sandbox_id"], await request.model(NodeCommit)))
 
     async def node_image(self, request: Request) -> Answer:
         wish = await request.model(WorkerImage)

@@ -13,15 +13,19 @@ from typing import Literal
 from rock.guest import envhost
 from rock.rocklet.envwire import Inlet, Outlet, OwnInlet, Tail
 from rock.runtime.base import Process, Program
+from rock.runtime.image.host import PYTHON_LIBRARIES
 
 _ENVIRONMENT = {
     "LANG": "C.UTF-8", "HOME": "/tmp", "MPLCONFIGDIR": "/tmp",
     # Some environments iterate over sets of words: with this a seed gives the same episode in every process
     "PYTHONHASHSEED": "0", "PYTHONPATH": "",
+    # A Python that is built with a shared library finds it by its own path, and that is another one inside; without
+    # this it would take the machine's library of the same name, whose modules do not fit
+    "LD_LIBRARY_PATH": PYTHON_LIBRARIES,
     # Threads do not survive a fork
     "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NUMEXPR_NUM_THREADS": "1",
 }  # fmt: skip
-_MODULES = ("values", "frames", "spaces", "hosting", "player", "envhost")
+_MODULES = ("values", "frames", "spaces", "tasks", "hosting", "player", "envhost")
 _LOADER = """import base64, json, sys, types, zlib
 if sys.version_info < (3, 10):
     sys.exit("Python 3.10 or newer is needed, and this is " + sys.version)
@@ -36,16 +40,18 @@ sys.modules["rock.guest.envhost"].main()
 """
 
 
-def program(folder: str | None, python: str, key: str) -> Program:
-    """The host; `folder`: where its packages are inside, None for an image whose `python` has them itself."""
+def program(folder: str | None, python: str, key: str, adapter: str = "") -> Program:
+    """The host; `folder`: where its packages are inside, None for an image whose `python` has them itself; adapter:
+    what guest/tasks.py installs of a training set."""
     channels: dict[int, Literal["r", "w"]] = dict.fromkeys((envhost.REQUESTS, *envhost.PIPES), "r")
     channels.update(dict.fromkeys((envhost.ANSWERS, *(pipe + envhost.OWN for pipe in envhost.PIPES)), "w"))
     if folder is None:
-        own = {name: value for name, value in _ENVIRONMENT.items() if name != "PYTHONPATH"}
-        return Program([python, "-B", "-X", "utf8", "-c", source(), ""], env=own, stdout="null", stderr="pipe",
+        # What makes our Python find its own must not lead the image's astray
+        own = {name: value for name, value in _ENVIRONMENT.items() if name not in ("PYTHONPATH", "LD_LIBRARY_PATH")}
+        return Program([python, "-B", "-X", "utf8", "-c", source(), "", adapter], env=own, stdout="null", stderr="pipe",
                        channels=channels, key=key, keep=True)  # fmt: skip
     return Program(
-        [python, "-s", "-P", "-B", "-X", "utf8", "-c", source(), f"{folder}/site"],
+        [python, "-s", "-P", "-B", "-X", "utf8", "-c", source(), f"{folder}/site", adapter],
         env={**_ENVIRONMENT, "NLTK_DATA": f"{folder}/nltk_data"}, cwd="/", stdout="null", stderr="pipe",
         channels=channels, key=key, keep=True,
     )  # fmt: skip

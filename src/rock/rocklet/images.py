@@ -1,16 +1,19 @@
-"""Images as a worker has them: those of its store, and those that carry the packages of environments, built when first
-needed."""
+"""Images as a worker has them: those of its store, those that are pulled when first needed, and those that carry the
+packages of environments, which are built then."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
-from rock.envhub.packages import requirements_of, wheels_only
+from rock.envhub.packages import requirements_of, wheels_only, without_dependencies
 from rock.errors import ImageError, NotFound
-from rock.protocol.node import NodeImage
+from rock.protocol.node import ImageState
+from rock.protocol.sandbox import SandboxConfig
 from rock.runtime.image.packages import PackageSet, ensure, is_built, packages_folder
+from rock.runtime.image.registry import Login
 from rock.runtime.image.store import ImageStore
 
 
@@ -21,50 +24,64 @@ class Images:
         self.store = ImageStore(folder)
         self._preparing: dict[str, asyncio.Task[None]] = {}
 
-    def is_ready(self, image: str) -> bool:
+    def is_ready(self, config: SandboxConfig) -> bool:
         """Whether `prepare` has nothing to do. InvalidConfig for a package set that nobody knows."""
-        packages = _packages(image)
-        return packages is None or is_built(self.store, packages)
+        packages = _packages(config.image)
+        if packages is not None:
+            return is_built(self.store, packages)
+        return config.pull == "never" or (config.pull == "missing" and self.store.has(config.image))
 
-    async def prepare(self, image: str) -> None:
-        """Install the packages that an image is named after, once, however many ask at the same time."""
-        if self.is_ready(image):
+    async def prepare(self, config: SandboxConfig, tell: Callable[[str], None] = lambda _: None) -> None:
+        """Install the packages that an image is named after, or pull it, once, however many ask at the same time.
+
+        tell: called with words on the progress, from any thread; those who come later are not told.
+        """
+        if self.is_ready(config):
             return
-        task = self._preparing.get(image)
+        key = f"{config.image} {config.registry_username or ''}"
+        task = self._preparing.get(key)
         if task is None:
-            task = asyncio.create_task(self._build(image), name=f"prepare-{image}")
-            self._preparing[image] = task
-            task.add_done_callback(lambda _: self._preparing.pop(image, None))
+            task = asyncio.create_task(self._build(config, tell), name=f"prepare-{config.image}")
+            self._preparing[key] = task
+            task.add_done_callback(lambda _: self._preparing.pop(key, None))
         await asyncio.shield(task)
 
-    async def look(self, image: str, wait: float) -> NodeImage:
-        """What there is of an image; spends up to `wait` seconds on building it. ImageError when that fails."""
+    async def look(self, image: str, wait: float) -> ImageState:
+        """What there is of an image; spends up to `wait` seconds on building or pulling it. ImageError when that
+        fails."""
         if wait > 0:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait):
-                    await self.prepare(image)
+                    await self.prepare(SandboxConfig(image=image))
         return await asyncio.to_thread(self._look, image)
 
-    def _look(self, image: str) -> NodeImage:
+    def _look(self, image: str) -> ImageState:
         packages = _packages(image)
         try:
             record = self.store.inspect(image)
             listed = packages_folder(self.store.resolve(image)) / "packages" if packages is not None else None
         except (NotFound, ImageError):
-            return NodeImage(image=image, is_ready=False)
+            return ImageState(image=image, is_ready=False)
         if packages is not None and not is_built(self.store, packages):
-            return NodeImage(image=image, is_ready=False)
+            return ImageState(image=image, is_ready=False)
         names = listed.read_text().splitlines() if listed is not None else []
         digest = record.digest if packages is None else record.layers[-1]
-        return NodeImage(image=image, is_ready=True, digest=digest, packages=names)
+        return ImageState(image=image, is_ready=True, digest=digest, packages=names)
 
-    async def _build(self, image: str) -> None:
-        packages = _packages(image)
+    async def _build(self, config: SandboxConfig, tell: Callable[[str], None]) -> None:
+        packages = _packages(config.image)
         if packages is not None:
             await asyncio.to_thread(ensure, self.store, packages)
+            return
+        login = None
+        if config.registry_username is not None:
+            login = Login(config.registry_username, config.registry_password or "")
+        await asyncio.to_thread(self.store.pull, config.image, login, tell)
 
 
 def _packages(image: str) -> PackageSet | None:
     """What an image is named after; None when it is an image like any other."""
     requirements = requirements_of(image)
-    return None if requirements is None else PackageSet(image, requirements, wheels_only(requirements))
+    if requirements is None:
+        return None
+    return PackageSet(image, requirements, wheels_only(image), without_dependencies(image))

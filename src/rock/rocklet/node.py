@@ -10,19 +10,32 @@ import socket
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any
 
-from rock.errors import Conflict, Expired, InvalidConfig, Lost, NoCapacity, NotFound, NotHere, OutOfMemory, RockError
+from rock.errors import (
+    Conflict,
+    Expired,
+    InvalidConfig,
+    Lost,
+    NoCapacity,
+    NotFound,
+    NotHere,
+    OutOfMemory,
+    RockError,
+    Unsupported,
+)
 from rock.protocol.node import NodeEvent, NodeEvents, NodeInventory, NodeSandbox, NodeStatus
-from rock.protocol.sandbox import Cause, Isolation, Phase, SandboxConfig
+from rock.protocol.sandbox import ArchivedFiles, Cause, Isolation, Phase, SandboxConfig
+from rock.rocklet.commits import Commits
 from rock.rocklet.envdoor import Door
 from rock.rocklet.images import Images
+from rock.rocklet.kept import KeptSandboxes
 from rock.rocklet.session import Session
 from rock.rocklet.supervisor import Shelf, Supervisor, open_ahead
 from rock.runtime import hostmemory
-from rock.runtime.base import Liveness, Pools, Prepared, Runtime
+from rock.runtime.base import Handle, Keeps, Liveness, Pools, Prepared, Runtime
 
 log = logging.getLogger("rock.node")
 
@@ -47,8 +60,11 @@ class Node:
         self.boot = uuid.uuid4().hex[:12]
         self._host_name = socket.gethostname()
         self.supervisors: dict[str, Supervisor] = {}
+        self.kept = KeptSandboxes(self.shelf)
+        self.commits = Commits(self)
         self._creating: dict[str, asyncio.Task[Supervisor]] = {}
         self._destroying: dict[str, asyncio.Task[NodeSandbox]] = {}
+        self._resting: dict[str, asyncio.Task[NodeSandbox]] = {}
         self._phases: dict[str, dict[str, Phase]] = {}
         self._events: list[NodeEvent] = []
         self._changed = asyncio.Condition()
@@ -88,10 +104,15 @@ class Node:
             log.warning("no usable record of %s: %s", sandbox_id, error)
             await asyncio.to_thread(self.shelf.remove, sandbox_id)
             return
-        if await runtime.recover(handle) is Liveness.GONE:
+        resting = bool(record.get("resting"))
+        if resting or await runtime.recover(handle) is Liveness.GONE:
+            if not resting:
+                self._tell(sandbox_id, Cause.LOST, "it ended while no server was running")
+            if config.keeps_files and await self.kept.recover(config, runtime, handle):
+                known[handle.runtime].append(handle.id)
+                return
             await runtime.destroy(handle)
             await asyncio.to_thread(self.shelf.remove, sandbox_id)
-            self._tell(sandbox_id, Cause.LOST, "it ended while no server was running")
             return
         known[handle.runtime].append(handle.id)
         supervisor = Supervisor(sandbox_id, config, runtime, handle, self.shelf, self._ended)
@@ -109,10 +130,11 @@ class Node:
     async def close(self) -> None:
         """Let go of every sandbox and leave it running."""
         self._closing = True
-        tasks = [*self._creating.values(), *self._destroying.values(), *self._tasks]
+        tasks = [*self._creating.values(), *self._destroying.values(), *self._resting.values(), *self._tasks]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.commits.close()
         await self.door.close()
         for supervisor in self.supervisors.values():
             await supervisor.detach()
@@ -126,22 +148,33 @@ class Node:
     def runtime_for(self, config: SandboxConfig) -> Runtime:
         name = config.runtime or self.default
         try:
-            return self.runtimes[name]
+            runtime = self.runtimes[name]
         except KeyError:
             names = ", ".join(sorted(self.runtimes))
             raise InvalidConfig(f"no runtime {name!r} on this machine (there are: {names})") from None
+        if config.keeps_files and not isinstance(runtime, Keeps):
+            raise Unsupported(
+                f"runtime {name!r} cannot keep the files of a stopped sandbox",
+                hint="leave auto_delete_seconds and auto_archive_seconds unset",
+            )
+        return runtime
 
     async def check(self, config: SandboxConfig) -> None:
         """Raise what a create would raise at once; starts nothing."""
         runtime = self.runtime_for(config)
-        if self.images.is_ready(config.image):  # what has to be installed first is checked when it is
+        if self.images.is_ready(config):  # what has to be installed first is checked when it is
             await runtime.check(config)
 
     async def create(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
         """Make a sandbox. The same id and config again is the same sandbox, made once."""
-        leaving = self._destroying.get(sandbox_id)
-        if leaving is not None:
-            await asyncio.wait({leaving})
+        return await self._started(sandbox_id, config, wake=False)
+
+    async def wake(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
+        """Make a sandbox again over its kept files; one that runs stays as it is. Lost when there are no files."""
+        return await self._started(sandbox_id, config, wake=True)
+
+    async def _started(self, sandbox_id: str, config: SandboxConfig, *, wake: bool) -> NodeSandbox:
+        await self._ended_first(sandbox_id, self._destroying, self._resting)
         found = self.supervisors.get(sandbox_id)
         if found is not None:
             # The registry password is not kept.
@@ -155,7 +188,10 @@ class Node:
                     f"this machine is at its limit of {self.limit} sandboxes",
                     hint="stop some, or raise ROCK_SANDBOX_LIMIT",
                 )
-            task = asyncio.create_task(self._create(sandbox_id, config), name=f"create-{sandbox_id}")
+            if not wake and sandbox_id in self.kept:
+                raise Conflict(f"sandbox {sandbox_id} exists already: its files are kept", sandbox_id=sandbox_id)
+            work = self._wake(sandbox_id, config) if wake else self._create(sandbox_id, config)
+            task = asyncio.create_task(work, name=f"create-{sandbox_id}")
             self._creating[sandbox_id] = task
             self._ends.pop(sandbox_id, None)  # of an earlier one with this name
             task.add_done_callback(lambda _: self._creating.pop(sandbox_id, None))
@@ -170,7 +206,11 @@ class Node:
         self._phases[sandbox_id] = phases
         step = "image"
         try:
-            await self.images.prepare(config.image)
+
+            def tell(text: str) -> None:
+                phases["image"] = phases["image"].model_copy(update={"message": text})
+
+            await self.images.prepare(config, tell)
             phases["image"] = _finished(phases["image"], "on disk")
             step = "sandbox"
             phases["sandbox"] = Phase(status="running", started_at=time.time())
@@ -182,8 +222,7 @@ class Node:
             raise
         finally:
             self._phases.pop(sandbox_id, None)
-        supervisor = Supervisor(sandbox_id, config, runtime, handle, self.shelf, self._ended)
-        supervisor.phases = phases
+        supervisor = self._supervise(sandbox_id, config, runtime, handle, phases)
         try:
             supervisor.save()
         except OSError:
@@ -193,6 +232,29 @@ class Node:
         ahead = runtime.prepared(handle) if isinstance(runtime, Pools) else None
         if not isinstance(ahead, Session) or not supervisor.take_over(ahead):
             self._spawn(self._open_default(supervisor, ahead))
+        return supervisor
+
+    async def _wake(self, sandbox_id: str, config: SandboxConfig) -> Supervisor:
+        phases = {"image": Phase(status="success", message="on disk"),
+                  "sandbox": Phase(status="running", started_at=time.time())}  # fmt: skip
+        runtime, handle = await self.kept.wake(sandbox_id, config)
+        phases["sandbox"] = _finished(phases["sandbox"], "running")
+        supervisor = self._supervise(sandbox_id, config, runtime, handle, phases)
+        try:
+            supervisor.save()
+        except OSError:
+            await self.kept.rest(supervisor, 0)
+            raise
+        self.kept.awake(sandbox_id)
+        self.supervisors[sandbox_id] = supervisor
+        self._spawn(self._open_default(supervisor, None))
+        return supervisor
+
+    def _supervise(
+        self, sandbox_id: str, config: SandboxConfig, runtime: Runtime, handle: Handle, phases: dict[str, Phase]
+    ) -> Supervisor:
+        supervisor = Supervisor(sandbox_id, config, runtime, handle, self.shelf, self._ended)
+        supervisor.phases = phases
         return supervisor
 
     @staticmethod
@@ -207,10 +269,11 @@ class Node:
         task.add_done_callback(self._tasks.discard)
 
     async def destroy(self, sandbox_id: str, grace: float = 0.0) -> NodeSandbox:
-        """Remove a sandbox and all it used. Idempotent: an unknown one answers as not alive.
+        """Remove a sandbox and all it used, its kept files too. Idempotent: an unknown one answers as not alive.
 
         However many ask, and whoever of them leaves: it is done once, and all are answered when nothing is left.
         """
+        await self._ended_first(sandbox_id, self._resting)
         task = self._destroying.get(sandbox_id)
         if task is None:
             task = asyncio.create_task(self._destroy(sandbox_id, grace), name=f"destroy-{sandbox_id}")
@@ -219,18 +282,77 @@ class Node:
         return await asyncio.shield(task)
 
     async def _destroy(self, sandbox_id: str, grace: float) -> NodeSandbox:
-        creating = self._creating.get(sandbox_id)
-        if creating is not None:
-            creating.cancel()
-            await asyncio.gather(creating, return_exceptions=True)
-        supervisor = self.supervisors.get(sandbox_id)
+        supervisor = await self._after_creation(sandbox_id)
         if supervisor is None:
+            await self.kept.remove(sandbox_id)
             return NodeSandbox(sandbox_id=sandbox_id)
         supervisor.cause = supervisor.cause or Cause.USER  # from now on it is not found
         await supervisor.destroy(grace)
         await supervisor.forget()
         del self.supervisors[sandbox_id]  # only now: a destroy that failed can be repeated
         return supervisor.describe()
+
+    async def rest(self, sandbox_id: str, grace: float = 0.0) -> NodeSandbox:
+        """End a sandbox and keep its files. Idempotent: `kept` of the answer tells whether they are there.
+
+        Done once, however many ask, as in `destroy`.
+        """
+        await self._ended_first(sandbox_id, self._destroying)
+        task = self._resting.get(sandbox_id)
+        if task is None:
+            task = asyncio.create_task(self._rest(sandbox_id, grace), name=f"rest-{sandbox_id}")
+            self._resting[sandbox_id] = task
+            task.add_done_callback(lambda _: self._resting.pop(sandbox_id, None))
+        return await asyncio.shield(task)
+
+    async def _rest(self, sandbox_id: str, grace: float) -> NodeSandbox:
+        supervisor = await self._after_creation(sandbox_id)
+        if supervisor is not None:
+            supervisor.cause = supervisor.cause or Cause.USER
+            try:
+                await self.kept.rest(supervisor, grace)
+            except Lost:
+                await supervisor.destroy(0)
+                await supervisor.forget()
+            del self.supervisors[sandbox_id]
+        return self.kept.describe(sandbox_id)
+
+    async def unpack(
+        self, sandbox_id: str, config: SandboxConfig, files: ArchivedFiles, data: AsyncIterator[bytes]
+    ) -> NodeSandbox:
+        """Take in a sandbox from the archive, to be woken."""
+        await self._ended_first(sandbox_id, self._destroying, self._resting)
+        found = self.supervisors.get(sandbox_id)
+        if found is not None:
+            if found.config != config:
+                raise Conflict(f"sandbox {sandbox_id} exists already", sandbox_id=sandbox_id)
+            return found.describe()  # of a restore whose end was not seen
+        runtime = self.runtime_for(config)
+        await self.images.prepare(config)
+        task = asyncio.ensure_future(self.kept.unpack(sandbox_id, config, runtime, files, data))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.cancel()
+            await asyncio.wait({task})
+            raise
+        return self.kept.describe(sandbox_id)
+
+    async def _after_creation(self, sandbox_id: str) -> Supervisor | None:
+        """The sandbox, once nobody makes it any more."""
+        creating = self._creating.get(sandbox_id)
+        if creating is not None:
+            creating.cancel()
+            await asyncio.gather(creating, return_exceptions=True)
+        return self.supervisors.get(sandbox_id)
+
+    @staticmethod
+    async def _ended_first(sandbox_id: str, *ends: dict[str, asyncio.Task[NodeSandbox]]) -> None:
+        """Wait until none of these is under way for a sandbox."""
+        while tasks := {found[sandbox_id] for found in ends if sandbox_id in found}:
+            await asyncio.wait(tasks)
 
     # ---- find ----
 
@@ -255,7 +377,7 @@ class Node:
         return supervisor.describe(await supervisor.usage() if usage else None)
 
     def inventory(self) -> NodeInventory:
-        return NodeInventory(sandboxes=[s.describe() for s in self.supervisors.values()])
+        return NodeInventory(sandboxes=[s.describe() for s in self.supervisors.values()], kept=self.kept.ids())
 
     async def status(self) -> NodeStatus:
         runtime = self.runtimes[self.default]
@@ -284,7 +406,8 @@ class Node:
     def _tell(self, sandbox_id: str, cause: Cause, reason: str) -> None:
         self._remember(sandbox_id, cause, reason)
         self._number += 1
-        self._events.append(NodeEvent(number=self._number, sandbox_id=sandbox_id, cause=cause, reason=reason))
+        self._events.append(NodeEvent(number=self._number, sandbox_id=sandbox_id, cause=cause, reason=reason,
+                                      at=time.time()))  # fmt: skip
         del self._events[:-_KEPT_EVENTS]
 
     def _ended(self, supervisor: Supervisor, cause: Cause, reason: str) -> None:
@@ -298,7 +421,7 @@ class Node:
             self._changed.notify_all()
         if self.supervisors.get(supervisor.id) is supervisor:
             try:
-                await self.destroy(supervisor.id)
+                await (self.rest if supervisor.config.keeps_files else self.destroy)(supervisor.id)
             except Exception:
                 log.exception("removing what is left of sandbox %s; its stop tries again", supervisor.id)
 

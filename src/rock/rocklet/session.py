@@ -20,6 +20,7 @@ from rock.rocklet.streams import Capped, Reader, as_text, write_all
 from rock.runtime.base import ExitStatus, Files, Handle, Process, Program, Runtime
 
 KEY = "session:"
+DEFAULT = CreateBashSessionRequest()  # the session that every sandbox has
 _RESTART_GRACE = 1.5  # seconds for a shell to hand its state over before it is killed
 _IDLE_OUTPUT = 1 << 20  # bytes kept of what background jobs write between commands
 _END = 10.0  # seconds for a killed shell to be seen dead
@@ -121,6 +122,8 @@ class Session:
     async def attach(self) -> None:
         """Take over a shell that a former rocklet started."""
         self._adopt(await self._runtime.attach(self._handle, KEY + self.spec.session))
+        if self.spec.pty is None:
+            self._first = shell.begun(self.shell.dialect)
         self._readers[-1].drain()  # what the shell told a former rocklet's command is not meant for ours
 
     def claim(self, handle: Handle, env: Mapping[str, str]) -> bool:
@@ -437,7 +440,10 @@ class Session:
     def _preamble_script(self, run: _Run) -> bytes:
         """What a new shell begins with; one that takes the place of another, in the folder of that one."""
         pty = self.spec.pty is not None
-        return shell.preamble(self.shell.dialect, run.token, cwd=self._cwd, sources=self.spec.startup_source, pty=pty)
+        sources = self.spec.startup_source
+        # Not the session that is there from the start: nobody shaped it, and a .bashrc may take a second.
+        rc = self.spec != DEFAULT
+        return shell.preamble(self.shell.dialect, run.token, cwd=self._cwd, sources=sources, rc=rc, pty=pty)
 
     # ---- ends of commands that do not end by themselves ----
 

@@ -109,16 +109,32 @@ def _hold_script(dialect: Dialect, pty: bool) -> str:
     return "" if pty else f"exec {dialect.script}<&0\n"
 
 
+# Such files look at PS1 to see whether a person is there, and go no further when it is not set.
+_RC = "{ PS1='\\$ '; if [ -r ~/.bashrc ]; then . ~/.bashrc; fi; :; }"
+
+
 def preamble(
-    dialect: Dialect, token: int, *, cwd: str | None, sources: Sequence[str], pty: bool = False
+    dialect: Dialect, token: int, *, cwd: str | None, sources: Sequence[str], rc: bool = False, pty: bool = False
 ) -> bytes:
     """What a new shell in `Dialect.environment` runs first. It reports like a command: with the status of the start-up
-    file that failed."""
+    file that failed.
+
+    rc: bash reads the ~/.bashrc of its user, whatever its status, as one does that a person types into.
+    """
     lines = [f'{_hold_script(dialect, pty)}eval "${_HOOK}"; unset {_HOOK}\n'] if dialect.is_bash else []
     if cwd is not None:
         lines.append(f"cd -- {quote(cwd)}\n")
-    steps = " && ".join(f". {quote(path)}" for path in sources)
+    parts = [_RC] if rc and dialect.is_bash else []
+    steps = " && ".join([*parts, *(f". {quote(path)}" for path in sources)])
     return encode("".join(lines)) + frame(dialect, steps or ":", token, pty=pty)
+
+
+def begun(dialect: Dialect) -> bytes:
+    """What a shell gets whose former rocklet may have died between its start and its preamble; else it does nothing."""
+    if not dialect.is_bash:
+        return b""
+    unless = '[ "${__rock_report-}" ] || '
+    return encode(f'{unless}exec {dialect.script}<&0\n{unless}{{ eval "${_HOOK}"; unset {_HOOK}; }}\n')
 
 
 def restore(dialect: Dialect, token: int, pty: bool = False) -> bytes:

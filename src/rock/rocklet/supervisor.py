@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rock.envhub import datasets
 from rock.envhub.packages import requirements_of
 from rock.errors import Conflict, NotFound, RockError
 from rock.protocol.action import Command, CreateBashSessionRequest
@@ -21,13 +22,12 @@ from rock.protocol.sandbox import Cause, Isolation, Phase, SandboxConfig, Usage
 from rock.rocklet import programs
 from rock.rocklet.dialled import Connections
 from rock.rocklet.envs import EnvHost
-from rock.rocklet.session import KEY, Session, Shell, find_shell
+from rock.rocklet.session import DEFAULT, KEY, Session, Shell, find_shell
 from rock.runtime import wholefile
-from rock.runtime.base import Handle, Limits, Runtime, Watches
+from rock.runtime.base import Handle, Keeps, Limits, Runtime, Watches
 from rock.runtime.image.packages import CURRENT
 
 DEFAULT_SESSION = "default"
-_DEFAULT = CreateBashSessionRequest(session=DEFAULT_SESSION)
 
 
 class Shelf:
@@ -63,15 +63,31 @@ class Shelf:
         handle["isolation"] = Isolation(handle["isolation"])
         return SandboxConfig.model_validate(record["config"]), Handle(**handle), record
 
+    def rest(self, config: SandboxConfig, handle: Handle) -> None:
+        """Write the record of a sandbox that does not run, or is about not to, and whose files are kept."""
+        wholefile.replace(self.record(handle.id), json.dumps({**_plain(config, handle), "resting": True}))
+
     def remove(self, sandbox_id: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.record(sandbox_id))
+        self.remove_logs(sandbox_id)
+
+    def remove_logs(self, sandbox_id: str) -> None:
         shutil.rmtree(self.logs(sandbox_id), ignore_errors=True)
+
+
+def _plain(config: SandboxConfig, handle: Handle) -> dict[str, Any]:
+    return {
+        # The registry password was needed for one pull: it does not go to the disk.
+        "config": config.model_dump(mode="json", exclude={"registry_password"}),
+        "handle": {"runtime": handle.runtime, "id": handle.id, "isolation": handle.isolation.value,
+                   "enforced": dict(handle.enforced), "data": handle.data},
+    }  # fmt: skip
 
 
 async def open_ahead(runtime: Runtime, handle: Handle) -> Session:
     """The default session of a sandbox that nobody has claimed yet."""
-    session = Session(runtime, handle, _DEFAULT, await find_shell(runtime, handle))
+    session = Session(runtime, handle, DEFAULT, await find_shell(runtime, handle))
     await session.open()
     return session
 
@@ -122,15 +138,11 @@ class Supervisor:
             await asyncio.to_thread(wholefile.replace, self._shelf.record(self.id), self._record())
 
     def _record(self) -> str:
-        handle = self.handle
         record = {
-            # The registry password was needed for one pull: it does not go to the disk.
-            "config": self.config.model_dump(mode="json", exclude={"registry_password"}),
-            "handle": {"runtime": handle.runtime, "id": handle.id, "isolation": handle.isolation.value,
-                       "enforced": dict(handle.enforced), "data": handle.data},
+            **_plain(self.config, self.handle),
             # A plain default session is not worth a write: pid 1 tells whether there is one.
             "sessions": {name: s.spec.model_dump(mode="json") for name, s in self.sessions.items()
-                         if not s.closed and s.spec != _DEFAULT},
+                         if not s.closed and s.spec != DEFAULT},
             "processes": {p.id: {"command": p.command, "started_at": p.started_at} for p in self.processes.values()},
         }  # fmt: skip
         return json.dumps(record)
@@ -140,7 +152,7 @@ class Supervisor:
         kept = await self.runtime.processes(self.handle)
         specs = {name: CreateBashSessionRequest.model_validate(s) for name, s in record.get("sessions", {}).items()}
         if KEY + DEFAULT_SESSION in kept:
-            specs.setdefault(DEFAULT_SESSION, _DEFAULT)
+            specs.setdefault(DEFAULT_SESSION, DEFAULT)
         for name, request in specs.items():
             with contextlib.suppress(RockError):
                 session = Session(self.runtime, self.handle, request, await self.find_shell(request.shell))
@@ -208,7 +220,7 @@ class Supervisor:
         """Open a session; Conflict when there is one of that name. Answers what its start-up printed."""
         old = self.sessions.get(request.session)
         if request.session in self._opening or (old is not None and old.closed is None):
-            if request == _DEFAULT:
+            if request == DEFAULT:
                 await self.session(DEFAULT_SESSION)  # it stands ready from the start
                 return ""
             raise Conflict(
@@ -230,7 +242,7 @@ class Supervisor:
                 await old.close()
             session = await self._open_shell(request)
             self.sessions[request.session] = session
-            if request != _DEFAULT:
+            if request != DEFAULT:
                 await self.saved()
             return session
         finally:
@@ -263,7 +275,7 @@ class Supervisor:
         if opening is not None:
             return await asyncio.shield(opening)
         if name == DEFAULT_SESSION:
-            return await self._open(_DEFAULT)
+            return await self._open(DEFAULT)
         names = ", ".join(sorted(self.sessions)) or "none"
         raise NotFound(
             f"session {name!r} does not exist in sandbox {self.id} (open: {names})",
@@ -330,7 +342,8 @@ class Supervisor:
                 self.env_host = None
             if self.env_host is None:
                 own = requirements_of(self.config.image) is None  # an image like any other hosts with its own Python
-                host = EnvHost(self.runtime, self.handle, folder=None if own else CURRENT)
+                adapter = datasets.adapter_of(self.config.image)
+                host = EnvHost(self.runtime, self.handle, folder=None if own else CURRENT, adapter=adapter)
                 if self._env_host_kept:
                     self._env_host_kept = False
                     with contextlib.suppress(NotFound):  # it ended meanwhile
@@ -368,14 +381,34 @@ class Supervisor:
 
     async def destroy(self, grace: float) -> None:
         """End it and remove all that it used."""
+        await self._let_go()
+        if grace > 0:
+            await self.runtime.stop(self.handle, grace)
+        await self.runtime.destroy(self.handle)
+        await self._close_all()
+
+    async def rest(self, grace: float) -> Handle:
+        """End it and keep its files: the handle of what is kept. The intent is on disk first."""
+        assert isinstance(self.runtime, Keeps)
+        await self._let_go()
+        async with self._save_lock:
+            self._shelf.rest(self.config, self.handle)
+        kept = await self.runtime.rest(self.handle, grace)
+        await self._close_all()
+        self._shelf.rest(self.config, kept)
+        if self.processes:
+            await asyncio.to_thread(self._shelf.remove_logs, self.id)
+        return kept
+
+    async def _let_go(self) -> None:
+        """Nobody waits for its end, opens a session or has a connection any more."""
         self._watch.cancel()
         self.connections.cut()
         for task in self._opening.values():
             task.cancel()
         await asyncio.gather(self._watch, *self._opening.values(), return_exceptions=True)
-        if grace > 0:
-            await self.runtime.stop(self.handle, grace)
-        await self.runtime.destroy(self.handle)
+
+    async def _close_all(self) -> None:
         for session in self.sessions.values():
             await session.close()
         for background in self.processes.values():

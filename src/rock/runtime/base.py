@@ -10,12 +10,13 @@ Optional capabilities stand beside it and are asked for by type: `isinstance(run
 from __future__ import annotations
 
 import signal as signals
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
+from rock.protocol.sandbox import ArchivedFiles, Isolation, SandboxConfig, Usage
+from rock.runtime.image.rootfs import RootFS
 
 Stream = Literal["pipe", "null"]
 Enforced = Literal["cgroup-v1", "cgroup-v2", "watched", "affinity", "rlimit", "tmpfs", "none"]
@@ -285,6 +286,52 @@ class Watches(Protocol):
 
     def oom_kills(self, handle: Handle) -> int:
         """How many processes were killed for memory so far."""
+        ...
+
+
+@runtime_checkable
+class Keeps(Protocol):
+    """What a sandbox wrote can outlive it. Asked for when `config.keeps_files`.
+
+    A sandbox at rest has no process, memory, cgroup or network, only its files; `destroy` removes them, `sweep` leaves
+    those that are known.
+    """
+
+    async def rest(self, handle: Handle, grace: float = 0.0) -> Handle:
+        """End every process and keep the files; answers the handle of what is at rest. Idempotent, and finishes what a
+        crash broke off, in a rest or in a wake. Lost when the files are gone. `grace` as in `stop`."""
+        ...
+
+    def pack(self, handle: Handle, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:
+        """The files of one at rest as an OCI layer's tar, in pieces; the last item tells what was given.
+
+        limit: most bytes of file content, holes counted. InvalidConfig, where the files cannot be told in a layer or
+        are over a limit, may come after some pieces.
+        """
+        ...
+
+    async def unpack(self, id: str, config: SandboxConfig, files: ArchivedFiles, data: AsyncIterator[bytes]) -> Handle:
+        """A sandbox at rest with the files of such a tar. ImageError when the image here is not the one below them,
+        InvalidConfig when the data is not `files`; then nothing of it is left."""
+        ...
+
+    async def wake(self, handle: Handle, config: SandboxConfig) -> Handle:
+        """A new sandbox over the files of one at rest. When it fails, that stays at rest. ImageError when its image was
+        removed."""
+        ...
+
+
+@runtime_checkable
+class Snapshots(Protocol):
+    """What a sandbox wrote can be read, whether it runs or is at rest: to make an image of it."""
+
+    def image(self, handle: Handle) -> RootFS:
+        """The image that it was made of, which it holds on disk."""
+        ...
+
+    def snapshot(self, handle: Handle, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:
+        """What it wrote, as `Keeps.pack` gives it; its processes stand still meanwhile. They go on when the generator
+        is closed, and when we crash. Unsupported where files were written that no layer can have."""
         ...
 
 

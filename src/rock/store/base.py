@@ -40,6 +40,7 @@ class Query:
     """Which records to list: equality on fields of `info`, labels that must match; newest first.
 
     after: the `created_at` and id of the last record of the page before.
+    left: only those whose files are kept on a worker or in the archive.
     """
 
     states: Sequence[State] = ()
@@ -47,6 +48,7 @@ class Query:
     labels: Mapping[str, str] = field(default_factory=dict)
     limit: int = 500
     after: tuple[float, str] | None = None
+    left: bool = False
 
 
 class Store(Protocol):
@@ -79,5 +81,7 @@ class Store(Protocol):
         ...
 
     async def prune(self, before: float) -> int:
-        """Forget stopped sandboxes whose end was before that time; answers how many."""
+        """Forget stopped and deleted sandboxes that ended before that time, but for those whose files are kept.
+
+        Answers how many."""
         ...

@@ -197,6 +197,8 @@ class SqliteStore:
                 raise ValueError(f"cannot list by {name!r}")
             where.append(f"json_extract(info, '$.{name}') = ?")
             values.append(value)
+        if query.left:
+            where.append(f"({_LEFT})")
         for name, value in query.labels.items():
             where.append("json_extract(info, '$.labels.' || json_quote(?)) = ?")
             values += [name, value]
@@ -219,8 +221,9 @@ class SqliteStore:
         while True:
             done = self._now(
                 self._open_db.execute,
-                "DELETE FROM sandbox WHERE id IN (SELECT id FROM sandbox WHERE state = ? AND stopped_at < ? LIMIT ?)",
-                (State.STOPPED.value, before, _PRUNED_AT_ONCE),
+                "DELETE FROM sandbox WHERE id IN (SELECT id FROM sandbox WHERE state IN (?, ?) AND stopped_at < ? "
+                f"AND coalesce(json_extract(info, '$.deleted_at'), 0) < ? AND NOT ({_LEFT}) LIMIT ?)",
+                (State.STOPPED.value, State.DELETED.value, before, before, _PRUNED_AT_ONCE),
             )
             removed += done.rowcount
             if done.rowcount < _PRUNED_AT_ONCE:
@@ -228,6 +231,7 @@ class SqliteStore:
             await asyncio.sleep(0)  # whoever waits goes first
 
 
+_LEFT = "coalesce(json_extract(info, '$.kept'), 0) OR json_extract(info, '$.archive') IS NOT NULL"
 _SELECT = "SELECT version, idempotency_key, info, config FROM sandbox"
 
 

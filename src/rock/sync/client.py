@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable
 from types import TracebackType
@@ -62,8 +63,20 @@ class Client:
             self.transport.json("POST", path("stop_sandbox", sandbox_id), timeout=STOP_TIMEOUT),
         )
 
+    def restart_sandbox(self, sandbox_id: str, wait: float = 60.0) -> SandboxInfo:
+        """Start a stopped or archived one again over its kept files, waiting up to `wait` seconds. NotFound, Conflict,
+        and what a start raises."""
+        target = path("restart_sandbox", sandbox_id) + query_string({"wait": wait})
+        key = os.urandom(16).hex()
+        return parse(SandboxInfo, self.transport.json("POST", target, timeout=wait + STOP_TIMEOUT, key=key))
+
+    def archive_sandbox(self, sandbox_id: str, wait: float = 600.0) -> SandboxInfo:
+        """Bring the kept files of a stopped one to the archive, waiting up to `wait` seconds. NotFound, Conflict."""
+        target = path("archive_sandbox", sandbox_id) + query_string({"wait": wait})
+        return parse(SandboxInfo, self.transport.json("POST", target, timeout=wait + STOP_TIMEOUT))
+
     def delete_sandbox(self, sandbox_id: str, *, force: bool = False) -> SandboxInfo:
-        """Forget a stopped one; with `force` it is stopped first. NotFound, Conflict."""
+        """Forget a stopped one and its files; with `force` it is stopped first. NotFound, Conflict."""
         target = path("delete_sandbox", sandbox_id) + query_string({"force": force or None})
         return parse(SandboxInfo, self.transport.json("DELETE", target, timeout=STOP_TIMEOUT))
 

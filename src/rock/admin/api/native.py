@@ -84,15 +84,16 @@ def build(service: Service, envs: Environments, settings: Settings, roles: list[
 def _sandboxes(app: FastAPI, service: Service) -> None:
     @app.get(ROUTES["list_sandboxes"].path, response_model=SandboxList, tags=["sandboxes"])
     async def list_sandboxes(
-        request: Request, limit: Annotated[int, Query(ge=1, le=2000)] = 500, after: str | None = None
-    ) -> Response:
+        request: Request, limit: Annotated[int, Query(ge=1, le=2000)] = 500, after: str | None = None,
+        history: bool = False,
+    ) -> Response:  # fmt: skip
         """Sandboxes, newest first; filters are equality on fields of SandboxInfo, `state` and `label=k=v`."""
-        return _json(await service.list(_listing(request, limit, after)))
+        return _json(await service.list(_listing(request, limit, after), history))
 
     @app.delete(ROUTES["delete_sandbox"].path, response_model=SandboxInfo, tags=["sandboxes"])
     async def delete_sandbox(sandbox_id: str, force: bool = False) -> Response:
-        """Forget a stopped one; `force` stops it first."""
-        return _json(await service.delete(sandbox_id, force))
+        """Forget a stopped one and its kept files; `force` stops it first."""
+        return _json(await service.kept.delete(sandbox_id, force))
 
 
 def _environments(app: FastAPI, envs: Environments) -> None:
@@ -136,7 +137,7 @@ def _listing(request: Request, limit: int, after: str | None) -> Listing:
             labels[key] = text
         elif name in ("user_id", "experiment_id", "namespace", "image", "runtime", "worker", "cause"):
             fields[name] = value
-        elif name not in ("limit", "after"):
+        elif name not in ("limit", "after", "history"):
             raise InvalidConfig(f"cannot list by {name!r}")
     page: tuple[float, str] | None = None
     if after:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from rock.admin.service import Service
 from rock.protocol.env import OpenEnv
 from rock.protocol.routes import IDEMPOTENCY_KEY, ROUTES
-from rock.protocol.sandbox import SandboxConfig
+from rock.protocol.sandbox import CommitRequest, SandboxConfig
 from rock.wire.asgi import Answer, App, Receive, Request, Router, Scope, Send, answer_model
 
 _LONGEST_WAIT = 3600.0  # seconds
-NAMES = ("create_sandbox", "get_sandbox", "stop_sandbox", "open_env")
+NAMES = ("create_sandbox", "get_sandbox", "stop_sandbox", "restart_sandbox", "archive_sandbox", "commit_sandbox",
+         "get_commit", "open_env")  # fmt: skip
 
 
 class Sandboxes:
@@ -41,6 +42,24 @@ class Sandboxes:
 
     async def stop_sandbox(self, request: Request) -> Answer:
         return answer_model(await self._service.stop(request.path["sandbox_id"]))
+
+    async def restart_sandbox(self, request: Request) -> Answer:
+        return answer_model(
+            await self._service.kept.restart(request.path["sandbox_id"], _key(request), _wait(request))
+        )
+
+    async def archive_sandbox(self, request: Request) -> Answer:
+        return answer_model(
+            await self._service.archive.archive(request.path["sandbox_id"], _key(request), _wait(request))
+        )
+
+    async def commit_sandbox(self, request: Request) -> Answer:
+        wait = _wait(request)
+        wish = await request.model(CommitRequest)
+        return answer_model(await self._service.commits.commit(request.path["sandbox_id"], wish, wait))
+
+    async def get_commit(self, request: Request) -> Answer:
+        return answer_model(await self._service.commits.status(request.path["sandbox_id"], _wait(request)))
 
     async def open_env(self, request: Request) -> Answer:
         wait = _wait(request)

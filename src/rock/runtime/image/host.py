@@ -31,6 +31,7 @@ _GLANCE_EVERY = 1.0  # seconds between two looks at the folders of the inputs: 0
 _LOOK_EVERY = 30.0  # and at each of them: 10 ms
 _LARGEST = 4 << 20
 _PYTHON = "/opt/rock/python"
+PYTHON_LIBRARIES = f"{_PYTHON}/lib"
 _BIN = "/opt/rock/bin"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/root/.local/bin"
 _TOP = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
@@ -49,9 +50,9 @@ _ETC = (
 )  # fmt: skip
 
 _FOLDERS = (
-    "dev", "etc", "home", "media", "mnt", "opt", "opt/rock", "opt/rock/bin", "opt/rock/envs", "proc", "root", "run",
-    "run/lock", "srv", "sys", "tmp", "usr", "var", "var/cache", "var/lib", "var/local", "var/log", "var/mail",
-    "var/opt", "var/spool", "var/tmp",
+    "dev", "etc", "etc/pam.d", "home", "media", "mnt", "opt", "opt/rock", "opt/rock/bin", "opt/rock/envs", "proc",
+    "root", "run", "run/lock", "srv", "sys", "tmp", "usr", "var", "var/cache", "var/lib", "var/local", "var/log",
+    "var/mail", "var/opt", "var/spool", "var/tmp",
 )  # fmt: skip
 _MODES = {"root": 0o700, "tmp": 0o1777, "var/tmp": 0o1777, "run/lock": 0o1777}
 
@@ -64,6 +65,16 @@ _MADE = {
     "etc/profile": "[ -n \"$BASH\" ] && [ -r /etc/bash.bashrc ] && . /etc/bash.bashrc\numask 022\n",
     "etc/bash.bashrc": "[ -z \"$PS1\" ] && return\nshopt -s checkwinsize\nPS1='\\u@\\h:\\w\\$ '\n",
 }  # fmt: skip
+# su and runuser: root may become anybody, and nobody anything else. Without these files they refuse root too.
+_PAM = """\
+auth sufficient pam_rootok.so
+auth required pam_deny.so
+account required pam_permit.so
+session required pam_permit.so
+password required pam_deny.so
+"""
+_MADE |= {f"etc/pam.d/{name}": _PAM for name in ("su", "su-l", "runuser", "runuser-l")}
+_MADE["etc/pam.d/other"] = "".join(f"{kind} required pam_deny.so\n" for kind in ("auth", "account", "password"))
 _LINKS = {"etc/mtab": "/proc/self/mounts", "var/run": "/run", "var/lock": "/run/lock"}
 
 

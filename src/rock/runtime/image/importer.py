@@ -129,16 +129,36 @@ def _resolve(archive: Archive, row: dict[str, Any], depth: int) -> Archived:
 
 def _choose(archive: Archive, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The manifest for this machine: the one that is in the archive, where several fit (arm variants)."""
-    mine = this_architecture()
-    rows = [r for r in rows if _runnable(r)]
-    fits = [r for r in rows if (r.get("platform") or {}).get("architecture", mine) == mine
-            and (r.get("platform") or {}).get("os", "linux") == "linux"]
-    for row in fits:
+    for row in _fitting(rows):
         if archive.get(_path(_text(row, "digest"))) is not None:
             return row
-    there = ", ".join(sorted({f"{p.get('os')}/{p.get('architecture')}" for r in rows if (p := r.get("platform"))}))
-    raise ImageError(f"{archive.path} has no image for linux/{mine}; it is for {there or 'nothing'}",
-                     hint=f"save the image for linux/{mine}")
+    raise _no_image(str(archive.path), rows)
+
+
+def choose(name: str, rows: Any) -> str:
+    """The digest of the manifest for this machine, in an index of a registry."""
+    rows = _list(rows, "manifests")
+    for row in _fitting(rows):
+        digest = _text(row, "digest")
+        if not _DIGEST.fullmatch(digest):
+            raise ImageError(f"{name}: its index has a digest that is not sha256")
+        return digest
+    raise _no_image(name, rows)
+
+
+def _fitting(rows: list[Any]) -> list[dict[str, Any]]:
+    mine = this_architecture()
+    return [r for r in rows if isinstance(r, dict) and _runnable(r)
+            and (r.get("platform") or {}).get("architecture", mine) == mine
+            and (r.get("platform") or {}).get("os", "linux") == "linux"]  # fmt: skip
+
+
+def _no_image(name: str, rows: list[Any]) -> ImageError:
+    mine = this_architecture()
+    platforms = [r["platform"] for r in rows if isinstance(r, dict) and isinstance(r.get("platform"), dict)]
+    there = ", ".join(sorted({f"{p.get('os')}/{p.get('architecture')}" for p in platforms}))
+    return ImageError(f"{name} has no image for linux/{mine}; it is for {there or 'nothing'}",
+                      hint=f"an image for linux/{mine} is needed")  # fmt: skip
 
 
 def _runnable(row: dict[str, Any]) -> bool:

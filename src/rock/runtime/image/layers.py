@@ -2,6 +2,7 @@
 
     layers/<id>/      the files, ready to be overlay's lowerdir; never written to again
     meta/<id>.json    digest and size; a layer is there when this is
+    blobs/<id>.json   what it is called in registries: digests and sizes of it packed
     tmp/<random>/     a layer being made or removed, locked by the process that does it
     locks/<id>        held while a layer is made: who comes second waits, and finds it done
 
@@ -18,7 +19,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rock.errors import ImageError
@@ -26,6 +27,8 @@ from rock.runtime.image.layer import LayerWriter
 from rock.runtime.image.locks import locked, storing, sync_folder, sync_tree, try_lock, write_atomic
 
 Fill = Callable[[LayerWriter], str]
+_MOST_REPOSITORIES = 8
+_MOST_PACKED = 4
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,22 @@ class LayerInfo:
     size: int
     whiteouts: bool = False
     skipped: int = 0
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """A layer as registries have it. diff_id: of the plain tar in it, which is the layer's own where it came in this
+    blob, and another one where it was packed here. repositories: "domain/repository" where it was seen."""
+
+    diff_id: str
+    digest: str
+    size: int
+    media_type: str
+    repositories: tuple[str, ...] = ()
+
+    def seen_in(self, repository: str) -> PackedLayer:
+        others = (name for name in self.repositories if name != repository)
+        return replace(self, repositories=(repository, *others)[:_MOST_REPOSITORIES])
 
 
 def layer_id(diff_id: str) -> str:
@@ -51,7 +70,7 @@ class LayerStore:
         self.folder = folder
         with storing(f"opening the image store {folder}"):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for name in ("layers", "meta", "tmp", "locks"):
+            for name in ("layers", "meta", "blobs", "tmp", "locks"):
                 (folder / name).mkdir(exist_ok=True)
 
     def path(self, diff_id: str) -> str:
@@ -68,7 +87,32 @@ class LayerStore:
             raise ImageError(f"two layers share the first digits of their digests: {info.diff_id} and {diff_id}")
         return info
 
-    def add(self, what: str, fill: Fill, diff_id: str | None = None) -> LayerInfo:
+    def info_of(self, folder: str) -> LayerInfo:
+        """The layer in one of `path`'s folders. ImageError when it was removed."""
+        try:
+            return LayerInfo(**json.loads(self._meta(os.path.basename(folder)).read_bytes()))
+        except FileNotFoundError:
+            raise ImageError(f"layer {os.path.basename(folder)} was removed") from None
+
+    def packed(self, diff_id: str) -> list[PackedLayer]:
+        """As what a layer is known to be in registries, the last one first."""
+        try:
+            rows = json.loads(self._blobs(layer_id(diff_id)).read_bytes())
+            return [PackedLayer(**{**row, "repositories": tuple(row["repositories"])}) for row in rows]
+        except (FileNotFoundError, ValueError, TypeError, KeyError):  # then it is packed once more
+            return []
+
+    def remember(self, diff_id: str, packed: PackedLayer) -> None:
+        """A layer that is there is known by this, too. The caller knows that it is so."""
+        known = self.packed(diff_id)
+        rows = [packed, *(row for row in known if row.digest != packed.digest)][:_MOST_PACKED]
+        if rows != known:
+            with storing("remembering a layer"):
+                write_atomic(self._blobs(layer_id(diff_id)), json.dumps([asdict(row) for row in rows]).encode())
+
+    def add(
+        self, what: str, fill: Fill, diff_id: str | None = None, kind: type[LayerWriter] = LayerWriter
+    ) -> LayerInfo:
         """Make a layer: `fill` writes it and answers its digest. With a `diff_id` that is there, nothing is done.
 
         Of several callers with the same `diff_id` one makes it and the others wait for that. A digest that turns out
@@ -76,18 +120,18 @@ class LayerStore:
         """
         with storing(what):
             if diff_id is None:
-                return self._make(what, fill, None)
+                return self._make(what, fill, None, kind)
             if found := self.info(diff_id):
                 return found
             with locked(self._lock(layer_id(diff_id))):
-                return self.info(diff_id) or self._make(what, fill, diff_id)
+                return self.info(diff_id) or self._make(what, fill, diff_id, kind)
 
-    def _make(self, what: str, fill: Fill, expected: str | None) -> LayerInfo:
+    def _make(self, what: str, fill: Fill, expected: str | None, kind: type[LayerWriter]) -> LayerInfo:
         with self.scratch() as folder:
             new = folder / "layer"
             new.mkdir(mode=0o755)
             new.chmod(0o755)
-            with LayerWriter(str(new)) as writer:
+            with kind(str(new)) as writer:
                 actual = fill(writer)
                 if expected not in (None, actual):
                     raise ImageError(f"{what}: its content has digest {actual}, not {expected}",
@@ -157,6 +201,7 @@ class LayerStore:
                 return 0
             size = LayerInfo(**json.loads(meta.read_bytes())).size
             meta.unlink()
+            self._blobs(id).unlink(missing_ok=True)
             self._discard(self.folder / "layers" / id)
             return size
 
@@ -175,6 +220,9 @@ class LayerStore:
 
     def _meta(self, id: str) -> Path:
         return self.folder / "meta" / f"{id}.json"
+
+    def _blobs(self, id: str) -> Path:
+        return self.folder / "blobs" / f"{id}.json"
 
     def _lock(self, id: str) -> Path:
         return self.folder / "locks" / id

@@ -57,11 +57,12 @@ class PackageSet:
     image: str
     requirements: tuple[str, ...]
     wheels_only: bool = False  # nothing is built, so no code of theirs runs on this machine
+    no_deps: bool = False  # exactly these, and nothing that they ask for
 
     @property
     def asked(self) -> str:
         """A digest of the wish: the base and the requirements as they stand."""
-        return _digest((_base(), sorted(set(self.requirements)), self.wheels_only))[:24]
+        return _digest((_base(), sorted(set(self.requirements)), self.wheels_only, self.no_deps))[:24]
 
 
 @dataclass(frozen=True)
@@ -161,8 +162,9 @@ def _build(
     site = home / "site"
     site.mkdir(parents=True)
     pins = home / "pins"  # what was resolved is what is installed, whatever was published since
-    pins.write_text("\n".join(resolved.pins) + "\n")
-    _pip(packages, ["--target", str(site), "--constraint", str(pins)], log, progress)
+    pins.write_text("".join(f"{pin}\n" for pin in resolved.pins))
+    if packages.requirements:
+        _pip(packages, ["--target", str(site), "--constraint", str(pins)], log, progress)
     if progress is not None:
         progress("compiling")
     _prune(site)
@@ -172,7 +174,7 @@ def _build(
                     "-s", writer.folder, "-p", "/", str(site)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                    stderr=subprocess.DEVNULL, check=False)  # fmt: skip
     names = sorted(p.name.removesuffix(".dist-info").replace("-", " ", 1) for p in site.glob("*.dist-info"))
-    (home / "packages").write_text("\n".join(names) + "\n")
+    (home / "packages").write_text("".join(f"{name}\n" for name in names))
     (home / "python").symlink_to(python)
     (base / "current").symlink_to(resolved.key)
     if (site / "nltk").is_dir() and not packages.wheels_only:
@@ -182,6 +184,8 @@ def _build(
 
 def _resolve(packages: PackageSet, log: Path, progress: Progress | None) -> _Resolved:
     """What pip would install, without installing it."""
+    if not packages.requirements:
+        return _Resolved(())
     with tempfile.TemporaryDirectory(prefix="rock-packages-") as folder:
         if find_spec("pip") is None:
             told = _pip(packages, ["--dry-run", "--target", folder], log, progress)
@@ -209,6 +213,8 @@ def _pip(packages: PackageSet, options: list[str], log: Path, progress: Progress
                          hint=f"run `{sys.executable} -m ensurepip`")
     if packages.wheels_only:
         command += ["--only-binary", ":all:"]
+    if packages.no_deps:
+        command.append("--no-deps")
     requirements = packages.requirements
     last: deque[str] = deque(maxlen=_LAST_LINES)
     everything: list[str] = []

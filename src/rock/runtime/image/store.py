@@ -1,9 +1,9 @@
 """The images on this machine, by name. No daemon: any number of processes share one folder.
 
-    images/                what a name stands for          records.py
-    layers/ meta/ tmp/     the layers on disk              layers.py
-    use/                   what sandboxes have mounted     leases.py
-    locks/store            shared while an image is added, alone while garbage is collected
+    images/                      what a name stands for          records.py
+    layers/ meta/ blobs/ tmp/    the layers on disk              layers.py
+    use/                         what sandboxes have mounted     leases.py
+    locks/store                  shared while an image is added, alone while garbage is collected
 
 Removing a name never pulls a layer from under a sandbox: a layer goes when no name and no lease is left for it.
 """
@@ -11,23 +11,29 @@ Removing a name never pulls a layer from under a sandbox: a layer goes when no n
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rock.errors import ImageError, InvalidConfig, NotFound
-from rock.runtime.image.blobs import Archive, Blob, Plain
+from rock.runtime.image.blobs import Archive, Blob, Plain, compression
 from rock.runtime.image.host import HostImage, system_folders
 from rock.runtime.image.importer import Archived, LayerBlob, kind_of, read_docker, read_oci, this_architecture
 from rock.runtime.image.layer import LayerWriter
-from rock.runtime.image.layers import Fill, LayerInfo, LayerStore, layer_id
+from rock.runtime.image.layers import Fill, LayerInfo, LayerStore, PackedLayer, layer_id
 from rock.runtime.image.leases import Lease, Leases
 from rock.runtime.image.locks import locked, storing, try_lock
+from rock.runtime.image.packing import HoledWriter
 from rock.runtime.image.private import HostScan
+from rock.runtime.image.pull import Pull
+from rock.runtime.image.push import GZIP_LAYER, Push, ToLayout, ToRegistry, refuse_by_reference
 from rock.runtime.image.records import ImageRecord, Records
-from rock.runtime.image.reference import HOST, parse
+from rock.runtime.image.reference import HOST, Reference, parse
+from rock.runtime.image.registry import Login
 from rock.runtime.image.rootfs import Bind, RootFS
 from rock.runtime.image.tarstream import ByteStream, TarReader
 from rock.runtime.image.tree import copy_tree
@@ -37,6 +43,8 @@ __all__ = ["ImageRecord", "ImageStore", "Lease"]
 Progress = Callable[[str], None]
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _EMPTY = f"sha256:{hashlib.sha256().hexdigest()}"
+_PLAIN_LAYER = GZIP_LAYER.removesuffix("+gzip")
+_MEDIA_TYPES = {"none": _PLAIN_LAYER, "gzip": GZIP_LAYER, "zstd": f"{_PLAIN_LAYER}+zstd"}
 _BY_REFERENCE = "shows this machine's own system: changes of the machine show in it"
 
 
@@ -68,13 +76,13 @@ class ImageStore:
         record = self._records.find(name)
         if record is None:
             raise ImageError(
-                f"image {name} is not on this machine, and pulling from registries is not supported yet",
-                hint=f"`rock image import PATH {name}` takes a root folder, a tar, a `docker save` archive or an OCI "
-                f"layout; `rock image from-host {name}` gives this machine's own system that name; image `host` is "
-                "always there",
+                f"image {name} is not on this machine",
+                hint=f"`rock image pull {name}` fetches it from its registry, `rock image import PATH {name}` takes an "
+                f"archive or a folder, `rock image from-host {name}` gives this machine's own system that name; image "
+                "`host` is always there",
             )
         if record.kind == HOST:
-            extra = [self.layers.path(diff) for diff in record.layers[1:]]
+            extra = [self.layers.path(diff) for diff in reversed(record.layers[1:])]
             rootfs = self._host_rootfs(record.name, writable=os.geteuid() == 0 and not extra)
             return rootfs.with_layers(extra)
         rootfs = RootFS(
@@ -85,6 +93,10 @@ class ImageStore:
         if stamp is not None:
             self._resolved[full] = (stamp, rootfs)
         return rootfs
+
+    def has(self, name: str) -> bool:
+        """Whether an image of that name is on this machine."""
+        return name == HOST or self._records.stamp(parse(name).full) is not None or self._records.find(name) is not None
 
     def list(self) -> Sequence[ImageRecord]:
         """All images by name, the built-in `host` first."""
@@ -159,6 +171,87 @@ class ImageStore:
                 return old
             return self._records.save(replace(record, layers=(*record.layers, diff_id), size=info.size))
 
+    def pull(self, name: str, login: Login | None = None, progress: Progress | None = None) -> ImageRecord:
+        """Fetch an image from its registry, with the layers that are missing here; one that is there is fetched anew
+        where its tag stands for another one by now. ImageError, StorageFull; nothing half-made is kept."""
+        _free_name(name)
+        reference = parse(name)
+        pulls = self.folder / "locks" / f"pull-{hashlib.sha256(reference.full.encode()).hexdigest()[:16]}"
+        with locked(pulls), locked(self._gate, shared=True), self.layers.scratch() as scratch:
+            with storing(f"pulling {name}"), Pull(reference, login, scratch, self._has, progress) as pull:
+                image = pull.begin()
+                found = self._records.find(name)
+                if found is not None and found.digest == image.digest:
+                    return found
+                repository = f"{reference.domain}/{reference.repository}"
+                return self._add(image, [name], progress, pull.wait, repository)[0]
+
+    def commit(self, name: str, base: RootFS, tar: Path, diff_id: str) -> ImageRecord:
+        """Name what a sandbox wrote: the layers of its image with one more on top, made of a plain `tar`.
+
+        base: the image as the sandbox has it mounted, so that its layers are held. Where that shows this machine's own
+        system, so does the new one, read-only.
+        """
+        new_name(name)
+        with locked(self._gate, shared=True):
+            host = bool(base.binds)
+            below = [self.layers.info_of(folder) for folder in reversed(base.layers[:-1] if host else base.layers)]
+            made = self.layers.add(
+                "unpacking what was written", lambda writer: _unpack(Blob.of(tar), None, writer), diff_id, HoledWriter)
+            layers = tuple(info.diff_id for info in (*below, made))
+            size = sum(info.size for info in (*below, made))
+            familiar = parse(name).familiar
+            if host:
+                record = self._host_record(familiar, time.time())
+                return self._records.save(replace(record, layers=(*record.layers, *layers), size=size))
+            record = ImageRecord(
+                name=familiar, kind="image", digest="", id="", layers=layers, size=size, created=time.time(),
+                architecture=this_architecture(), env=dict(base.env), cwd=base.cwd, user=base.user,
+                entrypoint=base.entrypoint, cmd=base.cmd, labels=dict(base.labels),
+            )  # fmt: skip
+            body = json.dumps([asdict(replace(record, name="", created=0.0))])
+            digest = f"sha256:{hashlib.sha256(body.encode()).hexdigest()}"
+            return self._records.save(replace(record, digest=digest, id=digest))
+
+    def push(
+        self, name: str, login: Login | None = None, progress: Progress | None = None,
+        ready: Mapping[str, Path] | None = None,
+    ) -> str:  # fmt: skip
+        """Send an image to the registry that its name tells; answers the digest of its manifest there.
+
+        ready: plain tars that layers were made of, by their digest. Unsupported for an image that shows this machine;
+        ImageError for what the registry says.
+        """
+        record = self.inspect(name)
+        refuse_by_reference(record)
+        target = ToRegistry(parse(record.name), login)
+        return self._send(record, target, progress, ready or {})
+
+    def export(self, name: str, path: Path | str, progress: Progress | None = None) -> str:
+        """Write an image to a new file, as the tar of an OCI layout; answers the digest of its manifest."""
+        record = self.inspect(name)
+        refuse_by_reference(record)
+        with storing(f"writing {path}"):
+            target = ToLayout(Path(path), record.name if "/" in record.name else f"docker.io/library/{record.name}")
+        try:
+            return self._send(record, target, progress, {})
+        except BaseException:
+            Path(path).unlink(missing_ok=True)
+            raise
+
+    def _send(
+        self, record: ImageRecord, target: ToRegistry | ToLayout, progress: Progress | None, ready: Mapping[str, Path]
+    ) -> str:
+        with closing(target), storing(f"sending {record.name}"), locked(self._gate, shared=True):
+            for diff in record.layers:  # with the gate held none of them goes
+                if self.layers.info(diff) is None:
+                    raise ImageError(f"image {record.name} was removed")
+            with self.layers.scratch() as scratch:
+                return Push(record, self.layers, target, scratch, progress, ready).run()
+
+    def _has(self, diff_id: str) -> bool:
+        return self.layers.info(diff_id) is not None
+
     # ---- removing and holding
 
     def remove(self, name: str, in_use: Iterable[str] = ()) -> int:
@@ -200,12 +293,22 @@ class ImageStore:
             chosen = _chosen(path, images, name)
             return [record for image, names in chosen for record in self._add(image, names, progress)]
 
-    def _add(self, image: Archived, names: Iterable[str], progress: Progress | None) -> Sequence[ImageRecord]:
+    def _add(
+        self, image: Archived, names: Iterable[str], progress: Progress | None,
+        wait: Callable[[str | None], None] = lambda _: None, repository: str = "",
+    ) -> Sequence[ImageRecord]:  # fmt: skip
+        """wait: for the blob of a digest, which may be on its way. repository: where it comes from."""
         infos: list[LayerInfo] = []
         for number, layer in enumerate(image.layers, 1):
+            wait(layer.digest)
             if progress is not None:
                 progress(f"layer {number} of {len(image.layers)}, {layer.blob.size / 1e6:.1f} MB")
+            fresh = not self._has(layer.diff_id)
             infos.append(self.layers.add(f"unpacking layer {number}", _filler(layer), layer.diff_id))
+            if fresh and layer.digest is not None and (kind := _MEDIA_TYPES.get(compression(layer.blob))):
+                # Both digests have been checked just now; those of a layer that was there, nobody has looked at.
+                known = PackedLayer(layer.diff_id, layer.digest, layer.blob.size, kind)
+                self.layers.remember(layer.diff_id, known.seen_in(repository) if repository else known)
         if not infos:
             infos.append(self.layers.add("making an empty layer", lambda _: _EMPTY, _EMPTY))
         config = image.config
@@ -275,6 +378,15 @@ def _free_name(name: str) -> None:
     if name == HOST:
         raise InvalidConfig("the image `host` is built in", hint="take another name, like my/image:1.0")
     parse(name)
+
+
+def new_name(name: str) -> Reference:
+    """What an image that is about to be made may be called. InvalidConfig."""
+    _free_name(name)
+    reference = parse(name)
+    if reference.digest is not None:
+        raise InvalidConfig(f"{name} is named by a digest, which a new image cannot choose", hint="give it a tag")
+    return reference
 
 
 def _note(infos: list[LayerInfo]) -> str:

@@ -231,6 +231,15 @@ def _pax(data: bytes) -> dict[str, bytes]:
     return found
 
 
+def _nanoseconds(value: bytes) -> int:
+    """Of a number of seconds with any number of digits after its point: a float would lose the last ones."""
+    whole, _, part = value.partition(b".")
+    if len(whole) > 20 or (part and not part.isdigit()):
+        raise ValueError("not a time")
+    seconds, rest = int(whole or b"0"), int(part[:9].ljust(9, b"0"))
+    return seconds * 10**9 - rest if value.startswith(b"-") else seconds * 10**9 + rest
+
+
 def _apply(entry: Entry, pax: dict[str, bytes]) -> None:
     for key, value in pax.items():
         try:
@@ -246,7 +255,7 @@ def _apply(entry: Entry, pax: dict[str, bytes]) -> None:
             elif key == "gid":
                 entry.gid = int(value)
             elif key == "mtime":
-                entry.mtime = int(float(value) * 1e9)
+                entry.mtime = _nanoseconds(value)
             elif key.startswith("GNU.sparse"):
                 raise ImageError("the archive has a GNU sparse file, which is not supported",
                                  hint="make the archive without tar --sparse")

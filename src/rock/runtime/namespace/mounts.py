@@ -69,8 +69,13 @@ def _write(path: str, text: str) -> None:
 
 
 def make_folders(spec: dict[str, Any]) -> None:
-    """The run folder's contents, where they were not made ahead, and what this image lacks."""
+    """The run folder's contents, where they were not made ahead, and what this image lacks.
+
+    A woken sandbox has all of it from its first life; what a guest wrote is not looked into.
+    """
     upper = f"{spec['slot']}/upper"
+    if spec["woken"]:
+        return
     if not os.path.isdir(upper):
         slot.make(spec["slot"])
     for index, bind in enumerate(spec["binds"]):

@@ -9,20 +9,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from rock import errors
 from rock.guest.remove import remove_tree
-from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
+from rock.protocol.sandbox import ArchivedFiles, Isolation, SandboxConfig, Usage
 from rock.runtime.base import Handle, Liveness, Prepared, Program
 from rock.runtime.image.leases import Lease
 from rock.runtime.image.rootfs import RootFS
 from rock.runtime.initfiles import InitSandboxes, merged
 from rock.runtime.initlink import InitLink
-from rock.runtime.namespace import admission, cgroups, disk, limits, mounts, records, teardown
+from rock.runtime.namespace import admission, cgroups, disk, keeping, limits, mounts, packlink, records, teardown
 from rock.runtime.namespace.launchlink import LaunchLink
 from rock.runtime.namespace.pool import Pool
 from rock.runtime.process import wait_gone
@@ -32,6 +32,7 @@ _MOST_SHARED = 2 << 30
 _WATCH_EVERY = 0.25  # seconds
 _POOL = SandboxConfig(image="pool", memory="1g", cpus=1.0)  # limits of what nobody has claimed yet
 _LEASE_KEPT = 2.0  # seconds
+_MOST_NOTES = 100
 _SPARES = 8  # run folders and user namespaces that are made ahead
 
 
@@ -100,7 +101,9 @@ class NamespaceRuntime(InitSandboxes):
         self._watcher: asyncio.Task[None] | None = None
         self._opened = False
         self._known_images: dict[str, Kind] = {}
+        self._notes: dict[str, tuple[RootFS, dict[str, Any]]] = {}
         self._leases: dict[str, Lease] = {}
+        self._resting: dict[str, Lease | None] = {}  # by slot: what holds the image of a sandbox at rest
         self.isolation = Isolation.NAMESPACES
         self.prepare: Callable[[Handle], Awaitable[Prepared | None]] | None = None
 
@@ -162,6 +165,8 @@ class NamespaceRuntime(InitSandboxes):
         await self._pool.close()
         for digest in list(self._leases):
             self._end_lease(digest)
+        for slot in list(self._resting):
+            self._let_go(slot)
         for sandbox in self._live.values():
             if sandbox.link is not None:
                 sandbox.link.close()
@@ -207,15 +212,29 @@ class NamespaceRuntime(InitSandboxes):
                 error.sandbox_id = id
                 raise
             records.write(self._run_dir, sandbox.slot, self._record(sandbox, id))
+        return self._named(sandbox, id, kind.rootfs, config)
+
+    def _named(self, sandbox: Sandbox, id: str, rootfs: RootFS, config: SandboxConfig) -> Handle:
         sandbox.memory = config.memory_bytes
         if sandbox.link is not None:
             sandbox.link.sandbox_id = id
-        return self._handle(sandbox, id, kind.rootfs, config)
+        return self._handle(sandbox, id, rootfs, config)
 
     def _handle(self, sandbox: Sandbox, id: str, rootfs: RootFS, config: SandboxConfig) -> Handle:
         data = {**self._record(sandbox, id), "env": merged({"PATH": _PATH}, rootfs.env, config.env),
                 "cwd": rootfs.cwd or "/", "user": rootfs.user, "memory": config.memory_bytes}
+        # Of one that can rest it is called otherwise: its handle says so.
+        data["rootfs" if config.keeps_files else "image"] = self._note(rootfs)
         return Handle(self.name, id, self.isolation, self._limiter.enforced(), data)
+
+    def _note(self, rootfs: RootFS) -> dict[str, Any]:
+        """The image as plain data, which nobody changes: it takes 0.1 ms to make, and is the same for many."""
+        known = self._notes.get(rootfs.digest)
+        if known is None or known[0] != rootfs:
+            if len(self._notes) >= _MOST_NOTES:
+                self._notes.clear()
+            known = self._notes[rootfs.digest] = rootfs, keeping.note(rootfs)
+        return known[1]
 
     @staticmethod
     def _record(sandbox: Sandbox, id: str) -> dict[str, Any]:
@@ -244,25 +263,30 @@ class NamespaceRuntime(InitSandboxes):
         found, sandbox.prepared = sandbox.prepared, None
         return found
 
-    async def _make(self, kind: Kind, config: SandboxConfig) -> Sandbox:
-        """Have the launcher make one. Once asked it is waited for, so that a cancelled caller leaves nothing behind."""
-        task = asyncio.create_task(self._make_whole(kind, config))
+    async def _make(self, kind: Kind, config: SandboxConfig, kept: Handle | None = None) -> Sandbox:
+        """Have the launcher make one, over the files of `kept` where it is given.
+
+        Once asked it is waited for, so that a cancelled caller leaves nothing behind.
+        """
+        task = asyncio.create_task(self._make_whole(kind, config, kept))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             with contextlib.suppress(errors.RockError):
-                await self._discard(await task)
+                made = await task
+                await (self._discard(made) if kept is None else self._put_back(kept, made.base))
             raise
 
-    async def _make_whole(self, kind: Kind, config: SandboxConfig) -> Sandbox:
-        slot = self._spares.pop(0) if self._spares else records.new_slot()
+    async def _make_whole(self, kind: Kind, config: SandboxConfig, kept: Handle | None) -> Sandbox:
+        slot = kept.data["slot"] if kept else self._spares.pop(0) if self._spares else records.new_slot()
         base = self._ranges.take(slot)
         folders = self._limiter.groups.folders(slot)
         self._making.add(slot)
         try:
-            self._place(slot)
+            if kept is None:
+                self._place(slot)
             lease = self._lease(kind)
-            spec = self._spec(slot, base, kind, config, folders)
+            spec = {**self._spec(slot, base, kind, config, folders), "woken": kept is not None}
             reply = await self._launcher.request("create", spec, lease.fd if lease else None)
             if "error" in reply:
                 reason = f"{reply['error']} ({reply['hint']})" if reply.get("hint") else reply["error"]
@@ -273,7 +297,7 @@ class NamespaceRuntime(InitSandboxes):
             self._stock_up()
             return sandbox
         except (OSError, errors.RockError) as error:
-            await self._clean_up(slot, None, None, base, folders)
+            await (self._clean_up(slot, None, None, base, folders) if kept is None else self._put_back(kept, base))
             if isinstance(error, OSError):
                 raise errors.StartFailed(f"the sandbox could not be made: {error}") from None
             raise
@@ -401,7 +425,112 @@ class NamespaceRuntime(InitSandboxes):
 
     async def destroy(self, handle: Handle) -> None:
         data = handle.data
-        await self._clean_up(data["slot"], data["pid"], data["start"], data["base"], data["cgroups"])
+        self._let_go(data["slot"])
+        await self._clean_up(data["slot"], data.get("pid"), data.get("start"), data.get("base"), data["cgroups"])
+
+    # ---- at rest ----
+
+    async def rest(self, handle: Handle, grace: float = 0.0) -> Handle:
+        data, slot = handle.data, handle.data["slot"]
+        if "rootfs" not in data:
+            raise errors.Unsupported("its files are not kept: it was not made for that", sandbox_id=handle.id)
+        if slot not in self._resting:  # before its pid 1 lets go of it; a removed image is told when it is woken
+            with contextlib.suppress(errors.ImageError):
+                self._resting[slot] = self._images.lease(keeping.noted(data["rootfs"]))
+        pid, start = data.get("pid"), data.get("start")
+        if pid is not None and grace > 0:
+            await self.stop(handle, grace)
+        self._forget(slot)
+        for found in (pid, start) if pid is not None else None, teardown.find(self._run_dir / slot):
+            if found is not None:
+                teardown.kill(*found)
+                await wait_gone(*found)
+        folders = self._limiter.groups.folders(slot)
+        try:
+            await asyncio.to_thread(keeping.strip, self._run_dir, slot, handle.id, list(folders.values()))
+        except errors.Lost:
+            self._let_go(slot)
+            raise
+        if "base" in data:
+            self._ranges.give_back(data["base"], slot)
+        kept = {"id": handle.id, "slot": slot, "cgroups": folders, "rootfs": data["rootfs"]}
+        return Handle(self.name, handle.id, handle.isolation, handle.enforced, kept)
+
+    async def wake(self, handle: Handle, config: SandboxConfig) -> Handle:
+        admission.refuse_unsupported(config, self.isolation, ("none", "host"))
+        admission.refuse_too_large(config)
+        rootfs = keeping.noted(handle.data["rootfs"])
+        keeping.refuse_unusable(self._run_dir / handle.data["slot"], handle.id)
+        try:
+            sandbox = await self._make(Kind.of(rootfs, config), config, handle)
+        except errors.RockError as error:
+            error.sandbox_id = handle.id
+            raise
+        records.write(self._run_dir, sandbox.slot, self._record(sandbox, handle.id))
+        self._let_go(sandbox.slot)  # its pid 1 holds the image now
+        return self._named(sandbox, handle.id, rootfs, config)
+
+    def pack(self, handle: Handle, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:
+        rootfs = keeping.noted(handle.data["rootfs"])
+        parts = packlink.parts(self._run_dir / handle.data["slot"], rootfs)
+        return packlink.pack({**self._packer_options(parts), "limit": limit}, rootfs.digest)
+
+    def image(self, handle: Handle) -> RootFS:
+        note = handle.data.get("rootfs") or handle.data.get("image")
+        if note is None:
+            raise errors.Unsupported("it was made by a server that did not note its image", sandbox_id=handle.id)
+        return keeping.noted(note)
+
+    async def snapshot(self, handle: Handle, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:
+        rootfs, folder = self.image(handle), self._run_dir / handle.data["slot"]
+        places = packlink.parts(folder, rootfs)
+        async with contextlib.AsyncExitStack() as stack:
+            if "pid" in handle.data:
+                link = InitLink.connect(folder, handle.id)  # of its own: pid 1 resumes when it ends, however it does
+                stack.callback(link.close)
+                await link.request("pause")
+            await asyncio.to_thread(keeping.refuse_written, places[1:])
+            data = packlink.pack({**self._packer_options(places[:1]), "limit": limit}, rootfs.digest)
+            async for part in await stack.enter_async_context(contextlib.aclosing(data)):
+                yield part
+
+    async def unpack(self, id: str, config: SandboxConfig, files: ArchivedFiles, data: AsyncIterator[bytes]) -> Handle:
+        rootfs = (await self._admit(config)).rootfs
+        if rootfs.digest != files.image_digest:
+            raise errors.ImageError(f"image {config.image} is not the one that sandbox {id} was made of", sandbox_id=id,
+                                    hint="bring that image to this machine under its name")
+        slot = records.new_slot()
+        folder = self._run_dir / slot
+        self._making.add(slot)
+        try:
+            await asyncio.to_thread(keeping.make_empty, self._run_dir, slot, id, rootfs)
+            options = self._packer_options(packlink.parts(folder, rootfs))
+            await packlink.unpack({**options, "size": files.size, "digest": files.digest}, data)
+            plain = {"id": id, "slot": slot, "cgroups": {}, "rootfs": keeping.note(rootfs)}
+            return await self.rest(Handle(self.name, id, self.isolation, self._limiter.enforced(), plain))
+        except BaseException:
+            self._let_go(slot)
+            await asyncio.shield(asyncio.to_thread(remove_tree, str(folder)))
+            raise
+        finally:
+            self._making.discard(slot)
+
+    def _packer_options(self, parts: list[dict[str, str]]) -> dict[str, Any]:
+        """As root files have their owners' ids as seen inside; else all are ours, and inside they are root's."""
+        privileged = self.isolation == Isolation.NAMESPACES
+        return {"parts": parts, "enter": os.geteuid() != 0, "one_owner": not privileged,
+                "overlay": "trusted.overlay." if privileged else "user.overlay."}
+
+    async def _put_back(self, kept: Handle, base: int) -> None:
+        """What became of a wake is given up, and the files stay."""
+        with contextlib.suppress(errors.RockError):  # then the next wake or rest tells
+            await self.rest(kept)
+        self._ranges.give_back(base, kept.data["slot"])
+
+    def _let_go(self, slot: str) -> None:
+        lease = self._resting.pop(slot, None)
+        if lease is not None:
+            lease.close()
 
     async def _discard(self, sandbox: Sandbox) -> None:
         if sandbox.prepared is not None:

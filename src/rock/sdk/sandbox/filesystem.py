@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import tempfile
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from rock import errors
 from rock.protocol.action import (
     BashObservation,
+    Check,
     ChmodRequest,
     ChmodResponse,
     ChownRequest,
@@ -28,6 +31,9 @@ from rock.sdk.transport import Download
 BINARY = "application/octet-stream"
 TAR = "application/x-tar"
 TRANSFER_TIMEOUT = 300.0  # seconds of silence
+CLEAN_UP = 15.0
+
+R = TypeVar("R", ChmodResponse, ChownResponse)
 
 
 class FileSystem:
@@ -112,23 +118,37 @@ class FileSystem:
     async def chmod(
         self, request: ChmodRequest | str | Sequence[str], mode: str | int = "755", recursive: bool = False
     ) -> ChmodResponse:
-        """Change modes: of a request, or of a path or paths; `mode` is octal text or a number like 0o644."""
-        if not isinstance(request, ChmodRequest):
-            octal = f"{mode:o}" if isinstance(mode, int) else mode
-            request = ChmodRequest(paths=_paths(request), mode=octal, recursive=recursive)
-        return parse(
-            ChmodResponse, await self._link._call("chmod", self._link._path("chmod"), request.model_dump()) or {}
+        """Change modes: of a request, or of a path or paths; `mode` is octal text or a number like 0o644.
+
+        What cannot be done to the paths of a request is told (`success` is False), as ROCK does; else it is raised.
+        """
+        if isinstance(request, ChmodRequest):
+            return await self._told("chmod", request, ChmodResponse)
+        octal = f"{mode:o}" if isinstance(mode, int) else mode
+        return await self._done(
+            "chmod", ChmodRequest(paths=_paths(request), mode=octal, recursive=recursive), ChmodResponse
         )
 
     async def chown(
         self, request: ChownRequest | str | Sequence[str], user: str = "root", recursive: bool = False
     ) -> ChownResponse:
-        """Change owners: of a request, or of a path or paths."""
-        if not isinstance(request, ChownRequest):
-            request = ChownRequest(remote_user=user, paths=_paths(request), recursive=recursive)
-        return parse(
-            ChownResponse, await self._link._call("chown", self._link._path("chown"), request.model_dump()) or {}
+        """Change owners, and groups to the owner's own: of a request, or of a path or paths. Failures as of `chmod`."""
+        if isinstance(request, ChownRequest):
+            return await self._told("chown", request, ChownResponse)
+        return await self._done(
+            "chown", ChownRequest(remote_user=user, paths=_paths(request), recursive=recursive), ChownResponse
         )
+
+    async def _done(self, name: str, request: ChownRequest | ChmodRequest, kind: type[R]) -> R:
+        return parse(kind, await self._link._call(name, self._link._path(name), request.model_dump()) or {})
+
+    async def _told(self, name: str, request: ChownRequest | ChmodRequest, kind: type[R]) -> R:
+        if not request.paths:
+            raise errors.InvalidConfig("paths is empty")
+        try:
+            return await self._done(name, request, kind)
+        except errors.ClientError as error:
+            return kind(success=False, message=str(error))
 
     # ---- transfers
 
@@ -170,15 +190,43 @@ class FileSystem:
         target_dir: str,
         extract_timeout: float = 600,
         *,
+        merge: bool = False,
+        check: Check = "silent",
         progress: Progress | None = None,
     ) -> BashObservation:
-        """Copy what is in a local folder into a folder inside; files that are there already and have other names stay.
+        """Copy a local folder in, in place of what is at `target_dir`, which goes when all has come.
 
-        `extract_timeout`: seconds that the server may be silent.
+        merge: what is at `target_dir` stays, but for files of the same names. extract_timeout: seconds that the server
+        may be silent. What cannot be done is told by `exit_code` 1 and `failure_reason`, as ROCK does, or raised when
+        `check` is "raise".
         """
-        source = FolderSource(source_dir, progress)
-        await self._put(self._link._path("upload_dir", path=target_dir), source, TAR, extract_timeout)
-        return BashObservation(output=f"uploaded to {target_dir}", exit_code=0)
+        try:
+            if not target_dir.startswith("/"):
+                raise errors.InvalidConfig(f"target_dir must be absolute path: {target_dir}")
+            source = await primitives.in_thread(_folder, source_dir, progress)
+            if merge:
+                await self._put(self._link._path("upload_dir", path=target_dir), source, TAR, extract_timeout)
+            else:
+                await self._replace_dir(source, posixpath.normpath(target_dir), extract_timeout)
+        except (errors.ClientError, OSError) as error:
+            if check == "raise":
+                raise
+            return BashObservation(exit_code=1, failure_reason=str(error))
+        return BashObservation(output=f"uploaded {source_dir} -> {target_dir}", exit_code=0)
+
+    async def _replace_dir(self, source: Source, target: str, timeout: float) -> None:
+        """Unpack beside the target, then put it in its place: an upload that fails leaves the old one."""
+        if not target.strip("/"):
+            raise errors.InvalidConfig("the whole file system cannot be replaced", hint="merge=True adds to a folder")
+        fresh = f"{posixpath.dirname(target).rstrip('/')}/.rock-upload-{os.urandom(8).hex()}"
+        try:
+            await self._put(self._link._path("upload_dir", path=fresh), source, TAR, timeout)
+            if await self.exists(target):
+                await self.remove(target, recursive=True)
+            await self.move(fresh, target)
+        except BaseException:
+            await primitives.settle(partial(self.remove, fresh, recursive=True), CLEAN_UP)
+            raise
 
     async def download_dir(
         self, remote_path: str, local_dir: str | os.PathLike[str], *, progress: Progress | None = None
@@ -225,6 +273,15 @@ async def _pump(answer: Download, write: Any, progress: Progress | None) -> None
         await primitives.in_thread(write, b"".join(parts))
         if progress:
             progress(size)
+
+
+def _folder(path: str | os.PathLike[str], progress: Progress | None) -> FolderSource:
+    """A local folder to send. FileNotFoundError, NotADirectoryError."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"source_dir not found: {path}")
+    if not os.path.isdir(path):
+        raise NotADirectoryError(f"source_dir must be a directory: {path}")
+    return FolderSource(path, progress)
 
 
 def _paths(paths: str | Sequence[str]) -> Any:

@@ -1,4 +1,4 @@
-"""The life of one sandbox: start, attach, status, stop."""
+"""The life of one sandbox: start, attach, status, stop, restart, delete."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import Any, Self
 from rock import errors
 from rock.protocol.action import CloseResponse, IsAliveResponse, SandboxStatusResponse
 from rock.protocol.routes import ROUTES
-from rock.protocol.sandbox import Cause, SandboxConfig, SandboxInfo, State
+from rock.protocol.sandbox import Cause, CommitPhase, CommitStatus, SandboxConfig, SandboxInfo, State
 from rock.sdk import primitives
-from rock.sdk.sandbox.link import Link
+from rock.sdk.sandbox.link import Link, parse
 
 POLL = 20.0  # seconds of one long-poll
 CLEAN_UP = 15.0
 UNDO = 5.0
+
+_PHASES = {"image": "image_pull", "sandbox": "docker_run"}  # ROCK's names
 
 _BY_CAUSE: dict[Cause, type[errors.SandboxError]] = {
     Cause.OUT_OF_MEMORY: errors.OutOfMemory,
@@ -43,11 +45,7 @@ class Lifecycle(Link):
         try:
             info = await self._create(key, deadline)
             created = True
-            while info.state is State.PENDING:
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise self._late(info)
-                info = await self._get(min(left, POLL))
+            info = await self._launched(info, deadline)
         except (errors.ClientError, errors.ImageError, errors.NoCapacity):
             self.sandbox_id = None  # it was refused: nothing was made
             raise
@@ -57,6 +55,15 @@ class Lifecycle(Link):
             raise
         if info.state is not State.RUNNING:
             raise end_of(info)
+
+    async def _launched(self, info: SandboxInfo, deadline: float) -> SandboxInfo:
+        """What became of a start. StartFailed when it is not over in time."""
+        while info.state is State.PENDING:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise self._late(info)
+            info = await self._get(min(left, POLL))
+        return info
 
     async def attach(self, sandbox_id: str) -> Self:
         """Turn to a sandbox that exists. NotFound when there is none of this id."""
@@ -77,7 +84,10 @@ class Lifecycle(Link):
         info = await self._get()
         return SandboxStatusResponse(
             sandbox_id=info.sandbox_id,
-            status={name: {"status": phase.status, "message": phase.message} for name, phase in info.phases.items()},
+            status={
+                _PHASES.get(name, name): {"status": phase.status, "message": phase.message}
+                for name, phase in info.phases.items()
+            },
             state=info.state.value,
             is_alive=info.is_alive,
             host_name=info.host_name,
@@ -100,7 +110,9 @@ class Lifecycle(Link):
         return IsAliveResponse(is_alive=info.is_alive, message=(info.host_name if info.is_alive else info.reason) or "")
 
     async def stop(self) -> None:
-        """Stop it. Nothing happens when it was never started, or is gone already."""
+        """Stop it. Nothing happens when it was never started, or is gone already.
+
+        With `auto_delete_seconds` or `auto_archive_seconds` its files are kept, and `restart` starts it again."""
         if self.sandbox_id is None:
             return
         try:
@@ -109,13 +121,100 @@ class Lifecycle(Link):
             return
 
     async def delete(self) -> None:
-        """Stop it, and forget it together with its tombstone. Nothing happens when it is gone already."""
+        """Stop it, and forget it, its tombstone and its kept files. Nothing happens when it is gone already."""
         if self.sandbox_id is None:
             return
         try:
             await self._call("delete_sandbox", self._path("delete_sandbox", force=True), wait=CLEAN_UP)
         except errors.NotFound:
             return
+
+    async def restart(self) -> None:
+        """Start it again, stopped or archived, over the files that it left; its sessions and processes are gone.
+
+        Conflict when it runs, or its files were not kept; else as `start`. One that cannot be started stays as it was.
+        """
+        deadline = time.monotonic() + self.config.startup_timeout
+        key = os.urandom(16).hex()
+        while True:
+            wait = max(0.0, min(deadline - time.monotonic(), POLL))
+            target = self._path("restart_sandbox", wait=round(wait, 3))
+            try:
+                info = await self._info("restart_sandbox", target, wait=wait or 1.0, key=key)
+                break
+            except errors.Unavailable as error:
+                if not error.details.get("sent") or time.monotonic() >= deadline:
+                    raise
+                await primitives.sleep(0.2)
+        info = await self._launched(info, deadline)
+        if info.state is not State.RUNNING:
+            raise end_of(info)
+
+    async def archive(self, timeout: float = 3600.0) -> None:
+        """Bring the files of a stopped one to the server's archive, and wait until they are there; `restart` brings
+        them back. It takes no room on its worker meanwhile.
+
+        Conflict when it runs, or its files were not kept; InvalidConfig when they cannot be archived, and what the
+        archive raises: then it is stopped, as it was. Unavailable after `timeout` seconds, and it goes on.
+        """
+        deadline = time.monotonic() + timeout
+        key = os.urandom(16).hex()
+        while True:
+            wait = max(0.0, min(deadline - time.monotonic(), POLL))
+            info = await self._info(
+                "archive_sandbox", self._path("archive_sandbox", wait=round(wait, 3)), wait=wait or 1.0, key=key
+            )
+            if info.state is State.ARCHIVED:
+                return
+            if info.state is not State.ARCHIVING:
+                raise end_of(info)
+            if time.monotonic() >= deadline:
+                raise errors.Unavailable(f"sandbox {info.sandbox_id} is not archived yet", sandbox_id=info.sandbox_id)
+
+    async def commit(
+        self,
+        image_tag: str,
+        username: str | None = None,
+        password: str | None = None,
+        timeout: float = 3600.0,
+        *,
+        push: bool | None = None,
+    ) -> CommitStatus:
+        """Make an image of it under that name, and wait until it is there: its image with what it wrote on top.
+
+        It may run, and stands still while its files are read; or be stopped, with its files kept. push: to the registry
+        that the name tells; as it is left, where there is a login. Raises why there is none, with `details["stage"]`;
+        Conflict when it is being committed to another name; Unavailable after `timeout` seconds, and it goes on.
+        """
+        deadline = time.monotonic() + timeout
+        status = await self.commit_async(image_tag, username, password, push=push)
+        while status.phase is CommitPhase.RUNNING:
+            wait = min(deadline - time.monotonic(), POLL)
+            if wait <= 0:
+                raise errors.Unavailable(f"{image_tag} is not made yet", sandbox_id=self.sandbox_id)
+            status = await self.get_commit_status(wait)
+        if status.phase is CommitPhase.FAILED:
+            raise errors.from_wire(status.error or {})
+        return status
+
+    async def commit_async(
+        self,
+        image_tag: str,
+        username: str | None = None,
+        password: str | None = None,
+        *,
+        push: bool | None = None,
+    ) -> CommitStatus:
+        """Begin to make an image of it, see `commit`; `get_commit_status` tells what becomes of it."""
+        wish = {"image_tag": image_tag, "registry_username": username or None, "registry_password": password or None,
+                "push": bool(username) if push is None else push}  # fmt: skip
+        answer = await self._call("commit_sandbox", self._path("commit_sandbox"), wish)
+        return parse(CommitStatus, answer)
+
+    async def get_commit_status(self, wait: float | None = None) -> CommitStatus:
+        """The last commit, after at most `wait` seconds when it is under way. NotFound when there was none."""
+        target = self._path("get_commit", wait=wait and round(wait, 3))
+        return parse(CommitStatus, await self._call("get_commit", target, wait=wait or 0.0))
 
     async def close(self) -> CloseResponse:
         """Stop it; failures are told, not raised."""

@@ -15,6 +15,7 @@ from rock.protocol.action import (
     CloseBashSessionResponse,
     CreateBashSessionRequest,
     CreateBashSessionResponse,
+    ExecuteBashSessionResponse,
     SessionInfo,
 )
 from rock.protocol.node import SessionList
@@ -96,6 +97,24 @@ class Sessions(Programs, Files):
         if check == "raise":
             raise_if_failed(cmd, seen, seen.output, "", self.sandbox_id)
         return seen
+
+    async def run_nohup_and_wait(
+        self,
+        cmd: str,
+        redirect_file_path: str = "/dev/null",
+        wait_timeout: float | None = 300,
+        wait_interval: float = 10,
+    ) -> ExecuteBashSessionResponse:
+        """ROCK's older form of `arun(mode="nohup")`, with the output in a file: `success` is an end with status 0."""
+        try:
+            seen = await self.arun(
+                cmd, None, wait_timeout, wait_interval, "nohup", ignore_output=True, output_file=redirect_file_path
+            )
+        except errors.RockError as error:
+            return ExecuteBashSessionResponse(success=False, message=str(error))
+        return ExecuteBashSessionResponse(
+            success=seen.exit_code == 0, message=seen.failure_reason or f"exit code {seen.exit_code}"
+        )
 
     async def run_in_session(self, action: BashAction) -> BashObservation:
         """Run an action; its `check` is "raise" unless told otherwise. CommandFailed, CommandTimeout, SessionClosed."""

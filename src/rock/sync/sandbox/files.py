@@ -20,6 +20,8 @@ from rock.protocol.sandbox import SandboxConfig
 from rock.sync.sandbox.filesystem import FileSystem
 from rock.sync.sandbox.link import Link
 
+PORTION = 1 << 20  # bytes of one read
+
 
 class Files(Link):
     """Text files, and uploads by path. `fs` has all the rest."""
@@ -39,6 +41,40 @@ class Files(Link):
                 f"{wish.path} cannot be read as text: {error}", hint="sandbox.fs.read gives bytes"
             ) from None
 
+    def read_file_by_line_range(
+        self,
+        file_path: str,
+        start_line: int | None = None,
+        end_line: int | None = None,
+        lines_per_request: int = 1000,
+        session: str | None = None,
+    ) -> ReadFileResponse:
+        """Lines of a text file, counted from 1, both ends included; None is the first, or the last of the file.
+
+        `lines_per_request` and `session` are of no effect: the file is read once, as far as it is asked for.
+        """
+        first = 1 if start_line is None else start_line
+        if first < 1:
+            raise errors.InvalidConfig(f"start_line({first}) must be positive")
+        if end_line is not None and end_line < first:
+            raise errors.InvalidConfig(f"end_line({end_line}) must be greater than start_line({first})")
+        if not 1 <= lines_per_request <= 10_000:
+            raise errors.InvalidConfig(f"lines_per_request({lines_per_request}) must be between 1 and 10000")
+        kept: list[bytes] = []
+        offset = before = 0  # bytes that were read, and line ends among them
+        while end_line is None or before < end_line:
+            part = self.fs.read(file_path, offset, PORTION)
+            if not part:
+                break
+            lines = part.split(b"\n")
+            skip = max(0, first - 1 - before)
+            wanted = lines[skip : None if end_line is None else end_line - before]
+            if wanted:  # each has its line end, but the last of the part
+                kept.append(b"\n".join(wanted) + (b"\n" if skip + len(wanted) < len(lines) else b""))
+            before += len(lines) - 1
+            offset += len(part)
+        return ReadFileResponse(content=b"".join(kept).decode("utf-8", "replace"))
+
     def write_file(self, request: WriteFileRequest) -> WriteFileResponse:
         """Write a text file; missing parent folders are made."""
         info = self.fs.write(request.path, request.content)
@@ -55,7 +91,7 @@ class Files(Link):
             message = 'object storage is not used here: upload_mode is "auto" or "direct"'
             return UploadResponse(success=False, message=message)
         if source.is_dir():
-            self.fs.upload_dir(source, request.target_path)
+            self.fs.upload_dir(source, request.target_path, merge=True, check="raise")
         elif source.is_file():
             self.fs.upload_file(source, request.target_path)
         else:

@@ -1,6 +1,7 @@
 """The dialect of ROCK's own clients (rl-rock), on the port of the native wire.
 
-    /apis/envs/sandbox/v1/...   sandboxes.py commands.py files.py    in the envelope of envelope.py, under HTTP 200
+    /apis/envs/sandbox/v1/...   sandboxes.py commits.py              in the envelope of envelope.py, under HTTP 200
+                                commands.py files.py                 the same
                                 ports.py                             answers of programs, the envelope for errors
     /apis/v1/envs/gem/...       gem.py                               plain JSON, errors as HTTP statuses
     /env/...  /health           envhub.py                            the same
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from rock.admin.api.rock_v1.commands import Commands
+from rock.admin.api.rock_v1.commits import Commits
 from rock.admin.api.rock_v1.data import DataPlane
 from rock.admin.api.rock_v1.envhub import EnvHub
 from rock.admin.api.rock_v1.files import Files
@@ -36,7 +38,8 @@ class RockV1:
         plane = DataPlane(data)
         self._ports = Ports(data)
         self._router = Router("rock-v1")
-        self._add(SANDBOXES, [*Sandboxes(service).routes(), *Commands(plane).routes(), *Files(plane).routes()])
+        self._add(SANDBOXES, [*Sandboxes(service).routes(), *Commits(service).routes(), *Commands(plane).routes(),
+                             *Files(plane).routes()])  # fmt: skip
         self._add(GEM, Gem(service, plane).routes())
         self._add("", EnvHub(catalogue).routes())
 

@@ -20,6 +20,7 @@ _PROMPT = "SHELLPS1PREFIX"  # what ROCK's server says of its prompt in every obs
 _ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
 _SYNTAX = 2  # exit status of bash for what it cannot read
 _REMEMBERED = 10_000
+_SUBMIT = "& echo PIDSTART${!}PIDEND;disown"  # how clients end a command for the background
 _MARGIN = 0.25  # seconds: clients wait as long as the command may take, and expect to be the first to give up
 
 
@@ -98,7 +99,8 @@ class Commands:
     async def create_session(self, request: Request) -> dict[str, Any]:
         """Open a session. A name that is taken is no error in ROCK, and its session stays as it is."""
         wish = await body_of(request, CreateSession)
-        body = wish.model_dump(exclude={"sandbox_id"})
+        # With this switch even "default" is a session that somebody made: it reads .bashrc, as all of ROCK's do.
+        body = {**wish.model_dump(exclude={"sandbox_id"}), "env_enable": True}
         body["session"] = name = session_name(wish.session)
         place = f"{wish.sandbox_id}/{name}"
         body["startup_source"], noise = await self._sources(request, wish)
@@ -149,7 +151,7 @@ class Commands:
             raise Unsupported("interactive commands are not supported in this dialect", hint="use the terminal")
         name = session_name(wish.session)
         timeout = None if wish.timeout is None else wish.timeout + _MARGIN
-        body = {"command": wish.command, "timeout": timeout, "check": "silent"}
+        body = {"command": _kept(wish.command), "timeout": timeout, "check": "silent"}
         try:
             seen = await self._data.json(request, "run", wish.sandbox_id, body, session=name)
         except NotFound as error:
@@ -194,6 +196,12 @@ def session_name(name: str) -> str:
     if _SESSION.match(name):
         return name
     return "rock-" + hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:24]
+
+
+def _kept(command: str) -> str:
+    """A command as the session gets it. A terminal's shell knows a job that has ended until it has said so; ours has
+    forgotten it by then, and there is nothing left to disown."""
+    return f"{command} 2>/dev/null || :" if command.endswith(_SUBMIT) else command
 
 
 def plain(output: str) -> str:

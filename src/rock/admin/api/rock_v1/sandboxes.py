@@ -18,9 +18,9 @@ from rock.admin.api.rock_v1.envelope import (
     query_id,
     query_number,
 )
-from rock.admin.api.rock_v1.status import FIELDS, START_FIELDS, is_listed, status_of
+from rock.admin.api.rock_v1.status import FIELDS, START_FIELDS, is_listed, state_of, status_of
 from rock.admin.service import Service
-from rock.errors import Conflict, InvalidConfig, NotFound, RockError, Unsupported
+from rock.errors import Conflict, InvalidConfig, NotFound, Unsupported
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State, parse_size
 from rock.store.base import Query
 from rock.wire.asgi import Handler, Request, validate
@@ -71,12 +71,6 @@ class Batch(Asked):
     sandbox_ids: list[str] = Field(max_length=_MOST)
 
 
-class CommitRequest(AboutSandbox):
-    image_tag: Name
-    username: str
-    password: str
-
-
 class Sandboxes:
     """Handlers of sandboxes, by method and path."""
 
@@ -100,8 +94,6 @@ class Sandboxes:
             ("POST", "/sandboxes/{sandbox_id}/restart",
              enveloped(self.restart, "restart sandbox failed", started)),
             ("POST", "/sandboxes/{sandbox_id}/archive", enveloped(self.archive, "archive sandbox failed", CODED)),
-            ("POST", "/commit", enveloped(self.commit, "commit sandbox failed", CODED)),
-            ("GET", "/commit/{sandbox_id}", enveloped(self.commit_status, "get commit status failed", CODED)),
         ]  # fmt: skip
 
     # ---- start ----
@@ -216,7 +208,7 @@ class Sandboxes:
         """Forget a stopped one. What is not there is deleted: clients repeat themselves."""
         sandbox_id = (await body_of(request, AboutSandbox)).sandbox_id
         try:
-            await self._service.delete(sandbox_id)
+            await self._service.kept.delete(sandbox_id)
         except NotFound:
             pass
         except Conflict:
@@ -228,29 +220,32 @@ class Sandboxes:
             ) from None
         return f"{sandbox_id} deleted"
 
-    # ---- what this server cannot do yet ----
+    # ---- after a stop ----
 
-    async def restart(self, request: Request) -> None:
+    async def restart(self, request: Request) -> dict[str, Any]:
+        """Start a stopped or archived one again over its files; waits a moment, as `start_async` does."""
         sandbox_id = request.path.get("sandbox_id") or (await body_of(request, AboutSandbox)).sandbox_id
-        raise await self._cannot(sandbox_id, "restarted", "a stopped sandbox leaves nothing to start again")
+        try:
+            return _started(await self._service.kept.restart(sandbox_id, wait=_A_MOMENT))
+        except Conflict as error:
+            raise await self._refused(sandbox_id, "restarted", error) from None
 
-    async def archive(self, request: Request) -> None:
-        raise await self._cannot(request.path["sandbox_id"], "archived", "the archive feature is disabled")
+    async def archive(self, request: Request) -> str:
+        """Begin to bring its files to the archive; the status tells how that goes."""
+        sandbox_id = request.path["sandbox_id"]
+        try:
+            await self._service.archive.archive(sandbox_id)
+        except Conflict as error:
+            raise await self._refused(sandbox_id, "archived", error) from None
+        return f"{sandbox_id} archiving"
 
-    async def commit(self, request: Request) -> None:
-        sandbox_id = (await body_of(request, CommitRequest)).sandbox_id
-        raise await self._cannot(sandbox_id, "committed", "images cannot be made of sandboxes yet")
-
-    async def commit_status(self, request: Request) -> None:
-        raise await self._cannot(request.path["sandbox_id"], "committed", "images cannot be made of sandboxes yet")
-
-    async def _cannot(self, sandbox_id: str, what: str, why: str) -> RockError:
-        """Unsupported; NotFound when there is no such sandbox at all."""
-        state = (await self._service.load(sandbox_id)).state
-        return Unsupported(
-            f"Sandbox {sandbox_id} cannot be {what}: not supported by this server yet, {why}"
-            f" (current state is '{state}')",
+    async def _refused(self, sandbox_id: str, what: str, error: Conflict) -> Conflict:
+        """The refusal in ROCK's words, with ours after them."""
+        state = state_of((await self._service.load(sandbox_id)).info)
+        return Conflict(
+            f"Sandbox {sandbox_id} cannot be {what}: current state is '{state}'; {error.message}",
             sandbox_id=sandbox_id,
+            hint=error.hint,
         )
 
 

@@ -10,6 +10,7 @@ from rock.store.base import Record
 
 # Versions of parts that ROCK had and that some clients read.
 _GATEWAY, _REX = "0.0.45", "1.2.17"
+_EVENTS = {"launched": "alive", "ended": "stop"}  # where ROCK has other words
 _ON_DISK = "use cached image, skip image pull"
 
 FIELDS: dict[str, Any] = dict.fromkeys(
@@ -56,30 +57,46 @@ def status_of(record: Record, info: SandboxInfo) -> dict[str, Any]:
         "accelerator_type": config.accelerator_type,
         "disk": config.disk,
         "disk_limit_rootfs": config.disk,
-        "create_time": _time(info.created_at),
-        "start_time": _time(info.started_at),
-        "stop_time": _time(info.stopped_at),
-        "delete_time": _time(info.stopped_at) if state == "deleted" else None,
-        "auto_stop_time": _time(info.auto_stop_at),
+        "create_time": time_of(info.created_at),
+        "start_time": time_of(info.started_at),
+        "stop_time": time_of(info.stopped_at),
+        "archive_time": time_of(info.archived_at),
+        "delete_time": time_of(info.deleted_at or info.stopped_at) if state == "deleted" else None,
+        "auto_stop_time": time_of(info.auto_stop_at),
+        "auto_archive_time": time_of(info.auto_archive_at),
+        "auto_delete_time": time_of(info.auto_delete_at),
         "state_history": _history(info),
     }
 
 
 def state_of(info: SandboxInfo) -> str:
-    """ROCK's word for the state. Nothing of a stopped sandbox is kept here, which ROCK calls deleted."""
+    """ROCK's word for the state. A stopped sandbox without files is what ROCK calls deleted."""
     if info.state is State.STOPPING:
         return "stopped"
     if info.state is State.STOPPED:
-        return "stopped" if info.cause is Cause.START_FAILED else "deleted"
+        return "stopped" if info.kept or info.cause is Cause.START_FAILED else "deleted"
     return info.state.value
 
 
-def _time(seconds: float | None) -> str | None:
+def time_of(seconds: float | None) -> str | None:
+    """As the dialect tells a time."""
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
 def _phases(info: SandboxInfo) -> dict[str, Any]:
-    """Never null: clients look into it while they wait for the start."""
+    """Never null: clients look into it while they wait for the start. With the archive's while it has to do with it."""
+    phases = _start_phases(info)
+    archive = info.phases.get("archive")
+    if info.archive is not None and info.state in (State.PENDING, State.STOPPING):
+        phases["image_archive"] = _phase("running", "restore running")
+    elif archive is not None:
+        phases["image_archive"] = _phase(archive.status, archive.message, archive)
+    elif info.state is State.ARCHIVED and info.error:
+        phases["image_archive"] = _phase("failed", info.reason or "the restore failed")
+    return phases
+
+
+def _start_phases(info: SandboxInfo) -> dict[str, Any]:
     if info.cause is Cause.START_FAILED:
         message = info.reason or "the start failed"
         of_image = (info.error or {}).get("error", {}).get("code") == "image_error"
@@ -99,18 +116,20 @@ def _phase(status: str, message: str, told: Phase | None = None) -> dict[str, An
     return {
         "status": status,
         "message": message,
-        "started_at": _time(told.started_at) if told else None,
-        "completed_at": _time(told.completed_at) if told else None,
+        "started_at": time_of(told.started_at) if told else None,
+        "completed_at": time_of(told.completed_at) if told else None,
     }
 
 
 def _history(info: SandboxInfo) -> list[dict[str, Any]]:
-    steps = []
-    if info.started_at is not None:
-        steps.append(("pending", "running", "alive", info.started_at))
-    if info.stopped_at is not None:
-        steps.append(("running" if info.started_at is not None else "pending", "stopped", "stop", info.stopped_at))
+    """ROCK has no state between the wish to stop and its end: what was asked for is told."""
     return [
-        {"from_state": before, "to_state": after, "event": event, "timestamp": _time(at)}
-        for before, after, event, at in steps
+        {
+            "from_state": step.from_state.value,
+            "to_state": "stopped" if step.to_state is State.STOPPING else step.to_state.value,
+            "event": _EVENTS.get(step.event, step.event),
+            "timestamp": time_of(step.timestamp),
+        }
+        for step in info.state_history
+        if step.from_state is not State.STOPPING
     ]

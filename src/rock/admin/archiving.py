@@ -1,0 +1,157 @@
+"""Archive and restore: the files of a stopped sandbox go from its worker to the archive, and to any worker back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import time
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Any
+
+from rock.admin import infos
+from rock.admin.lifecycle import Event
+from rock.admin.worker import Worker
+from rock.errors import Conflict, InternalServerRockError, Lost, RockError, ServerError, Unsupported, from_wire
+from rock.protocol.node import NodeSandbox
+from rock.protocol.sandbox import ArchivedFiles, Phase, SandboxConfig, SandboxInfo, State
+from rock.store.base import Record
+from rock.store.blobs import Blobs
+
+if TYPE_CHECKING:
+    from rock.admin.service import Service
+
+log = logging.getLogger("rock.admin")
+
+
+class Archive:
+    """The files of stopped sandboxes in `blobs`, one archive each, under its id. limit: most bytes of files in one."""
+
+    def __init__(self, service: Service, blobs: Blobs | None, limit: int) -> None:
+        self._service = service
+        self._blobs = blobs
+        self._limit = limit
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def close(self) -> None:
+        """Break off what is under way; the next start does it again."""
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        if self._blobs is not None:
+            await self._blobs.close()
+
+    def _there(self) -> Blobs:
+        if self._blobs is None:
+            raise Unsupported("the archive feature is disabled on this server", hint="set ROCK_ARCHIVE on the server")
+        return self._blobs
+
+    def check(self, config: SandboxConfig) -> None:
+        """Unsupported for a sandbox that could never be archived as it wants."""
+        if config.auto_archive_seconds is not None:
+            self._there()
+
+    # ---- archive ----
+
+    async def archive(self, sandbox_id: str, key: str | None = None, wait: float = 0.0) -> SandboxInfo:
+        """Bring its files to the archive, and remove them from its worker. Answers after at most `wait` seconds.
+
+        Asked again, it is that archive. A failure within that time is raised, and leaves the sandbox stopped. Conflict
+        when it runs, or its files are gone.
+        """
+        self._there()
+        await self._service.settled(sandbox_id)
+        record = await self._service.apply(sandbox_id, Event.ARCHIVE, key=key, check=_has_files, error=None)
+        task = self._tasks.get(sandbox_id)
+        if task is not None and wait > 0:
+            await asyncio.wait({task}, timeout=wait)
+            record = await self._service.load(sandbox_id)
+            if record.state is State.STOPPED and record.info.error:
+                raise from_wire(record.info.error)
+        return record.info
+
+    def begin(self, record: Record) -> None:
+        """Do it in the background, once."""
+        if record.id not in self._tasks:
+            task = asyncio.create_task(self._archive(record), name=f"archive-{record.id}")
+            self._tasks[record.id] = task
+            task.add_done_callback(lambda done: self._done(record.id, done))
+
+    def _done(self, sandbox_id: str, task: asyncio.Task[None]) -> None:
+        self._tasks.pop(sandbox_id, None)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("archive of %s: %r", sandbox_id, task.exception())
+            self._service.unfinished(sandbox_id)
+
+    async def _archive(self, record: Record) -> None:
+        service, began = self._service, time.time()
+        phase = Phase(status="running", message="its files are brought to the archive", started_at=began)
+        record = await service.amend(record.id, phases={**record.info.phases, "archive": phase})
+        try:
+            files = await self._pack(record)
+        except asyncio.CancelledError:
+            raise
+        except Exception as raised:
+            error = raised if isinstance(raised, RockError) else InternalServerRockError(
+                f"{type(raised).__name__}: {raised}")  # fmt: skip
+            log.warning("archive of %s: %r", record.id, raised)
+            error.sandbox_id = record.id
+            phases = _with_phase(record, phase, "failed", error.message)
+            lost = infos.files_lost(record) if isinstance(error, Lost) else {}
+            await service.apply(record.id, Event.ARCHIVE_FAILED, error=error.to_wire(), phases=phases, **lost)
+        else:
+            phases = _with_phase(record, phase, "success", f"{files.size} bytes")
+            await service.apply(record.id, Event.ARCHIVE_DONE, archive=files, phases=phases)
+
+    async def _pack(self, record: Record) -> ArchivedFiles:
+        worker = self._service.workers.get(record.info.worker or "")
+        if worker is None:
+            raise ServerError(f"worker {record.info.worker} is not known here")
+        told: list[ArchivedFiles] = []
+        size, sha = 0, hashlib.sha256()
+
+        async def checked() -> AsyncGenerator[bytes]:
+            nonlocal size
+            async with contextlib.aclosing(worker.pack(record.id, self._limit)) as stream:
+                async for part in stream:
+                    if isinstance(part, ArchivedFiles):
+                        told.append(part)
+                        continue
+                    size += len(part)
+                    await asyncio.to_thread(sha.update, part)
+                    yield part
+            digest = f"sha256:{sha.hexdigest()}"
+            if not told or (told[0].size, told[0].digest) != (size, digest):
+                raise ServerError(f"the files of sandbox {record.id} did not come whole from its worker")
+
+        data = checked()
+        async with contextlib.aclosing(data):
+            await self._there().put(record.id, data)  # which keeps nothing when the last piece raises
+        return told[0]
+
+    # ---- restore ----
+
+    async def restore(self, worker: Worker, record: Record) -> NodeSandbox:
+        """Bring the files of an archived one to a worker, and start it there."""
+        files = record.info.archive
+        assert files is not None
+        async with contextlib.aclosing(self._there().get(record.id)) as data:
+            await worker.unpack(record.id, record.config, files, data)
+        return await worker.wake(record.id, record.config)
+
+    async def forget(self, sandbox_id: str) -> None:
+        """Remove what is archived of it, if anything is."""
+        if self._blobs is not None:
+            await self._blobs.delete(sandbox_id)
+
+
+def _with_phase(record: Record, phase: Phase, status: str, message: str) -> dict[str, Any]:
+    ended = phase.model_copy(update={"status": status, "message": message, "completed_at": time.time()})
+    return {**record.info.phases, "archive": ended}
+
+
+def _has_files(record: Record) -> None:
+    if record.state is State.STOPPED and not record.info.kept:
+        raise Conflict(f"sandbox {record.id} left no files to archive", sandbox_id=record.id,
+                       hint="set auto_archive_seconds or auto_delete_seconds for the next one")  # fmt: skip

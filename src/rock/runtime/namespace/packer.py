@@ -1,0 +1,112 @@
+"""A process that packs the files of a sandbox at rest, or unpacks them, so that a hostile tree costs nobody else time.
+
+    python -I -S packer.py '{"op": "pack", ...}'     tar on stdout; on `status` at the end {"size", "digest"}, {"error"}
+    python -I -S packer.py '{"op": "unpack", ...}'   tar on stdin; the same, after size and digest were compared
+
+As an ordinary user it makes itself a user namespace in which it is root: so it may read what a guest, who is that user
+too, has closed to himself. Standard library only.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if __name__ == "__main__":  # make our own modules importable by path, without running the packages' own code
+    import types
+
+    _source = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    for _name in ("rock", "rock.guest", "rock.runtime", "rock.runtime.namespace", "rock.runtime.image"):
+        _package = types.ModuleType(_name)
+        _package.__path__ = [os.path.join(_source, *_name.split(".")[1:])]
+        sys.modules[_name] = _package
+
+import hashlib
+import json
+import resource
+from collections.abc import Iterator
+from typing import Any
+
+from rock.errors import ImageError
+from rock.runtime.image.packing import Packer, Part, unpack
+from rock.runtime.image.tarwriter import TarWriter
+from rock.runtime.namespace import kernel, userns
+
+_MEMORY = 2 << 30
+_CHUNK = 1 << 20
+
+
+class _Sum:
+    """Length and digest of what goes by."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._sha = hashlib.sha256()
+
+    def add(self, data: bytes) -> None:
+        self.size += len(data)
+        self._sha.update(data)
+
+    @property
+    def digest(self) -> str:
+        return f"sha256:{self._sha.hexdigest()}"
+
+
+def _pack(options: dict[str, Any], parts: list[Part], total: _Sum) -> None:
+    buffer = bytearray()
+
+    def put(data: bytes) -> None:
+        buffer.extend(data)
+        if len(buffer) >= _CHUNK:
+            flush()
+
+    def flush() -> None:
+        data = bytes(buffer)
+        buffer.clear()
+        total.add(data)
+        view = memoryview(data)
+        while view:
+            view = view[os.write(1, view) :]
+
+    Packer(TarWriter(put), options["overlay"], int(options["limit"])).pack(parts)
+    flush()
+
+
+def _unpack(options: dict[str, Any], parts: list[Part], total: _Sum) -> None:
+    def chunks() -> Iterator[bytes]:
+        while data := os.read(0, _CHUNK):
+            total.add(data)
+            if total.size > int(options["size"]):
+                raise ImageError(f"more than the {options['size']} bytes came that were archived")
+            yield data
+
+    unpack(chunks(), parts, one_owner=bool(options["one_owner"]))
+    if (total.size, total.digest) != (options["size"], options["digest"]):
+        raise ImageError(f"what came is not what was archived: {total.size} bytes with {total.digest}, "
+                         f"and not {options['size']} with {options['digest']}")
+
+
+def main() -> None:
+    options = json.loads(sys.argv[1])
+    total = _Sum()
+    try:
+        if options["enter"]:
+            uid, gid = os.geteuid(), os.getegid()
+            kernel.unshare(kernel.CLONE_NEWUSER)
+            userns.become_root(uid, gid)
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+        os.umask(0)
+        parts = [Part(part["folder"], os.fsencode(part["target"].strip("/"))) for part in options["parts"]]
+        (_pack if options["op"] == "pack" else _unpack)(options, parts, total)
+        told: dict[str, Any] = {"size": total.size, "digest": total.digest}
+    except ImageError as error:
+        told = {"error": error.message, "hint": error.hint, "kind": "refused"}
+    except MemoryError:
+        told = {"error": "there are too many files", "hint": "remove some", "kind": "refused"}
+    except OSError as error:
+        told = {"error": str(error), "hint": None, "kind": "system", "errno": error.errno}
+    os.write(int(options["status"]), json.dumps(told).encode())
+
+
+if __name__ == "__main__":
+    main()
