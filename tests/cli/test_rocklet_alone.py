@@ -75,6 +75,8 @@ def test_an_admin_elsewhere_commands_it(rocklet: tuple[str, Path, int]) -> None:
         assert seen.is_ready and seen.digest is not None and seen.digest.startswith("sha256:")
         for name in ("no-such:1", "rock.local/env/gem"):
             assert not (await worker.image(name)).is_ready
+        with pytest.raises(ImageError, match="cannot be reached"):  # whoever waits for it has it pulled
+            await worker.image("127.0.0.1:1/no-such:1", 60)
         before = take_inventory(home, pid)
         made = await worker.create("one", config)
         assert made.alive and made.enforced

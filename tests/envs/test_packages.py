@@ -24,14 +24,15 @@ def tiny(tmp_path: Path) -> PackageSet:
     return PackageSet(IMAGE, (str(write_wheel(tmp_path, "1.0")),))
 
 
-def write_wheel(folder: Path, version: str) -> Path:
+def write_wheel(folder: Path, version: str, requires: str = "") -> Path:
     folder.mkdir(exist_ok=True)
     wheel = folder / f"tiny-{version}-py3-none-any.whl"
     build = folder / f"build-{version}"
     info = f"tiny-{version}.dist-info"
     files = {
         "tiny.py": "ANSWER = 42\n",
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: tiny\nVersion: {version}\n",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: tiny\nVersion: {version}\n"
+        + (f"Requires-Dist: {requires}\n" if requires else ""),
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: hand\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         f"{info}/RECORD": "",
     }
@@ -90,6 +91,23 @@ def test_another_version_is_another_layer(tmp_path: Path, tiny: PackageSet) -> N
     assert other.layers[0] != first.layers[0] and other.layers[1:] == first.layers[1:]
     assert (packages_folder(other) / "packages").read_text() == "tiny 2.0\n"
     assert not is_built(store, tiny), "the name stands for the other one now"
+
+
+def test_without_what_they_ask_for(tmp_path: Path) -> None:
+    """Exactly the requirements: what one of them depends on is looked for only where that is wanted."""
+    wheel = write_wheel(tmp_path, "1.0", requires="no-such-package-of-ours")
+    exactly = PackageSet(IMAGE, (str(wheel),), no_deps=True)
+    store = ImageStore(tmp_path / "images")
+    assert (packages_folder(ensure(store, exactly)) / "packages").read_text() == "tiny 1.0\n"
+    assert is_built(store, exactly) and not is_built(store, PackageSet(IMAGE, (str(wheel),)))
+
+
+def test_no_packages_at_all(tmp_path: Path) -> None:
+    """A set whose adapter needs nothing but Python."""
+    store = ImageStore(tmp_path / "images")
+    nothing = PackageSet("rock.local/env/nothing", ())
+    folder = packages_folder(ensure(store, nothing))
+    assert is_built(store, nothing) and (folder / "packages").read_text() == (folder / "pins").read_text() == ""
 
 
 def test_pip_s_own_configuration_reaches_it(tmp_path: Path, tiny: PackageSet, monkeypatch: pytest.MonkeyPatch) -> None:
