@@ -70,7 +70,7 @@ def test_an_admin_elsewhere_commands_it(rocklet: tuple[str, Path, int]) -> None:
         config = SandboxConfig(image="host", memory="256m", cpus=1.0)
         await worker.check(config)
         with pytest.raises(ImageError, match="rock image import"):
-            await worker.check(SandboxConfig(image="no-such:1", memory="256m"))
+            await worker.check(SandboxConfig(image="no-such:1", memory="256m", pull="never"))
         before = take_inventory(home, pid)
         made = await worker.create("one", config)
         assert made.alive and made.enforced
