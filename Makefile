@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test check lint types unit compat sync lock bench clean
+.PHONY: demo test check lint types unit compat training sync lock bench clean
 
 demo: $(VENV)/ready
 	@$(PY) -m rock.cli.demo
@@ -44,6 +44,10 @@ unit: $(VENV)/ready-dev
 # ROCK's own client in several versions, installed from PyPI and kept in ROCK_TEST_CACHE; `test` runs the fast half.
 compat: $(VENV)/ready-dev
 	ROCK_TEST_COMPAT=1 $(PY) -m pytest tests/compat
+
+# Every task of the training sets; installs their packages from PyPI, kept in ROCK_TEST_CACHE.
+training: $(VENV)/ready-dev
+	ROCK_TEST_TRAINING=1 $(PY) -m pytest -s tests/envs/test_training_sets.py
 
 bench: $(VENV)/ready-dev
 	$(VENV)/bin/rock bench

@@ -27,7 +27,7 @@ SUITES = [
     "tests/e2e/test_lifecycle.py",
     "tests/e2e/test_recovery.py",
     "tests/e2e/test_kept_files.py",
-    "tests/e2e/test_archive.py",
+    "tests/e2e/test_archiving.py",
     "tests/e2e/test_commit.py",
 ]
 

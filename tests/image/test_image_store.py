@@ -130,7 +130,7 @@ def test_a_folder(store: ImageStore, tmp_path: Path) -> None:
 def test_an_unknown_image_names_the_commands(store: ImageStore) -> None:
     with pytest.raises(ImageError) as caught:
         store.resolve("nobody/has:this")
-    for word in ("nobody/has:this", "pulling from registries", "rock image import", "rock image from-host"):
+    for word in ("nobody/has:this", "rock image pull", "rock image import", "rock image from-host"):
         assert word in str(caught.value)
 
 

@@ -361,7 +361,7 @@ def test_pool(tmp_path: Path) -> None:
             await until(lambda: runtime._pool.ready == 2)
             for member in [m for ready in runtime._pool._ready.values() for m in ready]:
                 os.kill(member.pid, 9)  # dead members are never given out
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(1.0)
             third = await runtime.create("third", config)
             assert await Box(runtime, third, Path("/work")).sh("echo fine") == "fine\n"
             box.close()

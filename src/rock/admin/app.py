@@ -5,6 +5,7 @@ from __future__ import annotations
 from rock.admin.api import native
 from rock.admin.api.rock_v1 import RockV1
 from rock.admin.api.sandboxes import Sandboxes
+from rock.admin.api.training import Training
 from rock.admin.reconciler import Reconciler
 from rock.admin.service import Service
 from rock.admin.worker import Worker
@@ -51,7 +52,8 @@ class Admin:
         self.reconciler = Reconciler(self.service)
         self.catalogue = Catalogue(settings.catalogue)
         own = Sandboxes(self.service).over(native.build(self.service, settings, roles))
-        self.app: App = RockV1(self.service, data, self.catalogue).over(own)
+        rock = RockV1(self.service, data, self.catalogue).over(own)
+        self.app: App = Training(self.service, data).over(rock)
         self._store = store
 
     async def open(self) -> None:

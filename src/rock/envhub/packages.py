@@ -10,6 +10,7 @@ import base64
 import re
 from collections.abc import Sequence
 
+from rock.envhub import datasets
 from rock.errors import InvalidConfig
 
 _PREFIX = "rock.local/env/"
@@ -49,6 +50,9 @@ def requirements_of(image: str) -> tuple[str, ...] | None:
     """What pip has to install for `image`; None when it is an image like any other, not of a package set."""
     if not image.startswith(_PREFIX):
         return None
+    dataset = datasets.of_image(image)
+    if dataset is not None:
+        return dataset.packages
     name = image.removeprefix(_PREFIX).removesuffix(":latest")
     if name.startswith(_OTHER):
         base, _, asked = name.removeprefix(_OTHER).partition("-")
@@ -63,6 +67,12 @@ def requirements_of(image: str) -> tuple[str, ...] | None:
     return SETS[name]
 
 
-def wheels_only(requirements: Sequence[str]) -> bool:
-    """Whether somebody asked for these: building a package runs its code on the worker, so only wheels are taken."""
-    return tuple(requirements) not in SETS.values()
+def wheels_only(image: str) -> bool:
+    """Whether a user asked for these: building a package runs its code on the worker, so only wheels are taken."""
+    return image.removeprefix(_PREFIX).startswith(_OTHER)
+
+
+def without_dependencies(image: str) -> bool:
+    """Whether exactly the requirements of that image are installed, and nothing that they ask for."""
+    dataset = datasets.of_image(image)
+    return dataset is not None and dataset.no_deps

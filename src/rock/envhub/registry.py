@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import difflib
 
+from rock.envhub import datasets
 from rock.envhub.gem_ids import DATASETS, GAMES, REASONING
 from rock.envhub.packages import GEM, GEM_PANDAS, GYM, SETS, image_of, with_packages
 from rock.envhub.spec import EnvSpec
-from rock.errors import NotFound
+from rock.errors import InvalidConfig, NotFound
 from rock.protocol.env import OpenEnv
 
 _WORD_GAMES = ("Wordle", "Hangman", "WordSearch")
@@ -42,6 +43,10 @@ def find(env_id: str) -> EnvSpec:
 
 def image_for(wish: OpenEnv) -> str:
     """The image of the sandbox that hosts what is wished for. NotFound, InvalidConfig."""
+    if wish.protocol == "task":
+        if wish.packages:
+            raise InvalidConfig("a training set has its own packages", hint="leave packages out")
+        return datasets.image_of(datasets.find(wish.env_id))
     if wish.protocol == "gem":
         return find(wish.env_id).image if not wish.packages else image_of(with_packages(GEM, wish.packages))
     return image_of(with_packages(GYM, wish.packages))

@@ -11,16 +11,16 @@ seconds, so a process an environment can only be forked from one that has it.
 
 What travels is in frames.py, and how an environment is played in player.py. A message to environment 0 is the zygote's:
 
-    -> HELLO token      <- OK {"hello": token, "there": {n: [env id, pipe]}}
-    -> MAKE {"env_id", "protocol", "kwargs", "pipe": its descriptor, or null}  <- of n: OK n
+    -> HELLO token      <- OK {"hello": token, "there": {n: [env id, pipe, name, idle]}}
+    -> MAKE {"env_id", "protocol", "kwargs", "pipe": its descriptor, or null, "name", "idle"}  <- of n: OK n
     -> KILL             <- ENDED, when the process of that environment is gone
 
 The kind of an error is "unknown" (no such id), "import", "environment" (it raised; it stays usable), "gone", "refused"
 (no process can be started), "refused_step" (another index than the next one) or "transport" (a value that cannot
 travel).
 
-Runs as one program on the command line, made by rocklet/envs.py of these files, with the folder of packages as its
-argument: standard library and those packages only.
+Runs as one program on the command line, made by rocklet/envs.py of these files, with the folder of packages and the
+adapter of a training set, or nothing, as its arguments: standard library and those packages only.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ import traceback
 from collections import deque
 from typing import Any, NoReturn
 
-from rock.guest import frames
+from rock.guest import frames, tasks
 from rock.guest.frames import HEAD, HELLO, KILL, MAKE, NO_INDEX, OK, PLAIN, Joiner, pieces
 from rock.guest.player import Player, failure
 
@@ -62,10 +62,10 @@ def answer(env: int, op: int, id: int, message: Any, stream: int = 0) -> None:
 class Child:
     """What the zygote knows of an environment's process."""
 
-    def __init__(self, number: int, env_id: str, pipe: int | None, pid: int, requests: int, stderr: int) -> None:
+    def __init__(self, number: int, request: dict[str, Any], pid: int, requests: int, stderr: int) -> None:
         self.number = number
-        self.env_id = env_id
-        self.pipe = pipe
+        self.pipe: int | None = request["pipe"]
+        self.known = [request["env_id"], self.pipe, request.get("name"), request.get("idle")]
         self.pid = pid
         self.requests = requests
         self.stderr = stderr
@@ -149,7 +149,7 @@ class Zygote:
                 self._by_requests[child.requests] = child
                 self._poll.register(child.requests, select.POLLOUT)
         elif op == HELLO:
-            there = {number: [child.env_id, child.pipe] for number, child in self._children.items()}
+            there = {number: child.known for number, child in self._children.items()}
             answer(0, OK, id, {"hello": payload.decode(), "there": there})
         elif op == KILL:
             child = self._children.get(env)
@@ -181,7 +181,7 @@ class Zygote:
         os.close(their_stderr)
         os.set_blocking(ours, False)
         os.set_blocking(stderr, False)
-        child = Child(number, request["env_id"], request["pipe"], pid, ours, stderr)
+        child = Child(number, request, pid, ours, stderr)
         self._children[number] = self._by_stderr[stderr] = child
         self._poll.register(stderr, select.POLLIN)
 
@@ -283,8 +283,8 @@ def _unknown(request: dict[str, Any]) -> dict[str, Any] | None:
             "near": difflib.get_close_matches(env_id, ENV_REGISTRY, 3, 0.6), "traceback": ""}
 
 
-def _import(folder: str) -> dict[str, Any] | None:
-    """Import what all environments share; the problem when that fails."""
+def _import(folder: str, adapter: str) -> dict[str, Any] | None:
+    """Import what all environments share, and the adapter of a training set; the problem when that fails."""
     sys.path.insert(0, folder)
     try:
         if os.path.isdir(os.path.join(folder, "gem")):
@@ -297,6 +297,10 @@ def _import(folder: str) -> dict[str, Any] | None:
             import gymnasium.vector
 
             del gymnasium
+        if adapter:
+            tasks.install(adapter)
+    except tasks.TaskError as error:
+        return {**failure(error, "task"), "code": error.code}
     except BaseException as error:
         return failure(error, "import")
     return None
@@ -305,7 +309,7 @@ def _import(folder: str) -> dict[str, Any] | None:
 def main() -> None:
     """Import, then serve."""
     os.dup2(2, 1)
-    problem = _import(sys.argv[1])
+    problem = _import(sys.argv[1], sys.argv[2])
     gc.collect()
     gc.freeze()  # children share the pages of what is here now
     Zygote(problem).run()

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from rock.guest.tasks import TaskHost
+
 FILE = "env.py"
 
 
@@ -128,7 +130,9 @@ def _registered(env: Any) -> dict[str, Any]:
 
 
 def host(wish: Mapping[str, Any]) -> Hosted:
-    """Make what is wished for: "protocol" gem or gym, "env_id" or "folder", "kwargs", "num_envs" for a vector."""
+    """Make what is wished for: "protocol" gem, gym or task, "env_id" or "folder", "kwargs", "num_envs" for a vector."""
+    if wish.get("protocol") == "task":
+        return TaskHost(wish["env_id"], wish["kwargs"])
     for module in wish.get("imports") or ():
         importlib.import_module(module)
     if wish.get("protocol", "gem") == "gem":

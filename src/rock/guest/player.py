@@ -21,6 +21,7 @@ from typing import Any
 from rock.guest import frames, values
 from rock.guest.frames import HEAD, HELLO, MAKE, NO_INDEX, OK, PLAIN, RESET, STEP
 from rock.guest.hosting import Hosted, host
+from rock.guest.tasks import TaskError
 from rock.guest.values import Unsendable
 
 _READ = 1 << 14
@@ -124,6 +125,8 @@ class Player:
             self._error(error, "refused_step")  # and what was done before stays known
         except Unsendable as error:
             self._error(error, "transport")
+        except TaskError as error:
+            self._error(error, "task", code=error.code)
         except BaseException as error:
             missing = isinstance(error, ImportError) and op == MAKE
             self._error(error, "import" if missing else "unknown_env" if _is_unknown(error) else "environment")
@@ -134,8 +137,8 @@ class Player:
             raise Refused(f"step {index} was asked for, and step {expected} is the next one")
         self._expected = (index if index != NO_INDEX else expected or 0) + 1
 
-    def _error(self, error: BaseException, kind: str) -> None:
-        told = {**failure(error, kind), "next": self._expected}
+    def _error(self, error: BaseException, kind: str, **more: str) -> None:
+        told = {**failure(error, kind), "next": self._expected, **more}
         answer = frames.ERROR, PLAIN, [json.dumps(told).encode()]
         if kind == "refused_step":
             self._last = None

@@ -9,16 +9,18 @@ from pydantic import Field
 from rock.protocol.action import Answer
 from rock.protocol.sandbox import SandboxConfig, Wire
 
-Family = Literal["gem", "gym"]
+TASK_IMAGES = "rock.local/env/set-"  # and the name of a training set: the image with its packages
 DOOR = "environments.sock"  # the name of every door
+
+Family = Literal["gem", "gym", "task"]
 
 
 class OpenEnv(Wire):
     """A wish for a sandbox that can host `env_id`. Environments of one package set share a sandbox, a process each;
     `exclusive` asks for one of its own. `config`: limits and image, when the defaults do not fit.
 
-    protocol: whose environment it is: GEM's or Gymnasium's. packages: what it needs beside those, as pip names it;
-    wheels only.
+    protocol: whose environment it is: GEM's, Gymnasium's, or a task of the training set `env_id`. packages: what it
+    needs beside those, as pip names it; wheels only.
     """
 
     env_id: str = Field(min_length=1, max_length=256)
@@ -34,6 +36,9 @@ class MakeEnv(Wire):
 
     Of Gymnasium: num_envs makes a vector of them in one process, vectorization_mode and vector_kwargs are those of
     gymnasium.make_vec. folder: inside, with an env.py whose make_env makes it; task: "suite" or "suite/task".
+
+    name: another way to say which one is meant, "name:NAME" in the place of its number; taken already is a Conflict.
+    idle: seconds without a request after which it is closed. begin: reset it too, and answer what that answers.
     """
 
     env_id: str = Field(min_length=1, max_length=256)
@@ -46,6 +51,9 @@ class MakeEnv(Wire):
     folder: str | None = None
     timeout: float | None = Field(default=None, gt=0, le=86400)
     task: str | None = None
+    name: str | None = Field(default=None, pattern=r"^[^/\s\x00-\x1f]{1,256}$")
+    idle: float | None = Field(default=None, gt=0, le=7 * 86400)
+    begin: bool = False
 
 
 class Door(Answer):
@@ -56,17 +64,30 @@ class Door(Answer):
 
 
 class EnvInfo(Answer):
-    """An environment that was made: `env` is its number in the sandbox."""
+    """An environment that was made: `env` is its number in the sandbox. With `begin`, what its reset answered too."""
 
     env: int
     env_id: str = ""
     sandbox_id: str = ""
     door: Door | None = None
+    observation: Any = None
+    info: dict[str, Any] = Field(default_factory=dict)
 
 
 class ResetEnv(Wire):
     seed: int | None = None
     options: dict[str, Any] | None = None
+
+
+class CallEnv(Wire):
+    """Ask an environment for something else: `what`, and its arguments."""
+
+    what: str = Field(min_length=1, max_length=64)
+    arguments: list[Any] = Field(default_factory=list, max_length=16)
+
+
+class CallResult(Answer):
+    result: Any = None
 
 
 class ResetResult(Answer):

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from rock.errors import ActionError, Conflict, EnvironmentRaised, NotFound, QuotaExceeded, RockError
+from rock.errors import (
+    ActionError,
+    Conflict,
+    EnvironmentRaised,
+    InvalidConfig,
+    NotFound,
+    QuotaExceeded,
+    RockError,
+    Unsupported,
+)
 
 _NOT_STARTED = {"unknown", "refused"}
+_TASK: dict[str, type[RockError]] = {"not_found": NotFound, "unsupported": Unsupported}  # else InvalidConfig
 
 
 def error_of(told: dict[str, Any], sandbox_id: str) -> tuple[RockError, bool]:
@@ -15,15 +25,17 @@ def error_of(told: dict[str, Any], sandbox_id: str) -> tuple[RockError, bool]:
     What is told comes from inside, so nothing of it is trusted to be of the right type.
     """
     kind, name, text = str(told.get("kind")), str(told.get("type")), str(told.get("message"))
-    started = not (kind in _NOT_STARTED or (kind == "import" and "next" not in told))
+    started = not (kind in _NOT_STARTED or (kind in ("import", "task") and "next" not in told))
     details = {"type": name, "traceback": str(told.get("traceback", ""))}
     if type(told.get("next")) is int:
         details["next"] = told["next"]
-    near = told.get("near")
-    return _error(kind, name, text, details, near if isinstance(near, list) else [], sandbox_id), started
+    near, code = told.get("near"), str(told.get("code"))
+    return _error(kind, name, text, details, near if isinstance(near, list) else [], code, sandbox_id), started
 
 
-def _error(kind: str, name: str, text: str, details: dict[str, Any], near: list[Any], sandbox_id: str) -> RockError:
+def _error(
+    kind: str, name: str, text: str, details: dict[str, Any], near: list[Any], code: str, sandbox_id: str
+) -> RockError:
     if kind == "unknown":
         names = ", ".join(map(str, near))
         hint = f"did you mean {names}?" if near else "`rock env list` shows what there is"
@@ -31,6 +43,8 @@ def _error(kind: str, name: str, text: str, details: dict[str, Any], near: list[
     if kind == "unknown_env":
         return NotFound(text, sandbox_id=sandbox_id, details=details,
                         hint="a package that registers it goes into packages, its module into imports")  # fmt: skip
+    if kind == "task":
+        return _TASK.get(code, InvalidConfig)(text, sandbox_id=sandbox_id, details=details)
     if kind == "import":
         return ActionError(
             f"the environment cannot be imported: {name}: {text}",

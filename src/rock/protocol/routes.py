@@ -349,6 +349,7 @@ def _rows() -> Iterator[Route]:
     yield row("make_env", "POST", _S + "/envs", "data", "Make an environment in its own process", "MakeEnv", "EnvInfo")
     yield row("reset_env", "POST", _S + "/envs/{env}/reset", "data", "Start an episode", "ResetEnv", "ResetResult")
     yield row("step_env", "POST", _S + "/envs/{env}/step", "data", "One step", "StepEnv", "StepResult")
+    yield row("call_env", "POST", _S + "/envs/{env}/call", "data", "Ask for something else", "CallEnv", "CallResult")
     yield row(
         "env_frames",
         "POST",

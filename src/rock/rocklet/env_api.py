@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import orjson
 
-from rock.envhub import registry
+from rock.envhub import datasets, registry
 from rock.errors import InvalidConfig, RockError
 from rock.guest import frames
 from rock.guest.frames import HEAD, PLAIN, Frame
-from rock.protocol.env import EnvInfo, MakeEnv, ResetEnv, StepEnv
+from rock.protocol.env import CallEnv, EnvInfo, MakeEnv, ResetEnv, StepEnv
 from rock.protocol.routes import FRAMES_TYPE, ROUTES
+from rock.protocol.training import NAMED
 from rock.rocklet.envcalls import Answered
+from rock.rocklet.envs import EnvHost
 from rock.rocklet.node import Node
 from rock.rocklet.once import Once
 from rock.rocklet.supervisor import Supervisor
 from rock.wire.asgi import Answer, Request, Router, answer
 
 _FRAMES = 4096  # in one request
+_STEP = ("observation", "reward", "terminated", "truncated", "info")
 _TYPE = FRAMES_TYPE.encode()
 
 
@@ -25,56 +28,73 @@ class EnvApi:
         self.node = node
         self.once = once
 
-    def _find(self, request: Request) -> tuple[Supervisor, int]:
-        text = request.path.get("env", "0")
-        if not text.isdigit():
+    async def _find(self, request: Request) -> tuple[Supervisor, EnvHost, int]:
+        """What a path names: an environment by its number, or as "name:NAME"."""
+        text = request.path["env"]
+        sandbox = self.node.get(request.path["sandbox_id"])
+        named = text.startswith(NAMED)
+        if not named and not text.isdigit():
             raise InvalidConfig(f"no such environment: {text!r}", hint="use the number that make_env answered")
-        return self.node.get(request.path["sandbox_id"]), int(text)
+        with sandbox.active():
+            host = await sandbox.environments()
+        return sandbox, host, host.number_of(text.removeprefix(NAMED)) if named else int(text)
 
     async def make_env(self, request: Request) -> Answer:
-        sandbox, _ = self._find(request)
+        sandbox = self.node.get(request.path["sandbox_id"])
         wish = await request.model(MakeEnv)
         gem = wish.protocol == "gem" and not wish.imports
         env_id = registry.find(wish.env_id).id if gem else wish.env_id  # an alias is another name for it
-        more = wish.model_dump(exclude={"env_id", "kwargs", "timeout"}, exclude_defaults=True)
+        if wish.protocol == "task":
+            env_id = datasets.find(wish.env_id).name
+        more = wish.model_dump(exclude={"env_id", "kwargs", "timeout", "begin"}, exclude_defaults=True)
 
         async def work() -> Answer:
+            made = EnvInfo(env=0, env_id=env_id, sandbox_id=sandbox.id)
             with sandbox.active():
                 host = await sandbox.environments()
                 number = await host.make(env_id, wish.kwargs, timeout=wish.timeout, **more)
-            made = EnvInfo(env=number, env_id=env_id, sandbox_id=sandbox.id, door=self.node.door.way(host, number))
+                if wish.begin:
+                    try:
+                        made.observation, made.info = await host.reset(number)
+                    except BaseException:
+                        await host.close_env(number)  # nobody was told of it
+                        raise
+            made.env = number
+            if wish.idle is None:  # else it is watched here
+                made.door = self.node.door.way(host, number)
             return answer(made, 201)
 
         return await self.once.do(request, work())
 
     async def reset_env(self, request: Request) -> Answer:
-        sandbox, number = self._find(request)
         wish = await request.model(ResetEnv)
 
         async def work() -> Answer:
+            sandbox, host, number = await self._find(request)
             with sandbox.active():
-                observation, info = await (await sandbox.environments()).reset(number, wish.seed, wish.options)
+                observation, info = await host.reset(number, wish.seed, wish.options)
             return answer({"observation": observation, "info": info})
 
         return await self.once.do(request, work())
 
     async def step_env(self, request: Request) -> Answer:
-        sandbox, number = self._find(request)
         wish = await request.model(StepEnv)
 
         async def work() -> Answer:
+            sandbox, host, number = await self._find(request)
             with sandbox.active():
-                result = await (await sandbox.environments()).step(number, wish.action, wish.index)
-            observation, reward, terminated, truncated, info = result
-            return answer(
-                {
-                    "observation": observation,
-                    "reward": reward,
-                    "terminated": terminated,
-                    "truncated": truncated,
-                    "info": info,
-                }
-            )
+                result = await host.step(number, wish.action, wish.index)
+            return answer(dict(zip(_STEP, result, strict=True)))
+
+        return await self.once.do(request, work())
+
+    async def call_env(self, request: Request) -> Answer:
+        wish = await request.model(CallEnv)
+
+        async def work() -> Answer:
+            sandbox, host, number = await self._find(request)
+            with sandbox.active():
+                return answer({"result": await host.call(number, wish.what, wish.arguments)})
 
         return await self.once.do(request, work())
 
@@ -96,9 +116,9 @@ class EnvApi:
         return Answer(parts[0] if len(parts) == 1 else b"".join(parts), content_type=_TYPE)
 
     async def close_env(self, request: Request) -> Answer:
-        sandbox, number = self._find(request)
+        sandbox, host, number = await self._find(request)
         with sandbox.active():
-            await (await sandbox.environments()).close_env(number)
+            await host.close_env(number)
         return answer({"env": number, "sandbox_id": sandbox.id})
 
 
@@ -113,5 +133,5 @@ def _framed(asked: Frame, found: Answered) -> bytes:
 
 def add_routes(router: Router, node: Node, once: Once) -> None:
     api = EnvApi(node, once)
-    for name in ("make_env", "reset_env", "step_env", "env_frames", "close_env"):
+    for name in ("make_env", "reset_env", "step_env", "call_env", "env_frames", "close_env"):
         router.add(ROUTES[name], getattr(api, name))

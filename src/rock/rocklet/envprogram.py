@@ -13,15 +13,19 @@ from typing import Literal
 from rock.guest import envhost
 from rock.rocklet.envwire import Inlet, Outlet, OwnInlet, Tail
 from rock.runtime.base import Process, Program
+from rock.runtime.image.host import PYTHON_LIBRARIES
 
 _ENVIRONMENT = {
     "LANG": "C.UTF-8", "HOME": "/tmp", "MPLCONFIGDIR": "/tmp",
     # Some environments iterate over sets of words: with this a seed gives the same episode in every process
     "PYTHONHASHSEED": "0", "PYTHONPATH": "",
+    # A Python that is built with a shared library finds it by its own path, and that is another one inside; without
+    # this it would take the machine's library of the same name, whose modules do not fit
+    "LD_LIBRARY_PATH": PYTHON_LIBRARIES,
     # Threads do not survive a fork
     "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NUMEXPR_NUM_THREADS": "1",
 }  # fmt: skip
-_MODULES = ("values", "frames", "spaces", "hosting", "player", "envhost")
+_MODULES = ("values", "frames", "spaces", "tasks", "hosting", "player", "envhost")
 _LOADER = """import base64, json, sys, types, zlib
 for name in ("rock", "rock.guest"):
     sys.modules[name] = types.ModuleType(name)
@@ -34,12 +38,12 @@ sys.modules["rock.guest.envhost"].main()
 """
 
 
-def program(folder: str, python: str, key: str) -> Program:
-    """The host; `folder`: where its packages are inside."""
+def program(folder: str, python: str, key: str, adapter: str = "") -> Program:
+    """The host; `folder`: where its packages are inside; adapter: what guest/tasks.py installs of a training set."""
     channels: dict[int, Literal["r", "w"]] = dict.fromkeys((envhost.REQUESTS, *envhost.PIPES), "r")
     channels.update(dict.fromkeys((envhost.ANSWERS, *(pipe + envhost.OWN for pipe in envhost.PIPES)), "w"))
     return Program(
-        [python, "-s", "-P", "-B", "-X", "utf8", "-c", source(), f"{folder}/site"],
+        [python, "-s", "-P", "-B", "-X", "utf8", "-c", source(), f"{folder}/site", adapter],
         env={**_ENVIRONMENT, "NLTK_DATA": f"{folder}/nltk_data"}, cwd="/", stdout="null", stderr="pipe",
         channels=channels, key=key, keep=True,
     )  # fmt: skip

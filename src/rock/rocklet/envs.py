@@ -28,9 +28,10 @@ from rock.errors import (
     SandboxError,
 )
 from rock.guest import envhost, frames
-from rock.guest.frames import CLOSE, ENDED, ERROR, HEAD, HELLO, KILL, MAKE, NO_INDEX, PLAIN, RESET, STEP, Frame
+from rock.guest.frames import CALL, CLOSE, ENDED, ERROR, HEAD, HELLO, KILL, MAKE, NO_INDEX, PLAIN, RESET, STEP, Frame
 from rock.protocol.enverrors import error_of
 from rock.rocklet.envcalls import Answered, Batch, Call, Hosted
+from rock.rocklet.envnames import Names
 from rock.rocklet.envprogram import Link, program
 from rock.runtime.base import ExitStatus, Handle, Process, Runtime
 from rock.runtime.image.packages import CURRENT
@@ -44,7 +45,7 @@ class EnvHost:
     """The environments of one sandbox.
 
     folder: where the packages are inside: a link `python`, and a folder `site`. timeout: seconds for one make, reset or
-    step, after which the environment is killed.
+    step, after which the environment is killed. adapter: of the training set that it hosts, for guest/tasks.py.
     """
 
     KEY = "rock.envs"
@@ -57,12 +58,15 @@ class EnvHost:
         folder: str = CURRENT,
         python: str | None = None,
         timeout: float = 600.0,
+        adapter: str = "",
     ) -> None:
         self._runtime = runtime
         self._handle = handle
         self._folder = folder
         self._python = python or f"{folder}/python"
         self._timeout = timeout
+        self._adapter = adapter
+        self._names = Names(handle.id, self._forget)
         self._envs: dict[int, Hosted] = {}
         self._free: list[int] = []  # pipes
         self._calls: dict[int, Call] = {}
@@ -80,7 +84,8 @@ class EnvHost:
         ImageError when the sandbox's image has none; SandboxError, with its last lines, when it does not come up.
         """
         try:
-            process = await self._runtime.spawn(self._handle, program(self._folder, self._python, self.KEY))
+            host = program(self._folder, self._python, self.KEY, self._adapter)
+            process = await self._runtime.spawn(self._handle, host)
         except NotFound as error:
             raise ImageError(
                 f"this sandbox has no environment packages ({error.message})",
@@ -108,8 +113,11 @@ class EnvHost:
         except BaseException:
             await self.close()
             raise
-        for number, (env_id, pipe) in answers["there"].items():
-            self._envs[int(number)] = Hosted(env_id, pipe)
+        for number, (env_id, pipe, *known) in answers["there"].items():
+            hosted = self._envs[int(number)] = Hosted(env_id, pipe)
+            if known:  # a host of an older release knows no names
+                self._names.add(int(number), known[0])
+                self._names.watch(int(number), hosted, known[1])
             if pipe is not None:
                 self._greet(int(number), pipe)
         taken = {hosted.pipe for hosted in self._envs.values()}
@@ -156,11 +164,13 @@ class EnvHost:
         """Make an environment in a process of its own; answers its number, by which it is asked for.
 
         timeout: seconds for each thing that it is asked from then on, instead of the host's. more: "protocol" and what
-        guest/hosting.py makes of it. NotFound for an id that nobody knows, with the nearest; ActionError with the
+        guest/hosting.py makes of it; "name", by which `number_of` finds it; "idle", seconds after which it is closed
+        when nobody asks it for anything. NotFound for an id that nobody knows, with the nearest; ActionError with the
         traceback when it cannot be made.
         """
         number = self._next_env
         self._next_env += 1
+        self._names.add(number, more.get("name"))
         hosted = self._envs[number] = Hosted(env_id, self._free.pop() if self._free else None)
         wish = {"env_id": env_id, "kwargs": dict(kwargs or {}), "pipe": hosted.pipe, **more}
         batch = Batch(1)
@@ -174,6 +184,7 @@ class EnvHost:
         if hosted.timer is not None:  # that was for making it
             hosted.timer.cancel()
             hosted.timer = None
+        self._names.watch(number, hosted, more.get("idle"))
         return number
 
     async def reset(
@@ -197,6 +208,14 @@ class EnvHost:
         index = NO_INDEX if index is None else index
         observation, reward, terminated, truncated, info = await self._plain(STEP, number, action, index)
         return observation, reward, terminated, truncated, info
+
+    async def call(self, number: int, what: str, arguments: Sequence[Any]) -> Any:
+        """Ask it for something else; what there is to ask for, its kind says."""
+        return await self._plain(CALL, number, [what, *arguments])
+
+    def number_of(self, name: str) -> int:
+        """The number of the environment that was made with that name; NotFound."""
+        return self._names.number_of(name)
 
     async def close_env(self, number: int) -> None:
         """Close an environment, whatever its state. Idempotent."""
@@ -226,7 +245,7 @@ class EnvHost:
         batch = Batch(len(asked))
         for place, (op, flags, number, id, index, payload) in enumerate(asked):
             try:
-                if op not in (RESET, STEP, frames.CALL):
+                if op not in (RESET, STEP, CALL):
                     raise InvalidConfig(f"a frame with op {op} is none of reset, step and call")
                 self._send(batch, place, op, flags, number, id, index, payload)
             except RockError as error:
@@ -239,9 +258,12 @@ class EnvHost:
         if hosted is None:
             return
         hosted.closed = True
-        if hosted.ended is not None or self._failed is not None:
+        self._names.drop(number)
+        if self._failed is not None:
             del self._envs[number]
-        else:
+        elif hosted.dead and hosted.lent is None:
+            self._release(number, hosted)
+        elif hosted.ended is None:  # else it was killed already
             self._kill(number)
 
     def environments(self) -> dict[int, str]:
@@ -341,7 +363,7 @@ class EnvHost:
                 raise NotFound(
                     f"there is no environment {number} in sandbox {self._handle.id}",
                     sandbox_id=self._handle.id,
-                    hint="it was closed; make a new one",
+                    hint=self._names.why_gone(number),
                 )
             if hosted.ended is not None:
                 raise hosted.ended
@@ -429,6 +451,7 @@ class EnvHost:
             error, started = error_of(json.loads(frame[HEAD.size :]), self._handle.id)
             if not started and number in self._envs:
                 refused = self._envs.pop(number)
+                self._names.drop(number)
                 self._free += [refused.pipe] if refused.pipe is not None else []
                 if refused.timer is not None:
                     refused.timer.cancel()
@@ -500,6 +523,7 @@ class EnvHost:
 
     def _fail(self, error: RockError) -> None:
         self._failed = self._failed or error
+        self._names.stop()
         calls, self._calls = self._calls, {}
         for call in calls.values():
             call.batch.put(call.place, error)

@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
-from rock.envhub.packages import requirements_of, wheels_only
+from rock.envhub.packages import requirements_of, wheels_only, without_dependencies
 from rock.protocol.sandbox import SandboxConfig
 from rock.runtime.image.packages import PackageSet, ensure, is_built
 from rock.runtime.image.registry import Login
@@ -57,4 +57,6 @@ class Images:
 def _packages(image: str) -> PackageSet | None:
     """What an image is named after; None when it is an image like any other."""
     requirements = requirements_of(image)
-    return None if requirements is None else PackageSet(image, requirements, wheels_only(requirements))
+    return None if requirements is None else PackageSet(
+        image, requirements, wheels_only(image), without_dependencies(image)
+    )

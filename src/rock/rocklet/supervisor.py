@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rock.envhub import datasets
 from rock.errors import Conflict, NotFound, RockError
 from rock.protocol.action import Command, CreateBashSessionRequest
 from rock.protocol.node import NodeSandbox
@@ -338,7 +339,7 @@ class Supervisor:
                 await self.env_host.close()
                 self.env_host = None
             if self.env_host is None:
-                host = EnvHost(self.runtime, self.handle)
+                host = EnvHost(self.runtime, self.handle, adapter=datasets.adapter_of(self.config.image))
                 if self._env_host_kept:
                     self._env_host_kept = False
                     with contextlib.suppress(NotFound):  # it ended meanwhile

@@ -31,6 +31,7 @@ _GLANCE_EVERY = 1.0  # seconds between two looks at the folders of the inputs: 0
 _LOOK_EVERY = 30.0  # and at each of them: 10 ms
 _LARGEST = 4 << 20
 _PYTHON = "/opt/rock/python"
+PYTHON_LIBRARIES = f"{_PYTHON}/lib"
 _BIN = "/opt/rock/bin"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/root/.local/bin"
 _TOP = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")

@@ -49,11 +49,13 @@ class PackageSet:
     image: str
     requirements: tuple[str, ...]
     wheels_only: bool = False  # nothing is built, so no code of theirs runs on this machine
+    no_deps: bool = False  # exactly these, and nothing that they ask for
 
     @property
     def key(self) -> str:
         """The folder name: Python's version and a digest of the requirements."""
-        asked = repr((_VERSION, sorted(self.requirements), platform.machine(), sys.implementation.cache_tag))
+        exactly = (True,) if self.no_deps else ()
+        asked = repr((_VERSION, sorted(self.requirements), platform.machine(), sys.implementation.cache_tag, *exactly))
         return f"{sys.implementation.cache_tag}-{hashlib.sha256(asked.encode()).hexdigest()[:12]}"
 
 
@@ -100,7 +102,8 @@ def _build(packages: PackageSet, python: str, writer: LayerWriter, log: Path, pr
     home = base / packages.key
     site = home / "site"
     site.mkdir(parents=True)
-    _install(packages, site, log, progress)
+    if packages.requirements:
+        _install(packages, site, log, progress)
     if progress is not None:
         progress("compiling")
     _prune(site)
@@ -110,7 +113,7 @@ def _build(packages: PackageSet, python: str, writer: LayerWriter, log: Path, pr
                     "-s", writer.folder, "-p", "/", str(site)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                    stderr=subprocess.DEVNULL, check=False)  # fmt: skip
     names = sorted(p.name.removesuffix(".dist-info").replace("-", " ", 1) for p in site.glob("*.dist-info"))
-    (home / "packages").write_text("\n".join(names) + "\n")
+    (home / "packages").write_text("".join(f"{name}\n" for name in names))
     (home / "python").symlink_to(python)
     (base / "current").symlink_to(packages.key)
     if (site / "nltk").is_dir() and not packages.wheels_only:
@@ -132,6 +135,8 @@ def _install(packages: PackageSet, site: Path, log: Path, progress: Progress | N
                          hint=f"run `{sys.executable} -m ensurepip`")
     if packages.wheels_only:
         command += ["--only-binary", ":all:"]
+    if packages.no_deps:
+        command.append("--no-deps")
     requirements = packages.requirements
     last: deque[str] = deque(maxlen=_LAST_LINES)
     with open(log, "w") as told, subprocess.Popen(

@@ -1,0 +1,312 @@
+"""Tasks in the format of Harbor and Terminal-Bench 2: a folder each, run in a sandbox each.
+
+    task.toml  instruction.md  environment/  tests/test.sh  solution/solve.sh
+
+`test.sh` writes the reward to /logs/verifier/reward.txt, or several to reward.json. ROCK builds no Dockerfile: the
+image is named in task.toml (docker_image) or by the caller, and has to be in the server's store. A sandbox has the
+network that the caller's config says, whatever the task would like: none, unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rock import errors
+from rock.protocol.sandbox import SandboxConfig
+from rock.protocol.training import IDLE
+from rock.sdk.sandbox.sandbox import Sandbox
+from rock.sdk.training import Message
+
+REWARDS = "/logs/verifier"
+_SHOWN = 20_000  # bytes of a command's output that the agent sees
+_LARGEST = 64 << 10  # bytes of a file with rewards
+_SESSION = "agent"
+_BLOCK = re.compile(r"```(?:bash|sh|shell)?[ \t]*\n(.*?)(?:```|\Z)", re.S)
+_SYSTEM = (
+    "You work in a Linux sandbox. Answer with shell commands in one ```bash block; their output comes in the next "
+    "message. When the task is done, answer without a block."
+)
+
+
+@dataclass(frozen=True)
+class HarborTask:
+    """A task, as its folder says. Times are seconds. `image`: None where task.toml names none."""
+
+    name: str
+    folder: Path
+    instruction: str
+    image: str | None = None
+    memory: str = "2g"
+    cpus: float = 1.0
+    step_timeout: float = 600.0
+    verifier_timeout: float = 600.0
+    env: dict[str, str] = field(default_factory=dict)
+    verifier_env: dict[str, str] = field(default_factory=dict)
+    solution_env: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> HarborTask:
+        """Read a task's folder. InvalidConfig names the file that is missing or wrong."""
+        folder = Path(folder)
+        try:
+            told = tomllib.loads((folder / "task.toml").read_text(encoding="utf-8"))
+            instruction = (folder / "instruction.md").read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            hint = "it has a task.toml, an instruction.md and tests/test.sh"
+            raise errors.InvalidConfig(f"{folder} is no task of Harbor: {error}", hint=hint) from None
+        if not (folder / "tests" / "test.sh").is_file():
+            raise errors.InvalidConfig(f"{folder} has no tests/test.sh")
+        parts = {name: told.get(name, {}) for name in ("environment", "agent", "verifier", "solution")}
+        if not all(isinstance(part, dict) for part in parts.values()):
+            raise errors.InvalidConfig(f"{folder}/task.toml: environment, agent, verifier and solution are tables")
+        box, agent, verifier = parts["environment"], parts["agent"], parts["verifier"]
+        memory = box["memory"] if isinstance(box.get("memory"), str) else f"{box.get('memory_mb', 2048)}m"
+        try:
+            return cls(
+                folder.name, folder, instruction, box.get("docker_image"), memory.lower(), float(box.get("cpus", 1)),
+                float(agent.get("timeout_sec", 600)), float(verifier.get("timeout_sec", 600)),
+                _texts(box.get("env")), _texts(verifier.get("env")), _texts(parts["solution"].get("env")),
+            )  # fmt: skip
+        except (TypeError, ValueError, AttributeError) as error:
+            raise errors.InvalidConfig(f"{folder}/task.toml: {error}") from None
+
+    def image_or(self, given: str | None) -> str:
+        """The image to run in; Unsupported where there is only a Dockerfile."""
+        image = given or self.image
+        if image is None:
+            what = "a Dockerfile, which ROCK cannot build yet" if self._has_dockerfile() else "no image"
+            hint = "name an image of the server's store: docker_image in task.toml, or image="
+            raise errors.Unsupported(f"task {self.name} has {what}", hint=hint)
+        return image
+
+    def _has_dockerfile(self) -> bool:
+        return (self.folder / "environment" / "Dockerfile").is_file()
+
+
+@dataclass
+class _Episode:
+    """A task that is being worked on. `score`: once it was judged."""
+
+    task: HarborTask
+    sandbox: Sandbox
+    score: dict[str, float] | None = None
+
+
+class HarborTasks:
+    """A folder of tasks, with the calls of TrainingSandbox; each instance is a sandbox of its own.
+
+    folder: of tasks, or of one. image: for all of them, instead of what they name. config: limits and network of the
+    sandboxes; the task says memory and cpus. idle_timeout: seconds without a call after which a sandbox is stopped.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        image: str | None = None,
+        base_url: str | None = None,
+        bearer_token: str | None = None,
+        *,
+        idle_timeout: float = IDLE,
+        config: SandboxConfig | None = None,
+    ) -> None:
+        root = Path(folder)
+        found = [root] if (root / "task.toml").is_file() else sorted(p.parent for p in root.glob("*/task.toml"))
+        if not found:
+            raise errors.InvalidConfig(f"there is no task in {root}", hint="a task is a folder with a task.toml")
+        self.tasks = {task.name: task for task in map(HarborTask.load, found)}
+        self._image = image
+        reach = {"base_url": base_url, "api_key": bearer_token}
+        self._config = (config or SandboxConfig()).model_copy(
+            update={"auto_clear_seconds": max(1, math.ceil(idle_timeout)),
+                    **{name: value for name, value in reach.items() if value is not None}}
+        )  # fmt: skip
+        self._episodes: dict[str, _Episode] = {}
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Stop all sandboxes."""
+        for instance_id in list(self._episodes):
+            await self.release_instance(instance_id)
+
+    async def get_env_profile(
+        self, env_type: str = "harbor", split: str = "train", params: dict[str, Any] | None = None
+    ) -> list[str]:
+        """Names of the tasks: there are no splits."""
+        return list(self.tasks)
+
+    async def create_instance(
+        self,
+        env_type: str,
+        task_id: str,
+        instance_id: str | None = None,
+        params: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Start the task's sandbox: {"state": the instruction, "info": {"instance_id", "task_id", "sandbox_id"}}."""
+        task = self.tasks.get(task_id)
+        if task is None:
+            names = ", ".join(sorted(self.tasks)[:20])
+            raise errors.NotFound(f"there is no task {task_id!r}", hint=f"there are: {names}")
+        image = task.image_or((params or {}).get("image") or self._image)
+        instance_id = instance_id or f"exp_{os.urandom(12).hex()}"
+        if instance_id in self._episodes:
+            raise errors.Conflict(f"instance {instance_id!r} exists already", hint="release it")
+        config = self._config.model_copy(update={"image": image, "memory": task.memory, "cpus": task.cpus,
+                                                 "env": {**self._config.env, **task.env}})  # fmt: skip
+        sandbox = Sandbox(config)
+        await sandbox.start()
+        try:
+            await sandbox.create_session(session=_SESSION)
+        except BaseException:
+            await sandbox.close()
+            raise
+        self._episodes[instance_id] = _Episode(task, sandbox)
+        info = {"instance_id": instance_id, "task_id": task_id, "sandbox_id": sandbox.sandbox_id}
+        return {"state": [_says(_SYSTEM, "system"), _says(task.instruction)], "info": info}
+
+    async def step(
+        self, instance_id: str, action: Message | None = None, params: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Run the message's ```bash block; a message without one ends the episode, which is then judged."""
+        episode = self._episode(instance_id)
+        if episode.score is not None:
+            raise errors.InvalidConfig("the episode is over: it was judged")
+        text = action.get("content") if isinstance(action, dict) else None
+        if not isinstance(text, str):
+            told = "an action is a message with text as its content"
+            return _step([_says(told)], 0.0, False, failure="bad_action", error=told)
+        blocks = _BLOCK.findall(text)
+        if not blocks:
+            return _step([], await self.evaluate(instance_id), True, stop_reason="completed")
+        seen = await episode.sandbox.arun(
+            blocks[0], _SESSION, timeout=episode.task.step_timeout, max_output_bytes=_SHOWN
+        )
+        if seen.timed_out:
+            limit = f"the command took longer than {episode.task.step_timeout:g} s and was killed"
+            return _step([_says(f"{seen.output}\n{limit}")], 0.0, False, timed_out=True)
+        return _step([_says(f"{seen.output}\n[exit status {seen.exit_code}]")], 0.0, False, exit_code=seen.exit_code)
+
+    async def solve(self, instance_id: str) -> str:
+        """Run the task's own solution, as its oracle; answers what that printed. CommandFailed when it failed."""
+        episode = self._episode(instance_id)
+        if not (episode.task.folder / "solution" / "solve.sh").is_file():
+            raise errors.InvalidConfig(f"task {episode.task.name} has no solution/solve.sh")
+        await self._put(episode.sandbox, episode.task.folder / "solution", "/solution")
+        done = await episode.sandbox.execute(
+            ["bash", "/solution/solve.sh"], timeout=episode.task.step_timeout, env=episode.task.solution_env,
+            max_output_bytes=_SHOWN, check=True,
+        )  # fmt: skip
+        return done.stdout
+
+    async def evaluate(
+        self, instance_id: str, messages: list[Message] | None = None, params: dict[str, Any] | None = None
+    ) -> float:
+        """Run the tests, once: the agent's session is killed first, and it cannot act any more.
+
+        EnvironmentRaised: the tests gave no reward; `details` has what they printed. CommandTimeout: they are too slow.
+        """
+        episode = self._episode(instance_id)
+        if episode.score is None:
+            episode.score = await self._judge(episode)
+        return episode.score.get("reward", sum(episode.score.values()) / max(1, len(episode.score)))
+
+    async def rewards(self, instance_id: str) -> dict[str, float]:
+        """All rewards by name, where the tests tell several; `evaluate` has the one named "reward", or their mean."""
+        await self.evaluate(instance_id)
+        return dict(self._episode(instance_id).score or {})
+
+    async def release_instance(self, instance_id: str) -> bool:
+        """Stop its sandbox. False when there is none of that name."""
+        episode = self._episodes.pop(instance_id, None)
+        if episode is None:
+            return False
+        await episode.sandbox.stop()
+        return True
+
+    def _episode(self, instance_id: str) -> _Episode:
+        found = self._episodes.get(instance_id)
+        if found is None:
+            raise errors.NotFound(f"Instance {instance_id} not found!", hint="it was released; make a new one")
+        return found
+
+    async def _judge(self, episode: _Episode) -> dict[str, float]:
+        sandbox, task = episode.sandbox, episode.task
+        await sandbox.close_session(_SESSION)
+        await sandbox.execute(["rm", "-rf", REWARDS], check=True)  # whatever the agent may have put there
+        await sandbox.fs.mkdir(REWARDS)
+        await self._put(sandbox, task.folder / "tests", "/tests")
+        done = await sandbox.execute(
+            ["bash", "/tests/test.sh"], timeout=task.verifier_timeout, env=task.verifier_env, max_output_bytes=_SHOWN
+        )
+        if done.timed_out:
+            raise errors.CommandTimeout(f"the tests of {task.name} took longer than {task.verifier_timeout:g} s",
+                                        sandbox_id=sandbox.sandbox_id)  # fmt: skip
+        for name, read in (("reward.json", _many), ("reward.txt", _one)):
+            try:
+                raw = await sandbox.fs.read(f"{REWARDS}/{name}", length=_LARGEST)
+                return read(raw.decode())
+            except errors.NotFound:
+                continue
+            except (ValueError, RecursionError, errors.ClientError) as error:
+                raise self._no_reward(episode, f"{name} is no reward: {error}", done.stdout + done.stderr) from None
+        raise self._no_reward(episode, "they wrote no reward", done.stdout + done.stderr)
+
+    def _no_reward(self, episode: _Episode, why: str, printed: str) -> errors.EnvironmentRaised:
+        details = {"type": "NoReward", "traceback": printed[-_SHOWN:]}
+        return errors.EnvironmentRaised(f"the tests of {episode.task.name} gave no reward: {why}",
+                                        sandbox_id=episode.sandbox.sandbox_id, details=details)  # fmt: skip
+
+    async def _put(self, sandbox: Sandbox, source: Path, target: str) -> None:
+        """Send a folder to where nothing of the agent's is."""
+        await sandbox.execute(["rm", "-rf", target], check=True)
+        await sandbox.fs.upload_dir(source, target)
+
+
+def _texts(value: object) -> dict[str, str]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ValueError("env is a table")
+    return {str(name): str(text) for name, text in value.items()}
+
+
+def _says(content: str, role: str = "user") -> Message:
+    return {"role": role, "content": content, **({"tool_calls": []} if role == "user" else {})}
+
+
+def _step(state: list[Message], reward: float, over: bool, **info: Any) -> dict[str, Any]:
+    return {"state": state, "reward": reward, "is_terminated": over, "info": info}
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"{str(value)[:40]!r} is no number")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is no reward")
+    return number
+
+
+def _one(text: str) -> dict[str, float]:
+    return {"reward": _number(text.strip())}
+
+
+def _many(text: str) -> dict[str, float]:
+    found = json.loads(text)
+    if not isinstance(found, dict) or not found:
+        raise ValueError("it is no object")
+    return {str(name): _number(value) for name, value in found.items()}

@@ -1,0 +1,272 @@
+# GENERATED from src/rock/sdk/training.py by tools/unasync.py: do not edit.
+# ruff: noqa: E501, I001, RUF100, UP028
+"""Training sets: graded tasks of a data set, each instance in a process of its own inside a sandbox."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rock import errors
+from rock.protocol.env import TASK_IMAGES, CallResult, EnvInfo, StepResult
+from rock.protocol.routes import ROUTES
+from rock.protocol.sandbox import SandboxConfig
+from rock.protocol.training import IDLE, NAMED, START_TIMEOUT, STEP_TIMEOUT, created, overdue, stepped
+from rock.sync.sandbox.link import SLACK, parse
+from rock.sync.sandbox.sandbox import Sandbox
+
+DATA = "/tmp/rock-dataset"  # where the user's data folder is inside
+
+Message = dict[str, Any]
+
+
+def failure_of(error: errors.RockError) -> str:
+    """Whose fault an error is, for a trainer that has to mask a sample.
+
+    "environment": the task raised or died. "timeout": it took too long, and was ended. "infrastructure": the sandbox or
+    the server was lost. "request": what was asked is wrong, such as an unknown task or instance.
+    """
+    if isinstance(error, errors.CommandTimeout):
+        return "timeout"
+    if isinstance(error, errors.ActionError):
+        return "environment"
+    return "request" if isinstance(error, errors.ClientError) else "infrastructure"
+
+
+class TrainingSandbox:
+    """A sandbox with the tasks of one training set.
+
+        with TrainingSandbox(box_type="bfcl") as box:
+            ids = box.get_env_profile("bfcl")
+            made = box.create_instance("bfcl", ids[0])
+            done = box.step(made["info"]["instance_id"], {"role": "assistant", "content": "..."})
+
+    It starts when it is first used, or with `start` or as a context; `close` stops it. With `sandbox_id` it turns to
+    one that runs already, which `close` leaves alone.
+
+    base_url, bearer_token: ROCK_BASE_URL and ROCK_API_KEY where they are not given.
+    box_type: the training set; without it the first env_type that is asked for says it.
+    data: a folder with the set's data, for sets whose packages have none; it is sent into the sandbox.
+    step_timeout: seconds for one step, after which the instance is ended. episode_timeout: seconds from create_instance
+    on, after which a step is truncated. idle_timeout: seconds without a call after which an instance is released.
+    config: limits of the sandbox; its image is the set's.
+
+    Errors are typed; `failure_of` says whose fault one is.
+    """
+
+    def __init__(
+        self,
+        sandbox_id: str | None = None,
+        base_url: str | None = None,
+        bearer_token: str | None = None,
+        box_type: str | None = None,
+        *,
+        data: str | os.PathLike[str] | None = None,
+        step_timeout: float = STEP_TIMEOUT,
+        episode_timeout: float | None = None,
+        idle_timeout: float = IDLE,
+        config: SandboxConfig | None = None,
+    ) -> None:
+        self.box_type = None if box_type is None else _plain(box_type)
+        self._existing = sandbox_id
+        self._data = data
+        self._step_timeout = step_timeout
+        self._episode_timeout = episode_timeout
+        self._idle = idle_timeout
+        config = config or SandboxConfig(memory="4g", cpus=1.0, auto_clear_seconds=600)
+        reach = {"base_url": base_url, "api_key": bearer_token}
+        self._config = config.model_copy(update={name: value for name, value in reach.items() if value is not None})
+        self._sandbox: Sandbox | None = None
+
+    def __repr__(self) -> str:
+        return f"TrainingSandbox({self.box_type or 'no set yet'}, sandbox_id={self.sandbox_id!r})"
+
+    # ---- life
+
+    @property
+    def sandbox_id(self) -> str | None:
+        """The sandbox, once it runs."""
+        return self._existing if self._sandbox is None else self._sandbox.sandbox_id
+
+    @property
+    def sandbox(self) -> Sandbox:
+        """The sandbox itself, with its files and commands; InvalidConfig before it was started."""
+        if self._sandbox is None:
+            raise errors.InvalidConfig("the training sandbox was not started", hint="start it, or ask it for something")
+        return self._sandbox
+
+    def start(self) -> None:
+        """Start the sandbox and send the data. The set's packages are installed the first time, which takes a minute.
+
+        NotFound: no such set. ImageError: its packages cannot be installed.
+        """
+        if self._sandbox is not None:
+            return
+        if self._existing is not None:
+            self._sandbox = Sandbox(self._config).attach(self._existing)
+            return
+        if self.box_type is None:
+            raise errors.InvalidConfig("which training set?", hint='pass box_type, for example "bfcl"')
+        wait = max(self._config.startup_timeout, START_TIMEOUT)
+        config = self._config.model_copy(update={"image": TASK_IMAGES + self.box_type, "startup_timeout": wait})
+        sandbox = Sandbox(config)
+        sandbox.start()
+        try:
+            if self._data is not None:
+                sandbox.fs.upload_dir(Path(self._data), DATA)
+        except BaseException:
+            sandbox.close()
+            raise
+        self._sandbox = sandbox
+
+    def close(self) -> None:
+        """Stop the sandbox and all its instances, unless it was there before. It may be started again."""
+        sandbox, self._sandbox = self._sandbox, None
+        if sandbox is not None and self._existing is None:
+            sandbox.stop()
+
+    def __enter__(self) -> Self:
+        if self.box_type is not None or self._existing is not None:
+            self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _of(self, env_type: str) -> str:
+        """The set that is asked for, which has to be this sandbox's."""
+        name = _plain(env_type)
+        if self.box_type is None and self._existing is None:
+            self.box_type = name
+        if self.box_type is not None and name != self.box_type:
+            raise errors.InvalidConfig(f"this sandbox has the set {self.box_type!r}, not {name!r}",
+                                       hint="use a TrainingSandbox of its own for each set")  # fmt: skip
+        self.start()
+        return name
+
+    # ---- tasks
+
+    def get_env_profile(
+        self, env_type: str, split: str = "train", params: dict[str, Any] | None = None
+    ) -> list[str]:
+        """Ids of the tasks of a split."""
+        made = self._make(self._of(env_type), {})
+        try:
+            found = self._call(str(made.env), "profile", [split, params])
+        finally:
+            self._close(str(made.env))
+        return [str(id) for id in found]
+
+    def get_task_ids(
+        self, env_type: str, split: str = "train", params: dict[str, Any] | None = None
+    ) -> list[str]:
+        """As get_env_profile."""
+        return self.get_env_profile(env_type, split, params)
+
+    def create_instance(
+        self,
+        env_type: str,
+        task_id: str,
+        instance_id: str | None = None,
+        params: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Begin a task: {"state": its first messages, "info": {"instance_id", "task_id", ..}}.
+
+        instance_id: a name of your own choice; taken already is a Conflict. NotFound: no such task.
+        """
+        env_type = self._of(env_type)
+        instance_id = instance_id or f"exp_{os.urandom(12).hex()}"
+        wish: dict[str, Any] = {"task_id": task_id, "params": params or {}}
+        if self._episode_timeout is not None:
+            wish["time_limit"] = self._episode_timeout
+        made = self._make(env_type, wish, name=instance_id, idle=self._idle, begin=True)
+        return created(made, instance_id, task_id)
+
+    def step(
+        self, instance_id: str, action: Message | None = None, params: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Give it the agent's message: {"state": messages, "reward", "is_terminated", "info"}.
+
+        info["failure"] is there when something went wrong: "bad_action" (the state says what, and it goes on), or
+        "timeout", with info["truncated"] and info["stop_reason"]: the reward then says nothing of the agent.
+        EnvironmentRaised: the task has a fault. EnvironmentEnded: its process is gone.
+        """
+        body = {"action": {"action": action, "params": params or {}}}
+        try:
+            done = parse(StepResult, self._ask("step_env", _named(instance_id), body))
+        except errors.CommandTimeout as error:
+            return overdue(error)
+        return stepped(done)
+
+    def evaluate(
+        self, instance_id: str, messages: list[Message] | None = None, params: dict[str, Any] | None = None
+    ) -> Any:
+        """Its score as it stands: a number, or a dictionary, as the set has it. The set may take parameters."""
+        return self._call(_named(instance_id), "evaluate", [messages, params])
+
+    def get_tools_info(
+        self, instance_id: str, messages: list[Message] | None = None, params: dict[str, Any] | None = None
+    ) -> Any:
+        """What the agent may call now; None in sets without tools."""
+        return self._call(_named(instance_id), "tools", [messages, params])
+
+    def list_tools(
+        self, instance_id: str, messages: list[Message] | None = None, params: dict[str, Any] | None = None
+    ) -> Any:
+        """As get_tools_info."""
+        return self.get_tools_info(instance_id, messages, params)
+
+    def get_solution(self, instance_id: str) -> list[Message]:
+        """Messages that solve it, for checking a set; InvalidConfig where none is known."""
+        found: list[Message] = self._call(_named(instance_id), "solution", [])
+        return found
+
+    def release_instance(self, instance_id: str) -> bool:
+        """End it. False when there is none of that name: it was released before."""
+        return self._close(_named(instance_id))
+
+    # ---- requests
+
+    def _make(self, env_type: str, kwargs: dict[str, Any], **more: Any) -> EnvInfo:
+        wish = {"env_id": env_type, "protocol": "task", "kwargs": kwargs, "timeout": self._step_timeout, **more}
+        link = self.sandbox
+        target = ROUTES["make_env"].url(sandbox_id=link._id())
+        timeout = START_TIMEOUT  # the first one waits until the set is imported
+        return parse(EnvInfo, link._transport.json("POST", target, wish, timeout=timeout, key=_key()))
+
+    def _ask(self, route: str, env: str, body: Any) -> Any:
+        self.start()
+        link = self.sandbox
+        target = ROUTES[route].url(sandbox_id=link._id(), env=env)
+        timeout = self._step_timeout + SLACK  # the server tells when its time is over
+        return link._transport.json("POST", target, body, timeout=timeout, key=_key())
+
+    def _call(self, env: str, what: str, arguments: list[Any]) -> Any:
+        return parse(CallResult, self._ask("call_env", env, {"what": what, "arguments": arguments})).result
+
+    def _close(self, env: str) -> bool:
+        self.start()
+        link = self.sandbox
+        target = ROUTES["close_env"].url(sandbox_id=link._id(), env=env)
+        try:
+            link._transport.json("DELETE", target, timeout=SLACK)
+        except errors.NotFound:
+            return False
+        return True
+
+
+def _plain(name: str) -> str:
+    """A set's name as images have it; enumerations of AgentScope have it as their value."""
+    return str(getattr(name, "value", name)).lower().replace("_", "-")
+
+
+def _named(instance_id: str) -> str:
+    return NAMED + instance_id
+
+
+def _key() -> str:
+    return os.urandom(16).hex()
