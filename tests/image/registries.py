@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import http.server
 import json
@@ -33,19 +34,25 @@ def program() -> str:
     if found:
         return found
     cache = Path(os.environ.get("ROCK_TEST_CACHE") or Path.home() / ".cache" / "rock-tests") / "docker-registry"
-    unpacked = cache / "usr" / "bin" / "docker-registry"
-    if not unpacked.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        try:
-            command = ["apt-get", "download", "docker-registry"]
-            run = subprocess.run(command, cwd=cache, capture_output=True, timeout=100)
-            packages = sorted(cache.glob("docker-registry_*.deb"))
-            if not packages:
-                pytest.skip(f"docker-registry cannot be had: {run.stderr.decode()[-200:].strip()}")
-            subprocess.run(["dpkg-deb", "-x", packages[0], cache], check=True, capture_output=True)
-        except (OSError, subprocess.SubprocessError) as error:
-            pytest.skip(f"docker-registry cannot be had: {error}")
-    return str(unpacked)
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (cache / "ready").exists():
+            _fetch(cache)
+            (cache / "ready").touch()
+    return str(cache / "usr" / "bin" / "docker-registry")
+
+
+def _fetch(cache: Path) -> None:
+    try:
+        command = ["apt-get", "download", "docker-registry"]
+        run = subprocess.run(command, cwd=cache, capture_output=True, timeout=100)
+        packages = sorted(cache.glob("docker-registry_*.deb"))
+        if not packages:
+            pytest.skip(f"docker-registry cannot be had: {run.stderr.decode()[-200:].strip()}")
+        subprocess.run(["dpkg-deb", "-x", packages[0], cache], check=True, capture_output=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        pytest.skip(f"docker-registry cannot be had: {error}")
 
 
 @contextmanager
