@@ -40,7 +40,7 @@ types: $(VENV)/ready-dev
 # than they work, so two at a time; the longest first.
 unit: $(VENV)/ready-dev
 	$(PY) -m pytest tests/runtime tests/rocklet
-	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/test_rootless.py tests --ignore=tests/runtime --ignore=tests/rocklet
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/runtime --ignore=tests/rocklet
 
 # ROCK's own client in several versions, installed from PyPI and kept in ROCK_TEST_CACHE; `test` runs the fast half.
 compat: $(VENV)/ready-dev

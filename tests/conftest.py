@@ -28,6 +28,11 @@ settings.register_profile("rock", database=None)
 settings.load_profile("rock")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that others run beside it."""
+    items.sort(key=lambda item: "test_rootless" not in item.nodeid)
+
+
 class RunningServer:
     """A server process of the tests. `url` is its address."""
 
