@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -177,16 +178,22 @@ def env_images() -> Path:
     return images
 
 
-@pytest.fixture(scope="session")
-def env_server(tmp_path_factory: pytest.TempPathFactory, env_images: Path) -> Iterator[RunningServer]:
-    """A server that can host environments."""
-    home = tmp_path_factory.mktemp("env-home")
-    (home / "images").symlink_to(env_images)
+@contextlib.contextmanager
+def hosting(home: Path, images: Path) -> Iterator[RunningServer]:
+    """A server that can host environments, with the package images of `images`."""
+    (home / "images").symlink_to(images)
     running = RunningServer(home)
     running.start()
     yield running
     running.stop()
     running.assert_clean(Inventory())
+
+
+@pytest.fixture(scope="session")
+def env_server(tmp_path_factory: pytest.TempPathFactory, env_images: Path) -> Iterator[RunningServer]:
+    """A server that can host environments."""
+    with hosting(tmp_path_factory.mktemp("env-home"), env_images) as running:
+        yield running
 
 
 @pytest.fixture

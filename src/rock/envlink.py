@@ -188,24 +188,16 @@ class EnvLink:
         try:
             pipes.begin(ask.op, ask.index, parts)
             return True
-        except GivenUp:
-            ask.ways.pop(ask.env, None)
-            over_http.append(place)
-        except errors.RockError as error:
-            ask.ways.pop(ask.env, None)
-            answers[place] = error
+        except (GivenUp, errors.RockError) as error:
+            _lost(ask, place, error, answers, over_http)
         return False
 
     def _finish(self, pipes: Pipes, ask: Ask, place: int, answers: list[Any], over_http: list[int]) -> None:
         try:
             op, payload = pipes.finish()
             answers[place] = pipes.error(payload) if op == ERROR else values.decode(payload, self._graph)
-        except GivenUp:
-            ask.ways.pop(ask.env, None)
-            over_http.append(place)
-        except errors.RockError as error:
-            ask.ways.pop(ask.env, None)
-            answers[place] = error
+        except (GivenUp, errors.RockError) as error:
+            _lost(ask, place, error, answers, over_http)
         except ValueError as error:
             answers[place] = self._malformed(error)
 
@@ -266,6 +258,17 @@ class EnvLink:
             self.transport.json("POST", path("stop_sandbox", self.sandbox_id), timeout=SLACK)
         except errors.RockError:
             return
+
+
+def _lost(
+    ask: Ask, place: int, error: GivenUp | errors.RockError, answers: list[Any], over_http: list[int]
+) -> None:
+    """The pipes are of no use any more: for the server to be asked, or with an error that is the answer."""
+    ask.ways.pop(ask.env, None)
+    if isinstance(error, GivenUp):
+        over_http.append(place)
+    else:
+        answers[place] = error
 
 
 class Player:

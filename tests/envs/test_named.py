@@ -13,8 +13,7 @@ import pytest
 
 pytest.importorskip("gymnasium", reason="install the development extra: pip install -e .[dev]")
 
-from tests.conftest import RunningServer
-from tests.leaks import Inventory
+from tests.conftest import RunningServer, hosting
 
 import rock
 from rock import errors
@@ -27,13 +26,8 @@ pytestmark = pytest.mark.timeout(1200)  # the first run installs gymnasium for t
 
 @pytest.fixture(scope="module")
 def server_of_names(tmp_path_factory: pytest.TempPathFactory, env_images: Path) -> Iterator[RunningServer]:
-    home = tmp_path_factory.mktemp("names-home")
-    (home / "images").symlink_to(env_images)
-    running = RunningServer(home)
-    running.start()
-    yield running
-    running.stop()
-    running.assert_clean(Inventory())
+    with hosting(tmp_path_factory.mktemp("names-home"), env_images) as running:
+        yield running
 
 
 @pytest.fixture

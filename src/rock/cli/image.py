@@ -10,10 +10,12 @@ import typer
 from rock.cli.output import age, as_json, busy, fail, size, table
 
 if TYPE_CHECKING:
+    from rock.runtime.image.registry import Login
     from rock.runtime.image.store import ImageStore
 
 app = typer.Typer(no_args_is_help=True, help="Pull, push, import, list and remove the images of this machine.")
 
+Username = Annotated[str | None, typer.Option(help="For the registry; its password is asked for.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -22,6 +24,12 @@ def _store() -> ImageStore:
     from rock.settings import Settings
 
     return ImageStore(Settings.read().image_dir)
+
+
+def _login(username: str | None) -> Login | None:
+    from rock.runtime.image.registry import Login
+
+    return None if username is None else Login(username, typer.prompt("Password", hide_input=True, err=True))
 
 
 @app.command("ls")
@@ -48,12 +56,10 @@ def list_images(json: Json = False) -> None:
 @app.command("pull")
 def pull_image(
     name: Annotated[str, typer.Argument(help="Its name, like python:3.11 or localhost:5000/team/tool:1.0.")],
-    username: Annotated[str | None, typer.Option(help="For the registry; its password is asked for.")] = None,
+    username: Username = None,
 ) -> None:
     """Fetch an image from its registry."""
-    from rock.runtime.image.registry import Login
-
-    login = None if username is None else Login(username, typer.prompt("Password", hide_input=True, err=True))
+    login = _login(username)
     with busy(f"pulling {name}") as tell:
         record = _store().pull(name, login, tell)
     print(f"{record.name}  {record.digest}")
@@ -62,12 +68,10 @@ def pull_image(
 @app.command("push")
 def push_image(
     name: Annotated[str, typer.Argument(help="Its name, which tells the registry, like localhost:5000/team/tool:1.0.")],
-    username: Annotated[str | None, typer.Option(help="For the registry; its password is asked for.")] = None,
+    username: Username = None,
 ) -> None:
     """Send an image to its registry."""
-    from rock.runtime.image.registry import Login
-
-    login = None if username is None else Login(username, typer.prompt("Password", hide_input=True, err=True))
+    login = _login(username)
     with busy(f"pushing {name}") as tell:
         digest = _store().push(name, login, tell)
     print(f"{name}  {digest}")

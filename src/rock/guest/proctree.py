@@ -97,15 +97,18 @@ def alive_under(root: int, since: int | None, spare: Collection[int] = ()) -> li
             if entry.alive and entry.pid not in spare and (since is None or entry.start >= since)]
 
 
-def send(entry: Entry, number: int) -> bool:
-    """Signal exactly this process: a pid that was used again meanwhile is left alone. False when it is gone."""
+def send(entry: Entry, number: int, *, threads: bool = False) -> bool:
+    """Signal exactly this process: a pid that was used again meanwhile is left alone. False when it is gone.
+
+    threads: also one whose main thread has ended, as others of it may still run.
+    """
     try:
         fd = os.pidfd_open(entry.pid)
     except OSError:
         return False
     try:
         now = read(entry.pid)
-        if now is None or now.start != entry.start or not now.alive:
+        if now is None or now.start != entry.start or not (now.alive or threads):
             return False
         signal.pidfd_send_signal(fd, number)
         return True

@@ -59,7 +59,7 @@ class Standstill:
                 key = entry.pid, entry.start
                 since = self._stopped.get(key)
                 if since is None:
-                    if _send(entry, signal.SIGSTOP):
+                    if proctree.send(entry, signal.SIGSTOP, threads=True):
                         self._stopped[key] = now
                     restless = True
                 elif state != "D" or now - since < _SETTLE:
@@ -79,7 +79,7 @@ class Standstill:
         if stopped:
             for entry in reversed(_under_us()):
                 if (entry.pid, entry.start) in stopped:
-                    _send(entry, signal.SIGCONT)
+                    proctree.send(entry, signal.SIGCONT, threads=True)
         held, self._held = self._held, []
         for connection, request in held:
             self._again(connection, request)
@@ -102,21 +102,3 @@ def _state(entry: proctree.Entry) -> str:
     except OSError:
         pass
     return found
-
-
-def _send(entry: proctree.Entry, number: int) -> bool:
-    """As `proctree.send`, also to one whose main thread has ended."""
-    try:
-        fd = os.pidfd_open(entry.pid)
-    except OSError:
-        return False
-    try:
-        now = proctree.read(entry.pid)
-        if now is None or now.start != entry.start:
-            return False
-        signal.pidfd_send_signal(fd, number)
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(fd)

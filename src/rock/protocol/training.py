@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from rock.errors import CommandTimeout
@@ -11,6 +12,11 @@ IDLE = 300.0  # seconds after which an instance that nobody asks for anything is
 STEP_TIMEOUT = 60.0  # seconds for one step, after which the instance is ended
 START_TIMEOUT = 1200.0  # seconds; the first sandbox of a set installs its packages
 NAMED = "name:"  # before the name of an environment, where its number could stand
+
+
+def new_instance_id() -> str:
+    """A name for an instance whose caller gave it none."""
+    return f"exp_{os.urandom(12).hex()}"
 
 
 def created(made: EnvInfo, instance_id: str, task_id: str) -> dict[str, Any]:

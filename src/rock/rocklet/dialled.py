@@ -81,17 +81,24 @@ async def dial(sandbox: Supervisor, port: int) -> socket.socket:
     return sock
 
 
-@contextlib.asynccontextmanager
-async def streams(sandbox: Supervisor, port: int) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """A connection to a port inside, to read from and to write to. Raises what `dial` does."""
-    sock = await dial(sandbox, port)
+@contextlib.contextmanager
+def given_away(sock: socket.socket, sandbox: Supervisor, port: int) -> Iterator[None]:
+    """While what was dialled goes over to a transport: closed when that fails, as PortFailed where it broke."""
     try:
-        reader, writer = await asyncio.open_connection(sock=sock, limit=CHUNK)
+        yield
     except (OSError, ValueError) as error:
         sock.close()
         raise PortFailed(f"the connection to port {port} broke: {error}", sandbox_id=sandbox.id) from None
     except BaseException:
         sock.close()
         raise
+
+
+@contextlib.asynccontextmanager
+async def streams(sandbox: Supervisor, port: int) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A connection to a port inside, to read from and to write to. Raises what `dial` does."""
+    sock = await dial(sandbox, port)
+    with given_away(sock, sandbox, port):
+        reader, writer = await asyncio.open_connection(sock=sock, limit=CHUNK)
     with sandbox.connections.holding(writer.transport):
         yield reader, writer

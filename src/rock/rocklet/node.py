@@ -10,7 +10,7 @@ import socket
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -274,12 +274,7 @@ class Node:
         However many ask, and whoever of them leaves: it is done once, and all are answered when nothing is left.
         """
         await self._ended_first(sandbox_id, self._resting)
-        task = self._destroying.get(sandbox_id)
-        if task is None:
-            task = asyncio.create_task(self._destroy(sandbox_id, grace), name=f"destroy-{sandbox_id}")
-            self._destroying[sandbox_id] = task
-            task.add_done_callback(lambda _: self._destroying.pop(sandbox_id, None))
-        return await asyncio.shield(task)
+        return await _joined(self._destroying, sandbox_id, lambda: self._destroy(sandbox_id, grace))
 
     async def _destroy(self, sandbox_id: str, grace: float) -> NodeSandbox:
         supervisor = await self._after_creation(sandbox_id)
@@ -298,12 +293,7 @@ class Node:
         Done once, however many ask, as in `destroy`.
         """
         await self._ended_first(sandbox_id, self._destroying)
-        task = self._resting.get(sandbox_id)
-        if task is None:
-            task = asyncio.create_task(self._rest(sandbox_id, grace), name=f"rest-{sandbox_id}")
-            self._resting[sandbox_id] = task
-            task.add_done_callback(lambda _: self._resting.pop(sandbox_id, None))
-        return await asyncio.shield(task)
+        return await _joined(self._resting, sandbox_id, lambda: self._rest(sandbox_id, grace))
 
     async def _rest(self, sandbox_id: str, grace: float) -> NodeSandbox:
         supervisor = await self._after_creation(sandbox_id)
@@ -433,6 +423,17 @@ class Node:
         except TimeoutError:
             pass
         return NodeEvents(boot=self.boot, events=[event for event in self._events if event.number > after])
+
+
+async def _joined(
+    tasks: dict[str, asyncio.Task[NodeSandbox]], sandbox_id: str, work: Callable[[], Coroutine[Any, Any, NodeSandbox]]
+) -> NodeSandbox:
+    """The answer of the work that is under way for a sandbox, which is begun when there is none."""
+    task = tasks.get(sandbox_id)
+    if task is None:
+        task = tasks[sandbox_id] = asyncio.create_task(work(), name=f"end-{sandbox_id}")
+        task.add_done_callback(lambda _: tasks.pop(sandbox_id, None))
+    return await asyncio.shield(task)
 
 
 def _finished(phase: Phase, message: str) -> Phase:

@@ -15,7 +15,7 @@ from websockets.typing import Subprotocol
 from websockets.uri import WebSocketURI
 
 from rock.errors import PortFailed, PortTimeout
-from rock.rocklet.dialled import CHUNK, dial, port_of, streams
+from rock.rocklet.dialled import CHUNK, dial, given_away, port_of, streams
 from rock.rocklet.node import Node
 from rock.rocklet.port_headers import Target, inward, outward, target_of
 from rock.rocklet.supervisor import Supervisor
@@ -81,14 +81,8 @@ async def _joined(sandbox: Supervisor, target: Target, request: Request) -> Asyn
         return ClientConnection(protocol, ping_interval=None, close_timeout=CLOSE_WITHIN, max_queue=2)
 
     sock = await dial(sandbox, target.port)
-    try:
+    with given_away(sock, sandbox, target.port):
         _, program = await asyncio.get_running_loop().create_connection(make, sock=sock)
-    except (OSError, ValueError) as error:
-        sock.close()
-        raise PortFailed(f"the connection to port {target.port} broke: {error}", sandbox_id=sandbox.id) from None
-    except BaseException:
-        sock.close()
-        raise
     with sandbox.connections.holding(program.transport):
         try:
             async with asyncio.timeout(HANDSHAKE_WITHIN):

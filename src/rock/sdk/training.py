@@ -11,7 +11,7 @@ from rock import errors
 from rock.protocol.env import TASK_IMAGES, CallResult, EnvInfo, StepResult
 from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import SandboxConfig
-from rock.protocol.training import IDLE, NAMED, START_TIMEOUT, STEP_TIMEOUT, created, overdue, stepped
+from rock.protocol.training import IDLE, NAMED, START_TIMEOUT, STEP_TIMEOUT, created, new_instance_id, overdue, stepped
 from rock.sdk.sandbox.link import SLACK, parse
 from rock.sdk.sandbox.sandbox import Sandbox
 
@@ -177,7 +177,7 @@ class TrainingSandbox:
         instance_id: a name of your own choice; taken already is a Conflict. NotFound: no such task.
         """
         env_type = await self._of(env_type)
-        instance_id = instance_id or f"exp_{os.urandom(12).hex()}"
+        instance_id = instance_id or new_instance_id()
         wish: dict[str, Any] = {"task_id": task_id, "params": params or {}}
         if self._episode_timeout is not None:
             wish["time_limit"] = self._episode_timeout

@@ -23,7 +23,7 @@ from typing import Any, Self
 
 from rock import errors
 from rock.protocol.sandbox import SandboxConfig
-from rock.protocol.training import IDLE
+from rock.protocol.training import IDLE, new_instance_id
 from rock.sync.sandbox.sandbox import Sandbox
 from rock.sync.training import Message
 
@@ -164,7 +164,7 @@ class HarborTasks:
             names = ", ".join(sorted(self.tasks)[:20])
             raise errors.NotFound(f"there is no task {task_id!r}", hint=f"there are: {names}")
         image = task.image_or((params or {}).get("image") or self._image)
-        instance_id = instance_id or f"exp_{os.urandom(12).hex()}"
+        instance_id = instance_id or new_instance_id()
         if instance_id in self._episodes:
             raise errors.Conflict(f"instance {instance_id!r} exists already", hint="release it")
         config = self._config.model_copy(update={"image": image, "memory": task.memory, "cpus": task.cpus,

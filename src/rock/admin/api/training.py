@@ -10,7 +10,6 @@ box, 500 anything else.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -25,7 +24,7 @@ from rock.errors import ClientError, CommandTimeout, InvalidConfig, NotFound, Ro
 from rock.protocol.env import EnvInfo, OpenEnv, StepResult
 from rock.protocol.routes import Route
 from rock.protocol.sandbox import State
-from rock.protocol.training import IDLE, NAMED, STEP_TIMEOUT, created, overdue, stepped
+from rock.protocol.training import IDLE, NAMED, STEP_TIMEOUT, created, new_instance_id, overdue, stepped
 from rock.wire.asgi import Answer, App, Handler, Receive, Request, Router, Scope, Send, answer
 
 PREFIX = "/apis/training/{box}"
@@ -148,7 +147,7 @@ class Training:
         _same(body, env_type)
         if body.task_id is None:
             raise InvalidConfig("task_id is missing")
-        name = body.instance_id or f"exp_{os.urandom(12).hex()}"
+        name = body.instance_id or new_instance_id()
         wish = {"task_id": body.task_id, "params": body.params}
         made = await self._make(request, box, env_type, wish, name=name, idle=IDLE, begin=True)
         return _data(created(made, name, body.task_id))
