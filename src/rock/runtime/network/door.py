@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import os
 import socket
 import struct
 import time
@@ -133,7 +134,7 @@ class Door:
                 else:
                     await self._carry(inner, address, port, entry)
             except (OSError, TimeoutError) as error:
-                entry.reason = entry.reason or f"broken: {getattr(error, 'strerror', None) or type(error).__name__}"
+                entry.reason = entry.reason or f"broken: {_told(error)}"
                 reset(inner)
             except BaseException:
                 entry.reason = entry.reason or "the sandbox or its proxy ended"
@@ -165,7 +166,7 @@ class Door:
             except TimeoutError:
                 entry.reason = "nobody answered"
             except OSError as error:
-                entry.reason = f"not reached: {error.strerror}"
+                entry.reason = f"not reached: {os.strerror(error.errno or 0)}"
             else:
                 await self._relay(inner, outer, first, entry)
                 return
@@ -310,6 +311,10 @@ class Door:
         entry = self.journal.begin("", 53, "dns")
         entry.host, entry.reason = question.name[:255], reason
         self.journal.end(entry)
+
+
+def _told(error: OSError | TimeoutError) -> str:
+    return os.strerror(error.errno) if error.errno else type(error).__name__
 
 
 def _route(address: Address) -> int | None:
