@@ -87,6 +87,8 @@ def _certificate(folder: Path) -> list[Path]:
 class WorldServer(RunningServer):
     """A server in the world. `prefix` goes before its command line."""
 
+    reached_by: WorldServer | None = None  # there is one way to the servers of the world, which the last one took
+
     def __init__(self, world: World, home: Path, prefix: tuple[str, ...] = (), **environment: str) -> None:
         super().__init__(home, **{"ROCK_NETWORK_RESOLVERS": "10.77.0.2", **environment})
         self.world = world
@@ -131,8 +133,8 @@ def _give_image(home: Path) -> None:
     ImageStore(home / "images").from_host(IMAGE)
 
 
-@pytest.fixture(scope="module")
-def module_server(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorldServer]:
+@pytest.fixture(scope="session")
+def world_server(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorldServer]:
     running = WorldServer(world, tmp_path_factory.mktemp("world-home"))
     _give_image(running.home)
     running.start()
@@ -145,12 +147,12 @@ Opener = Callable[..., Sandbox]
 
 
 @pytest.fixture
-def opened(module_server: WorldServer, world: World) -> Iterator[Opener]:
+def opened(world_server: WorldServer, world: World) -> Iterator[Opener]:
     """Sandboxes with a network: `opened(egress=["example.com"])`."""
     made: list[Sandbox] = []
 
     def open_one(**fields: Any) -> Sandbox:
-        config = SandboxConfig(base_url=module_server.url, image=IMAGE, memory="512m", cpus=1.0,
+        config = SandboxConfig(base_url=world_server.url, image=IMAGE, memory="512m", cpus=1.0,
                                **{"network": "nat", **fields})
         made.append(Sandbox(config))
         made[-1].start()

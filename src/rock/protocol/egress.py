@@ -50,7 +50,7 @@ def parse(text: str) -> Entry:
     """ValueError tells what is wrong with it."""
     if len(text) > _LONGEST:
         raise ValueError(f"egress: an entry of {len(text)} characters is too long")
-    target, port = _split(text.strip())
+    target, port = _split(text)
     if target == "*":
         return Entry(port=port)
     network = _network(target)
@@ -64,7 +64,7 @@ def parse(text: str) -> Entry:
 def _split(text: str) -> tuple[str, int | None]:
     if text.startswith("["):
         target, bracket, rest = text[1:].partition("]")
-        if not bracket or (rest and not rest.startswith(":")):
+        if not bracket or ":" not in target or (rest and not rest.startswith(":")):
             raise ValueError(f"egress: {text!r} is no address in brackets")
         return target, _port(rest[1:], text) if rest else None
     if text.count(":") != 1:

@@ -183,14 +183,15 @@ class Door:
 
     async def _hear(self, inner: socket.socket, address: Address, port: int, entry: Open) -> bytes:
         """Wait for the name that the client says, and believe it only for an address that DNS gives for it. Refused."""
-        data, told = b"", None
+        data, told, looks = b"", None, 0
         try:
             async with asyncio.timeout(_NAME_PATIENCE):
                 while told is None:
                     piece = await self._loop.sock_recv(inner, sniff.LONGEST)
                     data += piece
                     told = sniff.look(data)
-                    if not piece or (told is None and len(data) > sniff.LONGEST):
+                    looks += 1
+                    if not piece or (told is None and (len(data) > sniff.LONGEST or looks >= sniff.MOST_LOOKS)):
                         raise sniff.Refused("no name was said")
         except TimeoutError:
             raise sniff.Refused("no name was said") from None

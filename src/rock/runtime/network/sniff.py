@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from rock.protocol.egress import name_of
 
 LONGEST = 16_384  # bytes of a first message that are looked at
+MOST_LOOKS = 100  # at one client's bytes: each costs more, the more there are
+_MOST_RECORDS = 64
 _HANDSHAKE, _CLIENT_HELLO = 22, 1
 _SERVER_NAME, _ENCRYPTED_HELLO = 0, 0xFE0D
 _METHODS = (b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"OPTIONS", b"PATCH", b"TRACE", b"PROPFIND", b"PROPPATCH",
             b"MKCOL", b"COPY", b"MOVE", b"LOCK", b"UNLOCK", b"REPORT", b"SEARCH", b"MERGE", b"QUERY")
+_PRINTABLE = bytes([9, 10, 13, *range(32, 127), *range(128, 256)])
 _TOKEN = frozenset(b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 
@@ -95,11 +98,14 @@ def _tls(data: bytes) -> str | None:
 
 def _hello(data: bytes) -> bytes | None:
     """The client hello out of the records that it came in; None when it is not whole."""
-    whole, at = b"", 0
+    whole, at, records = bytearray(), 0, 0
     while at + 5 <= len(data):
         kind, major, length = data[at], data[at + 1], int.from_bytes(data[at + 3 : at + 5], "big")
         if kind != _HANDSHAKE or major != 3 or not 0 < length <= 1 << 14:
             raise Refused("malformed TLS record")
+        records += 1
+        if records > _MOST_RECORDS:
+            raise Refused("TLS hello in too many pieces")
         whole += data[at + 5 : at + 5 + length]
         if whole and whole[0] != _CLIENT_HELLO:
             raise Refused("TLS that does not begin with a hello")
@@ -108,7 +114,7 @@ def _hello(data: bytes) -> bytes | None:
             if size + 4 > LONGEST:
                 raise Refused("TLS hello too long")
             if len(whole) >= size + 4:
-                return whole[4 : size + 4]
+                return bytes(whole[4 : size + 4])
         at += 5 + length
     return None
 
@@ -138,7 +144,7 @@ def _http(data: bytes) -> Told | None:
         raise Refused("neither TLS nor HTTP")
     end = data.find(b"\r\n\r\n")
     head = data if end < 0 else data[:end]
-    if any((byte < 32 and byte not in (9, 10, 13)) or byte == 127 for byte in head):
+    if head.translate(None, _PRINTABLE):
         raise Refused("malformed HTTP head")
     if end < 0:
         return None
