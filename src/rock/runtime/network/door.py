@@ -31,7 +31,7 @@ _RATE, _BURST = 200.0, 400.0  # new connections a second
 _MOST_QUESTIONS = 32  # at once; more are dropped, as DNS allows
 _MOST_NAMES = 1000
 _REMEMBERED = 3600.0  # seconds that a name keeps the addresses that were given for it
-_NAME_PATIENCE = 10.0
+_NAME_PATIENCE = 5.0
 _CONNECT_PATIENCE = 30.0
 _STREAM_PATIENCE = 30.0
 _PAUSE = 0.1
@@ -286,7 +286,7 @@ class Door:
             until = now + max(_REMEMBERED, reply.ttl)
             given.update((address, until) for address in reply.addresses)
             for address in reply.addresses:
-                self._last_names[address] = name
+                self._last_names[address] = _shown(name)
                 self._last_names.move_to_end(address)
             while len(self._given) > _MOST_NAMES:
                 self._given.popitem(last=False)
@@ -310,8 +310,13 @@ class Door:
 
     def _refused(self, question: dns.Question, reason: str) -> None:
         entry = self.journal.begin("", 53, "dns")
-        entry.host, entry.reason = question.name[:255], reason
+        entry.host, entry.reason = _shown(question.name), reason
         self.journal.end(entry)
+
+
+def _shown(name: str) -> str:
+    """A name as people may see it: what comes from inside could speak to their terminal."""
+    return "".join(letter if "!" <= letter <= "~" else "?" for letter in name)
 
 
 def _told(error: OSError | TimeoutError) -> str:
