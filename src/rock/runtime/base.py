@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from rock.guest.wire import CHANNEL_MEMORY as CHANNEL_MEMORY
 from rock.protocol.sandbox import ArchivedFiles, Isolation, SandboxConfig, Usage
 from rock.runtime.image.rootfs import RootFS
 
@@ -67,7 +68,8 @@ class Program:
     stdin, stdout, stderr: "pipe" gives our side a descriptor, "null" is /dev/null; stderr="stdout" joins the two.
     pty: (rows, columns): one terminal as stdin, stdout and stderr and as the controlling terminal.
     channels: further pipes; key: the descriptor number that the program sees, value: "r" when the program reads it
-        (we get the writing end), "w" when it writes it (we get the reading end).
+        (we get the writing end), "w" when it writes it (we get the reading end), "m": memory of CHANNEL_MEMORY bytes
+        that both can map, whose size nobody can change. Where a runtime cannot share memory there is no such channel.
     key: a name that is unique in the sandbox, for `attach` after a restart of the rocklet.
     keep: pid 1 holds copies of our ends of the streams, so that neither side sees an end of file when the
         rocklet crashes, and `attach` gives them again. When False the streams die with the rocklet.
@@ -82,7 +84,7 @@ class Program:
     stdout: Stream = "pipe"
     stderr: Literal["pipe", "null", "stdout"] = "pipe"
     pty: tuple[int, int] | None = None
-    channels: Mapping[int, Literal["r", "w"]] = field(default_factory=dict)
+    channels: Mapping[int, Literal["r", "w", "m"]] = field(default_factory=dict)
     key: str = ""
     keep: bool = False
     nofile: int | None = None
