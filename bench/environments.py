@@ -74,7 +74,7 @@ class Rows:
         self.told: list[dict[str, Any]] = []
 
     def add(self, title: str, action: Any, makers: dict[str, Callable[[], Any]], frames: int = 0) -> None:
-        """Play all kinds in turns. The first is what the others are compared with. frames: of a step, where they count."""
+        """Play all kinds in turns; the others are compared with the first. frames: of a step, where they count."""
         with contextlib.ExitStack() as stack:
             kinds = []
             for name, make in makers.items():
