@@ -35,7 +35,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class RunningServer:
-    """A server process of the tests. `url` is its address."""
+    """A server process of the tests. `url` is its address. prefix: of its command line."""
+
+    prefix: tuple[str, ...] = ()
 
     def __init__(self, home: Path, **environment: str) -> None:
         self.home = home
@@ -54,8 +56,9 @@ class RunningServer:
         }  # fmt: skip
         with open(self.home / "output.log", "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-W", "error::ResourceWarning", "-m", "rock.cli.server", "--host", "127.0.0.1",
-                 "--port", str(port)], env=environ, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                [*self.prefix, sys.executable, "-W", "error::ResourceWarning", "-m", "rock.cli.server",
+                 "--host", "127.0.0.1", "--port", str(port)],
+                env=environ, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
             )  # fmt: skip
         self.pid = self.process.pid
         end = time.monotonic() + seconds
@@ -65,12 +68,16 @@ class RunningServer:
             except (OSError, ValueError):
                 note = {}
             if note.get("pid") == self.pid:
-                self.url = f"http://127.0.0.1:{note['port']}"
+                self.url = self.reached_at(int(note["port"]))
                 return
             if self.process.poll() is not None:
                 break
             time.sleep(0.01)
         raise AssertionError(f"the server did not start:\n{self.log()}")
+
+    def reached_at(self, port: int) -> str:
+        """Its address, when it listens on that port."""
+        return f"http://127.0.0.1:{port}"
 
     def log(self) -> str:
         parts = [self.home / "output.log", self.home / "logs" / "server.log"]

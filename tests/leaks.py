@@ -40,7 +40,7 @@ def _processes(server: int) -> Iterator[str]:
         while at in found and at != server:
             chain.append(at)
             at = found[at][0]
-        if at == server and len(chain) > 1:
+        if at == server and len(chain) > 1 and name != "rock-nets":  # the launcher's own, which makes networks ahead
             yield f"process {pid} {name} {start}"
 
 
@@ -49,8 +49,9 @@ def _folders(home: Path) -> Iterator[str]:
         folder = home / part
         if folder.is_dir():
             names = (entry.name for entry in folder.iterdir() if entry.is_dir() or part == "run/records")
-            # Three folders are the runtime's own, made once.
-            yield from (f"{part}/{name}" for name in names if name not in ("staging", "probe", "base"))
+            # Four folders are the runtime's own, made once.
+            own = ("staging", "probe", "base", "connections")
+            yield from (f"{part}/{name}" for name in names if name not in own)
 
 
 def _cgroups(home: Path) -> Iterator[str]:

@@ -18,6 +18,7 @@ Client settings are functions, because a script may set a variable after the imp
 | ROCK_ARCHIVE_LIMIT | 64g | most bytes of files in one archive, holes counted |
 | ROCK_S3_ENDPOINT, ROCK_S3_REGION | Amazon's, us-east-1 | of an archive in a bucket |
 | ROCK_S3_KEY, ROCK_S3_SECRET | none | what it is signed with |
+| ROCK_NETWORK_RESOLVERS | those of /etc/resolv.conf | of network nat: ADDRESS[:PORT], comma-separated |
 | ROCK_LOG_LEVEL | info | debug, info, warning, error |
 | HF_ENDPOINT | https://huggingface.co | where the client finds the repositories of `hf://` sources |
 | ROCK_ENVHUB_DB_URL | envhub.sqlite in ROCK_HOME | where an `envhub` keeps it: sqlite:///FILE |
@@ -138,6 +139,7 @@ class Settings:
     pool_size: int = 4
     runtime: str = "namespace"
     sandbox_limit: int = 2000
+    network_resolvers: str = ""
     log_level: str = "info"
     archive: str = ""
     archive_limit: str = "64g"
@@ -150,6 +152,11 @@ class Settings:
     def archive_dir(self) -> Path:
         """Where archives are, when they are in a folder."""
         return Path(self.archive).expanduser().absolute() if self.archive else self.home / "archive"
+
+    @property
+    def resolvers(self) -> list[str]:
+        """Name servers for sandboxes; none means this machine's own."""
+        return [text.strip() for text in self.network_resolvers.split(",") if text.strip()]
 
     @property
     def run_dir(self) -> Path:
@@ -181,6 +188,7 @@ class Settings:
         for name, kind in (
             ("host", str),
             ("runtime", str),
+            ("network_resolvers", str),
             ("log_level", str),
             ("archive", str),
             ("archive_limit", str),

@@ -265,7 +265,6 @@ def test_requests_that_cannot_be_met(tmp_path: Path) -> None:
             for values, kind, text in (
                 ({"cpus": 1000}, errors.InvalidConfig, "Requested CPUs 1000.0 exceed"),
                 ({"memory": "90t"}, errors.InvalidConfig, "90t"),
-                ({"network": "nat"}, errors.Unsupported, "nat"),
                 ({"disk": "1g"}, errors.Unsupported, "disk"),
                 ({"num_gpus": 1}, errors.Unsupported, "accelerators"),
                 ({"use_kata_runtime": True}, errors.Unsupported, "kata"),

@@ -22,6 +22,7 @@ def new_info(sandbox_id: str, config: SandboxConfig, worker: str, status: NodeSt
         memory=config.memory,
         cpus=config.cpus,
         network=config.network,
+        egress=config.egress,
         user_id=config.user_id,
         experiment_id=config.experiment_id,
         cluster=config.cluster,

@@ -22,6 +22,7 @@ from rock.admin.worker import Worker
 from rock.envhub import registry
 from rock.errors import InternalServerRockError, Lost, NotFound, RockError, SandboxError, Unavailable, from_wire
 from rock.protocol.env import OpenEnv
+from rock.protocol.network import ConnectionList
 from rock.protocol.node import NodeSandbox, NodeStatus, SandboxList
 from rock.protocol.sandbox import Cause, SandboxConfig, SandboxInfo, State
 from rock.scheduler.base import Scheduler
@@ -219,6 +220,12 @@ class Service:
             log.info("worker of %s: %s", sandbox_id, error)
             return record.info.model_copy(update={"is_alive": False})
         return infos.seen(record, found)
+
+    async def connections(self, sandbox_id: str) -> ConnectionList:
+        """What it connected to, as its worker remembers it. Unavailable when that is not there."""
+        record = await self.load(sandbox_id)
+        worker = self.workers.get(record.info.worker or "")
+        return await worker.connections(sandbox_id) if worker is not None else ConnectionList()
 
     async def list(self, query: Query, history: bool = False) -> SandboxList:
         """A page. `history`: with the steps of each life, which are most of what a record has to say."""

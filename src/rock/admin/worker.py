@@ -10,6 +10,7 @@ import orjson
 from pydantic import BaseModel
 
 from rock.errors import Unsupported, from_wire
+from rock.protocol.network import ConnectionList
 from rock.protocol.node import (
     ImageState,
     NodeCommit,
@@ -66,6 +67,10 @@ class Worker(Protocol):
         ...
 
     async def get(self, sandbox_id: str, *, touch: bool = False, usage: bool = False) -> NodeSandbox: ...
+
+    async def connections(self, sandbox_id: str) -> ConnectionList:
+        """What it connected to; nothing of one that it does not know."""
+        ...
 
     async def list(self) -> NodeInventory: ...
 
@@ -149,6 +154,9 @@ class WireWorker:
     async def get(self, sandbox_id: str, *, touch: bool = False, usage: bool = False) -> NodeSandbox:
         query = f"touch={int(touch)}&usage={int(usage)}"
         return await self._call(NodeSandbox, "node_get", query, sandbox_id=sandbox_id)
+
+    async def connections(self, sandbox_id: str) -> ConnectionList:
+        return await self._call(ConnectionList, "node_connections", sandbox_id=sandbox_id)
 
     async def list(self) -> NodeInventory:
         return await self._call(NodeInventory, "node_list")

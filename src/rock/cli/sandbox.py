@@ -31,6 +31,10 @@ Stdin = Annotated[bool, typer.Option("--stdin", "-i", help="Give it the standard
 Memory = Annotated[str, typer.Option("--memory", "-m", help="Memory limit, like 512m or 8g.")]
 Cpus = Annotated[float, typer.Option("--cpus", "-c", help="CPU limit, in cores.")]
 Network = Annotated[str | None, typer.Option(help="none (the default), nat or host.")]
+Egress = Annotated[
+    list[str] | None,
+    typer.Option(metavar="ENTRY", help="Where it may connect to, like example.com:443; several times. Implies nat."),
+]
 Timeout = Annotated[float | None, typer.Option(help="Seconds after which it is killed.")]
 
 
@@ -121,6 +125,7 @@ def run(
     cwd: Cwd = None,
     user: User = None,
     network: Network = None,
+    egress: Egress = None,
     timeout: Timeout = None,
     stdin: Stdin = False,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the sandbox running, and print its id.")] = False,
@@ -133,8 +138,9 @@ def run(
     wish = program(command, stdin, cwd=cwd, user=user, timeout=timeout)
     signal.signal(signal.SIGTERM, _terminated)
     sandbox = new_sandbox(
-        image, memory=memory, cpus=cpus, env=variables(env), network=network, auto_delete_seconds=keep_files
-    )
+        image, memory=memory, cpus=cpus, env=variables(env), network=network, egress=egress,
+        auto_delete_seconds=keep_files,
+    )  # fmt: skip
     with busy(f"starting a sandbox of {image}"):
         sandbox.start()
     try:
@@ -317,7 +323,7 @@ def _each(names: list[str], act: Any) -> None:
 
 
 def add_commands(app: typer.Typer) -> None:
-    from rock.cli import commit, copy, forward, shell
+    from rock.cli import commit, connections, copy, forward, shell
 
     app.command(context_settings=OWN_OPTIONS_FIRST)(run)
     app.command("ps")(ps)
@@ -325,6 +331,7 @@ def add_commands(app: typer.Typer) -> None:
     app.command("shell")(shell.shell)
     app.command("cp")(copy.cp)
     app.command("port-forward")(forward.port_forward)
+    app.command("connections")(connections.connections)
     app.command("logs")(logs)
     app.command("stop")(stop)
     app.command("restart")(restart)

@@ -99,11 +99,23 @@ def make_runtimes(settings: Settings, images: Images) -> dict[str, Runtime]:
     if sys.platform == "linux":
         from rock.runtime.namespace.runtime import NamespaceRuntime
 
-        runtimes["namespace"] = NamespaceRuntime(settings.run_dir / "namespace", settings.pool_size, images.store)
+        folder = settings.run_dir / "namespace"
+        runtimes["namespace"] = NamespaceRuntime(folder, settings.pool_size, images.store, _resolvers(settings))
     if settings.runtime not in runtimes:
         names = ", ".join(sorted(runtimes))
         raise InvalidConfig(f"no runtime {settings.runtime!r} (there are: {names})", hint="set ROCK_RUNTIME")
     return runtimes
+
+
+def _resolvers(settings: Settings) -> list[str]:
+    from rock.runtime.network.resolver import parse_server
+
+    try:
+        for text in settings.resolvers:
+            parse_server(text)
+    except ValueError as error:
+        raise InvalidConfig(f"ROCK_NETWORK_RESOLVERS: {error}") from None
+    return settings.resolvers
 
 
 class Rocklet:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
 
+from rock.protocol.network import ConnectionList
 from rock.protocol.node import (
     ImageState,
     NodeCommit,
@@ -52,6 +53,9 @@ class LocalWorker:
 
     async def get(self, sandbox_id: str, *, touch: bool = False, usage: bool = False) -> NodeSandbox:
         return await self._node.look(sandbox_id, touch=touch, usage=usage)
+
+    async def connections(self, sandbox_id: str) -> ConnectionList:
+        return await self._node.connections(sandbox_id)
 
     async def list(self) -> NodeInventory:
         return self._node.inventory()

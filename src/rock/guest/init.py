@@ -62,6 +62,7 @@ class Init(Loop):
         self.children: dict[int, tuple[Connection, int, float]] = {}  # pid -> whom it answers, and its deadline
         self.starting: dict[int, Callable[[], None]] = {}  # pid -> what settles its start
         self.stopping = False
+        self.sockets: list[int] = []  # through which connections get out of here; served by others
         self.standstill = Standstill(self._handle)
         os.umask(0o022)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -200,6 +201,9 @@ class Init(Loop):
     def do_hello(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
         running = [program.describe() for program in self.programs.values()]
         self.answer(connection, number, {"pid": os.getpid(), "programs": running}, [])
+
+    def do_sockets(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        self.answer(connection, number, {}, [os.dup(fd) for fd in self.sockets])
 
     def do_spawn(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
         key, keep = str(request.get("key") or ""), bool(request.get("keep"))

@@ -175,6 +175,15 @@ def _rows() -> Iterator[Route]:
         "CommitStatus",
     )
     yield row(
+        "list_connections",
+        "GET",
+        _S + "/connections",
+        "control",
+        "What it connected to or tried to, oldest first; of a stopped one too",
+        "",
+        "ConnectionList",
+    )
+    yield row(
         "delete_sandbox",
         "DELETE",
         _S,
@@ -386,6 +395,15 @@ def _rows() -> Iterator[Route]:
         "NodeSandbox",
     )
     yield row("node_destroy", "DELETE", "/node/v1/sandboxes/{sandbox_id}", "node", "Destroy", "?grace", "NodeSandbox")
+    yield row(
+        "node_connections",
+        "GET",
+        "/node/v1/sandboxes/{sandbox_id}/connections",
+        "node",
+        "What one connected to, whether it lives or not",
+        "",
+        "ConnectionList",
+    )
     yield row(
         "node_rest",
         "POST",

@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from rock import settings
+from rock.protocol import egress
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?\s*$", re.IGNORECASE)
 _UNIT = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -90,7 +91,9 @@ class SandboxConfig(BaseConfig):
     auto_archive_seconds: keep the files too, and bring them to the server's archive so many seconds after the stop.
         Excludes auto_delete_seconds.
     startup_timeout: seconds that a start may take.
-    network: "none" (its own, with loopback), "nat" or "host".
+    network: "none" (its own, with loopback), "nat" (public addresses, by TCP) or "host".
+    egress: where it may connect to, and nowhere else, as in protocol/egress.py: "example.com", "*.example.org:443",
+        "203.0.113.0/24:22", "*". None is every public address. It goes with network "nat", which it implies.
     runtime: name of the runtime; None is the server's default.
     minimum_isolation: refuse to start with anything weaker.
     env: environment of all that runs inside. labels: the user's own words, to list by.
@@ -110,6 +113,7 @@ class SandboxConfig(BaseConfig):
     timeout: float | None = Field(default=None, gt=0)
     startup_timeout: float = Field(default=180.0, gt=0)
     network: Literal["none", "nat", "host"] = "none"
+    egress: list[str] | None = Field(default=None, max_length=egress.MOST_ENTRIES)
     runtime: str | None = None
     minimum_isolation: Isolation = Isolation.NONE
     env: dict[str, str] = Field(default_factory=dict)
@@ -161,6 +165,22 @@ class SandboxConfig(BaseConfig):
     def _one_after_stop(self) -> Self:
         if self.auto_archive_seconds is not None and self.auto_delete_seconds is not None:
             raise ValueError("auto_archive_seconds and auto_delete_seconds exclude each other")
+        return self
+
+    @field_validator("egress")
+    @classmethod
+    def _egress(cls, value: list[str] | None) -> list[str] | None:
+        for entry in value or ():
+            egress.parse(entry)
+        return value
+
+    @model_validator(mode="after")
+    def _egress_needs_nat(self) -> Self:
+        if self.egress is not None and self.network != "nat":
+            if "network" in self.model_fields_set:
+                raise ValueError(f'egress cannot be enforced in network "{self.network}": use "nat"')
+            self.__dict__["network"] = "nat"  # an assignment would come here again
+            self.__pydantic_fields_set__.add("network")
         return self
 
     @property
@@ -308,6 +328,7 @@ class SandboxInfo(Wire):
     memory: str = ""
     cpus: float = 0.0
     network: str = "none"
+    egress: list[str] | None = None
     phases: dict[str, Phase] = Field(default_factory=dict)
     user_id: str | None = None
     experiment_id: str | None = None

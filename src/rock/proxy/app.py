@@ -15,7 +15,7 @@ from rock.store.base import Store
 from rock.wire.asgi import App, Receive, Scope, Send, deny, failure
 
 PREFIX = "/v1/sandboxes/"
-_CONTROL = {"stop", "restart", "archive", "commit"}
+_CONTROL = {"stop", "restart", "archive", "commit", "connections"}
 _NOT_HERE = (ERROR_CODE.encode(), NotHere.code.encode())  # a program inside may answer 421 too
 
 

@@ -46,6 +46,7 @@ class Api:
             "node_list",
             "node_get",
             "node_destroy",
+            "node_connections",
             "node_rest",
             "node_wake",
             "node_commit",
@@ -237,6 +238,9 @@ class Api:
     async def node_get(self, request: Request) -> Answer:
         look = self.node.look(request.path["sandbox_id"], touch=request.flag("touch"), usage=request.flag("usage"))
         return answer_model(await look)
+
+    async def node_connections(self, request: Request) -> Answer:
+        return answer_model(await self.node.connections(request.path["sandbox_id"]))
 
     async def node_destroy(self, request: Request) -> Answer:
         return answer_model(await self.node.destroy(request.path["sandbox_id"], request.number("grace", 0, high=600)))

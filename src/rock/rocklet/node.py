@@ -26,6 +26,7 @@ from rock.errors import (
     RockError,
     Unsupported,
 )
+from rock.protocol.network import ConnectionList
 from rock.protocol.node import NodeEvent, NodeEvents, NodeInventory, NodeSandbox, NodeStatus
 from rock.protocol.sandbox import ArchivedFiles, Cause, Isolation, Phase, SandboxConfig
 from rock.rocklet.commits import Commits
@@ -35,7 +36,7 @@ from rock.rocklet.kept import KeptSandboxes
 from rock.rocklet.session import Session
 from rock.rocklet.supervisor import Shelf, Supervisor, open_ahead
 from rock.runtime import hostmemory
-from rock.runtime.base import Handle, Keeps, Liveness, Pools, Prepared, Runtime
+from rock.runtime.base import Connects, Handle, Keeps, Liveness, Pools, Prepared, Runtime
 
 log = logging.getLogger("rock.node")
 
@@ -365,6 +366,13 @@ class Node:
         if touch:
             supervisor.touch()
         return supervisor.describe(await supervisor.usage() if usage else None)
+
+    async def connections(self, sandbox_id: str) -> ConnectionList:
+        """What a sandbox connected to, for as long as that is remembered."""
+        for runtime in self.runtimes.values():
+            if isinstance(runtime, Connects) and (found := await runtime.connections(sandbox_id)).total:
+                return found
+        return ConnectionList()
 
     def inventory(self) -> NodeInventory:
         return NodeInventory(sandboxes=[s.describe() for s in self.supervisors.values()], kept=self.kept.ids())

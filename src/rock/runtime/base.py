@@ -17,6 +17,7 @@ from enum import StrEnum
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from rock.guest.wire import CHANNEL_MEMORY as CHANNEL_MEMORY
+from rock.protocol.network import ConnectionList
 from rock.protocol.sandbox import ArchivedFiles, Isolation, SandboxConfig, Usage
 from rock.runtime.image.rootfs import RootFS
 
@@ -294,6 +295,15 @@ class Ports(Protocol):
 
     async def dial(self, handle: Handle, port: int, *, host: str = "127.0.0.1", timeout: float = 10.0) -> int:
         """A connected TCP socket's descriptor. Raises NotFound when nothing listens, PortTimeout."""
+        ...
+
+
+@runtime_checkable
+class Connects(Protocol):
+    """Network "nat": sandboxes reach what their policy allows, and all that they tried is noted."""
+
+    async def connections(self, id: str) -> ConnectionList:
+        """The last connections of a sandbox, of one that ended too; none of an unknown one."""
         ...
 
 

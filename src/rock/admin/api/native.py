@@ -22,6 +22,7 @@ from rock.envhub import registry
 from rock.errors import ClientError, InternalServerRockError, InvalidConfig, NotFound, RockError
 from rock.protocol import action, env, node, sandbox
 from rock.protocol.env import AddEnv, BuildEnv, EnvAbout
+from rock.protocol.network import ConnectionList
 from rock.protocol.node import EnvList, SandboxList, ServerInfo
 from rock.protocol.routes import METHODS, ROUTES
 from rock.protocol.sandbox import SandboxInfo, State
@@ -89,6 +90,11 @@ def _sandboxes(app: FastAPI, service: Service) -> None:
     ) -> Response:  # fmt: skip
         """Sandboxes, newest first; filters are equality on fields of SandboxInfo, `state` and `label=k=v`."""
         return _json(await service.list(_listing(request, limit, after), history))
+
+    @app.get(ROUTES["list_connections"].path, response_model=ConnectionList, tags=["sandboxes"])
+    async def list_connections(sandbox_id: str) -> Response:
+        """What it connected to or tried to, oldest first; of a stopped one too."""
+        return _json(await service.connections(sandbox_id))
 
     @app.delete(ROUTES["delete_sandbox"].path, response_model=SandboxInfo, tags=["sandboxes"])
     async def delete_sandbox(sandbox_id: str, force: bool = False) -> Response:

@@ -13,8 +13,9 @@ _RESERVE = 256 << 20  # bytes of memory that stay with the host
 _LEAST = 64 << 20  # bytes that a new sandbox should find free, or its limit if that is less
 
 
-def refuse_unsupported(config: SandboxConfig, isolation: Isolation, networks: tuple[str, ...]) -> None:
-    """Raise Unsupported for what this runtime, or this host, cannot give."""
+def refuse_unsupported(config: SandboxConfig, isolation: Isolation, networks: tuple[str, ...], *,
+                       why: str | None = None) -> None:
+    """Raise Unsupported for what this runtime, or this host, cannot give. why: what other networks lack."""
     if config.image_os != "linux":
         raise errors.Unsupported(f"image_os {config.image_os!r}: the namespace runtime runs Linux images only")
     if config.use_kata_runtime:
@@ -26,7 +27,7 @@ def refuse_unsupported(config: SandboxConfig, isolation: Isolation, networks: tu
         raise errors.Unsupported(f"disk={config.disk}: this runtime cannot hold a disk limit yet",
                                  hint="leave disk unset")
     if config.network not in networks:
-        raise errors.Unsupported(f'network "{config.network}" cannot be given here',
+        raise errors.Unsupported(f'network "{config.network}" cannot be given here{f": {why}" if why else ""}',
                                  hint=f"use one of {', '.join(networks)}")
     if _ORDER.index(config.minimum_isolation) > _ORDER.index(isolation):
         raise errors.Unsupported(

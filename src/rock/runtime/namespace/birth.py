@@ -39,6 +39,7 @@ class Descriptors(NamedTuple):
     userns: its user namespace.
     lease: holds the lock on its image's layers, for as long as it lives; -1 where nobody removes them.
     net: the network namespace to enter; -1 for the one that it was born in.
+    sockets: through which its connections get out; it keeps them for a server that comes back.
     """
 
     listener: int
@@ -47,6 +48,7 @@ class Descriptors(NamedTuple):
     userns: int
     lease: int = -1
     net: int = -1
+    sockets: tuple[int, ...] = ()
 
 
 class Constants:
@@ -106,7 +108,8 @@ def plan(area: Area, constants: Constants, fds: Descriptors, spec: dict[str, Any
     ]
     if constants.program is not None:
         rows.append(("system call filter", (number["seccomp"], 1, 0, ctypes.addressof(constants.program))))
-    rows += [("descriptors", call) for call in _descriptors(constants, {fds.listener, fds.ready, fds.lease} - {-1})]
+    kept = {fds.listener, fds.ready, fds.lease, *fds.sockets} - {-1}
+    rows += [("descriptors", call) for call in _descriptors(constants, kept)]
     rows.append(("the launcher's end", (number["prctl"], kernel.PR_SET_PDEATHSIG, 0)))
 
 
@@ -193,18 +196,19 @@ def _descriptors(constants: Constants, keep: set[int]) -> list[tuple[int, ...]]:
 
 
 def pack_note(fds: Descriptors, server: int) -> bytes:
-    """What pid 1 has to know: its two descriptors and the server's user id as it is seen inside."""
-    return struct.pack("qqq", fds.listener, fds.ready, server)
+    """What pid 1 has to know: its descriptors and the server's user id as it is seen inside."""
+    return struct.pack("5q", fds.listener, fds.ready, server, *(fds.sockets or (-1, -1)))
 
 
 def live(note: bytes, failed: int) -> None:
     """Go on in Python after the calls, as pid 1; never returns. `failed`: index of the call that failed, or -1."""
-    listener, ready, server = struct.unpack_from("qqq", note)
+    listener, ready, server, *sockets = struct.unpack_from("5q", note)
     if failed >= 0:
         os.write(ready, json.dumps({"row": failed}).encode())
         os._exit(1)
     try:
         one = init.prepare(socket.socket(fileno=listener), server, outside=True)
+        one.sockets = [fd for fd in sockets if fd >= 0]
         gc.freeze()
         os.write(ready, b"{}")
         os.close(ready)

@@ -40,7 +40,7 @@ class Home:
             kernel.setns(fd, kernel.CLONE_NEWNS | (kernel.CLONE_NEWNET if net == -1 and self._nets.usable else 0))
         finally:
             os.close(fd)
-        if net is not None and net >= 0:
+        if net is not None and net >= 0 and self._nets.usable:
             self._nets.enter(net)
         if self._privileged:
             kernel.set_file_owner(owner)

@@ -47,6 +47,7 @@ _TABLE = {
 }
 _OPEN_TREE, _MOVE_MOUNT, FSOPEN, FSCONFIG, FSMOUNT, _MOUNT_SETATTR = 428, 429, 430, 431, 432, 442
 FSCONFIG_CREATE = 6
+_CLOSE_RANGE = 436
 
 MACHINE = platform.machine()
 NUMBERS = _TABLE.get(MACHINE, {})
@@ -220,4 +221,14 @@ def set_title(title: bytes) -> None:
     if 0 < end - start < 1 << 20:
         ctypes.memset(start, 0, end - start)
         ctypes.memmove(start, title[: end - start], min(len(title), end - start))
-    prctl(15, ctypes.cast(ctypes.c_char_p(title[:15]), ctypes.c_void_p).value or 0)  # PR_SET_NAME
+    set_name(title)
+
+
+def set_name(name: bytes) -> None:
+    """What this process is called in lists."""
+    prctl(15, ctypes.cast(ctypes.c_char_p(name[:15]), ctypes.c_void_p).value or 0)  # PR_SET_NAME
+
+
+def close_from(lowest: int) -> None:
+    """Close this descriptor and all above it."""
+    _syscall(_long(_CLOSE_RANGE), _long(lowest), _long(0xFFFFFFFF), _long(0))

@@ -4,7 +4,7 @@
                                            └── steps into them and furnishes them (build.py), then lets the child go on
 
 Requests: create, retire (end a sandbox and remove what is left of it), ahead (make user namespaces and run folders
-while idle), floor (a bare namespace fork, for `bench`).
+while idle), wired (whether there can be networks with a way out), floor (a bare namespace fork, for `bench`).
 It answers in the order in which sandboxes become ready, several at once, and ends when its socket does; sandboxes stay.
 Standard library only, and few modules: what it imports is what every pid 1 weighs.
 """
@@ -37,7 +37,7 @@ from typing import Any
 from rock.guest import proctree
 from rock.guest.wire import pack, receive_packet, unpack
 from rock.runtime.namespace import birth, build, cgroups, kernel, mounts, seccomp, slot, userns
-from rock.runtime.namespace.nets import Nets
+from rock.runtime.namespace.nets import Nets, WiredNets
 from rock.runtime.namespace.zygote import Area, Zygote
 
 _ALL = (kernel.CLONE_NEWNS | kernel.CLONE_NEWPID | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS | kernel.CLONE_NEWNET)
@@ -75,6 +75,7 @@ class Launcher:
         kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_SLAVE)
         mounts.prepare_staging(self.staging)
         self.nets = Nets(usable=self.privileged)
+        self.wired = WiredNets(self.privileged)
         self.home = build.Home(self.privileged, self.nets)
         if self.privileged:
             self._favour_moves()
@@ -152,6 +153,8 @@ class Launcher:
             elif request["op"] == "ahead":
                 bases = [base for base in request["ranges"] if base not in self.ranges]
                 self.spare = deque([*bases, *request["folders"]])  # what was not made yet is not wanted any more
+            elif request["op"] == "wired":
+                self._answer(request, self._try_wired())
             elif request["op"] == "floor":
                 self._answer(request, {"seconds": floor()})
             else:
@@ -192,14 +195,17 @@ class Launcher:
     def _start(self, spec: dict[str, Any]) -> None:
         spec["privileged"] = self.privileged
         listener = self.listeners.pop(os.path.basename(spec["slot"]), None)
-        net = self.nets.take() if spec["network"] == "none" else -1
+        net, sockets = self.nets.take() if spec["network"] == "none" else -1, []
         pid, area = 0, self.zygote.area()
         ready, told = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         gate = os.pipe2(os.O_CLOEXEC)
         try:
             namespace = self.ranges.get(spec["base"])
+            if spec["network"] == "nat":
+                net, *sockets = self.wired.take()
             listener = listener or build.bind(spec["slot"])
-            fds = birth.Descriptors(listener.fileno(), told.fileno(), gate, namespace, spec["lease"], net)
+            fds = birth.Descriptors(listener.fileno(), told.fileno(), gate, namespace, spec["lease"], net,
+                                    tuple(sockets))
             birth.plan(area, self.constants, fds, spec)
             flags = _ALL & ~(kernel.CLONE_NEWNET if spec["network"] == "host" or net >= 0 else 0)
             pid = self.zygote.clone(area, flags, birth.pack_note(fds, self._server_uid()))
@@ -224,9 +230,21 @@ class Launcher:
             told.close()
             if listener is not None:
                 listener.close()
-            for fd in (*gate, spec["lease"], net):
+            for fd in (*gate, spec["lease"], net, *sockets):
                 if fd >= 0:
                     os.close(fd)
+
+    def _try_wired(self) -> dict[str, Any]:
+        """Whether this host can have a network namespace with a way out; nothing of it stays."""
+        trial = WiredNets(self.privileged)
+        try:
+            for fd in trial.take():
+                os.close(fd)
+            return {}
+        except OSError as error:
+            return {"error": str(error), "errno": error.errno or 0}
+        finally:
+            trial.close()
 
     def _retire(self, request: dict[str, Any]) -> None:
         """Kill a pid 1, and with it its pid namespace; the rest when it is gone. Never another that got its number."""

@@ -16,14 +16,16 @@ from typing import Any, Literal, Protocol
 
 from rock import errors
 from rock.guest.remove import remove_tree
+from rock.protocol.network import ConnectionList
 from rock.protocol.sandbox import ArchivedFiles, Isolation, SandboxConfig, Usage
 from rock.runtime.base import Handle, Liveness, Prepared, Program, Trait
 from rock.runtime.image.leases import Lease
 from rock.runtime.image.rootfs import RootFS
 from rock.runtime.initfiles import InitSandboxes, merged
 from rock.runtime.initlink import InitLink
-from rock.runtime.namespace import admission, cgroups, disk, keeping, limits, mounts, packlink, records, teardown
+from rock.runtime.namespace import admission, cgroups, disk, keeping, limits, mounts, packlink, records, teardown, wired
 from rock.runtime.namespace.launchlink import LaunchLink
+from rock.runtime.namespace.outlets import Outlets
 from rock.runtime.namespace.pool import Pool
 from rock.runtime.process import wait_gone
 
@@ -95,8 +97,9 @@ class NamespaceRuntime(InitSandboxes):
         Isolation.USERNS: frozenset(Trait) - {Trait.USERS},
     }
 
-    def __init__(self, run_dir: Path, pool_size: int, images: Images) -> None:
+    def __init__(self, run_dir: Path, pool_size: int, images: Images, resolvers: Sequence[str] = ()) -> None:
         self._run_dir = Path(os.path.realpath(run_dir))
+        self._outlets = Outlets(self._run_dir, resolvers)
         self._images = images
         self._live: dict[str, Sandbox] = {}
         self._spares: list[str] = []
@@ -130,6 +133,7 @@ class NamespaceRuntime(InitSandboxes):
                 self._ranges.reserve(base, slot)
         self._limiter = limits.Limiter(await asyncio.to_thread(cgroups.discover, str(self._run_dir)))
         await self._choose_level()
+        self._outlets.found(await self._launcher.request("wired", {}))
         self._opened = True
         if self._limiter.enforced()["memory"] == "watched":
             self._watcher = asyncio.create_task(self._watch(), name="namespace memory watch")
@@ -167,6 +171,7 @@ class NamespaceRuntime(InitSandboxes):
             await asyncio.gather(self._watcher, return_exceptions=True)
             self._watcher = None
         await self._pool.close()
+        await self._outlets.close()
         for digest in list(self._leases):
             self._end_lease(digest)
         for slot in list(self._resting):
@@ -188,7 +193,7 @@ class NamespaceRuntime(InitSandboxes):
         await self._admit(config)
 
     async def _admit(self, config: SandboxConfig) -> Kind:
-        admission.refuse_unsupported(config, self.isolation, ("none", "host"))
+        admission.refuse_unsupported(config, self.isolation, self._outlets.networks, why=self._outlets.missing)
         admission.refuse_too_large(config)
         return await self._kind(config)
 
@@ -216,7 +221,22 @@ class NamespaceRuntime(InitSandboxes):
                 error.sandbox_id = id
                 raise
             records.write(self._run_dir, sandbox.slot, self._record(sandbox, id))
-        return self._named(sandbox, id, kind.rootfs, config)
+        handle = self._named(sandbox, id, kind.rootfs, config)
+        if config.network == "nat":
+            try:
+                await self._connect(handle, fresh=True)
+            except BaseException:
+                await asyncio.shield(self._discard(sandbox))
+                raise
+        return handle
+
+    async def _connect(self, handle: Handle, *, fresh: bool = False) -> None:
+        """Have its connections served, as far as its policy goes."""
+        await self._outlets.connect(handle.data["slot"], handle.id, lambda: self.link(handle), handle.data["egress"],
+                                    fresh=fresh)
+
+    async def connections(self, id: str) -> ConnectionList:
+        return await self._outlets.connections(id)
 
     def _named(self, sandbox: Sandbox, id: str, rootfs: RootFS, config: SandboxConfig) -> Handle:
         sandbox.memory = config.memory_bytes
@@ -229,6 +249,8 @@ class NamespaceRuntime(InitSandboxes):
                 "cwd": rootfs.cwd or "/", "user": rootfs.user, "memory": config.memory_bytes}
         # Of one that can rest it is called otherwise: its handle says so.
         data["rootfs" if config.keeps_files else "image"] = self._note(rootfs)
+        if config.network == "nat":
+            data["egress"] = config.egress
         return Handle(self.name, id, self.isolation, self._limiter.enforced(), data)
 
     def _note(self, rootfs: RootFS) -> dict[str, Any]:
@@ -339,6 +361,8 @@ class NamespaceRuntime(InitSandboxes):
         if config.network == "host":
             with contextlib.suppress(OSError):
                 etc["resolv.conf"] = Path("/etc/resolv.conf").read_text()
+        elif config.network == "nat":
+            etc["resolv.conf"] = wired.RESOLV_CONF
         return {
             "slot": str(self._run_dir / slot), "base": base, "network": config.network,
             "shared": kind.shared, "layers": [str(self._run_dir / records.BASE), *kind.rootfs.layers], "etc": etc,
@@ -381,6 +405,9 @@ class NamespaceRuntime(InitSandboxes):
             await self.link(handle).request("hello", patience=10)
         except errors.RockError:
             return Liveness.GONE
+        if "egress" in handle.data:
+            data = handle.data
+            self._outlets.adopt(data["slot"], handle.id, lambda: self.link(handle), data["egress"])
         return Liveness.RUNNING
 
     async def wait(self, handle: Handle) -> str:
@@ -461,7 +488,7 @@ class NamespaceRuntime(InitSandboxes):
         return Handle(self.name, handle.id, handle.isolation, handle.enforced, kept)
 
     async def wake(self, handle: Handle, config: SandboxConfig) -> Handle:
-        admission.refuse_unsupported(config, self.isolation, ("none", "host"))
+        admission.refuse_unsupported(config, self.isolation, self._outlets.networks, why=self._outlets.missing)
         admission.refuse_too_large(config)
         rootfs = keeping.noted(handle.data["rootfs"])
         keeping.refuse_unusable(self._run_dir / handle.data["slot"], handle.id)
@@ -472,7 +499,14 @@ class NamespaceRuntime(InitSandboxes):
             raise
         records.write(self._run_dir, sandbox.slot, self._record(sandbox, handle.id))
         self._let_go(sandbox.slot)  # its pid 1 holds the image now
-        return self._named(sandbox, handle.id, rootfs, config)
+        woken = self._named(sandbox, handle.id, rootfs, config)
+        if config.network == "nat":
+            try:
+                await self._connect(woken)
+            except BaseException:
+                await asyncio.shield(self._put_back(handle, sandbox.base))
+                raise
+        return woken
 
     def pack(self, handle: Handle, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:
         rootfs = keeping.noted(handle.data["rootfs"])
@@ -570,6 +604,7 @@ class NamespaceRuntime(InitSandboxes):
         return bool(reply.get("clean"))
 
     def _forget(self, slot: str) -> None:
+        self._outlets.drop(slot)
         sandbox = self._live.pop(slot, None)
         if sandbox is not None and sandbox.link is not None:
             sandbox.link.close()

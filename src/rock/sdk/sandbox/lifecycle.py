@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from rock import errors
 from rock.protocol.action import CloseResponse, IsAliveResponse, SandboxStatusResponse
+from rock.protocol.network import ConnectionList
 from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import Cause, CommitPhase, CommitStatus, SandboxConfig, SandboxInfo, State
 from rock.sdk import primitives
@@ -78,6 +79,10 @@ class Lifecycle(Link):
     async def info(self, *, wait: float | None = None, usage: bool = False) -> SandboxInfo:
         """The sandbox as the server sees it. `wait`: seconds to wait while it is pending; `usage`: measure its use."""
         return await self._get(wait, usage)
+
+    async def connections(self) -> ConnectionList:
+        """What it connected to over network "nat", or tried to, oldest first; when it is stopped too."""
+        return parse(ConnectionList, await self._call("list_connections", self._path("list_connections")))
 
     async def get_status(self, include_all_states: bool = False) -> SandboxStatusResponse:
         """The status in ROCK's shape, of a stopped sandbox too; `info` has ours."""

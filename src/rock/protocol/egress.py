@@ -1,0 +1,110 @@
+"""Where a sandbox may connect to: the entries of `SandboxConfig.egress`. Standard library only.
+
+    example.com  example.com:443         a name, found by DNS and told by the client (TLS server name, HTTP Host)
+    *.example.org  *.example.org:443     every name below it, not itself
+    203.0.113.7  203.0.113.0/24:22       addresses, whatever is spoken to them
+    [2001:db8::7]:443  2001:db8::/32
+    *  *:443                             every public address
+
+An entry without a port means all of them.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass
+
+MOST_ENTRIES = 1000
+_LONGEST = 300
+_LABEL = re.compile(r"(?!-)[a-z0-9_-]{1,63}(?<!-)")
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry: exactly one of name, suffix (".example.org") and network, or none of them for every public address."""
+
+    name: str | None = None
+    suffix: str | None = None
+    network: Network | None = None
+    port: int | None = None
+
+    def has_name(self, name: str, port: int | None) -> bool:
+        """Whether it allows this name; port None asks for any."""
+        if port is not None and self.port not in (None, port):
+            return False
+        return name == self.name or (self.suffix is not None and name.endswith(self.suffix) and name != self.suffix[1:])
+
+    def has_address(self, address: Address, port: int) -> bool:
+        """Whether it lists this address by itself. The entry for every public address does not."""
+        return self.network is not None and self.port in (None, port) and address in self.network
+
+    @property
+    def is_everything(self) -> bool:
+        return self.name is None and self.suffix is None and self.network is None
+
+
+def parse(text: str) -> Entry:
+    """ValueError tells what is wrong with it."""
+    if len(text) > _LONGEST:
+        raise ValueError(f"egress: an entry of {len(text)} characters is too long")
+    target, port = _split(text)
+    if target == "*":
+        return Entry(port=port)
+    network = _network(target)
+    if network is not None:
+        return Entry(network=network, port=port)
+    if target.startswith("*."):
+        return Entry(suffix="." + name_of(target[2:]), port=port)
+    return Entry(name=name_of(target), port=port)
+
+
+def _split(text: str) -> tuple[str, int | None]:
+    if text.startswith("["):
+        target, bracket, rest = text[1:].partition("]")
+        if not bracket or ":" not in target or (rest and not rest.startswith(":")):
+            raise ValueError(f"egress: {text!r} is no address in brackets")
+        return target, _port(rest[1:], text) if rest else None
+    if text.count(":") != 1:
+        return text, None  # an IPv6 address has more
+    target, _, port = text.partition(":")
+    return target, _port(port, text)
+
+
+def _port(text: str, entry: str) -> int:
+    if not (text.isascii() and text.isdecimal()) or len(text) > 5 or not 1 <= int(text) <= 65535:
+        raise ValueError(f"egress: {entry!r} has no port from 1 to 65535 after the colon")
+    return int(text)
+
+
+def _network(text: str) -> Network | None:
+    if "%" in text:
+        raise ValueError(f"egress: {text!r}: an address with a zone means nothing here")
+    try:
+        network = ipaddress.ip_network(text)
+    except ValueError as error:
+        if "/" in text or ":" in text:
+            raise ValueError(f"egress: {text!r} is no network: {error}") from None
+        return None
+    if network.version == 6 and network.network_address.ipv4_mapped is not None:
+        raise ValueError(f"egress: write {text!r} as an IPv4 address")
+    return network
+
+
+def name_of(text: str) -> str:
+    """A host name as names are compared: lower case, ASCII, without the dot at its end. ValueError when it is none."""
+    name = text.removesuffix(".")
+    if not name.isascii():
+        try:
+            name = name.encode("idna").decode()
+        except UnicodeError:
+            raise ValueError(f"egress: {text!r} is no host name") from None
+    name = name.lower()
+    labels = name.split(".")
+    if len(name) > 253 or not all(_LABEL.fullmatch(label) for label in labels):
+        raise ValueError(f"egress: {text!r} is no host name, address or network")
+    if labels[-1].isdecimal() or labels[-1].startswith("0x"):
+        raise ValueError(f"egress: {text!r} is no address as this is written: write all four numbers in decimal")
+    return name
