@@ -19,7 +19,8 @@ from rock.protocol.node import NodeCommit, NodeImage
 from rock.protocol.sandbox import ArchivedFiles
 from rock.runtime.base import Handle, Runtime, Snapshots
 from rock.runtime.image.locks import storing
-from rock.runtime.image.registry import Login, Registry
+from rock.runtime.image.logins import Login
+from rock.runtime.image.registry import Registry
 from rock.runtime.image.rootfs import RootFS
 from rock.runtime.image.store import new_name
 
@@ -100,8 +101,11 @@ class Commits:
                 f"an image made of {base.name} shows this machine's own system, which no registry can hold",
                 hint="commit without a push, or use sandboxes of an image that was imported or pulled"))  # fmt: skip
         if wish.registry_username is None:
-            return None
-        login = Login(wish.registry_username, wish.registry_password or "")
+            login = self._store.logins.of(reference.domain)
+            if login is None:
+                return None
+        else:
+            login = Login(wish.registry_username, wish.registry_password or "")
         registry = Registry(reference, login)
         try:
             await asyncio.to_thread(registry.log_in)
