@@ -1,10 +1,10 @@
-"""`rock image`: the images of this machine. They are in ROCK_HOME; no server is needed."""
+"""`rock image`: the images of this machine. They are in ROCK_HOME; no server is needed, except for building."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rock.runtime.image.logins import Login
     from rock.runtime.image.store import ImageStore
 
-app = typer.Typer(no_args_is_help=True, help="Pull, push, import, list and remove the images of this machine.")
+app = typer.Typer(no_args_is_help=True, help="Pull, push, build, import, list and remove the images of this machine.")
 
 Username = Annotated[str | None, typer.Option(help="For the registry; its password is asked for.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -76,6 +76,39 @@ def pull_image(
     with busy(f"pulling {name}") as tell:
         record = _store().pull(name, login, tell)
     print(f"{record.name}  {record.digest}")
+
+
+@app.command("build")
+def build_image(
+    path: Annotated[str, typer.Argument(help="The context: a folder, with a Dockerfile unless -f names one.")],
+    tag: Annotated[str, typer.Option("--tag", "-t", metavar="NAME", help="The name of the image.")],
+    file: Annotated[str | None, typer.Option("--file", "-f", help="The Dockerfile.")] = None,
+    target: Annotated[str | None, typer.Option(help="The stage to build; the last one unless told.")] = None,
+    build_arg: Annotated[list[str] | None, typer.Option(metavar="K=V", help="A value for an ARG.")] = None,
+    label: Annotated[list[str] | None, typer.Option(metavar="K=V", help="A label.")] = None,
+    network: Annotated[str, typer.Option(help="Of RUN: none, nat or host.")] = "none",
+    memory: Annotated[str, typer.Option("--memory", "-m", help="Limit of each RUN.")] = "2g",
+    cpus: Annotated[float, typer.Option("--cpus", "-c", help="Limit of each RUN.")] = 2.0,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Take no step over from former builds.")] = False,
+    pull: Annotated[bool, typer.Option("--pull", help="Look for newer images of FROM in their registries.")] = False,
+    username: Username = None,
+) -> None:
+    """Build an image of a Dockerfile, on the server."""
+    from rock.cli.sandbox import client, variables
+
+    login = _login(username)
+    fields: dict[str, Any] = {
+        "target": target, "build_args": variables(build_arg), "labels": variables(label), "network": network,
+        "memory": memory, "cpus": cpus, "use_cache": not no_cache, "pull": "always" if pull else "missing",
+        "registry_username": login.username if login else None, "registry_password": login.password if login else None,
+    }  # fmt: skip
+
+    def show(text: str) -> None:
+        print(text, end="", file=sys.stderr, flush=True)
+
+    made = client().build_image(path, tag, dockerfile=file, progress=show, **fields)
+    print(f"{made.name}  {made.digest}")
+    print(f"{made.layers} layers, {size(made.size)}; {made.cached} steps taken over, {made.ran} run", file=sys.stderr)
 
 
 @app.command("push")

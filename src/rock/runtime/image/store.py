@@ -49,7 +49,7 @@ __all__ = ["ImageRecord", "ImageStore", "Lease"]
 log = logging.getLogger("rock.images")
 
 Progress = Callable[[str], None]
-_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _EMPTY = f"sha256:{hashlib.sha256().hexdigest()}"
 _PLAIN_LAYER = GZIP_LAYER.removesuffix("+gzip")
 _MEDIA_TYPES = {"none": _PLAIN_LAYER, "gzip": GZIP_LAYER, "zstd": f"{_PLAIN_LAYER}+zstd"}
@@ -109,11 +109,19 @@ class ImageStore:
         if record.kind == HOST:
             extra = [self.layers.path(diff) for diff in reversed(record.layers[1:])]
             rootfs = self._host_rootfs(record.name, writable=os.geteuid() == 0 and not extra)
-            return rootfs.with_layers(extra)
+            if not extra:
+                return rootfs
+            # Made here, of one that shows this machine: what its settings changed is its own.
+            made = replace(
+                rootfs, env={**rootfs.env, **record.env}, cwd=record.cwd, user=record.user, labels=record.labels,
+                entrypoint=record.entrypoint, cmd=record.cmd, other=record.other,
+            )  # fmt: skip
+            said = (sorted(made.env.items()), made.cwd, made.user, made.entrypoint, made.cmd)
+            return replace(made, digest=f"{rootfs.digest}-{hash_of(said)}").with_layers(extra)
         rootfs = RootFS(
             digest=record.digest, layers=tuple(self.layers.path(diff) for diff in reversed(record.layers)),
-            env={"PATH": _PATH, **record.env}, cwd=record.cwd, user=record.user, name=record.name,
-            entrypoint=record.entrypoint, cmd=record.cmd, labels=record.labels,
+            env={"PATH": PATH, **record.env}, cwd=record.cwd, user=record.user, name=record.name,
+            entrypoint=record.entrypoint, cmd=record.cmd, labels=record.labels, other=record.other,
         )  # fmt: skip
         if stamp is not None:
             self._resolved[full] = (stamp, rootfs)
@@ -194,7 +202,7 @@ class ImageStore:
             old = self._records.find(name)
             if old is not None and old.layers[1:] == (diff_id,):
                 return old
-            return self._records.save(replace(record, layers=(*record.layers, diff_id), size=info.size))
+            return self._records.save(replace(record, layers=(*record.layers, diff_id), size=info.size, env={}))
 
     def pull(self, name: str, login: Login | None = None, progress: Progress | None = None) -> ImageRecord:
         """Fetch an image from its registry, with the layers that are missing here; one that is there is fetched anew
@@ -232,24 +240,47 @@ class ImageStore:
 
     def _commit(self, name: str, base: RootFS, tar: Path, diff_id: str) -> ImageRecord:
         with locked(self._gate, shared=True):
-            host = bool(base.binds)
-            below = [self.layers.info_of(folder) for folder in reversed(base.layers[:-1] if host else base.layers)]
             made = self.layers.add(
                 "unpacking what was written", lambda writer: _unpack(Blob.of(tar), None, writer), diff_id, HoledWriter)
-            layers = tuple(info.diff_id for info in (*below, made))
-            size = sum(info.size for info in (*below, made))
-            familiar = parse(name).familiar
-            if host:
-                record = self._host_record(familiar, time.time())
-                return self._records.save(replace(record, layers=(*record.layers, *layers), size=size))
-            record = ImageRecord(
-                name=familiar, kind="image", digest="", id="", layers=layers, size=size, created=time.time(),
-                architecture=this_architecture(), env=dict(base.env), cwd=base.cwd, user=base.user,
-                entrypoint=base.entrypoint, cmd=base.cmd, labels=dict(base.labels),
-            )  # fmt: skip
-            body = json.dumps([asdict(replace(record, name="", created=0.0))])
-            digest = f"sha256:{hashlib.sha256(body.encode()).hexdigest()}"
-            return self._records.save(replace(record, digest=digest, id=digest))
+            return self._over(name, base, made)
+
+    def extend(self, name: str, base: RootFS, fill: Fill | None = None, what: str = "",
+               diff_id: str | None = None) -> ImageRecord:  # fmt: skip
+        """Name the layers of `base`, with its settings and one more layer on top where `fill` writes one. A base of no
+        layers is an empty image. See `commit` for one that shows this machine's own system.
+
+        diff_id: the layer's, where it is known; one that is there is not made again.
+        """
+        with locked(self._gate, shared=True):
+            made: LayerInfo | None
+            if fill is not None:
+                made = self.layers.add(what, fill, diff_id)
+            else:
+                plain = len(base.layers) == bool(base.binds)  # of nothing, or of this machine and nothing else
+                made = self.layers.add("making an empty layer", lambda _: _EMPTY, _EMPTY) if plain else None
+            return self._over(name, base, made)
+
+    def came(self, name: str) -> None:
+        """An image was made of others, and is in use now: see `budget`."""
+        self._came(parse(name).familiar)
+
+    def _over(self, name: str, base: RootFS, made: LayerInfo | None) -> ImageRecord:
+        host = bool(base.binds)
+        infos = [self.layers.info_of(folder) for folder in reversed(base.layers[:-1] if host else base.layers)]
+        infos += [made] if made is not None else []
+        record = ImageRecord(
+            name=parse(name).familiar, kind="image", digest="", id="", layers=tuple(info.diff_id for info in infos),
+            size=sum(info.size for info in infos), created=time.time(), architecture=this_architecture(),
+            env=dict(base.env), cwd=base.cwd, user=base.user, entrypoint=base.entrypoint, cmd=base.cmd,
+            labels=dict(base.labels), other=dict(base.other),
+        )  # fmt: skip
+        if host:
+            shown = self._host_record(record.name, record.created)
+            record = replace(
+                record, kind=HOST, layers=(*shown.layers, *record.layers), by_reference=True, note=shown.note)
+        body = json.dumps([asdict(replace(record, name="", created=0.0))])
+        digest = f"sha256:{hashlib.sha256(body.encode()).hexdigest()}"
+        return self._records.save(replace(record, digest=digest, id=digest))
 
     def push(
         self, name: str, login: Login | None = None, progress: Progress | None = None,
