@@ -29,6 +29,7 @@ from rock.errors import (
 from rock.protocol.network import ConnectionList
 from rock.protocol.node import NodeEvent, NodeEvents, NodeInventory, NodeSandbox, NodeStatus
 from rock.protocol.sandbox import ArchivedFiles, Cause, Isolation, Phase, SandboxConfig
+from rock.rocklet.builds import Builds
 from rock.rocklet.commits import Commits
 from rock.rocklet.envdoor import Door
 from rock.rocklet.images import Images
@@ -63,6 +64,7 @@ class Node:
         self.supervisors: dict[str, Supervisor] = {}
         self.kept = KeptSandboxes(self.shelf)
         self.commits = Commits(self)
+        self.builds = Builds(self)
         self._creating: dict[str, asyncio.Task[Supervisor]] = {}
         self._destroying: dict[str, asyncio.Task[NodeSandbox]] = {}
         self._resting: dict[str, asyncio.Task[NodeSandbox]] = {}
@@ -136,6 +138,7 @@ class Node:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.commits.close()
+        await self.builds.close()
         await self.door.close()
         for supervisor in self.supervisors.values():
             await supervisor.detach()
