@@ -22,7 +22,7 @@ from rock.protocol.sandbox import ArchivedFiles, Isolation, SandboxConfig, Usage
 from rock.runtime.image.rootfs import RootFS
 
 Stream = Literal["pipe", "null"]
-Enforced = Literal["cgroup-v1", "cgroup-v2", "watched", "affinity", "rlimit", "tmpfs", "none"]
+Enforced = Literal["cgroup-v1", "cgroup-v2", "watched", "affinity", "rlimit", "loop", "tmpfs", "none"]
 
 
 class Trait(StrEnum):
@@ -56,7 +56,7 @@ class Handle:
     runtime: str
     id: str
     isolation: Isolation
-    enforced: Mapping[str, Enforced]  # how each limit is held: keys "memory", "cpus", "pids"
+    enforced: Mapping[str, Enforced]  # how each limit is held: "memory", "cpus", "pids", "disk", ...
     data: Mapping[str, Any] = field(default_factory=dict)
 
 

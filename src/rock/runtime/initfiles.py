@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from rock import errors
 from rock.runtime.base import FileStat, Handle, Process, Program
 from rock.runtime.initlink import InitLink, token_user
+
+
+class Space(NamedTuple):
+    """A file system: bytes used and in all, and the same of files."""
+
+    used: int
+    size: int
+    files: int
+    most_files: int
 
 
 class InitSandboxes:
@@ -59,6 +68,11 @@ class InitSandboxes:
     async def abort_write(self, handle: Handle, token: str) -> None:
         if token:
             await self._ask(handle, "abort_write", token=token, user=token_user(token))
+
+    async def space(self, handle: Handle, path: str = "/") -> Space:
+        """What the file system at a path holds, as programs inside see it."""
+        reply, _ = await self._ask(handle, "space", path=path)
+        return Space(*(int(number) for number in reply["space"]))
 
     async def stat(self, handle: Handle, path: str, *, follow: bool = True) -> FileStat:
         reply, _ = await self._ask(handle, "stat", path=path, follow=follow)
