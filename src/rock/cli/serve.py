@@ -97,8 +97,11 @@ def make_runtimes(settings: Settings, images: Images) -> dict[str, Runtime]:
 
     runtimes: dict[str, Runtime] = {"process": ProcessRuntime(settings.run_dir / "process")}
     if sys.platform == "linux":
+        from rock.runtime.docker.runtime import DockerRuntime
         from rock.runtime.namespace.runtime import NamespaceRuntime
 
+        guests = settings.home / "guest-python"
+        runtimes["docker"] = DockerRuntime(settings.run_dir / "docker", guests, settings.docker_host)
         runtimes["namespace"] = NamespaceRuntime(settings.run_dir / "namespace", settings.pool_size, images.store)
     if settings.runtime not in runtimes:
         names = ", ".join(sorted(runtimes))

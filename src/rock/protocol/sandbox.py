@@ -91,7 +91,8 @@ class SandboxConfig(BaseConfig):
         Excludes auto_delete_seconds.
     startup_timeout: seconds that a start may take.
     network: "none" (its own, with loopback), "nat" or "host".
-    runtime: name of the runtime; None is the server's default.
+    runtime: name of the runtime; None is the server's default. oci_runtime: what runs a container, of runtime "docker"
+        alone; use_kata_runtime is "kata".
     minimum_isolation: refuse to start with anything weaker.
     env: environment of all that runs inside. labels: the user's own words, to list by.
     sandbox_id: a name of your own choice; taken already is a Conflict.
@@ -123,6 +124,7 @@ class SandboxConfig(BaseConfig):
     registry_username: str | None = None
     registry_password: str | None = Field(default=None, repr=False)
     use_kata_runtime: bool = False
+    oci_runtime: Literal["runc", "runsc", "kata"] | None = None
     num_gpus: float | None = Field(default=None, ge=0)
     accelerator_type: str | None = None
     sandbox_id: str | None = Field(default=None, pattern=ID_PATTERN)
