@@ -4,7 +4,8 @@ A runtime implements `Runtime`; a sandbox is known by its `Handle`, plain data t
 rocklet finds it again. A program is started with `spawn` and is then a `Process`, whose streams are descriptors of
 ours.
 
-Optional capabilities stand beside it and are asked for by type: `isinstance(runtime, Files)`.
+Optional capabilities stand beside it and are asked for by type: `isinstance(runtime, Files)`. What has no methods by
+which it could be told is a `Trait`, and declared.
 """
 
 from __future__ import annotations
@@ -20,6 +21,22 @@ from rock.runtime.image.rootfs import RootFS
 
 Stream = Literal["pipe", "null"]
 Enforced = Literal["cgroup-v1", "cgroup-v2", "watched", "affinity", "rlimit", "tmpfs", "none"]
+
+
+class Trait(StrEnum):
+    """What a runtime promises beyond its methods. What it does not declare it need not hold, and nobody relies on it.
+
+    The conformance suite has tests for each, and docs/runtimes.md a row.
+    """
+
+    PROGRAMS = "programs"  # programs of the image run as processes of the machine's kernel
+    TERMINALS = "terminals"  # Program.pty; Unsupported without it
+    OUTLIVES = "outlives"  # sandboxes and kept programs go on when the server's process ends, and are found again
+    ROOT = "root"  # a file system of its own: no path and no link leads to the host's files
+    PROCESSES = "processes"  # sees and signals no processes but its own
+    NETWORK = "network"  # network="none" is a loopback of its own, and nothing else
+    USERS = "users"  # several users inside: `user` of programs and files is held by the kernel
+    LIMITS = "limits"  # memory, cpus and pids are held; Handle.enforced says how
 
 
 class Liveness(StrEnum):
@@ -140,9 +157,13 @@ class Process(Protocol):
 
 @runtime_checkable
 class Runtime(Protocol):
-    """A way to make sandboxes on this machine."""
+    """A way to make sandboxes on this machine.
+
+    traits: what a sandbox of each isolation level that it may come to has; `Handle.isolation` is the level of one.
+    """
 
     name: str
+    traits: Mapping[Isolation, frozenset[Trait]]
 
     async def open(self) -> None:
         """Probe the host and start what the runtime needs (a launcher, a pool). Raises Unsupported with the reason."""

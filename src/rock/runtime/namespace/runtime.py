@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 from rock import errors
 from rock.guest.remove import remove_tree
 from rock.protocol.sandbox import ArchivedFiles, Isolation, SandboxConfig, Usage
-from rock.runtime.base import Handle, Liveness, Prepared, Program
+from rock.runtime.base import Handle, Liveness, Prepared, Program, Trait
 from rock.runtime.image.leases import Lease
 from rock.runtime.image.rootfs import RootFS
 from rock.runtime.initfiles import InitSandboxes, merged
@@ -90,6 +90,10 @@ class NamespaceRuntime(InitSandboxes):
     """The embedded default. `run_dir` holds a folder a sandbox; pool_size 0 switches the warm pool off."""
 
     name = "namespace"
+    traits: Mapping[Isolation, frozenset[Trait]] = {
+        Isolation.NAMESPACES: frozenset(Trait),
+        Isolation.USERNS: frozenset(Trait) - {Trait.USERS},
+    }
 
     def __init__(self, run_dir: Path, pool_size: int, images: Images) -> None:
         self._run_dir = Path(os.path.realpath(run_dir))
