@@ -48,8 +48,6 @@ HOMES = {
     "gymnasium": {"gym", "guest/hosting", "guest/spaces", "guest/envhost"},
     "numpy": {"gym", "gem", "guest/values"},
     "torch": {"gym/torch"},
-    "aiodocker": {"runtime/docker/engine"},
-    "aiohttp": {"runtime/docker/engine"},
     "gem": {"gem", "guest/hosting", "guest/envhost"},
 }
 

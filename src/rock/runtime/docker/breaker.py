@@ -46,6 +46,10 @@ class Breaker:
         self._failures, self._until, self._looking_since = 0, None, None
         self._rest = self._first_rest
 
+    def undecided(self) -> None:
+        """Nobody waited for how it went."""
+        self._looking_since = None
+
     def failed(self) -> None:
         """It did not answer, or said that it is not well."""
         self._failures += 1

@@ -1,20 +1,22 @@
 """The container engine, over its HTTP socket: the few calls that sandboxes need, with our own errors.
 
-The only file that knows aiodocker. Nothing is started with the engine's command line program.
+Nothing is started with the engine's command line program.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import logging
-import os
-from collections.abc import AsyncGenerator, Awaitable, Callable
+import urllib.parse
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from rock import errors
+from rock.runtime.docker import http
 from rock.runtime.docker.breaker import Breaker
 
 T = TypeVar("T")
@@ -28,11 +30,10 @@ _TELLING = (  # a 500 that will be the same the next time
     "storage-opt", "no such file", "executable file not found", "permission denied", "invalid", "not supported",
     "exec format error", "unknown or invalid runtime", "no space left", "read-only file system", "cannot run",
 )  # fmt: skip
-INSTALL = "pip install 'rock-sandbox[docker]'"
 
 
 class EngineError(Exception):
-    """What the engine answered: `status` of HTTP, 0 within a stream."""
+    """What the engine answered instead: `status` of HTTP, 0 within a stream."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -79,14 +80,14 @@ class Facts:
 class Engine:
     """One engine. `host` is "unix:///path"; anything else is refused, as an engine elsewhere cannot see our files.
 
-    Every call may raise Unavailable: nobody there, no answer in time, or too many failures just now.
+    Every call may raise Unavailable: nobody there, no answer in time; NoCapacity after too many failures just now;
+    EngineError for what it answers and means.
     """
 
     def __init__(self, host: str = "", patience: float = _PATIENCE) -> None:
         self.host = host or f"unix://{DEFAULT_SOCKET}"
         self.breaker = Breaker()
         self._patience = patience
-        self._client: Any = None
         self._facts: Facts | None = None
 
     @property
@@ -99,26 +100,6 @@ class Engine:
                                           "socket, like unix:///var/run/docker.sock")
         return path
 
-    async def close(self) -> None:
-        client, self._client = self._client, None
-        self._facts = None
-        if client is not None:
-            await client.close()
-
-    def _connected(self) -> Any:
-        if self._client is None:
-            try:
-                import aiodocker
-                import aiohttp
-            except ImportError:
-                raise errors.Unsupported("the docker runtime needs the package aiodocker", hint=INSTALL) from None
-            path = self.socket
-            if not os.path.exists(path):
-                raise errors.Unavailable(f"no container engine listens on {path}",
-                                         hint="start it, or set DOCKER_HOST to its socket")
-            self._client = aiodocker.Docker(url=f"unix://{path}", timeout=aiohttp.ClientTimeout(total=self._patience))
-        return self._client
-
     @property
     def known(self) -> Facts:
         """What was found out last."""
@@ -127,30 +108,32 @@ class Engine:
     async def facts(self, *, anew: bool = False) -> Facts:
         """What it can do; asked once, unless `anew`."""
         if self._facts is None or anew:
-            self._facts = Facts.of(await self.call("info", lambda client: client.system.info()))
+            self._facts = Facts.of(await self._json("tell about itself", "GET", "/info"))
         return self._facts
 
-    async def call(self, what: str, work: Callable[[Any], Awaitable[T]], *, again: bool = True) -> T:
-        """Do something, several times where it does not go well for reasons that may pass.
+    # ---- asking ----
 
-        again: whether it may be repeated when nobody knows if it was done. EngineError for what it answers and means.
-        """
+    async def _again(self, what: str, work: Callable[[], Awaitable[T]]) -> T:
+        """Do something, several times where it does not go well for reasons that may pass."""
         pause = _FIRST_PAUSE
         for attempt in range(1, _ATTEMPTS + 1):
             self.breaker.refuse(what)
             try:
-                result = await self._once(what, work)
+                result = await work()
             except errors.Unavailable:
                 self.breaker.failed()
-                if attempt == _ATTEMPTS or not again:
+                if attempt == _ATTEMPTS:
                     raise
             except EngineError as error:
                 if error.status not in _OVERLOADED or any(word in error.message.lower() for word in _TELLING):
                     self.breaker.worked()
                     raise
                 self.breaker.failed()
-                if attempt == _ATTEMPTS or not again:
+                if attempt == _ATTEMPTS:
                     raise
+            except BaseException:
+                self.breaker.undecided()
+                raise
             else:
                 self.breaker.worked()
                 return result
@@ -159,138 +142,153 @@ class Engine:
             pause *= 2
         raise AssertionError("unreachable")
 
-    async def _once(self, what: str, work: Callable[[Any], Awaitable[T]]) -> T:
-        client = self._connected()
-        import aiodocker
-        import aiohttp
+    async def _json(self, what: str, method: str, path: str, body: Any = None, **query: str) -> Any:
+        """One request and its whole answer, None where that is empty."""
+        return await self._again(what, lambda: self._once(what, method, _target(path, query), body))
 
+    async def _once(self, what: str, method: str, target: str, body: Any) -> Any:
+        with _reached(what, self.host):
+            async with asyncio.timeout(self._patience), self._asked(method, target, body) as answer:
+                data = await answer.read()
+        return _unpacked(data)
+
+    @contextlib.asynccontextmanager
+    async def _asked(self, method: str, target: str, body: Any = None, **headers: str) -> AsyncGenerator[http.Answer]:
+        """An answer that is none of an error."""
+        data = b"" if body is None else json.dumps(body).encode()
+        async with http.ask(self.socket, method, target, data, headers) as answer:
+            if answer.status >= 400:
+                found = _unpacked(await answer.read())
+                message = found.get("message") if isinstance(found, dict) else None
+                raise EngineError(answer.status, str(message or f"status {answer.status}"))
+            yield answer
+
+    async def _or_none(self, what: str, path: str) -> dict[str, Any] | None:
         try:
-            return await work(client)
-        except aiodocker.DockerError as error:
-            raise EngineError(error.status, str(error.message)) from None
-        except TimeoutError:
-            raise errors.Unavailable(f"the container engine did not answer ({what}) in {self._patience:g} s",
-                                     hint="it may be overloaded: start fewer at once, or try again later") from None
-        except (aiohttp.ClientError, OSError) as error:
-            raise errors.Unavailable(f"the container engine cannot be reached ({what}): {error}",
-                                     hint=f"is it running, and may this user use {self.socket}?") from None
+            found = await self._json(what, "GET", path)
+        except EngineError as error:
+            if error.status == 404:
+                return None
+            raise
+        return found if isinstance(found, dict) else {}
 
     # ---- containers ----
 
     async def create(self, name: str, config: dict[str, Any]) -> str:
         """The id of a new container of that name. One that a lost answer left behind is the one meant."""
-        async def work(client: Any) -> str:
-            import aiodocker
-
-            try:
-                return str((await client.containers.create(config, name=name)).id)
-            except aiodocker.DockerError as error:
-                if error.status == 409 and "already in use" in error.message:
-                    return str((await client.containers.get(name)).id)
+        try:
+            found = await self._json("create a container", "POST", "/containers/create", config, name=name)
+        except EngineError as error:
+            if error.status != 409 or "already in use" not in error.message:
                 raise
-
-        return await self.call("create a container", work)
+            found = await self.inspect(name) or {}
+        return str(found["Id"])
 
     async def start(self, id: str) -> None:
-        await self.call("start a container", lambda client: client.containers.container(id).start())
+        """One that runs already is no error."""
+        await self._json("start a container", "POST", f"/containers/{id}/start")
 
     async def inspect(self, id: str) -> dict[str, Any] | None:
         """All about a container; None when there is none."""
-        return await self._or_none("look at a container", lambda client: client.containers.container(id).show())
+        return await self._or_none("look at a container", f"/containers/{id}/json")
 
     async def kill(self, id: str) -> None:
         """SIGKILL; one that does not run is no error."""
         with _fine(404, 409):
-            await self.call("kill a container", lambda client: client.containers.container(id).kill(signal="SIGKILL"))
+            await self._json("kill a container", "POST", f"/containers/{id}/kill", signal="SIGKILL")
 
     async def remove(self, id: str) -> None:
-        """Remove a container with its volumes, whether it runs or not. Idempotent."""
-        with _fine(404):
-            await self.call("remove a container", lambda client: _remove(client, id))
+        """Remove a container with its volumes, whether it runs or not; answers when it is gone. Idempotent."""
+        for _ in range(600):
+            try:
+                await self._json("remove a container", "DELETE", f"/containers/{id}", force="1", v="1")
+                return
+            except EngineError as error:
+                if error.status == 404:
+                    return
+                if error.status != 409 or "in progress" not in error.message:
+                    raise
+                await asyncio.sleep(0.1)  # somebody else removes it
 
     async def list(self, label: str) -> list[dict[str, Any]]:
         """Containers with a label, "name=value", running or not."""
-        filters = {"label": [label]}
-        found = await self.call("list containers", lambda client: client.containers.list(all=True, filters=filters))
-        return [dict(container._container) for container in found]
-
-    async def attach(self, id: str) -> Any:
-        """A stream to the standard streams of a container: `read_out`, `write_in`, `close`."""
-        async def work(client: Any) -> Any:
-            stream = client.containers.container(id).attach(stdin=True, stdout=True, stderr=True, logs=False)
-            await stream.__aenter__()
-            return stream
-
-        return await self.call("attach to a container", work, again=False)
+        filters = json.dumps({"label": [label]})
+        found = await self._json("list containers", "GET", "/containers/json", all="1", filters=filters)
+        return [entry for entry in found or () if isinstance(entry, dict)]
 
     async def events(self, label: str, since: float) -> AsyncGenerator[dict[str, Any]]:
         """What happens to containers with a label, from a time on, until the connection ends. Unavailable."""
         filters = json.dumps({"type": ["container"], "label": [label]})
-        client = self._connected()
-        import aiohttp
-
-        try:
-            async with client._query("events", method="GET", timeout=aiohttp.ClientTimeout(sock_connect=10),
-                                     params={"filters": filters, "since": f"{since:.9f}"}) as response:
-                async for line in response.content:
-                    with contextlib.suppress(ValueError):
-                        event = json.loads(line)
-                        if isinstance(event, dict):
-                            yield event
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise errors.Unavailable(f"the container engine's events ended: {error}") from None
+        target = _target("/events", {"filters": filters, "since": f"{since:.9f}"})
+        with _reached("tell events", self.host):
+            async with self._asked("GET", target) as answer:
+                async for line in answer.lines():
+                    event = _unpacked(line)
+                    if isinstance(event, dict):
+                        yield event
 
     async def has_network(self, name: str) -> bool:
-        return await self._or_none("look at a network", lambda c: c._query_json(f"networks/{name}")) is not None
+        return await self._or_none("look at a network", f"/networks/{name}") is not None
 
     # ---- images ----
 
     async def image(self, name: str) -> dict[str, Any] | None:
         """All about an image that the engine has; None when it has none."""
-        return await self._or_none("look at an image", lambda client: client.images.inspect(name))
+        return await self._or_none("look at an image", f"/images/{urllib.parse.quote(name)}/json")
 
-    async def pull(self, name: str, login: tuple[str, str] | None) -> AsyncGenerator[dict[str, Any]]:
-        """Have the engine pull an image, by its full name. EngineError with what the registry said."""
-        client = self._connected()
-        import aiodocker
-        import aiohttp
-
-        auth = {"username": login[0], "password": login[1]} if login else None
-        try:
-            async for step in client.images.pull(name, auth=auth, stream=True):
-                yield step
-        except aiodocker.DockerError as error:
-            raise EngineError(error.status, str(error.message)) from None
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise errors.Unavailable(f"the container engine cannot be reached (pull): {error}") from None
-
-    async def _or_none(self, what: str, work: Callable[[Any], Awaitable[dict[str, Any]]]) -> dict[str, Any] | None:
-        try:
-            return await self.call(what, work)
-        except EngineError as error:
-            if error.status == 404:
-                return None
-            raise
+    async def pull(self, name: str, domain: str, login: tuple[str, str] | None) -> AsyncGenerator[dict[str, Any]]:
+        """Have the engine pull an image by its full name. EngineError with what the registry at `domain` said."""
+        headers = {}
+        if login is not None:
+            auth = {"username": login[0], "password": login[1], "serveraddress": domain}
+            headers["X-Registry-Auth"] = base64.urlsafe_b64encode(json.dumps(auth).encode()).decode()
+        target = _target("/images/create", {"fromImage": name})
+        with _reached("pull an image", self.host):
+            async with self._asked("POST", target, **headers) as answer:
+                async for line in answer.lines():
+                    step = _unpacked(line)
+                    if not isinstance(step, dict):
+                        continue
+                    if "error" in step:
+                        raise EngineError(0, str(step["error"]))
+                    yield step
 
 
-async def _remove(client: Any, id: str) -> None:
-    import aiodocker
+def _target(path: str, query: dict[str, str]) -> str:
+    return f"{path}?{urllib.parse.urlencode(query)}" if query else path
 
+
+def _unpacked(data: bytes) -> Any:
+    """What is meant, or None where it is no JSON."""
     try:
-        await client.containers.container(id).delete(force=True, v=True)
-    except aiodocker.DockerError as error:
-        if error.status != 409 or "already in progress" not in error.message:
-            raise
-        while True:  # somebody else removes it: it is gone when the engine says so
-            await asyncio.sleep(0.1)
-            await client.containers.container(id).show()
+        return json.loads(data) if data else None
+    except ValueError:
+        return None
 
 
 @contextlib.contextmanager
-def _fine(*statuses: int) -> Any:
+def _reached(what: str, host: str) -> Iterator[None]:
+    """Failures on the way to the engine, as ours."""
+    try:
+        yield
+    except TimeoutError:
+        raise errors.Unavailable(f"the container engine did not {what} in time",
+                                 hint="it may be overloaded: start fewer at once, or try again later") from None
+    except (FileNotFoundError, ConnectionRefusedError):
+        raise errors.Unavailable(f"no container engine listens on {host}",
+                                 hint="start it, or set DOCKER_HOST to its socket") from None
+    except PermissionError:
+        raise errors.Unavailable(f"this user may not use the container engine at {host}",
+                                 hint="add it to the group that owns the socket, or use a rootless engine") from None
+    except (OSError, http.Broken) as error:
+        raise errors.Unavailable(f"the container engine did not {what}: {error}",
+                                 hint="see the engine's own log") from None
+
+
+@contextlib.contextmanager
+def _fine(*statuses: int) -> Iterator[None]:
     try:
         yield
     except EngineError as error:
         if error.status not in statuses:
             raise
-

@@ -41,7 +41,8 @@ async def prepare(engine: Engine, config: SandboxConfig, tell: Callable[[str], N
         login = config.registry_username, config.registry_password or ""
     progress = Progress()
     try:
-        steps = engine.pull(parse(config.image).full, login)
+        reference = parse(config.image)
+        steps = engine.pull(reference.full, reference.domain, login)
         async with contextlib.aclosing(steps):
             async for step in steps:
                 tell(progress.take(step))

@@ -16,7 +16,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from rock.guest import proctree
 from rock.guest.remove import remove_tree
 from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
 from rock.runtime import guestpython, wholefile
-from rock.runtime.base import Handle, Liveness, Program
+from rock.runtime.base import Handle, Liveness, Program, Trait
 from rock.runtime.docker import groups, images, shape
 from rock.runtime.docker.door import Door
 from rock.runtime.docker.engine import Engine, EngineError, Facts
@@ -64,6 +64,7 @@ class DockerRuntime(InitSandboxes):
 
     name = "docker"
     isolation = Isolation.CONTAINER
+    traits: Mapping[Isolation, frozenset[Trait]] = {Isolation.CONTAINER: frozenset(Trait)}
 
     def __init__(self, run_dir: Path, guest_dir: Path, host: str = "") -> None:
         self._run_dir = Path(os.path.realpath(run_dir))
@@ -74,7 +75,7 @@ class DockerRuntime(InitSandboxes):
         self._making: set[str] = set()
         self._gate = asyncio.Semaphore(_AT_ONCE)
         self._python: GuestPython | None = None
-        self._python_lock = asyncio.Lock()
+        self._preparing: asyncio.Task[GuestPython] | None = None
         self._events: asyncio.Task[None] | None = None
         self._oom_at: dict[str, float] = {}  # by the engine's id
         self._unswept: frozenset[str] | None = None
@@ -91,10 +92,12 @@ class DockerRuntime(InitSandboxes):
             self._events.cancel()
             await asyncio.gather(self._events, return_exceptions=True)
             self._events = None
+        if self._preparing is not None:  # a thread cannot be ended
+            await asyncio.wait({self._preparing})
+            self._preparing = None
         for container in self._live.values():
             _let_go(container)
         self._live.clear()
-        await self.engine.close()
 
     async def _ready(self) -> Facts:
         """The engine's facts; from now on its events are listened to."""
@@ -167,10 +170,17 @@ class DockerRuntime(InitSandboxes):
             raise
 
     async def _guest(self) -> GuestPython:
-        async with self._python_lock:
-            if self._python is None or not self._python.folder.is_dir():
-                self._python = await asyncio.to_thread(guestpython.prepare, self._guest_dir)
-            return self._python
+        if self._python is None or not self._python.folder.is_dir():
+            if self._preparing is None:
+                work = asyncio.to_thread(guestpython.prepare, self._guest_dir)
+                self._preparing = asyncio.create_task(work, name="guest python")
+            task = self._preparing
+            try:
+                self._python = await asyncio.shield(task)
+            finally:
+                if task.done():
+                    self._preparing = None
+        return self._python
 
     async def _make(self, id: str, config: SandboxConfig, name: str, image: dict[str, Any]) -> Handle:
         slot = _PREFIX + secrets.token_hex(5)
@@ -292,7 +302,8 @@ class DockerRuntime(InitSandboxes):
     async def wait(self, handle: Handle) -> str:
         data = handle.data
         await wait_gone(data["pid"], data["start"])
-        if (self._run_dir / data["slot"] / "stopped").exists():
+        folder = self._run_dir / data["slot"]
+        if not folder.exists() or (folder / "stopped").exists():
             return "gone"
         return await self._why(data["container"])
 
