@@ -8,6 +8,7 @@ connects. A server that went away is looked for until it is back.
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import json
 import os
@@ -15,6 +16,7 @@ import socket
 import sys
 
 from rock.guest import init
+from rock.guest.carrier import Carrier
 from rock.guest.init import Init
 from rock.guest.wire import Connection
 
@@ -49,14 +51,27 @@ class Dialling(Init):
             self.later(self._pause, self.begin)
 
 
+class Carried(Init):
+    """An Init that is reached over its own standard streams, see carrier.py."""
+
+    def begin(self) -> None:
+        """Take the streams away from where programs could find them."""
+        source, sink = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3) for fd in (0, 1))
+        null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+        for fd in (0, 1):
+            os.dup2(null, fd)
+        os.close(null)
+        self._carrier = Carrier(self, source, sink, self.adopt)
+
+
 def main() -> None:
-    """Run as a program: `boot.py '{"socket": PATH}'`; never returns before its end."""
+    """Run as a program: `boot.py '{"socket": PATH}'`, or '{}' to be reached over the standard streams."""
     options = json.loads(sys.argv[1])
     os.environ.clear()
     os.chdir("/")
     if os.getsid(0) != os.getpid():
         os.setsid()
-    one = init.hidden(Dialling(str(options["socket"])))
+    one = init.hidden(Dialling(str(options["socket"])) if "socket" in options else Carried(None, 0, False))
     gc.freeze()
-    one.later(0.0, one.begin)
+    one.begin()
     one.run()

@@ -38,7 +38,7 @@ _TOOLS = (
     "mktemp mv nohup od printf ps pwd python3 readlink rm rmdir sed seq setsid sh sleep sort stat stty "
     "tail tar tee test timeout touch tr true truncate tty umount mount uname uniq wc which whoami xargs "
     "yes "
-).split()
+)
 
 
 class CannotBeHad(Exception):
@@ -258,7 +258,7 @@ _FOLDERS = ("tmp", "root", "work", "proc", "sys", "dev", "etc", "home")
 def hand_made() -> bytes:
     """A system of this machine's own programs: shells, coreutils and a Python with its library."""
     files: dict[str, bytes | Path | str] = {"etc/passwd": _PASSWD, "etc/group": _GROUP}
-    for name in _TOOLS:
+    for name in _TOOLS.split():
         found = shutil.which(name, path="/usr/bin:/bin")
         if found:
             files[f"usr/bin/{name}"] = Path(os.path.realpath(found))

@@ -210,6 +210,20 @@ class Engine:
                     raise
                 await asyncio.sleep(0.1)  # somebody else removes it
 
+    async def attach(self, id: str) -> Attached:
+        """A stream to the standard input and from the standard output of a container, which the caller closes."""
+        target = _target(f"/containers/{id}/attach", {"stream": "1", "stdin": "1", "stdout": "1"})
+
+        async def work() -> Attached:
+            with _reached("attach to a container", self.host):
+                async with asyncio.timeout(self._patience):
+                    answer = await http.upgrade(self.socket, target)
+            if isinstance(answer, http.Refused):
+                raise EngineError(answer.status, answer.body.decode(errors="replace"))
+            return Attached(answer)
+
+        return await self._again("attach to a container", work)
+
     async def list(self, label: str) -> list[dict[str, Any]]:
         """Containers with a label, "name=value", running or not."""
         filters = json.dumps({"label": [label]})
@@ -252,6 +266,39 @@ class Engine:
                     if "error" in step:
                         raise EngineError(0, str(step["error"]))
                     yield step
+
+
+class Attached:
+    """The standard streams of a container. The engine puts a head before each piece of its output."""
+
+    def __init__(self, stream: http.Upgraded) -> None:
+        self._stream = stream
+        self._rest = bytearray()
+        self._left = 0  # bytes of the piece that is coming
+        self._ours = False  # whether it is of standard output
+        self.write = stream.write
+        self.close = stream.close
+
+    async def read(self) -> bytes:
+        """What has come of standard output; empty at the end."""
+        out = bytearray()
+        while not out:
+            data = await self._stream.read()
+            if not data:
+                return b""
+            self._rest += data
+            while self._rest:
+                if self._left == 0:
+                    if len(self._rest) < 8:
+                        break
+                    self._ours, self._left = self._rest[0] == 1, int.from_bytes(self._rest[4:8], "big")
+                    del self._rest[:8]
+                piece = self._rest[: self._left]
+                self._left -= len(piece)
+                del self._rest[: len(piece)]
+                if self._ours:
+                    out += piece
+        return bytes(out)
 
 
 def _target(path: str, query: dict[str, str]) -> str:

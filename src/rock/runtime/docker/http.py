@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import h11
 
@@ -22,11 +22,10 @@ class Broken(Exception):
 class Answer:
     """The head of an answer, and its body as it comes."""
 
-    def __init__(self, connection: h11.Connection, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(self, connection: h11.Connection, reader: asyncio.StreamReader) -> None:
         self.status = 0
         self._connection = connection
         self._reader = reader
-        self._writer = writer
 
     async def head(self) -> None:
         """Wait for it."""
@@ -77,29 +76,75 @@ class Answer:
         if rest:
             yield bytes(rest)
 
-    def stream(self) -> tuple[bytes, asyncio.StreamReader, asyncio.StreamWriter]:
-        """The connection itself, after an upgrade, and what has come over it already."""
-        return bytes(self._connection.trailing_data[0]), self._reader, self._writer
-
 
 @contextlib.asynccontextmanager
 async def ask(path: str, method: str, target: str, body: bytes, headers: Mapping[str, str]) -> AsyncGenerator[Answer]:
     """Send a request to the socket at `path`; its answer, until the end of the block. OSError, Broken."""
     reader, writer = await asyncio.open_unix_connection(path, limit=_CHUNK)
     try:
-        connection = h11.Connection(h11.CLIENT)
-        lines = {"Host": "engine", "Connection": "close", "Content-Length": str(len(body)), **headers}
-        if body:
-            lines["Content-Type"] = "application/json"
-        writer.write(connection.send(h11.Request(method=method, target=target, headers=list(lines.items()))) or b"")
-        if body:
-            writer.write(connection.send(h11.Data(data=body)) or b"")
-        writer.write(connection.send(h11.EndOfMessage()) or b"")
-        await writer.drain()
-        answer = Answer(connection, reader, writer)
-        await answer.head()
-        yield answer
+        yield await _exchange(h11.Connection(h11.CLIENT), reader, writer, method, target, body, headers)
     finally:
         writer.close()
         with contextlib.suppress(OSError):
             await writer.wait_closed()
+
+
+class Upgraded:
+    """A connection that has become a plain stream: what an engine calls hijacked."""
+
+    def __init__(self, first: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._first = first
+        self._reader = reader
+        self._writer = writer
+
+    async def read(self) -> bytes:
+        """What has come; empty at the end."""
+        first, self._first = self._first, b""
+        return first or await self._reader.read(_CHUNK)
+
+    async def write(self, data: bytes) -> None:
+        """Returns when more can be written."""
+        self._writer.write(data)
+        await self._writer.drain()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+async def upgrade(path: str, target: str) -> Upgraded | Refused:
+    """POST for a stream; the caller closes it. OSError, Broken."""
+    reader, writer = await asyncio.open_unix_connection(path, limit=_CHUNK)
+    try:
+        connection = h11.Connection(h11.CLIENT)
+        headers = {"Connection": "Upgrade", "Upgrade": "tcp"}
+        answer = await _exchange(connection, reader, writer, "POST", target, b"", headers)
+        if answer.status == 101:
+            return Upgraded(bytes(connection.trailing_data[0]), reader, writer)
+        refused = Refused(answer.status, await answer.read())
+    except BaseException:
+        writer.close()
+        raise
+    writer.close()
+    return refused
+
+
+class Refused(NamedTuple):
+    """An answer that is no stream."""
+
+    status: int
+    body: bytes
+
+
+async def _exchange(connection: h11.Connection, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, method: str,
+                    target: str, body: bytes, headers: Mapping[str, str]) -> Answer:
+    lines = {"Host": "engine", "Connection": "close", "Content-Length": str(len(body)), **headers}
+    if body:
+        lines["Content-Type"] = "application/json"
+    writer.write(connection.send(h11.Request(method=method, target=target, headers=list(lines.items()))) or b"")
+    if body:
+        writer.write(connection.send(h11.Data(data=body)) or b"")
+    writer.write(connection.send(h11.EndOfMessage()) or b"")
+    await writer.drain()
+    answer = Answer(connection, reader)
+    await answer.head()
+    return answer

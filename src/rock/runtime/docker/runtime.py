@@ -27,9 +27,9 @@ from rock.guest.remove import remove_tree
 from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
 from rock.runtime import guestpython, wholefile
 from rock.runtime.base import Handle, Liveness, Program, Trait
-from rock.runtime.docker import groups, images, shape
-from rock.runtime.docker.door import Door
+from rock.runtime.docker import groups, images, shape, ways
 from rock.runtime.docker.engine import Engine, EngineError, Facts
+from rock.runtime.docker.ways import Way
 from rock.runtime.guestpython import GuestPython
 from rock.runtime.initfiles import InitSandboxes, merged
 from rock.runtime.initlink import InitLink
@@ -53,8 +53,9 @@ class Container:
     pid: int
     start: int
     folders: dict[str, str]
+    oci: shape.Oci = "runc"
     link: InitLink | None = None
-    door: Door | None = None
+    way: Way | None = None
     kills: int = 0
     entering: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -64,7 +65,9 @@ class DockerRuntime(InitSandboxes):
 
     name = "docker"
     isolation = Isolation.CONTAINER
-    traits: Mapping[Isolation, frozenset[Trait]] = {Isolation.CONTAINER: frozenset(Trait)}
+    traits: Mapping[Isolation, frozenset[Trait]] = {
+        Isolation.CONTAINER: frozenset(Trait), Isolation.GVISOR: frozenset(Trait), Isolation.MICROVM: frozenset(Trait),
+    }  # fmt: skip
 
     def __init__(self, run_dir: Path, guest_dir: Path, host: str = "") -> None:
         self._run_dir = Path(os.path.realpath(run_dir))
@@ -96,7 +99,7 @@ class DockerRuntime(InitSandboxes):
             await asyncio.wait({self._preparing})
             self._preparing = None
         for container in self._live.values():
-            _let_go(container)
+            await _let_go(container)
         self._live.clear()
 
     async def _ready(self) -> Facts:
@@ -186,25 +189,26 @@ class DockerRuntime(InitSandboxes):
         slot = _PREFIX + secrets.token_hex(5)
         folder = self._run_dir / slot
         self._making.add(slot)
-        door: Door | None = None
+        way: Way | None = None
         engine_id: str | None = None
         try:
             folder.mkdir(mode=0o700)
             wholefile.replace(folder / "record.json", json.dumps({"id": id, "slot": slot}))
-            door = Door(folder / "link")
+            oci = shape.wanted_runtime(config)
+            way = ways.way(oci, self.engine, folder)
             labels = {shape.HOME_LABEL: self._label, shape.ID_LABEL: id, "rock.slot": slot}
-            wish = shape.container(config, image["Id"], labels, await self._guest(), str(folder / "link"), name,
-                                   {"socket": f"{guestpython.LINK}/s"})
+            wish = shape.container(config, image["Id"], labels, await self._guest(), way.folder, name, way.options)
             async with self._gate:
                 engine_id = await self.engine.create(f"rock-{slot}", wish)
                 await self.engine.start(engine_id)
                 pid = await self._pid(engine_id)
-                container = await self._entered(id, slot, engine_id, pid, door, config.startup_timeout)
+                container = await self._entered(id, slot, engine_id, pid, way, config.startup_timeout)
+            container.oci = oci
             self._live[slot] = container
             return self._handle(id, config, container, image)
         except BaseException as error:
-            if door is not None:
-                door.close()
+            if way is not None:
+                await way.close()
             with contextlib.suppress(errors.RockError, EngineError):  # the sweep tries again
                 await asyncio.shield(self._remove(slot, engine_id or f"rock-{slot}"))
             if isinstance(error, EngineError):
@@ -223,25 +227,26 @@ class DockerRuntime(InitSandboxes):
             raise errors.StartFailed(f"the container's pid 1 ended at once: {text}")
         return pid
 
-    async def _entered(self, id: str, slot: str, engine_id: str, pid: int, door: Door, patience: float) -> Container:
+    async def _entered(self, id: str, slot: str, engine_id: str, pid: int, way: Way, patience: float) -> Container:
         """The sandbox, once its pid 1 has connected and answers."""
         entry = proctree.read(pid)
         if entry is None:
             raise errors.StartFailed("the container's pid 1 cannot be seen from here", sandbox_id=id,
                                      hint="it ended at once, or the rocklet runs in a container of its own")
-        entering = asyncio.ensure_future(door.enter(pid, id, patience))
+        entering = asyncio.ensure_future(way.enter(engine_id, pid, id, patience))
         ending = asyncio.ensure_future(wait_gone(pid, entry.start))
         try:
             await asyncio.wait({entering, ending}, return_when=asyncio.FIRST_COMPLETED)
             if not entering.done():
                 await self._pid(engine_id)  # which tells how it ended
                 raise errors.StartFailed("the container's pid 1 ended at once", sandbox_id=id)
-            link = InitLink(entering.result(), id)
+            link = entering.result()
         finally:
             for task in (entering, ending):
                 task.cancel()
             await asyncio.gather(entering, ending, return_exceptions=True)
-        container = Container(slot, engine_id, pid, entry.start, await asyncio.to_thread(groups.folders, pid), link)
+        folders = await asyncio.to_thread(groups.folders, pid)
+        container = Container(slot, engine_id, pid, entry.start, folders, link=link, way=way)
         await link.request("hello", patience=patience)
         return container
 
@@ -262,7 +267,8 @@ class DockerRuntime(InitSandboxes):
         if container is None:
             if not _alive(data["pid"], data["start"]):
                 raise errors.Lost("the sandbox is gone", sandbox_id=handle.id)
-            container = Container(data["slot"], data["container"], data["pid"], data["start"], dict(data["cgroups"]))
+            container = Container(data["slot"], data["container"], data["pid"], data["start"], dict(data["cgroups"]),
+                                  data["oci"])
             self._live[data["slot"]] = container
         return container
 
@@ -278,12 +284,11 @@ class DockerRuntime(InitSandboxes):
     async def _enter_again(self, container: Container, handle: Handle) -> None:
         if not _alive(container.pid, container.start):
             raise errors.Lost("the sandbox's pid 1 is gone", sandbox_id=handle.id)
-        container.door = Door(self._run_dir / container.slot / "link")
-        try:
-            container.link = InitLink(await container.door.enter(container.pid, handle.id, _BACK), handle.id)
-        finally:
-            container.door.close()
-            container.door = None
+        if container.way is not None:
+            await container.way.close()
+        container.way = ways.way(container.oci, self.engine, self._run_dir / container.slot)
+        with _told(handle.id):
+            container.link = await container.way.enter(container.engine_id, container.pid, handle.id, _BACK)
 
     def complete(self, handle: Handle, program: Program) -> Program:
         data = handle.data
@@ -354,17 +359,17 @@ class DockerRuntime(InitSandboxes):
                 with _told(handle.id):
                     await self.engine.kill(handle.data["container"])
                 await wait_gone(pid, start)
-        self._forget(slot)
+        await self._forget(slot)
 
     async def destroy(self, handle: Handle) -> None:
-        self._forget(handle.data["slot"])
+        await self._forget(handle.data["slot"])
         with _told(handle.id):
             await self._remove(handle.data["slot"], handle.data["container"])
 
-    def _forget(self, slot: str) -> None:
+    async def _forget(self, slot: str) -> None:
         container = self._live.pop(slot, None)
         if container is not None:
-            _let_go(container)
+            await _let_go(container)
             self._oom_at.pop(container.engine_id, None)
 
     async def _remove(self, slot: str, engine_id: str) -> None:
@@ -403,11 +408,11 @@ class DockerRuntime(InitSandboxes):
         return gone
 
 
-def _let_go(container: Container) -> None:
+async def _let_go(container: Container) -> None:
     if container.link is not None:
         container.link.close()
-    if container.door is not None:
-        container.door.close()
+    if container.way is not None:
+        await container.way.close()
 
 
 def _alive(pid: int, start: int) -> bool:
