@@ -10,6 +10,7 @@ Client settings are functions, because a script may set a variable after the imp
 | ROCK_HOME | ~/.rock | the one folder with all of a server's state |
 | ROCK_POOL_SIZE | 4 | warm sandboxes kept per recently used image; 0 is off |
 | ROCK_RUNTIME | namespace | the default runtime |
+| DOCKER_HOST | unix:///var/run/docker.sock | the container engine of runtime "docker": a socket of this machine |
 | ROCK_HOST, ROCK_PORT | 127.0.0.1, 8080 | where the server listens |
 | ROCK_SANDBOX_LIMIT | 2000 | most sandboxes at once on this machine |
 | ROCK_INSECURE_REGISTRIES | none | registries that are spoken to without TLS, comma-separated |
@@ -158,6 +159,7 @@ class Settings:
     runtime: str = "namespace"
     sandbox_limit: int = 2000
     network_resolvers: str = ""
+    docker_host: str = ""
     log_level: str = "info"
     archive: str = ""
     archive_limit: str = "64g"
@@ -208,7 +210,8 @@ class Settings:
     def read(cls, environ: Mapping[str, str] | None = None, **given: Any) -> Settings:
         """Settings of the environment, over which what is `given` and not None wins. ValueError names a bad value."""
         env = os.environ if environ is None else environ
-        values: dict[str, object] = {"home": home(), "api_key": env.get("ROCK_API_KEY") or None}
+        values: dict[str, object] = {"home": home(), "api_key": env.get("ROCK_API_KEY") or None,
+                                     "docker_host": env.get("DOCKER_HOST", "")}  # fmt: skip
         for name, kind in (
             ("host", str),
             ("runtime", str),

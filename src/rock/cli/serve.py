@@ -98,9 +98,11 @@ def make_runtimes(settings: Settings, images: Images) -> dict[str, Runtime]:
 
     runtimes: dict[str, Runtime] = {"process": ProcessRuntime(settings.run_dir / "process")}
     if sys.platform == "linux":
+        from rock.runtime.docker.runtime import DockerRuntime
         from rock.runtime.namespace.runtime import NamespaceRuntime
 
-        folder = settings.run_dir / "namespace"
+        folder, guests = settings.run_dir / "namespace", settings.home / "guest-python"
+        runtimes["docker"] = DockerRuntime(settings.run_dir / "docker", guests, settings.docker_host)
         runtimes["namespace"] = NamespaceRuntime(folder, settings.pool_size, images.store, _resolvers(settings))
     if settings.runtime not in runtimes:
         names = ", ".join(sorted(runtimes))

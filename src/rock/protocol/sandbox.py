@@ -101,7 +101,8 @@ class SandboxConfig(BaseConfig):
     network: "none" (its own, with loopback), "nat" (public addresses, by TCP) or "host".
     egress: where it may connect to, and nowhere else, as in protocol/egress.py: "example.com", "*.example.org:443",
         "203.0.113.0/24:22", "*". None is every public address. It goes with network "nat", which it implies.
-    runtime: name of the runtime; None is the server's default.
+    runtime: name of the runtime; None is the server's default. oci_runtime: what runs a container, of runtime "docker"
+        alone; use_kata_runtime is "kata".
     isolation: exactly this level; where no runtime is named, it chooses the one that gives it. minimum_isolation:
         refuse to start with anything weaker.
     env: environment of all that runs inside. labels: the user's own words, to list by.
@@ -139,6 +140,7 @@ class SandboxConfig(BaseConfig):
     registry_username: str | None = None
     registry_password: str | None = Field(default=None, repr=False)
     use_kata_runtime: bool = False
+    oci_runtime: Literal["runc", "runsc", "kata"] | None = None
     num_gpus: float | None = Field(default=None, ge=0)
     accelerator_type: str | None = None
     sandbox_id: str | None = Field(default=None, pattern=ID_PATTERN)

@@ -202,7 +202,8 @@ class Runtime(Protocol):
         ...
 
     async def wait(self, handle: Handle) -> str:
-        """Return when the sandbox is gone, with the reason: "oom" or "gone". Never returns while it lives."""
+        """Return when the sandbox is gone, with the reason: "oom", "gone", or a sentence where more is known. Never
+        returns while it lives."""
         ...
 
     async def stop(self, handle: Handle, grace: float) -> None:
@@ -366,6 +367,19 @@ class Snapshots(Protocol):
     def snapshot(self, handle: Handle, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:
         """What it wrote, as `Keeps.pack` gives it; its processes stand still meanwhile. They go on when the generator
         is closed, and when we crash. Unsupported where files were written that no layer can have."""
+        ...
+
+
+@runtime_checkable
+class OwnImages(Protocol):
+    """Its images are not those of our store: it finds and fetches them itself."""
+
+    async def has_image(self, config: SandboxConfig) -> bool:
+        """Whether `prepare_image` has nothing to do; with pull="never" always."""
+        ...
+
+    async def prepare_image(self, config: SandboxConfig, tell: Callable[[str], None]) -> None:
+        """Fetch the image as `config.pull` says; `tell` is called with words on the progress. ImageError."""
         ...
 
 

@@ -65,7 +65,7 @@ class ProcessRuntime(InitSandboxes):
         for name in ("disk", "num_gpus", "accelerator_type", "limit_cpus"):
             if getattr(config, name) is not None:
                 raise errors.Unsupported(f"the process runtime cannot hold {name}")
-        if config.use_kata_runtime or config.image_os != "linux":
+        if config.use_kata_runtime or config.oci_runtime is not None or config.image_os != "linux":
             raise errors.Unsupported("the process runtime runs nothing but programs of this machine")
 
     async def create(self, id: str, config: SandboxConfig) -> Handle:

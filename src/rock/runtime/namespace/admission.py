@@ -21,6 +21,9 @@ def refuse_unsupported(config: SandboxConfig, isolation: Isolation, networks: tu
     if config.use_kata_runtime:
         raise errors.Unsupported("use_kata_runtime: the namespace runtime has no virtual machines",
                                  hint="use a runtime with micro virtual machines")
+    if config.oci_runtime is not None:
+        raise errors.Unsupported(f'oci_runtime="{config.oci_runtime}": the namespace runtime has no containers',
+                                 hint='use runtime="docker"')
     if config.num_gpus or config.accelerator_type:
         raise errors.Unsupported("the namespace runtime gives sandboxes no accelerators", hint="leave num_gpus unset")
     if config.disk is not None and config.keeps_files:
