@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test check lint types unit compat training gym-extras sync lock bench clean
+.PHONY: demo test check lint types unit compat training gym-extras sync lock bench bench-environments clean
 
 demo: $(VENV)/ready
 	@$(PY) -m rock.cli.demo
@@ -62,6 +62,13 @@ $(EXTRAS)/ready: requirements-dev.lock
 # Every task of the training sets; installs their packages from PyPI, kept in ROCK_TEST_CACHE.
 training: $(VENV)/ready-dev
 	ROCK_TEST_TRAINING=1 $(PY) -m pytest -s tests/envs/test_training_sets.py
+
+# Steps of environments next to rlmesh 0.1.0 and AsyncVectorEnv; needs a quiet machine.
+RLMESH := $(or $(ROCK_TEST_CACHE),$(HOME)/.cache/rock-tests)/rlmesh
+
+bench-environments: $(VENV)/ready-dev
+	@test -d $(RLMESH) || $(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $(RLMESH) rlmesh==0.1.0
+	$(PY) bench/environments.py --rlmesh $(RLMESH)
 
 bench: $(VENV)/ready-dev
 	$(VENV)/bin/rock bench

@@ -8,6 +8,7 @@ are given up, and everything goes through it again.
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import select
 import socket
@@ -20,7 +21,7 @@ import orjson
 
 from rock import errors
 from rock.guest import frames
-from rock.guest.frames import HEAD, LIMIT
+from rock.guest.frames import HEAD, IN_MEMORY, LIMIT
 from rock.protocol.env import DOOR, EnvInfo
 from rock.protocol.enverrors import error_of
 
@@ -65,17 +66,28 @@ def reach(info: EnvInfo, host: str) -> Pipes | None:
             _connect(connection, door.path)
             wish = {"sandbox": info.sandbox_id, "env": info.env, "token": door.token}
             connection.send(orjson.dumps(wish))
-            data, fds, _, _ = socket.recv_fds(connection, _PACKET, 2)
+            data, fds, _, _ = socket.recv_fds(connection, _PACKET, 3)
             for fd in fds:
                 stack.callback(os.close, fd)
-            if len(fds) != 2 or not all(stat.S_ISFIFO(os.fstat(fd).st_mode) for fd in fds):
+            if len(fds) < 2 or not all(stat.S_ISFIFO(os.fstat(fd).st_mode) for fd in fds[:2]):
                 return None
-            timeout = float(orjson.loads(data)["timeout"])
+            told = orjson.loads(data)
+            timeout = float(told["timeout"])
+            memory = _part(fds[2], int(told["offset"])) if len(fds) > 2 else None
             connection.setblocking(False)
             stack.pop_all()
-            return Pipes(connection, fds[0], fds[1], info.env, info.sandbox_id, timeout)
+            for fd in fds[2:]:
+                os.close(fd)
+            return Pipes(connection, fds[0], fds[1], memory, info.env, info.sandbox_id, timeout)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _part(fd: int, offset: int) -> mmap.mmap | None:
+    """The environment's part of the memory, where it puts large answers; its size is sealed, as the server has seen."""
+    if offset < 0 or os.fstat(fd).st_size < offset + frames.PART:
+        return None
+    return mmap.mmap(fd, frames.PART, prot=mmap.PROT_READ, offset=offset)
 
 
 def _connect(connection: socket.socket, path: str) -> None:
@@ -90,11 +102,20 @@ class Pipes:
     """The two pipes, and the connection by which they are held. One thing is asked at a time; other threads wait."""
 
     def __init__(
-        self, door: socket.socket, requests: int, answers: int, number: int, sandbox_id: str, timeout: float
+        self,
+        door: socket.socket,
+        requests: int,
+        answers: int,
+        memory: mmap.mmap | None,
+        number: int,
+        sandbox_id: str,
+        timeout: float,
     ) -> None:
         self._door = door
         self._requests = requests
         self._answers = answers
+        self._memory = memory
+        self._flags = 0 if memory is None else IN_MEMORY
         self._number = number
         self._sandbox_id = sandbox_id
         self._timeout = timeout
@@ -133,6 +154,8 @@ class Pipes:
             self._door.close()
             os.close(self._requests)
             os.close(self._answers)
+            if self._memory is not None:
+                self._memory.close()
 
     def __del__(self) -> None:
         if getattr(self, "_open", False):
@@ -157,7 +180,7 @@ class Pipes:
             self._id += 1
             self._op = op
             length = sum(len(part) for part in parts)
-            frame = b"".join((HEAD.pack(length, op, 0, self._number, self._id, index), *parts))
+            frame = b"".join((HEAD.pack(length, op, self._flags, self._number, self._id, index), *parts))
             for piece in frames.pieces(self._number, frame):
                 self._write(piece)
         except BaseException:
@@ -170,14 +193,24 @@ class Pipes:
         try:
             while True:
                 frame = self._frame()
-                _, op, _, _, id, _ = HEAD.unpack_from(frame)
+                _, op, flags, _, id, _ = HEAD.unpack_from(frame)
                 if id == self._id:
-                    return op, memoryview(frame)[HEAD.size :]
+                    payload = memoryview(frame)[HEAD.size :]
+                    return op, self._taken(payload) if flags & IN_MEMORY else payload
         except BaseException:
             self._close()
             raise
         finally:
             self._lock.release()
+
+    def _taken(self, payload: memoryview) -> memoryview:
+        """A copy of what is in the memory: the environment may change it at any time."""
+        length = int.from_bytes(payload, "big")
+        if self._memory is None or len(payload) != 8 or length > len(self._memory):
+            self._refuse(f"{length} bytes in a memory of {frames.PART}")
+            raise GivenUp  # the server has told nothing
+        with memoryview(self._memory) as whole, whole[:length] as part:
+            return memoryview(bytearray(part))
 
     def error(self, payload: memoryview) -> errors.RockError:
         """What an answer with op ERROR tells."""

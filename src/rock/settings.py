@@ -10,9 +10,13 @@ Client settings are functions, because a script may set a variable after the imp
 | ROCK_HOME | ~/.rock | the one folder with all of a server's state |
 | ROCK_POOL_SIZE | 4 | warm sandboxes kept per recently used image; 0 is off |
 | ROCK_RUNTIME | namespace | the default runtime |
+| DOCKER_HOST | unix:///var/run/docker.sock | the container engine of runtime "docker": a socket of this machine |
 | ROCK_HOST, ROCK_PORT | 127.0.0.1, 8080 | where the server listens |
 | ROCK_SANDBOX_LIMIT | 2000 | most sandboxes at once on this machine |
 | ROCK_INSECURE_REGISTRIES | none | registries that are spoken to without TLS, comma-separated |
+| ROCK_REGISTRY_MIRRORS | none | registries asked first: docker.io=mirror.local:5000, comma-separated |
+| ROCK_IMAGE_BUDGET | none | bytes of image layers, like 50g, over which the least recently used images are removed |
+| DOCKER_CONFIG | ~/.docker | where Docker keeps the logins of registries, which are used too |
 | ROCK_ENV_PIPES | 1 | 0: clients on the server's machine play environments over HTTP too |
 | ROCK_ARCHIVE | archive in ROCK_HOME | where archived sandboxes are kept: a folder, s3://BUCKET/PREFIX, or "off" |
 | ROCK_ARCHIVE_LIMIT | 64g | most bytes of files in one archive, holes counted |
@@ -89,6 +93,21 @@ def insecure_registries() -> frozenset[str]:
     return frozenset(name.strip() for name in names if name.strip())
 
 
+def registry_mirrors() -> dict[str, list[str]]:
+    """ROCK_REGISTRY_MIRRORS: of each registry those that are asked before it, as REGISTRY=MIRROR; comma-separated."""
+    found: dict[str, list[str]] = {}
+    for pair in os.environ.get("ROCK_REGISTRY_MIRRORS", "").split(","):
+        registry, _, mirror = (part.strip() for part in pair.partition("="))
+        if registry and mirror:
+            found.setdefault(registry, []).append(mirror)
+    return found
+
+
+def docker_config() -> Path:
+    """DOCKER_CONFIG, or ~/.docker: the folder of Docker's own configuration."""
+    return Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker").expanduser().absolute()
+
+
 def proxy_for(url: str) -> str | None:
     """The proxy that HTTP_PROXY, HTTPS_PROXY and NO_PROXY name for an address."""
     parts = urllib.parse.urlsplit(url)
@@ -140,9 +159,11 @@ class Settings:
     runtime: str = "namespace"
     sandbox_limit: int = 2000
     network_resolvers: str = ""
+    docker_host: str = ""
     log_level: str = "info"
     archive: str = ""
     archive_limit: str = "64g"
+    image_budget: str = ""
     s3_endpoint: str = ""
     s3_region: str = "us-east-1"
     s3_key: str = ""
@@ -168,6 +189,11 @@ class Settings:
         return self.home / "images"
 
     @property
+    def registries(self) -> Path:
+        """Logins of registries; apart from the images, and for the user's eyes only."""
+        return self.home / "registries.json"
+
+    @property
     def log_dir(self) -> Path:
         return self.home / "logs"
 
@@ -184,7 +210,8 @@ class Settings:
     def read(cls, environ: Mapping[str, str] | None = None, **given: Any) -> Settings:
         """Settings of the environment, over which what is `given` and not None wins. ValueError names a bad value."""
         env = os.environ if environ is None else environ
-        values: dict[str, object] = {"home": home(), "api_key": env.get("ROCK_API_KEY") or None}
+        values: dict[str, object] = {"home": home(), "api_key": env.get("ROCK_API_KEY") or None,
+                                     "docker_host": env.get("DOCKER_HOST", "")}  # fmt: skip
         for name, kind in (
             ("host", str),
             ("runtime", str),
@@ -192,6 +219,7 @@ class Settings:
             ("log_level", str),
             ("archive", str),
             ("archive_limit", str),
+            ("image_budget", str),
             ("s3_endpoint", str),
             ("s3_region", str),
             ("s3_key", str),

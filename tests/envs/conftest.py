@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -67,3 +70,26 @@ def gem_folder() -> Iterator[Path]:
     lease = store.lease(rootfs)
     yield packages_folder(rootfs)
     lease.close()
+
+
+@pytest.fixture(scope="session")
+def word_list() -> Path:
+    """English words, one a line: of this machine, or of Debian's package, fetched once and kept between runs."""
+    found = Path("/usr/share/dict/words")
+    if found.is_file():
+        return found
+    cache = Path(os.environ.get("ROCK_TEST_CACHE") or Path.home() / ".cache" / "rock-tests") / "words"
+    cache.mkdir(parents=True, exist_ok=True)
+    made = cache / "usr/share/dict/american-english"
+    with open(cache / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.is_file():
+            told = "this machine has no apt-get"
+            if shutil.which("apt-get"):
+                command = ["apt-get", "download", "wamerican"]
+                told = subprocess.run(command, cwd=cache, capture_output=True, text=True, timeout=100).stderr[-200:]
+            packages = sorted(cache.glob("wamerican_*.deb"))
+            if not packages:
+                pytest.skip(f"there is no /usr/share/dict/words, and no package of it: {told}")
+            subprocess.run(["dpkg-deb", "-x", packages[0], cache], check=True, capture_output=True)
+    return made

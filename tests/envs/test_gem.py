@@ -18,7 +18,8 @@ from rock.errors import ActionError, NotFound
 from rock.rocklet.envs import EnvHost
 
 Run = Callable[..., Any]
-Case = tuple[str, int, list[str]]
+Case = tuple[str, list[int], list[str]]  # id, seeds of episodes one after the other, actions
+SEEDS = [0, 42, 2**31]
 
 LOCAL = """
 import json, os, sys
@@ -27,13 +28,15 @@ os.dup2(2, 1)  # environments print
 sys.path.insert(0, sys.argv[1])
 import gem
 out = []
-for env_id, seed, actions in json.load(sys.stdin):
+for env_id, seeds, actions in json.load(sys.stdin):
     env = gem.make(env_id)
-    results = [env.reset(seed=seed)]
-    for action in actions:
-        results.append(env.step(action))
-        if results[-1][2] or results[-1][3]:
-            break
+    results = []
+    for seed in seeds:
+        results.append(env.reset(seed=seed))
+        for action in actions:
+            results.append(env.step(action))
+            if results[-1][2] or results[-1][3]:
+                break
     out.append(results)
 json.dump(out, told)
 """
@@ -58,19 +61,21 @@ MOVES = {
 
 def local(folder: Path, cases: list[Case]) -> list[Any]:
     run = subprocess.run([sys.executable, "-c", LOCAL, str(folder / "site")], input=json.dumps(cases), text=True,
-                         capture_output=True, env={"PYTHONHASHSEED": "0"})
+                         capture_output=True, env={"PYTHONHASHSEED": "0", "NLTK_DATA": str(folder / "nltk_data")})
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout)  # type: ignore[no-any-return]
 
 
 async def remote(host: EnvHost, case: Case) -> list[Any]:
-    env_id, seed, actions = case
+    env_id, seeds, actions = case
     number = await host.make(env_id)
-    results: list[Any] = [await host.reset(number, seed)]
-    for action in actions:
-        results.append(await host.step(number, action))
-        if results[-1][2] or results[-1][3]:
-            break
+    results: list[Any] = []
+    for seed in seeds:
+        results.append(await host.reset(number, seed))
+        for action in actions:
+            results.append(await host.step(number, action))
+            if results[-1][2] or results[-1][3]:
+                break
     await host.close_env(number)
     return json.loads(json.dumps(results))  # type: ignore[no-any-return]
 
@@ -90,7 +95,7 @@ def compare(gem_folder: Path, hosted: Run, cases: list[Case]) -> None:
 
 
 def test_the_same_as_at_home(gem_folder: Path, hosted: Run) -> None:
-    compare(gem_folder, hosted, [(env_id, seed, moves) for env_id, moves in MOVES.items() for seed in (0, 42, 2**31)])
+    compare(gem_folder, hosted, [(env_id, SEEDS, moves) for env_id, moves in MOVES.items()])
 
 
 def test_every_game_is_the_same_as_at_home(gem_folder: Path, hosted: Run) -> None:
@@ -99,7 +104,7 @@ def test_every_game_is_the_same_as_at_home(gem_folder: Path, hosted: Run) -> Non
                 "FifteenPuzzle-v0-random")  # fmt: skip
     games = [i for i in IDS if i.startswith("game:") and not i.removeprefix("game:").startswith(left_out)]
     assert len(games) == 22
-    compare(gem_folder, hosted, [(game, 3, ["\\boxed{1}", "what?"]) for game in games])
+    compare(gem_folder, hosted, [(game, SEEDS, ["\\boxed{1}", "what?"]) for game in games])
 
 
 @pytest.mark.timeout(300)
@@ -107,12 +112,12 @@ def test_every_question_is_the_same_as_at_home(gem_folder: Path, hosted: Run) ->
     """All of reasoning-gym but two that GEM itself cannot make with their defaults."""
     names = [name for name in REASONING if name not in ("composite", "boxnet")]
     assert len(names) == 102
-    compare(gem_folder, hosted, [(f"rg:{name}", 7, ["\\boxed{1}"]) for name in names])
+    compare(gem_folder, hosted, [(f"rg:{name}", SEEDS, ["\\boxed{1}"]) for name in names])
 
 
 def test_many_at_once_do_not_disturb_each_other(gem_folder: Path, hosted: Run) -> None:
     moves = MOVES["game:Sokoban-v0-easy"]
-    compare(gem_folder, hosted, [("game:Sokoban-v0-easy", seed, moves) for seed in range(24)])
+    compare(gem_folder, hosted, [("game:Sokoban-v0-easy", [seed], moves) for seed in range(24)])
 
 
 def test_what_gem_cannot_make_is_told(gem_folder: Path, hosted: Run) -> None:
@@ -127,17 +132,18 @@ def test_what_gem_cannot_make_is_told(gem_folder: Path, hosted: Run) -> None:
     hosted(gem_folder, body)
 
 
-def test_word_games(gem_folder: Path, hosted: Run) -> None:
-    if not (gem_folder / "nltk_data/corpora/words/en-basic").is_file():
-        pytest.skip("no word list: NLTK's corpus could not be fetched and this machine has no /usr/share/dict/words")
-
-    async def body(host: EnvHost, *_: Any) -> None:
-        for game in ("Wordle", "Hangman", "WordSearch"):
-            number = await host.make(f"game:{game}-v0-easy")
-            observation, _info = await host.reset(number, 1)
-            assert observation
-
-    hosted(gem_folder, body)
+@pytest.mark.timeout(300)
+def test_word_games_are_the_same_as_at_home(gem_folder: Path, word_list: Path, tmp_path: Path, hosted: Run) -> None:
+    folder = tmp_path / "packages"
+    words = folder / "nltk_data/corpora/words"
+    words.mkdir(parents=True)
+    (folder / "site").symlink_to(gem_folder / "site")
+    plain = [word for word in word_list.read_text().split() if word.isascii() and word.isalpha()]
+    for name in ("en", "en-basic"):
+        (words / name).write_text("\n".join(plain))
+    games = [f"game:{game}-v0-{level}" for game in ("Wordle", "Hangman", "WordSearch")
+             for level in ("easy", "hard", "random")]  # fmt: skip
+    compare(folder, hosted, [(game, SEEDS, ["\\boxed{crane}", "\\boxed{e}", "what?"]) for game in games])
 
 
 def test_the_registry_knows_what_gem_knows(gem_folder: Path) -> None:

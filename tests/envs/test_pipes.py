@@ -166,6 +166,39 @@ def test_large_frames_go_both_ways(url: str) -> None:
         assert env._player.link.ways
 
 
+def test_large_answers_come_by_memory_that_is_only_ours_to_read(url: str) -> None:
+    with SandboxEnv(str(WORLDS), trust_remote_code=True, world="World", kind="picture") as env:
+        first, _ = env.reset(seed=1)
+        kept = first.copy()
+        pipes = held(env)
+        assert pipes._memory[: 4] != bytes(4) and kept.tobytes() in pipes._memory[: 1 << 17]
+        first[:] = 0  # the client's own
+        second = env.step(1)[0]
+        assert not (second == kept).all() and (first == 0).all()
+        pipes.close()
+        assert env.step(1)[0].shape == (210, 160, 3) and not env._player.link.ways  # over HTTP, without the memory
+
+
+@pytest.mark.parametrize("length", [0, 1, 60, 1 << 17, (16 << 20) + 1, 1 << 62])
+def test_lies_about_the_memory(url: str, length: int) -> None:
+    with SandboxEnv(str(WORLDS), trust_remote_code=True, world="Bad") as env:
+        env.reset(seed=1)
+        with pytest.raises(errors.RockError):
+            env.step(f"memory {length}")
+            env.step("fine")
+    with SandboxEnv(str(WORLDS), trust_remote_code=True, world="Bad") as env:
+        env.reset(seed=1)
+        assert env.step("fine")[0].shape == (2,)
+
+
+def test_the_memory_cannot_be_cut_off(url: str) -> None:
+    with SandboxEnv(str(WORLDS), trust_remote_code=True, world="Bad") as env:
+        env.reset(seed=1)
+        with pytest.raises(errors.RockError, match="not permitted"):
+            env.step("cut")
+        assert env.step("fine")[0].shape == (2,)
+
+
 def test_more_environments_than_pipes(url: str) -> None:
     with rock.make_vec(["game:GuessTheNumber-v0-easy"] * 20, seed=1) as vec:
         observations, _ = vec.reset(seed=5)

@@ -15,8 +15,9 @@ from tests.image.image_archives import ARCHITECTURE, docker_archive, entry, tar
 from tests.image.registries import USER, Odd, docker_registry, odd_registry, push
 
 from rock.errors import ImageError, Unauthorized, Unsupported
+from rock.runtime.image.logins import Login
 from rock.runtime.image.reference import parse
-from rock.runtime.image.registry import Login, Registry
+from rock.runtime.image.registry import Registry
 from rock.runtime.image.store import ImageStore
 
 BASE = tar([

@@ -99,6 +99,7 @@ class Box:
     runtime: Any
     handle: Handle
     root: Path  # where its own files are, as its programs see it
+    interpreter: str = "/usr/bin/python3"
     started: list[Process] = field(default_factory=list)
 
     async def spawn(self, *argv: str, **options: Any) -> Process:
@@ -121,12 +122,43 @@ class Box:
         return out.decode()
 
     async def python(self, script: str, **options: Any) -> str:
-        _, out, _ = await self.run("/usr/bin/python3", "-I", "-S", "-c", script, stderr="stdout", **options)
+        _, out, _ = await self.run(self.interpreter, "-I", "-S", "-c", script, stderr="stdout", **options)
         return out.decode()
 
     def close(self) -> None:
         for process in self.started:
             process.close()
+
+
+async def until_line(fd: int) -> bytes:
+    """What comes out of one of our descriptors up to the end of a line."""
+    out = b""
+    while not out.endswith(b"\n"):
+        try:
+            piece = os.read(fd, 1)
+        except BlockingIOError:
+            await asyncio.sleep(0.01)
+            continue
+        assert piece, f"it ended after {out!r}"
+        out += piece
+    return out
+
+
+async def put(box: Box, path: str, data: bytes, **options: object) -> None:
+    fd, token = await box.runtime.open_write(box.handle, path, **options)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view):]
+    finally:
+        os.close(fd)
+    await box.runtime.commit_write(box.handle, token)
+
+
+async def get(box: Box, path: str, **options: object) -> bytes:
+    fd = await box.runtime.open_read(box.handle, path, **options)
+    with os.fdopen(fd, "rb") as file:
+        return file.read()
 
 
 async def _nothing() -> bytes:

@@ -31,6 +31,7 @@ from rock.rocklet.images import Images
 from rock.rocklet.node import Node
 from rock.runtime import wholefile
 from rock.runtime.base import Runtime
+from rock.runtime.image.store import ImageStore
 from rock.settings import Settings
 from rock.store.sqlite import SqliteStore
 from rock.telemetry import set_up_logs
@@ -97,9 +98,11 @@ def make_runtimes(settings: Settings, images: Images) -> dict[str, Runtime]:
 
     runtimes: dict[str, Runtime] = {"process": ProcessRuntime(settings.run_dir / "process")}
     if sys.platform == "linux":
+        from rock.runtime.docker.runtime import DockerRuntime
         from rock.runtime.namespace.runtime import NamespaceRuntime
 
-        folder = settings.run_dir / "namespace"
+        folder, guests = settings.run_dir / "namespace", settings.home / "guest-python"
+        runtimes["docker"] = DockerRuntime(settings.run_dir / "docker", guests, settings.docker_host)
         runtimes["namespace"] = NamespaceRuntime(folder, settings.pool_size, images.store, _resolvers(settings))
     if settings.runtime not in runtimes:
         names = ", ".join(sorted(runtimes))
@@ -124,7 +127,7 @@ class Rocklet:
     def __init__(self, settings: Settings) -> None:
         require_key_beyond_loopback(settings.host, settings.api_key)
         self.home = Home(settings.home)
-        self.images = Images(settings.image_dir)
+        self.images = Images(ImageStore.of(settings))
         runtimes = make_runtimes(settings, self.images)
         self.node = Node(runtimes, settings.runtime, settings.run_dir, settings.sandbox_limit, self.images)
         self.router = Api(self.node).router()

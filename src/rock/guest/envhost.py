@@ -4,7 +4,8 @@
        │^               ┆ forks             │
        │└──────199──────┴───────────────────┘
        │──200 to 215────────────> child 1 to 16: as many have a pipe of their own for what they are asked, and
-       └<─216 to 231───────────── one for their answers, on which a large one travels whole
+       └<─216 to 231───────────── one for their answers, on which a large one travels whole, and
+          197                     a part of this memory for the large answers to a client on this machine
 
 GEM seeds the global random state, so two environments in one process would disturb each other; importing it takes
 seconds, so a process an environment can only be forked from one that has it.
@@ -29,6 +30,7 @@ import contextlib
 import ctypes
 import gc
 import json
+import mmap
 import os
 import select
 import signal
@@ -41,7 +43,7 @@ from rock.guest import frames, tasks
 from rock.guest.frames import HEAD, HELLO, KILL, MAKE, NO_INDEX, OK, PLAIN, Joiner, pieces
 from rock.guest.player import Player, failure
 
-REQUESTS, ANSWERS = 198, 199
+MEMORY, REQUESTS, ANSWERS = 197, 198, 199
 PIPES = range(200, 216)
 OWN = len(PIPES)  # the answers of the environment with the request pipe n come on n + OWN
 _READ = 1 << 16
@@ -203,7 +205,8 @@ class Zygote:
                 if fd not in (pipe, own):
                     os.close(fd)
             _die_with_parent()
-            Player(number, requests if pipe is None else pipe, own, ANSWERS).run(message)
+            memory = None if pipe is None else _part(pipe)
+            Player(number, requests if pipe is None else pipe, own, ANSWERS, memory).run(message)
             status = 0
         except BaseException:
             traceback.print_exc()
@@ -241,6 +244,7 @@ class Zygote:
         os.close(child.requests)
         if child.pipe is not None:
             _drain(child.pipe)
+            _forget(child.pipe)
         told = {"status": status, "stderr": child.tail.decode(errors="replace")}
         answer(child.number, frames.ENDED, 0, told)
 
@@ -257,6 +261,22 @@ def _kill(child: Child) -> None:
 def _die_with_parent() -> None:
     """A pipe of its own does not end with the zygote, so its end has to be told otherwise."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _part(pipe: int) -> mmap.mmap | None:
+    """The part of the memory that an environment's pipe stands for; None where there is none to share."""
+    try:
+        return mmap.mmap(MEMORY, frames.PART, offset=(pipe - PIPES.start) * frames.PART)
+    except (OSError, ValueError):
+        return None
+
+
+def _forget(pipe: int) -> None:
+    """Give back what an environment left in its part of the memory."""
+    part = _part(pipe)
+    if part is not None:
+        with part, contextlib.suppress(OSError, ValueError):
+            part.madvise(mmap.MADV_REMOVE)
 
 
 def _drain(fd: int) -> None:

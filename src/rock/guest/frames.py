@@ -3,7 +3,9 @@
     length of the payload (4 bytes) | op (1) | flags (1) | environment (4) | request id (8) | index (8) | payload
 
 in network byte order. The payload of what an environment is asked and answers is a value (values.py), or JSON with the
-flag PLAIN; the rocklet passes it on unread. Ops:
+flag PLAIN; the rocklet passes it on unread. With the flag IN_MEMORY in what is asked, a large answer may have it too:
+then its payload is 8 bytes, the length of the real one, which begins where the environment's part of the shared memory
+does. Ops:
 
     HELLO   token                     answered by OK with the token: how a rocklet finds the beginning of a frame
     MAKE    {"env_id", "kwargs", ..}  answered by OK
@@ -33,6 +35,8 @@ HELLO, MAKE, RESET, STEP, CALL, CLOSE, KILL = range(7)
 OK, ERROR, ENDED = 16, 17, 18
 NAMES = {MAKE: "make", RESET: "reset", STEP: "step", CALL: "call", CLOSE: "close"}
 PLAIN = 1
+IN_MEMORY = 2
+PART = 16 << 20  # bytes of the memory that an environment with pipes of its own has
 NO_INDEX = -1
 
 HEAD = struct.Struct(">IBBIQq")

@@ -178,6 +178,8 @@ def _gym_vector(wish: Mapping[str, Any]) -> Any:
             return made
         raise TypeError(f"make_env(n_envs={count}) made a {type(made).__name__}, and no vector of environments")
     kind = gymnasium.vector.AsyncVectorEnv if mode == "async" else gymnasium.vector.SyncVectorEnv
+    if mode == "sync":
+        options.setdefault("copy", False)
     return kind([lambda: _chosen(maker(**kwargs), wish.get("task"))] * count, **options)
 
 

@@ -33,7 +33,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import Any, TypeVar
 
 from rock.guest import dial, proctree, programs, syscalls, treefiles, users
 from rock.guest.fault import Fault, of_os_error
@@ -49,10 +49,11 @@ _MOST_CONNECTIONS = 32
 class Init(Loop):
     """All that pid 1 knows and does.
 
+    listener: where servers connect; None when their connections come by `adopt`.
     uid: of the server, as seen here; outside: whether the server must be outside of this pid namespace.
     """
 
-    def __init__(self, listener: socket.socket, uid: int, outside: bool) -> None:
+    def __init__(self, listener: socket.socket | None, uid: int, outside: bool) -> None:
         super().__init__()
         self.listener = listener
         self.uid = uid
@@ -78,8 +79,9 @@ class Init(Loop):
         signal.set_wakeup_fd(wake_writer.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGXFSZ):
             signal.signal(number, _ignore)  # not SIG_IGN: programs would inherit that, a handler ends at exec
-        self.listener.setblocking(False)
-        self.watch(self.listener.fileno(), self._accept)
+        if self.listener is not None:
+            self.listener.setblocking(False)
+            self.watch(self.listener.fileno(), self._accept)
         self.watch(wake_reader.fileno(), lambda: self._drain(wake_reader))
         while not self.stopping:
             self.turn()
@@ -104,13 +106,19 @@ class Init(Loop):
 
     def _accept(self) -> None:
         try:
-            sock, _ = self.listener.accept()
+            sock = self.listener.accept()[0] if self.listener is not None else None
         except OSError:
+            return
+        if sock is None:
             return
         pid, uid, _gid = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         if uid != self.uid or (self.outside and pid != 0) or len(self.connections) >= _MOST_CONNECTIONS:
             sock.close()
             return
+        self.adopt(sock)
+
+    def adopt(self, sock: socket.socket) -> None:
+        """Serve a connection."""
         connection = Connection(sock)
         self.connections.append(connection)
         self.watch(sock.fileno(), lambda: self._readable(connection))
@@ -454,7 +462,14 @@ def _ignore(_number: int, _frame: object) -> None:
 
 def prepare(listener: socket.socket, uid: int, outside: bool) -> Init:
     """An Init whose process others cannot look into."""
-    made = Init(listener, uid, outside)
+    return hidden(Init(listener, uid, outside))
+
+
+_Made = TypeVar("_Made", bound=Init)
+
+
+def hidden(made: _Made) -> _Made:
+    """The same, whose process others cannot look into from now on."""
     if os.getpid() != 1:
         syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)

@@ -14,6 +14,7 @@ from typing import Any
 
 from rock.guest import native, syscalls, users
 from rock.guest.fault import Fault, of_os_error
+from rock.guest.wire import CHANNEL_MEMORY
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 HIGHEST_CHANNEL = 255
@@ -53,9 +54,12 @@ class Streams:
             else:
                 self._open_standard(request)
             for number, direction in (request.get("channels") or {}).items():
-                if not 3 <= int(number) <= HIGHEST_CHANNEL or direction not in ("r", "w"):
-                    raise Fault("invalid_config", f"channel {number} must be 3 to {HIGHEST_CHANNEL}, and r or w")
-                self._pipe(str(int(number)), int(number), program_reads=direction == "r")
+                if not 3 <= int(number) <= HIGHEST_CHANNEL or direction not in ("r", "w", "m"):
+                    raise Fault("invalid_config", f"channel {number} must be 3 to {HIGHEST_CHANNEL}, and r, w or m")
+                if direction == "m":
+                    self._memory(str(int(number)), int(number))
+                else:
+                    self._pipe(str(int(number)), int(number), program_reads=direction == "r")
         except OSError as error:
             self.close()
             raise of_os_error(error, "the program's streams") from None
@@ -92,6 +96,13 @@ class Streams:
         self.ours[name] = ours
         self.theirs[number] = theirs
         os.set_blocking(ours, False)
+
+    def _memory(self, name: str, number: int) -> None:
+        self.theirs[number] = fd = os.memfd_create("rock", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, CHANNEL_MEMORY)
+        # What is cut off would be a SIGBUS for the other side
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        self.ours[name] = os.dup(fd)
 
     def close_theirs(self) -> None:
         for fd in set(self.theirs.values()):

@@ -315,10 +315,21 @@ def _path(request: dict[str, Any], name: str = "path") -> str:
     return path
 
 
+def space(request: dict[str, Any]) -> Reply:
+    """Bytes used and in all of the file system at a path, and files likewise."""
+    path = _path(request)
+    try:
+        found = os.statvfs(path)
+    except OSError as error:
+        raise of_os_error(error, path) from None
+    return {"space": [(found.f_blocks - found.f_bfree) * found.f_frsize, found.f_blocks * found.f_frsize,
+                      found.f_files - found.f_ffree, found.f_files]}, []
+
+
 OPERATIONS: dict[str, Operation] = {
     "open_read": open_read, "open_write": open_write, "commit_write": commit_write, "abort_write": abort_write,
     "stat": stat_path, "list": list_folder, "remove": remove_path, "make_dir": make_dir, "symlink": symlink,
-    "move": move, "chmod": chmod, "chown": chown,
+    "move": move, "chmod": chmod, "chown": chown, "space": space,
 }
 
 

@@ -11,10 +11,11 @@ from collections import deque
 from typing import Any
 
 PACKET = 60_000  # bytes; a longer message travels in a memory file
+CHANNEL_MEMORY = 256 << 20  # bytes of memory that a program shares with us; what is not used takes no room
 _LARGEST = 64 << 20
 _MOST_WAITING = 2_000
 _MOST_FDS = 64
-_buffer = bytearray(PACKET + 4096)
+packet_buffer = bytearray(PACKET + 4096)
 
 
 def pack(message: dict[str, Any]) -> tuple[bytes, list[int]]:
@@ -22,16 +23,37 @@ def pack(message: dict[str, Any]) -> tuple[bytes, list[int]]:
     data = json.dumps(message).encode()
     if len(data) <= PACKET:
         return data, []
+    return memory_note(data), [memory_file(data)]
+
+
+def memory_file(data: bytes) -> int:
+    """A memory file with a long message."""
     fd = os.memfd_create("message", os.MFD_CLOEXEC)
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view):]
-    return json.dumps({"memfd": len(data)}).encode(), [fd]
+    return fd
+
+
+def memory_note(data: bytes) -> bytes:
+    """The packet that goes with it."""
+    return json.dumps({"memfd": len(data)}).encode()
 
 
 def unpack(data: bytes | bytearray | memoryview, fds: list[int]) -> dict[str, Any]:
     """The message of a packet; its memory file, the last of `fds`, is taken out and closed. ValueError if unsound."""
-    message = json.loads(bytes(data))
+    message = json.loads(plain(data, fds))
+    if not isinstance(message, dict):
+        raise ValueError("a message must be an object")
+    return message
+
+
+def plain(data: bytes | bytearray | memoryview, fds: list[int]) -> bytes:
+    """The text of a packet's message; its memory file, the last of `fds`, is taken out and closed. ValueError."""
+    text = bytes(data)
+    if not text.startswith(b'{"memfd"') or not fds:
+        return text
+    message = json.loads(text)
     if isinstance(message, dict) and "memfd" in message and fds:
         fd = fds.pop()
         try:
@@ -45,10 +67,8 @@ def unpack(data: bytes | bytearray | memoryview, fds: list[int]) -> dict[str, An
                 offset += len(piece)
         finally:
             os.close(fd)
-        message = json.loads(b"".join(pieces))
-    if not isinstance(message, dict):
-        raise ValueError("a message must be an object")
-    return message
+        return b"".join(pieces)
+    return text
 
 
 def receive_packet(sock: socket.socket, buffer: bytearray) -> tuple[memoryview, list[int]]:
@@ -87,7 +107,7 @@ class Connection:
 
     def receive(self) -> dict[str, Any] | None:
         """The next request; None at the end. BlockingIOError when there is none now."""
-        data, fds = receive_packet(self.sock, _buffer)
+        data, fds = receive_packet(self.sock, packet_buffer)
         try:
             return unpack(data, fds) if data else None
         finally:

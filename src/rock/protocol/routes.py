@@ -374,6 +374,16 @@ def _rows() -> Iterator[Route]:
         "frames",
     )
     yield row("close_env", "DELETE", _S + "/envs/{env}", "data", "End its process", "", "EnvInfo")
+    # data plane: images
+    yield row(
+        "build_image",
+        "POST",
+        "/v1/images/build",
+        "data",
+        "Build a Dockerfile: a RESULT frame with a BuildRequest, then the tar of its context in STDOUT frames",
+        "frames",
+        "frames (BuiltImage)",
+    )
     # node plane
     yield row(
         "node_create",

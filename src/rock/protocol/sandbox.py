@@ -50,7 +50,7 @@ class Cause(StrEnum):
 
 
 class Isolation(StrEnum):
-    """How far a sandbox is from its host, weakest first. All of them share the host's kernel."""
+    """How far a sandbox is from its host, weakest first. All but the last two share the host's kernel."""
 
     NONE = "none"  # a plain process
     LANDLOCK = "landlock"  # Landlock, seccomp and rlimits; no namespaces
@@ -60,6 +60,11 @@ class Isolation(StrEnum):
     CONTAINER = "container"  # a container engine's
     GVISOR = "gvisor"
     MICROVM = "microvm"
+
+    @property
+    def rank(self) -> int:
+        """Its place in this order."""
+        return list(Isolation).index(self)
 
 
 class Wire(BaseModel):
@@ -82,7 +87,9 @@ class SandboxConfig(BaseConfig):
 
     image: "host" (this machine's own system, read-only) or the name of an image in the server's store.
     memory, cpus: limits; they may be overcommitted. limit_cpus: a hard cap, when cpus is only the usual share.
-    pids: most processes and threads at once. disk: size limit of what is written; None is no limit.
+    pids: most processes and threads at once. disk: size limit of what is written; None is no limit. inodes: most
+        files, with a disk limit; None is one for 16 KiB of it. nofile: most open files of a process. shm_size: size of
+        /dev/shm, at most half of the memory; None is up to a quarter.
     auto_clear_seconds: idle time after which it is stopped; 0 is never. Idle is without a call under way: a background
         process alone does not keep a sandbox. timeout: seconds from its start after which it
         is stopped in any case; None is never.
@@ -94,8 +101,10 @@ class SandboxConfig(BaseConfig):
     network: "none" (its own, with loopback), "nat" (public addresses, by TCP) or "host".
     egress: where it may connect to, and nowhere else, as in protocol/egress.py: "example.com", "*.example.org:443",
         "203.0.113.0/24:22", "*". None is every public address. It goes with network "nat", which it implies.
-    runtime: name of the runtime; None is the server's default.
-    minimum_isolation: refuse to start with anything weaker.
+    runtime: name of the runtime; None is the server's default. oci_runtime: what runs a container, of runtime "docker"
+        alone; use_kata_runtime is "kata".
+    isolation: exactly this level; where no runtime is named, it chooses the one that gives it. minimum_isolation:
+        refuse to start with anything weaker.
     env: environment of all that runs inside. labels: the user's own words, to list by.
     sandbox_id: a name of your own choice; taken already is a Conflict.
     """
@@ -107,6 +116,9 @@ class SandboxConfig(BaseConfig):
     limit_cpus: float | None = Field(default=None, gt=0)
     pids: int = Field(default=4096, ge=16, le=1_000_000)
     disk: str | None = None
+    inodes: int | None = Field(default=None, ge=256, le=1 << 32)
+    nofile: int | None = Field(default=None, ge=16, le=1 << 20)
+    shm_size: str | None = None
     auto_clear_seconds: int = Field(default=300, ge=0)
     auto_archive_seconds: int | None = Field(default=None, ge=0)
     auto_delete_seconds: int | None = Field(default=None, ge=0)
@@ -115,6 +127,7 @@ class SandboxConfig(BaseConfig):
     network: Literal["none", "nat", "host"] = "none"
     egress: list[str] | None = Field(default=None, max_length=egress.MOST_ENTRIES)
     runtime: str | None = None
+    isolation: Isolation | None = None
     minimum_isolation: Isolation = Isolation.NONE
     env: dict[str, str] = Field(default_factory=dict)
     labels: dict[str, str] = Field(default_factory=dict)
@@ -127,6 +140,7 @@ class SandboxConfig(BaseConfig):
     registry_username: str | None = None
     registry_password: str | None = Field(default=None, repr=False)
     use_kata_runtime: bool = False
+    oci_runtime: Literal["runc", "runsc", "kata"] | None = None
     num_gpus: float | None = Field(default=None, ge=0)
     accelerator_type: str | None = None
     sandbox_id: str | None = Field(default=None, pattern=ID_PATTERN)
@@ -149,8 +163,15 @@ class SandboxConfig(BaseConfig):
     @field_validator("disk")
     @classmethod
     def _disk(cls, value: str | None) -> str | None:
-        if value is not None:
-            parse_size(value, "disk")
+        if value is not None and parse_size(value, "disk") < 4 << 20:
+            raise ValueError(f"Invalid disk size: {value} (a disk has at least 4m)")
+        return value
+
+    @field_validator("shm_size")
+    @classmethod
+    def _shm_size(cls, value: str | None) -> str | None:
+        if value is not None and parse_size(value, "shm_size") < 64 << 10:
+            raise ValueError(f"Invalid shm_size: {value} (it has at least 64k)")
         return value
 
     @field_validator("env")
@@ -183,9 +204,35 @@ class SandboxConfig(BaseConfig):
             self.__pydantic_fields_set__.add("network")
         return self
 
+    @model_validator(mode="after")
+    def _fitting(self) -> Self:
+        if self.inodes is not None and self.disk is None:
+            raise ValueError("inodes: it is a limit of a disk with a size; give disk too")
+        if self.shm_size is not None and self.shm_bytes * 2 > self.memory_bytes:
+            raise ValueError(f"shm_size {self.shm_size} is over half of the memory, {self.memory}: it is filled from there")
+        if self.isolation is not None and self.isolation.rank < self.minimum_isolation.rank:
+            raise ValueError(f"isolation {self.isolation.value} is weaker than minimum_isolation "
+                             f"{self.minimum_isolation.value}")
+        return self
+
     @property
     def memory_bytes(self) -> int:
         return parse_size(self.memory)
+
+    @property
+    def disk_bytes(self) -> int:
+        """0 is no limit."""
+        return parse_size(self.disk, "disk") if self.disk is not None else 0
+
+    @property
+    def disk_inodes(self) -> int:
+        """Most files on a disk with a limit."""
+        return self.inodes if self.inodes is not None else max(1024, self.disk_bytes >> 14)
+
+    @property
+    def shm_bytes(self) -> int:
+        """0 is what the runtime gives."""
+        return parse_size(self.shm_size, "shm_size") if self.shm_size is not None else 0
 
     @property
     def keeps_files(self) -> bool:

@@ -8,19 +8,22 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from typing import Any
 
-from rock.errors import Expired, Lost, NotFound, NotHere, OutOfMemory, RockError, StartFailed, Unavailable
-from rock.protocol.routes import ERROR_CODE
+from rock.errors import Expired, Lost, NotFound, NotHere, OutOfMemory, RockError, StartFailed, Unavailable, Unsupported
+from rock.protocol.routes import ERROR_CODE, ROUTES
 from rock.protocol.sandbox import Cause, SandboxInfo, State
 from rock.store.base import Store
 from rock.wire.asgi import App, Receive, Scope, Send, deny, failure
 
 PREFIX = "/v1/sandboxes/"
 _CONTROL = {"stop", "restart", "archive", "commit", "connections"}
+_BUILD = ROUTES["build_image"].path
 _NOT_HERE = (ERROR_CODE.encode(), NotHere.code.encode())  # a program inside may answer 421 too
 
 
 def is_data(path: str) -> bool:
-    """Whether a path belongs to the data plane: something below a sandbox that is not the admin's."""
+    """Whether a path belongs to the data plane: something below a sandbox that is not the admin's, or a build."""
+    if path == _BUILD:
+        return True
     if not path.startswith(PREFIX):
         return False
     _, _, rest = path[len(PREFIX) :].partition("/")
@@ -47,6 +50,9 @@ class Proxy:
             await (deny(scope, send, error) if scope["type"] == "websocket" else failure(error).send(send))
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == _BUILD:
+            await failure(Unsupported("images are built where there is one worker", hint="ask a worker")).send(send)
+            return
         record = await self._store.get(_sandbox_id(scope))
         worker = self._workers.get(record.info.worker or "") if record else None
         if record is None or worker is None:

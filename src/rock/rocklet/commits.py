@@ -19,9 +19,10 @@ from rock.protocol.node import NodeCommit, NodeImage
 from rock.protocol.sandbox import ArchivedFiles
 from rock.runtime.base import Handle, Runtime, Snapshots
 from rock.runtime.image.locks import storing
-from rock.runtime.image.registry import Login, Registry
+from rock.runtime.image.logins import Login
+from rock.runtime.image.registry import Registry
 from rock.runtime.image.rootfs import RootFS
-from rock.runtime.image.store import new_name
+from rock.runtime.image.store import ImageStore, new_name
 
 if TYPE_CHECKING:
     from rock.rocklet.node import Node
@@ -66,9 +67,9 @@ class Commits:
                     raise Unsupported(f"no image can be made of a sandbox of runtime {handle.runtime!r}")
                 base = runtime.image(handle)
                 login = await self._logged_in(wish, base)
-                async with self._scratch() as folder:
+                async with scratch_of(self._store) as folder:
                     tar = folder / "written.tar"
-                    files = await self._written(runtime, handle, wish.limit, tar)
+                    files = await written(runtime, handle, wish.limit, tar)
                     if not resting:
                         self._refuse_stopped(sandbox_id, handle)
                     return await _in_thread(lambda gone: self._make(wish, base, tar, files, login, gone))
@@ -100,8 +101,11 @@ class Commits:
                 f"an image made of {base.name} shows this machine's own system, which no registry can hold",
                 hint="commit without a push, or use sandboxes of an image that was imported or pulled"))  # fmt: skip
         if wish.registry_username is None:
-            return None
-        login = Login(wish.registry_username, wish.registry_password or "")
+            login = self._store.logins.of(reference.domain)
+            if login is None:
+                return None
+        else:
+            login = Login(wish.registry_username, wish.registry_password or "")
         registry = Registry(reference, login)
         try:
             await asyncio.to_thread(registry.log_in)
@@ -118,30 +122,6 @@ class Commits:
             raise Conflict(f"sandbox {sandbox_id} was stopped while it was committed", sandbox_id=sandbox_id)
 
     # ---- the files ----
-
-    @contextlib.asynccontextmanager
-    async def _scratch(self) -> AsyncGenerator[Path]:
-        with storing("making room for a commit"):
-            scratch = self._store.layers.scratch()
-            folder = await asyncio.to_thread(scratch.__enter__)
-        try:
-            yield folder
-        finally:
-            await asyncio.shield(asyncio.to_thread(scratch.__exit__, None, None, None))
-
-    @staticmethod
-    async def _written(runtime: Snapshots, handle: Handle, limit: int, tar: Path) -> ArchivedFiles:
-        """Pack it into a file, with holes where there are zeros: a guest's file of nothing costs nothing."""
-        told: list[ArchivedFiles] = []
-        with storing("packing what was written"), open(tar, "xb") as file:
-            async with contextlib.aclosing(runtime.snapshot(handle, limit)) as parts:
-                async for part in parts:
-                    if isinstance(part, ArchivedFiles):
-                        told.append(part)
-                    else:
-                        await asyncio.to_thread(_append, file, part)
-            file.truncate(told[0].size)
-        return told[0]
 
     # ---- the image; in a thread ----
 
@@ -161,6 +141,33 @@ class Commits:
         except RockError as error:
             raise _at("push", error) from None
         return made.model_copy(update={"pushed": digest})
+
+
+@contextlib.asynccontextmanager
+async def scratch_of(store: ImageStore) -> AsyncGenerator[Path]:
+    """A scratch folder of a store, removed at the end, or after a crash by whoever opens the store next."""
+    with storing("making room for an image"):
+        scratch = store.layers.scratch()
+        folder = await asyncio.to_thread(scratch.__enter__)
+    try:
+        yield folder
+    finally:
+        await asyncio.shield(asyncio.to_thread(scratch.__exit__, None, None, None))
+
+
+async def written(runtime: Snapshots, handle: Handle, limit: int, tar: Path) -> ArchivedFiles:
+    """Pack what a sandbox wrote into a file, with holes where there are zeros: a guest's file of nothing costs
+    nothing."""
+    told: list[ArchivedFiles] = []
+    with storing("packing what was written"), open(tar, "xb") as file:
+        async with contextlib.aclosing(runtime.snapshot(handle, limit)) as parts:
+            async for part in parts:
+                if isinstance(part, ArchivedFiles):
+                    told.append(part)
+                else:
+                    await asyncio.to_thread(_append, file, part)
+        file.truncate(told[0].size)
+    return told[0]
 
 
 def _at(stage: str, error: RockError) -> RockError:

@@ -59,3 +59,14 @@ class Hosted:
     token: str = ""
     lent: Callable[[RockError], None] | None = None
     returned: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(frozen=True)
+class Lent:
+    """An environment's pipes, which a client plays it by. `memory`: for large answers, and where its part begins, when
+    there is such memory. `timeout`: seconds for each thing that it is asked."""
+
+    requests: int
+    answers: int
+    memory: tuple[int, int] | None
+    timeout: float

@@ -4,7 +4,8 @@ A step through the server wakes four processes, one by the environment's own pip
 a Unix socket of ours gets the two descriptors, for as long as it holds that connection:
 
     client: {"sandbox", "env", "token"}            token: from the answer of make_env
-    server: {"timeout": seconds} with the descriptors (requests, answers), or an error as the wire has them
+    server: {"timeout": seconds} with the descriptors (requests, answers), or an error as the wire has them; with a
+            third one where there is memory for large answers, and {"offset"}: where the environment's part begins
     client: {"playing": true}                      now and then: it is no idle environment
     client: {"overdue": "step"}                    it took longer than timeout: it is to be killed
     client: {"nonsense": why}                      what it answers makes no sense: likewise
@@ -132,9 +133,14 @@ class Door:
         return supervisor, host, number
 
     async def _lend(self, client: socket.socket, supervisor: Supervisor, host: EnvHost, number: int) -> None:
-        requests, answers, timeout = host.lend(number, lambda error: _tell(client, error))
+        lent = host.lend(number, lambda error: _tell(client, error))
         try:
-            socket.send_fds(client, [orjson.dumps({"timeout": timeout})], [requests, answers])
+            told: dict[str, Any] = {"timeout": lent.timeout}
+            fds = [lent.requests, lent.answers]
+            if lent.memory is not None:
+                memory, told["offset"] = lent.memory
+                fds.append(memory)
+            socket.send_fds(client, [orjson.dumps(told)], fds)
             supervisor.touch()
             while said := await _packet(client):
                 supervisor.touch()

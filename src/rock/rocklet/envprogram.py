@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
+import os
 import zlib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from rock.guest import envhost
+from rock.guest import envhost, frames
 from rock.rocklet.envwire import Inlet, Outlet, OwnInlet, Tail
 from rock.runtime.base import Process, Program
 from rock.runtime.image.host import PYTHON_LIBRARIES
@@ -43,8 +45,9 @@ sys.modules["rock.guest.envhost"].main()
 def program(folder: str | None, python: str, key: str, adapter: str = "") -> Program:
     """The host; `folder`: where its packages are inside, None for an image whose `python` has them itself; adapter:
     what guest/tasks.py installs of a training set."""
-    channels: dict[int, Literal["r", "w"]] = dict.fromkeys((envhost.REQUESTS, *envhost.PIPES), "r")
+    channels: dict[int, Literal["r", "w", "m"]] = dict.fromkeys((envhost.REQUESTS, *envhost.PIPES), "r")
     channels.update(dict.fromkeys((envhost.ANSWERS, *(pipe + envhost.OWN for pipe in envhost.PIPES)), "w"))
+    channels[envhost.MEMORY] = "m"
     if folder is None:
         # What makes our Python find its own must not lead the image's astray
         own = {name: value for name, value in _ENVIRONMENT.items() if name not in ("PYTHONPATH", "LD_LIBRARY_PATH")}
@@ -85,6 +88,7 @@ class Link:
         self.own: dict[int, OwnInlet] = {}
         for pipe in envhost.PIPES:
             self._add(pipe, answered, nonsense)
+        self.memory = _sealed(process.channels.get(envhost.MEMORY))
         self.outlets = {pipe: Outlet(process.channels[pipe]) for pipe in (envhost.REQUESTS, *envhost.PIPES)}
 
     def _add(
@@ -103,3 +107,15 @@ class Link:
             own.stop()
         for outlet in self.outlets.values():
             outlet.drop()
+
+
+def _sealed(memory: int | None) -> int | None:
+    """The memory when whoever maps it can rely on its size: it came from inside, and what is cut off kills a reader."""
+    if memory is None:
+        return None
+    try:
+        seals = fcntl.fcntl(memory, fcntl.F_GET_SEALS)
+        whole = os.fstat(memory).st_size >= len(envhost.PIPES) * frames.PART
+    except OSError:
+        return None
+    return memory if whole and seals & fcntl.F_SEAL_SHRINK else None

@@ -30,7 +30,7 @@ from rock.errors import (
 from rock.guest import envhost, frames
 from rock.guest.frames import CALL, CLOSE, ENDED, ERROR, HEAD, HELLO, KILL, MAKE, NO_INDEX, PLAIN, RESET, STEP, Frame
 from rock.protocol.enverrors import error_of
-from rock.rocklet.envcalls import Answered, Batch, Call, Hosted
+from rock.rocklet.envcalls import Answered, Batch, Call, Hosted, Lent
 from rock.rocklet.envnames import Names
 from rock.rocklet.envprogram import Link, program
 from rock.runtime.base import ExitStatus, Handle, Process, Runtime
@@ -292,9 +292,9 @@ class EnvHost:
             return False
         return secrets.compare_digest(hosted.token.encode(), token.encode(errors="replace"))
 
-    def lend(self, number: int, lost: Callable[[RockError], None]) -> tuple[int, int, float]:
-        """(requests, answers, seconds for each thing asked) of an environment that is nobody's; `lost` is called when
-        it ends or is taken back. Raises its end, Conflict."""
+    def lend(self, number: int, lost: Callable[[RockError], None]) -> Lent:
+        """The pipes of an environment that is nobody's; `lost` is called when it ends or is taken back. Raises its end,
+        Conflict."""
         hosted = self._envs[number]
         if hosted.ended is not None:
             raise hosted.ended
@@ -307,7 +307,9 @@ class EnvHost:
         hosted.lent = lost
         hosted.returned.clear()
         channels = self._link.process.channels
-        return channels[hosted.pipe], channels[own], self._limit(hosted)
+        memory = self._link.memory
+        part = None if memory is None else (memory, (hosted.pipe - envhost.PIPES.start) * frames.PART)
+        return Lent(channels[hosted.pipe], channels[own], part, self._limit(hosted))
 
     def take_back(self, number: int) -> None:
         """The client has let go of the pipes, or has to. Idempotent."""

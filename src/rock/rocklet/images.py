@@ -6,22 +6,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable
-from pathlib import Path
 
 from rock.envhub.packages import requirements_of, wheels_only, without_dependencies
 from rock.errors import ImageError, NotFound
 from rock.protocol.node import ImageState
 from rock.protocol.sandbox import SandboxConfig
+from rock.runtime.image.logins import Login
 from rock.runtime.image.packages import PackageSet, ensure, is_built, packages_folder
-from rock.runtime.image.registry import Login
 from rock.runtime.image.store import ImageStore
 
 
 class Images:
     """`prepare` may take minutes, once; after it `store.resolve` finds the image without waiting for a network."""
 
-    def __init__(self, folder: Path) -> None:
-        self.store = ImageStore(folder)
+    def __init__(self, store: ImageStore) -> None:
+        self.store = store
         self._preparing: dict[str, asyncio.Task[None]] = {}
 
     def is_ready(self, config: SandboxConfig) -> bool:

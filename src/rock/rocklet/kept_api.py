@@ -20,7 +20,7 @@ def add_routes(router: Router, node: Node) -> None:
         return Answer(stream=_framed(node, request.path["sandbox_id"], limit), content_type=STREAM_TYPE.encode())
 
     async def unpack(request: Request) -> Answer:
-        frames = _frames(request)
+        frames = frames_of(request)
         async with contextlib.aclosing(frames):
             kind, payload = await anext(frames, (Frame.ERROR, b""))
             if kind is not Frame.RESULT:
@@ -29,7 +29,7 @@ def add_routes(router: Router, node: Node) -> None:
                 wanted = validate(NodeFiles, orjson.loads(payload))
             except orjson.JSONDecodeError as error:
                 raise InvalidConfig(f"the first frame is not JSON: {error}") from None
-            made = await node.unpack(request.path["sandbox_id"], wanted.config, wanted.files, _payloads(frames))
+            made = await node.unpack(request.path["sandbox_id"], wanted.config, wanted.files, payloads_of(frames))
         return answer_model(made, 201)
 
     router.add(ROUTES["node_pack"], pack)
@@ -48,7 +48,8 @@ async def _framed(node: Node, sandbox_id: str, limit: int) -> AsyncGenerator[byt
         yield pack_frame(Frame.ERROR, orjson.dumps(error.to_wire(), default=repr))
 
 
-async def _frames(request: Request) -> AsyncGenerator[tuple[Frame, bytes]]:
+async def frames_of(request: Request) -> AsyncGenerator[tuple[Frame, bytes]]:
+    """The frames of a body. InvalidConfig for what is none."""
     parser = FrameParser()
     async for chunk in request.chunks():
         try:
@@ -58,7 +59,8 @@ async def _frames(request: Request) -> AsyncGenerator[tuple[Frame, bytes]]:
             raise InvalidConfig(f"this is no frame: {error}") from None
 
 
-async def _payloads(frames: AsyncGenerator[tuple[Frame, bytes]]) -> AsyncIterator[bytes]:
+async def payloads_of(frames: AsyncGenerator[tuple[Frame, bytes]]) -> AsyncIterator[bytes]:
+    """What STDOUT frames carry. InvalidConfig for others."""
     async for kind, payload in frames:
         if kind is not Frame.STDOUT:
             raise InvalidConfig(f"a frame of kind {kind.name} has no place here")

@@ -29,6 +29,7 @@ from rock.errors import (
 from rock.protocol.network import ConnectionList
 from rock.protocol.node import NodeEvent, NodeEvents, NodeInventory, NodeSandbox, NodeStatus
 from rock.protocol.sandbox import ArchivedFiles, Cause, Isolation, Phase, SandboxConfig
+from rock.rocklet.builds import Builds
 from rock.rocklet.commits import Commits
 from rock.rocklet.envdoor import Door
 from rock.rocklet.images import Images
@@ -36,7 +37,7 @@ from rock.rocklet.kept import KeptSandboxes
 from rock.rocklet.session import Session
 from rock.rocklet.supervisor import Shelf, Supervisor, open_ahead
 from rock.runtime import hostmemory
-from rock.runtime.base import Connects, Handle, Keeps, Liveness, Pools, Prepared, Runtime
+from rock.runtime.base import Connects, Handle, Keeps, Liveness, OwnImages, Pools, Prepared, Runtime
 
 log = logging.getLogger("rock.node")
 
@@ -63,6 +64,7 @@ class Node:
         self.supervisors: dict[str, Supervisor] = {}
         self.kept = KeptSandboxes(self.shelf)
         self.commits = Commits(self)
+        self.builds = Builds(self)
         self._creating: dict[str, asyncio.Task[Supervisor]] = {}
         self._destroying: dict[str, asyncio.Task[NodeSandbox]] = {}
         self._resting: dict[str, asyncio.Task[NodeSandbox]] = {}
@@ -136,6 +138,7 @@ class Node:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.commits.close()
+        await self.builds.close()
         await self.door.close()
         for supervisor in self.supervisors.values():
             await supervisor.detach()
@@ -163,7 +166,9 @@ class Node:
     async def check(self, config: SandboxConfig) -> None:
         """Raise what a create would raise at once; starts nothing."""
         runtime = self.runtime_for(config)
-        if self.images.is_ready(config):  # what has to be installed first is checked when it is
+        own = runtime.has_image(config) if isinstance(runtime, OwnImages) else None
+        # What has to be installed first is checked when it is.
+        if await own if own is not None else self.images.is_ready(config):
             await runtime.check(config)
 
     async def create(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
@@ -211,7 +216,7 @@ class Node:
             def tell(text: str) -> None:
                 phases["image"] = phases["image"].model_copy(update={"message": text})
 
-            await self.images.prepare(config, tell)
+            await (runtime.prepare_image if isinstance(runtime, OwnImages) else self.images.prepare)(config, tell)
             phases["image"] = _finished(phases["image"], "on disk")
             step = "sandbox"
             phases["sandbox"] = Phase(status="running", started_at=time.time())

@@ -362,7 +362,8 @@ class Supervisor:
         if why == "oom":
             cause, text = Cause.OUT_OF_MEMORY, f"it ran out of its {self.config.memory} of memory"
         else:
-            cause, text = Cause.LOST, "its pid 1 ended" + (f" (processes killed for memory: {kills})" if kills else "")
+            told = "its pid 1 ended" if why == "gone" else why
+            cause, text = Cause.LOST, told + (f" (processes killed for memory: {kills})" if kills else "")
         self.cause, self.reason = cause, text
         self._ended(self, cause, text)
 

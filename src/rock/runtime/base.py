@@ -4,7 +4,8 @@ A runtime implements `Runtime`; a sandbox is known by its `Handle`, plain data t
 rocklet finds it again. A program is started with `spawn` and is then a `Process`, whose streams are descriptors of
 ours.
 
-Optional capabilities stand beside it and are asked for by type: `isinstance(runtime, Files)`.
+Optional capabilities stand beside it and are asked for by type: `isinstance(runtime, Files)`. What has no methods by
+which it could be told is a `Trait`, and declared.
 """
 
 from __future__ import annotations
@@ -15,12 +16,30 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Protocol, runtime_checkable
 
+from rock.guest.wire import CHANNEL_MEMORY as CHANNEL_MEMORY
 from rock.protocol.network import ConnectionList
 from rock.protocol.sandbox import ArchivedFiles, Isolation, SandboxConfig, Usage
 from rock.runtime.image.rootfs import RootFS
 
 Stream = Literal["pipe", "null"]
-Enforced = Literal["cgroup-v1", "cgroup-v2", "watched", "affinity", "rlimit", "tmpfs", "none"]
+Enforced = Literal["cgroup-v1", "cgroup-v2", "watched", "affinity", "rlimit", "loop", "tmpfs", "none"]
+
+
+class Trait(StrEnum):
+    """What a runtime promises beyond its methods. What it does not declare it need not hold, and nobody relies on it.
+
+    The conformance suite has tests for each, and docs/runtimes.md a row.
+    """
+
+    PROGRAMS = "programs"  # programs of the image run as processes of the machine's kernel
+    IMAGES = "images"  # it mounts images of the server's store, which are made ready before `create`
+    TERMINALS = "terminals"  # Program.pty; Unsupported without it
+    OUTLIVES = "outlives"  # sandboxes and kept programs go on when the server's process ends, and are found again
+    ROOT = "root"  # a file system of its own: no path and no link leads to the host's files
+    PROCESSES = "processes"  # sees and signals no processes but its own
+    NETWORK = "network"  # network="none" is a loopback of its own, and nothing else
+    USERS = "users"  # several users inside: `user` of programs and files is held by the kernel
+    LIMITS = "limits"  # memory, cpus and pids are held; Handle.enforced says how
 
 
 class Liveness(StrEnum):
@@ -37,7 +56,7 @@ class Handle:
     runtime: str
     id: str
     isolation: Isolation
-    enforced: Mapping[str, Enforced]  # how each limit is held: keys "memory", "cpus", "pids"
+    enforced: Mapping[str, Enforced]  # how each limit is held: "memory", "cpus", "pids", "disk", ...
     data: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -68,7 +87,8 @@ class Program:
     stdin, stdout, stderr: "pipe" gives our side a descriptor, "null" is /dev/null; stderr="stdout" joins the two.
     pty: (rows, columns): one terminal as stdin, stdout and stderr and as the controlling terminal.
     channels: further pipes; key: the descriptor number that the program sees, value: "r" when the program reads it
-        (we get the writing end), "w" when it writes it (we get the reading end).
+        (we get the writing end), "w" when it writes it (we get the reading end), "m": memory of CHANNEL_MEMORY bytes
+        that both can map, whose size nobody can change. Where a runtime cannot share memory there is no such channel.
     key: a name that is unique in the sandbox, for `attach` after a restart of the rocklet.
     keep: pid 1 holds copies of our ends of the streams, so that neither side sees an end of file when the
         rocklet crashes, and `attach` gives them again. When False the streams die with the rocklet.
@@ -83,7 +103,7 @@ class Program:
     stdout: Stream = "pipe"
     stderr: Literal["pipe", "null", "stdout"] = "pipe"
     pty: tuple[int, int] | None = None
-    channels: Mapping[int, Literal["r", "w"]] = field(default_factory=dict)
+    channels: Mapping[int, Literal["r", "w", "m"]] = field(default_factory=dict)
     key: str = ""
     keep: bool = False
     nofile: int | None = None
@@ -141,9 +161,13 @@ class Process(Protocol):
 
 @runtime_checkable
 class Runtime(Protocol):
-    """A way to make sandboxes on this machine."""
+    """A way to make sandboxes on this machine.
+
+    traits: what a sandbox of each isolation level that it may come to has; `Handle.isolation` is the level of one.
+    """
 
     name: str
+    traits: Mapping[Isolation, frozenset[Trait]]
 
     async def open(self) -> None:
         """Probe the host and start what the runtime needs (a launcher, a pool). Raises Unsupported with the reason."""
@@ -178,7 +202,8 @@ class Runtime(Protocol):
         ...
 
     async def wait(self, handle: Handle) -> str:
-        """Return when the sandbox is gone, with the reason: "oom" or "gone". Never returns while it lives."""
+        """Return when the sandbox is gone, with the reason: "oom", "gone", or a sentence where more is known. Never
+        returns while it lives."""
         ...
 
     async def stop(self, handle: Handle, grace: float) -> None:
@@ -342,6 +367,19 @@ class Snapshots(Protocol):
     def snapshot(self, handle: Handle, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:
         """What it wrote, as `Keeps.pack` gives it; its processes stand still meanwhile. They go on when the generator
         is closed, and when we crash. Unsupported where files were written that no layer can have."""
+        ...
+
+
+@runtime_checkable
+class OwnImages(Protocol):
+    """Its images are not those of our store: it finds and fetches them itself."""
+
+    async def has_image(self, config: SandboxConfig) -> bool:
+        """Whether `prepare_image` has nothing to do; with pull="never" always."""
+        ...
+
+    async def prepare_image(self, config: SandboxConfig, tell: Callable[[str], None]) -> None:
+        """Fetch the image as `config.pull` says; `tell` is called with words on the progress. ImageError."""
         ...
 
 

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from rock import errors
 from rock.runtime.base import FileStat, Handle, Process, Program
 from rock.runtime.initlink import InitLink, token_user
+
+
+class Space(NamedTuple):
+    """A file system: bytes used and in all, and the same of files."""
+
+    used: int
+    size: int
+    files: int
+    most_files: int
 
 
 class InitSandboxes:
@@ -18,6 +27,10 @@ class InitSandboxes:
         """The connection to a sandbox's pid 1. Lost when it is gone."""
         raise NotImplementedError
 
+    async def linked(self, handle: Handle) -> InitLink:
+        """The same, for those who may have to wait for it."""
+        return self.link(handle)
+
     def complete(self, handle: Handle, program: Program) -> Program:
         """The program with environment, working folder and user of its sandbox filled in."""
         raise NotImplementedError
@@ -25,18 +38,18 @@ class InitSandboxes:
     # ---- programs ----
 
     async def spawn(self, handle: Handle, program: Program) -> Process:
-        return await self.link(handle).spawn(self.complete(handle, program))
+        return await (await self.linked(handle)).spawn(self.complete(handle, program))
 
     async def attach(self, handle: Handle, key: str) -> Process:
-        return await self.link(handle).attach(key)
+        return await (await self.linked(handle)).attach(key)
 
     async def processes(self, handle: Handle) -> list[str]:
-        return await self.link(handle).kept()
+        return await (await self.linked(handle)).kept()
 
     # ---- files ----
 
     async def _ask(self, handle: Handle, op: str, **fields: Any) -> tuple[dict[str, Any], list[int]]:
-        return await self.link(handle).request(op, fields, patience=660.0)
+        return await (await self.linked(handle)).request(op, fields, patience=660.0)
 
     async def _ask_fd(self, handle: Handle, op: str, **fields: Any) -> tuple[dict[str, Any], int]:
         return _single(await self._ask(handle, op, **fields), handle)
@@ -59,6 +72,11 @@ class InitSandboxes:
     async def abort_write(self, handle: Handle, token: str) -> None:
         if token:
             await self._ask(handle, "abort_write", token=token, user=token_user(token))
+
+    async def space(self, handle: Handle, path: str = "/") -> Space:
+        """What the file system at a path holds, as programs inside see it."""
+        reply, _ = await self._ask(handle, "space", path=path)
+        return Space(*(int(number) for number in reply["space"]))
 
     async def stat(self, handle: Handle, path: str, *, follow: bool = True) -> FileStat:
         reply, _ = await self._ask(handle, "stat", path=path, follow=follow)
@@ -91,7 +109,7 @@ class InitSandboxes:
 
     async def dial(self, handle: Handle, port: int, *, host: str = "127.0.0.1", timeout: float = 10.0) -> int:
         wish = {"port": port, "host": host, "timeout": timeout}
-        return _single(await self.link(handle).request("dial", wish, patience=timeout + 5), handle)[1]
+        return _single(await (await self.linked(handle)).request("dial", wish, patience=timeout + 5), handle)[1]
 
 
 def _single(answer: tuple[dict[str, Any], list[int]], handle: Handle) -> tuple[dict[str, Any], int]:

@@ -16,7 +16,7 @@ import socket
 import struct
 import termios
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class InitLink:
         self._early: dict[int, ExitStatus] = {}
         self._outgoing: list[tuple[bytes, list[int]]] = []
         self.closed = False
+        self.resize: Callable[[int, int, int], None] = _set_size  # a terminal's, by our descriptor of it
         self._loop.add_reader(sock, self._readable)
 
     @classmethod
@@ -330,7 +331,7 @@ class InitProcess:
         fd = self.stdin if self.stdin is not None else self.stdout
         if fd is not None:
             with contextlib.suppress(OSError):
-                fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+                self._link.resize(fd, rows, columns)
 
     async def close_stdin(self) -> None:
         if self.stdin is None or self._has_pty:
@@ -349,6 +350,10 @@ class InitProcess:
         self.channels = {}
         if self._keep and self._end.done():
             self._link.post("forget", {"pid": self.pid})
+
+
+def _set_size(fd: int, rows: int, columns: int) -> None:
+    fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
 
 def _ticks(since: float | None) -> int | None:

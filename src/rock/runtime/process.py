@@ -13,7 +13,7 @@ import os
 import secrets
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from rock import errors
 from rock.guest import init, proctree, remove
 from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
 from rock.runtime import wholefile
-from rock.runtime.base import Enforced, Handle, Liveness, Program
+from rock.runtime.base import Enforced, Handle, Liveness, Program, Trait
 from rock.runtime.initfiles import InitSandboxes, merged
 from rock.runtime.initlink import InitLink, bind_listener
 
@@ -30,15 +30,21 @@ _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _ENFORCED: dict[str, Enforced] = {"memory": "none", "cpus": "none", "pids": "none"}
 
 
+# Of this process, not of a runtime: one that is closed leaves its sandboxes alive, and the next one reaps them.
+_children: dict[int, subprocess.Popen[bytes]] = {}
+
+
 class ProcessRuntime(InitSandboxes):
     """Plain processes. `run_dir` holds one folder a sandbox; it is made when missing."""
 
     name = "process"
+    traits: Mapping[Isolation, frozenset[Trait]] = {
+        Isolation.NONE: frozenset({Trait.PROGRAMS, Trait.TERMINALS, Trait.OUTLIVES}),
+    }
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = Path(run_dir)
         self._links: dict[str, InitLink] = {}
-        self._children: dict[int, subprocess.Popen[bytes]] = {}
 
     async def open(self) -> None:
         self._run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -59,7 +65,7 @@ class ProcessRuntime(InitSandboxes):
         for name in ("disk", "num_gpus", "accelerator_type", "limit_cpus"):
             if getattr(config, name) is not None:
                 raise errors.Unsupported(f"the process runtime cannot hold {name}")
-        if config.use_kata_runtime or config.image_os != "linux":
+        if config.use_kata_runtime or config.oci_runtime is not None or config.image_os != "linux":
             raise errors.Unsupported("the process runtime runs nothing but programs of this machine")
 
     async def create(self, id: str, config: SandboxConfig) -> Handle:
@@ -94,7 +100,7 @@ class ProcessRuntime(InitSandboxes):
             child = subprocess.Popen(
                 [sys.executable, "-I", "-S", init.__file__, options], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 pass_fds=[listener.fileno()], start_new_session=True, cwd="/", env={"PATH": _PATH})
-        self._children[child.pid] = child
+        _children[child.pid] = child
         return child.pid
 
     def link(self, handle: Handle) -> InitLink:
@@ -119,7 +125,7 @@ class ProcessRuntime(InitSandboxes):
 
     async def wait(self, handle: Handle) -> str:
         await wait_gone(handle.data["pid"], handle.data["start"])
-        self._reap()
+        _reap()
         return "gone"
 
     async def stop(self, handle: Handle, grace: float) -> None:
@@ -129,7 +135,7 @@ class ProcessRuntime(InitSandboxes):
             async with asyncio.timeout(grace + 5):
                 await wait_gone(pid, start)
         await asyncio.to_thread(_kill_sandbox, pid, start)
-        self._reap()
+        _reap()
 
     async def destroy(self, handle: Handle) -> None:
         await self._clean(handle.data["slot"], handle.data["pid"], handle.data["start"])
@@ -140,7 +146,7 @@ class ProcessRuntime(InitSandboxes):
             link.close()
         if pid is not None:
             await asyncio.to_thread(_kill_sandbox, pid, start)
-        self._reap()
+        _reap()
         await asyncio.to_thread(remove.remove_tree, str(self._run_dir / slot))
 
     async def sweep(self, known: Sequence[str]) -> list[str]:
@@ -155,10 +161,11 @@ class ProcessRuntime(InitSandboxes):
     async def usage(self, handle: Handle) -> Usage:
         return await asyncio.to_thread(_measure, handle.data["pid"])
 
-    def _reap(self) -> None:
-        for pid, child in list(self._children.items()):
-            if child.poll() is not None:
-                del self._children[pid]
+
+def _reap() -> None:
+    for pid, child in list(_children.items()):
+        if child.poll() is not None:
+            del _children[pid]
 
 
 def _alive(pid: int, start: int | None) -> bool:

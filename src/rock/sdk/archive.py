@@ -59,17 +59,17 @@ class FolderSource:
             path, name = Path(entry.path), prefix + entry.name
             status = path.lstat()
             if stat.S_ISDIR(status.st_mode):
-                yield _header(name + "/", status, tarfile.DIRTYPE)
+                yield header(name + "/", status, tarfile.DIRTYPE)
                 yield from self._walk(path, name + "/")
             elif stat.S_ISLNK(status.st_mode):
-                yield _header(name, status, tarfile.SYMTYPE, os.readlink(path))
+                yield header(name, status, tarfile.SYMTYPE, os.readlink(path))
             elif stat.S_ISREG(status.st_mode):
                 yield from self._file(path, name, status)
 
     def _file(self, path: Path, name: str, status: os.stat_result) -> Iterator[bytes]:
         left = status.st_size
         with open(path, "rb", buffering=0) as file:
-            yield _header(name, status, tarfile.REGTYPE)
+            yield header(name, status, tarfile.REGTYPE)
             while left:
                 chunk = file.read(min(CHUNK, left))
                 chunk = chunk or bytes(min(CHUNK, left))  # it shrank meanwhile: the header promised more
@@ -81,7 +81,8 @@ class FolderSource:
             yield bytes(-status.st_size % tarfile.BLOCKSIZE)
 
 
-def _header(name: str, status: os.stat_result, kind: bytes, target: str = "") -> bytes:
+def header(name: str, status: os.stat_result, kind: bytes, target: str = "") -> bytes:
+    """The head of an entry of a tar; a file's content follows."""
     info = tarfile.TarInfo(name)
     info.type, info.linkname = kind, target
     info.mode, info.mtime = stat.S_IMODE(status.st_mode), status.st_mtime

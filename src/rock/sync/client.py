@@ -6,16 +6,22 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Self
 
+import orjson
+from pydantic import ValidationError
+
 from rock import settings
-from rock.errors import StartFailed
+from rock.errors import InvalidConfig, ServerError, StartFailed, from_wire
 from rock.protocol.env import AddEnv, BuildEnv, EnvAbout
+from rock.protocol.images import BuildRequest, BuiltImage
 from rock.protocol.node import EnvList, ServerInfo
-from rock.protocol.routes import ROUTES
+from rock.protocol.routes import ROUTES, STREAM_TYPE, Frame, FrameParser
 from rock.protocol.sandbox import SandboxInfo
+from rock.sync import primitives
+from rock.sdk.context import ContextSource, read_context
 from rock.sdk.http import query_string
 from rock.sync.sandbox.link import parse, path
 from rock.sync.transport import Transport
@@ -107,6 +113,41 @@ class Client:
                 return about
             if time.monotonic() > deadline:
                 raise StartFailed(f"{wish.env_id} was not built within {timeout:g} seconds", hint="ask again")
+
+    def build_image(
+        self,
+        context: str | os.PathLike[str],
+        image_tag: str,
+        *,
+        dockerfile: str | os.PathLike[str] | None = None,
+        silence: float = 3600.0,
+        progress: Callable[[str], object] | None = None,
+        **fields: Any,
+    ) -> BuiltImage:
+        """Build the Dockerfile of a folder, which is sent without what .dockerignore leaves out, and give it a name.
+
+        dockerfile: another file than the folder's. progress: called with each piece of output. silence: seconds that
+        the server may say nothing. fields: of BuildRequest, as `target`, `build_args`, `network`. InvalidConfig and
+        Unsupported for the Dockerfile, CommandFailed for a RUN, each with its line; ImageError.
+        """
+        text, ignored = primitives.in_thread(read_context, context, dockerfile)
+        try:
+            wish = BuildRequest(image_tag=image_tag, dockerfile=text, **fields)
+        except ValidationError as error:
+            raise InvalidConfig(str(error)) from None
+        source = ContextSource(context, wish, ignored)
+        row, parser = ROUTES["build_image"], FrameParser()
+        opened = self.transport.open(row.method, row.path, source, timeout=silence, content_type=STREAM_TYPE)
+        with opened as answer:
+            for data in answer:
+                for kind, payload in parser.feed(data):
+                    if kind is Frame.RESULT:
+                        return BuiltImage.model_validate_json(payload)
+                    if kind is Frame.ERROR:
+                        raise from_wire(orjson.loads(payload))
+                    if progress is not None:
+                        progress(payload.decode("utf-8", "replace"))
+        raise ServerError("the server ended its answer before the image was built")
 
     def server_info(self) -> ServerInfo:
         """Version, isolation and capacity."""

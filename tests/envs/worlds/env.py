@@ -1,6 +1,7 @@
 """Environments for the tests: spaces of every kind, and one that misbehaves as it is told to."""
 
 import os
+import struct
 import sys
 import time
 
@@ -60,6 +61,17 @@ class World(gym.Env):
         return left + right
 
 
+def _lie(length):
+    """Answers, in the memory, of so many bytes, to whatever was asked; one for each id that may have been."""
+    for id in range(1, 6):
+        frame = struct.pack(">IBBIQq", 8, 16, 2, 1, id, -1) + length.to_bytes(8, "big")
+        for fd in range(216, 232):
+            try:
+                os.write(fd, frame)
+            except OSError:
+                pass
+
+
 class Bad(gym.Env):
     """Does what the action says."""
 
@@ -79,6 +91,10 @@ class Bad(gym.Env):
             os._exit(7)
         if action == "hang":
             time.sleep(1000)
+        if action.startswith("memory "):
+            _lie(int(action.partition(" ")[2]))
+        if action == "cut":
+            os.ftruncate(197, 0)
         if action in ("garbage", "every descriptor"):
             for fd in (1, 2):
                 os.write(fd, b"\x00\xff{}[" * 5000)

@@ -25,6 +25,8 @@ _INDEXES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.d
 _MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386", "loongarch64": "loong64"}
 _ARCHIVE_NAME = re.compile(r"blobs|oci-layout|index\.json|manifest\.json|repositories|[0-9a-f]{64}(\.json)?", re.ASCII)
 _DEEPEST_INDEX = 4
+# Of an image's config: kept for others, and not acted on here
+OTHER = ("ExposedPorts", "Volumes", "StopSignal", "Healthcheck", "Shell", "OnBuild")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Config:
     labels: dict[str, str] = field(default_factory=dict)
     created: str = ""
     architecture: str = ""
+    other: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -193,6 +196,7 @@ def _config(raw: bytes) -> tuple[Config, list[str]]:
         entrypoint=tuple(run.get("Entrypoint") or ()), cmd=tuple(run.get("Cmd") or ()),
         labels={str(k): str(v) for k, v in (run.get("Labels") or {}).items()},
         created=str(body.get("created") or ""), architecture=architecture,
+        other={key: run[key] for key in OTHER if run.get(key)},
     ), diff_ids  # fmt: skip
 
 

@@ -190,6 +190,13 @@ class LayerStore:
                     if free and not self._meta(folder.name).exists():
                         self._discard(folder)
 
+    def size(self, id: str) -> int:
+        """Bytes of the files of a layer by its folder's name; 0 when it is gone."""
+        try:
+            return LayerInfo(**json.loads(self._meta(id).read_bytes())).size
+        except FileNotFoundError:
+            return 0
+
     def ids(self) -> list[str]:
         return [p.stem for p in (self.folder / "meta").glob("*.json")]
 

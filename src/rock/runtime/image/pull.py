@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rock.errors import ImageError
 from rock.runtime.image.blobs import Archive
 from rock.runtime.image.importer import Archived, choose, read_oci
 from rock.runtime.image.reference import Reference
-from rock.runtime.image.registry import Login, Registry
+from rock.runtime.image.registry import Registry
 
 Progress = Callable[[str], None]
+T = TypeVar("T")
 
 _AT_ONCE = 4
 _LARGEST_CONFIG = 16 << 20
@@ -30,13 +31,14 @@ _STEP = 16 << 20  # bytes between two words on the progress
 
 
 class Pull:
-    """One pull of `reference` into `scratch`. `has`: whether the store has the layer of a digest of its plain tar."""
+    """One pull of `reference` into `scratch`. registries: those to ask, in this order. has: whether the store has the
+    layer of a digest of its plain tar."""
 
     def __init__(
-        self, reference: Reference, login: Login | None, scratch: Path, has: Callable[[str], bool],
+        self, reference: Reference, registries: Sequence[Registry], scratch: Path, has: Callable[[str], bool],
         progress: Progress | None,
     ) -> None:  # fmt: skip
-        self._registry = Registry(reference, login)
+        self._registries = registries
         self._reference = reference
         self._has = has
         self._tell = progress or (lambda _: None)
@@ -53,18 +55,29 @@ class Pull:
 
     def __exit__(self, *_: object) -> None:
         self._workers.shutdown(wait=True, cancel_futures=True)
-        self._registry.close()
+        for registry in self._registries:
+            registry.close()
+
+    def _ask(self, work: Callable[[Registry], T]) -> T:
+        """What the first registry gives that has it: mirrors, then the one that the image names."""
+        *mirrors, last = self._registries
+        for mirror in mirrors:
+            try:
+                return work(mirror)
+            except ImageError as error:
+                self._tell(f"mirror {mirror.domain}: {error.message}")
+        return work(last)
 
     def begin(self) -> Archived:
         """What the image is, while its layers come. Of a layer that is not there yet, `wait` for the digest."""
         what = self._reference.digest or self._reference.tag or "latest"
-        body, digest = self._registry.manifest(what)
+        body, digest = self._ask(lambda registry: registry.manifest(what))
         for _ in range(_DEEPEST):
             manifest = _object(body)
             if "manifests" not in manifest:
                 break
             chosen = choose(str(self._reference.familiar), manifest["manifests"])
-            body, digest = self._registry.manifest(chosen)
+            body, digest = self._manifest(chosen)
         else:
             raise ImageError(f"{self._reference.familiar}: its indexes are nested more than {_DEEPEST} deep")
         self._keep(digest, body)
@@ -109,7 +122,11 @@ class Pull:
             self._coming[row["digest"]] = self._workers.submit(self._fetch, row)
 
     def _fetch(self, row: Mapping[str, Any]) -> None:
-        self._registry.fetch(row["digest"], row["size"], self._path(row["digest"]), self._came)
+        path = self._path(row["digest"])
+        self._ask(lambda registry: registry.fetch(row["digest"], row["size"], path, self._came))
+
+    def _manifest(self, digest: str) -> tuple[bytes, str]:
+        return self._ask(lambda registry: registry.manifest(digest))
 
     def _came(self, count: int) -> None:
         with self._lock:

@@ -19,10 +19,11 @@ from typing import Any, Protocol
 from rock.errors import Unsupported
 from rock.runtime.image.importer import this_architecture
 from rock.runtime.image.layers import LayerStore, PackedLayer
+from rock.runtime.image.logins import Login
 from rock.runtime.image.packing import Packer, Part
 from rock.runtime.image.records import ImageRecord
 from rock.runtime.image.reference import HOST, Reference
-from rock.runtime.image.registry import MANIFESTS, Login, Registry
+from rock.runtime.image.registry import MANIFESTS, Registry
 from rock.runtime.image.tarstream import Entry, Kind
 from rock.runtime.image.tarwriter import TarWriter
 
@@ -262,7 +263,8 @@ def _tar_of(out: _Gzip) -> TarWriter:
 
 
 def _config(record: ImageRecord, diff_ids: list[str]) -> dict[str, Any]:
-    run: dict[str, Any] = {"Env": [f"{name}={value}" for name, value in record.env.items()], "WorkingDir": record.cwd}
+    env = [f"{name}={value}" for name, value in record.env.items()]
+    run: dict[str, Any] = {**record.other, "Env": env, "WorkingDir": record.cwd}
     for name, value in (("User", record.user if record.user != "root" else ""), ("Entrypoint", list(record.entrypoint)),
                         ("Cmd", list(record.cmd)), ("Labels", record.labels)):  # fmt: skip
         if value:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from rock.errors import ImageError
 from rock.runtime.image.locks import storing, write_atomic
@@ -20,6 +21,8 @@ class ImageRecord:
     name: as people write it. kind: "image", or "host" where it shows the machine's own system: such an image is kept by
     reference (`by_reference`), so changes of the machine show in it. digest: of its manifest, id: of its config.
     layers: digests, bottom first. size: bytes of their files. created: seconds since the epoch, when it came here.
+    pinned: it goes only when somebody removes it by name. other: what its config says beside that, as registries have
+    it (ExposedPorts, for one): kept, and not acted on.
     """
 
     name: str
@@ -38,6 +41,8 @@ class ImageRecord:
     cmd: tuple[str, ...] = ()
     labels: dict[str, str] = field(default_factory=dict)
     note: str = ""
+    pinned: bool = False
+    other: dict[str, Any] = field(default_factory=dict)
 
 
 class Records:
@@ -73,7 +78,10 @@ class Records:
         found = [record for file in self._folder.glob("*.json") if (record := self._read(file))]
         return sorted(found, key=lambda record: record.name)
 
-    def save(self, record: ImageRecord) -> ImageRecord:
+    def save(self, record: ImageRecord, *, keep_pin: bool = True) -> ImageRecord:
+        """Give a name its image. keep_pin: what was pinned stays so."""
+        if keep_pin and not record.pinned and (old := self.find(record.name)) is not None and old.pinned:
+            record = replace(record, pinned=True)
         with storing(f"saving image {record.name}"):
             write_atomic(self._file(parse(record.name).full), json.dumps(asdict(record), indent=1).encode())
         return record
@@ -81,8 +89,13 @@ class Records:
     def forget(self, record: ImageRecord) -> None:
         self._file(parse(record.name).full).unlink(missing_ok=True)
 
+    @staticmethod
+    def file_name(full: str) -> str:
+        """Of what belongs to a whole name."""
+        return hashlib.sha256(full.encode()).hexdigest()[:32]
+
     def _file(self, full: str) -> Path:
-        return self._folder / f"{hashlib.sha256(full.encode()).hexdigest()[:32]}.json"
+        return self._folder / f"{self.file_name(full)}.json"
 
     def _read(self, file: Path) -> ImageRecord | None:
         try:

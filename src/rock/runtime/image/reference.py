@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from rock.errors import InvalidConfig
 
 HOST = "host"
+HUB = "docker.io"
+BUILD_STEPS = "localhost/rock-build:"  # how the names of build steps begin
 
 _PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _LABEL = r"(?:[a-zA-Z0-9]|[a-zA-Z0-9][a-zA-Z0-9-]*[a-zA-Z0-9])"

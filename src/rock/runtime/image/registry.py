@@ -6,63 +6,53 @@ token service that it names over TLS, and a redirect never leads from TLS to a p
 
 from __future__ import annotations
 
-import base64
 import contextlib
+import email.utils
 import hashlib
 import json
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode, urljoin, urlsplit
 
 import urllib3
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import HTTPError, ProtocolError, ReadTimeoutError
 
 from rock import settings
 from rock.errors import ImageError, Unauthorized
-from rock.runtime.image.reference import Reference
+from rock.runtime.image.logins import Login
+from rock.runtime.image.reference import HUB, Reference
 
 INDEXES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
 MANIFESTS = ("application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json")
-_HUB, _HUB_ADDRESS = "docker.io", "registry-1.docker.io"
+_HUB_ADDRESS = "registry-1.docker.io"
 _CHUNK = 1 << 20
 _LARGEST_MANIFEST = 4 << 20
 _LARGEST_TOKEN = 1 << 20
 _ATTEMPTS = 5
-_LONGEST_WAIT = 60.0  # seconds that a registry may have us wait before another attempt
+_LONGEST_WAIT = 120.0  # seconds that a registry may have us wait before another attempt
 _REDIRECTS = 5
+_LOST = 3  # requests whose connection broke before an answer
 _BUSY = (429, 500, 502, 503, 504)
 _CHALLENGE = re.compile(r'([a-z]+)="([^"]*)"')
-
-
-@dataclass(frozen=True)
-class Login:
-    """A user of a registry, for as long as it is needed: it is not kept."""
-
-    username: str
-    password: str = field(repr=False)
-
-    @property
-    def basic(self) -> str:
-        pair = f"{self.username}:{self.password}".encode()
-        return f"Basic {base64.b64encode(pair).decode()}"
 
 
 class Registry:
     """The repository of `reference` in its registry. Blocking; safe to use from several threads.
 
-    Plain HTTP is spoken to registries on this machine's loopback, and to those in ROCK_INSECURE_REGISTRIES.
+    mirror: another registry that has the same repositories, to be asked instead. Plain HTTP is spoken to registries on
+    this machine's loopback, and to those in ROCK_INSECURE_REGISTRIES.
     """
 
-    def __init__(self, reference: Reference, login: Login | None = None) -> None:
+    def __init__(self, reference: Reference, login: Login | None = None, mirror: str | None = None) -> None:
         self.reference = reference
+        self.domain = mirror or reference.domain
         self._login = login
-        address = _HUB_ADDRESS if reference.domain == _HUB else reference.domain
-        plain = _is_loopback(address) or reference.domain in settings.insecure_registries()
+        address = _HUB_ADDRESS if self.domain == HUB else self.domain
+        plain = _is_loopback(address) or self.domain in settings.insecure_registries()
         self._base = f"{'http' if plain else 'https'}://{address}/v2/{reference.repository}/"
         self._pool = _pool(self._base)
         self._lock = threading.Lock()
@@ -195,6 +185,10 @@ class Registry:
                 continue
             if answer.status in _BUSY and asked_again < _ATTEMPTS:
                 wait = _retry_after(answer.headers.get("retry-after"), asked_again)
+                if wait > _LONGEST_WAIT:
+                    answer.close()
+                    raise ImageError(f"registry {self.domain} will be there again for {self._name()} in {wait:.0f} s",
+                                     hint="try again then; a login or a mirror may help")  # fmt: skip
                 asked_again += 1
                 answer.close()
                 time.sleep(wait)
@@ -227,13 +221,22 @@ class Registry:
         told = {"user-agent": "rock", **headers}
         if self._authorization is not None and _origin(url) == _origin(self._base):
             told["authorization"] = self._authorization
-        try:
-            return self._pool.request(method, url, headers=told, body=body, preload_content=False, redirect=False,
-                                      decode_content=False)  # fmt: skip
-        except HTTPError as error:
-            raise ImageError(f"{self._name()}: registry {self.reference.domain} cannot be reached: {_cause(error)}",
-                             hint="is its name right, and is there a network? `rock image import` and `rock image "
-                             "from-host` need none") from None  # fmt: skip
+        for attempt in range(_LOST):
+            try:
+                return self._pool.request(method, url, headers=told, body=body, preload_content=False, redirect=False,
+                                          decode_content=False)  # fmt: skip
+            except (ProtocolError, ReadTimeoutError) as error:
+                if method not in ("GET", "HEAD") or attempt + 1 == _LOST:
+                    raise self._unreachable(error) from None
+                time.sleep(0.5 * 2.0**attempt)
+            except HTTPError as error:
+                raise self._unreachable(error) from None
+        raise AssertionError
+
+    def _unreachable(self, error: Exception) -> ImageError:
+        return ImageError(f"{self._name()}: registry {self.domain} cannot be reached: {_cause(error)}",
+                          hint="is its name right, and is there a network? `rock image import` and `rock image "
+                          "from-host` need none")  # fmt: skip
 
     def _expect(self, answer: urllib3.BaseHTTPResponse, taken: tuple[int, ...], what: str) -> None:
         if answer.status in taken:
@@ -242,14 +245,15 @@ class Registry:
         name = self._name()
         if answer.status in (401, 403):
             whom = f"for {self._login.username}" if self._login else "without a login"
-            raise ImageError(f"registry {self.reference.domain} refuses {name} {whom}{told}",
-                             hint="give registry_username and registry_password, and is the name right?")  # fmt: skip
+            raise ImageError(f"registry {self.domain} refuses {name} {whom}{told}",
+                             hint="`rock image login`, or registry_username and registry_password; and is the "
+                             "name right?")  # fmt: skip
         if answer.status == 404:
-            raise ImageError(f"registry {self.reference.domain} has no {name}{told}", hint="is its name right?")
+            raise ImageError(f"registry {self.domain} has no {name}{told}", hint="is its name right?")
         if answer.status == 429:
-            raise ImageError(f"registry {self.reference.domain} wants fewer requests for {name}{told}",
+            raise ImageError(f"registry {self.domain} wants fewer requests for {name}{told}",
                              hint="log in, or wait; a mirror helps")  # fmt: skip
-        raise ImageError(f"registry {self.reference.domain} answered {answer.status} for {what} of {name}{told}")
+        raise ImageError(f"registry {self.domain} answered {answer.status} for {what} of {name}{told}")
 
     def _name(self, what: str | None = None) -> str:
         return self.reference.familiar if what is None else f"{self.reference.repository} {what}"
@@ -269,7 +273,7 @@ class Registry:
         if urlsplit(realm).scheme != "https" and not (
             self._base.startswith("http:") and _is_loopback(urlsplit(realm).netloc)
         ):
-            raise ImageError(f"registry {self.reference.domain} names a token service without TLS")
+            raise ImageError(f"registry {self.domain} names a token service without TLS")
         scope = f"repository:{self.reference.repository}:pull{',push' if push else ''}"
         query = {key: wanted[key] for key in ("service",) if key in wanted} | {"scope": scope}
         headers = {"user-agent": "rock"}
@@ -282,10 +286,10 @@ class Registry:
                 self._expect(answer, (200,), "a token")
                 told = json.loads(answer.read(_LARGEST_TOKEN))
         except (HTTPError, ValueError) as error:
-            raise ImageError(f"the token service of {self.reference.domain} fails: {_cause(error)}") from None
+            raise ImageError(f"the token service of {self.domain} fails: {_cause(error)}") from None
         token = (told.get("token") or told.get("access_token")) if isinstance(told, dict) else None
         if not isinstance(token, str) or not re.fullmatch(r"[\x21-\x7e]{1,65536}", token):
-            raise ImageError(f"the token service of {self.reference.domain} gave no token")
+            raise ImageError(f"the token service of {self.domain} gave no token")
         return token
 
 
@@ -306,8 +310,13 @@ def _origin(url: str) -> tuple[str, str]:
 
 
 def _retry_after(told: str | None, attempt: int) -> float:
-    if told is not None and told.isdigit():
-        return min(float(told), _LONGEST_WAIT)
+    """Seconds to wait: as the registry says, a number or a date, else longer each time."""
+    told = (told or "").strip()
+    if re.fullmatch(r"\d{1,9}", told):
+        return float(told)
+    if told:
+        with contextlib.suppress(ValueError, OverflowError):
+            return max(0.0, email.utils.parsedate_to_datetime(told).timestamp() - time.time())
     return min(0.5 * 2.0**attempt, _LONGEST_WAIT)
 
 

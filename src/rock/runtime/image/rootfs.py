@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class RootFS:
     layers: host folders, the top layer first, in the order of overlay's `lowerdir`. Never written to.
     binds: mounted after the overlay, in order; their mount points exist in the layers.
     env: the image's environment, PATH included. cwd: absolute. user: "name", "uid", "name:group" or "uid:gid".
-    entrypoint, cmd: what the image would run; ROCK runs neither by itself.
+    entrypoint, cmd: what the image would run; ROCK runs neither by itself. other: see ImageRecord.
     """
 
     digest: str
@@ -48,6 +49,7 @@ class RootFS:
     entrypoint: tuple[str, ...] = ()
     cmd: tuple[str, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
+    other: Mapping[str, Any] = field(default_factory=dict)
 
     def with_layers(self, extra: Sequence[str]) -> RootFS:
         """The same with further read-only folders on top, the topmost first."""

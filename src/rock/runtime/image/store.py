@@ -3,6 +3,7 @@
     images/                      what a name stands for          records.py
     layers/ meta/ blobs/ tmp/    the layers on disk              layers.py
     use/                         what sandboxes have mounted     leases.py
+    used/                        when images were last used      room.py
     locks/store                  shared while an image is added, alone while garbage is collected
 
 Removing a name never pulls a layer from under a sandbox: a layer goes when no name and no lease is left for it.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,47 +22,70 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from rock.errors import ImageError, InvalidConfig, NotFound
+from rock.protocol.sandbox import parse_size
 from rock.runtime.image.blobs import Archive, Blob, Plain, compression
 from rock.runtime.image.host import HostImage, system_folders
 from rock.runtime.image.importer import Archived, LayerBlob, kind_of, read_docker, read_oci, this_architecture
 from rock.runtime.image.layer import LayerWriter
-from rock.runtime.image.layers import Fill, LayerInfo, LayerStore, PackedLayer, layer_id
+from rock.runtime.image.layers import Fill, LayerInfo, LayerStore, PackedLayer
 from rock.runtime.image.leases import Lease, Leases
-from rock.runtime.image.locks import locked, storing, try_lock
+from rock.runtime.image.locks import locked, storing
+from rock.runtime.image.logins import Login, Logins
 from rock.runtime.image.packing import HoledWriter
 from rock.runtime.image.private import HostScan
 from rock.runtime.image.pull import Pull
 from rock.runtime.image.push import GZIP_LAYER, Push, ToLayout, ToRegistry, refuse_by_reference
 from rock.runtime.image.records import ImageRecord, Records
 from rock.runtime.image.reference import HOST, Reference, parse
-from rock.runtime.image.registry import Login
+from rock.runtime.image.registry import Registry
+from rock.runtime.image.room import Pruned, Room
 from rock.runtime.image.rootfs import Bind, RootFS
 from rock.runtime.image.tarstream import ByteStream, TarReader
 from rock.runtime.image.tree import copy_tree
+from rock.settings import Settings, docker_config, registry_mirrors
 
 __all__ = ["ImageRecord", "ImageStore", "Lease"]
 
+log = logging.getLogger("rock.images")
+
 Progress = Callable[[str], None]
-_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _EMPTY = f"sha256:{hashlib.sha256().hexdigest()}"
 _PLAIN_LAYER = GZIP_LAYER.removesuffix("+gzip")
 _MEDIA_TYPES = {"none": _PLAIN_LAYER, "gzip": GZIP_LAYER, "zstd": f"{_PLAIN_LAYER}+zstd"}
+_GRACE = 60.0  # seconds since its last use in which a budget removes no image
 _BY_REFERENCE = "shows this machine's own system: changes of the machine show in it"
 
 
 class ImageStore:
-    """The images below `folder`, which is made if missing. Cheap to open; every call may block on the disk."""
+    """The images below `folder`, which is made if missing. Cheap to open; every call may block on the disk.
 
-    def __init__(self, folder: Path) -> None:
+    logins: for registries, where a call brings none. budget: bytes of layers, over which images that nobody used for
+    longest are removed when another one comes; None is no limit.
+    """
+
+    def __init__(self, folder: Path, logins: Logins | None = None, budget: int | None = None) -> None:
         self.folder = folder
+        self.logins = logins or Logins(None)
+        self.budget = budget
         self.layers = LayerStore(folder)
         self._gate = folder / "locks" / "store"
         self._records = Records(folder / "images")
         self._leases = Leases(folder / "use", self._gate)
         self._host = HostImage(self.layers)
         self._scan = HostScan(folder, system_folders())
+        self._room = Room(folder / "used", self._records, self.layers, self._leases, self._gate, self._host.diff_id)
         self._resolved: dict[str, tuple[tuple[int, int], RootFS]] = {}
         self.layers.sweep()
+
+    @classmethod
+    def of(cls, settings: Settings) -> ImageStore:
+        """A server's. InvalidConfig for a budget that is no size."""
+        try:
+            budget = parse_size(settings.image_budget, "image budget") if settings.image_budget else None
+        except ValueError as error:
+            raise InvalidConfig(f"ROCK_IMAGE_BUDGET: {error}") from None
+        return cls(settings.image_dir, Logins(settings.registries, docker_config()), budget)
 
     # ---- asking
 
@@ -84,11 +109,19 @@ class ImageStore:
         if record.kind == HOST:
             extra = [self.layers.path(diff) for diff in reversed(record.layers[1:])]
             rootfs = self._host_rootfs(record.name, writable=os.geteuid() == 0 and not extra)
-            return rootfs.with_layers(extra)
+            if not extra:
+                return rootfs
+            # Made here, of one that shows this machine: what its settings changed is its own.
+            made = replace(
+                rootfs, env={**rootfs.env, **record.env}, cwd=record.cwd, user=record.user, labels=record.labels,
+                entrypoint=record.entrypoint, cmd=record.cmd, other=record.other,
+            )  # fmt: skip
+            said = (sorted(made.env.items()), made.cwd, made.user, made.entrypoint, made.cmd)
+            return replace(made, digest=f"{rootfs.digest}-{hash_of(said)}").with_layers(extra)
         rootfs = RootFS(
             digest=record.digest, layers=tuple(self.layers.path(diff) for diff in reversed(record.layers)),
-            env={"PATH": _PATH, **record.env}, cwd=record.cwd, user=record.user, name=record.name,
-            entrypoint=record.entrypoint, cmd=record.cmd, labels=record.labels,
+            env={"PATH": PATH, **record.env}, cwd=record.cwd, user=record.user, name=record.name,
+            entrypoint=record.entrypoint, cmd=record.cmd, labels=record.labels, other=record.other,
         )  # fmt: skip
         if stamp is not None:
             self._resolved[full] = (stamp, rootfs)
@@ -169,7 +202,7 @@ class ImageStore:
             old = self._records.find(name)
             if old is not None and old.layers[1:] == (diff_id,):
                 return old
-            return self._records.save(replace(record, layers=(*record.layers, diff_id), size=info.size))
+            return self._records.save(replace(record, layers=(*record.layers, diff_id), size=info.size, env={}))
 
     def pull(self, name: str, login: Login | None = None, progress: Progress | None = None) -> ImageRecord:
         """Fetch an image from its registry, with the layers that are missing here; one that is there is fetched anew
@@ -178,13 +211,21 @@ class ImageStore:
         reference = parse(name)
         pulls = self.folder / "locks" / f"pull-{hashlib.sha256(reference.full.encode()).hexdigest()[:16]}"
         with locked(pulls), locked(self._gate, shared=True), self.layers.scratch() as scratch:
-            with storing(f"pulling {name}"), Pull(reference, login, scratch, self._has, progress) as pull:
+            registries = self._registries(reference, login)
+            with storing(f"pulling {name}"), Pull(reference, registries, scratch, self._has, progress) as pull:
                 image = pull.begin()
                 found = self._records.find(name)
-                if found is not None and found.digest == image.digest:
-                    return found
-                repository = f"{reference.domain}/{reference.repository}"
-                return self._add(image, [name], progress, pull.wait, repository)[0]
+                if found is None or found.digest != image.digest:
+                    repository = f"{reference.domain}/{reference.repository}"
+                    found = self._add(image, [name], progress, pull.wait, repository)[0]
+        self._came(found.name)
+        return found
+
+    def _registries(self, reference: Reference, login: Login | None) -> Sequence[Registry]:
+        """Where to ask for an image: mirrors, each with a login of its own, and the registry itself last."""
+        mirrors = [Registry(reference, self.logins.of(mirror), mirror)
+                   for mirror in registry_mirrors().get(reference.domain, ())]  # fmt: skip
+        return [*mirrors, Registry(reference, login or self.logins.of(reference.domain))]
 
     def commit(self, name: str, base: RootFS, tar: Path, diff_id: str) -> ImageRecord:
         """Name what a sandbox wrote: the layers of its image with one more on top, made of a plain `tar`.
@@ -193,25 +234,53 @@ class ImageStore:
         system, so does the new one, read-only.
         """
         new_name(name)
+        record = self._commit(name, base, tar, diff_id)
+        self._came(name)
+        return record
+
+    def _commit(self, name: str, base: RootFS, tar: Path, diff_id: str) -> ImageRecord:
         with locked(self._gate, shared=True):
-            host = bool(base.binds)
-            below = [self.layers.info_of(folder) for folder in reversed(base.layers[:-1] if host else base.layers)]
             made = self.layers.add(
                 "unpacking what was written", lambda writer: _unpack(Blob.of(tar), None, writer), diff_id, HoledWriter)
-            layers = tuple(info.diff_id for info in (*below, made))
-            size = sum(info.size for info in (*below, made))
-            familiar = parse(name).familiar
-            if host:
-                record = self._host_record(familiar, time.time())
-                return self._records.save(replace(record, layers=(*record.layers, *layers), size=size))
-            record = ImageRecord(
-                name=familiar, kind="image", digest="", id="", layers=layers, size=size, created=time.time(),
-                architecture=this_architecture(), env=dict(base.env), cwd=base.cwd, user=base.user,
-                entrypoint=base.entrypoint, cmd=base.cmd, labels=dict(base.labels),
-            )  # fmt: skip
-            body = json.dumps([asdict(replace(record, name="", created=0.0))])
-            digest = f"sha256:{hashlib.sha256(body.encode()).hexdigest()}"
-            return self._records.save(replace(record, digest=digest, id=digest))
+            return self._over(name, base, made)
+
+    def extend(self, name: str, base: RootFS, fill: Fill | None = None, what: str = "",
+               diff_id: str | None = None) -> ImageRecord:  # fmt: skip
+        """Name the layers of `base`, with its settings and one more layer on top where `fill` writes one. A base of no
+        layers is an empty image. See `commit` for one that shows this machine's own system.
+
+        diff_id: the layer's, where it is known; one that is there is not made again.
+        """
+        with locked(self._gate, shared=True):
+            made: LayerInfo | None
+            if fill is not None:
+                made = self.layers.add(what, fill, diff_id)
+            else:
+                plain = len(base.layers) == bool(base.binds)  # of nothing, or of this machine and nothing else
+                made = self.layers.add("making an empty layer", lambda _: _EMPTY, _EMPTY) if plain else None
+            return self._over(name, base, made)
+
+    def came(self, name: str) -> None:
+        """An image was made of others, and is in use now: see `budget`."""
+        self._came(parse(name).familiar)
+
+    def _over(self, name: str, base: RootFS, made: LayerInfo | None) -> ImageRecord:
+        host = bool(base.binds)
+        infos = [self.layers.info_of(folder) for folder in reversed(base.layers[:-1] if host else base.layers)]
+        infos += [made] if made is not None else []
+        record = ImageRecord(
+            name=parse(name).familiar, kind="image", digest="", id="", layers=tuple(info.diff_id for info in infos),
+            size=sum(info.size for info in infos), created=time.time(), architecture=this_architecture(),
+            env=dict(base.env), cwd=base.cwd, user=base.user, entrypoint=base.entrypoint, cmd=base.cmd,
+            labels=dict(base.labels), other=dict(base.other),
+        )  # fmt: skip
+        if host:
+            shown = self._host_record(record.name, record.created)
+            record = replace(
+                record, kind=HOST, layers=(*shown.layers, *record.layers), by_reference=True, note=shown.note)
+        body = json.dumps([asdict(replace(record, name="", created=0.0))])
+        digest = f"sha256:{hashlib.sha256(body.encode()).hexdigest()}"
+        return self._records.save(replace(record, digest=digest, id=digest))
 
     def push(
         self, name: str, login: Login | None = None, progress: Progress | None = None,
@@ -224,7 +293,8 @@ class ImageStore:
         """
         record = self.inspect(name)
         refuse_by_reference(record)
-        target = ToRegistry(parse(record.name), login)
+        reference = parse(record.name)
+        target = ToRegistry(reference, login or self.logins.of(reference.domain))
         return self._send(record, target, progress, ready or {})
 
     def export(self, name: str, path: Path | str, progress: Progress | None = None) -> str:
@@ -265,25 +335,47 @@ class ImageStore:
 
     def gc(self, in_use: Iterable[str] = ()) -> int:
         """Remove layers without a name or a lease. Does nothing while a process adds an image: it is done later."""
-        fd = os.open(self._gate, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            if not try_lock(fd):
-                return 0
-            kept = {layer_id(self._host.diff_id())}
-            for record in self._records.all():  # the first layer of a host image is the skeleton as it once was
-                kept.update(layer_id(diff) for diff in record.layers[record.kind == HOST :])
-            kept |= {os.path.basename(folder) for folder in (*in_use, *self._leases.folders())}
-            return sum(self.layers.remove(id) for id in self.layers.ids() if id not in kept)
-        finally:
-            os.close(fd)
+        return self.prune(in_use).freed
+
+    def prune(self, in_use: Iterable[str] = (), *, steps: bool = False, everything: bool = False,
+              most: int | None = None) -> Pruned:  # fmt: skip
+        """Remove what nobody needs: see `Room.prune`."""
+        return self._room.prune(in_use, steps=steps, everything=everything, most=most)
+
+    def pin(self, name: str, pinned: bool = True) -> ImageRecord:
+        """Keep an image whatever the budget says, or no longer. NotFound."""
+        _free_name(name)
+        record = replace(self.inspect(name), pinned=pinned)
+        return self._records.save(record, keep_pin=False)
+
+    def last_used(self, record: ImageRecord) -> float:
+        """When an image was last pulled, made or mounted: seconds since the epoch."""
+        return self._room.last_used(record)
+
+    def _came(self, *names: str) -> None:
+        """These images are new: others make room for them."""
+        for name in names:
+            self._room.touch(name)
+        if self.budget is None:
+            return
+        pruned = self._room.prune(most=self.budget, keep=names, grace=_GRACE)
+        if pruned.names:
+            log.info("images removed to keep to %d bytes: %s", self.budget, ", ".join(pruned.names))
 
     def lease(self, rootfs: RootFS) -> Lease:
         """Hold an image's layers for a sandbox, whose pid 1 should inherit `Lease.fd`."""
-        return self._leases.take(rootfs)
+        lease = self._leases.take(rootfs)
+        self._room.touch(rootfs.name)
+        return lease
 
     # ---- inside
 
     def _archive(self, path: Path, name: str | None, progress: Progress | None, kind: str) -> Sequence[ImageRecord]:
+        found = self._archived(path, name, progress, kind)
+        self._came(*(record.name for record in found))
+        return found
+
+    def _archived(self, path: Path, name: str | None, progress: Progress | None, kind: str) -> Sequence[ImageRecord]:
         with locked(self._gate, shared=True), self.layers.scratch() as scratch:
             with storing(f"reading {path}"):
                 archive = Archive(path, scratch)
@@ -316,7 +408,7 @@ class ImageStore:
             name="", kind="image", digest=image.digest, id=image.id, layers=tuple(i.diff_id for i in infos),
             size=sum(i.size for i in infos), created=time.time(), architecture=config.architecture, env=config.env,
             cwd=config.cwd, user=config.user, entrypoint=config.entrypoint, cmd=config.cmd, labels=config.labels,
-            note=_note(infos),
+            note=_note(infos), other=config.other,
         )  # fmt: skip
         return [self._records.save(replace(record, name=parse(name).familiar)) for name in names]
 
@@ -324,10 +416,12 @@ class ImageStore:
         _free_name(name)
         with locked(self._gate, shared=True):
             info = self.layers.add(what, fill)
-            return self._records.save(ImageRecord(
+            record = self._records.save(ImageRecord(
                 name=parse(name).familiar, kind="image", digest=info.diff_id, id=info.diff_id, layers=(info.diff_id,),
                 size=info.size, created=time.time(), architecture=this_architecture(), note=_note([info]),
             ))  # fmt: skip
+        self._came(record.name)
+        return record
 
     def _host_record(self, name: str, created: float) -> ImageRecord:
         host = self._host.current()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 
 from rock import errors
 from rock.protocol.sandbox import Isolation, SandboxConfig
 from rock.runtime import hostmemory
 
-_ORDER = list(Isolation)
 _RESERVE = 256 << 20  # bytes of memory that stay with the host
 _LEAST = 64 << 20  # bytes that a new sandbox should find free, or its limit if that is less
 
@@ -21,18 +21,39 @@ def refuse_unsupported(config: SandboxConfig, isolation: Isolation, networks: tu
     if config.use_kata_runtime:
         raise errors.Unsupported("use_kata_runtime: the namespace runtime has no virtual machines",
                                  hint="use a runtime with micro virtual machines")
+    if config.oci_runtime is not None:
+        raise errors.Unsupported(f'oci_runtime="{config.oci_runtime}": the namespace runtime has no containers',
+                                 hint='use runtime="docker"')
     if config.num_gpus or config.accelerator_type:
         raise errors.Unsupported("the namespace runtime gives sandboxes no accelerators", hint="leave num_gpus unset")
-    if config.disk is not None:
-        raise errors.Unsupported(f"disk={config.disk}: this runtime cannot hold a disk limit yet",
-                                 hint="leave disk unset")
+    if config.disk is not None and config.keeps_files:
+        raise errors.Unsupported(f"disk={config.disk}: a disk with a limit goes with its sandbox, and cannot be kept",
+                                 hint="leave disk, or auto_delete_seconds and auto_archive_seconds, unset")
     if config.network not in networks:
         raise errors.Unsupported(f'network "{config.network}" cannot be given here{f": {why}" if why else ""}',
                                  hint=f"use one of {', '.join(networks)}")
-    if _ORDER.index(config.minimum_isolation) > _ORDER.index(isolation):
+    refuse_nofile(config)
+    refuse_level(config, isolation)
+
+
+def refuse_level(config: SandboxConfig, isolation: Isolation) -> None:
+    """Raise Unsupported where another isolation was asked for than there is."""
+    if config.isolation not in (None, isolation):
+        raise errors.Unsupported(
+            f"isolation {config.isolation}: this runtime gives {isolation.value} here",
+            hint="name a runtime that gives it, or ask for minimum_isolation; `rock doctor` tells what there is")
+    if config.minimum_isolation.rank > isolation.rank:
         raise errors.Unsupported(
             f"minimum_isolation {config.minimum_isolation.value}: this host gives {isolation.value}",
             hint="`rock doctor` tells what is missing here")
+
+
+def refuse_nofile(config: SandboxConfig) -> None:
+    """Raise Unsupported for more open files than this host lets a process have."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if config.nofile is not None and hard != resource.RLIM_INFINITY and config.nofile > hard:
+        raise errors.Unsupported(f"nofile={config.nofile}: processes here may have {hard} open files at most",
+                                 hint=f"ask for at most {hard}, or raise the server's own limit")
 
 
 def refuse_too_large(config: SandboxConfig) -> None:

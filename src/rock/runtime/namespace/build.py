@@ -16,7 +16,7 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
-from rock.runtime.namespace import cgroups, kernel, mounts
+from rock.runtime.namespace import cgroups, kernel, mounts, quota
 from rock.runtime.namespace.nets import Nets
 
 
@@ -70,9 +70,13 @@ def build(spec: dict[str, Any], pid: int, staging: str, namespace: int, home: Ho
 
     namespace: its user namespace. proc: gives the detached /proc that the child has made. net: see Home.enter.
     """
-    step = "run folder"
+    step, disk = "run folder", -1
     try:
-        mounts.make_folders(spec)
+        if spec["disk"]:
+            step = "disk"
+            disk = quota.mount(spec["slot"], spec["disk"])
+            spec = {**spec, "mounted": disk}
+        mounts.make_folders(spec if disk < 0 else {**spec, "slot": f"/proc/self/fd/{disk}"})
         step = "cgroup"
         _limit(spec, pid)
         step = "files"
@@ -87,6 +91,9 @@ def build(spec: dict[str, Any], pid: int, staging: str, namespace: int, home: Ho
             home.back()
     except OSError as error:
         raise Failure(step, error) from None
+    finally:
+        if disk >= 0:
+            os.close(disk)
 
 
 def _limit(spec: dict[str, Any], pid: int) -> None:

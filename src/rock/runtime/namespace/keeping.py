@@ -31,7 +31,8 @@ _MOST_OPEN, _MOST_SEEN = 200, 100_000  # more than this of folders without a fil
 
 def note(rootfs: RootFS) -> dict[str, Any]:
     """An image as plain data, for a handle: a sandbox is woken over the very layers that it was made over."""
-    return {**asdict(rootfs), "env": dict(rootfs.env), "labels": dict(rootfs.labels)}
+    return {**asdict(rootfs), "env": dict(rootfs.env), "labels": dict(rootfs.labels),
+            "other": dict(rootfs.other)}
 
 
 def noted(data: Mapping[str, Any]) -> RootFS:

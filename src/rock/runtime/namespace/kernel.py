@@ -157,6 +157,23 @@ def move_mount(fd: int, target: str, folder: int = _AT_FDCWD) -> None:
         _raise(f"move_mount to {target}")
 
 
+def new_mount(kind: str, options: dict[str, str], attributes: int) -> int:
+    """A new file system as a detached mount, which goes when its descriptor is closed unless it was moved to a path."""
+    fd = int(_syscall(_long(FSOPEN), ctypes.c_char_p(kind.encode()), _long(1)))
+    if fd < 0:
+        _raise(f"fsopen {kind}")
+    try:
+        for key, value in options.items():
+            _fsconfig(fd, 1, key, value)
+        _fsconfig(fd, FSCONFIG_CREATE, None, None)
+        tree = int(_syscall(_long(FSMOUNT), _long(fd), _long(1), _long(attributes)))
+        if tree < 0:
+            _raise(f"fsmount {kind}")
+        return tree
+    finally:
+        os.close(fd)
+
+
 def mount_overlay(target: str, layers: list[str], options: dict[str, str], flags: list[str]) -> None:
     """Overlay by the new mount calls, whose options have no common length limit (`lowerdir+`, 6.5 and later)."""
     fd = int(_syscall(_long(FSOPEN), ctypes.c_char_p(b"overlay"), _long(1)))

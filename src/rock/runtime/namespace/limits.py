@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
 import resource
 import signal
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from rock.protocol.sandbox import SandboxConfig, Usage
 from rock.runtime.base import Enforced
 from rock.runtime.namespace import cgroups
 
+_MOST_FILES = 4096  # of a process that are looked at
 _PAGE = os.sysconf("SC_PAGESIZE")
 
 
@@ -69,7 +71,8 @@ def usage(folders: Mapping[str, str], pid: int, kills: int) -> Usage:
     result.memory_bytes = _first(cgroups.read_value(f"{memory}/memory.usage_in_bytes"),
                                  cgroups.read_value(f"{memory}/memory.current"))
     if result.memory_bytes is None:
-        result.memory_bytes = sum(shared_out(entry.pid) for entry in tree if entry.alive)
+        living = [entry.pid for entry in tree if entry.alive]
+        result.memory_bytes = sum(shared_out(pid) for pid in living) + sum(files_in_memory(living).values())
     result.memory_peak_bytes = _first(cgroups.read_value(f"{memory}/memory.max_usage_in_bytes"),
                                       cgroups.read_value(f"{memory}/memory.peak"))
     result.pids = _first(cgroups.read_value(f"{folders.get('pids', '')}/pids.current"), len(tree) + 1)
@@ -102,6 +105,22 @@ def shared_out(pid: int) -> int:
     return resident(pid)
 
 
+def files_in_memory(pids: Iterable[int]) -> dict[int, int]:
+    """Bytes of the files in memory (memfd) that these processes have open, by the file's number, each once.
+
+    What of them is mapped counts twice, as mapped memory too; a limit may be reached a little early by it."""
+    found: dict[int, int] = {}
+    for pid in pids:
+        folder = f"/proc/{pid}/fd"
+        with contextlib.suppress(OSError):
+            for name in os.listdir(folder)[:_MOST_FILES]:
+                with contextlib.suppress(OSError):
+                    if os.readlink(f"{folder}/{name}").startswith("/memfd:"):
+                        file = os.stat(f"{folder}/{name}")
+                        found[file.st_ino] = file.st_blocks * 512
+    return found
+
+
 def _cpu_seconds(pid: int, tree: list[proctree.Entry]) -> float:
     """CPU time of all that live and, through those who waited for them, of all that ended."""
     ticks = 0
@@ -112,19 +131,23 @@ def _cpu_seconds(pid: int, tree: list[proctree.Entry]) -> float:
     return ticks / proctree.TICK
 
 
-def watch(limits: Mapping[int, int]) -> dict[int, int]:
+def watch(limits: Mapping[int, int], *, files: bool = False) -> dict[int, int]:
     """Kill the largest processes of each sandbox that is over its limit; answers how many, by pid 1. Blocking.
 
-    limits: bytes by pid 1. One look at /proc serves all; what is shared is only split when the plain sum is too high.
+    limits: bytes by pid 1. files: look for files in memory too, which is dearer. One look at /proc serves all; what is
+    shared is only split when the plain sum is too high.
     """
     table = proctree.scan()
     killed: dict[int, int] = {}
     for pid, limit in limits.items():
         tree = [entry for entry in proctree.descendants(table, pid) if entry.alive]
-        if sum(resident(entry.pid) for entry in tree) <= limit:
+        held = {entry.pid: files_in_memory((entry.pid,)) for entry in tree} if files else {}
+        in_files = sum({number: size for found in held.values() for number, size in found.items()}.values())
+        if sum(resident(entry.pid) for entry in tree) + in_files <= limit:
             continue
-        sizes = sorted(((shared_out(entry.pid), entry) for entry in tree), key=lambda pair: pair[0], reverse=True)
-        total = sum(size for size, _ in sizes)
+        sizes = sorted(((shared_out(entry.pid) + sum(held.get(entry.pid, {}).values()), entry) for entry in tree),
+                       key=lambda pair: pair[0], reverse=True)
+        total = sum(shared_out(entry.pid) for entry in tree) + in_files
         for size, entry in sizes:
             if total <= limit:
                 break

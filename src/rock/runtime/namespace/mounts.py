@@ -96,9 +96,13 @@ def stack(spec: dict[str, Any], staging: str, userns: int) -> list[tuple[int, st
     """Mount the overlay at staging/root; answers detached mounts and where they go after the switch, in order."""
     mapped = userns >= 0
     os.chdir(staging)
-    if mapped:
+    if spec["disk"]:
+        if mapped:
+            kernel.set_attributes(spec["mounted"], _SAFE, userns=userns)
+        kernel.move_mount(spec["mounted"], "rw")
+    elif mapped:
         _attach_mapped(spec["slot"], "rw", userns)
-    writable = "rw" if mapped else spec["slot"]
+    writable = "rw" if mapped or spec["disk"] else spec["slot"]
     lowers = []
     for index, layer in enumerate(spec["layers"]):
         if not os.path.isdir(layer):

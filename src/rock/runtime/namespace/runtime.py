@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,12 +19,13 @@ from rock import errors
 from rock.guest.remove import remove_tree
 from rock.protocol.network import ConnectionList
 from rock.protocol.sandbox import ArchivedFiles, Isolation, SandboxConfig, Usage
-from rock.runtime.base import Handle, Liveness, Prepared, Program
+from rock.runtime.base import Handle, Liveness, Prepared, Program, Trait
 from rock.runtime.image.leases import Lease
 from rock.runtime.image.rootfs import RootFS
 from rock.runtime.initfiles import InitSandboxes, merged
 from rock.runtime.initlink import InitLink
 from rock.runtime.namespace import admission, cgroups, disk, keeping, limits, mounts, packlink, records, teardown, wired
+from rock.runtime.namespace.disks import Disks
 from rock.runtime.namespace.launchlink import LaunchLink
 from rock.runtime.namespace.outlets import Outlets
 from rock.runtime.namespace.pool import Pool
@@ -32,6 +34,7 @@ from rock.runtime.process import wait_gone
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _MOST_SHARED = 2 << 30
 _WATCH_EVERY = 0.25  # seconds
+_FILES_EVERY = 8  # looks: files in memory are dearer to find
 _POOL = SandboxConfig(image="pool", memory="1g", cpus=1.0)  # limits of what nobody has claimed yet
 _LEASE_KEPT = 2.0  # seconds
 _MOST_NOTES = 100
@@ -62,7 +65,7 @@ class Kind:
 
     @classmethod
     def of(cls, rootfs: RootFS, config: SandboxConfig) -> Kind:
-        return cls(rootfs, rootfs.digest, config.network, _shared_memory(config.memory_bytes))
+        return cls(rootfs, rootfs.digest, config.network, config.shm_bytes or _shared_memory(config.memory_bytes))
 
 
 def _shared_memory(memory: int) -> int:
@@ -92,6 +95,10 @@ class NamespaceRuntime(InitSandboxes):
     """The embedded default. `run_dir` holds a folder a sandbox; pool_size 0 switches the warm pool off."""
 
     name = "namespace"
+    traits: Mapping[Isolation, frozenset[Trait]] = {
+        Isolation.NAMESPACES: frozenset(Trait),
+        Isolation.USERNS: frozenset(Trait) - {Trait.USERS},
+    }
 
     def __init__(self, run_dir: Path, pool_size: int, images: Images, resolvers: Sequence[str] = ()) -> None:
         self._run_dir = Path(os.path.realpath(run_dir))
@@ -104,6 +111,7 @@ class NamespaceRuntime(InitSandboxes):
         self._watcher: asyncio.Task[None] | None = None
         self._opened = False
         self._known_images: dict[str, Kind] = {}
+        self._disks = Disks(self._try_disk)
         self._notes: dict[str, tuple[RootFS, dict[str, Any]]] = {}
         self._leases: dict[str, Lease] = {}
         self._resting: dict[str, Lease | None] = {}  # by slot: what holds the image of a sandbox at rest
@@ -154,11 +162,15 @@ class NamespaceRuntime(InitSandboxes):
                                  hint="`rock doctor` tells what is missing; the process runtime isolates nothing, "
                                       "and must be asked for by name")
 
-    async def _try_one(self) -> None:
+    async def _try_disk(self, way: str) -> None:
+        await self._try_one("16m", way)
+
+    async def _try_one(self, size: str | None = None, way: str = "") -> None:
         layer = self._run_dir / "probe"
         for name in ("proc", "sys", "dev", "tmp", "etc"):
             (layer / name).mkdir(parents=True, exist_ok=True)
-        config = SandboxConfig(image="probe", memory="64m", cpus=0.5)
+        config = SandboxConfig(image="probe", memory="64m", cpus=0.5, disk=size)
+        self._disks.trying = way
         await self._discard(await self._make(Kind.of(RootFS("probe", (str(layer),)), config), config))
 
     async def close(self) -> None:
@@ -191,6 +203,8 @@ class NamespaceRuntime(InitSandboxes):
     async def _admit(self, config: SandboxConfig) -> Kind:
         admission.refuse_unsupported(config, self.isolation, self._outlets.networks, why=self._outlets.missing)
         admission.refuse_too_large(config)
+        if config.disk is not None:
+            await self._disks.choose(config)
         return await self._kind(config)
 
     async def _kind(self, config: SandboxConfig) -> Kind:
@@ -203,7 +217,8 @@ class NamespaceRuntime(InitSandboxes):
 
     async def create(self, id: str, config: SandboxConfig) -> Handle:
         kind = await self._admit(config)
-        sandbox = self._pool.claim(kind)
+        special = config.disk is not None or config.nofile is not None or config.shm_size is not None
+        sandbox = None if special else self._pool.claim(kind)
         if sandbox is not None:
             try:
                 self._limiter.apply(sandbox.slot, sandbox.pid, config, _POOL)
@@ -235,19 +250,26 @@ class NamespaceRuntime(InitSandboxes):
         return await self._outlets.connections(id)
 
     def _named(self, sandbox: Sandbox, id: str, rootfs: RootFS, config: SandboxConfig) -> Handle:
-        sandbox.memory = config.memory_bytes
+        sandbox.memory = config.memory_bytes - self._disks.in_memory(config)
         if sandbox.link is not None:
             sandbox.link.sandbox_id = id
         return self._handle(sandbox, id, rootfs, config)
 
     def _handle(self, sandbox: Sandbox, id: str, rootfs: RootFS, config: SandboxConfig) -> Handle:
         data = {**self._record(sandbox, id), "env": merged({"PATH": _PATH}, rootfs.env, config.env),
-                "cwd": rootfs.cwd or "/", "user": rootfs.user, "memory": config.memory_bytes}
+                "cwd": rootfs.cwd or "/", "user": rootfs.user, "memory": sandbox.memory or config.memory_bytes}
         # Of one that can rest it is called otherwise: its handle says so.
         data["rootfs" if config.keeps_files else "image"] = self._note(rootfs)
         if config.network == "nat":
             data["egress"] = config.egress
-        return Handle(self.name, id, self.isolation, self._limiter.enforced(), data)
+        enforced = self._limiter.enforced()
+        if config.disk is not None:
+            data["disk"], enforced["disk"] = config.disk_bytes, self._disks.way
+        if config.nofile is not None:
+            data["nofile"], enforced["nofile"] = config.nofile, "rlimit"
+        if config.shm_size is not None:
+            enforced["shm_size"] = "tmpfs"
+        return Handle(self.name, id, self.isolation, enforced, data)
 
     def _note(self, rootfs: RootFS) -> dict[str, Any]:
         """The image as plain data, which nobody changes: it takes 0.1 ms to make, and is the same for many."""
@@ -307,6 +329,8 @@ class NamespaceRuntime(InitSandboxes):
         try:
             if kept is None:
                 self._place(slot)
+            if config.disk is not None:
+                await self._disks.prepare(str(self._run_dir / slot), config)
             lease = self._lease(kind)
             spec = {**self._spec(slot, base, kind, config, folders), "woken": kept is not None}
             reply = await self._launcher.request("create", spec, lease.fd if lease else None)
@@ -366,6 +390,7 @@ class NamespaceRuntime(InitSandboxes):
                       for bind in kind.rootfs.binds],
             "cgroups": list(folders.values()), "limits": self._limiter.files(slot, config),
             "affinity": self._limiter.affinity(config), "processes": self._limiter.processes(config),
+            "disk": self._disks.spec(config),
         }
 
     # ---- using ----
@@ -375,7 +400,7 @@ class NamespaceRuntime(InitSandboxes):
         sandbox = self._live.get(slot)
         if sandbox is None:
             data = handle.data
-            if not records.alive(data["pid"], data["start"]):
+            if "pid" not in data or not records.alive(data["pid"], data["start"]):  # one at rest has none
                 raise errors.Lost("the sandbox is gone", sandbox_id=handle.id)
             sandbox = Sandbox(slot, data["pid"], data["start"], data["base"], dict(data["cgroups"]),
                               memory=int(data["memory"]))
@@ -391,6 +416,8 @@ class NamespaceRuntime(InitSandboxes):
 
     def complete(self, handle: Handle, program: Program) -> Program:
         data = handle.data
+        if (most := data.get("nofile")) is not None:
+            program = replace(program, nofile=min(program.nofile or most, most))
         user = program.user
         if user is None and self.isolation == Isolation.NAMESPACES:  # else there is one user only, who is root inside
             user = data["user"]
@@ -419,7 +446,13 @@ class NamespaceRuntime(InitSandboxes):
         sandbox = self._live.get(handle.data["slot"])
         kills = self.oom_kills(handle)
         folders = sandbox.folders if sandbox else dict(handle.data["cgroups"])
-        return await asyncio.to_thread(limits.usage, folders, handle.data["pid"], kills)
+        used = await asyncio.to_thread(limits.usage, folders, handle.data["pid"], kills)
+        if "disk" in handle.data:
+            with contextlib.suppress(errors.RockError):
+                used.disk_bytes = (await self.space(handle)).used
+        else:
+            used.disk_bytes = await asyncio.to_thread(disk.written, f"{self._run_dir}/{handle.data['slot']}/upper")
+        return used
 
     def oom_kills(self, handle: Handle) -> int:
         sandbox = self._live.get(handle.data["slot"])
@@ -428,12 +461,13 @@ class NamespaceRuntime(InitSandboxes):
 
     async def _watch(self) -> None:
         """Hold memory limits where no cgroup does."""
-        while True:
+        for turn in itertools.count():
             await asyncio.sleep(_WATCH_EVERY)
             by_pid = {sandbox.pid: sandbox for sandbox in self._live.values() if sandbox.memory}
             if by_pid:
                 wanted = {pid: sandbox.memory for pid, sandbox in by_pid.items()}
-                for pid, count in (await asyncio.to_thread(limits.watch, wanted)).items():
+                for pid, count in (
+                        await asyncio.to_thread(limits.watch, wanted, files=turn % _FILES_EVERY == 0)).items():
                     by_pid[pid].kills += count
 
     # ---- ending ----
@@ -517,6 +551,9 @@ class NamespaceRuntime(InitSandboxes):
 
     async def snapshot(self, handle: Handle, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:
         rootfs, folder = self.image(handle), self._run_dir / handle.data["slot"]
+        if "disk" in handle.data:
+            raise errors.Unsupported("what is on a disk with a limit cannot be read from outside",
+                                     sandbox_id=handle.id, hint="commit a sandbox that was made without disk=")
         places = packlink.parts(folder, rootfs)
         async with contextlib.AsyncExitStack() as stack:
             if "pid" in handle.data:

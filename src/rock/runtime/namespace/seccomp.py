@@ -63,7 +63,7 @@ _DENIED = {
 _SOCKET_FAMILIES = (1, 2, 10)  # unix, IPv4, IPv6
 _NETLINK = 16
 _PERSONALITIES = (0x0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)
-_TERMINAL_IOCTLS = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX
+_TERMINAL_IOCTLS = (0x5412, 0x541C, 0x5423)  # TIOCSTI, TIOCLINUX, TIOCSETD: it loads modules for line disciplines
 
 Instruction = tuple[int, int, int, int]
 

@@ -1,0 +1,51 @@
+"""Images on the wire: what is built, and what became of it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from rock.protocol.sandbox import Wire
+
+
+class BuildRequest(Wire):
+    """An image to be built of a Dockerfile. The context follows as a tar.
+
+    image_tag: its name. dockerfile: the text. target: the stage to build; None is the last one.
+    build_args: for ARG instructions. labels: beside those of the Dockerfile.
+    network: of RUN: "none" (the default, as of sandboxes), "nat" or "host".
+    memory, cpus, pids: limits of each RUN. timeout: seconds that one RUN may take.
+    use_cache: steps that were made before are taken over. pull: of the images in FROM, as in SandboxConfig.
+    registry_username, registry_password: for these; forgotten afterwards.
+    """
+
+    image_tag: str = Field(min_length=1, max_length=400)
+    dockerfile: str = Field(max_length=1 << 20)
+    target: str | None = None
+    build_args: dict[str, str] = Field(default_factory=dict)
+    labels: dict[str, str] = Field(default_factory=dict)
+    network: Literal["none", "nat", "host"] = "none"
+    memory: str = "2g"
+    cpus: float = Field(default=2.0, gt=0)
+    pids: int = Field(default=4096, ge=16, le=1_000_000)
+    timeout: float = Field(default=3600.0, gt=0)
+    use_cache: bool = True
+    pull: Literal["missing", "always", "never"] = "missing"
+    registry_username: str | None = None
+    registry_password: str | None = Field(default=None, repr=False)
+
+
+class BuiltImage(BaseModel):
+    """An image that was built. steps: instructions that make a layer or a setting; cached: how many of those with a
+    layer were taken over from former builds; ran: how many RUN were really run."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    name: str
+    digest: str
+    size: int
+    layers: int
+    steps: int
+    cached: int
+    ran: int

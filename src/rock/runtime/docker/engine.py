@@ -1,0 +1,341 @@
+"""The container engine, over its HTTP socket: the few calls that sandboxes need, with our own errors.
+
+Nothing is started with the engine's command line program.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import logging
+import urllib.parse
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from rock import errors
+from rock.runtime.docker import http
+from rock.runtime.docker.breaker import Breaker
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+DEFAULT_SOCKET = "/var/run/docker.sock"
+_PATIENCE = 60.0  # seconds for one answer
+_ATTEMPTS = 4
+_FIRST_PAUSE = 0.25  # seconds, doubled after each attempt
+_OVERLOADED = (429, 500, 502, 503, 504)
+_TELLING = (  # a 500 that will be the same the next time
+    "storage-opt", "no such file", "executable file not found", "permission denied", "invalid", "not supported",
+    "exec format error", "unknown or invalid runtime", "no space left", "read-only file system", "cannot run",
+)  # fmt: skip
+
+
+class EngineError(Exception):
+    """What the engine answered instead: `status` of HTTP, 0 within a stream."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message.strip()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What an engine can do, as it tells itself."""
+
+    version: str = ""
+    driver: str = ""
+    backing: str = ""  # file system under its storage
+    runtimes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    default_runtime: str = "runc"
+    security: tuple[str, ...] = ()  # "seccomp", "userns", "rootless", "apparmor", ...
+    cgroups: int = 1
+    memory: bool = True
+    cpus: bool = True
+    pids: bool = True
+    live_restore: bool = False
+    bridge: bool = True
+
+    @classmethod
+    def of(cls, info: dict[str, Any]) -> Facts:
+        """The facts of the engine's own account, which may lack anything."""
+        status = {str(row[0]): str(row[1]) for row in info.get("DriverStatus") or () if len(row) > 1}
+        words = (part for text in info.get("SecurityOptions") or () for part in str(text).split(","))
+        runtimes = info.get("Runtimes") or {}
+        return cls(
+            version=str(info.get("ServerVersion", "")), driver=str(info.get("Driver", "")),
+            backing=status.get("Backing Filesystem", ""),
+            runtimes={str(name): dict(entry or {}) for name, entry in runtimes.items()},
+            default_runtime=str(info.get("DefaultRuntime") or "runc"),
+            security=tuple(word.removeprefix("name=") for word in words if word.startswith("name=")),
+            cgroups=2 if str(info.get("CgroupVersion")) == "2" else 1, memory=bool(info.get("MemoryLimit")),
+            cpus=bool(info.get("CpuCfsQuota")), pids=bool(info.get("PidsLimit")),
+            live_restore=bool(info.get("LiveRestoreEnabled")),
+            bridge="bridge" in ((info.get("Plugins") or {}).get("Network") or ()),
+        )  # fmt: skip
+
+
+class Engine:
+    """One engine. `host` is "unix:///path"; anything else is refused, as an engine elsewhere cannot see our files.
+
+    Every call may raise Unavailable: nobody there, no answer in time; NoCapacity after too many failures just now;
+    EngineError for what it answers and means.
+    """
+
+    def __init__(self, host: str = "", patience: float = _PATIENCE) -> None:
+        self.host = host or f"unix://{DEFAULT_SOCKET}"
+        self.breaker = Breaker()
+        self._patience = patience
+        self._facts: Facts | None = None
+
+    @property
+    def socket(self) -> str:
+        """The path of its socket. Unsupported for an engine elsewhere."""
+        path = self.host.removeprefix("unix://")
+        if path == self.host or not path.startswith("/"):
+            raise errors.Unsupported(f"the container engine at {self.host} is not on this machine",
+                                     hint="run the rocklet on the engine's machine, and set DOCKER_HOST to its "
+                                          "socket, like unix:///var/run/docker.sock")
+        return path
+
+    @property
+    def known(self) -> Facts:
+        """What was found out last."""
+        return self._facts or Facts()
+
+    async def facts(self, *, anew: bool = False) -> Facts:
+        """What it can do; asked once, unless `anew`."""
+        if self._facts is None or anew:
+            self._facts = Facts.of(await self._json("tell about itself", "GET", "/info"))
+        return self._facts
+
+    # ---- asking ----
+
+    async def _again(self, what: str, work: Callable[[], Awaitable[T]]) -> T:
+        """Do something, several times where it does not go well for reasons that may pass."""
+        pause = _FIRST_PAUSE
+        for attempt in range(1, _ATTEMPTS + 1):
+            self.breaker.refuse(what)
+            try:
+                result = await work()
+            except errors.Unavailable:
+                self.breaker.failed()
+                if attempt == _ATTEMPTS:
+                    raise
+            except EngineError as error:
+                if error.status not in _OVERLOADED or any(word in error.message.lower() for word in _TELLING):
+                    self.breaker.worked()
+                    raise
+                self.breaker.failed()
+                if attempt == _ATTEMPTS:
+                    raise
+            except BaseException:
+                self.breaker.undecided()
+                raise
+            else:
+                self.breaker.worked()
+                return result
+            log.info("the container engine did not %s; attempt %d", what, attempt)
+            await asyncio.sleep(pause)
+            pause *= 2
+        raise AssertionError("unreachable")
+
+    async def _json(self, what: str, method: str, path: str, body: Any = None, **query: str) -> Any:
+        """One request and its whole answer, None where that is empty."""
+        return await self._again(what, lambda: self._once(what, method, _target(path, query), body))
+
+    async def _once(self, what: str, method: str, target: str, body: Any) -> Any:
+        with _reached(what, self.host):
+            async with asyncio.timeout(self._patience), self._asked(method, target, body) as answer:
+                data = await answer.read()
+        return _unpacked(data)
+
+    @contextlib.asynccontextmanager
+    async def _asked(self, method: str, target: str, body: Any = None, **headers: str) -> AsyncGenerator[http.Answer]:
+        """An answer that is none of an error."""
+        data = b"" if body is None else json.dumps(body).encode()
+        async with http.ask(self.socket, method, target, data, headers) as answer:
+            if answer.status >= 400:
+                found = _unpacked(await answer.read())
+                message = found.get("message") if isinstance(found, dict) else None
+                raise EngineError(answer.status, str(message or f"status {answer.status}"))
+            yield answer
+
+    async def _or_none(self, what: str, path: str) -> dict[str, Any] | None:
+        try:
+            found = await self._json(what, "GET", path)
+        except EngineError as error:
+            if error.status == 404:
+                return None
+            raise
+        return found if isinstance(found, dict) else {}
+
+    # ---- containers ----
+
+    async def create(self, name: str, config: dict[str, Any]) -> str:
+        """The id of a new container of that name. One that a lost answer left behind is the one meant."""
+        try:
+            found = await self._json("create a container", "POST", "/containers/create", config, name=name)
+        except EngineError as error:
+            if error.status != 409 or "already in use" not in error.message:
+                raise
+            found = await self.inspect(name) or {}
+        return str(found["Id"])
+
+    async def start(self, id: str) -> None:
+        """One that runs already is no error."""
+        await self._json("start a container", "POST", f"/containers/{id}/start")
+
+    async def inspect(self, id: str) -> dict[str, Any] | None:
+        """All about a container; None when there is none."""
+        return await self._or_none("look at a container", f"/containers/{id}/json")
+
+    async def kill(self, id: str) -> None:
+        """SIGKILL; one that does not run is no error."""
+        with _fine(404, 409):
+            await self._json("kill a container", "POST", f"/containers/{id}/kill", signal="SIGKILL")
+
+    async def remove(self, id: str) -> None:
+        """Remove a container with its volumes, whether it runs or not; answers when it is gone. Idempotent."""
+        for _ in range(600):
+            try:
+                await self._json("remove a container", "DELETE", f"/containers/{id}", force="1", v="1")
+                return
+            except EngineError as error:
+                if error.status == 404:
+                    return
+                if error.status != 409 or "in progress" not in error.message:
+                    raise
+                await asyncio.sleep(0.1)  # somebody else removes it
+
+    async def attach(self, id: str) -> Attached:
+        """A stream to the standard input and from the standard output of a container, which the caller closes."""
+        target = _target(f"/containers/{id}/attach", {"stream": "1", "stdin": "1", "stdout": "1"})
+
+        async def work() -> Attached:
+            with _reached("attach to a container", self.host):
+                async with asyncio.timeout(self._patience):
+                    answer = await http.upgrade(self.socket, target)
+            if isinstance(answer, http.Refused):
+                raise EngineError(answer.status, answer.body.decode(errors="replace"))
+            return Attached(answer)
+
+        return await self._again("attach to a container", work)
+
+    async def list(self, label: str) -> list[dict[str, Any]]:
+        """Containers with a label, "name=value", running or not."""
+        filters = json.dumps({"label": [label]})
+        found = await self._json("list containers", "GET", "/containers/json", all="1", filters=filters)
+        return [entry for entry in found or () if isinstance(entry, dict)]
+
+    async def events(self, label: str, since: float) -> AsyncGenerator[dict[str, Any]]:
+        """What happens to containers with a label, from a time on, until the connection ends. Unavailable."""
+        filters = json.dumps({"type": ["container"], "label": [label]})
+        target = _target("/events", {"filters": filters, "since": f"{since:.9f}"})
+        with _reached("tell events", self.host):
+            async with self._asked("GET", target) as answer:
+                async for line in answer.lines():
+                    event = _unpacked(line)
+                    if isinstance(event, dict):
+                        yield event
+
+    async def has_network(self, name: str) -> bool:
+        return await self._or_none("look at a network", f"/networks/{name}") is not None
+
+    # ---- images ----
+
+    async def image(self, name: str) -> dict[str, Any] | None:
+        """All about an image that the engine has; None when it has none."""
+        return await self._or_none("look at an image", f"/images/{urllib.parse.quote(name)}/json")
+
+    async def pull(self, name: str, domain: str, login: tuple[str, str] | None) -> AsyncGenerator[dict[str, Any]]:
+        """Have the engine pull an image by its full name. EngineError with what the registry at `domain` said."""
+        headers = {}
+        if login is not None:
+            auth = {"username": login[0], "password": login[1], "serveraddress": domain}
+            headers["X-Registry-Auth"] = base64.urlsafe_b64encode(json.dumps(auth).encode()).decode()
+        target = _target("/images/create", {"fromImage": name})
+        with _reached("pull an image", self.host):
+            async with self._asked("POST", target, **headers) as answer:
+                async for line in answer.lines():
+                    step = _unpacked(line)
+                    if not isinstance(step, dict):
+                        continue
+                    if "error" in step:
+                        raise EngineError(0, str(step["error"]))
+                    yield step
+
+
+class Attached:
+    """The standard streams of a container. The engine puts a head before each piece of its output."""
+
+    def __init__(self, stream: http.Upgraded) -> None:
+        self._stream = stream
+        self._rest = bytearray()
+        self._left = 0  # bytes of the piece that is coming
+        self._ours = False  # whether it is of standard output
+        self.write = stream.write
+        self.close = stream.close
+
+    async def read(self) -> bytes:
+        """What has come of standard output; empty at the end."""
+        out = bytearray()
+        while not out:
+            data = await self._stream.read()
+            if not data:
+                return b""
+            self._rest += data
+            while self._rest:
+                if self._left == 0:
+                    if len(self._rest) < 8:
+                        break
+                    self._ours, self._left = self._rest[0] == 1, int.from_bytes(self._rest[4:8], "big")
+                    del self._rest[:8]
+                piece = self._rest[: self._left]
+                self._left -= len(piece)
+                del self._rest[: len(piece)]
+                if self._ours:
+                    out += piece
+        return bytes(out)
+
+
+def _target(path: str, query: dict[str, str]) -> str:
+    return f"{path}?{urllib.parse.urlencode(query)}" if query else path
+
+
+def _unpacked(data: bytes) -> Any:
+    """What is meant, or None where it is no JSON."""
+    try:
+        return json.loads(data) if data else None
+    except ValueError:
+        return None
+
+
+@contextlib.contextmanager
+def _reached(what: str, host: str) -> Iterator[None]:
+    """Failures on the way to the engine, as ours."""
+    try:
+        yield
+    except TimeoutError:
+        raise errors.Unavailable(f"the container engine did not {what} in time",
+                                 hint="it may be overloaded: start fewer at once, or try again later") from None
+    except (FileNotFoundError, ConnectionRefusedError):
+        raise errors.Unavailable(f"no container engine listens on {host}",
+                                 hint="start it, or set DOCKER_HOST to its socket") from None
+    except PermissionError:
+        raise errors.Unavailable(f"this user may not use the container engine at {host}",
+                                 hint="add it to the group that owns the socket, or use a rootless engine") from None
+    except (OSError, http.Broken) as error:
+        raise errors.Unavailable(f"the container engine did not {what}: {error}",
+                                 hint="see the engine's own log") from None
+
+
+@contextlib.contextmanager
+def _fine(*statuses: int) -> Iterator[None]:
+    try:
+        yield
+    except EngineError as error:
+        if error.status not in statuses:
+            raise

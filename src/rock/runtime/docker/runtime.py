@@ -1,0 +1,454 @@
+"""Runtime "docker": a container of an engine for each sandbox, with our own pid 1 in it.
+
+    create -> admission -> image -> container -> its pid 1 connects (door.py) -> Handle
+    spawn, files, ports -> pid 1 (initfiles.py), never `exec`      destroy -> the engine removes the container
+
+The engine makes and removes containers; while one runs, nothing goes through the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rock import errors
+from rock.guest import proctree
+from rock.guest.remove import remove_tree
+from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
+from rock.runtime import guestpython, wholefile
+from rock.runtime.base import Handle, Liveness, Program, Trait
+from rock.runtime.docker import groups, images, shape, ways
+from rock.runtime.docker.engine import Engine, EngineError, Facts
+from rock.runtime.docker.ways import Way
+from rock.runtime.guestpython import GuestPython
+from rock.runtime.initfiles import InitSandboxes, merged
+from rock.runtime.initlink import InitLink
+from rock.runtime.namespace import admission, cgroups, limits
+from rock.runtime.process import wait_gone
+
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_PREFIX = "d-"
+_AT_ONCE = 4  # starts that an engine is given together: with 32 and more it collapses
+_BACK = 30.0  # seconds that a pid 1 may take to find a server that came back
+_JUST = 5.0  # seconds between a kill for memory and the end that it was the cause of
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Container:
+    """What this server knows of a living sandbox; all of it can be found again by the handle."""
+
+    slot: str
+    engine_id: str
+    pid: int
+    start: int
+    folders: dict[str, str]
+    oci: shape.Oci = "runc"
+    link: InitLink | None = None
+    way: Way | None = None
+    kills: int = 0
+    entering: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class DockerRuntime(InitSandboxes):
+    """Containers of the engine at `host`, "unix:///path". run_dir: a folder a sandbox; guest_dir: our Pythons."""
+
+    name = "docker"
+    isolation = Isolation.CONTAINER
+    traits: Mapping[Isolation, frozenset[Trait]] = {
+        Isolation.CONTAINER: frozenset(Trait), Isolation.GVISOR: frozenset(Trait), Isolation.MICROVM: frozenset(Trait),
+    }  # fmt: skip
+
+    def __init__(self, run_dir: Path, guest_dir: Path, host: str = "") -> None:
+        self._run_dir = Path(os.path.realpath(run_dir))
+        self._guest_dir = Path(os.path.realpath(guest_dir))
+        self.engine = Engine(host)
+        self._label = hashlib.sha256(str(self._run_dir).encode()).hexdigest()[:16]
+        self._live: dict[str, Container] = {}
+        self._making: set[str] = set()
+        self._gate = asyncio.Semaphore(_AT_ONCE)
+        self._python: GuestPython | None = None
+        self._preparing: asyncio.Task[GuestPython] | None = None
+        self._events: asyncio.Task[None] | None = None
+        self._oom_at: dict[str, float] = {}  # by the engine's id
+        self._unswept: frozenset[str] | None = None
+
+    # ---- life of the runtime ----
+
+    async def open(self) -> None:
+        """Never fails for want of an engine: that is told to who asks for a sandbox of this runtime."""
+        self._run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.chmod(self._run_dir, 0o700)
+
+    async def close(self) -> None:
+        if self._events is not None:
+            self._events.cancel()
+            await asyncio.gather(self._events, return_exceptions=True)
+            self._events = None
+        if self._preparing is not None:  # a thread cannot be ended
+            await asyncio.wait({self._preparing})
+            self._preparing = None
+        for container in self._live.values():
+            await _let_go(container)
+        self._live.clear()
+
+    async def _ready(self) -> Facts:
+        """The engine's facts; from now on its events are listened to."""
+        facts = await self.engine.facts()
+        if self._events is None:
+            self._events = asyncio.create_task(self._listen(), name="docker events")
+        return facts
+
+    async def _listen(self) -> None:
+        """Note kills for memory; remove what was left while the engine was away."""
+        pause, since = 1.0, time.time()
+        while True:
+            try:
+                if self._unswept is not None:
+                    await self._sweep_engine(self._unswept | {c.slot for c in self._live.values()})
+                    self._unswept = None
+                stream = self.engine.events(f"{shape.HOME_LABEL}={self._label}", since)
+                async with contextlib.aclosing(stream):
+                    async for event in stream:
+                        pause = 1.0
+                        since = max(since, float(event.get("timeNano", 0)) / 1e9)
+                        if event.get("Action") == "oom":
+                            self._oom_at[str(event.get("id"))] = time.monotonic()
+            except (errors.RockError, EngineError, ValueError, TypeError) as error:
+                log.info("docker events: %s", error)
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 30.0)
+            with contextlib.suppress(errors.RockError, EngineError):
+                await self.engine.facts(anew=True)  # it may be another one after a restart
+
+    # ---- images ----
+
+    async def has_image(self, config: SandboxConfig) -> bool:
+        with _told(config.image):
+            return config.image == "host" or await images.is_ready(self.engine, config)
+
+    async def prepare_image(self, config: SandboxConfig, tell: Callable[[str], None]) -> None:
+        shape.refuse(config, await self._ready(), shape.wanted_runtime(config))
+        with _told(config.image):
+            await images.prepare(self.engine, config, tell)
+
+    # ---- creating ----
+
+    async def check(self, config: SandboxConfig) -> None:
+        await self._admit(config)
+
+    async def _admit(self, config: SandboxConfig) -> tuple[str, dict[str, Any]]:
+        """The engine's name of the OCI runtime, and its account of the image."""
+        _ = self.engine.socket
+        oci = shape.wanted_runtime(config)
+        with _told(config.image):
+            facts = await self._ready()
+            name = shape.runtime_name(facts, oci)
+            shape.refuse(config, facts, oci)
+            admission.refuse_too_large(config)
+            if config.network == "nat" and not await self.engine.has_network("bridge"):
+                raise errors.Unsupported('network "nat" cannot be given here: this engine has no bridge',
+                                         hint="start the engine with a bridge, or use another network")
+            return name, await images.find(self.engine, config)
+
+    async def create(self, id: str, config: SandboxConfig) -> Handle:
+        name, image = await self._admit(config)
+        await self._guest()
+        task = asyncio.create_task(self._make(id, config, name, image))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:  # once asked it is waited for, so that nothing is left behind
+            with contextlib.suppress(errors.RockError):
+                await self.destroy(await task)
+            raise
+
+    async def _guest(self) -> GuestPython:
+        if self._python is None or not self._python.folder.is_dir():
+            if self._preparing is None:
+                work = asyncio.to_thread(guestpython.prepare, self._guest_dir)
+                self._preparing = asyncio.create_task(work, name="guest python")
+            task = self._preparing
+            try:
+                self._python = await asyncio.shield(task)
+            finally:
+                if task.done():
+                    self._preparing = None
+        return self._python
+
+    async def _make(self, id: str, config: SandboxConfig, name: str, image: dict[str, Any]) -> Handle:
+        slot = _PREFIX + secrets.token_hex(5)
+        folder = self._run_dir / slot
+        self._making.add(slot)
+        way: Way | None = None
+        engine_id: str | None = None
+        try:
+            folder.mkdir(mode=0o700)
+            wholefile.replace(folder / "record.json", json.dumps({"id": id, "slot": slot}))
+            oci = shape.wanted_runtime(config)
+            way = ways.way(oci, self.engine, folder)
+            labels = {shape.HOME_LABEL: self._label, shape.ID_LABEL: id, "rock.slot": slot}
+            wish = shape.container(config, image["Id"], labels, await self._guest(), way.folder, name, way.options)
+            async with self._gate:
+                engine_id = await self.engine.create(f"rock-{slot}", wish)
+                await self.engine.start(engine_id)
+                pid = await self._pid(engine_id)
+                container = await self._entered(id, slot, engine_id, pid, way, config.startup_timeout)
+            container.oci = oci
+            self._live[slot] = container
+            return self._handle(id, config, container, image)
+        except BaseException as error:
+            if way is not None:
+                await way.close()
+            with contextlib.suppress(errors.RockError, EngineError):  # the sweep tries again
+                await asyncio.shield(self._remove(slot, engine_id or f"rock-{slot}"))
+            if isinstance(error, EngineError):
+                raise _refusal(error, config) from None
+            if isinstance(error, OSError | errors.Lost):
+                raise errors.StartFailed(f"the container could not be used: {error}", sandbox_id=id) from None
+            raise
+        finally:
+            self._making.discard(slot)
+
+    async def _pid(self, engine_id: str) -> int:
+        state = ((await self.engine.inspect(engine_id)) or {}).get("State") or {}
+        pid = int(state.get("Pid") or 0)
+        if pid <= 0:
+            text = state.get("Error") or f"exit status {state.get('ExitCode')}"
+            raise errors.StartFailed(f"the container's pid 1 ended at once: {text}")
+        return pid
+
+    async def _entered(self, id: str, slot: str, engine_id: str, pid: int, way: Way, patience: float) -> Container:
+        """The sandbox, once its pid 1 has connected and answers."""
+        entry = proctree.read(pid)
+        if entry is None:
+            raise errors.StartFailed("the container's pid 1 cannot be seen from here", sandbox_id=id,
+                                     hint="it ended at once, or the rocklet runs in a container of its own")
+        entering = asyncio.ensure_future(way.enter(engine_id, pid, id, patience))
+        ending = asyncio.ensure_future(wait_gone(pid, entry.start))
+        try:
+            await asyncio.wait({entering, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if not entering.done():
+                await self._pid(engine_id)  # which tells how it ended
+                raise errors.StartFailed("the container's pid 1 ended at once", sandbox_id=id)
+            link = entering.result()
+        finally:
+            for task in (entering, ending):
+                task.cancel()
+            await asyncio.gather(entering, ending, return_exceptions=True)
+        folders = await asyncio.to_thread(groups.folders, pid)
+        container = Container(slot, engine_id, pid, entry.start, folders, link=link, way=way)
+        await link.request("hello", patience=patience)
+        return container
+
+    def _handle(self, id: str, config: SandboxConfig, container: Container, image: dict[str, Any]) -> Handle:
+        env, cwd, user = shape.image_settings(image)
+        facts = self.engine.known
+        oci = shape.wanted_runtime(config)
+        data = {"slot": container.slot, "container": container.engine_id, "pid": container.pid,
+                "start": container.start, "env": merged({"PATH": _PATH}, env, config.env), "cwd": cwd, "user": user,
+                "cgroups": container.folders, "oci": oci}  # fmt: skip
+        return Handle(self.name, id, shape.isolation_of(oci), shape.enforced(facts), data)
+
+    # ---- using ----
+
+    def _find(self, handle: Handle) -> Container:
+        data = handle.data
+        container = self._live.get(data["slot"])
+        if container is None:
+            if not _alive(data["pid"], data["start"]):
+                raise errors.Lost("the sandbox is gone", sandbox_id=handle.id)
+            container = Container(data["slot"], data["container"], data["pid"], data["start"], dict(data["cgroups"]),
+                                  data["oci"])
+            self._live[data["slot"]] = container
+        return container
+
+    async def linked(self, handle: Handle) -> InitLink:
+        container = self._find(handle)
+        if container.link is None or container.link.closed:
+            async with container.entering:
+                if container.link is None or container.link.closed:
+                    await self._enter_again(container, handle)
+        assert container.link is not None
+        return container.link
+
+    async def _enter_again(self, container: Container, handle: Handle) -> None:
+        if not _alive(container.pid, container.start):
+            raise errors.Lost("the sandbox's pid 1 is gone", sandbox_id=handle.id)
+        if container.way is not None:
+            await container.way.close()
+        container.way = ways.way(container.oci, self.engine, self._run_dir / container.slot)
+        with _told(handle.id):
+            container.link = await container.way.enter(container.engine_id, container.pid, handle.id, _BACK)
+
+    def complete(self, handle: Handle, program: Program) -> Program:
+        data = handle.data
+        user = program.user if program.user is not None else data["user"]
+        return replace(program, env=merged(data["env"], program.env), cwd=program.cwd or data["cwd"], user=user or None)
+
+    async def recover(self, handle: Handle) -> Liveness:
+        try:
+            await (await self.linked(handle)).request("hello", patience=_BACK)
+        except errors.RockError:
+            return Liveness.GONE
+        with contextlib.suppress(errors.RockError, EngineError):
+            await self._ready()
+        return Liveness.RUNNING
+
+    async def wait(self, handle: Handle) -> str:
+        data = handle.data
+        await wait_gone(data["pid"], data["start"])
+        folder = self._run_dir / data["slot"]
+        if not folder.exists() or (folder / "stopped").exists():
+            return "gone"
+        return await self._why(data["container"])
+
+    async def _why(self, engine_id: str) -> str:
+        """What the engine tells of a container's end."""
+        for _ in range(10):
+            try:
+                found = await self.engine.inspect(engine_id)
+            except (errors.RockError, EngineError):
+                return "the container engine ended, and its containers with it"
+            if found is None:
+                return "its container was removed from outside"
+            state = found.get("State") or {}
+            if not state.get("Running"):
+                break
+            await asyncio.sleep(0.1)  # it learns of the end later than we do
+        recently = time.monotonic() - self._oom_at.get(engine_id, float("-inf")) < _JUST
+        if state.get("OOMKilled") and (recently or engine_id not in self._oom_at):
+            return "oom"
+        error = f": {state['Error']}" if state.get("Error") else ""
+        return f"its container ended with status {state.get('ExitCode')}{error}"
+
+    async def usage(self, handle: Handle) -> Usage:
+        data = handle.data
+        kills = self.oom_kills(handle)
+        return await asyncio.to_thread(limits.usage, data["cgroups"], data["pid"], kills)
+
+    def oom_kills(self, handle: Handle) -> int:
+        folder = handle.data["cgroups"].get("memory")
+        found = cgroups.oom_kills(folder) if folder else 0
+        container = self._live.get(handle.data["slot"])
+        if container is not None:  # its group goes with it
+            found = container.kills = max(found, container.kills)
+        return found
+
+    # ---- ending ----
+
+    async def stop(self, handle: Handle, grace: float) -> None:
+        pid, start, slot = handle.data["pid"], handle.data["start"], handle.data["slot"]
+        with contextlib.suppress(OSError):
+            (self._run_dir / slot / "stopped").touch()
+        if _alive(pid, start):
+            with contextlib.suppress(errors.RockError, TimeoutError):
+                await (await self.linked(handle)).request("stop", {"grace": grace}, patience=grace + 5)
+                async with asyncio.timeout(grace + 2):
+                    await wait_gone(pid, start)
+            if _alive(pid, start):
+                with _told(handle.id):
+                    await self.engine.kill(handle.data["container"])
+                await wait_gone(pid, start)
+        await self._forget(slot)
+
+    async def destroy(self, handle: Handle) -> None:
+        await self._forget(handle.data["slot"])
+        with _told(handle.id):
+            await self._remove(handle.data["slot"], handle.data["container"])
+
+    async def _forget(self, slot: str) -> None:
+        container = self._live.pop(slot, None)
+        if container is not None:
+            await _let_go(container)
+            self._oom_at.pop(container.engine_id, None)
+
+    async def _remove(self, slot: str, engine_id: str) -> None:
+        """Remove all of a sandbox, made in whole or in part. Idempotent."""
+        await self.engine.remove(engine_id)
+        await asyncio.to_thread(remove_tree, str(self._run_dir / slot))
+
+    async def sweep(self, known: Sequence[str]) -> list[str]:
+        keep, slots, gone = set(known), set(), set()
+        for folder in self._run_dir.glob(f"{_PREFIX}*"):
+            id = str(_record(folder).get("id", ""))
+            if id in keep or folder.name in self._making or folder.name in self._live:
+                slots.add(folder.name)
+            else:
+                gone.add(id or folder.name)
+        try:
+            gone |= await self._sweep_engine(slots) if os.path.exists(self.engine.socket) else set()
+        except (errors.RockError, EngineError) as error:
+            self._unswept = frozenset(slots)
+            log.warning("what is left of containers is removed when the engine is back: %s", error)
+            return []
+        for folder in self._run_dir.glob(f"{_PREFIX}*"):
+            if folder.name not in slots and folder.name not in self._making:
+                await asyncio.to_thread(remove_tree, str(folder))
+        return sorted(gone)
+
+    async def _sweep_engine(self, slots: set[str] | frozenset[str]) -> set[str]:
+        """Remove containers with our label that are in none of these slots."""
+        gone = set()
+        for found in await self.engine.list(f"{shape.HOME_LABEL}={self._label}"):
+            labels = found.get("Labels") or {}
+            slot = str(labels.get("rock.slot", ""))
+            if labels.get(shape.HOME_LABEL) == self._label and slot not in slots and slot not in self._making:
+                await self.engine.remove(str(found["Id"]))
+                gone.add(str(labels.get(shape.ID_LABEL) or slot))
+        return gone
+
+
+async def _let_go(container: Container) -> None:
+    if container.link is not None:
+        container.link.close()
+    if container.way is not None:
+        await container.way.close()
+
+
+def _alive(pid: int, start: int) -> bool:
+    entry = proctree.read(pid)
+    return entry is not None and entry.alive and entry.start == start
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((folder / "record.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Any:
+    """What the engine answers beside its use for a start, as an error of ours."""
+    try:
+        yield
+    except EngineError as error:
+        raise errors.Unavailable(f"the container engine refused ({what}): {error.message}",
+                                 hint="see the engine's own log") from None
+
+
+def _refusal(error: EngineError, config: SandboxConfig) -> errors.RockError:
+    """Why the engine did not make a container."""
+    text = error.message
+    low = text.lower()
+    if "storage-opt" in low or "quota" in low:
+        return errors.Unsupported(f"disk={config.disk}: {text}", hint="leave disk unset")
+    if "no space left" in low:
+        return errors.StorageFull(f"the container engine's disk is full: {text}")
+    if "bind source path does not exist" in low or "ld.so" in low:
+        return errors.Unsupported(f"the container engine does not see the files of this server: {text}",
+                                  hint="run the rocklet on the engine's machine, not in a container")
+    if error.status == 404 and "no such image" in low:
+        return errors.ImageError(f"image {config.image} was removed from the engine meanwhile")
+    return errors.StartFailed(f"the container engine could not start it: {text}")

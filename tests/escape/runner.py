@@ -1,0 +1,243 @@
+"""Runs every attempt at one level, in a process of its own: `python -m tests.escape.runner LEVEL FOLDER`.
+
+Prints JSON: {"level", "isolation", "results": {key: [word, detail]}, "left": ...}. The words: blocked, open, absent
+(the level does not have what is attacked), skipped, and broken, when a program did not tell how it went.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+from rock import errors
+from rock.protocol.sandbox import SandboxConfig
+from rock.runtime.base import Runtime
+from tests.escape.attempt import PRELUDE, Attempt, Host
+from tests.escape.catalogue import ATTEMPTS
+from tests.runtime.boxes import Box, leftovers, read_all
+
+PYTHON = ("/usr/bin/python3", "-I", "-S", "-c")
+AT_ONCE = 2
+
+
+class Services:
+    """What of the host may not be reached: listeners that count who called."""
+
+    def __init__(self, folder: Path) -> None:
+        self.calls = 0
+        self.sockets: list[socket.socket] = []
+        self.abstract = f"rock-escape-{secrets.token_hex(6)}"
+        self.port = self._listen(socket.AF_INET, ("127.0.0.1", 0))
+        try:
+            self.port6 = self._listen(socket.AF_INET6, ("::1", 0))
+        except OSError:
+            self.port6 = self.port
+        self._listen(socket.AF_UNIX, "\0" + self.abstract)
+        self.unix = str(folder / "service")
+        self._listen(socket.AF_UNIX, self.unix)
+        os.chmod(self.unix, 0o777)
+        udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        udp.bind(("127.0.0.1", 0))
+        self.udp = udp.getsockname()[1]
+        self.sockets.append(udp)
+        threading.Thread(target=self._echo, args=(udp,), daemon=True).start()
+
+    def _listen(self, family: int, address: Any) -> int:
+        listener = socket.socket(family)
+        listener.bind(address)
+        listener.listen(64)
+        self.sockets.append(listener)
+        threading.Thread(target=self._serve, args=(listener,), daemon=True).start()
+        return int(listener.getsockname()[1]) if family != socket.AF_UNIX else 0
+
+    def _serve(self, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                one, _ = listener.accept()
+                self.calls += 1
+                one.close()
+
+    def _echo(self, udp: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                _, whence = udp.recvfrom(100)
+                if whence is None:
+                    return
+                self.calls += 1
+                udp.sendto(b"pong", whence)
+
+    def close(self) -> None:
+        for sock in self.sockets:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+
+
+@contextlib.contextmanager
+def host_facts(folder: Path) -> Iterator[dict[str, Any]]:
+    """A secret, a process and services of the host, which belong to nobody but this test."""
+    token = secrets.token_hex(16)
+    outside = folder / "outside"
+    outside.mkdir(mode=0o755)
+    (outside / "secret").write_text(token)
+    (outside / "secret").chmod(0o644)
+    services = Services(outside)
+    word = f"rock-victim-{secrets.token_hex(4)}"
+    victim = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)", word], env={"TOKEN": token},
+                              stdin=subprocess.DEVNULL)
+    program = os.stat("/usr/bin/env")
+
+    def calls() -> int:
+        count, services.calls = services.calls, 0
+        return count
+
+    try:
+        yield {"token": token, "secret": str(outside / "secret"), "folder": str(outside), "victim": victim.pid,
+               "victim_word": word, "port": services.port, "port6": services.port6, "udp": services.udp,
+               "unix": services.unix, "abstract": services.abstract, "address": _address(), "calls": calls,
+               "run_dir": str(folder / "run"), "home": str(folder), "pid_of_runner": os.getpid(),
+               "interpreter": "/usr/bin/env", "interpreter_stat": [program.st_size, program.st_mtime_ns],
+               "disk": os.stat("/").st_dev, "init": 1, "control": str(folder / "run" / "s")}
+    finally:
+        victim.kill()
+        victim.wait()
+        services.close()
+
+
+def _address() -> str:
+    """An address of this host that is not loopback's, if it has one."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        with contextlib.suppress(OSError):
+            sock.connect(("192.0.2.1", 9))
+            return str(sock.getsockname()[0])
+    return "192.0.2.1"
+
+
+@contextlib.asynccontextmanager
+async def runtime_of(level: str, folder: Path) -> AsyncIterator[tuple[Runtime, dict[str, Any]]]:
+    """The runtime of a level, open, and what its configs need."""
+    if level == "none":
+        from rock.runtime.process import ProcessRuntime
+
+        runtime: Any = ProcessRuntime(folder / "run")
+        common: dict[str, Any] = {"image": "host"}
+    elif level == "landlock":
+        from rock.runtime.landlock.runtime import LandlockRuntime
+
+        runtime = LandlockRuntime(folder / "run")
+        common = {"image": "host", "memory": "512m", "cpus": 1, "pids": 256}
+    else:
+        from rock.runtime.image.store import ImageStore
+        from rock.runtime.namespace.runtime import NamespaceRuntime
+
+        images = ImageStore(folder / "images")
+        images.from_host("escape:1")
+        runtime = NamespaceRuntime(folder / "run", 0, images)
+        common = {"image": "escape:1", "memory": "512m", "cpus": 1, "pids": 256}
+    await runtime.open()
+    try:
+        yield runtime, common
+    finally:
+        await runtime.close()
+
+
+@contextlib.asynccontextmanager
+async def box_of(runtime: Runtime, config: dict[str, Any]) -> AsyncIterator[Box]:
+    name = f"box-{secrets.token_hex(3)}"
+    handle = await runtime.create(name, SandboxConfig(**config))
+    box = Box(runtime, handle, Path(str(handle.data.get("home", "/root"))))
+    try:
+        yield box
+    finally:
+        box.close()
+        await runtime.destroy(handle)
+
+
+async def program(host: Host, attempt: Attempt, box: Box) -> tuple[str, str]:
+    """Run an attempt's program inside; its last word."""
+    facts = {name: value for name, value in host.facts.items() if not callable(value)}
+    facts["init"] = await _init_of(box)
+    options: dict[str, Any] = {"pty": (24, 80)} if attempt.pty else {"stderr": "stdout"}
+    process = await box.spawn(*PYTHON, PRELUDE + attempt.program, json.dumps(facts), user=attempt.user, cwd=str(box.root),
+                              **options)
+    assert process.stdout is not None
+    out = (await read_all(process.stdout)).decode(errors="replace")
+    status = await process.wait()
+    process.close()
+    for line in reversed(out.splitlines()):
+        word, _, detail = line.partition(":")
+        if word in ("blocked", "open"):
+            return word, detail.strip()[:160]
+    if attempt.quiet and not out.strip():
+        return "blocked", "told by the look from outside"
+    return "broken", f"status {status.shell_code}: {out[-400:]}"
+
+
+async def _init_of(box: Box) -> int:
+    """pid 1's number, as it is seen inside."""
+    reply, _ = await box.runtime.link(box.handle).request("hello")
+    return int(reply["pid"])
+
+
+async def one(level: str, host: Host, attempt: Attempt, runtime: Runtime, common: dict[str, Any]) -> tuple[str, str]:
+    if level in attempt.absent:
+        return "absent", attempt.absent[level]
+    if level == "none" and not attempt.control:
+        return "skipped", "not tried where it could do harm"
+    if attempt.x86_only and os.uname().machine != "x86_64":
+        return "skipped", "the numbers are those of x86_64"
+    config = {**common, **(attempt.config if level != "none" else {})}
+    async with box_of(runtime, config) as box, asyncio.timeout(110):
+        word, detail = "blocked", ""
+        if attempt.program:
+            word, detail = await program(host, attempt, box)
+        if attempt.act is not None and word != "broken":
+            word, _, detail = (await attempt.act(host, box)).partition(":")
+        if attempt.look is not None and (told := attempt.look(host, box)) is not None:
+            word, detail = "open", told
+        if "pid 1" in attempt.name and await box.sh("echo alive") != "alive\n":
+            word, detail = "open", "pid 1 does not answer any more"
+    return word, detail.strip()[:160]
+
+
+async def run_all(level: str, folder: Path, pattern: str = "") -> dict[str, Any]:
+    before = leftovers(folder)
+    results: dict[str, tuple[str, str]] = {}
+    with host_facts(folder) as facts:
+        async with runtime_of(level, folder) as (runtime, common):
+            async with box_of(runtime, common) as neighbour:
+                host = Host(facts, neighbour, level)
+                for attempt in ATTEMPTS:
+                    if pattern not in attempt.key:
+                        continue
+                    try:
+                        results[attempt.key] = await one(level, host, attempt, runtime, common)
+                    except (errors.RockError, TimeoutError) as error:
+                        results[attempt.key] = "broken", f"{error!r}"[:400]
+                isolation = neighbour.handle.isolation.value
+    after = leftovers(folder)
+    return {"level": level, "isolation": isolation, "results": results,
+            "left": {name: [item for item in items if item not in before[name]] for name, items in after.items()}}
+
+
+def main() -> None:
+    level, folder = sys.argv[1], Path(sys.argv[2])
+    try:
+        told = asyncio.run(run_all(level, folder, *sys.argv[3:4]))
+    except errors.Unsupported as error:
+        told = {"level": level, "unsupported": error.message}
+    print(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""The runtime "docker" in the suite, over an engine that is started for it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from rock.guest import proctree
+from rock.protocol.sandbox import Isolation, SandboxConfig
+from rock.runtime.docker.runtime import DockerRuntime
+from tests.runtime.conformance.subject import Subject
+from tests.runtime.docker import engines
+
+
+class OfDocker(Subject):
+    image = "rock-test/hand:1"
+
+    def __init__(self, name: str, oci: Literal["runsc"] | None, isolation: Isolation) -> None:
+        self.name = name
+        self.oci = oci
+        self.isolation = isolation
+
+    def missing(self) -> str | None:
+        try:
+            engines.shared()
+        except engines.CannotBeHad as error:
+            return str(error)
+        return None
+
+    def make(self, folder: Path) -> DockerRuntime:
+        return DockerRuntime(folder / "run", engines.guest_python(), engines.shared().host)
+
+    def config(self, **values: Any) -> SandboxConfig:
+        return super().config(**{"oci_runtime": self.oci, "runtime": "docker", **values})
+
+    def leftovers(self, folder: Path) -> dict[str, list[str]]:
+        found = super().leftovers(folder)
+        own = {entry.pid for entry in proctree.descendants(proctree.scan(), engines.pid())} | {engines.pid()}
+        found["processes"] = [pid for pid in found["processes"] if int(pid) not in own]
+        found["containers"] = [container["Id"] for container in engines.shared().containers()]
+        with contextlib.suppress(OSError):
+            found["folders"] = sorted(os.listdir(folder / "run"))
+        return found
+
+
+SUBJECTS = [OfDocker("docker", None, Isolation.CONTAINER)]
