@@ -118,8 +118,9 @@ def test_an_image_of_another_c_library(engine: TestEngine, tmp_path: Path) -> No
         pytest.skip("no compiler here, to link a program with musl")
     (tmp_path / "said.c").write_text(_MUSL)
     loader = f"/lib/ld-musl-{os.uname().machine}.so.1"
-    subprocess.run(["gcc", "-nostdlib", "-nostartfiles", "-fno-stack-protector", "-fPIE", "-pie", tmp_path / "said.c",
-                    f"-L{libc.parent}", "-l:libc.so", f"-Wl,-dynamic-linker,{loader}", "-o", tmp_path / "said"], check=True)  # fmt: skip
+    command = ["gcc", "-nostdlib", "-nostartfiles", "-fno-stack-protector", "-fPIE", "-pie", tmp_path / "said.c"]
+    subprocess.run([*command, f"-L{libc.parent}", "-l:libc.so", f"-Wl,-dynamic-linker,{loader}", "-o",
+                    tmp_path / "said"], check=True)  # fmt: skip
     files: dict[str, bytes | Path | str] = {"said": tmp_path / "said", loader[1:]: libc, "lib/libc.so": "-> " + loader}
     engine.make_image("rock-test/musl:1", engines.packed(files), "ENV SAID=musl", "ENV LD_PRELOAD=/nothing.so",
                       "ENV PYTHONHOME=/nowhere")
