@@ -130,6 +130,20 @@ class Box:
             process.close()
 
 
+async def until_line(fd: int) -> bytes:
+    """What comes out of one of our descriptors up to the end of a line."""
+    out = b""
+    while not out.endswith(b"\n"):
+        try:
+            piece = os.read(fd, 1)
+        except BlockingIOError:
+            await asyncio.sleep(0.01)
+            continue
+        assert piece, f"it ended after {out!r}"
+        out += piece
+    return out
+
+
 async def put(box: Box, path: str, data: bytes, **options: object) -> None:
     fd, token = await box.runtime.open_write(box.handle, path, **options)
     try:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from rock import errors
-from rock.protocol.sandbox import ArchivedFiles, SandboxConfig
+from rock.protocol.sandbox import SandboxConfig
 from rock.runtime.base import Handle, Keeps
 from rock.runtime.namespace.runtime import NamespaceRuntime
 from rock.runtime.process import ProcessRuntime
@@ -155,36 +154,5 @@ def test_another_runtime_puts_away_what_a_crash_left(tmp_path: Path) -> None:
             woken = await runtime.wake(again, CONFIG)
             assert await read(runtime, woken) == "kept\n"
             await runtime.destroy(woken)
-
-    run(main())
-
-
-def test_packed_and_unpacked(tmp_path: Path) -> None:
-    async def main() -> None:
-        before = leftovers(tmp_path)
-        async with namespace_runtime(tmp_path) as runtime:
-            kept, _ = await at_rest(runtime)
-            items = [item async for item in runtime.pack(kept, 1 << 30)]
-            files, data = items[-1], b"".join(item for item in items if isinstance(item, bytes))
-            assert isinstance(files, ArchivedFiles) and files.size == len(data)
-            stream = runtime.pack(kept, 1 << 30)  # whoever reads it may leave
-            await anext(stream)
-            await stream.aclose()
-            await runtime.destroy(kept)
-
-            async def given(broken: bool) -> AsyncIterator[bytes]:
-                yield data[:1000]
-                if broken:
-                    raise errors.Unavailable("the archive broke off")
-                yield data[1000:]
-
-            with pytest.raises(errors.Unavailable, match="broke off"):
-                await runtime.unpack("box", CONFIG, files, given(True))
-            assert leftovers(tmp_path)["slots"] == []
-            kept = await runtime.unpack("box", CONFIG, files, given(False))
-            woken = await runtime.wake(kept, CONFIG)
-            assert await read(runtime, woken) == "kept\n"
-            await runtime.destroy(woken)
-        assert leftovers(tmp_path) == before
 
     run(main())

@@ -30,6 +30,7 @@ class Trait(StrEnum):
     """
 
     PROGRAMS = "programs"  # programs of the image run as processes of the machine's kernel
+    IMAGES = "images"  # it mounts images of the server's store, which are made ready before `create`
     TERMINALS = "terminals"  # Program.pty; Unsupported without it
     OUTLIVES = "outlives"  # sandboxes and kept programs go on when the server's process ends, and are found again
     ROOT = "root"  # a file system of its own: no path and no link leads to the host's files

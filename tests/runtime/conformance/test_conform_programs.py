@@ -17,7 +17,7 @@ import pytest
 
 from rock import errors
 from rock.runtime.base import ExitStatus, Files, Handle, Limits, Liveness, Ports, Process, Runtime, Trait
-from tests.runtime.boxes import Box, read_all, run
+from tests.runtime.boxes import Box, read_all, run, until_line
 from tests.runtime.conformance.conftest import Bench
 from tests.runtime.conformance.subject import needs
 
@@ -353,7 +353,7 @@ def test_dial(box: Bench) -> None:
     async def main() -> None:
         async with box() as b:
             process = await b.spawn(b.interpreter, "-I", "-S", "-c", server)
-            port = int(await _line(process.stdout))
+            port = int(await until_line(process.stdout))
             fd = await b.runtime.dial(b.handle, port)
             os.set_blocking(fd, True)
             os.write(fd, b"hello")
@@ -366,16 +366,6 @@ def test_dial(box: Bench) -> None:
                     await b.runtime.dial(b.handle, number, host=host)
 
     run(main())
-
-
-async def _line(fd: int) -> bytes:
-    out = b""
-    while not out.endswith(b"\n"):
-        try:
-            out += os.read(fd, 100)
-        except BlockingIOError:
-            await asyncio.sleep(0.01)
-    return out
 
 
 @needs(Limits)

@@ -66,8 +66,8 @@ class DockerRuntime(InitSandboxes):
     name = "docker"
     isolation = Isolation.CONTAINER
     traits: Mapping[Isolation, frozenset[Trait]] = {
-        Isolation.CONTAINER: frozenset(Trait), Isolation.GVISOR: frozenset(Trait), Isolation.MICROVM: frozenset(Trait),
-    }  # fmt: skip
+        level: frozenset(Trait) - {Trait.IMAGES} for level in (Isolation.CONTAINER, Isolation.GVISOR, Isolation.MICROVM)
+    }
 
     def __init__(self, run_dir: Path, guest_dir: Path, host: str = "") -> None:
         self._run_dir = Path(os.path.realpath(run_dir))

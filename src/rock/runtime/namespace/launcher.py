@@ -213,7 +213,8 @@ class Launcher:
                 number = error.number if isinstance(error, build.Failure) else error.errno or 0
                 self._answer(spec, {"error": str(error), "errno": number, "hint": build.explain(number)})
             if pid:
-                os.kill(pid, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it gave up when its socket was closed
+                    os.kill(pid, signal.SIGKILL)
                 self._await_end(pid)
             self.zygote.free(area)
             ready.close()

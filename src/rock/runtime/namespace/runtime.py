@@ -355,7 +355,7 @@ class NamespaceRuntime(InitSandboxes):
         sandbox = self._live.get(slot)
         if sandbox is None:
             data = handle.data
-            if not records.alive(data["pid"], data["start"]):
+            if "pid" not in data or not records.alive(data["pid"], data["start"]):  # one at rest has none
                 raise errors.Lost("the sandbox is gone", sandbox_id=handle.id)
             sandbox = Sandbox(slot, data["pid"], data["start"], data["base"], dict(data["cgroups"]),
                               memory=int(data["memory"]))

@@ -1,0 +1,243 @@
+"""Programs of fake sandboxes: Python functions, and the processes that run them.
+
+A program is a function of a `Call`, asynchronous or not, that answers its exit status (None is 0).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import logging
+import signal as signals
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from rock import errors
+from rock.runtime.base import ExitStatus
+from rock.runtime.fake.streams import Null, Open
+from rock.runtime.fake.tree import Tree
+
+if TYPE_CHECKING:
+    from rock.runtime.fake.sandbox import FakeSandbox
+
+_HARMLESS = frozenset({signals.SIGCHLD, signals.SIGCONT, signals.SIGURG, signals.SIGWINCH, signals.SIGSTOP})
+_PORTION = 64 << 10
+log = logging.getLogger(__name__)
+
+
+class Call:
+    """A program that was called: its arguments, files and streams.
+
+    argv, env, cwd: as given; argv[0] is its name. files: of the sandbox. What `out` and `err` take is written when the
+    program ends, or by `flush`.
+    """
+
+    def __init__(self, process: FakeProcess, argv: list[str], env: Mapping[str, str]) -> None:
+        self.process = process
+        self.argv = argv
+        self.env = dict(env)
+        self._pending: list[tuple[int, bytes]] = []
+
+    @property
+    def cwd(self) -> str:
+        return self.process.cwd
+
+    @property
+    def files(self) -> Tree:
+        return self.process.sandbox.files
+
+    def path(self, path: str) -> str:
+        """Absolute: relative ones are below the working folder."""
+        return path if path.startswith("/") else f"{self.cwd.rstrip('/')}/{path}"
+
+    def out(self, text: str | bytes, fd: int = 1) -> None:
+        """Print; a line's end is the caller's."""
+        data = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
+        self._pending.append((fd, data))
+
+    def err(self, text: str | bytes) -> None:
+        self.out(text, 2)
+
+    async def flush(self) -> None:
+        pending, self._pending = self._pending, []
+        for fd, data in pending:
+            stream = self.process.fds.get(fd)
+            if stream is not None and data:
+                await stream.write(data)
+
+    async def read(self, most: int = _PORTION) -> bytes:
+        """Up to `most` bytes of standard input; b"" is its end."""
+        return await self.process.fds[0].read(most)
+
+    async def read_all(self) -> bytes:
+        data = bytearray()
+        while piece := await self.read():
+            data += piece
+        return bytes(data)
+
+    async def become(self, argv: list[str], env: Mapping[str, str] | None = None) -> int:
+        """Run another program in this one's place; 127 when there is none of that name."""
+        await self.flush()
+        env = self.env if env is None else env
+        try:
+            program, words = self.process.sandbox.program(argv, env, self.cwd)
+        except errors.RockError as error:
+            self.err(f"{self.argv[0]}: {error.message}\n")
+            return 127 if isinstance(error, errors.NotFound) else 126
+        return await self.process.play(program, words, env)
+
+    async def child(self, argv: list[str]) -> ExitStatus:
+        """Run another program, with the same streams, to its end."""
+        await self.flush()
+        return await self.process.child(lambda child: child.play(_becomes, argv, self.env)).wait()
+
+
+Program = Callable[[Call], int | Awaitable[int | None] | None]
+
+
+async def _becomes(call: Call) -> int:
+    return await call.become(call.argv)
+
+
+class FakeProcess:
+    """A process of a fake sandbox: a task, descriptors, a parent. It is reaped by whoever started it."""
+
+    def __init__(self, sandbox: FakeSandbox, parent: FakeProcess | None, cwd: str, fds: dict[int, Open]) -> None:
+        self.sandbox = sandbox
+        self.parent = parent
+        self.cwd = cwd
+        self.fds = fds
+        self.pid = sandbox.next_pid()
+        self.start = time.clock_gettime(_CLOCK)
+        self.status: ExitStatus | None = None
+        self.ended = asyncio.Event()
+        self.traps: dict[int, Callable[[], None] | None] = {}  # what a signal does; None: nothing
+        self._killed_by: int | None = None
+        self._task: asyncio.Task[int] | None = None
+
+    def run(self, work: Callable[[], Coroutine[None, None, int]]) -> None:
+        """Begin; what is left is released at the end, whatever it was."""
+        self._task = asyncio.create_task(self._live(work), name=f"fake process {self.pid}")
+        self._task.add_done_callback(self._end)
+
+    @staticmethod
+    async def _live(work: Callable[[], Coroutine[None, None, int]]) -> int:
+        return await work()
+
+    def _end(self, task: asyncio.Task[int]) -> None:
+        if task.cancelled():
+            self.status = ExitStatus(signal=self._killed_by or signals.SIGKILL)
+        elif (error := task.exception()) is not None:
+            self.status = ExitStatus(signal=signals.SIGPIPE) if isinstance(error, BrokenPipeError) else ExitStatus()
+            if not isinstance(error, BrokenPipeError):
+                log.error("a fake process failed", exc_info=error)
+        else:
+            self.status = ExitStatus(code=task.result() & 255)
+        for stream in self.fds.values():
+            stream.close()
+        self.fds.clear()
+        self.sandbox.gone(self)
+        self.ended.set()
+
+    async def play(self, program: Program, argv: list[str], env: Mapping[str, str]) -> int:
+        """Be this program to its end; what it raises is told on standard error, with status 1."""
+        call = Call(self, argv, env)
+        try:
+            code = program(call)
+            if inspect.isawaitable(code):
+                code = await code
+        except BrokenPipeError:
+            raise
+        except errors.RockError as error:
+            call.err(f"{argv[0]}: {error.message}\n")
+            code = 1
+        except OSError as error:
+            call.err(f"{argv[0]}: {error}\n")
+            code = 1
+        except Exception:
+            call.err(traceback.format_exc())
+            code = 1
+        await call.flush()
+        return int(code or 0)
+
+    def deliver(self, number: int) -> None:
+        """A signal, as it would come: ignored, trapped, or the end."""
+        if self.status is not None or (number in _HARMLESS and number not in self.traps):
+            return
+        if number != signals.SIGKILL and number in self.traps:
+            trap = self.traps[number]
+            if trap is not None:
+                trap()
+            return
+        if self._killed_by is None:
+            self._killed_by = number
+        if self._task is not None:
+            self._task.cancel()
+
+    def child(self, work: Callable[[FakeProcess], Coroutine[None, None, int]],
+              changes: Mapping[int, Open] | None = None) -> FakeProcess:
+        """Start a process under this one with copies of its descriptors, and others in place of some."""
+        fds = self.copies()
+        for number, stream in (changes or {}).items():
+            if number in fds:
+                fds[number].close()
+            fds[number] = stream
+        made = FakeProcess(self.sandbox, self, self.cwd, fds)
+        self.sandbox.processes[made.pid] = made
+        made.run(lambda: work(made))
+        return made
+
+    async def wait(self) -> ExitStatus:
+        await self.ended.wait()
+        assert self.status is not None
+        return self.status
+
+    def descends_from(self, other: FakeProcess) -> bool:
+        at = self.parent
+        while at is not None and at is not other:
+            at = at.parent
+        return at is other
+
+    def copies(self) -> dict[int, Open]:
+        return {number: stream.copy() for number, stream in self.fds.items()}
+
+
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
+def tree_of(root: FakeProcess, since: float | None, *, include: bool) -> Iterator[FakeProcess]:
+    """Living processes under one, that began at or after `since`; and itself."""
+    for process in list(root.sandbox.processes.values()):
+        if process is root:
+            if include:
+                yield process
+        elif process.descends_from(root) and (since is None or process.start >= since - 0.01):
+            yield process
+
+
+def null_streams() -> dict[int, Open]:
+    null = Null()
+    return {0: null, 1: null.copy(), 2: null.copy()}
+
+
+@contextlib.contextmanager
+def placed(process: FakeProcess, changes: dict[int, Open | None]) -> Iterator[None]:
+    """Other descriptors for a while, which are closed at the end; None is a closed one."""
+    before = {number: process.fds.get(number) for number in changes}
+    for number, stream in changes.items():
+        if stream is None:
+            process.fds.pop(number, None)
+        else:
+            process.fds[number] = stream
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            new = process.fds.pop(number, None)
+            if new is not None:
+                new.close()
+            if old is not None:
+                process.fds[number] = old

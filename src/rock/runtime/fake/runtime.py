@@ -1,0 +1,377 @@
+"""FakeRuntime: the contract of runtime/base.py over sandboxes in memory."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tempfile
+from collections.abc import Mapping, Sequence
+
+from rock import errors
+from rock.protocol.sandbox import Isolation, SandboxConfig
+from rock.runtime.base import Enforced, ExitStatus, FileStat, Handle, Liveness, Program, Trait
+from rock.runtime.fake import programs
+from rock.runtime.fake.programs import FakeProcess
+from rock.runtime.fake.sandbox import FakeSandbox
+from rock.runtime.fake.streams import Descriptor, Null, Open
+from rock.runtime.fake.tree import MOST_BYTES
+
+HOME = "/work"
+_PATH = "/usr/local/bin:/usr/bin:/bin"
+_ENFORCED: dict[str, Enforced] = {"memory": "none", "cpus": "none", "pids": "none"}
+_ROOT = ("root", "0", "root:root", "0:0", "root:0", "0:root")
+
+
+class Kept:
+    """A program that was spawned, and our ends of its streams: what `attach` gives again while it is kept."""
+
+    def __init__(self, process: FakeProcess, key: str, keep: bool, ours: dict[str, int]) -> None:
+        self.process = process
+        self.key = key
+        self.keep = keep
+        self.held = {name: os.dup(fd) for name, fd in ours.items()} if keep else {}
+
+    def release(self) -> None:
+        for fd in self.held.values():
+            os.close(fd)
+        self.held.clear()
+
+
+class SpawnedProcess:
+    """A program of a fake sandbox: implements `Process`."""
+
+    def __init__(self, runtime: FakeRuntime, sandbox: FakeSandbox, kept: Kept, ours: dict[str, int]) -> None:
+        self.pid = kept.process.pid
+        self.key = kept.key
+        self._runtime = runtime
+        self._sandbox = sandbox
+        self._kept = kept
+        self._closed = False
+        self.stdin: int | None = ours.pop("stdin", None)
+        self.stdout: int | None = ours.pop("stdout", None)
+        self.stderr: int | None = ours.pop("stderr", None)
+        self.channels: Mapping[int, int] = {int(name): fd for name, fd in ours.items()}
+
+    async def wait(self) -> ExitStatus:
+        return await self._kept.process.wait()
+
+    async def signal(self, number: int, *, tree: bool = False, since: float | None = None, root: bool = True) -> int:
+        process = self._kept.process
+        if process.status is not None:
+            return 0
+        found = list(programs.tree_of(process, since, include=root)) if tree else [process] if root else []
+        for each in found:
+            each.deliver(int(number))
+        return len(found)
+
+    async def kill_tree(self, *, since: float | None = None, root: bool = True, tell: int | None = None) -> int:
+        process = self._kept.process
+        if process.status is not None:
+            return 0
+        if tell is not None and not root:
+            process.deliver(tell)
+        return await self._sandbox.kill(process, since, include=root)
+
+    async def resize(self, rows: int, columns: int) -> None:
+        raise errors.InvalidConfig("this program has no terminal", sandbox_id=self._sandbox.id)
+
+    async def close_stdin(self) -> None:
+        if self.stdin is None:
+            return
+        fd, self.stdin = self.stdin, None
+        os.close(fd)
+        held = self._kept.held.pop("stdin", None)
+        if held is not None:
+            os.close(held)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        for fd in (self.stdin, self.stdout, self.stderr, *self.channels.values()):
+            if fd is not None:
+                os.close(fd)
+        self.stdin = self.stdout = self.stderr = None
+        self.channels = {}
+        if self._kept.keep and self._kept.process.status is not None:
+            self._runtime.forget(self._sandbox, self._kept)
+
+
+class FakeRuntime:
+    """Sandboxes in memory, which end with `close`.
+
+    programs: by name, functions of a `Call`, beside those that every fake sandbox has and before them.
+    """
+
+    name = "fake"
+    traits: Mapping[Isolation, frozenset[Trait]] = {Isolation.NONE: frozenset({Trait.ROOT, Trait.PROCESSES})}
+
+    def __init__(self, programs: Mapping[str, programs.Program] | None = None) -> None:
+        self._programs = dict(programs or {})
+        self._sandboxes: dict[str, FakeSandbox] = {}
+        self._kept: dict[str, dict[str, Kept]] = {}  # by slot and key
+
+    # ---- sandboxes ----
+
+    async def open(self) -> None:
+        return
+
+    async def close(self) -> None:
+        """Ends all sandboxes: there is nobody else who could have them."""
+        for slot in list(self._sandboxes):
+            await self._remove(slot)
+
+    async def check(self, config: SandboxConfig) -> None:
+        if config.minimum_isolation != Isolation.NONE:
+            raise errors.Unsupported(f"{config.minimum_isolation} was asked for; the fake runtime isolates nothing",
+                                     hint="use the namespace runtime")
+        if config.network != "none":
+            raise errors.Unsupported(f'the fake runtime has no network "{config.network}"', hint='use "none"')
+        for name in ("disk", "num_gpus", "accelerator_type", "limit_cpus"):
+            if getattr(config, name) is not None:
+                raise errors.Unsupported(f"the fake runtime cannot hold {name}")
+        if config.use_kata_runtime or config.oci_runtime is not None or config.image_os != "linux":
+            raise errors.Unsupported("the fake runtime runs nothing but programs of its own")
+
+    async def create(self, id: str, config: SandboxConfig) -> Handle:
+        await self.check(config)
+        slot = secrets.token_hex(6)
+        self._sandboxes[slot] = FakeSandbox(id, dict(config.env), self._programs)
+        return Handle(self.name, id, Isolation.NONE, _ENFORCED, {"slot": slot})
+
+    def sandbox(self, handle: Handle) -> FakeSandbox:
+        """What is behind a handle, for a test that wants to look or to change something. Lost when it is gone."""
+        found = self._sandboxes.get(handle.data["slot"])
+        if found is None or not found.alive:
+            raise errors.Lost("the sandbox is gone", sandbox_id=handle.id)
+        return found
+
+    async def recover(self, handle: Handle) -> Liveness:
+        found = self._sandboxes.get(handle.data["slot"])
+        return Liveness.RUNNING if found is not None and found.alive else Liveness.GONE
+
+    async def wait(self, handle: Handle) -> str:
+        found = self._sandboxes.get(handle.data["slot"])
+        if found is not None:
+            await found.ended()
+        return "gone"
+
+    async def stop(self, handle: Handle, grace: float) -> None:
+        found = self._sandboxes.get(handle.data["slot"])
+        if found is not None:
+            await found.stop(grace)
+
+    async def destroy(self, handle: Handle) -> None:
+        await self._remove(handle.data["slot"])
+
+    async def _remove(self, slot: str) -> None:
+        found = self._sandboxes.get(slot)
+        if found is None:
+            return
+        await found.stop(0.0)
+        for kept in self._kept.pop(slot, {}).values():
+            kept.release()
+        for fd in found.writing.values():
+            os.close(fd)
+        found.writing.clear()
+        self._sandboxes.pop(slot, None)
+
+    async def sweep(self, known: Sequence[str]) -> list[str]:
+        names = set(known)
+        gone = [(slot, found.id) for slot, found in self._sandboxes.items() if found.id not in names]
+        for slot, _ in gone:
+            await self._remove(slot)
+        return [id for _, id in gone]
+
+    # ---- programs ----
+
+    async def spawn(self, handle: Handle, program: Program) -> SpawnedProcess:
+        sandbox = self.sandbox(handle)
+        argv, env = self._admit(handle, sandbox, program)
+        cwd = program.cwd or HOME
+        try:
+            sandbox.files.folder(cwd)
+        except errors.RockError as error:
+            raise type(error)(f"working folder {cwd!r}: {error.message}", sandbox_id=handle.id) from None
+        function, words = sandbox.program(argv, env, cwd)
+        ours, theirs = _streams(program)
+        try:
+            process = FakeProcess(sandbox, None, sandbox.files.real(cwd), theirs)
+        except BaseException:
+            for stream in theirs.values():
+                stream.close()
+            for fd in ours.values():
+                os.close(fd)
+            raise
+        kept = Kept(process, program.key, program.keep, ours)
+        if program.keep:
+            self._kept.setdefault(handle.data["slot"], {})[program.key] = kept
+        sandbox.processes[process.pid] = process
+        process.run(lambda: process.play(function, words, env))
+        return SpawnedProcess(self, sandbox, kept, ours)
+
+    def _admit(self, handle: Handle, sandbox: FakeSandbox, program: Program) -> tuple[list[str], dict[str, str]]:
+        if not program.argv or any("\0" in word for word in program.argv):
+            raise errors.InvalidConfig("argv must have a program and no NUL characters", sandbox_id=handle.id)
+        if not program.argv[0]:
+            raise errors.InvalidConfig("the program's name is empty", sandbox_id=handle.id)
+        if program.pty is not None:
+            raise errors.Unsupported("the fake runtime has no terminals", sandbox_id=handle.id, hint="leave pty out")
+        if program.user is not None and program.user not in _ROOT:
+            raise errors.NotFound(f"no such user: {program.user!r}; a fake sandbox has root alone",
+                                  sandbox_id=handle.id)
+        for number, way in program.channels.items():
+            if not 3 <= number <= 255 or way not in ("r", "w"):
+                raise errors.InvalidConfig(f"channel {number} must be 3 to 255, and r or w", sandbox_id=handle.id)
+        if program.key and program.key in self._kept.get(handle.data["slot"], {}):
+            raise errors.Conflict(f"a program with the key {program.key!r} exists already", sandbox_id=handle.id)
+        return list(program.argv), {"PATH": _PATH, "HOME": "/root", **sandbox.env, **program.env}
+
+    async def attach(self, handle: Handle, key: str) -> SpawnedProcess:
+        sandbox = self.sandbox(handle)
+        kept = self._kept.get(handle.data["slot"], {}).get(key)
+        if kept is None:
+            raise errors.NotFound(f"no kept program has the key {key!r}", sandbox_id=handle.id)
+        return SpawnedProcess(self, sandbox, kept, {name: os.dup(fd) for name, fd in kept.held.items()})
+
+    async def processes(self, handle: Handle) -> list[str]:
+        self.sandbox(handle)
+        return list(self._kept.get(handle.data["slot"], {}))
+
+    def forget(self, sandbox: FakeSandbox, kept: Kept) -> None:
+        """Called by a process that was closed after its end."""
+        for of_sandbox in self._kept.values():
+            if of_sandbox.get(kept.key) is kept:
+                del of_sandbox[kept.key]
+                kept.release()
+                return
+
+    # ---- files ----
+
+    def _user(self, user: str | None) -> None:
+        if user is not None and user not in _ROOT:
+            raise errors.NotFound(f"no such user: {user!r}; a fake sandbox has root alone")
+
+    async def open_read(self, handle: Handle, path: str, *, user: str | None = None) -> int:
+        self._user(user)
+        fd = _memory()
+        try:
+            _fill(fd, self.sandbox(handle).files.read(path))
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    async def open_write(
+        self, handle: Handle, path: str, *, append: bool = False, mode: int | None = None, parents: bool = True,
+        user: str | None = None,
+    ) -> tuple[int, str]:
+        """With `append` there is a token too: what was written is there when it is committed."""
+        self._user(user)
+        sandbox = self.sandbox(handle)
+        sandbox.files.place(path, parents=parents)
+        fd = _memory()
+        token = f"{secrets.token_hex(8)}:{int(append)}:{'' if mode is None else mode}:{path}"
+        sandbox.writing[token] = os.dup(fd)
+        return fd, token
+
+    async def commit_write(self, handle: Handle, token: str) -> None:
+        sandbox = self.sandbox(handle)
+        fd = sandbox.writing.pop(token, None)
+        if fd is None:
+            raise errors.InvalidConfig("there is no such file being written", sandbox_id=handle.id)
+        try:
+            size = os.fstat(fd).st_size
+            if size > MOST_BYTES:
+                raise errors.StorageFull(f"the files of a fake sandbox are at most {MOST_BYTES} bytes together")
+            data = os.pread(fd, size, 0)
+        finally:
+            os.close(fd)
+        _, append, mode, path = token.split(":", 3)
+        sandbox.files.write(path, data, int(mode) if mode else None, append=append == "1")
+
+    async def abort_write(self, handle: Handle, token: str) -> None:
+        fd = self.sandbox(handle).writing.pop(token, None)
+        if fd is not None:
+            os.close(fd)
+
+    async def stat(self, handle: Handle, path: str, *, follow: bool = True) -> FileStat:
+        return self.sandbox(handle).files.stat(path, follow=follow)
+
+    async def list(self, handle: Handle, path: str, *, offset: int = 0, limit: int = 10_000) -> list[FileStat]:
+        return self.sandbox(handle).files.list(path)[offset : offset + limit]
+
+    async def remove(self, handle: Handle, path: str, *, recursive: bool = False) -> None:
+        self.sandbox(handle).files.remove(path, recursive=recursive)
+
+    async def make_dir(
+        self, handle: Handle, path: str, *, parents: bool = True, mode: int = 0o755, user: str | None = None
+    ) -> None:
+        self._user(user)
+        self.sandbox(handle).files.make_dir(path, parents=parents, mode=mode)
+
+    async def symlink(self, handle: Handle, target: str, path: str) -> None:
+        self.sandbox(handle).files.symlink(target, path)
+
+    async def move(self, handle: Handle, source: str, target: str) -> None:
+        self.sandbox(handle).files.move(source, target)
+
+    async def chmod(self, handle: Handle, path: str, mode: int, *, recursive: bool = False) -> None:
+        self.sandbox(handle).files.chmod(path, mode, recursive=recursive)
+
+    async def chown(self, handle: Handle, path: str, user: str, *, recursive: bool = False) -> None:
+        name, _, group = user.partition(":")
+        ids = [0 if word in ("root", "") else int(word) if word.isdigit() else -1 for word in (name, group)]
+        if -1 in ids:
+            raise errors.NotFound(f"no such user: {user!r}; a fake sandbox has root alone")
+        self.sandbox(handle).files.chown(path, ids[0], ids[1], recursive=recursive)
+
+
+def _streams(program: Program) -> tuple[dict[str, int], dict[int, Open]]:
+    """(our ends by name, theirs by number) of what a program asks for."""
+    ours: dict[str, int] = {}
+    theirs: dict[int, Open] = {}
+    wishes: list[tuple[str, int, str]] = [("stdin", 0, program.stdin), ("stdout", 1, program.stdout),
+                                          ("stderr", 2, program.stderr)]
+    wishes += [(str(number), number, "pipe") for number in program.channels]
+    try:
+        for name, number, wish in wishes:
+            if wish == "stdout":
+                theirs[2] = theirs[1].copy()
+            elif wish == "null":
+                theirs[number] = Null()
+            elif wish == "pipe":
+                reading, writing = os.pipe()
+                reads = number == 0 or program.channels.get(number) == "r"
+                ours[name], fd = (writing, reading) if reads else (reading, writing)
+                theirs[number] = Descriptor(fd)
+                for each in (reading, writing):
+                    os.set_blocking(each, False)
+            else:
+                raise errors.InvalidConfig(f"{name} cannot be {wish!r}")
+    except BaseException as error:
+        for fd in ours.values():
+            os.close(fd)
+        for stream in theirs.values():
+            stream.close()
+        if isinstance(error, OSError):
+            raise errors.Unavailable(f"the program's streams: {error.strerror}") from None
+        raise
+    return ours, theirs
+
+
+def _memory() -> int:
+    """A file that has no name."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("rock-fake")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _fill(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+    os.lseek(fd, 0, os.SEEK_SET)
+
+

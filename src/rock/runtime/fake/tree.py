@@ -1,0 +1,250 @@
+"""Files in memory: a tree of a few kilobytes, with links, modes and the errors of real ones."""
+
+from __future__ import annotations
+
+import posixpath
+import time
+from collections.abc import Iterator
+from typing import Literal
+
+from rock import errors
+from rock.runtime.base import FileStat
+
+Kind = Literal["file", "directory", "symlink", "device"]
+MOST_BYTES = 256 << 20  # of all files of one sandbox
+_MOST_LINKS = 40
+_FOLDERS = ("bin", "dev", "etc", "home", "opt", "root", "tmp", "usr", "usr/bin", "var", "work")
+_PASSWD = b"root:x:0:0:root:/root:/bin/sh\n"
+
+
+class Node:
+    """A file, folder or link."""
+
+    __slots__ = ("children", "data", "gid", "kind", "mode", "mtime", "target", "uid")
+
+    def __init__(self, kind: Kind, mode: int, data: bytes = b"", target: str | None = None) -> None:
+        self.kind: Kind = kind
+        self.mode = mode
+        self.data = data
+        self.target = target
+        self.children: dict[str, Node] = {}
+        self.uid = self.gid = 0
+        self.mtime = time.time()
+
+    def stat(self, name: str) -> FileStat:
+        size = len(self.target or "") if self.kind == "symlink" else len(self.data)
+        return FileStat(name, self.kind, size, self.mode, self.uid, self.gid, self.mtime, self.target)
+
+
+def _missing(path: str) -> errors.NotFound:
+    return errors.NotFound(f"no such file or directory: {path!r}")
+
+
+class Tree:
+    """The files of one sandbox. Paths are absolute; errors are those of `runtime.base.Files`."""
+
+    __slots__ = ("root", "used")
+
+    def __init__(self) -> None:
+        self.root = Node("directory", 0o755)
+        self.used = 0
+        for name in _FOLDERS:
+            self.make_dir(f"/{name}")
+        self.find("/tmp").mode = 0o1777
+        self.write("/bin/sh", b"#!fake\n", 0o755)
+        self.write("/etc/passwd", _PASSWD)
+        self.find("/dev").children["null"] = Node("device", 0o666)
+
+    # ---- looking ----
+
+    def _parts(self, path: str) -> list[str]:
+        if not path.startswith("/") or "\0" in path:
+            raise errors.InvalidConfig(f"the path {path!r} is not an absolute one")
+        return [part for part in path.split("/") if part not in ("", ".")]
+
+    def _walk(self, path: str, follow: bool) -> tuple[list[tuple[str, Node]], str | None]:
+        """(the folders and what is last, its name when it is not there). NotFound when a folder on the way is not."""
+        todo = self._parts(path)
+        way: list[tuple[str, Node]] = [("/", self.root)]
+        links = 0
+        while todo:
+            part = todo.pop(0)
+            at = way[-1][1]
+            if at.kind != "directory":
+                raise errors.Conflict(f"not a folder: {way[-1][0]!r} in {path!r}")
+            if part == "..":
+                way = way[:-1] or way
+                continue
+            found = at.children.get(part)
+            if found is None:
+                if todo:
+                    raise _missing(path)
+                return way, part
+            if found.kind == "symlink" and (todo or follow):
+                links += 1
+                if links > _MOST_LINKS:
+                    raise errors.InvalidConfig(f"too many links: {path!r}")
+                target = found.target or ""
+                if target.startswith("/"):
+                    way = [("/", self.root)]
+                todo = [p for p in target.split("/") if p not in ("", ".")] + todo
+                continue
+            way.append((part, found))
+        return way, None
+
+    def find(self, path: str, *, follow: bool = True) -> Node:
+        """What is there. NotFound."""
+        way, missing = self._walk(path, follow)
+        if missing is not None:
+            raise _missing(path)
+        return way[-1][1]
+
+    def get(self, path: str, *, follow: bool = True) -> Node | None:
+        """What is there, or None."""
+        try:
+            return self.find(path, follow=follow)
+        except (errors.NotFound, errors.Conflict, errors.InvalidConfig):
+            return None
+
+    def real(self, path: str) -> str:
+        """The path of what is there, without links. NotFound."""
+        way, missing = self._walk(path, True)
+        if missing is not None:
+            raise _missing(path)
+        return "/" + "/".join(name for name, _ in way[1:])
+
+    def folder(self, path: str) -> Node:
+        found = self.find(path)
+        if found.kind != "directory":
+            raise errors.Conflict(f"not a folder: {path!r}")
+        return found
+
+    def read(self, path: str) -> bytes:
+        """The bytes of a regular file."""
+        found = self.find(path)
+        if found.kind == "directory":
+            raise errors.Conflict(f"is a folder: {path!r}")
+        if found.kind != "file":
+            raise errors.InvalidConfig(f"not a regular file: {path!r}")
+        return found.data
+
+    def stat(self, path: str, *, follow: bool = True) -> FileStat:
+        return self.find(path, follow=follow).stat(posixpath.basename(path.rstrip("/")) or "/")
+
+    def list(self, path: str) -> list[FileStat]:
+        return [node.stat(name) for name, node in sorted(self.folder(path).children.items())]
+
+    # ---- changing ----
+
+    def _room(self, more: int) -> None:
+        if self.used + more > MOST_BYTES:
+            raise errors.StorageFull(f"the files of a fake sandbox are at most {MOST_BYTES} bytes together")
+        self.used += more
+
+    def place(self, path: str, *, parents: bool = False) -> tuple[Node, str, Node | None]:
+        """(folder, name, what is there) of a file that is to be written, its links followed."""
+        if parents:
+            self.make_dir(posixpath.dirname(path))
+        way, missing = self._walk(path, True)
+        if missing is not None:
+            if way[-1][1].kind != "directory":
+                raise errors.Conflict(f"not a folder: {posixpath.dirname(path)!r}")
+            return way[-1][1], missing, None
+        if len(way) == 1 or way[-1][1].kind == "directory":
+            raise errors.Conflict(f"is a folder: {path!r}")
+        if way[-1][1].kind != "file":
+            raise errors.InvalidConfig(f"not a regular file: {path!r}")
+        return way[-2][1], way[-1][0], way[-1][1]
+
+    def write(self, path: str, data: bytes, mode: int | None = None, *, append: bool = False,
+              parents: bool = False) -> None:
+        """Replace or make a file, or append to it. `mode` None keeps the old file's, else 0644."""
+        folder, name, old = self.place(path, parents=parents)
+        if old is None:
+            self._room(len(data))
+            folder.children[name] = Node("file", 0o644 if mode is None else mode, data)
+            return
+        self._room(len(data) - (0 if append else len(old.data)))
+        old.data = old.data + data if append else data
+        old.mtime = time.time()
+        if mode is not None:
+            old.mode = mode
+
+    def grow(self, node: Node, data: bytes) -> None:
+        """Append to an open file, which may have been removed meanwhile."""
+        self._room(len(data))
+        node.data += data
+        node.mtime = time.time()
+
+    def make_dir(self, path: str, *, parents: bool = True, mode: int = 0o755) -> None:
+        parts, at = self._parts(path), "/"
+        for index, part in enumerate(parts):
+            at = posixpath.join(at, part)
+            last = index == len(parts) - 1
+            found = self.get(at)
+            if found is None:
+                if not last and not parents:
+                    raise _missing(at)
+                way, missing = self._walk(at, True)
+                if missing is not None:
+                    way[-1][1].children[missing] = Node("directory", mode if last else 0o755)
+            elif found.kind != "directory" or (last and not parents):
+                raise errors.Conflict(f"it exists: {at!r}")
+
+    def _entry(self, path: str) -> tuple[Node, str, Node]:
+        """(folder, name, node) of an entry as it is, its last link not followed."""
+        way, missing = self._walk(path, False)
+        if missing is not None:
+            raise _missing(path)
+        if len(way) == 1:
+            raise errors.InvalidConfig("/ cannot be removed or moved")
+        return way[-2][1], way[-1][0], way[-1][1]
+
+    def remove(self, path: str, *, recursive: bool = False) -> None:
+        folder, name, found = self._entry(path)
+        if found.children and not recursive:
+            raise errors.Conflict(f"the folder is not empty: {path!r}")
+        del folder.children[name]
+        self.used -= sum(len(node.data) for node in self.under(found))
+
+    def symlink(self, target: str, path: str) -> None:
+        way, missing = self._walk(path, False)
+        if missing is None:
+            raise errors.Conflict(f"it exists: {path!r}")
+        way[-1][1].children[missing] = Node("symlink", 0o777, target=target)
+
+    def move(self, source: str, target: str) -> None:
+        folder, name, found = self._entry(source)
+        way, missing = self._walk(target, False)
+        if any(node is found for _, node in way[:-1]) or (missing is not None and way[-1][1] is found):
+            raise errors.InvalidConfig(f"a folder cannot be moved into itself: {target!r}")
+        if missing is None:
+            old = way[-1][1]
+            if old.kind == "directory" and (found.kind != "directory" or old.children):
+                raise errors.Conflict(f"it exists: {target!r}")
+            if old is not found:
+                self.used -= len(old.data)
+            place, missing = way[-2][1], way[-1][0]
+        else:
+            place = way[-1][1]
+        del folder.children[name]
+        place.children[missing] = found
+
+    def under(self, node: Node) -> Iterator[Node]:
+        """A node and all below it."""
+        todo = [node]
+        while todo:
+            at = todo.pop()
+            yield at
+            todo.extend(at.children.values())
+
+    def chmod(self, path: str, mode: int, *, recursive: bool = False) -> None:
+        found = self.find(path)
+        for node in self.under(found) if recursive else (found,):
+            if node.kind != "symlink":
+                node.mode = mode
+
+    def chown(self, path: str, uid: int, gid: int, *, recursive: bool = False) -> None:
+        found = self.find(path)
+        for node in self.under(found) if recursive else (found,):
+            node.uid, node.gid = uid, gid
