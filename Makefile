@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test check lint types unit compat training gym-extras sync lock bench bench-environments clean
+.PHONY: demo test check lint types unit compat docker training gym-extras sync lock bench bench-environments clean
 
 demo: $(VENV)/ready
 	@$(PY) -m rock.cli.demo
@@ -45,6 +45,10 @@ unit: $(VENV)/ready-dev
 # ROCK's own client in several versions, installed from PyPI and kept in ROCK_TEST_CACHE; `test` runs the fast half.
 compat: $(VENV)/ready-dev
 	ROCK_TEST_COMPAT=1 $(PY) -m pytest tests/compat
+
+# All of the suite on containers, of runc and of gVisor too, with an engine from Debian's packages; needs root.
+docker: $(VENV)/ready-dev
+	ROCK_TEST_DOCKER=1 $(PY) -m pytest tests/runtime/docker tests/runtime/conformance -k docker
 
 # Tensors of torch and stable-baselines3, in an environment of their own that is kept in ROCK_TEST_CACHE.
 EXTRAS := $(or $(ROCK_TEST_CACHE),$(HOME)/.cache/rock-tests)/gym-extras
