@@ -8,7 +8,7 @@ import platform
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rock.runtime.namespace import cgroups, seccomp
@@ -47,6 +47,10 @@ try:
         kernel.mount("overlay", "m", "overlay", 0, "lowerdir=%s,upperdir=rw/up,workdir=rw/work%s" % (
             low, "" if root else ",userxattr"))
         open("m/file", "w").close()
+    if what == "nat":
+        from rock.runtime.namespace import wired
+        kernel.unshare(kernel.CLONE_NEWNET)
+        wired.furnish("0 0")
     if what in ("proc", "net"):
         pid = kernel.fork_into(kernel.CLONE_NEWPID | kernel.CLONE_NEWNS | (kernel.CLONE_NEWNET if what == "net" else 0))
         if pid == 0:
@@ -95,13 +99,13 @@ def host_report(run_dir: Path | None = None) -> list[Finding]:
         ("net", "network namespaces", "see user.max_net_namespaces in sysctl"),
     ):
         report.append(_tried(what, name, hint, base))
+    nat = _tried("nat", "network nat", "a kernel with nf_tables, nft_tproxy and nft_reject is needed for it", base)
+    report.append(nat if nat.ok else replace(nat, ok=None, detail=f"{nat.detail}; sandboxes cannot have it"))
     if os.geteuid() == 0:
         hint = f"the file system of {base} must support them (ext4, xfs, btrfs, tmpfs of 6.3), with Linux 5.19"
         report.append(_tried("idmap", "idmapped layers", hint, base))
     report += [*_cgroup_findings(str(base)), _seccomp(), _landlock(), _kvm()]
-    report += [_program("newuidmap", "one user inside without it, when not root"),
-               _program("pasta", "for networks of ordinary users, later"),
-               _program("slirp4netns", "for networks of ordinary users, later")]
+    report.append(_program("newuidmap", "one user inside without it, when not root"))
     return report
 
 
