@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test check lint types unit compat training gym-extras sync lock bench clean
+.PHONY: demo test check lint types unit compat training gym-extras sync lock bench soak escape-table clean
 
 demo: $(VENV)/ready
 	@$(PY) -m rock.cli.demo
@@ -65,6 +65,14 @@ training: $(VENV)/ready-dev
 
 bench: $(VENV)/ready-dev
 	$(VENV)/bin/rock bench
+
+# 10,000 sandboxes made, used and destroyed; tells what is left of them. N=2000 for fewer.
+soak: $(VENV)/ready-dev
+	$(PY) bench/cycles.py $(or $(N),10000)
+
+# Every attempt to escape at every level; as root. Writes the table in docs/security.md.
+escape-table: $(VENV)/ready-dev
+	$(PY) -m tests.escape.levels
 
 sync: $(VENV)/ready-dev
 	$(PY) tools/unasync.py

@@ -31,6 +31,7 @@ def _owner(host: Host, box: Box) -> str | None:
     return None if all(int(id) >= 100_000 for id in ids) else f"it runs as {ids}"
 
 
+_OWN_PID_1 = {"landlock": "pid 1 has its programs' user: who ends it ends this sandbox, of which nothing is left"}
 ATTEMPTS = [
     Attempt(THEME, "kill a process of the host", """
 tried(lambda: (os.kill(HOST['victim'], 0), os.kill(HOST['victim'], signal.SIGKILL)))
@@ -43,7 +44,7 @@ if pid == 0:
     os._exit(0)
 time.sleep(0.3)
 blocked('what was hit is inside')
-""", look=_victim, quiet=True),
+""", look=_victim, quiet=True, open_at=_OWN_PID_1),
     Attempt(THEME, "see processes of the host", """
 try:
     line = read('/proc/%d/cmdline' % HOST['victim'])
@@ -152,7 +153,7 @@ for number in (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM, signal.SIGINT, si
     except OSError: pass
 time.sleep(0.2)
 blocked('it goes on, as the look from outside shows')
-""", look=None),
+""", open_at=_OWN_PID_1),
     Attempt(THEME, "pid 1: memory, descriptors, root, environment", """
 init = HOST['init']
 paths = ['/proc/%d/%s' % (init, name) for name in ('mem', 'environ', 'auxv', 'maps', 'stack', 'io')]

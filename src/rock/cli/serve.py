@@ -97,9 +97,11 @@ def make_runtimes(settings: Settings, images: Images) -> dict[str, Runtime]:
 
     runtimes: dict[str, Runtime] = {"process": ProcessRuntime(settings.run_dir / "process")}
     if sys.platform == "linux":
+        from rock.runtime.landlock.runtime import LandlockRuntime
         from rock.runtime.namespace.runtime import NamespaceRuntime
 
         runtimes["namespace"] = NamespaceRuntime(settings.run_dir / "namespace", settings.pool_size, images.store)
+        runtimes["landlock"] = LandlockRuntime(settings.run_dir / "landlock")
     if settings.runtime not in runtimes:
         names = ", ".join(sorted(runtimes))
         raise InvalidConfig(f"no runtime {settings.runtime!r} (there are: {names})", hint="set ROCK_RUNTIME")

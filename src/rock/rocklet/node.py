@@ -54,6 +54,7 @@ class Node:
         self.images = images
         self.runtimes = runtimes
         self.default = default
+        self.missing: dict[str, Unsupported] = {}  # runtimes that this machine cannot have, and why
         self.shelf = Shelf(folder)
         self.door = Door(folder, self.get)
         self.limit = limit
@@ -79,10 +80,10 @@ class Node:
         """Start the runtimes, find the sandboxes of a former run, and remove what has no record."""
         self.shelf.make()
         self.door.open()
-        for runtime in self.runtimes.values():
+        for name, runtime in list(self.runtimes.items()):
             if isinstance(runtime, Pools):
                 runtime.prepare = functools.partial(open_ahead, runtime)
-            await runtime.open()
+            await self._open_runtime(name, runtime)
         known: dict[str, list[str]] = {name: [] for name in self.runtimes}
         gate = asyncio.Semaphore(_RECOVERED_AT_ONCE)
 
@@ -95,6 +96,17 @@ class Node:
             swept = await runtime.sweep(known[name])
             if swept:
                 log.warning("removed %d sandboxes of runtime %s that had no record: %s", len(swept), name, swept)
+
+    async def _open_runtime(self, name: str, runtime: Runtime) -> None:
+        """Open it; one that this machine cannot have is missed only by who asks for it, unless it is the default."""
+        try:
+            await runtime.open()
+        except Unsupported as error:
+            if name == self.default:
+                raise
+            log.warning("no runtime %s here: %s", name, error.message)
+            self.missing[name] = error
+            del self.runtimes[name]
 
     async def _recover(self, sandbox_id: str, known: dict[str, list[str]]) -> None:
         try:
@@ -146,10 +158,12 @@ class Node:
     # ---- create and destroy ----
 
     def runtime_for(self, config: SandboxConfig) -> Runtime:
-        name = config.runtime or self.default
+        name = config.runtime or self._runtime_giving(config.isolation)
         try:
             runtime = self.runtimes[name]
         except KeyError:
+            if name in self.missing:
+                raise Unsupported(self.missing[name].message, hint=self.missing[name].hint) from None
             names = ", ".join(sorted(self.runtimes))
             raise InvalidConfig(f"no runtime {name!r} on this machine (there are: {names})") from None
         if config.keeps_files and not isinstance(runtime, Keeps):
@@ -158,6 +172,17 @@ class Node:
                 hint="leave auto_delete_seconds and auto_archive_seconds unset",
             )
         return runtime
+
+    def _runtime_giving(self, isolation: Isolation | None) -> str:
+        """The runtime for who names a level and no runtime: the default if it gives that, else one that does."""
+        if isolation is None or getattr(self.runtimes[self.default], "isolation", None) == isolation:
+            return self.default
+        for name, runtime in self.runtimes.items():
+            if getattr(runtime, "isolation", None) == isolation:
+                return name
+        given = ", ".join(sorted(str(getattr(r, "isolation", "")) for r in self.runtimes.values()))
+        raise Unsupported(f"isolation {isolation}: no runtime on this machine gives it (there are: {given})",
+                          hint="`rock doctor` tells what is missing here")
 
     async def check(self, config: SandboxConfig) -> None:
         """Raise what a create would raise at once; starts nothing."""

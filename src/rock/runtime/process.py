@@ -26,7 +26,7 @@ from rock.runtime.base import Enforced, Handle, Liveness, Program
 from rock.runtime.initfiles import InitSandboxes, merged
 from rock.runtime.initlink import InitLink, bind_listener
 
-_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _ENFORCED: dict[str, Enforced] = {"memory": "none", "cpus": "none", "pids": "none"}
 
 
@@ -34,6 +34,8 @@ class ProcessRuntime(InitSandboxes):
     """Plain processes. `run_dir` holds one folder a sandbox; it is made when missing."""
 
     name = "process"
+    isolation = Isolation.NONE
+    prefix = "p-"  # of its sandboxes' folders
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = Path(run_dir)
@@ -51,12 +53,15 @@ class ProcessRuntime(InitSandboxes):
     async def check(self, config: SandboxConfig) -> None:
         if config.image != "host":
             raise errors.Unsupported(f"the process runtime has no image {config.image!r}", hint='use image="host"')
+        if config.isolation not in (None, Isolation.NONE):
+            raise errors.Unsupported(f"isolation {config.isolation}: the process runtime isolates nothing",
+                                     hint="name no runtime, or one that gives it")
         if config.minimum_isolation != Isolation.NONE:
             raise errors.Unsupported(f"{config.minimum_isolation} was asked for; the process runtime isolates nothing",
                                      hint="use the namespace runtime")
         if config.network != "host" and "network" in config.model_fields_set:
             raise errors.Unsupported(f'the process runtime cannot give network "{config.network}"', hint='use "host"')
-        for name in ("disk", "num_gpus", "accelerator_type", "limit_cpus"):
+        for name in ("disk", "num_gpus", "accelerator_type", "limit_cpus", "nofile", "shm_size"):
             if getattr(config, name) is not None:
                 raise errors.Unsupported(f"the process runtime cannot hold {name}")
         if config.use_kata_runtime or config.image_os != "linux":
@@ -64,7 +69,7 @@ class ProcessRuntime(InitSandboxes):
 
     async def create(self, id: str, config: SandboxConfig) -> Handle:
         await self.check(config)
-        slot = f"p-{secrets.token_hex(5)}"
+        slot = f"{self.prefix}{secrets.token_hex(5)}"
         folder = self._run_dir / slot
         home = folder / "root"
         home.mkdir(mode=0o700, parents=True)
@@ -79,7 +84,7 @@ class ProcessRuntime(InitSandboxes):
                 raise errors.StartFailed("its pid 1 ended at once", sandbox_id=id)
             data: dict[str, Any] = {"slot": slot, "pid": pid, "start": entry.start, "home": str(home),
                                     "env": dict(config.env), "id": id}
-            _write_record(folder, data)
+            write_record(folder, data)
             return Handle(self.name, id, Isolation.NONE, _ENFORCED, data)
         except BaseException as error:
             await asyncio.shield(self._clean(slot, pid, None))
@@ -93,7 +98,7 @@ class ProcessRuntime(InitSandboxes):
             options = json.dumps({"listen": listener.fileno(), "uid": os.geteuid()})
             child = subprocess.Popen(
                 [sys.executable, "-I", "-S", init.__file__, options], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                pass_fds=[listener.fileno()], start_new_session=True, cwd="/", env={"PATH": _PATH})
+                pass_fds=[listener.fileno()], start_new_session=True, cwd="/", env={"PATH": PATH})
         self._children[child.pid] = child
         return child.pid
 
@@ -105,7 +110,7 @@ class ProcessRuntime(InitSandboxes):
         return link
 
     def complete(self, handle: Handle, program: Program) -> Program:
-        env = merged({"PATH": _PATH, "HOME": handle.data["home"]}, handle.data["env"], program.env)
+        env = merged({"PATH": PATH, "HOME": handle.data["home"]}, handle.data["env"], program.env)
         return replace(program, env=env, cwd=program.cwd or handle.data["home"])
 
     async def recover(self, handle: Handle) -> Liveness:
@@ -145,8 +150,8 @@ class ProcessRuntime(InitSandboxes):
 
     async def sweep(self, known: Sequence[str]) -> list[str]:
         gone = []
-        for folder in self._run_dir.glob("p-*"):
-            record = _read_record(folder)
+        for folder in self._run_dir.glob(f"{self.prefix}*"):
+            record = read_record(folder)
             if folder.name not in self._links and record.get("id") not in known:
                 await self._clean(folder.name, record.get("pid"), record.get("start"))
                 gone.append(str(record.get("id", "")))
@@ -206,11 +211,11 @@ def _measure(root: int) -> Usage:
     return Usage(memory_bytes=memory, cpu_seconds=ticks / proctree.TICK, pids=pids)
 
 
-def _write_record(folder: Path, data: dict[str, Any]) -> None:
+def write_record(folder: Path, data: dict[str, Any]) -> None:
     wholefile.replace(folder / "record.json", json.dumps(data))
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads((folder / "record.json").read_text())
     except (OSError, ValueError):
