@@ -45,8 +45,8 @@ def test_as_an_ordinary_user(checkout: Path, capsys: pytest.CaptureFixture[str])
     home = checkout / "home"
     done = subprocess.run(
         [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={home / 'pytest'}", *SUITES],
-        cwd=checkout, env=unprivileged.environment(checkout), user=unprivileged.USER, group=unprivileged.USER, extra_groups=[], capture_output=True, text=True,
-        timeout=880,
+        cwd=checkout, env=unprivileged.environment(checkout), user=unprivileged.USER, group=unprivileged.USER,
+        extra_groups=[], capture_output=True, text=True, timeout=880,
     )  # fmt: skip
     tail = "\n".join(done.stdout.splitlines()[-25:])
     with capsys.disabled():

@@ -1,4 +1,4 @@
-"""An ordinary user for tests that run as root: a user id without rights, a copy of the checkout that it can read, a home."""
+"""An ordinary user for tests that run as root: a user id without rights, a checkout that it can read, a home."""
 
 from __future__ import annotations
 

@@ -98,7 +98,8 @@ for path in (HOST['run_dir'], HOST['home'], '/root/.ssh', os.path.expanduser('~/
 opened(*seen) if seen else blocked('not to be seen')
 """, control=False),
     Attempt(THEME, "private files of /etc", """
-tried(lambda: os.open('/etc/shadow', os.O_RDONLY), lambda: os.open('/etc/gshadow', os.O_RDONLY), lambda: os.listdir('/etc/ssl/private'),
+tried(lambda: os.open('/etc/shadow', os.O_RDONLY), lambda: os.open('/etc/gshadow', os.O_RDONLY),
+      lambda: os.listdir('/etc/ssl/private'),
       lambda: os.listdir('/etc/sudoers.d'))
 """, control=True),
     Attempt(THEME, "paths of the host in the mount table", """
@@ -271,7 +272,7 @@ API = [
     _api("a sparse file of a terabyte", "open('sparse', 'w').truncate(1 << 40); blocked('ready')", _sparse),
     _api("file names that are no text", "os.mkdir('names')\nfor name in (b'a\\nb', b'\\xff\\xfe', b'\"}'):\n"
                                         "  open(b'names/' + name, 'w').close()\nblocked('ready')", _names),
-    _api("a folder of twenty thousand files", "os.mkdir('many')\nfor n in range(20000): open('many/%d' % n, 'w').close()\n"
+    _api("a folder of twenty thousand files", "os.mkdir('many')\nfor n in range(20000):\n  open('many/%d' % n, 'w').close()\n"
                                               "blocked('ready')", _many),
 ]
 

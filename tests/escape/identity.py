@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from tests.escape.attempt import Attempt, Host
 from tests.runtime.boxes import Box
@@ -23,10 +24,8 @@ def _owner(host: Host, box: Box) -> str | None:
     """At the level of root, no process inside may be root or the server's user outside."""
     if host.level not in ("namespaces", "landlock") or os.geteuid() != 0:
         return None
-    status = open(f"/proc/{box.handle.data['pid']}/status").read()
-    if host.level == "landlock":  # the one that holds it is the server's; what runs in it is not
-        children = open(f"/proc/{box.handle.data['pid']}/task/{box.handle.data['pid']}/children").read().split()
-        status = open(f"/proc/{children[0]}/status").read()
+    pid = box.handle.data.get("init", box.handle.data["pid"])  # where a warden holds it, that is the server's user
+    status = Path(f"/proc/{pid}/status").read_text()
     ids = next(line for line in status.splitlines() if line.startswith("Uid:")).split()[1:]
     return None if all(int(id) >= 100_000 for id in ids) else f"it runs as {ids}"
 

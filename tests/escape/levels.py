@@ -51,8 +51,8 @@ def run_level(level: str) -> dict[str, Any]:
     if not root and level != "userns":
         return {"level": level, "unsupported": "it takes root"}
     with _place(root and level == "userns") as (python, options, folder):
-        done = subprocess.run([*python, "-m", "tests.escape.runner", level, str(folder)], capture_output=True, text=True,
-                              timeout=600, stdin=subprocess.DEVNULL, check=False, **options)
+        done = subprocess.run([*python, "-m", "tests.escape.runner", level, str(folder)], capture_output=True,
+                              text=True, timeout=600, stdin=subprocess.DEVNULL, check=False, **options)
     if done.returncode:
         raise RuntimeError(f"the runner at level {level} failed:\n{done.stderr[-3000:]}")
     told: dict[str, Any] = json.loads(done.stdout)
@@ -91,7 +91,8 @@ def table(told: dict[str, dict[str, Any]]) -> str:
 def rows(page: str) -> dict[str, list[str]]:
     """The table of a page: words by attempt."""
     part = page.partition(BEGIN)[2].partition(END)[0]
-    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line.startswith("| ")]
+    lines = [line.strip("|") for line in part.splitlines() if line.startswith("| ")]
+    found = [[cell.strip() for cell in line.split("|")] for line in lines]
     return {cells[0]: cells[1:] for cells in found[1:]}
 
 

@@ -168,8 +168,8 @@ async def program(host: Host, attempt: Attempt, box: Box) -> tuple[str, str]:
     facts = {name: value for name, value in host.facts.items() if not callable(value)}
     facts["init"] = await _init_of(box)
     options: dict[str, Any] = {"pty": (24, 80)} if attempt.pty else {"stderr": "stdout"}
-    process = await box.spawn(*PYTHON, PRELUDE + attempt.program, json.dumps(facts), user=attempt.user, cwd=str(box.root),
-                              **options)
+    process = await box.spawn(*PYTHON, PRELUDE + attempt.program, json.dumps(facts), user=attempt.user,
+                              cwd=str(box.root), **options)
     assert process.stdout is not None
     out = (await read_all(process.stdout)).decode(errors="replace")
     status = await process.wait()
@@ -244,7 +244,8 @@ async def run_all(level: str, folder: Path, pattern: str = "") -> dict[str, Any]
             await asyncio.gather(*(work(attempts) for theme, attempts in todo.items()
                                    for _ in range(AT_ONCE if theme == "resources" else 1)))
     after = leftovers(folder)
-    return {"level": level, "isolation": isolation, "results": {a.key: results[a.key] for a in ATTEMPTS if a.key in results},
+    ordered = {attempt.key: results[attempt.key] for attempt in ATTEMPTS if attempt.key in results}
+    return {"level": level, "isolation": isolation, "results": ordered,
             "left": {name: [item for item in items if item not in before[name]] for name, items in after.items()}}
 
 

@@ -51,7 +51,8 @@ class Ruleset:
         self.abi = version()
         self._handled = everything(self.abi)
         # A kernel refuses a longer structure only when what it does not know of it is not zero.
-        packed = struct.pack("=QQQ", self._handled, _TCP if tcp and self.abi >= 4 else 0, _SCOPES if self.abi >= 6 else 0)
+        ports, scopes = _TCP if tcp and self.abi >= 4 else 0, _SCOPES if self.abi >= 6 else 0
+        packed = struct.pack("=QQQ", self._handled, ports, scopes)
         size = 8 if self.abi < 4 else 16 if self.abi < 6 else 24
         self._fd = int(_syscall(_long(_CREATE), ctypes.c_char_p(packed), _long(size), _long(0)))
         if self._fd < 0:

@@ -1,10 +1,10 @@
 """Runtime "landlock": for hosts that forbid user namespaces, such as the inside of a container with default settings.
 
-A sandbox is a folder of the host and a tree of processes under a warden (warden.py). Landlock shows it the machine's own
-system read-only and its folder writable, keeps signals inside, and refuses TCP; a filter refuses all sockets, and system
-calls as elsewhere. Each has a user id of its own, so that what Landlock does not look at (modes and owners of files, processes of the same
-user) is out of reach as well: that takes root. It is weaker than namespaces: docs/security.md tells how, so it is never
-chosen but by name.
+A sandbox is a folder of the host and a tree of processes under a warden (warden.py). Landlock shows it the machine's
+own system read-only and its folder writable, keeps signals inside, and refuses TCP; a filter refuses all sockets, and
+system calls as elsewhere. Each has a user id of its own, so that what Landlock does not look at (modes and owners of
+files, processes of the same user) is out of reach as well: that takes root. It is weaker than namespaces:
+docs/security.md tells how, so it is never chosen but by name.
 """
 
 from __future__ import annotations
@@ -194,7 +194,8 @@ class LandlockRuntime(ProcessRuntime):
                 "network": config.network, "processes": config.pids, "nofile": config.nofile or _FILES,
                 "cpus": [next(self._cpus) for _ in range(cpus)], "readable": list(host.readable())})
             child = subprocess.Popen(
-                [sys.executable, "-I", "-S", warden.__file__, options], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                [sys.executable, "-I", "-S", warden.__file__, options],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 pass_fds=[listener.fileno()], start_new_session=True, cwd="/", env={"PATH": PATH})
         self._children[child.pid] = child
         return child.pid

@@ -63,7 +63,7 @@ _DENIED = {
 # Of a sandbox without namespaces. System V IPC and message queues: shm*, sem*, msg*, mq_open, mq_unlink.
 _IPC = {"x86_64": (29, 30, 31, 64, 65, 66, 68, 69, 70, 71, 220, 240, 241),
         "aarch64": (180, 181, 186, 187, 188, 189, 190, 191, 192, 193, 194, 195, 196)}
-# prlimit64, sched_setaffinity, _setscheduler, _setparam, _setattr by a pid; setpriority and ioprio_set by which and whom.
+# By whom: prlimit64, sched_setaffinity, _setscheduler, _setparam, _setattr, setpriority (which and whom), ioprio_set.
 _ONLY_ITSELF: dict[str, dict[int, tuple[int, ...]]] = {
     "x86_64": {302: (0,), 203: (0,), 144: (0,), 142: (0,), 314: (0,), 141: (0, 1), 251: (1,)},
     "aarch64": {261: (0,), 122: (0,), 119: (0,), 118: (0,), 274: (0,), 140: (0, 1), 30: (1,)},
