@@ -272,8 +272,9 @@ API = [
     _api("a sparse file of a terabyte", "open('sparse', 'w').truncate(1 << 40); blocked('ready')", _sparse),
     _api("file names that are no text", "os.mkdir('names')\nfor name in (b'a\\nb', b'\\xff\\xfe', b'\"}'):\n"
                                         "  open(b'names/' + name, 'w').close()\nblocked('ready')", _names),
-    _api("a folder of twenty thousand files", "os.mkdir('many')\nfor n in range(20000):\n  open('many/%d' % n, 'w').close()\n"
-                                              "blocked('ready')", _many),
+    _api("a folder of twenty thousand files",
+         "os.mkdir('many')\nfor n in range(20000):\n  open('many/%d' % n, 'w').close()\n"
+         "blocked('ready')", _many),
 ]
 
 ATTEMPTS = [*INSIDE, *API]
