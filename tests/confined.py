@@ -1,4 +1,4 @@
-"""Runs a command as a container with default settings would: `python tests/confined.py COMMAND...`. No namespaces and no
+"""Runs a command as a container with default settings would: `python tests/confined.py COMMAND...`. No namespaces, no
 mounts, by a system call filter that it and all its children keep; the rights of root over files and ids stay."""
 
 from __future__ import annotations

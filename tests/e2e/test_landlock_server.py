@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.conftest import RunningServer
+from tests.leaks import Inventory
 
 from rock import errors
 from rock.runtime.landlock import ruleset
 from rock.sync import Client, Sandbox, SandboxConfig
-from tests.conftest import RunningServer
-from tests.leaks import Inventory
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0 or ruleset.version() < 4,
                                 reason="isolation landlock takes root, and Landlock of version 4")

@@ -159,7 +159,7 @@ def test_what_cannot_be_held_is_refused_before_the_start(tmp_path: Path, kind: s
     value = _REFUSED[kind][name]
 
     async def refused(runtime: object, image: str) -> None:
-        config = SandboxConfig(**{"image": image, "memory": "64m", "cpus": 1, **{name: value}})
+        config = SandboxConfig(**{"image": image, "memory": "64m", "cpus": 1, name: value})
         with pytest.raises(errors.Unsupported) as told:
             await runtime.check(config)  # type: ignore[attr-defined]
         assert told.value.hint or told.value.message
