@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test check lint types unit compat docker training gym-extras sync lock bench bench-environments clean
+.PHONY: demo test check lint types unit compat docker training gym-extras sync lock bench bench-environments soak \
+	escape-table clean
 
 demo: $(VENV)/ready
 	@$(PY) -m rock.cli.demo
@@ -76,6 +77,14 @@ bench-environments: $(VENV)/ready-dev
 
 bench: $(VENV)/ready-dev
 	$(VENV)/bin/rock bench
+
+# 10,000 sandboxes made, used and destroyed; tells what is left of them. N=2000 for fewer.
+soak: $(VENV)/ready-dev
+	$(PY) bench/cycles.py $(or $(N),10000)
+
+# Every attempt to escape at every level; as root. Writes the table in docs/security.md.
+escape-table: $(VENV)/ready-dev
+	$(PY) -m tests.escape.levels
 
 sync: $(VENV)/ready-dev
 	$(PY) tools/unasync.py

@@ -100,10 +100,12 @@ def make_runtimes(settings: Settings, images: Images) -> dict[str, Runtime]:
     runtimes: dict[str, Runtime] = {"process": ProcessRuntime(settings.run_dir / "process"), "fake": FakeRuntime()}
     if sys.platform == "linux":
         from rock.runtime.docker.runtime import DockerRuntime
+        from rock.runtime.landlock.runtime import LandlockRuntime
         from rock.runtime.namespace.runtime import NamespaceRuntime
 
         folder, guests = settings.run_dir / "namespace", settings.home / "guest-python"
         runtimes["docker"] = DockerRuntime(settings.run_dir / "docker", guests, settings.docker_host)
+        runtimes["landlock"] = LandlockRuntime(settings.run_dir / "landlock")
         runtimes["namespace"] = NamespaceRuntime(folder, settings.pool_size, images.store, _resolvers(settings))
     runtimes |= plugins.load(
         lambda name: plugins.RuntimeContext(settings.run_dir / "runtimes" / name, images.store, settings.pool_size)

@@ -176,7 +176,7 @@ class Node:
     # ---- create and destroy ----
 
     def runtime_for(self, config: SandboxConfig) -> Runtime:
-        name = config.runtime or self.default
+        name = config.runtime or self._runtime_giving(config.isolation)
         try:
             runtime = self.runtimes[name]
         except KeyError:
@@ -188,6 +188,17 @@ class Node:
                 hint="leave auto_delete_seconds and auto_archive_seconds unset",
             )
         return runtime
+
+    def _runtime_giving(self, isolation: Isolation | None) -> str:
+        """The runtime for who names a level and no runtime: the default if it gives that, else one that does."""
+        if isolation is None or getattr(self.runtimes[self.default], "isolation", None) == isolation:
+            return self.default
+        for name, runtime in self.runtimes.items():
+            if getattr(runtime, "isolation", None) == isolation:
+                return name
+        given = ", ".join(sorted(str(getattr(r, "isolation", "")) for r in self.runtimes.values()))
+        raise Unsupported(f"isolation {isolation}: no runtime on this machine gives it (there are: {given})",
+                          hint="`rock doctor` tells what is missing here")
 
     async def check(self, config: SandboxConfig) -> None:
         """Raise what a create would raise at once; starts nothing."""

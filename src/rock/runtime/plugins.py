@@ -19,7 +19,7 @@ from rock.runtime.base import Handle, Liveness, Process, Program, Runtime, Trait
 from rock.runtime.image.store import ImageStore
 
 GROUP = "rock.runtimes"
-OWN = ("docker", "fake", "gvisor", "namespace", "process")  # names that no other distribution's runtime gets
+OWN = ("docker", "fake", "gvisor", "landlock", "namespace", "process")  # nobody else gets these names
 
 
 @dataclass(frozen=True)

@@ -163,8 +163,8 @@ class NamespaceRuntime(InitSandboxes):
                 self._launcher.close()
                 reasons.append(f"{isolation.value}: {error.message}")
         raise errors.Unsupported("this host cannot run the namespace runtime: " + "; ".join(reasons),
-                                 hint="`rock doctor` tells what is missing; the process runtime isolates nothing, "
-                                      "and must be asked for by name")
+                                 hint="`rock doctor` tells what is missing. ROCK_RUNTIME=landlock is weaker, and needs "
+                                      "none; the process runtime isolates nothing: both must be asked for by name")
 
     async def _try_disk(self, way: str) -> None:
         await self._try_one("16m", way)
