@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test check lint types unit compat training gym-extras sync lock bench bench-environments clean
+.PHONY: demo test check lint types unit compat docker training gym-extras sync lock bench bench-environments soak \
+	escape-table clean
 
 demo: $(VENV)/ready
 	@$(PY) -m rock.cli.demo
@@ -46,6 +47,10 @@ unit: $(VENV)/ready-dev
 compat: $(VENV)/ready-dev
 	ROCK_TEST_COMPAT=1 $(PY) -m pytest tests/compat
 
+# All of the suite on containers, of runc and of gVisor too, with an engine from Debian's packages; needs root.
+docker: $(VENV)/ready-dev
+	ROCK_TEST_DOCKER=1 $(PY) -m pytest tests/runtime/docker tests/runtime/conformance -k docker
+
 # Tensors of torch and stable-baselines3, in an environment of their own that is kept in ROCK_TEST_CACHE.
 EXTRAS := $(or $(ROCK_TEST_CACHE),$(HOME)/.cache/rock-tests)/gym-extras
 
@@ -72,6 +77,14 @@ bench-environments: $(VENV)/ready-dev
 
 bench: $(VENV)/ready-dev
 	$(VENV)/bin/rock bench
+
+# 10,000 sandboxes made, used and destroyed; tells what is left of them. N=2000 for fewer.
+soak: $(VENV)/ready-dev
+	$(PY) bench/cycles.py $(or $(N),10000)
+
+# Every attempt to escape at every level; as root. Writes the table in docs/security.md.
+escape-table: $(VENV)/ready-dev
+	$(PY) -m tests.escape.levels
 
 sync: $(VENV)/ready-dev
 	$(PY) tools/unasync.py

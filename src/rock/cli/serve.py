@@ -29,7 +29,7 @@ from rock.proxy.app import Proxy, is_data
 from rock.rocklet.api import Api
 from rock.rocklet.images import Images
 from rock.rocklet.node import Node
-from rock.runtime import wholefile
+from rock.runtime import plugins, wholefile
 from rock.runtime.base import Runtime
 from rock.runtime.image.store import ImageStore
 from rock.settings import Settings
@@ -94,16 +94,22 @@ class Home:
 
 def make_runtimes(settings: Settings, images: Images) -> dict[str, Runtime]:
     """Every runtime that this machine can have, by name."""
+    from rock.runtime.fake import FakeRuntime
     from rock.runtime.process import ProcessRuntime
 
-    runtimes: dict[str, Runtime] = {"process": ProcessRuntime(settings.run_dir / "process")}
+    runtimes: dict[str, Runtime] = {"process": ProcessRuntime(settings.run_dir / "process"), "fake": FakeRuntime()}
     if sys.platform == "linux":
         from rock.runtime.docker.runtime import DockerRuntime
+        from rock.runtime.landlock.runtime import LandlockRuntime
         from rock.runtime.namespace.runtime import NamespaceRuntime
 
         folder, guests = settings.run_dir / "namespace", settings.home / "guest-python"
         runtimes["docker"] = DockerRuntime(settings.run_dir / "docker", guests, settings.docker_host)
+        runtimes["landlock"] = LandlockRuntime(settings.run_dir / "landlock")
         runtimes["namespace"] = NamespaceRuntime(folder, settings.pool_size, images.store, _resolvers(settings))
+    runtimes |= plugins.load(
+        lambda name: plugins.RuntimeContext(settings.run_dir / "runtimes" / name, images.store, settings.pool_size)
+    )
     if settings.runtime not in runtimes:
         names = ", ".join(sorted(runtimes))
         raise InvalidConfig(f"no runtime {settings.runtime!r} (there are: {names})", hint="set ROCK_RUNTIME")
@@ -122,13 +128,13 @@ def _resolvers(settings: Settings) -> list[str]:
 
 
 class Rocklet:
-    """The sandboxes of this machine, their home and their routes."""
+    """The sandboxes of this machine, their home and their routes. `runtimes`: instead of all that there are."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, runtimes: dict[str, Runtime] | None = None) -> None:
         require_key_beyond_loopback(settings.host, settings.api_key)
         self.home = Home(settings.home)
         self.images = Images(ImageStore.of(settings))
-        runtimes = make_runtimes(settings, self.images)
+        runtimes = make_runtimes(settings, self.images) if runtimes is None else runtimes
         self.node = Node(runtimes, settings.runtime, settings.run_dir, settings.sandbox_limit, self.images)
         self.router = Api(self.node).router()
         self.router.add(ROUTES["health"], _health)
@@ -153,11 +159,11 @@ async def _health(_: Request) -> Answer:
 
 
 class Server:
-    """All roles in one process, as one ASGI application with a life of its own."""
+    """All roles in one process, as one ASGI application with a life of its own. `runtimes`: see Rocklet."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, runtimes: dict[str, Runtime] | None = None) -> None:
         self.settings = settings
-        self.rocklet = Rocklet(settings)
+        self.rocklet = Rocklet(settings, runtimes)
         self.home, self.node = self.rocklet.home, self.rocklet.node
         # Not the host's name: that changes with the network, and every sandbox would be on a worker nobody knows.
         name = "local"

@@ -209,7 +209,7 @@ class SandboxConfig(BaseConfig):
         if self.inodes is not None and self.disk is None:
             raise ValueError("inodes: it is a limit of a disk with a size; give disk too")
         if self.shm_size is not None and self.shm_bytes * 2 > self.memory_bytes:
-            raise ValueError(f"shm_size {self.shm_size} is over half of the memory, {self.memory}: it is filled from there")
+            raise ValueError(f"shm_size {self.shm_size} is over half of the memory, {self.memory}, that it is part of")
         if self.isolation is not None and self.isolation.rank < self.minimum_isolation.rank:
             raise ValueError(f"isolation {self.isolation.value} is weaker than minimum_isolation "
                              f"{self.minimum_isolation.value}")

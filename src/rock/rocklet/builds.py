@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from rock.errors import InvalidConfig
 from rock.protocol.images import BuildRequest, BuiltImage
 from rock.rocklet.build import Build
+from rock.rocklet.buildplan import Plan
 from rock.rocklet.buildrun import Flow
 from rock.runtime.image import dockerfile
 from rock.runtime.image.merged import Merged
@@ -68,7 +69,7 @@ class Builds:
         new_name(wish.image_tag)
         if wish.image_tag.startswith(BUILD_STEPS):
             raise InvalidConfig(f"names that begin with {BUILD_STEPS} are those of build steps")
-        plan = dockerfile.parse(wish.dockerfile)
+        plan = Plan(dockerfile.parse(wish.dockerfile), wish.build_args)
         if self._gate.locked():
             tell(b"waiting for another build to end\n")
         async with self._gate:

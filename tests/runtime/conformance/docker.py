@@ -10,17 +10,27 @@ from typing import Any, Literal
 from rock.guest import proctree
 from rock.protocol.sandbox import Isolation, SandboxConfig
 from rock.runtime.docker.runtime import DockerRuntime
+from rock.runtime.docker.shape import Oci
+from rock.runtime.docker.ways import ByStreams, Way
 from tests.runtime.conformance.subject import Subject
 from tests.runtime.docker import engines
+
+
+class Carried(DockerRuntime):
+    """runc's containers as if it were another kernel: what the carrier does, without what gVisor lacks."""
+
+    def way(self, oci: Oci, folder: Path) -> Way:
+        return ByStreams(self.engine, folder)
 
 
 class OfDocker(Subject):
     image = "rock-test/hand:1"
 
-    def __init__(self, name: str, oci: Literal["runsc"] | None, isolation: Isolation) -> None:
+    def __init__(self, name: str, oci: Literal["runsc"] | None, isolation: Isolation, *, carried: bool = False) -> None:
         self.name = name
         self.oci = oci
         self.isolation = isolation
+        self.carried = carried
 
     def missing(self) -> str | None:
         try:
@@ -30,7 +40,8 @@ class OfDocker(Subject):
         return None
 
     def make(self, folder: Path) -> DockerRuntime:
-        return DockerRuntime(folder / "run", engines.guest_python(), engines.shared().host)
+        kind = Carried if self.carried else DockerRuntime
+        return kind(folder / "run", engines.guest_python(), engines.shared().host)
 
     def config(self, **values: Any) -> SandboxConfig:
         return super().config(**{"oci_runtime": self.oci, "runtime": "docker", **values})
@@ -45,4 +56,8 @@ class OfDocker(Subject):
         return found
 
 
-SUBJECTS = [OfDocker("docker", None, Isolation.CONTAINER)]
+SUBJECTS = [
+    OfDocker("docker", None, Isolation.CONTAINER),
+    OfDocker("docker-carried", None, Isolation.CONTAINER, carried=True),
+    OfDocker("docker-runsc", "runsc", Isolation.GVISOR),
+]

@@ -357,7 +357,7 @@ def test_dial(box: Bench) -> None:
             fd = await b.runtime.dial(b.handle, port)
             os.set_blocking(fd, True)
             os.write(fd, b"hello")
-            assert os.read(fd, 100) == b"HELLO"
+            assert await asyncio.to_thread(os.read, fd, 100) == b"HELLO"
             os.close(fd)
             with pytest.raises(errors.NotFound):
                 await b.runtime.dial(b.handle, 1)

@@ -27,9 +27,9 @@ from rock.guest.remove import remove_tree
 from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
 from rock.runtime import guestpython, wholefile
 from rock.runtime.base import Handle, Liveness, Program, Trait
-from rock.runtime.docker import groups, images, shape, ways
+from rock.runtime.docker import groups, images, shape
 from rock.runtime.docker.engine import Engine, EngineError, Facts
-from rock.runtime.docker.ways import Way
+from rock.runtime.docker.ways import BySocket, ByStreams, Way
 from rock.runtime.guestpython import GuestPython
 from rock.runtime.initfiles import InitSandboxes, merged
 from rock.runtime.initlink import InitLink
@@ -66,8 +66,8 @@ class DockerRuntime(InitSandboxes):
     name = "docker"
     isolation = Isolation.CONTAINER
     traits: Mapping[Isolation, frozenset[Trait]] = {
-        Isolation.CONTAINER: frozenset(Trait), Isolation.GVISOR: frozenset(Trait), Isolation.MICROVM: frozenset(Trait),
-    }  # fmt: skip
+        level: frozenset(Trait) - {Trait.IMAGES} for level in (Isolation.CONTAINER, Isolation.GVISOR, Isolation.MICROVM)
+    }
 
     def __init__(self, run_dir: Path, guest_dir: Path, host: str = "") -> None:
         self._run_dir = Path(os.path.realpath(run_dir))
@@ -195,7 +195,7 @@ class DockerRuntime(InitSandboxes):
             folder.mkdir(mode=0o700)
             wholefile.replace(folder / "record.json", json.dumps({"id": id, "slot": slot}))
             oci = shape.wanted_runtime(config)
-            way = ways.way(oci, self.engine, folder)
+            way = self.way(oci, folder)
             labels = {shape.HOME_LABEL: self._label, shape.ID_LABEL: id, "rock.slot": slot}
             wish = shape.container(config, image["Id"], labels, await self._guest(), way.folder, name, way.options)
             async with self._gate:
@@ -259,6 +259,10 @@ class DockerRuntime(InitSandboxes):
                 "cgroups": container.folders, "oci": oci}  # fmt: skip
         return Handle(self.name, id, shape.isolation_of(oci), shape.enforced(facts), data)
 
+    def way(self, oci: shape.Oci, folder: Path) -> Way:
+        """How its pid 1 is reached: with the same kernel descriptors can cross."""
+        return BySocket(folder) if oci == "runc" else ByStreams(self.engine, folder)
+
     # ---- using ----
 
     def _find(self, handle: Handle) -> Container:
@@ -286,7 +290,7 @@ class DockerRuntime(InitSandboxes):
             raise errors.Lost("the sandbox's pid 1 is gone", sandbox_id=handle.id)
         if container.way is not None:
             await container.way.close()
-        container.way = ways.way(container.oci, self.engine, self._run_dir / container.slot)
+        container.way = self.way(container.oci, self._run_dir / container.slot)
         with _told(handle.id):
             container.link = await container.way.enter(container.engine_id, container.pid, handle.id, _BACK)
 
@@ -381,7 +385,7 @@ class DockerRuntime(InitSandboxes):
         keep, slots, gone = set(known), set(), set()
         for folder in self._run_dir.glob(f"{_PREFIX}*"):
             id = str(_record(folder).get("id", ""))
-            if id in keep or folder.name in self._making or folder.name in self._live:
+            if id in keep or folder.name in self._making:
                 slots.add(folder.name)
             else:
                 gone.add(id or folder.name)

@@ -130,7 +130,7 @@ class FakeRuntime:
         for name in ("disk", "num_gpus", "accelerator_type", "limit_cpus"):
             if getattr(config, name) is not None:
                 raise errors.Unsupported(f"the fake runtime cannot hold {name}")
-        if config.use_kata_runtime or config.image_os != "linux":
+        if config.use_kata_runtime or config.oci_runtime is not None or config.image_os != "linux":
             raise errors.Unsupported("the fake runtime runs nothing but programs of its own")
 
     async def create(self, id: str, config: SandboxConfig) -> Handle:

@@ -342,7 +342,7 @@ def _blob(node: Node) -> Blob:
 
 def is_archive(node: Node) -> bool:
     """Whether ADD unpacks it: a tar, plain or compressed, by its content."""
-    if not node.is_file or node.info.st_size < BLOCK:
+    if not node.is_file:
         return False
     blob = _blob(node)
     if compression(blob) == "none":

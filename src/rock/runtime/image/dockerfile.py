@@ -114,12 +114,12 @@ def parse(text: str) -> Dockerfile:
     instructions = list(_instructions(lines, escape))
     if len(instructions) > _MOST:
         raise refuse(instructions[_MOST].line, f"more than {_MOST} instructions")
-    first = next((number for number, found in enumerate(instructions) if found.keyword == "FROM"), None)
-    if first is None:
-        raise InvalidConfig("the Dockerfile has no FROM", hint="it begins with FROM IMAGE")
+    first = next((number for number, found in enumerate(instructions) if found.keyword == "FROM"), len(instructions))
     for found in instructions[:first]:
         if found.keyword != "ARG":
             raise refuse(found.line, f"{found.keyword} comes before the first FROM", "only ARG may")
+    if first == len(instructions):
+        raise InvalidConfig("the Dockerfile has no FROM", hint="it begins with FROM IMAGE")
     return Dockerfile(tuple(instructions[:first]), tuple(_stages(instructions[first:])), escape)
 
 
