@@ -187,6 +187,11 @@ class Node:
                 f"runtime {name!r} cannot keep the files of a stopped sandbox",
                 hint="leave auto_delete_seconds and auto_archive_seconds unset",
             )
+        if config.egress is not None and not isinstance(runtime, Connects):
+            raise Unsupported(
+                f"runtime {name!r} cannot hold a sandbox to a list of places (egress)",
+                hint="use the namespace runtime, or leave egress unset",
+            )
         return runtime
 
     def _runtime_giving(self, isolation: Isolation | None) -> str:

@@ -73,9 +73,6 @@ def refuse(config: SandboxConfig, facts: Facts, oci: Oci) -> None:
         raise errors.Unsupported(f"image_os {config.image_os!r}: the docker runtime runs Linux images only")
     if config.num_gpus or config.accelerator_type:
         raise errors.Unsupported("the docker runtime gives sandboxes no accelerators", hint="leave num_gpus unset")
-    if config.egress is not None:
-        raise errors.Unsupported("egress: the docker runtime cannot hold a sandbox to a list of places",
-                                 hint="use the namespace runtime, or leave egress unset")
     if config.image == "host":
         raise errors.Unsupported('image "host" is this machine\'s own system, which no container engine has',
                                  hint="name an image that the engine has or can pull, or use the namespace runtime")
