@@ -41,7 +41,6 @@ from rock.runtime.network.policy import Policy
 from rock.runtime.network.resolver import Resolver
 
 _NOBODY = 65534
-_NICER = 5  # the server and the sandboxes go first
 _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
 
 
@@ -151,8 +150,6 @@ def _give_up_rights() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(OSError):
-        os.nice(_NICER)
     if os.geteuid() == 0:
         with contextlib.suppress(OSError):  # in a user namespace with one user there is nobody else to be
             os.setgroups([])
