@@ -49,7 +49,7 @@ class Cause(StrEnum):
 
 
 class Isolation(StrEnum):
-    """How far a sandbox is from its host, weakest first. All of them share the host's kernel."""
+    """How far a sandbox is from its host, weakest first. All but the last two share the host's kernel."""
 
     NONE = "none"  # a plain process
     LANDLOCK = "landlock"  # Landlock, seccomp and rlimits; no namespaces

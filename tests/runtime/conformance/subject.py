@@ -39,6 +39,7 @@ class Subject:
     name = ""
     isolation = Isolation.NONE
     image = "host"
+    sample: tuple[str, ...] | None = None  # modules that are enough in a short run; None is all of them
     python = "/usr/bin/python3"
 
     def missing(self) -> str | None:
