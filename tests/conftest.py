@@ -40,6 +40,7 @@ class RunningServer:
     def __init__(self, home: Path, **environment: str) -> None:
         self.home = home
         self.environment = environment
+        self.prefix: list[str] = []  # a program that runs the server's command line in its own place
         self.process: subprocess.Popen[bytes] | None = None
         self.url = ""
         self.pid = 0
@@ -54,8 +55,9 @@ class RunningServer:
         }  # fmt: skip
         with open(self.home / "output.log", "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-W", "error::ResourceWarning", "-m", "rock.cli.server", "--host", "127.0.0.1",
-                 "--port", str(port)], env=environ, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                [*self.prefix, sys.executable, "-W", "error::ResourceWarning", "-m", "rock.cli.server",
+                 "--host", "127.0.0.1", "--port", str(port)],
+                env=environ, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
             )  # fmt: skip
         self.pid = self.process.pid
         end = time.monotonic() + seconds

@@ -29,6 +29,7 @@ SUITES = [
     "tests/e2e/test_kept_files.py",
     "tests/e2e/test_archiving.py",
     "tests/e2e/test_commit.py",
+    "tests/e2e/test_parity.py",
 ]
 
 pytestmark = pytest.mark.skipif(

@@ -526,6 +526,12 @@ async def sh(call: Call) -> int:
     return await shell.main(lambda: _whole(shell, script))
 
 
+async def alone(call: Call) -> int:
+    """What the shell does itself, as a program: echo, printf, test."""
+    shell = Shell(call.process, call.env, call.argv[0], [])
+    return await shell.main(lambda: shell.invoke(call.argv, [], {}))
+
+
 async def _whole(shell: Shell, text: str) -> None:
     """A script, line after line, so that what comes before a fault in it is run."""
     parser = Parser(text)

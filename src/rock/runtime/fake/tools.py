@@ -69,7 +69,7 @@ def ls(call: Call) -> int:
     options, paths = _options(call)
     several = len(paths) > 1
     code = 0
-    for path in paths or ["."]:
+    for index, path in enumerate(paths or ["."]):
         found = call.files.get(call.path(path))
         if found is None:
             call.err(f"ls: cannot access '{path}': No such file or directory\n")
@@ -79,7 +79,7 @@ def ls(call: Call) -> int:
             call.out(_listed(path, call, options))
             continue
         if several:
-            call.out(f"{path}:\n")
+            call.out(f"{chr(10) if index else ''}{path}:\n")
         for entry in call.files.list(call.path(path)):
             if not entry.name.startswith(".") or options.keys() & {"a", "A"}:
                 call.out(_listed(posixpath.join(path, entry.name), call, options, entry.name))
