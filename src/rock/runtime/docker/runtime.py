@@ -66,7 +66,10 @@ class DockerRuntime(InitSandboxes):
     name = "docker"
     isolation = Isolation.CONTAINER
     traits: Mapping[Isolation, frozenset[Trait]] = {
-        level: frozenset(Trait) - {Trait.IMAGES} for level in (Isolation.CONTAINER, Isolation.GVISOR, Isolation.MICROVM)
+        Isolation.CONTAINER: frozenset(Trait) - {Trait.IMAGES},
+        # A terminal of gVisor's does not end with its program.
+        Isolation.GVISOR: frozenset(Trait) - {Trait.IMAGES, Trait.TERMINALS},
+        Isolation.MICROVM: frozenset(Trait) - {Trait.IMAGES},
     }
 
     def __init__(self, run_dir: Path, guest_dir: Path, host: str = "") -> None:
@@ -296,6 +299,9 @@ class DockerRuntime(InitSandboxes):
 
     def complete(self, handle: Handle, program: Program) -> Program:
         data = handle.data
+        if program.pty is not None and Trait.TERMINALS not in self.traits[handle.isolation]:
+            raise errors.Unsupported(f"{data['oci']} has no terminals here", sandbox_id=handle.id,
+                                     hint="run it without a pty")
         user = program.user if program.user is not None else data["user"]
         return replace(program, env=merged(data["env"], program.env), cwd=program.cwd or data["cwd"], user=user or None)
 
