@@ -25,7 +25,9 @@ def _short(subject: Subject, metafunc: pytest.Metafunc) -> Any:
     """The subject, skipped where it is only sampled, and expected to fail where that is known."""
     module, test = metafunc.module.__name__.rpartition(".")[2], metafunc.function.__name__
     if test in subject.known:
-        return pytest.param(subject, marks=pytest.mark.xfail(reason=subject.known[test], strict=True))
+        reason = subject.known[test]
+        strict = not reason.startswith("at times ")
+        return pytest.param(subject, marks=pytest.mark.xfail(reason=reason, strict=strict))
     if subject.sample is None or (module in subject.sample and test != "test_fifty_at_once"):
         return subject
     return pytest.param(subject, marks=pytest.mark.skip(reason=f"{subject.name} is sampled here; all: `make docker`"))

@@ -165,7 +165,7 @@ def test_a_file_that_does_not_fit_inside_is_refused(tmp_path: Path) -> None:
     carried(tmp_path, work)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 1 << 32 - 1), st.binary(max_size=300)), max_size=8),
        st.binary(max_size=400), st.integers(1, 60), st.binary(min_size=16, max_size=16))
 def test_frames_survive_any_beginning(frames: list[tuple[int, int, bytes]], before: bytes, step: int,
