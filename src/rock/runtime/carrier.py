@@ -163,7 +163,7 @@ class Carrier:
                 data = await self._stream.read()
                 if not data or self.closed:
                     break
-        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
             self._break(f"its pid 1 talks nonsense: {error!r}")
         self.close()
 

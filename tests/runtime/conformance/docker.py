@@ -15,6 +15,25 @@ from rock.runtime.docker.ways import ByStreams, Way
 from tests.runtime.conformance.subject import Subject
 from tests.runtime.docker import engines
 
+ALL = bool(os.environ.get("ROCK_TEST_DOCKER"))
+
+
+_CARRIED = {
+    "test_kept_programs_are_attached_again": "what one reader was sent and did not read, the next one does not get",
+}
+_SENTRY = "gVisor's kernel of 2022 is one process of the host: "
+_ORPHANS = "gVisor's kernel of 2022 has no child subreapers: orphans leave their tree, and end with the sandbox"
+_GVISOR = {
+    "test_the_hosts_processes_are_out_of_reach": "its pid 1 can be killed from inside, which ends the sandbox",
+    "test_memory_is_held_and_pid_1_survives": _SENTRY + "out of memory ends the whole sandbox",
+    "test_processes_are_held_and_a_fork_bomb_is_ended": _SENTRY + "its processes are not the host's, and not counted",
+    "test_cpus_are_held": "at times its own clock counts time in which it was held as CPU time",
+    "test_programs_inherit_nothing_of_the_server": "its /proc/self/fd cannot be listed by ls",
+    "test_programs_start_with_clean_signals_and_descriptors": "its /proc/self/status tells no signals",
+    "test_kill_tree_reaches_daemons_and_orphans": _ORPHANS,
+    "test_kill_tree_since_spares_what_was_there_before": _ORPHANS,
+}
+
 
 class Carried(DockerRuntime):
     """runc's containers as if it were another kernel: what the carrier does, without what gVisor lacks."""
@@ -25,14 +44,19 @@ class Carried(DockerRuntime):
 
 class OfDocker(Subject):
     image = "rock-test/hand:1"
+    # What programs and files do is pid 1's, which is the same in all of them.
+    sample = None if ALL else ("test_conform_life", "test_conform_isolation")
 
     def __init__(self, name: str, oci: Literal["runsc"] | None, isolation: Isolation, *, carried: bool = False) -> None:
         self.name = name
         self.oci = oci
         self.isolation = isolation
         self.carried = carried
+        self.known = {**(_CARRIED if carried or oci else {}), **(_GVISOR if oci else {})}
 
     def missing(self) -> str | None:
+        if not ALL and (self.oci or self.carried):
+            return "takes minutes: set ROCK_TEST_DOCKER=1, as `make docker` does"
         try:
             engines.shared()
         except engines.CannotBeHad as error:
@@ -44,7 +68,8 @@ class OfDocker(Subject):
         return kind(folder / "run", engines.guest_python(), engines.shared().host)
 
     def config(self, **values: Any) -> SandboxConfig:
-        return super().config(**{"oci_runtime": self.oci, "runtime": "docker", **values})
+        oci = None if values.get("use_kata_runtime") else self.oci
+        return super().config(**{"oci_runtime": oci, "runtime": "docker", **values})
 
     def leftovers(self, folder: Path) -> dict[str, list[str]]:
         found = super().leftovers(folder)

@@ -39,6 +39,8 @@ class Subject:
     name = ""
     isolation = Isolation.NONE
     image = "host"
+    sample: tuple[str, ...] | None = None  # modules that are enough in a short run; None is all of them
+    known: dict[str, str] = {}  # tests that fail here for reasons that are not ours to mend, and the reason
     python = "/usr/bin/python3"
 
     def missing(self) -> str | None:

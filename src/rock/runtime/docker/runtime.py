@@ -29,6 +29,7 @@ from rock.runtime import guestpython, wholefile
 from rock.runtime.base import Handle, Liveness, Program, Trait
 from rock.runtime.docker import groups, images, shape
 from rock.runtime.docker.engine import Engine, EngineError, Facts
+from rock.runtime.docker.refusals import refusal, told
 from rock.runtime.docker.ways import BySocket, ByStreams, Way
 from rock.runtime.guestpython import GuestPython
 from rock.runtime.initfiles import InitSandboxes, merged
@@ -66,7 +67,10 @@ class DockerRuntime(InitSandboxes):
     name = "docker"
     isolation = Isolation.CONTAINER
     traits: Mapping[Isolation, frozenset[Trait]] = {
-        level: frozenset(Trait) - {Trait.IMAGES} for level in (Isolation.CONTAINER, Isolation.GVISOR, Isolation.MICROVM)
+        Isolation.CONTAINER: frozenset(Trait) - {Trait.IMAGES},
+        # A terminal of gVisor's does not end with its program.
+        Isolation.GVISOR: frozenset(Trait) - {Trait.IMAGES, Trait.TERMINALS},
+        Isolation.MICROVM: frozenset(Trait) - {Trait.IMAGES},
     }
 
     def __init__(self, run_dir: Path, guest_dir: Path, host: str = "") -> None:
@@ -134,12 +138,12 @@ class DockerRuntime(InitSandboxes):
     # ---- images ----
 
     async def has_image(self, config: SandboxConfig) -> bool:
-        with _told(config.image):
+        with told(config.image):
             return config.image == "host" or await images.is_ready(self.engine, config)
 
     async def prepare_image(self, config: SandboxConfig, tell: Callable[[str], None]) -> None:
         shape.refuse(config, await self._ready(), shape.wanted_runtime(config))
-        with _told(config.image):
+        with told(config.image):
             await images.prepare(self.engine, config, tell)
 
     # ---- creating ----
@@ -151,7 +155,7 @@ class DockerRuntime(InitSandboxes):
         """The engine's name of the OCI runtime, and its account of the image."""
         _ = self.engine.socket
         oci = shape.wanted_runtime(config)
-        with _told(config.image):
+        with told(config.image):
             facts = await self._ready()
             name = shape.runtime_name(facts, oci)
             shape.refuse(config, facts, oci)
@@ -212,7 +216,7 @@ class DockerRuntime(InitSandboxes):
             with contextlib.suppress(errors.RockError, EngineError):  # the sweep tries again
                 await asyncio.shield(self._remove(slot, engine_id or f"rock-{slot}"))
             if isinstance(error, EngineError):
-                raise _refusal(error, config) from None
+                raise refusal(error, config) from None
             if isinstance(error, OSError | errors.Lost):
                 raise errors.StartFailed(f"the container could not be used: {error}", sandbox_id=id) from None
             raise
@@ -291,11 +295,14 @@ class DockerRuntime(InitSandboxes):
         if container.way is not None:
             await container.way.close()
         container.way = self.way(container.oci, self._run_dir / container.slot)
-        with _told(handle.id):
+        with told(handle.id):
             container.link = await container.way.enter(container.engine_id, container.pid, handle.id, _BACK)
 
     def complete(self, handle: Handle, program: Program) -> Program:
         data = handle.data
+        if program.pty is not None and Trait.TERMINALS not in self.traits[handle.isolation]:
+            raise errors.Unsupported(f"{data['oci']} has no terminals here", sandbox_id=handle.id,
+                                     hint="run it without a pty")
         user = program.user if program.user is not None else data["user"]
         return replace(program, env=merged(data["env"], program.env), cwd=program.cwd or data["cwd"], user=user or None)
 
@@ -360,14 +367,14 @@ class DockerRuntime(InitSandboxes):
                 async with asyncio.timeout(grace + 2):
                     await wait_gone(pid, start)
             if _alive(pid, start):
-                with _told(handle.id):
+                with told(handle.id):
                     await self.engine.kill(handle.data["container"])
                 await wait_gone(pid, start)
         await self._forget(slot)
 
     async def destroy(self, handle: Handle) -> None:
         await self._forget(handle.data["slot"])
-        with _told(handle.id):
+        with told(handle.id):
             await self._remove(handle.data["slot"], handle.data["container"])
 
     async def _forget(self, slot: str) -> None:
@@ -430,29 +437,3 @@ def _record(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
-
-
-@contextlib.contextmanager
-def _told(what: str) -> Any:
-    """What the engine answers beside its use for a start, as an error of ours."""
-    try:
-        yield
-    except EngineError as error:
-        raise errors.Unavailable(f"the container engine refused ({what}): {error.message}",
-                                 hint="see the engine's own log") from None
-
-
-def _refusal(error: EngineError, config: SandboxConfig) -> errors.RockError:
-    """Why the engine did not make a container."""
-    text = error.message
-    low = text.lower()
-    if "storage-opt" in low or "quota" in low:
-        return errors.Unsupported(f"disk={config.disk}: {text}", hint="leave disk unset")
-    if "no space left" in low:
-        return errors.StorageFull(f"the container engine's disk is full: {text}")
-    if "bind source path does not exist" in low or "ld.so" in low:
-        return errors.Unsupported(f"the container engine does not see the files of this server: {text}",
-                                  hint="run the rocklet on the engine's machine, not in a container")
-    if error.status == 404 and "no such image" in low:
-        return errors.ImageError(f"image {config.image} was removed from the engine meanwhile")
-    return errors.StartFailed(f"the container engine could not start it: {text}")
