@@ -94,9 +94,11 @@ class Home:
 def make_runtimes(settings: Settings, images: Images) -> dict[str, Runtime]:
     """Every runtime that this machine can have, by name."""
     from rock.runtime.fake import FakeRuntime
-    from rock.runtime.process import ProcessRuntime
+    from rock.runtime.plain import PlainRuntime
+    from rock.runtime.process import ProcessRuntime, can_hold_init
 
-    runtimes: dict[str, Runtime] = {"process": ProcessRuntime(settings.run_dir / "process"), "fake": FakeRuntime()}
+    process = ProcessRuntime if can_hold_init() else PlainRuntime
+    runtimes: dict[str, Runtime] = {"process": process(settings.run_dir / "process"), "fake": FakeRuntime()}
     if sys.platform == "linux":
         from rock.runtime.namespace.runtime import NamespaceRuntime
 

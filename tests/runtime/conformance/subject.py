@@ -40,6 +40,7 @@ class Subject:
     isolation = Isolation.NONE
     image = "host"
     python = "/usr/bin/python3"
+    resets_reserved = True  # programs do not inherit that signal 32 is ignored, which Linux's C library keeps to itself
 
     def missing(self) -> str | None:
         """Why the runtime cannot be had on this machine, as a sentence; None when it can. May install what it needs."""
