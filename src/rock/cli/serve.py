@@ -99,7 +99,7 @@ def make_runtimes(settings: Settings, images: Images) -> dict[str, Runtime]:
 
     process = ProcessRuntime if can_hold_init() else PlainRuntime
     runtimes: dict[str, Runtime] = {"process": process(settings.run_dir / "process"), "fake": FakeRuntime()}
-    if sys.platform == "linux":
+    if sys.platform == "linux" and can_hold_init():
         from rock.runtime.namespace.runtime import NamespaceRuntime
 
         runtimes["namespace"] = NamespaceRuntime(settings.run_dir / "namespace", settings.pool_size, images.store)
