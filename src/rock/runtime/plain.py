@@ -8,157 +8,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import grp
 import json
 import os
 import pwd
 import secrets
 import socket
-import struct
-import subprocess
-import sys
-import tempfile
-import termios
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rock import errors
-from rock.guest import begin, remove
+from rock.guest import remove
 from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
 from rock.runtime import plainfiles, plaintree
-from rock.runtime.base import CLOCK, Enforced, ExitStatus, FileStat, Handle, Liveness, Program, Trait
+from rock.runtime.base import Enforced, FileStat, Handle, Liveness, Program, Trait
+from rock.runtime.plainprocess import PlainProcess, PlainSandbox, close_all, read_all, start, streams_of
 from rock.runtime.process import refuse_unsupported
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _ENFORCED: dict[str, Enforced] = {"memory": "none", "cpus": "none", "pids": "none"}
-_LOOK = 0.02  # seconds between two looks at whether a child has ended
-
-
-class PlainProcess:
-    """A child of the server: implements `Process`. A kept one holds copies of our ends, for `attach`."""
-
-    def __init__(
-        self, sandbox: _Sandbox, child: subprocess.Popen[bytes], program: Program, ours: dict[str, int]
-    ) -> None:
-        self.pid = child.pid
-        self.key = program.key
-        self.child = child
-        self._sandbox = sandbox
-        self._pty = program.pty is not None
-        self.keep = program.keep
-        self.held = {name: os.dup(fd) for name, fd in ours.items()} if program.keep else {}
-        self._closed = False
-        self._hand_out(ours)
-
-    def _hand_out(self, ours: dict[str, int]) -> None:
-        self.stdin: int | None = ours.pop("stdin", None)
-        self.stdout: int | None = ours.pop("stdout", None)
-        self.stderr: int | None = ours.pop("stderr", None)
-        self.channels: Mapping[int, int] = {int(name): fd for name, fd in ours.items()}
-
-    def again(self) -> PlainProcess:
-        """The same program for somebody else, with descriptors of its own."""
-        copy = PlainProcess.__new__(PlainProcess)
-        copy.__dict__.update(self.__dict__)
-        copy._closed = False
-        copy._hand_out({name: os.dup(fd) for name, fd in self.held.items()})
-        return copy
-
-    def _ended(self) -> bool:
-        return self.child.poll() is not None
-
-    async def wait(self) -> ExitStatus:
-        while not self._ended():  # noqa: ASYNC110  what tells of a child's end is not the same on every Unix
-            await asyncio.sleep(_LOOK)
-        code = self.child.returncode
-        return ExitStatus(code=code) if code >= 0 else ExitStatus(signal=-code)
-
-    async def signal(self, number: int, *, tree: bool = False, since: float | None = None, root: bool = True) -> int:
-        if self._ended():
-            return 0
-        found = plaintree.under(await plaintree.scan(), self.pid, _epoch(since)) if tree else []
-        count = sum(plaintree.send(entry.pid, int(number)) for entry in found)
-        return count + (plaintree.send(self.pid, int(number)) if root and not self._ended() else 0)
-
-    async def kill_tree(self, *, since: float | None = None, root: bool = True, tell: int | None = None) -> int:
-        if self._ended():
-            return 0
-        if tell is not None and not root:
-            plaintree.send(self.pid, tell)
-        count = await plaintree.kill_tree(self.pid, _epoch(since), include=root)
-        if root:
-            await self.wait()
-        return count
-
-    async def resize(self, rows: int, columns: int) -> None:
-        if not self._pty:
-            raise errors.InvalidConfig("this program has no terminal", sandbox_id=self._sandbox.id,
-                                       hint="start it with pty=(rows, columns)")
-        if not (0 < rows < 65536 and 0 < columns < 65536):
-            raise errors.InvalidConfig(f"{rows} x {columns} is no terminal size", sandbox_id=self._sandbox.id)
-        if self.stdin is not None:
-            fcntl.ioctl(self.stdin, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-
-    async def close_stdin(self) -> None:
-        if self.stdin is None or self._pty:
-            return
-        os.close(self.stdin)
-        self.stdin = None
-        held = self.held.pop("stdin", None)
-        if held is not None:
-            os.close(held)
-
-    def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        for fd in (self.stdin, self.stdout, self.stderr, *self.channels.values()):
-            if fd is not None:
-                os.close(fd)
-        self.stdin = self.stdout = self.stderr = None
-        self.channels = {}
-        if self._ended():
-            self._sandbox.forget(self)
-
-    def release(self) -> None:
-        for fd in self.held.values():
-            os.close(fd)
-        self.held.clear()
-
-
-class _Sandbox:
-    """What this server knows of one."""
-
-    def __init__(self, id: str, folder: Path, env: dict[str, str]) -> None:
-        self.id = id
-        self.folder = folder
-        self.env = env
-        self.ended = asyncio.Event()
-        self.children: dict[int, PlainProcess] = {}  # by pid: all that were not reaped
-        self.kept: dict[str, PlainProcess] = {}
-        self.writing: set[str] = set()
-
-    def forget(self, process: PlainProcess) -> None:
-        self.children.pop(process.pid, None)
-        if process.keep and process.key in self.kept:
-            self.kept.pop(process.key).release()
-
-    async def stop(self, grace: float) -> None:
-        self.ended.set()
-        if grace > 0:
-            for process in list(self.children.values()):
-                await process.signal(15, tree=True)
-        end = time.monotonic() + grace
-        while time.monotonic() < end and any(p.child.poll() is None for p in self.children.values()):  # noqa: ASYNC110
-            await asyncio.sleep(_LOOK)
-        await asyncio.gather(*(process.kill_tree() for process in self.children.values()))
-
-
-def _epoch(since: float | None) -> float | None:
-    """A time of our clock, in seconds since the epoch."""
-    return None if since is None else time.time() - (time.clock_gettime(CLOCK) - since)
 
 
 class PlainRuntime:
@@ -169,7 +37,7 @@ class PlainRuntime:
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = Path(run_dir)
-        self._sandboxes: dict[str, _Sandbox] = {}
+        self._sandboxes: dict[str, PlainSandbox] = {}
 
     async def open(self) -> None:
         self._run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -187,10 +55,10 @@ class PlainRuntime:
         slot = f"p-{secrets.token_hex(5)}"
         home = self._run_dir / slot / "root"
         home.mkdir(mode=0o700, parents=True)
-        self._sandboxes[slot] = _Sandbox(id, self._run_dir / slot, dict(config.env))
+        self._sandboxes[slot] = PlainSandbox(id, dict(config.env))
         return Handle(self.name, id, Isolation.NONE, _ENFORCED, {"slot": slot, "home": str(home)})
 
-    def _find(self, handle: Handle) -> _Sandbox:
+    def _find(self, handle: Handle) -> PlainSandbox:
         found = self._sandboxes.get(handle.data["slot"])
         if found is None or found.ended.is_set():
             raise errors.Lost("the sandbox is gone", sandbox_id=handle.id)
@@ -260,26 +128,26 @@ class PlainRuntime:
                 process.close()
             raise
 
-    async def _start(self, handle: Handle, sandbox: _Sandbox, program: Program) -> PlainProcess:
+    async def _start(self, handle: Handle, sandbox: PlainSandbox, program: Program) -> PlainProcess:
         env = {"PATH": _PATH, "HOME": handle.data["home"], **sandbox.env, **program.env}
-        ours, theirs = _streams(program)
+        ours, theirs = streams_of(program)
         told, telling = os.pipe()
         try:
             wish = {"fds": theirs, "argv": list(program.argv), "env": env, "cwd": program.cwd or handle.data["home"],
                     "terminal": program.pty is not None, "nofile": program.nofile, "told": telling}
-            child = _child(wish, {telling, *theirs.values()})
+            child = start(wish, {telling, *theirs.values()})
         except BaseException as error:
-            _close(ours.values(), theirs.values(), (told, telling))
+            close_all(ours.values(), theirs.values(), (told, telling))
             if isinstance(error, OSError):
                 raise errors.InvalidConfig(f"the program could not be started: {error.strerror}") from None
             raise
-        _close(theirs.values(), (telling,))
+        close_all(theirs.values(), (telling,))
         try:
-            verdict = await _all(told)
+            verdict = await read_all(told)
         finally:
             os.close(told)
         if verdict:
-            _close(ours.values())
+            close_all(ours.values())
             await asyncio.to_thread(child.wait)
             code, message = json.loads(verdict)
             raise errors.from_wire({"error": {"code": code, "message": message, "sandbox_id": handle.id}})
@@ -402,74 +270,3 @@ def _ids(user: str) -> tuple[int, int]:
         return uid, gid if not group else int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
     except KeyError:
         raise errors.NotFound(f"no such group: {group!r}") from None
-
-
-def _streams(program: Program) -> tuple[dict[str, int], dict[int, int]]:
-    """(our ends by name, theirs by number); ours are non-blocking."""
-    ours: dict[str, int] = {}
-    theirs: dict[int, int] = {}
-    try:
-        if program.pty is not None:
-            master, slave = os.openpty()
-            rows, columns = (max(1, min(int(value), 65535)) for value in program.pty)
-            fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-            ours.update(stdin=master, stdout=os.dup(master))
-            theirs.update({0: slave, 1: slave, 2: slave})
-        else:
-            for number, name, wish in ((0, "stdin", program.stdin), (1, "stdout", program.stdout),
-                                       (2, "stderr", program.stderr)):  # fmt: skip
-                if wish == "stdout":
-                    theirs[2] = theirs[1]
-                elif wish == "null":
-                    theirs[number] = os.open(os.devnull, os.O_RDWR)
-                else:
-                    _pipe(ours, theirs, name, number, reads=number == 0)
-        for number, way in program.channels.items():
-            if not 3 <= number <= 255 or way not in ("r", "w"):
-                raise errors.InvalidConfig(f"channel {number} must be 3 to 255, and r or w")
-            _pipe(ours, theirs, str(number), number, reads=way == "r")
-        for fd in ours.values():
-            os.set_blocking(fd, False)
-    except BaseException:
-        _close(ours.values(), theirs.values())
-        raise
-    return ours, theirs
-
-
-def _pipe(ours: dict[str, int], theirs: dict[int, int], name: str, number: int, *, reads: bool) -> None:
-    reading, writing = os.pipe()
-    ours[name], theirs[number] = (writing, reading) if reads else (reading, writing)
-
-
-def _child(wish: Mapping[str, object], fds: set[int]) -> subprocess.Popen[bytes]:
-    with tempfile.TemporaryFile() as file:
-        file.write(json.dumps(wish).encode())
-        file.seek(0)
-        return subprocess.Popen(
-            [sys.executable, "-I", "-S", begin.__file__, str(file.fileno())], stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd="/", env={}, pass_fds=[file.fileno(), *fds])
-
-
-async def _all(fd: int) -> bytes:
-    """What comes out of a pipe until its end."""
-    os.set_blocking(fd, False)
-    loop, out = asyncio.get_running_loop(), bytearray()
-    done: asyncio.Future[None] = loop.create_future()
-
-    def readable() -> None:
-        piece = os.read(fd, 65536)
-        out.extend(piece)
-        if not piece and not done.done():
-            done.set_result(None)
-
-    loop.add_reader(fd, readable)
-    try:
-        await done
-    finally:
-        loop.remove_reader(fd)
-    return bytes(out)
-
-
-def _close(*groups: Iterable[int]) -> None:
-    for fd in {fd for group in groups for fd in group}:
-        os.close(fd)
