@@ -33,6 +33,7 @@ check: lint types
 lint: $(VENV)/ready-dev
 	$(VENV)/bin/ruff check src tests tools bench
 	$(PY) tools/unasync.py --check
+	$(PY) tools/runtimes.py --check
 
 types: $(VENV)/ready-dev
 	$(VENV)/bin/mypy

@@ -21,6 +21,7 @@ TRAITS = {
     Trait.TERMINALS: "terminals",
     Trait.OUTLIVES: "outlives the server's process",
     Trait.ROOT: "files of its own: no path leads to the host's",
+    Trait.TREES: "a time-out ends daemons and orphans too",
     Trait.PROCESSES: "sees no processes but its own",
     Trait.NETWORK: "`network=\"none\"` is a loopback of its own",
     Trait.USERS: "several users inside",

@@ -9,7 +9,7 @@ Client settings are functions, because a script may set a variable after the imp
 | ROCK_API_KEY | none | the key that they send, and that a server asks for |
 | ROCK_HOME | ~/.rock | the one folder with all of a server's state |
 | ROCK_POOL_SIZE | 4 | warm sandboxes kept per recently used image; 0 is off |
-| ROCK_RUNTIME | namespace | the default runtime |
+| ROCK_RUNTIME | namespace | the default runtime: docs/runtimes.md |
 | DOCKER_HOST | unix:///var/run/docker.sock | the container engine of runtime "docker": a socket of this machine |
 | ROCK_HOST, ROCK_PORT | 127.0.0.1, 8080 | where the server listens |
 | ROCK_SANDBOX_LIMIT | 2000 | most sandboxes at once on this machine |

@@ -93,8 +93,8 @@ def test_the_shell(sandbox: Sandbox, script: str) -> None:
 @pytest.mark.parametrize("script", [script for script, out in SCRIPTS.items() if out and "upper" not in script])
 def test_a_real_shell_says_the_same(tmp_path: Path, script: str) -> None:
     """The expectations above are those of a real shell, not of ours."""
-    done = subprocess.run(["bash", "--norc", "-c", f"exec 2>&1; {script}"], capture_output=True, text=True,
-                          cwd=tmp_path, timeout=60, env={"FROM": "config", "PATH": "/usr/bin:/bin"})  # fmt: skip
+    argv, env = ["bash", "--norc", "-c", f"exec 2>&1; {script}"], {"FROM": "config", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, timeout=60, env=env)
     wanted = SCRIPTS[script].replace("/work\n", f"{tmp_path}\n")
     assert done.stdout == wanted + ("bye\n" if script.startswith("trap") else "")  # a session goes on
 
@@ -134,6 +134,7 @@ def test_an_endless_loop_holds_up_nobody(server: FakeServer, sandbox: Sandbox) -
 def test_the_fixture_of_the_docs(tmp_path: Path) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
     (tmp_path / "test_mine.py").write_text(next(code for code in blocks if "fixture" in code))
-    argv = [sys.executable, "-W", "error", "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    argv = [sys.executable, "-W", "error", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:hypothesispytest",
+            str(tmp_path)]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=100)
     assert "1 passed" in done.stdout, done.stdout + done.stderr

@@ -95,10 +95,12 @@ class Home:
 def make_runtimes(settings: Settings, images: Images) -> dict[str, Runtime]:
     """Every runtime that this machine can have, by name."""
     from rock.runtime.fake import FakeRuntime
-    from rock.runtime.process import ProcessRuntime
+    from rock.runtime.plain import PlainRuntime
+    from rock.runtime.process import ProcessRuntime, can_hold_init
 
-    runtimes: dict[str, Runtime] = {"process": ProcessRuntime(settings.run_dir / "process"), "fake": FakeRuntime()}
-    if sys.platform == "linux":
+    process = ProcessRuntime if can_hold_init() else PlainRuntime
+    runtimes: dict[str, Runtime] = {"process": process(settings.run_dir / "process"), "fake": FakeRuntime()}
+    if sys.platform == "linux" and can_hold_init():
         from rock.runtime.docker.runtime import DockerRuntime
         from rock.runtime.landlock.runtime import LandlockRuntime
         from rock.runtime.namespace.runtime import NamespaceRuntime

@@ -17,7 +17,7 @@ from rock.errors import InvalidConfig, NotFound, RockError, SessionClosed, Start
 from rock.protocol.action import MAX_OUTPUT, BashAction, BashObservation, CreateBashSessionRequest, SessionInfo
 from rock.rocklet import shell
 from rock.rocklet.streams import Capped, Reader, as_text, write_all
-from rock.runtime.base import ExitStatus, Files, Handle, Process, Program, Runtime
+from rock.runtime.base import CLOCK, ExitStatus, Files, Handle, Process, Program, Runtime
 
 KEY = "session:"
 DEFAULT = CreateBashSessionRequest()  # the session that every sandbox has
@@ -336,7 +336,7 @@ class Session:
         data, dropped = self._idle_output.take()
         self._idle_output = Capped(_IDLE_OUTPUT)
         done: asyncio.Future[shell.Report | ExitStatus] = asyncio.get_running_loop().create_future()
-        run = _Run(self._token, output, Capped(limit), done, time.clock_gettime(time.CLOCK_BOOTTIME), sink)
+        run = _Run(self._token, output, Capped(limit), done, time.clock_gettime(CLOCK), sink)
         run.dropped = dropped
         self._run = run
         if data:

@@ -11,6 +11,8 @@ import contextlib
 import json
 import os
 import secrets
+import select
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -34,6 +36,31 @@ _ENFORCED: dict[str, Enforced] = {"memory": "none", "cpus": "none", "pids": "non
 children: dict[int, subprocess.Popen[bytes]] = {}
 
 
+def can_hold_init() -> bool:
+    """Whether guest/init.py, which is Linux's, can run here; elsewhere runtime/plain.py stands in."""
+    wanted = ((os, "pidfd_open"), (os, "O_PATH"), (select, "epoll"), (socket, "SOCK_SEQPACKET"))
+    return all(hasattr(module, name) for module, name in wanted) and os.path.exists("/proc/self")
+
+
+def refuse_unsupported(config: SandboxConfig) -> None:
+    """Unsupported for what plain processes cannot be held to."""
+    if config.image != "host":
+        raise errors.Unsupported(f"the process runtime has no image {config.image!r}", hint='use image="host"')
+    if config.isolation not in (None, Isolation.NONE):
+        raise errors.Unsupported(f"isolation {config.isolation}: the process runtime isolates nothing",
+                                 hint="name no runtime, or one that gives it")
+    if config.minimum_isolation != Isolation.NONE:
+        raise errors.Unsupported(f"{config.minimum_isolation} was asked for; the process runtime isolates nothing",
+                                 hint="use the namespace runtime")
+    if config.network != "host" and "network" in config.model_fields_set:
+        raise errors.Unsupported(f'the process runtime cannot give network "{config.network}"', hint='use "host"')
+    for name in ("disk", "num_gpus", "accelerator_type", "limit_cpus", "nofile", "shm_size"):
+        if getattr(config, name) is not None:
+            raise errors.Unsupported(f"the process runtime cannot hold {name}")
+    if config.use_kata_runtime or config.oci_runtime is not None or config.image_os != "linux":
+        raise errors.Unsupported("the process runtime runs nothing but programs of this machine")
+
+
 class ProcessRuntime(InitSandboxes):
     """Plain processes. `run_dir` holds one folder a sandbox; it is made when missing."""
 
@@ -41,7 +68,7 @@ class ProcessRuntime(InitSandboxes):
     isolation = Isolation.NONE
     prefix = "p-"  # of its sandboxes' folders
     traits: Mapping[Isolation, frozenset[Trait]] = {
-        Isolation.NONE: frozenset({Trait.PROGRAMS, Trait.TERMINALS, Trait.OUTLIVES}),
+        Isolation.NONE: frozenset({Trait.PROGRAMS, Trait.TERMINALS, Trait.OUTLIVES, Trait.TREES}),
     }
 
     def __init__(self, run_dir: Path) -> None:
@@ -57,21 +84,7 @@ class ProcessRuntime(InitSandboxes):
         self._links.clear()
 
     async def check(self, config: SandboxConfig) -> None:
-        if config.image != "host":
-            raise errors.Unsupported(f"the process runtime has no image {config.image!r}", hint='use image="host"')
-        if config.isolation not in (None, Isolation.NONE):
-            raise errors.Unsupported(f"isolation {config.isolation}: the process runtime isolates nothing",
-                                     hint="name no runtime, or one that gives it")
-        if config.minimum_isolation != Isolation.NONE:
-            raise errors.Unsupported(f"{config.minimum_isolation} was asked for; the process runtime isolates nothing",
-                                     hint="use the namespace runtime")
-        if config.network != "host" and "network" in config.model_fields_set:
-            raise errors.Unsupported(f'the process runtime cannot give network "{config.network}"', hint='use "host"')
-        for name in ("disk", "num_gpus", "accelerator_type", "limit_cpus", "nofile", "shm_size"):
-            if getattr(config, name) is not None:
-                raise errors.Unsupported(f"the process runtime cannot hold {name}")
-        if config.use_kata_runtime or config.oci_runtime is not None or config.image_os != "linux":
-            raise errors.Unsupported("the process runtime runs nothing but programs of this machine")
+        refuse_unsupported(config)
 
     async def create(self, id: str, config: SandboxConfig) -> Handle:
         await self.check(config)

@@ -42,6 +42,7 @@ class Subject:
     sample: tuple[str, ...] | None = None  # modules that are enough in a short run; None is all of them
     known: dict[str, str] = {}  # tests that fail here for reasons that are not ours to mend, and the reason
     python = "/usr/bin/python3"
+    resets_reserved = True  # programs do not inherit that signal 32 is ignored, which Linux's C library keeps to itself
 
     def missing(self) -> str | None:
         """Why the runtime cannot be had on this machine, as a sentence; None when it can. May install what it needs."""

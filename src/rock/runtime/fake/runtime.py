@@ -104,7 +104,9 @@ class FakeRuntime:
     """
 
     name = "fake"
-    traits: Mapping[Isolation, frozenset[Trait]] = {Isolation.NONE: frozenset({Trait.ROOT, Trait.PROCESSES})}
+    traits: Mapping[Isolation, frozenset[Trait]] = {
+        Isolation.NONE: frozenset({Trait.ROOT, Trait.PROCESSES, Trait.TREES}),
+    }
 
     def __init__(self, programs: Mapping[str, programs.Program] | None = None) -> None:
         self._programs = dict(programs or {})

@@ -51,7 +51,7 @@ class LandlockRuntime(ProcessRuntime):
     isolation = Isolation.LANDLOCK
     prefix = "l-"
     traits: Mapping[Isolation, frozenset[Trait]] = {
-        Isolation.LANDLOCK: frozenset({Trait.PROGRAMS, Trait.TERMINALS, Trait.OUTLIVES}),
+        Isolation.LANDLOCK: frozenset({Trait.PROGRAMS, Trait.TERMINALS, Trait.OUTLIVES, Trait.TREES}),
     }
 
     def __init__(self, run_dir: Path) -> None:
