@@ -17,6 +17,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -53,6 +54,7 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _EMPTY = f"sha256:{hashlib.sha256().hexdigest()}"
 _PLAIN_LAYER = GZIP_LAYER.removesuffix("+gzip")
 _MEDIA_TYPES = {"none": _PLAIN_LAYER, "gzip": GZIP_LAYER, "zstd": f"{_PLAIN_LAYER}+zstd"}
+_UNPACKED_AT_ONCE = 2
 _GRACE = 60.0  # seconds since its last use in which a budget removes no image
 _BY_REFERENCE = "shows this machine's own system: changes of the machine show in it"
 
@@ -390,17 +392,22 @@ class ImageStore:
         wait: Callable[[str | None], None] = lambda _: None, repository: str = "",
     ) -> Sequence[ImageRecord]:  # fmt: skip
         """wait: for the blob of a digest, which may be on its way. repository: where it comes from."""
-        infos: list[LayerInfo] = []
-        for number, layer in enumerate(image.layers, 1):
+
+        def unpacked(number: int, layer: LayerBlob) -> LayerInfo:
             wait(layer.digest)
             if progress is not None:
                 progress(f"layer {number} of {len(image.layers)}, {layer.blob.size / 1e6:.1f} MB")
             fresh = not self._has(layer.diff_id)
-            infos.append(self.layers.add(f"unpacking layer {number}", _filler(layer), layer.diff_id))
+            info = self.layers.add(f"unpacking layer {number}", _filler(layer), layer.diff_id)
             if fresh and layer.digest is not None and (kind := _MEDIA_TYPES.get(compression(layer.blob))):
                 # Both digests have been checked just now; those of a layer that was there, nobody has looked at.
                 known = PackedLayer(layer.diff_id, layer.digest, layer.blob.size, kind)
                 self.layers.remember(layer.diff_id, known.seen_in(repository) if repository else known)
+            return info
+
+        # Two at a time: while one waits for the disk, which has to have it before it counts, the other is written.
+        with ThreadPoolExecutor(_UNPACKED_AT_ONCE, thread_name_prefix="rock-unpack") as workers:
+            infos = list(workers.map(unpacked, range(1, len(image.layers) + 1), image.layers))
         if not infos:
             infos.append(self.layers.add("making an empty layer", lambda _: _EMPTY, _EMPTY))
         config = image.config
