@@ -129,7 +129,12 @@ class NamespaceRuntime(InitSandboxes):
             if isinstance(base, int):
                 self._ranges.reserve(base, slot)
         self._limiter = limits.Limiter(await asyncio.to_thread(cgroups.discover, str(self._run_dir)))
-        await self._choose_level()
+        try:
+            await self._choose_level()
+        except BaseException:
+            await asyncio.to_thread(remove_tree, str(self._run_dir / records.SPARE))
+            cgroups.remove_parents(self._limiter.groups)
+            raise
         self._opened = True
         if self._limiter.enforced()["memory"] == "watched":
             self._watcher = asyncio.create_task(self._watch(), name="namespace memory watch")
