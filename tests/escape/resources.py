@@ -131,11 +131,15 @@ async def _within(host: Host, box: Box, detail: str) -> str:
     return f"blocked: {detail}"
 
 
-async def _watch_bomb(box: Box, bomb: Process) -> tuple[int, int, str]:
-    """Most bytes by the API, bytes that the bomb tells to hold in the end, and how it ended."""
+async def _watch_bomb(box: Box, bomb: Process, patience: float) -> tuple[int, int, str]:
+    """Most bytes by the API, bytes that the bomb tells to hold in the end, and how it ended.
+
+    patience: seconds for one that holds too much to be ended: who watches looks when the machine lets him."""
     most, told, ended = 0, b"0", "still there"
-    end = time.monotonic() + 6.0
-    while time.monotonic() < end and ended == "still there":
+    started = time.monotonic()
+    while ended == "still there":
+        if time.monotonic() - started > (patience if int(told.strip() or b"0") > MEMORY else 6.0):
+            break
         try:
             async with asyncio.timeout(0.2):
                 status = await bomb.wait()
@@ -160,7 +164,7 @@ def _memory(name: str, program: str, **options: Any) -> Attempt:
         script = PRELUDE + _TELL + program + "\nrest()\n"
         bomb = await box.spawn("/usr/bin/python3", "-I", "-S", "-c", script, "{}", stderr="null")
         try:
-            most, kept, ended = await _watch_bomb(box, bomb)
+            most, kept, ended = await _watch_bomb(box, bomb, 6.0 if host.level in options.get("open_at", {}) else 60.0)
             async with asyncio.timeout(60):
                 await bomb.kill_tree()
                 alive = await box.sh("rm -f /dev/shm/escape; echo alive")

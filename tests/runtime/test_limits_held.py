@@ -52,11 +52,11 @@ def test_a_disk_with_a_limit(tmp_path: Path) -> None:
             assert first == second == "28"
             assert 8 <= int(size) <= 24
             assert 200 < int(files) <= 600
-            used = (await b.runtime.usage(b.handle)).disk_bytes
-            assert used is not None and 0 < used <= 24 << 20
             with pytest.raises(errors.StorageFull):
                 await b.runtime.open_write(b.handle, "/work/by-api")
-            assert await b.sh("rm -f file*; echo alive") == "alive\n"
+            assert await b.sh("rm -f file*; head -c 1000000 /dev/urandom > kept; echo alive") == "alive\n"
+            used = (await b.runtime.usage(b.handle)).disk_bytes
+            assert used is not None and 1_000_000 <= used <= 24 << 20
             with pytest.raises(errors.Unsupported, match="disk with a limit"):
                 async for _ in b.runtime.snapshot(b.handle, 1 << 20):
                     pass

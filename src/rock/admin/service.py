@@ -392,6 +392,7 @@ class Service:
 
     def _keep(self, record: Record) -> None:
         """Remember a record for its next step: `put` tells when somebody else changed it meanwhile."""
+        self._recent.pop(record.id, None)  # of an ended one nothing: ten thousand of them would be 80 MB
         if record.state is not State.STOPPED:
             self._recent[record.id] = record
             while len(self._recent) > _MOST_RECENT:

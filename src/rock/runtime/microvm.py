@@ -64,7 +64,8 @@ class Boot:
 
 def try_engine(engine: str, patience: float = PATIENCE) -> Boot:
     """Boot one machine and hear from it. Blocking, for up to `patience` seconds where the engine is installed."""
-    if importlib.util.find_spec(engine) is None:
+    found = importlib.util.find_spec(engine)
+    if found is None or not found.origin:
         return Boot(engine, None, "not installed")
     if not os.path.exists("/dev/kvm"):
         return Boot(engine, False, "installed; there is no /dev/kvm")
@@ -73,11 +74,14 @@ def try_engine(engine: str, patience: float = PATIENCE) -> Boot:
             root, layout = _guest(Path(folder))
         except OSError as error:
             return Boot(engine, False, f"installed; no guest to boot could be made: {error}")
-        return _run(engine, [str(root), str(layout)], folder, patience)
+        # The home is another one, and with it the user's own packages.
+        environment = {"PATH": _PATH, "HOME": folder, "TMPDIR": folder,
+                       "PYTHONPATH": str(Path(found.origin).parent.parent)}
+        return _run(engine, [str(root), str(layout)], environment, patience)
 
 
-def _run(engine: str, arguments: list[str], home: str, patience: float) -> Boot:
-    environment = {"PATH": _PATH, "HOME": home, "TMPDIR": home}
+def _run(engine: str, arguments: list[str], environment: dict[str, str], patience: float) -> Boot:
+    home = environment["HOME"]
     with tempfile.TemporaryFile() as out:
         child = subprocess.Popen([sys.executable, "-c", _BOOT[engine], *arguments], env=environment, cwd=home,
                                  stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)

@@ -140,6 +140,7 @@ class NamespaceRuntime(InitSandboxes):
             await self._choose_level()
         except BaseException:
             await asyncio.to_thread(remove_tree, str(self._run_dir / records.SPARE))
+            cgroups.remove_parents(self._limiter.groups)
             raise
         self._outlets.found(await self._launcher.request("wired", {}))
         self._opened = True
