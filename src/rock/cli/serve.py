@@ -150,7 +150,7 @@ class Server:
         self._proxy = Proxy(self.store, {name: self.rocklet.router})
         workers: dict[str, Worker] = {name: LocalWorker(name, self.node)}
         self.admin = Admin(settings, self.store, workers, ["write", "read", "worker"], self._proxy)
-        self.app = Authenticated(self._route, settings.api_key)
+        self.app = Authenticated(self._route, settings.api_key, self.admin.keys)
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         with contextlib.suppress(asyncio.CancelledError):  # its time was over when the server stopped: no fault of it
