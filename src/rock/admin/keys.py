@@ -40,12 +40,10 @@ class Keys:
         """Make one. Conflict on a server without a key of its own."""
         if not self._guarded:
             raise Conflict("this server asks nobody for a key", hint="start it with ROCK_API_KEY: the owner's key")
-        key_id, secret = secrets.token_hex(6), secrets.token_urlsafe(32)
-        info = KeyInfo(
-            id=key_id, name=wish.name, tenant=wish.tenant or f"t{secrets.token_hex(5)}", scopes=wish.scopes,
-            quota=wish.quota, created_at=time.time(),
-        )  # fmt: skip
-        key = f"rock_{key_id}_{secret}"
+        tenant = wish.tenant or f"t{secrets.token_hex(5)}"
+        info = KeyInfo(id=secrets.token_hex(6), name=wish.name, tenant=tenant, scopes=wish.scopes, quota=wish.quota,
+                       created_at=time.time())  # fmt: skip
+        key = f"rock_{tenant}_{secrets.token_urlsafe(32)}"
         digest = digest_of(key.encode())
         assert digest is not None
         await self._store.add_key(digest, info)

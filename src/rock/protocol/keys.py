@@ -1,6 +1,6 @@
 """Keys: who calls, what a key may do, and how much its tenant may have.
 
-A key is `rock_ID_SECRET`. The server keeps SHA-256 of the whole key and nothing it could be made of again. A fast
+A key is `rock_TENANT_SECRET`. The server keeps SHA-256 of the whole key and nothing it could be made of again. A fast
 digest is right here: the secret is 256 random bits, so there is no dictionary that a slow one would protect from, and
 it is computed with every request.
 """
@@ -20,7 +20,7 @@ from rock.protocol.sandbox import Wire, parse_size
 
 TENANT_PATTERN = r"^[a-z][a-z0-9]{0,31}$"
 CALLER = "rock.caller"  # in an ASGI scope: a Caller
-_KEY = re.compile(rb"rock_[0-9a-f]{12}_[A-Za-z0-9_-]{43}")
+_KEY = re.compile(rb"rock_([a-z][a-z0-9]{0,31})_[A-Za-z0-9_-]{43}")
 
 
 class Access(StrEnum):
@@ -141,6 +141,12 @@ def caller_of(scope: Any) -> Caller:
     if not isinstance(caller, Caller):
         raise RuntimeError("a request without a caller")
     return caller
+
+
+def tenant_of(key: bytes) -> str | None:
+    """Which tenant a key says it is of; None for what is no tenant's key. It may be no key at all."""
+    found = _KEY.fullmatch(key.removeprefix(b"Bearer "))
+    return found[1].decode() if found else None
 
 
 def digest_of(key: bytes) -> str | None:

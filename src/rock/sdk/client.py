@@ -11,6 +11,7 @@ from typing import Any, Self
 from rock import settings
 from rock.errors import StartFailed
 from rock.protocol.env import AddEnv, BuildEnv, EnvAbout
+from rock.protocol.keys import CreateKey, KeyInfo, KeyList, NewKey
 from rock.protocol.node import EnvList, ServerInfo
 from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import SandboxInfo
@@ -105,6 +106,20 @@ class Client:
                 return about
             if time.monotonic() > deadline:
                 raise StartFailed(f"{wish.env_id} was not built within {timeout:g} seconds", hint="ask again")
+
+    async def create_key(self, wish: CreateKey) -> NewKey:
+        """Make an API key; its `key` is told here and never again. Forbidden, Conflict."""
+        body = wish.model_dump(mode="json")
+        return parse(NewKey, await self.transport.json("POST", ROUTES["create_key"].path, body))
+
+    async def list_keys(self) -> list[KeyInfo]:
+        """API keys, revoked ones too, oldest first. Forbidden."""
+        return parse(KeyList, await self.transport.json("GET", ROUTES["list_keys"].path)).items
+
+    async def revoke_key(self, key_id: str) -> KeyInfo:
+        """End a key at once; its tenant's sandboxes stay. NotFound, Forbidden."""
+        target = ROUTES["revoke_key"].url(key_id=key_id)
+        return parse(KeyInfo, await self.transport.json("DELETE", target))
 
     async def server_info(self) -> ServerInfo:
         """Version, isolation and capacity."""
