@@ -54,7 +54,8 @@ def build(desks: Desks, keys: Keys, workers: Workers, envs: Environments, settin
 
 def guarded(app: App) -> App:
     """`app` for callers whose keys are for its rows. A path without a row is there for the server's owner alone."""
-    rows = [(route.method, tuple(route.path.split("/")), route.access) for route in ROUTES.values() if route.plane == "control"]
+    control = (route for route in ROUTES.values() if route.plane == "control")
+    rows = [(route.method, tuple(route.path.split("/")), route.access) for route in control]
 
     def access(method: str, path: str) -> Access | None:
         if path in _PAGES:
