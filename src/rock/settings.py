@@ -23,6 +23,9 @@ Client settings are functions, because a script may set a variable after the imp
 | ROCK_S3_ENDPOINT, ROCK_S3_REGION | Amazon's, us-east-1 | of an archive in a bucket |
 | ROCK_S3_KEY, ROCK_S3_SECRET | none | what it is signed with |
 | ROCK_NETWORK_RESOLVERS | those of /etc/resolv.conf | of network nat: ADDRESS[:PORT], comma-separated |
+| ROCK_TLS_CERT, ROCK_TLS_KEY | none | a chain of certificates and its key (PEM): the server speaks TLS |
+| SSL_CERT_FILE | the system's | whom clients trust |
+| ROCK_STORE | rock.sqlite in ROCK_HOME | where the server remembers: a file, or postgresql://USER@HOST/DATABASE |
 | ROCK_LOG_LEVEL | info | debug, info, warning, error |
 | HF_ENDPOINT | https://huggingface.co | where the client finds the repositories of `hf://` sources |
 | ROCK_ENVHUB_DB_URL | envhub.sqlite in ROCK_HOME | where an `envhub` keeps it: sqlite:///FILE |
@@ -154,13 +157,16 @@ class Settings:
     home: Path
     host: str = "127.0.0.1"
     port: int = 8080
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     pool_size: int = 4
     runtime: str = "namespace"
     sandbox_limit: int = 2000
     network_resolvers: str = ""
     docker_host: str = ""
     log_level: str = "info"
+    tls_cert: str = ""
+    tls_key: str = ""
+    store: str = field(default="", repr=False)
     archive: str = ""
     archive_limit: str = "64g"
     image_budget: str = ""
@@ -217,6 +223,9 @@ class Settings:
             ("runtime", str),
             ("network_resolvers", str),
             ("log_level", str),
+            ("tls_cert", str),
+            ("tls_key", str),
+            ("store", str),
             ("archive", str),
             ("archive_limit", str),
             ("image_budget", str),

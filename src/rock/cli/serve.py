@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -66,8 +67,9 @@ class Home:
             ) from None
         self._lock = lock
 
-    def write(self, host: str, port: int) -> None:
-        wholefile.replace(self.note, json.dumps({"pid": os.getpid(), "host": host, "port": port}))
+    def write(self, host: str, port: int, tls_cert: str = "") -> None:
+        note = {"pid": os.getpid(), "host": host, "port": port, "tls_cert": tls_cert}
+        wholefile.replace(self.note, json.dumps(note))
 
     def read(self) -> dict[str, Any] | None:
         """Where the server of this folder listens, if one runs now."""
@@ -173,7 +175,7 @@ class Server:
         self._proxy = Proxy(self.store, {name: self.rocklet.router})
         workers: dict[str, Worker] = {name: LocalWorker(name, self.node)}
         self.admin = Admin(settings, self.store, workers, ["write", "read", "worker"], self._proxy)
-        self.app = Authenticated(self._route, settings.api_key)
+        self.app = Authenticated(self._route, settings.api_key, self.admin.keys)
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         with contextlib.suppress(asyncio.CancelledError):  # its time was over when the server stopped: no fault of it
@@ -222,8 +224,27 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
-def http_over(app: App) -> uvicorn.Server:
-    """An HTTP server over an application, to be given its sockets."""
+def tls_of(settings: Settings) -> dict[str, Any]:
+    """What uvicorn has to know of a certificate; InvalidConfig when it cannot be used."""
+    if not settings.tls_cert and not settings.tls_key:
+        return {}
+    if not settings.tls_cert or not settings.tls_key:
+        raise InvalidConfig("TLS needs a certificate and its key", hint="--tls-cert FILE --tls-key FILE")
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        # Without the second argument a key with a passphrase would be asked for at the terminal.
+        context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")
+    except (OSError, ssl.SSLError) as error:
+        raise InvalidConfig(
+            f"TLS cannot be had with {settings.tls_cert} and {settings.tls_key}: {error.strerror or error}",
+            hint="PEM files that this user may read, the key without a passphrase",
+        ) from None
+    return {"ssl_certfile": settings.tls_cert, "ssl_keyfile": settings.tls_key}
+
+
+def http_over(app: App, settings: Settings | None = None) -> uvicorn.Server:
+    """An HTTP server over an application, to be given its sockets. InvalidConfig for a certificate that is none."""
+    tls = {} if settings is None else tls_of(settings)
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -235,12 +256,14 @@ def http_over(app: App) -> uvicorn.Server:
         proxy_headers=False,  # nobody who sends them is known to be a proxy
         ws_max_size=16 << 20,
         backlog=2048,
+        **tls,
     )
     return _Uvicorn(config)
 
 
 async def serve(settings: Settings, role: type[Server] | type[Rocklet] = Server) -> None:
     """Serve until SIGTERM or SIGINT."""
+    tls_of(settings)
     listener = listen(settings.host, settings.port)
     port = listener.getsockname()[1]
     server = role(settings)
@@ -250,11 +273,12 @@ async def serve(settings: Settings, role: type[Server] | type[Rocklet] = Server)
         listener.close()
         raise
     try:
-        http = http_over(server.app)
+        http = http_over(server.app, settings)
         with stop_on_signals(http, server.node.let_go):
-            server.home.write(settings.host, port)
-            log.info("serving on http://%s:%d, home %s, pid %d", settings.host, port, settings.home, os.getpid())
-            print(f"ROCK serves on http://{settings.host}:{port} (home {settings.home})", flush=True)
+            scheme = "https" if settings.tls_cert else "http"
+            server.home.write(settings.host, port, settings.tls_cert)
+            log.info("serving on %s://%s:%d, home %s, pid %d", scheme, settings.host, port, settings.home, os.getpid())
+            print(f"ROCK serves on {scheme}://{settings.host}:{port} (home {settings.home})", flush=True)
             await http.serve(sockets=[listener])
     finally:
         left = len(server.node.supervisors)

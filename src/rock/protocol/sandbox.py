@@ -353,6 +353,7 @@ class SandboxInfo(Wire):
     kept: it does not run, and its files are on its worker: it can be restarted. archive: they are in the archive.
     commit: of the last image that was made of it.
     auto_stop_at, auto_archive_at, auto_delete_at: when that will happen by itself, as things are now.
+    tenant: of the key that made it; "" is the server's owner.
     state_history: the last 100 steps, oldest first; lists leave it out unless asked.
     """
 
@@ -397,3 +398,4 @@ class SandboxInfo(Wire):
     state_history: list[StateChange] = Field(default_factory=list)
     usage: Usage | None = None
     error: dict[str, Any] | None = None
+    tenant: str = ""
