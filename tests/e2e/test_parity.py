@@ -13,13 +13,16 @@ from typing import Any
 import pytest
 from tests.conftest import IMAGE, RunningServer
 from tests.leaks import Inventory
+from tests.runtime.docker import engines
 
 from rock import errors
 from rock.sync import SandboxConfig
 from rock.training import HarborTasks
 
 FOLDER = Path(__file__).parent.parent / "envs" / "harbor"
-IMAGES = {"fake": "anything:1", "namespace": IMAGE, "process": "host"}  # a runtime, and the image to run the task in
+# a runtime, and the image to run the task in; docker-runsc is runtime "docker" with gVisor's kernel
+IMAGES = {"fake": "anything:1", "namespace": IMAGE, "process": "host", "docker": "rock-test/hand:1",
+          "docker-runsc": "rock-test/hand:1"}  # fmt: skip
 STATUSES = {
     "true": 0,
     "false": 1,
@@ -70,10 +73,27 @@ def process_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running
     running.assert_clean(Inventory())
 
 
+@pytest.fixture(scope="module")
+def docker_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    try:
+        engine = engines.shared()
+    except engines.CannotBeHad as error:
+        pytest.skip(f"no container engine can be had: {error}")
+    running = RunningServer(tmp_path_factory.mktemp("home"), ROCK_RUNTIME="docker", DOCKER_HOST=engine.host)
+    running.start()
+    yield running
+    running.stop()
+    running.assert_clean(Inventory())
+
+
 @pytest.fixture(params=list(IMAGES))
 def tasks(request: pytest.FixtureRequest) -> Iterator[HarborTasks]:
-    server = request.getfixturevalue("process_server" if request.param == "process" else "server")
-    config = SandboxConfig(runtime=request.param)
+    if request.param == "docker-runsc" and not os.environ.get("ROCK_TEST_DOCKER"):
+        pytest.skip("gVisor under Docker takes minutes: set ROCK_TEST_DOCKER=1, as `make docker` does")
+    runtime, _, oci = request.param.partition("-")
+    servers = {"process": "process_server", "docker": "docker_server"}
+    server = request.getfixturevalue(servers.get(runtime, "server"))
+    config = SandboxConfig(runtime=runtime, oci_runtime=oci or None)  # type: ignore[arg-type]
     with HarborTasks(FOLDER, image=IMAGES[request.param], base_url=server.url, config=config) as made:
         if request.param == "process":  # what one sandbox leaves on the host the next one finds
             made.create_instance("harbor", "greet", "before")

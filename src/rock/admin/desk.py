@@ -66,8 +66,9 @@ class Desk:
         await self._check_id(config.sandbox_id)
         if Access.ADMIN in self.caller.scopes:
             return config
-        if config.network == "host":
-            raise Forbidden("this key may not use the server's own network", hint='network="none" or "nat"')
+        if config.network not in ("none", "nat"):
+            raise Forbidden(f'this key may not use network "{config.network}", which reaches what the server reaches',
+                            hint='network="none" or "nat"')
         for text in config.egress or ():
             entry = egress.parse(text)
             if entry.network is not None and not entry.network.is_global:

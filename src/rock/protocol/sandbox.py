@@ -98,7 +98,8 @@ class SandboxConfig(BaseConfig):
     auto_archive_seconds: keep the files too, and bring them to the server's archive so many seconds after the stop.
         Excludes auto_delete_seconds.
     startup_timeout: seconds that a start may take.
-    network: "none" (its own, with loopback), "nat" (public addresses, by TCP) or "host".
+    network: "none" (its own, with loopback), "nat" (public addresses, by TCP), "host" or, of runtime "docker" alone,
+        "bridge" (the engine's own, which leads wherever that machine can reach).
     egress: where it may connect to, and nowhere else, as in protocol/egress.py: "example.com", "*.example.org:443",
         "203.0.113.0/24:22", "*". None is every public address. It goes with network "nat", which it implies.
     runtime: name of the runtime; None is the server's default. oci_runtime: what runs a container, of runtime "docker"
@@ -124,7 +125,7 @@ class SandboxConfig(BaseConfig):
     auto_delete_seconds: int | None = Field(default=None, ge=0)
     timeout: float | None = Field(default=None, gt=0)
     startup_timeout: float = Field(default=180.0, gt=0)
-    network: Literal["none", "nat", "host"] = "none"
+    network: Literal["none", "nat", "bridge", "host"] = "none"
     egress: list[str] | None = Field(default=None, max_length=egress.MOST_ENTRIES)
     runtime: str | None = None
     isolation: Isolation | None = None

@@ -221,7 +221,8 @@ def test_what_the_engine_cannot_give_is_refused(engine: TestEngine, tmp_path: Pa
         async with opened(engine, tmp_path) as runtime:
             for values, words in (
                 ({"oci_runtime": "kata"}, "no kata"), ({"use_kata_runtime": True}, "no kata"),
-                ({"disk": "1g"}, "disk"), ({"network": "nat"}, "no bridge"), ({"num_gpus": 1}, "accelerators"),
+                ({"disk": "1g"}, "disk"), ({"network": "nat"}, "private"),
+                ({"network": "bridge"}, "has none"), ({"num_gpus": 1}, "accelerators"),
                 ({"image": "host"}, "own system"), ({"minimum_isolation": Isolation.MICROVM}, "microvm"),
             ):  # fmt: skip
                 with pytest.raises(errors.Unsupported, match=words) as caught:

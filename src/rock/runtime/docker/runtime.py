@@ -68,8 +68,10 @@ class DockerRuntime(InitSandboxes):
     isolation = Isolation.CONTAINER
     traits: Mapping[Isolation, frozenset[Trait]] = {
         Isolation.CONTAINER: frozenset(Trait) - {Trait.IMAGES},
-        # A terminal of gVisor's does not end with its program.
-        Isolation.GVISOR: frozenset(Trait) - {Trait.IMAGES, Trait.TERMINALS},
+        # gVisor of 2022 (Debian): a terminal does not end with its program, pid 1 can be killed from inside, orphans
+        # leave their tree, and its kernel is one process of the host, which memory and process limits end as a whole.
+        Isolation.GVISOR: frozenset(Trait)
+        - {Trait.IMAGES, Trait.TERMINALS, Trait.PROCESSES, Trait.TREES, Trait.LIMITS},
         Isolation.MICROVM: frozenset(Trait) - {Trait.IMAGES},
     }
 
@@ -160,8 +162,8 @@ class DockerRuntime(InitSandboxes):
             name = shape.runtime_name(facts, oci)
             shape.refuse(config, facts, oci)
             admission.refuse_too_large(config)
-            if config.network == "nat" and not await self.engine.has_network("bridge"):
-                raise errors.Unsupported('network "nat" cannot be given here: this engine has no bridge',
+            if config.network == "bridge" and not await self.engine.has_network("bridge"):
+                raise errors.Unsupported('network "bridge" cannot be given here: this engine has none',
                                          hint="start the engine with a bridge, or use another network")
             return name, await images.find(self.engine, config)
 

@@ -20,7 +20,7 @@ _ISOLATION: Mapping[Oci, Isolation] = {
 }  # fmt: skip
 _KINDS: tuple[Oci, ...] = ("runsc", "kata", "runc")
 _ORDER = list(Isolation)
-_NETWORKS = {"none": "none", "nat": "bridge", "host": "host"}
+_NETWORKS = {"none": "none", "bridge": "bridge", "host": "host"}
 _QUOTA_DRIVERS = ("btrfs", "zfs", "devicemapper")
 _MOST_SHARED = 2 << 30
 _UNSET = ("LD_PRELOAD", "LD_LIBRARY_PATH", "LD_AUDIT", "LD_DEBUG", "GLIBC_TUNABLES")
@@ -76,6 +76,10 @@ def refuse(config: SandboxConfig, facts: Facts, oci: Oci) -> None:
     if config.image == "host":
         raise errors.Unsupported('image "host" is this machine\'s own system, which no container engine has',
                                  hint="name an image that the engine has or can pull, or use the namespace runtime")
+    if config.network not in _NETWORKS:
+        raise errors.Unsupported(f'network "{config.network}": a container engine does not keep sandboxes from private '
+                                 "addresses and from the services of its machine",
+                                 hint='network="bridge" is the engine\'s own, without that promise')
     if "seccomp" not in facts.security:
         raise errors.Unsupported("this container engine filters no system calls (seccomp is off)",
                                  hint="run an engine with its default seccomp profile")

@@ -93,8 +93,9 @@ class LandlockRuntime(ProcessRuntime):
     async def check(self, config: SandboxConfig) -> None:
         if config.image != "host":
             raise errors.Unsupported(f"the landlock runtime has no image {config.image!r}", hint='use image="host"')
-        if config.network == "nat":
-            raise errors.Unsupported('the landlock runtime cannot give network "nat"', hint='use "none" or "host"')
+        if config.network not in ("none", "host"):
+            raise errors.Unsupported(f'the landlock runtime cannot give network "{config.network}"',
+                                     hint='use "none" or "host"')
         for name in ("disk", "shm_size", "num_gpus", "accelerator_type"):
             if getattr(config, name) is not None:
                 raise errors.Unsupported(f"the landlock runtime cannot hold {name}", hint=f"leave {name} unset")

@@ -60,7 +60,7 @@ class Kind:
 
     rootfs: RootFS = field(compare=False, hash=False)
     digest: str
-    network: Literal["none", "nat", "host"]
+    network: Literal["none", "nat", "bridge", "host"]
     shared: int
 
     @classmethod
