@@ -38,10 +38,12 @@ lint: $(VENV)/ready-dev
 types: $(VENV)/ready-dev
 	$(VENV)/bin/mypy
 
-# The runtimes' own tests run in a process of their own: they count its descriptors and children. The others wait more
+# The runtimes' own tests run in a process of their own: they count its descriptors and children; those with a container
+# engine in another one, whose child that is. The others wait more
 # than they work, so two at a time; the longest first.
 unit: $(VENV)/ready-dev
-	$(PY) -m pytest tests/runtime tests/rocklet
+	$(PY) -m pytest tests/runtime tests/rocklet -k 'not docker'
+	$(PY) -m pytest tests/runtime/docker tests/runtime/conformance -k docker
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/runtime --ignore=tests/rocklet
 
 # ROCK's own client in several versions, installed from PyPI and kept in ROCK_TEST_CACHE; `test` runs the fast half.

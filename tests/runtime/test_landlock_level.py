@@ -16,6 +16,7 @@ from rock.protocol.sandbox import Isolation, SandboxConfig
 from rock.runtime.base import Liveness
 from rock.runtime.landlock import ruleset
 from rock.runtime.landlock.runtime import LandlockRuntime
+from rock.runtime.process import children, reap
 from tests.runtime.boxes import ROOT, Box, run, until
 
 pytestmark = pytest.mark.skipif(not ROOT or ruleset.version() < 4,
@@ -132,7 +133,7 @@ def test_a_new_server_finds_it_again_or_sweeps_it(tmp_path: Path) -> None:
         for handle in (kept, third):
             await second.destroy(handle)
         await second.close()
-        await until(lambda: bool(first._reap() or not first._children))  # it is still their parent
+        await until(lambda: bool(reap() or not children))  # it is still their parent
 
     run(main())
 

@@ -143,7 +143,7 @@ class ProcessRuntime(InitSandboxes):
 
     async def wait(self, handle: Handle) -> str:
         await wait_gone(handle.data["pid"], handle.data["start"])
-        _reap()
+        reap()
         return "gone"
 
     async def stop(self, handle: Handle, grace: float) -> None:
@@ -153,7 +153,7 @@ class ProcessRuntime(InitSandboxes):
             async with asyncio.timeout(grace + 5):
                 await wait_gone(pid, start)
         await asyncio.to_thread(_kill_sandbox, pid, start)
-        _reap()
+        reap()
 
     async def destroy(self, handle: Handle) -> None:
         await self._clean(handle.data["slot"], handle.data["pid"], handle.data["start"])
@@ -164,7 +164,7 @@ class ProcessRuntime(InitSandboxes):
             link.close()
         if pid is not None:
             await asyncio.to_thread(_kill_sandbox, pid, start)
-        _reap()
+        reap()
         await asyncio.to_thread(remove.remove_tree, str(self._run_dir / slot))
 
     async def sweep(self, known: Sequence[str]) -> list[str]:
@@ -180,7 +180,7 @@ class ProcessRuntime(InitSandboxes):
         return await asyncio.to_thread(_measure, handle.data["pid"])
 
 
-def _reap() -> None:
+def reap() -> None:
     for pid, child in list(children.items()):
         if child.poll() is not None:
             del children[pid]
