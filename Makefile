@@ -42,8 +42,8 @@ types: $(VENV)/ready-dev
 # engine in another one, whose child that is. The others wait more
 # than they work, so two at a time; the longest first.
 unit: $(VENV)/ready-dev
-	$(PY) -m pytest tests/runtime tests/rocklet -k 'not docker'
-	$(PY) -m pytest tests/runtime/docker tests/runtime/conformance -k docker
+	ROCK_TEST_CONFORM=fake,namespace,process $(PY) -m pytest tests/runtime tests/rocklet --ignore=tests/runtime/docker
+	ROCK_TEST_CONFORM=docker $(PY) -m pytest tests/runtime/docker tests/runtime/conformance
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/runtime --ignore=tests/rocklet
 
 # ROCK's own client in several versions, installed from PyPI and kept in ROCK_TEST_CACHE; `test` runs the fast half.
@@ -52,7 +52,8 @@ compat: $(VENV)/ready-dev
 
 # All of the suite on containers, of runc and of gVisor too, with an engine from Debian's packages; needs root.
 docker: $(VENV)/ready-dev
-	ROCK_TEST_DOCKER=1 $(PY) -m pytest tests/runtime/docker tests/runtime/conformance -k docker
+	ROCK_TEST_DOCKER=1 ROCK_TEST_CONFORM=docker $(PY) -m pytest tests/runtime/docker tests/runtime/conformance \
+		tests/e2e/test_parity.py
 
 # Tensors of torch and stable-baselines3, in an environment of their own that is kept in ROCK_TEST_CACHE.
 EXTRAS := $(or $(ROCK_TEST_CACHE),$(HOME)/.cache/rock-tests)/gym-extras

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 from enum import StrEnum
 from typing import Any, Literal, Self
 
@@ -188,6 +189,24 @@ class Answer(Wire):
     """Base of answers: a newer server's extra keys do not break an older client."""
 
     model_config = {"extra": "ignore"}
+
+    @classmethod
+    def made(cls, **values: Any) -> Self:
+        """One of values that need no check, in a tenth of the time of pydantic's model_construct: an answer to each
+        command is one."""
+        model = cls.__new__(cls)
+        set_to = object.__setattr__
+        set_to(model, "__dict__", {**_defaults(cls), **values})
+        set_to(model, "__pydantic_fields_set__", set(values))
+        set_to(model, "__pydantic_extra__", None)
+        set_to(model, "__pydantic_private__", None)
+        return model
+
+
+@functools.cache
+def _defaults(kind: type[Answer]) -> dict[str, Any]:
+    """Those that all models of a kind can share."""
+    return {name: field.get_default() for name, field in kind.model_fields.items() if not field.is_required()}
 
 
 class CommandResponse(Answer):

@@ -100,7 +100,7 @@ class Execution:
             reason = f"killed by signal {status.signal}"
         elif status.code is None:
             reason = "it ended and nobody saw how"
-        return CommandResponse.model_construct(
+        return CommandResponse.made(
             stdout=out_text,
             stderr=err_text,
             stdout_b64=out_exact,

@@ -19,6 +19,7 @@ from rock.runtime.base import Handle, Runtime, Trait
 # The modules of this folder that may have SUBJECTS; what is not there yet is passed over.
 MODULES = ("fake", "process", "namespace", "docker", "gvisor")
 MORE = "ROCK_TEST_SUBJECTS"  # further modules with SUBJECTS, comma-separated: of runtimes from elsewhere
+CHOSEN = "ROCK_TEST_CONFORM"  # which of MODULES; all unless it is set
 
 Need = Trait | type
 
@@ -101,7 +102,8 @@ def here() -> dict[str, str | None]:
 @cache
 def subjects() -> dict[str, Subject]:
     """All, by name, whether they can be had here or not."""
-    names = [f"{__package__}.{name}" for name in MODULES]
+    chosen = os.environ.get(CHOSEN)
+    names = [f"{__package__}.{name}" for name in MODULES if not chosen or name in chosen.split(",")]
     names = [name for name in names if importlib.util.find_spec(name) is not None]
     names += [name for name in os.environ.get(MORE, "").split(",") if name]
     return {subject.name: subject for name in names for subject in importlib.import_module(name).SUBJECTS}
