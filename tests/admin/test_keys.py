@@ -134,6 +134,11 @@ def test_what_no_tenant_may_ask_for(guarded: RunningServer, owner: Client, tmp_p
     key = key_for(owner, "forbidden").key
     with pytest.raises(Forbidden, match="network"):
         sandbox_of(guarded, key, network="host").start()
+    for entry in ("10.0.0.1:80", "168.63.129.16:80", "[64:ff9b::a9fe:a9fe]:80", "169.254.0.0/16:80"):
+        with pytest.raises(Forbidden, match="server's own networks"):
+            sandbox_of(guarded, key, egress=[entry]).start()
+    with pytest.raises(RockError, match="egress"):  # a bridge of an engine leads to the server's own networks
+        sandbox_of(guarded, key, network="nat", runtime="docker").start()
     with pytest.raises(RockError, match="isolates nothing"):
         sandbox_of(guarded, key, runtime="process", image="host").start()
     with pytest.raises(Forbidden), Client(guarded.url, key) as client:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from rock.admin.keys import Keys
 from rock.admin.service import Service, env_host
 from rock.errors import Forbidden, InvalidConfig, NotFound
-from rock.protocol import egress
+from rock.protocol import addresses, egress
 from rock.protocol.env import OpenEnv
 from rock.protocol.keys import Access, Caller, caller_of
 from rock.protocol.network import ConnectionList
@@ -69,10 +69,12 @@ class Desk:
         if config.network == "host":
             raise Forbidden("this key may not use the server's own network", hint='network="none" or "nat"')
         for text in config.egress or ():
-            entry = egress.parse(text)
-            if entry.network is not None and not entry.network.is_global:
+            network = egress.parse(text).network
+            if network is not None and (not network.is_global or addresses.closed(network.network_address)):
                 raise Forbidden(f"this key may not open {text}: it is an address of the server's own networks",
                                 hint="an entry of the server's owner may")
+        if config.network == "nat" and config.egress is None:  # an engine's bridge cannot hold to it
+            config = config.model_copy(update={"egress": ["*"]})
         if config.minimum_isolation is Isolation.NONE:  # what isolates nothing has the rights of the server
             config = config.model_copy(update={"minimum_isolation": Isolation.LANDLOCK})
         return config
