@@ -130,16 +130,27 @@ def test_ids_and_idempotency_keys_are_a_tenants_own(guarded: RunningServer, owne
     assert len(set(made.values())) == 3
 
 
-def test_what_no_tenant_may_ask_for(guarded: RunningServer, owner: Client) -> None:
+def test_what_no_tenant_may_ask_for(guarded: RunningServer, owner: Client, tmp_path: Path) -> None:
     key = key_for(owner, "forbidden").key
     with pytest.raises(Forbidden, match="network"):
         sandbox_of(guarded, key, network="host").start()
+    for entry in ("10.0.0.1:80", "168.63.129.16:80", "[64:ff9b::a9fe:a9fe]:80", "169.254.0.0/16:80"):
+        with pytest.raises(Forbidden, match="server's own networks"):
+            sandbox_of(guarded, key, egress=[entry]).start()
+    with pytest.raises(RockError, match="egress"):  # a bridge of an engine leads to the server's own networks
+        sandbox_of(guarded, key, network="nat", runtime="docker").start()
     with pytest.raises(RockError, match="isolates nothing"):
         sandbox_of(guarded, key, runtime="process", image="host").start()
     with pytest.raises(Forbidden), Client(guarded.url, key) as client:
         client.create_key(CreateKey(name="mine", tenant="other"))
     with sandbox_of(guarded, key) as sandbox, pytest.raises(Forbidden, match="images"):
         sandbox.commit("python:3.11")
+    builder = key_for(owner, "forbidden", Access.IMAGES).key
+    (tmp_path / "Dockerfile").write_text("FROM scratch\n")
+    with Client(guarded.url, builder) as client:
+        with pytest.raises(Forbidden, match="network"):
+            client.build_image(tmp_path, "forbidden:1", network="host")
+        assert client.build_image(tmp_path, "forbidden:1", network="nat").name == "forbidden:1"
     reader = key_for(owner, "forbidden", Access.READ).key
     with sandbox_of(guarded, key) as sandbox:
         seen = sandbox_of(guarded, reader).attach(str(sandbox.sandbox_id))

@@ -15,11 +15,13 @@ from pathlib import Path
 
 import pytest
 from tests.conftest import IMAGE, RunningServer
+from tests.e2e.test_bad_requests import ask
 from tests.e2e.test_images import small_root
 from tests.image.registries import USER, docker_registry
 
 from rock.errors import CommandFailed, CommandTimeout, ImageError, InvalidConfig, NotFound, RockError, Unsupported
-from rock.protocol.images import BuiltImage
+from rock.protocol.images import BuildRequest, BuiltImage
+from rock.protocol.routes import ROUTES, STREAM_TYPE, Frame, pack_frame
 from rock.runtime.image.store import ImageStore
 from rock.sync import Client, Sandbox
 
@@ -222,6 +224,14 @@ def test_other_refusals(server: RunningServer, store: ImageStore, tmp_path: Path
             build(server, folder, tag)
     with pytest.raises(InvalidConfig, match="network"):
         build(server, folder, network="all")
+    for fields in ({"memory": "abc"}, {"cpus": float("inf")}, {"timeout": float("inf")}, {"build_args": {"A": "\0"}}):
+        with pytest.raises(InvalidConfig):
+            build(server, folder, **fields)
+        head = BuildRequest.model_construct(image_tag="a:1", dockerfile="FROM small:1", **fields)
+        frame = pack_frame(Frame.RESULT, json.dumps(head.model_dump(), default=str).encode())
+        row = ROUTES["build_image"]
+        status, told = ask(server, row.method, row.path, frame, **{"content-type": STREAM_TYPE})
+        assert (status, told["error"]["code"]) == (422, "invalid_config")
     with pytest.raises(InvalidConfig, match="cannot be read"):
         build(server, tmp_path / "none")
     (folder / ".wh.a.txt").write_text("")

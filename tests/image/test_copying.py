@@ -66,18 +66,21 @@ def test_layers_are_merged(tmp_path: Path) -> None:
         tree.text(b"/a")
 
 
+_PASSWD = f"me:x:7:8::/:/\nodd:x:\u00b2:8::/:/\nlong:x:{'9' * 5000}:8::/:/\n"
+
+
 def test_links_stay_inside(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("of the machine")
     links = {"up": "../../../../../../secret", "abs": "/etc", "here": str(tmp_path / "secret"), "round": "round2",
              "round2": "round", "a/rel": "../b", "dots": "a/../b/./in"}  # fmt: skip
-    tree = Merged([layer(tmp_path / "layer", {"b/in": "b", "etc/passwd": "me:x:7:8::/:/\n", "a/z": ""}, links)])
+    tree = Merged([layer(tmp_path / "layer", {"b/in": "b", "etc/passwd": _PASSWD, "a/z": ""}, links)])
     for path in (b"/up", b"/here", b"../secret", b"/a/rel/../../secret"):
         assert tree.find(path) is None
     assert tree.text(b"/abs/passwd").startswith("me:") and tree.text(b"/a/rel/in") == "b" == tree.text(b"dots")
     with pytest.raises(ImageError, match="round in links"):
         tree.find(b"/round")
     assert owner_of("me", tree) == Owner(7, 7) and owner_of("5:6", tree) == Owner(5, 6)
-    for wrong in ("nobody", "me:nobody", "", ":", "-1", "99999999999"):
+    for wrong in ("nobody", "me:nobody", "", ":", "-1", "99999999999", "odd", "long"):
         with pytest.raises(NotFound):
             owner_of(wrong, tree)
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rock.errors import InvalidConfig, RockError, Unsupported
+from rock.rocklet.buildplan import Plan
 from rock.rocklet.instructions import Place, Settings, apply
 from rock.runtime.image.dockerfile import KEYWORDS, Words, pairs, parse
 
@@ -87,6 +88,7 @@ def test_words(text: str, words: list[str]) -> None:
         ("FROM a\nCOPY --from=a --from=b c d", 2, "there twice"),
         ("FROM a\nRUN a\0b", 2, "NUL"),
         ("# escape=x\nFROM a", 1, "neither"),
+        ("# escape=x" + " " * (1 << 19) + "x\nFROM a", 1, "neither"),
         ("FROM a\n" + "RUN x\n" * 3000, 2001, "more than 2000"),
         ("FROM a\n#" + "x" * (1 << 20), None, "are the most"),
     ],
@@ -137,6 +139,22 @@ def test_settings() -> None:
     assert made.other["ExposedPorts"] == {"80/tcp": {}, "90/udp": {}, "91/udp": {}, "92/udp": {}, "2/tcp": {}}
     assert made.other["Volumes"] == {"/v": {}, "/w": {}} and made.other["StopSignal"] == "SIGINT"
     assert made.other["Healthcheck"] == {"Test": ["CMD-SHELL", "curl x"], "Interval": 90 * 10**9, "Retries": 3}
+
+
+def test_variables_do_not_double_without_end() -> None:
+    line, settings = parse("FROM a\nENV A=$A$A B=x").stages[0].instructions[0], Settings(env={"A": "x"})
+    with pytest.raises(InvalidConfig, match="line 2: its variables have more than"):
+        for _ in range(60):
+            settings, _ = apply(line, settings, Place({}, settings.env, "\\"))
+    assert len(settings.env["A"]) <= 1 << 20
+    doubled = "".join("ARG A=$A$A\n" for _ in range(60))
+    with pytest.raises(InvalidConfig, match="its variables have more than"):
+        Plan(parse(f"ARG A=x\n{doubled}FROM a"), {})
+
+
+def test_a_number_of_no_stage() -> None:
+    read = parse(f"FROM a\nCOPY --from={'9' * 5000} b c")
+    assert list(Plan(read, {}).needed(0)) == [0]
 
 
 def test_a_new_entry_point_drops_the_command_below() -> None:

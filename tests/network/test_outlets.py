@@ -109,6 +109,20 @@ def test_a_proxy_that_is_killed(opened: Opener, world_server: WorldServer) -> No
     assert [item.number for item in one.connections().items] == [1, 2]
 
 
+def test_one_that_does_not_answer_keeps_nobody_waiting(opened: Opener, world_server: WorldServer) -> None:
+    """A new proxy is given every sandbox's sockets by its pid 1; here the first one's is not there to do so."""
+    stuck, other = opened(), opened()
+    records = (json.loads(file.read_text()) for file in world_server.home.rglob("record.json"))
+    pid = next(int(record["pid"]) for record in records if record.get("id") == stuck.sandbox_id)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        os.kill(proxy_of(world_server), signal.SIGKILL)
+        assert attempt(other, ("203.0.113.10", 80))["203.0.113.10 80"].startswith("HTTP")
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    until(lambda: attempt(stuck, ("203.0.113.10", 80))["203.0.113.10 80"].startswith("HTTP"))
+
+
 def test_after_the_end(opened: Opener, world_server: WorldServer) -> None:
     sandbox = opened()
     attempt(sandbox, ("203.0.113.10", 80), ("10.9.9.9", 80))

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rock.protocol import egress
-from rock.runtime.network import addresses, dns, journal, sniff
+from rock.protocol import addresses, egress
+from rock.runtime.network import dns, journal, sniff
 from rock.runtime.network.policy import Policy, Verdict
 
 bounded = settings(deadline=None, max_examples=60)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from rock.admin.keys import Keys
 from rock.admin.service import Service, env_host
 from rock.errors import Forbidden, InvalidConfig, NotFound
-from rock.protocol import egress
+from rock.protocol import addresses, egress
 from rock.protocol.env import OpenEnv
 from rock.protocol.keys import Access, Caller, caller_of
 from rock.protocol.network import ConnectionList
@@ -70,8 +70,8 @@ class Desk:
             raise Forbidden(f'this key may not use network "{config.network}", which reaches what the server reaches',
                             hint='network="none" or "nat"')
         for text in config.egress or ():
-            entry = egress.parse(text)
-            if entry.network is not None and not entry.network.is_global:
+            network = egress.parse(text).network
+            if network is not None and (not network.is_global or addresses.closed(network.network_address)):
                 raise Forbidden(f"this key may not open {text}: it is an address of the server's own networks",
                                 hint="an entry of the server's owner may")
         if config.minimum_isolation is Isolation.NONE:  # what isolates nothing has the rights of the server

@@ -13,6 +13,7 @@ from rock.protocol import egress
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?\s*$", re.IGNORECASE)
 _UNIT = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_LONGEST = 1 << 32  # seconds: beyond any use, and well within what can be added to a time
 ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$"
 
 
@@ -110,6 +111,9 @@ class SandboxConfig(BaseConfig):
     sandbox_id: a name of your own choice; taken already is a Conflict.
     """
 
+    # JSON has no infinity: a record of one would come back as null, and not be read again.
+    model_config = ConfigDict(allow_inf_nan=False)
+
     image: str = Field(default="python:3.11", min_length=1)
     image_os: str = "linux"
     memory: str = "8g"
@@ -120,11 +124,11 @@ class SandboxConfig(BaseConfig):
     inodes: int | None = Field(default=None, ge=256, le=1 << 32)
     nofile: int | None = Field(default=None, ge=16, le=1 << 20)
     shm_size: str | None = None
-    auto_clear_seconds: int = Field(default=300, ge=0)
-    auto_archive_seconds: int | None = Field(default=None, ge=0)
-    auto_delete_seconds: int | None = Field(default=None, ge=0)
-    timeout: float | None = Field(default=None, gt=0)
-    startup_timeout: float = Field(default=180.0, gt=0)
+    auto_clear_seconds: int = Field(default=300, ge=0, le=_LONGEST)
+    auto_archive_seconds: int | None = Field(default=None, ge=0, le=_LONGEST)
+    auto_delete_seconds: int | None = Field(default=None, ge=0, le=_LONGEST)
+    timeout: float | None = Field(default=None, gt=0, le=_LONGEST)
+    startup_timeout: float = Field(default=180.0, gt=0, le=_LONGEST)
     network: Literal["none", "nat", "bridge", "host"] = "none"
     egress: list[str] | None = Field(default=None, max_length=egress.MOST_ENTRIES)
     runtime: str | None = None

@@ -280,8 +280,7 @@ class Build:
         if not state.named:
             state.named = BUILD_STEPS + _key(state.key, "before", repr(state.settings))
             await asyncio.to_thread(self._store.extend, state.named, state.below)
-        config = SandboxConfig(image=state.named, memory=self._wish.memory, cpus=self._wish.cpus, pids=self._wish.pids,
-                               network=network)  # type: ignore[arg-type]
+        config = self._wish.limits(state.named).model_copy(update={"network": network})
         runtime = self._node.runtime_for(config)
         if not isinstance(runtime, Snapshots) or not isinstance(runtime, Files):
             raise Unsupported(f"no image can be built with runtime {self._node.default!r}")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from rock.errors import NotFound
 from rock.rocklet.instructions import Place
-from rock.runtime.image.dockerfile import Dockerfile, Instruction, Stage, Words, refuse, unsupported
+from rock.runtime.image.dockerfile import Dockerfile, Instruction, Stage, Words, bounded, refuse, unsupported
 from rock.runtime.image.importer import this_architecture
 
 
@@ -41,6 +41,7 @@ class Plan:
                 args[name] = words.one(default)
             elif name in self._outside:
                 args[name] = self._outside[name]
+        bounded(args, instruction.line)
         return args
 
     def number(self, name: str, before: int | None = None, by_number: bool = True) -> int | None:
@@ -49,7 +50,8 @@ class Plan:
         for number, stage in enumerate(stages):
             if name and stage.name == name.lower():
                 return number
-        return int(name) if by_number and name.isascii() and name.isdigit() and int(name) < len(stages) else None
+        is_number = by_number and name.isascii() and name.isdigit() and len(name) < 10
+        return int(name) if is_number and int(name) < len(stages) else None
 
     def wanted(self, target: str | None) -> int:
         """The stage to build; NotFound."""
@@ -63,7 +65,7 @@ class Plan:
         """What is in a stage's FROM. InvalidConfig, Unsupported for another machine's platform."""
         words = Words(self._outside, self.escape, stage.line)
         base, platform = words.one(stage.base), words.one(stage.platform)
-        if not base:
+        if not base.strip():
             raise refuse(stage.line, f"FROM {stage.base} is nothing", "give the ARG a value")
         if platform not in ("", f"linux/{this_architecture()}"):
             raise unsupported(stage.line, f"platform {platform}: only linux/{this_architecture()} runs here")

@@ -213,6 +213,18 @@ def test_nobody_takes_the_place_of_pid_1(engine: TestEngine, tmp_path: Path) -> 
     run(main())
 
 
+def test_open_files_and_shared_memory(engine: TestEngine, tmp_path: Path) -> None:
+    look = ("import os, resource\nfound = os.statvfs('/dev/shm')\n"
+            "print(*resource.getrlimit(resource.RLIMIT_NOFILE), found.f_blocks * found.f_frsize)")
+
+    async def main() -> None:
+        async with docker_box(engine, tmp_path, nofile=100, shm_size="8m") as b:
+            assert (await b.python(look)).split() == ["100", "100", str(8 << 20)]
+            assert b.handle.enforced["nofile"] == "rlimit" and b.handle.enforced["shm_size"] == "tmpfs"
+
+    run(main())
+
+
 # ---- what is refused ----
 
 
@@ -224,6 +236,9 @@ def test_what_the_engine_cannot_give_is_refused(engine: TestEngine, tmp_path: Pa
                 ({"disk": "1g"}, "disk"), ({"network": "nat"}, "private"),
                 ({"network": "bridge"}, "has none"), ({"num_gpus": 1}, "accelerators"),
                 ({"image": "host"}, "own system"), ({"minimum_isolation": Isolation.MICROVM}, "microvm"),
+                ({"isolation": Isolation.GVISOR}, "runc gives container"),
+                ({"isolation": Isolation.NAMESPACES}, "runc gives container"),
+                ({"disk": "1g", "inodes": 1000}, "disk|inodes"), ({"nofile": 1 << 20}, "nofile"),
             ):  # fmt: skip
                 with pytest.raises(errors.Unsupported, match=words) as caught:
                     await runtime.check(config(**values))

@@ -161,6 +161,7 @@ class DockerRuntime(InitSandboxes):
             facts = await self._ready()
             name = shape.runtime_name(facts, oci)
             shape.refuse(config, facts, oci)
+            admission.refuse_nofile(config)
             admission.refuse_too_large(config)
             if config.network == "bridge" and not await self.engine.has_network("bridge"):
                 raise errors.Unsupported('network "bridge" cannot be given here: this engine has none',
@@ -263,7 +264,9 @@ class DockerRuntime(InitSandboxes):
         data = {"slot": container.slot, "container": container.engine_id, "pid": container.pid,
                 "start": container.start, "env": merged({"PATH": _PATH}, env, config.env), "cwd": cwd, "user": user,
                 "cgroups": container.folders, "oci": oci}  # fmt: skip
-        return Handle(self.name, id, shape.isolation_of(oci), shape.enforced(facts), data)
+        if config.nofile is not None:
+            data["nofile"] = config.nofile
+        return Handle(self.name, id, shape.isolation_of(oci), shape.enforced(facts, config), data)
 
     def way(self, oci: shape.Oci, folder: Path) -> Way:
         """How its pid 1 is reached: with the same kernel descriptors can cross."""
@@ -305,6 +308,8 @@ class DockerRuntime(InitSandboxes):
         if program.pty is not None and Trait.TERMINALS not in self.traits[handle.isolation]:
             raise errors.Unsupported(f"{data['oci']} has no terminals here", sandbox_id=handle.id,
                                      hint="run it without a pty")
+        if (most := data.get("nofile")) is not None:
+            program = replace(program, nofile=min(program.nofile or most, most))
         user = program.user if program.user is not None else data["user"]
         return replace(program, env=merged(data["env"], program.env), cwd=program.cwd or data["cwd"], user=user or None)
 

@@ -37,7 +37,7 @@ from rock.runtime.image.private import HostScan
 from rock.runtime.image.pull import Pull
 from rock.runtime.image.push import GZIP_LAYER, Push, ToLayout, ToRegistry, refuse_by_reference
 from rock.runtime.image.records import ImageRecord, Records
-from rock.runtime.image.reference import HOST, Reference, parse
+from rock.runtime.image.reference import BUILD_STEPS, HOST, Reference, parse
 from rock.runtime.image.registry import Registry
 from rock.runtime.image.room import Pruned, Room
 from rock.runtime.image.rootfs import Bind, RootFS
@@ -487,6 +487,8 @@ def new_name(name: str) -> Reference:
     reference = parse(name)
     if reference.digest is not None:
         raise InvalidConfig(f"{name} is named by a digest, which a new image cannot choose", hint="give it a tag")
+    if reference.familiar.startswith(BUILD_STEPS):  # builds would take it over as what they made
+        raise InvalidConfig(f"names that begin with {BUILD_STEPS} are those of build steps")
     return reference
 
 

@@ -99,7 +99,7 @@ class LandlockRuntime(ProcessRuntime):
         for name in ("disk", "shm_size", "num_gpus", "accelerator_type"):
             if getattr(config, name) is not None:
                 raise errors.Unsupported(f"the landlock runtime cannot hold {name}", hint=f"leave {name} unset")
-        if config.use_kata_runtime or config.image_os != "linux":
+        if config.use_kata_runtime or config.oci_runtime is not None or config.image_os != "linux":
             raise errors.Unsupported("the landlock runtime runs nothing but programs of this machine")
         admission.refuse_nofile(config)
         admission.refuse_level(config, self.isolation)

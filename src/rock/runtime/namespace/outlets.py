@@ -26,6 +26,7 @@ _KEPT = 25 * 3600.0  # seconds that the file of a sandbox that is gone stays: lo
 _MOST_FILES = 5000
 _TIDY_EVERY = 600.0
 _AGAIN_AFTER = 0.2
+_AT_ONCE = 64  # sandboxes that are given to a new proxy together
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Outlets:
         self._removing: dict[str, asyncio.Task[None]] = {}  # by sandbox id
         self._proxy = ProxyLink(resolvers, run_dir / "proxy.log", self._lost)
         self._tidied_at = float("-inf")
+        self._gate = asyncio.Semaphore(_AT_ONCE)
         self.missing: str | None = "not looked for yet"
 
     @property
@@ -128,16 +130,21 @@ class Outlets:
         self._spawn(self._again(list(self._known)))
 
     async def _again(self, slots: list[str]) -> None:
-        for slot in slots:
-            while slot in self._known:
-                try:
-                    await self._give(slot, fresh=False)
-                    break
-                except errors.Lost:
-                    break  # its end is told by who waits for that
-                except errors.RockError as error:
-                    log.warning("network of %s: %s; trying again", self._known[slot].sandbox_id, error)
-                    await asyncio.sleep(_AGAIN_AFTER)
+        await asyncio.gather(*(self._give_surely(slot) for slot in slots))
+
+    async def _give_surely(self, slot: str) -> None:
+        """Again and again, until it is served or gone: one that does not answer keeps nobody else waiting."""
+        while (outlet := self._known.get(slot)) is not None:
+            try:
+                async with self._gate:
+                    if slot in self._known:
+                        await self._give(slot, fresh=False)
+                return
+            except errors.Lost:
+                return  # its end is told by who waits for that
+            except errors.RockError as error:
+                log.warning("network of %s: %s; trying again", outlet.sandbox_id, error)
+                await asyncio.sleep(_AGAIN_AFTER)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)

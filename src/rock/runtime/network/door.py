@@ -18,8 +18,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Coroutine
 
+from rock.protocol import addresses
 from rock.protocol.egress import Address
-from rock.runtime.network import addresses, dns, sniff
+from rock.runtime.network import dns, sniff
 from rock.runtime.network.journal import Journal, Open
 from rock.runtime.network.netlink import UNICAST, Routes
 from rock.runtime.network.policy import Policy, Verdict
@@ -30,6 +31,7 @@ MOST_CONNECTIONS = 256  # at once; more wait
 _RATE, _BURST = 200.0, 400.0  # new connections a second
 _MOST_QUESTIONS = 32  # at once; more are dropped, as DNS allows
 _MOST_NAMES = 1000
+_MOST_ADDRESSES = 64  # of one name: its name server may be the sandbox's own, and give others each time
 _REMEMBERED = 3600.0  # seconds that a name keeps the addresses that were given for it
 _NAME_PATIENCE = 5.0
 _CONNECT_PATIENCE = 30.0
@@ -285,7 +287,11 @@ class Door:
             for address in [address for address, end in given.items() if end < now]:
                 del given[address]
             until = now + max(_REMEMBERED, reply.ttl)
-            given.update((address, until) for address in reply.addresses)
+            for address in reply.addresses:
+                given.pop(address, None)
+                given[address] = until
+            for address in list(given)[:-_MOST_ADDRESSES]:
+                del given[address]
             for address in reply.addresses:
                 self._last_names[address] = _shown(name)
                 self._last_names.move_to_end(address)

@@ -1,4 +1,5 @@
-"""What kind of address one is: public, or one that a sandbox must not reach by itself. Standard library only."""
+"""What kind of address one is: public, or one that a sandbox must not reach by itself. Standard library only: the
+network proxy has nothing else."""
 
 from __future__ import annotations
 
