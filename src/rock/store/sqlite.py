@@ -241,7 +241,7 @@ class SqliteStore:
         if query.left:
             where.append(f"({_LEFT})")
         for name, value in query.labels.items():
-            where.append("json_extract(info, '$.labels.' || json_quote(?)) = ?")
+            where.append("EXISTS (SELECT 1 FROM json_each(info, '$.labels') WHERE key = ? AND value = ?)")
             values += [name, value]
         if query.after is not None:
             where.append("(created_at, id) < (?, ?)")
