@@ -24,7 +24,7 @@ from rock.admin.app import Admin
 from rock.admin.auth import Authenticated, require_key_beyond_loopback
 from rock.admin.worker import Worker
 from rock.cli.worker import LocalWorker
-from rock.errors import Conflict, InvalidConfig
+from rock.errors import Conflict, InvalidConfig, Unsupported
 from rock.protocol.routes import ROUTES
 from rock.proxy.app import Proxy, is_data
 from rock.rocklet.api import Api
@@ -33,6 +33,7 @@ from rock.rocklet.node import Node
 from rock.runtime import wholefile
 from rock.runtime.base import Runtime
 from rock.settings import Settings
+from rock.store.base import Store
 from rock.store.sqlite import SqliteStore
 from rock.telemetry import set_up_logs
 from rock.wire.asgi import Answer, App, Receive, Request, Scope, Send, answer
@@ -108,6 +109,20 @@ def make_runtimes(settings: Settings, images: Images) -> dict[str, Runtime]:
     return runtimes
 
 
+def make_store(settings: Settings) -> Store:
+    """Where the server remembers, as ROCK_STORE says: a file, or a PostgreSQL database. InvalidConfig, Unsupported."""
+    scheme, separator, _ = settings.store.partition("://")
+    if not separator:
+        return SqliteStore(Path(settings.store).expanduser().absolute() if settings.store else settings.database)
+    if scheme not in ("postgresql", "postgres"):
+        raise InvalidConfig(f"ROCK_STORE: there is no store for {scheme}://", hint="a file, or postgresql://...")
+    try:
+        from rock.store.postgres import PostgresStore
+    except ImportError:
+        raise Unsupported("ROCK_STORE: PostgreSQL needs asyncpg", hint="pip install 'rock-sandbox[postgres]'") from None
+    return PostgresStore(settings.store)
+
+
 class Rocklet:
     """The sandboxes of this machine, their home and their routes."""
 
@@ -148,7 +163,7 @@ class Server:
         self.home, self.node = self.rocklet.home, self.rocklet.node
         # Not the host's name: that changes with the network, and every sandbox would be on a worker nobody knows.
         name = "local"
-        self.store = SqliteStore(settings.database)
+        self.store = make_store(settings)
         self._proxy = Proxy(self.store, {name: self.rocklet.router})
         workers: dict[str, Worker] = {name: LocalWorker(name, self.node)}
         self.admin = Admin(settings, self.store, workers, ["write", "read", "worker"], self._proxy)
