@@ -59,6 +59,8 @@ class _Known(Exception):
 class PostgresStore:
     """Records in a database that other servers may use too. url: postgresql://USER:PASSWORD@HOST:PORT/DATABASE."""
 
+    shared = True
+
     def __init__(self, url: str) -> None:
         self._url = url
         self._name = re.sub(r"//[^@/]*@", "//", url).partition("?")[0]  # without the login

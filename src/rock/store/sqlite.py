@@ -35,6 +35,8 @@ _FIELDS = {"user_id", "experiment_id", "namespace", "image", "runtime", "worker"
 class SqliteStore:
     """Records in a file. WAL with synchronous=NORMAL: a commit survives a crash of the process, at any point."""
 
+    shared = False  # a server has its folder to itself
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rock-store")
