@@ -47,6 +47,7 @@ HOMES = {
     "gymnasium": {"gym", "guest/hosting", "guest/spaces", "guest/envhost"},
     "numpy": {"gym", "gem", "guest/values"},
     "torch": {"gym/torch"},
+    "asyncpg": {"store/postgres"},
     "gem": {"gem", "guest/hosting", "guest/envhost"},
 }
 

@@ -26,6 +26,8 @@ Client settings are functions, because a script may set a variable after the imp
 | ROCK_TLS_CERT, ROCK_TLS_KEY | none | a chain of certificates and its key (PEM): the server speaks TLS |
 | SSL_CERT_FILE | the system's | whom clients trust |
 | ROCK_STORE | rock.sqlite in ROCK_HOME | where the server remembers: a file, or postgresql://USER@HOST/DATABASE |
+| ROCK_WORKERS | none | an admin without sandboxes of its own: its rocklets, as NAME=URL,NAME=URL |
+| ROCK_WORKER_KEY | ROCK_API_KEY | the key that those ask for |
 | ROCK_LOG_LEVEL | info | debug, info, warning, error |
 | HF_ENDPOINT | https://huggingface.co | where the client finds the repositories of `hf://` sources |
 | ROCK_ENVHUB_DB_URL | envhub.sqlite in ROCK_HOME | where an `envhub` keeps it: sqlite:///FILE |
@@ -167,6 +169,8 @@ class Settings:
     tls_cert: str = ""
     tls_key: str = ""
     store: str = field(default="", repr=False)
+    workers: str = ""
+    worker_key: str = field(default="", repr=False)
     archive: str = ""
     archive_limit: str = "64g"
     image_budget: str = ""
@@ -226,6 +230,8 @@ class Settings:
             ("tls_cert", str),
             ("tls_key", str),
             ("store", str),
+            ("workers", str),
+            ("worker_key", str),
             ("archive", str),
             ("archive_limit", str),
             ("image_budget", str),

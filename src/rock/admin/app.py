@@ -9,6 +9,7 @@ from rock.admin.api.training import Training
 from rock.admin.desk import Desks
 from rock.admin.environments import Environments
 from rock.admin.keys import Keys
+from rock.admin.leader import Leader
 from rock.admin.reconciler import Reconciler
 from rock.admin.service import Service
 from rock.admin.worker import Worker
@@ -52,7 +53,7 @@ class Admin:
         self._blobs = make_blobs(settings)
         limit = _limit(settings.archive_limit)
         self.service = Service(store, LocalScheduler(), workers, self._blobs, limit)
-        self.reconciler = Reconciler(self.service)
+        self.leader = Leader(store, lambda: Reconciler(self.service))
         self.catalogue = Catalogue(settings.catalogue)
         environments = Environments(self.service, self.catalogue)
         self.keys = Keys(store, bool(settings.api_key))
@@ -73,10 +74,10 @@ class Admin:
         await self.catalogue.open()
         if isinstance(self._blobs, FolderBlobs):
             await self._blobs.sweep()
-        await self.reconciler.start()
+        await self.leader.start()
 
     async def close(self) -> None:
-        await self.reconciler.close()
+        await self.leader.close()
         await self.service.close()
         await self.catalogue.close()
         await self._store.close()

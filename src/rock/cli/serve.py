@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
-import json
 import logging
 import os
 import signal
@@ -23,75 +21,27 @@ from rock import settings as environment
 from rock.admin.app import Admin
 from rock.admin.auth import Authenticated, require_key_beyond_loopback
 from rock.admin.worker import Worker
+from rock.cli.control import Control
+from rock.cli.home import Home
 from rock.cli.worker import LocalWorker
-from rock.errors import Conflict, InvalidConfig
+from rock.errors import Conflict, InvalidConfig, Unsupported
 from rock.protocol.routes import ROUTES
 from rock.proxy.app import Proxy, is_data
 from rock.rocklet.api import Api
+from rock.rocklet.fence import Fence
 from rock.rocklet.images import Images
 from rock.rocklet.node import Node
-from rock.runtime import plugins, wholefile
+from rock.runtime import plugins
 from rock.runtime.base import Runtime
 from rock.runtime.image.store import ImageStore
 from rock.settings import Settings
+from rock.store.base import Store
 from rock.store.sqlite import SqliteStore
 from rock.telemetry import set_up_logs
 from rock.wire.asgi import Answer, App, Receive, Request, Scope, Send, answer
 
 log = logging.getLogger("rock.server")
 T = TypeVar("T")
-
-
-class Home:
-    """The one folder of a server, locked for as long as it runs, with a note of where it listens."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._lock: int | None = None
-
-    @property
-    def note(self) -> Path:
-        return self.folder / "server.json"
-
-    def take(self) -> None:
-        """Lock it; Conflict when another server has it."""
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = os.open(self.folder / "server.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
-            raise Conflict(
-                f"a server is running already with ROCK_HOME={self.folder} ({self.read()})",
-                hint="stop it with: rock admin stop, or set another ROCK_HOME",
-            ) from None
-        self._lock = lock
-
-    def write(self, host: str, port: int, tls_cert: str = "") -> None:
-        note = {"pid": os.getpid(), "host": host, "port": port, "tls_cert": tls_cert}
-        wholefile.replace(self.note, json.dumps(note))
-
-    def read(self) -> dict[str, Any] | None:
-        """Where the server of this folder listens, if one runs now."""
-        try:
-            with open(self.folder / "server.lock", "a+") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return None
-        except BlockingIOError:
-            pass
-        except OSError:
-            return None
-        try:
-            note = json.loads(self.note.read_text())
-        except (OSError, ValueError):
-            return {}
-        return note if isinstance(note, dict) else {}
-
-    def release(self) -> None:
-        if self._lock is not None:
-            self.note.unlink(missing_ok=True)
-            os.close(self._lock)
-            self._lock = None
 
 
 def make_runtimes(settings: Settings, images: Images) -> dict[str, Runtime]:
@@ -120,6 +70,20 @@ def make_runtimes(settings: Settings, images: Images) -> dict[str, Runtime]:
     return runtimes
 
 
+def make_store(settings: Settings) -> Store:
+    """Where the server remembers, as ROCK_STORE says: a file, or a PostgreSQL database. InvalidConfig, Unsupported."""
+    scheme, separator, _ = settings.store.partition("://")
+    if not separator:
+        return SqliteStore(Path(settings.store).expanduser().absolute() if settings.store else settings.database)
+    if scheme not in ("postgresql", "postgres"):
+        raise InvalidConfig(f"ROCK_STORE: there is no store for {scheme}://", hint="a file, or postgresql://...")
+    try:
+        from rock.store.postgres import PostgresStore
+    except ImportError:
+        raise Unsupported("ROCK_STORE: PostgreSQL needs asyncpg", hint="pip install 'rock-sandbox[postgres]'") from None
+    return PostgresStore(settings.store)
+
+
 def _resolvers(settings: Settings) -> list[str]:
     from rock.runtime.network.resolver import parse_server
 
@@ -142,7 +106,17 @@ class Rocklet:
         self.node = Node(runtimes, settings.runtime, settings.run_dir, settings.sandbox_limit, self.images)
         self.router = Api(self.node).router()
         self.router.add(ROUTES["health"], _health)
-        self.app = Authenticated(self.router, settings.api_key)
+        fence = Fence(settings.run_dir / "fence")
+        self.app = Authenticated(fence.over(self.router), settings.api_key)
+
+    def let_go(self) -> None:
+        """The server is about to stop."""
+        self.node.let_go()
+
+    @property
+    def left(self) -> int:
+        """Sandboxes that outlive it."""
+        return len(self.node.supervisors)
 
     async def open(self) -> None:
         self.home.take()
@@ -169,9 +143,10 @@ class Server:
         self.settings = settings
         self.rocklet = Rocklet(settings, runtimes)
         self.home, self.node = self.rocklet.home, self.rocklet.node
+        self.let_go = self.rocklet.let_go
         # Not the host's name: that changes with the network, and every sandbox would be on a worker nobody knows.
         name = "local"
-        self.store = SqliteStore(settings.database)
+        self.store = make_store(settings)
         self._proxy = Proxy(self.store, {name: self.rocklet.router})
         workers: dict[str, Worker] = {name: LocalWorker(name, self.node)}
         self.admin = Admin(settings, self.store, workers, ["write", "read", "worker"], self._proxy)
@@ -183,6 +158,10 @@ class Server:
                 await self._proxy(scope, receive, send)
             else:
                 await self.admin.app(scope, receive, send)
+
+    @property
+    def left(self) -> int:
+        return self.rocklet.left
 
     async def open(self) -> None:
         await self.rocklet.open()
@@ -261,12 +240,19 @@ def http_over(app: App, settings: Settings | None = None) -> uvicorn.Server:
     return _Uvicorn(config)
 
 
+def make_server(settings: Settings, role: type[Server] | type[Rocklet]) -> Server | Rocklet | Control:
+    """What a process with these settings serves."""
+    if role is Server and settings.workers:
+        return Control(settings, make_store(settings))
+    return role(settings)
+
+
 async def serve(settings: Settings, role: type[Server] | type[Rocklet] = Server) -> None:
     """Serve until SIGTERM or SIGINT."""
     tls_of(settings)
     listener = listen(settings.host, settings.port)
     port = listener.getsockname()[1]
-    server = role(settings)
+    server = make_server(settings, role)
     try:
         await server.open()
     except BaseException:
@@ -274,14 +260,14 @@ async def serve(settings: Settings, role: type[Server] | type[Rocklet] = Server)
         raise
     try:
         http = http_over(server.app, settings)
-        with stop_on_signals(http, server.node.let_go):
+        with stop_on_signals(http, server.let_go):
             scheme = "https" if settings.tls_cert else "http"
             server.home.write(settings.host, port, settings.tls_cert)
             log.info("serving on %s://%s:%d, home %s, pid %d", scheme, settings.host, port, settings.home, os.getpid())
             print(f"ROCK serves on {scheme}://{settings.host}:{port} (home {settings.home})", flush=True)
             await http.serve(sockets=[listener])
     finally:
-        left = len(server.node.supervisors)
+        left = server.left
         await server.close()
         listener.close()
         if left:

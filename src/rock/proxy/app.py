@@ -34,15 +34,15 @@ def is_data(path: str) -> bool:
 
 
 class Proxy:
-    """Routes by sandbox id. `workers`: ASGI applications by worker name.
+    """Routes by sandbox id. `workers`: ASGI applications by worker name. local: they are in this process.
 
     To a tenant's key nothing exists but what is its tenant's. Whose a sandbox is never changes (see admin/desk.py), so
     it is asked for once."""
 
-    def __init__(self, store: Store, workers: dict[str, App]) -> None:
+    def __init__(self, store: Store, workers: dict[str, App], local: bool = True) -> None:
         self._store = store
         self._workers = workers
-        self._local = next(iter(workers.values())) if len(workers) == 1 else None
+        self._local = next(iter(workers.values())) if len(workers) == 1 and local else None
         self._owned: OrderedDict[str, str] = OrderedDict()  # tenants by id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -81,7 +81,10 @@ class Proxy:
             missing = Unavailable("its worker is not known here") if record else _not_found(_sandbox_id(scope))
             await _refuse(scope, send, missing)
             return
-        await worker(scope, receive, send)
+        held = _Held(send)
+        await worker(scope, receive, held)
+        if held.held:
+            await _refuse(scope, send, await self._explain(_sandbox_id(scope)))
 
     async def _explain(self, sandbox_id: str) -> RockError:
         """A worker does not hold the sandbox: what became of it."""

@@ -71,7 +71,11 @@ class Lease:
 
 
 class Store(Protocol):
-    """Where records live. Every method raises StorageFull or Unavailable when the medium fails."""
+    """Where records live. Every method raises StorageFull or Unavailable when the medium fails.
+
+    shared: other servers may use it at the same time."""
+
+    shared: bool
 
     async def open(self) -> None: ...
 

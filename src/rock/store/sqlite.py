@@ -35,6 +35,8 @@ _FIELDS = {"user_id", "experiment_id", "namespace", "image", "runtime", "worker"
 class SqliteStore:
     """Records in a file. WAL with synchronous=NORMAL: a commit survives a crash of the process, at any point."""
 
+    shared = False  # a server has its folder to itself
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rock-store")
@@ -241,7 +243,7 @@ class SqliteStore:
         if query.left:
             where.append(f"({_LEFT})")
         for name, value in query.labels.items():
-            where.append("json_extract(info, '$.labels.' || json_quote(?)) = ?")
+            where.append("EXISTS (SELECT 1 FROM json_each(info, '$.labels') WHERE key = ? AND value = ?)")
             values += [name, value]
         if query.after is not None:
             where.append("(created_at, id) < (?, ?)")
