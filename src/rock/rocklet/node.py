@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import logging
 import os
 import socket
@@ -129,7 +130,7 @@ class Node:
         try:
             config, handle, record = self.shelf.load(sandbox_id)
             runtime = self.runtimes[handle.runtime]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:  # anything else may be a newer server's
             log.warning("no usable record of %s: %s", sandbox_id, error)
             await asyncio.to_thread(self.shelf.remove, sandbox_id)
             return

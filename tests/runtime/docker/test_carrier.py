@@ -92,6 +92,11 @@ def test_a_program_by_hand(tmp_path: Path) -> None:
     carried(tmp_path, work)
 
 
+NOBODY_ASKED = [
+    part for message in range(30)
+    for part in (*(frame(carrying.OPEN, 100 + 50 * message + number, b"r") for number in range(50)),
+                 frame(carrying.PACKET, 0, b'{"id": 999, "ok": true}'))
+]  # fmt: skip
 TOO_MUCH = [frame(carrying.DATA, 2, bytes(carrying.MOST))] * (2 * carrying.WINDOW // carrying.MOST + 4)
 
 
@@ -104,7 +109,8 @@ TOO_MUCH = [frame(carrying.DATA, 2, bytes(carrying.MOST))] * (2 * carrying.WINDO
     [frame(carrying.OPEN, 9, b"g"), frame(carrying.PACKET, 0, b"[1]")],
     [frame(carrying.OPEN, 9, b"g"), frame(carrying.PACKET, 0, b"[" * 20_000)],
     [frame(carrying.OPEN, 9, b"f"), frame(carrying.PACKET, 0, b"{}"), frame(carrying.END, 9, struct.pack(">I", 5))],
-], ids=range(14))  # fmt: skip
+    NOBODY_ASKED,
+], ids=range(15))  # fmt: skip
 def test_whoever_breaks_the_rules_is_let_go(tmp_path: Path, lies: list[bytes]) -> None:
     async def work(inside: Inside, link: InitLink, carrier: Carrier) -> None:
         spawning = asyncio.create_task(link.spawn(Program(["x"], stdin="pipe", stderr="null")))

@@ -129,7 +129,10 @@ class FakeRuntime:
                                      hint="use the namespace runtime")
         if config.network != "none":
             raise errors.Unsupported(f'the fake runtime has no network "{config.network}"', hint='use "none"')
-        for name in ("disk", "num_gpus", "accelerator_type", "limit_cpus"):
+        if config.isolation not in (None, Isolation.NONE):
+            raise errors.Unsupported(f"isolation {config.isolation}: the fake runtime isolates nothing",
+                                     hint="use the namespace runtime")
+        for name in ("disk", "num_gpus", "accelerator_type", "limit_cpus", "nofile", "shm_size"):
             if getattr(config, name) is not None:
                 raise errors.Unsupported(f"the fake runtime cannot hold {name}")
         if config.use_kata_runtime or config.oci_runtime is not None or config.image_os != "linux":

@@ -16,13 +16,13 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from rock.errors import ImageError, InvalidConfig, NotFound
+from rock.errors import ImageError, InvalidConfig, NotFound, RockError
 from rock.protocol.sandbox import parse_size
 from rock.runtime.image.blobs import Archive, Blob, Plain, compression
 from rock.runtime.image.host import HostImage, system_folders
@@ -212,7 +212,7 @@ class ImageStore:
         _free_name(name)
         reference = parse(name)
         pulls = self.folder / "locks" / f"pull-{hashlib.sha256(reference.full.encode()).hexdigest()[:16]}"
-        with locked(pulls), locked(self._gate, shared=True), self.layers.scratch() as scratch:
+        with self._tidied(), locked(pulls), locked(self._gate, shared=True), self.layers.scratch() as scratch:
             registries = self._registries(reference, login)
             with storing(f"pulling {name}"), Pull(reference, registries, scratch, self._has, progress) as pull:
                 image = pull.begin()
@@ -222,6 +222,16 @@ class ImageStore:
                     found = self._add(image, [name], progress, pull.wait, repository)[0]
         self._came(found.name)
         return found
+
+    @contextmanager
+    def _tidied(self) -> Iterator[None]:
+        """On a failure, remove the layers that were whole before it and have no name; later, where others add some."""
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError, RockError):
+                self.gc()
+            raise
 
     def _registries(self, reference: Reference, login: Login | None) -> Sequence[Registry]:
         """Where to ask for an image: mirrors, each with a login of its own, and the registry itself last."""
@@ -373,7 +383,8 @@ class ImageStore:
     # ---- inside
 
     def _archive(self, path: Path, name: str | None, progress: Progress | None, kind: str) -> Sequence[ImageRecord]:
-        found = self._archived(path, name, progress, kind)
+        with self._tidied():
+            found = self._archived(path, name, progress, kind)
         self._came(*(record.name for record in found))
         return found
 
