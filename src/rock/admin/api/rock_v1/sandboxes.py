@@ -27,6 +27,7 @@ from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State, parse_size
 from rock.store.base import Query
 from rock.wire.asgi import Request, validate
 
+_NOBODYS_DISK = "50G"
 _A_MOMENT = 1.0  # seconds: the client looks at once and then every three seconds, so a start is worth waiting for
 _LONGEST_START = 85.0  # seconds of the `start` that waits
 _SAMPLE = 0.1  # seconds over which the use of CPUs is measured
@@ -116,11 +117,14 @@ class Sandboxes:
 
     async def _create(self, request: Request, wait: float) -> SandboxInfo:
         config = (await body_of(request, StartRequest)).config(request)
+        # Newer clients ask for this disk without being told to. Nobody wished for it, and one with a disk of its own is
+        # never one that was made ahead, and cannot be committed.
+        if config.disk == _NOBODYS_DISK:
+            config = config.model_copy(update={"disk": None})
         try:
             return await self._desk(request).create(config, None, wait)
         except Unsupported:
-            # Newer clients ask for a disk of 50 GB without being told to, and ROCK passes over a disk limit that a
-            # host cannot hold: it is null in the status then.
+            # ROCK passes over a disk limit that a host cannot hold: it is null in the status then.
             if config.disk is None:
                 raise
         return await self._desk(request).create(config.model_copy(update={"disk": None}), None, wait)
