@@ -20,7 +20,7 @@ from tests.leaks import Inventory
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from rock.errors import Conflict, Forbidden, InvalidConfig, NotFound, QuotaExceeded, RockError, Unauthorized
+from rock.errors import Conflict, Forbidden, ImageError, InvalidConfig, NotFound, QuotaExceeded, RockError, Unauthorized
 from rock.protocol.keys import Access, CreateKey, NewKey, Quota
 from rock.runtime.image.store import ImageStore
 from rock.sync import Client, Sandbox, SandboxConfig
@@ -137,8 +137,11 @@ def test_what_no_tenant_may_ask_for(guarded: RunningServer, owner: Client, tmp_p
     for entry in ("10.0.0.1:80", "168.63.129.16:80", "[64:ff9b::a9fe:a9fe]:80", "169.254.0.0/16:80"):
         with pytest.raises(Forbidden, match="server's own networks"):
             sandbox_of(guarded, key, egress=[entry]).start()
-    with pytest.raises(RockError, match="egress"):  # a bridge of an engine leads to the server's own networks
-        sandbox_of(guarded, key, network="nat", runtime="docker").start()
+    with pytest.raises(Forbidden, match="bridge"):
+        sandbox_of(guarded, key, network="bridge", runtime="docker").start()
+    for image in ("127.0.0.1:9/x:1", "169.254.169.254/x", "localhost:9/x"):  # nobody is asked there
+        with pytest.raises(ImageError, match="not on this machine"):
+            sandbox_of(guarded, key, image=image).start()
     with pytest.raises(RockError, match="isolates nothing"):
         sandbox_of(guarded, key, runtime="process", image="host").start()
     with pytest.raises(Forbidden), Client(guarded.url, key) as client:

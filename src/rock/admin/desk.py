@@ -7,6 +7,7 @@ with their name and a dash, ids that nobody chooses are random, and the owner's 
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -74,6 +75,8 @@ class Desk:
             if network is not None and (not network.is_global or addresses.closed(network.network_address)):
                 raise Forbidden(f"this key may not open {text}: it is an address of the server's own networks",
                                 hint="an entry of the server's owner may")
+        if _is_near(config.image):  # what is on disk may be used; the server contacts nobody there for a tenant
+            config = config.model_copy(update={"pull": "never"})
         if config.minimum_isolation is Isolation.NONE:  # what isolates nothing has the rights of the server
             config = config.model_copy(update={"minimum_isolation": Isolation.LANDLOCK})
         return config
@@ -138,3 +141,16 @@ class Desk:
     async def commit_status(self, sandbox_id: str, wait: float = 0.0) -> CommitStatus:
         await self._own(sandbox_id)
         return await self._service.commits.status(sandbox_id, wait)
+
+
+def _is_near(image: str) -> bool:
+    """Whether the registry that an image's name tells is an address of the server's own networks."""
+    domain, slash, _ = image.partition("/")
+    host = domain.removeprefix("[").partition("]")[0] if domain.startswith("[") else domain.partition(":")[0]
+    if not slash or host == "localhost":
+        return bool(slash)
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return bool(addresses.never(address) or addresses.closed(address))
