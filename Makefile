@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test check lint types unit compat training gym-extras sync lock bench bench-environments clean
+.PHONY: demo test check lint types unit compat fuzz training gym-extras sync lock bench bench-environments clean
 
 demo: $(VENV)/ready
 	@$(PY) -m rock.cli.demo
@@ -45,6 +45,12 @@ unit: $(VENV)/ready-dev
 # ROCK's own client in several versions, installed from PyPI and kept in ROCK_TEST_CACHE; `test` runs the fast half.
 compat: $(VENV)/ready-dev
 	ROCK_TEST_COMPAT=1 $(PY) -m pytest tests/compat
+
+# Requests by the OpenAPI page and bytes for every parser, many of each; FUZZ=N for N examples of each.
+FUZZ ?= 300
+
+fuzz: $(VENV)/ready-dev
+	ROCK_TEST_FUZZ=$(FUZZ) $(PY) -m pytest tests/admin/test_openapi.py tests/image/test_hostile_bytes.py
 
 # Tensors of torch and stable-baselines3, in an environment of their own that is kept in ROCK_TEST_CACHE.
 EXTRAS := $(or $(ROCK_TEST_CACHE),$(HOME)/.cache/rock-tests)/gym-extras
