@@ -1,5 +1,6 @@
 """Requests that the OpenAPI page allows, and some that it does not, made by schemathesis: none is an internal error,
-none hangs. (A session whose shell cannot start is a typed 500.) `make test` makes a few of each; ROCK_TEST_FUZZ=N makes N (`make fuzz`)."""
+none hangs. (A session whose shell cannot start is a typed 500.) `make test` makes a few of each; ROCK_TEST_FUZZ=N makes
+N (`make fuzz`)."""
 
 from __future__ import annotations
 
@@ -60,7 +61,7 @@ def test_no_request_is_an_internal_error(guarded: RunningServer, operations: dic
         with Client(guarded.url, KEY) as client:
             assert client.server_info().pid == guarded.pid
     print(f"\n{dict(statuses)}")
-    assert sum(statuses.values()) > EXAMPLES * 5 and statuses[200] and statuses[422]
+    assert sum(statuses.values()) > EXAMPLES * 5 and statuses[200] + statuses[201]
 
 
 def _try(session: Any, server: RunningServer, sandbox: Sandbox, name: str, operation: Any,
