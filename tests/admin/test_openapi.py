@@ -58,10 +58,11 @@ def test_no_request_is_an_internal_error(guarded: RunningServer, operations: dic
         for number, (name, operation) in enumerate(operations.items()):
             if number % 4 == share and operation.definition.raw.get("operationId") not in _NOT:
                 _try(session, guarded, sandbox, name, operation, statuses)
+        assert sandbox.execute("echo here").stdout == "here\n"
         with Client(guarded.url, KEY) as client:
             assert client.server_info().pid == guarded.pid
     print(f"\n{dict(statuses)}")
-    assert sum(statuses.values()) > EXAMPLES * 5 and statuses[200] + statuses[201]
+    assert sum(statuses.values()) > EXAMPLES * 5
 
 
 def _try(session: Any, server: RunningServer, sandbox: Sandbox, name: str, operation: Any,
@@ -72,7 +73,7 @@ def _try(session: Any, server: RunningServer, sandbox: Sandbox, name: str, opera
     @given(case=operation.as_strategy())
     def ask(case: Any) -> None:
         ends = operation.method == "delete" or name.endswith("/stop")
-        if "sandbox_id" in (case.path_parameters or {}) and len(str(case.query)) % 4 and not ends:
+        if "sandbox_id" in (case.path_parameters or {}) and len(str(case.path_parameters)) % 4 and not ends:
             case.path_parameters["sandbox_id"] = sandbox.sandbox_id
         if isinstance(case.query, dict):
             case.query.pop("wait", None)  # waiting as long as was asked for is no hang
