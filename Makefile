@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test check lint types unit compat docker training gym-extras sync lock bench bench-environments soak \
+.PHONY: demo test check lint types unit compat docker fuzz training gym-extras sync lock bench bench-environments soak \
 	escape-table clean
 
 demo: $(VENV)/ready
@@ -54,6 +54,12 @@ compat: $(VENV)/ready-dev
 docker: $(VENV)/ready-dev
 	ROCK_TEST_DOCKER=1 ROCK_TEST_CONFORM=docker $(PY) -m pytest tests/runtime/docker tests/runtime/conformance \
 		tests/e2e/test_parity.py
+
+# Requests by the OpenAPI page and bytes for every parser, many of each; FUZZ=N for N examples of each.
+FUZZ ?= 300
+
+fuzz: $(VENV)/ready-dev
+	ROCK_TEST_FUZZ=$(FUZZ) $(PY) -m pytest tests/admin/test_openapi.py tests/image/test_hostile_bytes.py
 
 # Tensors of torch and stable-baselines3, in an environment of their own that is kept in ROCK_TEST_CACHE.
 EXTRAS := $(or $(ROCK_TEST_CACHE),$(HOME)/.cache/rock-tests)/gym-extras
