@@ -14,7 +14,10 @@ from tests import unprivileged
 SUITES = [
     "tests/rocklet/test_streams.py",
     "tests/runtime",
-    "tests/image",
+    "tests/image/test_host_image.py",
+    "tests/image/test_image_store.py",
+    "tests/image/test_layers.py",
+    "tests/image/test_packing.py",
     "tests/cli/test_demo.py",
     "tests/e2e/test_images.py",
     "tests/e2e/test_sessions.py",
