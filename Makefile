@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test check lint types unit compat docker fuzz training gym-extras sync lock bench bench-environments soak \
-	escape-table clean
+.PHONY: demo test check lint types unit compat docker fuzz admins training gym-extras sync lock bench \
+	bench-environments soak escape-table clean
 
 demo: $(VENV)/ready
 	@$(PY) -m rock.cli.demo
@@ -60,6 +60,10 @@ FUZZ ?= 300
 
 fuzz: $(VENV)/ready-dev
 	ROCK_TEST_FUZZ=$(FUZZ) $(PY) -m pytest tests/admin/test_openapi.py tests/image/test_hostile_bytes.py
+
+# Several admins on one PostgreSQL: one leads, others take over.
+admins: $(VENV)/ready-dev
+	ROCK_TEST_ADMINS=1 $(PY) -m pytest tests/store/test_several_admins.py
 
 # Tensors of torch and stable-baselines3, in an environment of their own that is kept in ROCK_TEST_CACHE.
 EXTRAS := $(or $(ROCK_TEST_CACHE),$(HOME)/.cache/rock-tests)/gym-extras

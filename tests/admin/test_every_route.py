@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+from tests.admin.conftest import OWNER
 from tests.conftest import IMAGE, RunningServer
-from tests.leaks import Inventory
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -21,10 +21,8 @@ from rock.admin.api import training
 from rock.admin.api.rock_v1 import GEM, SANDBOXES, commands, commits, envhub, files, gem, sandboxes
 from rock.protocol.keys import Access, CreateKey
 from rock.protocol.routes import METHODS, ROUTES
-from rock.runtime.image.store import ImageStore
 from rock.sync import Client, Sandbox, SandboxConfig
 
-OWNER = "the owner's key"
 # Routes that are about no sandbox that is named: they make one, or change what all share.
 _MAKES = {"/v1/sandboxes", "/v1/envs", "/v1/envs/add", "/v1/envs/build", f"{SANDBOXES}/start",
           f"{SANDBOXES}/start_async", f"{GEM}/make", "/env/register", "/env/delete", "/v1/keys",
@@ -98,16 +96,6 @@ def request(server: RunningServer, key: str | None, row: Row, sandbox_id: str) -
     if row.path == "/v1/sandboxes":
         query = ""
     return ask(server, key, row.method, path + query, None if row.method in ("GET", "HEAD") else body)
-
-
-@pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    server = RunningServer(tmp_path_factory.mktemp("routes"), ROCK_API_KEY=OWNER)
-    ImageStore(server.home / "images").from_host(IMAGE)
-    server.start()
-    yield server
-    server.stop()
-    server.assert_clean(Inventory())
 
 
 @pytest.fixture(scope="module")

@@ -7,35 +7,22 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from tests.admin.conftest import OWNER as KEY
 from tests.conftest import IMAGE, RunningServer
-from tests.leaks import Inventory
 
-from rock.runtime.image.store import ImageStore
 from rock.sync import Client, Sandbox, SandboxConfig
 
 schemathesis = pytest.importorskip("schemathesis", reason="schemathesis is not installed: pip install -e .[dev]")
 requests = pytest.importorskip("requests")
 
-KEY = "the owner's key"
 EXAMPLES = int(os.environ.get("ROCK_TEST_FUZZ", "4"))
 # They pull, install and build, from networks that the tests may not have; the first two are tried with what does not.
 _NOT = {"build_env_v1_envs_build_post", "open_env", "commit_sandbox", "create_sandbox"}
 _SECONDS = 60  # without an answer it hangs
-
-
-@pytest.fixture(scope="module")
-def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    server = RunningServer(tmp_path_factory.mktemp("fuzzed"), ROCK_API_KEY=KEY)
-    ImageStore(server.home / "images").from_host(IMAGE)
-    server.start()
-    yield server
-    server.stop()
-    server.assert_clean(Inventory())
 
 
 @pytest.fixture(scope="module")

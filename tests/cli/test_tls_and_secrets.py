@@ -107,6 +107,8 @@ def test_secrets_are_nowhere(own_server: Callable[..., RunningServer], tmp_path:
         assert SECRETS["password"] not in refused.value.read().decode()
     server.kill()  # what is written at the end, and what is found again
     server.start()
+    with Client(server.url, key) as client:  # it is a key still
+        assert client.list_sandboxes()
     everywhere = {name: holders(server.home, secret) for name, secret in secrets.items()}
     assert not any(everywhere.values()), everywhere
     assert holders(server.home, "x") and holders(server.home, "rock.cli.server")  # it can be found
