@@ -138,7 +138,7 @@ def test_a_group(server: RunningServer) -> None:
         ({"image": "no/such:image"}, ImageError, "rock image import"),
         ({"cpus": 4096.0}, InvalidConfig, "exceed"),
         ({"memory": "900t"}, InvalidConfig, "exceed"),
-        ({"disk": "1g"}, Unsupported, "disk"),
+        ({"disk": "1g", "auto_delete_seconds": 60}, Unsupported, "disk"),
         ({"network": "nat", "runtime": "process", "image": "host"}, Unsupported, "nat"),
         ({"egress": ["example.com"], "runtime": "process", "image": "host"}, Unsupported, "egress"),
         ({"egress": [], "runtime": "fake"}, Unsupported, "egress"),

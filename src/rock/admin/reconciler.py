@@ -101,9 +101,11 @@ class Reconciler:
                     self._push(time.time() + _POLL, record.id)
         for name, found in here.items():
             for stray in found.all - known:
-                if await self.service.store.get(stray) is not None:
+                now = await self.service.store.get(stray)
+                over = now is not None and now.state in (State.STOPPED, State.DELETED) and not now.info.kept
+                if now is not None and not over:
                     continue  # of another admin, made since
-                log.warning("destroying sandbox %s: it has no record", stray)
+                log.warning("destroying sandbox %s: it %s", stray, "is over" if over else "has no record")
                 await self.service.workers[name].destroy(stray)
 
     async def _all(self, query: Query) -> AsyncIterator[Record]:

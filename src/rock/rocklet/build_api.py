@@ -15,7 +15,7 @@ from rock.protocol.keys import Access, caller_of
 from rock.protocol.routes import ROUTES, Frame
 from rock.rocklet.buildrun import Flow
 from rock.rocklet.commits import scratch_of
-from rock.rocklet.kept_api import frames_of, payloads_of
+from rock.rocklet.kept_api import first_of, frames_of, payloads_of
 from rock.rocklet.node import Node
 from rock.rocklet.stream import Streaming
 from rock.runtime.image.locks import storing
@@ -53,7 +53,7 @@ def add_routes(router: Router, node: Node) -> None:
 
 
 async def _wish(frames: AsyncGenerator[tuple[Frame, bytes]]) -> BuildRequest:
-    kind, payload = await anext(frames, (Frame.ERROR, b""))
+    kind, payload = await first_of(frames)
     if kind is not Frame.RESULT:
         raise InvalidConfig("the first frame has to tell what is to be built")
     try:

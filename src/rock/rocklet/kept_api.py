@@ -22,7 +22,7 @@ def add_routes(router: Router, node: Node) -> None:
     async def unpack(request: Request) -> Answer:
         frames = frames_of(request)
         async with contextlib.aclosing(frames):
-            kind, payload = await anext(frames, (Frame.ERROR, b""))
+            kind, payload = await first_of(frames)
             if kind is not Frame.RESULT:
                 raise InvalidConfig("the first frame has to tell what comes")
             try:
@@ -57,6 +57,15 @@ async def frames_of(request: Request) -> AsyncGenerator[tuple[Frame, bytes]]:
                 yield frame
         except ValueError as error:
             raise InvalidConfig(f"this is no frame: {error}") from None
+
+
+async def first_of(frames: AsyncGenerator[tuple[Frame, bytes]]) -> tuple[Frame, bytes]:
+    """The first frame, an empty error where there is none. `anext` with a default ends with a SystemError in Python
+    3.11 when an outer generator has ended."""
+    try:
+        return await anext(frames)
+    except StopAsyncIteration:
+        return Frame.ERROR, b""
 
 
 async def payloads_of(frames: AsyncGenerator[tuple[Frame, bytes]]) -> AsyncIterator[bytes]:
