@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test check lint types unit compat training gym-extras sync lock bench bench-environments clean
+.PHONY: demo test check lint types unit compat docker fuzz admins training gym-extras sync lock bench \
+	bench-environments soak escape-table clean
 
 demo: $(VENV)/ready
 	@$(PY) -m rock.cli.demo
@@ -32,19 +33,37 @@ check: lint types
 lint: $(VENV)/ready-dev
 	$(VENV)/bin/ruff check src tests tools bench
 	$(PY) tools/unasync.py --check
+	$(PY) tools/runtimes.py --check
 
 types: $(VENV)/ready-dev
 	$(VENV)/bin/mypy
 
-# The runtimes' own tests run in a process of their own: they count its descriptors and children. The others wait more
+# The runtimes' own tests run in a process of their own: they count its descriptors and children; those with a container
+# engine in another one, whose child that is. The others wait more
 # than they work, so two at a time; the longest first.
 unit: $(VENV)/ready-dev
-	$(PY) -m pytest tests/runtime tests/rocklet
+	ROCK_TEST_CONFORM=fake,namespace,process $(PY) -m pytest tests/runtime tests/rocklet --ignore=tests/runtime/docker
+	ROCK_TEST_CONFORM=docker $(PY) -m pytest tests/runtime/docker tests/runtime/conformance
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/runtime --ignore=tests/rocklet
 
 # ROCK's own client in several versions, installed from PyPI and kept in ROCK_TEST_CACHE; `test` runs the fast half.
 compat: $(VENV)/ready-dev
 	ROCK_TEST_COMPAT=1 $(PY) -m pytest tests/compat
+
+# All of the suite on containers, of runc and of gVisor too, with an engine from Debian's packages; needs root.
+docker: $(VENV)/ready-dev
+	ROCK_TEST_DOCKER=1 ROCK_TEST_CONFORM=docker $(PY) -m pytest tests/runtime/docker tests/runtime/conformance \
+		tests/e2e/test_parity.py
+
+# Requests by the OpenAPI page and bytes for every parser, many of each; FUZZ=N for N examples of each.
+FUZZ ?= 300
+
+fuzz: $(VENV)/ready-dev
+	ROCK_TEST_FUZZ=$(FUZZ) $(PY) -m pytest tests/admin/test_openapi.py tests/image/test_hostile_bytes.py
+
+# Several admins on one PostgreSQL: one leads, others take over.
+admins: $(VENV)/ready-dev
+	ROCK_TEST_ADMINS=1 $(PY) -m pytest tests/store/test_several_admins.py
 
 # Tensors of torch and stable-baselines3, in an environment of their own that is kept in ROCK_TEST_CACHE.
 EXTRAS := $(or $(ROCK_TEST_CACHE),$(HOME)/.cache/rock-tests)/gym-extras
@@ -72,6 +91,14 @@ bench-environments: $(VENV)/ready-dev
 
 bench: $(VENV)/ready-dev
 	$(VENV)/bin/rock bench
+
+# 10,000 sandboxes made, used and destroyed; tells what is left of them. N=2000 for fewer.
+soak: $(VENV)/ready-dev
+	$(PY) bench/cycles.py $(or $(N),10000)
+
+# Every attempt to escape at every level; as root. Writes the table in docs/security.md.
+escape-table: $(VENV)/ready-dev
+	$(PY) -m tests.escape.levels
 
 sync: $(VENV)/ready-dev
 	$(PY) tools/unasync.py

@@ -42,6 +42,7 @@ class RunningServer:
     def __init__(self, home: Path, **environment: str) -> None:
         self.home = home
         self.environment = environment
+        self.prefix: list[str] = []  # a program that runs the server's command line in its own place
         self.process: subprocess.Popen[bytes] | None = None
         self.url = ""
         self.pid = 0

@@ -45,7 +45,7 @@ def _processes(server: int) -> Iterator[str]:
 
 
 def _folders(home: Path) -> Iterator[str]:
-    for part in ("run/records", "run/logs", "run/namespace", "run/process"):
+    for part in ("run/records", "run/logs", "run/namespace", "run/process", "run/docker"):
         folder = home / part
         if folder.is_dir():
             names = (entry.name for entry in folder.iterdir() if entry.is_dir() or part == "run/records")

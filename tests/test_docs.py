@@ -59,6 +59,10 @@ def test_sh_block(tmp_path: Path, kind: str, words: str, code: str, free_port: C
          ROCK_BASE_URL=f"http://127.0.0.1:{port}")  # fmt: skip
 
 
+def test_the_table_of_runtimes_is_what_they_declare() -> None:
+    _run([sys.executable, "tools/runtimes.py", "--check"])
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):

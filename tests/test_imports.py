@@ -39,15 +39,15 @@ ALLOWED: dict[str, set[str]] = {
 }
 # Old import paths that only name things of a higher floor again.
 ALIASES = {"sdk/envs": {"envs"}, "sdk/common": {"errors"}}
-ROOFS = {"cli", "__init__", "bench"}
-OPTIONAL = {"numpy", "gymnasium", "torch", "ray", "gem", "httpx", "requests", "aiohttp", "aiodocker",
-            "docker", "asyncpg", "psycopg"}
+ROOFS = {"cli", "__init__", "bench", "testing"}
+OPTIONAL = {"numpy", "gymnasium", "torch", "ray", "gem", "httpx", "requests", "aiohttp", "docker", "asyncpg", "psycopg"}
 
 # Where they may be imported: in what bears their name, and in what runs inside a sandbox, where they are installed.
 HOMES = {
     "gymnasium": {"gym", "guest/hosting", "guest/spaces", "guest/envhost"},
     "numpy": {"gym", "gem", "guest/values"},
     "torch": {"gym/torch"},
+    "asyncpg": {"store/postgres"},
     "gem": {"gem", "guest/hosting", "guest/envhost"},
 }
 

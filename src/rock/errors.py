@@ -8,6 +8,7 @@ RockError                           code, message, sandbox_id, retryable, hint
 │   │   └── NotHere                 a worker does not hold it; never seen by a client of the admin
 │   ├── Conflict                    it exists already, or its state forbids this
 │   ├── Unauthorized                no key, or the wrong one
+│   ├── Forbidden                   a key that is not for this
 │   └── QuotaExceeded               over a limit set for you
 ├── SandboxError                    the sandbox is at fault            (InternalServerRockError)
 │   ├── StartFailed                 it never ran
@@ -49,6 +50,7 @@ __all__ = [
     "EnvironmentEnded",
     "EnvironmentRaised",
     "Expired",
+    "Forbidden",
     "ImageError",
     "InternalServerRockError",
     "InvalidConfig",
@@ -219,8 +221,15 @@ class Unauthorized(ClientError):
     status = 401
 
 
+class Forbidden(ClientError):
+    """The key is right, and not for this."""
+
+    code = "forbidden"
+    status = 403
+
+
 class QuotaExceeded(ClientError):
-    """A limit that was set for this caller."""
+    """A limit that was set for this caller; `details["retry_after"]` seconds later it may be otherwise."""
 
     code = "quota_exceeded"
     status = 429

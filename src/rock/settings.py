@@ -9,7 +9,7 @@ Client settings are functions, because a script may set a variable after the imp
 | ROCK_API_KEY | none | the key that they send, and that a server asks for |
 | ROCK_HOME | ~/.rock | the one folder with all of a server's state |
 | ROCK_POOL_SIZE | 4 | warm sandboxes kept per recently used image; 0 is off |
-| ROCK_RUNTIME | namespace | the default runtime |
+| ROCK_RUNTIME | namespace | the default runtime: docs/runtimes.md |
 | DOCKER_HOST | unix:///var/run/docker.sock | the container engine of runtime "docker": a socket of this machine |
 | ROCK_HOST, ROCK_PORT | 127.0.0.1, 8080 | where the server listens |
 | ROCK_SANDBOX_LIMIT | 2000 | most sandboxes at once on this machine |
@@ -23,6 +23,11 @@ Client settings are functions, because a script may set a variable after the imp
 | ROCK_S3_ENDPOINT, ROCK_S3_REGION | Amazon's, us-east-1 | of an archive in a bucket |
 | ROCK_S3_KEY, ROCK_S3_SECRET | none | what it is signed with |
 | ROCK_NETWORK_RESOLVERS | those of /etc/resolv.conf | of network nat: ADDRESS[:PORT], comma-separated |
+| ROCK_TLS_CERT, ROCK_TLS_KEY | none | a chain of certificates and its key (PEM): the server speaks TLS |
+| SSL_CERT_FILE | the system's | whom clients trust |
+| ROCK_STORE | rock.sqlite in ROCK_HOME | where the server remembers: a file, or postgresql://USER@HOST/DATABASE |
+| ROCK_WORKERS | none | an admin without sandboxes of its own: its rocklets, as NAME=URL,NAME=URL |
+| ROCK_WORKER_KEY | ROCK_API_KEY | the key that those ask for |
 | ROCK_LOG_LEVEL | info | debug, info, warning, error |
 | HF_ENDPOINT | https://huggingface.co | where the client finds the repositories of `hf://` sources |
 | ROCK_ENVHUB_DB_URL | envhub.sqlite in ROCK_HOME | where an `envhub` keeps it: sqlite:///FILE |
@@ -154,13 +159,18 @@ class Settings:
     home: Path
     host: str = "127.0.0.1"
     port: int = 8080
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     pool_size: int = 4
     runtime: str = "namespace"
     sandbox_limit: int = 2000
     network_resolvers: str = ""
     docker_host: str = ""
     log_level: str = "info"
+    tls_cert: str = ""
+    tls_key: str = ""
+    store: str = field(default="", repr=False)
+    workers: str = ""
+    worker_key: str = field(default="", repr=False)
     archive: str = ""
     archive_limit: str = "64g"
     image_budget: str = ""
@@ -217,6 +227,11 @@ class Settings:
             ("runtime", str),
             ("network_resolvers", str),
             ("log_level", str),
+            ("tls_cert", str),
+            ("tls_key", str),
+            ("store", str),
+            ("workers", str),
+            ("worker_key", str),
             ("archive", str),
             ("archive_limit", str),
             ("image_budget", str),

@@ -19,7 +19,7 @@ import pytest
 from tests.leaks import Inventory, take_inventory
 
 from rock.admin.worker import StreamTransport, Transport, WireWorker
-from rock.errors import Conflict, ImageError, InvalidConfig, Lost, NotFound
+from rock.errors import Conflict, ImageError, InvalidConfig, Lost, NotFound, Unsupported
 from rock.protocol.node import NodeCommit
 from rock.protocol.sandbox import ArchivedFiles, Cause, SandboxConfig
 from rock.runtime.image.store import ImageStore
@@ -102,6 +102,34 @@ def test_an_admin_elsewhere_commands_it(rocklet: tuple[str, Path, int]) -> None:
         with pytest.raises(NotFound):
             await worker.get("one")
         assert (await worker.events(0, 0)).boot == boot
+        return before
+
+    before = asyncio.run(main())
+    end = time.monotonic() + 5
+    while (left := take_inventory(home, pid) - before) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not left
+
+
+def test_connections_are_told_over_the_wire(rocklet: tuple[str, Path, int]) -> None:
+    url, home, pid = rocklet
+    transport = wire_to(url)
+    code = "import socket; socket.create_connection(('169.254.169.254', 80), 20).recv(1)"
+    body = json.dumps({"command": ["python3", "-c", code]}).encode()
+
+    async def main() -> Inventory:
+        worker = WireWorker("there", transport)
+        before = take_inventory(home, pid)
+        try:
+            await worker.create("one", SandboxConfig(image="host", memory="256m", cpus=1.0, network="nat"))
+        except Unsupported as error:
+            pytest.skip(str(error))
+        await transport("POST", "/v1/sandboxes/one/execute", "", body)
+        for _ in range(2):  # while it lives, and afterwards
+            [seen] = (await worker.connections("one")).items
+            assert (seen.address, seen.allowed, seen.reason) == ("169.254.169.254", False, "metadata address")
+            await worker.destroy("one")
+        assert (await worker.connections("unknown")).items == []
         return before
 
     before = asyncio.run(main())

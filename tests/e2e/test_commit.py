@@ -201,7 +201,7 @@ def test_names_and_one_at_a_time(server: RunningServer) -> None:
     with box(server, IMAGE) as sandbox:
         with pytest.raises(NotFound, match="no image was made"):
             sandbox.get_commit_status()
-        for name in ("a/UPPER", "host", "a@sha256:" + "0" * 64, "x\0y", "a/b\n:1"):
+        for name in ("a/UPPER", "host", "localhost/rock-build:x", "a@sha256:" + "0" * 64, "x\0y", "a/b\n:1"):
             with pytest.raises(InvalidConfig):
                 sandbox.commit(name)
         sandbox.arun("mkdir /work; for i in {1..3000}; do echo > /work/$i; done")

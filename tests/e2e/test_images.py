@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import re
 import shutil
+import socket
 import subprocess
 import tarfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tests.conftest import RunningServer
+from tests.conftest import IMAGE, RunningServer
 from tests.image.registries import USER, docker_registry, push
 
 from rock.errors import ImageError
 from rock.runtime.image.store import ImageStore
-from rock.sync import Sandbox
+from rock.sync import Client, Sandbox
 
 
 def small_root(folder: Path, *more: str) -> Path:
@@ -89,3 +93,27 @@ def test_an_image_is_pulled_when_it_is_first_needed(
         Sandbox(**options, pull="always").start()
     kept = [path for path in server.home.rglob("*") if path.is_file() and not path.is_symlink()]
     assert not [path for path in kept if USER.password.encode() in path.read_bytes()]
+
+
+def test_silent_registries_hold_up_nobody(own_server: Callable[..., RunningServer]) -> None:
+    """A registry may take as long as it likes: many of them at once leave the server's other work alone."""
+    server, many = own_server(), (os.cpu_count() or 1) + 8
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as silent, Client(server.url) as client:
+        silent.settimeout(30)
+        image = f"127.0.0.1:{silent.getsockname()[1]}/team"
+        waiting = [Sandbox(base_url=server.url, image=f"{image}/n{number}:1", memory="64m", cpus=0.1)
+                   for number in range(many)]  # fmt: skip
+        with ThreadPoolExecutor(many) as pool, contextlib.ExitStack() as held:
+            starts = [pool.submit(sandbox.start) for sandbox in waiting]
+            for _ in range(many):
+                held.enter_context(silent.accept()[0])
+            with Sandbox(base_url=server.url, image=IMAGE, memory="64m", cpus=0.1) as other:
+                other.fs.write("/tmp/a", b"x")
+                assert other.arun("cat /tmp/a").output == "x" and len(client.list_sandboxes()) == many + 1
+                with pytest.raises(ImageError, match="cannot be reached"):
+                    Sandbox(base_url=server.url, image="127.0.0.1:1/no/body:1", memory="64m", cpus=0.1).start()
+            silent.close()
+            held.close()
+            for start in starts:
+                with pytest.raises(ImageError):
+                    start.result(60)

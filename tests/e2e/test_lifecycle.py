@@ -139,8 +139,9 @@ def test_a_group(server: RunningServer) -> None:
         ({"cpus": 4096.0}, InvalidConfig, "exceed"),
         ({"memory": "900t"}, InvalidConfig, "exceed"),
         ({"disk": "1g"}, Unsupported, "disk"),
-        ({"network": "nat", "runtime": "process"}, Unsupported, "nat"),
-        ({"egress": ["example.com"], "runtime": "process"}, Unsupported, "nat"),
+        ({"network": "nat", "runtime": "process", "image": "host"}, Unsupported, "nat"),
+        ({"egress": ["example.com"], "runtime": "process", "image": "host"}, Unsupported, "egress"),
+        ({"egress": [], "runtime": "fake"}, Unsupported, "egress"),
         ({"num_gpus": 1.0}, Unsupported, "gpu"),
         ({"minimum_isolation": "microvm"}, Unsupported, "microvm"),
         ({"runtime": "nosuch"}, InvalidConfig, "nosuch"),
@@ -159,7 +160,8 @@ def test_what_cannot_be_given_is_refused_before_start(
 
 @pytest.mark.parametrize(
     "fields",
-    [{"memory": "abc"}, {"memory": "-1g"}, {"cpus": 0}, {"image": "  "}, {"memroy": "1g"}, {"env": {"a=b": "c"}}],
+    [{"memory": "abc"}, {"memory": "-1g"}, {"cpus": 0}, {"image": "  "}, {"memroy": "1g"}, {"env": {"a=b": "c"}},
+     {"egress": ["http://example.com/"]}, {"egress": ["example.com"], "network": "host"}],
 )
 def test_bad_config_is_an_error_at_once(server: RunningServer, fields: dict[str, object]) -> None:
     with pytest.raises(ValueError):

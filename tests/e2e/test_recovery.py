@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from tests.conftest import IMAGE, RunningServer
@@ -83,6 +85,25 @@ def test_what_died_meanwhile_is_told(own_server: Callable[..., RunningServer]) -
         assert {i.state for i in client.list_sandboxes()} == {State.RUNNING}
         client.stop_sandbox(dead.sandbox_id)
         assert client.get_sandbox(dead.sandbox_id).cause is Cause.USER
+
+
+def test_what_a_newer_server_wrote_is_left_to_it(own_server: Callable[..., RunningServer]) -> None:
+    """An older server that is tried in between does not understand the record: it ends nothing that it is about."""
+    server = own_server()
+    sandbox = make(server)
+    (file,) = (path for path in server.home.rglob(f"records/{sandbox.sandbox_id}") if path.is_file())
+    text = file.read_text()
+    (pid,) = (int(json.loads(path.read_text())["pid"]) for path in server.home.rglob("record.json"))
+    server.kill()
+    record = json.loads(text)
+    record["config"]["of_tomorrow"] = 1
+    file.write_text(json.dumps(record))
+    server.start()
+    assert "could not be found again" in server.log()
+    assert file.exists() and Path(f"/proc/{pid}").exists()
+    server.kill()
+    file.write_text(text)
+    server.start()
 
 
 def test_deadlines_survive(own_server: Callable[..., RunningServer]) -> None:

@@ -10,6 +10,7 @@ import pytest
 from tests.conftest import RunningServer
 
 from rock import errors
+from rock.runtime.image.store import ImageStore
 from rock.training import HarborTask, HarborTasks
 
 FOLDER = Path(__file__).parent / "harbor"
@@ -105,10 +106,35 @@ def test_times(server: RunningServer, tmp_path: Path) -> None:
             tasks.evaluate("a")
 
 
+def test_the_image_is_built_of_its_dockerfile(server: RunningServer, tmp_path: Path) -> None:
+    """Once, and again where it changed; a RUN that fails is told with its line."""
+    folder = task_with(tmp_path, "cat /made > /logs/verifier/reward.txt\n", task_toml="version = '1.0'\n")
+    made = "FROM python:3.11\nCOPY given /given\nRUN cat /given > /made\n"
+    (folder / "environment/Dockerfile").write_text(made)
+    (folder / "environment/given").write_text("0.25")
+    with HarborTasks(folder, base_url=server.url) as tasks:
+        for name in ("a", "b"):
+            tasks.create_instance("harbor", "changed", name)
+            assert tasks.step(name, DONE)["reward"] == 0.25
+        image = tasks.tasks["changed"].built_image
+    (folder / "environment/given").write_text("0.75")
+    with HarborTasks(folder, base_url=server.url) as tasks:
+        tasks.create_instance("harbor", "changed", "a")
+        assert tasks.evaluate("a") == 0.75
+    (folder / "environment/Dockerfile").write_text(made + "RUN exit 3\n")
+    with HarborTasks(folder, base_url=server.url) as tasks:
+        with pytest.raises(errors.CommandFailed, match="Dockerfile line 4: RUN ended with status 3"):
+            tasks.create_instance("harbor", "changed")
+    store = ImageStore(server.home / "images")
+    store.remove(image)
+    store.prune(steps=True)
+
+
 def test_what_cannot_be_run_is_refused_before_the_start(server: RunningServer, tmp_path: Path) -> None:
     folder = task_with(tmp_path, "exit 0\n", task_toml="version = '1.0'\n")
+    (folder / "environment/Dockerfile").unlink()
     with HarborTasks(folder, base_url=server.url) as tasks:
-        with pytest.raises(errors.Unsupported, match="has a Dockerfile, which ROCK cannot build yet"):
+        with pytest.raises(errors.InvalidConfig, match="has no image"):
             tasks.create_instance("harbor", "changed")
         with pytest.raises(errors.NotFound, match="no task 'other'"):
             tasks.create_instance("harbor", "other")

@@ -126,3 +126,16 @@ def test_the_commands(names: Client) -> None:
     shown = json.loads(rock_command("env", "show", "game:Sokoban-v0", "--json"))
     assert (shown["id"], shown["protocol"], shown["aliases"]) == ("game:Sokoban-v0-easy", "gem", ["game:Sokoban-v0"])
     assert "cli/Cart" in rock_command("env", "list", "cli/")
+
+
+def test_training_sets_are_environments_too(names: Client) -> None:
+    rows = {row["id"]: row for row in names.list_envs()}
+    assert rows["task:bfcl"]["protocol"] == "task" and "appworld download" in rows["task:appworld"]["note"]
+    about = names.about_env("task:bfcl")
+    assert about.id == "task:bfcl" and "mpmath==1.3.0" in about.requirements
+    assert names.about_env("task:reasoning_gym").id == "task:reasoning-gym"
+    assert names.build_env(BuildEnv(env_id="task:webshop")).is_ready
+    with pytest.raises(errors.NotFound, match="no training set"):
+        names.about_env("task:nothing-of-that-kind")
+    with pytest.raises(errors.InvalidConfig, match="are its own"):
+        names.build_env(BuildEnv(env_id="task:webshop", packages=["numpy"]))

@@ -21,6 +21,15 @@ def _secret(host: Host, box: Box) -> str | None:
         return None if file.read() == host.facts["token"] else "the host's file was changed"
 
 
+def _mode(host: Host, box: Box) -> str | None:
+    found = os.stat(host.facts["secret"])
+    if found.st_mode & 0o777 != 0o644 or abs(found.st_mtime - found.st_ctime) > 3600:
+        os.chmod(host.facts["secret"], 0o644)
+        os.utime(host.facts["secret"])
+        return "the mode or the time of the host's file was changed"
+    return None
+
+
 def _interpreter(host: Host, box: Box) -> str | None:
     found = os.stat(host.facts["interpreter"])
     return None if [found.st_size, found.st_mtime_ns] == host.facts["interpreter_stat"] else "a program was changed"
@@ -59,16 +68,25 @@ except OSError as error: blocked(name_of(error))
 opened('read')
 """, control=True),
     Attempt(THEME, "overwrite a file of the host", "tried(lambda: write(HOST['secret'], b'escaped'))", look=_secret),
+    Attempt(THEME, "mode, owner, times and attributes of a file of the host", """
+path = HOST['secret']
+tried(lambda: os.chmod(path, 0o600), lambda: os.utime(path, (1, 1)), lambda: os.chown(path, os.getuid(), -1),
+      lambda: os.setxattr(path, 'user.escape', b'x'), lambda: os.symlink(path, path + '3'),
+      lambda: os.truncate(path, 0), lambda: os.link(path, './linked'), lambda: os.rename(path, path + '2'),
+      lambda: os.unlink(path), lambda: os.mkdir(path + '.d'))
+""", look=_mode),
     Attempt(THEME, "overwrite the running program (/proc/self/exe)", """
 def go(path):
     return lambda: (os.open(path, os.O_WRONLY), path)
 tried(go('/proc/self/exe'), go(os.path.realpath('/proc/self/exe')), go('/proc/%d/exe' % HOST['init']))
 """, look=_interpreter),
     Attempt(THEME, "overwrite a host program while it does not run", """
-def go(path):
-    return lambda: (os.open(path, os.O_WRONLY), path)
-tried(go('/usr/bin/env'), go('/usr/bin/python3'), lambda: os.unlink('/usr/bin/env'),
-      lambda: os.rename('/usr/bin/env', '/usr/bin/env2'), lambda: os.chmod('/usr/bin/env', 0o777))
+data = read('/usr/bin/env', 64)
+try:
+    write('/usr/bin/env', data)  # the same: should it be the host's own, its time tells
+except OSError as error:
+    blocked(name_of(error))
+blocked('what was written is a copy of its own')
 """, look=_interpreter),
     Attempt(THEME, "files of other sandboxes and of the server", """
 seen = []
@@ -80,7 +98,8 @@ for path in (HOST['run_dir'], HOST['home'], '/root/.ssh', os.path.expanduser('~/
 opened(*seen) if seen else blocked('not to be seen')
 """, control=False),
     Attempt(THEME, "private files of /etc", """
-tried(lambda: os.open('/etc/shadow', os.O_RDONLY), lambda: os.open('/etc/gshadow', os.O_RDONLY), lambda: os.listdir('/etc/ssl/private'),
+tried(lambda: os.open('/etc/shadow', os.O_RDONLY), lambda: os.open('/etc/gshadow', os.O_RDONLY),
+      lambda: os.listdir('/etc/ssl/private'),
       lambda: os.listdir('/etc/sudoers.d'))
 """, control=True),
     Attempt(THEME, "paths of the host in the mount table", """
@@ -253,8 +272,9 @@ API = [
     _api("a sparse file of a terabyte", "open('sparse', 'w').truncate(1 << 40); blocked('ready')", _sparse),
     _api("file names that are no text", "os.mkdir('names')\nfor name in (b'a\\nb', b'\\xff\\xfe', b'\"}'):\n"
                                         "  open(b'names/' + name, 'w').close()\nblocked('ready')", _names),
-    _api("a folder of twenty thousand files", "os.mkdir('many')\nfor n in range(20000): open('many/%d' % n, 'w').close()\n"
-                                              "blocked('ready')", _many),
+    _api("a folder of twenty thousand files",
+         "os.mkdir('many')\nfor n in range(20000):\n  open('many/%d' % n, 'w').close()\n"
+         "blocked('ready')", _many),
 ]
 
 ATTEMPTS = [*INSIDE, *API]

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from rock import errors
+from rock.guest import proctree
 from rock.runtime.base import Process
 from tests.escape.attempt import PRELUDE, Attempt, Host
 from tests.runtime.boxes import Box
@@ -130,11 +131,15 @@ async def _within(host: Host, box: Box, detail: str) -> str:
     return f"blocked: {detail}"
 
 
-async def _watch_bomb(box: Box, bomb: Process) -> tuple[int, int, str]:
-    """Most bytes by the API, bytes that the bomb tells to hold in the end, and how it ended."""
+async def _watch_bomb(box: Box, bomb: Process, patience: float) -> tuple[int, int, str]:
+    """Most bytes by the API, bytes that the bomb tells to hold in the end, and how it ended.
+
+    patience: seconds for one that holds too much to be ended: who watches looks when the machine lets him."""
     most, told, ended = 0, b"0", "still there"
-    end = time.monotonic() + 6.0
-    while time.monotonic() < end and ended == "still there":
+    started = time.monotonic()
+    while ended == "still there":
+        if time.monotonic() - started > (patience if int(told.strip() or b"0") > MEMORY else 6.0):
+            break
         try:
             async with asyncio.timeout(0.2):
                 status = await bomb.wait()
@@ -145,7 +150,12 @@ async def _watch_bomb(box: Box, bomb: Process) -> tuple[int, int, str]:
             told = (told + os.read(bomb.stdout or 0, 1 << 16)).rpartition(b"\n")[0].rpartition(b"\n")[2] + b"\n"
         used = await box.runtime.usage(box.handle)
         most = max(most, used.memory_peak_bytes or used.memory_bytes or 0)
-    now = (await box.runtime.usage(box.handle)).memory_bytes or 0
+    end = time.monotonic() + 20.0
+    while True:  # who is watched has forked faster than he was killed
+        now = (await box.runtime.usage(box.handle)).memory_bytes or 0
+        if now <= MEMORY or time.monotonic() > end:
+            break
+        await asyncio.sleep(0.3)
     return most, max(now, int(told.strip() or b"0") if ended == "still there" else 0), ended
 
 
@@ -154,7 +164,7 @@ def _memory(name: str, program: str, **options: Any) -> Attempt:
         script = PRELUDE + _TELL + program + "\nrest()\n"
         bomb = await box.spawn("/usr/bin/python3", "-I", "-S", "-c", script, "{}", stderr="null")
         try:
-            most, kept, ended = await _watch_bomb(box, bomb)
+            most, kept, ended = await _watch_bomb(box, bomb, 6.0 if host.level in options.get("open_at", {}) else 60.0)
             async with asyncio.timeout(60):
                 await bomb.kill_tree()
                 alive = await box.sh("rm -f /dev/shm/escape; echo alive")
@@ -177,19 +187,18 @@ def _act(name: str, work: Callable[[Host, Box], Awaitable[str]], program: str = 
 
 
 async def _fork_bomb(host: Host, box: Box) -> str:
-    before = len([name for name in os.listdir("/proc") if name.isdigit()])
     await box.spawn("sh", "-c", "bomb() { bomb | bomb & }; bomb; sleep 100", stdout="null", stderr="null")
     await asyncio.sleep(1.0)
-    more = len([name for name in os.listdir("/proc") if name.isdigit()]) - before
-    if more > 400:
-        return f"open: {more} processes more on the host"
+    more = len(list(proctree.descendants(proctree.scan(), int(box.handle.data["pid"]))))
+    if more > 260:
+        return f"open: {more} processes of 256"
     told = await _neighbour_lives(host)
     if told:
         return f"open: {told}"
     started = time.monotonic()
     async with asyncio.timeout(60):
         await box.runtime.destroy(box.handle)
-    return f"blocked: at most 256 processes, gone in {(time.monotonic() - started) * 1000:.0f} ms"
+    return f"blocked: {more} processes of 256, gone in {(time.monotonic() - started) * 1000:.0f} ms"
 
 
 async def _thread_bomb(host: Host, box: Box) -> str:

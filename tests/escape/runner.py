@@ -27,7 +27,7 @@ from tests.escape.catalogue import ATTEMPTS
 from tests.runtime.boxes import Box, leftovers, read_all
 
 PYTHON = ("/usr/bin/python3", "-I", "-S", "-c")
-AT_ONCE = 2
+AT_ONCE = 4
 
 
 class Services:
@@ -168,8 +168,8 @@ async def program(host: Host, attempt: Attempt, box: Box) -> tuple[str, str]:
     facts = {name: value for name, value in host.facts.items() if not callable(value)}
     facts["init"] = await _init_of(box)
     options: dict[str, Any] = {"pty": (24, 80)} if attempt.pty else {"stderr": "stdout"}
-    process = await box.spawn(*PYTHON, PRELUDE + attempt.program, json.dumps(facts), user=attempt.user, cwd=str(box.root),
-                              **options)
+    process = await box.spawn(*PYTHON, PRELUDE + attempt.program, json.dumps(facts), user=attempt.user,
+                              cwd=str(box.root), **options)
     assert process.stdout is not None
     out = (await read_all(process.stdout)).decode(errors="replace")
     status = await process.wait()
@@ -198,35 +198,54 @@ async def one(level: str, host: Host, attempt: Attempt, runtime: Runtime, common
         return "skipped", "the numbers are those of x86_64"
     config = {**common, **(attempt.config if level != "none" else {})}
     async with box_of(runtime, config) as box, asyncio.timeout(110):
-        word, detail = "blocked", ""
-        if attempt.program:
-            word, detail = await program(host, attempt, box)
-        if attempt.act is not None and word != "broken":
-            word, _, detail = (await attempt.act(host, box)).partition(":")
+        try:
+            word, detail = await _try(host, attempt, box)
+        except errors.Lost:
+            word, detail = "open", "the sandbox ended by it"
         if attempt.look is not None and (told := attempt.look(host, box)) is not None:
             word, detail = "open", told
-        if "pid 1" in attempt.name and await box.sh("echo alive") != "alive\n":
-            word, detail = "open", "pid 1 does not answer any more"
     return word, detail.strip()[:160]
 
 
+async def _try(host: Host, attempt: Attempt, box: Box) -> tuple[str, str]:
+    word, detail = "blocked", ""
+    if attempt.program:
+        word, detail = await program(host, attempt, box)
+    if attempt.act is not None and word != "broken":
+        word, _, detail = (await attempt.act(host, box)).partition(":")
+    if "pid 1" in attempt.name and await box.sh("echo alive") != "alive\n":
+        word, detail = "open", "pid 1 does not answer any more"
+    return word, detail
+
+
 async def run_all(level: str, folder: Path, pattern: str = "") -> dict[str, Any]:
+    """A theme after the other's start, each by itself in order, as the services of the host count who called; of the
+    resources, which mostly wait, a few at once."""
     before = leftovers(folder)
     results: dict[str, tuple[str, str]] = {}
+    isolation = ""
     with host_facts(folder) as facts:
-        async with runtime_of(level, folder) as (runtime, common):
-            async with box_of(runtime, common) as neighbour:
-                host = Host(facts, neighbour, level)
-                for attempt in ATTEMPTS:
-                    if pattern not in attempt.key:
-                        continue
+        async with runtime_of(level, folder) as (runtime, common), box_of(runtime, common) as neighbour:
+            host = Host(facts, neighbour, level)
+            isolation = neighbour.handle.isolation.value
+            todo: dict[str, list[Attempt]] = {}
+            for attempt in ATTEMPTS:
+                if pattern in attempt.key:
+                    todo.setdefault(attempt.theme, []).append(attempt)
+
+            async def work(attempts: list[Attempt]) -> None:
+                while attempts:
+                    attempt = attempts.pop(0)
                     try:
                         results[attempt.key] = await one(level, host, attempt, runtime, common)
-                    except (errors.RockError, TimeoutError) as error:
+                    except Exception as error:  # one that breaks must not hide the others
                         results[attempt.key] = "broken", f"{error!r}"[:400]
-                isolation = neighbour.handle.isolation.value
+
+            await asyncio.gather(*(work(attempts) for theme, attempts in todo.items()
+                                   for _ in range(AT_ONCE if theme == "resources" else 1)))
     after = leftovers(folder)
-    return {"level": level, "isolation": isolation, "results": results,
+    ordered = {attempt.key: results[attempt.key] for attempt in ATTEMPTS if attempt.key in results}
+    return {"level": level, "isolation": isolation, "results": ordered,
             "left": {name: [item for item in items if item not in before[name]] for name, items in after.items()}}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -19,6 +18,7 @@ from tests.leaks import Inventory
 from rock.sync import Sandbox, SandboxConfig
 
 HERE = Path(__file__).parent
+WAYS = 16
 NAMES = {
     "allowed.test": ["203.0.113.10", "2001:db8:1::10"],
     "other.test": ["203.0.113.11"],
@@ -39,16 +39,12 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         ours, theirs = socket.socketpair()
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self.listener.getsockname()[1])
+        self._listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(WAYS)]
+        self._used = 0
         cert = _certificate(folder)
-        low = 40  # two descriptors that are next to each other
-        os.dup2(theirs.fileno(), low)
-        os.dup2(self.listener.fileno(), low + 1)
+        fds = [theirs.fileno(), *(listener.fileno() for listener in self._listeners)]
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "world.py"), str(low), *map(str, cert)], pass_fds=[low, low + 1])
-        for fd in (low, low + 1):
-            os.close(fd)
+            [sys.executable, str(HERE / "world.py"), ",".join(map(str, fds)), *map(str, cert)], pass_fds=fds)
         theirs.close()
         self.certificate = cert[0] if cert else None
         self._control = ours
@@ -57,6 +53,16 @@ class World:
             self.close()
             pytest.skip("this machine does not allow network namespaces with a link between them")
         self.ask({"zone": NAMES})
+
+    def new_way(self) -> int:
+        """One more port of this machine that can lead to a server in the world."""
+        self._used += 1
+        return self._used - 1
+
+    def turn(self, way: int, port: int) -> str:
+        """Have it lead to that port in the world; the address of its end here."""
+        self.ask({"relay": [way, port]})
+        return f"http://127.0.0.1:{self._listeners[way].getsockname()[1]}"
 
     def ask(self, wish: dict[str, Any]) -> Any:
         self._control.sendall(json.dumps(wish).encode() + b"\n")
@@ -69,7 +75,8 @@ class World:
     def close(self) -> None:
         self._reader.close()
         self._control.close()
-        self.listener.close()
+        for listener in self._listeners:
+            listener.close()
         self.process.wait(20)
 
 
@@ -87,16 +94,14 @@ def _certificate(folder: Path) -> list[Path]:
 class WorldServer(RunningServer):
     """A server in the world. `prefix` goes before its command line."""
 
-    reached_by: WorldServer | None = None  # there is one way to the servers of the world, which the last one took
-
     def __init__(self, world: World, home: Path, prefix: tuple[str, ...] = (), **environment: str) -> None:
         super().__init__(home, **{"ROCK_NETWORK_RESOLVERS": "10.77.0.2", **environment})
         self.world = world
+        self._way = world.new_way()
         self.prefix = (sys.executable, str(HERE / "enter.py"), str(world.process.pid), *prefix)
 
     def reached_at(self, port: int) -> str:
-        self.world.ask({"relay": port})
-        return f"http://127.0.0.1:{self.world.port}"
+        return self.world.turn(self._way, port)
 
 
 @pytest.fixture(scope="session")

@@ -145,14 +145,14 @@ def text(name):
         sock.settimeout(20); sock.connect(("192.0.0.1", 53)); sock.send(question)
         return sock.recv(2000)[3] & 15
 print(json.dumps([look("allowed.test"), look("other.test"), look("secret-4711.other.test"), look("x.allowed.test"),
-    text(b"\\x04text\\x04test\\0"), text(b"\\x07allowed\\x04test\\0")]))
+    text(b"\\x04te\\x1b[\\x04test\\0"), text(b"\\x07allowed\\x04test\\0")]))
 """)
     assert found == [2, "refused", "refused", "refused", 5, 0]
     asked = {item["name"] for item in world.seen() if item["place"] == "dns" and "name" in item}
     assert asked == {"allowed.test"}
     assert ok(attempt(sandbox, ("203.0.113.11", 80))["203.0.113.11 80"])
     refused = [item for item in sandbox.connections().items if item.protocol == "dns" and not item.allowed]
-    assert "secret-4711.other.test" in {item.host for item in refused}
+    assert {"secret-4711.other.test", "te?[.test"} <= {item.host for item in refused}
 
 
 def test_named_private_addresses(opened: Opener, world: World) -> None:

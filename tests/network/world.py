@@ -1,11 +1,11 @@
-"""A machine of its own with an internet behind it, in two network namespaces: run as `python world.py FD [CERT KEY]`.
+"""A machine of its own with an internet behind it, in two network namespaces: run as `python world.py FDS [CERT KEY]`.
 
     host namespace H: 10.77.0.1, 2001:db8:77::1 ── veth ── outside O: 10.77.0.2 and all addresses of OUTSIDE
       services on 127.0.0.1 and on its own                   name server, HTTP, TLS, echo, greeting, source and sink
 
-As an ordinary user both are in a user namespace with that one user. On FD it is told what to do, a JSON object a line:
-{"seen": 1} who was reached, {"zone": {name: [addresses]}}, {"relay": port}: connections of the listening socket FD + 1,
-which is of another network namespace, are carried to that port of H.
+As an ordinary user both are in a user namespace with that one user. On the first of FDS it is told what to do, a JSON
+object a line: {"seen": 1} who was reached, {"zone": {name: [addresses]}}, {"relay": [index, port]}: connections of that
+one of the other FDS, listening sockets of another network namespace, are carried to that port of H.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ def datagrams() -> None:
 # ---- orders ----
 
 
-def relay(listener: socket.socket, target: list[int]) -> None:
+def relay(listener: socket.socket, targets: list[int], own: int) -> None:
     def carry(one: socket.socket, other: socket.socket) -> None:
         try:
             while data := one.recv(1 << 16):
@@ -241,7 +241,7 @@ def relay(listener: socket.socket, target: list[int]) -> None:
     while True:
         client, _ = listener.accept()
         try:
-            server = socket.create_connection(("127.0.0.1", target[0]), timeout=20)
+            server = socket.create_connection(("127.0.0.1", targets[own]), timeout=20)
             server.settimeout(None)
         except OSError:
             client.close()
@@ -250,11 +250,12 @@ def relay(listener: socket.socket, target: list[int]) -> None:
             threading.Thread(target=carry, args=pair, daemon=True).start()
 
 
-def obey(orders: Any, replies: Any, target: list[int], lower: Any) -> None:
+def obey(orders: Any, replies: Any, targets: list[int], lower: Any) -> None:
     for line in orders:
         wish = json.loads(line)
         if "relay" in wish:
-            target[0] = wish["relay"]
+            if targets:
+                targets[wish["relay"][0]] = wish["relay"][1]
             reply: Any = {}
         elif "zone" in wish:
             ZONE.update(wish["zone"])
@@ -273,8 +274,7 @@ def obey(orders: Any, replies: Any, target: list[int], lower: Any) -> None:
 
 
 def main() -> None:
-    control = socket.socket(fileno=int(sys.argv[1]))
-    listener = socket.socket(fileno=int(sys.argv[1]) + 1)
+    control, *listeners = [socket.socket(fileno=int(fd)) for fd in sys.argv[1].split(",")]
     enter()
     ours, theirs = socket.socketpair()
     ready, tell = os.pipe()
@@ -296,7 +296,7 @@ def main() -> None:
             context.load_cert_chain(*sys.argv[2:4])
             serve("::", TLS, tls(context), "outside")
         os.write(tell, b"2")
-        obey(theirs.makefile("r"), theirs.makefile("w"), [0], None)
+        obey(theirs.makefile("r"), theirs.makefile("w"), [], None)
         os._exit(0)
     theirs.close()
     os.read(ready, 1)
@@ -305,11 +305,12 @@ def main() -> None:
     os.read(ready, 1)
     for host in ("127.0.0.1", HOST, HOST_PUBLIC, "::1", HOST6):
         serve(host, 9999, http, "host")
-    target = [0]
-    threading.Thread(target=relay, args=(listener, target), daemon=True).start()
+    targets = [0] * len(listeners)
+    for own, listener in enumerate(listeners):
+        threading.Thread(target=relay, args=(listener, targets, own), daemon=True).start()
     _wait_for_ipv6()
     control.sendall(b"ready\n")
-    obey(control.makefile("r"), control.makefile("w"), target, (ours.makefile("w"), ours.makefile("r")))
+    obey(control.makefile("r"), control.makefile("w"), targets, (ours.makefile("w"), ours.makefile("r")))
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
 

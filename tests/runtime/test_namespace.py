@@ -265,7 +265,7 @@ def test_requests_that_cannot_be_met(tmp_path: Path) -> None:
             for values, kind, text in (
                 ({"cpus": 1000}, errors.InvalidConfig, "Requested CPUs 1000.0 exceed"),
                 ({"memory": "90t"}, errors.InvalidConfig, "90t"),
-                ({"disk": "1g"}, errors.Unsupported, "disk"),
+                ({"disk": "1g", "auto_delete_seconds": 60}, errors.Unsupported, "disk"),
                 ({"num_gpus": 1}, errors.Unsupported, "accelerators"),
                 ({"use_kata_runtime": True}, errors.Unsupported, "kata"),
                 ({"image_os": "windows"}, errors.Unsupported, "windows"),

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rock.errors import Conflict, Unavailable
+from rock.errors import Conflict, NotFound, QuotaExceeded, Unavailable
+from rock.protocol.keys import Access, KeyInfo, Quota
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
-from rock.store.base import Query, Record, Store, VersionConflict
+from rock.store.base import Lease, Query, Record, Store, VersionConflict
 from rock.store.sqlite import SqliteStore
 
 
@@ -23,9 +24,12 @@ def record(name: str, created_at: float = 1.0, key: str | None = None, **fields:
     return Record(info, SandboxConfig(image="host"), key)
 
 
+Opens = Callable[[], AbstractAsyncContextManager[Any]]
+
+
 @asynccontextmanager
-async def opened(path: Path) -> AsyncIterator[Store]:
-    store = SqliteStore(path)
+async def opened(make: Callable[[], Store]) -> AsyncIterator[Any]:
+    store = make()
     await store.open()
     try:
         yield store
@@ -33,11 +37,23 @@ async def opened(path: Path) -> AsyncIterator[Store]:
         await store.close()
 
 
+@pytest.fixture(params=["sqlite", "postgres"])
+def opens(request: pytest.FixtureRequest, tmp_path: Path) -> Opens:
+    """Opens a store on one place, as often as it is called: each time as another process would."""
+    if request.param == "sqlite":
+        return lambda: opened(lambda: SqliteStore(tmp_path / "db.sqlite"))
+    pytest.importorskip("asyncpg", reason="asyncpg is not installed: pip install rock-sandbox[postgres]")
+    from rock.store.postgres import PostgresStore
+
+    url = request.getfixturevalue("database")()
+    return lambda: opened(lambda: PostgresStore(url))
+
+
 @pytest.fixture
-def with_store(tmp_path: Path) -> Callable[[Callable[[Store], Coroutine[Any, Any, None]]], None]:
+def with_store(opens: Opens) -> Callable[[Callable[[Store], Coroutine[Any, Any, None]]], None]:
     def run(work: Callable[[Store], Coroutine[Any, Any, None]]) -> None:
         async def main() -> None:
-            async with opened(tmp_path / "db.sqlite") as store:
+            async with opens() as store:
                 await work(store)
 
         asyncio.run(main())
@@ -124,20 +140,240 @@ def test_pruning_takes_only_old_stopped_ones(with_store: Any) -> None:
     with_store(work)
 
 
-def test_it_is_there_after_a_restart_and_passwords_are_not(tmp_path: Path) -> None:
-    async def write() -> None:
-        async with opened(tmp_path / "db") as store:
+def test_it_is_there_after_a_restart_and_passwords_are_not(opens: Opens, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opens() as store:
             config = SandboxConfig(image="host", registry_password="hunter2-secret")
             await store.insert(Record(record("a").info, config))
-
-    async def read() -> None:
-        async with opened(tmp_path / "db") as store:
+        async with opens() as store:
             found = await store.get("a")
             assert found is not None and found.config.registry_password is None
 
-    asyncio.run(write())
-    asyncio.run(read())
+    asyncio.run(main())
     assert not [path for path in tmp_path.iterdir() if b"hunter2-secret" in path.read_bytes()]
+
+
+# ---- several at once ----
+
+
+def test_two_processes_race_and_one_wins(opens: Opens) -> None:
+    async def main() -> None:
+        async with opens() as one, opens() as two:
+            first = await one.insert(record("a"))
+            results = await asyncio.gather(
+                *(store.put(first.changed(reason=f"{n}")) for n in range(20) for store in (one, two)),
+                return_exceptions=True,
+            )
+            won = [r for r in results if isinstance(r, Record)]
+            assert len(won) == 1 and await one.get("a") == await two.get("a") == won[0]
+            results = await asyncio.gather(*(store.insert(record(f"k{n}{i}", key="k")) for n in range(10)
+                                             for i, store in enumerate((one, two))))  # fmt: skip
+            assert len({r.id for r in results}) == 1
+            assert len(await two.list(Query())) == 2
+
+    asyncio.run(main())
+
+
+def test_whoever_watches_sees_changes(opens: Opens) -> None:
+    async def main() -> None:
+        async with opens() as one, opens() as two:
+            watching = one.watch()
+            seen: list[str] = []
+
+            async def look() -> None:
+                while seen.count("a") < 3:
+                    seen.append(await anext(watching))
+
+            task = asyncio.create_task(look())
+            await asyncio.sleep(0.5)
+            writer = one if isinstance(one, SqliteStore) else two  # SQLite has one process
+            made = await writer.insert(record("a"))
+            await writer.put(made.changed(reason="x"))
+            await writer.delete("a")
+            async with asyncio.timeout(30):
+                await task
+            await watching.aclose()
+
+    asyncio.run(main())
+
+
+def test_leases(opens: Opens) -> None:
+    async def main() -> None:
+        async with opens() as one, opens() as two:
+            first = await one.take_lease("x", "me", 60)
+            assert first == Lease("x", "me", 1)
+            assert await two.take_lease("x", "you", 60) is None
+            assert await two.take_lease("y", "you", 60) == Lease("y", "you", 1)
+            assert await one.take_lease("x", "me", 0.0) == first  # and lets it run out
+            taken = await two.take_lease("x", "you", 60)
+            assert taken == Lease("x", "you", 2)
+            assert await one.take_lease("x", "me", 60) is None
+            await one.drop_lease("x", "me")  # not his
+            assert await one.take_lease("x", "me", 60) is None
+            await two.drop_lease("x", "you")
+            asked = await asyncio.gather(*(s.take_lease("x", f"{n}", 60) for n in range(10) for s in (one, two)))
+            holders = {lease.holder for lease in asked if lease}
+            assert len(holders) == 1 and {lease.token for lease in asked if lease} == {3}
+
+    asyncio.run(main())
+
+
+# ---- tenants ----
+
+
+def of(tenant: str, name: str, **more: Any) -> Record:
+    made = record(name, tenant=tenant)
+    return Record(made.info, SandboxConfig(image="host", **more), None)
+
+
+def test_a_quota_is_exact_however_many_ask(opens: Opens) -> None:
+    quota = Quota(sandboxes=10, cpus=100.0, memory="100g")
+
+    async def main() -> None:
+        async with opens() as one, opens() as two:
+            wishes = [s.insert(of("t", f"s{n}{i}"), quota) for n in range(25) for i, s in enumerate((one, two))]
+            done = await asyncio.gather(*wishes, return_exceptions=True)
+            assert sum(isinstance(r, Record) for r in done) == 10
+            assert all(isinstance(r, Record | QuotaExceeded) for r in done)
+            assert isinstance(await one.insert(of("u", "other"), quota), Record)  # another tenant's is another's
+            mine = next(r for r in done if isinstance(r, Record))
+            stopped = await one.put(mine.changed(state=State.STOPPED))
+            await one.insert(of("t", "more"), quota)
+            with pytest.raises(QuotaExceeded):
+                await two.put(stopped.changed(state=State.PENDING), quota)
+            assert (await two.get(mine.id)) == stopped
+            assert await one.count("t") == {"pending": 10, "stopped": 1}
+
+    asyncio.run(main())
+
+
+def test_cpus_memory_and_starts(with_store: Any) -> None:
+    async def work(store: Store) -> None:
+        await store.insert(of("c", "c0", cpus=0.5, limit_cpus=1.5), Quota(cpus=2))
+        with pytest.raises(QuotaExceeded, match="cpus"):
+            await store.insert(of("c", "c1", cpus=0.6), Quota(cpus=2))
+        await store.insert(of("c", "c2", cpus=0.5), Quota(cpus=2))
+        await store.insert(of("m", "m0", memory="1g"), Quota(memory="1536m"))
+        with pytest.raises(QuotaExceeded, match="memory"):
+            await store.insert(of("m", "m1", memory="1g"), Quota(memory="1536m"))
+        for number in range(3):
+            await store.insert(of("s", f"s{number}"), Quota(creates_per_minute=3))
+            await store.delete(f"s{number}")
+        with pytest.raises(QuotaExceeded, match="3 starts a minute") as told:
+            await store.insert(of("s", "s3"), Quota(creates_per_minute=3))
+        assert 0 < told.value.details["retry_after"] <= 60
+
+    with_store(work)
+
+
+def test_tenants_have_idempotency_keys_and_lists_of_their_own(with_store: Any) -> None:
+    async def work(store: Store) -> None:
+        for tenant in ("", "t", "u"):
+            made = record(f"{tenant}-a", tenant=tenant, key="k")
+            assert (await store.insert(made)).id == f"{tenant}-a"
+            assert await store.by_key("k", tenant) is not None
+        assert [r.id for r in await store.list(Query(tenant="t"))] == ["t-a"]
+        assert [r.id for r in await store.list(Query(tenant=""))] == ["-a"]
+        assert len(await store.list(Query())) == 3
+        assert await store.by_key("k", "nobody") is None
+
+    with_store(work)
+
+
+def test_text_of_any_kind(with_store: Any) -> None:
+    odd = "a\\0 \\ ' \" . $1 %s \u2028 \U0001f600 \x7f"
+    nul = odd + "\0" + odd
+
+    async def work(store: Store) -> None:
+        for name, text in (("a", odd), ("b", nul)):
+            made = await store.insert(record(name, user_id=text, labels={text: text}, reason=text, key=text))
+            assert await store.get(name) == made == await store.by_key(text)
+            assert await store.get(text) is None
+            await store.delete(text)
+        await store.list(Query(fields={"user_id": nul}, labels={nul: nul}))
+        for query in (Query(fields={"user_id": odd}), Query(labels={odd: odd})):
+            assert [r.id for r in await store.list(query)][-1:] == ["a"]
+        for query in (Query(fields={"user_id": odd + "x"}), Query(labels={odd: odd.replace("0", "\0")})):
+            assert await store.list(query) == []
+
+    with_store(work)
+
+
+def test_keys(with_store: Any) -> None:
+    async def work(store: Store) -> None:
+        info = KeyInfo(id="1", name="x", tenant="t", scopes=[Access.READ], quota=Quota(cpus=1), created_at=1.0)
+        await store.add_key("digest", info)
+        assert await store.key_of("digest") == info and await store.key_of("other") is None
+        revoked = await store.revoke_key("1", 5.0)
+        assert revoked.revoked_at == 5.0 and await store.revoke_key("1", 9.0) == revoked
+        assert await store.key_of("digest") == revoked and list(await store.keys()) == [revoked]
+        with pytest.raises(NotFound):
+            await store.revoke_key("2", 1.0)
+
+    with_store(work)
+
+
+# ---- migrations ----
+
+
+def test_an_old_file_is_brought_up_to_date(tmp_path: Path) -> None:
+    import sqlite3
+
+    old = sqlite3.connect(tmp_path / "db")
+    old.executescript((Path(__file__).parent / "schema_1.sql").read_text())
+    old.close()
+
+    async def main() -> None:
+        for _ in range(2):  # the second time there is nothing to do
+            async with opened(lambda: SqliteStore(tmp_path / "db")) as store:
+                found = {r.id: r for r in await store.list(Query())}
+                assert {name: (r.state.value, r.version, r.tenant) for name, r in found.items()} == {
+                    "runs": ("running", 2, ""), "kept": ("stopped", 4, "")}  # fmt: skip
+                assert found["kept"].info.kept and found["kept"].config.auto_delete_seconds == 3600
+                assert await store.by_key("first key") == found["runs"]
+                assert [r.id for r in await store.list(Query(labels={"team": "a"}))] == ["runs"]
+        async with opened(lambda: SqliteStore(tmp_path / "db")) as store:
+            assert (await store.put(found["runs"].changed(reason="x"))).version == 3
+            with pytest.raises(Conflict):
+                await store.insert(record("kept"))
+
+    asyncio.run(main())
+
+
+def test_a_migration_is_whole_or_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sqlite3
+
+    old = sqlite3.connect(tmp_path / "db")
+    old.executescript((Path(__file__).parent / "schema_1.sql").read_text())
+    before = list(old.iterdump())
+    old.close()
+    from rock.store import sqlite as module
+
+    steps = module.SQLITE
+    monkeypatch.setattr(module, "SQLITE", (*steps, ("CREATE TABLE third (x)", "this is no SQL")))
+
+    async def main() -> None:
+        with pytest.raises(Unavailable, match="syntax"):
+            async with opened(lambda: SqliteStore(tmp_path / "db")):
+                pass
+
+    asyncio.run(main())
+    db = sqlite3.connect(tmp_path / "db")
+    assert list(db.iterdump()) == before and db.execute("PRAGMA user_version").fetchone() == (1,)
+    db.close()
+
+
+def test_servers_that_start_at_once_migrate_once(opens: Opens) -> None:
+    async def main() -> None:
+        async def start(number: int) -> None:
+            async with opens() as store:
+                await store.insert(record(f"s{number}"))
+
+        await asyncio.gather(*(start(number) for number in range(5)))
+        async with opens() as store:
+            assert len(await store.list(Query())) == 5
+
+    asyncio.run(main())
 
 
 def test_a_newer_file_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,10 @@ from rock.admin.api import native
 from rock.admin.api.rock_v1 import RockV1
 from rock.admin.api.sandboxes import Sandboxes
 from rock.admin.api.training import Training
+from rock.admin.desk import Desks
 from rock.admin.environments import Environments
+from rock.admin.keys import Keys
+from rock.admin.leader import Leader
 from rock.admin.reconciler import Reconciler
 from rock.admin.service import Service
 from rock.admin.worker import Worker
@@ -50,24 +53,31 @@ class Admin:
         self._blobs = make_blobs(settings)
         limit = _limit(settings.archive_limit)
         self.service = Service(store, LocalScheduler(), workers, self._blobs, limit)
-        self.reconciler = Reconciler(self.service)
+        self.leader = Leader(store, lambda: Reconciler(self.service))
         self.catalogue = Catalogue(settings.catalogue)
         environments = Environments(self.service, self.catalogue)
-        own = Sandboxes(self.service).over(native.build(self.service, environments, settings, roles))
-        rock = RockV1(self.service, data, self.catalogue).over(own)
-        self.app: App = Training(self.service, data).over(rock)
+        self.keys = Keys(store, bool(settings.api_key))
+        desks = Desks(self.service, self.keys)
+        own = Sandboxes(desks).over(native.build(desks, self.keys, workers, environments, settings, roles))
+        rock = RockV1(desks, data, self.catalogue).over(own)
+        self.app: App = Training(desks, data).over(rock)
         self._store = store
 
     async def open(self) -> None:
         """Open the store and settle what a former run left."""
         await self._store.open()
+        try:
+            await self.keys.check_guarded()
+        except BaseException:
+            await self._store.close()
+            raise
         await self.catalogue.open()
         if isinstance(self._blobs, FolderBlobs):
             await self._blobs.sweep()
-        await self.reconciler.start()
+        await self.leader.start()
 
     async def close(self) -> None:
-        await self.reconciler.close()
+        await self.leader.close()
         await self.service.close()
         await self.catalogue.close()
         await self._store.close()

@@ -1,16 +1,23 @@
-"""Who may call: one key for all, given at start. A server beyond loopback has to have one."""
+"""Who may call: the owner by the key that is given at start, tenants by keys of theirs. A server beyond loopback has to
+have one."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hmac
 import ipaddress
 
-from rock.errors import InvalidConfig, Unauthorized
+from rock.admin.keys import Keys
+from rock.errors import InvalidConfig, RockError, Unauthorized
+from rock.protocol.keys import CALLER, NOBODY, OPERATOR, Caller, digest_of
 from rock.protocol.routes import OTHER_KEY
 from rock.wire.asgi import App, Receive, Scope, Send, deny, failure
 
 _OPEN = ("/healthz", "/")
-_OTHER_KEY = OTHER_KEY.encode()
+# Where a key may be, the plainest first. The last three are of ROCK's clients, and of those that it serves too.
+KEY_HEADERS = (OTHER_KEY.encode(), b"authorization", b"x-api-key", b"x-key", b"xrl-authorization")
+_BEARERS = (b"authorization", b"xrl-authorization")
 
 
 def is_loopback(host: str) -> bool:
@@ -44,42 +51,94 @@ def _foreign_page(scope: Scope) -> Unauthorized | None:
 
 
 class Authenticated:
-    """Lets requests through that carry `Authorization: Bearer KEY`, or the key alone as X-ROCK-API-Key; without a key,
-    every request but those of web pages that are not ours."""
+    """The door: says who sent each request, and lets nobody in who is nobody.
 
-    def __init__(self, app: App, key: str | None) -> None:
+    key: of the server's owner; without one everybody is the owner, but for web pages that are not ours. keys: of its
+    tenants. A key comes as `Authorization: Bearer KEY`, alone as X-ROCK-API-Key, or as clients of ROCK send one.
+    """
+
+    def __init__(self, app: App, key: str | None, keys: Keys | None = None) -> None:
         self._app = app
-        self._want = f"Bearer {key}".encode() if key else None
+        self._key = key.encode() if key else None
+        self._keys = keys
+        self._sockets: dict[str, set[asyncio.Task[None]]] = {}  # what is open by a key
+        if keys is not None:
+            keys.on_revoked.append(self._cut)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        error = self._refusal(scope)
-        if error is None:
-            if self._want is not None and scope["type"] != "lifespan":
-                # The key ends here: programs inside, to which requests are handed on, must not see it.
-                scope = {**scope, "headers": [header for header in scope["headers"] if not self._is_key(*header)]}
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        if scope["type"] == "websocket":
-            await deny(scope, send, error)
+        try:
+            caller = await self._caller(scope)
+        except RockError as error:
+            await (deny(scope, send, error) if scope["type"] == "websocket" else failure(error).send(send))
             return
-        await failure(error).send(send)
+        headers = scope["headers"]
+        if self._key is not None:
+            # Keys end here: programs inside, to which requests are handed on, must not see them.
+            headers = [header for header in headers if not self._is_key(*header)]
+        scope = {**scope, "headers": headers, CALLER: caller}
+        if scope["type"] == "websocket" and caller.key_id:
+            await self._socket(caller.key_id, scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
 
-    def _refusal(self, scope: Scope) -> Unauthorized | None:
-        if scope["type"] == "lifespan":
-            return None
-        if self._want is None:
-            return _foreign_page(scope)
-        if self._allowed(scope):
-            return None
-        return Unauthorized("the API key is missing or wrong", hint="set ROCK_API_KEY to the server's key")
-
-    def _allowed(self, scope: Scope) -> bool:
+    async def _caller(self, scope: Scope) -> Caller:
+        if self._key is None:
+            error = _foreign_page(scope)
+            if error is not None:
+                raise error
+            return OPERATOR
+        for name in KEY_HEADERS:
+            for header, value in scope["headers"]:
+                if header == name and (caller := await self._holder(_bare(name, value))) is not None:
+                    return caller
         if scope["path"] in _OPEN and scope["type"] == "http":
-            return True
-        return any(self._is_key(name, value) for name, value in scope["headers"])
+            return NOBODY
+        raise Unauthorized("the API key is missing or wrong", hint="set ROCK_API_KEY to a key of the server")
+
+    async def _holder(self, key: bytes) -> Caller | None:
+        if self._key is not None and hmac.compare_digest(key, self._key):
+            return OPERATOR
+        return await self._keys.caller(key) if self._keys is not None else None
 
     def _is_key(self, name: bytes, value: bytes) -> bool:
-        want = self._want or b""
-        if name == b"authorization":
-            return hmac.compare_digest(value, want)
-        return name == _OTHER_KEY and hmac.compare_digest(value, want.removeprefix(b"Bearer "))
+        if name not in KEY_HEADERS:
+            return False
+        bare = _bare(name, value)
+        return digest_of(bare) is not None or (self._key is not None and hmac.compare_digest(bare, self._key))
+
+    # ---- what outlasts a request ----
+
+    async def _socket(self, key_id: str, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a WebSocket for as long as its key is good."""
+        task = asyncio.ensure_future(self._app(scope, receive, send))
+        self._sockets.setdefault(key_id, set()).add(task)
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            task.cancel()
+            await asyncio.wait({task})
+            raise
+        finally:
+            open_ones = self._sockets.get(key_id, set())
+            open_ones.discard(task)
+            if not open_ones:
+                self._sockets.pop(key_id, None)
+        if task.cancelled():
+            with contextlib.suppress(RuntimeError, OSError):  # it may be closed already
+                await send({"type": "websocket.close", "code": 1008, "reason": "the key was revoked"})
+        elif (error := task.exception()) is not None:
+            raise error
+
+    def _cut(self, key_id: str) -> None:
+        for task in self._sockets.get(key_id, ()):
+            task.cancel()
+
+
+def _bare(name: bytes, value: bytes) -> bytes:
+    """The key in a header."""
+    if value[:7].lower() == b"bearer ":
+        return value[7:].strip()
+    return b"" if name in _BEARERS else value.strip()

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from rock.admin.service import Service
-from rock.envhub import registry
+from rock.envhub import datasets, registry
 from rock.envhub.catalogue import Catalogue, Registered
 from rock.envhub.packages import GEM, GYM, image_of, requirements_of, with_packages
 from rock.errors import InvalidConfig, NoCapacity, NotFound, RockError
@@ -20,7 +20,8 @@ from rock.protocol.node import ImageState
 _PINNED = re.compile(r"hf://[\w.-]+/[\w.-]+@[0-9a-f]{40}(:.+)?")
 _GYM_ID = re.compile(r"([\w.]+:)?([\w:.-]+/)?[\w:.-]+-v\d+")
 _KEPT = 100  # versions of a name
-_HINT = "an id of GEM or Gymnasium, hf://ORG/REPO@COMMIT or image://NAME"
+_SET = "task:"  # before the name of a training set
+_HINT = "an id of GEM or Gymnasium, task:SET, hf://ORG/REPO@COMMIT or image://NAME"
 
 
 class Version(BaseModel):
@@ -49,8 +50,13 @@ class Environments:
         return await self._seen(await self._known(env_id))
 
     async def listed(self) -> list[dict[str, Any]]:
-        """Rows of the registered ones."""
+        """Rows of the training sets, and of what was registered."""
         rows = []
+        for name in datasets.names():
+            with contextlib.suppress(RockError):  # of a package that is at fault
+                known = _of_set(name)
+                rows.append({"id": known.id, "protocol": known.protocol, "image": known.image, "note": known.note,
+                             "aliases": []})  # fmt: skip
         for env in await self._catalogue.list():
             with contextlib.suppress(RockError):  # of a registration that this release does not understand
                 known = _of_registered(env, "")
@@ -126,6 +132,13 @@ def _versions(env: Registered) -> list[Version]:
         return []
 
 
+def _of_set(name: str) -> EnvAbout:
+    dataset = datasets.find(name)
+    note = f"wants {dataset.data}" if dataset.data else ""
+    return EnvAbout(id=_SET + dataset.name, source=_SET + dataset.name, protocol="task", note=note,
+                    image=datasets.image_of(dataset), requirements=list(dataset.packages))  # fmt: skip
+
+
 def _is_of_gem(source: str) -> bool:
     known = source in registry.IDS or source in registry.ALIASES
     return known or not ("://" in source or _GYM_ID.fullmatch(source))
@@ -143,6 +156,10 @@ def _of_source(source: str, packages: list[str]) -> EnvAbout:
     if source.startswith("hf://"):
         if not _PINNED.fullmatch(source):
             raise InvalidConfig(f"{source!r} names no commit, so it may change", hint="hf://ORG/REPO@ and 40 digits")
+    elif source.startswith(_SET):
+        if packages:
+            raise InvalidConfig("the packages of a training set are its own", hint="docs/adding-a-dataset.md")
+        return _of_set(source.removeprefix(_SET))
     elif source.startswith(("/", ".", "~", "file:")):
         raise InvalidConfig(f"{source!r} is a folder of one machine alone", hint=_HINT)
     elif _is_of_gem(source):

@@ -14,7 +14,7 @@ _MOST_STEPS = 100
 _ARCHIVE_AGAIN = 60.0  # seconds after one that failed
 
 
-def new_info(sandbox_id: str, config: SandboxConfig, worker: str, status: NodeStatus) -> SandboxInfo:
+def new_info(sandbox_id: str, config: SandboxConfig, worker: str, status: NodeStatus, tenant: str) -> SandboxInfo:
     return SandboxInfo(
         sandbox_id=sandbox_id,
         state=State.PENDING,
@@ -32,6 +32,7 @@ def new_info(sandbox_id: str, config: SandboxConfig, worker: str, status: NodeSt
         created_at=time.time(),
         host_name=status.host_name,
         host_ip=status.host_ip,
+        tenant=tenant,
     )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rock.admin import infos
 from rock.admin.lifecycle import Event
 from rock.errors import Conflict
+from rock.protocol.keys import Quota
 from rock.protocol.sandbox import SandboxInfo, State
 from rock.store.base import Record
 
@@ -24,18 +25,20 @@ class Kept:
 
     # ---- restart ----
 
-    async def restart(self, sandbox_id: str, key: str | None = None, wait: float = 0.0) -> SandboxInfo:
+    async def restart(
+        self, sandbox_id: str, key: str | None = None, wait: float = 0.0, quota: Quota | None = None
+    ) -> SandboxInfo:
         """Start it again over its files: the same id, no sessions. For a key that was seen, what became of that.
 
         Waits up to `wait` seconds for the start; one that fails meanwhile raises its reason, and leaves it as it was.
-        Conflict when it is not stopped, or its files are gone.
+        Conflict when it is not stopped, or its files are gone. QuotaExceeded.
         """
         service = self._service
         await service.settled(sandbox_id)
         record = await service.load(sandbox_id)
         if not _asked_before(record, key):
             event = Event.RESTORE if record.state is State.ARCHIVED else Event.RESTART
-            record = await service.apply(sandbox_id, event, known=record, key=key, check=_has_files)
+            record = await service.apply(sandbox_id, event, known=record, key=key, check=_has_files, quota=quota)
         return await service.waited(record, wait)
 
     # ---- delete ----

@@ -14,7 +14,7 @@ from rock.admin.infos import life_began
 from rock.admin.lifecycle import Event
 from rock.admin.service import Service
 from rock.admin.worker import Worker
-from rock.errors import NotFound, RockError
+from rock.errors import NotFound, RockError, Unavailable
 from rock.protocol.node import NodeEvent, NodeSandbox
 from rock.protocol.sandbox import Cause, State
 from rock.store.base import Query, Record
@@ -24,6 +24,7 @@ log = logging.getLogger("rock.reconciler")
 TOMBSTONES = 24 * 3600.0  # seconds that a stopped sandbox is remembered
 _POLL = 30.0
 _RETRY = 1.0
+_ANOTHERS = 10.0  # seconds that a step of another admin may take before it is joined
 _UNSETTLED = (State.PENDING, State.RUNNING, State.STOPPING, State.ARCHIVING, State.ARCHIVED)
 
 
@@ -44,13 +45,16 @@ class Reconciler:
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._checks: set[asyncio.Task[None]] = set()
+        self._next: dict[str, float] = {}  # the time in `_due`, by id
 
     async def start(self) -> None:
         """Settle what a former run left, then go on in the background."""
         self.service.on_schedule.append(self.schedule)
-        self.service.on_unfinished.append(lambda sandbox_id: self._push(time.time() + _RETRY, sandbox_id))
+        self.service.on_unfinished.append(self._again)
+        if self.service.store.shared:
+            self._tasks = [asyncio.create_task(self._watch(), name="watch")]  # from before what is settled now
         await self._settle()
-        self._tasks = [
+        self._tasks += [
             asyncio.create_task(self._deadlines(), name="deadlines"),
             asyncio.create_task(self._prune(), name="prune"),
         ]
@@ -59,7 +63,15 @@ class Reconciler:
             for worker in self.service.workers.values()
         ]
 
+    def _again(self, sandbox_id: str) -> None:
+        self._push(time.time() + _RETRY, sandbox_id)
+
     async def close(self) -> None:
+        for listeners, own in (
+            (self.service.on_schedule, self.schedule), (self.service.on_unfinished, self._again),
+        ):  # fmt: skip
+            if own in listeners:
+                listeners.remove(own)
         tasks = [*self._tasks, *self._checks]
         for task in tasks:
             task.cancel()
@@ -70,7 +82,11 @@ class Reconciler:
     async def _settle(self) -> None:
         here: dict[str, _Here] = {}
         for name, worker in self.service.workers.items():
-            inventory = await worker.list()
+            try:
+                inventory = await worker.list()
+            except Unavailable as error:
+                log.warning("worker %s: %s; its sandboxes are looked at when it is back", name, error)
+                continue
             here[name] = _Here({found.sandbox_id for found in inventory.sandboxes if found.alive},
                                {found.sandbox_id for found in inventory.sandboxes} | set(inventory.kept))  # fmt: skip
         known: set[str] = set()
@@ -78,9 +94,15 @@ class Reconciler:
             async for found_one in self._all(query):
                 record = await self.service.commits.settle(found_one)
                 known.add(record.id)
-                await self._settle_one(record, here.get(record.info.worker or "", _Here()))
+                worker_name = record.info.worker or ""
+                if worker_name in here or worker_name not in self.service.workers:
+                    await self._settle_one(record, here.get(worker_name, _Here()))
+                else:
+                    self._push(time.time() + _POLL, record.id)
         for name, found in here.items():
             for stray in found.all - known:
+                if await self.service.store.get(stray) is not None:
+                    continue  # of another admin, made since
                 log.warning("destroying sandbox %s: it has no record", stray)
                 await self.service.workers[name].destroy(stray)
 
@@ -105,9 +127,9 @@ class Reconciler:
                 await self.service.apply(record.id, Event.ARCHIVE)
             elif record.state in (State.STOPPED, State.ARCHIVED, State.DELETED):
                 await self._settle_kept(record, here)
-            elif alive:
+            elif alive or (self.service.store.shared and await self._find(record) is not None):
                 self.schedule(record)
-            else:
+            elif not self.service.store.shared:
                 await self.service.apply(
                     record.id, Event.ENDED, cause=Cause.LOST, reason="it was gone when the server came back"
                 )
@@ -122,11 +144,39 @@ class Reconciler:
             if record.id in here.all:
                 self.service.release(record)
             self.schedule(record)
-        elif record.id in here.all:
+        elif record.id in here.all or self.service.store.shared:
             self.service.release(record)  # which does nothing to what is at rest already
             self.schedule(record)
         else:
             await self.service.kept.lost(record)
+
+    # ---- what other admins do ----
+
+    async def _watch(self) -> None:
+        """See to what other admins began: its deadlines, and its steps, should its admin end before they do."""
+        while True:
+            try:
+                async with contextlib.aclosing(self.service.store.watch()) as changes:
+                    async for sandbox_id in changes:
+                        await self._changed(sandbox_id)
+            except RockError as error:
+                log.warning("watching the store: %s", error)
+            await asyncio.sleep(_RETRY)
+
+    async def _changed(self, sandbox_id: str) -> None:
+        if sandbox_id:
+            record = await self.service.store.get(sandbox_id)
+            if record is not None:
+                self._expect(record)
+            return
+        async for record in self._all(Query(states=_UNSETTLED)):  # some were missed
+            self._expect(record)
+
+    def _expect(self, record: Record) -> None:
+        if record.state in (State.PENDING, State.STOPPING):
+            self._push(time.time() + _ANOTHERS, record.id)
+        else:
+            self.schedule(record)
 
     # ---- deadlines ----
 
@@ -145,6 +195,10 @@ class Reconciler:
             self._push(min(times), record.id)
 
     def _push(self, when: float, sandbox_id: str) -> None:
+        known = self._next.get(sandbox_id)
+        if known is not None and known <= when:
+            return  # that look sees when the next is due
+        self._next[sandbox_id] = when
         heapq.heappush(self._due, (when, sandbox_id))
         if self._due[0] == (when, sandbox_id):
             self._wake.set()
@@ -160,7 +214,10 @@ class Reconciler:
                 except TimeoutError:
                     pass
                 continue
-            _, sandbox_id = heapq.heappop(self._due)
+            when, sandbox_id = heapq.heappop(self._due)
+            if self._next.get(sandbox_id) != when:
+                continue  # an earlier look took its place
+            del self._next[sandbox_id]
             task = asyncio.create_task(self._look(sandbox_id))
             self._checks.add(task)
             task.add_done_callback(self._checks.discard)

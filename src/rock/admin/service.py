@@ -22,6 +22,7 @@ from rock.admin.worker import Worker
 from rock.envhub import registry
 from rock.errors import InternalServerRockError, Lost, NotFound, RockError, SandboxError, Unavailable, from_wire
 from rock.protocol.env import OpenEnv
+from rock.protocol.keys import Caller, Quota
 from rock.protocol.network import ConnectionList
 from rock.protocol.node import NodeSandbox, NodeStatus, SandboxList
 from rock.protocol.sandbox import Cause, SandboxConfig, SandboxInfo, State
@@ -77,28 +78,28 @@ class Service:
 
     # ---- create ----
 
-    async def create(self, config: SandboxConfig, key: str | None = None, wait: float = 0.0) -> SandboxInfo:
-        """Make a sandbox, or, for a key that was seen, answer with the one that was made.
+    async def create(self, config: SandboxConfig, key: str | None, wait: float, caller: Caller) -> SandboxInfo:
+        """Make a sandbox, or, for a key that was seen from this tenant, answer with the one that was made.
 
         Waits up to `wait` seconds for the start; a start that fails meanwhile raises its reason.
         """
         try:
-            record = await self._insert(config, key)
+            record = await self._insert(config, key, caller)
         except RockError:
-            known = await self.store.by_key(key) if key else None  # what was made then may no longer fit now
+            # What was made then may no longer fit now.
+            known = await self.store.by_key(key, caller.owner) if key else None
             if known is None:
                 raise
             record = known
         return await self.waited(record, wait)
 
-    async def _insert(self, config: SandboxConfig, key: str | None = None) -> Record:
+    async def _insert(self, config: SandboxConfig, key: str | None, caller: Caller) -> Record:
         self.archive.check(config)
         worker = await self.place(config)
         await worker.check(config)
         sandbox_id = config.sandbox_id or uuid.uuid4().hex
-        record = await self.store.insert(
-            Record(infos.new_info(sandbox_id, config, worker.name, self._status[worker.name]), config, key)
-        )
+        info = infos.new_info(sandbox_id, config, worker.name, self._status[worker.name], caller.owner)
+        record = await self.store.insert(Record(info, config, key), caller.quota)
         if record.state is State.PENDING:
             self.launch(record)
         return record
@@ -344,12 +345,14 @@ class Service:
         *,
         key: str | None = None,
         check: Callable[[Record], None] | None = None,
+        quota: Quota | None = None,
         **fields: Any,
     ) -> Record:
         """One step of the lifecycle, saved; then its effects. What a tombstone says first stays.
 
         known: the record as it was read last; when it has changed since, it is read again. key: of the request that
-        asks for it. check: raises where the record, in its state, does not allow this.
+        asks for it. check: raises where the record, in its state, does not allow this. quota: of its tenant, for a step
+        that starts it again.
         """
         guess = known or self._recent.pop(sandbox_id, None)
         while True:
@@ -374,7 +377,7 @@ class Service:
             if record.info.cause is not None and event in _ENDS:
                 said = {k: v for k, v in fields.items() if k not in ("cause", "reason", "error")}
             try:
-                new = await self.store.put(infos.stamped(record, event, state, key, said))
+                new = await self.store.put(infos.stamped(record, event, state, key, said), quota)
                 break
             except VersionConflict:
                 continue
@@ -392,6 +395,7 @@ class Service:
 
     def _keep(self, record: Record) -> None:
         """Remember a record for its next step: `put` tells when somebody else changed it meanwhile."""
+        self._recent.pop(record.id, None)  # of an ended one nothing: ten thousand of them would be 80 MB
         if record.state is not State.STOPPED:
             self._recent[record.id] = record
             while len(self._recent) > _MOST_RECENT:
@@ -404,10 +408,10 @@ class Service:
 
     # ---- environments ----
 
-    async def open_env(self, wish: OpenEnv, wait: float, key: str | None = None) -> SandboxInfo:
-        """A sandbox that can host the environment: a running one of its package set, else a new one."""
+    async def open_env(self, wish: OpenEnv, wait: float, key: str | None, caller: Caller) -> SandboxInfo:
+        """A sandbox that can host the environment: a running one of its package set and this tenant, else a new one."""
         image = registry.image_for(wish)
-        known = await self.store.by_key(key) if key else None
+        known = await self.store.by_key(key, caller.owner) if key else None
         if known is not None:
             return await self.waited(known, wait)
         async with self._env_lock:  # two first wishes must not make two hosts
@@ -415,14 +419,14 @@ class Service:
                 []
                 if wish.exclusive
                 else await self.store.list(
-                    Query(states=(State.RUNNING, State.PENDING), labels={ENV_LABEL: image}, limit=1)
+                    Query((State.RUNNING, State.PENDING), labels={ENV_LABEL: image}, limit=1, tenant=caller.owner)
                 )
             )
-            record = found[0] if found else await self._create_env_host(image, wish, key)
+            record = found[0] if found else await self._create_env_host(image, wish, key, caller)
         return await self.waited(record, wait)
 
-    async def _create_env_host(self, image: str, wish: OpenEnv, key: str | None) -> Record:
-        config = wish.config or SandboxConfig(image="host", memory="4g", cpus=1.0, auto_clear_seconds=600)
+    async def _create_env_host(self, image: str, wish: OpenEnv, key: str | None, caller: Caller) -> Record:
+        config = wish.config or env_host()
         config = config.model_copy(
             update={
                 "image": image,
@@ -431,4 +435,9 @@ class Service:
                 "startup_timeout": max(config.startup_timeout, 1200.0),
             }
         )
-        return await self._insert(config, key)
+        return await self._insert(config, key, caller)
+
+
+def env_host() -> SandboxConfig:
+    """What hosts environments where nobody says otherwise."""
+    return SandboxConfig(image="host", memory="4g", cpus=1.0, auto_clear_seconds=600)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar
 
 import orjson
@@ -23,6 +24,9 @@ from rock.protocol.node import (
 )
 from rock.protocol.routes import ROUTES, Frame, FrameParser, pack_frame
 from rock.protocol.sandbox import ArchivedFiles, SandboxConfig
+
+FENCE: ContextVar[int | None] = ContextVar("fence", default=None)
+"""The token of the lease by which a command is given; None for what a client asked for."""
 
 Transport = Callable[[str, str, str, bytes], Awaitable[tuple[int, bytes]]]  # method, path, query, body
 # the same with a body as it comes; what it gives is the status, then the answer as it comes

@@ -9,12 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rock.errors import Conflict, InvalidConfig, RockError, ServerError, Unavailable
 from rock.settings import Settings, child_environment
+
+if TYPE_CHECKING:
+    from rock.sync.transport import Transport
 
 app = typer.Typer(no_args_is_help=True, help="Start and stop the server of this machine.")
 
@@ -36,16 +39,19 @@ def start(
     ] = None,
     env: Annotated[str, typer.Option(help="Kept for ROCK's command line; local is the only one.")] = "local",
     role: Annotated[str, typer.Option(help="all; admin and write mean the same here.")] = "all",
+    tls_cert: Annotated[str | None, typer.Option(help="Serve TLS with this chain of certificates, in PEM.")] = None,
+    tls_key: Annotated[str | None, typer.Option(help="The key of the certificate, in PEM.")] = None,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay, and log to the terminal.")] = False,
 ) -> None:
     """Start the server and return when it serves. Sandboxes of a server that crashed are found again."""
     from rock.admin.auth import require_key_beyond_loopback
-    from rock.cli.serve import Home, run_server
+    from rock.cli.serve import Home, run_server, tls_of
 
     if role not in ("all", "admin", "write"):
         raise InvalidConfig(f"role {role!r} is not available yet", hint="role 'all' serves reads and writes")
-    settings = _settings(host=host, port=port)
+    settings = _settings(host=host, port=port, tls_cert=_file(tls_cert), tls_key=_file(tls_key))
     require_key_beyond_loopback(settings.host, settings.api_key)
+    tls_of(settings)
     if foreground:
         run_server(settings, log_to_file=False)
         return
@@ -58,6 +64,11 @@ def start(
         f"ROCK serves on {_where(note)} after {time.monotonic() - began:.2f} s "
         f"(pid {note['pid']}, home {settings.home}, log {settings.log_dir / 'server.log'})"
     )
+
+
+def _file(name: str | None) -> str | None:
+    """The server works in another folder."""
+    return None if name is None else str(Path(name).expanduser().absolute())
 
 
 def _launch(settings: Settings) -> dict[str, Any]:
@@ -74,7 +85,9 @@ def _launch(settings: Settings) -> dict[str, Any]:
             stderr=log,
             start_new_session=True,
             cwd="/",
-            env=child_environment(ROCK_HOME=str(settings.home)),
+            env=child_environment(
+                ROCK_HOME=str(settings.home), ROCK_TLS_CERT=settings.tls_cert, ROCK_TLS_KEY=settings.tls_key
+            ),
         )
     home = Home(settings.home)
     end = time.monotonic() + _START_TIMEOUT
@@ -100,7 +113,8 @@ def _why(output: Path) -> RockError:
 
 def _where(note: dict[str, Any]) -> str:
     host = note.get("host", "?")
-    return f"http://{f'[{host}]' if ':' in str(host) else host}:{note.get('port', '?')}"
+    scheme = "https" if note.get("tls_cert") else "http"
+    return f"{scheme}://{f'[{host}]' if ':' in str(host) else host}:{note.get('port', '?')}"
 
 
 @app.command()
@@ -120,7 +134,7 @@ def stop(
     if not pid:
         raise Unavailable("a server holds the folder but has not said where it listens; try again")
     if not keep:
-        count = _stop_sandboxes(_where(note), settings.api_key)
+        count = _stop_sandboxes(note, settings)
         typer.echo(f"stopped {count} sandboxes")
     try:
         os.kill(pid, signal.SIGTERM)
@@ -134,12 +148,27 @@ def stop(
     typer.echo("stopped")
 
 
-def _stop_sandboxes(url: str, key: str | None) -> int:
+def _own_transport(note: dict[str, Any], key: str | None) -> Transport:
+    """To the server of this folder: whatever name its certificate is for, it has to be that one."""
+    import ssl
+
+    from rock.sync.transport import Transport
+
+    if not note.get("tls_cert"):
+        return Transport(_where(note), key)
+    context = ssl.create_default_context(cafile=str(note["tls_cert"]))
+    context.check_hostname = False
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # by whomever it was issued
+    return Transport(_where(note), key, ssl_context=context)
+
+
+def _stop_sandboxes(note: dict[str, Any], settings: Settings) -> int:
     from concurrent.futures import ThreadPoolExecutor
 
     from rock.sync import Client
 
-    with Client(url, key) as client:
+    with Client(_where(note), settings.api_key) as client:
+        client.transport = _own_transport(note, settings.api_key)
         ids = [item.sandbox_id for item in client.list_sandboxes(states="pending,running,stopping")]
         with ThreadPoolExecutor(8) as pool:
             for _ in pool.map(client.stop_sandbox, ids):

@@ -30,6 +30,7 @@ from rock.cli import serve
 from rock.cli.serve import Server
 from rock.errors import Unavailable, from_wire
 from rock.protocol.action import CreateBashSessionRequest
+from rock.protocol.keys import OPERATOR
 from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import SandboxConfig
 from rock.sdk.sandbox.client import Sandbox
@@ -192,7 +193,7 @@ async def _server_side(count: int) -> list[float]:
 
 
 async def _asked(server: Server, url: str, body: bytes, query: str = "") -> dict[str, Any]:
-    status, answer = await call(server.app, "POST", url, body=body, query=query)
+    status, answer = await call(server.app, "POST", url, body=body, query=query, caller=OPERATOR)
     if status >= 400:
         raise from_wire(json.loads(answer), status)
     reply: dict[str, Any] = json.loads(answer)

@@ -9,7 +9,10 @@ import typer
 from rock.cli.output import as_json, busy, table
 
 if TYPE_CHECKING:
+    from rock.runtime.base import Runtime
     from rock.runtime.namespace.probe import Finding
+
+_PATIENCE = 30.0  # seconds that a runtime may take to open
 
 
 def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
@@ -33,10 +36,55 @@ def _text(finding: Finding) -> str:
 def _findings() -> list[Finding]:
     import sys
 
-    from rock.errors import Unsupported
+    from rock.runtime.namespace.probe import Finding
 
-    if sys.platform != "linux":
-        raise Unsupported("sandboxes need Linux; here ROCK is a client only", hint="set ROCK_BASE_URL to a server")
-    from rock.runtime.namespace.probe import host_report
+    if sys.platform == "linux":
+        from rock.runtime.namespace.probe import host_report
 
-    return host_report()
+        found = [*host_report(), *_engine()]
+    else:
+        text = "isolation needs Linux: here are the runtimes process and fake, and clients"
+        found = [Finding("isolation", None, text, "set ROCK_BASE_URL to a server")]
+    return [*found, *_plugins()]
+
+
+def _engine() -> list[Finding]:
+    """The container engine that runtime "docker" would use."""
+    import asyncio
+
+    from rock.runtime.docker.probe import findings
+    from rock.settings import Settings
+
+    return asyncio.run(findings(Settings.read().docker_host))
+
+
+def _plugins() -> list[Finding]:
+    """Runtimes of other distributions, made and opened in a folder that is thrown away."""
+    import asyncio
+    import tempfile
+    from pathlib import Path
+
+    from rock.runtime import plugins
+    from rock.runtime.image.store import ImageStore
+    from rock.runtime.namespace.probe import Finding
+
+    async def why_not(runtime: Runtime) -> str | None:
+        if isinstance(runtime, plugins.BrokenRuntime):
+            return runtime.reason
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                await runtime.open()
+                await runtime.close()
+        except Exception as error:
+            return str(error) or repr(error)
+        return None
+
+    findings = []
+    with tempfile.TemporaryDirectory(prefix="rock-doctor-") as folder:
+        images = ImageStore(Path(folder) / "images")
+        made = plugins.load(lambda name: plugins.RuntimeContext(Path(folder) / name, images))
+        for name, runtime in made.items():
+            fault = asyncio.run(why_not(runtime))
+            hint = "" if fault is None else "repair or remove the package that brings it"
+            findings.append(Finding(f"runtime {name}", fault is None, fault or "can be opened", hint))
+    return findings

@@ -44,8 +44,9 @@ def database_of(url: str) -> Path:
 def application(catalogue: Catalogue) -> App:
     """The registry's routes, alone."""
     router = Router("envhub")
-    for method, path, handler in EnvHub(catalogue).routes():
-        router.add(Route(f"envhub{path}", method, path, "control", "the registry of environments"), handler)
+    for method, path, handler, access in EnvHub(catalogue).routes():
+        row = Route(f"envhub{path}", method, path, "control", "the registry of environments", access=access)
+        router.add(row, handler)
     return router
 
 

@@ -133,9 +133,19 @@ def run(
         int | None,
         typer.Option(metavar="SECONDS", help="Keep its files so long after its stop, for `rock restart`."),
     ] = None,
+    entrypoint: Annotated[
+        bool, typer.Option("--entrypoint", help="By the image's ENTRYPOINT; without a command its CMD.")
+    ] = False,
 ) -> None:
     """Start a sandbox, run a program in it, show its output, exit with its status, stop the sandbox."""
-    wish = program(command, stdin, cwd=cwd, user=user, timeout=timeout)
+    if entrypoint:
+        words = command or []
+        command = words[1:] if words[:1] == ["--"] else words
+        text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape") if stdin else None
+        wish: dict[str, Any] = {"command": command, "stdin": text, "cwd": cwd, "user": user, "timeout": timeout,
+                                "entrypoint": True}  # fmt: skip
+    else:
+        wish = program(command, stdin, cwd=cwd, user=user, timeout=timeout)
     signal.signal(signal.SIGTERM, _terminated)
     sandbox = new_sandbox(
         image, memory=memory, cpus=cpus, env=variables(env), network=network, egress=egress,

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
-import json
 import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -22,17 +21,21 @@ from rock import settings as environment
 from rock.admin.app import Admin
 from rock.admin.auth import Authenticated, require_key_beyond_loopback
 from rock.admin.worker import Worker
+from rock.cli.control import Control
+from rock.cli.home import Home
 from rock.cli.worker import LocalWorker
-from rock.errors import Conflict, InvalidConfig
+from rock.errors import Conflict, InvalidConfig, Unsupported
 from rock.protocol.routes import ROUTES
 from rock.proxy.app import Proxy, is_data
 from rock.rocklet.api import Api
+from rock.rocklet.fence import Fence
 from rock.rocklet.images import Images
 from rock.rocklet.node import Node
-from rock.runtime import wholefile
+from rock.runtime import plugins
 from rock.runtime.base import Runtime
 from rock.runtime.image.store import ImageStore
 from rock.settings import Settings
+from rock.store.base import Store
 from rock.store.sqlite import SqliteStore
 from rock.telemetry import set_up_logs
 from rock.wire.asgi import Answer, App, Receive, Request, Scope, Send, answer
@@ -41,73 +44,44 @@ log = logging.getLogger("rock.server")
 T = TypeVar("T")
 
 
-class Home:
-    """The one folder of a server, locked for as long as it runs, with a note of where it listens."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._lock: int | None = None
-
-    @property
-    def note(self) -> Path:
-        return self.folder / "server.json"
-
-    def take(self) -> None:
-        """Lock it; Conflict when another server has it."""
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = os.open(self.folder / "server.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
-            raise Conflict(
-                f"a server is running already with ROCK_HOME={self.folder} ({self.read()})",
-                hint="stop it with: rock admin stop, or set another ROCK_HOME",
-            ) from None
-        self._lock = lock
-
-    def write(self, host: str, port: int) -> None:
-        wholefile.replace(self.note, json.dumps({"pid": os.getpid(), "host": host, "port": port}))
-
-    def read(self) -> dict[str, Any] | None:
-        """Where the server of this folder listens, if one runs now."""
-        try:
-            with open(self.folder / "server.lock", "a+") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return None
-        except BlockingIOError:
-            pass
-        except OSError:
-            return None
-        try:
-            note = json.loads(self.note.read_text())
-        except (OSError, ValueError):
-            return {}
-        return note if isinstance(note, dict) else {}
-
-    def release(self) -> None:
-        if self._lock is not None:
-            self.note.unlink(missing_ok=True)
-            os.close(self._lock)
-            self._lock = None
-
-
 def make_runtimes(settings: Settings, images: Images) -> dict[str, Runtime]:
     """Every runtime that this machine can have, by name."""
-    from rock.runtime.process import ProcessRuntime
+    from rock.runtime.fake import FakeRuntime
+    from rock.runtime.plain import PlainRuntime
+    from rock.runtime.process import ProcessRuntime, can_hold_init
 
-    runtimes: dict[str, Runtime] = {"process": ProcessRuntime(settings.run_dir / "process")}
-    if sys.platform == "linux":
+    process = ProcessRuntime if can_hold_init() else PlainRuntime
+    runtimes: dict[str, Runtime] = {"process": process(settings.run_dir / "process"), "fake": FakeRuntime()}
+    if sys.platform == "linux" and can_hold_init():
         from rock.runtime.docker.runtime import DockerRuntime
+        from rock.runtime.landlock.runtime import LandlockRuntime
         from rock.runtime.namespace.runtime import NamespaceRuntime
 
         folder, guests = settings.run_dir / "namespace", settings.home / "guest-python"
         runtimes["docker"] = DockerRuntime(settings.run_dir / "docker", guests, settings.docker_host)
+        runtimes["landlock"] = LandlockRuntime(settings.run_dir / "landlock")
         runtimes["namespace"] = NamespaceRuntime(folder, settings.pool_size, images.store, _resolvers(settings))
+    runtimes |= plugins.load(
+        lambda name: plugins.RuntimeContext(settings.run_dir / "runtimes" / name, images.store, settings.pool_size)
+    )
     if settings.runtime not in runtimes:
         names = ", ".join(sorted(runtimes))
         raise InvalidConfig(f"no runtime {settings.runtime!r} (there are: {names})", hint="set ROCK_RUNTIME")
     return runtimes
+
+
+def make_store(settings: Settings) -> Store:
+    """Where the server remembers, as ROCK_STORE says: a file, or a PostgreSQL database. InvalidConfig, Unsupported."""
+    scheme, separator, _ = settings.store.partition("://")
+    if not separator:
+        return SqliteStore(Path(settings.store).expanduser().absolute() if settings.store else settings.database)
+    if scheme not in ("postgresql", "postgres"):
+        raise InvalidConfig(f"ROCK_STORE: there is no store for {scheme}://", hint="a file, or postgresql://...")
+    try:
+        from rock.store.postgres import PostgresStore
+    except ImportError:
+        raise Unsupported("ROCK_STORE: PostgreSQL needs asyncpg", hint="pip install 'rock-sandbox[postgres]'") from None
+    return PostgresStore(settings.store)
 
 
 def _resolvers(settings: Settings) -> list[str]:
@@ -122,17 +96,27 @@ def _resolvers(settings: Settings) -> list[str]:
 
 
 class Rocklet:
-    """The sandboxes of this machine, their home and their routes."""
+    """The sandboxes of this machine, their home and their routes. `runtimes`: instead of all that there are."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, runtimes: dict[str, Runtime] | None = None) -> None:
         require_key_beyond_loopback(settings.host, settings.api_key)
         self.home = Home(settings.home)
         self.images = Images(ImageStore.of(settings))
-        runtimes = make_runtimes(settings, self.images)
+        runtimes = make_runtimes(settings, self.images) if runtimes is None else runtimes
         self.node = Node(runtimes, settings.runtime, settings.run_dir, settings.sandbox_limit, self.images)
         self.router = Api(self.node).router()
         self.router.add(ROUTES["health"], _health)
-        self.app = Authenticated(self.router, settings.api_key)
+        fence = Fence(settings.run_dir / "fence")
+        self.app = Authenticated(fence.over(self.router), settings.api_key)
+
+    def let_go(self) -> None:
+        """The server is about to stop."""
+        self.node.let_go()
+
+    @property
+    def left(self) -> int:
+        """Sandboxes that outlive it."""
+        return len(self.node.supervisors)
 
     async def open(self) -> None:
         self.home.take()
@@ -153,19 +137,20 @@ async def _health(_: Request) -> Answer:
 
 
 class Server:
-    """All roles in one process, as one ASGI application with a life of its own."""
+    """All roles in one process, as one ASGI application with a life of its own. `runtimes`: see Rocklet."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, runtimes: dict[str, Runtime] | None = None) -> None:
         self.settings = settings
-        self.rocklet = Rocklet(settings)
+        self.rocklet = Rocklet(settings, runtimes)
         self.home, self.node = self.rocklet.home, self.rocklet.node
+        self.let_go = self.rocklet.let_go
         # Not the host's name: that changes with the network, and every sandbox would be on a worker nobody knows.
         name = "local"
-        self.store = SqliteStore(settings.database)
+        self.store = make_store(settings)
         self._proxy = Proxy(self.store, {name: self.rocklet.router})
         workers: dict[str, Worker] = {name: LocalWorker(name, self.node)}
         self.admin = Admin(settings, self.store, workers, ["write", "read", "worker"], self._proxy)
-        self.app = Authenticated(self._route, settings.api_key)
+        self.app = Authenticated(self._route, settings.api_key, self.admin.keys)
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         with contextlib.suppress(asyncio.CancelledError):  # its time was over when the server stopped: no fault of it
@@ -173,6 +158,10 @@ class Server:
                 await self._proxy(scope, receive, send)
             else:
                 await self.admin.app(scope, receive, send)
+
+    @property
+    def left(self) -> int:
+        return self.rocklet.left
 
     async def open(self) -> None:
         await self.rocklet.open()
@@ -214,8 +203,27 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
-def http_over(app: App) -> uvicorn.Server:
-    """An HTTP server over an application, to be given its sockets."""
+def tls_of(settings: Settings) -> dict[str, Any]:
+    """What uvicorn has to know of a certificate; InvalidConfig when it cannot be used."""
+    if not settings.tls_cert and not settings.tls_key:
+        return {}
+    if not settings.tls_cert or not settings.tls_key:
+        raise InvalidConfig("TLS needs a certificate and its key", hint="--tls-cert FILE --tls-key FILE")
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        # Without the second argument a key with a passphrase would be asked for at the terminal.
+        context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")
+    except (OSError, ssl.SSLError) as error:
+        raise InvalidConfig(
+            f"TLS cannot be had with {settings.tls_cert} and {settings.tls_key}: {error.strerror or error}",
+            hint="PEM files that this user may read, the key without a passphrase",
+        ) from None
+    return {"ssl_certfile": settings.tls_cert, "ssl_keyfile": settings.tls_key}
+
+
+def http_over(app: App, settings: Settings | None = None) -> uvicorn.Server:
+    """An HTTP server over an application, to be given its sockets. InvalidConfig for a certificate that is none."""
+    tls = {} if settings is None else tls_of(settings)
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -227,29 +235,39 @@ def http_over(app: App) -> uvicorn.Server:
         proxy_headers=False,  # nobody who sends them is known to be a proxy
         ws_max_size=16 << 20,
         backlog=2048,
+        **tls,
     )
     return _Uvicorn(config)
 
 
+def make_server(settings: Settings, role: type[Server] | type[Rocklet]) -> Server | Rocklet | Control:
+    """What a process with these settings serves."""
+    if role is Server and settings.workers:
+        return Control(settings, make_store(settings))
+    return role(settings)
+
+
 async def serve(settings: Settings, role: type[Server] | type[Rocklet] = Server) -> None:
     """Serve until SIGTERM or SIGINT."""
+    tls_of(settings)
     listener = listen(settings.host, settings.port)
     port = listener.getsockname()[1]
-    server = role(settings)
+    server = make_server(settings, role)
     try:
         await server.open()
     except BaseException:
         listener.close()
         raise
     try:
-        http = http_over(server.app)
-        with stop_on_signals(http, server.node.let_go):
-            server.home.write(settings.host, port)
-            log.info("serving on http://%s:%d, home %s, pid %d", settings.host, port, settings.home, os.getpid())
-            print(f"ROCK serves on http://{settings.host}:{port} (home {settings.home})", flush=True)
+        http = http_over(server.app, settings)
+        with stop_on_signals(http, server.let_go):
+            scheme = "https" if settings.tls_cert else "http"
+            server.home.write(settings.host, port, settings.tls_cert)
+            log.info("serving on %s://%s:%d, home %s, pid %d", scheme, settings.host, port, settings.home, os.getpid())
+            print(f"ROCK serves on {scheme}://{settings.host}:{port} (home {settings.home})", flush=True)
             await http.serve(sockets=[listener])
     finally:
-        left = len(server.node.supervisors)
+        left = server.left
         await server.close()
         listener.close()
         if left:

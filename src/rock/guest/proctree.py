@@ -6,6 +6,7 @@ Start times are in ticks (10 ms) of CLOCK_BOOTTIME, as /proc/PID/stat tells them
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -104,8 +105,8 @@ def send(entry: Entry, number: int, *, threads: bool = False) -> bool:
     """
     try:
         fd = os.pidfd_open(entry.pid)
-    except OSError:
-        return False
+    except OSError as error:
+        return error.errno == errno.ENOSYS and _send_plainly(entry, number, threads)
     try:
         now = read(entry.pid)
         if now is None or now.start != entry.start or not (now.alive or threads):
@@ -116,6 +117,18 @@ def send(entry: Entry, number: int, *, threads: bool = False) -> bool:
         return False
     finally:
         os.close(fd)
+
+
+def _send_plainly(entry: Entry, number: int, threads: bool) -> bool:
+    """Where the kernel has no pidfds, as gVisor's: between the look and the signal a pid could be used again."""
+    now = read(entry.pid)
+    if now is None or now.start != entry.start or not (now.alive or threads):
+        return False
+    try:
+        os.kill(entry.pid, number)
+    except OSError:
+        return False
+    return True
 
 
 def signal_tree(root: int, number: int, since: int | None, include_root: bool, spare: Collection[int] = ()) -> int:

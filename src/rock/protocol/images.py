@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from rock.protocol.sandbox import Wire
+from rock.protocol.sandbox import SandboxConfig, Wire
 
 
 class BuildRequest(Wire):
@@ -29,11 +29,31 @@ class BuildRequest(Wire):
     memory: str = "2g"
     cpus: float = Field(default=2.0, gt=0)
     pids: int = Field(default=4096, ge=16, le=1_000_000)
-    timeout: float = Field(default=3600.0, gt=0)
+    timeout: float = Field(default=3600.0, gt=0, allow_inf_nan=False)
     use_cache: bool = True
     pull: Literal["missing", "always", "never"] = "missing"
     registry_username: str | None = None
     registry_password: str | None = Field(default=None, repr=False)
+
+    @field_validator("build_args")
+    @classmethod
+    def _build_args(cls, value: dict[str, str]) -> dict[str, str]:
+        for name, text in value.items():
+            if not name or "=" in name or "\0" in name + text:
+                raise ValueError(f"{name[:60]!r} is no name of a variable, or its value has a NUL character")
+        return value
+
+    @model_validator(mode="after")
+    def _of_sandboxes(self) -> Self:
+        try:
+            self.limits()
+        except ValidationError as error:
+            raise ValueError("; ".join(item["msg"].removeprefix("Value error, ") for item in error.errors())) from None
+        return self
+
+    def limits(self, image: str = "scratch") -> SandboxConfig:
+        """The sandbox of a RUN: of `image`, with the limits of this request."""
+        return SandboxConfig(image=image, memory=self.memory, cpus=self.cpus, pids=self.pids, network=self.network)
 
 
 class BuiltImage(BaseModel):

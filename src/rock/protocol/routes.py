@@ -1,7 +1,8 @@
 """One table of the native wire, for server, client and docs.
 
 Bodies are JSON unless a row says "raw". An answer that is not 2xx is `RockError.to_wire()`. Every mutating call may
-carry `Idempotency-Key`; the same key gets the same answer. Keys travel as `Authorization: Bearer KEY`.
+carry `Idempotency-Key`; the same key gets the same answer. API keys travel as `Authorization: Bearer KEY`; what a row
+takes of them is its `access`.
 
 Times to wait (`wait`) are seconds: the server answers as soon as there is something to say, at the latest then.
 
@@ -29,11 +30,14 @@ from enum import IntEnum
 from typing import Literal
 from urllib.parse import quote
 
+from rock.protocol.keys import Access
+
 IDEMPOTENCY_KEY = "idempotency-key"
 STREAM_TYPE = "application/x-rock-stream"
 FRAMES_TYPE = "application/x-rock-frames"
 ERROR_CODE = "x-rock-error"  # on every error of ours: what tells it from the answer of a program inside
 ANSWER_WITHIN = "x-rock-timeout"  # seconds that a program behind a port has for the head of its answer; 120
+FENCE = "x-rock-fence"  # on commands to a rocklet: the token of the lease by which they are given
 OTHER_KEY = "x-rock-api-key"  # the key, for requests whose Authorization is meant for a program inside
 LOG_START, LOG_NEXT, LOG_RUNNING = "x-rock-start", "x-rock-next", "x-rock-running"
 
@@ -82,6 +86,7 @@ class Route:
     """A row: `plane` control is the admin's, data goes through the proxy to the rocklet, node is admin to rocklet.
 
     method: ANY is each of METHODS. tail: the last variable is the whole rest of the path, which may be missing.
+    access: what a key has to have for it; nobody but the server's owner has all, so what is forgotten is closed.
     """
 
     name: str
@@ -93,6 +98,7 @@ class Route:
     answer: str = ""
     mutates: bool = False
     tail: bool = False
+    access: Access = Access.ADMIN
 
     def url(self, **values: str) -> str:
         """The path with its variables filled in and percent-encoded."""
@@ -101,13 +107,33 @@ class Route:
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _S = "/v1/sandboxes/{sandbox_id}"
+_ACCESS = {  # of rows whose plane and method do not tell
+    "health": Access.OPEN,
+    "commit_sandbox": Access.IMAGES,
+    "add_env": Access.IMAGES,
+    "build_env": Access.IMAGES,
+    "build_image": Access.IMAGES,
+    "create_key": Access.ADMIN,
+    "list_keys": Access.ADMIN,
+    "revoke_key": Access.ADMIN,
+}
+
+
+def _access(name: str, method: str, plane: Plane) -> Access:
+    if name in _ACCESS or plane == "node":
+        return _ACCESS.get(name, Access.ADMIN)
+    if method == "GET":
+        return Access.READ
+    return Access.RUN if plane == "data" else Access.CREATE
 
 
 def _rows() -> Iterator[Route]:
     def row(
         name: str, method: str, path: str, plane: Plane, summary: str, request: str = "", answer: str = ""
     ) -> Route:
-        return Route(name, method, path, plane, summary, request, answer, method in ("POST", "PUT", "DELETE"))
+        mutates = method in ("POST", "PUT", "DELETE")
+        access = _access(name, method, plane)
+        return Route(name, method, path, plane, summary, request, answer, mutates, access=access)
 
     # control plane
     yield row(
@@ -209,6 +235,9 @@ def _rows() -> Iterator[Route]:
     )
     yield row("server_info", "GET", "/v1/server", "control", "Version, isolation, capacity", "", "ServerInfo")
     yield row("health", "GET", "/healthz", "control", "Answers while the server serves")
+    yield row("create_key", "POST", "/v1/keys", "control", "Make an API key, which is told once", "CreateKey", "NewKey")
+    yield row("list_keys", "GET", "/v1/keys", "control", "API keys, without what they are made of", "", "KeyList")
+    yield row("revoke_key", "DELETE", "/v1/keys/{key_id}", "control", "End a key; its sandboxes stay", "", "KeyInfo")
     # data plane: sessions
     yield row(
         "create_session",
@@ -332,10 +361,12 @@ def _rows() -> Iterator[Route]:
         "raw",
         "raw",
         tail=True,
+        access=Access.RUN,
     )
     yield Route(
-        "port_socket", "WEBSOCKET", _S + "/ports/{port}/{rest}", "data", "A WebSocket of a port inside", tail=True
-    )
+        "port_socket", "WEBSOCKET", _S + "/ports/{port}/{rest}", "data", "A WebSocket of a port inside", tail=True,
+        access=Access.RUN,
+    )  # fmt: skip
     yield row("tunnel", "WEBSOCKET", _S + "/tcp/{port}", "data", "A connection to a TCP port inside")
     # data plane: files
     yield row(

@@ -13,6 +13,7 @@ from rock.protocol import egress
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?\s*$", re.IGNORECASE)
 _UNIT = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_LONGEST = 1 << 32  # seconds: beyond any use, and well within what can be added to a time
 ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$"
 
 
@@ -98,7 +99,8 @@ class SandboxConfig(BaseConfig):
     auto_archive_seconds: keep the files too, and bring them to the server's archive so many seconds after the stop.
         Excludes auto_delete_seconds.
     startup_timeout: seconds that a start may take.
-    network: "none" (its own, with loopback), "nat" (public addresses, by TCP) or "host".
+    network: "none" (its own, with loopback), "nat" (public addresses, by TCP), "host" or, of runtime "docker" alone,
+        "bridge" (the engine's own, which leads wherever that machine can reach).
     egress: where it may connect to, and nowhere else, as in protocol/egress.py: "example.com", "*.example.org:443",
         "203.0.113.0/24:22", "*". None is every public address. It goes with network "nat", which it implies.
     runtime: name of the runtime; None is the server's default. oci_runtime: what runs a container, of runtime "docker"
@@ -108,6 +110,9 @@ class SandboxConfig(BaseConfig):
     env: environment of all that runs inside. labels: the user's own words, to list by.
     sandbox_id: a name of your own choice; taken already is a Conflict.
     """
+
+    # JSON has no infinity: a record of one would come back as null, and not be read again.
+    model_config = ConfigDict(allow_inf_nan=False)
 
     image: str = Field(default="python:3.11", min_length=1)
     image_os: str = "linux"
@@ -119,12 +124,12 @@ class SandboxConfig(BaseConfig):
     inodes: int | None = Field(default=None, ge=256, le=1 << 32)
     nofile: int | None = Field(default=None, ge=16, le=1 << 20)
     shm_size: str | None = None
-    auto_clear_seconds: int = Field(default=300, ge=0)
-    auto_archive_seconds: int | None = Field(default=None, ge=0)
-    auto_delete_seconds: int | None = Field(default=None, ge=0)
-    timeout: float | None = Field(default=None, gt=0)
-    startup_timeout: float = Field(default=180.0, gt=0)
-    network: Literal["none", "nat", "host"] = "none"
+    auto_clear_seconds: int = Field(default=300, ge=0, le=_LONGEST)
+    auto_archive_seconds: int | None = Field(default=None, ge=0, le=_LONGEST)
+    auto_delete_seconds: int | None = Field(default=None, ge=0, le=_LONGEST)
+    timeout: float | None = Field(default=None, gt=0, le=_LONGEST)
+    startup_timeout: float = Field(default=180.0, gt=0, le=_LONGEST)
+    network: Literal["none", "nat", "bridge", "host"] = "none"
     egress: list[str] | None = Field(default=None, max_length=egress.MOST_ENTRIES)
     runtime: str | None = None
     isolation: Isolation | None = None
@@ -209,7 +214,7 @@ class SandboxConfig(BaseConfig):
         if self.inodes is not None and self.disk is None:
             raise ValueError("inodes: it is a limit of a disk with a size; give disk too")
         if self.shm_size is not None and self.shm_bytes * 2 > self.memory_bytes:
-            raise ValueError(f"shm_size {self.shm_size} is over half of the memory, {self.memory}: it is filled from there")
+            raise ValueError(f"shm_size {self.shm_size} is over half of the memory, {self.memory}, that it is part of")
         if self.isolation is not None and self.isolation.rank < self.minimum_isolation.rank:
             raise ValueError(f"isolation {self.isolation.value} is weaker than minimum_isolation "
                              f"{self.minimum_isolation.value}")
@@ -353,6 +358,7 @@ class SandboxInfo(Wire):
     kept: it does not run, and its files are on its worker: it can be restarted. archive: they are in the archive.
     commit: of the last image that was made of it.
     auto_stop_at, auto_archive_at, auto_delete_at: when that will happen by itself, as things are now.
+    tenant: of the key that made it; "" is the server's owner.
     state_history: the last 100 steps, oldest first; lists leave it out unless asked.
     """
 
@@ -397,3 +403,4 @@ class SandboxInfo(Wire):
     state_history: list[StateChange] = Field(default_factory=list)
     usage: Usage | None = None
     error: dict[str, Any] | None = None
+    tenant: str = ""

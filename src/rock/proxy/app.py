@@ -5,16 +5,19 @@ With the worker in this process, the request goes to its ASGI application as it 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import MutableMapping
 from typing import Any
 
 from rock.errors import Expired, Lost, NotFound, NotHere, OutOfMemory, RockError, StartFailed, Unavailable, Unsupported
+from rock.protocol.keys import caller_of
 from rock.protocol.routes import ERROR_CODE, ROUTES
 from rock.protocol.sandbox import Cause, SandboxInfo, State
 from rock.store.base import Store
 from rock.wire.asgi import App, Receive, Scope, Send, deny, failure
 
 PREFIX = "/v1/sandboxes/"
+_REMEMBERED = 20_000
 _CONTROL = {"stop", "restart", "archive", "commit", "connections"}
 _BUILD = ROUTES["build_image"].path
 _NOT_HERE = (ERROR_CODE.encode(), NotHere.code.encode())  # a program inside may answer 421 too
@@ -31,14 +34,22 @@ def is_data(path: str) -> bool:
 
 
 class Proxy:
-    """Routes by sandbox id. `workers`: ASGI applications by worker name."""
+    """Routes by sandbox id. `workers`: ASGI applications by worker name. local: they are in this process.
 
-    def __init__(self, store: Store, workers: dict[str, App]) -> None:
+    To a tenant's key nothing exists but what is its tenant's. Whose a sandbox is never changes (see admin/desk.py), so
+    it is asked for once."""
+
+    def __init__(self, store: Store, workers: dict[str, App], local: bool = True) -> None:
         self._store = store
         self._workers = workers
-        self._local = next(iter(workers.values())) if len(workers) == 1 else None
+        self._local = next(iter(workers.values())) if len(workers) == 1 and local else None
+        self._owned: OrderedDict[str, str] = OrderedDict()  # tenants by id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        tenant = caller_of(scope).tenant  # images are all tenants', and a matter of what a key may do
+        if tenant is not None and scope["path"] != _BUILD and not await self._owns(tenant, _sandbox_id(scope)):
+            await _refuse(scope, send, _not_found(_sandbox_id(scope)))
+            return
         if self._local is None:
             await self._forward(scope, receive, send)
             return
@@ -46,8 +57,19 @@ class Proxy:
         held = _Held(send)
         await self._local(scope, receive, held)
         if held.held:
-            error = await self._explain(_sandbox_id(scope))
-            await (deny(scope, send, error) if scope["type"] == "websocket" else failure(error).send(send))
+            await _refuse(scope, send, await self._explain(_sandbox_id(scope)))
+
+    async def _owns(self, tenant: str, sandbox_id: str) -> bool:
+        known = self._owned.get(sandbox_id)
+        if known is None:
+            record = await self._store.get(sandbox_id)
+            if record is None or record.tenant != tenant:
+                return False
+            self._owned[sandbox_id] = tenant
+            while len(self._owned) > _REMEMBERED:
+                self._owned.popitem(last=False)
+            return True
+        return known == tenant
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] == _BUILD:
@@ -56,16 +78,19 @@ class Proxy:
         record = await self._store.get(_sandbox_id(scope))
         worker = self._workers.get(record.info.worker or "") if record else None
         if record is None or worker is None:
-            missing = Unavailable("its worker is not known here") if record else NotFound("Sandbox not found")
-            await (deny(scope, send, missing) if scope["type"] == "websocket" else failure(missing).send(send))
+            missing = Unavailable("its worker is not known here") if record else _not_found(_sandbox_id(scope))
+            await _refuse(scope, send, missing)
             return
-        await worker(scope, receive, send)
+        held = _Held(send)
+        await worker(scope, receive, held)
+        if held.held:
+            await _refuse(scope, send, await self._explain(_sandbox_id(scope)))
 
     async def _explain(self, sandbox_id: str) -> RockError:
         """A worker does not hold the sandbox: what became of it."""
         record = await self._store.get(sandbox_id)
         if record is None:
-            return NotFound(f"Sandbox {sandbox_id} not found", sandbox_id=sandbox_id)
+            return _not_found(sandbox_id)
         return tell(record.info)
 
 
@@ -81,6 +106,14 @@ class _Held:
             self.held = True
         if not self.held:
             await self._send(message)
+
+
+def _not_found(sandbox_id: str) -> NotFound:
+    return NotFound(f"Sandbox {sandbox_id} not found", sandbox_id=sandbox_id)
+
+
+async def _refuse(scope: Scope, send: Send, error: RockError) -> None:
+    await (deny(scope, send, error) if scope["type"] == "websocket" else failure(error).send(send))
 
 
 def _sandbox_id(scope: Scope) -> str:

@@ -8,22 +8,21 @@ import hashlib
 import os
 import re
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rock.errors import InvalidConfig, NotFound, RockError, Unsupported
+from rock.errors import InvalidConfig, RockError, Unsupported
 from rock.protocol.images import BuildRequest, BuiltImage
 from rock.protocol.sandbox import SandboxConfig
+from rock.rocklet.buildplan import Plan
 from rock.rocklet.buildrun import PREDEFINED, Flow, Run, program
 from rock.rocklet.commits import written
 from rock.rocklet.instructions import Place, Settings, apply
 from rock.runtime.base import Files, Snapshots
-from rock.runtime.image import dockerfile
 from rock.runtime.image.copying import Copy, Owner, Source, digest_of, is_archive, owner_of, sources
-from rock.runtime.image.dockerfile import Instruction, Stage, Words, at_line, refuse, unsupported
-from rock.runtime.image.importer import this_architecture
+from rock.runtime.image.dockerfile import Instruction, Words, at_line, refuse, unsupported
 from rock.runtime.image.layer import LayerWriter
 from rock.runtime.image.layers import Fill
 from rock.runtime.image.leases import Lease
@@ -62,9 +61,8 @@ class Build:
     """One build."""
 
     def __init__(
-        self, node: Node, wish: BuildRequest, plan: dockerfile.Dockerfile, context: Merged, folder: Path, tell: Tell,
-        flow: Flow,
-    ) -> None:  # fmt: skip
+        self, node: Node, wish: BuildRequest, plan: Plan, context: Merged, folder: Path, tell: Tell, flow: Flow
+    ) -> None:
         self._node = node
         self._store: ImageStore = node.images.store
         self._wish = wish
@@ -76,7 +74,6 @@ class Build:
         self._done: dict[int, _State] = {}
         self._leases: list[Lease] = []
         self._steps = self._cached = self._ran = 0
-        self._args_used: set[str] = set()
         self._loop = asyncio.get_running_loop()
 
     def close(self) -> None:
@@ -85,16 +82,10 @@ class Build:
 
     async def run(self) -> BuiltImage:
         """Build the wanted stage and those that it needs."""
-        stages = self._plan.stages
-        wanted = len(stages) - 1 if self._wish.target is None else self._number(self._wish.target)
-        if wanted is None:
-            names = ", ".join(stage.name for stage in stages if stage.name)
-            raise NotFound(f"the Dockerfile has no stage {self._wish.target!r}", hint=f"it has {names or 'no names'}")
-        outside = self._outside()
-        needed = self._needed(wanted, outside)
-        for number in sorted(needed):
-            await self._stage(number, outside)
-        for name in sorted(set(self._wish.build_args) - self._args_used - PREDEFINED):
+        wanted = self._plan.wanted(self._wish.target)
+        for number in self._plan.needed(wanted):
+            await self._stage(number)
+        for name in sorted(set(self._wish.build_args) - self._plan.args_used - PREDEFINED):
             self._line(f"warning: no ARG {name} takes the build argument of that name")
         state = self._done[wanted]
         settings = replace(state.settings, labels={**state.settings.labels, **self._wish.labels})
@@ -103,58 +94,11 @@ class Build:
         return BuiltImage(name=record.name, digest=record.digest, size=record.size, layers=len(record.layers),
                           steps=self._steps, cached=self._cached, ran=self._ran)  # fmt: skip
 
-    # ---- which stages
-
-    def _outside(self) -> dict[str, str]:
-        """The variables of FROM lines."""
-        architecture = this_architecture()
-        found = {f"{side}{what}": value for side in ("TARGET", "BUILD") for what, value in (
-            ("PLATFORM", f"linux/{architecture}"), ("OS", "linux"), ("ARCH", architecture))}  # fmt: skip
-        for instruction in self._plan.args:
-            found = self._arguments(instruction, Place(found, {}, self._plan.escape), {})
-        return found
-
-    def _number(self, name: str, before: int | None = None, by_number: bool = True) -> int | None:
-        """The stage of a name, or of a number, among those before one."""
-        stages = self._plan.stages[:before]
-        for number, stage in enumerate(stages):
-            if stage.name == name.lower():
-                return number
-        return int(name) if by_number and name.isascii() and name.isdigit() and int(name) < len(stages) else None
-
-    def _base(self, stage: Stage, outside: dict[str, str]) -> str:
-        base = Words(outside, self._plan.escape, stage.line).one(stage.base)
-        if not base:
-            raise refuse(stage.line, f"FROM {stage.base} is nothing", "give the ARG a value")
-        platform = Words(outside, self._plan.escape, stage.line).one(stage.platform)
-        if platform not in ("", f"linux/{this_architecture()}"):
-            raise unsupported(stage.line, f"platform {platform}: only linux/{this_architecture()} runs here")
-        return base
-
-    def _needed(self, wanted: int, outside: dict[str, str]) -> set[int]:
-        found: set[int] = set()
-        todo = [wanted]
-        while todo:
-            number = todo.pop()
-            if number in found:
-                continue
-            found.add(number)
-            stage = self._plan.stages[number]
-            base = self._number(self._base(stage, outside), number, by_number=False)
-            todo += [base] if base is not None else []
-            for instruction in stage.instructions:
-                source = instruction.flags.get("from", "")
-                other = self._number(source, number)
-                if other is None and self._number(source) is not None:
-                    raise refuse(instruction.line, f"stage {source!r} comes later, or is this one")
-                todo += [other] if other is not None else []
-        return found
-
     # ---- one stage
 
-    async def _stage(self, number: int, outside: dict[str, str]) -> None:
+    async def _stage(self, number: int) -> None:
         stage = self._plan.stages[number]
-        base = self._base(stage, outside)
+        base = self._plan.base(stage)
         self._line(f"FROM {base}" + (f" AS {stage.name}" if stage.name else ""))
         try:
             state = await self._begin(base, number)
@@ -165,7 +109,7 @@ class Build:
         for instruction in stage.instructions:
             self._steps += 1
             try:
-                await self._step(state, instruction, outside)
+                await self._step(state, instruction)
             except RockError as error:
                 raise at_line(instruction.line, error) from None
             except OSError as error:
@@ -176,7 +120,7 @@ class Build:
         if base == "scratch":
             rootfs = RootFS(digest="scratch", layers=(), name="scratch", env={"PATH": PATH})
             return _State(rootfs, _key(_VERSION, "scratch"), Settings.of(rootfs))
-        other = self._number(base, number, by_number=False)
+        other = self._plan.number(base, number, by_number=False)
         if other is not None:
             state = self._done[other]
             return _State(state.rootfs, state.key, replace(state.settings, own_cmd=False), state.named)
@@ -197,11 +141,11 @@ class Build:
         if rootfs.layers:
             self._leases.append(await asyncio.to_thread(self._store.lease, rootfs))
 
-    async def _step(self, state: _State, instruction: Instruction, outside: dict[str, str]) -> None:
+    async def _step(self, state: _State, instruction: Instruction) -> None:
         self._line(f"{instruction.keyword} {instruction.text}")
         place = Place(state.args, state.settings.env, self._plan.escape)
         if instruction.keyword == "ARG":
-            state.args = self._arguments(instruction, place, outside)
+            state.args = self._plan.arguments(instruction, place)
         elif instruction.keyword == "RUN":
             await self._run(state, instruction)
         elif instruction.keyword in ("COPY", "ADD"):
@@ -215,21 +159,6 @@ class Build:
             if settings != state.settings:
                 state.settings, state.named = settings, ""
                 state.key = _key(state.key, "settings", repr(settings))
-
-    def _arguments(self, instruction: Instruction, place: Place, outside: Mapping[str, str]) -> dict[str, str]:
-        """The arguments after an ARG."""
-        args = dict(place.args)
-        words = place.words(instruction.line)
-        for word in words.raw(instruction.text):
-            name, equals, default = word.partition("=")
-            self._args_used.add(name)
-            if name in self._wish.build_args:
-                args[name] = self._wish.build_args[name]
-            elif equals:
-                args[name] = words.one(default)
-            elif name in outside:
-                args[name] = outside[name]
-        return args
 
     # ---- steps that make a layer
 
@@ -298,7 +227,7 @@ class Build:
         source = instruction.flags.get("from", "")
         if not source:
             return self._context, Owner(0, 0)
-        number = self._number(source)
+        number = self._plan.number(source)
         if number is not None and number in self._done:
             rootfs = self._done[number].rootfs
         else:
@@ -351,8 +280,7 @@ class Build:
         if not state.named:
             state.named = BUILD_STEPS + _key(state.key, "before", repr(state.settings))
             await asyncio.to_thread(self._store.extend, state.named, state.below)
-        config = SandboxConfig(image=state.named, memory=self._wish.memory, cpus=self._wish.cpus, pids=self._wish.pids,
-                               network=network)  # type: ignore[arg-type]
+        config = self._wish.limits(state.named).model_copy(update={"network": network})
         runtime = self._node.runtime_for(config)
         if not isinstance(runtime, Snapshots) or not isinstance(runtime, Files):
             raise Unsupported(f"no image can be built with runtime {self._node.default!r}")

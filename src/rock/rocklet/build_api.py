@@ -9,8 +9,9 @@ from pathlib import Path
 
 import orjson
 
-from rock.errors import InvalidConfig
+from rock.errors import Forbidden, InvalidConfig
 from rock.protocol.images import BuildRequest, BuiltImage
+from rock.protocol.keys import Access, caller_of
 from rock.protocol.routes import ROUTES, Frame
 from rock.rocklet.buildrun import Flow
 from rock.rocklet.commits import scratch_of
@@ -29,6 +30,8 @@ def add_routes(router: Router, node: Node) -> None:
         async with contextlib.AsyncExitStack() as stack:
             frames = await stack.enter_async_context(contextlib.aclosing(frames_of(request)))
             wish = await _wish(frames)
+            if wish.network == "host" and Access.ADMIN not in caller_of(request.scope).scopes:
+                raise Forbidden("this key may not use the server's own network", hint='network="none" or "nat"')
             scratch = contextlib.AsyncExitStack()
             folder = await scratch.enter_async_context(scratch_of(node.images.store))
             tar = folder / "context.tar"

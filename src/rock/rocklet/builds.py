@@ -16,13 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rock.errors import InvalidConfig
 from rock.protocol.images import BuildRequest, BuiltImage
 from rock.rocklet.build import Build
+from rock.rocklet.buildplan import Plan
 from rock.rocklet.buildrun import Flow
 from rock.runtime.image import dockerfile
 from rock.runtime.image.merged import Merged
-from rock.runtime.image.reference import BUILD_STEPS
 from rock.runtime.image.steps import unpack_context
 from rock.runtime.image.store import new_name
 
@@ -66,9 +65,7 @@ class Builds:
 
     async def _build(self, wish: BuildRequest, tar: Path, folder: Path, tell: Tell, flow: Flow) -> BuiltImage:
         new_name(wish.image_tag)
-        if wish.image_tag.startswith(BUILD_STEPS):
-            raise InvalidConfig(f"names that begin with {BUILD_STEPS} are those of build steps")
-        plan = dockerfile.parse(wish.dockerfile)
+        plan = Plan(dockerfile.parse(wish.dockerfile), wish.build_args)
         if self._gate.locked():
             tell(b"waiting for another build to end\n")
         async with self._gate:

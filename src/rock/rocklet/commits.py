@@ -10,13 +10,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from rock.errors import Conflict, RockError, Unavailable, Unsupported
 from rock.protocol.node import NodeCommit, NodeImage
 from rock.protocol.sandbox import ArchivedFiles
+from rock.rocklet.ownthread import in_own_thread
 from rock.runtime.base import Handle, Runtime, Snapshots
 from rock.runtime.image.locks import storing
 from rock.runtime.image.logins import Login
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from rock.rocklet.node import Node
 
 _STAGE = "stage"
-_LET_GO = 2.0  # seconds
 
 
 class Commits:
@@ -72,7 +72,8 @@ class Commits:
                     files = await written(runtime, handle, wish.limit, tar)
                     if not resting:
                         self._refuse_stopped(sandbox_id, handle)
-                    return await _in_thread(lambda gone: self._make(wish, base, tar, files, login, gone))
+                    return await in_own_thread(
+                        lambda gone: self._make(wish, base, tar, files, login, gone), "rock-commit")
         except RockError as error:
             error.sandbox_id = sandbox_id
             error.details.setdefault(_STAGE, "commit")
@@ -180,36 +181,3 @@ def _append(file: BinaryIO, part: bytes) -> None:
         file.write(part)
     else:
         file.seek(len(part), 1)
-
-
-async def _in_thread(work: Callable[[threading.Event], NodeImage]) -> NodeImage:
-    """What the work gives. On a cancellation it is told to end, and waited for a moment: a registry that is silent
-    must not keep a server from stopping, and what is half-made then is removed by whoever opens the store next."""
-    gone, loop = threading.Event(), asyncio.get_running_loop()
-    future: asyncio.Future[NodeImage] = loop.create_future()
-
-    def settle(made: NodeImage | None, error: BaseException | None) -> None:
-        if future.cancelled():
-            return
-        if error is not None:
-            future.set_exception(error)
-        elif made is not None:
-            future.set_result(made)
-
-    def run() -> None:
-        made, error = None, None
-        try:
-            made = work(gone)
-        except BaseException as raised:
-            error = raised
-        with contextlib.suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(settle, made, error)
-
-    threading.Thread(target=run, name="rock-commit", daemon=True).start()
-    try:
-        return await asyncio.shield(future)
-    except asyncio.CancelledError:
-        gone.set()
-        await asyncio.wait({future}, timeout=_LET_GO)
-        future.cancel()
-        raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import orjson
 
 from rock.envhub import datasets, registry
-from rock.errors import InvalidConfig, RockError
+from rock.errors import InvalidConfig, NotFound, RockError
 from rock.guest import frames
 from rock.guest.frames import HEAD, PLAIN, Frame
 from rock.protocol.env import CallEnv, EnvInfo, MakeEnv, ResetEnv, StepEnv
@@ -33,8 +33,10 @@ class EnvApi:
         text = request.path["env"]
         sandbox = self.node.get(request.path["sandbox_id"])
         named = text.startswith(NAMED)
-        if not named and not text.isdigit():
+        if not named and not (text.isascii() and text.isdigit() and len(text) < 19):
             raise InvalidConfig(f"no such environment: {text!r}", hint="use the number that make_env answered")
+        if not named and not sandbox.hosts_environments:  # starting a host, to find nothing in it, takes seconds
+            raise NotFound(f"there is no environment {text[:20]}", sandbox_id=sandbox.id, hint="make it first")
         with sandbox.active():
             host = await sandbox.environments()
         return sandbox, host, host.number_of(text.removeprefix(NAMED)) if named else int(text)

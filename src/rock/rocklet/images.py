@@ -5,15 +5,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Callable
 
 from rock.envhub.packages import requirements_of, wheels_only, without_dependencies
-from rock.errors import ImageError, NotFound
+from rock.errors import ImageError, NotFound, Unavailable
 from rock.protocol.node import ImageState
 from rock.protocol.sandbox import SandboxConfig
+from rock.rocklet.ownthread import in_own_thread
 from rock.runtime.image.logins import Login
 from rock.runtime.image.packages import PackageSet, ensure, is_built, packages_folder
 from rock.runtime.image.store import ImageStore
+
+_AT_ONCE = 64  # pulls; a registry may be slow, or mean harm
 
 
 class Images:
@@ -22,6 +26,7 @@ class Images:
     def __init__(self, store: ImageStore) -> None:
         self.store = store
         self._preparing: dict[str, asyncio.Task[None]] = {}
+        self._gate = asyncio.Semaphore(_AT_ONCE)
 
     def is_ready(self, config: SandboxConfig) -> bool:
         """Whether `prepare` has nothing to do. InvalidConfig for a package set that nobody knows."""
@@ -75,7 +80,17 @@ class Images:
         login = None
         if config.registry_username is not None:
             login = Login(config.registry_username, config.registry_password or "")
-        await asyncio.to_thread(self.store.pull, config.image, login, tell)
+
+        def pull(gone: threading.Event) -> None:
+            def told(text: str) -> None:
+                if gone.is_set():
+                    raise Unavailable("the server is stopping")
+                tell(text)
+
+            self.store.pull(config.image, login, told)
+
+        async with self._gate:
+            await in_own_thread(pull, "rock-pull")
 
 
 def _packages(image: str) -> PackageSet | None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rock.runtime.image.dockerfile import Instruction, Words, pairs, parse_array, refuse, unsupported
+from rock.runtime.image.dockerfile import Instruction, Words, bounded, pairs, parse_array, refuse, unsupported
 from rock.runtime.image.rootfs import RootFS
 
 SHELL = ("/bin/sh", "-c")
@@ -65,9 +65,11 @@ def apply(instruction: Instruction, settings: Settings, place: Place) -> tuple[S
     words = place.words(instruction.line)
     keyword = instruction.keyword
     if keyword == "ENV":
-        return replace(settings, env={**settings.env, **_env(instruction, words)}), ""
+        env = bounded({**settings.env, **_env(instruction, words)}, instruction.line)
+        return replace(settings, env=env), ""
     if keyword == "LABEL":
-        return replace(settings, labels={**settings.labels, **dict(pairs(instruction, words))}), ""
+        labels = bounded({**settings.labels, **dict(pairs(instruction, words))}, instruction.line)
+        return replace(settings, labels=labels), ""
     if keyword == "WORKDIR":
         path = words.one(instruction.text)
         return replace(settings, cwd=_joined(settings.cwd, path, instruction.line)), ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import logging
 import os
 import socket
@@ -37,7 +38,8 @@ from rock.rocklet.kept import KeptSandboxes
 from rock.rocklet.session import Session
 from rock.rocklet.supervisor import Shelf, Supervisor, open_ahead
 from rock.runtime import hostmemory
-from rock.runtime.base import Connects, Handle, Keeps, Liveness, OwnImages, Pools, Prepared, Runtime
+from rock.runtime.base import Connects, Handle, Keeps, Liveness, OwnImages, Pools, Prepared, Runtime, Trait
+from rock.runtime.plugins import BrokenRuntime
 
 log = logging.getLogger("rock.node")
 
@@ -83,27 +85,52 @@ class Node:
         self.shelf.make()
         self.door.open()
         for runtime in self.runtimes.values():
-            if isinstance(runtime, Pools):
-                runtime.prepare = functools.partial(open_ahead, runtime)
-            await runtime.open()
+            await self._open(runtime)
         known: dict[str, list[str]] = {name: [] for name in self.runtimes}
         gate = asyncio.Semaphore(_RECOVERED_AT_ONCE)
 
         async def recover(sandbox_id: str) -> None:
             async with gate:
-                await self._recover(sandbox_id, known)
+                try:
+                    await self._recover(sandbox_id, known)
+                except Exception:  # what is not understood is left as it is, for a server that does
+                    log.exception("sandbox %s could not be found again", sandbox_id)
+                    for ids in known.values():
+                        ids.append(sandbox_id)
 
         await asyncio.gather(*(recover(sandbox_id) for sandbox_id in self.shelf.ids()))
         for name, runtime in self.runtimes.items():
-            swept = await runtime.sweep(known[name])
+            await self._sweep(runtime, known[name])
+
+    async def _open(self, runtime: Runtime) -> None:
+        """Open a runtime; one that cannot be opened refuses from then on. Raises when the default one says why."""
+        if isinstance(runtime, Pools):
+            runtime.prepare = functools.partial(open_ahead, runtime)
+        try:
+            await runtime.open()
+        except Exception as error:
+            if runtime.name == self.default and isinstance(error, RockError):
+                raise
+            log.warning("runtime %s cannot be used: %r", runtime.name, error)
+            self.runtimes = {**self.runtimes, runtime.name: BrokenRuntime(runtime.name, _told(error))}
+
+    @staticmethod
+    async def _sweep(runtime: Runtime, known: list[str]) -> None:
+        try:
+            swept = await runtime.sweep(known)
+        except RockError as error:
+            log.warning("runtime %s cannot look for what has no record: %s", runtime.name, error)
+        except Exception:  # of a runtime from elsewhere: the others are none the worse
+            log.exception("runtime %s fails when it looks for what has no record", runtime.name)
+        else:
             if swept:
-                log.warning("removed %d sandboxes of runtime %s that had no record: %s", len(swept), name, swept)
+                log.warning("removed %d sandboxes of %s that had no record: %s", len(swept), runtime.name, swept)
 
     async def _recover(self, sandbox_id: str, known: dict[str, list[str]]) -> None:
         try:
             config, handle, record = self.shelf.load(sandbox_id)
             runtime = self.runtimes[handle.runtime]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:  # anything else may be a newer server's
             log.warning("no usable record of %s: %s", sandbox_id, error)
             await asyncio.to_thread(self.shelf.remove, sandbox_id)
             return
@@ -150,7 +177,7 @@ class Node:
     # ---- create and destroy ----
 
     def runtime_for(self, config: SandboxConfig) -> Runtime:
-        name = config.runtime or self.default
+        name = config.runtime or self._runtime_giving(config.isolation)
         try:
             runtime = self.runtimes[name]
         except KeyError:
@@ -161,15 +188,35 @@ class Node:
                 f"runtime {name!r} cannot keep the files of a stopped sandbox",
                 hint="leave auto_delete_seconds and auto_archive_seconds unset",
             )
+        if config.egress is not None and not isinstance(runtime, Connects):
+            raise Unsupported(
+                f"runtime {name!r} cannot hold a sandbox to a list of places (egress)",
+                hint="use the namespace runtime, or leave egress unset",
+            )
         return runtime
+
+    def _runtime_giving(self, isolation: Isolation | None) -> str:
+        """The runtime for who names a level and no runtime: the default if it gives that, else one that does."""
+        if isolation is None or getattr(self.runtimes[self.default], "isolation", None) == isolation:
+            return self.default
+        for name, runtime in self.runtimes.items():
+            if getattr(runtime, "isolation", None) == isolation:
+                return name
+        given = ", ".join(sorted(str(getattr(r, "isolation", "")) for r in self.runtimes.values()))
+        raise Unsupported(f"isolation {isolation}: no runtime on this machine gives it (there are: {given})",
+                          hint="`rock doctor` tells what is missing here")
 
     async def check(self, config: SandboxConfig) -> None:
         """Raise what a create would raise at once; starts nothing."""
         runtime = self.runtime_for(config)
-        own = runtime.has_image(config) if isinstance(runtime, OwnImages) else None
         # What has to be installed first is checked when it is.
-        if await own if own is not None else self.images.is_ready(config):
+        if await self._has_image(runtime, config):
             await runtime.check(config)
+
+    async def _has_image(self, runtime: Runtime, config: SandboxConfig) -> bool:
+        if isinstance(runtime, OwnImages):
+            return await runtime.has_image(config)
+        return not _mounts_images(runtime) or self.images.is_ready(config)
 
     async def create(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
         """Make a sandbox. The same id and config again is the same sandbox, made once."""
@@ -216,7 +263,10 @@ class Node:
             def tell(text: str) -> None:
                 phases["image"] = phases["image"].model_copy(update={"message": text})
 
-            await (runtime.prepare_image if isinstance(runtime, OwnImages) else self.images.prepare)(config, tell)
+            if isinstance(runtime, OwnImages):
+                await runtime.prepare_image(config, tell)
+            elif _mounts_images(runtime):
+                await self.images.prepare(config, tell)
             phases["image"] = _finished(phases["image"], "on disk")
             step = "sandbox"
             phases["sandbox"] = Phase(status="running", started_at=time.time())
@@ -447,6 +497,15 @@ async def _joined(
         task = tasks[sandbox_id] = asyncio.create_task(work(), name=f"end-{sandbox_id}")
         task.add_done_callback(lambda _: tasks.pop(sandbox_id, None))
     return await asyncio.shield(task)
+
+
+def _mounts_images(runtime: Runtime) -> bool:
+    """Whether the server's store has to have an image before a sandbox is made of it."""
+    return any(Trait.IMAGES in traits for traits in runtime.traits.values())
+
+
+def _told(error: Exception) -> str:
+    return error.message if isinstance(error, RockError) else repr(error)
 
 
 def _finished(phase: Phase, message: str) -> Phase:

@@ -10,6 +10,7 @@ from typing import Any
 
 from rock.errors import Conflict, RockError
 from rock.protocol.routes import IDEMPOTENCY_KEY
+from rock.rocklet.waits import settled
 from rock.wire.asgi import Answer, Disconnected, Request, failure
 
 _KEY = IDEMPOTENCY_KEY.encode()
@@ -77,10 +78,10 @@ class Once:
             work.close()
         entry.waiting += 1
         try:
-            await asyncio.wait({entry.task}, timeout=_PROMPT)
+            await settled(entry.task, _PROMPT)
             if abandon and not entry.task.done():
                 await self._watch(entry, request, 0.0 if place is None else _GRACE)
-            return await asyncio.shield(entry.task)
+            return entry.task.result() if entry.task.done() else await asyncio.shield(entry.task)
         except BaseException:
             if entry.waiting == 1 and not entry.task.done():
                 entry.task.cancel()

@@ -11,11 +11,11 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from rock.errors import InvalidConfig, NotFound
+from rock.errors import InvalidConfig, NotFound, Unsupported
 from rock.protocol.action import Command, CommandResponse, ProcessInfo
 from rock.rocklet.session import Shell
 from rock.rocklet.streams import Capped, Reader, as_text, write_all
-from rock.runtime.base import ExitStatus, Handle, Process, Program, Runtime
+from rock.runtime.base import ExitStatus, Handle, Process, Program, Runtime, Snapshots
 
 KEY = "process:"
 LOG_CAP = 1 << 30  # bytes of a log on the server's disk; what comes after is counted, not kept
@@ -100,7 +100,7 @@ class Execution:
             reason = f"killed by signal {status.signal}"
         elif status.code is None:
             reason = "it ended and nobody saw how"
-        return CommandResponse.model_construct(
+        return CommandResponse.made(
             stdout=out_text,
             stderr=err_text,
             stdout_b64=out_exact,
@@ -126,11 +126,12 @@ async def start(
     stdin: bool | None = None,
 ) -> Process:
     """Spawn what a Command describes."""
+    argv = argv_of(command.command, sh) if not command.entrypoint else _by_entrypoint(runtime, handle, command)
     wants_stdin = command.stdin is not None if stdin is None else stdin
     return await runtime.spawn(
         handle,
         Program(
-            argv_of(command.command, sh),
+            argv,
             env=command.env or {},
             cwd=command.cwd,
             user=command.user,
@@ -139,6 +140,16 @@ async def start(
             keep=keep,
         ),
     )
+
+
+def _by_entrypoint(runtime: Runtime, handle: Handle, command: Command) -> list[str]:
+    if not isinstance(runtime, Snapshots):
+        raise Unsupported(f"runtime {handle.runtime!r} knows no entry points of images")
+    image = runtime.image(handle)
+    argv = [*image.entrypoint, *(command.command or image.cmd)]
+    if not argv:
+        raise NotFound(f"image {image.name} has neither ENTRYPOINT nor CMD", hint="give a command")
+    return argv
 
 
 class Background:

@@ -17,7 +17,8 @@ from rock.errors import InvalidConfig, NotFound, RockError, SessionClosed, Start
 from rock.protocol.action import MAX_OUTPUT, BashAction, BashObservation, CreateBashSessionRequest, SessionInfo
 from rock.rocklet import shell
 from rock.rocklet.streams import Capped, Reader, as_text, write_all
-from rock.runtime.base import ExitStatus, Files, Handle, Process, Program, Runtime
+from rock.rocklet.waits import settled
+from rock.runtime.base import CLOCK, ExitStatus, Files, Handle, Process, Program, Runtime
 
 KEY = "session:"
 DEFAULT = CreateBashSessionRequest()  # the session that every sandbox has
@@ -291,7 +292,6 @@ class Session:
             raise InvalidConfig("a terminal has one stream: stdout and stderr cannot be kept apart on a pty")
         async with self._lock:
             self._check_open()
-            began = time.monotonic()
             lost = self._replaced and not await self._restore()
             self._check_open()
             run = self._begin(action.max_output_bytes, sink)
@@ -317,7 +317,6 @@ class Session:
                 self.resume()  # a slow client may have left it paused
                 if bulk:
                     await self._remove_bulk(run.token)
-            observation.duration = time.monotonic() - began
             return observation
 
     def _check_open(self) -> None:
@@ -336,7 +335,7 @@ class Session:
         data, dropped = self._idle_output.take()
         self._idle_output = Capped(_IDLE_OUTPUT)
         done: asyncio.Future[shell.Report | ExitStatus] = asyncio.get_running_loop().create_future()
-        run = _Run(self._token, output, Capped(limit), done, time.clock_gettime(time.CLOCK_BOOTTIME), sink)
+        run = _Run(self._token, output, Capped(limit), done, time.clock_gettime(CLOCK), sink)
         run.dropped = dropped
         self._run = run
         if data:
@@ -374,7 +373,8 @@ class Session:
             async with asyncio.timeout(timeout):
                 await self._write(script)
                 run.written = True
-                report = await asyncio.shield(run.done)
+                await settled(run.done)
+                report = run.done.result()
         except TimeoutError:
             timed_out = True
             report = await self._abort(run)
@@ -416,7 +416,7 @@ class Session:
         errors, dropped_errors = run.errors.take()
         text, exact = as_text(output)
         errors_text, errors_exact = as_text(errors)
-        return BashObservation.model_construct(
+        return BashObservation.made(
             output=text,
             output_b64=exact,
             stderr=errors_text,
@@ -428,6 +428,7 @@ class Session:
             session_closed=self.closed is not None,
             session_restarted=restarted,
             dropped_bytes=dropped + dropped_errors + run.dropped,
+            duration=time.clock_gettime(CLOCK) - run.began,
         )
 
     async def _preamble(self) -> BashObservation:

@@ -5,7 +5,7 @@ descriptor `script`. A command is one `eval '...'` of it, so that unbalanced quo
 and a heredoc cannot swallow what comes next. After each command the shell reports on descriptor `status`, never on its
 output:
 
-    D <exit status> <working directory> <token> NUL      the command is done
+    NUL D <exit status> <working directory> <token> NUL  the command is done (without the first NUL, from another shell)
     R <exit status> NUL                                   the shell was about to end, and starts itself anew
 
 Commands read /dev/null, so they cannot eat the script. A shell that ends for another reason than `exit` (`set -e`,
@@ -50,6 +50,7 @@ class Dialect:
 
 
 BASH = Dialect("bash", script=198, status=199, errors=197, state=196)
+_NULL = 190  # /dev/null, in bash
 SH = Dialect("sh", script=8, status=9, errors=7, state=6)
 
 
@@ -63,8 +64,13 @@ def encode(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
-# Bash keeps it in a variable that nobody can unset: a byte of the script costs it a system call.
 _REPORT = """>&{status} command printf 'D %s %s %s\\0' "$?" "$PWD" """
+# Bash has it as a function that nobody can unset, and /dev/null open: each byte of a script on a pipe costs a system
+# call, and a file that is opened, several. What `set -x` tells goes the same way, and ends where the report begins.
+_DONE = "__rock"
+_BASH_REPORT = _DONE + """() {{ builtin printf '\\0D %s %s %s\\0' "$?" "$PWD" "$1"; }}
+readonly -f {name}; exec {null}</dev/null
+"""
 
 
 # The trap runs when the shell is about to end. `exit` is a function only to tell a wanted end from any other.
@@ -74,8 +80,7 @@ trap '__rock_exit="$? ${{__rock_exit-}}"; if [ "${{__rock_exit#* }}" != 1 ]; the
 command printf "R %s\\0" "${{__rock_exit% *}}" >&{status}; \
 exec {state}< <(declare -p; declare -f; alias -p; shopt -p; set +o) 2>/dev/null; \
 exec -a bash "$BASH" --norc --noprofile {source}; fi' EXIT
-declare -r __rock_report={report} 2>/dev/null
-shopt -s expand_aliases
+{report}shopt -s expand_aliases
 """
 
 
@@ -97,7 +102,7 @@ def exports(env: Mapping[str, str]) -> bytes:
 
 def _exit_hook(dialect: Dialect, pty: bool) -> str:
     source = f"/dev/fd/{dialect.script}" if pty else f"<&{dialect.script}"
-    report = quote(_REPORT.format(status=dialect.status))
+    report = _BASH_REPORT.format(name=_DONE, null=_NULL)
     return _BASH_EXIT.format(status=dialect.status, state=dialect.state, source=source, report=report)
 
 
@@ -133,7 +138,7 @@ def begun(dialect: Dialect) -> bytes:
     """What a shell gets whose former rocklet may have died between its start and its preamble; else it does nothing."""
     if not dialect.is_bash:
         return b""
-    unless = '[ "${__rock_report-}" ] || '
+    unless = f"declare -F {_DONE} >/dev/null || "
     return encode(f'{unless}exec {dialect.script}<&0\n{unless}{{ eval "${_HOOK}"; unset {_HOOK}; }}\n')
 
 
@@ -159,11 +164,13 @@ def frame(
         raise ValueError("a command cannot contain a NUL character")
     # Under `set -e` a failing subshell would end the shell; then there is no status to carry over either.
     carry = f"case $- in *e*) ;; *) (exit {previous}) ;; esac\n" if previous else ""
-    aside = ("" if pty else " </dev/null") + (f" 2>&{dialect.errors}" if separate else "")
-    word, report = "eval", 'eval "$__rock_report" '
-    if not dialect.is_bash:
-        word, report = "command eval", _REPORT.format(status=dialect.status)
-    return encode(f"{carry}{word} {quote(command)}{aside}\n{{ {report}{token}; }} 2>/dev/null\n")
+    errors = f" 2>&{dialect.errors}" if separate else ""
+    if dialect.is_bash:
+        aside = ("" if pty else f" <&{_NULL}") + errors
+        return encode(f"{carry}eval {quote(command)}{aside}\n{{ {_DONE} {token}; }} >&{dialect.status} 2>&1\n")
+    aside = ("" if pty else " </dev/null") + errors
+    report = _REPORT.format(status=dialect.status)
+    return encode(f"{carry}command eval {quote(command)}{aside}\n{{ {report}{token}; }} 2>/dev/null\n")
 
 
 @dataclass(frozen=True)

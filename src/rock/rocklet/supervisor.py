@@ -334,6 +334,11 @@ class Supervisor:
 
     # ---- environments ----
 
+    @property
+    def hosts_environments(self) -> bool:
+        """Whether a host was started, by this rocklet or a former one."""
+        return self.env_host is not None or self._env_host_kept
+
     async def environments(self) -> EnvHost:
         """The host of environments in this sandbox, started when first used."""
         async with self._env_lock:

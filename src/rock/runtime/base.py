@@ -11,6 +11,7 @@ which it could be told is a `Trait`, and declared.
 from __future__ import annotations
 
 import signal as signals
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -25,6 +26,10 @@ Stream = Literal["pipe", "null"]
 Enforced = Literal["cgroup-v1", "cgroup-v2", "watched", "affinity", "rlimit", "loop", "tmpfs", "none"]
 
 
+# The clock of `since`: that of start times, which goes on while the machine sleeps.
+CLOCK: int = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+
+
 class Trait(StrEnum):
     """What a runtime promises beyond its methods. What it does not declare it need not hold, and nobody relies on it.
 
@@ -36,6 +41,7 @@ class Trait(StrEnum):
     TERMINALS = "terminals"  # Program.pty; Unsupported without it
     OUTLIVES = "outlives"  # sandboxes and kept programs go on when the server's process ends, and are found again
     ROOT = "root"  # a file system of its own: no path and no link leads to the host's files
+    TREES = "trees"  # `tree` and `kill_tree` reach orphans and daemons, and know start times to 10 ms
     PROCESSES = "processes"  # sees and signals no processes but its own
     NETWORK = "network"  # network="none" is a loopback of its own, and nothing else
     USERS = "users"  # several users inside: `user` of programs and files is held by the kernel
@@ -133,7 +139,7 @@ class Process(Protocol):
         """Send a signal; answers how many processes got it. An ended process is no error, and gives 0.
 
         tree: to all its descendants too, those that left its process group or were orphaned included.
-        since: only to descendants started at or after this time (seconds of CLOCK_BOOTTIME); the process itself
+        since: only to descendants started at or after this time (seconds of CLOCK); the process itself
             is governed by `root` alone.
         """
         ...

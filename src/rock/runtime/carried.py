@@ -39,9 +39,11 @@ class Channel:
 
     def give(self) -> int:
         """The descriptor for the others; theirs from now on."""
-        fd, self._theirs = self._theirs, -1
         if self.kind == carrying.CONTENT:
+            fd = os.open(f"/proc/self/fd/{self._theirs}", os.O_RDONLY | os.O_CLOEXEC)  # with a place of its own in it
             self.drop()
+            return fd
+        fd, self._theirs = self._theirs, -1
         return fd
 
     def take(self, data: bytes) -> None:

@@ -31,7 +31,8 @@ from rock.runtime.carried import Channel, Pump
 
 _LONGEST = 64 << 20  # bytes of one message
 _MOST_FDS = 64  # descriptors of one message
-_LARGEST_FILE = 16 << 30
+_MOST_CHANNELS = 1024  # of a sandbox at once
+_MOST_QUEUED = 256 << 20  # bytes for inside; who takes none of them while it talks is let go
 _AGAIN = 1.0  # seconds between two attempts to begin
 _FULL = 1 << 20  # bytes that wait for the stream
 TOKEN = "carried:"
@@ -163,7 +164,7 @@ class Carrier:
                 data = await self._stream.read()
                 if not data or self.closed:
                     break
-        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
             self._break(f"its pid 1 talks nonsense: {error!r}")
         self.close()
 
@@ -184,6 +185,8 @@ class Carrier:
         self._out.append(data)
         self._out_size += len(data)
         self._wake.set()
+        if self._out_size > _MOST_QUEUED:
+            self._loop.call_soon(self._break, "its pid 1 talks and does not listen")
 
     @property
     def full(self) -> bool:
@@ -194,6 +197,8 @@ class Carrier:
         if kind == carrying.OPEN:
             if len(self._opened) >= _MOST_FDS or number in self._channels:
                 raise ValueError("more channels than a message can have")
+            if len(self._channels) + sum(len(waiting) for _, waiting in self._held) >= _MOST_CHANNELS:
+                raise ValueError("more channels than a sandbox can have")  # each costs this server two descriptors
             channel = self._make(number, payload)
             self._channels[number] = channel
             self._opened.append(channel)

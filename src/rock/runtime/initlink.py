@@ -23,7 +23,7 @@ from typing import Any
 from rock import errors
 from rock.guest.proctree import TICK
 from rock.guest.wire import PACKET, pack, receive_packet, unpack
-from rock.runtime.base import ExitStatus, Program
+from rock.runtime.base import CLOCK, ExitStatus, Program
 
 SOCKET_NAME = "s"
 PATIENCE = 60.0  # seconds that pid 1 may take for an answer that has no time limit of its own
@@ -357,13 +357,13 @@ def _set_size(fd: int, rows: int, columns: int) -> None:
 
 
 def _ticks(since: float | None) -> int | None:
-    """A time of CLOCK_BOOTTIME as /proc counts it."""
+    """A time of CLOCK as /proc counts it."""
     return None if since is None else int(since * TICK)
 
 
 def boottime() -> float:
     """Now, in the clock of `since`."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
+    return time.clock_gettime(CLOCK)
 
 
 def _status(message: Mapping[str, Any]) -> ExitStatus:

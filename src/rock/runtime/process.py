@@ -11,6 +11,8 @@ import contextlib
 import json
 import os
 import secrets
+import select
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,20 +28,47 @@ from rock.runtime.base import Enforced, Handle, Liveness, Program, Trait
 from rock.runtime.initfiles import InitSandboxes, merged
 from rock.runtime.initlink import InitLink, bind_listener
 
-_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _ENFORCED: dict[str, Enforced] = {"memory": "none", "cpus": "none", "pids": "none"}
 
 
 # Of this process, not of a runtime: one that is closed leaves its sandboxes alive, and the next one reaps them.
-_children: dict[int, subprocess.Popen[bytes]] = {}
+children: dict[int, subprocess.Popen[bytes]] = {}
+
+
+def can_hold_init() -> bool:
+    """Whether guest/init.py, which is Linux's, can run here; elsewhere runtime/plain.py stands in."""
+    wanted = ((os, "pidfd_open"), (os, "O_PATH"), (select, "epoll"), (socket, "SOCK_SEQPACKET"))
+    return all(hasattr(module, name) for module, name in wanted) and os.path.exists("/proc/self")
+
+
+def refuse_unsupported(config: SandboxConfig) -> None:
+    """Unsupported for what plain processes cannot be held to."""
+    if config.image != "host":
+        raise errors.Unsupported(f"the process runtime has no image {config.image!r}", hint='use image="host"')
+    if config.isolation not in (None, Isolation.NONE):
+        raise errors.Unsupported(f"isolation {config.isolation}: the process runtime isolates nothing",
+                                 hint="name no runtime, or one that gives it")
+    if config.minimum_isolation != Isolation.NONE:
+        raise errors.Unsupported(f"{config.minimum_isolation} was asked for; the process runtime isolates nothing",
+                                 hint="use the namespace runtime")
+    if config.network != "host" and "network" in config.model_fields_set:
+        raise errors.Unsupported(f'the process runtime cannot give network "{config.network}"', hint='use "host"')
+    for name in ("disk", "num_gpus", "accelerator_type", "limit_cpus", "nofile", "shm_size"):
+        if getattr(config, name) is not None:
+            raise errors.Unsupported(f"the process runtime cannot hold {name}")
+    if config.use_kata_runtime or config.oci_runtime is not None or config.image_os != "linux":
+        raise errors.Unsupported("the process runtime runs nothing but programs of this machine")
 
 
 class ProcessRuntime(InitSandboxes):
     """Plain processes. `run_dir` holds one folder a sandbox; it is made when missing."""
 
     name = "process"
+    isolation = Isolation.NONE
+    prefix = "p-"  # of its sandboxes' folders
     traits: Mapping[Isolation, frozenset[Trait]] = {
-        Isolation.NONE: frozenset({Trait.PROGRAMS, Trait.TERMINALS, Trait.OUTLIVES}),
+        Isolation.NONE: frozenset({Trait.PROGRAMS, Trait.TERMINALS, Trait.OUTLIVES, Trait.TREES}),
     }
 
     def __init__(self, run_dir: Path) -> None:
@@ -55,22 +84,11 @@ class ProcessRuntime(InitSandboxes):
         self._links.clear()
 
     async def check(self, config: SandboxConfig) -> None:
-        if config.image != "host":
-            raise errors.Unsupported(f"the process runtime has no image {config.image!r}", hint='use image="host"')
-        if config.minimum_isolation != Isolation.NONE:
-            raise errors.Unsupported(f"{config.minimum_isolation} was asked for; the process runtime isolates nothing",
-                                     hint="use the namespace runtime")
-        if config.network != "host" and "network" in config.model_fields_set:
-            raise errors.Unsupported(f'the process runtime cannot give network "{config.network}"', hint='use "host"')
-        for name in ("disk", "num_gpus", "accelerator_type", "limit_cpus"):
-            if getattr(config, name) is not None:
-                raise errors.Unsupported(f"the process runtime cannot hold {name}")
-        if config.use_kata_runtime or config.oci_runtime is not None or config.image_os != "linux":
-            raise errors.Unsupported("the process runtime runs nothing but programs of this machine")
+        refuse_unsupported(config)
 
     async def create(self, id: str, config: SandboxConfig) -> Handle:
         await self.check(config)
-        slot = f"p-{secrets.token_hex(5)}"
+        slot = f"{self.prefix}{secrets.token_hex(5)}"
         folder = self._run_dir / slot
         home = folder / "root"
         home.mkdir(mode=0o700, parents=True)
@@ -85,7 +103,7 @@ class ProcessRuntime(InitSandboxes):
                 raise errors.StartFailed("its pid 1 ended at once", sandbox_id=id)
             data: dict[str, Any] = {"slot": slot, "pid": pid, "start": entry.start, "home": str(home),
                                     "env": dict(config.env), "id": id}
-            _write_record(folder, data)
+            write_record(folder, data)
             return Handle(self.name, id, Isolation.NONE, _ENFORCED, data)
         except BaseException as error:
             await asyncio.shield(self._clean(slot, pid, None))
@@ -99,8 +117,8 @@ class ProcessRuntime(InitSandboxes):
             options = json.dumps({"listen": listener.fileno(), "uid": os.geteuid()})
             child = subprocess.Popen(
                 [sys.executable, "-I", "-S", init.__file__, options], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                pass_fds=[listener.fileno()], start_new_session=True, cwd="/", env={"PATH": _PATH})
-        _children[child.pid] = child
+                pass_fds=[listener.fileno()], start_new_session=True, cwd="/", env={"PATH": PATH})
+        children[child.pid] = child
         return child.pid
 
     def link(self, handle: Handle) -> InitLink:
@@ -111,7 +129,7 @@ class ProcessRuntime(InitSandboxes):
         return link
 
     def complete(self, handle: Handle, program: Program) -> Program:
-        env = merged({"PATH": _PATH, "HOME": handle.data["home"]}, handle.data["env"], program.env)
+        env = merged({"PATH": PATH, "HOME": handle.data["home"]}, handle.data["env"], program.env)
         return replace(program, env=env, cwd=program.cwd or handle.data["home"])
 
     async def recover(self, handle: Handle) -> Liveness:
@@ -125,7 +143,7 @@ class ProcessRuntime(InitSandboxes):
 
     async def wait(self, handle: Handle) -> str:
         await wait_gone(handle.data["pid"], handle.data["start"])
-        _reap()
+        reap()
         return "gone"
 
     async def stop(self, handle: Handle, grace: float) -> None:
@@ -135,7 +153,7 @@ class ProcessRuntime(InitSandboxes):
             async with asyncio.timeout(grace + 5):
                 await wait_gone(pid, start)
         await asyncio.to_thread(_kill_sandbox, pid, start)
-        _reap()
+        reap()
 
     async def destroy(self, handle: Handle) -> None:
         await self._clean(handle.data["slot"], handle.data["pid"], handle.data["start"])
@@ -146,13 +164,13 @@ class ProcessRuntime(InitSandboxes):
             link.close()
         if pid is not None:
             await asyncio.to_thread(_kill_sandbox, pid, start)
-        _reap()
+        reap()
         await asyncio.to_thread(remove.remove_tree, str(self._run_dir / slot))
 
     async def sweep(self, known: Sequence[str]) -> list[str]:
         gone = []
-        for folder in self._run_dir.glob("p-*"):
-            record = _read_record(folder)
+        for folder in self._run_dir.glob(f"{self.prefix}*"):
+            record = read_record(folder)
             if folder.name not in self._links and record.get("id") not in known:
                 await self._clean(folder.name, record.get("pid"), record.get("start"))
                 gone.append(str(record.get("id", "")))
@@ -162,10 +180,10 @@ class ProcessRuntime(InitSandboxes):
         return await asyncio.to_thread(_measure, handle.data["pid"])
 
 
-def _reap() -> None:
-    for pid, child in list(_children.items()):
+def reap() -> None:
+    for pid, child in list(children.items()):
         if child.poll() is not None:
-            del _children[pid]
+            del children[pid]
 
 
 def _alive(pid: int, start: int | None) -> bool:
@@ -213,11 +231,11 @@ def _measure(root: int) -> Usage:
     return Usage(memory_bytes=memory, cpu_seconds=ticks / proctree.TICK, pids=pids)
 
 
-def _write_record(folder: Path, data: dict[str, Any]) -> None:
+def write_record(folder: Path, data: dict[str, Any]) -> None:
     wholefile.replace(folder / "record.json", json.dumps(data))
 
 
-def _read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads((folder / "record.json").read_text())
     except (OSError, ValueError):

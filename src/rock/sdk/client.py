@@ -15,6 +15,7 @@ from rock import settings
 from rock.errors import InvalidConfig, ServerError, StartFailed, from_wire
 from rock.protocol.env import AddEnv, BuildEnv, EnvAbout
 from rock.protocol.images import BuildRequest, BuiltImage
+from rock.protocol.keys import CreateKey, KeyInfo, KeyList, NewKey
 from rock.protocol.node import EnvList, ServerInfo
 from rock.protocol.routes import ROUTES, STREAM_TYPE, Frame, FrameParser
 from rock.protocol.sandbox import SandboxInfo
@@ -146,6 +147,20 @@ class Client:
                     if progress is not None:
                         progress(payload.decode("utf-8", "replace"))
         raise ServerError("the server ended its answer before the image was built")
+
+    async def create_key(self, wish: CreateKey) -> NewKey:
+        """Make an API key; its `key` is told here and never again. Forbidden, Conflict."""
+        body = wish.model_dump(mode="json")
+        return parse(NewKey, await self.transport.json("POST", ROUTES["create_key"].path, body))
+
+    async def list_keys(self) -> list[KeyInfo]:
+        """API keys, revoked ones too, oldest first. Forbidden."""
+        return parse(KeyList, await self.transport.json("GET", ROUTES["list_keys"].path)).items
+
+    async def revoke_key(self, key_id: str) -> KeyInfo:
+        """End a key at once; its tenant's sandboxes stay. NotFound, Forbidden."""
+        target = ROUTES["revoke_key"].url(key_id=key_id)
+        return parse(KeyInfo, await self.transport.json("DELETE", target))
 
     async def server_info(self) -> ServerInfo:
         """Version, isolation and capacity."""

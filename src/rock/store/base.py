@@ -1,17 +1,19 @@
-"""What the admin remembers: one record a sandbox, with a version, so that two writers cannot both win."""
+"""What the admin remembers: one record a sandbox, with a version, so that two writers cannot both win.
+Beside them API keys and leases."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from rock.protocol.keys import KeyInfo, Quota
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
 
 
 @dataclass(frozen=True)
 class Record:
-    """A sandbox as remembered. `key`: the idempotency key of its creation, unique where there is one."""
+    """A sandbox as remembered. `key`: the idempotency key of its creation, unique in its tenant where there is one."""
 
     info: SandboxInfo
     config: SandboxConfig
@@ -21,6 +23,10 @@ class Record:
     @property
     def id(self) -> str:
         return self.info.sandbox_id
+
+    @property
+    def tenant(self) -> str:
+        return self.info.tenant
 
     @property
     def state(self) -> State:
@@ -41,6 +47,7 @@ class Query:
 
     after: the `created_at` and id of the last record of the page before.
     left: only those whose files are kept on a worker or in the archive.
+    tenant: whose; "" is the server's owner, None is everybody.
     """
 
     states: Sequence[State] = ()
@@ -49,39 +56,91 @@ class Query:
     limit: int = 500
     after: tuple[float, str] | None = None
     left: bool = False
+    tenant: str | None = None
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Something that one process at a time may do. token: grows with each change of hands, never otherwise; whoever
+    is commanded by a holder refuses a token below one that it has seen."""
+
+    name: str
+    holder: str
+    token: int
+
 
 
 class Store(Protocol):
-    """Where records live. Every method raises StorageFull or Unavailable when the medium fails."""
+    """Where records live. Every method raises StorageFull or Unavailable when the medium fails.
+
+    shared: other servers may use it at the same time."""
+
+    shared: bool
 
     async def open(self) -> None: ...
 
     async def close(self) -> None: ...
 
-    async def insert(self, record: Record) -> Record:
-        """Add a record. Conflict when the id is taken; when the key is, the record that has it comes back."""
+    async def insert(self, record: Record, quota: Quota | None = None) -> Record:
+        """Add a record. Conflict when the id is taken; when the key is, the record that has it comes back.
+
+        quota: of its tenant; QuotaExceeded. However many ask at once, here or elsewhere, it is exact."""
         ...
 
     async def get(self, sandbox_id: str) -> Record | None: ...
 
-    async def by_key(self, key: str) -> Record | None:
-        """The record that was created with this idempotency key."""
+    async def by_key(self, key: str, tenant: str = "") -> Record | None:
+        """The record that a tenant created with this idempotency key."""
         ...
 
-    async def put(self, record: Record) -> Record:
-        """Save over the version that was read. VersionConflict when that is no longer the newest."""
+    async def put(self, record: Record, quota: Quota | None = None) -> Record:
+        """Save over the version that was read. VersionConflict when that is no longer the newest. quota: for a step
+        that starts it again."""
         ...
 
     async def delete(self, sandbox_id: str) -> None: ...
 
     async def list(self, query: Query) -> Sequence[Record]: ...
 
-    async def count(self) -> dict[str, int]:
-        """Number of records by state."""
+    async def count(self, tenant: str | None = None) -> dict[str, int]:
+        """Number of records by state; of all, or of one tenant."""
         ...
 
     async def prune(self, before: float) -> int:
         """Forget stopped and deleted sandboxes that ended before that time, but for those whose files are kept.
 
         Answers how many."""
+        ...
+
+    def watch(self) -> AsyncGenerator[str]:
+        """Ids of records as they are added, changed and removed, by whomever, from the first step on; "" says that
+        some may have been missed."""
+        ...
+
+    # ---- API keys ----
+
+    async def add_key(self, digest: str, info: KeyInfo) -> None:
+        """Remember a key by its digest."""
+        ...
+
+    async def key_of(self, digest: str) -> KeyInfo | None:
+        """A key by its digest, a revoked one too."""
+        ...
+
+    async def keys(self) -> Sequence[KeyInfo]:
+        """All, oldest first."""
+        ...
+
+    async def revoke_key(self, key_id: str, at: float) -> KeyInfo:
+        """End it; one that is ended stays as it is. NotFound."""
+        ...
+
+    # ---- leases ----
+
+    async def take_lease(self, name: str, holder: str, seconds: float) -> Lease | None:
+        """Have it, or have it longer: `seconds` from now. None while somebody else has it."""
+        ...
+
+    async def drop_lease(self, name: str, holder: str) -> None:
+        """Give it back, if it is ours."""
         ...

@@ -10,33 +10,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rock.errors import Conflict, RockError, StorageFull, Unavailable
+from rock.errors import Conflict, NotFound, RockError, StorageFull, Unavailable
+from rock.protocol.keys import KeyInfo, Quota
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
-from rock.store.base import Query, Record, VersionConflict
+from rock.store import quotas
+from rock.store.base import Lease, Query, Record, VersionConflict
+from rock.store.migrations import SQLITE
+from rock.store.watch import Watchers
 
 T = TypeVar("T")
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS sandbox (
-    id TEXT PRIMARY KEY,
-    version INTEGER NOT NULL,
-    state TEXT NOT NULL,
-    created_at REAL NOT NULL,
-    stopped_at REAL,
-    idempotency_key TEXT UNIQUE,
-    info TEXT NOT NULL,
-    config TEXT NOT NULL
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS sandbox_state ON sandbox (state, created_at);
-CREATE INDEX IF NOT EXISTS sandbox_created ON sandbox (created_at, id);
-"""
-_VERSION = 1
 _CHECKPOINT_EVERY = 2.0  # seconds
 _PRUNED_AT_ONCE = 200
 _FIELDS = {"user_id", "experiment_id", "namespace", "image", "runtime", "worker", "cluster", "cause"}
@@ -45,12 +35,15 @@ _FIELDS = {"user_id", "experiment_id", "namespace", "image", "runtime", "worker"
 class SqliteStore:
     """Records in a file. WAL with synchronous=NORMAL: a commit survives a crash of the process, at any point."""
 
+    shared = False  # a server has its folder to itself
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rock-store")
         self._db: sqlite3.Connection | None = None
         self._side: sqlite3.Connection | None = None  # the thread's
         self._checkpoints: asyncio.Task[None] | None = None
+        self._watchers = Watchers()
 
     async def open(self) -> None:
         self._now(self._open)
@@ -63,16 +56,26 @@ class SqliteStore:
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("PRAGMA synchronous=NORMAL")
         db.execute("PRAGMA wal_autocheckpoint=0")  # see _checkpoint
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version > _VERSION:
+        try:
+            self._migrate(db)
+        except BaseException:
             db.close()
-            raise Unavailable(
-                f"{self.path} was written by a newer version of ROCK (schema {version})",
-                hint="use that version, or another ROCK_HOME",
-            )
-        db.executescript(_SCHEMA)
-        db.execute(f"PRAGMA user_version={_VERSION}")
+            raise
         self._db = db
+
+    def _migrate(self, db: sqlite3.Connection) -> None:
+        """Bring the file to the newest schema: all of what is missing, or nothing."""
+        with _transaction(db, "EXCLUSIVE"):
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            if version > len(SQLITE):
+                raise Unavailable(
+                    f"{self.path} was written by a newer version of ROCK (schema {version})",
+                    hint="use that version, or another ROCK_HOME",
+                )
+            for step in SQLITE[version:]:
+                for statement in step:
+                    db.execute(statement)
+            db.execute(f"PRAGMA user_version={len(SQLITE)}")
 
     def _open_side(self) -> None:
         self._side = sqlite3.connect(self.path, isolation_level=None, timeout=5.0)
@@ -129,18 +132,42 @@ class SqliteStore:
 
     # ---- records ----
 
-    async def insert(self, record: Record) -> Record:
-        return self._now(self._insert, replace(record, version=1))
+    async def insert(self, record: Record, quota: Quota | None = None) -> Record:
+        new = self._now(self._insert, replace(record, version=1), quota)
+        self._watchers.tell(new.id)
+        return new
 
-    def _insert(self, record: Record) -> Record:
+    def _insert(self, record: Record, quota: Quota | None) -> Record:
         if record.key is not None:
-            known = self._by_key(record.key)
+            known = self._by_key(record.key, record.tenant)
             if known is not None:
                 return known
+        if quota is None:
+            return self._add(record)
+        with _transaction(self._open_db, "IMMEDIATE"):
+            self._take(record, quota)
+            return self._add(record)
+
+    def _take(self, record: Record, quota: Quota) -> None:
+        """See that it fits, and count its start."""
+        db, now, tenant = self._open_db, time.time(), record.tenant
+        db.execute("DELETE FROM start WHERE tenant = ? AND at <= ?", (tenant, now - quotas.WINDOW))
+        starts, first = db.execute("SELECT count(*), min(at) FROM start WHERE tenant = ?", (tenant,)).fetchone()
+        sandboxes, cpus, memory = db.execute(
+            "SELECT count(*), coalesce(sum(cpus), 0), coalesce(sum(memory), 0) FROM sandbox "
+            "WHERE tenant = ? AND state IN (?, ?, ?) AND id != ?",
+            (tenant, *quotas.COUNTED, record.id),
+        ).fetchone()
+        used = quotas.Used(sandboxes, cpus, memory, starts, now - first if first is not None else 0.0)
+        quotas.check(quota, used, record.config)
+        if quota.creates_per_minute is not None:
+            db.execute("INSERT INTO start (tenant, at) VALUES (?, ?)", (tenant, now))
+
+    def _add(self, record: Record) -> Record:
         try:
             self._open_db.execute(
-                "INSERT INTO sandbox (id, version, state, created_at, stopped_at, idempotency_key, info, config) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO sandbox (id, version, state, created_at, stopped_at, tenant, idempotency_key, cpus, "
+                "memory, info, config) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 _columns(record),
             )
         except sqlite3.IntegrityError:
@@ -158,19 +185,28 @@ class SqliteStore:
         row = self._open_db.execute(f"{_SELECT} WHERE id = ?", (sandbox_id,)).fetchone()
         return None if row is None else _load(row)
 
-    async def by_key(self, key: str) -> Record | None:
-        return self._now(self._by_key, key)
+    async def by_key(self, key: str, tenant: str = "") -> Record | None:
+        return self._now(self._by_key, key, tenant)
 
-    def _by_key(self, key: str) -> Record | None:
-        row = self._open_db.execute(f"{_SELECT} WHERE idempotency_key = ?", (key,)).fetchone()
+    def _by_key(self, key: str, tenant: str) -> Record | None:
+        row = self._open_db.execute(f"{_SELECT} WHERE tenant = ? AND idempotency_key = ?", (tenant, key)).fetchone()
         return None if row is None else _load(row)
 
-    async def put(self, record: Record) -> Record:
-        return self._now(self._put, record)
+    async def put(self, record: Record, quota: Quota | None = None) -> Record:
+        new = self._now(self._put_within, record, quota)
+        self._watchers.tell(new.id)
+        return new
+
+    def _put_within(self, record: Record, quota: Quota | None) -> Record:
+        if quota is None:
+            return self._put(record)
+        with _transaction(self._open_db, "IMMEDIATE"):
+            self._take(record, quota)
+            return self._put(record)
 
     def _put(self, record: Record) -> Record:
         new = replace(record, version=record.version + 1)
-        _, version, state, _, stopped_at, _, info, config = _columns(new)
+        _, version, state, _, stopped_at, *_, info, config = _columns(new)
         done = self._open_db.execute(
             "UPDATE sandbox SET version = ?, state = ?, stopped_at = ?, info = ?, config = ? "
             "WHERE id = ? AND version = ?",
@@ -182,6 +218,10 @@ class SqliteStore:
 
     async def delete(self, sandbox_id: str) -> None:
         self._now(self._open_db.execute, "DELETE FROM sandbox WHERE id = ?", (sandbox_id,))
+        self._watchers.tell(sandbox_id)
+
+    def watch(self) -> AsyncGenerator[str]:
+        return self._watchers.watch()
 
     async def list(self, query: Query) -> Sequence[Record]:
         return await self._aside(self._list, query)
@@ -197,10 +237,13 @@ class SqliteStore:
                 raise ValueError(f"cannot list by {name!r}")
             where.append(f"json_extract(info, '$.{name}') = ?")
             values.append(value)
+        if query.tenant is not None:
+            where.append("tenant = ?")
+            values.append(query.tenant)
         if query.left:
             where.append(f"({_LEFT})")
         for name, value in query.labels.items():
-            where.append("json_extract(info, '$.labels.' || json_quote(?)) = ?")
+            where.append("EXISTS (SELECT 1 FROM json_each(info, '$.labels') WHERE key = ? AND value = ?)")
             values += [name, value]
         if query.after is not None:
             where.append("(created_at, id) < (?, ?)")
@@ -210,10 +253,9 @@ class SqliteStore:
         ).fetchall()
         return [_load(row) for row in rows]
 
-    async def count(self) -> dict[str, int]:
-        rows = await self._aside(
-            lambda: self._open_db_aside.execute("SELECT state, count(*) FROM sandbox GROUP BY state").fetchall()
-        )
+    async def count(self, tenant: str | None = None) -> dict[str, int]:
+        text = "SELECT state, count(*) FROM sandbox WHERE ? IS NULL OR tenant = ? GROUP BY state"
+        rows = await self._aside(lambda: self._open_db_aside.execute(text, (tenant, tenant)).fetchall())
         return dict(rows)
 
     async def prune(self, before: float) -> int:
@@ -230,8 +272,64 @@ class SqliteStore:
                 return removed
             await asyncio.sleep(0)  # whoever waits goes first
 
+    # ---- API keys ----
+
+    async def add_key(self, digest: str, info: KeyInfo) -> None:
+        row = (digest, info.id, info.created_at, info.model_dump_json())
+        self._now(self._open_db.execute, "INSERT INTO api_key (digest, id, created_at, info) VALUES (?, ?, ?, ?)", row)
+
+    async def key_of(self, digest: str) -> KeyInfo | None:
+        found = self._now(self._open_db.execute, "SELECT info FROM api_key WHERE digest = ?", (digest,)).fetchone()
+        return None if found is None else KeyInfo.model_validate_json(found[0])
+
+    async def keys(self) -> Sequence[KeyInfo]:
+        rows = await self._aside(
+            lambda: self._open_db_aside.execute("SELECT info FROM api_key ORDER BY created_at, id").fetchall()
+        )
+        return [KeyInfo.model_validate_json(row[0]) for row in rows]
+
+    async def revoke_key(self, key_id: str, at: float) -> KeyInfo:
+        return self._now(self._revoke, key_id, at)
+
+    def _revoke(self, key_id: str, at: float) -> KeyInfo:
+        with _transaction(self._open_db, "IMMEDIATE"):
+            found = self._open_db.execute("SELECT info FROM api_key WHERE id = ?", (key_id,)).fetchone()
+            if found is None:
+                raise NotFound(f"there is no key {key_id}")
+            info = KeyInfo.model_validate_json(found[0])
+            if info.revoked_at is None:
+                info = info.model_copy(update={"revoked_at": at})
+                self._open_db.execute("UPDATE api_key SET info = ? WHERE id = ?", (info.model_dump_json(), key_id))
+            return info
+
+    # ---- leases ----
+
+    async def take_lease(self, name: str, holder: str, seconds: float) -> Lease | None:
+        now = time.time()
+        row = self._now(lambda: self._open_db.execute(_TAKE_LEASE, (name, holder, now + seconds, now)).fetchone())
+        return None if row is None else Lease(name, holder, row[0])
+
+    async def drop_lease(self, name: str, holder: str) -> None:
+        self._now(self._open_db.execute, "UPDATE lease SET until = 0 WHERE name = ? AND holder = ?", (name, holder))
+
+
+@contextlib.contextmanager
+def _transaction(db: sqlite3.Connection, kind: str) -> Iterator[None]:
+    db.execute(f"BEGIN {kind}")
+    try:
+        yield
+    except BaseException:
+        db.execute("ROLLBACK")
+        raise
+    db.execute("COMMIT")
+
 
 _LEFT = "coalesce(json_extract(info, '$.kept'), 0) OR json_extract(info, '$.archive') IS NOT NULL"
+_TAKE_LEASE = """
+INSERT INTO lease (name, holder, token, until) VALUES (?1, ?2, 1, ?3) ON CONFLICT (name) DO UPDATE
+SET token = lease.token + (lease.holder != ?2), holder = ?2, until = ?3 WHERE lease.holder = ?2 OR lease.until < ?4
+RETURNING token
+"""
 _SELECT = "SELECT version, idempotency_key, info, config FROM sandbox"
 
 
@@ -245,7 +343,10 @@ def _columns(record: Record) -> tuple[Any, ...]:
         info.state.value,
         info.created_at,
         info.stopped_at,
+        record.tenant,
         record.key,
+        quotas.cpus_of(record.config),
+        record.config.memory_bytes,
         info.model_dump_json(),
         config,
     )

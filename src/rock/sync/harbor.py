@@ -4,13 +4,15 @@
 
     task.toml  instruction.md  environment/  tests/test.sh  solution/solve.sh
 
-`test.sh` writes the reward to /logs/verifier/reward.txt, or several to reward.json. ROCK builds no Dockerfile: the
-image is named in task.toml (docker_image) or by the caller, and has to be in the server's store. A sandbox has the
-network that the caller's config says, whatever the task would like: none, unless told otherwise.
+`test.sh` writes the reward to /logs/verifier/reward.txt, or several to reward.json. The image is the caller's, or the
+one that task.toml names (docker_image), or is built on the server of environment/Dockerfile, once for all instances of
+a task. A sandbox, and what its image is built with, has the network that the caller's config says, whatever the task
+would like: none, unless told otherwise.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -24,6 +26,7 @@ from typing import Any, Self
 from rock import errors
 from rock.protocol.sandbox import SandboxConfig
 from rock.protocol.training import IDLE, new_instance_id
+from rock.sync.client import Client
 from rock.sync.sandbox.sandbox import Sandbox
 from rock.sync.training import Message
 
@@ -80,17 +83,15 @@ class HarborTask:
         except (TypeError, ValueError, AttributeError) as error:
             raise errors.InvalidConfig(f"{folder}/task.toml: {error}") from None
 
-    def image_or(self, given: str | None) -> str:
-        """The image to run in; Unsupported where there is only a Dockerfile."""
-        image = given or self.image
-        if image is None:
-            what = "a Dockerfile, which ROCK cannot build yet" if self._has_dockerfile() else "no image"
-            hint = "name an image of the server's store: docker_image in task.toml, or image="
-            raise errors.Unsupported(f"task {self.name} has {what}", hint=hint)
-        return image
-
-    def _has_dockerfile(self) -> bool:
-        return (self.folder / "environment" / "Dockerfile").is_file()
+    @property
+    def built_image(self) -> str:
+        """The name of the image that is built of its Dockerfile; InvalidConfig when it has none."""
+        if not (self.folder / "environment" / "Dockerfile").is_file():
+            hint = "name an image: docker_image in task.toml, or image=; or write environment/Dockerfile"
+            raise errors.InvalidConfig(f"task {self.name} has no image", hint=hint)
+        place = hashlib.sha256(os.fsencode(self.folder.absolute())).hexdigest()[:12]
+        words = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")[:60]
+        return f"localhost/harbor/{words or 'task'}:{place}"
 
 
 @dataclass
@@ -131,6 +132,7 @@ class HarborTasks:
                     **{name: value for name, value in reach.items() if value is not None}}
         )  # fmt: skip
         self._episodes: dict[str, _Episode] = {}
+        self._built: dict[str, str] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -163,7 +165,7 @@ class HarborTasks:
         if task is None:
             names = ", ".join(sorted(self.tasks)[:20])
             raise errors.NotFound(f"there is no task {task_id!r}", hint=f"there are: {names}")
-        image = task.image_or((params or {}).get("image") or self._image)
+        image = (params or {}).get("image") or self._image or task.image or self._build(task)
         instance_id = instance_id or new_instance_id()
         if instance_id in self._episodes:
             raise errors.Conflict(f"instance {instance_id!r} exists already", hint="release it")
@@ -238,6 +240,16 @@ class HarborTasks:
             return False
         episode.sandbox.stop()
         return True
+
+    def _build(self, task: HarborTask) -> str:
+        """The image of its Dockerfile, which is built when it is first needed. CommandFailed, with the line."""
+        if task.name not in self._built:
+            config = self._config
+            image = task.built_image
+            with Client(config.base_url, config.api_key) as client:
+                client.build_image(task.folder / "environment", image, network=config.network, memory=task.memory)
+            self._built[task.name] = image
+        return self._built[task.name]
 
     def _episode(self, instance_id: str) -> _Episode:
         found = self._episodes.get(instance_id)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import traceback
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ import orjson
 from pydantic import BaseModel, ValidationError
 
 from rock.errors import InternalServerRockError, InvalidConfig, NotFound, RockError, Unavailable
+from rock.protocol.keys import CALLER, Access, Caller, caller_of
 from rock.protocol.routes import ERROR_CODE, Route
 
 Scope = MutableMapping[str, Any]
@@ -199,8 +201,14 @@ def answer_model(model: BaseModel, status: int = 200) -> Answer:
 def failure(error: RockError) -> Answer:
     headers = [(ERROR_CODE.encode(), error.code.encode())]
     if error.retryable:
-        headers.append((b"retry-after", b"1"))
+        headers.append((b"retry-after", b"%d" % retry_after(error)))
     return Answer(orjson.dumps(error.to_wire(), default=repr), error.status, headers=headers)
+
+
+def retry_after(error: RockError) -> int:
+    """Whole seconds after which the same request may do better."""
+    told = error.details.get("retry_after", 1)
+    return max(1, math.ceil(told)) if isinstance(told, int | float) else 1
 
 
 async def deny(scope: Scope, send: Send, error: RockError) -> None:
@@ -219,7 +227,7 @@ Handler = Callable[[Request], Awaitable[Answer]]
 SocketHandler = Callable[[Request, Receive, Send], Awaitable[None]]
 
 
-def _fit(wanted: tuple[str, ...], given: list[str]) -> dict[str, str] | None:
+def fit(wanted: tuple[str, ...], given: list[str]) -> dict[str, str] | None:
     """The variables of a row's path, or None when it is another's."""
     if len(wanted) != len(given):
         return None
@@ -233,31 +241,34 @@ def _fit(wanted: tuple[str, ...], given: list[str]) -> dict[str, str] | None:
 
 
 class Router:
-    """An ASGI application over rows of the wire table. No error of a handler becomes anything but a typed answer."""
+    """An ASGI application over rows of the wire table. No error of a handler becomes anything but a typed answer.
+
+    Whether its caller may have a row is seen here, before its handler knows of the request."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._rows: dict[tuple[str, int], list[tuple[tuple[str, ...], Handler | SocketHandler]]] = {}
-        self._tails: list[tuple[str, tuple[str, ...], Handler | SocketHandler]] = []
+        self._rows: dict[tuple[str, int], list[tuple[tuple[str, ...], Handler | SocketHandler, Access]]] = {}
+        self._tails: list[tuple[str, tuple[str, ...], Handler | SocketHandler, Access]] = []
 
     def add(self, route: Route, handler: Handler | SocketHandler) -> None:
         parts = tuple(route.path.split("/"))
         if route.tail:
-            self._tails.append((route.method, parts[:-1], handler))
+            self._tails.append((route.method, parts[:-1], handler, route.access))
             return
-        self._rows.setdefault((route.method, len(parts)), []).append((parts, handler))
+        self._rows.setdefault((route.method, len(parts)), []).append((parts, handler, route.access))
 
-    def match(self, method: str, path: str) -> tuple[Handler | SocketHandler, dict[str, str]] | None:
+    def match(self, method: str, path: str) -> tuple[Handler | SocketHandler, dict[str, str], Access] | None:
+        """The handler of a row, the variables of its path, and what it takes of a caller."""
         given = path.split("/")
-        for parts, handler in self._rows.get((method, len(given)), ()):
-            values = _fit(parts, given)
+        for parts, handler, access in self._rows.get((method, len(given)), ()):
+            values = fit(parts, given)
             if values is not None:
-                return handler, values
-        for kind, parts, handler in self._tails:
+                return handler, values, access
+        for kind, parts, handler, access in self._tails:
             if kind == method or (kind == "ANY" and method != "WEBSOCKET"):
-                values = _fit(parts, given[: len(parts)])
+                values = fit(parts, given[: len(parts)])
                 if values is not None:
-                    return handler, values
+                    return handler, values, access
         return None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -277,6 +288,7 @@ class Router:
         try:
             if found is None:
                 raise NotFound(f"no such route: {method} {scope['path']}")
+            caller_of(scope).require(found[2])
             handler = cast(Handler, found[0])
             reply = await handler(Request(scope, receive, found[1]))
             await reply.send(track)
@@ -308,6 +320,7 @@ class Router:
             await send(message)
 
         try:
+            caller_of(scope).require(found[2])
             await found[0](Request(scope, receive, found[1]), receive, track)
         except RockError as error:
             if not opened:
@@ -328,12 +341,13 @@ async def call(
     body: bytes | AsyncIterator[bytes] = b"",
     query: str = "",
     headers: Mapping[str, str] | None = None,
+    caller: Caller,
     client: Receive | None = None,
 ) -> tuple[int, bytes]:
     """(status, body) of one request to an ASGI application in this process.
 
-    body: whole, or as it comes. client: what tells that whoever is asked for left (the `receive` of its own request,
-    once its body was read); then what it wanted is given up, and Disconnected is raised.
+    body: whole, or as it comes. caller: for whom it is made. client: what tells that whoever is asked for left (the
+    `receive` of its own request, once its body was read); then what it wanted is given up, and Disconnected is raised.
     """
     scope: dict[str, Any] = {
         "type": "http",
@@ -347,6 +361,7 @@ async def call(
         "client": None,
         "server": None,
         "headers": [(k.lower().encode(), v.encode()) for k, v in (headers or {}).items()],
+        CALLER: caller,
     }
     status: int | None = None
     parts: list[bytes] = []

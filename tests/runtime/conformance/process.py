@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rock.runtime.base import Handle
+from rock.runtime.plain import PlainRuntime
 from rock.runtime.process import ProcessRuntime
 from tests.runtime.conformance.subject import Subject
 
@@ -12,11 +13,21 @@ from tests.runtime.conformance.subject import Subject
 class OfProcess(Subject):
     name = "process"
 
-    def make(self, folder: Path) -> ProcessRuntime:
+    def make(self, folder: Path) -> ProcessRuntime | PlainRuntime:
         return ProcessRuntime(folder / "run")
 
     def home(self, handle: Handle) -> Path:
         return Path(handle.data["home"])
 
 
-SUBJECTS = [OfProcess()]
+class OfPlainProcess(OfProcess):
+    """What macOS has of it: the same runtime without anything that only Linux has."""
+
+    name = "process-plain"
+    resets_reserved = False
+
+    def make(self, folder: Path) -> PlainRuntime:
+        return PlainRuntime(folder / "run")
+
+
+SUBJECTS = [OfProcess(), OfPlainProcess()]

@@ -19,6 +19,7 @@ from rock.runtime.base import Handle, Runtime, Trait
 # The modules of this folder that may have SUBJECTS; what is not there yet is passed over.
 MODULES = ("fake", "process", "namespace", "docker", "gvisor")
 MORE = "ROCK_TEST_SUBJECTS"  # further modules with SUBJECTS, comma-separated: of runtimes from elsewhere
+CHOSEN = "ROCK_TEST_CONFORM"  # which of MODULES; all unless it is set
 
 Need = Trait | type
 
@@ -39,7 +40,10 @@ class Subject:
     name = ""
     isolation = Isolation.NONE
     image = "host"
+    sample: tuple[str, ...] | None = None  # modules that are enough in a short run; None is all of them
+    known: dict[str, str] = {}  # tests that fail here for reasons that are not ours to mend, and the reason
     python = "/usr/bin/python3"
+    resets_reserved = True  # programs do not inherit that signal 32 is ignored, which Linux's C library keeps to itself
 
     def missing(self) -> str | None:
         """Why the runtime cannot be had on this machine, as a sentence; None when it can. May install what it needs."""
@@ -98,7 +102,8 @@ def here() -> dict[str, str | None]:
 @cache
 def subjects() -> dict[str, Subject]:
     """All, by name, whether they can be had here or not."""
-    names = [f"{__package__}.{name}" for name in MODULES]
+    chosen = os.environ.get(CHOSEN)
+    names = [f"{__package__}.{name}" for name in MODULES if not chosen or name in chosen.split(",")]
     names = [name for name in names if importlib.util.find_spec(name) is not None]
     names += [name for name in os.environ.get(MORE, "").split(",") if name]
     return {subject.name: subject for name in names for subject in importlib.import_module(name).SUBJECTS}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import os
 import time
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import orjson
@@ -16,19 +17,25 @@ from starlette.exceptions import HTTPException
 
 from rock import __version__
 from rock.admin.api import sandboxes
+from rock.admin.desk import Desks
 from rock.admin.environments import Environments
-from rock.admin.service import Service
+from rock.admin.keys import Keys
+from rock.admin.worker import Worker
 from rock.envhub import registry
 from rock.errors import ClientError, InternalServerRockError, InvalidConfig, NotFound, RockError
 from rock.protocol import action, env, node, sandbox
 from rock.protocol.env import AddEnv, BuildEnv, EnvAbout
+from rock.protocol.keys import Access, CreateKey, KeyInfo, KeyList, NewKey, caller_of
 from rock.protocol.network import ConnectionList
 from rock.protocol.node import EnvList, SandboxList, ServerInfo
 from rock.protocol.routes import METHODS, ROUTES
 from rock.protocol.sandbox import SandboxInfo, State
 from rock.settings import Settings
 from rock.store.base import Query as Listing
+from rock.wire.asgi import App, Receive, Scope, Send, failure, fit, retry_after
 
+Workers = Mapping[str, Worker]
+_PAGES = ("/", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")
 Wait = Annotated[float, Query(ge=0, le=3600)]
 
 
@@ -37,29 +44,65 @@ def _json(model: BaseModel, status: int = 200) -> Response:
 
 
 def _failure(error: RockError) -> Response:
-    headers = {"retry-after": "1"} if error.retryable else None
+    headers = {"retry-after": str(retry_after(error))} if error.retryable else None
     return Response(orjson.dumps(error.to_wire(), default=repr), error.status, headers, "application/json")
 
 
-def build(service: Service, envs: Environments, settings: Settings, roles: list[str]) -> FastAPI:
-    """The FastAPI application of the control plane."""
+def build(desks: Desks, keys: Keys, workers: Workers, envs: Environments, settings: Settings, roles: list[str]) -> App:
+    """The FastAPI application of the control plane, behind what its rows take of a key."""
+    return guarded(_application(desks, keys, workers, envs, settings, roles))
+
+
+def guarded(app: App) -> App:
+    """`app` for callers whose keys are for its rows. A path without a row is there for the server's owner alone."""
+    control = (route for route in ROUTES.values() if route.plane == "control")
+    rows = [(route.method, tuple(route.path.split("/")), route.access) for route in control]
+
+    def access(method: str, path: str) -> Access | None:
+        if path in _PAGES:
+            return Access.OPEN if path == "/" else Access.READ
+        given = path.split("/")
+        for kind, parts, needed in rows:
+            if kind == ("GET" if method == "HEAD" else method) and fit(parts, given) is not None:
+                return needed
+        return None
+
+    async def guard(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            caller, needed = caller_of(scope), access(scope["method"], scope["path"])
+            try:
+                if needed is None and Access.ADMIN not in caller.scopes:
+                    raise NotFound(f"no such route: {scope['method']} {scope['path']}")
+                caller.require(needed or Access.ADMIN)
+            except RockError as error:
+                await failure(error).send(send)
+                return
+        await app(scope, receive, send)
+
+    return guard
+
+
+def _application(
+    desks: Desks, keys: Keys, workers: Workers, envs: Environments, settings: Settings, roles: list[str]
+) -> FastAPI:
     app = FastAPI(title="ROCK", version=__version__, docs_url="/docs", openapi_url="/openapi.json")
     started_at = time.time()
     _errors(app)
-    _sandboxes(app, service)
+    _sandboxes(app, desks)
+    _keys(app, keys)
     _environments(app, envs)
 
     @app.get(ROUTES["server_info"].path, response_model=ServerInfo, tags=["server"])
-    async def server_info() -> Response:
+    async def server_info(request: Request) -> Response:
         """Version, isolation and capacity."""
-        workers = [await worker.status() for worker in service.workers.values()]
+        seen = [await worker.status() for worker in workers.values()]
         return _json(
             ServerInfo(
                 version=__version__,
                 home=str(settings.home),
                 roles=roles,
-                workers=workers,
-                sandboxes=await service.store.count(),
+                workers=seen,
+                sandboxes=await desks(request.scope).count(),
                 started_at=started_at,
                 pid=os.getpid(),
             )
@@ -75,31 +118,48 @@ def build(service: Service, envs: Environments, settings: Settings, roles: list[
         if "text/html" not in request.headers.get("accept", ""):
             return {"message": "hello, ROCK!"}
         # This page asks for no key, so it must not tell what a key protects.
-        listing = SandboxList(items=[]) if settings.api_key else await service.list(Listing(limit=100))
+        listing = SandboxList(items=[]) if settings.api_key else await desks(request.scope).list(Listing(limit=100))
         return HTMLResponse(_front_page(listing))
 
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
 
-def _sandboxes(app: FastAPI, service: Service) -> None:
+def _sandboxes(app: FastAPI, desks: Desks) -> None:
     @app.get(ROUTES["list_sandboxes"].path, response_model=SandboxList, tags=["sandboxes"])
     async def list_sandboxes(
         request: Request, limit: Annotated[int, Query(ge=1, le=2000)] = 500, after: str | None = None,
         history: bool = False,
     ) -> Response:  # fmt: skip
         """Sandboxes, newest first; filters are equality on fields of SandboxInfo, `state` and `label=k=v`."""
-        return _json(await service.list(_listing(request, limit, after), history))
+        return _json(await desks(request.scope).list(_listing(request, limit, after), history))
 
     @app.get(ROUTES["list_connections"].path, response_model=ConnectionList, tags=["sandboxes"])
-    async def list_connections(sandbox_id: str) -> Response:
+    async def list_connections(request: Request, sandbox_id: str) -> Response:
         """What it connected to or tried to, oldest first; of a stopped one too."""
-        return _json(await service.connections(sandbox_id))
+        return _json(await desks(request.scope).connections(sandbox_id))
 
     @app.delete(ROUTES["delete_sandbox"].path, response_model=SandboxInfo, tags=["sandboxes"])
-    async def delete_sandbox(sandbox_id: str, force: bool = False) -> Response:
+    async def delete_sandbox(request: Request, sandbox_id: str, force: bool = False) -> Response:
         """Forget a stopped one and its kept files; `force` stops it first."""
-        return _json(await service.kept.delete(sandbox_id, force))
+        return _json(await desks(request.scope).delete(sandbox_id, force))
+
+
+def _keys(app: FastAPI, keys: Keys) -> None:
+    @app.post(ROUTES["create_key"].path, response_model=NewKey, status_code=201, tags=["keys"])
+    async def create_key(wish: CreateKey) -> Response:
+        """Make an API key. It is told here and never again: only its digest is kept."""
+        return _json(await keys.create(wish), 201)
+
+    @app.get(ROUTES["list_keys"].path, response_model=KeyList, tags=["keys"])
+    async def list_keys() -> Response:
+        """API keys, revoked ones too, oldest first."""
+        return _json(KeyList(items=await keys.list()))
+
+    @app.delete(ROUTES["revoke_key"].path, response_model=KeyInfo, tags=["keys"])
+    async def revoke_key(key_id: str) -> Response:
+        """End a key at once. The sandboxes of its tenant stay."""
+        return _json(await keys.revoke(key_id))
 
 
 def _environments(app: FastAPI, envs: Environments) -> None:

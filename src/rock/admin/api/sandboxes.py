@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rock.admin.service import Service
+from rock.admin.desk import Desk, Desks
 from rock.protocol.env import OpenEnv
 from rock.protocol.routes import IDEMPOTENCY_KEY, ROUTES
 from rock.protocol.sandbox import CommitRequest, SandboxConfig
@@ -16,8 +16,8 @@ NAMES = ("create_sandbox", "get_sandbox", "stop_sandbox", "restart_sandbox", "ar
 class Sandboxes:
     """Handlers by route name."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, desks: Desks) -> None:
+        self._desks = desks
 
     def over(self, rest: App) -> App:
         """These rows, and `rest` for all others."""
@@ -31,40 +31,43 @@ class Sandboxes:
 
         return app
 
+    def _desk(self, request: Request) -> Desk:
+        return self._desks(request.scope)
+
     async def create_sandbox(self, request: Request) -> Answer:
         wait = _wait(request)
         config = await request.model(SandboxConfig)
-        return answer_model(await self._service.create(config, _key(request), wait), 201)
+        return answer_model(await self._desk(request).create(config, _key(request), wait), 201)
 
     async def get_sandbox(self, request: Request) -> Answer:
         look = {"touch": request.flag("touch"), "usage": request.flag("usage")}
-        return answer_model(await self._service.get(request.path["sandbox_id"], wait=_wait(request), **look))
+        return answer_model(await self._desk(request).get(request.path["sandbox_id"], wait=_wait(request), **look))
 
     async def stop_sandbox(self, request: Request) -> Answer:
-        return answer_model(await self._service.stop(request.path["sandbox_id"]))
+        return answer_model(await self._desk(request).stop(request.path["sandbox_id"]))
 
     async def restart_sandbox(self, request: Request) -> Answer:
         return answer_model(
-            await self._service.kept.restart(request.path["sandbox_id"], _key(request), _wait(request))
+            await self._desk(request).restart(request.path["sandbox_id"], _key(request), _wait(request))
         )
 
     async def archive_sandbox(self, request: Request) -> Answer:
         return answer_model(
-            await self._service.archive.archive(request.path["sandbox_id"], _key(request), _wait(request))
+            await self._desk(request).archive(request.path["sandbox_id"], _key(request), _wait(request))
         )
 
     async def commit_sandbox(self, request: Request) -> Answer:
         wait = _wait(request)
         wish = await request.model(CommitRequest)
-        return answer_model(await self._service.commits.commit(request.path["sandbox_id"], wish, wait))
+        return answer_model(await self._desk(request).commit(request.path["sandbox_id"], wish, wait))
 
     async def get_commit(self, request: Request) -> Answer:
-        return answer_model(await self._service.commits.status(request.path["sandbox_id"], _wait(request)))
+        return answer_model(await self._desk(request).commit_status(request.path["sandbox_id"], _wait(request)))
 
     async def open_env(self, request: Request) -> Answer:
         wait = _wait(request)
         wish = await request.model(OpenEnv)
-        return answer_model(await self._service.open_env(wish, wait, _key(request)), 201)
+        return answer_model(await self._desk(request).open_env(wish, wait, _key(request)), 201)
 
 
 def _wait(request: Request) -> float:

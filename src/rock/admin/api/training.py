@@ -18,12 +18,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rock.admin.api.rock_v1.data import DataPlane, is_id
 from rock.admin.api.rock_v1.envelope import Failed
-from rock.admin.service import Service
+from rock.admin.desk import Desks
 from rock.envhub import datasets
 from rock.errors import ClientError, CommandTimeout, InvalidConfig, NotFound, RockError, Unavailable
 from rock.protocol.env import EnvInfo, OpenEnv, StepResult
+from rock.protocol.keys import Access
 from rock.protocol.routes import Route
-from rock.protocol.sandbox import State
+from rock.protocol.sandbox import SandboxInfo, State
 from rock.protocol.training import IDLE, NAMED, STEP_TIMEOUT, created, new_instance_id, overdue, stepped
 from rock.wire.asgi import Answer, App, Handler, Receive, Request, Router, Scope, Send, answer
 
@@ -49,10 +50,10 @@ class _NoBox(Exception):
 
 
 class Training:
-    """The routes, over the service and the data plane."""
+    """The routes, over what a caller may do and the data plane."""
 
-    def __init__(self, service: Service, data: App) -> None:
-        self._service = service
+    def __init__(self, desks: Desks, data: App) -> None:
+        self._desks = desks
         self._data = DataPlane(data)
         self._router = Router("training")
         self._add("GET", "/healthz", self._healthz)
@@ -63,7 +64,9 @@ class Training:
             self._add("POST", f"/{path}", work)
 
     def _add(self, method: str, path: str, work: Callable[[Request, str, str, Body], Awaitable[Any]]) -> None:
-        self._router.add(Route(f"training{path}", method, PREFIX + path, "control", "AgentScope"), self._handler(work))
+        access = Access.READ if method == "GET" else Access.RUN
+        route = Route(f"training{path}", method, PREFIX + path, "control", "AgentScope", access=access)
+        self._router.add(route, self._handler(work))
 
     def over(self, rest: App) -> App:
         """These routes, and `rest` for everything else."""
@@ -88,7 +91,7 @@ class Training:
                 wrong = error.errors(include_url=False, include_input=False, include_context=False)
                 return answer({"detail": [{**item, "loc": ["body", *item["loc"]]} for item in wrong]}, 422)
             try:
-                sandbox_id, env_type = await self._box(request.path["box"])
+                sandbox_id, env_type = await self._box(request, request.path["box"])
                 return answer(await work(request, sandbox_id, env_type, body))
             except _NoBox as error:
                 return answer({"detail": str(error)}, 404)
@@ -101,24 +104,30 @@ class Training:
 
         return reply
 
-    async def _box(self, box: str) -> tuple[str, str]:
+    async def _box(self, request: Request, box: str) -> tuple[str, str]:
         """The sandbox of a box and its set."""
         try:
             dataset = datasets.find(box)
         except NotFound:
-            return box, await self._set_of(box)
-        host = await self._service.open_env(OpenEnv(env_id=dataset.name, protocol="task"), _LONGEST_START)
+            return box, await self._set_of(request, box)
+        host = await self._hosted(request, dataset.name)
         if host.state is State.PENDING:
             raise Unavailable(f"the sandbox for {dataset.name} has not started yet", hint="ask again")
         if host.state is not State.RUNNING:
             raise Unavailable(f"the sandbox for {dataset.name} did not start: {host.reason}")
         return host.sandbox_id, dataset.name
 
-    async def _set_of(self, sandbox_id: str) -> str:
+    async def _hosted(self, request: Request, name: str) -> SandboxInfo:
+        """The tenant's own sandbox of a set, which whoever may make one finds made."""
+        desk = self._desks(request.scope)
+        desk.caller.require(Access.CREATE)
+        return await desk.open_env(OpenEnv(env_id=name, protocol="task"), _LONGEST_START)
+
+    async def _set_of(self, request: Request, sandbox_id: str) -> str:
         try:
             if not is_id(sandbox_id):
                 raise NotFound(f"there is no sandbox {sandbox_id!r}")
-            record = await self._service.load(sandbox_id)
+            record = await self._desks(request.scope).load(sandbox_id)
             dataset = datasets.of_image(record.info.image)
         except NotFound as error:
             sets = ", ".join(datasets.names())

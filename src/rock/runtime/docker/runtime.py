@@ -27,9 +27,10 @@ from rock.guest.remove import remove_tree
 from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
 from rock.runtime import guestpython, wholefile
 from rock.runtime.base import Handle, Liveness, Program, Trait
-from rock.runtime.docker import groups, images, shape, ways
+from rock.runtime.docker import groups, images, shape
 from rock.runtime.docker.engine import Engine, EngineError, Facts
-from rock.runtime.docker.ways import Way
+from rock.runtime.docker.refusals import refusal, told
+from rock.runtime.docker.ways import BySocket, ByStreams, Way
 from rock.runtime.guestpython import GuestPython
 from rock.runtime.initfiles import InitSandboxes, merged
 from rock.runtime.initlink import InitLink
@@ -66,8 +67,13 @@ class DockerRuntime(InitSandboxes):
     name = "docker"
     isolation = Isolation.CONTAINER
     traits: Mapping[Isolation, frozenset[Trait]] = {
-        Isolation.CONTAINER: frozenset(Trait), Isolation.GVISOR: frozenset(Trait), Isolation.MICROVM: frozenset(Trait),
-    }  # fmt: skip
+        Isolation.CONTAINER: frozenset(Trait) - {Trait.IMAGES},
+        # gVisor of 2022 (Debian): a terminal does not end with its program, pid 1 can be killed from inside, orphans
+        # leave their tree, and its kernel is one process of the host, which memory and process limits end as a whole.
+        Isolation.GVISOR: frozenset(Trait)
+        - {Trait.IMAGES, Trait.TERMINALS, Trait.PROCESSES, Trait.TREES, Trait.LIMITS},
+        Isolation.MICROVM: frozenset(Trait) - {Trait.IMAGES},
+    }
 
     def __init__(self, run_dir: Path, guest_dir: Path, host: str = "") -> None:
         self._run_dir = Path(os.path.realpath(run_dir))
@@ -134,12 +140,12 @@ class DockerRuntime(InitSandboxes):
     # ---- images ----
 
     async def has_image(self, config: SandboxConfig) -> bool:
-        with _told(config.image):
+        with told(config.image):
             return config.image == "host" or await images.is_ready(self.engine, config)
 
     async def prepare_image(self, config: SandboxConfig, tell: Callable[[str], None]) -> None:
         shape.refuse(config, await self._ready(), shape.wanted_runtime(config))
-        with _told(config.image):
+        with told(config.image):
             await images.prepare(self.engine, config, tell)
 
     # ---- creating ----
@@ -151,13 +157,14 @@ class DockerRuntime(InitSandboxes):
         """The engine's name of the OCI runtime, and its account of the image."""
         _ = self.engine.socket
         oci = shape.wanted_runtime(config)
-        with _told(config.image):
+        with told(config.image):
             facts = await self._ready()
             name = shape.runtime_name(facts, oci)
             shape.refuse(config, facts, oci)
+            admission.refuse_nofile(config)
             admission.refuse_too_large(config)
-            if config.network == "nat" and not await self.engine.has_network("bridge"):
-                raise errors.Unsupported('network "nat" cannot be given here: this engine has no bridge',
+            if config.network == "bridge" and not await self.engine.has_network("bridge"):
+                raise errors.Unsupported('network "bridge" cannot be given here: this engine has none',
                                          hint="start the engine with a bridge, or use another network")
             return name, await images.find(self.engine, config)
 
@@ -195,7 +202,7 @@ class DockerRuntime(InitSandboxes):
             folder.mkdir(mode=0o700)
             wholefile.replace(folder / "record.json", json.dumps({"id": id, "slot": slot}))
             oci = shape.wanted_runtime(config)
-            way = ways.way(oci, self.engine, folder)
+            way = self.way(oci, folder)
             labels = {shape.HOME_LABEL: self._label, shape.ID_LABEL: id, "rock.slot": slot}
             wish = shape.container(config, image["Id"], labels, await self._guest(), way.folder, name, way.options)
             async with self._gate:
@@ -212,7 +219,7 @@ class DockerRuntime(InitSandboxes):
             with contextlib.suppress(errors.RockError, EngineError):  # the sweep tries again
                 await asyncio.shield(self._remove(slot, engine_id or f"rock-{slot}"))
             if isinstance(error, EngineError):
-                raise _refusal(error, config) from None
+                raise refusal(error, config) from None
             if isinstance(error, OSError | errors.Lost):
                 raise errors.StartFailed(f"the container could not be used: {error}", sandbox_id=id) from None
             raise
@@ -257,7 +264,13 @@ class DockerRuntime(InitSandboxes):
         data = {"slot": container.slot, "container": container.engine_id, "pid": container.pid,
                 "start": container.start, "env": merged({"PATH": _PATH}, env, config.env), "cwd": cwd, "user": user,
                 "cgroups": container.folders, "oci": oci}  # fmt: skip
-        return Handle(self.name, id, shape.isolation_of(oci), shape.enforced(facts), data)
+        if config.nofile is not None:
+            data["nofile"] = config.nofile
+        return Handle(self.name, id, shape.isolation_of(oci), shape.enforced(facts, config), data)
+
+    def way(self, oci: shape.Oci, folder: Path) -> Way:
+        """How its pid 1 is reached: with the same kernel descriptors can cross."""
+        return BySocket(folder) if oci == "runc" else ByStreams(self.engine, folder)
 
     # ---- using ----
 
@@ -286,12 +299,17 @@ class DockerRuntime(InitSandboxes):
             raise errors.Lost("the sandbox's pid 1 is gone", sandbox_id=handle.id)
         if container.way is not None:
             await container.way.close()
-        container.way = ways.way(container.oci, self.engine, self._run_dir / container.slot)
-        with _told(handle.id):
+        container.way = self.way(container.oci, self._run_dir / container.slot)
+        with told(handle.id):
             container.link = await container.way.enter(container.engine_id, container.pid, handle.id, _BACK)
 
     def complete(self, handle: Handle, program: Program) -> Program:
         data = handle.data
+        if program.pty is not None and Trait.TERMINALS not in self.traits[handle.isolation]:
+            raise errors.Unsupported(f"{data['oci']} has no terminals here", sandbox_id=handle.id,
+                                     hint="run it without a pty")
+        if (most := data.get("nofile")) is not None:
+            program = replace(program, nofile=min(program.nofile or most, most))
         user = program.user if program.user is not None else data["user"]
         return replace(program, env=merged(data["env"], program.env), cwd=program.cwd or data["cwd"], user=user or None)
 
@@ -356,14 +374,14 @@ class DockerRuntime(InitSandboxes):
                 async with asyncio.timeout(grace + 2):
                     await wait_gone(pid, start)
             if _alive(pid, start):
-                with _told(handle.id):
+                with told(handle.id):
                     await self.engine.kill(handle.data["container"])
                 await wait_gone(pid, start)
         await self._forget(slot)
 
     async def destroy(self, handle: Handle) -> None:
         await self._forget(handle.data["slot"])
-        with _told(handle.id):
+        with told(handle.id):
             await self._remove(handle.data["slot"], handle.data["container"])
 
     async def _forget(self, slot: str) -> None:
@@ -381,7 +399,7 @@ class DockerRuntime(InitSandboxes):
         keep, slots, gone = set(known), set(), set()
         for folder in self._run_dir.glob(f"{_PREFIX}*"):
             id = str(_record(folder).get("id", ""))
-            if id in keep or folder.name in self._making or folder.name in self._live:
+            if id in keep or folder.name in self._making:
                 slots.add(folder.name)
             else:
                 gone.add(id or folder.name)
@@ -426,29 +444,3 @@ def _record(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
-
-
-@contextlib.contextmanager
-def _told(what: str) -> Any:
-    """What the engine answers beside its use for a start, as an error of ours."""
-    try:
-        yield
-    except EngineError as error:
-        raise errors.Unavailable(f"the container engine refused ({what}): {error.message}",
-                                 hint="see the engine's own log") from None
-
-
-def _refusal(error: EngineError, config: SandboxConfig) -> errors.RockError:
-    """Why the engine did not make a container."""
-    text = error.message
-    low = text.lower()
-    if "storage-opt" in low or "quota" in low:
-        return errors.Unsupported(f"disk={config.disk}: {text}", hint="leave disk unset")
-    if "no space left" in low:
-        return errors.StorageFull(f"the container engine's disk is full: {text}")
-    if "bind source path does not exist" in low or "ld.so" in low:
-        return errors.Unsupported(f"the container engine does not see the files of this server: {text}",
-                                  hint="run the rocklet on the engine's machine, not in a container")
-    if error.status == 404 and "no such image" in low:
-        return errors.ImageError(f"image {config.image} was removed from the engine meanwhile")
-    return errors.StartFailed(f"the container engine could not start it: {text}")

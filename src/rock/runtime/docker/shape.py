@@ -19,8 +19,7 @@ _ISOLATION: Mapping[Oci, Isolation] = {
     "runc": Isolation.CONTAINER, "runsc": Isolation.GVISOR, "kata": Isolation.MICROVM,
 }  # fmt: skip
 _KINDS: tuple[Oci, ...] = ("runsc", "kata", "runc")
-_ORDER = list(Isolation)
-_NETWORKS = {"none": "none", "nat": "bridge", "host": "host"}
+_NETWORKS = {"none": "none", "bridge": "bridge", "host": "host"}
 _QUOTA_DRIVERS = ("btrfs", "zfs", "devicemapper")
 _MOST_SHARED = 2 << 30
 _UNSET = ("LD_PRELOAD", "LD_LIBRARY_PATH", "LD_AUDIT", "LD_DEBUG", "GLIBC_TUNABLES")
@@ -61,10 +60,15 @@ def isolation_of(oci: Oci) -> Isolation:
     return _ISOLATION[oci]
 
 
-def enforced(facts: Facts) -> dict[str, Enforced]:
+def enforced(facts: Facts, config: SandboxConfig) -> dict[str, Enforced]:
     """How the engine holds limits."""
     by: Enforced = "cgroup-v2" if facts.cgroups == 2 else "cgroup-v1"
-    return {"memory": by, "cpus": by, "pids": by}
+    found: dict[str, Enforced] = {"memory": by, "cpus": by, "pids": by}
+    if config.nofile is not None:
+        found["nofile"] = "rlimit"
+    if config.shm_size is not None:
+        found["shm_size"] = "tmpfs"
+    return found
 
 
 def refuse(config: SandboxConfig, facts: Facts, oci: Oci) -> None:
@@ -76,6 +80,10 @@ def refuse(config: SandboxConfig, facts: Facts, oci: Oci) -> None:
     if config.image == "host":
         raise errors.Unsupported('image "host" is this machine\'s own system, which no container engine has',
                                  hint="name an image that the engine has or can pull, or use the namespace runtime")
+    if config.network not in _NETWORKS:
+        raise errors.Unsupported(f'network "{config.network}": a container engine does not keep sandboxes from private '
+                                 "addresses and from the services of its machine",
+                                 hint='network="bridge" is the engine\'s own, without that promise')
     if "seccomp" not in facts.security:
         raise errors.Unsupported("this container engine filters no system calls (seccomp is off)",
                                  hint="run an engine with its default seccomp profile")
@@ -87,7 +95,12 @@ def refuse(config: SandboxConfig, facts: Facts, oci: Oci) -> None:
         raise errors.Unsupported(
             f"disk={config.disk}: the engine's storage ({facts.driver} on {facts.backing or 'an unknown file system'}) "
             "holds no disk limit", hint="overlay2 on xfs with pquota, btrfs or zfs can; else leave disk unset")
-    if _ORDER.index(config.minimum_isolation) > _ORDER.index(_ISOLATION[oci]):
+    if config.inodes is not None:
+        raise errors.Unsupported("inodes: the engine's storage holds no limit of files", hint="leave inodes unset")
+    if config.isolation not in (None, _ISOLATION[oci]):
+        raise errors.Unsupported(f"isolation {config.isolation}: {oci} gives {_ISOLATION[oci].value}",
+                                 hint='"container" is runc, "gvisor" is oci_runtime="runsc", "microvm" is "kata"')
+    if config.minimum_isolation.rank > _ISOLATION[oci].rank:
         raise errors.Unsupported(
             f"minimum_isolation {config.minimum_isolation.value}: {oci} gives {_ISOLATION[oci].value}",
             hint='oci_runtime="runsc" or "kata" give more')
@@ -110,7 +123,7 @@ def container(config: SandboxConfig, image: str, labels: Mapping[str, str], pyth
         "CapDrop": ["ALL"], "CapAdd": list(CAPABILITIES), "SecurityOpt": ["no-new-privileges"],
         "Memory": config.memory_bytes, "MemorySwap": config.memory_bytes, "NanoCpus": round(hard * 1e9),
         "CpuShares": max(2, min(round(config.cpus * 1024), 262144)), "PidsLimit": config.pids,
-        "ShmSize": min(_MOST_SHARED, max(1 << 20, config.memory_bytes // 4)), "IpcMode": "private",
+        "ShmSize": config.shm_bytes or min(_MOST_SHARED, max(1 << 20, config.memory_bytes // 4)), "IpcMode": "private",
         "CgroupnsMode": "private", "LogConfig": {"Type": "none", "Config": {}}, "RestartPolicy": {"Name": "no"},
         "AutoRemove": False, "Init": False, "OomKillDisable": False,
         "Ulimits": [{"Name": "core", "Soft": 0, "Hard": 0}],

@@ -9,7 +9,6 @@ from rock.runtime import guestpython
 from rock.runtime.carrier import Carrier
 from rock.runtime.docker.door import Door
 from rock.runtime.docker.engine import Engine
-from rock.runtime.docker.shape import Oci
 from rock.runtime.initlink import InitLink
 
 
@@ -70,7 +69,3 @@ class ByStreams:
             self._carrier.close()
             await self._carrier.gone()
 
-
-def way(oci: Oci, engine: Engine, folder: Path) -> Way:
-    """The one that an OCI runtime allows."""
-    return BySocket(folder) if oci == "runc" else ByStreams(engine, folder)

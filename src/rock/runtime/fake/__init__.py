@@ -6,7 +6,8 @@ give. It isolates nothing: what your functions do, they do in the server.
 
     runtime.py   FakeRuntime              sandbox.py   one sandbox: files, processes, the programs by name
     programs.py  processes and calls      tree.py      files          streams.py  pipes
-    syntax.py expand.py shell.py builtins.py printing.py tools.py     the shell and its tools
+    sh.py shell.py syntax.py nodes.py expand.py builtins.py printing.py   the shell
+    tools.py texttools.py                                             programs that every sandbox has
 """
 
 from rock.runtime.fake.programs import Call, Program

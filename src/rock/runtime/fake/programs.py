@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from rock import errors
-from rock.runtime.base import ExitStatus
+from rock.runtime.base import CLOCK, ExitStatus
 from rock.runtime.fake.streams import Null, Open
 from rock.runtime.fake.tree import Tree
 
@@ -111,7 +111,7 @@ class FakeProcess:
         self.cwd = cwd
         self.fds = fds
         self.pid = sandbox.next_pid()
-        self.start = time.clock_gettime(_CLOCK)
+        self.start = time.clock_gettime(CLOCK)
         self.status: ExitStatus | None = None
         self.ended = asyncio.Event()
         self.traps: dict[int, Callable[[], None] | None] = {}  # what a signal does; None: nothing
@@ -203,9 +203,6 @@ class FakeProcess:
 
     def copies(self) -> dict[int, Open]:
         return {number: stream.copy() for number, stream in self.fds.items()}
-
-
-_CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 def tree_of(root: FakeProcess, since: float | None, *, include: bool) -> Iterator[FakeProcess]:

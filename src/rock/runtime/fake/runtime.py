@@ -104,7 +104,9 @@ class FakeRuntime:
     """
 
     name = "fake"
-    traits: Mapping[Isolation, frozenset[Trait]] = {Isolation.NONE: frozenset({Trait.ROOT, Trait.PROCESSES})}
+    traits: Mapping[Isolation, frozenset[Trait]] = {
+        Isolation.NONE: frozenset({Trait.ROOT, Trait.PROCESSES, Trait.TREES}),
+    }
 
     def __init__(self, programs: Mapping[str, programs.Program] | None = None) -> None:
         self._programs = dict(programs or {})
@@ -127,10 +129,13 @@ class FakeRuntime:
                                      hint="use the namespace runtime")
         if config.network != "none":
             raise errors.Unsupported(f'the fake runtime has no network "{config.network}"', hint='use "none"')
-        for name in ("disk", "num_gpus", "accelerator_type", "limit_cpus"):
+        if config.isolation not in (None, Isolation.NONE):
+            raise errors.Unsupported(f"isolation {config.isolation}: the fake runtime isolates nothing",
+                                     hint="use the namespace runtime")
+        for name in ("disk", "num_gpus", "accelerator_type", "limit_cpus", "nofile", "shm_size"):
             if getattr(config, name) is not None:
                 raise errors.Unsupported(f"the fake runtime cannot hold {name}")
-        if config.use_kata_runtime or config.image_os != "linux":
+        if config.use_kata_runtime or config.oci_runtime is not None or config.image_os != "linux":
             raise errors.Unsupported("the fake runtime runs nothing but programs of its own")
 
     async def create(self, id: str, config: SandboxConfig) -> Handle:

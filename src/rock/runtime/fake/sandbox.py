@@ -10,11 +10,12 @@ from collections.abc import Mapping
 
 from rock import errors
 from rock.runtime.fake.programs import FakeProcess, Program, tree_of
-from rock.runtime.fake.shell import sh
+from rock.runtime.fake.sh import alone, sh
 from rock.runtime.fake.tools import TOOLS
 from rock.runtime.fake.tree import Tree
 
-PROGRAMS: dict[str, Program] = {**TOOLS, "sh": sh, "bash": sh, "dash": sh}
+_ALONE = ("[", "echo", "kill", "printf", "pwd", "test")
+PROGRAMS: dict[str, Program] = {**TOOLS, **dict.fromkeys(_ALONE, alone), "sh": sh, "bash": sh, "dash": sh}
 _FOLDERS = ("/bin", "/usr/bin", "/usr/local/bin")
 _PATIENCE = 10.0  # seconds that a program may take to notice that it was killed
 MOST_PROCESSES = 4096

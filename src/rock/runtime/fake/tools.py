@@ -6,51 +6,17 @@ import asyncio
 import posixpath
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from rock import errors
-from rock.runtime.fake import printing
 from rock.runtime.fake.programs import Call, Program
+from rock.runtime.fake.texttools import cut, grep, head, options_of, sort, tail, tee, text_of, tr, uniq, wc
 
 _MOST_LINES = 1_000_000
 
 
-def _options(call: Call, with_value: str = "") -> tuple[dict[str, str], list[str]]:
-    """(short options, operands). with_value: letters that take one."""
-    found: dict[str, str] = {}
-    words = call.argv[1:]
-    while words and words[0].startswith("-") and words[0] != "-":
-        word = words.pop(0)
-        if word == "--":
-            break
-        if word.startswith("--"):
-            name, _, value = word[2:].partition("=")
-            found[name] = value
-            continue
-        for index, letter in enumerate(word[1:], 2):
-            if letter in with_value:
-                found[letter] = word[index:] or (words.pop(0) if words else "")
-                break
-            found[letter] = ""
-    return found, words
-
-
-def _text(data: bytes) -> str:
-    return data.decode("utf-8", "surrogateescape")
-
-
-async def _inputs(call: Call, paths: list[str]) -> list[tuple[str, bytes]]:
-    if not paths:
-        return [("-", await call.read_all())]
-    return [(path, await call.read_all() if path == "-" else call.files.read(call.path(path))) for path in paths]
-
-
-async def _lines(call: Call, paths: list[str]) -> list[str]:
-    return [line for _, data in await _inputs(call, paths) for line in _text(data).splitlines(keepends=True)]
-
-
 async def cat(call: Call) -> int:
-    _, paths = _options(call)
+    _, paths = options_of(call)
     for path in paths or ["-"]:
         if path != "-":
             call.out(call.files.read(call.path(path)) if not _is_null(call, path) else b"")
@@ -66,10 +32,10 @@ def _is_null(call: Call, path: str) -> bool:
 
 
 def ls(call: Call) -> int:
-    options, paths = _options(call)
+    options, paths = options_of(call)
     several = len(paths) > 1
     code = 0
-    for path in paths or ["."]:
+    for index, path in enumerate(paths or ["."]):
         found = call.files.get(call.path(path))
         if found is None:
             call.err(f"ls: cannot access '{path}': No such file or directory\n")
@@ -79,7 +45,7 @@ def ls(call: Call) -> int:
             call.out(_listed(path, call, options))
             continue
         if several:
-            call.out(f"{path}:\n")
+            call.out(f"{chr(10) if index else ''}{path}:\n")
         for entry in call.files.list(call.path(path)):
             if not entry.name.startswith(".") or options.keys() & {"a", "A"}:
                 call.out(_listed(posixpath.join(path, entry.name), call, options, entry.name))
@@ -97,14 +63,14 @@ def _listed(path: str, call: Call, options: dict[str, str], name: str | None = N
 
 
 def mkdir(call: Call) -> int:
-    options, paths = _options(call, "m")
+    options, paths = options_of(call, "m")
     for path in paths:
         call.files.make_dir(call.path(path), parents="p" in options, mode=int(options.get("m", "755"), 8))
     return 0
 
 
 def rm(call: Call) -> int:
-    options, paths = _options(call)
+    options, paths = options_of(call)
     recursive = bool(options.keys() & {"r", "R"})
     for path in paths:
         found = call.files.get(call.path(path), follow=False)
@@ -119,7 +85,7 @@ def rm(call: Call) -> int:
 
 
 def rmdir(call: Call) -> int:
-    for path in _options(call)[1]:
+    for path in options_of(call)[1]:
         call.files.folder(call.path(path))
         call.files.remove(call.path(path))
     return 0
@@ -132,7 +98,7 @@ def _into(call: Call, source: str, target: str) -> str:
 
 
 def cp(call: Call) -> int:
-    options, paths = _options(call)
+    options, paths = options_of(call)
     *sources, target = paths
     for source in sources:
         _copy(call, call.path(source), _into(call, source, target), bool(options.keys() & {"r", "R", "a"}))
@@ -154,14 +120,14 @@ def _copy(call: Call, source: str, target: str, recursive: bool) -> None:
 
 
 def mv(call: Call) -> int:
-    *sources, target = _options(call)[1]
+    *sources, target = options_of(call)[1]
     for source in sources:
         call.files.move(call.path(source), _into(call, source, target))
     return 0
 
 
 def ln(call: Call) -> int:
-    options, paths = _options(call)
+    options, paths = options_of(call)
     if "s" not in options or not paths:
         raise errors.Unsupported("only symbolic links (-s)")
     target = paths[0]
@@ -173,7 +139,7 @@ def ln(call: Call) -> int:
 
 
 def touch(call: Call) -> int:
-    for path in _options(call)[1]:
+    for path in options_of(call)[1]:
         if call.files.get(call.path(path)) is None:
             call.files.write(call.path(path), b"")
         else:
@@ -182,7 +148,7 @@ def touch(call: Call) -> int:
 
 
 def chmod(call: Call) -> int:
-    options, words = _options(call)
+    options, words = options_of(call)
     for path in words[1:]:
         mode = words[0]
         old = call.files.find(call.path(path)).mode
@@ -197,90 +163,8 @@ def chmod(call: Call) -> int:
     return 0
 
 
-async def head(call: Call) -> int:
-    options, paths = _options(call, "nc")
-    for _, data in await _inputs(call, paths):
-        if "c" in options:
-            call.out(data[: int(options["c"])])
-        else:
-            lines = data.splitlines(keepends=True)
-            call.out(b"".join(lines[: int(options.get("n", "10"))]))
-    return 0
-
-
-async def tail(call: Call) -> int:
-    options, paths = _options(call, "nc")
-    for _, data in await _inputs(call, paths):
-        lines = data.splitlines(keepends=True)
-        count = options.get("n", "10")
-        start = int(count[1:]) - 1 if count.startswith("+") else max(0, len(lines) - int(count.lstrip("-")))
-        call.out(data[-int(options["c"]) :] if "c" in options else b"".join(lines[start:]))
-    return 0
-
-
-async def wc(call: Call) -> int:
-    options, paths = _options(call)
-    for path, data in await _inputs(call, paths):
-        counts = {"l": data.count(b"\n"), "w": len(data.split()), "c": len(data)}
-        wanted = [str(counts[letter]) for letter in "lwc" if letter in options or not options]
-        call.out(" ".join([*wanted, *([path] if path != "-" else [])]) + "\n")
-    return 0
-
-
-async def grep(call: Call) -> int:
-    options, words = _options(call, "em")
-    pattern = options.get("e") or words.pop(0)
-    flags = re.IGNORECASE if "i" in options else 0
-    try:
-        regular = re.compile(re.escape(pattern) if "F" in options else pattern, flags)
-    except re.error as error:
-        raise errors.InvalidConfig(f"invalid pattern: {error}") from None
-    found = 0
-    for path, data in await _inputs(call, words):
-        count = 0
-        for number, line in enumerate(_text(data).splitlines(), 1):
-            match = regular.search(line)
-            if (match is not None) != ("v" in options):
-                count += 1
-                prefix = (f"{path}:" if len(words) > 1 else "") + (f"{number}:" if "n" in options else "")
-                if not options.keys() & {"q", "c", "l"}:
-                    call.out(f"{prefix}{match[0] if 'o' in options and match else line}\n")
-        found += count
-        if "c" in options:
-            call.out(f"{count}\n")
-        if "l" in options and count:
-            call.out(f"{path}\n")
-    return int(not found)
-
-
-async def sort(call: Call) -> int:
-    options, paths = _options(call, "kt")
-    lines = [line.rstrip("\n") for line in await _lines(call, paths)]
-
-    def number(line: str) -> tuple[float, str]:
-        match = re.match(r"\s*(-?\d+(?:\.\d+)?)", line)
-        return float(match[1]) if match else 0.0, line
-
-    ordered = sorted(lines, key=number) if "n" in options else sorted(lines)
-    ordered = list(dict.fromkeys(ordered)) if "u" in options else ordered
-    call.out("".join(line + "\n" for line in (reversed(ordered) if "r" in options else ordered)))
-    return 0
-
-
-async def uniq(call: Call) -> int:
-    options, paths = _options(call)
-    groups: list[tuple[str, int]] = []
-    for line in await _lines(call, paths):
-        if groups and groups[-1][0] == line:
-            groups[-1] = line, groups[-1][1] + 1
-        else:
-            groups.append((line, 1))
-    call.out("".join(f"{count:7} {line}" if "c" in options else line for line, count in groups))
-    return 0
-
-
 def seq(call: Call) -> int:
-    options, words = _options(call, "fs")
+    options, words = options_of(call, "fs")
     numbers = [float(word) for word in words]
     first, step, last = {1: (1.0, 1.0), 2: (numbers[0], 1.0), 3: (numbers[0], numbers[min(1, len(numbers) - 1)])}[
         len(numbers)] + (numbers[-1],)
@@ -321,8 +205,8 @@ async def env(call: Call) -> int:
 
 
 async def xargs(call: Call) -> int:
-    options, words = _options(call, "nI")
-    given = _text(await call.read_all()).split()
+    options, words = options_of(call, "nI")
+    given = text_of(await call.read_all()).split()
     size = int(options.get("n", "5000"))
     code = 0
     for start in range(0, max(1, len(given)), size):
@@ -355,55 +239,8 @@ async def _run(call: Call) -> int:
     return await call.become(call.argv)
 
 
-async def tee(call: Call) -> int:
-    options, paths = _options(call)
-    data = await call.read_all()
-    for path in paths:
-        call.files.write(call.path(path), data, append="a" in options)
-    call.out(data)
-    return 0
-
-
-def _ranges(text: str) -> Iterator[tuple[int, int]]:
-    for part in text.split(","):
-        first, dash, last = part.partition("-")
-        start = int(first) if first else 1
-        yield start - 1, int(last) if last else (1 << 30 if dash else start)
-
-
-async def cut(call: Call) -> int:
-    options, paths = _options(call, "dfcb")
-    letter = "f" if "f" in options else "c"
-    ranges = list(_ranges(options.get(letter) or options.get("b", "1")))
-    mark = options.get("d", "\t")
-    for line in await _lines(call, paths):
-        bare = line.rstrip("\n")
-        items: list[str] = bare.split(mark) if letter == "f" else list(bare)
-        picked = [item for index, item in enumerate(items) if any(a <= index < b for a, b in ranges)]
-        call.out((mark if letter == "f" else "").join(picked) + "\n")
-    return 0
-
-
-def _letters(text: str) -> str:
-    text = printing.escaped(text)
-    return re.sub(r"(.)-(.)", lambda m: "".join(chr(c) for c in range(ord(m[1]), ord(m[2]) + 1)), text, flags=re.S)
-
-
-async def tr(call: Call) -> int:
-    options, words = _options(call)
-    text = _text(await call.read_all())
-    first = _letters(words[0])
-    if "d" in options:
-        call.out(text.translate({ord(letter): None for letter in first}))
-        return 0
-    second = _letters(words[1]) if len(words) > 1 else first
-    table = {ord(letter): second[min(index, len(second) - 1)] for index, letter in enumerate(first)}
-    call.out(text.translate(table))
-    return 0
-
-
 def stat(call: Call) -> int:
-    options, paths = _options(call, "c")
+    options, paths = options_of(call, "c")
     for path in paths:
         found = call.files.stat(call.path(path), follow="L" in options)
         values = {"%a": f"{found.mode:o}", "%s": str(found.size), "%u": str(found.uid), "%g": str(found.gid),
@@ -414,7 +251,7 @@ def stat(call: Call) -> int:
 
 
 def readlink(call: Call) -> int:
-    options, paths = _options(call)
+    options, paths = options_of(call)
     for path in paths:
         found = call.files.find(call.path(path), follow=False)
         if "f" in options:

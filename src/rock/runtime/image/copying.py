@@ -47,14 +47,18 @@ def owner_of(text: str, image: Merged) -> Owner:
 
 
 def _number(name: str, image: Merged, file: bytes, what: str) -> int:
-    if re.fullmatch(r"\d{1,10}", name, re.ASCII) and int(name) < 0xFFFFFFFF:
+    if _is_id(name):
         return int(name)
     with suppress(NotFound):
         for line in image.text(file).splitlines():
             fields = line.split(":")
-            if len(fields) > 2 and fields[0] == name and fields[2].isdigit():
+            if len(fields) > 2 and fields[0] == name and _is_id(fields[2]):
                 return int(fields[2])
     raise NotFound(f"the image has no {what} {name!r}", hint=f"give a number, or add the {what} first")
+
+
+def _is_id(text: str) -> bool:
+    return re.fullmatch(r"\d{1,10}", text, re.ASCII) is not None and int(text) < 0xFFFFFFFF
 
 
 # ---- what is to be copied
@@ -342,7 +346,7 @@ def _blob(node: Node) -> Blob:
 
 def is_archive(node: Node) -> bool:
     """Whether ADD unpacks it: a tar, plain or compressed, by its content."""
-    if not node.is_file or node.info.st_size < BLOCK:
+    if not node.is_file:
         return False
     blob = _blob(node)
     if compression(blob) == "none":

@@ -20,6 +20,7 @@ from rock.errors import InvalidConfig, RockError, Unsupported
 LARGEST = 1 << 20  # characters of a Dockerfile
 _MOST = 2000  # instructions
 _DEEPEST = 32  # variables within variables
+_MOST_GIVEN = 1 << 20  # characters that variables may put into one instruction, and that all of them may have
 KEYWORDS = frozenset({
     "FROM", "RUN", "CMD", "LABEL", "MAINTAINER", "EXPOSE", "ENV", "ADD", "COPY", "ENTRYPOINT", "VOLUME", "USER",
     "WORKDIR", "ARG", "ONBUILD", "STOPSIGNAL", "HEALTHCHECK", "SHELL",
@@ -34,7 +35,7 @@ _UNSUPPORTED_FLAGS = {
     "ADD": {"checksum": "copy the file from the context", "keep-git-dir": "copy it from the context",
             "exclude": "use .dockerignore", "unpack": "leave it out"},
 }  # fmt: skip
-_DIRECTIVE = re.compile(r"#\s*([A-Za-z][A-Za-z0-9-]*)\s*=\s*(.*?)\s*")
+_DIRECTIVE = re.compile(r"#\s*([A-Za-z][A-Za-z0-9-]*)\s*=(.*)")
 _FLAG = re.compile(r"--([a-z][a-z-]*)(?:=(.*))?", re.DOTALL)
 _HEREDOC = re.compile(r"(\d*)<<(-?)(.+)", re.DOTALL)
 _STAGE = re.compile(r"[a-z][a-z0-9_.-]*")
@@ -114,12 +115,12 @@ def parse(text: str) -> Dockerfile:
     instructions = list(_instructions(lines, escape))
     if len(instructions) > _MOST:
         raise refuse(instructions[_MOST].line, f"more than {_MOST} instructions")
-    first = next((number for number, found in enumerate(instructions) if found.keyword == "FROM"), None)
-    if first is None:
-        raise InvalidConfig("the Dockerfile has no FROM", hint="it begins with FROM IMAGE")
+    first = next((number for number, found in enumerate(instructions) if found.keyword == "FROM"), len(instructions))
     for found in instructions[:first]:
         if found.keyword != "ARG":
             raise refuse(found.line, f"{found.keyword} comes before the first FROM", "only ARG may")
+    if first == len(instructions):
+        raise InvalidConfig("the Dockerfile has no FROM", hint="it begins with FROM IMAGE")
     return Dockerfile(tuple(instructions[:first]), tuple(_stages(instructions[first:])), escape)
 
 
@@ -131,12 +132,13 @@ def _directives(lines: list[str]) -> str:
         name = match[1].lower() if match else ""
         if match is None or name not in ("escape", "syntax", "check"):
             break
+        value = match[2].strip()
         if name == "escape":
-            if match[2] not in ("\\", "`"):
-                raise refuse(number, f"escape={match[2]!r} is neither \\ nor `")
-            escape = match[2]
-        elif name == "syntax" and not _SYNTAX.fullmatch(match[2]):
-            raise unsupported(number, f"syntax {match[2]} is not that of Dockerfiles", "leave the directive out")
+            if value not in ("\\", "`"):
+                raise refuse(number, f"escape={value[:40]!r} is neither \\ nor `")
+            escape = value
+        elif name == "syntax" and not _SYNTAX.fullmatch(value):
+            raise unsupported(number, f"syntax {value[:60]} is not that of Dockerfiles", "leave the directive out")
     return escape
 
 
@@ -264,6 +266,7 @@ class Words:
         self._variables = variables
         self._escape = escape
         self._line = line
+        self._left = _MOST_GIVEN
 
     def raw(self, text: str) -> list[str]:
         """Words between blanks, quotes and escapes left in."""
@@ -323,6 +326,9 @@ class Words:
                 place += 1
             elif c == "$":
                 value, place = self._variable(text, place + 1, depth)
+                self._left -= len(value)  # a variable may name itself twice, line after line
+                if self._left < 0:
+                    raise refuse(self._line, f"its variables have more than {_MOST_GIVEN} characters")
                 out.append(value)
             else:
                 out.append(c)
@@ -369,6 +375,13 @@ class Words:
             raise unsupported(self._line, f"${{{name}{rest[:40]}}} changes a variable in a way that is not supported",
                               "${X:-word}, ${X:+word} and ${X:?word} are")  # fmt: skip
         return actions[kind]()
+
+
+def bounded(variables: Mapping[str, str], line: int) -> Mapping[str, str]:
+    """The same. InvalidConfig when they are more than any program could be given."""
+    if sum(len(name) + len(value) for name, value in variables.items()) > _MOST_GIVEN:
+        raise refuse(line, f"its variables have more than {_MOST_GIVEN} characters")
+    return variables
 
 
 def pairs(instruction: Instruction, words: Words) -> list[tuple[str, str]]:

@@ -159,6 +159,16 @@ def _plan() -> Iterator[_Planned]:
                 yield from _copied(f"/etc/{top}")
 
 
+def readable() -> tuple[str, ...]:
+    """What of this machine's own system anybody may see: for a sandbox that is shown it where it is, and not a copy."""
+    names = os.listdir("/etc")
+    etc = [name for pattern in _ETC for name in (fnmatch.filter(names, pattern) if "*" in pattern else [pattern])]
+    tops = [f"/{name}" for name in _TOP if os.path.isdir(f"/{name}")]
+    prefix = _prefix()
+    return ("/usr", *tops, *(f"/etc/{name}" for name in (*etc, "passwd", "group", "hosts", "resolv.conf")),
+            *((prefix,) if prefix else ()))
+
+
 def _watched(plan: list[_Planned]) -> tuple[str, ...]:
     """Folders that a change of packages touches, and the files of /etc itself."""
     inputs = {f"/{item.path}" for item in plan if item.path.startswith("etc/") and item.target is None

@@ -8,17 +8,21 @@ What is read here becomes an `Archived`: a name, a config and the layers' blobs;
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import platform
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from rock.errors import ImageError
 from rock.runtime.image.blobs import Archive, Blob, first_name
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _DIGEST = re.compile(r"sha256:[a-f0-9]{64}", re.ASCII)
 _INDEXES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
@@ -81,6 +85,20 @@ def kind_of(path: Path) -> str:
     return "archive" if _ARCHIVE_NAME.fullmatch(first.split("/")[0]) else "tar"
 
 
+def _described(read: Callable[P, T]) -> Callable[P, T]:
+    """What reads a description by somebody else: of a form that none has, it is an ImageError."""
+
+    @functools.wraps(read)
+    def reading(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return read(*args, **kwargs)
+        except (AttributeError, TypeError, KeyError, IndexError, ValueError, RecursionError) as error:
+            raise ImageError(f"the image's description is not what it should be: {error!r}"[:300]) from error
+
+    return reading
+
+
+@_described
 def read_docker(archive: Archive) -> list[Archived]:
     """The images of a `docker save` archive."""
     images = []
@@ -97,6 +115,7 @@ def read_docker(archive: Archive) -> list[Archived]:
     return images
 
 
+@_described
 def read_oci(archive: Archive) -> list[Archived]:
     """The images of an OCI layout, each for this machine's architecture."""
     index = _object(_json(archive["index.json"]), "index.json")
@@ -138,6 +157,7 @@ def _choose(archive: Archive, rows: list[dict[str, Any]]) -> dict[str, Any]:
     raise _no_image(str(archive.path), rows)
 
 
+@_described
 def choose(name: str, rows: Any) -> str:
     """The digest of the manifest for this machine, in an index of a registry."""
     rows = _list(rows, "manifests")

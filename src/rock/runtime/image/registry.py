@@ -34,6 +34,7 @@ _LARGEST_MANIFEST = 4 << 20
 _LARGEST_TOKEN = 1 << 20
 _ATTEMPTS = 5
 _LONGEST_WAIT = 120.0  # seconds that a registry may have us wait before another attempt
+_SLOW_AFTER, _SLOWEST = 60.0, 256  # seconds that are looked at together, and bytes a second in them
 _REDIRECTS = 5
 _LOST = 3  # requests whose connection broke before an answer
 _BUSY = (429, 500, 502, 503, 504)
@@ -107,7 +108,7 @@ class Registry:
                         file.seek(0)
                         seen, done = hashlib.sha256(), 0
                     try:
-                        for chunk in response.stream(_CHUNK):
+                        for chunk in _steadily(response, digest):
                             done += len(chunk)
                             if done > size:
                                 raise ImageError(f"blob {digest} is longer than its manifest says")
@@ -332,6 +333,20 @@ def _told(answer: urllib3.BaseHTTPResponse) -> str:
 def _cause(error: Exception) -> str:
     reason = getattr(error, "reason", None)
     return str(reason or error)[:300]
+
+
+def _steadily(response: urllib3.BaseHTTPResponse, digest: str) -> Iterator[bytes]:
+    """What comes of a body. ImageError when that is next to nothing: a registry must not hold us for as long as it
+    likes."""
+    came, since = 0, time.monotonic()
+    while chunk := response.read1(_CHUNK):
+        came += len(chunk)
+        passed = time.monotonic() - since
+        if passed > _SLOW_AFTER:
+            if came < passed * _SLOWEST:
+                raise ImageError(f"blob {digest} comes too slowly ({came} bytes in {passed:.0f} s)", hint="try again")
+            came, since = 0, time.monotonic()
+        yield chunk
 
 
 def _pieces(file: Any) -> Iterator[bytes]:

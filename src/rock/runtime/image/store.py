@@ -16,12 +16,13 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from rock.errors import ImageError, InvalidConfig, NotFound
+from rock.errors import ImageError, InvalidConfig, NotFound, RockError
 from rock.protocol.sandbox import parse_size
 from rock.runtime.image.blobs import Archive, Blob, Plain, compression
 from rock.runtime.image.host import HostImage, system_folders
@@ -36,7 +37,7 @@ from rock.runtime.image.private import HostScan
 from rock.runtime.image.pull import Pull
 from rock.runtime.image.push import GZIP_LAYER, Push, ToLayout, ToRegistry, refuse_by_reference
 from rock.runtime.image.records import ImageRecord, Records
-from rock.runtime.image.reference import HOST, Reference, parse
+from rock.runtime.image.reference import BUILD_STEPS, HOST, Reference, parse
 from rock.runtime.image.registry import Registry
 from rock.runtime.image.room import Pruned, Room
 from rock.runtime.image.rootfs import Bind, RootFS
@@ -53,6 +54,7 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _EMPTY = f"sha256:{hashlib.sha256().hexdigest()}"
 _PLAIN_LAYER = GZIP_LAYER.removesuffix("+gzip")
 _MEDIA_TYPES = {"none": _PLAIN_LAYER, "gzip": GZIP_LAYER, "zstd": f"{_PLAIN_LAYER}+zstd"}
+_UNPACKED_AT_ONCE = 2
 _GRACE = 60.0  # seconds since its last use in which a budget removes no image
 _BY_REFERENCE = "shows this machine's own system: changes of the machine show in it"
 
@@ -210,7 +212,7 @@ class ImageStore:
         _free_name(name)
         reference = parse(name)
         pulls = self.folder / "locks" / f"pull-{hashlib.sha256(reference.full.encode()).hexdigest()[:16]}"
-        with locked(pulls), locked(self._gate, shared=True), self.layers.scratch() as scratch:
+        with self._tidied(), locked(pulls), locked(self._gate, shared=True), self.layers.scratch() as scratch:
             registries = self._registries(reference, login)
             with storing(f"pulling {name}"), Pull(reference, registries, scratch, self._has, progress) as pull:
                 image = pull.begin()
@@ -220,6 +222,16 @@ class ImageStore:
                     found = self._add(image, [name], progress, pull.wait, repository)[0]
         self._came(found.name)
         return found
+
+    @contextmanager
+    def _tidied(self) -> Iterator[None]:
+        """On a failure, remove the layers that were whole before it and have no name; later, where others add some."""
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError, RockError):
+                self.gc()
+            raise
 
     def _registries(self, reference: Reference, login: Login | None) -> Sequence[Registry]:
         """Where to ask for an image: mirrors, each with a login of its own, and the registry itself last."""
@@ -371,7 +383,8 @@ class ImageStore:
     # ---- inside
 
     def _archive(self, path: Path, name: str | None, progress: Progress | None, kind: str) -> Sequence[ImageRecord]:
-        found = self._archived(path, name, progress, kind)
+        with self._tidied():
+            found = self._archived(path, name, progress, kind)
         self._came(*(record.name for record in found))
         return found
 
@@ -390,17 +403,22 @@ class ImageStore:
         wait: Callable[[str | None], None] = lambda _: None, repository: str = "",
     ) -> Sequence[ImageRecord]:  # fmt: skip
         """wait: for the blob of a digest, which may be on its way. repository: where it comes from."""
-        infos: list[LayerInfo] = []
-        for number, layer in enumerate(image.layers, 1):
+
+        def unpacked(number: int, layer: LayerBlob) -> LayerInfo:
             wait(layer.digest)
             if progress is not None:
                 progress(f"layer {number} of {len(image.layers)}, {layer.blob.size / 1e6:.1f} MB")
             fresh = not self._has(layer.diff_id)
-            infos.append(self.layers.add(f"unpacking layer {number}", _filler(layer), layer.diff_id))
+            info = self.layers.add(f"unpacking layer {number}", _filler(layer), layer.diff_id)
             if fresh and layer.digest is not None and (kind := _MEDIA_TYPES.get(compression(layer.blob))):
                 # Both digests have been checked just now; those of a layer that was there, nobody has looked at.
                 known = PackedLayer(layer.diff_id, layer.digest, layer.blob.size, kind)
                 self.layers.remember(layer.diff_id, known.seen_in(repository) if repository else known)
+            return info
+
+        # Two at a time: while one waits for the disk, which has to have it before it counts, the other is written.
+        with ThreadPoolExecutor(_UNPACKED_AT_ONCE, thread_name_prefix="rock-unpack") as workers:
+            infos = list(workers.map(unpacked, range(1, len(image.layers) + 1), image.layers))
         if not infos:
             infos.append(self.layers.add("making an empty layer", lambda _: _EMPTY, _EMPTY))
         config = image.config
@@ -480,6 +498,8 @@ def new_name(name: str) -> Reference:
     reference = parse(name)
     if reference.digest is not None:
         raise InvalidConfig(f"{name} is named by a digest, which a new image cannot choose", hint="give it a tag")
+    if reference.familiar.startswith(BUILD_STEPS):  # builds would take it over as what they made
+        raise InvalidConfig(f"names that begin with {BUILD_STEPS} are those of build steps")
     return reference
 
 

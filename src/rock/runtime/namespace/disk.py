@@ -12,7 +12,7 @@ import struct
 import subprocess
 from pathlib import Path
 
-_PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
+PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MOST_SEEN, _MOST_OPEN = 20_000, 200
 _GET_FLAGS, _SET_FLAGS, _TOP_OF_TREE = 0x80086601, 0x40086602, 0x20000
@@ -43,7 +43,7 @@ def _lacks_journal(folder: str) -> bool:
 
 def make_file(slot: str, size: int, inodes: int) -> None:
     """The file system in a file, sparse. Blocking; some 20 ms. OSError when it cannot be made."""
-    program = shutil.which("mke2fs", path=_PATH)
+    program = shutil.which("mke2fs", path=PATH)
     if program is None:
         raise OSError(errno.ENOENT, "mke2fs (of e2fsprogs) is not installed")
     path = f"{slot}/disk"
@@ -55,7 +55,7 @@ def make_file(slot: str, size: int, inodes: int) -> None:
     done = subprocess.run(
         [program, "-q", "-F", "-t", "ext4", "-m", "0", "-N", str(inodes), "-O", "^has_journal,^resize_inode",
          "-E", "lazy_itable_init=1,nodiscard,root_owner=0:0", path],
-        capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL, env={"PATH": _PATH}, check=False)
+        capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL, env={"PATH": PATH}, check=False)
     if done.returncode:
         raise OSError(errno.EINVAL, f"mke2fs: {done.stderr.strip()[-300:]}")
 

@@ -37,7 +37,7 @@ class Disks:
         if self.way == "tmpfs" and config.disk_bytes * 2 > config.memory_bytes:
             raise errors.Unsupported(
                 f"disk={config.disk}: here it is held in memory, and so at most half of that, {config.memory}",
-                hint="run the server as root with mke2fs and /dev/loop-control, or ask for a smaller disk or more memory")
+                hint="run the server as root with mke2fs and /dev/loop-control, or ask for less disk or more memory")
 
     async def _find(self) -> None:
         reasons = []

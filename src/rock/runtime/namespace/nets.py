@@ -95,7 +95,7 @@ class WiredNets:
         self._sock.close()
         self._sock = None
         number, _, reason = told.decode(errors="replace").partition(" ")
-        raise OSError(int(number) if number.isdecimal() else 0, f"network: {reason or 'its maker was killed'}")
+        raise OSError(int(number) if number.isdecimal() else 0, f"network: {reason or 'its maker ended'}")
 
     def close(self) -> None:
         """End the child, and with it what it made ahead."""
@@ -132,7 +132,7 @@ class WiredNets:
             except OSError as error:
                 with contextlib.suppress(OSError):
                     wishes.send(f"{error.errno or 0} {error}".encode()[:4000])
-                return
+                continue  # an end with wishes unread would be seen before what was told
             socket.send_fds(wishes, [b"net"], fds)
             for fd in fds:
                 os.close(fd)

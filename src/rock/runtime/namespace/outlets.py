@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ _KEPT = 25 * 3600.0  # seconds that the file of a sandbox that is gone stays: lo
 _MOST_FILES = 5000
 _TIDY_EVERY = 600.0
 _AGAIN_AFTER = 0.2
+_AT_ONCE = 64  # sandboxes that are given to a new proxy together
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,10 @@ class Outlets:
         self._folder = run_dir / FOLDER
         self._known: dict[str, _Outlet] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._removing: dict[str, asyncio.Task[None]] = {}  # by sandbox id
         self._proxy = ProxyLink(resolvers, run_dir / "proxy.log", self._lost)
         self._tidied_at = float("-inf")
+        self._gate = asyncio.Semaphore(_AT_ONCE)
         self.missing: str | None = "not looked for yet"
 
     @property
@@ -90,25 +93,29 @@ class Outlets:
         if "error" in reply:
             raise errors.Unavailable(f"the network proxy: {reply['error']}", sandbox_id=outlet.sandbox_id)
         if slot not in self._known:  # it was dropped meanwhile
-            self._remove(slot)
+            self._remove(slot, outlet.sandbox_id)
 
     def drop(self, slot: str) -> None:
         """Serve it no longer; it is over."""
-        if self._known.pop(slot, None) is not None:
-            self._remove(slot)
+        outlet = self._known.pop(slot, None)
+        if outlet is not None:
+            self._remove(slot, outlet.sandbox_id)
 
-    def _remove(self, slot: str) -> None:
+    def _remove(self, slot: str, sandbox_id: str) -> None:
         async def remove() -> None:
-            with contextlib.suppress(errors.RockError):
-                await self._proxy.request("remove", {"sandbox": slot})
+            try:
+                with contextlib.suppress(errors.RockError):
+                    await self._proxy.request("remove", {"sandbox": slot})
+            finally:
+                self._removing.pop(sandbox_id, None)
 
         if self._proxy.pid is not None:
-            self._spawn(remove())
+            self._removing[sandbox_id] = self._spawn(remove())
 
     async def connections(self, sandbox_id: str) -> ConnectionList:
         """What it connected to, whether it lives or not."""
-        if self._tasks:
-            await asyncio.wait(set(self._tasks), timeout=5)  # what is being written down
+        if sandbox_id in self._removing:  # what was open is being written down
+            await asyncio.wait({self._removing[sandbox_id]}, timeout=5)
         slot = next((slot for slot, outlet in self._known.items() if outlet.sandbox_id == sandbox_id), None)
         told = None
         if slot is not None:
@@ -123,21 +130,27 @@ class Outlets:
         self._spawn(self._again(list(self._known)))
 
     async def _again(self, slots: list[str]) -> None:
-        for slot in slots:
-            while slot in self._known:
-                try:
-                    await self._give(slot, fresh=False)
-                    break
-                except errors.Lost:
-                    break  # its end is told by who waits for that
-                except errors.RockError as error:
-                    log.warning("network of %s: %s; trying again", self._known[slot].sandbox_id, error)
-                    await asyncio.sleep(_AGAIN_AFTER)
+        await asyncio.gather(*(self._give_surely(slot) for slot in slots))
 
-    def _spawn(self, work: Any) -> None:
-        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
+    async def _give_surely(self, slot: str) -> None:
+        """Again and again, until it is served or gone: one that does not answer keeps nobody else waiting."""
+        while (outlet := self._known.get(slot)) is not None:
+            try:
+                async with self._gate:
+                    if slot in self._known:
+                        await self._give(slot, fresh=False)
+                return
+            except errors.Lost:
+                return  # its end is told by who waits for that
+            except errors.RockError as error:
+                log.warning("network of %s: %s; trying again", outlet.sandbox_id, error)
+                await asyncio.sleep(_AGAIN_AFTER)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def _tidy(self) -> None:
         """Remove the oldest files, now and then."""

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import ctypes
+import asyncio
 import os
 import platform
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rock.runtime.namespace import cgroups, seccomp
+from rock.runtime.namespace import cgroups, disk, seccomp
 
 _TRY = """
 import os, sys, types
@@ -47,6 +47,10 @@ try:
         kernel.mount("overlay", "m", "overlay", 0, "lowerdir=%s,upperdir=rw/up,workdir=rw/work%s" % (
             low, "" if root else ",userxattr"))
         open("m/file", "w").close()
+    if what == "nat":
+        from rock.runtime.namespace import wired
+        kernel.unshare(kernel.CLONE_NEWNET)
+        wired.furnish("0 0")
     if what in ("proc", "net"):
         pid = kernel.fork_into(kernel.CLONE_NEWPID | kernel.CLONE_NEWNS | (kernel.CLONE_NEWNET if what == "net" else 0))
         if pid == 0:
@@ -95,13 +99,13 @@ def host_report(run_dir: Path | None = None) -> list[Finding]:
         ("net", "network namespaces", "see user.max_net_namespaces in sysctl"),
     ):
         report.append(_tried(what, name, hint, base))
+    nat = _tried("nat", "network nat", "a kernel with nf_tables, nft_tproxy and nft_reject is needed for it", base)
+    report.append(nat if nat.ok else replace(nat, ok=None, detail=f"{nat.detail}; sandboxes cannot have it"))
     if os.geteuid() == 0:
         hint = f"the file system of {base} must support them (ext4, xfs, btrfs, tmpfs of 6.3), with Linux 5.19"
         report.append(_tried("idmap", "idmapped layers", hint, base))
-    report += [*_cgroup_findings(str(base)), _seccomp(), _landlock(), _kvm()]
-    report += [_program("newuidmap", "one user inside without it, when not root"),
-               _program("pasta", "for networks of ordinary users, later"),
-               _program("slirp4netns", "for networks of ordinary users, later")]
+    report += [*_cgroup_findings(str(base)), _seccomp(), _landlock(base), _disk(), _kvm(), *_microvms()]
+    report.append(_program("newuidmap", "one user inside without it, when not root"))
     return report
 
 
@@ -154,11 +158,48 @@ def _seccomp() -> Finding:
                    "x86_64 or aarch64 with seccomp is needed for the system call filter")
 
 
-def _landlock() -> Finding:
-    version = ctypes.CDLL(None, use_errno=True).syscall(444, None, 0, 1)
-    if version < 0:
+def _landlock(base: Path) -> Finding:
+    """Whether `isolation="landlock"` can be had, by making one such sandbox."""
+    from rock.errors import Unsupported
+    from rock.runtime.landlock import ruleset
+    from rock.runtime.landlock.runtime import LandlockRuntime
+
+    async def attempt(folder: str) -> None:
+        runtime = LandlockRuntime(Path(folder))
+        await runtime.open()
+        try:
+            await runtime.probe()
+        finally:
+            await runtime.close()
+
+    version = ruleset.version()
+    if version == 0:
         return Finding("landlock", None, "not in this kernel, or switched off")
-    return Finding("landlock", None, f"ABI {version}; not used yet")
+    try:
+        with tempfile.TemporaryDirectory(dir=base, prefix="rock-probe-", ignore_cleanup_errors=True) as folder:
+            asyncio.run(attempt(folder))
+    except (Unsupported, OSError) as error:
+        return Finding("landlock", None, f"version {version}; {error}")
+    return Finding("landlock", True, f'version {version}; isolation="landlock" works')
+
+
+def _disk() -> Finding:
+    """How a limit of the disk would be held."""
+    if os.geteuid() == 0 and shutil.which("mke2fs", path=disk.PATH) and os.path.exists("/dev/loop-control"):
+        return Finding("disk limits", None, "by files and loop devices; the first sandbox with disk= proves it")
+    return Finding("disk limits", None, "in memory (tmpfs), for at most half of it; "
+                                        "root with mke2fs and /dev/loop-control would have files")
+
+
+def _microvms() -> list[Finding]:
+    """Engines of micro virtual machines, each by a boot where it is installed."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from rock.runtime import microvm
+
+    with ThreadPoolExecutor(len(microvm.ENGINES)) as pool:
+        return [Finding(f"microVM {boot.engine}", boot.ok or None, boot.detail)
+                for boot in pool.map(microvm.try_engine, microvm.ENGINES)]
 
 
 def _kvm() -> Finding:

@@ -1,6 +1,6 @@
 """A disk of its own for a sandbox that has a limit: an ext4 in a file, by a loop device, or a tmpfs.
 
-    loop   <slot>/disk, made by mke2fs in the server (disk.py); the launcher mounts it. Takes root and a free loop device.
+    loop   <slot>/disk, made by mke2fs in the server (disk.py); the launcher mounts it. Takes root and a loop device.
     tmpfs  in memory, and so part of the memory limit. Takes nothing, as an ordinary user neither.
 
 It is mounted in the sandbox's mount namespace alone and goes with that, however the sandbox ends. Nobody inside reaches

@@ -60,7 +60,7 @@ class Kind:
 
     rootfs: RootFS = field(compare=False, hash=False)
     digest: str
-    network: Literal["none", "nat", "host"]
+    network: Literal["none", "nat", "bridge", "host"]
     shared: int
 
     @classmethod
@@ -136,7 +136,12 @@ class NamespaceRuntime(InitSandboxes):
             if isinstance(base, int):
                 self._ranges.reserve(base, slot)
         self._limiter = limits.Limiter(await asyncio.to_thread(cgroups.discover, str(self._run_dir)))
-        await self._choose_level()
+        try:
+            await self._choose_level()
+        except BaseException:
+            await asyncio.to_thread(remove_tree, str(self._run_dir / records.SPARE))
+            cgroups.remove_parents(self._limiter.groups)
+            raise
         self._outlets.found(await self._launcher.request("wired", {}))
         self._opened = True
         if self._limiter.enforced()["memory"] == "watched":
@@ -159,8 +164,8 @@ class NamespaceRuntime(InitSandboxes):
                 self._launcher.close()
                 reasons.append(f"{isolation.value}: {error.message}")
         raise errors.Unsupported("this host cannot run the namespace runtime: " + "; ".join(reasons),
-                                 hint="`rock doctor` tells what is missing; the process runtime isolates nothing, "
-                                      "and must be asked for by name")
+                                 hint="`rock doctor` tells what is missing. ROCK_RUNTIME=landlock is weaker, and needs "
+                                      "none; the process runtime isolates nothing: both must be asked for by name")
 
     async def _try_disk(self, way: str) -> None:
         await self._try_one("16m", way)

@@ -60,6 +60,14 @@ _DENIED = {
         "move_pages": 239, "migrate_pages": 238, "set_mempolicy": 237, "mbind": 235,
     },
 }
+# Of a sandbox without namespaces. System V IPC and message queues: shm*, sem*, msg*, mq_open, mq_unlink.
+_IPC = {"x86_64": (29, 30, 31, 64, 65, 66, 68, 69, 70, 71, 220, 240, 241),
+        "aarch64": (180, 181, 186, 187, 188, 189, 190, 191, 192, 193, 194, 195, 196)}
+# By whom: prlimit64, sched_setaffinity, _setscheduler, _setparam, _setattr, setpriority (which and whom), ioprio_set.
+_ONLY_ITSELF: dict[str, dict[int, tuple[int, ...]]] = {
+    "x86_64": {302: (0,), 203: (0,), 144: (0,), 142: (0,), 314: (0,), 141: (0, 1), 251: (1,)},
+    "aarch64": {261: (0,), 122: (0,), 119: (0,), 118: (0,), 274: (0,), 140: (0, 1), 30: (1,)},
+}
 _SOCKET_FAMILIES = (1, 2, 10)  # unix, IPv4, IPv6
 _NETLINK = 16
 _PERSONALITIES = (0x0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)
@@ -73,8 +81,12 @@ def supported(machine: str | None = None) -> bool:
     return (machine or platform.machine()) in _ARCHES
 
 
-def build(machine: str | None = None) -> bytes:
-    """The filter as packed instructions, ready for the kernel."""
+def build(machine: str | None = None, *, shared: bool = False, sockets: bool = True) -> bytes:
+    """The filter as packed instructions, ready for the kernel.
+
+    shared: for a sandbox without namespaces: nothing that would reach into the host's IPC, or other processes of its
+    user, and no unix sockets but pairs, as those of the host could be called. sockets: whether there are others.
+    """
     machine = machine or platform.machine()
     special = _SPECIAL[machine]
     code: list[Instruction] = [
@@ -91,7 +103,11 @@ def build(machine: str | None = None) -> bytes:
     for name, argument in (("mknod", 1), ("mknodat", 2)):
         if name in special:
             code += _when(special[name], _mknod(argument))
-    code += _when(special["socket"], _socket())
+    if shared:
+        code += _shared(machine)
+        code += _when(special["socket"], _socket((2, 10)) if sockets else [_ret(_ERRNO | errno.EACCES)])
+    else:
+        code += _when(special["socket"], _socket(_SOCKET_FAMILIES))
     code += _when(special["ioctl"], [_load(_argument(1)), *_refuse_values(_TERMINAL_IOCTLS), _ret(_ALLOW)])
     code += _when(special["personality"], [_load(_argument(0)), *_allow_values(_PERSONALITIES), _refuse()])
     code.append(_ret(_ALLOW))
@@ -136,11 +152,21 @@ def _mknod(argument: int) -> list[Instruction]:
     return [_load(_argument(argument)), (_AND, 0, 0, 0o170000), *_refuse_values((0o020000, 0o060000)), _ret(_ALLOW)]
 
 
-def _socket() -> list[Instruction]:
+def _shared(machine: str) -> list[Instruction]:
+    code: list[Instruction] = []
+    for number in _IPC[machine]:
+        code += _when(number, [_refuse()])
+    for number, arguments in _ONLY_ITSELF[machine].items():
+        code += _when(number, [part for index in arguments for part in (
+            _load(_argument(index)), (_JEQ, 1, 0, 0), _refuse())] + [_ret(_ALLOW)])
+    return code
+
+
+def _socket(families: tuple[int, ...]) -> list[Instruction]:
     """Unix and internet sockets, and netlink for routes; nothing else, such as packet, vsock or crypto.
 
     Of netlink's other protocols the kernel seems to know nothing: useradd and su then go on without its audit.
     """
     netlink = [_load(_argument(2)), *_allow_values((0,)), _ret(_ERRNO | errno.EPROTONOSUPPORT)]
-    return [_load(_argument(0)), *_allow_values(_SOCKET_FAMILIES), (_JEQ, 0, len(netlink), _NETLINK), *netlink,
+    return [_load(_argument(0)), *_allow_values(families), (_JEQ, 0, len(netlink), _NETLINK), *netlink,
             _ret(_ERRNO | errno.EAFNOSUPPORT)]

@@ -25,6 +25,7 @@ TCP_PORT = 1  # nobody's; a program can listen on all others
 _DNS = 53
 _LOOPBACK = 1  # its number in every namespace
 _BACKLOG = 128
+_BUFFERS = "4096 131072 1048576"  # bytes of a connection, in the kernel: least, usual, most
 RESOLV_CONF = f"nameserver {RESOLVER}\n"
 _MANGLE, _FILTER = -150, 0
 
@@ -36,7 +37,8 @@ def furnish(ping_group: str) -> tuple[int, int]:
     ping_group: as net.ipv4.ping_group_range.
     """
     kernel.loopback_up()
-    for name, text in (("ip_unprivileged_port_start", "0"), ("ping_group_range", ping_group)):
+    for name, text in (("ip_unprivileged_port_start", "0"), ("ping_group_range", ping_group), ("tcp_rmem", _BUFFERS),
+                       ("tcp_wmem", _BUFFERS)):
         with open(f"/proc/sys/net/ipv4/{name}", "w") as file:
             file.write(text)
     modern = os.path.exists("/proc/sys/net/ipv6")

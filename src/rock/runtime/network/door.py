@@ -18,10 +18,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Coroutine
 
+from rock.protocol import addresses
 from rock.protocol.egress import Address
-from rock.runtime.network import addresses, dns, sniff
+from rock.runtime.network import dns, sniff
 from rock.runtime.network.journal import Journal, Open
-from rock.runtime.network.netlink import UNICAST, route_type, routing
+from rock.runtime.network.netlink import UNICAST, Routes
 from rock.runtime.network.policy import Policy, Verdict
 from rock.runtime.network.relay import Relay, reset
 from rock.runtime.network.resolver import Resolver, Unanswered
@@ -30,8 +31,9 @@ MOST_CONNECTIONS = 256  # at once; more wait
 _RATE, _BURST = 200.0, 400.0  # new connections a second
 _MOST_QUESTIONS = 32  # at once; more are dropped, as DNS allows
 _MOST_NAMES = 1000
+_MOST_ADDRESSES = 64  # of one name: its name server may be the sandbox's own, and give others each time
 _REMEMBERED = 3600.0  # seconds that a name keeps the addresses that were given for it
-_NAME_PATIENCE = 10.0
+_NAME_PATIENCE = 5.0
 _CONNECT_PATIENCE = 30.0
 _STREAM_PATIENCE = 30.0
 _PAUSE = 0.1
@@ -43,8 +45,9 @@ class Door:
     """ways: the TCP and the UDP socket of wired.py, which are the door's from then on."""
 
     def __init__(self, policy: Policy, ways: tuple[socket.socket, socket.socket], journal: Journal,
-                 resolver: Resolver) -> None:
+                 resolver: Resolver, routes: Routes) -> None:
         self.journal = journal
+        self._routes = routes
         self._policy = policy
         self._tcp, self._udp = ways
         self._resolver = resolver
@@ -145,7 +148,7 @@ class Door:
 
     async def _carry(self, inner: socket.socket, address: Address, port: int, entry: Open) -> None:
         entry.host = self._last_names.get(address)
-        own = _route(address) not in (UNICAST, None)
+        own = self._routes.type_of(str(address)) not in (UNICAST, None)
         verdict, reason = self._policy.judge(address, port, own=own)
         first = b""
         if verdict is Verdict.ASK:
@@ -284,9 +287,13 @@ class Door:
             for address in [address for address, end in given.items() if end < now]:
                 del given[address]
             until = now + max(_REMEMBERED, reply.ttl)
-            given.update((address, until) for address in reply.addresses)
             for address in reply.addresses:
-                self._last_names[address] = name
+                given.pop(address, None)
+                given[address] = until
+            for address in list(given)[:-_MOST_ADDRESSES]:
+                del given[address]
+            for address in reply.addresses:
+                self._last_names[address] = _shown(name)
                 self._last_names.move_to_end(address)
             while len(self._given) > _MOST_NAMES:
                 self._given.popitem(last=False)
@@ -304,24 +311,20 @@ class Door:
         return dns.answer(question, reply.code, found, reply.ttl, datagram=datagram)
 
     def _reachable(self, address: Address) -> bool:
-        if address.version == 6 and _route(address) is None:
+        if address.version == 6 and self._routes.type_of(str(address)) is None:
             return False  # this machine has no IPv6: a program would try it first
         return addresses.never(address) is None and (addresses.closed(address) is None or self._policy.names(address))
 
     def _refused(self, question: dns.Question, reason: str) -> None:
         entry = self.journal.begin("", 53, "dns")
-        entry.host, entry.reason = question.name[:255], reason
+        entry.host, entry.reason = _shown(question.name), reason
         self.journal.end(entry)
+
+
+def _shown(name: str) -> str:
+    """A name as people may see it: what comes from inside could speak to their terminal."""
+    return "".join(letter if "!" <= letter <= "~" else "?" for letter in name)
 
 
 def _told(error: OSError | TimeoutError) -> str:
     return os.strerror(error.errno) if error.errno else type(error).__name__
-
-
-def _route(address: Address) -> int | None:
-    """Where this machine would send packets to an address: a type of route, None where there is none."""
-    try:
-        with routing() as link:
-            return route_type(link, str(address))
-    except OSError:
-        return None

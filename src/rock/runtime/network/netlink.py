@@ -30,6 +30,27 @@ def nested(kind: int, *parts: bytes) -> bytes:
     return attribute(kind | _NESTED, b"".join(parts))
 
 
+class Routes:
+    """What this machine's routes say of addresses. Its socket is opened once, and again when it was of no use."""
+
+    def __init__(self) -> None:
+        self._link: Netlink | None = None
+
+    def type_of(self, address: str) -> int | None:
+        """UNICAST for what is sent away, None where there is no route, else another type (its own, broadcast, ...)."""
+        try:
+            self._link = self._link or Netlink(ROUTE)
+            return route_type(self._link, address)
+        except OSError:
+            self.close()
+            return None
+
+    def close(self) -> None:
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+
+
 class Netlink:
     """A netlink socket. It belongs to the network namespace that it was opened in."""
 

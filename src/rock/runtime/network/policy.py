@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from enum import Enum
 
+from rock.protocol import addresses
 from rock.protocol.egress import Address, Entry, parse
-from rock.runtime.network import addresses
 
 
 class Verdict(Enum):

@@ -36,11 +36,11 @@ from typing import Any
 from rock.guest.wire import pack, receive_packet, unpack
 from rock.runtime.network.door import Door
 from rock.runtime.network.journal import Journal
+from rock.runtime.network.netlink import Routes
 from rock.runtime.network.policy import Policy
 from rock.runtime.network.resolver import Resolver
 
 _NOBODY = 65534
-_NICER = 5  # the server and the sandboxes go first
 _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
 
 
@@ -48,6 +48,7 @@ class Proxy:
     def __init__(self, sock: socket.socket, options: dict[str, Any]) -> None:
         self._sock = sock
         self._resolver = Resolver(options["resolvers"])
+        self._routes = Routes()
         self._doors: dict[str, Door] = {}
         self._buffer = bytearray(1 << 17)
         self._outgoing: deque[tuple[bytes, list[int]]] = deque()
@@ -63,6 +64,7 @@ class Proxy:
         await self._ended.wait()
         loop.remove_reader(self._sock)
         loop.remove_writer(self._sock)
+        self._routes.close()
         await asyncio.gather(*(door.close() for door in self._doors.values()), *self._tasks, return_exceptions=True)
 
     def _readable(self) -> None:
@@ -107,7 +109,8 @@ class Proxy:
         ways = socket.socket(fileno=os.dup(tcp)), socket.socket(fileno=os.dup(udp))
         for sock in ways:
             sock.setblocking(False)
-        self._doors[request["sandbox"]] = Door(policy, ways, Journal(os.dup(log)), self._resolver)
+        self._doors[request["sandbox"]] = Door(policy, ways, Journal(os.dup(log)), self._resolver,
+                                              self._routes)
 
     def _close(self, door: Door, number: int) -> None:
         async def close() -> None:
@@ -147,8 +150,6 @@ def _give_up_rights() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(OSError):
-        os.nice(_NICER)
     if os.geteuid() == 0:
         with contextlib.suppress(OSError):  # in a user namespace with one user there is nobody else to be
             os.setgroups([])

@@ -162,8 +162,9 @@ def _http(data: bytes) -> Told | None:
         lower = name.lower()
         if lower == b"host":
             hosts.append(value.strip(b" \t"))
-        upgrade = upgrade or lower == b"upgrade"
-        if lower not in (b"connection", b"keep-alive", b"proxy-connection"):
+        if lower == b"upgrade":
+            upgrade = value.strip(b" \t").lower() == b"websocket"  # any other could carry requests of its own
+        if lower not in (b"connection", b"keep-alive", b"proxy-connection", b"upgrade"):
             kept.append(line)
     if len(hosts) != 1:
         raise Refused("HTTP without a Host" if not hosts else "HTTP with several Hosts")
@@ -171,7 +172,7 @@ def _http(data: bytes) -> Told | None:
     if not parts[1].startswith(b"/") and parts[1] != b"*" and _absolute(parts[1]) != name_told:
         raise Refused("HTTP whose request and Host differ")
     # One request a connection: a later one could name another host.
-    kept.append(b"Connection: upgrade" if upgrade else b"Connection: close")
+    kept += [b"Upgrade: websocket", b"Connection: upgrade"] if upgrade else [b"Connection: close"]
     return Told("http", name_told, b"\r\n".join([lines[0], *kept, b"", b""]) + data[end + 4 :])
 
 

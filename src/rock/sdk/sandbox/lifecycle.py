@@ -13,7 +13,7 @@ from rock.protocol.network import ConnectionList
 from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import Cause, CommitPhase, CommitStatus, SandboxConfig, SandboxInfo, State
 from rock.sdk import primitives
-from rock.sdk.sandbox.link import Link, parse
+from rock.sdk.sandbox.link import Link, new_id, parse
 
 POLL = 20.0  # seconds of one long-poll
 CLEAN_UP = 15.0
@@ -40,7 +40,7 @@ class Lifecycle(Link):
         """
         deadline = time.monotonic() + self.config.startup_timeout
         # The name is ours, so that even a creation whose answer was lost can be undone.
-        self.sandbox_id = self.config.sandbox_id or os.urandom(8).hex()
+        self.sandbox_id = self.config.sandbox_id or new_id(self.config)
         key = os.urandom(16).hex()
         created = False
         try:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
 from rock import errors
+from rock.protocol.keys import tenant_of
 from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import BaseConfig, SandboxConfig, SandboxInfo
 from rock.sdk.http import query_string
@@ -35,6 +37,13 @@ def _extra(config: BaseConfig) -> dict[str, str]:
     if config.xrl_authorization:
         headers["xrl-authorization"] = f"Bearer {config.xrl_authorization}"
     return headers
+
+
+def new_id(config: BaseConfig) -> str:
+    """A name for a sandbox that nobody else has: what a tenant names has to begin with the tenant's own name."""
+    tenants = (tenant_of(value.encode("utf-8", "replace")) for value in headers_of(config).values())
+    tenant = next(filter(None, tenants), None)
+    return f"{tenant}-{os.urandom(8).hex()}" if tenant else os.urandom(8).hex()
 
 
 def transport_of(config: BaseConfig) -> Transport:

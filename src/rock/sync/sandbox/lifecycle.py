@@ -15,7 +15,7 @@ from rock.protocol.network import ConnectionList
 from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import Cause, CommitPhase, CommitStatus, SandboxConfig, SandboxInfo, State
 from rock.sync import primitives
-from rock.sync.sandbox.link import Link, parse
+from rock.sync.sandbox.link import Link, new_id, parse
 
 POLL = 20.0  # seconds of one long-poll
 CLEAN_UP = 15.0
@@ -42,7 +42,7 @@ class Lifecycle(Link):
         """
         deadline = time.monotonic() + self.config.startup_timeout
         # The name is ours, so that even a creation whose answer was lost can be undone.
-        self.sandbox_id = self.config.sandbox_id or os.urandom(8).hex()
+        self.sandbox_id = self.config.sandbox_id or new_id(self.config)
         key = os.urandom(16).hex()
         created = False
         try:

@@ -6,7 +6,7 @@
     /apis/v1/envs/gem/...       gem.py                               plain JSON, errors as HTTP statuses
     /env/...  /health           envhub.py                            the same
 
-It has no state and decides nothing: the control plane is service.py, and a call to a sandbox is the native request of
+It has no state and decides nothing: the control plane is desk.py, and a call to a sandbox is the native request of
 the same name, through the data plane's application in this process.
 """
 
@@ -17,35 +17,37 @@ from collections.abc import Iterable
 from rock.admin.api.rock_v1.commands import Commands
 from rock.admin.api.rock_v1.commits import Commits
 from rock.admin.api.rock_v1.data import DataPlane
+from rock.admin.api.rock_v1.envelope import Row
 from rock.admin.api.rock_v1.envhub import EnvHub
 from rock.admin.api.rock_v1.files import Files
 from rock.admin.api.rock_v1.gem import Gem
 from rock.admin.api.rock_v1.ports import Ports
 from rock.admin.api.rock_v1.sandboxes import Sandboxes
-from rock.admin.service import Service
+from rock.admin.desk import Desks
 from rock.envhub.catalogue import Catalogue
 from rock.protocol.routes import Route
-from rock.wire.asgi import Answer, App, Handler, Receive, Router, Scope, Send, answer
+from rock.wire.asgi import Answer, App, Receive, Router, Scope, Send, answer
 
 SANDBOXES, GEM = "/apis/envs/sandbox/v1", "/apis/v1/envs/gem"
 _METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH")
 
 
 class RockV1:
-    """The dialect's routes over the service, the data plane and the catalogue of environments."""
+    """The dialect's routes over what a caller may do, the data plane and the catalogue of environments."""
 
-    def __init__(self, service: Service, data: App, catalogue: Catalogue) -> None:
+    def __init__(self, desks: Desks, data: App, catalogue: Catalogue) -> None:
         plane = DataPlane(data)
         self._ports = Ports(data)
         self._router = Router("rock-v1")
-        self._add(SANDBOXES, [*Sandboxes(service).routes(), *Commits(service).routes(), *Commands(plane).routes(),
+        self._add(SANDBOXES, [*Sandboxes(desks).routes(), *Commits(desks).routes(), *Commands(plane).routes(),
                              *Files(plane).routes()])  # fmt: skip
-        self._add(GEM, Gem(service, plane).routes())
+        self._add(GEM, Gem(desks, plane).routes())
         self._add("", EnvHub(catalogue).routes())
 
-    def _add(self, prefix: str, routes: Iterable[tuple[str, str, Handler]]) -> None:
-        for method, path, handler in routes:
-            self._router.add(Route(f"rock{path}", method, prefix + path, "control", "ROCK dialect"), handler)
+    def _add(self, prefix: str, routes: Iterable[Row]) -> None:
+        for method, path, handler, access in routes:
+            row = Route(f"rock{path}", method, prefix + path, "control", "ROCK dialect", access=access)
+            self._router.add(row, handler)
 
     def over(self, rest: App) -> App:
         """This dialect's paths, and `rest` for all others."""

@@ -10,10 +10,11 @@ from typing import Any, Literal
 from pydantic import Field
 
 from rock.admin.api.rock_v1.data import DataPlane
-from rock.admin.api.rock_v1.envelope import AboutSandbox, Failed, body_of, enveloped
+from rock.admin.api.rock_v1.envelope import AboutSandbox, Failed, Row, body_of, enveloped
 from rock.errors import Conflict, InvalidConfig, NotFound, RockError, Unsupported
 from rock.protocol.action import SESSION_PATTERN, Check
-from rock.wire.asgi import Handler, Request
+from rock.protocol.keys import Access
+from rock.wire.asgi import Request
 
 _SESSION = re.compile(SESSION_PATTERN)
 _PROMPT = "SHELLPS1PREFIX"  # what ROCK's server says of its prompt in every observation
@@ -65,12 +66,12 @@ class Commands:
         self._data = data
         self._shaped: OrderedDict[str, None] = OrderedDict()  # sandboxes whose default session a client has shaped
 
-    def routes(self) -> list[tuple[str, str, Handler]]:
+    def routes(self) -> list[Row]:
         return [
-            ("POST", "/execute", enveloped(self.execute, "execute command failed")),
-            ("POST", "/create_session", enveloped(self.create_session, "create session failed")),
-            ("POST", "/run_in_session", enveloped(self.run_in_session, "run in session failed")),
-            ("POST", "/close_session", enveloped(self.close_session, "close session failed")),
+            ("POST", "/execute", enveloped(self.execute, "execute command failed"), Access.RUN),
+            ("POST", "/create_session", enveloped(self.create_session, "create session failed"), Access.RUN),
+            ("POST", "/run_in_session", enveloped(self.run_in_session, "run in session failed"), Access.RUN),
+            ("POST", "/close_session", enveloped(self.close_session, "close session failed"), Access.RUN),
         ]
 
     # ---- programs ----

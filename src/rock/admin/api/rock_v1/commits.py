@@ -7,12 +7,13 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
-from rock.admin.api.rock_v1.envelope import CODED, AboutSandbox, Name, body_of, enveloped
+from rock.admin.api.rock_v1.envelope import CODED, AboutSandbox, Name, Row, body_of, enveloped
 from rock.admin.api.rock_v1.status import time_of
-from rock.admin.service import Service
+from rock.admin.desk import Desks
 from rock.errors import Conflict, NotFound, RockError
+from rock.protocol.keys import Access
 from rock.protocol.sandbox import CommitError, CommitPhase, CommitRequest, CommitStatus
-from rock.wire.asgi import Handler, Request, validate
+from rock.wire.asgi import Request, validate
 
 _BREAKS = re.compile("[\\x00\\n\\r\\v\\f\\x1c-\\x1e\\x85\\u2028\\u2029]")
 
@@ -34,13 +35,13 @@ class CommitWish(AboutSandbox):
 class Commits:
     """Handlers, by method and path."""
 
-    def __init__(self, service: Service) -> None:
-        self._commits = service.commits
+    def __init__(self, desks: Desks) -> None:
+        self._desks = desks
 
-    def routes(self) -> list[tuple[str, str, Handler]]:
+    def routes(self) -> list[Row]:
         return [
-            ("POST", "/commit", enveloped(self.commit, "commit sandbox failed", CODED)),
-            ("GET", "/commit/{sandbox_id}", enveloped(self.status, "get commit status failed", CODED)),
+            ("POST", "/commit", enveloped(self.commit, "commit sandbox failed", CODED), Access.IMAGES),
+            ("GET", "/commit/{sandbox_id}", enveloped(self.status, "get commit status failed", CODED), Access.READ),
         ]
 
     async def commit(self, request: Request) -> dict[str, Any]:
@@ -49,7 +50,7 @@ class Commits:
         fields = {"image_tag": wish.image_tag, "push": bool(wish.username) and _names_registry(wish.image_tag),
                   "registry_username": wish.username or None, "registry_password": wish.password or None}  # fmt: skip
         try:
-            return _told(await self._commits.commit(wish.sandbox_id, validate(CommitRequest, fields)))
+            return _told(await self._desks(request.scope).commit(wish.sandbox_id, validate(CommitRequest, fields)))
         except NotFound as error:
             raise _worded(CommitError.SANDBOX_NOT_FOUND, error) from None
         except Conflict as error:
@@ -57,7 +58,7 @@ class Commits:
 
     async def status(self, request: Request) -> dict[str, Any]:
         try:
-            return _told(await self._commits.status(request.path["sandbox_id"]))
+            return _told(await self._desks(request.scope).commit_status(request.path["sandbox_id"]))
         except NotFound as error:
             raise _worded(error.details.get("commit", CommitError.SANDBOX_NOT_FOUND), error) from None
 

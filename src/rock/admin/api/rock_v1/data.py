@@ -11,6 +11,7 @@ import orjson
 
 from rock.admin.api.rock_v1.envelope import Failed
 from rock.errors import NotFound, RockError, from_wire
+from rock.protocol.keys import caller_of
 from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import ID_PATTERN
 from rock.wire.asgi import App, Request, call
@@ -48,6 +49,7 @@ class DataPlane:
             row.path.format(sandbox_id=sandbox_id, **path),
             body=body,
             query=urlencode(query) if query else "",
+            caller=caller_of(request.scope),
             client=request.client,
         )
         if status < 400:

@@ -10,10 +10,14 @@ from typing import Annotated, Any, TypeVar
 import orjson
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
-from rock.errors import InternalServerRockError, InvalidConfig, NotFound, RockError
-from rock.wire.asgi import Answer, Disconnected, Handler, Request, answer
+from rock.errors import InternalServerRockError, InvalidConfig, NotFound, QuotaExceeded, RockError
+from rock.protocol.keys import Access
+from rock.wire.asgi import Answer, Disconnected, Handler, Request, answer, retry_after
 
 log = logging.getLogger("rock.admin")
+
+Row = tuple[str, str, Handler, Access]
+"""A route of the dialect: method, path, handler, and what it takes of a key."""
 
 Body = TypeVar("Body", bound="Asked")
 Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
@@ -84,7 +88,10 @@ def enveloped(
             log.error("%s: %s", message, traceback.format_exc())
             told = InternalServerRockError(f"{type(error).__name__}: {error}")
         coded = {"code": told.rock_code, "exit_code": None, "failure_reason": str(told)}
-        return failed(message, str(told), None if fields is None else {**fields, **coded})
+        reply = failed(message, str(told), None if fields is None else {**fields, **coded})
+        if isinstance(told, QuotaExceeded):
+            reply.headers.append((b"retry-after", b"%d" % retry_after(told)))
+        return reply
 
     return reply
 

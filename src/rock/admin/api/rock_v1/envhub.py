@@ -6,9 +6,10 @@ from typing import Any
 
 from pydantic import Field
 
-from rock.admin.api.rock_v1.envelope import Asked, Name, body_of, detailed
+from rock.admin.api.rock_v1.envelope import Asked, Name, Row, body_of, detailed
 from rock.envhub.catalogue import Catalogue, Registered
-from rock.wire.asgi import Handler, Request
+from rock.protocol.keys import Access
+from rock.wire.asgi import Request
 
 
 class RegisterRequest(Asked):
@@ -35,13 +36,13 @@ class EnvHub:
     def __init__(self, catalogue: Catalogue) -> None:
         self._catalogue = catalogue
 
-    def routes(self) -> list[tuple[str, str, Handler]]:
+    def routes(self) -> list[Row]:
         return [
-            ("POST", "/env/register", detailed(self.register, 422)),
-            ("POST", "/env/get", detailed(self.get, 422)),
-            ("POST", "/env/list", detailed(self.list, 422)),
-            ("POST", "/env/delete", detailed(self.delete, 422)),
-            ("GET", "/health", detailed(self.health)),
+            ("POST", "/env/register", detailed(self.register, 422), Access.IMAGES),
+            ("POST", "/env/get", detailed(self.get, 422), Access.READ),
+            ("POST", "/env/list", detailed(self.list, 422), Access.READ),
+            ("POST", "/env/delete", detailed(self.delete, 422), Access.IMAGES),
+            ("GET", "/health", detailed(self.health), Access.READ),
         ]
 
     async def register(self, request: Request) -> dict[str, Any]:

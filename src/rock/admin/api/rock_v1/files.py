@@ -9,10 +9,11 @@ from contextlib import aclosing
 from typing import IO, Any
 
 from rock.admin.api.rock_v1.data import DataPlane
-from rock.admin.api.rock_v1.envelope import AboutSandbox, Malformed, body_of, enveloped
+from rock.admin.api.rock_v1.envelope import AboutSandbox, Malformed, Row, body_of, enveloped
 from rock.admin.api.rock_v1.multipart import Form, boundary_of
 from rock.errors import InvalidConfig, NotFound
-from rock.wire.asgi import Handler, Request
+from rock.protocol.keys import Access
+from rock.wire.asgi import Request
 
 _CHUNK = 1 << 20
 
@@ -34,11 +35,11 @@ class Files:
     def __init__(self, data: DataPlane) -> None:
         self._data = data
 
-    def routes(self) -> list[tuple[str, str, Handler]]:
+    def routes(self) -> list[Row]:
         return [
-            ("POST", "/read_file", enveloped(self.read_file, "read file failed")),
-            ("POST", "/write_file", enveloped(self.write_file, "write file failed")),
-            ("POST", "/upload", enveloped(self.upload, "upload file failed")),
+            ("POST", "/read_file", enveloped(self.read_file, "read file failed"), Access.READ),
+            ("POST", "/write_file", enveloped(self.write_file, "write file failed"), Access.RUN),
+            ("POST", "/upload", enveloped(self.upload, "upload file failed"), Access.RUN),
         ]
 
     async def read_file(self, request: Request) -> dict[str, Any]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 from rock.admin.api.rock_v1.data import DataPlane
-from rock.admin.api.rock_v1.envelope import AboutSandbox, Asked, Failed, Name, body_of, detailed
-from rock.admin.service import Service
+from rock.admin.api.rock_v1.envelope import AboutSandbox, Asked, Failed, Name, Row, body_of, detailed
+from rock.admin.desk import Desks
 from rock.envhub import registry
 from rock.errors import NotFound, Unavailable
 from rock.protocol.env import OpenEnv
+from rock.protocol.keys import Access
 from rock.protocol.sandbox import State
-from rock.wire.asgi import Handler, Request
+from rock.wire.asgi import Request
 
 _LONGEST_START = 290.0  # seconds: clients give up after 300
 
@@ -35,22 +36,22 @@ class StepRequest(AboutSandbox):
 class Gem:
     """Handlers of environments, by method and path."""
 
-    def __init__(self, service: Service, data: DataPlane) -> None:
-        self._service = service
+    def __init__(self, desks: Desks, data: DataPlane) -> None:
+        self._desks = desks
         self._data = data
 
-    def routes(self) -> list[tuple[str, str, Handler]]:
+    def routes(self) -> list[Row]:
         return [
-            ("POST", "/make", detailed(self.make)),
-            ("POST", "/reset", detailed(self.reset)),
-            ("POST", "/step", detailed(self.step)),
-            ("POST", "/close", detailed(self.close)),
-            ("POST", "/list", detailed(self.list)),
+            ("POST", "/make", detailed(self.make), Access.CREATE),
+            ("POST", "/reset", detailed(self.reset), Access.RUN),
+            ("POST", "/step", detailed(self.step), Access.RUN),
+            ("POST", "/close", detailed(self.close), Access.RUN),
+            ("POST", "/list", detailed(self.list), Access.READ),
         ]
 
     async def make(self, request: Request) -> dict[str, Any]:
         env_id = registry.find((await body_of(request, MakeRequest)).env_id).id
-        host = await self._service.open_env(OpenEnv(env_id=env_id), _LONGEST_START)
+        host = await self._desks(request.scope).open_env(OpenEnv(env_id=env_id), _LONGEST_START)
         if host.state is not State.RUNNING:
             raise Unavailable(f"the sandbox for {env_id} has not started within {_LONGEST_START:g} s", hint="retry")
         made = await self._data.json(request, "make_env", host.sandbox_id, {"env_id": env_id})
@@ -70,7 +71,7 @@ class Gem:
         """End the environment. Its sandbox stays for others of its kind, and is stopped when it is idle."""
         sandbox_id = (await body_of(request, AboutSandbox)).sandbox_id
         host, number, _ = _parts(sandbox_id)
-        await self._service.load(host)
+        await self._desks(request.scope).load(host)
         try:
             await self._data.bytes(request, "close_env", host, env=number)
         except (Failed, NotFound):
@@ -80,7 +81,7 @@ class Gem:
     async def list(self, request: Request) -> dict[str, Any]:
         """The environment of an id, as long as its sandbox runs."""
         host, _, env_id = _parts((await body_of(request, AboutSandbox)).sandbox_id)
-        running = (await self._service.get(host)).is_alive
+        running = (await self._desks(request.scope).get(host)).is_alive
         return {"env_id": [env_id] if running else []}
 
 

@@ -1,4 +1,4 @@
-"""Sandboxes in the ROCK dialect: start, status, list, stop, delete; thin over service.py."""
+"""Sandboxes in the ROCK dialect: start, status, list, stop, delete; thin over desk.py."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ from rock.admin.api.rock_v1.envelope import (
     AboutSandbox,
     Asked,
     Name,
+    Row,
     body_of,
     enveloped,
     query_id,
     query_number,
 )
 from rock.admin.api.rock_v1.status import FIELDS, START_FIELDS, is_listed, state_of, status_of
-from rock.admin.service import Service
+from rock.admin.desk import Desk, Desks
 from rock.errors import Conflict, InvalidConfig, NotFound, Unsupported
+from rock.protocol.keys import Access
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State, parse_size
 from rock.store.base import Query
-from rock.wire.asgi import Handler, Request, validate
+from rock.wire.asgi import Request, validate
 
+_NOBODYS_DISK = "50G"
 _A_MOMENT = 1.0  # seconds: the client looks at once and then every three seconds, so a start is worth waiting for
 _LONGEST_START = 85.0  # seconds of the `start` that waits
 _SAMPLE = 0.1  # seconds over which the use of CPUs is measured
@@ -74,26 +77,32 @@ class Batch(Asked):
 class Sandboxes:
     """Handlers of sandboxes, by method and path."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, desks: Desks) -> None:
+        self._desks = desks
 
-    def routes(self) -> list[tuple[str, str, Handler]]:
+    def _desk(self, request: Request) -> Desk:
+        return self._desks(request.scope)
+
+    def routes(self) -> list[Row]:
         started = {**CODED, **START_FIELDS}
         return [
-            ("POST", "/start_async", enveloped(self.start_async, "async start sandbox failed", started)),
-            ("POST", "/start", enveloped(self.start, "start sandbox failed", started)),
-            ("GET", "/get_status", enveloped(self.get_status, "get sandbox status failed", {**CODED, **FIELDS})),
-            ("GET", "/is_alive", enveloped(self.is_alive, "get sandbox is alive failed")),
-            ("GET", "/get_sandbox_statistics", enveloped(self.statistics, "get sandbox statistics failed")),
-            ("POST", "/stop", enveloped(self.stop, "stop sandbox failed", CODED)),
-            ("POST", "/delete", enveloped(self.delete, "delete sandbox failed", CODED)),
-            ("POST", "/sandboxes/batch", enveloped(self.batch, "batch get sandbox status failed", CODED)),
-            ("GET", "/sandboxes", enveloped(self.list, "list sandboxes failed")),
-            ("GET", "/get_token", enveloped(self.get_token, "get oss sts token failed")),
-            ("POST", "/restart", enveloped(self.restart, "restart sandbox failed", started)),
+            ("POST", "/start_async", enveloped(self.start_async, "async start sandbox failed", started), Access.CREATE),
+            ("POST", "/start", enveloped(self.start, "start sandbox failed", started), Access.CREATE),
+            ("GET", "/get_status", enveloped(self.get_status, "get sandbox status failed", {**CODED, **FIELDS}),
+             Access.READ),
+            ("GET", "/is_alive", enveloped(self.is_alive, "get sandbox is alive failed"), Access.READ),
+            ("GET", "/get_sandbox_statistics", enveloped(self.statistics, "get sandbox statistics failed"),
+             Access.READ),
+            ("POST", "/stop", enveloped(self.stop, "stop sandbox failed", CODED), Access.CREATE),
+            ("POST", "/delete", enveloped(self.delete, "delete sandbox failed", CODED), Access.CREATE),
+            ("POST", "/sandboxes/batch", enveloped(self.batch, "batch get sandbox status failed", CODED), Access.READ),
+            ("GET", "/sandboxes", enveloped(self.list, "list sandboxes failed"), Access.READ),
+            ("GET", "/get_token", enveloped(self.get_token, "get oss sts token failed"), Access.READ),
+            ("POST", "/restart", enveloped(self.restart, "restart sandbox failed", started), Access.CREATE),
             ("POST", "/sandboxes/{sandbox_id}/restart",
-             enveloped(self.restart, "restart sandbox failed", started)),
-            ("POST", "/sandboxes/{sandbox_id}/archive", enveloped(self.archive, "archive sandbox failed", CODED)),
+             enveloped(self.restart, "restart sandbox failed", started), Access.CREATE),
+            ("POST", "/sandboxes/{sandbox_id}/archive",
+             enveloped(self.archive, "archive sandbox failed", CODED), Access.CREATE),
         ]  # fmt: skip
 
     # ---- start ----
@@ -108,31 +117,35 @@ class Sandboxes:
 
     async def _create(self, request: Request, wait: float) -> SandboxInfo:
         config = (await body_of(request, StartRequest)).config(request)
+        # Newer clients ask for this disk without being told to. Nobody wished for it, and one with a disk of its own is
+        # never one that was made ahead, and cannot be committed.
+        if config.disk == _NOBODYS_DISK:
+            config = config.model_copy(update={"disk": None})
         try:
-            return await self._service.create(config, None, wait)
+            return await self._desk(request).create(config, None, wait)
         except Unsupported:
-            # Newer clients ask for a disk of 50 GB without being told to, and ROCK passes over a disk limit that a
-            # host cannot hold: it is null in the status then.
+            # ROCK passes over a disk limit that a host cannot hold: it is null in the status then.
             if config.disk is None:
                 raise
-        return await self._service.create(config.model_copy(update={"disk": None}), None, wait)
+        return await self._desk(request).create(config.model_copy(update={"disk": None}), None, wait)
 
     # ---- look ----
 
     async def get_status(self, request: Request) -> dict[str, Any]:
         """Counts as activity, as in ROCK: clients keep a sandbox alive by looking at it."""
         sandbox_id = query_id(request)
-        found = await self._status(sandbox_id, request.flag("include_all_states"), wait=_A_MOMENT, touch=True)
+        found = await self._status(self._desk(request), sandbox_id, request.flag("include_all_states"), wait=_A_MOMENT,
+                                   touch=True)  # fmt: skip
         if found is None:
             raise NotFound(f"Sandbox {sandbox_id} not found", sandbox_id=sandbox_id)
         return found
 
     async def _status(
-        self, sandbox_id: str, all_states: bool, *, wait: float = 0.0, touch: bool = False
+        self, desk: Desk, sandbox_id: str, all_states: bool, *, wait: float = 0.0, touch: bool = False
     ) -> dict[str, Any] | None:
         try:
-            info = await self._service.get(sandbox_id, wait=wait, touch=touch)
-            record = await self._service.load(sandbox_id)
+            info = await desk.get(sandbox_id, wait=wait, touch=touch)
+            record = await desk.load(sandbox_id)
         except NotFound:
             return None
         return status_of(record, info) if all_states or is_listed(info) else None
@@ -140,7 +153,7 @@ class Sandboxes:
     async def is_alive(self, request: Request) -> dict[str, Any]:
         sandbox_id = query_id(request)
         try:
-            info = await self._service.get(sandbox_id, touch=True)
+            info = await self._desk(request).get(sandbox_id, touch=True)
         except NotFound as error:
             return {"is_alive": False, "message": str(error)}
         return {"is_alive": info.is_alive, "message": (info.host_name if info.is_alive else info.reason) or ""}
@@ -148,10 +161,11 @@ class Sandboxes:
     async def statistics(self, request: Request) -> dict[str, Any]:
         """Percent of what the sandbox may use; null is not measured here."""
         sandbox_id = query_id(request)
-        first = await self._usage(sandbox_id)
+        desk = self._desk(request)
+        first = await self._usage(desk, sandbox_id)
         began = asyncio.get_running_loop().time()
         await asyncio.sleep(_SAMPLE)
-        second = await self._usage(sandbox_id)
+        second = await self._usage(desk, sandbox_id)
         passed = asyncio.get_running_loop().time() - began
         result: dict[str, Any] = dict.fromkeys(("cpu", "mem", "disk", "disk_log_percent", "disk_dind_percent", "net"))
         if first.usage and second.usage:
@@ -162,8 +176,8 @@ class Sandboxes:
                 result["mem"] = round(100 * second.usage.memory_bytes / parse_size(second.memory), 2)
         return result
 
-    async def _usage(self, sandbox_id: str) -> SandboxInfo:
-        info = await self._service.get(sandbox_id, usage=True)
+    async def _usage(self, desk: Desk, sandbox_id: str) -> SandboxInfo:
+        info = await desk.get(sandbox_id, usage=True)
         if not is_listed(info):
             raise NotFound(f"Sandbox {sandbox_id} not found", sandbox_id=sandbox_id)
         return info
@@ -171,7 +185,7 @@ class Sandboxes:
     async def batch(self, request: Request) -> dict[str, Any]:
         """Those that start or run, of the ids that were asked for."""
         wish = await body_of(request, Batch)
-        found = [await self._status(sandbox_id, False) for sandbox_id in wish.sandbox_ids]
+        found = [await self._status(self._desk(request), sandbox_id, False) for sandbox_id in wish.sandbox_ids]
         return {**CODED, "statuses": [status for status in found if status and status["state"] in _ACTIVE]}
 
     async def list(self, request: Request) -> dict[str, Any]:
@@ -183,7 +197,7 @@ class Sandboxes:
             raise InvalidConfig(f"cannot list by {', '.join(unknown)}", hint=f"there are: {', '.join(FIELDS)}")
         items = [
             status
-            for record in await self._service.store.list(Query(states=_ACTIVE, limit=1 << 30))
+            for record in await self._desk(request).records(Query(states=_ACTIVE, limit=1 << 30))
             if _matches(status := status_of(record, record.info), wanted)
         ]
         end = page * size
@@ -199,7 +213,7 @@ class Sandboxes:
         """Stop it; one that is gone or was never there is stopped."""
         sandbox_id = (await body_of(request, AboutSandbox)).sandbox_id
         try:
-            await self._service.stop(sandbox_id)
+            await self._desk(request).stop(sandbox_id)
         except NotFound:
             pass
         return f"{sandbox_id} stopped"
@@ -208,11 +222,11 @@ class Sandboxes:
         """Forget a stopped one. What is not there is deleted: clients repeat themselves."""
         sandbox_id = (await body_of(request, AboutSandbox)).sandbox_id
         try:
-            await self._service.kept.delete(sandbox_id)
+            await self._desk(request).delete(sandbox_id)
         except NotFound:
             pass
         except Conflict:
-            state = (await self._service.load(sandbox_id)).state
+            state = (await self._desk(request).load(sandbox_id)).state
             raise Conflict(
                 f"Sandbox {sandbox_id} cannot be deleted: current state is '{state}', "
                 "must be stopped or archived first",
@@ -226,22 +240,22 @@ class Sandboxes:
         """Start a stopped or archived one again over its files; waits a moment, as `start_async` does."""
         sandbox_id = request.path.get("sandbox_id") or (await body_of(request, AboutSandbox)).sandbox_id
         try:
-            return _started(await self._service.kept.restart(sandbox_id, wait=_A_MOMENT))
+            return _started(await self._desk(request).restart(sandbox_id, wait=_A_MOMENT))
         except Conflict as error:
-            raise await self._refused(sandbox_id, "restarted", error) from None
+            raise await self._refused(request, sandbox_id, "restarted", error) from None
 
     async def archive(self, request: Request) -> str:
         """Begin to bring its files to the archive; the status tells how that goes."""
         sandbox_id = request.path["sandbox_id"]
         try:
-            await self._service.archive.archive(sandbox_id)
+            await self._desk(request).archive(sandbox_id)
         except Conflict as error:
-            raise await self._refused(sandbox_id, "archived", error) from None
+            raise await self._refused(request, sandbox_id, "archived", error) from None
         return f"{sandbox_id} archiving"
 
-    async def _refused(self, sandbox_id: str, what: str, error: Conflict) -> Conflict:
+    async def _refused(self, request: Request, sandbox_id: str, what: str, error: Conflict) -> Conflict:
         """The refusal in ROCK's words, with ours after them."""
-        state = state_of((await self._service.load(sandbox_id)).info)
+        state = state_of((await self._desk(request).load(sandbox_id)).info)
         return Conflict(
             f"Sandbox {sandbox_id} cannot be {what}: current state is '{state}'; {error.message}",
             sandbox_id=sandbox_id,

@@ -1,4 +1,5 @@
-"""What kind of address one is: public, or one that a sandbox must not reach by itself. Standard library only."""
+"""What kind of address one is: public, or one that a sandbox must not reach by itself. Standard library only: the
+network proxy has nothing else."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ _NEVER = {
     "loopback": ("127.0.0.0/8", "::1/128"),
     "unspecified": ("0.0.0.0/8", "::/96"),
     "multicast": ("224.0.0.0/4", "ff00::/8"),
-    "reserved": ("240.0.0.0/4", "192.0.0.0/24", "100::/64", "2001::/23", "64:ff9b:1::/48"),
+    "reserved": ("240.0.0.0/4", "192.0.0.0/24", "192.88.99.0/24", "100::/64", "2001::/23", "2002::/16",
+                 "64:ff9b:1::/48"),
 }
 # What an entry can open that names it, see policy.py.
 _CLOSED = {
@@ -23,7 +25,6 @@ _CLOSED = {
 }
 _GLOBAL6 = ipaddress.ip_network("2000::/3")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-_SIX_TO_FOUR = ipaddress.ip_network("2002::/16")
 
 
 def _table(kinds: dict[str, tuple[str, ...]]) -> list[tuple[str, Network]]:
@@ -62,11 +63,8 @@ def block_of(address: Address) -> Network | None:
 
 
 def embedded(address: Address) -> Address:
-    """The IPv4 address to which a gateway would send this IPv6 one (mapped, NAT64, 6to4), else itself."""
+    """The IPv4 address to which this IPv6 one leads (mapped, or by a NAT64 gateway), else itself."""
     address = plain(address)
-    if isinstance(address, ipaddress.IPv6Address):
-        if address in _NAT64:
-            return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
-        if address in _SIX_TO_FOUR:
-            return ipaddress.IPv4Address(int(address) >> 80 & 0xFFFFFFFF)
+    if isinstance(address, ipaddress.IPv6Address) and address in _NAT64:
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
     return address

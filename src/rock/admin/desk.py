@@ -1,0 +1,156 @@
+"""The service as one caller sees it. What is another tenant's does not exist here: the same answer, after the same
+work, as for what nobody has. The API's handlers know the service by this alone.
+
+An id never passes from one tenant to another, so that who was found to own one stays so: ids that tenants choose begin
+with their name and a dash, ids that nobody chooses are random, and the owner's own may begin with no tenant's name.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rock.admin.keys import Keys
+from rock.admin.service import Service, env_host
+from rock.errors import Forbidden, InvalidConfig, NotFound
+from rock.protocol import addresses, egress
+from rock.protocol.env import OpenEnv
+from rock.protocol.keys import Access, Caller, caller_of
+from rock.protocol.network import ConnectionList
+from rock.protocol.node import SandboxList
+from rock.protocol.sandbox import CommitRequest, CommitStatus, Isolation, SandboxConfig, SandboxInfo
+from rock.store.base import Query, Record
+from rock.wire.asgi import Scope
+
+
+class Desks:
+    """A desk for each request: `desks(request.scope)`."""
+
+    def __init__(self, service: Service, keys: Keys) -> None:
+        self._service = service
+        self._keys = keys
+
+    def __call__(self, scope: Scope) -> Desk:
+        return Desk(self._service, self._keys, caller_of(scope))
+
+
+class Desk:
+    """What a caller can do with sandboxes. Each method is the service's of that name; NotFound for what is not his."""
+
+    def __init__(self, service: Service, keys: Keys, caller: Caller) -> None:
+        self._service = service
+        self._keys = keys
+        self.caller = caller
+
+    async def load(self, sandbox_id: str) -> Record:
+        record = await self._service.store.get(sandbox_id)
+        if record is None or (self.caller.tenant is not None and record.tenant != self.caller.tenant):
+            raise NotFound(f"Sandbox {sandbox_id} not found", sandbox_id=sandbox_id)
+        return record
+
+    async def _own(self, sandbox_id: str) -> None:
+        if self.caller.tenant is not None:
+            await self.load(sandbox_id)
+
+    # ---- create ----
+
+    async def create(self, config: SandboxConfig, key: str | None = None, wait: float = 0.0) -> SandboxInfo:
+        return await self._service.create(await self._allowed(config), key, wait, self.caller)
+
+    async def open_env(self, wish: OpenEnv, wait: float, key: str | None = None) -> SandboxInfo:
+        wish = wish.model_copy(update={"config": await self._allowed(wish.config or env_host())})
+        return await self._service.open_env(wish, wait, key, self.caller)
+
+    async def _allowed(self, config: SandboxConfig) -> SandboxConfig:
+        """What a tenant may ask for. Forbidden, InvalidConfig."""
+        await self._check_id(config.sandbox_id)
+        if Access.ADMIN in self.caller.scopes:
+            return config
+        if config.network not in ("none", "nat"):
+            raise Forbidden(f'this key may not use network "{config.network}", which reaches what the server reaches',
+                            hint='network="none" or "nat"')
+        for text in config.egress or ():
+            network = egress.parse(text).network
+            if network is not None and (not network.is_global or addresses.closed(network.network_address)):
+                raise Forbidden(f"this key may not open {text}: it is an address of the server's own networks",
+                                hint="an entry of the server's owner may")
+        if _is_near(config.image):  # what is on disk may be used; the server contacts nobody there for a tenant
+            config = config.model_copy(update={"pull": "never"})
+        if config.minimum_isolation is Isolation.NONE:  # what isolates nothing has the rights of the server
+            config = config.model_copy(update={"minimum_isolation": Isolation.LANDLOCK})
+        return config
+
+    async def _check_id(self, sandbox_id: str | None) -> None:
+        if sandbox_id is None:
+            return
+        first, dash, _ = sandbox_id.partition("-")
+        if self.caller.tenant is not None:
+            if not dash or first != self.caller.tenant:
+                raise InvalidConfig(
+                    f"sandbox_id {sandbox_id!r}: names that this key chooses begin with {self.caller.tenant}-",
+                    hint="or leave it out",
+                )
+        elif dash and await self._keys.is_tenant(first):
+            raise InvalidConfig(f"sandbox_id {sandbox_id!r}: what begins with {first}- is a tenant's")
+
+    # ---- read ----
+
+    async def get(self, sandbox_id: str, *, wait: float = 0.0, touch: bool = False, usage: bool = False) -> SandboxInfo:
+        await self._own(sandbox_id)
+        return await self._service.get(sandbox_id, wait=wait, touch=touch, usage=usage)
+
+    async def connections(self, sandbox_id: str) -> ConnectionList:
+        await self._own(sandbox_id)
+        return await self._service.connections(sandbox_id)
+
+    async def list(self, query: Query, history: bool = False) -> SandboxList:
+        return await self._service.list(self._mine(query), history)
+
+    async def records(self, query: Query) -> Sequence[Record]:
+        return await self._service.store.list(self._mine(query))
+
+    async def count(self) -> dict[str, int]:
+        return await self._service.store.count(self.caller.tenant)
+
+    def _mine(self, query: Query) -> Query:
+        return query if self.caller.tenant is None else replace(query, tenant=self.caller.tenant)
+
+    # ---- change ----
+
+    async def stop(self, sandbox_id: str) -> SandboxInfo:
+        await self._own(sandbox_id)
+        return await self._service.stop(sandbox_id)
+
+    async def delete(self, sandbox_id: str, force: bool = False) -> SandboxInfo:
+        await self._own(sandbox_id)
+        return await self._service.kept.delete(sandbox_id, force)
+
+    async def restart(self, sandbox_id: str, key: str | None = None, wait: float = 0.0) -> SandboxInfo:
+        await self._own(sandbox_id)
+        return await self._service.kept.restart(sandbox_id, key, wait, self.caller.quota)
+
+    async def archive(self, sandbox_id: str, key: str | None = None, wait: float = 0.0) -> SandboxInfo:
+        await self._own(sandbox_id)
+        return await self._service.archive.archive(sandbox_id, key, wait)
+
+    async def commit(self, sandbox_id: str, wish: CommitRequest, wait: float = 0.0) -> CommitStatus:
+        await self._own(sandbox_id)
+        return await self._service.commits.commit(sandbox_id, wish, wait)
+
+    async def commit_status(self, sandbox_id: str, wait: float = 0.0) -> CommitStatus:
+        await self._own(sandbox_id)
+        return await self._service.commits.status(sandbox_id, wait)
+
+
+def _is_near(image: str) -> bool:
+    """Whether the registry that an image's name tells is an address of the server's own networks."""
+    domain, slash, _ = image.partition("/")
+    host = domain.removeprefix("[").partition("]")[0] if domain.startswith("[") else domain.partition(":")[0]
+    if not slash or host == "localhost":
+        return bool(slash)
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return bool(addresses.never(address) or addresses.closed(address))

@@ -1,0 +1,99 @@
+"""The schema, as numbered steps that are only ever added to: step N brings a database from version N - 1 to N.
+
+A store runs the missing ones when it opens, each in one transaction with the new version, under a lock that keeps other
+processes out. A number that is released is never changed.
+"""
+
+from __future__ import annotations
+
+SQLITE: tuple[tuple[str, ...], ...] = (
+    (  # 1: sandboxes
+        """CREATE TABLE IF NOT EXISTS sandbox (
+            id TEXT PRIMARY KEY,
+            version INTEGER NOT NULL,
+            state TEXT NOT NULL,
+            created_at REAL NOT NULL,
+            stopped_at REAL,
+            idempotency_key TEXT UNIQUE,
+            info TEXT NOT NULL,
+            config TEXT NOT NULL
+        ) WITHOUT ROWID""",
+        "CREATE INDEX IF NOT EXISTS sandbox_state ON sandbox (state, created_at)",
+        "CREATE INDEX IF NOT EXISTS sandbox_created ON sandbox (created_at, id)",
+    ),
+    (  # 2: tenants: idempotency keys are theirs, and what they use can be summed; keys, starts and leases
+        """CREATE TABLE sandbox_2 (
+            id TEXT PRIMARY KEY,
+            version INTEGER NOT NULL,
+            state TEXT NOT NULL,
+            created_at REAL NOT NULL,
+            stopped_at REAL,
+            tenant TEXT NOT NULL,
+            idempotency_key TEXT,
+            cpus REAL NOT NULL,
+            memory INTEGER NOT NULL,
+            info TEXT NOT NULL,
+            config TEXT NOT NULL,
+            UNIQUE (tenant, idempotency_key)
+        ) WITHOUT ROWID""",
+        # Whatever there is belongs to the server's owner, whose use nobody counts.
+        """INSERT INTO sandbox_2 SELECT id, version, state, created_at, stopped_at, '', idempotency_key, 0, 0, info,
+            config FROM sandbox""",
+        "DROP TABLE sandbox",
+        "ALTER TABLE sandbox_2 RENAME TO sandbox",
+        "CREATE INDEX sandbox_state ON sandbox (state, created_at)",
+        "CREATE INDEX sandbox_created ON sandbox (created_at, id)",
+        "CREATE INDEX sandbox_tenant ON sandbox (tenant, state)",
+        "CREATE TABLE start (tenant TEXT NOT NULL, at REAL NOT NULL)",
+        "CREATE INDEX start_tenant ON start (tenant, at)",
+        """CREATE TABLE api_key (
+            digest TEXT PRIMARY KEY,
+            id TEXT NOT NULL UNIQUE,
+            created_at REAL NOT NULL,
+            info TEXT NOT NULL
+        ) WITHOUT ROWID""",
+        """CREATE TABLE lease (
+            name TEXT PRIMARY KEY,
+            holder TEXT NOT NULL,
+            token INTEGER NOT NULL,
+            until REAL NOT NULL
+        ) WITHOUT ROWID""",
+    ),
+)
+
+POSTGRES: tuple[tuple[str, ...], ...] = (
+    (  # 1: all of SQLite's version 2. facts: what lists ask for
+        """CREATE TABLE sandbox (
+            id text COLLATE "C" PRIMARY KEY,
+            version bigint NOT NULL,
+            state text NOT NULL,
+            created_at double precision NOT NULL,
+            stopped_at double precision,
+            tenant text NOT NULL,
+            idempotency_key text,
+            cpus double precision NOT NULL,
+            memory bigint NOT NULL,
+            facts jsonb NOT NULL,
+            info text NOT NULL,
+            config text NOT NULL,
+            UNIQUE (tenant, idempotency_key)
+        )""",
+        "CREATE INDEX sandbox_state ON sandbox (state, created_at)",
+        "CREATE INDEX sandbox_created ON sandbox (created_at, id)",
+        "CREATE INDEX sandbox_tenant ON sandbox (tenant, state)",
+        "CREATE TABLE start (tenant text NOT NULL, at double precision NOT NULL)",
+        "CREATE INDEX start_tenant ON start (tenant, at)",
+        """CREATE TABLE api_key (
+            digest text PRIMARY KEY,
+            id text NOT NULL UNIQUE,
+            created_at double precision NOT NULL,
+            info text NOT NULL
+        )""",
+        """CREATE TABLE lease (
+            name text PRIMARY KEY,
+            holder text NOT NULL,
+            token bigint NOT NULL,
+            until double precision NOT NULL
+        )""",
+    ),
+)

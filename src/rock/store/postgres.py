@@ -1,0 +1,358 @@
+"""The store of several servers: a PostgreSQL database. See docs/decisions/0017-postgres.md.
+
+`info` and `config` are kept as they are written, as text; `facts` has what lists ask for, as jsonb. PostgreSQL has no
+NUL in text, and guests and clients may send one anywhere: see `_text`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import asyncpg
+import orjson
+
+from rock.errors import Conflict, InvalidConfig, NotFound, RockError, StorageFull, Unavailable
+from rock.protocol.keys import KeyInfo, Quota
+from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
+from rock.store import quotas
+from rock.store.base import Lease, Query, Record, VersionConflict
+from rock.store.migrations import POSTGRES
+from rock.store.watch import Watchers
+
+log = logging.getLogger("rock.store")
+
+_LOCK = 0x524F434B  # of migrations, in the database
+_CHANNEL = "rock_sandbox"
+_CONNECTIONS = 8
+_TIMEOUT = 30.0  # seconds for a statement, and for a connection
+_RETRY = 1.0
+_FIELDS = {"user_id", "experiment_id", "namespace", "image", "runtime", "worker", "cluster", "cause"}
+_NOW = "extract(epoch FROM clock_timestamp())::float8"
+_SELECT = "SELECT version, idempotency_key, info, config FROM sandbox"
+_LEFT = "((facts->>'kept')::boolean OR (facts->>'archived')::boolean)"
+_TAKE_LEASE = f"""
+INSERT INTO lease (name, holder, token, until) VALUES ($1, $2, 1, {_NOW} + $3::float8) ON CONFLICT (name) DO UPDATE
+SET token = lease.token + (lease.holder != $2)::int, holder = $2, until = {_NOW} + $3::float8
+WHERE lease.holder = $2 OR lease.until < {_NOW} RETURNING token
+"""
+
+
+def _text(value: str) -> str:
+    """A text that PostgreSQL can hold, another one for each."""
+    return value.replace("\\", "\\\\").replace("\0", "\\0") if "\0" in value or "\\" in value else value
+
+
+class _Known(Exception):
+    """The key was seen before: this is the record that has it."""
+
+    def __init__(self, record: Record) -> None:
+        self.record = record
+
+
+class PostgresStore:
+    """Records in a database that other servers may use too. url: postgresql://USER:PASSWORD@HOST:PORT/DATABASE."""
+
+    shared = True
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._name = re.sub(r"//[^@/]*@", "//", url).partition("?")[0]  # without the login
+        self._pool: Any = None
+        self._watchers = Watchers()
+        self._listener: asyncio.Task[None] | None = None
+
+    async def open(self) -> None:
+        try:
+            self._pool = await asyncpg.create_pool(
+                self._url, min_size=1, max_size=_CONNECTIONS, command_timeout=_TIMEOUT, timeout=_TIMEOUT
+            )
+        except ValueError as error:
+            raise InvalidConfig(f"ROCK_STORE={self._name}: {error}") from None
+        except (asyncpg.PostgresError, OSError, TimeoutError) as error:
+            raise Unavailable(f"the database {self._name} does not answer: {error}", hint="see ROCK_STORE") from error
+        try:
+            async with self._transaction() as db:
+                await self._migrate(db)
+        except BaseException:
+            await self.close()
+            raise
+        self._listener = asyncio.create_task(self._listen(), name="store changes")
+
+    async def _migrate(self, db: Any) -> None:
+        """Bring the schema up to date; other servers that start now wait."""
+        await db.execute("SELECT pg_advisory_xact_lock($1)", _LOCK)
+        await db.execute("CREATE TABLE IF NOT EXISTS rock_schema (version int NOT NULL)")
+        version = await db.fetchval("SELECT version FROM rock_schema") or 0
+        if version > len(POSTGRES):
+            raise Unavailable(
+                f"{self._name} was written by a newer version of ROCK (schema {version})",
+                hint="use that version, or another database",
+            )
+        for step in POSTGRES[version:]:
+            for statement in step:
+                await db.execute(statement)
+        if version < len(POSTGRES):
+            await db.execute("DELETE FROM rock_schema")
+            await db.execute("INSERT INTO rock_schema VALUES ($1)", len(POSTGRES))
+
+    async def close(self) -> None:
+        if self._listener is not None:
+            self._listener.cancel()
+            await asyncio.gather(self._listener, return_exceptions=True)
+            self._listener = None
+        if self._pool is not None:
+            pool, self._pool = self._pool, None
+            try:
+                async with asyncio.timeout(_TIMEOUT):
+                    await pool.close()
+            except TimeoutError:
+                pool.terminate()
+
+    @asynccontextmanager
+    async def _connected(self) -> AsyncIterator[Any]:
+        """A connection; what goes wrong with it comes as an error of ours."""
+        if self._pool is None:
+            raise Unavailable("the store is closed")
+        try:
+            async with self._pool.acquire(timeout=_TIMEOUT) as db:
+                yield db
+        except asyncpg.PostgresError as error:
+            raise self._told(error) from error
+        except (asyncpg.InterfaceError, OSError, TimeoutError) as error:
+            raise Unavailable(f"the database {self._name} does not answer: {error}") from error
+
+    @asynccontextmanager
+    async def _transaction(self) -> AsyncIterator[Any]:
+        async with self._connected() as db, db.transaction():
+            yield db
+
+    def _told(self, error: asyncpg.PostgresError) -> RockError:
+        if isinstance(error, (asyncpg.DiskFullError, asyncpg.OutOfMemoryError)):
+            return StorageFull(f"the database {self._name} is full: {error}", hint="free some space on its server")
+        return Unavailable(f"the database {self._name} does not serve: {error}")
+
+    # ---- changes ----
+
+    async def _listen(self) -> None:
+        while True:
+            try:
+                await self._follow()
+            except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+                log.warning("changes of %s: %s", self._name, error)
+            self._watchers.tell("")
+            await asyncio.sleep(_RETRY)
+
+    async def _follow(self) -> None:
+        """Tell of changes until the connection ends."""
+        db = await asyncpg.connect(self._url, timeout=_TIMEOUT, command_timeout=_TIMEOUT)
+        ended = asyncio.Event()
+        try:
+            db.add_termination_listener(lambda _: ended.set())
+            await db.add_listener(_CHANNEL, lambda _db, _pid, _channel, payload: self._watchers.tell(payload))
+            self._watchers.tell("")  # what changed before is not told
+            while not ended.is_set():
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_TIMEOUT):
+                        await ended.wait()
+                if not ended.is_set():
+                    await db.execute("SELECT 1")  # a connection may be dead without a word
+        finally:
+            db.terminate()
+
+    def watch(self) -> AsyncGenerator[str]:
+        return self._watchers.watch()
+
+    # ---- records ----
+
+    async def insert(self, record: Record, quota: Quota | None = None) -> Record:
+        try:
+            return await self._insert(replace(record, version=1), quota)
+        except _Known as found:
+            return found.record
+
+    async def _insert(self, record: Record, quota: Quota | None) -> Record:
+        async with self._transaction() as db:
+            if record.key is not None:
+                known = await self._by_key(db, record.key, record.tenant)
+                if known is not None:
+                    return known
+            if quota is not None:
+                await self._take(db, record, quota)
+            # A row that is in the way by its id or by its key: which, is seen then. Both waited for its writer.
+            row = await db.fetchval(
+                "INSERT INTO sandbox (id, version, state, created_at, stopped_at, tenant, idempotency_key, cpus, "
+                "memory, facts, info, config) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12) "
+                "ON CONFLICT DO NOTHING RETURNING id",
+                *_columns(record),
+            )
+            if row is not None:
+                await db.execute("SELECT pg_notify($1, $2)", _CHANNEL, record.id)
+                return record
+            known = await self._by_key(db, record.key, record.tenant) if record.key is not None else None
+            if known is None:
+                raise Conflict(
+                    f"Sandbox {record.id} already exists",
+                    sandbox_id=record.id,
+                    hint="choose another sandbox_id, or delete the stopped one",
+                )
+            raise _Known(known)  # the start that was counted is taken back with the transaction
+
+    async def _take(self, db: Any, record: Record, quota: Quota) -> None:
+        """See that it fits, and count its start; others of its tenant wait until this transaction is over."""
+        await db.execute("SELECT pg_advisory_xact_lock($1, hashtext($2))", _LOCK, record.tenant)
+        forget = f"DELETE FROM start WHERE tenant = $1 AND at <= {_NOW} - $2::float8"
+        await db.execute(forget, record.tenant, quotas.WINDOW)
+        starts, oldest = await db.fetchrow(
+            f"SELECT count(*), coalesce({_NOW} - min(at), 0)::float8 FROM start WHERE tenant = $1", record.tenant
+        )
+        sandboxes, cpus, memory = await db.fetchrow(
+            "SELECT count(*), coalesce(sum(cpus), 0)::float8, coalesce(sum(memory), 0)::bigint FROM sandbox "
+            "WHERE tenant = $1 AND state = ANY($2) AND id != $3",
+            record.tenant, [state.value for state in quotas.COUNTED], record.id,
+        )  # fmt: skip
+        quotas.check(quota, quotas.Used(sandboxes, cpus, memory, starts, oldest), record.config)
+        if quota.creates_per_minute is not None:
+            await db.execute(f"INSERT INTO start (tenant, at) VALUES ($1, {_NOW})", record.tenant)
+
+    async def get(self, sandbox_id: str) -> Record | None:
+        async with self._connected() as db:
+            row = await db.fetchrow(f"{_SELECT} WHERE id = $1", _text(sandbox_id))
+        return None if row is None else _load(row)
+
+    async def by_key(self, key: str, tenant: str = "") -> Record | None:
+        async with self._connected() as db:
+            return await self._by_key(db, key, tenant)
+
+    async def _by_key(self, db: Any, key: str, tenant: str) -> Record | None:
+        row = await db.fetchrow(f"{_SELECT} WHERE tenant = $1 AND idempotency_key = $2", tenant, _text(key))
+        return None if row is None else _load(row)
+
+    async def put(self, record: Record, quota: Quota | None = None) -> Record:
+        new = replace(record, version=record.version + 1)
+        _, version, state, _, stopped_at, *_, facts, info, config = _columns(new)
+        async with self._transaction() as db:
+            if quota is not None:
+                await self._take(db, new, quota)
+            found = await db.fetchval(
+                "UPDATE sandbox SET version = $1, state = $2, stopped_at = $3, facts = $4, info = $5, config = $6 "
+                "WHERE id = $7 AND version = $8 RETURNING pg_notify($9, id)::text",
+                version, state, stopped_at, facts, info, config, record.id, record.version, _CHANNEL,
+            )  # fmt: skip
+            if found is None:
+                raise VersionConflict(record.id)
+        return new
+
+    async def delete(self, sandbox_id: str) -> None:
+        async with self._connected() as db:
+            text = "DELETE FROM sandbox WHERE id = $1 RETURNING pg_notify($2, id)"
+            await db.execute(text, _text(sandbox_id), _CHANNEL)
+
+    async def list(self, query: Query) -> Sequence[Record]:
+        where, values = ["true"], list[Any]()
+
+        def value(given: Any) -> str:
+            values.append(given)
+            return f"${len(values)}"
+
+        if query.states:
+            where.append(f"state = ANY({value([state.value for state in query.states])}::text[])")
+        for name, text in query.fields.items():
+            if name not in _FIELDS:
+                raise ValueError(f"cannot list by {name!r}")
+            where.append(f"facts->>'{name}' = {value(_text(text))}")
+        if query.tenant is not None:
+            where.append(f"tenant = {value(query.tenant)}")
+        if query.left:
+            where.append(_LEFT)
+        for name, text in query.labels.items():
+            where.append(f"facts->'labels'->>{value(_text(name))}::text = {value(_text(text))}")
+        if query.after is not None:
+            where.append(f"(created_at, id) < ({value(query.after[0])}, {value(_text(query.after[1]))})")
+        text = f"{_SELECT} WHERE {' AND '.join(where)} ORDER BY created_at DESC, id DESC LIMIT {value(query.limit)}"
+        async with self._connected() as db:
+            rows = await db.fetch(text, *values)
+        return [_load(row) for row in rows]
+
+    async def count(self, tenant: str | None = None) -> dict[str, int]:
+        text = "SELECT state, count(*) FROM sandbox WHERE $1::text IS NULL OR tenant = $1 GROUP BY state"
+        async with self._connected() as db:
+            return dict(await db.fetch(text, tenant))
+
+    async def prune(self, before: float) -> int:
+        async with self._connected() as db:
+            done = await db.execute(
+                "DELETE FROM sandbox WHERE state = ANY($1) AND stopped_at < $2 "
+                f"AND coalesce((facts->>'deleted_at')::float8, 0) < $2 AND NOT {_LEFT}",
+                [State.STOPPED.value, State.DELETED.value], before,
+            )  # fmt: skip
+        return int(done.split()[-1])
+
+    # ---- API keys ----
+
+    async def add_key(self, digest: str, info: KeyInfo) -> None:
+        async with self._connected() as db:
+            await db.execute(
+                "INSERT INTO api_key (digest, id, created_at, info) VALUES ($1, $2, $3, $4)",
+                digest, info.id, info.created_at, info.model_dump_json(),
+            )  # fmt: skip
+
+    async def key_of(self, digest: str) -> KeyInfo | None:
+        async with self._connected() as db:
+            found = await db.fetchval("SELECT info FROM api_key WHERE digest = $1", digest)
+        return None if found is None else KeyInfo.model_validate_json(found)
+
+    async def keys(self) -> Sequence[KeyInfo]:
+        async with self._connected() as db:
+            rows = await db.fetch("SELECT info FROM api_key ORDER BY created_at, id")
+        return [KeyInfo.model_validate_json(row[0]) for row in rows]
+
+    async def revoke_key(self, key_id: str, at: float) -> KeyInfo:
+        async with self._transaction() as db:
+            found = await db.fetchval("SELECT info FROM api_key WHERE id = $1 FOR UPDATE", _text(key_id))
+            if found is None:
+                raise NotFound(f"there is no key {key_id}")
+            info = KeyInfo.model_validate_json(found)
+            if info.revoked_at is None:
+                info = info.model_copy(update={"revoked_at": at})
+                await db.execute("UPDATE api_key SET info = $1 WHERE id = $2", info.model_dump_json(), info.id)
+            return info
+
+    # ---- leases ----
+
+    async def take_lease(self, name: str, holder: str, seconds: float) -> Lease | None:
+        async with self._connected() as db:
+            token = await db.fetchval(_TAKE_LEASE, name, holder, seconds)
+        return None if token is None else Lease(name, holder, token)
+
+    async def drop_lease(self, name: str, holder: str) -> None:
+        async with self._connected() as db:
+            await db.execute("UPDATE lease SET until = 0 WHERE name = $1 AND holder = $2", name, holder)
+
+
+def _columns(record: Record) -> tuple[Any, ...]:
+    info = record.info
+    facts = {name: _text(value) for name in _FIELDS if (value := getattr(info, name)) is not None} | {
+        "labels": {_text(name): _text(value) for name, value in info.labels.items()},
+        "kept": info.kept, "archived": info.archive is not None, "deleted_at": info.deleted_at,
+    }  # fmt: skip
+    return (
+        record.id, record.version, info.state.value, info.created_at, info.stopped_at, record.tenant,
+        None if record.key is None else _text(record.key), quotas.cpus_of(record.config), record.config.memory_bytes,
+        # The registry password is needed for one pull, never later: it does not go to the disk.
+        orjson.dumps(facts).decode(), info.model_dump_json(),
+        record.config.model_dump_json(exclude={"registry_password"}),
+    )  # fmt: skip
+
+
+def _load(row: Any) -> Record:
+    version, key, info, config = row
+    if key is not None:
+        key = re.sub(r"\\(.)", lambda found: "\0" if found[1] == "0" else found[1], key)
+    return Record(SandboxInfo.model_validate_json(info), SandboxConfig.model_validate_json(config), key, version)

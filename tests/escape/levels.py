@@ -1,0 +1,114 @@
+"""Running the attempts at every level that this machine has, and the table of what came of it.
+
+`python -m tests.escape.levels` runs them and writes the table into docs/security.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from tests import unprivileged
+from tests.escape.catalogue import ATTEMPTS
+
+LEVELS = ("none", "landlock", "userns", "namespaces")
+TITLES = {"none": "`none` (control)", "landlock": "`landlock`", "userns": "`userns`", "namespaces": "`namespaces`"}
+PAGE = Path(__file__).parents[2] / "docs" / "security.md"
+BEGIN, END = "<!-- attempts: made by `make escape-table` -->", "<!-- end of the attempts -->"
+_SIGNS = {"blocked": "blocked", "open": "OPEN", "absent": "-", "skipped": ""}
+
+
+@contextlib.contextmanager
+def _place(as_user: bool) -> Iterator[tuple[list[str], dict[str, Any], Path]]:
+    """The interpreter, the options of its process, and a folder; as root or as an ordinary user."""
+    if not as_user:
+        with tempfile.TemporaryDirectory(prefix="rock-escape-") as folder:
+            os.chmod(folder, 0o755)
+            yield [sys.executable], {"cwd": unprivileged.ROOT}, Path(folder)
+        return
+    python = unprivileged.interpreter()
+    if python is None:
+        raise RuntimeError("no interpreter of this version that an ordinary user can run")
+    with unprivileged.checkout() as checkout:
+        folder = checkout / "home" / "escape"
+        folder.mkdir()
+        os.chown(folder, unprivileged.USER, unprivileged.USER)
+        user: dict[str, Any] = {"user": unprivileged.USER, "group": unprivileged.USER, "extra_groups": []}
+        yield [python], {"cwd": checkout, "env": unprivileged.environment(checkout), **user}, folder
+
+
+def run_level(level: str) -> dict[str, Any]:
+    """What the runner told; {"unsupported": why} where this machine has no such level."""
+    root = os.geteuid() == 0
+    if not root and level != "userns":
+        return {"level": level, "unsupported": "it takes root"}
+    with _place(root and level == "userns") as (python, options, folder):
+        done = subprocess.run([*python, "-m", "tests.escape.runner", level, str(folder)], capture_output=True,
+                              text=True, timeout=600, stdin=subprocess.DEVNULL, check=False, **options)
+    if done.returncode:
+        raise RuntimeError(f"the runner at level {level} failed:\n{done.stderr[-3000:]}")
+    told: dict[str, Any] = json.loads(done.stdout)
+    return told
+
+
+def run_levels() -> dict[str, dict[str, Any]]:
+    """Every level, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(LEVELS, pool.map(run_level, LEVELS), strict=True))
+
+
+def reasons() -> list[str]:
+    """What is known to be open, or not there, and why."""
+    lines: dict[str, list[str]] = {}
+    for attempt in ATTEMPTS:
+        for known in (attempt.open_at, attempt.absent):
+            for level, why in known.items():
+                lines.setdefault(f"{level}: {why}", []).append(attempt.name)
+    return [f"- `{head.partition(':')[0]}`{head.partition(':')[1]}{head.partition(':')[2]} ({'; '.join(names)})"
+            for head, names in sorted(lines.items())]
+
+
+def table(told: dict[str, dict[str, Any]]) -> str:
+    """The table as Markdown."""
+    lines = ["| attempt | " + " | ".join(TITLES[level] for level in LEVELS) + " |", "|---|" + "---|" * len(LEVELS)]
+    for attempt in ATTEMPTS:
+        words = []
+        for level in LEVELS:
+            word, _ = told[level].get("results", {}).get(attempt.key, ["skipped", ""])
+            words.append(_SIGNS[word] if not (level == "none" and word == "open") else "open")
+        lines.append(f"| {attempt.key} | {' | '.join(words)} |")
+    return "\n".join(lines)
+
+
+def rows(page: str) -> dict[str, list[str]]:
+    """The table of a page: words by attempt."""
+    part = page.partition(BEGIN)[2].partition(END)[0]
+    lines = [line.strip("|") for line in part.splitlines() if line.startswith("| ")]
+    found = [[cell.strip() for cell in line.split("|")] for line in lines]
+    return {cells[0]: cells[1:] for cells in found[1:]}
+
+
+def main() -> None:
+    told = run_levels()
+    for level, one in told.items():
+        if "unsupported" in one:
+            sys.exit(f"level {level} is not to be had here: {one['unsupported']}; the page stays as it is")
+    page = PAGE.read_text()
+    head, _, rest = page.partition(BEGIN)
+    tail = rest.partition(END)[2]
+    machine = f"Linux {os.uname().release.split('-')[0]}, {os.uname().machine}"
+    known = "\n".join(reasons())
+    PAGE.write_text(f"{head}{BEGIN}\n\nMade on {machine}; {len(ATTEMPTS)} attempts.\n\n{table(told)}\n\n"
+                    f"Known to be open, or not there:\n\n{known}\n\n{END}{tail}")
+
+
+if __name__ == "__main__":
+    main()
