@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 
 .PHONY: demo test check lint types unit compat docker fuzz admins training gym-extras sync lock bench \
-	bench-environments soak escape-table clean
+	bench-environments soak escape-table front clean
 
 demo: $(VENV)/ready
 	@$(PY) -m rock.cli.demo
@@ -64,6 +64,11 @@ fuzz: $(VENV)/ready-dev
 # Several admins on one PostgreSQL: one leads, others take over.
 admins: $(VENV)/ready-dev
 	ROCK_TEST_ADMINS=1 $(PY) -m pytest tests/store/test_several_admins.py
+
+# Every request and WebSocket through another server in front: what a sandbox on another machine is reached by.
+front: $(VENV)/ready-dev
+	ROCK_TEST_FRONT=1 $(PY) -m pytest tests/e2e/test_ports.py tests/e2e/test_sessions.py tests/e2e/test_programs_and_files.py \
+		tests/e2e/test_rough_clients.py
 
 # Tensors of torch and stable-baselines3, in an environment of their own that is kept in ROCK_TEST_CACHE.
 EXTRAS := $(or $(ROCK_TEST_CACHE),$(HOME)/.cache/rock-tests)/gym-extras

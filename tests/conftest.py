@@ -46,6 +46,7 @@ class RunningServer:
         self.process: subprocess.Popen[bytes] | None = None
         self.url = ""
         self.pid = 0
+        self.front: subprocess.Popen[str] | None = None
 
     def __str__(self) -> str:
         return self.url
@@ -80,12 +81,28 @@ class RunningServer:
         """Its address, when it listens on that port."""
         return f"http://127.0.0.1:{port}"
 
+    def fronted(self, url: str) -> str:
+        """With ROCK_TEST_FRONT=1 what is asked goes through another server."""
+        self.drop_front()
+        if not os.environ.get("ROCK_TEST_FRONT"):
+            return url
+        command = [sys.executable, str(Path(__file__).parent / "wire" / "front.py"), url]
+        self.front = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.front.stdout is not None
+        return self.front.stdout.readline().strip()
+
+    def drop_front(self) -> None:
+        if self.front is not None:
+            self.front.communicate()
+            self.front = None
+
     def log(self) -> str:
         parts = [self.home / "output.log", self.home / "logs" / "server.log"]
         return "\n".join(p.read_text(errors="replace")[-4000:] for p in parts if p.exists())
 
     def kill(self) -> None:
         """kill -9."""
+        self.drop_front()
         assert self.process is not None
         self.process.kill()
         self.process.wait()
@@ -100,6 +117,7 @@ class RunningServer:
             for info in client.list_sandboxes(states="stopped,archived"):
                 if info.kept or info.archive:
                     client.delete_sandbox(info.sandbox_id)
+        self.drop_front()
         self.process.send_signal(signal.SIGTERM)
         assert self.process.wait(30) == 0, self.log()
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,6 +28,13 @@ from rock.store.base import Record
 from rock.sync import Client, Sandbox, SandboxConfig
 
 KEY = "the owner's key"
+ECHO = """
+import socketserver
+class Echo(socketserver.StreamRequestHandler):
+    def handle(self):
+        self.wfile.write(self.rfile.readline())
+socketserver.TCPServer(("127.0.0.1", 7000), Echo).serve_forever()
+"""
 pytestmark = pytest.mark.skipif(
     not os.environ.get("ROCK_TEST_ADMINS"), reason="takes a minute of waiting for leases: set ROCK_TEST_ADMINS=1"
 )
@@ -119,6 +127,16 @@ def until(what: Callable[[], bool], seconds: float = 60.0) -> None:
         time.sleep(0.05)
 
 
+def echoes(host: str, port: int) -> bool:
+    try:
+        with socket.create_connection((host, port), 10) as connection, connection.makefile("rwb") as stream:
+            stream.write(b"hello\n")
+            stream.flush()
+            return stream.readline() == b"hello\n"
+    except OSError:
+        return False
+
+
 def config(admin: RunningServer, **more: Any) -> SandboxConfig:
     return SandboxConfig(base_url=admin.url, api_key=KEY, image=IMAGE, memory="64m", cpus=0.2, **more)
 
@@ -140,6 +158,9 @@ def test_one_leads_and_another_takes_over(site: Site) -> None:
         other = Sandbox(config(first)).attach(str(sandbox.sandbox_id))
         assert other.fs.read("/tmp/data") == bytes(range(256)) * 4096
         assert "".join(chunk.text for chunk in other.stream("for i in 1 2 3; do echo $i; done")) == "1\n2\n3\n"
+        sandbox.start_process(["python3", "-c", ECHO])
+        with other.port_forward(7000) as forward:  # a WebSocket to the worker
+            until(lambda: echoes(forward.host, forward.port))
         ends_by_its_deadline(second, first)  # its admin does not lead
 
         first.kill()

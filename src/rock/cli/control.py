@@ -17,11 +17,11 @@ from rock.cli.home import Home
 from rock.errors import InvalidConfig, RockError, Unsupported
 from rock.protocol import routes
 from rock.proxy.app import Proxy, is_data
-from rock.proxy.remote import Remote
 from rock.sdk.transport import Transport as Client
 from rock.settings import Settings
 from rock.store.base import Store
 from rock.wire.asgi import App, Receive, Scope, Send
+from rock.wire.remote import Remote
 
 _LONG = ("/commit", "/wake")
 _USUAL = 100.0  # seconds that a worker may be silent
@@ -71,8 +71,11 @@ class Control:
         self.store = store
         key = settings.worker_key or settings.api_key
         urls = workers_of(settings.workers)
-        self._remotes: dict[str, App] = {name: Remote(url, key) for name, url in urls.items()}
-        self._proxy = Proxy(store, self._remotes, local=False)
+        # Not as Authorization: that may be for a program inside
+        headers = {} if key is None else {routes.OTHER_KEY: key}
+        self._remotes = [Remote(url, headers) for url in urls.values()]
+        apps: dict[str, App] = dict(zip(urls, self._remotes, strict=True))
+        self._proxy = Proxy(store, apps, local=False)
         workers: dict[str, Worker] = {name: WireWorker(name, transport_to(url, key)) for name, url in urls.items()}
         self.admin = Admin(replace(settings, archive="off"), store, workers, ["write", "read"], self._proxy)
         self.app = Authenticated(self._route, settings.api_key, self.admin.keys)
@@ -101,4 +104,6 @@ class Control:
     async def close(self) -> None:
         with contextlib.ExitStack() as stack:
             stack.callback(self.home.release)
+            for remote in self._remotes:
+                await remote.close()
             await self.admin.close()

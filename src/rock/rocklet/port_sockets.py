@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine
-from typing import Any
+from collections.abc import AsyncIterator
 
 from websockets.asyncio.client import ClientConnection
-from websockets.client import ClientProtocol
-from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
-from websockets.frames import EXTERNAL_CLOSE_CODES
+from websockets.exceptions import InvalidStatus, WebSocketException
 from websockets.typing import Subprotocol
 from websockets.uri import WebSocketURI
 
 from rock.errors import PortFailed, PortTimeout
 from rock.rocklet.dialled import CHUNK, dial, given_away, port_of, streams
 from rock.rocklet.node import Node
-from rock.rocklet.port_headers import Target, inward, outward, target_of
+from rock.rocklet.port_headers import Target, target_of
+from rock.rocklet.port_headers import inward as inward_headers
+from rock.rocklet.port_headers import outward as outward_headers
 from rock.rocklet.supervisor import Supervisor
 from rock.wire.asgi import Receive, Request, Send, SocketHandler
-
-HANDSHAKE_WITHIN = 30.0  # seconds
-CLOSE_WITHIN = 5.0
-MESSAGE_LIMIT = 16 << 20
-_HANDSHAKE = b"sec-websocket-"
+from rock.wire.sockets import CLOSE_WITHIN, HANDSHAKE_WITHIN, connection_to, inward, outward, plain_headers, race
 
 
 def web_socket(node: Node) -> SocketHandler:
@@ -37,28 +32,11 @@ def web_socket(node: Node) -> SocketHandler:
                 async with _joined(sandbox, target, request) as program:
                     cookies = _cookies(program, target)
                     await send({"type": "websocket.accept", "subprotocol": program.subprotocol, "headers": cookies})
-                    await _race(_inward(program, receive), _outward(program, send))
+                    await race(inward(program, receive), outward(program, send, "the program inside"))
             except InvalidStatus as refusal:
                 await _refuse(refusal, target, send)
 
     return handle
-
-
-async def _race(inward: Coroutine[Any, Any, bool], outward: Coroutine[Any, Any, None]) -> None:
-    """Both directions, until the client left or the other side is through."""
-    tasks = [asyncio.create_task(inward), asyncio.create_task(outward)]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if tasks[0].done() and tasks[0].exception() is None and not tasks[0].result():
-            await asyncio.wait(tasks)  # it is the other side that ended: what it said last comes first
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    for task in tasks:
-        # A client that left raises OSError from `send`: nobody is there to be told.
-        if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, OSError):
-            raise error
 
 
 # ---- a WebSocket inside ----
@@ -70,19 +48,12 @@ async def _joined(sandbox: Supervisor, target: Target, request: Request) -> Asyn
     path, _, query = target.path.decode("latin-1").partition("?")
     offered = [Subprotocol(name) for name in request.scope.get("subprotocols") or ()]
     address = WebSocketURI(False, "localhost", target.port, path, query)
-    headers = [
-        (name.decode("latin-1"), value.decode("latin-1"))
-        for name, value in inward(request, target)
-        if not name.startswith(_HANDSHAKE) and name != b"content-length"
-    ]
-
-    def make() -> ClientConnection:
-        protocol = ClientProtocol(address, subprotocols=offered or None, max_size=MESSAGE_LIMIT)
-        return ClientConnection(protocol, ping_interval=None, close_timeout=CLOSE_WITHIN, max_queue=2)
-
+    headers = plain_headers(inward_headers(request, target))
     sock = await dial(sandbox, target.port)
     with given_away(sock, sandbox, target.port):
-        _, program = await asyncio.get_running_loop().create_connection(make, sock=sock)
+        _, program = await asyncio.get_running_loop().create_connection(
+            lambda: connection_to(address, offered), sock=sock
+        )
     with sandbox.connections.holding(program.transport):
         try:
             async with asyncio.timeout(HANDSHAKE_WITHIN):
@@ -100,7 +71,7 @@ def _cookies(program: ClientConnection, target: Target) -> list[tuple[bytes, byt
     assert program.response is not None
     told = [(name.lower().encode(), value.encode("latin-1", "replace"))
             for name, value in program.response.headers.raw_items() if name.lower() == "set-cookie"]  # fmt: skip
-    return [header for header in outward(200, told, target) if header[0] == b"set-cookie"]
+    return [header for header in outward_headers(200, told, target) if header[0] == b"set-cookie"]
 
 
 async def _refuse(refusal: InvalidStatus, target: Target, send: Send) -> None:
@@ -108,37 +79,10 @@ async def _refuse(refusal: InvalidStatus, target: Target, send: Send) -> None:
     said = refusal.response
     told = [(name.lower().encode(), value.encode("latin-1", "replace")) for name, value in said.headers.raw_items()]
     body = bytes(said.body or b"")
-    headers = [(n, v) for n, v in outward(said.status_code, told, target) if n != b"content-length"]
+    headers = [(n, v) for n, v in outward_headers(said.status_code, told, target) if n != b"content-length"]
     headers.append((b"content-length", b"%d" % len(body)))
     await send({"type": "websocket.http.response.start", "status": said.status_code, "headers": headers})
     await send({"type": "websocket.http.response.body", "body": body})
-
-
-async def _inward(program: ClientConnection, receive: Receive) -> bool:
-    """True when the client left, False when the program did."""
-    try:
-        while True:
-            message = await receive()
-            if message["type"] == "websocket.disconnect":
-                code = message.get("code") or 1005
-                known = code in EXTERNAL_CLOSE_CODES or 3000 <= code < 5000
-                await program.close(code if known else 1000 if code == 1005 else 1001, message.get("reason") or "")
-                return True
-            data = message.get("bytes")
-            await program.send(data if data is not None else message["text"])
-    except ConnectionClosed:
-        return False
-
-
-async def _outward(program: ClientConnection, send: Send) -> None:
-    with contextlib.suppress(ConnectionClosed):
-        async for message in program:
-            kind = "text" if isinstance(message, str) else "bytes"
-            await send({"type": "websocket.send", kind: message})
-    code, reason = program.close_code, program.close_reason or ""
-    if code in (None, 1006):
-        code, reason = 1011, "the program inside broke the connection"
-    await send({"type": "websocket.close", "code": 1000 if code == 1005 else code, "reason": reason})
 
 
 # ---- a plain connection ----
@@ -172,7 +116,7 @@ class _Tunnel:
     async def run(self) -> None:
         self._gone = asyncio.create_task(self._closed())
         try:
-            await _race(self._inward(), self._outward())
+            await race(self._inward(), self._outward())
         finally:
             self._writer.transport.abort()
             await self._gone
