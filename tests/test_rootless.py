@@ -41,7 +41,7 @@ def checkout() -> Iterator[Path]:
         yield folder
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_as_an_ordinary_user(checkout: Path, capsys: pytest.CaptureFixture[str]) -> None:
     python = unprivileged.interpreter()
     if python is None:
@@ -50,7 +50,7 @@ def test_as_an_ordinary_user(checkout: Path, capsys: pytest.CaptureFixture[str])
     done = subprocess.run(
         [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--basetemp={home / 'pytest'}", *SUITES],
         cwd=checkout, env=unprivileged.environment(checkout), user=unprivileged.USER, group=unprivileged.USER,
-        extra_groups=[], capture_output=True, text=True, timeout=880,
+        extra_groups=[], capture_output=True, text=True, timeout=1700,
     )  # fmt: skip
     tail = "\n".join(done.stdout.splitlines()[-25:])
     with capsys.disabled():

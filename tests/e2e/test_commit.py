@@ -223,6 +223,7 @@ def test_names_and_one_at_a_time(server: RunningServer) -> None:
             store.remove(name)
 
 
+@pytest.mark.timeout(600)  # bytes by the gigabyte
 def test_what_no_layer_can_have(server: RunningServer) -> None:
     with box(server, IMAGE) as sandbox:
         sandbox.arun("mkdir /work; touch /work/.wh.name; truncate -s 1T /work/huge")
