@@ -2,160 +2,41 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rock import errors
-from rock.guest.wire import pack, receive_packet, unpack
+from rock.runtime.childlink import PATIENCE, ChildLink
 
-_PROXY = str(Path(__file__).with_name("proxy.py"))
-_PATIENCE = 30.0  # seconds
+_PROXY = Path(__file__).with_name("proxy.py")
 
 
-class ProxyLink:
-    """One proxy at a time, started with the first request. resolvers: see resolver.py. lost: called when it died."""
+class ProxyLink(ChildLink):
+    """One proxy at a time, with which every connection ends; sandboxes stay, and nothing gets out of them.
+
+    resolvers: see resolver.py. lost: called when it died.
+    """
+
+    what = "the network proxy"
+    again = "try again"
 
     def __init__(self, resolvers: Sequence[str], log: Path, lost: Callable[[], None]) -> None:
-        self._options = {"resolvers": list(resolvers)}
-        self._log = log
+        super().__init__(_PROXY, {"resolvers": list(resolvers)}, log)
         self._when_lost = lost
-        self._child: subprocess.Popen[bytes] | None = None
-        self._sock: socket.socket | None = None
-        self._number = 0
-        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
-        self._starting = asyncio.Lock()
-        self._outgoing: list[tuple[bytes, list[int]]] = []
-        self._buffer = bytearray(1 << 17)
 
-    @property
-    def pid(self) -> int | None:
-        """The proxy's process, when it runs."""
-        return self._child.pid if self._child is not None else None
+    def _greeted(self, data: bytes) -> None:
+        if not data:
+            raise OSError("it ended at once")
 
-    async def start(self) -> None:
-        """Start it when it does not run. Unavailable when it does not come up."""
-        async with self._starting:
-            if self._sock is not None:
-                return
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            ours.setblocking(False)
-            try:
-                self._child = self._fork(theirs)
-                async with asyncio.timeout(_PATIENCE):
-                    data = await asyncio.get_running_loop().sock_recv(ours, 65536)
-                if not data:
-                    raise OSError("it ended at once")
-            except BaseException as error:
-                ours.close()
-                self._bury()
-                if isinstance(error, OSError | TimeoutError):
-                    raise errors.Unavailable(f"the network proxy did not start: {error!r}",
-                                             hint=f"see {self._log}") from None
-                raise
-            self._sock = ours
-            asyncio.get_running_loop().add_reader(ours, self._readable)
-
-    def _fork(self, theirs: socket.socket) -> subprocess.Popen[bytes]:
-        options = json.dumps({**self._options, "fd": theirs.fileno()})
-        with theirs, open(self._log, "ab") as log:
-            return subprocess.Popen(
-                [sys.executable, "-I", "-S", _PROXY, options], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                pass_fds=[theirs.fileno()], cwd="/", start_new_session=True,
-                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONDONTWRITEBYTECODE": "1"})
+    def _not_started(self, error: OSError | TimeoutError) -> errors.RockError:
+        return errors.Unavailable(f"the network proxy did not start: {error!r}", hint=f"see {self._log}")
 
     async def request(self, op: str, fields: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
-        """Ask the proxy, starting it first when it is gone; it gets copies of `fds`. Unavailable when it dies
-        meanwhile, or takes too long."""
-        await self.start()
-        self._number += 1
-        number = self._number
-        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self._waiting[number] = future
-        data, extra = pack({"id": number, "op": op, **fields})
-        self._outgoing.append((data, [*(os.dup(fd) for fd in fds), *extra]))
-        self._flush()
-        try:
-            async with asyncio.timeout(_PATIENCE):
-                return await future
-        except TimeoutError:
-            raise errors.Unavailable(f"the network proxy did not answer {op!r} in {_PATIENCE:g} s",
-                                     hint=f"see {self._log}") from None
-        finally:
-            self._waiting.pop(number, None)
-
-    def _flush(self) -> None:
-        loop = asyncio.get_running_loop()
-        while self._outgoing and self._sock is not None:
-            data, fds = self._outgoing[0]
-            try:
-                socket.send_fds(self._sock, [data], fds)
-            except BlockingIOError:
-                loop.add_writer(self._sock, self._flush)
-                return
-            except OSError:
-                self._lost()
-                return
-            self._outgoing.pop(0)
-            for fd in fds:
-                os.close(fd)
-        if self._sock is not None:
-            loop.remove_writer(self._sock)
-
-    def _readable(self) -> None:
-        while self._sock is not None:
-            try:
-                data, fds = receive_packet(self._sock, self._buffer)
-            except BlockingIOError:
-                return
-            except OSError:
-                data, fds = memoryview(b""), []
-            if not data:
-                self._lost()
-                return
-            message = unpack(data, fds)
-            for fd in fds:
-                os.close(fd)
-            future = self._waiting.get(int(message.get("id", 0)))
-            if future is not None and not future.done():
-                future.set_result(message)
+        """Ask the proxy; it gets copies of `fds`. Unavailable when it dies meanwhile, or takes too long."""
+        return await self.ask(op, fields, fds, PATIENCE)
 
     def _lost(self) -> None:
         if self._sock is not None:
             self.close()
             self._when_lost()
-
-    def _bury(self) -> None:
-        if self._child is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._child.wait(1.0)
-            if self._child.returncode is None:
-                self._child.send_signal(signal.SIGKILL)
-                self._child.wait()
-            self._child = None
-
-    def close(self) -> None:
-        """End the proxy, and with it every connection. Sandboxes stay, and nothing gets out of them."""
-        if self._sock is None:
-            return
-        loop = asyncio.get_running_loop()
-        loop.remove_reader(self._sock)
-        loop.remove_writer(self._sock)
-        self._sock.close()
-        self._sock = None
-        for _, fds in self._outgoing:
-            for fd in fds:
-                os.close(fd)
-        self._outgoing.clear()
-        for future in self._waiting.values():
-            if not future.done():
-                future.set_exception(errors.Unavailable("the network proxy ended", hint="try again"))
-        self._bury()
