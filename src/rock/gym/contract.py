@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from rock.envlink import Player
 from rock.gym.spaces import Space, space_of
 
 UNKNOWN = "UnknownEnv-v1"
@@ -94,3 +95,34 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     return value.value if isinstance(value, Enum) else value
+
+
+class Placed:
+    """What an environment, or a vector of them, tells of itself and of where it runs. Specs are of a single one."""
+
+    _player: Player
+    _sandbox: EnvSandbox
+    _contract: EnvContract
+
+    @property
+    def sandbox_id(self) -> str:
+        """Where it runs."""
+        return self._player.link.sandbox_id
+
+    @property
+    def sandbox(self) -> EnvSandbox:
+        """Where it runs, and what its source turned out to be."""
+        return self._sandbox
+
+    @property
+    def env_contract(self) -> EnvContract:
+        """What it is, or each of them, as plain data that does not change."""
+        return self._contract
+
+    @property
+    def observation_space_spec(self) -> SpaceSpec:
+        return self._contract.observation_space
+
+    @property
+    def action_space_spec(self) -> SpaceSpec:
+        return self._contract.action_space

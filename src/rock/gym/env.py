@@ -11,12 +11,12 @@ from gymnasium.envs.registration import EnvSpec
 
 from rock import errors
 from rock.gym.arguments import START_TIMEOUT, STEP_TIMEOUT, AnyPath, Arguments, Config, Network, for_single
-from rock.gym.contract import EnvContract, EnvSandbox, SpaceSpec
+from rock.gym.contract import EnvContract, Placed
 from rock.gym.source import Making, described, sandbox_of
 from rock.gym.spaces import space_of
 
 
-class SandboxEnv(gymnasium.Env[Any, Any]):
+class SandboxEnv(Placed, gymnasium.Env[Any, Any]):
     """An environment in a process of its own, in a sandbox on the server.
 
     source: an id of Gymnasium ("CartPole-v1", "gym://CartPole-v1", "module:Id-v0"); "hf://ORG/REPO@COMMIT", or a
@@ -100,29 +100,6 @@ class SandboxEnv(gymnasium.Env[Any, Any]):
         return f"SandboxEnv({self.source!r}, sandbox_id={self.sandbox_id!r}, env_number={self._player.number})"
 
     __str__ = __repr__
-
-    @property
-    def sandbox_id(self) -> str:
-        """Where it runs."""
-        return self._player.link.sandbox_id
-
-    @property
-    def sandbox(self) -> EnvSandbox:
-        """Where it runs, and what its source turned out to be."""
-        return self._sandbox
-
-    @property
-    def env_contract(self) -> EnvContract:
-        """What it is, as plain data that does not change."""
-        return self._contract
-
-    @property
-    def observation_space_spec(self) -> SpaceSpec:
-        return self._contract.observation_space
-
-    @property
-    def action_space_spec(self) -> SpaceSpec:
-        return self._contract.action_space
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Start an episode: (observation, info). The same seed gives the same start."""

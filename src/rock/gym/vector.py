@@ -12,7 +12,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 from rock import errors
 from rock.gym.arguments import START_TIMEOUT, STEP_TIMEOUT, AnyPath, Arguments, Config, Network
-from rock.gym.contract import EnvContract, EnvSandbox, SpaceSpec
+from rock.gym.contract import EnvContract, Placed
 from rock.gym.env import _spec_of
 from rock.gym.source import Making, described, sandbox_of
 from rock.gym.spaces import space_of
@@ -20,7 +20,7 @@ from rock.gym.spaces import space_of
 Arrays = tuple[Any, np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any], dict[str, Any]]
 
 
-class SandboxVectorEnv(VectorEnv[Any, Any, Any]):
+class SandboxVectorEnv(Placed, VectorEnv[Any, Any, Any]):
     """`num_envs` environments, stepped together by one request.
 
     vectorization_mode: "sync" (one after the other), "async" (a process each), "vector_entry_point" (the environment's
@@ -99,31 +99,6 @@ class SandboxVectorEnv(VectorEnv[Any, Any, Any]):
         return f"SandboxVectorEnv({self.source!r}, {self.num_envs}, sandbox_id={self.sandbox_id!r})"
 
     __str__ = __repr__
-
-    @property
-    def sandbox_id(self) -> str:
-        """Where it runs."""
-        return self._player.link.sandbox_id
-
-    @property
-    def sandbox(self) -> EnvSandbox:
-        """Where they run, and what their source turned out to be."""
-        return self._sandbox
-
-    @property
-    def env_contract(self) -> EnvContract:
-        """What each of them is, as plain data that does not change."""
-        return self._contract
-
-    @property
-    def observation_space_spec(self) -> SpaceSpec:
-        """Of one of them."""
-        return self._contract.observation_space
-
-    @property
-    def action_space_spec(self) -> SpaceSpec:
-        """Of one of them."""
-        return self._contract.action_space
 
     def reset(
         self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
