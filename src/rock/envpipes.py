@@ -32,8 +32,8 @@ _SET_PIPE_SIZE = 1031  # F_SETPIPE_SZ
 _PACKET = 64 << 10
 _PLAYING = 5.0  # seconds between two signs of life
 _WAIT = 20.0  # seconds of one wait, after which a sign of life is due
-_MOMENT = 400e-6  # seconds
-_SKIPPED = 31
+_MOMENT = 1e-3  # seconds
+_SKIPPED, _MOST_SKIPPED = 31, 1023
 _KNOCK = 5.0  # seconds for the door to be opened, and for it to tell why an environment was killed
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -128,6 +128,7 @@ class Pipes:
         self._deadline = 0.0
         self._sign = 0.0
         self._skip = 0 if len(os.sched_getaffinity(0)) > 1 else sys.maxsize  # asks to wait asleep for
+        self._in_vain = 0  # moments one after the other
         self._told = self._poll(None, 0)
         self._readable = self._poll(answers, select.POLLIN)
         self._writable = self._poll(requests, select.POLLOUT)
@@ -260,10 +261,13 @@ class Pipes:
         end = time.perf_counter() + _MOMENT
         while True:
             try:
-                return os.read(self._answers, _READ)
+                data = os.read(self._answers, _READ)
+                self._in_vain = 0
+                return data
             except BlockingIOError:
                 if time.perf_counter() > end:
-                    self._skip = _SKIPPED
+                    self._skip = min(_SKIPPED << self._in_vain, _MOST_SKIPPED)
+                    self._in_vain = min(self._in_vain + 1, 5)
                     return None
 
     def _large_frame(self, begun: bytes | bytearray, length: int) -> bytearray:

@@ -55,6 +55,48 @@ def test_plain_values_arrive_as_they_were(value: object) -> None:
     assert same(value, there(value))
 
 
+results = st.lists(
+    st.sampled_from([0, 1, True, False, 0.0, -0.0, 1.0, None, math.inf, 1 << 80, "1"])
+    | st.builds(
+        lambda shape, dtype, fill: np.full(shape, fill, dtype),
+        st.sampled_from([(), (1,), (2,), (2, 1), (600,)]),
+        st.sampled_from(["<f4", ">f4", "?", "<i8", "<f8", "<U1"]),
+        st.integers(0, 3),
+    ),
+    max_size=3,
+)
+
+
+@given(results, st.sampled_from([{}, {"a": 1}, {"$a": 1}, None, 0, ()]))
+def test_a_form_that_is_known_holds_only_what_is_of_it(strict: list[Any], info: object) -> None:
+    """Forms are remembered from one example to the next: what is equal in Python is not the same thing."""
+    for _ in range(2):
+        found = values.decode(b"".join(bytes(part) for part in values.encode_result(list(strict), info)))
+        assert len(found) == len(strict) + 1 and type(found[-1]) is type(info) and found[-1] == info
+        for sent, came in zip(strict, found, strict=False):
+            if isinstance(sent, np.ndarray):
+                kind = sent.dtype.newbyteorder("<")
+                assert (came.dtype, came.shape, came.tobytes()) == (kind, sent.shape, sent.astype(kind).tobytes())
+                came += came[()].dtype.type(0)  # it is its own, and may be written to
+            else:
+                assert type(came) is type(sent) and repr(came) == repr(sent)
+
+
+def test_a_form_that_is_known_is_refused_without_its_bytes() -> None:
+    whole = b"".join(values.encode_result([np.zeros((8, 4), np.float32), 1.0], {}))
+    first, second = values.decode(whole), values.decode(whole)
+    assert first[2] is not second[2] and not np.shares_memory(first[0], second[0])
+    with pytest.raises(values.Malformed):
+        values.decode(whole[:-1])
+
+
+def test_only_so_many_forms_are_known() -> None:
+    for size in range(1000):
+        there(np.zeros(size, np.uint8))
+        values.decode(b"".join(values.encode_result([float(size)], {})))
+    assert len(values._PLANS) <= 64 and len(values._HEADS) <= 64
+
+
 @pytest.mark.parametrize("array", ARRAYS, ids=lambda a: f"{a.dtype}{a.shape}")
 def test_arrays_arrive_bit_by_bit(array: np.ndarray[Any, Any]) -> None:
     found = there({"it": [array]})["it"][0]

@@ -27,8 +27,8 @@ from rock.guest.values import Unsendable
 
 _READ = 1 << 14
 _LARGE = 16 << 10  # bytes of an answer that goes by the memory
-_MOMENT = 100e-6  # seconds
-_SKIPPED = 31
+_MOMENT = 2e-3  # seconds
+_SKIPPED, _MOST_SKIPPED = 31, 1023
 _TRACEBACK_KEPT = 8000
 _VECTOR = 64  # byte strings of one write
 
@@ -79,7 +79,7 @@ class Player:
         self._poll.register(requests, select.POLLIN)
         self._processors = os.sched_getaffinity(0)
         self._skip = 0 if len(self._processors) > 1 else sys.maxsize
-        self._in_vain = False
+        self._in_vain = 0  # moments one after the other
         self._expected: int | None = None  # number of the next step; None before the first reset
         self._last: tuple[int, int] | None = None  # op and index of what was done last
         self._answer: tuple[int, int, list[Any]] = (OK, 0, [])
@@ -99,7 +99,7 @@ class Player:
 
     def _wait_a_moment(self) -> None:
         """Who steps in a loop asks again at once, and a process that sleeps takes long to wake up. After a moment for
-        nothing the next ones are left out."""
+        nothing the next ones are left out, and more of them each time."""
         if self._skip:
             self._skip -= 1
             return
@@ -108,11 +108,11 @@ class Player:
         end = time.perf_counter() + _MOMENT
         while not self._poll.poll(0):
             if time.perf_counter() > end:
-                self._skip = _SKIPPED
-                self._in_vain = True
+                self._skip = min(_SKIPPED << self._in_vain, _MOST_SKIPPED)
+                self._in_vain = min(self._in_vain + 1, 5)
                 return
             os.sched_yield()
-        self._in_vain = False
+        self._in_vain = 0
 
     def _move(self) -> None:
         """To another processor: who asks over a pipe wakes us on its own, where each of us waits for the other."""
