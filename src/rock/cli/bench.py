@@ -40,6 +40,9 @@ from rock.wire.asgi import call
 app = typer.Typer(help="Measure this machine: figures next to their floors.", invoke_without_command=True)
 
 
+_TURNS = 5
+
+
 @dataclass
 class Figure:
     """One row: `values` in `unit`; `floor` is the same thing without ROCK, from the same run."""
@@ -175,8 +178,9 @@ async def _commands(url: str, count: int) -> list[float]:
         return await _repeat(count, lambda: sandbox.arun("echo hi"))
 
 
-async def _server_side(count: int) -> list[float]:
-    """Milliseconds of a command from the request's arrival in the server to its answer, without the socket."""
+async def _server_side(count: int) -> tuple[list[float], list[float]]:
+    """Milliseconds of a command from the request's arrival in the server to its answer, without the socket; and of one
+    on a bare bash's pipes on the same loop, in turns with it."""
     with tempfile.TemporaryDirectory(prefix="rock-bench-") as home:
         server = Server(dataclasses.replace(Settings.read(), home=Path(home), pool_size=0))
         await server.open()
@@ -185,9 +189,13 @@ async def _server_side(count: int) -> list[float]:
             made = await _asked(server, ROUTES["create_sandbox"].url(), body, "wait=60")
             path = {"sandbox_id": made["sandbox_id"]}
             url = ROUTES["run"].url(session="default", **path)
-            values = await _repeat(count, lambda: _asked(server, url, b'{"command": "echo hi"}'))
+            values: list[float] = []
+            floor: list[float] = []
+            for _ in range(_TURNS):
+                values += await _repeat(count // _TURNS, lambda: _asked(server, url, b'{"command": "echo hi"}'))
+                floor += await _bare_commands(count // _TURNS)
             await _asked(server, ROUTES["stop_sandbox"].url(**path), b"")
-            return values
+            return values, floor
         finally:
             await server.close()
 
@@ -290,10 +298,10 @@ def _install() -> tuple[int, float]:
     return len(seen), size / 1e6
 
 
-async def measure(short: bool, inside: list[float]) -> list[Figure]:
+async def measure(short: bool, inside: tuple[list[float], list[float]]) -> list[Figure]:
     """All rows. `short`: few repetitions, to see that it works. inside: what `_server_side` gave, on its own loop."""
     from rock.runtime.namespace.bench import floor as bare_namespaces
-    from rock.runtime.namespace.bench import plain_bash, whole
+    from rock.runtime.namespace.bench import plain_bash, whole, whole_rates
 
     n = 5 if short else 40
     rounds = 1 if short else 4
@@ -309,15 +317,19 @@ async def measure(short: bool, inside: list[float]) -> list[Figure]:
         figures.append(Figure("create to first command, no pool", "ms", cold, "<= 2.5x floor", made, floor))
         bare = "bare namespaces and bash, forked"
         figures.append(Figure("a whole sandbox in the launcher", "ms", floor, "", bare, fork))
-        rates = await _cycles(url, 1 if short else 15, 8)
+        rates: list[float] = []
+        most: list[float] = []
+        for _ in range(rounds):
+            most += await whole_rates(2 if short else 6, 8)
+            rates += await _cycles(url, 1 if short else 4, 8)
         figures.append(
             Figure(
                 "create + command + destroy, 8 at once",
                 "1/s",
                 rates,
-                ">= 100",
-                "bare namespaces, one after the other",
-                [1000 / v for v in fork],
+                ">= 100, x0.53",
+                "the same in the launcher, 8 at once",
+                most,
             )
         )
         commands = await _commands(url, 50 if short else 1000)
@@ -332,7 +344,7 @@ async def measure(short: bool, inside: list[float]) -> list[Figure]:
             )
         )
         figures.append(
-            Figure("the same, server side", "ms", inside, "<= 0.4")
+            Figure("the same, server side", "ms", inside[0], "<= 0.4", "a command on a bare bash's pipes", inside[1])
         )
         many = await _many_sessions(url, 1 if short else 15, 32)
         figures.append(Figure("commands a second, 32 sessions", "1/s", many, ">= 1500"))

@@ -3,15 +3,18 @@
     plain_bash   a bash on pipes answers `echo ready`, without any isolation
     floor        the same in new namespaces, forked by a launcher: no files, no limits, no HTTP
     whole        the same in a whole sandbox of the launcher: all namespaces, limits and mounts; no server, no HTTP
+    whole_rates  those a second, several at once, made and destroyed
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import subprocess
 import tempfile
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from rock.protocol.sandbox import SandboxConfig
@@ -32,22 +35,56 @@ async def floor(n: int) -> list[float]:
             launcher.close()
 
 
-async def whole(n: int) -> list[float]:
-    """Seconds from asking for each of `n` sandboxes to the answer of a bash in it, one after the other."""
+_CONFIG = SandboxConfig(image="host", memory="256m", cpus=1.0)
+
+
+@contextlib.asynccontextmanager
+async def _launcher() -> AsyncIterator[NamespaceRuntime]:
+    """A runtime of its own, which has made a sandbox already."""
     with tempfile.TemporaryDirectory(prefix="rock-floor-") as folder:
         runtime = NamespaceRuntime(Path(folder) / "run", 0, ImageStore(Path(folder) / "images"))
         await runtime.open()
         try:
-            config = SandboxConfig(image="host", memory="256m", cpus=1.0)
-            await _whole_one(runtime, config)
-            return [await _whole_one(runtime, config) for _ in range(n)]
+            await _whole_one(runtime, "floor")
+            yield runtime
         finally:
             await runtime.close()
 
 
-async def _whole_one(runtime: NamespaceRuntime, config: SandboxConfig) -> float:
+async def whole(n: int) -> list[float]:
+    """Seconds from asking for each of `n` sandboxes to the answer of a bash in it, one after the other."""
+    async with _launcher() as runtime:
+        return [await _whole_one(runtime, "floor") for _ in range(n)]
+
+
+async def whole_rates(slices: int, width: int) -> list[float]:
+    """Sandboxes made, used and destroyed a second, `width` at once, in slices of half a second."""
+    done = 0
+
+    async def client(number: int) -> None:
+        nonlocal done
+        while going_on:
+            await _whole_one(runtime, f"floor-{number}")
+            done += 1
+
+    async with _launcher() as runtime:
+        going_on = True
+        async with asyncio.TaskGroup() as group:
+            for number in range(width):
+                group.create_task(client(number))
+            await asyncio.sleep(0.3)
+            rates = []
+            for _ in range(slices):
+                before, began = done, time.perf_counter()
+                await asyncio.sleep(0.5)
+                rates.append((done - before) / (time.perf_counter() - began))
+            going_on = False
+        return rates
+
+
+async def _whole_one(runtime: NamespaceRuntime, name: str) -> float:
     started = time.perf_counter()
-    handle = await runtime.create("floor", config)
+    handle = await runtime.create(name, _CONFIG)
     try:
         bash = await runtime.spawn(handle, Program(argv=["/bin/bash", "-c", "echo ready"]))
         assert bash.stdout is not None
