@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import stat
@@ -11,10 +12,52 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
-USER = 61234  # no account: an ordinary user is a user id without rights
+USERS = range(61234, 61298)  # no accounts: an ordinary user is a user id without rights
+
+
+@dataclass(frozen=True)
+class Checkout:
+    """A copy of the checkout, and a user of its own who can read it. Nobody else's tests run as that user."""
+
+    path: Path
+    user: int
+
+    @property
+    def home(self) -> Path:
+        return self.path / "home"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """For subprocess.run: to be that user."""
+        return {"user": self.user, "group": self.user, "extra_groups": []}
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of a Python process of that user."""
+        return {
+            "HOME": str(self.home), "TMPDIR": str(self.home), "PATH": "/usr/local/bin:/usr/bin:/bin",
+            "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONPATH": f"{self.path / 'src'}:{self.path}:{self.path / 'packages'}",
+        }  # fmt: skip
+
+
+@contextlib.contextmanager
+def _user() -> Iterator[int]:
+    """A user id that no other run of the tests has: they count what is left of theirs."""
+    for user in USERS:
+        with open(Path(tempfile.gettempdir()) / f"rock-user-{user}.lock", "ab") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            yield user
+            return
+    raise RuntimeError(f"{len(USERS)} runs of the tests have all their users")
 
 
 def open_to_all(path: Path) -> bool:
@@ -36,9 +79,9 @@ def interpreter() -> str | None:
 
 
 @contextlib.contextmanager
-def checkout() -> Iterator[Path]:
+def checkout() -> Iterator[Checkout]:
     """A copy of the checkout that the user can read, and a home that is his."""
-    with tempfile.TemporaryDirectory(prefix="rock-rootless-") as folder:
+    with _user() as user, tempfile.TemporaryDirectory(prefix="rock-rootless-") as folder:
         top = Path(folder)
         top.chmod(0o755)
         ignore = shutil.ignore_patterns("__pycache__", ".pytest_cache")
@@ -52,14 +95,5 @@ def checkout() -> Iterator[Path]:
             shutil.copytree(packages, top / "packages", ignore=ignore)
         home = top / "home"
         home.mkdir()
-        os.chown(home, USER, USER)
-        yield top
-
-
-def environment(checkout: Path) -> dict[str, str]:
-    """Of a Python process of that user."""
-    home = checkout / "home"
-    return {
-        "HOME": str(home), "TMPDIR": str(home), "PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8",
-        "PYTHONPATH": f"{checkout / 'src'}:{checkout}:{checkout / 'packages'}", "PYTHONDONTWRITEBYTECODE": "1",
-    }  # fmt: skip
+        os.chown(home, user, user)
+        yield Checkout(top, user)

@@ -38,11 +38,10 @@ def _place(as_user: bool) -> Iterator[tuple[list[str], dict[str, Any], Path]]:
     if python is None:
         raise RuntimeError("no interpreter of this version that an ordinary user can run")
     with unprivileged.checkout() as checkout:
-        folder = checkout / "home" / "escape"
+        folder = checkout.home / "escape"
         folder.mkdir()
-        os.chown(folder, unprivileged.USER, unprivileged.USER)
-        user: dict[str, Any] = {"user": unprivileged.USER, "group": unprivileged.USER, "extra_groups": []}
-        yield [python], {"cwd": checkout, "env": unprivileged.environment(checkout), **user}, folder
+        os.chown(folder, checkout.user, checkout.user)
+        yield [python], {"cwd": checkout.path, "env": checkout.environment, **checkout.identity}, folder
 
 
 def run_level(level: str) -> dict[str, Any]:
