@@ -1,8 +1,8 @@
 """Workers that join: what a rocklet tells of itself, what it is answered, and what is known of all of them.
 
-A worker has an epoch: a number that grows each time it is taken for lost, or comes back after it gave up by itself. What
-was commanded in one epoch is refused in the next. Times are durations in seconds, each measured by one machine's own
-monotonic clock; no clock time of one machine is compared with another's. docs/decisions/0019-workers.md.
+A worker has an epoch: a number that grows each time it comes back after it was taken for lost, or gave up by itself.
+What was commanded in one epoch is refused in the next. Times are durations in seconds, each measured by one machine's
+own monotonic clock; no clock time of one machine is compared with another's. docs/decisions/0019-workers.md.
 """
 
 from __future__ import annotations
