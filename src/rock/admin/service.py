@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 import uuid
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from rock.admin import infos
 from rock.admin.archiving import Archive
 from rock.admin.commits import Commits
+from rock.admin.fleet import Fleet
 from rock.admin.kept import Kept
 from rock.admin.lifecycle import Effect, Event, step
 from rock.admin.worker import Worker
@@ -33,7 +33,6 @@ from rock.store.blobs import Blobs
 log = logging.getLogger("rock.admin")
 
 ENV_LABEL = "rock.env"
-_STATUS_AGE = 1.0  # seconds
 _RETRY = 5.0
 _ENDS = (Event.LAUNCH_FAILED, Event.STOP, Event.ENDED, Event.DESTROYED)
 _MOST_RECENT = 10_000
@@ -47,7 +46,7 @@ class Service:
         self,
         store: Store,
         scheduler: Scheduler,
-        workers: Mapping[str, Worker],
+        workers: Fleet,
         blobs: Blobs | None = None,
         archive_limit: int = 64 << 30,
     ) -> None:
@@ -64,7 +63,6 @@ class Service:
         self.on_schedule: list[Any] = []
         self.on_unfinished: list[Any] = []
         self._status: Mapping[str, NodeStatus] = {}
-        self._asked_at = float("-inf")
         self._recent: dict[str, Record] = {}  # as they were saved last, by us
 
     async def close(self) -> None:
@@ -105,14 +103,16 @@ class Service:
         return record
 
     async def place(self, config: SandboxConfig) -> Worker:
-        return self.workers[self.scheduler.place(config, await self._statuses())]
+        """The worker for it. NoCapacity, InvalidConfig; Unavailable when none is reached."""
+        self._status = await self.workers.statuses()
+        return self._reached(self.scheduler.place(config, self._status))
 
-    async def _statuses(self) -> Mapping[str, NodeStatus]:
-        """What the workers report, at most a second old: a worker refuses by itself what it has no room for."""
-        if time.monotonic() - self._asked_at > _STATUS_AGE:
-            self._status = {name: await worker.status() for name, worker in self.workers.items()}
-            self._asked_at = time.monotonic()
-        return self._status
+    def _reached(self, name: str | None) -> Worker:
+        """A worker. Unavailable when it is lost, or not known here yet."""
+        worker = self.workers.get(name or "")
+        if worker is None:
+            raise Unavailable(f"worker {name} is not there now", hint="retry when it is back: rock worker ls")
+        return worker
 
     def launch(self, record: Record) -> asyncio.Task[Record]:
         """Start a pending sandbox in the background; one task a sandbox."""
@@ -166,7 +166,7 @@ class Service:
     async def _worker_for(self, record: Record) -> Worker:
         """Its own, or for one from the archive any that fits."""
         if record.info.archive is None:
-            return self.workers[record.info.worker or ""]
+            return self._reached(record.info.worker)
         worker = await self.place(record.config)
         if worker.name != record.info.worker:
             status = self._status[worker.name]
@@ -216,7 +216,7 @@ class Service:
         if record.state is not State.RUNNING:
             return record.info
         try:
-            found = await self.workers[record.info.worker or ""].get(sandbox_id, touch=touch, usage=usage)
+            found = await self._reached(record.info.worker).get(sandbox_id, touch=touch, usage=usage)
         except RockError as error:
             log.info("worker of %s: %s", sandbox_id, error)
             return record.info.model_copy(update={"is_alive": False})
@@ -280,10 +280,15 @@ class Service:
         worker = self.workers.get(record.info.worker or "")
         if worker is None:
             return {}
-        if not record.info.kept:
-            await worker.destroy(record.id)
-        elif not (await worker.rest(record.id)).kept:
-            return infos.files_lost(record)
+        try:
+            if not record.info.kept:
+                await worker.destroy(record.id)
+            elif not (await worker.rest(record.id)).kept:
+                return infos.files_lost(record)
+        except Unavailable:
+            if self.workers.get(worker.name) is worker:
+                raise
+            # It was lost meanwhile: it stops by itself, or is told when it is back
         return {}
 
     def release(self, record: Record) -> None:

@@ -82,7 +82,8 @@ class NodeEvents(Answer):
 
 
 class NodeStatus(Answer):
-    """What a worker has: cores, bytes of memory in all and free, sandboxes now and at most."""
+    """What a worker has: cores, bytes of memory in all and free, sandboxes now and at most. load: programs that run or
+    wait for a core, in the mean of the last minute. images: names of some that are on its disk, the last used first."""
 
     host_name: str
     host_ip: str
@@ -95,6 +96,8 @@ class NodeStatus(Answer):
     sandboxes: int
     sandbox_limit: int
     boot: str = ""
+    load: float = 0.0
+    images: list[str] = Field(default_factory=list, max_length=1000)
 
 
 class WorkerImage(Wire):

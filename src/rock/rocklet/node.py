@@ -447,9 +447,31 @@ class Node:
             sandboxes=len(self.supervisors),
             sandbox_limit=self.limit,
             boot=self.boot,
+            load=round(os.getloadavg()[0], 2),
         )
 
     # ---- ends ----
+
+    def lose(self, reason: str) -> None:
+        """Every sandbox here is over from now on; what is left of them is removed in the background."""
+        for task in self._creating.values():
+            task.cancel()
+        for supervisor in list(self.supervisors.values()):
+            if supervisor.cause is None:
+                supervisor.cause, supervisor.reason = Cause.LOST, reason
+                self._ended(supervisor, Cause.LOST, reason)
+
+    async def emptied(self, seconds: float) -> bool:
+        """Wait for the ends that are under way, at most so long; whether nothing is left."""
+        tasks = [*self._creating.values(), *self._destroying.values(), *self._resting.values(), *self._tasks]
+        if tasks:
+            await asyncio.wait(tasks, timeout=seconds)
+        return not self.has_sandboxes
+
+    @property
+    def has_sandboxes(self) -> bool:
+        """Whether one runs, starts or is being ended."""
+        return bool(self.supervisors or self._creating)
 
     def _remember(self, sandbox_id: str, cause: Cause, reason: str) -> None:
         self._ends[sandbox_id] = (cause, reason)
