@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "rock"
-GROUND = {"protocol", "errors", "settings", "telemetry", "wire"}
+GROUND = {"protocol", "errors", "faults", "settings", "telemetry", "wire"}
 ALLOWED: dict[str, set[str]] = {
     "protocol": {"protocol", "errors", "settings"},
     "errors": set(),
+    "faults": {"errors"},
     "settings": set(),
     "telemetry": set(),
-    "wire": {"wire", "protocol", "errors"},
+    "wire": {"wire", "protocol", "errors", "faults"},
     "guest": {"guest"},
     "runtime": {"runtime", "guest", *GROUND},
     "store": {"store", *GROUND},

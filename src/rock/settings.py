@@ -32,6 +32,7 @@ Client settings are functions, because a script may set a variable after the imp
 | ROCK_JOIN, ROCK_WORKER_NAME, ROCK_ADVERTISE | none | of a rocklet: --join, --name, --advertise |
 | ROCK_LEASE_LOST | stop | of a rocklet: what its sandboxes do when its lease is over: stop, or keep |
 | ROCK_LOG_LEVEL | info | debug, info, warning, error |
+| ROCK_FAULTS | none | for tests: faults at named points, see faults.py |
 | HF_ENDPOINT | https://huggingface.co | where the client finds the repositories of `hf://` sources |
 | ROCK_ENVHUB_DB_URL | envhub.sqlite in ROCK_HOME | where an `envhub` keeps it: sqlite:///FILE |
 | ROCK_ENVHUB_BASE_URL | http://localhost:8081 | where the SDK finds the registry of environments |
@@ -186,6 +187,7 @@ class Settings:
     s3_region: str = "us-east-1"
     s3_key: str = ""
     s3_secret: str = field(default="", repr=False)
+    faults: str = ""
 
     @property
     def archive_dir(self) -> Path:
@@ -252,6 +254,7 @@ class Settings:
             ("s3_region", str),
             ("s3_key", str),
             ("s3_secret", str),
+            ("faults", str),
             ("port", int),
             ("pool_size", int),
             ("sandbox_limit", int),

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
+from rock import faults
 from rock.admin import infos
 from rock.admin.lifecycle import Event
 from rock.admin.worker import Worker
@@ -89,7 +90,9 @@ class Archive:
         phase = Phase(status="running", message="its files are brought to the archive", started_at=began)
         record = await service.amend(record.id, phases={**record.info.phases, "archive": phase})
         try:
+            await faults.point("archive.begun")
             files = await self._pack(record)
+            await faults.point("archive.packed")
         except asyncio.CancelledError:
             raise
         except Exception as raised:
@@ -138,6 +141,7 @@ class Archive:
         assert files is not None
         async with contextlib.aclosing(self._there().get(record.id)) as data:
             await worker.unpack(record.id, record.config, files, data)
+        await faults.point("restore.unpacked")
         return await worker.wake(record.id, record.config)
 
     async def forget(self, sandbox_id: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from rock import faults
 from rock.admin import infos
 from rock.admin.lifecycle import Event
 from rock.errors import Conflict
@@ -49,6 +50,7 @@ class Kept:
         if force:
             await service.stop(sandbox_id)
         record = await self._deleted(sandbox_id)
+        await faults.point("delete.files_gone")
         await service.store.delete(sandbox_id)
         return record.info
 
@@ -63,6 +65,7 @@ class Kept:
     async def finish_delete(self, record: Record) -> Record:
         """Remove the files of one that is deleted, wherever they are."""
         service = self._service
+        await faults.point("delete.saved")
         worker = service.workers.get(record.info.worker or "")
         if record.info.kept and worker is not None:
             await worker.destroy(record.id)

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
+from rock import faults
 from rock.admin import infos
 from rock.admin.archiving import Archive
 from rock.admin.commits import Commits
@@ -98,6 +99,7 @@ class Service:
         sandbox_id = config.sandbox_id or uuid.uuid4().hex
         info = infos.new_info(sandbox_id, config, worker.name, self._status[worker.name], caller.owner)
         record = await self.store.insert(Record(info, config, key), caller.quota)
+        await faults.point("create.saved")
         if record.state is State.PENDING:
             self.launch(record)
         return record
@@ -139,7 +141,9 @@ class Service:
         try:
             worker = await self._worker_for(record)
             async with asyncio.timeout(record.config.startup_timeout):
+                await faults.point("launch.begun")
                 made = await self._start(worker, record)
+                await faults.point("launch.made")
         except TimeoutError:
             error: RockError = SandboxError(
                 f"sandbox {record.id} did not start within {record.config.startup_timeout:g} s", sandbox_id=record.id
@@ -255,7 +259,9 @@ class Service:
     async def finish_stop(self, record: Record) -> Record:
         if record.info.archive is not None:
             return await self._give_up_restore(record)
+        await faults.point("stop.saved")
         gone = await self._release(record)
+        await faults.point("stop.released")
         record = await self.apply(record.id, Event.DESTROYED, known=record)
         return await self.amend(record.id, **gone) if gone else record
 
@@ -271,6 +277,7 @@ class Service:
         worker = self.workers.get(record.info.worker or "")
         if worker is not None:
             await worker.destroy(record.id)
+        await faults.point("restore.given_up")
         return await self.apply(record.id, Event.RESTORE_FAILED, known=record)
 
     async def _release(self, record: Record) -> dict[str, Any]:
@@ -307,6 +314,7 @@ class Service:
             await asyncio.wait({before})
         while True:
             try:
+                await faults.point("release.begun")
                 gone = await self._release(record)
                 if gone:
                     await self.amend(record.id, **gone)

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import uvicorn
 
-from rock import __version__
+from rock import __version__, faults
 from rock import settings as environment
 from rock.admin.app import Admin
 from rock.admin.auth import Authenticated, require_key_beyond_loopback
@@ -44,6 +44,7 @@ from rock.store.base import Store
 from rock.store.sqlite import SqliteStore
 from rock.telemetry import set_up_logs
 from rock.wire.asgi import Answer, App, Receive, Request, Scope, Send, answer
+from rock.wire.dropping import dropping
 from rock.wire.remote import Remote
 
 log = logging.getLogger("rock.server")
@@ -303,7 +304,7 @@ async def serve(settings: Settings, role: type[Server] | type[Rocklet] = Server)
         listener.close()
         raise
     try:
-        http = http_over(server.app, settings)
+        http = http_over(dropping(server.app) if faults.active else server.app, settings)
         with stop_on_signals(http, server.let_go):
             scheme = "https" if settings.tls_cert else "http"
             server.home.write(settings.host, port, settings.tls_cert)
@@ -340,6 +341,7 @@ def stop_on_signals(http: uvicorn.Server, let_go: Callable[[], None]) -> Iterato
 def run_server(settings: Settings, role: type[Server] | type[Rocklet] = Server, *, log_to_file: bool = True) -> None:
     """Serve in this process until told to stop. Raises RockError when it cannot start."""
     set_up_logs(settings.log_level, settings.log_dir if log_to_file else None)
+    faults.arm(settings.faults)
     _raise_file_limit()
     run(serve(settings, role))
 

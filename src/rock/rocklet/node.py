@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+from rock import faults
 from rock.errors import (
     Conflict,
     Expired,
@@ -270,7 +271,9 @@ class Node:
             phases["image"] = _finished(phases["image"], "on disk")
             step = "sandbox"
             phases["sandbox"] = Phase(status="running", started_at=time.time())
+            await faults.point("node.create.begun")
             handle = await runtime.create(sandbox_id, config)
+            await faults.point("node.create.made")
             phases["sandbox"] = _finished(phases["sandbox"], "running")
         except RockError as error:
             phases[step] = phases[step].model_copy(update={"status": "failed", "message": error.message})
@@ -284,6 +287,7 @@ class Node:
         except OSError:
             await supervisor.destroy(0)
             raise
+        await faults.point("node.create.saved")
         self.supervisors[sandbox_id] = supervisor
         ahead = runtime.prepared(handle) if isinstance(runtime, Pools) else None
         if not isinstance(ahead, Session) or not supervisor.take_over(ahead):
@@ -293,7 +297,9 @@ class Node:
     async def _wake(self, sandbox_id: str, config: SandboxConfig) -> Supervisor:
         phases = {"image": Phase(status="success", message="on disk"),
                   "sandbox": Phase(status="running", started_at=time.time())}  # fmt: skip
+        await faults.point("node.wake.begun")
         runtime, handle = await self.kept.wake(sandbox_id, config)
+        await faults.point("node.wake.made")
         phases["sandbox"] = _finished(phases["sandbox"], "running")
         supervisor = self._supervise(sandbox_id, config, runtime, handle, phases)
         try:
@@ -338,8 +344,11 @@ class Node:
             await self.kept.remove(sandbox_id)
             return NodeSandbox(sandbox_id=sandbox_id)
         supervisor.cause = supervisor.cause or Cause.USER  # from now on it is not found
+        await faults.point("node.destroy.begun")
         await supervisor.destroy(grace)
+        await faults.point("node.destroy.gone")
         await supervisor.forget()
+        await faults.point("node.destroy.forgotten")
         del self.supervisors[sandbox_id]  # only now: a destroy that failed can be repeated
         return supervisor.describe()
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from rock import faults
 from rock.errors import InvalidConfig, NotFound, RockError, SessionClosed, StartFailed, Unavailable
 from rock.protocol.action import MAX_OUTPUT, BashAction, BashObservation, CreateBashSessionRequest, SessionInfo
 from rock.rocklet import shell
@@ -107,6 +108,7 @@ class Session:
         """Start the shell; `startup_output` is what the start-up files printed. Raises StartFailed with it."""
         try:
             await self._spawn()
+            await faults.point("session.spawned")
             observation = await self._preamble()
         except BaseException:
             await asyncio.shield(self.close())
@@ -371,8 +373,10 @@ class Session:
         timed_out = False
         try:
             async with asyncio.timeout(timeout):
+                await faults.point("run.begun")
                 await self._write(script)
                 run.written = True
+                await faults.point("run.written")
                 await settled(run.done)
                 report = run.done.result()
         except TimeoutError:

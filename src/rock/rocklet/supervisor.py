@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rock import faults
 from rock.envhub import datasets
 from rock.envhub.packages import requirements_of
 from rock.errors import Conflict, NotFound, RockError
@@ -242,6 +243,7 @@ class Supervisor:
                 await old.close()
             session = await self._open_shell(request)
             self.sessions[request.session] = session
+            await faults.point("session.opened")
             if request != DEFAULT:
                 await self.saved()
             return session
@@ -305,6 +307,7 @@ class Supervisor:
             self.runtime, self.handle, command, sh, key=programs.KEY + key, keep=True, stdin=True
         )
         try:
+            await faults.point("process.started")
             folder = self._shelf.logs(self.id) / key
             folder.mkdir(parents=True)
             background = programs.Background(key, command.command, process, folder)
@@ -399,7 +402,9 @@ class Supervisor:
         await self._let_go()
         async with self._save_lock:
             self._shelf.rest(self.config, self.handle)
+        await faults.point("node.rest.saved")
         kept = await self.runtime.rest(self.handle, grace)
+        await faults.point("node.rest.kept")
         await self._close_all()
         self._shelf.rest(self.config, kept)
         if self.processes:

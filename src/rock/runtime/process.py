@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rock import errors
+from rock import errors, faults
 from rock.guest import init, proctree, remove
 from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
 from rock.runtime import wholefile
@@ -95,6 +95,7 @@ class ProcessRuntime(InitSandboxes):
         pid: int | None = None
         try:
             pid = self._start(folder)
+            await faults.point("process.born")
             link = InitLink.connect(folder, id)
             self._links[slot] = link
             await link.request("hello", patience=config.startup_timeout)

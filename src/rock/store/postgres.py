@@ -18,6 +18,7 @@ from typing import Any
 import asyncpg
 import orjson
 
+from rock import faults
 from rock.errors import Conflict, InvalidConfig, NotFound, RockError, StorageFull, Unavailable
 from rock.protocol.keys import KeyInfo, Quota
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
@@ -174,10 +175,13 @@ class PostgresStore:
     # ---- records ----
 
     async def insert(self, record: Record, quota: Quota | None = None) -> Record:
+        await faults.point("store.insert")
         try:
-            return await self._insert(replace(record, version=1), quota)
+            new = await self._insert(replace(record, version=1), quota)
         except _Known as found:
             return found.record
+        await faults.point("store.inserted")
+        return new
 
     async def _insert(self, record: Record, quota: Quota | None) -> Record:
         async with self._transaction() as db:
@@ -239,6 +243,7 @@ class PostgresStore:
     async def put(self, record: Record, quota: Quota | None = None) -> Record:
         new = replace(record, version=record.version + 1)
         _, version, state, _, stopped_at, *_, facts, info, config = _columns(new)
+        await faults.point("store.put")
         async with self._transaction() as db:
             if quota is not None:
                 await self._take(db, new, quota)
@@ -249,6 +254,7 @@ class PostgresStore:
             )  # fmt: skip
             if found is None:
                 raise VersionConflict(record.id)
+        await faults.point("store.saved")
         return new
 
     async def delete(self, sandbox_id: str) -> None:

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from rock import faults
 from rock.errors import Conflict, NotFound, RockError, StorageFull, Unavailable
 from rock.protocol.keys import KeyInfo, Quota
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
@@ -141,8 +142,10 @@ class SqliteStore:
     # ---- records ----
 
     async def insert(self, record: Record, quota: Quota | None = None) -> Record:
+        await faults.point("store.insert")
         new = self._now(self._insert, replace(record, version=1), quota)
         self._watchers.tell(new.id)
+        await faults.point("store.inserted")
         return new
 
     def _insert(self, record: Record, quota: Quota | None) -> Record:
@@ -187,6 +190,7 @@ class SqliteStore:
         return record
 
     async def get(self, sandbox_id: str) -> Record | None:
+        await faults.point("store.get")
         return self._now(self._get, sandbox_id)
 
     def _get(self, sandbox_id: str) -> Record | None:
@@ -201,8 +205,10 @@ class SqliteStore:
         return None if row is None else _load(row)
 
     async def put(self, record: Record, quota: Quota | None = None) -> Record:
+        await faults.point("store.put")
         new = self._now(self._put_within, record, quota)
         self._watchers.tell(new.id)
+        await faults.point("store.saved")
         return new
 
     def _put_within(self, record: Record, quota: Quota | None) -> Record:
@@ -225,6 +231,7 @@ class SqliteStore:
         return new
 
     async def delete(self, sandbox_id: str) -> None:
+        await faults.point("store.delete")
         self._now(self._open_db.execute, "DELETE FROM sandbox WHERE id = ?", (sandbox_id,))
         self._watchers.tell(sandbox_id)
 
@@ -232,6 +239,7 @@ class SqliteStore:
         return self._watchers.watch()
 
     async def list(self, query: Query) -> Sequence[Record]:
+        await faults.point("store.list")
         return await self._aside(self._list, query)
 
     def _list(self, query: Query) -> Sequence[Record]:

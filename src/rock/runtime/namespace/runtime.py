@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from rock import errors
+from rock import errors, faults
 from rock.guest.remove import remove_tree
 from rock.protocol.network import ConnectionList
 from rock.protocol.sandbox import ArchivedFiles, Isolation, SandboxConfig, Usage
@@ -338,6 +338,7 @@ class NamespaceRuntime(InitSandboxes):
                 await self._disks.prepare(str(self._run_dir / slot), config)
             lease = self._lease(kind)
             spec = {**self._spec(slot, base, kind, config, folders), "woken": kept is not None}
+            await faults.point("namespace.placed")
             reply = await self._launcher.request("create", spec, lease.fd if lease else None)
             if "error" in reply:
                 reason = f"{reply['error']} ({reply['hint']})" if reply.get("hint") else reply["error"]
@@ -345,6 +346,7 @@ class NamespaceRuntime(InitSandboxes):
             sandbox = Sandbox(slot, reply["pid"], reply["start"], base, folders)
             sandbox.link = InitLink.connect(self._run_dir / slot, slot)
             self._live[slot] = sandbox
+            await faults.point("namespace.born")
             self._stock_up()
             return sandbox
         except (OSError, errors.RockError) as error:

@@ -1,0 +1,148 @@
+"""Named points at which a fault can be asked for: between what is intended and what is done, and before each reply.
+
+    await faults.point("node.create.made")      does nothing, unless a plan names it
+
+A plan is text, `NAME=ACTION` separated by commas or lines; with `@N` the N-th time alone, counted from when the plan
+came, else each time. A name that ends in `*` is that of every point which begins so. Actions:
+
+    kill             kill -9 of this process
+    error            Unavailable, as of a store that does not answer
+    full             StorageFull
+    stall:SECONDS    wait
+    drop             of a reply: close the connection without a word
+
+`clock=+3600` sets the wall clock of this process (time.time) ahead by so many seconds, `clock=-3600` back. The plan is
+the value of ROCK_FAULTS; if that is an absolute path, the plan is what the file says, and is read again when it has
+changed. Without ROCK_FAULTS a point costs one call and one comparison.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import time
+from dataclasses import dataclass
+
+from rock.errors import InvalidConfig, StorageFull, Unavailable
+
+_RULE = re.compile(r"([a-z0-9_.*]+)=(kill|error|full|drop|stall:[0-9]+(?:\.[0-9]+)?)(?:@([1-9][0-9]*))?")
+_CLOCK = re.compile(r"clock=([+-]?[0-9]+(?:\.[0-9]+)?)")
+_real_time = time.time
+
+
+@dataclass
+class Rule:
+    """One fault: what happens at which pass of which point."""
+
+    name: str
+    action: str
+    at: int | None  # the pass that it is for, counted from 1; None: each
+    passed: int = 0
+
+    def fits(self, name: str) -> bool:
+        return name.startswith(self.name[:-1]) if self.name.endswith("*") else name == self.name
+
+    def due(self) -> bool:
+        self.passed += 1
+        return self.at is None or self.at == self.passed
+
+
+class Plan:
+    """The faults that are asked for. InvalidConfig for a text that is none."""
+
+    def __init__(self, text: str) -> None:
+        self.rules: list[Rule] = []
+        self.clock = 0.0
+        for part in filter(None, (part.strip() for part in re.split(r"[,\n]", text))):
+            if found := _CLOCK.fullmatch(part):
+                self.clock = float(found[1])
+            elif found := _RULE.fullmatch(part):
+                self.rules.append(Rule(found[1], found[2], int(found[3]) if found[3] else None))
+            else:
+                raise InvalidConfig(f"ROCK_FAULTS: {part!r} is no fault", hint="NAME=kill|error|full|drop|stall:S[@N]")
+
+    def at(self, name: str) -> str | None:
+        """The action for this pass of a point."""
+        action = None
+        for rule in self.rules:
+            if rule.fits(name) and rule.due():
+                action = action or rule.action
+        return action
+
+
+class _Source:
+    """Where the plan comes from, and the plan as it was read last."""
+
+    def __init__(self) -> None:
+        self.file: str | None = None
+        self.seen: tuple[int, int, int] | None = None
+        self.plan = Plan("")
+
+    def now(self) -> Plan:
+        if self.file is not None:
+            try:
+                found = os.stat(self.file)
+                mark = (found.st_mtime_ns, found.st_size, found.st_ino)
+                if mark != self.seen:
+                    with open(self.file) as file:
+                        self.plan = Plan(file.read())
+                    self.seen = mark
+            except FileNotFoundError:
+                self.plan, self.seen = Plan(""), None
+        return self.plan
+
+
+_source = _Source()
+active = False
+
+
+def _time() -> float:
+    return _real_time() + _source.now().clock
+
+
+def arm(text: str) -> None:
+    """Take a plan, or the path of one; "" takes it away. InvalidConfig."""
+    global active, _source
+    source = _Source()
+    if text.startswith("/"):
+        source.file = text
+        source.now()
+    else:
+        source.plan = Plan(text)
+    _source = source
+    active = bool(text)
+    time.time = _time if active else _real_time
+
+
+async def point(name: str) -> None:
+    """A place where something may be made to go wrong. StorageFull or Unavailable where that is asked for."""
+    if active:
+        await _reach(name)
+
+
+async def _reach(name: str) -> None:
+    action = _source.now().at(name)
+    if action is None:
+        return
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if action == "full":
+        raise StorageFull(f"no space left (a fault at {name})", hint="it was asked for by ROCK_FAULTS")
+    if action == "error":
+        raise Unavailable(f"no answer (a fault at {name})", hint="it was asked for by ROCK_FAULTS")
+    if action.startswith("stall:"):
+        await asyncio.sleep(float(action.partition(":")[2]))
+
+
+async def reply(name: str) -> bool:
+    """Before a reply is sent: whether it is to be dropped. A fault that raises elsewhere does nothing here."""
+    if not active:
+        return False
+    action = _source.now().at(f"reply.{name}")
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if action is not None and action.startswith("stall:"):
+        await asyncio.sleep(float(action.partition(":")[2]))
+    return action == "drop"
