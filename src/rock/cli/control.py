@@ -14,6 +14,7 @@ from rock.admin.app import Admin
 from rock.admin.auth import Authenticated, require_key_beyond_loopback
 from rock.admin.worker import FENCE, Transport, WireWorker, Worker
 from rock.cli.home import Home
+from rock.cli.observing import observe
 from rock.errors import InvalidConfig, RockError, Unsupported
 from rock.protocol import routes
 from rock.proxy.app import Proxy, is_data
@@ -78,7 +79,9 @@ class Control:
         self._proxy = Proxy(store, apps, local=False)
         workers: dict[str, Worker] = {name: WireWorker(name, transport_to(url, key)) for name, url in urls.items()}
         self.admin = Admin(replace(settings, archive="off"), store, workers, ["write", "read"], self._proxy)
-        self.app = Authenticated(self._route, settings.api_key, self.admin.keys)
+        self.observed = observe(settings, "admin", store)
+        door = Authenticated(self.observed.measured(self._route), settings.api_key, self.admin.keys)
+        self.app = self.observed.over(door)
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "lifespan" and is_data(scope["path"]):
@@ -100,10 +103,12 @@ class Control:
         except BaseException:
             self.home.release()
             raise
+        self.observed.open()
 
     async def close(self) -> None:
         with contextlib.ExitStack() as stack:
             stack.callback(self.home.release)
+            await self.observed.close()
             for remote in self._remotes:
                 await remote.close()
             await self.admin.close()
