@@ -15,8 +15,8 @@ ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "faults": {"errors"},
     "settings": set(),
-    "telemetry": set(),
-    "wire": {"wire", "protocol", "errors", "faults"},
+    "telemetry": {"telemetry"},
+    "wire": {"wire", "protocol", "errors", "faults", "telemetry"},
     "guest": {"guest"},
     "runtime": {"runtime", "guest", *GROUND},
     "store": {"store", *GROUND},
@@ -27,8 +27,8 @@ ALLOWED: dict[str, set[str]] = {
     "rocklet": {"rocklet", "runtime", "guest", "envhub", *GROUND},
     "proxy": {"proxy", "scheduler", "store", *GROUND},
     "admin": {"admin", "envhub", "scheduler", "store", *GROUND},
-    "sdk": {"sdk", "protocol", "errors", "settings"},
-    "sync": {"sync", "sdk", "protocol", "errors", "settings"},
+    "sdk": {"sdk", "protocol", "errors", "settings", "telemetry"},
+    "sync": {"sync", "sdk", "protocol", "errors", "settings", "telemetry"},
     "actions": {"actions", "protocol"},
     # guest: the frames and values that an environment is spoken to with are the same on both sides
     "envlink": {"sync", "guest", "protocol", "errors", "settings", "envpipes"},
@@ -41,7 +41,8 @@ ALLOWED: dict[str, set[str]] = {
 # Old import paths that only name things of a higher floor again.
 ALIASES = {"sdk/envs": {"envs"}, "sdk/common": {"errors"}}
 ROOFS = {"cli", "__init__", "bench", "testing"}
-OPTIONAL = {"numpy", "gymnasium", "torch", "ray", "gem", "httpx", "requests", "aiohttp", "docker", "asyncpg", "psycopg"}
+OPTIONAL = {"numpy", "gymnasium", "torch", "ray", "gem", "httpx", "requests", "aiohttp", "docker", "asyncpg", "psycopg",
+            "opentelemetry", "prometheus_client"}
 
 # Where they may be imported: in what bears their name, and in what runs inside a sandbox, where they are installed.
 HOMES = {
@@ -49,6 +50,7 @@ HOMES = {
     "numpy": {"gym", "gem", "guest/values"},
     "torch": {"gym/torch"},
     "asyncpg": {"store/postgres"},
+    "opentelemetry": {"telemetry/otel"},
     "gem": {"gem", "guest/hosting", "guest/envhost"},
 }
 

@@ -33,6 +33,12 @@ Client settings are functions, because a script may set a variable after the imp
 | ROCK_LEASE_LOST | stop | of a rocklet: what its sandboxes do when its lease is over: stop, or keep |
 | ROCK_LOG_LEVEL | info | debug, info, warning, error |
 | ROCK_FAULTS | none | for tests: faults at named points, see faults.py |
+| ROCK_LOG_FORMAT | text | text, or json: an object a line |
+| ROCK_OTEL_ENDPOINT | OTEL_EXPORTER_OTLP_ENDPOINT | who receives traces and metrics by OTLP, as http://HOST:4318 |
+| ROCK_OTEL_ATTRIBUTES | none | what traces and metrics are tagged with: NAME=VALUE,NAME=VALUE |
+| ROCK_OTEL_INTERVAL | 30 | seconds between two exports of the metrics |
+| ROCK_TRACE | 0 | 1: the SDK begins a trace with each call that is in none |
+| ROCK_DRAIN_SECONDS | 5 | how long a server that stops waits for the requests under way |
 | HF_ENDPOINT | https://huggingface.co | where the client finds the repositories of `hf://` sources |
 | ROCK_ENVHUB_DB_URL | envhub.sqlite in ROCK_HOME | where an `envhub` keeps it: sqlite:///FILE |
 | ROCK_ENVHUB_BASE_URL | http://localhost:8081 | where the SDK finds the registry of environments |
@@ -67,6 +73,17 @@ def base_url() -> str:
 def api_key() -> str | None:
     """ROCK_API_KEY, if set and not empty."""
     return os.environ.get("ROCK_API_KEY") or None
+
+
+def trace() -> bool:
+    """ROCK_TRACE: whether the SDK begins a trace with each call that is in none."""
+    return os.environ.get("ROCK_TRACE", "0") not in ("", "0")
+
+
+def otel() -> tuple[str, str]:
+    """ROCK_OTEL_ENDPOINT, else OTEL_EXPORTER_OTLP_ENDPOINT; and ROCK_OTEL_ATTRIBUTES. Empty where they are not set."""
+    endpoint = os.environ.get("ROCK_OTEL_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or ""
+    return endpoint, os.environ.get("ROCK_OTEL_ATTRIBUTES", "")
 
 
 def env_pipes() -> bool:
@@ -170,6 +187,11 @@ class Settings:
     network_resolvers: str = ""
     docker_host: str = ""
     log_level: str = "info"
+    log_format: str = "text"
+    otel_endpoint: str = ""
+    otel_attributes: str = ""
+    otel_interval: float = 30.0
+    drain_seconds: float = 5.0
     tls_cert: str = ""
     tls_key: str = ""
     store: str = field(default="", repr=False)
@@ -231,12 +253,18 @@ class Settings:
         """Settings of the environment, over which what is `given` and not None wins. ValueError names a bad value."""
         env = os.environ if environ is None else environ
         values: dict[str, object] = {"home": home(), "api_key": env.get("ROCK_API_KEY") or None,
-                                     "docker_host": env.get("DOCKER_HOST", "")}  # fmt: skip
+                                     "docker_host": env.get("DOCKER_HOST", ""),
+                                     "otel_endpoint": env.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")}  # fmt: skip
         for name, kind in (
             ("host", str),
             ("runtime", str),
             ("network_resolvers", str),
             ("log_level", str),
+            ("log_format", str),
+            ("otel_endpoint", str),
+            ("otel_attributes", str),
+            ("otel_interval", float),
+            ("drain_seconds", float),
             ("tls_cert", str),
             ("tls_key", str),
             ("store", str),
@@ -266,4 +294,10 @@ class Settings:
                 except ValueError:
                     raise ValueError(f"ROCK_{name.upper()}={text!r} is not a number") from None
         values |= {k: v for k, v in given.items() if v is not None}
+        for name, least in (("otel_interval", 0.1), ("drain_seconds", 0.0)):
+            number = values.get(name, least)
+            if not isinstance(number, int | float) or not least <= number <= 3600:
+                raise ValueError(f"ROCK_{name.upper()}={number} is not between {least:g} and 3600")
+        if values.get("log_format", "text") not in ("text", "json"):
+            raise ValueError(f"ROCK_LOG_FORMAT={values['log_format']!r} is neither text nor json")
         return cls(**values)  # type: ignore[arg-type]

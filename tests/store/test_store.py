@@ -125,6 +125,7 @@ def test_listing(with_store: Any) -> None:
         assert [r.id for r in await store.list(Query(states=[State.RUNNING], fields={"user_id": "u1"}))] == ["s3", "s1"]
         assert [r.id for r in await store.list(Query(labels={"k.x": "v0"}))] == ["s9", "s6", "s3", "s0"]
         assert await store.count() == {"running": 5, "stopped": 5}
+        assert await store.tally() == {("", "running"): 5, ("", "stopped"): 5}
         await store.delete("s0")
         assert await store.get("s0") is None
 

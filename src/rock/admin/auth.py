@@ -12,6 +12,7 @@ from rock.admin.keys import Keys
 from rock.errors import InvalidConfig, RockError, Unauthorized
 from rock.protocol.keys import CALLER, NOBODY, OPERATOR, WORKER, Caller, digest_of
 from rock.protocol.routes import OTHER_KEY
+from rock.telemetry.context import CURRENT
 from rock.wire.asgi import App, Receive, Scope, Send, deny, failure
 
 _OPEN = ("/healthz", "/")
@@ -76,6 +77,8 @@ class Authenticated:
         except RockError as error:
             await (deny(scope, send, error) if scope["type"] == "websocket" else failure(error).send(send))
             return
+        if (context := CURRENT.get()) is not None:
+            context.tenant = caller.owner
         headers = scope["headers"]
         if self._key is not None:
             # Keys end here: programs inside, to which requests are handed on, must not see them.

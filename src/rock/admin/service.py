@@ -16,6 +16,7 @@ from rock import faults
 from rock.admin import infos
 from rock.admin.archiving import Archive
 from rock.admin.commits import Commits
+from rock.admin.counts import CREATES, ENDS, STARTS
 from rock.admin.fleet import Fleet
 from rock.admin.kept import Kept
 from rock.admin.lifecycle import Effect, Event, step
@@ -30,6 +31,7 @@ from rock.protocol.sandbox import Cause, SandboxConfig, SandboxInfo, State
 from rock.scheduler.base import Scheduler
 from rock.store.base import Query, Record, Store, VersionConflict
 from rock.store.blobs import Blobs
+from rock.telemetry import tracing
 
 log = logging.getLogger("rock.admin")
 
@@ -84,10 +86,11 @@ class Service:
         """
         try:
             record = await self._insert(config, key, caller)
-        except RockError:
+        except RockError as error:
             # What was made then may no longer fit now.
             known = await self.store.by_key(key, caller.owner) if key else None
             if known is None:
+                CREATES.of("refused", error.code).add()
                 raise
             record = known
         return await self.waited(record, wait)
@@ -137,13 +140,14 @@ class Service:
             listener(sandbox_id)
 
     async def _launch(self, record: Record) -> Record:
-        restored = record.info.archive is not None
+        restored, began = record.info.archive is not None, time.monotonic()
         try:
             worker = await self._worker_for(record)
-            async with asyncio.timeout(record.config.startup_timeout):
-                await faults.point("launch.begun")
-                made = await self._start(worker, record)
-                await faults.point("launch.made")
+            with tracing.span("start sandbox", {"rock.sandbox_id": record.id, "rock.image": record.config.image}):
+                async with asyncio.timeout(record.config.startup_timeout):
+                    await faults.point("launch.begun")
+                    made = await self._start(worker, record)
+                    await faults.point("launch.made")
         except TimeoutError:
             error: RockError = SandboxError(
                 f"sandbox {record.id} did not start within {record.config.startup_timeout:g} s", sandbox_id=record.id
@@ -154,10 +158,14 @@ class Service:
             log.exception("launch of %s", record.id)
             error = InternalServerRockError(f"{type(raised).__name__}: {raised}", sandbox_id=record.id)
         else:
+            CREATES.of("running", "").add()
+            STARTS.of("running").observe(time.monotonic() - began)
             new = await self.apply(record.id, Event.LAUNCHED, known=record, **infos.running(made))
             if restored and new.info.archive is None:
                 await self.archive.forget(record.id)
             return new
+        CREATES.of("failed", error.code).add()
+        STARTS.of("failed").observe(time.monotonic() - began)
         wire = error.to_wire()
         wire["error"]["sandbox_id"] = record.id
         if restored:
@@ -394,6 +402,10 @@ class Service:
                 break
             except VersionConflict:
                 continue
+        if state is not record.state:
+            log.info("sandbox %s is %s (%s)", sandbox_id, state.value, event.value)
+            if new.info.cause is not None and record.info.cause is None:
+                ENDS.of(new.info.cause.value).add()
         self._keep(new)
         if Effect.RELEASE in effects and state is not State.STOPPING:
             self.release(new)

@@ -18,6 +18,7 @@ from rock.admin.auth import Authenticated, require_key_beyond_loopback
 from rock.admin.fleet import Fleet, Reached
 from rock.admin.worker import FENCE, Transport, WireWorker, Worker
 from rock.cli.home import Home
+from rock.cli.observing import observe
 from rock.errors import InvalidConfig, RockError, Unavailable, Unsupported
 from rock.protocol import routes
 from rock.protocol.workers import Lease, WorkerInfo
@@ -129,7 +130,10 @@ class Control:
         self._proxy = Proxy(store, self.fleet.apps)
         settings = replace(settings, archive=settings.archive or "off")
         self.admin = Admin(settings, store, self.fleet, ["write", "read"], self._proxy)
-        self.app = Authenticated(self._route, settings.api_key, self.admin.keys, settings.worker_key)
+        self.observed = observe(settings, "admin", store)
+        door = Authenticated(self.observed.measured(self._route), settings.api_key, self.admin.keys,
+                             settings.worker_key)  # fmt: skip
+        self.app = self.observed.over(door)
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "lifespan" and is_data(scope["path"]):
@@ -151,10 +155,12 @@ class Control:
         except BaseException:
             self.home.release()
             raise
+        self.observed.open()
 
     async def close(self) -> None:
         with contextlib.ExitStack() as stack:
             stack.callback(self.home.release)
+            await self.observed.close()
             for remote in self._remotes:
                 await remote.close()
             await self.admin.close()

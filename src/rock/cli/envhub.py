@@ -24,7 +24,7 @@ def serve_envhub(settings: Settings, db_url: str | None = None) -> None:
     """Serve in this process until SIGTERM or SIGINT. RockError when it cannot start."""
     require_key_beyond_loopback(settings.host, settings.api_key)
     catalogue = Catalogue(database_of(db_url) if db_url else settings.catalogue)
-    set_up_logs(settings.log_level)
+    set_up_logs(settings.log_level, style=settings.log_format)
     run(_serve(settings, catalogue))
 
 
@@ -50,6 +50,10 @@ def application(catalogue: Catalogue) -> App:
     return router
 
 
+async def _nothing() -> None:
+    """There is nothing to wait for."""
+
+
 async def _serve(settings: Settings, catalogue: Catalogue) -> None:
     listener = listen(settings.host, settings.port)
     try:
@@ -57,7 +61,7 @@ async def _serve(settings: Settings, catalogue: Catalogue) -> None:
         try:
             http = http_over(Authenticated(application(catalogue), settings.api_key))
             port = listener.getsockname()[1]
-            with stop_on_signals(http, lambda: None):
+            with stop_on_signals(http, _nothing):
                 log.info("serving on http://%s:%d, catalogue %s", settings.host, port, catalogue.path)
                 print(f"EnvHub serves on http://{settings.host}:{port} ({catalogue.path})", flush=True)
                 await http.serve(sockets=[listener])

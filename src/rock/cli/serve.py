@@ -26,6 +26,7 @@ from rock.admin.fleet import Fleet
 from rock.admin.worker import Worker
 from rock.cli.control import Control, reach_with
 from rock.cli.home import Home
+from rock.cli.observing import observe
 from rock.cli.worker import LocalWorker
 from rock.errors import Conflict, InvalidConfig, Unsupported
 from rock.protocol.routes import ROUTES
@@ -42,6 +43,7 @@ from rock.runtime.image.store import ImageStore
 from rock.settings import Settings
 from rock.store.base import Store
 from rock.store.sqlite import SqliteStore
+from rock.store.timed import timed
 from rock.telemetry import set_up_logs
 from rock.wire.asgi import Answer, App, Receive, Request, Scope, Send, answer
 from rock.wire.dropping import dropping
@@ -79,6 +81,10 @@ def make_runtimes(settings: Settings, images: Images) -> dict[str, Runtime]:
 
 def make_store(settings: Settings) -> Store:
     """Where the server remembers, as ROCK_STORE says: a file, or a PostgreSQL database. InvalidConfig, Unsupported."""
+    return timed(_store_of(settings))
+
+
+def _store_of(settings: Settings) -> Store:
     scheme, separator, _ = settings.store.partition("://")
     if not separator:
         return SqliteStore(Path(settings.store).expanduser().absolute() if settings.store else settings.database)
@@ -114,8 +120,10 @@ class Rocklet:
         self.router = Api(self.node).router()
         self.router.add(ROUTES["health"], _health)
         self.membership = membership_of(settings, self.node)
-        app = Fence(settings.run_dir / "fence").over(self.router)
-        self.app = Authenticated(app if self.membership is None else self.membership.over(app), settings.api_key)
+        fenced = Fence(settings.run_dir / "fence").over(self.router)
+        app = fenced if self.membership is None else self.membership.over(fenced)
+        self.observed = observe(settings, "rocklet", node=self.node)
+        self.app = self.observed.over(Authenticated(self.observed.measured(app), settings.api_key))
 
     def let_go(self) -> None:
         """The server is about to stop."""
@@ -138,11 +146,13 @@ class Rocklet:
             await self.node.close()
             self.home.release()
             raise
+        self.observed.open()
 
     async def close(self) -> None:
         """Stop serving; sandboxes stay alive and are found again by the next server."""
         if self.membership is not None:
             await self.membership.close()
+        await self.observed.close()
         await self.node.close()
         self.home.release()
 
@@ -195,7 +205,10 @@ class Server:
                       reach_with(settings.worker_key or settings.api_key), Lease.of(settings.worker_lease))  # fmt: skip
         self._proxy = Proxy(self.store, fleet.apps, local=name)
         self.admin = Admin(settings, self.store, fleet, ["write", "read", "worker"], self._proxy)
-        self.app = Authenticated(self._route, settings.api_key, self.admin.keys, settings.worker_key)
+        self.observed = self.rocklet.observed = observe(settings, "server", self.store, self.node)
+        door = Authenticated(self.observed.measured(self._route), settings.api_key, self.admin.keys,
+                             settings.worker_key)  # fmt: skip
+        self.app = self.observed.over(door)
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         with contextlib.suppress(asyncio.CancelledError):  # its time was over when the server stopped: no fault of it
@@ -305,7 +318,12 @@ async def serve(settings: Settings, role: type[Server] | type[Rocklet] = Server)
         raise
     try:
         http = http_over(dropping(server.app) if faults.active else server.app, settings)
-        with stop_on_signals(http, server.let_go):
+
+        async def drain() -> None:
+            await server.observed.drain(settings.drain_seconds)
+            server.let_go()
+
+        with stop_on_signals(http, drain):
             scheme = "https" if settings.tls_cert else "http"
             server.home.write(settings.host, port, settings.tls_cert)
             log.info("serving on %s://%s:%d, home %s, pid %d", scheme, settings.host, port, settings.home, os.getpid())
@@ -320,14 +338,23 @@ async def serve(settings: Settings, role: type[Server] | type[Rocklet] = Server)
 
 
 @contextlib.contextmanager
-def stop_on_signals(http: uvicorn.Server, let_go: Callable[[], None]) -> Iterator[None]:
-    """SIGTERM and SIGINT end `http`, after `let_go`."""
+def stop_on_signals(http: uvicorn.Server, drain: Callable[[], Coroutine[Any, Any, None]]) -> Iterator[None]:
+    """SIGTERM and SIGINT end `http`, after `drain`; the second of them does not wait for that."""
     loop = asyncio.get_running_loop()
     numbers = (signal.SIGTERM, signal.SIGINT)
+    draining: list[asyncio.Task[None]] = []
 
     def stop() -> None:
-        let_go()
-        http.should_exit = True
+        if draining:
+            draining[0].cancel()
+        else:
+            draining.append(asyncio.create_task(end(), name="drain"))
+
+    async def end() -> None:
+        try:
+            await drain()
+        finally:
+            http.should_exit = True
 
     for number in numbers:
         loop.add_signal_handler(number, stop)
@@ -340,7 +367,7 @@ def stop_on_signals(http: uvicorn.Server, let_go: Callable[[], None]) -> Iterato
 
 def run_server(settings: Settings, role: type[Server] | type[Rocklet] = Server, *, log_to_file: bool = True) -> None:
     """Serve in this process until told to stop. Raises RockError when it cannot start."""
-    set_up_logs(settings.log_level, settings.log_dir if log_to_file else None)
+    set_up_logs(settings.log_level, settings.log_dir if log_to_file else None, settings.log_format)
     faults.arm(settings.faults)
     _raise_file_limit()
     run(serve(settings, role))

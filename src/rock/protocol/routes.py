@@ -110,6 +110,7 @@ METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _S = "/v1/sandboxes/{sandbox_id}"
 _ACCESS = {  # of rows whose plane and method do not tell
     "health": Access.OPEN,
+    "metrics": Access.ADMIN,
     "commit_sandbox": Access.IMAGES,
     "add_env": Access.IMAGES,
     "build_env": Access.IMAGES,
@@ -242,6 +243,7 @@ def _rows() -> Iterator[Route]:
     )
     yield row("server_info", "GET", "/v1/server", "control", "Version, isolation, capacity", "", "ServerInfo")
     yield row("health", "GET", "/healthz", "control", "Answers while the server serves")
+    yield row("metrics", "GET", "/metrics", "control", "Metrics of this process, for Prometheus", "", "text")
     yield row("create_key", "POST", "/v1/keys", "control", "Make an API key, which is told once", "CreateKey", "NewKey")
     yield row("list_keys", "GET", "/v1/keys", "control", "API keys, without what they are made of", "", "KeyList")
     yield row("revoke_key", "DELETE", "/v1/keys/{key_id}", "control", "End a key; its sandboxes stay", "", "KeyInfo")
@@ -535,3 +537,17 @@ def _rows() -> Iterator[Route]:
 
 
 ROUTES: dict[str, Route] = {route.name: route for route in _rows()}
+
+
+def name_of(method: str, path: str) -> str:
+    """The name of the row that a request is of; "" when there is none. Not for the hot path: it looks at each."""
+    given = path.split("/")
+    for route in ROUTES.values():
+        parts = route.path.split("/")
+        have = given
+        if route.tail:
+            parts, have = parts[:-1], given[: len(parts) - 1]
+        fits = len(parts) == len(have) and route.method in (method, "ANY")
+        if fits and all(part == value or part[:1] == "{" for part, value in zip(parts, have, strict=True)):
+            return route.name
+    return ""

@@ -10,10 +10,12 @@ from rock.protocol.node import NodeCommit, ProcessList, SessionList, WorkerImage
 from rock.protocol.routes import LOG_NEXT, LOG_RUNNING, LOG_START, ROUTES
 from rock.protocol.sandbox import SandboxConfig
 from rock.rocklet import build_api, env_api, file_api, kept_api, ports, programs, terminal
+from rock.rocklet.commandspans import command as spanned
 from rock.rocklet.node import Node
 from rock.rocklet.once import Once
 from rock.rocklet.stream import Streaming
 from rock.rocklet.supervisor import Supervisor
+from rock.telemetry import tracing
 from rock.wire.asgi import Answer, Request, Router, answer, answer_model, validate
 
 
@@ -100,7 +102,7 @@ class Api:
             return await self._stream_run(sandbox, request, action)
 
         async def work() -> Answer:
-            with sandbox.active():
+            with sandbox.active(), spanned("session", sandbox.id, sandbox.config):
                 session = await sandbox.session(action.session)
                 return answer(await session.run(action))
 
@@ -112,7 +114,7 @@ class Api:
         streaming = Streaming(session.pause, session.resume)
 
         async def work() -> Any:
-            with sandbox.active():
+            with sandbox.active(), spanned("session", sandbox.id, sandbox.config):
                 return await session.run(action, streaming.put)
 
         return streaming.answer(work(), request)
@@ -145,7 +147,7 @@ class Api:
             return await self._stream_execute(sandbox, request, command)
 
         async def work() -> Answer:
-            with sandbox.active():
+            with sandbox.active(), spanned("program", sandbox.id, sandbox.config):
                 process = await programs.start(
                     sandbox.runtime, sandbox.handle, command, await sandbox.shell_for(command)
                 )
@@ -155,13 +157,14 @@ class Api:
 
     async def _stream_execute(self, sandbox: Supervisor, request: Request, command: Command) -> Answer:
         self.once.first(request)
-        process = await programs.start(sandbox.runtime, sandbox.handle, command, await sandbox.shell_for(command))
+        with tracing.span("spawn"):  # what is streamed is a task of its own
+            process = await programs.start(sandbox.runtime, sandbox.handle, command, await sandbox.shell_for(command))
         streaming = Streaming()
         execution = programs.Execution(process, command, streaming.put)
         streaming.pause, streaming.resume = execution.pause, execution.resume
 
         async def work() -> Any:
-            with sandbox.active():
+            with sandbox.active(), spanned("program", sandbox.id, sandbox.config):
                 return await execution.run()
 
         return streaming.answer(work(), request)
@@ -171,7 +174,7 @@ class Api:
         command = await request.model(Command)
 
         async def work() -> Answer:
-            with sandbox.active():
+            with sandbox.active(), spanned("background", sandbox.id, sandbox.config):
                 return answer((await sandbox.start_process(command)).info, 201)
 
         return await self.once.do(request, work())

@@ -41,6 +41,7 @@ from rock.rocklet.supervisor import Shelf, Supervisor, open_ahead
 from rock.runtime import hostmemory
 from rock.runtime.base import Connects, Handle, Keeps, Liveness, OwnImages, Pools, Prepared, Runtime, Trait
 from rock.runtime.plugins import BrokenRuntime
+from rock.telemetry import tracing
 
 log = logging.getLogger("rock.node")
 
@@ -271,9 +272,10 @@ class Node:
             phases["image"] = _finished(phases["image"], "on disk")
             step = "sandbox"
             phases["sandbox"] = Phase(status="running", started_at=time.time())
-            await faults.point("node.create.begun")
-            handle = await runtime.create(sandbox_id, config)
-            await faults.point("node.create.made")
+            with tracing.span("create sandbox", {"rock.sandbox_id": sandbox_id, "rock.runtime": runtime.name}):
+                await faults.point("node.create.begun")
+                handle = await runtime.create(sandbox_id, config)
+                await faults.point("node.create.made")
             phases["sandbox"] = _finished(phases["sandbox"], "running")
         except RockError as error:
             phases[step] = phases[step].model_copy(update={"status": "failed", "message": error.message})

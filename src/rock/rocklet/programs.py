@@ -16,6 +16,7 @@ from rock.protocol.action import Command, CommandResponse, ProcessInfo
 from rock.rocklet.session import Shell
 from rock.rocklet.streams import Capped, Reader, as_text, write_all
 from rock.runtime.base import ExitStatus, Handle, Process, Program, Runtime, Snapshots
+from rock.telemetry import tracing
 
 KEY = "process:"
 LOG_CAP = 1 << 30  # bytes of a log on the server's disk; what comes after is counted, not kept
@@ -132,7 +133,7 @@ async def start(
         handle,
         Program(
             argv,
-            env=command.env or {},
+            env={**tracing.environment(), **(command.env or {})},
             cwd=command.cwd,
             user=command.user,
             stdin="pipe" if wants_stdin else "null",

@@ -20,6 +20,7 @@ from rock.rocklet import shell
 from rock.rocklet.streams import Capped, Reader, as_text, write_all
 from rock.rocklet.waits import settled
 from rock.runtime.base import CLOCK, ExitStatus, Files, Handle, Process, Program, Runtime
+from rock.telemetry import tracing
 
 KEY = "session:"
 DEFAULT = CreateBashSessionRequest()  # the session that every sandbox has
@@ -101,6 +102,7 @@ class Session:
         self._leaving = False
         self._first = b""  # to be run ahead of the next command
         self._replaced = False  # the shell ended between two commands, and its successor waits for its state
+        self._traced = False  # the shell's environment has the trace of the last command
 
     # ---- life ----
 
@@ -308,7 +310,7 @@ class Session:
                     separate=action.separate,
                     pty=self.spec.pty is not None,
                 )
-                script, self._first = self._first + script, b""
+                script, self._first = self._first + self._trace() + script, b""
                 observation = await self._finish(run, script, action.timeout, lost)
             except asyncio.CancelledError:
                 # The caller went away: nothing of its command may run on, and the session has to stay in step.
@@ -320,6 +322,12 @@ class Session:
                 if bulk:
                     await self._remove_bulk(run.token)
             return observation
+
+    def _trace(self) -> bytes:
+        """What gives the next command the trace it belongs to, and takes the last one's from it."""
+        traced, before = tracing.environment(), self._traced
+        self._traced = bool(traced)
+        return shell.trace(traced.get("TRACEPARENT")) if traced or before else b""
 
     def _check_open(self) -> None:
         if self._leaving:

@@ -100,6 +100,12 @@ def exports(env: Mapping[str, str]) -> bytes:
     return encode("".join(f"export {name}={quote(value)}\n" for name, value in env.items()))
 
 
+def trace(traceparent: str | None) -> bytes:
+    """A line that sets TRACEPARENT for what comes next, or takes it away. One that is readonly stays as it is."""
+    wish = f"export TRACEPARENT={quote(traceparent)}" if traceparent else "unset TRACEPARENT"
+    return encode(f"command {wish} 2>/dev/null || :\n")
+
+
 def _exit_hook(dialect: Dialect, pty: bool) -> str:
     source = f"/dev/fd/{dialect.script}" if pty else f"<&{dialect.script}"
     report = _BASH_REPORT.format(name=_DONE, null=_NULL)

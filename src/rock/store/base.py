@@ -109,6 +109,10 @@ class Store(Protocol):
         """Number of records by state; of all, or of one tenant."""
         ...
 
+    async def tally(self) -> dict[tuple[str, str], int]:
+        """Number of records by tenant and state."""
+        ...
+
     async def prune(self, before: float) -> int:
         """Forget stopped and deleted sandboxes that ended before that time, but for those whose files are kept.
 

@@ -293,6 +293,11 @@ class PostgresStore:
         async with self._connected() as db:
             return dict(await db.fetch(text, tenant))
 
+    async def tally(self) -> dict[tuple[str, str], int]:
+        async with self._connected() as db:
+            rows = await db.fetch("SELECT tenant, state, count(*) AS n FROM sandbox GROUP BY tenant, state")
+        return {(row["tenant"], row["state"]): row["n"] for row in rows}
+
     async def prune(self, before: float) -> int:
         async with self._connected() as db:
             done = await db.execute(

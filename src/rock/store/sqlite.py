@@ -274,6 +274,11 @@ class SqliteStore:
         rows = await self._aside(lambda: self._open_db_aside.execute(text, (tenant, tenant)).fetchall())
         return dict(rows)
 
+    async def tally(self) -> dict[tuple[str, str], int]:
+        text = "SELECT tenant, state, count(*) FROM sandbox GROUP BY tenant, state"
+        rows = await self._aside(lambda: self._open_db_aside.execute(text).fetchall())
+        return {(tenant, state): count for tenant, state, count in rows}
+
     async def prune(self, before: float) -> int:
         removed = 0
         while True:

@@ -18,11 +18,12 @@ from typing import Any, Self
 
 import orjson
 
-from rock import errors
+from rock import errors, settings
 from rock.sync import primitives
 from rock.sync.connection import Connection
 from rock.sdk.http import Address, Answer, Source, header_lines
 from rock.sdk.pool import Pool
+from rock.sdk.trace import begin
 
 CONNECT_TIMEOUT = 10.0
 ANSWER_TIMEOUT = 60.0
@@ -62,6 +63,7 @@ class Transport:
         for name, value in (headers or {}).items():
             given[name.lower()] = value
         self._common = header_lines(given)
+        self._traces = settings.trace()
         self._key = (self.address.host, self.address.port, self.address.tls, ssl_context)
 
     @property
@@ -128,8 +130,8 @@ class Transport:
         else:
             connection.close()
 
-    def _head(self, method: str, target: str, body: Body, key: str | None, content_type: str) -> bytes:
-        lines = f"{method} {self.address.path}{target} HTTP/1.1\r\n"
+    def _head(self, method: str, target: str, body: Body, key: str | None, content_type: str, more: str) -> bytes:
+        lines = f"{method} {self.address.path}{target} HTTP/1.1\r\n{more}"
         if method != "GET":
             lines += f"idempotency-key: {key or os.urandom(16).hex()}\r\n"
             size = len(body) if isinstance(body, bytes) else body.size
@@ -149,7 +151,21 @@ class Transport:
         whole: bool = False,
     ) -> tuple[Connection, Answer]:
         """Send and read, to the end of the answer when `whole` (its connection is then released), else to its head."""
-        head = self._head(method, target, body, key, content_type)
+        call = begin(method, target, self._traces)
+        head = self._head(method, target, body, key, content_type, "" if call is None else call.headers)
+        if call is None:
+            return self._carry(head, body, timeout, whole)
+        try:
+            connection, answer = self._carry(head, body, timeout, whole)
+        except BaseException as error:
+            call.end(0, f"{type(error).__name__}: {error}")
+            raise
+        call.end(answer.status)
+        return connection, answer
+
+    def _carry(
+        self, head: bytes, body: Body, timeout: float | None, whole: bool
+    ) -> tuple[Connection, Answer]:
         connection = POOL.take((primitives.scope(), self._key))
         kept = connection is not None
         while True:

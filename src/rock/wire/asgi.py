@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import math
-import traceback
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
@@ -20,8 +19,9 @@ import orjson
 from pydantic import BaseModel, ValidationError
 
 from rock.errors import InternalServerRockError, InvalidConfig, NotFound, RockError, Unavailable
-from rock.protocol.keys import CALLER, Access, Caller, caller_of
+from rock.protocol.keys import CALLER, Caller, caller_of
 from rock.protocol.routes import ERROR_CODE, Route
+from rock.telemetry.context import CURRENT
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -247,34 +247,37 @@ class Router:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._rows: dict[tuple[str, int], list[tuple[tuple[str, ...], Handler | SocketHandler, Access]]] = {}
-        self._tails: list[tuple[str, tuple[str, ...], Handler | SocketHandler, Access]] = []
+        self._rows: dict[tuple[str, int], list[tuple[tuple[str, ...], Handler | SocketHandler, Route]]] = {}
+        self._tails: list[tuple[str, tuple[str, ...], Handler | SocketHandler, Route]] = []
 
     def add(self, route: Route, handler: Handler | SocketHandler) -> None:
         parts = tuple(route.path.split("/"))
         if route.tail:
-            self._tails.append((route.method, parts[:-1], handler, route.access))
+            self._tails.append((route.method, parts[:-1], handler, route))
             return
-        self._rows.setdefault((route.method, len(parts)), []).append((parts, handler, route.access))
+        self._rows.setdefault((route.method, len(parts)), []).append((parts, handler, route))
 
-    def match(self, method: str, path: str) -> tuple[Handler | SocketHandler, dict[str, str], Access] | None:
-        """The handler of a row, the variables of its path, and what it takes of a caller."""
+    def match(self, method: str, path: str) -> tuple[Handler | SocketHandler, dict[str, str], Route] | None:
+        """The handler of a row, the variables of its path, and the row."""
         given = path.split("/")
-        for parts, handler, access in self._rows.get((method, len(given)), ()):
+        for parts, handler, route in self._rows.get((method, len(given)), ()):
             values = fit(parts, given)
             if values is not None:
-                return handler, values, access
-        for kind, parts, handler, access in self._tails:
+                return handler, values, route
+        for kind, parts, handler, route in self._tails:
             if kind == method or (kind == "ANY" and method != "WEBSOCKET"):
                 values = fit(parts, given[: len(parts)])
                 if values is not None:
-                    return handler, values, access
+                    return handler, values, route
         return None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]
         method = "WEBSOCKET" if kind == "websocket" else scope["method"]
         found = self.match(method, scope["path"])
+        if found is not None and (context := CURRENT.get()) is not None and not context.route:
+            context.route = found[2].name
+            context.sandbox_id = context.sandbox_id or found[1].get("sandbox_id", "")[:128]
         if kind == "websocket":
             await self._socket(found, scope, receive, send)
             return
@@ -288,7 +291,7 @@ class Router:
         try:
             if found is None:
                 raise NotFound(f"no such route: {method} {scope['path']}")
-            caller_of(scope).require(found[2])
+            caller_of(scope).require(found[2].access)
             handler = cast(Handler, found[0])
             reply = await handler(Request(scope, receive, found[1]))
             await reply.send(track)
@@ -305,7 +308,7 @@ class Router:
         except Exception as error:
             if started:
                 raise  # the head is out: cutting the connection is the only honest sign left
-            log.error("%s %s: %s", method, scope["path"], traceback.format_exc())
+            log.exception("%s %s", method, scope["path"])
             await failure(InternalServerRockError(f"{type(error).__name__}: {error}")).send(send)
 
     async def _socket(self, found: Any, scope: Scope, receive: Receive, send: Send) -> None:
@@ -320,7 +323,7 @@ class Router:
             await send(message)
 
         try:
-            caller_of(scope).require(found[2])
+            caller_of(scope).require(found[2].access)
             await found[0](Request(scope, receive, found[1]), receive, track)
         except RockError as error:
             if not opened:

@@ -19,6 +19,7 @@ from rock.runtime.image.blobs import Archive
 from rock.runtime.image.importer import Archived, choose, read_oci
 from rock.runtime.image.reference import Reference
 from rock.runtime.image.registry import Registry
+from rock.telemetry.metrics import REGISTRY
 
 Progress = Callable[[str], None]
 T = TypeVar("T")
@@ -28,6 +29,8 @@ _LARGEST_CONFIG = 16 << 20
 _MOST_LAYERS = 512
 _DEEPEST = 4
 _STEP = 16 << 20  # bytes between two words on the progress
+PULLS = REGISTRY.counter("rock_image_pulls_total", "Pulls of images from registries: done or failed", "outcome")
+PULLED = REGISTRY.counter("rock_image_pulled_bytes_total", "Bytes of layers that came from registries")
 
 
 class Pull:
@@ -53,7 +56,8 @@ class Pull:
     def __enter__(self) -> Pull:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        PULLS.of("done" if kind is None else "failed").add()
         self._workers.shutdown(wait=True, cancel_futures=True)
         for registry in self._registries:
             registry.close()
@@ -131,6 +135,7 @@ class Pull:
     def _came(self, count: int) -> None:
         with self._lock:
             self._done += count
+            PULLED.of().add(count)
             if self._done - self._told < _STEP or not self._total:
                 return
             self._told = self._done

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
 from rock import errors
+from rock.telemetry.metrics import REGISTRY
 
 _IMAGES = 4
 _PAUSE_AFTER_FAILURE = 5.0  # seconds
@@ -22,6 +23,7 @@ _MOST_PAUSES = 5
 Member = TypeVar("Member")
 Key = TypeVar("Key")
 log = logging.getLogger(__name__)
+CLAIMS = REGISTRY.counter("rock_pool_claims_total", "Sandboxes asked of the warm pool: hit or miss", "outcome")
 
 
 class Pool(Generic[Key, Member]):
@@ -50,10 +52,12 @@ class Pool(Generic[Key, Member]):
         while ready:
             member = ready.popleft()
             if self._alive(member):
+                CLAIMS.of("hit").add()
                 return member
             task = asyncio.create_task(self._drop(member), name="namespace pool: a dead member")
             self._dropping.add(task)
             task.add_done_callback(self._dropping.discard)
+        CLAIMS.of("miss").add()
         return None
 
     @property

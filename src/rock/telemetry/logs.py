@@ -1,0 +1,72 @@
+"""Logs of a server: one line an event, as text or as JSON, with the request, the sandbox and the tenant it is about."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+
+from rock.telemetry.context import CURRENT
+
+FORMATS = ("text", "json")
+_FORMAT = "%(asctime)s.%(msecs)03d %(levelname)-7s %(name)s: %(message)s"
+# What could end a line, or rule the terminal of whoever reads it
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code != 9}
+_CONTROLS |= {10: "\\n", 13: "\\r", 0x2028: "\\u2028", 0x2029: "\\u2029"}
+_OTHERS = ("uvicorn", "asyncio")  # of libraries that have something to say of a server
+
+
+def known() -> dict[str, str]:
+    """What is known of the request that is served now: request, sandbox, tenant and trace, as far as it has them."""
+    context = CURRENT.get()
+    if context is None:
+        return {}
+    said = {"request_id": context.request_id, "sandbox_id": context.sandbox_id, "tenant": context.tenant}
+    if context.traceparent is not None:
+        said["trace_id"] = context.traceparent[3:35]
+    return {name: value for name, value in said.items() if value}
+
+
+class Text(logging.Formatter):
+    """For people. What an event tells is one line, whatever is in it; a traceback follows on lines of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(_FORMAT, "%Y-%m-%dT%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        line = super().formatMessage(record).translate(_CONTROLS)
+        said = " ".join(f"{name}={value}" for name, value in known().items())
+        return f"{line} [{said.translate(_CONTROLS)}]" if said else line
+
+
+class Json(logging.Formatter):
+    """For programs: an object a line. `time` is seconds since the epoch."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        told: dict[str, object] = {
+            "time": round(record.created, 6), "level": record.levelname.lower(), "logger": record.name,
+            "message": record.getMessage(), **known(),
+        }  # fmt: skip
+        if record.exc_info:
+            told["exception"] = self.formatException(record.exc_info)
+        return json.dumps(told)
+
+
+def set_up_logs(level: str, folder: Path | None = None, style: str = "text") -> None:
+    """Log to standard error, or to a file of `folder` (10 MB, three old ones kept). style: text or json."""
+    formatter = Json() if style == "json" else Text()
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        handlers = [RotatingFileHandler(folder / "server.log", maxBytes=10 << 20, backupCount=3)]
+    for name in ("rock", *_OTHERS):
+        logger = logging.getLogger(name)
+        for old in logger.handlers[:]:
+            logger.removeHandler(old)
+        for handler in handlers:
+            handler.setFormatter(formatter)
+            logger.addHandler(handler)
+        logger.propagate = False
+    logging.getLogger("rock").setLevel(level.upper())
