@@ -1,4 +1,4 @@
-"""The runtime "gvisor" in the suite, over Debian's runsc, which is unpacked into the tests' cache when it is missing."""
+"""The runtime "gvisor" in the suite, over Debian's runsc, unpacked into the tests' cache where it is missing."""
 
 from __future__ import annotations
 

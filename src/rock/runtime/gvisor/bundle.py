@@ -30,7 +30,7 @@ def describe(config: SandboxConfig, python: GuestPython) -> dict[str, Any]:
         "ociVersion": "1.0.2", "hostname": "sandbox",
         "process": {
             "terminal": False, "user": {"uid": 0, "gid": 0}, "args": python.command({}), "env": [], "cwd": "/",
-            "capabilities": {kind: rights for kind in ("bounding", "effective", "permitted")},
+            "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), rights),
             "noNewPrivileges": True, "rlimits": [{"type": "RLIMIT_CORE", "soft": 0, "hard": 0}],
         },
         "root": {"path": ROOT, "readonly": False},

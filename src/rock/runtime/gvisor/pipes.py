@@ -2,7 +2,7 @@
 
     in   we write, pid 1 reads      out   pid 1 writes, we read
 
-runsc holds both ends of each, so neither sees an end of file while no server is there, and the next one opens them again.
+runsc holds both ends of each, so neither sees an end of file while no server is there; the next one opens them again.
 """
 
 from __future__ import annotations

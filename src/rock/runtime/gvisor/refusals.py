@@ -46,7 +46,7 @@ def refuse(config: SandboxConfig, groups: Cgroups) -> None:
 def refuse_host(program: str, groups: Cgroups) -> None:
     """Raise Unsupported where this host lacks what every sandbox needs."""
     if os.geteuid() != 0:
-        raise errors.Unsupported("isolation gvisor: mounting images for runsc takes root", hint="run the server as root")
+        raise errors.Unsupported("isolation gvisor: mounting images takes root", hint="run the server as root")
     if shutil.which(program) is None:
         raise errors.Unsupported(f"isolation gvisor: there is no {program} on this machine",
                                  hint="apt install runsc; or, with a container engine that knows it, "

@@ -185,9 +185,6 @@ class GvisorRuntime(InitSandboxes):
         cgroups.write_limits(self._limiter.files(slot, config))
         for name in (bundle.ROOT, bundle.STATE):
             (folder / name).mkdir(mode=0o700)
-        for index, bind in enumerate(rootfs.binds):
-            if bind.writable:
-                (folder / f"bind{index}").mkdir(mode=0o700)
         (folder / "config.json").write_text(json.dumps(bundle.describe(config, python)))
         program = shutil.which(self._program)
         if program is None:
