@@ -16,6 +16,7 @@ Client settings are functions, because a script may set a variable after the imp
 | ROCK_INSECURE_REGISTRIES | none | registries that are spoken to without TLS, comma-separated |
 | ROCK_REGISTRY_MIRRORS | none | registries asked first: docker.io=mirror.local:5000, comma-separated |
 | ROCK_IMAGE_BUDGET | none | bytes of image layers, like 50g, over which the least recently used images are removed |
+| ROCK_IMAGE_MAX_BYTES, ROCK_IMAGE_MAX_ENTRIES | 64g, 2000000 | what one image may come to unpacked: bytes and files |
 | DOCKER_CONFIG | ~/.docker | where Docker keeps the logins of registries, which are used too |
 | ROCK_ENV_PIPES | 1 | 0: clients on the server's machine play environments over HTTP too |
 | ROCK_ARCHIVE | archive in ROCK_HOME | where archived sandboxes are kept: a folder, s3://BUCKET/PREFIX, or "off" |
@@ -205,6 +206,8 @@ class Settings:
     archive: str = ""
     archive_limit: str = "64g"
     image_budget: str = ""
+    image_max_bytes: str = "64g"
+    image_max_entries: int = 2_000_000
     s3_endpoint: str = ""
     s3_region: str = "us-east-1"
     s3_key: str = ""
@@ -278,12 +281,14 @@ class Settings:
             ("archive", str),
             ("archive_limit", str),
             ("image_budget", str),
+            ("image_max_bytes", str),
             ("s3_endpoint", str),
             ("s3_region", str),
             ("s3_key", str),
             ("s3_secret", str),
             ("faults", str),
             ("port", int),
+            ("image_max_entries", int),
             ("pool_size", int),
             ("sandbox_limit", int),
         ):

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from rock.errors import ActionError, CommandTimeout, Conflict, ImageError, InvalidConfig, NotFound, SandboxError
 from rock.guest.envhost import PIPES
-from rock.guest.frames import PIECE, Joiner, pieces
+from rock.guest import frames
+from rock.guest.frames import FIRST, HEADER, LAST, MOST_STREAMS, PIECE, Joiner, pieces
 from rock.protocol.sandbox import SandboxConfig
 from rock.rocklet.envs import EnvHost
 from rock.runtime.base import Handle
@@ -323,3 +324,38 @@ def test_pieces_make_messages(messages: list[tuple[int, bytes]], step: int) -> N
     found = [m for start in range(0, len(data), step) for m in joiner.feed(data[start : start + step])]
     assert found == messages
     assert all(len(piece) <= 4096 for stream, payload in messages for piece in pieces(stream, payload))
+
+
+def _piece(stream: int, flags: int, payload: bytes = b"") -> bytes:
+    return HEADER.pack(len(payload), flags, stream) + payload
+
+
+def test_messages_that_begin_and_do_not_end_are_bounded() -> None:
+    joiner = Joiner()
+    assert list(joiner.feed(b"".join(_piece(stream, FIRST, b"x") for stream in range(MOST_STREAMS)))) == []
+    assert list(joiner.feed(_piece(7, 0, b"y"))) == []
+    with pytest.raises(ValueError, match="begun"):
+        list(joiner.feed(_piece(MOST_STREAMS, FIRST)))
+    joiner.forget(MOST_STREAMS)  # there is room again
+    assert list(joiner.feed(_piece(7, LAST, b"z"))) == [(7, b"xyz")]
+    assert list(joiner.feed(_piece(MOST_STREAMS, FIRST))) == []
+
+
+def test_pieces_without_content_are_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message of nothing but empty pieces has no size, and would be held all the same."""
+    monkeypatch.setattr(frames, "MOST_JOINING", 1 << 20)
+    joiner, many = Joiner(), _piece(1, 0) * 1000
+    assert list(joiner.feed(_piece(1, FIRST))) == []
+    with pytest.raises(ValueError, match="have not ended"):
+        for _ in range((1 << 20) // 64 // 1000 + 1):
+            assert list(joiner.feed(many)) == []
+
+
+def test_a_bound_counts_what_is_held_now() -> None:
+    joiner, half = Joiner(), bytes(PIECE)
+    for _ in range(3):  # the same stream begins again and again, and what it had is forgotten
+        for stream in range(100):
+            assert list(joiner.feed(_piece(stream, FIRST, half) + _piece(stream, 0, half))) == []
+    for stream in range(100):
+        assert list(joiner.feed(_piece(stream, LAST, b"."))) == [(stream, half + half + b".")]
+    assert joiner._held == 0 and not joiner._parts and not joiner._sizes

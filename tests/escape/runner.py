@@ -24,6 +24,7 @@ from rock.protocol.sandbox import SandboxConfig
 from rock.runtime.base import Runtime
 from tests.escape.attempt import PRELUDE, Attempt, Host
 from tests.escape.catalogue import ATTEMPTS
+from tests.packages import CannotBeHad, runsc
 from tests.runtime.boxes import Box, leftovers, read_all
 
 PYTHON = ("/usr/bin/python3", "-I", "-S", "-c")
@@ -136,6 +137,14 @@ async def runtime_of(level: str, folder: Path) -> AsyncIterator[tuple[Runtime, d
 
         runtime = LandlockRuntime(folder / "run")
         common = {"image": "host", "memory": "512m", "cpus": 1, "pids": 256}
+    elif level == "gvisor":
+        from rock.runtime.gvisor.runtime import GvisorRuntime
+        from rock.runtime.image.store import ImageStore
+
+        images = ImageStore(folder / "images")
+        images.from_host("escape:1")
+        runtime = GvisorRuntime(folder / "run", folder / "guest-python", images, str(runsc()))
+        common = {"image": "escape:1", "memory": "512m", "cpus": 1, "pids": 256}
     else:
         from rock.runtime.image.store import ImageStore
         from rock.runtime.namespace.runtime import NamespaceRuntime
@@ -185,7 +194,7 @@ async def program(host: Host, attempt: Attempt, box: Box) -> tuple[str, str]:
 
 async def _init_of(box: Box) -> int:
     """pid 1's number, as it is seen inside."""
-    reply, _ = await box.runtime.link(box.handle).request("hello")
+    reply, _ = await (await box.runtime.linked(box.handle)).request("hello")
     return int(reply["pid"])
 
 
@@ -253,8 +262,8 @@ def main() -> None:
     level, folder = sys.argv[1], Path(sys.argv[2])
     try:
         told = asyncio.run(run_all(level, folder, *sys.argv[3:4]))
-    except errors.Unsupported as error:
-        told = {"level": level, "unsupported": error.message}
+    except (errors.Unsupported, CannotBeHad) as error:
+        told = {"level": level, "unsupported": str(error)}
     print(json.dumps(told))
 
 

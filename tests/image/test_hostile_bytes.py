@@ -25,7 +25,9 @@ from rock.guest import frames
 from rock.protocol.keys import digest_of, tenant_of
 from rock.protocol.routes import Frame, FrameParser, pack_frame
 from rock.protocol.sandbox import parse_size
-from rock.runtime.image.importer import Archive, choose, read_docker, read_oci
+from rock.runtime.image.blobs import Archive
+from rock.runtime.image.bounds import Bounds
+from rock.runtime.image.importer import choose, read_docker, read_oci
 from rock.runtime.image.reference import parse
 from rock.runtime.image.tarstream import ByteStream, TarReader
 
@@ -101,7 +103,7 @@ def test_image_layouts(tmp_path: Path, index: Any, manifest: Any, config: Any) -
         (blobs / sha(data)[7:]).write_bytes(data)
     (tmp_path / "index.json").write_text(json.dumps(index))
     try:
-        for image in read_oci(Archive(tmp_path, tmp_path)):
+        for image in read_oci(Archive(tmp_path, tmp_path, Bounds())):
             assert image.digest.startswith("sha256:") and isinstance(image.config.env, dict)
     except (ImageError, InvalidConfig):
         pass
@@ -114,7 +116,7 @@ def test_docker_archives(tmp_path: Path, rows: Any, config: Any) -> None:
     for name, data in (("manifest.json", json.dumps(rows)), ("c.json", json.dumps(config)), ("l.tar", "x")):
         (tmp_path / name).write_text(data)
     try:
-        read_docker(Archive(tmp_path, tmp_path))
+        read_docker(Archive(tmp_path, tmp_path, Bounds()))
     except (ImageError, InvalidConfig):
         pass
 

@@ -228,9 +228,9 @@ def leftovers(folder: Path) -> dict[str, list[str]]:
     run_dir = folder / "run"
     mounts = [line for line in Path("/proc/self/mounts").read_text().splitlines() if str(run_dir) in line]
     ours = cgroups.discover(str(run_dir))
-    groups = [str(path) for place in ours.places.values() for path in Path(place.parent).glob("n-*")]
+    groups = [str(path) for place in ours.places.values() for path in Path(place.parent).glob("[ng]-*")]
     cgroups.remove_parents(ours)
-    slots = [path.name for path in run_dir.glob("n-*")] if run_dir.exists() else []
+    slots = [path.name for path in run_dir.glob("[ng]-*")] if run_dir.exists() else []
     processes = [str(entry.pid) for entry in proctree.descendants(proctree.scan(), os.getpid()) if entry.alive]
     if not ROOT:  # without cgroups: what is ours and called so
         processes += [str(pid) for pid in proctree.scan() if _is_our_init(pid)]

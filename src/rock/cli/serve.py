@@ -63,11 +63,13 @@ def make_runtimes(settings: Settings, images: Images) -> dict[str, Runtime]:
     runtimes: dict[str, Runtime] = {"process": process(settings.run_dir / "process"), "fake": FakeRuntime()}
     if sys.platform == "linux" and can_hold_init():
         from rock.runtime.docker.runtime import DockerRuntime
+        from rock.runtime.gvisor.runtime import GvisorRuntime
         from rock.runtime.landlock.runtime import LandlockRuntime
         from rock.runtime.namespace.runtime import NamespaceRuntime
 
         folder, guests = settings.run_dir / "namespace", settings.home / "guest-python"
         runtimes["docker"] = DockerRuntime(settings.run_dir / "docker", guests, settings.docker_host)
+        runtimes["gvisor"] = GvisorRuntime(settings.run_dir / "gvisor", guests, images.store)
         runtimes["landlock"] = LandlockRuntime(settings.run_dir / "landlock")
         runtimes["namespace"] = NamespaceRuntime(folder, settings.pool_size, images.store, _resolvers(settings))
     runtimes |= plugins.load(

@@ -13,7 +13,8 @@ _CODES = {
     "unauthorized": (errno.EACCES, errno.EPERM, errno.EROFS),
     "storage_full": (errno.ENOSPC, errno.EDQUOT),
     "quota_exceeded": (errno.EAGAIN, errno.ENOMEM),
-    "invalid_config": (errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EXDEV, errno.E2BIG, errno.EBADF),
+    "invalid_config": (errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EXDEV, errno.E2BIG, errno.EFBIG,
+                       errno.EBADF),
     "unavailable": (errno.EMFILE, errno.ENFILE, errno.ETIMEDOUT),
 }
 _BY_ERRNO = {number: code for code, numbers in _CODES.items() for number in numbers}
@@ -27,6 +28,7 @@ _SENTENCES = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
     errno.ELOOP: "too many symbolic links",
+    errno.EFBIG: "larger than files may be here",
 }
 
 

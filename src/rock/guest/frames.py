@@ -45,6 +45,9 @@ LIMIT = 257 << 20  # bytes of one payload
 FIRST, LAST = 1, 2
 HEADER = struct.Struct(">HBI")
 PIECE = 4096 - HEADER.size  # PIPE_BUF: what a pipe takes whole
+MOST_STREAMS = 4096  # of which messages may be half there, and
+MOST_JOINING = 2 * LIMIT  # bytes of all of them: who writes may be hostile
+_WEIGHT = 64  # bytes that a piece takes by itself: an empty one too
 
 
 def pieces(stream: int, payload: bytes) -> Iterator[bytes]:
@@ -59,12 +62,16 @@ def pieces(stream: int, payload: bytes) -> Iterator[bytes]:
 
 
 class Joiner:
-    """Makes messages of pieces again. A message whose beginning was lost is left out."""
+    """Makes messages of pieces again. A message whose beginning was lost is left out.
+
+    What is half there is bounded, for each stream, of all streams, and in their number: ValueError beyond that.
+    """
 
     def __init__(self) -> None:
         self._buffer = bytearray()
         self._parts: dict[int, list[bytes]] = {}
         self._sizes: dict[int, int] = {}
+        self._held = 0  # bytes, with what a piece weighs itself
 
     def feed(self, data: bytes) -> Iterator[tuple[int, bytes]]:
         """(stream, message) of all that is complete now."""
@@ -79,26 +86,38 @@ class Joiner:
                 part = bytes(self._buffer[position + HEADER.size : end])
                 position = end
                 if flags & FIRST:
+                    self.forget(stream)
                     if flags & LAST:
-                        self._parts.pop(stream, None)
                         yield stream, part
                         continue
                     self._parts[stream] = []
                     self._sizes[stream] = 0
                 elif stream not in self._parts:
                     continue
-                self._parts[stream].append(part)
-                self._sizes[stream] += length
-                if self._sizes[stream] > LIMIT + HEAD.size:
-                    raise ValueError(f"a message is over the limit of {LIMIT} bytes")
+                self._hold(stream, part)
                 if flags & LAST:
-                    yield stream, b"".join(self._parts.pop(stream))
+                    whole = b"".join(self._parts[stream])
+                    self.forget(stream)
+                    yield stream, whole
         finally:
             del self._buffer[:position]
 
+    def _hold(self, stream: int, part: bytes) -> None:
+        self._parts[stream].append(part)
+        self._sizes[stream] += len(part)
+        self._held += len(part) + _WEIGHT
+        if self._sizes[stream] > LIMIT + HEAD.size:
+            raise ValueError(f"a message is over the limit of {LIMIT} bytes")
+        if len(self._parts) > MOST_STREAMS:
+            raise ValueError(f"more than {MOST_STREAMS} messages have begun and not ended")
+        if self._held > MOST_JOINING:
+            raise ValueError(f"messages that have not ended are over the limit of {MOST_JOINING} bytes")
+
     def forget(self, stream: int) -> None:
         """Leave out what came of a stream that will not be completed."""
-        self._parts.pop(stream, None)
+        parts = self._parts.pop(stream, None)
+        if parts is not None:
+            self._held -= self._sizes.pop(stream) + _WEIGHT * len(parts)
 
 
 Frame = tuple[int, int, int, int, int, Any]

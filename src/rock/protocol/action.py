@@ -96,7 +96,7 @@ class CreateBashSessionRequest(Wire):
     shell: str | None = None
     session_type: Literal["bash"] = "bash"
     startup_timeout: float = Field(default=10.0, gt=0)
-    max_read_size: int = 2000
+    max_read_size: int = Field(default=2000, ge=0, le=1 << 30)
 
 
 class BashAction(Wire):

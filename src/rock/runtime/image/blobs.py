@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rock.errors import ImageError
+from rock.runtime.image.bounds import Bounds
 from rock.runtime.image.tarstream import ByteStream, TarReader
 
 CHUNK = 1 << 20
@@ -70,10 +71,14 @@ def compression(blob: Blob) -> str:
 
 
 class Plain:
-    """The uncompressed bytes of a blob, with the digests of both sides once `chunks` is exhausted."""
+    """The uncompressed bytes of a blob, with the digests of both sides once `chunks` is exhausted.
 
-    def __init__(self, blob: Blob) -> None:
+    bounds: of what it may come to, whatever of it is used.
+    """
+
+    def __init__(self, blob: Blob, bounds: Bounds) -> None:
         self._blob = blob
+        self._bounds = bounds
         self._outer = hashlib.sha256()
         self._inner = hashlib.sha256()
         self._kind = compression(blob)
@@ -101,7 +106,12 @@ class Plain:
         elif self._kind != "none":
             raise ImageError(f"{self._blob.path} is compressed with {self._kind}, which is not supported",
                              hint="decompress it first")
-        return _hashed(raw, self._inner)
+        return _hashed(self._bounded(raw), self._inner)
+
+    def _bounded(self, chunks: Iterator[bytes]) -> Generator[bytes, None, None]:
+        for chunk in chunks:
+            self._bounds.take(len(chunk))
+            yield chunk
 
 
 def _hashed(chunks: Iterator[bytes], digest: hashlib._Hash) -> Generator[bytes, None, None]:
@@ -193,10 +203,14 @@ def _ahead(chunks: Generator[bytes, None, None], depth: int = 8) -> Generator[by
 
 
 class Archive:
-    """The files of an archive, folder or tar, by name. A compressed tar is first decompressed into `scratch`."""
+    """The files of an archive, folder or tar, by name. A compressed tar is first decompressed into `scratch`.
 
-    def __init__(self, path: Path, scratch: Path) -> None:
+    bounds: of what that may come to, and of the files in it.
+    """
+
+    def __init__(self, path: Path, scratch: Path, bounds: Bounds) -> None:
         self.path = path
+        self._bounds = bounds
         self._files: dict[str, Blob] = {}
         self._links: dict[str, str] = {}
         if path.is_dir():
@@ -204,7 +218,7 @@ class Archive:
             return
         blob = Blob.of(path)
         if compression(blob) != "none":
-            blob = _spool(blob, scratch)
+            blob = _spool(blob, scratch, bounds)
         self._index(blob)
 
     def get(self, name: str) -> Blob | None:
@@ -237,6 +251,7 @@ class Archive:
         try:
             with open(blob.path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
+                    self._bounds.take(entries=1)
                     name = _normal(member.name)
                     if member.isreg():
                         self._files[name] = Blob(blob.path, member.offset_data, member.size)
@@ -252,17 +267,17 @@ def _normal(name: str) -> str:
     return os.path.normpath("/" + name)[1:].lstrip("/")
 
 
-def _spool(blob: Blob, scratch: Path) -> Blob:
+def _spool(blob: Blob, scratch: Path, bounds: Bounds) -> Blob:
     target = scratch / "archive.tar"
     with open(target, "wb") as file:
-        for chunk in Plain(blob).chunks():
+        for chunk in Plain(blob, bounds).chunks():
             file.write(chunk)
     return Blob.of(target)
 
 
-def first_name(path: Path) -> str:
+def first_name(path: Path, bounds: Bounds) -> str:
     """The name of a tar's first entry other than its root; "" of an empty one."""
-    chunks = Plain(Blob.of(path)).chunks()
+    chunks = Plain(Blob.of(path), bounds).chunks()
     reader = TarReader(ByteStream(chunks))
     try:
         while (entry := reader.next()) is not None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from rock.errors import InvalidConfig, NotFound
 from rock.runtime.image.blobs import Blob, Plain, compression
+from rock.runtime.image.bounds import Bounds
 from rock.runtime.image.layer import LayerWriter, parts_of
 from rock.runtime.image.merged import Merged, Node, open_file
 from rock.runtime.image.tarstream import BLOCK, ByteStream, Entry, Kind, TarReader
@@ -222,7 +223,7 @@ class Copy:
     def unpack(self, source: Source, target: bytes) -> None:
         """Write what an archive has, below `target`. ImageError when it is damaged or leads out of there."""
         top = self.folder(target)
-        chunks = Plain(_blob(source.node)).chunks()
+        chunks = Plain(_blob(source.node), self._writer.bounds).chunks()
         try:
             reader = TarReader(ByteStream(chunks))
             while (entry := reader.next()) is not None:
@@ -353,7 +354,7 @@ def is_archive(node: Node) -> bool:
         return blob.start(BLOCK)[257:262] == b"ustar"
     if compression(blob) not in ("gzip", "zstd"):
         return False
-    chunks = Plain(blob).chunks()
+    chunks = Plain(blob, Bounds()).chunks()
     try:
         first = next(chunks, b"")
         return first[257:262] == b"ustar"

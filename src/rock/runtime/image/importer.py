@@ -20,6 +20,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from rock.errors import ImageError
 from rock.runtime.image.blobs import Archive, Blob, first_name
+from rock.runtime.image.bounds import Bounds
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -73,7 +74,7 @@ def this_architecture() -> str:
     return _MACHINES.get(platform.machine(), platform.machine())
 
 
-def kind_of(path: Path) -> str:
+def kind_of(path: Path, bounds: Bounds) -> str:
     """What `path` is: a folder is "oci", "docker" or "folder", a file is "archive" (of images) or "tar"."""
     if path.is_dir():
         if (path / "oci-layout").is_file() or (path / "index.json").is_file():
@@ -81,7 +82,7 @@ def kind_of(path: Path) -> str:
         return "docker" if (path / "manifest.json").is_file() else "folder"
     if not path.is_file():
         raise ImageError(f"{path} does not exist" if not path.exists() else f"{path} is no file and no folder")
-    first = first_name(path)
+    first = first_name(path, bounds)
     return "archive" if _ARCHIVE_NAME.fullmatch(first.split("/")[0]) else "tar"
 
 

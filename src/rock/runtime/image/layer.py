@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Self
 
 from rock.errors import ImageError
+from rock.runtime.image.bounds import Bounds
 from rock.runtime.image.tarstream import Entry, Kind, TarReader
 
 _WHITEOUT = b".wh."
@@ -68,14 +69,16 @@ def parts_of(path: bytes) -> list[bytes]:
 
 
 class LayerWriter:
-    """Writes entries below `folder`, which is empty and nobody else's.
+    """Writes entries below `folder`, which is empty and nobody else's. bounds: of how many; the bytes of an archive
+    count where they are unpacked.
 
     After `finish`, `size` is the sum of the files' bytes, `whiteouts` tells whether the layer deletes anything of the
     layers below, and `skipped` counts device nodes.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, bounds: Bounds | None = None) -> None:
         self.folder = folder
+        self.bounds = bounds or Bounds()
         self.size = 0
         self.whiteouts = False
         self.skipped = 0
@@ -99,6 +102,7 @@ class LayerWriter:
 
     def add(self, entry: Entry, data: Iterable[bytes | memoryview] = ()) -> None:
         """Write one entry; `data` is a file's content, of exactly `entry.size` bytes."""
+        self.bounds.take(entries=1)
         parts = parts_of(entry.path)
         if not 0 <= entry.uid < 0xFFFFFFFF or not 0 <= entry.gid < 0xFFFFFFFF:
             raise ImageError(f"the archive has an impossible owner {entry.uid}:{entry.gid} "
@@ -152,6 +156,7 @@ class LayerWriter:
             fd = open_inside(self._root, path, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:
             above = self._parent(parts[:-1], entry)
+            self.bounds.take(entries=1)
             try:
                 os.mkdir(parts[-1], 0o755, dir_fd=above)
             except FileExistsError:

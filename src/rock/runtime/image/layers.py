@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rock.errors import ImageError
+from rock.runtime.image.bounds import USUAL, Allowance, Bounds
 from rock.runtime.image.layer import LayerWriter
 from rock.runtime.image.locks import locked, storing, sync_folder, sync_tree, try_lock, write_atomic
 
@@ -64,10 +65,11 @@ def layer_id(diff_id: str) -> str:
 
 
 class LayerStore:
-    """The layers below `folder`. Safe for any number of processes and threads."""
+    """The layers below `folder`. Safe for any number of processes and threads. allowance: of an image."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, allowance: Allowance = USUAL) -> None:
         self.folder = folder
+        self.allowance = allowance
         with storing(f"opening the image store {folder}"):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             for name in ("layers", "meta", "blobs", "tmp", "locks"):
@@ -111,27 +113,36 @@ class LayerStore:
                 write_atomic(self._blobs(layer_id(diff_id)), json.dumps([asdict(row) for row in rows]).encode())
 
     def add(
-        self, what: str, fill: Fill, diff_id: str | None = None, kind: type[LayerWriter] = LayerWriter
-    ) -> LayerInfo:
+        self, what: str, fill: Fill, diff_id: str | None = None, kind: type[LayerWriter] = LayerWriter,
+        bounds: Bounds | None = None,
+    ) -> LayerInfo:  # fmt: skip
         """Make a layer: `fill` writes it and answers its digest. With a `diff_id` that is there, nothing is done.
 
         Of several callers with the same `diff_id` one makes it and the others wait for that. A digest that turns out
-        different is an ImageError; a full disk is StorageFull; either way nothing is left.
+        different is an ImageError, and so is one beyond `bounds`, those of a whole image unless given; a full disk is
+        StorageFull; either way nothing is left.
         """
+        bounds = bounds or self.bounds()
         with storing(what):
             if diff_id is None:
-                return self._make(what, fill, None, kind)
+                return self._make(what, fill, None, kind, bounds)
             if found := self.info(diff_id):
                 return found
             with locked(self._lock(layer_id(diff_id))):
-                return self.info(diff_id) or self._make(what, fill, diff_id, kind)
+                return self.info(diff_id) or self._make(what, fill, diff_id, kind, bounds)
 
-    def _make(self, what: str, fill: Fill, expected: str | None, kind: type[LayerWriter]) -> LayerInfo:
+    def bounds(self) -> Bounds:
+        """Of an image that is unpacked now."""
+        return self.allowance.on(self.folder)
+
+    def _make(
+        self, what: str, fill: Fill, expected: str | None, kind: type[LayerWriter], bounds: Bounds
+    ) -> LayerInfo:
         with self.scratch() as folder:
             new = folder / "layer"
             new.mkdir(mode=0o755)
             new.chmod(0o755)
-            with kind(str(new)) as writer:
+            with kind(str(new), bounds) as writer:
                 actual = fill(writer)
                 if expected not in (None, actual):
                     raise ImageError(f"{what}: its content has digest {actual}, not {expected}",

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from rock.errors import ImageError
 from rock.runtime.image.blobs import Archive
+from rock.runtime.image.bounds import Bounds
 from rock.runtime.image.importer import Archived, choose, read_oci
 from rock.runtime.image.reference import Reference
 from rock.runtime.image.registry import Registry
@@ -35,15 +36,16 @@ PULLED = REGISTRY.counter("rock_image_pulled_bytes_total", "Bytes of layers that
 
 class Pull:
     """One pull of `reference` into `scratch`. registries: those to ask, in this order. has: whether the store has the
-    layer of a digest of its plain tar."""
+    layer of a digest of its plain tar. bounds: of what it may come to, unpacked."""
 
     def __init__(
         self, reference: Reference, registries: Sequence[Registry], scratch: Path, has: Callable[[str], bool],
-        progress: Progress | None,
+        progress: Progress | None, bounds: Bounds,
     ) -> None:  # fmt: skip
         self._registries = registries
         self._reference = reference
         self._has = has
+        self._bounds = bounds
         self._tell = progress or (lambda _: None)
         self._folder = scratch / "layout"
         self._blobs = self._folder / "blobs" / "sha256"
@@ -96,7 +98,7 @@ class Pull:
         name = {"org.opencontainers.image.ref.name": self._reference.familiar}
         row = {"mediaType": manifest.get("mediaType", ""), "digest": digest, "size": len(body), "annotations": name}
         (self._folder / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [row]}))
-        return read_oci(Archive(self._folder, self._folder))[0]
+        return read_oci(Archive(self._folder, self._folder, self._bounds))[0]
 
     def wait(self, digest: str | None) -> None:
         """Until the blob is there whole; raises what went wrong with it."""
@@ -119,6 +121,7 @@ class Pull:
             elif row["digest"] not in {other["digest"] for other in missing}:
                 missing.append(row)
         self._total = sum(row["size"] for row in missing)
+        self._bounds.refuse(self._total)
         self._tell(f"{len(missing)} of {len(rows)} layers to fetch, {self._total / 1e6:.1f} MB")
         for row in missing:
             with open(self._path(row["digest"]), "wb") as file:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rock.errors import InvalidConfig
 from rock.runtime.image.blobs import Blob, Plain
+from rock.runtime.image.bounds import Bounds
 from rock.runtime.image.layer import LayerWriter, parts_of
 from rock.runtime.image.packing import HoledWriter
 from rock.runtime.image.tarstream import ByteStream, Entry, Kind, TarReader
@@ -43,7 +44,7 @@ def unpack_context(tar: Path, folder: Path) -> None:
     """Unpack the tar of a context into a new folder. InvalidConfig, ImageError."""
     folder.mkdir(mode=0o700)
     with _ContextWriter(str(folder)) as writer:
-        _into(writer, tar)
+        _into(writer, tar, Bounds(2 * MOST_BYTES))  # what is of no entry is read too
         writer.finish()
 
 
@@ -61,12 +62,12 @@ class _OwnFiles:
 
 def unpack_written(tar: Path, writer: LayerWriter, digest: str) -> str:
     """Write the tar of what a RUN wrote into a layer; answers the layer's digest. digest: of the tar."""
-    _into(_OwnFiles(writer), tar)
+    _into(_OwnFiles(writer), tar, writer.bounds)
     return f"sha256:{hashlib.sha256(f'run {digest}'.encode()).hexdigest()}"
 
 
-def _into(writer: LayerWriter | _OwnFiles, tar: Path) -> None:
-    chunks = Plain(Blob.of(tar)).chunks()
+def _into(writer: LayerWriter | _OwnFiles, tar: Path, bounds: Bounds) -> None:
+    chunks = Plain(Blob.of(tar), bounds).chunks()
     try:
         stream = ByteStream(chunks)
         writer.add_all(TarReader(stream))

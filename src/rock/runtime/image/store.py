@@ -25,6 +25,7 @@ from pathlib import Path
 from rock.errors import ImageError, InvalidConfig, NotFound, RockError
 from rock.protocol.sandbox import parse_size
 from rock.runtime.image.blobs import Archive, Blob, Plain, compression
+from rock.runtime.image.bounds import USUAL, Allowance
 from rock.runtime.image.host import HostImage, system_folders
 from rock.runtime.image.importer import Archived, LayerBlob, kind_of, read_docker, read_oci, this_architecture
 from rock.runtime.image.layer import LayerWriter
@@ -63,14 +64,15 @@ class ImageStore:
     """The images below `folder`, which is made if missing. Cheap to open; every call may block on the disk.
 
     logins: for registries, where a call brings none. budget: bytes of layers, over which images that nobody used for
-    longest are removed when another one comes; None is no limit.
+    longest are removed when another one comes; None is no limit. allowance: how much one image may come to, unpacked.
     """
 
-    def __init__(self, folder: Path, logins: Logins | None = None, budget: int | None = None) -> None:
+    def __init__(self, folder: Path, logins: Logins | None = None, budget: int | None = None,
+                 allowance: Allowance = USUAL) -> None:
         self.folder = folder
         self.logins = logins or Logins(None)
         self.budget = budget
-        self.layers = LayerStore(folder)
+        self.layers = LayerStore(folder, allowance)
         self._gate = folder / "locks" / "store"
         self._records = Records(folder / "images")
         self._leases = Leases(folder / "use", self._gate)
@@ -82,12 +84,16 @@ class ImageStore:
 
     @classmethod
     def of(cls, settings: Settings) -> ImageStore:
-        """A server's. InvalidConfig for a budget that is no size."""
+        """A server's. InvalidConfig for a budget or a bound that is no size."""
         try:
             budget = parse_size(settings.image_budget, "image budget") if settings.image_budget else None
         except ValueError as error:
             raise InvalidConfig(f"ROCK_IMAGE_BUDGET: {error}") from None
-        return cls(settings.image_dir, Logins(settings.registries, docker_config()), budget)
+        try:
+            allowance = Allowance(parse_size(settings.image_max_bytes, "image"), settings.image_max_entries)
+        except ValueError as error:
+            raise InvalidConfig(f"ROCK_IMAGE_MAX_BYTES: {error}") from None
+        return cls(settings.image_dir, Logins(settings.registries, docker_config()), budget, allowance)
 
     # ---- asking
 
@@ -156,7 +162,7 @@ class ImageStore:
         """
         path = Path(path)
         with storing(f"reading {path}"):
-            kind = kind_of(path)
+            kind = kind_of(path, self.layers.bounds())
         if kind in ("docker", "oci", "archive"):
             return self._archive(path, name, progress, kind)
         if name is None:
@@ -214,7 +220,9 @@ class ImageStore:
         pulls = self.folder / "locks" / f"pull-{hashlib.sha256(reference.full.encode()).hexdigest()[:16]}"
         with self._tidied(), locked(pulls), locked(self._gate, shared=True), self.layers.scratch() as scratch:
             registries = self._registries(reference, login)
-            with storing(f"pulling {name}"), Pull(reference, registries, scratch, self._has, progress) as pull:
+            with storing(f"pulling {name}"), Pull(
+                reference, registries, scratch, self._has, progress, self.layers.bounds()
+            ) as pull:
                 image = pull.begin()
                 found = self._records.find(name)
                 if found is None or found.digest != image.digest:
@@ -391,7 +399,7 @@ class ImageStore:
     def _archived(self, path: Path, name: str | None, progress: Progress | None, kind: str) -> Sequence[ImageRecord]:
         with locked(self._gate, shared=True), self.layers.scratch() as scratch:
             with storing(f"reading {path}"):
-                archive = Archive(path, scratch)
+                archive = Archive(path, scratch, self.layers.bounds())
                 if kind == "archive":
                     kind = "docker" if archive.get("manifest.json") else "oci"
                 images = read_docker(archive) if kind == "docker" else read_oci(archive)
@@ -404,12 +412,14 @@ class ImageStore:
     ) -> Sequence[ImageRecord]:  # fmt: skip
         """wait: for the blob of a digest, which may be on its way. repository: where it comes from."""
 
+        bounds = self.layers.bounds()
+
         def unpacked(number: int, layer: LayerBlob) -> LayerInfo:
             wait(layer.digest)
             if progress is not None:
                 progress(f"layer {number} of {len(image.layers)}, {layer.blob.size / 1e6:.1f} MB")
             fresh = not self._has(layer.diff_id)
-            info = self.layers.add(f"unpacking layer {number}", _filler(layer), layer.diff_id)
+            info = self.layers.add(f"unpacking layer {number}", _filler(layer), layer.diff_id, bounds=bounds)
             if fresh and layer.digest is not None and (kind := _MEDIA_TYPES.get(compression(layer.blob))):
                 # Both digests have been checked just now; those of a layer that was there, nobody has looked at.
                 known = PackedLayer(layer.diff_id, layer.digest, layer.blob.size, kind)
@@ -468,7 +478,7 @@ def _opened(bind: Bind) -> Bind:
 
 
 def _unpack(blob: Blob, digest: str | None, writer: LayerWriter) -> str:
-    plain = Plain(blob)
+    plain = Plain(blob, writer.bounds)
     chunks = plain.chunks()
     try:
         stream = ByteStream(chunks)

@@ -112,7 +112,7 @@ def stack(spec: dict[str, Any], staging: str, userns: int) -> list[tuple[int, st
             lowers.append(f"l{index}")
         else:
             lowers.append(layer)
-    _overlay("root", lowers, f"{writable}/upper", f"{writable}/work", rootless=not spec["privileged"])
+    overlay("root", lowers, f"{writable}/upper", f"{writable}/work", rootless=not spec["privileged"])
     waiting = []
     for index, bind in enumerate(spec["binds"]):
         waiting.append((_detached_bind(bind, index, spec, writable, userns), bind["target"]))
@@ -129,7 +129,7 @@ def _attach_mapped(source: str, target: str, userns: int) -> None:
         os.close(fd)
 
 
-def _overlay(target: str, lowers: list[str], upper: str, work: str, *, rootless: bool) -> None:
+def overlay(target: str, lowers: list[str], upper: str, work: str, *, rootless: bool) -> None:
     options = {"upperdir": upper, "workdir": work}
     flags = ["userxattr"] if rootless else ["volatile"]
     text = ",".join([f"lowerdir={':'.join(_escaped(path) for path in lowers)}",
@@ -172,7 +172,7 @@ def _writable_bind(bind: dict[str, Any], index: int, spec: dict[str, Any], writa
         _attach_mapped(lower, f"b{index}", userns)
         lower = f"b{index}"
     spot = f"b{SLOTS - 1 - index}"
-    _overlay(spot, [lower], f"{writable}/upper{index}", f"{writable}/work{index}", rootless=not spec["privileged"])
+    overlay(spot, [lower], f"{writable}/upper{index}", f"{writable}/work{index}", rootless=not spec["privileged"])
     return kernel.open_tree(spot)
 
 

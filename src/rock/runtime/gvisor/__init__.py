@@ -1,0 +1,1 @@
+"""Runtime "gvisor": sandboxes under gVisor's `runsc`, without a container engine."""

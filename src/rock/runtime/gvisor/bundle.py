@@ -1,0 +1,54 @@
+"""What runsc is told of a sandbox: the OCI bundle's config.json, and the command line. Plain data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rock.protocol.sandbox import SandboxConfig
+from rock.runtime.guestpython import INSIDE, GuestPython
+
+# Those that sandboxes have everywhere.
+CAPABILITIES = ("CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_SETGID", "CAP_SETUID",
+                "CAP_NET_BIND_SERVICE", "CAP_SYS_CHROOT")  # fmt: skip
+ROOT = "root"  # the folder in a sandbox's own where its image is mounted, seen by runsc alone
+STATE = "state"  # runsc's own notes
+MOUNT_POINT = INSIDE.strip("/")
+_MOST_SHARED = 2 << 30
+_OPTIONS = ["nosuid", "nodev", "noexec"]
+
+
+def shared(config: SandboxConfig) -> int:
+    """Bytes of /dev/shm."""
+    return config.shm_bytes or min(_MOST_SHARED, max(1 << 20, config.memory_bytes // 4))
+
+
+def describe(config: SandboxConfig, python: GuestPython) -> dict[str, Any]:
+    """config.json: pid 1 on our own Python, as root with few capabilities, over a root that is mounted beforehand."""
+    rights = list(CAPABILITIES)
+    return {
+        "ociVersion": "1.0.2", "hostname": "sandbox",
+        "process": {
+            "terminal": False, "user": {"uid": 0, "gid": 0}, "args": python.command({}), "env": [], "cwd": "/",
+            "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), rights),
+            "noNewPrivileges": True, "rlimits": [{"type": "RLIMIT_CORE", "soft": 0, "hard": 0}],
+        },
+        "root": {"path": ROOT, "readonly": False},
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc", "options": _OPTIONS},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]},
+            {"destination": "/dev/shm", "type": "tmpfs", "source": "shm",
+             "options": [*_OPTIONS, "mode=1777", f"size={shared(config)}"]},
+            {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": [*_OPTIONS, "ro"]},
+        ],
+        "linux": {"namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "network")]},
+    }  # fmt: skip
+
+
+def command(program: str, folder: Path, slot: str) -> list[str]:
+    """How runsc is started; it stays until the sandbox ends, and takes it along when it is killed.
+
+    Cgroups are ours, around all of it. Nothing of the host's network is handed in.
+    """
+    return [program, f"--root={folder / STATE}", "--ignore-cgroups", "--network=none", f"--log={folder / 'log'}",
+            "run", f"--bundle={folder}", slot]

@@ -1,0 +1,90 @@
+"""The stream to a sandbox's pid 1: two named pipes in its run folder, which are its standard streams.
+
+    in   we write, pid 1 reads      out   pid 1 writes, we read
+
+runsc holds both ends of each, so neither sees an end of file while no server is there; the next one opens them again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+from pathlib import Path
+
+_PIECE = 256 << 10
+_ROOM = 1 << 20  # bytes that a pipe may hold, where the kernel lets it
+
+
+def make(folder: Path) -> tuple[int, int]:
+    """Make both, and answer pid 1's ends: descriptors for its standard input and output, which the caller closes."""
+    ends: list[int] = []
+    try:
+        for name in ("in", "out"):
+            os.mkfifo(folder / name, 0o600)
+            ends.append(os.open(folder / name, os.O_RDWR | os.O_CLOEXEC))
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(ends[-1], fcntl.F_SETPIPE_SZ, _ROOM)
+    except OSError:
+        for fd in ends:
+            os.close(fd)
+        raise
+    return ends[0], ends[1]
+
+
+class Pipes:
+    """Our ends of the pipes in `folder`: a `ByteStream`. OSError when nobody has the others (ENXIO)."""
+
+    def __init__(self, folder: Path) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._writing = os.open(folder / "in", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            self._reading = os.open(folder / "out", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            os.close(self._writing)
+            raise
+        self._closed = False
+
+    async def read(self) -> bytes:
+        """What has come; empty at the end."""
+        while not self._closed:
+            try:
+                return os.read(self._reading, _PIECE)
+            except BlockingIOError:
+                await self._until(self._reading, reading=True)
+        return b""
+
+    async def write(self, data: bytes) -> None:
+        """Returns when all of it is in the pipe. OSError when it broke."""
+        view = memoryview(data)
+        while view:
+            if self._closed:
+                raise BrokenPipeError("the stream was closed")
+            try:
+                view = view[os.write(self._writing, view) :]
+            except BlockingIOError:
+                await self._until(self._writing, reading=False)
+
+    async def _until(self, fd: int, *, reading: bool) -> None:
+        ready = asyncio.Event()
+        add, remove = (
+            (self._loop.add_reader, self._loop.remove_reader)
+            if reading else (self._loop.add_writer, self._loop.remove_writer)
+        )  # fmt: skip
+        add(fd, ready.set)
+        try:
+            await ready.wait()
+        finally:
+            if not self._closed:
+                remove(fd)
+
+    def close(self) -> None:
+        """Let go of both. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._loop.remove_reader(self._reading)
+        self._loop.remove_writer(self._writing)
+        os.close(self._reading)
+        os.close(self._writing)

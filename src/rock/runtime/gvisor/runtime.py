@@ -1,0 +1,391 @@
+"""Runtime "gvisor": a sandbox with a kernel of its own, gVisor's, started by `runsc` without a container engine.
+
+    create -> admission -> image -> starter.py -> runsc -> pid 1 answers over pipes (carrier.py) -> Handle
+    spawn, files, ports -> pid 1 (initfiles.py)      destroy -> kill runsc and what is in its cgroups, remove the folder
+
+    run folder: record.json  config.json  in out (pipes)  upper work (what it writes)  root (mounted for runsc alone)
+
+Nothing here has to live while the server does not: runsc is nobody's child then, its pipes are files, and the next
+server finds both by the handle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rock import errors
+from rock.guest import proctree
+from rock.guest.remove import remove_tree
+from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
+from rock.runtime import guestpython
+from rock.runtime.base import Enforced, Handle, Liveness, Program, Trait
+from rock.runtime.carrier import Carrier
+from rock.runtime.gvisor import bundle, pipes, refusals, starter
+from rock.runtime.image.rootfs import RootFS
+from rock.runtime.initfiles import InitSandboxes, merged
+from rock.runtime.initlink import InitLink
+from rock.runtime.namespace import cgroups, disk, limits, mounts, teardown
+from rock.runtime.namespace.records import alive
+from rock.runtime.namespace.runtime import Images
+from rock.runtime.process import children, read_record, reap, wait_gone, write_record
+
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_PREFIX = "g-"
+_BASE, _PROBE = "base", "probe"
+_AT_ONCE = 4  # starts together: each takes a CPU for a while
+_BACK = 30.0  # seconds that a pid 1 may take to answer a server that came back
+
+
+@dataclass
+class _Sandbox:
+    """What this server knows of a living sandbox; all of it can be found again by the handle."""
+
+    slot: str
+    pid: int  # of runsc, which ends when the sandbox does
+    start: int
+    folders: dict[str, str]
+    carrier: Carrier | None = None
+    link: InitLink | None = None
+    kills: int = 0
+    entering: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class GvisorRuntime(InitSandboxes):
+    """Sandboxes of runsc. run_dir: a folder a sandbox; guest_dir: our Pythons; program: runsc, by name or path."""
+
+    name = "gvisor"
+    isolation = Isolation.GVISOR
+    traits: Mapping[Isolation, frozenset[Trait]] = {
+        # As for containers under runsc: see docs/decisions/0021-gvisor.md.
+        Isolation.GVISOR: frozenset(Trait) - {Trait.TERMINALS, Trait.PROCESSES, Trait.TREES, Trait.LIMITS},
+    }
+
+    def __init__(self, run_dir: Path, guest_dir: Path, images: Images, program: str = "runsc") -> None:
+        self._run_dir = Path(os.path.realpath(run_dir))
+        self._guest_dir = guest_dir
+        self._images = images
+        self._program = program
+        self._live: dict[str, _Sandbox] = {}
+        self._making: set[str] = set()
+        self._gate = asyncio.Semaphore(_AT_ONCE)
+        self._guest: asyncio.Task[guestpython.GuestPython] | None = None
+        self._tried: asyncio.Task[None] | None = None
+        self._limiter = limits.Limiter(cgroups.Cgroups())
+
+    # ---- life of the runtime ----
+
+    async def open(self) -> None:
+        """Never fails for want of runsc: that is told to who asks for a sandbox of this runtime."""
+        self._run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.chmod(self._run_dir, 0o700)
+        mounts.make_base(str(self._run_dir / _BASE))
+        (self._run_dir / _BASE / bundle.MOUNT_POINT).mkdir(exist_ok=True)
+        self._limiter = limits.Limiter(await asyncio.to_thread(cgroups.discover, str(self._run_dir)))
+
+    async def close(self) -> None:
+        for task in (self._tried, self._guest):
+            if task is not None:  # a thread and a sandbox that is being made are waited for
+                await asyncio.gather(task, return_exceptions=True)
+        self._tried = self._guest = None
+        for slot in list(self._live):
+            await self._forget(slot)
+        cgroups.remove_parents(self._limiter.groups)
+
+    # ---- what it can give ----
+
+    async def check(self, config: SandboxConfig) -> None:
+        await self._admit(config)
+
+    async def _admit(self, config: SandboxConfig) -> RootFS:
+        refusals.refuse(config, self._limiter.groups)
+        await self.probe()
+        return await asyncio.to_thread(self._images.resolve, config.image)
+
+    async def probe(self) -> None:
+        """Raise Unsupported when this host cannot: found by making a sandbox, until one could be made."""
+        if self._tried is None or (self._tried.done() and (self._tried.cancelled() or self._tried.exception())):
+            self._tried = asyncio.create_task(self._try_one(), name="gvisor probe")
+        await asyncio.shield(self._tried)
+
+    async def _try_one(self) -> None:
+        refusals.refuse_host(self._program, self._limiter.groups)
+        layer = self._run_dir / _PROBE
+        for name in ("proc", "sys", "dev", "tmp", "etc"):
+            (layer / name).mkdir(parents=True, exist_ok=True)
+        config = SandboxConfig(image=_PROBE, memory="256m", cpus=1, pids=256)
+        try:
+            await self.destroy(await self._make(_PROBE, config, RootFS(_PROBE, (str(layer),))))
+        except (errors.StartFailed, errors.Lost, errors.Unavailable, OSError) as error:
+            raise errors.Unsupported(f"isolation gvisor: {error}", hint="see what `runsc do true` tells") from None
+        finally:
+            await asyncio.to_thread(remove_tree, str(layer))
+
+    # ---- creating ----
+
+    async def create(self, id: str, config: SandboxConfig) -> Handle:
+        rootfs = await self._admit(config)
+        task = asyncio.create_task(self._make(id, config, rootfs))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:  # once begun it is waited for, so that nothing is left behind
+            with contextlib.suppress(errors.RockError):
+                await self.destroy(await task)
+            raise
+
+    async def _python(self) -> guestpython.GuestPython:
+        if self._guest is None or (self._guest.done() and self._guest.exception() is not None):
+            self._guest = asyncio.create_task(asyncio.to_thread(guestpython.prepare, self._guest_dir))
+        return await asyncio.shield(self._guest)
+
+    async def _make(self, id: str, config: SandboxConfig, rootfs: RootFS) -> Handle:
+        slot = _PREFIX + secrets.token_hex(5)
+        folder, folders = self._run_dir / slot, self._limiter.groups.folders(slot)
+        self._making.add(slot)
+        pid: int | None = None
+        try:
+            python = await self._python()
+            async with self._gate:
+                folder.mkdir(mode=0o700)
+                data: dict[str, Any] = {"id": id, "slot": slot, "cgroups": folders}
+                write_record(folder, data)
+                pid = self._start(slot, config, rootfs, python)
+                entry = proctree.read(pid)
+                if entry is None:
+                    raise errors.StartFailed("runsc ended at once", sandbox_id=id)
+                data |= {"pid": pid, "start": entry.start}
+                write_record(folder, data)
+                sandbox = self._live[slot] = _Sandbox(slot, pid, entry.start, folders)
+                await self._enter(sandbox, id, config.startup_timeout)
+            return self._handle(id, config, rootfs, data)
+        except BaseException as error:
+            told = _told(folder)
+            await asyncio.shield(self._clean_up(slot, pid, None, folders))
+            if isinstance(error, OSError | errors.Lost | errors.Unavailable):
+                reason = told or (error.message if isinstance(error, errors.RockError) else str(error))
+                raise errors.StartFailed(f"runsc could not start it: {reason}", sandbox_id=id) from None
+            raise
+        finally:
+            self._making.discard(slot)
+
+    def _start(self, slot: str, config: SandboxConfig, rootfs: RootFS, python: guestpython.GuestPython) -> int:
+        folder, folders = self._run_dir / slot, self._limiter.groups.folders(slot)
+        for group in dict.fromkeys(folders.values()):
+            os.makedirs(group, exist_ok=True)
+        cgroups.write_limits(self._limiter.files(slot, config))
+        for name in (bundle.ROOT, bundle.STATE):
+            (folder / name).mkdir(mode=0o700)
+        (folder / "config.json").write_text(json.dumps(bundle.describe(config, python)))
+        program = shutil.which(self._program)
+        if program is None:
+            raise errors.StartFailed(f"{self._program} was removed")
+        binds = [{"source": bind.source, "target": bind.target, "writable": bind.writable} for bind in rootfs.binds]
+        spec = {
+            "slot": str(folder), "root": str(folder / bundle.ROOT), "woken": False, "etc": {},
+            "layers": [str(self._run_dir / _BASE), *rootfs.layers], "cgroups": list(dict.fromkeys(folders.values())),
+            "binds": [*binds, {"source": str(python.folder), "target": guestpython.INSIDE, "writable": False}],
+            "command": bundle.command(program, folder, slot),
+        }  # fmt: skip
+        lease = self._images.lease(rootfs)
+        source, sink = pipes.make(folder)
+        try:
+            child = subprocess.Popen(
+                [sys.executable, "-I", "-S", starter.__file__, json.dumps(spec)], stdin=source, stdout=sink,
+                stderr=subprocess.DEVNULL, pass_fds=() if lease is None else (lease.fd,), start_new_session=True,
+                cwd="/", env={"PATH": _PATH})  # fmt: skip
+        finally:
+            os.close(source)
+            os.close(sink)
+            if lease is not None:
+                lease.close()
+        children[child.pid] = child
+        return child.pid
+
+    def _handle(self, id: str, config: SandboxConfig, rootfs: RootFS, data: dict[str, Any]) -> Handle:
+        enforced: dict[str, Enforced] = self._limiter.enforced()
+        data = {**data, "env": merged({"PATH": _PATH}, rootfs.env, config.env), "cwd": rootfs.cwd or "/",
+                "user": rootfs.user}
+        if config.nofile is not None:
+            data["nofile"], enforced["nofile"] = config.nofile, "rlimit"
+        if config.shm_size is not None:
+            enforced["shm_size"] = "tmpfs"
+        return Handle(self.name, id, self.isolation, enforced, data)
+
+    async def _enter(self, sandbox: _Sandbox, id: str, patience: float) -> None:
+        """Reach its pid 1. Lost when runsc ends meanwhile, Unavailable when it takes too long."""
+        folder = self._run_dir / sandbox.slot
+        try:
+            carrier = Carrier(pipes.Pipes(folder), folder, id)
+        except OSError as error:
+            raise errors.Lost(f"the pipes of the sandbox cannot be opened: {error.strerror}", sandbox_id=id) from None
+        entering = asyncio.ensure_future(carrier.begin(patience))
+        ending = asyncio.ensure_future(wait_gone(sandbox.pid, sandbox.start))
+        try:
+            await asyncio.wait({entering, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if not entering.done():
+                raise errors.Lost("the sandbox's kernel ended at once", sandbox_id=id)
+            link = InitLink(entering.result(), id)
+        except BaseException:
+            entering.cancel()
+            await asyncio.gather(entering, return_exceptions=True)
+            carrier.close()
+            await carrier.gone()
+            raise
+        finally:
+            ending.cancel()
+            await asyncio.gather(ending, return_exceptions=True)
+        link.resize = carrier.resize
+        sandbox.carrier, sandbox.link = carrier, link
+        await link.request("hello", patience=patience)
+
+    # ---- using ----
+
+    def _find(self, handle: Handle) -> _Sandbox:
+        data = handle.data
+        sandbox = self._live.get(data["slot"])
+        if sandbox is None:
+            if not alive(data["pid"], data["start"]):
+                raise errors.Lost("the sandbox is gone", sandbox_id=handle.id)
+            sandbox = _Sandbox(data["slot"], data["pid"], data["start"], dict(data["cgroups"]))
+            self._live[data["slot"]] = sandbox
+        return sandbox
+
+    async def linked(self, handle: Handle) -> InitLink:
+        sandbox = self._find(handle)
+        if sandbox.link is None or sandbox.link.closed:
+            async with sandbox.entering:
+                if sandbox.link is None or sandbox.link.closed:
+                    if not alive(sandbox.pid, sandbox.start):
+                        raise errors.Lost("the sandbox is gone", sandbox_id=handle.id)
+                    await _let_go(sandbox)
+                    await self._enter(sandbox, handle.id, _BACK)
+        assert sandbox.link is not None
+        return sandbox.link
+
+    def complete(self, handle: Handle, program: Program) -> Program:
+        data = handle.data
+        if program.pty is not None:
+            raise errors.Unsupported("runsc has no terminals here", sandbox_id=handle.id, hint="run it without a pty")
+        if (most := data.get("nofile")) is not None:
+            program = replace(program, nofile=min(program.nofile or most, most))
+        user = program.user if program.user is not None else data["user"]
+        return replace(program, env=merged(data["env"], program.env), cwd=program.cwd or data["cwd"], user=user or None)
+
+    async def recover(self, handle: Handle) -> Liveness:
+        try:
+            await (await self.linked(handle)).request("hello", patience=_BACK)
+        except errors.RockError:
+            return Liveness.GONE
+        return Liveness.RUNNING
+
+    async def wait(self, handle: Handle) -> str:
+        kills = self.oom_kills(handle)
+        data = handle.data
+        await wait_gone(data["pid"], data["start"])
+        reap()
+        folder = self._run_dir / data["slot"]
+        if not folder.exists() or (folder / "stopped").exists():
+            return "gone"
+        if self.oom_kills(handle) > kills:
+            return "oom"
+        if cgroups.read_field(f"{data['cgroups'].get('pids', '')}/pids.events", "max"):
+            return "its kernel ended when it had as many processes as it may"
+        return "gone"
+
+    async def usage(self, handle: Handle) -> Usage:
+        data = handle.data
+        used = await asyncio.to_thread(limits.usage, data["cgroups"], data["pid"], self.oom_kills(handle))
+        used.disk_bytes = await asyncio.to_thread(disk.written, f"{self._run_dir}/{data['slot']}/upper")
+        return used
+
+    def oom_kills(self, handle: Handle) -> int:
+        """How many of its processes on the host the kernel killed for memory so far."""
+        found = cgroups.oom_kills(handle.data["cgroups"].get("memory", ""))
+        sandbox = self._live.get(handle.data["slot"])
+        if sandbox is not None:  # its group goes with it
+            found = sandbox.kills = max(found, sandbox.kills)
+        return found
+
+    # ---- ending ----
+
+    async def stop(self, handle: Handle, grace: float) -> None:
+        pid, start, slot = handle.data["pid"], handle.data["start"], handle.data["slot"]
+        with contextlib.suppress(OSError):
+            (self._run_dir / slot / "stopped").touch()
+        if alive(pid, start):
+            with contextlib.suppress(errors.RockError, TimeoutError):
+                await (await self.linked(handle)).request("stop", {"grace": grace}, patience=grace + 5)
+                async with asyncio.timeout(grace + 2):
+                    await wait_gone(pid, start)
+        await self._kill(pid, start, dict(handle.data["cgroups"]))
+        await self._forget(slot)
+
+    async def destroy(self, handle: Handle) -> None:
+        data = handle.data
+        await self._clean_up(data["slot"], data["pid"], data["start"], dict(data["cgroups"]))
+
+    @staticmethod
+    async def _kill(pid: int, start: int | None, folders: Mapping[str, str]) -> None:
+        """End runsc, and with it the kernel and the file server of the sandbox, which die with it."""
+        entry = proctree.read(pid)
+        if entry is not None and start in (None, entry.start):
+            teardown.kill(pid, entry.start)
+            await wait_gone(pid, entry.start)
+        reap()
+
+    async def _clean_up(self, slot: str, pid: int | None, start: int | None, folders: Mapping[str, str]) -> None:
+        """Remove all of a sandbox, made in whole or in part. Idempotent."""
+        await self._forget(slot)
+        if pid is not None:
+            await self._kill(pid, start, folders)
+        # What is in its cgroups is its own, whatever became of runsc.
+        await asyncio.to_thread(teardown.remove, self._run_dir / slot, list(folders.values()))
+        reap()
+
+    async def _forget(self, slot: str) -> None:
+        sandbox = self._live.pop(slot, None)
+        if sandbox is not None:
+            await _let_go(sandbox)
+
+    async def sweep(self, known: Sequence[str]) -> list[str]:
+        keep, gone = set(known), []
+        found = {folder.name for folder in self._run_dir.glob(f"{_PREFIX}*")}
+        for place in self._limiter.groups.places.values():
+            with contextlib.suppress(OSError):
+                found.update(name for name in os.listdir(place.parent) if name.startswith(_PREFIX))
+        for slot in sorted(found):
+            record = read_record(self._run_dir / slot)
+            id = str(record.get("id", ""))
+            if slot in self._making or id in keep:
+                continue
+            await self._clean_up(slot, record.get("pid"), record.get("start"), self._limiter.groups.folders(slot))
+            gone.append(id or slot)
+        return gone
+
+
+async def _let_go(sandbox: _Sandbox) -> None:
+    if sandbox.link is not None:
+        sandbox.link.close()
+    if sandbox.carrier is not None:
+        sandbox.carrier.close()
+        await sandbox.carrier.gone()
+    sandbox.link = sandbox.carrier = None
+
+
+def _told(folder: Path) -> str:
+    """Why a start failed, in the words of the starter or of runsc."""
+    for name in ("failure", "log"):
+        with contextlib.suppress(OSError):
+            if text := (folder / name).read_text(errors="replace").strip():
+                return text.splitlines()[-1][-400:]
+    return ""

@@ -1,0 +1,88 @@
+"""Starts one sandbox: mounts what it sees, in a mount namespace that ends with it, and becomes runsc.
+
+    join cgroups -> own mount and network namespace -> overlay -> binds -> runsc run
+
+Run by its path, `python -I -S starter.py JSON`. Standard library only. What fails is written to `failure`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if __name__ == "__main__":  # make our own modules importable by path, without running the packages' own code
+    import types
+
+    _source = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    for _name in ("rock", "rock.guest", "rock.runtime", "rock.runtime.namespace"):
+        _package = types.ModuleType(_name)
+        _package.__path__ = [os.path.join(_source, *_name.split(".")[1:])]
+        sys.modules[_name] = _package
+
+import contextlib
+import json
+from typing import Any
+
+from rock.runtime.namespace import cgroups, kernel, mounts
+
+_SAFE = kernel.ATTR_NOSUID | kernel.ATTR_NODEV
+
+
+def mount(spec: dict[str, Any]) -> None:
+    """The image over the sandbox's own files, at `root`."""
+    folder, root = str(spec["slot"]), str(spec["root"])
+    kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC)
+    kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
+    mounts.make_folders(spec)
+    mounts.overlay(root, list(spec["layers"]), f"{folder}/upper", f"{folder}/work", rootless=False)
+    waiting = [(_detached(bind, index, folder), str(bind["target"])) for index, bind in enumerate(spec["binds"])]
+    if (child := os.fork()) == 0:
+        os._exit(_attach(root, waiting))
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status:
+        raise OSError(status, f"a folder of the image cannot be mounted: {os.strerror(abs(status))}")
+    for fd, _ in waiting:
+        os.close(fd)
+
+
+def _detached(bind: dict[str, Any], index: int, folder: str) -> int:
+    if bind["writable"] and os.path.isdir(bind["source"]):
+        spot = f"{folder}/bind{index}"
+        os.mkdir(spot)
+        mounts.overlay(spot, [str(bind["source"])], f"{folder}/upper{index}", f"{folder}/work{index}", rootless=False)
+        fd = kernel.open_tree(spot)
+        kernel.umount(spot, kernel.MNT_DETACH)
+        return fd
+    fd = kernel.open_tree(str(bind["source"]))
+    kernel.set_attributes(fd, _SAFE | kernel.ATTR_RDONLY, private=True)
+    return fd
+
+
+def _attach(root: str, waiting: list[tuple[int, str]]) -> int:
+    """In a child whose root is the sandbox's, so that no link of the image leads a mount elsewhere; an errno."""
+    try:
+        os.chroot(root)
+        os.chdir("/")
+        for fd, target in waiting:
+            kernel.move_mount(fd, target)
+    except OSError as error:
+        return error.errno or 1
+    return 0
+
+
+def main() -> None:
+    """Does not return."""
+    spec = json.loads(sys.argv[1])
+    try:
+        for group in spec["cgroups"]:
+            cgroups.write(f"{group}/cgroup.procs", str(os.getpid()))
+        mount(spec)
+        os.execve(spec["command"][0], spec["command"], {"PATH": os.environ["PATH"]})
+    except OSError as error:
+        with contextlib.suppress(OSError), open(f"{spec['slot']}/failure", "w") as file:
+            file.write(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
