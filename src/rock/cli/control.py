@@ -16,6 +16,7 @@ import orjson
 from rock.admin.app import Admin
 from rock.admin.auth import Authenticated, require_key_beyond_loopback
 from rock.admin.fleet import Fleet, Reached
+from rock.admin.roles import Doors, role_of, servers
 from rock.admin.worker import FENCE, Transport, WireWorker, Worker
 from rock.cli.home import Home
 from rock.cli.observing import observe
@@ -111,9 +112,10 @@ def workers_of(text: str) -> dict[str, str]:
 
 
 class Control:
-    """Store, admin and proxy, over workers that are elsewhere."""
+    """Store, admin and proxy, over workers that are elsewhere; of a role (admin/roles.py), or of both."""
 
     def __init__(self, settings: Settings, store: Store) -> None:
+        role = role_of(settings.role)
         require_key_beyond_loopback(settings.host, settings.api_key)
         urls = workers_of(settings.workers)
         if settings.archive not in ("", "off") and urls:
@@ -129,11 +131,21 @@ class Control:
         self.fleet = Fleet(fixed, apps, lambda: store.workers, reach_with(key), Lease.of(settings.worker_lease))
         self._proxy = Proxy(store, self.fleet.apps)
         settings = replace(settings, archive=settings.archive or "off")
-        self.admin = Admin(settings, store, self.fleet, ["write", "read"], self._proxy)
+        roles = ["write", "read"] if role == "all" else [role]
+        self.admin = Admin(settings, store, self.fleet, roles, self._proxy, leads=role != "read")
         self.observed = observe(settings, "admin", store)
-        door = Authenticated(self.observed.measured(self._route), settings.api_key, self.admin.keys,
-                             settings.worker_key)  # fmt: skip
+        door: App = Authenticated(self.observed.measured(self._route), settings.api_key, self.admin.keys,
+                                  settings.worker_key)  # fmt: skip
+        if role == "read":
+            door = Doors(door, "read", self._others(settings.writer))
+        elif role == "write":
+            door = Doors(door, "write", self._others(settings.reader))
         self.app = self.observed.over(door)
+
+    def _others(self, text: str) -> list[Remote]:
+        found = servers(text)
+        self._remotes += found
+        return found
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "lifespan" and is_data(scope["path"]):

@@ -23,6 +23,7 @@ from rock import settings as environment
 from rock.admin.app import Admin
 from rock.admin.auth import Authenticated, require_key_beyond_loopback
 from rock.admin.fleet import Fleet
+from rock.admin.roles import role_of
 from rock.admin.worker import Worker
 from rock.cli.control import Control, reach_with
 from rock.cli.home import Home
@@ -89,7 +90,8 @@ def make_store(settings: Settings) -> Store:
 def _store_of(settings: Settings) -> Store:
     scheme, separator, _ = settings.store.partition("://")
     if not separator:
-        return SqliteStore(Path(settings.store).expanduser().absolute() if settings.store else settings.database)
+        file = Path(settings.store).expanduser().absolute() if settings.store else settings.database
+        return SqliteStore(file, shared=role_of(settings.role) != "all")
     if scheme not in ("postgresql", "postgres"):
         raise InvalidConfig(f"ROCK_STORE: there is no store for {scheme}://", hint="a file, or postgresql://...")
     try:
@@ -302,7 +304,7 @@ def http_over(app: App, settings: Settings | None = None) -> uvicorn.Server:
 
 def make_server(settings: Settings, role: type[Server] | type[Rocklet]) -> Server | Rocklet | Control:
     """What a process with these settings serves."""
-    if role is Server and settings.workers:
+    if role is Server and (settings.workers or role_of(settings.role) != "all"):
         return Control(settings, make_store(settings))
     return role(settings)
 

@@ -14,7 +14,7 @@ import contextlib
 import ssl
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, MutableMapping
+from collections.abc import AsyncGenerator, AsyncIterator, MutableMapping, Sequence
 from typing import Any, cast
 from urllib.parse import quote, urlsplit
 
@@ -244,6 +244,17 @@ class Remote:
         self._busy.add(made)
         return made
 
+    async def is_reached(self) -> bool:
+        """Whether it takes a connection now; that is kept for the next request."""
+        try:
+            made = await self._connection()
+        except Unavailable:
+            return False
+        self._busy.discard(made)
+        made.used_at = time.monotonic()
+        self._idle.append(made)
+        return True
+
     def _unreached(self, why: str) -> Unavailable:
         return Unavailable(f"the worker at {self.url} is not reached: {why}", hint="retry")
 
@@ -371,6 +382,14 @@ class Remote:
                 writing.cancel()
                 await asyncio.gather(writing, return_exceptions=True)
             self._done(connection)
+
+
+async def first_reached(remotes: Sequence[Remote]) -> Remote:
+    """The first that takes a connection; the last when none does, to tell why."""
+    for remote in remotes[:-1]:
+        if await remote.is_reached():
+            return remote
+    return remotes[-1]
 
 
 def _chunk(data: bytes) -> bytes:
