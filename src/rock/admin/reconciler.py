@@ -90,15 +90,19 @@ class Reconciler:
             here[name] = _Here({found.sandbox_id for found in inventory.sandboxes if found.alive},
                                {found.sandbox_id for found in inventory.sandboxes} | set(inventory.kept))  # fmt: skip
         known: set[str] = set()
+        gangs: set[tuple[str, str]] = set()
         for query in (Query(states=_UNSETTLED), Query(states=(State.STOPPED, State.DELETED), left=True)):
             async for found_one in self._all(query):
                 record = await self.service.commits.settle(found_one)
                 known.add(record.id)
+                if record.info.gang and record.state in (State.PENDING, State.RUNNING):
+                    gangs.add((record.tenant, record.info.group or ""))
                 worker_name = record.info.worker or ""
                 if worker_name in here or worker_name not in self.service.workers:
                     await self._settle_one(record, here.get(worker_name, _Here()))
                 else:
                     self._push(time.time() + _POLL, record.id)
+        await self.service.groups.settle(gangs)
         for name, found in here.items():
             for stray in found.all - known:
                 now = await self.service.store.get(stray)

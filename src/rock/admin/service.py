@@ -8,33 +8,33 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 import uuid
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any
 
 from rock.admin import infos
 from rock.admin.archiving import Archive
 from rock.admin.commits import Commits
+from rock.admin.groups import Groups
 from rock.admin.kept import Kept
 from rock.admin.lifecycle import Effect, Event, step
+from rock.admin.placing import Placing
 from rock.admin.worker import Worker
 from rock.envhub import registry
 from rock.errors import InternalServerRockError, Lost, NotFound, RockError, SandboxError, Unavailable, from_wire
 from rock.protocol.env import OpenEnv
 from rock.protocol.keys import Caller, Quota
 from rock.protocol.network import ConnectionList
-from rock.protocol.node import NodeSandbox, NodeStatus, SandboxList
+from rock.protocol.node import NodeSandbox, SandboxList
 from rock.protocol.sandbox import Cause, SandboxConfig, SandboxInfo, State
-from rock.scheduler.base import Scheduler
+from rock.scheduler.base import Reservations, Scheduler
 from rock.store.base import Query, Record, Store, VersionConflict
 from rock.store.blobs import Blobs
 
 log = logging.getLogger("rock.admin")
 
 ENV_LABEL = "rock.env"
-_STATUS_AGE = 1.0  # seconds
-_RETRY = 5.0
+_RETRY = 5.0  # seconds
 _ENDS = (Event.LAUNCH_FAILED, Event.STOP, Event.ENDED, Event.DESTROYED)
 _MOST_RECENT = 10_000
 _PUT_AWAY = 10.0  # seconds to wait for the end of a former life
@@ -50,21 +50,21 @@ class Service:
         workers: Mapping[str, Worker],
         blobs: Blobs | None = None,
         archive_limit: int = 64 << 30,
+        reservations: Reservations | None = None,
     ) -> None:
         self.store = store
-        self.scheduler = scheduler
         self.workers = workers
+        self.placing = Placing(scheduler, workers, reservations)
         self._launches: dict[str, asyncio.Task[Record]] = {}
         self._releases: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self.kept = Kept(self)
         self.archive = Archive(self, blobs, archive_limit)
         self.commits = Commits(self, archive_limit)
+        self.groups = Groups(self)
         self._env_lock = asyncio.Lock()
         self.on_schedule: list[Any] = []
         self.on_unfinished: list[Any] = []
-        self._status: Mapping[str, NodeStatus] = {}
-        self._asked_at = float("-inf")
         self._recent: dict[str, Record] = {}  # as they were saved last, by us
 
     async def close(self) -> None:
@@ -73,6 +73,8 @@ class Service:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.groups.close()
+        await self.placing.close()
         await self.archive.close()
         await self.commits.close()
 
@@ -95,24 +97,22 @@ class Service:
 
     async def _insert(self, config: SandboxConfig, key: str | None, caller: Caller) -> Record:
         self.archive.check(config)
-        worker = await self.place(config)
-        await worker.check(config)
         sandbox_id = config.sandbox_id or uuid.uuid4().hex
-        info = infos.new_info(sandbox_id, config, worker.name, self._status[worker.name], caller.owner)
-        record = await self.store.insert(Record(info, config, key), caller.quota)
-        if record.state is State.PENDING:
-            self.launch(record)
-        return record
-
-    async def place(self, config: SandboxConfig) -> Worker:
-        return self.workers[self.scheduler.place(config, await self._statuses())]
-
-    async def _statuses(self) -> Mapping[str, NodeStatus]:
-        """What the workers report, at most a second old: a worker refuses by itself what it has no room for."""
-        if time.monotonic() - self._asked_at > _STATUS_AGE:
-            self._status = {name: await worker.status() for name, worker in self.workers.items()}
-            self._asked_at = time.monotonic()
-        return self._status
+        record: Record | None = None
+        try:
+            worker, status = None, None
+            if self.placing.reservations is None:
+                worker = await self.placing.place(sandbox_id, config)
+                status = self.placing.status(worker.name)
+                await worker.check(config)
+            info = infos.new_info(sandbox_id, config, worker.name if worker else None, status, caller.owner)
+            record = await self.store.insert(Record(info, config, key), caller.quota)
+            if record.state is State.PENDING:
+                self.launch(record)
+            return record
+        finally:
+            if record is None or sandbox_id not in self._launches:
+                self.placing.landed(sandbox_id)
 
     def launch(self, record: Record) -> asyncio.Task[Record]:
         """Start a pending sandbox in the background; one task a sandbox."""
@@ -125,6 +125,7 @@ class Service:
 
     def _launched(self, sandbox_id: str, task: asyncio.Task[Record]) -> None:
         self._launches.pop(sandbox_id, None)
+        self.placing.landed(sandbox_id)
         if not task.cancelled() and task.exception() is not None:
             log.error("launch of %s: %r", sandbox_id, task.exception())
             self.unfinished(sandbox_id)
@@ -159,17 +160,23 @@ class Service:
         if restored:
             return await self.apply(record.id, Event.RESTORE_FAILED, reason=error.message, error=wire)
         lost: dict[str, Any] = {"kept": False} if isinstance(error, Lost) else {}
-        return await self.apply(
+        new = await self.apply(
             record.id, Event.LAUNCH_FAILED, cause=Cause.START_FAILED, reason=error.message, error=wire, **lost
         )
+        self.groups.launch_failed(new)
+        return new
 
     async def _worker_for(self, record: Record) -> Worker:
-        """Its own, or for one from the archive any that fits."""
-        if record.info.archive is None:
+        """Its own, or for one from the archive any that fits; where a cluster decides, that which it names."""
+        if self.placing.reservations is not None:
+            worker = self.workers[await self.placing.reservations.reserve(record.id, record.config)]
+            await worker.check(record.config)
+        elif record.info.archive is None:
             return self.workers[record.info.worker or ""]
-        worker = await self.place(record.config)
+        else:
+            worker = await self.placing.place(record.id, record.config)
         if worker.name != record.info.worker:
-            status = self._status[worker.name]
+            status = self.placing.status(worker.name) or await worker.status()
             await self.amend(record.id, worker=worker.name, host_name=status.host_name, host_ip=status.host_ip)
         return worker
 
@@ -199,6 +206,10 @@ class Service:
             if launch.done():
                 return launch.result()
         return record
+
+    def launching(self, records: Iterable[Record]) -> list[asyncio.Task[Record]]:
+        """The starts of these that are under way here."""
+        return [task for record in records if (task := self._launches.get(record.id)) is not None]
 
     # ---- read ----
 
@@ -277,14 +288,14 @@ class Service:
         """End what there is of it on its worker, and keep or remove its files: what has to be said when they are lost.
 
         Whether they are kept was decided by the step that ended it."""
-        worker = self.workers.get(record.info.worker or "")
-        if worker is None:
-            return {}
-        if not record.info.kept:
+        worker, lost = self.workers.get(record.info.worker or ""), False
+        if worker is not None and not record.info.kept:
             await worker.destroy(record.id)
-        elif not (await worker.rest(record.id)).kept:
-            return infos.files_lost(record)
-        return {}
+        elif worker is not None:
+            lost = not (await worker.rest(record.id)).kept
+        if self.placing.reservations is not None:
+            await self.placing.reservations.release(record.id)
+        return infos.files_lost(record) if lost else {}
 
     def release(self, record: Record) -> None:
         """Do that in the background, again and again until it is done."""

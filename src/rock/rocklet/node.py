@@ -28,7 +28,15 @@ from rock.errors import (
     Unsupported,
 )
 from rock.protocol.network import ConnectionList
-from rock.protocol.node import NodeEvent, NodeEvents, NodeInventory, NodeSandbox, NodeStatus
+from rock.protocol.node import (
+    MOST_IMAGES,
+    NodeEvent,
+    NodeEvents,
+    NodeInventory,
+    NodeSandbox,
+    NodeStatus,
+    image_mark,
+)
 from rock.protocol.sandbox import ArchivedFiles, Cause, Isolation, Phase, SandboxConfig
 from rock.rocklet.builds import Builds
 from rock.rocklet.commits import Commits
@@ -38,7 +46,7 @@ from rock.rocklet.kept import KeptSandboxes
 from rock.rocklet.session import Session
 from rock.rocklet.supervisor import Shelf, Supervisor, open_ahead
 from rock.runtime import hostmemory
-from rock.runtime.base import Connects, Handle, Keeps, Liveness, OwnImages, Pools, Prepared, Runtime, Trait
+from rock.runtime.base import Accelerates, Connects, Handle, Keeps, Liveness, OwnImages, Pools, Prepared, Runtime, Trait
 from rock.runtime.plugins import BrokenRuntime
 
 log = logging.getLogger("rock.node")
@@ -71,6 +79,7 @@ class Node:
         self._destroying: dict[str, asyncio.Task[NodeSandbox]] = {}
         self._resting: dict[str, asyncio.Task[NodeSandbox]] = {}
         self._phases: dict[str, dict[str, Phase]] = {}
+        self._marks: OrderedDict[str, None] = OrderedDict()  # of images that are here, the last used last
         self._events: list[NodeEvent] = []
         self._changed = asyncio.Condition()
         self._ends: OrderedDict[str, tuple[Cause, str]] = OrderedDict()
@@ -86,6 +95,8 @@ class Node:
         self.door.open()
         for runtime in self.runtimes.values():
             await self._open(runtime)
+        for image in await asyncio.to_thread(self.images.store.list):
+            self._has(image.name)
         known: dict[str, list[str]] = {name: [] for name in self.runtimes}
         gate = asyncio.Semaphore(_RECOVERED_AT_ONCE)
 
@@ -285,6 +296,7 @@ class Node:
             await supervisor.destroy(0)
             raise
         self.supervisors[sandbox_id] = supervisor
+        self._has(config.image)
         ahead = runtime.prepared(handle) if isinstance(runtime, Pools) else None
         if not isinstance(ahead, Session) or not supervisor.take_over(ahead):
             self._spawn(self._open_default(supervisor, ahead))
@@ -435,6 +447,7 @@ class Node:
     async def status(self) -> NodeStatus:
         runtime = self.runtimes[self.default]
         total, free = hostmemory.read()
+        kinds, unused = next((r.gpus() for r in self.runtimes.values() if isinstance(r, Accelerates)), ([], 0))
         return NodeStatus(
             host_name=self._host_name,
             host_ip="127.0.0.1",
@@ -447,7 +460,20 @@ class Node:
             sandboxes=len(self.supervisors),
             sandbox_limit=self.limit,
             boot=self.boot,
+            memory_pressure=hostmemory.pressure(),
+            images=list(self._marks),
+            gpus=len(kinds),
+            gpus_free=unused,
+            accelerators=sorted(set(kinds)),
         )
+
+    def _has(self, image: str) -> None:
+        """Remember that an image is here."""
+        mark = image_mark(image)
+        self._marks[mark] = None
+        self._marks.move_to_end(mark)
+        while len(self._marks) > MOST_IMAGES:
+            self._marks.popitem(last=False)
 
     # ---- ends ----
 

@@ -1,0 +1,101 @@
+"""Where a sandbox goes: what the workers report is brought to the scheduler, whose choice is remembered until the
+sandbox has started."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Mapping
+
+from rock.admin.worker import Worker
+from rock.errors import RockError
+from rock.protocol.node import NodeStatus
+from rock.protocol.sandbox import SandboxConfig
+from rock.scheduler.base import Placement, Reservations, Scheduler
+
+log = logging.getLogger("rock.admin")
+
+_FRESH = 1.0  # seconds for which a report is new enough
+_STALE = 5.0  # and after which nobody is placed by it
+_ASKED_AT_ONCE = 64
+_PATIENCE = 5.0  # seconds for a report, after which a worker takes nothing new until it answers again
+
+
+class Placing:
+    """The scheduler, told of the workers. No placement asks a worker, but the first in a while: reports come in the
+    background, and between them what is placed is counted here. A worker refuses by itself what it has no room for.
+
+    reservations: where a cluster's own scheduler decides, while a sandbox starts.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, workers: Mapping[str, Worker], reservations: Reservations | None = None
+    ) -> None:
+        self._scheduler = scheduler
+        self._workers = workers
+        self.reservations = reservations
+        self.statuses: Mapping[str, NodeStatus] = {}
+        self._asked_at = float("-inf")
+        self._asking: asyncio.Task[None] | None = None
+        self._placed: dict[str, str] = {}  # workers by the sandboxes that start there
+
+    async def close(self) -> None:
+        if self._asking is not None:
+            self._asking.cancel()
+            await asyncio.gather(self._asking, return_exceptions=True)
+
+    async def place(self, sandbox_id: str, config: SandboxConfig) -> Worker:
+        """Choose a worker; `landed` has to be told when the start is over, or will not be."""
+        await self._known()
+        name = self._scheduler.place(config)
+        self._placed[sandbox_id] = name
+        return self._workers[name]
+
+    async def place_group(
+        self, ids: list[str], config: SandboxConfig, placement: Placement, whole: bool
+    ) -> list[Worker]:
+        """Workers for the first of these sandboxes, with `whole` for all of them."""
+        await self._known()
+        names = self._scheduler.place_group(config, len(ids), placement, whole)
+        self._placed.update(zip(ids, names, strict=False))
+        return [self._workers[name] for name in names]
+
+    def landed(self, sandbox_id: str) -> None:
+        """Its start is over, one way or the other."""
+        name = self._placed.pop(sandbox_id, None)
+        if name is not None:
+            self._scheduler.landed(name)
+
+    def status(self, name: str) -> NodeStatus | None:
+        """What a worker reported last."""
+        return self.statuses.get(name)
+
+    async def _known(self) -> None:
+        """See that there are reports, and that newer ones come."""
+        age, gone = time.monotonic() - self._asked_at, not self.statuses.keys() <= self._workers.keys()
+        if age <= _FRESH and not gone:
+            return
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._ask(), name="worker reports")
+        if age > _STALE or gone or len(self._workers) == 1:
+            await asyncio.shield(self._asking)
+
+    async def _ask(self) -> None:
+        gate = asyncio.Semaphore(_ASKED_AT_ONCE)
+        found: dict[str, NodeStatus] = {}
+
+        async def one(name: str, worker: Worker) -> None:
+            with contextlib.suppress(TimeoutError):
+                async with gate, asyncio.timeout(_PATIENCE):
+                    try:
+                        found[name] = await worker.status()
+                    except RockError as error:
+                        log.info("worker %s: %s; it takes nothing new", name, error)
+
+        await asyncio.gather(*(one(name, worker) for name, worker in list(self._workers.items())))
+        found = {name: status for name, status in found.items() if name in self._workers}
+        self.statuses = found
+        self._scheduler.report(found)
+        self._asked_at = time.monotonic()
