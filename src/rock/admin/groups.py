@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rock.admin import infos
-from rock.errors import NotFound, RockError, from_wire
+from rock.errors import Conflict, InvalidConfig, NotFound, RockError, from_wire
 from rock.protocol.group import GroupInfo, GroupRequest
 from rock.protocol.keys import Caller
 from rock.protocol.sandbox import Cause, SandboxConfig, State
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _STOPPED_AT_ONCE = 64
 _CHECKED_AT_ONCE = 64
+_LONGEST_ID = 128
 _BEGUN = (State.PENDING, State.RUNNING)
 
 
@@ -54,11 +55,11 @@ class Groups:
         """
         first = await self._service.store.by_key(key, caller.owner) if key else None
         if first is not None:
-            records = await self._service.store.group(first.info.group or "", caller.owner)
+            records = await self._fresh([_of_group(first)])
         else:
             records = await self._insert(wish, key, caller)
         error = await self._started(records, wait)
-        records = await self._service.store.group(records[0].info.group or "", caller.owner)
+        records = await self._fresh(records)
         if error is not None and wish.mode == "gang":
             raise from_wire(error)
         return _info(records, wish.size - len(records), error)
@@ -69,6 +70,8 @@ class Groups:
         config = wish.config.model_copy(update={"sandbox_id": None})
         service.archive.check(config)
         ids = [member(group_id, number) for number in range(wish.size)]
+        if len(ids[-1]) > _LONGEST_ID:
+            raise InvalidConfig(f"sandbox_id {group_id[:20]}...: it is too long for the names of {wish.size} sandboxes")
         workers: list[Worker | None] = [None] * wish.size
         if service.placing.reservations is None:
             workers = list(await service.placing.place_group(ids, config, wish.placement, whole))
@@ -84,6 +87,7 @@ class Groups:
                 info.__dict__.update(group=group_id, gang=whole, created_at=now)
                 records.append(Record(info, config, key if number == 0 else None))
             made = await service.store.insert_group(records, caller.quota, whole)
+            _of_group(made[0])
             for record in made:
                 if record.state is State.PENDING:
                     service.launch(record)
@@ -103,9 +107,7 @@ class Groups:
                 await worker.check(config)
 
         each = {worker.name: worker for worker in workers if worker is not None}
-        async with asyncio.TaskGroup() as tasks:
-            for worker in each.values():
-                tasks.create_task(one(worker))
+        await asyncio.gather(*(one(worker) for worker in each.values()))
 
     async def _started(self, records: Sequence[Record], wait: float) -> dict[str, Any] | None:
         """Wait for the starts, up to `wait` seconds: the error of the first that failed, once a gang is undone."""
@@ -191,6 +193,12 @@ class Groups:
         if not records:
             raise NotFound(f"Group {group_id} not found")
         return records
+
+
+def _of_group(record: Record) -> Record:
+    if record.info.group is None:
+        raise Conflict("this idempotency key made a sandbox that is of no group", sandbox_id=record.id)
+    return record
 
 
 def _ran(record: Record) -> bool:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 
 from rock.admin.worker import Worker
-from rock.errors import RockError
+from rock.errors import NoCapacity, RockError
 from rock.protocol.node import NodeStatus
 from rock.protocol.sandbox import SandboxConfig
 from rock.scheduler.base import Placement, Reservations, Scheduler
@@ -19,6 +19,7 @@ log = logging.getLogger("rock.admin")
 
 _FRESH = 1.0  # seconds for which a report is new enough
 _STALE = 5.0  # and after which nobody is placed by it
+_NEW = 0.1  # the same where nothing fits by the last one, and for a group, which may fill many workers
 _ASKED_AT_ONCE = 64
 _PATIENCE = 5.0  # seconds for a report, after which a worker takes nothing new until it answers again
 
@@ -49,7 +50,11 @@ class Placing:
     async def place(self, sandbox_id: str, config: SandboxConfig) -> Worker:
         """Choose a worker; `landed` has to be told when the start is over, or will not be."""
         await self._known()
-        name = self._scheduler.place(config)
+        try:
+            name = self._scheduler.place(config)
+        except NoCapacity:
+            await self._known(_NEW)  # what was stopped since the last report makes room
+            name = self._scheduler.place(config)
         self._placed[sandbox_id] = name
         return self._workers[name]
 
@@ -57,7 +62,7 @@ class Placing:
         self, ids: list[str], config: SandboxConfig, placement: Placement, whole: bool
     ) -> list[Worker]:
         """Workers for the first of these sandboxes, with `whole` for all of them."""
-        await self._known()
+        await self._known(_NEW)
         names = self._scheduler.place_group(config, len(ids), placement, whole)
         self._placed.update(zip(ids, names, strict=False))
         return [self._workers[name] for name in names]
@@ -72,14 +77,14 @@ class Placing:
         """What a worker reported last."""
         return self.statuses.get(name)
 
-    async def _known(self) -> None:
-        """See that there are reports, and that newer ones come."""
+    async def _known(self, stale: float = _STALE) -> None:
+        """See that there are reports, none older than `stale` seconds, and that newer ones come."""
         age, gone = time.monotonic() - self._asked_at, not self.statuses.keys() <= self._workers.keys()
-        if age <= _FRESH and not gone:
+        if age <= min(_FRESH, stale) and not gone:
             return
         if self._asking is None or self._asking.done():
             self._asking = asyncio.create_task(self._ask(), name="worker reports")
-        if age > _STALE or gone or len(self._workers) == 1:
+        if age > stale or gone or len(self._workers) == 1:
             await asyncio.shield(self._asking)
 
     async def _ask(self) -> None:

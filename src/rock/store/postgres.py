@@ -231,7 +231,7 @@ class PostgresStore:
             return await self._members(db, group_id, tenant)
 
     async def _group(self, db: Any, known: Record) -> Sequence[Record]:
-        return await self._members(db, known.info.group or "", known.tenant)
+        return await self._members(db, known.info.group, known.tenant) if known.info.group else [known]
 
     async def _members(self, db: Any, group_id: str, tenant: str | None) -> Sequence[Record]:
         # Ids are compared by their bytes, and "." comes right after "-"

@@ -171,7 +171,7 @@ class SqliteStore:
         with _transaction(self._open_db, "IMMEDIATE"):
             known = self._by_key(first.key, first.tenant) if first.key is not None else None
             if known is not None:
-                return self._group(known.info.group or "", known.tenant)
+                return self._group(known.info.group, known.tenant) if known.info.group else [known]
             if quota is not None:
                 count = self._take(first, quota, len(records), whole)
                 records, rows = records[:count], rows[:count]
