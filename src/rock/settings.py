@@ -26,8 +26,11 @@ Client settings are functions, because a script may set a variable after the imp
 | ROCK_TLS_CERT, ROCK_TLS_KEY | none | a chain of certificates and its key (PEM): the server speaks TLS |
 | SSL_CERT_FILE | the system's | whom clients trust |
 | ROCK_STORE | rock.sqlite in ROCK_HOME | where the server remembers: a file, or postgresql://USER@HOST/DATABASE |
-| ROCK_WORKERS | none | an admin without sandboxes of its own: its rocklets, as NAME=URL,NAME=URL |
-| ROCK_WORKER_KEY | ROCK_API_KEY | the key that those ask for |
+| ROCK_WORKERS | none | an admin without sandboxes of its own: its rocklets, as NAME=URL,NAME=URL; or "none" |
+| ROCK_WORKER_KEY | ROCK_API_KEY | the key that those ask for, and that a rocklet may join by |
+| ROCK_WORKER_LEASE | 10 | seconds of the lease of a worker that joined |
+| ROCK_JOIN, ROCK_WORKER_NAME, ROCK_ADVERTISE | none | of a rocklet: --join, --name, --advertise |
+| ROCK_LEASE_LOST | stop | of a rocklet: what its sandboxes do when its lease is over: stop, or keep |
 | ROCK_LOG_LEVEL | info | debug, info, warning, error |
 | HF_ENDPOINT | https://huggingface.co | where the client finds the repositories of `hf://` sources |
 | ROCK_ENVHUB_DB_URL | envhub.sqlite in ROCK_HOME | where an `envhub` keeps it: sqlite:///FILE |
@@ -171,6 +174,11 @@ class Settings:
     store: str = field(default="", repr=False)
     workers: str = ""
     worker_key: str = field(default="", repr=False)
+    worker_lease: float = 10.0
+    join: str = ""
+    worker_name: str = ""
+    advertise: str = ""
+    lease_lost: str = "stop"
     archive: str = ""
     archive_limit: str = "64g"
     image_budget: str = ""
@@ -232,6 +240,11 @@ class Settings:
             ("store", str),
             ("workers", str),
             ("worker_key", str),
+            ("worker_lease", float),
+            ("join", str),
+            ("worker_name", str),
+            ("advertise", str),
+            ("lease_lost", str),
             ("archive", str),
             ("archive_limit", str),
             ("image_budget", str),

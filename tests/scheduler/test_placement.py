@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from rock.errors import InvalidConfig, NoCapacity, RockError, Unsupported
-from rock.protocol.node import NodeStatus, image_mark
+from rock.protocol.node import NodeStatus
 from rock.protocol.sandbox import Isolation, SandboxConfig
 from rock.scheduler.local import LocalScheduler
 
@@ -68,7 +68,7 @@ def test_a_worker_under_pressure_takes_nothing_new() -> None:
 
 
 def test_the_image_that_is_there_counts() -> None:
-    has = worker(images=[image_mark("x:1")], sandboxes=2)
+    has = worker(images=["x:1"], sandboxes=2)
     others = {f"w{number}": worker() for number in range(50)}
     scheduler = fleet(has=has, **others)
     assert scheduler.place(wish()) == "has"
@@ -121,7 +121,7 @@ def test_spread_and_pack() -> None:
     packed = Counter(fleet(**workers).place_group(wish(), 10, "pack", True))
     assert sorted(packed.values()) == [2, 8]  # eight cores each
     assert Counter(fleet(**workers).place_group(wish(), 60, "pack", True)).total() == 60  # beyond what they promise
-    has = worker(images=[image_mark("x:1")])
+    has = worker(images=["x:1"])
     assert set(fleet(**workers, has=has).place_group(wish(), 4, "pack", True)) == {"has"}
     assert "has" in fleet(**workers, has=has).place_group(wish(), 1, "spread", True)
 

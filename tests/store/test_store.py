@@ -12,7 +12,9 @@ import pytest
 
 from rock.errors import Conflict, NotFound, QuotaExceeded, Unavailable
 from rock.protocol.keys import Access, KeyInfo, Quota
-from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
+from rock.protocol.node import NodeStatus
+from rock.protocol.sandbox import Isolation, SandboxConfig, SandboxInfo, State
+from rock.protocol.workers import Beat, JoinWorker, WorkerState
 from rock.store.base import Lease, Query, Record, Store, VersionConflict
 from rock.store.sqlite import SqliteStore
 
@@ -392,3 +394,87 @@ def test_a_newer_file_is_refused(tmp_path: Path) -> None:
             await store.close()
 
     asyncio.run(main())
+
+
+# ---- workers ----
+
+
+def joining(name: str = "w", holder: str = "h" * 16, epoch: int = 0, **fields: Any) -> JoinWorker:
+    return JoinWorker(name=name, url="http://10.0.0.1:8080", holder=holder, epoch=epoch, status=node_status(), **fields)
+
+
+def node_status(sandboxes: int = 0) -> NodeStatus:
+    return NodeStatus(host_name="n", host_ip="10.0.0.1", runtime="fake", isolation=Isolation.NONE, cpus=4,
+                      memory_total=1 << 30, memory_free=1 << 29, sandboxes=sandboxes, sandbox_limit=9)  # fmt: skip
+
+
+def test_workers_join_beat_and_are_lost(with_store: Any) -> None:
+    async def work(store: Store) -> None:
+        workers = store.workers
+        assert await workers.list() == []
+        with pytest.raises(NotFound):
+            await workers.beat("w", Beat(holder="h" * 16, epoch=1, status=node_status()))
+        first = await workers.join(joining(version="1.2"))
+        assert (first.epoch, first.state, first.version) == (1, WorkerState.READY, "1.2")
+        again = await workers.beat("w", Beat(holder="h" * 16, epoch=1, status=node_status(3)))
+        assert again.beat == first.beat + 1 and again.status is not None and again.status.sandboxes == 3
+        assert 0 <= again.age < 60
+        with pytest.raises(Conflict):  # another machine of that name
+            await workers.join(joining(holder="o" * 16))
+        with pytest.raises(Conflict):
+            await workers.beat("w", Beat(holder="o" * 16, epoch=1, status=node_status()))
+        # A restart of the same goes on; one that gave up by itself begins anew.
+        assert (await workers.join(joining(epoch=1))).epoch == 1
+        assert (await workers.join(joining(epoch=1, fresh=True))).epoch == 2
+        seen = (await workers.list())[0]
+        await workers.beat("w", Beat(holder="h" * 16, epoch=2, status=node_status()))
+        assert not await workers.lose("w", 2, seen.beat)  # it was heard of since
+        assert not await workers.lose("w", 1)
+        assert await workers.lose("w", 2, seen.beat + 1)
+        assert [worker.state for worker in await workers.list()] == [WorkerState.LOST]
+        with pytest.raises(Conflict):
+            await workers.beat("w", Beat(holder="h" * 16, epoch=2, status=node_status()))
+        assert (await workers.join(joining(epoch=2))).epoch == 3  # what was lost does not go on
+        with pytest.raises(Conflict):
+            await workers.remove("w")
+        assert await workers.lose("w", 3)
+        assert (await workers.join(joining(holder="o" * 16))).epoch == 4  # the name is free now
+        assert await workers.lose("w", 4)
+        await workers.remove("w")
+        with pytest.raises(NotFound):
+            await workers.remove("w")
+        assert await workers.list() == []
+        assert (await workers.join(joining(epoch=4))).epoch == 5
+
+    with_store(work)
+
+
+def test_workers_are_drained(with_store: Any) -> None:
+    async def work(store: Store) -> None:
+        workers = store.workers
+        with pytest.raises(NotFound):
+            await workers.drain("w", True)
+        await workers.join(joining())
+        assert (await workers.drain("w", True)).state is WorkerState.DRAINING
+        beaten = await workers.beat("w", Beat(holder="h" * 16, epoch=1, status=node_status()))
+        assert beaten.draining
+        assert (await workers.join(joining())).draining  # until somebody says otherwise
+        assert (await workers.drain("w", False)).state is WorkerState.READY
+
+    with_store(work)
+
+
+def test_one_of_many_machines_gets_a_name(opens: Opens) -> None:
+    async def one(number: int) -> bool:
+        async with opens() as store:
+            try:
+                await store.workers.join(joining(holder=f"holder-{number:010}"))
+            except Conflict:
+                return False
+            return True
+
+    async def main() -> list[bool]:
+        async with opens():  # its tables are there
+            return await asyncio.gather(*(one(number) for number in range(6)))
+
+    assert sum(asyncio.run(main())) == 1

@@ -8,11 +8,11 @@ from rock.admin.api.sandboxes import Sandboxes
 from rock.admin.api.training import Training
 from rock.admin.desk import Desks
 from rock.admin.environments import Environments
+from rock.admin.fleet import Fleet
 from rock.admin.keys import Keys
 from rock.admin.leader import Leader
 from rock.admin.reconciler import Reconciler
 from rock.admin.service import Service
-from rock.admin.worker import Worker
 from rock.envhub.catalogue import Catalogue
 from rock.errors import InvalidConfig
 from rock.protocol.sandbox import parse_size
@@ -44,21 +44,23 @@ def _limit(text: str) -> int:
 class Admin:
     """The control plane of one process. `app` serves once `open` has returned.
 
-    data: the data plane, for the ROCK dialect, which has both planes behind one address.
+    data: the data plane, for the ROCK dialect, which has both planes behind one address. leads: whether it may be the
+    one that reconciles; a reader never is.
     """
 
     def __init__(
-        self, settings: Settings, store: Store, workers: dict[str, Worker], roles: list[str], data: App
+        self, settings: Settings, store: Store, workers: Fleet, roles: list[str], data: App, leads: bool = True
     ) -> None:
         self._blobs = make_blobs(settings)
         limit = _limit(settings.archive_limit)
         self.service = Service(store, LocalScheduler(), workers, self._blobs, limit)
-        self.leader = Leader(store, lambda: Reconciler(self.service))
+        self.workers = workers
+        self.leader = Leader(store, lambda: Reconciler(self.service)) if leads else None
         self.catalogue = Catalogue(settings.catalogue)
         environments = Environments(self.service, self.catalogue)
         self.keys = Keys(store, bool(settings.api_key))
         desks = Desks(self.service, self.keys)
-        own = Sandboxes(desks).over(native.build(desks, self.keys, workers, environments, settings, roles))
+        own = Sandboxes(desks).over(native.build(desks, self.keys, self.service, environments, settings, roles))
         rock = RockV1(desks, data, self.catalogue).over(own)
         self.app: App = Training(desks, data).over(rock)
         self._store = store
@@ -74,10 +76,14 @@ class Admin:
         await self.catalogue.open()
         if isinstance(self._blobs, FolderBlobs):
             await self._blobs.sweep()
-        await self.leader.start()
+        await self.workers.open()
+        if self.leader is not None:
+            await self.leader.start()
 
     async def close(self) -> None:
-        await self.leader.close()
+        if self.leader is not None:
+            await self.leader.close()
         await self.service.close()
+        await self.workers.close()
         await self.catalogue.close()
         await self._store.close()

@@ -10,7 +10,7 @@ import ipaddress
 
 from rock.admin.keys import Keys
 from rock.errors import InvalidConfig, RockError, Unauthorized
-from rock.protocol.keys import CALLER, NOBODY, OPERATOR, Caller, digest_of
+from rock.protocol.keys import CALLER, NOBODY, OPERATOR, WORKER, Caller, digest_of
 from rock.protocol.routes import OTHER_KEY
 from rock.wire.asgi import App, Receive, Scope, Send, deny, failure
 
@@ -54,11 +54,13 @@ class Authenticated:
     """The door: says who sent each request, and lets nobody in who is nobody.
 
     key: of the server's owner; without one everybody is the owner, but for web pages that are not ours. keys: of its
-    tenants. A key comes as `Authorization: Bearer KEY`, alone as X-ROCK-API-Key, or as clients of ROCK send one.
+    tenants. worker_key: by it a worker may join, and nothing else. A key comes as `Authorization: Bearer KEY`, alone as
+    X-ROCK-API-Key, or as clients of ROCK send one.
     """
 
-    def __init__(self, app: App, key: str | None, keys: Keys | None = None) -> None:
+    def __init__(self, app: App, key: str | None, keys: Keys | None = None, worker_key: str = "") -> None:
         self._app = app
+        self._worker_key = worker_key.encode()
         self._key = key.encode() if key else None
         self._keys = keys
         self._sockets: dict[str, set[asyncio.Task[None]]] = {}  # what is open by a key
@@ -101,13 +103,16 @@ class Authenticated:
     async def _holder(self, key: bytes) -> Caller | None:
         if self._key is not None and hmac.compare_digest(key, self._key):
             return OPERATOR
+        if self._worker_key and hmac.compare_digest(key, self._worker_key):
+            return WORKER
         return await self._keys.caller(key) if self._keys is not None else None
 
     def _is_key(self, name: bytes, value: bytes) -> bool:
         if name not in KEY_HEADERS:
             return False
         bare = _bare(name, value)
-        return digest_of(bare) is not None or (self._key is not None and hmac.compare_digest(bare, self._key))
+        own = [key for key in (self._key, self._worker_key) if key]
+        return digest_of(bare) is not None or any(hmac.compare_digest(bare, key) for key in own)
 
     # ---- what outlasts a request ----
 

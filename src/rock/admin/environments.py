@@ -93,7 +93,7 @@ class Environments:
         """With what the workers have of it: it is ready when it is on all of them."""
         workers = list(self._service.workers.values())
         if not workers:
-            raise NoCapacity("there is no worker")
+            raise NoCapacity("there is no worker", hint="start one with: rocklet --join")
         found: list[ImageState] = await asyncio.gather(*(worker.image(known.image, wait) for worker in workers))
         ready = all(one.is_ready for one in found)
         seen = {"is_ready": ready, "digest": found[0].digest if ready else None, "packages": found[0].packages}

@@ -4,24 +4,19 @@ sandbox has started."""
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 import time
 from collections.abc import Mapping
 
+from rock.admin.fleet import Fleet
 from rock.admin.worker import Worker
 from rock.errors import NoCapacity, RockError
 from rock.protocol.node import NodeStatus
 from rock.protocol.sandbox import SandboxConfig
 from rock.scheduler.base import Placement, Reservations, Scheduler
 
-log = logging.getLogger("rock.admin")
-
 _FRESH = 1.0  # seconds for which a report is new enough
 _STALE = 5.0  # and after which nobody is placed by it
 _NEW = 0.1  # the same where nothing fits by the last one, and for a group, which may fill many workers
-_ASKED_AT_ONCE = 64
-_PATIENCE = 5.0  # seconds for a report, after which a worker takes nothing new until it answers again
 
 
 class Placing:
@@ -32,7 +27,7 @@ class Placing:
     """
 
     def __init__(
-        self, scheduler: Scheduler, workers: Mapping[str, Worker], reservations: Reservations | None = None
+        self, scheduler: Scheduler, workers: Fleet, reservations: Reservations | None = None
     ) -> None:
         self._scheduler = scheduler
         self._workers = workers
@@ -40,6 +35,7 @@ class Placing:
         self.statuses: Mapping[str, NodeStatus] = {}
         self._asked_at = float("-inf")
         self._asking: asyncio.Task[None] | None = None
+        self._failed: RockError | None = None
         self._placed: dict[str, str] = {}  # workers by the sandboxes that start there
 
     async def close(self) -> None:
@@ -78,29 +74,22 @@ class Placing:
         return self.statuses.get(name)
 
     async def _known(self, stale: float = _STALE) -> None:
-        """See that there are reports, none older than `stale` seconds, and that newer ones come."""
+        """See that there are reports, none older than `stale` seconds, and that newer ones come. Unavailable."""
         age, gone = time.monotonic() - self._asked_at, not self.statuses.keys() <= self._workers.keys()
         if age <= min(_FRESH, stale) and not gone:
             return
         if self._asking is None or self._asking.done():
             self._asking = asyncio.create_task(self._ask(), name="worker reports")
-        if age > stale or gone or len(self._workers) == 1:
+        if age > stale or gone or len(self._workers) <= 1:
             await asyncio.shield(self._asking)
+            if self._failed is not None:
+                raise self._failed
 
     async def _ask(self) -> None:
-        gate = asyncio.Semaphore(_ASKED_AT_ONCE)
-        found: dict[str, NodeStatus] = {}
-
-        async def one(name: str, worker: Worker) -> None:
-            with contextlib.suppress(TimeoutError):
-                async with gate, asyncio.timeout(_PATIENCE):
-                    try:
-                        found[name] = await worker.status()
-                    except RockError as error:
-                        log.info("worker %s: %s; it takes nothing new", name, error)
-
-        await asyncio.gather(*(one(name, worker) for name, worker in list(self._workers.items())))
-        found = {name: status for name, status in found.items() if name in self._workers}
+        try:
+            found, self._failed = await self._workers.statuses(_NEW), None
+        except RockError as error:
+            found, self._failed = {}, error
         self.statuses = found
         self._scheduler.report(found)
         self._asked_at = time.monotonic()

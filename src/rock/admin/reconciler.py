@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import heapq
 import logging
 import time
-from collections.abc import AsyncIterator, Set
+from collections.abc import AsyncIterator, Mapping, Set
 from dataclasses import dataclass, replace
 
 from rock.admin.infos import life_began
 from rock.admin.lifecycle import Event
+from rock.admin.losses import Losses
 from rock.admin.service import Service
 from rock.admin.worker import Worker
 from rock.errors import NotFound, RockError, Unavailable
@@ -24,6 +26,7 @@ log = logging.getLogger("rock.reconciler")
 TOMBSTONES = 24 * 3600.0  # seconds that a stopped sandbox is remembered
 _POLL = 30.0
 _RETRY = 1.0
+_LIST = 30.0  # seconds that a worker may take to list what it has
 _ANOTHERS = 10.0  # seconds that a step of another admin may take before it is joined
 _UNSETTLED = (State.PENDING, State.RUNNING, State.STOPPING, State.ARCHIVING, State.ARCHIVED)
 
@@ -46,6 +49,8 @@ class Reconciler:
         self._tasks: list[asyncio.Task[None]] = []
         self._checks: set[asyncio.Task[None]] = set()
         self._next: dict[str, float] = {}  # the time in `_due`, by id
+        self._followers: dict[str, asyncio.Task[None]] = {}  # by worker
+        self._context = contextvars.copy_context()  # with the token of the lease by which it works
 
     async def start(self) -> None:
         """Settle what a former run left, then go on in the background."""
@@ -53,15 +58,47 @@ class Reconciler:
         self.service.on_unfinished.append(self._again)
         if self.service.store.shared:
             self._tasks = [asyncio.create_task(self._watch(), name="watch")]  # from before what is settled now
+        workers = self.service.workers
+        workers.on_change.append(self._worker_changed)
         await self._settle()
         self._tasks += [
             asyncio.create_task(self._deadlines(), name="deadlines"),
             asyncio.create_task(self._prune(), name="prune"),
+            asyncio.create_task(Losses(self.service, workers).run(), name="losses"),
         ]
-        self._tasks += [
-            asyncio.create_task(self._follow(worker), name=f"events-{worker.name}")
-            for worker in self.service.workers.values()
-        ]
+        for worker in workers.values():
+            if worker.name not in self._followers:
+                self._followers[worker.name] = asyncio.create_task(self._follow(worker), name=f"events-{worker.name}")
+
+    def _worker_changed(self, name: str) -> None:
+        """One came, came back, or went."""
+        follower = self._followers.pop(name, None)
+        if follower is not None:
+            follower.cancel()
+            self._track(follower)
+        worker = self.service.workers.get(name)
+        if worker is not None:
+            self._followers[name] = asyncio.create_task(
+                self._welcome(worker), name=f"events-{name}", context=self._context
+            )
+
+    async def _welcome(self, worker: Worker) -> None:
+        """Settle what a worker that joined has, then follow it."""
+        while True:
+            try:
+                here = await self._here(worker)
+                if here is not None:
+                    known = {record.id async for record in self._settled({worker.name: here}, worker.name)}
+                    await self._remove_strays(worker, here, known)
+                    break
+            except Exception as error:
+                log.warning("settling worker %s: %r; trying again", worker.name, error)
+            await asyncio.sleep(_RETRY)
+        await self._follow(worker)
+
+    def _track(self, task: asyncio.Task[None]) -> None:
+        self._checks.add(task)
+        task.add_done_callback(self._checks.discard)
 
     def _again(self, sandbox_id: str) -> None:
         self._push(time.time() + _RETRY, sandbox_id)
@@ -72,7 +109,9 @@ class Reconciler:
         ):  # fmt: skip
             if own in listeners:
                 listeners.remove(own)
-        tasks = [*self._tasks, *self._checks]
+        if self._worker_changed in self.service.workers.on_change:
+            self.service.workers.on_change.remove(self._worker_changed)
+        tasks = [*self._tasks, *self._checks, *self._followers.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -80,37 +119,56 @@ class Reconciler:
     # ---- after a crash ----
 
     async def _settle(self) -> None:
-        here: dict[str, _Here] = {}
-        for name, worker in self.service.workers.items():
-            try:
+        workers = list(self.service.workers.values())
+        found = await asyncio.gather(*(self._here(worker) for worker in workers))
+        here = {worker.name: one for worker, one in zip(workers, found, strict=True) if one is not None}
+        known = {record.id async for record in self._settled(here)}
+        for worker in workers:
+            if worker.name in here:
+                await self._remove_strays(worker, here[worker.name], known)
+
+    async def _here(self, worker: Worker) -> _Here | None:
+        """What a worker has; None when it does not say."""
+        try:
+            async with asyncio.timeout(_LIST):
                 inventory = await worker.list()
-            except Unavailable as error:
-                log.warning("worker %s: %s; its sandboxes are looked at when it is back", name, error)
-                continue
-            here[name] = _Here({found.sandbox_id for found in inventory.sandboxes if found.alive},
-                               {found.sandbox_id for found in inventory.sandboxes} | set(inventory.kept))  # fmt: skip
-        known: set[str] = set()
+        except (Unavailable, TimeoutError) as error:
+            log.warning("worker %s: %r; its sandboxes are looked at when it is back", worker.name, error)
+            return None
+        return _Here({found.sandbox_id for found in inventory.sandboxes if found.alive},
+                     {found.sandbox_id for found in inventory.sandboxes} | set(inventory.kept))  # fmt: skip
+
+    async def _settled(self, here: Mapping[str, _Here], worker: str | None = None) -> AsyncIterator[Record]:
+        """Records that are not over, of all workers or of one, settled."""
+        fields = {} if worker is None else {"worker": worker}
+        over = (State.STOPPED, State.DELETED)
         gangs: set[tuple[str, str]] = set()
-        for query in (Query(states=_UNSETTLED), Query(states=(State.STOPPED, State.DELETED), left=True)):
-            async for found_one in self._all(query):
-                record = await self.service.commits.settle(found_one)
-                known.add(record.id)
+        for query in (Query(states=_UNSETTLED, fields=fields), Query(states=over, left=True, fields=fields)):
+            async for found in self._all(query):
+                record = await self.service.commits.settle(found)
                 if record.info.gang and record.state in (State.PENDING, State.RUNNING):
                     gangs.add((record.tenant, record.info.group or ""))
-                worker_name = record.info.worker or ""
-                if worker_name in here or worker_name not in self.service.workers:
-                    await self._settle_one(record, here.get(worker_name, _Here()))
+                name = record.info.worker or ""
+                if name in here or not self._may_come_back(name):
+                    await self._settle_one(record, here.get(name, _Here()))
                 else:
                     self._push(time.time() + _POLL, record.id)
+                yield record
         await self.service.groups.settle(gangs)
-        for name, found in here.items():
-            for stray in found.all - known:
-                now = await self.service.store.get(stray)
-                over = now is not None and now.state in (State.STOPPED, State.DELETED) and not now.info.kept
-                if now is not None and not over:
-                    continue  # of another admin, made since
-                log.warning("destroying sandbox %s: it %s", stray, "is over" if over else "has no record")
-                await self.service.workers[name].destroy(stray)
+
+    def _may_come_back(self, worker: str) -> bool:
+        """Whether a worker without an answer is one to wait for. One that joined stands in the registry until its
+        sandboxes are over; of ROCK_WORKERS another admin may know more than this one."""
+        return self.service.workers.is_known(worker) or self.service.store.shared
+
+    async def _remove_strays(self, worker: Worker, here: _Here, known: Set[str]) -> None:
+        for stray in here.all - known:
+            now = await self.service.store.get(stray)
+            over = now is not None and now.state in (State.STOPPED, State.DELETED) and not now.info.kept
+            if now is not None and not over:
+                continue  # of another admin, made since
+            log.warning("destroying sandbox %s: it %s", stray, "is over" if over else "has no record")
+            await worker.destroy(stray)
 
     async def _all(self, query: Query) -> AsyncIterator[Record]:
         """Every record that a query finds, page by page."""
@@ -224,9 +282,7 @@ class Reconciler:
             if self._next.get(sandbox_id) != when:
                 continue  # an earlier look took its place
             del self._next[sandbox_id]
-            task = asyncio.create_task(self._look(sandbox_id))
-            self._checks.add(task)
-            task.add_done_callback(self._checks.discard)
+            self._track(asyncio.create_task(self._look(sandbox_id)))
 
     async def _look(self, sandbox_id: str) -> None:
         try:
@@ -279,7 +335,10 @@ class Reconciler:
     async def _find(self, record: Record) -> NodeSandbox | None:
         """The sandbox on its worker; None when it is not there any more, which is then recorded."""
         try:
-            return await self.service.workers[record.info.worker or ""].get(record.id)
+            worker = self.service.workers.get(record.info.worker or "")
+            if worker is None:
+                raise Unavailable(f"worker {record.info.worker} is not there now")
+            return await worker.get(record.id)
         except NotFound:
             await self.service.apply(record.id, Event.ENDED, cause=Cause.LOST, reason="its worker does not have it")
             return None

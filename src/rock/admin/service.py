@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from rock.admin import infos
 from rock.admin.archiving import Archive
 from rock.admin.commits import Commits
+from rock.admin.fleet import Fleet
 from rock.admin.groups import Groups
 from rock.admin.kept import Kept
 from rock.admin.lifecycle import Effect, Event, step
@@ -47,7 +48,7 @@ class Service:
         self,
         store: Store,
         scheduler: Scheduler,
-        workers: Mapping[str, Worker],
+        workers: Fleet,
         blobs: Blobs | None = None,
         archive_limit: int = 64 << 30,
         reservations: Reservations | None = None,
@@ -114,6 +115,13 @@ class Service:
             if record is None or sandbox_id not in self._launches:
                 self.placing.landed(sandbox_id)
 
+    def _reached(self, name: str | None) -> Worker:
+        """A worker. Unavailable when it is lost, or not known here yet."""
+        worker = self.workers.get(name or "")
+        if worker is None:
+            raise Unavailable(f"worker {name} is not there now", hint="retry when it is back: rock worker ls")
+        return worker
+
     def launch(self, record: Record) -> asyncio.Task[Record]:
         """Start a pending sandbox in the background; one task a sandbox."""
         task = self._launches.get(record.id)
@@ -169,10 +177,11 @@ class Service:
     async def _worker_for(self, record: Record) -> Worker:
         """Its own, or for one from the archive any that fits; where a cluster decides, that which it names."""
         if self.placing.reservations is not None:
-            worker = self.workers[await self.placing.reservations.reserve(record.id, record.config)]
+            kept_on = record.info.worker if record.info.kept else None
+            worker = self._reached(await self.placing.reservations.reserve(record.id, record.config, kept_on))
             await worker.check(record.config)
         elif record.info.archive is None:
-            return self.workers[record.info.worker or ""]
+            return self._reached(record.info.worker)
         else:
             worker = await self.placing.place(record.id, record.config)
         if worker.name != record.info.worker:
@@ -227,7 +236,7 @@ class Service:
         if record.state is not State.RUNNING:
             return record.info
         try:
-            found = await self.workers[record.info.worker or ""].get(sandbox_id, touch=touch, usage=usage)
+            found = await self._reached(record.info.worker).get(sandbox_id, touch=touch, usage=usage)
         except RockError as error:
             log.info("worker of %s: %s", sandbox_id, error)
             return record.info.model_copy(update={"is_alive": False})
@@ -289,10 +298,15 @@ class Service:
 
         Whether they are kept was decided by the step that ended it."""
         worker, lost = self.workers.get(record.info.worker or ""), False
-        if worker is not None and not record.info.kept:
-            await worker.destroy(record.id)
-        elif worker is not None:
-            lost = not (await worker.rest(record.id)).kept
+        try:
+            if worker is not None and not record.info.kept:
+                await worker.destroy(record.id)
+            elif worker is not None:
+                lost = not (await worker.rest(record.id)).kept
+        except Unavailable:
+            if worker is not None and self.workers.get(worker.name) is worker:
+                raise
+            # It was lost meanwhile: it stops by itself, or is told when it is back
         if self.placing.reservations is not None:
             await self.placing.reservations.release(record.id)
         return infos.files_lost(record) if lost else {}

@@ -1,21 +1,26 @@
-"""An admin without sandboxes of its own: it commands the rocklets that ROCK_WORKERS names, over the wire.
+"""An admin without sandboxes of its own: it commands the rocklets that ROCK_WORKERS names, and those that joined, over
+the wire.
 
 Several of them may share a database; one of them leads (admin/leader.py). Requests to sandboxes are forwarded.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 
 import orjson
 
 from rock.admin.app import Admin
 from rock.admin.auth import Authenticated, require_key_beyond_loopback
+from rock.admin.fleet import Fleet, Reached
 from rock.admin.worker import FENCE, Transport, WireWorker, Worker
 from rock.cli.home import Home
-from rock.errors import InvalidConfig, RockError, Unsupported
+from rock.errors import InvalidConfig, RockError, Unavailable, Unsupported
 from rock.protocol import routes
+from rock.protocol.workers import Lease, WorkerInfo
 from rock.proxy.app import Proxy, is_data
 from rock.sdk.transport import Transport as Client
 from rock.settings import Settings
@@ -27,8 +32,9 @@ _LONG = ("/commit", "/wake")
 _USUAL = 100.0  # seconds that a worker may be silent
 
 
-def transport_to(url: str, key: str | None) -> Transport:
+def transport_to(url: str, key: str | None, headers: dict[str, str] | None = None) -> Transport:
     """Requests of a WireWorker, each with the token of the lease by which it is made."""
+    own = headers or {}
     clients: dict[int | None, Client] = {}
 
     async def carry(method: str, path: str, query: str, body: bytes) -> tuple[int, bytes]:
@@ -36,7 +42,7 @@ def transport_to(url: str, key: str | None) -> Transport:
         client = clients.get(fence)
         if client is None:
             clients.clear()  # of leases that are over
-            client = clients[fence] = Client(url, key, {} if fence is None else {routes.FENCE: str(fence)})
+            client = clients[fence] = Client(url, key, own if fence is None else {**own, routes.FENCE: str(fence)})
         makes = method == "PUT" or path.endswith(_LONG) or path == routes.ROUTES["node_image"].path
         try:
             return 200, await client.call(method, f"{path}?{query}" if query else path, body,
@@ -47,9 +53,52 @@ def transport_to(url: str, key: str | None) -> Transport:
     return carry
 
 
+def until(gone: asyncio.Event, transport: Transport, name: str) -> Transport:
+    """A transport that answers Unavailable to what is under way when its worker is gone: a machine that is cut off does
+    not end its connections."""
+
+    async def carry(method: str, path: str, query: str, body: bytes) -> tuple[int, bytes]:
+        call = asyncio.ensure_future(transport(method, path, query, body))
+        end = asyncio.ensure_future(gone.wait())
+        try:
+            await asyncio.wait({call, end}, return_when=asyncio.FIRST_COMPLETED)
+            if call.done():
+                return call.result()
+        finally:
+            for task in (call, end):
+                task.cancel()
+            await asyncio.gather(call, end, return_exceptions=True)
+        error = Unavailable(f"worker {name} was lost while it was asked", hint="retry")
+        return error.status, orjson.dumps(error.to_wire())
+
+    return carry
+
+
+def reach_with(key: str | None) -> Callable[[WorkerInfo], Reached]:
+    """How workers that join are reached."""
+
+    def reach(info: WorkerInfo) -> Reached:
+        gone = asyncio.Event()
+        command = {routes.EPOCH: f"{info.name}/{info.epoch}"}
+        own = {} if key is None else {routes.OTHER_KEY: key}
+        data, long = Remote(info.url, own), Remote(info.url, {**own, **command})
+        carry = until(gone, transport_to(info.url, key, command), info.name)
+
+        async def close() -> None:
+            gone.set()
+            await data.close()
+            await long.close()
+
+        return Reached(WireWorker(info.name, carry, long.stream), data, close)
+
+    return reach
+
+
 def workers_of(text: str) -> dict[str, str]:
-    """URLs by name of "name=url,name=url". InvalidConfig."""
+    """URLs by name of "name=url,name=url"; "none" is none. InvalidConfig."""
     found: dict[str, str] = {}
+    if text.strip() == "none":
+        return found
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, separator, url = part.partition("=")
         if not separator or not name or not url.startswith(("http://", "https://")):
@@ -65,20 +114,22 @@ class Control:
 
     def __init__(self, settings: Settings, store: Store) -> None:
         require_key_beyond_loopback(settings.host, settings.api_key)
-        if settings.archive not in ("", "off"):
-            raise Unsupported("ROCK_ARCHIVE: files of workers elsewhere are not archived yet", hint="leave it out")
+        urls = workers_of(settings.workers)
+        if settings.archive not in ("", "off") and urls:
+            raise Unsupported("ROCK_ARCHIVE: files of ROCK_WORKERS are not archived", hint="let them join")
         self.home = Home(settings.home)
         self.store = store
         key = settings.worker_key or settings.api_key
-        urls = workers_of(settings.workers)
         # Not as Authorization: that may be for a program inside
         headers = {} if key is None else {routes.OTHER_KEY: key}
         self._remotes = [Remote(url, headers) for url in urls.values()]
         apps: dict[str, App] = dict(zip(urls, self._remotes, strict=True))
-        self._proxy = Proxy(store, apps, local=False)
-        workers: dict[str, Worker] = {name: WireWorker(name, transport_to(url, key)) for name, url in urls.items()}
-        self.admin = Admin(replace(settings, archive="off"), store, workers, ["write", "read"], self._proxy)
-        self.app = Authenticated(self._route, settings.api_key, self.admin.keys)
+        fixed: dict[str, Worker] = {name: WireWorker(name, transport_to(url, key)) for name, url in urls.items()}
+        self.fleet = Fleet(fixed, apps, lambda: store.workers, reach_with(key), Lease.of(settings.worker_lease))
+        self._proxy = Proxy(store, self.fleet.apps)
+        settings = replace(settings, archive=settings.archive or "off")
+        self.admin = Admin(settings, store, self.fleet, ["write", "read"], self._proxy)
+        self.app = Authenticated(self._route, settings.api_key, self.admin.keys, settings.worker_key)
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "lifespan" and is_data(scope["path"]):

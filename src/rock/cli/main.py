@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from rock import __version__
-from rock.cli import doctor, env, image, key, sandbox
+from rock.cli import doctor, env, image, key, sandbox, workers
 from rock.cli.admin import app as admin_app
 from rock.cli.output import OPTIONS, complain, fail
 from rock.errors import RockError
@@ -49,6 +49,7 @@ app.command(name="doctor")(doctor.doctor)
 app.add_typer(image.app, name="image")
 app.add_typer(env.app, name="env")
 app.add_typer(key.app, name="key")
+app.add_typer(workers.app, name="worker")
 app.add_typer(admin_app, name="admin")
 
 

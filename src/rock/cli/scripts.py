@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
 from rock.cli.envhub import serve_envhub
 from rock.cli.output import fail
@@ -24,9 +25,15 @@ def admin_main() -> None:
 
 
 def rocklet_main() -> None:
-    """`rocklet`: the sandboxes of one machine, without a control plane."""
+    """`rocklet`: the sandboxes of one machine, without a control plane, for servers that it joins or that name it."""
     text = "The sandboxes of this machine: the data plane and the node plane of the wire, without an admin."
-    _run(_place(argparse.ArgumentParser(prog="rocklet", description=text)), Rocklet)
+    parser = argparse.ArgumentParser(prog="rocklet", description=text)
+    parser.add_argument("--join", default=None, metavar="URL", help="be a worker of this server; several: URL,URL")
+    parser.add_argument("--token", default=None, help="ROCK_WORKER_KEY or ROCK_API_KEY of the servers; asked here too")
+    parser.add_argument("--name", default=None, help="of this worker; the machine's name unless given")
+    parser.add_argument("--advertise", default=None, metavar="URL", help="where servers reach this rocklet")
+    given = _place(parser)
+    _run(given, Rocklet, api_key=given.token, join=given.join, worker_name=given.name, advertise=given.advertise)
 
 
 def envhub_main() -> None:
@@ -49,8 +56,8 @@ def _place(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _run(given: argparse.Namespace, role: type[Server] | type[Rocklet]) -> None:
+def _run(given: argparse.Namespace, role: type[Server] | type[Rocklet], **more: Any) -> None:
     try:
-        run_server(Settings.read(host=given.host, port=given.port), role)
+        run_server(Settings.read(host=given.host, port=given.port, **more), role)
     except (RockError, ValueError) as error:
         sys.exit(fail(error if isinstance(error, RockError) else InvalidConfig(str(error))))

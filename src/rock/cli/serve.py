@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import signal
 import socket
 import ssl
 import sys
 from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,16 +22,19 @@ from rock import __version__
 from rock import settings as environment
 from rock.admin.app import Admin
 from rock.admin.auth import Authenticated, require_key_beyond_loopback
+from rock.admin.fleet import Fleet
 from rock.admin.worker import Worker
-from rock.cli.control import Control
+from rock.cli.control import Control, reach_with
 from rock.cli.home import Home
 from rock.cli.worker import LocalWorker
 from rock.errors import Conflict, InvalidConfig, Unsupported
 from rock.protocol.routes import ROUTES
+from rock.protocol.workers import Lease
 from rock.proxy.app import Proxy, is_data
 from rock.rocklet.api import Api
 from rock.rocklet.fence import Fence
 from rock.rocklet.images import Images
+from rock.rocklet.membership import Joining, Membership, servers_of
 from rock.rocklet.node import Node
 from rock.runtime import plugins
 from rock.runtime.base import Runtime
@@ -39,6 +44,7 @@ from rock.store.base import Store
 from rock.store.sqlite import SqliteStore
 from rock.telemetry import set_up_logs
 from rock.wire.asgi import Answer, App, Receive, Request, Scope, Send, answer
+from rock.wire.remote import Remote
 
 log = logging.getLogger("rock.server")
 T = TypeVar("T")
@@ -106,8 +112,9 @@ class Rocklet:
         self.node = Node(runtimes, settings.runtime, settings.run_dir, settings.sandbox_limit, self.images)
         self.router = Api(self.node).router()
         self.router.add(ROUTES["health"], _health)
-        fence = Fence(settings.run_dir / "fence")
-        self.app = Authenticated(fence.over(self.router), settings.api_key)
+        self.membership = membership_of(settings, self.node)
+        app = Fence(settings.run_dir / "fence").over(self.router)
+        self.app = Authenticated(app if self.membership is None else self.membership.over(app), settings.api_key)
 
     def let_go(self) -> None:
         """The server is about to stop."""
@@ -122,14 +129,49 @@ class Rocklet:
         self.home.take()
         try:
             await self.node.open()
+            if self.membership is not None:
+                await self.membership.open()
         except BaseException:
+            if self.membership is not None:
+                await self.membership.close()
+            await self.node.close()
             self.home.release()
             raise
 
     async def close(self) -> None:
         """Stop serving; sandboxes stay alive and are found again by the next server."""
+        if self.membership is not None:
+            await self.membership.close()
         await self.node.close()
         self.home.release()
+
+
+def membership_of(settings: Settings, node: Node) -> Membership | None:
+    """How this machine joins, if it does. InvalidConfig."""
+    if not settings.join:
+        return None
+    servers = servers_of(settings.join, settings.api_key)
+    name = settings.worker_name or re.sub(r"[^A-Za-z0-9_.-]", "-", socket.gethostname())[:63]
+    url = settings.advertise or f"{'https' if settings.tls_cert else 'http'}://{_reached_at(settings, servers[0])}"
+    if settings.lease_lost not in ("stop", "keep"):
+        raise InvalidConfig(f"ROCK_LEASE_LOST={settings.lease_lost}: stop or keep")
+    return Membership(node, Joining(servers, name, url.rstrip("/"), settings.lease_lost == "keep"),
+                      settings.home / "worker.json")  # fmt: skip
+
+
+def _reached_at(settings: Settings, server: Remote) -> str:
+    """HOST:PORT where servers reach this machine: the address that it listens on, or has towards them."""
+    host = settings.host
+    if host in ("0.0.0.0", "::", ""):
+        try:
+            family, kind, _, _, address = socket.getaddrinfo(server.host, 9, type=socket.SOCK_DGRAM)[0]
+            with socket.socket(family, kind) as probe:
+                probe.connect(address)  # sends nothing
+                host = str(probe.getsockname()[0])
+        except OSError as error:
+            raise InvalidConfig(f"where servers reach this machine is not known: {error}",
+                                hint="--advertise http://HOST:PORT") from None  # fmt: skip
+    return f"[{host}]:{settings.port}" if ":" in host else f"{host}:{settings.port}"
 
 
 async def _health(_: Request) -> Answer:
@@ -147,10 +189,12 @@ class Server:
         # Not the host's name: that changes with the network, and every sandbox would be on a worker nobody knows.
         name = "local"
         self.store = make_store(settings)
-        self._proxy = Proxy(self.store, {name: self.rocklet.router})
-        workers: dict[str, Worker] = {name: LocalWorker(name, self.node)}
-        self.admin = Admin(settings, self.store, workers, ["write", "read", "worker"], self._proxy)
-        self.app = Authenticated(self._route, settings.api_key, self.admin.keys)
+        fixed: dict[str, Worker] = {name: LocalWorker(name, self.node)}
+        fleet = Fleet(fixed, {name: self.rocklet.router}, lambda: self.store.workers,
+                      reach_with(settings.worker_key or settings.api_key), Lease.of(settings.worker_lease))  # fmt: skip
+        self._proxy = Proxy(self.store, fleet.apps, local=name)
+        self.admin = Admin(settings, self.store, fleet, ["write", "read", "worker"], self._proxy)
+        self.app = Authenticated(self._route, settings.api_key, self.admin.keys, settings.worker_key)
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         with contextlib.suppress(asyncio.CancelledError):  # its time was over when the server stopped: no fault of it
@@ -252,7 +296,7 @@ async def serve(settings: Settings, role: type[Server] | type[Rocklet] = Server)
     tls_of(settings)
     listener = listen(settings.host, settings.port)
     port = listener.getsockname()[1]
-    server = make_server(settings, role)
+    server = make_server(replace(settings, port=port), role)
     try:
         await server.open()
     except BaseException:

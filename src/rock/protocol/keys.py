@@ -28,7 +28,8 @@ class Access(StrEnum):
 
     open: no key. read: look, files and logs included. run: act inside sandboxes. create: make, stop, restart, archive
     and delete them. images: change what all tenants share, which is images and registered environments. admin: keys,
-    workers, and sandboxes without isolation or on the server's own network.
+    workers, and sandboxes without isolation or on the server's own network. worker: join as one; for
+    no key that is made.
     """
 
     OPEN = "open"
@@ -37,6 +38,7 @@ class Access(StrEnum):
     CREATE = "create"
     IMAGES = "images"
     ADMIN = "admin"
+    WORKER = "worker"
 
 
 USUAL = (Access.READ, Access.RUN, Access.CREATE)
@@ -81,7 +83,7 @@ class CreateKey(Wire):
     @field_validator("scopes")
     @classmethod
     def _scopes(cls, value: list[Access]) -> list[Access]:
-        if not value or Access.OPEN in value:
+        if not value or Access.OPEN in value or Access.WORKER in value:
             raise ValueError("a key has some of read, run, create, images and admin")
         return sorted({*value, Access.READ}, key=list(Access).index)  # whoever acts may look
 
@@ -132,6 +134,7 @@ class Caller:
 
 
 OPERATOR = Caller(None, frozenset(Access))
+WORKER = Caller("", frozenset({Access.WORKER}))
 NOBODY = Caller("", frozenset())  # without a key, on a route that is open
 
 

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-from functools import lru_cache
 from typing import Any
 
 from pydantic import Field
 
 from rock.protocol.action import Answer, FileInfo, ProcessInfo, SessionInfo
 from rock.protocol.sandbox import ArchivedFiles, Cause, Isolation, Phase, SandboxConfig, SandboxInfo, Usage, Wire
-
-MOST_IMAGES = 256  # that a worker tells of
-
-
-@lru_cache(maxsize=4096)
-def image_mark(image: str) -> str:
-    """What a worker reports for an image that it has: short, as there are many."""
-    return hashlib.sha256(image.encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
 
 class NodeSandbox(Answer):
@@ -92,12 +82,10 @@ class NodeEvents(Answer):
 
 
 class NodeStatus(Answer):
-    """What a worker has: cores, bytes of memory in all and free, sandboxes now and at most.
-
+    """What a worker has: cores, bytes of memory in all and free, sandboxes now and at most. load: programs that run or
+    wait for a core, in the mean of the last minute. images: names of some that are on its disk, the last used first.
     memory_pressure: percent of the last ten seconds in which something there waited for memory; None where the kernel
-    does not tell. images: marks of the last few hundred images that it has, see image_mark. accelerators: kinds
-    of its `gpus`.
-    """
+    does not tell. accelerators: kinds of its `gpus`."""
 
     host_name: str
     host_ip: str
@@ -110,8 +98,9 @@ class NodeStatus(Answer):
     sandboxes: int
     sandbox_limit: int
     boot: str = ""
+    load: float = 0.0
+    images: list[str] = Field(default_factory=list, max_length=1000)
     memory_pressure: float | None = None
-    images: list[str] = Field(default_factory=list, max_length=MOST_IMAGES)
     gpus: int = 0
     gpus_free: int = 0
     accelerators: list[str] = Field(default_factory=list, max_length=64)

@@ -37,6 +37,7 @@ STREAM_TYPE = "application/x-rock-stream"
 FRAMES_TYPE = "application/x-rock-frames"
 ERROR_CODE = "x-rock-error"  # on every error of ours: what tells it from the answer of a program inside
 ANSWER_WITHIN = "x-rock-timeout"  # seconds that a program behind a port has for the head of its answer; 120
+EPOCH = "x-rock-epoch"  # on commands to a rocklet that joined: NAME/EPOCH, as whoever commands it knows it
 FENCE = "x-rock-fence"  # on commands to a rocklet: the token of the lease by which they are given
 OTHER_KEY = "x-rock-api-key"  # the key, for requests whose Authorization is meant for a program inside
 LOG_START, LOG_NEXT, LOG_RUNNING = "x-rock-start", "x-rock-next", "x-rock-running"
@@ -116,6 +117,12 @@ _ACCESS = {  # of rows whose plane and method do not tell
     "create_key": Access.ADMIN,
     "list_keys": Access.ADMIN,
     "revoke_key": Access.ADMIN,
+    "join_worker": Access.WORKER,
+    "beat_worker": Access.WORKER,
+    "list_workers": Access.ADMIN,
+    "drain_worker": Access.ADMIN,
+    "undrain_worker": Access.ADMIN,
+    "remove_worker": Access.ADMIN,
 }
 
 
@@ -243,6 +250,22 @@ def _rows() -> Iterator[Route]:
     yield row("create_key", "POST", "/v1/keys", "control", "Make an API key, which is told once", "CreateKey", "NewKey")
     yield row("list_keys", "GET", "/v1/keys", "control", "API keys, without what they are made of", "", "KeyList")
     yield row("revoke_key", "DELETE", "/v1/keys/{key_id}", "control", "End a key; its sandboxes stay", "", "KeyInfo")
+    # control plane: workers
+    w = "/v1/workers/{worker}"
+    yield row("join_worker", "POST", "/v1/workers", "control", "A rocklet joins", "JoinWorker", "WorkerLease")
+    yield row("beat_worker", "POST", w + "/beat", "control", "Its heartbeat", "Beat", "WorkerLease")
+    yield row("list_workers", "GET", "/v1/workers", "control", "Workers, lost ones too", "", "WorkerList")
+    yield row("drain_worker", "POST", w + "/drain", "control", "It gets no more sandboxes", "", "WorkerInfo")
+    yield row("undrain_worker", "POST", w + "/undrain", "control", "It gets sandboxes again", "", "WorkerInfo")
+    yield row(
+        "remove_worker",
+        "DELETE",
+        w,
+        "control",
+        "Forget a lost one; ?force=1 takes it for lost first: its sandboxes are over",
+        "?force",
+        "WorkerInfo",
+    )
     # data plane: sessions
     yield row(
         "create_session",

@@ -6,7 +6,7 @@ With the worker in this process, the request goes to its ASGI application as it 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from rock.errors import Expired, Lost, NotFound, NotHere, OutOfMemory, RockError, StartFailed, Unavailable, Unsupported
@@ -34,15 +34,19 @@ def is_data(path: str) -> bool:
 
 
 class Proxy:
-    """Routes by sandbox id. `workers`: ASGI applications by worker name. local: they are in this process.
+    """Routes by sandbox id. workers: ASGI applications by worker name, now. local: which of them is in this process.
+
+    On which worker a sandbox is changes when it comes from the archive alone; so that is remembered until its worker
+    does not hold it, or is gone: requests to what is known go on without the store.
 
     To a tenant's key nothing exists but what is its tenant's. Whose a sandbox is never changes (see admin/desk.py), so
     it is asked for once."""
 
-    def __init__(self, store: Store, workers: dict[str, App], local: bool = True) -> None:
+    def __init__(self, store: Store, workers: Mapping[str, App], local: str | None = None) -> None:
         self._store = store
         self._workers = workers
-        self._local = next(iter(workers.values())) if len(workers) == 1 and local else None
+        self._local = None if local is None else workers[local]
+        self._placed: OrderedDict[str, str] = OrderedDict()  # workers by id
         self._owned: OrderedDict[str, str] = OrderedDict()  # tenants by id
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -50,7 +54,7 @@ class Proxy:
         if tenant is not None and scope["path"] != _BUILD and not await self._owns(tenant, _sandbox_id(scope)):
             await _refuse(scope, send, _not_found(_sandbox_id(scope)))
             return
-        if self._local is None:
+        if self._local is None or (len(self._workers) > 1 and scope["path"] != _BUILD):
             await self._forward(scope, receive, send)
             return
         # One worker: it knows its sandboxes, so the store is asked only for what it does not know.
@@ -75,16 +79,41 @@ class Proxy:
         if scope["path"] == _BUILD:
             await failure(Unsupported("images are built where there is one worker", hint="ask a worker")).send(send)
             return
-        record = await self._store.get(_sandbox_id(scope))
-        worker = self._workers.get(record.info.worker or "") if record else None
-        if record is None or worker is None:
-            missing = Unavailable("its worker is not known here") if record else _not_found(_sandbox_id(scope))
-            await _refuse(scope, send, missing)
+        sandbox_id = _sandbox_id(scope)
+        try:
+            worker = await self._worker_of(sandbox_id)
+        except RockError as error:
+            await _refuse(scope, send, error)
             return
         held = _Held(send)
         await worker(scope, receive, held)
         if held.held:
-            await _refuse(scope, send, await self._explain(_sandbox_id(scope)))
+            self._placed.pop(sandbox_id, None)
+            await _refuse(scope, send, await self._explain(sandbox_id))
+
+    async def _worker_of(self, sandbox_id: str) -> App:
+        """What holds a sandbox. NotFound, Unavailable; Lost for what went with its worker."""
+        worker = self._workers.get(self._placed.get(sandbox_id, ""))
+        if worker is not None:
+            return worker
+        self._placed.pop(sandbox_id, None)
+        record = await self._store.get(sandbox_id)
+        if record is None:
+            raise _not_found(sandbox_id)
+        if record.info.cause is Cause.LOST:
+            raise tell(record.info)
+        name = record.info.worker or ""
+        worker = self._workers.get(name)
+        if worker is None:
+            if record.info.cause is not None:
+                raise tell(record.info)
+            raise Unavailable(f"worker {name} of sandbox {sandbox_id} is not there now", sandbox_id=sandbox_id,
+                              hint="retry")  # fmt: skip
+        if record.state is State.RUNNING:
+            self._placed[sandbox_id] = name
+            while len(self._placed) > _REMEMBERED:
+                self._placed.popitem(last=False)
+        return worker
 
     async def _explain(self, sandbox_id: str) -> RockError:
         """A worker does not hold the sandbox: what became of it."""

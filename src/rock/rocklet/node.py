@@ -28,15 +28,7 @@ from rock.errors import (
     Unsupported,
 )
 from rock.protocol.network import ConnectionList
-from rock.protocol.node import (
-    MOST_IMAGES,
-    NodeEvent,
-    NodeEvents,
-    NodeInventory,
-    NodeSandbox,
-    NodeStatus,
-    image_mark,
-)
+from rock.protocol.node import NodeEvent, NodeEvents, NodeInventory, NodeSandbox, NodeStatus
 from rock.protocol.sandbox import ArchivedFiles, Cause, Isolation, Phase, SandboxConfig
 from rock.rocklet.builds import Builds
 from rock.rocklet.commits import Commits
@@ -54,6 +46,8 @@ log = logging.getLogger("rock.node")
 _KEPT_EVENTS = 10_000
 _KEPT_ENDS = 5_000
 _RECOVERED_AT_ONCE = 16
+_MOST_IMAGES = 256  # that are told of, for the scheduler
+_LONGEST_NAME = 256
 
 
 class Node:
@@ -79,7 +73,7 @@ class Node:
         self._destroying: dict[str, asyncio.Task[NodeSandbox]] = {}
         self._resting: dict[str, asyncio.Task[NodeSandbox]] = {}
         self._phases: dict[str, dict[str, Phase]] = {}
-        self._marks: OrderedDict[str, None] = OrderedDict()  # of images that are here, the last used last
+        self._used: OrderedDict[str, None] = OrderedDict()  # names of images that are here, the last used last
         self._events: list[NodeEvent] = []
         self._changed = asyncio.Condition()
         self._ends: OrderedDict[str, tuple[Cause, str]] = OrderedDict()
@@ -96,7 +90,7 @@ class Node:
         for runtime in self.runtimes.values():
             await self._open(runtime)
         for image in await asyncio.to_thread(self.images.store.list):
-            self._has(image.name)
+            self._note(image.name)
         known: dict[str, list[str]] = {name: [] for name in self.runtimes}
         gate = asyncio.Semaphore(_RECOVERED_AT_ONCE)
 
@@ -296,7 +290,7 @@ class Node:
             await supervisor.destroy(0)
             raise
         self.supervisors[sandbox_id] = supervisor
-        self._has(config.image)
+        self._note(config.image)
         ahead = runtime.prepared(handle) if isinstance(runtime, Pools) else None
         if not isinstance(ahead, Session) or not supervisor.take_over(ahead):
             self._spawn(self._open_default(supervisor, ahead))
@@ -461,21 +455,43 @@ class Node:
             sandbox_limit=self.limit,
             boot=self.boot,
             memory_pressure=hostmemory.pressure(),
-            images=list(self._marks),
+            images=[*reversed(self._used)],
             gpus=len(kinds),
             gpus_free=unused,
             accelerators=sorted(set(kinds)),
+            load=round(os.getloadavg()[0], 2),
         )
 
-    def _has(self, image: str) -> None:
+    def _note(self, image: str) -> None:
         """Remember that an image is here."""
-        mark = image_mark(image)
-        self._marks[mark] = None
-        self._marks.move_to_end(mark)
-        while len(self._marks) > MOST_IMAGES:
-            self._marks.popitem(last=False)
+        if len(image) <= _LONGEST_NAME:
+            self._used[image] = None
+            self._used.move_to_end(image)
+            while len(self._used) > _MOST_IMAGES:
+                self._used.popitem(last=False)
 
     # ---- ends ----
+
+    def lose(self, reason: str) -> None:
+        """Every sandbox here is over from now on; what is left of them is removed in the background."""
+        for task in self._creating.values():
+            task.cancel()
+        for supervisor in list(self.supervisors.values()):
+            if supervisor.cause is None:
+                supervisor.cause, supervisor.reason = Cause.LOST, reason
+                self._ended(supervisor, Cause.LOST, reason)
+
+    async def emptied(self, seconds: float) -> bool:
+        """Wait for the ends that are under way, at most so long; whether nothing is left."""
+        tasks = [*self._creating.values(), *self._destroying.values(), *self._resting.values(), *self._tasks]
+        if tasks:
+            await asyncio.wait(tasks, timeout=seconds)
+        return not self.has_sandboxes
+
+    @property
+    def has_sandboxes(self) -> bool:
+        """Whether one runs, starts or is being ended."""
+        return bool(self.supervisors or self._creating)
 
     def _remember(self, sandbox_id: str, cause: Cause, reason: str) -> None:
         self._ends[sandbox_id] = (cause, reason)

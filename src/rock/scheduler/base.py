@@ -37,8 +37,9 @@ class Scheduler(Protocol):
 class Reservations(Protocol):
     """A cluster's own scheduler, which decides where a sandbox goes while it starts, and may take its time."""
 
-    async def reserve(self, sandbox_id: str, config: SandboxConfig) -> str:
-        """Set aside what it takes: the name of the worker where that is. The same id again is the same reservation.
+    async def reserve(self, sandbox_id: str, config: SandboxConfig, worker: str | None = None) -> str:
+        """Set aside what it takes, on that worker if one is named: the name of the worker where that is. The same id
+        again is the same reservation.
         InvalidConfig, NoCapacity. One that is cancelled leaves nothing behind."""
         ...
 

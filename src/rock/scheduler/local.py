@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from rock.errors import InvalidConfig, NoCapacity, RockError, Unsupported
-from rock.protocol.node import NodeStatus, image_mark
+from rock.protocol.node import NodeStatus
 from rock.protocol.sandbox import SandboxConfig
 from rock.scheduler.base import Placement
 
@@ -91,7 +91,7 @@ class _Wish:
     @classmethod
     def of(cls, config: SandboxConfig) -> _Wish:
         return cls(config.memory_bytes, config.cpus, config.num_gpus or 0.0, config.accelerator_type or "",
-                   image_mark(config.image))  # fmt: skip
+                   config.image)  # fmt: skip
 
 
 class LocalScheduler:

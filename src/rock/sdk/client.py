@@ -19,6 +19,7 @@ from rock.protocol.keys import CreateKey, KeyInfo, KeyList, NewKey
 from rock.protocol.node import EnvList, ServerInfo
 from rock.protocol.routes import ROUTES, STREAM_TYPE, Frame, FrameParser
 from rock.protocol.sandbox import SandboxInfo
+from rock.protocol.workers import WorkerInfo, WorkerList
 from rock.sdk import primitives
 from rock.sdk.context import ContextSource, read_context
 from rock.sdk.http import query_string
@@ -161,6 +162,21 @@ class Client:
         """End a key at once; its tenant's sandboxes stay. NotFound, Forbidden."""
         target = ROUTES["revoke_key"].url(key_id=key_id)
         return parse(KeyInfo, await self.transport.json("DELETE", target))
+
+    async def list_workers(self) -> list[WorkerInfo]:
+        """The machines that sandboxes are on, lost ones too. Forbidden."""
+        return parse(WorkerList, await self.transport.json("GET", ROUTES["list_workers"].path)).items
+
+    async def drain_worker(self, name: str, draining: bool = True) -> WorkerInfo:
+        """Whether a worker that joined gets no more sandboxes; it keeps those that it has. NotFound."""
+        row = ROUTES["drain_worker" if draining else "undrain_worker"]
+        return parse(WorkerInfo, await self.transport.json("POST", row.url(worker=name)))
+
+    async def remove_worker(self, name: str, *, force: bool = False) -> WorkerInfo:
+        """Forget a worker that is lost; with `force` it is taken for lost first, and its sandboxes are over. NotFound,
+        Conflict."""
+        target = ROUTES["remove_worker"].url(worker=name) + query_string({"force": force or None})
+        return parse(WorkerInfo, await self.transport.json("DELETE", target))
 
     async def server_info(self) -> ServerInfo:
         """Version, isolation and capacity."""

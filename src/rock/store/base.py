@@ -10,6 +10,7 @@ from typing import Protocol
 from rock.errors import Conflict
 from rock.protocol.keys import KeyInfo, Quota
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
+from rock.store.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,15 @@ class Lease:
     token: int
 
 
-
 class Store(Protocol):
     """Where records live. Every method raises StorageFull or Unavailable when the medium fails.
 
-    shared: other servers may use it at the same time."""
+    shared: other servers may use it at the same time. workers: those that joined."""
 
     shared: bool
+
+    @property
+    def workers(self) -> Workers: ...
 
     async def open(self) -> None: ...
 

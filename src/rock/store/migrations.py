@@ -59,6 +59,20 @@ SQLITE: tuple[tuple[str, ...], ...] = (
             until REAL NOT NULL
         ) WITHOUT ROWID""",
     ),
+    (  # 3: workers that joined. beat: heartbeats so far; seen_at: of the last, by this database's clock, to look at
+        """CREATE TABLE worker (
+            name TEXT PRIMARY KEY,
+            holder TEXT NOT NULL,
+            url TEXT NOT NULL,
+            epoch INTEGER NOT NULL,
+            beat INTEGER NOT NULL,
+            lost INTEGER NOT NULL,
+            draining INTEGER NOT NULL,
+            version TEXT NOT NULL,
+            status TEXT NOT NULL,
+            seen_at REAL NOT NULL
+        ) WITHOUT ROWID""",
+    ),
 )
 
 POSTGRES: tuple[tuple[str, ...], ...] = (
@@ -94,6 +108,20 @@ POSTGRES: tuple[tuple[str, ...], ...] = (
             holder text NOT NULL,
             token bigint NOT NULL,
             until double precision NOT NULL
+        )""",
+    ),
+    (  # 2: workers that joined, as in SQLite's version 3
+        """CREATE TABLE worker (
+            name text COLLATE "C" PRIMARY KEY,
+            holder text NOT NULL,
+            url text NOT NULL,
+            epoch bigint NOT NULL,
+            beat bigint NOT NULL,
+            lost boolean NOT NULL,
+            draining boolean NOT NULL,
+            version text NOT NULL,
+            status text NOT NULL,
+            seen_at double precision NOT NULL
         )""",
     ),
 )

@@ -24,6 +24,7 @@ from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
 from rock.store import quotas
 from rock.store.base import Lease, Query, Record, VersionConflict, id_taken, ordered
 from rock.store.migrations import POSTGRES
+from rock.store.postgres_workers import PostgresWorkers
 from rock.store.watch import Watchers
 
 log = logging.getLogger("rock.store")
@@ -71,6 +72,7 @@ class PostgresStore:
         self._pool: Any = None
         self._watchers = Watchers()
         self._listener: asyncio.Task[None] | None = None
+        self.workers = PostgresWorkers(self._transaction)
 
     async def open(self) -> None:
         try:

@@ -23,6 +23,7 @@ from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
 from rock.store import quotas
 from rock.store.base import Lease, Query, Record, VersionConflict, id_taken, ordered
 from rock.store.migrations import SQLITE
+from rock.store.sqlite_workers import SqliteWorkers
 from rock.store.watch import Watchers
 
 T = TypeVar("T")
@@ -36,15 +37,15 @@ _FIELDS = {"user_id", "experiment_id", "namespace", "image", "runtime", "worker"
 class SqliteStore:
     """Records in a file. WAL with synchronous=NORMAL: a commit survives a crash of the process, at any point."""
 
-    shared = False  # a server has its folder to itself
-
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, shared: bool = False) -> None:
         self.path = path
+        self.shared = shared  # by servers of this machine; a server with all roles has its file to itself
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rock-store")
         self._db: sqlite3.Connection | None = None
         self._side: sqlite3.Connection | None = None  # the thread's
         self._checkpoints: asyncio.Task[None] | None = None
         self._watchers = Watchers()
+        self.workers = SqliteWorkers(self._within)
 
     async def open(self) -> None:
         self._now(self._open)
@@ -106,6 +107,13 @@ class SqliteStore:
             return work(*args)
         except sqlite3.Error as error:
             raise self._told(error) from error
+
+    def _within(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        def whole() -> T:
+            with _transaction(self._open_db, "IMMEDIATE"):
+                return work(self._open_db)
+
+        return self._now(whole)
 
     async def _aside(self, work: Callable[..., T], *args: Any) -> T:
         try:

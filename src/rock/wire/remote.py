@@ -202,6 +202,11 @@ class Remote:
         self._idle: list[_Connection] = []
         self._busy: set[_Connection] = set()
 
+    @property
+    def host(self) -> str:
+        """The name or address in its URL."""
+        return self._host
+
     async def close(self) -> None:
         """End every connection. Requests under way are broken."""
         for connection in (*self._idle, *self._busy):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import os
 import time
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 import orjson
@@ -17,13 +16,14 @@ from starlette.exceptions import HTTPException
 
 from rock import __version__
 from rock.admin.api import sandboxes
+from rock.admin.api import workers as workers_api
 from rock.admin.desk import Desks
 from rock.admin.environments import Environments
 from rock.admin.keys import Keys
-from rock.admin.worker import Worker
+from rock.admin.service import Service
 from rock.envhub import registry
 from rock.errors import ClientError, InternalServerRockError, InvalidConfig, NotFound, RockError
-from rock.protocol import action, env, group, node, sandbox
+from rock.protocol import action, env, group, node, sandbox, workers
 from rock.protocol.env import AddEnv, BuildEnv, EnvAbout
 from rock.protocol.keys import Access, CreateKey, KeyInfo, KeyList, NewKey, caller_of
 from rock.protocol.network import ConnectionList
@@ -34,7 +34,6 @@ from rock.settings import Settings
 from rock.store.base import Query as Listing
 from rock.wire.asgi import App, Receive, Scope, Send, failure, fit, retry_after
 
-Workers = Mapping[str, Worker]
 _PAGES = ("/", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")
 Wait = Annotated[float, Query(ge=0, le=3600)]
 
@@ -48,9 +47,11 @@ def _failure(error: RockError) -> Response:
     return Response(orjson.dumps(error.to_wire(), default=repr), error.status, headers, "application/json")
 
 
-def build(desks: Desks, keys: Keys, workers: Workers, envs: Environments, settings: Settings, roles: list[str]) -> App:
+def build(
+    desks: Desks, keys: Keys, service: Service, envs: Environments, settings: Settings, roles: list[str]
+) -> App:
     """The FastAPI application of the control plane, behind what its rows take of a key."""
-    return guarded(_application(desks, keys, workers, envs, settings, roles))
+    return guarded(_application(desks, keys, service, envs, settings, roles))
 
 
 def guarded(app: App) -> App:
@@ -83,7 +84,7 @@ def guarded(app: App) -> App:
 
 
 def _application(
-    desks: Desks, keys: Keys, workers: Workers, envs: Environments, settings: Settings, roles: list[str]
+    desks: Desks, keys: Keys, service: Service, envs: Environments, settings: Settings, roles: list[str]
 ) -> FastAPI:
     app = FastAPI(title="ROCK", version=__version__, docs_url="/docs", openapi_url="/openapi.json")
     started_at = time.time()
@@ -91,11 +92,12 @@ def _application(
     _sandboxes(app, desks)
     _keys(app, keys)
     _environments(app, envs)
+    workers_api.add_routes(app, service)
 
     @app.get(ROUTES["server_info"].path, response_model=ServerInfo, tags=["server"])
     async def server_info(request: Request) -> Response:
         """Version, isolation and capacity."""
-        seen = [await worker.status() for worker in workers.values()]
+        seen = [info.status for info in await service.workers.infos() if info.status is not None and not info.is_lost]
         return _json(
             ServerInfo(
                 version=__version__,
@@ -267,7 +269,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
     models: dict[str, type[BaseModel]] = {
         name: kind
-        for module in (sandbox, action, env, node, group)
+        for module in (sandbox, action, env, node, group, workers)
         for name, kind in vars(module).items()
         if isinstance(kind, type) and issubclass(kind, BaseModel)
     }

@@ -1,0 +1,247 @@
+"""The workers that there are now: those given at the start, and those that joined.
+
+A server looks at the registry of the store each second. What it says of time is measured here alone: since when a
+worker's count of heartbeats has stood still, by the monotonic clock of this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from rock.admin.worker import Worker
+from rock.errors import NotFound, RockError, Unavailable
+from rock.protocol.node import NodeStatus
+from rock.protocol.workers import Beat, JoinWorker, Lease, WorkerInfo, WorkerLease, WorkerState
+from rock.store.workers import Workers, unknown
+from rock.wire.asgi import App
+
+log = logging.getLogger("rock.workers")
+
+_LOOK = 1.0
+_ASK = 5.0  # seconds that a worker of ROCK_WORKERS may take to tell how it is
+_STATUS_AGE = 1.0
+
+
+@dataclass(frozen=True)
+class Reached:
+    """How one that joined is commanded, and how requests to its sandboxes are handed on. close: ends both; what is
+    under way is answered as Unavailable."""
+
+    worker: Worker
+    app: App
+    close: Callable[[], Awaitable[None]]
+
+
+@dataclass
+class _Member:
+    info: WorkerInfo
+    changed_at: float  # monotonic: when its heartbeats were last seen to go on
+    reached: Reached
+
+
+class Fleet(Mapping[str, Worker]):
+    """Workers by name. fixed: those of the start. apps: the data plane of each; kept up to date. reach: how those that
+    join are reached; without it none may.
+
+    on_change: called with a name when one came, came back under another epoch, or went.
+    """
+
+    def __init__(
+        self, fixed: Mapping[str, Worker], apps: dict[str, App], registry: Callable[[], Workers] | None = None,
+        reach: Callable[[WorkerInfo], Reached] | None = None, lease: Lease | None = None,
+    ) -> None:  # fmt: skip
+        self.fixed = fixed
+        self.apps = apps
+        self.lease = lease or Lease.of(10.0)
+        self.on_change: list[Callable[[str], None]] = []
+        self._registry = registry
+        self._reach = reach
+        self._members: dict[str, _Member] = {}
+        self._lost: dict[str, WorkerInfo] = {}
+        self._task: asyncio.Task[None] | None = None
+        self._looking = asyncio.Lock()
+        self._asked: dict[str, NodeStatus] = {}
+        self._asked_at = float("-inf")
+
+    # ---- Mapping ----
+
+    def __getitem__(self, name: str) -> Worker:
+        member = self._members.get(name)
+        return self.fixed[name] if member is None else member.reached.worker
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self.fixed, *self._members])
+
+    def __len__(self) -> int:
+        return len(self.fixed) + len(self._members)
+
+    # ---- life ----
+
+    async def open(self) -> None:
+        """Know who joined, from now on."""
+        if self._reach is None:
+            return
+        await self.refresh()
+        self._task = asyncio.create_task(self._follow(), name="workers")
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+        for name in list(self._members):
+            await self._forget(name)
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK)
+            try:
+                await self.refresh()
+            except Exception as error:
+                log.warning("who joined cannot be seen: %r; trying again", error)
+
+    async def refresh(self) -> None:
+        """Look at the registry now. Unavailable."""
+        if self._registry is None or self._reach is None:
+            return
+        async with self._looking:
+            found = {info.name: info for info in await self._registry().list() if info.name not in self.fixed}
+            now = time.monotonic()
+            self._lost = {name: info for name, info in found.items() if info.is_lost}
+            changed = []
+            for name in [name for name in self._members if name not in found or found[name].is_lost]:
+                log.warning("worker %s is gone", name)
+                await self._forget(name)
+                changed.append(name)
+            for name, info in found.items():
+                if not info.is_lost and await self._seen(name, info, now):
+                    changed.append(name)
+        for name in changed:
+            for listener in self.on_change:
+                listener(name)
+
+    async def _seen(self, name: str, info: WorkerInfo, now: float) -> bool:
+        """Remember what is known of it; whether it has to be looked after anew."""
+        assert self._reach is not None
+        member = self._members.get(name)
+        if member is not None and (member.info.epoch, member.info.url) == (info.epoch, info.url):
+            if member.info.beat != info.beat:
+                member.changed_at = now
+            else:
+                info.__dict__["status"] = member.info.status  # the same report, which others know by its identity
+            member.info = info
+            return False
+        if member is not None:
+            await self._forget(name)
+        log.info("worker %s at %s, epoch %d", name, info.url, info.epoch)
+        made = self._reach(info)
+        self._members[name] = _Member(info, now, made)
+        self.apps[name] = made.app
+        return True
+
+    async def _forget(self, name: str) -> None:
+        member = self._members.pop(name)
+        self.apps.pop(name, None)
+        with contextlib.suppress(Exception):
+            await member.reached.close()
+
+    # ---- what is known ----
+
+    def silent(self) -> list[WorkerInfo]:
+        """Those that have not been heard of for so long that they are lost."""
+        limit = time.monotonic() - self.lease.lost
+        return [member.info for member in self._members.values() if member.changed_at < limit]
+
+    def lost(self) -> list[str]:
+        """Names of those that the registry holds for lost."""
+        return list(self._lost)
+
+    def is_known(self, name: str) -> bool:
+        """Whether it is there, or was and is remembered."""
+        return name in self.fixed or name in self._members or name in self._lost
+
+    async def statuses(self, age: float = _STATUS_AGE) -> dict[str, NodeStatus]:
+        """What those report that may be given sandboxes, a few seconds old at most: a worker refuses by itself what it
+        has no room for. age: seconds, for those that are asked."""
+        if time.monotonic() - self._asked_at > age:
+            asked = await asyncio.gather(*(_ask(worker) for worker in self.fixed.values()))
+            self._asked = {name: status for name, status in zip(self.fixed, asked, strict=True) if status is not None}
+            self._asked_at = time.monotonic()
+        limit = time.monotonic() - self.lease.fence  # it may have given up since
+        joined = {
+            name: member.info.status
+            for name, member in self._members.items()
+            if member.info.state is WorkerState.READY and member.changed_at > limit and member.info.status is not None
+        }
+        if not self._asked and not joined and len(self):
+            raise Unavailable("no worker takes sandboxes now: they are not reached, or are being drained", hint="retry")
+        return {**self._asked, **joined}
+
+    async def infos(self) -> list[WorkerInfo]:
+        """All that are known, lost ones too."""
+        asked = await asyncio.gather(*(_ask(worker) for worker in self.fixed.values()))
+        fixed = [
+            WorkerInfo(name=name, status=status, state=WorkerState.LOST if status is None else WorkerState.READY)
+            for name, status in zip(self.fixed, asked, strict=True)
+        ]
+        joined = [] if self._registry is None else await self._registry().list()
+        return [*fixed, *joined]
+
+    # ---- what workers and operators ask ----
+
+    async def join(self, wish: JoinWorker) -> WorkerLease:
+        """Conflict, Unavailable."""
+        if wish.name in self.fixed:
+            raise NotFound(f"{wish.name} is a worker of ROCK_WORKERS", hint="choose another --name")
+        info = await self._table().join(wish)
+        await self.refresh()  # from here on it may be given sandboxes
+        return self._leased(info)
+
+    async def beat(self, name: str, beat: Beat) -> WorkerLease:
+        """Conflict when its lease is over; NotFound, Unavailable."""
+        return self._leased(await self._table().beat(name, beat))
+
+    async def drain(self, name: str, draining: bool) -> WorkerInfo:
+        """NotFound."""
+        info = await self._table().drain(name, draining)
+        await self.refresh()
+        return info
+
+    async def lose(self, info: WorkerInfo, surely: bool = False) -> bool:
+        """Take one for lost that has been silent; `surely`, whatever it did meanwhile."""
+        return await self._table().lose(info.name, info.epoch, None if surely else info.beat)
+
+    async def remove(self, name: str) -> None:
+        """Forget a lost one. Conflict, NotFound."""
+        await self._table().remove(name)
+        await self.refresh()
+
+    async def info(self, name: str) -> WorkerInfo:
+        """One that joined. NotFound."""
+        for info in await self._table().list():
+            if info.name == name:
+                return info
+        raise unknown(name)
+
+    def _table(self) -> Workers:
+        if self._registry is None or self._reach is None:
+            raise NotFound("no worker can join this server")
+        return self._registry()
+
+    def _leased(self, info: WorkerInfo) -> WorkerLease:
+        return WorkerLease(name=info.name, epoch=info.epoch, seconds=self.lease.fence, beat=self.lease.beat,
+                           draining=info.draining)  # fmt: skip
+
+
+async def _ask(worker: Worker) -> NodeStatus | None:
+    try:
+        async with asyncio.timeout(_ASK):
+            return await worker.status()
+    except (RockError, TimeoutError) as error:
+        log.warning("worker %s: %r", worker.name, error)
+        return None

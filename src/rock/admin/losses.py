@@ -1,0 +1,72 @@
+"""Workers that went away: who leads takes a silent one for lost, and tells of each sandbox that it had.
+
+Neither step is lost with a crash in between: that it is lost stands in the registry, and whoever leads next buries what
+is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from rock.admin.fleet import Fleet
+from rock.admin.lifecycle import Event
+from rock.admin.service import Service
+from rock.errors import RockError
+from rock.protocol.sandbox import Cause, State
+from rock.store.base import Query, Record
+
+log = logging.getLogger("rock.workers")
+
+_LOOK = 0.5
+_ALIVE = (State.PENDING, State.RUNNING, State.STOPPING)
+
+
+async def bury(service: Service, worker: str) -> int:
+    """Tombstones for what a lost worker had; how many."""
+    buried = 0
+    while records := await service.store.list(Query(states=_ALIVE, fields={"worker": worker})):
+        before = buried
+        for record in records:
+            try:
+                await _bury_one(service, record, worker)
+                buried += 1
+            except RockError as error:
+                log.error("burying %s: %s", record.id, error)
+        if buried == before:
+            break  # tried again by who calls
+    return buried
+
+
+async def _bury_one(service: Service, record: Record, worker: str) -> None:
+    restored = record.state is State.PENDING and record.info.archive is not None
+    event = Event.RESTORE_FAILED if restored else Event.ENDED
+    await service.apply(record.id, event, known=record, cause=Cause.LOST, reason=f"its worker {worker} was lost")
+
+
+class Losses:
+    """The loop of who leads."""
+
+    def __init__(self, service: Service, fleet: Fleet) -> None:
+        self._service = service
+        self._fleet = fleet
+
+    async def run(self) -> None:
+        """Until it is cancelled."""
+        while True:
+            try:
+                await self.look()
+            except Exception as error:
+                log.warning("looking for lost workers: %r; trying again", error)
+            await asyncio.sleep(_LOOK)
+
+    async def look(self) -> None:
+        """Once."""
+        for info in self._fleet.silent():
+            if await self._fleet.lose(info):
+                log.warning("worker %s was not heard of for %g s: it is lost", info.name, self._fleet.lease.lost)
+            await self._fleet.refresh()
+        for name in self._fleet.lost():
+            buried = await bury(self._service, name)
+            if buried:
+                log.warning("worker %s was lost with %d sandboxes", name, buried)

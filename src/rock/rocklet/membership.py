@@ -1,0 +1,262 @@
+"""A rocklet that joined: it has a lease for as long as its heartbeats are answered, and gives up by itself without one.
+
+    join ──► epoch E, for `seconds`; each answered heartbeat: `seconds` from when that was sent
+      │ no answer for so long, or the answer that epoch E is over
+      ▼
+    no new sandboxes; those that run are stopped (or kept, while nobody took this worker for lost); join again ──► E + 1
+
+All of it is measured by this machine's clock since boot, which goes on while a machine is suspended. A server takes
+this worker for lost later than that. docs/decisions/0019-workers.md
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from rock import __version__
+from rock.errors import ClientError, Conflict, InvalidConfig, NotFound, RockError, Unavailable, from_wire
+from rock.protocol.node import NodeStatus
+from rock.protocol.routes import EPOCH, ROUTES
+from rock.protocol.workers import Beat, JoinWorker, WorkerLease
+from rock.rocklet.node import Node
+from rock.runtime import wholefile
+from rock.wire.asgi import App, Receive, Scope, Send, failure
+from rock.wire.remote import Remote
+
+log = logging.getLogger("rock.worker")
+
+_RETRY = 1.0  # seconds between attempts to join
+_ANSWER = 3.0  # seconds that one server may take
+_IMAGES_EVERY = 10.0
+_MOST_IMAGES = 200
+_AGAIN = 2.0  # seconds after which what does not end is ended again
+_HEADER = EPOCH.encode()
+
+
+def _now() -> float:
+    """Seconds since boot, those of a suspended machine counted."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if sys.platform == "linux" else time.monotonic()
+
+
+@dataclass(frozen=True)
+class Joining:
+    """What a rocklet joins by. servers: any of which may be asked. keep: sandboxes go on without a lease, until this
+    worker is told that it was taken for lost."""
+
+    servers: list[Remote]
+    name: str
+    url: str
+    keep: bool = False
+
+
+class Membership:
+    """The lease of this rocklet. file: where its identity and its last epoch are kept."""
+
+    def __init__(self, node: Node, joining: Joining, file: Path) -> None:
+        self._node = node
+        self._joining = joining
+        self._servers = list(joining.servers)
+        self._file = file
+        self._holder, self._epoch = _read(file)
+        self._fresh = False
+        self._lease: WorkerLease | None = None
+        self._until = float("-inf")
+        self._images: list[str] = []
+        self._images_at = float("-inf")
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def holds(self) -> bool:
+        """Whether it has a lease now."""
+        return self._lease is not None and _now() < self._until
+
+    async def open(self) -> None:
+        """Join, or go on trying in the background. Raises what this rocklet has to change before it can."""
+        try:
+            await self._join()
+        except (Conflict, Unavailable) as error:
+            log.warning("not joined yet: %s; trying again", error)
+        self._tasks = [asyncio.create_task(self._run(), name="membership"),
+                       asyncio.create_task(self._guard(), name="lease")]  # fmt: skip
+
+    async def close(self) -> None:
+        """Send no more heartbeats. Sandboxes stay as they are, for the next rocklet of this machine."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for server in self._servers:
+            await server.close()
+
+    # ---- the lease ----
+
+    async def _run(self) -> None:
+        while True:
+            lease = self._lease
+            await asyncio.sleep(_RETRY if lease is None else lease.beat)
+            try:
+                await (self._join() if self._lease is None else self._beat())
+            except RockError as error:
+                log.warning("heartbeat: %s", error)
+            except Exception:
+                log.exception("heartbeat")
+
+    async def _guard(self) -> None:
+        """Give up in time, whatever a heartbeat waits for."""
+        while True:
+            await asyncio.sleep(0.1 if self._lease is None else min(max(self._until - _now(), 0.02), 0.5))
+            if self._lease is not None and not self.holds:
+                self._give_up(f"this worker had no answer for {self._lease.seconds:g} s: its lease is over")
+
+    def _give_up(self, why: str, *, surely: bool = False) -> None:
+        log.warning("%s", why)
+        self._lease = None
+        if not self._joining.keep or surely:
+            self._fresh = True
+            self._node.lose(why)
+
+    async def _join(self) -> None:
+        await self._stopped()
+        wish = JoinWorker(name=self._joining.name, url=self._joining.url, holder=self._holder, epoch=self._epoch,
+                          fresh=self._fresh, version=__version__, status=await self._status())  # fmt: skip
+        asked = _now()
+        row = ROUTES["join_worker"]
+        lease = await self._ask(row.method, row.path, wish.model_dump_json().encode())
+        if self._epoch not in (0, lease.epoch) and not self._fresh and self._node.has_sandboxes:
+            log.warning("this worker was taken for lost in epoch %d", self._epoch)
+            self._node.lose("its worker was taken for lost")
+            self._fresh = True
+            await self._stopped()
+        self._epoch, self._fresh = lease.epoch, False
+        wholefile.replace(self._file, json.dumps({"holder": self._holder, "epoch": self._epoch}))
+        self._lease, self._until = lease, asked + lease.seconds
+        log.info("joined as worker %s, epoch %d, lease of %g s", lease.name, lease.epoch, lease.seconds)
+
+    async def _beat(self) -> None:
+        beat = Beat(holder=self._holder, epoch=self._epoch, status=await self._status())
+        asked, row = _now(), ROUTES["beat_worker"]
+        try:
+            lease = await self._ask(row.method, row.url(worker=self._joining.name), beat.model_dump_json().encode())
+        except (Conflict, NotFound) as error:
+            if self._lease is not None:
+                self._give_up(f"this worker's lease was ended: {error.message}", surely=True)
+            return
+        if self._lease is not None:
+            self._lease, self._until = lease, max(self._until, asked + lease.seconds)
+
+    async def _stopped(self) -> None:
+        """Wait until nothing is left of what was given up."""
+        while self._fresh and self._node.has_sandboxes:
+            if await self._node.emptied(_AGAIN):
+                return
+            for sandbox_id in list(self._node.supervisors):
+                try:
+                    await self._node.destroy(sandbox_id)
+                except RockError as error:
+                    log.error("sandbox %s does not end: %s; trying again", sandbox_id, error)
+
+    async def _ask(self, method: str, path: str, body: bytes) -> WorkerLease:
+        """Of the first server that answers; the one that answered last is asked first."""
+        last: RockError = Unavailable("there is no server to ask")
+        for server in list(self._servers):
+            try:
+                async with asyncio.timeout(_ANSWER):
+                    status, reply = await server.request(method, path, "", body)
+            except TimeoutError:
+                last = Unavailable(f"{server.url} did not answer within {_ANSWER:g} s")
+                continue
+            except Unavailable as error:
+                last = error
+                continue
+            told: Any = _decoded(reply)
+            if status >= 400:
+                refused = from_wire(told, status)
+                if isinstance(refused, ClientError):
+                    raise refused
+                last = refused if isinstance(refused, Unavailable) else Unavailable(f"{server.url}: {refused.message}")
+                continue
+            self._servers.remove(server)
+            self._servers.insert(0, server)
+            return WorkerLease.model_validate(told)
+        raise last
+
+    async def _status(self) -> NodeStatus:
+        if _now() - self._images_at > _IMAGES_EVERY:
+            self._images = await asyncio.to_thread(self._names)
+            self._images_at = _now()
+        host = Remote(self._joining.url).host
+        status = await self._node.status()
+        images = list(dict.fromkeys([*status.images, *self._images]))[:_MOST_IMAGES]
+        return status.model_copy(update={"images": images, "host_ip": host})
+
+    def _names(self) -> list[str]:
+        store = self._node.images.store
+        records = sorted(store.list(), key=store.last_used, reverse=True)
+        return [record.name for record in records if len(record.name) < 1000][:_MOST_IMAGES]
+
+    # ---- commands ----
+
+    def over(self, app: App) -> App:
+        """`app`, whose node plane takes only what is meant for this worker in this epoch, and makes nothing without a
+        lease."""
+
+        async def held(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] == "http" and scope["path"].startswith("/node/"):
+                try:
+                    self._check(scope)
+                except RockError as error:
+                    await failure(error).send(send)
+                    return
+            await app(scope, receive, send)
+
+        return held
+
+    def _check(self, scope: Scope) -> None:
+        for header, value in scope["headers"]:
+            if header == _HEADER:
+                told, own = value.decode("latin-1"), f"{self._joining.name}/{self._epoch}"
+                if told != own:
+                    raise Unavailable(f"a command for worker {told[:80]}; this one is {own}", hint="retry")
+        makes = scope["method"] == "PUT" or scope["path"].endswith("/wake")
+        if makes and not self.holds:
+            raise Unavailable(f"worker {self._joining.name} has no lease now", hint="retry")
+
+
+def _read(file: Path) -> tuple[str, int]:
+    """Who this machine is, and the last epoch that it had."""
+    try:
+        kept = json.loads(file.read_text())
+        holder, epoch = str(kept["holder"]), int(kept["epoch"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        holder, epoch = "", 0
+    if not 16 <= len(holder) <= 64:
+        holder, epoch = secrets.token_urlsafe(24), 0
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    wholefile.replace(file, json.dumps({"holder": holder, "epoch": epoch}))
+    return holder, epoch
+
+
+def _decoded(reply: bytes) -> Any:
+    try:
+        return orjson.loads(reply) if reply else {}
+    except orjson.JSONDecodeError:
+        return {}
+
+
+def servers_of(text: str, key: str | None, make: Callable[[str, dict[str, str]], Remote] = Remote) -> list[Remote]:
+    """The servers that `--join URL,URL` names. InvalidConfig."""
+    headers = {} if key is None else {"authorization": f"Bearer {key}"}
+    found = [make(url.strip(), headers) for url in text.split(",") if url.strip()]
+    if not found:
+        raise InvalidConfig("--join names no server", hint="--join http://HOST:8080")
+    return found

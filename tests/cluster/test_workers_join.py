@@ -1,0 +1,222 @@
+"""Workers that join a server on this machine: they get sandboxes, are drained, are lost, give up by themselves, and come
+back."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.cluster.machines import KEY, TOKEN, Machine, server, until
+from tests.conftest import IMAGE, RunningServer
+
+from rock.errors import Lost, NoCapacity, RockError, Unavailable
+from rock.protocol.sandbox import Cause, State
+from rock.protocol.workers import WorkerInfo, WorkerState
+from rock.sync import Client, Sandbox, SandboxConfig
+
+LEASE = "3"  # seconds: short, so that losing one takes three and not twelve
+
+
+class Site:
+    """A server, and what joined it."""
+
+    def __init__(self, folder: Path, lease: str = LEASE) -> None:
+        self.folder = folder
+        self.server: RunningServer = server(folder / "server", ROCK_WORKER_LEASE=lease)
+        self.machines: dict[str, Machine] = {}
+
+    def join(self, name: str, **environment: str) -> Machine:
+        machine = Machine(self.folder / name, "--join", self.server.url, "--token", TOKEN, "--name", name, **environment)
+        self.machines[name] = machine
+        machine.start()
+        until(lambda: self.state(name) is WorkerState.READY)
+        return machine
+
+    def worker(self, name: str) -> WorkerInfo | None:
+        with Client(self.server.url, KEY) as client:
+            return next((worker for worker in client.list_workers() if worker.name == name), None)
+
+    def state(self, name: str) -> WorkerState | None:
+        worker = self.worker(name)
+        return None if worker is None else worker.state
+
+    def config(self, **more: Any) -> SandboxConfig:
+        return SandboxConfig(base_url=self.server.url, api_key=KEY, image=IMAGE, memory="64m", cpus=0.2, **more)
+
+    def cli(self, *words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "rock.cli.main", "--base-url", self.server.url, "--api-key", KEY, "worker", *words],
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def end(self) -> None:
+        try:
+            self.server.stop()
+            for machine in self.machines.values():
+                if machine.process is not None and machine.process.poll() is None:
+                    machine.assert_clean()
+        finally:
+            for machine in self.machines.values():
+                machine.end()
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
+    made = Site(tmp_path)
+    try:
+        yield made
+    finally:
+        made.end()
+
+
+def test_join_drain_lose_and_come_back(site: Site) -> None:
+    with pytest.raises(NoCapacity):
+        Sandbox(site.config()).start()
+    one = site.join("one")
+    worker = site.worker("one")
+    assert worker is not None and worker.status is not None
+    assert worker.epoch == 1 and worker.status.cpus == os.cpu_count() and IMAGE in worker.status.images
+    assert worker.status.host_ip == "127.0.0.1"
+    first = Sandbox(site.config())
+    first.start()
+    assert first.execute("echo here").stdout == "here\n"
+
+    # A worker that is being drained keeps what it has, and gets nothing more.
+    assert json.loads(site.cli("drain", "one", "--json"))["state"] == "draining"
+    with pytest.raises((NoCapacity, Unavailable)):
+        Sandbox(site.config()).start()
+    assert first.execute("echo still").stdout == "still\n"
+    assert "draining" in site.cli("ls")
+    site.cli("undrain", "one")
+
+    # Stopped for longer than its lease it is lost; what it had is told to be, within seconds.
+    one.signal(signal.SIGSTOP)
+    with Client(site.server.url, KEY) as client:
+        until(lambda: client.get_sandbox(str(first.sandbox_id)).state is State.STOPPED, 30.0)
+        told = client.get_sandbox(str(first.sandbox_id))
+        assert told.cause is Cause.LOST and "one was lost" in str(told.reason)
+    assert site.state("one") is WorkerState.LOST
+    with pytest.raises(Lost):
+        first.execute("echo gone")
+    with pytest.raises((NoCapacity, Unavailable)):
+        Sandbox(site.config()).start()
+    one.signal(signal.SIGCONT)  # it sees that its lease is over before it does anything else
+    until(lambda: site.state("one") is WorkerState.READY)
+    info = site.worker("one")
+    assert info is not None and info.epoch == 2
+    one.assert_clean()
+    with Sandbox(site.config()) as second:
+        assert second.execute("echo here").stdout == "here\n"
+
+
+def test_a_restart_within_the_lease_changes_nothing(tmp_path: Path) -> None:
+    site = Site(tmp_path, "120")
+    try:
+        one = site.join("one")
+        with Sandbox(site.config()) as sandbox:
+            port = one.note()
+            assert port is not None
+            one.kill()
+            one.start(port)
+            until(lambda: one.log().count("joined as worker one, epoch 1") == 2)
+            assert sandbox.execute("echo again").stdout == "again\n"
+            info = site.worker("one")
+            assert info is not None and info.epoch == 1
+    finally:
+        site.end()
+
+
+def test_a_worker_keeps_what_nobody_took_for_lost(site: Site) -> None:
+    """The only server is away for longer than a lease: a worker that keeps its sandboxes has them afterwards, one that
+    does not has stopped them; neither makes new ones meanwhile."""
+    keeps, stops = site.join("keeps", ROCK_LEASE_LOST="keep"), site.join("stops")
+    boxes: dict[str, Sandbox] = {}
+    for name, other in (("keeps", "stops"), ("stops", "keeps")):
+        site.cli("drain", other)
+        boxes[name] = Sandbox(site.config())
+        boxes[name].start()
+        site.cli("undrain", other)
+    port = int(site.server.url.rpartition(":")[2])
+    site.server.kill()
+    until(lambda: "lease is over" in keeps.log() and "lease is over" in stops.log(), 30.0)
+    until(lambda: stops.sandboxes() == set(), 30.0)
+    assert keeps.sandboxes() == {str(boxes["keeps"].sandbox_id)}
+    assert command(keeps, "PUT", "/node/v1/sandboxes/x", {})[0] == 503  # without a lease nothing is made
+    site.server.start(port)
+    until(lambda: site.state("keeps") is WorkerState.READY and site.state("stops") is WorkerState.READY)
+    assert boxes["keeps"].execute("echo here").stdout == "here\n"
+    with pytest.raises(RockError), Client(site.server.url, KEY) as client:
+        until(lambda: client.get_sandbox(str(boxes["stops"].sandbox_id)).cause is Cause.LOST, 30.0)
+        boxes["stops"].execute("echo gone")
+
+
+def test_who_may_join(site: Site) -> None:
+    one = site.join("one")
+    wish = {"name": "two", "url": "http://127.0.0.1:9", "holder": "h" * 16, "status": {}}
+    assert ask(site.server.url, "POST", "/v1/workers", wish, None)[0] == 401
+    assert ask(site.server.url, "POST", "/v1/workers", wish, "wrong")[0] == 401
+    assert ask(site.server.url, "POST", "/v1/workers", wish, TOKEN)[0] == 400  # no status
+    for bad in ({"name": "../x"}, {"name": "local"}, {"url": "file:///etc"}, {"url": "http://a b/"}, {"holder": ""}):
+        assert ask(site.server.url, "POST", "/v1/workers", {**wish, **bad}, TOKEN)[0] == 400
+    # What a worker joins by opens nothing else.
+    for method, path in (("GET", "/v1/sandboxes"), ("GET", "/v1/workers"), ("POST", "/v1/sandboxes"),
+                         ("POST", "/v1/workers/one/drain"), ("GET", "/v1/sandboxes/x/files/content"),
+                         ("POST", "/v1/sandboxes/x/execute")):  # fmt: skip
+        assert ask(site.server.url, method, path, None, TOKEN)[0] in (403, 404)
+    # A name is one machine's, and commands are for one epoch.
+    status = site.worker("one")
+    assert status is not None and status.status is not None
+    taken = {**wish, "name": "one", "status": status.status.model_dump(mode="json")}
+    assert ask(site.server.url, "POST", "/v1/workers", taken, TOKEN)[0] == 409
+    assert command(one, "GET", "/node/v1/status", None, {"x-rock-epoch": "one/1"})[0] == 200
+    assert command(one, "GET", "/node/v1/status", None, {"x-rock-epoch": "one/0"})[0] == 503
+    assert command(one, "GET", "/node/v1/status", None, {"x-rock-epoch": "two/1"})[0] == 503
+    # One that has not been lost is forgotten by force alone; then it has to join anew.
+    assert ask(site.server.url, "DELETE", "/v1/workers/one", None, KEY)[0] == 409
+    with Sandbox(site.config()) as sandbox:
+        site.cli("rm", "one", "--force")
+        with pytest.raises(RockError):
+            sandbox.execute("echo gone")
+        with Client(site.server.url, KEY) as client:
+            assert client.get_sandbox(str(sandbox.sandbox_id)).cause is Cause.LOST
+    until(lambda: site.state("one") is WorkerState.READY)
+    again = site.worker("one")
+    assert again is not None and again.epoch == 2
+
+
+def test_a_wrong_token_ends_the_rocklet(site: Site, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from rock.cli.scripts import rocklet_main; rocklet_main()", "--port", "0", "--join",
+         site.server.url, "--token", "wrong"],
+        env={**os.environ, "ROCK_HOME": str(tmp_path / "wrong"), "ROCK_POOL_SIZE": "0"}, capture_output=True, text=True,
+        timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1 and "key is missing or wrong" in done.stderr
+
+
+def ask(url: str, method: str, path: str, body: Any, key: str | None,
+        headers: dict[str, str] | None = None) -> tuple[int, Any]:  # fmt: skip
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
+    sent = dict(headers or {})
+    if key is not None:
+        sent["authorization"] = f"Bearer {key}"
+    try:
+        connection.request(method, path, None if body is None else json.dumps(body), sent)
+        reply = connection.getresponse()
+        return reply.status, reply.read()
+    finally:
+        connection.close()
+
+
+def command(machine: Machine, method: str, path: str, body: Any, headers: dict[str, str] | None = None) -> tuple[int, Any]:
+    return ask(f"http://127.0.0.1:{machine.note()}", method, path, body, TOKEN, headers)
