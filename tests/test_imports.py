@@ -48,6 +48,7 @@ HOMES = {
     "numpy": {"gym", "gem", "guest/values"},
     "torch": {"gym/torch"},
     "asyncpg": {"store/postgres"},
+    "ray": {"scheduler/ray"},
     "gem": {"gem", "guest/hosting", "guest/envhost"},
 }
 

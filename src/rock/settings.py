@@ -31,6 +31,8 @@ Client settings are functions, because a script may set a variable after the imp
 | ROCK_WORKER_LEASE | 10 | seconds of the lease of a worker that joined |
 | ROCK_JOIN, ROCK_WORKER_NAME, ROCK_ADVERTISE | none | of a rocklet: --join, --name, --advertise |
 | ROCK_LEASE_LOST | stop | of a rocklet: what its sandboxes do when its lease is over: stop, or keep |
+| ROCK_SCHEDULER | local | "ray": a Ray cluster decides where sandboxes go, docs/guides/ray.md |
+| ROCK_RAY_ADDRESS, ROCK_RAY_HOME | auto, ~/.rock-ray | of that cluster; the homes of its rocklets, on each node |
 | ROCK_LOG_LEVEL | info | debug, info, warning, error |
 | HF_ENDPOINT | https://huggingface.co | where the client finds the repositories of `hf://` sources |
 | ROCK_ENVHUB_DB_URL | envhub.sqlite in ROCK_HOME | where an `envhub` keeps it: sqlite:///FILE |
@@ -178,6 +180,9 @@ class Settings:
     join: str = ""
     worker_name: str = ""
     advertise: str = ""
+    scheduler: str = "local"
+    ray_address: str = ""
+    ray_home: str = "~/.rock-ray"
     lease_lost: str = "stop"
     archive: str = ""
     archive_limit: str = "64g"
@@ -244,6 +249,9 @@ class Settings:
             ("join", str),
             ("worker_name", str),
             ("advertise", str),
+            ("scheduler", str),
+            ("ray_address", str),
+            ("ray_home", str),
             ("lease_lost", str),
             ("archive", str),
             ("archive_limit", str),

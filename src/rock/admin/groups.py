@@ -73,7 +73,9 @@ class Groups:
         if len(ids[-1]) > _LONGEST_ID:
             raise InvalidConfig(f"sandbox_id {group_id[:20]}...: it is too long for the names of {wish.size} sandboxes")
         workers: list[Worker | None] = [None] * wish.size
-        if service.placing.reservations is None:
+        if service.placing.reservations is not None:
+            await service.placing.check(config)
+        else:
             workers = list(await service.placing.place_group(ids, config, wish.placement, whole))
         started: set[str] = set()
         try:

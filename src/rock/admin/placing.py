@@ -4,18 +4,24 @@ sandbox has started."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import logging
 import time
 from collections.abc import Mapping
 
 from rock.admin.fleet import Fleet
 from rock.admin.worker import Worker
-from rock.errors import NoCapacity, RockError
+from rock.errors import NoCapacity, RockError, Unavailable
 from rock.protocol.node import NodeStatus
-from rock.protocol.sandbox import SandboxConfig
+from rock.protocol.sandbox import SandboxConfig, State
 from rock.scheduler.base import Placement, Reservations, Scheduler
+from rock.store.base import Record, Store
+
+log = logging.getLogger("rock.admin")
 
 _FRESH = 1.0  # seconds for which a report is new enough
 _STALE = 5.0  # and after which nobody is placed by it
+_HOLDING = (State.PENDING, State.RUNNING, State.STOPPING)
 _NEW = 0.1  # the same where nothing fits by the last one, and for a group, which may fill many workers
 
 
@@ -62,6 +68,48 @@ class Placing:
         names = self._scheduler.place_group(config, len(ids), placement, whole)
         self._placed.update(zip(ids, names, strict=False))
         return [self._workers[name] for name in names]
+
+    async def reserve(self, record: Record) -> Worker:
+        """Where the cluster wants it, once that worker is here. Takes as long as it takes."""
+        assert self.reservations is not None
+        kept_on = record.info.worker if record.info.kept else None
+        name = await self.reservations.reserve(record.id, record.config, kept_on)
+        worker = await self._came(name)
+        await worker.check(record.config)
+        return worker
+
+    async def _came(self, name: str) -> Worker:
+        """A worker, as soon as it has joined: a node that the cluster made for this takes a while."""
+        changed = asyncio.Event()
+
+        def tell(_: str) -> None:
+            changed.set()
+
+        self._workers.on_change.append(tell)
+        try:
+            while (worker := self._workers.get(name)) is None:
+                await changed.wait()
+                changed.clear()
+            return worker
+        finally:
+            self._workers.on_change.remove(tell)
+
+    async def check(self, config: SandboxConfig) -> None:
+        """Raise what a create would raise at once on some worker, where it is not decided yet on which."""
+        for worker in self._workers.values():
+            with contextlib.suppress(Unavailable):
+                await worker.check(config)
+                return
+
+    async def sweep(self, store: Store) -> None:
+        """Give back what is set aside for sandboxes that are over, or that nobody knows."""
+        if self.reservations is None:
+            return
+        for sandbox_id in await self.reservations.held():
+            record = await store.get(sandbox_id)
+            if record is None or record.state not in _HOLDING:
+                log.warning("sandbox %s is over; what was set aside for it is given back", sandbox_id)
+                await self.reservations.release(sandbox_id)
 
     def landed(self, sandbox_id: str) -> None:
         """Its start is over, one way or the other."""

@@ -102,7 +102,9 @@ class Service:
         record: Record | None = None
         try:
             worker, status = None, None
-            if self.placing.reservations is None:
+            if self.placing.reservations is not None:
+                await self.placing.check(config)
+            else:
                 worker = await self.placing.place(sandbox_id, config)
                 status = self.placing.status(worker.name)
                 await worker.check(config)
@@ -146,8 +148,8 @@ class Service:
     async def _launch(self, record: Record) -> Record:
         restored = record.info.archive is not None
         try:
-            worker = await self._worker_for(record)
             async with asyncio.timeout(record.config.startup_timeout):
+                worker = await self._worker_for(record)
                 made = await self._start(worker, record)
         except TimeoutError:
             error: RockError = SandboxError(
@@ -177,9 +179,7 @@ class Service:
     async def _worker_for(self, record: Record) -> Worker:
         """Its own, or for one from the archive any that fits; where a cluster decides, that which it names."""
         if self.placing.reservations is not None:
-            kept_on = record.info.worker if record.info.kept else None
-            worker = self._reached(await self.placing.reservations.reserve(record.id, record.config, kept_on))
-            await worker.check(record.config)
+            worker = await self.placing.reserve(record)
         elif record.info.archive is None:
             return self._reached(record.info.worker)
         else:

@@ -286,7 +286,7 @@ def http_over(app: App, settings: Settings | None = None) -> uvicorn.Server:
 
 def make_server(settings: Settings, role: type[Server] | type[Rocklet]) -> Server | Rocklet | Control:
     """What a process with these settings serves."""
-    if role is Server and settings.workers:
+    if role is Server and (settings.workers or settings.scheduler == "ray"):
         return Control(settings, make_store(settings))
     return role(settings)
 
