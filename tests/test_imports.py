@@ -51,6 +51,7 @@ HOMES = {
     "torch": {"gym/torch"},
     "asyncpg": {"store/postgres"},
     "opentelemetry": {"telemetry/otel"},
+    "ray": {"scheduler/ray"},
     "gem": {"gem", "guest/hosting", "guest/envhost"},
 }
 

@@ -35,6 +35,8 @@ Client settings are functions, because a script may set a variable after the imp
 | ROCK_WRITER, ROCK_READER | none | of a reader, a writer: where it hands on what the other role serves; URL,URL |
 | ROCK_JOIN, ROCK_WORKER_NAME, ROCK_ADVERTISE | none | of a rocklet: --join, --name, --advertise |
 | ROCK_LEASE_LOST | stop | of a rocklet: what its sandboxes do when its lease is over: stop, or keep |
+| ROCK_SCHEDULER | local | "ray": a Ray cluster decides where sandboxes go, docs/guides/ray.md |
+| ROCK_RAY_ADDRESS, ROCK_RAY_HOME | auto, ~/.rock-ray | of that cluster; the homes of its rocklets, on each node |
 | ROCK_LOG_LEVEL | info | debug, info, warning, error |
 | ROCK_FAULTS | none | for tests: faults at named points, see faults.py |
 | ROCK_LOG_FORMAT | text | text, or json: an object a line |
@@ -209,6 +211,9 @@ class Settings:
     join: str = ""
     worker_name: str = ""
     advertise: str = ""
+    scheduler: str = "local"
+    ray_address: str = ""
+    ray_home: str = "~/.rock-ray"
     lease_lost: str = "stop"
     archive: str = ""
     archive_limit: str = "64g"
@@ -287,6 +292,9 @@ class Settings:
             ("join", str),
             ("worker_name", str),
             ("advertise", str),
+            ("scheduler", str),
+            ("ray_address", str),
+            ("ray_home", str),
             ("lease_lost", str),
             ("archive", str),
             ("archive_limit", str),

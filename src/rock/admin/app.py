@@ -17,6 +17,7 @@ from rock.envhub.catalogue import Catalogue
 from rock.errors import InvalidConfig
 from rock.protocol.sandbox import parse_size
 from rock.scheduler.local import LocalScheduler
+from rock.scheduler.raylink import RayReservations
 from rock.settings import Settings
 from rock.store.base import Store
 from rock.store.blobs import Blobs, FolderBlobs
@@ -41,6 +42,24 @@ def _limit(text: str) -> int:
         raise InvalidConfig(f"ROCK_ARCHIVE_LIMIT: {error}") from None
 
 
+def make_reservations(settings: Settings) -> RayReservations | None:
+    """Who decides where sandboxes go, if not we. InvalidConfig."""
+    if settings.scheduler in ("", "local"):
+        return None
+    if settings.scheduler != "ray":
+        raise InvalidConfig(f"ROCK_SCHEDULER={settings.scheduler}: local or ray")
+    key = settings.worker_key or settings.api_key
+    if key is None:
+        raise InvalidConfig("ROCK_SCHEDULER=ray: its rocklets join with a key", hint="set ROCK_API_KEY")
+    if not settings.advertise:
+        raise InvalidConfig("ROCK_SCHEDULER=ray: where its rocklets reach this server is not known",
+                            hint="ROCK_ADVERTISE=http://HOST:PORT")  # fmt: skip
+    return RayReservations({
+        "address": settings.ray_address, "namespace": "rock", "join": settings.advertise, "token": key,
+        "runtime": settings.runtime, "home": settings.ray_home,
+    })  # fmt: skip
+
+
 class Admin:
     """The control plane of one process. `app` serves once `open` has returned.
 
@@ -53,7 +72,8 @@ class Admin:
     ) -> None:
         self._blobs = make_blobs(settings)
         limit = _limit(settings.archive_limit)
-        self.service = Service(store, LocalScheduler(), workers, self._blobs, limit)
+        self._reservations = make_reservations(settings)
+        self.service = Service(store, LocalScheduler(), workers, self._blobs, limit, self._reservations)
         self.workers = workers
         self.leader = Leader(store, lambda: Reconciler(self.service)) if leads else None
         self.catalogue = Catalogue(settings.catalogue)
@@ -77,6 +97,8 @@ class Admin:
         if isinstance(self._blobs, FolderBlobs):
             await self._blobs.sweep()
         await self.workers.open()
+        if self._reservations is not None:
+            await self._reservations.open()
         if self.leader is not None:
             await self.leader.start()
 
@@ -84,6 +106,8 @@ class Admin:
         if self.leader is not None:
             await self.leader.close()
         await self.service.close()
+        if self._reservations is not None:
+            await self._reservations.close()
         await self.workers.close()
         await self.catalogue.close()
         await self._store.close()

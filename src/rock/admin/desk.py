@@ -16,6 +16,7 @@ from rock.admin.service import Service, env_host
 from rock.errors import Forbidden, InvalidConfig, NotFound
 from rock.protocol import addresses, egress
 from rock.protocol.env import OpenEnv
+from rock.protocol.group import GroupInfo, GroupRequest
 from rock.protocol.keys import Access, Caller, caller_of
 from rock.protocol.network import ConnectionList
 from rock.protocol.node import SandboxList
@@ -57,6 +58,16 @@ class Desk:
 
     async def create(self, config: SandboxConfig, key: str | None = None, wait: float = 0.0) -> SandboxInfo:
         return await self._service.create(await self._allowed(config), key, wait, self.caller)
+
+    async def create_group(self, wish: GroupRequest, key: str | None = None, wait: float = 0.0) -> GroupInfo:
+        wish = wish.model_copy(update={"config": await self._allowed(wish.config)})
+        return await self._service.groups.create(wish, key, wait, self.caller)
+
+    async def get_group(self, group_id: str, wait: float = 0.0) -> GroupInfo:
+        return await self._service.groups.get(group_id, self.caller.tenant, wait)
+
+    async def stop_group(self, group_id: str) -> GroupInfo:
+        return await self._service.groups.stop(group_id, self.caller.tenant)
 
     async def open_env(self, wish: OpenEnv, wait: float, key: str | None = None) -> SandboxInfo:
         wish = wish.model_copy(update={"config": await self._allowed(wish.config or env_host())})

@@ -132,6 +132,8 @@ class Fleet(Mapping[str, Worker]):
         if member is not None and (member.info.epoch, member.info.url) == (info.epoch, info.url):
             if member.info.beat != info.beat:
                 member.changed_at = now
+            else:
+                info.__dict__["status"] = member.info.status  # the same report, which others know by its identity
             member.info = info
             return False
         if member is not None:
@@ -163,10 +165,10 @@ class Fleet(Mapping[str, Worker]):
         """Whether it is there, or was and is remembered."""
         return name in self.fixed or name in self._members or name in self._lost
 
-    async def statuses(self) -> dict[str, NodeStatus]:
+    async def statuses(self, age: float = _STATUS_AGE) -> dict[str, NodeStatus]:
         """What those report that may be given sandboxes, a few seconds old at most: a worker refuses by itself what it
-        has no room for."""
-        if time.monotonic() - self._asked_at > _STATUS_AGE:
+        has no room for. age: seconds, for those that are asked."""
+        if time.monotonic() - self._asked_at > age:
             asked = await asyncio.gather(*(_ask(worker) for worker in self.fixed.values()))
             self._asked = {name: status for name, status in zip(self.fixed, asked, strict=True) if status is not None}
             self._asked_at = time.monotonic()

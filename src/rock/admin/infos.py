@@ -14,7 +14,10 @@ _MOST_STEPS = 100
 _ARCHIVE_AGAIN = 60.0  # seconds after one that failed
 
 
-def new_info(sandbox_id: str, config: SandboxConfig, worker: str, status: NodeStatus, tenant: str) -> SandboxInfo:
+def new_info(
+    sandbox_id: str, config: SandboxConfig, worker: str | None, status: NodeStatus | None, tenant: str
+) -> SandboxInfo:
+    """worker, status: None while it is not decided where it goes."""
     return SandboxInfo(
         sandbox_id=sandbox_id,
         state=State.PENDING,
@@ -30,8 +33,8 @@ def new_info(sandbox_id: str, config: SandboxConfig, worker: str, status: NodeSt
         labels=config.labels,
         worker=worker,
         created_at=time.time(),
-        host_name=status.host_name,
-        host_ip=status.host_ip,
+        host_name=status.host_name if status is not None else None,
+        host_ip=status.host_ip if status is not None else None,
         tenant=tenant,
     )
 

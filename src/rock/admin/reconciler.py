@@ -142,15 +142,19 @@ class Reconciler:
         """Records that are not over, of all workers or of one, settled."""
         fields = {} if worker is None else {"worker": worker}
         over = (State.STOPPED, State.DELETED)
+        gangs: set[tuple[str, str]] = set()
         for query in (Query(states=_UNSETTLED, fields=fields), Query(states=over, left=True, fields=fields)):
             async for found in self._all(query):
                 record = await self.service.commits.settle(found)
+                if record.info.gang and record.state in (State.PENDING, State.RUNNING):
+                    gangs.add((record.tenant, record.info.group or ""))
                 name = record.info.worker or ""
                 if name in here or not self._may_come_back(name):
                     await self._settle_one(record, here.get(name, _Here()))
                 else:
                     self._push(time.time() + _POLL, record.id)
                 yield record
+        await self.service.groups.settle(gangs)
 
     def _may_come_back(self, worker: str) -> bool:
         """Whether a worker without an answer is one to wait for. One that joined stands in the registry until its
@@ -187,7 +191,7 @@ class Reconciler:
                 await self.service.apply(record.id, Event.ARCHIVE)
             elif record.state in (State.STOPPED, State.ARCHIVED, State.DELETED):
                 await self._settle_kept(record, here)
-            elif alive or (self.service.store.shared and await self._find(record) is not None):
+            elif alive or await self._has(record):
                 self.schedule(record)
             elif not self.service.store.shared:
                 await self.service.apply(
@@ -195,6 +199,16 @@ class Reconciler:
                 )
         except RockError as error:
             log.error("settling %s: %s", record.id, error)
+
+    async def _has(self, record: Record) -> bool:
+        """Whether its worker has it after all: it may have been made since that said what it has."""
+        if self.service.store.shared:
+            return await self._find(record) is not None
+        worker = self.service.workers.get(record.info.worker or "")
+        try:
+            return worker is not None and (await worker.get(record.id)).alive
+        except NotFound:
+            return False
 
     async def _settle_kept(self, record: Record, here: _Here) -> None:
         """One that does not run, whose files should be on its worker."""
@@ -370,6 +384,7 @@ class Reconciler:
         while True:
             try:
                 await self.service.store.prune(time.time() - TOMBSTONES)
+                await self.service.placing.sweep(self.service.store)
             except Exception as error:
                 log.warning("pruning: %s", error)
             await asyncio.sleep(600.0)

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
 
 from rock import faults
@@ -19,17 +19,19 @@ from rock.admin.archiving import Archive
 from rock.admin.commits import Commits
 from rock.admin.counts import CREATES, ENDS, STARTS
 from rock.admin.fleet import Fleet
+from rock.admin.groups import Groups
 from rock.admin.kept import Kept
 from rock.admin.lifecycle import Effect, Event, step
+from rock.admin.placing import Placing
 from rock.admin.worker import Worker
 from rock.envhub import registry
 from rock.errors import InternalServerRockError, Lost, NotFound, RockError, SandboxError, Unavailable, from_wire
 from rock.protocol.env import OpenEnv
 from rock.protocol.keys import Caller, Quota
 from rock.protocol.network import ConnectionList
-from rock.protocol.node import NodeSandbox, NodeStatus, SandboxList
+from rock.protocol.node import NodeSandbox, SandboxList
 from rock.protocol.sandbox import Cause, SandboxConfig, SandboxInfo, State
-from rock.scheduler.base import Scheduler
+from rock.scheduler.base import Reservations, Scheduler
 from rock.store.base import Query, Record, Store, VersionConflict
 from rock.store.blobs import Blobs
 from rock.telemetry import tracing
@@ -54,20 +56,21 @@ class Service:
         workers: Fleet,
         blobs: Blobs | None = None,
         archive_limit: int = 64 << 30,
+        reservations: Reservations | None = None,
     ) -> None:
         self.store = store
-        self.scheduler = scheduler
         self.workers = workers
+        self.placing = Placing(scheduler, workers, reservations)
         self._launches: dict[str, asyncio.Task[Record]] = {}
         self._releases: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self.kept = Kept(self)
         self.archive = Archive(self, blobs, archive_limit)
         self.commits = Commits(self, archive_limit)
+        self.groups = Groups(self)
         self._env_lock = asyncio.Lock()
         self.on_schedule: list[Any] = []
         self.on_unfinished: list[Any] = []
-        self._status: Mapping[str, NodeStatus] = {}
         self._recent: dict[str, Record] = {}  # as they were saved last, by us
 
     async def close(self) -> None:
@@ -76,6 +79,8 @@ class Service:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.groups.close()
+        await self.placing.close()
         await self.archive.close()
         await self.commits.close()
 
@@ -99,20 +104,25 @@ class Service:
 
     async def _insert(self, config: SandboxConfig, key: str | None, caller: Caller) -> Record:
         self.archive.check(config)
-        worker = await self.place(config)
-        await worker.check(config)
         sandbox_id = config.sandbox_id or uuid.uuid4().hex
-        info = infos.new_info(sandbox_id, config, worker.name, self._status[worker.name], caller.owner)
-        record = await self.store.insert(Record(info, config, key), caller.quota)
-        await faults.point("create.saved")
-        if record.state is State.PENDING:
-            self.launch(record)
-        return record
-
-    async def place(self, config: SandboxConfig) -> Worker:
-        """The worker for it. NoCapacity, InvalidConfig; Unavailable when none is reached."""
-        self._status = await self.workers.statuses()
-        return self._reached(self.scheduler.place(config, self._status))
+        record: Record | None = None
+        try:
+            worker, status = None, None
+            if self.placing.reservations is not None:
+                await self.placing.check(config)
+            else:
+                worker = await self.placing.place(sandbox_id, config)
+                status = self.placing.status(worker.name)
+                await worker.check(config)
+            info = infos.new_info(sandbox_id, config, worker.name if worker else None, status, caller.owner)
+            record = await self.store.insert(Record(info, config, key), caller.quota)
+            await faults.point("create.saved")
+            if record.state is State.PENDING:
+                self.launch(record)
+            return record
+        finally:
+            if record is None or sandbox_id not in self._launches:
+                self.placing.landed(sandbox_id)
 
     def _reached(self, name: str | None) -> Worker:
         """A worker. Unavailable when it is lost, or not known here yet."""
@@ -132,6 +142,7 @@ class Service:
 
     def _launched(self, sandbox_id: str, task: asyncio.Task[Record]) -> None:
         self._launches.pop(sandbox_id, None)
+        self.placing.landed(sandbox_id)
         if not task.cancelled() and task.exception() is not None:
             log.error("launch of %s: %r", sandbox_id, task.exception())
             self.unfinished(sandbox_id)
@@ -144,9 +155,9 @@ class Service:
     async def _launch(self, record: Record) -> Record:
         restored, began = record.info.archive is not None, time.monotonic()
         try:
-            worker = await self._worker_for(record)
             with tracing.span("start sandbox", {"rock.sandbox_id": record.id, "rock.image": record.config.image}):
                 async with asyncio.timeout(record.config.startup_timeout):
+                    worker = await self._worker_for(record)
                     await faults.point("launch.begun")
                     made = await self._start(worker, record)
                     await faults.point("launch.made")
@@ -173,17 +184,22 @@ class Service:
         if restored:
             return await self.apply(record.id, Event.RESTORE_FAILED, reason=error.message, error=wire)
         lost: dict[str, Any] = {"kept": False} if isinstance(error, Lost) else {}
-        return await self.apply(
+        new = await self.apply(
             record.id, Event.LAUNCH_FAILED, cause=Cause.START_FAILED, reason=error.message, error=wire, **lost
         )
+        self.groups.launch_failed(new)
+        return new
 
     async def _worker_for(self, record: Record) -> Worker:
-        """Its own, or for one from the archive any that fits."""
-        if record.info.archive is None:
+        """Its own, or for one from the archive any that fits; where a cluster decides, that which it names."""
+        if self.placing.reservations is not None:
+            worker = await self.placing.reserve(record)
+        elif record.info.archive is None:
             return self._reached(record.info.worker)
-        worker = await self.place(record.config)
+        else:
+            worker = await self.placing.place(record.id, record.config)
         if worker.name != record.info.worker:
-            status = self._status[worker.name]
+            status = self.placing.status(worker.name) or await worker.status()
             await self.amend(record.id, worker=worker.name, host_name=status.host_name, host_ip=status.host_ip)
         return worker
 
@@ -213,6 +229,10 @@ class Service:
             if launch.done():
                 return launch.result()
         return record
+
+    def launching(self, records: Iterable[Record]) -> list[asyncio.Task[Record]]:
+        """The starts of these that are under way here."""
+        return [task for record in records if (task := self._launches.get(record.id)) is not None]
 
     # ---- read ----
 
@@ -304,19 +324,19 @@ class Service:
         """End what there is of it on its worker, and keep or remove its files: what has to be said when they are lost.
 
         Whether they are kept was decided by the step that ended it."""
-        worker = self.workers.get(record.info.worker or "")
-        if worker is None:
-            return {}
+        worker, lost = self.workers.get(record.info.worker or ""), False
         try:
-            if not record.info.kept:
+            if worker is not None and not record.info.kept:
                 await worker.destroy(record.id)
-            elif not (await worker.rest(record.id)).kept:
-                return infos.files_lost(record)
+            elif worker is not None:
+                lost = not (await worker.rest(record.id)).kept
         except Unavailable:
-            if self.workers.get(worker.name) is worker:
+            if worker is not None and self.workers.get(worker.name) is worker:
                 raise
             # It was lost meanwhile: it stops by itself, or is told when it is back
-        return {}
+        if self.placing.reservations is not None:
+            await self.placing.reservations.release(record.id)
+        return infos.files_lost(record) if lost else {}
 
     def release(self, record: Record) -> None:
         """Do that in the background, again and again until it is done."""

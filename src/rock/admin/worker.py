@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar
@@ -32,6 +33,11 @@ Transport = Callable[[str, str, str, bytes], Awaitable[tuple[int, bytes]]]  # me
 # the same with a body as it comes; what it gives is the status, then the answer as it comes
 StreamTransport = Callable[[str, str, str, AsyncIterator[bytes] | None], AsyncGenerator[int | bytes]]
 Model = TypeVar("Model", bound=BaseModel)
+
+
+_NOT_CHECKED = {"sandbox_id", "labels", "user_id", "experiment_id", "namespace", "route_key"}
+_MOST_PASSED = 256
+_WORTH = 10.0  # seconds
 
 
 class Worker(Protocol):
@@ -94,6 +100,7 @@ class WireWorker:
         self.name = name
         self._transport = transport
         self._streams = streams
+        self._passed: dict[bytes, float] = {}  # what it would take, by its config, until when that is worth something
 
     async def _call(self, kind: type[Model], route: str, query: str = "", body: Any = None, **path: str) -> Model:
         row = ROUTES[route]
@@ -101,7 +108,15 @@ class WireWorker:
         return _parsed(kind, *await self._transport(row.method, row.url(**path), query, data))
 
     async def check(self, config: SandboxConfig) -> None:
-        await self._call(_Empty, "node_create", "check=1", config.model_dump(mode="json"), sandbox_id="-")
+        # A burst asks for the same again and again; the create itself tells what has changed meanwhile.
+        body = config.model_dump(mode="json", exclude=_NOT_CHECKED)
+        key, now = orjson.dumps(body), time.monotonic()
+        if self._passed.get(key, 0.0) > now:
+            return
+        await self._call(_Empty, "node_create", "check=1", body, sandbox_id="-")
+        if len(self._passed) >= _MOST_PASSED:
+            self._passed.clear()
+        self._passed[key] = now + _WORTH
 
     async def create(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
         return await self._call(NodeSandbox, "node_create", "", config.model_dump(mode="json"), sandbox_id=sandbox_id)

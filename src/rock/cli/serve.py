@@ -304,7 +304,8 @@ def http_over(app: App, settings: Settings | None = None) -> uvicorn.Server:
 
 def make_server(settings: Settings, role: type[Server] | type[Rocklet]) -> Server | Rocklet | Control:
     """What a process with these settings serves."""
-    if role is Server and (settings.workers or role_of(settings.role) != "all"):
+    alone = not settings.workers and role_of(settings.role) == "all" and settings.scheduler != "ray"
+    if role is Server and not alone:
         return Control(settings, make_store(settings))
     return role(settings)
 

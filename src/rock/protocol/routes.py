@@ -226,6 +226,11 @@ def _rows() -> Iterator[Route]:
         "?force",
         "SandboxInfo",
     )
+    yield row("create_group", "POST", "/v1/groups", "control",
+              "Create many, all or as many as fit; ?wait= until they run or failed", "GroupRequest ?wait", "GroupInfo")
+    yield row("get_group", "GET", "/v1/groups/{group_id}", "control", "Its sandboxes; ?wait= while some are pending",
+              "?wait", "GroupInfo")
+    yield row("stop_group", "POST", "/v1/groups/{group_id}/stop", "control", "Stop all of it", "", "GroupInfo")
     yield row(
         "open_env",
         "POST",

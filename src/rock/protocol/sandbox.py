@@ -246,9 +246,13 @@ class SandboxConfig(BaseConfig):
 
 
 class SandboxGroupConfig(SandboxConfig):
-    """`size` equal sandboxes, started `start_concurrency` at once, each tried up to `start_retry_times` times."""
+    """`size` equal sandboxes, asked for by one request. An error that may pass is tried again, `start_retry_times` in
+    all. start_concurrency: taken from programs that were written for ROCK; how many start at once is the workers' to
+    say. mode, placement: as of GroupRequest."""
 
     size: int = Field(default=2, ge=1)
+    mode: Literal["gang", "best_effort"] = "gang"
+    placement: Literal["spread", "pack"] = "spread"
     start_concurrency: int = Field(default=2, ge=1)
     start_retry_times: int = Field(default=3, ge=1)
 
@@ -359,6 +363,7 @@ class SandboxInfo(Wire):
     commit: of the last image that was made of it.
     auto_stop_at, auto_archive_at, auto_delete_at: when that will happen by itself, as things are now.
     tenant: of the key that made it; "" is the server's owner.
+    group: that it was made with; gang: all of that group start, or none.
     state_history: the last 100 steps, oldest first; lists leave it out unless asked.
     """
 
@@ -404,3 +409,5 @@ class SandboxInfo(Wire):
     usage: Usage | None = None
     error: dict[str, Any] | None = None
     tenant: str = ""
+    group: str | None = None
+    gang: bool = False

@@ -195,7 +195,9 @@ class Membership:
             self._images = await asyncio.to_thread(self._names)
             self._images_at = _now()
         host = Remote(self._joining.url).host
-        return (await self._node.status()).model_copy(update={"images": self._images, "host_ip": host})
+        status = await self._node.status()
+        images = list(dict.fromkeys([*status.images, *self._images]))[:_MOST_IMAGES]
+        return status.model_copy(update={"images": images, "host_ip": host})
 
     def _names(self) -> list[str]:
         store = self._node.images.store

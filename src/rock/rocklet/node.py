@@ -39,7 +39,7 @@ from rock.rocklet.kept import KeptSandboxes
 from rock.rocklet.session import Session
 from rock.rocklet.supervisor import Shelf, Supervisor, open_ahead
 from rock.runtime import hostmemory
-from rock.runtime.base import Connects, Handle, Keeps, Liveness, OwnImages, Pools, Prepared, Runtime, Trait
+from rock.runtime.base import Accelerates, Connects, Handle, Keeps, Liveness, OwnImages, Pools, Prepared, Runtime, Trait
 from rock.runtime.plugins import BrokenRuntime
 from rock.telemetry import tracing
 
@@ -48,6 +48,8 @@ log = logging.getLogger("rock.node")
 _KEPT_EVENTS = 10_000
 _KEPT_ENDS = 5_000
 _RECOVERED_AT_ONCE = 16
+_MOST_IMAGES = 256  # that are told of, for the scheduler
+_LONGEST_NAME = 256
 
 
 class Node:
@@ -73,6 +75,7 @@ class Node:
         self._destroying: dict[str, asyncio.Task[NodeSandbox]] = {}
         self._resting: dict[str, asyncio.Task[NodeSandbox]] = {}
         self._phases: dict[str, dict[str, Phase]] = {}
+        self._used: OrderedDict[str, None] = OrderedDict()  # names of images that are here, the last used last
         self._events: list[NodeEvent] = []
         self._changed = asyncio.Condition()
         self._ends: OrderedDict[str, tuple[Cause, str]] = OrderedDict()
@@ -88,6 +91,8 @@ class Node:
         self.door.open()
         for runtime in self.runtimes.values():
             await self._open(runtime)
+        for image in await asyncio.to_thread(self.images.store.list):
+            self._note(image.name)
         known: dict[str, list[str]] = {name: [] for name in self.runtimes}
         gate = asyncio.Semaphore(_RECOVERED_AT_ONCE)
 
@@ -291,6 +296,7 @@ class Node:
             raise
         await faults.point("node.create.saved")
         self.supervisors[sandbox_id] = supervisor
+        self._note(config.image)
         ahead = runtime.prepared(handle) if isinstance(runtime, Pools) else None
         if not isinstance(ahead, Session) or not supervisor.take_over(ahead):
             self._spawn(self._open_default(supervisor, ahead))
@@ -446,6 +452,7 @@ class Node:
     async def status(self) -> NodeStatus:
         runtime = self.runtimes[self.default]
         total, free = hostmemory.read()
+        kinds, unused = next((r.gpus() for r in self.runtimes.values() if isinstance(r, Accelerates)), ([], 0))
         return NodeStatus(
             host_name=self._host_name,
             host_ip="127.0.0.1",
@@ -458,8 +465,21 @@ class Node:
             sandboxes=len(self.supervisors),
             sandbox_limit=self.limit,
             boot=self.boot,
+            memory_pressure=hostmemory.pressure(),
+            images=[*reversed(self._used)],
+            gpus=len(kinds),
+            gpus_free=unused,
+            accelerators=sorted(set(kinds)),
             load=round(os.getloadavg()[0], 2),
         )
+
+    def _note(self, image: str) -> None:
+        """Remember that an image is here."""
+        if len(image) <= _LONGEST_NAME:
+            self._used[image] = None
+            self._used.move_to_end(image)
+            while len(self._used) > _MOST_IMAGES:
+                self._used.popitem(last=False)
 
     # ---- ends ----
 

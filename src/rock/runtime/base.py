@@ -315,6 +315,15 @@ class Connects(Protocol):
 
 
 @runtime_checkable
+class Accelerates(Protocol):
+    """Gives sandboxes GPUs of this machine."""
+
+    def gpus(self) -> tuple[Sequence[str], int]:
+        """The kind of each, as "A100", and how many of them no sandbox has now."""
+        ...
+
+
+@runtime_checkable
 class Limits(Protocol):
     """Measured use."""
 

@@ -1,4 +1,4 @@
-"""How much memory this machine has, and how much of it is free."""
+"""How much memory this machine has, how much of it is free, and whether programs wait for it."""
 
 from __future__ import annotations
 
@@ -26,3 +26,19 @@ def read() -> tuple[int, int]:
             pass
         _known = now, values["MemTotal"], values.get("MemAvailable", values["MemTotal"])
     return _known[1], _known[2]
+
+
+def pressure() -> float | None:
+    """Percent of the last ten seconds in which some program here waited for memory; None where the kernel does not
+    tell. Of the control group that this process is held to, if it says so itself: a container is short before its
+    machine is."""
+    for path in ("/sys/fs/cgroup/memory.pressure", "/proc/pressure/memory"):
+        try:
+            with open(path, encoding="ascii") as lines:
+                for line in lines:
+                    kind, _, rest = line.partition(" ")
+                    if kind == "some":
+                        return float(rest.partition("avg10=")[2].partition(" ")[0])
+        except (OSError, ValueError):
+            continue
+    return None

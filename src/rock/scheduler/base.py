@@ -3,13 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Literal, Protocol
 
 from rock.protocol.node import NodeStatus
 from rock.protocol.sandbox import SandboxConfig
 
+Placement = Literal["spread", "pack"]
+
 
 class Scheduler(Protocol):
-    def place(self, config: SandboxConfig, workers: Mapping[str, NodeStatus]) -> str:
-        """The name of a worker. InvalidConfig when none could ever take it, NoCapacity when none can now."""
+    """Decides by what workers reported last and what was placed since; asks nobody."""
+
+    def report(self, workers: Mapping[str, NodeStatus]) -> None:
+        """All workers that may take sandboxes now, as they are."""
+        ...
+
+    def place(self, config: SandboxConfig) -> str:
+        """The name of a worker. InvalidConfig when none could ever take it, NoCapacity when none can now.
+
+        `landed` has to be told what became of it."""
+        ...
+
+    def place_group(self, config: SandboxConfig, size: int, placement: Placement, whole: bool) -> list[str]:
+        """Workers for up to `size` equal sandboxes, in the order of a group; with `whole` for all of them or none.
+        Errors, and what is to be told, as of `place`."""
+        ...
+
+    def landed(self, worker: str) -> None:
+        """One that was placed there is started now, or will never be."""
+        ...
+
+
+class Reservations(Protocol):
+    """A cluster's own scheduler, which decides where a sandbox goes while it starts, and may take its time."""
+
+    async def reserve(self, sandbox_id: str, config: SandboxConfig, worker: str | None = None) -> str:
+        """Set aside what it takes, on that worker if one is named: the name of the worker where that is. The same id
+        again is the same reservation.
+        InvalidConfig, NoCapacity. One that is cancelled leaves nothing behind."""
+        ...
+
+    async def release(self, sandbox_id: str) -> None:
+        """Give that back. Nothing happens when there is none."""
+        ...
+
+    async def held(self) -> set[str]:
+        """Ids of sandboxes for which something is set aside."""
         ...

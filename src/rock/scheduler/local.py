@@ -1,29 +1,260 @@
-"""A pure filter and score over what the workers report."""
+"""Filter and score over what the workers report, and over what was placed since. See docs/decisions/0020-scheduling.md.
+
+    reported: memory free, sandboxes, pressure, images      ┐
+    counted here: placed and not started, started since     ┘─► score = memory free for each sandbox
+
+A heap holds the workers by score, so that a placement looks at a few of them however many there are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import heapq
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
-from rock.errors import InvalidConfig, NoCapacity
+from rock.errors import InvalidConfig, NoCapacity, RockError, Unsupported
 from rock.protocol.node import NodeStatus
 from rock.protocol.sandbox import SandboxConfig
+from rock.scheduler.base import Placement
+
+LEAST_FREE = 0.02  # of a worker's memory: with less it takes nothing new
+MOST_PRESSURE = 25.0  # percent of the last ten seconds in which something waited for memory
+_ASSUMED = 32 << 20  # bytes that one takes which is not measured yet, at most its limit
+_LOOKED_AT = 8  # workers that are compared for one sandbox
+_HAS_IMAGE = 4.0  # how much more a worker counts that need not pull
+
+
+@dataclass
+class _Machine:
+    """A worker. starting: placed and not landed; since: landed since it reported last."""
+
+    name: str
+    status: NodeStatus
+    images: frozenset[str] = frozenset()
+    starting: int = 0
+    since: int = 0
+    gpus: float = 0.0  # placed, and maybe not reported yet
+    turn: int = 0  # of its newest place in the heap
+
+    @property
+    def sandboxes(self) -> int:
+        return self.status.sandboxes + self.starting + self.since
+
+    @property
+    def memory_free(self) -> int:
+        return self.status.memory_free - (self.starting + self.since) * _ASSUMED
+
+    @property
+    def score(self) -> float:
+        return self.memory_free / (1 + self.sandboxes)
+
+    def could_ever(self, wish: _Wish) -> bool:
+        status = self.status
+        return (
+            wish.memory <= status.memory_total and wish.cpus <= status.cpus and wish.gpus <= status.gpus
+            and (not wish.accelerator or wish.accelerator in status.accelerators)
+        )  # fmt: skip
+
+    def room(self, wish: _Wish) -> int:
+        """How many more it takes now."""
+        status = self.status
+        pressed = status.memory_pressure is not None and status.memory_pressure > MOST_PRESSURE
+        spare = self.memory_free - round(status.memory_total * LEAST_FREE)
+        if pressed or (status.memory_total and spare <= 0):
+            return 0
+        room = status.sandbox_limit - self.sandboxes
+        if status.memory_total:
+            room = min(room, spare // min(_ASSUMED, wish.memory) + 1)
+        if wish.gpus:
+            room = min(room, int((status.gpus_free - self.gpus) // wish.gpus))
+        return max(0, room)
+
+    def wholly(self, wish: _Wish) -> int:
+        """How many more it takes without promising memory or cores that it does not have."""
+        taken = self.starting + self.since
+        by_memory = (self.status.memory_free - taken * wish.memory) // wish.memory
+        by_cpus = int((self.status.cpus - self.sandboxes * wish.cpus) // wish.cpus)
+        return max(0, min(by_memory, by_cpus, self.room(wish)))
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """What of a config matters here, read once."""
+
+    memory: int
+    cpus: float
+    gpus: float
+    accelerator: str
+    image: str
+
+    @classmethod
+    def of(cls, config: SandboxConfig) -> _Wish:
+        return cls(config.memory_bytes, config.cpus, config.num_gpus or 0.0, config.accelerator_type or "",
+                   config.image)  # fmt: skip
 
 
 class LocalScheduler:
-    """Places on the worker with the most memory free a sandbox. Limits may be overcommitted: only what is really free
-    counts, and a sandbox larger than a whole machine is refused."""
+    """Places where most memory is free for each sandbox, where the image is already if there is room. Limits may be
+    overcommitted: only what is measured counts. A sandbox larger than any machine is refused."""
 
-    def place(self, config: SandboxConfig, workers: Mapping[str, NodeStatus]) -> str:
-        if not workers:
-            raise NoCapacity("no worker is known", hint="start one with: rocklet --join")
-        fit = {n: w for n, w in workers.items() if config.memory_bytes <= w.memory_total and config.cpus <= w.cpus}
+    def __init__(self) -> None:
+        self._machines: dict[str, _Machine] = {}
+        self._heap: list[tuple[float, int, str]] = []  # (minus the score, turn, name); older turns are void
+        self._turn = 0
+        self._holders: dict[str, set[str]] = {}  # workers by the images that they have
+
+    # ---- what is known ----
+
+    def report(self, workers: Mapping[str, NodeStatus]) -> None:
+        for name in self._machines.keys() - workers.keys():
+            self._hold(self._machines.pop(name), frozenset())
+        for name, status in workers.items():
+            machine = self._machines.get(name)
+            if machine is None:
+                machine = self._machines[name] = _Machine(name, status)
+            elif machine.status is status:
+                continue
+            else:
+                machine.status, machine.since = status, 0
+                machine.gpus = machine.gpus if machine.starting else 0.0
+            self._hold(machine, frozenset(status.images))
+            self._queue(machine)
+        if len(self._heap) > 64 + 4 * len(self._machines):
+            self._heap = [entry for entry in self._heap if self._valid(entry)]
+            heapq.heapify(self._heap)
+
+    def _hold(self, machine: _Machine, images: frozenset[str]) -> None:
+        if images == machine.images:
+            return
+        for image in machine.images - images:
+            self._holders[image].discard(machine.name)
+            if not self._holders[image]:
+                del self._holders[image]
+        for image in images - machine.images:
+            self._holders.setdefault(image, set()).add(machine.name)
+        machine.images = images
+
+    def landed(self, worker: str) -> None:
+        machine = self._machines.get(worker)
+        if machine is not None and machine.starting:
+            machine.starting -= 1
+            machine.since += 1
+
+    def _queue(self, machine: _Machine) -> None:
+        self._turn += 1
+        machine.turn = self._turn
+        heapq.heappush(self._heap, (-machine.score, self._turn, machine.name))
+
+    def _valid(self, entry: tuple[float, int, str]) -> bool:
+        machine = self._machines.get(entry[2])
+        return machine is not None and machine.turn == entry[1]
+
+    def _take(self, machine: _Machine, wish: _Wish) -> str:
+        machine.starting += 1
+        machine.gpus += wish.gpus
+        self._queue(machine)
+        return machine.name
+
+    # ---- one ----
+
+    def place(self, config: SandboxConfig) -> str:
+        wish = _Wish.of(config)
+        best = max(self._candidates(wish), default=None,
+                   key=lambda m: (m.score * (_HAS_IMAGE if wish.image in m.images else 1.0), m.name))  # fmt: skip
+        if best is None:
+            raise self._refusal(config, wish)
+        return self._take(best, wish)
+
+    def _candidates(self, wish: _Wish) -> list[_Machine]:
+        """The best few of all that fit, and some of those that have the image."""
+        found: list[_Machine] = []
+        seen: list[tuple[float, int, str]] = []
+        while self._heap and len(found) < _LOOKED_AT:
+            entry = heapq.heappop(self._heap)
+            if self._valid(entry):
+                seen.append(entry)
+                machine = self._machines[entry[2]]
+                if machine.could_ever(wish) and machine.room(wish):
+                    found.append(machine)
+        for entry in seen:
+            heapq.heappush(self._heap, entry)
+        if not any(wish.image in machine.images for machine in found):
+            for number, name in enumerate(self._holders.get(wish.image, ())):
+                machine = self._machines[name]
+                if machine.could_ever(wish) and machine.room(wish):
+                    found.append(machine)
+                if number >= 4 * _LOOKED_AT:
+                    break
+        return found
+
+    def _refusal(self, config: SandboxConfig, wish: _Wish) -> RockError:
+        """Why nobody takes it."""
+        machines = list(self._machines.values())
+        if not machines:
+            return NoCapacity("no worker is known", hint="start one with: rocklet --join")
+        fit = [machine for machine in machines if machine.could_ever(wish)]
         if not fit:
-            cpus = max(w.cpus for w in workers.values())
-            memory = max(w.memory_total for w in workers.values()) / (1 << 30)
-            if config.cpus > cpus:
-                raise InvalidConfig(f"Requested CPUs {config.cpus} exceed the maximum allowed {cpus}")
-            raise InvalidConfig(f"Requested memory {config.memory} exceeds the largest machine's {memory:.1f}g")
-        free = {n: w for n, w in fit.items() if w.sandboxes < w.sandbox_limit}
-        if not free:
-            raise NoCapacity("every worker is at its limit of sandboxes", hint="stop some, or retry later")
-        return max(free, key=lambda name: (free[name].memory_free / (1 + free[name].sandboxes), name))
+            return _never(config, [machine.status for machine in machines])
+        if wish.gpus and not any(machine.status.gpus_free - machine.gpus >= wish.gpus for machine in fit):
+            return NoCapacity("every GPU is in use", hint="stop some sandboxes, or retry later")
+        if any(machine.sandboxes < machine.status.sandbox_limit for machine in fit):
+            return NoCapacity("every worker is short of memory", hint="stop some sandboxes, or retry later")
+        return NoCapacity("every worker is at its limit of sandboxes", hint="stop some, or retry later")
+
+    # ---- many ----
+
+    def place_group(self, config: SandboxConfig, size: int, placement: Placement, whole: bool) -> list[str]:
+        wish = _Wish.of(config)
+        fit = [(m, room) for m in self._machines.values() if m.could_ever(wish) and (room := m.room(wish))]
+        fit.sort(key=lambda pair: (wish.image in pair[0].images, pair[0].score, pair[0].name), reverse=True)
+        there = sum(room for _, room in fit)
+        if not there or (whole and there < size):
+            refusal = self._refusal(config, wish)
+            if there:
+                refusal = NoCapacity(f"there is room for {there} of the {size} sandboxes of this group",
+                                     hint='stop some, ask for less, or mode="best_effort"')  # fmt: skip
+            raise refusal
+        counts: Counter[str] = Counter()
+        if placement == "pack":
+            self._fill(fit, counts, size, lambda machine: machine.wholly(wish))
+            self._fill(fit, counts, size, lambda machine: machine.room(wish))
+        else:
+            _deal(fit, counts, size)
+        return [self._take(machine, wish) for machine, _ in fit for _ in range(counts[machine.name])]
+
+    @staticmethod
+    def _fill(fit: Iterable[tuple[_Machine, int]], counts: Counter[str], size: int,
+              room: Callable[[_Machine], int]) -> None:  # fmt: skip
+        """One worker after the other, the roomiest first, up to what `room` says of each."""
+        left = size - counts.total()
+        for machine, _ in sorted(fit, key=lambda pair: room(pair[0]), reverse=True):
+            more = min(left, max(0, room(machine) - counts[machine.name]))
+            counts[machine.name] += more
+            left -= more
+
+
+def _deal(fit: list[tuple[_Machine, int]], counts: Counter[str], size: int) -> None:
+    """One each in turn, to those that have room."""
+    left, hands = size, fit
+    while left and hands:
+        for machine, _ in hands[:left]:
+            counts[machine.name] += 1
+        left -= min(left, len(hands))
+        hands = [(machine, room) for machine, room in hands if counts[machine.name] < room]
+
+
+def _never(config: SandboxConfig, statuses: list[NodeStatus]) -> RockError:
+    cpus = max(status.cpus for status in statuses)
+    total = max(status.memory_total for status in statuses)
+    if config.cpus > cpus:
+        return InvalidConfig(f"Requested CPUs {config.cpus} exceed the maximum allowed {cpus}")
+    if config.memory_bytes > total:
+        return InvalidConfig(f"Requested memory {config.memory} exceeds the largest machine's {total / (1 << 30):.1f}g")
+    if config.num_gpus or config.accelerator_type:
+        kinds = sorted({kind for status in statuses for kind in status.accelerators})
+        return Unsupported(
+            f"no worker has {config.num_gpus or 1:g} {config.accelerator_type or 'GPU'}: the accelerators here are "
+            f"{', '.join(kinds) or 'none'}", hint="leave num_gpus and accelerator_type unset",
+        )  # fmt: skip
+    return InvalidConfig(f"no machine has both {config.cpus:g} CPUs and {config.memory}")

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from rock.errors import Conflict
 from rock.protocol.keys import KeyInfo, Quota
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
 from rock.store.workers import Workers
@@ -36,6 +37,25 @@ class Record:
     def changed(self, **fields: object) -> Record:
         """The same record with other fields of `info`."""
         return replace(self, info=self.info.model_copy(update=fields))
+
+
+def member(group_id: str, number: int) -> str:
+    """The id of a sandbox of a group."""
+    return f"{group_id}-{number}"
+
+
+def ordered(records: Sequence[Record], group_id: str) -> Sequence[Record]:
+    """Those of a group alone, in its order; ids that begin alike may be others'."""
+    mine = (record for record in records if record.info.group == group_id)
+    return sorted(mine, key=lambda record: int(record.id[len(group_id) + 1 :]))
+
+
+def id_taken(sandbox_id: str) -> Conflict:
+    return Conflict(
+        f"Sandbox {sandbox_id} already exists",
+        sandbox_id=sandbox_id,
+        hint="choose another sandbox_id, or delete the stopped one",
+    )
 
 
 class VersionConflict(Exception):
@@ -88,6 +108,18 @@ class Store(Protocol):
         """Add a record. Conflict when the id is taken; when the key is, the record that has it comes back.
 
         quota: of its tenant; QuotaExceeded. However many ask at once, here or elsewhere, it is exact."""
+        ...
+
+    async def insert_group(
+        self, records: Sequence[Record], quota: Quota | None = None, whole: bool = True
+    ) -> Sequence[Record]:
+        """Add equal records of one group and tenant in one transaction: all, or without `whole` the first that the
+        quota takes. Only the first has an idempotency key; when it is taken, the group that has it comes back.
+        Conflict, QuotaExceeded."""
+        ...
+
+    async def group(self, group_id: str, tenant: str | None) -> Sequence[Record]:
+        """The records of a group, in its order; None is anybody's."""
         ...
 
     async def get(self, sandbox_id: str) -> Record | None: ...

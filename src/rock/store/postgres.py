@@ -19,11 +19,11 @@ import asyncpg
 import orjson
 
 from rock import faults
-from rock.errors import Conflict, InvalidConfig, NotFound, RockError, StorageFull, Unavailable
+from rock.errors import InvalidConfig, NotFound, RockError, StorageFull, Unavailable
 from rock.protocol.keys import KeyInfo, Quota
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
 from rock.store import quotas
-from rock.store.base import Lease, Query, Record, VersionConflict
+from rock.store.base import Lease, Query, Record, VersionConflict, id_taken, ordered
 from rock.store.migrations import POSTGRES
 from rock.store.postgres_workers import PostgresWorkers
 from rock.store.watch import Watchers
@@ -38,6 +38,10 @@ _RETRY = 1.0
 _FIELDS = {"user_id", "experiment_id", "namespace", "image", "runtime", "worker", "cluster", "cause"}
 _NOW = "extract(epoch FROM clock_timestamp())::float8"
 _SELECT = "SELECT version, idempotency_key, info, config FROM sandbox"
+_ADD = (
+    "INSERT INTO sandbox (id, version, state, created_at, stopped_at, tenant, idempotency_key, cpus, memory, facts, "
+    "info, config) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)"
+)
 _LEFT = "((facts->>'kept')::boolean OR (facts->>'archived')::boolean)"
 _TAKE_LEASE = f"""
 INSERT INTO lease (name, holder, token, until) VALUES ($1, $2, 1, {_NOW} + $3::float8) ON CONFLICT (name) DO UPDATE
@@ -193,9 +197,7 @@ class PostgresStore:
                 await self._take(db, record, quota)
             # A row that is in the way by its id or by its key: which, is seen then. Both waited for its writer.
             row = await db.fetchval(
-                "INSERT INTO sandbox (id, version, state, created_at, stopped_at, tenant, idempotency_key, cpus, "
-                "memory, facts, info, config) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12) "
-                "ON CONFLICT DO NOTHING RETURNING id",
+                f"{_ADD} ON CONFLICT DO NOTHING RETURNING id",
                 *_columns(record),
             )
             if row is not None:
@@ -203,15 +205,48 @@ class PostgresStore:
                 return record
             known = await self._by_key(db, record.key, record.tenant) if record.key is not None else None
             if known is None:
-                raise Conflict(
-                    f"Sandbox {record.id} already exists",
-                    sandbox_id=record.id,
-                    hint="choose another sandbox_id, or delete the stopped one",
-                )
+                raise id_taken(record.id)
             raise _Known(known)  # the start that was counted is taken back with the transaction
 
-    async def _take(self, db: Any, record: Record, quota: Quota) -> None:
-        """See that it fits, and count its start; others of its tenant wait until this transaction is over."""
+    async def insert_group(
+        self, records: Sequence[Record], quota: Quota | None = None, whole: bool = True
+    ) -> Sequence[Record]:
+        made = [replace(record, version=1) for record in records]
+        first = made[0]
+        rows = await asyncio.to_thread(lambda: [_columns(record) for record in made])
+        async with self._connected() as db:
+            try:
+                async with db.transaction():
+                    known = await self._by_key(db, first.key, first.tenant) if first.key is not None else None
+                    if known is not None:
+                        return await self._group(db, known)
+                    if quota is not None:
+                        count = await self._take(db, first, quota, len(made), whole)
+                        made, rows = made[:count], rows[:count]
+                    await db.executemany(_ADD, rows)
+                    await db.executemany("SELECT pg_notify($1, $2)", [(_CHANNEL, record.id) for record in made])
+                return made
+            except asyncpg.UniqueViolationError:  # by an id, or by a key that another request had first
+                known = await self._by_key(db, first.key, first.tenant) if first.key is not None else None
+                if known is None:
+                    raise id_taken(first.info.group or first.id) from None
+                return await self._group(db, known)
+
+    async def group(self, group_id: str, tenant: str | None) -> Sequence[Record]:
+        async with self._connected() as db:
+            return await self._members(db, group_id, tenant)
+
+    async def _group(self, db: Any, known: Record) -> Sequence[Record]:
+        return await self._members(db, known.info.group, known.tenant) if known.info.group else [known]
+
+    async def _members(self, db: Any, group_id: str, tenant: str | None) -> Sequence[Record]:
+        # Ids are compared by their bytes, and "." comes right after "-"
+        text = f"{_SELECT} WHERE id > $1 AND id < $2 AND ($3::text IS NULL OR tenant = $3)"
+        rows = await db.fetch(text, _text(f"{group_id}-"), _text(f"{group_id}."), tenant)
+        return ordered([_load(row) for row in rows], group_id)
+
+    async def _take(self, db: Any, record: Record, quota: Quota, count: int = 1, whole: bool = True) -> int:
+        """How many of it fit, and count their starts; others of its tenant wait until this transaction is over."""
         await db.execute("SELECT pg_advisory_xact_lock($1, hashtext($2))", _LOCK, record.tenant)
         forget = f"DELETE FROM start WHERE tenant = $1 AND at <= {_NOW} - $2::float8"
         await db.execute(forget, record.tenant, quotas.WINDOW)
@@ -223,9 +258,14 @@ class PostgresStore:
             "WHERE tenant = $1 AND state = ANY($2) AND id != $3",
             record.tenant, [state.value for state in quotas.COUNTED], record.id,
         )  # fmt: skip
-        quotas.check(quota, quotas.Used(sandboxes, cpus, memory, starts, oldest), record.config)
+        used = quotas.Used(sandboxes, cpus, memory, starts, oldest)
+        if whole:
+            quotas.check(quota, used, record.config, count)
+        else:
+            count = quotas.fitting(quota, used, record.config, count)
         if quota.creates_per_minute is not None:
-            await db.execute(f"INSERT INTO start (tenant, at) VALUES ($1, {_NOW})", record.tenant)
+            await db.executemany(f"INSERT INTO start (tenant, at) VALUES ($1, {_NOW})", [(record.tenant,)] * count)
+        return count
 
     async def get(self, sandbox_id: str) -> Record | None:
         async with self._connected() as db:

@@ -1,4 +1,4 @@
-"""Whether one more sandbox fits a quota: pure. A store asks inside the transaction that adds it."""
+"""Whether more sandboxes fit a quota: pure. A store asks inside the transaction that adds them."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def cpus_of(config: SandboxConfig) -> float:
     return max(config.cpus, config.limit_cpus or 0.0)
 
 
-def check(quota: Quota, used: Used, config: SandboxConfig) -> None:
-    """Raise QuotaExceeded when it does not fit."""
+def check(quota: Quota, used: Used, config: SandboxConfig, count: int = 1) -> None:
+    """Raise QuotaExceeded when `count` of them do not fit."""
     wanted = (
-        ("sandboxes", quota.sandboxes, used.sandboxes, 1),
-        ("cpus", quota.cpus, used.cpus, cpus_of(config)),
-        ("bytes of memory", quota.memory_bytes, used.memory, config.memory_bytes),
+        ("sandboxes", quota.sandboxes, used.sandboxes, count),
+        ("cpus", quota.cpus, used.cpus, cpus_of(config) * count),
+        ("bytes of memory", quota.memory_bytes, used.memory, config.memory_bytes * count),
     )
     for what, limit, have, more in wanted:
         if limit is not None and have + more > limit * (1 + 1e-9):
@@ -44,10 +44,25 @@ def check(quota: Quota, used: Used, config: SandboxConfig) -> None:
                 details={"quota": what, "limit": limit, "used": have, "retry_after": _SOMETHING_STOPS},
             )
     limit = quota.creates_per_minute
-    if limit is not None and used.starts >= limit:
+    if limit is not None and used.starts + count > limit:
         wait = max(0.0, WINDOW - used.oldest) if limit else WINDOW
         raise QuotaExceeded(
             f"the quota of this key is {limit} starts a minute",
             hint=f"ask again in {wait:.0f} s",
             details={"quota": "creates_per_minute", "limit": limit, "used": used.starts, "retry_after": wait},
         )
+
+
+def fitting(quota: Quota, used: Used, config: SandboxConfig, count: int) -> int:
+    """How many of `count` fit. QuotaExceeded when none does."""
+    check(quota, used, config)
+    least, most = 1, count
+    while least < most:
+        middle = (least + most + 1) // 2
+        try:
+            check(quota, used, config, middle)
+        except QuotaExceeded:
+            most = middle - 1
+        else:
+            least = middle
+    return least

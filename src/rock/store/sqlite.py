@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rock import faults
-from rock.errors import Conflict, NotFound, RockError, StorageFull, Unavailable
+from rock.errors import NotFound, RockError, StorageFull, Unavailable
 from rock.protocol.keys import KeyInfo, Quota
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
 from rock.store import quotas
-from rock.store.base import Lease, Query, Record, VersionConflict
+from rock.store.base import Lease, Query, Record, VersionConflict, id_taken, ordered
 from rock.store.migrations import SQLITE
 from rock.store.sqlite_workers import SqliteWorkers
 from rock.store.watch import Watchers
@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 _CHECKPOINT_EVERY = 2.0  # seconds
 _PRUNED_AT_ONCE = 200
+_WRITTEN_AT_ONCE = 100  # records of a group, between which others have their turn
 _FIELDS = {"user_id", "experiment_id", "namespace", "image", "runtime", "worker", "cluster", "cause"}
 
 
@@ -159,8 +160,50 @@ class SqliteStore:
             self._take(record, quota)
             return self._add(record)
 
-    def _take(self, record: Record, quota: Quota) -> None:
-        """See that it fits, and count its start."""
+    async def insert_group(
+        self, records: Sequence[Record], quota: Quota | None = None, whole: bool = True
+    ) -> Sequence[Record]:
+        made: list[Record] = []
+        rows: list[tuple[Any, ...]] = []
+        for number, record in enumerate(records):
+            made.append(replace(record, version=1))
+            rows.append(_columns(made[-1]))
+            if number % _WRITTEN_AT_ONCE == _WRITTEN_AT_ONCE - 1:
+                await asyncio.sleep(0)  # whoever waits goes first
+        added = self._now(self._insert_group, made, rows, quota, whole)
+        for record in added:
+            self._watchers.tell(record.id)
+        return added
+
+    def _insert_group(
+        self, records: Sequence[Record], rows: Sequence[tuple[Any, ...]], quota: Quota | None, whole: bool
+    ) -> Sequence[Record]:
+        first = records[0]
+        with _transaction(self._open_db, "IMMEDIATE"):
+            known = self._by_key(first.key, first.tenant) if first.key is not None else None
+            if known is not None:
+                return self._group(known.info.group, known.tenant) if known.info.group else [known]
+            if quota is not None:
+                count = self._take(first, quota, len(records), whole)
+                records, rows = records[:count], rows[:count]
+            try:
+                self._open_db.executemany(_ADD, rows)
+            except sqlite3.IntegrityError:
+                raise id_taken(first.info.group or first.id) from None
+        return records
+
+    async def group(self, group_id: str, tenant: str | None) -> Sequence[Record]:
+        return self._now(self._group, group_id, tenant)
+
+    def _group(self, group_id: str, tenant: str | None) -> Sequence[Record]:
+        rows = self._open_db.execute(
+            f"{_SELECT} WHERE id > ?1 AND id < ?2 AND (?3 IS NULL OR tenant = ?3)",
+            (f"{group_id}-", f"{group_id}.", tenant),
+        ).fetchall()
+        return ordered([_load(row) for row in rows], group_id)
+
+    def _take(self, record: Record, quota: Quota, count: int = 1, whole: bool = True) -> int:
+        """How many of it fit, and count their starts."""
         db, now, tenant = self._open_db, time.time(), record.tenant
         db.execute("DELETE FROM start WHERE tenant = ? AND at <= ?", (tenant, now - quotas.WINDOW))
         starts, first = db.execute("SELECT count(*), min(at) FROM start WHERE tenant = ?", (tenant,)).fetchone()
@@ -170,23 +213,19 @@ class SqliteStore:
             (tenant, *quotas.COUNTED, record.id),
         ).fetchone()
         used = quotas.Used(sandboxes, cpus, memory, starts, now - first if first is not None else 0.0)
-        quotas.check(quota, used, record.config)
+        if whole:
+            quotas.check(quota, used, record.config, count)
+        else:
+            count = quotas.fitting(quota, used, record.config, count)
         if quota.creates_per_minute is not None:
-            db.execute("INSERT INTO start (tenant, at) VALUES (?, ?)", (tenant, now))
+            db.executemany("INSERT INTO start (tenant, at) VALUES (?, ?)", [(tenant, now)] * count)
+        return count
 
     def _add(self, record: Record) -> Record:
         try:
-            self._open_db.execute(
-                "INSERT INTO sandbox (id, version, state, created_at, stopped_at, tenant, idempotency_key, cpus, "
-                "memory, info, config) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                _columns(record),
-            )
+            self._open_db.execute(_ADD, _columns(record))
         except sqlite3.IntegrityError:
-            raise Conflict(
-                f"Sandbox {record.id} already exists",
-                sandbox_id=record.id,
-                hint="choose another sandbox_id, or delete the stopped one",
-            ) from None
+            raise id_taken(record.id) from None
         return record
 
     async def get(self, sandbox_id: str) -> Record | None:
@@ -351,6 +390,10 @@ INSERT INTO lease (name, holder, token, until) VALUES (?1, ?2, 1, ?3) ON CONFLIC
 SET token = lease.token + (lease.holder != ?2), holder = ?2, until = ?3 WHERE lease.holder = ?2 OR lease.until < ?4
 RETURNING token
 """
+_ADD = (
+    "INSERT INTO sandbox (id, version, state, created_at, stopped_at, tenant, idempotency_key, cpus, memory, info, "
+    "config) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+)
 _SELECT = "SELECT version, idempotency_key, info, config FROM sandbox"
 
 

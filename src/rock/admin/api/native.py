@@ -23,7 +23,7 @@ from rock.admin.keys import Keys
 from rock.admin.service import Service
 from rock.envhub import registry
 from rock.errors import ClientError, InternalServerRockError, InvalidConfig, NotFound, RockError
-from rock.protocol import action, env, node, sandbox, workers
+from rock.protocol import action, env, group, node, sandbox, workers
 from rock.protocol.env import AddEnv, BuildEnv, EnvAbout
 from rock.protocol.keys import Access, CreateKey, KeyInfo, KeyList, NewKey, caller_of
 from rock.protocol.network import ConnectionList
@@ -269,7 +269,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
     models: dict[str, type[BaseModel]] = {
         name: kind
-        for module in (sandbox, action, env, node, workers)
+        for module in (sandbox, action, env, node, group, workers)
         for name, kind in vars(module).items()
         if isinstance(kind, type) and issubclass(kind, BaseModel)
     }
@@ -295,7 +295,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             if q.startswith("?")
         ]
         kind = "application/octet-stream" if row.answer == "raw" else "application/json"
-        status = "201" if row.name in ("create_sandbox", "open_env") else "200"
+        status = "201" if row.name in ("create_sandbox", "create_group", "open_env") else "200"
         operation: dict[str, Any] = {
             "summary": row.summary,
             "operationId": row.name,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from rock.admin.desk import Desk, Desks
 from rock.protocol.env import OpenEnv
+from rock.protocol.group import GroupRequest
 from rock.protocol.routes import IDEMPOTENCY_KEY, ROUTES
 from rock.protocol.sandbox import CommitRequest, SandboxConfig
 from rock.wire.asgi import Answer, App, Receive, Request, Router, Scope, Send, answer_model
 
 _LONGEST_WAIT = 3600.0  # seconds
 NAMES = ("create_sandbox", "get_sandbox", "stop_sandbox", "restart_sandbox", "archive_sandbox", "commit_sandbox",
-         "get_commit", "open_env")  # fmt: skip
+         "get_commit", "open_env", "create_group", "get_group", "stop_group")  # fmt: skip
 
 
 class Sandboxes:
@@ -63,6 +64,17 @@ class Sandboxes:
 
     async def get_commit(self, request: Request) -> Answer:
         return answer_model(await self._desk(request).commit_status(request.path["sandbox_id"], _wait(request)))
+
+    async def create_group(self, request: Request) -> Answer:
+        wait = _wait(request)
+        wish = await request.model(GroupRequest)
+        return answer_model(await self._desk(request).create_group(wish, _key(request), wait), 201)
+
+    async def get_group(self, request: Request) -> Answer:
+        return answer_model(await self._desk(request).get_group(request.path["group_id"], _wait(request)))
+
+    async def stop_group(self, request: Request) -> Answer:
+        return answer_model(await self._desk(request).stop_group(request.path["group_id"]))
 
     async def open_env(self, request: Request) -> Answer:
         wait = _wait(request)

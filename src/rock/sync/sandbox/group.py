@@ -4,48 +4,124 @@
 
 from __future__ import annotations
 
+import os
+import time
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 from rock import errors
 from rock.protocol.action import BashObservation
-from rock.protocol.sandbox import BaseConfig, SandboxConfig, SandboxGroupConfig
+from rock.protocol.group import GroupInfo
+from rock.protocol.routes import ROUTES
+from rock.protocol.sandbox import BaseConfig, SandboxConfig, SandboxGroupConfig, State
 from rock.sync import primitives
+from rock.sdk.http import query_string
+from rock.sync.sandbox.link import SLACK, new_id, parse, transport_of
 from rock.sync.sandbox.sandbox import Sandbox
 
 RETRY_AFTER = 1.0  # seconds
 CLEAN_UP = 60.0
+POLL = 20.0
 
 
 class SandboxGroup:
-    """`config.size` equal sandboxes: `sandbox_list`. All of them run after `start`, or none does."""
+    """`config.size` equal sandboxes: `sandbox_list`. All of them run after `start`, or none does; with
+    mode="best_effort" those that could be started, and the list is as long as they are many."""
 
     def __init__(self, config: SandboxGroupConfig | None = None, **fields: Any) -> None:
         self.config = config or SandboxGroupConfig(**fields)
-        names = set(SandboxConfig.model_fields)
-        given = {name: getattr(self.config, name) for name in self.config.model_fields_set & names}
-        given |= {name: getattr(self.config, name) for name in BaseConfig.model_fields}
-        self.sandbox_list: list[Sandbox] = []
-        for number in range(self.config.size):
-            if self.config.sandbox_id:
-                given["sandbox_id"] = f"{self.config.sandbox_id}-{number}"
-            self.sandbox_list.append(Sandbox(SandboxConfig(**given)))
+        self.group_id: str | None = None
+        self._transport = transport_of(self.config)
+        self._given = {name: getattr(self.config, name) for name in BaseConfig.model_fields}
+        names = set(SandboxConfig.model_fields) - {"sandbox_id"}
+        self._given |= {name: getattr(self.config, name) for name in self.config.model_fields_set & names}
+        self.sandbox_list = [self._sandbox(self.config.sandbox_id, number) for number in range(self.config.size)]
+
+    def _sandbox(self, group_id: str | None, number: int) -> Sandbox:
+        own = {"sandbox_id": f"{group_id}-{number}"} if group_id else {}
+        return Sandbox(SandboxConfig(**{**self._given, **own}))
 
     def start(self) -> None:
-        """Start all, `start_concurrency` at once. An error that may pass is tried again, `start_retry_times` in all;
-        any other stops those that were started, and is raised."""
-        calls = [partial(self._start_one, sandbox) for sandbox in self.sandbox_list]
+        """Ask for all in one request, and wait until they run. An error that may pass is tried again,
+        `start_retry_times` in all; after any other nothing of it is left."""
+        tries = self.config.start_retry_times
+        while True:
+            tries -= 1
+            try:
+                return self._start()
+            except errors.RockError as error:
+                if not error.retryable or tries <= 0:
+                    raise
+            primitives.sleep(RETRY_AFTER)
+
+    def _start(self) -> None:
+        deadline = time.monotonic() + self.config.startup_timeout
+        # The name is ours, so that even a group whose answer was lost can be stopped.
+        self.group_id = self.config.sandbox_id or new_id(self.config)
         try:
-            outcomes = primitives.gather(calls, self.config.start_concurrency)
-            _raise_first(outcomes)
+            info = self._create(os.urandom(16).hex(), deadline)
+            while any(one.state is State.PENDING for one in info.sandboxes):
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise errors.StartFailed(
+                        f"the group did not run within startup_timeout={self.config.startup_timeout:g} seconds"
+                    )
+                target = self._path("get_group", wait=round(min(left, POLL), 3))
+                answer = self._transport.json("GET", target, timeout=min(left, POLL) + SLACK)
+                info = parse(GroupInfo, answer)
+            self._take(info)
+        except (errors.ClientError, errors.ImageError, errors.NoCapacity):
+            self.group_id = None  # it was refused, or undone there
+            raise
         except BaseException:
             primitives.settle(self.stop, CLEAN_UP)
             raise
 
+    def _take(self, info: GroupInfo) -> None:
+        """Those of a started group that run. What keeps a gang from running is raised."""
+        running = {one.sandbox_id: one for one in info.sandboxes if one.state is State.RUNNING}
+        ended = [one for one in info.sandboxes if one.sandbox_id not in running]
+        whole = self.config.mode == "gang"
+        told = next((one.error for one in ended if one.error), None)
+        if ended and (whole or not running):
+            reason = next((one.reason for one in ended if one.reason), "it ended while it started")
+            raise errors.from_wire(told) if told else errors.StartFailed(f"group {info.group_id}: {reason}")
+        if not whole:
+            self.sandbox_list = [
+                self._sandbox(info.group_id, number)
+                for number in range(self.config.size) if f"{info.group_id}-{number}" in running
+            ]  # fmt: skip
+        for sandbox, one in zip(self.sandbox_list, running.values(), strict=True):
+            sandbox.sandbox_id = one.sandbox_id
+            sandbox.host_name, sandbox.host_ip = one.host_name, one.host_ip
+            sandbox.cluster = one.cluster or sandbox.cluster
+
+    def _create(self, key: str, deadline: float) -> GroupInfo:
+        config = self.config.model_dump(mode="json", exclude_unset=True, include=set(SandboxConfig.model_fields))
+        wish = {"config": {**config, "sandbox_id": self.group_id}, "size": self.config.size,
+                "mode": self.config.mode, "placement": self.config.placement}  # fmt: skip
+        while True:
+            wait = max(0.0, min(deadline - time.monotonic(), POLL))
+            target = ROUTES["create_group"].path + query_string({"wait": round(wait, 3)})
+            try:
+                return parse(GroupInfo, self._transport.json("POST", target, wish, timeout=wait + SLACK, key=key))
+            except errors.Unavailable as error:
+                if not error.details.get("sent") or time.monotonic() >= deadline:
+                    raise  # only a connection that broke is tried again; the key keeps it one group
+                primitives.sleep(0.2)
+
+    def _path(self, name: str, **query: object) -> str:
+        return ROUTES[name].url(group_id=self.group_id or "") + query_string(query)
+
     def stop(self) -> None:
-        """Stop all, at the same time. The first error is raised when all have been tried."""
-        _raise_first(primitives.gather([sandbox.stop for sandbox in self.sandbox_list], 64))
+        """Stop all, at the same time; those that are gone already are left as they are."""
+        if self.group_id is None:
+            return
+        try:
+            self._transport.json("POST", self._path("stop_group"), timeout=CLEAN_UP + SLACK)
+        except errors.NotFound:
+            return
 
     def arun_all(self, cmd: str, *, return_errors: bool = False, **options: Any) -> list[Any]:
         """Run a command line in each at the same time; `options` are those of `Sandbox.arun`.
@@ -67,17 +143,6 @@ class SandboxGroup:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
-
-    def _start_one(self, sandbox: Sandbox) -> None:
-        tries = self.config.start_retry_times
-        while True:
-            tries -= 1
-            try:
-                return sandbox.start()
-            except errors.RockError as error:
-                if not error.retryable or tries <= 0:
-                    raise
-            primitives.sleep(RETRY_AFTER)
 
 
 def _raise_first(outcomes: list[Any]) -> None:

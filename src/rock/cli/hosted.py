@@ -1,0 +1,58 @@
+"""A rocklet that another program hosts: `python -m rock.cli.hosted`, with settings from the environment.
+
+It ends when its standard input does, which is when its host is gone however that ended; then its sandboxes are over,
+because nobody would look after them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import threading
+
+from rock.cli.output import fail
+from rock.cli.serve import Rocklet, run_server
+from rock.errors import InvalidConfig, RockError
+from rock.settings import Settings
+
+_ENDING = 30.0  # seconds for its sandboxes to end
+
+
+class Hosted(Rocklet):
+    """A rocklet that sees whether its host is there."""
+
+    async def open(self) -> None:
+        await super().open()
+        loop = asyncio.get_running_loop()
+        self._end: asyncio.Task[None] | None = None
+
+        def begin() -> None:
+            self._end = asyncio.create_task(self._over(), name="host gone")
+
+        def watch() -> None:
+            while os.read(0, 4096):
+                pass
+            loop.call_soon_threadsafe(begin)
+
+        threading.Thread(target=watch, daemon=True, name="host").start()
+
+    async def _over(self) -> None:
+        self.node.lose("the program that hosted its worker is gone")
+        await self.node.emptied(_ENDING)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main() -> int:
+    try:
+        run_server(Settings.read(), Hosted)
+    except RockError as error:
+        return fail(error)
+    except ValueError as error:
+        return fail(InvalidConfig(str(error)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""Where sandboxes go: by what workers report and what was placed since."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from rock.errors import InvalidConfig, NoCapacity, RockError, Unsupported
+from rock.protocol.node import NodeStatus
+from rock.protocol.sandbox import Isolation, SandboxConfig
+from rock.scheduler.local import LocalScheduler
+
+GIB = 1 << 30
+
+
+def worker(**fields: Any) -> NodeStatus:
+    usual: dict[str, Any] = {
+        "host_name": "h", "host_ip": "10.0.0.1", "runtime": "fake", "isolation": Isolation.NONE, "cpus": 8,
+        "memory_total": 32 * GIB, "memory_free": 30 * GIB, "sandboxes": 0, "sandbox_limit": 100,
+    }  # fmt: skip
+    return NodeStatus(**{**usual, **fields})
+
+
+def wish(**fields: Any) -> SandboxConfig:
+    return SandboxConfig(**{"image": "x:1", "memory": "1g", "cpus": 1.0, **fields})
+
+
+def fleet(**workers: NodeStatus) -> LocalScheduler:
+    scheduler = LocalScheduler()
+    scheduler.report(workers)
+    return scheduler
+
+
+def test_a_burst_between_two_reports_is_spread() -> None:
+    scheduler = fleet(**{f"w{number}": worker() for number in range(10)})
+    placed = Counter(scheduler.place(wish()) for _ in range(500))
+    assert len(placed) == 10 and max(placed.values()) - min(placed.values()) <= 1
+
+
+def test_limits_hold_between_two_reports() -> None:
+    scheduler = fleet(a=worker(sandbox_limit=3), b=worker(sandbox_limit=2, sandboxes=1))
+    assert Counter(scheduler.place(wish()) for _ in range(4)) == {"a": 3, "b": 1}
+    with pytest.raises(NoCapacity, match="limit of sandboxes"):
+        scheduler.place(wish())
+    for _ in range(3):
+        scheduler.landed("a")  # they run, and no report tells of them yet
+    with pytest.raises(NoCapacity):
+        scheduler.place(wish())
+    scheduler.report({"a": worker(sandbox_limit=3, sandboxes=1), "b": worker(sandbox_limit=2, sandboxes=1)})
+    assert Counter(scheduler.place(wish()) for _ in range(2)) == {"a": 2}  # b's one has not landed
+
+
+def test_measured_use_counts() -> None:
+    scheduler = fleet(full=worker(memory_free=GIB // 4), empty=worker(sandboxes=50))
+    assert {scheduler.place(wish()) for _ in range(20)} == {"empty"}
+    with pytest.raises(NoCapacity, match="memory"):
+        fleet(full=worker(memory_free=GIB // 4)).place(wish())
+
+
+def test_a_worker_under_pressure_takes_nothing_new() -> None:
+    scheduler = fleet(pressed=worker(memory_pressure=60.0), calm=worker(memory_free=2 * GIB, memory_pressure=1.0))
+    assert {scheduler.place(wish()) for _ in range(20)} == {"calm"}
+    with pytest.raises(NoCapacity, match="memory"):
+        fleet(pressed=worker(memory_pressure=60.0)).place(wish())
+
+
+def test_the_image_that_is_there_counts() -> None:
+    has = worker(images=["x:1"], sandboxes=2)
+    others = {f"w{number}": worker() for number in range(50)}
+    scheduler = fleet(has=has, **others)
+    assert scheduler.place(wish()) == "has"
+    assert scheduler.place(wish(image="y:1")) != "has"
+    assert len({scheduler.place(wish()) for _ in range(300)}) > 10  # but not at any price
+    full = has.model_copy(update={"sandboxes": 100})
+    assert fleet(has=full, **others).place(wish()) != "has"
+
+
+def test_workers_come_and_go() -> None:
+    scheduler = fleet(a=worker())
+    scheduler.report({"b": worker()})
+    assert scheduler.place(wish()) == "b"
+    scheduler.landed("a")
+    scheduler.report({})
+    with pytest.raises(NoCapacity, match="no worker"):
+        scheduler.place(wish())
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "words"),
+    [({"cpus": 9}, InvalidConfig, "CPUs"), ({"memory": "64g"}, InvalidConfig, "memory"),
+     ({"num_gpus": 1}, Unsupported, "none"), ({"accelerator_type": "A100"}, Unsupported, "A100")],
+)  # fmt: skip
+def test_what_nobody_could_ever_give_is_refused(fields: dict[str, Any], kind: type[RockError], words: str) -> None:
+    scheduler = fleet(a=worker(), b=worker())
+    for ask in (scheduler.place, lambda config: scheduler.place_group(config, 2, "spread", False)):
+        with pytest.raises(kind, match=words):
+            ask(wish(**fields))
+
+
+def test_gpus() -> None:
+    gpu = worker(gpus=4, gpus_free=4, accelerators=["A100"])
+    scheduler = fleet(plain=worker(), gpu=gpu)
+    assert [scheduler.place(wish(num_gpus=2, accelerator_type="A100")) for _ in range(2)] == ["gpu", "gpu"]
+    with pytest.raises(NoCapacity, match="GPU"):
+        scheduler.place(wish(num_gpus=1))
+    with pytest.raises(Unsupported, match="H100"):
+        scheduler.place(wish(num_gpus=1, accelerator_type="H100"))
+    assert scheduler.place(wish()) == "plain"
+
+
+# ---- groups ----
+
+
+def test_spread_and_pack() -> None:
+    workers = {f"w{number}": worker() for number in range(4)}
+    spread = Counter(fleet(**workers).place_group(wish(), 10, "spread", True))
+    assert sorted(spread.values()) == [2, 2, 3, 3]
+    packed = Counter(fleet(**workers).place_group(wish(), 10, "pack", True))
+    assert sorted(packed.values()) == [2, 8]  # eight cores each
+    assert Counter(fleet(**workers).place_group(wish(), 60, "pack", True)).total() == 60  # beyond what they promise
+    has = worker(images=["x:1"])
+    assert set(fleet(**workers, has=has).place_group(wish(), 4, "pack", True)) == {"has"}
+    assert "has" in fleet(**workers, has=has).place_group(wish(), 1, "spread", True)
+
+
+def test_all_or_as_many_as_fit() -> None:
+    scheduler = fleet(a=worker(sandbox_limit=3), b=worker(sandbox_limit=4))
+    with pytest.raises(NoCapacity, match="room for 7 of the 8"):
+        scheduler.place_group(wish(), 8, "spread", True)
+    assert Counter(scheduler.place_group(wish(), 8, "spread", False)) == {"a": 3, "b": 4}
+    with pytest.raises(NoCapacity):
+        scheduler.place_group(wish(), 1, "pack", False)
+
+
+def test_a_large_fleet_is_no_slower_to_place_in() -> None:
+    def taken(size: int) -> float:
+        scheduler = fleet(**{f"w{number}": worker(sandbox_limit=1000) for number in range(size)})
+        began = time.perf_counter()
+        for _ in range(3000):
+            scheduler.place(wish())
+        return time.perf_counter() - began
+
+    small, large = min(taken(10) for _ in range(3)), min(taken(2000) for _ in range(3))
+    assert large < 10 * small  # it would be 200 times as many to compare
