@@ -21,7 +21,8 @@ SECONDS = 60.0
 USE = """
 import json, sys
 from rock.sync import Sandbox, SandboxConfig
-sandbox = Sandbox(SandboxConfig(runtime="process", image="host", network="host", minimum_isolation="none", labels={"job": "seven"}))
+plain = dict(runtime="process", image="host", network="host", minimum_isolation="none")
+sandbox = Sandbox(SandboxConfig(**plain, labels={"job": "seven"}))
 sandbox.start()
 seen = {"id": sandbox.sandbox_id}
 seen["program"] = sandbox.execute(["sh", "-c", "echo $TRACEPARENT"]).stdout.strip()
