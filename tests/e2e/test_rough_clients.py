@@ -192,7 +192,7 @@ def test_output_of_a_terminal_is_that_of_its_command(sandbox: Sandbox) -> None:
 
 
 def test_what_runs_in_a_session_goes_on_when_the_server_is_stopped(own_server: Callable[..., RunningServer]) -> None:
-    server = own_server()
+    server = own_server(ROCK_DRAIN_SECONDS="0")
     sandbox = Sandbox(base_url=server.url, image=IMAGE, memory="256m")
     sandbox.start()
     assert server.process is not None

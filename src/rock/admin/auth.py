@@ -14,6 +14,7 @@ from rock.protocol.keys import CALLER, NOBODY, OPERATOR, WORKER, Caller, digest_
 from rock.protocol.routes import OTHER_KEY
 from rock.telemetry.context import CURRENT
 from rock.wire.asgi import App, Receive, Scope, Send, deny, failure
+from rock.wire.turns import Turns
 
 _OPEN = ("/healthz", "/")
 # Where a key may be, the plainest first. The last three are of ROCK's clients, and of those that it serves too.
@@ -65,6 +66,7 @@ class Authenticated:
         self._key = key.encode() if key else None
         self._keys = keys
         self._sockets: dict[str, set[asyncio.Task[None]]] = {}  # what is open by a key
+        self._turns = Turns()
         if keys is not None:
             keys.on_revoked.append(self._cut)
 
@@ -75,7 +77,11 @@ class Authenticated:
         try:
             caller = await self._caller(scope)
         except RockError as error:
-            await (deny(scope, send, error) if scope["type"] == "websocket" else failure(error).send(send))
+            turn = await self._turns.take(_peer(scope))  # whatever keys somebody tries, he is one
+            try:
+                await (deny(scope, send, error) if scope["type"] == "websocket" else failure(error).send(send))
+            finally:
+                self._turns.leave(turn)
             return
         if (context := CURRENT.get()) is not None:
             context.tenant = caller.owner
@@ -84,10 +90,15 @@ class Authenticated:
             # Keys end here: programs inside, to which requests are handed on, must not see them.
             headers = [header for header in headers if not self._is_key(*header)]
         scope = {**scope, "headers": headers, CALLER: caller}
-        if scope["type"] == "websocket" and caller.key_id:
-            await self._socket(caller.key_id, scope, receive, send)
-        else:
+        if scope["type"] == "websocket":
+            await (self._socket(caller.key_id, scope, receive, send) if caller.key_id
+                   else self._app(scope, receive, send))  # fmt: skip
+            return
+        turn = await self._turns.take(caller.key_id or f"{caller.owner} {_peer(scope)}")
+        try:
             await self._app(scope, receive, send)
+        finally:
+            self._turns.leave(turn)
 
     async def _caller(self, scope: Scope) -> Caller:
         if self._key is None:
@@ -143,6 +154,12 @@ class Authenticated:
     def _cut(self, key_id: str) -> None:
         for task in self._sockets.get(key_id, ()):
             task.cancel()
+
+
+def _peer(scope: Scope) -> str:
+    """The address that a request came from."""
+    client = scope.get("client")
+    return str(client[0]) if client else ""
 
 
 def _bare(name: bytes, value: bytes) -> bytes:

@@ -435,7 +435,8 @@ class Service:
             except VersionConflict:
                 continue
         if state is not record.state:
-            log.info("sandbox %s is %s (%s)", sandbox_id, state.value, event.value)
+            about = {"sandbox_id": sandbox_id}
+            log.info("sandbox %s is %s (%s)", sandbox_id, state.value, event.value, extra=about)
             if new.info.cause is not None and record.info.cause is None:
                 ENDS.of(new.info.cause.value).add()
         self._keep(new)

@@ -18,12 +18,13 @@ _CONTROLS |= {10: "\\n", 13: "\\r", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 _OTHERS = ("uvicorn", "asyncio")  # of libraries that have something to say of a server
 
 
-def known() -> dict[str, str]:
-    """What is known of the request that is served now: request, sandbox, tenant and trace, as far as it has them."""
-    context = CURRENT.get()
+def known(record: logging.LogRecord) -> dict[str, str]:
+    """What is known of what a line is about: request, sandbox, tenant and trace, as far as there are any. Whoever logs
+    may name the sandbox, by `extra`."""
+    context, sandbox = CURRENT.get(), getattr(record, "sandbox_id", "")
     if context is None:
-        return {}
-    said = {"request_id": context.request_id, "sandbox_id": context.sandbox_id, "tenant": context.tenant}
+        return {"sandbox_id": str(sandbox)} if sandbox else {}
+    said = {"request_id": context.request_id, "sandbox_id": sandbox or context.sandbox_id, "tenant": context.tenant}
     if context.traceparent is not None:
         said["trace_id"] = context.traceparent[3:35]
     return {name: value for name, value in said.items() if value}
@@ -37,7 +38,7 @@ class Text(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         line = super().formatMessage(record).translate(_CONTROLS)
-        said = " ".join(f"{name}={value}" for name, value in known().items())
+        said = " ".join(f"{name}={value}" for name, value in known(record).items())
         return f"{line} [{said.translate(_CONTROLS)}]" if said else line
 
 
@@ -47,7 +48,7 @@ class Json(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         told: dict[str, object] = {
             "time": round(record.created, 6), "level": record.levelname.lower(), "logger": record.name,
-            "message": record.getMessage(), **known(),
+            "message": record.getMessage(), **known(record),
         }  # fmt: skip
         if record.exc_info:
             told["exception"] = self.formatException(record.exc_info)
