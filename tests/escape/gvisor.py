@@ -10,6 +10,11 @@ from collections.abc import Mapping
 
 _ITS_KERNEL = "gVisor's own kernel answers the call; the host's never sees it"
 _ITSELF = "it ends this sandbox alone, of which nothing is left on the host"
+_KILLED = "its limit is held, and ends the sandbox as a whole: its kernel is one process of the host"
+_MEMORY = (
+    "of a program's own", "in files in memory (memfd)", "in shared mappings that are let go of", "in System V segments",
+    "in pipes", "in socket buffers", "by children without end", "that hides from the killer", "in /dev/shm",
+)  # fmt: skip
 _ANSWERED = (
     "kernel: ptrace: be traced", "kernel: io_uring_setup", "kernel: perf_event_open",
     "kernel: setns into pid 1's namespaces", "kernel: open_by_handle_at", "kernel: name_to_handle_at",
@@ -29,6 +34,7 @@ _ENDED = (
 INSIDE: Mapping[str, str] = {
     **dict.fromkeys(_ANSWERED, _ITS_KERNEL),
     **dict.fromkeys(_ENDED, _ITSELF),
+    **dict.fromkeys((f"resources: memory {what}" for what in _MEMORY), _KILLED),
     "identity: pid 1: memory, descriptors, root, environment": "pid 1 can be read by root inside: it holds no secret",
     "files: overwrite the running program (/proc/self/exe)": "the sandbox's own copy of the program is written",
     "resources: thread bomb": "threads inside are not the host's, whose processes the cgroup holds; `pids` does not "
