@@ -72,6 +72,22 @@ def test_memory_beyond_its_limit_ends_it_and_says_why(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == before
 
 
+def test_limits_inside(tmp_path: Path) -> None:
+    """What its own kernel holds: the size of /dev/shm, and open files."""
+
+    async def main() -> None:
+        async with runtime_in(tmp_path) as runtime:
+            config = CONFIG.model_copy(update={"shm_size": "8m", "nofile": 64})
+            handle = await runtime.create("box", config)
+            assert handle.enforced["shm_size"] == "tmpfs" and handle.enforced["nofile"] == "rlimit"
+            box = Box(runtime, handle, Path("/work"))
+            told = await box.sh("head -c 32m /dev/zero > /dev/shm/x 2>/dev/null; wc -c < /dev/shm/x; ulimit -n")
+            assert told.split() == [str(8 << 20), "64"]
+            await runtime.destroy(handle)
+
+    run(main())
+
+
 def test_what_nobody_knows_is_ended(tmp_path: Path) -> None:
     """Of a server that crashed, found by its folders and by its cgroups, and by nothing that the sandbox says."""
 
