@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test check lint types unit compat docker fuzz admins training gym-extras sync lock bench \
+.PHONY: demo test check lint types unit compat docker gvisor fuzz admins training gym-extras sync lock bench \
 	bench-environments soak escape-table front cluster clean
 
 demo: $(VENV)/ready
@@ -54,6 +54,11 @@ compat: $(VENV)/ready-dev
 docker: $(VENV)/ready-dev
 	ROCK_TEST_DOCKER=1 ROCK_TEST_CONFORM=docker $(PY) -m pytest tests/runtime/docker tests/runtime/conformance \
 		tests/e2e/test_parity.py
+
+# All of the suite on the runtime gvisor, and the attempts to escape from it, with Debian's runsc; needs root.
+gvisor: $(VENV)/ready-dev
+	ROCK_TEST_GVISOR=1 ROCK_TEST_CONFORM=gvisor $(PY) -m pytest tests/runtime/test_gvisor.py tests/runtime/conformance
+	ROCK_TEST_GVISOR=1 $(PY) -m pytest tests/e2e/test_gvisor_server.py tests/escape/test_escapes.py
 
 # Requests by the OpenAPI page and bytes for every parser, many of each; FUZZ=N for N examples of each.
 FUZZ ?= 300

@@ -84,6 +84,7 @@ def test_errors_are_typed(
         ("POST", "/execute", '{"command": "a\\u0000b"}', "invalid_config"),
         ("POST", "/execute", '{"command": ["ls"], "timeout": -1}', "invalid_config"),
         ("POST", "/sessions", '{"session": "a/b"}', "invalid_config"),
+        ("POST", "/sessions", '{"session": "x", "max_read_size": -1}', "invalid_config"),
         ("POST", "/sessions", '{"session": "x", "shell": "nosuchshell"}', "not_found"),
         ("POST", "/sessions/zz/run", '{"command": "ls"}', "not_found"),
         ("POST", "/sessions/default/run", "17", "invalid_config"),

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rock.errors import ActionError, CommandTimeout, Conflict, ImageError, InvalidConfig, NotFound, SandboxError
-from rock.guest.envhost import PIPES
 from rock.guest import frames
+from rock.guest.envhost import PIPES
 from rock.guest.frames import FIRST, HEADER, LAST, MOST_STREAMS, PIECE, Joiner, pieces
 from rock.protocol.sandbox import SandboxConfig
 from rock.rocklet.envs import EnvHost

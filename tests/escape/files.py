@@ -220,7 +220,10 @@ def _odd(name: str, prepare: str) -> Attempt:
 
 async def _sparse(host: Host, box: Box) -> str:
     """A file of holes: what is read of it is what is asked for."""
-    fd = await box.runtime.open_read(box.handle, f"{box.root}/sparse")
+    try:
+        fd = await box.runtime.open_read(box.handle, f"{box.root}/sparse")
+    except errors.InvalidConfig as error:  # where a file has to come whole to the server first
+        return f"blocked: {error.message}"
     try:
         seen = os.pread(fd, 1 << 20, 1 << 39)
     finally:

@@ -11,19 +11,21 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from tests import unprivileged
+from tests.escape import gvisor
 from tests.escape.catalogue import ATTEMPTS
 
-LEVELS = ("none", "landlock", "userns", "namespaces")
-TITLES = {"none": "`none` (control)", "landlock": "`landlock`", "userns": "`userns`", "namespaces": "`namespaces`"}
+LEVELS = ("none", "landlock", "userns", "namespaces", "gvisor")
+TITLES = {"none": "`none` (control)", "landlock": "`landlock`", "userns": "`userns`", "namespaces": "`namespaces`",
+          "gvisor": "`gvisor`"}
 PAGE = Path(__file__).parents[2] / "docs" / "security.md"
 BEGIN, END = "<!-- attempts: made by `make escape-table` -->", "<!-- end of the attempts -->"
-_SIGNS = {"blocked": "blocked", "open": "OPEN", "absent": "-", "skipped": ""}
+_SIGNS = {"blocked": "blocked", "inside": "inside", "open": "OPEN", "absent": "-", "skipped": ""}
 
 
 @contextlib.contextmanager
@@ -51,26 +53,29 @@ def run_level(level: str) -> dict[str, Any]:
         return {"level": level, "unsupported": "it takes root"}
     with _place(root and level == "userns") as (python, options, folder):
         done = subprocess.run([*python, "-m", "tests.escape.runner", level, str(folder)], capture_output=True,
-                              text=True, timeout=600, stdin=subprocess.DEVNULL, check=False, **options)
+                              text=True, timeout=900, stdin=subprocess.DEVNULL, check=False, **options)
     if done.returncode:
         raise RuntimeError(f"the runner at level {level} failed:\n{done.stderr[-3000:]}")
     told: dict[str, Any] = json.loads(done.stdout)
     return told
 
 
-def run_levels() -> dict[str, dict[str, Any]]:
-    """Every level, two at a time."""
+def run_levels(levels: Sequence[str] = LEVELS) -> dict[str, dict[str, Any]]:
+    """These levels, two at a time."""
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(LEVELS, pool.map(run_level, LEVELS), strict=True))
+        return dict(zip(levels, pool.map(run_level, levels), strict=True))
 
 
 def reasons() -> list[str]:
-    """What is known to be open, or not there, and why."""
+    """What is known to be open, done inside, or not there, and why."""
     lines: dict[str, list[str]] = {}
     for attempt in ATTEMPTS:
         for known in (attempt.open_at, attempt.absent):
             for level, why in known.items():
                 lines.setdefault(f"{level}: {why}", []).append(attempt.name)
+    for known in (gvisor.INSIDE, gvisor.ABSENT):
+        for key, why in known.items():
+            lines.setdefault(f"gvisor: {why}", []).append(key.partition(": ")[2])
     return [f"- `{head.partition(':')[0]}`{head.partition(':')[1]}{head.partition(':')[2]} ({'; '.join(names)})"
             for head, names in sorted(lines.items())]
 
@@ -106,7 +111,7 @@ def main() -> None:
     machine = f"Linux {os.uname().release.split('-')[0]}, {os.uname().machine}"
     known = "\n".join(reasons())
     PAGE.write_text(f"{head}{BEGIN}\n\nMade on {machine}; {len(ATTEMPTS)} attempts.\n\n{table(told)}\n\n"
-                    f"Known to be open, or not there:\n\n{known}\n\n{END}{tail}")
+                    f"Known to be open, done inside, or not there:\n\n{known}\n\n{END}{tail}")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ async def _other_streams(host: Host, box: Box) -> str:
 
 async def _raw_requests(host: Host, box: Box) -> str:
     """What a guest could send if it had pid 1's socket: garbage and unknown requests are answered, or cut off."""
-    link = box.runtime.link(box.handle)
+    link = await box.runtime.linked(box.handle)
     told = []
     wishes = (("no_such_thing", {}), ("spawn", {"argv": []}), ("spawn", {"argv": ["x"] * 10, "channels": {"1": "r"}}),
               ("signal", {"pid": 1, "signal": 9}), ("kill_tree", {"pid": 1}), ("open_read", {"path": "a\0b"}),

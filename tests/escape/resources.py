@@ -261,7 +261,7 @@ def _rss() -> int:
 
 
 async def _shared_folder(host: Host, box: Box) -> str:
-    said = await box.sh("head -c 900m /dev/zero > /dev/shm/x 2>/dev/null; stat -c %s /dev/shm/x; rm -f /dev/shm/x")
+    said = await box.sh("head -c 900m /dev/zero > /dev/shm/x 2>/dev/null; wc -c < /dev/shm/x; rm -f /dev/shm/x")
     size = int(said.split()[-1])
     return await _within(host, box, f"{size >> 20} MB") if size <= MEMORY else f"open: {size >> 20} MB"
 

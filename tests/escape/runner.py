@@ -1,7 +1,8 @@
 """Runs every attempt at one level, in a process of its own: `python -m tests.escape.runner LEVEL FOLDER`.
 
 Prints JSON: {"level", "isolation", "results": {key: [word, detail]}, "left": ...}. The words: blocked, open, absent
-(the level does not have what is attacked), skipped, and broken, when a program did not tell how it went.
+(the level does not have what is attacked), inside (see gvisor.py), skipped, and broken, when a program did not tell how
+it went.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 from rock import errors
 from rock.protocol.sandbox import SandboxConfig
 from rock.runtime.base import Runtime
+from tests.escape import gvisor
 from tests.escape.attempt import PRELUDE, Attempt, Host
 from tests.escape.catalogue import ATTEMPTS
 from tests.packages import CannotBeHad, runsc
@@ -201,6 +203,8 @@ async def _init_of(box: Box) -> int:
 async def one(level: str, host: Host, attempt: Attempt, runtime: Runtime, common: dict[str, Any]) -> tuple[str, str]:
     if level in attempt.absent:
         return "absent", attempt.absent[level]
+    if level == "gvisor" and attempt.key in gvisor.ABSENT:
+        return "absent", gvisor.ABSENT[attempt.key]
     if level == "none" and not attempt.control:
         return "skipped", "not tried where it could do harm"
     if attempt.x86_only and os.uname().machine != "x86_64":
@@ -211,6 +215,8 @@ async def one(level: str, host: Host, attempt: Attempt, runtime: Runtime, common
             word, detail = await _try(host, attempt, box)
         except errors.Lost:
             word, detail = "open", "the sandbox ended by it"
+        if level == "gvisor" and word == "open" and attempt.key in gvisor.INSIDE:
+            word = "inside"
         if attempt.look is not None and (told := attempt.look(host, box)) is not None:
             word, detail = "open", told
     return word, detail.strip()[:160]

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import os
 import resource
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rock import errors
 from rock.protocol.sandbox import Isolation, SandboxConfig
+from rock.runtime.docker import shape
+from rock.runtime.docker.engine import Facts
+from rock.runtime.fake import FakeRuntime
+from rock.runtime.gvisor.runtime import GvisorRuntime
 from rock.runtime.landlock.runtime import LandlockRuntime
+from rock.runtime.namespace import admission
 from rock.runtime.process import ProcessRuntime
-from tests.runtime.boxes import ROOT, namespace_box, namespace_runtime, run
+from tests.runtime.boxes import ROOT, HandMade, namespace_box, namespace_runtime, run
 
 _FILL = """
 import os
@@ -143,48 +151,94 @@ def test_files_in_memory_count_where_memory_is_watched(tmp_path: Path) -> None:
     run(main())
 
 
-_NEVER = {"num_gpus": 1, "accelerator_type": "x", "use_kata_runtime": True, "image_os": "windows", "network": "nat",
-          "minimum_isolation": "microvm", "isolation": "gvisor"}
-_REFUSED = {
-    "process": {**_NEVER, "disk": "1g", "nofile": 100, "shm_size": "1m", "limit_cpus": 1.0, "image": "other",
-                "isolation": "namespaces"},
-    "landlock": {**_NEVER, "disk": "1g", "shm_size": "1m", "image": "other", "nofile": 1 << 20, "isolation": "userns"},
-    "namespace": {**_NEVER, "nofile": 1 << 20},
+_NEVER: dict[str, Any] = {"num_gpus": 1, "accelerator_type": "x", "use_kata_runtime": True, "image_os": "windows",
+                          "network": "nat", "minimum_isolation": "microvm", "isolation": "gvisor"}
+_NO_LIMITS = {"disk": "1g", "inodes": 1000, "nofile": 100, "shm_size": "1m", "limit_cpus": 1.0, "oci_runtime": "runc"}
+# By runtime the settings that it cannot hold, with a value that asks for something.
+_REFUSED: dict[str, dict[str, Any]] = {
+    "process": {**_NEVER, **_NO_LIMITS, "image": "other", "isolation": "namespaces"},
+    "fake": {**_NEVER, **_NO_LIMITS, "isolation": "namespaces"},
+    "landlock": {**_NEVER, "disk": "1g", "inodes": 1000, "shm_size": "1m", "image": "other", "nofile": 1 << 20,
+                 "isolation": "userns", "oci_runtime": "runc"},
+    "namespace": {**_NEVER, "nofile": 1 << 20, "oci_runtime": "runsc"},
+    "gvisor": {**_NEVER, "disk": "1g", "inodes": 1000, "nofile": 1 << 20, "isolation": "namespaces",
+               "oci_runtime": "runc", "pids": 100, "memory": "64m"},
+    "docker": {**_NEVER, "disk": "1g", "inodes": 1000, "nofile": 1 << 20, "image": "host", "oci_runtime": "kata",
+               "minimum_isolation": "gvisor"},
 }
+# By runtime the settings that it holds, each with a test of its own that it does.
+_HELD: dict[str, set[str]] = {
+    "process": set(), "fake": set(), "landlock": {"limit_cpus"}, "docker": {"limit_cpus", "shm_size"},
+    "namespace": {"limit_cpus", "disk", "inodes", "shm_size"}, "gvisor": {"limit_cpus", "shm_size"},
+}  # fmt: skip
+# What the server sees to whatever the runtime is; Handle.enforced says of memory, cpus and pids how they are held.
+_SERVERS = {
+    "base_url", "api_key", "xrl_authorization", "extra_headers", "image", "runtime", "memory", "cpus", "pids",
+    "auto_clear_seconds", "auto_archive_seconds", "auto_delete_seconds", "timeout", "startup_timeout", "egress", "env",
+    "labels", "user_id", "experiment_id", "namespace", "cluster", "route_key", "pull", "registry_username",
+    "registry_password", "sandbox_id",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", list(_REFUSED))
+def test_every_setting_is_held_refused_or_the_servers(kind: str) -> None:
+    """A setting that is added has to be thought of for every runtime: none is dropped in silence."""
+    thought_of = _HELD[kind] | set(_REFUSED[kind]) | _SERVERS
+    assert set(SandboxConfig.model_fields) - thought_of == set()
+    assert _HELD[kind] & set(_REFUSED[kind]) == set()
+
+
+@asynccontextmanager
+async def _checking(kind: str, folder: Path) -> AsyncIterator[tuple[Any, str]]:
+    """A runtime, open, and an image that it has."""
+    if kind == "namespace":
+        async with namespace_runtime(folder) as runtime:
+            yield runtime, "hand"
+        return
+    made: Any = {
+        "process": lambda: ProcessRuntime(folder / "run"), "fake": FakeRuntime,
+        "landlock": lambda: LandlockRuntime(folder / "run"),
+        "gvisor": lambda: GvisorRuntime(folder / "run", folder / "guest", HandMade(folder / "image")),
+    }[kind]()  # fmt: skip
+    await made.open()
+    try:
+        yield made, "hand" if kind == "gvisor" else "host"
+    finally:
+        await made.close()
 
 
 @pytest.mark.parametrize("kind, name", [(kind, name) for kind, names in _REFUSED.items() for name in names])
 def test_what_cannot_be_held_is_refused_before_the_start(tmp_path: Path, kind: str, name: str) -> None:
     """Never dropped in silence: a typed error, from the check and from the start, and nothing is left."""
     value = _REFUSED[kind][name]
-
-    async def refused(runtime: object, image: str) -> None:
-        config = SandboxConfig(**{"image": image, "memory": "64m", "cpus": 1, name: value})
-        with pytest.raises(errors.Unsupported) as told:
-            await runtime.check(config)  # type: ignore[attr-defined]
-        assert told.value.hint or told.value.message
-        with pytest.raises(errors.Unsupported):
-            await runtime.create("refused", config)  # type: ignore[attr-defined]
+    wish = {"memory": "128m", "cpus": 1, name: value, **({"disk": "64m"} if name == "inodes" else {})}
+    if kind == "namespace" and name == "network":
+        pytest.skip("whether a host can give it is for the tests of networks")
+    if name == "nofile" and value == 1 << 20:
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        if hard == resource.RLIM_INFINITY or hard >= 1 << 20:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (65536, 65536))  # of this process, for good
 
     async def main() -> None:
-        if name == "nofile" and value == 1 << 20:
-            hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-            if hard == resource.RLIM_INFINITY or hard >= 1 << 20:
-                resource.setrlimit(resource.RLIMIT_NOFILE, (65536, 65536))  # of this process, for good
-        if name == "network" and kind == "namespace":
-            pytest.skip("whether a host can give it is for the tests of networks")
-        if kind == "namespace":
-            async with namespace_runtime(tmp_path) as runtime:
-                await refused(runtime, "hand")
-            return
-        made = (ProcessRuntime if kind == "process" else LandlockRuntime)(tmp_path / "run")
-        await made.open()
-        try:
-            await refused(made, "host")
-        finally:
-            await made.close()
-        assert [path.name for path in (tmp_path / "run").iterdir()] == []
+        async with _checking(kind, tmp_path) as (runtime, image):
+            config = SandboxConfig(**{"image": image, **wish})
+            with pytest.raises(errors.Unsupported) as told:
+                await runtime.check(config)
+            assert told.value.hint or told.value.message
+            with pytest.raises(errors.Unsupported):
+                await runtime.create("refused", config)
+        folder = tmp_path / "run"
+        assert [path.name for path in folder.iterdir() if path.name[1:2] == "-"] == [] if folder.exists() else True
 
+    if kind == "docker":  # with an engine: tests/runtime/docker
+        facts = Facts(runtimes={"runc": {"path": "runc"}}, security=("seccomp",), driver="overlay2", backing="extfs")
+        config = SandboxConfig(**{"image": "any", **wish})
+        with pytest.raises(errors.Unsupported):
+            oci = shape.wanted_runtime(config)
+            shape.runtime_name(facts, oci)
+            shape.refuse(config, facts, oci)
+            admission.refuse_nofile(config)
+        return
     run(main())
 
 

@@ -15,7 +15,7 @@ import os
 import socket
 import sys
 
-from rock.guest import init
+from rock.guest import init, syscalls
 from rock.guest.carrier import Carrier
 from rock.guest.init import Init
 from rock.guest.wire import Connection
@@ -65,12 +65,17 @@ class Carried(Init):
 
 
 def main() -> None:
-    """Run as a program: `boot.py '{"socket": PATH}'`, or '{}' to be reached over the standard streams."""
+    """Run as a program: `boot.py '{"socket": PATH}'`, or '{}' to be reached over the standard streams.
+
+    filter: of system calls, in hexadecimal, for all that runs inside where nobody outside has given it one.
+    """
     options = json.loads(sys.argv[1])
     os.environ.clear()
     os.chdir("/")
     if os.getsid(0) != os.getpid():
         os.setsid()
+    if "filter" in options:
+        syscalls.filter_calls(bytes.fromhex(str(options["filter"])))
     one = init.hidden(Dialling(str(options["socket"])) if "socket" in options else Carried(None, 0, False))
     gc.freeze()
     one.begin()

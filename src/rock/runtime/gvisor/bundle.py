@@ -7,6 +7,7 @@ from typing import Any
 
 from rock.protocol.sandbox import SandboxConfig
 from rock.runtime.guestpython import INSIDE, GuestPython
+from rock.runtime.namespace import seccomp
 
 # Those that sandboxes have everywhere.
 CAPABILITIES = ("CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_SETGID", "CAP_SETUID",
@@ -23,13 +24,18 @@ def shared(config: SandboxConfig) -> int:
     return config.shm_bytes or min(_MOST_SHARED, max(1 << 20, config.memory_bytes // 4))
 
 
+def _options() -> dict[str, object]:
+    """Of pid 1: the filter that sandboxes have everywhere, for gVisor's own kernel to apply."""
+    return {"filter": seccomp.build().hex()} if seccomp.supported() else {}
+
+
 def describe(config: SandboxConfig, python: GuestPython) -> dict[str, Any]:
     """config.json: pid 1 on our own Python, as root with few capabilities, over a root that is mounted beforehand."""
     rights = list(CAPABILITIES)
     return {
         "ociVersion": "1.0.2", "hostname": "sandbox",
         "process": {
-            "terminal": False, "user": {"uid": 0, "gid": 0}, "args": python.command({}), "env": [], "cwd": "/",
+            "terminal": False, "user": {"uid": 0, "gid": 0}, "args": python.command(_options()), "env": [], "cwd": "/",
             "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), rights),
             "noNewPrivileges": True, "rlimits": [{"type": "RLIMIT_CORE", "soft": 0, "hard": 0}],
         },

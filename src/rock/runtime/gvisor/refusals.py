@@ -10,7 +10,7 @@ from rock.protocol.sandbox import Isolation, SandboxConfig
 from rock.runtime.namespace import admission
 from rock.runtime.namespace.cgroups import Cgroups
 
-LEAST_MEMORY, LEAST_PIDS = 128 << 20, 128  # its own kernel and file server, 30 MB and 80 threads, are counted too
+LEAST_MEMORY, LEAST_PIDS = 96 << 20, 128  # its own kernel and file server, 30 MB and 80 threads, are counted too
 _UNHELD = {
     "disk": "runsc holds no limit of what is written",
     "inodes": "runsc holds no limit of files",

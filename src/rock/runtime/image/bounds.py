@@ -19,7 +19,9 @@ class Bounds:
     disk: that of this folder has less free than the settings allow.
     """
 
-    def __init__(self, most_bytes: int | None = None, most_entries: int | None = None, disk: Path | None = None) -> None:
+    def __init__(
+        self, most_bytes: int | None = None, most_entries: int | None = None, disk: Path | None = None
+    ) -> None:
         self.most_bytes = most_bytes
         self.most_entries = most_entries
         self._disk = disk

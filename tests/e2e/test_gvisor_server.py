@@ -1,0 +1,64 @@
+"""isolation="gvisor" through a server: chosen by the level alone, and kept over a crash of the server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.conftest import IMAGE, RunningServer
+from tests.leaks import Inventory
+from tests.packages import CannotBeHad, runsc
+
+from rock import errors
+from rock.actions import CreateBashSessionRequest
+from rock.protocol.sandbox import Isolation
+from rock.runtime.image.store import ImageStore
+from rock.sync import Sandbox
+
+
+@pytest.fixture(scope="module")
+def gvisor_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    if os.geteuid() != 0:
+        pytest.skip("gVisor here takes root")
+    try:
+        path = f"{runsc().parent}:{os.environ['PATH']}"
+    except CannotBeHad as error:
+        pytest.skip(f"no gVisor: {error}")
+    home: Path = tmp_path_factory.mktemp("home")
+    running = RunningServer(home, PATH=path)
+    ImageStore(home / "images").from_host(IMAGE)
+    running.start()
+    yield running
+    running.stop()
+    running.assert_clean(Inventory())
+
+
+def test_the_level_chooses_it_and_it_outlives_the_server(gvisor_server: RunningServer) -> None:
+    box = Sandbox(base_url=gvisor_server.url, image=IMAGE, isolation="gvisor", minimum_isolation="gvisor",
+                  memory="512m", cpus=1.0)  # fmt: skip
+    box.start()
+    info = box.info()
+    assert info.isolation is Isolation.GVISOR and info.enforced["memory"].startswith("cgroup")
+    box.create_session(CreateBashSessionRequest(session="work"))
+    assert box.arun("cd /tmp; X=7; python3 -c 'print(6 * 7)'; uname -r", session="work").output == "42\n4.4.0\n"
+    box.fs.write("/root/data", b"kept" * 100_000)
+    port = gvisor_server.url.rpartition(":")[2]
+    gvisor_server.kill()
+    gvisor_server.start(int(port))
+    assert box.arun("echo $X $PWD", session="work").output == "7 /tmp\n"
+    assert box.fs.read("/root/data") == b"kept" * 100_000
+    seen = box.execute(["sh", "-c", "exit 5"])
+    assert seen.exit_code == 5
+    box.stop()
+
+
+@pytest.mark.parametrize(
+    "wish", [{"disk": "64m"}, {"network": "nat"}, {"pids": 16}, {"oci_runtime": "kata"}, {"auto_delete_seconds": 60}],
+    ids=lambda wish: next(iter(wish)),
+)  # fmt: skip
+def test_what_it_cannot_hold_is_refused(gvisor_server: RunningServer, wish: dict[str, object]) -> None:
+    box = Sandbox(base_url=gvisor_server.url, image=IMAGE, isolation="gvisor", memory="512m", cpus=1.0, **wish)
+    with pytest.raises(errors.Unsupported):
+        box.start()

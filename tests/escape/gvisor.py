@@ -1,0 +1,51 @@
+"""Level "gvisor": what its own kernel does for a program that the host's would not, and what it does not have.
+
+There an attempt speaks to gVisor's kernel, a process of the host without rights. One that it answers is told as
+"inside", where it is listed here: it reached nothing of the host, which each attempt's look from outside still checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_ITS_KERNEL = "gVisor's own kernel answers the call; the host's never sees it"
+_ITSELF = "it ends this sandbox alone, of which nothing is left on the host"
+_KILLED = "its limit is held, and ends the sandbox as a whole: its kernel is one process of the host"
+_MEMORY = (
+    "of a program's own", "in files in memory (memfd)", "in shared mappings that are let go of", "in System V segments",
+    "in pipes", "in socket buffers", "by children without end", "that hides from the killer", "in /dev/shm",
+)  # fmt: skip
+_ANSWERED = (
+    "kernel: ptrace: be traced", "kernel: io_uring_setup", "kernel: perf_event_open",
+    "kernel: setns into pid 1's namespaces", "kernel: open_by_handle_at", "kernel: name_to_handle_at",
+    "kernel: syslog: the kernel's log", "kernel: personality: no address randomization",
+    "kernel: personality: READ_IMPLIES_EXEC", "kernel: mbind", "kernel: set_mempolicy",
+    "kernel: unshare: a time namespace", "kernel: clone: a new user namespace", "kernel: unshare: a new user namespace",
+    "kernel: clone: a new mount namespace", "kernel: unshare: a new mount namespace",
+    "kernel: clone: a new cgroup namespace", "kernel: unshare: a new cgroup namespace", "kernel: open /dev/net/tun",
+    "kernel: open /dev/fuse", "kernel: mknod of a disk and a console", "identity: a realtime class for itself",
+    "identity: the system call filter taken off", "identity: an id beyond its range",
+    "identity: be spared by the out-of-memory killer", "network: netlink: netfilter, audit, kernel events",
+)  # fmt: skip
+_ENDED = (
+    "identity: pid 1: kill, stop, debug", "resources: daemons that ignore every signal, killed",
+    "protocol: more programs than processes", "resources: fork bomb, destroyed",
+)  # fmt: skip
+INSIDE: Mapping[str, str] = {
+    **dict.fromkeys(_ANSWERED, _ITS_KERNEL),
+    **dict.fromkeys(_ENDED, _ITSELF),
+    **dict.fromkeys((f"resources: memory {what}" for what in _MEMORY), _KILLED),
+    "identity: pid 1: memory, descriptors, root, environment": "pid 1 can be read by root inside: it holds no secret",
+    "files: overwrite the running program (/proc/self/exe)": "the sandbox's own copy of the program is written",
+    "resources: thread bomb": "threads inside are not the host's, whose processes the cgroup holds; `pids` does not "
+                              "count them",
+}  # fmt: skip
+_TERMINALS = "it has no terminals"
+ABSENT: Mapping[str, str] = {
+    "kernel: TIOCSTI: type into a terminal": _TERMINALS,
+    "kernel: TIOCSTI with high bits set": _TERMINALS,
+    "kernel: TIOCLINUX: paste into a console": _TERMINALS,
+    "kernel: TIOCSETD: load a line discipline": _TERMINALS,
+    "identity: capabilities over the host": "its /proc tells no ambient capabilities, by which the attempt looks",
+    "resources: fill the disk and its inodes": "disk= is refused before the start",
+}
