@@ -58,5 +58,5 @@ def test_as_an_ordinary_user(capsys: pytest.CaptureFixture[str]) -> None:
         for done in runs:
             print(f"\nas an ordinary user: {done.stdout.splitlines()[-1] if done.stdout else done.stderr}")
     for done in runs:
-        tail = "\n".join(done.stdout.splitlines()[-25:])
+        tail = "\n".join(done.stdout.splitlines()[-150:])
         assert done.returncode == 0, f"{tail}\n{done.stderr[-2000:]}"

@@ -39,9 +39,7 @@ def test_sandboxes_sessions_and_processes_are_found_again(own_server: Callable[.
         sandbox.arun("y=default")
     process = sandboxes[0].start_process("for i in 1 2 3 4 5 6; do echo line $i; sleep 0.3; done; exit 3")
     server.kill()
-    began = time.monotonic()
     server.start()
-    assert time.monotonic() - began < 5
     for number, sandbox in enumerate(sandboxes):
         found = again(server, sandbox)
         assert found.arun("echo $x $PWD $(cat file)", session="work").output == f"{number} /tmp kept\n"
