@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from tests.cluster.machines import KEY, TOKEN, Machine, server, until
-from tests.cluster.test_workers_join import ask
+from tests.cluster.test_workers_join import LONG, ask
 from tests.conftest import IMAGE, RunningServer
 
 from rock.errors import RockError, Unavailable, WrongRole
@@ -234,5 +234,6 @@ def one_is_away(site: Site, seconds: float) -> None:
         assert sandbox.execute("echo still").stdout == "still\n"
 
 
+@LONG
 def test_one_role_is_away_on_sqlite(site: Site) -> None:
     one_is_away(site, 2.0)

@@ -21,6 +21,7 @@ from rock.protocol.sandbox import Cause, State
 from rock.protocol.workers import WorkerInfo, WorkerState
 from rock.sync import Client, Sandbox, SandboxConfig
 
+LONG = pytest.mark.skipif(not os.environ.get("ROCK_TEST_CLUSTER"), reason="of make cluster: set ROCK_TEST_CLUSTER=1")
 LEASE = "3"  # seconds: short, so that losing one takes three and not twelve
 
 
@@ -118,6 +119,7 @@ def test_join_drain_lose_and_come_back(site: Site) -> None:
         assert second.execute("echo here").stdout == "here\n"
 
 
+@LONG
 def test_a_restart_within_the_lease_changes_nothing(tmp_path: Path) -> None:
     site = Site(tmp_path, "120")
     try:
@@ -135,6 +137,7 @@ def test_a_restart_within_the_lease_changes_nothing(tmp_path: Path) -> None:
         site.end()
 
 
+@LONG
 def test_a_worker_keeps_what_nobody_took_for_lost(site: Site) -> None:
     """The only server is away for longer than a lease: a worker that keeps its sandboxes has them afterwards, one that
     does not has stopped them; neither makes new ones meanwhile."""
@@ -159,7 +162,7 @@ def test_a_worker_keeps_what_nobody_took_for_lost(site: Site) -> None:
         boxes["stops"].execute("echo gone")
 
 
-def test_who_may_join(site: Site) -> None:
+def test_who_may_join(site: Site, tmp_path: Path) -> None:
     one = site.join("one")
     wish = {"name": "two", "url": "http://127.0.0.1:9", "holder": "h" * 16, "status": {}}
     assert ask(site.server.url, "POST", "/v1/workers", wish, None)[0] == 401
@@ -191,9 +194,7 @@ def test_who_may_join(site: Site) -> None:
     until(lambda: site.state("one") is WorkerState.READY)
     again = site.worker("one")
     assert again is not None and again.epoch == 2
-
-
-def test_a_wrong_token_ends_the_rocklet(site: Site, tmp_path: Path) -> None:
+    # A rocklet with a wrong token ends, and says why.
     done = subprocess.run(
         [sys.executable, "-c", "from rock.cli.scripts import rocklet_main; rocklet_main()", "--port", "0", "--join",
          site.server.url, "--token", "wrong"],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -31,11 +32,15 @@ from rock.wire.asgi import App, Receive, Scope, Send
 from rock.wire.remote import Remote
 
 _LONG = ("/commit", "/wake")
+_SHUNNED = 5.0  # seconds that a worker gets no sandboxes after it took no connection
 _USUAL = 100.0  # seconds that a worker may be silent
 
 
-def transport_to(url: str, key: str | None, headers: dict[str, str] | None = None) -> Transport:
-    """Requests of a WireWorker, each with the token of the lease by which it is made."""
+def transport_to(
+    url: str, key: str | None, headers: dict[str, str] | None = None, unreached: Callable[[], None] = lambda: None
+) -> Transport:
+    """Requests of a WireWorker, each with the token of the lease by which it is made. unreached: called when it takes
+    no connection."""
     own = headers or {}
     clients: dict[int | None, Client] = {}
 
@@ -50,6 +55,8 @@ def transport_to(url: str, key: str | None, headers: dict[str, str] | None = Non
             return 200, await client.call(method, f"{path}?{query}" if query else path, body,
                                           timeout=None if makes else _USUAL)  # fmt: skip
         except RockError as error:
+            if error.details.get("unsent"):
+                unreached()
             return error.status, orjson.dumps(error.to_wire(), default=repr)
 
     return carry
@@ -81,17 +88,24 @@ def reach_with(key: str | None) -> Callable[[WorkerInfo], Reached]:
 
     def reach(info: WorkerInfo) -> Reached:
         gone = asyncio.Event()
+        failed_at = float("-inf")
+
+        def unreached() -> None:
+            nonlocal failed_at
+            failed_at = time.monotonic()
+
         command = {routes.EPOCH: f"{info.name}/{info.epoch}"}
         own = {} if key is None else {routes.OTHER_KEY: key}
         data, long = Remote(info.url, own), Remote(info.url, {**own, **command})
-        carry = until(gone, transport_to(info.url, key, command), info.name)
+        carry = until(gone, transport_to(info.url, key, command, unreached), info.name)
 
         async def close() -> None:
             gone.set()
             await data.close()
             await long.close()
 
-        return Reached(WireWorker(info.name, carry, long.stream), data, close)
+        worker = WireWorker(info.name, carry, long.stream)
+        return Reached(worker, data, close, lambda: time.monotonic() - failed_at < _SHUNNED)
 
     return reach
 

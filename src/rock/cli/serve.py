@@ -142,15 +142,16 @@ class Rocklet:
         self.home.take()
         try:
             await self.node.open()
-            if self.membership is not None:
-                await self.membership.open()
         except BaseException:
-            if self.membership is not None:
-                await self.membership.close()
-            await self.node.close()
             self.home.release()
             raise
         self.observed.open()
+        if self.membership is not None:
+            try:
+                await self.membership.open()
+            except BaseException:
+                await self.close()
+                raise
 
     async def close(self) -> None:
         """Stop serving; sandboxes stay alive and are found again by the next server."""

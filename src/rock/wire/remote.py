@@ -201,6 +201,7 @@ class Remote:
         self._names = frozenset(name for name, _ in self._own)
         self._idle: list[_Connection] = []
         self._busy: set[_Connection] = set()
+        self._sockets: set[asyncio.Task[None]] = set()
 
     @property
     def host(self) -> str:
@@ -208,9 +209,11 @@ class Remote:
         return self._host
 
     async def close(self) -> None:
-        """End every connection. Requests under way are broken."""
+        """End every connection. Requests and WebSockets under way are broken."""
         for connection in (*self._idle, *self._busy):
             connection.close()
+        for task in self._sockets:
+            task.cancel()
         self._idle.clear()
         await asyncio.sleep(0)  # for the transports to close their sockets
 
@@ -340,10 +343,22 @@ class Remote:
 
     async def _socket(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = [header for header in self._kept(scope) if header[0] != b"host"]
+        work = sockets.joined(self._host, self._port, self._tls, scope, headers, receive, send)
+        task = asyncio.create_task(work, name="remote-socket")
+        self._sockets.add(task)
         try:
-            await sockets.joined(self._host, self._port, self._tls, scope, headers, receive, send)
-        except (OSError, TimeoutError, EOFError) as error:
+            await asyncio.wait({task})
+        finally:
+            self._sockets.discard(task)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        if task.cancelled():
+            with contextlib.suppress(RuntimeError, OSError):  # it may be closed already
+                await send({"type": "websocket.close", "code": 1011, "reason": "the worker is gone"})
+        elif isinstance(error := task.exception(), OSError | TimeoutError | EOFError):
             await deny(scope, send, self._unreached(str(error)))
+        elif error is not None:
+            raise error
 
     # ---- requests of our own
 
