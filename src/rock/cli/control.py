@@ -33,15 +33,12 @@ from rock.wire.remote import Remote
 
 _LONG = ("/commit", "/wake")
 _SHUNNED = 5.0  # seconds that a worker gets no sandboxes after it took no connection
+_MADE_AT_ONCE = 32  # sandboxes that one worker is asked to make
 _USUAL = 100.0  # seconds that a worker may be silent
 
 
-def transport_to(
-    url: str, key: str | None, headers: dict[str, str] | None = None, unreached: Callable[[], None] = lambda: None
-) -> Transport:
-    """Requests of a WireWorker, each with the token of the lease by which it is made. unreached: called when it takes
-    no connection."""
-    own = headers or {}
+def transport_to(url: str, key: str | None) -> Transport:
+    """Requests of a WireWorker, each with the token of the lease by which it is made."""
     clients: dict[int | None, Client] = {}
 
     async def carry(method: str, path: str, query: str, body: bytes) -> tuple[int, bytes]:
@@ -49,36 +46,49 @@ def transport_to(
         client = clients.get(fence)
         if client is None:
             clients.clear()  # of leases that are over
-            client = clients[fence] = Client(url, key, own if fence is None else {**own, routes.FENCE: str(fence)})
+            client = clients[fence] = Client(url, key, {} if fence is None else {routes.FENCE: str(fence)})
         makes = method == "PUT" or path.endswith(_LONG) or path == routes.ROUTES["node_image"].path
         try:
             return 200, await client.call(method, f"{path}?{query}" if query else path, body,
                                           timeout=None if makes else _USUAL)  # fmt: skip
         except RockError as error:
-            if error.details.get("unsent"):
-                unreached()
             return error.status, orjson.dumps(error.to_wire(), default=repr)
 
     return carry
 
 
-def until(gone: asyncio.Event, transport: Transport, name: str) -> Transport:
-    """A transport that answers Unavailable to what is under way when its worker is gone: a machine that is cut off does
-    not end its connections."""
+def commands_over(remote: Remote, name: str, gone: asyncio.Event, unreached: Callable[[], None]) -> Transport:
+    """Requests of a WireWorker over kept-alive connections. When its worker is `gone`, and `remote` closed, what is
+    under way is answered as Unavailable: a machine that is cut off does not end its connections. unreached: called when
+    it takes no connection."""
+    making = asyncio.Semaphore(_MADE_AT_ONCE)
+
+    async def ask(method: str, path: str, query: str, body: bytes, makes: bool) -> tuple[int, bytes]:
+        fence = FENCE.get()
+        headers = {} if fence is None else {routes.FENCE: str(fence)}
+        async with asyncio.timeout(None if makes else _USUAL):
+            try:
+                return await remote.request(method, path, query, body, headers)
+            except Unavailable:
+                if gone.is_set() or method == "POST":
+                    raise
+            # A kept connection may have ended just then; what is asked again is done once.
+            return await remote.request(method, path, query, body, headers)
 
     async def carry(method: str, path: str, query: str, body: bytes) -> tuple[int, bytes]:
-        call = asyncio.ensure_future(transport(method, path, query, body))
-        end = asyncio.ensure_future(gone.wait())
+        makes = method == "PUT" or path.endswith(_LONG) or path == routes.ROUTES["node_image"].path
         try:
-            await asyncio.wait({call, end}, return_when=asyncio.FIRST_COMPLETED)
-            if call.done():
-                return call.result()
-        finally:
-            for task in (call, end):
-                task.cancel()
-            await asyncio.gather(call, end, return_exceptions=True)
-        error = Unavailable(f"worker {name} was lost while it was asked", hint="retry")
-        return error.status, orjson.dumps(error.to_wire())
+            async with making if method == "PUT" else contextlib.nullcontext():
+                return await ask(method, path, query, body, makes)
+        except TimeoutError:
+            error: RockError = Unavailable(f"worker {name} was silent for {_USUAL:g} s", hint="retry")
+        except Unavailable as raised:
+            error = raised
+            if raised.details.get("unsent"):
+                unreached()
+            if gone.is_set():
+                error = Unavailable(f"worker {name} was lost while it was asked", hint="retry")
+        return error.status, orjson.dumps(error.to_wire(), default=repr)
 
     return carry
 
@@ -97,7 +107,7 @@ def reach_with(key: str | None) -> Callable[[WorkerInfo], Reached]:
         command = {routes.EPOCH: f"{info.name}/{info.epoch}"}
         own = {} if key is None else {routes.OTHER_KEY: key}
         data, long = Remote(info.url, own), Remote(info.url, {**own, **command})
-        carry = until(gone, transport_to(info.url, key, command, unreached), info.name)
+        carry = commands_over(long, info.name, gone, unreached)
 
         async def close() -> None:
             gone.set()

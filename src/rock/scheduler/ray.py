@@ -80,6 +80,15 @@ class Driver:
         self._lock = threading.Lock()
         self._out = threading.Lock()
         self._hosts: dict[str, Any] = {}
+        self._wanted: set[str] = set()  # names that were asked for last, not given back
+
+    def heard(self, told: dict[str, Any]) -> None:
+        """A call, in the order in which they came."""
+        with self._lock:
+            if told["call"] == "reserve":
+                self._wanted.add(told["name"])
+            elif told["call"] == "release":
+                self._wanted.discard(told["name"])
 
     def open(self) -> str:
         """Join the cluster; its address."""
@@ -150,6 +159,10 @@ class Driver:
         group: Any = placement_group([bundle], strategy="PACK", name=name, lifetime="detached", **more)
         with self._lock:
             self._groups[name] = group
+            wanted = name in self._wanted
+        if not wanted:  # it was released before Ray had answered
+            self.do_release(name)
+            raise RuntimeError("it was released")
         return group
 
     def do_release(self, name: str) -> None:
@@ -172,6 +185,7 @@ def main() -> None:
     quick = ThreadPoolExecutor(8, thread_name_prefix="ray-quick")
     for line in sys.stdin:
         told = json.loads(line)
+        driver.heard(told)
         (pool if told["call"] == "reserve" else quick).submit(driver.answer, told)
     os._exit(0)  # threads may wait for resources
 

@@ -187,13 +187,18 @@ class _Connection(asyncio.Protocol):
 
 
 class Remote:
-    """A server at `url`, as an ASGI application. headers: given with each request, such as a key of ours."""
+    """A server at `url`, as an ASGI application. headers: given with each request, such as a key of ours. most_idle:
+    connections that are kept for the next requests."""
 
-    def __init__(self, url: str, headers: dict[str, str] | None = None, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self, url: str, headers: dict[str, str] | None = None, tls: ssl.SSLContext | None = None,
+        most_idle: int = _MOST_IDLE,
+    ) -> None:  # fmt: skip
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise InvalidConfig(f"{url!r} is no address of a server", hint="write http://HOST:PORT")
         self.url = url.rstrip("/")
+        self._most_idle = most_idle
         self._host, self._port = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
         self._tls = (tls or ssl.create_default_context()) if parts.scheme == "https" else None
         own = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
@@ -243,7 +248,8 @@ class Remote:
             async with asyncio.timeout(_CONNECT_WITHIN):
                 _, made = await loop.create_connection(_Connection, self._host, self._port, ssl=self._tls)
         except (OSError, TimeoutError) as error:
-            raise self._unreached(str(error) or f"no answer within {_CONNECT_WITHIN:g} s") from None
+            why = str(error) or f"no answer within {_CONNECT_WITHIN:g} s"
+            raise self._unreached(why, unsent=True) from None
         self._busy.add(made)
         return made
 
@@ -258,12 +264,12 @@ class Remote:
         self._idle.append(made)
         return True
 
-    def _unreached(self, why: str) -> Unavailable:
-        return Unavailable(f"the worker at {self.url} is not reached: {why}", hint="retry")
+    def _unreached(self, why: str, **details: bool) -> Unavailable:
+        return Unavailable(f"the worker at {self.url} is not reached: {why}", hint="retry", details=details)
 
     def _done(self, connection: _Connection) -> None:
         self._busy.discard(connection)
-        if connection.reusable and len(self._idle) < _MOST_IDLE:
+        if connection.reusable and len(self._idle) < self._most_idle:
             connection.used_at = time.monotonic()
             self._idle.append(connection)
         else:
@@ -362,9 +368,11 @@ class Remote:
 
     # ---- requests of our own
 
-    async def request(self, method: str, path: str, query: str = "", body: bytes = b"") -> tuple[int, bytes]:
+    async def request(
+        self, method: str, path: str, query: str = "", body: bytes = b"", headers: dict[str, str] | None = None
+    ) -> tuple[int, bytes]:
         """(status, body) of one request. Unavailable."""
-        stream = self.stream(method, path, query, None, body)
+        stream = self.stream(method, path, query, None, body, headers)
         async with contextlib.aclosing(stream):
             status = await anext(stream)
             parts = [part async for part in stream if isinstance(part, bytes)]
@@ -372,15 +380,17 @@ class Remote:
         return status, b"".join(parts)
 
     async def stream(
-        self, method: str, path: str, query: str, body: AsyncIterator[bytes] | None, whole: bytes = b""
-    ) -> AsyncGenerator[int | bytes]:
+        self, method: str, path: str, query: str, body: AsyncIterator[bytes] | None, whole: bytes = b"",
+        headers: dict[str, str] | None = None,
+    ) -> AsyncGenerator[int | bytes]:  # fmt: skip
         """The status, then the answer as it comes. Unavailable, also in the middle of it."""
         connection = await self._connection()
         writing: asyncio.Task[None] | None = None
         try:
             scope: MutableMapping[str, Any] = {"method": method, "path": path, "query_string": query.encode()}
             framing = (b"content-length", b"%d" % len(whole)) if body is None else (b"transfer-encoding", b"chunked")
-            head = self._head(scope, [*self._own, (b"content-type", b"application/json"), framing])
+            more = [(name.encode(), value.encode()) for name, value in (headers or {}).items()]
+            head = self._head(scope, [*self._own, *more, (b"content-type", b"application/json"), framing])
             connection.ask(head + whole, method == "HEAD")
             connection.sent = body is None
             if body is not None:

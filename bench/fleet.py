@@ -1,0 +1,277 @@
+"""A simulated fleet: the real admin with its store, over workers whose sandboxes are in memory. `make fleet`.
+
+    clients ──► admin (one process, SQLite) ──► hosts: a few processes, each many rocklets of the fake runtime,
+                                                each rocklet on a port of its own, joined over the real wire
+
+Measured: bursts of single creates at once, the same by group requests, status while it is full, and the admin's memory.
+What a sandbox itself costs is no part of it. Latencies are from the begin of the burst to the answer that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from rock.cli.serve import Rocklet, http_over, listen, run
+from rock.runtime.fake import FakeRuntime
+from rock.settings import Settings
+from rock.wire.asgi import Receive, Scope, Send
+from rock.wire.remote import Remote
+
+KEY = "the-key-of-the-simulated-fleet"
+BURSTS = {1000: (4.9, 8.7), 2000: (4.9, 10.5), 4000: (7.1, 13.3), 8000: (17.9, 32.0), 16000: (40.0, 60.1)}  # ROCK's
+CONFIG = {"image": "python:3.11", "memory": "64m", "cpus": 1.0, "auto_clear_seconds": 0}
+CONNECTIONS = 256  # of the client
+GROUP = 1000
+
+
+# ---- hosts of simulated workers -------------------------------------------------------------------------------------
+
+
+async def host(folder: Path, first: int, count: int, join: str) -> None:
+    """Serve `count` rocklets until standard input ends."""
+    rocklets: dict[int, Rocklet] = {}
+    sockets = []
+    for number in range(first, first + count):
+        listener = listen("127.0.0.1", 0)
+        port = listener.getsockname()[1]
+        settings = Settings(folder / f"w{number}", port=port, api_key=KEY, runtime="fake", pool_size=0, join=join,
+                            worker_name=f"sim-{number:04}", sandbox_limit=1_000_000)  # fmt: skip
+        rocklets[port] = Rocklet(settings, {"fake": FakeRuntime()})
+        sockets.append(listener)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await rocklets[scope["server"][1]].app(scope, receive, send)
+
+    http = http_over(app)
+    serving = asyncio.create_task(http.serve(sockets=sockets))
+    gate = asyncio.Semaphore(8)
+
+    async def opened(rocklet: Rocklet) -> None:
+        async with gate:
+            await rocklet.open()
+
+    await asyncio.gather(*(opened(rocklet) for rocklet in rocklets.values()))
+    print("ready", flush=True)
+    await asyncio.to_thread(sys.stdin.read)
+    for rocklet in rocklets.values():
+        rocklet.let_go()
+    http.should_exit = True
+    await serving
+    await asyncio.gather(*(rocklet.close() for rocklet in rocklets.values()))
+
+
+# ---- the fleet ------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def fleet(workers: int, hosts: int, profile: str | None = None) -> Iterator[tuple[str, int]]:
+    """(URL, pid) of an admin over so many workers."""
+    with tempfile.TemporaryDirectory(prefix="rock-fleet-") as text:
+        folder, processes = Path(text), list[subprocess.Popen[str]]()
+        environment = {**os.environ, "ROCK_HOME": str(folder / "admin"), "ROCK_API_KEY": KEY, "ROCK_WORKERS": "none",
+                       "ROCK_WORKER_LEASE": "120", "ROCK_LOG_LEVEL": "warning"}  # fmt: skip
+        (folder / "admin").mkdir()
+        log = open(folder / "admin.log", "w")  # noqa: SIM115
+        program = ["-m", "rock.cli.server"]
+        if profile:
+            program = ["-m", "cProfile", "-o", profile, *program]
+        admin = subprocess.Popen([sys.executable, *program, "--host", "127.0.0.1", "--port", "0"], env=environment,
+                                 stdout=log, stderr=log, stdin=subprocess.DEVNULL)  # fmt: skip
+        try:
+            end = time.monotonic() + 60
+            while not (folder / "admin" / "server.json").exists():
+                assert admin.poll() is None and time.monotonic() < end, (folder / "admin.log").read_text()
+                time.sleep(0.05)
+            url = f"http://127.0.0.1:{json.loads((folder / 'admin' / 'server.json').read_text())['port']}"
+            each = math.ceil(workers / hosts)
+            for first in range(0, workers, each):
+                count = min(each, workers - first)
+                command = [sys.executable, __file__, "--host-of", f"{folder},{first},{count},{url}"]
+                process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+                processes.append(process)
+            for process in processes:
+                assert process.stdout is not None and process.stdout.readline() == "ready\n"
+            yield url, admin.pid
+        except BaseException:
+            log.flush()
+            print((folder / "admin.log").read_text()[-3000:], file=sys.stderr)
+            raise
+        finally:
+            admin.send_signal(signal.SIGTERM)
+            admin.wait(60)
+            for process in processes:
+                process.communicate()
+            log.close()
+
+
+# ---- clients --------------------------------------------------------------------------------------------------------
+
+
+class Clients:
+    """Requests of any number at once, over a bounded number of connections."""
+
+    def __init__(self, url: str) -> None:
+        self._remote = Remote(url, {"authorization": f"Bearer {KEY}"}, most_idle=CONNECTIONS)
+        self._gate = asyncio.Semaphore(CONNECTIONS)
+
+    async def ask(self, method: str, path: str, query: str = "", body: Any = None) -> Any:
+        async with self._gate:
+            status, reply = await self._remote.request(method, path, query, b"" if body is None else orjson.dumps(body))
+        assert status < 300, reply[:500]
+        return orjson.loads(reply)
+
+    async def close(self) -> None:
+        await self._remote.close()
+
+
+@contextlib.asynccontextmanager
+async def clients(url: str) -> AsyncIterator[Clients]:
+    made = Clients(url)
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+def quantile(values: list[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def memory_of(pid: int) -> float:
+    """MB that a process has in memory."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+    return 0.0
+
+
+def cpu_of(pid: int) -> float:
+    """Seconds of CPU that a process took."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def row(kind: str, took: list[float], whole: float, pid: int, cpu: float, **more: Any) -> dict[str, Any]:
+    return {"kind": kind, **more, "p50": round(quantile(took, 0.5), 3), "p99": round(quantile(took, 0.99), 3),
+            "per_second": round(len(took) / whole), "cpu_ms_each": round((cpu_of(pid) - cpu) * 1000 / len(took), 3), "admin_mb": round(memory_of(pid)),
+            "load": round(os.getloadavg()[0], 1)}  # fmt: skip
+
+
+async def singles(url: str, pid: int, size: int, **more: Any) -> dict[str, Any]:
+    """So many creates at once."""
+    async with clients(url) as asking:
+        began, took, cpu = time.monotonic(), list[float](), cpu_of(pid)
+
+        async def one() -> None:
+            info = await asking.ask("POST", "/v1/sandboxes", "wait=300", CONFIG)
+            assert info["state"] == "running", info
+            took.append(time.monotonic() - began)
+
+        await asyncio.gather(*(one() for _ in range(size)))
+        whole = time.monotonic() - began
+    return row("single creates", took, whole, pid, cpu, size=size, **more)
+
+
+async def groups(url: str, pid: int, size: int, **more: Any) -> dict[str, Any]:
+    """The same by requests for groups."""
+    async with clients(url) as asking:
+        began, took, cpu = time.monotonic(), list[float](), cpu_of(pid)
+
+        async def one(count: int) -> None:
+            made = await asking.ask("POST", "/v1/groups", "wait=300", {"config": CONFIG, "size": count})
+            assert {info["state"] for info in made["sandboxes"]} == {"running"}
+            took.extend([time.monotonic() - began] * count)
+
+        await asyncio.gather(*(one(min(GROUP, size - at)) for at in range(0, size, GROUP)))
+        whole = time.monotonic() - began
+    return row("group creates", took, whole, pid, cpu, size=size, **more)
+
+
+async def looks(url: str, pid: int, **more: Any) -> dict[str, Any]:
+    """Status of single sandboxes, one after the other; and one page and the counts."""
+    async with clients(url) as asking:
+        page = await asking.ask("GET", "/v1/sandboxes", "limit=500")
+        ids = [info["sandbox_id"] for info in page["items"]]
+        took, cpu = [], cpu_of(pid)
+        for sandbox_id in ids:
+            began = time.monotonic()
+            await asking.ask("GET", f"/v1/sandboxes/{sandbox_id}")
+            took.append(time.monotonic() - began)
+        began = time.monotonic()
+        await asking.ask("GET", "/v1/sandboxes", "limit=500&state=running")
+        listed = time.monotonic() - began
+        began = time.monotonic()
+        await asking.ask("GET", "/v1/server")
+        told = time.monotonic() - began
+    return {**row("status", took, sum(took), pid, cpu, **more), "list_500": round(listed, 3), "server": round(told, 3)}
+
+
+def tell(found: dict[str, Any]) -> None:
+    print(json.dumps(found), flush=True)
+
+
+def bursts(workers: int, hosts: int, most: int, profile: str | None) -> None:
+    for size, (rock_p50, rock_p99) in BURSTS.items():
+        if size > most:
+            continue
+        for burst in (singles, groups):
+            with fleet(workers, hosts, profile) as (url, pid):
+                run(singles(url, pid, workers))  # every worker has been asked once
+                tell({**run(burst(url, pid, size, workers=workers)), "rock_p50": rock_p50, "rock_p99": rock_p99})
+
+
+def growth(hosts: int, most_workers: int, most_sandboxes: int) -> None:
+    for workers in (10, 100, 1000):
+        if workers > most_workers:
+            continue
+        with fleet(workers, hosts) as (url, pid):
+            have, until = 0, min(most_sandboxes, workers * 100)
+            while have < until:
+                step = min(10_000, until - have)
+                tell(run(groups(url, pid, step, workers=workers, sandboxes=have + step)))
+                have += step
+            tell(run(singles(url, pid, 1000, workers=workers, sandboxes=have)))
+            tell(run(looks(url, pid, workers=workers, sandboxes=have)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", nargs="*", default=["bursts", "growth"])
+    parser.add_argument("--workers", type=int, default=100, help="of the bursts")
+    parser.add_argument("--hosts", type=int, default=2, help="processes that simulate them")
+    parser.add_argument("--most", type=int, default=16000, help="largest burst")
+    parser.add_argument("--most-workers", type=int, default=1000)
+    parser.add_argument("--most-sandboxes", type=int, default=100_000)
+    parser.add_argument("--profile", default=None, help="a file for cProfile of the admin")
+    parser.add_argument("--host-of", default=None, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if given.host_of:
+        folder, first, count, join = given.host_of.split(",")
+        run(host(Path(folder), int(first), int(count), join))
+        return
+    if "bursts" in given.what:
+        bursts(given.workers, given.hosts, given.most, given.profile)
+    if "growth" in given.what:
+        growth(given.hosts, given.most_workers, given.most_sandboxes)
+
+
+if __name__ == "__main__":
+    main()
