@@ -299,6 +299,10 @@ def run_server(settings: Settings, role: type[Server] | type[Rocklet] = Server, 
     """Serve in this process until told to stop. Raises RockError when it cannot start."""
     set_up_logs(settings.log_level, settings.log_dir if log_to_file else None)
     _raise_file_limit()
+    if sys.platform == "linux":
+        from rock.guest import syscalls
+
+        syscalls.run_soon()
     run(serve(settings, role))
 
 
