@@ -13,23 +13,15 @@ _ITSELF = "it ends this sandbox alone, of which nothing is left on the host"
 _KILLED = "its limit is held, and ends the sandbox as a whole: its kernel is one process of the host"
 _MEMORY = (
     "of a program's own", "in files in memory (memfd)", "in shared mappings that are let go of", "in System V segments",
-    "in pipes", "in socket buffers", "by children without end", "that hides from the killer", "in /dev/shm",
+    "in pipes", "in socket buffers", "by children without end", "that hides from the killer",
 )  # fmt: skip
 _ANSWERED = (
-    "kernel: ptrace: be traced", "kernel: io_uring_setup", "kernel: perf_event_open",
-    "kernel: setns into pid 1's namespaces", "kernel: open_by_handle_at", "kernel: name_to_handle_at",
-    "kernel: syslog: the kernel's log", "kernel: personality: no address randomization",
-    "kernel: personality: READ_IMPLIES_EXEC", "kernel: mbind", "kernel: set_mempolicy",
-    "kernel: unshare: a time namespace", "kernel: clone: a new user namespace", "kernel: unshare: a new user namespace",
-    "kernel: clone: a new mount namespace", "kernel: unshare: a new mount namespace",
-    "kernel: clone: a new cgroup namespace", "kernel: unshare: a new cgroup namespace", "kernel: open /dev/net/tun",
-    "kernel: open /dev/fuse", "kernel: mknod of a disk and a console", "identity: a realtime class for itself",
-    "identity: the system call filter taken off", "identity: an id beyond its range",
-    "identity: be spared by the out-of-memory killer", "network: netlink: netfilter, audit, kernel events",
+    "kernel: open /dev/net/tun", "kernel: open /dev/fuse", "identity: a realtime class for itself",
+    "identity: an id beyond its range", "identity: be spared by the out-of-memory killer",
 )  # fmt: skip
 _ENDED = (
     "identity: pid 1: kill, stop, debug", "resources: daemons that ignore every signal, killed",
-    "protocol: more programs than processes", "resources: fork bomb, destroyed",
+    "protocol: more programs than processes",
 )  # fmt: skip
 INSIDE: Mapping[str, str] = {
     **dict.fromkeys(_ANSWERED, _ITS_KERNEL),

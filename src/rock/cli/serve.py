@@ -376,6 +376,10 @@ def run_server(settings: Settings, role: type[Server] | type[Rocklet] = Server, 
     set_up_logs(settings.log_level, settings.log_dir if log_to_file else None, settings.log_format)
     faults.arm(settings.faults)
     _raise_file_limit()
+    if sys.platform == "linux":
+        from rock.guest import syscalls
+
+        syscalls.run_soon()
     run(serve(settings, role))
 
 

@@ -473,6 +473,7 @@ def hidden(made: _Made) -> _Made:
     if os.getpid() != 1:
         syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
+    syscalls.run_soon()
     syscalls.close_on_exec_from(3)
     return made
 

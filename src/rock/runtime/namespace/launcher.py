@@ -34,7 +34,7 @@ import time
 from collections import deque
 from typing import Any
 
-from rock.guest import proctree
+from rock.guest import proctree, syscalls
 from rock.guest.wire import pack, receive_packet, unpack
 from rock.runtime.namespace import birth, build, cgroups, kernel, mounts, seccomp, slot, userns
 from rock.runtime.namespace.nets import Nets, WiredNets
@@ -364,6 +364,7 @@ def main() -> None:
     os.set_inheritable(sock.fileno(), False)
     launcher = Launcher(sock, options)
     kernel.set_title(b"rock-init")
+    syscalls.run_soon()
     try:
         launcher.prepare()
     except OSError as error:

@@ -104,7 +104,7 @@ def host_report(run_dir: Path | None = None) -> list[Finding]:
     if os.geteuid() == 0:
         hint = f"the file system of {base} must support them (ext4, xfs, btrfs, tmpfs of 6.3), with Linux 5.19"
         report.append(_tried("idmap", "idmapped layers", hint, base))
-    report += [*_cgroup_findings(str(base)), _seccomp(), _landlock(base), _disk(), _kvm(), *_microvms()]
+    report += [*_cgroup_findings(str(base)), _seccomp(), _landlock(base), _gvisor(base), _disk(), _kvm(), *_microvms()]
     report.append(_program("newuidmap", "one user inside without it, when not root"))
     return report
 
@@ -181,6 +181,31 @@ def _landlock(base: Path) -> Finding:
     except (Unsupported, OSError) as error:
         return Finding("landlock", None, f"version {version}; {error}")
     return Finding("landlock", True, f'version {version}; isolation="landlock" works')
+
+
+def _gvisor(base: Path) -> Finding:
+    """Whether `isolation="gvisor"` can be had, by making one such sandbox."""
+    from rock.errors import Unsupported
+    from rock.runtime.gvisor.runtime import GvisorRuntime
+    from rock.runtime.image.store import ImageStore
+
+    async def attempt(folder: Path) -> None:
+        runtime = GvisorRuntime(folder / "run", folder / "guest-python", ImageStore(folder / "images"))
+        await runtime.open()
+        try:
+            await runtime.probe()
+        finally:
+            await runtime.close()
+
+    path = shutil.which("runsc")
+    if path is None:
+        return Finding("gvisor", None, "runsc is not installed; apt install runsc gives isolation=\"gvisor\"")
+    try:
+        with tempfile.TemporaryDirectory(dir=base, prefix="rock-probe-", ignore_cleanup_errors=True) as folder:
+            asyncio.run(attempt(Path(folder)))
+    except (Unsupported, OSError) as error:
+        return Finding("gvisor", None, f"{path}; {error}")
+    return Finding("gvisor", True, f'{path}; isolation="gvisor" works')
 
 
 def _disk() -> Finding:
