@@ -87,6 +87,10 @@ class Worker(Protocol):
     async def events(self, after: int, wait: float) -> NodeEvents: ...
 
 
+def _plain(config: SandboxConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude=config.unchosen)
+
+
 class WireWorker:
     """A rocklet that is reached by requests: `transport` carries one, `streams` one whose body or answer is long."""
 
@@ -101,10 +105,10 @@ class WireWorker:
         return _parsed(kind, *await self._transport(row.method, row.url(**path), query, data))
 
     async def check(self, config: SandboxConfig) -> None:
-        await self._call(_Empty, "node_create", "check=1", config.model_dump(mode="json"), sandbox_id="-")
+        await self._call(_Empty, "node_create", "check=1", _plain(config), sandbox_id="-")
 
     async def create(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
-        return await self._call(NodeSandbox, "node_create", "", config.model_dump(mode="json"), sandbox_id=sandbox_id)
+        return await self._call(NodeSandbox, "node_create", "", _plain(config), sandbox_id=sandbox_id)
 
     async def destroy(self, sandbox_id: str, grace: float = 0.0) -> NodeSandbox:
         return await self._call(NodeSandbox, "node_destroy", f"grace={grace:g}", sandbox_id=sandbox_id)
@@ -113,7 +117,7 @@ class WireWorker:
         return await self._call(NodeSandbox, "node_rest", f"grace={grace:g}", sandbox_id=sandbox_id)
 
     async def wake(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
-        return await self._call(NodeSandbox, "node_wake", "", config.model_dump(mode="json"), sandbox_id=sandbox_id)
+        return await self._call(NodeSandbox, "node_wake", "", _plain(config), sandbox_id=sandbox_id)
 
     async def commit(self, sandbox_id: str, wish: NodeCommit) -> NodeImage:
         return await self._call(NodeImage, "node_commit", "", wish.model_dump(mode="json"), sandbox_id=sandbox_id)

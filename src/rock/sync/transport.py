@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import os
 import ssl
+import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -19,6 +20,7 @@ from typing import Any, Self
 import orjson
 
 from rock import errors
+from rock.protocol.routes import RESUMES
 from rock.sync import primitives
 from rock.sync.connection import Connection
 from rock.sdk.http import Address, Answer, Source, header_lines
@@ -28,6 +30,7 @@ CONNECT_TIMEOUT = 10.0
 ANSWER_TIMEOUT = 60.0
 STREAM_READ_SIZE = 1 << 20
 SENT = {"sent": True}  # in the details of an Unavailable: the server may have begun to do what was asked
+RESUME = 30.0  # seconds that a server may be away in the middle of a command
 HINT = "start it with: rock admin start"
 
 POOL: Pool[Connection] = Pool()
@@ -103,6 +106,26 @@ class Transport:
         if answer.status >= 300:
             raise failure(answer.status, data, self.url)
         return data
+
+    def call_once(self, method: str, target: str, body: bytes, *, timeout: float | None) -> bytes:
+        """`call` for what goes on when the server is killed or stopped meanwhile: it is asked again, with the same key,
+        for up to RESUME seconds. Raises what `call` did first."""
+        key = os.urandom(16).hex()
+        told: errors.Unavailable | None = None
+        end, pause = 0.0, 0.05
+        while True:
+            try:
+                return self.call(method, target, body, timeout=timeout, key=key)
+            except errors.Unavailable as error:
+                if told is None and not (SENT.items() | RESUMES.items()) & error.details.items():
+                    raise
+                now = time.monotonic()
+                if told is None:
+                    told, end = error, now + RESUME
+                if now > end:
+                    raise told from None
+            primitives.sleep(pause)
+            pause = min(pause * 1.5, 0.5)
 
     def open(
         self,
