@@ -26,7 +26,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     made = World("namespace", tmp_path_factory.mktemp("world"))
     yield made
     made.close()
-    assert not take_inventory(made.server.home, 0) - Inventory()
+    assert not take_inventory(made.server.home, -1) - Inventory()
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def box(server: Server) -> Iterator[Sandbox]:
         yield made
 
 
-def over_a_crash(server: Server, call: Callable[[], Any], pause: float = PAUSE) -> Any:
+def over_a_crash(server: Server, call: Callable[[], Any], pause: float = PAUSE, times: int = 1) -> Any:
     """What a call answers in the middle of which the server is killed and started again."""
     answers: list[Any] = []
     errors: list[BaseException] = []
@@ -54,9 +54,10 @@ def over_a_crash(server: Server, call: Callable[[], Any], pause: float = PAUSE) 
 
     thread = threading.Thread(target=run)
     thread.start()
-    time.sleep(pause)
-    server.kill()
-    server.start()
+    for _ in range(times):
+        time.sleep(pause)
+        server.kill()
+        server.start()
     thread.join(60)
     if errors:
         raise errors[0]
@@ -88,10 +89,7 @@ def test_a_program_goes_on(server: Server, box: Sandbox) -> None:
 
 
 def test_two_crashes(server: Server, box: Sandbox) -> None:
-    def call() -> Any:
-        return over_a_crash(server, lambda: box.arun("sleep 3; echo whole; (exit 3)", timeout=60))
-
-    seen = over_a_crash(server, call, PAUSE * 4)
+    seen = over_a_crash(server, lambda: box.arun("sleep 6; echo whole; (exit 3)", timeout=60), times=2)
     assert (seen.output, seen.exit_code) == ("whole\n", 3)
 
 

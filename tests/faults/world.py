@@ -170,7 +170,7 @@ class World:
     def pids(self) -> int:
         """How many pid 1 of sandboxes there are on this machine that a server of ours started."""
         if self.kind == "namespace":
-            tree = take_inventory(self.server.home, 0).items
+            tree = take_inventory(self.server.home, -1).items
             return sum(1 for item in tree if item.startswith("run/namespace/"))
         found = 0
         for entry in os.listdir("/proc"):

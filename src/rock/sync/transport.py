@@ -174,10 +174,15 @@ class Transport:
         """Send and read, to the end of the answer when `whole` (its connection is then released), else to its head."""
         head = self._head(method, target, body, key, content_type)
         connection = POOL.take((primitives.scope(), self._key))
-        kept = connection is not None
+        kept, sent = connection is not None, False
         while True:
             if connection is None:
-                connection = self._connect()
+                try:
+                    connection = self._connect()
+                except errors.Unavailable as error:
+                    if sent:
+                        error.details.update(SENT)
+                    raise
             answer = Answer()
             try:
                 self._send(connection, answer, head, body, timeout)
@@ -190,7 +195,7 @@ class Transport:
                 connection.close()
                 if not kept or answer.received:
                     raise errors.Unavailable(f"the connection to {self.url} broke: {error}", details=SENT) from error
-                connection, kept = None, False
+                connection, kept, sent = None, False, True
             except BaseException:
                 connection.close()
                 raise
