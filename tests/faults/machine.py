@@ -59,7 +59,7 @@ class Model:
     failed: str = ""  # it was told that it did not start, and why
     stop_asked: bool = False
     stopped: bool = False  # and told so
-    may_be_lost: bool = False
+    life: int = 0  # of what holds it in its memory
     effects: list[Effect] = field(default_factory=list)
 
 
@@ -107,12 +107,13 @@ class FaultMachine(RuleBasedStateMachine):
 
     def _died(self) -> None:
         self.counts["kills"] += 1
-        if self.world.worker is not None and not self.world.worker.alive:
-            for model in self.models:
-                model.may_be_lost = True
+
+    def _may_be_lost(self, model: Model) -> bool:
+        return model.life != self.world.lives
 
     def _create(self, model: Model) -> None:
         config = self.world.config(labels={"fault": model.key})
+        life = self.world.lives
         try:
             info = self._ask("create_sandbox", config, model.key, "wait=20")
         except FAILED:
@@ -123,7 +124,7 @@ class FaultMachine(RuleBasedStateMachine):
         if model.id and info["sandbox_id"] != model.id:
             raise Broken(f"key {model.key} made {model.id} and {info['sandbox_id']}")
         if not model.id and info["state"] != "pending":
-            model.id = info["sandbox_id"]
+            model.id, model.life = info["sandbox_id"], life
 
     def _told(self, model: Model, effect: Effect, answer: Any) -> None:
         if effect.answer is not None and effect.answer != answer:
@@ -145,7 +146,7 @@ class FaultMachine(RuleBasedStateMachine):
         except FAILED:
             return
         except RockError as error:
-            if model.stop_asked or model.may_be_lost:
+            if model.stop_asked or self._may_be_lost(model):
                 return
             raise Broken(f"{effect.name} in {model.id}: {error!r}") from error
         if answer != (status, f"said {effect.key}\n"):
@@ -299,8 +300,8 @@ class FaultMachine(RuleBasedStateMachine):
             return
         if not self.world.server.alive:
             self._died()
-        self.world.calm()
         try:
+            self.world.calm()
             self.settle()
         finally:
             self.clean()
@@ -340,7 +341,7 @@ class FaultMachine(RuleBasedStateMachine):
         if model.stopped and state != "stopped":
             raise Broken(f"{model.id} was told to be stopped and is {state}")
         if model.id and not model.stop_asked and state != "running":
-            if model.may_be_lost and info["cause"] == "lost":
+            if self._may_be_lost(model) and info["cause"] == "lost":
                 return
             raise Broken(f"{model.id} was told to run and is {state}: {info['cause']}: {info['reason']}")
         model.id = model.id or info["sandbox_id"]

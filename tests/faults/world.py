@@ -17,9 +17,10 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
+from rock.errors import Unavailable
 from rock.protocol.routes import ROUTES
+from rock.runtime.namespace import records
 from rock.sync.transport import Transport
-from tests.leaks import take_inventory
 
 KINDS = ("process", "apart", "namespace")
 START = 30.0  # seconds for a server to serve
@@ -170,8 +171,7 @@ class World:
     def pids(self) -> int:
         """How many pid 1 of sandboxes there are on this machine that a server of ours started."""
         if self.kind == "namespace":
-            tree = take_inventory(self.server.home, -1).items
-            return sum(1 for item in tree if item.startswith("run/namespace/"))
+            return len(records.slots(self.server.home / "run" / "namespace"))
         found = 0
         for entry in os.listdir("/proc"):
             with contextlib.suppress(OSError):
@@ -185,9 +185,18 @@ class World:
 
     def calm(self) -> None:
         """No faults, and everything serves."""
-        self.ensure()
         for server in filter(None, (self.server, self.worker)):
             server.faults("")
+        for _ in range(5):
+            self.ensure()
+            with contextlib.suppress(Unavailable):  # it was about to be killed
+                self.ask("health")
+                return
+
+    @property
+    def lives(self) -> int:
+        """How often what holds sandboxes in its memory was started."""
+        return self.worker.starts if self.worker is not None else 0
 
     def config(self, **fields: object) -> dict[str, object]:
         image = "python:3.11" if self.kind == "apart" else "host"

@@ -23,13 +23,12 @@ from rock import errors
 from rock.protocol.routes import RESUMES
 from rock.sync import primitives
 from rock.sync.connection import Connection
-from rock.sdk.http import Address, Answer, Source, header_lines
+from rock.sdk.http import SENT, Address, Answer, Source, header_lines
 from rock.sdk.pool import Pool
 
 CONNECT_TIMEOUT = 10.0
 ANSWER_TIMEOUT = 60.0
 STREAM_READ_SIZE = 1 << 20
-SENT = {"sent": True}  # in the details of an Unavailable: the server may have begun to do what was asked
 RESUME = 30.0  # seconds that a server may be away in the middle of a command
 HINT = "start it with: rock admin start"
 
