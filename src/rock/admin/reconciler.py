@@ -375,7 +375,10 @@ class Reconciler:
     async def _ended(self, told: NodeEvent) -> None:
         record = await self.service.load(told.sandbox_id)
         if told.at < life_began(record.info):
-            return  # of a life before a restart
+            # Of a life before a restart, or by a clock that is behind ours: only a look tells.
+            if record.state is State.RUNNING:
+                await self._find(record)
+            return
         restored = record.state is State.PENDING and record.info.archive is not None
         event = Event.RESTORE_FAILED if restored else Event.ENDED
         await self.service.apply(record.id, event, known=record, cause=told.cause, reason=told.reason)

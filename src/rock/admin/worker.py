@@ -93,6 +93,10 @@ class Worker(Protocol):
     async def events(self, after: int, wait: float) -> NodeEvents: ...
 
 
+def _plain(config: SandboxConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude=config.unchosen)
+
+
 class WireWorker:
     """A rocklet that is reached by requests: `transport` carries one, `streams` one whose body or answer is long."""
 
@@ -109,7 +113,7 @@ class WireWorker:
 
     async def check(self, config: SandboxConfig) -> None:
         # A burst asks for the same again and again; the create itself tells what has changed meanwhile.
-        body = config.model_dump(mode="json", exclude=_NOT_CHECKED)
+        body = config.model_dump(mode="json", exclude=_NOT_CHECKED | config.unchosen)
         key, now = orjson.dumps(body), time.monotonic()
         if self._passed.get(key, 0.0) > now:
             return
@@ -119,7 +123,7 @@ class WireWorker:
         self._passed[key] = now + _WORTH
 
     async def create(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
-        return await self._call(NodeSandbox, "node_create", "", config.model_dump(mode="json"), sandbox_id=sandbox_id)
+        return await self._call(NodeSandbox, "node_create", "", _plain(config), sandbox_id=sandbox_id)
 
     async def destroy(self, sandbox_id: str, grace: float = 0.0) -> NodeSandbox:
         return await self._call(NodeSandbox, "node_destroy", f"grace={grace:g}", sandbox_id=sandbox_id)
@@ -128,7 +132,7 @@ class WireWorker:
         return await self._call(NodeSandbox, "node_rest", f"grace={grace:g}", sandbox_id=sandbox_id)
 
     async def wake(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
-        return await self._call(NodeSandbox, "node_wake", "", config.model_dump(mode="json"), sandbox_id=sandbox_id)
+        return await self._call(NodeSandbox, "node_wake", "", _plain(config), sandbox_id=sandbox_id)
 
     async def commit(self, sandbox_id: str, wish: NodeCommit) -> NodeImage:
         return await self._call(NodeImage, "node_commit", "", wish.model_dump(mode="json"), sandbox_id=sandbox_id)

@@ -221,6 +221,12 @@ class SandboxConfig(BaseConfig):
         return self
 
     @property
+    def unchosen(self) -> set[str]:
+        """What has to be left out where this is written down or passed on: a network that nobody chose would come
+        back as one that somebody insists on."""
+        return {"network"} - self.model_fields_set
+
+    @property
     def memory_bytes(self) -> int:
         return parse_size(self.memory)
 

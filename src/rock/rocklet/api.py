@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from rock.errors import InvalidConfig
+import orjson
+
+from rock.errors import InvalidConfig, from_wire
 from rock.protocol.action import BashAction, Command, CreateBashSessionRequest
 from rock.protocol.node import NodeCommit, ProcessList, SessionList, WorkerImage
 from rock.protocol.routes import LOG_NEXT, LOG_RUNNING, LOG_START, ROUTES
 from rock.protocol.sandbox import SandboxConfig
-from rock.rocklet import build_api, env_api, file_api, kept_api, ports, programs, terminal
+from rock.rocklet import build_api, env_api, file_api, kept_api, ports, programs, resuming, terminal
 from rock.rocklet.commandspans import command as spanned
 from rock.rocklet.node import Node
-from rock.rocklet.once import Once
+from rock.rocklet.once import Once, place_of
 from rock.rocklet.stream import Streaming
 from rock.rocklet.supervisor import Supervisor
 from rock.telemetry import tracing
@@ -76,8 +78,7 @@ class Api:
 
         async def work() -> Answer:
             with sandbox.active():
-                output = await sandbox.create_session(wanted)
-            return answer({"output": output, "session_type": "bash"}, 201)
+                return await resuming.create_session(sandbox, wanted, place_of(request))
 
         return await self.once.do(request, work())
 
@@ -103,21 +104,33 @@ class Api:
 
         async def work() -> Answer:
             with sandbox.active(), spanned("session", sandbox.id, sandbox.config):
-                session = await sandbox.session(action.session)
-                return answer(await session.run(action))
+                return await resuming.run(sandbox, action, place_of(request))
 
         return await self.once.do(request, work(), abandon=True)
 
     async def _stream_run(self, sandbox: Supervisor, request: Request, action: BashAction) -> Answer:
         session = await sandbox.session(action.session)
-        self.once.first(request)
+        place = await self._first(sandbox, request)
         streaming = Streaming(session.pause, session.resume)
 
         async def work() -> Any:
-            with sandbox.active(), spanned("session", sandbox.id, sandbox.config):
+            with (
+                sandbox.active(),
+                spanned("session", sandbox.id, sandbox.config),
+                resuming.streamed(sandbox, place),
+            ):
                 return await session.run(action, streaming.put)
 
         return streaming.answer(work(), request)
+
+    async def _first(self, sandbox: Supervisor, request: Request) -> str | None:
+        """Let a request with a stream for its answer through, once a key, a former rocklet's included. Conflict."""
+        self.once.first(request)
+        place = place_of(request)
+        known = await sandbox.journal.known(place)
+        if known is not None:
+            raise from_wire(orjson.loads(known.body), known.status)
+        return place
 
     async def interrupt(self, request: Request) -> Answer:
         sandbox = self._find(request)
@@ -148,15 +161,12 @@ class Api:
 
         async def work() -> Answer:
             with sandbox.active(), spanned("program", sandbox.id, sandbox.config):
-                process = await programs.start(
-                    sandbox.runtime, sandbox.handle, command, await sandbox.shell_for(command)
-                )
-                return answer(await programs.Execution(process, command).run())
+                return await resuming.execute(sandbox, command, place_of(request))
 
         return await self.once.do(request, work(), abandon=True)
 
     async def _stream_execute(self, sandbox: Supervisor, request: Request, command: Command) -> Answer:
-        self.once.first(request)
+        place = await self._first(sandbox, request)
         with tracing.span("spawn"):  # what is streamed is a task of its own
             process = await programs.start(sandbox.runtime, sandbox.handle, command, await sandbox.shell_for(command))
         streaming = Streaming()
@@ -164,7 +174,11 @@ class Api:
         streaming.pause, streaming.resume = execution.pause, execution.resume
 
         async def work() -> Any:
-            with sandbox.active(), spanned("program", sandbox.id, sandbox.config):
+            with (
+                sandbox.active(),
+                spanned("program", sandbox.id, sandbox.config),
+                resuming.streamed(sandbox, place),
+            ):
                 return await execution.run()
 
         return streaming.answer(work(), request)
@@ -175,7 +189,7 @@ class Api:
 
         async def work() -> Answer:
             with sandbox.active(), spanned("background", sandbox.id, sandbox.config):
-                return answer((await sandbox.start_process(command)).info, 201)
+                return await resuming.start_process(sandbox, command, place_of(request))
 
         return await self.once.do(request, work())
 

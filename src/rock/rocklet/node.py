@@ -146,6 +146,7 @@ class Node:
             if not resting:
                 self._tell(sandbox_id, Cause.LOST, "it ended while no server was running")
             if config.keeps_files and await self.kept.recover(config, runtime, handle):
+                await asyncio.to_thread(self.shelf.remove_logs, sandbox_id)
                 known[handle.runtime].append(handle.id)
                 return
             await runtime.destroy(handle)

@@ -36,6 +36,12 @@ def _place(request: Request) -> Place | None:
     return None if key is None else (str(request.scope["path"]), key)
 
 
+def place_of(request: Request) -> str | None:
+    """The same as text, for what is written down."""
+    place = _place(request)
+    return None if place is None else "\n".join(place)
+
+
 class Once:
     """Answers by idempotency key: a request that was sent again gets the first one's answer and does nothing."""
 

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import functools
 import os
 import shutil
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
 from rock.errors import InvalidConfig, NotFound, Unsupported
 from rock.protocol.action import Command, CommandResponse, ProcessInfo
 from rock.rocklet.session import Shell
+from rock.rocklet.spool import SpoolFile
 from rock.rocklet.streams import Capped, Reader, as_text, write_all
 from rock.runtime.base import ExitStatus, Handle, Process, Program, Runtime, Snapshots
 from rock.telemetry import tracing
 
 KEY = "process:"
+EXECUTED = "execute:"  # of programs whose end somebody waits for, with a key of theirs
+_TOKEN = 1  # of every program in its spool files: they are begun anew for each
 LOG_CAP = 1 << 30  # bytes of a log on the server's disk; what comes after is counted, not kept
 
 Sink = Callable[[bool, bytes], None]
@@ -36,16 +41,34 @@ def argv_of(command: str | list[str], sh: Shell | None) -> list[str]:
 class Execution:
     """One program run to its end, its output collected or handed to a sink."""
 
-    def __init__(self, process: Process, command: Command, sink: Sink | None = None) -> None:
+    def __init__(
+        self, process: Process, command: Command, sink: Sink | None = None, spools: Sequence[SpoolFile] = ()
+    ) -> None:
+        """spools: to which stdout and stderr go on their way."""
         self.process = process
         self._command = command
         self._out, self._err = Capped(command.max_output_bytes), Capped(command.max_output_bytes)
-        put = sink or (lambda is_errors, data: (self._err if is_errors else self._out).add(data))
+        put = sink or self._keep
         self._readers = [
             Reader(fd, lambda data, e=is_errors: put(e, data))  # type: ignore[misc]
             for is_errors, fd in ((False, process.stdout), (True, process.stderr))
             if fd is not None
         ]
+        self.on_fed: Callable[[], None] = lambda: None
+        self._spools = spools
+        for reader, spool in zip(self._readers, spools, strict=bool(spools)):
+            reader.take = spool.take
+
+    def _keep(self, is_errors: bool, data: bytes) -> None:
+        kept = self._err if is_errors else self._out
+        kept.add(data)
+        if self._spools:
+            self._spools[is_errors].keep_short(_TOKEN, kept)
+
+    def resume_at(self, starts: Sequence[int]) -> None:
+        """Take in what a former rocklet had read."""
+        for spool, start, kept in zip(self._spools, starts, (self._out, self._err), strict=False):
+            spool.load(_TOKEN, start, kept)
 
     def pause(self) -> None:
         for reader in self._readers:
@@ -55,11 +78,15 @@ class Execution:
         for reader in self._readers:
             reader.resume()
 
-    async def run(self) -> CommandResponse:
+    async def take_up(self) -> CommandResponse:
+        """The end of one that a former rocklet started; it is left running when this is cancelled."""
+        return await self.run(fed=True)
+
+    async def run(self, *, fed: bool = False) -> CommandResponse:
         """Wait for the end, or the time-out. Whatever happens, descriptors are released, and after a time-out or a
         cancellation nothing of the program runs on."""
         began = time.monotonic()
-        feed = asyncio.create_task(self._feed()) if self.process.stdin is not None else None
+        feed = asyncio.create_task(self._feed()) if self.process.stdin is not None and not fed else None
         timed_out = False
         try:
             try:
@@ -67,14 +94,14 @@ class Execution:
                     status = await self.process.wait()
             except TimeoutError:
                 timed_out = True
-                await self.process.kill_tree()
-                await self.process.wait()
+                await self.end()
                 status = ExitStatus()
             for reader in self._readers:
                 reader.drain()  # a daemon it left may hold the pipe open: its end is not waited for
             return self._response(status, timed_out, time.monotonic() - began)
         except asyncio.CancelledError:
-            await asyncio.shield(self.process.kill_tree())
+            if not fed:
+                await asyncio.shield(self.end())
             raise
         finally:
             if feed is not None:
@@ -84,10 +111,16 @@ class Execution:
                 reader.close()
             self.process.close()
 
+    async def end(self) -> None:
+        """Kill it and all that it started."""
+        await self.process.kill_tree()
+        await self.process.wait()
+
     async def _feed(self) -> None:
         assert self.process.stdin is not None
         await write_all(self.process.stdin, (self._command.stdin or "").encode("utf-8", "surrogateescape"))
         await self.process.close_stdin()
+        self.on_fed()
 
     def _response(self, status: ExitStatus, timed_out: bool, duration: float) -> CommandResponse:
         out, out_dropped = self._out.take()
@@ -173,10 +206,10 @@ class Background:
         # Opened for each portion: a sandbox may have thousands of ended processes that nobody has forgotten yet.
         self._sizes = {name: self._log(name, b"") for name in ("stdout", "stderr")}
         self._readers = [
-            Reader(fd, lambda data, n=name: self._append(n, data))  # type: ignore[misc]
-            for name, fd in (("stdout", process.stdout), ("stderr", process.stderr))
-            if fd is not None
+            Reader(fd, self._append) for fd in (process.stdout, process.stderr) if fd is not None
         ]
+        for reader, name in zip(self._readers, ("stdout", "stderr"), strict=False):
+            reader.take = functools.partial(self._take, name)
         self._watch = asyncio.create_task(self._watch_exit(), name=f"process-{process_id}")
         self._tasks: set[asyncio.Task[None]] = set()
         self._input = asyncio.Lock()
@@ -197,12 +230,28 @@ class Background:
             stderr_size=self._sizes["stderr"],
         )
 
-    def _append(self, name: str, data: bytes) -> None:
+    def _take(self, name: str, fd: int, limit: int) -> bytes:
+        """Move what the program wrote to its log, by one system call: a crash finds it here or there."""
         room = LOG_CAP - self._sizes[name]
+        if room > 0:
+            log = os.open(self._folder / name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                count = os.splice(fd, log, min(limit, room), offset_dst=self._sizes[name])
+                self._sizes[name] += count
+                return b"." * count  # nobody looks at it here
+            except OSError as error:
+                if error.errno in (errno.EAGAIN, errno.EIO):
+                    raise
+            finally:
+                os.close(log)
+        data = os.read(fd, limit)
         if room > 0:
             # When the server's disk is full the program goes on; the size is that of what is there to be read.
             with contextlib.suppress(OSError):
                 self._sizes[name] = self._log(name, data[:room])
+        return data
+
+    def _append(self, data: bytes) -> None:
         self._wake()
 
     def _log(self, name: str, data: bytes) -> int:

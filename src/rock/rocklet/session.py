@@ -8,25 +8,32 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import os
 import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from rock import faults
 from rock.errors import InvalidConfig, NotFound, RockError, SessionClosed, StartFailed, Unavailable
 from rock.protocol.action import MAX_OUTPUT, BashAction, BashObservation, CreateBashSessionRequest, SessionInfo
+from rock.protocol.routes import RESUMES
 from rock.rocklet import shell
-from rock.rocklet.streams import Capped, Reader, as_text, write_all
+from rock.rocklet.spool import Journal, SpoolFile
+from rock.rocklet.streams import Capped, Reader, as_text, is_pipe, unread, write_all
 from rock.rocklet.waits import settled
 from rock.runtime.base import CLOCK, ExitStatus, Files, Handle, Process, Program, Runtime
 from rock.telemetry import tracing
+from rock.wire.asgi import Answer, answer, failure
 
 KEY = "session:"
 DEFAULT = CreateBashSessionRequest()  # the session that every sandbox has
 _RESTART_GRACE = 1.5  # seconds for a shell to hand its state over before it is killed
 _IDLE_OUTPUT = 1 << 20  # bytes kept of what background jobs write between commands
 _END = 10.0  # seconds for a killed shell to be seen dead
+_UNHEARD = 0.3  # seconds in which a shell that has begun a command, of a former rocklet, shows it
 _BULK = 16 << 10  # a pipe is read byte by byte by the shell: longer commands go by a file
 
 Sink = Callable[[bool, bytes], None]  # (is stderr, bytes)
@@ -45,6 +52,16 @@ class _Run:
     interrupted: bool = False
     written: bool = False  # the shell has the whole of it
     dropped: int = 0  # bytes that were dropped before it began
+    probe: int = -1  # the token of a command after it, by which is seen that it was never begun
+    unbegun: bool = False
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Where a command is written down for the rocklet after this one, and what it is known by."""
+
+    journal: Journal
+    place: str
 
 
 @dataclass
@@ -100,7 +117,9 @@ class Session:
         self._watch: asyncio.Task[None] | None = None
         self._idle_output = Capped(_IDLE_OUTPUT)
         self._leaving = False
+        self._piped = True  # its script is a pipe of the kernel's, which tells how much of it is unread
         self._first = b""  # to be run ahead of the next command
+        self._spools: dict[str, SpoolFile] = {}  # by stream: out, err, status
         self._replaced = False  # the shell ended between two commands, and its successor waits for its state
         self._traced = False  # the shell's environment has the trace of the last command
 
@@ -124,12 +143,75 @@ class Session:
             )
         self.startup_output = observation.output
 
-    async def attach(self) -> None:
-        """Take over a shell that a former rocklet started."""
+    async def attach(self, journal: Journal | None = None) -> None:
+        """Take over a shell that a former rocklet started, with the command that it runs."""
         self._adopt(await self._runtime.attach(self._handle, KEY + self.spec.session))
         if self.spec.pty is None:
             self._first = shell.begun(self.shell.dialect)
+        for place, entry in journal.begun.items() if journal is not None else ():
+            if entry.get("kind") == "run" and entry.get("session") == self.spec.session:
+                assert journal is not None
+                self._take_up(Keep(journal, place), entry)
+                return
         self._readers[-1].drain()  # what the shell told a former rocklet's command is not meant for ours
+
+    def _take_up(self, keep: Keep, entry: Mapping[str, Any]) -> None:
+        """Go on with a command of a former rocklet: with what it had written, and for as long as it still has."""
+        limit = int(entry["limit"])
+        done: asyncio.Future[shell.Report | ExitStatus] = asyncio.get_running_loop().create_future()
+        run = self._run = _Run(int(entry["token"]), Capped(limit), Capped(limit), done, float(entry["began"]))
+        self._token = max(self._token, run.token)
+        for name, kept in (("out", run.output), ("err", run.errors)):
+            if name in entry:
+                self._spool(keep.journal, name).load(run.token, int(entry[name]), kept)
+        self._watch_spools(run, separate="err" in entry)
+        told = self._spools.get("status") or self._spool(keep.journal, "status")
+        told.start = int(entry["status"])
+        self._readers[-1].take = told.take
+        self._on_status(told.read())
+        keep.journal.resume(keep.place, asyncio.create_task(self._bring_home(keep, entry, run), name="taken up"))
+
+    async def _bring_home(self, keep: Keep, entry: Mapping[str, Any], run: _Run) -> Answer | None:
+        """The end of a command of a former rocklet; None when its shell had not begun it."""
+        async with self._lock:
+            try:
+                if not await self._was_begun(run, bool(entry.get("written"))):
+                    keep.journal.forget(keep.place)
+                    return None
+                run.written = True
+                left = entry.get("timeout")
+                if left is not None:
+                    left = max(0.0, float(left) - (time.clock_gettime(CLOCK) - run.began))
+                reply = answer(await self._finish(run, None, left))
+                keep.journal.finish(keep.place, reply)
+                return reply
+            finally:
+                self._run = None
+                self._unspool()
+                self.resume()
+                with contextlib.suppress(RockError):
+                    await self._remove_bulk(run.token)
+
+    async def _was_begun(self, run: _Run, written: bool) -> bool:
+        """Whether the shell was given the command before the crash. While it runs, its pipe has what comes after."""
+        fd = self._script_fd()
+        if written or fd is None or not self._piped:
+            return written
+        end = time.monotonic() + _UNHEARD
+        while not run.done.done() and time.monotonic() < end:
+            if unread(fd):
+                return True
+            await asyncio.sleep(0.01)
+        if not run.done.done():  # it waits for commands: it tells so before anything else, unless it runs this one
+            self._token += 1
+            run.probe = self._token
+            script = shell.frame(self.shell.dialect, ":", run.probe, pty=self.spec.pty is not None)
+            await self._write(self._first + script)
+            self._first = b""
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_END):
+                    await settled(run.done)
+        return not run.unbegun
 
     def claim(self, handle: Handle, env: Mapping[str, str]) -> bool:
         """Give a session that was opened ahead to the sandbox that its place has become; False when it cannot be.
@@ -171,6 +253,7 @@ class Session:
             f"the server is stopping; what runs in session {self.spec.session!r} goes on",
             sandbox_id=self._handle.id,
             hint="rock admin start finds the session again",
+            details=RESUMES,
         )
 
     async def detach(self) -> None:
@@ -180,6 +263,9 @@ class Session:
             await asyncio.gather(self._watch, return_exceptions=True)
         for reader in self._readers:
             reader.close()
+        for spool in self._spools.values():
+            spool.close()
+        self._spools.clear()
 
     async def _release(self) -> None:
         await self.detach()
@@ -220,6 +306,8 @@ class Session:
         if dialect.errors in process.channels:
             self._readers.append(Reader(process.channels[dialect.errors], lambda data: self._on_output(True, data)))
         self._readers.append(Reader(process.channels[dialect.status], self._on_status))
+        fd = self._script_fd()
+        self._piped = fd is not None and is_pipe(fd)
         self._watch = asyncio.create_task(self._watch_exit(process), name=f"session-{self.spec.session}")
 
     async def _watch_exit(self, process: Process) -> None:
@@ -242,7 +330,48 @@ class Session:
         elif run.sink is not None:
             run.sink(is_errors, data)
         else:
-            (run.errors if is_errors else run.output).add(data)
+            kept = run.errors if is_errors else run.output
+            kept.add(data)
+            spool = self._spools.get("err" if is_errors else "out")
+            if spool is not None:
+                spool.keep_short(run.token, kept)
+
+    # ---- what a rocklet after this one has to know of the running command ----
+
+    def _spool(self, journal: Journal, name: str) -> SpoolFile:
+        found = self._spools.get(name)
+        if found is None:
+            digest = hashlib.blake2s(self.spec.session.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+            found = self._spools[name] = journal.file(f"{digest}.{name}")
+        return found
+
+    def _write_down(self, keep: Keep, run: _Run, action: BashAction, held: bytes) -> None:
+        """The intent, before the shell has a byte of it."""
+        try:
+            spooled = {name: self._spool(keep.journal, name).begin(held if name == "out" else b"")
+                       for name in ("out", "status", *(["err"] if action.separate else []))}  # fmt: skip
+        except OSError:
+            return  # no room on the server's disk: the command runs, and a crash would lose it
+        keep.journal.begin(
+            keep.place, kind="run", session=self.spec.session, token=run.token, began=run.began,
+            timeout=action.timeout, limit=action.max_output_bytes, **spooled,
+        )  # fmt: skip
+        self._watch_spools(run, action.separate)
+        self._readers[-1].take = self._spools["status"].take
+
+    def _watch_spools(self, run: _Run, separate: bool) -> None:
+        self._readers[0].take = self._spools["out"].take
+        if separate and len(self._readers) > 2:
+            self._readers[1].take = self._spools["err"].take
+
+    def _unspool(self) -> None:
+        for reader in self._readers:
+            reader.take = os.read
+
+    def _script_fd(self) -> int | None:
+        if self._process is None:
+            return None
+        return self._process.stdin if self.spec.pty is None else self._process.channels[self.shell.dialect.script]
 
     def _on_status(self, data: bytes) -> None:
         for report in self._reports.feed(data):
@@ -251,6 +380,9 @@ class Session:
                 self._replaced = True
             if isinstance(report, shell.Done):
                 self._cwd = report.cwd
+                if run is not None and report.token == run.probe and not run.done.done():
+                    run.unbegun = True
+                    run.done.set_result(report)
                 if run is None or report.token != run.token:
                     continue  # of a command that was given up
             if run is not None and not run.done.done():
@@ -271,8 +403,7 @@ class Session:
             reader.resume()
 
     async def _write(self, data: bytes) -> None:
-        assert self._process is not None
-        fd = self._process.stdin if self.spec.pty is None else self._process.channels[self.shell.dialect.script]
+        fd = self._script_fd()
         assert fd is not None
         await write_all(fd, data)
 
@@ -292,13 +423,35 @@ class Session:
 
     async def run(self, action: BashAction, sink: Sink | None = None) -> BashObservation:
         """Run a command after those that came before it. Raises SessionClosed when the shell is gone."""
+        return await self._run_now(action, sink, None)
+
+    async def run_kept(self, action: BashAction, keep: Keep) -> Answer:
+        """The same as an answer, which is kept; with what is needed to go on with the command after a crash."""
+        try:
+            observation = await self._run_now(action, None, keep)
+        except asyncio.CancelledError:
+            if not self._leaving:
+                keep.journal.forget(keep.place)  # it was killed with its client
+            raise
+        except RockError as error:
+            if not error.retryable:
+                keep.journal.finish(keep.place, failure(error))
+            raise
+        reply = answer(observation)
+        keep.journal.finish(keep.place, reply)
+        return reply
+
+    async def _run_now(self, action: BashAction, sink: Sink | None, keep: Keep | None) -> BashObservation:
         if self.spec.pty is not None and action.separate:
             raise InvalidConfig("a terminal has one stream: stdout and stderr cannot be kept apart on a pty")
         async with self._lock:
             self._check_open()
             lost = self._replaced and not await self._restore()
             self._check_open()
-            run = self._begin(action.max_output_bytes, sink)
+            held, dropped = self._idle_output.take()
+            run = self._begin(action.max_output_bytes, sink, (held, dropped))
+            if keep is not None:
+                self._write_down(keep, run, action, held)
             bulk: str | None = None
             try:
                 bulk = await self._bulk(action.command, run.token)
@@ -311,13 +464,14 @@ class Session:
                     pty=self.spec.pty is not None,
                 )
                 script, self._first = self._first + self._trace() + script, b""
-                observation = await self._finish(run, script, action.timeout, lost)
+                observation = await self._finish(run, script, action.timeout, lost, keep)
             except asyncio.CancelledError:
                 # The caller went away: nothing of its command may run on, and the session has to stay in step.
                 await asyncio.shield(self._give_up(run))
                 raise
             finally:
                 self._run = None
+                self._unspool()
                 self.resume()  # a slow client may have left it paused
                 if bulk:
                     await self._remove_bulk(run.token)
@@ -339,10 +493,11 @@ class Session:
                 hint="open it again with create_session",
             )
 
-    def _begin(self, limit: int, sink: Sink | None = None) -> _Run:
+    def _begin(self, limit: int, sink: Sink | None = None, idle: tuple[bytes, int] | None = None) -> _Run:
+        """idle: what was taken of `_idle_output` already."""
         self._token += 1
         output = Capped(limit)
-        data, dropped = self._idle_output.take()
+        data, dropped = self._idle_output.take() if idle is None else idle
         self._idle_output = Capped(_IDLE_OUTPUT)
         done: asyncio.Future[shell.Report | ExitStatus] = asyncio.get_running_loop().create_future()
         run = _Run(self._token, output, Capped(limit), done, time.clock_gettime(CLOCK), sink)
@@ -376,16 +531,26 @@ class Session:
                 pass
 
     async def _finish(
-        self, run: _Run, script: bytes, timeout: float | None, restarted: bool = False
+        self,
+        run: _Run,
+        script: bytes | None,
+        timeout: float | None,
+        restarted: bool = False,
+        keep: Keep | None = None,
     ) -> BashObservation:
+        """What came of a command. script: None for one that the shell has already."""
         timed_out = False
         try:
             async with asyncio.timeout(timeout):
-                await faults.point("run.begun")
-                await self._write(script)
-                run.written = True
-                await faults.point("run.written")
+                if script is not None:
+                    await faults.point("run.begun")
+                    await self._write(script)
+                    run.written = True
+                    if keep is not None and not self._piped:
+                        keep.journal.written(keep.place)
+                    await faults.point("run.written")
                 await settled(run.done)
+                await faults.point("run.ended")
                 report = run.done.result()
         except TimeoutError:
             timed_out = True

@@ -8,11 +8,12 @@ import base64
 import fcntl
 import os
 import select
+import stat
 import termios
 from collections import deque
 from collections.abc import Callable
 
-_CHUNK = 256 << 10
+_CHUNK = 64 << 10  # as much as a pipe holds; more memory at once costs more than the reading
 _PORTION = 4 << 10
 
 
@@ -20,6 +21,7 @@ class Capped:
     """Bytes of which at most `limit` are kept: half from the head, half from the tail; `dropped` counts the rest."""
 
     def __init__(self, limit: int) -> None:
+        self.limit = limit
         self._head_room = limit - limit // 2
         self._tail_room = limit // 2
         self._head = bytearray()
@@ -48,6 +50,18 @@ class Capped:
             if not self._tail:
                 return
 
+    def parts(self) -> tuple[bytes, bytes]:
+        """What is kept of the head, and of the tail; the tail may be a little over its room."""
+        return bytes(self._head), b"".join(self._tail)
+
+    def resume(self, head: bytes, dropped: int, tail: bytes) -> None:
+        """Go on from `parts`, of a Capped with the same limit, and what that had dropped between them."""
+        self._head += head
+        self._tail.append(bytearray(tail))
+        self._tail_size = len(tail)
+        self.dropped = dropped
+        self.total = len(head) + dropped + len(tail)
+
     def take(self) -> tuple[bytes, int]:
         """The bytes kept and how many were dropped between head and tail; a line in their place says so."""
         tail = b"".join(self._tail)
@@ -71,12 +85,14 @@ def as_text(data: bytes) -> tuple[str, str | None]:
 class Reader:
     """Reads a non-blocking descriptor whenever it has bytes, and hands them to `sink`.
 
-    The descriptor belongs to the Process; this only watches it. `done` is set at its end of file.
+    The descriptor belongs to the Process; this only watches it. `done` is set at its end of file. `take` is what reads:
+    os.read, or a spool's.
     """
 
     def __init__(self, fd: int, sink: Callable[[bytes], None]) -> None:
         self.fd = fd
         self.sink = sink
+        self.take: Callable[[int, int], bytes] = os.read
         self.done = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._watching = False
@@ -98,7 +114,7 @@ class Reader:
 
     def _read(self, limit: int) -> int:
         try:
-            data = os.read(self.fd, limit)
+            data = self.take(self.fd, limit)
         except BlockingIOError:
             return 0
         except OSError:  # EIO: the last program on a pty closed it
@@ -126,14 +142,7 @@ class Reader:
             left -= held
 
     def _held(self) -> int:
-        if self.done.is_set():
-            return 0
-        size = array.array("i", [0])
-        try:
-            fcntl.ioctl(self.fd, termios.FIONREAD, size)
-        except OSError:
-            return 0
-        return size[0]
+        return 0 if self.done.is_set() else unread(self.fd)
 
     def _take(self, left: int) -> None:
         while left > 0:
@@ -145,6 +154,20 @@ class Reader:
     def close(self) -> None:
         self.pause()
         self.done.set()
+
+
+def is_pipe(fd: int) -> bool:
+    return stat.S_ISFIFO(os.fstat(fd).st_mode)
+
+
+def unread(fd: int) -> int:
+    """Bytes that are in a pipe, seen from either end of it, or that a terminal or a socket has for us."""
+    size = array.array("i", [0])
+    try:
+        fcntl.ioctl(fd, termios.FIONREAD, size)
+    except OSError:
+        return 0
+    return size[0]
 
 
 async def write_all(fd: int, data: bytes) -> bool:

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import time
-import uuid
 from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,11 @@ from rock.errors import Conflict, NotFound, RockError
 from rock.protocol.action import Command, CreateBashSessionRequest
 from rock.protocol.node import NodeSandbox
 from rock.protocol.sandbox import Cause, Isolation, Phase, SandboxConfig, Usage
-from rock.rocklet import programs
+from rock.rocklet import programs, resuming
 from rock.rocklet.dialled import Connections
 from rock.rocklet.envs import EnvHost
 from rock.rocklet.session import DEFAULT, KEY, Session, Shell, find_shell
+from rock.rocklet.spool import Journal
 from rock.runtime import wholefile
 from rock.runtime.base import Handle, Keeps, Limits, Runtime, Watches
 from rock.runtime.image.packages import CURRENT
@@ -80,7 +80,7 @@ class Shelf:
 def _plain(config: SandboxConfig, handle: Handle) -> dict[str, Any]:
     return {
         # The registry password was needed for one pull: it does not go to the disk.
-        "config": config.model_dump(mode="json", exclude={"registry_password"}),
+        "config": config.model_dump(mode="json", exclude={"registry_password", *config.unchosen}),
         "handle": {"runtime": handle.runtime, "id": handle.id, "isolation": handle.isolation.value,
                    "enforced": dict(handle.enforced), "data": handle.data},
     }  # fmt: skip
@@ -118,6 +118,7 @@ class Supervisor:
         self.env_host: EnvHost | None = None
         self._env_host_kept = False  # a former rocklet's is there; asked only when it is needed, as it may hang
         self.connections = Connections()
+        self.journal = Journal(shelf.logs(sandbox_id) / "spool")
         self._ended = ended
         self._busy = 0
         self._last = time.monotonic()
@@ -150,14 +151,16 @@ class Supervisor:
 
     async def recover(self, record: dict[str, Any]) -> None:
         """Take over the sessions and processes of a former rocklet; what is gone is left out."""
+        self.journal.load()
         kept = await self.runtime.processes(self.handle)
+        await resuming.settle_sessions(self, kept, record.get("sessions", {}))
         specs = {name: CreateBashSessionRequest.model_validate(s) for name, s in record.get("sessions", {}).items()}
         if KEY + DEFAULT_SESSION in kept:
             specs.setdefault(DEFAULT_SESSION, DEFAULT)
         for name, request in specs.items():
             with contextlib.suppress(RockError):
                 session = Session(self.runtime, self.handle, request, await self.find_shell(request.shell))
-                await session.attach()
+                await session.attach(self.journal)
                 self.sessions[name] = session
         for key, entry in record.get("processes", {}).items():
             with contextlib.suppress(RockError):
@@ -166,6 +169,7 @@ class Supervisor:
                 folder.mkdir(parents=True, exist_ok=True)
                 self.processes[key] = programs.Background(key, entry["command"], process, folder, entry["started_at"])
         self._env_host_kept = EnvHost.KEY in kept
+        await resuming.settle(self, kept)
 
     # ---- activity ----
 
@@ -300,8 +304,8 @@ class Supervisor:
     async def shell_for(self, command: Command) -> Shell | None:
         return await self.find_shell() if isinstance(command.command, str) else None
 
-    async def start_process(self, command: Command) -> programs.Background:
-        key = uuid.uuid4().hex[:12]
+    async def start_process(self, command: Command, key: str) -> programs.Background:
+        """Start one in the background, under a name that nobody else has."""
         sh = await self.shell_for(command)
         process = await programs.start(
             self.runtime, self.handle, command, sh, key=programs.KEY + key, keep=True, stdin=True
@@ -318,6 +322,17 @@ class Supervisor:
             self.processes.pop(key, None)
             await asyncio.shield(process.kill_tree())
             raise
+        if command.stdin is not None:
+            background.feed(command.stdin.encode("utf-8", "surrogateescape"))
+        return background
+
+    async def adopt_process(self, key: str, command: Command) -> programs.Background:
+        """Take over one that a former rocklet had started, and of which it had not written yet. NotFound."""
+        process = await self.runtime.attach(self.handle, programs.KEY + key)
+        folder = self._shelf.logs(self.id) / key
+        folder.mkdir(parents=True, exist_ok=True)
+        background = self.processes[key] = programs.Background(key, command.command, process, folder)
+        await self.saved()
         if command.stdin is not None:
             background.feed(command.stdin.encode("utf-8", "surrogateescape"))
         return background
@@ -377,6 +392,7 @@ class Supervisor:
 
     async def detach(self) -> None:
         """Let go of it and leave it running, for a rocklet that comes after this one."""
+        await self.journal.let_go()
         tasks = [self._watch, *self._opening.values()]
         for task in tasks:
             task.cancel()
@@ -387,6 +403,7 @@ class Supervisor:
             await background.detach()
         if self.env_host is not None:
             await self.env_host.detach()
+        await self.journal.close()
 
     async def destroy(self, grace: float) -> None:
         """End it and remove all that it used."""
@@ -407,8 +424,7 @@ class Supervisor:
         await faults.point("node.rest.kept")
         await self._close_all()
         self._shelf.rest(self.config, kept)
-        if self.processes:
-            await asyncio.to_thread(self._shelf.remove_logs, self.id)
+        await asyncio.to_thread(self._shelf.remove_logs, self.id)
         return kept
 
     async def _let_go(self) -> None:
@@ -427,6 +443,7 @@ class Supervisor:
             background.process.close()
         if self.env_host is not None:
             await self.env_host.close()
+        await self.journal.close()
 
     async def forget(self) -> None:
         """Remove what is kept of it on disk, once it is gone."""

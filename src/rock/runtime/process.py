@@ -173,7 +173,8 @@ class ProcessRuntime(InitSandboxes):
         for folder in self._run_dir.glob(f"{self.prefix}*"):
             record = read_record(folder)
             if folder.name not in self._links and record.get("id") not in known:
-                await self._clean(folder.name, record.get("pid"), record.get("start"))
+                pid = record.get("pid") or await asyncio.to_thread(_unrecorded, folder)
+                await self._clean(folder.name, pid, record.get("start"))
                 gone.append(str(record.get("id", "")))
         return gone
 
@@ -190,6 +191,16 @@ def reap() -> None:
 def _alive(pid: int, start: int | None) -> bool:
     entry = proctree.read(pid)
     return entry is not None and entry.alive and start in (None, entry.start)
+
+
+def _unrecorded(folder: Path) -> int | None:
+    """The pid 1 of a sandbox whose maker died before it could write the record: who has its log as output."""
+    log = os.path.realpath(folder / "log")
+    for entry in proctree.scan().values():
+        with contextlib.suppress(OSError):
+            if os.readlink(f"/proc/{entry.pid}/fd/1") == log:
+                return entry.pid
+    return None
 
 
 def _kill_sandbox(pid: int, start: int | None) -> None:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Protocol
 from urllib.parse import quote, urlencode, urlsplit
 
-from rock.errors import InvalidConfig, ServerError
+from rock.errors import InvalidConfig, ServerError, Unavailable
 
+SENT = {"sent": True}  # in the details of an Unavailable: the server may have begun to do what was asked
 HEAD_LIMIT = 64 << 10
 LINE_LIMIT = 4 << 10
 
@@ -127,11 +128,11 @@ class Answer:
             self._feed_plain(data)
 
     def end(self) -> None:
-        """The connection ended. ServerError when the answer had not."""
+        """The connection ended. Unavailable when the answer had not."""
         if self.status and self._left is None and not self.done:
             self.done = True
         elif not self.done:
-            raise ServerError("the connection ended in the middle of an answer")
+            raise Unavailable("the connection ended in the middle of an answer", details=SENT)
 
     def _feed_plain(self, data: bytes) -> None:
         if self._left is None:

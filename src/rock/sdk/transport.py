@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import os
 import ssl
+import time
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
@@ -18,9 +19,10 @@ import orjson
 
 from rock import errors, settings
 from rock.protocol.planes import role_for
+from rock.protocol.routes import RESUMES
 from rock.sdk import primitives
 from rock.sdk.connection import Connection
-from rock.sdk.http import Address, Answer, Source, header_lines
+from rock.sdk.http import SENT, Address, Answer, Source, header_lines
 from rock.sdk.pool import Pool
 from rock.sdk.servers import Servers
 from rock.sdk.trace import begin
@@ -28,8 +30,8 @@ from rock.sdk.trace import begin
 CONNECT_TIMEOUT = 10.0
 ANSWER_TIMEOUT = 60.0
 STREAM_READ_SIZE = 1 << 20
-SENT = {"sent": True}  # in the details of an Unavailable: the server may have begun to do what was asked
-UNSENT = {"unsent": True}  # no connection was had
+UNSENT = {"unsent": True}  # in the details of an Unavailable: no connection was had
+RESUME = 30.0  # seconds that a server may be away in the middle of a command
 HINT = "start it with: rock admin start"
 
 POOL: Pool[Connection] = Pool()
@@ -106,6 +108,26 @@ class Transport:
         if answer.status >= 300:
             raise failure(answer.status, data, self.url)
         return data
+
+    async def call_once(self, method: str, target: str, body: bytes, *, timeout: float | None) -> bytes:
+        """`call` for what goes on when the server is killed or stopped meanwhile: it is asked again, with the same key,
+        for up to RESUME seconds. Raises what `call` did first."""
+        key = os.urandom(16).hex()
+        told: errors.Unavailable | None = None
+        end, pause = 0.0, 0.05
+        while True:
+            try:
+                return await self.call(method, target, body, timeout=timeout, key=key)
+            except errors.Unavailable as error:
+                if told is None and not (SENT.items() | RESUMES.items()) & error.details.items():
+                    raise
+                now = time.monotonic()
+                if told is None:
+                    told, end = error, now + RESUME
+                if now > end:
+                    raise told from None
+            await primitives.sleep(pause)
+            pause = min(pause * 1.5, 0.5)
 
     async def open(
         self,
@@ -217,10 +239,15 @@ class _Server:
         self, head: bytes, body: Body, timeout: float | None, whole: bool
     ) -> tuple[Connection, Answer]:
         connection = POOL.take((primitives.scope(), self._key))
-        kept = connection is not None
+        kept, sent = connection is not None, False
         while True:
             if connection is None:
-                connection = await self._connect()
+                try:
+                    connection = await self._connect()
+                except errors.Unavailable as error:
+                    if not sent:
+                        raise
+                    raise errors.Unavailable(error.message, hint=error.hint, details=SENT) from error
             answer = Answer()
             try:
                 await self._send(connection, answer, head, body, timeout)
@@ -233,7 +260,7 @@ class _Server:
                 connection.close()
                 if not kept or answer.received:
                     raise errors.Unavailable(f"the connection to {self.url} broke: {error}", details=SENT) from error
-                connection, kept = None, False
+                connection, kept, sent = None, False, True
             except BaseException:
                 connection.close()
                 raise

@@ -400,7 +400,7 @@ def _columns(record: Record) -> tuple[Any, ...]:
         None if record.key is None else _text(record.key), quotas.cpus_of(record.config), record.config.memory_bytes,
         # The registry password is needed for one pull, never later: it does not go to the disk.
         orjson.dumps(facts).decode(), info.model_dump_json(),
-        record.config.model_dump_json(exclude={"registry_password"}),
+        record.config.model_dump_json(exclude={"registry_password", *record.config.unchosen}),
     )  # fmt: skip
 
 

@@ -400,7 +400,7 @@ _SELECT = "SELECT version, idempotency_key, info, config FROM sandbox"
 def _columns(record: Record) -> tuple[Any, ...]:
     info = record.info
     # The registry password is needed for one pull, never later: it does not go to the disk.
-    config = record.config.model_dump_json(exclude={"registry_password"})
+    config = record.config.model_dump_json(exclude={"registry_password", *record.config.unchosen})
     return (
         record.id,
         record.version,

@@ -36,7 +36,7 @@ class Sessions(Programs, Files):
         """Open a session; `fields` are those of the request. Conflict: it is open already."""
         wish = request or CreateBashSessionRequest(**fields)
         body = wish.model_dump(mode="json", exclude_none=True)
-        answer = await self._call("create_session", self._path("create_session"), body, wait=wish.startup_timeout)
+        answer = await self._once("create_session", self._path("create_session"), body, wait=wish.startup_timeout)
         return parse(CreateBashSessionResponse, answer)
 
     async def close_session(self, request: CloseBashSessionRequest | str) -> CloseBashSessionResponse:
@@ -143,7 +143,7 @@ class Sessions(Programs, Files):
         target = self._path("run", session)
         raw = orjson.dumps(body)
         timeout = None if limit is None else limit + SLACK
-        answer = await self._transport.call("POST", target, raw, timeout=timeout)
+        answer = await self._transport.call_once("POST", target, raw, timeout=timeout)
         try:
             return BashObservation.model_validate_json(answer)  # faster than to decode it and to build the model
         except ValueError:

@@ -8,6 +8,7 @@ import os
 from functools import lru_cache
 from typing import Any, TypeVar
 
+import orjson
 from pydantic import BaseModel
 
 from rock import errors
@@ -15,7 +16,7 @@ from rock.protocol.keys import tenant_of
 from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import BaseConfig, SandboxConfig, SandboxInfo
 from rock.sdk.http import query_string
-from rock.sync.transport import ANSWER_TIMEOUT, Transport
+from rock.sync.transport import ANSWER_TIMEOUT, Transport, decode
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -106,6 +107,13 @@ class Link:
         """Call a route. `wait`: seconds that the server may take on purpose; None is no limit."""
         timeout = None if wait is None else wait + (SLACK if wait else ANSWER_TIMEOUT)
         return self._transport.json(ROUTES[name].method, target, body, timeout=timeout, key=key)
+
+    def _once(self, name: str, target: str, body: Any, *, wait: float | None = 0.0) -> Any:
+        """Call a route that goes on where it was when the server comes back: see `Transport.call_once`."""
+        timeout = None if wait is None else wait + (SLACK if wait else ANSWER_TIMEOUT)
+        return decode(
+            self._transport.call_once(ROUTES[name].method, target, orjson.dumps(body), timeout=timeout)
+        )
 
     def _info(self, name: str, target: str, body: Any = None, **options: Any) -> SandboxInfo:
         info = parse(SandboxInfo, self._call(name, target, body, **options))

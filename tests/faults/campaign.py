@@ -1,0 +1,78 @@
+"""`make faults`: many randomised runs of the fault suite, and what they found. `--seed` has the same ones again.
+
+    python -m tests.faults.campaign --runs 1000 --kind process --seed 7
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+
+from hypothesis import HealthCheck, Phase, Verbosity, seed, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from tests.faults.machine import FaultMachine
+from tests.faults.world import KINDS, World
+
+
+def campaign(kind: str, runs: int, steps: int, number: int, folder: Path, minutes: float = 1e9) -> Counter[str]:
+    """Counts of what was done; "problems" is how many runs broke an invariant, each of which is printed."""
+    counts: Counter[str] = Counter()
+    options = settings(
+        stateful_step_count=steps, deadline=None, database=None, verbosity=Verbosity.quiet,
+        phases=[Phase.generate], suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
+    )  # fmt: skip
+    end = time.monotonic() + minutes * 60
+    machine = type("FaultMachine", (FaultMachine,), {"counts": counts})
+    with_world = 0
+    while counts["runs"] < runs and time.monotonic() < end:
+        with_world += 1
+        machine.world = World(kind, folder / f"{kind}{with_world}")
+        try:
+            while counts["runs"] < runs and time.monotonic() < end:
+                batch = min(50, runs - counts["runs"])
+                test = seed(number * 1_000_003 + counts["runs"])(machine)
+                run_state_machine_as_test(test, settings=settings(options, max_examples=batch))
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt | SystemExit):
+                raise
+            counts["problems"] += 1
+            print(f"--- problem {counts['problems']}, run {counts['runs']} ---", flush=True)
+            traceback.print_exc(limit=-4)
+            print(*getattr(error, "__notes__", []), sep="\n")
+            print(machine.world.server.log()[-3000:], flush=True)
+        finally:
+            try:
+                machine.world.close()
+            except Exception as error:
+                print(f"the world did not close: {error!r}")
+    return counts
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--runs", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--minutes", type=float, default=1e9)
+    parser.add_argument("--kind", choices=KINDS, default="process")
+    given = parser.parse_args()
+    print(f"seed {given.seed}", flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no server is left behind
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="rock-faults-") as folder:
+        counts = campaign(given.kind, given.runs, given.steps, given.seed, Path(folder), given.minutes)
+    print(f"{given.kind}: {counts['runs']} runs, {counts['steps']} steps, {counts['requests']} requests, "
+          f"{counts['kills']} kills, {counts['problems']} problems, {time.monotonic() - began:.0f} s")
+    print({name: count for name, count in sorted(counts.items()) if name.startswith("rule ")})
+    return 1 if counts["problems"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,368 @@
+"""The fault suite: a state machine over the public API, and a model of what a client may rely on.
+
+What a client was told is the model; everything else may be either way. Rules are requests, the same requests again
+with their keys, and faults: kill -9 of each process, at a random moment or at a named point, replies that are dropped,
+a store that stalls, is full or does not answer, a wall clock that jumps. Each run ends with a look at everything: see
+`settle`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+
+from rock.errors import Conflict, NotFound, RockError, SandboxError, StorageFull, Unavailable
+from tests.faults.world import World
+
+PATIENCE = 40.0  # seconds in which everything has to come to rest
+RANK = {"pending": 0, "running": 1, "stopping": 2, "stopped": 3, "archiving": 4, "archived": 5, "deleted": 6}
+POINTS = (
+    "create.saved", "launch.begun", "launch.made", "store.insert", "store.inserted", "store.put", "store.saved",
+    "store.list", "store.get", "node.create.begun", "node.create.made", "node.create.saved", "process.born",
+    "namespace.placed", "namespace.born", "stop.saved", "stop.released", "node.destroy.begun", "node.destroy.gone",
+    "node.destroy.forgotten", "session.spawned", "session.opened", "run.begun", "run.written", "run.ended",
+    "process.started", "execute.started", "reply.create_sandbox", "reply.stop_sandbox", "reply.run",
+    "reply.create_session", "reply.execute", "reply.start_process",
+)  # fmt: skip
+# What a request may end in when a fault is about: the client then knows nothing, and asks again.
+FAILED = (Unavailable, StorageFull)
+WHICH = st.integers(0, 11)
+MOST = 6  # sandboxes of one run
+_numbers = itertools.count(1)
+
+
+@dataclass
+class Effect:
+    """A request with a key that changes something once: what it was answered."""
+
+    key: str
+    answer: Any = None  # (status, ...) once it is known
+    name: str = ""
+
+
+@dataclass
+class Model:
+    """A sandbox as its client knows it. id: once that was told."""
+
+    key: str
+    id: str = ""
+    failed: str = ""  # it was told that it did not start, and why
+    stop_asked: bool = False
+    stopped: bool = False  # and told so
+    life: int = 0  # of what holds it in its memory
+    effects: list[Effect] = field(default_factory=list)
+
+
+class Broken(AssertionError):
+    """An invariant does not hold."""
+
+
+class FaultMachine(RuleBasedStateMachine):
+    """One run. `world` is shared by all runs, so that each begins with whatever servers the one before left."""
+
+    world: World
+    counts: Counter[str] = Counter()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.models: list[Model] = []
+        self.seen: dict[str, int] = {}
+
+    @initialize()
+    def begin(self) -> None:
+        self.world.calm()
+        self.counts["runs"] += 1
+
+    # ---- requests ----
+
+    def _ask(self, name: str, body: object = None, key: str | None = None, query: str = "", **path: str) -> Any:
+        self.counts["requests"] += 1
+        answer = self.world.ask(name, body, key, query, **path)
+        if isinstance(answer, dict) and "state" in answer and "sandbox_id" in answer:
+            self._observe(answer)
+        return answer
+
+    def _observe(self, info: dict[str, Any]) -> None:
+        rank = RANK[info["state"]]
+        if rank < self.seen.get(info["sandbox_id"], 0):
+            raise Broken(f"{info['sandbox_id']} went back to {info['state']}")
+        self.seen[info["sandbox_id"]] = rank
+
+    def _step(self, name: str) -> None:
+        self.counts["steps"] += 1
+        self.counts[f"rule {name}"] += 1
+        if not self.world.server.alive or (self.world.worker is not None and not self.world.worker.alive):
+            self._died()
+            self.world.ensure()
+
+    def _died(self) -> None:
+        self.counts["kills"] += 1
+
+    def _may_be_lost(self, model: Model) -> bool:
+        return model.life != self.world.lives
+
+    def _create(self, model: Model) -> None:
+        config = self.world.config(labels={"fault": model.key})
+        life = self.world.lives
+        try:
+            info = self._ask("create_sandbox", config, model.key, "wait=20")
+        except FAILED:
+            return
+        except SandboxError as error:
+            model.failed = str(error)
+            return
+        if model.id and info["sandbox_id"] != model.id:
+            raise Broken(f"key {model.key} made {model.id} and {info['sandbox_id']}")
+        if not model.id and info["state"] != "pending":
+            model.id, model.life = info["sandbox_id"], life
+
+    def _told(self, model: Model, effect: Effect, answer: Any) -> None:
+        if effect.answer is not None and effect.answer != answer:
+            raise Broken(f"{effect.name} {effect.key} answered {effect.answer}, then {answer}")
+        effect.answer = answer
+
+    def _do(self, model: Model, effect: Effect) -> None:
+        number = int(effect.key[1:])
+        status = number % 100
+        text = f"echo {effect.key} >> $HOME/fault; echo said {effect.key}; (exit {status})"
+        path = {"sandbox_id": model.id}
+        try:
+            if effect.name == "run":
+                seen = self._ask("run", {"command": text, "timeout": 30}, effect.key, session="default", **path)
+                answer = (seen["exit_code"], seen["output"])
+            else:
+                seen = self._ask("execute", {"command": ["sh", "-c", text], "timeout": 30}, effect.key, **path)
+                answer = (seen["exit_code"], seen["stdout"])
+        except FAILED:
+            return
+        except RockError as error:
+            if model.stop_asked or self._may_be_lost(model):
+                return
+            raise Broken(f"{effect.name} in {model.id}: {error!r}") from error
+        if answer != (status, f"said {effect.key}\n"):
+            raise Broken(f"{effect.name} {effect.key} answered {answer}: {seen}")
+        self._told(model, effect, answer)
+
+    def _stop(self, model: Model) -> None:
+        model.stop_asked = True
+        try:
+            info = self._ask("stop_sandbox", sandbox_id=model.id)
+        except FAILED:
+            return
+        if info["state"] != "stopped":
+            raise Broken(f"{model.id} was stopped and is {info['state']}")
+        model.stopped = True
+
+    def _live(self) -> list[Model]:
+        return [model for model in self.models if model.id and not model.stop_asked]
+
+    def _pick(self, models: list[Model], which: int) -> Model | None:
+        # By a number that was drawn before: what is drawn must not depend on what servers answered.
+        return models[which % len(models)] if models else None
+
+    # ---- rules: what clients do ----
+
+    @rule()
+    def create(self) -> None:
+        self._step("create")
+        if len(self.models) < MOST:
+            self.models.append(Model(f"c{next(_numbers)}"))
+            self._create(self.models[-1])
+
+    @rule(which=WHICH)
+    def create_again(self, which: int) -> None:
+        self._step("create again")
+        if (model := self._pick(self.models, which)) is not None:
+            self._create(model)
+
+    @rule(which=WHICH, name=st.sampled_from(["run", "run", "execute"]))
+    def do(self, which: int, name: str) -> None:
+        self._step(name)
+        if (model := self._pick(self._live(), which)) is not None:
+            model.effects.append(Effect(f"e{next(_numbers)}", name=name))
+            self._do(model, model.effects[-1])
+
+    @rule(which=WHICH)
+    def do_again(self, which: int) -> None:
+        self._step("do again")
+        if (model := self._pick([model for model in self._live() if model.effects], which)) is not None:
+            self._do(model, model.effects[-1])
+
+    @rule(which=WHICH)
+    def stop(self, which: int) -> None:
+        self._step("stop")
+        if (model := self._pick(self._live(), which)) is not None:
+            self._stop(model)
+
+    @rule()
+    def look(self) -> None:
+        self._step("look")
+        with contextlib.suppress(*FAILED):
+            for info in self._ask("list_sandboxes", query="limit=500")["items"]:
+                if any(model.id == info["sandbox_id"] for model in self.models):
+                    self._observe(info)
+
+    # ---- rules: faults ----
+
+    @rule(point=st.sampled_from(POINTS), at=st.integers(1, 3))
+    def kill_at(self, point: str, at: int) -> None:
+        """The next one that comes to that point is killed."""
+        self._step("kill at a point")
+        for server in filter(None, (self.world.server, self.world.worker)):
+            server.faults(f"{point}=kill@{at}")
+
+    @rule(name=st.sampled_from([name for name in POINTS if name.startswith("reply.")]))
+    def drop(self, name: str) -> None:
+        self._step("drop a reply")
+        self.world.server.faults(f"{name}=drop@1")
+
+    @rule(point=st.sampled_from(["store.insert", "store.put", "store.get", "store.list", "store.saved"]),
+          action=st.sampled_from(["full", "error", "stall:0.2"]), at=st.sampled_from(["", "@1", "@2"]))  # fmt: skip
+    def store_fails(self, point: str, action: str, at: str) -> None:
+        self._step("store fails")
+        self.world.server.faults(f"{point}={action}{at}")
+
+    @rule(seconds=st.sampled_from([-7200, -60, 60, 7000]))
+    def clock_jumps(self, seconds: int) -> None:
+        self._step("clock jumps")
+        self.world.server.faults(f"clock={seconds:+d}")
+
+    @rule()
+    def calm(self) -> None:
+        self._step("calm")
+        self.world.calm()
+
+    @rule(worker=st.booleans())
+    def kill(self, worker: bool) -> None:
+        self._step("kill")
+        server = self.world.worker if worker and self.world.worker is not None else self.world.server
+        server.kill()
+        self._died()
+        self.world.ensure()
+
+    @rule(delay=st.floats(0, 0.06), work=st.sampled_from(["create", "do", "stop"]), which=WHICH)
+    def kill_meanwhile(self, delay: float, work: str, which: int) -> None:
+        """kill -9 while something is under way."""
+        self._step("kill meanwhile")
+        model = self._pick(self._live(), which) if work != "create" else None
+        if model is None:
+            work, model = "create", Model(f"c{next(_numbers)}")
+            self.models.append(model)
+        problems: list[BaseException] = []
+
+        def call() -> None:
+            try:
+                if work == "create":
+                    self._create(model)
+                elif work == "stop":
+                    self._stop(model)
+                else:
+                    model.effects.append(Effect(f"e{next(_numbers)}", name="run"))
+                    self._do(model, model.effects[-1])
+            except BaseException as error:
+                problems.append(error)
+
+        thread = threading.Thread(target=call)
+        thread.start()
+        time.sleep(delay)
+        self.world.server.kill()
+        thread.join()
+        self._died()
+        self.world.ensure()
+        if problems:
+            raise problems[0]
+
+    @rule()
+    def kill_launcher(self) -> None:
+        """The child that makes namespaces; where there is none, the server is killed."""
+        self._step("kill launcher")
+        if self.world.kind != "namespace":
+            self.world.server.kill()
+        for pid in self.world.launchers():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.counts["kills"] += 1
+
+    # ---- the look at everything ----
+
+    def teardown(self) -> None:
+        if not self.counts["runs"]:
+            return
+        if not self.world.server.alive:
+            self._died()
+        try:
+            self.world.calm()
+            self.settle()
+        finally:
+            self.clean()
+
+    def settle(self) -> None:
+        """Without faults: all that is under way comes to its end, and what clients were told holds."""
+        mine = self._at_rest()
+        for model in self.models:
+            infos = [info for info in mine.values() if info["labels"].get("fault") == model.key]
+            if len(infos) > 1:
+                raise Broken(f"key {model.key} made {[info['sandbox_id'] for info in infos]}")
+            if model.id and not infos:
+                raise Broken(f"{model.id} was told of and is not known")
+            if infos:
+                self._check(model, infos[0])
+        running = {name for name, info in mine.items() if info["state"] == "running"}
+        if self.world.kind != "apart" and self.world.pids != len(running):
+            raise Broken(f"{len(running)} run, and there are {self.world.pids} on the machine")
+
+    def _at_rest(self) -> dict[str, dict[str, Any]]:
+        end = time.monotonic() + PATIENCE
+        keys = {model.key for model in self.models}
+        while True:
+            items = self._ask("list_sandboxes", query="limit=500")["items"]
+            mine = {i["sandbox_id"]: i for i in items if i["labels"].get("fault") in keys}
+            passing = {name: i["state"] for name, i in mine.items() if i["state"] in ("pending", "stopping")}
+            running = {name for name, i in mine.items() if i["state"] == "running"}
+            if not passing and self.world.records == running:
+                return mine
+            if time.monotonic() > end:
+                raise Broken(f"not at rest: {passing}; running: {running}; on the worker: {self.world.records}")
+            time.sleep(0.02)
+
+    def _check(self, model: Model, info: dict[str, Any]) -> None:
+        state = info["state"]
+        self._observe(info)
+        if model.stopped and state != "stopped":
+            raise Broken(f"{model.id} was told to be stopped and is {state}")
+        if model.id and not model.stop_asked and state != "running":
+            if self._may_be_lost(model) and info["cause"] == "lost":
+                return
+            raise Broken(f"{model.id} was told to run and is {state}: {info['cause']}: {info['reason']}")
+        model.id = model.id or info["sandbox_id"]
+        if state != "running" or model.stop_asked:
+            return
+        for effect in model.effects:
+            self._do(model, effect)
+            if effect.answer is None:
+                raise Broken(f"{effect.name} {effect.key}: no answer without faults")
+        path = {"sandbox_id": model.id}
+        seen = self._ask("execute", {"command": ["sh", "-c", "cat $HOME/fault"]}, **path)
+        found = Counter(seen["stdout"].split())
+        if found != Counter(effect.key for effect in model.effects):
+            raise Broken(f"effects of {model.id}: {found}, asked for: {[e.key for e in model.effects]}")
+
+    def clean(self) -> None:
+        """Nothing is left for the next run."""
+        self.world.calm()
+        for item in self.world.ask("list_sandboxes", query="state=pending,running,stopping&limit=500")["items"]:
+            with contextlib.suppress(NotFound, Conflict):
+                self.world.ask("stop_sandbox", sandbox_id=item["sandbox_id"])
+        for item in self.world.ask("list_sandboxes", query="limit=500")["items"]:
+            with contextlib.suppress(NotFound, Conflict):
+                self.world.ask("delete_sandbox", sandbox_id=item["sandbox_id"])
