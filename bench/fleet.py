@@ -169,7 +169,8 @@ def cpu_of(pid: int) -> float:
 
 def row(kind: str, took: list[float], whole: float, pid: int, cpu: float, **more: Any) -> dict[str, Any]:
     return {"kind": kind, **more, "p50": round(quantile(took, 0.5), 3), "p99": round(quantile(took, 0.99), 3),
-            "per_second": round(len(took) / whole), "cpu_ms_each": round((cpu_of(pid) - cpu) * 1000 / len(took), 3), "admin_mb": round(memory_of(pid)),
+            "per_second": round(len(took) / whole),
+            "cpu_ms_each": round((cpu_of(pid) - cpu) * 1000 / len(took), 3), "admin_mb": round(memory_of(pid)),
             "load": round(os.getloadavg()[0], 1)}  # fmt: skip
 
 
