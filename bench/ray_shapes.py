@@ -1,5 +1,5 @@
-"""Two shapes of sandboxes in one Ray cluster of three nodes on this machine, in the same run: an actor for each, as ROCK
-has them, and a placement group for each with one actor a node. `make ray-shapes`; needs the venv of `make ray`.
+"""Two shapes of sandboxes in one Ray cluster of three nodes on this machine, in the same run: an actor for each, as
+ROCK has them, and a placement group for each with one actor a node. `make ray-shapes`; needs the venv of `make ray`.
 
 Both make sandboxes in memory, so that what is compared is what Ray takes for each: creates a second and memory.
 """

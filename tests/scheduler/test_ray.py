@@ -50,24 +50,43 @@ def until(look: Callable[[], bool], seconds: float = LONG) -> None:
         time.sleep(0.5)
 
 
+def patiently(make: Callable[[], Any]) -> Any:
+    """Ray gives a node thirty seconds to start, which a machine that is busy with other things may not have."""
+    for _ in range(6):
+        try:
+            return make()
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+            last = error
+    raise last
+
+
 class World:
     """A cluster, and a server that is in it."""
 
     def __init__(self, folder: Path) -> None:
         from ray.cluster_utils import Cluster
 
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        # A machine that is busy with other things is slow, not broken.
+        os.environ |= {"RAY_USAGE_STATS_ENABLED": "0",
+                       "RAY_health_check_timeout_ms": "60000", "RAY_health_check_initial_delay_ms": "60000"}  # fmt: skip
         self.folder = folder
         self.size: dict[str, Any] = {"num_cpus": 40, "memory": 8 << 30, "object_store_memory": 80 << 20}
         self.port, self.head_port = free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.make: Callable[[], Any] = lambda: Cluster(
-            initialize_head=True,
-            head_node_args={**self.size, "include_dashboard": False, "gcs_server_port": self.head_port},
-        )
+        self._kind = Cluster
         self.cluster = self.make()
-        self.nodes = [self.cluster.add_node(**self.size, resources={"special": 3.0} if n else {}) for n in range(2)]
+        self.nodes = [patiently(lambda more=more: self.cluster.add_node(**self.size, **more))
+                      for more in ({}, {"resources": {"special": 3.0}})]  # fmt: skip
         self.process: subprocess.Popen[bytes] | None = None
+
+    def make(self) -> Any:
+        """A cluster of its head alone."""
+        made = self._kind()
+        head = {**self.size, "include_dashboard": False, "gcs_server_port": self.head_port}
+        patiently(lambda: made.add_node(**head))
+        return made
 
     def start(self) -> None:
         home = self.folder / "home"
