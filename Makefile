@@ -119,7 +119,7 @@ $(RAY)/ready: requirements-dev.lock
 	@$(PYTHON) -m venv $(RAY)
 	@echo "installing ray into $(RAY) ..."
 	@$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
-	@$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check 'ray>=2.40'
+	@$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check 'ray>=2.49'
 	@touch $@
 
 # Every attempt to escape at every level; as root. Writes the table in docs/security.md.

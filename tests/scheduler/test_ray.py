@@ -69,8 +69,8 @@ class World:
         from ray.cluster_utils import Cluster
 
         # A machine that is busy with other things is slow, not broken.
-        os.environ |= {"RAY_USAGE_STATS_ENABLED": "0",
-                       "RAY_health_check_timeout_ms": "60000", "RAY_health_check_initial_delay_ms": "60000"}  # fmt: skip
+        patience = {"RAY_health_check_timeout_ms": "60000", "RAY_health_check_initial_delay_ms": "60000"}
+        os.environ.update(patience, RAY_USAGE_STATS_ENABLED="0")
         self.folder = folder
         self.size: dict[str, Any] = {"num_cpus": 40, "memory": 8 << 30, "object_store_memory": 80 << 20}
         self.port, self.head_port = free_port(), free_port()
