@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 
 .PHONY: demo test check lint types unit compat docker gvisor fuzz admins training gym-extras sync lock bench \
-	bench-environments soak escape-table front cluster clean
+	bench-environments soak escape-table front cluster fleet ray ray-shapes clean
 
 demo: $(VENV)/ready
 	@$(PY) -m rock.cli.demo
@@ -109,6 +109,27 @@ bench: $(VENV)/ready-dev
 # 10,000 sandboxes made, used and destroyed; tells what is left of them. N=2000 for fewer.
 soak: $(VENV)/ready-dev
 	$(PY) bench/cycles.py $(or $(N),10000)
+
+# A simulated fleet: bursts of creates, and how it grows to 1,000 workers and 100,000 sandboxes. FLEET="bursts --most 4000".
+fleet: $(VENV)/ready-dev
+	$(PY) bench/fleet.py $(FLEET)
+
+# A real Ray cluster of three nodes on this machine, in an environment of its own that is kept in ROCK_TEST_CACHE.
+RAY := $(or $(ROCK_TEST_CACHE),$(HOME)/.cache/rock-tests)/ray
+
+ray: $(RAY)/ready
+	PYTHONPATH=$(CURDIR)/src:$(CURDIR) ROCK_TEST_RAY=1 $(RAY)/bin/python -m pytest -s tests/scheduler/test_ray.py
+
+# Creates a second by a placement group and by an actor for each sandbox, in the same cluster.
+ray-shapes: $(RAY)/ready
+	PYTHONPATH=$(CURDIR)/src:$(CURDIR) $(RAY)/bin/python bench/ray_shapes.py
+
+$(RAY)/ready: requirements-dev.lock
+	@$(PYTHON) -m venv $(RAY)
+	@echo "installing ray into $(RAY) ..."
+	@$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
+	@$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check 'ray>=2.49'
+	@touch $@
 
 # Every attempt to escape at every level; as root. Writes the table in docs/security.md.
 escape-table: $(VENV)/ready-dev

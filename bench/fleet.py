@@ -38,6 +38,15 @@ BURSTS = {1000: (4.9, 8.7), 2000: (4.9, 10.5), 4000: (7.1, 13.3), 8000: (17.9, 3
 CONFIG = {"image": "python:3.11", "memory": "64m", "cpus": 1.0, "auto_clear_seconds": 0}
 CONNECTIONS = 256  # of the client
 GROUP = 1000
+_PROFILED = """
+import cProfile, sys, time
+from rock.cli.server import main
+profile, where = cProfile.Profile(time.process_time), sys.argv.pop(1)
+try:
+    profile.runcall(main)
+finally:
+    profile.dump_stats(where)
+"""
 
 
 # ---- hosts of simulated workers -------------------------------------------------------------------------------------
@@ -90,7 +99,7 @@ def fleet(workers: int, hosts: int, profile: str | None = None) -> Iterator[tupl
         log = open(folder / "admin.log", "w")  # noqa: SIM115
         program = ["-m", "rock.cli.server"]
         if profile:
-            program = ["-m", "cProfile", "-o", profile, *program]
+            program = ["-c", _PROFILED, profile]
         admin = subprocess.Popen([sys.executable, *program, "--host", "127.0.0.1", "--port", "0"], env=environment,
                                  stdout=log, stderr=log, stdin=subprocess.DEVNULL)  # fmt: skip
         try:
@@ -169,7 +178,8 @@ def cpu_of(pid: int) -> float:
 
 def row(kind: str, took: list[float], whole: float, pid: int, cpu: float, **more: Any) -> dict[str, Any]:
     return {"kind": kind, **more, "p50": round(quantile(took, 0.5), 3), "p99": round(quantile(took, 0.99), 3),
-            "per_second": round(len(took) / whole), "cpu_ms_each": round((cpu_of(pid) - cpu) * 1000 / len(took), 3), "admin_mb": round(memory_of(pid)),
+            "per_second": round(len(took) / whole),
+            "cpu_ms_each": round((cpu_of(pid) - cpu) * 1000 / len(took), 3), "admin_mb": round(memory_of(pid)),
             "load": round(os.getloadavg()[0], 1)}  # fmt: skip
 
 

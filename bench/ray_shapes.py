@@ -1,5 +1,5 @@
-"""Two shapes of sandboxes in one Ray cluster of three nodes on this machine, in the same run: an actor for each sandbox,
-as ROCK has them, and a placement group for each with one actor a node. `make ray-shapes`; needs the venv of `make ray`.
+"""Two shapes of sandboxes in one Ray cluster of three nodes on this machine, in the same run: an actor for each, as
+ROCK has them, and a placement group for each with one actor a node. `make ray-shapes`; needs the venv of `make ray`.
 
 Both make sandboxes in memory, so that what is compared is what Ray takes for each: creates a second and memory.
 """
@@ -48,7 +48,8 @@ def actors(world: World, count: int) -> dict[str, Any]:
     finally:
         ray.shutdown()
     return {"shape": "an actor a sandbox", "sandboxes": count, "seconds": round(took, 2),
-            "creates_per_second": round(count / took, 2), "memory_mb_each": round(sum(sizes) / count / 1e6, 1)}  # fmt: skip
+            "creates_per_second": round(count / took, 2),
+            "memory_mb_each": round(sum(sizes) / count / 1e6, 1)}  # fmt: skip
 
 
 def groups(world: World, count: int) -> dict[str, Any]:

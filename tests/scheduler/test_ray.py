@@ -21,7 +21,7 @@ from rock.scheduler.raylink import bundle_of
 from rock.sync import Client, Sandbox, SandboxGroup
 
 KEY = "a-key-of-the-tests"
-LONG = 240.0
+LONG = 300.0
 WISH: dict[str, Any] = {"image": "x:1", "memory": "64m", "cpus": 1.0, "api_key": KEY, "startup_timeout": LONG}
 ray_only = pytest.mark.skipif(not os.environ.get("ROCK_TEST_RAY"), reason="takes minutes and needs ray: make ray")
 pytestmark = pytest.mark.timeout(900)
@@ -50,24 +50,43 @@ def until(look: Callable[[], bool], seconds: float = LONG) -> None:
         time.sleep(0.5)
 
 
+def patiently(make: Callable[[], Any]) -> Any:
+    """Ray gives a node thirty seconds to start, which a machine that is busy with other things may not have."""
+    for _ in range(6):
+        try:
+            return make()
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+            last = error
+    raise last
+
+
 class World:
     """A cluster, and a server that is in it."""
 
     def __init__(self, folder: Path) -> None:
         from ray.cluster_utils import Cluster
 
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        # A machine that is busy with other things is slow, not broken.
+        patience = {"RAY_health_check_timeout_ms": "60000", "RAY_health_check_initial_delay_ms": "60000"}
+        os.environ.update(patience, RAY_USAGE_STATS_ENABLED="0")
         self.folder = folder
         self.size: dict[str, Any] = {"num_cpus": 40, "memory": 8 << 30, "object_store_memory": 80 << 20}
         self.port, self.head_port = free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.make: Callable[[], Any] = lambda: Cluster(
-            initialize_head=True,
-            head_node_args={**self.size, "include_dashboard": False, "gcs_server_port": self.head_port},
-        )
+        self._kind = Cluster
         self.cluster = self.make()
-        self.nodes = [self.cluster.add_node(**self.size, resources={"special": 3.0} if n else {}) for n in range(2)]
+        self.nodes = [patiently(lambda more=more: self.cluster.add_node(**self.size, **more))
+                      for more in ({}, {"resources": {"special": 3.0}})]  # fmt: skip
         self.process: subprocess.Popen[bytes] | None = None
+
+    def make(self) -> Any:
+        """A cluster of its head alone."""
+        made = self._kind()
+        head = {**self.size, "include_dashboard": False, "gcs_server_port": self.head_port}
+        patiently(lambda: made.add_node(**head))
+        return made
 
     def start(self) -> None:
         home = self.folder / "home"
@@ -75,7 +94,7 @@ class World:
         environment = {
             **os.environ, "ROCK_HOME": str(home), "ROCK_API_KEY": KEY, "ROCK_SCHEDULER": "ray", "ROCK_RUNTIME": "fake",
             "ROCK_RAY_ADDRESS": f"127.0.0.1:{self.head_port}", "ROCK_ADVERTISE": self.url,
-            "ROCK_RAY_HOME": str(self.folder / "nodes"),
+            "ROCK_RAY_HOME": str(self.folder / "nodes"), "ROCK_WORKER_LEASE": "30",
         }  # fmt: skip
         with open(self.folder / "output.log", "ab") as log:
             self.process = subprocess.Popen([sys.executable, "-m", "rock.cli.server", "--host", "127.0.0.1", "--port",
@@ -129,7 +148,7 @@ def test_ray_places_a_hundred(world: World) -> None:
     boxes = SandboxGroup(base_url=world.url, size=100, **WISH)
     boxes.start()
     print(f"100 sandboxes in {time.monotonic() - began:.1f} s")
-    placed = Counter(info.worker for info in world.sandboxes())
+    placed = Counter(info.worker for info in world.sandboxes() if info.group == boxes.group_id)
     assert placed.total() == 100 and max(placed.values()) <= 40  # no node has more cores
     assert world.reserved() == 100
     assert {seen.output for seen in boxes.arun_all("echo $((6*7))")} == {"42\n"}

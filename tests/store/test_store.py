@@ -479,3 +479,64 @@ def test_one_of_many_machines_gets_a_name(opens: Opens) -> None:
             return await asyncio.gather(*(one(number) for number in range(6)))
 
     assert sum(asyncio.run(main())) == 1
+
+
+def test_of_writes_at_once_each_has_its_own_outcome(with_store: Any) -> None:
+    async def work(store: Store) -> None:
+        first = await store.insert(record("a"))
+        outcomes = await asyncio.gather(
+            store.insert(record("b")), store.insert(record("a")), store.put(first.changed(reason="x")),
+            store.put(first.changed(reason="y")), store.insert(record("c", key="k")),
+            store.insert(record("d", key="k")),
+            return_exceptions=True,
+        )  # fmt: skip
+        kinds = [type(outcome) for outcome in outcomes]
+        assert kinds[:2] == [Record, Conflict] and sorted(map(str, kinds[2:4])) == sorted(
+            map(str, [Record, VersionConflict])
+        )
+        assert outcomes[4] == outcomes[5]
+        assert {r.id for r in await store.list(Query())} in ({"a", "b", "c"}, {"a", "b", "d"})
+
+    with_store(work)
+
+
+# ---- groups ----
+
+
+def members(group_id: str, count: int, key: str | None = None, tenant: str = "", **more: Any) -> list[Record]:
+    made = [record(f"{group_id}-{n}", group=group_id, tenant=tenant, key=key if n == 0 else None) for n in range(count)]
+    return [Record(one.info, SandboxConfig(image="host", **more), one.key) for one in made]
+
+
+def test_a_group_is_added_whole_or_not(with_store: Any) -> None:
+    async def work(store: Store) -> None:
+        assert len(await store.insert_group(members("g", 12))) == 12
+        assert [r.id for r in await store.group("g", "")] == [f"g-{n}" for n in range(12)]
+        await store.insert(record("h-2"))
+        with pytest.raises(Conflict):
+            await store.insert_group(members("h", 4))
+        assert {r.id for r in await store.list(Query())} == {f"g-{n}" for n in range(12)} | {"h-2"}
+        assert list(await store.group("h", "")) == []
+        assert list(await store.group("g", "other")) == []
+
+    with_store(work)
+
+
+def test_groups_race_for_a_key_and_a_quota(opens: Opens) -> None:
+    async def main() -> None:
+        async with opens() as one, opens() as two:
+            asked = [s.insert_group(members(f"k{n}{i}", 5, key="k"))
+                     for n in range(6) for i, s in enumerate((one, two))]  # fmt: skip
+            found = await asyncio.gather(*asked)
+            assert len({group[0].info.group for group in found}) == 1 and {len(group) for group in found} == {5}
+            quota = Quota(sandboxes=10, creates_per_minute=100)
+            asked = [s.insert_group(members(f"q{n}{i}", 4, tenant="t"), quota)
+                     for n in range(6) for i, s in enumerate((one, two))]  # fmt: skip
+            done = await asyncio.gather(*asked, return_exceptions=True)
+            assert sum(isinstance(group, QuotaExceeded) for group in done) == 10
+            assert len(await one.insert_group(members("r", 4, tenant="t"), quota, False)) == 2
+            with pytest.raises(QuotaExceeded):
+                await two.insert_group(members("s", 4, tenant="t"), quota, False)
+            assert await one.count("t") == {"pending": 10}
+
+    asyncio.run(main())

@@ -7,6 +7,7 @@ because nobody would look after them.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -45,6 +46,8 @@ class Hosted(Rocklet):
 
 
 def main() -> int:
+    with contextlib.suppress(OSError):  # Ray's workers are niced, and heartbeats must not be late; takes root
+        os.setpriority(os.PRIO_PROCESS, 0, 0)
     try:
         run_server(Settings.read(), Hosted)
     except RockError as error:

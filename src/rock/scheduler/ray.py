@@ -28,6 +28,8 @@ from ray.util.placement_group import (
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from rock.settings import child_environment
+
 _LOOK = 2.0  # seconds between looks at the cluster's nodes
 _WAIT = 5.0
 _THREADS = 64  # reservations that wait at once
@@ -48,11 +50,11 @@ class RockletHost:
 
         home = Path(options["home"]).expanduser() / name
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        environment = {
-            **os.environ, "ROCK_HOME": str(home), "ROCK_API_KEY": options["token"], "ROCK_RUNTIME": options["runtime"],
-            "ROCK_JOIN": options["join"], "ROCK_WORKER_NAME": name, "ROCK_HOST": address, "ROCK_PORT": "0",
-            "ROCK_LEASE_LOST": "stop", "ROCK_WORKERS": "", "ROCK_STORE": "", "ROCK_SCHEDULER": "",
-        }  # fmt: skip
+        environment = child_environment(
+            ROCK_HOME=str(home), ROCK_API_KEY=options["token"], ROCK_RUNTIME=options["runtime"],
+            ROCK_JOIN=options["join"], ROCK_WORKER_NAME=name, ROCK_HOST=address, ROCK_PORT="0",
+            ROCK_LEASE_LOST="stop", ROCK_WORKERS="", ROCK_STORE="", ROCK_SCHEDULER="",
+        )  # fmt: skip
         self._command = [sys.executable, "-m", "rock.cli.hosted"]
 
         def keep() -> None:

@@ -23,6 +23,7 @@ from rock.protocol.keys import KeyInfo, Quota
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
 from rock.store import quotas
 from rock.store.base import Lease, Query, Record, VersionConflict, id_taken, ordered
+from rock.store.batch import Batch
 from rock.store.migrations import SQLITE
 from rock.store.sqlite_workers import SqliteWorkers
 from rock.store.watch import Watchers
@@ -46,6 +47,7 @@ class SqliteStore:
         self._side: sqlite3.Connection | None = None  # the thread's
         self._checkpoints: asyncio.Task[None] | None = None
         self._watchers = Watchers()
+        self._batch = Batch(lambda: _transaction(self._open_db, "IMMEDIATE"), self._told)
         self.workers = SqliteWorkers(self._within)
 
     async def open(self) -> None:
@@ -99,6 +101,7 @@ class SqliteStore:
             await self._aside(self._side.close)
             self._side = None
         if self._db is not None:
+            self._batch.flush()
             self._now(self._db.close)
             self._db = None
         self._thread.shutdown()
@@ -144,7 +147,11 @@ class SqliteStore:
 
     async def insert(self, record: Record, quota: Quota | None = None) -> Record:
         await faults.point("store.insert")
-        new = self._now(self._insert, replace(record, version=1), quota)
+        made = replace(record, version=1)
+        if quota is None:
+            new = await self._batch.do(lambda: self._insert(made, None))
+        else:
+            new = self._now(self._insert, made, quota)
         self._watchers.tell(new.id)
         await faults.point("store.inserted")
         return new
@@ -245,14 +252,15 @@ class SqliteStore:
 
     async def put(self, record: Record, quota: Quota | None = None) -> Record:
         await faults.point("store.put")
-        new = self._now(self._put_within, record, quota)
+        if quota is None:
+            new = await self._batch.do(lambda: self._put(record))
+        else:
+            new = self._now(self._put_within, record, quota)
         self._watchers.tell(new.id)
         await faults.point("store.saved")
         return new
 
-    def _put_within(self, record: Record, quota: Quota | None) -> Record:
-        if quota is None:
-            return self._put(record)
+    def _put_within(self, record: Record, quota: Quota) -> Record:
         with _transaction(self._open_db, "IMMEDIATE"):
             self._take(record, quota)
             return self._put(record)

@@ -26,6 +26,7 @@ from rock.guest import proctree
 from rock.guest.remove import remove_tree
 from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
 from rock.runtime import guestpython, wholefile
+from rock.runtime.accelerators import Gpus
 from rock.runtime.base import Handle, Liveness, Program, Trait
 from rock.runtime.docker import groups, images, shape
 from rock.runtime.docker.engine import Engine, EngineError, Facts
@@ -80,6 +81,7 @@ class DockerRuntime(InitSandboxes):
         self._guest_dir = Path(os.path.realpath(guest_dir))
         self.engine = Engine(host)
         self._label = hashlib.sha256(str(self._run_dir).encode()).hexdigest()[:16]
+        self._gpus = Gpus()
         self._live: dict[str, Container] = {}
         self._making: set[str] = set()
         self._gate = asyncio.Semaphore(_AT_ONCE)
@@ -144,7 +146,7 @@ class DockerRuntime(InitSandboxes):
             return config.image == "host" or await images.is_ready(self.engine, config)
 
     async def prepare_image(self, config: SandboxConfig, tell: Callable[[str], None]) -> None:
-        shape.refuse(config, await self._ready(), shape.wanted_runtime(config))
+        shape.refuse(config, await self._ready(), shape.wanted_runtime(config), self._gpus)
         with told(config.image):
             await images.prepare(self.engine, config, tell)
 
@@ -160,7 +162,7 @@ class DockerRuntime(InitSandboxes):
         with told(config.image):
             facts = await self._ready()
             name = shape.runtime_name(facts, oci)
-            shape.refuse(config, facts, oci)
+            shape.refuse(config, facts, oci, self._gpus)
             admission.refuse_nofile(config)
             admission.refuse_too_large(config)
             if config.network == "bridge" and not await self.engine.has_network("bridge"):
@@ -204,7 +206,9 @@ class DockerRuntime(InitSandboxes):
             oci = shape.wanted_runtime(config)
             way = self.way(oci, folder)
             labels = {shape.HOME_LABEL: self._label, shape.ID_LABEL: id, "rock.slot": slot}
-            wish = shape.container(config, image["Id"], labels, await self._guest(), way.folder, name, way.options)
+            gpus = self._gpus.take(slot, config)
+            wish = shape.container(config, image["Id"], labels, await self._guest(), way.folder, name, way.options,
+                                   gpus)  # fmt: skip
             async with self._gate:
                 engine_id = await self.engine.create(f"rock-{slot}", wish)
                 await self.engine.start(engine_id)
@@ -263,7 +267,7 @@ class DockerRuntime(InitSandboxes):
         oci = shape.wanted_runtime(config)
         data = {"slot": container.slot, "container": container.engine_id, "pid": container.pid,
                 "start": container.start, "env": merged({"PATH": _PATH}, env, config.env), "cwd": cwd, "user": user,
-                "cgroups": container.folders, "oci": oci}  # fmt: skip
+                "cgroups": container.folders, "oci": oci, "gpus": self._gpus.of(container.slot)}  # fmt: skip
         if config.nofile is not None:
             data["nofile"] = config.nofile
         return Handle(self.name, id, shape.isolation_of(oci), shape.enforced(facts, config), data)
@@ -313,6 +317,9 @@ class DockerRuntime(InitSandboxes):
         user = program.user if program.user is not None else data["user"]
         return replace(program, env=merged(data["env"], program.env), cwd=program.cwd or data["cwd"], user=user or None)
 
+    def gpus(self) -> tuple[Sequence[str], int]:
+        return self._gpus.kinds(), len(self._gpus.free)
+
     async def recover(self, handle: Handle) -> Liveness:
         try:
             await (await self.linked(handle)).request("hello", patience=_BACK)
@@ -320,6 +327,7 @@ class DockerRuntime(InitSandboxes):
             return Liveness.GONE
         with contextlib.suppress(errors.RockError, EngineError):
             await self._ready()
+        self._gpus.taken(handle.data["slot"], tuple(handle.data.get("gpus", ())))
         return Liveness.RUNNING
 
     async def wait(self, handle: Handle) -> str:
@@ -393,6 +401,7 @@ class DockerRuntime(InitSandboxes):
     async def _remove(self, slot: str, engine_id: str) -> None:
         """Remove all of a sandbox, made in whole or in part. Idempotent."""
         await self.engine.remove(engine_id)
+        self._gpus.give_back(slot)
         await asyncio.to_thread(remove_tree, str(self._run_dir / slot))
 
     async def sweep(self, known: Sequence[str]) -> list[str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from rock import errors
 from rock.protocol.sandbox import Isolation, SandboxConfig, parse_size
+from rock.runtime.accelerators import Gpus
 from rock.runtime.base import Enforced
 from rock.runtime.docker.engine import Facts
 from rock.runtime.guestpython import INSIDE, LINK, GuestPython
@@ -18,6 +19,7 @@ HOME_LABEL, ID_LABEL = "rock.home", "rock.sandbox"
 _ISOLATION: Mapping[Oci, Isolation] = {
     "runc": Isolation.CONTAINER, "runsc": Isolation.GVISOR, "kata": Isolation.MICROVM,
 }  # fmt: skip
+GPU_RUNTIME = "nvidia"
 _KINDS: tuple[Oci, ...] = ("runsc", "kata", "runc")
 _NETWORKS = {"none": "none", "bridge": "bridge", "host": "host"}
 _QUOTA_DRIVERS = ("btrfs", "zfs", "devicemapper")
@@ -71,12 +73,24 @@ def enforced(facts: Facts, config: SandboxConfig) -> dict[str, Enforced]:
     return found
 
 
-def refuse(config: SandboxConfig, facts: Facts, oci: Oci) -> None:
+def _refuse_gpus(config: SandboxConfig, facts: Facts, oci: Oci, gpus: Gpus) -> None:
+    if not config.num_gpus and not config.accelerator_type:
+        return
+    if oci != "runc":
+        raise errors.Unsupported(f"{oci} gives sandboxes no accelerators", hint="leave num_gpus unset, or oci_runtime")
+    if GPU_RUNTIME not in facts.runtimes:
+        there = ", ".join(sorted(facts.runtimes)) or "none"
+        raise errors.Unsupported(
+            f"this container engine gives no accelerators: it has no {GPU_RUNTIME} runtime (its runtimes: {there})",
+            hint="install nvidia-container-toolkit, or leave num_gpus unset")
+    gpus.refuse(config)
+
+
+def refuse(config: SandboxConfig, facts: Facts, oci: Oci, gpus: Gpus) -> None:
     """Raise Unsupported for what cannot be given by this engine."""
     if config.image_os != "linux":
         raise errors.Unsupported(f"image_os {config.image_os!r}: the docker runtime runs Linux images only")
-    if config.num_gpus or config.accelerator_type:
-        raise errors.Unsupported("the docker runtime gives sandboxes no accelerators", hint="leave num_gpus unset")
+    _refuse_gpus(config, facts, oci, gpus)
     if config.image == "host":
         raise errors.Unsupported('image "host" is this machine\'s own system, which no container engine has',
                                  hint="name an image that the engine has or can pull, or use the namespace runtime")
@@ -111,8 +125,9 @@ def _has_quota(facts: Facts) -> bool:
 
 
 def container(config: SandboxConfig, image: str, labels: Mapping[str, str], python: GuestPython, link: str | None,
-              runtime: str, options: dict[str, object]) -> dict[str, Any]:
-    """The engine's description of a container, for POST /containers/create. link: the folder of its socket, if any."""
+              runtime: str, options: dict[str, object], gpus: Sequence[str] = ()) -> dict[str, Any]:
+    """The engine's description of a container, for POST /containers/create. link: the folder of its socket, if any.
+    gpus: UUIDs of those that it gets."""
     command = python.command(options)
     hard = config.limit_cpus or config.cpus
     mounts = [_shown(str(python.folder), INSIDE)]
@@ -130,6 +145,8 @@ def container(config: SandboxConfig, image: str, labels: Mapping[str, str], pyth
     }  # fmt: skip
     if config.disk is not None:
         host["StorageOpt"] = {"size": str(parse_size(config.disk, "disk"))}
+    if gpus:
+        host["DeviceRequests"] = [{"Driver": "nvidia", "DeviceIDs": list(gpus), "Capabilities": [["gpu"]]}]
     carried = link is None
     return {
         "Image": image, "Entrypoint": command[:1], "Cmd": command[1:], "User": "0:0", "Tty": False,
