@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 
 .PHONY: demo test check lint types unit compat docker gvisor fuzz admins training gym-extras sync lock bench \
-	bench-environments soak escape-table front cluster fleet ray ray-shapes clean
+	bench-environments soak soak-mixed load escape-table front cluster fleet ray ray-shapes clean
 
 demo: $(VENV)/ready
 	@$(PY) -m rock.cli.demo
@@ -130,6 +130,15 @@ $(RAY)/ready: requirements-dev.lock
 	@$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
 	@$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check 'ray>=2.49'
 	@touch $@
+
+# A mixed workload of eight clients; MINUTES=60 for an hour.
+soak-mixed: $(VENV)/ready-dev
+	$(PY) bench/mixed.py $(or $(MINUTES),10)
+
+# A flood of one client beside another, 10,000 idle connections, 1,000 idle sandboxes and 32 clients at once.
+load: $(VENV)/ready-dev
+	$(PY) bench/load.py
+	$(PY) bench/idle.py $(or $(N),1000)
 
 # Every attempt to escape at every level; as root. Writes the table in docs/security.md.
 escape-table: $(VENV)/ready-dev

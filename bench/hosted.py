@@ -33,8 +33,12 @@ def server(**environment: str) -> Iterator[tuple[str, int, Path]]:
         try:
             yield f"http://127.0.0.1:{_port(home, process)}", process.pid, home
         finally:
+            died = process.poll()
             process.send_signal(signal.SIGTERM)
             process.wait(120)
+            if died is not None:
+                logs = [home / "output.log", home / "logs" / "server.log"]
+                print(f"the server ended by itself ({died}):", *(p.read_text()[-3000:] for p in logs if p.exists()))
 
 
 def _port(home: Path, process: subprocess.Popen[bytes]) -> int:

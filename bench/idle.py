@@ -132,6 +132,7 @@ def main() -> None:
                     tell(url, pid, ids, [seconds for seconds, _ in new], took, alone, free, own, given.count)
         except RockError as error:
             print(f"at {len(ids)}: {error}")
+            return
         busy, began = cpu(pid), time.monotonic()
         time.sleep(10)
         print(f"idle: the server takes {(cpu(pid) - busy) / (time.monotonic() - began):.1%} of a CPU", flush=True)
@@ -154,7 +155,8 @@ def tell(
         f"{len(ids)} sandboxes: {(free - available()) / others / 1e6:.2f} MB each of the machine's memory, "
         f"{(held(pids) - own) / others / 1e6:.2f} MB of processes; server {memory(pid) >> 20} MB, {files} descriptors; "
         f"{len(creates) / took:.1f} creates a second, ms {percentiles(creates)}; a command, ms {percentiles(seen)}, "
-        f"times the median {at(sorted(seen), 0.5) / at(sorted(alone), 0.5):.2f}, the least {min(seen) / min(alone):.2f}",
+        f"times the median {at(sorted(seen), 0.5) / at(sorted(alone), 0.5):.2f}, "
+        f"the least {min(seen) / min(alone):.2f}",
         flush=True,
     )
 

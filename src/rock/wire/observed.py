@@ -20,6 +20,7 @@ from rock.wire.asgi import Answer, App, Receive, Request, Router, Scope, Send, d
 _ID = REQUEST_ID.encode()
 _EAGLE_EYE = b"eagleeye-traceid"  # what ROCK's own clients know a request by
 _PARENT = TRACEPARENT.encode()
+_KNOWN = frozenset({_ID, _EAGLE_EYE, _PARENT})
 _SANDBOXES = "/v1/sandboxes/"
 _METRICS = ROUTES["metrics"]
 _STREAMS = ("port", "port_socket")  # their statuses are those of programs inside
@@ -117,7 +118,10 @@ class Observed:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = list(message.get("headers", ()))
-                if not any(name == _ID for name, _ in headers):
+                for name, _ in headers:
+                    if name == _ID:
+                        break
+                else:
                     headers.append((_ID, said))
                 if self._stopping:
                     headers.append((b"connection", b"close"))
@@ -218,16 +222,18 @@ def _stopping() -> Unavailable:
 def _context_of(scope: Scope) -> Context:
     """Whatever a caller sends for an id or a trace is taken when it is sane, and else made anew."""
     request_id = traceparent = None
-    for name, value in scope["headers"]:
-        if name == _ID or (name == _EAGLE_EYE and request_id is None):
-            request_id = sane_id(value) or request_id
-        elif name == _PARENT:
-            traceparent = sane_traceparent(value.decode("latin-1"))
-    made = request_id is None
+    headers, given = scope["headers"], b""
+    for name, value in headers:
+        if name in _KNOWN:
+            if name == _PARENT:
+                traceparent = sane_traceparent(value.decode("latin-1"))
+            elif name == _ID or request_id is None:
+                request_id = sane_id(value) or request_id
+                given = value if name == _ID else given
     context = Context(request_id or new_id(), traceparent)
-    if made:  # who is asked next for the sake of this request knows it by the same
-        headers = [header for header in scope["headers"] if header[0] != _ID]
-        scope["headers"] = [*headers, (_ID, context.request_id.encode())]
+    told = context.request_id.encode()
+    if told != given:  # who is asked next for the sake of this request knows it by the same
+        scope["headers"] = [*(header for header in headers if header[0] != _ID), (_ID, told)]
     path: str = scope["path"]
     if path.startswith(_SANDBOXES):
         context.sandbox_id = path[len(_SANDBOXES) :].partition("/")[0][:128]
