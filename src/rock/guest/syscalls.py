@@ -47,8 +47,8 @@ def filter_calls(program: bytes) -> None:
 
 def run_soon() -> None:
     """Ask the kernel for short turns for this thread, and none that it starts: who asks for a short turn gets it sooner
-    (Linux 6.12). A server and a pid 1 that have something to pass on need not wait until a program that counts has had its
-    own turn. No more CPU time comes of it, and where it cannot be had nothing does.
+    (Linux 6.12). A server and a pid 1 that have something to pass on need not wait until a program that counts has had
+    its own turn. No more CPU time comes of it, and where it cannot be had nothing does.
     """
     number = _SCHED_SETATTR.get(os.uname().machine)
     if number is not None:
