@@ -194,7 +194,7 @@ class GvisorRuntime(InitSandboxes):
             "slot": str(folder), "root": str(folder / bundle.ROOT), "woken": False, "etc": {},
             "layers": [str(self._run_dir / _BASE), *rootfs.layers], "cgroups": list(dict.fromkeys(folders.values())),
             "binds": [*binds, {"source": str(python.folder), "target": guestpython.INSIDE, "writable": False}],
-            "command": bundle.command(program, folder, slot),
+            "command": bundle.command(program, folder, slot), "path": _PATH,
         }  # fmt: skip
         lease = self._images.lease(rootfs)
         source, sink = pipes.make(folder)

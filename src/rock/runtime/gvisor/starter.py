@@ -77,7 +77,7 @@ def main() -> None:
         for group in spec["cgroups"]:
             cgroups.write(f"{group}/cgroup.procs", str(os.getpid()))
         mount(spec)
-        os.execve(spec["command"][0], spec["command"], {"PATH": os.environ["PATH"]})
+        os.execve(spec["command"][0], spec["command"], {"PATH": str(spec["path"])})
     except OSError as error:
         with contextlib.suppress(OSError), open(f"{spec['slot']}/failure", "w") as file:
             file.write(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
