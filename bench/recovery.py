@@ -110,7 +110,8 @@ class Load:
 def spread(values: list[float]) -> str:
     ordered = sorted(values)
     last = ordered[min(len(ordered) - 1, int(len(ordered) * 0.95))]
-    return f"{ordered[0]:.2f} / {statistics.median(ordered):.2f} / {last:.2f} (most {ordered[-1]:.2f}, n={len(ordered)})"
+    middle = statistics.median(ordered)
+    return f"{ordered[0]:.2f} / {middle:.2f} / {last:.2f} (most {ordered[-1]:.2f}, n={len(ordered)})"
 
 
 def floor() -> float:
