@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import socket
 import threading
 import time
@@ -85,6 +86,21 @@ def test_a_stop_that_was_broken_off_is_finished(worlds: Make, point: str) -> Non
     world = worlds("process")
     info = make(world, f"stop-{point}")
     killed(world, f"{point}=kill@1", lambda: stop(world, info))
+    until(lambda: world.ask("get_sandbox", sandbox_id=info["sandbox_id"])["state"] == "stopped")
+    until(lambda: world.pids == 0 and not world.records)
+
+
+def test_a_kill_that_was_broken_off(worlds: Make) -> None:
+    """A tree is stopped before it is killed: a pid 1 that stood still kept the next server waiting for a minute."""
+    world = worlds("process")
+    info = make(world, "half killed")
+    (pid,) = world.roots
+    with contextlib.suppress(Unavailable):
+        world.server.faults("node.destroy.begun=kill@1")
+        stop(world, info)
+    until(lambda: not world.server.alive)
+    os.kill(pid, signal.SIGSTOP)
+    world.ensure()
     until(lambda: world.ask("get_sandbox", sandbox_id=info["sandbox_id"])["state"] == "stopped")
     until(lambda: world.pids == 0 and not world.records)
 
