@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
 
-.PHONY: demo test check lint types unit compat docker gvisor fuzz admins training gym-extras sync lock bench \
-	bench-environments soak soak-mixed load escape-table front cluster fleet ray ray-shapes clean
+.PHONY: demo test check lint types unit compat docker gvisor fuzz faults recovery admins training gym-extras sync \
+	lock bench bench-environments soak soak-mixed load escape-table front cluster fleet ray ray-shapes clean
 
 demo: $(VENV)/ready
 	@$(PY) -m rock.cli.demo
@@ -65,6 +65,18 @@ FUZZ ?= 300
 
 fuzz: $(VENV)/ready-dev
 	ROCK_TEST_FUZZ=$(FUZZ) $(PY) -m pytest tests/admin/test_openapi.py tests/image/test_hostile_bytes.py
+
+# Randomised runs of the fault suite: kill -9, dropped replies, stores that fail, clocks that jump. SEED=N has them again.
+RUNS ?= 1000
+SEED ?= $(shell date +%s)
+
+faults: $(VENV)/ready-dev
+	@for kind in process apart namespace; do \
+		$(PY) -m tests.faults.campaign --kind $$kind --runs $(RUNS) --seed $(SEED) || exit 1; done
+
+# An admin killed under load: seconds until it serves and everything is found.
+recovery: $(VENV)/ready-dev
+	$(PY) bench/recovery.py
 
 # Several admins on one PostgreSQL: one leads, others take over.
 admins: $(VENV)/ready-dev

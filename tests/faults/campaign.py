@@ -39,15 +39,17 @@ def campaign(kind: str, runs: int, steps: int, number: int, folder: Path, minute
                 batch = min(50, runs - counts["runs"])
                 test = seed(number * 1_000_003 + counts["runs"])(machine)
                 run_state_machine_as_test(test, settings=settings(options, max_examples=batch))
+                print(f"{kind}: {counts['runs']} runs, {counts['kills']} kills", flush=True)
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt | SystemExit):
-                raise
+            if isinstance(error, KeyboardInterrupt):
+                break
             counts["problems"] += 1
             print(f"--- problem {counts['problems']}, run {counts['runs']} ---", flush=True)
             traceback.print_exc(limit=-4)
             print(*getattr(error, "__notes__", []), sep="\n")
             print(machine.world.server.log()[-3000:], flush=True)
         finally:
+            print(f"{kind}: {counts['runs']} runs, {counts['kills']} kills, {counts['problems']} problems", flush=True)
             try:
                 machine.world.close()
             except Exception as error:
@@ -64,7 +66,7 @@ def main() -> int:
     parser.add_argument("--kind", choices=KINDS, default="process")
     given = parser.parse_args()
     print(f"seed {given.seed}", flush=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no server is left behind
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no server is left behind
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="rock-faults-") as folder:
         counts = campaign(given.kind, given.runs, given.steps, given.seed, Path(folder), given.minutes)

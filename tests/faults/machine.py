@@ -318,8 +318,11 @@ class FaultMachine(RuleBasedStateMachine):
             if infos:
                 self._check(model, infos[0])
         running = {name for name, info in mine.items() if info["state"] == "running"}
-        if self.world.kind != "apart" and self.world.pids != len(running):
-            raise Broken(f"{len(running)} run, and there are {self.world.pids} on the machine")
+        end = time.monotonic() + PATIENCE  # what is killed may take a moment to be gone
+        while self.world.kind != "apart" and (pids := self.world.pids) != len(running):
+            if time.monotonic() > end:
+                raise Broken(f"{len(running)} run, and there are {pids} on the machine")
+            time.sleep(0.05)
 
     def _at_rest(self) -> dict[str, dict[str, Any]]:
         end = time.monotonic() + PATIENCE

@@ -172,10 +172,16 @@ class World:
         """How many pid 1 of sandboxes there are on this machine that a server of ours started."""
         if self.kind == "namespace":
             return len(records.slots(self.server.home / "run" / "namespace"))
-        found = 0
+        return len(self.roots)
+
+    @property
+    def roots(self) -> list[int]:
+        """The pid 1 of each sandbox of the process runtime."""
+        found = []
         for entry in os.listdir("/proc"):
             with contextlib.suppress(OSError):
-                found += os.readlink(f"/proc/{entry}/fd/1").startswith(f"{self.server.home}/run/process/")
+                if os.readlink(f"/proc/{entry}/fd/1").startswith(f"{self.server.home}/run/process/"):
+                    found.append(int(entry))
         return found
 
     def ensure(self) -> None:

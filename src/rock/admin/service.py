@@ -100,6 +100,8 @@ class Service:
                 CREATES.of("refused", error.code).add()
                 raise
             record = known
+            if record.state is State.PENDING:  # it may have been saved just now, by a store that then failed
+                self.launch(record)
         return await self.waited(record, wait)
 
     async def _insert(self, config: SandboxConfig, key: str | None, caller: Caller) -> Record:

@@ -136,6 +136,9 @@ class ProcessRuntime(InitSandboxes):
     async def recover(self, handle: Handle) -> Liveness:
         if not _alive(handle.data["pid"], handle.data["start"]):
             return Liveness.GONE
+        entry = proctree.read(handle.data["pid"])
+        if entry is not None and entry.state in "Tt":  # it was about to be killed with its tree: it never answers
+            return Liveness.GONE
         try:
             await self.link(handle).request("hello")
         except errors.RockError:

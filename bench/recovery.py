@@ -1,0 +1,184 @@
+"""An admin killed under load: `python bench/recovery.py [--kills 30]`.
+
+A server with 100 sandboxes, each with a session that was used, and 8 clients that run commands all the time. It is
+killed with SIGKILL and started again as `rock admin start` does, again and again. Prints, in seconds, minimum, median
+and 95th percentile of the time from the kill until it serves and every sandbox is told to run, and until the first
+command of every client that was in the middle of one is answered; and how many sandboxes, sessions and commands were
+lost, which must be none. The floor is what a Python with the same imports takes to start, of the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from rock.errors import RockError
+from rock.settings import child_environment
+from rock.sync import Client, Sandbox, SandboxConfig
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Served:
+    """The server process."""
+
+    def __init__(self, home: str, port: int) -> None:
+        self.home, self.port = home, port
+        self.url = f"http://127.0.0.1:{port}"
+        self.child: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with open(f"{self.home}/output.log", "ab") as log:
+            self.child = subprocess.Popen(
+                [sys.executable, "-m", "rock.cli.server", "--host", "127.0.0.1", "--port", str(self.port)],
+                env=child_environment(ROCK_HOME=self.home, ROCK_POOL_SIZE="0"), stdout=log, stderr=log,
+            )  # fmt: skip
+
+    def wait(self, running: int) -> None:
+        """Until it serves, and tells of so many sandboxes that they run."""
+        assert self.child is not None
+        with Client(self.url) as client:
+            while True:
+                try:
+                    if len(client.list_sandboxes(states="running")) == running:
+                        return
+                except RockError:
+                    pass
+                if self.child.poll() is not None:
+                    raise SystemExit(Path(self.home, "output.log").read_text()[-2000:])
+                time.sleep(0.005)
+
+    def kill(self) -> None:
+        assert self.child is not None
+        self.child.kill()
+        self.child.wait()
+
+
+class Load:
+    """Clients that run commands one after the other, and look at what each answers."""
+
+    def __init__(self, sandboxes: list[Sandbox], clients: int) -> None:
+        self.done = [0] * clients
+        self.wrong: list[str] = []
+        self._going_on = True
+        share = len(sandboxes) // clients
+        self._threads = [
+            threading.Thread(target=self._run, args=(n, sandboxes[n * share : (n + 1) * share])) for n in range(clients)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self, number: int, sandboxes: list[Sandbox]) -> None:
+        count = 0
+        while self._going_on:
+            count += 1
+            try:
+                seen = sandboxes[count % len(sandboxes)].arun(f"echo {count}; (exit {count % 100})")
+            except RockError as error:
+                self.wrong.append(repr(error))
+                continue
+            if (seen.output, seen.exit_code) != (f"{count}\n", count % 100):
+                self.wrong.append(f"{count}: {seen.output!r}, {seen.exit_code}")
+            self.done[number] += 1
+
+    def all_answered(self) -> None:
+        """Until every client has had an answer since now."""
+        before = list(self.done)
+        while any(now == was for now, was in zip(self.done, before, strict=True)):
+            time.sleep(0.002)
+
+    def stop(self) -> None:
+        self._going_on = False
+        for thread in self._threads:
+            thread.join()
+
+
+def spread(values: list[float]) -> str:
+    ordered = sorted(values)
+    last = ordered[min(len(ordered) - 1, int(len(ordered) * 0.95))]
+    middle = statistics.median(ordered)
+    return f"{ordered[0]:.2f} / {middle:.2f} / {last:.2f} (most {ordered[-1]:.2f}, n={len(ordered)})"
+
+
+def floor() -> float:
+    """Seconds of a Python that imports what a server imports, and ends."""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import rock.cli.server, rock.runtime.namespace.runtime, uvloop"], check=True)
+    return time.perf_counter() - began
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--sandboxes", type=int, default=100)
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    serving: list[float] = []
+    answered: list[float] = []
+    floors: list[float] = []
+    with tempfile.TemporaryDirectory(prefix="rock-bench-") as home:
+        server = Served(home, free_port())
+        server.start()
+        server.wait(0)
+        config = SandboxConfig(base_url=server.url, image="host", memory="128m", cpus=0.5)
+        sandboxes = [Sandbox(config) for _ in range(given.sandboxes)]
+        for number, sandbox in enumerate(sandboxes):
+            sandbox.start()
+            sandbox.arun(f"mark={number}")
+        load = Load(sandboxes, given.clients)
+        try:
+            for _ in range(given.kills):
+                load.all_answered()
+                began = time.perf_counter()
+                server.kill()
+                server.start()
+                server.wait(given.sandboxes)
+                serving.append(time.perf_counter() - began)
+                load.all_answered()
+                answered.append(time.perf_counter() - began)
+                floors.append(floor())
+        finally:
+            load.stop()
+        lost = 0
+        for number, sandbox in enumerate(sandboxes):
+            try:
+                lost += sandbox.arun("echo $mark").output != f"{number}\n"
+            except RockError as error:
+                print(repr(error))
+                lost += 1
+        for sandbox in sandboxes:
+            sandbox.stop()
+        assert server.child is not None
+        server.child.send_signal(signal.SIGTERM)
+        server.child.wait(60)
+    if given.json:
+        print(json.dumps({"serving": serving, "answered": answered, "floor": floors, "lost": lost,
+                          "commands": sum(load.done), "wrong": load.wrong}))  # fmt: skip
+    else:
+        print(f"killed -9 -> serving, all {given.sandboxes} found   {spread(serving)} s, target <= 2 s")
+        print(f"killed -9 -> each client answered      {spread(answered)} s")
+        print(f"floor: such a Python starts            {spread(floors)} s")
+        print(f"sandboxes and sessions lost: {lost}; commands: {sum(load.done)}, wrong or lost: {len(load.wrong)}; "
+              f"load {os.getloadavg()[0]:.1f}")
+        for text in load.wrong[:5]:
+            print(" ", text)
+    return 1 if lost or load.wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
