@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 
 .PHONY: demo test check lint types unit compat docker fuzz admins training gym-extras sync lock bench \
-	bench-environments soak escape-table front fleet ray ray-shapes clean
+	bench-environments soak escape-table front cluster fleet ray ray-shapes clean
 
 demo: $(VENV)/ready
 	@$(PY) -m rock.cli.demo
@@ -64,6 +64,10 @@ fuzz: $(VENV)/ready-dev
 # Several admins on one PostgreSQL: one leads, others take over.
 admins: $(VENV)/ready-dev
 	ROCK_TEST_ADMINS=1 $(PY) -m pytest tests/store/test_several_admins.py
+
+# Three machines as network namespaces, whose network is slow, loses packets, and is cut; needs root.
+cluster: $(VENV)/ready-dev
+	ROCK_TEST_CLUSTER=1 $(PY) -m pytest tests/cluster
 
 # Every request and WebSocket through another server in front: what a sandbox on another machine is reached by.
 front: $(VENV)/ready-dev

@@ -58,9 +58,7 @@ class RunningServer:
         }  # fmt: skip
         with open(self.home / "output.log", "ab") as log:
             self.process = subprocess.Popen(
-                [*self.prefix, sys.executable, "-W", "error::ResourceWarning", "-m", "rock.cli.server",
-                 "--host", "127.0.0.1", "--port", str(port)],
-                env=environ, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                [*self.prefix, *self.command(port)], env=environ, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
             )  # fmt: skip
         self.pid = self.process.pid
         end = time.monotonic() + seconds
@@ -76,6 +74,11 @@ class RunningServer:
                 break
             time.sleep(0.01)
         raise AssertionError(f"the server did not start:\n{self.log()}")
+
+    def command(self, port: int) -> list[str]:
+        """Its command line."""
+        return [sys.executable, "-W", "error::ResourceWarning", "-m", "rock.cli.server", "--host", "127.0.0.1",
+                "--port", str(port)]  # fmt: skip
 
     def reached_at(self, port: int) -> str:
         """Its address, when it listens on that port."""

@@ -6,6 +6,7 @@ RockError                           code, message, sandbox_id, retryable, hint
 │   ├── Unsupported                 this host or runtime cannot give what was asked
 │   ├── NotFound                    no such sandbox, session, process, image, path
 │   │   └── NotHere                 a worker does not hold it; never seen by a client of the admin
+│   ├── WrongRole                   a reader was asked to change something, or a writer for what readers serve
 │   ├── Conflict                    it exists already, or its state forbids this
 │   ├── Unauthorized                no key, or the wrong one
 │   ├── Forbidden                   a key that is not for this
@@ -72,6 +73,7 @@ __all__ = [
     "Unauthorized",
     "Unavailable",
     "Unsupported",
+    "WrongRole",
     "codes",
     "from_wire",
     "raise_for_code",
@@ -204,6 +206,13 @@ class NotHere(NotFound):
     """A worker was asked for a sandbox that it does not hold; whoever forwarded the request knows what became of it."""
 
     code = "not_here"
+    status = 421
+
+
+class WrongRole(ClientError):
+    """This server is not the one for that; `details["role"]` is: write or read."""
+
+    code = "wrong_role"
     status = 421
 
 

@@ -6,6 +6,7 @@ Client settings are functions, because a script may set a variable after the imp
 | variable | default | meaning |
 |---|---|---|
 | ROCK_BASE_URL | http://127.0.0.1:8080 | where the SDK and the CLI find the server |
+| ROCK_READ_URL | ROCK_BASE_URL | where they look, and reach into sandboxes; both may be URL,URL |
 | ROCK_API_KEY | none | the key that they send, and that a server asks for |
 | ROCK_HOME | ~/.rock | the one folder with all of a server's state |
 | ROCK_POOL_SIZE | 4 | warm sandboxes kept per recently used image; 0 is off |
@@ -29,6 +30,8 @@ Client settings are functions, because a script may set a variable after the imp
 | ROCK_WORKERS | none | an admin without sandboxes of its own: its rocklets, as NAME=URL,NAME=URL; or "none" |
 | ROCK_WORKER_KEY | ROCK_API_KEY | the key that those ask for, and that a rocklet may join by |
 | ROCK_WORKER_LEASE | 10 | seconds of the lease of a worker that joined |
+| ROCK_ROLE | all | what a server serves: all, write (or admin), read (or proxy) |
+| ROCK_WRITER, ROCK_READER | none | of a reader, a writer: where it hands on what the other role serves; URL,URL |
 | ROCK_JOIN, ROCK_WORKER_NAME, ROCK_ADVERTISE | none | of a rocklet: --join, --name, --advertise |
 | ROCK_LEASE_LOST | stop | of a rocklet: what its sandboxes do when its lease is over: stop, or keep |
 | ROCK_SCHEDULER | local | "ray": a Ray cluster decides where sandboxes go, docs/guides/ray.md |
@@ -61,8 +64,9 @@ _RUNTIME_ENVS = {
 
 
 def base_url() -> str:
-    """ROCK_BASE_URL, or the default address."""
-    return os.environ.get("ROCK_BASE_URL") or DEFAULT_URL
+    """ROCK_BASE_URL, or the default address; with ROCK_READ_URL "WRITERS;READERS"."""
+    write, read = os.environ.get("ROCK_BASE_URL") or DEFAULT_URL, os.environ.get("ROCK_READ_URL")
+    return f"{write};{read}" if read else write
 
 
 def api_key() -> str | None:
@@ -177,6 +181,9 @@ class Settings:
     workers: str = ""
     worker_key: str = field(default="", repr=False)
     worker_lease: float = 10.0
+    role: str = "all"
+    writer: str = ""
+    reader: str = ""
     join: str = ""
     worker_name: str = ""
     advertise: str = ""
@@ -246,6 +253,9 @@ class Settings:
             ("workers", str),
             ("worker_key", str),
             ("worker_lease", float),
+            ("role", str),
+            ("writer", str),
+            ("reader", str),
             ("join", str),
             ("worker_name", str),
             ("advertise", str),

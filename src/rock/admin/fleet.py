@@ -23,6 +23,7 @@ from rock.wire.asgi import App
 log = logging.getLogger("rock.workers")
 
 _LOOK = 1.0
+_GAP = 3.0  # most seconds of silence that count from one look to the next
 _ASK = 5.0  # seconds that a worker of ROCK_WORKERS may take to tell how it is
 _STATUS_AGE = 1.0
 
@@ -30,11 +31,12 @@ _STATUS_AGE = 1.0
 @dataclass(frozen=True)
 class Reached:
     """How one that joined is commanded, and how requests to its sandboxes are handed on. close: ends both; what is
-    under way is answered as Unavailable."""
+    under way is answered as Unavailable. failing: whether it took no connection a moment ago."""
 
     worker: Worker
     app: App
     close: Callable[[], Awaitable[None]]
+    failing: Callable[[], bool]
 
 
 @dataclass
@@ -65,6 +67,7 @@ class Fleet(Mapping[str, Worker]):
         self._lost: dict[str, WorkerInfo] = {}
         self._task: asyncio.Task[None] | None = None
         self._looking = asyncio.Lock()
+        self._looked_at = float("-inf")
         self._asked: dict[str, NodeStatus] = {}
         self._asked_at = float("-inf")
 
@@ -112,6 +115,11 @@ class Fleet(Mapping[str, Worker]):
         async with self._looking:
             found = {info.name: info for info in await self._registry().list() if info.name not in self.fixed}
             now = time.monotonic()
+            unheard = now - self._looked_at - _GAP
+            if unheard > 0:  # this process stood still, or the store: nobody could be heard
+                for member in self._members.values():
+                    member.changed_at += unheard
+            self._looked_at = now
             self._lost = {name: info for name, info in found.items() if info.is_lost}
             changed = []
             for name in [name for name in self._members if name not in found or found[name].is_lost]:
@@ -176,7 +184,8 @@ class Fleet(Mapping[str, Worker]):
         joined = {
             name: member.info.status
             for name, member in self._members.items()
-            if member.info.state is WorkerState.READY and member.changed_at > limit and member.info.status is not None
+            if member.info.state is WorkerState.READY and member.info.status is not None
+            and member.changed_at > limit and not member.reached.failing()
         }
         if not self._asked and not joined and len(self):
             raise Unavailable("no worker takes sandboxes now: they are not reached, or are being drained", hint="retry")

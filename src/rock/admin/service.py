@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
@@ -36,6 +37,7 @@ log = logging.getLogger("rock.admin")
 
 ENV_LABEL = "rock.env"
 _RETRY = 5.0  # seconds
+_ELSEWHERE = 0.2  # seconds from one look at what another server starts to the next
 _ENDS = (Event.LAUNCH_FAILED, Event.STOP, Event.ENDED, Event.DESTROYED)
 _MOST_RECENT = 10_000
 _PUT_AWAY = 10.0  # seconds to wait for the end of a former life
@@ -233,6 +235,8 @@ class Service:
         record = await self.load(sandbox_id)
         if record.state is State.PENDING:
             record = await self._launch_ended(record, wait)
+            if record.state is State.PENDING and wait > 0 and record.id not in self._launches:
+                record = await self._started_elsewhere(record, wait)
         if record.state is not State.RUNNING:
             return record.info
         try:
@@ -241,6 +245,14 @@ class Service:
             log.info("worker of %s: %s", sandbox_id, error)
             return record.info.model_copy(update={"is_alive": False})
         return infos.seen(record, found)
+
+    async def _started_elsewhere(self, record: Record, wait: float) -> Record:
+        """The record once another server has started it, or after `wait` seconds."""
+        end = time.monotonic() + wait
+        while record.state is State.PENDING and (left := end - time.monotonic()) > 0:
+            await asyncio.sleep(min(_ELSEWHERE, left))
+            record = await self.load(record.id)
+        return record
 
     async def connections(self, sandbox_id: str) -> ConnectionList:
         """What it connected to, as its worker remembers it. Unavailable when that is not there."""

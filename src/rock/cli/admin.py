@@ -38,18 +38,20 @@ def start(
         str | None, typer.Option(help="Address to listen on; beyond loopback an API key is needed.")
     ] = None,
     env: Annotated[str, typer.Option(help="Kept for ROCK's command line; local is the only one.")] = "local",
-    role: Annotated[str, typer.Option(help="all; admin and write mean the same here.")] = "all",
+    role: Annotated[
+        str | None, typer.Option(help="all, write (or admin), read (or proxy); the last two have no sandboxes here.")
+    ] = None,
     tls_cert: Annotated[str | None, typer.Option(help="Serve TLS with this chain of certificates, in PEM.")] = None,
     tls_key: Annotated[str | None, typer.Option(help="The key of the certificate, in PEM.")] = None,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay, and log to the terminal.")] = False,
 ) -> None:
     """Start the server and return when it serves. Sandboxes of a server that crashed are found again."""
     from rock.admin.auth import require_key_beyond_loopback
+    from rock.admin.roles import role_of
     from rock.cli.serve import Home, run_server, tls_of
 
-    if role not in ("all", "admin", "write"):
-        raise InvalidConfig(f"role {role!r} is not available yet", hint="role 'all' serves reads and writes")
-    settings = _settings(host=host, port=port, tls_cert=_file(tls_cert), tls_key=_file(tls_key))
+    settings = _settings(host=host, port=port, tls_cert=_file(tls_cert), tls_key=_file(tls_key), role=role)
+    role_of(settings.role)
     require_key_beyond_loopback(settings.host, settings.api_key)
     tls_of(settings)
     if foreground:
@@ -86,7 +88,8 @@ def _launch(settings: Settings) -> dict[str, Any]:
             start_new_session=True,
             cwd="/",
             env=child_environment(
-                ROCK_HOME=str(settings.home), ROCK_TLS_CERT=settings.tls_cert, ROCK_TLS_KEY=settings.tls_key
+                ROCK_HOME=str(settings.home), ROCK_TLS_CERT=settings.tls_cert, ROCK_TLS_KEY=settings.tls_key,
+                ROCK_ROLE=settings.role,
             ),
         )
     home = Home(settings.home)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ import orjson
 from rock.admin.app import Admin
 from rock.admin.auth import Authenticated, require_key_beyond_loopback
 from rock.admin.fleet import Fleet, Reached
+from rock.admin.roles import Doors, role_of, servers
 from rock.admin.worker import FENCE, Transport, WireWorker, Worker
 from rock.cli.home import Home
 from rock.errors import InvalidConfig, RockError, Unavailable, Unsupported
@@ -30,11 +32,15 @@ from rock.wire.remote import Remote
 
 _LONG = ("/commit", "/wake")
 _MADE_AT_ONCE = 32  # sandboxes that one worker is asked to make
+_SHUNNED = 5.0  # seconds that a worker gets no sandboxes after it took no connection
 _USUAL = 100.0  # seconds that a worker may be silent
 
 
-def transport_to(url: str, key: str | None, headers: dict[str, str] | None = None) -> Transport:
-    """Requests of a WireWorker, each with the token of the lease by which it is made."""
+def transport_to(
+    url: str, key: str | None, headers: dict[str, str] | None = None, unreached: Callable[[], None] = lambda: None
+) -> Transport:
+    """Requests of a WireWorker, each with the token of the lease by which it is made. unreached: called when it takes
+    no connection."""
     own = headers or {}
     clients: dict[int | None, Client] = {}
 
@@ -49,14 +55,17 @@ def transport_to(url: str, key: str | None, headers: dict[str, str] | None = Non
             return 200, await client.call(method, f"{path}?{query}" if query else path, body,
                                           timeout=None if makes else _USUAL)  # fmt: skip
         except RockError as error:
+            if error.details.get("unsent"):
+                unreached()
             return error.status, orjson.dumps(error.to_wire(), default=repr)
 
     return carry
 
 
-def commands_over(remote: Remote, name: str, gone: asyncio.Event) -> Transport:
+def commands_over(remote: Remote, name: str, gone: asyncio.Event, unreached: Callable[[], None]) -> Transport:
     """Requests of a WireWorker over kept-alive connections. When its worker is `gone`, and `remote` closed, what is
-    under way is answered as Unavailable: a machine that is cut off does not end its connections."""
+    under way is answered as Unavailable: a machine that is cut off does not end its connections. unreached: called when
+    it takes no connection."""
     making = asyncio.Semaphore(_MADE_AT_ONCE)
 
     async def ask(method: str, path: str, query: str, body: bytes, makes: bool) -> tuple[int, bytes]:
@@ -65,8 +74,8 @@ def commands_over(remote: Remote, name: str, gone: asyncio.Event) -> Transport:
         async with asyncio.timeout(None if makes else _USUAL):
             try:
                 return await remote.request(method, path, query, body, headers)
-            except Unavailable:
-                if gone.is_set() or method == "POST":
+            except Unavailable as error:
+                if gone.is_set() or method == "POST" or error.details.get("unsent"):
                     raise
             # A kept connection may have ended just then; what is asked again is done once.
             return await remote.request(method, path, query, body, headers)
@@ -80,6 +89,8 @@ def commands_over(remote: Remote, name: str, gone: asyncio.Event) -> Transport:
             error: RockError = Unavailable(f"worker {name} was silent for {_USUAL:g} s", hint="retry")
         except Unavailable as raised:
             error = raised
+            if error.details.get("unsent"):
+                unreached()
             if gone.is_set():
                 error = Unavailable(f"worker {name} was lost while it was asked", hint="retry")
         return error.status, orjson.dumps(error.to_wire(), default=repr)
@@ -92,17 +103,24 @@ def reach_with(key: str | None) -> Callable[[WorkerInfo], Reached]:
 
     def reach(info: WorkerInfo) -> Reached:
         gone = asyncio.Event()
+        failed_at = float("-inf")
+
+        def unreached() -> None:
+            nonlocal failed_at
+            failed_at = time.monotonic()
+
         command = {routes.EPOCH: f"{info.name}/{info.epoch}"}
         own = {} if key is None else {routes.OTHER_KEY: key}
         data, long = Remote(info.url, own), Remote(info.url, {**own, **command})
-        carry = commands_over(long, info.name, gone)
+        carry = commands_over(long, info.name, gone, unreached)
 
         async def close() -> None:
             gone.set()
             await data.close()
             await long.close()
 
-        return Reached(WireWorker(info.name, carry, long.stream), data, close)
+        worker = WireWorker(info.name, carry, long.stream)
+        return Reached(worker, data, close, lambda: time.monotonic() - failed_at < _SHUNNED)
 
     return reach
 
@@ -123,9 +141,10 @@ def workers_of(text: str) -> dict[str, str]:
 
 
 class Control:
-    """Store, admin and proxy, over workers that are elsewhere."""
+    """Store, admin and proxy, over workers that are elsewhere; of a role (admin/roles.py), or of both."""
 
     def __init__(self, settings: Settings, store: Store) -> None:
+        role = role_of(settings.role)
         require_key_beyond_loopback(settings.host, settings.api_key)
         urls = workers_of(settings.workers)
         if settings.archive not in ("", "off") and urls:
@@ -141,8 +160,18 @@ class Control:
         self.fleet = Fleet(fixed, apps, lambda: store.workers, reach_with(key), Lease.of(settings.worker_lease))
         self._proxy = Proxy(store, self.fleet.apps)
         settings = replace(settings, archive=settings.archive or "off")
-        self.admin = Admin(settings, store, self.fleet, ["write", "read"], self._proxy)
-        self.app = Authenticated(self._route, settings.api_key, self.admin.keys, settings.worker_key)
+        roles = ["write", "read"] if role == "all" else [role]
+        self.admin = Admin(settings, store, self.fleet, roles, self._proxy, leads=role != "read")
+        self.app: App = Authenticated(self._route, settings.api_key, self.admin.keys, settings.worker_key)
+        if role == "read":
+            self.app = Doors(self.app, "read", self._others(settings.writer))
+        elif role == "write":
+            self.app = Doors(self.app, "write", self._others(settings.reader))
+
+    def _others(self, text: str) -> list[Remote]:
+        found = servers(text)
+        self._remotes += found
+        return found
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "lifespan" and is_data(scope["path"]):

@@ -9,19 +9,17 @@ from typing import Any
 from rock.cli.envhub import serve_envhub
 from rock.cli.output import fail
 from rock.cli.serve import Rocklet, Server, run_server
-from rock.errors import InvalidConfig, RockError, Unavailable
+from rock.errors import InvalidConfig, RockError
 from rock.settings import Settings, envhub_database
 
 
 def admin_main() -> None:
-    """`admin`: the whole server."""
+    """`admin`: the server, or one role of it."""
     parser = argparse.ArgumentParser(prog="admin", description="The ROCK server in the foreground.")
     parser.add_argument("--env", default="local", help="kept for ROCK's command line; local is the only one")
     parser.add_argument("--role", default="all", choices=["all", "admin", "write", "proxy", "read"])
     given = _place(parser)
-    if given.role in ("proxy", "read"):
-        sys.exit(fail(Unavailable("a read cluster of its own is not available yet; role 'all' serves both")))
-    _run(given, Server)
+    _run(given, Server, role=given.role)
 
 
 def rocklet_main() -> None:
@@ -56,8 +54,8 @@ def _place(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _run(given: argparse.Namespace, role: type[Server] | type[Rocklet], **more: Any) -> None:
+def _run(given: argparse.Namespace, kind: type[Server] | type[Rocklet], **more: Any) -> None:
     try:
-        run_server(Settings.read(host=given.host, port=given.port, **more), role)
+        run_server(Settings.read(host=given.host, port=given.port, **more), kind)
     except (RockError, ValueError) as error:
         sys.exit(fail(error if isinstance(error, RockError) else InvalidConfig(str(error))))

@@ -23,6 +23,7 @@ from rock import settings as environment
 from rock.admin.app import Admin
 from rock.admin.auth import Authenticated, require_key_beyond_loopback
 from rock.admin.fleet import Fleet
+from rock.admin.roles import role_of
 from rock.admin.worker import Worker
 from rock.cli.control import Control, reach_with
 from rock.cli.home import Home
@@ -80,7 +81,8 @@ def make_store(settings: Settings) -> Store:
     """Where the server remembers, as ROCK_STORE says: a file, or a PostgreSQL database. InvalidConfig, Unsupported."""
     scheme, separator, _ = settings.store.partition("://")
     if not separator:
-        return SqliteStore(Path(settings.store).expanduser().absolute() if settings.store else settings.database)
+        file = Path(settings.store).expanduser().absolute() if settings.store else settings.database
+        return SqliteStore(file, shared=role_of(settings.role) != "all")
     if scheme not in ("postgresql", "postgres"):
         raise InvalidConfig(f"ROCK_STORE: there is no store for {scheme}://", hint="a file, or postgresql://...")
     try:
@@ -129,14 +131,15 @@ class Rocklet:
         self.home.take()
         try:
             await self.node.open()
-            if self.membership is not None:
-                await self.membership.open()
         except BaseException:
-            if self.membership is not None:
-                await self.membership.close()
-            await self.node.close()
             self.home.release()
             raise
+        if self.membership is not None:
+            try:
+                await self.membership.open()
+            except BaseException:
+                await self.close()
+                raise
 
     async def close(self) -> None:
         """Stop serving; sandboxes stay alive and are found again by the next server."""
@@ -286,7 +289,8 @@ def http_over(app: App, settings: Settings | None = None) -> uvicorn.Server:
 
 def make_server(settings: Settings, role: type[Server] | type[Rocklet]) -> Server | Rocklet | Control:
     """What a process with these settings serves."""
-    if role is Server and (settings.workers or settings.scheduler == "ray"):
+    elsewhere = settings.workers or settings.scheduler == "ray"
+    if role is Server and (elsewhere or role_of(settings.role) != "all"):
         return Control(settings, make_store(settings))
     return role(settings)
 

@@ -11,26 +11,17 @@ from typing import Any
 
 from rock.errors import Expired, Lost, NotFound, NotHere, OutOfMemory, RockError, StartFailed, Unavailable, Unsupported
 from rock.protocol.keys import caller_of
-from rock.protocol.routes import ERROR_CODE, ROUTES
+from rock.protocol.planes import BUILD, PREFIX, is_data
+from rock.protocol.routes import ERROR_CODE
 from rock.protocol.sandbox import Cause, SandboxInfo, State
 from rock.store.base import Store
 from rock.wire.asgi import App, Receive, Scope, Send, deny, failure
 
-PREFIX = "/v1/sandboxes/"
 _REMEMBERED = 20_000
-_CONTROL = {"stop", "restart", "archive", "commit", "connections"}
-_BUILD = ROUTES["build_image"].path
 _NOT_HERE = (ERROR_CODE.encode(), NotHere.code.encode())  # a program inside may answer 421 too
 
 
-def is_data(path: str) -> bool:
-    """Whether a path belongs to the data plane: something below a sandbox that is not the admin's, or a build."""
-    if path == _BUILD:
-        return True
-    if not path.startswith(PREFIX):
-        return False
-    _, _, rest = path[len(PREFIX) :].partition("/")
-    return bool(rest) and rest not in _CONTROL
+__all__ = ["Proxy", "is_data", "tell"]
 
 
 class Proxy:
@@ -51,10 +42,10 @@ class Proxy:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         tenant = caller_of(scope).tenant  # images are all tenants', and a matter of what a key may do
-        if tenant is not None and scope["path"] != _BUILD and not await self._owns(tenant, _sandbox_id(scope)):
+        if tenant is not None and scope["path"] != BUILD and not await self._owns(tenant, _sandbox_id(scope)):
             await _refuse(scope, send, _not_found(_sandbox_id(scope)))
             return
-        if self._local is None or (len(self._workers) > 1 and scope["path"] != _BUILD):
+        if self._local is None or (len(self._workers) > 1 and scope["path"] != BUILD):
             await self._forward(scope, receive, send)
             return
         # One worker: it knows its sandboxes, so the store is asked only for what it does not know.
@@ -76,7 +67,7 @@ class Proxy:
         return known == tenant
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] == _BUILD:
+        if scope["path"] == BUILD:
             await failure(Unsupported("images are built where there is one worker", hint="ask a worker")).send(send)
             return
         sandbox_id = _sandbox_id(scope)

@@ -14,7 +14,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 
 from rock.errors import Conflict, RockError, Unavailable, from_wire
-from rock.sdk.http import Address
+from rock.sdk.servers import Servers
 
 LOCAL_HOST = "127.0.0.1"
 _CHUNK = 128 << 10
@@ -23,14 +23,16 @@ _CLOSE_WITHIN = 5.0  # seconds
 
 async def web_socket(base_url: str, target: str, headers: Mapping[str, str]) -> ClientConnection:
     """A WebSocket of a server, open. Any RockError with which it refuses; Unavailable when it cannot be reached."""
-    address = Address.parse(base_url)
-    url = f"{'wss' if address.tls else 'ws'}://{address.host_header}{address.path}{target}"
-    try:
-        return await connect(url, additional_headers=headers, proxy=None, compression=None, max_size=None)
-    except InvalidStatus as error:
-        raise _refusal(error.response.status_code, bytes(error.response.body or b"")) from None
-    except (OSError, WebSocketException) as error:
-        raise Unavailable(f"no WebSocket at {base_url}: {error}") from None
+    failure: Exception | None = None
+    for address in Servers.parse(base_url).read:
+        url = f"{'wss' if address.tls else 'ws'}://{address.host_header}{address.path}{target}"
+        try:
+            return await connect(url, additional_headers=headers, proxy=None, compression=None, max_size=None)
+        except InvalidStatus as error:
+            raise _refusal(error.response.status_code, bytes(error.response.body or b"")) from None
+        except (OSError, WebSocketException) as error:
+            failure = error
+    raise Unavailable(f"no WebSocket at {base_url}: {failure}") from None
 
 
 def _refusal(status: int, body: bytes) -> RockError:

@@ -17,15 +17,18 @@ from typing import Any, Self
 import orjson
 
 from rock import errors
+from rock.protocol.planes import role_for
 from rock.sdk import primitives
 from rock.sdk.connection import Connection
 from rock.sdk.http import Address, Answer, Source, header_lines
 from rock.sdk.pool import Pool
+from rock.sdk.servers import Servers
 
 CONNECT_TIMEOUT = 10.0
 ANSWER_TIMEOUT = 60.0
 STREAM_READ_SIZE = 1 << 20
 SENT = {"sent": True}  # in the details of an Unavailable: the server may have begun to do what was asked
+UNSENT = {"unsent": True}  # no connection was had
 HINT = "start it with: rock admin start"
 
 POOL: Pool[Connection] = Pool()
@@ -35,9 +38,10 @@ Body = bytes | Source
 
 
 class Transport:
-    """How to reach one server.
+    """How to reach a server, or the servers of a cluster.
 
-    base_url: may have a path. api_key: sent as `Authorization: Bearer`. headers: sent with every request.
+    base_url: may have a path; of a cluster see servers.py. api_key: sent as `Authorization: Bearer`. headers: sent with
+    every request.
     Timeouts are seconds; the timeout of a call is how long the server may be silent, and None is no limit.
     InvalidConfig: the URL or a header cannot be used.
     """
@@ -51,20 +55,20 @@ class Transport:
         connect_timeout: float | None = CONNECT_TIMEOUT,
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
-        self.address = Address.parse(base_url)
-        self.connect_timeout = connect_timeout
-        self._ssl_context = ssl_context
-        given = {"host": self.address.host_header, "user-agent": "rock-sdk", "accept": "*/*"}
-        if api_key:
-            given["authorization"] = f"Bearer {api_key}"
-        for name, value in (headers or {}).items():
-            given[name.lower()] = value
-        self._common = header_lines(given)
-        self._key = (self.address.host, self.address.port, self.address.tls, ssl_context)
+        given = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        given |= {name.lower(): value for name, value in (headers or {}).items()}
+        self.url = base_url.strip().rstrip("/")
+        servers = Servers.parse(base_url)
+        made = {address: _Server(address, given, connect_timeout, ssl_context)
+                for address in (*servers.write, *servers.read)}  # fmt: skip
+        self._one = next(iter(made.values())) if len(made) == 1 else None
+        self._write = [made[address] for address in servers.write]
+        self._read = [made[address] for address in servers.read]
 
     @property
-    def url(self) -> str:
-        return self.address.url
+    def address(self) -> Address:
+        """Of who is asked to look, and to reach into sandboxes."""
+        return self._read[0].address
 
     async def json(
         self,
@@ -96,7 +100,7 @@ class Transport:
         content_type: str = "application/json",
     ) -> bytes:
         """The body of the answer. Raises what `json` does."""
-        _, answer = await self._exchange(method, target, body, timeout, key, content_type, whole=True)
+        _, _, answer = await self._exchange(method, target, body, timeout, key, content_type, whole=True)
         data = answer.take()
         if answer.status >= 300:
             raise failure(answer.status, data, self.url)
@@ -113,11 +117,59 @@ class Transport:
         content_type: str = "application/json",
     ) -> Download:
         """An answer to be read while it comes. Raises what `json` does."""
-        connection, answer = await self._exchange(method, target, body, timeout, key, content_type)
-        download = Download(self, connection, answer, timeout)
+        server, connection, answer = await self._exchange(method, target, body, timeout, key, content_type)
+        download = Download(server, connection, answer, timeout)
         if answer.status >= 300:
             raise failure(answer.status, await download.read(limit=1 << 20), self.url)
         return download
+
+    async def _exchange(
+        self,
+        method: str,
+        target: str,
+        body: Body,
+        timeout: float | None,
+        key: str | None,
+        content_type: str,
+        whole: bool = False,
+    ) -> tuple[_Server, Connection, Answer]:
+        """With the first server of the role that takes a connection; one that does not is asked last from then on."""
+        if self._one is not None:
+            return self._one, *await self._one.exchange(method, target, body, timeout, key, content_type, whole)
+        writes = role_for(method, target.partition("?")[0]) == "write"
+        servers = self._write if writes else self._read
+        for server in servers[:-1]:
+            try:
+                return server, *await server.exchange(method, target, body, timeout, key, content_type, whole)
+            except errors.Unavailable as error:
+                if not error.details.get("unsent"):
+                    raise
+                rest = [other for other in (self._write if writes else self._read) if other is not server]
+                if writes:
+                    self._write = [*rest, server]
+                else:
+                    self._read = [*rest, server]
+        last = servers[-1]
+        return last, *await last.exchange(method, target, body, timeout, key, content_type, whole)
+
+
+class _Server:
+    """One server, by its address and the headers that it is sent."""
+
+    def __init__(
+        self, address: Address, headers: Mapping[str, str], connect_timeout: float | None,
+        ssl_context: ssl.SSLContext | None,
+    ) -> None:  # fmt: skip
+        self.address = address
+        self.connect_timeout = connect_timeout
+        self._ssl_context = ssl_context
+        given = {"host": address.host_header, "user-agent": "rock-sdk", "accept": "*/*", **headers}
+        self._common = header_lines(given)
+        self._key = (address.host, address.port, address.tls, ssl_context)
+
+    @property
+    def url(self) -> str:
+        return self.address.url
 
     def release(self, connection: Connection, answer: Answer) -> None:
         """Keep a connection whose answer is complete; close any other."""
@@ -136,7 +188,7 @@ class Transport:
                 lines += f"content-type: {content_type}\r\n"
         return b"%b%b\r\n" % (lines.encode("ascii"), self._common)
 
-    async def _exchange(
+    async def exchange(
         self,
         method: str,
         target: str,
@@ -175,13 +227,13 @@ class Transport:
             return await Connection.open(self.address, self.connect_timeout, self._ssl_context)
         except TimeoutError:
             message = f"nothing answers at {self.url} within {self.connect_timeout} seconds"
-            raise errors.Unavailable(message, hint=HINT) from None
+            raise errors.Unavailable(message, hint=HINT, details=UNSENT) from None
         except ssl.SSLError as error:
-            raise errors.Unavailable(f"no TLS connection to {self.url}: {error}") from error
+            raise errors.Unavailable(f"no TLS connection to {self.url}: {error}", details=UNSENT) from error
         except ConnectionRefusedError:
-            raise errors.Unavailable(f"no ROCK server at {self.url}", hint=HINT) from None
+            raise errors.Unavailable(f"no ROCK server at {self.url}", hint=HINT, details=UNSENT) from None
         except OSError as error:
-            raise errors.Unavailable(f"cannot reach {self.url}: {error}", hint=HINT) from error
+            raise errors.Unavailable(f"cannot reach {self.url}: {error}", hint=HINT, details=UNSENT) from error
 
     async def _send(
         self, connection: Connection, answer: Answer, head: bytes, body: Body, timeout: float | None
@@ -227,10 +279,10 @@ class Transport:
 class Download:
     """A body that is coming: `async for` its parts, or `read` it. Leaving it early closes its connection."""
 
-    def __init__(self, transport: Transport, connection: Connection, answer: Answer, timeout: float | None) -> None:
+    def __init__(self, server: _Server, connection: Connection, answer: Answer, timeout: float | None) -> None:
         self.headers = answer.headers
         self.status = answer.status
-        self._transport = transport
+        self._server = server
         self._connection: Connection | None = connection
         self._answer = answer
         self._timeout = timeout
@@ -244,7 +296,7 @@ class Download:
                 return part
             if answer.done:
                 self._connection = None
-                self._transport.release(connection, answer)
+                self._server.release(connection, answer)
                 return b""
             try:
                 data = await connection.receive(self._timeout, STREAM_READ_SIZE)
@@ -254,10 +306,10 @@ class Download:
                     answer.end()
             except TimeoutError:
                 self.close()
-                raise errors.Unavailable(f"{self._transport.url} was silent for {self._timeout} seconds") from None
+                raise errors.Unavailable(f"{self._server.url} was silent for {self._timeout} seconds") from None
             except OSError as error:
                 self.close()
-                raise errors.Unavailable(f"the connection to {self._transport.url} broke: {error}") from error
+                raise errors.Unavailable(f"the connection to {self._server.url} broke: {error}") from error
             except BaseException:
                 self.close()
                 raise

@@ -14,7 +14,7 @@ import contextlib
 import ssl
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, MutableMapping
+from collections.abc import AsyncGenerator, AsyncIterator, MutableMapping, Sequence
 from typing import Any, cast
 from urllib.parse import quote, urlsplit
 
@@ -206,6 +206,7 @@ class Remote:
         self._names = frozenset(name for name, _ in self._own)
         self._idle: list[_Connection] = []
         self._busy: set[_Connection] = set()
+        self._sockets: set[asyncio.Task[None]] = set()
 
     @property
     def host(self) -> str:
@@ -213,9 +214,11 @@ class Remote:
         return self._host
 
     async def close(self) -> None:
-        """End every connection. Requests under way are broken."""
+        """End every connection. Requests and WebSockets under way are broken."""
         for connection in (*self._idle, *self._busy):
             connection.close()
+        for task in self._sockets:
+            task.cancel()
         self._idle.clear()
         await asyncio.sleep(0)  # for the transports to close their sockets
 
@@ -245,9 +248,22 @@ class Remote:
             async with asyncio.timeout(_CONNECT_WITHIN):
                 _, made = await loop.create_connection(_Connection, self._host, self._port, ssl=self._tls)
         except (OSError, TimeoutError) as error:
-            raise self._unreached(str(error) or f"no answer within {_CONNECT_WITHIN:g} s") from None
+            unreached = self._unreached(str(error) or f"no answer within {_CONNECT_WITHIN:g} s")
+            unreached.details["unsent"] = True
+            raise unreached from None
         self._busy.add(made)
         return made
+
+    async def is_reached(self) -> bool:
+        """Whether it takes a connection now; that is kept for the next request."""
+        try:
+            made = await self._connection()
+        except Unavailable:
+            return False
+        self._busy.discard(made)
+        made.used_at = time.monotonic()
+        self._idle.append(made)
+        return True
 
     def _unreached(self, why: str) -> Unavailable:
         return Unavailable(f"the worker at {self.url} is not reached: {why}", hint="retry")
@@ -334,10 +350,22 @@ class Remote:
 
     async def _socket(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = [header for header in self._kept(scope) if header[0] != b"host"]
+        work = sockets.joined(self._host, self._port, self._tls, scope, headers, receive, send)
+        task = asyncio.create_task(work, name="remote-socket")
+        self._sockets.add(task)
         try:
-            await sockets.joined(self._host, self._port, self._tls, scope, headers, receive, send)
-        except (OSError, TimeoutError, EOFError) as error:
+            await asyncio.wait({task})
+        finally:
+            self._sockets.discard(task)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        if task.cancelled():
+            with contextlib.suppress(RuntimeError, OSError):  # it may be closed already
+                await send({"type": "websocket.close", "code": 1011, "reason": "the worker is gone"})
+        elif isinstance(error := task.exception(), OSError | TimeoutError | EOFError):
             await deny(scope, send, self._unreached(str(error)))
+        elif error is not None:
+            raise error
 
     # ---- requests of our own
 
@@ -380,6 +408,14 @@ class Remote:
                 writing.cancel()
                 await asyncio.gather(writing, return_exceptions=True)
             self._done(connection)
+
+
+async def first_reached(remotes: Sequence[Remote]) -> Remote:
+    """The first that takes a connection; the last when none does, to tell why."""
+    for remote in remotes[:-1]:
+        if await remote.is_reached():
+            return remote
+    return remotes[-1]
 
 
 def _chunk(data: bytes) -> bytes:

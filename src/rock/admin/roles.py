@@ -1,0 +1,50 @@
+"""A writer and a reader, of the same parts: what tells them apart is which requests they let in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rock.errors import InvalidConfig, WrongRole
+from rock.protocol.planes import Role, role_for
+from rock.wire.asgi import App, Receive, Scope, Send, deny, failure
+from rock.wire.remote import Remote, first_reached
+
+NAMES: dict[str, str] = {"all": "all", "write": "write", "admin": "write", "read": "read", "proxy": "read"}
+_WHAT = {"write": "a reader: it changes nothing", "read": "a writer: it reaches into no sandbox"}
+_SETTING = {"write": "ROCK_WRITER", "read": "ROCK_READER"}
+
+
+def role_of(name: str) -> str:
+    """all, write or read. InvalidConfig."""
+    try:
+        return NAMES[name]
+    except KeyError:
+        raise InvalidConfig(f"there is no role {name!r}", hint=", ".join(NAMES)) from None
+
+
+def servers(text: str) -> list[Remote]:
+    """Those that "URL,URL" names. InvalidConfig."""
+    return [Remote(url.strip()) for url in text.split(",") if url.strip()]
+
+
+class Doors:
+    """`app` for the requests of its role. others: servers of the other role, to which the rest is handed on as it came,
+    key included; without one it is refused with WrongRole."""
+
+    def __init__(self, app: App, role: Role, others: Sequence[Remote]) -> None:
+        self._app = app
+        self._role = role
+        self._others = others
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        needed = None if scope["type"] == "lifespan" else role_for(scope.get("method", "GET"), scope["path"])
+        if needed is None or needed == self._role:
+            await self._app(scope, receive, send)
+        elif self._others:
+            await (await first_reached(self._others))(scope, receive, send)
+        else:
+            error = WrongRole(
+                f"this server is {_WHAT[needed]}", details={"role": needed},
+                hint=f"ask a server of role {needed}, or let this one hand it on: {_SETTING[needed]}=URL",
+            )  # fmt: skip
+            await (deny(scope, send, error) if scope["type"] == "websocket" else failure(error).send(send))
