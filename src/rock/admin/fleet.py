@@ -160,6 +160,11 @@ class Fleet(Mapping[str, Worker]):
 
     # ---- what is known ----
 
+    def is_failing(self, name: str) -> bool:
+        """Whether a worker that joined took no connection a moment ago."""
+        member = self._members.get(name)
+        return member is not None and member.reached.failing()
+
     def silent(self) -> list[WorkerInfo]:
         """Those that have not been heard of for so long that they are lost."""
         limit = time.monotonic() - self.lease.lost

@@ -57,6 +57,10 @@ class Placing:
         except NoCapacity:
             await self._known(_NEW)  # what was stopped since the last report makes room
             name = self._scheduler.place(config)
+        if self._workers.is_failing(name):  # which the next report leaves out
+            self._scheduler.landed(name)
+            await self._known(0.0)
+            name = self._scheduler.place(config)
         self._placed[sandbox_id] = name
         return self._workers[name]
 
