@@ -77,6 +77,9 @@ class Fleet(Mapping[str, Worker]):
         member = self._members.get(name)
         return self.fixed[name] if member is None else member.reached.worker
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._members or name in self.fixed
+
     def __iter__(self) -> Iterator[str]:
         return iter([*self.fixed, *self._members])
 
