@@ -76,17 +76,22 @@ class World:
         self.port, self.head_port = free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._kind = Cluster
+        self.process: subprocess.Popen[bytes] | None = None
         self.cluster = self.make()
         self.nodes = [patiently(lambda more=more: self.cluster.add_node(**self.size, **more))
                       for more in ({}, {"resources": {"special": 3.0}})]  # fmt: skip
-        self.process: subprocess.Popen[bytes] | None = None
 
     def make(self) -> Any:
-        """A cluster of its head alone."""
-        made = self._kind()
-        head = {**self.size, "include_dashboard": False, "gcs_server_port": self.head_port}
-        patiently(lambda: made.add_node(**head))
-        return made
+        """A cluster of its head alone, where the server looks for it once there is one."""
+
+        def begin() -> Any:
+            if self.process is None:
+                self.head_port = free_port()  # what is left of one that did not start may be at the other
+            made = self._kind()
+            made.add_node(**self.size, include_dashboard=False, gcs_server_port=self.head_port)
+            return made
+
+        return patiently(begin)
 
     def start(self) -> None:
         home = self.folder / "home"

@@ -61,6 +61,7 @@ class Fleet(Mapping[str, Worker]):
         self.apps = apps
         self.lease = lease or Lease.of(10.0)
         self.on_change: list[Callable[[str], None]] = []
+        self.version = 0  # grows when one comes, goes, or is drained
         self._registry = registry
         self._reach = reach
         self._members: dict[str, _Member] = {}
@@ -76,6 +77,9 @@ class Fleet(Mapping[str, Worker]):
     def __getitem__(self, name: str) -> Worker:
         member = self._members.get(name)
         return self.fixed[name] if member is None else member.reached.worker
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._members or name in self.fixed
 
     def __iter__(self) -> Iterator[str]:
         return iter([*self.fixed, *self._members])
@@ -129,6 +133,7 @@ class Fleet(Mapping[str, Worker]):
             for name, info in found.items():
                 if not info.is_lost and await self._seen(name, info, now):
                     changed.append(name)
+        self.version += bool(changed)
         for name in changed:
             for listener in self.on_change:
                 listener(name)
@@ -138,6 +143,7 @@ class Fleet(Mapping[str, Worker]):
         assert self._reach is not None
         member = self._members.get(name)
         if member is not None and (member.info.epoch, member.info.url) == (info.epoch, info.url):
+            self.version += member.info.state is not info.state
             if member.info.beat != info.beat:
                 member.changed_at = now
             else:
@@ -154,11 +160,17 @@ class Fleet(Mapping[str, Worker]):
 
     async def _forget(self, name: str) -> None:
         member = self._members.pop(name)
+        self.version += 1
         self.apps.pop(name, None)
         with contextlib.suppress(Exception):
             await member.reached.close()
 
     # ---- what is known ----
+
+    def is_failing(self, name: str) -> bool:
+        """Whether a worker that joined took no connection a moment ago."""
+        member = self._members.get(name)
+        return member is not None and member.reached.failing()
 
     def silent(self) -> list[WorkerInfo]:
         """Those that have not been heard of for so long that they are lost."""

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _STOPPED_AT_ONCE = 64
 _CHECKED_AT_ONCE = 64
 _LONGEST_ID = 128
+_ELSEWHERE = 0.2  # seconds from one look at what another server starts to the next
 _BEGUN = (State.PENDING, State.RUNNING)
 
 
@@ -114,12 +115,15 @@ class Groups:
     async def _started(self, records: Sequence[Record], wait: float) -> dict[str, Any] | None:
         """Wait for the starts, up to `wait` seconds: the error of the first that failed, once a gang is undone."""
         if wait > 0:
-            launches = self._service.launching(records)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait):
-                    while launches:
-                        await asyncio.wait(launches)
+                    while any(record.state is State.PENDING for record in records):
                         launches = self._service.launching(records)
+                        if launches:
+                            await asyncio.wait(launches)
+                        else:
+                            await asyncio.sleep(_ELSEWHERE)
+                        records = await self._fresh(records)
                     undoing = self._undoing.get(records[0].info.group or "")
                     if undoing is not None:
                         await asyncio.shield(undoing)

@@ -40,6 +40,7 @@ class Placing:
         self.reservations = reservations
         self.statuses: Mapping[str, NodeStatus] = {}
         self._asked_at = float("-inf")
+        self._version = -1  # of the workers that it knows
         self._asking: asyncio.Task[None] | None = None
         self._failed: RockError | None = None
         self._placed: dict[str, str] = {}  # workers by the sandboxes that start there
@@ -57,8 +58,12 @@ class Placing:
         except NoCapacity:
             await self._known(_NEW)  # what was stopped since the last report makes room
             name = self._scheduler.place(config)
+        if self._workers.is_failing(name):  # which the next report leaves out
+            self._scheduler.landed(name)
+            await self._known(0.0)
+            name = self._scheduler.place(config)
         self._placed[sandbox_id] = name
-        return self._workers[name]
+        return self._there(name)
 
     async def place_group(
         self, ids: list[str], config: SandboxConfig, placement: Placement, whole: bool
@@ -67,7 +72,13 @@ class Placing:
         await self._known(_NEW)
         names = self._scheduler.place_group(config, len(ids), placement, whole)
         self._placed.update(zip(ids, names, strict=False))
-        return [self._workers[name] for name in names]
+        return [self._there(name) for name in names]
+
+    def _there(self, name: str) -> Worker:
+        worker = self._workers.get(name)
+        if worker is None:
+            raise Unavailable(f"worker {name} went away just now", hint="retry")
+        return worker
 
     async def reserve(self, record: Record) -> Worker:
         """Where the cluster wants it, once that worker is here. Takes as long as it takes."""
@@ -123,7 +134,7 @@ class Placing:
 
     async def _known(self, stale: float = _STALE) -> None:
         """See that there are reports, none older than `stale` seconds, and that newer ones come. Unavailable."""
-        age, gone = time.monotonic() - self._asked_at, not self.statuses.keys() <= self._workers.keys()
+        age, gone = time.monotonic() - self._asked_at, self._version != self._workers.version
         if age <= min(_FRESH, stale) and not gone:
             return
         if self._asking is None or self._asking.done():
@@ -134,10 +145,11 @@ class Placing:
                 raise self._failed
 
     async def _ask(self) -> None:
+        version = self._workers.version
         try:
             found, self._failed = await self._workers.statuses(_NEW), None
         except RockError as error:
             found, self._failed = {}, error
         self.statuses = found
         self._scheduler.report(found)
-        self._asked_at = time.monotonic()
+        self._asked_at, self._version = time.monotonic(), version

@@ -39,7 +39,7 @@ from rock.telemetry import tracing
 log = logging.getLogger("rock.admin")
 
 ENV_LABEL = "rock.env"
-_RETRY = 5.0
+_RETRY = 5.0  # seconds
 _ELSEWHERE = 0.2  # seconds from one look at what another server starts to the next
 _ENDS = (Event.LAUNCH_FAILED, Event.STOP, Event.ENDED, Event.DESTROYED)
 _MOST_RECENT = 10_000

@@ -32,8 +32,8 @@ from rock.wire.asgi import App, Receive, Scope, Send
 from rock.wire.remote import Remote
 
 _LONG = ("/commit", "/wake")
-_SHUNNED = 5.0  # seconds that a worker gets no sandboxes after it took no connection
 _MADE_AT_ONCE = 32  # sandboxes that one worker is asked to make
+_SHUNNED = 5.0  # seconds that a worker gets no sandboxes after it took no connection
 _USUAL = 100.0  # seconds that a worker may be silent
 
 
@@ -69,8 +69,8 @@ def commands_over(remote: Remote, name: str, gone: asyncio.Event, unreached: Cal
         async with asyncio.timeout(None if makes else _USUAL):
             try:
                 return await remote.request(method, path, query, body, headers)
-            except Unavailable:
-                if gone.is_set() or method == "POST":
+            except Unavailable as error:
+                if gone.is_set() or method == "POST" or error.details.get("unsent"):
                     raise
             # A kept connection may have ended just then; what is asked again is done once.
             return await remote.request(method, path, query, body, headers)
@@ -84,7 +84,7 @@ def commands_over(remote: Remote, name: str, gone: asyncio.Event, unreached: Cal
             error: RockError = Unavailable(f"worker {name} was silent for {_USUAL:g} s", hint="retry")
         except Unavailable as raised:
             error = raised
-            if raised.details.get("unsent"):
+            if error.details.get("unsent"):
                 unreached()
             if gone.is_set():
                 error = Unavailable(f"worker {name} was lost while it was asked", hint="retry")

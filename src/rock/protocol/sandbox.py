@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -17,6 +18,7 @@ _LONGEST = 1 << 32  # seconds: beyond any use, and well within what can be added
 ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$"
 
 
+@lru_cache(maxsize=1024)
 def parse_size(text: str, what: str = "memory") -> int:
     """Bytes of "512m", "8g", "1.5GiB" or "1048576" (units are powers of 1024). ValueError names the text."""
     match = _SIZE.match(text)

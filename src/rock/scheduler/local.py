@@ -21,7 +21,7 @@ from rock.scheduler.base import Placement
 LEAST_FREE = 0.02  # of a worker's memory: with less it takes nothing new
 MOST_PRESSURE = 25.0  # percent of the last ten seconds in which something waited for memory
 _ASSUMED = 32 << 20  # bytes that one takes which is not measured yet, at most its limit
-_LOOKED_AT = 8  # workers that are compared for one sandbox
+_LOOKED_AT = 4  # workers that are compared for one sandbox
 _HAS_IMAGE = 4.0  # how much more a worker counts that need not pull
 
 
