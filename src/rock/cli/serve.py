@@ -273,8 +273,10 @@ async def serve(settings: Settings, role: type[Server] | type[Rocklet] = Server)
     try:
         http = http_over(server.app, settings)
         async def drain() -> None:
-            await server.observed.drain(settings.drain_seconds)
-            server.let_go()
+            try:
+                await server.observed.drain(settings.drain_seconds)
+            finally:
+                server.let_go()
 
         with stop_on_signals(http, drain):
             scheme = "https" if settings.tls_cert else "http"
