@@ -1,8 +1,9 @@
-"""What a server bears: `python bench/load.py [flood] [idle] [slow]`, all of them unless some are named.
+"""What a server bears: `python bench/load.py [flood] [idle]`, both unless one is named.
 
 flood   one client's latency alone, and while another hammers with 64 connections: the ratio of their p99
 idle    10,000 kept-alive connections that say nothing: bytes of each, and what they cost one that does
-slow    readers that stop reading: what the server holds for them
+
+What readers that stop reading cost is measured by tests/e2e/test_slow_readers.py; `pytest -s` prints it.
 """
 
 from __future__ import annotations

@@ -119,3 +119,20 @@ def test_a_reader_that_stops_costs_bounded_memory(offering: tuple[RunningServer,
     while kind == "program" and sandbox.execute(["sh", "-c", "pgrep -xc head"]).stdout.strip() != "0":
         assert time.monotonic() < end  # nobody is there to read it
         time.sleep(0.1)
+
+
+def test_idle_and_half_open_connections_cost_little(offering: tuple[RunningServer, Sandbox]) -> None:
+    """`make load` has 10,000 of them."""
+    server, sandbox = offering
+    before = resident(server.pid)
+    with contextlib.ExitStack() as stack:
+        for number in range(300):
+            made = stack.enter_context(contextlib.closing(stalled(server, "GET /healthz HTTP/1.1")))
+            if number % 3 == 0:
+                made.sendall(b"POST /v1/sandboxes HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{")
+            elif number % 3 == 1:
+                made.sendall(b"GET /v1/sandb")
+        assert sandbox.execute(["echo", "others"]).stdout == "others\n"
+        grown = resident(server.pid) - before
+        assert grown < 300 * (64 << 10), f"{grown / 300 / 1024:.0f} KB each"
+    assert sandbox.execute(["echo", "others"]).stdout == "others\n"

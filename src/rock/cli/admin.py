@@ -143,7 +143,7 @@ def stop(
         os.kill(pid, signal.SIGTERM)
     except ProcessLookupError:
         pass
-    end = time.monotonic() + 30.0
+    end = time.monotonic() + 30.0 + settings.drain_seconds
     while home.read() is not None:
         if time.monotonic() > end:
             raise Unavailable(f"the server (pid {pid}) does not stop", hint=f"kill -9 {pid}; sandboxes survive that")

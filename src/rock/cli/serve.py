@@ -326,8 +326,10 @@ async def serve(settings: Settings, role: type[Server] | type[Rocklet] = Server)
         http = http_over(dropping(server.app) if faults.active else server.app, settings)
 
         async def drain() -> None:
-            await server.observed.drain(settings.drain_seconds)
-            server.let_go()
+            try:
+                await server.observed.drain(settings.drain_seconds)
+            finally:
+                server.let_go()
 
         with stop_on_signals(http, drain):
             scheme = "https" if settings.tls_cert else "http"

@@ -23,6 +23,7 @@ _PARENT = TRACEPARENT.encode()
 _KNOWN = frozenset({_ID, _EAGLE_EYE, _PARENT})
 _SANDBOXES = "/v1/sandboxes/"
 _METRICS = ROUTES["metrics"]
+_EVENTS = ROUTES["node_events"].path
 _STREAMS = ("port", "port_socket")  # their statuses are those of programs inside
 
 REQUESTS = REGISTRY.counter("rock_http_requests_total", "Requests answered, by name of their row", "route", "status")
@@ -129,14 +130,15 @@ class Observed:
             await send(message)
 
         span = _begin(context, scope)
-        self.under_way += 1
+        counted = scope["path"] != _EVENTS  # which somebody always waits for
+        self.under_way += counted
         try:
             if self._stopping:
                 await failure(_stopping()).send(tell)
             else:
                 await app(scope, receive, tell)
         finally:
-            self.under_way -= 1
+            self.under_way -= counted
             if self._stopping and not self.under_way:
                 self._drained.set()
             took = time.perf_counter() - began
