@@ -21,7 +21,6 @@ GUESTS = Path(tempfile.gettempdir()) / f"rock-test-guests-{os.geteuid()}"  # pid
 _KNOWN = {
     "test_kept_programs_are_attached_again": "what one reader was sent and did not read, the next one does not get",
     "test_programs_inherit_nothing_of_the_server": "its /proc/self/fd cannot be listed by ls",
-    "test_fifty_at_once": "at times ls cannot list a folder: it asks for more than that kernel tells",
     "test_programs_start_with_clean_signals_and_descriptors": "its /proc/self/status tells no signals",
 }
 

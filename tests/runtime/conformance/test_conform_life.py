@@ -131,7 +131,7 @@ def test_fifty_at_once(box: Bench) -> None:
         async with box.runtime() as runtime:
             made = await asyncio.gather(*(runtime.create(f"s{i}", box.subject.config()) for i in range(50)))
             boxes = [box.boxed(runtime, handle) for handle in made]
-            scripts = [f"echo {number} > mine; cat mine; ls {b.root}" for number, b in enumerate(boxes)]
+            scripts = [f"echo {number} > mine; cat mine; cd {b.root} && ls" for number, b in enumerate(boxes)]
             outputs = await asyncio.gather(*(b.sh(script) for b, script in zip(boxes, scripts, strict=True)))
             assert outputs == [f"{i}\nmine\n" for i in range(50)]
             await asyncio.gather(*(runtime.destroy(handle) for handle in made))
