@@ -113,7 +113,6 @@ class FaultMachine(RuleBasedStateMachine):
 
     def _create(self, model: Model) -> None:
         config = self.world.config(labels={"fault": model.key})
-        life = self.world.lives
         try:
             info = self._ask("create_sandbox", config, model.key, "wait=20")
         except FAILED:
@@ -124,7 +123,7 @@ class FaultMachine(RuleBasedStateMachine):
         if model.id and info["sandbox_id"] != model.id:
             raise Broken(f"key {model.key} made {model.id} and {info['sandbox_id']}")
         if not model.id and info["state"] != "pending":
-            model.id, model.life = info["sandbox_id"], life
+            model.id = info["sandbox_id"]
 
     def _told(self, model: Model, effect: Effect, answer: Any) -> None:
         if effect.answer is not None and effect.answer != answer:
@@ -176,7 +175,7 @@ class FaultMachine(RuleBasedStateMachine):
     def create(self) -> None:
         self._step("create")
         if len(self.models) < MOST:
-            self.models.append(Model(f"c{next(_numbers)}"))
+            self.models.append(Model(f"c{next(_numbers)}", life=self.world.lives))
             self._create(self.models[-1])
 
     @rule(which=WHICH)
@@ -256,7 +255,7 @@ class FaultMachine(RuleBasedStateMachine):
         self._step("kill meanwhile")
         model = self._pick(self._live(), which) if work != "create" else None
         if model is None:
-            work, model = "create", Model(f"c{next(_numbers)}")
+            work, model = "create", Model(f"c{next(_numbers)}", life=self.world.lives)
             self.models.append(model)
         problems: list[BaseException] = []
 

@@ -167,6 +167,19 @@ def test_clocks_that_differ(worlds: Make) -> None:
     assert world.ask("get_sandbox", sandbox_id=info["sandbox_id"])["cause"] == "lost"
 
 
+def test_a_worker_that_was_started_twice(worlds: Make) -> None:
+    """The first time it told of what was lost, and was killed before anybody had heard it."""
+    world = worlds("apart")
+    info = make(world, "twice")
+    assert world.worker is not None
+    world.worker.kill()
+    world.ensure()
+    until(lambda: not world.records)
+    world.worker.kill()
+    world.ensure()
+    until(lambda: world.ask("get_sandbox", sandbox_id=info["sandbox_id"])["state"] == "stopped")
+
+
 @pytest.mark.parametrize("action", ["full", "error"])
 def test_a_store_that_fails_after_it_has_saved(worlds: Make, action: str) -> None:
     """It was saved, found by its key, and never started."""

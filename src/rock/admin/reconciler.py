@@ -362,6 +362,7 @@ class Reconciler:
                 news = await worker.events(after, _POLL)
                 if boot and news.boot != boot:
                     boot, after = news.boot, 0
+                    await self._compare(worker)  # it may have been started twice, and the first time told nobody
                     continue
                 boot = news.boot
                 for event in news.events:
@@ -371,6 +372,13 @@ class Reconciler:
             except Exception as error:
                 log.warning("events of worker %s: %s", worker.name, error)
                 await asyncio.sleep(_RETRY)
+
+    async def _compare(self, worker: Worker) -> None:
+        """Look at what should run on a worker that was started again."""
+        found = {sandbox.sandbox_id for sandbox in (await worker.list()).sandboxes if sandbox.alive}
+        async for record in self._all(Query(states=(State.RUNNING,), fields={"worker": worker.name})):
+            if record.id not in found:
+                await self._find(record)
 
     async def _ended(self, told: NodeEvent) -> None:
         record = await self.service.load(told.sandbox_id)
