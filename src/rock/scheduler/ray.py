@@ -46,13 +46,15 @@ class RockletHost:
         import subprocess
         from pathlib import Path
 
+        from rock.settings import child_environment
+
         home = Path(options["home"]).expanduser() / name
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        environment = {
-            **os.environ, "ROCK_HOME": str(home), "ROCK_API_KEY": options["token"], "ROCK_RUNTIME": options["runtime"],
-            "ROCK_JOIN": options["join"], "ROCK_WORKER_NAME": name, "ROCK_HOST": address, "ROCK_PORT": "0",
-            "ROCK_LEASE_LOST": "stop", "ROCK_WORKERS": "", "ROCK_STORE": "", "ROCK_SCHEDULER": "",
-        }  # fmt: skip
+        environment = child_environment(
+            ROCK_HOME=str(home), ROCK_API_KEY=options["token"], ROCK_RUNTIME=options["runtime"],
+            ROCK_JOIN=options["join"], ROCK_WORKER_NAME=name, ROCK_HOST=address, ROCK_PORT="0",
+            ROCK_LEASE_LOST="stop", ROCK_WORKERS="", ROCK_STORE="", ROCK_SCHEDULER="",
+        )  # fmt: skip
         self._command = [sys.executable, "-m", "rock.cli.hosted"]
 
         def keep() -> None:
