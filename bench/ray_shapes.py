@@ -72,8 +72,8 @@ def main() -> None:
         try:
             world.start()
             groups(world, 10)  # warm
-            for row in (groups(world, given.count), actors(world, given.actors), groups(world, given.count)):
-                print(json.dumps({**row, "load": round(os.getloadavg()[0], 1)}), flush=True)
+            for shape, count in ((groups, given.count), (actors, given.actors), (groups, given.count)):
+                print(json.dumps({**shape(world, count), "load": round(os.getloadavg()[0], 1)}), flush=True)
         finally:
             if world.process is not None and world.process.poll() is None:
                 world.end(signal.SIGTERM)

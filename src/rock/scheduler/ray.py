@@ -48,6 +48,8 @@ class RockletHost:
         import subprocess
         from pathlib import Path
 
+        from rock.settings import child_environment
+
         home = Path(options["home"]).expanduser() / name
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
         environment = child_environment(
