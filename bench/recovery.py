@@ -121,11 +121,21 @@ def floor() -> float:
     return time.perf_counter() - began
 
 
+def keeps(sandbox: Sandbox, number: int) -> bool:
+    """Whether its session still has what was set before the first kill."""
+    try:
+        return sandbox.arun("echo $mark").output == f"{number}\n"
+    except RockError as error:
+        print(repr(error))
+        return False
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--sandboxes", type=int, default=100)
     parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     serving: list[float] = []
@@ -137,12 +147,14 @@ def main() -> int:
         server.wait(0)
         config = SandboxConfig(base_url=server.url, image="host", memory="128m", cpus=0.5)
         sandboxes = [Sandbox(config) for _ in range(given.sandboxes)]
-        for number, sandbox in enumerate(sandboxes):
-            sandbox.start()
-            sandbox.arun(f"mark={number}")
-        load = Load(sandboxes, given.clients)
+        lost, load = 0, None
         try:
-            for _ in range(given.kills):
+            for number, sandbox in enumerate(sandboxes):
+                sandbox.start()
+                sandbox.arun(f"mark={number}")
+            load = Load(sandboxes, given.clients)
+            end = time.monotonic() + given.minutes * 60
+            while len(serving) < given.kills and time.monotonic() < end:
                 load.all_answered()
                 began = time.perf_counter()
                 server.kill()
@@ -152,20 +164,17 @@ def main() -> int:
                 load.all_answered()
                 answered.append(time.perf_counter() - began)
                 floors.append(floor())
-        finally:
             load.stop()
-        lost = 0
-        for number, sandbox in enumerate(sandboxes):
-            try:
-                lost += sandbox.arun("echo $mark").output != f"{number}\n"
-            except RockError as error:
-                print(repr(error))
-                lost += 1
-        for sandbox in sandboxes:
-            sandbox.stop()
-        assert server.child is not None
-        server.child.send_signal(signal.SIGTERM)
-        server.child.wait(60)
+            lost = sum(not keeps(sandbox, number) for number, sandbox in enumerate(sandboxes))
+        finally:
+            if load is not None:
+                load.stop()
+            with Client(server.url) as client:
+                for info in client.list_sandboxes(states="pending,running,stopping"):
+                    client.stop_sandbox(info.sandbox_id)
+            assert server.child is not None
+            server.child.send_signal(signal.SIGTERM)
+            server.child.wait(60)
     if given.json:
         print(json.dumps({"serving": serving, "answered": answered, "floor": floors, "lost": lost,
                           "commands": sum(load.done), "wrong": load.wrong}))  # fmt: skip

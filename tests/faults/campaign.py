@@ -21,6 +21,14 @@ from tests.faults.machine import FaultMachine
 from tests.faults.world import KINDS, World
 
 
+_stopped: list[int] = []
+
+
+def _stop(number: int, _: object) -> None:
+    _stopped.append(number)
+    raise KeyboardInterrupt
+
+
 def campaign(kind: str, runs: int, steps: int, number: int, folder: Path, minutes: float = 1e9) -> Counter[str]:
     """Counts of what was done; "problems" is how many runs broke an invariant, each of which is printed."""
     counts: Counter[str] = Counter()
@@ -41,7 +49,7 @@ def campaign(kind: str, runs: int, steps: int, number: int, folder: Path, minute
                 run_state_machine_as_test(test, settings=settings(options, max_examples=batch))
                 print(f"{kind}: {counts['runs']} runs, {counts['kills']} kills", flush=True)
         except BaseException as error:
-            if isinstance(error, KeyboardInterrupt):
+            if _stopped or isinstance(error, KeyboardInterrupt):
                 break
             counts["problems"] += 1
             print(f"--- problem {counts['problems']}, run {counts['runs']} ---", flush=True)
@@ -66,7 +74,7 @@ def main() -> int:
     parser.add_argument("--kind", choices=KINDS, default="process")
     given = parser.parse_args()
     print(f"seed {given.seed}", flush=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that no server is left behind
+    signal.signal(signal.SIGTERM, _stop)  # so that no server is left behind
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="rock-faults-") as folder:
         counts = campaign(given.kind, given.runs, given.steps, given.seed, Path(folder), given.minutes)

@@ -24,7 +24,7 @@ from tests.faults.machine import POINTS
 from tests.faults.world import World
 
 SOURCE = Path(faults.__file__).parent
-RUNS = int(os.environ.get("ROCK_TEST_FAULTS", "4"))
+RUNS = int(os.environ.get("ROCK_TEST_FAULTS", "2"))
 Make = Callable[[str], World]
 
 
