@@ -45,6 +45,10 @@ class Site:
         with Client(self.server.url, KEY) as client:
             return next((worker for worker in client.list_workers() if worker.name == name), None)
 
+    def images(self, name: str) -> list[str]:
+        worker = self.worker(name)
+        return [] if worker is None or worker.status is None else worker.status.images
+
     def state(self, name: str) -> WorkerState | None:
         worker = self.worker(name)
         return None if worker is None else worker.state
@@ -85,11 +89,13 @@ def test_join_drain_lose_and_come_back(site: Site) -> None:
     one = site.join("one")
     worker = site.worker("one")
     assert worker is not None and worker.status is not None
-    assert worker.epoch == 1 and worker.status.cpus == os.cpu_count() and IMAGE in worker.status.images
+    assert worker.epoch == 1 and worker.status.cpus == os.cpu_count()
+    until(lambda: IMAGE in site.images("one"))
     assert worker.status.host_ip == "127.0.0.1"
     first = Sandbox(site.config())
     first.start()
     assert first.execute("echo here").stdout == "here\n"
+    assert_keys_hold(site, str(first.sandbox_id))
 
     # A worker that is being drained keeps what it has, and gets nothing more.
     assert json.loads(site.cli("drain", "one", "--json"))["state"] == "draining"
@@ -202,6 +208,26 @@ def test_who_may_join(site: Site, tmp_path: Path) -> None:
         timeout=60,
     )  # fmt: skip
     assert done.returncode == 1 and "key is missing or wrong" in done.stderr
+
+
+def assert_keys_hold(site: Site, owned: str) -> None:
+    """On the way to a worker that joined too a key is for what it is for, and the workers' token for nothing else."""
+
+    def run(sandbox_id: str, key: str) -> int:
+        return ask(site.server.url, "POST", f"/v1/sandboxes/{sandbox_id}/execute", {"command": "id"}, key)[0]
+
+    def made(**wish: Any) -> str:
+        status, body = ask(site.server.url, "POST", "/v1/keys", {"name": "x", "tenant": "team", **wish}, KEY)
+        assert status == 201, body
+        return str(json.loads(body)["key"])
+
+    user, reader = made(), made(scopes=["read"])
+    with Sandbox(site.config().model_copy(update={"api_key": user})) as sandbox:
+        sandbox_id = str(sandbox.sandbox_id)
+        assert [run(sandbox_id, key) for key in (user, reader, TOKEN)] == [200, 403, 404]
+        assert [run(owned, key) for key in (user, reader)] == [404, 404] and run(owned, TOKEN) in (403, 404)
+        status, body = ask(site.server.url, "GET", "/v1/server", None, user)
+        assert status == 200 and not any(worker["images"] for worker in json.loads(body)["workers"])
 
 
 def ask(url: str, method: str, path: str, body: Any, key: str | None,

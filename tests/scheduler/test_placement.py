@@ -114,6 +114,24 @@ def test_gpus() -> None:
 # ---- groups ----
 
 
+def test_a_gpu_that_was_given_back_is_free_while_others_start() -> None:
+    def report() -> dict[str, NodeStatus]:
+        return {"a": worker(gpus=2.0, gpus_free=2.0)}
+
+    scheduler = fleet(**report())
+    scheduler.place(wish())  # and it starts for long
+    for _ in range(5):
+        scheduler.place(wish(num_gpus=1.0))
+        scheduler.landed("a", 1.0)
+        scheduler.report(report())
+
+
+@pytest.mark.parametrize("fields", [{"cpus": 1e-310}, {"num_gpus": 1e-310}], ids=str)
+def test_next_to_nothing_is_no_error(fields: dict[str, Any]) -> None:
+    for placement in ("spread", "pack"):
+        assert len(fleet(a=worker(gpus=1.0, gpus_free=1.0)).place_group(wish(**fields), 2, placement, True)) == 2
+
+
 def test_spread_and_pack() -> None:
     workers = {f"w{number}": worker() for number in range(4)}
     spread = Counter(fleet(**workers).place_group(wish(), 10, "spread", True))

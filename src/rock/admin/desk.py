@@ -21,7 +21,7 @@ from rock.protocol.keys import Access, Caller, caller_of
 from rock.protocol.network import ConnectionList
 from rock.protocol.node import SandboxList
 from rock.protocol.sandbox import CommitRequest, CommitStatus, Isolation, SandboxConfig, SandboxInfo
-from rock.store.base import Query, Record
+from rock.store.base import Query, Record, member
 from rock.wire.asgi import Scope
 
 
@@ -61,6 +61,8 @@ class Desk:
 
     async def create_group(self, wish: GroupRequest, key: str | None = None, wait: float = 0.0) -> GroupInfo:
         wish = wish.model_copy(update={"config": await self._allowed(wish.config)})
+        if wish.config.sandbox_id is not None:
+            await self._check_id(member(wish.config.sandbox_id, 0))
         return await self._service.groups.create(wish, key, wait, self.caller)
 
     async def get_group(self, group_id: str, wait: float = 0.0) -> GroupInfo:

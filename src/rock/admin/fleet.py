@@ -174,7 +174,10 @@ class Fleet(Mapping[str, Worker]):
 
     def silent(self) -> list[WorkerInfo]:
         """Those that have not been heard of for so long that they are lost."""
-        limit = time.monotonic() - self.lease.lost
+        now = time.monotonic()
+        if now - self._looked_at > _GAP:
+            return []  # nobody listened: the next look tells since when they are silent
+        limit = now - self.lease.lost
         return [member.info for member in self._members.values() if member.changed_at < limit]
 
     def lost(self) -> list[str]:

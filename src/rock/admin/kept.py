@@ -66,7 +66,7 @@ class Kept:
         """Remove the files of one that is deleted, wherever they are."""
         service = self._service
         await faults.point("delete.saved")
-        worker = service.workers.get(record.info.worker or "")
+        worker = await service.there(record.info.worker)
         if record.info.kept and worker is not None:
             await worker.destroy(record.id)
         if any(step.event == Event.ARCHIVE for step in record.info.state_history):

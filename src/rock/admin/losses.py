@@ -12,7 +12,7 @@ import logging
 from rock.admin.fleet import Fleet
 from rock.admin.lifecycle import Event
 from rock.admin.service import Service
-from rock.errors import RockError
+from rock.errors import NotFound, RockError
 from rock.protocol.sandbox import Cause, State
 from rock.store.base import Query, Record
 
@@ -26,6 +26,10 @@ async def bury(service: Service, worker: str) -> int:
     """Tombstones for what a lost worker had; how many."""
     buried = 0
     while records := await service.store.list(Query(states=_ALIVE, fields={"worker": worker})):
+        # Asked after the list: while it is lost in the registry, all that was listed is of an epoch that is over. Of
+        # one that came back the reconciler compares what is left.
+        if not await _is_lost(service, worker):
+            break
         before = buried
         for record in records:
             try:
@@ -36,6 +40,13 @@ async def bury(service: Service, worker: str) -> int:
         if buried == before:
             break  # tried again by who calls
     return buried
+
+
+async def _is_lost(service: Service, worker: str) -> bool:
+    try:
+        return (await service.workers.info(worker)).is_lost
+    except NotFound:
+        return not service.workers.is_known(worker)
 
 
 async def _bury_one(service: Service, record: Record, worker: str) -> None:

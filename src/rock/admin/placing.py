@@ -43,7 +43,7 @@ class Placing:
         self._version = -1  # of the workers that it knows
         self._asking: asyncio.Task[None] | None = None
         self._failed: RockError | None = None
-        self._placed: dict[str, str] = {}  # workers by the sandboxes that start there
+        self._placed: dict[str, list[tuple[str, float]]] = {}  # (worker, GPUs) by the sandboxes that start there
 
     async def close(self) -> None:
         if self._asking is not None:
@@ -59,10 +59,10 @@ class Placing:
             await self._known(_NEW)  # what was stopped since the last report makes room
             name = self._scheduler.place(config)
         if self._workers.is_failing(name):  # which the next report leaves out
-            self._scheduler.landed(name)
+            self._scheduler.landed(name, config.num_gpus or 0.0)
             await self._known(0.0)
             name = self._scheduler.place(config)
-        self._placed[sandbox_id] = name
+        self._placed.setdefault(sandbox_id, []).append((name, config.num_gpus or 0.0))
         return self._there(name)
 
     async def place_group(
@@ -71,7 +71,8 @@ class Placing:
         """Workers for the first of these sandboxes, with `whole` for all of them."""
         await self._known(_NEW)
         names = self._scheduler.place_group(config, len(ids), placement, whole)
-        self._placed.update(zip(ids, names, strict=False))
+        for sandbox_id, name in zip(ids, names, strict=False):
+            self._placed.setdefault(sandbox_id, []).append((name, config.num_gpus or 0.0))
         return [self._there(name) for name in names]
 
     def _there(self, name: str) -> Worker:
@@ -124,9 +125,8 @@ class Placing:
 
     def landed(self, sandbox_id: str) -> None:
         """Its start is over, one way or the other."""
-        name = self._placed.pop(sandbox_id, None)
-        if name is not None:
-            self._scheduler.landed(name)
+        for name, gpus in self._placed.pop(sandbox_id, ()):
+            self._scheduler.landed(name, gpus)
 
     def status(self, name: str) -> NodeStatus | None:
         """What a worker reported last."""

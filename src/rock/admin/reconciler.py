@@ -115,6 +115,7 @@ class Reconciler:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._followers.clear()
 
     # ---- after a crash ----
 
@@ -387,9 +388,20 @@ class Reconciler:
             if record.state is State.RUNNING:
                 await self._find(record)
             return
+        if record.state is State.RUNNING and await self._is_alive(record):
+            return  # of a life before: clocks of two machines do not tell
         restored = record.state is State.PENDING and record.info.archive is not None
         event = Event.RESTORE_FAILED if restored else Event.ENDED
         await self.service.apply(record.id, event, known=record, cause=told.cause, reason=told.reason)
+
+    async def _is_alive(self, record: Record) -> bool:
+        worker = self.service.workers.get(record.info.worker or "")
+        if worker is None:
+            return False
+        try:
+            return (await worker.get(record.id)).alive
+        except RockError:
+            return False
 
     async def _prune(self) -> None:
         while True:

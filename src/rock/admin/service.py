@@ -316,17 +316,23 @@ class Service:
         record = await self.load(record.id)
         if record.state is not State.STOPPING:
             return record
-        worker = self.workers.get(record.info.worker or "")
+        worker = await self.there(record.info.worker)
         if worker is not None:
             await worker.destroy(record.id)
         await faults.point("restore.given_up")
         return await self.apply(record.id, Event.RESTORE_FAILED, known=record)
 
+    async def there(self, name: str | None) -> Worker | None:
+        """A worker; None for one that is lost or was forgotten, by the registry as it is now. Unavailable."""
+        if name and name not in self.workers and name not in self.workers.lost():
+            await self.workers.refresh()
+        return self.workers.get(name or "")
+
     async def _release(self, record: Record) -> dict[str, Any]:
         """End what there is of it on its worker, and keep or remove its files: what has to be said when they are lost.
 
         Whether they are kept was decided by the step that ended it."""
-        worker, lost = self.workers.get(record.info.worker or ""), False
+        worker, lost = await self.there(record.info.worker), False
         try:
             if worker is not None and not record.info.kept:
                 await worker.destroy(record.id)

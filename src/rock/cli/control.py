@@ -32,7 +32,7 @@ from rock.wire.asgi import App, Receive, Scope, Send
 from rock.wire.remote import Remote
 
 _LONG = ("/commit", "/wake")
-_MADE_AT_ONCE = 32  # sandboxes that one worker is asked to make
+_MADE_AT_ONCE = 2000  # sandboxes that one worker is asked to make; those that pull for minutes hold up no others
 _SHUNNED = 5.0  # seconds that a worker gets no sandboxes after it took no connection
 _USUAL = 100.0  # seconds that a worker may be silent
 
@@ -78,7 +78,7 @@ def commands_over(remote: Remote, name: str, gone: asyncio.Event, unreached: Cal
     async def carry(method: str, path: str, query: str, body: bytes) -> tuple[int, bytes]:
         makes = method == "PUT" or path.endswith(_LONG) or path == routes.ROUTES["node_image"].path
         try:
-            async with making if method == "PUT" else contextlib.nullcontext():
+            async with making if method == "PUT" and not query.startswith("check=") else contextlib.nullcontext():
                 return await ask(method, path, query, body, makes)
         except TimeoutError:
             error: RockError = Unavailable(f"worker {name} was silent for {_USUAL:g} s", hint="retry")

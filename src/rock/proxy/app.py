@@ -12,10 +12,10 @@ from typing import Any
 from rock.errors import Expired, Lost, NotFound, NotHere, OutOfMemory, RockError, StartFailed, Unavailable, Unsupported
 from rock.protocol.keys import caller_of
 from rock.protocol.planes import BUILD, PREFIX, is_data
-from rock.protocol.routes import ERROR_CODE
+from rock.protocol.routes import ERROR_CODE, ROUTES
 from rock.protocol.sandbox import Cause, SandboxInfo, State
 from rock.store.base import Store
-from rock.wire.asgi import App, Receive, Scope, Send, deny, failure
+from rock.wire.asgi import Answer, App, Receive, Request, Router, Scope, Send, deny, failure
 
 _REMEMBERED = 20_000
 _NOT_HERE = (ERROR_CODE.encode(), NotHere.code.encode())  # a program inside may answer 421 too
@@ -39,6 +39,10 @@ class Proxy:
         self._local = None if local is None else workers[local]
         self._placed: OrderedDict[str, str] = OrderedDict()  # workers by id
         self._owned: OrderedDict[str, str] = OrderedDict()  # tenants by id
+        self._rows = Router("data")  # what a key has to be for: a worker elsewhere sees our key, not the caller's
+        for route in ROUTES.values():
+            if route.plane == "data":
+                self._rows.add(route, _elsewhere)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         tenant = caller_of(scope).tenant  # images are all tenants', and a matter of what a key may do
@@ -72,6 +76,7 @@ class Proxy:
             return
         sandbox_id = _sandbox_id(scope)
         try:
+            self._check(scope)
             worker = await self._worker_of(sandbox_id)
         except RockError as error:
             await _refuse(scope, send, error)
@@ -81,6 +86,14 @@ class Proxy:
         if held.held:
             self._placed.pop(sandbox_id, None)
             await _refuse(scope, send, await self._explain(sandbox_id))
+
+    def _check(self, scope: Scope) -> None:
+        """Forbidden for what its key is not for; NotFound for what is no row."""
+        method = "WEBSOCKET" if scope["type"] == "websocket" else scope["method"]
+        found = self._rows.match(method, scope["path"])
+        if found is None:
+            raise NotFound(f"no such route: {method} {scope['path']}")
+        caller_of(scope).require(found[2].access)
 
     async def _worker_of(self, sandbox_id: str) -> App:
         """What holds a sandbox. NotFound, Unavailable; Lost for what went with its worker."""
@@ -112,6 +125,10 @@ class Proxy:
         if record is None:
             return _not_found(sandbox_id)
         return tell(record.info)
+
+
+async def _elsewhere(request: Request) -> Answer:
+    raise AssertionError("a worker answers this")
 
 
 class _Held:

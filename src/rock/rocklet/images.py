@@ -75,7 +75,8 @@ class Images:
     async def _build(self, config: SandboxConfig, tell: Callable[[str], None]) -> None:
         packages = _packages(config.image)
         if packages is not None:
-            await asyncio.to_thread(ensure, self.store, packages)
+            async with self._gate:  # takes minutes: not in a thread that heartbeats and ends wait for
+                await in_own_thread(lambda gone: ensure(self.store, packages), "rock-packages")
             return
         login = None
         if config.registry_username is not None:

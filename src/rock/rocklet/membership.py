@@ -73,7 +73,6 @@ class Membership:
         self._lease: WorkerLease | None = None
         self._until = float("-inf")
         self._images: list[str] = []
-        self._images_at = float("-inf")
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -88,7 +87,8 @@ class Membership:
         except (Conflict, Unavailable) as error:
             log.warning("not joined yet: %s; trying again", error)
         self._tasks = [asyncio.create_task(self._run(), name="membership"),
-                       asyncio.create_task(self._guard(), name="lease")]  # fmt: skip
+                       asyncio.create_task(self._guard(), name="lease"),
+                       asyncio.create_task(self._look_at_images(), name="images")]  # fmt: skip
 
     async def close(self) -> None:
         """Send no more heartbeats. Sandboxes stay as they are, for the next rocklet of this machine."""
@@ -168,12 +168,16 @@ class Membership:
     async def _ask(self, method: str, path: str, body: bytes) -> WorkerLease:
         """Of the first server that answers; the one that answered last is asked first."""
         last: RockError = Unavailable("there is no server to ask")
+        # What is left of the lease is for all of them: the last one has its turn before it is over.
+        turns = len(self._servers) + 1
+        left = self._until - _now() if self._lease is not None else _ANSWER * turns
+        each = min(_ANSWER, max(left / turns, 0.1))
         for server in list(self._servers):
             try:
-                async with asyncio.timeout(_ANSWER):
+                async with asyncio.timeout(each):
                     status, reply = await server.request(method, path, "", body)
             except TimeoutError:
-                last = Unavailable(f"{server.url} did not answer within {_ANSWER:g} s")
+                last = Unavailable(f"{server.url} did not answer within {each:.1f} s")
                 continue
             except Unavailable as error:
                 last = error
@@ -191,13 +195,19 @@ class Membership:
         raise last
 
     async def _status(self) -> NodeStatus:
-        if _now() - self._images_at > _IMAGES_EVERY:
-            self._images = await asyncio.to_thread(self._names)
-            self._images_at = _now()
         host = Remote(self._joining.url).host
         status = await self._node.status()
         images = list(dict.fromkeys([*status.images, *self._images]))[:_MOST_IMAGES]
         return status.model_copy(update={"images": images, "host_ip": host})
+
+    async def _look_at_images(self) -> None:
+        """Apart from the heartbeat, which waits for no thread."""
+        while True:
+            try:
+                self._images = await asyncio.to_thread(self._names)
+            except Exception:
+                log.exception("which images are here")
+            await asyncio.sleep(_IMAGES_EVERY)
 
     def _names(self) -> list[str]:
         store = self._node.images.store

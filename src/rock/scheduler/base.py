@@ -29,7 +29,7 @@ class Scheduler(Protocol):
         Errors, and what is to be told, as of `place`."""
         ...
 
-    def landed(self, worker: str) -> None:
+    def landed(self, worker: str, gpus: float = 0.0) -> None:
         """One that was placed there is started now, or will never be."""
         ...
 

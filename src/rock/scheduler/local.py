@@ -20,6 +20,7 @@ from rock.scheduler.base import Placement
 
 LEAST_FREE = 0.02  # of a worker's memory: with less it takes nothing new
 MOST_PRESSURE = 25.0  # percent of the last ten seconds in which something waited for memory
+_MANY = 1e9
 _ASSUMED = 32 << 20  # bytes that one takes which is not measured yet, at most its limit
 _LOOKED_AT = 4  # workers that are compared for one sandbox
 _HAS_IMAGE = 4.0  # how much more a worker counts that need not pull
@@ -34,7 +35,8 @@ class _Machine:
     images: frozenset[str] = frozenset()
     starting: int = 0
     since: int = 0
-    gpus: float = 0.0  # placed, and maybe not reported yet
+    gpus: float = 0.0  # of those that start
+    gpus_since: float = 0.0  # of those that landed since it reported last
     turn: int = 0  # of its newest place in the heap
 
     @property
@@ -44,6 +46,10 @@ class _Machine:
     @property
     def memory_free(self) -> int:
         return self.status.memory_free - (self.starting + self.since) * _ASSUMED
+
+    @property
+    def gpus_free(self) -> float:
+        return self.status.gpus_free - self.gpus - self.gpus_since
 
     @property
     def score(self) -> float:
@@ -67,14 +73,14 @@ class _Machine:
         if status.memory_total:
             room = min(room, spare // min(_ASSUMED, wish.memory) + 1)
         if wish.gpus:
-            room = min(room, int((status.gpus_free - self.gpus) // wish.gpus))
+            room = min(room, int(min(self.gpus_free // wish.gpus, _MANY)))
         return max(0, room)
 
     def wholly(self, wish: _Wish) -> int:
         """How many more it takes without promising memory or cores that it does not have."""
         taken = self.starting + self.since
         by_memory = (self.status.memory_free - taken * wish.memory) // wish.memory
-        by_cpus = int((self.status.cpus - self.sandboxes * wish.cpus) // wish.cpus)
+        by_cpus = int(min((self.status.cpus - self.sandboxes * wish.cpus) // wish.cpus, _MANY))
         return max(0, min(by_memory, by_cpus, self.room(wish)))
 
 
@@ -116,8 +122,7 @@ class LocalScheduler:
             elif machine.status is status:
                 continue
             else:
-                machine.status, machine.since = status, 0
-                machine.gpus = machine.gpus if machine.starting else 0.0
+                machine.status, machine.since, machine.gpus_since = status, 0, 0.0
             self._hold(machine, frozenset(status.images))
             self._queue(machine)
         if len(self._heap) > 64 + 4 * len(self._machines):
@@ -135,11 +140,14 @@ class LocalScheduler:
             self._holders.setdefault(image, set()).add(machine.name)
         machine.images = images
 
-    def landed(self, worker: str) -> None:
+    def landed(self, worker: str, gpus: float = 0.0) -> None:
         machine = self._machines.get(worker)
         if machine is not None and machine.starting:
             machine.starting -= 1
             machine.since += 1
+            moved = min(gpus, machine.gpus)
+            machine.gpus -= moved
+            machine.gpus_since += moved
 
     def _queue(self, machine: _Machine) -> None:
         self._turn += 1
@@ -196,7 +204,7 @@ class LocalScheduler:
         fit = [machine for machine in machines if machine.could_ever(wish)]
         if not fit:
             return _never(config, [machine.status for machine in machines])
-        if wish.gpus and not any(machine.status.gpus_free - machine.gpus >= wish.gpus for machine in fit):
+        if wish.gpus and not any(machine.gpus_free >= wish.gpus for machine in fit):
             return NoCapacity("every GPU is in use", hint="stop some sandboxes, or retry later")
         if any(machine.sandboxes < machine.status.sandbox_limit for machine in fit):
             return NoCapacity("every worker is short of memory", hint="stop some sandboxes, or retry later")

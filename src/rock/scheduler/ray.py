@@ -37,6 +37,10 @@ _NAME = 20  # digits of a node's id that its worker's name has
 _PREFIX = "rock-"
 
 
+class Released(Exception):
+    """What was asked for was given back meanwhile."""
+
+
 def worker_of(node_id: str) -> str:
     return f"ray-{node_id[:_NAME]}"
 
@@ -48,7 +52,6 @@ class RockletHost:
         import subprocess
         from pathlib import Path
 
-        from rock.settings import child_environment
 
         home = Path(options["home"]).expanduser() / name
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -132,6 +135,8 @@ class Driver:
         reply: dict[str, Any] = {"id": told["id"]}
         try:
             reply["answer"] = getattr(self, "do_" + told.pop("call"))(**{k: v for k, v in told.items() if k != "id"})
+        except Released as error:
+            reply |= {"error": str(error), "kind": "Conflict"}
         except ValueError as error:  # what Ray says of a bundle that is none
             reply |= {"error": str(error), "kind": "InvalidConfig"}
         except Exception as error:
@@ -150,7 +155,7 @@ class Driver:
         while not group.wait(_WAIT):
             with self._lock:
                 if self._groups.get(name) is not group:
-                    raise RuntimeError("it was released")
+                    raise Released("it was released")
         return worker_of(next(iter(placement_group_table(group)["bundles_to_node_id"].values())))
 
     def _reserved(self, name: str, bundle: dict[str, float], worker: str | None) -> Any:
@@ -166,7 +171,7 @@ class Driver:
             wanted = name in self._wanted
         if not wanted:  # it was released before Ray had answered
             self.do_release(name)
-            raise RuntimeError("it was released")
+            raise Released("it was released")
         return group
 
     def do_release(self, name: str) -> None:

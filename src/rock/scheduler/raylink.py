@@ -17,7 +17,7 @@ import logging
 import sys
 from typing import Any
 
-from rock.errors import InvalidConfig, NoCapacity, RockError, Unavailable
+from rock.errors import Conflict, InvalidConfig, NoCapacity, RockError, Unavailable
 from rock.protocol.sandbox import SandboxConfig
 
 log = logging.getLogger("rock.ray")
@@ -27,7 +27,7 @@ _PREFIX = "rock-"
 _AGAIN = 2.0  # seconds after which a driver that ended is started again
 _PATIENCE = 15.0  # seconds for an answer that needs no resources
 _LONGEST_LINE = 16 << 20
-_KINDS: dict[str, type[RockError]] = {"InvalidConfig": InvalidConfig, "NoCapacity": NoCapacity}
+_KINDS: dict[str, type[RockError]] = {"InvalidConfig": InvalidConfig, "NoCapacity": NoCapacity, "Conflict": Conflict}
 
 
 def bundle_of(config: SandboxConfig) -> dict[str, float]:
@@ -76,8 +76,8 @@ class RayReservations:
         while True:
             try:
                 await self._drive()
-            except OSError as error:
-                log.warning("Ray's driver cannot be started: %s", error)
+            except Exception as error:
+                log.warning("Ray's driver: %r", error)
             await asyncio.sleep(_AGAIN)
 
     async def _drive(self) -> None:
@@ -112,6 +112,8 @@ class RayReservations:
         try:
             told = json.loads(line)
         except ValueError:
+            told = None
+        if not isinstance(told, dict):
             log.info("ray: %s", line[:300])  # something in it prints
             return
         if told.get("ready"):

@@ -97,7 +97,9 @@ def _application(
     @app.get(ROUTES["server_info"].path, response_model=ServerInfo, tags=["server"])
     async def server_info(request: Request) -> Response:
         """Version, isolation and capacity."""
-        seen = [info.status for info in await service.workers.infos() if info.status is not None and not info.is_lost]
+        found = [info.status for info in await service.workers.infos() if info.status is not None and not info.is_lost]
+        owner = Access.ADMIN in caller_of(request.scope).scopes
+        seen = found if owner else [status.model_copy(update={"images": []}) for status in found]  # others' names
         return _json(
             ServerInfo(
                 version=__version__,
