@@ -15,7 +15,7 @@ _FORMAT = "%(asctime)s.%(msecs)03d %(levelname)-7s %(name)s: %(message)s"
 # What could end a line, or rule the terminal of whoever reads it
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code != 9}
 _CONTROLS |= {10: "\\n", 13: "\\r", 0x2028: "\\u2028", 0x2029: "\\u2029"}
-_OTHERS = ("uvicorn", "asyncio")  # of libraries that have something to say of a server
+_OTHERS = ("uvicorn", "asyncio", "opentelemetry")  # of libraries that have something to say of a server
 
 
 def known(record: logging.LogRecord) -> dict[str, str]:
