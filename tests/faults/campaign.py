@@ -20,7 +20,6 @@ from hypothesis.stateful import run_state_machine_as_test
 from tests.faults.machine import FaultMachine
 from tests.faults.world import KINDS, World
 
-
 _stopped: list[int] = []
 
 
