@@ -13,6 +13,7 @@ import pytest
 
 from rock import errors
 from rock.protocol.sandbox import Isolation, SandboxConfig
+from rock.runtime.accelerators import Gpus
 from rock.runtime.docker import shape
 from rock.runtime.docker.engine import Facts
 from rock.runtime.fake import FakeRuntime
@@ -236,7 +237,7 @@ def test_what_cannot_be_held_is_refused_before_the_start(tmp_path: Path, kind: s
         with pytest.raises(errors.Unsupported):
             oci = shape.wanted_runtime(config)
             shape.runtime_name(facts, oci)
-            shape.refuse(config, facts, oci)
+            shape.refuse(config, facts, oci, Gpus([]))
             admission.refuse_nofile(config)
         return
     run(main())
