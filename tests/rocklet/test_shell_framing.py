@@ -234,3 +234,8 @@ def test_a_trace_is_not_seen(any_shell: Harness) -> None:
         code, output = any_shell.run("echo ${TRACEPARENT:-none}")
         assert (code, output.splitlines()[-1]) == (0, told)
         assert b"export" not in output and b"unset" not in output
+
+
+def test_a_shell_that_replaced_itself_has_its_standard_error(bash: Harness) -> None:
+    bash.run("X=1; set -e; false")
+    assert bash.run("echo $X >&2") == (0, b"1\n")

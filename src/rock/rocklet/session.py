@@ -209,12 +209,7 @@ class Session:
         fd = self._script_fd()
         if fd is None:
             return written
-        if written:  # its report may have gone to nobody: then the next one tells that it has ended
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_END):
-                    await self._probe(run)
-            return True
-        if not self._piped:
+        if not written and not self._piped:
             return False
         end = time.monotonic() + _UNHEARD
         while not run.done.done() and time.monotonic() < end:
@@ -222,21 +217,16 @@ class Session:
                 return True
             await asyncio.sleep(0.01)
         if not run.done.done():  # it waits for commands: it tells so before anything else, unless it runs this one
-            await self._probe(run)
+            self._token += 1
+            run.probe = self._token
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_END):
-                    await settled(run.done)
-        return not run.unbegun
-
-    async def _probe(self, run: _Run) -> None:
-        """A command that does nothing, after the one that may run: few enough bytes to go in whole or not at all."""
-        if run.done.done():
-            return
-        self._token += 1
-        run.probe = self._token
-        script = shell.frame(self.shell.dialect, ":", run.probe, pty=self.spec.pty is not None)
-        await self._write(self._first + script)
-        self._first = b""
+                async with asyncio.timeout(_END):  # few enough bytes to be written in whole or not at all
+                    await self._write(self._first + shell.report(self.shell.dialect, run.probe))
+                    self._first = b""
+                    if not written:
+                        await settled(run.done)
+        # Where a carrier is between, its report may have gone to nobody: then that of the probe tells of its end.
+        return written or not run.unbegun
 
     def _unseen(self) -> Conflict:
         return Conflict(
