@@ -411,12 +411,12 @@ def from_wire(body: Any, http_status: int = 500) -> RockError:
         if http_status in (502, 503, 504):
             kind = Unavailable
         return kind(f"HTTP {http_status}: {text[:500]}", details={"http_status": http_status})
-    known = _BY_CODE.get(str(error.get("code")), ServerError)
+    known, details = _BY_CODE.get(str(error.get("code")), ServerError), error.get("details")
     return known(
         str(error.get("message", "")),
         sandbox_id=error.get("sandbox_id"),
         hint=error.get("hint"),
-        details=error.get("details") or {},
+        details=details if isinstance(details, dict) else {},
     )
 
 

@@ -6,6 +6,7 @@ import http.client
 import json
 import logging
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -210,6 +211,24 @@ def test_an_event_is_one_line_of_text() -> None:
     finally:
         CURRENT.reset(token)
     assert line.isprintable() and line.endswith("GET /a\\n1999 \\x1b[2J\\x9b\\u2028b [request_id=r1]")
+
+
+def test_a_traceback_cannot_be_taken_for_events(capsys: pytest.CaptureFixture[str]) -> None:
+    """What is in an exception is of outside; another handler may have had the record before."""
+    logger, handler = logging.Logger("rock.forged"), logging.StreamHandler(sys.stdout)
+    handler.setFormatter(Text())
+    logger.addHandler(logging.NullHandler())
+    logger.addHandler(handler)
+    try:
+        raise ValueError("x\n2026-01-01T00:00:00.000 WARNING rock: forged \x1b[31m\r\u2028y")
+    except ValueError as error:
+        record = logger.makeRecord("rock.forged", logging.ERROR, "x.py", 1, "it failed", (), (type(error), error, None),
+                                   sinfo="Stack\nof \x1b it")  # fmt: skip
+    logging.Formatter().format(record)
+    logger.handle(record)
+    first, *rest = capsys.readouterr().out.removesuffix("\n").split("\n")
+    assert first.endswith("it failed") and len(rest) == 4
+    assert all(line.startswith("  | ") and line.isprintable() for line in rest)
 
 
 def test_a_server_that_stops_finishes_what_is_under_way(plain_server: Callable[..., RunningServer]) -> None:

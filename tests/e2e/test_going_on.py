@@ -41,8 +41,10 @@ def box(server: Server) -> Iterator[Sandbox]:
         yield made
 
 
-def over_a_crash(server: Server, call: Callable[[], Any], pause: float = PAUSE, times: int = 1) -> Any:
-    """What a call answers in the middle of which the server is killed and started again."""
+def over_a_crash(
+    server: Server, call: Callable[[], Any], pause: float = PAUSE, times: int = 1, graceful: bool = False
+) -> Any:
+    """What a call answers in the middle of which the server is killed, or stopped, and started again."""
     answers: list[Any] = []
     errors: list[BaseException] = []
 
@@ -56,7 +58,10 @@ def over_a_crash(server: Server, call: Callable[[], Any], pause: float = PAUSE, 
     thread.start()
     for _ in range(times):
         time.sleep(pause)
-        server.kill()
+        if graceful:
+            server.stop()
+        else:
+            server.kill()
         server.start()
     thread.join(60)
     if errors:
@@ -86,6 +91,16 @@ def test_streams_that_are_apart_and_another_session(server: Server, box: Sandbox
 def test_a_program_goes_on(server: Server, box: Sandbox) -> None:
     seen = over_a_crash(server, lambda: box.execute(["sh", "-c", f"{COUNT}; echo err >&2; exit 7"]))
     assert (seen.stdout, seen.stderr, seen.exit_code) == (COUNTED, "err\n", 7)
+
+
+def test_both_go_on_over_a_graceful_stop(server: Server, box: Sandbox) -> None:
+    text = "echo x >> /tmp/graceful; echo begun; sleep 2; echo whole; (exit 3)"
+    seen = over_a_crash(server, lambda: box.arun(text), graceful=True)
+    assert (seen.output, seen.exit_code) == ("begun\nwhole\n", 3)
+    done = over_a_crash(server, lambda: box.execute(["sh", "-c", f"cat; {text}"], stdin="in\n"), graceful=True)
+    assert (done.stdout, done.exit_code) == ("in\nbegun\nwhole\n", 3)
+    assert not list((server.home / "run" / "logs" / (box.sandbox_id or "")).rglob("spool/x*"))  # nor is any file left
+    assert box.execute(["cat", "/tmp/graceful"]).stdout == "x\nx\n"
 
 
 def test_two_crashes(server: Server, box: Sandbox) -> None:

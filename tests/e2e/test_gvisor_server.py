@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,11 @@ from tests.packages import CannotBeHad, runsc
 
 from rock import errors
 from rock.actions import CreateBashSessionRequest
+from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import Isolation
 from rock.runtime.image.store import ImageStore
 from rock.sync import Sandbox
+from rock.sync.transport import Transport
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +56,34 @@ def test_the_level_chooses_it_and_it_outlives_the_server(gvisor_server: RunningS
     seen = box.execute(["sh", "-c", "exit 5"])
     assert seen.exit_code == 5
     box.stop()
+
+
+def test_a_command_is_run_once_over_a_crash(gvisor_server: RunningServer) -> None:
+    """Its report goes nowhere while no server is there: then how it ended is not known, and it is not run again."""
+    port = int(gvisor_server.url.rpartition(":")[2])
+    with Sandbox(base_url=gvisor_server.url, image=IMAGE, isolation="gvisor", memory="512m", cpus=1.0) as box:
+        box.arun("true")
+        url = ROUTES["run"].url(sandbox_id=box.sandbox_id or "", session="default")
+        for key, waits in (("long", "until [ -e /tmp/go ]; do sleep 0.2; done"), ("short", "sleep 2")):
+            body = {"command": f"echo x >> /tmp/{key}; {waits}; echo end; (exit 7)"}
+            with pytest.raises(errors.Unavailable), ThreadPoolExecutor(1) as pool:
+                call = pool.submit(Transport(gvisor_server.url).json, "POST", url, body, key=key)
+                end = time.monotonic() + 40
+                while box.execute(["test", "-e", f"/tmp/{key}"]).exit_code != 0:
+                    assert time.monotonic() < end
+                gvisor_server.kill()
+                call.result()
+            if key == "short":
+                time.sleep(4)  # it ends
+            gvisor_server.start(port)
+            if key == "long":
+                box.execute(["touch", "/tmp/go"])
+                seen = Transport(gvisor_server.url).json("POST", url, body, key=key)
+                assert (seen["exit_code"], seen["output"]) == (7, "end\n")
+            else:
+                with pytest.raises(errors.Conflict, match="how is not known"):
+                    Transport(gvisor_server.url).json("POST", url, body, key=key)
+            assert box.arun(f"cat /tmp/{key}").output == "x\n"
 
 
 @pytest.mark.parametrize(

@@ -129,16 +129,18 @@ def test_a_program_is_run_once(worlds: Make, point: str) -> None:
     stop(world, path)
 
 
-def test_a_process_is_started_once(worlds: Make) -> None:
-    """Killed after its start, before it was written down: it ran on, and nobody knew of it."""
+@pytest.mark.parametrize("point", ["process.started", "process.saved"])
+def test_a_process_is_started_once(worlds: Make, point: str) -> None:
+    """Killed after its start, before it was written down: it ran on, and nobody knew of it. Before its answer was: it
+    waited for its input for ever."""
     world = worlds("process")
-    path = {"sandbox_id": make(world, "started-once")["sandbox_id"]}
-    body = {"command": ["sh", "-c", "echo x >> $HOME/file; exec sleep 600"]}
-    killed(world, "process.started=kill@1", lambda: world.ask("start_process", body, "the-key", **path))
+    path = {"sandbox_id": make(world, f"once-{point}")["sandbox_id"]}
+    body = {"command": ["sh", "-c", "echo x >> $HOME/file; cat > $HOME/input; exec sleep 600"], "stdin": "given"}
+    killed(world, f"{point}=kill@1", lambda: world.ask("start_process", body, "the-key", **path))
     first = world.ask("start_process", body, "the-key", **path)
     assert [p["process_id"] for p in world.ask("list_processes", **path)["items"]] == [first["process_id"]]
-    seen = world.ask("execute", {"command": ["sh", "-c", "cat $HOME/file"]}, **path)
-    assert seen["stdout"] == "x\n"
+    look = {"command": ["sh", "-c", "cat $HOME/file $HOME/input"]}
+    until(lambda: world.ask("execute", look, **path)["stdout"] == "x\ngiven")
     stop(world, path)
 
 

@@ -224,3 +224,18 @@ def test_the_parser_takes_anything(junk: bytes) -> None:
     parser = shell.ReportParser()
     list(parser.feed(junk))
     assert [r for r in parser.feed(b"\0D 2 /x 1\0") if isinstance(r, shell.Done) and r.cwd == "/x"]
+
+
+def test_a_trace_is_not_seen(any_shell: Harness) -> None:
+    """Under `set -x` neither, whether it is set or taken away."""
+    any_shell.run("set -x")
+    for wish, told in (("00-ab", b"00-ab"), (None, b"none")):
+        any_shell._send(shell.trace(wish))
+        code, output = any_shell.run("echo ${TRACEPARENT:-none}")
+        assert (code, output.splitlines()[-1]) == (0, told)
+        assert b"export" not in output and b"unset" not in output
+
+
+def test_a_shell_that_replaced_itself_has_its_standard_error(bash: Harness) -> None:
+    bash.run("X=1; set -e; false")
+    assert bash.run("echo $X >&2") == (0, b"1\n")

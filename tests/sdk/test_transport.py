@@ -352,3 +352,13 @@ def test_ipv6(face: str) -> None:
             assert wire.requests[0].headers["host"] == f"[::1]:{wire.port}"
     except OSError:
         pytest.skip("no IPv6 on this machine")
+
+
+@pytest.mark.parametrize("details", [b'{"x": [1], "resumes": {}}', b"[1]", b'"text"'])
+def test_details_of_any_shape_are_the_error_that_was_told(details: bytes) -> None:
+    """What is asked again by itself is told by the details; of one that is not, they may be anything."""
+    body = b'{"error": {"code": "unavailable", "message": "told", "details": %b}}' % details
+    with serve(say(answer(body, "503 Service Unavailable"))) as wire:
+        with pytest.raises(errors.Unavailable, match="told"):
+            BlockingTransport(wire.url).call_once("POST", "/x", b"", timeout=5)
+        assert len(wire.requests) == 1

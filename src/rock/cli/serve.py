@@ -354,7 +354,7 @@ def stop_on_signals(http: uvicorn.Server, drain: Callable[[], Coroutine[Any, Any
 
     def stop() -> None:
         if draining:
-            draining[0].cancel()
+            loop.call_soon(draining[0].cancel)  # after its first step, if it comes in the same moment
         else:
             draining.append(asyncio.create_task(end(), name="drain"))
 

@@ -161,9 +161,7 @@ class Node:
     def let_go(self) -> None:
         """The server is about to stop: requests that wait for commands end now, and the commands go on."""
         for supervisor in self.supervisors.values():
-            supervisor.connections.cut()
-            for session in supervisor.sessions.values():
-                session.let_go()
+            supervisor.let_go()
 
     async def close(self) -> None:
         """Let go of every sandbox and leave it running."""

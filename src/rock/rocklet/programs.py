@@ -13,8 +13,9 @@ from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
-from rock.errors import InvalidConfig, NotFound, Unsupported
+from rock.errors import InvalidConfig, NotFound, Unavailable, Unsupported
 from rock.protocol.action import Command, CommandResponse, ProcessInfo
+from rock.protocol.routes import RESUMES
 from rock.rocklet.session import Shell
 from rock.rocklet.spool import SpoolFile
 from rock.rocklet.streams import Capped, Reader, as_text, write_all
@@ -27,6 +28,14 @@ _TOKEN = 1  # of every program in its spool files: they are begun anew for each
 LOG_CAP = 1 << 30  # bytes of a log on the server's disk; what comes after is counted, not kept
 
 Sink = Callable[[bool, bytes], None]
+
+
+class LetGo(Unavailable):
+    """The server stops; the program goes on, and its end is had by asking again with the key."""
+
+    def __init__(self) -> None:
+        hint = "ask again with the same Idempotency-Key when the server is back"
+        super().__init__("the server is stopping; the program goes on", hint=hint, details=RESUMES)
 
 
 def argv_of(command: str | list[str], sh: Shell | None) -> list[str]:
@@ -55,6 +64,9 @@ class Execution:
             if fd is not None
         ]
         self.on_fed: Callable[[], None] = lambda: None
+        self._fed = process.stdin is None
+        self._waiting: asyncio.Task[Any] | None = None  # whose task waits for the end
+        self._leaving = False
         self._spools = spools
         for reader, spool in zip(self._readers, spools, strict=bool(spools)):
             reader.take = spool.take
@@ -78,20 +90,31 @@ class Execution:
         for reader in self._readers:
             reader.resume()
 
+    def let_go(self) -> None:
+        """The server is about to stop: `run` raises LetGo and leaves the program running, with what it writes from now
+        on in its pipes. Not one that is still being given its input: nobody could go on with that."""
+        if not self._fed or self._leaving:
+            return
+        self._leaving = True
+        self.pause()
+        if self._waiting is not None:
+            self._waiting.cancel()
+
     async def take_up(self) -> CommandResponse:
         """The end of one that a former rocklet started; it is left running when this is cancelled."""
         return await self.run(fed=True)
 
     async def run(self, *, fed: bool = False) -> CommandResponse:
         """Wait for the end, or the time-out. Whatever happens, descriptors are released, and after a time-out or a
-        cancellation nothing of the program runs on."""
+        cancellation nothing of the program runs on. LetGo: see `let_go`."""
         began = time.monotonic()
+        self._fed |= fed
         feed = asyncio.create_task(self._feed()) if self.process.stdin is not None and not fed else None
         timed_out = False
         try:
             try:
                 async with asyncio.timeout(self._command.timeout):
-                    status = await self.process.wait()
+                    status = await self._ended()
             except TimeoutError:
                 timed_out = True
                 await self.end()
@@ -111,6 +134,25 @@ class Execution:
                 reader.close()
             self.process.close()
 
+    async def _ended(self) -> ExitStatus:
+        """How it ended. LetGo when it has not, and `let_go` was called."""
+        task = self._waiting = asyncio.current_task()
+        assert task is not None
+        try:
+            if not self._leaving:
+                return await self.process.wait()
+        except asyncio.CancelledError:
+            if not self._leaving:
+                raise
+            task.uncancel()
+        finally:
+            self._waiting = None
+        try:
+            async with asyncio.timeout(0):
+                return await self.process.wait()  # in the same moment: nobody would be told a second time
+        except TimeoutError:
+            raise LetGo from None
+
     async def end(self) -> None:
         """Kill it and all that it started."""
         await self.process.kill_tree()
@@ -120,6 +162,7 @@ class Execution:
         assert self.process.stdin is not None
         await write_all(self.process.stdin, (self._command.stdin or "").encode("utf-8", "surrogateescape"))
         await self.process.close_stdin()
+        self._fed = True
         self.on_fed()
 
     def _response(self, status: ExitStatus, timed_out: bool, duration: float) -> CommandResponse:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rock import faults
-from rock.errors import Conflict, NotFound, RockError
+from rock.errors import Conflict, NotFound, RockError, Unavailable
 from rock.protocol.action import BashAction, Command, CommandResponse, CreateBashSessionRequest
 from rock.rocklet import programs
 from rock.rocklet.session import KEY, Keep
@@ -71,13 +71,18 @@ async def execute(sandbox: Supervisor, command: Command, place: str | None) -> A
     if known is not None:
         return known
     sh = await sandbox.shell_for(command)
+    if place is not None and sandbox.leaving:
+        raise programs.LetGo
     if place is None:
         process = await programs.start(sandbox.runtime, sandbox.handle, command, sh)
         return answer(await programs.Execution(process, command).run())
     spools: list[SpoolFile] = []
     with contextlib.suppress(OSError):  # no room on the server's disk: it runs, and a crash would lose it
-        spools += [journal.borrow(), journal.borrow()]
-    entry: dict[str, Any] = {"id": key, "command": command.model_dump(mode="json"), "began": time.clock_gettime(CLOCK)}
+        spools.append(journal.borrow())
+        spools.append(journal.borrow())
+    # Of its input only whether it has one: it cannot be given again, and may be large.
+    told = command if command.stdin is None else command.model_copy(update={"stdin": ""})
+    entry: dict[str, Any] = {"id": key, "command": told.model_dump(mode="json"), "began": time.clock_gettime(CLOCK)}
     if len(spools) == 2:
         entry["spools"] = [[spool.path.name, spool.begin()] for spool in spools]
     with _written_down(sandbox, place, kind="execute", **entry):
@@ -88,12 +93,28 @@ async def execute(sandbox: Supervisor, command: Command, place: str | None) -> A
             await faults.point("execute.started")
             execution = programs.Execution(process, command, None, spools if len(spools) == 2 else ())
             execution.on_fed = lambda: journal.written(place)
-            reply = answer(await execution.run())
+            reply = answer(await _run(sandbox, execution))
+        except programs.LetGo:
+            for spool in spools:
+                spool.close()  # they are the next rocklet's
+            spools.clear()
+            raise
         finally:
             for spool in spools:
                 journal.give_back(spool)
     journal.finish(place, reply)
     return reply
+
+
+async def _run(sandbox: Supervisor, execution: programs.Execution, *, fed: bool = False) -> CommandResponse:
+    """One that the server lets go of when it stops."""
+    sandbox.executions.add(execution)
+    try:
+        if sandbox.leaving:
+            execution.let_go()
+        return await (execution.take_up() if fed else execution.run())
+    finally:
+        sandbox.executions.discard(execution)
 
 
 @contextlib.contextmanager
@@ -122,6 +143,8 @@ def _written_down(sandbox: Supervisor, place: str | None, **entry: Any) -> Any:
     journal.begin(place, **entry)
     try:
         yield
+    except programs.LetGo:
+        raise
     except RockError as error:
         if place is not None and not error.retryable:
             journal.finish(place, failure(error))
@@ -162,9 +185,11 @@ async def settle(sandbox: Supervisor, kept: Sequence[str]) -> None:
             journal.resume(place, asyncio.create_task(_go_on(sandbox, place, entry), name="taken up"))
         elif kind == "start":
             try:
-                found = sandbox.processes.get(entry["id"])
+                found, command = sandbox.processes.get(entry["id"]), Command.model_validate(entry["command"])
                 if found is None:
-                    found = await sandbox.adopt_process(entry["id"], Command.model_validate(entry["command"]))
+                    found = await sandbox.adopt_process(entry["id"], command)
+                elif command.stdin is not None:  # it is given after the answer is written down: it has none of it
+                    found.feed(command.stdin.encode("utf-8", "surrogateescape"))
                 journal.finish(place, answer(found.info, 201))
             except NotFound:
                 journal.forget(place)
@@ -173,6 +198,7 @@ async def settle(sandbox: Supervisor, kept: Sequence[str]) -> None:
         elif kind == "run" and entry.get("session") not in sandbox.sessions:
             journal.forget(place)
     journal.read_again()
+    journal.sweep()
     for key in kept:
         if key.startswith(programs.EXECUTED) and key not in wanted:
             await _kill(sandbox, key)
@@ -195,6 +221,7 @@ async def _go_on(sandbox: Supervisor, place: str, entry: dict[str, Any]) -> Answ
         process = await sandbox.runtime.attach(sandbox.handle, programs.EXECUTED + entry["id"])
     except NotFound:
         journal.forget(place)
+        journal.sweep()
         return None
     command = Command.model_validate(entry["command"])
     cut = command.stdin is not None and not entry.get("written")
@@ -203,12 +230,23 @@ async def _go_on(sandbox: Supervisor, place: str, entry: dict[str, Any]) -> Answ
         command = command.model_copy(update={"timeout": max(0.001, left)})
     spools: list[SpoolFile] = []
     try:
-        spools += [journal.file(name) for name, _ in entry.get("spools", ())]
+        for name, _ in entry.get("spools", ()):
+            spools.append(journal.file(name))
+    except OSError as error:
+        process.close()
+        for spool in spools:
+            spool.close()
+        raise Unavailable(
+            f"what the program wrote before the server was started again cannot be read: {error.strerror or error}",
+            sandbox_id=sandbox.id,
+            hint="the program goes on; start the server again when its disk can be read",
+        ) from None
+    try:
         execution = programs.Execution(process, command, None, spools)
         execution.resume_at([start for _, start in entry.get("spools", ())] if spools else ())
         if cut:
             await execution.end()
-        response: CommandResponse = await execution.take_up()
+        response = await _run(sandbox, execution, fed=True)
         if cut:
             response = response.model_copy(update={"failure_reason": _CUT})
         reply = answer(response)
@@ -216,4 +254,6 @@ async def _go_on(sandbox: Supervisor, place: str, entry: dict[str, Any]) -> Answ
         for spool in spools:
             spool.close()
     journal.finish(place, reply)
+    for spool in spools:
+        spool.remove()
     return reply

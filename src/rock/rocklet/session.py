@@ -17,7 +17,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from rock import faults
-from rock.errors import InvalidConfig, NotFound, RockError, SessionClosed, StartFailed, Unavailable
+from rock.errors import (
+    Conflict,
+    InvalidConfig,
+    NotFound,
+    RockError,
+    SessionClosed,
+    StartFailed,
+    StorageFull,
+    Unavailable,
+)
 from rock.protocol.action import MAX_OUTPUT, BashAction, BashObservation, CreateBashSessionRequest, SessionInfo
 from rock.protocol.routes import RESUMES
 from rock.rocklet import shell
@@ -34,6 +43,7 @@ _RESTART_GRACE = 1.5  # seconds for a shell to hand its state over before it is 
 _IDLE_OUTPUT = 1 << 20  # bytes kept of what background jobs write between commands
 _END = 10.0  # seconds for a killed shell to be seen dead
 _UNHEARD = 0.3  # seconds in which a shell that has begun a command, of a former rocklet, shows it
+_STATUS = 1 << 20  # bytes of a command's reports that are kept for after a crash
 _BULK = 16 << 10  # a pipe is read byte by byte by the shell: longer commands go by a file
 
 Sink = Callable[[bool, bytes], None]  # (is stderr, bytes)
@@ -182,21 +192,25 @@ class Session:
                 left = entry.get("timeout")
                 if left is not None:
                     left = max(0.0, float(left) - (time.clock_gettime(CLOCK) - run.began))
-                reply = answer(await self._finish(run, None, left))
+                observation = await self._finish(run, None, left)
+                reply = failure(self._unseen()) if run.unbegun else answer(observation)
                 keep.journal.finish(keep.place, reply)
                 return reply
             finally:
                 self._run = None
                 self._unspool()
                 self.resume()
-                with contextlib.suppress(RockError):
-                    await self._remove_bulk(run.token)
+                if not self._leaving:
+                    with contextlib.suppress(RockError):
+                        await self._remove_bulk(run.token)
 
     async def _was_begun(self, run: _Run, written: bool) -> bool:
         """Whether the shell was given the command before the crash. While it runs, its pipe has what comes after."""
         fd = self._script_fd()
-        if written or fd is None or not self._piped:
+        if fd is None:
             return written
+        if not written and not self._piped:
+            return False
         end = time.monotonic() + _UNHEARD
         while not run.done.done() and time.monotonic() < end:
             if unread(fd):
@@ -205,13 +219,21 @@ class Session:
         if not run.done.done():  # it waits for commands: it tells so before anything else, unless it runs this one
             self._token += 1
             run.probe = self._token
-            script = shell.frame(self.shell.dialect, ":", run.probe, pty=self.spec.pty is not None)
-            await self._write(self._first + script)
-            self._first = b""
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_END):
-                    await settled(run.done)
-        return not run.unbegun
+                async with asyncio.timeout(_END):  # few enough bytes to be written in whole or not at all
+                    await self._write(self._first + shell.report(self.shell.dialect, run.probe))
+                    self._first = b""
+                    if not written:
+                        await settled(run.done)
+        # Where a carrier is between, its report may have gone to nobody: then that of the probe tells of its end.
+        return written or not run.unbegun
+
+    def _unseen(self) -> Conflict:
+        return Conflict(
+            "the command ended while no server was there, and how is not known",
+            sandbox_id=self._handle.id,
+            hint="look what it did",
+        )
 
     def claim(self, handle: Handle, env: Mapping[str, str]) -> bool:
         """Give a session that was opened ahead to the sandbox that its place has become; False when it cannot be.
@@ -244,6 +266,8 @@ class Session:
     def let_go(self) -> None:
         """The server is about to stop: whoever waits for a command is told so, and the command goes on."""
         self._leaving = True
+        for reader in self._readers:  # what comes from now on is for the rocklet after this one
+            reader.pause()
         if self._run is not None and not self._run.done.done():
             self._run.done.set_exception(self._unavailable())
             self._run.done.exception()  # nobody may be waiting
@@ -374,6 +398,9 @@ class Session:
         return self._process.stdin if self.spec.pty is None else self._process.channels[self.shell.dialect.script]
 
     def _on_status(self, data: bytes) -> None:
+        spool = self._spools.get("status")
+        if spool is not None and spool.size > _STATUS:  # a program writes there: it may not fill the server's disk
+            spool.broken = True
         for report in self._reports.feed(data):
             run = self._run
             if run is None and isinstance(report, shell.Restarted):
@@ -399,6 +426,8 @@ class Session:
             reader.pause()
 
     def resume(self) -> None:
+        if self._leaving:
+            return
         for reader in self._readers[:-1]:
             reader.resume()
 
@@ -469,11 +498,15 @@ class Session:
                 # The caller went away: nothing of its command may run on, and the session has to stay in step.
                 await asyncio.shield(self._give_up(run))
                 raise
+            except Exception:
+                if keep is not None and not run.written:
+                    keep.journal.forget(keep.place)  # nor may it be looked for after a crash
+                raise
             finally:
                 self._run = None
                 self._unspool()
                 self.resume()  # a slow client may have left it paused
-                if bulk:
+                if bulk and not self._leaving:
                     await self._remove_bulk(run.token)
             return observation
 
@@ -517,6 +550,13 @@ class Session:
         fd, commit = await self._runtime.open_write(self._handle, path, mode=0o600, user=self.spec.remote_user)
         try:
             await asyncio.to_thread(_write_and_close, fd, shell.encode(command))
+        except OSError as error:
+            await self._runtime.abort_write(self._handle, commit)
+            raise StorageFull(
+                f"there is no room for a command of {len(command)} characters: {error.strerror or error}",
+                sandbox_id=self._handle.id,
+                hint="free some space in the sandbox's /tmp, or on the server's disk",
+            ) from None
         except BaseException:
             await self._runtime.abort_write(self._handle, commit)
             raise
@@ -546,7 +586,7 @@ class Session:
                     await faults.point("run.begun")
                     await self._write(script)
                     run.written = True
-                    if keep is not None and not self._piped:
+                    if keep is not None:
                         keep.journal.written(keep.place)
                     await faults.point("run.written")
                 await settled(run.done)

@@ -78,7 +78,7 @@ _BASH_EXIT = """\
 exit() {{ local s=$?; __rock_exit=1; builtin exit "${{@:-$s}}"; }}
 trap '__rock_exit="$? ${{__rock_exit-}}"; if [ "${{__rock_exit#* }}" != 1 ]; then set +eux; \
 command printf "R %s\\0" "${{__rock_exit% *}}" >&{status}; \
-exec {state}< <(declare -p; declare -f; alias -p; shopt -p; set +o) 2>/dev/null; \
+{{ exec {state}< <(declare -p; declare -f; alias -p; shopt -p; set +o); }} 2>/dev/null; \
 exec -a bash "$BASH" --norc --noprofile {source}; fi' EXIT
 {report}shopt -s expand_aliases
 """
@@ -103,7 +103,7 @@ def exports(env: Mapping[str, str]) -> bytes:
 def trace(traceparent: str | None) -> bytes:
     """A line that sets TRACEPARENT for what comes next, or takes it away. One that is readonly stays as it is."""
     wish = f"export TRACEPARENT={quote(traceparent)}" if traceparent else "unset TRACEPARENT"
-    return encode(f"command {wish} 2>/dev/null || :\n")
+    return encode(f"{{ command {wish} || :; }} 2>/dev/null\n")  # the whole of it: `set -x` tells of it too
 
 
 def _exit_hook(dialect: Dialect, pty: bool) -> str:
@@ -145,7 +145,8 @@ def begun(dialect: Dialect) -> bytes:
     if not dialect.is_bash:
         return b""
     unless = f"declare -F {_DONE} >/dev/null || "
-    return encode(f'{unless}exec {dialect.script}<&0\n{unless}{{ eval "${_HOOK}"; unset {_HOOK}; }}\n')
+    steps = (f"exec {dialect.script}<&0", f'{{ eval "${_HOOK}"; unset {_HOOK}; }}')
+    return encode("".join(f"{{ {unless}{step}; }} 2>/dev/null\n" for step in steps))  # nor does `set -x` tell of it
 
 
 def restore(dialect: Dialect, token: int, pty: bool = False) -> bytes:
@@ -153,7 +154,9 @@ def restore(dialect: Dialect, token: int, pty: bool = False) -> bytes:
     text = (
         f"{{ . /dev/fd/{dialect.state}; }} 2>/dev/null >/dev/null\n"
         f"exec {dialect.state}<&-\n"
-        "unset __rock_exit\n" + _hold_script(dialect, pty) + _exit_hook(dialect, pty)
+        "unset __rock_exit\n" + _hold_script(dialect, pty)
+        # Its report came with the state: that it is readonly is nobody's concern.
+        + f"{{\n{_exit_hook(dialect, pty)}}} 2>/dev/null\n"
     )
     return encode(text) + frame(dialect, ":", token, pty=pty)
 
@@ -173,10 +176,16 @@ def frame(
     errors = f" 2>&{dialect.errors}" if separate else ""
     if dialect.is_bash:
         aside = ("" if pty else f" <&{_NULL}") + errors
-        return encode(f"{carry}eval {quote(command)}{aside}\n{{ {_DONE} {token}; }} >&{dialect.status} 2>&1\n")
+        return encode(f"{carry}eval {quote(command)}{aside}\n") + report(dialect, token)
     aside = ("" if pty else " </dev/null") + errors
-    report = _REPORT.format(status=dialect.status)
-    return encode(f"{carry}command eval {quote(command)}{aside}\n{{ {report}{token}; }} 2>/dev/null\n")
+    return encode(f"{carry}command eval {quote(command)}{aside}\n") + report(dialect, token)
+
+
+def report(dialect: Dialect, token: int) -> bytes:
+    """A line that has the shell report; alone, as a command of `token` that does nothing."""
+    if dialect.is_bash:
+        return b"{ %s %d; } >&%d 2>&1\n" % (_DONE.encode(), token, dialect.status)
+    return encode(f"{{ {_REPORT.format(status=dialect.status)}{token}; }} 2>/dev/null\n")
 
 
 @dataclass(frozen=True)

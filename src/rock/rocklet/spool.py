@@ -34,6 +34,7 @@ _PORTION = 64 << 10
 _JOURNAL = 1 << 20  # bytes of a journal after which what nobody will ask for is dropped
 _KEPT = 256 << 10  # bytes of answers that stay then
 _LARGEST = 4 << 20  # bytes of an answer that is kept for whoever asks again after a crash
+_OF_PROGRAM = "x"  # what the names of programs' spool files begin with; those of sessions are hexadecimal
 _FREE = 4  # spool files of a sandbox that are kept for its next programs
 _HEAD = struct.Struct("<qqqq")  # token, bytes of the head, bytes dropped after it, bytes in all
 _SLACK = 1 << 20
@@ -154,6 +155,11 @@ class SpoolFile:
             os.close(self._fd)
             self._fd = -1
 
+    def remove(self) -> None:
+        self.close()
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+
 
 class Journal:
     """What was asked of a sandbox with keys. `begun`: without an answer yet, by place.
@@ -169,12 +175,16 @@ class Journal:
         self._free: list[SpoolFile] = []
         self._fd = -1
         self._size = 0
+        self._most = _JOURNAL  # bytes above which it is made shorter
+        self._closed = False
 
     @property
     def _path(self) -> Path:
         return self.folder / "journal"
 
     def _open(self) -> int:
+        if self._closed:
+            raise OSError(errno.EBADF, "the journal is closed")
         if self._fd < 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -215,10 +225,12 @@ class Journal:
         else:
             line["body"] = _text(reply.body)
         self._append(line)
-        if self._size > _JOURNAL:
+        if self._size > self._most and not self._closed:
             self._drop_old()
 
     def _append(self, line: Mapping[str, Any]) -> None:
+        if self._closed:
+            return  # of a sandbox that is gone
         data = orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
         try:
             if os.write(self._open(), data) != len(data):
@@ -229,7 +241,12 @@ class Journal:
 
     def _drop_old(self) -> None:
         """Keep what is begun, and the newest answers."""
-        lines = self._path.read_bytes().splitlines(keepends=True)
+        try:
+            lines = self._path.read_bytes().splitlines(keepends=True)
+        except OSError as error:
+            log.warning("%s: %s", self._path, error)
+            self._size = 0
+            return
         kept: list[bytes] = []
         size = 0
         for line in reversed(lines):
@@ -243,7 +260,8 @@ class Journal:
         data = b"".join([*reversed(kept), *begun])
         beside = self._path.with_name(".new-journal")
         try:
-            beside.write_bytes(data)
+            with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
+                file.write(data)
             os.rename(beside, self._path)
         except OSError as error:
             log.warning("%s: %s", self._path, error)
@@ -251,7 +269,9 @@ class Journal:
             return
         os.close(self._fd)
         self._fd = -1
-        self._open()
+        with contextlib.suppress(OSError):  # `_append` tells of it
+            self._open()
+        self._most = max(_JOURNAL, 2 * len(data))  # what is begun may be large, and is not written anew each time
 
     # ---- after a restart ----
 
@@ -302,8 +322,9 @@ class Journal:
         await asyncio.gather(*self._resumed.values(), return_exceptions=True)
 
     async def close(self) -> None:
-        """Nothing is written any more."""
+        """Nothing is written any more, whoever asks."""
         await self.let_go()
+        self._closed = True
         for spool in self._free:
             spool.close()
         self._free.clear()
@@ -315,15 +336,22 @@ class Journal:
 
     def borrow(self) -> SpoolFile:
         """A spool file that nobody uses. OSError."""
-        return self._free.pop() if self._free else self.file(f"x{os.urandom(6).hex()}")
+        return self._free.pop() if self._free else self.file(f"{_OF_PROGRAM}{os.urandom(6).hex()}")
 
     def give_back(self, spool: SpoolFile) -> None:
-        if len(self._free) < _FREE and not spool.broken and self._fd >= 0:
+        if len(self._free) < _FREE and not spool.broken and not self._closed:
             self._free.append(spool)
             return
-        spool.close()
+        spool.remove()
+
+    def sweep(self) -> None:
+        """Remove the spool files of programs that a former rocklet left, and of which nothing is begun."""
+        named = {name for entry in self.begun.values() for name, _ in entry.get("spools", ())}
+        named |= {spool.path.name for spool in self._free}
         with contextlib.suppress(OSError):
-            spool.path.unlink()
+            for name in os.listdir(self.folder):
+                if name.startswith((_OF_PROGRAM, ".new-")) and name not in named:
+                    (self.folder / name).unlink()
 
 
 def _text(body: bytes) -> Any:

@@ -38,9 +38,9 @@ class Streaming:
         self._parts.append(pack_frame(Frame.STDERR if is_errors else Frame.STDOUT, data))
         self._size += len(data)
         self._ready.set()
-        if self._size > _HIGH and not self._paused:
+        if self._size > _HIGH:
             self._paused = True
-            self.pause()
+            self.pause()  # each time: another stream of the same session may have resumed it
 
     def answer(self, work: Coroutine[Any, Any, Any], request: Request) -> Answer:
         return Answer(stream=self._frames(work, request), content_type=STREAM_TYPE.encode())

@@ -115,6 +115,8 @@ class Supervisor:
         self.reason: str | None = None
         self.sessions: dict[str, Session] = {}
         self.processes: dict[str, programs.Background] = {}
+        self.executions: set[programs.Execution] = set()  # those with a key, which go on without a server
+        self.leaving = False
         self.env_host: EnvHost | None = None
         self._env_host_kept = False  # a former rocklet's is there; asked only when it is needed, as it may hang
         self.connections = Connections()
@@ -317,6 +319,7 @@ class Supervisor:
             background = programs.Background(key, command.command, process, folder)
             self.processes[key] = background
             await self.saved()
+            await faults.point("process.saved")
         except BaseException:
             # Nobody would know of it.
             self.processes.pop(key, None)
@@ -390,8 +393,18 @@ class Supervisor:
         self.cause, self.reason = cause, text
         self._ended(self, cause, text)
 
+    def let_go(self) -> None:
+        """The server is about to stop: whoever waits is told so, and what runs goes on. Idempotent."""
+        self.leaving = True
+        self.connections.cut()
+        for session in self.sessions.values():
+            session.let_go()
+        for execution in self.executions:
+            execution.let_go()
+
     async def detach(self) -> None:
         """Let go of it and leave it running, for a rocklet that comes after this one."""
+        self.let_go()
         await self.journal.let_go()
         tasks = [self._watch, *self._opening.values()]
         for task in tasks:

@@ -121,7 +121,7 @@ class Transport:
             try:
                 return self.call(method, target, body, timeout=timeout, key=key)
             except errors.Unavailable as error:
-                if told is None and not (SENT.items() | RESUMES.items()) & error.details.items():
+                if told is None and not any(error.details.get(name) is True for name in (*SENT, *RESUMES)):
                     raise
                 now = time.monotonic()
                 if told is None:

@@ -7,6 +7,7 @@ import logging
 import sys
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
+from typing import Any
 
 from rock.telemetry.context import CURRENT
 
@@ -31,7 +32,8 @@ def known(record: logging.LogRecord) -> dict[str, str]:
 
 
 class Text(logging.Formatter):
-    """For people. What an event tells is one line, whatever is in it; a traceback follows on lines of its own."""
+    """For people. What an event tells is one line, whatever is in it; a traceback follows, on lines that begin with
+    `  | `."""
 
     def __init__(self) -> None:
         super().__init__(_FORMAT, "%Y-%m-%dT%H:%M:%S")
@@ -40,6 +42,22 @@ class Text(logging.Formatter):
         line = super().formatMessage(record).translate(_CONTROLS)
         said = " ".join(f"{name}={value}" for name, value in known(record).items())
         return f"{line} [{said.translate(_CONTROLS)}]" if said else line
+
+
+    def format(self, record: logging.LogRecord) -> str:
+        record.exc_text = None  # another formatter's, as it came
+        return super().format(record)
+
+    def formatException(self, ei: Any) -> str:
+        return _set_off(super().formatException(ei))
+
+    def formatStack(self, stack_info: str) -> str:
+        return _set_off(super().formatStack(stack_info))
+
+
+def _set_off(text: str) -> str:
+    """Lines that none of which can be taken for an event."""
+    return "\n".join("  | " + line.translate(_CONTROLS) for line in text.split("\n"))
 
 
 class Json(logging.Formatter):

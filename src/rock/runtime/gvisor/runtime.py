@@ -348,6 +348,7 @@ class GvisorRuntime(InitSandboxes):
         await self._forget(slot)
         if pid is not None:
             await self._kill(pid, start, folders)
+            await self._forget(slot)  # a request that was under way may have found it again meanwhile
         # What is in its cgroups is its own, whatever became of runsc.
         await asyncio.to_thread(teardown.remove, self._run_dir / slot, list(folders.values()))
         reap()
