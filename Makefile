@@ -40,11 +40,11 @@ types: $(VENV)/ready-dev
 
 # The runtimes' own tests run in a process of their own: they count its descriptors and children; those with a container
 # engine in another one, whose child that is. The others wait more
-# than they work, so three at a time; the longest first.
+# than they work, so four at a time; the longest first.
 unit: $(VENV)/ready-dev
 	ROCK_TEST_CONFORM=fake,namespace,process $(PY) -m pytest tests/runtime tests/rocklet --ignore=tests/runtime/docker
 	ROCK_TEST_CONFORM=docker $(PY) -m pytest tests/runtime/docker tests/runtime/conformance
-	$(PY) -m pytest -n 3 --dist loadfile --no-loadscope-reorder --ignore=tests/runtime --ignore=tests/rocklet
+	$(PY) -m pytest -n 4 --dist loadfile --no-loadscope-reorder --ignore=tests/runtime --ignore=tests/rocklet
 
 # ROCK's own client in several versions, installed from PyPI and kept in ROCK_TEST_CACHE; `test` runs the fast half.
 compat: $(VENV)/ready-dev
