@@ -94,7 +94,7 @@ def test_a_kill_that_was_broken_off(worlds: Make) -> None:
     """A tree is stopped before it is killed: a pid 1 that stood still kept the next server waiting for a minute."""
     world = worlds("process")
     info = make(world, "half killed")
-    (pid,) = world.roots
+    pid = min(world.roots)  # and what it is just forking
     with contextlib.suppress(Unavailable):
         world.server.faults("node.destroy.begun=kill@1")
         stop(world, info)

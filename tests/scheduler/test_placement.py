@@ -61,10 +61,16 @@ def test_measured_use_counts() -> None:
 
 
 def test_a_worker_under_pressure_takes_nothing_new() -> None:
-    scheduler = fleet(pressed=worker(memory_pressure=60.0), calm=worker(memory_free=2 * GIB, memory_pressure=1.0))
+    pressed = {"memory_free": 3 * GIB, "memory_pressure": 60.0}
+    scheduler = fleet(pressed=worker(**pressed), calm=worker(memory_free=2 * GIB, memory_pressure=1.0))
     assert {scheduler.place(wish()) for _ in range(20)} == {"calm"}
     with pytest.raises(NoCapacity, match="memory"):
-        fleet(pressed=worker(memory_pressure=60.0)).place(wish())
+        fleet(pressed=worker(**pressed)).place(wish())
+
+
+def test_a_sandbox_at_its_own_limit_keeps_no_others_out() -> None:
+    """What it waits for shows in the machine's pressure: memory that is free says that it is nobody else's matter."""
+    assert fleet(one=worker(memory_free=10 * GIB, memory_pressure=99.0)).place(wish()) == "one"
 
 
 def test_the_image_that_is_there_counts() -> None:

@@ -20,6 +20,7 @@ from rock.scheduler.base import Placement
 
 LEAST_FREE = 0.02  # of a worker's memory: with less it takes nothing new
 MOST_PRESSURE = 25.0  # percent of the last ten seconds in which something waited for memory
+SCARCE = 0.1  # of a worker's memory: with more free, who waits is a sandbox at its own limit, which is its own matter
 _MANY = 1e9
 _ASSUMED = 32 << 20  # bytes that one takes which is not measured yet, at most its limit
 _LOOKED_AT = 4  # workers that are compared for one sandbox
@@ -65,7 +66,8 @@ class _Machine:
     def room(self, wish: _Wish) -> int:
         """How many more it takes now."""
         status = self.status
-        pressed = status.memory_pressure is not None and status.memory_pressure > MOST_PRESSURE
+        scarce = self.memory_free < status.memory_total * SCARCE
+        pressed = scarce and status.memory_pressure is not None and status.memory_pressure > MOST_PRESSURE
         spare = self.memory_free - round(status.memory_total * LEAST_FREE)
         if pressed or (status.memory_total and spare <= 0):
             return 0
