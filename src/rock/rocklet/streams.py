@@ -13,6 +13,8 @@ import termios
 from collections import deque
 from collections.abc import Callable
 
+_MANY, _WITHIN = 16, 0.02  # reads within so many seconds are a flood
+_REST = 0.005
 _CHUNK = 64 << 10  # as much as a pipe holds; more memory at once costs more than the reading
 _PORTION = 4 << 10
 
@@ -96,21 +98,43 @@ class Reader:
         self.done = asyncio.Event()
         self._loop = asyncio.get_running_loop()
         self._watching = False
+        self._rest: asyncio.TimerHandle | None = None
+        self._since = 0.0
+        self._reads = 0
         self._terminal = os.isatty(fd)
         self.resume()
 
     def resume(self) -> None:
-        if not self._watching and not self.done.is_set():
+        if not self._watching and self._rest is None and not self.done.is_set():
             self._loop.add_reader(self.fd, self._ready)
             self._watching = True
 
     def pause(self) -> None:
+        if self._rest is not None:
+            self._rest.cancel()
+            self._rest = None
         if self._watching:
             self._loop.remove_reader(self.fd)
             self._watching = False
 
     def _ready(self) -> None:
         self._read(_CHUNK)
+        self._reads += 1
+        if self._reads >= _MANY and self._watching:
+            self._breathe()
+
+    def _breathe(self) -> None:
+        """Who prints a line at a time without end would wake us for each: it is left alone for a moment, and what it
+        wrote is then read at once."""
+        now = self._loop.time()
+        often, self._since, self._reads = now - self._since < _WITHIN, now, 0
+        if often:
+            self.pause()
+            self._rest = self._loop.call_later(_REST, self._rested)
+
+    def _rested(self) -> None:
+        self._rest = None
+        self.resume()
 
     def _read(self, limit: int) -> int:
         try:
