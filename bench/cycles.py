@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from hosted import memory, tree
+
 from rock import settings
 from rock.errors import RockError
 from rock.runtime.image.store import ImageStore
@@ -48,32 +50,8 @@ class Ledger:
     folders: int
 
 
-def _tree(root: int) -> list[int]:
-    parents: dict[int, list[int]] = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                parent = int(Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-            parents.setdefault(parent, []).append(int(name))
-    found, todo = [], [root]
-    while todo:
-        pid = todo.pop()
-        found.append(pid)
-        todo += parents.get(pid, [])
-    return found
-
-
 def _files(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
-
-
-def _memory(pid: int) -> int:
-    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
-            return int(line.split()[1]) << 10
-    return 0
 
 
 def _namespaces(pids: list[int]) -> int:
@@ -103,15 +81,15 @@ def _cgroups(home: Path) -> int:
 
 
 def take(server: int, home: Path) -> Ledger:
-    tree = _tree(server)
-    launcher = next(pid for pid in tree if pid != server)
+    pids = tree(server)
+    launcher = next(pid for pid in pids if pid != server)
     runs = home / "run"
     folders = sum(len(list((runs / part).iterdir())) for part in ("namespace", "records", "logs", "process", "landlock")
                   if (runs / part).is_dir())
     mounts = len(Path(f"/proc/{launcher}/mountinfo").read_text().splitlines())
     mounts += len([line for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(home) in line])
-    return Ledger(_files(server), len(os.listdir(f"/proc/{server}/task")), _memory(server), _files(launcher),
-                  _memory(launcher), len(tree), mounts, _cgroups(home), _namespaces(tree), folders)
+    return Ledger(_files(server), len(os.listdir(f"/proc/{server}/task")), memory(server), _files(launcher),
+                  memory(launcher), len(pids), mounts, _cgroups(home), _namespaces(pids), folders)
 
 
 def settled(server: int, home: Path, seconds: float = 30.0) -> Ledger:

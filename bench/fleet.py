@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+from hosted import cpu_of
 
 from rock.cli.serve import Rocklet, http_over, listen, run
 from rock.runtime.fake import FakeRuntime
@@ -168,12 +169,6 @@ def memory_of(pid: int) -> float:
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) / 1024
     return 0.0
-
-
-def cpu_of(pid: int) -> float:
-    """Seconds of CPU that a process took."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def row(kind: str, took: list[float], whole: float, pid: int, cpu: float, **more: Any) -> dict[str, Any]:

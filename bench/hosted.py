@@ -15,6 +15,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from rock.guest import proctree
+
 IMAGE = "bench:1"
 
 
@@ -63,6 +65,17 @@ def memory(pid: int) -> int:
         if line.startswith("Pss:"):
             return int(line.split()[1]) << 10
     return 0
+
+
+def cpu_of(pid: int) -> float:
+    """Seconds of CPU that a process took."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def tree(root: int) -> list[int]:
+    """A process and all below it."""
+    return [root, *(entry.pid for entry in proctree.descendants(proctree.scan(), root))]
 
 
 def percentiles(times: list[float]) -> str:

@@ -15,7 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from hosted import IMAGE, at, connect, memory, percentiles, raise_file_limit, request, server
+from hosted import IMAGE, at, connect, cpu_of, memory, percentiles, raise_file_limit, request, server, tree
 
 from rock.errors import RockError
 from rock.sync import Client, Sandbox, SandboxConfig
@@ -28,23 +28,6 @@ def available() -> int:
     """Bytes of memory that the machine could still give."""
     text = Path("/proc/meminfo").read_text()
     return int(next(line for line in text.splitlines() if line.startswith("MemAvailable")).split()[1]) << 10
-
-
-def tree(root: int) -> list[int]:
-    """A process and all below it."""
-    below: dict[int, list[int]] = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                parent = int(Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-            below.setdefault(parent, []).append(int(name))
-    found, todo = [], [root]
-    while todo:
-        found.append(todo.pop())
-        todo += below.get(found[-1], [])
-    return found
 
 
 def held(pids: list[int]) -> int:
@@ -76,11 +59,6 @@ def made(url: str, _: int) -> tuple[float, str]:
     began = time.perf_counter()
     sandbox.start()
     return time.perf_counter() - began, str(sandbox.sandbox_id)
-
-
-def cpu(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def at_once(url: str, ids: list[str], seconds: float) -> None:
@@ -133,9 +111,9 @@ def main() -> None:
         except RockError as error:
             print(f"at {len(ids)}: {error}")
             return
-        busy, began = cpu(pid), time.monotonic()
+        busy, began = cpu_of(pid), time.monotonic()
         time.sleep(10)
-        print(f"idle: the server takes {(cpu(pid) - busy) / (time.monotonic() - began):.1%} of a CPU", flush=True)
+        print(f"idle: the server takes {(cpu_of(pid) - busy) / (time.monotonic() - began):.1%} of a CPU", flush=True)
         at_once(url, ids[:CLIENTS], 5.0)
         began = time.monotonic()
         with Client(url) as client, ThreadPoolExecutor(given.at_once) as pool:

@@ -16,7 +16,6 @@ from rock import errors
 from rock.guest import native, proctree
 from rock.protocol.sandbox import SandboxConfig
 from rock.runtime.base import Handle, Liveness
-from rock.runtime.namespace import records
 from rock.runtime.namespace.runtime import NamespaceRuntime
 from tests.runtime.boxes import Box, HandMade, leftovers, namespace_runtime, run, until
 
@@ -63,7 +62,7 @@ def test_a_killed_server_loses_nothing(tmp_path: Path) -> None:
     server.communicate()
 
     async def main() -> None:
-        await until(lambda: not records.alive(launcher, None))  # it ends with the server's socket
+        await until(lambda: not proctree.lives(launcher, None))  # it ends with the server's socket
         runtime = NamespaceRuntime(tmp_path / "run", 0, HandMade(tmp_path / "image"))
         await runtime.open()
         assert await runtime.recover(handle) == Liveness.RUNNING

@@ -37,6 +37,15 @@ _SHUNNED = 5.0  # seconds that a worker gets no sandboxes after it took no conne
 _USUAL = 100.0  # seconds that a worker may be silent
 
 
+def _makes(method: str, path: str) -> bool:
+    """Whether it makes something, which takes as long as it takes."""
+    return method == "PUT" or path.endswith(_LONG) or path == routes.ROUTES["node_image"].path
+
+
+def _fenced(fence: int | None) -> dict[str, str]:
+    return {} if fence is None else {routes.FENCE: str(fence)}
+
+
 def transport_to(url: str, key: str | None) -> Transport:
     """Requests of a WireWorker, each with the token of the lease by which it is made."""
     clients: dict[int | None, Client] = {}
@@ -46,11 +55,10 @@ def transport_to(url: str, key: str | None) -> Transport:
         client = clients.get(fence)
         if client is None:
             clients.clear()  # of leases that are over
-            client = clients[fence] = Client(url, key, {} if fence is None else {routes.FENCE: str(fence)})
-        makes = method == "PUT" or path.endswith(_LONG) or path == routes.ROUTES["node_image"].path
+            client = clients[fence] = Client(url, key, _fenced(fence))
         try:
             return 200, await client.call(method, f"{path}?{query}" if query else path, body,
-                                          timeout=None if makes else _USUAL)  # fmt: skip
+                                          timeout=None if _makes(method, path) else _USUAL)  # fmt: skip
         except RockError as error:
             return error.status, orjson.dumps(error.to_wire(), default=repr)
 
@@ -63,10 +71,9 @@ def commands_over(remote: Remote, name: str, gone: asyncio.Event, unreached: Cal
     it takes no connection."""
     making = asyncio.Semaphore(_MADE_AT_ONCE)
 
-    async def ask(method: str, path: str, query: str, body: bytes, makes: bool) -> tuple[int, bytes]:
-        fence = FENCE.get()
-        headers = {} if fence is None else {routes.FENCE: str(fence)}
-        async with asyncio.timeout(None if makes else _USUAL):
+    async def ask(method: str, path: str, query: str, body: bytes) -> tuple[int, bytes]:
+        headers = _fenced(FENCE.get())
+        async with asyncio.timeout(None if _makes(method, path) else _USUAL):
             try:
                 return await remote.request(method, path, query, body, headers)
             except Unavailable as error:
@@ -76,10 +83,9 @@ def commands_over(remote: Remote, name: str, gone: asyncio.Event, unreached: Cal
             return await remote.request(method, path, query, body, headers)
 
     async def carry(method: str, path: str, query: str, body: bytes) -> tuple[int, bytes]:
-        makes = method == "PUT" or path.endswith(_LONG) or path == routes.ROUTES["node_image"].path
         try:
             async with making if method == "PUT" and not query.startswith("check=") else contextlib.nullcontext():
-                return await ask(method, path, query, body, makes)
+                return await ask(method, path, query, body)
         except TimeoutError:
             error: RockError = Unavailable(f"worker {name} was silent for {_USUAL:g} s", hint="retry")
         except Unavailable as raised:

@@ -13,9 +13,8 @@ import signal
 import sys
 import threading
 
-from rock.cli.output import fail
+from rock.cli.output import status_of
 from rock.cli.serve import Rocklet, run_server
-from rock.errors import InvalidConfig, RockError
 from rock.settings import Settings
 
 _ENDING = 30.0  # seconds for its sandboxes to end
@@ -48,13 +47,7 @@ class Hosted(Rocklet):
 def main() -> int:
     with contextlib.suppress(OSError):  # Ray's workers are niced, and heartbeats must not be late; takes root
         os.setpriority(os.PRIO_PROCESS, 0, 0)
-    try:
-        run_server(Settings.read(), Hosted)
-    except RockError as error:
-        return fail(error)
-    except ValueError as error:
-        return fail(InvalidConfig(str(error)))
-    return 0
+    return status_of(lambda: run_server(Settings.read(), Hosted))
 
 
 if __name__ == "__main__":

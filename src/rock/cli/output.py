@@ -107,6 +107,19 @@ def fail(error: RockError) -> int:
     return complain(error.message or type(error).__name__, error.hint)
 
 
+def status_of(work: Callable[[], object]) -> int:
+    """Do it; the exit status, after telling what was wrong."""
+    from rock.errors import InvalidConfig, RockError
+
+    try:
+        work()
+    except RockError as error:
+        return fail(error)
+    except ValueError as error:
+        return fail(InvalidConfig(str(error)))
+    return 0
+
+
 def complain(message: str, hint: str | None = None) -> int:
     print(f"error: {message}", file=sys.stderr)
     if hint:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from rock.cli.envhub import serve_envhub
-from rock.cli.output import fail
+from rock.cli.output import status_of
 from rock.cli.serve import Rocklet, Server, run_server
-from rock.errors import InvalidConfig, RockError
 from rock.settings import Settings, envhub_database
 
 
@@ -42,10 +42,7 @@ def envhub_main() -> None:
     parser.add_argument("--port", type=int, default=8081)
     parser.add_argument("--db-url", default=None, help="sqlite:///FILE; the one of the server's home unless given")
     given = parser.parse_args()
-    try:
-        serve_envhub(Settings.read(host=given.host, port=given.port), given.db_url or envhub_database())
-    except (RockError, ValueError) as error:
-        sys.exit(fail(error if isinstance(error, RockError) else InvalidConfig(str(error))))
+    _exit(lambda: serve_envhub(Settings.read(host=given.host, port=given.port), given.db_url or envhub_database()))
 
 
 def _place(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -55,7 +52,9 @@ def _place(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def _run(given: argparse.Namespace, kind: type[Server] | type[Rocklet], **more: Any) -> None:
-    try:
-        run_server(Settings.read(host=given.host, port=given.port, **more), kind)
-    except (RockError, ValueError) as error:
-        sys.exit(fail(error if isinstance(error, RockError) else InvalidConfig(str(error))))
+    _exit(lambda: run_server(Settings.read(host=given.host, port=given.port, **more), kind))
+
+
+def _exit(work: Callable[[], object]) -> None:
+    if status := status_of(work):
+        sys.exit(status)

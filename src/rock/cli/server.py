@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from rock.cli.output import fail
+from rock.cli.output import status_of
 from rock.cli.serve import run_server
-from rock.errors import InvalidConfig, RockError
 from rock.settings import Settings
 
 
@@ -16,13 +15,7 @@ def main() -> int:
     parser.add_argument("--host", required=True)
     parser.add_argument("--port", type=int, required=True)
     given = parser.parse_args()
-    try:
-        run_server(Settings.read(host=given.host, port=given.port))
-    except RockError as error:
-        return fail(error)
-    except ValueError as error:
-        return fail(InvalidConfig(str(error)))
-    return 0
+    return status_of(lambda: run_server(Settings.read(host=given.host, port=given.port)))
 
 
 if __name__ == "__main__":

@@ -44,6 +44,12 @@ def read(pid: int) -> Entry | None:
     return _read(f"/proc/{pid}/stat")
 
 
+def lives(pid: int, start: int | None) -> bool:
+    """Whether this very process lives; a pid that was used again does not count."""
+    entry = read(pid)
+    return entry is not None and entry.alive and start in (None, entry.start)
+
+
 def read_thread(pid: int, thread: int) -> Entry | None:
     """The same of one of its threads."""
     return _read(f"/proc/{pid}/task/{thread}/stat")

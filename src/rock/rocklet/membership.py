@@ -66,6 +66,7 @@ class Membership:
     def __init__(self, node: Node, joining: Joining, file: Path) -> None:
         self._node = node
         self._joining = joining
+        self._host = Remote(joining.url).host
         self._servers = list(joining.servers)
         self._file = file
         self._holder, self._epoch = _read(file)
@@ -195,10 +196,9 @@ class Membership:
         raise last
 
     async def _status(self) -> NodeStatus:
-        host = Remote(self._joining.url).host
         status = await self._node.status()
         images = list(dict.fromkeys([*status.images, *self._images]))[:_MOST_IMAGES]
-        return status.model_copy(update={"images": images, "host_ip": host})
+        return status.model_copy(update={"images": images, "host_ip": self._host})
 
     async def _look_at_images(self) -> None:
         """Apart from the heartbeat, which waits for no thread."""

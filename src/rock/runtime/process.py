@@ -134,7 +134,7 @@ class ProcessRuntime(InitSandboxes):
         return replace(program, env=env, cwd=program.cwd or handle.data["home"])
 
     async def recover(self, handle: Handle) -> Liveness:
-        if not _alive(handle.data["pid"], handle.data["start"]):
+        if not proctree.lives(handle.data["pid"], handle.data["start"]):
             return Liveness.GONE
         entry = proctree.read(handle.data["pid"])
         if entry is not None and entry.state in "Tt":  # it was about to be killed with its tree: it never answers
@@ -191,11 +191,6 @@ def reap() -> None:
             del children[pid]
 
 
-def _alive(pid: int, start: int | None) -> bool:
-    entry = proctree.read(pid)
-    return entry is not None and entry.alive and start in (None, entry.start)
-
-
 def _unrecorded(folder: Path) -> int | None:
     """The pid 1 of a sandbox whose maker died before it could write the record: who has its log as output."""
     log = os.path.realpath(folder / "log")
@@ -208,7 +203,7 @@ def _unrecorded(folder: Path) -> int | None:
 
 def _kill_sandbox(pid: int, start: int | None) -> None:
     """SIGKILL to a pid 1 without a namespace and to all under it: its death alone would set them free."""
-    if _alive(pid, start):
+    if proctree.lives(pid, start):
         proctree.run(proctree.kill_tree(pid, None, True))
 
 
@@ -219,7 +214,7 @@ async def wait_gone(pid: int, start: int) -> None:
     except ProcessLookupError:
         return
     try:
-        if not _alive(pid, start):
+        if not proctree.lives(pid, start):
             return
         loop = asyncio.get_running_loop()
         ended = asyncio.Event()

@@ -36,7 +36,7 @@ from rock.runtime.guestpython import GuestPython
 from rock.runtime.initfiles import InitSandboxes, merged
 from rock.runtime.initlink import InitLink
 from rock.runtime.namespace import admission, cgroups, limits
-from rock.runtime.process import wait_gone
+from rock.runtime.process import read_record, wait_gone
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PREFIX = "d-"
@@ -282,7 +282,7 @@ class DockerRuntime(InitSandboxes):
         data = handle.data
         container = self._live.get(data["slot"])
         if container is None:
-            if not _alive(data["pid"], data["start"]):
+            if not proctree.lives(data["pid"], data["start"]):
                 raise errors.Lost("the sandbox is gone", sandbox_id=handle.id)
             container = Container(data["slot"], data["container"], data["pid"], data["start"], dict(data["cgroups"]),
                                   data["oci"])
@@ -299,7 +299,7 @@ class DockerRuntime(InitSandboxes):
         return container.link
 
     async def _enter_again(self, container: Container, handle: Handle) -> None:
-        if not _alive(container.pid, container.start):
+        if not proctree.lives(container.pid, container.start):
             raise errors.Lost("the sandbox's pid 1 is gone", sandbox_id=handle.id)
         if container.way is not None:
             await container.way.close()
@@ -376,12 +376,12 @@ class DockerRuntime(InitSandboxes):
         pid, start, slot = handle.data["pid"], handle.data["start"], handle.data["slot"]
         with contextlib.suppress(OSError):
             (self._run_dir / slot / "stopped").touch()
-        if _alive(pid, start):
+        if proctree.lives(pid, start):
             with contextlib.suppress(errors.RockError, TimeoutError):
                 await (await self.linked(handle)).request("stop", {"grace": grace}, patience=grace + 5)
                 async with asyncio.timeout(grace + 2):
                     await wait_gone(pid, start)
-            if _alive(pid, start):
+            if proctree.lives(pid, start):
                 with told(handle.id):
                     await self.engine.kill(handle.data["container"])
                 await wait_gone(pid, start)
@@ -407,7 +407,7 @@ class DockerRuntime(InitSandboxes):
     async def sweep(self, known: Sequence[str]) -> list[str]:
         keep, slots, gone = set(known), set(), set()
         for folder in self._run_dir.glob(f"{_PREFIX}*"):
-            id = str(_record(folder).get("id", ""))
+            id = str(read_record(folder).get("id", ""))
             if id in keep or folder.name in self._making:
                 slots.add(folder.name)
             else:
@@ -440,16 +440,3 @@ async def _let_go(container: Container) -> None:
         container.link.close()
     if container.way is not None:
         await container.way.close()
-
-
-def _alive(pid: int, start: int) -> bool:
-    entry = proctree.read(pid)
-    return entry is not None and entry.alive and entry.start == start
-
-
-def _record(folder: Path) -> dict[str, Any]:
-    try:
-        record = json.loads((folder / "record.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}

@@ -36,7 +36,6 @@ from rock.runtime.image.rootfs import RootFS
 from rock.runtime.initfiles import InitSandboxes, merged
 from rock.runtime.initlink import InitLink
 from rock.runtime.namespace import cgroups, disk, limits, mounts, teardown
-from rock.runtime.namespace.records import alive
 from rock.runtime.namespace.runtime import Images
 from rock.runtime.process import children, read_record, reap, wait_gone, write_record
 
@@ -254,7 +253,7 @@ class GvisorRuntime(InitSandboxes):
         data = handle.data
         sandbox = self._live.get(data["slot"])
         if sandbox is None:
-            if not alive(data["pid"], data["start"]):
+            if not proctree.lives(data["pid"], data["start"]):
                 raise errors.Lost("the sandbox is gone", sandbox_id=handle.id)
             sandbox = _Sandbox(data["slot"], data["pid"], data["start"], dict(data["cgroups"]))
             self._live[data["slot"]] = sandbox
@@ -265,7 +264,7 @@ class GvisorRuntime(InitSandboxes):
         if sandbox.link is None or sandbox.link.closed:
             async with sandbox.entering:
                 if sandbox.link is None or sandbox.link.closed:
-                    if not alive(sandbox.pid, sandbox.start):
+                    if not proctree.lives(sandbox.pid, sandbox.start):
                         raise errors.Lost("the sandbox is gone", sandbox_id=handle.id)
                     await _let_go(sandbox)
                     await self._enter(sandbox, handle.id, _BACK)
@@ -322,7 +321,7 @@ class GvisorRuntime(InitSandboxes):
         pid, start, slot = handle.data["pid"], handle.data["start"], handle.data["slot"]
         with contextlib.suppress(OSError):
             (self._run_dir / slot / "stopped").touch()
-        if alive(pid, start):
+        if proctree.lives(pid, start):
             with contextlib.suppress(errors.RockError, TimeoutError):
                 await (await self.linked(handle)).request("stop", {"grace": grace}, patience=grace + 5)
                 async with asyncio.timeout(grace + 2):

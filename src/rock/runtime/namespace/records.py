@@ -14,7 +14,6 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from rock.guest import proctree
 from rock.runtime import wholefile
 from rock.runtime.namespace import userns
 
@@ -46,12 +45,6 @@ def read(run_dir: Path, slot: str) -> dict[str, Any]:
 def slots(run_dir: Path) -> list[str]:
     """All slots that have a folder."""
     return sorted(name for name in os.listdir(run_dir) if name.startswith(SLOT_PREFIX))
-
-
-def alive(pid: int, start: int | None) -> bool:
-    """Whether this very process lives; a pid that was used again does not count."""
-    entry = proctree.read(pid)
-    return entry is not None and entry.alive and start in (None, entry.start)
 
 
 class UidRanges:

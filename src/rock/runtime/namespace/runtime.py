@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from rock import errors, faults
+from rock.guest import proctree
 from rock.guest.remove import remove_tree
 from rock.protocol.network import ConnectionList
 from rock.protocol.sandbox import ArchivedFiles, Isolation, SandboxConfig, Usage
@@ -407,7 +408,7 @@ class NamespaceRuntime(InitSandboxes):
         sandbox = self._live.get(slot)
         if sandbox is None:
             data = handle.data
-            if "pid" not in data or not records.alive(data["pid"], data["start"]):  # one at rest has none
+            if "pid" not in data or not proctree.lives(data["pid"], data["start"]):  # one at rest has none
                 raise errors.Lost("the sandbox is gone", sandbox_id=handle.id)
             sandbox = Sandbox(slot, data["pid"], data["start"], data["base"], dict(data["cgroups"]),
                               memory=int(data["memory"]))
