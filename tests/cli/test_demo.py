@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.timeout(1600)  # the first one installs the environment's packages
 def test_the_demo_does_its_job_and_leaves_nothing(tmp_path: Path, env_images: Path) -> None:
     (tmp_path / "images").symlink_to(env_images)
     command = [sys.executable, "-m", "rock.cli.demo", str(tmp_path)]
@@ -17,6 +20,7 @@ def test_the_demo_does_its_job_and_leaves_nothing(tmp_path: Path, env_images: Pa
     assert sorted(path.name for path in (tmp_path / "run" / "records").iterdir()) == []
 
 
+@pytest.mark.timeout(1600)
 def test_it_tells_when_something_is_left(tmp_path: Path, env_images: Path) -> None:
     (tmp_path / "images").symlink_to(env_images)
     (tmp_path / "run" / "other" / "stray").mkdir(parents=True)
