@@ -18,8 +18,9 @@ from rock.errors import StorageFull, Unavailable
 from rock.protocol.action import BashAction
 from rock.protocol.routes import RESUMES
 from rock.protocol.sandbox import SandboxConfig
+from rock.rocklet.journal import Journal
 from rock.rocklet.session import DEFAULT, Keep, Session, find_shell
-from rock.rocklet.spool import Journal
+from rock.rocklet.spool import SpoolFolder
 from rock.rocklet.stream import _HIGH, Streaming
 from rock.runtime.base import Handle, Process
 from rock.runtime.process import ProcessRuntime
@@ -39,10 +40,10 @@ class Place:
     async def first(self) -> tuple[Session, Journal]:
         session = Session(self.runtime, self.handle, DEFAULT, await find_shell(self.runtime, self.handle))
         await session.open()
-        return session, Journal(self.folder / "spool")
+        return session, Journal(SpoolFolder(self.folder / "spool"))
 
     async def next(self, before: Session) -> tuple[Session, Journal]:
-        journal = Journal(self.folder / "spool")
+        journal = Journal(SpoolFolder(self.folder / "spool"))
         journal.load()
         session = Session(self.runtime, self.handle, DEFAULT, before.shell)
         await session.attach(journal)
@@ -143,7 +144,7 @@ def test_what_a_command_writes_as_reports_is_bounded(tmp_path: Path) -> None:
             session, journal = await place.first()
             reply = await session.run_kept(action, Keep(journal, "p"))
             assert orjson.loads(reply.body)["output"] == "done\n"
-            assert all(path.stat().st_size < 2 << 20 for path in journal.folder.iterdir())
+            assert all(path.stat().st_size < 2 << 20 for path in (tmp_path / "spool").iterdir())
             await session.close()
             await journal.close()
 
@@ -164,7 +165,7 @@ def test_a_command_that_could_not_be_given_is_not_looked_for(tmp_path: Path) -> 
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
             assert not journal.begun
-            again = Journal(journal.folder)
+            again = Journal(SpoolFolder(tmp_path / "spool"))
             again.load()
             assert not again.begun
             assert (await session.run(BashAction(command="echo fine"))).output == "fine\n"
@@ -177,9 +178,9 @@ def test_a_command_that_could_not_be_given_is_not_looked_for(tmp_path: Path) -> 
 
 def test_a_journal_with_a_large_beginning_is_not_written_anew_each_time(tmp_path: Path) -> None:
     async def main() -> None:
-        journal = Journal(tmp_path / "spool")
+        journal = Journal(SpoolFolder(tmp_path / "spool"))
         journal.begin("big", kind="start", id="1", command={"stdin": "x" * (4 << 20)})
-        path = journal.folder / "journal"
+        path = tmp_path / "spool" / "journal"
         files = []
         for number in range(4):
             journal.begin(f"small-{number}", kind="run")
@@ -188,7 +189,7 @@ def test_a_journal_with_a_large_beginning_is_not_written_anew_each_time(tmp_path
         assert len(set(files)) == 1  # made shorter once, at the first end
         assert path.stat().st_mode & 0o777 == 0o600
         await journal.close()
-        again = Journal(journal.folder)
+        again = Journal(SpoolFolder(tmp_path / "spool"))
         again.load()
         assert set(again.begun) == {"big"}
         for number in range(4):
@@ -202,23 +203,23 @@ def test_a_journal_stays_closed(tmp_path: Path) -> None:
     """A request whose body came after its sandbox was gone opened it again."""
 
     async def main() -> None:
-        journal = Journal(tmp_path / "spool")
+        journal = Journal(SpoolFolder(tmp_path / "spool"))
         spool = journal.borrow()
         await journal.close()
-        before = sorted(os.listdir(journal.folder))
+        before = sorted(os.listdir(tmp_path / "spool"))
         with pytest.raises(OSError):
             journal.borrow()
         journal.begin("late", kind="execute")
         journal.finish("late", Answer(b"{}"))
         journal.give_back(spool)
-        assert sorted(os.listdir(journal.folder)) == [name for name in before if name != spool.path.name]
+        assert sorted(os.listdir(tmp_path / "spool")) == before
 
     asyncio.run(main())
 
 
 def test_spool_files_of_which_nothing_is_begun_are_removed(tmp_path: Path) -> None:
     async def main() -> None:
-        journal = Journal(tmp_path / "spool")
+        journal = Journal(SpoolFolder(tmp_path / "spool"))
         used, left, free = journal.borrow(), journal.borrow(), journal.borrow()
         session = journal.file("dab318ad5085cfa9.out")
         journal.begin("p", kind="execute", spools=[[used.path.name, 32]])

@@ -108,6 +108,8 @@ class Node:
         await asyncio.gather(*(recover(sandbox_id) for sandbox_id in self.shelf.ids()))
         for name, runtime in self.runtimes.items():
             await self._sweep(runtime, known[name])
+        if len(self.shelf.ids()) == len(self.supervisors) + len(self.kept.ids()):  # else some are not understood
+            self.shelf.sweep({supervisor.spools.path.name for supervisor in self.supervisors.values()})
 
     async def _open(self, runtime: Runtime) -> None:
         """Open a runtime; one that cannot be opened refuses from then on. Raises when the default one says why."""
@@ -153,7 +155,7 @@ class Node:
             await asyncio.to_thread(self.shelf.remove, sandbox_id)
             return
         known[handle.runtime].append(handle.id)
-        supervisor = Supervisor(sandbox_id, config, runtime, handle, self.shelf, self._ended)
+        supervisor = Supervisor(sandbox_id, config, runtime, handle, self.shelf, self._ended, record.get("spools"))
         await supervisor.recover(record)
         self.supervisors[sandbox_id] = supervisor
         log.info("found sandbox %s again, sessions: %s", sandbox_id, sorted(supervisor.sessions))
@@ -175,6 +177,7 @@ class Node:
         await self.door.close()
         for supervisor in self.supervisors.values():
             await supervisor.detach()
+        self.shelf.close()
         for runtime in self.runtimes.values():
             await runtime.close()
         async with self._changed:
@@ -292,6 +295,7 @@ class Node:
             supervisor.save()
         except OSError:
             await supervisor.destroy(0)
+            await supervisor.forget()
             raise
         await faults.point("node.create.saved")
         self.supervisors[sandbox_id] = supervisor

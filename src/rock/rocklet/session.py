@@ -30,7 +30,8 @@ from rock.errors import (
 from rock.protocol.action import MAX_OUTPUT, BashAction, BashObservation, CreateBashSessionRequest, SessionInfo
 from rock.protocol.routes import RESUMES
 from rock.rocklet import shell
-from rock.rocklet.spool import Journal, SpoolFile
+from rock.rocklet.journal import Journal
+from rock.rocklet.spool import SpoolFile
 from rock.rocklet.streams import Capped, Reader, as_text, is_pipe, unread, write_all
 from rock.rocklet.waits import settled
 from rock.runtime.base import CLOCK, ExitStatus, Files, Handle, Process, Program, Runtime
@@ -130,6 +131,7 @@ class Session:
         self._piped = True  # its script is a pipe of the kernel's, which tells how much of it is unread
         self._first = b""  # to be run ahead of the next command
         self._spools: dict[str, SpoolFile] = {}  # by stream: out, err, status
+        self._journal: Journal | None = None  # whose they are
         self._replaced = False  # the shell ended between two commands, and its successor waits for its state
         self._traced = False  # the shell's environment has the trace of the last command
 
@@ -292,6 +294,11 @@ class Session:
         self._spools.clear()
 
     async def _release(self) -> None:
+        if self._journal is not None:
+            self._journal.flush()
+            for spool in self._spools.values():
+                self._journal.give_back(spool)
+            self._spools.clear()
         await self.detach()
         if self._process is not None:
             self._process.close()
@@ -367,10 +374,13 @@ class Session:
         if found is None:
             digest = hashlib.blake2s(self.spec.session.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
             found = self._spools[name] = journal.file(f"{digest}.{name}")
+            self._journal = journal
         return found
 
     def _write_down(self, keep: Keep, run: _Run, action: BashAction, held: bytes) -> None:
         """The intent, before the shell has a byte of it."""
+        if any(spool.full for spool in self._spools.values()):
+            keep.journal.flush()  # it begins anew
         try:
             spooled = {name: self._spool(keep.journal, name).begin(held if name == "out" else b"")
                        for name in ("out", "status", *(["err"] if action.separate else []))}  # fmt: skip
@@ -391,6 +401,11 @@ class Session:
     def _unspool(self) -> None:
         for reader in self._readers:
             reader.take = os.read
+
+    @property
+    def _tells(self) -> bool:
+        """Whether its pipe tells if it was given a command: bash takes byte by byte what it is about to run."""
+        return self._piped and self.shell.dialect.is_bash
 
     def _script_fd(self) -> int | None:
         if self._process is None:
@@ -467,7 +482,8 @@ class Session:
                 keep.journal.finish(keep.place, failure(error))
             raise
         reply = answer(observation)
-        keep.journal.finish(keep.place, reply)
+        found = observation.exit_code is not None and not observation.failure_reason
+        keep.journal.finish(keep.place, reply, found=found)
         return reply
 
     async def _run_now(self, action: BashAction, sink: Sink | None, keep: Keep | None) -> BashObservation:
@@ -481,6 +497,8 @@ class Session:
             run = self._begin(action.max_output_bytes, sink, (held, dropped))
             if keep is not None:
                 self._write_down(keep, run, action, held)
+            elif self._journal is not None:
+                self._journal.flush()  # what spool files have is that command's no longer
             bulk: str | None = None
             try:
                 bulk = await self._bulk(action.command, run.token)
@@ -536,6 +554,8 @@ class Session:
         run = _Run(self._token, output, Capped(limit), done, time.clock_gettime(CLOCK), sink)
         run.dropped = dropped
         self._run = run
+        for reader in self._readers:
+            reader.begin()
         if data:
             self._on_output(False, data)
         return run
@@ -587,7 +607,7 @@ class Session:
                     await self._write(script)
                     run.written = True
                     if keep is not None:
-                        keep.journal.written(keep.place)
+                        keep.journal.written(keep.place, found=self._tells)
                     await faults.point("run.written")
                 await settled(run.done)
                 await faults.point("run.ended")

@@ -1,44 +1,33 @@
-"""What of a running command has to outlive this process: who asked for it, what it wrote, how it ended.
+"""What a running program has written, kept where it outlives this process.
 
-    Journal      a file a sandbox: a line when a request with a key begins, one with its answer when it has ended
-    SpoolFile    a file a stream: what a program wrote goes from its pipe to the file by one system call (splice), so
-                 that kill -9 finds each byte in the one or in the other, never in neither and never in both
+    SpoolFile      a file a stream: what a program wrote goes from its pipe to the file by one system call (splice), so
+                   that kill -9 finds each byte in the one or in the other, never in neither and never in both
+    SpoolFolder    those of one sandbox, with its journal (journal.py)
 
-Both are written to the page cache and not synced: sandboxes do not outlive the machine either. See
-docs/decisions/0018-spool.md.
+Written to the page cache and not synced: sandboxes do not outlive the machine either. See docs/decisions/0018-spool.md.
 """
 
 from __future__ import annotations
 
-import asyncio
-import base64
 import contextlib
 import errno
 import logging
 import os
+import shutil
 import struct
-from collections import OrderedDict
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import orjson
-
-from rock.errors import Conflict, from_wire
 from rock.rocklet.streams import Capped
-from rock.wire.asgi import Answer, failure
 
 log = logging.getLogger("rock.node")
 
 _PORTION = 64 << 10
-_JOURNAL = 1 << 20  # bytes of a journal after which what nobody will ask for is dropped
-_KEPT = 256 << 10  # bytes of answers that stay then
-_LARGEST = 4 << 20  # bytes of an answer that is kept for whoever asks again after a crash
-_OF_PROGRAM = "x"  # what the names of programs' spool files begin with; those of sessions are hexadecimal
-_FREE = 4  # spool files of a sandbox that are kept for its next programs
 _HEAD = struct.Struct("<qqqq")  # token, bytes of the head, bytes dropped after it, bytes in all
 _SLACK = 1 << 20
 _IDLE = 1 << 20  # bytes of a spool file that is begun anew for the next command
+_OF_PROGRAM = "x"  # what the names of programs' spool files begin with; those of sessions are hexadecimal
+_FREE = 8  # spool files of a sandbox that are kept open for whoever comes next
+_JOURNAL = "journal"
 
 
 class SpoolFile:
@@ -56,9 +45,14 @@ class SpoolFile:
         self.start = self.end
         self._short = any(os.pread(self._fd, _HEAD.size, 0))
 
+    @property
+    def full(self) -> bool:
+        """Whether the next command begins it anew."""
+        return self.end > _IDLE or self._short
+
     def begin(self, held: bytes = b"") -> int:
         """A command begins, with what came before it; answers where."""
-        if self.end > _IDLE or self._short:
+        if self.full:
             self._short = False
             os.ftruncate(self._fd, 0)
             self.end = _HEAD.size
@@ -160,215 +154,108 @@ class SpoolFile:
         with contextlib.suppress(OSError):
             self.path.unlink()
 
+    def empty(self) -> None:
+        """Begin anew, for somebody else. OSError."""
+        os.ftruncate(self._fd, 0)
+        self.end = self.start = _HEAD.size
+        self._short = self.broken = False
 
-class Journal:
-    """What was asked of a sandbox with keys. `begun`: without an answer yet, by place.
 
-    Nothing is in memory of what has an answer: that is `Once`'s, until a crash. `found` is what a former rocklet left.
+class SpoolFolder:
+    """The spool files and the journal of one sandbox, in a folder that is made with the first of them.
+
+    Files stay open for the next session, program or sandbox: to make one and to remove it costs more than all that
+    most of them are used for.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.begun: dict[str, dict[str, Any]] = {}
-        self._found: OrderedDict[str, Answer] = OrderedDict()
-        self._resumed: dict[str, asyncio.Task[Answer | None]] = {}
-        self._free: list[SpoolFile] = []
-        self._fd = -1
-        self._size = 0
-        self._most = _JOURNAL  # bytes above which it is made shorter
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._free: dict[str, SpoolFile] = {}
+        self._names: set[str] = set()
+        self._journal = -1
         self._closed = False
 
-    @property
-    def _path(self) -> Path:
-        return self.folder / "journal"
-
-    def _open(self) -> int:
-        if self._closed:
-            raise OSError(errno.EBADF, "the journal is closed")
-        if self._fd < 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            self._size = os.fstat(self._fd).st_size
-        return self._fd
-
     def file(self, name: str) -> SpoolFile:
-        """A spool file beside the journal. OSError."""
-        self._open()
-        return SpoolFile(self.folder / name)
-
-    # ---- writing ----
-
-    def begin(self, place: str | None, **entry: Any) -> None:
-        """A request is about to be carried out. Without a key there is nobody to come back for it."""
-        if place is not None:
-            self.begun[place] = entry
-            self._append({"begin": place, **entry})
-
-    def written(self, place: str) -> None:
-        """The program has all of its input."""
-        if place in self.begun:
-            self.begun[place]["written"] = True
-            self._append({"written": place})
-
-    def forget(self, place: str) -> None:
-        """It was not carried out after all."""
-        if self.begun.pop(place, None) is not None:
-            self._append({"forget": place})
-
-    def finish(self, place: str | None, reply: Answer) -> None:
-        """It has an answer."""
-        if place is None or self.begun.pop(place, None) is None:
-            return
-        line: dict[str, Any] = {"end": place, "status": reply.status}
-        if len(reply.body) > _LARGEST:
-            line["size"] = len(reply.body)
-        else:
-            line["body"] = _text(reply.body)
-        self._append(line)
-        if self._size > self._most and not self._closed:
-            self._drop_old()
-
-    def _append(self, line: Mapping[str, Any]) -> None:
-        if self._closed:
-            return  # of a sandbox that is gone
-        data = orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE)
-        try:
-            if os.write(self._open(), data) != len(data):
-                os.write(self._fd, b"\n")
-        except OSError as error:
-            log.warning("%s: %s; its requests may be done twice if the server is killed now", self._path, error)
-        self._size += len(data)
-
-    def _drop_old(self) -> None:
-        """Keep what is begun, and the newest answers."""
-        try:
-            lines = self._path.read_bytes().splitlines(keepends=True)
-        except OSError as error:
-            log.warning("%s: %s", self._path, error)
-            self._size = 0
-            return
-        kept: list[bytes] = []
-        size = 0
-        for line in reversed(lines):
-            if not line.startswith(b'{"end"'):
-                continue
-            size += len(line)
-            if kept and size > _KEPT:
-                break
-            kept.append(line)
-        begun = [orjson.dumps({"begin": p, **e}, option=orjson.OPT_APPEND_NEWLINE) for p, e in self.begun.items()]
-        data = b"".join([*reversed(kept), *begun])
-        beside = self._path.with_name(".new-journal")
-        try:
-            with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
-                file.write(data)
-            os.rename(beside, self._path)
-        except OSError as error:
-            log.warning("%s: %s", self._path, error)
-            self._size = 0  # tried again after as much
-            return
-        os.close(self._fd)
-        self._fd = -1
-        with contextlib.suppress(OSError):  # `_append` tells of it
-            self._open()
-        self._most = max(_JOURNAL, 2 * len(data))  # what is begun may be large, and is not written anew each time
-
-    # ---- after a restart ----
-
-    def load(self) -> None:
-        """Read what a former rocklet left."""
-        try:
-            lines = self._path.read_bytes().splitlines()
-        except FileNotFoundError:
-            return
-        for text in lines:
-            try:
-                line = orjson.loads(text)
-            except orjson.JSONDecodeError:
-                continue  # half a line: what it was about to say did not happen
-            if (place := line.pop("begin", None)) is not None:
-                self.begun[place] = line
-            elif (place := line.get("written")) in self.begun:
-                self.begun[place]["written"] = True
-            elif (place := line.get("forget")) is not None:
-                self.begun.pop(place, None)
-            elif (place := line.get("end")) is not None:
-                self.begun.pop(place, None)
-                self._found[place] = _answer_of(line)
-
-    def read_again(self) -> None:
-        """Answers that were found since `load`: of what a former rocklet had done and not said."""
-        begun = dict(self.begun)
-        self.load()
-        self.begun = begun
-
-    def resume(self, place: str, task: asyncio.Task[Answer | None]) -> None:
-        """A request of a former rocklet is being brought to its end. None: it was never begun."""
-        self._resumed[place] = task
-
-    async def known(self, place: str | None) -> Answer | None:
-        """The answer to a request that a former rocklet began; None for one that has to be carried out."""
-        if place is None:
-            return None
-        task = self._resumed.get(place)
-        if task is not None:
-            return await asyncio.shield(task)
-        return self._found.get(place)
-
-    async def let_go(self) -> None:
-        """What is being brought to its end is left to the rocklet after this one."""
-        for task in self._resumed.values():
-            task.cancel()
-        await asyncio.gather(*self._resumed.values(), return_exceptions=True)
-
-    async def close(self) -> None:
-        """Nothing is written any more, whoever asks."""
-        await self.let_go()
-        self._closed = True
-        for spool in self._free:
-            spool.close()
-        self._free.clear()
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    # ---- spool files of programs that have one for themselves, used again ----
+        """A spool file of that name. OSError."""
+        found = self._free.pop(name, None)
+        if found is None:
+            self._make()
+            self._names.add(name)
+            found = SpoolFile(self.path / name)
+        return found
 
     def borrow(self) -> SpoolFile:
         """A spool file that nobody uses. OSError."""
-        return self._free.pop() if self._free else self.file(f"{_OF_PROGRAM}{os.urandom(6).hex()}")
+        name = next((name for name in self._free if name.startswith(_OF_PROGRAM)), None)
+        return self.file(name or f"{_OF_PROGRAM}{os.urandom(6).hex()}")
 
     def give_back(self, spool: SpoolFile) -> None:
+        """Of who needs it no more."""
         if len(self._free) < _FREE and not spool.broken and not self._closed:
-            self._free.append(spool)
+            self._free[spool.path.name] = spool
             return
+        self._names.discard(spool.path.name)
         spool.remove()
 
-    def sweep(self) -> None:
-        """Remove the spool files of programs that a former rocklet left, and of which nothing is begun."""
-        named = {name for entry in self.begun.values() for name, _ in entry.get("spools", ())}
-        named |= {spool.path.name for spool in self._free}
+    def journal(self) -> int:
+        """The descriptor of the journal, to append to. OSError."""
+        if self._journal < 0:
+            self._make()
+            self._journal = os.open(self.path / _JOURNAL, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return self._journal
+
+    def read_journal(self) -> bytes:
+        """OSError."""
+        return (self.path / _JOURNAL).read_bytes()
+
+    def replace_journal(self, data: bytes) -> None:
+        """At once. OSError."""
+        beside = self.path / f".new-{_JOURNAL}"
+        with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
+            file.write(data)
+        os.rename(beside, self.path / _JOURNAL)
+        self._close_journal()
+
+    def sweep(self, used: set[str]) -> None:
+        """Remove the spool files of programs that a former rocklet left, but those `used`."""
         with contextlib.suppress(OSError):
-            for name in os.listdir(self.folder):
-                if name.startswith((_OF_PROGRAM, ".new-")) and name not in named:
-                    (self.folder / name).unlink()
+            for name in os.listdir(self.path):
+                if name.startswith((_OF_PROGRAM, ".new-")) and name not in used and name not in self._free:
+                    (self.path / name).unlink()
 
+    def clear(self) -> bool:
+        """Make it empty, for another sandbox; False when it cannot be."""
+        try:
+            for spool in self._free.values():
+                spool.empty()
+            for name in self._names - self._free.keys():
+                (self.path / name).unlink(missing_ok=True)
+            self._names = set(self._free)
+            if self._journal >= 0:
+                os.ftruncate(self._journal, 0)
+        except OSError as error:
+            log.warning("%s is not used again: %s", self.path, error)
+            return False
+        return not self._closed
 
-def _text(body: bytes) -> Any:
-    """Bytes as JSON: an answer mostly is text already."""
-    try:
-        return body.decode()
-    except UnicodeDecodeError:
-        return {"b64": base64.b64encode(body).decode()}
+    def close(self) -> None:
+        """Leave it as it is, for the rocklet after this one."""
+        self._closed = True
+        for spool in self._free.values():
+            spool.close()
+        self._free.clear()
+        self._close_journal()
 
+    def remove(self) -> None:
+        self.close()
+        shutil.rmtree(self.path, ignore_errors=True)
 
-def _answer_of(line: Mapping[str, Any]) -> Answer:
-    body, status = line.get("body"), int(line["status"])
-    if body is None:
-        return failure(Conflict(
-            f"this was done before the server was started again; its answer of {line.get('size')} bytes was not kept",
-            hint="look what it did; write large output to a file"))  # fmt: skip
-    data = base64.b64decode(body["b64"]) if isinstance(body, dict) else body.encode()
-    if status >= 400:
-        return failure(from_wire(orjson.loads(data), status))
-    return Answer(data, status)
+    def _make(self) -> None:
+        if self._closed:
+            raise OSError(errno.EBADF, "the spool is closed")
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def _close_journal(self) -> None:
+        if self._journal >= 0:
+            os.close(self._journal)
+            self._journal = -1

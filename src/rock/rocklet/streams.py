@@ -109,6 +109,10 @@ class Reader:
             self._loop.add_reader(self.fd, self._ready)
             self._watching = True
 
+    def begin(self) -> None:
+        """What comes from now on is of another command: many that are short are no flood."""
+        self._reads = 0
+
     def pause(self) -> None:
         if self._rest is not None:
             self._rest.cancel()

@@ -22,13 +22,15 @@ from rock.protocol.sandbox import Cause, Isolation, Phase, SandboxConfig, Usage
 from rock.rocklet import programs, resuming
 from rock.rocklet.dialled import Connections
 from rock.rocklet.envs import EnvHost
+from rock.rocklet.journal import Journal
 from rock.rocklet.session import DEFAULT, KEY, Session, Shell, find_shell
-from rock.rocklet.spool import Journal
+from rock.rocklet.spool import SpoolFolder
 from rock.runtime import wholefile
 from rock.runtime.base import Handle, Keeps, Limits, Runtime, Watches
 from rock.runtime.image.packages import CURRENT
 
 DEFAULT_SESSION = "default"
+_FREE_SPOOLS = 16
 
 
 class Shelf:
@@ -36,16 +38,19 @@ class Shelf:
 
     folder/records/ID   config, handle, sessions and processes of a sandbox
     folder/logs/ID/     a folder a background process
+    folder/spools/N/    what else has to outlive the rocklet: its record says which is whose
     shells              by runtime, image and wish: where the last sandbox had its shell
     """
 
     def __init__(self, folder: Path) -> None:
         self._records = folder / "records"
         self._logs = folder / "logs"
+        self._spools = folder / "spools"
+        self._free: list[SpoolFolder] = []  # empty ones, for the next sandboxes
         self.shells: dict[tuple[str, str, str | None], Shell] = {}
 
     def make(self) -> None:
-        for folder in (self._records, self._logs):
+        for folder in (self._records, self._logs, self._spools):
             folder.mkdir(parents=True, exist_ok=True)
 
     def record(self, sandbox_id: str) -> str:
@@ -67,6 +72,34 @@ class Shelf:
     def rest(self, config: SandboxConfig, handle: Handle) -> None:
         """Write the record of a sandbox that does not run, or is about not to, and whose files are kept."""
         wholefile.replace(self.record(handle.id), json.dumps({**_plain(config, handle), "resting": True}))
+
+    # ---- folders of spool files
+
+    def spools(self, name: str | None = None) -> SpoolFolder:
+        """That of a sandbox of a former rocklet, or one for a new sandbox."""
+        if name is None and self._free:
+            return self._free.pop()
+        return SpoolFolder(self._spools / os.path.basename(name or os.urandom(6).hex()))
+
+    def give_back(self, spools: SpoolFolder) -> None:
+        """Of a sandbox that has no record any more."""
+        if len(self._free) < _FREE_SPOOLS and spools.clear():
+            self._free.append(spools)
+        else:
+            spools.remove()
+
+    def sweep(self, used: set[str]) -> None:
+        """Remove what former rocklets left for sandboxes that are gone."""
+        for name in os.listdir(self._spools):
+            if name not in used:
+                shutil.rmtree(self._spools / name, ignore_errors=True)
+
+    def close(self) -> None:
+        for spools in self._free:
+            spools.remove()
+        self._free.clear()
+
+    # ---- removing
 
     def remove(self, sandbox_id: str) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -104,6 +137,7 @@ class Supervisor:
         handle: Handle,
         shelf: Shelf,
         ended: Callable[[Supervisor, Cause, str], None],
+        spools: str | None = None,
     ) -> None:
         self.id = sandbox_id
         self.config = config
@@ -120,7 +154,8 @@ class Supervisor:
         self.env_host: EnvHost | None = None
         self._env_host_kept = False  # a former rocklet's is there; asked only when it is needed, as it may hang
         self.connections = Connections()
-        self.journal = Journal(shelf.logs(sandbox_id) / "spool")
+        self.spools = shelf.spools(spools)
+        self.journal = Journal(self.spools)
         self._ended = ended
         self._busy = 0
         self._last = time.monotonic()
@@ -147,6 +182,7 @@ class Supervisor:
             # A plain default session is not worth a write: pid 1 tells whether there is one.
             "sessions": {name: s.spec.model_dump(mode="json") for name, s in self.sessions.items()
                          if not s.closed and s.spec != DEFAULT},
+            "spools": self.spools.path.name,
             "processes": {p.id: {"command": p.command, "started_at": p.started_at} for p in self.processes.values()},
         }  # fmt: skip
         return json.dumps(record)
@@ -417,6 +453,7 @@ class Supervisor:
         if self.env_host is not None:
             await self.env_host.detach()
         await self.journal.close()
+        self.spools.close()
 
     async def destroy(self, grace: float) -> None:
         """End it and remove all that it used."""
@@ -438,6 +475,7 @@ class Supervisor:
         await self._close_all()
         self._shelf.rest(self.config, kept)
         await asyncio.to_thread(self._shelf.remove_logs, self.id)
+        self._shelf.give_back(self.spools)
         return kept
 
     async def _let_go(self) -> None:
@@ -464,6 +502,7 @@ class Supervisor:
             await asyncio.to_thread(self._shelf.remove, self.id)
         else:
             self._shelf.remove(self.id)
+        self._shelf.give_back(self.spools)  # now that no record names it
 
     def take_over(self, session: Session) -> bool:
         """Use a default session that was opened before this sandbox had a name; False when it does not suit."""

@@ -118,7 +118,7 @@ class Observed:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = list(message.get("headers", ()))
+                headers = [*message.get("headers", ())]
                 for name, _ in headers:
                     if name == _ID:
                         break
@@ -126,7 +126,7 @@ class Observed:
                     headers.append((_ID, said))
                 if self._stopping:
                     headers.append((b"connection", b"close"))
-                message = {**message, "headers": headers}
+                message = {"type": "http.response.start", "status": status, "headers": headers}
             await send(message)
 
         span = _begin(context, scope)
@@ -186,9 +186,10 @@ class Observed:
         """`app`, and the metrics at their path for whoever may see them."""
         router = Router("metrics")
         router.add(_METRICS, self._metrics)
+        path = _METRICS.path
 
         async def behind(scope: Scope, receive: Receive, send: Send) -> None:
-            mine = scope["type"] == "http" and scope["path"] == _METRICS.path and scope["method"] == _METRICS.method
+            mine = scope["path"] == path and scope["type"] == "http" and scope["method"] == _METRICS.method
             await (router if mine else app)(scope, receive, send)
 
         return behind
@@ -224,9 +225,10 @@ def _stopping() -> Unavailable:
 def _context_of(scope: Scope) -> Context:
     """Whatever a caller sends for an id or a trace is taken when it is sane, and else made anew."""
     request_id = traceparent = None
-    headers, given = scope["headers"], b""
+    headers, given, known = scope["headers"], b"", False
     for name, value in headers:
         if name in _KNOWN:
+            known = True
             if name == _PARENT:
                 traceparent = sane_traceparent(value.decode("latin-1"))
             elif name == _ID or request_id is None:
@@ -235,7 +237,8 @@ def _context_of(scope: Scope) -> Context:
     context = Context(request_id or new_id(), traceparent)
     told = context.request_id.encode()
     if told != given:  # who is asked next for the sake of this request knows it by the same
-        scope["headers"] = [*(header for header in headers if header[0] != _ID), (_ID, told)]
+        others = [header for header in headers if header[0] != _ID] if given or known else headers
+        scope["headers"] = [*others, (_ID, told)]
     path: str = scope["path"]
     if path.startswith(_SANDBOXES):
         context.sandbox_id = path[len(_SANDBOXES) :].partition("/")[0][:128]
