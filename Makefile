@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 unexport PYTHONDONTWRITEBYTECODE  # what is started by the hundred is compiled once
 
-.PHONY: demo test check lint types unit rootless compat docker gvisor fuzz faults recovery admins training gym-extras sync \
+.PHONY: demo test check lint types unit rootless long compat docker gvisor fuzz faults recovery admins training gym-extras sync \
 	lock bench bench-environments soak soak-mixed load escape-table front cluster fleet ray ray-shapes clean
 
 demo: $(VENV)/ready
@@ -53,6 +53,10 @@ unit: $(VENV)/ready-dev
 # All that an ordinary user has a share of in `test`, as that user; needs root.
 rootless: $(VENV)/ready-dev
 	ROCK_TEST_ROOTLESS=1 $(PY) -m pytest tests/test_rootless.py
+
+# What `test` has a few of, or smaller: more moments for a crash, larger files, more of each.
+long: $(VENV)/ready-dev
+	ROCK_TEST_LONG=1 $(PY) -m pytest -n 2 --dist loadfile -m long --ignore=tests/runtime --ignore=tests/rocklet
 
 # ROCK's own client in several versions, installed from PyPI and kept in ROCK_TEST_CACHE; `test` runs the fast half.
 compat: $(VENV)/ready-dev

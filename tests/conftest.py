@@ -33,9 +33,20 @@ settings.register_profile("rock", database=None)
 settings.load_profile("rock")
 
 
+# Files that take the longest, or wait the longest.
+FIRST = ("tests/test_rootless.py", "tests/escape/test_escapes.py", "tests/envs/test_gem.py", "tests/cli/test_cli.py",
+         "tests/e2e/test_commit.py", "tests/admin/test_rock_dialect.py")  # fmt: skip
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, so that others run beside it."""
-    items.sort(key=lambda item: "test_rootless" not in item.nodeid)
+    """The longest first, so that others run beside them; without the ones of `make long`."""
+    order = {name: number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(FIRST)))
+    if not os.environ.get("ROCK_TEST_LONG"):
+        skip = pytest.mark.skip(reason="as others are, but longer: `make long`, or ROCK_TEST_LONG=1")
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(skip)
 
 
 class RunningServer:
@@ -55,7 +66,7 @@ class RunningServer:
     def __str__(self) -> str:
         return self.url
 
-    def start(self, port: int = 0, seconds: float = 30.0) -> None:
+    def start(self, port: int = 0, seconds: float = 100.0) -> None:
         """Start it and wait until it serves; its log is told when it does not."""
         environ = {
             **os.environ, "ROCK_POOL_SIZE": "0", **self.environment, "ROCK_HOME": str(self.home),
@@ -126,7 +137,7 @@ class RunningServer:
                     client.delete_sandbox(info.sandbox_id)
         self.drop_front()
         self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(30) == 0, self.log()
+        assert self.process.wait(100) == 0, self.log()
 
     def inventory(self) -> Inventory:
         return take_inventory(self.home, self.pid)

@@ -80,7 +80,7 @@ SHARE = [
         "tests/e2e/test_kept_files.py::test_a_worker_that_lost_the_files_says_so",
         "tests/e2e/test_archiving.py::test_there_and_back",
         "tests/e2e/test_archiving.py::test_deleted_files_and_opaque_folders_stay_so",
-        "tests/e2e/test_archiving.py::test_a_crash_while_it_is_archived_or_restored[0.06]",
+        "tests/e2e/test_archiving.py::test_a_crash_while_it_is_archived_or_restored[0.02]",
         "tests/e2e/test_commit.py::test_pushed_and_pulled_again",
         "tests/e2e/test_commit.py::test_of_this_machines_own_system",
         "tests/e2e/test_commit.py::test_of_a_stopped_one",
