@@ -34,8 +34,7 @@ settings.load_profile("rock")
 
 
 # Files that take the longest, or wait the longest.
-FIRST = ("tests/test_rootless.py", "tests/escape/test_escapes.py", "tests/envs/test_gem.py", "tests/cli/test_cli.py",
-         "tests/e2e/test_commit.py", "tests/admin/test_rock_dialect.py")  # fmt: skip
+FIRST = ("tests/test_rootless.py", "tests/envs/test_gem.py", "tests/e2e/test_commit.py", "tests/cli/test_cli.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
