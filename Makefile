@@ -2,14 +2,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
+unexport PYTHONDONTWRITEBYTECODE  # what is started by the hundred is compiled once
 
-.PHONY: demo test check lint types unit compat docker gvisor fuzz faults recovery admins training gym-extras sync \
+.PHONY: demo test check lint types unit rootless long compat docker gvisor fuzz faults recovery admins training gym-extras sync \
 	lock bench bench-environments soak soak-mixed load escape-table front cluster fleet ray ray-shapes clean
 
 demo: $(VENV)/ready
 	@$(PY) -m rock.cli.demo
 
-test: check unit
+# mypy has one core to itself for a minute, so the tests begin beside it.
+test: $(VENV)/ready-dev
+	@$(MAKE) --no-print-directory -j2 check unit
 
 # ---- setting up ----
 
@@ -38,13 +41,24 @@ lint: $(VENV)/ready-dev
 types: $(VENV)/ready-dev
 	$(VENV)/bin/mypy
 
-# The runtimes' own tests run in a process of their own: they count its descriptors and children; those with a container
-# engine in another one, whose child that is. The others wait more
-# than they work, so four at a time; the longest first.
+# The runtimes' own tests run in a process of their own, beside the others: they count its descriptors and children; those
+# with a container engine in another one, whose child that is. What they say is shown when the others are done, who wait
+# more than they work, so four at a time; the longest first.
+APART := .pytest_apart.log
 unit: $(VENV)/ready-dev
-	ROCK_TEST_CONFORM=fake,namespace,process $(PY) -m pytest tests/runtime tests/rocklet --ignore=tests/runtime/docker
-	ROCK_TEST_CONFORM=docker $(PY) -m pytest tests/runtime/docker tests/runtime/conformance
-	$(PY) -m pytest -n 4 --dist loadfile --no-loadscope-reorder --ignore=tests/runtime --ignore=tests/rocklet
+	@( ROCK_TEST_CONFORM=fake,namespace,process $(PY) -m pytest tests/runtime tests/rocklet --ignore=tests/runtime/docker; \
+	first=$$?; ROCK_TEST_CONFORM=docker $(PY) -m pytest tests/runtime/docker tests/runtime/conformance && exit $$first \
+	) > $(APART) 2>&1 & apart=$$!; \
+	$(PY) -m pytest -n 4 --dist loadfile --no-loadscope-reorder --ignore=tests/runtime --ignore=tests/rocklet; \
+	others=$$?; wait $$apart; apart=$$?; cat $(APART); rm $(APART); exit $$((others | apart))
+
+# All that an ordinary user has a share of in `test`, as that user; needs root.
+rootless: $(VENV)/ready-dev
+	ROCK_TEST_ROOTLESS=1 $(PY) -m pytest tests/test_rootless.py
+
+# What `test` has a few of, or smaller: more moments for a crash, larger files, more of each.
+long: $(VENV)/ready-dev
+	ROCK_TEST_LONG=1 $(PY) -m pytest -n 2 --dist loadfile -m long --ignore=tests/runtime --ignore=tests/rocklet
 
 # ROCK's own client in several versions, installed from PyPI and kept in ROCK_TEST_CACHE; `test` runs the fast half.
 compat: $(VENV)/ready-dev
@@ -164,4 +178,4 @@ lock:
 	uv pip compile pyproject.toml --extra dev --generate-hashes --universal --python-version 3.11 --no-header -o requirements-dev.lock
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(APART) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from tests.conftest import IMAGE, RunningServer
+from tests.conftest import RunningServer, give_image
 from tests.leaks import Inventory
-
-from rock.runtime.image.store import ImageStore
 
 OWNER = "the owner's key"
 
@@ -17,7 +15,7 @@ OWNER = "the owner's key"
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """Its key is OWNER. Each test has tenants of its own."""
     server = RunningServer(tmp_path_factory.mktemp("guarded"), ROCK_API_KEY=OWNER)
-    ImageStore(server.home / "images").from_host(IMAGE)
+    give_image(server.home)
     server.start()
     yield server
     server.stop()

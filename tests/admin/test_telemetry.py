@@ -15,12 +15,11 @@ from typing import Any
 
 import pytest
 from tests.admin.conftest import OWNER
-from tests.conftest import IMAGE, RunningServer
+from tests.conftest import IMAGE, RunningServer, give_image
 from tests.leaks import Inventory
 
 from rock.errors import RockError, Unavailable
 from rock.protocol.keys import CreateKey
-from rock.runtime.image.store import ImageStore
 from rock.sync import Client, Sandbox, SandboxConfig
 from rock.telemetry.context import CURRENT, Context
 from rock.telemetry.logs import Text
@@ -35,7 +34,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]
     """A server with an owner's key that logs all it can, as JSON."""
     home = tmp_path_factory.mktemp("told")
     server = RunningServer(home, ROCK_API_KEY=OWNER, ROCK_LOG_FORMAT="json", ROCK_LOG_LEVEL="debug")
-    ImageStore(home / "images").from_host(IMAGE)
+    give_image(home)
     server.start(seconds=100)
     yield server
     server.stop()

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROWS = {
     "create to first command, no pool", "a whole sandbox in the launcher", "create + command + destroy, 8 at once",
     "a command in a session", "the same, server side", "commands a second, 32 sessions", "upload of 100 MB",
@@ -16,10 +18,11 @@ ROWS = {
 }  # fmt: skip
 
 
+@pytest.mark.timeout(1000)
 def test_every_row_is_measured_next_to_its_floor(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "rock.cli.main", "bench", "--short", "--json"]
     environ = {**os.environ, "TMPDIR": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environ)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environ)
     assert done.returncode == 0, done.stderr
     figures = {row["name"]: row for row in json.loads(done.stdout)["figures"]}
     assert set(figures) == ROWS

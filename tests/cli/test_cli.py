@@ -23,7 +23,7 @@ IMAGE = "host"
 
 
 def rock(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    options = {"capture_output": True, "text": True, "timeout": 60, **options}
+    options = {"capture_output": True, "text": True, "timeout": 200, **options}
     return subprocess.run([sys.executable, "-m", "rock.cli.main", *arguments], **options)
 
 
@@ -41,13 +41,31 @@ def alive() -> set[str]:
 # ---- without a server
 
 
+EVERY_HELP = """
+import sys
+from rock.cli.main import main
+ends = []
+for command in sys.argv[1:]:
+    sys.argv[1:] = [command, "--help"]
+    try:
+        main()
+    except SystemExit as end:
+        ends.append(end.code or 0)
+print()
+for end in ends: print(end, end=" ")
+"""
+
+
 def test_help_and_version() -> None:
     assert rock("--version").stdout == f"rock {__version__}\n"
     shown = rock("--help").stdout
     own = ("run", "ps", "exec", "shell", "cp", "port-forward", "logs", "stop", "commit", "rm")
-    for command in (*own, "image", "env", "doctor", "admin"):
+    commands = [*own, "image", "env", "doctor", "admin"]
+    for command in commands:
         assert f"\n  {command} " in shown
-        assert rock(command, "--help").returncode == 0
+    every = subprocess.run([sys.executable, "-c", EVERY_HELP, *commands], capture_output=True, text=True, timeout=200)
+    assert every.stdout.endswith("\n" + "0 " * len(commands)), every.stderr
+    assert every.stdout.count("Usage: rock ") == len(commands)
 
 
 def test_help_loads_nothing_heavy() -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.conftest import IMAGE, RunningServer
+from tests.conftest import RunningServer, give_image
 from tests.leaks import Inventory, take_inventory
 
 KEY = "the owner's key"
@@ -29,15 +29,13 @@ class Machine:
     """A rocklet. prefix: of its command line, as `ip netns exec NAME`."""
 
     def __init__(self, home: Path, *words: str, prefix: tuple[str, ...] = (), **environment: str) -> None:
-        from rock.runtime.image.store import ImageStore
-
         self.home = home
         self.home.mkdir(parents=True, exist_ok=True)
         self.words = words
         self.prefix = prefix
         self.environment = environment
         self.process: subprocess.Popen[bytes] | None = None
-        ImageStore(home / "images").from_host(IMAGE)
+        give_image(home)
 
     def start(self, port: int = 0) -> None:
         environment = {**os.environ, "ROCK_POOL_SIZE": "0", **self.environment, "ROCK_HOME": str(self.home)}

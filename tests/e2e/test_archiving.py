@@ -186,7 +186,7 @@ def test_a_stop_while_it_is_restored(server: RunningServer) -> None:
     sandbox.delete()
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.02, 0.06, 0.15, 0.4])
+@pytest.mark.parametrize("delay", [0.02, 0.15, *(pytest.param(n, marks=pytest.mark.long) for n in (0.0, 0.06, 0.4))])
 def test_a_crash_while_it_is_archived_or_restored(own_server: Callable[..., RunningServer], delay: float) -> None:
     server = own_server()
     going, before = stopped(server)

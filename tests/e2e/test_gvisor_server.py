@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tests.conftest import IMAGE, RunningServer
+from tests.conftest import IMAGE, RunningServer, give_image
 from tests.leaks import Inventory
 from tests.packages import CannotBeHad, runsc
 
@@ -17,7 +17,6 @@ from rock import errors
 from rock.actions import CreateBashSessionRequest
 from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import Isolation
-from rock.runtime.image.store import ImageStore
 from rock.sync import Sandbox
 from rock.sync.transport import Transport
 
@@ -32,7 +31,7 @@ def gvisor_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningS
         pytest.skip(f"no gVisor: {error}")
     home: Path = tmp_path_factory.mktemp("home")
     running = RunningServer(home, PATH=path)
-    ImageStore(home / "images").from_host(IMAGE)
+    give_image(home)
     running.start()
     yield running
     running.stop()

@@ -245,7 +245,7 @@ def test_kept_files_survive_a_crash(own_server: Callable[..., RunningServer]) ->
     assert running.arun("echo alive").output == "alive\n"
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.01, 0.03, 0.1])
+@pytest.mark.parametrize("delay", [0.01, 0.1, *(pytest.param(n, marks=pytest.mark.long) for n in (0.0, 0.03))])
 def test_a_crash_in_the_middle_of_stops_and_restarts(own_server: Callable[..., RunningServer], delay: float) -> None:
     """Whatever was under way: afterwards each one runs or can be restarted, with its files."""
     server = own_server()

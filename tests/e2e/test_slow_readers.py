@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.conftest import IMAGE, RunningServer
+from tests.conftest import IMAGE, RunningServer, give_image
 
 from rock.sync import Sandbox, SandboxConfig
 
@@ -40,10 +40,8 @@ Many(("127.0.0.1", 7000), Endless).serve_forever()
 @pytest.fixture(scope="module")
 def offering(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningServer, Sandbox]]:
     """A sandbox in which everything is endless, nearly."""
-    from rock.runtime.image.store import ImageStore
-
     server = RunningServer(tmp_path_factory.mktemp("slow"))
-    ImageStore(server.home / "images").from_host(IMAGE)
+    give_image(server.home)
     server.start(seconds=100)
     try:
         yield from _filled(server)

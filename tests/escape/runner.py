@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -258,10 +259,18 @@ async def run_all(level: str, folder: Path, pattern: str = "") -> dict[str, Any]
 
             await asyncio.gather(*(work(attempts) for theme, attempts in todo.items()
                                    for _ in range(AT_ONCE if theme == "resources" else 1)))
-    after = leftovers(folder)
     ordered = {attempt.key: results[attempt.key] for attempt in ATTEMPTS if attempt.key in results}
-    return {"level": level, "isolation": isolation, "results": ordered,
-            "left": {name: [item for item in items if item not in before[name]] for name, items in after.items()}}
+    return {"level": level, "isolation": isolation, "results": ordered, "left": await _left(folder, before)}
+
+
+async def _left(folder: Path, before: dict[str, list[str]]) -> dict[str, list[str]]:
+    """What is there now that was not; a thread that was just reading /proc gets a moment to close what it read."""
+    end = time.monotonic() + 10.0
+    while True:
+        left = {name: [item for item in items if item not in before[name]] for name, items in leftovers(folder).items()}
+        if not any(left.values()) or time.monotonic() > end:
+            return left
+        await asyncio.sleep(0.1)
 
 
 def main() -> None:

@@ -24,7 +24,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from rock.errors import Conflict, NotFound, RockError, SandboxError, StorageFull, Unavailable
 from tests.faults.world import World
 
-PATIENCE = 40.0  # seconds in which everything has to come to rest
+# Seconds in which everything has to come to rest: an event of a worker that nobody heard is made good by a look every
+# 30 s, perhaps by the second one.
+PATIENCE = 120.0
 RANK = {"pending": 0, "running": 1, "stopping": 2, "stopped": 3, "archiving": 4, "archived": 5, "deleted": 6}
 POINTS = (
     "create.saved", "launch.begun", "launch.made", "store.insert", "store.inserted", "store.put", "store.saved",

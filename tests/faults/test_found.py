@@ -20,12 +20,13 @@ from rock import faults
 from rock.errors import InvalidConfig, RockError, Unavailable
 from rock.sync.transport import Transport
 from tests.faults.campaign import campaign
-from tests.faults.machine import POINTS
+from tests.faults.machine import PATIENCE, POINTS
 from tests.faults.world import World
 
 SOURCE = Path(faults.__file__).parent
 RUNS = int(os.environ.get("ROCK_TEST_FAULTS", "2"))
 Make = Callable[[str], World]
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make]:
 
 
 def until(what: Callable[[], bool]) -> None:
-    end = time.monotonic() + 40
+    end = time.monotonic() + PATIENCE
     while not what():
         assert time.monotonic() < end
         time.sleep(0.02)

@@ -23,7 +23,7 @@ from rock.runtime.namespace import records
 from rock.sync.transport import Transport
 
 KINDS = ("process", "apart", "namespace")
-START = 30.0  # seconds for a server to serve
+START = 100.0  # seconds for a server to serve
 
 
 class Zygote:

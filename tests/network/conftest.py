@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.conftest import IMAGE, RunningServer
+from tests.conftest import IMAGE, RunningServer, give_image
 from tests.leaks import Inventory
 
 from rock.sync import Sandbox, SandboxConfig
@@ -120,7 +120,7 @@ def make_server(world: World, tmp_path: Path) -> Iterator[Callable[..., WorldSer
         running = WorldServer(world, tmp_path / f"home{len(made)}", prefix, **environment)
         running.home.mkdir()
         made.append(running)
-        _give_image(running.home)
+        give_image(running.home)
         running.start()
         return running
 
@@ -132,16 +132,10 @@ def make_server(world: World, tmp_path: Path) -> Iterator[Callable[..., WorldSer
         running.assert_clean(Inventory())
 
 
-def _give_image(home: Path) -> None:
-    from rock.runtime.image.store import ImageStore
-
-    ImageStore(home / "images").from_host(IMAGE)
-
-
 @pytest.fixture(scope="session")
 def world_server(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorldServer]:
     running = WorldServer(world, tmp_path_factory.mktemp("world-home"))
-    _give_image(running.home)
+    give_image(running.home)
     running.start()
     yield running
     running.stop()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.conftest import IMAGE, RunningServer
+from tests.conftest import IMAGE, RunningServer, give_image
 from tests.leaks import Inventory, take_inventory
 
 from rock.admin.infos import new_info
@@ -44,12 +44,10 @@ class Site:
     """A worker and the admins that command it."""
 
     def __init__(self, folder: Path, url: str) -> None:
-        from rock.runtime.image.store import ImageStore
-
         self.url = url
         self.folder = folder
         self.home = folder / "worker"
-        ImageStore(self.home / "images").from_host(IMAGE)
+        give_image(self.home)
         environment = {**os.environ, "ROCK_HOME": str(self.home), "ROCK_API_KEY": KEY, "ROCK_POOL_SIZE": "0"}
         with open(folder / "worker.log", "wb") as log:
             self.worker = subprocess.Popen(
