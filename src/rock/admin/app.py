@@ -22,7 +22,6 @@ from rock.scheduler.raylink import RayReservations
 from rock.settings import Settings
 from rock.store.base import Store
 from rock.store.blobs import Blobs, FolderBlobs
-from rock.store.s3 import Place, S3Blobs
 from rock.wire.asgi import App
 
 
@@ -31,6 +30,8 @@ def make_blobs(settings: Settings) -> Blobs | None:
     if settings.archive == "off":
         return None
     if settings.archive.startswith("s3://"):
+        from rock.store.s3 import Place, S3Blobs  # an HTTP client and XML, which a folder does without
+
         s = settings
         return S3Blobs(Place.parse(s.archive, s.s3_endpoint, s.s3_region, s.s3_key, s.s3_secret))
     return FolderBlobs(settings.archive_dir)

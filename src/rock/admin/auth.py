@@ -6,10 +6,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import ipaddress
 
 from rock.admin.keys import Keys
-from rock.errors import InvalidConfig, RockError, Unauthorized
+from rock.admin.starting import is_loopback
+from rock.errors import RockError, Unauthorized
 from rock.protocol.keys import CALLER, NOBODY, OPERATOR, WORKER, Caller, digest_of
 from rock.protocol.routes import OTHER_KEY
 from rock.telemetry.context import CURRENT
@@ -20,24 +20,6 @@ _OPEN = ("/healthz", "/")
 # Where a key may be, the plainest first. The last three are of ROCK's clients, and of those that it serves too.
 KEY_HEADERS = (OTHER_KEY.encode(), b"authorization", b"x-api-key", b"x-key", b"xrl-authorization")
 _BEARERS = (b"authorization", b"xrl-authorization")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a server that listens on `host` can be reached from this machine only."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def require_key_beyond_loopback(host: str, key: str | None) -> None:
-    if not key and not is_loopback(host):
-        raise InvalidConfig(
-            f"refusing to listen on {host} without an API key: anybody who can reach it could run programs here",
-            hint="set ROCK_API_KEY, or listen on 127.0.0.1",
-        )
 
 
 def _foreign_page(scope: Scope) -> Unauthorized | None:
