@@ -21,7 +21,8 @@ from rock.admin.keys import Keys
 from rock.admin.service import Service
 from rock.envhub import registry
 from rock.errors import ClientError, InternalServerRockError, InvalidConfig, NotFound, RockError
-from rock.protocol import action, env, group, node, sandbox, workers
+from rock.protocol import action, env, group, network, node, sandbox, workers
+from rock.protocol import keys as keys_of_wire
 from rock.protocol.env import AddEnv, BuildEnv, EnvAbout
 from rock.protocol.keys import CreateKey, KeyInfo, KeyList, NewKey
 from rock.protocol.network import ConnectionList
@@ -46,6 +47,8 @@ def _failure(error: RockError) -> Response:
 
 def build(desks: Desks, keys: Keys, service: Service, envs: Environments, *, guarded: bool) -> FastAPI:
     """The FastAPI application of the control plane. guarded: its front page must not tell what a key protects."""
+    for kind in _models().values():
+        kind.model_config["defer_build"] = False  # else FastAPI's part of it is made late too, with warnings
     app = FastAPI(title="ROCK", version=__version__, docs_url="/docs", openapi_url="/openapi.json")
     _errors(app)
     _sandboxes(app, desks)
@@ -159,6 +162,16 @@ def _front_page(listing: SandboxList) -> str:
     )
 
 
+def _models() -> dict[str, type[BaseModel]]:
+    """The messages of the wire, by name."""
+    return {
+        name: kind
+        for module in (sandbox, action, env, node, group, workers, network, keys_of_wire)
+        for name, kind in vars(module).items()
+        if isinstance(kind, type) and issubclass(kind, BaseModel)
+    }
+
+
 def _openapi(app: FastAPI) -> dict[str, Any]:
     """FastAPI's own schema plus the rows whose handlers are not FastAPI's."""
     if app.openapi_schema is not None:
@@ -166,12 +179,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     from fastapi.openapi.utils import get_openapi
 
     schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    models: dict[str, type[BaseModel]] = {
-        name: kind
-        for module in (sandbox, action, env, node, group, workers)
-        for name, kind in vars(module).items()
-        if isinstance(kind, type) and issubclass(kind, BaseModel)
-    }
+    models = _models()
     components = schema.setdefault("components", {}).setdefault("schemas", {})
 
     def reference(name: str) -> dict[str, Any]:
