@@ -141,6 +141,7 @@ def docker_config() -> Path:
 
 def proxy_for(url: str) -> str | None:
     """The proxy that HTTP_PROXY, HTTPS_PROXY and NO_PROXY name for an address."""
+    import urllib.parse
     import urllib.request  # an HTTP client, which no command should wait for
 
     parts = urllib.parse.urlsplit(url)

@@ -14,7 +14,7 @@ from rock.protocol.keys import CALLER, NOBODY, OPERATOR, WORKER, Caller, digest_
 from rock.protocol.routes import OTHER_KEY
 from rock.telemetry.context import CURRENT
 from rock.wire.asgi import App, Receive, Scope, Send, deny, failure
-from rock.wire.turns import Turns
+from rock.wire.turns import PLACE, Turns
 
 _OPEN = ("/healthz", "/")
 # Where a key may be, the plainest first. The last three are of ROCK's clients, and of those that it serves too.
@@ -59,7 +59,7 @@ class Authenticated:
         try:
             caller = await self._caller(scope)
         except RockError as error:
-            turn = await self._turns.take(_peer(scope))  # whatever keys somebody tries, he is one
+            turn = await self._turns.take(_peer(scope), scope.get(PLACE))  # whatever keys somebody tries, he is one
             try:
                 await (deny(scope, send, error) if scope["type"] == "websocket" else failure(error).send(send))
             finally:
@@ -76,7 +76,7 @@ class Authenticated:
             await (self._socket(caller.key_id, scope, receive, send) if caller.key_id
                    else self._app(scope, receive, send))  # fmt: skip
             return
-        turn = await self._turns.take(caller.key_id or f"{caller.owner} {_peer(scope)}")
+        turn = await self._turns.take(caller.key_id or f"{caller.owner} {_peer(scope)}", scope.get(PLACE))
         try:
             await self._app(scope, receive, send)
         finally:

@@ -49,6 +49,7 @@ from rock.store.timed import timed
 from rock.telemetry import set_up_logs
 from rock.wire.asgi import Answer, App, Receive, Request, Scope, Send, answer
 from rock.wire.dropping import dropping
+from rock.wire.intake import Intake
 from rock.wire.remote import Remote
 
 log = logging.getLogger("rock.server")
@@ -272,6 +273,7 @@ def http_over(app: App, settings: Settings | None = None) -> uvicorn.Server:
     tls = {} if settings is None else tls_of(settings)
     config = uvicorn.Config(
         app,
+        http=Intake,
         log_config=None,
         access_log=False,
         lifespan="off",
