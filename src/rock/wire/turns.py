@@ -3,7 +3,8 @@
 Nothing is measured or promised; only the order changes. A client whose requests come one by one never waits. One that
 has more of them at once than are begun in a pass of the loop has the rest in a line of its own: of all the lines one
 request begins in each pass, in turn, and none for a few milliseconds while a request of somebody without a line is
-fresh, so that its few steps through the loop find it free. A line always moves on after that, and alone it moves fast.
+fresh, so that its few steps through the loop find it free. A line always moves on after that, step by step while such
+a request is young, as what that waits for, a program inside, needs the machine too; and alone it moves fast.
 Connections whose client has a line have the place of their next request in it before that is read (intake.py).
 """
 
@@ -15,6 +16,7 @@ from collections.abc import Callable
 
 _AT_ONCE = 4  # requests of one client that begin in one pass of the loop, before there is a line
 _CALM = 0.005  # seconds for which a request is fresh, and for which the lines may stand still
+_YOUNG, _STEP = 0.05, 0.001  # seconds for which a request is young, and between two moves of the lines meanwhile
 _ALONE = 0.1  # seconds after which somebody who was here is no longer counted
 
 
@@ -59,7 +61,7 @@ class Turns:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lines: OrderedDict[str, deque[asyncio.Future[None] | Callable[[], None]]] = OrderedDict()
         self._begun: dict[str, int] = {}  # in this pass of the loop
-        self._fresh: dict[int, tuple[str, float]] = {}  # requests of clients without a line, and when they began
+        self._fresh: dict[int, tuple[str, float]] = {}  # young requests of clients without a line, and when they began
         self._seen: dict[str, float] = {}  # when a client without a line was here
         self._number = 0
         self._moved = 0.0  # when a line moved
@@ -131,9 +133,10 @@ class Turns:
         if not self._lines:
             return
         self._forget(now)
-        if self._fresh and now - self._moved < _CALM:
+        pause = self._pause(now)
+        if now - self._moved < pause:
             if self._later is None:
-                self._later = self._loop.call_later(_CALM, self._wake)
+                self._later = self._loop.call_later(pause, self._wake)
             return
         self._moved = now
         others = len(self._lines) > 1 or any(now - at < _ALONE for who, at in self._seen.items()
@@ -144,10 +147,16 @@ class Turns:
             self._arm()
 
     def _forget(self, now: float) -> None:
-        """What is not fresh any more, and what is of a client that has a line by now."""
-        old = [number for number, (who, at) in self._fresh.items() if now - at > _CALM or who in self._lines]
+        """What is not young any more, and what is of a client that has a line by now."""
+        old = [number for number, (who, at) in self._fresh.items() if now - at > _YOUNG or who in self._lines]
         for number in old:
             del self._fresh[number]
+
+    def _pause(self, now: float) -> float:
+        """Seconds for which the lines stand still between two moves."""
+        if not self._fresh:
+            return 0.0
+        return _CALM if any(now - at <= _CALM for _, at in self._fresh.values()) else _STEP
 
     def _wake(self) -> None:
         self._later = None
