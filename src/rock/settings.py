@@ -54,8 +54,6 @@ Client settings are functions, because a script may set a variable after the imp
 from __future__ import annotations
 
 import os
-import urllib.parse
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,6 +141,9 @@ def docker_config() -> Path:
 
 def proxy_for(url: str) -> str | None:
     """The proxy that HTTP_PROXY, HTTPS_PROXY and NO_PROXY name for an address."""
+    import urllib.parse
+    import urllib.request  # an HTTP client, which no command should wait for
+
     parts = urllib.parse.urlsplit(url)
     if urllib.request.proxy_bypass(parts.netloc) or parts.hostname in ("localhost", "127.0.0.1", "::1"):
         return None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rock.admin.api import native
+from rock.admin.api.about import About
+from rock.admin.api.late import Late, guarded
 from rock.admin.api.rock_v1 import RockV1
 from rock.admin.api.sandboxes import Sandboxes
 from rock.admin.api.training import Training
@@ -21,7 +22,6 @@ from rock.scheduler.raylink import RayReservations
 from rock.settings import Settings
 from rock.store.base import Store
 from rock.store.blobs import Blobs, FolderBlobs
-from rock.store.s3 import Place, S3Blobs
 from rock.wire.asgi import App
 
 
@@ -30,6 +30,8 @@ def make_blobs(settings: Settings) -> Blobs | None:
     if settings.archive == "off":
         return None
     if settings.archive.startswith("s3://"):
+        from rock.store.s3 import Place, S3Blobs  # an HTTP client and XML, which a folder does without
+
         s = settings
         return S3Blobs(Place.parse(s.archive, s.s3_endpoint, s.s3_region, s.s3_key, s.s3_secret))
     return FolderBlobs(settings.archive_dir)
@@ -80,7 +82,13 @@ class Admin:
         environments = Environments(self.service, self.catalogue)
         self.keys = Keys(store, bool(settings.api_key))
         desks = Desks(self.service, self.keys)
-        own = Sandboxes(desks).over(native.build(desks, self.keys, self.service, environments, settings, roles))
+
+        def pages() -> App:
+            from rock.admin.api import native  # FastAPI, a third of a start
+
+            return native.build(desks, self.keys, self.service, environments, guarded=bool(settings.api_key))
+
+        own = Sandboxes(desks).over(guarded(Late(pages)), About(desks, workers, settings, roles))
         rock = RockV1(desks, data, self.catalogue).over(own)
         self.app: App = Training(desks, data).over(rock)
         self._store = store

@@ -6,38 +6,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
-import ipaddress
 
 from rock.admin.keys import Keys
-from rock.errors import InvalidConfig, RockError, Unauthorized
+from rock.admin.starting import is_loopback
+from rock.errors import RockError, Unauthorized
 from rock.protocol.keys import CALLER, NOBODY, OPERATOR, WORKER, Caller, digest_of
 from rock.protocol.routes import OTHER_KEY
 from rock.telemetry.context import CURRENT
 from rock.wire.asgi import App, Receive, Scope, Send, deny, failure
-from rock.wire.turns import Turns
+from rock.wire.turns import PLACE, Turns
 
 _OPEN = ("/healthz", "/")
 # Where a key may be, the plainest first. The last three are of ROCK's clients, and of those that it serves too.
 KEY_HEADERS = (OTHER_KEY.encode(), b"authorization", b"x-api-key", b"x-key", b"xrl-authorization")
 _BEARERS = (b"authorization", b"xrl-authorization")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a server that listens on `host` can be reached from this machine only."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def require_key_beyond_loopback(host: str, key: str | None) -> None:
-    if not key and not is_loopback(host):
-        raise InvalidConfig(
-            f"refusing to listen on {host} without an API key: anybody who can reach it could run programs here",
-            hint="set ROCK_API_KEY, or listen on 127.0.0.1",
-        )
 
 
 def _foreign_page(scope: Scope) -> Unauthorized | None:
@@ -77,7 +59,7 @@ class Authenticated:
         try:
             caller = await self._caller(scope)
         except RockError as error:
-            turn = await self._turns.take(_peer(scope))  # whatever keys somebody tries, he is one
+            turn = await self._turns.take(_peer(scope), scope.get(PLACE))  # whatever keys somebody tries, he is one
             try:
                 await (deny(scope, send, error) if scope["type"] == "websocket" else failure(error).send(send))
             finally:
@@ -94,7 +76,7 @@ class Authenticated:
             await (self._socket(caller.key_id, scope, receive, send) if caller.key_id
                    else self._app(scope, receive, send))  # fmt: skip
             return
-        turn = await self._turns.take(caller.key_id or f"{caller.owner} {_peer(scope)}")
+        turn = await self._turns.take(caller.key_id or f"{caller.owner} {_peer(scope)}", scope.get(PLACE))
         try:
             await self._app(scope, receive, send)
         finally:

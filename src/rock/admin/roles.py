@@ -4,22 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rock.errors import InvalidConfig, WrongRole
+from rock.errors import WrongRole
 from rock.protocol.planes import Role, role_for
 from rock.wire.asgi import App, Receive, Scope, Send, deny, failure
 from rock.wire.remote import Remote, first_reached
 
-NAMES: dict[str, str] = {"all": "all", "write": "write", "admin": "write", "read": "read", "proxy": "read"}
 _WHAT = {"write": "a reader: it changes nothing", "read": "a writer: it reaches into no sandbox"}
 _SETTING = {"write": "ROCK_WRITER", "read": "ROCK_READER"}
-
-
-def role_of(name: str) -> str:
-    """all, write or read. InvalidConfig."""
-    try:
-        return NAMES[name]
-    except KeyError:
-        raise InvalidConfig(f"there is no role {name!r}", hint=", ".join(NAMES)) from None
 
 
 def servers(text: str) -> list[Remote]:

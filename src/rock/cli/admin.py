@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rock.admin.starting import require_key_beyond_loopback, role_of
+from rock.cli.home import Home
+from rock.cli.tls import tls_of
 from rock.errors import Conflict, InvalidConfig, RockError, ServerError, Unavailable
 from rock.settings import Settings, child_environment
 
@@ -46,15 +49,13 @@ def start(
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay, and log to the terminal.")] = False,
 ) -> None:
     """Start the server and return when it serves. Sandboxes of a server that crashed are found again."""
-    from rock.admin.auth import require_key_beyond_loopback
-    from rock.admin.roles import role_of
-    from rock.cli.serve import Home, run_server, tls_of
-
     settings = _settings(host=host, port=port, tls_cert=_file(tls_cert), tls_key=_file(tls_key), role=role)
     role_of(settings.role)
     require_key_beyond_loopback(settings.host, settings.api_key)
     tls_of(settings)
     if foreground:
+        from rock.cli.serve import run_server  # all that a server is: whoever only has one started does not wait for it
+
         run_server(settings, log_to_file=False)
         return
     running = Home(settings.home).read()
@@ -75,8 +76,6 @@ def _file(name: str | None) -> str | None:
 
 def _launch(settings: Settings) -> dict[str, Any]:
     """A server in a session of its own, so that closing the terminal does not end it."""
-    from rock.cli.serve import Home
-
     settings.log_dir.mkdir(parents=True, exist_ok=True)
     output = settings.log_dir / "start.log"
     with output.open("wb") as log:
@@ -125,8 +124,6 @@ def stop(
     keep: Annotated[bool, typer.Option("--keep", help="Leave the sandboxes alive for the next start.")] = False,
 ) -> None:
     """Stop the server and, without --keep, every sandbox first, so that nothing is left behind."""
-    from rock.cli.serve import Home
-
     settings = _settings()
     home = Home(settings.home)
     note = home.read()
@@ -182,8 +179,6 @@ def _stop_sandboxes(note: dict[str, Any], settings: Settings) -> int:
 @app.command()
 def status(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     """Whether a server runs for this ROCK_HOME, and where."""
-    from rock.cli.serve import Home
-
     settings = _settings()
     note = Home(settings.home).read()
     if as_json:

@@ -29,6 +29,7 @@ import typer
 from rock.cli import serve
 from rock.cli.serve import Server
 from rock.errors import Unavailable, from_wire
+from rock.guest import proctree
 from rock.protocol.action import CreateBashSessionRequest
 from rock.protocol.keys import OPERATOR
 from rock.protocol.routes import ROUTES
@@ -251,27 +252,39 @@ async def _transfers(url: str, count: int) -> tuple[list[float], list[float], li
 
 
 async def _memory(url: str, pid: int, count: int) -> list[float]:
-    """Megabytes of memory that one idle sandbox with its default session adds, all in: what the whole machine has less,
-    which counts the kernel's part and the server's share."""
+    """Megabytes of memory that one idle sandbox with its default session adds to the server, the launcher and all that
+    is below them. What the whole machine has less is noise on one that does anything else."""
     values = []
     for _ in range(3):
-        before = _machine_used()
+        before = _used(pid)
         async with contextlib.AsyncExitStack() as stack:
             for _ in range(count):
                 sandbox = await stack.enter_async_context(_sandbox(url))
                 await sandbox.arun("true")
             await asyncio.sleep(1.0)
-            values.append((_machine_used() - before) / count / 1e6)
+            values.append((_used(pid) - before) / count / 1e6)
         await asyncio.sleep(1.0)
     return values
 
 
-def _machine_used() -> int:
-    """Bytes in use on this machine, without caches that can be given back."""
+def _used(pid: int) -> int:
+    """Bytes of a process and all below it, shared pages split among those who share them. Where those may not be looked
+    into, by an ordinary user: bytes in use on this machine, without caches that can be given back."""
+    with contextlib.suppress(PermissionError):
+        return sum(map(_shares, [pid, *(entry.pid for entry in proctree.descendants(proctree.scan(), pid))]))
     lines = Path("/proc/meminfo").read_text().splitlines()
     value = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
     given_back = value["MemFree"] + value["Cached"] + value["Buffers"] + value["SReclaimable"] - value["Shmem"]
     return value["MemTotal"] - given_back
+
+
+def _shares(pid: int) -> int:
+    """Bytes of one process; 0 when it has ended."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) << 10
+    return 0
 
 
 def _install() -> tuple[int, float]:

@@ -15,9 +15,10 @@ from dataclasses import replace
 import orjson
 
 from rock.admin.app import Admin
-from rock.admin.auth import Authenticated, require_key_beyond_loopback
+from rock.admin.auth import Authenticated
 from rock.admin.fleet import Fleet, Reached
-from rock.admin.roles import Doors, role_of, servers
+from rock.admin.roles import Doors, servers
+from rock.admin.starting import require_key_beyond_loopback, role_of
 from rock.admin.worker import FENCE, Transport, WireWorker, Worker
 from rock.cli.home import Home
 from rock.cli.observing import observe
@@ -25,7 +26,6 @@ from rock.errors import InvalidConfig, RockError, Unavailable, Unsupported
 from rock.protocol import routes
 from rock.protocol.workers import Lease, WorkerInfo
 from rock.proxy.app import Proxy, is_data
-from rock.sdk.transport import Transport as Client
 from rock.settings import Settings
 from rock.store.base import Store
 from rock.wire.asgi import App, Receive, Scope, Send
@@ -48,6 +48,8 @@ def _fenced(fence: int | None) -> dict[str, str]:
 
 def transport_to(url: str, key: str | None) -> Transport:
     """Requests of a WireWorker, each with the token of the lease by which it is made."""
+    from rock.sdk.transport import Transport as Client  # the SDK, which a server without such workers has no use for
+
     clients: dict[int | None, Client] = {}
 
     async def carry(method: str, path: str, query: str, body: bytes) -> tuple[int, bytes]:

@@ -6,7 +6,8 @@ import logging
 from pathlib import Path
 
 from rock.admin.api.rock_v1.envhub import EnvHub
-from rock.admin.auth import Authenticated, require_key_beyond_loopback
+from rock.admin.auth import Authenticated
+from rock.admin.starting import require_key_beyond_loopback
 from rock.cli.serve import http_over, listen, run, stop_on_signals
 from rock.envhub.catalogue import Catalogue
 from rock.errors import InvalidConfig, Unsupported

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import re
 import signal
 import socket
-import ssl
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
@@ -21,13 +21,14 @@ import uvicorn
 from rock import __version__, faults
 from rock import settings as environment
 from rock.admin.app import Admin
-from rock.admin.auth import Authenticated, require_key_beyond_loopback
+from rock.admin.auth import Authenticated
 from rock.admin.fleet import Fleet
-from rock.admin.roles import role_of
+from rock.admin.starting import require_key_beyond_loopback, role_of
 from rock.admin.worker import Worker
 from rock.cli.control import Control, reach_with
 from rock.cli.home import Home
 from rock.cli.observing import observe
+from rock.cli.tls import tls_of
 from rock.cli.worker import LocalWorker
 from rock.errors import Conflict, InvalidConfig, Unsupported
 from rock.protocol.routes import ROUTES
@@ -48,6 +49,7 @@ from rock.store.timed import timed
 from rock.telemetry import set_up_logs
 from rock.wire.asgi import Answer, App, Receive, Request, Scope, Send, answer
 from rock.wire.dropping import dropping
+from rock.wire.intake import Intake
 from rock.wire.remote import Remote
 
 log = logging.getLogger("rock.server")
@@ -266,29 +268,12 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
-def tls_of(settings: Settings) -> dict[str, Any]:
-    """What uvicorn has to know of a certificate; InvalidConfig when it cannot be used."""
-    if not settings.tls_cert and not settings.tls_key:
-        return {}
-    if not settings.tls_cert or not settings.tls_key:
-        raise InvalidConfig("TLS needs a certificate and its key", hint="--tls-cert FILE --tls-key FILE")
-    try:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        # Without the second argument a key with a passphrase would be asked for at the terminal.
-        context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")
-    except (OSError, ssl.SSLError) as error:
-        raise InvalidConfig(
-            f"TLS cannot be had with {settings.tls_cert} and {settings.tls_key}: {error.strerror or error}",
-            hint="PEM files that this user may read, the key without a passphrase",
-        ) from None
-    return {"ssl_certfile": settings.tls_cert, "ssl_keyfile": settings.tls_key}
-
-
 def http_over(app: App, settings: Settings | None = None) -> uvicorn.Server:
     """An HTTP server over an application, to be given its sockets. InvalidConfig for a certificate that is none."""
     tls = {} if settings is None else tls_of(settings)
     config = uvicorn.Config(
         app,
+        http=Intake,
         log_config=None,
         access_log=False,
         lifespan="off",
@@ -334,6 +319,8 @@ async def serve(settings: Settings, role: type[Server] | type[Rocklet] = Server)
         with stop_on_signals(http, drain):
             scheme = "https" if settings.tls_cert else "http"
             server.home.write(settings.host, port, settings.tls_cert)
+            gc.freeze()  # what is here now stays: a collection, for which everybody waits, looks at what came since
+            gc.enable()
             log.info("serving on %s://%s:%d, home %s, pid %d", scheme, settings.host, port, settings.home, os.getpid())
             print(f"ROCK serves on {scheme}://{settings.host}:{port} (home {settings.home})", flush=True)
             await http.serve(sockets=[listener])

@@ -73,7 +73,8 @@ class Isolation(StrEnum):
 class Wire(BaseModel):
     """Base of everything that travels: unknown keys are refused, because a misspelt key must not pass in silence."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    # Deferred: what checks a message is made when the first one comes. All of them at once are a third of a start.
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, defer_build=True)
 
 
 class BaseConfig(Wire):

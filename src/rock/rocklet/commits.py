@@ -21,7 +21,6 @@ from rock.rocklet.ownthread import in_own_thread
 from rock.runtime.base import Handle, Runtime, Snapshots
 from rock.runtime.image.locks import storing
 from rock.runtime.image.logins import Login
-from rock.runtime.image.registry import Registry
 from rock.runtime.image.rootfs import RootFS
 from rock.runtime.image.store import ImageStore, new_name
 
@@ -107,6 +106,8 @@ class Commits:
                 return None
         else:
             login = Login(wish.registry_username, wish.registry_password or "")
+        from rock.runtime.image.registry import Registry  # urllib3
+
         registry = Registry(reference, login)
         try:
             await asyncio.to_thread(registry.log_in)

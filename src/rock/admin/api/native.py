@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import html
-import os
-import time
 from typing import Annotated, Any
 
 import orjson
@@ -15,7 +13,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from rock import __version__
-from rock.admin.api import sandboxes
+from rock.admin.api import about, sandboxes
 from rock.admin.api import workers as workers_api
 from rock.admin.desk import Desks
 from rock.admin.environments import Environments
@@ -23,18 +21,18 @@ from rock.admin.keys import Keys
 from rock.admin.service import Service
 from rock.envhub import registry
 from rock.errors import ClientError, InternalServerRockError, InvalidConfig, NotFound, RockError
-from rock.protocol import action, env, group, node, sandbox, workers
+from rock.protocol import action, env, group, network, node, sandbox, workers
+from rock.protocol import keys as keys_of_wire
 from rock.protocol.env import AddEnv, BuildEnv, EnvAbout
-from rock.protocol.keys import Access, CreateKey, KeyInfo, KeyList, NewKey, caller_of
+from rock.protocol.keys import CreateKey, KeyInfo, KeyList, NewKey
 from rock.protocol.network import ConnectionList
-from rock.protocol.node import EnvList, SandboxList, ServerInfo
+from rock.protocol.node import EnvList, SandboxList
 from rock.protocol.routes import METHODS, ROUTES
-from rock.protocol.sandbox import SandboxInfo, State
-from rock.settings import Settings
+from rock.protocol.sandbox import SandboxInfo
 from rock.store.base import Query as Listing
-from rock.wire.asgi import App, Receive, Scope, Send, failure, fit, retry_after
+from rock.wire.asgi import retry_after
 
-_PAGES = ("/", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")
+BARE = (*sandboxes.NAMES, *about.NAMES)
 Wait = Annotated[float, Query(ge=0, le=3600)]
 
 
@@ -47,82 +45,23 @@ def _failure(error: RockError) -> Response:
     return Response(orjson.dumps(error.to_wire(), default=repr), error.status, headers, "application/json")
 
 
-def build(
-    desks: Desks, keys: Keys, service: Service, envs: Environments, settings: Settings, roles: list[str]
-) -> App:
-    """The FastAPI application of the control plane, behind what its rows take of a key."""
-    return guarded(_application(desks, keys, service, envs, settings, roles))
-
-
-def guarded(app: App) -> App:
-    """`app` for callers whose keys are for its rows. A path without a row is there for the server's owner alone."""
-    control = (route for route in ROUTES.values() if route.plane == "control")
-    rows = [(route.method, tuple(route.path.split("/")), route.access) for route in control]
-
-    def access(method: str, path: str) -> Access | None:
-        if path in _PAGES:
-            return Access.OPEN if path == "/" else Access.READ
-        given = path.split("/")
-        for kind, parts, needed in rows:
-            if kind == ("GET" if method == "HEAD" else method) and fit(parts, given) is not None:
-                return needed
-        return None
-
-    async def guard(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            caller, needed = caller_of(scope), access(scope["method"], scope["path"])
-            try:
-                if needed is None and Access.ADMIN not in caller.scopes:
-                    raise NotFound(f"no such route: {scope['method']} {scope['path']}")
-                caller.require(needed or Access.ADMIN)
-            except RockError as error:
-                await failure(error).send(send)
-                return
-        await app(scope, receive, send)
-
-    return guard
-
-
-def _application(
-    desks: Desks, keys: Keys, service: Service, envs: Environments, settings: Settings, roles: list[str]
-) -> FastAPI:
+def build(desks: Desks, keys: Keys, service: Service, envs: Environments, *, guarded: bool) -> FastAPI:
+    """The FastAPI application of the control plane. guarded: its front page must not tell what a key protects."""
+    for kind in _models().values():
+        kind.model_config["defer_build"] = False  # else FastAPI's part of it is made late too, with warnings
     app = FastAPI(title="ROCK", version=__version__, docs_url="/docs", openapi_url="/openapi.json")
-    started_at = time.time()
     _errors(app)
     _sandboxes(app, desks)
     _keys(app, keys)
     _environments(app, envs)
     workers_api.add_routes(app, service)
 
-    @app.get(ROUTES["server_info"].path, response_model=ServerInfo, tags=["server"])
-    async def server_info(request: Request) -> Response:
-        """Version, isolation and capacity."""
-        found = [info.status for info in await service.workers.infos() if info.status is not None and not info.is_lost]
-        owner = Access.ADMIN in caller_of(request.scope).scopes
-        seen = found if owner else [status.model_copy(update={"images": []}) for status in found]  # others' names
-        return _json(
-            ServerInfo(
-                version=__version__,
-                home=str(settings.home),
-                roles=roles,
-                workers=seen,
-                sandboxes=await desks(request.scope).count(),
-                started_at=started_at,
-                pid=os.getpid(),
-            )
-        )
-
-    @app.get(ROUTES["health"].path, tags=["server"])
-    async def health() -> dict[str, str]:
-        """Answers while the server serves."""
-        return {"status": "ok", "version": __version__}
-
     @app.get("/", include_in_schema=False, response_model=None)
     async def front(request: Request) -> Response | dict[str, str]:
         if "text/html" not in request.headers.get("accept", ""):
             return {"message": "hello, ROCK!"}
-        # This page asks for no key, so it must not tell what a key protects.
-        listing = SandboxList(items=[]) if settings.api_key else await desks(request.scope).list(Listing(limit=100))
+        # This page asks for no key.
+        listing = SandboxList(items=[]) if guarded else await desks(request.scope).list(Listing(limit=100))
         return HTMLResponse(_front_page(listing))
 
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
@@ -130,14 +69,6 @@ def _application(
 
 
 def _sandboxes(app: FastAPI, desks: Desks) -> None:
-    @app.get(ROUTES["list_sandboxes"].path, response_model=SandboxList, tags=["sandboxes"])
-    async def list_sandboxes(
-        request: Request, limit: Annotated[int, Query(ge=1, le=2000)] = 500, after: str | None = None,
-        history: bool = False,
-    ) -> Response:  # fmt: skip
-        """Sandboxes, newest first; filters are equality on fields of SandboxInfo, `state` and `label=k=v`."""
-        return _json(await desks(request.scope).list(_listing(request, limit, after), history))
-
     @app.get(ROUTES["list_connections"].path, response_model=ConnectionList, tags=["sandboxes"])
     async def list_connections(request: Request, sandbox_id: str) -> Response:
         """What it connected to or tried to, oldest first; of a stopped one too."""
@@ -195,37 +126,6 @@ def _catalogue_row(env_id: str) -> dict[str, Any]:
     return {"id": spec.id, "protocol": spec.protocol, "image": spec.image, "note": spec.note, "aliases": aliases}
 
 
-def _listing(request: Request, limit: int, after: str | None) -> Listing:
-    states: list[State] = []
-    labels: dict[str, str] = {}
-    fields: dict[str, str] = {}
-    for name, value in request.query_params.multi_items():
-        if name == "state":
-            states += [_state(text) for text in value.split(",")]
-        elif name == "label":
-            key, _, text = value.partition("=")
-            labels[key] = text
-        elif name in ("user_id", "experiment_id", "namespace", "image", "runtime", "worker", "cause"):
-            fields[name] = value
-        elif name not in ("limit", "after", "history"):
-            raise InvalidConfig(f"cannot list by {name!r}")
-    page: tuple[float, str] | None = None
-    if after:
-        time_text, _, sandbox_id = after.partition(":")
-        try:
-            page = float(time_text), sandbox_id
-        except ValueError:
-            raise InvalidConfig(f"after={after!r} is not what a page before answered as `next`") from None
-    return Listing(states=states, fields=fields, labels=labels, limit=limit, after=page)
-
-
-def _state(text: str) -> State:
-    try:
-        return State(text)
-    except ValueError:
-        raise InvalidConfig(f"no such state: {text!r}", hint=", ".join(State)) from None
-
-
 def _errors(app: FastAPI) -> None:
     @app.exception_handler(RockError)
     async def rock_error(request: Request, error: RockError) -> Response:
@@ -262,6 +162,16 @@ def _front_page(listing: SandboxList) -> str:
     )
 
 
+def _models() -> dict[str, type[BaseModel]]:
+    """The messages of the wire, by name."""
+    return {
+        name: kind
+        for module in (sandbox, action, env, node, group, workers, network, keys_of_wire)
+        for name, kind in vars(module).items()
+        if isinstance(kind, type) and issubclass(kind, BaseModel)
+    }
+
+
 def _openapi(app: FastAPI) -> dict[str, Any]:
     """FastAPI's own schema plus the rows whose handlers are not FastAPI's."""
     if app.openapi_schema is not None:
@@ -269,12 +179,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
     from fastapi.openapi.utils import get_openapi
 
     schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-    models: dict[str, type[BaseModel]] = {
-        name: kind
-        for module in (sandbox, action, env, node, group, workers)
-        for name, kind in vars(module).items()
-        if isinstance(kind, type) and issubclass(kind, BaseModel)
-    }
+    models = _models()
     components = schema.setdefault("components", {}).setdefault("schemas", {})
 
     def reference(name: str) -> dict[str, Any]:
@@ -286,7 +191,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         return {"schema": {"$ref": f"#/components/schemas/{name}"}}
 
     for row in ROUTES.values():
-        if not (row.plane == "data" or row.name in sandboxes.NAMES) or row.method == "WEBSOCKET":
+        if not (row.plane == "data" or row.name in BARE) or row.method == "WEBSOCKET":
             continue
         names = [part[1:-1] for part in row.path.split("/") if part.startswith("{")]
         asked, *queries = (row.request or " ").split(" ")
@@ -301,7 +206,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         operation: dict[str, Any] = {
             "summary": row.summary,
             "operationId": row.name,
-            "tags": ["data" if row.plane == "data" else "sandboxes"],
+            "tags": ["data" if row.plane == "data" else "server" if row.name in about.NAMES else "sandboxes"],
             "parameters": parameters,
             "responses": {status: {"description": "done", "content": {kind: reference(row.answer)}}},
         }

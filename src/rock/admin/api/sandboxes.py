@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from urllib.parse import parse_qsl
+
+from rock.admin.api.about import About
 from rock.admin.desk import Desk, Desks
+from rock.errors import InvalidConfig
 from rock.protocol.env import OpenEnv
 from rock.protocol.group import GroupRequest
 from rock.protocol.routes import IDEMPOTENCY_KEY, ROUTES
-from rock.protocol.sandbox import CommitRequest, SandboxConfig
+from rock.protocol.sandbox import CommitRequest, SandboxConfig, State
+from rock.store.base import Query as Listing
 from rock.wire.asgi import Answer, App, Receive, Request, Router, Scope, Send, answer_model
 
 _LONGEST_WAIT = 3600.0  # seconds
-NAMES = ("create_sandbox", "get_sandbox", "stop_sandbox", "restart_sandbox", "archive_sandbox", "commit_sandbox",
-         "get_commit", "open_env", "create_group", "get_group", "stop_group")  # fmt: skip
+_MOST_LISTED = 2000
+_EQUAL = ("user_id", "experiment_id", "namespace", "image", "runtime", "worker", "cause")
+NAMES = ("create_sandbox", "list_sandboxes", "get_sandbox", "stop_sandbox", "restart_sandbox", "archive_sandbox",
+         "commit_sandbox", "get_commit", "open_env", "create_group", "get_group", "stop_group")  # fmt: skip
 
 
 class Sandboxes:
@@ -20,9 +27,10 @@ class Sandboxes:
     def __init__(self, desks: Desks) -> None:
         self._desks = desks
 
-    def over(self, rest: App) -> App:
-        """These rows, and `rest` for all others."""
+    def over(self, rest: App, about: About) -> App:
+        """These rows and those of `about`, and `rest` for all others."""
         router = Router("sandboxes")
+        about.add_to(router)
         for name in NAMES:
             router.add(ROUTES[name], getattr(self, name))
 
@@ -39,6 +47,10 @@ class Sandboxes:
         wait = _wait(request)
         config = await request.model(SandboxConfig)
         return answer_model(await self._desk(request).create(config, _key(request), wait), 201)
+
+    async def list_sandboxes(self, request: Request) -> Answer:
+        limit = request.integer("limit", 500, low=1, high=_MOST_LISTED)
+        return answer_model(await self._desk(request).list(_listing(request, limit), request.flag("history")))
 
     async def get_sandbox(self, request: Request) -> Answer:
         look = {"touch": request.flag("touch"), "usage": request.flag("usage")}
@@ -88,3 +100,36 @@ def _wait(request: Request) -> float:
 
 def _key(request: Request) -> str | None:
     return request.header(IDEMPOTENCY_KEY.encode())
+
+
+def _listing(request: Request, limit: int) -> Listing:
+    raw: bytes = request.scope.get("query_string", b"")
+    states: list[State] = []
+    labels: dict[str, str] = {}
+    fields: dict[str, str] = {}
+    for name, value in parse_qsl(raw.decode("latin-1"), keep_blank_values=True):
+        if name == "state":
+            states += [_state(text) for text in value.split(",")]
+        elif name == "label":
+            key, _, text = value.partition("=")
+            labels[key] = text
+        elif name in _EQUAL:
+            fields[name] = value
+        elif name not in ("limit", "after", "history"):
+            raise InvalidConfig(f"cannot list by {name!r}")
+    page: tuple[float, str] | None = None
+    after = request.query.get("after")
+    if after:
+        time_text, _, sandbox_id = after.partition(":")
+        try:
+            page = float(time_text), sandbox_id
+        except ValueError:
+            raise InvalidConfig(f"after={after!r} is not what a page before answered as `next`") from None
+    return Listing(states=states, fields=fields, labels=labels, limit=limit, after=page)
+
+
+def _state(text: str) -> State:
+    try:
+        return State(text)
+    except ValueError:
+        raise InvalidConfig(f"no such state: {text!r}", hint=", ".join(State)) from None

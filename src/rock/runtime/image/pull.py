@@ -12,15 +12,17 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rock.errors import ImageError
 from rock.runtime.image.blobs import Archive
 from rock.runtime.image.bounds import Bounds
 from rock.runtime.image.importer import Archived, choose, read_oci
 from rock.runtime.image.reference import Reference
-from rock.runtime.image.registry import Registry
 from rock.telemetry.metrics import REGISTRY
+
+if TYPE_CHECKING:
+    from rock.runtime.image.registry import Registry
 
 Progress = Callable[[str], None]
 T = TypeVar("T")

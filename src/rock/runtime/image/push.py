@@ -23,7 +23,6 @@ from rock.runtime.image.logins import Login
 from rock.runtime.image.packing import Packer, Part
 from rock.runtime.image.records import ImageRecord
 from rock.runtime.image.reference import HOST, Reference
-from rock.runtime.image.registry import MANIFESTS, Registry
 from rock.runtime.image.tarstream import Entry, Kind
 from rock.runtime.image.tarwriter import TarWriter
 
@@ -31,6 +30,7 @@ Progress = Callable[[str], None]
 
 CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
 GZIP_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
+_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 _LEVEL = 4  # of gzip: half of the time of the usual 6, and a twentieth more bytes
 _CHUNK = 1 << 20
 _LARGEST = 1 << 50  # bytes of a layer's files: they are on the disk already
@@ -60,6 +60,8 @@ class ToRegistry:
         if reference.digest is not None:
             raise Unsupported(f"{reference.familiar} is named by a digest: that of what is pushed may be another one",
                               hint="give it a tag")  # fmt: skip
+        from rock.runtime.image.registry import Registry  # urllib3
+
         self._registry = Registry(reference, login)
         self.repository = f"{reference.domain}/{reference.repository}"
         self._tag = reference.tag or "latest"
@@ -82,7 +84,7 @@ class ToRegistry:
         self._registry.upload(digest, size, path)
 
     def manifest(self, body: bytes) -> None:
-        self._registry.put_manifest(self._tag, body, MANIFESTS[0])
+        self._registry.put_manifest(self._tag, body, _MANIFEST)
 
 
 class ToLayout:
@@ -115,7 +117,7 @@ class ToLayout:
     def manifest(self, body: bytes) -> None:
         digest = _sha256(body)
         self._small(_place(digest).decode(), body)
-        row = {"mediaType": MANIFESTS[0], "digest": digest, "size": len(body),
+        row = {"mediaType": _MANIFEST, "digest": digest, "size": len(body),
                "platform": {"os": "linux", "architecture": this_architecture()},
                "annotations": {"io.containerd.image.name": self._name}}  # fmt: skip
         self._small("index.json", json.dumps({"schemaVersion": 2, "manifests": [row]}).encode())
@@ -155,7 +157,7 @@ class Push:
         path.write_bytes(config)
         self._target.blob(_sha256(config), len(config), path)
         manifest = json.dumps({
-            "schemaVersion": 2, "mediaType": MANIFESTS[0],
+            "schemaVersion": 2, "mediaType": _MANIFEST,
             "config": {"mediaType": CONFIG_TYPE, "digest": _sha256(config), "size": len(config)},
             "layers": [{"mediaType": row.media_type, "digest": row.digest, "size": row.size} for row in sent],
         }).encode()  # fmt: skip

@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rock.errors import ImageError, InvalidConfig, NotFound, RockError
 from rock.protocol.sandbox import parse_size
@@ -39,12 +40,14 @@ from rock.runtime.image.pull import Pull
 from rock.runtime.image.push import GZIP_LAYER, Push, ToLayout, ToRegistry, refuse_by_reference
 from rock.runtime.image.records import ImageRecord, Records
 from rock.runtime.image.reference import BUILD_STEPS, HOST, Reference, parse
-from rock.runtime.image.registry import Registry
 from rock.runtime.image.room import Pruned, Room
 from rock.runtime.image.rootfs import Bind, RootFS
 from rock.runtime.image.tarstream import ByteStream, TarReader
 from rock.runtime.image.tree import copy_tree
 from rock.settings import Settings, docker_config, registry_mirrors
+
+if TYPE_CHECKING:
+    from rock.runtime.image.registry import Registry
 
 __all__ = ["ImageRecord", "ImageStore", "Lease"]
 
@@ -243,6 +246,8 @@ class ImageStore:
 
     def _registries(self, reference: Reference, login: Login | None) -> Sequence[Registry]:
         """Where to ask for an image: mirrors, each with a login of its own, and the registry itself last."""
+        from rock.runtime.image.registry import Registry  # urllib3, which images that are here do without
+
         mirrors = [Registry(reference, self.logins.of(mirror), mirror)
                    for mirror in registry_mirrors().get(reference.domain, ())]  # fmt: skip
         return [*mirrors, Registry(reference, login or self.logins.of(reference.domain))]

@@ -1,0 +1,58 @@
+"""An application that is made when it is first asked for, and the door in front of it, which does not wait for that."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from rock.errors import NotFound, RockError
+from rock.protocol.keys import Access, caller_of
+from rock.protocol.routes import ROUTES
+from rock.wire.asgi import App, Receive, Scope, Send, failure, fit
+
+_PAGES = ("/", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")
+
+
+class Late:
+    """`make` runs in a thread, at the first request: what it imports takes as long as all the rest of a start."""
+
+    def __init__(self, make: Callable[[], App]) -> None:
+        self._make = make
+        self._lock = asyncio.Lock()
+        self._app: App | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._app is None:
+            async with self._lock:
+                if self._app is None:
+                    self._app = await asyncio.to_thread(self._make)
+        await self._app(scope, receive, send)
+
+
+def guarded(app: App) -> App:
+    """`app` for callers whose keys are for its rows. A path without a row is there for the server's owner alone."""
+    control = (route for route in ROUTES.values() if route.plane == "control")
+    rows = [(route.method, tuple(route.path.split("/")), route.access) for route in control]
+
+    def access(method: str, path: str) -> Access | None:
+        if path in _PAGES:
+            return Access.OPEN if path == "/" else Access.READ
+        given = path.split("/")
+        for kind, parts, needed in rows:
+            if kind == ("GET" if method == "HEAD" else method) and fit(parts, given) is not None:
+                return needed
+        return None
+
+    async def guard(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            caller, needed = caller_of(scope), access(scope["method"], scope["path"])
+            try:
+                if needed is None and Access.ADMIN not in caller.scopes:
+                    raise NotFound(f"no such route: {scope['method']} {scope['path']}")
+                caller.require(needed or Access.ADMIN)
+            except RockError as error:
+                await failure(error).send(send)
+                return
+        await app(scope, receive, send)
+
+    return guard
