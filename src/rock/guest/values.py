@@ -187,6 +187,7 @@ def encode_result(strict: list[object], lenient: object) -> list[Any]:
 _HEADS: dict[Any, bytes] = {}  # what goes before arrays of such types and shapes
 _KNOWN = 64
 _SCALARS = (float, bool, int, type(None))
+_COUNTED = (bool, int)  # what actions are that come again
 _WORD = 1 << 63
 
 
@@ -294,8 +295,8 @@ class _Plan:
 
     @staticmethod
     def learn(text: bytes, tree: Any) -> None:
-        """Remember it, where it is an array, or a list of such, of what JSON has, and of empty dicts. It was
-        found to be well-formed."""
+        """Remember it, where it is an array, a whole number, or a list of arrays, of what JSON has, and of empty dicts.
+        It was found to be well-formed."""
         np = _numpy()
         listed = type(tree) is list
         items: list[Any] = []
@@ -305,7 +306,7 @@ class _Plan:
                     return
                 dtype, shape, offset = item["$a"]
                 items.append((tuple(shape), _taken(np, dtype), offset))
-            elif type(item) is list or not listed:
+            elif type(item) is list or not (listed or type(item) in _COUNTED):
                 return
             else:
                 items.append(item)

@@ -3,7 +3,7 @@
 A step through the server wakes four processes, one by the environment's own pipes two. So a client that may connect to
 a Unix socket of ours gets the two descriptors, for as long as it holds that connection:
 
-    client: {"sandbox", "env", "token"}            token: from the answer of make_env
+    client: {"sandbox", "env", "token", "memory"}  token: from the answer of make_env; memory: false for none
     server: {"timeout": seconds} with the descriptors (requests, answers), or an error as the wire has them; with a
             third one where there is memory for large answers, and {"offset"}: where the environment's part begins
     client: {"playing": true}                      now and then: it is no idle environment
@@ -112,8 +112,8 @@ class Door:
         try:
             try:
                 async with asyncio.timeout(_GREETING_TIMEOUT):
-                    supervisor, host, number = await self._greeted(client)
-                await self._lend(client, supervisor, host, number)
+                    supervisor, host, number, shared = await self._greeted(client)
+                await self._lend(client, supervisor, host, number, shared)
             except RockError as error:
                 _tell(client, error)
         except (OSError, TimeoutError):
@@ -121,7 +121,7 @@ class Door:
         finally:
             client.close()
 
-    async def _greeted(self, client: socket.socket) -> tuple[Supervisor, EnvHost, int]:
+    async def _greeted(self, client: socket.socket) -> tuple[Supervisor, EnvHost, int, bool]:
         wish = await _packet(client)
         sandbox_id, number, token = wish.get("sandbox"), wish.get("env"), wish.get("token")
         if not isinstance(sandbox_id, str) or type(number) is not int or not isinstance(token, str):
@@ -130,14 +130,16 @@ class Door:
         host = supervisor.env_host
         if host is None or not host.is_token(number, token):
             raise NotFound(f"there is no environment {number} with that token", sandbox_id=sandbox_id)
-        return supervisor, host, number
+        return supervisor, host, number, wish.get("memory") is not False
 
-    async def _lend(self, client: socket.socket, supervisor: Supervisor, host: EnvHost, number: int) -> None:
+    async def _lend(
+        self, client: socket.socket, supervisor: Supervisor, host: EnvHost, number: int, shared: bool
+    ) -> None:
         lent = host.lend(number, lambda error: _tell(client, error))
         try:
             told: dict[str, Any] = {"timeout": lent.timeout}
             fds = [lent.requests, lent.answers]
-            if lent.memory is not None:
+            if shared and lent.memory is not None:
                 memory, told["offset"] = lent.memory
                 fds.append(memory)
             socket.send_fds(client, [orjson.dumps(told)], fds)
