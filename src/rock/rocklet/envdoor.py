@@ -85,7 +85,7 @@ class Door:
 
     def way(self, host: EnvHost, number: int) -> Way | None:
         """How a client finds the door of an environment; None when it has no pipes to give."""
-        token = host.token_of(number)
+        token = host.lending.token_of(number)
         return None if self._socket is None or token is None else Way(path=str(self.path), token=token)
 
     def _start(self, work: Any) -> None:
@@ -128,14 +128,14 @@ class Door:
             raise InvalidConfig("a greeting has sandbox, env and token")
         supervisor = self._find(sandbox_id)
         host = supervisor.env_host
-        if host is None or not host.is_token(number, token):
+        if host is None or not host.lending.is_token(number, token):
             raise NotFound(f"there is no environment {number} with that token", sandbox_id=sandbox_id)
         return supervisor, host, number, wish.get("memory") is not False
 
     async def _lend(
         self, client: socket.socket, supervisor: Supervisor, host: EnvHost, number: int, shared: bool
     ) -> None:
-        lent = host.lend(number, lambda error: _tell(client, error))
+        lent = host.lending.lend(number, lambda error: _tell(client, error))
         try:
             told: dict[str, Any] = {"timeout": lent.timeout}
             fds = [lent.requests, lent.answers]
@@ -147,11 +147,11 @@ class Door:
             while said := await _packet(client):
                 supervisor.touch()
                 if "overdue" in said:
-                    host.overdue(number, str(said["overdue"])[:100])
+                    host.lending.overdue(number, str(said["overdue"])[:100])
                 elif "nonsense" in said:
-                    host.nonsense(number, str(said["nonsense"])[:1000])
+                    host.lending.nonsense(number, str(said["nonsense"])[:1000])
         finally:
-            host.take_back(number)
+            host.lending.take_back(number)
 
 
 async def _packet(client: socket.socket) -> dict[str, Any]:
