@@ -97,7 +97,7 @@ class Rows:
                 row["frames_per_second"] = frames * 1e6 / row["p50"]
             self.told.append(row)
             speed = f"  {row['frames_per_second']:9,.0f} frames/s" if frames else ""
-            print(f"  {kind.name:16} min {row['min']:8.0f}  p50 {row['p50']:8.0f}  p95 {row['p95']:8.0f} us"
+            print(f"  {kind.name:20} min {row['min']:8.0f}  p50 {row['p50']:8.0f}  p95 {row['p95']:8.0f} us"
                   f"  n {row['n']:6d}  {ratio:6.1f}x{speed}", flush=True)  # fmt: skip
 
 
@@ -124,15 +124,30 @@ def frames(rows: Rows, url: str) -> None:
 
         return env.make_env()
 
+    def one() -> Any:
+        return SandboxEnv(str(FOLDER), trust_remote_code=True, base_url=url)
+
+    def eight() -> Any:
+        return SandboxVectorEnv(str(FOLDER), 8, trust_remote_code=True, base_url=url)
+
     rows.add("210x160x3 frames, 1 environment", 0, {
-        "in-process": world, "ROCK": lambda: SandboxEnv(str(FOLDER), trust_remote_code=True, base_url=url),
-        "ROCK over HTTP": lambda: over_http(SandboxEnv(str(FOLDER), trust_remote_code=True, base_url=url)),
+        "in-process": world, "ROCK, shared memory": one, "ROCK, pipes": lambda: by_pipes(one),
+        "ROCK over HTTP": lambda: over_http(one()),
     }, 1)  # fmt: skip
     rows.add("210x160x3 frames, 8 environments", np.zeros(8, np.int64), {
         "in-process": lambda: gymnasium.vector.SyncVectorEnv([world] * 8),
-        "ROCK": lambda: SandboxVectorEnv(str(FOLDER), 8, trust_remote_code=True, base_url=url),
+        "ROCK, shared memory": eight, "ROCK, pipes": lambda: by_pipes(eight),
         "AsyncVectorEnv": lambda: gymnasium.vector.AsyncVectorEnv([world] * 8),
     }, 8)  # fmt: skip
+
+
+def by_pipes(make: Callable[[], Any]) -> Any:
+    """Made without shared memory: large answers go through the environment's pipes."""
+    os.environ["ROCK_ENV_SHARED"] = "0"
+    try:
+        return make()
+    finally:
+        del os.environ["ROCK_ENV_SHARED"]
 
 
 def over_http(env: Any) -> Any:

@@ -128,8 +128,10 @@ class EnvLink:
         except orjson.JSONDecodeError as error:
             raise errors.ServerError(f"malformed answer: {error}") from None
         made = parse(EnvInfo, answer)
-        if settings.env_pipes() and (pipes := reach(made, self.transport.address.host)) is not None:
-            self.ways[made.env] = pipes
+        if settings.env_pipes():
+            pipes = reach(made, self.transport.address.host, shared=settings.env_shared())
+            if pipes is not None:
+                self.ways[made.env] = pipes
         return made.env
 
     def ask(self, wanted: Ask) -> Any:

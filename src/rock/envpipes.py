@@ -21,7 +21,7 @@ import orjson
 
 from rock import errors
 from rock.guest import frames
-from rock.guest.frames import HEAD, IN_MEMORY, LIMIT
+from rock.guest.frames import FIRST, HEAD, HEADER, IN_MEMORY, LAST, LIMIT, PIECE
 from rock.protocol.env import DOOR, EnvInfo
 from rock.protocol.enverrors import error_of
 
@@ -52,8 +52,11 @@ class GivenUp(Exception):
     """There is no answer by this way: the server has to be asked."""
 
 
-def reach(info: EnvInfo, host: str) -> Pipes | None:
-    """The pipes of an environment that a server at `host` made; None where they cannot be had: then it is asked."""
+def reach(info: EnvInfo, host: str, *, shared: bool = True) -> Pipes | None:
+    """The pipes of an environment that a server at `host` made; None where they cannot be had: then it is asked.
+
+    shared: with the memory for large answers, where there is such memory.
+    """
     door = info.door
     if door is None or not hasattr(socket, "SOCK_SEQPACKET"):
         return None
@@ -64,7 +67,7 @@ def reach(info: EnvInfo, host: str) -> Pipes | None:
             connection = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
             connection.settimeout(_KNOCK)
             _connect(connection, door.path)
-            wish = {"sandbox": info.sandbox_id, "env": info.env, "token": door.token}
+            wish = {"sandbox": info.sandbox_id, "env": info.env, "token": door.token, "memory": shared}
             connection.send(orjson.dumps(wish))
             data, fds, _, _ = socket.recv_fds(connection, _PACKET, 3)
             for fd in fds:
@@ -73,7 +76,7 @@ def reach(info: EnvInfo, host: str) -> Pipes | None:
                 return None
             told = orjson.loads(data)
             timeout = float(told["timeout"])
-            memory = _part(fds[2], int(told["offset"])) if len(fds) > 2 else None
+            memory = _part(fds[2], int(told["offset"])) if shared and len(fds) > 2 else None
             connection.setblocking(False)
             stack.pop_all()
             for fd in fds[2:]:
@@ -182,8 +185,11 @@ class Pipes:
             self._op = op
             length = sum(len(part) for part in parts)
             frame = b"".join((HEAD.pack(length, op, self._flags, self._number, self._id, index), *parts))
-            for piece in frames.pieces(self._number, frame):
-                self._write(piece)
+            if len(frame) <= PIECE:
+                self._write(HEADER.pack(len(frame), FIRST | LAST, self._number) + frame)
+            else:
+                for piece in frames.pieces(self._number, frame):
+                    self._write(piece)
         except BaseException:
             self._close()
             self._lock.release()
@@ -198,6 +204,7 @@ class Pipes:
                 if id == self._id:
                     payload = memoryview(frame)[HEAD.size :]
                     return op, self._taken(payload) if flags & IN_MEMORY else payload
+                self._in_time()
         except BaseException:
             self._close()
             raise
@@ -224,6 +231,7 @@ class Pipes:
                 os.write(self._requests, piece)
                 return
             except BlockingIOError:
+                self._in_time()
                 self._wait(self._writable, self._requests)
             except OSError:
                 self._door_says(_KNOCK)
@@ -233,7 +241,7 @@ class Pipes:
         data = self._at_once()
         while True:
             if data is None:
-                self._wait(self._readable, self._answers)
+                self._more() if frame else self._wait(self._readable, self._answers)
                 try:
                     data = os.read(self._answers, _READ)
                 except BlockingIOError:
@@ -286,18 +294,18 @@ class Pipes:
                     try:
                         got = os.readv(self._answers, [rest])
                     except BlockingIOError:
-                        self._rest()
+                        self._more()
                         continue
                 if not got:
                     self._door_says(_KNOCK)
                 filled += got
         return frame
 
-    def _rest(self) -> None:
-        """Wait for more of a frame: it is being written this moment, or its writer waits for a processor."""
-        os.sched_yield()
-        if not self._readable.poll(0):
-            self._wait(self._readable, self._answers)
+    def _more(self) -> None:
+        """Wait for more of a frame that has begun."""
+        os.sched_yield()  # it is being written this moment, or its writer waits for a processor
+        self._in_time()
+        self._wait(self._readable, self._answers)
 
     # ---- waiting, and the server that stands by
 
@@ -311,10 +319,18 @@ class Pipes:
             if ready:
                 self._door_says(0)
             elif left <= 0:
-                self._say({"overdue": frames.NAMES.get(self._op, "call")}, time.monotonic())
-                self._door_says(_KNOCK)
+                self._late()
             else:
                 self._say({"playing": True}, time.monotonic())
+
+    def _in_time(self) -> None:
+        """What comes or goes bit by bit has the same time as what does at once."""
+        if time.monotonic() > self._deadline:
+            self._late()
+
+    def _late(self) -> None:
+        self._say({"overdue": frames.NAMES.get(self._op, "call")}, time.monotonic())
+        self._door_says(_KNOCK)
 
     def _refuse(self, why: str) -> None:
         self._say({"nonsense": why}, time.monotonic())

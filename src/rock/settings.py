@@ -20,6 +20,7 @@ Client settings are functions, because a script may set a variable after the imp
 | ROCK_IMAGE_MAX_BYTES, ROCK_IMAGE_MAX_ENTRIES | 64g, 2000000 | what one image may come to unpacked: bytes and files |
 | DOCKER_CONFIG | ~/.docker | where Docker keeps the logins of registries, which are used too |
 | ROCK_ENV_PIPES | 1 | 0: clients on the server's machine play environments over HTTP too |
+| ROCK_ENV_SHARED | 1 | 0: large answers come to such clients through the pipes too, and not by shared memory |
 | ROCK_ARCHIVE | archive in ROCK_HOME | where archived sandboxes are kept: a folder, s3://BUCKET/PREFIX, or "off" |
 | ROCK_ARCHIVE_LIMIT | 64g | most bytes of files in one archive, holes counted |
 | ROCK_S3_ENDPOINT, ROCK_S3_REGION | Amazon's, us-east-1 | of an archive in a bucket |
@@ -94,6 +95,11 @@ def otel() -> tuple[str, str]:
 def env_pipes() -> bool:
     """ROCK_ENV_PIPES: whether a client on the server's machine plays environments by their own pipes; 0 for never."""
     return os.environ.get("ROCK_ENV_PIPES", "1") != "0"
+
+
+def env_shared() -> bool:
+    """ROCK_ENV_SHARED: whether large answers come by shared memory, where pipes are used at all; 0 for never."""
+    return os.environ.get("ROCK_ENV_SHARED", "1") != "0"
 
 
 def hub_endpoint() -> str:

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from rock.errors import ActionError, CommandTimeout, Conflict, ImageError, InvalidConfig, NotFound, SandboxError
 from rock.guest import frames
 from rock.guest.envhost import PIPES
-from rock.guest.frames import FIRST, HEADER, LAST, MOST_STREAMS, PIECE, Joiner, pieces
+from rock.guest.frames import FIRST, HEAD, HEADER, LAST, MOST_STREAMS, OK, PIECE, Joiner, pieces
 from rock.protocol.sandbox import SandboxConfig
 from rock.rocklet.envs import EnvHost
+from rock.rocklet.envwire import OwnInlet
 from rock.runtime.base import Handle
 from rock.runtime.process import ProcessRuntime
 
@@ -239,6 +240,34 @@ def test_found_again_after_a_restart(small: Path, hosted: Run) -> None:
             await later.close()
 
     hosted(small, body)
+
+
+def test_the_rest_of_an_answer_that_a_former_rocklet_began_to_read() -> None:
+    """It makes no sense, and may be read before the environment is greeted."""
+
+    async def main() -> None:
+        reading, writing = os.pipe2(os.O_NONBLOCK)
+        answered: list[bytes] = []
+        nonsense: list[str] = []
+        came = asyncio.Event()
+        inlet = OwnInlet(reading, lambda frame: (answered.append(bytes(frame)), came.set())[1],
+                         lambda why: (nonsense.append(why), came.set())[1])  # fmt: skip
+        try:
+            os.write(writing, b"x" * 1000)
+            await asyncio.wait_for(came.wait(), 30)
+            came.clear()
+            assert nonsense and not answered
+            inlet.seek(b"token")
+            whole = HEAD.pack(2, OK, 0, 1, 7, 0) + b"it"
+            os.write(writing, b"x" * 1000 + b"token" + whole)
+            await asyncio.wait_for(came.wait(), 30)
+            assert answered == [whole] and len(nonsense) == 1
+        finally:
+            inlet.stop()
+            os.close(reading)
+            os.close(writing)
+
+    asyncio.run(main())
 
 
 def test_a_step_is_done_once_even_across_a_restart(small: Path, hosted: Run) -> None:

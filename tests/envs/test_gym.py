@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +13,7 @@ gymnasium = pytest.importorskip("gymnasium", reason="install the development ext
 
 # ruff: noqa: E402
 import numpy as np
+from at_home import WORLDS, alike, worlds
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from tests.conftest import RunningServer
@@ -22,19 +21,8 @@ from tests.conftest import RunningServer
 from rock import errors
 from rock.gym import SandboxEnv, SandboxVectorEnv
 
-WORLDS = Path(__file__).parent / "worlds"
 Make = Callable[..., SandboxEnv]
 pytestmark = pytest.mark.timeout(1200)  # the first run installs gymnasium for the sandboxes
-
-
-def worlds() -> Any:
-    """The module of the folder, in this process."""
-    if "worlds_env" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("worlds_env", WORLDS / "env.py")
-        assert spec is not None and spec.loader is not None
-        sys.modules["worlds_env"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["worlds_env"])
-    return sys.modules["worlds_env"]
 
 
 @pytest.fixture(scope="module", autouse=True, params=["pipes", "http"])
@@ -68,26 +56,6 @@ def make(env_server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> Iterator
 def bad(env_server: RunningServer, way: str) -> Iterator[SandboxEnv]:
     with SandboxEnv(str(WORLDS), trust_remote_code=True, world="Bad", base_url=env_server.url) as env:
         yield env
-
-
-def alike(left: Any, right: Any) -> None:
-    """The same values of the same types, NaN included."""
-    assert type(left) is type(right), (left, right)
-    if isinstance(left, dict):
-        assert sorted(left) == sorted(right)
-        for key in left:
-            alike(left[key], right[key])
-    elif isinstance(left, tuple | list):
-        assert len(left) == len(right)
-        for one, other in zip(left, right, strict=True):
-            alike(one, other)
-    elif isinstance(left, np.ndarray) and left.dtype == object:
-        alike(left.tolist(), right.tolist())
-    elif isinstance(left, np.ndarray):
-        assert left.dtype == right.dtype
-        np.testing.assert_array_equal(left, right)
-    else:
-        assert left == right or (left != left and right != right)
 
 
 @pytest.mark.parametrize(

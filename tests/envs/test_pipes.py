@@ -153,6 +153,10 @@ def test_the_server_dies_while_it_is_played(own_server: Callable[..., RunningSer
                 env.step(1)
             server.start(port)
             assert (env.step(1)[0] == here.step(1)[0]).all()
+            link = env._player.link
+            other = link.make({"env_id": "CartPole-v1", "protocol": "gym", "kwargs": {}}, 60)
+            assert link.ways[other]._memory is not None  # what was there before the crash is lent again
+            link.close_env(other)
     finally:
         server.stop()
 

@@ -59,7 +59,7 @@ results = st.lists(
     st.sampled_from([0, 1, True, False, 0.0, -0.0, 1.0, None, math.inf, 1 << 80, "1"])
     | st.builds(
         lambda shape, dtype, fill: np.full(shape, fill, dtype),
-        st.sampled_from([(), (1,), (2,), (2, 1), (600,)]),
+        st.sampled_from([(), (1,), (2,), (2, 1), (600,), (3, 9000)]),
         st.sampled_from(["<f4", ">f4", "?", "<i8", "<f8", "<U1"]),
         st.integers(0, 3),
     ),
@@ -70,8 +70,8 @@ results = st.lists(
 @given(results, st.sampled_from([{}, {"a": 1}, {"$a": 1}, None, 0, ()]))
 def test_a_form_that_is_known_holds_only_what_is_of_it(strict: list[Any], info: object) -> None:
     """Forms are remembered from one example to the next: what is equal in Python is not the same thing."""
-    for _ in range(2):
-        found = values.decode(b"".join(bytes(part) for part in values.encode_result(list(strict), info)))
+    for kept in (bytes, bytearray):  # large arrays are not copied out of what may be written to
+        found = values.decode(memoryview(kept(b"".join(bytes(p) for p in values.encode_result(list(strict), info)))))
         assert len(found) == len(strict) + 1 and type(found[-1]) is type(info) and found[-1] == info
         for sent, came in zip(strict, found, strict=False):
             if isinstance(sent, np.ndarray):
@@ -88,6 +88,26 @@ def test_a_form_that_is_known_is_refused_without_its_bytes() -> None:
     assert first[2] is not second[2] and not np.shares_memory(first[0], second[0])
     with pytest.raises(values.Malformed):
         values.decode(whole[:-1])
+
+
+def test_large_arrays_are_over_the_bytes_that_came() -> None:
+    picture = np.random.default_rng(1).integers(0, 256, (210, 160, 3), np.uint8)
+    for sent in (picture, np.arange(60_000, dtype=np.float64)):
+        for _ in range(2):  # of a form that is not known, and of one that is
+            whole = bytearray(b"".join(bytes(part) for part in values.encode_result([sent, 0.5], {})))
+            found = values.decode(memoryview(whole))[0]
+            assert np.shares_memory(found, np.frombuffer(whole, np.uint8)) and (found == sent).all()
+        found = values.decode(bytes(whole))[0]
+        assert found.flags.writeable and (found == sent).all()
+        with pytest.raises(values.Malformed):
+            values.decode(memoryview(whole)[:-1])
+
+
+def test_a_known_form_is_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    there(np.zeros(5001, np.uint8))
+    monkeypatch.setattr(values, "LIMIT", 5000)
+    with pytest.raises(values.Unsendable, match="over the limit"):
+        values.encode(np.zeros(5001, np.uint8))
 
 
 def test_only_so_many_forms_are_known() -> None:

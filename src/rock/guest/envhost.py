@@ -20,8 +20,8 @@ The kind of an error is "unknown" (no such id), "import", "environment" (it rais
 (no process can be started), "image" (its Python lacks what is needed), "source" (nothing there makes one),
 "refused_step" (another index than the next one) or "transport" (a value that cannot travel).
 
-Runs as one program on the command line, made by rocklet/envs.py of these files, with the folder of packages and the
-adapter of a training set, or nothing, as its arguments: standard library and those packages only.
+Runs as one program on the command line, made by rocklet/envprogram.py of these files, with the folder of packages and
+the adapter of a training set, or nothing, as its arguments: standard library and those packages only.
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ _BASES: tuple[Callable[[Any], Any], ...] = (int, float, str, dict, list, tuple)
 _DIMENSIONS = 32  # that numpy takes in any version
 _SMALL = 4096  # bytes
 _LARGE = 64 << 10
+_ALIGNED = 16  # bytes
 _SENT: dict[Any, str] = {}  # types of elements that travel as they are
 _REPR_KEPT = 2000
 _DEPTH = 100
@@ -69,6 +70,12 @@ def _text_maker() -> Callable[[Any], str]:
 
 
 _dumps = _text_maker()
+
+
+def _raw_bytes(np: Any, value: Any) -> Any:
+    """The bytes of an array, and not a view where it is small: that is quicker, and the array may change as soon as we
+    return."""
+    return value.tobytes() if value.nbytes < _SMALL else np.ascontiguousarray(value).reshape(-1).view(np.uint8)
 
 
 def _strict(value: object) -> Any:
@@ -137,9 +144,7 @@ class _Packer:
             raise Unsendable(f"an array of {dtype} cannot be sent")
         if len(_SENT) < 256:
             _SENT[dtype] = dtype.str
-        # Bytes and not a view where it is small: that is quicker. The array may change as soon as we return.
-        small = value.nbytes < _SMALL
-        return dtype.str, value.tobytes() if small else np.ascontiguousarray(value).reshape(-1).view("u1")
+        return dtype.str, _raw_bytes(np, value)
 
     def _other(self, value: Any, depth: int) -> Any:
         kind = type(value)
@@ -182,26 +187,25 @@ def encode_result(strict: list[object], lenient: object) -> list[Any]:
 _HEADS: dict[Any, bytes] = {}  # what goes before arrays of such types and shapes
 _KNOWN = 64
 _SCALARS = (float, bool, int, type(None))
+_COUNTED = (bool, int)  # what actions are that come again
 _WORD = 1 << 63
 
 
-def _again(values: list[Any], listed: bool) -> list[bytes] | None:
+def _again(values: list[Any], listed: bool) -> list[Any] | None:
     """Arrays and numbers as they were sent before: only the bytes of the arrays are others. With `listed` they are the
     beginning of a list that ends with an empty dict; else there is one. None where that cannot be."""
     np = sys.modules.get("numpy")
     if np is None:
         return None
     key: list[Any] = [listed]
-    parts = [b""]
+    arrays: list[Any] = []
     size = 0
     for value in values:
         kind = type(value)
         if kind is np.ndarray:
             size += value.nbytes
-            if size >= _SMALL:
-                return None
             key += (value.dtype, value.shape)
-            parts.append(value.tobytes())
+            arrays.append(value)
         elif kind in _SCALARS and (kind is not int or -_WORD < value < _WORD):
             key.append(repr(value))  # 1, 1.0, True and 0.0, -0.0 are others
         else:
@@ -215,8 +219,10 @@ def _again(values: list[Any], listed: bool) -> list[bytes] | None:
         if len(_HEADS) >= _KNOWN:
             _HEADS.clear()
         _HEADS[whole] = head
-    parts[0] = head
-    return [b"".join(parts)]
+    if size > LIMIT - len(head):
+        return None
+    found = [head, *(_raw_bytes(np, array) for array in arrays)]
+    return [b"".join(found)] if size < _SMALL else found
 
 
 def _head(values: list[Any], listed: bool) -> bytes | None:
@@ -225,7 +231,12 @@ def _head(values: list[Any], listed: bool) -> bytes | None:
         return None
     packer = _Packer(_strict)
     tree = [packer.pack(value) for value in values]
-    text = _dumps([*tree, {}] if listed else tree[0]).encode()
+    return _headed(_dumps([*tree, {}] if listed else tree[0]).encode())
+
+
+def _headed(text: bytes) -> bytes:
+    """The JSON as it travels: with blanks, so that what follows it begins where an array may."""
+    text += b" " * (-(_LENGTH.size + len(text)) % _ALIGNED)
     return _LENGTH.pack(len(text)) + text
 
 
@@ -238,7 +249,7 @@ def _finish(packer: _Packer, tree: Any) -> list[Any]:
         raise Unsendable(f"a value of {len(text) + packer.size} bytes is over the limit of {LIMIT}")
     if packer.size < 4096:
         return [b"".join((_LENGTH.pack(len(text)), text, *packer.parts))]
-    return [_LENGTH.pack(len(text)) + text, *packer.parts]
+    return [_headed(text), *packer.parts]
 
 
 def decode(data: bytes | memoryview, graph: Callable[[Any, Any, Any], Any] | None = None) -> Any:
@@ -264,6 +275,13 @@ def decode(data: bytes | memoryview, graph: Callable[[Any, Any, Any], Any] | Non
         raise Malformed(f"{type(error).__name__}: {str(error)[:200]}") from None
 
 
+def _owned(found: Any) -> Any:
+    """An array over the bytes that came, as it is given away: they are nobody else's where they may be written."""
+    if found.nbytes >= _LARGE and (flags := found.flags).writeable and flags.aligned:
+        return found
+    return found.copy()
+
+
 _PLANNED = 512  # bytes of JSON
 _PLANS: dict[bytes, _Plan] = {}
 
@@ -277,8 +295,8 @@ class _Plan:
 
     @staticmethod
     def learn(text: bytes, tree: Any) -> None:
-        """Remember it, where it is a small array, or a list of such, of what JSON has, and of empty dicts. It was
-        found to be well-formed."""
+        """Remember it, where it is an array, a whole number, or a list of arrays, of what JSON has, and of empty dicts.
+        It was found to be well-formed."""
         np = _numpy()
         listed = type(tree) is list
         items: list[Any] = []
@@ -287,10 +305,8 @@ class _Plan:
                 if np is None or list(item) != ["$a"]:
                     return
                 dtype, shape, offset = item["$a"]
-                if math.prod(shape) * _width(dtype) >= _LARGE:
-                    return
                 items.append((tuple(shape), _taken(np, dtype), offset))
-            elif type(item) is list or not listed:
+            elif type(item) is list or not (listed or type(item) in _COUNTED):
                 return
             else:
                 items.append(item)
@@ -305,7 +321,7 @@ class _Plan:
             kind = type(item)
             if kind is tuple:
                 shape, dtype, offset = item
-                found.append(array(shape, dtype, data, offset).copy())  # type: ignore[misc]
+                found.append(_owned(array(shape, dtype, data, offset)))  # type: ignore[misc]
             else:
                 found.append({} if kind is dict else item)
         return found if self._listed else found[0]
@@ -345,10 +361,7 @@ class _Unpacker:
             raise Malformed("no array")
         if shape and min(shape) < 0:  # numpy checks all else, but takes -1 as "whatever fits"
             raise Malformed("no shape of an array")
-        found = np.ndarray(shape, _taken(np, dtype), self.data, offset)
-        if found.nbytes >= _LARGE and found.flags.writeable and found.flags.aligned:
-            return found  # of bytes that are nobody else's
-        return found.copy()
+        return _owned(np.ndarray(shape, _taken(np, dtype), self.data, offset))
 
     def scalar(self, value: Any) -> Any:
         dtype, offset = value

@@ -3,7 +3,7 @@
 A step through the server wakes four processes, one by the environment's own pipes two. So a client that may connect to
 a Unix socket of ours gets the two descriptors, for as long as it holds that connection:
 
-    client: {"sandbox", "env", "token"}            token: from the answer of make_env
+    client: {"sandbox", "env", "token", "memory"}  token: from the answer of make_env; memory: false for none
     server: {"timeout": seconds} with the descriptors (requests, answers), or an error as the wire has them; with a
             third one where there is memory for large answers, and {"offset"}: where the environment's part begins
     client: {"playing": true}                      now and then: it is no idle environment
@@ -85,7 +85,7 @@ class Door:
 
     def way(self, host: EnvHost, number: int) -> Way | None:
         """How a client finds the door of an environment; None when it has no pipes to give."""
-        token = host.token_of(number)
+        token = host.lending.token_of(number)
         return None if self._socket is None or token is None else Way(path=str(self.path), token=token)
 
     def _start(self, work: Any) -> None:
@@ -112,8 +112,8 @@ class Door:
         try:
             try:
                 async with asyncio.timeout(_GREETING_TIMEOUT):
-                    supervisor, host, number = await self._greeted(client)
-                await self._lend(client, supervisor, host, number)
+                    supervisor, host, number, shared = await self._greeted(client)
+                await self._lend(client, supervisor, host, number, shared)
             except RockError as error:
                 _tell(client, error)
         except (OSError, TimeoutError):
@@ -121,23 +121,25 @@ class Door:
         finally:
             client.close()
 
-    async def _greeted(self, client: socket.socket) -> tuple[Supervisor, EnvHost, int]:
+    async def _greeted(self, client: socket.socket) -> tuple[Supervisor, EnvHost, int, bool]:
         wish = await _packet(client)
         sandbox_id, number, token = wish.get("sandbox"), wish.get("env"), wish.get("token")
         if not isinstance(sandbox_id, str) or type(number) is not int or not isinstance(token, str):
             raise InvalidConfig("a greeting has sandbox, env and token")
         supervisor = self._find(sandbox_id)
         host = supervisor.env_host
-        if host is None or not host.is_token(number, token):
+        if host is None or not host.lending.is_token(number, token):
             raise NotFound(f"there is no environment {number} with that token", sandbox_id=sandbox_id)
-        return supervisor, host, number
+        return supervisor, host, number, wish.get("memory") is not False
 
-    async def _lend(self, client: socket.socket, supervisor: Supervisor, host: EnvHost, number: int) -> None:
-        lent = host.lend(number, lambda error: _tell(client, error))
+    async def _lend(
+        self, client: socket.socket, supervisor: Supervisor, host: EnvHost, number: int, shared: bool
+    ) -> None:
+        lent = host.lending.lend(number, lambda error: _tell(client, error))
         try:
             told: dict[str, Any] = {"timeout": lent.timeout}
             fds = [lent.requests, lent.answers]
-            if lent.memory is not None:
+            if shared and lent.memory is not None:
                 memory, told["offset"] = lent.memory
                 fds.append(memory)
             socket.send_fds(client, [orjson.dumps(told)], fds)
@@ -145,11 +147,11 @@ class Door:
             while said := await _packet(client):
                 supervisor.touch()
                 if "overdue" in said:
-                    host.overdue(number, str(said["overdue"])[:100])
+                    host.lending.overdue(number, str(said["overdue"])[:100])
                 elif "nonsense" in said:
-                    host.nonsense(number, str(said["nonsense"])[:1000])
+                    host.lending.nonsense(number, str(said["nonsense"])[:1000])
         finally:
-            host.take_back(number)
+            host.lending.take_back(number)
 
 
 async def _packet(client: socket.socket) -> dict[str, Any]:

@@ -133,7 +133,7 @@ class OwnInlet:
     """Reads whole frames from the pipe that one environment has for its answers.
 
     answered: called with each frame, which is the caller's. nonsense: called with what was wrong with what came;
-    nothing is read any more until `reset`.
+    nothing is taken any more until `seek` or `drain`.
     """
 
     def __init__(self, fd: int, answered: Callable[[bytearray], None], nonsense: Callable[[str], None]) -> None:
@@ -151,7 +151,8 @@ class OwnInlet:
         asyncio.get_running_loop().add_reader(self._fd, self._read)
 
     def seek(self, token: bytes) -> None:
-        """Leave out everything to the end of this token."""
+        """Leave out everything to the end of this token; that what came before made no sense is forgotten."""
+        self._deaf = False
         self._seeking = token
         self._buffer.clear()
         self._filled = None

@@ -167,6 +167,8 @@ def streams_of(program: Program) -> tuple[dict[str, int], dict[int, int]]:
                 else:
                     _pipe(ours, theirs, name, number, reads=number == 0)
         for number, way in program.channels.items():
+            if way == "m":
+                continue  # no memory is shared here
             if not 3 <= number <= 255 or way not in ("r", "w"):
                 raise errors.InvalidConfig(f"channel {number} must be 3 to 255, and r or w")
             _pipe(ours, theirs, str(number), number, reads=way == "r")

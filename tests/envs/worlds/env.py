@@ -1,5 +1,8 @@
 """Environments for the tests: spaces of every kind, and one that misbehaves as it is told to."""
 
+import errno
+import fcntl
+import mmap
 import os
 import struct
 import sys
@@ -24,6 +27,9 @@ KINDS = {
     "one_of": spaces.OneOf((spaces.Discrete(3), spaces.Box(0, 1, (2,), np.float32))),
 }
 
+LARGE = spaces.Dict({"near": spaces.Box(0, 255, (100, 100, 3), np.uint8), "far": spaces.Box(0, 1, (64, 64), np.float32),
+                     "few": spaces.Discrete(3)})  # fmt: skip
+
 
 class World(gym.Env):
     """Observations and actions are of the space `kind`; an episode has `length` steps."""
@@ -32,8 +38,8 @@ class World(gym.Env):
 
     def __init__(self, kind="picture", length=3, render_mode=None):
         self.render_mode = render_mode
-        self.observation_space = KINDS[kind]
-        self.action_space = KINDS[kind] if kind != "picture" else spaces.Discrete(4)
+        self.observation_space = LARGE if kind == "large" else KINDS[kind]
+        self.action_space = self.observation_space if kind not in ("picture", "large") else spaces.Discrete(4)
         self.length = length
         self.count = 0
         self.last = None
@@ -110,9 +116,64 @@ class Bad(gym.Env):
         return found, float("nan"), False, False, info
 
 
+class Large(gym.Env):
+    """Observes as many bytes as the action says, or does what it says to the memory that those come by."""
+
+    observation_space = spaces.Box(0, 255, (1,), np.uint8)
+    action_space = spaces.Discrete(1 << 30)
+    storming = False
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(1, np.uint8), {}
+
+    def step(self, action):
+        if action == "no bytes":
+            os._exit(3)
+        if isinstance(action, str):
+            own = [fd for fd in range(216, 232) if os.path.exists(f"/proc/self/fd/{fd}")]
+            while action == "answers to something else":
+                time.sleep(0.1)
+                os.write(own[0], struct.pack(">IBBIQq", 0, 16, 0, 1, 99, -1))
+            frame = struct.pack(">IBBIQq", 8 if action == "half a head" else 60_000, 16, 2, 1, 2, -1) + bytes(100)
+            os.write(own[0], frame[:10] if action == "half a head" else frame)
+            while action == "a byte now and then":
+                time.sleep(0.1)
+                os.write(own[0], b"x")
+            os._exit(3)
+        return np.arange(action, dtype=np.uint8), 0.0, False, False, {}
+
+    def storm(self):
+        """From now on another process writes to what the client reads, all the time."""
+        if os.fork() == 0:
+            memory = mmap.mmap(197, 256 << 20)
+            parts = range(0, 256 << 20, 16 << 20)
+            while True:
+                for byte in (0, 0xFF, 0x5B):
+                    for part in parts:
+                        memory[part : part + 200] = bytes([byte]) * 200
+
+    def resized(self):
+        """What comes of each way to change its size, or to make it the size of another's."""
+        ways = (lambda: os.ftruncate(197, 0), lambda: os.ftruncate(197, 1 << 30), lambda: fcntl.fcntl(197, 1033, 8),
+                lambda: os.posix_fallocate(197, 256 << 20, 1))  # fmt: skip
+        told = []
+        for way in ways:
+            try:
+                way()
+                told.append("done")
+            except OSError as error:
+                told.append(errno.errorcode[error.errno])
+        return told
+
+    def blocks(self):
+        """Bytes that the memory takes."""
+        return os.fstat(197).st_blocks * 512
+
+
 class OddError(Exception):
     pass
 
 
 def make_env(world="World", **kwargs):
-    return {"World": World, "Bad": Bad}[world](**kwargs)
+    return {"World": World, "Bad": Bad, "Large": Large}[world](**kwargs)

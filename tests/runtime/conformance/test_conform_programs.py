@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import dataclasses
+import fcntl
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from rock import errors
+from rock.guest.wire import CHANNEL_MEMORY
 from rock.runtime.base import CLOCK, ExitStatus, Files, Handle, Limits, Liveness, Ports, Process, Runtime, Trait
 from tests.runtime.boxes import Box, read_all, run, until_line
 from tests.runtime.conformance.conftest import Bench
@@ -130,6 +132,27 @@ def test_channels_have_the_numbers_that_the_program_expects(box: Bench) -> None:
             assert await read_all(process.channels[30]) == b"got hello\n"
             with pytest.raises(errors.InvalidConfig, match="channel 2"):
                 await b.spawn("true", channels={2: "w"})
+
+    run(main())
+
+
+def test_memory_is_shared_with_a_size_that_stays_or_there_is_none(box: Bench) -> None:
+    async def main() -> None:
+        async with box() as b:
+            process = await b.spawn("bash", "-c", "read -r line <&7; echo it >&30", channels={7: "r", 30: "m"})
+            memory = process.channels.get(30)
+            try:
+                seals = 0 if memory is None else fcntl.fcntl(memory, fcntl.F_GET_SEALS)
+            except OSError:
+                seals = 0  # a file that stands for it, from another kernel
+            os.write(process.channels[7], b"on\n")
+            if memory is None or not seals & fcntl.F_SEAL_SHRINK:
+                return  # and nobody takes it for memory: rocklet/envprogram.py
+            await process.wait()
+            assert os.pread(memory, 4, 0) == b"it\n\0" and os.fstat(memory).st_size == CHANNEL_MEMORY
+            for size in (0, CHANNEL_MEMORY + 1):
+                with pytest.raises(PermissionError):
+                    os.ftruncate(memory, size)
 
     run(main())
 

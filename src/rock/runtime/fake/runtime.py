@@ -226,7 +226,7 @@ class FakeRuntime:
             raise errors.NotFound(f"no such user: {program.user!r}; a fake sandbox has root alone",
                                   sandbox_id=handle.id)
         for number, way in program.channels.items():
-            if not 3 <= number <= 255 or way not in ("r", "w"):
+            if not 3 <= number <= 255 or way not in ("r", "w", "m"):
                 raise errors.InvalidConfig(f"channel {number} must be 3 to 255, and r or w", sandbox_id=handle.id)
         if program.key and program.key in self._kept.get(handle.data["slot"], {}):
             raise errors.Conflict(f"a program with the key {program.key!r} exists already", sandbox_id=handle.id)
@@ -338,7 +338,7 @@ def _streams(program: Program) -> tuple[dict[str, int], dict[int, Open]]:
     theirs: dict[int, Open] = {}
     wishes: list[tuple[str, int, str]] = [("stdin", 0, program.stdin), ("stdout", 1, program.stdout),
                                           ("stderr", 2, program.stderr)]
-    wishes += [(str(number), number, "pipe") for number in program.channels]
+    wishes += [(str(number), number, "pipe") for number, way in program.channels.items() if way != "m"]
     try:
         for name, number, wish in wishes:
             if wish == "stdout":
