@@ -110,7 +110,7 @@ class Fleet:
 @contextlib.contextmanager
 def fleet(workers: int, hosts: int, profile: str | None = None) -> Iterator[Fleet]:
     """An admin over so many workers."""
-    # The hosts' records of their sandboxes are in memory, as the rest of those sandboxes is; the admin's are on the disk.
+    # What hosts write of their sandboxes is in memory, as those sandboxes are; what the admin writes is on the disk.
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
     with (tempfile.TemporaryDirectory(prefix="rock-fleet-") as text,
           tempfile.TemporaryDirectory(prefix="rock-fleet-", dir=memory) as hosted):  # fmt: skip

@@ -129,8 +129,8 @@ class Store(Protocol):
         ...
 
     async def put(self, record: Record, quota: Quota | None = None) -> Record:
-        """Save over the version that was read. VersionConflict when that is no longer the newest. quota: for a step
-        that starts it again."""
+        """Save over the version that was read; its config stays. VersionConflict when that is no longer the newest.
+        quota: for a step that starts it again."""
         ...
 
     async def delete(self, sandbox_id: str) -> None: ...

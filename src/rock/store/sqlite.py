@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from rock import faults
 from rock.errors import NotFound, RockError, StorageFull, Unavailable
+from rock.protocol.encoded import kept
 from rock.protocol.keys import KeyInfo, Quota
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
 from rock.store import quotas
@@ -267,11 +268,10 @@ class SqliteStore:
 
     def _put(self, record: Record) -> Record:
         new = replace(record, version=record.version + 1)
-        _, version, state, _, stopped_at, *_, info, config = _columns(new)
+        info = new.info
         done = self._open_db.execute(
-            "UPDATE sandbox SET version = ?, state = ?, stopped_at = ?, info = ?, config = ? "
-            "WHERE id = ? AND version = ?",
-            (version, state, stopped_at, info, config, record.id, record.version),
+            "UPDATE sandbox SET version = ?, state = ?, stopped_at = ?, info = ? WHERE id = ? AND version = ?",
+            (new.version, info.state.value, info.stopped_at, info.model_dump_json(), record.id, record.version),
         )
         if done.rowcount != 1:
             raise VersionConflict(record.id)
@@ -408,8 +408,6 @@ _SELECT = "SELECT version, idempotency_key, info, config FROM sandbox"
 
 def _columns(record: Record) -> tuple[Any, ...]:
     info = record.info
-    # The registry password is needed for one pull, never later: it does not go to the disk.
-    config = record.config.model_dump_json(exclude={"registry_password", *record.config.unchosen})
     return (
         record.id,
         record.version,
@@ -421,7 +419,7 @@ def _columns(record: Record) -> tuple[Any, ...]:
         quotas.cpus_of(record.config),
         record.config.memory_bytes,
         info.model_dump_json(),
-        config,
+        kept(record.config),
     )
 
 

@@ -115,11 +115,7 @@ class Request:
         return b"".join(parts)
 
     async def json(self) -> Any:
-        data = await self.body()
-        try:
-            return orjson.loads(data) if data else {}
-        except orjson.JSONDecodeError as error:
-            raise InvalidConfig(f"the body is not JSON: {error}") from None
+        return parsed(await self.body())
 
     async def model(self, kind: type[Model]) -> Model:
         return validate(kind, await self.json())
@@ -128,6 +124,14 @@ class Request:
         """Return when the client goes away; call it only after the body was read."""
         while (await self._receive())["type"] != "http.disconnect":
             pass
+
+
+def parsed(data: bytes) -> Any:
+    """A body of JSON; {} where there is none. InvalidConfig."""
+    try:
+        return orjson.loads(data) if data else {}
+    except orjson.JSONDecodeError as error:
+        raise InvalidConfig(f"the body is not JSON: {error}") from None
 
 
 def validate(kind: type[Model], value: Any) -> Model:
@@ -195,7 +199,7 @@ def answer(value: Any, status: int = 200) -> Answer:
 
 def answer_model(model: BaseModel, status: int = 200) -> Answer:
     """A model as its own serializers write it: enums, times and models inside it."""
-    return Answer(orjson.dumps(model.model_dump(mode="json")), status)
+    return Answer(model.model_dump_json().encode(), status)
 
 
 def failure(error: RockError) -> Answer:
