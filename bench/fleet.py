@@ -29,7 +29,7 @@ from typing import Any
 import orjson
 from hosted import Raw, connect, cpu_of, request
 
-from rock.cli.serve import Rocklet, http_over, listen, run
+from rock.cli.serve import Rocklet, http_over, listen, run, spare_collections
 from rock.errors import NotFound
 from rock.runtime.base import FileStat, Handle
 from rock.runtime.fake import FakeRuntime
@@ -319,6 +319,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if given.host_of:
         folder, first, count, join = given.host_of.split(",")
+        spare_collections()
         run(host(Path(folder), int(first), int(count), join))
         return
     if "bursts" in given.what:

@@ -99,6 +99,7 @@ class WireWorker:
         self._transport = transport
         self._streams = streams
         self._passed: dict[bytes, float] = {}  # what it would take, by its config, until when that is worth something
+        self._passed_last: tuple[SandboxConfig | None, float] = (None, 0.0)
         self._creates = Creates(name, streams, self._create_alone) if streams is not None else None
 
     async def close(self) -> None:
@@ -113,14 +114,18 @@ class WireWorker:
 
     async def check(self, config: SandboxConfig) -> None:
         # A burst asks for the same again and again; the create itself tells what has changed meanwhile.
+        if self._passed_last[0] is config and self._passed_last[1] > time.monotonic():
+            return
         body = config.model_dump(mode="json", exclude=_NOT_CHECKED | config.unchosen)
         key, now = orjson.dumps(body), time.monotonic()
-        if self._passed.get(key, 0.0) > now:
+        if (until := self._passed.get(key, 0.0)) > now:
+            self._passed_last = config, until
             return
         await self._call(_Empty, "node_create", "check=1", body, sandbox_id="-")
         if len(self._passed) >= _MOST_PASSED:
             self._passed.clear()
         self._passed[key] = now + _WORTH
+        self._passed_last = config, now + _WORTH
 
     async def create(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
         if self._creates is None:

@@ -42,9 +42,10 @@ class NodeSandbox(Answer):
 
 
 class NodeCreates(Wire):
-    """Sandboxes that one request asks for: the id of each, and the place of its config in `configs`."""
+    """Sandboxes that one request asks for: the id of each, and the place of its config in `configs`, each a
+    SandboxConfig."""
 
-    configs: list[SandboxConfig] = Field(min_length=1, max_length=MOST_CREATES)
+    configs: list[dict[str, Any]] = Field(min_length=1, max_length=MOST_CREATES)
     sandboxes: list[tuple[Annotated[str, Field(pattern=ID_PATTERN)], int]] = Field(
         min_length=1, max_length=MOST_CREATES
     )

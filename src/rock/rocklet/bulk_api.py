@@ -14,19 +14,24 @@ from rock.protocol.routes import ROUTES, STREAM_TYPE, Frame, pack_frame
 from rock.protocol.sandbox import SandboxConfig
 from rock.rocklet.node import Node
 from rock.wire.asgi import Answer, Request, Router
+from rock.wire.configs import Configs
 
 log = logging.getLogger("rock.node")
 
 
 def add_routes(router: Router, node: Node) -> None:
+    known = Configs()
+
     async def create_many(request: Request) -> Answer:
         wish = await request.model(NodeCreates)
-        return Answer(stream=_made(node, wish), content_type=STREAM_TYPE.encode())
+        configs = [known.read(orjson.dumps(config)) for config in wish.configs]
+        made = _made(node, [(sandbox_id, configs[place]) for sandbox_id, place in wish.sandboxes])
+        return Answer(stream=made, content_type=STREAM_TYPE.encode())
 
     router.add(ROUTES["node_create_many"], create_many)
 
 
-async def _made(node: Node, wish: NodeCreates) -> AsyncGenerator[bytes]:
+async def _made(node: Node, wanted: list[tuple[str, SandboxConfig]]) -> AsyncGenerator[bytes]:
     """Frames, together those that are there at the same time. Whoever asked and left has them made all the same."""
     frames, news = list[bytes](), asyncio.Event()
 
@@ -34,7 +39,7 @@ async def _made(node: Node, wish: NodeCreates) -> AsyncGenerator[bytes]:
         frames.append(await _one(node, sandbox_id, config))
         news.set()
 
-    tasks = [asyncio.create_task(make(each, wish.configs[place])) for each, place in wish.sandboxes]
+    tasks = [asyncio.create_task(make(*each)) for each in wanted]
     try:
         left = len(tasks)
         while left:

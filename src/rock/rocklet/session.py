@@ -32,10 +32,10 @@ from rock.protocol.routes import RESUMES
 from rock.rocklet import shell
 from rock.rocklet.spool import Journal, SpoolFile
 from rock.rocklet.streams import Capped, Reader, as_text, is_pipe, unread, write_all
-from rock.rocklet.waits import settled
 from rock.runtime.base import CLOCK, ExitStatus, Files, Handle, Process, Program, Runtime
 from rock.telemetry import tracing
 from rock.wire.asgi import Answer, answer, failure
+from rock.wire.waits import settled
 
 KEY = "session:"
 DEFAULT = CreateBashSessionRequest()  # the session that every sandbox has

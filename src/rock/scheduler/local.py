@@ -110,6 +110,7 @@ class LocalScheduler:
         self._machines: dict[str, _Machine] = {}
         self._heap: list[tuple[float, int, str]] = []  # (minus the score, turn, name); older turns are void
         self._turn = 0
+        self._last: tuple[SandboxConfig, _Wish] | None = None
         self._holders: dict[str, set[str]] = {}  # workers by the images that they have
 
     # ---- what is known ----
@@ -169,12 +170,30 @@ class LocalScheduler:
     # ---- one ----
 
     def place(self, config: SandboxConfig) -> str:
-        wish = _Wish.of(config)
+        wish = self._wish(config)
+        top = self._top(wish)
+        if top is not None:
+            return self._take(top, wish)
         best = max(self._candidates(wish), default=None,
                    key=lambda m: (m.score * (_HAS_IMAGE if wish.image in m.images else 1.0), m.name))  # fmt: skip
         if best is None:
             raise self._refusal(config, wish)
         return self._take(best, wish)
+
+    def _top(self, wish: _Wish) -> _Machine | None:
+        """The best of all, where it fits and has the image: then there is no better."""
+        while self._heap and not self._valid(self._heap[0]):
+            heapq.heappop(self._heap)
+        if not self._heap:
+            return None
+        machine = self._machines[self._heap[0][2]]
+        return machine if wish.image in machine.images and machine.could_ever(wish) and machine.room(wish) else None
+
+    def _wish(self, config: SandboxConfig) -> _Wish:
+        """What of it matters; a burst asks for the same again and again."""
+        if self._last is None or self._last[0] is not config:
+            self._last = config, _Wish.of(config)
+        return self._last[1]
 
     def _candidates(self, wish: _Wish) -> list[_Machine]:
         """The best few of all that fit, and some of those that have the image."""

@@ -6,12 +6,11 @@ from rock.admin.desk import Desk, Desks
 from rock.protocol.env import OpenEnv
 from rock.protocol.group import GroupRequest
 from rock.protocol.routes import IDEMPOTENCY_KEY, ROUTES
-from rock.protocol.sandbox import CommitRequest, SandboxConfig
-from rock.wire.asgi import Answer, App, Receive, Request, Router, Scope, Send, answer_model, parsed, validate
+from rock.protocol.sandbox import CommitRequest
+from rock.wire.asgi import Answer, App, Receive, Request, Router, Scope, Send, answer_model
+from rock.wire.configs import Configs
 
 _LONGEST_WAIT = 3600.0  # seconds
-_MOST_KNOWN = 64  # bodies of requests to create that are remembered, with what they say
-_LONGEST_KNOWN = 4096  # bytes of one
 NAMES = ("create_sandbox", "get_sandbox", "stop_sandbox", "restart_sandbox", "archive_sandbox", "commit_sandbox",
          "get_commit", "open_env", "create_group", "get_group", "stop_group")  # fmt: skip
 
@@ -21,7 +20,7 @@ class Sandboxes:
 
     def __init__(self, desks: Desks) -> None:
         self._desks = desks
-        self._configs: dict[bytes, SandboxConfig] = {}  # by the bodies that they came in
+        self._configs = Configs()
 
     def over(self, rest: App) -> App:
         """These rows, and `rest` for all others."""
@@ -40,20 +39,8 @@ class Sandboxes:
 
     async def create_sandbox(self, request: Request) -> Answer:
         wait = _wait(request)
-        config = self._config(await request.body())
+        config = self._configs.read(await request.body())
         return answer_model(await self._desk(request).create(config, _key(request), wait), 201)
-
-    def _config(self, body: bytes) -> SandboxConfig:
-        """The same object for the same body: a burst asks for one and the same. Nobody changes a config."""
-        known = self._configs.get(body)
-        if known is not None:
-            return known
-        config = validate(SandboxConfig, parsed(body))
-        if len(body) <= _LONGEST_KNOWN and config.registry_password is None:
-            if len(self._configs) >= _MOST_KNOWN:
-                self._configs.clear()
-            self._configs[body] = config
-        return config
 
     async def get_sandbox(self, request: Request) -> Answer:
         look = {"touch": request.flag("touch"), "usage": request.flag("usage")}
