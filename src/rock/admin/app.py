@@ -80,9 +80,9 @@ class Admin:
         environments = Environments(self.service, self.catalogue)
         self.keys = Keys(store, bool(settings.api_key))
         desks = Desks(self.service, self.keys)
-        own = Sandboxes(desks).over(native.build(desks, self.keys, self.service, environments, settings, roles))
-        rock = RockV1(desks, data, self.catalogue).over(own)
-        self.app: App = Training(desks, data).over(rock)
+        own = native.build(desks, self.keys, self.service, environments, settings, roles)
+        rest = Training(desks, data).over(RockV1(desks, data, self.catalogue).over(own))
+        self.app: App = Sandboxes(desks).over(rest)  # the busiest rows are asked for first
         self._store = store
 
     async def open(self) -> None:

@@ -13,7 +13,6 @@ import sqlite3
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -148,7 +147,7 @@ class SqliteStore:
 
     async def insert(self, record: Record, quota: Quota | None = None) -> Record:
         await faults.point("store.insert")
-        made = replace(record, version=1)
+        made = record.at(1)
         if quota is None:
             new = await self._batch.do(lambda: self._insert(made, None))
         else:
@@ -174,7 +173,7 @@ class SqliteStore:
         made: list[Record] = []
         rows: list[tuple[Any, ...]] = []
         for number, record in enumerate(records):
-            made.append(replace(record, version=1))
+            made.append(record.at(1))
             rows.append(_columns(made[-1]))
             if number % _WRITTEN_AT_ONCE == _WRITTEN_AT_ONCE - 1:
                 await asyncio.sleep(0)  # whoever waits goes first
@@ -267,7 +266,7 @@ class SqliteStore:
             return self._put(record)
 
     def _put(self, record: Record) -> Record:
-        new = replace(record, version=record.version + 1)
+        new = record.at(record.version + 1)
         info = new.info
         done = self._open_db.execute(
             "UPDATE sandbox SET version = ?, state = ?, stopped_at = ?, info = ? WHERE id = ? AND version = ?",

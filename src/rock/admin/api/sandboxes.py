@@ -29,8 +29,8 @@ class Sandboxes:
             router.add(ROUTES[name], getattr(self, name))
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            mine = scope["type"] == "http" and router.match(scope["method"], scope["path"]) is not None
-            await (router if mine else rest)(scope, receive, send)
+            found = router.match(scope["method"], scope["path"]) if scope["type"] == "http" else None
+            await (rest(scope, receive, send) if found is None else router.serve(found, scope, receive, send))
 
         return app
 
