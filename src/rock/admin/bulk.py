@@ -67,6 +67,8 @@ class Creates:
         # What is done by a lease carries its token, in a request of its own.
         if not self._known or full or FENCE.get() is not None or sandbox_id in self._waiting:
             return await self._alone(sandbox_id, config)
+        if self._closed:
+            raise self._lost()
         made: Made = asyncio.get_running_loop().create_future()
         self._waiting[sandbox_id] = config, made
         self._arm()
@@ -79,8 +81,11 @@ class Creates:
         if found is not None:
             return found
         if self._closed:
-            raise Unavailable(f"worker {self._name} was lost while it was asked", hint="retry")
+            raise self._lost()
         return await self._alone(sandbox_id, config)
+
+    def _lost(self) -> Unavailable:
+        return Unavailable(f"worker {self._name} was lost while it was asked", hint="retry")
 
     def _arm(self, now: bool = False) -> None:
         """See that those who wait are asked for."""
