@@ -242,16 +242,18 @@ class FileStat:
     target: str | None = None
 
 
-class _Capability(type(Protocol)):  # type: ignore[misc]
-    """Asked for many times in each create, of a few classes: seen once for each of them, as looking takes 10 us."""
+_GIVEN: dict[tuple[type, type], bool] = {}
 
-    _given: dict[tuple[type, type], bool] = {}
+
+class _Capability(type(Protocol)):  # type: ignore[misc]
+    """Asked for many times in each create, of a few classes: seen once for each of them, as looking takes 10 us. It has
+    no fields, which would be looked for in runtimes too."""
 
     def __instancecheck__(cls, instance: object) -> bool:
         key = (cls, type(instance))
-        given = cls._given.get(key)
+        given = _GIVEN.get(key)
         if given is None:
-            given = cls._given[key] = super().__instancecheck__(instance)
+            given = _GIVEN[key] = super().__instancecheck__(instance)
         return given
 
 
