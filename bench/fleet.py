@@ -22,22 +22,24 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import orjson
-from hosted import cpu_of
+from hosted import Raw, connect, cpu_of, request
 
-from rock.cli.serve import Rocklet, http_over, listen, run
+from rock.cli.serve import Rocklet, http_over, listen, run, spare_collections
+from rock.errors import NotFound
+from rock.runtime.base import FileStat, Handle
 from rock.runtime.fake import FakeRuntime
 from rock.settings import Settings
 from rock.wire.asgi import Receive, Scope, Send
-from rock.wire.remote import Remote
 
 KEY = "the-key-of-the-simulated-fleet"
 BURSTS = {1000: (4.9, 8.7), 2000: (4.9, 10.5), 4000: (7.1, 13.3), 8000: (17.9, 32.0), 16000: (40.0, 60.1)}  # ROCK's
 CONFIG = {"image": "python:3.11", "memory": "64m", "cpus": 1.0, "auto_clear_seconds": 0}
-CONNECTIONS = 256  # of the client
+CONNECTIONS = 1000  # of the client
 GROUP = 1000
 _PROFILED = """
 import cProfile, sys, time
@@ -53,6 +55,13 @@ finally:
 # ---- hosts of simulated workers -------------------------------------------------------------------------------------
 
 
+class Bare(FakeRuntime):
+    """Sandboxes without a shell, so that none is opened ahead: what a sandbox itself costs is no part of this."""
+
+    async def stat(self, handle: Handle, path: str, *, follow: bool = True) -> FileStat:
+        raise NotFound(f"{path}: there are no programs here")
+
+
 async def host(folder: Path, first: int, count: int, join: str) -> None:
     """Serve `count` rocklets until standard input ends."""
     rocklets: dict[int, Rocklet] = {}
@@ -62,7 +71,7 @@ async def host(folder: Path, first: int, count: int, join: str) -> None:
         port = listener.getsockname()[1]
         settings = Settings(folder / f"w{number}", port=port, api_key=KEY, runtime="fake", pool_size=0, join=join,
                             worker_name=f"sim-{number:04}", sandbox_limit=1_000_000)  # fmt: skip
-        rocklets[port] = Rocklet(settings, {"fake": FakeRuntime()})
+        rocklets[port] = Rocklet(settings, {"fake": Bare()})
         sockets.append(listener)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -89,10 +98,22 @@ async def host(folder: Path, first: int, count: int, join: str) -> None:
 # ---- the fleet ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Fleet:
+    """An admin's address, its pid, and those of the hosts of its workers."""
+
+    url: str
+    admin: int
+    hosts: list[int]
+
+
 @contextlib.contextmanager
-def fleet(workers: int, hosts: int, profile: str | None = None) -> Iterator[tuple[str, int]]:
-    """(URL, pid) of an admin over so many workers."""
-    with tempfile.TemporaryDirectory(prefix="rock-fleet-") as text:
+def fleet(workers: int, hosts: int, profile: str | None = None) -> Iterator[Fleet]:
+    """An admin over so many workers."""
+    # What hosts write of their sandboxes is in memory, as those sandboxes are; what the admin writes is on the disk.
+    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    with (tempfile.TemporaryDirectory(prefix="rock-fleet-") as text,
+          tempfile.TemporaryDirectory(prefix="rock-fleet-", dir=memory) as hosted):  # fmt: skip
         folder, processes = Path(text), list[subprocess.Popen[str]]()
         environment = {**os.environ, "ROCK_HOME": str(folder / "admin"), "ROCK_API_KEY": KEY, "ROCK_WORKERS": "none",
                        "ROCK_WORKER_LEASE": "120", "ROCK_LOG_LEVEL": "warning"}  # fmt: skip
@@ -112,20 +133,20 @@ def fleet(workers: int, hosts: int, profile: str | None = None) -> Iterator[tupl
             each = math.ceil(workers / hosts)
             for first in range(0, workers, each):
                 count = min(each, workers - first)
-                command = [sys.executable, __file__, "--host-of", f"{folder},{first},{count},{url}"]
+                command = [sys.executable, __file__, "--host-of", f"{hosted},{first},{count},{url}"]
                 process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
                 processes.append(process)
             for process in processes:
                 assert process.stdout is not None and process.stdout.readline() == "ready\n"
-            yield url, admin.pid
+            yield Fleet(url, admin.pid, [process.pid for process in processes])
         except BaseException:
             log.flush()
             print((folder / "admin.log").read_text()[-3000:], file=sys.stderr)
             raise
         finally:
-            admin.send_signal(signal.SIGTERM)
-            admin.wait(60)
-            for process in processes:
+            for process in (admin, *processes):  # what they had is thrown away; a profile is written at an end in order
+                process.send_signal(signal.SIGTERM if profile and process is admin else signal.SIGKILL)
+            for process in (admin, *processes):
                 process.communicate()
             log.close()
 
@@ -137,17 +158,30 @@ class Clients:
     """Requests of any number at once, over a bounded number of connections."""
 
     def __init__(self, url: str) -> None:
-        self._remote = Remote(url, {"authorization": f"Bearer {KEY}"}, most_idle=CONNECTIONS)
+        self._url = url
+        self._idle: list[Raw] = []
         self._gate = asyncio.Semaphore(CONNECTIONS)
 
-    async def ask(self, method: str, path: str, query: str = "", body: Any = None) -> Any:
+    async def ask(self, sent: bytes) -> Any:
+        """The body of the answer to a request as it travels."""
         async with self._gate:
-            status, reply = await self._remote.request(method, path, query, b"" if body is None else orjson.dumps(body))
-        assert status < 300, reply[:500]
-        return orjson.loads(reply)
+            connection = self._idle.pop() if self._idle else await connect(self._url)
+            status = await connection.ask(sent)
+            body = connection.body
+            self._idle.append(connection)
+        assert status < 300, body[:500]
+        return orjson.loads(body)
 
     async def close(self) -> None:
-        await self._remote.close()
+        for connection in self._idle:
+            assert connection.transport is not None
+            connection.transport.close()
+        await asyncio.sleep(0)
+
+
+def _of(method: str, path: str, body: Any = None) -> bytes:
+    """A request as it travels."""
+    return request(method, path, KEY, b"" if body is None else orjson.dumps(body))
 
 
 @contextlib.asynccontextmanager
@@ -171,60 +205,75 @@ def memory_of(pid: int) -> float:
     return 0.0
 
 
-def row(kind: str, took: list[float], whole: float, pid: int, cpu: float, **more: Any) -> dict[str, Any]:
-    return {"kind": kind, **more, "p50": round(quantile(took, 0.5), 3), "p99": round(quantile(took, 0.99), 3),
-            "per_second": round(len(took) / whole),
-            "cpu_ms_each": round((cpu_of(pid) - cpu) * 1000 / len(took), 3), "admin_mb": round(memory_of(pid)),
-            "load": round(os.getloadavg()[0], 1)}  # fmt: skip
+class Spent:
+    """CPU of the three sides since it was made."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._before = self._now()
+
+    def _now(self) -> list[float]:
+        return [cpu_of(self._fleet.admin), sum(map(cpu_of, self._fleet.hosts)), time.process_time()]
+
+    def row(self, kind: str, took: list[float], whole: float, **more: Any) -> dict[str, Any]:
+        pairs = zip(self._now(), self._before, strict=True)
+        admin, hosts, client = ((now - then) * 1000 / len(took) for now, then in pairs)
+        return {"kind": kind, **more, "p50": round(quantile(took, 0.5), 3), "p99": round(quantile(took, 0.99), 3),
+                "per_second": round(len(took) / whole), "admin_ms": round(admin, 3), "hosts_ms": round(hosts, 3),
+                "client_ms": round(client, 3), "admin_mb": round(memory_of(self._fleet.admin)),
+                "load": round(os.getloadavg()[0], 1)}  # fmt: skip
 
 
-async def singles(url: str, pid: int, size: int, **more: Any) -> dict[str, Any]:
+async def singles(on: Fleet, size: int, **more: Any) -> dict[str, Any]:
     """So many creates at once."""
-    async with clients(url) as asking:
-        began, took, cpu = time.monotonic(), list[float](), cpu_of(pid)
+    async with clients(on.url) as asking:
+        began, took, spent = time.monotonic(), list[float](), Spent(on)
+
+        create = _of("POST", "/v1/sandboxes?wait=300", CONFIG)
 
         async def one() -> None:
-            info = await asking.ask("POST", "/v1/sandboxes", "wait=300", CONFIG)
+            info = await asking.ask(create)
             assert info["state"] == "running", info
             took.append(time.monotonic() - began)
 
         await asyncio.gather(*(one() for _ in range(size)))
         whole = time.monotonic() - began
-    return row("single creates", took, whole, pid, cpu, size=size, **more)
+    return spent.row("single creates", took, whole, size=size, **more)
 
 
-async def groups(url: str, pid: int, size: int, **more: Any) -> dict[str, Any]:
+async def groups(on: Fleet, size: int, **more: Any) -> dict[str, Any]:
     """The same by requests for groups."""
-    async with clients(url) as asking:
-        began, took, cpu = time.monotonic(), list[float](), cpu_of(pid)
+    async with clients(on.url) as asking:
+        began, took, spent = time.monotonic(), list[float](), Spent(on)
 
         async def one(count: int) -> None:
-            made = await asking.ask("POST", "/v1/groups", "wait=300", {"config": CONFIG, "size": count})
+            made = await asking.ask(_of("POST", "/v1/groups?wait=300", {"config": CONFIG, "size": count}))
             assert {info["state"] for info in made["sandboxes"]} == {"running"}
             took.extend([time.monotonic() - began] * count)
 
         await asyncio.gather(*(one(min(GROUP, size - at)) for at in range(0, size, GROUP)))
         whole = time.monotonic() - began
-    return row("group creates", took, whole, pid, cpu, size=size, **more)
+    return spent.row("group creates", took, whole, size=size, **more)
 
 
-async def looks(url: str, pid: int, **more: Any) -> dict[str, Any]:
+async def looks(on: Fleet, **more: Any) -> dict[str, Any]:
     """Status of single sandboxes, one after the other; and one page and the counts."""
-    async with clients(url) as asking:
-        page = await asking.ask("GET", "/v1/sandboxes", "limit=500")
+    async with clients(on.url) as asking:
+        page = await asking.ask(_of("GET", "/v1/sandboxes?limit=500"))
         ids = [info["sandbox_id"] for info in page["items"]]
-        took, cpu = [], cpu_of(pid)
+        took, spent = list[float](), Spent(on)
         for sandbox_id in ids:
             began = time.monotonic()
-            await asking.ask("GET", f"/v1/sandboxes/{sandbox_id}")
+            await asking.ask(_of("GET", f"/v1/sandboxes/{sandbox_id}"))
             took.append(time.monotonic() - began)
+        found = spent.row("status", took, sum(took), **more)
         began = time.monotonic()
-        await asking.ask("GET", "/v1/sandboxes", "limit=500&state=running")
+        await asking.ask(_of("GET", "/v1/sandboxes?limit=500&state=running"))
         listed = time.monotonic() - began
         began = time.monotonic()
-        await asking.ask("GET", "/v1/server")
+        await asking.ask(_of("GET", "/v1/server"))
         told = time.monotonic() - began
-    return {**row("status", took, sum(took), pid, cpu, **more), "list_500": round(listed, 3), "server": round(told, 3)}
+    return {**found, "list_500": round(listed, 3), "server": round(told, 3)}
 
 
 def tell(found: dict[str, Any]) -> None:
@@ -236,23 +285,23 @@ def bursts(workers: int, hosts: int, most: int, profile: str | None) -> None:
         if size > most:
             continue
         for burst in (singles, groups):
-            with fleet(workers, hosts, profile) as (url, pid):
-                run(singles(url, pid, workers))  # every worker has been asked once
-                tell({**run(burst(url, pid, size, workers=workers)), "rock_p50": rock_p50, "rock_p99": rock_p99})
+            with fleet(workers, hosts, profile) as on:
+                run(singles(on, workers))  # every worker has been asked once
+                tell({**run(burst(on, size, workers=workers)), "rock_p50": rock_p50, "rock_p99": rock_p99})
 
 
 def growth(hosts: int, most_workers: int, most_sandboxes: int) -> None:
     for workers in (10, 100, 1000):
         if workers > most_workers:
             continue
-        with fleet(workers, hosts) as (url, pid):
+        with fleet(workers, hosts) as on:
             have, until = 0, min(most_sandboxes, workers * 100)
             while have < until:
                 step = min(10_000, until - have)
-                tell(run(groups(url, pid, step, workers=workers, sandboxes=have + step)))
+                tell(run(groups(on, step, workers=workers, sandboxes=have + step)))
                 have += step
-            tell(run(singles(url, pid, 1000, workers=workers, sandboxes=have)))
-            tell(run(looks(url, pid, workers=workers, sandboxes=have)))
+            tell(run(singles(on, 1000, workers=workers, sandboxes=have)))
+            tell(run(looks(on, workers=workers, sandboxes=have)))
 
 
 def main() -> None:
@@ -270,6 +319,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     if given.host_of:
         folder, first, count, join = given.host_of.split(",")
+        spare_collections()
         run(host(Path(folder), int(first), int(count), join))
         return
     if "bursts" in given.what:

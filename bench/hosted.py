@@ -94,6 +94,7 @@ class Raw(asyncio.Protocol):
     def __init__(self) -> None:
         self._buffer = b""
         self._done: asyncio.Future[int] | None = None
+        self.body = b""  # of the last answer
         self.transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -106,7 +107,7 @@ class Raw(asyncio.Protocol):
             return
         length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0] or b"0")
         if len(body) >= length:
-            self._buffer = b""
+            self._buffer, self.body = b"", body
             if not self._done.done():
                 self._done.set_result(int(head[9:12]))
 

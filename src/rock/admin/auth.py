@@ -10,12 +10,13 @@ import hmac
 from rock.admin.keys import Keys
 from rock.admin.starting import is_loopback
 from rock.errors import RockError, Unauthorized
-from rock.protocol.keys import CALLER, NOBODY, OPERATOR, WORKER, Caller, digest_of
+from rock.protocol.keys import CALLER, NOBODY, OPERATOR, WORKER, Access, Caller, digest_of
 from rock.protocol.routes import OTHER_KEY
 from rock.telemetry.context import CURRENT
 from rock.wire.asgi import App, Receive, Scope, Send, deny, failure
 from rock.wire.turns import PLACE, Turns
 
+_WORKERS = "/v1/workers/"
 _OPEN = ("/healthz", "/")
 # Where a key may be, the plainest first. The last three are of ROCK's clients, and of those that it serves too.
 KEY_HEADERS = (OTHER_KEY.encode(), b"authorization", b"x-api-key", b"x-key", b"xrl-authorization")
@@ -76,7 +77,7 @@ class Authenticated:
             await (self._socket(caller.key_id, scope, receive, send) if caller.key_id
                    else self._app(scope, receive, send))  # fmt: skip
             return
-        turn = await self._turns.take(caller.key_id or f"{caller.owner} {_peer(scope)}", scope.get(PLACE))
+        turn = await self._turns.take(_name(caller, scope), scope.get(PLACE))
         try:
             await self._app(scope, receive, send)
         finally:
@@ -136,6 +137,15 @@ class Authenticated:
     def _cut(self, key_id: str) -> None:
         for task in self._sockets.get(key_id, ()):
             task.cancel()
+
+
+def _name(caller: Caller, scope: Scope) -> str:
+    """Who waits behind whom. A worker's heartbeat waits behind no burst of clients that come by the same address: each
+    is a line of its own, or its lease would be over."""
+    path: str = scope["path"]
+    if path.startswith(_WORKERS) and Access.WORKER in caller.scopes:
+        return path
+    return caller.key_id or f"{caller.owner} {_peer(scope)}"
 
 
 def _peer(scope: Scope) -> str:

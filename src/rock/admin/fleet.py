@@ -44,6 +44,7 @@ class _Member:
     info: WorkerInfo
     changed_at: float  # monotonic: when its heartbeats were last seen to go on
     reached: Reached
+    status: NodeStatus | None  # of that heartbeat: the same object until the next, by which others know it
 
 
 class Fleet(Mapping[str, Worker]):
@@ -145,16 +146,14 @@ class Fleet(Mapping[str, Worker]):
         if member is not None and (member.info.epoch, member.info.url) == (info.epoch, info.url):
             self.version += member.info.state is not info.state
             if member.info.beat != info.beat:
-                member.changed_at = now
-            else:
-                info.__dict__["status"] = member.info.status  # the same report, which others know by its identity
+                member.changed_at, member.status = now, info.status
             member.info = info
             return False
         if member is not None:
             await self._forget(name)
         log.info("worker %s at %s, epoch %d", name, info.url, info.epoch)
         made = self._reach(info)
-        self._members[name] = _Member(info, now, made)
+        self._members[name] = _Member(info, now, made, info.status)
         self.apps[name] = made.app
         return True
 
@@ -184,6 +183,10 @@ class Fleet(Mapping[str, Worker]):
         """Names of those that the registry holds for lost."""
         return list(self._lost)
 
+    def lost_epochs(self) -> dict[str, int]:
+        """Those, with the epochs in which they were lost."""
+        return {name: info.epoch for name, info in self._lost.items()}
+
     def is_known(self, name: str) -> bool:
         """Whether it is there, or was and is remembered."""
         return name in self.fixed or name in self._members or name in self._lost
@@ -197,9 +200,9 @@ class Fleet(Mapping[str, Worker]):
             self._asked_at = time.monotonic()
         limit = time.monotonic() - self.lease.fence  # it may have given up since
         joined = {
-            name: member.info.status
+            name: member.status
             for name, member in self._members.items()
-            if member.info.state is WorkerState.READY and member.info.status is not None
+            if member.info.state is WorkerState.READY and member.status is not None
             and member.changed_at > limit and not member.reached.failing()
         }
         if not self._asked and not joined and len(self):

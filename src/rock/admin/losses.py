@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 
 from rock.admin.fleet import Fleet
 from rock.admin.lifecycle import Event
@@ -19,6 +20,7 @@ from rock.store.base import Query, Record
 log = logging.getLogger("rock.workers")
 
 _LOOK = 0.5
+_RARELY = 30.0
 _ALIVE = (State.PENDING, State.RUNNING, State.STOPPING)
 
 
@@ -61,6 +63,7 @@ class Losses:
     def __init__(self, service: Service, fleet: Fleet) -> None:
         self._service = service
         self._fleet = fleet
+        self._next: dict[tuple[str, int], tuple[float, float]] = {}  # when and after what pause one is looked at again
 
     async def run(self) -> None:
         """Until it is cancelled."""
@@ -77,7 +80,14 @@ class Losses:
             if await self._fleet.lose(info):
                 log.warning("worker %s was not heard of for %g s: it is lost", info.name, self._fleet.lease.lost)
             await self._fleet.refresh()
-        for name in self._fleet.lost():
-            buried = await bury(self._service, name)
+        lost, now = self._fleet.lost_epochs(), time.monotonic()
+        self._next = {key: later for key, later in self._next.items() if lost.get(key[0]) == key[1]}
+        for key in lost.items():
+            due, pause = self._next.get(key, (now, _LOOK))
+            if due > now:
+                continue
+            buried = await bury(self._service, key[0])
             if buried:
-                log.warning("worker %s was lost with %d sandboxes", name, buried)
+                log.warning("worker %s was lost with %d sandboxes", key[0], buried)
+            # It may stand in the registry for weeks: the longer there was nothing, the rarer a list for it.
+            self._next[key] = (now + pause, min(2 * pause, _RARELY)) if not buried else (now, _LOOK)

@@ -35,6 +35,7 @@ from rock.scheduler.base import Reservations, Scheduler
 from rock.store.base import Query, Record, Store, VersionConflict
 from rock.store.blobs import Blobs
 from rock.telemetry import tracing
+from rock.wire.waits import settled
 
 log = logging.getLogger("rock.admin")
 
@@ -225,7 +226,7 @@ class Service:
         """The record once it is no longer being launched, or after `wait` seconds as it was."""
         launch = self._launches.get(record.id)
         if launch is not None and wait > 0:
-            await asyncio.wait({launch}, timeout=wait)
+            await settled(launch, wait)
             if launch.cancelled():  # it was stopped meanwhile
                 return await self.load(record.id)
             if launch.done():

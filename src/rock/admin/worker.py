@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextvars import ContextVar
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any, Protocol, TypeVar
 
 import orjson
 from pydantic import BaseModel
 
+from rock.admin.bulk import Creates
+from rock.admin.transports import FENCE as FENCE
+from rock.admin.transports import StreamTransport as StreamTransport
+from rock.admin.transports import Transport as Transport
 from rock.errors import Unsupported, from_wire
+from rock.protocol.encoded import travelling
 from rock.protocol.network import ConnectionList
 from rock.protocol.node import (
     ImageState,
@@ -26,12 +30,6 @@ from rock.protocol.node import (
 from rock.protocol.routes import ROUTES, Frame, FrameParser, pack_frame
 from rock.protocol.sandbox import ArchivedFiles, SandboxConfig
 
-FENCE: ContextVar[int | None] = ContextVar("fence", default=None)
-"""The token of the lease by which a command is given; None for what a client asked for."""
-
-Transport = Callable[[str, str, str, bytes], Awaitable[tuple[int, bytes]]]  # method, path, query, body
-# the same with a body as it comes; what it gives is the status, then the answer as it comes
-StreamTransport = Callable[[str, str, str, AsyncIterator[bytes] | None], AsyncGenerator[int | bytes]]
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -93,10 +91,6 @@ class Worker(Protocol):
     async def events(self, after: int, wait: float) -> NodeEvents: ...
 
 
-def _plain(config: SandboxConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json", exclude=config.unchosen)
-
-
 class WireWorker:
     """A rocklet that is reached by requests: `transport` carries one, `streams` one whose body or answer is long."""
 
@@ -105,25 +99,41 @@ class WireWorker:
         self._transport = transport
         self._streams = streams
         self._passed: dict[bytes, float] = {}  # what it would take, by its config, until when that is worth something
+        self._passed_last: tuple[SandboxConfig | None, float] = (None, 0.0)
+        self._creates = Creates(name, streams, self._create_alone) if streams is not None else None
+
+    async def close(self) -> None:
+        """It is commanded no more."""
+        if self._creates is not None:
+            await self._creates.close()
 
     async def _call(self, kind: type[Model], route: str, query: str = "", body: Any = None, **path: str) -> Model:
         row = ROUTES[route]
-        data = b"" if body is None else orjson.dumps(body)
+        data = body if isinstance(body, bytes) else b"" if body is None else orjson.dumps(body)
         return _parsed(kind, *await self._transport(row.method, row.url(**path), query, data))
 
     async def check(self, config: SandboxConfig) -> None:
         # A burst asks for the same again and again; the create itself tells what has changed meanwhile.
+        if self._passed_last[0] is config and self._passed_last[1] > time.monotonic():
+            return
         body = config.model_dump(mode="json", exclude=_NOT_CHECKED | config.unchosen)
         key, now = orjson.dumps(body), time.monotonic()
-        if self._passed.get(key, 0.0) > now:
+        if (until := self._passed.get(key, 0.0)) > now:
+            self._passed_last = config, until
             return
         await self._call(_Empty, "node_create", "check=1", body, sandbox_id="-")
         if len(self._passed) >= _MOST_PASSED:
             self._passed.clear()
         self._passed[key] = now + _WORTH
+        self._passed_last = config, now + _WORTH
 
     async def create(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
-        return await self._call(NodeSandbox, "node_create", "", _plain(config), sandbox_id=sandbox_id)
+        if self._creates is None:
+            return await self._create_alone(sandbox_id, config)
+        return await self._creates.create(sandbox_id, config)
+
+    async def _create_alone(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
+        return await self._call(NodeSandbox, "node_create", "", travelling(config), sandbox_id=sandbox_id)
 
     async def destroy(self, sandbox_id: str, grace: float = 0.0) -> NodeSandbox:
         return await self._call(NodeSandbox, "node_destroy", f"grace={grace:g}", sandbox_id=sandbox_id)
@@ -132,7 +142,7 @@ class WireWorker:
         return await self._call(NodeSandbox, "node_rest", f"grace={grace:g}", sandbox_id=sandbox_id)
 
     async def wake(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
-        return await self._call(NodeSandbox, "node_wake", "", _plain(config), sandbox_id=sandbox_id)
+        return await self._call(NodeSandbox, "node_wake", "", travelling(config), sandbox_id=sandbox_id)
 
     async def commit(self, sandbox_id: str, wish: NodeCommit) -> NodeImage:
         return await self._call(NodeImage, "node_commit", "", wish.model_dump(mode="json"), sandbox_id=sandbox_id)
@@ -172,7 +182,7 @@ class WireWorker:
     ) -> AsyncGenerator[int | bytes]:
         if self._streams is None:
             raise Unsupported(f"worker {self.name} is not reached in a way that could carry files")
-        return self._streams(method, path, query, body)
+        return self._streams(method, path, query, body, b"")
 
     async def get(self, sandbox_id: str, *, touch: bool = False, usage: bool = False) -> NodeSandbox:
         query = f"touch={int(touch)}&usage={int(usage)}"

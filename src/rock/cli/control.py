@@ -119,6 +119,7 @@ def reach_with(key: str | None) -> Callable[[WorkerInfo], Reached]:
 
         async def close() -> None:
             gone.set()
+            await worker.close()
             await data.close()
             await long.close()
 

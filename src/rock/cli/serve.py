@@ -365,6 +365,7 @@ def run_server(settings: Settings, role: type[Server] | type[Rocklet] = Server, 
     set_up_logs(settings.log_level, settings.log_dir if log_to_file else None, settings.log_format)
     faults.arm(settings.faults)
     _raise_file_limit()
+    spare_collections()
     if sys.platform == "linux":
         from rock.guest import syscalls
 
@@ -380,6 +381,13 @@ def run(work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run(work)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(work)
+
+
+def spare_collections() -> None:
+    """What is there at the start stays, and what a server makes ends by itself: cycles are few. Looking for them after
+    each 700 objects took a tenth of its time."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def _raise_file_limit() -> None:

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from rock.protocol.action import Answer, FileInfo, ProcessInfo, SessionInfo
-from rock.protocol.sandbox import ArchivedFiles, Cause, Isolation, Phase, SandboxConfig, SandboxInfo, Usage, Wire
+from rock.protocol.sandbox import (
+    ID_PATTERN,
+    ArchivedFiles,
+    Cause,
+    Isolation,
+    Phase,
+    SandboxConfig,
+    SandboxInfo,
+    Usage,
+    Wire,
+)
+
+MOST_CREATES = 500  # sandboxes in one request of an admin to a worker
 
 
 class NodeSandbox(Answer):
@@ -27,6 +39,22 @@ class NodeSandbox(Answer):
     reason: str | None = None
     usage: Usage | None = None
     kept: bool = False
+
+
+class NodeCreates(Wire):
+    """Sandboxes that one request asks for: the id of each, and the place of its config in `configs`, each a
+    SandboxConfig."""
+
+    configs: list[dict[str, Any]] = Field(min_length=1, max_length=MOST_CREATES)
+    sandboxes: list[tuple[Annotated[str, Field(pattern=ID_PATTERN)], int]] = Field(
+        min_length=1, max_length=MOST_CREATES
+    )
+
+    @model_validator(mode="after")
+    def _there(self) -> Self:
+        if any(not 0 <= place < len(self.configs) for _, place in self.sandboxes):
+            raise ValueError("sandboxes: one has a config that is not there")
+        return self
 
 
 class NodeFiles(Answer):

@@ -456,6 +456,15 @@ def _rows() -> Iterator[Route]:
         "SandboxConfig ?check",
         "NodeSandbox",
     )
+    yield row(
+        "node_create_many",
+        "PUT",
+        "/node/v1/sandboxes",
+        "node",
+        "Make them here: a RESULT frame for each as it is done, or an ERROR frame that has its sandbox_id beside it",
+        "NodeCreates",
+        "frames (NodeSandbox)",
+    )
     yield row("node_list", "GET", "/node/v1/sandboxes", "node", "What is here, with activity", "", "NodeInventory")
     yield row(
         "node_get",

@@ -11,7 +11,7 @@ from rock.protocol.action import BashAction, Command, CreateBashSessionRequest
 from rock.protocol.node import NodeCommit, ProcessList, SessionList, WorkerImage
 from rock.protocol.routes import LOG_NEXT, LOG_RUNNING, LOG_START, ROUTES
 from rock.protocol.sandbox import SandboxConfig
-from rock.rocklet import build_api, env_api, file_api, kept_api, ports, programs, resuming, terminal
+from rock.rocklet import build_api, bulk_api, env_api, file_api, kept_api, ports, programs, resuming, terminal
 from rock.rocklet.commandspans import command as spanned
 from rock.rocklet.node import Node
 from rock.rocklet.once import Once, place_of
@@ -63,6 +63,7 @@ class Api:
         ports.add_routes(router, self.node)
         file_api.add_routes(router, self.node)
         kept_api.add_routes(router, self.node)
+        bulk_api.add_routes(router, self.node)
         build_api.add_routes(router, self.node)
         env_api.add_routes(router, self.node, self.once)
         return router

@@ -210,9 +210,7 @@ class Membership:
             await asyncio.sleep(_IMAGES_EVERY)
 
     def _names(self) -> list[str]:
-        store = self._node.images.store
-        records = sorted(store.list(), key=store.last_used, reverse=True)
-        return [record.name for record in records if len(record.name) < 1000][:_MOST_IMAGES]
+        return [name for name in self._node.images.store.names() if len(name) < 1000][:_MOST_IMAGES]
 
     # ---- commands ----
 

@@ -91,8 +91,8 @@ class Node:
         self.door.open()
         for runtime in self.runtimes.values():
             await self._open(runtime)
-        for image in await asyncio.to_thread(self.images.store.list):
-            self._note(image.name)
+        for name in reversed(await asyncio.to_thread(self.images.store.names)):
+            self._note(name)
         known: dict[str, list[str]] = {name: [] for name in self.runtimes}
         gate = asyncio.Semaphore(_RECOVERED_AT_ONCE)
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from rock.errors import Conflict, RockError
 from rock.protocol.routes import IDEMPOTENCY_KEY
-from rock.rocklet.waits import settled
 from rock.wire.asgi import Answer, Disconnected, Request, failure
+from rock.wire.waits import settled
 
 _KEY = IDEMPOTENCY_KEY.encode()
 _REMEMBERED = 2_000

@@ -33,10 +33,10 @@ from rock.rocklet import shell
 from rock.rocklet.journal import Journal
 from rock.rocklet.spool import SpoolFile
 from rock.rocklet.streams import Capped, Reader, as_text, is_pipe, unread, write_all
-from rock.rocklet.waits import settled
 from rock.runtime.base import CLOCK, ExitStatus, Files, Handle, Process, Program, Runtime
 from rock.telemetry import tracing
 from rock.wire.asgi import Answer, answer, failure
+from rock.wire.waits import settled
 
 KEY = "session:"
 DEFAULT = CreateBashSessionRequest()  # the session that every sandbox has

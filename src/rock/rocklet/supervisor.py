@@ -17,6 +17,7 @@ from rock.envhub import datasets
 from rock.envhub.packages import requirements_of
 from rock.errors import Conflict, NotFound, RockError
 from rock.protocol.action import Command, CreateBashSessionRequest
+from rock.protocol.encoded import kept
 from rock.protocol.node import NodeSandbox
 from rock.protocol.sandbox import Cause, Isolation, Phase, SandboxConfig, Usage
 from rock.rocklet import programs, resuming
@@ -71,7 +72,7 @@ class Shelf:
 
     def rest(self, config: SandboxConfig, handle: Handle) -> None:
         """Write the record of a sandbox that does not run, or is about not to, and whose files are kept."""
-        wholefile.replace(self.record(handle.id), json.dumps({**_plain(config, handle), "resting": True}))
+        wholefile.replace(self.record(handle.id), _written(config, handle, resting=True))
 
     # ---- folders of spool files
 
@@ -110,13 +111,14 @@ class Shelf:
         shutil.rmtree(self.logs(sandbox_id), ignore_errors=True)
 
 
-def _plain(config: SandboxConfig, handle: Handle) -> dict[str, Any]:
-    return {
-        # The registry password was needed for one pull: it does not go to the disk.
-        "config": config.model_dump(mode="json", exclude={"registry_password", *config.unchosen}),
+def _written(config: SandboxConfig, handle: Handle, **more: Any) -> str:
+    """The text of a record."""
+    rest = {
         "handle": {"runtime": handle.runtime, "id": handle.id, "isolation": handle.isolation.value,
                    "enforced": dict(handle.enforced), "data": handle.data},
+        **more,
     }  # fmt: skip
+    return f'{{"config": {kept(config)}, {json.dumps(rest)[1:]}'
 
 
 async def open_ahead(runtime: Runtime, handle: Handle) -> Session:
@@ -177,15 +179,12 @@ class Supervisor:
             await asyncio.to_thread(wholefile.replace, self._shelf.record(self.id), self._record())
 
     def _record(self) -> str:
-        record = {
-            **_plain(self.config, self.handle),
-            # A plain default session is not worth a write: pid 1 tells whether there is one.
-            "sessions": {name: s.spec.model_dump(mode="json") for name, s in self.sessions.items()
-                         if not s.closed and s.spec != DEFAULT},
-            "spools": self.spools.path.name,
-            "processes": {p.id: {"command": p.command, "started_at": p.started_at} for p in self.processes.values()},
-        }  # fmt: skip
-        return json.dumps(record)
+        # A plain default session is not worth a write: pid 1 tells whether there is one.
+        sessions = {name: s.spec.model_dump(mode="json") for name, s in self.sessions.items()
+                    if not s.closed and s.spec != DEFAULT}  # fmt: skip
+        processes = {p.id: {"command": p.command, "started_at": p.started_at} for p in self.processes.values()}
+        return _written(self.config, self.handle, sessions=sessions, processes=processes,
+                        spools=self.spools.path.name)  # fmt: skip
 
     async def recover(self, record: dict[str, Any]) -> None:
         """Take over the sessions and processes of a former rocklet; what is gone is left out."""

@@ -242,8 +242,23 @@ class FileStat:
     target: str | None = None
 
 
+_GIVEN: dict[tuple[type, type], bool] = {}
+
+
+class _Capability(type(Protocol)):  # type: ignore[misc]
+    """Asked for many times in each create, of a few classes: seen once for each of them, as looking takes 10 us. It has
+    no fields, which would be looked for in runtimes too."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        key = (cls, type(instance))
+        given = _GIVEN.get(key)
+        if given is None:
+            given = _GIVEN[key] = super().__instancecheck__(instance)
+        return given
+
+
 @runtime_checkable
-class Files(Protocol):
+class Files(Protocol, metaclass=_Capability):
     """Files inside, without a shell and without any program of the image.
 
     Paths are absolute, resolved inside, so a symbolic link never leads out. `user` as in Program: with it the
@@ -297,7 +312,7 @@ class Files(Protocol):
 
 
 @runtime_checkable
-class Ports(Protocol):
+class Ports(Protocol, metaclass=_Capability):
     """Connections to ports inside, dialled from inside, so they work without a network too."""
 
     async def dial(self, handle: Handle, port: int, *, host: str = "127.0.0.1", timeout: float = 10.0) -> int:
@@ -306,7 +321,7 @@ class Ports(Protocol):
 
 
 @runtime_checkable
-class Connects(Protocol):
+class Connects(Protocol, metaclass=_Capability):
     """Network "nat": sandboxes reach what their policy allows, and all that they tried is noted."""
 
     async def connections(self, id: str) -> ConnectionList:
@@ -315,7 +330,7 @@ class Connects(Protocol):
 
 
 @runtime_checkable
-class Accelerates(Protocol):
+class Accelerates(Protocol, metaclass=_Capability):
     """Gives sandboxes GPUs of this machine."""
 
     def gpus(self) -> tuple[Sequence[str], int]:
@@ -324,14 +339,14 @@ class Accelerates(Protocol):
 
 
 @runtime_checkable
-class Limits(Protocol):
+class Limits(Protocol, metaclass=_Capability):
     """Measured use."""
 
     async def usage(self, handle: Handle) -> Usage: ...
 
 
 @runtime_checkable
-class Watches(Protocol):
+class Watches(Protocol, metaclass=_Capability):
     """The runtime tells what it did by itself, such as a kill for memory."""
 
     def oom_kills(self, handle: Handle) -> int:
@@ -340,7 +355,7 @@ class Watches(Protocol):
 
 
 @runtime_checkable
-class Keeps(Protocol):
+class Keeps(Protocol, metaclass=_Capability):
     """What a sandbox wrote can outlive it. Asked for when `config.keeps_files`.
 
     A sandbox at rest has no process, memory, cgroup or network, only its files; `destroy` removes them, `sweep` leaves
@@ -372,7 +387,7 @@ class Keeps(Protocol):
 
 
 @runtime_checkable
-class Snapshots(Protocol):
+class Snapshots(Protocol, metaclass=_Capability):
     """What a sandbox wrote can be read, whether it runs or is at rest: to make an image of it."""
 
     def image(self, handle: Handle) -> RootFS:
@@ -386,7 +401,7 @@ class Snapshots(Protocol):
 
 
 @runtime_checkable
-class OwnImages(Protocol):
+class OwnImages(Protocol, metaclass=_Capability):
     """Its images are not those of our store: it finds and fetches them itself."""
 
     async def has_image(self, config: SandboxConfig) -> bool:
@@ -407,7 +422,7 @@ class Prepared(Protocol):
 
 
 @runtime_checkable
-class Pools(Protocol):
+class Pools(Protocol, metaclass=_Capability):
     """The runtime makes sandboxes ahead, and has them prepared by its user."""
 
     prepare: Callable[[Handle], Awaitable[Prepared | None]] | None

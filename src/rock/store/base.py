@@ -4,7 +4,7 @@ Beside them API keys and leases."""
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from rock.errors import Conflict
@@ -34,9 +34,13 @@ class Record:
     def state(self) -> State:
         return self.info.state
 
+    def at(self, version: int) -> Record:
+        """The same record as it is saved with that version."""
+        return Record(self.info, self.config, self.key, version)
+
     def changed(self, **fields: object) -> Record:
         """The same record with other fields of `info`."""
-        return replace(self, info=self.info.model_copy(update=fields))
+        return Record(self.info.model_copy(update=fields), self.config, self.key, self.version)
 
 
 def member(group_id: str, number: int) -> str:
@@ -129,8 +133,8 @@ class Store(Protocol):
         ...
 
     async def put(self, record: Record, quota: Quota | None = None) -> Record:
-        """Save over the version that was read. VersionConflict when that is no longer the newest. quota: for a step
-        that starts it again."""
+        """Save over the version that was read; its config stays. VersionConflict when that is no longer the newest.
+        quota: for a step that starts it again."""
         ...
 
     async def delete(self, sandbox_id: str) -> None: ...

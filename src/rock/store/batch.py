@@ -1,5 +1,5 @@
-"""Writes that come in one turn of the event loop go to the disk in one transaction: a commit of its own costs each of
-them ten times what the write does."""
+"""Writes that come in one turn of the event loop, or in a few in a row, go to the disk in one transaction: a commit of
+its own costs each of them ten times what the write does."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+_MOST_HELD = 8  # turns of the loop
 _MOST = 200  # writes of one transaction, so that whoever reads has a turn
 
 
@@ -23,6 +24,7 @@ class Batch:
     ) -> None:
         self._transaction = transaction
         self._told = told
+        self._seen = self._held = 0  # how many waited a turn ago, and for how many turns they do
         self._waiting: list[tuple[Callable[[], Any], asyncio.Future[Any]]] = []
 
     async def do(self, write: Callable[[], T]) -> T:
@@ -31,8 +33,18 @@ class Batch:
         future: asyncio.Future[T] = loop.create_future()
         self._waiting.append((write, future))
         if len(self._waiting) == 1:
-            loop.call_soon(self._flush)
+            self._seen, self._held = 1, 0
+            loop.call_soon(self._turn)
         return await future
+
+    def _turn(self) -> None:
+        """Save what waits, or, as long as each turn of the loop brings more of it, a few turns later."""
+        count = len(self._waiting)
+        if self._seen < count < _MOST and self._held < _MOST_HELD:
+            self._seen, self._held = count, self._held + 1
+            asyncio.get_running_loop().call_soon(self._turn)
+        else:
+            self._flush()
 
     def _flush(self) -> None:
         if not self._waiting:

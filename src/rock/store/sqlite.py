@@ -13,12 +13,12 @@ import sqlite3
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rock import faults
 from rock.errors import NotFound, RockError, StorageFull, Unavailable
+from rock.protocol.encoded import kept
 from rock.protocol.keys import KeyInfo, Quota
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
 from rock.store import quotas
@@ -147,7 +147,7 @@ class SqliteStore:
 
     async def insert(self, record: Record, quota: Quota | None = None) -> Record:
         await faults.point("store.insert")
-        made = replace(record, version=1)
+        made = record.at(1)
         if quota is None:
             new = await self._batch.do(lambda: self._insert(made, None))
         else:
@@ -173,7 +173,7 @@ class SqliteStore:
         made: list[Record] = []
         rows: list[tuple[Any, ...]] = []
         for number, record in enumerate(records):
-            made.append(replace(record, version=1))
+            made.append(record.at(1))
             rows.append(_columns(made[-1]))
             if number % _WRITTEN_AT_ONCE == _WRITTEN_AT_ONCE - 1:
                 await asyncio.sleep(0)  # whoever waits goes first
@@ -266,12 +266,11 @@ class SqliteStore:
             return self._put(record)
 
     def _put(self, record: Record) -> Record:
-        new = replace(record, version=record.version + 1)
-        _, version, state, _, stopped_at, *_, info, config = _columns(new)
+        new = record.at(record.version + 1)
+        info = new.info
         done = self._open_db.execute(
-            "UPDATE sandbox SET version = ?, state = ?, stopped_at = ?, info = ?, config = ? "
-            "WHERE id = ? AND version = ?",
-            (version, state, stopped_at, info, config, record.id, record.version),
+            "UPDATE sandbox SET version = ?, state = ?, stopped_at = ?, info = ? WHERE id = ? AND version = ?",
+            (new.version, info.state.value, info.stopped_at, info.model_dump_json(), record.id, record.version),
         )
         if done.rowcount != 1:
             raise VersionConflict(record.id)
@@ -408,8 +407,6 @@ _SELECT = "SELECT version, idempotency_key, info, config FROM sandbox"
 
 def _columns(record: Record) -> tuple[Any, ...]:
     info = record.info
-    # The registry password is needed for one pull, never later: it does not go to the disk.
-    config = record.config.model_dump_json(exclude={"registry_password", *record.config.unchosen})
     return (
         record.id,
         record.version,
@@ -421,7 +418,7 @@ def _columns(record: Record) -> tuple[Any, ...]:
         quotas.cpus_of(record.config),
         record.config.memory_bytes,
         info.model_dump_json(),
-        config,
+        kept(record.config),
     )
 
 

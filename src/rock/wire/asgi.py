@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, TypeVar, cast
 from urllib.parse import parse_qsl
 
@@ -37,6 +39,12 @@ class Disconnected(Exception):
     """The client went away before its request was whole."""
 
 
+@functools.lru_cache(maxsize=256)
+def _query(raw: bytes) -> Mapping[str, str]:
+    """Most requests have one of a few."""
+    return MappingProxyType(dict(parse_qsl(raw.decode("latin-1"), keep_blank_values=True)))
+
+
 class Request:
     """One HTTP request: path variables, query, headers, body."""
 
@@ -47,7 +55,7 @@ class Request:
         self._receive = receive
         self.path = path
         raw: bytes = scope.get("query_string", b"")
-        self.query: dict[str, str] = dict(parse_qsl(raw.decode("latin-1"), keep_blank_values=True)) if raw else {}
+        self.query: Mapping[str, str] = _query(raw) if raw else {}
         self.headers: list[tuple[bytes, bytes]] = scope["headers"]
 
     @property
@@ -115,11 +123,7 @@ class Request:
         return b"".join(parts)
 
     async def json(self) -> Any:
-        data = await self.body()
-        try:
-            return orjson.loads(data) if data else {}
-        except orjson.JSONDecodeError as error:
-            raise InvalidConfig(f"the body is not JSON: {error}") from None
+        return parsed(await self.body())
 
     async def model(self, kind: type[Model]) -> Model:
         return validate(kind, await self.json())
@@ -128,6 +132,14 @@ class Request:
         """Return when the client goes away; call it only after the body was read."""
         while (await self._receive())["type"] != "http.disconnect":
             pass
+
+
+def parsed(data: bytes) -> Any:
+    """A body of JSON; {} where there is none. InvalidConfig."""
+    try:
+        return orjson.loads(data) if data else {}
+    except orjson.JSONDecodeError as error:
+        raise InvalidConfig(f"the body is not JSON: {error}") from None
 
 
 def validate(kind: type[Model], value: Any) -> Model:
@@ -195,7 +207,7 @@ def answer(value: Any, status: int = 200) -> Answer:
 
 def answer_model(model: BaseModel, status: int = 200) -> Answer:
     """A model as its own serializers write it: enums, times and models inside it."""
-    return Answer(orjson.dumps(model.model_dump(mode="json")), status)
+    return Answer(model.model_dump_json().encode(), status)
 
 
 def failure(error: RockError) -> Answer:
@@ -240,6 +252,9 @@ def fit(wanted: tuple[str, ...], given: list[str]) -> dict[str, str] | None:
     return values
 
 
+Found = tuple[Handler | SocketHandler, dict[str, str], Route]
+
+
 class Router:
     """An ASGI application over rows of the wire table. No error of a handler becomes anything but a typed answer.
 
@@ -257,7 +272,7 @@ class Router:
             return
         self._rows.setdefault((route.method, len(parts)), []).append((parts, handler, route))
 
-    def match(self, method: str, path: str) -> tuple[Handler | SocketHandler, dict[str, str], Route] | None:
+    def match(self, method: str, path: str) -> Found | None:
         """The handler of a row, the variables of its path, and the row."""
         given = path.split("/")
         for parts, handler, route in self._rows.get((method, len(given)), ()):
@@ -274,7 +289,12 @@ class Router:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]
         method = "WEBSOCKET" if kind == "websocket" else scope["method"]
-        found = self.match(method, scope["path"])
+        await self.serve(self.match(method, scope["path"]), scope, receive, send)
+
+    async def serve(self, found: Found | None, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request whose row was looked up by `match`."""
+        kind = scope["type"]
+        method = "WEBSOCKET" if kind == "websocket" else scope["method"]
         if found is not None and (context := CURRENT.get()) is not None and not context.route:
             context.route = found[2].name
             context.sandbox_id = context.sandbox_id or found[1].get("sandbox_id", "")[:128]

@@ -10,9 +10,10 @@ from rock.errors import InvalidConfig
 from rock.protocol.env import OpenEnv
 from rock.protocol.group import GroupRequest
 from rock.protocol.routes import IDEMPOTENCY_KEY, ROUTES
-from rock.protocol.sandbox import CommitRequest, SandboxConfig, State
+from rock.protocol.sandbox import CommitRequest, State
 from rock.store.base import Query as Listing
 from rock.wire.asgi import Answer, App, Receive, Request, Router, Scope, Send, answer_model
+from rock.wire.configs import Configs
 
 _LONGEST_WAIT = 3600.0  # seconds
 _MOST_LISTED = 2000
@@ -26,6 +27,7 @@ class Sandboxes:
 
     def __init__(self, desks: Desks) -> None:
         self._desks = desks
+        self._configs = Configs()
 
     def over(self, rest: App, about: About) -> App:
         """These rows and those of `about`, and `rest` for all others."""
@@ -35,8 +37,8 @@ class Sandboxes:
             router.add(ROUTES[name], getattr(self, name))
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            mine = scope["type"] == "http" and router.match(scope["method"], scope["path"]) is not None
-            await (router if mine else rest)(scope, receive, send)
+            found = router.match(scope["method"], scope["path"]) if scope["type"] == "http" else None
+            await (rest(scope, receive, send) if found is None else router.serve(found, scope, receive, send))
 
         return app
 
@@ -45,7 +47,7 @@ class Sandboxes:
 
     async def create_sandbox(self, request: Request) -> Answer:
         wait = _wait(request)
-        config = await request.model(SandboxConfig)
+        config = self._configs.read(await request.body())
         return answer_model(await self._desk(request).create(config, _key(request), wait), 201)
 
     async def list_sandboxes(self, request: Request) -> Answer:

@@ -146,6 +146,11 @@ class ImageStore:
         """All images by name, the built-in `host` first."""
         return [self._host_record(HOST, 0.0), *self._records.all()]
 
+    def names(self) -> Sequence[str]:
+        """Names of all images, the last used first, without a look at the machine that `host` is made of."""
+        records = sorted(self._records.all(), key=self.last_used, reverse=True)
+        return [*(record.name for record in records), HOST]
+
     def inspect(self, name: str) -> ImageRecord:
         """What is known of an image; NotFound when it is not on this machine."""
         if name == HOST:

@@ -1,0 +1,170 @@
+"""Creates that come close together go to their worker in one request, and each is answered as soon as it is made.
+
+    create, create, create ──► PUT /node/v1/sandboxes ──► a frame for each, in the order in which they are done
+
+The first of them goes at once. While a request has had no answer yet those that come wait for one, a moment at most, so
+that a single create waits for nothing and a burst has few requests. Whatever fails with the request itself is asked for
+again one by one: a create is idempotent, and a worker of an older release knows no other way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+from contextvars import Context
+
+import orjson
+
+from rock.admin.transports import FENCE, StreamTransport
+from rock.errors import RockError, Unavailable, from_wire
+from rock.protocol.encoded import travelling
+from rock.protocol.node import MOST_CREATES, NodeSandbox
+from rock.protocol.routes import ROUTES, Frame, FrameParser
+from rock.protocol.sandbox import SandboxConfig
+
+log = logging.getLogger("rock.admin")
+
+_MOMENT = 0.01  # seconds for which those wait that come while a request has had no answer
+_MOST_REQUESTS = 500  # at once; some may take minutes, to pull an image
+_UNKNOWN = (404, 405)  # what an older worker answers
+
+Made = asyncio.Future[NodeSandbox | None]
+
+
+class Creates:
+    """The creates of one worker. streams: carries a request whose answer comes in pieces. alone: creates one."""
+
+    def __init__(
+        self, name: str, streams: StreamTransport, alone: Callable[[str, SandboxConfig], Awaitable[NodeSandbox]]
+    ) -> None:
+        self._name = name
+        self._streams = streams
+        self._alone = alone
+        self._waiting: dict[str, tuple[SandboxConfig, Made]] = {}
+        self._asking: set[asyncio.Task[None]] = set()
+        self._silent = 0  # requests without an answer
+        self._due: asyncio.Handle | None = None
+        self._known = True  # the worker knows this way
+        self._closed = False
+
+    async def close(self) -> None:
+        """Nobody is asked any more; who waits is told that the worker is lost."""
+        self._closed = True
+        if self._due is not None:
+            self._due.cancel()
+        for _, made in self._waiting.values():
+            _set(made, None)
+        self._waiting.clear()
+        for task in list(self._asking):
+            task.cancel()
+        await asyncio.gather(*self._asking, return_exceptions=True)
+
+    async def create(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
+        """Make one. Errors as they were raised there."""
+        full = len(self._asking) >= _MOST_REQUESTS
+        # What is done by a lease carries its token, in a request of its own.
+        if not self._known or full or FENCE.get() is not None or sandbox_id in self._waiting:
+            return await self._alone(sandbox_id, config)
+        if self._closed:
+            raise self._lost()
+        made: Made = asyncio.get_running_loop().create_future()
+        self._waiting[sandbox_id] = config, made
+        self._arm()
+        try:
+            found = await made
+        except asyncio.CancelledError:
+            if (entry := self._waiting.get(sandbox_id)) is not None and entry[1] is made:
+                del self._waiting[sandbox_id]
+            raise
+        if found is not None:
+            return found
+        if self._closed:
+            raise self._lost()
+        return await self._alone(sandbox_id, config)
+
+    def _lost(self) -> Unavailable:
+        return Unavailable(f"worker {self._name} was lost while it was asked", hint="retry")
+
+    def _arm(self, now: bool = False) -> None:
+        """See that those who wait are asked for."""
+        if self._due is not None:
+            if not now:
+                return
+            self._due.cancel()
+        loop = asyncio.get_running_loop()
+        late = self._silent and not now and len(self._waiting) < MOST_CREATES
+        self._due = loop.call_later(_MOMENT, self._flush) if late else loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._due = None
+        if not self._waiting or self._closed:
+            return
+        batch = dict(list(self._waiting.items())[:MOST_CREATES])
+        for sandbox_id in batch:
+            del self._waiting[sandbox_id]
+        self._silent += 1
+        # Of no request, and of none of their contexts.
+        task = asyncio.create_task(self._ask(batch), name=f"creates at {self._name}", context=Context())
+        self._asking.add(task)
+        task.add_done_callback(self._asking.discard)
+        if self._waiting:
+            self._arm()
+
+    def _heard(self) -> None:
+        self._silent -= 1
+        if self._waiting and not self._silent:
+            self._arm(now=True)
+
+    async def _ask(self, batch: dict[str, tuple[SandboxConfig, Made]]) -> None:
+        row, heard, left = ROUTES["node_create_many"], False, dict(batch)
+        try:
+            reply = self._streams(row.method, row.path, "", None, _body(batch))
+            async with contextlib.aclosing(reply):
+                status, parser = await anext(reply), FrameParser()
+                if status != 200:
+                    self._known = status not in _UNKNOWN
+                    return
+                async for part in reply:
+                    assert isinstance(part, bytes)
+                    for kind, payload in parser.feed(part):
+                        _tell(left, kind, payload)
+                    if not heard:
+                        heard = True
+                        self._heard()
+        except (RockError, ValueError) as error:
+            log.info("creates at %s: %s", self._name, error)
+        finally:
+            for _, made in left.values():
+                _set(made, None)
+            if not heard:
+                self._heard()
+
+
+def _body(batch: dict[str, tuple[SandboxConfig, Made]]) -> bytes:
+    """A NodeCreates. What is the same for many is written once."""
+    places: dict[bytes, int] = {}
+    sandboxes = []
+    for sandbox_id, (config, _) in batch.items():
+        sandboxes.append((sandbox_id, places.setdefault(travelling(config), len(places))))
+    return b'{"configs":[%s],"sandboxes":%s}' % (b",".join(places), orjson.dumps(sandboxes))
+
+
+def _tell(left: dict[str, tuple[SandboxConfig, Made]], kind: Frame, payload: bytes) -> None:
+    """Pass on what came of one. ValueError for what is none of it."""
+    if kind is Frame.RESULT:
+        found = NodeSandbox.model_validate_json(payload)
+        entry = left.pop(found.sandbox_id, None)
+        if entry is not None:
+            _set(entry[1], found)
+        return
+    told = orjson.loads(payload)
+    entry = left.pop(str(told.get("sandbox_id")), None) if isinstance(told, dict) else None
+    if entry is not None and not entry[1].done():
+        entry[1].set_exception(from_wire(told))
+
+
+def _set(made: Made, found: NodeSandbox | None) -> None:
+    if not made.done():
+        made.set_result(found)
