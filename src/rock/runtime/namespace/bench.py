@@ -1,7 +1,6 @@
 """Floors for `rock bench`: what this machine can do at best, to print next to what we do.
 
-    plain_bash   a bash on pipes answers `echo ready`, without any isolation
-    floor        the same in new namespaces, forked by a launcher: no files, no limits, no HTTP
+    floor        a bash answers `echo ready` in new namespaces, forked by a launcher: no files, no limits, no HTTP
     whole        the same in a whole sandbox of the launcher: all namespaces, limits and mounts; no server, no HTTP
     whole_rates  those a second, several at once, made and destroyed
 """
@@ -97,22 +96,4 @@ async def _whole_one(runtime: NamespaceRuntime, name: str) -> float:
         bash.close()
     finally:
         await runtime.destroy(handle)
-    return seconds
-
-
-async def plain_bash(n: int) -> list[float]:
-    """Seconds of each of `n` plain bashes, from the start to the answer."""
-    return await asyncio.to_thread(lambda: [_bash() for _ in range(n)])
-
-
-def _bash() -> float:
-    started = time.perf_counter()
-    with subprocess.Popen(["bash"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as bash:
-        assert bash.stdin is not None
-        assert bash.stdout is not None
-        bash.stdin.write(b"echo ready\n")
-        bash.stdin.flush()
-        bash.stdout.readline()
-        seconds = time.perf_counter() - started
-        bash.kill()
     return seconds
