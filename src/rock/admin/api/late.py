@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from rock.errors import NotFound, RockError
+import orjson
+
+from rock.errors import ClientError, NotFound, RockError
 from rock.protocol.keys import Access, caller_of
 from rock.protocol.routes import ROUTES
-from rock.wire.asgi import App, Receive, Scope, Send, failure, fit
+from rock.wire.asgi import Answer, App, Receive, Scope, Send, failure, fit
 
 _PAGES = ("/", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")
 
@@ -43,6 +45,12 @@ def guarded(app: App) -> App:
                 return needed
         return None
 
+    def others(method: str, path: str) -> list[str]:
+        """What may be asked of a path instead; none where the method is right, or the path is nothing."""
+        given = path.split("/")
+        kinds = sorted({kind for kind, parts, _ in rows if fit(parts, given) is not None})
+        return [] if method in kinds else kinds
+
     async def guard(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             caller, needed = caller_of(scope), access(scope["method"], scope["path"])
@@ -52,6 +60,11 @@ def guarded(app: App) -> App:
                 caller.require(needed or Access.ADMIN)
             except RockError as error:
                 await failure(error).send(send)
+                return
+            if allowed := others(scope["method"], scope["path"]):
+                refused = ClientError(f"{scope['method']} {scope['path']}: Method Not Allowed")
+                headers = [(b"allow", ", ".join(allowed).encode())]
+                await Answer(orjson.dumps(refused.to_wire()), 405, headers=headers).send(send)
                 return
         await app(scope, receive, send)
 
