@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+_SPOOLS = 16
+
 
 @dataclass(frozen=True)
 class Inventory:
@@ -52,6 +54,22 @@ def _folders(home: Path) -> Iterator[str]:
             # Four folders are the runtime's own, made once.
             own = ("staging", "probe", "base", "connections")
             yield from (f"{part}/{name}" for name in names if name not in own)
+    yield from _spools(home / "run" / "spools")
+
+
+def _spools(folder: Path) -> Iterator[str]:
+    """Those with something in them; empty ones wait for the next sandbox, a few of them."""
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    empty = [name for name in names if not any(map(_size, (folder / name).glob("*")))]
+    yield from (f"spools {name}" for name in names if name not in empty)
+    yield from (f"more than {_SPOOLS} empty spools: {name}" for name in empty[_SPOOLS:])
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _cgroups(home: Path) -> Iterator[str]:
@@ -69,12 +87,16 @@ def _mounts(home: Path) -> Iterator[str]:
             yield f"mount {line.split()[4]}"
 
 
+def _is_empty_spool(path: Path) -> bool:
+    return path.parent.parent.name == "spools" and _size(path) == 0
+
+
 def _files(server: int) -> Iterator[str]:
     """Open files of the server that lie in a sandbox or are pipes; sockets belong to its clients."""
     try:
         for fd in os.listdir(f"/proc/{server}/fd"):
             target = os.readlink(f"/proc/{server}/fd/{fd}")
-            if target.startswith("pipe:") or "/run/" in target:
+            if target.startswith("pipe:") or ("/run/" in target and not _is_empty_spool(Path(target))):
                 yield f"open {target}"
     except OSError:
         return
