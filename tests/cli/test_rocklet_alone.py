@@ -167,7 +167,7 @@ def streams_to(url: str) -> StreamTransport:
     """Requests whose bodies and answers are long, a piece at a time."""
 
     async def stream(
-        method: str, path: str, query: str, body: AsyncIterator[bytes] | None
+        method: str, path: str, query: str, body: AsyncIterator[bytes] | None, content: bytes
     ) -> AsyncGenerator[int | bytes]:
         address = url.removeprefix("http://")
         connection = http.client.HTTPConnection(address, timeout=60)
@@ -175,6 +175,8 @@ def streams_to(url: str) -> StreamTransport:
             headers = {"authorization": "Bearer open sesame"}
             if body is not None:
                 headers["transfer-encoding"] = "chunked"
+            elif content:
+                headers["content-length"] = str(len(content))
             connection.putrequest(method, f"{path}?{query}" if query else path)
             for name, value in headers.items():
                 connection.putheader(name, value)
@@ -183,6 +185,8 @@ def streams_to(url: str) -> StreamTransport:
                 async for part in body:
                     await asyncio.to_thread(connection.send, b"%x\r\n%s\r\n" % (len(part), part))
                 connection.send(b"0\r\n\r\n")
+            elif content:
+                await asyncio.to_thread(connection.send, content)
             reply = await asyncio.to_thread(connection.getresponse)
             yield reply.status
             while part := await asyncio.to_thread(reply.read, 1 << 18):

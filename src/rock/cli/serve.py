@@ -145,6 +145,7 @@ class Rocklet:
         try:
             await self.node.open()
         except BaseException:
+            await self.node.close()  # other runtimes may be open by then
             self.home.release()
             raise
         self.observed.open()
