@@ -18,7 +18,8 @@ from rock import faults
 from rock.errors import Conflict, NotFound, RockError, Unavailable
 from rock.protocol.action import BashAction, Command, CommandResponse, CreateBashSessionRequest
 from rock.rocklet import programs
-from rock.rocklet.session import KEY, Keep
+from rock.rocklet.handover import Keep
+from rock.rocklet.shellprocess import KEY
 from rock.rocklet.spool import SpoolFile
 from rock.runtime.base import CLOCK
 from rock.wire.asgi import Answer, answer, failure

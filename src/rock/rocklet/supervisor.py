@@ -23,8 +23,10 @@ from rock.protocol.sandbox import Cause, Isolation, Phase, SandboxConfig, Usage
 from rock.rocklet import programs, resuming
 from rock.rocklet.dialled import Connections
 from rock.rocklet.envs import EnvHost
+from rock.rocklet.imageshell import Shell, find_shell
 from rock.rocklet.journal import Journal
-from rock.rocklet.session import DEFAULT, KEY, Session, Shell, find_shell
+from rock.rocklet.session import DEFAULT, Session
+from rock.rocklet.shellprocess import KEY
 from rock.rocklet.spool import SpoolFolder
 from rock.runtime import wholefile
 from rock.runtime.base import Handle, Keeps, Limits, Runtime, Watches
