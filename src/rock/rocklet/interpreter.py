@@ -188,19 +188,12 @@ class Interpreter:
             separate=separate,
             pty=self._spec.pty is not None,
         )
-        script, self.first = self.first + self._trace() + script, b""
-        return script
-
-    def ended(self) -> None:
-        """No command runs any more."""
-        self.run = None
-        self.handover.ended()
-
-    def _trace(self) -> bytes:
-        """What gives the next command the trace it belongs to, and takes the last one's from it."""
         traced, before = tracing.environment(), self._traced
         self._traced = bool(traced)
-        return shell.trace(traced.get("TRACEPARENT")) if traced or before else b""
+        # What gives it the trace it belongs to, and takes the last one's from it.
+        trace = shell.trace(traced.get("TRACEPARENT")) if traced or before else b""
+        script, self.first = self.first + trace + script, b""
+        return script
 
     async def finish(
         self,

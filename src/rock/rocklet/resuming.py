@@ -35,7 +35,7 @@ async def run(sandbox: Supervisor, action: BashAction, place: str | None) -> Ans
     known = await sandbox.journal.known(place)
     if known is not None:
         return known
-    session = await sandbox.session(action.session)
+    session = await sandbox.sessions.get(action.session)
     if place is None:
         return answer(await session.run(action))
     return await session.run_kept(action, Keep(sandbox.journal, place))
@@ -48,7 +48,7 @@ async def create_session(sandbox: Supervisor, wish: CreateBashSessionRequest, pl
     if known is not None:
         return known
     with _written_down(sandbox, place, kind="session", session=wish.session):
-        reply = answer({"output": await sandbox.create_session(wish), "session_type": "bash"}, 201)
+        reply = answer({"output": await sandbox.sessions.create(wish), "session_type": "bash"}, 201)
     journal.finish(place, reply)
     return reply
 

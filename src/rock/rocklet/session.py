@@ -93,7 +93,8 @@ class Session:
                 keep.journal.finish(keep.place, reply)
                 return reply
             finally:
-                self._interpreter.ended()
+                self._interpreter.run = None
+                self._interpreter.handover.ended()
                 self.resume()
                 if not self._leaving:
                     with contextlib.suppress(RockError):
@@ -208,17 +209,20 @@ class Session:
                     keep.journal.forget(keep.place)  # nor may it be looked for after a crash
                 raise
             finally:
-                interpreter.ended()
-                self.resume()  # a slow client may have left it paused
-                if run.by_file and not self._leaving:
-                    await interpreter.remove_file(run)
+                interpreter.run = None
+                interpreter.handover.ended()
+                if not self._leaving:
+                    interpreter.process.resume()  # a slow client may have left it paused
+                    if run.by_file:
+                        await interpreter.remove_file(run)
 
     def _check_open(self) -> None:
         if self._leaving:
             raise self._unavailable()
-        if self.closed is not None:
+        closed = self._interpreter.closed
+        if closed is not None:
             raise SessionClosed(
-                f"session {self.spec.session!r} is closed: {self.closed}",
+                f"session {self.spec.session!r} is closed: {closed}",
                 sandbox_id=self._interpreter.handle.id,
                 hint="open it again with create_session",
             )
