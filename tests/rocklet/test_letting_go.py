@@ -18,8 +18,10 @@ from rock.errors import StorageFull, Unavailable
 from rock.protocol.action import BashAction
 from rock.protocol.routes import RESUMES
 from rock.protocol.sandbox import SandboxConfig
+from rock.rocklet.handover import Keep
+from rock.rocklet.imageshell import find_shell
 from rock.rocklet.journal import Journal
-from rock.rocklet.session import DEFAULT, Keep, Session, find_shell
+from rock.rocklet.session import DEFAULT, Session
 from rock.rocklet.spool import SpoolFolder
 from rock.rocklet.stream import _HIGH, Streaming
 from rock.runtime.base import Handle, Process

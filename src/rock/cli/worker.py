@@ -26,7 +26,7 @@ class LocalWorker:
         self._node = node
 
     async def check(self, config: SandboxConfig) -> None:
-        await self._node.check(config)
+        await self._node.runtimes.check(config)
 
     async def create(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
         return await self._node.create(sandbox_id, config)
@@ -55,7 +55,7 @@ class LocalWorker:
         return await self._node.look(sandbox_id, touch=touch, usage=usage)
 
     async def connections(self, sandbox_id: str) -> ConnectionList:
-        return await self._node.connections(sandbox_id)
+        return await self._node.runtimes.connections(sandbox_id)
 
     async def list(self) -> NodeInventory:
         return self._node.inventory()
@@ -67,4 +67,4 @@ class LocalWorker:
         return await self._node.status()
 
     async def events(self, after: int, wait: float) -> NodeEvents:
-        return await self._node.events(after, wait)
+        return await self._node.ends.since(after, wait)

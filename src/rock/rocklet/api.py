@@ -85,12 +85,12 @@ class Api:
 
     async def list_sessions(self, request: Request) -> Answer:
         sandbox = self._find(request)
-        return answer(SessionList(items=[s.info for s in sandbox.sessions.values() if s.closed is None]))
+        return answer(SessionList(items=[s.info for s in sandbox.sessions if s.closed is None]))
 
     async def close_session(self, request: Request) -> Answer:
         sandbox = self._find(request)
         with sandbox.active():
-            await sandbox.close_session(request.path["session"])
+            await sandbox.sessions.close(request.path["session"])
         return answer({"session_type": "bash"})
 
     async def run(self, request: Request) -> Answer:
@@ -110,7 +110,7 @@ class Api:
         return await self.once.do(request, work(), abandon=True)
 
     async def _stream_run(self, sandbox: Supervisor, request: Request, action: BashAction) -> Answer:
-        session = await sandbox.session(action.session)
+        session = await sandbox.sessions.get(action.session)
         place = await self._first(sandbox, request)
         streaming = Streaming(session.pause, session.resume)
 
@@ -135,19 +135,19 @@ class Api:
 
     async def interrupt(self, request: Request) -> Answer:
         sandbox = self._find(request)
-        session = await sandbox.session(request.path["session"])
+        session = await sandbox.sessions.get(request.path["session"])
         await session.interrupt()
         return answer(session.info)
 
     async def session_input(self, request: Request) -> Answer:
         sandbox = self._find(request)
         with sandbox.active():
-            session = await sandbox.session(request.path["session"])
+            session = await sandbox.sessions.get(request.path["session"])
             await session.type(await request.body())
         return answer(session.info)
 
     async def resize(self, request: Request) -> Answer:
-        session = await self._find(request).session(request.path["session"])
+        session = await self._find(request).sessions.get(request.path["session"])
         rows, columns = size_of(await request.json())
         await session.resize(rows, columns)
         return answer(session.info)
@@ -247,7 +247,7 @@ class Api:
     async def node_create(self, request: Request) -> Answer:
         config = await request.model(SandboxConfig)
         if request.flag("check"):
-            await self.node.check(config)
+            await self.node.runtimes.check(config)
             return answer({})
         return answer_model(await self.node.create(request.path["sandbox_id"], config), 201)
 
@@ -259,7 +259,7 @@ class Api:
         return answer_model(await look)
 
     async def node_connections(self, request: Request) -> Answer:
-        return answer_model(await self.node.connections(request.path["sandbox_id"]))
+        return answer_model(await self.node.runtimes.connections(request.path["sandbox_id"]))
 
     async def node_destroy(self, request: Request) -> Answer:
         return answer_model(await self.node.destroy(request.path["sandbox_id"], request.number("grace", 0, high=600)))
@@ -282,7 +282,7 @@ class Api:
 
     async def node_events(self, request: Request) -> Answer:
         after = request.integer("after", 0)
-        return answer_model(await self.node.events(after, request.number("wait", 0, high=600)))
+        return answer_model(await self.node.ends.since(after, request.number("wait", 0, high=600)))
 
 
 def size_of(body: Any) -> tuple[int, int]:

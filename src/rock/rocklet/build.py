@@ -281,9 +281,9 @@ class Build:
             state.named = BUILD_STEPS + _key(state.key, "before", repr(state.settings))
             await asyncio.to_thread(self._store.extend, state.named, state.below)
         config = self._wish.limits(state.named).model_copy(update={"network": network})
-        runtime = self._node.runtime_for(config)
+        runtime = self._node.runtimes.of(config)
         if not isinstance(runtime, Snapshots) or not isinstance(runtime, Files):
-            raise Unsupported(f"no image can be built with runtime {self._node.default!r}")
+            raise Unsupported(f"no image can be built with runtime {self._node.runtimes.default!r}")
         handle = await runtime.create(f"build-{uuid.uuid4().hex[:12]}", config)
         try:
             self._ran += 1

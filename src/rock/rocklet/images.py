@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
 
 from rock.envhub.packages import requirements_of, wheels_only, without_dependencies
@@ -18,6 +19,8 @@ from rock.runtime.image.packages import PackageSet, ensure, is_built, packages_f
 from rock.runtime.image.store import ImageStore
 
 _AT_ONCE = 64  # pulls; a registry may be slow, or mean harm
+_MOST_USED = 256  # names that are told of, for the scheduler
+_LONGEST_NAME = 256
 
 
 class Images:
@@ -92,6 +95,25 @@ class Images:
 
         async with self._gate:
             await in_own_thread(pull, "rock-pull")
+
+
+class UsedImages:
+    """Names of images that are here, for the scheduler."""
+
+    def __init__(self) -> None:
+        self._names: OrderedDict[str, None] = OrderedDict()  # the last used last
+
+    def note(self, image: str) -> None:
+        """It is here, and was used just now."""
+        if len(image) <= _LONGEST_NAME:
+            self._names[image] = None
+            self._names.move_to_end(image)
+            while len(self._names) > _MOST_USED:
+                self._names.popitem(last=False)
+
+    def names(self) -> list[str]:
+        """The last used first."""
+        return [*reversed(self._names)]
 
 
 def _packages(image: str) -> PackageSet | None:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from rock.errors import Lost, Unavailable
 from rock.protocol.node import NodeSandbox
 from rock.protocol.sandbox import ArchivedFiles, SandboxConfig
-from rock.rocklet.supervisor import Shelf, Supervisor
+from rock.rocklet.shelf import Shelf
+from rock.rocklet.supervisor import Supervisor
 from rock.runtime.base import Handle, Keeps, Runtime
 
 log = logging.getLogger("rock.node")

@@ -16,7 +16,7 @@ from typing import Any
 from rock.errors import InvalidConfig, NotFound, Unavailable, Unsupported
 from rock.protocol.action import Command, CommandResponse, ProcessInfo
 from rock.protocol.routes import RESUMES
-from rock.rocklet.session import Shell
+from rock.rocklet.imageshell import Shell
 from rock.rocklet.spool import SpoolFile
 from rock.rocklet.streams import Capped, Reader, as_text, write_all
 from rock.runtime.base import ExitStatus, Handle, Process, Program, Runtime, Snapshots

@@ -18,7 +18,8 @@ from rock import faults
 from rock.errors import Conflict, NotFound, RockError, Unavailable
 from rock.protocol.action import BashAction, Command, CommandResponse, CreateBashSessionRequest
 from rock.rocklet import programs
-from rock.rocklet.session import KEY, Keep
+from rock.rocklet.handover import Keep
+from rock.rocklet.shellprocess import KEY
 from rock.rocklet.spool import SpoolFile
 from rock.runtime.base import CLOCK
 from rock.wire.asgi import Answer, answer, failure
@@ -34,7 +35,7 @@ async def run(sandbox: Supervisor, action: BashAction, place: str | None) -> Ans
     known = await sandbox.journal.known(place)
     if known is not None:
         return known
-    session = await sandbox.session(action.session)
+    session = await sandbox.sessions.get(action.session)
     if place is None:
         return answer(await session.run(action))
     return await session.run_kept(action, Keep(sandbox.journal, place))
@@ -47,7 +48,7 @@ async def create_session(sandbox: Supervisor, wish: CreateBashSessionRequest, pl
     if known is not None:
         return known
     with _written_down(sandbox, place, kind="session", session=wish.session):
-        reply = answer({"output": await sandbox.create_session(wish), "session_type": "bash"}, 201)
+        reply = answer({"output": await sandbox.sessions.create(wish), "session_type": "bash"}, 201)
     journal.finish(place, reply)
     return reply
 

@@ -39,7 +39,7 @@ def handler(node: Node) -> SocketHandler:
 
 async def _start(sandbox: Supervisor, request: Request, size: tuple[int, int]) -> Process:
     command = request.query.get("command")
-    sh = await sandbox.find_shell()
+    sh = await sandbox.sessions.find_shell()
     interactive = [sh.path, "-i"] if not sh.dialect.is_bash else [sh.path, "--norc", "-i"]
     argv = [sh.path, "-c", command] if command else interactive
     env = {"TERM": request.query.get("term") or "xterm-256color", "PS1": "\\u@\\h:\\w\\$ "}

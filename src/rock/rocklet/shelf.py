@@ -1,0 +1,106 @@
+"""What of sandboxes is on disk for the rocklet after this one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rock.protocol.encoded import kept
+from rock.protocol.sandbox import Isolation, SandboxConfig
+from rock.rocklet.imageshell import Shell
+from rock.rocklet.spool import SpoolFolder
+from rock.runtime import wholefile
+from rock.runtime.base import Handle
+
+_FREE_SPOOLS = 16
+
+
+class Shelf:
+    """What is kept on disk for the rocklet after this one, and what sandboxes learn from each other.
+
+    folder/records/ID   config, handle, sessions and processes of a sandbox
+    folder/logs/ID/     a folder a background process
+    folder/spools/N/    what else has to outlive the rocklet: its record says which is whose
+    shells              by runtime, image and wish: where the last sandbox had its shell
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._records = folder / "records"
+        self._logs = folder / "logs"
+        self._spools = folder / "spools"
+        self._free: list[SpoolFolder] = []  # empty ones, for the next sandboxes
+        self.shells: dict[tuple[str, str, str | None], Shell] = {}
+
+    def make(self) -> None:
+        for folder in (self._records, self._logs, self._spools):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def record(self, sandbox_id: str) -> str:
+        return f"{self._records}/{sandbox_id}"
+
+    def logs(self, sandbox_id: str) -> Path:
+        return self._logs / sandbox_id
+
+    def ids(self) -> list[str]:
+        """All that have a record."""
+        return sorted(name for name in os.listdir(self._records) if not name.startswith("."))
+
+    def load(self, sandbox_id: str) -> tuple[SandboxConfig, Handle, dict[str, Any]]:
+        record = json.loads(Path(self.record(sandbox_id)).read_text())
+        handle = record["handle"]
+        handle["isolation"] = Isolation(handle["isolation"])
+        return SandboxConfig.model_validate(record["config"]), Handle(**handle), record
+
+    def rest(self, config: SandboxConfig, handle: Handle) -> None:
+        """Write the record of a sandbox that does not run, or is about not to, and whose files are kept."""
+        wholefile.replace(self.record(handle.id), written(config, handle, resting=True))
+
+    # ---- folders of spool files
+
+    def spools(self, name: str | None = None) -> SpoolFolder:
+        """That of a sandbox of a former rocklet, or one for a new sandbox."""
+        if name is None and self._free:
+            return self._free.pop()
+        return SpoolFolder(self._spools / os.path.basename(name or os.urandom(6).hex()))
+
+    def give_back(self, spools: SpoolFolder) -> None:
+        """Of a sandbox that has no record any more."""
+        if len(self._free) < _FREE_SPOOLS and spools.clear():
+            self._free.append(spools)
+        else:
+            spools.remove()
+
+    def sweep(self, used: set[str]) -> None:
+        """Remove what former rocklets left for sandboxes that are gone."""
+        for name in os.listdir(self._spools):
+            if name not in used:
+                shutil.rmtree(self._spools / name, ignore_errors=True)
+
+    def close(self) -> None:
+        for spools in self._free:
+            spools.remove()
+        self._free.clear()
+
+    # ---- removing
+
+    def remove(self, sandbox_id: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.record(sandbox_id))
+        self.remove_logs(sandbox_id)
+
+    def remove_logs(self, sandbox_id: str) -> None:
+        shutil.rmtree(self.logs(sandbox_id), ignore_errors=True)
+
+
+def written(config: SandboxConfig, handle: Handle, **more: Any) -> str:
+    """The text of a record."""
+    rest = {
+        "handle": {"runtime": handle.runtime, "id": handle.id, "isolation": handle.isolation.value,
+                   "enforced": dict(handle.enforced), "data": handle.data},
+        **more,
+    }  # fmt: skip
+    return f'{{"config": {kept(config)}, {json.dumps(rest)[1:]}'
