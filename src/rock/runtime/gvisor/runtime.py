@@ -33,10 +33,10 @@ from rock.runtime.base import Enforced, Handle, Liveness, Program, Trait
 from rock.runtime.carrier import Carrier
 from rock.runtime.gvisor import bundle, pipes, refusals, starter
 from rock.runtime.image.rootfs import RootFS
+from rock.runtime.image.source import Images
 from rock.runtime.initfiles import InitSandboxes, merged
 from rock.runtime.initlink import InitLink
 from rock.runtime.namespace import cgroups, disk, limits, mounts, teardown
-from rock.runtime.namespace.runtime import Images
 from rock.runtime.process import children, read_record, reap, wait_gone, write_record
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
