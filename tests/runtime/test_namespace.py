@@ -289,7 +289,7 @@ def test_a_broken_image_leaves_nothing(tmp_path: Path) -> None:
 
     async def main() -> None:
         async with namespace_runtime(tmp_path, images=images) as runtime:
-            launcher = runtime._launcher.pid
+            launcher = runtime._slots.launcher.pid
             images.binds = (Bind("/no/such/source", "/usr"),)
             with pytest.raises(errors.StartFailed, match="/no/such/source"):
                 await runtime.create("x", SandboxConfig(image="hand", memory="64m", cpus=1))
@@ -298,7 +298,7 @@ def test_a_broken_image_leaves_nothing(tmp_path: Path) -> None:
             with pytest.raises(errors.StartFailed, match="no/such/layer"):
                 await runtime.create("x", SandboxConfig(image="hand", memory="64m", cpus=1))
             assert list((tmp_path / "run").glob("n-*")) == []
-            assert runtime._launcher.pid == launcher  # it was not taken for the broken sandbox's pid 1
+            assert runtime._slots.launcher.pid == launcher  # it was not taken for the broken sandbox's pid 1
 
     run(main())
 

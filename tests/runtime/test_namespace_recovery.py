@@ -38,7 +38,7 @@ async def main():
         await asyncio.sleep(0.01)
     program = Program(["sh", "-c", "read a; echo got $a > /work/out; echo $a"], stdin="pipe", keep=True, key="k")
     await runtime.spawn(handle, program)
-    print(json.dumps({**dataclasses.asdict(handle), "launcher": runtime._launcher.pid}), flush=True)
+    print(json.dumps({**dataclasses.asdict(handle), "launcher": runtime._slots.launcher.pid}), flush=True)
     await asyncio.sleep(100)
 
 asyncio.run(main())
@@ -96,8 +96,8 @@ def test_a_crashed_launcher_is_started_again(tmp_path: Path) -> None:
     async def main() -> None:
         async with namespace_runtime(tmp_path) as runtime:
             first = await runtime.create("first", SandboxConfig(**CONFIG))
-            assert runtime._launcher.pid is not None
-            os.kill(runtime._launcher.pid, signal.SIGKILL)
+            assert runtime._slots.launcher.pid is not None
+            os.kill(runtime._slots.launcher.pid, signal.SIGKILL)
             assert await Box(runtime, first, Path("/work")).sh("echo alive") == "alive\n"
             async with asyncio.timeout(60):
                 while True:
@@ -120,7 +120,7 @@ def test_half_made_sandboxes_die_with_the_launcher(tmp_path: Path) -> None:
             for delay in (0.002, 0.004, 0.006, 0.008, 0.012):
                 tasks = [asyncio.create_task(runtime.create(f"x{i}", SandboxConfig(**CONFIG))) for i in range(4)]
                 await asyncio.sleep(delay)
-                os.kill(runtime._launcher.pid, signal.SIGKILL)
+                os.kill(runtime._slots.launcher.pid, signal.SIGKILL)
                 for result in await asyncio.gather(*tasks, return_exceptions=True):
                     if isinstance(result, Handle):
                         await runtime.destroy(result)
@@ -138,7 +138,7 @@ def test_the_death_of_the_zygote_is_survived(tmp_path: Path) -> None:
     async def main() -> None:
         async with namespace_runtime(tmp_path) as runtime:
             first = await runtime.create("first", SandboxConfig(**CONFIG))
-            launcher = runtime._launcher.pid
+            launcher = runtime._slots.launcher.pid
             for entry in proctree.descendants(proctree.scan(), launcher):
                 if entry.parent == launcher:  # or one of the children that live for a moment only
                     proctree.send(entry, signal.SIGKILL)
@@ -151,7 +151,7 @@ def test_the_death_of_the_zygote_is_survived(tmp_path: Path) -> None:
                 except errors.StartFailed as error:
                     assert "zygote" in error.message
             assert len(handles) >= 2
-            assert runtime._launcher.pid == launcher
+            assert runtime._slots.launcher.pid == launcher
             for handle in (first, *handles):
                 await runtime.destroy(handle)
 

@@ -62,7 +62,7 @@ class Archive:
         when it runs, or its files are gone.
         """
         self._there()
-        await self._service.settled(sandbox_id)
+        await self._service.releases.settled(sandbox_id)
         record = await self._service.apply(sandbox_id, Event.ARCHIVE, key=key, check=_has_files, error=None)
         task = self._tasks.get(sandbox_id)
         if task is not None and wait > 0:

@@ -11,8 +11,9 @@ import ipaddress
 from collections.abc import Sequence
 from dataclasses import replace
 
+from rock.admin.envhosts import env_host
 from rock.admin.keys import Keys
-from rock.admin.service import Service, env_host
+from rock.admin.service import Service
 from rock.errors import Forbidden, InvalidConfig, NotFound
 from rock.protocol import addresses, egress
 from rock.protocol.env import OpenEnv
@@ -73,7 +74,7 @@ class Desk:
 
     async def open_env(self, wish: OpenEnv, wait: float, key: str | None = None) -> SandboxInfo:
         wish = wish.model_copy(update={"config": await self._allowed(wish.config or env_host())})
-        return await self._service.open_env(wish, wait, key, self.caller)
+        return await self._service.envs.open(wish, wait, key, self.caller)
 
     async def _allowed(self, config: SandboxConfig) -> SandboxConfig:
         """What a tenant may ask for. Forbidden, InvalidConfig."""

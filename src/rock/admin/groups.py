@@ -93,7 +93,7 @@ class Groups:
             _of_group(made[0])
             for record in made:
                 if record.state is State.PENDING:
-                    service.launch(record)
+                    service.launches.begin(record)
                     started.add(record.id)
             return made
         finally:
@@ -118,7 +118,7 @@ class Groups:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait):
                     while any(record.state is State.PENDING for record in records):
-                        launches = self._service.launching(records)
+                        launches = self._service.launches.of(records)
                         if launches:
                             await asyncio.wait(launches)
                         else:

@@ -35,12 +35,12 @@ class Kept:
         Conflict when it is not stopped, or its files are gone. QuotaExceeded.
         """
         service = self._service
-        await service.settled(sandbox_id)
+        await service.releases.settled(sandbox_id)
         record = await service.load(sandbox_id)
         if not _asked_before(record, key):
             event = Event.RESTORE if record.state is State.ARCHIVED else Event.RESTART
             record = await service.apply(sandbox_id, event, known=record, key=key, check=_has_files, quota=quota)
-        return await service.waited(record, wait)
+        return await service.launches.waited(record, wait)
 
     # ---- delete ----
 
@@ -59,7 +59,7 @@ class Kept:
         await self._deleted(sandbox_id)
 
     async def _deleted(self, sandbox_id: str) -> Record:
-        await self._service.settled(sandbox_id)
+        await self._service.releases.settled(sandbox_id)
         return await self.finish_delete(await self._service.apply(sandbox_id, Event.DELETE))
 
     async def finish_delete(self, record: Record) -> Record:

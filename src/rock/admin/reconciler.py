@@ -185,7 +185,7 @@ class Reconciler:
         alive = record.id in here.alive
         try:
             if record.state is State.PENDING:
-                self.service.launch(record)  # create is idempotent: one that was made is found, not made again
+                self.service.launches.begin(record)  # create is idempotent: one that was made is found, not made again
             elif record.state is State.STOPPING:
                 await self.service.finish_stop(record)
             elif record.state is State.ARCHIVING:
@@ -217,10 +217,10 @@ class Reconciler:
             await self.service.kept.finish_delete(record)
         elif record.state is State.ARCHIVED:
             if record.id in here.all:
-                self.service.release(record)
+                self.service.releases.begin(record)
             self.schedule(record)
         elif record.id in here.all or self.service.store.shared:
-            self.service.release(record)  # which does nothing to what is at rest already
+            self.service.releases.begin(record)  # which does nothing to what is at rest already
             self.schedule(record)
         else:
             await self.service.kept.lost(record)
@@ -299,7 +299,7 @@ class Reconciler:
         try:
             record = await self.service.load(sandbox_id)
             if record.state is State.PENDING:
-                self.service.launch(record)
+                self.service.launches.begin(record)
             elif record.state is State.STOPPING:
                 await self.service.finish_stop(record)
             if record.state is not State.RUNNING:

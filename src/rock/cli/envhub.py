@@ -11,7 +11,7 @@ from rock.admin.starting import require_key_beyond_loopback
 from rock.cli.serve import http_over, listen, run, stop_on_signals
 from rock.envhub.catalogue import Catalogue
 from rock.errors import InvalidConfig, Unsupported
-from rock.protocol.routes import Route
+from rock.protocol.route import Route
 from rock.settings import Settings
 from rock.telemetry import set_up_logs
 from rock.wire.asgi import App, Router

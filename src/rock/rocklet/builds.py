@@ -22,8 +22,8 @@ from rock.rocklet.buildplan import Plan
 from rock.rocklet.buildrun import Flow
 from rock.runtime.image import dockerfile
 from rock.runtime.image.merged import Merged
+from rock.runtime.image.reference import new_name
 from rock.runtime.image.steps import unpack_context
-from rock.runtime.image.store import new_name
 
 if TYPE_CHECKING:
     from rock.rocklet.node import Node

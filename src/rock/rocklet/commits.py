@@ -21,8 +21,9 @@ from rock.rocklet.ownthread import in_own_thread
 from rock.runtime.base import Handle, Runtime, Snapshots
 from rock.runtime.image.locks import storing
 from rock.runtime.image.logins import Login
+from rock.runtime.image.reference import new_name
 from rock.runtime.image.rootfs import RootFS
-from rock.runtime.image.store import ImageStore, new_name
+from rock.runtime.image.store import ImageStore
 
 if TYPE_CHECKING:
     from rock.rocklet.node import Node

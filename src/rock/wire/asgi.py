@@ -22,7 +22,8 @@ from pydantic import BaseModel, ValidationError
 
 from rock.errors import InternalServerRockError, InvalidConfig, NotFound, RockError, Unavailable
 from rock.protocol.keys import CALLER, Caller, caller_of
-from rock.protocol.routes import ERROR_CODE, Route
+from rock.protocol.route import Route
+from rock.protocol.routes import ERROR_CODE
 from rock.telemetry.context import CURRENT
 
 Scope = MutableMapping[str, Any]

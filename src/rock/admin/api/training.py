@@ -23,7 +23,7 @@ from rock.envhub import datasets
 from rock.errors import ClientError, CommandTimeout, InvalidConfig, NotFound, RockError, Unavailable
 from rock.protocol.env import EnvInfo, OpenEnv, StepResult
 from rock.protocol.keys import Access
-from rock.protocol.routes import Route
+from rock.protocol.route import Route
 from rock.protocol.sandbox import SandboxInfo, State
 from rock.protocol.training import IDLE, NAMED, STEP_TIMEOUT, created, new_instance_id, overdue, stepped
 from rock.wire.asgi import Answer, App, Handler, Receive, Request, Router, Scope, Send, answer

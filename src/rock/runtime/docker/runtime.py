@@ -17,7 +17,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,37 +32,35 @@ from rock.runtime.docker import groups, images, shape
 from rock.runtime.docker.engine import Engine, EngineError, Facts
 from rock.runtime.docker.refusals import refusal, told
 from rock.runtime.docker.ways import BySocket, ByStreams, Way
+from rock.runtime.entered import BACK, Entered, EnteredSandboxes
 from rock.runtime.guestpython import GuestPython
-from rock.runtime.initfiles import InitSandboxes, merged
-from rock.runtime.initlink import InitLink
-from rock.runtime.namespace import admission, cgroups, limits
+from rock.runtime.initfiles import merged
+from rock.runtime.namespace import admission, limits
 from rock.runtime.process import read_record, wait_gone
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PREFIX = "d-"
 _AT_ONCE = 4  # starts that an engine is given together: with 32 and more it collapses
-_BACK = 30.0  # seconds that a pid 1 may take to find a server that came back
 _JUST = 5.0  # seconds between a kill for memory and the end that it was the cause of
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class Container:
-    """What this server knows of a living sandbox; all of it can be found again by the handle."""
+@dataclass(kw_only=True)
+class Container(Entered):
+    """Its pid is that of its pid 1."""
 
-    slot: str
     engine_id: str
-    pid: int
-    start: int
-    folders: dict[str, str]
     oci: shape.Oci = "runc"
-    link: InitLink | None = None
     way: Way | None = None
-    kills: int = 0
-    entering: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def let_go(self) -> None:
+        if self.link is not None:
+            self.link.close()
+        if self.way is not None:
+            await self.way.close()
 
 
-class DockerRuntime(InitSandboxes):
+class DockerRuntime(EnteredSandboxes[Container]):
     """Containers of the engine at `host`, "unix:///path". run_dir: a folder a sandbox; guest_dir: our Pythons."""
 
     name = "docker"
@@ -77,12 +75,11 @@ class DockerRuntime(InitSandboxes):
     }
 
     def __init__(self, run_dir: Path, guest_dir: Path, host: str = "") -> None:
-        self._run_dir = Path(os.path.realpath(run_dir))
+        super().__init__(Path(os.path.realpath(run_dir)))
         self._guest_dir = Path(os.path.realpath(guest_dir))
         self.engine = Engine(host)
         self._label = hashlib.sha256(str(self._run_dir).encode()).hexdigest()[:16]
         self._gpus = Gpus()
-        self._live: dict[str, Container] = {}
         self._making: set[str] = set()
         self._gate = asyncio.Semaphore(_AT_ONCE)
         self._python: GuestPython | None = None
@@ -106,9 +103,8 @@ class DockerRuntime(InitSandboxes):
         if self._preparing is not None:  # a thread cannot be ended
             await asyncio.wait({self._preparing})
             self._preparing = None
-        for container in self._live.values():
-            await _let_go(container)
-        self._live.clear()
+        for slot in list(self._live):
+            await self._forget(slot)
 
     async def _ready(self) -> Facts:
         """The engine's facts; from now on its events are listened to."""
@@ -257,7 +253,7 @@ class DockerRuntime(InitSandboxes):
                 task.cancel()
             await asyncio.gather(entering, ending, return_exceptions=True)
         folders = await asyncio.to_thread(groups.folders, pid)
-        container = Container(slot, engine_id, pid, entry.start, folders, link=link, way=way)
+        container = Container(slot, pid, entry.start, folders, link, engine_id=engine_id, way=way)
         await link.request("hello", patience=patience)
         return container
 
@@ -278,63 +274,41 @@ class DockerRuntime(InitSandboxes):
 
     # ---- using ----
 
-    def _find(self, handle: Handle) -> Container:
+    def _found(self, handle: Handle) -> Container:
         data = handle.data
-        container = self._live.get(data["slot"])
-        if container is None:
-            if not proctree.lives(data["pid"], data["start"]):
-                raise errors.Lost("the sandbox is gone", sandbox_id=handle.id)
-            container = Container(data["slot"], data["container"], data["pid"], data["start"], dict(data["cgroups"]),
-                                  data["oci"])
-            self._live[data["slot"]] = container
-        return container
+        return Container(data["slot"], data["pid"], data["start"], dict(data["cgroups"]), engine_id=data["container"],
+                         oci=data["oci"])
 
-    async def linked(self, handle: Handle) -> InitLink:
-        container = self._find(handle)
-        if container.link is None or container.link.closed:
-            async with container.entering:
-                if container.link is None or container.link.closed:
-                    await self._enter_again(container, handle)
-        assert container.link is not None
-        return container.link
-
-    async def _enter_again(self, container: Container, handle: Handle) -> None:
-        if not proctree.lives(container.pid, container.start):
+    async def _enter_again(self, sandbox: Container, handle: Handle) -> None:
+        if not proctree.lives(sandbox.pid, sandbox.start):
             raise errors.Lost("the sandbox's pid 1 is gone", sandbox_id=handle.id)
-        if container.way is not None:
-            await container.way.close()
-        container.way = self.way(container.oci, self._run_dir / container.slot)
+        if sandbox.way is not None:
+            await sandbox.way.close()
+        sandbox.way = self.way(sandbox.oci, self._run_dir / sandbox.slot)
         with told(handle.id):
-            container.link = await container.way.enter(container.engine_id, container.pid, handle.id, _BACK)
+            sandbox.link = await sandbox.way.enter(sandbox.engine_id, sandbox.pid, handle.id, BACK)
 
     def complete(self, handle: Handle, program: Program) -> Program:
-        data = handle.data
         if program.pty is not None and Trait.TERMINALS not in self.traits[handle.isolation]:
-            raise errors.Unsupported(f"{data['oci']} has no terminals here", sandbox_id=handle.id,
+            raise errors.Unsupported(f"{handle.data['oci']} has no terminals here", sandbox_id=handle.id,
                                      hint="run it without a pty")
-        if (most := data.get("nofile")) is not None:
-            program = replace(program, nofile=min(program.nofile or most, most))
-        user = program.user if program.user is not None else data["user"]
-        return replace(program, env=merged(data["env"], program.env), cwd=program.cwd or data["cwd"], user=user or None)
+        return super().complete(handle, program)
 
     def gpus(self) -> tuple[Sequence[str], int]:
         return self._gpus.kinds(), len(self._gpus.free)
 
     async def recover(self, handle: Handle) -> Liveness:
-        try:
-            await (await self.linked(handle)).request("hello", patience=_BACK)
-        except errors.RockError:
-            return Liveness.GONE
-        with contextlib.suppress(errors.RockError, EngineError):
-            await self._ready()
-        self._gpus.taken(handle.data["slot"], tuple(handle.data.get("gpus", ())))
-        return Liveness.RUNNING
+        found = await super().recover(handle)
+        if found is Liveness.RUNNING:
+            with contextlib.suppress(errors.RockError, EngineError):
+                await self._ready()
+            self._gpus.taken(handle.data["slot"], tuple(handle.data.get("gpus", ())))
+        return found
 
     async def wait(self, handle: Handle) -> str:
         data = handle.data
         await wait_gone(data["pid"], data["start"])
-        folder = self._run_dir / data["slot"]
-        if not folder.exists() or (folder / "stopped").exists():
+        if self._was_ended(data["slot"]):
             return "gone"
         return await self._why(data["container"])
 
@@ -362,30 +336,14 @@ class DockerRuntime(InitSandboxes):
         kills = self.oom_kills(handle)
         return await asyncio.to_thread(limits.usage, data["cgroups"], data["pid"], kills)
 
-    def oom_kills(self, handle: Handle) -> int:
-        folder = handle.data["cgroups"].get("memory")
-        found = cgroups.oom_kills(folder) if folder else 0
-        container = self._live.get(handle.data["slot"])
-        if container is not None:  # its group goes with it
-            found = container.kills = max(found, container.kills)
-        return found
-
     # ---- ending ----
 
-    async def stop(self, handle: Handle, grace: float) -> None:
-        pid, start, slot = handle.data["pid"], handle.data["start"], handle.data["slot"]
-        with contextlib.suppress(OSError):
-            (self._run_dir / slot / "stopped").touch()
+    async def _end(self, handle: Handle) -> None:
+        pid, start = handle.data["pid"], handle.data["start"]
         if proctree.lives(pid, start):
-            with contextlib.suppress(errors.RockError, TimeoutError):
-                await (await self.linked(handle)).request("stop", {"grace": grace}, patience=grace + 5)
-                async with asyncio.timeout(grace + 2):
-                    await wait_gone(pid, start)
-            if proctree.lives(pid, start):
-                with told(handle.id):
-                    await self.engine.kill(handle.data["container"])
-                await wait_gone(pid, start)
-        await self._forget(slot)
+            with told(handle.id):
+                await self.engine.kill(handle.data["container"])
+            await wait_gone(pid, start)
 
     async def destroy(self, handle: Handle) -> None:
         await self._forget(handle.data["slot"])
@@ -393,9 +351,9 @@ class DockerRuntime(InitSandboxes):
             await self._remove(handle.data["slot"], handle.data["container"])
 
     async def _forget(self, slot: str) -> None:
-        container = self._live.pop(slot, None)
+        container = self._live.get(slot)
+        await super()._forget(slot)
         if container is not None:
-            await _let_go(container)
             self._oom_at.pop(container.engine_id, None)
 
     async def _remove(self, slot: str, engine_id: str) -> None:
@@ -433,10 +391,3 @@ class DockerRuntime(InitSandboxes):
                 await self.engine.remove(str(found["Id"]))
                 gone.add(str(labels.get(shape.ID_LABEL) or slot))
         return gone
-
-
-async def _let_go(container: Container) -> None:
-    if container.link is not None:
-        container.link.close()
-    if container.way is not None:
-        await container.way.close()

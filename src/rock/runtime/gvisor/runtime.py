@@ -20,7 +20,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,38 +29,39 @@ from rock.guest import proctree
 from rock.guest.remove import remove_tree
 from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
 from rock.runtime import guestpython
-from rock.runtime.base import Enforced, Handle, Liveness, Program, Trait
+from rock.runtime.base import Enforced, Handle, Program, Trait
 from rock.runtime.carrier import Carrier
+from rock.runtime.entered import BACK, Entered, EnteredSandboxes
 from rock.runtime.gvisor import bundle, pipes, refusals, starter
 from rock.runtime.image.rootfs import RootFS
-from rock.runtime.initfiles import InitSandboxes, merged
+from rock.runtime.image.source import Images
+from rock.runtime.initfiles import merged
 from rock.runtime.initlink import InitLink
 from rock.runtime.namespace import cgroups, disk, limits, mounts, teardown
-from rock.runtime.namespace.runtime import Images
 from rock.runtime.process import children, read_record, reap, wait_gone, write_record
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PREFIX = "g-"
 _BASE, _PROBE = "base", "probe"
 _AT_ONCE = 4  # starts together: each takes a CPU for a while
-_BACK = 30.0  # seconds that a pid 1 may take to answer a server that came back
 
 
 @dataclass
-class _Sandbox:
-    """What this server knows of a living sandbox; all of it can be found again by the handle."""
+class _Sandbox(Entered):
+    """Its pid is that of runsc."""
 
-    slot: str
-    pid: int  # of runsc, which ends when the sandbox does
-    start: int
-    folders: dict[str, str]
     carrier: Carrier | None = None
-    link: InitLink | None = None
-    kills: int = 0
-    entering: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def let_go(self) -> None:
+        if self.link is not None:
+            self.link.close()
+        if self.carrier is not None:
+            self.carrier.close()
+            await self.carrier.gone()
+        self.link = self.carrier = None
 
 
-class GvisorRuntime(InitSandboxes):
+class GvisorRuntime(EnteredSandboxes[_Sandbox]):
     """Sandboxes of runsc. run_dir: a folder a sandbox; guest_dir: our Pythons; program: runsc, by name or path."""
 
     name = "gvisor"
@@ -71,11 +72,10 @@ class GvisorRuntime(InitSandboxes):
     }
 
     def __init__(self, run_dir: Path, guest_dir: Path, images: Images, program: str = "runsc") -> None:
-        self._run_dir = Path(os.path.realpath(run_dir))
+        super().__init__(Path(os.path.realpath(run_dir)))
         self._guest_dir = guest_dir
         self._images = images
         self._program = program
-        self._live: dict[str, _Sandbox] = {}
         self._making: set[str] = set()
         self._gate = asyncio.Semaphore(_AT_ONCE)
         self._guest: asyncio.Task[guestpython.GuestPython] | None = None
@@ -249,51 +249,27 @@ class GvisorRuntime(InitSandboxes):
 
     # ---- using ----
 
-    def _find(self, handle: Handle) -> _Sandbox:
+    def _found(self, handle: Handle) -> _Sandbox:
         data = handle.data
-        sandbox = self._live.get(data["slot"])
-        if sandbox is None:
-            if not proctree.lives(data["pid"], data["start"]):
-                raise errors.Lost("the sandbox is gone", sandbox_id=handle.id)
-            sandbox = _Sandbox(data["slot"], data["pid"], data["start"], dict(data["cgroups"]))
-            self._live[data["slot"]] = sandbox
-        return sandbox
+        return _Sandbox(data["slot"], data["pid"], data["start"], dict(data["cgroups"]))
 
-    async def linked(self, handle: Handle) -> InitLink:
-        sandbox = self._find(handle)
-        if sandbox.link is None or sandbox.link.closed:
-            async with sandbox.entering:
-                if sandbox.link is None or sandbox.link.closed:
-                    if not proctree.lives(sandbox.pid, sandbox.start):
-                        raise errors.Lost("the sandbox is gone", sandbox_id=handle.id)
-                    await _let_go(sandbox)
-                    await self._enter(sandbox, handle.id, _BACK)
-        assert sandbox.link is not None
-        return sandbox.link
+    async def _enter_again(self, sandbox: _Sandbox, handle: Handle) -> None:
+        if not proctree.lives(sandbox.pid, sandbox.start):
+            raise errors.Lost("the sandbox is gone", sandbox_id=handle.id)
+        await sandbox.let_go()
+        await self._enter(sandbox, handle.id, BACK)
 
     def complete(self, handle: Handle, program: Program) -> Program:
-        data = handle.data
         if program.pty is not None:
             raise errors.Unsupported("runsc has no terminals here", sandbox_id=handle.id, hint="run it without a pty")
-        if (most := data.get("nofile")) is not None:
-            program = replace(program, nofile=min(program.nofile or most, most))
-        user = program.user if program.user is not None else data["user"]
-        return replace(program, env=merged(data["env"], program.env), cwd=program.cwd or data["cwd"], user=user or None)
-
-    async def recover(self, handle: Handle) -> Liveness:
-        try:
-            await (await self.linked(handle)).request("hello", patience=_BACK)
-        except errors.RockError:
-            return Liveness.GONE
-        return Liveness.RUNNING
+        return super().complete(handle, program)
 
     async def wait(self, handle: Handle) -> str:
         kills = self.oom_kills(handle)
         data = handle.data
         await wait_gone(data["pid"], data["start"])
         reap()
-        folder = self._run_dir / data["slot"]
-        if not folder.exists() or (folder / "stopped").exists():
+        if self._was_ended(data["slot"]):
             return "gone"
         if self.oom_kills(handle) > kills:
             return "oom"
@@ -307,34 +283,17 @@ class GvisorRuntime(InitSandboxes):
         used.disk_bytes = await asyncio.to_thread(disk.written, f"{self._run_dir}/{data['slot']}/upper")
         return used
 
-    def oom_kills(self, handle: Handle) -> int:
-        """How many of its processes on the host the kernel killed for memory so far."""
-        found = cgroups.oom_kills(handle.data["cgroups"].get("memory", ""))
-        sandbox = self._live.get(handle.data["slot"])
-        if sandbox is not None:  # its group goes with it
-            found = sandbox.kills = max(found, sandbox.kills)
-        return found
-
     # ---- ending ----
 
-    async def stop(self, handle: Handle, grace: float) -> None:
-        pid, start, slot = handle.data["pid"], handle.data["start"], handle.data["slot"]
-        with contextlib.suppress(OSError):
-            (self._run_dir / slot / "stopped").touch()
-        if proctree.lives(pid, start):
-            with contextlib.suppress(errors.RockError, TimeoutError):
-                await (await self.linked(handle)).request("stop", {"grace": grace}, patience=grace + 5)
-                async with asyncio.timeout(grace + 2):
-                    await wait_gone(pid, start)
-        await self._kill(pid, start, dict(handle.data["cgroups"]))
-        await self._forget(slot)
+    async def _end(self, handle: Handle) -> None:
+        await self._kill(handle.data["pid"], handle.data["start"])
 
     async def destroy(self, handle: Handle) -> None:
         data = handle.data
         await self._clean_up(data["slot"], data["pid"], data["start"], dict(data["cgroups"]))
 
     @staticmethod
-    async def _kill(pid: int, start: int | None, folders: Mapping[str, str]) -> None:
+    async def _kill(pid: int, start: int | None) -> None:
         """End runsc, and with it the kernel and the file server of the sandbox, which die with it."""
         entry = proctree.read(pid)
         if entry is not None and start in (None, entry.start):
@@ -346,16 +305,11 @@ class GvisorRuntime(InitSandboxes):
         """Remove all of a sandbox, made in whole or in part. Idempotent."""
         await self._forget(slot)
         if pid is not None:
-            await self._kill(pid, start, folders)
+            await self._kill(pid, start)
             await self._forget(slot)  # a request that was under way may have found it again meanwhile
         # What is in its cgroups is its own, whatever became of runsc.
         await asyncio.to_thread(teardown.remove, self._run_dir / slot, list(folders.values()))
         reap()
-
-    async def _forget(self, slot: str) -> None:
-        sandbox = self._live.pop(slot, None)
-        if sandbox is not None:
-            await _let_go(sandbox)
 
     async def sweep(self, known: Sequence[str]) -> list[str]:
         keep, gone = set(known), []
@@ -371,15 +325,6 @@ class GvisorRuntime(InitSandboxes):
             await self._clean_up(slot, record.get("pid"), record.get("start"), self._limiter.groups.folders(slot))
             gone.append(id or slot)
         return gone
-
-
-async def _let_go(sandbox: _Sandbox) -> None:
-    if sandbox.link is not None:
-        sandbox.link.close()
-    if sandbox.carrier is not None:
-        sandbox.carrier.close()
-        await sandbox.carrier.gone()
-    sandbox.link = sandbox.carrier = None
 
 
 def _told(folder: Path) -> str:

@@ -89,6 +89,10 @@ class LayerStore:
             raise ImageError(f"two layers share the first digits of their digests: {info.diff_id} and {diff_id}")
         return info
 
+    def has(self, diff_id: str) -> bool:
+        """Whether the layer of that digest is there."""
+        return self.info(diff_id) is not None
+
     def info_of(self, folder: str) -> LayerInfo:
         """The layer in one of `path`'s folders. ImageError when it was removed."""
         try:

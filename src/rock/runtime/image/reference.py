@@ -84,3 +84,21 @@ def _invalid(name: str, why: str) -> InvalidConfig:
     shown = name if len(name) <= 80 else name[:77] + "..."
     hint = "write it like python:3.11 or localhost:5000/team/tool:1.0"
     return InvalidConfig(f"invalid image name {shown!r}: {why}", hint=hint)
+
+
+def free_name(name: str) -> None:
+    """InvalidConfig for a name that an image cannot be given."""
+    if name == HOST:
+        raise InvalidConfig("the image `host` is built in", hint="take another name, like my/image:1.0")
+    parse(name)
+
+
+def new_name(name: str) -> Reference:
+    """What an image that is about to be made may be called. InvalidConfig."""
+    free_name(name)
+    reference = parse(name)
+    if reference.digest is not None:
+        raise InvalidConfig(f"{name} is named by a digest, which a new image cannot choose", hint="give it a tag")
+    if reference.familiar.startswith(BUILD_STEPS):  # builds would take it over as what they made
+        raise InvalidConfig(f"names that begin with {BUILD_STEPS} are those of build steps")
+    return reference

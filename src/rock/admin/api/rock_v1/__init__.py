@@ -25,7 +25,7 @@ from rock.admin.api.rock_v1.ports import Ports
 from rock.admin.api.rock_v1.sandboxes import Sandboxes
 from rock.admin.desk import Desks
 from rock.envhub.catalogue import Catalogue
-from rock.protocol.routes import Route
+from rock.protocol.route import Route
 from rock.wire.asgi import Answer, App, Receive, Router, Scope, Send, answer
 
 SANDBOXES, GEM = "/apis/envs/sandbox/v1", "/apis/v1/envs/gem"

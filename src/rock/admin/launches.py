@@ -1,0 +1,145 @@
+"""Starts that are under way here: of what is new, of what is started again, of what comes from the archive."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from rock import faults
+from rock.admin import infos
+from rock.admin.counts import CREATES, STARTS
+from rock.admin.lifecycle import Event
+from rock.admin.worker import Worker
+from rock.errors import InternalServerRockError, Lost, RockError, SandboxError, from_wire
+from rock.protocol.node import NodeSandbox
+from rock.protocol.sandbox import Cause, SandboxInfo, State
+from rock.store.base import Record
+from rock.telemetry import tracing
+from rock.wire.waits import settled
+
+if TYPE_CHECKING:
+    from rock.admin.service import Service
+
+log = logging.getLogger("rock.admin")
+
+
+class Launches:
+    """One task a sandbox. `service.close` ends them."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._tasks: dict[str, asyncio.Task[Record]] = {}
+
+    def __contains__(self, sandbox_id: str) -> bool:
+        return sandbox_id in self._tasks
+
+    def tasks(self) -> list[asyncio.Task[Record]]:
+        return list(self._tasks.values())
+
+    def begin(self, record: Record) -> asyncio.Task[Record]:
+        """Start a pending sandbox in the background; one task a sandbox."""
+        task = self._tasks.get(record.id)
+        if task is None:
+            task = asyncio.create_task(self._launch(record), name=f"launch-{record.id}")
+            self._tasks[record.id] = task
+            task.add_done_callback(lambda done: self._launched(record.id, done))
+        return task
+
+    def _launched(self, sandbox_id: str, task: asyncio.Task[Record]) -> None:
+        self._tasks.pop(sandbox_id, None)
+        self._service.placing.landed(sandbox_id)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("launch of %s: %r", sandbox_id, task.exception())
+            self._service.unfinished(sandbox_id)
+
+    async def _launch(self, record: Record) -> Record:
+        restored, began = record.info.archive is not None, time.monotonic()
+        try:
+            with tracing.span("start sandbox", {"rock.sandbox_id": record.id, "rock.image": record.config.image}):
+                async with asyncio.timeout(record.config.startup_timeout):
+                    worker = await self._worker_for(record)
+                    await faults.point("launch.begun")
+                    made = await self._start(worker, record)
+                    await faults.point("launch.made")
+        except TimeoutError:
+            error: RockError = SandboxError(
+                f"sandbox {record.id} did not start within {record.config.startup_timeout:g} s", sandbox_id=record.id
+            )
+        except RockError as raised:
+            error = raised
+        except Exception as raised:
+            log.exception("launch of %s", record.id)
+            error = InternalServerRockError(f"{type(raised).__name__}: {raised}", sandbox_id=record.id)
+        else:
+            CREATES.of("running", "").add()
+            STARTS.of("running").observe(time.monotonic() - began)
+            new = await self._service.apply(record.id, Event.LAUNCHED, known=record, **infos.running(made))
+            if restored and new.info.archive is None:
+                await self._service.archive.forget(record.id)
+            return new
+        CREATES.of("failed", error.code).add()
+        STARTS.of("failed").observe(time.monotonic() - began)
+        wire = error.to_wire()
+        wire["error"]["sandbox_id"] = record.id
+        if restored:
+            return await self._service.apply(record.id, Event.RESTORE_FAILED, reason=error.message, error=wire)
+        lost: dict[str, Any] = {"kept": False} if isinstance(error, Lost) else {}
+        new = await self._service.apply(
+            record.id, Event.LAUNCH_FAILED, cause=Cause.START_FAILED, reason=error.message, error=wire, **lost
+        )
+        self._service.groups.launch_failed(new)
+        return new
+
+    async def _worker_for(self, record: Record) -> Worker:
+        """Its own, or for one from the archive any that fits; where a cluster decides, that which it names."""
+        if self._service.placing.reservations is not None:
+            worker = await self._service.placing.reserve(record)
+        elif record.info.archive is None:
+            return self._service.reached(record.info.worker)
+        else:
+            worker = await self._service.placing.place(record.id, record.config)
+        if worker.name != record.info.worker:
+            status = self._service.placing.status(worker.name) or await worker.status()
+            await self._service.amend(record.id, worker=worker.name, host_name=status.host_name, host_ip=status.host_ip)
+        return worker
+
+    async def _start(self, worker: Worker, record: Record) -> NodeSandbox:
+        """For the first time, or over what it left."""
+        if record.info.archive is not None:
+            return await self._service.archive.restore(worker, record)
+        if record.info.kept:
+            return await worker.wake(record.id, record.config)
+        return await worker.create(record.id, record.config)
+
+    async def waited(self, record: Record, wait: float) -> SandboxInfo:
+        """What became of a start after at most `wait` seconds; one that failed raises its reason."""
+        record = await self.ended(record, wait)
+        failed = record.info.cause is Cause.START_FAILED or record.state is State.ARCHIVED
+        if failed and record.info.error:
+            raise from_wire(record.info.error)
+        return record.info
+
+    async def ended(self, record: Record, wait: float) -> Record:
+        """The record once it is no longer being launched, or after `wait` seconds as it was."""
+        launch = self._tasks.get(record.id)
+        if launch is not None and wait > 0:
+            await settled(launch, wait)
+            if launch.cancelled():  # it was stopped meanwhile
+                return await self._service.load(record.id)
+            if launch.done():
+                return launch.result()
+        return record
+
+    def of(self, records: Iterable[Record]) -> list[asyncio.Task[Record]]:
+        """The starts of these that are under way here."""
+        return [task for record in records if (task := self._tasks.get(record.id)) is not None]
+
+    async def give_up(self, sandbox_id: str) -> None:
+        """Cancel a start that is under way, and wait until it has ended."""
+        launch = self._tasks.get(sandbox_id)
+        if launch is not None:
+            launch.cancel()
+            await asyncio.wait({launch})

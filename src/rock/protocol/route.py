@@ -1,0 +1,72 @@
+"""A row of the table of the wire, and what a key has to have for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import quote
+
+from rock.protocol.keys import Access
+
+Plane = Literal["control", "data", "node"]
+SANDBOX = "/v1/sandboxes/{sandbox_id}"
+
+
+@dataclass(frozen=True)
+class Route:
+    """A row: `plane` control is the admin's, data goes through the proxy to the rocklet, node is admin to rocklet.
+
+    method: ANY is each of METHODS. tail: the last variable is the whole rest of the path, which may be missing.
+    access: what a key has to have for it; nobody but the server's owner has all, so what is forgotten is closed.
+    """
+
+    name: str
+    method: str
+    path: str
+    plane: Plane
+    summary: str
+    request: str = ""  # model, or raw, or query names
+    answer: str = ""
+    mutates: bool = False
+    tail: bool = False
+    access: Access = Access.ADMIN
+
+    def url(self, **values: str) -> str:
+        """The path with its variables filled in and percent-encoded."""
+        return self.path.format(**{k: quote(v, safe="") for k, v in values.items()})
+
+
+_ACCESS = {  # of rows whose plane and method do not tell
+    "health": Access.OPEN,
+    "metrics": Access.ADMIN,
+    "commit_sandbox": Access.IMAGES,
+    "add_env": Access.IMAGES,
+    "build_env": Access.IMAGES,
+    "build_image": Access.IMAGES,
+    "create_key": Access.ADMIN,
+    "list_keys": Access.ADMIN,
+    "revoke_key": Access.ADMIN,
+    "join_worker": Access.WORKER,
+    "beat_worker": Access.WORKER,
+    "list_workers": Access.ADMIN,
+    "drain_worker": Access.ADMIN,
+    "undrain_worker": Access.ADMIN,
+    "remove_worker": Access.ADMIN,
+}
+
+
+def _access(name: str, method: str, plane: Plane) -> Access:
+    if name in _ACCESS or plane == "node":
+        return _ACCESS.get(name, Access.ADMIN)
+    if method == "GET":
+        return Access.READ
+    return Access.RUN if plane == "data" else Access.CREATE
+
+
+def row(
+    name: str, method: str, path: str, plane: Plane, summary: str, request: str = "", answer: str = ""
+) -> Route:
+    """A row whose access follows from its plane and method, where `_ACCESS` says nothing else."""
+    mutates = method in ("POST", "PUT", "DELETE")
+    access = _access(name, method, plane)
+    return Route(name, method, path, plane, summary, request, answer, mutates, access=access)

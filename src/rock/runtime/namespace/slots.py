@@ -1,0 +1,188 @@
+"""The run folders of one server, a slot each, and what lives in them: found, ended, removed, swept."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rock import errors
+from rock.guest import proctree
+from rock.guest.remove import remove_tree
+from rock.runtime.base import Handle, Prepared
+from rock.runtime.initlink import InitLink
+from rock.runtime.namespace import cgroups, disk, limits, mounts, records, teardown
+from rock.runtime.namespace.launchlink import LaunchLink
+from rock.runtime.namespace.outlets import Outlets
+from rock.runtime.process import wait_gone
+
+
+@dataclass
+class Sandbox:
+    """What this server knows of a living sandbox; all of it can be found again by the handle."""
+
+    slot: str
+    pid: int
+    start: int
+    base: int
+    folders: dict[str, str]
+    link: InitLink | None = None
+    memory: int = 0
+    kills: int = 0  # by our own watching
+    prepared: Prepared | None = None
+
+    def record(self, id: str) -> dict[str, Any]:
+        """What is noted on disk of it, under the name `id`."""
+        return {"id": id, "slot": self.slot, "pid": self.pid, "start": self.start, "base": self.base,
+                "cgroups": self.folders}
+
+
+class Slots:
+    """Those below `run_dir`, which has no links in it. making: slots of which no sweep may take anything.
+
+    launcher: whoever opens a runtime sets it, once it is known what the launcher may be.
+    """
+
+    launcher: LaunchLink
+
+    def __init__(self, run_dir: Path, outlets: Outlets) -> None:
+        self.run_dir = run_dir
+        self.live: dict[str, Sandbox] = {}
+        self.making: set[str] = set()
+        self._outlets = outlets
+
+    async def open(self) -> None:
+        """Make the folder, and find the uid ranges that are taken and the limits that can be held."""
+        self.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.chmod(self.run_dir, 0o700)
+        await self.remove_spares()
+        (self.run_dir / records.SPARE).mkdir(mode=0o700)
+        for folder in (self.run_dir, self.run_dir / records.SPARE):
+            disk.spread(str(folder))
+        mounts.make_base(str(self.run_dir / records.BASE))
+        self.ranges = records.UidRanges(self.run_dir)
+        for slot in records.slots(self.run_dir):
+            base = records.read(self.run_dir, slot).get("base")
+            if isinstance(base, int):
+                self.ranges.reserve(base, slot)
+        self.limiter = limits.Limiter(await asyncio.to_thread(cgroups.discover, str(self.run_dir)))
+
+    async def close(self) -> None:
+        """Of one that was opened. The sandboxes live on."""
+        await self.remove_spares()
+        cgroups.remove_parents(self.limiter.groups)
+
+    async def remove_spares(self) -> None:
+        await asyncio.to_thread(remove_tree, str(self.run_dir / records.SPARE))
+
+    def let_go_of_all(self) -> None:
+        for sandbox in self.live.values():
+            if sandbox.link is not None:
+                sandbox.link.close()
+        self.live.clear()
+
+    # ---- finding ----
+
+    def find(self, handle: Handle) -> Sandbox:
+        """The living sandbox. Lost."""
+        slot = handle.data["slot"]
+        sandbox = self.live.get(slot)
+        if sandbox is None:
+            data = handle.data
+            if "pid" not in data or not proctree.lives(data["pid"], data["start"]):  # one at rest has none
+                raise errors.Lost("the sandbox is gone", sandbox_id=handle.id)
+            sandbox = Sandbox(slot, data["pid"], data["start"], data["base"], dict(data["cgroups"]),
+                              memory=int(data["memory"]))
+            self.ranges.reserve(sandbox.base, slot)
+            self.live[slot] = sandbox
+        return sandbox
+
+    def link(self, handle: Handle) -> InitLink:
+        """The connection to its pid 1. Lost."""
+        sandbox = self.find(handle)
+        if sandbox.link is None or sandbox.link.closed:
+            sandbox.link = InitLink.connect(self.run_dir / sandbox.slot, handle.id)
+        return sandbox.link
+
+    def oom_kills(self, handle: Handle) -> int:
+        """How many of its processes were killed for memory so far."""
+        sandbox = self.live.get(handle.data["slot"])
+        folder = handle.data["cgroups"].get("memory")
+        return (cgroups.oom_kills(folder) if folder else 0) + (sandbox.kills if sandbox else 0)
+
+    # ---- ending ----
+
+    async def stop(self, handle: Handle, grace: float) -> None:
+        """End its processes, asked for `grace` seconds; its files stay."""
+        pid, start, slot = handle.data["pid"], handle.data["start"], handle.data["slot"]
+        with contextlib.suppress(OSError):
+            self._stopped(slot).touch()
+        with contextlib.suppress(errors.RockError, TimeoutError):
+            await self.link(handle).request("stop", {"grace": grace}, patience=grace + 5)
+            async with asyncio.timeout(grace + 2):
+                await wait_gone(pid, start)
+        teardown.kill(pid, start)
+        await wait_gone(pid, start)
+        self.forget(slot)
+
+    def was_told(self, handle: Handle) -> bool:
+        """Whether pid 1 ended by itself, as `stop` makes it do."""
+        return self._stopped(handle.data["slot"]).exists()
+
+    def _stopped(self, slot: str) -> Path:
+        return self.run_dir / slot / "stopped"
+
+    async def discard(self, sandbox: Sandbox) -> None:
+        """Remove all of one that nobody has a handle of."""
+        if sandbox.prepared is not None:
+            await sandbox.prepared.detach()
+        await self.clean_up(sandbox.slot, sandbox.pid, sandbox.start, sandbox.base, sandbox.folders)
+
+    async def clean_up(self, slot: str, pid: int | None, start: int | None, base: int | None,
+                       folders: Mapping[str, str]) -> None:
+        """Remove all of a sandbox, made in whole or in part. Idempotent."""
+        self.forget(slot)
+        if pid is None or start is None:
+            pid, start = teardown.find(self.run_dir / slot) or (None, None)
+        clean = False
+        if pid is not None and start is not None:
+            with contextlib.suppress(errors.RockError):
+                clean = await self._retire(slot, pid, start, folders)
+            if not clean:
+                teardown.kill(pid, start)
+                await wait_gone(pid, start)
+        if not clean:
+            await asyncio.to_thread(teardown.remove, self.run_dir / slot, list(folders.values()))
+        if base is not None:
+            self.ranges.give_back(base, slot)
+
+    async def _retire(self, slot: str, pid: int, start: int, folders: Mapping[str, str]) -> bool:
+        """Have the launcher end it; False when there is more to remove than it does."""
+        reply = await self.launcher.request("retire", {
+            "pid": pid, "start": start, "slot": str(self.run_dir / slot), "cgroups": list(folders.values())})
+        return bool(reply.get("clean"))
+
+    def forget(self, slot: str) -> None:
+        """Close what this server has open of it."""
+        self._outlets.drop(slot)
+        sandbox = self.live.pop(slot, None)
+        if sandbox is not None and sandbox.link is not None:
+            sandbox.link.close()
+
+    async def sweep(self, known: Sequence[str]) -> list[str]:
+        """Remove what belongs to no sandbox of these ids: the ids, or slots, that were removed."""
+        keep, gone = set(known), []
+        groups = await asyncio.to_thread(teardown.leftover_groups, self.limiter.groups)
+        for slot in sorted({*records.slots(self.run_dir), *groups}):
+            record = records.read(self.run_dir, slot)
+            id = str(record.get("id", ""))
+            if slot in self.making or (id in keep if id else slot in self.live):
+                continue
+            folders = self.limiter.groups.folders(slot)
+            await self.clean_up(slot, record.get("pid"), record.get("start"), record.get("base"), folders)
+            gone.append(id or slot)
+        return gone
