@@ -245,3 +245,27 @@ def test_a_stream_that_another_resumed_is_paused_again() -> None:
         assert said == ["pause", "pause"]
 
     asyncio.run(main())
+
+
+def test_a_folder_is_empty_for_the_next_sandbox(tmp_path: Path) -> None:
+    """A journal that had been made shorter stayed as it was; so did all that a former rocklet had written."""
+
+    async def main() -> None:
+        folder = SpoolFolder(tmp_path / "spool")
+        journal = Journal(folder)
+        for number in range(3):
+            journal.begin(f"p{number}", kind="run")
+            journal.finish(f"p{number}", Answer(b"x" * 500_000))
+        journal.give_back(journal.borrow())
+        (tmp_path / "spool" / "of-a-former-rocklet.out").write_bytes(b"secret")
+        await journal.close()
+        assert folder.clear()
+        assert all(path.stat().st_size == 0 for path in (tmp_path / "spool").iterdir())
+        again = Journal(folder)
+        again.load()
+        assert await again.known("p0") is None
+        await again.close()
+        folder.remove()
+        assert not (tmp_path / "spool").exists()
+
+    asyncio.run(main())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from pathlib import Path
@@ -10,6 +9,13 @@ from typing import Any
 
 from rock.errors import Conflict
 from rock.runtime import wholefile
+
+
+def _lock(fd: int) -> None:
+    """BlockingIOError when another process has it."""
+    import fcntl  # the command-line client runs on machines without it too
+
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class Home:
@@ -28,7 +34,7 @@ class Home:
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         lock = os.open(self.folder / "server.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(lock)
         except OSError:
             os.close(lock)
             raise Conflict(
@@ -45,7 +51,7 @@ class Home:
         """Where the server of this folder listens, if one runs now."""
         try:
             with open(self.folder / "server.lock", "a+") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(lock.fileno())
                 return None
         except BlockingIOError:
             pass

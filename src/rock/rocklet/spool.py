@@ -171,7 +171,6 @@ class SpoolFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._free: dict[str, SpoolFile] = {}
-        self._names: set[str] = set()
         self._journal = -1
         self._closed = False
 
@@ -180,7 +179,6 @@ class SpoolFolder:
         found = self._free.pop(name, None)
         if found is None:
             self._make()
-            self._names.add(name)
             found = SpoolFile(self.path / name)
         return found
 
@@ -194,7 +192,6 @@ class SpoolFolder:
         if len(self._free) < _FREE and not spool.broken and not self._closed:
             self._free[spool.path.name] = spool
             return
-        self._names.discard(spool.path.name)
         spool.remove()
 
     def journal(self) -> int:
@@ -228,11 +225,11 @@ class SpoolFolder:
         try:
             for spool in self._free.values():
                 spool.empty()
-            for name in self._names - self._free.keys():
-                (self.path / name).unlink(missing_ok=True)
-            self._names = set(self._free)
-            if self._journal >= 0:
-                os.ftruncate(self._journal, 0)
+            for name in os.listdir(self.path) if self.path.is_dir() else ():
+                if name == _JOURNAL and self._journal >= 0:
+                    os.ftruncate(self._journal, 0)
+                elif name not in self._free:
+                    (self.path / name).unlink(missing_ok=True)
         except OSError as error:
             log.warning("%s is not used again: %s", self.path, error)
             return False
