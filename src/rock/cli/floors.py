@@ -14,14 +14,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rock.cli.serve import http_over, listen, run
 from rock.errors import Unavailable
+from rock.runtime import wholefile
 from rock.wire.asgi import Answer, Receive, Request, Scope, Send
 
-_NOTE = "floor.json"
+_NOTE = "server.json"
 
 
 class Shell:
@@ -57,20 +58,35 @@ async def bare_commands(count: int) -> list[float]:
 
 
 @contextlib.contextmanager
+def serving(folder: str, *words: str, env: Mapping[str, str] | None = None) -> Iterator[tuple[str, int]]:
+    """(URL, pid) of a Python process that notes its port in the folder once it serves; it is stopped at the end."""
+    note, log = Path(folder) / _NOTE, Path(folder) / "output.log"
+    with log.open("wb") as out:
+        child = subprocess.Popen([sys.executable, *words], env=env, stdout=out, stderr=out)
+    try:
+        yield f"http://127.0.0.1:{_port(child, note, log)}", child.pid
+    finally:
+        child.send_signal(signal.SIGTERM)
+        child.wait(60)
+
+
+def _port(child: subprocess.Popen[bytes], note: Path, log: Path) -> int:
+    end = time.monotonic() + 60
+    while time.monotonic() < end and child.poll() is None:
+        with contextlib.suppress(OSError, ValueError):
+            return int(json.loads(note.read_text())["port"])
+        time.sleep(0.02)
+    raise Unavailable(f"the server did not start: {log.read_text(errors='replace')[-500:]}")
+
+
+@contextlib.contextmanager
 def bare_server() -> Iterator[str]:
     """The URL of a bare HTTP server; each path of it has a bash of its own."""
-    with tempfile.TemporaryDirectory(prefix="rock-bench-") as folder:
-        child = subprocess.Popen([sys.executable, "-m", "rock.cli.floors", folder])
-        note, end = Path(folder) / _NOTE, time.monotonic() + 60
-        try:
-            while not note.exists():
-                if child.poll() is not None or time.monotonic() > end:
-                    raise Unavailable("the bare server did not start")
-                time.sleep(0.02)
-            yield f"http://127.0.0.1:{json.loads(note.read_text())['port']}"
-        finally:
-            child.send_signal(signal.SIGTERM)
-            child.wait(60)
+    with (
+        tempfile.TemporaryDirectory(prefix="rock-bench-") as folder,
+        serving(folder, "-m", "rock.cli.floors", folder) as (url, _),
+    ):
+        yield url
 
 
 async def serve(folder: Path) -> None:
@@ -87,8 +103,7 @@ async def serve(folder: Path) -> None:
     listener = listen("127.0.0.1", 0)
     http = http_over(app)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, lambda: setattr(http, "should_exit", True))
-    (folder / ".note").write_text(json.dumps({"port": listener.getsockname()[1]}))
-    (folder / ".note").rename(folder / _NOTE)
+    wholefile.replace(folder / _NOTE, json.dumps({"port": listener.getsockname()[1]}))
     await http.serve(sockets=[listener])
     for shell in shells.values():
         await shell.close()

@@ -9,9 +9,6 @@ import functools
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -19,9 +16,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rock.cli.floors import bare_commands
+from rock.cli.floors import bare_commands, serving
 from rock.cli.serve import Server
-from rock.errors import Unavailable, from_wire
+from rock.errors import from_wire
 from rock.guest import proctree
 from rock.protocol.action import CreateBashSessionRequest
 from rock.protocol.keys import OPERATOR
@@ -39,27 +36,10 @@ _TURNS = 5
 def running_server(pool: int) -> Iterator[tuple[str, int]]:
     """A server of its own: (URL, pid). It is stopped, with every sandbox, at the end."""
     with tempfile.TemporaryDirectory(prefix="rock-bench-") as home:
-        log = Path(home) / "output.log"
-        with log.open("wb") as out:
-            child = subprocess.Popen(
-                [sys.executable, "-m", "rock.cli.server", "--host", "127.0.0.1", "--port", "0"],
-                env=child_environment(ROCK_HOME=home, ROCK_POOL_SIZE=str(pool)), stdout=out, stderr=out,
-            )  # fmt: skip
-        try:
-            yield _wait_for(child, Path(home), log), child.pid
-        finally:
-            child.send_signal(signal.SIGTERM)
-            child.wait(60)
-
-
-def _wait_for(child: subprocess.Popen[bytes], home: Path, log: Path) -> str:
-    end = time.monotonic() + 60
-    while time.monotonic() < end and child.poll() is None:
-        with contextlib.suppress(OSError, ValueError):
-            note = json.loads((home / "server.json").read_text())
-            return f"http://127.0.0.1:{note['port']}"
-        time.sleep(0.02)
-    raise Unavailable(f"the server did not start: {log.read_text(errors='replace')[-500:]}")
+        environment = child_environment(ROCK_HOME=home, ROCK_POOL_SIZE=str(pool))
+        words = ("-m", "rock.cli.server", "--host", "127.0.0.1", "--port", "0")
+        with serving(home, *words, env=environment) as found:
+            yield found
 
 
 def _config(url: str, **fields: Any) -> SandboxConfig:

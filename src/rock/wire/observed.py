@@ -237,7 +237,7 @@ def _context_of(scope: Scope) -> Context:
     context = Context(request_id or new_id(), traceparent)
     told = context.request_id.encode()
     if told != given:  # who is asked next for the sake of this request knows it by the same
-        others = [header for header in headers if header[0] != _ID] if given or known else headers
+        others = [header for header in headers if header[0] != _ID] if known else headers
         scope["headers"] = [*others, (_ID, told)]
     path: str = scope["path"]
     if path.startswith(_SANDBOXES):

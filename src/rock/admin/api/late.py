@@ -36,34 +36,28 @@ def guarded(app: App) -> App:
     control = (route for route in ROUTES.values() if route.plane == "control")
     rows = [(route.method, tuple(route.path.split("/")), route.access) for route in control]
 
-    def access(method: str, path: str) -> Access | None:
-        if path in _PAGES:
-            return Access.OPEN if path == "/" else Access.READ
+    def found(path: str) -> dict[str, Access]:
+        """What each method of a path is for; of two rows that fit, what the first is for."""
         given = path.split("/")
-        for kind, parts, needed in rows:
-            if kind == ("GET" if method == "HEAD" else method) and fit(parts, given) is not None:
-                return needed
-        return None
-
-    def others(method: str, path: str) -> list[str]:
-        """What may be asked of a path instead; none where the method is right, or the path is nothing."""
-        given = path.split("/")
-        kinds = sorted({kind for kind, parts, _ in rows if fit(parts, given) is not None})
-        return [] if method in kinds else kinds
+        return {kind: needed for kind, parts, needed in reversed(rows) if fit(parts, given) is not None}
 
     async def guard(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            caller, needed = caller_of(scope), access(scope["method"], scope["path"])
+            method, path = scope["method"], scope["path"]
+            caller, kinds = caller_of(scope), found(path)
+            needed = kinds.get("GET" if method == "HEAD" else method)
+            if path in _PAGES:
+                needed = Access.OPEN if path == "/" else Access.READ
             try:
                 if needed is None and Access.ADMIN not in caller.scopes:
-                    raise NotFound(f"no such route: {scope['method']} {scope['path']}")
+                    raise NotFound(f"no such route: {method} {path}")
                 caller.require(needed or Access.ADMIN)
             except RockError as error:
                 await failure(error).send(send)
                 return
-            if allowed := others(scope["method"], scope["path"]):
-                refused = ClientError(f"{scope['method']} {scope['path']}: Method Not Allowed")
-                headers = [(b"allow", ", ".join(allowed).encode())]
+            if kinds and method not in kinds:
+                refused = ClientError(f"{method} {path}: Method Not Allowed")
+                headers = [(b"allow", ", ".join(sorted(kinds)).encode())]
                 await Answer(orjson.dumps(refused.to_wire()), 405, headers=headers).send(send)
                 return
         await app(scope, receive, send)

@@ -19,7 +19,6 @@ from rock.runtime.image.pull import Progress
 from rock.runtime.image.push import GZIP_LAYER
 from rock.runtime.image.records import ImageRecord, Records
 from rock.runtime.image.reference import free_name, parse
-from rock.runtime.image.tarstream import ByteStream, TarReader
 
 EMPTY = f"sha256:{hashlib.sha256().hexdigest()}"  # digest of a layer without anything
 _PLAIN_LAYER = GZIP_LAYER.removesuffix("+gzip")
@@ -96,13 +95,7 @@ class Adding:
 def unpack(blob: Blob, digest: str | None, writer: LayerWriter) -> str:
     """Write a tar, plain or compressed, as a layer: the digest of the plain tar. digest: what the blob's has to be."""
     plain = Plain(blob, writer.bounds)
-    chunks = plain.chunks()
-    try:
-        stream = ByteStream(chunks)
-        writer.add_all(TarReader(stream))
-        stream.drain()
-    finally:
-        chunks.close()
+    plain.unpack_into(writer)
     if digest is not None and digest != plain.blob_digest:
         raise ImageError(f"layer {digest} has other content than its name says",
                          hint="the archive is damaged; fetch or save it again")

@@ -15,6 +15,7 @@ from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from rock.errors import ImageError
 from rock.runtime.image.bounds import Bounds
@@ -70,6 +71,12 @@ def compression(blob: Blob) -> str:
     return "none"
 
 
+class TakesTar(Protocol):
+    """What the entries of a tar are written by."""
+
+    def add_all(self, reader: TarReader) -> None: ...
+
+
 class Plain:
     """The uncompressed bytes of a blob, with the digests of both sides once `chunks` is exhausted.
 
@@ -94,6 +101,16 @@ class Plain:
     def chunks(self) -> Generator[bytes, None, None]:
         """Pieces of at most a few MB. They are made by a thread, beside whoever takes them."""
         return _ahead(self._plain())
+
+    def unpack_into(self, writer: TakesTar) -> None:
+        """Give the tar that it is to a writer, to the last byte."""
+        chunks = self.chunks()
+        try:
+            stream = ByteStream(chunks)
+            writer.add_all(TarReader(stream))
+            stream.drain()
+        finally:
+            chunks.close()
 
     def _plain(self) -> Generator[bytes, None, None]:
         raw: Iterator[bytes] = self._blob.chunks()

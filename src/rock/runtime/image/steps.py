@@ -12,7 +12,7 @@ from rock.runtime.image.blobs import Blob, Plain
 from rock.runtime.image.bounds import Bounds
 from rock.runtime.image.layer import LayerWriter, parts_of
 from rock.runtime.image.packing import HoledWriter
-from rock.runtime.image.tarstream import ByteStream, Entry, Kind, TarReader
+from rock.runtime.image.tarstream import Entry, Kind, TarReader
 
 MOST_BYTES = 16 << 30  # of a context
 _MOST_FILES = 1_000_000
@@ -44,7 +44,7 @@ def unpack_context(tar: Path, folder: Path) -> None:
     """Unpack the tar of a context into a new folder. InvalidConfig, ImageError."""
     folder.mkdir(mode=0o700)
     with _ContextWriter(str(folder)) as writer:
-        _into(writer, tar, Bounds(2 * MOST_BYTES))  # what is of no entry is read too
+        Plain(Blob.of(tar), Bounds(2 * MOST_BYTES)).unpack_into(writer)  # what is of no entry is read too
         writer.finish()
 
 
@@ -62,15 +62,5 @@ class _OwnFiles:
 
 def unpack_written(tar: Path, writer: LayerWriter, digest: str) -> str:
     """Write the tar of what a RUN wrote into a layer; answers the layer's digest. digest: of the tar."""
-    _into(_OwnFiles(writer), tar, writer.bounds)
+    Plain(Blob.of(tar), writer.bounds).unpack_into(_OwnFiles(writer))
     return f"sha256:{hashlib.sha256(f'run {digest}'.encode()).hexdigest()}"
-
-
-def _into(writer: LayerWriter | _OwnFiles, tar: Path, bounds: Bounds) -> None:
-    chunks = Plain(Blob.of(tar), bounds).chunks()
-    try:
-        stream = ByteStream(chunks)
-        writer.add_all(TarReader(stream))
-        stream.drain()
-    finally:
-        chunks.close()
