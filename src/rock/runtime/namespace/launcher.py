@@ -119,6 +119,7 @@ class Launcher:
             self._give_up()
             if self.queue and not self.zygote.full:  # one, then look who has become ready
                 self._start(self.queue.popleft())
+        self.zygote.close()
 
     def _wait(self) -> list[tuple[int, int]]:
         if self.outgoing:

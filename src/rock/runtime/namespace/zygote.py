@@ -12,6 +12,7 @@ launcher forks by itself: the same with more memory. Standard library only.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -215,6 +216,15 @@ class Zygote:
         for fd in (self._pidfd, self._command, self._reply):
             os.close(fd)
         self._pid = 0
+
+    def close(self) -> None:
+        """End it, and be gone when this returns. Of a launcher that is killed it would go a moment later."""
+        if self._pid:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):  # it was killed before, and is buried
+                os.waitpid(self._pid, 0)
+            self._bury()
 
     def _by_fork(self, area: Area, flags: int) -> int:
         pid = kernel.fork_into(flags)
