@@ -19,7 +19,7 @@ from rock.runtime.docker.engine import Facts
 from rock.runtime.fake import FakeRuntime
 from rock.runtime.gvisor.runtime import GvisorRuntime
 from rock.runtime.landlock.runtime import LandlockRuntime
-from rock.runtime.namespace import admission
+from rock.runtime.namespace import admission, cgroups
 from rock.runtime.process import ProcessRuntime
 from tests.runtime.boxes import ROOT, HandMade, namespace_box, namespace_runtime, run
 
@@ -110,6 +110,21 @@ def test_what_was_written_without_a_limit_is_told(tmp_path: Path) -> None:
             await b.sh("head -c 3000000 /dev/urandom > /work/a; mkdir -p /work/deep/er; cp /work/a /work/deep/er/b")
             used = (await b.runtime.usage(b.handle)).disk_bytes
             assert used is not None and 6_000_000 <= used < 7_000_000
+
+    run(main())
+
+
+def test_what_ends_is_not_slowed_down(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with namespace_box(tmp_path, cpus=0.05) as b:
+            if not b.handle.enforced["cpus"].startswith("cgroup"):
+                pytest.skip(f"this host holds CPUs by {b.handle.enforced['cpus']}")
+            folders = list(b.handle.data["cgroups"].values())
+            files = [path for folder in folders for name in ("cpu.cfs_quota_us", "cpu.max")
+                     if (path := Path(folder) / name).exists()]
+            assert [path.read_text().split()[0] for path in files] == ["5000"]
+            cgroups.lift_cpus(folders)  # as the launcher does when it has killed pid 1
+            assert [path.read_text().split()[0] for path in files] in (["-1"], ["max"])
 
     run(main())
 

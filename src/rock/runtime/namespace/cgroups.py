@@ -137,6 +137,20 @@ def oom_kills(memory_folder: str) -> int:
             or read_field(f"{memory_folder}/memory.events", "oom_kill") or 0)
 
 
+def lift_cpus(folders: list[str]) -> None:
+    """Let what is left in these groups have all the time it wants: a hundred killed processes that share a twentieth
+    of a CPU take seconds to end."""
+    for folder in dict.fromkeys(folders):
+        for name, value in (("cpu.cfs_quota_us", b"-1"), ("cpu.max", b"max")):
+            try:
+                fd = os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CLOEXEC)
+            except OSError:  # of the other version, or of another controller
+                continue
+            with contextlib.suppress(OSError):
+                os.write(fd, value)
+            os.close(fd)
+
+
 def remove_empty(folders: list[str]) -> bool:
     """Remove groups in which nothing is left; False when one stays."""
     left = [folder for folder in dict.fromkeys(folders) if not _rmdir(folder)]

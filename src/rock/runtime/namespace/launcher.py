@@ -263,6 +263,7 @@ class Launcher:
             request["net"] = os.open(f"/proc/{request['pid']}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         with contextlib.suppress(OSError):
             signal.pidfd_send_signal(fd, signal.SIGKILL)
+        cgroups.lift_cpus(request["cgroups"])
         self.retiring[fd] = request
         self.poll.register(fd, select.POLLIN)
 
