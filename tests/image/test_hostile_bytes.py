@@ -173,6 +173,30 @@ def test_tars_with_odd_headers(headers: dict[str, str], patch: list[tuple[int, i
             pass
 
 
+def test_an_archive_is_not_read_into_memory_for_its_headers(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    header = tarfile.TarInfo("x")
+    header.type, header.size = tarfile.XHDTYPE, 1 << 40
+    path.write_bytes(header.tobuf(tarfile.GNU_FORMAT))
+    os.truncate(path, 1 << 40)
+    with pytest.raises(ImageError, match="header of 1099511627776 bytes"):
+        Archive(path, tmp_path, Bounds())
+
+
+@pytest.mark.parametrize("size", [0, 1, 511, 512, 513, 65_536, 200_000])
+def test_the_files_of_an_archive(tmp_path: Path, size: int) -> None:
+    content = bytes(range(256)) * (size // 256 + 1)
+    made = tar([entry("a", content[:size]), entry("n" * 200, b"long"), entry("d/b", content[: size + 3])])
+    path = tmp_path / "a.tar"
+    path.write_bytes(made)
+    files = Archive(path, tmp_path, Bounds())
+    assert [b"".join(files[name].chunks()) for name in ("a", "./" + "n" * 200, "/d/b")] == [
+        content[:size], b"long", content[: size + 3]]  # fmt: skip
+    path.write_bytes(made[: made.index(b"d/b") + 512 + size])  # within the last file
+    with pytest.raises(ImageError, match="in the middle of a file"):
+        Archive(path, tmp_path, Bounds())
+
+
 @fuzz
 @given(data=st.binary(max_size=300), step=st.integers(1, 40))
 def test_frames_of_streams(data: bytes, step: int) -> None:

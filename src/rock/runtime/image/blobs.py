@@ -7,7 +7,6 @@ import os
 import queue
 import shutil
 import subprocess
-import tarfile
 import tempfile
 import threading
 import zlib
@@ -19,7 +18,7 @@ from typing import Protocol
 
 from rock.errors import ImageError
 from rock.runtime.image.bounds import Bounds
-from rock.runtime.image.tarstream import ByteStream, TarReader
+from rock.runtime.image.tarstream import ByteStream, FileStream, Kind, TarReader
 
 CHUNK = 1 << 20
 _GZIP, _ZSTD, _XZ, _BZIP2 = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ\0", b"BZh"
@@ -264,20 +263,17 @@ class Archive:
                     self._files[str(file.relative_to(root))] = Blob.of(file)
 
     def _index(self, blob: Blob) -> None:
-        # A reader of our own that seeks over the data would save reading a big archive twice; tarfile does just that
-        try:
-            with open(blob.path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    self._bounds.take(entries=1)
-                    name = _normal(member.name)
-                    if member.isreg():
-                        self._files[name] = Blob(blob.path, member.offset_data, member.size)
-                    elif member.issym():
-                        self._links[name] = os.path.join(os.path.dirname(name), member.linkname)
-                    elif member.islnk():
-                        self._links[name] = member.linkname
-        except (tarfile.TarError, EOFError, ValueError) as error:
-            raise ImageError(f"{self.path} is no tar archive, or it is damaged: {error}") from None
+        with open(blob.path, "rb") as file:
+            reader = TarReader(FileStream(file, blob.size))
+            while (entry := reader.next()) is not None:
+                self._bounds.take(entries=1)
+                name, target = _normal(os.fsdecode(entry.path)), os.fsdecode(entry.target)
+                if entry.kind is Kind.FILE:
+                    self._files[name] = Blob(blob.path, reader.offset, entry.size)
+                elif entry.kind is Kind.SYMLINK:
+                    self._links[name] = os.path.join(os.path.dirname(name), target)
+                elif entry.kind is Kind.HARDLINK:
+                    self._links[name] = target
 
 
 def _normal(name: str) -> str:

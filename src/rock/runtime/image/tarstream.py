@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import IO
 
 from rock.errors import ImageError
 
@@ -79,10 +80,30 @@ class ByteStream:
         part = self.some(count)
         return bytes(part) if len(part) == count else bytes(part) + b"".join(self.parts(count - len(part)))
 
+    def skip(self, count: int) -> None:
+        """Go on after `count` bytes that nobody wants. ImageError when the stream ends before."""
+        for _ in self.parts(count):
+            pass
+
     def drain(self) -> None:
         """Read to the end, so that digests over the whole are complete."""
         while self._fill():
             self._buffer = memoryview(b"")
+
+
+class FileStream(ByteStream):
+    """A file that can be seeked: what nobody wants is not read."""
+
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        super().__init__(iter(lambda: file.read(1 << 16) or None, None))
+        self._file = file
+        self._size = size
+
+    def skip(self, count: int) -> None:
+        ahead = count - len(self._buffer)
+        self._buffer = self._buffer[count:]
+        if ahead > 0 and self._file.seek(ahead, 1) > self._size:
+            raise _cut_short()
 
 
 def _cut_short() -> ImageError:
@@ -144,8 +165,10 @@ class TarReader:
         return entry
 
     def _header(self) -> bytes | None:
-        for _ in self.data():
-            pass
+        if self._left:
+            self._stream.skip(self._left)
+            self.offset += self._left
+            self._left = 0
         if self._padding:
             self._stream.exactly(self._padding)
             self.offset += self._padding
