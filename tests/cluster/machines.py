@@ -91,10 +91,10 @@ class Machine:
         return {entry.name.removesuffix(".json") for entry in folder.iterdir()} if folder.is_dir() else set()
 
 
-def server(home: Path, **environment: str) -> RunningServer:
+def server(home: Path, port: int = 0, /, **environment: str) -> RunningServer:
     """A server without sandboxes of its own."""
     home.mkdir(parents=True, exist_ok=True)
     given = {"ROCK_API_KEY": KEY, "ROCK_WORKER_KEY": TOKEN, "ROCK_WORKERS": "none", **environment}
     made = RunningServer(home, **given)
-    made.start()
+    made.start(port)
     return made

@@ -7,7 +7,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,22 @@ def test_what_is_handed_on(site: Site) -> None:
             assert made.process is not None
             made.process.terminate()
             assert made.process.wait(30) == 0, made.log()
+
+
+def test_what_was_handed_on_to_the_same_role_is_told(site: Site, free_port: Callable[[], int]) -> None:
+    port = free_port()
+    made = [site.server("handing-on", "read", ROCK_WRITER=f"http://127.0.0.1:{port}")]
+    try:
+        made.append(server(site.folder / "handing-back", port, ROCK_ROLE="read", ROCK_STORE=site.store,
+                           ROCK_WRITER=made[0].url))  # fmt: skip
+        for asked in made:
+            status, told = ask(asked.url, "POST", "/v1/sandboxes", {"image": IMAGE}, KEY)
+            assert status == 421 and b"leads here" in told, told
+    finally:
+        for one in made:
+            assert one.process is not None
+            one.process.terminate()
+            assert one.process.wait(30) == 0, one.log()
 
 
 def test_of_several_urls_the_next_is_asked(site: Site) -> None:

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 from rock.errors import WrongRole
 from rock.protocol.planes import Role, role_for
+from rock.protocol.routes import HANDED_ON
 from rock.wire.asgi import App, Receive, Scope, Send, deny, failure
 from rock.wire.remote import Remote, first_reached
 
 _WHAT = {"write": "a reader: it changes nothing", "read": "a writer: it reaches into no sandbox"}
+_MARK = (HANDED_ON.encode(), b"1")
 _SETTING = {"write": "ROCK_WRITER", "read": "ROCK_READER"}
 
 
@@ -20,7 +22,7 @@ def servers(text: str) -> list[Remote]:
 
 class Doors:
     """`app` for the requests of its role. others: servers of the other role, to which the rest is handed on as it came,
-    key included; without one it is refused with WrongRole."""
+    key included; without one it is refused with WrongRole, as is what was handed on here by mistake."""
 
     def __init__(self, app: App, role: Role, others: Sequence[Remote]) -> None:
         self._app = app
@@ -31,11 +33,13 @@ class Doors:
         needed = None if scope["type"] == "lifespan" else role_for(scope.get("method", "GET"), scope["path"])
         if needed is None or needed == self._role:
             await self._app(scope, receive, send)
-        elif self._others:
-            await (await first_reached(self._others))(scope, receive, send)
-        else:
-            error = WrongRole(
-                f"this server is {_WHAT[needed]}", details={"role": needed},
-                hint=f"ask a server of role {needed}, or let this one hand it on: {_SETTING[needed]}=URL",
-            )  # fmt: skip
-            await (deny(scope, send, error) if scope["type"] == "websocket" else failure(error).send(send))
+            return
+        handed_on = any(name == _MARK[0] for name, _ in scope["headers"])
+        if self._others and not handed_on:
+            await (await first_reached(self._others))({**scope, "headers": [*scope["headers"], _MARK]}, receive, send)
+            return
+        hint = f"ask a server of role {needed}, or let this one hand it on: {_SETTING[needed]}=URL"
+        if handed_on:
+            hint = f"{_SETTING[needed]} of the server that was asked leads here, to one of the same role: correct it"
+        error = WrongRole(f"this server is {_WHAT[needed]}", details={"role": needed}, hint=hint)
+        await (deny(scope, send, error) if scope["type"] == "websocket" else failure(error).send(send))

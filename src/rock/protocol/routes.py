@@ -40,6 +40,7 @@ EPOCH = "x-rock-epoch"  # on commands to a rocklet that joined: NAME/EPOCH, as w
 FENCE = "x-rock-fence"  # on commands to a rocklet: the token of the lease by which they are given
 OTHER_KEY = "x-rock-api-key"  # the key, for requests whose Authorization is meant for a program inside
 RESUMES = {"resumes": True}  # in the details of an Unavailable: asked again with its key, the request goes on
+HANDED_ON = "x-rock-handed-on"  # by a server of the other role: once is enough
 LOG_START, LOG_NEXT, LOG_RUNNING = "x-rock-start", "x-rock-next", "x-rock-running"
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from urllib.parse import unquote_to_bytes, urlsplit
 
 from rock.errors import NotFound, PortFailed
-from rock.protocol.routes import ANSWER_WITHIN, ERROR_CODE, OTHER_KEY
+from rock.protocol.routes import ANSWER_WITHIN, ERROR_CODE, HANDED_ON, OTHER_KEY
 from rock.rocklet.dialled import port_of
 from rock.wire.asgi import Request
 
@@ -18,7 +18,7 @@ _HOP_BY_HOP = {
     b"connection", b"expect", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection",
     b"te", b"trailer", b"transfer-encoding", b"upgrade",
 }  # fmt: skip
-_OURS = {ANSWER_WITHIN.encode(), OTHER_KEY.encode(), ERROR_CODE.encode()}
+_OURS = {name.encode() for name in (ANSWER_WITHIN, OTHER_KEY, ERROR_CODE, HANDED_ON)}
 _REPLACED = {b"host", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-prefix", b"x-forwarded-proto"}
 # They would speak for the whole server, which is not the program's.
 _FOR_ALL = {b"alt-svc", b"clear-site-data", b"service-worker-allowed", b"strict-transport-security"}
