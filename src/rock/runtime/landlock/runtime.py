@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import hashlib
 import itertools
 import json
@@ -34,12 +35,12 @@ from rock.runtime.initfiles import merged
 from rock.runtime.initlink import InitLink, bind_listener
 from rock.runtime.landlock import ruleset, warden
 from rock.runtime.namespace import admission, limits, seccomp
+from rock.runtime.namespace.memorywatch import MemoryWatch, Watched
 from rock.runtime.process import PATH, ProcessRuntime, children, read_record, write_record
 
 _NEEDED = 4  # version that knows TCP
 _FIRST_UID, _SPAN, _MOST = 1_700_000_000, 10_000, 20_000
 _FILES = 65_536
-_WATCH_EVERY, _FILES_EVERY = 0.25, 8
 _ELSEWHERE = Path("/var/lib/rock")
 _ENFORCED: dict[str, Enforced] = {"memory": "watched", "cpus": "affinity", "pids": "rlimit"}
 
@@ -58,7 +59,7 @@ class LandlockRuntime(ProcessRuntime):
         super().__init__(run_dir)
         self._homes = self._run_dir
         self._tried: asyncio.Task[None] | None = None
-        self._watcher: asyncio.Task[None] | None = None
+        self._watch = MemoryWatch("landlock", self._watched)
         self._memory: dict[str, tuple[int, int]] = {}  # pid 1 and bytes, by slot
         self._kills: dict[str, int] = {}
         self._uids: dict[str, int] = {}
@@ -76,11 +77,11 @@ class LandlockRuntime(ProcessRuntime):
                 self._uids[folder.name] = record["uid"]
 
     async def close(self) -> None:
-        for task in (self._tried, self._watcher):
-            if task is not None:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
-        self._tried = self._watcher = None
+        if self._tried is not None:
+            self._tried.cancel()
+            await asyncio.gather(self._tried, return_exceptions=True)
+            self._tried = None
+        await self._watch.close()
         self._memory.clear()
         await super().close()
         with contextlib.suppress(OSError):
@@ -245,16 +246,14 @@ class LandlockRuntime(ProcessRuntime):
 
     def _watch_memory(self, data: dict[str, Any]) -> None:
         self._memory[data["slot"]] = int(data["init"]), int(data["memory"])
-        if self._watcher is None:
-            self._watcher = asyncio.create_task(self._watch(), name="landlock memory watch")
+        self._watch.start()
 
-    async def _watch(self) -> None:
-        for turn in itertools.count():
-            await asyncio.sleep(_WATCH_EVERY)
-            slots = {pid: slot for slot, (pid, _) in self._memory.items()}
-            killed = await asyncio.to_thread(limits.watch, dict(self._memory.values()), files=turn % _FILES_EVERY == 0)
-            for pid, count in killed.items():
-                self._kills[slots[pid]] = self._kills.get(slots[pid], 0) + count
+    def _watched(self) -> Watched:
+        return {pid: (most, functools.partial(self._count_kills, slot)) for slot, (pid, most) in self._memory.items()}
+
+    def _count_kills(self, slot: str, count: int) -> None:
+        if slot in self._memory:
+            self._kills[slot] = self._kills.get(slot, 0) + count
 
     # ---- ending ----
 

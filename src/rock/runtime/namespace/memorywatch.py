@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 
 from rock.runtime.namespace import limits
-from rock.runtime.namespace.slots import Sandbox
 
 _EVERY = 0.25  # seconds
 _FILES_EVERY = 8  # looks: files in memory are dearer to find
+_log = logging.getLogger(__name__)
+
+Watched = Mapping[int, tuple[int, Callable[[int], None]]]
 
 
 class MemoryWatch:
-    """Of the sandboxes in `live`, as they come and go. What it kills it counts in `Sandbox.kills`."""
+    """Of the sandboxes that `watched` gives, asked again for each look: by pid 1 the bytes that its tree may have, and
+    what is called with the number of processes that were killed for it."""
 
-    def __init__(self, live: Mapping[str, Sandbox]) -> None:
-        self._live = live
+    def __init__(self, name: str, watched: Callable[[], Watched]) -> None:
+        self._name = name
+        self._watched = watched
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        self._task = asyncio.create_task(self._watch(), name="namespace memory watch")
+        """Once it was started, again does nothing."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._watch(), name=f"{self._name} memory watch")
 
     async def close(self) -> None:
         if self._task is not None:
@@ -32,9 +39,14 @@ class MemoryWatch:
     async def _watch(self) -> None:
         for turn in itertools.count():
             await asyncio.sleep(_EVERY)
-            by_pid = {sandbox.pid: sandbox for sandbox in self._live.values() if sandbox.memory}
-            if by_pid:
-                wanted = {pid: sandbox.memory for pid, sandbox in by_pid.items()}
-                for pid, count in (
-                        await asyncio.to_thread(limits.watch, wanted, files=turn % _FILES_EVERY == 0)).items():
-                    by_pid[pid].kills += count
+            watched = self._watched()
+            if not watched:
+                continue
+            most = {pid: limit for pid, (limit, _) in watched.items()}
+            try:
+                killed = await asyncio.to_thread(limits.watch, most, files=turn % _FILES_EVERY == 0)
+            except OSError:  # as of a host that is out of descriptors for a moment: the limits hold again after it
+                _log.exception("the memory of sandboxes could not be looked at")
+                continue
+            for pid, count in killed.items():
+                watched[pid][1](count)

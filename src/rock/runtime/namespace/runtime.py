@@ -56,7 +56,9 @@ class NamespaceRuntime(InitSandboxes):
         self._factory = Factory(self._slots, self._disks, images)
         self._resting = Resting(self._slots, self._handles, images)
         self._pool: Pool[Kind, Sandbox] = Pool(pool_size, self._prepare, self._slots.discard, self._usable)
-        self._watch = MemoryWatch(self._slots.live)
+        self._watch = MemoryWatch("namespace", lambda: {
+            sandbox.pid: (sandbox.memory, sandbox.count_kills)
+            for sandbox in self._slots.live.values() if sandbox.memory})  # fmt: skip
         self._opened = False
         self._known_images: dict[str, Kind] = {}
         self.isolation = Isolation.NAMESPACES

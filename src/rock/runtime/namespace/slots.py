@@ -35,6 +35,10 @@ class Sandbox:
     kills: int = 0  # by our own watching
     prepared: Prepared | None = None
 
+    def count_kills(self, count: int) -> None:
+        """Our own watching killed so many of its processes."""
+        self.kills += count
+
     def record(self, id: str) -> dict[str, Any]:
         """What is noted on disk of it, under the name `id`."""
         return {"id": id, "slot": self.slot, "pid": self.pid, "start": self.start, "base": self.base,
