@@ -8,14 +8,14 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.conftest import RunningServer
+from tests.waiting import until
 
 from rock.errors import Conflict, InvalidConfig, NoCapacity, NotFound, QuotaExceeded, RockError
 from rock.protocol.keys import Access, CreateKey, Quota
@@ -189,13 +189,6 @@ def two_workers(tmp_path: Path) -> Iterator[tuple[RunningServer, list[Rocklet]]]
     for rocklet in rocklets:
         if rocklet.process.poll() is None:
             rocklet.end(signal.SIGKILL)  # what it has is in its memory
-
-
-def until(look: Callable[[], bool], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not look():
-        assert time.monotonic() < end
-        time.sleep(0.1)
 
 
 def test_one_of_a_group_cannot_start(two_workers: tuple[RunningServer, list[Rocklet]]) -> None:

@@ -17,6 +17,7 @@ import pytest
 from tests.admin.conftest import OWNER
 from tests.conftest import IMAGE, RunningServer, give_image
 from tests.leaks import Inventory
+from tests.waiting import until
 
 from rock.errors import RockError, Unavailable
 from rock.protocol.keys import CreateKey
@@ -106,8 +107,16 @@ def test_metrics_count_what_happened(guarded: RunningServer) -> None:
 
     def grown(name: str, **labels: str) -> float:
         place = name, tuple(sorted(labels.items()))
-        return after[place] - before.get(place, 0.0)
+        return after.get(place, 0.0) - before.get(place, 0.0)
 
+    def counted() -> bool:  # what is counted when an answer has left, or when a sandbox's files are removed
+        nonlocal after
+        after = metrics(guarded)
+        return bool(grown("rock_http_requests_total", route="execute", status="200") >= 3
+                    and grown("rock_http_requests_total", route="none", status="404") >= 20
+                    and after["rock_worker_sandboxes", ()] == 0)  # fmt: skip
+
+    until(counted)
     assert grown("rock_sandbox_creates_total", outcome="running", cause="") == 1
     assert sum(value for (name, labels), value in after.items()
                if name == "rock_sandbox_creates_total" and ("outcome", "refused") in labels) >= 1  # fmt: skip

@@ -8,21 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from tests.conftest import RunningServer, give_image
 from tests.leaks import Inventory, take_inventory
+from tests.waiting import until
 
 KEY = "the owner's key"
 TOKEN = "what workers join by"
-
-
-def until(what: Callable[[], bool], seconds: float = 60.0, why: str = "it did not happen") -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, why
-        time.sleep(0.05)
 
 
 class Machine:

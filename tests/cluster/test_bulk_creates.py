@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cluster.machines import KEY, TOKEN, Machine, server, until
+from tests.cluster.machines import KEY, TOKEN, Machine, server
 from tests.conftest import RunningServer
+from tests.waiting import until
 
 from rock.admin.bulk import Creates
 from rock.errors import RockError, Unavailable

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cluster.machines import KEY, TOKEN, Machine, until
+from tests.cluster.machines import KEY, TOKEN, Machine
 from tests.cluster.net import Net, network
 from tests.cluster.test_roles import loads, one_is_away
 from tests.conftest import IMAGE, RunningServer
+from tests.waiting import until
 
 from rock.errors import Lost, NoCapacity, RockError, SandboxError, Unavailable
 from rock.protocol.sandbox import Cause, State

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cluster.machines import KEY, TOKEN, Machine, server, until
+from tests.cluster.machines import KEY, TOKEN, Machine, server
 from tests.cluster.test_workers_join import LONG, ask
 from tests.conftest import IMAGE, RunningServer
+from tests.waiting import until
 
 from rock.errors import RockError, Unavailable, WrongRole
 from rock.protocol.planes import role_for

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cluster.machines import KEY, TOKEN, Machine, server, until
+from tests.cluster.machines import KEY, TOKEN, Machine, server
 from tests.conftest import IMAGE, RunningServer
+from tests.waiting import until
 
 from rock.errors import Lost, NoCapacity, RockError, Unavailable
 from rock.protocol.sandbox import Cause, State

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from tests.conftest import IMAGE, RunningServer
+from tests.waiting import until
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
@@ -51,13 +52,6 @@ def memory_peak(server: RunningServer) -> int:
     """Bytes."""
     lines = Path(f"/proc/{server.pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
-
-
-def until(what: Callable[[], bool], seconds: float = SECONDS) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
 
 
 class Guest:

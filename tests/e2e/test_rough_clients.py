@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from tests.conftest import IMAGE, RunningServer
+from tests.waiting import until
 
 from rock.actions import CreateBashSessionRequest
 from rock.errors import NotFound, Unavailable
@@ -48,13 +49,6 @@ def begin(server: RunningServer, path: str, body: dict[str, Any]) -> socket.sock
     data = json.dumps(body).encode()
     client.sendall(f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data)
     return client
-
-
-def until(what: Callable[[], bool], seconds: float = SECONDS) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
 
 
 def test_a_client_that_leaves_a_stream_it_was_too_slow_for(server: RunningServer, sandbox: Sandbox) -> None:

@@ -20,8 +20,9 @@ from rock import faults
 from rock.errors import InvalidConfig, RockError, Unavailable
 from rock.sync.transport import Transport
 from tests.faults.campaign import campaign
-from tests.faults.machine import PATIENCE, POINTS
+from tests.faults.machine import POINTS
 from tests.faults.world import World
+from tests.waiting import until
 
 SOURCE = Path(faults.__file__).parent
 RUNS = int(os.environ.get("ROCK_TEST_FAULTS", "2"))
@@ -42,13 +43,6 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make]:
     yield make
     for world in made.values():
         world.close()
-
-
-def until(what: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def killed(world: World, plan: str, call: Callable[[], Any]) -> None:

@@ -16,6 +16,7 @@ import pytest
 from tests.conftest import IMAGE
 from tests.network.conftest import HERE, Opener, World, WorldServer
 from tests.network.test_nat import attempt, python
+from tests.waiting import until
 
 from rock.errors import InvalidConfig, NotFound, Unsupported
 from rock.sync import Client, Sandbox, SandboxConfig
@@ -52,13 +53,6 @@ def proxy_of(server: WorldServer) -> int:
         if b"network/proxy.py" in line and parent == server.pid:
             return int(name)
     raise AssertionError("there is no proxy")
-
-
-def until(what: Callable[[], bool], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.1)
 
 
 def test_a_server_that_is_killed(make_server: Callable[..., WorldServer], world: World) -> None:

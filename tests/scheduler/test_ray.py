@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.waiting import until
 
 from rock.errors import InvalidConfig, RockError
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo
@@ -41,13 +42,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def until(look: Callable[[], bool], seconds: float = LONG) -> None:
-    end = time.monotonic() + seconds
-    while not look():
-        assert time.monotonic() < end
-        time.sleep(0.5)
 
 
 def patiently(make: Callable[[], Any]) -> Any:
@@ -104,7 +98,7 @@ class World:
         with open(self.folder / "output.log", "ab") as log:
             self.process = subprocess.Popen([sys.executable, "-m", "rock.cli.server", "--host", "127.0.0.1", "--port",
                                              str(self.port)], env=environment, stdout=log, stderr=log)  # fmt: skip
-        until(lambda: self.workers() >= 3)
+        until(lambda: self.workers() >= 3, LONG)
 
     def end(self, number: signal.Signals) -> None:
         assert self.process is not None
@@ -158,7 +152,7 @@ def test_ray_places_a_hundred(world: World) -> None:
     assert world.reserved() == 100
     assert {seen.output for seen in boxes.arun_all("echo $((6*7))")} == {"42\n"}
     boxes.stop()
-    until(lambda: world.reserved() == 0)
+    until(lambda: world.reserved() == 0, LONG)
 
 
 @ray_only
@@ -171,7 +165,7 @@ def test_custom_resources_and_what_waits(world: World) -> None:
             waiting.start()
     with Sandbox(base_url=world.url, **WISH, **special) as second:
         assert second.info().worker == where
-    until(lambda: world.reserved() == 0)
+    until(lambda: world.reserved() == 0, LONG)
 
 
 @ray_only
@@ -182,7 +176,7 @@ def test_a_server_that_was_killed_finds_its_reservations(world: World) -> None:
     world.start()
     assert Counter(info.state.value for info in world.sandboxes() if info.group == boxes.group_id) == {"running": 20}
     boxes.stop()
-    until(lambda: world.reserved() == 0)
+    until(lambda: world.reserved() == 0, LONG)
 
 
 @ray_only
@@ -196,16 +190,16 @@ def test_a_node_is_lost(world: World) -> None:
         mine = [info for info in world.sandboxes() if info.group == boxes.group_id]
         return Counter(f"{info.state.value} {info.cause.value if info.cause else ''}".strip() for info in mine)
 
-    until(lambda: told()["stopped lost"] > 0 and world.workers() == 2)
-    until(lambda: told().total() == told()["running"] + told()["stopped lost"])
+    until(lambda: told()["stopped lost"] > 0 and world.workers() == 2, LONG)
+    until(lambda: told().total() == told()["running"] + told()["stopped lost"], LONG)
     gone = {info.worker for info in world.sandboxes() if info.cause is not None and info.sandbox_id in before
             and info.cause.value == "lost"}  # fmt: skip
     assert len(gone) == 1 and told()["stopped lost"] == Counter(before.values())[gone.pop()]
-    until(lambda: world.reserved() == told()["running"])
+    until(lambda: world.reserved() == told()["running"], LONG)
     with Sandbox(base_url=world.url, **WISH) as another:
         assert another.arun("echo on").output == "on\n"
     boxes.stop()
-    until(lambda: world.reserved() == 0)
+    until(lambda: world.reserved() == 0, LONG)
 
 
 @ray_only
@@ -214,9 +208,9 @@ def test_the_head_is_lost_and_comes_back(world: World) -> None:
     boxes = SandboxGroup(base_url=world.url, size=10, **WISH)
     boxes.start()
     world.cluster.shutdown()
-    until(lambda: world.workers() == 0)
-    until(lambda: {info.state.value for info in world.sandboxes() if info.group == boxes.group_id} == {"stopped"})
+    until(lambda: world.workers() == 0, LONG)
+    until(lambda: {info.state.value for info in world.sandboxes() if info.group == boxes.group_id} == {"stopped"}, LONG)
     world.cluster = world.make()
-    until(lambda: world.workers() == 1)
+    until(lambda: world.workers() == 1, LONG)
     with Sandbox(base_url=world.url, **WISH) as another:
         assert another.arun("echo on").output == "on\n"

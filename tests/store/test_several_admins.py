@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from tests.conftest import IMAGE, RunningServer, give_image
 from tests.leaks import Inventory, take_inventory
+from tests.waiting import until
 
 from rock.admin.infos import new_info
 from rock.protocol.keys import CreateKey, Quota
@@ -116,13 +117,6 @@ def site(tmp_path: Path, database: Callable[[], str]) -> Iterator[Site]:
 def leads(admin: RunningServer) -> int:
     """The token of the last lease that it had."""
     return max((int(token) for token in re.findall(r"this admin leads, token (\d+)", admin.log())), default=0)
-
-
-def until(what: Callable[[], bool], seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.05)
 
 
 def echoes(host: str, port: int) -> bool:
