@@ -177,11 +177,11 @@ class Zygote:
     """Made by the launcher once it is ready to be copied.
 
     live: run in each child, with the launcher's note, the index of the call that failed, or -1, and what lets go of
-    pages that are as the zygote has them, or None.
+    pages that are as the zygote has them, or None. rehearse: run in the zygote before it waits, for its children.
     """
 
-    def __init__(self, live: Callable[[bytes, int, Sweep | None], None]) -> None:
-        self._live = live
+    def __init__(self, live: Callable[[bytes, int, Sweep | None], None], rehearse: Callable[[], None]) -> None:
+        self._live, self._rehearse = live, rehearse
         self._sweep: Sweep | None = None
         self._left_at_most = 0  # of the zygote's own calls, for the sweep to be of use
         self._memory = mmap.mmap(-1, AREA * (_AREAS + 1))  # the last one is for the zygote's own calls
@@ -229,6 +229,8 @@ class Zygote:
     def _snapshot(self, file: int) -> None:
         """Have the zygote's memory made a file's, by the instructions. Without it each child has more of its own."""
         with contextlib.suppress(Exception):  # this must never be why there is no zygote
+            with contextlib.suppress(Exception):
+                self._rehearse()
             snapshot = Snapshot(file)
             calls = b"".join(struct.pack("8Q", *(value & _WORD for value in call)) for call in snapshot.calls)
             assert len(calls) <= AREA
