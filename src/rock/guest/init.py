@@ -38,6 +38,7 @@ from typing import Any, TypeVar
 from rock.guest import dial, proctree, programs, syscalls, treefiles, users
 from rock.guest.fault import Fault, of_os_error
 from rock.guest.loop import Loop
+from rock.guest.sharing import Sweep
 from rock.guest.standstill import Standstill
 from rock.guest.wire import Connection, send_patiently
 
@@ -101,6 +102,15 @@ class Init(Loop):
                 pass
         except BlockingIOError:
             pass
+
+    def share(self, sweep: Sweep, pages: int) -> None:
+        """Let go of memory that is what it was, after each time of work. `pages`: the descriptor of our page table."""
+
+        def rest() -> None:
+            if not self.starting:  # else a child that has not become a program yet may write to our memory
+                sweep.run(pages)
+
+        self.rest = rest
 
     # ---- connections ----
 

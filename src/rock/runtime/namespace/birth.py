@@ -16,9 +16,10 @@ import struct
 from typing import Any, NamedTuple
 
 from rock.guest import init
+from rock.guest.sharing import Sweep
 from rock.runtime.namespace import cgroups, kernel
 from rock.runtime.namespace.mounts import HOST_NAME
-from rock.runtime.namespace.zygote import Area
+from rock.runtime.namespace.zygote import OPTIONAL, Area, Row
 
 # chown, dac_override, fowner, fsetid, kill, setgid, setuid, net_bind_service, sys_chroot
 CAPABILITIES = sum(1 << number for number in (0, 1, 3, 4, 5, 6, 7, 10, 18))
@@ -50,6 +51,11 @@ class Descriptors(NamedTuple):
     net: int = -1
     sockets: tuple[int, ...] = ()
 
+    @property
+    def pages(self) -> int:
+        """A number that is none of these, for its own page table."""
+        return 1 + max(self.listener, self.ready, *self.gate, self.userns, self.lease, self.net, *self.sockets)
+
 
 class Constants:
     """Memory that the calls point to. Made before the zygote is, so that it is at the same place in every child."""
@@ -64,6 +70,7 @@ class Constants:
             struct.pack("Qiii4x", 20, socket.SOL_SOCKET, socket.SCM_RIGHTS, _PROC_FD), 24)
         self.message = ctypes.create_string_buffer(
             struct.pack("QQQQQQQ", 0, 0, ctypes.addressof(self.vector), 1, ctypes.addressof(self.control), 24, 0), 56)
+        self.pagemap = ctypes.create_string_buffer(b"1/pagemap")
         self.null = ctypes.create_string_buffer(b"/dev/null")
         self.filter = ctypes.create_string_buffer(bpf, max(1, len(bpf)))
         self.program = ctypes.create_string_buffer(
@@ -88,6 +95,7 @@ def plan(area: Area, constants: Constants, fds: Descriptors, spec: dict[str, Any
         rows += [("network", call) for call in _network(area, constants, spec["privileged"])]
     rows += [("its own names", call) for call in _names(area, constants, spec)]
     rows += [("its own /proc", call) for call in _proc(constants, fds.ready)]
+    rows += _pages(constants, fds.pages)
     gate = area.row(len(rows) + 1)
     rows += [("waiting for its files", (number["read"], fds.gate[0], gate, 8)),
              ("waiting for its files", (_NO_CALL,)),
@@ -108,7 +116,7 @@ def plan(area: Area, constants: Constants, fds: Descriptors, spec: dict[str, Any
     ]
     if constants.program is not None:
         rows.append(("system call filter", (number["seccomp"], 1, 0, ctypes.addressof(constants.program))))
-    kept = {fds.listener, fds.ready, fds.lease, *fds.sockets} - {-1}
+    kept = {fds.listener, fds.ready, fds.lease, fds.pages, *fds.sockets} - {-1}
     rows += [("descriptors", call) for call in _descriptors(constants, kept)]
     rows.append(("the launcher's end", (number["prctl"], kernel.PR_SET_PDEATHSIG, 0)))
 
@@ -151,6 +159,18 @@ def _proc(constants: Constants, ready: int) -> list[tuple[int, ...]]:
         (kernel.FSCONFIG, 0, kernel.FSCONFIG_CREATE, 0, 0, 0),
         (kernel.FSMOUNT, 0, 0, attributes),
         (kernel.NUMBERS["sendmsg"], ready, ctypes.addressof(constants.message), 0),
+    ]
+
+
+def _pages(constants: Constants, number: int) -> list[Row]:
+    """Its own page table, of that /proc, at a descriptor: which pages are its own, for guest/sharing.py. It can be
+    opened only as long as others may look into this process, so before `privacy`."""
+    name = ctypes.addressof(constants.pagemap)
+    return [
+        ("descriptors", (_CLOSE_RANGE, 0, 0)),
+        ("descriptors", (_CLOSE_RANGE, number, number)),
+        (OPTIONAL, (kernel.NUMBERS["openat"], _PROC_FD, name, os.O_RDONLY | os.O_CLOEXEC)),
+        (OPTIONAL, (kernel.NUMBERS["dup3"], 0, number, os.O_CLOEXEC)),
     ]
 
 
@@ -197,18 +217,20 @@ def _descriptors(constants: Constants, keep: set[int]) -> list[tuple[int, ...]]:
 
 def pack_note(fds: Descriptors, server: int) -> bytes:
     """What pid 1 has to know: its descriptors and the server's user id as it is seen inside."""
-    return struct.pack("5q", fds.listener, fds.ready, server, *(fds.sockets or (-1, -1)))
+    return struct.pack("6q", fds.listener, fds.ready, server, *(fds.sockets or (-1, -1)), fds.pages)
 
 
-def live(note: bytes, failed: int) -> None:
+def live(note: bytes, failed: int, sweep: Sweep | None) -> None:
     """Go on in Python after the calls, as pid 1; never returns. `failed`: index of the call that failed, or -1."""
-    listener, ready, server, *sockets = struct.unpack_from("5q", note)
+    listener, ready, server, *sockets, pages = struct.unpack_from("6q", note)
     if failed >= 0:
         os.write(ready, json.dumps({"row": failed}).encode())
         os._exit(1)
     try:
         one = init.prepare(socket.socket(fileno=listener), server, outside=True)
         one.sockets = [fd for fd in sockets if fd >= 0]
+        if sweep is not None:
+            one.share(sweep, pages)
         gc.freeze()
         os.write(ready, b"{}")
         os.close(ready)

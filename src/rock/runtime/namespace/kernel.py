@@ -93,6 +93,23 @@ def call(number: int, *arguments: int) -> int:
     return result if result >= 0 else -ctypes.get_errno()
 
 
+def map_private(fd: int, length: int) -> int:
+    """Map a file to be read; answers where."""
+    _libc.mmap.restype = ctypes.c_void_p
+    address = _libc.mmap(None, ctypes.c_size_t(length), 1, 2, fd, ctypes.c_long(0))
+    if address in (None, ctypes.c_void_p(-1).value):
+        _raise("mmap")
+    return int(address)
+
+
+def resident(address: int, length: int) -> bytes:
+    """A byte for each page, which is odd when the page is in memory."""
+    pages = ctypes.create_string_buffer(-(-length // 4096))
+    if _libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(length), pages) < 0:
+        _raise("mincore")
+    return pages.raw
+
+
 def munmap(address: int, length: int) -> None:
     _libc.munmap(ctypes.c_void_p(address), ctypes.c_size_t(length))
 

@@ -36,7 +36,7 @@ from typing import Any
 
 from rock.guest import proctree, syscalls
 from rock.guest.wire import pack, receive_packet, unpack
-from rock.runtime.namespace import birth, build, cgroups, kernel, mounts, seccomp, slot, userns
+from rock.runtime.namespace import birth, build, cgroups, kernel, mounts, rehearsal, seccomp, slot, userns
 from rock.runtime.namespace.nets import Nets, WiredNets
 from rock.runtime.namespace.zygote import Area, Zygote
 
@@ -54,7 +54,7 @@ class Launcher:
         self.staging = str(options["staging"])
         self.ranges = userns.Ranges(single=not self.privileged)
         self.constants = birth.Constants(seccomp.build() if seccomp.supported() else b"")
-        self.zygote = Zygote(birth.live)
+        self.zygote = Zygote(birth.live, rehearsal.rehearse)
         self.buffer = bytearray(1 << 17)
         self.queue: deque[dict[str, Any]] = deque()
         # by descriptor of the socket on which it will tell: request, pid, area, deadline, the socket

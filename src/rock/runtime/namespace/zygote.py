@@ -22,7 +22,9 @@ import struct
 from collections.abc import Callable
 
 from rock.guest import native
+from rock.guest.sharing import Sweep
 from rock.runtime.namespace import kernel
+from rock.runtime.namespace.snapshot import Snapshot
 
 _CODE = bytes.fromhex(
     "53"                # push rbx
@@ -31,13 +33,36 @@ _CODE = bytes.fromhex(
     "4156"              # push r14
     "4883ec18"          # sub rsp,0x18
     "4889fb"            # mov rbx,rdi
+    "4c8b6310"          # mov r12,[rbx+0x10]
+    "4c8b6b18"          # mov r13,[rbx+0x18]
+    "4d85ed"            # test r13,r13
+    "7434"              # je told
+    "498b0424"          # own: mov rax,[r12]
+    "498b7c2408"        # mov rdi,[r12+0x8]
+    "498b742410"        # mov rsi,[r12+0x10]
+    "498b542418"        # mov rdx,[r12+0x18]
+    "4d8b542420"        # mov r10,[r12+0x20]
+    "4d8b442428"        # mov r8,[r12+0x28]
+    "4d8b4c2430"        # mov r9,[r12+0x30]
+    "0f05"              # syscall
+    "493b442438"        # cmp rax,[r12+0x38]
+    "7509"              # jne told
+    "4983c440"          # add r12,0x40
+    "49ffcd"            # dec r13
+    "75cc"              # jne own
+    "4c896b18"          # told: mov [rbx+0x18],r13
+    "b801000000"        # mov eax,0x1
+    "488b7b08"          # mov rdi,[rbx+0x8]
+    "488d7318"          # lea rsi,[rbx+0x18]
+    "ba08000000"        # mov edx,0x8
+    "0f05"              # syscall
     "31c0"              # next: xor eax,eax
     "488b3b"            # mov rdi,[rbx]
     "4889e6"            # mov rsi,rsp
     "ba08000000"        # mov edx,0x8
     "0f05"              # syscall
     "4883f808"          # cmp rax,0x8
-    "0f8588000000"      # jne done
+    "0f8592000000"      # jne done
     "4c8b2424"          # mov r12,[rsp]
     "498b3c24"          # mov rdi,[r12]
     "31f6"              # xor esi,esi
@@ -66,12 +91,15 @@ _CODE = bytes.fromhex(
     "4d8b442428"        # mov r8,[r12+0x28]
     "4d8b4c2430"        # mov r9,[r12+0x30]
     "0f05"              # syscall
+    "498b4c2438"        # mov rcx,[r12+0x38]
     "4989442438"        # mov [r12+0x38],rax
     "4885c0"            # test rax,rax
-    "780e"              # js failed
-    "4983c440"          # add r12,0x40
+    "7905"              # jns on
+    "48ffc9"            # dec rcx
+    "750e"              # jne failed
+    "4983c440"          # on: add r12,0x40
     "49ffcd"            # dec r13
-    "75c9"              # jne row
+    "75bf"              # jne row
     "4c89f0"            # mov rax,r14
     "eb0a"              # jmp out
     "4c89f0"            # failed: mov rax,r14
@@ -88,10 +116,12 @@ _CODE = bytes.fromhex(
 AREA = 16_384
 _AREAS = 32
 _HEAD = 24  # bytes: clone flags, number of rows, pid of the child
-_ROW = 64  # bytes: number, six arguments, result
+_ROW = 64  # bytes: number, six arguments, result; before that is known, whether it matters
 _NOTE = 64  # bytes at the end of an area, for what the child has to know
 _CLONE_FILES = 0x400
-_UNWRITTEN = 1 << 40
+_UNWRITTEN, _UNWRITTEN_OPTIONAL = 1 << 40, 1
+OPTIONAL = "if it can be had"  # what a row is for that may fail
+_WORD = (1 << 64) - 1
 
 Row = tuple[str, tuple[int, ...]]  # what it is for, and the number and arguments of the call
 
@@ -123,7 +153,9 @@ class Area:
 
     def seal(self, flags: int, note: bytes) -> None:
         """Write it all down, for a clone with these flags."""
-        packed = b"".join(struct.pack("8Q", *_fill(call), _UNWRITTEN) for _, call in self.rows)
+        packed = b"".join(
+            struct.pack("8Q", *_fill(call), _UNWRITTEN_OPTIONAL if what == OPTIONAL else _UNWRITTEN)
+            for what, call in self.rows)
         assert _HEAD + len(packed) + self._used <= AREA
         assert len(note) <= _NOTE
         data = struct.pack("QQq", flags | signal.SIGCHLD, len(self.rows), 0) + packed
@@ -136,20 +168,23 @@ class Area:
 
 
 def _failed(area: Area) -> int:
-    """Which row of a child failed."""
-    count = struct.unpack("Q", ctypes.string_at(area.address + 8, 8))[0]
-    return next((index for index in range(count) if area.result(index) < 0), count - 1)
+    """Which row of a child failed: none was made after it."""
+    count = int(struct.unpack("Q", ctypes.string_at(area.address + 8, 8))[0])
+    return next((index for index in reversed(range(count)) if area.result(index) < 0), count - 1)
 
 
 class Zygote:
     """Made by the launcher once it is ready to be copied.
 
-    live: run in each child, with the launcher's note and the index of the call that failed, or -1.
+    live: run in each child, with the launcher's note, the index of the call that failed, or -1, and what lets go of
+    pages that are as the zygote has them, or None. rehearse: run in the zygote before it waits, for its children.
     """
 
-    def __init__(self, live: Callable[[bytes, int], None]) -> None:
-        self._live = live
-        self._memory = mmap.mmap(-1, AREA * _AREAS)
+    def __init__(self, live: Callable[[bytes, int, Sweep | None], None], rehearse: Callable[[], None]) -> None:
+        self._live, self._rehearse = live, rehearse
+        self._sweep: Sweep | None = None
+        self._left_at_most = 0  # of the zygote's own calls, for the sweep to be of use
+        self._memory = mmap.mmap(-1, AREA * (_AREAS + 1))  # the last one is for the zygote's own calls
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self._free = [self._base + AREA * index for index in range(_AREAS)]
         self._pid = 0
@@ -164,8 +199,10 @@ class Zygote:
     def _start(self) -> None:
         commands, self._command = os.pipe2(os.O_CLOEXEC)
         self._reply, replies = os.pipe2(os.O_CLOEXEC)
-        control = ctypes.create_string_buffer(struct.pack("QQ", commands, replies), 16)
+        own = self._base + AREA * _AREAS
+        self._control = ctypes.create_string_buffer(struct.pack("QQQQ", commands, replies, own, 0), 32)
         launcher = os.getpid()
+        file = _memory_file()
         pid = kernel.fork_into(_CLONE_FILES)
         if pid == 0:
             address = 0
@@ -174,7 +211,8 @@ class Zygote:
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries its children
                 if os.getppid() == launcher and self._function is not None:
-                    address = self._function(ctypes.addressof(control))
+                    self._snapshot(file)
+                    address = self._function(ctypes.addressof(self._control))
                 if address:
                     area = Area(abs(address))
                     self._go_on(area, -1 if address > 0 else _failed(area))
@@ -182,7 +220,23 @@ class Zygote:
                 os._exit(0)
         self._pid = pid
         self._pidfd = os.pidfd_open(pid)
-        self._control = control
+        try:
+            self._answer()
+        finally:
+            if file >= 0:
+                os.close(file)
+
+    def _snapshot(self, file: int) -> None:
+        """Have the zygote's memory made a file's, by the instructions. Without it each child has more of its own."""
+        with contextlib.suppress(Exception):  # this must never be why there is no zygote
+            with contextlib.suppress(Exception):
+                self._rehearse()
+            snapshot = Snapshot(file)
+            calls = b"".join(struct.pack("8Q", *(value & _WORD for value in call)) for call in snapshot.calls)
+            assert len(calls) <= AREA
+            ctypes.memmove(self._base + AREA * _AREAS, calls, len(calls))
+            struct.pack_into("Q", self._control, 24, len(snapshot.calls))
+            self._sweep, self._left_at_most = Sweep(snapshot.regions), snapshot.optional
 
     def area(self) -> Area:
         """Room for a child, to be freed when the child is ready or gone."""
@@ -203,6 +257,11 @@ class Zygote:
         if self._pid == 0:
             self._start()
         os.write(self._command, struct.pack("Q", area.address))
+        self._answer()
+        return area.pid()
+
+    def _answer(self) -> None:
+        """Wait until the zygote has done what it was to do."""
         poll = select.poll()
         poll.register(self._reply, select.POLLIN)
         poll.register(self._pidfd, select.POLLIN)
@@ -210,7 +269,6 @@ class Zygote:
             self._bury()
             raise OSError(3, "the zygote was killed; the next request starts another one")
         os.read(self._reply, 8)
-        return area.pid()
 
     def _bury(self) -> None:
         for fd in (self._pidfd, self._command, self._reply):
@@ -242,16 +300,25 @@ class Zygote:
         for index in range(len(area.rows)):
             result = kernel.call(*struct.unpack("7q", ctypes.string_at(area.row(index), 56)))
             ctypes.memmove(area.row(index) + 56, struct.pack("q", result), 8)
-            if result < 0:
+            if result < 0 and area.rows[index][0] != OPTIONAL:
                 return index
         return -1
 
     def _go_on(self, area: Area, failed: int) -> None:
         """In a child: let go of the shared memory, and live."""
         note = ctypes.string_at(area.address + AREA - _NOTE, _NOTE)
-        kernel.munmap(self._base, AREA * _AREAS)
-        self._live(note, failed)
+        kernel.munmap(self._base, AREA * (_AREAS + 1))
+        whole = self._sweep is not None and struct.unpack_from("Q", self._control, 24)[0] <= self._left_at_most
+        self._live(note, failed, self._sweep if whole else None)
 
 
 def _fill(call: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(value & 0xFFFFFFFFFFFFFFFF for value in (*call, *([0] * (7 - len(call)))))
+    return tuple(value & _WORD for value in (*call, *([0] * (7 - len(call)))))
+
+
+def _memory_file() -> int:
+    """An empty memory file that can be sealed; -1 where there is none."""
+    try:
+        return os.memfd_create("rock", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError:
+        return -1
