@@ -348,7 +348,7 @@ def test_an_old_file_is_brought_up_to_date(tmp_path: Path) -> None:
 
 def test_what_a_burst_writes(tmp_path: Path) -> None:
     """Ids are random: records and what indexes have of them must not be ordered by them, or each has pages of its own
-    in the log, 30 KB in all."""
+    in the log: 14 KB for each of so few, and 30 in a large file."""
     count, together = 1200, 40
 
     async def main() -> None:
@@ -357,7 +357,7 @@ def test_what_a_burst_writes(tmp_path: Path) -> None:
             for _ in range(count // together):
                 made = await asyncio.gather(*(store.insert(record(uuid.uuid4().hex)) for _ in range(together)))
                 await asyncio.gather(*(store.put(one.changed(state=State.RUNNING)) for one in made))
-            assert (tmp_path / "db-wal").stat().st_size - before < count * 15_000
+            assert (tmp_path / "db-wal").stat().st_size - before < count * 8000
 
     asyncio.run(main())
 

@@ -88,8 +88,8 @@ SQLITE: tuple[tuple[str, ...], ...] = (
             info TEXT NOT NULL,
             config TEXT NOT NULL
         )""",
-        """INSERT INTO sandbox_4 SELECT id, version, state, created_at, stopped_at, tenant, idempotency_key, cpus, memory,
-            info, config FROM sandbox ORDER BY created_at""",
+        """INSERT INTO sandbox_4 SELECT id, version, state, created_at, stopped_at, tenant, idempotency_key, cpus,
+            memory, info, config FROM sandbox ORDER BY created_at""",
         "DROP TABLE sandbox",
         "ALTER TABLE sandbox_4 RENAME TO sandbox",
         """CREATE UNIQUE INDEX sandbox_key ON sandbox (tenant, idempotency_key)
