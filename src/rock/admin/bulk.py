@@ -3,7 +3,9 @@
     create, create, create ──► PUT /node/v1/sandboxes ──► a frame for each, in the order in which they are done
 
 The first of them goes at once. While a request has had no answer yet those that come wait for one, a moment at most, so
-that a single create waits for nothing and a burst has few requests. Whatever fails with the request itself is asked for
+that a single create waits for nothing and a burst has few requests. In a crowd, where each is one of hundreds that are
+under way at all workers, all wait for a longer moment: a tenth of what their own place in it costs them, and each
+request costs both sides more than what it asks for. Whatever fails with the request itself is asked for
 again one by one: a create is idempotent, and a worker of an older release knows no other way.
 """
 
@@ -27,21 +29,39 @@ from rock.protocol.sandbox import SandboxConfig
 log = logging.getLogger("rock.admin")
 
 _MOMENT = 0.01  # seconds for which those wait that come while a request has had no answer
+_CROWDED = 100  # creates under way
+_EACH = 0.0001  # seconds for each create under way, for which those of a crowd wait
+_LONGEST = 0.1  # and at most
 _MOST_REQUESTS = 500  # at once; some may take minutes, to pull an image
 _UNKNOWN = (404, 405)  # what an older worker answers
 
 Made = asyncio.Future[NodeSandbox | None]
 
 
+class Crowd:
+    """Creates that are under way at all workers of a server."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    @property
+    def moment(self) -> float:
+        """Seconds for which a create waits for others to its worker; 0 where it is none of a crowd."""
+        return min(_LONGEST, self.size * _EACH) if self.size >= _CROWDED else 0.0
+
+
 class Creates:
-    """The creates of one worker. streams: carries a request whose answer comes in pieces. alone: creates one."""
+    """The creates of one worker. streams: carries a request whose answer comes in pieces. alone: creates one. crowd: of
+    the server, to which they count."""
 
     def __init__(
-        self, name: str, streams: StreamTransport, alone: Callable[[str, SandboxConfig], Awaitable[NodeSandbox]]
-    ) -> None:
+        self, name: str, streams: StreamTransport, alone: Callable[[str, SandboxConfig], Awaitable[NodeSandbox]],
+        crowd: Crowd | None = None,
+    ) -> None:  # fmt: skip
         self._name = name
         self._streams = streams
         self._alone = alone
+        self._crowd = crowd or Crowd()
         self._waiting: dict[str, tuple[SandboxConfig, Made]] = {}
         self._asking: set[asyncio.Task[None]] = set()
         self._silent = 0  # requests without an answer
@@ -71,13 +91,16 @@ class Creates:
             raise self._lost()
         made: Made = asyncio.get_running_loop().create_future()
         self._waiting[sandbox_id] = config, made
-        self._arm()
+        self._crowd.size += 1
         try:
+            self._arm()
             found = await made
         except asyncio.CancelledError:
             if (entry := self._waiting.get(sandbox_id)) is not None and entry[1] is made:
                 del self._waiting[sandbox_id]
             raise
+        finally:
+            self._crowd.size -= 1
         if found is not None:
             return found
         if self._closed:
@@ -94,8 +117,9 @@ class Creates:
                 return
             self._due.cancel()
         loop = asyncio.get_running_loop()
-        late = self._silent and not now and len(self._waiting) < MOST_CREATES
-        self._due = loop.call_later(_MOMENT, self._flush) if late else loop.call_soon(self._flush)
+        full = now or len(self._waiting) >= MOST_CREATES
+        moment = 0.0 if full else max(_MOMENT if self._silent else 0.0, self._crowd.moment)
+        self._due = loop.call_later(moment, self._flush) if moment else loop.call_soon(self._flush)
 
     def _flush(self) -> None:
         self._due = None
@@ -114,7 +138,7 @@ class Creates:
 
     def _heard(self) -> None:
         self._silent -= 1
-        if self._waiting and not self._silent:
+        if self._waiting and not self._silent and not self._crowd.moment:
             self._arm(now=True)
 
     async def _ask(self, batch: dict[str, tuple[SandboxConfig, Made]]) -> None:

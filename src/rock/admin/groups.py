@@ -59,8 +59,7 @@ class Groups:
             records = await self._fresh([_of_group(first)])
         else:
             records = await self._insert(wish, key, caller)
-        error = await self._started(records, wait)
-        records = await self._fresh(records)
+        records, error = await self._started(records, wait)
         if error is not None and wish.mode == "gang":
             raise from_wire(error)
         return _info(records, wish.size - len(records), error)
@@ -81,25 +80,33 @@ class Groups:
         started: set[str] = set()
         try:
             await self._check(config, workers)
-            now = time.time()
-            records = []
-            for number, (sandbox_id, worker) in enumerate(zip(ids, workers, strict=False)):
-                name = worker.name if worker is not None else None
-                status = service.placing.status(name) if name is not None else None
-                info = infos.new_info(sandbox_id, config, name, status, caller.owner)
-                info.__dict__.update(group=group_id, gang=whole, created_at=now)
-                records.append(Record(info, config, key if number == 0 else None))
-            made = await service.store.insert_group(records, caller.quota, whole)
-            _of_group(made[0])
-            for record in made:
-                if record.state is State.PENDING:
-                    service.launches.begin(record)
-                    started.add(record.id)
+            async with service.launches.pace.group(caller.owner):
+                records = self._records(wish, group_id, config, ids, workers, key, caller)
+                made = await service.store.insert_group(records, caller.quota, whole)
+                _of_group(made[0])
+                for record in made:
+                    if record.state is State.PENDING:
+                        service.launches.begin(record)
+                        started.add(record.id)
             return made
         finally:
             for sandbox_id in ids:
                 if sandbox_id not in started:
                     service.placing.landed(sandbox_id)
+
+    def _records(
+        self, wish: GroupRequest, group_id: str, config: SandboxConfig, ids: Sequence[str],
+        workers: Sequence[Worker | None], key: str | None, caller: Caller,
+    ) -> list[Record]:  # fmt: skip
+        """Of as many of them as have a worker; the first bears the key."""
+        placing, now, records = self._service.placing, time.time(), list[Record]()
+        for number, (sandbox_id, worker) in enumerate(zip(ids, workers, strict=False)):
+            name = worker.name if worker is not None else None
+            status = placing.status(name) if name is not None else None
+            info = infos.new_info(sandbox_id, config, name, status, caller.owner)
+            info.__dict__.update(group=group_id, gang=wish.mode == "gang", created_at=now)
+            records.append(Record(info, config, key if number == 0 else None))
+        return records
 
     async def _check(self, config: SandboxConfig, workers: Sequence[Worker | None]) -> None:
         """Raise what a create would raise at once, on any of the workers."""
@@ -112,23 +119,35 @@ class Groups:
         each = {worker.name: worker for worker in workers if worker is not None}
         await asyncio.gather(*(one(worker) for worker in each.values()))
 
-    async def _started(self, records: Sequence[Record], wait: float) -> dict[str, Any] | None:
-        """Wait for the starts, up to `wait` seconds: the error of the first that failed, once a gang is undone."""
+    async def _started(
+        self, records: Sequence[Record], wait: float
+    ) -> tuple[Sequence[Record], dict[str, Any] | None]:  # fmt: skip
+        """Wait for the starts, up to `wait` seconds: what became of them, and the error of the first that failed, once
+        a gang is undone."""
         if wait > 0:
-            with contextlib.suppress(TimeoutError):
+            try:
                 async with asyncio.timeout(wait):
                     while any(record.state is State.PENDING for record in records):
-                        launches = self._service.launches.of(records)
-                        if launches:
-                            await asyncio.wait(launches)
-                        else:
-                            await asyncio.sleep(_ELSEWHERE)
-                        records = await self._fresh(records)
+                        records = await self._ended(records)
                     undoing = self._undoing.get(records[0].info.group or "")
                     if undoing is not None:
                         await asyncio.shield(undoing)
-        failed = (record for record in await self._fresh(records) if record.info.cause is Cause.START_FAILED)
-        return next((record.info.error for record in failed if record.info.error is not None), None)
+                        records = await self._fresh(records)
+            except TimeoutError:
+                records = await self._fresh(records)
+        failed = (record for record in records if record.info.cause is Cause.START_FAILED)
+        return records, next((record.info.error for record in failed if record.info.error is not None), None)
+
+    async def _ended(self, records: Sequence[Record]) -> Sequence[Record]:
+        """What their starts have come to, each as it was saved then: a group is not read again for that."""
+        launches = {record.id: launch for record in records if (launch := self._service.launches.of(record.id))}
+        if not launches:  # they are started elsewhere
+            await asyncio.sleep(_ELSEWHERE)
+            return await self._fresh(records)
+        await asyncio.wait(launches.values())
+        if any(launch.cancelled() or launch.exception() is not None for launch in launches.values()):
+            return await self._fresh(records)
+        return [launches[record.id].result() if record.id in launches else record for record in records]
 
     async def _fresh(self, records: Sequence[Record]) -> Sequence[Record]:
         first = records[0]

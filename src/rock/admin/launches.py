@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from rock import faults
 from rock.admin import infos
 from rock.admin.counts import CREATES, STARTS
 from rock.admin.lifecycle import Event
+from rock.admin.pace import Pace, Ticket
 from rock.admin.worker import Worker
 from rock.errors import InternalServerRockError, Lost, RockError, SandboxError, from_wire
 from rock.protocol.node import NodeSandbox
@@ -27,11 +27,13 @@ log = logging.getLogger("rock.admin")
 
 
 class Launches:
-    """One task a sandbox. `service.close` ends them."""
+    """One task a sandbox. `service.close` ends them. pace: which of them begin when."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self.pace = Pace()
         self._tasks: dict[str, asyncio.Task[Record]] = {}
+        self._waiting: dict[str, Ticket] = {}  # of those that have not begun
 
     def __contains__(self, sandbox_id: str) -> bool:
         return sandbox_id in self._tasks
@@ -56,6 +58,27 @@ class Launches:
             self._service.unfinished(sandbox_id)
 
     async def _launch(self, record: Record) -> Record:
+        ticket = self.pace.ask(record.tenant, record.info.group is not None)
+        try:
+            if ticket.turn is not None:
+                self._waiting[record.id] = ticket
+                try:
+                    begins = await ticket.turn
+                finally:
+                    del self._waiting[record.id]
+                if not begins:
+                    return await self._service.store.get(record.id) or record
+            return await self._begun(record)
+        finally:
+            self.pace.leave(ticket)
+
+    def withdraw(self, sandbox_id: str) -> None:
+        """It is not pending any more: a start that has not begun shall not."""
+        ticket = self._waiting.get(sandbox_id)
+        if ticket is not None:
+            self.pace.withdraw(ticket)
+
+    async def _begun(self, record: Record) -> Record:
         restored, began = record.info.archive is not None, time.monotonic()
         try:
             with tracing.span("start sandbox", {"rock.sandbox_id": record.id, "rock.image": record.config.image}):
@@ -133,9 +156,9 @@ class Launches:
                 return launch.result()
         return record
 
-    def of(self, records: Iterable[Record]) -> list[asyncio.Task[Record]]:
-        """The starts of these that are under way here."""
-        return [task for record in records if (task := self._tasks.get(record.id)) is not None]
+    def of(self, sandbox_id: str) -> asyncio.Task[Record] | None:
+        """Its start, if that is under way here."""
+        return self._tasks.get(sandbox_id)
 
     async def give_up(self, sandbox_id: str) -> None:
         """Cancel a start that is under way, and wait until it has ended."""

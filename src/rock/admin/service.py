@@ -76,6 +76,7 @@ class Service:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self.launches.pace.close()
         await self.groups.close()
         await self.placing.close()
         await self.archive.close()
@@ -285,6 +286,8 @@ class Service:
         if state is not record.state:
             about = {"sandbox_id": sandbox_id}
             log.info("sandbox %s is %s (%s)", sandbox_id, state.value, event.value, extra=about)
+            if record.state is State.PENDING and event is not Event.LAUNCHED:
+                self.launches.withdraw(sandbox_id)
             if new.info.cause is not None and record.info.cause is None:
                 ENDS.of(new.info.cause.value).add()
         self._keep(new)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -10,11 +11,11 @@ from typing import Any, Protocol, TypeVar
 import orjson
 from pydantic import BaseModel
 
-from rock.admin.bulk import Creates
+from rock.admin.bulk import Creates, Crowd
 from rock.admin.transports import FENCE as FENCE
 from rock.admin.transports import StreamTransport as StreamTransport
 from rock.admin.transports import Transport as Transport
-from rock.errors import Unsupported, from_wire
+from rock.errors import Unavailable, Unsupported, from_wire
 from rock.protocol.encoded import travelling
 from rock.protocol.network import ConnectionList
 from rock.protocol.node import (
@@ -29,6 +30,7 @@ from rock.protocol.node import (
 )
 from rock.protocol.routes import ROUTES, Frame, FrameParser, pack_frame
 from rock.protocol.sandbox import ArchivedFiles, SandboxConfig
+from rock.wire.waits import settled
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -91,19 +93,35 @@ class Worker(Protocol):
     async def events(self, after: int, wait: float) -> NodeEvents: ...
 
 
-class WireWorker:
-    """A rocklet that is reached by requests: `transport` carries one, `streams` one whose body or answer is long."""
+class _Check:
+    """A question that is under way; it is given up when nobody waits for it any more."""
 
-    def __init__(self, name: str, transport: Transport, streams: StreamTransport | None = None) -> None:
+    def __init__(self, task: asyncio.Task[None]) -> None:
+        self.task = task
+        self.waiting = 0
+
+
+class WireWorker:
+    """A rocklet that is reached by requests: `transport` carries one, `streams` one whose body or answer is long.
+    crowd: the creates of its server."""
+
+    def __init__(
+        self, name: str, transport: Transport, streams: StreamTransport | None = None, crowd: Crowd | None = None
+    ) -> None:
         self.name = name
         self._transport = transport
         self._streams = streams
         self._passed: dict[bytes, float] = {}  # what it would take, by its config, until when that is worth something
         self._passed_last: tuple[SandboxConfig | None, float] = (None, 0.0)
-        self._creates = Creates(name, streams, self._create_alone) if streams is not None else None
+        self._checking: dict[bytes, _Check] = {}  # what it is being asked whether it would take
+        self._creates = Creates(name, streams, self._create_alone, crowd) if streams is not None else None
 
     async def close(self) -> None:
         """It is commanded no more."""
+        checks = [check.task for check in self._checking.values()]
+        for task in checks:
+            task.cancel()
+        await asyncio.gather(*checks, return_exceptions=True)
         if self._creates is not None:
             await self._creates.close()
 
@@ -121,11 +139,27 @@ class WireWorker:
         if (until := self._passed.get(key, 0.0)) > now:
             self._passed_last = config, until
             return
+        check = self._checking.get(key)
+        if check is None:  # one request, however many want to know the same
+            check = self._checking[key] = _Check(asyncio.create_task(self._check(key, body), name=f"check {self.name}"))
+            check.task.add_done_callback(lambda _: self._checking.pop(key, None))
+        check.waiting += 1
+        try:
+            await settled(check.task)
+        finally:
+            check.waiting -= 1
+            if not check.waiting:
+                check.task.cancel()
+        if check.task.cancelled():
+            raise Unavailable(f"worker {self.name} was lost while it was asked", hint="retry")
+        check.task.result()
+        self._passed_last = config, self._passed.get(key, 0.0)
+
+    async def _check(self, key: bytes, body: Any) -> None:
         await self._call(_Empty, "node_create", "check=1", body, sandbox_id="-")
         if len(self._passed) >= _MOST_PASSED:
             self._passed.clear()
-        self._passed[key] = now + _WORTH
-        self._passed_last = config, now + _WORTH
+        self._passed[key] = time.monotonic() + _WORTH
 
     async def create(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
         if self._creates is None:

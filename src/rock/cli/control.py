@@ -16,6 +16,7 @@ import orjson
 
 from rock.admin.app import Admin
 from rock.admin.auth import Authenticated
+from rock.admin.bulk import Crowd
 from rock.admin.fleet import Fleet, Reached
 from rock.admin.roles import Doors, servers
 from rock.admin.starting import require_key_beyond_loopback, role_of
@@ -103,6 +104,7 @@ def commands_over(remote: Remote, name: str, gone: asyncio.Event, unreached: Cal
 
 def reach_with(key: str | None) -> Callable[[WorkerInfo], Reached]:
     """How workers that join are reached."""
+    crowd = Crowd()
 
     def reach(info: WorkerInfo) -> Reached:
         gone = asyncio.Event()
@@ -123,7 +125,7 @@ def reach_with(key: str | None) -> Callable[[WorkerInfo], Reached]:
             await data.close()
             await long.close()
 
-        worker = WireWorker(info.name, carry, long.stream)
+        worker = WireWorker(info.name, carry, long.stream, crowd)
         return Reached(worker, data, close, lambda: time.monotonic() - failed_at < _SHUNNED)
 
     return reach

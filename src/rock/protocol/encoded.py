@@ -19,9 +19,10 @@ def travelling(config: SandboxConfig) -> bytes:
 
 
 def kept(config: SandboxConfig) -> str:
-    """As it is written down: without the registry's password, which is needed for one pull and never later."""
+    """As it is written down: without the registry's password, which is needed for one pull and never later, and
+    without what is not set, which is half of it."""
     exclude = {"registry_password", *config.unchosen}
-    return _encoded(_kept, config, lambda: config.model_dump_json(exclude=exclude))
+    return _encoded(_kept, config, lambda: config.model_dump_json(exclude=exclude, exclude_none=True))
 
 
 def _encoded(known: dict[int, tuple[SandboxConfig, T]], config: SandboxConfig, encode: Callable[[], T]) -> T:

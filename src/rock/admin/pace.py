@@ -1,0 +1,162 @@
+"""In which order starts begin, so that who asked first is answered first.
+
+    single starts      a line for each tenant ─┐  one of each line in turn, while
+    starts of groups   a line for each tenant ─┴► fewer than _MOST young ones are under way ─► begun
+
+Thousands that begin at the same time all end late, and one that comes beside them as late as they. What takes longer
+than _YOUNG waits for something outside this process, an image or a machine, and is not counted any more: a slow start
+holds up no other for longer than that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import OrderedDict, deque
+from collections.abc import AsyncGenerator
+
+_MOST = 1000  # young starts under way
+_YOUNG = 1.0  # seconds
+_TOGETHER = 0.05  # seconds within which those that begin grow old together
+
+_Line = tuple[str, bool]  # tenant, and whether it is of groups
+
+
+class _Age:
+    """Starts that began at nearly the same time."""
+
+    __slots__ = ("at", "left")
+
+    def __init__(self, at: float) -> None:
+        self.at = at
+        self.left = 0
+
+
+class Ticket:
+    """A start's place. turn: None where it may begin at once; else True once it may, False when it shall not."""
+
+    __slots__ = ("age", "turn")
+
+    def __init__(self) -> None:
+        self.turn: asyncio.Future[bool] | None = None
+        self.age: _Age | None = None
+
+
+class _Entry:
+    """Where the groups of a tenant come in."""
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.users = 0
+
+
+class Pace:
+    """For each start `ask`, and when it is over `leave`. `close` when none is asked for any more."""
+
+    def __init__(self) -> None:
+        self._lines: OrderedDict[_Line, deque[Ticket]] = OrderedDict()
+        self._ages: deque[_Age] = deque()  # the young, the oldest first
+        self._under_way = 0  # of them all
+        self._timer: asyncio.TimerHandle | None = None
+        self._entries: dict[str, _Entry] = {}
+        self._emptied: dict[str, asyncio.Future[None]] = {}  # by tenants whose next group waits for it
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    @property
+    def waiting(self) -> int:
+        """Starts in all lines."""
+        return sum(map(len, self._lines.values()))
+
+    def ask(self, tenant: str, grouped: bool) -> Ticket:
+        """A place for a start, at the end of its line if it has to wait."""
+        ticket, loop = Ticket(), asyncio.get_running_loop()
+        if not self._lines and self._has_room(loop.time()):
+            self._let_in(ticket, loop.time())
+            return ticket
+        ticket.turn = loop.create_future()
+        self._lines.setdefault((tenant, grouped), deque()).append(ticket)
+        self._arm(loop)
+        return ticket
+
+    @staticmethod
+    def withdraw(ticket: Ticket) -> None:
+        """It shall not begin any more, if it has not."""
+        if ticket.turn is not None and not ticket.turn.done():
+            ticket.turn.set_result(False)
+
+    def leave(self, ticket: Ticket) -> None:
+        """A start is over, or was given up in its line."""
+        self.withdraw(ticket)
+        age, ticket.age = ticket.age, None
+        if age is None:
+            return
+        age.left -= 1
+        if age.at >= 0:
+            self._under_way -= 1
+            if self._lines:
+                self._next()
+
+    @contextlib.asynccontextmanager
+    async def group(self, tenant: str) -> AsyncGenerator[None]:
+        """One group of a tenant at a time is written down, when the starts of those before it have begun: it takes as
+        long as its turn takes."""
+        entry = self._entries.setdefault(tenant, _Entry())
+        entry.users += 1
+        try:
+            async with entry.lock:
+                if (tenant, True) in self._lines:
+                    empty = self._emptied[tenant] = asyncio.get_running_loop().create_future()
+                    try:
+                        await empty
+                    finally:
+                        del self._emptied[tenant]
+                yield
+        finally:
+            entry.users -= 1
+            if not entry.users:
+                del self._entries[tenant]
+
+    # ---- who is next ----
+
+    def _has_room(self, now: float) -> bool:
+        while self._ages and now - self._ages[0].at > _YOUNG:
+            old = self._ages.popleft()
+            self._under_way -= old.left
+            old.at = -1.0
+        return self._under_way < _MOST
+
+    def _let_in(self, ticket: Ticket, now: float) -> None:
+        if not self._ages or now - self._ages[-1].at > _TOGETHER:
+            self._ages.append(_Age(now))
+        ticket.age = self._ages[-1]
+        ticket.age.left += 1
+        self._under_way += 1
+
+    def _next(self) -> None:
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        while self._lines and self._has_room(now):
+            key, line = self._lines.popitem(last=False)
+            ticket = line.popleft()
+            if line:
+                self._lines[key] = line
+            elif key[1] and (empty := self._emptied.get(key[0])) is not None and not empty.done():
+                empty.set_result(None)
+            assert ticket.turn is not None
+            if not ticket.turn.done():
+                self._let_in(ticket, now)
+                ticket.turn.set_result(True)
+        self._arm(loop)
+
+    def _arm(self, loop: asyncio.AbstractEventLoop) -> None:
+        """See that whoever waits is looked at again when those under way are not young any more."""
+        if self._lines and self._timer is None:
+            self._timer = loop.call_later(_YOUNG / 4, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        self._next()
