@@ -71,7 +71,7 @@ class Authenticated:
         headers = scope["headers"]
         if self._key is not None:
             # Keys end here: programs inside, to which requests are handed on, must not see them.
-            headers = [header for header in headers if not self._is_key(*header)]
+            headers = [header for header in headers if header[0] not in KEY_HEADERS or not self._is_key(*header)]
         scope = {**scope, "headers": headers, CALLER: caller}
         if scope["type"] == "websocket":
             await (self._socket(caller.key_id, scope, receive, send) if caller.key_id
@@ -105,8 +105,7 @@ class Authenticated:
         return await self._keys.caller(key) if self._keys is not None else None
 
     def _is_key(self, name: bytes, value: bytes) -> bool:
-        if name not in KEY_HEADERS:
-            return False
+        """Of a header that may bear one."""
         bare = _bare(name, value)
         own = [key for key in (self._key, self._worker_key) if key]
         return digest_of(bare) is not None or any(hmac.compare_digest(bare, key) for key in own)

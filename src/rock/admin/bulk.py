@@ -4,9 +4,9 @@
 
 The first of them goes at once. While a request has had no answer yet those that come wait for one, a moment at most, so
 that a single create waits for nothing and a burst has few requests. In a crowd, where each is one of hundreds that are
-under way at all workers, all wait for a longer moment: a tenth of what their own place in it costs them, and each
-request costs both sides more than what it asks for. Whatever fails with the request itself is asked for
-again one by one: a create is idempotent, and a worker of an older release knows no other way.
+under way at all workers, they wait a longer moment until some are together: a part of what the crowd costs them anyway,
+while a request of its own costs both sides more than what it asks for. Whatever fails with the request itself is asked
+for again one by one: a create is idempotent, and a worker of an older release knows no other way.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ log = logging.getLogger("rock.admin")
 
 _MOMENT = 0.01  # seconds for which those wait that come while a request has had no answer
 _CROWDED = 100  # creates under way
-_EACH = 0.0001  # seconds for each create under way, for which those of a crowd wait
-_LONGEST = 0.1  # and at most
+_EACH = 0.0002  # seconds for each create under way, for which those of a crowd wait
+_LONGEST = 0.2  # and at most
+_ENOUGH = 8  # creates for which no more are waited for
 _MOST_REQUESTS = 500  # at once; some may take minutes, to pull an image
 _UNKNOWN = (404, 405)  # what an older worker answers
 
@@ -39,15 +40,16 @@ Made = asyncio.Future[NodeSandbox | None]
 
 
 class Crowd:
-    """Creates that are under way at all workers of a server."""
+    """Creates that are under way at all workers of a server, and how many those are."""
 
     def __init__(self) -> None:
         self.size = 0
+        self.workers = 0
 
     @property
     def moment(self) -> float:
-        """Seconds for which a create waits for others to its worker; 0 where it is none of a crowd."""
-        return min(_LONGEST, self.size * _EACH) if self.size >= _CROWDED else 0.0
+        """Seconds for which a create waits for others to its worker; 0 where there is no crowd, or none for each."""
+        return min(_LONGEST, self.size * _EACH) if self.size >= max(_CROWDED, 2 * self.workers) else 0.0
 
 
 class Creates:
@@ -62,6 +64,7 @@ class Creates:
         self._streams = streams
         self._alone = alone
         self._crowd = crowd or Crowd()
+        self._crowd.workers += 1
         self._waiting: dict[str, tuple[SandboxConfig, Made]] = {}
         self._asking: set[asyncio.Task[None]] = set()
         self._silent = 0  # requests without an answer
@@ -71,6 +74,8 @@ class Creates:
 
     async def close(self) -> None:
         """Nobody is asked any more; who waits is told that the worker is lost."""
+        if not self._closed:
+            self._crowd.workers -= 1
         self._closed = True
         if self._due is not None:
             self._due.cancel()
@@ -112,13 +117,17 @@ class Creates:
 
     def _arm(self, now: bool = False) -> None:
         """See that those who wait are asked for."""
+        count = len(self._waiting)
+        now = now or count == MOST_CREATES
+        moment = 0.0 if now else _MOMENT if self._silent else 0.0
+        if not now and (crowded := self._crowd.moment):
+            now = count == _ENOUGH
+            moment = 0.0 if count >= _ENOUGH else crowded
         if self._due is not None:
             if not now:
                 return
             self._due.cancel()
         loop = asyncio.get_running_loop()
-        full = now or len(self._waiting) >= MOST_CREATES
-        moment = 0.0 if full else max(_MOMENT if self._silent else 0.0, self._crowd.moment)
         self._due = loop.call_later(moment, self._flush) if moment else loop.call_soon(self._flush)
 
     def _flush(self) -> None:
@@ -134,7 +143,7 @@ class Creates:
         self._asking.add(task)
         task.add_done_callback(self._asking.discard)
         if self._waiting:
-            self._arm()
+            self._arm(now=True)
 
     def _heard(self) -> None:
         self._silent -= 1

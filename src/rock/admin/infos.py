@@ -18,8 +18,31 @@ def new_info(
     sandbox_id: str, config: SandboxConfig, worker: str | None, status: NodeStatus | None, tenant: str
 ) -> SandboxInfo:
     """worker, status: None while it is not decided where it goes."""
-    return SandboxInfo(
+    info = _common(config, tenant).model_copy()
+    info.__dict__.update(
         sandbox_id=sandbox_id,
+        worker=worker,
+        created_at=time.time(),
+        host_name=status.host_name if status is not None else None,
+        host_ip=status.host_ip if status is not None else None,
+        labels=dict(config.labels),
+        enforced={},
+        phases={},
+        state_history=[],
+    )
+    return info
+
+
+_last: tuple[SandboxConfig, SandboxInfo] | None = None  # by identity
+
+
+def _common(config: SandboxConfig, tenant: str) -> SandboxInfo:
+    """What the infos of all that are made of a config have in common; a burst asks for one and the same."""
+    global _last
+    if _last is not None and _last[0] is config and _last[1].tenant == tenant:
+        return _last[1]
+    info = SandboxInfo(
+        sandbox_id="",
         state=State.PENDING,
         image=config.image,
         memory=config.memory,
@@ -30,13 +53,16 @@ def new_info(
         experiment_id=config.experiment_id,
         cluster=config.cluster,
         namespace=config.namespace,
-        labels=config.labels,
-        worker=worker,
-        created_at=time.time(),
-        host_name=status.host_name if status is not None else None,
-        host_ip=status.host_ip if status is not None else None,
+        labels={},
+        worker=None,
+        created_at=0.0,
+        host_name=None,
+        host_ip=None,
         tenant=tenant,
     )
+    if config.registry_password is None:  # which is not remembered anywhere
+        _last = config, info
+    return info
 
 
 def running(made: NodeSandbox) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
-import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -105,7 +105,7 @@ class Service:
     async def insert(self, config: SandboxConfig, key: str | None, caller: Caller) -> Record:
         """The record of a new sandbox, whose start is under way."""
         self.archive.check(config)
-        sandbox_id = config.sandbox_id or uuid.uuid4().hex
+        sandbox_id = config.sandbox_id or secrets.token_hex(16)
         record: Record | None = None
         try:
             worker, status = None, None

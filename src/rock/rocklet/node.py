@@ -29,6 +29,7 @@ from rock.rocklet.shelf import Shelf
 from rock.rocklet.supervisor import Supervisor
 from rock.runtime import hostmemory
 from rock.runtime.base import Handle, Pools, Prepared, Runtime
+from rock.wire.waits import settled
 
 log = logging.getLogger("rock.node")
 
@@ -122,7 +123,7 @@ class Node:
             self._creating[sandbox_id] = task
             self.ends.forget(sandbox_id)  # of an earlier one with this name
             task.add_done_callback(lambda _: self._creating.pop(sandbox_id, None))
-        await asyncio.wait({task})
+        await settled(task)
         if task.cancelled():
             raise Conflict(f"sandbox {sandbox_id} was stopped while it started", sandbox_id=sandbox_id)
         return task.result().describe()

@@ -13,26 +13,21 @@ from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
 from rock.store.workers import Workers
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Record:
-    """A sandbox as remembered. `key`: the idempotency key of its creation, unique in its tenant where there is one."""
+    """A sandbox as remembered; nobody changes one. `key`: the idempotency key of its creation, unique in its tenant
+    where there is one. id, tenant, state: of its info."""
 
     info: SandboxInfo
     config: SandboxConfig
     key: str | None = None
     version: int = 0
+    id: str = field(init=False, repr=False, compare=False)
+    tenant: str = field(init=False, repr=False, compare=False)
+    state: State = field(init=False, repr=False, compare=False)
 
-    @property
-    def id(self) -> str:
-        return self.info.sandbox_id
-
-    @property
-    def tenant(self) -> str:
-        return self.info.tenant
-
-    @property
-    def state(self) -> State:
-        return self.info.state
+    def __post_init__(self) -> None:
+        self.id, self.tenant, self.state = self.info.sandbox_id, self.info.tenant, self.info.state
 
     def at(self, version: int) -> Record:
         """The same record as it is saved with that version."""
