@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import shutil
 import socket
 import subprocess
 import tarfile
+import threading
+import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from tests.conftest import IMAGE, RunningServer
-from tests.image.registries import USER, docker_registry, push
+from tests.image.registries import USER, Odd, blobs_of, docker_registry, odd_registry, push
 
-from rock.errors import ImageError
+from rock.errors import ImageError, StartFailed
 from rock.runtime.image.store import ImageStore
 from rock.sync import Client, Sandbox
 
@@ -93,6 +96,43 @@ def test_an_image_is_pulled_when_it_is_first_needed(
         Sandbox(**options, pull="always").start()
     kept = [path for path in server.home.rglob("*") if path.is_file() and not path.is_symlink()]
     assert not [path for path in kept if USER.password.encode() in path.read_bytes()]
+
+
+def test_how_far_an_image_is(own_server: Callable[..., RunningServer], tmp_path: Path) -> None:
+    going = threading.Event()
+
+    class Slow(Odd):
+        def answer(self, path: str) -> bool:
+            if path.endswith(layer):
+                going.wait(60)
+            return False
+
+    packed = io.BytesIO()
+    (tmp_path / "root").mkdir()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        archive.add(small_root(tmp_path / "root"), ".")
+    server, blobs = own_server(), blobs_of([packed.getvalue()])
+    layer = list(blobs)[1]
+    with odd_registry(Slow, blobs) as address, Client(server.url) as client:
+        options = {"base_url": server.url, "image": f"{address}/team/tool:1.0", "memory": "256m"}
+        sandbox, other = Sandbox(**options, sandbox_id="a" * 8), Sandbox(**options, startup_timeout=4.0)
+        with ThreadPoolExecutor(2) as threads:
+            first, second = threads.submit(sandbox.start), threads.submit(other.start)
+            try:
+                with pytest.raises(StartFailed, match=r"in phase 'image': 1 of 1 layers to fetch, .* MB"):
+                    second.result()
+                image = client.get_sandbox("a" * 8).phases["image"]
+                assert image.status == "running" and image.message.startswith("1 of 1 layers to fetch, ")
+                status = f"{server.url}/apis/envs/sandbox/v1/get_status?sandbox_id={'a' * 8}"
+                with urllib.request.urlopen(status, timeout=20) as answer:
+                    told = json.load(answer)["result"]["status"]["image_pull"]
+                assert (told["status"], told["message"]) == ("running", image.message)
+            finally:
+                going.set()
+            first.result()
+        assert client.get_sandbox("a" * 8).phases["image"].message == "on disk"
+        assert client.list_workers()[0].status.fetching == {}
+        sandbox.stop()
 
 
 def test_silent_registries_hold_up_nobody(own_server: Callable[..., RunningServer]) -> None:

@@ -194,10 +194,7 @@ class Fleet(Mapping[str, Worker]):
     async def statuses(self, age: float = _STATUS_AGE) -> dict[str, NodeStatus]:
         """What those report that may be given sandboxes, a few seconds old at most: a worker refuses by itself what it
         has no room for. age: seconds, for those that are asked."""
-        if time.monotonic() - self._asked_at > age:
-            asked = await asyncio.gather(*(_ask(worker) for worker in self.fixed.values()))
-            self._asked = {name: status for name, status in zip(self.fixed, asked, strict=True) if status is not None}
-            self._asked_at = time.monotonic()
+        await self._ask_fixed(age)
         limit = time.monotonic() - self.lease.fence  # it may have given up since
         joined = {
             name: member.status
@@ -208,6 +205,20 @@ class Fleet(Mapping[str, Worker]):
         if not self._asked and not joined and len(self):
             raise Unavailable("no worker takes sandboxes now: they are not reached, or are being drained", hint="retry")
         return {**self._asked, **joined}
+
+    async def status(self, name: str) -> NodeStatus | None:
+        """What one of them reported last, a few seconds old at most."""
+        if name in self.fixed:
+            await self._ask_fixed(_STATUS_AGE)
+            return self._asked.get(name)
+        member = self._members.get(name)
+        return member.status if member is not None else None
+
+    async def _ask_fixed(self, age: float) -> None:
+        if time.monotonic() - self._asked_at > age:
+            asked = await asyncio.gather(*(_ask(worker) for worker in self.fixed.values()))
+            self._asked = {name: status for name, status in zip(self.fixed, asked, strict=True) if status is not None}
+            self._asked_at = time.monotonic()
 
     async def infos(self) -> list[WorkerInfo]:
         """All that are known, lost ones too."""

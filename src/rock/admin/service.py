@@ -32,7 +32,7 @@ from rock.errors import NotFound, RockError, Unavailable
 from rock.protocol.keys import Caller, Quota
 from rock.protocol.network import ConnectionList
 from rock.protocol.node import SandboxList
-from rock.protocol.sandbox import Cause, SandboxConfig, SandboxInfo, State
+from rock.protocol.sandbox import Cause, Phase, SandboxConfig, SandboxInfo, State
 from rock.scheduler.base import Reservations, Scheduler
 from rock.store.base import Query, Record, Store, VersionConflict
 from rock.store.blobs import Blobs
@@ -100,7 +100,8 @@ class Service:
             record = known
             if record.state is State.PENDING:  # it may have been saved just now, by a store that then failed
                 self.launches.begin(record)
-        return await self.launches.waited(record, wait)
+        info = await self.launches.waited(record, wait)
+        return await self._how_far(info) if wait > 0 and info.state is State.PENDING else info
 
     async def insert(self, config: SandboxConfig, key: str | None, caller: Caller) -> Record:
         """The record of a new sandbox, whose start is under way."""
@@ -152,6 +153,8 @@ class Service:
             record = await self.launches.ended(record, wait)
             if record.state is State.PENDING and wait > 0 and record.id not in self.launches:
                 record = await self._started_elsewhere(record, wait)
+            if record.state is State.PENDING:
+                return await self._how_far(record.info)
         if record.state is not State.RUNNING:
             return record.info
         try:
@@ -160,6 +163,15 @@ class Service:
             log.info("worker of %s: %s", sandbox_id, error)
             return record.info.model_copy(update={"is_alive": False})
         return infos.seen(record, found)
+
+    async def _how_far(self, info: SandboxInfo) -> SandboxInfo:
+        """With what its worker says of the image, where it waits for that."""
+        status = await self.workers.status(info.worker) if info.worker is not None else None
+        words = status.fetching.get(info.image) if status is not None else None
+        if words is None:
+            return info
+        image = Phase(status="running", message=words, started_at=info.created_at)
+        return info.model_copy(update={"phases": {**info.phases, "image": image}})
 
     async def _started_elsewhere(self, record: Record, wait: float) -> Record:
         """The record once another server has started it, or after `wait` seconds."""

@@ -113,7 +113,8 @@ class NodeStatus(Answer):
     """What a worker has: cores, bytes of memory in all and free, sandboxes now and at most. load: programs that run or
     wait for a core, in the mean of the last minute. images: names of some that are on its disk, the last used first.
     memory_pressure: percent of the last ten seconds in which something there waited for memory; None where the kernel
-    does not tell. accelerators: kinds of its `gpus`."""
+    does not tell. accelerators: kinds of its `gpus`. fetching: words on how far the images are that sandboxes wait for
+    there, by name."""
 
     host_name: str
     host_ip: str
@@ -128,6 +129,7 @@ class NodeStatus(Answer):
     boot: str = ""
     load: float = 0.0
     images: list[str] = Field(default_factory=list, max_length=1000)
+    fetching: dict[str, str] = Field(default_factory=dict, max_length=1000)
     memory_pressure: float | None = None
     gpus: int = 0
     gpus_free: int = 0

@@ -19,7 +19,7 @@ async def make(runtimes: Runtimes, sandbox_id: str, config: SandboxConfig) -> Ma
     """A new one, its image first."""
     runtime, began = runtimes.of(config), time.time()
     try:
-        await runtimes.prepare_image(runtime, config, lambda _: None)
+        await runtimes.prepare_image(runtime, config)
         image = _done("on disk", began)
         began = time.time()
         with tracing.span("create sandbox", {"rock.sandbox_id": sandbox_id, "rock.runtime": runtime.name}):

@@ -295,6 +295,7 @@ class Node:
             boot=self.boot,
             memory_pressure=hostmemory.pressure(),
             images=self._used.names(),
+            fetching=self.runtimes.fetching.words(),
             gpus=len(kinds),
             gpus_free=unused,
             accelerators=sorted(set(kinds)),

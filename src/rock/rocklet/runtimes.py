@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from rock.errors import InvalidConfig, RockError, Unsupported
 from rock.protocol.network import ConnectionList
 from rock.protocol.sandbox import Isolation, SandboxConfig
+from rock.rocklet.fetching import Fetching
 from rock.rocklet.images import Images
 from rock.rocklet.sessions import open_ahead
 from rock.runtime.base import Accelerates, Connects, Keeps, OwnImages, Pools, Runtime, Trait
@@ -24,6 +25,7 @@ class Runtimes:
         self._by_name = by_name
         self.default = default
         self._images = images
+        self.fetching = Fetching()
 
     def __getitem__(self, name: str) -> Runtime:
         return self._by_name[name]
@@ -117,12 +119,13 @@ class Runtimes:
             return await runtime.has_image(config)
         return not _mounts_images(runtime) or self._images.is_ready(config)
 
-    async def prepare_image(self, runtime: Runtime, config: SandboxConfig, tell: Callable[[str], None]) -> None:
-        """Have the image of a sandbox where its runtime needs it. tell: called with words on the progress."""
-        if isinstance(runtime, OwnImages):
-            await runtime.prepare_image(config, tell)
-        elif _mounts_images(runtime):
-            await self._images.prepare(config, tell)
+    async def prepare_image(self, runtime: Runtime, config: SandboxConfig) -> None:
+        """Have the image of a sandbox where its runtime needs it; `fetching` tells how far that is."""
+        with self.fetching.of(config.image) as tell:
+            if isinstance(runtime, OwnImages):
+                await runtime.prepare_image(config, tell)
+            elif _mounts_images(runtime):
+                await self._images.prepare(config, tell)
 
     # ---- what they know ----
 

@@ -261,7 +261,8 @@ class Lifecycle(Link):
         return await self._info("get_sandbox", target, wait=wait or 0.0)
 
     def _late(self, info: SandboxInfo) -> errors.StartFailed:
-        at = next((f" in phase {name!r}" for name, phase in info.phases.items() if phase.status == "running"), "")
+        running = ((name, phase.message) for name, phase in info.phases.items() if phase.status == "running")
+        at = next((f"; it is in phase {name!r}: {message}" for name, message in running), "")
         return errors.StartFailed(
             f"the sandbox did not run within startup_timeout={self.config.startup_timeout:g} seconds{at}",
             sandbox_id=info.sandbox_id,

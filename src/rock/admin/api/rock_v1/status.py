@@ -97,6 +97,7 @@ def _phases(info: SandboxInfo) -> dict[str, Any]:
 
 
 def _start_phases(info: SandboxInfo) -> dict[str, Any]:
+    image, run = info.phases.get("image"), info.phases.get("sandbox")
     if info.cause is Cause.START_FAILED:
         message = info.reason or "the start failed"
         of_image = (info.error or {}).get("error", {}).get("code") == "image_error"
@@ -104,8 +105,8 @@ def _start_phases(info: SandboxInfo) -> dict[str, Any]:
             return {"image_pull": _phase("failed", message), "docker_run": _phase("waiting", "waiting")}
         return {"image_pull": _phase("success", _ON_DISK), "docker_run": _phase("failed", message)}
     if info.state is State.PENDING:
-        return {"image_pull": _phase("running", "image pull running"), "docker_run": _phase("waiting", "waiting")}
-    image, run = info.phases.get("image"), info.phases.get("sandbox")
+        told = image.message if image is not None else "image pull running"
+        return {"image_pull": _phase("running", told, image), "docker_run": _phase("waiting", "waiting")}
     return {
         "image_pull": _phase("success", _ON_DISK, image),
         "docker_run": _phase("success", "docker run success", run),
