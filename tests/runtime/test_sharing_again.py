@@ -134,6 +134,26 @@ async def main():
 asyncio.run(main())
 """
 
+REHEARSED = """
+import json, os, resource, signal
+from rock.guest import users
+from rock.runtime.namespace.rehearsal import rehearse
+
+def state():
+    mask = os.umask(0o27)
+    os.umask(mask)
+    return [sorted(os.listdir("/proc/self/fd")), resource.getrlimit(resource.RLIMIT_NOFILE), mask,
+            signal.getsignal(signal.SIGCHLD), signal.getsignal(signal.SIGTERM)]
+
+before = state()
+rehearse()
+try:
+    children = os.waitpid(-1, os.WNOHANG)
+except ChildProcessError:
+    children = None
+print(json.dumps([before == state(), children, users._cache]))
+"""
+
 
 def script(text: str, *words: str) -> Any:
     """What a Python says that runs a script: one line of JSON."""
@@ -182,6 +202,10 @@ def test_where_it_is_refused(refused: str, tmp_path: Path) -> None:
     assert told["failed"] == -1 and told["swept"] == (refused == "(28, None)")
     if refused != "(28, None)":
         assert script(filtered + BOX, str(tmp_path)) == [["0\n", "1\n", "2\n"], []]
+
+
+def test_a_rehearsal_leaves_nothing() -> None:
+    assert script(REHEARSED) == [True, None, {}], "descriptors, limits, children, or what was read"
 
 
 @look_into

@@ -19,6 +19,9 @@ import struct
 from rock.guest import native
 
 PAGE = 4096
+# Signals are blocked. Of each region, 512 pages at a time: read what the page table says (pread64). Each page that is
+# there and our own (bits 61 to 63 are 4) and equal to the file's is noted and dropped (madvise). Then, from the last to
+# the first, each that was noted and is not equal is copied from the file. Signals are as they were.
 _CODE = bytes.fromhex(
     "53"                # push rbx
     "55"                # push rbp
