@@ -1,11 +1,10 @@
 """In which order starts begin, so that who asked first is answered first.
 
     single starts      a line for each tenant ─┐  one of each line in turn, while
-    starts of groups   a line for each tenant ─┴► fewer than _MOST young ones are under way ─► begun
+    starts of groups   a line for each tenant ─┴► fewer than `most` young ones are under way ─► begun
 
-Thousands that begin at the same time all end late, and one that comes beside them as late as they. What takes longer
-than _YOUNG waits for something outside this process, an image or a machine, and is not counted any more: a slow start
-holds up no other for longer than that.
+Thousands that begin at the same time all end late, and one that comes beside them as late as they. What is not young
+any more waits for something that may take minutes, as an image, and is not counted: it holds up no other for longer.
 """
 
 from __future__ import annotations
@@ -13,10 +12,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
-_MOST = 1000  # young starts under way
-_YOUNG = 1.0  # seconds
+_MOST = 1000  # young starts under way,
+_EACH = 10  # and for each worker, where that is more
+_YOUNG = 10.0  # seconds: for as long a start is young. Shorter, and where all are slow all would begin
 _TOGETHER = 0.05  # seconds within which those that begin grow old together
 
 _Line = tuple[str, bool]  # tenant, and whether it is of groups
@@ -51,9 +51,12 @@ class _Entry:
 
 
 class Pace:
-    """For each start `ask`, and when it is over `leave`. `close` when none is asked for any more."""
+    """For each start `ask`, and when it is over `leave`. `close` when none is asked for any more. workers: how many
+    there are now; young: seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: Callable[[], int], young: float = _YOUNG) -> None:
+        self._workers = workers
+        self._young_for = young
         self._lines: OrderedDict[_Line, deque[Ticket]] = OrderedDict()
         self._ages: deque[_Age] = deque()  # the young, the oldest first
         self._under_way = 0  # of them all
@@ -123,11 +126,11 @@ class Pace:
     # ---- who is next ----
 
     def _has_room(self, now: float) -> bool:
-        while self._ages and now - self._ages[0].at > _YOUNG:
+        while self._ages and now - self._ages[0].at > self._young_for:
             old = self._ages.popleft()
             self._under_way -= old.left
             old.at = -1.0
-        return self._under_way < _MOST
+        return self._under_way < _MOST or self._under_way < _EACH * self._workers()
 
     def _let_in(self, ticket: Ticket, now: float) -> None:
         if not self._ages or now - self._ages[-1].at > _TOGETHER:
@@ -155,7 +158,7 @@ class Pace:
     def _arm(self, loop: asyncio.AbstractEventLoop) -> None:
         """See that whoever waits is looked at again when those under way are not young any more."""
         if self._lines and self._timer is None:
-            self._timer = loop.call_later(_YOUNG / 4, self._look)
+            self._timer = loop.call_later(self._young_for / 4, self._look)
 
     def _look(self) -> None:
         self._timer = None
