@@ -94,8 +94,8 @@ def test_a_group_is_written_down_when_those_before_it_have_begun() -> None:
     async def main() -> None:
         pace, order = Pace(lambda: 1), list[str]()
 
-        async def group(name: str, tenant: str, size: int) -> list[Ticket]:
-            async with pace.group(tenant):
+        async def group(name: str, tenant: str, size: int, wait: float = 9.0) -> list[Ticket]:
+            async with pace.group(tenant, wait):
                 order.append(name)
                 return [pace.ask(tenant, True) for _ in range(size)]
 
@@ -105,11 +105,12 @@ def test_a_group_is_written_down_when_those_before_it_have_begun() -> None:
         assert len(await group("other", "other", 1)) == 1  # another tenant's is not behind it
         gives_up.cancel()
         await asyncio.wait({gives_up})
-        assert order == ["first", "other"] and not waits.done()
+        hasty = await group("hasty", "", 1, wait=0.0)  # its client wants an answer now; it is started in its turn
+        assert order == ["first", "other", "hasty"] and not waits.done() and begun(hasty) == [0]
         for ticket in first:
             pace.leave(ticket)
         await waits
-        assert order == ["first", "other", "waits"]
+        assert order == ["first", "other", "hasty", "waits"] and begun(hasty) == [1]
         pace.close()
 
     run(main())

@@ -17,6 +17,7 @@ from collections.abc import AsyncGenerator, Callable
 _MOST = 1000  # young starts under way,
 _EACH = 10  # and for each worker, where that is more
 _YOUNG = 10.0  # seconds: for as long a start is young. Shorter, and where all are slow all would begin
+_PATIENT = 10.0  # seconds at most for which a group is not written down
 _TOGETHER = 0.05  # seconds within which those that begin grow old together
 
 _Line = tuple[str, bool]  # tenant, and whether it is of groups
@@ -104,24 +105,33 @@ class Pace:
                 self._next()
 
     @contextlib.asynccontextmanager
-    async def group(self, tenant: str) -> AsyncGenerator[None]:
-        """One group of a tenant at a time is written down, when the starts of those before it have begun: it takes as
-        long as its turn takes."""
-        entry = self._entries.setdefault(tenant, _Entry())
+    async def group(self, tenant: str, wait: float) -> AsyncGenerator[None]:
+        """One group of a tenant at a time is written down, when the starts of those before it have begun. wait: seconds
+        for which its client does; after these, and after _PATIENT, it is written down in any case."""
+        entry, held = self._entries.setdefault(tenant, _Entry()), False
         entry.users += 1
         try:
-            async with entry.lock:
-                if (tenant, True) in self._lines:
-                    empty = self._emptied[tenant] = asyncio.get_running_loop().create_future()
-                    try:
-                        await empty
-                    finally:
-                        del self._emptied[tenant]
-                yield
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(wait, _PATIENT)):
+                    held = await entry.lock.acquire()
+                    await self._begun(tenant)
+            yield
         finally:
+            if held:
+                entry.lock.release()
             entry.users -= 1
             if not entry.users:
                 del self._entries[tenant]
+
+    async def _begun(self, tenant: str) -> None:
+        """Until no start of the tenant's groups is in line. One waits for it at a time."""
+        if (tenant, True) not in self._lines:
+            return
+        empty = self._emptied[tenant] = asyncio.get_running_loop().create_future()
+        try:
+            await empty
+        finally:
+            del self._emptied[tenant]
 
     # ---- who is next ----
 
