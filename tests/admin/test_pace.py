@@ -28,7 +28,7 @@ def begun(*lines: list[Ticket]) -> list[int]:
 
 def test_one_of_each_line_in_turn() -> None:
     async def main() -> None:
-        pace = Pace()
+        pace = Pace(lambda: 1)
         under_way = full(pace)
         group = [pace.ask("", True) for _ in range(10)]
         singles = [pace.ask("", False) for _ in range(3)]
@@ -48,7 +48,7 @@ def test_one_of_each_line_in_turn() -> None:
 
 def test_what_takes_long_holds_up_nobody() -> None:
     async def main() -> None:
-        pace = Pace()
+        pace = Pace(lambda: 1, young=0.5)
         under_way = full(pace)
         late = pace.ask("", False)
         assert late.turn is not None and not late.turn.done()
@@ -62,9 +62,19 @@ def test_what_takes_long_holds_up_nobody() -> None:
     run(main())
 
 
+def test_a_large_fleet_takes_more() -> None:
+    async def main() -> None:
+        pace = Pace(lambda: MOST // 10 + 1)
+        tickets = [pace.ask("", False) for _ in range(MOST + 11)]
+        assert begun(tickets) == [MOST + 10]
+        pace.close()
+
+    run(main())
+
+
 def test_who_is_withdrawn_or_leaves_does_not_begin() -> None:
     async def main() -> None:
-        pace = Pace()
+        pace = Pace(lambda: 1)
         under_way = full(pace)
         gone, left, stays = (pace.ask("", True) for _ in range(3))
         assert gone.turn is not None and left.turn is not None and stays.turn is not None
@@ -82,10 +92,10 @@ def test_who_is_withdrawn_or_leaves_does_not_begin() -> None:
 
 def test_a_group_is_written_down_when_those_before_it_have_begun() -> None:
     async def main() -> None:
-        pace, order = Pace(), list[str]()
+        pace, order = Pace(lambda: 1), list[str]()
 
-        async def group(name: str, tenant: str, size: int) -> list[Ticket]:
-            async with pace.group(tenant):
+        async def group(name: str, tenant: str, size: int, wait: float = 9.0) -> list[Ticket]:
+            async with pace.group(tenant, wait):
                 order.append(name)
                 return [pace.ask(tenant, True) for _ in range(size)]
 
@@ -95,11 +105,12 @@ def test_a_group_is_written_down_when_those_before_it_have_begun() -> None:
         assert len(await group("other", "other", 1)) == 1  # another tenant's is not behind it
         gives_up.cancel()
         await asyncio.wait({gives_up})
-        assert order == ["first", "other"] and not waits.done()
+        hasty = await group("hasty", "", 1, wait=0.0)  # its client wants an answer now; it is started in its turn
+        assert order == ["first", "other", "hasty"] and not waits.done() and begun(hasty) == [0]
         for ticket in first:
             pace.leave(ticket)
         await waits
-        assert order == ["first", "other", "waits"]
+        assert order == ["first", "other", "hasty", "waits"] and begun(hasty) == [1]
         pace.close()
 
     run(main())

@@ -58,13 +58,13 @@ class Groups:
         if first is not None:
             records = await self._fresh([_of_group(first)])
         else:
-            records = await self._insert(wish, key, caller)
+            records = await self._insert(wish, key, wait, caller)
         records, error = await self._started(records, wait)
         if error is not None and wish.mode == "gang":
             raise from_wire(error)
         return _info(records, wish.size - len(records), error)
 
-    async def _insert(self, wish: GroupRequest, key: str | None, caller: Caller) -> Sequence[Record]:
+    async def _insert(self, wish: GroupRequest, key: str | None, wait: float, caller: Caller) -> Sequence[Record]:
         service, whole = self._service, wish.mode == "gang"
         group_id = wish.config.sandbox_id or uuid.uuid4().hex
         config = wish.config.model_copy(update={"sandbox_id": None})
@@ -80,7 +80,7 @@ class Groups:
         started: set[str] = set()
         try:
             await self._check(config, workers)
-            async with service.launches.pace.group(caller.owner):
+            async with service.launches.pace.group(caller.owner, wait):
                 records = self._records(wish, group_id, config, ids, workers, key, caller)
                 made = await service.store.insert_group(records, caller.quota, whole)
                 _of_group(made[0])

@@ -31,7 +31,7 @@ class Launches:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self.pace = Pace()
+        self.pace = Pace(lambda: len(service.workers))
         self._tasks: dict[str, asyncio.Task[Record]] = {}
         self._waiting: dict[str, Ticket] = {}  # of those that have not begun
 

@@ -1,11 +1,10 @@
 """In which order starts begin, so that who asked first is answered first.
 
     single starts      a line for each tenant ─┐  one of each line in turn, while
-    starts of groups   a line for each tenant ─┴► fewer than _MOST young ones are under way ─► begun
+    starts of groups   a line for each tenant ─┴► fewer than `most` young ones are under way ─► begun
 
-Thousands that begin at the same time all end late, and one that comes beside them as late as they. What takes longer
-than _YOUNG waits for something outside this process, an image or a machine, and is not counted any more: a slow start
-holds up no other for longer than that.
+Thousands that begin at the same time all end late, and one that comes beside them as late as they. What is not young
+any more waits for something that may take minutes, as an image, and is not counted: it holds up no other for longer.
 """
 
 from __future__ import annotations
@@ -13,10 +12,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
-_MOST = 1000  # young starts under way
-_YOUNG = 1.0  # seconds
+_MOST = 1000  # young starts under way,
+_EACH = 10  # and for each worker, where that is more
+_YOUNG = 10.0  # seconds: for as long a start is young. Shorter, and where all are slow all would begin
+_PATIENT = 10.0  # seconds at most for which a group is not written down
 _TOGETHER = 0.05  # seconds within which those that begin grow old together
 
 _Line = tuple[str, bool]  # tenant, and whether it is of groups
@@ -51,9 +52,12 @@ class _Entry:
 
 
 class Pace:
-    """For each start `ask`, and when it is over `leave`. `close` when none is asked for any more."""
+    """For each start `ask`, and when it is over `leave`. `close` when none is asked for any more. workers: how many
+    there are now; young: seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, workers: Callable[[], int], young: float = _YOUNG) -> None:
+        self._workers = workers
+        self._young_for = young
         self._lines: OrderedDict[_Line, deque[Ticket]] = OrderedDict()
         self._ages: deque[_Age] = deque()  # the young, the oldest first
         self._under_way = 0  # of them all
@@ -101,33 +105,42 @@ class Pace:
                 self._next()
 
     @contextlib.asynccontextmanager
-    async def group(self, tenant: str) -> AsyncGenerator[None]:
-        """One group of a tenant at a time is written down, when the starts of those before it have begun: it takes as
-        long as its turn takes."""
-        entry = self._entries.setdefault(tenant, _Entry())
+    async def group(self, tenant: str, wait: float) -> AsyncGenerator[None]:
+        """One group of a tenant at a time is written down, when the starts of those before it have begun. wait: seconds
+        for which its client does; after these, and after _PATIENT, it is written down in any case."""
+        entry, held = self._entries.setdefault(tenant, _Entry()), False
         entry.users += 1
         try:
-            async with entry.lock:
-                if (tenant, True) in self._lines:
-                    empty = self._emptied[tenant] = asyncio.get_running_loop().create_future()
-                    try:
-                        await empty
-                    finally:
-                        del self._emptied[tenant]
-                yield
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(min(wait, _PATIENT)):
+                    held = await entry.lock.acquire()
+                    await self._begun(tenant)
+            yield
         finally:
+            if held:
+                entry.lock.release()
             entry.users -= 1
             if not entry.users:
                 del self._entries[tenant]
 
+    async def _begun(self, tenant: str) -> None:
+        """Until no start of the tenant's groups is in line. One waits for it at a time."""
+        if (tenant, True) not in self._lines:
+            return
+        empty = self._emptied[tenant] = asyncio.get_running_loop().create_future()
+        try:
+            await empty
+        finally:
+            del self._emptied[tenant]
+
     # ---- who is next ----
 
     def _has_room(self, now: float) -> bool:
-        while self._ages and now - self._ages[0].at > _YOUNG:
+        while self._ages and now - self._ages[0].at > self._young_for:
             old = self._ages.popleft()
             self._under_way -= old.left
             old.at = -1.0
-        return self._under_way < _MOST
+        return self._under_way < _MOST or self._under_way < _EACH * self._workers()
 
     def _let_in(self, ticket: Ticket, now: float) -> None:
         if not self._ages or now - self._ages[-1].at > _TOGETHER:
@@ -155,7 +168,7 @@ class Pace:
     def _arm(self, loop: asyncio.AbstractEventLoop) -> None:
         """See that whoever waits is looked at again when those under way are not young any more."""
         if self._lines and self._timer is None:
-            self._timer = loop.call_later(_YOUNG / 4, self._look)
+            self._timer = loop.call_later(self._young_for / 4, self._look)
 
     def _look(self) -> None:
         self._timer = None
