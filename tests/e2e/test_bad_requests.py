@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -151,8 +152,6 @@ def test_a_taken_port(server: RunningServer, tmp_path: Path) -> None:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A folder on a file system of 24 MB, which only root can make."""
-    import os
-
     if os.geteuid() != 0:
         pytest.skip("only root can mount a small file system")
     folder = Path(tempfile.mkdtemp(dir=tmp_path))
@@ -176,3 +175,24 @@ def test_a_full_disk(small_disk: Path, own_server: Callable[..., RunningServer])
         with Sandbox(SandboxConfig(base_url=server.url, image=IMAGE, memory="256m")) as other:
             assert other.arun("echo again").output == "again\n"
     assert shutil.disk_usage(small_disk).free > 0
+
+
+def test_a_disk_that_is_nearly_full(small_disk: Path, own_server: Callable[..., RunningServer]) -> None:
+    """Wherever in a start it is that the room ends."""
+    server, ballast, outcomes = own_server(home=small_disk), small_disk / "ballast", list[str]()
+    with Sandbox(SandboxConfig(base_url=server.url, image=IMAGE, memory="256m")):
+        pass  # what a server makes once is there
+    for pages in [*range(24), *range(24, 90, 6)]:
+        ballast.unlink(missing_ok=True)
+        room = shutil.disk_usage(small_disk).free - (pages << 12)
+        with open(ballast, "wb", buffering=0) as file:
+            os.posix_fallocate(file.fileno(), 0, room)
+        made = Sandbox(SandboxConfig(base_url=server.url, image=IMAGE, memory="256m"))
+        try:
+            made.start()
+            outcomes.append("runs")
+            ballast.unlink()
+            made.stop()
+        except StorageFull:
+            outcomes.append("full")
+    assert outcomes[0] == "full" and outcomes[-1] == "runs" and set(outcomes) == {"full", "runs"}, outcomes

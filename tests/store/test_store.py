@@ -7,9 +7,11 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import pytest
+from pydantic import BaseModel
 
 from rock.errors import Conflict, NotFound, QuotaExceeded, Unavailable
 from rock.protocol.keys import Access, KeyInfo, Quota
@@ -559,3 +561,17 @@ def test_groups_race_for_a_key_and_a_quota(opens: Opens) -> None:
             assert await one.count("t") == {"pending": 10}
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize("model", [SandboxConfig, SandboxInfo])
+def test_what_is_not_set_is_not_written(model: type[BaseModel]) -> None:
+    """Nor need it be, as long as nothing that may be None is something else when nobody says."""
+    seen: list[type[BaseModel]] = [model]
+    for one in seen:
+        for name, field in one.model_fields.items():
+            words = get_args(field.annotation)
+            if NoneType in words and not field.is_required():
+                assert field.get_default(call_default_factory=True) is None, (one, name)
+            inner = (field.annotation, *words, *(deeper for word in words for deeper in get_args(word)))
+            seen += [kind for kind in inner if isinstance(kind, type) and issubclass(kind, BaseModel) and kind not in seen]
+    assert len(seen) > 1 or model is SandboxConfig

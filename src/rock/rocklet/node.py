@@ -29,6 +29,7 @@ from rock.rocklet.shelf import Shelf
 from rock.rocklet.supervisor import Supervisor
 from rock.runtime import hostmemory
 from rock.runtime.base import Handle, Pools, Prepared, Runtime
+from rock.runtime.diskerrors import not_started
 from rock.wire.waits import settled
 
 log = logging.getLogger("rock.node")
@@ -134,10 +135,10 @@ class Node:
         supervisor.phases = phases
         try:
             supervisor.save()
-        except OSError:
+        except OSError as error:
             await supervisor.destroy(0)
             await supervisor.forget()
-            raise
+            raise not_started(error, sandbox_id) from None
         await faults.point("node.create.saved")
         self.supervisors[sandbox_id] = supervisor
         self._used.note(config.image)
@@ -152,9 +153,9 @@ class Node:
         supervisor.phases = phases
         try:
             supervisor.save()
-        except OSError:
+        except OSError as error:
             await self.kept.rest(supervisor, 0)
-            raise
+            raise not_started(error, sandbox_id) from None
         self.kept.awake(sandbox_id)
         self.supervisors[sandbox_id] = supervisor
         self._spawn(self._open_default(supervisor, None))

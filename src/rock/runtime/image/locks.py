@@ -6,7 +6,6 @@ A lock is flock(2) on an open file or folder, so the kernel drops it with its la
 from __future__ import annotations
 
 import ctypes
-import errno
 import fcntl
 import os
 import tempfile
@@ -15,8 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rock.errors import ImageError, StorageFull
+from rock.runtime.diskerrors import FULL
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -78,7 +77,7 @@ def storing(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in FULL:
             raise StorageFull(f"no space left while {what}", hint="free some disk space, `rock image rm` for one, "
                               "and try again; nothing half-made was kept") from error
         raise ImageError(f"{what}: {error.strerror or error}: {error.filename or ''}".rstrip(": ")) from error

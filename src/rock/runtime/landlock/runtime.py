@@ -35,7 +35,7 @@ from rock.runtime.initfiles import merged
 from rock.runtime.initlink import InitLink, bind_listener
 from rock.runtime.landlock import ruleset, warden
 from rock.runtime.namespace import admission, limits, seccomp
-from rock.runtime.namespace.memorywatch import MemoryWatch, Watched
+from rock.runtime.namespace.memorywatch import MemoryWatch
 from rock.runtime.process import PATH, ProcessRuntime, children, read_record, write_record
 
 _NEEDED = 4  # version that knows TCP
@@ -248,12 +248,12 @@ class LandlockRuntime(ProcessRuntime):
         self._memory[data["slot"]] = int(data["init"]), int(data["memory"])
         self._watch.start()
 
-    def _watched(self) -> Watched:
-        return {pid: (most, functools.partial(self._count_kills, slot)) for slot, (pid, most) in self._memory.items()}
+    def _watched(self) -> limits.Watched:
+        return {pid: (most, functools.partial(self._count_kill, slot)) for slot, (pid, most) in self._memory.items()}
 
-    def _count_kills(self, slot: str, count: int) -> None:
+    def _count_kill(self, slot: str) -> None:
         if slot in self._memory:
-            self._kills[slot] = self._kills.get(slot, 0) + count
+            self._kills[slot] = self._kills.get(slot, 0) + 1
 
     # ---- ending ----
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from rock import errors, faults
 from rock.protocol.sandbox import SandboxConfig
+from rock.runtime.diskerrors import not_started
 from rock.runtime.image.leases import Lease
 from rock.runtime.image.source import Images
 from rock.runtime.initlink import InitLink
@@ -44,12 +45,13 @@ class Factory:
         for digest in list(self._leases):
             self._end_lease(digest)
 
-    async def make(self, kind: Kind, config: SandboxConfig, kept: Kept | None = None) -> Sandbox:
-        """Have the launcher make one, over the files of `kept` where it is given. StartFailed, ImageError.
+    async def make(self, id: str, kind: Kind, config: SandboxConfig, kept: Kept | None = None) -> Sandbox:
+        """Have the launcher make one, over the files of `kept` where it is given, with a record on disk: of nobody's
+        without an `id`. StartFailed, StorageFull, ImageError.
 
         Once asked it is waited for, so that a cancelled caller leaves nothing behind.
         """
-        task = asyncio.create_task(self._make_whole(kind, config, kept))
+        task = asyncio.create_task(self._make_whole(id, kind, config, kept))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -58,7 +60,7 @@ class Factory:
                 await (self._slots.discard(made) if kept is None else kept.put_back(made.base))
             raise
 
-    async def _make_whole(self, kind: Kind, config: SandboxConfig, kept: Kept | None) -> Sandbox:
+    async def _make_whole(self, id: str, kind: Kind, config: SandboxConfig, kept: Kept | None) -> Sandbox:
         slots = self._slots
         slot = kept.slot if kept else self.spares.pop(0) if self.spares else records.new_slot()
         base = slots.ranges.take(slot)
@@ -80,12 +82,13 @@ class Factory:
             sandbox.link = InitLink.connect(slots.run_dir / slot, slot)
             slots.live[slot] = sandbox
             await faults.point("namespace.born")
+            records.write(slots.run_dir, slot, sandbox.record(id))
             self._stock_up()
             return sandbox
         except (OSError, errors.RockError) as error:
             await (slots.clean_up(slot, None, None, base, folders) if kept is None else kept.put_back(base))
             if isinstance(error, OSError):
-                raise errors.StartFailed(f"the sandbox could not be made: {error}") from None
+                raise not_started(error) from None
             raise
         finally:
             slots.making.discard(slot)

@@ -8,7 +8,7 @@ import math
 import os
 import resource
 import signal
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,8 @@ from rock.guest import proctree
 from rock.protocol.sandbox import SandboxConfig, Usage
 from rock.runtime.base import Enforced
 from rock.runtime.namespace import cgroups
+
+Watched = Mapping[int, tuple[int, Callable[[], None]]]
 
 _MOST_FILES = 4096  # of a process that are looked at
 _PAGE = os.sysconf("SC_PAGESIZE")
@@ -131,15 +133,15 @@ def _cpu_seconds(pid: int, tree: list[proctree.Entry]) -> float:
     return ticks / proctree.TICK
 
 
-def watch(limits: Mapping[int, int], *, files: bool = False) -> dict[int, int]:
-    """Kill the largest processes of each sandbox that is over its limit; answers how many, by pid 1. Blocking.
+def watch(watched: Watched, *, files: bool = False) -> None:
+    """Kill the largest processes of each sandbox that is over its limit. Blocking.
 
-    limits: bytes by pid 1. files: look for files in memory too, which is dearer. One look at /proc serves all; what is
-    shared is only split when the plain sum is too high.
+    watched: by pid 1, the bytes that its tree may have, and what is called before one of it is killed, so that it is
+    known when the end is seen. files: look for files in memory too, which is dearer. One look at /proc serves all; what
+    is shared is only split when the plain sum is too high.
     """
     table = proctree.scan()
-    killed: dict[int, int] = {}
-    for pid, limit in limits.items():
+    for pid, (limit, tell) in watched.items():
         tree = [entry for entry in proctree.descendants(table, pid) if entry.alive]
         held = {entry.pid: files_in_memory((entry.pid,)) for entry in tree} if files else {}
         in_files = sum({number: size for found in held.values() for number, size in found.items()}.values())
@@ -151,7 +153,8 @@ def watch(limits: Mapping[int, int], *, files: bool = False) -> dict[int, int]:
         for size, entry in sizes:
             if total <= limit:
                 break
-            if proctree.send(entry, signal.SIGKILL):
-                killed[pid] = killed.get(pid, 0) + 1
+            now = proctree.read(entry.pid)
+            if now is not None and now.start == entry.start and now.alive:
+                tell()
+                proctree.send(entry, signal.SIGKILL)
             total -= size
-    return killed

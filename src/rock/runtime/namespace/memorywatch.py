@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from rock.runtime.namespace import limits
 
@@ -13,14 +13,11 @@ _EVERY = 0.25  # seconds
 _FILES_EVERY = 8  # looks: files in memory are dearer to find
 _log = logging.getLogger(__name__)
 
-Watched = Mapping[int, tuple[int, Callable[[int], None]]]
-
 
 class MemoryWatch:
-    """Of the sandboxes that `watched` gives, asked again for each look: by pid 1 the bytes that its tree may have, and
-    what is called with the number of processes that were killed for it."""
+    """Of the sandboxes that `watched` gives, asked again for each look; see `limits.watch`."""
 
-    def __init__(self, name: str, watched: Callable[[], Watched]) -> None:
+    def __init__(self, name: str, watched: Callable[[], limits.Watched]) -> None:
         self._name = name
         self._watched = watched
         self._task: asyncio.Task[None] | None = None
@@ -42,11 +39,7 @@ class MemoryWatch:
             watched = self._watched()
             if not watched:
                 continue
-            most = {pid: limit for pid, (limit, _) in watched.items()}
             try:
-                killed = await asyncio.to_thread(limits.watch, most, files=turn % _FILES_EVERY == 0)
+                await asyncio.to_thread(limits.watch, watched, files=turn % _FILES_EVERY == 0)
             except OSError:  # as of a host that is out of descriptors for a moment: the limits hold again after it
                 _log.exception("the memory of sandboxes could not be looked at")
-                continue
-            for pid, count in killed.items():
-                watched[pid][1](count)

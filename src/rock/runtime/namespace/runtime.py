@@ -21,7 +21,7 @@ from rock.runtime.image.rootfs import RootFS
 from rock.runtime.image.source import Images
 from rock.runtime.initfiles import InitSandboxes
 from rock.runtime.initlink import InitLink
-from rock.runtime.namespace import admission, disk, keeping, limits, records
+from rock.runtime.namespace import admission, disk, keeping, limits
 from rock.runtime.namespace.disks import Disks
 from rock.runtime.namespace.factory import Factory, Kept
 from rock.runtime.namespace.handles import RUNTIME, Handles
@@ -57,7 +57,7 @@ class NamespaceRuntime(InitSandboxes):
         self._resting = Resting(self._slots, self._handles, images)
         self._pool: Pool[Kind, Sandbox] = Pool(pool_size, self._prepare, self._slots.discard, self._usable)
         self._watch = MemoryWatch("namespace", lambda: {
-            sandbox.pid: (sandbox.memory, sandbox.count_kills)
+            sandbox.pid: (sandbox.memory, sandbox.count_kill)
             for sandbox in self._slots.live.values() if sandbox.memory})  # fmt: skip
         self._opened = False
         self._known_images: dict[str, Kind] = {}
@@ -110,7 +110,7 @@ class NamespaceRuntime(InitSandboxes):
             (layer / name).mkdir(parents=True, exist_ok=True)
         config = SandboxConfig(image="probe", memory="64m", cpus=0.5, disk=size)
         self._disks.trying = way
-        made = await self._factory.make(Kind.of(RootFS("probe", (str(layer),)), config), config)
+        made = await self._factory.make("", Kind.of(RootFS("probe", (str(layer),)), config), config)
         await self._slots.discard(made)
 
     async def close(self) -> None:
@@ -171,14 +171,11 @@ class NamespaceRuntime(InitSandboxes):
         return handle
 
     async def _made(self, id: str, kind: Kind, config: SandboxConfig, kept: Kept | None = None) -> Sandbox:
-        """A new sandbox, with its record on disk."""
         try:
-            sandbox = await self._factory.make(kind, config, kept)
+            return await self._factory.make(id, kind, config, kept)
         except errors.RockError as error:
             error.sandbox_id = id
             raise
-        records.write(self._run_dir, sandbox.slot, sandbox.record(id))
-        return sandbox
 
     async def _connect(self, handle: Handle, *, fresh: bool = False) -> None:
         """Have its connections served, as far as its policy goes."""
@@ -191,10 +188,9 @@ class NamespaceRuntime(InitSandboxes):
     async def _prepare(self, kind: Kind) -> Sandbox:
         """A pool member: everything but its limits and its name."""
         config = _POOL.model_copy(update={"network": kind.network})
-        sandbox = await self._factory.make(kind, config)
+        # Without a sandbox's id: whoever claims it has it in a handle, and what nobody claimed is swept away.
+        sandbox = await self._factory.make("", kind, config)
         try:
-            # Without a sandbox's id: whoever claims it has it in a handle, and what nobody claimed is swept away.
-            records.write(self._run_dir, sandbox.slot, sandbox.record(""))
             if self.prepare is not None:
                 with contextlib.suppress(errors.RockError):
                     sandbox.prepared = await self.prepare(self._handles.of(sandbox, sandbox.slot, kind.rootfs, config))

@@ -35,9 +35,9 @@ class Sandbox:
     kills: int = 0  # by our own watching
     prepared: Prepared | None = None
 
-    def count_kills(self, count: int) -> None:
-        """Our own watching killed so many of its processes."""
-        self.kills += count
+    def count_kill(self) -> None:
+        """Our own watching kills one of its processes."""
+        self.kills += 1
 
     def record(self, id: str) -> dict[str, Any]:
         """What is noted on disk of it, under the name `id`."""
