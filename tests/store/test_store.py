@@ -573,5 +573,6 @@ def test_what_is_not_set_is_not_written(model: type[BaseModel]) -> None:
             if NoneType in words and not field.is_required():
                 assert field.get_default(call_default_factory=True) is None, (one, name)
             inner = (field.annotation, *words, *(deeper for word in words for deeper in get_args(word)))
-            seen += [kind for kind in inner if isinstance(kind, type) and issubclass(kind, BaseModel) and kind not in seen]
+            models = (kind for kind in inner if isinstance(kind, type) and issubclass(kind, BaseModel))
+            seen += [kind for kind in models if kind not in seen]
     assert len(seen) > 1 or model is SandboxConfig
