@@ -42,7 +42,7 @@ def test_what_is_missing_is_named(sandbox: Sandbox, command: Command) -> None:
 
 
 def test_a_timeout_kills_the_whole_tree(sandbox: Sandbox) -> None:
-    done = sandbox.execute(Command(command="echo partial; (setsid sleep 4321 &); sleep 4321", timeout=0.4))
+    done = sandbox.execute(Command(command="echo partial; (setsid sleep 4321 &); sleep 4321", timeout=2))
     assert (done.stdout, done.exit_code, done.timed_out) == ("partial\n", None, True)
     assert running(sandbox, "sleep 4321") == 0
 

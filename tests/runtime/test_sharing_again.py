@@ -174,7 +174,7 @@ def descriptors(pid: int) -> list[str]:
     """What the descriptors of a process are, but for those that it closes meanwhile."""
     found = []
     for link in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             found.append(os.readlink(link))
     return found
 
