@@ -43,13 +43,14 @@ types: $(VENV)/ready-dev
 
 # The runtimes' own tests run in a process of their own, beside the others: they count its descriptors and children; those
 # with a container engine in another one, whose child that is. What they say is shown when the others are done, who wait
-# more than they work, so four at a time; the longest first.
+# more than they work, so four at a time; the longest first. What a few fail beside others is run once more alone, and told.
 APART := .pytest_apart.log
+AGAIN := $(PY) tools/second_chance.py
 unit: $(VENV)/ready-dev
-	@( ROCK_TEST_CONFORM=fake,namespace,process $(PY) -m pytest tests/runtime tests/rocklet --ignore=tests/runtime/docker; \
-	first=$$?; ROCK_TEST_CONFORM=docker $(PY) -m pytest tests/runtime/docker tests/runtime/conformance && exit $$first \
+	@( ROCK_TEST_CONFORM=fake,namespace,process $(AGAIN) runtimes tests/runtime tests/rocklet --ignore=tests/runtime/docker; \
+	first=$$?; ROCK_TEST_CONFORM=docker $(AGAIN) docker tests/runtime/docker tests/runtime/conformance && exit $$first \
 	) > $(APART) 2>&1 & apart=$$!; \
-	$(PY) -m pytest -n 4 --dist loadfile --no-loadscope-reorder --ignore=tests/runtime --ignore=tests/rocklet; \
+	$(AGAIN) others -n 4 --dist loadfile --no-loadscope-reorder --ignore=tests/runtime --ignore=tests/rocklet; \
 	others=$$?; wait $$apart; apart=$$?; cat $(APART); rm $(APART); exit $$((others | apart))
 
 # All that an ordinary user has a share of in `test`, as that user; needs root.
