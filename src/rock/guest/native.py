@@ -17,6 +17,16 @@ import signal
 import struct
 from collections.abc import Callable
 
+CALL = (  # the system call of the row that r12 points to, from its number and six arguments; its result is in rax
+    "498b0424"          # mov rax,[r12]
+    "498b7c2408"        # mov rdi,[r12+0x8]
+    "498b742410"        # mov rsi,[r12+0x10]
+    "498b542418"        # mov rdx,[r12+0x18]
+    "4d8b542420"        # mov r10,[r12+0x20]
+    "4d8b442428"        # mov r8,[r12+0x28]
+    "4d8b4c2430"        # mov r9,[r12+0x30]
+    "0f05"              # syscall
+)
 _CODE = bytes.fromhex(
     "4154"              # push r12
     "4155"              # push r13
@@ -49,14 +59,7 @@ _CODE = bytes.fromhex(
     "c3"                # ret
     "4d8b6c2410"        # child: mov r13,[r12+0x10]
     "4983c428"          # add r12,0x28
-    "498b0424"          # row: mov rax,[r12]
-    "498b7c2408"        # mov rdi,[r12+0x8]
-    "498b742410"        # mov rsi,[r12+0x10]
-    "498b542418"        # mov rdx,[r12+0x18]
-    "4d8b542420"        # mov r10,[r12+0x20]
-    "4d8b442428"        # mov r8,[r12+0x28]
-    "4d8b4c2430"        # mov r9,[r12+0x30]
-    "0f05"              # syscall
+    + CALL +            # row:
     "4989442438"        # mov [r12+0x38],rax
     "4885c0"            # test rax,rax
     "7809"              # js end

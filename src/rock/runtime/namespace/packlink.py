@@ -13,6 +13,7 @@ from typing import Any
 
 from rock import errors
 from rock.protocol.sandbox import ArchivedFiles
+from rock.runtime.diskerrors import FULL
 from rock.runtime.image.rootfs import RootFS
 
 _PACKER = str(Path(__file__).with_name("packer.py"))
@@ -63,7 +64,7 @@ class _Packer:
         text = f"the files could not be {self._options['op']}ed: {told['error']}"
         if told["kind"] == "refused":
             raise errors.InvalidConfig(text, hint=told.get("hint"))
-        full = told.get("errno") in (28, 122)  # ENOSPC, EDQUOT
+        full = told.get("errno") in FULL
         raise (errors.StorageFull if full else errors.Unavailable)(text)
 
     async def __aexit__(self, *_: object) -> None:

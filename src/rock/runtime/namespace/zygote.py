@@ -37,14 +37,7 @@ _CODE = bytes.fromhex(
     "4c8b6b18"          # mov r13,[rbx+0x18]
     "4d85ed"            # test r13,r13
     "7434"              # je told
-    "498b0424"          # own: mov rax,[r12]
-    "498b7c2408"        # mov rdi,[r12+0x8]
-    "498b742410"        # mov rsi,[r12+0x10]
-    "498b542418"        # mov rdx,[r12+0x18]
-    "4d8b542420"        # mov r10,[r12+0x20]
-    "4d8b442428"        # mov r8,[r12+0x28]
-    "4d8b4c2430"        # mov r9,[r12+0x30]
-    "0f05"              # syscall
+    + native.CALL +     # own:
     "493b442438"        # cmp rax,[r12+0x38]
     "7509"              # jne told
     "4983c440"          # add r12,0x40
@@ -83,14 +76,7 @@ _CODE = bytes.fromhex(
     "4d89e6"            # child: mov r14,r12
     "4d8b6c2408"        # mov r13,[r12+0x8]
     "4983c418"          # add r12,0x18
-    "498b0424"          # row: mov rax,[r12]
-    "498b7c2408"        # mov rdi,[r12+0x8]
-    "498b742410"        # mov rsi,[r12+0x10]
-    "498b542418"        # mov rdx,[r12+0x18]
-    "4d8b542420"        # mov r10,[r12+0x20]
-    "4d8b442428"        # mov r8,[r12+0x28]
-    "4d8b4c2430"        # mov r9,[r12+0x30]
-    "0f05"              # syscall
+    + native.CALL +     # row:
     "498b4c2438"        # mov rcx,[r12+0x38]
     "4989442438"        # mov [r12+0x38],rax
     "4885c0"            # test rax,rax
