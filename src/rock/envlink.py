@@ -6,6 +6,7 @@ done once.
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 import urllib.parse
@@ -83,6 +84,11 @@ class EnvLink:
             self.transport = transport_of(config)
         else:
             self.transport = Transport(base_url or settings.base_url(), api_key or settings.api_key())
+        if timeout is not None and not 0 < timeout < math.inf:  # nan fails too
+            raise errors.InvalidConfig(
+                f"step_timeout={timeout!r} is not a number of seconds above 0",
+                hint="pass a positive number, or None for the server's limit",
+            )
         self.exclusive = exclusive or config is not None
         self.sandbox_id = ""
         self._config = config

@@ -347,9 +347,10 @@ class Pipes:
 
     def _door_says(self, patience: float) -> None:
         """Raise what the server tells, or GivenUp where it tells nothing."""
+        told: object = None
         if self._told.poll(patience * 1000):
             with contextlib.suppress(OSError, ValueError):
                 told = orjson.loads(self._door.recv(_PACKET))
-                if isinstance(told, dict):
-                    raise errors.from_wire(told)
+        if isinstance(told, dict):
+            raise errors.from_wire(told)
         raise GivenUp

@@ -51,6 +51,11 @@ class RockEnv:
     ) -> None:
         self.env_id = env_id
         self._closed = True
+        self._made_of = env_id
+        self._options: dict[str, Any] = {
+            "base_url": base_url, "api_key": api_key, "config": config, "exclusive": exclusive, "packages": packages,
+            "imports": imports, "start_timeout": start_timeout, "step_timeout": step_timeout, **kwargs,
+        }  # fmt: skip
         self._link = EnvLink(
             base_url=base_url, api_key=api_key, config=config, exclusive=exclusive, timeout=step_timeout
         )
@@ -137,6 +142,24 @@ class RockEnv:
 
     def set_state(self, state: Any) -> None:
         self.call("set_state", state)
+
+    def spawn(self, same_state: bool = False, **kwargs: Any) -> Self:
+        """Another environment of this id with the same arguments; `kwargs` replace some of them.
+
+        same_state: give it this one's state, for environments that have get_state and set_state; EnvironmentRaised for
+        others. The new environment is then reset once, and its set_state gets what get_state answers here.
+        """
+        self._check_open()
+        state = self.get_state() if same_state else None
+        child = type(self)(self._made_of, **{**self._options, **kwargs})
+        if same_state:
+            try:
+                child.reset()
+                child.set_state(state)
+            except BaseException:
+                child.close()
+                raise
+        return child
 
     def call(self, name: str, *arguments: Any, **keywords: Any) -> Any:
         """The result of a method of the environment; what cannot travel is told as {"$type", "$repr"}."""

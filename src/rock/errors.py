@@ -311,8 +311,8 @@ class CommandFailed(ActionError):
     observation: Any = None
 
 
-class CommandTimeout(ActionError):
-    """The command ran out of time; it was killed, and the session is usable."""
+class CommandTimeout(ActionError, TimeoutError):
+    """The command ran out of time; it was killed, and the session is usable. It is a TimeoutError too."""
 
     code = "command_timeout"
     status = 408

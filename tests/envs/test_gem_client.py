@@ -131,3 +131,16 @@ def test_ids_of_older_releases(guess: str) -> None:
     assert len(rows) >= 172 and "game:Sokoban-v0" in rows["game:Sokoban-v0-easy"]["aliases"]
     with rock.make("game:GuessTheNumber-v0") as env:
         assert env.reset(seed=1)[0]
+
+
+def test_spawn(guess: str) -> None:
+    """As GEM's: another environment of the same arguments, with the same state where that is asked for."""
+    with rock.make("rg:chain_sum") as env:
+        env.reset(seed=5)
+        with env.spawn(same_state=True) as child, env.spawn(seed=7) as other:
+            assert (child.env_id, other.env_id) == (env.env_id, env.env_id) and child.env_number != env.env_number
+            assert child.get_state() == env.get_state()
+            assert child.step("\\boxed{1}")[:4] == env.step("\\boxed{1}")[:4]
+            assert other.reset()[0]
+    with pytest.raises(errors.Conflict, match="is closed"):
+        env.spawn()

@@ -211,7 +211,7 @@ def test_what_cannot_be_made(make: Make, tmp_path: Path) -> None:
         make(str(tmp_path), trust_remote_code=True)
     with pytest.raises(errors.InvalidConfig, match="no known kind"):
         make("docker://x")
-    with pytest.raises(errors.InvalidConfig, match="not a name with versions"):
+    with pytest.raises(errors.InvalidConfig, match="not a package name with versions"):
         make("CartPole-v1", packages=["--index-url=x"])
     with pytest.raises(errors.InvalidConfig, match="cannot be sent"):
         make("CartPole-v1").step(object())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import pickle
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError
 from pathlib import Path
@@ -240,3 +241,22 @@ def test_a_fork_leaves_its_parent_s_environments_alone(way: str) -> None:
     for env, action in zip(kept, (0, np.array([0, 1])), strict=True):
         env.step(action)
         env.close()
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), 0, -1])
+def test_a_time_limit_is_a_positive_number(seconds: float) -> None:
+    with pytest.raises(errors.InvalidConfig, match="step_timeout"):
+        SandboxEnv("CartPole-v1", step_timeout=seconds)
+
+
+def test_an_unknown_vectorization_mode_is_refused_before_start() -> None:
+    with pytest.raises(errors.InvalidConfig, match="no vectorization mode 'threads'"):
+        SandboxVectorEnv("CartPole-v1", 2, vectorization_mode="threads", base_url="http://127.0.0.1:9")
+
+
+def test_a_timeout_is_a_timeout_error() -> None:
+    error = errors.from_wire(errors.CommandTimeout("too slow", hint="wait").to_wire())
+    assert isinstance(error, TimeoutError) and isinstance(error, errors.CommandTimeout)
+    assert (str(error), error.message, error.status) == ("too slow (wait)", "too slow", 408)
+    copied = pickle.loads(pickle.dumps(error))
+    assert (str(copied), copied.hint) == (str(error), "wait")

@@ -170,7 +170,7 @@ def test_a_link_is_not_followed(git_hub: Hub) -> None:
 
 def test_options_of_pip_are_none(git_hub: Hub, env_server: RunningServer) -> None:
     git_hub.commit("evil/pip", {"env.py": ENV, "requirements.txt": "--index-url=http://127.0.0.1:1/\n"})
-    with pytest.raises(errors.InvalidConfig, match="not a name with versions"):
+    with pytest.raises(errors.InvalidConfig, match="not a package name with versions"):
         SandboxEnv("hf://evil/pip", trust_remote_code=True, allow_unpinned_hf=True, base_url=env_server.url)
 
 

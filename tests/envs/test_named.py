@@ -86,7 +86,7 @@ def test_what_cannot_be_added(names: Client) -> None:
             names.add_env(AddEnv(name="wrong", source=source))
     with pytest.raises(errors.InvalidConfig, match="names no image"):
         names.build_env(BuildEnv(env_id="image:// "))
-    with pytest.raises(errors.InvalidConfig, match="not a name with versions"):
+    with pytest.raises(errors.InvalidConfig, match="not a package name with versions"):
         names.add_env(AddEnv(name="wrong", source="CartPole-v1", packages=["--index-url=x"]))
     with pytest.raises(errors.NotFound, match="not found in registry"):
         names.add_env(AddEnv(name="wrong", source="game:Nothing"))

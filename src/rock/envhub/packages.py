@@ -21,6 +21,10 @@ GYM = "gym"
 _OTHER = "with-"
 # A name, extras and versions: nothing that pip would take for an option, an address or a path
 _REQUIREMENT = re.compile(r"[A-Za-z0-9][\w.-]{0,99}(\[[\w.,-]{1,200}\])?([<>=!~]=?=?[\w.*+]{1,50}(,|$)){0,8}")
+# An environment marker (PEP 508): comparisons of variables and quoted values, joined by `and` or `or`
+_TERM = r"""(?:[a-z_]{2,40}|'[\w.+* -]{0,50}'|"[\w.+* -]{0,50}")"""
+_COMPARED = rf"{_TERM} ?(?:[<>=!~]=|[<>]|===|in|not in) ?{_TERM}"
+_MARKER = re.compile(rf"{_COMPARED}(?: (?:and|or) {_COMPARED}){{0,8}}")
 
 SETS: dict[str, tuple[str, ...]] = {
     GEM: ("gem-llm==0.1.0",),
@@ -38,12 +42,30 @@ def with_packages(name: str, packages: Sequence[str]) -> str:
     """The name of the set `name` with further packages. InvalidConfig for what is no name and versions of a package."""
     if not packages:
         return name
-    packages = [package.replace(" ", "") for package in packages]
-    for package in packages:
-        if not _REQUIREMENT.fullmatch(package):
-            raise InvalidConfig(f"package {package!r} is not a name with versions", hint='like "ale-py>=0.11,<1"')
-    asked = "\n".join(sorted(set(packages)))
-    return f"{_OTHER}{name}-{base64.urlsafe_b64encode(asked.encode()).decode().rstrip('=')}"
+    asked = "\n".join(sorted({_requirement(package) for package in packages}))
+    return f"{_OTHER}{name}-{_encoded(asked)}"
+
+
+def _requirement(package: str) -> str:
+    """A requirement of a user in its normal form: no blanks before the marker. InvalidConfig."""
+    versions, semicolon, marker = package.partition(";")
+    versions, marker = versions.replace(" ", ""), " ".join(marker.split())
+    if not _REQUIREMENT.fullmatch(versions) or (semicolon and not _MARKER.fullmatch(marker)):
+        raise InvalidConfig(
+            f"package {package!r} is not a package name with versions",
+            hint='write a requirement such as "ale-py>=0.11,<1"; options, addresses and paths are not accepted',
+        )
+    return f"{versions};{marker}" if semicolon else versions
+
+
+def _encoded(text: str) -> str:
+    """`text` in the characters that a repository name may have: lower-case letters and digits (base32, unpadded)."""
+    return base64.b32encode(text.encode()).decode().rstrip("=").lower()
+
+
+def _decoded(text: str) -> str:
+    """The text that `_encoded` got. ValueError."""
+    return base64.b32decode(text.upper() + "=" * (-len(text) % 8)).decode()
 
 
 def requirements_of(image: str) -> tuple[str, ...] | None:
@@ -57,10 +79,11 @@ def requirements_of(image: str) -> tuple[str, ...] | None:
     if name.startswith(_OTHER):
         base, _, asked = name.removeprefix(_OTHER).partition("-")
         try:
-            packages = base64.urlsafe_b64decode(asked + "=" * (-len(asked) % 4)).decode().split("\n")
-        except ValueError:
-            packages = [""]
-        if base in SETS and with_packages(base, packages) == name:
+            packages = _decoded(asked).split("\n")
+            known = base in SETS and with_packages(base, packages) == name
+        except (ValueError, InvalidConfig):
+            known = False
+        if known:
             return (*SETS[base], *packages)
     if name not in SETS:
         raise InvalidConfig(f"there is no environment image {image!r}", hint=f"there are: {', '.join(sorted(SETS))}")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
 import os
+import random
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -68,8 +70,15 @@ class _Base:
     def _has(self, name: str) -> bool:
         return hasattr(self.env, name)
 
-    def _render(self) -> Any:
-        return self.env.render()
+    def _render(self, index: int | None = None) -> Any:
+        """A frame; of a vector those of all, or with `index` that of one."""
+        frame = self.env.render()
+        if index is None:
+            return frame
+        count = self.env.num_envs if self.vector else 1
+        if type(index) is not int or not 0 <= index < count:
+            raise IndexError(f"env_index={index!r} is out of range: there are {count} environments")
+        return frame[index] if self.vector and frame is not None else frame
 
     def close(self) -> None:
         if hasattr(self.env, "close"):
@@ -77,7 +86,27 @@ class _Base:
 
 
 class _Single(_Base):
-    """An environment of Gymnasium."""
+    """An environment of Gymnasium, or one with the older interface, whose step answers four values: see `_Older`."""
+
+    def __init__(self, env: Any) -> None:
+        super().__init__(env)
+        self.step = self._first_step
+
+    def reset(self, seed: Any = None, options: Any = None) -> tuple[Any, Any]:
+        result: Any = super().reset(seed, options)
+        return result if _is_reset(result) else (result, {})
+
+    def _first_step(self, action: Any) -> tuple[Any, Any, Any, Any, Any]:
+        """The first step shows which interface the environment has; later ones do not look again."""
+        result: Any = self.env.step(action)
+        if type(result) is tuple and len(result) == 4:
+            self.step = lambda action: _five(self.env.step(action))
+            return _five(result)
+        if type(result) is not tuple or len(result) != 5:
+            names = "observation, reward, terminated, truncated, info"
+            raise TypeError(f"step returned {_shown(result)} in place of ({names})")
+        self.step = self.env.step
+        return result
 
     def _describe(self) -> dict[str, Any]:
         from rock.guest.spaces import spec_of
@@ -109,10 +138,10 @@ class _Vector(_Base):
 
         env = self.env
         return {"num_envs": env.num_envs, "observation_space": spec_of(env.observation_space),
-                "action_space": spec_of(env.action_space), "metadata": _metadata(env.metadata),
+                "action_space": spec_of(env.action_space), "metadata": _metadata(getattr(env, "metadata", {})),
                 "single_observation_space": spec_of(env.single_observation_space),
-                "single_action_space": spec_of(env.single_action_space), "render_mode": env.render_mode,
-                **_registered(env)}  # fmt: skip
+                "single_action_space": spec_of(env.single_action_space),
+                "render_mode": getattr(env, "render_mode", None), **_registered(env)}  # fmt: skip
 
     def _get(self, name: str) -> Any:
         return self.env.get_attr(name)
@@ -129,7 +158,7 @@ def _metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _registered(env: Any) -> dict[str, Any]:
-    spec = env.spec
+    spec = getattr(env, "spec", None)
     names = ("id", "reward_threshold", "nondeterministic", "max_episode_steps")
     return {"spec": None if spec is None else {name: getattr(spec, name, None) for name in names}}
 
@@ -153,9 +182,120 @@ def _gym(wish: Mapping[str, Any]) -> Any:
     if not wish.get("folder"):
         return gymnasium.make(wish["env_id"], **wish["kwargs"])
     made = _chosen(_maker(wish)(**wish["kwargs"]), wish.get("task"))
-    if isinstance(made, gymnasium.vector.VectorEnv) or not isinstance(made, gymnasium.Env):
-        raise TypeError(f"make_env made a {type(made).__name__}, and not one gymnasium.Env")
-    return made
+    return _one(made)
+
+
+_MEMBERS = ("reset", "step", "observation_space", "action_space")
+_VECTOR_MEMBERS = (*_MEMBERS, "num_envs", "single_observation_space", "single_action_space")
+
+
+def _one(made: Any) -> Any:
+    """A gymnasium.Env of what make_env made: the object itself, or an adapter of one with the same members."""
+    import gymnasium
+
+    if isinstance(made, gymnasium.Env):
+        return made
+    missing = [name for name in _MEMBERS if not hasattr(made, name)]
+    if isinstance(made, gymnasium.vector.VectorEnv) or hasattr(made, "num_envs") or missing:
+        why = f"it has no {', '.join(missing)}" if missing else "it is a vector of environments"
+        raise TypeError(f"make_env made a {type(made).__name__}, which is not one environment: {why}")
+    return _older()(made)
+
+
+@functools.cache
+def _older() -> Any:
+    """The adapter's class; gymnasium is imported only where it is needed."""
+    import gymnasium
+
+    class Older(gymnasium.Env):
+        """An object with reset, step and spaces that is no gymnasium.Env, or that has the interface of gym before 0.26:
+        reset without arguments answers an observation alone, step answers (observation, reward, done, info).
+
+        A seed goes to its `seed` method where `reset` takes none; where it has neither, the seed is that of Python's
+        and numpy's global random state, which belongs to this process alone.
+        """
+
+        def __init__(self, env: Any) -> None:
+            self.env = env
+            self.observation_space = env.observation_space
+            self.action_space = env.action_space
+            self.metadata = dict(getattr(env, "metadata", None) or {})
+            self.render_mode = getattr(env, "render_mode", None)
+            self._takes = _parameters(env.reset)
+
+        def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, Any]:
+            taken: dict[str, Any] = {}
+            if "seed" in self._takes:
+                taken["seed"] = seed
+            elif seed is not None:
+                _seed(self.env, seed)
+            if "options" in self._takes:
+                taken["options"] = options
+            elif options:
+                raise TypeError(f"reset of {type(self.env).__name__} takes no options")
+            result: Any = self.env.reset(**taken)
+            return result if _is_reset(result) else (result, {})
+
+        def step(self, action: Any) -> Any:
+            result = self.env.step(action)
+            return _five(result) if type(result) is tuple and len(result) == 4 else result
+
+        def render(self) -> Any:
+            if not hasattr(self.env, "render"):
+                return None
+            taken = {"mode": "rgb_array"} if "mode" in _parameters(self.env.render) else {}
+            return self.env.render(**taken)
+
+        def close(self) -> None:
+            if hasattr(self.env, "close"):
+                self.env.close()
+
+        def has_wrapper_attr(self, name: str) -> bool:
+            return hasattr(self, name) or hasattr(self.env, name)
+
+        def get_wrapper_attr(self, name: str) -> Any:
+            return getattr(self if hasattr(self, name) else self.env, name)
+
+        def set_wrapper_attr(self, name: str, value: Any, **_: Any) -> Any:
+            setattr(self.env, name, value)
+            return True
+
+    return Older
+
+
+def _parameters(function: Callable[..., Any]) -> set[str]:
+    """The names of its keyword parameters; "seed" and "options" too where it takes any."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return set()
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    return {parameter.name for parameter in parameters} | ({"seed", "options"} if anything else set())
+
+
+def _seed(env: Any, seed: int) -> None:
+    if callable(getattr(env, "seed", None)):
+        env.seed(seed)
+        return
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % (1 << 32))
+
+
+def _is_reset(result: Any) -> bool:
+    """Whether it is (observation, info), and not an observation alone."""
+    return type(result) is tuple and len(result) == 2 and isinstance(result[1], Mapping)
+
+
+def _five(result: tuple[Any, Any, Any, Any]) -> tuple[Any, Any, Any, Any, Any]:
+    """(observation, reward, done, info) of gym before 0.26 as Gymnasium has it."""
+    observation, reward, done, info = result
+    truncated = bool(info.get("TimeLimit.truncated", False)) if isinstance(info, Mapping) else False
+    return observation, reward, bool(done) and not truncated, truncated, info
+
+
+def _shown(result: Any) -> str:
+    return f"a tuple of {len(result)}" if isinstance(result, tuple) else f"a {type(result).__name__}"
 
 
 def _gym_vector(wish: Mapping[str, Any]) -> Any:
@@ -174,13 +314,13 @@ def _gym_vector(wish: Mapping[str, Any]) -> Any:
     if "n_envs" in inspect.signature(maker).parameters:
         kwargs["n_envs"] = count
         made = _chosen(maker(**kwargs), wish.get("task"))
-        if isinstance(made, gymnasium.vector.VectorEnv):
+        if isinstance(made, gymnasium.vector.VectorEnv) or all(hasattr(made, name) for name in _VECTOR_MEMBERS):
             return made
         raise TypeError(f"make_env(n_envs={count}) made a {type(made).__name__}, and no vector of environments")
     kind = gymnasium.vector.AsyncVectorEnv if mode == "async" else gymnasium.vector.SyncVectorEnv
     if mode == "sync":
         options.setdefault("copy", False)
-    return kind([lambda: _chosen(maker(**kwargs), wish.get("task"))] * count, **options)
+    return kind([lambda: _one(_chosen(maker(**kwargs), wish.get("task")))] * count, **options)
 
 
 def _maker(wish: Mapping[str, Any]) -> Callable[..., Any]:

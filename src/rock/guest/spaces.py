@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import string
 from typing import Any
+
+_TEXT_LENGTH = 4096  # characters of a text space that names no length
 
 
 def spec_of(space: Any) -> dict[str, Any]:
-    """The description of a space; TypeError for a kind that Gymnasium does not have."""
+    """The description of a space; TypeError for a kind that Gymnasium does not have.
+
+    A subclass of Space whose elements are strings (dtype str, as minigrid's MissionSpace) is described as Text.
+    """
     from gymnasium import spaces
 
     for kind in type(space).__mro__:
         name = kind.__name__
-        if name in _SPECS and kind is getattr(spaces, name, None):
+        older = kind.__module__.startswith("gym.spaces.")
+        if name in _SPECS and (older or kind is getattr(spaces, name, None)):
             return {"kind": name, **_SPECS[name](space)}
+    if isinstance(space, spaces.Space) and space.dtype is not None and space.dtype.kind == "U":
+        return {"kind": "Text", "min": 0, "max": _TEXT_LENGTH, "characters": string.printable}
     raise TypeError(f"a space of type {type(space).__module__}.{type(space).__qualname__} is none of Gymnasium's")
 
 

@@ -116,7 +116,7 @@ class _Packer:
         return {"$d": [[self.pack(k, depth + 1), self.pack(v, depth + 1)] for k, v in value.items()]}
 
     def _numpy(self, value: Any, depth: int) -> Any:
-        np = sys.modules["numpy"]
+        np = _numpy()
         if type(value) is np.ndarray and (dtype := _SENT.get(value.dtype)) is not None and value.nbytes < _SMALL:
             data = value.tobytes()
             return {"$a": [dtype, value.shape, self.add(data, len(data))]}
@@ -194,7 +194,7 @@ _WORD = 1 << 63
 def _again(values: list[Any], listed: bool) -> list[Any] | None:
     """Arrays and numbers as they were sent before: only the bytes of the arrays are others. With `listed` they are the
     beginning of a list that ends with an empty dict; else there is one. None where that cannot be."""
-    np = sys.modules.get("numpy")
+    np = _imported_numpy()
     if np is None:
         return None
     key: list[Any] = [listed]
@@ -226,7 +226,7 @@ def _again(values: list[Any], listed: bool) -> list[Any] | None:
 
 
 def _head(values: list[Any], listed: bool) -> bytes | None:
-    np = sys.modules["numpy"]
+    np = _numpy()
     if not all(type(value) is not np.ndarray or _SENT.get(value.dtype) == value.dtype.str for value in values):
         return None
     packer = _Packer(_strict)
@@ -315,7 +315,8 @@ class _Plan:
         _PLANS[text] = _Plan(items, listed)
 
     def filled(self, data: memoryview) -> Any:
-        array = sys.modules["numpy"].ndarray if "numpy" in sys.modules else None
+        np = _imported_numpy()
+        array = np.ndarray if np is not None else None
         found: list[Any] = []
         for item in self._items:
             kind = type(item)
@@ -457,6 +458,16 @@ def _nested(items: list[Any], shape: tuple[int, ...]) -> Any:
 
 
 _NUMPY: list[Any] = []
+
+
+def _imported_numpy() -> Any:
+    """numpy where this process has imported it, else None.
+
+    While another thread imports it, its module is in sys.modules without its members. `import` waits for that thread.
+    """
+    if _NUMPY:
+        return _NUMPY[0]
+    return _numpy() if "numpy" in sys.modules else None
 
 
 def _numpy() -> Any:

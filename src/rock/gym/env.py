@@ -115,10 +115,13 @@ class SandboxEnv(Placed, gymnasium.Env[Any, Any]):
         self._check_open()
         return self._player.step(action)
 
-    def render(self) -> Any:
-        """A frame as its render_mode has it: height x width x 3 of uint8, text, or None."""
+    def render(self, *, env_index: int = 0) -> Any:
+        """A frame as its render_mode has it: height x width x 3 of uint8, text, or None.
+
+        env_index: 0, as for a vector of one; another one is EnvironmentRaised (IndexError).
+        """
         self._check_open()
-        return self._player.call("render")
+        return self._player.call("render", *([env_index] if env_index else []))
 
     def call(self, name: str, *arguments: Any, **keywords: Any) -> Any:
         """The result of a method of the environment or of a wrapper around it inside."""

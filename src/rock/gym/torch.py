@@ -55,8 +55,8 @@ class SandboxEnv(single.SandboxEnv):
         """One step: (observation, reward, terminated, truncated, info), the first four as tensors."""
         return _stepped(super().step(to_numpy(action)), self.device)
 
-    def render(self) -> Any:
-        return to_torch(super().render(), self.device)
+    def render(self, *, env_index: int = 0) -> Any:
+        return to_torch(super().render(env_index=env_index), self.device)
 
 
 class SandboxVectorEnv(vector.SandboxVectorEnv):
@@ -77,8 +77,8 @@ class SandboxVectorEnv(vector.SandboxVectorEnv):
         """One step of each: (observations, rewards, terminations, truncations, infos), the first four as tensors."""
         return _stepped(super().step(to_numpy(actions)), self.device)
 
-    def render(self) -> Any:
-        return to_torch(super().render(), self.device)
+    def render(self, *, env_index: int | None = None) -> Any:
+        return to_torch(super().render(env_index=env_index), self.device)
 
 
 def remake(rock_source: str, **options: Any) -> SandboxEnv:

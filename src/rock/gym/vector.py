@@ -17,6 +17,7 @@ from rock.gym.env import _spec_of
 from rock.gym.source import Making, described, sandbox_of
 from rock.gym.spaces import space_of
 
+_VECTORIZATION_MODES = ("sync", "async", "vector_entry_point", None)
 Arrays = tuple[Any, np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any], dict[str, Any]]
 
 
@@ -64,6 +65,11 @@ class SandboxVectorEnv(Placed, VectorEnv[Any, Any, Any]):
     ) -> None:
         self.closed = True
         self.source = source
+        if vectorization_mode not in _VECTORIZATION_MODES:
+            raise errors.InvalidConfig(
+                f"no vectorization mode {vectorization_mode!r}",
+                hint=f"there are {', '.join(map(repr, _VECTORIZATION_MODES))}",
+            )
         vector = {"num_envs": num_envs, "vectorization_mode": vectorization_mode,
                   "vector_kwargs": _vector_kwargs(vector_kwargs, autoreset_mode)}  # fmt: skip
         asked = Arguments(
@@ -120,10 +126,10 @@ class SandboxVectorEnv(Placed, VectorEnv[Any, Any, Any]):
         self._check_open()
         return self._player.step(actions)
 
-    def render(self) -> Any:
-        """A frame of each."""
+    def render(self, *, env_index: int | None = None) -> Any:
+        """A frame of each, or with `env_index` (0 to num_envs - 1) of that one."""
         self._check_open()
-        return self._player.call("render")
+        return self._player.call("render", *([] if env_index is None else [env_index]))
 
     def call(self, name: str, *arguments: Any, **keywords: Any) -> tuple[Any, ...]:
         """The results of a method of each."""

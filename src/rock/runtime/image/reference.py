@@ -24,6 +24,8 @@ _REPOSITORY = re.compile(rf"{_PART}(?:/{_PART})*", re.ASCII)
 _TAG = re.compile(r"\w[\w.-]{0,127}", re.ASCII)
 _DIGEST = re.compile(r"sha256:[a-f0-9]{64}", re.ASCII)
 _LONGEST = 255
+_OWN = "rock.local"  # names that this server makes up; never on a registry, so a registry's limit does not apply
+_LONGEST_OWN = 8192
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,9 @@ def parse(name: str) -> Reference:
         raise _invalid(name, f"{domain!r} is no host name")
     if not _REPOSITORY.fullmatch(repository):
         raise _invalid(name, "it may have lower-case letters, digits and single separators ._- between them")
-    if len(domain) + len(repository) > _LONGEST:
-        raise _invalid(name, f"it is longer than {_LONGEST} characters")
+    longest = _LONGEST_OWN if domain == _OWN else _LONGEST
+    if len(domain) + len(repository) > longest:
+        raise _invalid(name, f"it is longer than {longest} characters")
     return Reference(domain, repository, tag if tag or at else "latest", digest if at else None)
 
 
