@@ -234,10 +234,10 @@ def env_images() -> Path:
 
 
 @contextlib.contextmanager
-def hosting(home: Path, images: Path) -> Iterator[RunningServer]:
+def hosting(home: Path, images: Path, **environment: str) -> Iterator[RunningServer]:
     """A server that can host environments, with the package images of `images`."""
     (home / "images").symlink_to(images)
-    running = RunningServer(home)
+    running = RunningServer(home, **environment)
     running.start()
     yield running
     running.stop()

@@ -31,7 +31,8 @@ ALLOWED: dict[str, set[str]] = {
     "sync": {"sync", "sdk", "protocol", "errors", "settings", "telemetry"},
     "actions": {"actions", "protocol"},
     # guest: the frames and values that an environment is spoken to with are the same on both sides
-    "envlink": {"sync", "guest", "protocol", "errors", "settings", "envpipes"},
+    "envlink": {"sync", "guest", "protocol", "errors", "settings", "envpipes", "envlease"},
+    "envlease": {"sync", "protocol", "errors"},
     "envpipes": {"guest", "protocol", "errors"},
     "envs": {"envlink", "protocol", "errors"},
     "gem": {"envs", "envlink", "errors"},

@@ -16,6 +16,7 @@ from typing import Any
 import orjson
 
 from rock import errors, settings
+from rock.envlease import LEASES
 from rock.envpipes import GivenUp, Pipes, reach
 from rock.guest import frames, values
 from rock.guest.frames import ERROR, HEAD, RESET
@@ -97,6 +98,7 @@ class EnvLink:
         self._graph = graph
         self._target = ""
         self.ways: dict[int, Pipes] = {}
+        self._owners: dict[int, str] = {}  # by environment, under whose lease it lives
 
     def open(self, wish: OpenEnv, timeout: float) -> None:
         """Find or start the sandbox. The packages of its family are installed the first time, which takes minutes."""
@@ -123,8 +125,9 @@ class EnvLink:
     def make(self, wish: dict[str, Any], timeout: float) -> int:
         """Make an environment (fields of MakeEnv); answers its number."""
         target = ROUTES["make_env"].url(sandbox_id=self.sandbox_id)
+        wish = {**wish, "owner": LEASES.owner}
         if self._limit is not None:
-            wish = {**wish, "timeout": self._limit}
+            wish["timeout"] = self._limit
         try:
             body = orjson.dumps(wish, option=orjson.OPT_SERIALIZE_NUMPY)
         except TypeError as error:
@@ -134,6 +137,8 @@ class EnvLink:
         except orjson.JSONDecodeError as error:
             raise errors.ServerError(f"malformed answer: {error}") from None
         made = parse(EnvInfo, answer)
+        if made.lease is not None:  # an older server has none
+            self._owners[made.env] = LEASES.hold(self.transport, self.sandbox_id, made.lease)
         if settings.env_pipes():
             pipes = reach(made, self.transport.address.host, shared=settings.env_shared())
             if pipes is not None:
@@ -223,6 +228,7 @@ class EnvLink:
             raise self._malformed(error) from None
 
     def _post(self, body: bytes) -> bytes:
+        LEASES.used()
         try:
             return self.transport.call("POST", self._target, body, timeout=self._timeout, content_type=FRAMES_TYPE)
         except errors.Unavailable as error:
@@ -239,6 +245,8 @@ class EnvLink:
         """End its process. Nothing happens when it or its sandbox is gone."""
         if (pipes := self.ways.pop(number, None)) is not None:
             pipes.close()
+        if (owner := self._owners.pop(number, None)) is not None:
+            LEASES.drop(self.transport, self.sandbox_id, owner)
         try:
             target = ROUTES["close_env"].url(sandbox_id=self.sandbox_id, env=str(number))
             self.transport.json("DELETE", target, timeout=SLACK)

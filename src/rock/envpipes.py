@@ -16,6 +16,7 @@ import stat
 import sys
 import threading
 import time
+import weakref
 
 import orjson
 
@@ -38,11 +39,16 @@ _KNOCK = 5.0  # seconds for the door to be opened, and for it to tell why an env
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 _process = os.getpid()
+_held: weakref.WeakSet[Pipes] = weakref.WeakSet()
 
 
 def _forked() -> None:
+    """In a child: its copies of the parent's pipes are closed, or the server would not see the parent's end."""
     global _process
     _process = os.getpid()
+    for pipes in list(_held):
+        with contextlib.suppress(OSError, BufferError):  # a thread of the parent may have been reading
+            pipes.close()
 
 
 os.register_at_fork(after_in_child=_forked)
@@ -123,6 +129,7 @@ class Pipes:
         self._sandbox_id = sandbox_id
         self._timeout = timeout
         self._owner = _process
+        _held.add(self)
         self._lock = threading.Lock()
         self._open = True
         self._large = False

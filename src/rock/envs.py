@@ -8,6 +8,7 @@ env.close()
 
 from __future__ import annotations
 
+import os
 from types import TracebackType
 from typing import Any, Self
 
@@ -52,6 +53,7 @@ class RockEnv:
         self.env_id = env_id
         self._closed = True
         self._made_of = env_id
+        self._process = os.getpid()
         self._options: dict[str, Any] = {
             "base_url": base_url, "api_key": api_key, "config": config, "exclusive": exclusive, "packages": packages,
             "imports": imports, "start_timeout": start_timeout, "step_timeout": step_timeout, **kwargs,
@@ -186,6 +188,14 @@ class RockEnv:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __del__(self) -> None:
+        # A child of a fork has a copy of it, whose end is not its end.
+        if not getattr(self, "_closed", True) and self._process == os.getpid():
+            try:
+                self.close()
+            except Exception:  # the lease of its environment ends
+                pass
 
     def _check_open(self) -> None:
         if self._closed:

@@ -21,6 +21,7 @@ Client settings are functions, because a script may set a variable after the imp
 | DOCKER_CONFIG | ~/.docker | where Docker keeps the logins of registries, which are used too |
 | ROCK_ENV_PIPES | 1 | 0: clients on the server's machine play environments over HTTP too |
 | ROCK_ENV_SHARED | 1 | 0: large answers come to such clients through the pipes too, and not by shared memory |
+| ROCK_ENV_LEASE | 50 | seconds without a sign of life of a client process after which its environments are released |
 | ROCK_ARCHIVE | archive in ROCK_HOME | where archived sandboxes are kept: a folder, s3://BUCKET/PREFIX, or "off" |
 | ROCK_ARCHIVE_LIMIT | 64g | most bytes of files in one archive, holes counted |
 | ROCK_S3_ENDPOINT, ROCK_S3_REGION | Amazon's, us-east-1 | of an archive in a bucket |
@@ -232,6 +233,7 @@ class Settings:
     s3_key: str = ""
     s3_secret: str = field(default="", repr=False)
     faults: str = ""
+    env_lease: float = 50.0
 
     @property
     def archive_dir(self) -> Path:
@@ -312,6 +314,7 @@ class Settings:
             ("s3_key", str),
             ("s3_secret", str),
             ("faults", str),
+            ("env_lease", float),
             ("port", int),
             ("image_max_entries", int),
             ("pool_size", int),
@@ -324,7 +327,7 @@ class Settings:
                 except ValueError:
                     raise ValueError(f"ROCK_{name.upper()}={text!r} is not a number") from None
         values |= {k: v for k, v in given.items() if v is not None}
-        for name, least in (("otel_interval", 0.1), ("drain_seconds", 0.0)):
+        for name, least in (("otel_interval", 0.1), ("drain_seconds", 0.0), ("env_lease", 1.0)):
             number = values.get(name, least)
             if not isinstance(number, int | float) or not least <= number <= 3600:
                 raise ValueError(f"ROCK_{name.upper()}={number} is not between {least:g} and 3600")

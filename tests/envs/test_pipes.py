@@ -26,6 +26,7 @@ import rock
 from rock import errors
 from rock.envlink import Player
 from rock.gym import SandboxEnv, SandboxVectorEnv
+from rock.protocol.env import PIPED
 from rock.protocol.sandbox import SandboxConfig
 
 WORLDS = Path(__file__).parent / "worlds"
@@ -204,13 +205,16 @@ def test_the_memory_cannot_be_cut_off(url: str) -> None:
 
 
 def test_more_environments_than_pipes(url: str) -> None:
-    with rock.make_vec(["game:GuessTheNumber-v0-easy"] * 20, seed=1) as vec:
-        observations, _ = vec.reset(seed=5)
-        assert len(observations) == 20
-        ways = [bool(env.player.link.ways) for env in vec.envs]
-        assert any(ways) and not all(ways)
-        _, rewards, *_ = vec.step(["\\boxed{3}"] * 20)
-        assert len(rewards) == 20
+    """In a sandbox of one's own, that takes any number: those without pipes are played through the server."""
+    with rock.make("game:GuessTheNumber-v0-easy", exclusive=True) as env:
+        link = env.player.link
+        made = {"env_id": "game:GuessTheNumber-v0-easy", "kwargs": {}}
+        players = [env.player, *(Player(link, link.make(made, 60)) for _ in range(PIPED + 2))]
+        assert len(link.ways) == PIPED
+        for player in players:
+            player.reset(seed=5)
+        found = link.ask_all([player.ask_step("\\boxed{3}") for player in players])
+        assert len({player.was_stepped(one)[1] for player, one in zip(players, found, strict=True)}) == 1
 
 
 def test_a_vector_of_it(url: str) -> None:

@@ -122,7 +122,8 @@ class Rocklet:
         self.home = Home(settings.home)
         self.images = Images(ImageStore.of(settings))
         runtimes = make_runtimes(settings, self.images) if runtimes is None else runtimes
-        self.node = Node(runtimes, settings.runtime, settings.run_dir, settings.sandbox_limit, self.images)
+        self.node = Node(runtimes, settings.runtime, settings.run_dir, settings.sandbox_limit, self.images,
+                         settings.env_lease)  # fmt: skip
         self.router = Api(self.node).router()
         self.router.add(ROUTES["health"], _health)
         self.membership = membership_of(settings, self.node)

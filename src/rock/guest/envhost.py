@@ -3,8 +3,8 @@
     rocklet ──198──> zygote ──pipe──> child 17: an environment
        │^               ┆ forks             │
        │└──────199──────┴───────────────────┘
-       │──200 to 215────────────> child 1 to 16: as many have a pipe of their own for what they are asked, and
-       └<─216 to 231───────────── one for their answers, on which a large one travels whole, and
+       │──132 to 159────────────> child 1 to 28: as many have a pipe of their own for what they are asked, and
+       └<─160 to 187───────────── one for their answers, on which a large one travels whole, and
           197                     a part of this memory for the large answers to a client on this machine
 
 GEM seeds the global random state, so two environments in one process would disturb each other; importing it takes
@@ -12,8 +12,8 @@ seconds, so a process an environment can only be forked from one that has it.
 
 What travels is in frames.py, and how an environment is played in player.py. A message to environment 0 is the zygote's:
 
-    -> HELLO token      <- OK {"hello": token, "there": {n: [env id, pipe, name, idle]}}
-    -> MAKE {"env_id", "protocol", "kwargs", "pipe": its descriptor, or null, "name", "idle"}  <- of n: OK n
+    -> HELLO token      <- OK {"hello": token, "there": {n: [env id, pipe, name, idle, owner]}}
+    -> MAKE {"env_id", "protocol", "kwargs", "pipe": its descriptor, or null, "name", "idle", "owner"}  <- of n: OK n
     -> KILL             <- ENDED, when the process of that environment is gone
 
 The kind of an error is "unknown" (no such id), "import", "environment" (it raised; it stays usable), "gone", "refused"
@@ -44,7 +44,7 @@ from rock.guest.frames import HEAD, HELLO, KILL, MAKE, NO_INDEX, OK, PLAIN, Join
 from rock.guest.player import Player, failure
 
 MEMORY, REQUESTS, ANSWERS = 197, 198, 199
-PIPES = range(200, 216)
+PIPES = range(132, 160)
 OWN = len(PIPES)  # the answers of the environment with the request pipe n come on n + OWN
 _READ = 1 << 16
 _STDERR_KEPT = 8192
@@ -67,7 +67,7 @@ class Child:
     def __init__(self, number: int, request: dict[str, Any], pid: int, requests: int, stderr: int) -> None:
         self.number = number
         self.pipe: int | None = request["pipe"]
-        self.known = [request["env_id"], self.pipe, request.get("name"), request.get("idle")]
+        self.known = [request["env_id"], self.pipe, *map(request.get, ("name", "idle", "owner"))]
         self.pid = pid
         self.requests = requests
         self.stderr = stderr

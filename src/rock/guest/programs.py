@@ -204,6 +204,8 @@ def _fork(plan: Plan, writing: int) -> int:
     if pid == 0:
         step = ["start"]
         try:
+            # A channel of the program may have this number.
+            writing = fcntl.fcntl(writing, fcntl.F_DUPFD_CLOEXEC, HIGHEST_CHANNEL + 1)
             _become(plan, step)
         except BaseException as error:
             os.write(writing, json.dumps(_verdict(error, step[0])).encode())

@@ -11,7 +11,7 @@ from collections import deque
 from typing import Any
 
 PACKET = 60_000  # bytes; a longer message travels in a memory file
-CHANNEL_MEMORY = 256 << 20  # bytes of memory that a program shares with us; what is not used takes no room
+CHANNEL_MEMORY = 512 << 20  # bytes of memory that a program shares with us; what is not used takes no room
 _LARGEST = 64 << 20
 _MOST_WAITING = 2_000
 _MOST_FDS = 64

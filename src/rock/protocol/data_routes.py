@@ -176,6 +176,13 @@ def rows() -> Iterator[Route]:
         "frames (application/x-rock-frames)",
         "frames",
     )
+    yield row(
+        "renew_envs", "POST", _S + "/envs/owners/{owner}", "data", "Renew the lease of a client's environments", "",
+        "EnvOwner",
+    )  # fmt: skip
+    yield row(
+        "release_envs", "DELETE", _S + "/envs/owners/{owner}", "data", "Close a client's environments", "", "EnvOwner"
+    )
     yield row("close_env", "DELETE", _S + "/envs/{env}", "data", "End its process", "", "EnvInfo")
     # images
     yield row(

@@ -12,6 +12,11 @@ from rock.protocol.sandbox import SandboxConfig, Wire
 TASK_IMAGES = "rock.local/env/set-"  # and the name of a training set: the image with its packages
 DOOR = "environments.sock"  # the name of every door
 
+PIPED = 28  # environments of one sandbox that have pipes of their own; len(guest.envhost.PIPES)
+# A label: renewals of a lease keep the sandbox alive. Without it, the idle time that a user chose holds.
+LEASED = "rock.env.leased"
+OWNER_PATTERN = r"^[A-Za-z0-9_-]{16,64}$"
+
 Family = Literal["gem", "gym", "task"]
 
 
@@ -82,6 +87,8 @@ class MakeEnv(Wire):
 
     name: another way to say which one is meant, "name:NAME" in the place of its number; taken already is a Conflict.
     idle: seconds without a request after which it is closed. begin: reset it too, and answer what that answers.
+    owner: id of the client process that makes it. The environment is released when that process has not renewed its
+    lease for `EnvInfo.lease` seconds; without an owner it lives as long as its sandbox, or until it is idle.
     """
 
     env_id: str = Field(min_length=1, max_length=256)
@@ -98,6 +105,7 @@ class MakeEnv(Wire):
     name: str | None = Field(default=None, pattern=r"^[^/\s\x00-\x1f]{1,256}$")
     idle: float | None = Field(default=None, gt=0, le=7 * 86400)
     begin: bool = False
+    owner: str | None = Field(default=None, pattern=OWNER_PATTERN)
 
 
 class Door(Answer):
@@ -108,14 +116,23 @@ class Door(Answer):
 
 
 class EnvInfo(Answer):
-    """An environment that was made: `env` is its number in the sandbox. With `begin`, what its reset answered too."""
+    """An environment that was made: `env` is its number in the sandbox. With `begin`, what its reset answered too.
+    lease: with an owner, seconds within which that has to renew its lease."""
 
     env: int
     env_id: str = ""
     sandbox_id: str = ""
     door: Door | None = None
+    lease: float | None = None
     observation: Any = None
     info: dict[str, Any] = Field(default_factory=dict)
+
+
+class EnvOwner(Answer):
+    """How many environments of a sandbox a client process has; a renewal of 0 has nothing to renew."""
+
+    owner: str
+    environments: int
 
 
 class ResetEnv(Wire):

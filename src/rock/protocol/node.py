@@ -25,7 +25,8 @@ MOST_CREATES = 500  # sandboxes in one request of an admin to a worker
 class NodeSandbox(Answer):
     """A sandbox as its rocklet sees it. `idle_seconds`: since the last activity; 0 while something runs in it.
 
-    kept: it does not run, and its files are there.
+    kept: it does not run, and its files are there. environments: of a sandbox that hosts them, how many there are now,
+    and how many were made since its rocklet started.
     """
 
     sandbox_id: str
@@ -39,6 +40,7 @@ class NodeSandbox(Answer):
     reason: str | None = None
     usage: Usage | None = None
     kept: bool = False
+    environments: tuple[int, int] | None = None
 
 
 class NodeCreates(Wire):

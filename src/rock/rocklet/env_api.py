@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Awaitable, Callable
+
 import orjson
 
 from rock.envhub import datasets, registry
 from rock.errors import InvalidConfig, NotFound, RockError
 from rock.guest import frames
 from rock.guest.frames import HEAD, PLAIN, Frame
-from rock.protocol.env import CallEnv, EnvInfo, MakeEnv, ResetEnv, StepEnv
+from rock.protocol.env import LEASED, OWNER_PATTERN, CallEnv, EnvInfo, EnvOwner, MakeEnv, ResetEnv, StepEnv
 from rock.protocol.routes import FRAMES_TYPE, ROUTES
 from rock.protocol.training import NAMED
 from rock.rocklet.envcalls import Answered
@@ -62,6 +65,8 @@ class EnvApi:
                         await host.close_env(number)  # nobody was told of it
                         raise
             made.env = number
+            if wish.owner is not None:
+                made.lease = host.lease
             if wish.idle is None:  # else it is watched here
                 made.door = self.node.door.way(host, number)
             return answer(made, 201)
@@ -124,6 +129,30 @@ class EnvApi:
         return answer({"env": number, "sandbox_id": sandbox.id})
 
 
+    async def renew_envs(self, request: Request) -> Answer:
+        return await self._of_owner(request, lambda host, owner: _now(host.renew(owner)))
+
+    async def release_envs(self, request: Request) -> Answer:
+        return await self._of_owner(request, lambda host, owner: host.release(owner))
+
+    async def _of_owner(self, request: Request, work: Callable[[EnvHost, str], Awaitable[int]]) -> Answer:
+        """Do it with the environments of the owner that the path names; NotFound where the sandbox hosts none."""
+        owner = request.path["owner"]
+        if not re.fullmatch(OWNER_PATTERN, owner):
+            raise InvalidConfig("the id of an owner has 16 to 64 letters, digits, _ and -")
+        sandbox = self.node.get(request.path["sandbox_id"])
+        if not sandbox.hosts_environments:
+            raise NotFound("this sandbox hosts no environments", sandbox_id=sandbox.id)
+        found = await work(await sandbox.environments(), owner)
+        if found and LEASED in sandbox.config.labels:
+            sandbox.touch()
+        return answer(EnvOwner(owner=owner, environments=found))
+
+
+async def _now(found: int) -> int:
+    return found
+
+
 def _framed(asked: Frame, found: Answered) -> bytes:
     """An answer as it travels: an error too is a frame, so that one of many does not cost the others."""
     if not isinstance(found, RockError):
@@ -135,5 +164,6 @@ def _framed(asked: Frame, found: Answered) -> bytes:
 
 def add_routes(router: Router, node: Node, once: Once) -> None:
     api = EnvApi(node, once)
-    for name in ("make_env", "reset_env", "step_env", "call_env", "env_frames", "close_env"):
+    for name in ("make_env", "reset_env", "step_env", "call_env", "env_frames", "renew_envs", "release_envs",
+                 "close_env"):  # fmt: skip
         router.add(ROUTES[name], getattr(api, name))

@@ -19,6 +19,7 @@ from rock.guest.frames import ENDED, ERROR, HEAD, HELLO, KILL, MAKE, NO_INDEX, P
 from rock.protocol.enverrors import error_of
 from rock.rocklet.envcalls import Answered, Batch, Call, Hosted
 from rock.rocklet.envnames import Names
+from rock.rocklet.envowners import Owners
 from rock.rocklet.envprogram import Link
 from rock.runtime.base import ExitStatus, Process
 
@@ -30,10 +31,11 @@ class Exchange:
     failed: why the host is gone; None while it serves. free: pipes that no environment has.
     """
 
-    def __init__(self, sandbox_id: str, timeout: float) -> None:
+    def __init__(self, sandbox_id: str, timeout: float, lease: float) -> None:
         self.sandbox_id = sandbox_id
         self.names = Names(sandbox_id, self.forget)
         self.envs: dict[int, Hosted] = {}
+        self.owners = Owners(self.envs, lease, self.forget)
         self.free: list[int] = []
         self.link: Link | None = None
         self.failed: RockError | None = None
@@ -79,6 +81,7 @@ class Exchange:
             return
         hosted.closed = True
         self.names.drop(number)
+        self.owners.drop(number)
         if self.failed is not None:
             del self.envs[number]
         elif hosted.dead and hosted.lent is None:
@@ -196,6 +199,7 @@ class Exchange:
             if not started and number in self.envs:
                 refused = self.envs.pop(number)
                 self.names.drop(number)
+                self.owners.drop(number)
                 self.free += [refused.pipe] if refused.pipe is not None else []
                 if refused.timer is not None:
                     refused.timer.cancel()
@@ -268,6 +272,7 @@ class Exchange:
     def _fail(self, error: RockError) -> None:
         self.failed = self.failed or error
         self.names.stop()
+        self.owners.stop()
         calls, self._calls = self._calls, {}
         for call in calls.values():
             call.batch.put(call.place, error)

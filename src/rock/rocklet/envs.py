@@ -20,6 +20,7 @@ from rock.rocklet.envprogram import program
 from rock.runtime.base import Handle, Process, Runtime
 from rock.runtime.image.packages import CURRENT
 
+ENV_LEASE = 50.0  # seconds
 _CLOSE_TIMEOUT = 10.0  # for what an environment does at its end; then it is killed
 _OPEN_TIMEOUT = 180.0  # importing takes seconds, and more on a busy machine
 
@@ -29,7 +30,8 @@ class EnvHost:
 
     folder: where the packages are inside: a link `python`, and a folder `site`; None for an image whose own Python has
     them. timeout: seconds for one make, reset or step, after which the environment is killed. adapter: of the training
-    set that it hosts, for guest/tasks.py.
+    set that it hosts, for guest/tasks.py. lease: seconds without a sign of life of an environment's owner after which
+    the environment is released.
     """
 
     KEY = "rock.envs"
@@ -43,13 +45,15 @@ class EnvHost:
         python: str | None = None,
         timeout: float = 600.0,
         adapter: str = "",
+        lease: float = ENV_LEASE,
     ) -> None:
         self._runtime = runtime
         self._handle = handle
         self._folder = folder
         self._pythons = [python] if python else ["python3", "python"] if folder is None else [f"{folder}/python"]
         self._adapter = adapter
-        self._exchange = Exchange(handle.id, timeout)
+        self.lease = lease
+        self._exchange = Exchange(handle.id, timeout, lease)
         self._next_env = 1
         self.lending = Lending(self._exchange)
 
@@ -78,7 +82,13 @@ class EnvHost:
 
     async def attach(self) -> None:
         """Find the host and its environments again after a restart of the rocklet; NotFound when there is none."""
-        await self._connect(await self._runtime.attach(self._handle, self.KEY))
+        process = await self._runtime.attach(self._handle, self.KEY)
+        if not process.channels.keys() >= set(envhost.PIPES):  # a host of an older release has other pipes
+            with contextlib.suppress(RockError):
+                await process.kill_tree()
+            process.close()
+            raise NotFound("the host of environments is of an older release", sandbox_id=self._handle.id)
+        await self._connect(process)
 
     async def _connect(self, process: Process) -> None:
         link = self._exchange.connect(process)
@@ -100,6 +110,7 @@ class EnvHost:
             if known:  # a host of an older release knows no names
                 self._exchange.names.add(int(number), known[0])
                 self._exchange.names.watch(int(number), hosted, known[1])
+                self._exchange.owners.add(int(number), known[2] if len(known) > 2 else None)
             if pipe is not None:
                 self._exchange.greet(int(number), pipe)
         taken = {hosted.pipe for hosted in self._exchange.envs.values()}
@@ -126,8 +137,8 @@ class EnvHost:
 
         timeout: seconds for each thing that it is asked from then on, instead of the host's. more: "protocol" and what
         guest/hosting.py makes of it; "name", by which `number_of` finds it; "idle", seconds after which it is closed
-        when nobody asks it for anything. NotFound for an id that nobody knows, with the nearest; ActionError with the
-        traceback when it cannot be made.
+        when nobody asks it for anything; "owner", whose lease it is released with. NotFound for an id that
+        nobody knows, with the nearest; ActionError with the traceback when it cannot be made.
         """
         number = self._next_env
         self._next_env += 1
@@ -147,6 +158,7 @@ class EnvHost:
             hosted.timer.cancel()
             hosted.timer = None
         self._exchange.names.watch(number, hosted, more.get("idle"))
+        self._exchange.owners.add(number, more.get("owner"))
         return number
 
     async def reset(
@@ -195,6 +207,20 @@ class EnvHost:
             pass
         finally:
             self._exchange.forget(number)
+
+    def renew(self, owner: str) -> int:
+        """The client process `owner` is alive. Returns how many environments it has here."""
+        return self._exchange.owners.renew(owner)
+
+    async def release(self, owner: str) -> int:
+        """Close all environments of an owner. Returns how many there were."""
+        numbers = self._exchange.owners.of(owner)
+        await asyncio.gather(*(self.close_env(number) for number in numbers))
+        return len(numbers)
+
+    def load(self) -> tuple[int, int]:
+        """(environments that are there, environments that were made since the rocklet started)."""
+        return len(self.environments()), self._next_env - 1
 
     async def exchange(self, asked: Sequence[Frame]) -> list[Answered]:
         """What environments answer to these frames, in their order; each may be an error of its own.

@@ -20,6 +20,7 @@ from rock.rocklet.builds import Builds
 from rock.rocklet.commits import Commits
 from rock.rocklet.ends import Ends
 from rock.rocklet.envdoor import Door
+from rock.rocklet.envs import ENV_LEASE
 from rock.rocklet.images import Images, UsedImages
 from rock.rocklet.kept import KeptSandboxes
 from rock.rocklet.recovery import Recovery
@@ -41,12 +42,21 @@ class Node:
     runtimes: by name; `default` is the one for configs that name none. folder: see Shelf.
     """
 
-    def __init__(self, runtimes: dict[str, Runtime], default: str, folder: Path, limit: int, images: Images) -> None:
+    def __init__(
+        self,
+        runtimes: dict[str, Runtime],
+        default: str,
+        folder: Path,
+        limit: int,
+        images: Images,
+        env_lease: float = ENV_LEASE,
+    ) -> None:
         self.images = images
         self.runtimes = Runtimes(runtimes, default, images)
         self.shelf = Shelf(folder)
         self.door = Door(folder, self.get)
         self.limit = limit
+        self._env_lease = env_lease
         self.boot = uuid.uuid4().hex[:12]
         self.ends = Ends(self.boot)
         self._host_name = socket.gethostname()
@@ -165,7 +175,7 @@ class Node:
         self, sandbox_id: str, config: SandboxConfig, runtime: Runtime, handle: Handle, spools: str | None = None
     ) -> Supervisor:
         """One that runs. spools: the name of the folder that it has already."""
-        return Supervisor(sandbox_id, config, runtime, handle, self.shelf, self._ended, spools)
+        return Supervisor(sandbox_id, config, runtime, handle, self.shelf, self._ended, spools, self._env_lease)
 
     @staticmethod
     async def _open_default(supervisor: Supervisor, unfit: Prepared | None) -> None:

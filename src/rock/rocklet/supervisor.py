@@ -17,7 +17,7 @@ from rock.protocol.node import NodeSandbox
 from rock.protocol.sandbox import Cause, Phase, SandboxConfig, Usage
 from rock.rocklet import programs, resuming
 from rock.rocklet.dialled import Connections
-from rock.rocklet.envs import EnvHost
+from rock.rocklet.envs import ENV_LEASE, EnvHost
 from rock.rocklet.imageshell import Shell
 from rock.rocklet.journal import Journal
 from rock.rocklet.sessions import Sessions
@@ -39,6 +39,7 @@ class Supervisor:
         shelf: Shelf,
         ended: Callable[[Supervisor, Cause, str], None],
         spools: str | None = None,
+        env_lease: float = ENV_LEASE,
     ) -> None:
         self.id = sandbox_id
         self.config = config
@@ -53,6 +54,7 @@ class Supervisor:
         self.executions: set[programs.Execution] = set()  # those with a key, which go on without a server
         self.leaving = False
         self.env_host: EnvHost | None = None
+        self._env_lease = env_lease
         self._env_host_kept = False  # a former rocklet's is there; asked only when it is needed, as it may hang
         self.connections = Connections()
         self.spools = shelf.spools(spools)
@@ -137,6 +139,7 @@ class Supervisor:
             cause=self.cause,
             reason=self.reason,
             usage=usage,
+            environments=self.env_host.load() if self.env_host is not None else None,
         )
 
     # ---- programs ----
@@ -207,7 +210,8 @@ class Supervisor:
             if self.env_host is None:
                 own = requirements_of(self.config.image) is None  # an image like any other hosts with its own Python
                 adapter = datasets.adapter_of(self.config.image)
-                host = EnvHost(self.runtime, self.handle, folder=None if own else CURRENT, adapter=adapter)
+                host = EnvHost(self.runtime, self.handle, folder=None if own else CURRENT, adapter=adapter,
+                               lease=self._env_lease)  # fmt: skip
                 if self._env_host_kept:
                     self._env_host_kept = False
                     with contextlib.suppress(NotFound):  # it ended meanwhile

@@ -71,7 +71,7 @@ def _lie(length):
     """Answers, in the memory, of so many bytes, to whatever was asked; one for each id that may have been."""
     for id in range(1, 6):
         frame = struct.pack(">IBBIQq", 8, 16, 2, 1, id, -1) + length.to_bytes(8, "big")
-        for fd in range(216, 232):
+        for fd in range(160, 188):
             try:
                 os.write(fd, frame)
             except OSError:
@@ -131,7 +131,7 @@ class Large(gym.Env):
         if action == "no bytes":
             os._exit(3)
         if isinstance(action, str):
-            own = [fd for fd in range(216, 232) if os.path.exists(f"/proc/self/fd/{fd}")]
+            own = [fd for fd in range(160, 188) if os.path.exists(f"/proc/self/fd/{fd}")]
             while action == "answers to something else":
                 time.sleep(0.1)
                 os.write(own[0], struct.pack(">IBBIQq", 0, 16, 0, 1, 99, -1))
@@ -146,8 +146,8 @@ class Large(gym.Env):
     def storm(self):
         """From now on another process writes to what the client reads, all the time."""
         if os.fork() == 0:
-            memory = mmap.mmap(197, 256 << 20)
-            parts = range(0, 256 << 20, 16 << 20)
+            memory = mmap.mmap(197, 512 << 20)
+            parts = range(0, 512 << 20, 16 << 20)
             while True:
                 for byte in (0, 0xFF, 0x5B):
                     for part in parts:
@@ -156,7 +156,7 @@ class Large(gym.Env):
     def resized(self):
         """What comes of each way to change its size, or to make it the size of another's."""
         ways = (lambda: os.ftruncate(197, 0), lambda: os.ftruncate(197, 1 << 30), lambda: fcntl.fcntl(197, 1033, 8),
-                lambda: os.posix_fallocate(197, 256 << 20, 1))  # fmt: skip
+                lambda: os.posix_fallocate(197, 512 << 20, 1))  # fmt: skip
         told = []
         for way in ways:
             try:

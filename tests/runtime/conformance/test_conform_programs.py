@@ -132,6 +132,9 @@ def test_channels_have_the_numbers_that_the_program_expects(box: Bench) -> None:
             assert await read_all(process.channels[30]) == b"got hello\n"
             with pytest.raises(errors.InvalidConfig, match="channel 2"):
                 await b.spawn("true", channels={2: "w"})
+            many = dict.fromkeys(range(100, 156), "r")  # numbers that descriptors of pid 1 have, too
+            with pytest.raises(errors.NotFound):
+                await b.spawn("no-such-program", channels=many)
 
     run(main())
 
