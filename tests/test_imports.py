@@ -34,10 +34,11 @@ ALLOWED: dict[str, set[str]] = {
     "envlink": {"sync", "guest", "protocol", "errors", "settings", "envpipes", "envlease"},
     "envlease": {"sync", "protocol", "errors"},
     "envpipes": {"guest", "protocol", "errors"},
+    "envasync": {"envs", "envlink", "envpipes", "errors"},
     "envs": {"envlink", "protocol", "errors"},
     "gem": {"envs", "envlink", "errors"},
     "training": {"sdk", "sync"},
-    "gym": {"gym", "envlink", "guest", "sync", "protocol", "errors", "settings"},
+    "gym": {"gym", "envasync", "envlink", "guest", "sync", "protocol", "errors", "settings"},
 }
 # Old import paths that only name things of a higher floor again.
 ALIASES = {"sdk/envs": {"envs"}, "sdk/common": {"errors"}}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rock import gym as gym
+    from rock.envasync import AsyncEnv, make_async
     from rock.envs import RockEnv, list_envs, make
     from rock.errors import (
         BadRequestRockError,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "rock.envasync": ("AsyncEnv", "make_async"),
     "rock.envs": ("RockEnv", "list_envs", "make"),
     "rock.gem": ("make_vec", "register_gem"),
     "rock.errors": (
@@ -47,6 +49,7 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AsyncEnv",
     "BadRequestRockError",
     "CommandRockError",
     "InternalServerRockError",
@@ -60,6 +63,7 @@ __all__ = [
     "codes",
     "list_envs",
     "make",
+    "make_async",
     "raise_for_code",
 ]
 

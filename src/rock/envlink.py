@@ -208,11 +208,16 @@ class EnvLink:
     def _finish(self, pipes: Pipes, ask: Ask, place: int, answers: list[Any], over_http: list[int]) -> None:
         try:
             op, payload = pipes.finish()
-            answers[place] = pipes.error(payload) if op == ERROR else values.decode(payload, self._graph)
+            answers[place] = self.read(pipes, op, payload)
         except (GivenUp, errors.RockError) as error:
             _lost(ask, place, error, answers, over_http)
+
+    def read(self, pipes: Pipes, op: int, payload: memoryview) -> Any:
+        """The value of an answer that came by pipes, or the error that it is."""
+        try:
+            return pipes.error(payload) if op == ERROR else values.decode(payload, self._graph)
         except ValueError as error:
-            answers[place] = self._malformed(error)
+            return self._malformed(error)
 
     def _malformed(self, error: ValueError) -> errors.ServerError:
         return errors.ServerError(f"malformed answer of an environment: {error}", sandbox_id=self.sandbox_id)

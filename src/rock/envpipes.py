@@ -133,6 +133,7 @@ class Pipes:
         self._lock = threading.Lock()
         self._open = True
         self._large = False
+        self._begun = bytearray()
         self._id = 0
         self._op = 0
         self._deadline = 0.0
@@ -206,17 +207,76 @@ class Pipes:
         """(op, payload) of the answer. GivenUp; the error of an environment that has ended."""
         try:
             while True:
-                frame = self._frame()
-                _, op, flags, _, id, _ = HEAD.unpack_from(frame)
-                if id == self._id:
-                    payload = memoryview(frame)[HEAD.size :]
-                    return op, self._taken(payload) if flags & IN_MEMORY else payload
+                found = self._answer(self._frame())
+                if found is not None:
+                    return found
                 self._in_time()
         except BaseException:
             self._close()
             raise
         finally:
             self._lock.release()
+
+    def _answer(self, frame: bytearray | bytes) -> tuple[int, memoryview] | None:
+        """(op, payload) of a frame; None when it answers something else."""
+        _, op, flags, _, id, _ = HEAD.unpack_from(frame)
+        if id != self._id:
+            return None
+        payload = memoryview(frame)[HEAD.size :]
+        return op, self._taken(payload) if flags & IN_MEMORY else payload
+
+    # ---- for an event loop, which waits for `answers` and `door` itself
+
+    @property
+    def answers(self) -> int:
+        """The descriptor on which an answer comes."""
+        return self._answers
+
+    @property
+    def door(self) -> socket.socket:
+        """The connection on which the server says that the environment has ended."""
+        return self._door
+
+    def fits(self, parts: list[bytes]) -> bool:
+        """Whether `begin` writes these without waiting: an empty pipe takes that much."""
+        return sum(len(part) for part in parts) < _READ
+
+    def left(self) -> float:
+        """Seconds until a sign of life is due, or the answer is overdue."""
+        return min(self._deadline - time.monotonic(), _WAIT)
+
+    def sign(self) -> None:
+        """A sign of life. GivenUp where the server is gone."""
+        self._say({"playing": True}, time.monotonic())
+
+    def poll(self) -> tuple[int, memoryview] | None:
+        """`finish` without waiting: None as long as the answer is not there in full; ask again when more came. When it
+        raises, `abandon` has to follow."""
+        while True:
+            try:
+                data = os.read(self._answers, _READ)
+            except BlockingIOError:
+                return None
+            if not data:
+                raise GivenUp  # the server knows why
+            self._begun += data
+            if len(self._begun) < HEAD.size:
+                continue
+            length = HEAD.size + int.from_bytes(self._begun[:4], "big")
+            if length > HEAD.size + LIMIT or len(self._begun) > length:
+                self._say({"nonsense": f"a frame of {length} bytes, and {len(self._begun)} came"}, time.monotonic())
+                raise GivenUp
+            if len(self._begun) == length:
+                frame, self._begun = self._begun, bytearray()
+                found = self._answer(frame)
+                if found is not None:
+                    self._lock.release()
+                    return found
+
+    def abandon(self) -> None:
+        """Give the pipes back in the middle of an exchange."""
+        self._close()
+        self._lock.release()
 
     def _taken(self, payload: memoryview) -> memoryview:
         """A copy of what is in the memory: the environment may change it at any time."""
@@ -245,7 +305,11 @@ class Pipes:
 
     def _frame(self) -> bytearray | bytes:
         frame: bytearray | bytes = b""
-        data = self._at_once()
+        data: bytes | bytearray | None
+        if self._begun:  # what `poll` has read of it
+            data, self._begun = self._begun, bytearray()
+        else:
+            data = self._at_once()
         while True:
             if data is None:
                 self._more() if frame else self._wait(self._readable, self._answers)

@@ -13,7 +13,7 @@ try:
 except ImportError as error:
     raise ImportError(f"rock.gym needs gymnasium ({error}): pip install 'rock-sandbox[gym]'") from error
 
-from rock.gym.env import SandboxEnv, remake
+from rock.gym.env import SandboxEnv, make_async, remake
 from rock.gym.vector import SandboxVectorEnv
 
-__all__ = ["SandboxEnv", "SandboxVectorEnv", "remake"]
+__all__ = ["SandboxEnv", "SandboxVectorEnv", "make_async", "remake"]

@@ -10,6 +10,7 @@ import gymnasium
 from gymnasium.envs.registration import EnvSpec
 
 from rock import errors
+from rock.envasync import AsyncEnv, made
 from rock.gym.arguments import START_TIMEOUT, STEP_TIMEOUT, AnyPath, Arguments, Config, Network, for_single
 from rock.gym.contract import EnvContract, Placed
 from rock.gym.source import Making, described, sandbox_of
@@ -180,6 +181,12 @@ def _spec_of(told: Any, kwargs: dict[str, Any]) -> EnvSpec | None:
         id=str(told["id"]), entry_point="rock.gym:remake", reward_threshold=told["reward_threshold"],
         nondeterministic=bool(told["nondeterministic"]), max_episode_steps=told["max_episode_steps"], kwargs=kwargs,
     )  # fmt: skip
+
+
+async def make_async(source: str, /, **options: Any) -> AsyncEnv[SandboxEnv]:
+    """`SandboxEnv` for asyncio: makes it in a thread, and its `reset` and `step` are awaited."""
+    env = await made(lambda: SandboxEnv(source, **options))
+    return AsyncEnv(env, env._player)
 
 
 def remake(rock_source: str, **options: Any) -> SandboxEnv:
