@@ -41,17 +41,9 @@ lint: $(VENV)/ready-dev
 types: $(VENV)/ready-dev
 	$(VENV)/bin/mypy
 
-# The runtimes' own tests run in a process of their own, beside the others: they count its descriptors and children; those
-# with a container engine in another one, whose child that is. What they say is shown when the others are done, who wait
-# more than they work, so four at a time; the longest first. What a few fail beside others is run once more alone, and told.
-APART := .pytest_apart.log
-AGAIN := $(PY) tools/second_chance.py
+# The groups of tests and how they run side by side: tools/run_tests.py.
 unit: $(VENV)/ready-dev
-	@( ROCK_TEST_CONFORM=fake,namespace,process $(AGAIN) runtimes tests/runtime tests/rocklet --ignore=tests/runtime/docker; \
-	first=$$?; ROCK_TEST_CONFORM=docker $(AGAIN) docker tests/runtime/docker tests/runtime/conformance && exit $$first \
-	) > $(APART) 2>&1 & apart=$$!; \
-	$(AGAIN) others -n 4 --dist loadfile --no-loadscope-reorder --ignore=tests/runtime --ignore=tests/rocklet; \
-	others=$$?; wait $$apart; apart=$$?; cat $(APART); rm $(APART); exit $$((others | apart))
+	@$(PY) tools/run_tests.py
 
 # All that an ordinary user has a share of in `test`, as that user; needs root.
 rootless: $(VENV)/ready-dev
@@ -184,4 +176,4 @@ lock:
 	uv pip compile pyproject.toml --extra dev --generate-hashes --universal --python-version 3.11 --no-header -o requirements-dev.lock
 
 clean:
-	rm -rf $(VENV) $(APART) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

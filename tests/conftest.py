@@ -48,6 +48,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(skip)
 
 
+class _Instant:
+    """Prints each failure when it happens, and not only in the summary at the end of the run."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self._config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        terminal = self._config.pluginmanager.getplugin("terminalreporter")
+        if report.failed and terminal is not None:
+            terminal.ensure_newline()
+            terminal.write_line(f"FAILED NOW {report.nodeid} ({report.when})")
+            terminal.write_line("\n".join(report.longreprtext.splitlines()[-30:]))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("ROCK_TEST_INSTANT") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Instant(config), "rock-instant")
+
+
 class RunningServer:
     """A server process of the tests. `url` is its address. prefix: of its command line."""
 
