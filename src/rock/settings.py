@@ -21,6 +21,7 @@ Client settings are functions, because a script may set a variable after the imp
 | DOCKER_CONFIG | ~/.docker | where Docker keeps the logins of registries, which are used too |
 | ROCK_ENV_PIPES | 1 | 0: clients on the server's machine play environments over HTTP too |
 | ROCK_ENV_SHARED | 1 | 0: large answers come to such clients through the pipes too, and not by shared memory |
+| ROCK_DIALECT_NETWORK | nat | network where ROCK's clients name none: none, nat, host or bridge |
 | ROCK_ENV_LEASE | 50 | seconds without a sign of life of a client process after which its environments are released |
 | ROCK_ARCHIVE | archive in ROCK_HOME | where archived sandboxes are kept: a folder, s3://BUCKET/PREFIX, or "off" |
 | ROCK_ARCHIVE_LIMIT | 64g | most bytes of files in one archive, holes counted |
@@ -234,6 +235,7 @@ class Settings:
     s3_secret: str = field(default="", repr=False)
     faults: str = ""
     env_lease: float = 50.0
+    dialect_network: str = "nat"
 
     @property
     def archive_dir(self) -> Path:
@@ -315,6 +317,7 @@ class Settings:
             ("s3_secret", str),
             ("faults", str),
             ("env_lease", float),
+            ("dialect_network", str),
             ("port", int),
             ("image_max_entries", int),
             ("pool_size", int),
@@ -331,6 +334,9 @@ class Settings:
             number = values.get(name, least)
             if not isinstance(number, int | float) or not least <= number <= 3600:
                 raise ValueError(f"ROCK_{name.upper()}={number} is not between {least:g} and 3600")
+        network = values.get("dialect_network", "nat")
+        if network not in ("none", "nat", "host", "bridge"):
+            raise ValueError(f"ROCK_DIALECT_NETWORK={network!r} is none of none, nat, host and bridge")
         if values.get("log_format", "text") not in ("text", "json"):
             raise ValueError(f"ROCK_LOG_FORMAT={values['log_format']!r} is neither text nor json")
         return cls(**values)  # type: ignore[arg-type]

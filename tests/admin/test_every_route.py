@@ -42,7 +42,7 @@ class Row:
 def dialect() -> Iterator[Row]:
     nothing: Any = None
     for prefix, routes in (
-        (SANDBOXES, sandboxes.Sandboxes(nothing).routes()), (SANDBOXES, commits.Commits(nothing).routes()),
+        (SANDBOXES, sandboxes.Sandboxes(nothing, "none").routes()), (SANDBOXES, commits.Commits(nothing).routes()),
         (SANDBOXES, commands.Commands(nothing).routes()), (SANDBOXES, files.Files(nothing).routes()),
         (GEM, gem.Gem(nothing, nothing).routes()), ("", envhub.EnvHub(nothing).routes()),
     ):  # fmt: skip

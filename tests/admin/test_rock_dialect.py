@@ -420,10 +420,12 @@ def test_sessions_read_bashrc(box: RockClient) -> None:
 
 def test_nohup_as_clients_do_it(box: RockClient) -> None:
     box.post("/create_session", session="bash-1")
-    inside = "nohup bash -c 'echo one; sleep 0.3; echo two; exit 5' < /dev/null > /tmp/tmp_1.out 2>&1 "
+    inside = "nohup bash -c 'echo one; sleep 1.5; echo two; exit 5' < /dev/null > /tmp/tmp_1.out 2>&1 "
     seen = box.output(inside + "& echo PIDSTART${!}PIDEND;disown", session="bash-1", timeout=30)
     pid = int(seen.partition("PIDSTART")[2].partition("PIDEND")[0])
+    began = time.monotonic()
     assert box.run(f"kill -0 {pid}", session="bash-1")["status"] == "Success"
+    assert time.monotonic() - began > 0.8, "the first probe waits for a short command"
     end = time.monotonic() + 10
     while box.run(f"kill -0 {pid}", session="bash-1")["status"] == "Success":
         assert time.monotonic() < end
@@ -432,6 +434,33 @@ def test_nohup_as_clients_do_it(box: RockClient) -> None:
     assert box.output("head -c 3 /tmp/tmp_1.out", session="bash-1") == "one"
     size = "stat -c %s /tmp/tmp_1.out 2>/dev/null || stat -f %z /tmp/tmp_1.out"
     assert box.output(size, session="bash-1") == "8"
+
+
+def test_the_first_probe_waits_for_the_end_of_a_short_command(box: RockClient) -> None:
+    """Clients look once, and then not again for 5 s or more."""
+    box.post("/create_session", session="s")
+    submit = "nohup sleep 0.4 < /dev/null > /tmp/o 2>&1 & echo PIDSTART${!}PIDEND;disown"
+    pid = re.search(r"PIDSTART(\d+)PIDEND", box.output(submit, session="s", timeout=30))[1]
+    assert box.run(f"kill -0 {pid}", session="s")["status"] == "Failed"
+    began = time.monotonic()
+    assert box.run("kill -0 $$", session="s")["status"] == "Success"
+    assert box.run("kill -0 1", session="s")["status"] == "Success"
+    assert time.monotonic() - began < 5, "other probes are answered at once"
+
+
+def test_the_network_of_a_sandbox(box: RockClient) -> None:
+    """As ROCK's have one, theirs have one here; a request may name another."""
+    def network() -> str:
+        return str(box.raw("GET", f"/v1/sandboxes/{box.sandbox_id}")[1]["network"])
+
+    assert network() == "nat"
+    box.post("/stop")
+    box.start(network="none")
+    assert network() == "none"
+    box.post("/stop")
+    refused = box.ask("POST", "/start_async", {"image": IMAGE, "memory": "512m", "cpus": 1, "network": "wide"})
+    assert refused["status"] == "Failed" and "network" in refused["error"]
+    box.start()
 
 
 def test_execute(box: RockClient) -> None:

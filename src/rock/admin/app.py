@@ -88,7 +88,7 @@ class Admin:
 
             return native.build(desks, self.keys, self.service, environments, guarded=bool(settings.api_key))
 
-        rest = RockV1(desks, data, self.catalogue).over(guarded(Late(pages)))
+        rest = RockV1(desks, data, self.catalogue, settings.dialect_network).over(guarded(Late(pages)))
         # The busiest rows are asked for first.
         self.app: App = Sandboxes(desks).over(Training(desks, data).over(rest), About(desks, workers, settings, roles))
         self._store = store

@@ -137,8 +137,7 @@ class EnvHosts:
         config = config.model_copy(
             update={
                 "image": image,
-                "labels": {**config.labels, **({} if wish.exclusive else {_LABEL: image}),
-                           **({LEASED: "1"} if wish.config is None else {})},
+                "labels": config.labels if wish.exclusive else {**config.labels, _LABEL: image},
                 # The first start installs the packages.
                 "startup_timeout": max(config.startup_timeout, 1200.0),
             }
@@ -148,4 +147,4 @@ class EnvHosts:
 
 def env_host() -> SandboxConfig:
     """What hosts environments where nobody says otherwise."""
-    return SandboxConfig(image="host", memory="4g", cpus=1.0, auto_clear_seconds=600)
+    return SandboxConfig(image="host", memory="4g", cpus=1.0, auto_clear_seconds=600, labels={LEASED: "1"})

@@ -33,13 +33,14 @@ _METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH")
 
 
 class RockV1:
-    """The dialect's routes over what a caller may do, the data plane and the catalogue of environments."""
+    """The dialect's routes over what a caller may do, the data plane and the catalogue of environments. network: of
+    sandboxes whose request names none."""
 
-    def __init__(self, desks: Desks, data: App, catalogue: Catalogue) -> None:
+    def __init__(self, desks: Desks, data: App, catalogue: Catalogue, network: str) -> None:
         plane = DataPlane(data)
         self._ports = Ports(data)
         self._router = Router("rock-v1")
-        self._add(SANDBOXES, [*Sandboxes(desks).routes(), *Commits(desks).routes(), *Commands(plane).routes(),
+        self._add(SANDBOXES, [*Sandboxes(desks, network).routes(), *Commits(desks).routes(), *Commands(plane).routes(),
                              *Files(plane).routes()])  # fmt: skip
         self._add(GEM, Gem(desks, plane).routes())
         self._add("", EnvHub(catalogue).routes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 from collections import OrderedDict
@@ -22,6 +23,10 @@ _ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|
 _SYNTAX = 2  # exit status of bash for what it cannot read
 _REMEMBERED = 10_000
 _SUBMIT = "& echo PIDSTART${!}PIDEND;disown"  # how clients end a command for the background
+_STARTED = re.compile(r"PIDSTART(\d+)PIDEND")  # what that prints
+_PROBE = re.compile(r"kill -0 (\d+)")  # how clients ask whether it still runs; if it does, they sleep for 5 s or more
+_HELD = 1.0  # seconds that the first of these waits for the end of a short command
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.1  # seconds between two looks
 _MARGIN = 0.25  # seconds: clients wait as long as the command may take, and expect to be the first to give up
 
 
@@ -65,6 +70,7 @@ class Commands:
     def __init__(self, data: DataPlane) -> None:
         self._data = data
         self._shaped: OrderedDict[str, None] = OrderedDict()  # sandboxes whose default session a client has shaped
+        self._started: OrderedDict[tuple[str, str], None] = OrderedDict()  # (sandbox, pid) that were not probed yet
 
     def routes(self) -> list[Row]:
         return [
@@ -154,10 +160,14 @@ class Commands:
         timeout = None if wish.timeout is None else wish.timeout + _MARGIN
         body = {"command": _kept(wish.command), "timeout": timeout, "check": "silent"}
         try:
-            seen = await self._data.json(request, "run", wish.sandbox_id, body, session=name)
+            seen = await self._probed(request, wish, body, name)
         except NotFound as error:
             raise Failed(f"session {wish.session!r} does not exist: {error}") from None
         code, output = seen["exit_code"], plain(seen["output"])
+        if wish.command.endswith(_SUBMIT) and (started := _STARTED.search(output)) is not None:
+            self._started[wish.sandbox_id, started[1]] = None
+            while len(self._started) > _REMEMBERED:
+                self._started.popitem(last=False)
         if code is None:
             raise Failed(_told(wish.error_msg, seen["failure_reason"], output), told=False)
         if code == _SYNTAX:
@@ -172,6 +182,22 @@ class Commands:
             "failure_reason": seen["failure_reason"],
             "expect_string": _PROMPT,
         }
+
+    async def _probed(self, request: Request, wish: ActionRequest, body: dict[str, Any], name: str) -> Any:
+        """What the command gives. The first probe of a command that was started in the background is repeated until
+        that has ended, for a second at most: after a probe that finds it running, clients sleep for 5 s or more."""
+        probe = _PROBE.fullmatch(wish.command.strip())
+        first = probe is not None and (wish.sandbox_id, probe[1]) in self._started
+        if probe is not None:
+            self._started.pop((wish.sandbox_id, probe[1]), None)
+        clock = asyncio.get_running_loop().time
+        end, pause = clock() + (_HELD if first else 0.0), _FIRST_PAUSE
+        while True:
+            seen = await self._data.json(request, "run", wish.sandbox_id, body, session=name)
+            if seen["exit_code"] != 0 or clock() + pause > end:
+                return seen
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.5, _LONGEST_PAUSE)
 
     async def _refuse_syntax(self, request: Request, wish: ActionRequest, output: str) -> None:
         """Failed when bash cannot read the command, in the words that agents look for.

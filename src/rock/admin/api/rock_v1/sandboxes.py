@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from typing import Any
 
@@ -26,6 +27,8 @@ from rock.protocol.keys import Access
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State, parse_size
 from rock.store.base import Query
 from rock.wire.asgi import Request, validate
+
+log = logging.getLogger("rock.admin")
 
 _NOBODYS_DISK = "50G"
 _A_MOMENT = 1.0  # seconds: the client looks at once and then every three seconds, so a start is worth waiting for
@@ -56,11 +59,14 @@ class StartRequest(Asked):
     auto_archive_seconds: int | None = None
     auto_delete_seconds: int | None = None
     disk: str | None = None
+    network: str | None = None
 
-    def config(self, request: Request) -> SandboxConfig:
-        """The same wish as ours. InvalidConfig in words of the field that is wrong."""
+    def config(self, request: Request, network: str) -> SandboxConfig:
+        """The same request as ours. network: of requests that name none. InvalidConfig in words of the field that is
+        wrong."""
         fields = self.model_dump(exclude={"auto_clear_time_minutes", "auto_clear_time", "startup_timeout"})
         minutes = self.auto_clear_time_minutes or self.auto_clear_time or _DEFAULT_MINUTES
+        fields["network"] = self.network or network
         fields["auto_clear_seconds"] = math.ceil(minutes * 60)
         fields["startup_timeout"] = min(self.startup_timeout or 600.0, 1800.0)
         for name in ("user_id", "experiment_id", "namespace", "cluster"):
@@ -77,8 +83,9 @@ class Batch(Asked):
 class Sandboxes:
     """Handlers of sandboxes, by method and path."""
 
-    def __init__(self, desks: Desks) -> None:
+    def __init__(self, desks: Desks, network: str) -> None:
         self._desks = desks
+        self._network = network
 
     def _desk(self, request: Request) -> Desk:
         return self._desks(request.scope)
@@ -116,18 +123,30 @@ class Sandboxes:
         return _started(await self._create(request, _LONGEST_START))
 
     async def _create(self, request: Request, wait: float) -> SandboxInfo:
-        config = (await body_of(request, StartRequest)).config(request)
+        asked = await body_of(request, StartRequest)
+        config = asked.config(request, self._network)
         # Newer clients ask for this disk without being told to. Nobody wished for it, and one with a disk of its own is
         # never one that was made ahead, and cannot be committed.
         if config.disk == _NOBODYS_DISK:
             config = config.model_copy(update={"disk": None})
-        try:
-            return await self._desk(request).create(config, None, wait)
-        except Unsupported:
-            # ROCK passes over a disk limit that a host cannot hold: it is null in the status then.
-            if config.disk is None:
-                raise
-        return await self._desk(request).create(config.model_copy(update={"disk": None}), None, wait)
+        # ROCK passes over a disk limit that a host cannot hold: it is null in the status then. A runtime without a
+        # choice of networks, such as "process", gives the one that it has.
+        tried = [config] if config.disk is None else [config, config.model_copy(update={"disk": None})]
+        if asked.network is None:
+            tried += [_without_network(one) for one in tried]
+        for number, one in enumerate(tried):
+            try:
+                info = await self._desk(request).create(one, None, wait)
+            except Unsupported as error:
+                if number == len(tried) - 1:
+                    raise
+                refused = error.message
+                continue
+            if number:
+                log.warning("ROCK dialect: %s starts without a limit or network that was not asked for in so many "
+                            "words: %s", info.sandbox_id, refused)  # fmt: skip
+            return info
+        raise AssertionError("there is always one to try")
 
     # ---- look ----
 
@@ -261,6 +280,12 @@ class Sandboxes:
             sandbox_id=sandbox_id,
             hint=error.hint,
         )
+
+
+def _without_network(config: SandboxConfig) -> SandboxConfig:
+    """The config with the network that its runtime gives to those that choose none."""
+    plain = {name: getattr(config, name) for name in config.model_fields_set - {"network"}}
+    return SandboxConfig.model_validate(plain)
 
 
 def _started(info: SandboxInfo) -> dict[str, Any]:

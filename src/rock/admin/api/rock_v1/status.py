@@ -102,7 +102,8 @@ def _start_phases(info: SandboxInfo) -> dict[str, Any]:
         message = info.reason or "the start failed"
         of_image = (info.error or {}).get("error", {}).get("code") == "image_error"
         if of_image:
-            return {"image_pull": _phase("failed", message), "docker_run": _phase("waiting", "waiting")}
+            text = f"Failed to pull image {info.image}: {message}"  # tools of ROCK's users look for these words
+            return {"image_pull": _phase("failed", text), "docker_run": _phase("waiting", "waiting")}
         return {"image_pull": _phase("success", _ON_DISK), "docker_run": _phase("failed", message)}
     if info.state is State.PENDING:
         told = image.message if image is not None else "image pull running"
