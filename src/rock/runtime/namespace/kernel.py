@@ -237,6 +237,15 @@ def capset(mask: int) -> None:
         _raise("capset")
 
 
+def permitted() -> int:
+    """The capabilities that this process may have, as a mask."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        for line in file:
+            if line.startswith("CapPrm:"):
+                return int(line.split()[1], 16)
+    return 0
+
+
 LOOPBACK_UP = struct.pack("16sh22x", b"lo", 0x49)  # an ifreq with IFF_UP | IFF_LOOPBACK | IFF_RUNNING
 SIOCSIFFLAGS = 0x8914
 

@@ -36,7 +36,8 @@ from typing import Any
 
 from rock.guest import proctree, syscalls
 from rock.guest.wire import pack, receive_packet, unpack
-from rock.runtime.namespace import birth, build, cgroups, kernel, mounts, rehearsal, seccomp, slot, userns
+from rock.runtime.namespace import birth, build, cgroups, counters, kernel, mounts, rehearsal, seccomp, slot, userns
+from rock.runtime.namespace.counters import Counters
 from rock.runtime.namespace.nets import Nets, WiredNets
 from rock.runtime.namespace.zygote import Area, Zygote
 
@@ -52,7 +53,8 @@ class Launcher:
         self.sock = sock
         self.privileged = bool(options["privileged"])
         self.staging = str(options["staging"])
-        self.ranges = userns.Ranges(single=not self.privileged)
+        self.counters = Counters(own_account=self.privileged)
+        self.ranges = userns.Ranges(single=not self.privileged, settings=self.counters.settings_of_one())
         self.constants = birth.Constants(seccomp.build() if seccomp.supported() else b"")
         self.zygote = Zygote(birth.live, rehearsal.rehearse)
         self.buffer = bytearray(1 << 17)
@@ -66,12 +68,14 @@ class Launcher:
 
     def prepare(self) -> None:
         """A mount namespace of our own with the staging folder; as an ordinary user a user namespace first."""
+        self.counters.limit_launcher()
         if self.privileged:
             kernel.unshare(kernel.CLONE_NEWNS)
         else:
             uid, gid = os.geteuid(), os.getegid()
             kernel.unshare(kernel.CLONE_NEWUSER | kernel.CLONE_NEWNS)
             userns.become_root(uid, gid)
+            counters.write(self.counters.settings_of_all())
         kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_SLAVE)
         mounts.prepare_staging(self.staging)
         self.nets = Nets(usable=self.privileged)
@@ -194,7 +198,7 @@ class Launcher:
             self._answer({"id": 0}, {"made": os.path.basename(what)})
 
     def _start(self, spec: dict[str, Any]) -> None:
-        spec["privileged"] = self.privileged
+        spec["privileged"], spec["rlimits"] = self.privileged, self.counters.rlimits_of_one()
         listener = self.listeners.pop(os.path.basename(spec["slot"]), None)
         net, sockets = self.nets.take() if spec["network"] == "none" else -1, []
         pid, area = 0, self.zygote.area()
