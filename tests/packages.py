@@ -54,12 +54,13 @@ def _fetch(package: str, cache: Path) -> None:
 
 
 def tree(name: str, packages: list[str]) -> Path:
-    """A folder with `opt/programs`, in which these packages of Debian, and what they need that this machine has not, are
-    unpacked. Downloaded once. CannotBeHad."""
+    """A folder with `opt/programs`, in which these packages of Debian are unpacked, and those that they need and this
+    machine lacks. Downloaded once. CannotBeHad."""
     cache = Path(os.environ.get("ROCK_TEST_CACHE") or Path.home() / ".cache" / "rock-tests") / name
     archives = cache / "archives"
     try:
         (archives / "partial").mkdir(parents=True, exist_ok=True)
+        (programs := cache / "layer" / "opt" / "programs").mkdir(parents=True, exist_ok=True)
         with open(cache / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (cache / "ready").exists():
@@ -69,8 +70,7 @@ def tree(name: str, packages: list[str]) -> Path:
                      "-o", f"Dir::Cache::archives={archives}", "-o", "Debug::NoLocking=1", *packages],
                     check=True, capture_output=True, timeout=900)  # fmt: skip
                 for file in sorted(archives.glob("*.deb")):
-                    subprocess.run(["dpkg-deb", "-x", file, cache / "layer" / "opt" / "programs"], check=True,
-                                   capture_output=True, timeout=120)  # fmt: skip
+                    subprocess.run(["dpkg-deb", "-x", file, programs], check=True, capture_output=True, timeout=120)
                     file.unlink()
                 (cache / "ready").touch()
     except (OSError, subprocess.SubprocessError) as error:

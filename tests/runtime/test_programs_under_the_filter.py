@@ -119,6 +119,16 @@ _FETCHED = {
 }
 
 
+def _images(folder: Path, *layers: Path) -> HandMade:
+    """The machine's programs, and those of the layers, with the settings that Java looks for in /etc."""
+    images = HandMade(folder / "image")
+    images.extra = tuple(str(layer) for layer in layers)
+    for etc in (Path("/etc"), *(layer / "opt/programs/etc" for layer in layers)):
+        for settings in etc.glob("java-*"):
+            shutil.copytree(settings, images.layer / "etc" / settings.name, dirs_exist_ok=True)
+    return images
+
+
 async def _works(box: Box, command: str, told: str, found: str = "") -> None:
     for name, text in _FILES.items():
         await _put(box, name, text)
@@ -140,7 +150,7 @@ def test_of_this_machine(tmp_path: Path, name: str) -> None:
         pytest.skip(f"{program} is not on this machine")
 
     async def main() -> None:
-        async with namespace_box(tmp_path, memory="1g", cpus=2) as box:
+        async with namespace_box(tmp_path, images=_images(tmp_path), memory="1g", cpus=2) as box:
             await _works(box, command, told, os.path.realpath(found))  # not by /etc, which is the image's own
 
     run(main(), timeout=120)
@@ -155,11 +165,9 @@ def test_fetched(tmp_path: Path, name: str) -> None:
         layer = tree(f"programs-{name}", packages)
     except CannotBeHad as error:
         pytest.fail(str(error))
-    images = HandMade(tmp_path / "image")
-    images.extra = (str(layer),)
 
     async def main() -> None:
-        async with namespace_box(tmp_path, images=images, memory="2g", cpus=2, pids=512) as box:
+        async with namespace_box(tmp_path, images=_images(tmp_path, layer), memory="2g", cpus=2, pids=512) as box:
             await _works(box, command, told)
 
     run(main(), timeout=600)
