@@ -16,7 +16,8 @@ RockError                           code, message, sandbox_id, retryable, hint
 │   │   └── ImageError              because of its image
 │   ├── OutOfMemory                 the kernel ended it for its memory
 │   ├── Expired                     it was ended by its idle time or deadline, or by its user
-│   └── Lost                        its machine or its pid 1 went away
+│   ├── Exited                      it ended by itself: what ran in it may have ended it
+│   └── Lost                        its machine went away, or what runs sandboxes on it
 ├── ActionError                     what was run in it is at fault     (CommandRockError)
 │   ├── CommandFailed               exit status not 0, and check="raise"
 │   ├── CommandTimeout              it ran out of time and was killed
@@ -50,6 +51,7 @@ __all__ = [
     "EnvHubError",
     "EnvironmentEnded",
     "EnvironmentRaised",
+    "Exited",
     "Expired",
     "Forbidden",
     "ImageError",
@@ -278,8 +280,15 @@ class Expired(SandboxError):
     code = "expired"
 
 
+class Exited(SandboxError):
+    """The sandbox's pid 1 ended while its server was running. Code inside may have caused that, so a trainer that
+    replays what was lost must not replay this."""
+
+    code = "exited"
+
+
 class Lost(SandboxError):
-    """The sandbox's pid 1 or its machine went away."""
+    """The sandbox's machine went away, or its pid 1 while no server was running."""
 
     code = "lost"
 

@@ -105,7 +105,7 @@ _HERE = {
               "tools work"),
 }
 _IN = "/opt/programs/usr"
-_LIBRARIES = f"LD_LIBRARY_PATH={_IN}/lib/$(uname -m)-linux-gnu:{_IN}/lib"
+_LIBRARIES = ":".join(f"{_IN}/lib/$(uname -m)-linux-gnu{folder}" for folder in ("", "/pulseaudio"))
 _FETCHED = {
     "go": (["golang-go"], f"export GOROOT=$(echo {_IN}/lib/go-*) HOME=$PWD GOFLAGS=-p=2 GOTOOLCHAIN=local; "
            "cp -rs $GOROOT goroot; rm -rf goroot/src goroot/pkg; "
@@ -113,8 +113,9 @@ _FETCHED = {
            "GOROOT=$PWD/goroot goroot/bin/go run works.go", "go works 50 ok"),
     "java": (["openjdk-17-jdk-headless"], f"J=$(echo {_IN}/lib/jvm/java-17-*); [ -x $J/bin/java ] || J=/usr; "
              "$J/bin/java -Xmx256m Works.java", "java works 42"),
-    "chromium": (["chromium"], f"export {_LIBRARIES} HOME=$PWD XDG_CACHE_HOME=$PWD; {_IN}/lib/chromium/chromium "
-                 "--headless=new --no-sandbox --disable-gpu --dump-dom file://$PWD/page.html 2>err || tail -5 err",
+    "chromium": (["chromium"], f"export LD_LIBRARY_PATH={_LIBRARIES} HOME=$PWD XDG_CACHE_HOME=$PWD; "
+                 f"{_IN}/lib/chromium/chromium --headless=new --no-sandbox --disable-gpu --dump-dom "
+                 "file://$PWD/page.html 2>err || tail -5 err",
                  "chromium works"),
 }
 

@@ -61,8 +61,8 @@ class Cause(StrEnum):
     DEADLINE = "deadline"
     OUT_OF_MEMORY = "out_of_memory"
     START_FAILED = "start_failed"
-    EXITED = "exited"
-    LOST = "lost"
+    EXITED = "exited"  # its pid 1 ended by itself; code inside may have caused it
+    LOST = "lost"  # its machine, or what runs sandboxes on it
 
 
 @_plain

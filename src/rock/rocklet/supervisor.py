@@ -226,8 +226,10 @@ class Supervisor:
         if why == "oom":
             cause, text = Cause.OUT_OF_MEMORY, f"it ran out of its {self.config.memory} of memory"
         else:
-            told = "its pid 1 ended" if why == "gone" else why
-            cause, text = Cause.LOST, told + (f" (processes killed for memory: {kills})" if kills else "")
+            what, _, more = why.partition(": ")
+            cause = Cause.EXITED if what == "exited" else Cause.LOST
+            told = more or "its pid 1 ended" if cause is Cause.EXITED else "it was ended" if why == "gone" else why
+            text = told + (f" (processes killed for memory: {kills})" if kills else "")
         self.cause, self.reason = cause, text
         self._ended(self, cause, text)
 

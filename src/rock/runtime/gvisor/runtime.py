@@ -274,8 +274,8 @@ class GvisorRuntime(EnteredSandboxes[_Sandbox]):
         if self.oom_kills(handle) > kills:
             return "oom"
         if cgroups.read_field(f"{data['cgroups'].get('pids', '')}/pids.events", "max"):
-            return "its kernel ended when it had as many processes as it may"
-        return "gone"
+            return "exited: its kernel had as many processes as it may"
+        return "exited"
 
     async def usage(self, handle: Handle) -> Usage:
         data = handle.data

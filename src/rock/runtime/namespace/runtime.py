@@ -231,7 +231,9 @@ class NamespaceRuntime(InitSandboxes):
     async def wait(self, handle: Handle) -> str:
         kills = self.oom_kills(handle)
         await wait_gone(handle.data["pid"], handle.data["start"])
-        return "oom" if self.oom_kills(handle) > kills and not self._slots.was_told(handle) else "gone"
+        if self._slots.was_told(handle):
+            return "gone"
+        return "oom" if self.oom_kills(handle) > kills else "exited"
 
     async def usage(self, handle: Handle) -> Usage:
         sandbox = self._slots.live.get(handle.data["slot"])

@@ -134,8 +134,9 @@ class Slots:
         self.forget(slot)
 
     def was_told(self, handle: Handle) -> bool:
-        """Whether pid 1 ended by itself, as `stop` makes it do."""
-        return self._stopped(handle.data["slot"]).exists()
+        """Whether pid 1 ended because `stop` made it, or all of it was removed."""
+        stopped = self._stopped(handle.data["slot"])
+        return stopped.exists() or not stopped.parent.exists()
 
     def _stopped(self, slot: str) -> Path:
         return self.run_dir / slot / "stopped"
