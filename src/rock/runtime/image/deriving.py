@@ -47,7 +47,6 @@ class Deriving:
 
     def from_host(self, name: str) -> ImageRecord:
         free_name(name)
-        self._own.look()
         with locked(self._gate, shared=True):
             return self._records.save(self._own.record(parse(name).familiar, time.time()))
 

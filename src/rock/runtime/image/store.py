@@ -62,7 +62,7 @@ class ImageStore:
         gate = folder / "locks" / "store"
         self._records = Records(folder / "images")
         self._leases = Leases(folder / "use", gate)
-        self._own = OwnSystem(self.layers, folder)
+        self._own = OwnSystem(self.layers)
         self._room = Room(folder / "used", self._records, self.layers, self._leases, gate, self._own.diff_id)
         self._adding = Adding(self.layers, self._records, gate)
         self._deriving = Deriving(self.layers, self._records, self._own, gate)

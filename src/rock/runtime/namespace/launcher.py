@@ -70,6 +70,7 @@ class Launcher:
         """A mount namespace of our own with the staging folder; as an ordinary user a user namespace first."""
         self.counters.limit_launcher()
         if self.privileged:
+            os.setgroups([])  # they would count for what it mounts: mounts.mount_public
             kernel.unshare(kernel.CLONE_NEWNS)
         else:
             uid, gid = os.geteuid(), os.getegid()

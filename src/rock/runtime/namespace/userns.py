@@ -8,7 +8,6 @@ a child that only lives until the mapping is written, and kept as a descriptor.
 from __future__ import annotations
 
 import errno
-import functools
 import os
 
 from rock.runtime.namespace import counters, kernel
@@ -78,7 +77,7 @@ def _fork(creator: int | None) -> int:
     """A child in a new user namespace; the kernel takes the effective user for who created it."""
     if creator is None:
         return kernel.fork_into(kernel.CLONE_NEWUSER)
-    own, permitted = os.geteuid(), _permitted()
+    own, permitted = os.geteuid(), kernel.permitted()
     pid = -1
     try:
         os.seteuid(creator)
@@ -89,9 +88,6 @@ def _fork(creator: int | None) -> int:
             os.seteuid(own)
             kernel.capset(permitted)
     return pid
-
-
-_permitted = functools.cache(kernel.permitted)
 
 
 def become_root(uid: int, gid: int) -> None:
