@@ -15,6 +15,7 @@ RockError                           code, message, sandbox_id, retryable, hint
 │   ├── StartFailed                 it never ran
 │   │   └── ImageError              because of its image
 │   ├── OutOfMemory                 the kernel ended it for its memory
+│   ├── DiskFull                    it was ended for what its files took
 │   ├── Expired                     it was ended by its idle time or deadline, or by its user
 │   ├── Exited                      it ended by itself: what ran in it may have ended it
 │   └── Lost                        its machine went away, or what runs sandboxes on it
@@ -48,6 +49,7 @@ __all__ = [
     "CommandRockError",
     "CommandTimeout",
     "Conflict",
+    "DiskFull",
     "EnvHubError",
     "EnvironmentEnded",
     "EnvironmentRaised",
@@ -272,6 +274,12 @@ class OutOfMemory(SandboxError):
     """The sandbox was ended for its memory use."""
 
     code = "out_of_memory"
+
+
+class DiskFull(SandboxError):
+    """The sandbox was ended because its files took more of the disk than it may have."""
+
+    code = "disk_full"
 
 
 class Expired(SandboxError):

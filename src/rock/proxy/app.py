@@ -10,6 +10,7 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from rock.errors import (
+    DiskFull,
     Exited,
     Expired,
     Lost,
@@ -178,6 +179,7 @@ def tell(info: SandboxInfo) -> RockError:
         return Unavailable(f"sandbox {info.sandbox_id} {what}", sandbox_id=info.sandbox_id, hint="retry")
     kinds: dict[Cause, type[RockError]] = {
         Cause.OUT_OF_MEMORY: OutOfMemory,
+        Cause.DISK_FULL: DiskFull,
         Cause.LOST: Lost,
         Cause.EXITED: Exited,
         Cause.START_FAILED: StartFailed,

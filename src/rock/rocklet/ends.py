@@ -6,12 +6,12 @@ import asyncio
 import time
 from collections import OrderedDict
 
-from rock.errors import Exited, Expired, Lost, OutOfMemory, RockError
+from rock.errors import DiskFull, Exited, Expired, Lost, OutOfMemory, RockError
 from rock.protocol.node import NodeEvent, NodeEvents
 from rock.protocol.sandbox import Cause
 
 _ERRORS: dict[Cause, type[RockError]] = {
-    Cause.OUT_OF_MEMORY: OutOfMemory, Cause.EXITED: Exited, Cause.LOST: Lost}
+    Cause.OUT_OF_MEMORY: OutOfMemory, Cause.DISK_FULL: DiskFull, Cause.EXITED: Exited, Cause.LOST: Lost}
 _KEPT_EVENTS = 10_000
 _KEPT_ENDS = 5_000
 

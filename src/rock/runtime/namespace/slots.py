@@ -7,6 +7,7 @@ import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,17 @@ from rock.guest.remove import remove_tree
 from rock.runtime.base import Handle, Prepared
 from rock.runtime.initlink import InitLink
 from rock.runtime.namespace import cgroups, disk, limits, mounts, records, teardown
+from rock.runtime.namespace.diskwatch import Held
 from rock.runtime.namespace.launchlink import LaunchLink
 from rock.runtime.namespace.outlets import Outlets
 from rock.runtime.process import wait_gone
+
+
+def _cpu_of(folders: Mapping[str, str]) -> str:
+    """The file that counts the CPU time of a sandbox, or ""."""
+    if "cpuacct" in folders:
+        return f"{folders['cpuacct']}/cpuacct.usage"
+    return f"{folders['cpu']}/cpu.stat" if os.path.exists(f"{folders.get('cpu', '')}/cpu.stat") else ""
 
 
 @dataclass
@@ -32,6 +41,8 @@ class Sandbox:
     folders: dict[str, str]
     link: InitLink | None = None
     memory: int = 0
+    disk: int = 0  # bytes that its files may take, where they are measured
+    over: int = 0  # bytes that they took when that ended it
     kills: int = 0  # by our own watching
     prepared: Prepared | None = None
 
@@ -100,7 +111,7 @@ class Slots:
             if "pid" not in data or not proctree.lives(data["pid"], data["start"]):  # one at rest has none
                 raise errors.Lost("the sandbox is gone", sandbox_id=handle.id)
             sandbox = Sandbox(slot, data["pid"], data["start"], data["base"], dict(data["cgroups"]),
-                              memory=int(data["memory"]))
+                              memory=int(data["memory"]), disk=int(data.get("disk_limit", 0)))
             self.ranges.reserve(sandbox.base, slot)
             self.live[slot] = sandbox
         return sandbox
@@ -117,6 +128,20 @@ class Slots:
         sandbox = self.live.get(handle.data["slot"])
         folder = handle.data["cgroups"].get("memory")
         return (cgroups.oom_kills(folder) if folder else 0) + (sandbox.kills if sandbox else 0)
+
+    def measured(self) -> list[Held]:
+        """Those whose files are measured."""
+        return [Held(str(self.run_dir / one.slot), one.pid, one.disk, one.folders.get("pids", ""), _cpu_of(one.folders),
+                     partial(self._end_full, one)) for one in self.live.values() if one.disk]
+
+    def _end_full(self, sandbox: Sandbox, size: int) -> None:
+        sandbox.over = size
+        teardown.kill(sandbox.pid, sandbox.start)
+
+    def is_full(self, handle: Handle) -> bool:
+        """Whether it was ended for what its files took."""
+        sandbox = self.live.get(handle.data["slot"])
+        return sandbox is not None and sandbox.over > 0
 
     # ---- ending ----
 
