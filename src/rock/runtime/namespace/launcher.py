@@ -38,6 +38,7 @@ from rock.guest import proctree, syscalls
 from rock.guest.wire import pack, receive_packet, unpack
 from rock.runtime.namespace import birth, build, cgroups, counters, kernel, mounts, rehearsal, seccomp, slot, userns
 from rock.runtime.namespace.counters import Counters
+from rock.runtime.namespace.devices import SharedGroups
 from rock.runtime.namespace.nets import Nets, WiredNets
 from rock.runtime.namespace.zygote import Area, Zygote
 
@@ -56,7 +57,8 @@ class Launcher:
         self.counters = Counters(own_account=self.privileged)
         self.ranges = userns.Ranges(single=not self.privileged, settings=self.counters.settings_of_one())
         self.constants = birth.Constants(seccomp.build() if seccomp.supported() else b"")
-        self.zygote = Zygote(birth.live, rehearsal.rehearse)
+        self.groups = SharedGroups(os.path.dirname(self.staging)) if self.privileged else None
+        self.zygote = Zygote(birth.live, rehearsal.rehearse, self.groups.join if self.groups else lambda: None)
         self.buffer = bytearray(1 << 17)
         self.queue: deque[dict[str, Any]] = deque()
         # by descriptor of the socket on which it will tell: request, pid, area, deadline, the socket
@@ -125,6 +127,8 @@ class Launcher:
             if self.queue and not self.zygote.full:  # one, then look who has become ready
                 self._start(self.queue.popleft())
         self.zygote.close()
+        if self.groups is not None:
+            self.groups.remove()
 
     def _wait(self) -> list[tuple[int, int]]:
         if self.outgoing:

@@ -16,7 +16,7 @@ from rock.guest import proctree
 from rock.guest.remove import remove_tree
 from rock.runtime.base import Handle, Prepared
 from rock.runtime.initlink import InitLink
-from rock.runtime.namespace import cgroups, disk, limits, mounts, records, teardown
+from rock.runtime.namespace import cgroups, devices, disk, limits, mounts, records, teardown
 from rock.runtime.namespace.diskwatch import Held
 from rock.runtime.namespace.launchlink import LaunchLink
 from rock.runtime.namespace.outlets import Outlets
@@ -85,6 +85,11 @@ class Slots:
             if isinstance(base, int):
                 self.ranges.reserve(base, slot)
         self.limiter = limits.Limiter(await asyncio.to_thread(cgroups.discover, str(self.run_dir)))
+        for parent in {place.parent for place in self.limiter.groups.places.values() if place.version == 2}:
+            with contextlib.suppress(OSError):
+                devices.limit_folder(parent)
+            with contextlib.suppress(OSError):
+                cgroups.write(f"{parent}/io.weight", "default 100")
 
     async def close(self) -> None:
         """Of one that was opened. The sandboxes live on."""
