@@ -37,7 +37,7 @@ lint: $(VENV)/ready-dev
 	$(VENV)/bin/ruff check src tests tools bench
 	$(PY) tools/unasync.py --check
 	$(PY) tools/runtimes.py --check
-	$(PY) tools/syscalls_table.py --check
+	$(PY) -m tests.escape.syscall_table --check
 
 types: $(VENV)/ready-dev
 	$(VENV)/bin/mypy

@@ -177,12 +177,14 @@ def main() -> None:
     os.nice(19)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    # Processes first: those of a sandbox are out of reach of a user namespace beside its own.
+    wishes = [(folder, limit, deleted(_tree(pid, group))) for folder, limit, pid, group in json.load(sys.stdin)]
     with contextlib.suppress(OSError):
         _see_all()
-    for folder, limit, pid, group in json.load(sys.stdin):
+    for folder, limit, removed in wishes:
         started = time.monotonic()
         with contextlib.suppress(OSError):  # it is gone
-            size = _whole(folder, limit) + deleted(_tree(pid, group))
+            size = _whole(folder, limit) + removed
             sys.stdout.write(json.dumps([folder, size, time.monotonic() - started]) + "\n")
             sys.stdout.flush()
 

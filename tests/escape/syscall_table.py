@@ -1,8 +1,8 @@
 """Every system call number with what the filter of a sandbox says of it, computed by running the filter itself.
 
-    python tools/syscalls_table.py            write the table of docs/security.md
-    python tools/syscalls_table.py --check    only say whether it is up to date
-    python tools/syscalls_table.py --list     one line a number, 0 to 479, of this machine
+    python -m tests.escape.syscall_table            write the table of docs/security.md
+    python -m tests.escape.syscall_table --check    only say whether it is up to date
+    python -m tests.escape.syscall_table --list     one line a number, 0 to 479, of this machine
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 
 from rock.runtime.namespace import seccomp, syscalls
 
-PAGE = Path(__file__).parent.parent / "docs" / "security.md"
-BEGIN, END = "<!-- system calls: written by tools/syscalls_table.py -->\n", "<!-- end of the system calls -->\n"
+PAGE = Path(__file__).parent.parent.parent / "docs" / "security.md"
+BEGIN, END = "<!-- system calls: written by tests/escape/syscall_table.py -->\n", "<!-- end of the system calls -->\n"
 NUMBERS = range(480)
 _ARCHES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _LD, _JA, _JEQ, _JGE, _JSET, _AND, _RET = 0x20, 0x05, 0x15, 0x35, 0x45, 0x54, 0x06
@@ -93,7 +93,7 @@ def main() -> None:
             print(f"{number:3} {names.get(number, '-'):28} {verdict}")
     elif written() != table():
         if "--check" in sys.argv:
-            sys.exit("the system calls in docs/security.md are not those of the filter: run tools/syscalls_table.py")
+            sys.exit("docs/security.md has not the system calls of the filter: run this without --check")
         before, _, rest = PAGE.read_text().partition(BEGIN)
         PAGE.write_text(before + BEGIN + table() + END + rest.partition(END)[2])
 
