@@ -60,6 +60,15 @@ class SharedGroups:
                 os.rmdir(folder)
 
 
+def remove_shared(run_dir: str) -> None:
+    """Remove the groups of a server's sandboxes where none is left: its launcher may have ended before the last one."""
+    for controller in ("devices", "blkio"):
+        folder = cgroups.shared_folder(run_dir, controller)
+        if folder is not None:
+            with contextlib.suppress(OSError):
+                os.rmdir(folder)
+
+
 def _limit(folder: str) -> None:
     """Version 1: nothing but what is allowed."""
     cgroups.write(f"{folder}/devices.deny", "a")

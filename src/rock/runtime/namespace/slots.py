@@ -95,6 +95,7 @@ class Slots:
         """Of one that was opened. The sandboxes live on."""
         await self.remove_spares()
         cgroups.remove_parents(self.limiter.groups)
+        await asyncio.to_thread(devices.remove_shared, str(self.run_dir))
 
     async def remove_spares(self) -> None:
         await asyncio.to_thread(remove_tree, str(self.run_dir / records.SPARE))
