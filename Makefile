@@ -4,7 +4,8 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 unexport PYTHONDONTWRITEBYTECODE  # what is started by the hundred is compiled once
 
-.PHONY: demo test check lint types unit rootless long compat docker gvisor fuzz faults recovery admins training env-packages gym-extras sync \
+.PHONY: demo test check lint types unit rootless long compat docker gvisor seccomp-programs fuzz faults recovery admins \
+	training env-packages gym-extras sync \
 	lock bench bench-environments soak soak-mixed load escape-table front cluster fleet ray ray-shapes clean
 
 demo: $(VENV)/ready
@@ -37,6 +38,7 @@ lint: $(VENV)/ready-dev
 	$(VENV)/bin/ruff check src tests tools bench
 	$(PY) tools/unasync.py --check
 	$(PY) tools/runtimes.py --check
+	$(PY) -m tests.escape.syscall_table --check
 
 types: $(VENV)/ready-dev
 	$(VENV)/bin/mypy
@@ -66,6 +68,10 @@ docker: $(VENV)/ready-dev
 gvisor: $(VENV)/ready-dev
 	ROCK_TEST_GVISOR=1 ROCK_TEST_CONFORM=gvisor $(PY) -m pytest tests/runtime/test_gvisor.py tests/runtime/conformance
 	ROCK_TEST_GVISOR=1 $(PY) -m pytest tests/e2e/test_gvisor_server.py tests/escape/test_escapes.py
+
+# Go, Java and a browser in a sandbox under its system call filter; from Debian's packages, kept in ROCK_TEST_CACHE.
+seccomp-programs: $(VENV)/ready-dev
+	ROCK_TEST_PROGRAMS=1 $(PY) -m pytest tests/runtime/test_programs_under_the_filter.py
 
 # Requests by the OpenAPI page and bytes for every parser, many of each; FUZZ=N for N examples of each.
 FUZZ ?= 300

@@ -51,3 +51,28 @@ def _fetch(package: str, cache: Path) -> None:
     for file in sorted(cache.glob("*.deb")):
         subprocess.run(["dpkg-deb", "-x", file, cache], check=True, capture_output=True, timeout=60)
         file.unlink()
+
+
+def tree(name: str, packages: list[str]) -> Path:
+    """A folder with `opt/programs`, in which these packages of Debian are unpacked, and those that they need and this
+    machine lacks. Downloaded once. CannotBeHad."""
+    cache = Path(os.environ.get("ROCK_TEST_CACHE") or Path.home() / ".cache" / "rock-tests") / name
+    archives = cache / "archives"
+    try:
+        (archives / "partial").mkdir(parents=True, exist_ok=True)
+        (programs := cache / "layer" / "opt" / "programs").mkdir(parents=True, exist_ok=True)
+        with open(cache / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (cache / "ready").exists():
+                subprocess.run(["apt-get", "update"], capture_output=True, timeout=180)
+                subprocess.run(
+                    ["apt-get", "install", "--yes", "--no-install-recommends", "--download-only",
+                     "-o", f"Dir::Cache::archives={archives}", "-o", "Debug::NoLocking=1", *packages],
+                    check=True, capture_output=True, timeout=900)  # fmt: skip
+                for file in sorted(archives.glob("*.deb")):
+                    subprocess.run(["dpkg-deb", "-x", file, programs], check=True, capture_output=True, timeout=120)
+                    file.unlink()
+                (cache / "ready").touch()
+    except (OSError, subprocess.SubprocessError) as error:
+        raise CannotBeHad(f"{', '.join(packages)} cannot be had here: {error}") from None
+    return cache / "layer"

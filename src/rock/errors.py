@@ -15,8 +15,10 @@ RockError                           code, message, sandbox_id, retryable, hint
 │   ├── StartFailed                 it never ran
 │   │   └── ImageError              because of its image
 │   ├── OutOfMemory                 the kernel ended it for its memory
+│   ├── DiskFull                    it was ended for what its files took
 │   ├── Expired                     it was ended by its idle time or deadline, or by its user
-│   └── Lost                        its machine or its pid 1 went away
+│   ├── Exited                      it ended by itself: what ran in it may have ended it
+│   └── Lost                        its machine went away, or what runs sandboxes on it
 ├── ActionError                     what was run in it is at fault     (CommandRockError)
 │   ├── CommandFailed               exit status not 0, and check="raise"
 │   ├── CommandTimeout              it ran out of time and was killed
@@ -47,9 +49,11 @@ __all__ = [
     "CommandRockError",
     "CommandTimeout",
     "Conflict",
+    "DiskFull",
     "EnvHubError",
     "EnvironmentEnded",
     "EnvironmentRaised",
+    "Exited",
     "Expired",
     "Forbidden",
     "ImageError",
@@ -272,14 +276,27 @@ class OutOfMemory(SandboxError):
     code = "out_of_memory"
 
 
+class DiskFull(SandboxError):
+    """The sandbox was ended because its files took more of the disk than it may have."""
+
+    code = "disk_full"
+
+
 class Expired(SandboxError):
     """The sandbox was stopped: by its user, its idle time or its deadline."""
 
     code = "expired"
 
 
+class Exited(SandboxError):
+    """The sandbox's pid 1 ended while its server was running. Code inside may have caused that, so a trainer that
+    replays what was lost must not replay this."""
+
+    code = "exited"
+
+
 class Lost(SandboxError):
-    """The sandbox's pid 1 or its machine went away."""
+    """The sandbox's machine went away, or its pid 1 while no server was running."""
 
     code = "lost"
 

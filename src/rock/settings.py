@@ -200,6 +200,7 @@ class Settings:
     pool_size: int = 4
     runtime: str = "namespace"
     sandbox_limit: int = 2000
+    disk_limit: str = "10g"
     network_resolvers: str = ""
     docker_host: str = ""
     log_level: str = "info"
@@ -309,6 +310,7 @@ class Settings:
             ("lease_lost", str),
             ("archive", str),
             ("archive_limit", str),
+            ("disk_limit", str),
             ("image_budget", str),
             ("image_max_bytes", str),
             ("s3_endpoint", str),

@@ -295,3 +295,35 @@ def test_a_key_is_checked_in_microseconds(tmp_path: Path) -> None:
     seconds = asyncio.run(main())
     print(f"a key costs {seconds * 1e6:.1f} microseconds a request")
     assert seconds < 0.001
+
+
+def test_a_tenant_cannot_replace_an_image_of_others(tmp_path: Path) -> None:
+    """By a commit or a build; its own it may replace, and the server's owner any."""
+    server = RunningServer(tmp_path, ROCK_API_KEY=OWNER, ROCK_RUNTIME="namespace")
+    server.start()
+    folder = tmp_path / "context"
+    folder.mkdir()
+    (folder / "Dockerfile").write_text("FROM scratch\nCOPY Dockerfile /made\n")
+    try:
+        with Client(server.url, OWNER) as owner:
+            keys = [key_for(owner, name, Access.READ, Access.RUN, Access.CREATE, Access.IMAGES).key
+                    for name in ("red", "blue")]
+            red, blue = (Client(server.url, key) for key in keys)
+            with red, blue:
+                owner.build_image(folder, "shared/tool:1")
+                red.build_image(folder, "red/tool:1")
+                red.build_image(folder, "red/tool:1")
+                for client, name in ((red, "shared/tool:1"), (blue, "red/tool:1"), (blue, "shared/tool:1")):
+                    with pytest.raises(Conflict, match=f"{name} is not yours"):
+                        client.build_image(folder, name)
+                with sandbox_of(server, keys[1], image="host") as sandbox:
+                    for name in ("shared/tool:1", "red/tool:1"):
+                        with pytest.raises(Conflict, match=f"{name} is not yours"):
+                            sandbox.commit(name)
+                owner.build_image(folder, "red/tool:1")
+                with pytest.raises(Conflict, match="not yours"):
+                    red.build_image(folder, "red/tool:1")
+                with pytest.raises(Conflict, match="was made on this machine"):
+                    sandbox_of(server, keys[0], image="shared/tool:1", pull="always").start()
+    finally:
+        server.stop()

@@ -151,7 +151,7 @@ def test_it_tells_of_a_sandbox_that_ended(rocklet: tuple[str, Path, int]) -> Non
         handle = json.loads((home / "run" / "records" / "two").read_text())["handle"]
         os.kill(handle["data"]["pid"], signal.SIGKILL)
         (event,) = (await waiting).events
-        assert (event.sandbox_id, event.cause) == ("two", Cause.LOST)
+        assert (event.sandbox_id, event.cause) == ("two", Cause.EXITED)
 
     asyncio.run(main())
 

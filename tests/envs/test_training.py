@@ -104,6 +104,13 @@ def test_an_instance_that_dies_takes_nobody_along(box: TrainingSandbox) -> None:
     assert box.release_instance(dying) is True
 
 
+def test_an_agent_cannot_have_its_episode_replayed() -> None:
+    """What ends a sandbox from inside is no failure of the infrastructure; what takes its machine away is."""
+    for error in (errors.Exited("its pid 1 ended"), errors.OutOfMemory("it ran out of its 64m of memory")):
+        assert failure_of(error) == failure_of(errors.from_wire(error.to_wire())) == "environment"
+    assert failure_of(errors.Lost("its worker was lost")) == "infrastructure"
+
+
 def test_requests_that_are_wrong(box: TrainingSandbox) -> None:
     with pytest.raises(errors.NotFound, match="no task three") as missing:
         box.create_instance("odd", "three")

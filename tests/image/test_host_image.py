@@ -12,7 +12,6 @@ from image_archives import as_ordinary_user
 
 from rock.errors import InvalidConfig
 from rock.runtime.image import host
-from rock.runtime.image.private import HostScan, private_paths
 from rock.runtime.image.store import ImageStore
 
 ROOT = os.geteuid() == 0
@@ -118,20 +117,3 @@ def test_from_host(store: ImageStore) -> None:
         store.from_host("host")
     with pytest.raises(InvalidConfig, match="built in"):
         store.remove("host")
-
-
-def test_private_parts_are_covered(tmp_path: Path) -> None:
-    for name in ("a", "secret", "a/b"):
-        (tmp_path / "usr" / name).mkdir(parents=True)
-    (tmp_path / "usr/secret").chmod(0o750)
-    (tmp_path / "usr/a/b/key").write_text("x")
-    (tmp_path / "usr/a/b/key").chmod(0o640)
-    (tmp_path / "usr/a/open").write_text("x")
-    root = str(tmp_path / "usr")
-    assert sorted(private_paths(root, 9)) == [(f"{root}/a/b/key", "file"), (f"{root}/secret", "folder")]
-    scan = HostScan(tmp_path, (root,))
-    masks = scan.masks()
-    assert masks is not None
-    assert sorted((bind.target, os.path.isdir(bind.source)) for bind in masks) == [
-        (f"{root}/a/b/key", False), (f"{root}/secret", True)]  # fmt: skip
-    assert HostScan(tmp_path, ("/nonexistent",)).masks() == masks  # kept, and not looked for again

@@ -114,7 +114,7 @@ def test_a_killed_runsc_takes_all_along(tmp_path: Path) -> None:
             group = Path(handle.data["cgroups"]["pids"]) / "cgroup.procs"
             assert len(group.read_text().split()) > 2  # runsc, the kernel, the file server
             os.kill(handle.data["pid"], signal.SIGKILL)
-            assert await runtime.wait(handle) == "gone"
+            assert await runtime.wait(handle) == "exited"
             await until(lambda: not group.read_text().split())
             await runtime.destroy(handle)
 

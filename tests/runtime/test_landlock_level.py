@@ -108,7 +108,7 @@ def test_nothing_survives_when_its_pid_1_is_killed(tmp_path: Path) -> None:
             await until(lambda: len(_of_user(uid)) >= 4)
             os.kill(int(b.handle.data["init"]), 9)
             async with asyncio.timeout(30):
-                assert await b.runtime.wait(b.handle) == "gone"
+                assert await b.runtime.wait(b.handle) == "exited"
             await until(lambda: _of_user(uid) == [])
             assert await b.runtime.recover(b.handle) is Liveness.GONE
 

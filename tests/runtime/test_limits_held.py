@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import resource
 from collections.abc import AsyncIterator
@@ -20,8 +21,9 @@ from rock.runtime.fake import FakeRuntime
 from rock.runtime.gvisor.runtime import GvisorRuntime
 from rock.runtime.landlock.runtime import LandlockRuntime
 from rock.runtime.namespace import admission, cgroups
+from rock.runtime.namespace.runtime import NamespaceRuntime
 from rock.runtime.process import ProcessRuntime
-from tests.runtime.boxes import ROOT, HandMade, namespace_box, namespace_runtime, run
+from tests.runtime.boxes import ROOT, Box, HandMade, namespace_box, namespace_runtime, run
 
 _FILL = """
 import os
@@ -283,3 +285,40 @@ def test_settings_that_make_no_sense(values: dict[str, object], text: str) -> No
 def test_levels_are_ordered() -> None:
     order = ["none", "landlock", "userns-shared-proc", "userns", "namespaces", "container", "gvisor", "microvm"]
     assert [level.value for level in sorted(Isolation, key=lambda level: level.rank)] == order
+
+
+_TAKES = {
+    "a large file": "head -c 40000000 /dev/zero > /work/large",
+    "a removed file that is open": "exec 9> /work/gone; rm /work/gone; head -c 40000000 /dev/zero >&9",
+    "many small files": "mkdir m; i=0; while [ $i -lt 3000 ]; do echo $i > m/$i; i=$((i+1)); done",
+    "behind a closed folder": "mkdir c; head -c 40000000 /dev/zero > c/x; chmod 000 c",
+}
+
+
+@pytest.mark.parametrize("what", list(_TAKES))
+def test_who_fills_the_disk_is_ended(tmp_path: Path, what: str) -> None:
+    """Without disk=: the files are measured. A neighbour that keeps to the limit goes on."""
+
+    async def main() -> None:
+        runtime = NamespaceRuntime(tmp_path / "run", 0, HandMade(tmp_path / "image"), disk_limit=8 << 20)
+        try:
+            await runtime.open()
+        except errors.Unsupported as error:
+            pytest.skip(f"no namespaces here: {error.message}")
+        try:
+            config = SandboxConfig(image="hand", memory="256m", cpus=1)
+            full, modest = [Box(runtime, await runtime.create(name, config), Path("/work")) for name in ("f", "m")]
+            assert full.handle.enforced["disk"] == "watched"
+            await modest.sh("head -c 2000000 /dev/zero > fine")
+            ended = asyncio.create_task(runtime.wait(full.handle))
+            await full.spawn("sh", "-c", f"cd /work; {_TAKES[what]}; sleep 60")
+            async with asyncio.timeout(30):
+                assert await ended == "disk"
+            assert await modest.sh("wc -c < fine") == "2000000\n"
+            for box in (full, modest):
+                box.close()
+                await runtime.destroy(box.handle)
+        finally:
+            await runtime.close()
+
+    run(main())

@@ -34,7 +34,7 @@ def test_what_it_is(tmp_path: Path) -> None:
     async def main() -> None:
         async with namespace_box(tmp_path) as b:
             assert b.handle.isolation == (Isolation.NAMESPACES if ROOT else Isolation.USERNS)
-            assert set(b.handle.enforced) == {"memory", "cpus", "pids"}
+            assert set(b.handle.enforced) == {"memory", "cpus", "pids", "disk"}
             status = await b.sh("id -u; hostname; echo $FROM_IMAGE; pwd; ls -A /proc | grep -c '^[0-9]'", env={})
             uid, host, image, cwd, processes = status.split()
             assert (uid, image, cwd) == ("0", "yes", "/work")

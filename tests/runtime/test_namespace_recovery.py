@@ -169,8 +169,8 @@ def test_destroy_works_on_the_dead(tmp_path: Path) -> None:
             waiting = asyncio.create_task(runtime.wait(handle))
             await Box(runtime, handle, Path("/work")).sh("mkdir -p a/b; touch a/b/c; chmod 000 a/b; ln -s / root")
             os.kill(handle.data["pid"], signal.SIGKILL)
-            assert await waiting == "gone"
-            assert await runtime.wait(handle) == "gone"
+            assert await waiting == "exited"
+            assert await runtime.wait(handle) == "exited"
             assert await runtime.recover(handle) == Liveness.GONE
             await runtime.destroy(handle)
             await runtime.stop(handle, 0.1)

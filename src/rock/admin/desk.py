@@ -150,7 +150,7 @@ class Desk:
 
     async def commit(self, sandbox_id: str, wish: CommitRequest, wait: float = 0.0) -> CommitStatus:
         await self._own(sandbox_id)
-        return await self._service.commits.commit(sandbox_id, wish, wait)
+        return await self._service.commits.commit(sandbox_id, wish, wait, self.caller.owner)
 
     async def commit_status(self, sandbox_id: str, wait: float = 0.0) -> CommitStatus:
         await self._own(sandbox_id)

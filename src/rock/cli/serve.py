@@ -32,6 +32,7 @@ from rock.cli.tls import tls_of
 from rock.cli.worker import LocalWorker
 from rock.errors import Conflict, InvalidConfig, Unsupported
 from rock.protocol.routes import ROUTES
+from rock.protocol.sandbox import parse_size
 from rock.protocol.workers import Lease
 from rock.proxy.app import Proxy, is_data
 from rock.rocklet.api import Api
@@ -74,7 +75,8 @@ def make_runtimes(settings: Settings, images: Images) -> dict[str, Runtime]:
         runtimes["docker"] = DockerRuntime(settings.run_dir / "docker", guests, settings.docker_host)
         runtimes["gvisor"] = GvisorRuntime(settings.run_dir / "gvisor", guests, images.store)
         runtimes["landlock"] = LandlockRuntime(settings.run_dir / "landlock")
-        runtimes["namespace"] = NamespaceRuntime(folder, settings.pool_size, images.store, _resolvers(settings))
+        runtimes["namespace"] = NamespaceRuntime(folder, settings.pool_size, images.store, _resolvers(settings),
+                                                 disk_limit=_disk_limit(settings))
     runtimes |= plugins.load(
         lambda name: plugins.RuntimeContext(settings.run_dir / "runtimes" / name, images.store, settings.pool_size)
     )
@@ -101,6 +103,16 @@ def _store_of(settings: Settings) -> Store:
     except ImportError:
         raise Unsupported("ROCK_STORE: PostgreSQL needs asyncpg", hint="pip install 'rock-sandbox[postgres]'") from None
     return PostgresStore(settings.store)
+
+
+def _disk_limit(settings: Settings) -> int:
+    """Bytes that the files of a sandbox without `disk` may take; 0 is no limit. InvalidConfig."""
+    if settings.disk_limit == "0":
+        return 0
+    try:
+        return parse_size(settings.disk_limit, "disk")
+    except ValueError as error:
+        raise InvalidConfig(f"ROCK_DISK_LIMIT: {error}") from None
 
 
 def _resolvers(settings: Settings) -> list[str]:

@@ -443,7 +443,8 @@ class Init(Loop):
             if pid in self.children:
                 connection, number, _ = self.children.pop(pid)
                 if code != 0:
-                    self.refuse(connection, number, Fault("unavailable", "the file operation was killed"))
+                    fault = Fault("action_error", "the file operation was killed inside the sandbox")
+                    self.refuse(connection, number, fault)
             elif pid in self.programs:
                 self._ended(self.programs[pid], code)
 

@@ -67,13 +67,15 @@ class NodeFiles(Answer):
 
 
 class NodeCommit(Wire):
-    """Make an image of a sandbox, from at most `limit` bytes of files, and push it if that is asked for."""
+    """Make an image of a sandbox, from at most `limit` bytes of files, and push it if that is asked for. tenant: who
+    asks for it; "" is the server's owner."""
 
     image_tag: str
     registry_username: str | None = None
     registry_password: str | None = Field(default=None, repr=False)
     push: bool = False
     limit: int = Field(default=1 << 40, ge=0)
+    tenant: str = ""
 
 
 class NodeImage(Answer):

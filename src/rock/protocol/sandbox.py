@@ -60,9 +60,10 @@ class Cause(StrEnum):
     IDLE = "idle"
     DEADLINE = "deadline"
     OUT_OF_MEMORY = "out_of_memory"
+    DISK_FULL = "disk_full"  # its files took more than it may have
     START_FAILED = "start_failed"
-    EXITED = "exited"
-    LOST = "lost"
+    EXITED = "exited"  # its pid 1 ended by itself; code inside may have caused it
+    LOST = "lost"  # its machine, or what runs sandboxes on it
 
 
 @_plain

@@ -9,7 +9,19 @@ from collections import OrderedDict
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
-from rock.errors import Expired, Lost, NotFound, NotHere, OutOfMemory, RockError, StartFailed, Unavailable, Unsupported
+from rock.errors import (
+    DiskFull,
+    Exited,
+    Expired,
+    Lost,
+    NotFound,
+    NotHere,
+    OutOfMemory,
+    RockError,
+    StartFailed,
+    Unavailable,
+    Unsupported,
+)
 from rock.protocol.keys import caller_of
 from rock.protocol.planes import BUILD, PREFIX, is_data
 from rock.protocol.routes import ERROR_CODE, ROUTES
@@ -167,8 +179,9 @@ def tell(info: SandboxInfo) -> RockError:
         return Unavailable(f"sandbox {info.sandbox_id} {what}", sandbox_id=info.sandbox_id, hint="retry")
     kinds: dict[Cause, type[RockError]] = {
         Cause.OUT_OF_MEMORY: OutOfMemory,
+        Cause.DISK_FULL: DiskFull,
         Cause.LOST: Lost,
-        Cause.EXITED: Lost,
+        Cause.EXITED: Exited,
         Cause.START_FAILED: StartFailed,
     }
     kind = kinds.get(info.cause, Expired)

@@ -61,8 +61,9 @@ class Build:
     """One build."""
 
     def __init__(
-        self, node: Node, wish: BuildRequest, plan: Plan, context: Merged, folder: Path, tell: Tell, flow: Flow
-    ) -> None:
+        self, node: Node, wish: BuildRequest, plan: Plan, context: Merged, folder: Path, tell: Tell, flow: Flow,
+        tenant: str = "",
+    ) -> None:  # fmt: skip
         self._node = node
         self._store: ImageStore = node.images.store
         self._wish = wish
@@ -71,6 +72,7 @@ class Build:
         self._folder = folder
         self._tell = tell
         self._flow = flow
+        self._tenant = tenant
         self._done: dict[int, _State] = {}
         self._leases: list[Lease] = []
         self._steps = self._cached = self._ran = 0
@@ -89,7 +91,8 @@ class Build:
             self._line(f"warning: no ARG {name} takes the build argument of that name")
         state = self._done[wanted]
         settings = replace(state.settings, labels={**state.settings.labels, **self._wish.labels})
-        record = await asyncio.to_thread(self._store.extend, self._wish.image_tag, settings.over(state.rootfs))
+        record = await asyncio.to_thread(
+            self._store.extend, self._wish.image_tag, settings.over(state.rootfs), owner=self._tenant)
         await asyncio.to_thread(self._store.came, record.name)
         return BuiltImage(name=record.name, digest=record.digest, size=record.size, layers=len(record.layers),
                           steps=self._steps, cached=self._cached, ran=self._ran)  # fmt: skip

@@ -45,7 +45,8 @@ def add_routes(router: Router, node: Node) -> None:
 
         async def work() -> BuiltImage:
             async with scratch:
-                return await node.builds.build(wish, tar, folder, lambda data: streaming.put(False, data), flow)
+                return await node.builds.build(wish, tar, folder, lambda data: streaming.put(False, data), flow,
+                                               caller_of(request.scope).owner)
 
         return streaming.answer(work(), request)
 

@@ -47,13 +47,16 @@ class Builds:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def build(self, wish: BuildRequest, tar: Path, folder: Path, tell: Tell, flow: Flow) -> BuiltImage:
+    async def build(
+        self, wish: BuildRequest, tar: Path, folder: Path, tell: Tell, flow: Flow, tenant: str = ""
+    ) -> BuiltImage:
         """Build from the context in `tar`, in `folder`, which is the caller's to remove. A cancelled caller ends it.
+        tenant: who asks; "" is the server's owner.
 
         InvalidConfig and Unsupported for the Dockerfile, CommandFailed and CommandTimeout for a RUN, ImageError for
         images; each names its line.
         """
-        task = asyncio.create_task(self._build(wish, tar, folder, tell, flow), name=f"build-{wish.image_tag}")
+        task = asyncio.create_task(self._build(wish, tar, folder, tell, flow, tenant), name=f"build-{wish.image_tag}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         try:
@@ -63,7 +66,9 @@ class Builds:
             await asyncio.wait({task})
             raise
 
-    async def _build(self, wish: BuildRequest, tar: Path, folder: Path, tell: Tell, flow: Flow) -> BuiltImage:
+    async def _build(
+        self, wish: BuildRequest, tar: Path, folder: Path, tell: Tell, flow: Flow, tenant: str
+    ) -> BuiltImage:
         new_name(wish.image_tag)
         plan = Plan(dockerfile.parse(wish.dockerfile), wish.build_args)
         if self._gate.locked():
@@ -71,7 +76,7 @@ class Builds:
         async with self._gate:
             context = folder / "context"
             await asyncio.to_thread(unpack_context, tar, context)
-            build = Build(self._node, wish, plan, Merged([str(context)]), folder, tell, flow)
+            build = Build(self._node, wish, plan, Merged([str(context)]), folder, tell, flow, tenant)
             try:
                 return await build.run()
             finally:

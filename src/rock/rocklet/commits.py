@@ -130,7 +130,7 @@ class Commits:
 
     def _make(self, wish: NodeCommit, base: RootFS, tar: Path, files: ArchivedFiles, login: Login | None,
               gone: threading.Event) -> NodeImage:
-        record = self._store.commit(wish.image_tag, base, tar, files.digest)
+        record = self._store.commit(wish.image_tag, base, tar, files.digest, wish.tenant)
         made = NodeImage(name=record.name, digest=record.digest, size=record.size)
         if not wish.push:
             return made

@@ -6,10 +6,12 @@ import asyncio
 import time
 from collections import OrderedDict
 
-from rock.errors import Expired, Lost, OutOfMemory, RockError
+from rock.errors import DiskFull, Exited, Expired, Lost, OutOfMemory, RockError
 from rock.protocol.node import NodeEvent, NodeEvents
 from rock.protocol.sandbox import Cause
 
+_ERRORS: dict[Cause, type[RockError]] = {
+    Cause.OUT_OF_MEMORY: OutOfMemory, Cause.DISK_FULL: DiskFull, Cause.EXITED: Exited, Cause.LOST: Lost}
 _KEPT_EVENTS = 10_000
 _KEPT_ENDS = 5_000
 
@@ -52,8 +54,7 @@ class Ends:
         if found is None:
             return None
         cause, reason = found
-        kind = OutOfMemory if cause is Cause.OUT_OF_MEMORY else Lost if cause is Cause.LOST else Expired
-        return kind(f"sandbox {sandbox_id} is gone: {reason}", sandbox_id=sandbox_id)
+        return _ERRORS.get(cause, Expired)(f"sandbox {sandbox_id} is gone: {reason}", sandbox_id=sandbox_id)
 
     async def since(self, after: int, wait: float) -> NodeEvents:
         """Events with a number above `after`; waits up to `wait` seconds for one."""

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from rock.envhub.packages import requirements_of, wheels_only, without_dependencies
-from rock.errors import ImageError, NotFound, Unavailable
+from rock.errors import Conflict, ImageError, NotFound, Unavailable
 from rock.protocol.node import ImageState
 from rock.protocol.sandbox import SandboxConfig
 from rock.rocklet.ownthread import in_own_thread
@@ -81,6 +81,7 @@ class Images:
             async with self._gate:  # takes minutes: not in a thread that heartbeats and ends wait for
                 await in_own_thread(lambda gone: ensure(self.store, packages), "rock-packages")
             return
+        await asyncio.to_thread(self._refuse_replacing, config.image)
         login = None
         if config.registry_username is not None:
             login = Login(config.registry_username, config.registry_password or "")
@@ -95,6 +96,15 @@ class Images:
 
         async with self._gate:
             await in_own_thread(pull, "rock-pull")
+
+
+    def _refuse_replacing(self, image: str) -> None:
+        """Conflict for a name that stands for what was made here, of which no registry has another version."""
+        if self.store.has(image):
+            found = self.store.inspect(image)
+            if found.made or found.by_reference:
+                raise Conflict(f"the image {found.name} was made on this machine: a pull would replace it for all",
+                               hint='use pull="missing"; who runs the server replaces it by `rock image pull`')
 
 
 class UsedImages:

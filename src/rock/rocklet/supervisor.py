@@ -229,9 +229,13 @@ class Supervisor:
         kills = self.runtime.oom_kills(self.handle) if isinstance(self.runtime, Watches) else 0
         if why == "oom":
             cause, text = Cause.OUT_OF_MEMORY, f"it ran out of its {self.config.memory} of memory"
+        elif why == "disk":
+            cause, text = Cause.DISK_FULL, "its files took more of the disk than a sandbox may have"
         else:
-            told = "its pid 1 ended" if why == "gone" else why
-            cause, text = Cause.LOST, told + (f" (processes killed for memory: {kills})" if kills else "")
+            what, _, more = why.partition(": ")
+            cause = Cause.EXITED if what == "exited" else Cause.LOST
+            told = more or "its pid 1 ended" if cause is Cause.EXITED else "it was ended" if why == "gone" else why
+            text = told + (f" (processes killed for memory: {kills})" if kills else "")
         self.cause, self.reason = cause, text
         self._ended(self, cause, text)
 

@@ -208,8 +208,10 @@ class Runtime(Protocol):
         ...
 
     async def wait(self, handle: Handle) -> str:
-        """Return when the sandbox is gone, with the reason: "oom", "gone", or a sentence where more is known. Never
-        returns while it lives."""
+        """Return when the sandbox is gone, with the reason. Never returns while it lives.
+
+        "exited": its pid 1 ended by itself, which code inside may have caused. "oom". "disk": its files took more than
+        it may have. "gone", or a sentence where more is known: it was ended from outside."""
         ...
 
     async def stop(self, handle: Handle, grace: float) -> None:

@@ -148,7 +148,7 @@ class ProcessRuntime(InitSandboxes):
     async def wait(self, handle: Handle) -> str:
         await wait_gone(handle.data["pid"], handle.data["start"])
         reap()
-        return "gone"
+        return "exited"
 
     async def stop(self, handle: Handle, grace: float) -> None:
         pid, start = handle.data["pid"], handle.data["start"]

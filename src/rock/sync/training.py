@@ -25,12 +25,13 @@ Message = dict[str, Any]
 def failure_of(error: errors.RockError) -> str:
     """Whose fault an error is, for a trainer that has to mask a sample.
 
-    "environment": the task raised or died. "timeout": it took too long, and was ended. "infrastructure": the sandbox or
-    the server was lost. "request": what was asked is wrong, such as an unknown task or instance.
+    "environment": the task raised or died, or what ran in the sandbox ended it, by its memory or disk too. "timeout":
+    it took too long, and was ended. "infrastructure": the sandbox or the server was lost. "request": what was asked is
+    wrong, such as an unknown task or instance.
     """
     if isinstance(error, errors.CommandTimeout):
         return "timeout"
-    if isinstance(error, errors.ActionError):
+    if isinstance(error, errors.ActionError | errors.Exited | errors.OutOfMemory | errors.DiskFull):
         return "environment"
     return "request" if isinstance(error, errors.ClientError) else "infrastructure"
 

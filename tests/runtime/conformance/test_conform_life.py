@@ -63,6 +63,9 @@ def test_the_environment_of_a_sandbox_is_its_programs(box: Bench) -> None:
     run(main())
 
 
+_ENDS = ("gone", "exited")  # not every runtime can tell who ended a pid 1 that is no more
+
+
 def test_a_stopped_sandbox_is_gone_for_good(box: Bench) -> None:
     async def main() -> None:
         async with box() as b:
@@ -71,7 +74,7 @@ def test_a_stopped_sandbox_is_gone_for_good(box: Bench) -> None:
             await asyncio.sleep(0.1)
             assert not waiting.done(), "it lives"
             await b.runtime.stop(b.handle, 0.0)
-            assert await waiting == "gone" == await b.runtime.wait(b.handle)
+            assert await waiting in _ENDS and await b.runtime.wait(b.handle) in _ENDS
             assert await b.runtime.recover(b.handle) is Liveness.GONE
             try:
                 status = await program.wait()
@@ -97,7 +100,7 @@ def test_destroy_can_be_repeated(box: Bench) -> None:
             await asyncio.gather(runtime.destroy(handle), runtime.destroy(handle))
             await runtime.destroy(handle)
             assert await runtime.recover(handle) is Liveness.GONE
-            assert await runtime.wait(handle) == "gone"
+            assert await runtime.wait(handle) in _ENDS
             again = await runtime.create("x", box.subject.config())  # its name is free
             assert await box.boxed(runtime, again).sh("ls") == ""
             await runtime.destroy(handle)

@@ -329,7 +329,7 @@ class DockerRuntime(EnteredSandboxes[Container]):
         if state.get("OOMKilled") and (recently or engine_id not in self._oom_at):
             return "oom"
         error = f": {state['Error']}" if state.get("Error") else ""
-        return f"its container ended with status {state.get('ExitCode')}{error}"
+        return f"exited: its container ended with status {state.get('ExitCode')}{error}"
 
     async def usage(self, handle: Handle) -> Usage:
         data = handle.data

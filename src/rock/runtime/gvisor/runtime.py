@@ -188,11 +188,13 @@ class GvisorRuntime(EnteredSandboxes[_Sandbox]):
         program = shutil.which(self._program)
         if program is None:
             raise errors.StartFailed(f"{self._program} was removed")
-        binds = [{"source": bind.source, "target": bind.target, "writable": bind.writable} for bind in rootfs.binds]
+        binds = [{"source": bind.source, "target": bind.target, "writable": bind.writable, "public": True}
+                 for bind in rootfs.binds]
         spec = {
             "slot": str(folder), "root": str(folder / bundle.ROOT), "woken": False, "etc": {},
             "layers": [str(self._run_dir / _BASE), *rootfs.layers], "cgroups": list(dict.fromkeys(folders.values())),
-            "binds": [*binds, {"source": str(python.folder), "target": guestpython.INSIDE, "writable": False}],
+            "binds": [*binds, {"source": str(python.folder), "target": guestpython.INSIDE, "writable": False,
+                                "public": False}],
             "command": bundle.command(program, folder, slot), "path": _PATH,
         }  # fmt: skip
         lease = self._images.lease(rootfs)
@@ -274,8 +276,8 @@ class GvisorRuntime(EnteredSandboxes[_Sandbox]):
         if self.oom_kills(handle) > kills:
             return "oom"
         if cgroups.read_field(f"{data['cgroups'].get('pids', '')}/pids.events", "max"):
-            return "its kernel ended when it had as many processes as it may"
-        return "gone"
+            return "exited: its kernel had as many processes as it may"
+        return "exited"
 
     async def usage(self, handle: Handle) -> Usage:
         data = handle.data

@@ -31,6 +31,7 @@ _SAFE = kernel.ATTR_NOSUID | kernel.ATTR_NODEV
 def mount(spec: dict[str, Any]) -> None:
     """The image over the sandbox's own files, at `root`."""
     folder, root = str(spec["slot"]), str(spec["root"])
+    os.setgroups([])
     kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC)
     kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
     mounts.make_folders(spec)
@@ -46,14 +47,20 @@ def mount(spec: dict[str, Any]) -> None:
 
 
 def _detached(bind: dict[str, Any], index: int, folder: str) -> int:
+    source = str(bind["source"])
+    if bind["public"] and os.path.isdir(source):  # gVisor reads as root
+        source, nothing = f"{folder}/public{index}", f"{folder}/nothing"
+        os.mkdir(source)
+        os.makedirs(nothing, 0o755, exist_ok=True)
+        mounts.mount_public(str(bind["source"]), source, nothing, 0)
     if bind["writable"] and os.path.isdir(bind["source"]):
         spot = f"{folder}/bind{index}"
         os.mkdir(spot)
-        mounts.overlay(spot, [str(bind["source"])], f"{folder}/upper{index}", f"{folder}/work{index}", rootless=False)
+        mounts.overlay(spot, [source], f"{folder}/upper{index}", f"{folder}/work{index}", rootless=False)
         fd = kernel.open_tree(spot)
         kernel.umount(spot, kernel.MNT_DETACH)
         return fd
-    fd = kernel.open_tree(str(bind["source"]))
+    fd = kernel.open_tree(source)
     kernel.set_attributes(fd, _SAFE | kernel.ATTR_RDONLY, private=True)
     return fd
 

@@ -77,7 +77,7 @@ class Adding:
             name="", kind="image", digest=image.digest, id=image.id, layers=tuple(i.diff_id for i in infos),
             size=sum(i.size for i in infos), created=time.time(), architecture=config.architecture, env=config.env,
             cwd=config.cwd, user=config.user, entrypoint=config.entrypoint, cmd=config.cmd, labels=config.labels,
-            note=_note(infos), other=config.other,
+            note=_note(infos), other=config.other, made=not repository,
         )  # fmt: skip
         return [self._records.save(replace(record, name=parse(name).familiar)) for name in names]
 
@@ -89,6 +89,7 @@ class Adding:
             return self._records.save(ImageRecord(
                 name=parse(name).familiar, kind="image", digest=info.diff_id, id=info.diff_id, layers=(info.diff_id,),
                 size=info.size, created=time.time(), architecture=this_architecture(), note=_note([info]),
+                made=True,
             ))  # fmt: skip
 
 

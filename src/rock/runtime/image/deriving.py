@@ -19,6 +19,8 @@ from rock.runtime.image.records import ImageRecord, Records
 from rock.runtime.image.reference import HOST, free_name, parse
 from rock.runtime.image.rootfs import RootFS
 
+_NOT_CONTENT = ("owner", "made")
+
 
 class Deriving:
     """gate: the store's lock, shared while an image is added. See `ImageStore` for what the methods are for."""
@@ -29,13 +31,15 @@ class Deriving:
         self._own = own
         self._gate = gate
 
-    def commit(self, name: str, base: RootFS, tar: Path, diff_id: str) -> ImageRecord:
+    def commit(self, name: str, base: RootFS, tar: Path, diff_id: str, owner: str) -> ImageRecord:
         with locked(self._gate, shared=True):
             made = self._layers.add(
                 "unpacking what was written", lambda writer: unpack(Blob.of(tar), None, writer), diff_id, HoledWriter)
-            return self._over(name, base, made)
+            return self._over(name, base, made, owner)
 
-    def extend(self, name: str, base: RootFS, fill: Fill | None, what: str, diff_id: str | None) -> ImageRecord:
+    def extend(
+        self, name: str, base: RootFS, fill: Fill | None, what: str, diff_id: str | None, owner: str
+    ) -> ImageRecord:
         with locked(self._gate, shared=True):
             made: LayerInfo | None
             if fill is not None:
@@ -43,11 +47,10 @@ class Deriving:
             else:
                 plain = len(base.layers) == bool(base.binds)  # of nothing, or of this machine and nothing else
                 made = self._layers.add("making an empty layer", lambda _: EMPTY, EMPTY) if plain else None
-            return self._over(name, base, made)
+            return self._over(name, base, made, owner)
 
     def from_host(self, name: str) -> ImageRecord:
         free_name(name)
-        self._own.look()
         with locked(self._gate, shared=True):
             return self._records.save(self._own.record(parse(name).familiar, time.time()))
 
@@ -61,7 +64,7 @@ class Deriving:
                 return old
             return self._records.save(replace(record, layers=(*record.layers, diff_id), size=info.size, env={}))
 
-    def _over(self, name: str, base: RootFS, made: LayerInfo | None) -> ImageRecord:
+    def _over(self, name: str, base: RootFS, made: LayerInfo | None, owner: str) -> ImageRecord:
         host = bool(base.binds)
         infos = [self._layers.info_of(folder) for folder in reversed(base.layers[:-1] if host else base.layers)]
         infos += [made] if made is not None else []
@@ -75,6 +78,7 @@ class Deriving:
             shown = self._own.record(record.name, record.created)
             record = replace(
                 record, kind=HOST, layers=(*shown.layers, *record.layers), by_reference=True, note=shown.note)
-        body = json.dumps([asdict(replace(record, name="", created=0.0))])
+        body = json.dumps([{key: value for key, value in asdict(replace(record, name="", created=0.0)).items()
+                            if key not in _NOT_CONTENT}])
         digest = f"sha256:{hashlib.sha256(body.encode()).hexdigest()}"
-        return self._records.save(replace(record, digest=digest, id=digest))
+        return self._records.save(replace(record, digest=digest, id=digest, owner=owner, made=True))

@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import replace
-from pathlib import Path
 
-from rock.runtime.image.host import HostImage, system_folders
+from rock.runtime.image.host import HostImage
 from rock.runtime.image.importer import this_architecture
 from rock.runtime.image.layers import LayerStore
-from rock.runtime.image.private import HostScan
 from rock.runtime.image.records import ImageRecord
 from rock.runtime.image.reference import HOST
 from rock.runtime.image.rootfs import Bind, RootFS
@@ -19,21 +17,15 @@ _BY_REFERENCE = "shows this machine's own system: changes of the machine show in
 
 
 class OwnSystem:
-    """folder: the store's, for what a look at the machine found."""
+    """layers: those of the store."""
 
-    def __init__(self, layers: LayerStore, folder: Path) -> None:
+    def __init__(self, layers: LayerStore) -> None:
         self._layers = layers
         self._host = HostImage(layers)
-        self._scan = HostScan(folder, system_folders())
 
     def diff_id(self) -> str:
         """Digest of its own layer as the machine is now, without making it."""
         return self._host.diff_id()
-
-    def look(self) -> None:
-        """Find what of it nobody may read, where sandboxes may write anywhere: now, when somebody waits for it."""
-        if os.geteuid() == 0:
-            self._scan.masks()
 
     def record(self, name: str, created: float) -> ImageRecord:
         """It under a name; created: seconds since the epoch."""
@@ -47,8 +39,8 @@ class OwnSystem:
         """It, ready to be mounted. writable: sandboxes may write anywhere, each for itself."""
         host = self._host.current()
         binds: tuple[Bind, ...] = host.binds
-        if writable and (masks := self._scan.masks()) is not None:
-            binds = (*(_opened(bind) for bind in binds), *masks)
+        if writable:
+            binds = tuple(_opened(bind) for bind in binds)
         digest = host.diff_id if binds is host.binds else f"{host.diff_id}-{_hash_of(binds)}"
         return RootFS(digest=digest, layers=(self._layers.path(host.diff_id),), binds=binds, env=host.env, name=name)
 

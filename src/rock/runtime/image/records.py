@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rock.errors import ImageError
-from rock.runtime.image.locks import storing, write_atomic
+from rock.errors import Conflict, ImageError
+from rock.runtime.image.locks import locked, storing, write_atomic
 from rock.runtime.image.reference import parse
 
 
@@ -22,7 +22,8 @@ class ImageRecord:
     reference (`by_reference`), so changes of the machine show in it. digest: of its manifest, id: of its config.
     layers: digests, bottom first. size: bytes of their files. created: seconds since the epoch, when it came here.
     pinned: it goes only when somebody removes it by name. other: what its config says beside that, as registries have
-    it (ExposedPorts, for one): kept, and not acted on.
+    it (ExposedPorts, for one): kept, and not acted on. owner: the tenant who made it; "" is the server's owner. made:
+    on this machine, so that no registry has what its name stands for.
     """
 
     name: str
@@ -43,6 +44,8 @@ class ImageRecord:
     note: str = ""
     pinned: bool = False
     other: dict[str, Any] = field(default_factory=dict)
+    owner: str = ""
+    made: bool = False
 
 
 class Records:
@@ -79,7 +82,18 @@ class Records:
         return sorted(found, key=lambda record: record.name)
 
     def save(self, record: ImageRecord, *, keep_pin: bool = True) -> ImageRecord:
-        """Give a name its image. keep_pin: what was pinned stays so."""
+        """Give a name its image. keep_pin: what was pinned stays so. Conflict where the image has an owner, and the
+        name stands for an image of somebody else."""
+        if not record.owner:
+            return self._save(record, keep_pin)
+        with locked(self._folder / "names.lock"):  # two tenants may ask for one name
+            old = self._read(self._file(parse(record.name).full))
+            if old is not None and old.owner != record.owner:
+                raise Conflict(f"the image {record.name} is not yours, and others may use it",
+                               hint=f"choose a name of your own, such as {record.owner}/{record.name}")
+            return self._save(record, keep_pin)
+
+    def _save(self, record: ImageRecord, keep_pin: bool) -> ImageRecord:
         if keep_pin and not record.pinned and (old := self.find(record.name)) is not None and old.pinned:
             record = replace(record, pinned=True)
         with storing(f"saving image {record.name}"):

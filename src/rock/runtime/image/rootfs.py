@@ -18,6 +18,7 @@ class Bind:
 
     writable: the sandbox may write at `target`, and its writes must never reach `source`: a runtime that can, puts an
         overlay over `source`; one that cannot, mounts it read-only.
+        With an id mapping too, only what everybody may read of `source` is shown.
     idmap: mount it with the sandbox's user mapping. False (always so for the folders of the host) keeps the host's
         owners, which inside are nobody: a file of the host that only its owner can read stays unreadable.
     """

@@ -62,7 +62,7 @@ class ImageStore:
         gate = folder / "locks" / "store"
         self._records = Records(folder / "images")
         self._leases = Leases(folder / "use", gate)
-        self._own = OwnSystem(self.layers, folder)
+        self._own = OwnSystem(self.layers)
         self._room = Room(folder / "used", self._records, self.layers, self._leases, gate, self._own.diff_id)
         self._adding = Adding(self.layers, self._records, gate)
         self._deriving = Deriving(self.layers, self._records, self._own, gate)
@@ -204,25 +204,26 @@ class ImageStore:
                 self.gc()
             raise
 
-    def commit(self, name: str, base: RootFS, tar: Path, diff_id: str) -> ImageRecord:
+    def commit(self, name: str, base: RootFS, tar: Path, diff_id: str, owner: str = "") -> ImageRecord:
         """Name what a sandbox wrote: the layers of its image with one more on top, made of a plain `tar`.
 
         base: the image as the sandbox has it mounted, so that its layers are held. Where that shows this machine's own
-        system, so does the new one, read-only.
+        system, so does the new one, read-only. owner: the tenant whose image it is. Conflict where the name stands for
+        another's; the server's owner may replace any.
         """
         new_name(name)
-        record = self._deriving.commit(name, base, tar, diff_id)
+        record = self._deriving.commit(name, base, tar, diff_id, owner)
         self._came(name)
         return record
 
     def extend(self, name: str, base: RootFS, fill: Fill | None = None, what: str = "",
-               diff_id: str | None = None) -> ImageRecord:  # fmt: skip
+               diff_id: str | None = None, owner: str = "") -> ImageRecord:  # fmt: skip
         """Name the layers of `base`, with its settings and one more layer on top where `fill` writes one. A base of no
         layers is an empty image. See `commit` for one that shows this machine's own system.
 
-        diff_id: the layer's, where it is known; one that is there is not made again.
+        diff_id: the layer's, where it is known; one that is there is not made again. owner: see `commit`.
         """
-        return self._deriving.extend(name, base, fill, what, diff_id)
+        return self._deriving.extend(name, base, fill, what, diff_id, owner)
 
     def came(self, name: str) -> None:
         """An image was made of others, and is in use now: see `budget`."""

@@ -26,7 +26,7 @@ class Home:
     def __init__(self, privileged: bool, nets: Nets) -> None:
         self._nets = nets
         self._fd = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
-        self._permitted = _permitted()
+        self._permitted = kernel.permitted()
         self._privileged = privileged
 
     def enter(self, pid: int, owner: int, net: int | None) -> None:
@@ -103,13 +103,8 @@ def _limit(spec: dict[str, Any], pid: int) -> None:
         os.sched_setaffinity(pid, spec["affinity"])
     if spec["processes"]:  # counted in the user namespace that it will enter, so it counts this sandbox alone
         resource.prlimit(pid, resource.RLIMIT_NPROC, (spec["processes"], spec["processes"]))
-
-
-def _permitted() -> int:
-    for line in cgroups.read_text("/proc/self/status").splitlines():
-        if line.startswith("CapPrm:"):
-            return int(line.split()[1], 16)
-    return 0
+    for name, value in spec["rlimits"]:
+        resource.prlimit(pid, name, (value, value))
 
 
 def explain(number: int) -> str:

@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 _WANTED = ("memory", "cpu", "pids", "cpuacct")
@@ -203,19 +203,16 @@ def _kill_members(folder: str) -> None:
 
 def discover(run_dir: str) -> Cgroups:
     """Find for each controller a place where groups can be made, by making one; the parents exist afterwards."""
-    name = "rock-" + hashlib.sha256(os.path.realpath(run_dir).encode()).hexdigest()[:12]
+    name = _name(run_dir)
     own = _own_groups()
     places: dict[str, Place] = {}
     reasons: dict[str, str] = {}
-    trees = _trees()
+    trees = _trees(_WANTED)
     for controller in _WANTED:
         if controller not in trees:
             continue
-        mount_point, root, version = trees[controller]
-        path = own.get(controller if version == 1 else "", "/")
-        inside = os.path.relpath(path, root) if path.startswith(root) else "."
-        candidates = list(dict.fromkeys(os.path.normpath(os.path.join(mount_point, part)) for part in (inside, ".")))
-        for candidate in candidates:
+        version = trees[controller][2]
+        for candidate in _candidates(trees[controller], controller, own):
             reason = _try_place(candidate, name, controller, version)
             if reason is None:
                 places[controller] = Place(controller, version, f"{candidate}/{name}")
@@ -229,6 +226,26 @@ def discover(run_dir: str) -> Cgroups:
     return Cgroups(places, reasons)
 
 
+def shared_folder(run_dir: str, controller: str) -> str | None:
+    """Where a version 1 group for all sandboxes together is to be; None where the controller is not there."""
+    tree = _trees((controller,)).get(controller)
+    if tree is None or tree[2] != 1:
+        return None
+    return f"{_candidates(tree, controller, _own_groups())[0]}/{_name(run_dir)}"
+
+
+def _name(run_dir: str) -> str:
+    return "rock-" + hashlib.sha256(os.path.realpath(run_dir).encode()).hexdigest()[:12]
+
+
+def _candidates(tree: tuple[str, str, int], controller: str, own: Mapping[str, str]) -> list[str]:
+    """Folders in which ours may be made: our own group's, and the root of what is mounted."""
+    mount_point, root, version = tree
+    path = own.get(controller if version == 1 else "", "/")
+    inside = os.path.relpath(path, root) if path.startswith(root) else "."
+    return list(dict.fromkeys(os.path.normpath(os.path.join(mount_point, part)) for part in (inside, ".")))
+
+
 def _own_groups() -> dict[str, str]:
     """Our own cgroup by version 1 controller; "" is that of version 2."""
     found = {}
@@ -239,7 +256,7 @@ def _own_groups() -> dict[str, str]:
     return found
 
 
-def _trees() -> dict[str, tuple[str, str, int]]:
+def _trees(wanted: Sequence[str]) -> dict[str, tuple[str, str, int]]:
     """Mount point, its root within the hierarchy, and version, by controller."""
     found: dict[str, tuple[str, str, int]] = {}
     for line in _mountinfo():
@@ -247,11 +264,11 @@ def _trees() -> dict[str, tuple[str, str, int]]:
         fields, kind = left.split(), right.split()
         if kind[0] == "cgroup":
             for option in kind[2].split(","):
-                if option in _WANTED:
+                if option in wanted:
                     found.setdefault(option, (fields[4], fields[3], 1))
         elif kind[0] == "cgroup2":
             offered = read_text(f"{fields[4]}/cgroup.controllers").split()
-            for controller in _WANTED:
+            for controller in wanted:
                 if controller in offered:
                     found.setdefault(controller, (fields[4], fields[3], 2))
     return found

@@ -19,9 +19,11 @@ _MOST_NOTES = 100
 
 
 class Handles:
-    """isolation: the level that sandboxes have here."""
+    """isolation: the level that sandboxes have here. disk_limit: bytes for the files of one without a disk of its own;
+    0 is no limit."""
 
-    def __init__(self, slots: Slots, disks: Disks) -> None:
+    def __init__(self, slots: Slots, disks: Disks, disk_limit: int) -> None:
+        self._disk_limit = disk_limit
         self.isolation = Isolation.NAMESPACES
         self._slots = slots
         self._disks = disks
@@ -38,6 +40,10 @@ class Handles:
         enforced = self._slots.limiter.enforced()
         if config.disk is not None:
             data["disk"], enforced["disk"] = config.disk_bytes, self._disks.way
+        elif self._disk_limit:
+            data["disk_limit"], enforced["disk"] = self._disk_limit, "watched"
+        else:
+            enforced["disk"] = "none"
         if config.nofile is not None:
             data["nofile"], enforced["nofile"] = config.nofile, "rlimit"
         if config.shm_size is not None:
@@ -46,6 +52,7 @@ class Handles:
 
     def claimed(self, sandbox: Sandbox, id: str, rootfs: RootFS, config: SandboxConfig) -> Handle:
         """Of one that is somebody's from now on, with the limits of `config`."""
+        sandbox.disk = self._disk_limit if config.disk is None else 0
         sandbox.memory = config.memory_bytes - self._disks.in_memory(config)
         if sandbox.link is not None:
             sandbox.link.sandbox_id = id

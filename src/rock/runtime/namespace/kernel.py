@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import functools
 import os
 import platform
 import socket
@@ -228,13 +229,23 @@ def set_file_owner(identity: int) -> None:
     _libc.setfsuid(ctypes.c_uint(identity))
 
 
-def capset(mask: int) -> None:
-    """Keep exactly these capabilities, permitted and effective."""
+def capset(mask: int, effective: int | None = None) -> None:
+    """Keep exactly these capabilities, permitted and, unless `effective` says otherwise, effective."""
     header = struct.pack("=Ii", 0x20080522, 0)
-    low, high = mask & 0xFFFFFFFF, mask >> 32
-    data = struct.pack("=IIIIII", low, low, 0, high, high, 0)
+    now = mask if effective is None else effective
+    data = struct.pack("=IIIIII", now & 0xFFFFFFFF, mask & 0xFFFFFFFF, 0, now >> 32, mask >> 32, 0)
     if _syscall(_long(_number("capset")), ctypes.c_char_p(header), ctypes.c_char_p(data)) < 0:
         _raise("capset")
+
+
+@functools.cache
+def permitted() -> int:
+    """The capabilities that this process might have when it was first asked, as a mask."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        for line in file:
+            if line.startswith("CapPrm:"):
+                return int(line.split()[1], 16)
+    return 0
 
 
 LOOPBACK_UP = struct.pack("16sh22x", b"lo", 0x49)  # an ifreq with IFF_UP | IFF_LOOPBACK | IFF_RUNNING

@@ -36,7 +36,9 @@ from typing import Any
 
 from rock.guest import proctree, syscalls
 from rock.guest.wire import pack, receive_packet, unpack
-from rock.runtime.namespace import birth, build, cgroups, kernel, mounts, rehearsal, seccomp, slot, userns
+from rock.runtime.namespace import birth, build, cgroups, counters, kernel, mounts, rehearsal, seccomp, slot, userns
+from rock.runtime.namespace.counters import Counters
+from rock.runtime.namespace.devices import SharedGroups
 from rock.runtime.namespace.nets import Nets, WiredNets
 from rock.runtime.namespace.zygote import Area, Zygote
 
@@ -52,9 +54,11 @@ class Launcher:
         self.sock = sock
         self.privileged = bool(options["privileged"])
         self.staging = str(options["staging"])
-        self.ranges = userns.Ranges(single=not self.privileged)
+        self.counters = Counters(own_account=self.privileged)
+        self.ranges = userns.Ranges(single=not self.privileged, settings=self.counters.settings_of_one())
         self.constants = birth.Constants(seccomp.build() if seccomp.supported() else b"")
-        self.zygote = Zygote(birth.live, rehearsal.rehearse)
+        self.groups = SharedGroups(os.path.dirname(self.staging)) if self.privileged else None
+        self.zygote = Zygote(birth.live, rehearsal.rehearse, self.groups.join if self.groups else lambda: None)
         self.buffer = bytearray(1 << 17)
         self.queue: deque[dict[str, Any]] = deque()
         # by descriptor of the socket on which it will tell: request, pid, area, deadline, the socket
@@ -66,12 +70,15 @@ class Launcher:
 
     def prepare(self) -> None:
         """A mount namespace of our own with the staging folder; as an ordinary user a user namespace first."""
+        self.counters.limit_launcher()
         if self.privileged:
+            os.setgroups([])  # they would count for what it mounts: mounts.mount_public
             kernel.unshare(kernel.CLONE_NEWNS)
         else:
             uid, gid = os.geteuid(), os.getegid()
             kernel.unshare(kernel.CLONE_NEWUSER | kernel.CLONE_NEWNS)
             userns.become_root(uid, gid)
+            counters.write(self.counters.settings_of_all())
         kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_SLAVE)
         mounts.prepare_staging(self.staging)
         self.nets = Nets(usable=self.privileged)
@@ -120,6 +127,8 @@ class Launcher:
             if self.queue and not self.zygote.full:  # one, then look who has become ready
                 self._start(self.queue.popleft())
         self.zygote.close()
+        if self.groups is not None:
+            self.groups.remove()
 
     def _wait(self) -> list[tuple[int, int]]:
         if self.outgoing:
@@ -194,7 +203,7 @@ class Launcher:
             self._answer({"id": 0}, {"made": os.path.basename(what)})
 
     def _start(self, spec: dict[str, Any]) -> None:
-        spec["privileged"] = self.privileged
+        spec["privileged"], spec["rlimits"] = self.privileged, self.counters.rlimits_of_one()
         listener = self.listeners.pop(os.path.basename(spec["slot"]), None)
         net, sockets = self.nets.take() if spec["network"] == "none" else -1, []
         pid, area = 0, self.zygote.area()

@@ -4,6 +4,8 @@
       ├── l0, l1, ...   the image's layers, with the sandbox's id mapping
       ├── rw            the sandbox's run folder with its upper and work folders, mapped too
       ├── b0, b1, ...   lower folders of writable binds
+      ├── p0, p1, ...   of these what everybody may read
+      ├── nothing       an empty folder
       ├── dev           a /dev to copy: null zero full random urandom tty, links
       └── root          overlay, becomes /
 """
@@ -28,6 +30,8 @@ _MASKED_FILES = ("/proc/kcore", "/proc/keys", "/proc/timer_list", "/proc/sched_d
 _MASKED_FOLDERS = ("/proc/acpi", "/proc/scsi", "/sys/firmware", "/sys/fs/selinux")
 _EMPTY = "/dev/mqueue"  # a folder of the /dev that nobody can write to; a tmpfs for each would cost 50 us
 _SAFE = kernel.ATTR_NOSUID | kernel.ATTR_NODEV
+_STRANGER = 199_999  # an id outside of every range (userns.py), whose files are nowhere
+_SYS_ADMIN = 21
 _LONGEST = 3500  # characters of overlay options for mount(2), whose limit is a page
 
 
@@ -35,7 +39,7 @@ def prepare_staging(staging: str) -> None:
     """Make the staging tmpfs; once, in the launcher's mount namespace."""
     os.makedirs(staging, mode=0o700, exist_ok=True)
     kernel.mount("rock", staging, "tmpfs", kernel.MS_NOSUID, "mode=755,size=1m")
-    for name in ("root", "rw", "dev", *(f"l{i}" for i in range(SLOTS)), *(f"b{i}" for i in range(SLOTS))):
+    for name in ("root", "rw", "dev", "nothing", *(f"{kind}{i}" for kind in "lbp" for i in range(SLOTS))):
         os.mkdir(f"{staging}/{name}")
     _fill_dev(f"{staging}/dev")
 
@@ -146,7 +150,7 @@ def _escaped(path: str) -> str:
 
 def _detached_bind(bind: dict[str, Any], index: int, spec: dict[str, Any], writable: str, userns: int) -> int:
     if bind["writable"] and os.path.isdir(bind["source"]):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # as where the host's own root is an overlay over another: read-only then
             return _writable_bind(bind, index, spec, writable, userns)
     attributes = _SAFE | kernel.ATTR_RDONLY
     recursive = False
@@ -157,7 +161,7 @@ def _detached_bind(bind: dict[str, Any], index: int, spec: dict[str, Any], writa
             raise
         recursive = True
         fd = kernel.open_tree(bind["source"], recursive=True)
-    if userns >= 0 and bind["idmap"]:
+    if userns >= 0 and bind["idmap"] and not bind["writable"]:  # else root inside could read what only root may read
         with contextlib.suppress(OSError):  # a file system without id mapping shows its own owners
             kernel.set_attributes(fd, attributes, userns=userns, private=True)
             return fd
@@ -170,10 +174,31 @@ def _writable_bind(bind: dict[str, Any], index: int, spec: dict[str, Any], writa
     lower = bind["source"]
     if userns >= 0:
         _attach_mapped(lower, f"b{index}", userns)
-        lower = f"b{index}"
+        mount_public(f"b{index}", f"p{index}", "nothing", spec["base"])
+        lower = f"p{index}"
     spot = f"b{SLOTS - 1 - index}"
     overlay(spot, [lower], f"{writable}/upper{index}", f"{writable}/work{index}", rootless=not spec["privileged"])
     return kernel.open_tree(spot)
+
+
+def mount_public(source: str, target: str, nothing: str, owner: int) -> None:
+    """Mount at `target`, read-only, what of the folder `source` everybody may read.
+
+    The kernel asks each time that a file is opened whether the one who mounted an overlay may read it, and this one is
+    mounted as a user who owns no file and has no rights over those of others. So it does not matter who asks inside,
+    nor when a file was made or its mode changed. Names in folders that everybody may list stay seen.
+
+    nothing: an empty folder: an overlay has two. owner: whose new files are from then on, see kernel.set_file_owner.
+    """
+    permitted = kernel.permitted()
+    kernel.set_file_owner(_STRANGER)
+    kernel.capset(permitted, 1 << _SYS_ADMIN)
+    try:
+        options = f"lowerdir={_escaped(source)}:{_escaped(nothing)}"
+        kernel.mount("overlay", target, "overlay", kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV, options)
+    finally:
+        kernel.capset(permitted)  # first: it takes a capability to be somebody else again
+        kernel.set_file_owner(owner)
 
 
 def switch(staging: str) -> None:

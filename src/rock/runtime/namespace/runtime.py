@@ -23,6 +23,7 @@ from rock.runtime.initfiles import InitSandboxes
 from rock.runtime.initlink import InitLink
 from rock.runtime.namespace import admission, disk, keeping, limits
 from rock.runtime.namespace.disks import Disks
+from rock.runtime.namespace.diskwatch import DiskWatch
 from rock.runtime.namespace.factory import Factory, Kept
 from rock.runtime.namespace.handles import RUNTIME, Handles
 from rock.runtime.namespace.kind import Kind
@@ -38,7 +39,8 @@ _POOL = SandboxConfig(image="pool", memory="1g", cpus=1.0)  # limits of what nob
 
 
 class NamespaceRuntime(InitSandboxes):
-    """The embedded default. `run_dir` holds a folder a sandbox; pool_size 0 switches the warm pool off."""
+    """The embedded default. `run_dir` holds a folder a sandbox; pool_size 0 switches the warm pool off. disk_limit:
+    bytes for the files of a sandbox without `disk`; 0 is no limit."""
 
     name = RUNTIME
     traits: Mapping[Isolation, frozenset[Trait]] = {
@@ -46,19 +48,21 @@ class NamespaceRuntime(InitSandboxes):
         Isolation.USERNS: frozenset(Trait) - {Trait.USERS},
     }
 
-    def __init__(self, run_dir: Path, pool_size: int, images: Images, resolvers: Sequence[str] = ()) -> None:
+    def __init__(self, run_dir: Path, pool_size: int, images: Images, resolvers: Sequence[str] = (),
+                 disk_limit: int = 0) -> None:
         self._run_dir = Path(os.path.realpath(run_dir))
         self._outlets = Outlets(self._run_dir, resolvers)
         self._images = images
         self._slots = Slots(self._run_dir, self._outlets)
         self._disks = Disks(self._try_disk)
-        self._handles = Handles(self._slots, self._disks)
+        self._handles = Handles(self._slots, self._disks, disk_limit)
         self._factory = Factory(self._slots, self._disks, images)
         self._resting = Resting(self._slots, self._handles, images)
         self._pool: Pool[Kind, Sandbox] = Pool(pool_size, self._prepare, self._slots.discard, self._usable)
         self._watch = MemoryWatch("namespace", lambda: {
             sandbox.pid: (sandbox.memory, sandbox.count_kill)
             for sandbox in self._slots.live.values() if sandbox.memory})  # fmt: skip
+        self._disk_watch = DiskWatch(self._slots.measured) if disk_limit else None
         self._opened = False
         self._known_images: dict[str, Kind] = {}
         self.isolation = Isolation.NAMESPACES
@@ -79,6 +83,8 @@ class NamespaceRuntime(InitSandboxes):
         self._opened = True
         if self._slots.limiter.enforced()["memory"] == "watched":
             self._watch.start()
+        if self._disk_watch is not None:
+            self._disk_watch.start()
 
     async def _choose_level(self) -> None:
         """Start one sandbox of nothing and look; as root with less when the whole cannot be had."""
@@ -115,6 +121,8 @@ class NamespaceRuntime(InitSandboxes):
 
     async def close(self) -> None:
         await self._watch.close()
+        if self._disk_watch is not None:
+            await self._disk_watch.close()
         await self._pool.close()
         await self._outlets.close()
         self._factory.close()
@@ -231,7 +239,11 @@ class NamespaceRuntime(InitSandboxes):
     async def wait(self, handle: Handle) -> str:
         kills = self.oom_kills(handle)
         await wait_gone(handle.data["pid"], handle.data["start"])
-        return "oom" if self.oom_kills(handle) > kills and not self._slots.was_told(handle) else "gone"
+        if self._slots.was_told(handle):
+            return "gone"
+        if self._slots.is_full(handle):
+            return "disk"
+        return "oom" if self.oom_kills(handle) > kills else "exited"
 
     async def usage(self, handle: Handle) -> Usage:
         sandbox = self._slots.live.get(handle.data["slot"])

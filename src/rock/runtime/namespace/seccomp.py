@@ -1,8 +1,12 @@
-"""The system call filter: what no program in a sandbox needs and what has opened sandboxes before is refused.
+"""The system call filter: what ordinary programs need is allowed, and all else is refused.
 
-    wrong architecture -> killed      x32, clone3 -> ENOSYS (the C library then uses clone, whose flags are looked at)
-    a call in `_DENIED` -> EPERM      clone, unshare with namespaces, mknod of devices, odd sockets, TIOCSTI -> EPERM
-    all else -> allowed
+    wrong architecture -> killed      x32, clone3, calls that no list has -> ENOSYS (the C library then uses another)
+    a call of syscalls.REFUSED -> EPERM
+    a call of syscalls.ALLOWED -> allowed, or looked at by its arguments: new namespaces, devices, terminals, families
+    and protocols of sockets, personalities, and limits and priorities of pid 1
+
+The numbers are looked up by a binary search over ranges with the same answer, some nine comparisons deep. The kernel
+remembers which calls are allowed whatever their arguments, and does not run the filter for those.
 
 Built by hand as classic BPF; standard library only.
 """
@@ -14,66 +18,29 @@ import platform
 import struct
 from collections.abc import Iterable
 
+from rock.runtime.namespace import syscalls
+
 _ALLOW = 0x7FFF0000
 _KILL = 0x80000000
 _ERRNO = 0x00050000
-_LD, _JEQ, _JGE, _JSET, _AND, _RET = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
+_LD, _JA, _JEQ, _JGE, _JSET, _AND, _RET = 0x20, 0x05, 0x15, 0x35, 0x45, 0x54, 0x06
 _NR, _ARCH, _ARGS = 0, 4, 16
 _NEW_NAMESPACES = 0x7E020000
 _CLONE_NEWTIME = 0x80
+_X32 = 0x40000000
+_FARTHEST = 255  # instructions that a conditional jump can pass over
 
 _ARCHES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-_SPECIAL = {
-    "x86_64": {"clone": 56, "clone3": 435, "unshare": 272, "mknod": 133, "mknodat": 259, "socket": 41, "ioctl": 16,
-               "personality": 135},
-    "aarch64": {"clone": 220, "clone3": 435, "unshare": 97, "mknodat": 33, "socket": 198, "ioctl": 29,
-                "personality": 92},
-}
-# Same numbers on both: pidfd_getfd, open_tree .. fspick, mount_setattr, process_madvise is left alone, quotactl_fd,
-# io_uring_*, process_mrelease is left alone, kexec_file_load differs.
-_COMMON = {
-    "pidfd_getfd": 438, "open_tree": 428, "move_mount": 429, "fsopen": 430, "fsconfig": 431, "fsmount": 432,
-    "fspick": 433, "mount_setattr": 442, "quotactl_fd": 443, "io_uring_setup": 425, "io_uring_enter": 426,
-    "io_uring_register": 427, "open_tree_attr": 467,
-}
-_DENIED = {
-    "x86_64": {
-        "ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311, "kcmp": 312, "add_key": 248,
-        "request_key": 249, "keyctl": 250, "bpf": 321, "perf_event_open": 298, "userfaultfd": 323, "mount": 165,
-        "umount2": 166, "pivot_root": 155, "setns": 308, "swapon": 167, "swapoff": 168, "reboot": 169,
-        "kexec_load": 246, "kexec_file_load": 320, "init_module": 175, "finit_module": 313, "delete_module": 176,
-        "create_module": 174, "get_kernel_syms": 177, "query_module": 178, "open_by_handle_at": 304, "acct": 163,
-        "quotactl": 179, "nfsservctl": 180, "settimeofday": 164, "clock_settime": 227, "clock_adjtime": 305,
-        "adjtimex": 159, "sethostname": 170, "setdomainname": 171, "iopl": 172, "ioperm": 173, "syslog": 103,
-        "vhangup": 153, "_sysctl": 156, "uselib": 134, "ustat": 136, "sysfs": 139, "lookup_dcookie": 212,
-        "fanotify_init": 300, "name_to_handle_at": 303, "move_pages": 279, "migrate_pages": 256,
-        "set_mempolicy": 238, "mbind": 237, "modify_ldt": 154,
-    },
-    "aarch64": {
-        "ptrace": 117, "process_vm_readv": 270, "process_vm_writev": 271, "kcmp": 272, "add_key": 217,
-        "request_key": 218, "keyctl": 219, "bpf": 280, "perf_event_open": 241, "userfaultfd": 282, "mount": 40,
-        "umount2": 39, "pivot_root": 41, "setns": 268, "swapon": 224, "swapoff": 225, "reboot": 142,
-        "kexec_load": 104, "kexec_file_load": 294, "init_module": 105, "finit_module": 273, "delete_module": 106,
-        "open_by_handle_at": 265, "acct": 89, "quotactl": 60, "nfsservctl": 42, "settimeofday": 170,
-        "clock_settime": 112, "clock_adjtime": 266, "adjtimex": 171, "sethostname": 161, "setdomainname": 162,
-        "syslog": 116, "vhangup": 58, "lookup_dcookie": 18, "fanotify_init": 262, "name_to_handle_at": 264,
-        "move_pages": 239, "migrate_pages": 238, "set_mempolicy": 237, "mbind": 235,
-    },
-}
-# Of a sandbox without namespaces. System V IPC and message queues: shm*, sem*, msg*, mq_open, mq_unlink.
-_IPC = {"x86_64": (29, 30, 31, 64, 65, 66, 68, 69, 70, 71, 220, 240, 241),
-        "aarch64": (180, 181, 186, 187, 188, 189, 190, 191, 192, 193, 194, 195, 196)}
-# By whom: prlimit64, sched_setaffinity, _setscheduler, _setparam, _setattr, setpriority (which and whom), ioprio_set.
-_ONLY_ITSELF: dict[str, dict[int, tuple[int, ...]]] = {
-    "x86_64": {302: (0,), 203: (0,), 144: (0,), 142: (0,), 314: (0,), 141: (0, 1), 251: (1,)},
-    "aarch64": {261: (0,), 122: (0,), 119: (0,), 118: (0,), 274: (0,), 140: (0, 1), 30: (1,)},
-}
-_SOCKET_FAMILIES = (1, 2, 10)  # unix, IPv4, IPv6
-_NETLINK = 16
+# Of sockets of IPv4 and IPv6: none given, ICMP, TCP, UDP, ICMPv6. Others load modules: SCTP, MPTCP, UDP-Lite.
+_PROTOCOLS = (0, 1, 6, 17, 58)
+_UNIX, _INTERNET, _NETLINK = 1, (2, 10), 16
 _PERSONALITIES = (0x0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)
 _TERMINAL_IOCTLS = (0x5412, 0x541C, 0x5423)  # TIOCSTI, TIOCLINUX, TIOCSETD: it loads modules for line disciplines
+_PID_1 = 1
+_ITSELF = 0
 
 Instruction = tuple[int, int, int, int]
+Code = list[Instruction]
 
 
 def supported(machine: str | None = None) -> bool:
@@ -81,37 +48,101 @@ def supported(machine: str | None = None) -> bool:
     return (machine or platform.machine()) in _ARCHES
 
 
+def inspected() -> frozenset[str]:
+    """Names of the calls that are allowed with some arguments only."""
+    return frozenset(_by_arguments())
+
+
 def build(machine: str | None = None, *, shared: bool = False, sockets: bool = True) -> bytes:
     """The filter as packed instructions, ready for the kernel.
 
-    shared: for a sandbox without namespaces: nothing that would reach into the host's IPC, or other processes of its
-    user, and no unix sockets but pairs, as those of the host could be called. sockets: whether there are others.
+    shared: for a sandbox without namespaces: nothing that would reach into the host's IPC, tell of its files, or reach
+    other processes of its user, and no unix sockets but pairs, as those of the host could be called. sockets: whether
+    there are others.
     """
     machine = machine or platform.machine()
-    special = _SPECIAL[machine]
-    code: list[Instruction] = [
-        _load(_ARCH), (_JEQ, 1, 0, _ARCHES[machine]), _ret(_KILL),
-        _load(_NR),
-    ]
+    code: Code = [_load(_ARCH), (_JEQ, 1, 0, _ARCHES[machine]), _ret(_KILL), _load(_NR)]
     if machine == "x86_64":
-        code += [(_JGE, 0, 1, 0x40000000), _ret(_ERRNO | errno.ENOSYS)]
-    code += _when(special["clone3"], [_ret(_ERRNO | errno.ENOSYS)])
-    for number in sorted({*_DENIED[machine].values(), *_COMMON.values()}):
-        code += _when(number, [_refuse()])
-    code += _when(special["clone"], _refuse_flags(0, _NEW_NAMESPACES))
-    code += _when(special["unshare"], _refuse_flags(0, _NEW_NAMESPACES | _CLONE_NEWTIME))
-    for name, argument in (("mknod", 1), ("mknodat", 2)):
-        if name in special:
-            code += _when(special[name], _mknod(argument))
-    if shared:
-        code += _shared(machine)
-        code += _when(special["socket"], _socket((2, 10)) if sockets else [_ret(_ERRNO | errno.EACCES)])
-    else:
-        code += _when(special["socket"], _socket(_SOCKET_FAMILIES))
-    code += _when(special["ioctl"], [_load(_argument(1)), *_refuse_values(_TERMINAL_IOCTLS), _ret(_ALLOW)])
-    code += _when(special["personality"], [_load(_argument(0)), *_allow_values(_PERSONALITIES), _refuse()])
-    code.append(_ret(_ALLOW))
+        code += [(_JGE, 0, 1, _X32), _refuse(errno.ENOSYS)]
+    code += _search(_ranges(_verdicts(machine, shared=shared, sockets=sockets)))
     return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
+
+
+# ---- the walls, by name
+
+
+def _verdicts(machine: str, *, shared: bool, sockets: bool) -> dict[int, Code]:
+    """What happens with each call, by its number; with a number that is not there, ENOSYS."""
+    looked_at = _by_arguments()
+    if shared:
+        looked_at |= _without_namespaces(sockets)
+    verdicts = {}
+    for name, number in syscalls.NUMBERS[machine].items():
+        if name in syscalls.ALLOWED:
+            verdicts[number] = looked_at.get(name, [_ret(_ALLOW)])
+        elif name in syscalls.REFUSED:
+            verdicts[number] = [_refuse()]
+    return verdicts
+
+
+def _by_arguments() -> dict[str, Code]:
+    """The calls that are allowed with some arguments only."""
+    return {
+        "clone": _refuse_flags(0, _NEW_NAMESPACES),
+        "unshare": _refuse_flags(0, _NEW_NAMESPACES | _CLONE_NEWTIME),
+        "mknod": _no_devices(1),
+        "mknodat": _no_devices(2),
+        "socket": _sockets(unix=True),
+        "ioctl": [_load(_argument(1)), *_refuse_values(_TERMINAL_IOCTLS), _ret(_ALLOW)],
+        "personality": [_load(_argument(0)), *_allow_values(_PERSONALITIES), _refuse()],
+        **_not_of_pid_1(),
+    }
+
+
+def _not_of_pid_1() -> dict[str, Code]:
+    """Limits, CPUs and priorities of pid 1 stay as they are: it has the same user as root inside, and a program that
+    takes its files or its time away would end the sandbox, as if its machine had failed."""
+    mine: Code = [_load(_argument(0)), *_refuse_values((_PID_1,)), _ret(_ALLOW)]
+    return {
+        "prlimit64": [_load(_argument(0)), (_JEQ, 1, 0, _PID_1), _ret(_ALLOW), *_reading_only(2)],
+        "sched_setaffinity": mine, "sched_setscheduler": mine, "sched_setparam": mine, "sched_setattr": mine,
+        # Of one process, and not of all of a group or a user, among which pid 1 is.
+        "setpriority": [*_only(0, 0), _load(_argument(1)), *_refuse_values((_PID_1,)), _ret(_ALLOW)],
+        "ioprio_set": [*_only(0, 1), _load(_argument(1)), *_refuse_values((_PID_1,)), _ret(_ALLOW)],
+    }
+
+
+def _without_namespaces(sockets: bool) -> dict[str, Code]:
+    """The calls that are refused, or looked at more closely, where the host's names and processes are seen."""
+    itself: Code = [*_only(0, _ITSELF), _ret(_ALLOW)]
+    return {
+        **{name: [_refuse()] for name in syscalls.IPC | syscalls.INOTIFY},
+        "socket": _sockets(unix=False) if sockets else [_refuse(errno.EACCES)],
+        "prlimit64": itself, "sched_setaffinity": itself, "sched_setscheduler": itself, "sched_setparam": itself,
+        "sched_setattr": itself,
+        "setpriority": [*_only(0, 0), *_only(1, _ITSELF), _ret(_ALLOW)],
+        "ioprio_set": [*_only(1, _ITSELF), _ret(_ALLOW)],
+    }
+
+
+def _sockets(*, unix: bool) -> Code:
+    """Internet sockets of the usual protocols, unix sockets, and netlink for routes; no packet, vsock or crypto.
+
+    Of netlink's other protocols the kernel seems to know nothing: useradd and su then go on without its audit.
+    """
+    unknown = _refuse(errno.EPROTONOSUPPORT)
+    internet = [_load(_argument(2)), *_allow_values(_PROTOCOLS), unknown]
+    netlink = [_load(_argument(2)), *_allow_values((0,)), unknown]
+    return [_load(_argument(0)), *(_allow_values((_UNIX,)) if unix else []),
+            (_JEQ, 1, 0, _INTERNET[0]), (_JEQ, 0, len(internet), _INTERNET[1]), *internet,
+            (_JEQ, 0, len(netlink), _NETLINK), *netlink, _refuse(errno.EAFNOSUPPORT)]
+
+
+def _no_devices(argument: int) -> Code:
+    return [_load(_argument(argument)), (_AND, 0, 0, 0o170000), *_refuse_values((0o020000, 0o060000)), _ret(_ALLOW)]
+
+
+# ---- instructions
 
 
 def _load(offset: int) -> Instruction:
@@ -127,46 +158,50 @@ def _ret(value: int) -> Instruction:
     return _RET, 0, 0, value
 
 
-def _refuse() -> Instruction:
-    return _ret(_ERRNO | errno.EPERM)
+def _refuse(number: int = errno.EPERM) -> Instruction:
+    return _ret(_ERRNO | number)
 
 
-def _when(number: int, body: list[Instruction]) -> list[Instruction]:
-    """The body, which ends in a return, for one call; the accumulator holds the call's number before and after."""
-    return [(_JEQ, 0, len(body), number), *body]
-
-
-def _refuse_flags(argument: int, flags: int) -> list[Instruction]:
+def _refuse_flags(argument: int, flags: int) -> Code:
     return [_load(_argument(argument)), (_JSET, 0, 1, flags), _refuse(), _ret(_ALLOW)]
 
 
-def _refuse_values(values: Iterable[int]) -> list[Instruction]:
+def _refuse_values(values: Iterable[int]) -> Code:
     return [part for value in values for part in ((_JEQ, 0, 1, value), _refuse())]
 
 
-def _allow_values(values: Iterable[int]) -> list[Instruction]:
+def _allow_values(values: Iterable[int]) -> Code:
     return [part for value in values for part in ((_JEQ, 0, 1, value), _ret(_ALLOW))]
 
 
-def _mknod(argument: int) -> list[Instruction]:
-    return [_load(_argument(argument)), (_AND, 0, 0, 0o170000), *_refuse_values((0o020000, 0o060000)), _ret(_ALLOW)]
+def _only(argument: int, value: int) -> Code:
+    """Go on when the argument, of 32 bits, is this value; refuse all else."""
+    return [_load(_argument(argument)), (_JEQ, 1, 0, value), _refuse()]
 
 
-def _shared(machine: str) -> list[Instruction]:
-    code: list[Instruction] = []
-    for number in _IPC[machine]:
-        code += _when(number, [_refuse()])
-    for number, arguments in _ONLY_ITSELF[machine].items():
-        code += _when(number, [part for index in arguments for part in (
-            _load(_argument(index)), (_JEQ, 1, 0, 0), _refuse())] + [_ret(_ALLOW)])
-    return code
+def _reading_only(argument: int) -> Code:
+    """Allow a null pointer, whose both halves are 0."""
+    return [_load(_argument(argument)), (_JEQ, 1, 0, 0), _refuse(),
+            _load(_argument(argument) + 4), (_JEQ, 1, 0, 0), _refuse(), _ret(_ALLOW)]
 
 
-def _socket(families: tuple[int, ...]) -> list[Instruction]:
-    """Unix and internet sockets, and netlink for routes; nothing else, such as packet, vsock or crypto.
+def _ranges(verdicts: dict[int, Code]) -> list[tuple[int, Code]]:
+    """(first number, what happens), in order: neighbours with the same answer in one."""
+    unknown: Code = [_refuse(errno.ENOSYS)]
+    found: list[tuple[int, Code]] = []
+    for number in range(max(verdicts) + 2):
+        verdict = verdicts.get(number, unknown)
+        if not found or found[-1][1] != verdict:
+            found.append((number, verdict))
+    return found
 
-    Of netlink's other protocols the kernel seems to know nothing: useradd and su then go on without its audit.
-    """
-    netlink = [_load(_argument(2)), *_allow_values((0,)), _ret(_ERRNO | errno.EPROTONOSUPPORT)]
-    return [_load(_argument(0)), *_allow_values(families), (_JEQ, 0, len(netlink), _NETLINK), *netlink,
-            _ret(_ERRNO | errno.EAFNOSUPPORT)]
+
+def _search(ranges: list[tuple[int, Code]]) -> Code:
+    """The code of the range that the accumulator is in."""
+    if len(ranges) == 1:
+        return ranges[0][1]
+    half = len(ranges) // 2
+    below, above = _search(ranges[:half]), _search(ranges[half:])
+    if len(below) <= _FARTHEST:
+        return [(_JGE, len(below), 0, ranges[half][0]), *below, *above]
+    return [(_JGE, 0, 1, ranges[half][0]), (_JA, 0, 0, len(below)), *below, *above]

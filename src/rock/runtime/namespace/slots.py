@@ -7,6 +7,7 @@ import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,18 @@ from rock.guest import proctree
 from rock.guest.remove import remove_tree
 from rock.runtime.base import Handle, Prepared
 from rock.runtime.initlink import InitLink
-from rock.runtime.namespace import cgroups, disk, limits, mounts, records, teardown
+from rock.runtime.namespace import cgroups, devices, disk, limits, mounts, records, teardown
+from rock.runtime.namespace.diskwatch import Held
 from rock.runtime.namespace.launchlink import LaunchLink
 from rock.runtime.namespace.outlets import Outlets
 from rock.runtime.process import wait_gone
+
+
+def _cpu_of(folders: Mapping[str, str]) -> str:
+    """The file that counts the CPU time of a sandbox, or ""."""
+    if "cpuacct" in folders:
+        return f"{folders['cpuacct']}/cpuacct.usage"
+    return f"{folders['cpu']}/cpu.stat" if os.path.exists(f"{folders.get('cpu', '')}/cpu.stat") else ""
 
 
 @dataclass
@@ -32,6 +41,8 @@ class Sandbox:
     folders: dict[str, str]
     link: InitLink | None = None
     memory: int = 0
+    disk: int = 0  # bytes that its files may take, where they are measured
+    over: int = 0  # bytes that they took when that ended it
     kills: int = 0  # by our own watching
     prepared: Prepared | None = None
 
@@ -74,11 +85,17 @@ class Slots:
             if isinstance(base, int):
                 self.ranges.reserve(base, slot)
         self.limiter = limits.Limiter(await asyncio.to_thread(cgroups.discover, str(self.run_dir)))
+        for parent in {place.parent for place in self.limiter.groups.places.values() if place.version == 2}:
+            with contextlib.suppress(OSError):
+                devices.limit_folder(parent)
+            with contextlib.suppress(OSError):
+                cgroups.write(f"{parent}/io.weight", "default 100")
 
     async def close(self) -> None:
         """Of one that was opened. The sandboxes live on."""
         await self.remove_spares()
         cgroups.remove_parents(self.limiter.groups)
+        await asyncio.to_thread(devices.remove_shared, str(self.run_dir))
 
     async def remove_spares(self) -> None:
         await asyncio.to_thread(remove_tree, str(self.run_dir / records.SPARE))
@@ -100,7 +117,7 @@ class Slots:
             if "pid" not in data or not proctree.lives(data["pid"], data["start"]):  # one at rest has none
                 raise errors.Lost("the sandbox is gone", sandbox_id=handle.id)
             sandbox = Sandbox(slot, data["pid"], data["start"], data["base"], dict(data["cgroups"]),
-                              memory=int(data["memory"]))
+                              memory=int(data["memory"]), disk=int(data.get("disk_limit", 0)))
             self.ranges.reserve(sandbox.base, slot)
             self.live[slot] = sandbox
         return sandbox
@@ -118,6 +135,20 @@ class Slots:
         folder = handle.data["cgroups"].get("memory")
         return (cgroups.oom_kills(folder) if folder else 0) + (sandbox.kills if sandbox else 0)
 
+    def measured(self) -> list[Held]:
+        """Those whose files are measured."""
+        return [Held(str(self.run_dir / one.slot), one.pid, one.disk, one.folders.get("pids", ""), _cpu_of(one.folders),
+                     partial(self._end_full, one)) for one in self.live.values() if one.disk]
+
+    def _end_full(self, sandbox: Sandbox, size: int) -> None:
+        sandbox.over = size
+        teardown.kill(sandbox.pid, sandbox.start)
+
+    def is_full(self, handle: Handle) -> bool:
+        """Whether it was ended for what its files took."""
+        sandbox = self.live.get(handle.data["slot"])
+        return sandbox is not None and sandbox.over > 0
+
     # ---- ending ----
 
     async def stop(self, handle: Handle, grace: float) -> None:
@@ -134,8 +165,9 @@ class Slots:
         self.forget(slot)
 
     def was_told(self, handle: Handle) -> bool:
-        """Whether pid 1 ended by itself, as `stop` makes it do."""
-        return self._stopped(handle.data["slot"]).exists()
+        """Whether pid 1 ended because `stop` made it, or all of it was removed."""
+        stopped = self._stopped(handle.data["slot"])
+        return stopped.exists() or not stopped.parent.exists()
 
     def _stopped(self, slot: str) -> Path:
         return self.run_dir / slot / "stopped"

@@ -163,11 +163,13 @@ class Zygote:
     """Made by the launcher once it is ready to be copied.
 
     live: run in each child, with the launcher's note, the index of the call that failed, or -1, and what lets go of
-    pages that are as the zygote has them, or None. rehearse: run in the zygote before it waits, for its children.
+    pages that are as the zygote has them, or None. rehearse: run in the zygote before it waits, for its children. join:
+    run there too, or else in each child: puts it into the groups of all sandboxes.
     """
 
-    def __init__(self, live: Callable[[bytes, int, Sweep | None], None], rehearse: Callable[[], None]) -> None:
-        self._live, self._rehearse = live, rehearse
+    def __init__(self, live: Callable[[bytes, int, Sweep | None], None], rehearse: Callable[[], None],
+                 join: Callable[[], object] = lambda: None) -> None:
+        self._live, self._rehearse, self._join = live, rehearse, join
         self._sweep: Sweep | None = None
         self._left_at_most = 0  # of the zygote's own calls, for the sweep to be of use
         self._memory = mmap.mmap(-1, AREA * (_AREAS + 1))  # the last one is for the zygote's own calls
@@ -196,6 +198,7 @@ class Zygote:
                 kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries its children
+                self._join()
                 if os.getppid() == launcher and self._function is not None:
                     self._snapshot(file)
                     address = self._function(ctypes.addressof(self._control))
@@ -275,6 +278,7 @@ class Zygote:
         if pid == 0:
             try:
                 signal.set_wakeup_fd(-1)
+                self._join()
                 self._go_on(area, self._run(area))
             finally:
                 os._exit(0)

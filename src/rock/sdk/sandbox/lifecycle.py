@@ -23,8 +23,9 @@ _PHASES = {"image": "image_pull", "sandbox": "docker_run"}  # ROCK's names
 
 _BY_CAUSE: dict[Cause, type[errors.SandboxError]] = {
     Cause.OUT_OF_MEMORY: errors.OutOfMemory,
+    Cause.DISK_FULL: errors.DiskFull,
     Cause.LOST: errors.Lost,
-    Cause.EXITED: errors.Lost,
+    Cause.EXITED: errors.Exited,
     Cause.START_FAILED: errors.StartFailed,
 }
 

@@ -28,7 +28,7 @@ class Sandbox(Lifecycle, Sessions, Files, Ports):
             seen = sandbox.arun("echo hello")
 
     Calls may come from many threads and from any event loop. Every call raises RockError: Unavailable when the server
-    cannot be reached, NotFound when there is no such sandbox, Expired, OutOfMemory or Lost when it has ended.
+    cannot be reached, NotFound when there is no such sandbox, Expired, OutOfMemory, Exited or Lost when it has ended.
 
     config, url, sandbox_id, host_name, host_ip, cluster: where it is. fs: its files. process: scripts. remote_user:
     users inside. deploy: a local folder as its working folder. network: mirrors. runtime_envs: Python and Node that
