@@ -258,7 +258,7 @@ def test_a_slow_client_is_not_a_slow_program(guest: Guest) -> None:
 def test_an_answer_before_the_body_was_sent(guest: Guest) -> None:
     host, _, port = guest.address.partition(":")
     with socket.create_connection((host, int(port)), SECONDS) as client:
-        head = f"POST {guest.base}/ports/9014/ HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n"
+        head = f"POST {guest.base}/ports/9014/ HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n"
         client.sendall(head.encode())
         seen = b""
         while not seen.endswith(b"no"):
@@ -307,7 +307,7 @@ def test_a_client_that_leaves(guest: Guest, path: str) -> None:
 def test_a_client_that_leaves_before_it_is_answered(guest: Guest) -> None:
     before = sockets(guest.server)
     host, _, port = guest.address.partition(":")
-    for head in ("GET {} HTTP/1.1\r\nhost: x\r\n\r\n", "POST {} HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\nabc"):
+    for head in ("GET {} HTTP/1.1\r\nhost: localhost\r\n\r\n", "POST {} HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\nabc"):
         with socket.create_connection((host, int(port)), SECONDS) as client:
             client.sendall(head.format(f"{guest.base}/ports/9003/").encode())
             until(lambda: sockets(guest.server) > before + 1)

@@ -17,7 +17,7 @@ class BuildRequest(Wire):
     network: of RUN: "none" (the default, as of sandboxes), "nat" or "host".
     memory, cpus, pids: limits of each RUN. timeout: seconds that one RUN may take.
     use_cache: steps that were made before are taken over. pull: of the images in FROM, as in SandboxConfig.
-    registry_username, registry_password: for these; forgotten afterwards.
+    registry_username, registry_password: for these; forgotten afterwards. public_registries: see SandboxConfig.
     """
 
     image_tag: str = Field(min_length=1, max_length=400)
@@ -34,6 +34,7 @@ class BuildRequest(Wire):
     pull: Literal["missing", "always", "never"] = "missing"
     registry_username: str | None = None
     registry_password: str | None = Field(default=None, repr=False)
+    public_registries: bool = False
 
     @field_validator("build_args")
     @classmethod

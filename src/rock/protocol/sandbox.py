@@ -125,6 +125,8 @@ class SandboxConfig(BaseConfig):
     isolation: exactly this level; where no runtime is named, it chooses the one that gives it. minimum_isolation:
         refuse to start with anything weaker.
     env: environment of all that runs inside. labels: the user's own words, to list by.
+    public_registries: pull from public addresses alone, and from registries that the owner of the server has named; set
+        for each tenant.
     sandbox_id: a name of your own choice; taken already is a Conflict.
     """
 
@@ -161,6 +163,7 @@ class SandboxConfig(BaseConfig):
     pull: Literal["missing", "always", "never"] = "missing"
     registry_username: str | None = None
     registry_password: str | None = Field(default=None, repr=False)
+    public_registries: bool = False
     use_kata_runtime: bool = False
     oci_runtime: Literal["runc", "runsc", "kata"] | None = None
     num_gpus: float | None = Field(default=None, ge=0)
@@ -323,12 +326,13 @@ class ArchivedFiles(Wire):
 
 class CommitRequest(Wire):
     """Make an image of a sandbox: `image_tag` is its name. `push`: to the registry that is named there, with this
-    login, which is forgotten afterwards."""
+    login, which is forgotten afterwards. public_registries: see SandboxConfig."""
 
     image_tag: str = Field(min_length=1, max_length=400)
     registry_username: str | None = None
     registry_password: str | None = Field(default=None, repr=False)
     push: bool = False
+    public_registries: bool = False
 
 
 class CommitPhase(StrEnum):
