@@ -51,7 +51,7 @@ from rock.telemetry import set_up_logs
 from rock.wire.admission import Admission
 from rock.wire.asgi import Answer, App, Receive, Request, Scope, Send, answer
 from rock.wire.dropping import dropping
-from rock.wire.intake import Intake
+from rock.wire.intake import HEAD_WITHIN, Intake
 from rock.wire.remote import Remote
 
 log = logging.getLogger("rock.server")
@@ -272,12 +272,15 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
-def http_over(app: App, settings: Settings | None = None) -> uvicorn.Server:
-    """An HTTP server over an application, to be given its sockets. InvalidConfig for a certificate that is none."""
+def http_over(
+    app: App, settings: Settings | None = None, *, admission: Admission | None = None, head_within: float = HEAD_WITHIN
+) -> uvicorn.Server:
+    """An HTTP server over an application, to be given its sockets. admission: how many connections it has. head_within:
+    seconds for the head of a request. InvalidConfig for a certificate that is none."""
     tls = {} if settings is None else tls_of(settings)
     config = uvicorn.Config(
         app,
-        http=cast(Any, partial(Intake, admission=Admission())),
+        http=cast(Any, partial(Intake, admission=admission or Admission(), head_within=head_within)),
         log_config=None,
         access_log=False,
         lifespan="off",
@@ -366,7 +369,6 @@ def stop_on_signals(http: uvicorn.Server, drain: Callable[[], Coroutine[Any, Any
 
 def run_server(settings: Settings, role: type[Server] | type[Rocklet] = Server, *, log_to_file: bool = True) -> None:
     """Serve in this process until told to stop. Raises RockError when it cannot start."""
-    os.umask(0o077)  # what it writes is its owner's alone; launchers and pid 1 of sandboxes have a umask of their own
     make_private(settings.home)
     set_up_logs(settings.log_level, settings.log_dir if log_to_file else None, settings.log_format)
     faults.arm(settings.faults)

@@ -6,10 +6,10 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from rock.protocol.sandbox import SandboxConfig, Wire
+from rock.protocol.sandbox import Inside, SandboxConfig
 
 
-class BuildRequest(Wire):
+class BuildRequest(Inside):
     """An image to be built of a Dockerfile. The context follows as a tar.
 
     image_tag: its name. dockerfile: the text. target: the stage to build; None is the last one.

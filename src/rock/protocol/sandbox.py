@@ -6,7 +6,7 @@ import re
 from enum import StrEnum
 from functools import lru_cache
 from operator import attrgetter
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -91,6 +91,28 @@ class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, defer_build=True)
 
 
+class Inside(Wire):
+    """Base of messages whose strings reach an operating system, as paths, words or names: none has a NUL character.
+    texts: fields that may have one."""
+
+    texts: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="after")
+    def _no_nul(self) -> Self:
+        for name in self.model_fields_set - self.texts:
+            if _has_nul(getattr(self, name)):
+                raise ValueError(f"{name}: a NUL character cannot be in it")
+        return self
+
+
+def _has_nul(value: object) -> bool:
+    if isinstance(value, str):
+        return "\0" in value
+    if isinstance(value, dict):
+        return any(_has_nul(part) for row in value.items() for part in row)
+    return isinstance(value, list | tuple) and any(map(_has_nul, value))
+
+
 class BaseConfig(Wire):
     """How to reach the server. None of it travels."""
 
@@ -100,7 +122,7 @@ class BaseConfig(Wire):
     extra_headers: dict[str, str] = Field(default_factory=dict, exclude=True)
 
 
-class SandboxConfig(BaseConfig):
+class SandboxConfig(BaseConfig, Inside):
     """A sandbox to be: what the user writes is what travels.
 
     image: "host" (this machine's own system, read-only) or the name of an image in the server's store.
@@ -324,7 +346,7 @@ class ArchivedFiles(Wire):
     image_digest: str
 
 
-class CommitRequest(Wire):
+class CommitRequest(Inside):
     """Make an image of a sandbox: `image_tag` is its name. `push`: to the registry that is named there, with this
     login, which is forgotten afterwards. public_registries: see SandboxConfig."""
 
