@@ -15,6 +15,7 @@ from rock.rocklet.node import Node
 from rock.rocklet.port_headers import Target, inward, outward, target_of
 from rock.rocklet.supervisor import Supervisor
 from rock.wire.asgi import Answer, Disconnected, Request, Router, Send
+from rock.wire.rounds import BUDGET, rounds
 
 log = logging.getLogger("rock.ports")
 
@@ -22,7 +23,6 @@ HEAD_LIMIT = 64 << 10  # bytes, of all heads that come before the answer's body
 INFORMATIONAL = 32  # answers 1xx before the answer
 _LINES = 1024
 _PIECE = 4 << 10  # bytes of heads parsed at once
-_BUDGET = 0.003  # seconds of parsing, then other requests have a turn
 _Event = h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]
 
 
@@ -215,8 +215,8 @@ class _Exchange:
     async def _yield(self) -> None:
         """Let others have the loop, once this has had it for long: what came at once may be thousands of pieces."""
         loop = asyncio.get_running_loop()
-        if loop.time() - self._since > _BUDGET:
-            await asyncio.sleep(0)
+        if loop.time() - self._since > BUDGET:
+            await rounds().wait()
             self._since = loop.time()
 
 

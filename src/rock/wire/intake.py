@@ -23,6 +23,7 @@ from asyncio import BaseTransport, TimerHandle
 from typing import Any
 
 import orjson
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
@@ -30,17 +31,27 @@ from rock.errors import ClientError, InvalidConfig, RockError, Unavailable
 from rock.protocol.routes import ERROR_CODE
 from rock.wire.admission import Admission
 from rock.wire.peers import PEER, Peer
+from rock.wire.rounds import BUDGET, rounds
 from rock.wire.turns import PLACE, Place
 
 HEAD_LIMIT = 64 << 10  # bytes
 HEADERS = 256
 URL_LIMIT = 32 << 10  # bytes
 HEAD_WITHIN = 30.0  # seconds
-BUDGET = 0.003  # seconds of parsing for one connection, then others have a turn
 _PIECE = 4 << 10  # bytes parsed at once
 _PIPELINED = 16  # requests read ahead of the one that is answered
 _HELD = 64 << 10  # bytes of a request that waits; then nothing more is taken from its connection
 _LINGER, _LINGERING = 2.0, 1 << 20  # seconds and bytes for which a refused client may go on sending
+
+
+class _Flow(FlowControl):
+    """What is read from a connection. is_held: there is data that has not been parsed, so no more is taken."""
+
+    is_held = False
+
+    def resume_reading(self) -> None:
+        if not self.is_held:
+            super().resume_reading()
 
 
 class Intake(HttpToolsProtocol):
@@ -69,6 +80,7 @@ class Intake(HttpToolsProtocol):
 
     def connection_made(self, transport: BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
+        self.flow: _Flow = _Flow(self.transport)
         self._peer.made(transport)
         self.address = self.client[0] if self.client else ""
         if self._admission.admit(self):
@@ -99,6 +111,7 @@ class Intake(HttpToolsProtocol):
             self._held += data
             if len(self._held) > _HELD:
                 self.flow.pause_reading()
+                self.flow.is_held = True
         elif self._is_between and self._place.wait(self._go_on):
             self._unset_keepalive_if_required()
             self._held = data
@@ -122,8 +135,9 @@ class Intake(HttpToolsProtocol):
             if full or (at and self.loop.time() > end):
                 self._held = data[at:]
                 self.flow.pause_reading()
+                self.flow.is_held = True
                 if not full:
-                    self.loop.call_soon(self._go_on)
+                    rounds().soon(self._go_on)
                 return
             piece = data[at : at + _PIECE]
             super().data_received(piece)
@@ -136,6 +150,7 @@ class Intake(HttpToolsProtocol):
     def _go_on(self) -> None:
         """Its turn has come."""
         data, self._held = self._held, None
+        self.flow.is_held = False
         if data is None or self.parser is None or self.transport.is_closing():
             return
         if not self.pipeline:
@@ -145,7 +160,7 @@ class Intake(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self._held is not None and len(self.pipeline) == _PIPELINED - 1:
-            self.loop.call_soon(self._go_on)
+            rounds().soon(self._go_on)
 
     # ---- limits
 
@@ -230,6 +245,7 @@ class Intake(HttpToolsProtocol):
         )
         if self.transport.can_write_eof():
             self.transport.write_eof()
+            self.flow.is_held = False
             self.flow.resume_reading()  # a client that still sends would lose the answer otherwise
             self._deadline = self.loop.call_later(_LINGER, self.transport.abort)
         else:
@@ -284,7 +300,7 @@ class Upgraded(WebSocketsSansIOProtocol):
             if at and self.loop.time() > end:
                 self._rest = data[at:]
                 self.transport.pause_reading()
-                self.loop.call_soon(self._go_on)
+                rounds().soon(self._go_on)
                 return
             super().data_received(data[at : at + _PIECE])
 
