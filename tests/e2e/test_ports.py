@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -228,6 +229,32 @@ def test_answers_that_are_none(guest: Guest, port: int, status: int, code: str, 
     assert (seen, error["code"]) == (status, code) and words in error["message"], error
     assert time.monotonic() - began < 10
     assert guest.ask("GET", "/echo")[0].status == 200
+
+
+@pytest.mark.parametrize("port", [9021, 9022, 9023])  # informational answers, tiny chunks, headers: each without end
+def test_a_flood_of_a_program_keeps_nobody_else_waiting(guest: Guest, port: int) -> None:
+    def take() -> None:
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            connection, answer = guest.open("GET", "/", port=port)
+            with contextlib.closing(connection):
+                while time.monotonic() < end and answer.read(1 << 16):
+                    pass
+
+    end = time.monotonic() + 4.0
+    threads = [threading.Thread(target=take) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    waited = []
+    while any(thread.is_alive() for thread in threads) and time.monotonic() < end:
+        began = time.monotonic()
+        connection = http.client.HTTPConnection(guest.address, timeout=SECONDS)
+        connection.request("GET", "/healthz")
+        assert connection.getresponse().status == 200
+        connection.close()
+        waited.append(time.monotonic() - began)
+    for thread in threads:
+        thread.join()
+    assert statistics.median(waited) < 0.2 and max(waited) < 1.5, (statistics.median(waited), max(waited))
 
 
 @pytest.mark.parametrize("port", [9011, 9012, 9013])  # a length, chunks, an endless chunk head
