@@ -70,6 +70,8 @@ class Intake(HttpToolsProtocol):
         self._whole = True  # no request has come in part
         self._head = False  # the head of a request has come in part
         self._silent = 0  # bytes of a head, or of a body's framing, that were parsed without a result
+        self._body = 0  # bytes of a body that came last in one piece
+        self._size = _PIECE  # bytes that are parsed next
         self._error: RockError | None = None  # why the parser was stopped
         self._status = 0
         self._discarded = -1  # bytes that came after a refusal; -1: nothing was refused
@@ -125,23 +127,27 @@ class Intake(HttpToolsProtocol):
     def _parse(self, data: bytes) -> None:
         """In pieces. What is left when the time is over, or too many requests wait, is held."""
         end = self.loop.time() + BUDGET
-        for at in range(0, len(data), _PIECE):
+        at, size = 0, self._size
+        while at < len(data):
             if self._upgraded is not None:
                 self._upgraded.data_received(data[at:])
                 return
             if self.parser is None or self._discarded >= 0 or self.transport.is_closing():
                 return
             full = len(self.pipeline) >= _PIPELINED
-            if full or (at and self.loop.time() > end):
+            if full or (at and size == _PIECE and self.loop.time() > end):
                 self._held = data[at:]
                 self.flow.pause_reading()
                 self.flow.is_held = True
                 if not full:
                     rounds().soon(self._go_on)
                 return
-            piece = data[at : at + _PIECE]
+            piece = data[at : at + size]
+            self._body = 0
             super().data_received(piece)
             self._watch(len(piece))
+            at += size
+            size = self._size = min(2 * size, _HELD) if self._body == len(piece) else _PIECE  # larger within one body
 
     @property
     def _is_between(self) -> bool:
@@ -191,6 +197,7 @@ class Intake(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         self._whole = False
         self._head = True
+        self._size = _PIECE
         self._silent = 0
         super().on_message_begin()
         self.scope[PLACE] = self._place  # type: ignore[literal-required]
@@ -213,6 +220,7 @@ class Intake(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         self._silent = 0
+        self._body = len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
