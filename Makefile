@@ -6,7 +6,7 @@ unexport PYTHONDONTWRITEBYTECODE  # what is started by the hundred is compiled o
 
 .PHONY: demo test check lint types unit rootless long compat docker gvisor seccomp-programs fuzz faults recovery admins \
 	training env-packages gym-extras sync \
-	lock bench bench-environments soak soak-mixed load escape-table front cluster fleet ray ray-shapes clean
+	lock bench bench-environments soak soak-mixed load attacks escape-table front cluster fleet ray ray-shapes clean
 
 demo: $(VENV)/ready
 	@$(PY) -m rock.cli.demo
@@ -169,6 +169,10 @@ soak-mixed: $(VENV)/ready-dev
 load: $(VENV)/ready-dev
 	$(PY) bench/load.py
 	$(PY) bench/idle.py $(or $(N),1000)
+
+# Attacks on the front of a server, and how long another tenant waits meanwhile; fails above 50 ms.
+attacks: $(VENV)/ready-dev
+	$(PY) bench/attacks.py
 
 # Every attempt to escape at every level; as root. Writes the table in docs/security.md.
 escape-table: $(VENV)/ready-dev

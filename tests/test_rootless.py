@@ -32,6 +32,7 @@ WHOLE = [
         "tests/e2e/test_archiving.py",
         "tests/e2e/test_commit.py",
         "tests/e2e/test_parity.py",
+        "tests/e2e/test_keyless.py",
     ],
 ]
 
@@ -86,6 +87,10 @@ SHARE = [
         "tests/e2e/test_commit.py::test_of_a_stopped_one",
         "tests/e2e/test_commit.py::test_who_writes_stands_still_and_goes_on",
         "tests/e2e/test_parity.py::test_rewards[namespace]",
+        "tests/e2e/test_keyless.py::test_code_in_a_sandbox_on_the_network_of_the_host_is_refused",
+        "tests/e2e/test_keyless.py::test_clients_of_the_same_account_need_nothing",
+        "tests/e2e/test_keyless.py::test_the_sdk_sends_the_key_by_itself",
+        "tests/e2e/test_keyless.py::test_a_process_in_another_pid_namespace_needs_the_key",
     ],
 ]
 ALL = bool(os.environ.get("ROCK_TEST_ROOTLESS"))

@@ -13,8 +13,10 @@ Client settings are functions, because a script may set a variable after the imp
 | ROCK_RUNTIME | namespace | the default runtime: docs/runtimes.md |
 | DOCKER_HOST | unix:///var/run/docker.sock | the container engine of runtime "docker": a socket of this machine |
 | ROCK_HOST, ROCK_PORT | 127.0.0.1, 8080 | where the server listens |
+| ROCK_PUBLIC_NAMES | none | names by which clients call the server, comma-separated: docs/security.md |
 | ROCK_SANDBOX_LIMIT | 2000 | most sandboxes at once on this machine |
 | ROCK_INSECURE_REGISTRIES | none | registries that are spoken to without TLS, comma-separated |
+| ROCK_PRIVATE_REGISTRIES | none | registries on private addresses that tenants may use, comma-separated |
 | ROCK_REGISTRY_MIRRORS | none | registries asked first: docker.io=mirror.local:5000, comma-separated |
 | ROCK_IMAGE_BUDGET | none | bytes of image layers, like 50g, over which the least recently used images are removed |
 | ROCK_IMAGE_MAX_BYTES, ROCK_IMAGE_MAX_ENTRIES | 64g, 2000000 | what one image may come to unpacked: bytes and files |
@@ -132,6 +134,12 @@ def insecure_registries() -> frozenset[str]:
     return frozenset(name.strip() for name in names if name.strip())
 
 
+def private_registries() -> frozenset[str]:
+    """ROCK_PRIVATE_REGISTRIES: registries on addresses that are not public, which tenants may use; comma-separated."""
+    names = os.environ.get("ROCK_PRIVATE_REGISTRIES", "").split(",")
+    return frozenset(name.strip() for name in names if name.strip())
+
+
 def registry_mirrors() -> dict[str, list[str]]:
     """ROCK_REGISTRY_MIRRORS: of each registry those that are asked before it, as REGISTRY=MIRROR; comma-separated."""
     found: dict[str, list[str]] = {}
@@ -197,6 +205,7 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8080
     api_key: str | None = field(default=None, repr=False)
+    public_names: str = ""
     pool_size: int = 4
     runtime: str = "namespace"
     sandbox_limit: int = 2000
@@ -284,6 +293,7 @@ class Settings:
                                      "otel_endpoint": env.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")}  # fmt: skip
         for name, kind in (
             ("host", str),
+            ("public_names", str),
             ("runtime", str),
             ("network_resolvers", str),
             ("log_level", str),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import http.client
+import io
 import json
 import os
 import shutil
 import socket
 import subprocess
+import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -196,3 +198,66 @@ def test_a_disk_that_is_nearly_full(small_disk: Path, own_server: Callable[..., 
         except StorageFull:
             outcomes.append("full")
     assert outcomes[0] == "full" and outcomes[-1] == "runs" and set(outcomes) == {"full", "runs"}, outcomes
+
+
+NUL_BODIES = [
+    ("execute", {"command": ["true"], "cwd": "\0"}),
+    ("execute", {"command": ["true"], "user": "a\0b"}),
+    ("execute", {"command": ["tr\0ue"]}),
+    ("execute", {"command": ["true"], "env": {"A\0": "b"}}),
+    ("execute", {"command": ["true"], "env": {"A": "\0"}}),
+    ("processes", {"command": ["true"], "cwd": "/\0"}),
+    ("processes", {"command": ["true"], "user": "\0"}),
+    ("processes", {"command": ["true"], "env": {"A": "\0"}}),
+    ("sessions", {"session": "nul", "cwd": "\0"}),
+    ("sessions", {"session": "nul", "remote_user": "\0"}),
+    ("sessions", {"session": "nul", "shell": "\0"}),
+    ("sessions", {"session": "nul", "env_enable": True, "env": {"A": "\0"}}),
+    ("sessions", {"session": "nul", "startup_source": ["/\0"]}),
+    ("sessions/default/run", {"command": "echo \0"}),
+    ("commit", {"image_tag": "x\0:1"}),
+    ("commit", {"image_tag": "x:1", "registry_username": "\0", "registry_password": "\0", "push": True}),
+]
+
+
+@pytest.mark.parametrize(("what", "body"), NUL_BODIES, ids=str)
+def test_a_nul_character_is_a_typed_error(server: RunningServer, sandbox: Sandbox, what: str, body: Any) -> None:
+    path = f"/v1/sandboxes/{sandbox.sandbox_id}/{what}"
+    status, told = ask(server, "POST", path, json.dumps(body), **{"content-type": "application/json"})
+    assert status == 422 and told["error"]["code"] == "invalid_config", told
+    assert "NUL" in told["error"]["message"], told
+
+
+def test_a_nul_character_in_a_query_or_a_create_is_a_typed_error(server: RunningServer, sandbox: Sandbox) -> None:
+    base = f"/v1/sandboxes/{sandbox.sandbox_id}"
+    for method, path in (("GET", "files/content?path=/a%00"), ("PUT", "files/content?path=/a%00"),
+                         ("GET", "files/stat?path=/a%00"), ("GET", "files?path=/a%00"),
+                         ("PUT", "files/archive?path=/a%00"), ("GET", "files/archive?path=/a%00"),
+                         ("DELETE", "files?path=/a%00"), ("POST", "files/mkdir?path=/a%00")):  # fmt: skip
+        status, told = ask(server, method, f"{base}/{path}")
+        assert 400 <= status < 500, (method, path, told)
+    for field in ("image", "user_id", "namespace", "sandbox_id", "cluster", "route_key", "runtime", "image_os"):
+        status, told = ask(server, "POST", CREATE, json.dumps({"image": IMAGE, field: "a\0b"}))
+        assert status == 422, (field, told)
+    status, told = ask(server, "POST", CREATE, json.dumps({"image": IMAGE, "labels": {"a": "\0"}}))
+    assert status == 422, told
+    # Text is no name: what a program reads may have it.
+    status, told = ask(server, "POST", f"{base}/execute", json.dumps({"command": ["wc", "-c"], "stdin": "a\0b"}))
+    assert status == 200 and told["stdout"].strip() == "3"
+
+
+def test_a_tar_of_deep_folders_is_unpacked_or_refused(server: RunningServer, sandbox: Sandbox) -> None:
+    base = f"/v1/sandboxes/{sandbox.sandbox_id}"
+    for depth, taken in ((1500, True), (3000, False)):
+        data = io.BytesIO()
+        with tarfile.open(fileobj=data, mode="w", format=tarfile.PAX_FORMAT) as archive:
+            info = tarfile.TarInfo("/".join(["a"] * depth) + "/file")
+            info.size = 1
+            archive.addfile(info, io.BytesIO(b"x"))
+        route = ROUTES["upload_dir"]
+        path = route.url(sandbox_id=str(sandbox.sandbox_id)) + "?path=/tmp/deep"
+        status, told = ask(server, route.method, path, data.getvalue())
+        assert (status < 300) if taken else (400 <= status < 500), (depth, status, told)
+    assert sandbox.execute(["sh", "-c", "find /tmp/deep -name file | wc -l"]).stdout.strip() == "1"
+    sandbox.fs.remove("/tmp/deep", recursive=True)
+    assert ask(server, "GET", f"{base}")[0] == 200

@@ -176,7 +176,7 @@ def test_a_write_that_breaks_off_leaves_the_old_file(sandbox: Sandbox, server: R
     where = urlsplit(server.url)
     with socket.create_connection((where.hostname, where.port), 5) as raw:
         path = f"/v1/sandboxes/{sandbox.sandbox_id}/files/content?path=/tmp/f"
-        raw.sendall(f"PUT {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\nnew".encode())
+        raw.sendall(f"PUT {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nnew".encode())
         time.sleep(0.1)
     time.sleep(0.2)
     assert sandbox.fs.read("/tmp/f") == b"old"

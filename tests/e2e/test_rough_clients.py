@@ -47,7 +47,7 @@ def begin(server: RunningServer, path: str, body: dict[str, Any]) -> socket.sock
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     client.connect((host, int(port)))
     data = json.dumps(body).encode()
-    client.sendall(f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data)
+    client.sendall(f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(data)}\r\n\r\n".encode() + data)
     return client
 
 
@@ -138,7 +138,7 @@ def test_a_slow_download_is_no_idleness(server: RunningServer) -> None:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             client.connect((host, int(port)))
             path = f"/v1/sandboxes/{sandbox.sandbox_id}/files/archive?path=/tmp"
-            client.sendall(f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+            client.sendall(f"GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n".encode())
             for _ in range(7):
                 client.recv(4096)
                 time.sleep(0.5)

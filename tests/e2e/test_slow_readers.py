@@ -75,7 +75,7 @@ def stalled(server: RunningServer, head: str, body: bytes = b"") -> socket.socke
     made.settimeout(60)
     made.connect((host, int(port)))
     length = f"content-length: {len(body)}\r\ncontent-type: application/json\r\n" if body else ""
-    made.sendall(f"{head}\r\nhost: x\r\n{length}\r\n".encode() + body)
+    made.sendall(f"{head}\r\nhost: localhost\r\n{length}\r\n".encode() + body)
     assert made.recv(1024).split(b" ")[1] in (b"200", b"101"), head
     return made
 
@@ -127,7 +127,7 @@ def test_idle_and_half_open_connections_cost_little(offering: tuple[RunningServe
         for number in range(300):
             made = stack.enter_context(contextlib.closing(stalled(server, "GET /healthz HTTP/1.1")))
             if number % 3 == 0:
-                made.sendall(b"POST /v1/sandboxes HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{")
+                made.sendall(b"POST /v1/sandboxes HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1000\r\n\r\n{")
             elif number % 3 == 1:
                 made.sendall(b"GET /v1/sandb")
         assert sandbox.execute(["echo", "others"]).stdout == "others\n"

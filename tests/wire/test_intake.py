@@ -11,7 +11,7 @@ CONNECTIONS, EACH = 48, 12
 
 
 def asked(path: str) -> bytes:
-    return f"GET {path} HTTP/1.1\r\nhost: test\r\n\r\n".encode()
+    return f"GET {path} HTTP/1.1\r\nhost: localhost\r\n\r\n".encode()
 
 
 async def answer(reader: asyncio.StreamReader) -> tuple[int, bytes]:

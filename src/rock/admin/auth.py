@@ -1,5 +1,5 @@
 """Who may call: the owner by the key that is given at start, tenants by keys of theirs. A server beyond loopback has to
-have one."""
+have one; on loopback the owner may be recognized without a key (keyless.py)."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import asyncio
 import contextlib
 import hmac
 
+from rock.admin.keyless import Keyless, check_host
 from rock.admin.keys import Keys
-from rock.admin.starting import is_loopback
-from rock.errors import RockError, Unauthorized
+from rock.errors import RockError, Unauthorized, Unavailable
 from rock.protocol.keys import CALLER, NOBODY, OPERATOR, WORKER, Access, Caller, digest_of
 from rock.protocol.routes import OTHER_KEY
 from rock.telemetry.context import CURRENT
 from rock.wire.asgi import App, Receive, Scope, Send, deny, failure
+from rock.wire.peers import PEER
 from rock.wire.turns import PLACE, Turns
 
 _WORKERS = "/v1/workers/"
@@ -23,30 +24,24 @@ KEY_HEADERS = (OTHER_KEY.encode(), b"authorization", b"x-api-key", b"x-key", b"x
 _BEARERS = (b"authorization", b"xrl-authorization")
 
 
-def _foreign_page(scope: Scope) -> Unauthorized | None:
-    """Without a key, what can reach us includes every web page in a browser of this machine: it may send requests
-    here, under its own origin or under a name of its own that leads to 127.0.0.1. Programs tell no origin."""
-    headers = dict(scope["headers"])
-    origin, host = headers.get(b"origin"), headers.get(b"host", b"").decode("latin-1")
-    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-    browser = origin is not None or b"sec-fetch-site" in headers
-    if not browser or (is_loopback(name.strip("[]")) and origin in (None, f"http://{host}".encode("latin-1"))):
-        return None
-    return Unauthorized("a web page of another origin has no business here", hint="set ROCK_API_KEY, and give the key")
-
-
 class Authenticated:
     """The door: says who sent each request, and lets nobody in who is nobody.
 
-    key: of the server's owner; without one everybody is the owner, but for web pages that are not ours. keys: of its
-    tenants. worker_key: by it a worker may join, and nothing else. A key comes as `Authorization: Bearer KEY`, alone as
-    X-ROCK-API-Key, or as clients of ROCK send one.
+    key: of the server's owner. Without one the owner is who has `owner_key`, or is recognized without any: keyless.py;
+    a key that is neither is ignored then. keys: of its tenants. worker_key: by it a worker may join, and nothing else.
+    names: of the server, see keyless.names_of. checks_host: whether requests with a key have to use one of them too.
+    A key comes as `Authorization: Bearer KEY`, alone as X-ROCK-API-Key, or as clients of ROCK send one.
     """
 
-    def __init__(self, app: App, key: str | None, keys: Keys | None = None, worker_key: str = "") -> None:
+    def __init__(
+        self, app: App, key: str | None, keys: Keys | None = None, worker_key: str = "", *, owner_key: str = "",
+        names: frozenset[str] = frozenset(), checks_host: bool = False,
+    ) -> None:  # fmt: skip
         self._app = app
         self._worker_key = worker_key.encode()
-        self._key = key.encode() if key else None
+        self._keyless = None if key else Keyless(names, _OPEN)
+        self._key = (key or owner_key).encode() or None
+        self._names = names if checks_host else None
         self._keys = keys
         self._sockets: dict[str, set[asyncio.Task[None]]] = {}  # what is open by a key
         self._turns = Turns()
@@ -68,6 +63,12 @@ class Authenticated:
             return
         if (context := CURRENT.get()) is not None:
             context.tenant = caller.owner
+        peer = (scope.get("state") or {}).get(PEER)
+        if peer is not None and caller is not NOBODY and not peer.prove(caller.owner, caller.tenant is not None):
+            full = Unavailable("this tenant has half of all connections that the server can have",
+                               hint="close idle connections, or try again")  # fmt: skip
+            await (deny(scope, send, full) if scope["type"] == "websocket" else failure(full).send(send))
+            return
         headers = scope["headers"]
         if self._key is not None:
             # Keys end here: programs inside, to which requests are handed on, must not see them.
@@ -84,18 +85,26 @@ class Authenticated:
             self._turns.leave(turn)
 
     async def _caller(self, scope: Scope) -> Caller:
-        if self._key is None:
-            error = _foreign_page(scope)
-            if error is not None:
-                raise error
-            return OPERATOR
+        is_open = scope["type"] == "http" and scope["path"] in _OPEN
+        if self._names is not None and not is_open:
+            check_host(scope, self._names)
         for name in KEY_HEADERS:
             for header, value in scope["headers"]:
                 if header == name and (caller := await self._holder(_bare(name, value))) is not None:
                     return caller
-        if scope["path"] in _OPEN and scope["type"] == "http":
+        if self._keyless is not None:
+            return OPERATOR if await self._keyless.admits(scope) else NOBODY
+        if is_open:
             return NOBODY
         raise Unauthorized("the API key is missing or wrong", hint="set ROCK_API_KEY to a key of the server")
+
+    async def problem(self, scope: Scope) -> RockError | None:
+        """Why a request is not let in, if it is not."""
+        try:
+            await self._caller(scope)
+        except RockError as error:
+            return error
+        return None
 
     async def _holder(self, key: bytes) -> Caller | None:
         if self._key is not None and hmac.compare_digest(key, self._key):

@@ -8,6 +8,7 @@ with their name and a dash, ids that nobody chooses are random, and the owner's 
 from __future__ import annotations
 
 import ipaddress
+import socket
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -91,6 +92,7 @@ class Desk:
                                 hint="an entry of the server's owner may")
         if _is_near(config.image):  # what is on disk may be used; the server contacts nobody there for a tenant
             config = config.model_copy(update={"pull": "never"})
+        config = config.model_copy(update={"public_registries": True})
         if config.minimum_isolation is Isolation.NONE:  # what isolates nothing has the rights of the server
             config = config.model_copy(update={"minimum_isolation": Isolation.LANDLOCK})
         return config
@@ -150,6 +152,8 @@ class Desk:
 
     async def commit(self, sandbox_id: str, wish: CommitRequest, wait: float = 0.0) -> CommitStatus:
         await self._own(sandbox_id)
+        if Access.ADMIN not in self.caller.scopes:
+            wish = wish.model_copy(update={"public_registries": True})
         return await self._service.commits.commit(sandbox_id, wish, wait, self.caller.owner)
 
     async def commit_status(self, sandbox_id: str, wait: float = 0.0) -> CommitStatus:
@@ -161,10 +165,15 @@ def _is_near(image: str) -> bool:
     """Whether the registry that an image's name tells is an address of the server's own networks."""
     domain, slash, _ = image.partition("/")
     host = domain.removeprefix("[").partition("]")[0] if domain.startswith("[") else domain.partition(":")[0]
-    if not slash or host == "localhost":
-        return bool(slash)
+    if not slash:
+        return False
+    if host.lower() == "localhost" or host.lower().endswith(".localhost"):
+        return True
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
-        return False
+        try:
+            address = ipaddress.ip_address(socket.inet_aton(host))  # 127.1, 0x7f000001, 0177.0.0.1
+        except (OSError, ValueError):
+            return False
     return bool(addresses.never(address) or addresses.closed(address))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
-from rock.errors import WrongRole
+from rock.errors import RockError, WrongRole
 from rock.protocol.planes import Role, role_for
 from rock.protocol.routes import HANDED_ON
 from rock.wire.asgi import App, Receive, Scope, Send, deny, failure
@@ -22,9 +22,14 @@ def servers(text: str) -> list[Remote]:
 
 class Doors:
     """`app` for the requests of its role. others: servers of the other role, to which the rest is handed on as it came,
-    key included; without one it is refused with WrongRole, as is what was handed on here by mistake."""
+    key included; without one it is refused with WrongRole, as is what was handed on here by mistake. guard: why a
+    request must not be handed on, as the other server cannot tell from whom it is."""
 
-    def __init__(self, app: App, role: Role, others: Sequence[Remote]) -> None:
+    def __init__(
+        self, app: App, role: Role, others: Sequence[Remote],
+        guard: Callable[[Scope], Awaitable[RockError | None]] | None = None,
+    ) -> None:  # fmt: skip
+        self._guard = guard
         self._app = app
         self._role = role
         self._others = others
@@ -36,6 +41,9 @@ class Doors:
             return
         handed_on = any(name == _MARK[0] for name, _ in scope["headers"])
         if self._others and not handed_on:
+            if self._guard is not None and (refused := await self._guard(scope)) is not None:
+                await (deny(scope, send, refused) if scope["type"] == "websocket" else failure(refused).send(send))
+                return
             await (await first_reached(self._others))({**scope, "headers": [*scope["headers"], _MARK]}, receive, send)
             return
         hint = f"ask a server of role {needed}, or let this one hand it on: {_SETTING[needed]}=URL"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rock.admin.starting import require_key_beyond_loopback, role_of
-from rock.cli.home import Home
+from rock.cli.home import Home, make_private
 from rock.cli.tls import tls_of
 from rock.errors import Conflict, InvalidConfig, RockError, ServerError, Unavailable
 from rock.settings import Settings, child_environment
@@ -76,7 +76,8 @@ def _file(name: str | None) -> str | None:
 
 def _launch(settings: Settings) -> dict[str, Any]:
     """A server in a session of its own, so that closing the terminal does not end it."""
-    settings.log_dir.mkdir(parents=True, exist_ok=True)
+    make_private(settings.home)
+    settings.log_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     output = settings.log_dir / "start.log"
     with output.open("wb") as log:
         child = subprocess.Popen(

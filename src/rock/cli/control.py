@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import orjson
 
@@ -18,6 +19,7 @@ from rock.admin.app import Admin
 from rock.admin.auth import Authenticated
 from rock.admin.bulk import Crowd
 from rock.admin.fleet import Fleet, Reached
+from rock.admin.keyless import names_of
 from rock.admin.roles import Doors, servers
 from rock.admin.starting import require_key_beyond_loopback, role_of
 from rock.admin.worker import FENCE, Transport, WireWorker, Worker
@@ -146,6 +148,12 @@ def workers_of(text: str) -> dict[str, str]:
     return found
 
 
+def door_of(settings: Settings, home: Home) -> dict[str, Any]:
+    """What Authenticated has to know of a server beside its keys."""
+    return {"owner_key": home.owner_key, "names": names_of(settings.host, settings.public_names),
+            "checks_host": bool(settings.public_names)}  # fmt: skip
+
+
 class Control:
     """Store, admin and proxy, over workers that are elsewhere; of a role (admin/roles.py), or of both."""
 
@@ -169,13 +177,15 @@ class Control:
         roles = ["write", "read"] if role == "all" else [role]
         self.admin = Admin(settings, store, self.fleet, roles, self._proxy, leads=role != "read")
         self.observed = observe(settings, "admin", store)
-        door: App = Authenticated(self.observed.measured(self._route), settings.api_key, self.admin.keys,
-                                  settings.worker_key)  # fmt: skip
+        door = Authenticated(self.observed.measured(self._route), settings.api_key, self.admin.keys,
+                             settings.worker_key, **door_of(settings, self.home))  # fmt: skip
+        app: App = door
+        # What is handed on comes from a socket of ours, so a server without a key would take everybody for the owner.
         if role == "read":
-            door = Doors(door, "read", self._others(settings.writer))
+            app = Doors(door, "read", self._others(settings.writer), door.problem)
         elif role == "write":
-            door = Doors(door, "write", self._others(settings.reader))
-        self.app = self.observed.over(door)
+            app = Doors(door, "write", self._others(settings.reader), door.problem)
+        self.app = self.observed.over(app)
 
     def _others(self, text: str) -> list[Remote]:
         found = servers(text)

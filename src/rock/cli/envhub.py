@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rock.admin.api.rock_v1.envhub import EnvHub
 from rock.admin.auth import Authenticated
+from rock.admin.keyless import names_of
 from rock.admin.starting import require_key_beyond_loopback
 from rock.cli.serve import http_over, listen, run, stop_on_signals
 from rock.envhub.catalogue import Catalogue
@@ -60,7 +61,8 @@ async def _serve(settings: Settings, catalogue: Catalogue) -> None:
     try:
         await catalogue.open()
         try:
-            http = http_over(Authenticated(application(catalogue), settings.api_key))
+            http = http_over(Authenticated(application(catalogue), settings.api_key,
+                                           names=names_of(settings.host, settings.public_names)))  # fmt: skip
             port = listener.getsockname()[1]
             with stop_on_signals(http, _nothing):
                 log.info("serving on http://%s:%d, catalogue %s", settings.host, port, catalogue.path)

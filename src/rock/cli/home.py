@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import stat
 from pathlib import Path
 from typing import Any
 
-from rock.errors import Conflict
+from rock.errors import Conflict, InvalidConfig
+from rock.protocol.owner import NOTE, OWNER_KEY
 from rock.runtime import wholefile
 
 
@@ -18,20 +21,47 @@ def _lock(fd: int) -> None:
     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+def make_private(folder: Path) -> None:
+    """Have a folder that is this user's alone: made, or its mode repaired, and those of what is directly in it.
+    InvalidConfig for one that another user owns: he could replace everything in it."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not hasattr(os, "geteuid"):
+        return
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        found = os.fstat(fd)
+        if found.st_uid != os.geteuid():
+            raise InvalidConfig(
+                f"ROCK_HOME={folder} belongs to user {found.st_uid}, and this server runs as user {os.geteuid()}",
+                hint="set ROCK_HOME to a folder of this user, or change the owner of that one",
+            )
+        os.fchmod(fd, 0o700)
+        with os.scandir(fd) as entries:
+            for entry in entries:  # who has the folder open from before could still reach them
+                held = entry.stat(follow_symlinks=False)
+                kept = stat.S_ISREG(held.st_mode) or stat.S_ISDIR(held.st_mode)
+                if kept and held.st_mode & 0o077 and held.st_uid == found.st_uid:
+                    os.chmod(entry.name, held.st_mode & 0o700, dir_fd=fd)
+    finally:
+        os.close(fd)
+
+
 class Home:
-    """The one folder of a server, locked for as long as it runs, with a note of where it listens."""
+    """The one folder of a server, locked for as long as it runs, with a note of where it listens, and the key of its
+    owner: a new one for each run, so that who gets to know one has nothing when the server is gone."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.owner_key = secrets.token_urlsafe(32)
         self._lock: int | None = None
 
     @property
     def note(self) -> Path:
-        return self.folder / "server.json"
+        return self.folder / NOTE
 
     def take(self) -> None:
-        """Lock it; Conflict when another server has it."""
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        """Lock it, and make it private. Conflict when another server has it; InvalidConfig."""
+        make_private(self.folder)
         lock = os.open(self.folder / "server.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             _lock(lock)
@@ -45,6 +75,7 @@ class Home:
 
     def write(self, host: str, port: int, tls_cert: str = "") -> None:
         note = {"pid": os.getpid(), "host": host, "port": port, "tls_cert": tls_cert}
+        wholefile.replace(self.folder / OWNER_KEY, self.owner_key + "\n")
         wholefile.replace(self.note, json.dumps(note))
 
     def read(self) -> dict[str, Any] | None:
@@ -66,5 +97,6 @@ class Home:
     def release(self) -> None:
         if self._lock is not None:
             self.note.unlink(missing_ok=True)
+            (self.folder / OWNER_KEY).unlink(missing_ok=True)
             os.close(self._lock)
             self._lock = None

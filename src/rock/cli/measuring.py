@@ -22,7 +22,7 @@ from rock.errors import from_wire
 from rock.guest import proctree
 from rock.protocol.action import CreateBashSessionRequest
 from rock.protocol.keys import OPERATOR
-from rock.protocol.routes import ROUTES
+from rock.protocol.routes import OTHER_KEY, ROUTES
 from rock.protocol.sandbox import SandboxConfig
 from rock.sdk.sandbox.client import Sandbox
 from rock.sdk.transport import Transport
@@ -151,7 +151,8 @@ async def server_side(count: int) -> tuple[list[float], list[float]]:
 
 
 async def _asked(server: Server, url: str, body: bytes, query: str = "") -> dict[str, Any]:
-    status, answer = await call(server.app, "POST", url, body=body, query=query, caller=OPERATOR)
+    key = {OTHER_KEY: server.settings.api_key or server.home.owner_key}
+    status, answer = await call(server.app, "POST", url, body=body, query=query, headers=key, caller=OPERATOR)
     if status >= 400:
         raise from_wire(json.loads(answer), status)
     reply: dict[str, Any] = json.loads(answer)

@@ -13,8 +13,9 @@ import socket
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import uvicorn
 
@@ -25,8 +26,8 @@ from rock.admin.auth import Authenticated
 from rock.admin.fleet import Fleet
 from rock.admin.starting import require_key_beyond_loopback, role_of
 from rock.admin.worker import Worker
-from rock.cli.control import Control, reach_with
-from rock.cli.home import Home
+from rock.cli.control import Control, door_of, reach_with
+from rock.cli.home import Home, make_private
 from rock.cli.observing import observe
 from rock.cli.tls import tls_of
 from rock.cli.worker import LocalWorker
@@ -48,9 +49,10 @@ from rock.store.base import Store
 from rock.store.sqlite import SqliteStore
 from rock.store.timed import timed
 from rock.telemetry import set_up_logs
+from rock.wire.admission import Admission
 from rock.wire.asgi import Answer, App, Receive, Request, Scope, Send, answer
 from rock.wire.dropping import dropping
-from rock.wire.intake import Intake
+from rock.wire.intake import HEAD_WITHIN, Intake
 from rock.wire.remote import Remote
 
 log = logging.getLogger("rock.server")
@@ -142,7 +144,8 @@ class Rocklet:
         fenced = Fence(settings.run_dir / "fence").over(self.router)
         app = fenced if self.membership is None else self.membership.over(fenced)
         self.observed = observe(settings, "rocklet", node=self.node)
-        self.app = self.observed.over(Authenticated(self.observed.measured(app), settings.api_key))
+        self.app = self.observed.over(Authenticated(self.observed.measured(app), settings.api_key,
+                                                    **door_of(settings, self.home)))  # fmt: skip
 
     def let_go(self) -> None:
         """The server is about to stop."""
@@ -228,7 +231,7 @@ class Server:
         self.admin = Admin(settings, self.store, fleet, ["write", "read", "worker"], self._proxy)
         self.observed = self.rocklet.observed = observe(settings, "server", self.store, self.node)
         door = Authenticated(self.observed.measured(self._route), settings.api_key, self.admin.keys,
-                             settings.worker_key)  # fmt: skip
+                             settings.worker_key, **door_of(settings, self.home))  # fmt: skip
         self.app = self.observed.over(door)
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -282,12 +285,15 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
-def http_over(app: App, settings: Settings | None = None) -> uvicorn.Server:
-    """An HTTP server over an application, to be given its sockets. InvalidConfig for a certificate that is none."""
+def http_over(
+    app: App, settings: Settings | None = None, *, admission: Admission | None = None, head_within: float = HEAD_WITHIN
+) -> uvicorn.Server:
+    """An HTTP server over an application, to be given its sockets. admission: how many connections it has. head_within:
+    seconds for the head of a request. InvalidConfig for a certificate that is none."""
     tls = {} if settings is None else tls_of(settings)
     config = uvicorn.Config(
         app,
-        http=Intake,
+        http=cast(Any, partial(Intake, admission=admission or Admission(), head_within=head_within)),
         log_config=None,
         access_log=False,
         lifespan="off",
@@ -376,6 +382,7 @@ def stop_on_signals(http: uvicorn.Server, drain: Callable[[], Coroutine[Any, Any
 
 def run_server(settings: Settings, role: type[Server] | type[Rocklet] = Server, *, log_to_file: bool = True) -> None:
     """Serve in this process until told to stop. Raises RockError when it cannot start."""
+    make_private(settings.home)
     set_up_logs(settings.log_level, settings.log_dir if log_to_file else None, settings.log_format)
     faults.arm(settings.faults)
     _raise_file_limit()

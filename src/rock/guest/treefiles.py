@@ -73,7 +73,7 @@ def open_write(request: dict[str, Any]) -> Reply:
     mode, in_child = request.get("mode"), bool(request.get("in_child"))
     try:
         if request.get("parents", True):
-            os.makedirs(os.path.dirname(path) or "/", exist_ok=True)
+            make_parents(os.path.dirname(path) or "/")
         old = _stat_or_none(path)
         if old is not None and not stat.S_ISREG(old.st_mode):
             os.close(_open_regular(path, os.O_RDONLY, in_child))  # raises the fitting fault
@@ -236,13 +236,29 @@ def remove_path(request: dict[str, Any]) -> Reply:
     return {}, []
 
 
+def make_parents(path: str) -> None:
+    """Make a folder and those above it, as os.makedirs does, but for a path of any depth. OSError."""
+    missing: list[str] = []
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+    while not os.path.exists(path):
+        missing.append(path)
+        path = os.path.dirname(path.rstrip("/")) or "/"
+    for folder in reversed(missing):
+        try:
+            os.mkdir(folder)
+        except FileExistsError:
+            if not os.path.isdir(folder):
+                raise
+
+
 def make_dir(request: dict[str, Any]) -> Reply:
     path = _path(request)
     try:
         if request.get("parents", True):
             if os.path.isdir(path):
                 return {}, []
-            os.makedirs(os.path.dirname(path.rstrip("/")) or "/", exist_ok=True)
+            make_parents(os.path.dirname(path.rstrip("/")) or "/")
         os.mkdir(path)
         os.chmod(path, int(request.get("mode", 0o755)))
     except OSError as error:

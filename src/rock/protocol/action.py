@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 import functools
 from enum import StrEnum
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from rock.protocol.sandbox import Wire
+from rock.protocol.sandbox import Inside, Wire
 
 MAX_OUTPUT = 16 << 20
 SESSION_PATTERN = r"^[A-Za-z0-9_.:@-]{1,128}$"
@@ -27,13 +27,7 @@ class RunMode(StrEnum):
 RunModeType = Literal["normal", "nohup"]
 
 
-def _no_nul(value: str) -> str:
-    if "\0" in value:
-        raise ValueError("a command cannot contain a NUL character")
-    return value
-
-
-class Command(Wire):
+class Command(Inside):
     """A one-shot program, apart from any session.
 
     command: a list is an argv and no shell is involved; a string is run by the image's shell.
@@ -44,6 +38,8 @@ class Command(Wire):
     entrypoint: the words of the image's ENTRYPOINT come before those of `command`, a list; where that is empty, the
         image's CMD is run.
     """
+
+    texts: ClassVar[frozenset[str]] = frozenset({"stdin"})
 
     command: str | list[str]
     entrypoint: bool = False
@@ -63,8 +59,6 @@ class Command(Wire):
     def _command(cls, value: str | list[str]) -> str | list[str]:
         if isinstance(value, list) and value and not value[0]:
             raise ValueError("the command is empty")
-        for part in [value] if isinstance(value, str) else value:
-            _no_nul(part)
         return value
 
     @model_validator(mode="after")
@@ -76,7 +70,7 @@ class Command(Wire):
         return self
 
 
-class CreateBashSessionRequest(Wire):
+class CreateBashSessionRequest(Inside):
     """A session to open. bash reads its user's ~/.bashrc first, as in a terminal; the session that is there without
     being created does not.
 
@@ -99,7 +93,7 @@ class CreateBashSessionRequest(Wire):
     max_read_size: int = Field(default=2000, ge=0, le=1 << 30)
 
 
-class BashAction(Wire):
+class BashAction(Inside):
     """A command for a session.
 
     timeout: seconds, then what the command started is killed and the session stays; None is no limit.
@@ -119,8 +113,6 @@ class BashAction(Wire):
     error_msg: str = ""
     expect: list[str] = Field(default_factory=list)
 
-    _nul = field_validator("command")(_no_nul)
-
 
 Action = BashAction
 
@@ -135,7 +127,7 @@ class CloseBashSessionRequest(Wire):
 CloseSessionRequest = CloseBashSessionRequest
 
 
-class ReadFileRequest(Wire):
+class ReadFileRequest(Inside):
     """A text file to read whole; `encoding` and `errors` as of bytes.decode."""
 
     path: str
@@ -143,8 +135,10 @@ class ReadFileRequest(Wire):
     errors: str | None = None
 
 
-class WriteFileRequest(Wire):
+class WriteFileRequest(Inside):
     """A text file to write; missing parent folders are made, an old file is replaced at once."""
+
+    texts: ClassVar[frozenset[str]] = frozenset({"content"})
 
     content: str
     path: str
@@ -158,7 +152,7 @@ class UploadMode(StrEnum):
     DIRECT = "direct"
 
 
-class UploadRequest(Wire):
+class UploadRequest(Inside):
     """A local file or folder to copy in."""
 
     source_path: str
@@ -166,7 +160,7 @@ class UploadRequest(Wire):
     upload_mode: UploadMode = UploadMode.AUTO
 
 
-class ChownRequest(Wire):
+class ChownRequest(Inside):
     """New owner of paths inside."""
 
     remote_user: str
@@ -174,7 +168,7 @@ class ChownRequest(Wire):
     recursive: bool = False
 
 
-class ChmodRequest(Wire):
+class ChmodRequest(Inside):
     """New mode of paths inside, in octal."""
 
     paths: list[str]

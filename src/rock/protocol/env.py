@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from rock.protocol.action import Answer
-from rock.protocol.sandbox import SandboxConfig, Wire
+from rock.protocol.sandbox import Inside, SandboxConfig, Wire
 
 TASK_IMAGES = "rock.local/env/set-"  # and the name of a training set: the image with its packages
 DOOR = "environments.sock"  # the name of every door
@@ -20,7 +20,7 @@ OWNER_PATTERN = r"^[A-Za-z0-9_-]{16,64}$"
 Family = Literal["gem", "gym", "task"]
 
 
-class OpenEnv(Wire):
+class OpenEnv(Inside):
     """A wish for a sandbox that can host `env_id`. Environments of one package set share a sandbox, a process each;
     `exclusive` asks for one of its own. `config`: limits and image, when the defaults do not fit.
 
@@ -37,7 +37,7 @@ class OpenEnv(Wire):
     config: SandboxConfig | None = None
 
 
-class AddEnv(Wire):
+class AddEnv(Inside):
     """Register an environment under a name. source: an id of GEM or Gymnasium, hf://ORG/REPO@COMMIT or image://NAME.
     packages: what it needs beside its family's, from wheels; imports: modules that register it."""
 
@@ -48,7 +48,7 @@ class AddEnv(Wire):
     description: str = Field(default="", max_length=2000)
 
 
-class BuildEnv(Wire):
+class BuildEnv(Inside):
     """Install ahead what an environment needs. packages: beside what is known of it."""
 
     env_id: str = Field(min_length=1, max_length=512)
@@ -77,7 +77,7 @@ class EnvAbout(Answer):
     versions: list[dict[str, Any]] = Field(default_factory=list)
 
 
-class MakeEnv(Wire):
+class MakeEnv(Inside):
     """kwargs: go to the environment's constructor. timeout: seconds for one reset, step or call; then it is killed.
     imports: modules that are imported before, and may register it.
 

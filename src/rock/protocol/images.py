@@ -6,10 +6,10 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from rock.protocol.sandbox import SandboxConfig, Wire
+from rock.protocol.sandbox import Inside, SandboxConfig
 
 
-class BuildRequest(Wire):
+class BuildRequest(Inside):
     """An image to be built of a Dockerfile. The context follows as a tar.
 
     image_tag: its name. dockerfile: the text. target: the stage to build; None is the last one.
@@ -17,7 +17,7 @@ class BuildRequest(Wire):
     network: of RUN: "none" (the default, as of sandboxes), "nat" or "host".
     memory, cpus, pids: limits of each RUN. timeout: seconds that one RUN may take.
     use_cache: steps that were made before are taken over. pull: of the images in FROM, as in SandboxConfig.
-    registry_username, registry_password: for these; forgotten afterwards.
+    registry_username, registry_password: for these; forgotten afterwards. public_registries: see SandboxConfig.
     """
 
     image_tag: str = Field(min_length=1, max_length=400)
@@ -34,6 +34,7 @@ class BuildRequest(Wire):
     pull: Literal["missing", "always", "never"] = "missing"
     registry_username: str | None = None
     registry_password: str | None = Field(default=None, repr=False)
+    public_registries: bool = False
 
     @field_validator("build_args")
     @classmethod

@@ -74,6 +74,7 @@ class NodeCommit(Wire):
     registry_username: str | None = None
     registry_password: str | None = Field(default=None, repr=False)
     push: bool = False
+    public_registries: bool = False
     limit: int = Field(default=1 << 40, ge=0)
     tenant: str = ""
 

@@ -6,7 +6,7 @@ import re
 from enum import StrEnum
 from functools import lru_cache
 from operator import attrgetter
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -92,6 +92,28 @@ class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, defer_build=True)
 
 
+class Inside(Wire):
+    """Base of messages whose strings reach an operating system, as paths, words or names: none has a NUL character.
+    texts: fields that may have one."""
+
+    texts: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="after")
+    def _no_nul(self) -> Self:
+        for name in self.model_fields_set - self.texts:
+            if _has_nul(getattr(self, name)):
+                raise ValueError(f"{name}: a NUL character cannot be in it")
+        return self
+
+
+def _has_nul(value: object) -> bool:
+    if isinstance(value, str):
+        return "\0" in value
+    if isinstance(value, dict):
+        return any(_has_nul(part) for row in value.items() for part in row)
+    return isinstance(value, list | tuple) and any(map(_has_nul, value))
+
+
 class BaseConfig(Wire):
     """How to reach the server. None of it travels."""
 
@@ -101,7 +123,7 @@ class BaseConfig(Wire):
     extra_headers: dict[str, str] = Field(default_factory=dict, exclude=True)
 
 
-class SandboxConfig(BaseConfig):
+class SandboxConfig(BaseConfig, Inside):
     """A sandbox to be: what the user writes is what travels.
 
     image: "host" (this machine's own system, read-only) or the name of an image in the server's store.
@@ -126,6 +148,8 @@ class SandboxConfig(BaseConfig):
     isolation: exactly this level; where no runtime is named, it chooses the one that gives it. minimum_isolation:
         refuse to start with anything weaker.
     env: environment of all that runs inside. labels: the user's own words, to list by.
+    public_registries: pull from public addresses alone, and from registries that the owner of the server has named; set
+        for each tenant.
     sandbox_id: a name of your own choice; taken already is a Conflict.
     """
 
@@ -162,6 +186,7 @@ class SandboxConfig(BaseConfig):
     pull: Literal["missing", "always", "never"] = "missing"
     registry_username: str | None = None
     registry_password: str | None = Field(default=None, repr=False)
+    public_registries: bool = False
     use_kata_runtime: bool = False
     oci_runtime: Literal["runc", "runsc", "kata"] | None = None
     num_gpus: float | None = Field(default=None, ge=0)
@@ -322,14 +347,15 @@ class ArchivedFiles(Wire):
     image_digest: str
 
 
-class CommitRequest(Wire):
+class CommitRequest(Inside):
     """Make an image of a sandbox: `image_tag` is its name. `push`: to the registry that is named there, with this
-    login, which is forgotten afterwards."""
+    login, which is forgotten afterwards. public_registries: see SandboxConfig."""
 
     image_tag: str = Field(min_length=1, max_length=400)
     registry_username: str | None = None
     registry_password: str | None = Field(default=None, repr=False)
     push: bool = False
+    public_registries: bool = False
 
 
 class CommitPhase(StrEnum):

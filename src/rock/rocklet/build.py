@@ -134,7 +134,8 @@ class Build:
         """An image of the store, or of its registry, which stays until the build is over."""
         wish = self._wish
         config = SandboxConfig(image=name, pull=wish.pull, registry_username=wish.registry_username,
-                               registry_password=wish.registry_password)  # fmt: skip
+                               registry_password=wish.registry_password,
+                               public_registries=wish.public_registries)  # fmt: skip
         await self._node.images.prepare(config, lambda text: self._tell_soon(f"  {text}\n"))
         rootfs = await asyncio.to_thread(self._store.resolve, name)
         await self._hold(rootfs)

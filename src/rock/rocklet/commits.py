@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncGenerator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -94,7 +95,7 @@ class Commits:
 
     async def _logged_in(self, wish: NodeCommit, base: RootFS) -> Login | None:
         """Refuse what the push would have to refuse."""
-        reference = new_name(wish.image_tag)
+        reference = replace(new_name(wish.image_tag), public_only=wish.public_registries)
         if not wish.push:
             return None
         if base.binds:
@@ -140,7 +141,8 @@ class Commits:
                 raise Unavailable("the server is stopping, or whoever asked for it has left")
 
         try:
-            digest = self._store.push(record.name, login, tell, {files.digest: tar})
+            digest = self._store.push(record.name, login, tell, {files.digest: tar},
+                                      public_only=wish.public_registries)  # fmt: skip
         except RockError as error:
             raise _at("push", error) from None
         return made.model_copy(update={"pushed": digest})

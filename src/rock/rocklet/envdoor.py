@@ -33,6 +33,7 @@ from rock.protocol.env import DOOR
 from rock.protocol.env import Door as Way
 from rock.rocklet.envs import EnvHost
 from rock.rocklet.supervisor import Supervisor
+from rock.wire.peers import is_ours, owner_of
 
 log = logging.getLogger("rock.envs")
 
@@ -103,6 +104,10 @@ class Door:
                 await asyncio.sleep(1)
                 continue
             if len(self._tasks) > _CONNECTIONS:
+                client.close()
+                continue
+            owner = owner_of(client)
+            if owner is None or not is_ours(owner.uid):  # the folder keeps them out, unless its mode was changed
                 client.close()
                 continue
             client.setblocking(False)

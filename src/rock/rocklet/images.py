@@ -45,7 +45,7 @@ class Images:
         """
         if self.is_ready(config):
             return
-        key = f"{config.image} {config.registry_username or ''}"
+        key = f"{config.image} {config.public_registries} {config.registry_username or ''}"
         task = self._preparing.get(key)
         if task is None:
             task = asyncio.create_task(self._build(config, tell), name=f"prepare-{config.image}")
@@ -92,7 +92,7 @@ class Images:
                     raise Unavailable("the server is stopping")
                 tell(text)
 
-            self.store.pull(config.image, login, told)
+            self.store.pull(config.image, login, told, public_only=config.public_registries)
 
         async with self._gate:
             await in_own_thread(pull, "rock-pull")

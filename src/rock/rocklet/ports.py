@@ -15,10 +15,14 @@ from rock.rocklet.node import Node
 from rock.rocklet.port_headers import Target, inward, outward, target_of
 from rock.rocklet.supervisor import Supervisor
 from rock.wire.asgi import Answer, Disconnected, Request, Router, Send
+from rock.wire.rounds import BUDGET, rounds
 
 log = logging.getLogger("rock.ports")
 
-HEAD_LIMIT = 64 << 10
+HEAD_LIMIT = 64 << 10  # bytes, of all heads that come before the answer's body
+INFORMATIONAL = 32  # answers 1xx before the answer
+_LINES = 1024
+_PIECE = 4 << 10  # bytes of heads parsed at once
 _Event = h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]
 
 
@@ -66,9 +70,13 @@ class _Exchange:
         self._writer = writer
         self._patience = patience
         self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD_LIMIT)
+        self._in_head = True  # the answer's own has not come
+        self._bytes = self._lines = 0  # of heads
         self._limit: asyncio.Timeout | None = None  # while the head of the answer is awaited
         self._left = False
         self._heard = False
+        self._unparsed = b""
+        self._since = 0.0  # when the parsing began that others wait for
 
     async def run(self, send: Send) -> None:
         head = self._first()
@@ -139,10 +147,13 @@ class _Exchange:
     async def _head(self) -> h11.Response:
         try:
             async with asyncio.timeout(self._patience) as self._limit:
-                while True:
+                for _ in range(INFORMATIONAL + 1):
                     event = await self._event()
                     if isinstance(event, h11.Response):
+                        self._in_head = False
                         return event
+                raise PortFailed(f"port {self._target.port} sent more than {INFORMATIONAL} informational answers (1xx)",
+                                 hint="the program there has to answer the request")  # fmt: skip
         except TimeoutError:
             raise PortTimeout(
                 f"port {self._target.port} did not answer within {self._patience:g} s",
@@ -154,7 +165,7 @@ class _Exchange:
     async def _body(self, send: Send) -> None:
         try:
             while not isinstance(event := await self._event(), h11.EndOfMessage):
-                if isinstance(event, h11.Data):
+                if isinstance(event, h11.Data) and event.data:
                     await send({"type": "http.response.body", "body": bytes(event.data), "more_body": True})
         except (PortFailed, Disconnected) as error:
             # The head is out: an answer without its end is the only honest sign left, and makes the server hang up.
@@ -170,18 +181,43 @@ class _Exchange:
                 what = f"answered with what is no HTTP: {error}" if self._heard else "hung up without an answer"
                 raise PortFailed(f"port {self._target.port} {what}") from None
             if event is not h11.NEED_DATA:
+                await self._yield()
                 return event
-            try:
-                data = await self._reader.read(CHUNK)
-                cut = not data and self._writer.transport.is_closing()
-            except OSError:
-                data, cut = b"", True
-            if self._left:
-                raise Disconnected
-            if cut:  # by us or by it; its own end is told from that, for answers which have no length
-                raise PortFailed(f"the connection to port {self._target.port} broke")
-            self._heard = self._heard or bool(data)
+            data, self._unparsed = self._unparsed or await self._more(), b""
+            if self._in_head:
+                data, self._unparsed = data[:_PIECE], data[_PIECE:]
+                self._refuse_endless(data)
             self._http.receive_data(data)
+
+    def _refuse_endless(self, data: bytes) -> None:
+        """Before one more piece of heads is parsed. PortFailed."""
+        if self._bytes > HEAD_LIMIT or self._lines > _LINES:
+            raise PortFailed(f"port {self._target.port} answered with what is no HTTP: more than {HEAD_LIMIT} bytes or "
+                             f"{_LINES} lines of headers")  # fmt: skip
+        self._bytes += len(data)
+        self._lines += data.count(b"\n")
+
+    async def _more(self) -> bytes:
+        """What comes next; b"" at the end."""
+        try:
+            data = await self._reader.read(CHUNK)
+            cut = not data and self._writer.transport.is_closing()
+        except OSError:
+            data, cut = b"", True
+        if self._left:
+            raise Disconnected
+        if cut:  # by us or by it; its own end is told from that, for answers which have no length
+            raise PortFailed(f"the connection to port {self._target.port} broke")
+        self._heard = self._heard or bool(data)
+        self._since = asyncio.get_running_loop().time()
+        return data
+
+    async def _yield(self) -> None:
+        """Let others have the loop, once this has had it for long: what came at once may be thousands of pieces."""
+        loop = asyncio.get_running_loop()
+        if loop.time() - self._since > BUDGET:
+            await rounds().wait()
+            self._since = loop.time()
 
 
 def add_routes(router: Router, node: Node) -> None:

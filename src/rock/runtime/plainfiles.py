@@ -12,6 +12,7 @@ from typing import Literal
 
 from rock import errors
 from rock.guest.remove import remove_tree
+from rock.guest.treefiles import make_parents
 from rock.runtime.base import FileStat
 
 _ERRORS: dict[int, type[errors.RockError]] = {
@@ -58,7 +59,7 @@ def open_write(path: str, *, append: bool, mode: int | None, parents: bool) -> t
     """(descriptor, token); the token is the new file's path and the old one's."""
     with told(path):
         if parents:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+            make_parents(os.path.dirname(path) or "/")
         real = os.path.realpath(path)
         try:
             old: os.stat_result | None = os.lstat(real)
@@ -132,7 +133,7 @@ def make_dir(path: str, *, parents: bool, mode: int) -> None:
         if parents and os.path.isdir(path):
             return
         if parents:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+            make_parents(os.path.dirname(path) or "/")
         os.mkdir(path)
         os.chmod(path, mode)
 

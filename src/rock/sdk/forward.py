@@ -14,6 +14,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 
 from rock.errors import Conflict, RockError, Unavailable, from_wire
+from rock.sdk import ownerkey
 from rock.sdk.servers import Servers
 
 LOCAL_HOST = "127.0.0.1"
@@ -27,7 +28,9 @@ async def web_socket(base_url: str, target: str, headers: Mapping[str, str]) -> 
     for address in Servers.parse(base_url).read:
         url = f"{'wss' if address.tls else 'ws'}://{address.host_header}{address.path}{target}"
         try:
-            return await connect(url, additional_headers=headers, proxy=None, compression=None, max_size=None)
+            own = ownerkey.headers_for(address, headers)
+            return await connect(url, additional_headers={**headers, **own}, proxy=None, compression=None,
+                                 max_size=None)  # fmt: skip
         except InvalidStatus as error:
             raise _refusal(error.response.status_code, bytes(error.response.body or b"")) from None
         except (OSError, WebSocketException) as error:

@@ -21,10 +21,11 @@ import orjson
 
 from rock import errors, settings
 from rock.protocol.planes import role_for
-from rock.protocol.routes import RESUMES
+from rock.protocol.routes import OTHER_KEY, RESUMES
 from rock.sync import primitives
 from rock.sync.connection import Connection
 from rock.sdk.http import SENT, Address, Answer, Source, header_lines
+from rock.sdk.ownerkey import has_key, key_for
 from rock.sdk.pool import Pool
 from rock.sdk.servers import Servers
 from rock.sdk.trace import begin
@@ -190,6 +191,7 @@ class _Server:
         self._ssl_context = ssl_context
         given = {"host": address.host_header, "user-agent": "rock-sdk", "accept": "*/*", **headers}
         self._common = header_lines(given)
+        self._keyed = has_key(given)
         self._traces = settings.trace()
         self._key = (address.host, address.port, address.tls, ssl_context)
 
@@ -212,6 +214,8 @@ class _Server:
             lines += "transfer-encoding: chunked\r\n" if size is None else f"content-length: {size}\r\n"
             if size != 0:
                 lines += f"content-type: {content_type}\r\n"
+        if not self._keyed and (own := key_for(self.address)):
+            lines += f"{OTHER_KEY}: {own}\r\n"
         return b"%b%b\r\n" % (lines.encode("ascii"), self._common)
 
     def exchange(

@@ -78,7 +78,7 @@ def set_up_logs(level: str, folder: Path | None = None, style: str = "text") -> 
     formatter = Json() if style == "json" else Text()
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         handlers = [RotatingFileHandler(folder / "server.log", maxBytes=10 << 20, backupCount=3)]
     for name in ("rock", *_OTHERS):
         logger = logging.getLogger(name)

@@ -329,6 +329,10 @@ class Router:
         except Exception as error:
             if started:
                 raise  # the head is out: cutting the connection is the only honest sign left
+            if isinstance(error, ValueError) and "embedded null" in str(error):  # of Python, for a path or a word
+                refused = InvalidConfig("a NUL character is where none can be")
+                await failure(refused).send(send)
+                return
             log.exception("%s %s", method, scope["path"])
             await failure(InternalServerRockError(f"{type(error).__name__}: {error}")).send(send)
 

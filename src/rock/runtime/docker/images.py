@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from rock import errors
 from rock.protocol.sandbox import SandboxConfig
@@ -42,12 +44,23 @@ async def prepare(engine: Engine, config: SandboxConfig, tell: Callable[[str], N
     progress = Progress()
     try:
         reference = parse(config.image)
+        if config.public_registries:  # the engine resolves the name once more, and connects by itself
+            await asyncio.to_thread(_check_reach, reference.domain)
         steps = engine.pull(reference.full, reference.domain, login)
         async with contextlib.aclosing(steps):
             async for step in steps:
                 tell(progress.take(step))
     except EngineError as error:
         raise refused(config.image, error) from None
+
+
+def _check_reach(domain: str) -> None:
+    """ImageError for a registry that is not contacted for a tenant."""
+    from rock.runtime.image.reach import addresses_of  # urllib3
+
+    parts = urlsplit(f"//{domain}")
+    with contextlib.suppress(OSError):  # a name that the engine alone may know, or nobody
+        addresses_of(parts.hostname or domain, parts.port or 443)
 
 
 def refused(image: str, error: EngineError) -> errors.ImageError:

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rock.errors import InvalidConfig
 
@@ -30,12 +30,14 @@ _LONGEST_OWN = 8192
 
 @dataclass(frozen=True)
 class Reference:
-    """A normalised name. `tag` is None only where a digest is given without one."""
+    """A normalised name. `tag` is None only where a digest is given without one. public_only: it
+    leads to public addresses, or to registries that the owner of the server has named: reach.py."""
 
     domain: str
     repository: str
     tag: str | None = None
     digest: str | None = None
+    public_only: bool = field(default=False, compare=False)
 
     @property
     def full(self) -> str:

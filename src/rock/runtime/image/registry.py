@@ -23,6 +23,7 @@ from urllib3.exceptions import HTTPError, ProtocolError, ReadTimeoutError
 
 from rock import settings
 from rock.errors import ImageError, Unauthorized
+from rock.runtime.image import reach
 from rock.runtime.image.logins import Login
 from rock.runtime.image.reference import HUB, Reference
 
@@ -45,7 +46,8 @@ class Registry:
     """The repository of `reference` in its registry. Blocking; safe to use from several threads.
 
     mirror: another registry that has the same repositories, to be asked instead. Plain HTTP is spoken to registries on
-    this machine's loopback, and to those in ROCK_INSECURE_REGISTRIES.
+    this machine's loopback, and to those in ROCK_INSECURE_REGISTRIES. With `reference.public_only` each connection, to
+    this registry and to all that it leads to, is made to a public address, or to a registry that the owner named.
     """
 
     def __init__(self, reference: Reference, login: Login | None = None, mirror: str | None = None) -> None:
@@ -55,12 +57,21 @@ class Registry:
         address = _HUB_ADDRESS if self.domain == HUB else self.domain
         plain = _is_loopback(address) or self.domain in settings.insecure_registries()
         self._base = f"{'http' if plain else 'https'}://{address}/v2/{reference.repository}/"
-        self._pool = _pool(self._base)
+        self._public_only = reference.public_only
+        self._pool = self._pool_for(self._base)
         self._lock = threading.Lock()
         self._authorization: str | None = None
 
     def close(self) -> None:
         self._pool.clear()
+
+    def _pool_for(self, url: str) -> urllib3.PoolManager:
+        """ImageError for what a proxy must not be asked for; see reach.py."""
+        if self._public_only and settings.proxy_for(url):
+            parts = urlsplit(url)
+            with contextlib.suppress(OSError):  # names that the proxy alone knows
+                reach.addresses_of(parts.hostname or "", parts.port or 443)
+        return reach.pool_for(url, self._public_only)
 
     def log_in(self) -> None:
         """See that the login is taken. Unauthorized when it is not; ImageError when there is no such registry."""
@@ -230,6 +241,8 @@ class Registry:
                 if method not in ("GET", "HEAD") or attempt + 1 == _LOST:
                     raise self._unreachable(error) from None
                 time.sleep(0.5 * 2.0**attempt)
+            except reach.NearAddress:
+                raise reach.near(urlsplit(url).netloc) from None
             except HTTPError as error:
                 raise self._unreachable(error) from None
         raise AssertionError
@@ -282,22 +295,18 @@ class Registry:
             headers["authorization"] = self._login.basic
         url = f"{realm}{'&' if '?' in realm else '?'}{urlencode(query)}"
         try:
-            answer = _pool(realm).request("GET", url, headers=headers, redirect=False, preload_content=False)
+            answer = self._pool_for(realm).request("GET", url, headers=headers, redirect=False, preload_content=False)
             with contextlib.closing(answer):
                 self._expect(answer, (200,), "a token")
                 told = json.loads(answer.read(_LARGEST_TOKEN))
+        except reach.NearAddress:
+            raise reach.near(urlsplit(realm).netloc) from None
         except (HTTPError, ValueError) as error:
             raise ImageError(f"the token service of {self.domain} fails: {_cause(error)}") from None
         token = (told.get("token") or told.get("access_token")) if isinstance(told, dict) else None
         if not isinstance(token, str) or not re.fullmatch(r"[\x21-\x7e]{1,65536}", token):
             raise ImageError(f"the token service of {self.domain} gave no token")
         return token
-
-
-def _pool(url: str) -> urllib3.PoolManager:
-    kinds: dict[str, Any] = {"retries": False, "timeout": urllib3.Timeout(connect=15, read=60), "maxsize": 8}
-    proxy = settings.proxy_for(url)
-    return urllib3.ProxyManager(proxy, **kinds) if proxy else urllib3.PoolManager(**kinds)
 
 
 def _is_loopback(address: str) -> bool:

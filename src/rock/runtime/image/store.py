@@ -184,11 +184,14 @@ class ImageStore:
         """Give this machine's own system a name, read-only, with one more layer on top, made by `fill` if missing."""
         return self._deriving.host_with(name, what, fill, diff_id)
 
-    def pull(self, name: str, login: Login | None = None, progress: Progress | None = None) -> ImageRecord:
+    def pull(
+        self, name: str, login: Login | None = None, progress: Progress | None = None, *, public_only: bool = False
+    ) -> ImageRecord:
         """Fetch an image from its registry, with the layers that are missing here; one that is there is fetched anew
-        where its tag stands for another one by now. ImageError, StorageFull; nothing half-made is kept."""
+        where its tag stands for another one by now. public_only: see Reference. ImageError, StorageFull; nothing
+        half-made is kept."""
         free_name(name)
-        reference = parse(name)
+        reference = replace(parse(name), public_only=public_only)
         with self._tidied():
             found = self._transfers.pull(name, reference, login, progress)
         self._came(found.name)
@@ -231,14 +234,14 @@ class ImageStore:
 
     def push(
         self, name: str, login: Login | None = None, progress: Progress | None = None,
-        ready: Mapping[str, Path] | None = None,
+        ready: Mapping[str, Path] | None = None, *, public_only: bool = False,
     ) -> str:  # fmt: skip
         """Send an image to the registry that its name tells; answers the digest of its manifest there.
 
-        ready: plain tars that layers were made of, by their digest. Unsupported for an image that shows this machine;
-        ImageError for what the registry says.
+        public_only: see Reference. ready: plain tars that layers were made of, by their digest. Unsupported for an
+        image that shows this machine; ImageError for what the registry says.
         """
-        return self._transfers.push(self.inspect(name), login, progress, ready or {})
+        return self._transfers.push(self.inspect(name), login, progress, ready or {}, public_only)
 
     def export(self, name: str, path: Path | str, progress: Progress | None = None) -> str:
         """Write an image to a new file, as the tar of an OCI layout; answers the digest of its manifest."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,10 +58,11 @@ class Transfers:
         return [*mirrors, Registry(reference, login or self._logins.of(reference.domain))]
 
     def push(
-        self, record: ImageRecord, login: Login | None, progress: Progress | None, ready: Mapping[str, Path]
-    ) -> str:
+        self, record: ImageRecord, login: Login | None, progress: Progress | None, ready: Mapping[str, Path],
+        public_only: bool,
+    ) -> str:  # fmt: skip
         refuse_by_reference(record)
-        reference = parse(record.name)
+        reference = replace(parse(record.name), public_only=public_only)
         target = ToRegistry(reference, login or self._logins.of(reference.domain))
         return self._send(record, target, progress, ready)
 
