@@ -217,12 +217,8 @@ class EnvLink:
             raise self._malformed(error) from None
 
     def _post(self, body: bytes) -> bytes:
-        try:
-            return self.transport.call("POST", self._target, body, timeout=self._timeout, content_type=FRAMES_TYPE)
-        except errors.Unavailable as error:
-            if not error.details.get("sent"):
-                raise
-        return self.transport.call("POST", self._target, body, timeout=self._timeout, content_type=FRAMES_TYPE)
+        return self.transport.call("POST", self._target, body, timeout=self._timeout, content_type=FRAMES_TYPE,
+                                   limit=self._limit)  # fmt: skip
 
     def _value(self, op: int, payload: Any) -> Any:
         if op == ERROR:

@@ -17,6 +17,7 @@ from rock.rocklet.node import Node
 from rock.rocklet.once import Once, place_of
 from rock.rocklet.stream import Streaming
 from rock.rocklet.supervisor import Supervisor
+from rock.settings import RECONNECT_TIMEOUT
 from rock.telemetry import tracing
 from rock.wire.asgi import Answer, Request, Router, answer, answer_model, validate
 
@@ -24,9 +25,10 @@ from rock.wire.asgi import Answer, Request, Router, answer, answer_model, valida
 class Api:
     """Handlers by route name. Each finds its sandbox, counts as activity, and calls one method of its supervisor."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, reconnect: float = RECONNECT_TIMEOUT) -> None:
+        """reconnect: seconds for which a client may retry a request by its key."""
         self.node = node
-        self.once = Once()
+        self.once = Once(reconnect)
 
     def router(self) -> Router:
         router = Router("rocklet")

@@ -19,6 +19,7 @@ from rock.errors import Conflict, NotFound, RockError, Unavailable
 from rock.protocol.action import BashAction, Command, CommandResponse, CreateBashSessionRequest
 from rock.rocklet import programs
 from rock.rocklet.handover import Keep
+from rock.rocklet.once import ended_with_client
 from rock.rocklet.shellprocess import KEY
 from rock.rocklet.spool import SpoolFile
 from rock.runtime.base import CLOCK
@@ -149,6 +150,12 @@ def _written_down(sandbox: Supervisor, place: str | None, **entry: Any) -> Any:
     except RockError as error:
         if place is not None and not error.retryable:
             journal.finish(place, failure(error))
+        elif place is not None:
+            journal.forget(place)
+        raise
+    except asyncio.CancelledError:
+        if place is not None and entry["kind"] in ("execute", "start"):  # it may have run for a while
+            journal.finish(place, failure(ended_with_client()))
         elif place is not None:
             journal.forget(place)
         raise

@@ -20,6 +20,7 @@ from rock.rocklet.handover import Keep, unseen
 from rock.rocklet.imageshell import Shell
 from rock.rocklet.interpreter import Interpreter
 from rock.rocklet.journal import Journal
+from rock.rocklet.once import ended_with_client
 from rock.rocklet.running import Run, Sink
 from rock.rocklet.streams import write_all
 from rock.runtime.base import CLOCK, Handle, Runtime
@@ -175,7 +176,7 @@ class Session:
             observation = await self._run_now(action, None, keep)
         except asyncio.CancelledError:
             if not self._leaving:
-                keep.journal.forget(keep.place)  # it was killed with its client
+                keep.journal.finish(keep.place, failure(ended_with_client()))  # the key must not run it again
             raise
         except RockError as error:
             if not error.retryable:
