@@ -175,6 +175,11 @@ class Fleet(Mapping[str, Worker]):
         member = self._members.get(name)
         return member is not None and member.reached.failing()
 
+    def is_silent(self, name: str) -> bool:
+        """Whether a worker that joined has sent no heartbeat for longer than its lease."""
+        member = self._members.get(name)
+        return member is not None and member.changed_at < time.monotonic() - self.lease.fence
+
     def silent(self) -> list[WorkerInfo]:
         """Those that have not been heard of for so long that they are lost."""
         now = time.monotonic()
@@ -238,8 +243,7 @@ class Fleet(Mapping[str, Worker]):
 
     def _seen_now(self, info: WorkerInfo) -> WorkerInfo:
         """A row of the registry, with what is known here of how long its worker is silent."""
-        member = self._members.get(info.name)
-        if info.is_lost or member is None or member.changed_at > time.monotonic() - self.lease.fence:
+        if info.is_lost or not self.is_silent(info.name):
             return info
         return info.model_copy(update={"state": WorkerState.UNREACHABLE})
 

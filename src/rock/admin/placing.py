@@ -136,6 +136,8 @@ class Placing:
         """See that there are reports, none older than `stale` seconds, and that newer ones come. Unavailable."""
         age, gone = time.monotonic() - self._asked_at, self._version != self._workers.version
         if age <= min(_FRESH, stale) and not gone:
+            if self._failed is not None:  # that there are no reports is no lack of room
+                raise self._failed
             return
         if self._asking is None or self._asking.done():
             self._asking = asyncio.create_task(self._ask(), name="worker reports")

@@ -159,6 +159,8 @@ class Service:
                 return await self._how_far(record.info)
         if record.state is not State.RUNNING:
             return record.info
+        if self.workers.is_silent(record.info.worker or ""):
+            return record.info.model_copy(update={"is_alive": False})
         try:
             found = await self.reached(record.info.worker).get(sandbox_id, touch=touch, usage=usage)
         except RockError as error:
