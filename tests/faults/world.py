@@ -148,6 +148,7 @@ class World:
         """runtime: of a joined world. environ: of both of its servers."""
         assert kind in KINDS
         self.kind = kind
+        self.key = KEY if kind == "joined" else None
         self.runtime = {"apart": "fake", "joined": runtime}.get(kind, kind)
         self._zygote = Zygote()
         self.worker: Server | None = None

@@ -6,13 +6,14 @@ from typing import Any
 
 import orjson
 
-from rock.errors import InvalidConfig, from_wire
+from rock.errors import InvalidConfig, NotHere, from_wire
 from rock.protocol.action import BashAction, Command, CreateBashSessionRequest
 from rock.protocol.node import NodeCommit, ProcessList, SessionList, WorkerImage
 from rock.protocol.routes import LOG_NEXT, LOG_RUNNING, LOG_START, ROUTES
 from rock.protocol.sandbox import SandboxConfig
 from rock.rocklet import build_api, bulk_api, env_api, file_api, kept_api, ports, programs, resuming, terminal
 from rock.rocklet.commandspans import command as spanned
+from rock.rocklet.ending import PERHAPS, SandboxRouter, told_of_end, was_stopped
 from rock.rocklet.node import Node
 from rock.rocklet.once import Once, place_of
 from rock.rocklet.stream import Streaming
@@ -31,7 +32,7 @@ class Api:
         self.once = Once(reconnect)
 
     def router(self) -> Router:
-        router = Router("rocklet")
+        router = SandboxRouter("rocklet", self.node)
         for name in (
             "create_session",
             "list_sessions",
@@ -124,7 +125,7 @@ class Api:
             ):
                 return await session.run(action, streaming.put)
 
-        return streaming.answer(work(), request)
+        return streaming.answer(told_of_end(self.node, sandbox, work(), was_stopped), request)
 
     async def _first(self, sandbox: Supervisor, request: Request) -> str | None:
         """Let a request with a stream for its answer through, once a key, a former rocklet's included. Conflict."""
@@ -184,7 +185,7 @@ class Api:
             ):
                 return await execution.run()
 
-        return streaming.answer(work(), request)
+        return streaming.answer(told_of_end(self.node, sandbox, work(), was_stopped), request)
 
     async def start_process(self, request: Request) -> Answer:
         sandbox = self._find(request)
@@ -214,6 +215,8 @@ class Api:
             data, more = await process.read(
                 request.query.get("stream", "stdout"), offset, limit, request.number("wait", 0, high=3600)
             )
+        if not more and process.info.exit_code is None and await sandbox.ends_within(PERHAPS):
+            raise NotHere("it ended with its sandbox", sandbox_id=sandbox.id)
         headers = [
             (LOG_START.encode(), b"%d" % offset),
             (LOG_NEXT.encode(), b"%d" % (offset + len(data))),
