@@ -201,7 +201,7 @@ def test_an_answer_that_was_cut_is_a_broken_connection(part: bytes) -> None:
         thread = threading.Thread(target=serve)
         thread.start()
         with pytest.raises(Unavailable) as caught:
-            Transport(f"http://127.0.0.1:{listener.getsockname()[1]}").json("POST", "/", {})
+            Transport(f"http://127.0.0.1:{listener.getsockname()[1]}", reconnect_timeout=0).json("POST", "/", {})
         thread.join()
         assert caught.value.details == {"sent": True}
 

@@ -153,6 +153,7 @@ class World:
         self._zygote = Zygote()
         self.worker: Server | None = None
         if kind == "joined":
+            environ = {"ROCK_DRAIN_SECONDS": "0.5", **environ}
             self.server = Server(self._zygote, folder / "admin", ROCK_WORKERS="none", ROCK_WORKER_KEY=TOKEN,
                                  ROCK_API_KEY=KEY, **environ)  # fmt: skip
             self.worker = Server(
@@ -161,17 +162,18 @@ class World:
             )  # fmt: skip
             self.server.start()
             self.worker.start()
-            self.http = Transport(self.server.url, KEY)
+            self.http = Transport(self.server.url, KEY, reconnect_timeout=0)
             self._await_worker()
             return
         if kind == "apart":
             self.worker = Server(self._zygote, folder / "worker", "rocklet", ROCK_RUNTIME="fake")
             self.worker.start()
+            environ = {"ROCK_DRAIN_SECONDS": "0.5", **environ}
             self.server = Server(self._zygote, folder / "admin", ROCK_WORKERS=f"there={self.worker.url}")
         else:
             self.server = Server(self._zygote, folder / "home", ROCK_RUNTIME=kind)
         self.server.start()
-        self.http = Transport(self.server.url)
+        self.http = Transport(self.server.url, reconnect_timeout=0)  # each failure is seen by the model
 
     def _await_worker(self) -> None:
         """Until sandboxes can be made."""

@@ -64,7 +64,7 @@ class Api:
             router.add(ROUTES[name], getattr(self, name))
         router.add(ROUTES["terminal"], terminal.handler(self.node))
         ports.add_routes(router, self.node)
-        file_api.add_routes(router, self.node)
+        file_api.add_routes(router, self.node, self.once)
         kept_api.add_routes(router, self.node)
         bulk_api.add_routes(router, self.node)
         build_api.add_routes(router, self.node)
@@ -92,9 +92,12 @@ class Api:
 
     async def close_session(self, request: Request) -> Answer:
         sandbox = self._find(request)
-        with sandbox.active():
+
+        async def work() -> Answer:
             await sandbox.sessions.close(request.path["session"])
-        return answer({"session_type": "bash"})
+            return answer({"session_type": "bash"})
+
+        return await self.once.call(sandbox, request, work)
 
     async def run(self, request: Request) -> Answer:
         sandbox = self._find(request)
@@ -139,15 +142,23 @@ class Api:
     async def interrupt(self, request: Request) -> Answer:
         sandbox = self._find(request)
         session = await sandbox.sessions.get(request.path["session"])
-        await session.interrupt()
-        return answer(session.info)
+
+        async def work() -> Answer:
+            await session.interrupt()
+            return answer(session.info)
+
+        return await self.once.call(sandbox, request, work)
 
     async def session_input(self, request: Request) -> Answer:
         sandbox = self._find(request)
-        with sandbox.active():
+        data = await request.body()
+
+        async def work() -> Answer:
             session = await sandbox.sessions.get(request.path["session"])
-            await session.type(await request.body())
-        return answer(session.info)
+            await session.type(data)
+            return answer(session.info)
+
+        return await self.once.call(sandbox, request, work)
 
     async def resize(self, request: Request) -> Answer:
         session = await self._find(request).sessions.get(request.path["session"])
@@ -231,21 +242,32 @@ class Api:
         number = body.get("signal", 15) if isinstance(body, dict) else None
         if type(number) is not int or not 1 <= number <= 64:
             raise InvalidConfig(f"no such signal: {number!r}", hint="a number from 1 to 64")
-        with sandbox.active():
+
+        async def work() -> Answer:
             if process.status is None:
                 await process.process.signal(number, tree=bool(body.get("tree", False)))
-        return answer(process.info)
+            return answer(process.info)
+
+        return await self.once.call(sandbox, request, work)
 
     async def process_stdin(self, request: Request) -> Answer:
         sandbox = self._find(request)
         process = sandbox.process(request.path["process_id"])
-        with sandbox.active():
-            await process.write(await request.body(), request.flag("close"))
-        return answer(process.info)
+        data = await request.body()
+
+        async def work() -> Answer:
+            await process.write(data, request.flag("close"))
+            return answer(process.info)
+
+        return await self.once.call(sandbox, request, work)
 
     async def forget_process(self, request: Request) -> Answer:
         sandbox = self._find(request)
-        return answer((await sandbox.forget_process(request.path["process_id"])).info)
+
+        async def work() -> Answer:
+            return answer((await sandbox.forget_process(request.path["process_id"])).info)
+
+        return await self.once.call(sandbox, request, work)
 
     # ---- node plane ----
 

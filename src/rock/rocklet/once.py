@@ -5,15 +5,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rock.errors import Conflict, RockError
 from rock.protocol.routes import IDEMPOTENCY_KEY
+from rock.rocklet import resuming
+from rock.rocklet.handover import ended_with_client
 from rock.settings import RECONNECT_TIMEOUT
 from rock.wire.asgi import Answer, Disconnected, Request, failure
 from rock.wire.waits import settled
+
+if TYPE_CHECKING:
+    from rock.rocklet.supervisor import Supervisor
 
 _KEY = IDEMPOTENCY_KEY.encode()
 _REMEMBERED = 2_000  # answers that are kept however old they are
@@ -37,14 +42,6 @@ def _place(request: Request) -> Place | None:
     """What a request with a key is known by; a key means nothing on another path."""
     key = request.header(_KEY)
     return None if key is None else (str(request.scope["path"]), key)
-
-
-def ended_with_client() -> Conflict:
-    """For a key whose command was ended: it is never begun again."""
-    return Conflict(
-        "the command with this key was ended because its client left",
-        hint="look what it did; send it with a new key to run it again",
-    )
 
 
 def _dropped() -> Answer:
@@ -115,6 +112,15 @@ class Once:
             raise
         finally:
             entry.waiting -= 1
+
+    async def call(self, sandbox: Supervisor, request: Request, work: Callable[[], Awaitable[Answer]]) -> Answer:
+        """The answer of something short in a sandbox, done once a key over a crash too."""
+
+        async def journaled() -> Answer:
+            with sandbox.active():
+                return await resuming.done_once(sandbox, place_of(request), work)
+
+        return await self.do(request, journaled())
 
     async def _watch(self, entry: _Work, request: Request, grace: float) -> None:
         """Return when the work is done; Disconnected when its client left and nobody else waits for it."""

@@ -16,11 +16,10 @@ from rock.errors import InvalidConfig, RockError, SessionClosed, StartFailed, Un
 from rock.protocol.action import BashAction, BashObservation, CreateBashSessionRequest, SessionInfo
 from rock.protocol.routes import RESUMES
 from rock.rocklet import commandfile, shell
-from rock.rocklet.handover import Keep, unseen
+from rock.rocklet.handover import Keep, ended_with_client, unseen
 from rock.rocklet.imageshell import Shell
 from rock.rocklet.interpreter import Interpreter
 from rock.rocklet.journal import Journal
-from rock.rocklet.once import ended_with_client
 from rock.rocklet.running import Run, Sink
 from rock.rocklet.streams import write_all
 from rock.runtime.base import CLOCK, Handle, Runtime
