@@ -56,6 +56,20 @@ class Zygote:
         self._child.communicate()
 
 
+_given: set[int] = set()
+
+
+def _free_port() -> int:
+    """One that nobody listens on, and that no other server of this process has."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port not in _given:
+            _given.add(port)
+            return port
+
+
 class Server:
     """One server process with a home and a port that it keeps. `plan` is the file that its faults are read from."""
 
@@ -68,9 +82,7 @@ class Server:
         self.starts = 0
         self._zygote = zygote
         self._role = role
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
+        self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._environ = {"ROCK_HOME": str(folder), "ROCK_POOL_SIZE": "0", "ROCK_FAULTS": str(self.plan), **environ}
 
