@@ -14,7 +14,6 @@ from tests.faults.world import KEY, Server, World
 from tests.leaks import Inventory, take_inventory
 from tests.waiting import until
 
-import rock
 from rock.actions import CreateBashSessionRequest
 from rock.errors import Conflict, Unavailable
 from rock.protocol.routes import ROUTES
@@ -195,20 +194,3 @@ def test_a_client_that_leaves_ends_its_command_and_the_key_is_a_conflict(world: 
         Transport(world.server.url, KEY).json("POST", ROUTES["execute"].url(sandbox_id=box.sandbox_id or ""), body,
                                               key="left", timeout=20)  # fmt: skip
     assert box.execute(["cat", "/tmp/left"]).stdout == "begin\n"
-
-
-@pytest.mark.parametrize("name", ["admin", "rocklet"])
-def test_an_environment_goes_on(world: World, name: str) -> None:
-    env = rock.make("CartPole-v1", base_url=world.server.url, api_key=KEY)
-    try:
-        env.reset(seed=1)
-        server = role(world, name)
-        for number in range(20):
-            if number == 5:
-                server.kill()
-                threading.Timer(2.0, server.start).start()
-            if env.step(number % 2)[2]:
-                env.reset(seed=number)
-        until(lambda: server.alive)
-    finally:
-        env.close()

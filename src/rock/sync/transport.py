@@ -180,7 +180,7 @@ class Transport:
     ) -> _Retry:
         """How long to go on with a call that began at `began`, and has failed for the first time."""
         seconds = self.reconnect_timeout
-        if error.details.get("unsent") and not any(server.reached for server in (*self._write, *self._read)):
+        if not any(server.reached for server in (*self._write, *self._read)):
             seconds = min(seconds, FIRST_CONTACT)
         return _Retry(seconds, began, deadline, limit)
 
