@@ -240,7 +240,7 @@ def test_the_settings_refuse_a_plan_that_is_none() -> None:
 # ---- a share of the suite ----
 
 
-@pytest.mark.parametrize("kind", ["process", "apart", "namespace"])
+@pytest.mark.parametrize("kind", ["process", "apart", "namespace", "joined"])
 @pytest.mark.timeout(3600)
 def test_randomised_faults(kind: str, tmp_path: Path) -> None:
     counts = campaign(kind, RUNS if kind != "namespace" else max(1, RUNS // 4), 8, 5, tmp_path)
