@@ -104,7 +104,7 @@ class Leases:
                 continue
             target = ROUTES["renew_envs"].url(sandbox_id=sandbox_id, owner=owner)
             try:
-                lease.transport.json("POST", target, timeout=_TIMEOUT)
+                lease.transport.json("POST", target, timeout=_TIMEOUT, deadline=0.0)
             except (errors.NotFound, errors.SandboxError):
                 with self._lock:
                     self._held.pop(key, None)
@@ -124,7 +124,7 @@ class Leases:
                 continue
             target = ROUTES["release_envs"].url(sandbox_id=sandbox_id, owner=owner)
             try:
-                lease.transport.json("DELETE", target, timeout=_EXIT_TIMEOUT)
+                lease.transport.json("DELETE", target, timeout=_EXIT_TIMEOUT, deadline=0.0)
             except (errors.NotFound, errors.SandboxError):
                 continue
             except errors.RockError:

@@ -29,6 +29,7 @@ from rock.sync.transport import Transport
 
 POLL = 20.0  # seconds of one long-poll
 SLACK = 30.0
+_CLOSE = 5.0  # seconds for which a close is tried again; after that the lease of the environment ends
 
 Graph = Callable[[Any, Any, Any], Any]
 
@@ -234,12 +235,8 @@ class EnvLink:
 
     def _post(self, body: bytes) -> bytes:
         LEASES.used()
-        try:
-            return self.transport.call("POST", self._target, body, timeout=self._timeout, content_type=FRAMES_TYPE)
-        except errors.Unavailable as error:
-            if not error.details.get("sent"):
-                raise
-        return self.transport.call("POST", self._target, body, timeout=self._timeout, content_type=FRAMES_TYPE)
+        return self.transport.call("POST", self._target, body, timeout=self._timeout, content_type=FRAMES_TYPE,
+                                   limit=self._limit)  # fmt: skip
 
     def _value(self, op: int, payload: Any) -> Any:
         if op == ERROR:
@@ -254,7 +251,7 @@ class EnvLink:
             LEASES.drop(self.transport, self.sandbox_id, owner)
         try:
             target = ROUTES["close_env"].url(sandbox_id=self.sandbox_id, env=str(number))
-            self.transport.json("DELETE", target, timeout=SLACK)
+            self.transport.json("DELETE", target, timeout=SLACK, deadline=_CLOSE)
         except (errors.NotFound, errors.SandboxError):
             return
 

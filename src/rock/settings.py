@@ -8,6 +8,8 @@ Client settings are functions, because a script may set a variable after the imp
 | ROCK_BASE_URL | http://127.0.0.1:8080 | where the SDK and the CLI find the server |
 | ROCK_READ_URL | ROCK_BASE_URL | where they look, and reach into sandboxes; both may be URL,URL |
 | ROCK_API_KEY | none | the key that they send, and that a server asks for |
+| ROCK_RECONNECT_TIMEOUT | 60 | seconds: a client retries over a lost connection, 0 for not at all; a rocklet keeps \
+what runs when the server in front of it is gone |
 | ROCK_HOME | ~/.rock | the one folder with all of a server's state |
 | ROCK_POOL_SIZE | 4 | warm sandboxes kept per recently used image; 0 is off |
 | ROCK_RUNTIME | namespace | the default runtime: docs/runtimes.md |
@@ -39,7 +41,10 @@ Client settings are functions, because a script may set a variable after the imp
 | ROCK_ROLE | all | what a server serves: all, write (or admin), read (or proxy) |
 | ROCK_WRITER, ROCK_READER | none | of a reader, a writer: where it hands on what the other role serves; URL,URL |
 | ROCK_JOIN, ROCK_WORKER_NAME, ROCK_ADVERTISE | none | of a rocklet: --join, --name, --advertise |
-| ROCK_LEASE_LOST | stop | of a rocklet: what its sandboxes do when its lease is over: stop, or keep |
+| ROCK_WORKER_GRACE | 60 | seconds without a heartbeat after which such a worker is declared lost; at least 6 leases \
+unless it is set |
+| ROCK_LEASE_LOST | keep | of a rocklet: its sandboxes while no server answers: keep, or stop after 2/3 of the grace \
+period |
 | ROCK_SCHEDULER | local | "ray": a Ray cluster decides where sandboxes go, docs/guides/ray.md |
 | ROCK_RAY_ADDRESS, ROCK_RAY_HOME | auto, ~/.rock-ray | of that cluster; the homes of its rocklets, on each node |
 | ROCK_LOG_LEVEL | info | debug, info, warning, error |
@@ -83,6 +88,22 @@ def base_url() -> str:
 def api_key() -> str | None:
     """ROCK_API_KEY, if set and not empty."""
     return os.environ.get("ROCK_API_KEY") or None
+
+
+RECONNECT_TIMEOUT = 60.0
+
+
+def reconnect_timeout(given: float | None = None) -> float:
+    """Seconds for which a client retries over a lost connection: what is given, else ROCK_RECONNECT_TIMEOUT.
+    ValueError."""
+    text = os.environ.get("ROCK_RECONNECT_TIMEOUT")
+    try:
+        seconds = given if given is not None else float(text) if text else RECONNECT_TIMEOUT
+    except ValueError:
+        seconds = float("nan")
+    if not 0 <= seconds <= 3600:
+        raise ValueError(f"ROCK_RECONNECT_TIMEOUT={text if given is None else given!r} is not between 0 and 3600")
+    return seconds
 
 
 def trace() -> bool:
@@ -224,6 +245,8 @@ class Settings:
     workers: str = ""
     worker_key: str = field(default="", repr=False)
     worker_lease: float = 10.0
+    worker_grace: float = 0.0  # 0: what follows from the lease
+    reconnect_timeout: float = RECONNECT_TIMEOUT
     role: str = "all"
     writer: str = ""
     reader: str = ""
@@ -233,7 +256,7 @@ class Settings:
     scheduler: str = "local"
     ray_address: str = ""
     ray_home: str = "~/.rock-ray"
-    lease_lost: str = "stop"
+    lease_lost: str = "keep"
     archive: str = ""
     archive_limit: str = "64g"
     image_budget: str = ""
@@ -308,6 +331,8 @@ class Settings:
             ("workers", str),
             ("worker_key", str),
             ("worker_lease", float),
+            ("worker_grace", float),
+            ("reconnect_timeout", float),
             ("role", str),
             ("writer", str),
             ("reader", str),
@@ -342,7 +367,8 @@ class Settings:
                 except ValueError:
                     raise ValueError(f"ROCK_{name.upper()}={text!r} is not a number") from None
         values |= {k: v for k, v in given.items() if v is not None}
-        for name, least in (("otel_interval", 0.1), ("drain_seconds", 0.0), ("env_lease", 1.0)):
+        for name, least in (("otel_interval", 0.1), ("drain_seconds", 0.0), ("reconnect_timeout", 0.0),
+                            ("env_lease", 1.0)):  # fmt: skip
             number = values.get(name, least)
             if not isinstance(number, int | float) or not least <= number <= 3600:
                 raise ValueError(f"ROCK_{name.upper()}={number} is not between {least:g} and 3600")

@@ -50,7 +50,7 @@ class Site:
         home.mkdir()
         address = self.net.address(machine)
         made = OnMachine(home, address, ROCK_API_KEY=KEY, ROCK_WORKER_KEY=TOKEN, ROCK_ROLE=role, ROCK_STORE=self.store,
-                         ROCK_WORKER_LEASE=str(LEASE))  # fmt: skip
+                         ROCK_WORKER_LEASE=str(LEASE), ROCK_WORKER_GRACE=str(LEASE * 1.2))  # fmt: skip
         made.prefix = list(self.net.inside(machine))
         made.start(port, 90.0)
         return made
@@ -58,7 +58,7 @@ class Site:
     def _worker(self, name: str, machine: int) -> Machine:
         servers = f"{self.writer.url},{self.readers[0].url}"
         made = Machine(self.folder / name, "--join", servers, "--token", TOKEN, "--name", name, "--host", "0.0.0.0",
-                       prefix=self.net.inside(machine))  # fmt: skip
+                       prefix=self.net.inside(machine), ROCK_LEASE_LOST="stop")  # fmt: skip
         made.start(PORT + 2)
         return made
 

@@ -24,15 +24,17 @@ from rock.protocol.workers import WorkerInfo, WorkerState
 from rock.sync import Client, Sandbox, SandboxConfig
 
 LONG = pytest.mark.skipif(not os.environ.get("ROCK_TEST_CLUSTER"), reason="of make cluster: set ROCK_TEST_CLUSTER=1")
-LEASE = "3"  # seconds: short, so that losing one takes three and not twelve
+LEASE, GRACE = "3", "3.6"  # seconds: short, so that losing one takes three and not sixty
 
 
 class Site:
     """A server, and what joined it."""
 
-    def __init__(self, folder: Path, lease: str = LEASE) -> None:
+    def __init__(self, folder: Path, lease: str = LEASE, grace: str = GRACE) -> None:
         self.folder = folder
-        self.server: RunningServer = server(folder / "server", ROCK_WORKER_LEASE=lease)
+        self.server: RunningServer = server(
+            folder / "server", ROCK_WORKER_LEASE=lease, ROCK_WORKER_GRACE=grace
+        )
         self.machines: dict[str, Machine] = {}
 
     def join(self, name: str, **environment: str) -> Machine:
@@ -129,7 +131,7 @@ def test_join_drain_lose_and_come_back(site: Site) -> None:
 
 @LONG
 def test_a_restart_within_the_lease_changes_nothing(tmp_path: Path) -> None:
-    site = Site(tmp_path, "120")
+    site = Site(tmp_path, "120", "144")
     try:
         one = site.join("one")
         with Sandbox(site.config()) as sandbox:
@@ -149,7 +151,7 @@ def test_a_restart_within_the_lease_changes_nothing(tmp_path: Path) -> None:
 def test_a_worker_keeps_what_nobody_took_for_lost(site: Site) -> None:
     """The only server is away for longer than a lease: a worker that keeps its sandboxes has them afterwards, one that
     does not has stopped them; neither makes new ones meanwhile."""
-    keeps, stops = site.join("keeps", ROCK_LEASE_LOST="keep"), site.join("stops")
+    keeps, stops = site.join("keeps"), site.join("stops", ROCK_LEASE_LOST="stop")
     boxes: dict[str, Sandbox] = {}
     for name, other in (("keeps", "stops"), ("stops", "keeps")):
         site.cli("drain", other)
@@ -158,7 +160,7 @@ def test_a_worker_keeps_what_nobody_took_for_lost(site: Site) -> None:
         site.cli("undrain", other)
     port = int(site.server.url.rpartition(":")[2])
     site.server.kill()
-    until(lambda: "lease is over" in keeps.log() and "lease is over" in stops.log(), 30.0)
+    until(lambda: "no new sandboxes" in keeps.log() and "ROCK_LEASE_LOST=stop" in stops.log(), 30.0)
     until(lambda: stops.sandboxes() == set(), 30.0)
     assert keeps.sandboxes() == {str(boxes["keeps"].sandbox_id)}
     assert command(keeps, "PUT", "/node/v1/sandboxes/x", {})[0] == 503  # without a lease nothing is made

@@ -60,7 +60,7 @@ def test_a_command_that_was_running_does_not_confuse_its_session(own_server: Cal
     def call() -> None:
         body = {"command": "sleep 1.5; echo finished > /tmp/flag; echo old output; false"}
         with pytest.raises(Unavailable):
-            Transport(server.url).json("POST", path, body)
+            Transport(server.url, reconnect_timeout=0).json("POST", path, body)
 
     thread = threading.Thread(target=call)
     thread.start()
@@ -128,7 +128,7 @@ def test_kill_in_the_middle_of_starts(own_server: Callable[..., RunningServer]) 
 
     def create() -> None:
         try:
-            acknowledged.append(make(server).sandbox_id)
+            acknowledged.append(make(server, reconnect_timeout=0).sandbox_id)
         except RockError:
             pass
 

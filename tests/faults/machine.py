@@ -287,9 +287,10 @@ class FaultMachine(RuleBasedStateMachine):
     def kill_launcher(self) -> None:
         """The child that makes namespaces; where there is none, the server is killed."""
         self._step("kill launcher")
-        if self.world.kind != "namespace":
+        if self.world.runtime != "namespace":
             self.world.server.kill()
-        for pid in self.world.launchers():
+        # The children of a rocklet with plain processes are the sandboxes themselves.
+        for pid in self.world.launchers() if self.world.runtime == "namespace" else ():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.counts["kills"] += 1

@@ -201,7 +201,7 @@ def test_an_answer_that_was_cut_is_a_broken_connection(part: bytes) -> None:
         thread = threading.Thread(target=serve)
         thread.start()
         with pytest.raises(Unavailable) as caught:
-            Transport(f"http://127.0.0.1:{listener.getsockname()[1]}").json("POST", "/", {})
+            Transport(f"http://127.0.0.1:{listener.getsockname()[1]}", reconnect_timeout=0).json("POST", "/", {})
         thread.join()
         assert caught.value.details == {"sent": True}
 
@@ -240,7 +240,7 @@ def test_the_settings_refuse_a_plan_that_is_none() -> None:
 # ---- a share of the suite ----
 
 
-@pytest.mark.parametrize("kind", ["process", "apart", "namespace"])
+@pytest.mark.parametrize("kind", ["process", "apart", "namespace", "joined"])
 @pytest.mark.timeout(3600)
 def test_randomised_faults(kind: str, tmp_path: Path) -> None:
     counts = campaign(kind, RUNS if kind != "namespace" else max(1, RUNS // 4), 8, 5, tmp_path)

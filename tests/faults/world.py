@@ -1,7 +1,8 @@
 """Real servers for the fault suite: processes that are killed with SIGKILL and started again in a tenth of a second.
 
 One kind of world a set-up: "process" and "namespace" are the server of one machine, whose sandboxes outlive it; "apart"
-is an admin and a rocklet in two processes, the sandboxes in the memory of the rocklet.
+is an admin and a rocklet in two processes, the sandboxes in the memory of the rocklet; "joined" is an admin and a
+rocklet that joined it, with a real lease and the process runtime.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from rock.protocol.routes import ROUTES
 from rock.runtime.namespace import records
 from rock.sync.transport import Transport
 
-KINDS = ("process", "apart", "namespace")
+KINDS = ("process", "apart", "namespace", "joined")
+KEY, TOKEN = "the owner's key", "what workers join by"
 START = 100.0  # seconds for a server to serve
 
 
@@ -54,6 +56,20 @@ class Zygote:
         self._child.communicate()
 
 
+_given: set[int] = set()
+
+
+def _free_port() -> int:
+    """One that nobody listens on, and that no other server of this process has."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port not in _given:
+            _given.add(port)
+            return port
+
+
 class Server:
     """One server process with a home and a port that it keeps. `plan` is the file that its faults are read from."""
 
@@ -66,9 +82,7 @@ class Server:
         self.starts = 0
         self._zygote = zygote
         self._role = role
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
+        self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._environ = {"ROCK_HOME": str(folder), "ROCK_POOL_SIZE": "0", "ROCK_FAULTS": str(self.plan), **environ}
 
@@ -142,24 +156,53 @@ class Server:
 class World:
     """The servers of one kind, and requests to them."""
 
-    def __init__(self, kind: str, folder: Path) -> None:
+    def __init__(self, kind: str, folder: Path, runtime: str = "process", **environ: str) -> None:
+        """runtime: of a joined world. environ: of both of its servers."""
         assert kind in KINDS
         self.kind = kind
+        self.key = KEY if kind == "joined" else None
+        self.runtime = {"apart": "fake", "joined": runtime}.get(kind, kind)
         self._zygote = Zygote()
         self.worker: Server | None = None
+        if kind == "joined":
+            environ = {"ROCK_DRAIN_SECONDS": "0.5", **environ}
+            self.server = Server(self._zygote, folder / "admin", ROCK_WORKERS="none", ROCK_WORKER_KEY=TOKEN,
+                                 ROCK_API_KEY=KEY, **environ)  # fmt: skip
+            self.worker = Server(
+                self._zygote, folder / "worker", "rocklet", ROCK_RUNTIME=runtime, ROCK_JOIN=self.server.url,
+                ROCK_API_KEY=TOKEN, ROCK_WORKER_NAME="one", **environ,
+            )  # fmt: skip
+            self.server.start()
+            self.worker.start()
+            self.http = Transport(self.server.url, KEY, reconnect_timeout=0)
+            self._await_worker()
+            return
         if kind == "apart":
             self.worker = Server(self._zygote, folder / "worker", "rocklet", ROCK_RUNTIME="fake")
             self.worker.start()
+            environ = {"ROCK_DRAIN_SECONDS": "0.5", **environ}
             self.server = Server(self._zygote, folder / "admin", ROCK_WORKERS=f"there={self.worker.url}")
         else:
             self.server = Server(self._zygote, folder / "home", ROCK_RUNTIME=kind)
         self.server.start()
-        self.http = Transport(self.server.url)
+        self.http = Transport(self.server.url, reconnect_timeout=0)  # each failure is seen by the model
+
+    def _await_worker(self) -> None:
+        """Until sandboxes can be made."""
+        end = time.monotonic() + START
+        while not any(worker["state"] == "ready" for worker in self.ask("list_workers")["items"]):
+            assert time.monotonic() < end, self.server.log()
+            time.sleep(0.05)
 
     @property
     def outlives(self) -> bool:
         """Whether sandboxes live on when what holds them is killed."""
-        return self.worker is None
+        return self.runtime != "fake"
+
+    @property
+    def holder(self) -> Server:
+        """Whose children the sandboxes' launchers are, and in whose home they are."""
+        return self.worker or self.server
 
     @property
     def records(self) -> set[str]:
@@ -170,8 +213,8 @@ class World:
     @property
     def pids(self) -> int:
         """How many pid 1 of sandboxes there are on this machine that a server of ours started."""
-        if self.kind == "namespace":
-            return len(records.slots(self.server.home / "run" / "namespace"))
+        if self.runtime == "namespace":
+            return len(records.slots(self.holder.home / "run" / "namespace"))
         return len(self.roots)
 
     @property
@@ -180,7 +223,7 @@ class World:
         found = []
         for entry in os.listdir("/proc"):
             with contextlib.suppress(OSError):
-                if os.readlink(f"/proc/{entry}/fd/1").startswith(f"{self.server.home}/run/process/"):
+                if os.readlink(f"/proc/{entry}/fd/1").startswith(f"{self.holder.home}/run/process/"):
                     found.append(int(entry))
         return found
 
@@ -202,10 +245,10 @@ class World:
     @property
     def lives(self) -> int:
         """How often what holds sandboxes in its memory was started."""
-        return self.worker.starts if self.worker is not None else 0
+        return self.worker.starts if self.worker is not None and not self.outlives else 0
 
     def config(self, **fields: object) -> dict[str, object]:
-        image = "python:3.11" if self.kind == "apart" else "host"
+        image = "python:3.11" if self.runtime == "fake" else "host"
         return {"image": image, "memory": "128m", "cpus": 0.5, "auto_clear_seconds": 3600, **fields}
 
     def ask(self, name: str, body: object = None, key: str | None = None, query: str = "", **path: str) -> Any:
@@ -219,7 +262,7 @@ class World:
         for entry in os.listdir("/proc"):
             with contextlib.suppress(OSError, ValueError):
                 fields = Path(f"/proc/{int(entry)}/stat").read_text().rpartition(")")[2].split()
-                if int(fields[1]) == self.server.pid and fields[0] != "Z":
+                if int(fields[1]) == self.holder.pid and fields[0] != "Z":
                     found.append(int(entry))
         return found
 

@@ -30,8 +30,8 @@ def no_connection_is_left() -> Iterator[None]:
 def call(face: str, url: str, method: str = "POST", target: str = "/x", body: Any = None, **options: Any) -> Any:
     """One JSON request on one of the faces; each asynchronous one runs in an asyncio.run of its own."""
     if face == "sync":
-        return BlockingTransport(url).json(method, target, body, **options)
-    return asyncio.run(Transport(url).json(method, target, body, **options))
+        return BlockingTransport(url, reconnect_timeout=0).json(method, target, body, **options)
+    return asyncio.run(Transport(url, reconnect_timeout=0).json(method, target, body, **options))
 
 
 faces = pytest.mark.parametrize("face", ["async", "sync"])
@@ -360,5 +360,5 @@ def test_details_of_any_shape_are_the_error_that_was_told(details: bytes) -> Non
     body = b'{"error": {"code": "unavailable", "message": "told", "details": %b}}' % details
     with serve(say(answer(body, "503 Service Unavailable"))) as wire:
         with pytest.raises(errors.Unavailable, match="told"):
-            BlockingTransport(wire.url).call_once("POST", "/x", b"", timeout=5)
+            BlockingTransport(wire.url).call("POST", "/x", b"", timeout=5)
         assert len(wire.requests) == 1

@@ -71,7 +71,7 @@ async def read_request(reader: asyncio.StreamReader) -> Request | None:
 
 
 @contextlib.contextmanager
-def serve(reply: Reply, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1") -> Iterator[Wire]:
+def serve(reply: Reply, tls: ssl.SSLContext | None = None, host: str = "127.0.0.1", port: int = 0) -> Iterator[Wire]:
     """Run the server in a thread of its own."""
     wire = Wire()
     ready = threading.Event()
@@ -90,7 +90,7 @@ def serve(reply: Reply, tls: ssl.SSLContext | None = None, host: str = "127.0.0.
         writer.close()
 
     async def main() -> None:
-        server = await asyncio.start_server(client, host, 0, ssl=tls)
+        server = await asyncio.start_server(client, host, port, ssl=tls)
         wire.port = server.sockets[0].getsockname()[1]
         done = asyncio.Event()
         loop = asyncio.get_running_loop()

@@ -10,6 +10,7 @@ import os
 import pwd
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import tempfile
@@ -69,12 +70,40 @@ def fetch(cache: Path) -> None:
         pytest.skip(f"PostgreSQL cannot be had: {error}")
 
 
+class Databases:
+    """Makes databases: calling it makes a new one, and answers its URL."""
+
+    def __init__(self, data: Path, start: Callable[[], subprocess.Popen[bytes]]) -> None:
+        self._data = data
+        self._start = start
+        self._number = 0
+        self.server = start()
+
+    def __call__(self) -> str:
+        self._number += 1
+        name = f"rock{self._number}"
+        _run(self._data, f"CREATE DATABASE {name}")
+        return f"postgresql://rock@/{name}?host={self._data}"
+
+    def away(self, seconds: float) -> None:
+        """Stop the server at once, as a machine that dies does, and start it again so much later."""
+        self.server.send_signal(signal.SIGQUIT)
+        self.server.wait(30)
+        time.sleep(seconds)
+        self.server = self._start()
+
+    def cut(self) -> None:
+        """End every connection of clients."""
+        _run(self._data, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid != pg_backend_pid() "
+                         "AND backend_type = 'client backend'")  # fmt: skip
+
+
 def _for_all(path: Path) -> bool:
     return all(folder.stat().st_mode & stat.S_IXOTH for folder in (path, *path.parents))
 
 
 @contextmanager
-def postgres() -> Iterator[Callable[[], str]]:
+def postgres() -> Iterator[Databases]:
     """A server. Calling what comes makes a new database, and answers its URL."""
     root = os.geteuid() == 0
     try:
@@ -105,31 +134,26 @@ def postgres() -> Iterator[Callable[[], str]]:
         assert made.returncode == 0, made.stderr
         settings = {"unix_socket_directories": data, "listen_addresses": "", "fsync": "off", "max_connections": "100"}
         options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
-        with open(top / "log", "wb") as log:
-            server = subprocess.Popen([bin_folder / "postgres", "-D", data, *options], env=environment, cwd="/",
-                                      stdout=log, stderr=log, stdin=subprocess.DEVNULL, **identity)  # type: ignore[call-overload]  # fmt: skip
+
+        def start() -> subprocess.Popen[bytes]:
+            with open(top / "log", "ab") as log:
+                return subprocess.Popen([bin_folder / "postgres", "-D", data, *options], env=environment, cwd="/",
+                                        stdout=log, stderr=log, stdin=subprocess.DEVNULL, **identity)  # type: ignore[call-overload,no-any-return]  # fmt: skip
+
+        databases = Databases(data, start)
         try:
             end = time.monotonic() + 60
             while not (data / ".s.PGSQL.5432").exists():
-                assert server.poll() is None and time.monotonic() < end, (top / "log").read_text()
+                assert databases.server.poll() is None and time.monotonic() < end, (top / "log").read_text()
                 time.sleep(0.05)
-            number = 0
-
-            def database() -> str:
-                nonlocal number
-                number += 1
-                name = f"rock{number}"
-                _run(data, f"CREATE DATABASE {name}")
-                return f"postgresql://rock@/{name}?host={data}"
-
-            yield database
+            yield databases
         finally:
-            server.terminate()
+            databases.server.terminate()
             try:
-                server.wait(5)  # a smart shutdown waits for clients that a failed test left
+                databases.server.wait(5)  # a smart shutdown waits for clients that a failed test left
             except subprocess.TimeoutExpired:
-                server.send_signal(3)
-                server.wait(20)
+                databases.server.send_signal(signal.SIGQUIT)
+                databases.server.wait(20)
 
 
 def _run(data: Path, statement: str) -> None:

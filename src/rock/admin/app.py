@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rock.admin.api.about import About
+from rock.admin.api.beats import Beats
 from rock.admin.api.late import Late, guarded
 from rock.admin.api.rock_v1 import RockV1
 from rock.admin.api.sandboxes import Sandboxes
@@ -90,7 +91,8 @@ class Admin:
 
         rest = RockV1(desks, data, self.catalogue, settings.dialect_network).over(guarded(Late(pages)))
         # The busiest rows are asked for first.
-        self.app: App = Sandboxes(desks).over(Training(desks, data).over(rest), About(desks, workers, settings, roles))
+        about, beats = About(desks, workers, settings, roles), Beats(workers)
+        self.app: App = Sandboxes(desks).over(Training(desks, data).over(rest), about, beats)
         self._store = store
 
     async def open(self) -> None:

@@ -23,7 +23,7 @@ from rock.admin.transports import FENCE, StreamTransport
 from rock.errors import RockError, Unavailable, from_wire
 from rock.protocol.encoded import travelling
 from rock.protocol.node import MOST_CREATES, NodeSandbox
-from rock.protocol.routes import ROUTES, Frame, FrameParser
+from rock.protocol.routes import OUTAGE, ROUTES, Frame, FrameParser
 from rock.protocol.sandbox import SandboxConfig
 
 log = logging.getLogger("rock.admin")
@@ -113,7 +113,7 @@ class Creates:
         return await self._alone(sandbox_id, config)
 
     def _lost(self) -> Unavailable:
-        return Unavailable(f"worker {self._name} was lost while it was asked", hint="retry")
+        return Unavailable(f"worker {self._name} was lost while it was asked", hint="retry", details=OUTAGE)
 
     def _arm(self, now: bool = False) -> None:
         """See that those who wait are asked for."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from rock.admin.worker import Worker
 from rock.errors import NotFound, RockError, Unavailable
 from rock.protocol.node import NodeStatus
+from rock.protocol.routes import OUTAGE
 from rock.protocol.workers import Beat, JoinWorker, Lease, WorkerInfo, WorkerLease, WorkerState
 from rock.store.workers import Workers, unknown
 from rock.wire.asgi import App
@@ -45,6 +46,7 @@ class _Member:
     changed_at: float  # monotonic: when its heartbeats were last seen to go on
     reached: Reached
     status: NodeStatus | None  # of that heartbeat: the same object until the next, by which others know it
+    joined: bool = True  # whether the worker knows its epoch: it has sent a heartbeat in it
 
 
 class Fleet(Mapping[str, Worker]):
@@ -63,6 +65,7 @@ class Fleet(Mapping[str, Worker]):
         self.lease = lease or Lease.of(10.0)
         self.on_change: list[Callable[[str], None]] = []
         self.version = 0  # grows when one comes, goes, or is drained
+        self._joining: dict[str, int] = {}  # epochs that were given here, and in which no heartbeat came yet
         self._registry = registry
         self._reach = reach
         self._members: dict[str, _Member] = {}
@@ -145,6 +148,7 @@ class Fleet(Mapping[str, Worker]):
         member = self._members.get(name)
         if member is not None and (member.info.epoch, member.info.url) == (info.epoch, info.url):
             self.version += member.info.state is not info.state
+            member.joined |= self._joining.get(name) != info.epoch
             if member.info.beat != info.beat:
                 member.changed_at, member.status = now, info.status
             member.info = info
@@ -153,7 +157,7 @@ class Fleet(Mapping[str, Worker]):
             await self._forget(name)
         log.info("worker %s at %s, epoch %d", name, info.url, info.epoch)
         made = self._reach(info)
-        self._members[name] = _Member(info, now, made, info.status)
+        self._members[name] = _Member(info, now, made, info.status, self._joining.get(name) != info.epoch)
         self.apps[name] = made.app
         return True
 
@@ -170,6 +174,11 @@ class Fleet(Mapping[str, Worker]):
         """Whether a worker that joined took no connection a moment ago."""
         member = self._members.get(name)
         return member is not None and member.reached.failing()
+
+    def is_silent(self, name: str) -> bool:
+        """Whether a worker that joined has sent no heartbeat for longer than its lease."""
+        member = self._members.get(name)
+        return member is not None and member.changed_at < time.monotonic() - self.lease.fence
 
     def silent(self) -> list[WorkerInfo]:
         """Those that have not been heard of for so long that they are lost."""
@@ -200,10 +209,12 @@ class Fleet(Mapping[str, Worker]):
             name: member.status
             for name, member in self._members.items()
             if member.info.state is WorkerState.READY and member.status is not None
-            and member.changed_at > limit and not member.reached.failing()
+            and member.changed_at > limit and member.joined and not member.reached.failing()
         }
         if not self._asked and not joined and len(self):
-            raise Unavailable("no worker takes sandboxes now: they are not reached, or are being drained", hint="retry")
+            away = any(member.info.state is WorkerState.READY for member in self._members.values())
+            raise Unavailable("no worker takes sandboxes now: they are not reached, or are being drained", hint="retry",
+                              details=OUTAGE if away else None)  # fmt: skip
         return {**self._asked, **joined}
 
     async def status(self, name: str) -> NodeStatus | None:
@@ -228,7 +239,13 @@ class Fleet(Mapping[str, Worker]):
             for name, status in zip(self.fixed, asked, strict=True)
         ]
         joined = [] if self._registry is None else await self._registry().list()
-        return [*fixed, *joined]
+        return [*fixed, *(self._seen_now(info) for info in joined)]
+
+    def _seen_now(self, info: WorkerInfo) -> WorkerInfo:
+        """A row of the registry, with what is known here of how long its worker is silent."""
+        if info.is_lost or not self.is_silent(info.name):
+            return info
+        return info.model_copy(update={"state": WorkerState.UNREACHABLE})
 
     # ---- what workers and operators ask ----
 
@@ -237,12 +254,18 @@ class Fleet(Mapping[str, Worker]):
         if wish.name in self.fixed:
             raise NotFound(f"{wish.name} is a worker of ROCK_WORKERS", hint="choose another --name")
         info = await self._table().join(wish)
-        await self.refresh()  # from here on it may be given sandboxes
+        if info.epoch != wish.epoch:
+            self._joining[info.name] = info.epoch  # it does not know that before it has our answer
+        await self.refresh()
         return self._leased(info)
 
     async def beat(self, name: str, beat: Beat) -> WorkerLease:
         """Conflict when its lease is over; NotFound, Unavailable."""
-        return self._leased(await self._table().beat(name, beat))
+        info = await self._table().beat(name, beat)
+        if self._joining.get(name) == info.epoch:
+            del self._joining[name]
+            await self.refresh()  # from here on it may be given sandboxes
+        return self._leased(info)
 
     async def drain(self, name: str, draining: bool) -> WorkerInfo:
         """NotFound."""
@@ -272,8 +295,8 @@ class Fleet(Mapping[str, Worker]):
         return self._registry()
 
     def _leased(self, info: WorkerInfo) -> WorkerLease:
-        return WorkerLease(name=info.name, epoch=info.epoch, seconds=self.lease.fence, beat=self.lease.beat,
-                           draining=info.draining)  # fmt: skip
+        return WorkerLease(name=info.name, epoch=info.epoch, seconds=self.lease.fence, stop=self.lease.stop,
+                           beat=self.lease.beat, draining=info.draining)  # fmt: skip
 
 
 async def _ask(worker: Worker) -> NodeStatus | None:

@@ -13,6 +13,7 @@ from rock.admin.fleet import Fleet
 from rock.admin.worker import Worker
 from rock.errors import NoCapacity, RockError, Unavailable
 from rock.protocol.node import NodeStatus
+from rock.protocol.routes import OUTAGE
 from rock.protocol.sandbox import SandboxConfig, State
 from rock.scheduler.base import Placement, Reservations, Scheduler
 from rock.store.base import Record, Store
@@ -78,7 +79,7 @@ class Placing:
     def _there(self, name: str) -> Worker:
         worker = self._workers.get(name)
         if worker is None:
-            raise Unavailable(f"worker {name} went away just now", hint="retry")
+            raise Unavailable(f"worker {name} went away just now", hint="retry", details=OUTAGE)
         return worker
 
     async def reserve(self, record: Record) -> Worker:
@@ -136,6 +137,8 @@ class Placing:
         """See that there are reports, none older than `stale` seconds, and that newer ones come. Unavailable."""
         age, gone = time.monotonic() - self._asked_at, self._version != self._workers.version
         if age <= min(_FRESH, stale) and not gone:
+            if self._failed is not None:  # that there are no reports is no lack of room
+                raise self._failed
             return
         if self._asking is None or self._asking.done():
             self._asking = asyncio.create_task(self._ask(), name="worker reports")

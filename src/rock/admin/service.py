@@ -32,6 +32,7 @@ from rock.errors import NotFound, RockError, Unavailable
 from rock.protocol.keys import Caller, Quota
 from rock.protocol.network import ConnectionList
 from rock.protocol.node import SandboxList
+from rock.protocol.routes import OUTAGE
 from rock.protocol.sandbox import Cause, Phase, SandboxConfig, SandboxInfo, State
 from rock.scheduler.base import Reservations, Scheduler
 from rock.store.base import Query, Record, Store, VersionConflict
@@ -130,7 +131,8 @@ class Service:
         """A worker. Unavailable when it is lost, or not known here yet."""
         worker = self.workers.get(name or "")
         if worker is None:
-            raise Unavailable(f"worker {name} is not there now", hint="retry when it is back: rock worker ls")
+            raise Unavailable(f"worker {name} is not there now", hint="retry when it is back: rock worker ls",
+                              details=OUTAGE)  # fmt: skip
         return worker
 
     def unfinished(self, sandbox_id: str) -> None:
@@ -157,6 +159,8 @@ class Service:
                 return await self._how_far(record.info)
         if record.state is not State.RUNNING:
             return record.info
+        if self.workers.is_silent(record.info.worker or ""):
+            return record.info.model_copy(update={"is_alive": False})
         try:
             found = await self.reached(record.info.worker).get(sandbox_id, touch=touch, usage=usage)
         except RockError as error:

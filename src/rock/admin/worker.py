@@ -28,7 +28,7 @@ from rock.protocol.node import (
     NodeSandbox,
     NodeStatus,
 )
-from rock.protocol.routes import ROUTES, Frame, FrameParser, pack_frame
+from rock.protocol.routes import OUTAGE, ROUTES, Frame, FrameParser, pack_frame
 from rock.protocol.sandbox import ArchivedFiles, SandboxConfig
 from rock.wire.waits import settled
 
@@ -151,7 +151,7 @@ class WireWorker:
             if not check.waiting:
                 check.task.cancel()
         if check.task.cancelled():
-            raise Unavailable(f"worker {self.name} was lost while it was asked", hint="retry")
+            raise Unavailable(f"worker {self.name} was lost while it was asked", hint="retry", details=OUTAGE)
         check.task.result()
         self._passed_last = config, self._passed.get(key, 0.0)
 

@@ -32,9 +32,12 @@ from rock.proxy.app import Proxy, is_data
 from rock.settings import Settings
 from rock.store.base import Store
 from rock.wire.asgi import App, Receive, Scope, Send
+from rock.wire.relayed import Calls
 from rock.wire.remote import Remote
 
 _LONG = ("/commit", "/wake")
+_EVENTS = routes.ROUTES["node_events"].path
+_REFUSED = orjson.dumps(routes.REFUSED)[1:-1]  # in the details of an answer
 _MADE_AT_ONCE = 2000  # sandboxes that one worker is asked to make; those that pull for minutes hold up no others
 _SHUNNED = 5.0  # seconds that a worker gets no sandboxes after it took no connection
 _USUAL = 100.0  # seconds that a worker may be silent
@@ -60,7 +63,7 @@ def transport_to(url: str, key: str | None) -> Transport:
         client = clients.get(fence)
         if client is None:
             clients.clear()  # of leases that are over
-            client = clients[fence] = Client(url, key, _fenced(fence))
+            client = clients[fence] = Client(url, key, _fenced(fence), reconnect_timeout=0)
         try:
             return 200, await client.call(method, f"{path}?{query}" if query else path, body,
                                           timeout=None if _makes(method, path) else _USUAL)  # fmt: skip
@@ -73,24 +76,28 @@ def transport_to(url: str, key: str | None) -> Transport:
 def commands_over(remote: Remote, name: str, gone: asyncio.Event, unreached: Callable[[], None]) -> Transport:
     """Requests of a WireWorker over kept-alive connections. When its worker is `gone`, and `remote` closed, what is
     under way is answered as Unavailable: a machine that is cut off does not end its connections. unreached: called when
-    it takes no connection."""
+    it takes no connection, or refuses commands of this epoch."""
     making = asyncio.Semaphore(_MADE_AT_ONCE)
 
     async def ask(method: str, path: str, query: str, body: bytes) -> tuple[int, bytes]:
         headers = _fenced(FENCE.get())
         async with asyncio.timeout(None if _makes(method, path) else _USUAL):
+            probed = path != _EVENTS  # which waits for as long as nothing happens, at every worker
             try:
-                return await remote.request(method, path, query, body, headers)
+                return await remote.request(method, path, query, body, headers, probed=probed)
             except Unavailable as error:
                 if gone.is_set() or method == "POST" or error.details.get("unsent"):
                     raise
             # A kept connection may have ended just then; what is asked again is done once.
-            return await remote.request(method, path, query, body, headers)
+            return await remote.request(method, path, query, body, headers, probed=probed)
 
     async def carry(method: str, path: str, query: str, body: bytes) -> tuple[int, bytes]:
         try:
             async with making if method == "PUT" and not query.startswith("check=") else contextlib.nullcontext():
-                return await ask(method, path, query, body)
+                status, reply = await ask(method, path, query, body)
+                if status == Unavailable.status and _REFUSED in reply:
+                    unreached()  # until it has joined again
+                return status, reply
         except TimeoutError:
             error: RockError = Unavailable(f"worker {name} was silent for {_USUAL:g} s", hint="retry")
         except Unavailable as raised:
@@ -98,7 +105,7 @@ def commands_over(remote: Remote, name: str, gone: asyncio.Event, unreached: Cal
             if error.details.get("unsent"):
                 unreached()
             if gone.is_set():
-                error = Unavailable(f"worker {name} was lost while it was asked", hint="retry")
+                error = Unavailable(f"worker {name} was lost while it was asked", hint="retry", details=routes.OUTAGE)
         return error.status, orjson.dumps(error.to_wire(), default=repr)
 
     return carry
@@ -131,6 +138,11 @@ def reach_with(key: str | None) -> Callable[[WorkerInfo], Reached]:
         return Reached(worker, data, close, lambda: time.monotonic() - failed_at < _SHUNNED)
 
     return reach
+
+
+def lease_of(settings: Settings) -> Lease:
+    """How long workers that joined may be silent. Unsupported."""
+    return Lease.of(settings.worker_lease, settings.worker_grace)
 
 
 def workers_of(text: str) -> dict[str, str]:
@@ -171,13 +183,14 @@ class Control:
         self._remotes = [Remote(url, headers) for url in urls.values()]
         apps: dict[str, App] = dict(zip(urls, self._remotes, strict=True))
         fixed: dict[str, Worker] = {name: WireWorker(name, transport_to(url, key)) for name, url in urls.items()}
-        self.fleet = Fleet(fixed, apps, lambda: store.workers, reach_with(key), Lease.of(settings.worker_lease))
+        self.fleet = Fleet(fixed, apps, lambda: store.workers, reach_with(key), lease_of(settings))
         self._proxy = Proxy(store, self.fleet.apps)
         settings = replace(settings, archive=settings.archive or "off")
         roles = ["write", "read"] if role == "all" else [role]
         self.admin = Admin(settings, store, self.fleet, roles, self._proxy, leads=role != "read")
         self.observed = observe(settings, "admin", store)
-        door = Authenticated(self.observed.measured(self._route), settings.api_key, self.admin.keys,
+        relayed = Calls(self._route, settings.reconnect_timeout)  # a server of the other role may hand requests on
+        door = Authenticated(self.observed.measured(relayed), settings.api_key, self.admin.keys,
                              settings.worker_key, **door_of(settings, self.home))  # fmt: skip
         app: App = door
         # What is handed on comes from a socket of ours, so a server without a key would take everybody for the owner.

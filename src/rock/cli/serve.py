@@ -26,7 +26,7 @@ from rock.admin.auth import Authenticated
 from rock.admin.fleet import Fleet
 from rock.admin.starting import require_key_beyond_loopback, role_of
 from rock.admin.worker import Worker
-from rock.cli.control import Control, door_of, reach_with
+from rock.cli.control import Control, door_of, lease_of, reach_with
 from rock.cli.home import Home, make_private
 from rock.cli.observing import observe
 from rock.cli.tls import tls_of
@@ -34,7 +34,6 @@ from rock.cli.worker import LocalWorker
 from rock.errors import Conflict, InvalidConfig, Unsupported
 from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import parse_size
-from rock.protocol.workers import Lease
 from rock.proxy.app import Proxy, is_data
 from rock.rocklet.api import Api
 from rock.rocklet.fence import Fence
@@ -53,6 +52,7 @@ from rock.wire.admission import Admission
 from rock.wire.asgi import Answer, App, Receive, Request, Scope, Send, answer
 from rock.wire.dropping import dropping
 from rock.wire.intake import HEAD_WITHIN, Intake
+from rock.wire.relayed import Calls
 from rock.wire.remote import Remote
 
 log = logging.getLogger("rock.server")
@@ -138,11 +138,11 @@ class Rocklet:
         runtimes = make_runtimes(settings, self.images) if runtimes is None else runtimes
         self.node = Node(runtimes, settings.runtime, settings.run_dir, settings.sandbox_limit, self.images,
                          settings.env_lease)  # fmt: skip
-        self.router = Api(self.node).router()
+        self.router = Api(self.node, settings.reconnect_timeout).router()
         self.router.add(ROUTES["health"], _health)
         self.membership = membership_of(settings, self.node)
         fenced = Fence(settings.run_dir / "fence").over(self.router)
-        app = fenced if self.membership is None else self.membership.over(fenced)
+        app = Calls(fenced if self.membership is None else self.membership.over(fenced), settings.reconnect_timeout)
         self.observed = observe(settings, "rocklet", node=self.node)
         self.app = self.observed.over(Authenticated(self.observed.measured(app), settings.api_key,
                                                     **door_of(settings, self.home)))  # fmt: skip
@@ -226,7 +226,7 @@ class Server:
         self.store = make_store(settings)
         fixed: dict[str, Worker] = {name: LocalWorker(name, self.node)}
         fleet = Fleet(fixed, {name: self.rocklet.router}, lambda: self.store.workers,
-                      reach_with(settings.worker_key or settings.api_key), Lease.of(settings.worker_lease))  # fmt: skip
+                      reach_with(settings.worker_key or settings.api_key), lease_of(settings))  # fmt: skip
         self._proxy = Proxy(self.store, fleet.apps, local=name)
         self.admin = Admin(settings, self.store, fleet, ["write", "read", "worker"], self._proxy)
         self.observed = self.rocklet.observed = observe(settings, "server", self.store, self.node)

@@ -110,3 +110,10 @@ def rows() -> Iterator[Route]:
         "?after ?wait",
         "NodeEvents",
     )
+    yield row(
+        "cancel_call",
+        "DELETE",
+        "/node/v1/calls/{call}",
+        "node",
+        "The client of a relayed request has left: what it asked for ends",
+    )

@@ -14,6 +14,7 @@ Role = Literal["write", "read"]
 
 PREFIX = "/v1/sandboxes/"
 BUILD = ROUTES["build_image"].path
+_CALLS = ROUTES["cancel_call"].path.partition("{")[0]
 _CONTROL = {"stop", "restart", "archive", "commit", "connections"}
 _ROCK, _GEM, _TRAINING = "/apis/envs/sandbox/v1/", "/apis/v1/envs/gem/", "/apis/training/"
 _ROCK_WRITES = {"start", "start_async", "stop", "delete", "restart", "commit"}
@@ -40,6 +41,8 @@ def role_for(method: str, path: str) -> Role | None:
         return "write" if path.endswith("/make") else "read"
     if path.startswith((_TRAINING, "/env/", "/v1/envs")):
         return "write"  # they may make a sandbox, or ask the writer's catalogue
+    if path.startswith(_CALLS):
+        return None
     if path == "/v1/workers" or (path.startswith("/v1/workers/") and path.endswith("/beat")):
         return None
     return None if method in ("GET", "HEAD", "OPTIONS") else "write"

@@ -40,6 +40,11 @@ EPOCH = "x-rock-epoch"  # on commands to a rocklet that joined: NAME/EPOCH, as w
 FENCE = "x-rock-fence"  # on commands to a rocklet: the token of the lease by which they are given
 OTHER_KEY = "x-rock-api-key"  # the key, for requests whose Authorization is meant for a program inside
 RESUMES = {"resumes": True}  # in the details of an Unavailable: asked again with its key, the request goes on
+UNSENT = {"unsent": True}  # in the details of an Unavailable: no connection was had, and nothing was sent
+SENT = {"sent": True}  # the connection broke: the request may have been begun; its key joins it or gets its answer
+OUTAGE = {"outage": True}  # something behind the server is not reached for a while; nothing was begun
+REFUSED = {"refused": True}  # by a worker whose lease or epoch is another one: nothing was begun
+CALL = "x-rock-call"  # on relayed requests: the id by which the server cancels one whose client has left
 HANDED_ON = "x-rock-handed-on"  # by a server of the other role: once is enough
 LOG_START, LOG_NEXT, LOG_RUNNING = "x-rock-start", "x-rock-next", "x-rock-running"
 

@@ -115,12 +115,14 @@ def _has_nul(value: object) -> bool:
 
 
 class BaseConfig(Wire):
-    """How to reach the server. None of it travels."""
+    """How to reach the server. None of it travels. reconnect_timeout: seconds for which a call is tried again while the
+    server is away; None is ROCK_RECONNECT_TIMEOUT, 0 is not at all."""
 
     base_url: str = Field(default_factory=settings.base_url, exclude=True)
     api_key: str | None = Field(default_factory=settings.api_key, exclude=True, repr=False)
     xrl_authorization: str | None = Field(default=None, exclude=True, repr=False)
     extra_headers: dict[str, str] = Field(default_factory=dict, exclude=True)
+    reconnect_timeout: float | None = Field(default=None, ge=0, le=3600, exclude=True)
 
 
 class SandboxConfig(BaseConfig, Inside):

@@ -52,21 +52,25 @@ class Beat(Wire):
 
 
 class WorkerLease(Answer):
-    """What a worker is answered. seconds: how long it may go on after the moment it sent what this answers, before it
-    gives up by itself. beat: seconds from one heartbeat to the next."""
+    """What a worker is answered. seconds: how long after the moment it sent what this answers it may take new
+    sandboxes. stop: how long after that moment one with the policy "stop" ends its sandboxes; 0 from an older server:
+    the same as seconds. beat: seconds from one heartbeat to the next."""
 
     name: str
     epoch: int
     seconds: float
+    stop: float = 0.0
     beat: float
     draining: bool = False
 
 
 class WorkerState(StrEnum):
-    """ready: takes sandboxes. draining: keeps those it has. lost: not heard of for longer than its lease."""
+    """ready: takes sandboxes. draining: keeps those it has. unreachable: no heartbeat for longer than its lease; it
+    gets no sandboxes, and those that it has are expected back. lost: no heartbeat for longer than the grace period."""
 
     READY = "ready"
     DRAINING = "draining"
+    UNREACHABLE = "unreachable"
     LOST = "lost"
 
 
@@ -95,16 +99,23 @@ class WorkerList(Answer):
 
 
 class Lease(Answer):
-    """How long leases of workers last, in seconds. A worker gives up `fence` after it sent its last answered heartbeat;
-    it is taken for lost `lost` after a server saw that one, which is later: between the two it stops its sandboxes."""
+    """How long workers may be silent, in seconds. `fence` after its last heartbeat a worker gets no new sandboxes, and
+    takes none; `stop` after it one with the policy "stop" ends its sandboxes; `lost` after it the worker is declared
+    lost. A worker counts from when it sent a heartbeat, a server from when it saw that, which is later."""
 
     beat: float
     fence: float
+    stop: float
     lost: float
 
     @classmethod
-    def of(cls, seconds: float) -> Lease:
-        """The numbers that follow from the length of a lease. Unsupported below 2 s."""
+    def of(cls, seconds: float, grace: float = 0.0) -> Lease:
+        """The numbers that follow from the length of a lease and of the grace period (0: 60 s, or 6 leases where that
+        is more). Unsupported for a lease below 2 s, and for a grace period below 1.2 leases."""
         if not 2.0 <= seconds <= 3600.0:
             raise Unsupported(f"ROCK_WORKER_LEASE={seconds:g}: a lease has 2 to 3600 seconds", hint="10 is usual")
-        return cls(beat=seconds * 0.2, fence=seconds * 0.8, lost=seconds * 1.2)
+        lost = grace or max(60.0, 6 * seconds)
+        if not 1.2 * seconds <= lost <= 86400.0:
+            raise Unsupported(f"ROCK_WORKER_GRACE={lost:g}: the grace period has at least 1.2 leases, here "
+                              f"{1.2 * seconds:g} s, and at most a day", hint="60 is usual")  # fmt: skip
+        return cls(beat=seconds * 0.2, fence=seconds * 0.8, stop=max(seconds * 0.8, lost * 2 / 3), lost=lost)

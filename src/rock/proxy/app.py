@@ -24,7 +24,7 @@ from rock.errors import (
 )
 from rock.protocol.keys import caller_of
 from rock.protocol.planes import BUILD, PREFIX, is_data
-from rock.protocol.routes import ERROR_CODE, ROUTES
+from rock.protocol.routes import ERROR_CODE, OUTAGE, ROUTES
 from rock.protocol.sandbox import Cause, SandboxInfo, State
 from rock.store.base import Store
 from rock.wire.asgi import Answer, App, Receive, Request, Router, Scope, Send, deny, failure
@@ -124,7 +124,7 @@ class Proxy:
             if record.info.cause is not None:
                 raise tell(record.info)
             raise Unavailable(f"worker {name} of sandbox {sandbox_id} is not there now", sandbox_id=sandbox_id,
-                              hint="retry")  # fmt: skip
+                              hint="retry", details=OUTAGE)  # fmt: skip
         if record.state is State.RUNNING:
             self._placed[sandbox_id] = name
             while len(self._placed) > _REMEMBERED:
@@ -175,8 +175,10 @@ def tell(info: SandboxInfo) -> RockError:
         hint = "restart it: its files are in the archive" if info.state is State.ARCHIVED else None
         return Expired(f"sandbox {info.sandbox_id} is {info.state.value}", sandbox_id=info.sandbox_id, hint=hint)
     if info.cause is None:
-        what = "has not started yet" if info.state is State.PENDING else "is not found on its worker now"
-        return Unavailable(f"sandbox {info.sandbox_id} {what}", sandbox_id=info.sandbox_id, hint="retry")
+        starts = info.state is State.PENDING
+        what = "has not started yet" if starts else "is not found on its worker now"
+        return Unavailable(f"sandbox {info.sandbox_id} {what}", sandbox_id=info.sandbox_id, hint="retry",
+                           details=None if starts else OUTAGE)  # fmt: skip
     kinds: dict[Cause, type[RockError]] = {
         Cause.OUT_OF_MEMORY: OutOfMemory,
         Cause.DISK_FULL: DiskFull,

@@ -6,17 +6,19 @@ from typing import Any
 
 import orjson
 
-from rock.errors import InvalidConfig, from_wire
+from rock.errors import InvalidConfig, NotHere, from_wire
 from rock.protocol.action import BashAction, Command, CreateBashSessionRequest
 from rock.protocol.node import NodeCommit, ProcessList, SessionList, WorkerImage
 from rock.protocol.routes import LOG_NEXT, LOG_RUNNING, LOG_START, ROUTES
 from rock.protocol.sandbox import SandboxConfig
 from rock.rocklet import build_api, bulk_api, env_api, file_api, kept_api, ports, programs, resuming, terminal
 from rock.rocklet.commandspans import command as spanned
+from rock.rocklet.ending import PERHAPS, SandboxRouter, told_of_end, was_stopped
 from rock.rocklet.node import Node
 from rock.rocklet.once import Once, place_of
 from rock.rocklet.stream import Streaming
 from rock.rocklet.supervisor import Supervisor
+from rock.settings import RECONNECT_TIMEOUT
 from rock.telemetry import tracing
 from rock.wire.asgi import Answer, Request, Router, answer, answer_model, validate
 
@@ -24,12 +26,13 @@ from rock.wire.asgi import Answer, Request, Router, answer, answer_model, valida
 class Api:
     """Handlers by route name. Each finds its sandbox, counts as activity, and calls one method of its supervisor."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, reconnect: float = RECONNECT_TIMEOUT) -> None:
+        """reconnect: seconds for which a client may retry a request by its key."""
         self.node = node
-        self.once = Once()
+        self.once = Once(reconnect)
 
     def router(self) -> Router:
-        router = Router("rocklet")
+        router = SandboxRouter("rocklet", self.node)
         for name in (
             "create_session",
             "list_sessions",
@@ -61,7 +64,7 @@ class Api:
             router.add(ROUTES[name], getattr(self, name))
         router.add(ROUTES["terminal"], terminal.handler(self.node))
         ports.add_routes(router, self.node)
-        file_api.add_routes(router, self.node)
+        file_api.add_routes(router, self.node, self.once)
         kept_api.add_routes(router, self.node)
         bulk_api.add_routes(router, self.node)
         build_api.add_routes(router, self.node)
@@ -89,9 +92,12 @@ class Api:
 
     async def close_session(self, request: Request) -> Answer:
         sandbox = self._find(request)
-        with sandbox.active():
+
+        async def work() -> Answer:
             await sandbox.sessions.close(request.path["session"])
-        return answer({"session_type": "bash"})
+            return answer({"session_type": "bash"})
+
+        return await self.once.call(sandbox, request, work)
 
     async def run(self, request: Request) -> Answer:
         sandbox = self._find(request)
@@ -122,7 +128,7 @@ class Api:
             ):
                 return await session.run(action, streaming.put)
 
-        return streaming.answer(work(), request)
+        return streaming.answer(told_of_end(self.node, sandbox, work(), was_stopped), request)
 
     async def _first(self, sandbox: Supervisor, request: Request) -> str | None:
         """Let a request with a stream for its answer through, once a key, a former rocklet's included. Conflict."""
@@ -136,15 +142,23 @@ class Api:
     async def interrupt(self, request: Request) -> Answer:
         sandbox = self._find(request)
         session = await sandbox.sessions.get(request.path["session"])
-        await session.interrupt()
-        return answer(session.info)
+
+        async def work() -> Answer:
+            await session.interrupt()
+            return answer(session.info)
+
+        return await self.once.call(sandbox, request, work)
 
     async def session_input(self, request: Request) -> Answer:
         sandbox = self._find(request)
-        with sandbox.active():
+        data = await request.body()
+
+        async def work() -> Answer:
             session = await sandbox.sessions.get(request.path["session"])
-            await session.type(await request.body())
-        return answer(session.info)
+            await session.type(data)
+            return answer(session.info)
+
+        return await self.once.call(sandbox, request, work)
 
     async def resize(self, request: Request) -> Answer:
         session = await self._find(request).sessions.get(request.path["session"])
@@ -182,7 +196,7 @@ class Api:
             ):
                 return await execution.run()
 
-        return streaming.answer(work(), request)
+        return streaming.answer(told_of_end(self.node, sandbox, work(), was_stopped), request)
 
     async def start_process(self, request: Request) -> Answer:
         sandbox = self._find(request)
@@ -212,6 +226,8 @@ class Api:
             data, more = await process.read(
                 request.query.get("stream", "stdout"), offset, limit, request.number("wait", 0, high=3600)
             )
+        if not more and process.info.exit_code is None and await sandbox.ends_within(PERHAPS):
+            raise NotHere("it ended with its sandbox", sandbox_id=sandbox.id)
         headers = [
             (LOG_START.encode(), b"%d" % offset),
             (LOG_NEXT.encode(), b"%d" % (offset + len(data))),
@@ -226,21 +242,32 @@ class Api:
         number = body.get("signal", 15) if isinstance(body, dict) else None
         if type(number) is not int or not 1 <= number <= 64:
             raise InvalidConfig(f"no such signal: {number!r}", hint="a number from 1 to 64")
-        with sandbox.active():
+
+        async def work() -> Answer:
             if process.status is None:
                 await process.process.signal(number, tree=bool(body.get("tree", False)))
-        return answer(process.info)
+            return answer(process.info)
+
+        return await self.once.call(sandbox, request, work)
 
     async def process_stdin(self, request: Request) -> Answer:
         sandbox = self._find(request)
         process = sandbox.process(request.path["process_id"])
-        with sandbox.active():
-            await process.write(await request.body(), request.flag("close"))
-        return answer(process.info)
+        data = await request.body()
+
+        async def work() -> Answer:
+            await process.write(data, request.flag("close"))
+            return answer(process.info)
+
+        return await self.once.call(sandbox, request, work)
 
     async def forget_process(self, request: Request) -> Answer:
         sandbox = self._find(request)
-        return answer((await sandbox.forget_process(request.path["process_id"])).info)
+
+        async def work() -> Answer:
+            return answer((await sandbox.forget_process(request.path["process_id"])).info)
+
+        return await self.once.call(sandbox, request, work)
 
     # ---- node plane ----
 

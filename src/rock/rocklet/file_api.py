@@ -11,6 +11,7 @@ from rock.protocol.node import FileList
 from rock.protocol.routes import ROUTES
 from rock.rocklet import files
 from rock.rocklet.node import Node
+from rock.rocklet.once import Once
 from rock.rocklet.supervisor import Supervisor
 from rock.wire.asgi import Answer, Request, Router, answer
 
@@ -31,8 +32,9 @@ def mode_of(text: str | int | None) -> int | None:
 
 
 class FileApi:
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, once: Once) -> None:
         self.node = node
+        self.once = once
 
     def _find(self, request: Request) -> Supervisor:
         return self.node.get(request.path["sandbox_id"])
@@ -53,17 +55,20 @@ class FileApi:
     async def write_file(self, request: Request) -> Answer:
         sandbox = self._find(request)
         path = files.inside(request.required("path"))
-        with sandbox.active():
+        append = request.flag("append")
+        mode = mode_of(request.query.get("mode"))
+
+        async def work() -> Answer:
             await files.write_stream(
-                sandbox.runtime,
-                sandbox.handle,
-                path,
-                request.chunks(),
-                append=request.flag("append"),
-                mode=mode_of(request.query.get("mode")),
+                sandbox.runtime, sandbox.handle, path, request.chunks(), append=append, mode=mode,
                 user=request.query.get("user"),
-            )
+            )  # fmt: skip
             return answer(await self._info(sandbox, path))
+
+        if append:
+            return await self.once.call(sandbox, request, work)
+        with sandbox.active():  # to write the same file again changes nothing
+            return await work()
 
     async def stat_file(self, request: Request) -> Answer:
         sandbox = self._find(request)
@@ -84,28 +89,37 @@ class FileApi:
     async def remove_file(self, request: Request) -> Answer:
         sandbox = self._find(request)
         path = files.inside(request.required("path"))
-        with sandbox.active():
+
+        async def work() -> Answer:
             await files.of(sandbox.runtime).remove(sandbox.handle, path, recursive=request.flag("recursive"))
-        return answer({})
+            return answer({})
+
+        return await self.once.call(sandbox, request, work)
 
     async def make_dir(self, request: Request) -> Answer:
         sandbox = self._find(request)
         body = _object(await request.json())
         path = files.inside(str(body.get("path", "")))
         mode = mode_of(body.get("mode"))
-        with sandbox.active():
+
+        async def work() -> Answer:
             await files.of(sandbox.runtime).make_dir(
                 sandbox.handle, path, parents=bool(body.get("parents", True)), mode=0o755 if mode is None else mode
             )
             return answer(await self._info(sandbox, path), 201)
 
+        return await self.once.call(sandbox, request, work)
+
     async def move_file(self, request: Request) -> Answer:
         sandbox = self._find(request)
         body = _object(await request.json())
         source, target = (files.inside(str(body.get(name, ""))) for name in ("source", "target"))
-        with sandbox.active():
+
+        async def work() -> Answer:
             await files.of(sandbox.runtime).move(sandbox.handle, source, target)
             return answer(await self._info(sandbox, target, follow=False))
+
+        return await self.once.call(sandbox, request, work)
 
     async def chmod(self, request: Request) -> Answer:
         sandbox = self._find(request)
@@ -154,8 +168,8 @@ def _object(body: object) -> dict[str, Any]:
     return body
 
 
-def add_routes(router: Router, node: Node) -> None:
-    api = FileApi(node)
+def add_routes(router: Router, node: Node, once: Once) -> None:
+    api = FileApi(node, once)
     for name in (
         "read_file",
         "write_file",

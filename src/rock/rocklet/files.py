@@ -11,10 +11,11 @@ import tarfile
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
-from rock.errors import InvalidConfig, NotFound, RockError, StorageFull, Unsupported
+from rock.errors import Conflict, InvalidConfig, NotFound, RockError, StorageFull, Unsupported
 from rock.protocol.action import FileInfo
 from rock.rocklet.streams import write_all
 from rock.runtime.base import Files, FileStat, Handle, Runtime
+from rock.wire.asgi import Disconnected
 
 CHUNK = 1 << 20
 _SMALL = 256 << 10
@@ -95,19 +96,24 @@ async def write_stream(
     mode: int | None,
     user: str | None,
 ) -> None:
-    """Write a file from a stream. Without `append` the old file is replaced at the end, at once, or stays as it was."""
+    """Write a file from a stream. Without `append` the old file is replaced at the end, at once, or stays as it was.
+    Conflict for an append that was cut in the middle."""
     files = of(runtime)
     fd, token = await files.open_write(handle, path, append=append, mode=mode, user=user)
     try:
         try:
             await _pump(fd, chunks)
         finally:
+            written = append and os.lseek(fd, 0, os.SEEK_CUR) > 0
             os.close(fd)
     except BaseException as error:
         if token:
             await asyncio.shield(files.abort_write(handle, token))
         if isinstance(error, OSError):
             raise full_or(error, path) from error
+        if written and isinstance(error, Disconnected):  # with the same key it must not begin anew
+            raise Conflict(f"the connection ended in the middle of an append to {path}, a part of which may be written",
+                           hint="look at its end") from error  # fmt: skip
         raise
     if token:
         await files.commit_write(handle, token)

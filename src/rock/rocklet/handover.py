@@ -147,6 +147,14 @@ class Handover:
         return written or not run.unbegun
 
 
+def ended_with_client() -> Conflict:
+    """For a key whose command was ended: it is never begun again."""
+    return Conflict(
+        "the command with this key was ended because its client left",
+        hint="look what it did; send it with a new key to run it again",
+    )
+
+
 def unseen(sandbox_id: str) -> Conflict:
     """Of a command that was begun, and whose report nobody has."""
     return Conflict(

@@ -1,9 +1,10 @@
-"""A rocklet that joined: it has a lease for as long as its heartbeats are answered, and gives up by itself without one.
+"""A rocklet that joined: it has a lease for as long as its heartbeats are answered.
 
     join ──► epoch E, for `seconds`; each answered heartbeat: `seconds` from when that was sent
-      │ no answer for so long, or the answer that epoch E is over
-      ▼
-    no new sandboxes; those that run are stopped (or kept, while nobody took this worker for lost); join again ──► E + 1
+      │ no answer for so long                                          │ the answer that epoch E is over
+      ▼                                                                ▼
+    no new sandboxes; those that run go on; join again ──► E     those that run are ended; join again ──► E + 1
+      │ policy "stop": no answer for `stop` seconds ──────────────────►┘
 
 All of it is measured by this machine's clock since boot, which goes on while a machine is suspended. A server takes
 this worker for lost later than that. docs/decisions/0019-workers.md
@@ -12,6 +13,7 @@ this worker for lost later than that. docs/decisions/0019-workers.md
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import secrets
@@ -27,7 +29,7 @@ import orjson
 from rock import __version__
 from rock.errors import ClientError, Conflict, InvalidConfig, NotFound, RockError, Unavailable, from_wire
 from rock.protocol.node import NodeStatus
-from rock.protocol.routes import EPOCH, ROUTES
+from rock.protocol.routes import EPOCH, OUTAGE, REFUSED, ROUTES
 from rock.protocol.workers import Beat, JoinWorker, WorkerLease
 from rock.rocklet.node import Node
 from rock.runtime import wholefile
@@ -52,12 +54,12 @@ def _now() -> float:
 @dataclass(frozen=True)
 class Joining:
     """What a rocklet joins by. servers: any of which may be asked. keep: sandboxes go on without a lease, until this
-    worker is told that it was taken for lost."""
+    worker is told that it was declared lost; else they end before it is."""
 
     servers: list[Remote]
     name: str
     url: str
-    keep: bool = False
+    keep: bool = True
 
 
 class Membership:
@@ -72,7 +74,9 @@ class Membership:
         self._holder, self._epoch = _read(file)
         self._fresh = False
         self._lease: WorkerLease | None = None
-        self._until = float("-inf")
+        self._until = float("-inf")  # the lease
+        self._stop_at = float("inf")  # when the policy "stop" ends what runs
+        self._again = asyncio.Event()  # somebody knows of a later epoch: ask at once
         self._images: list[str] = []
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -104,7 +108,10 @@ class Membership:
     async def _run(self) -> None:
         while True:
             lease = self._lease
-            await asyncio.sleep(_RETRY if lease is None else lease.beat)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_RETRY if lease is None else lease.beat):
+                    await self._again.wait()
+            self._again.clear()
             try:
                 await (self._join() if self._lease is None else self._beat())
             except RockError as error:
@@ -113,18 +120,28 @@ class Membership:
                 log.exception("heartbeat")
 
     async def _guard(self) -> None:
-        """Give up in time, whatever a heartbeat waits for."""
+        """End the lease in time, whatever a heartbeat waits for, and with the policy "stop" what runs."""
         while True:
-            await asyncio.sleep(0.1 if self._lease is None else min(max(self._until - _now(), 0.02), 0.5))
+            due = min(self._stop_at, self._until if self._lease is not None else float("inf"))
+            await asyncio.sleep(min(max(due - _now(), 0.02), 0.5))
             if self._lease is not None and not self.holds:
-                self._give_up(f"this worker had no answer for {self._lease.seconds:g} s: its lease is over")
+                log.warning("no server answered for %g s: no new sandboxes until one does", self._lease.seconds)
+                self._lease = None
+            if _now() >= self._stop_at:
+                self._give_up("no server answered this worker for too long (ROCK_LEASE_LOST=stop)")
 
-    def _give_up(self, why: str, *, surely: bool = False) -> None:
+    def _give_up(self, why: str) -> None:
+        """End what runs here: this epoch is over, or will be."""
         log.warning("%s", why)
-        self._lease = None
-        if not self._joining.keep or surely:
-            self._fresh = True
-            self._node.lose(why)
+        self._lease, self._stop_at = None, float("inf")
+        self._fresh = True
+        self._node.lose(why)
+
+    def _leased(self, lease: WorkerLease, asked: float) -> None:
+        """A server answered what was sent at `asked`."""
+        self._lease, self._until = lease, max(self._until, asked + lease.seconds)
+        if not self._joining.keep:
+            self._stop_at = asked + max(lease.stop, lease.seconds)
 
     async def _join(self) -> None:
         await self._stopped()
@@ -140,8 +157,10 @@ class Membership:
             await self._stopped()
         self._epoch, self._fresh = lease.epoch, False
         wholefile.replace(self._file, json.dumps({"holder": self._holder, "epoch": self._epoch}))
-        self._lease, self._until = lease, asked + lease.seconds
+        self._until = float("-inf")
+        self._leased(lease, asked)
         log.info("joined as worker %s, epoch %d, lease of %g s", lease.name, lease.epoch, lease.seconds)
+        await self._beat()  # by which a server knows that we know our epoch
 
     async def _beat(self) -> None:
         beat = Beat(holder=self._holder, epoch=self._epoch, status=await self._status())
@@ -150,10 +169,10 @@ class Membership:
             lease = await self._ask(row.method, row.url(worker=self._joining.name), beat.model_dump_json().encode())
         except (Conflict, NotFound) as error:
             if self._lease is not None:
-                self._give_up(f"this worker's lease was ended: {error.message}", surely=True)
+                self._give_up(f"this worker's epoch is over: {error.message}")
             return
-        if self._lease is not None:
-            self._lease, self._until = lease, max(self._until, asked + lease.seconds)
+        if not self._fresh:
+            self._leased(lease, asked)
 
     async def _stopped(self) -> None:
         """Wait until nothing is left of what was given up."""
@@ -169,10 +188,8 @@ class Membership:
     async def _ask(self, method: str, path: str, body: bytes) -> WorkerLease:
         """Of the first server that answers; the one that answered last is asked first."""
         last: RockError = Unavailable("there is no server to ask")
-        # What is left of the lease is for all of them: the last one has its turn before it is over.
-        turns = len(self._servers) + 1
-        left = self._until - _now() if self._lease is not None else _ANSWER * turns
-        each = min(_ANSWER, max(left / turns, 0.1))
+        # Each try has the same time, however little of the lease is left: the last one is as good as the first.
+        each = _ANSWER if self._lease is None else min(_ANSWER, self._lease.seconds / (len(self._servers) + 1))
         for server in list(self._servers):
             try:
                 async with asyncio.timeout(each):
@@ -234,10 +251,13 @@ class Membership:
             if header == _HEADER:
                 told, own = value.decode("latin-1"), f"{self._joining.name}/{self._epoch}"
                 if told != own:
-                    raise Unavailable(f"a command for worker {told[:80]}; this one is {own}", hint="retry")
+                    self._again.set()
+                    raise Unavailable(f"a command for worker {told[:80]}; this one is {own}", hint="retry",
+                                      details={**OUTAGE, **REFUSED})  # fmt: skip
         makes = scope["method"] == "PUT" or scope["path"].endswith("/wake")
         if makes and not self.holds:
-            raise Unavailable(f"worker {self._joining.name} has no lease now", hint="retry")
+            raise Unavailable(f"worker {self._joining.name} has no lease now", hint="retry",
+                              details={**OUTAGE, **REFUSED})  # fmt: skip
 
 
 def _read(file: Path) -> tuple[str, int]:

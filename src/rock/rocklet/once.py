@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rock.errors import Conflict, RockError
 from rock.protocol.routes import IDEMPOTENCY_KEY
+from rock.rocklet import resuming
+from rock.rocklet.handover import ended_with_client
+from rock.settings import RECONNECT_TIMEOUT
 from rock.wire.asgi import Answer, Disconnected, Request, failure
 from rock.wire.waits import settled
 
+if TYPE_CHECKING:
+    from rock.rocklet.supervisor import Supervisor
+
 _KEY = IDEMPOTENCY_KEY.encode()
-_REMEMBERED = 2_000
+_REMEMBERED = 2_000  # answers that are kept however old they are
 _REMEMBERED_SIZE = 64 << 20  # bytes of all remembered answers
+_RETRIED = 3.0  # reconnect periods for which a key is remembered, whatever else is
 _PROMPT = 0.5  # seconds after which it is worth watching whether the client is still there
 _GRACE = 1.0  # seconds for a client whose connection broke to ask again with the same key
 
@@ -36,6 +44,12 @@ def _place(request: Request) -> Place | None:
     return None if key is None else (str(request.scope["path"]), key)
 
 
+def _dropped() -> Answer:
+    return failure(Conflict(
+        "this was done, and its answer was dropped to free memory",
+        hint="look what it did; write large output to a file"))  # fmt: skip
+
+
 def place_of(request: Request) -> str | None:
     """The same as text, for what is written down."""
     place = _place(request)
@@ -45,11 +59,14 @@ def place_of(request: Request) -> str | None:
 class Once:
     """Answers by idempotency key: a request that was sent again gets the first one's answer and does nothing."""
 
-    def __init__(self) -> None:
+    def __init__(self, reconnect: float = RECONNECT_TIMEOUT) -> None:
+        """reconnect: seconds for which a client may retry."""
+        self._kept = _RETRIED * max(reconnect, 1.0)
         self._running: dict[Place, _Work] = {}  # never forgotten before it has ended, however long it takes
-        self._answers: OrderedDict[Place, Answer] = OrderedDict()
+        self._answers: OrderedDict[Place, tuple[float, Answer]] = OrderedDict()  # with the time of each
+        self._whole: OrderedDict[Place, int] = OrderedDict()  # sizes of those that still have their body
         self._size = 0
-        self._streams: OrderedDict[Place, None] = OrderedDict()
+        self._streams: OrderedDict[Place, float] = OrderedDict()
 
     def first(self, request: Request) -> None:
         """Let a request through whose answer is a stream, once a key: Conflict when it was let through before."""
@@ -61,8 +78,8 @@ class Once:
                 "a request with this key was begun already, and its answer was a stream, which is not kept",
                 hint="look what it did; ask without ?stream=1 for an answer that can be had again",
             )
-        self._streams[place] = None
-        while len(self._streams) > _REMEMBERED:
+        now = self._streams[place] = time.monotonic()
+        while len(self._streams) > _REMEMBERED and next(iter(self._streams.values())) < now - self._kept:
             self._streams.popitem(last=False)
 
     async def do(self, request: Request, work: Coroutine[Any, Any, Answer], *, abandon: bool = False) -> Answer:
@@ -71,9 +88,9 @@ class Once:
         abandon: end the work by a cancellation when every client that waits for it has left. Else it is finished.
         """
         place = _place(request)
-        if place is not None and place in self._answers:
+        if place is not None and (known := self._answers.get(place)) is not None:
             work.close()
-            return self._answers[place]
+            return known[1]
         entry = None if place is None else self._running.get(place)
         if entry is None:
             entry = _Work(asyncio.ensure_future(work))
@@ -96,6 +113,15 @@ class Once:
         finally:
             entry.waiting -= 1
 
+    async def call(self, sandbox: Supervisor, request: Request, work: Callable[[], Awaitable[Answer]]) -> Answer:
+        """The answer of something short in a sandbox, done once a key over a crash too."""
+
+        async def journaled() -> Answer:
+            with sandbox.active():
+                return await resuming.done_once(sandbox, place_of(request), work)
+
+        return await self.do(request, journaled())
+
     async def _watch(self, entry: _Work, request: Request, grace: float) -> None:
         """Return when the work is done; Disconnected when its client left and nobody else waits for it."""
         gone = asyncio.ensure_future(request.disconnected())
@@ -110,6 +136,7 @@ class Once:
     def _finished(self, place: Place, task: asyncio.Task[Answer]) -> None:
         del self._running[place]
         if task.cancelled():
+            self._remember(place, failure(ended_with_client()))
             return
         error = task.exception()
         if error is None:
@@ -118,7 +145,17 @@ class Once:
             self._remember(place, failure(error))
 
     def _remember(self, place: Place, reply: Answer) -> None:
-        self._answers[place] = reply
+        now = time.monotonic()
+        self._answers[place] = (now, reply)
+        self._whole[place] = len(reply.body)
         self._size += len(reply.body)
-        while len(self._answers) > _REMEMBERED or (self._size > _REMEMBERED_SIZE and len(self._answers) > 1):
-            self._size -= len(self._answers.popitem(last=False)[1].body)
+        while len(self._answers) > _REMEMBERED and next(iter(self._answers.values()))[0] < now - self._kept:
+            old, _ = self._answers.popitem(last=False)
+            self._size -= self._whole.pop(old, 0)
+        while self._size > _REMEMBERED_SIZE and len(self._whole) > 1:  # the key stays
+            old, size = self._whole.popitem(last=False)
+            self._size -= size
+            self._answers[old] = (self._answers[old][0], _DROPPED)
+
+
+_DROPPED = _dropped()

@@ -11,14 +11,14 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rock import faults
 from rock.errors import Conflict, NotFound, RockError, Unavailable
 from rock.protocol.action import BashAction, Command, CommandResponse, CreateBashSessionRequest
 from rock.rocklet import programs
-from rock.rocklet.handover import Keep
+from rock.rocklet.handover import Keep, ended_with_client
 from rock.rocklet.shellprocess import KEY
 from rock.rocklet.spool import SpoolFile
 from rock.runtime.base import CLOCK
@@ -50,6 +50,18 @@ async def create_session(sandbox: Supervisor, wish: CreateBashSessionRequest, pl
     with _written_down(sandbox, place, kind="session", session=wish.session):
         reply = answer({"output": await sandbox.sessions.create(wish), "session_type": "bash"}, 201)
     journal.finish(place, reply)
+    return reply
+
+
+async def done_once(sandbox: Supervisor, place: str | None, work: Callable[[], Awaitable[Answer]]) -> Answer:
+    """Something short that must not be done twice, such as an append. After a crash in the middle of it nobody knows
+    whether it was done: then its key is a Conflict."""
+    known = await sandbox.journal.known(place)
+    if known is not None:
+        return known
+    with _written_down(sandbox, place, kind="call"):
+        reply = await work()
+    sandbox.journal.finish(place, reply)
     return reply
 
 
@@ -152,6 +164,12 @@ def _written_down(sandbox: Supervisor, place: str | None, **entry: Any) -> Any:
         elif place is not None:
             journal.forget(place)
         raise
+    except asyncio.CancelledError:
+        if place is not None and entry["kind"] in ("execute", "start", "call"):  # it may have run for a while
+            journal.finish(place, failure(ended_with_client()))
+        elif place is not None:
+            journal.forget(place)
+        raise
     except BaseException:
         if place is not None:
             journal.forget(place)
@@ -196,6 +214,10 @@ async def settle(sandbox: Supervisor, kept: Sequence[str]) -> None:
                 journal.forget(place)
         elif kind == "stream":
             journal.finish(place, _streamed())
+        elif kind == "call":
+            journal.finish(place, failure(Conflict(
+                "the server was killed in the middle of this; it may have been done, or a part of it",
+                sandbox_id=sandbox.id, hint="look what was done")))  # fmt: skip
         elif kind == "run" and entry.get("session") not in sandbox.sessions:
             journal.forget(place)
     journal.read_again()

@@ -16,7 +16,7 @@ from rock.errors import InvalidConfig, RockError, SessionClosed, StartFailed, Un
 from rock.protocol.action import BashAction, BashObservation, CreateBashSessionRequest, SessionInfo
 from rock.protocol.routes import RESUMES
 from rock.rocklet import commandfile, shell
-from rock.rocklet.handover import Keep, unseen
+from rock.rocklet.handover import Keep, ended_with_client, unseen
 from rock.rocklet.imageshell import Shell
 from rock.rocklet.interpreter import Interpreter
 from rock.rocklet.journal import Journal
@@ -175,7 +175,7 @@ class Session:
             observation = await self._run_now(action, None, keep)
         except asyncio.CancelledError:
             if not self._leaving:
-                keep.journal.forget(keep.place)  # it was killed with its client
+                keep.journal.finish(keep.place, failure(ended_with_client()))  # the key must not run it again
             raise
         except RockError as error:
             if not error.retryable:

@@ -53,6 +53,7 @@ class Supervisor:
         self.processes: dict[str, programs.Background] = {}
         self.executions: set[programs.Execution] = set()  # those with a key, which go on without a server
         self.leaving = False
+        self._over = asyncio.Event()  # it has ended, or is being stopped
         self.env_host: EnvHost | None = None
         self._env_lease = env_lease
         self._env_host_kept = False  # a former rocklet's is there; asked only when it is needed, as it may hang
@@ -238,6 +239,18 @@ class Supervisor:
             text = told + (f" (processes killed for memory: {kills})" if kills else "")
         self.cause, self.reason = cause, text
         self._ended(self, cause, text)
+        self._over.set()
+
+    async def ends_within(self, seconds: float) -> bool:
+        """Whether it ends, or somebody begins to stop it, within that time."""
+        if seconds <= 0:
+            return self._over.is_set()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._over.wait()
+        except TimeoutError:
+            return False
+        return True
 
     def let_go(self) -> None:
         """The server is about to stop: whoever waits is told so, and what runs goes on. Idempotent."""
@@ -285,6 +298,7 @@ class Supervisor:
 
     async def _let_go(self) -> None:
         """Nobody waits for its end, opens a session or has a connection any more."""
+        self._over.set()
         self.connections.cut()
         await self._end_tasks()
 

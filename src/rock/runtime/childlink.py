@@ -20,6 +20,10 @@ from rock.guest.wire import pack, receive_packet, unpack
 PATIENCE = 30.0  # seconds
 
 
+class Ended(errors.Unavailable):
+    """The child died while it was asked: another one is started for the next request."""
+
+
 class ChildLink:
     """One child at a time, of a program of this package, started with the first request.
 
@@ -95,8 +99,8 @@ class ChildLink:
     async def ask(
         self, op: str, fields: dict[str, Any], fds: Sequence[int] = (), patience: float | None = None
     ) -> dict[str, Any]:
-        """Ask it, starting it first when it is gone; it gets copies of `fds`. Unavailable when it dies meanwhile, or
-        takes more than `patience` seconds."""
+        """Ask it, starting it first when it is gone; it gets copies of `fds`. Ended when it dies meanwhile, Unavailable
+        when it takes more than `patience` seconds."""
         await self.start()
         self._number += 1
         number = self._number
@@ -183,5 +187,5 @@ class ChildLink:
         self._outgoing.clear()
         for future in self._waiting.values():
             if not future.done():
-                future.set_exception(errors.Unavailable(f"{self.what} ended", hint=self.again))
+                future.set_exception(Ended(f"{self.what} ended", hint=self.again))
         self._bury()

@@ -23,6 +23,7 @@ from typing import Any
 from rock import errors
 from rock.guest.proctree import TICK
 from rock.guest.wire import PACKET, pack, receive_packet, unpack
+from rock.protocol.routes import SENT
 from rock.runtime.base import CLOCK, ExitStatus, Program
 
 SOCKET_NAME = "s"
@@ -82,7 +83,8 @@ class InitLink:
 
     def close(self) -> None:
         """Drop the connection; who still waits gets Unavailable. The sandbox lives on. Idempotent."""
-        self._close(errors.Unavailable("the server is letting go of the sandbox", sandbox_id=self.sandbox_id))
+        self._close(errors.Unavailable("the server is letting go of the sandbox", sandbox_id=self.sandbox_id,
+                                       details=SENT))  # fmt: skip
 
     def _close(self, reason: errors.RockError) -> None:
         if self.closed:

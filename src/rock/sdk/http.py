@@ -8,8 +8,8 @@ from typing import Protocol
 from urllib.parse import quote, urlencode, urlsplit
 
 from rock.errors import InvalidConfig, ServerError, Unavailable
+from rock.protocol.routes import SENT
 
-SENT = {"sent": True}  # in the details of an Unavailable: the server may have begun to do what was asked
 HEAD_LIMIT = 64 << 10
 LINE_LIMIT = 4 << 10
 

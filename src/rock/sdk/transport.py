@@ -2,13 +2,15 @@
 
 The hot path is a handful of calls: one send, one receive, no locks, no models. A request that met a connection which
 the server had just closed is sent once more over a new one; it carries the same `Idempotency-Key`, so that it is never
-done twice.
+done twice. While a server is away (`lost_contact`) the request is sent again, with the same key, for
+`reconnect_timeout` seconds and no longer than the call itself has.
 """
 
 from __future__ import annotations
 
 import atexit
 import os
+import random
 import ssl
 import time
 from collections.abc import Mapping
@@ -19,10 +21,10 @@ import orjson
 
 from rock import errors, settings
 from rock.protocol.planes import role_for
-from rock.protocol.routes import OTHER_KEY, RESUMES
+from rock.protocol.routes import OTHER_KEY, OUTAGE, RESUMES, SENT, UNSENT
 from rock.sdk import primitives
 from rock.sdk.connection import Connection
-from rock.sdk.http import SENT, Address, Answer, Source, header_lines
+from rock.sdk.http import Address, Answer, Source, header_lines
 from rock.sdk.ownerkey import has_key, key_for
 from rock.sdk.pool import Pool
 from rock.sdk.servers import Servers
@@ -31,12 +33,16 @@ from rock.sdk.trace import begin
 CONNECT_TIMEOUT = 10.0
 ANSWER_TIMEOUT = 60.0
 STREAM_READ_SIZE = 1 << 20
-UNSENT = {"unsent": True}  # in the details of an Unavailable: no connection was had
-RESUME = 30.0  # seconds that a server may be away in the middle of a command
+FIRST_CONTACT = 2.0  # seconds to reach a server that this process has never reached: there may be none
+PAUSE, LONGEST_PAUSE = 0.05, 1.0  # seconds between two tries; each is drawn from 0.5 to 1.5 of it
 HINT = "start it with: rock admin start"
 
 POOL: Pool[Connection] = Pool()
 atexit.register(POOL.clear)
+
+_REACHED: set[tuple[str, int]] = set()  # servers that answered this process once, by host and port
+_NOTHING_BEGUN = (*UNSENT, *OUTAGE)
+_AWAY = (*SENT, *RESUMES, *_NOTHING_BEGUN)
 
 Body = bytes | Source
 
@@ -47,7 +53,9 @@ class Transport:
     base_url: may have a path; of a cluster see servers.py. api_key: sent as `Authorization: Bearer`. headers: sent with
     every request.
     Timeouts are seconds; the timeout of a call is how long the server may be silent, and None is no limit.
-    InvalidConfig: the URL or a header cannot be used.
+    reconnect_timeout: how long a call is tried again while the server is away; None is ROCK_RECONNECT_TIMEOUT, 0 is not
+    at all. A server that this process has never reached is tried for FIRST_CONTACT seconds.
+    InvalidConfig: the URL, a header or the reconnect timeout cannot be used.
     """
 
     def __init__(
@@ -58,7 +66,12 @@ class Transport:
         *,
         connect_timeout: float | None = CONNECT_TIMEOUT,
         ssl_context: ssl.SSLContext | None = None,
+        reconnect_timeout: float | None = None,
     ) -> None:
+        try:
+            self.reconnect_timeout = settings.reconnect_timeout(reconnect_timeout)
+        except ValueError as error:
+            raise errors.InvalidConfig(str(error)) from None
         given = {"authorization": f"Bearer {api_key}"} if api_key else {}
         given |= {name.lower(): value for name, value in (headers or {}).items()}
         self.url = base_url.strip().rstrip("/")
@@ -82,9 +95,13 @@ class Transport:
         *,
         timeout: float | None = ANSWER_TIMEOUT,
         key: str | None = None,
+        deadline: float | None = None,
+        limit: float | None = None,
+        repeats: bool = True,
     ) -> Any:
         """The answer to a JSON body, decoded. Any RockError that the server answers with; Unavailable, ServerError."""
-        raw = await self.call(method, target, b"" if body is None else orjson.dumps(body), timeout=timeout, key=key)
+        raw = await self.call(method, target, b"" if body is None else orjson.dumps(body), timeout=timeout, key=key,
+                              deadline=deadline, limit=limit, repeats=repeats)  # fmt: skip
         return decode(raw)
 
     async def json_raw(
@@ -102,33 +119,32 @@ class Transport:
         timeout: float | None = ANSWER_TIMEOUT,
         key: str | None = None,
         content_type: str = "application/json",
+        deadline: float | None = None,
+        limit: float | None = None,
+        repeats: bool = True,
     ) -> bytes:
-        """The body of the answer. Raises what `json` does."""
-        _, _, answer = await self._exchange(method, target, body, timeout, key, content_type, whole=True)
-        data = answer.take()
-        if answer.status >= 300:
-            raise failure(answer.status, data, self.url)
-        return data
+        """The body of the answer. Raises what `json` does.
 
-    async def call_once(self, method: str, target: str, body: bytes, *, timeout: float | None) -> bytes:
-        """`call` for what goes on when the server is killed or stopped meanwhile: it is asked again, with the same key,
-        for up to RESUME seconds. Raises what `call` did first."""
-        key = os.urandom(16).hex()
-        told: errors.Unavailable | None = None
-        end, pause = 0.0, 0.05
+        deadline: seconds from now after which it is not tried again; `timeout` where it is None. limit: the same for
+        what was silent for long: seconds that what is asked may take. repeats: whether it may be sent again when the
+        connection broke after it was sent: its key makes the server do it once.
+        """
+        key = key or os.urandom(16).hex()
+        began = time.monotonic()
+        retry: _Retry | None = None
         while True:
             try:
-                return await self.call(method, target, body, timeout=timeout, key=key)
+                left = timeout if retry is None else retry.left(timeout)
+                _, _, answer = await self._exchange(method, target, body, left, key, content_type, whole=True)
+                data = answer.take()
+                if answer.status >= 300:
+                    raise failure(answer.status, data, self.url)
+                return data
             except errors.Unavailable as error:
-                if told is None and not any(error.details.get(name) is True for name in (*SENT, *RESUMES)):
-                    raise
-                now = time.monotonic()
-                if told is None:
-                    told, end = error, now + RESUME
-                if now > end:
-                    raise told from None
+                if retry is None:
+                    retry = self._retry(error, began, timeout if deadline is None else deadline, limit)
+                pause = retry.pause(error, _AWAY if repeats else _NOTHING_BEGUN)
             await primitives.sleep(pause)
-            pause = min(pause * 1.5, 0.5)
 
     async def open(
         self,
@@ -140,12 +156,32 @@ class Transport:
         key: str | None = None,
         content_type: str = "application/json",
     ) -> Download:
-        """An answer to be read while it comes. Raises what `json` does."""
-        server, connection, answer = await self._exchange(method, target, body, timeout, key, content_type)
-        download = Download(server, connection, answer, timeout)
-        if answer.status >= 300:
-            raise failure(answer.status, await download.read(limit=1 << 20), self.url)
-        return download
+        """An answer to be read while it comes. Raises what `json` does. Only a GET is sent again after its connection
+        broke: what was begun by another one is a stream that cannot be had twice."""
+        key = key or os.urandom(16).hex()
+        began = time.monotonic()
+        retry: _Retry | None = None
+        while True:
+            try:
+                server, connection, answer = await self._exchange(method, target, body, timeout, key, content_type)
+                download = Download(server, connection, answer, timeout)
+                if answer.status >= 300:
+                    raise failure(answer.status, await download.read(limit=1 << 20), self.url)
+                return download
+            except errors.Unavailable as error:
+                if retry is None:
+                    retry = self._retry(error, began, timeout)
+                pause = retry.pause(error, _AWAY if method == "GET" else _NOTHING_BEGUN)
+            await primitives.sleep(pause)
+
+    def _retry(
+        self, error: errors.Unavailable, began: float, deadline: float | None, limit: float | None = None
+    ) -> _Retry:
+        """How long to go on with a call that began at `began`, and has failed for the first time."""
+        seconds = self.reconnect_timeout
+        if not any(server.reached for server in (*self._write, *self._read)):
+            seconds = min(seconds, FIRST_CONTACT)
+        return _Retry(seconds, began, deadline, limit)
 
     async def _exchange(
         self,
@@ -177,6 +213,47 @@ class Transport:
         return last, *await last.exchange(method, target, body, timeout, key, content_type, whole)
 
 
+class _Retry:
+    """The tries of one call after its first failure. Made right after that."""
+
+    def __init__(self, seconds: float, began: float, deadline: float | None, limit: float | None) -> None:
+        """seconds: how long to go on. deadline, limit: of the call, from `began`, a time of the monotonic clock."""
+        self._began = began
+        self._end = time.monotonic() + seconds
+        if deadline is not None:
+            self._end = min(self._end, began + deadline)
+        self._limit = self._end if limit is None else min(self._end, began + limit)
+        self._pause = PAUSE
+        self._told: errors.Unavailable | None = None
+
+    def left(self, timeout: float | None) -> float | None:
+        """What is left of a time that began with the call."""
+        return None if timeout is None else max(1.0, timeout - (time.monotonic() - self._began))
+
+    def pause(self, error: errors.Unavailable, names: tuple[str, ...]) -> float:
+        """Seconds to wait before the next try. Raises when there is no time for one: the first error of those after
+        which something may have been begun, else the first. An error that is no lost contact is raised at once."""
+        if not _lost_contact(error, names):
+            raise error
+        if self._told is None or (self._told.details.get("unsent") and not error.details.get("unsent")):
+            self._told = error
+        pause = self._pause * random.uniform(0.5, 1.5)  # clients that were cut together do not come back together
+        if time.monotonic() + pause > (self._limit if error.details.get("silent") else self._end):
+            raise self._told
+        self._pause = min(self._pause * 1.5, LONGEST_PAUSE)
+        return pause
+
+
+def _lost_contact(error: errors.Unavailable, names: tuple[str, ...]) -> bool:
+    """Whether a server, or something behind it, is away for a while; not what it says itself, such as a refusal."""
+    details = error.details
+    if details.get("tls"):
+        return False  # a certificate does not become another one
+    return any(details.get(name) is True for name in names) or (
+        "sent" in names and details.get("http_status") in (502, 503)  # of a proxy in front of a server
+    )
+
+
 class _Server:
     """One server, by its address and the headers that it is sent."""
 
@@ -192,10 +269,16 @@ class _Server:
         self._keyed = has_key(given)
         self._traces = settings.trace()
         self._key = (address.host, address.port, address.tls, ssl_context)
+        self._place = (address.host, address.port)
 
     @property
     def url(self) -> str:
         return self.address.url
+
+    @property
+    def reached(self) -> bool:
+        """Whether it has answered this process."""
+        return self._place in _REACHED
 
     def release(self, connection: Connection, answer: Answer) -> None:
         """Keep a connection whose answer is complete; close any other."""
@@ -256,6 +339,8 @@ class _Server:
             try:
                 await self._send(connection, answer, head, body, timeout)
                 await self._read(connection, answer, timeout, whole)
+                if not kept and self._place not in _REACHED:
+                    _REACHED.add(self._place)
                 return connection, answer
             except TimeoutError:
                 connection.close()
@@ -276,7 +361,8 @@ class _Server:
             message = f"nothing answers at {self.url} within {self.connect_timeout} seconds"
             raise errors.Unavailable(message, hint=HINT, details=UNSENT) from None
         except ssl.SSLError as error:
-            raise errors.Unavailable(f"no TLS connection to {self.url}: {error}", details=UNSENT) from error
+            raise errors.Unavailable(f"no TLS connection to {self.url}: {error}",
+                                     details={**UNSENT, "tls": True}) from error  # fmt: skip
         except ConnectionRefusedError:
             raise errors.Unavailable(f"no ROCK server at {self.url}", hint=HINT, details=UNSENT) from None
         except OSError as error:
@@ -356,7 +442,8 @@ class Download:
                 raise errors.Unavailable(f"{self._server.url} was silent for {self._timeout} seconds") from None
             except OSError as error:
                 self.close()
-                raise errors.Unavailable(f"the connection to {self._server.url} broke: {error}") from error
+                raise errors.Unavailable(f"the connection to {self._server.url} broke: {error}",
+                                         details=SENT) from error  # fmt: skip
             except BaseException:
                 self.close()
                 raise

@@ -10,7 +10,8 @@ import asyncio
 import contextlib
 import logging
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,7 @@ import orjson
 from rock import faults
 from rock.errors import InvalidConfig, NotFound, RockError, StorageFull, Unavailable
 from rock.protocol.keys import KeyInfo, Quota
+from rock.protocol.routes import OUTAGE
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
 from rock.store import quotas
 from rock.store.base import Lease, Query, Record, VersionConflict, id_taken, ordered
@@ -35,6 +37,8 @@ _CHANNEL = "rock_sandbox"
 _CONNECTIONS = 8
 _TIMEOUT = 30.0  # seconds for a statement, and for a connection
 _RETRY = 1.0
+# InternalClientError: what asyncpg raises where a connection ends in the middle of its own steps
+_BROKEN = (asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
 _FIELDS = {"user_id", "experiment_id", "namespace", "image", "runtime", "worker", "cluster", "cause"}
 _NOW = "extract(epoch FROM clock_timestamp())::float8"
 _SELECT = "SELECT version, idempotency_key, info, config FROM sandbox"
@@ -82,8 +86,8 @@ class PostgresStore:
             )
         except ValueError as error:
             raise InvalidConfig(f"ROCK_STORE={self._name}: {error}") from None
-        except (asyncpg.PostgresError, OSError, TimeoutError) as error:
-            raise Unavailable(f"the database {self._name} does not answer: {error}", hint="see ROCK_STORE") from error
+        except (asyncpg.PostgresError, *_BROKEN) as error:
+            raise Unavailable(f"the database {self._name} does not answer: {error!r}", hint="see ROCK_STORE") from error
         try:
             async with self._transaction() as db:
                 await self._migrate(db)
@@ -132,8 +136,9 @@ class PostgresStore:
                 yield db
         except asyncpg.PostgresError as error:
             raise self._told(error) from error
-        except (asyncpg.InterfaceError, OSError, TimeoutError) as error:
-            raise Unavailable(f"the database {self._name} does not answer: {error}") from error
+        except _BROKEN as error:
+            raise Unavailable(f"the database {self._name} does not answer: {error!r}", hint="retry",
+                              details=OUTAGE) from error  # fmt: skip
 
     @asynccontextmanager
     async def _transaction(self) -> AsyncIterator[Any]:
@@ -143,7 +148,7 @@ class PostgresStore:
     def _told(self, error: asyncpg.PostgresError) -> RockError:
         if isinstance(error, (asyncpg.DiskFullError, asyncpg.OutOfMemoryError)):
             return StorageFull(f"the database {self._name} is full: {error}", hint="free some space on its server")
-        return Unavailable(f"the database {self._name} does not serve: {error}")
+        return Unavailable(f"the database {self._name} does not serve: {error}", hint="retry", details=OUTAGE)
 
     # ---- changes ----
 
@@ -151,7 +156,7 @@ class PostgresStore:
         while True:
             try:
                 await self._follow()
-            except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError) as error:
+            except (asyncpg.PostgresError, *_BROKEN) as error:
                 log.warning("changes of %s: %s", self._name, error)
             self._watchers.tell("")
             await asyncio.sleep(_RETRY)
@@ -267,14 +272,25 @@ class PostgresStore:
             await db.executemany(f"INSERT INTO start (tenant, at) VALUES ($1, {_NOW})", [(record.tenant,)] * count)
         return count
 
-    async def get(self, sandbox_id: str) -> Record | None:
+    async def _again(self, read: Callable[[Any], Awaitable[Any]]) -> Any:
+        """What a query answers; asked once more, over another connection, where its connection ended at once."""
+        began = time.monotonic()
+        try:
+            async with self._connected() as db:
+                return await read(db)
+        except Unavailable:
+            if time.monotonic() - began > _RETRY:
+                raise
         async with self._connected() as db:
-            row = await db.fetchrow(f"{_SELECT} WHERE id = $1", _text(sandbox_id))
+            return await read(db)
+
+    async def get(self, sandbox_id: str) -> Record | None:
+        row = await self._again(lambda db: db.fetchrow(f"{_SELECT} WHERE id = $1", _text(sandbox_id)))
         return None if row is None else _load(row)
 
     async def by_key(self, key: str, tenant: str = "") -> Record | None:
-        async with self._connected() as db:
-            return await self._by_key(db, key, tenant)
+        found: Record | None = await self._again(lambda db: self._by_key(db, key, tenant))
+        return found
 
     async def _by_key(self, db: Any, key: str, tenant: str) -> Record | None:
         row = await db.fetchrow(f"{_SELECT} WHERE tenant = $1 AND idempotency_key = $2", tenant, _text(key))

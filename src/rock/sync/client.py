@@ -33,10 +33,16 @@ STOP_TIMEOUT = 120.0
 
 
 class Client:
-    """A server, by its base URL and key; ROCK_BASE_URL and ROCK_API_KEY where they are not given."""
+    """A server, by its base URL and key; ROCK_BASE_URL and ROCK_API_KEY where they are not given. reconnect_timeout:
+    seconds for which a call is tried again while the server is away; None is ROCK_RECONNECT_TIMEOUT, 0 is not at
+    all."""
 
-    def __init__(self, base_url: str | None = None, api_key: str | None = None) -> None:
-        self.transport = Transport(base_url or settings.base_url(), api_key or settings.api_key())
+    def __init__(
+        self, base_url: str | None = None, api_key: str | None = None, *, reconnect_timeout: float | None = None
+    ) -> None:
+        self.transport = Transport(
+            base_url or settings.base_url(), api_key or settings.api_key(), reconnect_timeout=reconnect_timeout
+        )
 
     def list_sandboxes(
         self, states: str | Iterable[str] | None = None, *, limit: int | None = None, **filters: str
@@ -154,7 +160,7 @@ class Client:
     def create_key(self, wish: CreateKey) -> NewKey:
         """Make an API key; its `key` is told here and never again. Forbidden, Conflict."""
         body = wish.model_dump(mode="json")
-        return parse(NewKey, self.transport.json("POST", ROUTES["create_key"].path, body))
+        return parse(NewKey, self.transport.json("POST", ROUTES["create_key"].path, body, repeats=False))
 
     def list_keys(self) -> list[KeyInfo]:
         """API keys, revoked ones too, oldest first. Forbidden."""

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ValidationError
 from rock.errors import InternalServerRockError, InvalidConfig, NotFound, RockError, Unavailable
 from rock.protocol.keys import CALLER, Caller, caller_of
 from rock.protocol.route import Route
-from rock.protocol.routes import ERROR_CODE
+from rock.protocol.routes import ERROR_CODE, SENT
 from rock.telemetry.context import CURRENT
 
 Scope = MutableMapping[str, Any]
@@ -324,7 +324,7 @@ class Router:
             await failure(error).send(send)
         except asyncio.CancelledError:
             if not started:
-                await failure(Unavailable("the server stopped before this was done")).send(send)
+                await failure(Unavailable("the server stopped before this was done", details=SENT)).send(send)
             raise
         except Exception as error:
             if started:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from rock.errors import Unavailable
 from rock.protocol.keys import caller_of
-from rock.protocol.routes import ROUTES, name_of
+from rock.protocol.routes import OUTAGE, ROUTES, name_of
 from rock.telemetry import process, tracing
 from rock.telemetry.context import CURRENT, REQUEST_ID, TRACEPARENT, Context, new_id, sane_id, sane_traceparent
 from rock.telemetry.metrics import CONTENT_TYPE, REGISTRY, Distribution, Family, Number, gauge_of, render
@@ -219,7 +219,7 @@ class Observed:
 
 
 def _stopping() -> Unavailable:
-    return Unavailable("the server is stopping", hint="retry when it is back", details={"retry_after": 2})
+    return Unavailable("the server is stopping", hint="retry when it is back", details={"retry_after": 2, **OUTAGE})
 
 
 def _context_of(scope: Scope) -> Context:

@@ -4,7 +4,9 @@
     send ◄── status, headers, body as they come ◄──
 
 Nothing is held whole: bodies go through in pieces, and whoever is slow makes the other side wait. A client that leaves
-ends its request there too. Unavailable, before anything was answered, when nobody is reached.
+ends its request there too: the other server is told, because a connection that breaks without a word is one whose
+server died, and its requests go on (relayed.py). Unavailable, before anything was answered, when nobody is reached; so
+it is after some seconds when a worker takes connections and answers nothing, not even a probe of its health.
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ from urllib.parse import quote, urlsplit
 import httptools
 
 from rock.errors import InvalidConfig, Unavailable
+from rock.protocol.routes import CALL, OUTAGE, ROUTES, SENT, UNSENT
 from rock.wire import sockets
 from rock.wire.asgi import Receive, Scope, Send, deny, failure
+from rock.wire.relayed import Ids
 
 _CONNECT_WITHIN = 5.0
 _IDLE = 30.0  # seconds that an unused connection is kept: less than the server at its other end keeps it
@@ -30,6 +34,11 @@ _MOST_IDLE = 64
 _MOST_WAITING = 256 << 10  # bytes of an answer that its reader has not taken, above which no more are read
 _PROMPT = 0.5  # seconds after which it is worth watching whether the client is still there
 _END = b"0\r\n\r\n"
+_CALL = CALL.encode()
+_CANCELS = (0.0, 0.2, 1.0, 3.0)  # pauses, in seconds, before each try to cancel a call
+_QUIET = 3.0  # seconds without an answer after which a worker is probed, and that a probe has; two in a row may fail
+_HEALTH = ROUTES["health"].path
+_DESCRIBES_BODY = frozenset({b"content-length", b"content-type", b"idempotency-key", _CALL})
 _HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"te", b"trailer", b"expect",
                          b"proxy-connection"})  # fmt: skip
 
@@ -62,6 +71,7 @@ class _Connection(asyncio.Protocol):
         self._whole = False
         self._keep = False
         self.sent = False  # all of the request
+        self.silent = False  # given up for that
 
     # ---- asyncio.Protocol
 
@@ -147,6 +157,13 @@ class _Connection(asyncio.Protocol):
         if self.transport is not None:
             self.transport.abort()
 
+    def give_up(self, why: str) -> None:
+        """Whoever waits for an answer is told why there is none."""
+        self.silent = True
+        self._end(why)
+        self.close()
+        self._wake()
+
     def ask(self, head: bytes, bodiless: bool) -> None:
         """Begin a request."""
         self._begin(bodiless)
@@ -207,6 +224,10 @@ class Remote:
         self._idle: list[_Connection] = []
         self._busy: set[_Connection] = set()
         self._sockets: set[asyncio.Task[None]] = set()
+        self._calls = Ids()
+        self._cancels: set[asyncio.Task[None]] = set()
+        self._waiting: dict[_Connection, float] = {}  # relayed requests without an answer, since when
+        self._probing: asyncio.Task[None] | None = None
 
     @property
     def host(self) -> str:
@@ -217,7 +238,7 @@ class Remote:
         """End every connection. Requests and WebSockets under way are broken."""
         for connection in (*self._idle, *self._busy):
             connection.close()
-        for task in self._sockets:
+        for task in (*self._sockets, *self._cancels, *filter(None, (self._probing,))):
             task.cancel()
         self._idle.clear()
         await asyncio.sleep(0)  # for the transports to close their sockets
@@ -249,7 +270,7 @@ class Remote:
                 _, made = await loop.create_connection(_Connection, self._host, self._port, ssl=self._tls)
         except (OSError, TimeoutError) as error:
             why = str(error) or f"no answer within {_CONNECT_WITHIN:g} s"
-            raise self._unreached(why, unsent=True) from None
+            raise self._unreached(why, **UNSENT) from None
         self._busy.add(made)
         return made
 
@@ -286,7 +307,7 @@ class Remote:
 
     def _kept(self, scope: Scope) -> list[tuple[bytes, bytes]]:
         drop = _HOP_BY_HOP | self._names
-        return [header for header in scope["headers"] if header[0] not in drop] + self._own
+        return [header for header in scope["headers"] if header[0] not in drop and header[0] != _CALL] + self._own
 
     async def _exchange(self, connection: _Connection, scope: Scope, receive: Receive, send: Send) -> None:
         """One request. What comes before an answer has begun is told as Unavailable; after that the client's own
@@ -296,7 +317,9 @@ class Remote:
             self._done(connection)
             return
         body: bytes = first.get("body", b"")
-        headers = self._kept(scope)
+        call = self._calls.next()
+        kept = self._kept(scope)
+        headers = [*kept, (_CALL, call)]
         more = bool(first.get("more_body", False))
         sized = any(name == b"content-length" for name, _ in headers)
         if not sized and (more or body):
@@ -307,9 +330,13 @@ class Remote:
         begun = False
         rest = asyncio.create_task(self._rest(connection, receive, chunked, more), name="remote-request")
         # A client that left: what it asked for ends
-        rest.add_done_callback(lambda task: None if task.cancelled() else connection.close())
+        rest.add_done_callback(lambda task: None if task.cancelled() else self._left(connection, call, kept))
         try:
-            await connection.answered()
+            self._waits(connection)
+            try:
+                await connection.answered()
+            finally:
+                self._waiting.pop(connection, None)
             begun = True
             told = [header for header in connection.headers if header[0] not in _HOP_BY_HOP]
             await send({"type": "http.response.start", "status": connection.status, "headers": told})
@@ -322,11 +349,61 @@ class Remote:
                 return
             if begun:
                 raise ConnectionError(f"{self.url}: {error}") from None
-            await failure(self._unreached(str(error))).send(send)
+            await failure(self._unreached(str(error), **SENT, silent=connection.silent)).send(send)
         finally:
             rest.cancel()
             await asyncio.gather(rest, return_exceptions=True)
             self._done(connection)
+
+    def _left(self, connection: _Connection, call: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+        """The client left before it had its answer."""
+        told = connection.sent  # a body that was cut short ends the request by itself
+        connection.close()
+        if told:
+            task = asyncio.create_task(self._cancel(call, headers), name="remote-cancel")
+            self._cancels.add(task)
+            task.add_done_callback(self._cancels.discard)
+
+    async def _cancel(self, call: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+        """Tell that the client of a call has left. Where that does not arrive, the reconnect period ends the call."""
+        own = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers
+               if name not in _DESCRIBES_BODY and name not in self._names}  # fmt: skip
+        for pause in _CANCELS:
+            await asyncio.sleep(pause)
+            with contextlib.suppress(Unavailable, TimeoutError):
+                async with asyncio.timeout(_CONNECT_WITHIN):
+                    await self.request("DELETE", ROUTES["cancel_call"].url(call=call.decode()), headers=own)
+                    return
+
+    # ---- workers that take connections and answer nothing
+
+    def _waits(self, connection: _Connection) -> None:
+        self._waiting[connection] = time.monotonic()
+        if self._probing is None or self._probing.done():
+            self._probing = asyncio.create_task(self._probe(), name="remote-probe")
+
+    async def _probe(self) -> None:
+        """While requests wait for long: see whether the worker answers anything, and end them when it does not."""
+        failed = 0
+        while self._waiting:
+            await asyncio.sleep(_QUIET / 2 if not failed else 0)
+            asked = time.monotonic()
+            old = [connection for connection, since in self._waiting.items() if since < asked - _QUIET]
+            if not old:
+                failed = 0
+                continue
+            try:
+                async with asyncio.timeout(_QUIET):
+                    await self.request("GET", _HEALTH)
+                failed = 0
+                continue
+            except (Unavailable, TimeoutError):
+                failed += 1
+            if failed >= 2:
+                failed = 0
+                for connection in old:
+                    if connection in self._waiting:
+                        connection.give_up("it takes connections, and has not answered a probe of its health twice")
 
     async def _rest(self, connection: _Connection, receive: Receive, chunked: bool, more: bool) -> None:
         """The rest of the request's body; then wait for the client to leave: returns when it has left."""
@@ -362,17 +439,18 @@ class Remote:
             with contextlib.suppress(RuntimeError, OSError):  # it may be closed already
                 await send({"type": "websocket.close", "code": 1011, "reason": "the worker is gone"})
         elif isinstance(error := task.exception(), OSError | TimeoutError | EOFError):
-            await deny(scope, send, self._unreached(str(error)))
+            await deny(scope, send, self._unreached(str(error), **OUTAGE))
         elif error is not None:
             raise error
 
     # ---- requests of our own
 
     async def request(
-        self, method: str, path: str, query: str = "", body: bytes = b"", headers: dict[str, str] | None = None
-    ) -> tuple[int, bytes]:
-        """(status, body) of one request. Unavailable."""
-        stream = self.stream(method, path, query, None, body, headers)
+        self, method: str, path: str, query: str = "", body: bytes = b"", headers: dict[str, str] | None = None,
+        *, probed: bool = False,
+    ) -> tuple[int, bytes]:  # fmt: skip
+        """(status, body) of one request. probed: ended when the other side answers no probe. Unavailable."""
+        stream = self.stream(method, path, query, None, body, headers, probed)
         async with contextlib.aclosing(stream):
             status = await anext(stream)
             parts = [part async for part in stream if isinstance(part, bytes)]
@@ -381,7 +459,7 @@ class Remote:
 
     async def stream(
         self, method: str, path: str, query: str, body: AsyncIterator[bytes] | None, whole: bytes = b"",
-        headers: dict[str, str] | None = None,
+        headers: dict[str, str] | None = None, probed: bool = False,
     ) -> AsyncGenerator[int | bytes]:  # fmt: skip
         """The status, then the answer as it comes. Unavailable, also in the middle of it."""
         connection = await self._connection()
@@ -395,13 +473,18 @@ class Remote:
             connection.sent = body is None
             if body is not None:
                 writing = asyncio.create_task(_write_all(connection, body), name="remote-body")
-            await connection.answered()
+            if probed:
+                self._waits(connection)
+            try:
+                await connection.answered()
+            finally:
+                self._waiting.pop(connection, None)
             yield connection.status
             async with contextlib.aclosing(connection.pieces()) as pieces:
                 async for piece in pieces:
                     yield piece
         except Broken as error:
-            raise self._unreached(str(error)) from None
+            raise self._unreached(str(error), **SENT, silent=connection.silent) from None
         finally:
             if writing is not None:
                 writing.cancel()

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from rock import __version__
-from rock.admin.api import about, sandboxes
+from rock.admin.api import about, beats, sandboxes
 from rock.admin.api import workers as workers_api
 from rock.admin.desk import Desks
 from rock.admin.environments import Environments
@@ -32,7 +32,7 @@ from rock.protocol.sandbox import SandboxInfo
 from rock.store.base import Query as Listing
 from rock.wire.asgi import retry_after
 
-BARE = (*sandboxes.NAMES, *about.NAMES)
+BARE = (*sandboxes.NAMES, *about.NAMES, *beats.NAMES)
 Wait = Annotated[float, Query(ge=0, le=3600)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from urllib.parse import parse_qsl
 
 from rock.admin.api.about import About
+from rock.admin.api.beats import Beats
 from rock.admin.desk import Desk, Desks
 from rock.errors import InvalidConfig
 from rock.protocol.env import OpenEnv
@@ -29,10 +30,11 @@ class Sandboxes:
         self._desks = desks
         self._configs = Configs()
 
-    def over(self, rest: App, about: About) -> App:
-        """These rows and those of `about`, and `rest` for all others."""
+    def over(self, rest: App, about: About, beats: Beats) -> App:
+        """These rows and those of `about` and `beats`, and `rest` for all others."""
         router = Router("sandboxes")
         about.add_to(router)
+        beats.add_to(router)
         for name in NAMES:
             router.add(ROUTES[name], getattr(self, name))
 

@@ -1,4 +1,4 @@
-"""Workers on the native wire: they join and send heartbeats; whoever owns the server lists, drains and removes them."""
+"""Workers on the native wire: whoever owns the server lists, drains and removes them. Heartbeats are in beats.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from rock.admin.losses import bury
 from rock.admin.service import Service
 from rock.protocol.routes import ROUTES
-from rock.protocol.workers import Beat, JoinWorker, WorkerInfo, WorkerLease, WorkerList
+from rock.protocol.workers import WorkerInfo, WorkerList
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
@@ -17,16 +17,6 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     def row(name: str, model: Any) -> dict[str, Any]:
         return {"path": ROUTES[name].path, "response_model": model, "tags": ["workers"]}
-
-    @app.post(**row("join_worker", WorkerLease))
-    async def join_worker(wish: JoinWorker) -> WorkerLease:
-        """A rocklet joins, or comes back."""
-        return await fleet.join(wish)
-
-    @app.post(**row("beat_worker", WorkerLease))
-    async def beat_worker(worker: str, beat: Beat) -> WorkerLease:
-        """Its heartbeat; a Conflict says that its lease is over."""
-        return await fleet.beat(worker, beat)
 
     @app.get(**row("list_workers", WorkerList))
     async def list_workers() -> WorkerList:

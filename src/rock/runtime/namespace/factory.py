@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 
 from rock import errors, faults
 from rock.protocol.sandbox import SandboxConfig
+from rock.runtime.childlink import Ended
 from rock.runtime.diskerrors import not_started
 from rock.runtime.image.leases import Lease
 from rock.runtime.image.source import Images
@@ -29,6 +31,10 @@ class Kept(NamedTuple):
 
     slot: str
     put_back: Callable[[int], Awaitable[None]]
+
+
+class _ZygoteEnded(errors.Unavailable):
+    """The process that pid 1 is forked of died while it forked one."""
 
 
 class Factory:
@@ -61,6 +67,15 @@ class Factory:
             raise
 
     async def _make_whole(self, id: str, kind: Kind, config: SandboxConfig, kept: Kept | None) -> Sandbox:
+        """Make one; once more, in another run folder, when the launcher or its zygote died meanwhile."""
+        try:
+            return await self._make_once(id, kind, config, kept)
+        except (Ended, _ZygoteEnded):
+            if kept is not None:  # its files are back where they were; the next request finds another launcher
+                raise
+            return await self._make_once(id, kind, config, kept)
+
+    async def _make_once(self, id: str, kind: Kind, config: SandboxConfig, kept: Kept | None) -> Sandbox:
         slots = self._slots
         slot = kept.slot if kept else self.spares.pop(0) if self.spares else records.new_slot()
         base = slots.ranges.take(slot)
@@ -76,6 +91,8 @@ class Factory:
             await faults.point("namespace.placed")
             reply = await slots.launcher.request("create", spec, lease.fd if lease else None)
             if "error" in reply:
+                if reply.get("errno") == errno.ESRCH:
+                    raise _ZygoteEnded(f"the sandbox could not be made: {reply['error']}", hint="retry")
                 reason = f"{reply['error']} ({reply['hint']})" if reply.get("hint") else reply["error"]
                 raise errors.StartFailed(f"the sandbox could not be made: {reason}")
             sandbox = Sandbox(slot, reply["pid"], reply["start"], base, folders)

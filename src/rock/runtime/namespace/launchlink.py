@@ -39,7 +39,7 @@ class LaunchLink(ChildLink):
         return errors.Unsupported(f"the launcher did not start: {error!r}", hint=f"see {self._log}")
 
     async def request(self, op: str, fields: dict[str, Any], fd: int | None = None) -> dict[str, Any]:
-        """Ask the launcher; it gets a copy of `fd`. Unavailable when it dies meanwhile."""
+        """Ask the launcher; it gets a copy of `fd`. Ended when it dies meanwhile."""
         return await self.ask(op, fields, () if fd is None else (fd,))
 
     def _told(self, message: dict[str, Any]) -> None:

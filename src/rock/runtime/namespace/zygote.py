@@ -243,11 +243,19 @@ class Zygote:
         return pid
 
     def _by_zygote(self, area: Area) -> int:
+        if self._pid and self._is_dead():
+            self._bury()
         if self._pid == 0:
             self._start()
         os.write(self._command, struct.pack("Q", area.address))
         self._answer()
         return area.pid()
+
+    def _is_dead(self) -> bool:
+        """Whether it was killed while it had nothing to do."""
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return bool(poll.poll(0))
 
     def _answer(self) -> None:
         """Wait until the zygote has done what it was to do."""

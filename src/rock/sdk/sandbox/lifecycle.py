@@ -13,7 +13,7 @@ from rock.protocol.network import ConnectionList
 from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import Cause, CommitPhase, CommitStatus, SandboxConfig, SandboxInfo, State
 from rock.sdk import primitives
-from rock.sdk.sandbox.link import Link, new_id, parse
+from rock.sdk.sandbox.link import SLACK, Link, new_id, parse
 
 POLL = 20.0  # seconds of one long-poll
 CLEAN_UP = 15.0
@@ -52,6 +52,8 @@ class Lifecycle(Link):
             self.sandbox_id = None  # it was refused: nothing was made
             raise
         except BaseException as error:
+            if isinstance(error, errors.Unavailable) and error.details.get("unsent") and not created:
+                raise  # no server was reached: there is nothing to undo, and nobody to ask
             answered = created or (isinstance(error, errors.RockError) and not isinstance(error, errors.Unavailable))
             await primitives.settle(self.stop if answered else partial(self._undo, key), CLEAN_UP)
             raise
@@ -142,16 +144,9 @@ class Lifecycle(Link):
         """
         deadline = time.monotonic() + self.config.startup_timeout
         key = os.urandom(16).hex()
-        while True:
-            wait = max(0.0, min(deadline - time.monotonic(), POLL))
-            target = self._path("restart_sandbox", wait=round(wait, 3))
-            try:
-                info = await self._info("restart_sandbox", target, wait=wait or 1.0, key=key)
-                break
-            except errors.Unavailable as error:
-                if not error.details.get("sent") or time.monotonic() >= deadline:
-                    raise
-                await primitives.sleep(0.2)
+        wait = max(0.0, min(deadline - time.monotonic(), POLL))
+        target = self._path("restart_sandbox", wait=round(wait, 3))
+        info = await self._begin("restart_sandbox", target, None, wait, key, deadline)
         info = await self._launched(info, deadline)
         if info.state is not State.RUNNING:
             raise end_of(info)
@@ -231,15 +226,18 @@ class Lifecycle(Link):
         return CloseResponse()
 
     async def _create(self, key: str, deadline: float) -> SandboxInfo:
-        while True:
-            wait = max(0.0, min(deadline - time.monotonic(), POLL))
-            target = ROUTES["create_sandbox"].path + f"?wait={wait:.3f}"
-            try:
-                return await self._info("create_sandbox", target, self._wish(), wait=wait or 1.0, key=key)
-            except errors.Unavailable as error:
-                if not error.details.get("sent") or time.monotonic() >= deadline:
-                    raise  # only a connection that broke is tried again; the key keeps it one sandbox
-                await primitives.sleep(0.2)
+        wait = max(0.0, min(deadline - time.monotonic(), POLL))
+        target = ROUTES["create_sandbox"].path + f"?wait={wait:.3f}"
+        return await self._begin("create_sandbox", target, self._wish(), wait, key, deadline)
+
+    async def _begin(
+        self, name: str, target: str, body: Any, wait: float, key: str, deadline: float
+    ) -> SandboxInfo:
+        """Ask for a start, which its key keeps one, until `deadline`: a time of the monotonic clock."""
+        left = max(1.0, deadline - time.monotonic())
+        timeout = (wait or 1.0) + SLACK
+        answer = await self._transport.json(ROUTES[name].method, target, body, timeout=timeout, key=key, deadline=left)
+        return self._known(parse(SandboxInfo, answer))
 
     def _wish(self) -> dict[str, Any]:
         """What was set, and nothing else: the server knows the rest."""

@@ -6,7 +6,6 @@ import os
 from functools import lru_cache
 from typing import Any, TypeVar
 
-import orjson
 from pydantic import BaseModel
 
 from rock import errors
@@ -14,10 +13,11 @@ from rock.protocol.keys import tenant_of
 from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import BaseConfig, SandboxConfig, SandboxInfo
 from rock.sdk.http import query_string
-from rock.sdk.transport import ANSWER_TIMEOUT, Transport, decode
+from rock.sdk.transport import ANSWER_TIMEOUT, Transport
 
 M = TypeVar("M", bound=BaseModel)
 
+LATE = 2.0  # seconds after the time of a call in which a silent worker may still be asked again
 SLACK = 30.0  # seconds for an answer to come after the time that the server itself was given
 
 
@@ -49,7 +49,7 @@ def new_id(config: BaseConfig) -> str:
 
 def transport_of(config: BaseConfig) -> Transport:
     """How to reach the server that a config names."""
-    return Transport(config.base_url, config.api_key, _extra(config))
+    return Transport(config.base_url, config.api_key, _extra(config), reconnect_timeout=config.reconnect_timeout)
 
 
 def parse(model: type[M], data: Any) -> M:
@@ -102,19 +102,16 @@ class Link:
         wait: float | None = 0.0,
         key: str | None = None,
     ) -> Any:
-        """Call a route. `wait`: seconds that the server may take on purpose; None is no limit."""
+        """Call a route. `wait`: seconds that the server may take on purpose; None is no limit. Where a worker
+        takes the call and is silent, it is not tried again once that time is over."""
         timeout = None if wait is None else wait + (SLACK if wait else ANSWER_TIMEOUT)
-        return await self._transport.json(ROUTES[name].method, target, body, timeout=timeout, key=key)
-
-    async def _once(self, name: str, target: str, body: Any, *, wait: float | None = 0.0) -> Any:
-        """Call a route that goes on where it was when the server comes back: see `Transport.call_once`."""
-        timeout = None if wait is None else wait + (SLACK if wait else ANSWER_TIMEOUT)
-        return decode(
-            await self._transport.call_once(ROUTES[name].method, target, orjson.dumps(body), timeout=timeout)
-        )
+        limit = wait + LATE if wait else None
+        return await self._transport.json(ROUTES[name].method, target, body, timeout=timeout, key=key, limit=limit)
 
     async def _info(self, name: str, target: str, body: Any = None, **options: Any) -> SandboxInfo:
-        info = parse(SandboxInfo, await self._call(name, target, body, **options))
+        return self._known(parse(SandboxInfo, await self._call(name, target, body, **options)))
+
+    def _known(self, info: SandboxInfo) -> SandboxInfo:
         self.host_name, self.host_ip = info.host_name, info.host_ip
         self.cluster = info.cluster or self.cluster
         return info

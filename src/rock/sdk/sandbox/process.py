@@ -122,7 +122,7 @@ class Programs(Link):
         """
         wish = as_command(command, options)
         wait = None if wish.timeout is None else wish.timeout + 1
-        response = parse(CommandResponse, await self._once("execute", self._path("execute"), wire(wish), wait=wait))
+        response = parse(CommandResponse, await self._call("execute", self._path("execute"), wire(wish), wait=wait))
         if wish.check:
             raise_if_failed(wish.command, response, response.stdout + response.stderr, wish.error_msg, self.sandbox_id)
         return response
@@ -132,7 +132,7 @@ class Programs(Link):
         if not isinstance(command, Command):
             options = {"timeout": None, **options}
         body = wire(as_command(command, options))
-        return Process(self, parse(ProcessInfo, await self._once("start_process", self._path("start_process"), body)))
+        return Process(self, parse(ProcessInfo, await self._call("start_process", self._path("start_process"), body)))
 
     async def processes(self) -> list[Process]:
         """The background processes, those that ended as well."""

@@ -101,15 +101,11 @@ class SandboxGroup:
         config = self.config.model_dump(mode="json", exclude_unset=True, include=set(SandboxConfig.model_fields))
         wish = {"config": {**config, "sandbox_id": self.group_id}, "size": self.config.size,
                 "mode": self.config.mode, "placement": self.config.placement}  # fmt: skip
-        while True:
-            wait = max(0.0, min(deadline - time.monotonic(), POLL))
-            target = ROUTES["create_group"].path + query_string({"wait": round(wait, 3)})
-            try:
-                return parse(GroupInfo, self._transport.json("POST", target, wish, timeout=wait + SLACK, key=key))
-            except errors.Unavailable as error:
-                if not error.details.get("sent") or time.monotonic() >= deadline:
-                    raise  # only a connection that broke is tried again; the key keeps it one group
-                primitives.sleep(0.2)
+        left = max(1.0, deadline - time.monotonic())
+        wait = min(left, POLL)
+        target = ROUTES["create_group"].path + query_string({"wait": round(wait, 3)})
+        answer = self._transport.json("POST", target, wish, timeout=wait + SLACK, key=key, deadline=left)
+        return parse(GroupInfo, answer)  # its key keeps it one group
 
     def _path(self, name: str, **query: object) -> str:
         return ROUTES[name].url(group_id=self.group_id or "") + query_string(query)

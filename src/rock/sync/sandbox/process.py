@@ -124,7 +124,7 @@ class Programs(Link):
         """
         wish = as_command(command, options)
         wait = None if wish.timeout is None else wish.timeout + 1
-        response = parse(CommandResponse, self._once("execute", self._path("execute"), wire(wish), wait=wait))
+        response = parse(CommandResponse, self._call("execute", self._path("execute"), wire(wish), wait=wait))
         if wish.check:
             raise_if_failed(wish.command, response, response.stdout + response.stderr, wish.error_msg, self.sandbox_id)
         return response
@@ -134,7 +134,7 @@ class Programs(Link):
         if not isinstance(command, Command):
             options = {"timeout": None, **options}
         body = wire(as_command(command, options))
-        return Process(self, parse(ProcessInfo, self._once("start_process", self._path("start_process"), body)))
+        return Process(self, parse(ProcessInfo, self._call("start_process", self._path("start_process"), body)))
 
     def processes(self) -> list[Process]:
         """The background processes, those that ended as well."""

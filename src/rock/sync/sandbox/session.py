@@ -22,7 +22,7 @@ from rock.protocol.action import (
 )
 from rock.protocol.node import SessionList
 from rock.sync.sandbox.files import Files
-from rock.sync.sandbox.link import SLACK, parse
+from rock.sync.sandbox.link import LATE, SLACK, parse
 from rock.sync.sandbox.nohup import run_nohup
 from rock.sync.sandbox.process import Programs, raise_if_failed, wire
 
@@ -38,7 +38,7 @@ class Sessions(Programs, Files):
         """Open a session; `fields` are those of the request. Conflict: it is open already."""
         wish = request or CreateBashSessionRequest(**fields)
         body = wish.model_dump(mode="json", exclude_none=True)
-        answer = self._once("create_session", self._path("create_session"), body, wait=wish.startup_timeout)
+        answer = self._call("create_session", self._path("create_session"), body, wait=wish.startup_timeout)
         return parse(CreateBashSessionResponse, answer)
 
     def close_session(self, request: CloseBashSessionRequest | str) -> CloseBashSessionResponse:
@@ -145,7 +145,8 @@ class Sessions(Programs, Files):
         target = self._path("run", session)
         raw = orjson.dumps(body)
         timeout = None if limit is None else limit + SLACK
-        answer = self._transport.call_once("POST", target, raw, timeout=timeout)
+        late = None if limit is None else limit + LATE
+        answer = self._transport.call("POST", target, raw, timeout=timeout, limit=late)
         try:
             return BashObservation.model_validate_json(answer)  # faster than to decode it and to build the model
         except ValueError:
