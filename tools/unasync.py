@@ -15,8 +15,8 @@ from pathlib import Path
 
 SOURCE = Path("src/rock/sdk")
 TARGET = Path("src/rock/sync")
-SHARED = {"archive", "context", "envhub.schema", "envs", "forward", "http", "ownerkey", "pool", "servers", "trace",
-          "wheels"}  # fmt: skip
+SHARED = {"archive", "context", "envhub.schema", "envs.__init__", "envs.registration", "envs.rock_env", "forward",
+          "http", "ownerkey", "pool", "servers", "trace", "wheels"}  # fmt: skip
 BY_HAND = {"primitives.py"}
 
 HEADER = "# GENERATED from {source} by tools/unasync.py: do not edit.\n# ruff: noqa: E501, I001, RUF100, UP028\n"

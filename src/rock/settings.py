@@ -85,6 +85,11 @@ def base_url() -> str:
     return f"{write};{read}" if read else write
 
 
+def variable(name: str) -> str | None:
+    """A variable of the process's environment, for `rock.env_vars`; None where it is not set."""
+    return os.environ.get(name)
+
+
 def api_key() -> str | None:
     """ROCK_API_KEY, if set and not empty."""
     return os.environ.get("ROCK_API_KEY") or None

@@ -1,5 +1,24 @@
 """What can be done in a sandbox, and what comes back: ROCK's path of the messages in `rock.protocol.action`."""
 
+from rock.actions.envs.base import Env
+from rock.actions.envs.request import EnvCloseRequest, EnvMakeRequest, EnvResetRequest, EnvStepRequest
+from rock.actions.envs.response import (
+    EnvCloseResponse,
+    EnvListResponse,
+    EnvMakeResponse,
+    EnvResetResponse,
+    EnvStepResponse,
+)
+from rock.actions.response import BaseResponse, ResponseStatus, RockResponse
+from rock.actions.sandbox.base import AbstractSandbox
+from rock.actions.sandbox.request import CreateSessionRequest
+from rock.actions.sandbox.response import (
+    CommitErrorCode,
+    CommitPhase,
+    CommitStatusResponse,
+    CreateSessionResponse,
+    FileUploadResponse,
+)
 from rock.protocol.action import (
     Action,
     BashAction,
@@ -31,6 +50,7 @@ from rock.protocol.action import (
     SandboxResponse,
     SandboxStatusResponse,
     SessionInfo,
+    StateTransitionRecord,
     UploadMode,
     UploadRequest,
     UploadResponse,
@@ -40,7 +60,9 @@ from rock.protocol.action import (
 from rock.protocol.sandbox import State
 
 __all__ = [
+    "AbstractSandbox",
     "Action",
+    "BaseResponse",
     "BashAction",
     "BashObservation",
     "ChmodRequest",
@@ -54,23 +76,42 @@ __all__ = [
     "CloseSessionResponse",
     "Command",
     "CommandResponse",
+    "CommitErrorCode",
+    "CommitPhase",
+    "CommitStatusResponse",
     "CreateBashSessionRequest",
     "CreateBashSessionResponse",
+    "CreateSessionRequest",
+    "CreateSessionResponse",
     "DownloadFileResponse",
+    "Env",
+    "EnvCloseRequest",
+    "EnvCloseResponse",
+    "EnvListResponse",
+    "EnvMakeRequest",
+    "EnvMakeResponse",
+    "EnvResetRequest",
+    "EnvResetResponse",
+    "EnvStepRequest",
+    "EnvStepResponse",
     "ExecuteBashSessionResponse",
     "FileInfo",
+    "FileUploadResponse",
     "IsAliveResponse",
     "Observation",
     "OssSetupResponse",
     "ProcessInfo",
     "ReadFileRequest",
     "ReadFileResponse",
+    "ResponseStatus",
+    "RockResponse",
     "RunMode",
     "RunModeType",
     "SandboxResponse",
     "SandboxStatusResponse",
     "SessionInfo",
     "State",
+    "StateTransitionRecord",
     "UploadMode",
     "UploadRequest",
     "UploadResponse",

@@ -378,8 +378,18 @@ class SandboxResponse(Answer):
     failure_reason: str | None = None
 
 
+class StateTransitionRecord(Answer):
+    """One step of a sandbox's life, in ROCK's shape. timestamp: ISO 8601, UTC."""
+
+    from_state: str
+    to_state: str
+    event: str
+    timestamp: str | None = None
+
+
 class SandboxStatusResponse(SandboxResponse):
-    """Status in ROCK's shape; `info` has ours."""
+    """Status in ROCK's shape; `info` has ours. Times are ISO 8601, UTC; disk and accelerators are those that this
+    client asked for, and None of a sandbox that another one started."""
 
     sandbox_id: str | None = None
     status: dict[str, Any] | None = None
@@ -394,4 +404,19 @@ class SandboxStatusResponse(SandboxResponse):
     user_id: str | None = None
     experiment_id: str | None = None
     namespace: str | None = None
+    num_gpus: float | None = None
+    accelerator_type: str | None = None
+    disk: str | None = None
+    disk_limit_rootfs: str | None = None
+    gateway_version: str | None = None
+    swe_rex_version: str | None = None
+    create_time: str | None = None
+    start_time: str | None = None
+    stop_time: str | None = None
+    archive_time: str | None = None
+    delete_time: str | None = None
+    auto_stop_time: str | None = None
+    auto_archive_time: str | None = None
+    auto_delete_time: str | None = None
+    state_history: list[StateTransitionRecord] = Field(default_factory=list)
     info: dict[str, Any] | None = None

@@ -308,11 +308,11 @@ def test_the_end_of_a_container_is_told_with_its_cause(engine: TestEngine, tmp_p
             waiting = asyncio.create_task(b.runtime.wait(b.handle))
             await b.sh("true")
             engine.ask("POST", f"/containers/{b.handle.data['container']}/kill")
-            assert await waiting == "its container ended with status 137"
+            assert await waiting == "exited: its container ended with status 137"
         async with docker_box(engine, tmp_path) as b:
             waiting = asyncio.create_task(b.runtime.wait(b.handle))
             engine.ask("DELETE", f"/containers/{b.handle.data['container']}?force=1")
-            assert await waiting in ("its container was removed from outside", "its container ended with status 137")
+            assert await waiting in ("its container was removed from outside", "exited: its container ended with status 137")
 
     run(main())
 

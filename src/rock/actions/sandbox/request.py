@@ -15,6 +15,8 @@ from rock.protocol.action import (
     WriteFileRequest,
 )
 
+CreateSessionRequest = CreateBashSessionRequest  # ROCK has one kind of session
+
 __all__ = [
     "Action",
     "BashAction",
@@ -24,6 +26,7 @@ __all__ = [
     "CloseSessionRequest",
     "Command",
     "CreateBashSessionRequest",
+    "CreateSessionRequest",
     "ReadFileRequest",
     "UploadMode",
     "UploadRequest",

@@ -20,10 +20,16 @@ from rock.protocol.action import (
     SandboxResponse,
     SandboxStatusResponse,
     SessionInfo,
+    StateTransitionRecord,
     UploadResponse,
     WriteFileResponse,
 )
-from rock.protocol.sandbox import State
+from rock.protocol.sandbox import CommitError as CommitErrorCode
+from rock.protocol.sandbox import CommitPhase, State
+from rock.protocol.sandbox import CommitStatus as CommitStatusResponse
+
+CreateSessionResponse = CreateBashSessionResponse  # ROCK has one kind of session
+FileUploadResponse = UploadResponse
 
 __all__ = [
     "BashObservation",
@@ -33,10 +39,15 @@ __all__ = [
     "CloseResponse",
     "CloseSessionResponse",
     "CommandResponse",
+    "CommitErrorCode",
+    "CommitPhase",
+    "CommitStatusResponse",
     "CreateBashSessionResponse",
+    "CreateSessionResponse",
     "DownloadFileResponse",
     "ExecuteBashSessionResponse",
     "FileInfo",
+    "FileUploadResponse",
     "IsAliveResponse",
     "Observation",
     "OssSetupResponse",
@@ -46,6 +57,7 @@ __all__ = [
     "SandboxStatusResponse",
     "SessionInfo",
     "State",
+    "StateTransitionRecord",
     "UploadResponse",
     "WriteFileResponse",
 ]

@@ -49,10 +49,14 @@ def mount(spec: dict[str, Any]) -> None:
 def _detached(bind: dict[str, Any], index: int, folder: str) -> int:
     source = str(bind["source"])
     if bind["public"] and os.path.isdir(source):  # gVisor reads as root
-        source, nothing = f"{folder}/public{index}", f"{folder}/nothing"
-        os.mkdir(source)
-        os.makedirs(nothing, 0o755, exist_ok=True)
-        mounts.mount_public(str(bind["source"]), source, nothing, 0)
+        views = f"{folder}/views"
+        for name in (views, f"{views}/nothing", f"{views}/public{index}"):
+            os.makedirs(name, exist_ok=True)
+            os.chmod(name, 0o755)
+        os.chdir(views)  # the user that mounts it may not pass through the folders above
+        mounts.mount_public(source, f"public{index}", "nothing", 0)
+        os.chdir("/")
+        source = f"{views}/public{index}"
     if bind["writable"] and os.path.isdir(bind["source"]):
         spot = f"{folder}/bind{index}"
         os.mkdir(spot)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import time
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Self
 
 from rock import errors
-from rock.protocol.action import CloseResponse, IsAliveResponse, SandboxStatusResponse
+from rock.protocol.action import CloseResponse, IsAliveResponse, SandboxStatusResponse, StateTransitionRecord
 from rock.protocol.network import ConnectionList
 from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import Cause, CommitPhase, CommitStatus, SandboxConfig, SandboxInfo, State
@@ -28,6 +29,11 @@ _BY_CAUSE: dict[Cause, type[errors.SandboxError]] = {
     Cause.EXITED: errors.Exited,
     Cause.START_FAILED: errors.StartFailed,
 }
+
+
+def _iso(seconds: float | None) -> str | None:
+    """A time of the epoch as ROCK has it: ISO 8601 to the second, in UTC."""
+    return None if not seconds else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
 class Lifecycle(Link):
@@ -106,6 +112,23 @@ class Lifecycle(Link):
             user_id=info.user_id,
             experiment_id=info.experiment_id,
             namespace=info.namespace,
+            num_gpus=self.config.num_gpus,
+            accelerator_type=self.config.accelerator_type,
+            disk=self.config.disk,
+            disk_limit_rootfs=self.config.disk,
+            create_time=_iso(info.created_at),
+            start_time=_iso(info.started_at),
+            stop_time=_iso(info.stopped_at),
+            archive_time=_iso(info.archived_at),
+            delete_time=_iso(info.deleted_at),
+            auto_stop_time=_iso(info.auto_stop_at),
+            auto_archive_time=_iso(info.auto_archive_at),
+            auto_delete_time=_iso(info.auto_delete_at),
+            state_history=[
+                StateTransitionRecord(from_state=step.from_state.value, to_state=step.to_state.value, event=step.event,
+                                      timestamp=_iso(step.timestamp))
+                for step in info.state_history
+            ],
             info=info.model_dump(mode="json"),
         )
 

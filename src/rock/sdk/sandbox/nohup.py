@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import time
 from typing import TYPE_CHECKING
 
 from rock import errors
 from rock.protocol.action import MAX_OUTPUT, BashObservation, Command
+from rock.sdk import primitives
 from rock.sdk.sandbox.process import LOG_PORTION, Process
 
 if TYPE_CHECKING:
     from rock.sdk.sandbox.session import Sessions
 
+_START = 30.0  # seconds for a command of the session that is over at once
 # Its arguments: the command, the file for its output ("" is none), and the shell ("" is bash, or sh).
 SCRIPT = """
 if [ -n "$2" ]; then
@@ -62,6 +66,56 @@ async def run_nohup(
     if not info.running:
         await process.forget()
     seen.duration = time.monotonic() - started
+    return seen
+
+
+# ---- ROCK's three steps of the same, for code that takes them one by one: the process is a job of the session's shell.
+
+_PID = re.compile(r"PIDSTART(\d+)PIDEND")
+
+
+async def start_in_session(
+    sandbox: Sessions, cmd: str, tmp_file: str, session: str
+) -> tuple[int | None, BashObservation | None]:
+    """(pid, None), or (None, what the session saw) where it could not be started."""
+    line = f"{cmd} < /dev/null > {shlex.quote(tmp_file)} 2>&1 & echo PIDSTART${{!}}PIDEND; disown 2>/dev/null || :"
+    seen = await sandbox.arun(line, session, _START)
+    found = _PID.search(seen.output)
+    if found is None:
+        seen.failure_reason = seen.failure_reason or "the command could not be started in the background"
+        return None, seen
+    return int(found[1]), None
+
+
+async def wait_in_session(sandbox: Sessions, pid: int, session: str, timeout: float) -> tuple[bool, str]:
+    """(True, how long it took) when the process ended in time, else (False, why not)."""
+    started, pause = time.monotonic(), 0.02
+    while True:
+        alive = (await sandbox.arun(f"kill -0 {int(pid)}", session, _START)).exit_code == 0
+        took = time.monotonic() - started
+        if not alive:
+            return True, f"Process completed successfully in {took:.1f}s"
+        if took + pause > timeout:
+            return False, f"Process {pid} did not complete within {took:.1f}s (timeout: {timeout:g}s)"
+        await primitives.sleep(pause)
+        pause = min(pause * 1.5, 1.0)
+
+
+async def output_of_session(
+    sandbox: Sessions, tmp_file: str, success: bool, message: str, ignore_output: bool, limit: int | None
+) -> BashObservation:
+    """The output file as an observation: exit_code 0 after a success, as in ROCK, which does not know the status."""
+    seen = BashObservation(exit_code=0 if success else 1, failure_reason="" if success else message)
+    if ignore_output:
+        seen.output = await _where(sandbox, tmp_file, seen)
+        return seen
+    try:
+        size = (await sandbox.fs.stat(tmp_file)).size
+        data = await sandbox.fs.read(tmp_file, length=MAX_OUTPUT if limit is None else limit)
+    except errors.NotFound:
+        size, data = 0, b""
+    seen.output = data.decode("utf-8", "replace")
+    seen.dropped_bytes = max(0, size - len(data))
     return seen
 
 

@@ -47,3 +47,6 @@ class RemoteUser:
 
     async def _run(self, argv: list[str]) -> CommandResponse:
         return await self._sandbox.execute(argv, timeout=TIMEOUT)
+
+
+LinuxRemoteUser = RemoteUser  # ROCK's name

@@ -21,7 +21,7 @@ from rock.protocol.action import (
 from rock.protocol.node import SessionList
 from rock.sdk.sandbox.files import Files
 from rock.sdk.sandbox.link import LATE, SLACK, parse
-from rock.sdk.sandbox.nohup import run_nohup
+from rock.sdk.sandbox.nohup import output_of_session, run_nohup, start_in_session, wait_in_session
 from rock.sdk.sandbox.process import Programs, raise_if_failed, wire
 
 DEFAULT = "default"
@@ -114,6 +114,35 @@ class Sessions(Programs, Files):
             return ExecuteBashSessionResponse(success=False, message=str(error))
         return ExecuteBashSessionResponse(
             success=seen.exit_code == 0, message=seen.failure_reason or f"exit code {seen.exit_code}"
+        )
+
+    async def start_nohup_process(
+        self, cmd: str, tmp_file: str, session: str
+    ) -> tuple[int | None, BashObservation | None]:
+        """Start a command in the background of a session, its output to `tmp_file`: (pid, None), or (None, what the
+        session saw) where that failed. `arun(mode="nohup")` does the whole and gives the true exit status."""
+        return await start_in_session(self, cmd, tmp_file, session)
+
+    async def wait_for_process_completion(
+        self, pid: int, session: str, wait_timeout: float, wait_interval: float = 10
+    ) -> tuple[bool, str]:
+        """Wait for the end of such a process: (whether it ended within `wait_timeout` seconds, a sentence about it).
+        wait_interval has no effect: it is looked at once a second or more often."""
+        return await wait_in_session(self, pid, session, wait_timeout)
+
+    async def handle_nohup_output(
+        self,
+        tmp_file: str,
+        session: str,
+        success: bool,
+        message: str,
+        ignore_output: bool = False,
+        response_limited_bytes_in_nohup: int | None = None,
+    ) -> BashObservation:
+        """What such a process wrote, as an observation; `success` and `message` are of `wait_for_process_completion`.
+        As in ROCK its exit_code is 0 after every end: the status of the process is not known."""
+        return await output_of_session(
+            self, tmp_file, success, message, ignore_output, response_limited_bytes_in_nohup
         )
 
     async def run_in_session(self, action: BashAction) -> BashObservation:

@@ -49,3 +49,6 @@ class RemoteUser:
 
     def _run(self, argv: list[str]) -> CommandResponse:
         return self._sandbox.execute(argv, timeout=TIMEOUT)
+
+
+LinuxRemoteUser = RemoteUser  # ROCK's name

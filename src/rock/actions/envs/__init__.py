@@ -1,0 +1,1 @@
+"""The messages of GEM environments, under ROCK's paths."""

@@ -1,0 +1,5 @@
+"""`RockEnv`, under ROCK's path."""
+
+from rock.envs import RockEnv
+
+__all__ = ["RockEnv"]

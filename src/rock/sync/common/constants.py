@@ -1,0 +1,9 @@
+# GENERATED from src/rock/sdk/common/constants.py by tools/unasync.py: do not edit.
+# ruff: noqa: E501, I001, RUF100, UP028
+"""Constants, under ROCK's path."""
+
+from rock.protocol.action import RunMode, RunModeType
+
+PID_PREFIX, PID_SUFFIX = "PIDSTART", "PIDEND"  # around the process id that a command for the background prints
+
+__all__ = ["PID_PREFIX", "PID_SUFFIX", "RunMode", "RunModeType"]
