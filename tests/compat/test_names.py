@@ -49,12 +49,18 @@ NAMES = {
     "rock.utils": "extract_nohup_pid find_free_port get_host_ip retry_async run_until_complete wait_until_alive Timer",
     "rock.utils.retry": "retry_async",
 }
-METHODS = """archive arun attach close close_session commit commit_async create_session delete execute get_commit_status
-get_status handle_nohup_output is_alive read_file read_file_by_line_range restart run_in_session run_nohup_and_wait start
-start_nohup_process stop upload upload_by_path wait_for_process_completion write_file write_file_by_path""".split()
-FIELDS = """sandbox_id status port_mapping host_name host_ip is_alive image gateway_version swe_rex_version user_id
-experiment_id namespace cpus memory num_gpus accelerator_type disk disk_limit_rootfs state start_time stop_time
-create_time archive_time delete_time auto_stop_time auto_archive_time auto_delete_time state_history""".split()
+METHODS = [
+    "archive", "arun", "attach", "close", "close_session", "commit", "commit_async", "create_session", "delete",
+    "execute", "get_commit_status", "get_status", "handle_nohup_output", "is_alive", "read_file",
+    "read_file_by_line_range", "restart", "run_in_session", "run_nohup_and_wait", "start", "start_nohup_process",
+    "stop", "upload", "upload_by_path", "wait_for_process_completion", "write_file", "write_file_by_path",
+]  # fmt: skip
+FIELDS = [
+    "sandbox_id", "status", "port_mapping", "host_name", "host_ip", "is_alive", "image", "gateway_version",
+    "swe_rex_version", "user_id", "experiment_id", "namespace", "cpus", "memory", "num_gpus", "accelerator_type",
+    "disk", "disk_limit_rootfs", "state", "start_time", "stop_time", "create_time", "archive_time", "delete_time",
+    "auto_stop_time", "auto_archive_time", "auto_delete_time", "state_history",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("module", NAMES)
@@ -131,7 +137,8 @@ def test_helpers() -> None:
 def test_a_background_command_step_by_step(server: RunningServer) -> None:
     async def main() -> None:
         async with Sandbox(SandboxConfig(base_url=server.url, image=IMAGE, memory="256m", disk="50g")) as sandbox:
-            pid, failed = await sandbox.start_nohup_process("sh -c 'echo one; sleep 0.3; echo two'", "/tmp/o", "default")
+            two = "sh -c 'echo one; sleep 0.3; echo two'"
+            pid, failed = await sandbox.start_nohup_process(two, "/tmp/o", "default")
             assert failed is None and pid is not None
             done, message = await sandbox.wait_for_process_completion(pid, "default", 20, 10)
             assert done and "completed" in message
@@ -146,7 +153,7 @@ def test_a_background_command_step_by_step(server: RunningServer) -> None:
             done, message = await sandbox.wait_for_process_completion(pid, "default", 0.2)
             assert not done and f"Process {pid} did not complete" in message
             assert (await sandbox.handle_nohup_output("/tmp/late", "default", done, message)).exit_code == 1
-            pid, failed = await sandbox.start_nohup_process("true &&", "/tmp/bad", "default")
+            pid, failed = await sandbox.start_nohup_process("for x in", "/tmp/bad", "default")
             assert pid is None and failed is not None and failed.failure_reason
             status = await sandbox.get_status()
             assert status.disk == "50g" and status.create_time is not None and "+00:00" in status.create_time

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from tests.faults.world import World
 
-from rock.errors import Expired, Lost
+from rock.errors import Exited, Expired
 from rock.runtime.namespace import records
 from rock.sync import Sandbox, SandboxConfig
 
@@ -59,7 +59,7 @@ def during(end: Callable[[], object], *calls: Callable[[], Any]) -> list[Any]:
     return outcomes
 
 
-@pytest.mark.parametrize(("how", "kind", "text"), [("stop", Expired, "stopped"), ("kill", Lost, "pid 1")])
+@pytest.mark.parametrize(("how", "kind", "text"), [("stop", Expired, "stopped"), ("kill", Exited, "pid 1")])
 def test_one_error_for_every_call(world: World, how: str, kind: type[Exception], text: str) -> None:
     box = box_of(world)
     box.create_session(session="other")

@@ -412,4 +412,28 @@ def test_a_listener_on_the_port_of_a_client_that_left_is_not_its_owner() -> None
             sock.bind(("127.0.0.1", 0))
             sock.listen()
         source, target = other.getsockname(), listener.getsockname()
-        assert peers._tcp(source[0], source[1], target[0], target[1]) is None
+        assert peers._tcp(*_ends(source), *_ends(target)) is None
+
+
+@pytest.mark.skipif(not peers.IDENTIFIES, reason="Linux alone tells the owner of a connection")
+@pytest.mark.parametrize(
+    ("family", "address", "there"),
+    [(socket.AF_INET, "127.0.0.1", "127.0.0.1"), (socket.AF_INET6, "::1", "::1"), (socket.AF_INET6, "::", "127.0.0.1")],
+)
+def test_the_lists_of_proc_say_the_same(family: int, address: str, there: str) -> None:
+    """They are read where NETLINK_SOCK_DIAG is forbidden, as in a container with a system call filter."""
+    with socket.socket(family) as listening:
+        listening.bind((address, 0))
+        listening.listen()
+        with socket.create_connection((there, listening.getsockname()[1])) as client:
+            served, _ = listening.accept()
+            with served:
+                ends = (*_ends(served.getpeername()), *_ends(served.getsockname()))
+                found = peers._listed(*ends)
+                assert found is not None and found == peers._tcp(*ends) == peers.owner_of(served)
+                assert found.inode == os.fstat(client.fileno()).st_ino
+                assert peers._listed(ends[0], 1, ends[2], ends[3]) is None
+
+
+def _ends(name: Any) -> tuple[Any, int]:
+    return peers._plain(name[0]), name[1]

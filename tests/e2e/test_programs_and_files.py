@@ -54,7 +54,7 @@ def test_a_daemon_does_not_hold_the_call(sandbox: Sandbox) -> None:
 
 
 def test_background_processes(sandbox: Sandbox) -> None:
-    process = sandbox.start_process("echo one; sleep 0.3; echo two; echo err >&2; exit 5")
+    process = sandbox.start_process("echo one; sleep 1.5; echo two; echo err >&2; exit 5")
     assert process.status().running
     info = process.wait(5)
     assert (info.running, info.exit_code) == (False, 5)

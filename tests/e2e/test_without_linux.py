@@ -35,8 +35,10 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     path = ":".join([str(site), *filter(None, sys.path)])
     running = RunningServer(tmp_path_factory.mktemp("home"), ROCK_RUNTIME="process", PYTHONPATH=path)
     running.start()
-    yield running
-    running.stop()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ROCK_HOME", str(running.home))  # clients send its owner key: nothing tells who they are
+        yield running
+        running.stop()
     assert list((running.home / "run" / "process").iterdir()) == []
 
 

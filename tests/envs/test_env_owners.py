@@ -19,11 +19,11 @@ import rock
 from rock.envlease import LEASES
 from rock.guest import envhost
 from rock.protocol.env import PIPED
-from rock.sync import Client
+from rock.sync import Client, Sandbox, SandboxConfig
 
 pytestmark = pytest.mark.timeout(600)
 GUESS = "game:GuessTheNumber-v0-easy"
-LEASE = 1.0
+LEASE = 3.0
 
 TRAINER = """
 import os, sys
@@ -67,16 +67,31 @@ def trainer(count: int, how: str) -> Any:
                             stdout=subprocess.PIPE, text=True)  # fmt: skip
 
 
+COUNT = """
+import glob
+found = 0
+for folder in glob.glob("/proc/[0-9]*"):
+    try:
+        line = open(folder + "/cmdline", "rb").read().rstrip(b"\\0")
+        parent = open(folder + "/stat").read().rpartition(")")[2].split()[1]
+        above = open("/proc/" + parent + "/cmdline", "rb").read().rstrip(b"\\0")
+    except OSError:
+        continue
+    found += line.endswith(b"/opt/rock/envs/current/site") and above == line
+print(found)
+"""
+
+
 def players(server: RunningServer) -> int:
-    """Processes of environments, which are the children of the hosts."""
-    hosts: dict[str, str] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if (folder / "cmdline").read_bytes().rstrip(b"\0").endswith(b"/opt/rock/envs/current/site"):
-                hosts[folder.name] = (folder / "stat").read_text().rpartition(")")[2].split()[1]
-        except OSError:
-            continue
-    return sum(parent in hosts for parent in hosts.values())
+    """Processes of environments in all sandboxes of the server: children of the hosts."""
+    with Client(server.url) as client:
+        ids = [info.sandbox_id for info in client.list_sandboxes(states="running")]
+    found = 0
+    for sandbox_id in ids:
+        sandbox = Sandbox(SandboxConfig(base_url=server.url))
+        sandbox.attach(sandbox_id)
+        found += int(sandbox.execute(["python3", "-c", COUNT]).stdout)
+    return found
 
 
 def test_a_killed_trainer_leaves_nothing_though_another_uses_its_sandbox(url: str, short: RunningServer) -> None:
@@ -101,7 +116,7 @@ def test_an_exit_without_close_releases_at_once(url: str, short: RunningServer) 
         process = trainer(2, "exit")
         process.communicate(timeout=60)
         assert process.returncode == 0
-        until(lambda: players(short) == before, seconds=LEASE / 2)
+        until(lambda: players(short) == before, seconds=LEASE * 0.7)
         assert other.reset(seed=1)
 
 
@@ -109,7 +124,7 @@ def test_a_quiet_trainer_keeps_its_environments(url: str, short: RunningServer) 
     """It computes for longer than the lease, and makes no request."""
     with rock.make(GUESS) as env, rock.make(GUESS) as other:
         first = env.reset(seed=5)
-        time.sleep(2.5 * LEASE)
+        time.sleep(2 * LEASE)
         assert env.step("\\boxed{1}")[0] and env.reset(seed=5) == first
         other.reset(seed=1)
 
@@ -133,7 +148,7 @@ def test_a_collected_environment_is_closed(url: str, short: RunningServer) -> No
     env = rock.make(GUESS)
     assert players(short) == before + 1
     del env
-    until(lambda: players(short) == before, seconds=LEASE / 2)
+    until(lambda: players(short) == before, seconds=LEASE * 0.7)
 
 
 def test_owners_over_http(url: str) -> None:

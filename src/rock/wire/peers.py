@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import os
 import socket
@@ -27,7 +28,7 @@ from functools import lru_cache
 from pathlib import Path
 
 PEER = "rock.peer"  # in the `state` of a scope: the Peer of its connection
-IDENTIFIES = sys.platform == "linux"
+IDENTIFIES = sys.platform == "linux" and hasattr(socket, "AF_NETLINK")
 
 _SOCK_DIAG_BY_FAMILY = 20
 _NLM_F_REQUEST = 1
@@ -40,6 +41,8 @@ _REQUEST = struct.Struct("=BBBxI2s2s16s16sIQ")
 _ANSWER = struct.Struct("=BBBB2s2s16s16sIQIIIII")
 _NO_COOKIE = (1 << 64) - 1
 _CONNECTED = frozenset({1, 4, 5, 8})  # ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE_WAIT: a process holds the socket
+_NO_DIAG = frozenset({errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP})
+_Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _CREDENTIALS = struct.Struct("=iII")
 _KNOWN = 256  # client processes that are remembered
 _LOOKED_AT = 4000  # descriptors of remembered processes that are looked at before all of /proc is
@@ -130,18 +133,44 @@ def owner_of(sock: socket.socket) -> Owner | None:
         pid, uid, _ = _CREDENTIALS.unpack(data)
         return Owner(uid, 0, pid) if pid > 0 else None
     here, there = sock.getsockname(), sock.getpeername()
-    try:
-        return _tcp(there[0], there[1], here[0], here[1])
-    except FileNotFoundError:
-        return None
-
-
-def _tcp(source: str, source_port: int, target: str, target_port: int) -> Owner | None:
-    """The owner of the connected TCP socket with exactly these ends. FileNotFoundError when there is none; OSError."""
-    first, second = _plain(source), _plain(target)
-    family = socket.AF_INET if first.version == 4 else socket.AF_INET6
+    first, second = _plain(there[0]), _plain(here[0])
     if first.version != second.version or not first.is_loopback or not second.is_loopback:
         return None
+    try:
+        return _tcp(first, there[1], second, here[1])
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno not in _NO_DIAG:
+            raise
+    return _listed(first, there[1], second, here[1])
+
+
+def _listed(first: _Address, source_port: int, second: _Address, target_port: int) -> Owner | None:
+    """`_tcp` by the lists in /proc/net, where a system call filter or the kernel's configuration forbids to ask: a
+    server in a container. They take longer to read the more connections there are. OSError."""
+    ends = _hexadecimal(first, source_port), _hexadecimal(second, target_port)
+    mapped = tuple(f"{'0' * 16}FFFF0000{end}" for end in ends) if first.version == 4 else None
+    for name in ("tcp", "tcp6") if first.version == 4 else ("tcp6",):
+        with open(f"/proc/self/net/{name}", encoding="ascii") as lines:
+            for line in lines:
+                row = line.split()
+                found = tuple(row[1:3])
+                if found in (ends, mapped) and int(row[3], 16) in _CONNECTED and row[9] != "0":
+                    return Owner(int(row[7]), int(row[9]))
+    return None
+
+
+def _hexadecimal(address: _Address, port: int) -> str:
+    """An address as /proc/net writes it: words of 32 bits in the machine's order."""
+    words = struct.unpack(f"!{len(address.packed) // 4}I", address.packed)
+    data = struct.pack(f"={len(words)}I", *words)
+    return "".join(f"{word:08X}" for word in struct.unpack(f">{len(words)}I", data)) + f":{port:04X}"
+
+
+def _tcp(first: _Address, source_port: int, second: _Address, target_port: int) -> Owner | None:
+    """The owner of the connected TCP socket with exactly these ends. FileNotFoundError when there is none; OSError."""
+    family = socket.AF_INET if first.version == 4 else socket.AF_INET6
     ends = (struct.pack("!H", source_port), struct.pack("!H", target_port),
             first.packed.ljust(16, b"\0"), second.packed.ljust(16, b"\0"))  # fmt: skip
     request = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0xFFFFFFFF, *ends, 0, _NO_COOKIE)
@@ -166,7 +195,7 @@ def _tcp(source: str, source_port: int, target: str, target_port: int) -> Owner 
     return Owner(uid, inode) if told == (first.packed, second.packed) else None
 
 
-def _plain(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+def _plain(text: str) -> _Address:
     address = ipaddress.ip_address(text.partition("%")[0])
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return address if mapped is None else mapped

@@ -50,11 +50,15 @@ def _detached(bind: dict[str, Any], index: int, folder: str) -> int:
     source = str(bind["source"])
     if bind["public"] and os.path.isdir(source):  # gVisor reads as root
         views = f"{folder}/views"
-        for name in (views, f"{views}/nothing", f"{views}/public{index}"):
+        for name in (views, f"{views}/nothing", f"{views}/all{index}", f"{views}/public{index}"):
             os.makedirs(name, exist_ok=True)
             os.chmod(name, 0o755)
-        os.chdir(views)  # the user that mounts it may not pass through the folders above
-        mounts.mount_public(source, f"public{index}", "nothing", 0)
+        # The user that mounts it may not pass through the folders above it, nor through those above the source.
+        fd = kernel.open_tree(source)
+        kernel.move_mount(fd, f"{views}/all{index}")
+        os.close(fd)
+        os.chdir(views)
+        mounts.mount_public(f"all{index}", f"public{index}", "nothing", 0)
         os.chdir("/")
         source = f"{views}/public{index}"
     if bind["writable"] and os.path.isdir(bind["source"]):
