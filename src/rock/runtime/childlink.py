@@ -101,13 +101,19 @@ class ChildLink:
     ) -> dict[str, Any]:
         """Ask it, starting it first when it is gone; it gets copies of `fds`. Ended when it dies meanwhile, Unavailable
         when it takes more than `patience` seconds."""
-        await self.start()
+        copies = [os.dup(fd) for fd in fds]  # the caller may close its own while the child is started again
+        try:
+            await self.start()
+        except BaseException:
+            for fd in copies:
+                os.close(fd)
+            raise
         self._number += 1
         number = self._number
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
         data, extra = pack({"id": number, "op": op, **fields})
-        self._outgoing.append((data, [*(os.dup(fd) for fd in fds), *extra]))
+        self._outgoing.append((data, [*copies, *extra]))
         self._flush()
         try:
             if patience is None:
