@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,21 @@ def url(request: pytest.FixtureRequest, short: RunningServer, monkeypatch: pytes
     return short.url
 
 
-def trainer(count: int, how: str) -> Any:
+@pytest.fixture
+def trainer() -> Iterator[Callable[[int, str], Any]]:
+    made: list[Any] = []
+
+    def start(count: int, how: str) -> Any:
+        made.append(_trainer(count, how))
+        return made[-1]
+
+    yield start
+    for process in made:
+        process.kill()
+        process.communicate()
+
+
+def _trainer(count: int, how: str) -> Any:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
     return subprocess.Popen([sys.executable, "-c", TRAINER, str(count), how], env=environment, stdin=subprocess.PIPE,
                             stdout=subprocess.PIPE, text=True)  # fmt: skip
@@ -94,7 +108,9 @@ def players(server: RunningServer) -> int:
     return found
 
 
-def test_a_killed_trainer_leaves_nothing_though_another_uses_its_sandbox(url: str, short: RunningServer) -> None:
+def test_a_killed_trainer_leaves_nothing_though_another_uses_its_sandbox(
+    url: str, short: RunningServer, trainer: Callable[[int, str], Any]
+) -> None:
     with rock.make(GUESS) as other:
         other.reset(seed=1)
         before = players(short)
@@ -110,7 +126,9 @@ def test_a_killed_trainer_leaves_nothing_though_another_uses_its_sandbox(url: st
         assert other.step("\\boxed{3}")[0]
 
 
-def test_an_exit_without_close_releases_at_once(url: str, short: RunningServer) -> None:
+def test_an_exit_without_close_releases_at_once(
+    url: str, short: RunningServer, trainer: Callable[[int, str], Any]
+) -> None:
     with rock.make(GUESS) as other:
         before = players(short)
         process = trainer(2, "exit")
@@ -129,7 +147,9 @@ def test_a_quiet_trainer_keeps_its_environments(url: str, short: RunningServer) 
         other.reset(seed=1)
 
 
-def test_a_child_goes_on_with_what_it_inherited(url: str, short: RunningServer) -> None:
+def test_a_child_goes_on_with_what_it_inherited(
+    url: str, short: RunningServer, trainer: Callable[[int, str], Any]
+) -> None:
     before = players(short)
     process = trainer(1, "fork")
     process.stdout.readline()

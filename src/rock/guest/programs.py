@@ -157,6 +157,11 @@ class Start:
         self.by_fork = by_fork or not native.available or not plan.path.startswith("/")
         self._table: native.Table | None = None
         self.verdict, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        if writing in plan.streams.theirs:
+            # A channel of the program has this number. It would close the child's end before exec: its memory, which
+            # is ours until then, would be given back too early.
+            low, writing = writing, fcntl.fcntl(writing, fcntl.F_DUPFD_CLOEXEC, HIGHEST_CHANNEL + 1)
+            os.close(low)
         try:
             self.pid = _fork(plan, writing) if self.by_fork else self._clone()
         except OSError as error:
@@ -204,8 +209,6 @@ def _fork(plan: Plan, writing: int) -> int:
     if pid == 0:
         step = ["start"]
         try:
-            # A channel of the program may have this number.
-            writing = fcntl.fcntl(writing, fcntl.F_DUPFD_CLOEXEC, HIGHEST_CHANNEL + 1)
             _become(plan, step)
         except BaseException as error:
             os.write(writing, json.dumps(_verdict(error, step[0])).encode())
