@@ -72,7 +72,9 @@ def trainer() -> Iterator[Callable[[int, str], Any]]:
     yield start
     for process in made:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
 
 
 def _trainer(count: int, how: str) -> Any:

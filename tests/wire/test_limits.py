@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from tests.waiting import slowness
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
@@ -17,7 +18,7 @@ from rock.wire import admission, intake
 from rock.wire.admission import Admission
 
 HEAD = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n"
-SLOWEST = 0.5  # seconds that another client may wait here; bench/attacks.py measures how long it does
+SLOWEST = 0.5 * slowness()  # seconds that another client may wait here; bench/attacks.py measures how long it does
 
 
 async def app(scope: Any, receive: Any, send: Any) -> None:
