@@ -448,6 +448,17 @@ def test_the_first_probe_waits_for_the_end_of_a_short_command(box: RockClient) -
     assert time.monotonic() - began < 5, "other probes are answered at once"
 
 
+def test_unknown_fields_are_named(box: RockClient) -> None:
+    """They are ignored, as by ROCK, and a mistyped one can be found."""
+    connection = http.client.HTTPConnection(box.address, timeout=60)
+    body = {"sandbox_id": box.sandbox_id, "command": ["true"], "time_out": 5, "bad\r\nname": 1}
+    connection.request("POST", f"{BASE}/execute", json.dumps(body))
+    reply = connection.getresponse()
+    assert json.loads(reply.read())["status"] == "Success"
+    assert reply.headers["x-rock-warning"] == "unknown fields are ignored: bad??name, time_out"
+    connection.close()
+
+
 def test_the_network_of_a_sandbox(box: RockClient) -> None:
     """As ROCK's have one, theirs have one here; a request may name another."""
     def network() -> str:

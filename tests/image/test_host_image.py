@@ -21,9 +21,12 @@ def test_nothing_private_is_in_it(store: ImageStore) -> None:
     rootfs = store.resolve("host")
     (layer,) = (Path(folder) for folder in rootfs.layers)
     there = {str(p.relative_to(layer)) for p in layer.rglob("*")}
-    for name in ("etc/shadow", "etc/gshadow", "etc/sudoers", "etc/ssh", "etc/ssl/private", "etc/pip.conf", "etc/npmrc",
-                 "etc/environment", "etc/gitconfig", "etc/apt", "etc/cloud", "etc/passwd-"):  # fmt: skip
+    for name in ("etc/shadow", "etc/gshadow", "etc/sudoers", "etc/ssh", "etc/ssl/private", "etc/npmrc",
+                 "etc/environment", "etc/gitconfig", "etc/apt/auth.conf", "etc/apt/auth.conf.d", "etc/cloud", "etc/passwd-"):  # fmt: skip
         assert name not in there
+    for name in ("etc/apt/sources.list", "etc/apt/sources.list.d", "etc/pip.conf"):  # where packages come from
+        host_has = os.path.lexists(f"/{name}") and (os.path.isdir(f"/{name}") or host._public(f"/{name}") is not None)
+        assert (name in there) == host_has, name
     for name in ("root", "home", "tmp", "mnt", "srv", "media", "opt/rock/envs", "var/lib", "var/log", "usr", "proc"):
         assert list((layer / name).iterdir()) == []
     for path in layer.rglob("*"):

@@ -36,14 +36,18 @@ _BIN = "/opt/rock/bin"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/root/.local/bin"
 _TOP = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 
-# What of /etc may be seen: names that hold no secrets by their nature. Left out on purpose, beside the obvious: hosts,
-# environment, profile and bashrc (edited by administrators: made below instead), gitconfig, pip.conf, npmrc (tokens).
+# What of /etc may be seen: names that hold no secrets by their nature, and the mirrors of apt and pip. A file of them
+# that has credentials or a key in it is left out (_public). Left out on purpose, beside the obvious: hosts,
+# environment, profile and bashrc (edited by administrators: made below instead), gitconfig, npmrc and apt's auth.conf
+# (tokens).
 _ETC = (
-    "alternatives", "bash_completion", "bash_completion.d", "bindresvport.blacklist", "ca-certificates",
+    "alternatives", "apt/apt.conf", "apt/apt.conf.d", "apt/keyrings", "apt/preferences", "apt/preferences.d",
+    "apt/sources.list", "apt/sources.list.d", "apt/trusted.gpg", "apt/trusted.gpg.d",
+    "bash_completion", "bash_completion.d", "bindresvport.blacklist", "ca-certificates",
     "ca-certificates.conf", "crypto-policies/back-ends", "crypto-policies/config", "debian_version", "fonts",
     "gai.conf", "host.conf", "inputrc", "issue", "java-*-openjdk", "ld.so.cache", "ld.so.conf", "ld.so.conf.d",
     "localtime", "locale.alias", "locale.conf", "locale.gen", "login.defs", "lsb-release", "magic", "magic.mime",
-    "mime.types", "netconfig", "networks", "nsswitch.conf", "os-release", "perl", "pki/ca-trust/extracted",
+    "mime.types", "netconfig", "networks", "nsswitch.conf", "os-release", "perl", "pip.conf", "pki/ca-trust/extracted",
     "pki/tls/cert.pem", "pki/tls/certs", "pki/tls/openssl.cnf", "protocols", "python", "python3", "python3.*",
     "redhat-release", "rpc", "services", "shells", "ssl/cert.pem", "ssl/certs", "ssl/openssl.cnf", "system-release",
     "terminfo", "timezone", "vim", "xattr.conf",
@@ -248,7 +252,7 @@ def _public(path: str) -> bytes | None:
             data = file.read(_LARGEST + 1)
     except OSError:
         return None
-    if len(data) > _LARGEST or b"PRIVATE KEY" in data or re.search(rb"://[^/\s:@]+:[^/\s@]+@", data):
+    if len(data) > _LARGEST or b"PRIVATE KEY" in data or re.search(rb"://[^/\s@]+@", data):
         return None
     return data
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import traceback
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, TypeVar
@@ -15,6 +16,10 @@ from rock.protocol.keys import Access
 from rock.wire.asgi import Answer, Disconnected, Handler, Request, answer, retry_after
 
 log = logging.getLogger("rock.admin")
+
+_UNKNOWN = "rock.unknown"  # in a scope: fields of the body that were ignored
+_MOST_NAMED, _MOST_WARNED = 16, 1000
+_warned: set[tuple[str, str]] = set()  # (request, field) that the log has already
 
 Row = tuple[str, str, Handler, Access]
 """A route of the dialect: method, path, handler, and what it takes of a key."""
@@ -75,7 +80,10 @@ def enveloped(
 
     async def reply(request: Request) -> Answer:
         try:
-            return success(await handler(request))
+            done = success(await handler(request))
+            if unknown := request.scope.get(_UNKNOWN):
+                done.headers.append((b"x-rock-warning", f"unknown fields are ignored: {', '.join(unknown)}".encode()))
+            return done
         except Disconnected:
             raise
         except Malformed as error:
@@ -126,7 +134,22 @@ async def body_of(request: Request, kind: type[Body]) -> Body:
         value = orjson.loads(data)
     except orjson.JSONDecodeError as error:
         raise Malformed(f"body.{error.pos}: JSON decode error" if data else "body: Field required") from None
-    return parsed(kind, value)
+    found = parsed(kind, value)
+    if unknown := sorted(set(value) - set(kind.model_fields)):
+        _warn(request, kind, unknown)
+    return found
+
+
+def _warn(request: Request, kind: type[BaseModel], names: list[str]) -> None:
+    """Fields that this server does not know are ignored, as by ROCK: the answer names them in X-ROCK-Warning, and the
+    log each of them once."""
+    names = [re.sub(r"[^\w.-]", "?", name, flags=re.ASCII)[:64] for name in names[:_MOST_NAMED]]
+    request.scope[_UNKNOWN] = names
+    new = {(kind.__name__, name) for name in names} - _warned
+    if new and len(_warned) < _MOST_WARNED:
+        _warned.update(new)
+        log.warning("ROCK dialect: fields of %s that are not known here are ignored: %s", kind.__name__,
+                    ", ".join(sorted(name for _, name in new)))  # fmt: skip
 
 
 def parsed(kind: type[Body], value: Any, where: str = "body") -> Body:
