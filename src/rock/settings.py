@@ -26,6 +26,7 @@ what runs when the server in front of it is gone |
 | ROCK_ENV_PIPES | 1 | 0: clients on the server's machine play environments over HTTP too |
 | ROCK_ENV_SHARED | 1 | 0: large answers come to such clients through the pipes too, and not by shared memory |
 | ROCK_DIALECT_NETWORK | nat | network where ROCK's clients name none: none, nat, host or bridge |
+| ROCK_CONFIG | none | a YAML file of ROCK's own server, of which known keys are applied: docs/guides/from-rock.md |
 | ROCK_ENV_LEASE | 50 | seconds without a sign of life of a client process after which its environments are released |
 | ROCK_ARCHIVE | archive in ROCK_HOME | where archived sandboxes are kept: a folder, s3://BUCKET/PREFIX, or "off" |
 | ROCK_ARCHIVE_LIMIT | 64g | most bytes of files in one archive, holes counted |
@@ -319,6 +320,10 @@ class Settings:
         values: dict[str, object] = {"home": home(), "api_key": env.get("ROCK_API_KEY") or None,
                                      "docker_host": env.get("DOCKER_HOST", ""),
                                      "otel_endpoint": env.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")}  # fmt: skip
+        if env.get("ROCK_CONFIG"):
+            from rock import rock_conf  # a parser of YAML, which others do without
+
+            values |= rock_conf.read(env["ROCK_CONFIG"])
         for name, kind in (
             ("host", str),
             ("public_names", str),

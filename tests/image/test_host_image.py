@@ -22,7 +22,8 @@ def test_nothing_private_is_in_it(store: ImageStore) -> None:
     (layer,) = (Path(folder) for folder in rootfs.layers)
     there = {str(p.relative_to(layer)) for p in layer.rglob("*")}
     for name in ("etc/shadow", "etc/gshadow", "etc/sudoers", "etc/ssh", "etc/ssl/private", "etc/npmrc",
-                 "etc/environment", "etc/gitconfig", "etc/apt/auth.conf", "etc/apt/auth.conf.d", "etc/cloud", "etc/passwd-"):  # fmt: skip
+                 "etc/environment", "etc/gitconfig", "etc/apt/auth.conf", "etc/apt/auth.conf.d", "etc/cloud",
+                 "etc/passwd-"):  # fmt: skip
         assert name not in there
     for name in ("etc/apt/sources.list", "etc/apt/sources.list.d", "etc/pip.conf"):  # where packages come from
         host_has = os.path.lexists(f"/{name}") and (os.path.isdir(f"/{name}") or host._public(f"/{name}") is not None)
