@@ -49,10 +49,17 @@ def mount(spec: dict[str, Any]) -> None:
 def _detached(bind: dict[str, Any], index: int, folder: str) -> int:
     source = str(bind["source"])
     if bind["public"] and os.path.isdir(source):  # gVisor reads as root
-        source, nothing = f"{folder}/public{index}", f"{folder}/nothing"
-        os.mkdir(source)
-        os.makedirs(nothing, 0o755, exist_ok=True)
-        mounts.mount_public(str(bind["source"]), source, nothing, 0)
+        public = f"{folder}/public{index}"
+        os.mkdir(public)
+        kernel.mount("rock", public, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=755,size=64k")
+        os.chdir(public)  # who mounts it may walk neither through the server's folders nor to the source
+        for name in ("source", "nothing", "public"):
+            os.mkdir(name)
+        fd = kernel.open_tree(source)
+        kernel.move_mount(fd, "source")
+        os.close(fd)
+        mounts.mount_public("source", "public", "nothing", 0)
+        source = f"{public}/public"
     if bind["writable"] and os.path.isdir(bind["source"]):
         spot = f"{folder}/bind{index}"
         os.mkdir(spot)

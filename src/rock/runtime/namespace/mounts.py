@@ -52,7 +52,10 @@ def _fill_dev(folder: str) -> None:
         os.symlink(target, f"{folder}/{name}")
     for name in _DEVICES:
         os.close(os.open(f"{folder}/{name}", os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o666))
-        kernel.mount(f"/dev/{name}", f"{folder}/{name}", "", kernel.MS_BIND)
+        device = kernel.open_tree(f"/dev/{name}")
+        kernel.set_attributes(device, kernel.ATTR_NOSUID)
+        kernel.move_mount(device, f"{folder}/{name}")
+        os.close(device)
     kernel.mount("", folder, "", kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY | kernel.MS_NOSUID
                  | kernel.MS_NODEV)
 
@@ -106,17 +109,31 @@ def stack(spec: dict[str, Any], staging: str, userns: int) -> list[tuple[int, st
         kernel.move_mount(spec["mounted"], "rw")
     elif mapped:
         _attach_mapped(spec["slot"], "rw", userns)
-    writable = "rw" if mapped or spec["disk"] else spec["slot"]
-    lowers = []
-    for index, layer in enumerate(spec["layers"]):
-        if not os.path.isdir(layer):
-            raise FileNotFoundError(errno.ENOENT, "a layer of the image is missing", layer)
-        if mapped and index < SLOTS:
-            _attach_mapped(layer, f"l{index}", userns)
-            lowers.append(f"l{index}")
-        else:
-            lowers.append(layer)
-    overlay("root", lowers, f"{writable}/upper", f"{writable}/work", rootless=not spec["privileged"])
+    with contextlib.ExitStack() as opened:
+        writable = "rw" if mapped or spec["disk"] else _unnamed(spec["slot"], opened)
+        lowers = []
+        for index, layer in enumerate(spec["layers"]):
+            if not os.path.isdir(layer):
+                raise FileNotFoundError(errno.ENOENT, "a layer of the image is missing", layer)
+            if mapped and index < SLOTS:
+                _attach_mapped(layer, f"l{index}", userns)
+                lowers.append(f"l{index}")
+            else:
+                lowers.append(_unnamed(layer, opened))
+        overlay("root", lowers, f"{writable}/upper", f"{writable}/work", rootless=not spec["privileged"])
+        return _detached(spec, writable, userns)
+
+
+def _unnamed(folder: str, opened: contextlib.ExitStack) -> str:
+    """Another name for a folder of the host, as the mount table shows the options of an overlay inside. It holds until
+    `opened` is closed."""
+    fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    opened.callback(os.close, fd)
+    return f"/proc/self/fd/{fd}"
+
+
+def _detached(spec: dict[str, Any], writable: str, userns: int) -> list[tuple[int, str]]:
+    """What goes over the root after the switch, in order."""
     waiting = []
     for index, bind in enumerate(spec["binds"]):
         waiting.append((_detached_bind(bind, index, spec, writable, userns), bind["target"]))
@@ -152,6 +169,9 @@ def _detached_bind(bind: dict[str, Any], index: int, spec: dict[str, Any], writa
     if bind["writable"] and os.path.isdir(bind["source"]):
         with contextlib.suppress(OSError):  # as where the host's own root is an overlay over another: read-only then
             return _writable_bind(bind, index, spec, writable, userns)
+    if bind["source"] != bind["target"] and not bind["idmap"] and os.path.isdir(bind["source"]):
+        with contextlib.suppress(OSError):
+            return _unnamed_bind(bind["source"], index, spec)
     attributes = _SAFE | kernel.ATTR_RDONLY
     recursive = False
     try:
@@ -179,6 +199,23 @@ def _writable_bind(bind: dict[str, Any], index: int, spec: dict[str, Any], writa
     spot = f"b{SLOTS - 1 - index}"
     overlay(spot, [lower], f"{writable}/upper{index}", f"{writable}/work{index}", rootless=not spec["privileged"])
     return kernel.open_tree(spot)
+
+
+def _unnamed_bind(source: str, index: int, spec: dict[str, Any]) -> int:
+    """A read-only folder of the host as an overlay. The mount table shows the host's path of a bind mount, but the
+    names that the launcher gave for the lower folders of an overlay."""
+    fd = kernel.open_tree(source)
+    try:
+        kernel.set_attributes(fd, _SAFE | kernel.ATTR_RDONLY, private=True)
+        kernel.move_mount(fd, f"b{index}")
+    finally:
+        os.close(fd)
+    if spec["privileged"]:
+        mount_public(f"b{index}", f"p{index}", "nothing", spec["base"])
+    else:
+        kernel.mount("overlay", f"p{index}", "overlay", kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV,
+                     f"lowerdir=b{index}:nothing,userxattr")
+    return kernel.open_tree(f"p{index}")
 
 
 def mount_public(source: str, target: str, nothing: str, owner: int) -> None:
