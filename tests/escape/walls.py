@@ -260,7 +260,8 @@ def without(wall: Wall) -> Result:
             raise
         return Result(wall, (), f"no sandbox starts ({str(error).strip().splitlines()[-1].partition(': ')[2][:80]})")
     if "unsupported" in told:
-        return Result(wall, (), f"no sandbox starts ({told['unsupported'][-80:]})")
+        reason = told["unsupported"].partition("namespaces: ")[2] or told["unsupported"]
+        return Result(wall, (), f"no sandbox starts ({reason.partition(';')[0][:80]})")
     return Result(wall, tuple(_let_through(told, wall.level)))
 
 
