@@ -166,7 +166,7 @@ WALLS: list[Wall] = [
             "open /proc/kcore"),
     _mounts("folders of /proc and /sys are masked", '_MASKED_FILES), (_EMPTY, _MASKED_FOLDERS))', "_MASKED_FILES),)"),
     _mounts("the server's Python is read-only", _PUBLIC, _PUBLIC.replace("kernel.MS_RDONLY | ", "")),
-    _mounts("its path is not in the mount table", 'if bind["source"] != bind["target"] and', "if False and"),
+    _mounts("its path is not in the mount table", 'if bind.get("unnamed"):', "if False:"),
     _mounts("files for root alone in /usr", 'lower = f"p{index}"\n', 'lower = f"b{index}"\n', "root alone"),
     _mounts("the old root is let go", 'kernel.umount(".", kernel.MNT_DETACH)', "pass",
             "files: a file of the host by ..", "files: the working folder"),

@@ -169,9 +169,8 @@ def _detached_bind(bind: dict[str, Any], index: int, spec: dict[str, Any], writa
     if bind["writable"] and os.path.isdir(bind["source"]):
         with contextlib.suppress(OSError):  # as where the host's own root is an overlay over another: read-only then
             return _writable_bind(bind, index, spec, writable, userns)
-    if bind["source"] != bind["target"] and not bind["idmap"] and os.path.isdir(bind["source"]):
-        with contextlib.suppress(OSError):
-            return _unnamed_bind(bind["source"], index, spec)
+    if bind.get("unnamed"):
+        return kernel.open_tree(bind["unnamed"])
     attributes = _SAFE | kernel.ATTR_RDONLY
     recursive = False
     try:
@@ -201,21 +200,53 @@ def _writable_bind(bind: dict[str, Any], index: int, spec: dict[str, Any], writa
     return kernel.open_tree(spot)
 
 
-def _unnamed_bind(source: str, index: int, spec: dict[str, Any]) -> int:
-    """A read-only folder of the host as an overlay. The mount table shows the host's path of a bind mount, but the
-    names that the launcher gave for the lower folders of an overlay."""
-    fd = kernel.open_tree(source)
-    try:
-        kernel.set_attributes(fd, _SAFE | kernel.ATTR_RDONLY, private=True)
-        kernel.move_mount(fd, f"b{index}")
-    finally:
-        os.close(fd)
-    if spec["privileged"]:
-        mount_public(f"b{index}", f"p{index}", "nothing", spec["base"])
-    else:
-        kernel.mount("overlay", f"p{index}", "overlay", kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV,
-                     f"lowerdir=b{index}:nothing,userxattr")
-    return kernel.open_tree(f"p{index}")
+class UnnamedFolders:
+    """Read-only folders of the host as overlays in the staging folder, made once by the launcher. The mount table shows
+    the host's path of a bind mount, but the names that the launcher gave for the lower folders of an overlay.
+
+    staging: the folder. privileged: the launcher is root.
+    """
+
+    def __init__(self, staging: str, privileged: bool) -> None:
+        self._staging = staging
+        self._privileged = privileged
+        self._count = 0
+        self._made: dict[str, tuple[tuple[int, int], str]] = {}  # by source: which folder it was, and where it is
+
+    def prepare(self, binds: list[dict[str, Any]]) -> None:
+        """Note for each bind in which folder of the staging folder its source is, before a child is cloned."""
+        for bind in binds:
+            if bind["source"] != bind["target"] and not bind["idmap"] and os.path.isdir(bind["source"]):
+                bind["unnamed"] = self._get(bind["source"])
+
+    def _get(self, source: str) -> str:
+        found = os.stat(source)
+        key = (found.st_dev, found.st_ino)
+        known = self._made.get(source)
+        if known is None or known[0] != key:
+            self._count += 1
+            name = ""  # where it cannot be had, which is not tried again
+            with contextlib.suppress(OSError):
+                name = self._make(source, f"below{self._count}", f"shown{self._count}")
+            known = self._made[source] = key, name
+        return known[1]
+
+    def _make(self, source: str, below: str, shown: str) -> str:
+        os.chdir(self._staging)  # names are relative: mount_public may not walk through the server's folders
+        for folder in (below, shown):
+            os.mkdir(folder, 0o755)
+        fd = kernel.open_tree(source)
+        try:
+            kernel.set_attributes(fd, _SAFE | kernel.ATTR_RDONLY, private=True)
+            kernel.move_mount(fd, below)
+        finally:
+            os.close(fd)
+        if self._privileged:
+            mount_public(below, shown, "nothing", 0)
+        else:
+            kernel.mount("overlay", shown, "overlay", kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV,
+                         f"lowerdir={below}:nothing,userxattr")
+        return shown
 
 
 def mount_public(source: str, target: str, nothing: str, owner: int) -> None:
