@@ -6,7 +6,7 @@ unexport PYTHONDONTWRITEBYTECODE  # what is started by the hundred is compiled o
 
 .PHONY: demo test check lint types unit rootless long compat docker gvisor seccomp-programs fuzz faults recovery admins \
 	training env-packages gym-extras sync \
-	lock bench bench-environments soak soak-mixed load attacks escape-table front cluster fleet ray ray-shapes clean
+	lock bench bench-environments soak soak-mixed load attacks escape-table walls front cluster fleet ray ray-shapes clean
 
 demo: $(VENV)/ready
 	@$(PY) -m rock.cli.demo
@@ -177,6 +177,11 @@ attacks: $(VENV)/ready-dev
 # Every attempt to escape at every level; as root. Writes the table in docs/security.md.
 escape-table: $(VENV)/ready-dev
 	$(PY) -m tests.escape.levels
+
+# Each wall of the isolation removed in turn, in copies of the package; fails if no attempt notices. Needs root, takes
+# about ten minutes, and writes the table in docs/security.md.
+walls: $(VENV)/ready-dev
+	$(PY) -m tests.escape.walls --write
 
 sync: $(VENV)/ready-dev
 	$(PY) tools/unasync.py

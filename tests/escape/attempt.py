@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+import contextlib
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from rock.protocol.sandbox import SandboxConfig
+from rock.runtime.base import Runtime
 from tests.runtime.boxes import Box
 
 # Runs before each program, inside. A program must end with one of the three words: one that breaks proves nothing.
@@ -90,6 +95,20 @@ class Host:
     facts: dict[str, Any]
     neighbour: Box | None = None
     level: str = ""
+    common: Mapping[str, Any] = field(default_factory=dict)  # config of each sandbox
+    shared: Box | None = None  # for attempts that change nothing
+
+
+@contextlib.asynccontextmanager
+async def box_of(runtime: Runtime, config: Mapping[str, Any]) -> AsyncIterator[Box]:
+    """A sandbox, destroyed at the end."""
+    handle = await runtime.create(f"box-{secrets.token_hex(3)}", SandboxConfig(**config))
+    box = Box(runtime, handle, Path(str(handle.data.get("home", "/root"))))
+    try:
+        yield box
+    finally:
+        box.close()
+        await runtime.destroy(handle)
 
 
 @dataclass(frozen=True)
@@ -103,6 +122,8 @@ class Attempt:
     config: of the sandbox, beside the usual one. user: who tries it, inside. pty: with a terminal.
     quiet: the program may end without a word, as it hits itself too.
     absent: levels that do not have what it attacks, and why.
+    shared: it changes nothing, so one sandbox serves all such attempts with the same config.
+    root: only a runner that is root can look.
     """
 
     theme: str
@@ -118,6 +139,8 @@ class Attempt:
     pty: bool = False
     quiet: bool = False
     x86_only: bool = False
+    shared: bool = False
+    root: bool = False
 
     @property
     def key(self) -> str:

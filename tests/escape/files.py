@@ -102,12 +102,12 @@ tried(lambda: os.open('/etc/shadow', os.O_RDONLY), lambda: os.open('/etc/gshadow
       lambda: os.listdir('/etc/ssl/private'),
       lambda: os.listdir('/etc/sudoers.d'))
 """, control=True),
-    Attempt(THEME, "paths of the host in the mount table", """
-text = open('/proc/self/mountinfo').read()
-# The overlay of a sandbox names its folders as the kernel was told them, relative ones; binds show the host's.
-shown = [line for line in text.splitlines() if HOST['run_dir'] in line.split(' - ')[0]]
-opened(shown[0]) if shown else blocked('none of the server')
-""", absent={"landlock": "no mounts of its own: it sees those of the host"}),
+    Attempt(THEME, "a file of the host's /usr that root alone may read", """
+if not HOST['private']: blocked('an ordinary user cannot make one')
+try: found = read(HOST['private'])
+except OSError as error: blocked(name_of(error))
+opened('read') if HOST['token'].encode() in found else blocked('another file')
+""", control=True),
 ]
 
 

@@ -18,6 +18,7 @@ _MEMORY = (
 _ANSWERED = (
     "kernel: open /dev/net/tun", "kernel: open /dev/fuse", "identity: a realtime class for itself",
     "identity: an id beyond its range", "identity: be spared by the out-of-memory killer",
+    "identity: limits, CPUs and priority of pid 1",
 )  # fmt: skip
 _ENDED = (
     "identity: pid 1: kill, stop, debug", "resources: daemons that ignore every signal, killed",

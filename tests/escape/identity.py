@@ -160,6 +160,14 @@ tried(*(lambda path=path: (os.open(path, os.O_RDONLY), read(path)) for path in p
       lambda: os.listdir('/proc/%d/fd' % init), lambda: os.listdir('/proc/%d/root' % init),
       lambda: os.readlink('/proc/%d/exe' % init), lambda: os.listdir('/proc/%d/map_files' % init))
 """),
+    Attempt(THEME, "limits, CPUs and priority of pid 1", """
+init = HOST['init']
+def limits():
+    now = resource.prlimit(init, resource.RLIMIT_NOFILE)
+    return resource.prlimit(init, resource.RLIMIT_NOFILE, now)
+tried(limits, lambda: (os.sched_setaffinity(init, os.sched_getaffinity(init)), 'CPUs'),
+      lambda: (os.setpriority(os.PRIO_PROCESS, init, os.getpriority(os.PRIO_PROCESS, init)), 'priority'))
+"""),
     Attempt(THEME, "be spared by the out-of-memory killer", """
 def score(value):
     return lambda: (write('/proc/self/oom_score_adj', value), value)

@@ -77,6 +77,11 @@ CALLS = [
     _call("migrate_pages of pid 1", 256, "1, 0, 0, 0"),
     _call("uselib", 134, "text(b'/nowhere')"),
     _call("clone3", 435, "0, 0", control=True),
+    Attempt(THEME, "calls that no list has: memfd_secret, statmount, listmount, lsm_list_modules", """
+answers = {number: call(number, 0, 0, 0, 0) for number in (447, 457, 458, 461)}
+reached = [number for number, answer in answers.items() if answer >= 0 or -answer not in REFUSALS]
+opened(*reached) if reached else blocked('ENOSYS')
+""", x86_only=True),
     _call("unshare: a time namespace", 272, "0x80", control=True),
     _call("chroot as one who may not", 161, "text(b'/')"),
 ]

@@ -8,14 +8,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from rock.runtime.namespace import cgroups, devices
 from tests import unprivileged
 from tests.escape import gvisor
 from tests.escape.catalogue import ATTEMPTS
@@ -28,35 +30,80 @@ BEGIN, END = "<!-- attempts: made by `make escape-table` -->", "<!-- end of the 
 _SIGNS = {"blocked": "blocked", "inside": "inside", "open": "OPEN", "absent": "-", "skipped": ""}
 
 
+Change = Callable[[Path], None]
+
+
+class RunnerFailed(RuntimeError):
+    """The runner ended without a result."""
+
+
 @contextlib.contextmanager
-def _place(as_user: bool) -> Iterator[tuple[list[str], dict[str, Any], Path]]:
-    """The interpreter, the options of its process, and a folder; as root or as an ordinary user."""
+def _place(as_user: bool, change: Change | None) -> Iterator[tuple[list[str], dict[str, Any], Path, Path]]:
+    """The interpreter, the options of its process, a folder, and the package under test; as root or as an ordinary
+    user. change: made in a copy of the package."""
     if not as_user:
-        with tempfile.TemporaryDirectory(prefix="rock-escape-") as folder:
-            os.chmod(folder, 0o755)
-            yield [sys.executable], {"cwd": unprivileged.ROOT}, Path(folder)
+        with tempfile.TemporaryDirectory(prefix="rock-escape-") as top:
+            os.chmod(top, 0o755)
+            folder = Path(top) / "home"
+            folder.mkdir(mode=0o755)
+            package, environment = unprivileged.ROOT / "src" / "rock", dict(os.environ)
+            if change is not None:
+                package = Path(top) / "src" / "rock"
+                shutil.copytree(unprivileged.ROOT / "src" / "rock", package,
+                                ignore=shutil.ignore_patterns("__pycache__"))
+                change(package)
+                environment["PYTHONPATH"] = str(package.parent)
+            try:
+                yield [sys.executable], {"cwd": unprivileged.ROOT, "env": environment}, folder, package
+            finally:
+                if change is not None:
+                    _remove_groups(folder / "run")
         return
     python = unprivileged.interpreter()
     if python is None:
         raise RuntimeError("no interpreter of this version that an ordinary user can run")
     with unprivileged.checkout() as checkout:
+        if change is not None:
+            change(checkout.path / "src" / "rock")
         folder = checkout.home / "escape"
         folder.mkdir()
         os.chown(folder, checkout.user, checkout.user)
-        yield [python], {"cwd": checkout.path, "env": checkout.environment, **checkout.identity}, folder
+        yield [python], {"cwd": checkout.path, "env": checkout.environment, **checkout.identity}, folder, \
+            checkout.path / "src" / "rock"
 
 
-def run_level(level: str) -> dict[str, Any]:
-    """What the runner told; {"unsupported": why} where this machine has no such level."""
+def _remove_groups(run_dir: Path) -> None:
+    """What a runtime without one of its walls left."""
+    found = cgroups.discover(str(run_dir))
+    cgroups.remove([str(path) for place in found.places.values() for path in Path(place.parent).glob("[ng]-*")])
+    cgroups.remove_parents(found)
+    devices.remove_shared(str(run_dir))
+
+
+# A host of its own, so that a runtime without a namespace changes nothing of this machine: names, settings, processes.
+_APART = ("unshare", "--fork", "--kill-child", "--pid", "--mount", "--mount-proc", "--uts", "--ipc", "--net")
+
+
+def run_level(level: str, patterns: Sequence[str] = (), *, change: Change | None = None) -> dict[str, Any]:
+    """What the runner told; {"unsupported": why} where this machine has no such level.
+
+    patterns: parts of names of the attempts to run; none is all. change: of the package under test, in a copy of it.
+    RunnerFailed.
+    """
     root = os.geteuid() == 0
     if not root and level != "userns":
         return {"level": level, "unsupported": "it takes root"}
-    with _place(root and level == "userns") as (python, options, folder):
-        done = subprocess.run([*python, "-m", "tests.escape.runner", level, str(folder)], capture_output=True,
-                              text=True, timeout=900, stdin=subprocess.DEVNULL, check=False, **options)
-    if done.returncode:
-        raise RuntimeError(f"the runner at level {level} failed:\n{done.stderr[-3000:]}")
-    told: dict[str, Any] = json.loads(done.stdout)
+    with _place(root and level == "userns", change) as (python, options, folder, package):
+        if change is not None and root and level != "userns":
+            python = [*_APART, *python]
+        done = subprocess.run([*python, "-m", "tests.escape.runner", level, str(folder), *patterns],
+                              capture_output=True, text=True, timeout=900, stdin=subprocess.DEVNULL, check=False,
+                              **options)
+        if done.returncode:
+            raise RunnerFailed(f"the runner at level {level} failed:\n{done.stderr[-3000:]}")
+        told: dict[str, Any] = json.loads(done.stdout)
+        if "source" in told and os.path.realpath(told["source"]) != os.path.realpath(package):
+            raise RuntimeError(f"the runner used {told['source']} in place of {package}")
     return told
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from tests.escape.attempt import Attempt, Host
 from tests.runtime.boxes import Box
 
@@ -12,8 +15,8 @@ def _reached(host: Host, box: Box) -> str | None:
     return "the host was reached" if host.facts["calls"]() else None
 
 
-def _connect(name: str, body: str, control: bool = True) -> Attempt:
-    return Attempt(THEME, name, body, control=control, look=_reached)
+def _connect(name: str, body: str, control: bool = True, **options: Any) -> Attempt:
+    return Attempt(THEME, name, body, control=control, look=_reached, **options)
 
 
 _FAMILIES = {"AF_PACKET": (17, 3, 0x300), "AF_VSOCK": (40, 1, 0), "AF_ALG": (38, 5, 0), "AF_XDP": (44, 3, 0),
@@ -137,4 +140,70 @@ def go(path):
     return inner
 tried(*(go(path) for path in paths))
 """),
+]
+
+
+# ---- sandboxes with the networks "nat" and "host"
+
+
+def _with(network: str, names: tuple[str, ...], **absent: str) -> list[Attempt]:
+    """Attempts of this page once more, by a sandbox with another network."""
+    by_name = {attempt.name: attempt for attempt in ATTEMPTS}
+    return [replace(by_name[name], name=f'{name}, with network "{network}"', control=False,
+                    config={"network": network}, absent={**by_name[name].absent, **absent}) for name in names]
+
+
+_NO_NAT = {"landlock": 'it has no network "nat"', "gvisor": 'it has no network "nat"'}
+_NO_HOST = {"gvisor": 'it has no network "host"'}
+_LOCAL = (
+    "the host's loopback, IPv4", "the host's loopback, IPv6", "the host's loopback by 0.0.0.0 and a mapped address",
+    "the host's loopback, UDP", "an abstract unix socket of the host", "a unix socket of the host by its path",
+    "raw sockets", "a socket of AF_PACKET", "netlink: netfilter, audit, kernel events",
+    "netlink: give itself a device", "its devices up, its routes and firewall changed",
+)
+# The proxy takes each connection and closes those that are refused, so only the look from outside can tell.
+_CALL = """
+def call_one(family, address):
+    try:
+        sock = socket.socket(family)
+        sock.settimeout(3)
+        sock.connect(address)
+        sock.sendall(b'escape')
+        return sock.recv(100)
+    except OSError: return b''
+"""
+ATTEMPTS += [
+    *_with("nat", _LOCAL, **_NO_NAT),
+    _connect('an address of the host, with network "nat"', _CALL + """
+for address in (HOST['address'], '::ffff:' + HOST['address'], '64:ff9b::' + HOST['address']):
+    call_one(socket.AF_INET6 if ':' in address else socket.AF_INET, (address, HOST['address_port']))
+blocked('the look from outside tells')
+""", control=False, config={"network": "nat"}, absent=_NO_NAT),
+    Attempt(THEME, 'metadata services and private addresses, with network "nat"', _CALL + """
+seen = [address for address in ('169.254.169.254', '169.254.170.2', '10.0.0.1', '172.17.0.1', '192.168.0.1',
+                                '100.64.0.1') if call_one(socket.AF_INET, (address, 80))]
+opened(*seen) if seen else blocked('no answer')
+""", config={"network": "nat"}, absent=_NO_NAT),
+    Attempt(THEME, 'packets past the proxy, with network "nat"', """
+seen = []
+for protocol, address in ((17, ('198.51.100.1', 9)), (17, ('198.51.100.1', 443)), (1, ('198.51.100.1', 0))):
+    try:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM, protocol)
+        packet = b'escape' if protocol == 17 else struct.pack('!BBHHH', 8, 0, 0, 0, 0)
+        for _ in range(3): sock.sendto(packet, address)
+        seen.append(protocol)
+    except OSError: pass
+opened(*seen) if seen else blocked('refused')
+""", config={"network": "nat"}, absent=_NO_NAT),
+    *_with("host", ("a unix socket of the host by its path", "raw sockets", "a socket of AF_PACKET",
+                    "netlink: netfilter, audit, kernel events", "netlink: give itself a device"), **_NO_HOST),
+    Attempt(THEME, 'devices and routes of the host changed, with network "host"', """
+request = struct.pack('16sh22x', b'lo', 0x49)  # lo up, as it is
+try:
+    sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+except OSError as error:
+    blocked(name_of(error))
+tried(lambda: fcntl.ioctl(sock, 0x8914, request), lambda: sock.setsockopt(0, 64, bytes(100)),
+      lambda: write('/proc/sys/net/ipv4/ip_forward', read('/proc/sys/net/ipv4/ip_forward')))
+""", config={"network": "host"}, absent=_NO_HOST),
 ]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 
 from rock import errors
 from tests.escape.attempt import Attempt, Host
@@ -117,7 +119,52 @@ async def _too_many_programs(host: Host, box: Box) -> str:
     return f"blocked: {told}" if told and await box.sh("echo alive") == "alive\n" else "open: nothing stopped it"
 
 
+# Calls pid 1 as a process of another kind would: in the pid namespace of the sandbox, or as root inside.
+_CALLER = """
+import ctypes, os, socket, sys
+from rock.runtime.namespace import kernel
+folder, pid, how, base = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+where = os.open(folder, os.O_PATH)
+if how == "inside":
+    kernel.setns(os.open(f"/proc/{pid}/ns/pid", os.O_RDONLY), kernel.CLONE_NEWPID)
+    child = os.fork()
+    if child:
+        sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+elif how == "root inside":
+    kernel.prctl(8, 1)  # PR_SET_KEEPCAPS, for a socket that others may not open
+    os.setresuid(base, base, base)
+    kernel.capset(1 << 1)
+sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+sock.settimeout(10)
+try:
+    sock.connect(f"/proc/self/fd/{where}/s")
+    sock.send(b'{"id": 1, "op": "hello"}')
+    print("answered" if sock.recv(4096) else "closed", flush=True)
+except ConnectionError:
+    print("closed", flush=True)
+"""
+
+
+def _calls(how: str) -> Attempt:
+    async def act(host: Host, box: Box) -> str:
+        folder = f"{host.facts['run_dir']}/{box.handle.data['slot']}"
+        said = {}
+        for who in ("server", how):  # the server itself is answered, so the call is a real one
+            done = await asyncio.create_subprocess_exec(
+                sys.executable, "-c", _CALLER, folder, str(box.handle.data["pid"]), who, str(box.handle.data["base"]),
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            out, err = await asyncio.wait_for(done.communicate(), 60)
+            said[who] = out.decode().strip() or err.decode()[-200:]
+        if said["server"] != "answered" or said[how] not in ("answered", "closed"):
+            raise RuntimeError(f"pid 1 was not called: {said}")
+        return "open: pid 1 serves it" if said[how] == "answered" else "blocked: pid 1 closes the connection"
+
+    return Attempt(THEME, f"pid 1 called by {how}", act=act, root=True, absent={
+        "landlock": "pid 1 knows the server by its user alone", "gvisor": "pid 1 has no socket"})
+
+
 ATTEMPTS = [
+    *(_calls(how) for how in ("inside", "root inside")),
     Attempt(THEME, "signal a number that was used before", act=_used_number),
     Attempt(THEME, "streams of other programs, and sockets", act=_other_streams),
     Attempt(THEME, "requests to pid 1 that make no sense", act=_raw_requests),

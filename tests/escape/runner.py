@@ -1,6 +1,8 @@
-"""Runs every attempt at one level, in a process of its own: `python -m tests.escape.runner LEVEL FOLDER`.
+"""Runs every attempt at one level, in a process of its own: `python -m tests.escape.runner LEVEL FOLDER [PATTERN ...]`.
 
-Prints JSON: {"level", "isolation", "results": {key: [word, detail]}, "left": ...}. The words: blocked, open, absent
+A pattern is a part of the names of the attempts to run; without one all of them run.
+Prints JSON: {"level", "isolation", "source", "results": {key: [word, detail]}, "left": ...}; source is the package
+under test. The words: blocked, open, absent
 (the level does not have what is attacked), inside (see gvisor.py), skipped, and broken, when a program did not tell how
 it went.
 """
@@ -9,23 +11,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import json
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import rock
 from rock import errors
-from rock.protocol.sandbox import SandboxConfig
 from rock.runtime.base import Runtime
+from rock.runtime.namespace import kernel
+from rock.runtime.network import netlink
 from tests.escape import gvisor
-from tests.escape.attempt import PRELUDE, Attempt, Host
+from tests.escape.attempt import PRELUDE, Attempt, Host, box_of
 from tests.escape.catalogue import ATTEMPTS
 from tests.packages import CannotBeHad, runsc
 from tests.runtime.boxes import Box, leftovers, read_all
@@ -50,6 +56,11 @@ class Services:
         self.unix = str(folder / "service")
         self._listen(socket.AF_UNIX, self.unix)
         os.chmod(self.unix, 0o777)
+        self.address = _address()
+        try:  # an address of this machine, which is not in use elsewhere
+            self.address_port = self._listen(socket.AF_INET, (self.address, 0))
+        except OSError:
+            self.address_port = self.port
         udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         udp.bind(("127.0.0.1", 0))
         self.udp = udp.getsockname()[1]
@@ -87,8 +98,57 @@ class Services:
             sock.close()
 
 
+class SharedNames:
+    """A System V segment and a message queue of the host that anybody may open."""
+
+    def __init__(self, token: str) -> None:
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._libc.shmat.restype = ctypes.c_void_p
+        self.key = int(token[:7], 16)
+        self.queue = f"/rock-escape-{token[:12]}"
+        self._segment = self._libc.shmget(self.key, 4096, 0o1666)
+        if self._segment < 0:
+            raise OSError(ctypes.get_errno(), "shmget")
+        place = ctypes.c_void_p(self._libc.shmat(self._segment, None, 0))
+        ctypes.memmove(place, token[:12].encode(), 12)
+        self._libc.shmdt(place)
+        mask = os.umask(0)
+        queue = self._libc.mq_open(self.queue.encode(), os.O_CREAT | os.O_RDWR, 0o666, None)
+        os.umask(mask)
+        if queue < 0:
+            raise OSError(ctypes.get_errno(), "mq_open")
+        os.close(queue)
+
+    def close(self) -> None:
+        self._libc.shmctl(self._segment, 0, None)
+        self._libc.mq_unlink(self.queue.encode())
+
+
+def _private(folder: Path, token: str) -> tuple[str, Path | None]:
+    """A file of the host's /usr that root alone may read: its path, and the folder to remove; "" when not root."""
+    if os.geteuid() != 0:
+        return "", None
+    place = Path("/usr/local/share") / f"rock-escape-{token[:12]}"
+    place.mkdir(mode=0o755, parents=True)
+    (place / "secret").write_text(token)
+    (place / "secret").chmod(0o600)
+    return str(place / "secret"), place
+
+
+def _counters() -> dict[str, int]:
+    names = ("max_inotify_instances", "max_inotify_watches")
+    return {name: int(Path(f"/proc/sys/user/{name}").read_text()) for name in names
+            if os.path.exists(f"/proc/sys/user/{name}")}
+
+
+def _paths(folder: Path) -> list[str]:
+    """Paths of the host that a sandbox has no reason to know: the server's home, its Python, its source."""
+    found = {str(folder), os.path.realpath(folder), sys.prefix, sys.base_prefix, os.path.dirname(rock.__file__)}
+    return sorted(path for path in found if not path.startswith("/usr"))
+
+
 @contextlib.contextmanager
-def host_facts(folder: Path) -> Iterator[dict[str, Any]]:
+def host_facts(folder: Path, level: str) -> Iterator[dict[str, Any]]:
     """A secret, a process and services of the host, which belong to nobody but this test."""
     token = secrets.token_hex(16)
     outside = folder / "outside"
@@ -100,6 +160,8 @@ def host_facts(folder: Path) -> Iterator[dict[str, Any]]:
     victim = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)", word], env={"TOKEN": token},
                               stdin=subprocess.DEVNULL)
     program = os.stat("/usr/bin/env")
+    shared = SharedNames(token)
+    private, place = _private(folder, token)
 
     def calls() -> int:
         count, services.calls = services.calls, 0
@@ -108,7 +170,10 @@ def host_facts(folder: Path) -> Iterator[dict[str, Any]]:
     try:
         yield {"token": token, "secret": str(outside / "secret"), "folder": str(outside), "victim": victim.pid,
                "victim_word": word, "port": services.port, "port6": services.port6, "udp": services.udp,
-               "unix": services.unix, "abstract": services.abstract, "address": _address(), "calls": calls,
+               "unix": services.unix, "abstract": services.abstract, "address": services.address,
+               "address_port": services.address_port, "calls": calls, "ipc_key": shared.key, "queue": shared.queue,
+               "private": private, "hostname": socket.gethostname(), "level": level, "paths": _paths(folder),
+               "counters": _counters(),
                "run_dir": str(folder / "run"), "home": str(folder), "pid_of_runner": os.getpid(),
                "interpreter": "/usr/bin/env", "interpreter_stat": [program.st_size, program.st_mtime_ns],
                "disk": os.stat("/").st_dev, "init": 1, "control": str(folder / "run" / "s")}
@@ -116,6 +181,9 @@ def host_facts(folder: Path) -> Iterator[dict[str, Any]]:
         victim.kill()
         victim.wait()
         services.close()
+        shared.close()
+        if place is not None:
+            shutil.rmtree(place)
 
 
 def _address() -> str:
@@ -163,18 +231,6 @@ async def runtime_of(level: str, folder: Path) -> AsyncIterator[tuple[Runtime, d
         await runtime.close()
 
 
-@contextlib.asynccontextmanager
-async def box_of(runtime: Runtime, config: dict[str, Any]) -> AsyncIterator[Box]:
-    name = f"box-{secrets.token_hex(3)}"
-    handle = await runtime.create(name, SandboxConfig(**config))
-    box = Box(runtime, handle, Path(str(handle.data.get("home", "/root"))))
-    try:
-        yield box
-    finally:
-        box.close()
-        await runtime.destroy(handle)
-
-
 async def program(host: Host, attempt: Attempt, box: Box) -> tuple[str, str]:
     """Run an attempt's program inside; its last word."""
     facts = {name: value for name, value in host.facts.items() if not callable(value)}
@@ -210,7 +266,14 @@ async def one(level: str, host: Host, attempt: Attempt, runtime: Runtime, common
         return "skipped", "not tried where it could do harm"
     if attempt.x86_only and os.uname().machine != "x86_64":
         return "skipped", "the numbers are those of x86_64"
+    if attempt.root and os.geteuid() != 0:
+        return "absent", "an ordinary user cannot look at it from outside"
     config = {**common, **(attempt.config if level != "none" else {})}
+    if attempt.shared and not attempt.config:
+        async with asyncio.timeout(110):
+            assert host.shared is not None
+            word, detail = await _try(host, attempt, host.shared)
+        return word, detail.strip()[:160]
     async with box_of(runtime, config) as box, asyncio.timeout(110):
         try:
             word, detail = await _try(host, attempt, box)
@@ -234,19 +297,20 @@ async def _try(host: Host, attempt: Attempt, box: Box) -> tuple[str, str]:
     return word, detail
 
 
-async def run_all(level: str, folder: Path, pattern: str = "") -> dict[str, Any]:
+async def run_all(level: str, folder: Path, patterns: Sequence[str] = ()) -> dict[str, Any]:
     """A theme after the other's start, each by itself in order, as the services of the host count who called; of the
     resources, which mostly wait, a few at once."""
     before = leftovers(folder)
     results: dict[str, tuple[str, str]] = {}
     isolation = ""
-    with host_facts(folder) as facts:
-        async with runtime_of(level, folder) as (runtime, common), box_of(runtime, common) as neighbour:
-            host = Host(facts, neighbour, level)
+    with host_facts(folder, level) as facts:
+        async with (runtime_of(level, folder) as (runtime, common), box_of(runtime, common) as neighbour,
+                    box_of(runtime, common) as shared):
+            host = Host(facts, neighbour, level, common, shared)
             isolation = neighbour.handle.isolation.value
             todo: dict[str, list[Attempt]] = {}
             for attempt in ATTEMPTS:
-                if pattern in attempt.key:
+                if not patterns or any(pattern in attempt.key for pattern in patterns):
                     todo.setdefault(attempt.theme, []).append(attempt)
 
             async def work(attempts: list[Attempt]) -> None:
@@ -260,7 +324,8 @@ async def run_all(level: str, folder: Path, pattern: str = "") -> dict[str, Any]
             await asyncio.gather(*(work(attempts) for theme, attempts in todo.items()
                                    for _ in range(AT_ONCE if theme == "resources" else 1)))
     ordered = {attempt.key: results[attempt.key] for attempt in ATTEMPTS if attempt.key in results}
-    return {"level": level, "isolation": isolation, "results": ordered, "left": await _left(folder, before)}
+    return {"level": level, "isolation": isolation, "source": os.path.dirname(rock.__file__), "results": ordered,
+            "left": await _left(folder, before)}
 
 
 async def _left(folder: Path, before: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -273,10 +338,19 @@ async def _left(folder: Path, before: dict[str, list[str]]) -> dict[str, list[st
         await asyncio.sleep(0.1)
 
 
+def _own_address() -> None:
+    """In a network namespace of its own: loopback up, with an address of this machine."""
+    if Path("/proc/self/net/route").read_text().count("\n") <= 1 and os.geteuid() == 0 and os.getpid() == 1:
+        kernel.loopback_up()
+        with netlink.routing() as link:
+            netlink.add_address(link, 1, "192.0.2.1")
+
+
 def main() -> None:
     level, folder = sys.argv[1], Path(sys.argv[2])
+    _own_address()
     try:
-        told = asyncio.run(run_all(level, folder, *sys.argv[3:4]))
+        told = asyncio.run(run_all(level, folder, sys.argv[3:]))
     except (errors.Unsupported, CannotBeHad) as error:
         told = {"level": level, "unsupported": str(error)}
     print(json.dumps(told))

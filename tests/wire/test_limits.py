@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
+import uvloop
 from tests.waiting import slowness
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
@@ -323,3 +325,50 @@ def test_proven_connections_are_never_dropped() -> None:
     assert not limits.admit(fourth)
     limits.leave(fourth)
     assert intake.HEAD_LIMIT == 64 << 10
+
+
+@pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_few_connections_are_accepted_in_one_pass(loop_factory: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    """However many wait in the kernel's queue, which is long enough for bursts, others have the loop in between."""
+    count = 300
+
+    async def play() -> None:
+        limits = Admission(total=2000)
+        async with serving(limits=limits) as port:
+            # While the loop stands still.
+            clients = [socket.create_connection(("127.0.0.1", port)) for _ in range(count)]
+            before = most = 0
+            while limits.open < count:
+                await asyncio.sleep(0)
+                most, before = max(most, limits.open - before), limits.open
+            for client in clients:
+                client.close()
+            while limits.open:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        assert most <= 17  # asyncio takes one more than its number
+
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(asyncio.wait_for(play(), 60))
+
+
+def test_an_announced_body_opens_no_way_around_the_limits() -> None:
+    """Only what is within a Content-Length is parsed without portions, and only once the head is whole."""
+
+    async def play() -> None:
+        async with serving() as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"PUT /x HTTP/1.1\r\nhost: localhost\r\ncontent-length: 99999999999\r\n")
+            for _ in range(40):
+                writer.write(b"x: 1\r\n" * 100)
+            assert (await answer_of(reader))[0] == 431
+            writer.close()
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            body = bytes(300_000)
+            writer.write((HEAD.replace(b"GET", b"PUT") + b"content-length: 300000\r\n\r\n" + body) * 3)
+            for _ in range(3):
+                assert await answer_of(reader) == (200, b"/healthz 300000")
+            writer.write(HEAD + b"x: " + b"a" * 100_000)
+            assert (await answer_of(reader))[0] == 431
+            writer.close()
+
+    asyncio.run(asyncio.wait_for(play(), 60))

@@ -57,6 +57,8 @@ from rock.wire.remote import Remote
 
 log = logging.getLogger("rock.server")
 T = TypeVar("T")
+_QUEUE = 2048  # connections that the kernel keeps until they are accepted
+_AT_ONCE = 16  # connections that are accepted in one pass of the loop, at most; uvloop accepts one
 
 
 def make_runtimes(settings: Settings, images: Images) -> dict[str, Runtime]:
@@ -266,7 +268,7 @@ def listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-        listener.listen(2048)
+        listener.listen(_QUEUE)
     except OSError as error:
         listener.close()
         raise Conflict(
@@ -278,7 +280,12 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class _Uvicorn(uvicorn.Server):
-    """Signals are ours: see `stop_on_signals`."""
+    """Signals are ours: see `stop_on_signals`. The queue of connections is longer than what is accepted at once."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or []:
+            listener.listen(_QUEUE)  # which the event loop has set to its own number
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -302,7 +309,7 @@ def http_over(
         server_header=False,
         proxy_headers=False,  # nobody who sends them is known to be a proxy
         ws_max_size=16 << 20,
-        backlog=2048,
+        backlog=_AT_ONCE,
         **tls,
     )
     return _Uvicorn(config)

@@ -1,5 +1,6 @@
 """HTTP connections. Each limit is applied to bytes before the parser keeps them, and no connection has the event loop
 for longer than BUDGET at a time: larger pieces of data are parsed in portions, between which the loop serves others.
+What is within the Content-Length of a body is parsed as it comes, at most 256 KB at once: that costs one copy.
 
 Connections of a client that waits in a line are not read until it is their turn: a flood costs the loop what it takes
 to read its requests, dozens of which come in one pass; what is done with them once they are read has turns already
@@ -71,6 +72,8 @@ class Intake(HttpToolsProtocol):
         self._head = False  # the head of a request has come in part
         self._silent = 0  # bytes of a head, or of a body's framing, that were parsed without a result
         self._body = 0  # bytes of a body that came last in one piece
+        self._announced = 0  # the Content-Length of this request
+        self._counted = 0  # bytes that are left of its body, once its head is whole
         self._size = _PIECE  # bytes that are parsed next
         self._error: RockError | None = None  # why the parser was stopped
         self._status = 0
@@ -117,6 +120,8 @@ class Intake(HttpToolsProtocol):
         elif self._is_between and self._place.wait(self._go_on):
             self._unset_keepalive_if_required()
             self._held = data
+        elif len(data) <= self._counted and len(self.pipeline) < _PIPELINED:
+            super().data_received(data)  # nothing but body, whose parsing costs one copy
         elif len(data) <= _PIECE and len(self.pipeline) < _PIPELINED:
             super().data_received(data)
             if not self._whole or self._deadline is None:
@@ -142,11 +147,13 @@ class Intake(HttpToolsProtocol):
                 if not full:
                     rounds().soon(self._go_on)
                 return
-            piece = data[at : at + size]
+            counted = self._counted
+            piece = data[at : at + max(size, counted)]
             self._body = 0
             super().data_received(piece)
-            self._watch(len(piece))
-            at += size
+            if counted < len(piece):
+                self._watch(len(piece))
+            at += len(piece)
             size = self._size = min(2 * size, _HELD) if self._body == len(piece) else _PIECE  # larger within one body
 
     @property
@@ -199,6 +206,7 @@ class Intake(HttpToolsProtocol):
         self._head = True
         self._size = _PIECE
         self._silent = 0
+        self._announced = self._counted = 0
         super().on_message_begin()
         self.scope[PLACE] = self._place  # type: ignore[literal-required]
 
@@ -211,20 +219,26 @@ class Intake(HttpToolsProtocol):
         if len(self.headers) >= HEADERS:
             self._stop(431, f"the request has more than {HEADERS} headers")
         super().on_header(name, value)
+        if self.headers[-1][0] == b"content-length" and value.isdigit():
+            self._announced = int(value[:18])
 
     def on_headers_complete(self) -> None:
         self._head = False
         self._silent = 0
         self._no_deadline()
+        if self._announced and not any(name == b"transfer-encoding" for name, _ in self.headers):
+            self._counted = self._announced
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         self._silent = 0
         self._body = len(body)
+        self._counted -= len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._whole = True
+        self._counted = 0
         super().on_message_complete()
 
     def _stop(self, status: int, message: str) -> None:

@@ -49,18 +49,17 @@ def mount(spec: dict[str, Any]) -> None:
 def _detached(bind: dict[str, Any], index: int, folder: str) -> int:
     source = str(bind["source"])
     if bind["public"] and os.path.isdir(source):  # gVisor reads as root
-        views = f"{folder}/views"
-        for name in (views, f"{views}/nothing", f"{views}/all{index}", f"{views}/public{index}"):
-            os.makedirs(name, exist_ok=True)
-            os.chmod(name, 0o755)
-        # The user that mounts it may not pass through the folders above it, nor through those above the source.
+        public = f"{folder}/public{index}"
+        os.mkdir(public)
+        kernel.mount("rock", public, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=755,size=64k")
+        os.chdir(public)  # who mounts it may walk neither through the server's folders nor to the source
+        for name in ("source", "nothing", "public"):
+            os.mkdir(name)
         fd = kernel.open_tree(source)
-        kernel.move_mount(fd, f"{views}/all{index}")
+        kernel.move_mount(fd, "source")
         os.close(fd)
-        os.chdir(views)
-        mounts.mount_public(f"all{index}", f"public{index}", "nothing", 0)
-        os.chdir("/")
-        source = f"{views}/public{index}"
+        mounts.mount_public("source", "public", "nothing", 0)
+        source = f"{public}/public"
     if bind["writable"] and os.path.isdir(bind["source"]):
         spot = f"{folder}/bind{index}"
         os.mkdir(spot)

@@ -25,6 +25,7 @@ from rock.runtime.namespace.zygote import OPTIONAL, Area, Row
 CAPABILITIES = sum(1 << number for number in (0, 1, 3, 4, 5, 6, 7, 10, 18))
 LAST_CAPABILITY = int(cgroups.read_text("/proc/sys/kernel/cap_last_cap") or 40)
 _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_SET_DUMPABLE = 24, 38, 4
+_HAS_CGROUPS = os.path.exists("/proc/self/ns/cgroup")
 _NO_CALL = 0xFFFFF  # until the gate opens, which puts a real number in its place
 _CLOSE_RANGE = 436
 _LAST_FD = 0xFFFFFFFF
@@ -100,7 +101,7 @@ def plan(area: Area, constants: Constants, fds: Descriptors, spec: dict[str, Any
     rows += [("waiting for its files", (number["read"], fds.gate[0], gate, 8)),
              ("waiting for its files", (_NO_CALL,)),
              ("root folder", (number["chdir"], ctypes.addressof(constants.root)))]
-    if spec["cgroups"]:  # of which it then sees only its own
+    if _HAS_CGROUPS:  # without limits of its own too: the names of the host's groups are not for a sandbox
         rows.append(("cgroup namespace", (number["unshare"], kernel.CLONE_NEWCGROUP)))
     rows.append(("user namespace", (number["setns"], fds.userns, kernel.CLONE_NEWUSER)))
     if spec["privileged"]:

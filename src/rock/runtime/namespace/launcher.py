@@ -83,6 +83,7 @@ class Launcher:
         mounts.prepare_staging(self.staging)
         self.nets = Nets(usable=self.privileged)
         self.wired = WiredNets(self.privileged)
+        self.unnamed = mounts.UnnamedFolders(self.staging, self.privileged)
         self.home = build.Home(self.privileged, self.nets)
         if self.privileged:
             self._favour_moves()
@@ -217,6 +218,7 @@ class Launcher:
             fds = birth.Descriptors(listener.fileno(), told.fileno(), gate, namespace, spec["lease"], net,
                                     tuple(sockets))
             birth.plan(area, self.constants, fds, spec)
+            self.unnamed.prepare(spec["binds"])
             flags = _ALL & ~(kernel.CLONE_NEWNET if spec["network"] == "host" or net >= 0 else 0)
             pid = self.zygote.clone(area, flags, birth.pack_note(fds, self._server_uid()))
             told.close()

@@ -52,7 +52,10 @@ def _fill_dev(folder: str) -> None:
         os.symlink(target, f"{folder}/{name}")
     for name in _DEVICES:
         os.close(os.open(f"{folder}/{name}", os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o666))
-        kernel.mount(f"/dev/{name}", f"{folder}/{name}", "", kernel.MS_BIND)
+        device = kernel.open_tree(f"/dev/{name}")
+        kernel.set_attributes(device, kernel.ATTR_NOSUID)
+        kernel.move_mount(device, f"{folder}/{name}")
+        os.close(device)
     kernel.mount("", folder, "", kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY | kernel.MS_NOSUID
                  | kernel.MS_NODEV)
 
@@ -106,17 +109,31 @@ def stack(spec: dict[str, Any], staging: str, userns: int) -> list[tuple[int, st
         kernel.move_mount(spec["mounted"], "rw")
     elif mapped:
         _attach_mapped(spec["slot"], "rw", userns)
-    writable = "rw" if mapped or spec["disk"] else spec["slot"]
-    lowers = []
-    for index, layer in enumerate(spec["layers"]):
-        if not os.path.isdir(layer):
-            raise FileNotFoundError(errno.ENOENT, "a layer of the image is missing", layer)
-        if mapped and index < SLOTS:
-            _attach_mapped(layer, f"l{index}", userns)
-            lowers.append(f"l{index}")
-        else:
-            lowers.append(layer)
-    overlay("root", lowers, f"{writable}/upper", f"{writable}/work", rootless=not spec["privileged"])
+    with contextlib.ExitStack() as opened:
+        writable = "rw" if mapped or spec["disk"] else _unnamed(spec["slot"], opened)
+        lowers = []
+        for index, layer in enumerate(spec["layers"]):
+            if not os.path.isdir(layer):
+                raise FileNotFoundError(errno.ENOENT, "a layer of the image is missing", layer)
+            if mapped and index < SLOTS:
+                _attach_mapped(layer, f"l{index}", userns)
+                lowers.append(f"l{index}")
+            else:
+                lowers.append(_unnamed(layer, opened))
+        overlay("root", lowers, f"{writable}/upper", f"{writable}/work", rootless=not spec["privileged"])
+        return _detached(spec, writable, userns)
+
+
+def _unnamed(folder: str, opened: contextlib.ExitStack) -> str:
+    """Another name for a folder of the host, as the mount table shows the options of an overlay inside. It holds until
+    `opened` is closed."""
+    fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    opened.callback(os.close, fd)
+    return f"/proc/self/fd/{fd}"
+
+
+def _detached(spec: dict[str, Any], writable: str, userns: int) -> list[tuple[int, str]]:
+    """What goes over the root after the switch, in order."""
     waiting = []
     for index, bind in enumerate(spec["binds"]):
         waiting.append((_detached_bind(bind, index, spec, writable, userns), bind["target"]))
@@ -152,6 +169,8 @@ def _detached_bind(bind: dict[str, Any], index: int, spec: dict[str, Any], writa
     if bind["writable"] and os.path.isdir(bind["source"]):
         with contextlib.suppress(OSError):  # as where the host's own root is an overlay over another: read-only then
             return _writable_bind(bind, index, spec, writable, userns)
+    if bind.get("unnamed"):
+        return kernel.open_tree(bind["unnamed"])
     attributes = _SAFE | kernel.ATTR_RDONLY
     recursive = False
     try:
@@ -179,6 +198,55 @@ def _writable_bind(bind: dict[str, Any], index: int, spec: dict[str, Any], writa
     spot = f"b{SLOTS - 1 - index}"
     overlay(spot, [lower], f"{writable}/upper{index}", f"{writable}/work{index}", rootless=not spec["privileged"])
     return kernel.open_tree(spot)
+
+
+class UnnamedFolders:
+    """Read-only folders of the host as overlays in the staging folder, made once by the launcher. The mount table shows
+    the host's path of a bind mount, but the names that the launcher gave for the lower folders of an overlay.
+
+    staging: the folder. privileged: the launcher is root.
+    """
+
+    def __init__(self, staging: str, privileged: bool) -> None:
+        self._staging = staging
+        self._privileged = privileged
+        self._count = 0
+        self._made: dict[str, tuple[tuple[int, int], str]] = {}  # by source: which folder it was, and where it is
+
+    def prepare(self, binds: list[dict[str, Any]]) -> None:
+        """Note for each bind in which folder of the staging folder its source is, before a child is cloned."""
+        for bind in binds:
+            if bind["source"] != bind["target"] and not bind["idmap"] and os.path.isdir(bind["source"]):
+                bind["unnamed"] = self._get(bind["source"])
+
+    def _get(self, source: str) -> str:
+        found = os.stat(source)
+        key = (found.st_dev, found.st_ino)
+        known = self._made.get(source)
+        if known is None or known[0] != key:
+            self._count += 1
+            name = ""  # where it cannot be had, which is not tried again
+            with contextlib.suppress(OSError):
+                name = self._make(source, f"below{self._count}", f"shown{self._count}")
+            known = self._made[source] = key, name
+        return known[1]
+
+    def _make(self, source: str, below: str, shown: str) -> str:
+        os.chdir(self._staging)  # names are relative: mount_public may not walk through the server's folders
+        for folder in (below, shown):
+            os.mkdir(folder, 0o755)
+        fd = kernel.open_tree(source)
+        try:
+            kernel.set_attributes(fd, _SAFE | kernel.ATTR_RDONLY, private=True)
+            kernel.move_mount(fd, below)
+        finally:
+            os.close(fd)
+        if self._privileged:
+            mount_public(below, shown, "nothing", 0)
+        else:
+            kernel.mount("overlay", shown, "overlay", kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV,
+                         f"lowerdir={below}:nothing,userxattr")
+        return shown
 
 
 def mount_public(source: str, target: str, nothing: str, owner: int) -> None:
