@@ -17,7 +17,7 @@ from rock.errors import InvalidConfig, NotFound, Unavailable, Unsupported
 from rock.protocol.action import Command, CommandResponse, ProcessInfo
 from rock.protocol.routes import RESUMES
 from rock.rocklet.imageshell import Shell
-from rock.rocklet.spool import SpoolFile
+from rock.rocklet.spool import SpoolFile, told_missing
 from rock.rocklet.streams import Capped, Reader, as_text, write_all
 from rock.runtime.base import ExitStatus, Handle, Process, Program, Runtime, Snapshots
 from rock.telemetry import tracing
@@ -68,6 +68,7 @@ class Execution:
         self._waiting: asyncio.Task[Any] | None = None  # whose task waits for the end
         self._leaving = False
         self._spools = spools
+        self._missing: list[int | None] = [None, None]  # bytes that a former rocklet kept and that are damaged
         for reader, spool in zip(self._readers, spools, strict=bool(spools)):
             reader.take = spool.take
 
@@ -79,8 +80,8 @@ class Execution:
 
     def resume_at(self, starts: Sequence[int]) -> None:
         """Take in what a former rocklet had read."""
-        for spool, start, kept in zip(self._spools, starts, (self._out, self._err), strict=False):
-            spool.load(_TOKEN, start, kept)
+        for number, (spool, start) in enumerate(zip(self._spools, starts, strict=False)):
+            self._missing[number] = spool.load(_TOKEN, start, (self._out, self._err)[number])
 
     def pause(self) -> None:
         for reader in self._readers:
@@ -177,6 +178,10 @@ class Execution:
             reason = f"killed by signal {status.signal}"
         elif status.code is None:
             reason = "it ended and nobody saw how"
+        out_missing, err_missing = self._missing
+        if out_missing is not None or err_missing is not None:
+            told = told_missing((out_missing or 0) + (err_missing or 0))
+            reason = f"{reason}; {told}" if reason else told
         return CommandResponse.made(
             stdout=out_text,
             stderr=err_text,
@@ -186,8 +191,8 @@ class Execution:
             signal=status.signal,
             timed_out=timed_out,
             failure_reason=reason,
-            stdout_dropped=out_dropped,
-            stderr_dropped=err_dropped,
+            stdout_dropped=out_dropped + (out_missing or 0),
+            stderr_dropped=err_dropped + (err_missing or 0),
             duration=duration,
         )
 

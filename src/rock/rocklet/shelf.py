@@ -32,6 +32,7 @@ class Shelf:
         self._records = folder / "records"
         self._logs = folder / "logs"
         self._spools = folder / "spools"
+        self.damaged = folder.parent / "damaged"
         self._free: list[SpoolFolder] = []  # empty ones, for the next sandboxes
         self.shells: dict[tuple[str, str, str | None], Shell] = {}
 
@@ -65,7 +66,7 @@ class Shelf:
         """That of a sandbox of a former rocklet, or one for a new sandbox."""
         if name is None and self._free:
             return self._free.pop()
-        return SpoolFolder(self._spools / os.path.basename(name or os.urandom(6).hex()))
+        return SpoolFolder(self._spools / os.path.basename(name or os.urandom(6).hex()), self.damaged)
 
     def give_back(self, spools: SpoolFolder) -> None:
         """Of a sandbox that has no record any more."""

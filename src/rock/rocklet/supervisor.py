@@ -60,6 +60,7 @@ class Supervisor:
         self.connections = Connections()
         self.spools = shelf.spools(spools)
         self.journal = Journal(self.spools)
+        self._marked = False  # whether the folder of spool files has been made
         self._ended = ended
         self._busy = 0
         self._last = time.monotonic()
@@ -71,6 +72,9 @@ class Supervisor:
 
     def save(self) -> None:
         """Write the record: replaced at once, so that a crash leaves the old one or the new one."""
+        with contextlib.suppress(OSError):
+            self.spools.make()
+            self._marked = True
         wholefile.replace(self._shelf.record(self.id), self._record())
 
     async def saved(self) -> None:
@@ -81,11 +85,12 @@ class Supervisor:
     def _record(self) -> str:
         processes = {p.id: {"command": p.command, "started_at": p.started_at} for p in self.processes.values()}
         return written(self.config, self.handle, sessions=self.sessions.record(), processes=processes,
-                       spools=self.spools.path.name)  # fmt: skip
+                       spools=self.spools.path.name, marked=self._marked)  # fmt: skip
 
     async def recover(self, record: dict[str, Any]) -> None:
         """Take over the sessions and processes of a former rocklet; what is gone is left out."""
-        self.journal.load()
+        self._marked = bool(record.get("marked"))
+        self.journal.load(expected=self._marked)
         kept = await self.runtime.processes(self.handle)
         sessions = record.get("sessions", {})
         await resuming.settle_sessions(self, kept, sessions)
