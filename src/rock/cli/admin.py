@@ -47,9 +47,19 @@ def start(
     tls_cert: Annotated[str | None, typer.Option(help="Serve TLS with this chain of certificates, in PEM.")] = None,
     tls_key: Annotated[str | None, typer.Option(help="The key of the certificate, in PEM.")] = None,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay, and log to the terminal.")] = False,
+    adopt: Annotated[
+        bool, typer.Option("--adopt", help="The store was lost: go on with the sandboxes that run, in a new one.")
+    ] = False,
+    abandon: Annotated[
+        bool, typer.Option("--abandon", help="The store was lost: end all sandboxes, and remove files that are kept.")
+    ] = False,
 ) -> None:
     """Start the server and return when it serves. Sandboxes of a server that crashed are found again."""
-    settings = _settings(host=host, port=port, tls_cert=_file(tls_cert), tls_key=_file(tls_key), role=role)
+    if adopt and abandon:
+        raise InvalidConfig("--adopt and --abandon exclude each other")
+    changed = "adopt" if adopt else "abandon" if abandon else None
+    settings = _settings(host=host, port=port, tls_cert=_file(tls_cert), tls_key=_file(tls_key), role=role,
+                         store_changed=changed)  # fmt: skip
     role_of(settings.role)
     require_key_beyond_loopback(settings.host, settings.api_key)
     tls_of(settings)
@@ -89,7 +99,7 @@ def _launch(settings: Settings) -> dict[str, Any]:
             cwd="/",
             env=child_environment(
                 ROCK_HOME=str(settings.home), ROCK_TLS_CERT=settings.tls_cert, ROCK_TLS_KEY=settings.tls_key,
-                ROCK_ROLE=settings.role,
+                ROCK_ROLE=settings.role, ROCK_STORE_CHANGED=settings.store_changed,
             ),
         )
     home = Home(settings.home)

@@ -221,8 +221,6 @@ class Journal:
         data = data or b""
         known = found is not None and found.exists
         size, checksum = found.journal if found is not None and found.journal is not None else (0, 0)
-        if known and found is not None and found.damaged:
-            faults.append(f"{found.damaged} of its marks are damaged")
         if len(data) < size:
             faults.append(f"{size - len(data)} of {size} bytes are missing")
         elif zlib.crc32(data[:size]) != checksum:
@@ -230,6 +228,9 @@ class Journal:
         damaged, old = self._read_lines(data, size)
         if damaged:
             faults.append(f"{damaged} entries are damaged")
+        torn = bool(faults) or not data
+        if known and found is not None and found.damaged:
+            faults.append("its marks are damaged")
         if not known and (expected or (data and not old)):
             faults.append("its marks are missing")
         if found is not None:
@@ -240,7 +241,7 @@ class Journal:
             self.damage = "; ".join(faults)
             log.error("the journal %s is damaged: %s", self._folder.path, self.damage)
             self._folder.set_aside("journal", "marks")
-            if not known or (found is not None and found.damaged):
+            if torn and (not known or (found is not None and found.damaged)):  # nothing tells which keys began
                 self._refused_until = time.monotonic() + RECONNECT_TIMEOUT
         if data and (faults or old or len(data) > size):
             self._drop_old()  # half a line at its end would spoil the next one
@@ -329,7 +330,7 @@ def _decoded(text: bytes) -> tuple[dict[str, Any], bool] | None:
     """(a line, whether it is of a version without checksums); None for a damaged one."""
     old = text[-_SUM_LENGTH:-10] != _SUM
     try:
-        if not old and int(text[-10:-2], 16) != zlib.crc32(text[:-_SUM_LENGTH] + b"}"):
+        if not old and (text[-2:] != b'"}' or int(text[-10:-2], 16) != zlib.crc32(text[:-_SUM_LENGTH] + b"}")):
             return None
         line = orjson.loads(text if old else text[:-_SUM_LENGTH] + b"}")
     except ValueError:

@@ -88,7 +88,7 @@ def read(path: Path) -> Found:
             found.began.add(request)
         elif what == FORGOTTEN:
             found.began.discard(request)
-    found.damaged += _missing([entry[0] for entry in entries])
+    found.damaged = max(found.damaged, _missing([entry[0] for entry in entries]))
     for at in range(_SLOTS_AT, len(data), _SLOT_LENGTH):
         raw = data[at:at + _SLOT.size + _OWN.size]
         if not any(raw):

@@ -267,7 +267,7 @@ class SpoolFolder:
         self.path = path
         self.aside = aside
         self.marks = Marks(path / _MARKS)
-        self._found: dict[int, Slot] = {}
+        self.found: dict[int, Slot] = {}  # what a former rocklet marked
         self._free: dict[str, SpoolFile] = {}
         self._journal = -1
         self._closed = False
@@ -277,7 +277,7 @@ class SpoolFolder:
         found = self._free.pop(name, None)
         if found is None:
             self._make()
-            found = SpoolFile(self.path / name, self.marks, self._found.pop(marks.digest(name), None), self.aside)
+            found = SpoolFile(self.path / name, self.marks, self.found.pop(marks.digest(name), None), self.aside)
         return found
 
     def borrow(self) -> SpoolFile:
@@ -308,7 +308,7 @@ class SpoolFolder:
         """What a former rocklet marked; what comes is marked after that. OSError."""
         found = marks.read(self.path / _MARKS)
         self.marks.go_on(found)
-        self._found = dict(found.slots)
+        self.found = dict(found.slots)
         return found
 
     def read_journal(self) -> bytes:
@@ -345,7 +345,7 @@ class SpoolFolder:
             for spool in self._free.values():
                 spool.empty()
             self.marks.empty()
-            self._found.clear()
+            self.found.clear()
             for name in os.listdir(self.path) if self.path.is_dir() else ():
                 if name == _JOURNAL and self._journal >= 0:
                     os.ftruncate(self._journal, 0)

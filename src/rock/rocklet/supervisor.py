@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
@@ -24,6 +25,7 @@ from rock.rocklet.sessions import Sessions
 from rock.rocklet.shelf import Shelf, written
 from rock.runtime import wholefile
 from rock.runtime.base import Handle, Keeps, Limits, Runtime, Watches
+from rock.runtime.diskerrors import not_kept
 from rock.runtime.image.packages import CURRENT
 
 
@@ -100,7 +102,8 @@ class Supervisor:
                 process = await self.runtime.attach(self.handle, programs.KEY + key)
                 folder = self._shelf.logs(self.id) / key
                 folder.mkdir(parents=True, exist_ok=True)
-                self.processes[key] = programs.Background(key, entry["command"], process, folder, entry["started_at"])
+                self.processes[key] = programs.Background(key, entry["command"], process, folder, entry["started_at"],
+                                                          marks=self.spools.marks, found=self.spools.found)  # fmt: skip
         self._env_host_kept = EnvHost.KEY in kept
         await resuming.settle(self, kept)
 
@@ -163,14 +166,18 @@ class Supervisor:
             await faults.point("process.started")
             folder = self._shelf.logs(self.id) / key
             folder.mkdir(parents=True)
-            background = programs.Background(key, command.command, process, folder)
+            background = programs.Background(key, command.command, process, folder, marks=self.spools.marks)
             self.processes[key] = background
             await self.saved()
             await faults.point("process.saved")
-        except BaseException:
+        except BaseException as error:
             # Nobody would know of it.
-            self.processes.pop(key, None)
             await asyncio.shield(process.kill_tree())
+            if key in self.processes:
+                await self.processes.pop(key).forget()
+            await asyncio.to_thread(shutil.rmtree, self._shelf.logs(self.id) / key, True)
+            if isinstance(error, OSError):
+                raise not_kept(error, self.id, "what the process writes") from None
             raise
         if command.stdin is not None:
             background.feed(command.stdin.encode("utf-8", "surrogateescape"))
@@ -181,7 +188,8 @@ class Supervisor:
         process = await self.runtime.attach(self.handle, programs.KEY + key)
         folder = self._shelf.logs(self.id) / key
         folder.mkdir(parents=True, exist_ok=True)
-        background = self.processes[key] = programs.Background(key, command.command, process, folder)
+        background = self.processes[key] = programs.Background(
+            key, command.command, process, folder, marks=self.spools.marks, found=self.spools.found)  # fmt: skip
         await self.saved()
         if command.stdin is not None:
             background.feed(command.stdin.encode("utf-8", "surrogateescape"))
