@@ -1,4 +1,4 @@
-"""`rock admin start|stop|status`: the server as a background process of this machine."""
+"""`rock admin start|stop|status|backup|restore`: the server as a background process of this machine."""
 
 from __future__ import annotations
 
@@ -200,3 +200,37 @@ def status(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
         typer.echo(f"serving on {_where(note)} (pid {note.get('pid')}, home {settings.home})")
     if note is None:
         raise typer.Exit(3)
+
+
+@app.command()
+def backup(
+    file: Annotated[Path, typer.Argument(help="The file to write; it is replaced at once.")],
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Copy the store, the catalogue and the logins of registries to a file. The server may run. Files of sandboxes and
+    images are not in it."""
+    from rock.cli import upkeep
+
+    done = upkeep.backup(_settings(), file)
+    if as_json:
+        typer.echo(json.dumps(done))
+    else:
+        typer.echo(f"{done['sandboxes']} records of sandboxes, {', '.join(done['files'])}: {done['bytes']} bytes in "
+                   f"{done['file']}")  # fmt: skip
+
+
+@app.command()
+def restore(
+    file: Annotated[Path, typer.Argument(help="What `rock admin backup` wrote.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace a store that is newer than the backup.")] = False,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Put a backup in the place of the store, while no server runs. What was there is kept beside it."""
+    from rock.cli import upkeep
+
+    done = upkeep.restore(_settings(), file, force)
+    if as_json:
+        typer.echo(json.dumps(done))
+    else:
+        kept = f"; what was there is kept: {', '.join(done['kept'])}" if done["kept"] else ""
+        typer.echo(f"restored {done['sandboxes']} records of sandboxes to {done['store']}{kept}")

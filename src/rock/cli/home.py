@@ -75,6 +75,7 @@ class Home:
                 hint="stop it with: rock admin stop, or set another ROCK_HOME",
             ) from None
         self._lock = lock
+        self.reserve.prepare()
 
     def write(self, host: str, port: int, tls_cert: str = "") -> None:
         note = {"pid": os.getpid(), "host": host, "port": port, "tls_cert": tls_cert}

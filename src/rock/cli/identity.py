@@ -11,6 +11,7 @@ from typing import Any
 
 from rock.admin.infos import new_info
 from rock.errors import Conflict, InvalidConfig, Unsupported
+from rock.protocol.owner import RESTORED, STORE_NOTE
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
 from rock.rocklet.node import Node
 from rock.runtime import wholefile
@@ -35,7 +36,7 @@ class Identity:
         if changed == "adopt" and node is None:
             raise Unsupported("sandboxes of other machines cannot be adopted",
                               hint="restore a backup, or rock admin start --abandon")  # fmt: skip
-        self._note = run_dir / "store.json"
+        self._note = run_dir / STORE_NOTE
         self._store = store
         self._changed = changed
         self._node = node
@@ -44,14 +45,15 @@ class Identity:
         """Before the store is opened, which makes a new one where there is none. Conflict."""
         missing = self._store.missing()
         if missing is not None and self._noted() is not None:
-            self._decide(missing)
+            self._decide(missing, self._left())
 
     async def check(self) -> None:
         """Of the store that was opened. Conflict."""
         identity, noted = await self._store.identity(), self._noted()
         if noted not in (None, identity):
-            if self._left():
-                self._decide("the store is not the one that they were created with")
+            left = await self._unknown()
+            if left:
+                self._decide("the store is another one and does not know them", left)
                 if self._changed == "adopt":
                     await self._adopt()
             log.warning("the store is another one than before: %s", self._changed or "nothing was left of that one")
@@ -75,8 +77,13 @@ class Identity:
             return ["those of its workers"]
         return sorted({*node.supervisors, *node.kept.ids(), *node.quarantine.ids()})
 
-    def _decide(self, why: str) -> None:
-        left = self._left()
+    async def _unknown(self) -> Sequence[str]:
+        """Those that the store does not know."""
+        if self._node is None:
+            return [] if self._noted() == RESTORED else self._left()
+        return [one for one in self._left() if await self._store.get(one) is None]
+
+    def _decide(self, why: str, left: Sequence[str]) -> None:
         if not left or self._changed:
             return
         count = f"{len(left)} sandboxes are" if self._node is not None else "sandboxes of its workers may be"

@@ -18,8 +18,8 @@ _EVERY = 5.0  # seconds
 class Reserve:
     """The file `reserve` in ROCK_HOME, of 4 MiB.
 
-    It is removed when a start finds less than 1 MiB free, or when the store cannot write, and made again when 16 MiB
-    are free. While it is missing for that reason no sandbox is created (StorageFull). Commands, sessions, lists, stops
+    It is emptied when a start finds less than 1 MiB free, or when the store cannot write, and made again when 16 MiB
+    are free. While it is empty no sandbox is created (StorageFull). Commands, sessions, lists, stops
     and deletes go on.
     """
 
@@ -29,18 +29,21 @@ class Reserve:
 
     def prepare(self) -> None:
         """Before anything is written by a start."""
+        self.released = self._size() == 0
         if self._free() < _LITTLE:
             self.release()
-        elif self._free() >= _ENOUGH:
+        elif self._free() >= _ENOUGH and self.released:
             self._make()
 
     def release(self) -> bool:
         """Give the space back to the disk; whether there was any."""
-        self.released = True
+        if not self._size():
+            return False
         try:
-            self._file.unlink()
+            os.truncate(self._file, 0)
         except OSError:
             return False
+        self.released = True
         log.error("the disk of %s is full: the reserve of %d MiB was released, and no sandbox is created until 16 MiB "
                   "are free", self._file.parent, SIZE >> 20)  # fmt: skip
         return True
@@ -48,9 +51,16 @@ class Reserve:
     async def keep(self) -> None:
         """Make it again when there is space. Runs until it is cancelled."""
         while True:
-            if (self.released or not self._file.exists()) and self._free() >= _ENOUGH:
+            if not self._size() and self._free() >= _ENOUGH:
                 await asyncio.to_thread(self._make)
             await asyncio.sleep(_EVERY)
+
+    def _size(self) -> int | None:
+        """Bytes of the file; None when there is none."""
+        try:
+            return self._file.stat().st_size
+        except OSError:
+            return None
 
     def _free(self) -> int:
         try:

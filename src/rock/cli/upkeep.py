@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import sqlite3
 import tarfile
 import tempfile
@@ -16,6 +17,9 @@ from typing import Any
 from rock import __version__
 from rock.cli.home import Home, make_private
 from rock.errors import Conflict, InvalidConfig, NotFound, RockError, StorageFull, Unavailable, Unsupported
+from rock.protocol.owner import RESTORED
+from rock.protocol.owner import STORE_NOTE as NOTE
+from rock.runtime import wholefile
 from rock.settings import Settings
 from rock.store.migrations import SQLITE
 
@@ -118,6 +122,9 @@ def restore(settings: Settings, source: Path, force: bool) -> dict[str, Any]:
                 place = target if part == _STORE else settings.home / part
                 if (folder / part).exists():
                     replaced += _put(folder / part, place)
+            note = settings.run_dir / NOTE
+            if note.exists():  # the start compares what runs with what the store knows
+                wholefile.replace(note, wholefile.summed(json.dumps({"identity": RESTORED})))
     except OSError as error:
         raise _told(error, target) from None
     finally:
@@ -175,7 +182,7 @@ def _put(file: Path, place: Path) -> list[str]:
             aside = Path(f"{place}.replaced-{stamp}{suffix}")
             os.replace(old, aside)
             kept.append(str(aside))
-    os.replace(file, place)
+    shutil.move(file, place)
     return kept
 
 
