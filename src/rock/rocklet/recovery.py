@@ -7,6 +7,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from rock.protocol.sandbox import Cause
+from rock.runtime import wholefile
 from rock.runtime.base import Liveness
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Recovery:
         except OSError as error:
             self._hold(sandbox_id, f"its record on the server's disk cannot be read ({error.strerror})")
             return
-        except ValueError as error:
+        except wholefile.Damaged as error:  # what is not understood may be a newer server's
             log.error("the record of sandbox %s is damaged: %s", sandbox_id, error)
             self._hold(sandbox_id, "its record on the server's disk is damaged")
             return

@@ -52,7 +52,7 @@ class Shelf:
         return sorted(name for name in os.listdir(self._records) if not name.startswith("."))
 
     def load(self, sandbox_id: str) -> tuple[SandboxConfig, Handle, dict[str, Any]]:
-        """ValueError for a record that is damaged. OSError."""
+        """wholefile.Damaged. OSError. Whatever else is raised: a record of a newer version."""
         record = wholefile.parsed(Path(self.record(sandbox_id)).read_bytes())
         handle = record["handle"]
         handle["isolation"] = Isolation(handle["isolation"])
