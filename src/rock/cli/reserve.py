@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 from pathlib import Path
@@ -50,6 +49,8 @@ class Reserve:
 
     async def keep(self) -> None:
         """Make it again when there is space. Runs until it is cancelled."""
+        import asyncio  # which the commands of a client do not need
+
         while True:
             if not self._size() and self._free() >= _ENOUGH:
                 await asyncio.to_thread(self._make)
