@@ -36,6 +36,7 @@ what runs when the server in front of it is gone |
 | ROCK_TLS_CERT, ROCK_TLS_KEY | none | a chain of certificates and its key (PEM): the server speaks TLS |
 | SSL_CERT_FILE | the system's | whom clients trust |
 | ROCK_STORE | rock.sqlite in ROCK_HOME | where the server remembers: a file, or postgresql://USER@HOST/DATABASE |
+| ROCK_STORE_CHANGED | none | what a start does with sandboxes that its store does not know: adopt or abandon them |
 | ROCK_WORKERS | none | an admin without sandboxes of its own: its rocklets, as NAME=URL,NAME=URL; or "none" |
 | ROCK_WORKER_KEY | ROCK_API_KEY | the key that those ask for, and that a rocklet may join by |
 | ROCK_WORKER_LEASE | 10 | seconds of the lease of a worker that joined |
@@ -248,6 +249,7 @@ class Settings:
     tls_cert: str = ""
     tls_key: str = ""
     store: str = field(default="", repr=False)
+    store_changed: str = ""
     workers: str = ""
     worker_key: str = field(default="", repr=False)
     worker_lease: float = 10.0
@@ -338,6 +340,7 @@ class Settings:
             ("tls_cert", str),
             ("tls_key", str),
             ("store", str),
+            ("store_changed", str),
             ("workers", str),
             ("worker_key", str),
             ("worker_lease", float),

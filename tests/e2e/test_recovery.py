@@ -15,6 +15,7 @@ from rock.actions import CreateBashSessionRequest
 from rock.errors import Conflict, RockError, Unavailable
 from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import Cause, State
+from rock.runtime import wholefile
 from rock.sync import Client, Sandbox, SandboxConfig
 from rock.sync.transport import Transport
 
@@ -99,7 +100,8 @@ def test_what_a_newer_server_wrote_is_left_to_it(own_server: Callable[..., Runni
     server.kill()
     record = json.loads(text)
     record["config"]["of_tomorrow"] = 1
-    file.write_text(json.dumps(record))
+    del record["crc"]
+    file.write_text(wholefile.summed(json.dumps(record)))
     server.start()
     assert "could not be found again" in server.log()
     assert file.exists() and Path(f"/proc/{pid}").exists()

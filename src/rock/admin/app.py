@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 from rock.admin.api.about import About
 from rock.admin.api.beats import Beats
 from rock.admin.api.late import Late, guarded
@@ -73,6 +75,7 @@ class Admin:
     def __init__(
         self, settings: Settings, store: Store, workers: Fleet, roles: list[str], data: App, leads: bool = True
     ) -> None:
+        self.opened: Callable[[], Awaitable[None]] | None = None  # called when the store is open
         self._blobs = make_blobs(settings)
         limit = _limit(settings.archive_limit)
         self._reservations = make_reservations(settings)
@@ -99,6 +102,8 @@ class Admin:
         """Open the store and settle what a former run left."""
         await self._store.open()
         try:
+            if self.opened is not None:
+                await self.opened()
             await self.keys.check_guarded()
         except BaseException:
             await self._store.close()

@@ -1,4 +1,4 @@
-"""`rock admin start|stop|status`: the server as a background process of this machine."""
+"""`rock admin start|stop|status|backup|restore`: the server as a background process of this machine."""
 
 from __future__ import annotations
 
@@ -47,9 +47,19 @@ def start(
     tls_cert: Annotated[str | None, typer.Option(help="Serve TLS with this chain of certificates, in PEM.")] = None,
     tls_key: Annotated[str | None, typer.Option(help="The key of the certificate, in PEM.")] = None,
     foreground: Annotated[bool, typer.Option("--foreground", help="Stay, and log to the terminal.")] = False,
+    adopt: Annotated[
+        bool, typer.Option("--adopt", help="The store was lost: go on with the sandboxes that run, in a new one.")
+    ] = False,
+    abandon: Annotated[
+        bool, typer.Option("--abandon", help="The store was lost: end all sandboxes, and remove files that are kept.")
+    ] = False,
 ) -> None:
     """Start the server and return when it serves. Sandboxes of a server that crashed are found again."""
-    settings = _settings(host=host, port=port, tls_cert=_file(tls_cert), tls_key=_file(tls_key), role=role)
+    if adopt and abandon:
+        raise InvalidConfig("--adopt and --abandon exclude each other")
+    changed = "adopt" if adopt else "abandon" if abandon else None
+    settings = _settings(host=host, port=port, tls_cert=_file(tls_cert), tls_key=_file(tls_key), role=role,
+                         store_changed=changed)  # fmt: skip
     role_of(settings.role)
     require_key_beyond_loopback(settings.host, settings.api_key)
     tls_of(settings)
@@ -89,7 +99,7 @@ def _launch(settings: Settings) -> dict[str, Any]:
             cwd="/",
             env=child_environment(
                 ROCK_HOME=str(settings.home), ROCK_TLS_CERT=settings.tls_cert, ROCK_TLS_KEY=settings.tls_key,
-                ROCK_ROLE=settings.role,
+                ROCK_ROLE=settings.role, ROCK_STORE_CHANGED=settings.store_changed,
             ),
         )
     home = Home(settings.home)
@@ -190,3 +200,37 @@ def status(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
         typer.echo(f"serving on {_where(note)} (pid {note.get('pid')}, home {settings.home})")
     if note is None:
         raise typer.Exit(3)
+
+
+@app.command()
+def backup(
+    file: Annotated[Path, typer.Argument(help="The file to write; it is replaced at once.")],
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Copy the store, the catalogue and the logins of registries to a file. The server may run. Files of sandboxes and
+    images are not in it."""
+    from rock.cli import upkeep
+
+    done = upkeep.backup(_settings(), file)
+    if as_json:
+        typer.echo(json.dumps(done))
+    else:
+        typer.echo(f"{done['sandboxes']} records of sandboxes, {', '.join(done['files'])}: {done['bytes']} bytes in "
+                   f"{done['file']}")  # fmt: skip
+
+
+@app.command()
+def restore(
+    file: Annotated[Path, typer.Argument(help="What `rock admin backup` wrote.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace a store that is newer than the backup.")] = False,
+    as_json: Annotated[bool, typer.Option("--json")] = False,
+) -> None:
+    """Put a backup in the place of the store, while no server runs. What was there is kept beside it."""
+    from rock.cli import upkeep
+
+    done = upkeep.restore(_settings(), file, force)
+    if as_json:
+        typer.echo(json.dumps(done))
+    else:
+        kept = f"; what was there is kept: {', '.join(done['kept'])}" if done["kept"] else ""
+        typer.echo(f"restored {done['sandboxes']} records of sandboxes to {done['store']}{kept}")

@@ -24,6 +24,7 @@ from rock.admin.roles import Doors, servers
 from rock.admin.starting import require_key_beyond_loopback, role_of
 from rock.admin.worker import FENCE, Transport, WireWorker, Worker
 from rock.cli.home import Home
+from rock.cli.identity import Identity
 from rock.cli.observing import observe
 from rock.errors import InvalidConfig, RockError, Unavailable, Unsupported
 from rock.protocol import routes
@@ -31,6 +32,7 @@ from rock.protocol.workers import Lease, WorkerInfo
 from rock.proxy.app import Proxy, is_data
 from rock.settings import Settings
 from rock.store.base import Store
+from rock.store.sqlite import SqliteStore
 from rock.wire.asgi import App, Receive, Scope, Send
 from rock.wire.relayed import Calls
 from rock.wire.remote import Remote
@@ -188,6 +190,12 @@ class Control:
         settings = replace(settings, archive=settings.archive or "off")
         roles = ["write", "read"] if role == "all" else [role]
         self.admin = Admin(settings, store, self.fleet, roles, self._proxy, leads=role != "read")
+        if isinstance(store, SqliteStore):
+            store.reserve = self.home.reserve
+        self._identity = None
+        if role != "read":  # which ends nothing
+            self._identity = Identity(settings.run_dir, store, settings.store_changed, None)
+            self.admin.opened = self._identity.check
         self.observed = observe(settings, "admin", store)
         relayed = Calls(self._route, settings.reconnect_timeout)  # a server of the other role may hand requests on
         door = Authenticated(self.observed.measured(relayed), settings.api_key, self.admin.keys,
@@ -221,6 +229,8 @@ class Control:
     async def open(self) -> None:
         self.home.take()
         try:
+            if self._identity is not None:
+                self._identity.check_there()
             await self.admin.open()
         except BaseException:
             self.home.release()

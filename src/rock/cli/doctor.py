@@ -12,11 +12,18 @@ if TYPE_CHECKING:
     from rock.runtime.base import Runtime
     from rock.runtime.namespace.probe import Finding
 
+app = typer.Typer(help="Look at this machine, or at the files of its server.")
+
 _PATIENCE = 30.0  # seconds that a runtime may take to open
 
 
-def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+@app.callback(invoke_without_command=True)
+def doctor(
+    context: typer.Context, json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
+) -> None:
     """Look at this machine: isolation, limits, images. Exits with 1 when something essential is missing."""
+    if context.invoked_subcommand is not None:
+        return
     with busy("trying what this machine can do"):
         findings = _findings()
     if json:
@@ -25,6 +32,31 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = F
         signs = {True: "ok", False: "no", None: "-"}
         table(["", "", ""], [[signs[f.ok], f.name, _text(f)] for f in findings])
     if any(f.ok is False for f in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def store(
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Move what is damaged to ROCK_HOME/damaged. Needs a stopped server.")
+    ] = False,
+    images: Annotated[bool, typer.Option("--images", help="Look at the layers of images too.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Look at all that the server keeps on disk. Exits with 1 when something is damaged and was not repaired."""
+    from rock.cli.storecheck import Check, as_data
+    from rock.settings import Settings
+
+    with busy("looking at the server's files"):
+        found = Check(Settings.read(), repair, images).run()
+    wrong = [one for one in found if not one.ok and one.repaired is None]
+    if json:
+        as_json({"ok": not wrong, "findings": [as_data(one) for one in found]})
+    else:
+        rows = [["ok" if one.ok else "moved" if one.repaired else "no", one.kind, one.path, one.detail,
+                 one.repaired or one.hint] for one in found]  # fmt: skip
+        table(["", "", "", "", ""], rows)
+    if wrong:
         raise typer.Exit(1)
 
 

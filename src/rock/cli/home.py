@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -9,7 +10,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from rock.errors import Conflict, InvalidConfig
+from rock.cli.reserve import Reserve
+from rock.errors import Conflict, InvalidConfig, StorageFull
 from rock.protocol.owner import NOTE, OWNER_KEY
 from rock.runtime import wholefile
 
@@ -53,6 +55,7 @@ class Home:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.owner_key = secrets.token_urlsafe(32)
+        self.reserve = Reserve(folder)
         self._lock: int | None = None
 
     @property
@@ -72,11 +75,18 @@ class Home:
                 hint="stop it with: rock admin stop, or set another ROCK_HOME",
             ) from None
         self._lock = lock
+        self.reserve.prepare()
 
     def write(self, host: str, port: int, tls_cert: str = "") -> None:
         note = {"pid": os.getpid(), "host": host, "port": port, "tls_cert": tls_cert}
-        wholefile.replace(self.folder / OWNER_KEY, self.owner_key + "\n")
-        wholefile.replace(self.note, json.dumps(note))
+        try:
+            wholefile.replace(self.folder / OWNER_KEY, self.owner_key + "\n")
+            wholefile.replace(self.note, json.dumps(note))
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise StorageFull(f"the server does not start: the disk of ROCK_HOME={self.folder} is full",
+                              hint="free 1 MiB; sandboxes that run stay") from None  # fmt: skip
 
     def read(self) -> dict[str, Any] | None:
         """Where the server of this folder listens, if one runs now."""

@@ -45,7 +45,7 @@ def options(
 
 
 sandbox.add_commands(app)
-app.command(name="doctor")(doctor.doctor)
+app.add_typer(doctor.app, name="doctor")
 app.add_typer(image.app, name="image")
 app.add_typer(env.app, name="env")
 app.add_typer(key.app, name="key")

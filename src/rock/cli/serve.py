@@ -28,7 +28,9 @@ from rock.admin.starting import require_key_beyond_loopback, role_of
 from rock.admin.worker import Worker
 from rock.cli.control import Control, door_of, lease_of, reach_with
 from rock.cli.home import Home, make_private
+from rock.cli.identity import Identity
 from rock.cli.observing import observe
+from rock.cli.reserve import Reserve
 from rock.cli.tls import tls_of
 from rock.cli.worker import LocalWorker
 from rock.errors import Conflict, InvalidConfig, Unsupported
@@ -231,6 +233,10 @@ class Server:
                       reach_with(settings.worker_key or settings.api_key), lease_of(settings))  # fmt: skip
         self._proxy = Proxy(self.store, fleet.apps, local=name)
         self.admin = Admin(settings, self.store, fleet, ["write", "read", "worker"], self._proxy)
+        if isinstance(self.store, SqliteStore):
+            self.store.reserve = self.home.reserve
+        self._identity = Identity(settings.run_dir, self.store, settings.store_changed, self.node)
+        self.admin.opened = self._identity.check
         self.observed = self.rocklet.observed = observe(settings, "server", self.store, self.node)
         door = Authenticated(self.observed.measured(self._route), settings.api_key, self.admin.keys,
                              settings.worker_key, **door_of(settings, self.home))  # fmt: skip
@@ -250,6 +256,7 @@ class Server:
     async def open(self) -> None:
         await self.rocklet.open()
         try:
+            self._identity.check_there()
             await self.admin.open()
         except BaseException:
             await self.rocklet.close()
@@ -346,11 +353,14 @@ async def serve(settings: Settings, role: type[Server] | type[Rocklet] = Server)
         with stop_on_signals(http, drain):
             scheme = "https" if settings.tls_cert else "http"
             server.home.write(settings.host, port, settings.tls_cert)
+            reserve = asyncio.create_task(server.home.reserve.keep(), name="reserve")
             gc.freeze()  # what is here now stays: a collection, for which everybody waits, looks at what came since
             gc.enable()
             log.info("serving on %s://%s:%d, home %s, pid %d", scheme, settings.host, port, settings.home, os.getpid())
             print(f"ROCK serves on {scheme}://{settings.host}:{port} (home {settings.home})", flush=True)
             await http.serve(sockets=[listener])
+            reserve.cancel()
+            await asyncio.gather(reserve, return_exceptions=True)
     finally:
         left = server.left
         await server.close()
@@ -390,6 +400,7 @@ def stop_on_signals(http: uvicorn.Server, drain: Callable[[], Coroutine[Any, Any
 def run_server(settings: Settings, role: type[Server] | type[Rocklet] = Server, *, log_to_file: bool = True) -> None:
     """Serve in this process until told to stop. Raises RockError when it cannot start."""
     make_private(settings.home)
+    Reserve(settings.home).prepare()
     set_up_logs(settings.log_level, settings.log_dir if log_to_file else None, settings.log_format)
     faults.arm(settings.faults)
     _raise_file_limit()

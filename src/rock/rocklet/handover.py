@@ -113,14 +113,19 @@ class Handover:
     # ---- in the rocklet after it ----
 
     def take_up(self, journal: Journal, entry: Mapping[str, Any], run: Run) -> bytes:
-        """Give a command of a former rocklet what it had written, and go on from there. Its reports until now."""
+        """Give a command of a former rocklet what it had written, and go on from there. Its reports until now.
+
+        What is damaged or missing of its output is counted in `run.missing`, of its reports in `run.reports_damaged`.
+        OSError."""
         for name, kept in (("out", run.output), ("err", run.errors)):
             if name in entry:
-                self._spool(journal, name).load(run.token, int(entry[name]), kept)
-        told = self._spool(journal, "status")
-        told.start = int(entry["status"])
+                missing = self._spool(journal, name).load(run.token, int(entry[name]), kept)
+                if missing is not None:
+                    run.missing = (run.missing or 0) + missing
+        reports = Capped(_REPORTS * 4)
+        run.reports_damaged = self._spool(journal, "status").load(run.token, int(entry["status"]), reports) is not None
         self._divert(separate="err" in entry)
-        return told.read()
+        return reports.parts()[0]
 
     async def was_begun(self, run: Run, written: bool, ask: Callable[[], Awaitable[None]]) -> bool:
         """Whether the shell was given the command before the crash. While it runs, its pipe has what comes after.
@@ -155,8 +160,15 @@ def ended_with_client() -> Conflict:
     )
 
 
-def unseen(sandbox_id: str) -> Conflict:
-    """Of a command that was begun, and whose report nobody has."""
+def unseen(sandbox_id: str, damaged: bool = False) -> Conflict:
+    """Of a command that was begun, and whose report nobody has. damaged: because the file of its reports is."""
+    if damaged:
+        return Conflict(
+            "the command was begun, and how it ended is not known: the server's file of its end is damaged or missing",
+            sandbox_id=sandbox_id,
+            hint="look what it did; send it with a new key to run it again",
+            details={"damaged": "output"},
+        )
     return Conflict(
         "the command ended while no server was there, and how is not known",
         sandbox_id=sandbox_id,

@@ -79,9 +79,24 @@ class Interpreter:
         self._on_reports(self.handover.take_up(keep.journal, entry, run))
         return run
 
+    @property
+    def can_ask(self) -> bool:
+        """Whether the shell can be asked what it runs."""
+        return self.process.script is not None
+
     async def was_begun(self, run: Run, written: bool) -> bool:
         """Whether the shell was given a command of a former rocklet. written: whether that one says so."""
         return await self.handover.was_begun(run, written, lambda: self._ask(run))
+
+    async def settle_unknown(self) -> None:
+        """Wait for a command of a former rocklet of which nothing is known; what it writes is nobody's."""
+        run = self._begin(MAX_OUTPUT)
+        try:
+            await self.process.write(self.first + shell.report(self._shell.dialect, run.token))
+            self.first = b""
+            await settled(run.done)
+        finally:
+            self.run = None
 
     async def _ask(self, run: Run) -> None:
         """Have the shell report, as a command after one of which is not known whether it was begun."""

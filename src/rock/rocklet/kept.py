@@ -42,6 +42,10 @@ class KeptSandboxes:
     def ids(self) -> list[str]:
         return sorted(self._resting)
 
+    def configs(self) -> dict[str, SandboxConfig]:
+        """Of all of them, by id."""
+        return {name: found.config for name, found in self._resting.items()}
+
     async def recover(self, config: SandboxConfig, runtime: Runtime, handle: Handle) -> bool:
         """Take over one that is at rest, or was on its way there or back; False when its files are gone."""
         assert isinstance(runtime, Keeps)

@@ -23,6 +23,7 @@ from rock.rocklet.envdoor import Door
 from rock.rocklet.envs import ENV_LEASE
 from rock.rocklet.images import Images, UsedImages
 from rock.rocklet.kept import KeptSandboxes
+from rock.rocklet.quarantine import Quarantine
 from rock.rocklet.recovery import Recovery
 from rock.rocklet.runtimes import Runtimes
 from rock.rocklet.session import Session
@@ -62,6 +63,7 @@ class Node:
         self._host_name = socket.gethostname()
         self.supervisors: dict[str, Supervisor] = {}
         self.kept = KeptSandboxes(self.shelf)
+        self.quarantine = Quarantine(self.shelf, self.runtimes, folder)
         self.commits = Commits(self)
         self.builds = Builds(self)
         self._creating: dict[str, asyncio.Task[Supervisor]] = {}
@@ -114,6 +116,9 @@ class Node:
 
     async def _started(self, sandbox_id: str, config: SandboxConfig, *, wake: bool) -> NodeSandbox:
         await self._ended_first(sandbox_id, self._destroying, self._resting)
+        held = self.quarantine.error(sandbox_id)
+        if held is not None:
+            raise held
         found = self.supervisors.get(sandbox_id)
         if found is not None:
             # The registry password is not kept.
@@ -199,6 +204,8 @@ class Node:
     async def _destroy(self, sandbox_id: str, grace: float) -> NodeSandbox:
         supervisor = await self._after_creation(sandbox_id)
         if supervisor is None:
+            others = {*self.supervisors, *self._creating, *self.kept.ids(), *self.quarantine.ids()} - {sandbox_id}
+            await self.quarantine.remove(sandbox_id, sorted(others))
             await self.kept.remove(sandbox_id)
             return NodeSandbox(sandbox_id=sandbox_id)
         supervisor.cause = supervisor.cause or Cause.USER  # from now on it is not found
@@ -274,19 +281,24 @@ class Node:
         supervisor = self.supervisors.get(sandbox_id)
         if supervisor is not None and supervisor.cause is None:
             return supervisor
-        raise self.ends.error(sandbox_id) or NotHere(f"sandbox {sandbox_id} not found", sandbox_id=sandbox_id)
+        held = self.quarantine.error(sandbox_id)
+        raise held or self.ends.error(sandbox_id) or NotHere(f"sandbox {sandbox_id} not found", sandbox_id=sandbox_id)
 
     async def look(self, sandbox_id: str, *, touch: bool = False, usage: bool = False) -> NodeSandbox:
         """What is known of a sandbox now. NotFound when it is not here."""
         supervisor = self.supervisors.get(sandbox_id)
         if supervisor is None:
+            held = self.quarantine.look(sandbox_id)
+            if held is not None:
+                return held
             raise NotFound(f"sandbox {sandbox_id} is not here", sandbox_id=sandbox_id)
         if touch:
             supervisor.touch()
         return supervisor.describe(await supervisor.usage() if usage else None)
 
     def inventory(self) -> NodeInventory:
-        return NodeInventory(sandboxes=[s.describe() for s in self.supervisors.values()], kept=self.kept.ids())
+        here = [s.describe() for s in self.supervisors.values()]
+        return NodeInventory(sandboxes=[*here, *self.quarantine.describe()], kept=self.kept.ids())
 
     async def status(self) -> NodeStatus:
         runtime = self.runtimes[self.runtimes.default]

@@ -9,7 +9,7 @@ import functools
 import os
 import shutil
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from rock.errors import InvalidConfig, NotFound, Unavailable, Unsupported
 from rock.protocol.action import Command, CommandResponse, ProcessInfo
 from rock.protocol.routes import RESUMES
 from rock.rocklet.imageshell import Shell
-from rock.rocklet.spool import SpoolFile
+from rock.rocklet.marks import Marks, Slot, digest
+from rock.rocklet.spool import SpoolFile, told_missing
 from rock.rocklet.streams import Capped, Reader, as_text, write_all
 from rock.runtime.base import ExitStatus, Handle, Process, Program, Runtime, Snapshots
 from rock.telemetry import tracing
@@ -68,6 +69,7 @@ class Execution:
         self._waiting: asyncio.Task[Any] | None = None  # whose task waits for the end
         self._leaving = False
         self._spools = spools
+        self._missing: list[int | None] = [None, None]  # bytes that a former rocklet kept and that are damaged
         for reader, spool in zip(self._readers, spools, strict=bool(spools)):
             reader.take = spool.take
 
@@ -79,8 +81,8 @@ class Execution:
 
     def resume_at(self, starts: Sequence[int]) -> None:
         """Take in what a former rocklet had read."""
-        for spool, start, kept in zip(self._spools, starts, (self._out, self._err), strict=False):
-            spool.load(_TOKEN, start, kept)
+        for number, (spool, start) in enumerate(zip(self._spools, starts, strict=False)):
+            self._missing[number] = spool.load(_TOKEN, start, (self._out, self._err)[number])
 
     def pause(self) -> None:
         for reader in self._readers:
@@ -177,6 +179,10 @@ class Execution:
             reason = f"killed by signal {status.signal}"
         elif status.code is None:
             reason = "it ended and nobody saw how"
+        out_missing, err_missing = self._missing
+        if out_missing is not None or err_missing is not None:
+            told = told_missing((out_missing or 0) + (err_missing or 0))
+            reason = f"{reason}; {told}" if reason else told
         return CommandResponse.made(
             stdout=out_text,
             stderr=err_text,
@@ -186,8 +192,8 @@ class Execution:
             signal=status.signal,
             timed_out=timed_out,
             failure_reason=reason,
-            stdout_dropped=out_dropped,
-            stderr_dropped=err_dropped,
+            stdout_dropped=out_dropped + (out_missing or 0),
+            stderr_dropped=err_dropped + (err_missing or 0),
             duration=duration,
         )
 
@@ -236,8 +242,17 @@ class Background:
     """
 
     def __init__(
-        self, process_id: str, command: str | list[str], process: Process, folder: Path, started_at: float | None = None
+        self,
+        process_id: str,
+        command: str | list[str],
+        process: Process,
+        folder: Path,
+        started_at: float | None = None,
+        *,
+        marks: Marks,
+        found: Mapping[int, Slot] | None = None,
     ) -> None:
+        """marks: where the sizes of its logs are kept. found: those that a former rocklet kept."""
         self.id = process_id
         self.command = command
         self.process = process
@@ -246,8 +261,17 @@ class Background:
         self.status: ExitStatus | None = None
         self._folder = folder
         self._grown = asyncio.Condition()
+        self._marks = marks
+        self._names = {name: digest(f"log {process_id} {name}") for name in ("stdout", "stderr")}
         # Opened for each portion: a sandbox may have thousands of ended processes that nobody has forgotten yet.
         self._sizes = {name: self._log(name, b"") for name in ("stdout", "stderr")}
+        self._lost = dict.fromkeys(self._sizes, 0)  # bytes at the beginning of a log that are not there any more
+        for name in self._sizes if found else ():
+            slot = (found or {}).get(self._names[name])
+            if slot is not None:
+                self._lost[name] = slot.start if self._sizes[name] >= slot.end else slot.end
+                self._sizes[name] = max(self._sizes[name], slot.end)
+                self._mark(name)
         self._readers = [
             Reader(fd, self._append) for fd in (process.stdout, process.stderr) if fd is not None
         ]
@@ -277,10 +301,13 @@ class Background:
         """Move what the program wrote to its log, by one system call: a crash finds it here or there."""
         room = LOG_CAP - self._sizes[name]
         if room > 0:
-            log = os.open(self._folder / name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            log = self._open(name)
             try:
+                if os.fstat(log).st_size < self._sizes[name]:
+                    self._lost[name] = self._sizes[name]  # somebody removed or cut it
                 count = os.splice(fd, log, min(limit, room), offset_dst=self._sizes[name])
                 self._sizes[name] += count
+                self._mark(name)
                 return b"." * count  # nobody looks at it here
             except OSError as error:
                 if error.errno in (errno.EAGAIN, errno.EIO):
@@ -292,7 +319,21 @@ class Background:
             # When the server's disk is full the program goes on; the size is that of what is there to be read.
             with contextlib.suppress(OSError):
                 self._sizes[name] = self._log(name, data[:room])
+                self._mark(name)
         return data
+
+    def _open(self, name: str) -> int:
+        """A log, to write to; made again with its folder when somebody removed them. OSError."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
+        try:
+            return os.open(self._folder / name, flags, 0o600)
+        except FileNotFoundError:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            return os.open(self._folder / name, flags, 0o600)
+
+    def _mark(self, name: str) -> None:
+        """Write down how long a log is, and what of it is gone."""
+        self._marks.slot(self._names[name], Slot(self._lost[name], self._sizes[name], 0, 0))
 
     def _append(self, data: bytes) -> None:
         self._wake()
@@ -344,6 +385,7 @@ class Background:
         """(bytes of a log from `offset`, whether more may come). Waits up to `wait` seconds while there are none."""
         if stream not in self._sizes:
             raise InvalidConfig(f"no such stream: {stream!r}", hint="stdout or stderr")
+        self._check_there(stream, offset)
         if wait and self._sizes[stream] <= offset:
             try:
                 async with asyncio.timeout(wait), self._grown:
@@ -351,8 +393,26 @@ class Background:
             except TimeoutError:
                 pass
         running = self.status is None
-        data = await asyncio.to_thread(_read_at, self._folder / stream, offset, limit)
+        try:
+            data = await asyncio.to_thread(_read_at, self._folder / stream, offset, limit)
+        except FileNotFoundError:
+            self._lost[stream] = self._sizes[stream]
+            data = b""
+        if not data and offset < self._sizes[stream]:
+            self._lost[stream] = max(self._lost[stream], self._sizes[stream])  # somebody cut it
+        self._check_there(stream, offset)
         return data, running or offset + len(data) < self._sizes[stream]
+
+    def _check_there(self, stream: str, offset: int) -> None:
+        """NotFound for output that is lost."""
+        lost = self._lost[stream]
+        if offset < lost:
+            raise NotFound(
+                f"{lost - offset} bytes of {stream} of process {self.id} are lost: "
+                "the server's file of them was removed or cut",
+                hint=f"read on at offset {lost}",
+                details={"damaged": "output", "offset": lost},
+            )
 
     def feed(self, data: bytes) -> None:
         """Give it all its input and the end of it, as fast as it takes it."""
@@ -384,6 +444,8 @@ class Background:
             await self.wait(5.0)
         await self.detach()
         self.process.close()
+        for name in self._names.values():
+            self._marks.drop(name)
         shutil.rmtree(self._folder, ignore_errors=True)
 
 

@@ -211,7 +211,7 @@ async def settle(sandbox: Supervisor, kept: Sequence[str]) -> None:
                     found.feed(command.stdin.encode("utf-8", "surrogateescape"))
                 journal.finish(place, answer(found.info, 201))
             except NotFound:
-                journal.forget(place)
+                journal.not_begun(place)
         elif kind == "stream":
             journal.finish(place, _streamed())
         elif kind == "call":
@@ -219,8 +219,8 @@ async def settle(sandbox: Supervisor, kept: Sequence[str]) -> None:
                 "the server was killed in the middle of this; it may have been done, or a part of it",
                 sandbox_id=sandbox.id, hint="look what was done")))  # fmt: skip
         elif kind == "run" and entry.get("session") not in sandbox.sessions:
-            journal.forget(place)
-    journal.read_again()
+            journal.not_begun(place)
+    journal.settled()
     journal.sweep()
     for key in kept:
         if key.startswith(programs.EXECUTED) and key not in wanted:
@@ -243,9 +243,9 @@ async def _go_on(sandbox: Supervisor, place: str, entry: dict[str, Any]) -> Answ
     try:
         process = await sandbox.runtime.attach(sandbox.handle, programs.EXECUTED + entry["id"])
     except NotFound:
-        journal.forget(place)
+        reply = journal.not_begun(place)
         journal.sweep()
-        return None
+        return reply
     command = Command.model_validate(entry["command"])
     cut = command.stdin is not None and not entry.get("written")
     if command.timeout is not None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from rock.protocol.action import BashObservation
 from rock.rocklet import shell
+from rock.rocklet.spool import told_missing
 from rock.rocklet.streams import Capped, as_text
 from rock.runtime.base import CLOCK, ExitStatus
 
@@ -32,6 +33,8 @@ class Run:
     probe: int = -1  # the token of a command after it, by which is seen that it was never begun
     unbegun: bool = False
     by_file: bool = False  # the shell has it by a file
+    missing: int | None = None  # bytes of its output that a former rocklet kept and that are damaged
+    reports_damaged: bool = False  # what its shell reported to a former rocklet is lost
 
     def observe(
         self, report: shell.Report | ExitStatus, timeout: float | None, closed: str | None, restarted: bool
@@ -47,6 +50,8 @@ class Run:
             reason = "interrupted"
         elif closed is not None:
             reason = f"the session is closed: {closed}"
+        if self.missing is not None:
+            reason += ("; " if reason else "") + told_missing(self.missing)
         if restarted:
             reason += "; the shell was started anew, its variables are lost"
         output, dropped = self.output.take()
@@ -64,6 +69,6 @@ class Run:
             interrupted=self.interrupted,
             session_closed=closed is not None,
             session_restarted=restarted,
-            dropped_bytes=dropped + dropped_errors + self.dropped,
+            dropped_bytes=dropped + dropped_errors + self.dropped + (self.missing or 0),
             duration=time.clock_gettime(CLOCK) - self.began,
         )

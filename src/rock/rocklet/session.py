@@ -76,20 +76,33 @@ class Session:
                 return
         # What the shell told a former rocklet's command is not meant for ours.
         self._interpreter.process.readers[-1].drain()
+        if journal is not None and journal.damage is not None and self.spec.pty is None:
+            task = asyncio.create_task(self._settle_unknown(), name="unknown command")
+            journal.resume(f"unknown\n{self.spec.session}", task)
+
+    async def _settle_unknown(self) -> None:
+        """A command that runs and whose entry is damaged: the next one waits for it and does not get its output."""
+        async with self._lock:
+            await self._interpreter.settle_unknown()
 
     async def _bring_home(self, keep: Keep, entry: Mapping[str, Any], run: Run) -> Answer | None:
         """The end of a command of a former rocklet; None when its shell had not begun it."""
         async with self._lock:
             try:
-                if not await self._interpreter.was_begun(run, bool(entry.get("written"))):
-                    keep.journal.forget(keep.place)
-                    return None
+                written = bool(entry.get("written")) or run.reports_damaged
+                if run.reports_damaged and not self._interpreter.can_ask:
+                    reply = failure(unseen(self._interpreter.handle.id, True))
+                    keep.journal.finish(keep.place, reply)
+                    return reply
+                if not await self._interpreter.was_begun(run, written):
+                    return keep.journal.not_begun(keep.place)
                 run.written = True
                 left = entry.get("timeout")
                 if left is not None:
                     left = max(0.0, float(left) - (time.clock_gettime(CLOCK) - run.began))
                 observation = await self._interpreter.finish(run, None, left)
-                reply = failure(unseen(self._interpreter.handle.id)) if run.unbegun else answer(observation)
+                sandbox_id, damaged = self._interpreter.handle.id, run.reports_damaged
+                reply = failure(unseen(sandbox_id, damaged)) if run.unbegun else answer(observation)
                 keep.journal.finish(keep.place, reply)
                 return reply
             finally:

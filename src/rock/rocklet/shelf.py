@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class Shelf:
         self._records = folder / "records"
         self._logs = folder / "logs"
         self._spools = folder / "spools"
+        self.damaged = folder.parent / "damaged"
         self._free: list[SpoolFolder] = []  # empty ones, for the next sandboxes
         self.shells: dict[tuple[str, str, str | None], Shell] = {}
 
@@ -50,7 +52,8 @@ class Shelf:
         return sorted(name for name in os.listdir(self._records) if not name.startswith("."))
 
     def load(self, sandbox_id: str) -> tuple[SandboxConfig, Handle, dict[str, Any]]:
-        record = json.loads(Path(self.record(sandbox_id)).read_text())
+        """wholefile.Damaged. OSError. Whatever else is raised: a record of a newer version."""
+        record = wholefile.parsed(Path(self.record(sandbox_id)).read_bytes())
         handle = record["handle"]
         handle["isolation"] = Isolation(handle["isolation"])
         return SandboxConfig.model_validate(record["config"]), Handle(**handle), record
@@ -65,7 +68,7 @@ class Shelf:
         """That of a sandbox of a former rocklet, or one for a new sandbox."""
         if name is None and self._free:
             return self._free.pop()
-        return SpoolFolder(self._spools / os.path.basename(name or os.urandom(6).hex()))
+        return SpoolFolder(self._spools / os.path.basename(name or os.urandom(6).hex()), self.damaged)
 
     def give_back(self, spools: SpoolFolder) -> None:
         """Of a sandbox that has no record any more."""
@@ -74,11 +77,21 @@ class Shelf:
         else:
             spools.remove()
 
-    def sweep(self, used: set[str]) -> None:
+    def sweep_logs(self) -> None:
+        """Remove the output of processes of sandboxes that have no record."""
+        known = set(self.ids())
+        for name in os.listdir(self._logs):
+            if name not in known:
+                shutil.rmtree(self._logs / name, ignore_errors=True)
+
+    def unused(self, used: set[str]) -> list[str]:
+        """Folders that former rocklets left, but those `used`."""
+        return [name for name in os.listdir(self._spools) if name not in used]
+
+    def sweep(self, names: Sequence[str]) -> None:
         """Remove what former rocklets left for sandboxes that are gone."""
-        for name in os.listdir(self._spools):
-            if name not in used:
-                shutil.rmtree(self._spools / name, ignore_errors=True)
+        for name in names:
+            shutil.rmtree(self._spools / name, ignore_errors=True)
 
     def close(self) -> None:
         for spools in self._free:
@@ -88,9 +101,15 @@ class Shelf:
     # ---- removing
 
     def remove(self, sandbox_id: str) -> None:
+        self.remove_logs(sandbox_id)  # first: as long as there is a record, the next start goes on with the removal
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.record(sandbox_id))
-        self.remove_logs(sandbox_id)
+
+    def set_aside(self, sandbox_id: str) -> None:
+        """Move a damaged record to where it can be looked at. OSError."""
+        self.damaged.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(self.record(sandbox_id), self.damaged / f"record-{sandbox_id}")
 
     def remove_logs(self, sandbox_id: str) -> None:
         shutil.rmtree(self.logs(sandbox_id), ignore_errors=True)
@@ -103,4 +122,4 @@ def written(config: SandboxConfig, handle: Handle, **more: Any) -> str:
                    "enforced": dict(handle.enforced), "data": handle.data},
         **more,
     }  # fmt: skip
-    return f'{{"config": {kept(config)}, {json.dumps(rest)[1:]}'
+    return wholefile.summed(f'{{"config": {kept(config)}, {json.dumps(rest)[1:]}')

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shutil
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
@@ -24,6 +25,7 @@ from rock.rocklet.sessions import Sessions
 from rock.rocklet.shelf import Shelf, written
 from rock.runtime import wholefile
 from rock.runtime.base import Handle, Keeps, Limits, Runtime, Watches
+from rock.runtime.diskerrors import not_kept
 from rock.runtime.image.packages import CURRENT
 
 
@@ -60,6 +62,7 @@ class Supervisor:
         self.connections = Connections()
         self.spools = shelf.spools(spools)
         self.journal = Journal(self.spools)
+        self._marked = False  # whether the folder of spool files has been made
         self._ended = ended
         self._busy = 0
         self._last = time.monotonic()
@@ -71,6 +74,9 @@ class Supervisor:
 
     def save(self) -> None:
         """Write the record: replaced at once, so that a crash leaves the old one or the new one."""
+        with contextlib.suppress(OSError):
+            self.spools.make()
+            self._marked = True
         wholefile.replace(self._shelf.record(self.id), self._record())
 
     async def saved(self) -> None:
@@ -81,11 +87,12 @@ class Supervisor:
     def _record(self) -> str:
         processes = {p.id: {"command": p.command, "started_at": p.started_at} for p in self.processes.values()}
         return written(self.config, self.handle, sessions=self.sessions.record(), processes=processes,
-                       spools=self.spools.path.name)  # fmt: skip
+                       spools=self.spools.path.name, marked=self._marked)  # fmt: skip
 
     async def recover(self, record: dict[str, Any]) -> None:
         """Take over the sessions and processes of a former rocklet; what is gone is left out."""
-        self.journal.load()
+        self._marked = bool(record.get("marked"))
+        self.journal.load(expected=self._marked)
         kept = await self.runtime.processes(self.handle)
         sessions = record.get("sessions", {})
         await resuming.settle_sessions(self, kept, sessions)
@@ -95,7 +102,8 @@ class Supervisor:
                 process = await self.runtime.attach(self.handle, programs.KEY + key)
                 folder = self._shelf.logs(self.id) / key
                 folder.mkdir(parents=True, exist_ok=True)
-                self.processes[key] = programs.Background(key, entry["command"], process, folder, entry["started_at"])
+                self.processes[key] = programs.Background(key, entry["command"], process, folder, entry["started_at"],
+                                                          marks=self.spools.marks, found=self.spools.found)  # fmt: skip
         self._env_host_kept = EnvHost.KEY in kept
         await resuming.settle(self, kept)
 
@@ -158,14 +166,18 @@ class Supervisor:
             await faults.point("process.started")
             folder = self._shelf.logs(self.id) / key
             folder.mkdir(parents=True)
-            background = programs.Background(key, command.command, process, folder)
+            background = programs.Background(key, command.command, process, folder, marks=self.spools.marks)
             self.processes[key] = background
             await self.saved()
             await faults.point("process.saved")
-        except BaseException:
+        except BaseException as error:
             # Nobody would know of it.
-            self.processes.pop(key, None)
             await asyncio.shield(process.kill_tree())
+            if key in self.processes:
+                await self.processes.pop(key).forget()
+            await asyncio.to_thread(shutil.rmtree, self._shelf.logs(self.id) / key, True)
+            if isinstance(error, OSError):
+                raise not_kept(error, self.id, "what the process writes") from None
             raise
         if command.stdin is not None:
             background.feed(command.stdin.encode("utf-8", "surrogateescape"))
@@ -176,7 +188,8 @@ class Supervisor:
         process = await self.runtime.attach(self.handle, programs.KEY + key)
         folder = self._shelf.logs(self.id) / key
         folder.mkdir(parents=True, exist_ok=True)
-        background = self.processes[key] = programs.Background(key, command.command, process, folder)
+        background = self.processes[key] = programs.Background(
+            key, command.command, process, folder, marks=self.spools.marks, found=self.spools.found)  # fmt: skip
         await self.saved()
         if command.stdin is not None:
             background.feed(command.stdin.encode("utf-8", "surrogateescape"))

@@ -242,12 +242,11 @@ def _measure(root: int) -> Usage:
 
 
 def write_record(folder: Path, data: dict[str, Any]) -> None:
-    wholefile.replace(folder / "record.json", json.dumps(data))
+    wholefile.replace(folder / "record.json", wholefile.summed(json.dumps(data)))
 
 
 def read_record(folder: Path) -> dict[str, Any]:
     try:
-        record = json.loads((folder / "record.json").read_text())
+        return wholefile.parsed((folder / "record.json").read_bytes())
     except (OSError, ValueError):
         return {}
-    return record if isinstance(record, dict) else {}

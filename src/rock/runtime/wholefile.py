@@ -3,7 +3,44 @@ the machine too."""
 
 from __future__ import annotations
 
+import json
 import os
+import zlib
+from typing import Any
+
+_SUM = ', "crc": "'
+_SUM_LENGTH = len(_SUM) + 8 + len('"}')
+
+
+class Damaged(ValueError):
+    """A file does not hold what was written."""
+
+
+def summed(text: str) -> str:
+    """The text of a JSON object with the checksum of that text as its last member."""
+    return f'{text[:-1]}{_SUM}{zlib.crc32(text.encode("utf-8", "surrogateescape")):08x}"}}'
+
+
+def parsed(data: bytes) -> dict[str, Any]:
+    """The object that `summed` made the text of, or one of a version without checksums. Damaged."""
+    try:
+        found = _object(data.decode("utf-8", "surrogateescape"))
+    except ValueError as error:
+        raise Damaged(str(error)) from None
+    found.pop("crc", None)
+    return found
+
+
+def _object(text: str) -> dict[str, Any]:
+    if text[-_SUM_LENGTH:-10] == _SUM:
+        bare = text[:-_SUM_LENGTH] + "}"
+        if text[-2:] != '"}' or int(text[-10:-2], 16) != zlib.crc32(bare.encode("utf-8", "surrogateescape")):
+            raise ValueError("its checksum does not fit its content")
+        text = bare
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError("it holds no object")
+    return found
 
 
 def replace(path: str | os.PathLike[str], text: str) -> None:

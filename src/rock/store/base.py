@@ -103,6 +103,14 @@ class Store(Protocol):
 
     async def close(self) -> None: ...
 
+    async def identity(self) -> str:
+        """A word that this store got when it was made, and no other has. A copy has that of its original."""
+        ...
+
+    def missing(self) -> str | None:
+        """What is missing of a store that was not opened yet; None when nothing is, or it cannot be known."""
+        ...
+
     async def insert(self, record: Record, quota: Quota | None = None) -> Record:
         """Add a record. Conflict when the id is taken; when the key is, the record that has it comes back.
 

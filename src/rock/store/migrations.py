@@ -98,6 +98,10 @@ SQLITE: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX sandbox_created ON sandbox (created_at, id)",
         "CREATE INDEX sandbox_tenant ON sandbox (tenant, state)",
     ),
+    (  # 5: facts about the store itself: its identity
+        "CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
+        "INSERT INTO about VALUES ('identity', lower(hex(randomblob(16))))",
+    ),
 )
 
 POSTGRES: tuple[tuple[str, ...], ...] = (
@@ -148,5 +152,9 @@ POSTGRES: tuple[tuple[str, ...], ...] = (
             status text NOT NULL,
             seen_at double precision NOT NULL
         )""",
+    ),
+    (  # 3: facts about the store itself: its identity
+        "CREATE TABLE about (name text PRIMARY KEY, value text NOT NULL)",
+        "INSERT INTO about VALUES ('identity', md5(random()::text || clock_timestamp()::text))",
     ),
 )

@@ -363,6 +363,13 @@ class PostgresStore:
             )  # fmt: skip
         return int(done.split()[-1])
 
+    async def identity(self) -> str:
+        async with self._connected() as db:
+            return str(await db.fetchval("SELECT value FROM about WHERE name = 'identity'"))
+
+    def missing(self) -> str | None:
+        return None
+
     # ---- API keys ----
 
     async def add_key(self, digest: str, info: KeyInfo) -> None:

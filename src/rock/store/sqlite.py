@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import sqlite3
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from rock import faults
 from rock.errors import NotFound, RockError, StorageFull, Unavailable
@@ -30,6 +31,7 @@ from rock.store.sqlite_workers import SqliteWorkers
 from rock.store.watch import Watchers
 
 T = TypeVar("T")
+log = logging.getLogger("rock.admin")
 
 _CHECKPOINT_EVERY = 2.0  # seconds
 _PRUNED_AT_ONCE = 200
@@ -37,12 +39,24 @@ _WRITTEN_AT_ONCE = 100  # records of a group, between which others have their tu
 _FIELDS = {"user_id", "experiment_id", "namespace", "image", "runtime", "worker", "cluster", "cause"}
 
 
+class Reserve(Protocol):
+    """Disk space that is set aside; see rock/cli/reserve.py."""
+
+    released: bool
+
+    def release(self) -> bool:
+        """Free it; whether there was any."""
+        ...
+
+
 class SqliteStore:
     """Records in a file. WAL with synchronous=NORMAL: a commit survives a crash of the process, at any point."""
 
     def __init__(self, path: Path, shared: bool = False) -> None:
         self.path = path
+        self.reserve: Reserve | None = None  # space for the writes that end sandboxes
         self.shared = shared  # by servers of this machine; a server with all roles has its file to itself
+        self._file: tuple[int, int] | None = None  # device and number of the file that is open
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rock-store")
         self._db: sqlite3.Connection | None = None
         self._side: sqlite3.Connection | None = None  # the thread's
@@ -70,6 +84,8 @@ class SqliteStore:
             db.close()
             raise
         self._db = db
+        found = os.stat(self.path)
+        self._file = found.st_dev, found.st_ino
 
     def _migrate(self, db: sqlite3.Connection) -> None:
         """Bring the file to the newest schema: all of what is missing, or nothing."""
@@ -90,10 +106,44 @@ class SqliteStore:
 
     async def _checkpoint(self) -> None:
         """Bring the log into the file now and then: it waits for the disk, so not in whoever writes."""
+        told = False
         while True:
             await asyncio.sleep(_CHECKPOINT_EVERY)
+            try:
+                self._check_file(creating=False)
+                told = False
+            except Unavailable as error:
+                if not told:
+                    log.error("%s", error)
+                told = True
             with contextlib.suppress(Unavailable, StorageFull):  # the next write tells
                 await self._aside(lambda: self._open_db_aside.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall())
+
+    def _check_file(self, creating: bool = True) -> None:
+        """StorageFull while the disk is full. Unavailable when the file that is open is not the one at its path any
+        more: what is written now would be gone at the next start."""
+        if creating and self.reserve is not None and self.reserve.released:
+            raise StorageFull("the server's disk is full: no sandbox is created", hint="free some space on the server")
+        try:
+            found = os.stat(self.path)
+            same = (found.st_dev, found.st_ino) == self._file
+        except FileNotFoundError:
+            same = False
+        except OSError:
+            return  # the next write tells
+        if not same:
+            raise Unavailable(
+                f"the store {self.path} was removed or replaced while the server runs: no sandbox is created, "
+                "since its record would be lost at the next start",
+                hint="stop the sandboxes that run, or restart the server with a backup: rock admin restore FILE",
+            )
+
+    async def identity(self) -> str:
+        found = self._now(self._open_db.execute, "SELECT value FROM about WHERE name = 'identity'").fetchone()
+        return "" if found is None else str(found[0])
+
+    def missing(self) -> str | None:
+        return None if self.path.exists() else f"the store {self.path} does not exist"
 
     async def close(self) -> None:
         if self._checkpoints is not None:
@@ -110,6 +160,12 @@ class SqliteStore:
         self._thread.shutdown()
 
     def _now(self, work: Callable[..., T], *args: Any) -> T:
+        try:
+            return work(*args)
+        except sqlite3.Error as error:
+            told = self._told(error)
+            if not isinstance(told, StorageFull) or self.reserve is None or not self.reserve.release():
+                raise told from error
         try:
             return work(*args)
         except sqlite3.Error as error:
@@ -150,6 +206,7 @@ class SqliteStore:
 
     async def insert(self, record: Record, quota: Quota | None = None) -> Record:
         await faults.point("store.insert")
+        self._check_file()
         made = record.at(1)
         if quota is None:
             new = await self._batch.do(lambda: self._insert(made, None))
@@ -173,6 +230,7 @@ class SqliteStore:
     async def insert_group(
         self, records: Sequence[Record], quota: Quota | None = None, whole: bool = True
     ) -> Sequence[Record]:
+        self._check_file()
         made: list[Record] = []
         rows: list[tuple[Any, ...]] = []
         for number, record in enumerate(records):

@@ -198,7 +198,7 @@ class DockerRuntime(EnteredSandboxes[Container]):
         engine_id: str | None = None
         try:
             folder.mkdir(mode=0o700)
-            wholefile.replace(folder / "record.json", json.dumps({"id": id, "slot": slot}))
+            wholefile.replace(folder / "record.json", wholefile.summed(json.dumps({"id": id, "slot": slot})))
             oci = shape.wanted_runtime(config)
             way = self.way(oci, folder)
             labels = {shape.HOME_LABEL: self._label, shape.ID_LABEL: id, "rock.slot": slot}

@@ -322,7 +322,7 @@ class GvisorRuntime(EnteredSandboxes[_Sandbox]):
         for slot in sorted(found):
             record = read_record(self._run_dir / slot)
             id = str(record.get("id", ""))
-            if slot in self._making or id in keep:
+            if slot in self._making or (id in keep if id else slot in self._live):
                 continue
             await self._clean_up(slot, record.get("pid"), record.get("start"), self._limiter.groups.folders(slot))
             gone.append(id or slot)

@@ -30,16 +30,15 @@ def new_slot() -> str:
 
 def write(run_dir: Path, slot: str, record: dict[str, Any]) -> None:
     """Replace a sandbox's record at once."""
-    wholefile.replace(f"{run_dir}/{slot}/record.json", json.dumps(record))
+    wholefile.replace(f"{run_dir}/{slot}/record.json", wholefile.summed(json.dumps(record)))
 
 
 def read(run_dir: Path, slot: str) -> dict[str, Any]:
     """A sandbox's record; empty when there is none, as of a half-made one."""
     try:
-        record = json.loads((run_dir / slot / "record.json").read_text())
+        return wholefile.parsed((run_dir / slot / "record.json").read_bytes())
     except (OSError, ValueError):
         return {}
-    return record if isinstance(record, dict) else {}
 
 
 def slots(run_dir: Path) -> list[str]:
