@@ -270,7 +270,8 @@ def test_a_server_that_stops_finishes_what_is_under_way(plain_server: Callable[.
 
 def test_a_server_that_stops_does_not_wait_for_ever(plain_server: Callable[..., RunningServer]) -> None:
     server = plain_server(ROCK_DRAIN_SECONDS="1")
-    sandbox = Sandbox(SandboxConfig(base_url=server.url, runtime="process", image="host", minimum_isolation="none"))
+    sandbox = Sandbox(SandboxConfig(base_url=server.url, runtime="process", image="host", minimum_isolation="none",
+                                    reconnect_timeout=0))  # fmt: skip
     sandbox.start()
     told: list[RockError] = []
 
