@@ -79,13 +79,18 @@ FUZZ ?= 300
 fuzz: $(VENV)/ready-dev
 	ROCK_TEST_FUZZ=$(FUZZ) $(PY) -m pytest tests/admin/test_openapi.py tests/image/test_hostile_bytes.py
 
-# Randomised runs of the fault suite: kill -9, dropped replies, stores that fail, clocks that jump. SEED=N has them again.
+# Randomised runs of the fault suite: kill -9, SIGSTOP, dropped replies, stores that fail, clocks that jump, damaged
+# files. SEED=N has them again; KINDS="joined cluster" for some of the kinds, MINUTES=N for at most so long each.
+KINDS ?= process apart namespace joined joined-namespace cluster postgres damage
 RUNS ?= 1000
+STEPS ?= 6
 SEED ?= $(shell date +%s)
 
 faults: $(VENV)/ready-dev
-	@for kind in process apart namespace; do \
-		$(PY) -m tests.faults.campaign --kind $$kind --runs $(RUNS) --seed $(SEED) || exit 1; done
+	@failed=""; for kind in $(KINDS); do \
+		$(PY) -m tests.faults.campaign --kind $$kind --runs $(RUNS) --seed $(SEED) --steps $(STEPS) \
+			$(if $(MINUTES),--minutes $(MINUTES)) || failed="$$failed $$kind"; done; \
+	test -z "$$failed" || { echo "problems in:$$failed"; exit 1; }
 
 # An admin killed under load: seconds until it serves and everything is found.
 recovery: $(VENV)/ready-dev

@@ -20,6 +20,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from tests.faults.machine import FaultMachine
 from tests.faults.world import KINDS, World
 
+COUNTED = ("histories", "concurrent operations", "unknown outcomes", "stops", "failovers", "damaged files")
 _stopped: list[int] = []
 
 
@@ -28,22 +29,26 @@ def _stop(number: int, _: object) -> None:
     raise KeyboardInterrupt
 
 
-def campaign(kind: str, runs: int, steps: int, number: int, folder: Path, minutes: float = 1e9) -> Counter[str]:
-    """Counts of what was done; "problems" is how many runs broke an invariant, each of which is printed."""
+def campaign(
+    kind: str, runs: int, steps: int, number: int, folder: Path, minutes: float = 1e9, longest: float = 30.0
+) -> Counter[str]:
+    """Counts of what was done; "problems" is how many runs broke an invariant, each of which is printed.
+
+    longest: seconds that a server is away at most."""
     counts: Counter[str] = Counter()
     options = settings(
         stateful_step_count=steps, deadline=None, database=None, verbosity=Verbosity.quiet,
         phases=[Phase.generate], suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
     )  # fmt: skip
     end = time.monotonic() + minutes * 60
-    machine = type("FaultMachine", (FaultMachine,), {"counts": counts})
+    machine = type("FaultMachine", (FaultMachine,), {"counts": counts, "longest": longest})
     with_world = 0
     while counts["runs"] < runs and time.monotonic() < end:
         with_world += 1
         machine.world = World(kind, folder / f"{kind}{with_world}")
         try:
             while counts["runs"] < runs and time.monotonic() < end:
-                batch = min(50, runs - counts["runs"])
+                batch = min(25, runs - counts["runs"])
                 test = seed(number * 1_000_003 + counts["runs"])(machine)
                 run_state_machine_as_test(test, settings=settings(options, max_examples=batch))
                 print(f"{kind}: {counts['runs']} runs, {counts['kills']} kills", flush=True)
@@ -79,6 +84,7 @@ def main() -> int:
         counts = campaign(given.kind, given.runs, given.steps, given.seed, Path(folder), given.minutes)
     print(f"{given.kind}: {counts['runs']} runs, {counts['steps']} steps, {counts['requests']} requests, "
           f"{counts['kills']} kills, {counts['problems']} problems, {time.monotonic() - began:.0f} s")
+    print({name: counts[name] for name in COUNTED if counts[name]})
     print({name: count for name, count in sorted(counts.items()) if name.startswith("rule ")})
     return 1 if counts["problems"] else 0
 

@@ -19,10 +19,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from rock.errors import Conflict, NotFound, RockError, SandboxError, StorageFull, Unavailable
-from tests.faults.world import World
+from tests.faults.clients import WORK, Client, final_look
+from tests.faults.damage import damage
+from tests.faults.history import History, violations
+from tests.faults.world import Server, World
 
 # Seconds in which everything has to come to rest: an event of a worker that nobody heard is made good by a look every
 # 30 s, perhaps by the second one.
@@ -39,6 +42,21 @@ POINTS = (
 # What a request may end in when a fault is about: the client then knows nothing, and asks again.
 FAILED = (Unavailable, StorageFull)
 WHICH = st.integers(0, 11)
+FAULTS = ("kill admin", "kill admin", "kill worker", "kill worker", "kill launcher", "kill zygote", "stop admin",
+          "stop worker", "store away")  # fmt: skip
+
+
+def _seconds(number: int) -> float:
+    """How long a server is away: mostly for a moment, sometimes for as long as a restart of a large machine takes."""
+    for most, seconds in ((1, 30.0), (4, 10.0), (16, 3.0), (60, 1.0), (150, 0.3)):
+        if number < most:
+            return seconds
+    return 0.1
+
+
+PAUSES = st.integers(0, 999).map(_seconds)
+CLIENTS = st.lists(st.lists(st.sampled_from(WORK), min_size=2, max_size=5), min_size=2, max_size=3)
+FAULT_PLAN = st.lists(st.tuples(st.sampled_from(FAULTS), st.floats(0, 0.3), PAUSES), max_size=2)
 MOST = 6  # sandboxes of one run
 _numbers = itertools.count(1)
 
@@ -50,6 +68,7 @@ class Effect:
     key: str
     answer: Any = None  # (status, ...) once it is known
     name: str = ""
+    slow: bool = False  # it takes a while, so that a fault meets it in the middle
 
 
 @dataclass
@@ -62,6 +81,8 @@ class Model:
     stop_asked: bool = False
     stopped: bool = False  # and told so
     life: int = 0  # of what holds it in its memory
+    damaged: bool = False  # a file that tells of it was damaged: it may be lost, and its answers, but nothing is twice
+    shared: bool = False  # several clients worked in it at the same time
     effects: list[Effect] = field(default_factory=list)
 
 
@@ -74,16 +95,20 @@ class FaultMachine(RuleBasedStateMachine):
 
     world: World
     counts: Counter[str] = Counter()
+    longest = 30.0  # seconds that a server is away
 
     def __init__(self) -> None:
         super().__init__()
         self.models: list[Model] = []
         self.seen: dict[str, int] = {}
+        self.history = History()
 
-    @initialize()
-    def begin(self) -> None:
+    @initialize(which=WHICH, work=CLIENTS, faults=FAULT_PLAN)
+    def begin(self, which: int, work: list[list[str]], faults: list[tuple[str, float, float]]) -> None:
+        """Each run has a history of concurrent clients."""
         self.world.calm()
         self.counts["runs"] += 1
+        self._together(which, work, faults)
 
     # ---- requests ----
 
@@ -103,15 +128,23 @@ class FaultMachine(RuleBasedStateMachine):
     def _step(self, name: str) -> None:
         self.counts["steps"] += 1
         self.counts[f"rule {name}"] += 1
-        if not self.world.server.alive or (self.world.worker is not None and not self.world.worker.alive):
+        self._revive()
+
+    def _revive(self) -> None:
+        dead = [server for server in self.world.servers if not server.alive]
+        for _ in dead:
             self._died()
+        if dead:
             self.world.ensure()
 
     def _died(self) -> None:
         self.counts["kills"] += 1
 
+    def _holder(self, which: int) -> Server:
+        return self.world.holders[which % len(self.world.holders)]
+
     def _may_be_lost(self, model: Model) -> bool:
-        return model.life != self.world.lives
+        return model.damaged or model.life != self.world.lives
 
     def _create(self, model: Model) -> None:
         config = self.world.config(labels={"fault": model.key})
@@ -135,7 +168,8 @@ class FaultMachine(RuleBasedStateMachine):
     def _do(self, model: Model, effect: Effect) -> None:
         number = int(effect.key[1:])
         status = number % 100
-        text = f"echo {effect.key} >> $HOME/fault; echo said {effect.key}; (exit {status})"
+        wait = "sleep 0.6; " if effect.slow else ""
+        text = f"echo {effect.key} >> $HOME/fault; {wait}echo said {effect.key}; (exit {status})"
         path = {"sandbox_id": model.id}
         try:
             if effect.name == "run":
@@ -151,6 +185,8 @@ class FaultMachine(RuleBasedStateMachine):
                 return
             raise Broken(f"{effect.name} in {model.id}: {error!r}") from error
         if answer != (status, f"said {effect.key}\n"):
+            if model.damaged and (seen.get("failure_reason") or seen.get("dropped_bytes")):
+                return  # what is missing was told
             raise Broken(f"{effect.name} {effect.key} answered {answer}: {seen}")
         self._told(model, effect, answer)
 
@@ -171,6 +207,14 @@ class FaultMachine(RuleBasedStateMachine):
         # By a number that was drawn before: what is drawn must not depend on what servers answered.
         return models[which % len(models)] if models else None
 
+    def _pick_or_make(self, which: int, models: list[Model]) -> Model | None:
+        """One of them, or a new one where there is none; None when that could not be made."""
+        if not models and len(self.models) < MOST:
+            self.models.append(Model(f"c{next(_numbers)}", life=self.world.lives))
+            self._create(self.models[-1])
+            models = [model for model in self.models[-1:] if model.id]
+        return self._pick(models, which)
+
     # ---- rules: what clients do ----
 
     @rule()
@@ -189,7 +233,7 @@ class FaultMachine(RuleBasedStateMachine):
     @rule(which=WHICH, name=st.sampled_from(["run", "run", "execute"]))
     def do(self, which: int, name: str) -> None:
         self._step(name)
-        if (model := self._pick(self._live(), which)) is not None:
+        if (model := self._pick_or_make(which, self._live())) is not None:
             model.effects.append(Effect(f"e{next(_numbers)}", name=name))
             self._do(model, model.effects[-1])
 
@@ -243,12 +287,13 @@ class FaultMachine(RuleBasedStateMachine):
         self._step("calm")
         self.world.calm()
 
-    @rule(worker=st.booleans())
-    def kill(self, worker: bool) -> None:
+    @rule(which=WHICH, pause=PAUSES)
+    def kill(self, which: int, pause: float) -> None:
         self._step("kill")
-        server = self.world.worker if worker and self.world.worker is not None else self.world.server
+        server = self.world.servers[which % len(self.world.servers)]
         server.kill()
         self._died()
+        time.sleep(min(pause, self.longest))
         self.world.ensure()
 
     @rule(delay=st.floats(0, 0.06), work=st.sampled_from(["create", "do", "stop"]), which=WHICH)
@@ -283,26 +328,128 @@ class FaultMachine(RuleBasedStateMachine):
         if problems:
             raise problems[0]
 
-    @rule()
-    def kill_launcher(self) -> None:
-        """The child that makes namespaces; where there is none, the server is killed."""
-        self._step("kill launcher")
-        if self.world.runtime != "namespace":
-            self.world.server.kill()
-        # The children of a rocklet with plain processes are the sandboxes themselves.
-        for pid in self.world.launchers() if self.world.runtime == "namespace" else ():
+    @precondition(lambda self: self.world.runtime == "namespace")
+    @rule(which=WHICH, zygote=st.booleans())
+    def kill_launcher(self, which: int, zygote: bool) -> None:
+        """The child that makes namespaces, or the one that pid 1 of each sandbox is forked of."""
+        self._step("kill zygote" if zygote else "kill launcher")
+        holder = self._holder(which)
+        self._kill_all(self.world.zygotes(holder) if zygote else self.world.launchers(holder))
+
+    def _kill_all(self, pids: list[int]) -> None:
+        for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.counts["kills"] += 1
+        self.counts["kills"] += bool(pids)
+
+    @precondition(lambda self: self.world.database is not None)
+    @rule(pause=PAUSES)
+    def database_fails_over(self, pause: float) -> None:
+        """PostgreSQL is stopped at once, and started again."""
+        self._step("store away")
+        assert self.world.database is not None
+        self.world.database.away(min(pause, 10.0, self.longest))
+        self.counts["failovers"] += 1
+
+    @precondition(lambda self: self.world.kind == "damage")
+    @rule(which=WHICH, seed=st.integers(0, 1 << 30), kind=st.sampled_from(["flip", "cut", "zeros", "empty"]),
+          name=st.sampled_from(["run", "execute"]))  # fmt: skip
+    def damage(self, which: int, seed: int, kind: str, name: str) -> None:
+        """A file of the rocklet is damaged while the server is away, in the middle of a command."""
+        self._step(f"damage {kind}")
+        model = self._pick_or_make(which, self._live())
+        if model is None:
+            return
+        effect = Effect(f"e{next(_numbers)}", name=name, slow=True)
+        model.effects.append(effect)
+        problems: list[BaseException] = []
+
+        def call() -> None:
+            try:
+                self._do(model, effect)
+            except BaseException as error:
+                problems.append(error)
+
+        thread = threading.Thread(target=call)
+        thread.start()
+        time.sleep(0.2)
+        self.world.server.kill()
+        self._died()
+        thread.join()
+        if damage(self.world.holder.home / "run", seed, kind):
+            self.counts["damaged files"] += 1
+            for each in self.models:
+                each.damaged = True
+        self.world.ensure()
+        if problems:
+            raise problems[0]
+
+    # ---- several clients at once ----
+
+    @rule(which=WHICH, work=CLIENTS, faults=FAULT_PLAN)
+    def together(self, which: int, work: list[list[str]], faults: list[tuple[str, float, float]]) -> None:
+        self._step("together")
+        self._together(which, work, faults)
+
+    def _together(self, which: int, work: list[list[str]], faults: list[tuple[str, float, float]]) -> None:
+        """Clients that retry work in one sandbox, while servers are killed, stopped and cut off from their store."""
+        model = self._pick_or_make(which, [model for model in self._live() if not self._may_be_lost(model)])
+        if model is None:
+            return
+        if self.world.runtime == "fake":
+            faults = [fault for fault in faults if fault[0] in ("kill admin", "stop admin")]
+        model.shared = True
+        clients = [Client(self.world, self.history, model.id, f"k{next(_numbers)}", each) for each in work]
+        for client in clients:
+            client.start()
+        for name, delay, pause in faults:
+            time.sleep(delay)
+            self._fault(name, which, min(pause, self.longest))
+        end = time.monotonic() + PATIENCE
+        while any(client.is_alive() for client in clients):
+            self._revive()  # a point at which one is killed may still be set
+            for client in clients:
+                client.join(0.05)
+            if time.monotonic() > end:
+                raise Broken(f"clients in {model.id} do not end")
+        self.counts["concurrent operations"] += sum(map(len, work))
+        for client in clients:
+            self.counts["unknown outcomes"] += client.unknown
+            for error in client.problems:
+                if not self._may_be_lost(model):
+                    raise Broken(f"{client.name} in {model.id}: {error!r}") from error
+
+    def _fault(self, name: str, which: int, pause: float) -> None:
+        self.counts[f"fault {name}"] += 1
+        what, who = name.split()  # "store away" is the third form
+        server = self._holder(which) if who == "worker" else self.world.server
+        if name == "store away":
+            if self.world.database is not None:
+                self.world.database.away(min(pause, 10.0))
+                self.counts["failovers"] += 1
+        elif who in ("launcher", "zygote"):
+            if self.world.runtime == "namespace":
+                holder = self._holder(which)
+                self._kill_all(self.world.zygotes(holder) if who == "zygote" else self.world.launchers(holder))
+        elif what == "kill":
+            server.kill()
+            self._died()
+            time.sleep(pause)
+            self.world.ensure()
+        elif server.alive:
+            os.kill(server.pid, signal.SIGSTOP)
+            time.sleep(pause)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(server.pid, signal.SIGCONT)
+            self.counts["stops"] += 1
 
     # ---- the look at everything ----
 
     def teardown(self) -> None:
         if not self.counts["runs"]:
             return
-        if not self.world.server.alive:
-            self._died()
         try:
+            self._revive()
             self.world.calm()
             self.settle()
         finally:
@@ -319,9 +466,12 @@ class FaultMachine(RuleBasedStateMachine):
                 raise Broken(f"{model.id} was told of and is not known")
             if infos:
                 self._check(model, infos[0])
+        if wrong := violations(self.history):
+            raise Broken("\n".join(wrong))
+        self.counts["histories"] += bool(self.history.operations)
         running = {name for name, info in mine.items() if info["state"] == "running"}
         end = time.monotonic() + PATIENCE  # what is killed may take a moment to be gone
-        while self.world.kind != "apart" and (pids := self.world.pids) != len(running):
+        while self.world.outlives and (pids := self.world.pids) != len(running):
             if time.monotonic() > end:
                 raise Broken(f"{len(running)} run, and there are {pids} on the machine")
             time.sleep(0.05)
@@ -354,12 +504,17 @@ class FaultMachine(RuleBasedStateMachine):
             return
         for effect in model.effects:
             self._do(model, effect)
-            if effect.answer is None:
+            if effect.answer is None and not model.damaged:
                 raise Broken(f"{effect.name} {effect.key}: no answer without faults")
         path = {"sandbox_id": model.id}
-        seen = self._ask("execute", {"command": ["sh", "-c", "cat $HOME/fault"]}, **path)
+        seen = self._ask("execute", {"command": ["sh", "-c", "cat $HOME/fault || true"]}, **path)
         found = Counter(seen["stdout"].split())
-        if found != Counter(effect.key for effect in model.effects):
+        asked = Counter(effect.key for effect in model.effects)
+        if model.damaged and found <= asked:
+            return
+        if model.shared and (wrong := final_look(self.world, self.history, model.id)):
+            raise Broken(f"{model.id}: {wrong}")
+        if found != asked:
             raise Broken(f"effects of {model.id}: {found}, asked for: {[e.key for e in model.effects]}")
 
     def clean(self) -> None:

@@ -21,12 +21,13 @@ from rock.errors import InvalidConfig, RockError, Unavailable
 from rock.sync.transport import Transport
 from tests.faults.campaign import campaign
 from tests.faults.machine import POINTS
-from tests.faults.world import World
+from tests.faults.world import KINDS, World
 from tests.waiting import until
 
 SOURCE = Path(faults.__file__).parent
 RUNS = int(os.environ.get("ROCK_TEST_FAULTS", "2"))
 Make = Callable[[str], World]
+LONG = pytest.mark.long
 pytestmark = pytest.mark.timeout(600)
 
 
@@ -240,8 +241,11 @@ def test_the_settings_refuse_a_plan_that_is_none() -> None:
 # ---- a share of the suite ----
 
 
-@pytest.mark.parametrize("kind", ["process", "apart", "namespace", "joined"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "damage"] + [pytest.param("damage", marks=LONG)])
 @pytest.mark.timeout(3600)
 def test_randomised_faults(kind: str, tmp_path: Path) -> None:
-    counts = campaign(kind, RUNS if kind != "namespace" else max(1, RUNS // 4), 8, 5, tmp_path)
+    if kind == "postgres":
+        pytest.importorskip("asyncpg", reason="asyncpg is not installed: pip install rock-sandbox[postgres]")
+    runs = max(1, RUNS // 2) if "namespace" in kind or kind == "cluster" else RUNS
+    counts = campaign(kind, runs, 5, 5, tmp_path, longest=0.5)
     assert counts["runs"] and not counts["problems"], counts

@@ -1,8 +1,14 @@
 """Real servers for the fault suite: processes that are killed with SIGKILL and started again in a tenth of a second.
 
-One kind of world a set-up: "process" and "namespace" are the server of one machine, whose sandboxes outlive it; "apart"
-is an admin and a rocklet in two processes, the sandboxes in the memory of the rocklet; "joined" is an admin and a
-rocklet that joined it, with a real lease and the process runtime.
+Kinds of worlds:
+
+process, namespace  the server of one machine, whose sandboxes outlive it, with that runtime
+apart               an admin and a rocklet in two processes, the sandboxes in the memory of the rocklet
+joined              an admin and a rocklet that joined it, with a real lease and the process runtime
+joined-namespace    the same with the namespace runtime
+cluster             an admin and three rocklets that joined it, with the process runtime
+postgres            as process, with PostgreSQL as the store
+damage              as process; files of the rocklet are damaged between a kill and the next start
 """
 
 from __future__ import annotations
@@ -18,12 +24,13 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from rock.errors import Unavailable
+from rock.errors import StorageFull, Unavailable
 from rock.protocol.routes import ROUTES
 from rock.runtime.namespace import records
 from rock.sync.transport import Transport
+from tests.store.postgres_server import Databases, postgres
 
-KINDS = ("process", "apart", "namespace", "joined")
+KINDS = ("process", "apart", "namespace", "joined", "joined-namespace", "cluster", "postgres", "damage")
 KEY, TOKEN = "the owner's key", "what workers join by"
 START = 100.0  # seconds for a server to serve
 
@@ -141,10 +148,13 @@ class Server:
 
     def stop(self) -> None:
         """SIGTERM, and wait."""
-        if self.pid and self.alive:
+        if self.alive:
             os.kill(self.pid, signal.SIGTERM)
-            self._zygote.wait(self.pid)
-        elif self.pid:
+        self.await_end()
+
+    def await_end(self) -> None:
+        """Wait for a process that was told to end, or was killed."""
+        if self.pid:
             self._zygote.wait(self.pid)
         self.pid = 0
 
@@ -157,42 +167,67 @@ class World:
     """The servers of one kind, and requests to them."""
 
     def __init__(self, kind: str, folder: Path, runtime: str = "process", **environ: str) -> None:
-        """runtime: of a joined world. environ: of both of its servers."""
+        """runtime: of the workers that join. environ: of all servers."""
         assert kind in KINDS
         self.kind = kind
-        self.key = KEY if kind == "joined" else None
-        self.runtime = {"apart": "fake", "joined": runtime}.get(kind, kind)
+        joins = kind.startswith("joined") or kind == "cluster"
+        if kind == "joined-namespace":
+            runtime = "namespace"
+        self.key = KEY if joins else None
+        self.runtime = runtime if joins else {"apart": "fake", "namespace": "namespace"}.get(kind, "process")
         self._zygote = Zygote()
-        self.worker: Server | None = None
-        if kind == "joined":
+        self._owned = contextlib.ExitStack()
+        self.database: Databases | None = None
+        self.workers: list[Server] = []
+        if joins:
             environ = {"ROCK_DRAIN_SECONDS": "0.5", **environ}
             self.server = Server(self._zygote, folder / "admin", ROCK_WORKERS="none", ROCK_WORKER_KEY=TOKEN,
                                  ROCK_API_KEY=KEY, **environ)  # fmt: skip
-            self.worker = Server(
-                self._zygote, folder / "worker", "rocklet", ROCK_RUNTIME=runtime, ROCK_JOIN=self.server.url,
-                ROCK_API_KEY=TOKEN, ROCK_WORKER_NAME="one", **environ,
-            )  # fmt: skip
-            self.server.start()
-            self.worker.start()
+            names = ("one", "two", "three") if kind == "cluster" else ("one",)
+            self.workers = [
+                Server(self._zygote, folder / f"worker-{name}", "rocklet", ROCK_RUNTIME=runtime,
+                       ROCK_JOIN=self.server.url, ROCK_API_KEY=TOKEN, ROCK_WORKER_NAME=name, **environ)
+                for name in names
+            ]  # fmt: skip
+            for server in (self.server, *self.workers):
+                server.start()
             self.http = Transport(self.server.url, KEY, reconnect_timeout=0)
-            self._await_worker()
+            self._await_workers()
             return
         if kind == "apart":
-            self.worker = Server(self._zygote, folder / "worker", "rocklet", ROCK_RUNTIME="fake")
-            self.worker.start()
+            self.workers = [Server(self._zygote, folder / "worker", "rocklet", ROCK_RUNTIME="fake")]
+            self.workers[0].start()
             environ = {"ROCK_DRAIN_SECONDS": "0.5", **environ}
-            self.server = Server(self._zygote, folder / "admin", ROCK_WORKERS=f"there={self.worker.url}")
+            self.server = Server(self._zygote, folder / "admin", ROCK_WORKERS=f"there={self.workers[0].url}")
         else:
-            self.server = Server(self._zygote, folder / "home", ROCK_RUNTIME=kind)
+            if kind == "postgres":
+                self.database = self._owned.enter_context(postgres())
+                environ = {"ROCK_STORE": self.database(), **environ}
+            self.server = Server(self._zygote, folder / "home", ROCK_RUNTIME=self.runtime, **environ)
         self.server.start()
         self.http = Transport(self.server.url, reconnect_timeout=0)  # each failure is seen by the model
 
-    def _await_worker(self) -> None:
-        """Until sandboxes can be made."""
+    def _await_workers(self) -> None:
+        """Until sandboxes can be made on each."""
         end = time.monotonic() + START
-        while not any(worker["state"] == "ready" for worker in self.ask("list_workers")["items"]):
+        while any(worker["state"] != "ready" for worker in self.ask("list_workers")["items"]):
             assert time.monotonic() < end, self.server.log()
             time.sleep(0.05)
+
+    @property
+    def worker(self) -> Server | None:
+        """The first that is a process of its own."""
+        return self.workers[0] if self.workers else None
+
+    @property
+    def servers(self) -> list[Server]:
+        """The admin, then the workers."""
+        return [self.server, *self.workers]
+
+    @property
+    def holders(self) -> list[Server]:
+        """Those that hold sandboxes."""
+        return self.workers or [self.server]
 
     @property
     def outlives(self) -> bool:
@@ -206,41 +241,46 @@ class World:
 
     @property
     def records(self) -> set[str]:
-        """Ids of sandboxes whose records are on the worker's disk."""
-        home = self.worker.home if self.worker else self.server.home
-        return {path.name for path in (home / "run" / "records").iterdir() if not path.name.startswith(".")}
+        """Ids of sandboxes whose records are on the disks of workers."""
+        folders = [server.home / "run" / "records" for server in self.holders]
+        return {path.name for folder in folders for path in folder.iterdir() if not path.name.startswith(".")}
 
     @property
     def pids(self) -> int:
         """How many pid 1 of sandboxes there are on this machine that a server of ours started."""
         if self.runtime == "namespace":
-            return len(records.slots(self.holder.home / "run" / "namespace"))
+            return sum(len(records.slots(server.home / "run" / "namespace")) for server in self.holders)
         return len(self.roots)
 
     @property
     def roots(self) -> list[int]:
         """The pid 1 of each sandbox of the process runtime."""
+        homes = tuple(f"{server.home}/run/process/" for server in self.holders)
         found = []
         for entry in os.listdir("/proc"):
             with contextlib.suppress(OSError):
-                if os.readlink(f"/proc/{entry}/fd/1").startswith(f"{self.holder.home}/run/process/"):
+                if os.readlink(f"/proc/{entry}/fd/1").startswith(homes):
                     found.append(int(entry))
         return found
 
     def ensure(self) -> None:
-        if self.worker is not None:
-            self.worker.ensure()
-        self.server.ensure()
+        for server in (*self.workers, self.server):
+            server.ensure()
 
     def calm(self) -> None:
         """No faults, and everything serves."""
-        for server in filter(None, (self.server, self.worker)):
+        for server in self.servers:
             server.faults("")
-        for _ in range(5):
+        end = time.monotonic() + START
+        while True:
             self.ensure()
-            with contextlib.suppress(Unavailable):  # it was about to be killed
-                self.ask("health")
+            try:
+                self.ask("list_sandboxes", query="limit=1")
                 return
+            except (Unavailable, StorageFull):  # it was about to be killed, or its database is starting
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.02)
 
     @property
     def lives(self) -> int:
@@ -256,21 +296,41 @@ class World:
         target = route.url(**path) + (f"?{query}" if query else "")
         return self.http.json(route.method, target, body, timeout=30.0, key=key)
 
-    def launchers(self) -> list[int]:
-        """Pids of the children of the server: of the namespace runtime that is its launcher."""
-        found = []
-        for entry in os.listdir("/proc"):
-            with contextlib.suppress(OSError, ValueError):
-                fields = Path(f"/proc/{int(entry)}/stat").read_text().rpartition(")")[2].split()
-                if int(fields[1]) == self.holder.pid and fields[0] != "Z":
-                    found.append(int(entry))
-        return found
+    def launchers(self, server: Server | None = None) -> list[int]:
+        """Pids of the children of a server that holds sandboxes: of the namespace runtime that is its launcher."""
+        return children((server or self.holder).pid)
+
+    def zygotes(self, server: Server | None = None) -> list[int]:
+        """Pids of the processes that pid 1 of new sandboxes are forked of: children of a launcher, and no pid 1."""
+        return [pid for launcher in self.launchers(server) for pid in children(launcher) if not _is_pid_1(pid)]
 
     def close(self) -> None:
         self.calm()
         for item in self.ask("list_sandboxes", query="state=pending,running,stopping&limit=500")["items"]:
             self.ask("stop_sandbox", sandbox_id=item["sandbox_id"])
-        self.server.stop()
-        if self.worker is not None:
-            self.worker.stop()
+        for server in self.servers:  # all at once
+            if server.alive:
+                os.kill(server.pid, signal.SIGTERM)
+        for server in self.servers:
+            server.await_end()
         self._zygote.close()
+        self._owned.close()
+
+
+def children(pid: int) -> list[int]:
+    """Pids of the children of a process."""
+    found = []
+    for entry in os.listdir("/proc"):
+        with contextlib.suppress(OSError, ValueError):
+            fields = Path(f"/proc/{int(entry)}/stat").read_text().rpartition(")")[2].split()
+            if int(fields[1]) == pid and fields[0] != "Z":
+                found.append(int(entry))
+    return found
+
+
+def _is_pid_1(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("NSpid:"):
+                return len(line.split()) > 2  # of a namespace below ours
+    return False

@@ -75,6 +75,7 @@ def test_an_episode() -> None:
     bodies = [orjson.loads(request.body) for request in wire.requests if request.body[:1] == b"{"]
     steps = [next(frames.split(request.body)) for request in wire.requests if "/frames" in request.line]
     assert bodies[0] == {"env_id": "game:X-v0", "exclusive": False}
+    assert bodies[1].pop("owner")
     assert bodies[1] == {"env_id": "game:X-v0", "kwargs": {"size": 3}, "timeout": 300.0}
     assert [index for op, _, _, _, index, _ in steps if op == frames.STEP] == [0, 1, 0]
     assert [request.line for request in wire.requests if "DELETE" in request.line] == [

@@ -23,7 +23,7 @@ from rock.admin.transports import FENCE, StreamTransport
 from rock.errors import RockError, Unavailable, from_wire
 from rock.protocol.encoded import travelling
 from rock.protocol.node import MOST_CREATES, NodeSandbox
-from rock.protocol.routes import OUTAGE, ROUTES, Frame, FrameParser
+from rock.protocol.routes import OUTAGE, ROUTES, SENT, Frame, FrameParser
 from rock.protocol.sandbox import SandboxConfig
 
 log = logging.getLogger("rock.admin")
@@ -36,7 +36,7 @@ _ENOUGH = 8  # creates for which no more are waited for
 _MOST_REQUESTS = 500  # at once; some may take minutes, to pull an image
 _UNKNOWN = (404, 405)  # what an older worker answers
 
-Made = asyncio.Future[NodeSandbox | None]
+Made = asyncio.Future[NodeSandbox | bool]  # a bool: it is unknown; whether the worker may have made it
 
 
 class Crowd:
@@ -80,7 +80,7 @@ class Creates:
         if self._due is not None:
             self._due.cancel()
         for _, made in self._waiting.values():
-            _set(made, None)
+            _set(made, False)
         self._waiting.clear()
         for task in list(self._asking):
             task.cancel()
@@ -106,14 +106,20 @@ class Creates:
             raise
         finally:
             self._crowd.size -= 1
-        if found is not None:
+        if isinstance(found, NodeSandbox):
             return found
         if self._closed:
-            raise self._lost()
-        return await self._alone(sandbox_id, config)
+            raise self._lost(sent=found)
+        try:
+            return await self._alone(sandbox_id, config)
+        except Unavailable as error:
+            if found and error.details.get("unsent"):
+                raise Unavailable(error.message, hint=error.hint, details=SENT) from None
+            raise
 
-    def _lost(self) -> Unavailable:
-        return Unavailable(f"worker {self._name} was lost while it was asked", hint="retry", details=OUTAGE)
+    def _lost(self, sent: bool = False) -> Unavailable:
+        return Unavailable(f"worker {self._name} was lost while it was asked", hint="retry",
+                           details=SENT if sent else OUTAGE)  # fmt: skip
 
     def _arm(self, now: bool = False) -> None:
         """See that those who wait are asked for."""
@@ -151,13 +157,14 @@ class Creates:
             self._arm(now=True)
 
     async def _ask(self, batch: dict[str, tuple[SandboxConfig, Made]]) -> None:
-        row, heard, left = ROUTES["node_create_many"], False, dict(batch)
+        row, heard, sent, left = ROUTES["node_create_many"], False, True, dict(batch)
         try:
             reply = self._streams(row.method, row.path, "", None, _body(batch))
             async with contextlib.aclosing(reply):
                 status, parser = await anext(reply), FrameParser()
                 if status != 200:
                     self._known = status not in _UNKNOWN
+                    sent = status not in (*_UNKNOWN, Unavailable.status)  # these refuse the request as a whole
                     return
                 async for part in reply:
                     assert isinstance(part, bytes)
@@ -168,9 +175,10 @@ class Creates:
                         self._heard()
         except (RockError, ValueError) as error:
             log.info("creates at %s: %s", self._name, error)
+            sent = not (isinstance(error, Unavailable) and error.details.get("unsent"))
         finally:
             for _, made in left.values():
-                _set(made, None)
+                _set(made, sent)
             if not heard:
                 self._heard()
 
@@ -198,6 +206,6 @@ def _tell(left: dict[str, tuple[SandboxConfig, Made]], kind: Frame, payload: byt
         entry[1].set_exception(from_wire(told))
 
 
-def _set(made: Made, found: NodeSandbox | None) -> None:
+def _set(made: Made, found: NodeSandbox | bool) -> None:
     if not made.done():
         made.set_result(found)

@@ -13,10 +13,12 @@ from rock.admin.counts import CREATES, STARTS
 from rock.admin.lifecycle import Event
 from rock.admin.pace import Pace, Ticket
 from rock.admin.worker import Worker
-from rock.errors import InternalServerRockError, Lost, RockError, SandboxError, from_wire
+from rock.errors import InternalServerRockError, Lost, RockError, SandboxError, Unavailable, from_wire
 from rock.protocol.node import NodeSandbox
+from rock.protocol.routes import LOST_CONTACT, NOTHING_BEGUN
 from rock.protocol.sandbox import Cause, SandboxInfo, State
-from rock.store.base import Record
+from rock.settings import RECONNECT_TIMEOUT
+from rock.store.base import Record, VersionConflict
 from rock.telemetry import tracing
 from rock.wire.waits import settled
 
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from rock.admin.service import Service
 
 log = logging.getLogger("rock.admin")
+
+_PAUSE, _LONGEST_PAUSE = 0.1, 1.0  # seconds between two tries of a start whose worker is not reached
 
 
 class Launches:
@@ -41,11 +45,13 @@ class Launches:
     def tasks(self) -> list[asyncio.Task[Record]]:
         return list(self._tasks.values())
 
-    def begin(self, record: Record) -> asyncio.Task[Record]:
-        """Start a pending sandbox in the background; one task a sandbox."""
+    def begin(self, record: Record, fresh: bool = False) -> asyncio.Task[Record]:
+        """Start a pending sandbox in the background; one task a sandbox.
+
+        fresh: no worker was asked for it before, so that it may be placed again while none has begun with it."""
         task = self._tasks.get(record.id)
         if task is None:
-            task = asyncio.create_task(self._launch(record), name=f"launch-{record.id}")
+            task = asyncio.create_task(self._launch(record, fresh), name=f"launch-{record.id}")
             self._tasks[record.id] = task
             task.add_done_callback(lambda done: self._launched(record.id, done))
         return task
@@ -57,7 +63,7 @@ class Launches:
             log.error("launch of %s: %r", sandbox_id, task.exception())
             self._service.unfinished(sandbox_id)
 
-    async def _launch(self, record: Record) -> Record:
+    async def _launch(self, record: Record, fresh: bool) -> Record:
         ticket = self.pace.ask(record.tenant, record.info.group is not None)
         try:
             if ticket.turn is not None:
@@ -68,7 +74,7 @@ class Launches:
                     del self._waiting[record.id]
                 if not begins:
                     return await self._service.store.get(record.id) or record
-            return await self._begun(record)
+            return await self._begun(record, fresh)
         finally:
             self.pace.leave(ticket)
 
@@ -78,14 +84,14 @@ class Launches:
         if ticket is not None:
             self.pace.withdraw(ticket)
 
-    async def _begun(self, record: Record) -> Record:
+    async def _begun(self, record: Record, fresh: bool) -> Record:
         restored, began = record.info.archive is not None, time.monotonic()
         try:
             with tracing.span("start sandbox", {"rock.sandbox_id": record.id, "rock.image": record.config.image}):
                 async with asyncio.timeout(record.config.startup_timeout):
                     worker = await self._worker_for(record)
                     await faults.point("launch.begun")
-                    made = await self._start(worker, record)
+                    made = await self._started(worker, record, fresh)
                     await faults.point("launch.made")
         except TimeoutError:
             error: RockError = SandboxError(
@@ -128,6 +134,47 @@ class Launches:
             status = self._service.placing.status(worker.name) or await worker.status()
             await self._service.amend(record.id, worker=worker.name, host_name=status.host_name, host_ip=status.host_ip)
         return worker
+
+    async def _started(self, worker: Worker, record: Record, fresh: bool) -> NodeSandbox:
+        """Over short outages of the worker, for RECONNECT_TIMEOUT seconds at most. A `fresh` one goes elsewhere, unless
+        its worker may have made it."""
+        if record.info.archive is not None:
+            return await self._start(worker, record)
+        end, pause = time.monotonic() + RECONNECT_TIMEOUT, _PAUSE
+        moves = fresh and not record.info.gang and not record.info.kept and self._service.placing.reservations is None
+        there: Worker | None = worker
+        while True:
+            try:
+                if there is None:
+                    there = self._service.reached(record.info.worker)
+                return await self._start(there, record)
+            except Unavailable as error:
+                if not any(error.details.get(name) is True for name in LOST_CONTACT) or time.monotonic() + pause > end:
+                    raise
+                moves = moves and any(error.details.get(name) is True for name in NOTHING_BEGUN)
+                log.warning("sandbox %s: %s; trying again", record.id, error.message)
+                await asyncio.sleep(pause)
+                pause, there = min(2 * pause, _LONGEST_PAUSE), None
+                current = await self._service.load(record.id)
+                if current.state is not State.PENDING:
+                    raise
+                record = await self._moved(current) if moves else current
+
+    async def _moved(self, record: Record) -> Record:
+        """The record of a pending sandbox, placed again: on its worker too, when no other takes it."""
+        placing = self._service.placing
+        placing.landed(record.id)
+        try:
+            worker = await placing.place(record.id, record.config)
+            status = placing.status(worker.name)
+            if worker.name == record.info.worker:
+                return record
+            await worker.check(record.config)
+            where = {} if status is None else {"host_name": status.host_name, "host_ip": status.host_ip}
+            return await self._service.store.put(record.changed(worker=worker.name, **where))
+        except (RockError, VersionConflict) as error:  # the next try tells more
+            log.info("sandbox %s is not placed again: %s", record.id, error)
+            return record
 
     async def _start(self, worker: Worker, record: Record) -> NodeSandbox:
         """For the first time, or over what it left."""

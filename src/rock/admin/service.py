@@ -31,8 +31,8 @@ from rock.admin.worker import Worker
 from rock.errors import NotFound, RockError, Unavailable
 from rock.protocol.keys import Caller, Quota
 from rock.protocol.network import ConnectionList
-from rock.protocol.node import SandboxList
-from rock.protocol.routes import OUTAGE
+from rock.protocol.node import NodeStatus, SandboxList
+from rock.protocol.routes import NOTHING_BEGUN, OUTAGE
 from rock.protocol.sandbox import Cause, Phase, SandboxConfig, SandboxInfo, State
 from rock.scheduler.base import Reservations, Scheduler
 from rock.store.base import Query, Record, Store, VersionConflict
@@ -43,6 +43,7 @@ log = logging.getLogger("rock.admin")
 _ELSEWHERE = 0.2  # seconds from one look at what another server starts to the next
 _ENDS = (Event.LAUNCH_FAILED, Event.STOP, Event.ENDED, Event.DESTROYED)
 _MOST_RECENT = 10_000
+_MOST_PLACED = 4  # workers that are asked for one sandbox before it is refused
 
 
 class Service:
@@ -114,18 +115,31 @@ class Service:
             if self.placing.reservations is not None:
                 await self.placing.check(config)
             else:
-                worker = await self.placing.place(sandbox_id, config)
-                status = self.placing.status(worker.name)
-                await worker.check(config)
+                worker, status = await self._placed(sandbox_id, config)
             info = infos.new_info(sandbox_id, config, worker.name if worker else None, status, caller.owner)
             record = await self.store.insert(Record(info, config, key), caller.quota)
             await faults.point("create.saved")
             if record.state is State.PENDING:
-                self.launches.begin(record)
+                self.launches.begin(record, fresh=record.info.created_at == info.created_at)  # not one found by its key
             return record
         finally:
             if record is None or sandbox_id not in self.launches:
                 self.placing.landed(sandbox_id)
+
+    async def _placed(self, sandbox_id: str, config: SandboxConfig) -> tuple[Worker, NodeStatus | None]:
+        """A worker that takes it. One that is not reached, or refuses for its lease, is passed over: `place` leaves it
+        out for a while."""
+        for left in reversed(range(min(_MOST_PLACED, len(self.workers)) or 1)):
+            worker = await self.placing.place(sandbox_id, config)
+            try:
+                await worker.check(config)
+                return worker, self.placing.status(worker.name)
+            except Unavailable as error:
+                if not left or not any(error.details.get(name) is True for name in NOTHING_BEGUN):
+                    raise
+                log.info("worker %s does not take sandbox %s: %s", worker.name, sandbox_id, error.message)
+                self.placing.landed(sandbox_id)
+        raise AssertionError("the last try returns or raises")
 
     def reached(self, name: str | None) -> Worker:
         """A worker. Unavailable when it is lost, or not known here yet."""

@@ -91,7 +91,13 @@ def commands_over(remote: Remote, name: str, gone: asyncio.Event, unreached: Cal
                 if gone.is_set() or method == "POST" or error.details.get("unsent"):
                     raise
             # A kept connection may have ended just then; what is asked again is done once.
-            return await remote.request(method, path, query, body, headers, probed=probed)
+            try:
+                return await remote.request(method, path, query, body, headers, probed=probed)
+            except Unavailable as error:
+                if error.details.get("unsent"):
+                    unreached()
+                    raise Unavailable(error.message, hint=error.hint, details=routes.SENT) from None  # the first was
+                raise
 
     async def carry(method: str, path: str, query: str, body: bytes) -> tuple[int, bytes]:
         try:

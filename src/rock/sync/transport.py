@@ -23,7 +23,7 @@ import orjson
 
 from rock import errors, settings
 from rock.protocol.planes import role_for
-from rock.protocol.routes import OTHER_KEY, OUTAGE, RESUMES, SENT, UNSENT
+from rock.protocol.routes import LOST_CONTACT, NOTHING_BEGUN, OTHER_KEY, SENT, UNSENT
 from rock.sync import primitives
 from rock.sync.connection import Connection
 from rock.sdk.http import Address, Answer, Source, header_lines
@@ -43,8 +43,6 @@ POOL: Pool[Connection] = Pool()
 atexit.register(POOL.clear)
 
 _REACHED: set[tuple[str, int]] = set()  # servers that answered this process once, by host and port
-_NOTHING_BEGUN = (*UNSENT, *OUTAGE)
-_AWAY = (*SENT, *RESUMES, *_NOTHING_BEGUN)
 
 Body = bytes | Source
 
@@ -145,7 +143,7 @@ class Transport:
             except errors.Unavailable as error:
                 if retry is None:
                     retry = self._retry(error, began, timeout if deadline is None else deadline, limit)
-                pause = retry.pause(error, _AWAY if repeats else _NOTHING_BEGUN)
+                pause = retry.pause(error, LOST_CONTACT if repeats else NOTHING_BEGUN)
             primitives.sleep(pause)
 
     def open(
@@ -173,7 +171,7 @@ class Transport:
             except errors.Unavailable as error:
                 if retry is None:
                     retry = self._retry(error, began, timeout)
-                pause = retry.pause(error, _AWAY if method == "GET" else _NOTHING_BEGUN)
+                pause = retry.pause(error, LOST_CONTACT if method == "GET" else NOTHING_BEGUN)
             primitives.sleep(pause)
 
     def _retry(
@@ -227,20 +225,27 @@ class _Retry:
         self._limit = self._end if limit is None else min(self._end, began + limit)
         self._pause = PAUSE
         self._told: errors.Unavailable | None = None
+        self._silent = False  # the last try ended because a worker answered nothing
 
     def left(self, timeout: float | None) -> float | None:
-        """What is left of a time that began with the call."""
-        return None if timeout is None else max(1.0, timeout - (time.monotonic() - self._began))
+        """Seconds that the next try has, of a `timeout` that began with the call. A worker that was silent gets no
+        more time than the call has."""
+        now = time.monotonic()
+        left = None if timeout is None else max(1.0, timeout - (now - self._began))
+        if not self._silent:
+            return left
+        return max(0.1, self._limit - now if left is None else min(left, self._limit - now))
 
     def pause(self, error: errors.Unavailable, names: tuple[str, ...]) -> float:
         """Seconds to wait before the next try. Raises when there is no time for one: the first error of those after
         which something may have been begun, else the first. An error that is no lost contact is raised at once."""
         if not _lost_contact(error, names):
-            raise error
+            raise self._told if self._told is not None and self._silent and not error.details else error
+        self._silent = bool(error.details.get("silent"))
         if self._told is None or (self._told.details.get("unsent") and not error.details.get("unsent")):
             self._told = error
         pause = self._pause * random.uniform(0.5, 1.5)  # clients that were cut together do not come back together
-        if time.monotonic() + pause > (self._limit if error.details.get("silent") else self._end):
+        if time.monotonic() + pause > (self._limit if self._silent else self._end):
             raise self._told
         self._pause = min(self._pause * 1.5, LONGEST_PAUSE)
         return pause

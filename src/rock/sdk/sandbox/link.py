@@ -17,7 +17,7 @@ from rock.sdk.transport import ANSWER_TIMEOUT, Transport
 
 M = TypeVar("M", bound=BaseModel)
 
-LATE = 2.0  # seconds after the time of a call in which a silent worker may still be asked again
+LATE = 0.5  # seconds after the time of a call in which a silent worker may still answer
 SLACK = 30.0  # seconds for an answer to come after the time that the server itself was given
 
 
