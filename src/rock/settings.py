@@ -10,6 +10,7 @@ Client settings are functions, because a script may set a variable after the imp
 | ROCK_API_KEY | none | the key that they send, and that a server asks for |
 | ROCK_RECONNECT_TIMEOUT | 60 | seconds: a client retries over a lost connection, 0 for not at all; a rocklet keeps \
 what runs when the server in front of it is gone |
+| ROCK_EXTRA_HEADERS | none | headers that SDK and CLI send with each request: a JSON object |
 | ROCK_HOME | ~/.rock | the one folder with all of a server's state |
 | ROCK_POOL_SIZE | 4 | warm sandboxes kept per recently used image; 0 is off |
 | ROCK_RUNTIME | namespace | the default runtime: docs/runtimes.md |
@@ -65,6 +66,8 @@ period |
 
 from __future__ import annotations
 
+import configparser
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -111,6 +114,43 @@ def reconnect_timeout(given: float | None = None) -> float:
     if not 0 <= seconds <= 3600:
         raise ValueError(f"ROCK_RECONNECT_TIMEOUT={text if given is None else given!r} is not between 0 and 3600")
     return seconds
+
+
+def extra_headers() -> dict[str, str]:
+    """ROCK_EXTRA_HEADERS: headers that clients send with each request, as a JSON object. ValueError."""
+    text = os.environ.get("ROCK_EXTRA_HEADERS")
+    if not text:
+        return {}
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(value, str) for value in found.values()):
+        raise ValueError(f"ROCK_EXTRA_HEADERS={text[:80]!r} is not a JSON object of texts")
+    return found
+
+
+def give(**variables: str) -> None:
+    """Set variables of this process's environment: what a command was given before its name."""
+    os.environ.update(variables)
+
+
+def client_file(path: str) -> dict[str, str]:
+    """The variables that ROCK's client configuration stands for: an INI file with [rock] base_url and
+    [rock.extra_headers]. ValueError names what is wrong with it."""
+    parser = configparser.ConfigParser(interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment]  # header names keep their letters
+    try:
+        with open(Path(path).expanduser(), encoding="utf-8") as file:
+            parser.read_file(file)
+    except (OSError, configparser.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a configuration file: {str(error).splitlines()[0]}") from None
+    found: dict[str, str] = {}
+    if parser.get("rock", "base_url", fallback=""):
+        found["ROCK_BASE_URL"] = parser.get("rock", "base_url")
+    if parser.has_section("rock.extra_headers"):
+        found["ROCK_EXTRA_HEADERS"] = json.dumps(dict(parser.items("rock.extra_headers")))
+    return found
 
 
 def trace() -> bool:

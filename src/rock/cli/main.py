@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from typing import Annotated
 
 import typer
 
-from rock import __version__
+from rock import __version__, settings
 from rock.cli import doctor, env, image, key, sandbox, workers
 from rock.cli.admin import app as admin_app
 from rock.cli.output import OPTIONS, complain, fail
-from rock.errors import RockError
+from rock.errors import InvalidConfig, RockError
 
 app = typer.Typer(
     name="rock",
@@ -36,12 +37,40 @@ def _version(wanted: bool) -> None:
 def options(
     base_url: Annotated[str | None, typer.Option(help="The server; ROCK_BASE_URL, or http://127.0.0.1:8080.")] = None,
     api_key: Annotated[str | None, typer.Option(help="Its key; ROCK_API_KEY.")] = None,
+    auth_token: Annotated[str | None, typer.Option(help="The same as --api-key, by ROCK's name.")] = None,
+    config: Annotated[
+        str | None, typer.Option(metavar="FILE", help="ROCK's client configuration: base_url and extra_headers.")
+    ] = None,
+    extra_header: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A header of each request; several times.")
+    ] = None,
+    cluster: Annotated[str | None, typer.Option(help="Sent as the header X-Cluster, as by ROCK.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show where an error came from.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    OPTIONS.base_url, OPTIONS.api_key, OPTIONS.verbose = base_url, api_key, verbose
+    OPTIONS.base_url, OPTIONS.api_key, OPTIONS.verbose = base_url, api_key or auth_token, verbose
+    if api_key and auth_token and api_key != auth_token:
+        raise InvalidConfig("--api-key and --auth-token are two names of one key, and differ", hint="give one of them")
+    if config or extra_header or cluster:
+        _headers(config, extra_header or [], cluster)
+
+
+def _headers(config: str | None, pairs: list[str], cluster: str | None) -> None:
+    """What these options say goes to every client that the command makes."""
+    try:
+        given = settings.client_file(config) if config else {}
+        settings.give(**given)
+        headers = settings.extra_headers()
+    except ValueError as error:
+        raise InvalidConfig(str(error)) from None
+    for pair in [*pairs, *([f"X-Cluster={cluster}"] if cluster else [])]:
+        name, equals, value = pair.partition("=")
+        if not name or not equals:
+            raise InvalidConfig(f"--extra-header {pair!r} is not NAME=VALUE")
+        headers[name] = value
+    settings.give(ROCK_EXTRA_HEADERS=json.dumps(headers))
 
 
 sandbox.add_commands(app)

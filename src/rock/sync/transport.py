@@ -70,9 +70,10 @@ class Transport:
     ) -> None:
         try:
             self.reconnect_timeout = settings.reconnect_timeout(reconnect_timeout)
+            given = {name.lower(): value for name, value in settings.extra_headers().items()}
         except ValueError as error:
             raise errors.InvalidConfig(str(error)) from None
-        given = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        given |= {"authorization": f"Bearer {api_key}"} if api_key else {}
         given |= {name.lower(): value for name, value in (headers or {}).items()}
         self.url = base_url.strip().rstrip("/")
         servers = Servers.parse(base_url)

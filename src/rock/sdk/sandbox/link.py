@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from rock import errors
+from rock import errors, settings
 from rock.protocol.keys import tenant_of
 from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import BaseConfig, SandboxConfig, SandboxInfo
@@ -33,8 +33,15 @@ def headers_of(config: BaseConfig) -> dict[str, str]:
     return {**given, **_extra(config)}
 
 
+def _everywhere() -> dict[str, str]:
+    try:
+        return settings.extra_headers()
+    except ValueError as error:
+        raise errors.InvalidConfig(str(error)) from None
+
+
 def _extra(config: BaseConfig) -> dict[str, str]:
-    headers = {name.lower(): value for name, value in config.extra_headers.items()}
+    headers = {name.lower(): value for name, value in {**_everywhere(), **config.extra_headers}.items()}
     if config.xrl_authorization:
         headers["xrl-authorization"] = f"Bearer {config.xrl_authorization}"
     return headers

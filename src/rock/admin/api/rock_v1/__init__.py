@@ -3,6 +3,7 @@
     /apis/envs/sandbox/v1/...   sandboxes.py commits.py              in the envelope of envelope.py, under HTTP 200
                                 commands.py files.py                 the same
                                 ports.py                             answers of programs, the envelope for errors
+    /apis/envs/rocklet/v1/ID/...   rocklet.py                        plain JSON, the wire of a sandbox's rocklet
     /apis/v1/envs/gem/...       gem.py                               plain JSON, errors as HTTP statuses
     /env/...  /health           envhub.py                            the same
 
@@ -22,13 +23,14 @@ from rock.admin.api.rock_v1.envhub import EnvHub
 from rock.admin.api.rock_v1.files import Files
 from rock.admin.api.rock_v1.gem import Gem
 from rock.admin.api.rock_v1.ports import Ports
+from rock.admin.api.rock_v1.rocklet import Rocklet
 from rock.admin.api.rock_v1.sandboxes import Sandboxes
 from rock.admin.desk import Desks
 from rock.envhub.catalogue import Catalogue
 from rock.protocol.route import Route
 from rock.wire.asgi import Answer, App, Receive, Router, Scope, Send, answer
 
-SANDBOXES, GEM = "/apis/envs/sandbox/v1", "/apis/v1/envs/gem"
+SANDBOXES, GEM, ROCKLET = "/apis/envs/sandbox/v1", "/apis/v1/envs/gem", "/apis/envs/rocklet/v1"
 _METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH")
 
 
@@ -40,8 +42,9 @@ class RockV1:
         plane = DataPlane(data)
         self._ports = Ports(data)
         self._router = Router("rock-v1")
-        self._add(SANDBOXES, [*Sandboxes(desks, network).routes(), *Commits(desks).routes(), *Commands(plane).routes(),
-                             *Files(plane).routes()])  # fmt: skip
+        sandboxes, commands, files = Sandboxes(desks, network), Commands(plane), Files(plane)
+        self._add(SANDBOXES, [*sandboxes.routes(), *Commits(desks).routes(), *commands.routes(), *files.routes()])
+        self._add(ROCKLET, Rocklet(sandboxes, commands, files, plane).routes())
         self._add(GEM, Gem(desks, plane).routes())
         self._add("", EnvHub(catalogue).routes())
 

@@ -134,6 +134,8 @@ async def body_of(request: Request, kind: type[Body]) -> Body:
         value = orjson.loads(data)
     except orjson.JSONDecodeError as error:
         raise Malformed(f"body.{error.pos}: JSON decode error" if data else "body: Field required") from None
+    if "sandbox_id" in request.path and issubclass(kind, AboutSandbox) and isinstance(value, dict):
+        value = {**value, "sandbox_id": request.path["sandbox_id"]}  # the path says of which sandbox the body is
     found = parsed(kind, value)
     if unknown := sorted(set(value) - set(kind.model_fields)):
         _warn(request, kind, unknown)

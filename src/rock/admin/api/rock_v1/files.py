@@ -72,7 +72,7 @@ class Files:
                 pass
 
     async def _upload(self, request: Request, form: Form) -> dict[str, Any]:
-        fields: dict[str, str] = {}
+        fields = {"sandbox_id": request.path["sandbox_id"]} if "sandbox_id" in request.path else {}
         name: str | None = None
         with tempfile.TemporaryFile() as kept:
             sent = False

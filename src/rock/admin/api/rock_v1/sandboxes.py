@@ -170,7 +170,10 @@ class Sandboxes:
         return status_of(record, info) if all_states or is_listed(info) else None
 
     async def is_alive(self, request: Request) -> dict[str, Any]:
-        sandbox_id = query_id(request)
+        return await self.alive(request, query_id(request))
+
+    async def alive(self, request: Request, sandbox_id: str) -> dict[str, Any]:
+        """Whether a sandbox runs, as ROCK tells it."""
         try:
             info = await self._desk(request).get(sandbox_id, touch=True)
         except NotFound as error:
