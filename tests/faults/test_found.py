@@ -27,7 +27,6 @@ from tests.waiting import until
 SOURCE = Path(faults.__file__).parent
 RUNS = int(os.environ.get("ROCK_TEST_FAULTS", "2"))
 Make = Callable[[str], World]
-LONG = pytest.mark.long
 pytestmark = pytest.mark.timeout(600)
 
 
@@ -241,7 +240,7 @@ def test_the_settings_refuse_a_plan_that_is_none() -> None:
 # ---- a share of the suite ----
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "damage"] + [pytest.param("damage", marks=LONG)])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.timeout(3600)
 def test_randomised_faults(kind: str, tmp_path: Path) -> None:
     if kind == "postgres":
