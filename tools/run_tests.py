@@ -34,6 +34,7 @@ _FAILED = 1  # pytest's exit status where tests failed, and nothing else was wro
 _NO_TESTS = 5
 _GRACE = 60.0  # seconds for pytest to run its teardowns after an interrupt
 _MINUTES = 18  # of the whole suite on two idle cores
+_SLOWEST = ("--durations=15", "--durations-min=10")
 _TOTALS = re.compile(r"(\d+) (passed|failed|skipped|errors?|xfailed|xpassed)\b")
 
 # Lanes run side by side, the groups of one after each other. The runtimes' own tests count the descriptors and children
@@ -113,7 +114,7 @@ class Run:
         noted = cache / "v/cache/lastfailed"
         noted.unlink(missing_ok=True)
         folder = self._base / group.name
-        command = [sys.executable, "-m", "pytest", "-o", f"cache_dir={cache}", f"--basetemp={folder}",
+        command = [sys.executable, "-m", "pytest", "-o", f"cache_dir={cache}", f"--basetemp={folder}", *_SLOWEST,
                    *self._more, *words]  # fmt: skip
         environment = {**os.environ, **group.environment, "PYTHONUNBUFFERED": "1", "ROCK_TEST_INSTANT": "1"}
         # A session of its own: a Ctrl-C of the terminal reaches it through us alone, and once.
