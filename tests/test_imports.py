@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     # ROCK's paths, that nothing of ours imports
     "env_vars": {"settings"},
     "logger": {"env_vars"},
-    "utils": {"utils", "errors"},
+    "utils": {"utils", "errors", "protocol"},
     # guest: the frames and values that an environment is spoken to with are the same on both sides
     "envlink": {"sync", "guest", "protocol", "errors", "settings", "envpipes", "envlease"},
     "envlease": {"sync", "protocol", "errors"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import re
 from enum import StrEnum
 from typing import Any, ClassVar, Literal, Self
 
@@ -15,6 +16,9 @@ MAX_OUTPUT = 16 << 20
 SESSION_PATTERN = r"^[A-Za-z0-9_.:@-]{1,128}$"
 
 Check = Literal["raise", "silent", "ignore"]
+
+# What a command that ROCK's clients put into the background prints of its process id.
+BACKGROUND_PID = re.compile(r"PIDSTART(\d+)PIDEND")
 
 
 class RunMode(StrEnum):

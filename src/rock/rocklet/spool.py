@@ -211,11 +211,7 @@ class SpoolFile:
 
     def _set_aside(self) -> None:
         """Keep a copy of a damaged file for whoever wants to look at it."""
-        if self._aside is None or not self.path.exists():
-            return
-        with contextlib.suppress(OSError):
-            self._aside.mkdir(parents=True, exist_ok=True, mode=0o700)
-            shutil.copyfile(self.path, self._aside / f"{self.path.parent.name}-{self.path.name}")
+        _copy_aside(self.path, self._aside)
 
     def read(self) -> bytes:
         """All that there is of the command that runs."""
@@ -247,6 +243,15 @@ def told_missing(missing: int | None) -> str:
     size = f"{missing} bytes" if missing else "an unknown number of bytes"
     return (f"{size} of its output from before the server was started again are lost: "
             "the server's file of them is damaged or missing")  # fmt: skip
+
+
+def _copy_aside(path: Path, aside: Path | None) -> None:
+    """Copy a damaged file to the folder `aside`, where there is one, under the name of its folder and its own."""
+    if aside is None or not path.exists():
+        return
+    with contextlib.suppress(OSError):
+        aside.mkdir(parents=True, exist_ok=True, mode=0o700)
+        shutil.copyfile(path, aside / f"{path.parent.name}-{path.name}")
 
 
 def _portions(fd: int, at: int, end: int) -> Iterator[bytes]:
@@ -318,10 +323,7 @@ class SpoolFolder:
     def set_aside(self, *names: str) -> None:
         """Copy damaged files to where they can be looked at."""
         for name in names:
-            if self.aside is not None and (self.path / name).exists():
-                with contextlib.suppress(OSError):
-                    self.aside.mkdir(parents=True, exist_ok=True, mode=0o700)
-                    shutil.copyfile(self.path / name, self.aside / f"{self.path.name}-{name}")
+            _copy_aside(self.path / name, self.aside)
 
     def replace_journal(self, data: bytes) -> None:
         """At once. OSError."""

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import socket
 
 from rock.errors import InvalidConfig
-
-_PID = re.compile(r"PIDSTART(\d+)PIDEND")
+from rock.protocol.action import BACKGROUND_PID
 
 __all__ = ["extract_nohup_pid", "find_free_port", "get_host_ip"]
 
 
 def extract_nohup_pid(nohup_output: str) -> int:
     """The process id that a command for the background printed. InvalidConfig where there is none."""
-    found = _PID.search(nohup_output)
+    found = BACKGROUND_PID.search(nohup_output)
     if found is None:
         hint = "the command has to print PIDSTART, $! and PIDEND"
         raise InvalidConfig(f"there is no process id in {nohup_output[:200]!r}", hint=hint)

@@ -30,18 +30,19 @@ def path(name: str, sandbox_id: str, session: str = "", process_id: str = "") ->
 def headers_of(config: BaseConfig) -> dict[str, str]:
     """What a request of the config's owner carries, its key included."""
     given = {"authorization": f"Bearer {config.api_key}"} if config.api_key else {}
-    return {**given, **_extra(config)}
+    return {**given, **_everywhere(), **_extra(config)}
 
 
 def _everywhere() -> dict[str, str]:
+    """Headers of every client, which a Transport adds by itself."""
     try:
-        return settings.extra_headers()
+        return {name.lower(): value for name, value in settings.extra_headers().items()}
     except ValueError as error:
         raise errors.InvalidConfig(str(error)) from None
 
 
 def _extra(config: BaseConfig) -> dict[str, str]:
-    headers = {name.lower(): value for name, value in {**_everywhere(), **config.extra_headers}.items()}
+    headers = {name.lower(): value for name, value in config.extra_headers.items()}
     if config.xrl_authorization:
         headers["xrl-authorization"] = f"Bearer {config.xrl_authorization}"
     return headers

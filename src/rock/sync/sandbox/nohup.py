@@ -4,13 +4,12 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import time
 from typing import TYPE_CHECKING
 
 from rock import errors
-from rock.protocol.action import MAX_OUTPUT, BashObservation, Command
+from rock.protocol.action import BACKGROUND_PID, MAX_OUTPUT, BashObservation, Command
 from rock.sync import primitives
 from rock.sync.sandbox.process import LOG_PORTION, Process
 
@@ -73,8 +72,6 @@ def run_nohup(
 
 # ---- ROCK's three steps of the same, for code that takes them one by one: the process is a job of the session's shell.
 
-_PID = re.compile(r"PIDSTART(\d+)PIDEND")
-
 
 def start_in_session(
     sandbox: Sessions, cmd: str, tmp_file: str, session: str
@@ -82,7 +79,7 @@ def start_in_session(
     """(pid, None), or (None, what the session saw) where it could not be started."""
     line = f"{cmd} < /dev/null > {shlex.quote(tmp_file)} 2>&1 & echo PIDSTART${{!}}PIDEND; disown 2>/dev/null || :"
     seen = sandbox.arun(line, session, _START)
-    found = _PID.search(seen.output)
+    found = BACKGROUND_PID.search(seen.output)
     if found is None:
         seen.failure_reason = seen.failure_reason or "the command could not be started in the background"
         return None, seen

@@ -13,7 +13,7 @@ from pydantic import Field
 from rock.admin.api.rock_v1.data import DataPlane
 from rock.admin.api.rock_v1.envelope import AboutSandbox, Failed, Row, body_of, enveloped
 from rock.errors import Conflict, InvalidConfig, NotFound, RockError, Unsupported
-from rock.protocol.action import SESSION_PATTERN, Check
+from rock.protocol.action import BACKGROUND_PID, SESSION_PATTERN, Check
 from rock.protocol.keys import Access
 from rock.wire.asgi import Request
 
@@ -23,7 +23,6 @@ _ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|
 _SYNTAX = 2  # exit status of bash for what it cannot read
 _REMEMBERED = 10_000
 _SUBMIT = "& echo PIDSTART${!}PIDEND;disown"  # how clients end a command for the background
-_STARTED = re.compile(r"PIDSTART(\d+)PIDEND")  # what that prints
 _PROBE = re.compile(r"kill -0 (\d+)")  # how clients ask whether it still runs; if it does, they sleep for 5 s or more
 _HELD = 1.0  # seconds that the first of these waits for the end of a short command
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.1  # seconds between two looks
@@ -164,7 +163,7 @@ class Commands:
         except NotFound as error:
             raise Failed(f"session {wish.session!r} does not exist: {error}") from None
         code, output = seen["exit_code"], plain(seen["output"])
-        if wish.command.endswith(_SUBMIT) and (started := _STARTED.search(output)) is not None:
+        if wish.command.endswith(_SUBMIT) and (started := BACKGROUND_PID.search(output)) is not None:
             self._started[wish.sandbox_id, started[1]] = None
             while len(self._started) > _REMEMBERED:
                 self._started.popitem(last=False)
