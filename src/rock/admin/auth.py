@@ -21,6 +21,7 @@ _WORKERS = "/v1/workers/"
 _OPEN = ("/healthz", "/")
 # Where a key may be, the plainest first. The last three are of ROCK's clients, and of those that it serves too.
 KEY_HEADERS = (OTHER_KEY.encode(), b"authorization", b"x-api-key", b"x-key", b"xrl-authorization")
+_KEYS = frozenset(KEY_HEADERS)
 _BEARERS = (b"authorization", b"xrl-authorization")
 
 
@@ -72,7 +73,9 @@ class Authenticated:
         headers = scope["headers"]
         if self._key is not None:
             # Keys end here: programs inside, to which requests are handed on, must not see them.
-            headers = [header for header in headers if header[0] not in KEY_HEADERS or not self._is_key(*header)]
+            keys = [header for header in headers if header[0] in _KEYS and self._is_key(*header)]
+            if keys:
+                headers = [header for header in headers if header not in keys]
         scope = {**scope, "headers": headers, CALLER: caller}
         if scope["type"] == "websocket":
             await (self._socket(caller.key_id, scope, receive, send) if caller.key_id
@@ -88,10 +91,12 @@ class Authenticated:
         is_open = scope["type"] == "http" and scope["path"] in _OPEN
         if self._names is not None and not is_open:
             check_host(scope, self._names)
-        for name in KEY_HEADERS:
-            for header, value in scope["headers"]:
-                if header == name and (caller := await self._holder(_bare(name, value))) is not None:
-                    return caller
+        given = [header for header in scope["headers"] if header[0] in _KEYS]
+        if len(given) > 1:
+            given.sort(key=lambda header: KEY_HEADERS.index(header[0]))
+        for name, value in given:
+            if (caller := await self._holder(_bare(name, value))) is not None:
+                return caller
         if self._keyless is not None:
             return OPERATOR if await self._keyless.admits(scope) else NOBODY
         if is_open:
@@ -116,8 +121,8 @@ class Authenticated:
     def _is_key(self, name: bytes, value: bytes) -> bool:
         """Of a header that may bear one."""
         bare = _bare(name, value)
-        own = [key for key in (self._key, self._worker_key) if key]
-        return digest_of(bare) is not None or any(hmac.compare_digest(bare, key) for key in own)
+        own = (self._key or b"", self._worker_key)
+        return any(key and hmac.compare_digest(bare, key) for key in own) or digest_of(bare) is not None
 
     # ---- what outlasts a request ----
 

@@ -100,8 +100,10 @@ class Inside(Wire):
 
     @model_validator(mode="after")
     def _no_nul(self) -> Self:
-        for name in self.model_fields_set - self.texts:
-            if _has_nul(getattr(self, name)):
+        values, texts = self.__dict__, self.texts
+        for name in self.__pydantic_fields_set__:
+            value = values[name]
+            if ("\0" in value if type(value) is str else _has_nul(value)) and name not in texts:
                 raise ValueError(f"{name}: a NUL character cannot be in it")
         return self
 

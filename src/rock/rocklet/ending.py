@@ -40,7 +40,16 @@ class SandboxRouter(Router):
             supervisor = self._node.supervisors.get(request.path["sandbox_id"])
             if supervisor is None:
                 return await handler(request)
-            return await told_of_end(self._node, supervisor, handler(request))
+            try:
+                reply = await handler(request)
+            except RockError as error:
+                ended = await _end_behind(self._node, supervisor, error, _not_here)
+                if ended is None:
+                    raise
+                raise ended from error
+            if _NO_STATUS in reply.body and await _ended_untold(supervisor, reply):
+                raise _end(self._node, supervisor, _not_here)
+            return reply
 
         return told
 
@@ -53,15 +62,30 @@ async def told_of_end(
     try:
         answer = await work
     except RockError as error:
-        if isinstance(error, ClientError) and not isinstance(error, NotHere):
+        ended = await _end_behind(node, supervisor, error, unknown or _not_here)
+        if ended is None:
             raise
-        within = PERHAPS if isinstance(error, SessionClosed) else _SOON
-        if not await _ends(supervisor, 0.0 if supervisor.leaving else within, error):
-            raise
-        raise _end(node, supervisor, unknown or _not_here) from error
-    if _has_no_status(answer) and await _ends(supervisor, 0.0 if supervisor.leaving else PERHAPS):
+        raise ended from error
+    if await _ended_untold(supervisor, answer):
         raise _end(node, supervisor, unknown or _not_here)
     return answer
+
+
+async def _end_behind(
+    node: Node, supervisor: Supervisor, error: RockError, unknown: Callable[[Supervisor], RockError]
+) -> RockError | None:
+    """The end of the sandbox that caused `error`; None when its sandbox has not ended."""
+    if isinstance(error, ClientError) and not isinstance(error, NotHere):
+        return None
+    within = PERHAPS if isinstance(error, SessionClosed) else _SOON
+    if not await _ends(supervisor, 0.0 if supervisor.leaving else within, error):
+        return None
+    return _end(node, supervisor, unknown)
+
+
+async def _ended_untold(supervisor: Supervisor, answer: Any) -> bool:
+    """Whether an answer has no exit status because its sandbox has ended."""
+    return _has_no_status(answer) and await _ends(supervisor, 0.0 if supervisor.leaving else PERHAPS)
 
 
 def was_stopped(supervisor: Supervisor) -> RockError:

@@ -221,17 +221,19 @@ class Interpreter:
         """What came of a command. script: None for one that the shell has already."""
         timed_out = False
         try:
-            async with asyncio.timeout(timeout):
-                if script is not None:
-                    await faults.point("run.begun")
-                    await self.process.write(script)
-                    run.written = True
-                    if keep is not None:
-                        keep.journal.written(keep.place, found=self.process.tells)
-                    await faults.point("run.written")
-                await settled(run.done)
-                await faults.point("run.ended")
-                report = run.done.result()
+            end = None if timeout is None else time.monotonic() + timeout
+            if script is not None:
+                await faults.point("run.begun")
+                await self.process.write(script, timeout)
+                run.written = True
+                if keep is not None:
+                    keep.journal.written(keep.place, found=self.process.tells)
+                await faults.point("run.written")
+            await settled(run.done, None if end is None else max(0.0, end - time.monotonic()))
+            await faults.point("run.ended")
+            if not run.done.done():
+                raise TimeoutError
+            report = run.done.result()
         except TimeoutError:
             timed_out = True
             report = await self.process.abort(run)

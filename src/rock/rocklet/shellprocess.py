@@ -15,7 +15,7 @@ from rock.protocol.action import CreateBashSessionRequest
 from rock.rocklet import shell
 from rock.rocklet.imageshell import Shell
 from rock.rocklet.running import Run
-from rock.rocklet.streams import Reader, is_pipe, write_all
+from rock.rocklet.streams import Reader, is_pipe, write_all, write_now
 from rock.runtime.base import ExitStatus, Handle, Process, Program, Runtime
 
 KEY = "session:"
@@ -140,10 +140,14 @@ class ShellProcess:
         """Whether its pipe tells if it was given a command: bash takes byte by byte what it is about to run."""
         return self.piped and self.shell.dialect.is_bash
 
-    async def write(self, script: bytes) -> None:
+    async def write(self, script: bytes, timeout: float | None = None) -> None:
+        """Give it a script. timeout: seconds for that, where it has to wait; TimeoutError."""
         fd = self.script
         assert fd is not None
-        await write_all(fd, script)
+        rest = write_now(fd, script)
+        if rest:
+            async with asyncio.timeout(timeout):
+                await write_all(fd, rest)
 
     async def interrupt(self, run: Run) -> None:
         """Ctrl-C: SIGINT to it and to what a command started."""

@@ -198,6 +198,17 @@ def unread(fd: int) -> int:
     return size[0]
 
 
+def write_now(fd: int, data: bytes) -> bytes:
+    """Write to a non-blocking descriptor what it takes at once; what is left. All is taken where nobody reads."""
+    try:
+        count = os.write(fd, data)
+    except BlockingIOError:
+        return data
+    except OSError:
+        return b""
+    return data[count:]
+
+
 async def write_all(fd: int, data: bytes) -> bool:
     """Write to a non-blocking descriptor; False when nobody reads it any more."""
     view = memoryview(data)

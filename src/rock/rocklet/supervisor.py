@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import shutil
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from rock import faults
@@ -109,15 +109,16 @@ class Supervisor:
 
     # ---- activity ----
 
-    @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
-        """A call that counts as activity for as long as it lasts."""
+    def active(self) -> Supervisor:
+        """Context of a call, which counts as activity for as long as it lasts."""
+        return self
+
+    def __enter__(self) -> None:
         self._busy += 1
-        try:
-            yield
-        finally:
-            self._busy -= 1
-            self._last = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._busy -= 1
+        self._last = time.monotonic()
 
     async def during(self, stream: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
         """A stream that counts as activity for as long as it is read: a slow client is not an idle sandbox."""

@@ -73,6 +73,7 @@ class Intake(HttpToolsProtocol):
         self._silent = 0  # bytes of a head, or of a body's framing, that were parsed without a result
         self._body = 0  # bytes of a body that came last in one piece
         self._announced = 0  # the Content-Length of this request
+        self._chunked = False  # it has a Transfer-Encoding
         self._counted = 0  # bytes that are left of its body, once its head is whole
         self._size = _PIECE  # bytes that are parsed next
         self._error: RockError | None = None  # why the parser was stopped
@@ -123,11 +124,15 @@ class Intake(HttpToolsProtocol):
         elif len(data) <= self._counted and len(self.pipeline) < _PIPELINED:
             super().data_received(data)  # nothing but body, whose parsing costs one copy
         elif len(data) <= _PIECE and len(self.pipeline) < _PIPELINED:
-            super().data_received(data)
-            if not self._whole or self._deadline is None:
-                self._watch(len(data))
+            self._parse_small(data)
         else:
             self._parse(data)
+
+    def _parse_small(self, data: bytes) -> None:
+        """At once: it is no larger than a portion."""
+        super().data_received(data)
+        if not self._whole or self._deadline is None:
+            self._watch(len(data))
 
     def _parse(self, data: bytes) -> None:
         """In pieces. What is left when the time is over, or too many requests wait, is held."""
@@ -168,7 +173,10 @@ class Intake(HttpToolsProtocol):
             return
         if not self.pipeline:
             self.flow.resume_reading()
-        self._parse(data)
+        if len(data) <= _PIECE and len(self.pipeline) < _PIPELINED and self._upgraded is None:
+            self._parse_small(data)
+        else:
+            self._parse(data)
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -207,6 +215,7 @@ class Intake(HttpToolsProtocol):
         self._size = _PIECE
         self._silent = 0
         self._announced = self._counted = 0
+        self._chunked = False
         super().on_message_begin()
         self.scope[PLACE] = self._place  # type: ignore[literal-required]
 
@@ -218,15 +227,21 @@ class Intake(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         if len(self.headers) >= HEADERS:
             self._stop(431, f"the request has more than {HEADERS} headers")
-        super().on_header(name, value)
-        if self.headers[-1][0] == b"content-length" and value.isdigit():
-            self._announced = int(value[:18])
+        name = name.lower()
+        self.headers.append((name, value))
+        if name == b"content-length":
+            if value.isdigit():
+                self._announced = int(value[:18])
+        elif name == b"transfer-encoding":
+            self._chunked = True
+        elif name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
 
     def on_headers_complete(self) -> None:
         self._head = False
         self._silent = 0
         self._no_deadline()
-        if self._announced and not any(name == b"transfer-encoding" for name, _ in self.headers):
+        if not self._chunked:
             self._counted = self._announced
         super().on_headers_complete()
 
