@@ -25,7 +25,7 @@ from hosted import memory, tree
 
 from rock import settings
 from rock.errors import RockError
-from rock.runtime.image.store import ImageStore
+from rock.images.store import ImageStore
 from rock.sync import Sandbox, SandboxConfig
 
 IMAGE = "cycles:1"

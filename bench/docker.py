@@ -22,7 +22,7 @@ from pathlib import Path
 from tests.conftest import RunningServer
 from tests.runtime.docker import engines
 
-from rock.runtime.image.store import ImageStore
+from rock.images.store import ImageStore
 from rock.sync import Sandbox, SandboxConfig
 
 HOST_IMAGE = "python:3.11"

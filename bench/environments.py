@@ -31,8 +31,8 @@ import numpy as np
 import rock
 from rock.envhub.packages import GEM, SETS, image_of
 from rock.gym import SandboxEnv, SandboxVectorEnv
-from rock.runtime.image.packages import PackageSet, ensure, packages_folder
-from rock.runtime.image.store import ImageStore
+from rock.images.packages import PackageSet, ensure, packages_folder
+from rock.images.store import ImageStore
 
 FOLDER = Path(__file__).parent / "frames"
 ROUNDS = 6

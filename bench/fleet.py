@@ -29,12 +29,12 @@ from typing import Any
 import orjson
 from hosted import Raw, connect, cpu_of, request
 
-from rock.cli.serve import Rocklet, http_over, listen, run, spare_collections
+from rock.cli.serve.serve import Rocklet, http_over, listen, run, spare_collections
 from rock.errors import NotFound
+from rock.http.asgi import Receive, Scope, Send
 from rock.runtime.base import FileStat, Handle
 from rock.runtime.fake import FakeRuntime
 from rock.settings import Settings
-from rock.wire.asgi import Receive, Scope, Send
 
 KEY = "the-key-of-the-simulated-fleet"
 BURSTS = {1000: (4.9, 8.7), 2000: (4.9, 10.5), 4000: (7.1, 13.3), 8000: (17.9, 32.0), 16000: (40.0, 60.1)}  # ROCK's

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from rock.guest import proctree
+from rock.guest.init import process_tree
 
 IMAGE = "bench:1"
 
@@ -23,7 +23,7 @@ IMAGE = "bench:1"
 @contextlib.contextmanager
 def server(**environment: str) -> Iterator[tuple[str, int, Path]]:
     """(URL, pid, home) of a server with an image IMAGE; whatever it has is stopped with it."""
-    from rock.runtime.image.store import ImageStore
+    from rock.images.store import ImageStore
 
     with tempfile.TemporaryDirectory(prefix="rock-bench-") as folder:
         home = Path(folder)
@@ -75,7 +75,7 @@ def cpu_of(pid: int) -> float:
 
 def tree(root: int) -> list[int]:
     """A process and all below it."""
-    return [root, *(entry.pid for entry in proctree.descendants(proctree.scan(), root))]
+    return [root, *(entry.pid for entry in process_tree.descendants(process_tree.scan(), root))]
 
 
 def percentiles(times: list[float]) -> str:

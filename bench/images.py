@@ -32,8 +32,8 @@ from tests.conftest import RunningServer
 from tests.e2e.test_images import small_root
 from tests.image.registries import docker_registry
 
-from rock.runtime.image.store import ImageStore
-from rock.runtime.image.tree import copy_tree
+from rock.images.layers.views import copy_tree
+from rock.images.store import ImageStore
 from rock.sync import Sandbox
 
 _LAYERS = 5

@@ -128,7 +128,7 @@ def main() -> None:
             for pool in ("0", "4"):
                 server = WorldServer(world, Path(folder) / f"home{pool}", ROCK_POOL_SIZE=pool)
                 server.home.mkdir()
-                from rock.runtime.image.store import ImageStore
+                from rock.images.store import ImageStore
 
                 ImageStore(server.home / "images").from_host(IMAGE)
                 server.start()

@@ -8,7 +8,7 @@ import os
 import struct
 import sys
 
-from rock.runtime.namespace import kernel, seccomp
+from rock.runtime.namespace.launcher import kernel, seccomp
 
 
 def main() -> None:

@@ -173,7 +173,7 @@ _looked_through: list[bytes] = []  # what root's first store found private below
 
 def give_image(home: Path) -> None:
     """This machine's own system as IMAGE, for a server with that home."""
-    from rock.runtime.image.store import ImageStore
+    from rock.images.store import ImageStore
 
     found = home / "images" / "private.json"
     if _looked_through and not found.exists():

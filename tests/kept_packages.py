@@ -11,8 +11,8 @@ from pathlib import Path
 
 from rock.envhub.packages import GEM, SETS, image_of
 from rock.errors import NotFound
-from rock.runtime.image.packages import PackageSet, ensure
-from rock.runtime.image.store import ImageStore
+from rock.images.packages import PackageSet, ensure
+from rock.images.store import ImageStore
 from tests.unprivileged import Checkout
 
 CACHE = Path(os.environ.get("ROCK_TEST_CACHE") or Path.home() / ".cache" / "rock-tests")
@@ -22,7 +22,7 @@ PACKAGES = PackageSet(image_of(GEM), SETS[GEM])
 TAKE = """
 import os, sys
 from pathlib import Path
-from rock.runtime.image.store import ImageStore
+from rock.images.store import ImageStore
 copied, images, image, diff_id = sys.argv[1:]
 def fill(writer):
     os.rename(f"{copied}/layer/opt", f"{writer.folder}/opt")

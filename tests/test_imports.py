@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "rock"
-GROUND = {"protocol", "errors", "faults", "settings", "telemetry", "wire"}
+GROUND = {"protocol", "errors", "faults", "settings", "telemetry", "http"}
 ALLOWED: dict[str, set[str]] = {
     "protocol": {"protocol", "errors", "settings"},
     "errors": set(),
@@ -17,15 +17,18 @@ ALLOWED: dict[str, set[str]] = {
     "settings": {"rock_conf"},
     "rock_conf": set(),
     "telemetry": {"telemetry"},
-    "wire": {"wire", "protocol", "errors", "faults", "telemetry"},
+    "http": {"http", "protocol", "errors", "faults", "telemetry"},
     "guest": {"guest"},
-    "runtime": {"runtime", "guest", *GROUND},
+    "host": {"host", "guest", *GROUND},
+    "egress": {"egress", "host", "guest", *GROUND},
+    "images": {"images", "egress", "host", "guest", *GROUND},
+    "runtime": {"runtime", "images", "egress", "host", "guest", *GROUND},
     "store": {"store", *GROUND},
     "scheduler": {"scheduler", *GROUND},
     "envhub": {"envhub", "datasets", *GROUND},
     # what runs inside a sandbox, and the plain data that tells the server of it
     "datasets": {"datasets", "guest"},
-    "rocklet": {"rocklet", "runtime", "guest", "envhub", *GROUND},
+    "rocklet": {"rocklet", "runtime", "images", "egress", "host", "guest", "envhub", *GROUND},
     "proxy": {"proxy", "scheduler", "store", *GROUND},
     "admin": {"admin", "envhub", "scheduler", "store", *GROUND},
     "sdk": {"sdk", "protocol", "errors", "settings", "telemetry"},
@@ -36,14 +39,9 @@ ALLOWED: dict[str, set[str]] = {
     "logger": {"env_vars"},
     "utils": {"utils", "errors", "protocol"},
     # guest: the frames and values that an environment is spoken to with are the same on both sides
-    "envlink": {"sync", "guest", "protocol", "errors", "settings", "envpipes", "envlease"},
-    "envlease": {"sync", "protocol", "errors"},
-    "envpipes": {"guest", "protocol", "errors"},
-    "envasync": {"envs", "envlink", "envpipes", "errors"},
-    "envs": {"envlink", "protocol", "errors"},
-    "gem": {"envs", "envlink", "errors"},
+    "envs": {"envs", "sync", "guest", "protocol", "errors", "settings"},
     "training": {"sdk", "sync"},
-    "gym": {"gym", "envasync", "envlink", "guest", "sync", "protocol", "errors", "settings"},
+    "gym": {"gym", "envs", "guest", "sync", "protocol", "errors", "settings"},
 }
 # Old import paths that only name things of a higher floor again.
 ALIASES = {"sdk/envs/__init__": {"envs"}, "sdk/envs/rock_env": {"envs"}, "sdk/envs/registration": {"envs"},
@@ -54,13 +52,13 @@ OPTIONAL = {"numpy", "gymnasium", "torch", "ray", "gem", "httpx", "requests", "a
 
 # Where they may be imported: in what bears their name, and in what runs inside a sandbox, where they are installed.
 HOMES = {
-    "gymnasium": {"gym", "guest/hosting", "guest/spaces", "guest/envhost"},
-    "numpy": {"gym", "gem", "guest/values"},
+    "gymnasium": {"gym", "guest/environments/hosting", "guest/environments/host"},
+    "numpy": {"gym", "envs/vector", "guest/environments/values"},
     "torch": {"gym/torch"},
     "asyncpg": {"store/postgres"},
     "opentelemetry": {"telemetry/otel"},
     "ray": {"scheduler/ray"},
-    "gem": {"gem", "guest/hosting", "guest/envhost"},
+    "gem": {"envs/vector", "guest/environments/hosting", "guest/environments/host"},
 }
 
 

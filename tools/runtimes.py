@@ -6,9 +6,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rock.cli.serve import make_runtimes
+from rock.cli.serve.serve import make_runtimes
 from rock.protocol.sandbox import Isolation
-from rock.rocklet.images import Images
+from rock.rocklet.images.store import Images
 from rock.runtime.base import Files, Keeps, Limits, Pools, Ports, Runtime, Snapshots, Trait, Watches
 from rock.runtime.plugins import OWN
 from rock.settings import Settings

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rock import gym as gym
-    from rock.envasync import AsyncEnv, make_async
-    from rock.envs import RockEnv, list_envs, make
+    from rock.envs.aio import AsyncEnv, make_async
+    from rock.envs.gem import RockEnv, list_envs, make
+    from rock.envs.vector import make_vec as make_vec
+    from rock.envs.vector import register_gem as register_gem
     from rock.errors import (
         BadRequestRockError,
         CommandRockError,
@@ -25,16 +27,14 @@ if TYPE_CHECKING:
         codes,
         raise_for_code,
     )
-    from rock.gem import make_vec as make_vec
-    from rock.gem import register_gem as register_gem
     from rock.sdk.sandbox import Sandbox, SandboxConfig, SandboxGroup, SandboxGroupConfig
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "rock.envasync": ("AsyncEnv", "make_async"),
-    "rock.envs": ("RockEnv", "list_envs", "make"),
-    "rock.gem": ("make_vec", "register_gem"),
+    "rock.envs.aio": ("AsyncEnv", "make_async"),
+    "rock.envs.gem": ("RockEnv", "list_envs", "make"),
+    "rock.envs.vector": ("make_vec", "register_gem"),
     "rock.errors": (
         "BadRequestRockError",
         "CommandRockError",

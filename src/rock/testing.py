@@ -19,7 +19,7 @@ from typing import Self
 
 import uvicorn
 
-from rock.cli.serve import Server, http_over, listen
+from rock.cli.serve.serve import Server, http_over, listen
 from rock.runtime.fake import Call, FakeRuntime, Program
 from rock.settings import Settings
 

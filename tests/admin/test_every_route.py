@@ -17,8 +17,9 @@ from tests.conftest import IMAGE, RunningServer
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from rock.admin.api import training
-from rock.admin.api.rock_v1 import GEM, ROCKLET, SANDBOXES, commands, commits, envhub, files, gem, rocklet, sandboxes
+from rock.admin.api import agentscope
+from rock.admin.api.rock_v1 import GEM, ROCKLET, SANDBOXES, commands, environments, files, rocklet, sandboxes
+from rock.admin.api.rock_v1 import sandboxes as commits
 from rock.protocol.keys import Access, CreateKey
 from rock.protocol.routes import METHODS, ROUTES
 from rock.sync import Client, Sandbox, SandboxConfig
@@ -46,12 +47,12 @@ def dialect() -> Iterator[Row]:
         (SANDBOXES, commands.Commands(nothing).routes()), (SANDBOXES, files.Files(nothing).routes()),
         (ROCKLET, rocklet.Rocklet(sandboxes.Sandboxes(nothing, "none"), commands.Commands(nothing),
                                   files.Files(nothing), nothing).routes()),
-        (GEM, gem.Gem(nothing, nothing).routes()), ("", envhub.EnvHub(nothing).routes()),
+        (GEM, environments.Gem(nothing, nothing).routes()), ("", environments.EnvHub(nothing).routes()),
     ):  # fmt: skip
         yield from (Row(method, prefix + path, access) for method, path, _, access in routes)
-    yield Row("GET", f"{training.PREFIX}/healthz", Access.READ)
+    yield Row("GET", f"{agentscope.PREFIX}/healthz", Access.READ)
     for name in ("get_env_profile", "create", "step", "evaluate", "get_info", "release"):
-        yield Row("POST", f"{training.PREFIX}/{name}", Access.RUN)
+        yield Row("POST", f"{agentscope.PREFIX}/{name}", Access.RUN)
     for path in ("proxy", "proxy/port/8000/x", "vnc/x"):
         yield Row("GET", f"{SANDBOXES}/sandboxes/{{sandbox_id}}/{path}", Access.RUN)
 

@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 from rock.admin.auth import Authenticated
-from rock.wire.asgi import Receive, Scope, Send, call
+from rock.http.asgi import Receive, Scope, Send, call
 
 KEY = "the-owner's-key"
 MANY = 300

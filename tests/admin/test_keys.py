@@ -21,7 +21,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from rock.admin.auth import Authenticated
-from rock.admin.keys import Keys
+from rock.admin.tenants import Keys
 from rock.errors import Conflict, Forbidden, ImageError, InvalidConfig, NotFound, QuotaExceeded, RockError, Unauthorized
 from rock.protocol.keys import Access, CreateKey, NewKey, Quota
 from rock.store.sqlite import SqliteStore

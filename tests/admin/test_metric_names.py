@@ -5,16 +5,15 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import rock.cli.serve
-from rock.cli import observing
-from rock.rocklet import commandspans
-from rock.runtime.image import pull
-from rock.runtime.namespace import pool
+from rock.cli.serve import observing, serve
+from rock.http import middleware
+from rock.images.registry import pull
+from rock.rocklet.api import sandboxes
+from rock.runtime.namespace import factory
 from rock.telemetry.metrics import REGISTRY
-from rock.wire import observed
 
 GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "observability.md"
-DECLARING = (rock.cli.serve, commandspans, observed, observing, pool, pull)
+DECLARING = (serve, sandboxes, middleware, observing, factory, pull)
 
 
 def test_the_guide_tells_of_every_metric() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rock.admin.api.rock_v1.multipart import Form, boundary_of
+from rock.admin.api.rock_v1.files import Form, boundary_of
 from rock.errors import InvalidConfig
 
 BOUNDARY = b"b0"

@@ -16,10 +16,10 @@ from tests.admin.test_keys import SMALL, key_for, sandbox_of
 from tests.conftest import RunningServer
 
 from rock.errors import ImageError, RockError
+from rock.images.registry import reach
+from rock.images.registry.client import Registry
+from rock.images.registry.reference import Reference, parse
 from rock.protocol.keys import Access
-from rock.runtime.image import reach
-from rock.runtime.image.reference import Reference, parse
-from rock.runtime.image.registry import Registry
 from rock.sync import Client
 
 # Each is the machine itself, or on its link.

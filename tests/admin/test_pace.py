@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine
 
-from rock.admin.pace import Pace, Ticket
+from rock.admin.workers.start_queue import Pace, Ticket
 
 MOST = 1000
 

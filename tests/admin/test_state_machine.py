@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rock.admin import lifecycle
-from rock.admin.lifecycle import Effect, Event, step
+from rock.admin.sandboxes import lifecycle
+from rock.admin.sandboxes.lifecycle import Effect, Event, step
 from rock.errors import Conflict
 from rock.protocol.sandbox import State
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rock.runtime import microvm
+from rock.host import microvm
 
 _ENGINE = """
 class SimpleBox:

@@ -18,11 +18,11 @@ from pathlib import Path
 import pytest
 from tests.leaks import Inventory, take_inventory
 
-from rock.admin.worker import StreamTransport, Transport, WireWorker
+from rock.admin.workers.client import StreamTransport, Transport, WireWorker
 from rock.errors import Conflict, ImageError, InvalidConfig, Lost, NotFound, Unsupported
+from rock.images.store import ImageStore
 from rock.protocol.node import NodeCommit
 from rock.protocol.sandbox import ArchivedFiles, Cause, SandboxConfig
-from rock.runtime.image.store import ImageStore
 
 SCRIPT = Path(sys.executable).with_name("rocklet")
 

@@ -16,7 +16,7 @@ from tests.cluster.machines import KEY, TOKEN, Machine, server
 from tests.conftest import RunningServer
 from tests.waiting import until
 
-from rock.admin.bulk import Creates
+from rock.admin.workers.batching import Creates
 from rock.errors import RockError, Unavailable
 from rock.protocol.node import NodeSandbox
 from rock.protocol.sandbox import SandboxConfig, State

@@ -18,8 +18,8 @@ from tests.conftest import IMAGE, RunningServer
 from tests.waiting import until
 
 from rock.errors import Lost, NoCapacity, RockError, SandboxError, Unavailable
+from rock.protocol.node import WorkerInfo, WorkerState
 from rock.protocol.sandbox import Cause, State
-from rock.protocol.workers import WorkerInfo, WorkerState
 from rock.sync import Client, Sandbox, SandboxConfig
 
 pytestmark = [

@@ -18,9 +18,9 @@ from tests.conftest import IMAGE, RunningServer
 from tests.waiting import until
 
 from rock.errors import RockError, Unavailable, WrongRole
-from rock.protocol.planes import role_for
+from rock.protocol.node import WorkerState
+from rock.protocol.routes import role_for
 from rock.protocol.sandbox import State
-from rock.protocol.workers import WorkerState
 from rock.sdk.servers import Servers
 from rock.sync import Client, Sandbox, SandboxConfig
 

@@ -19,8 +19,8 @@ from tests.conftest import IMAGE, RunningServer
 from tests.waiting import until
 
 from rock.errors import Lost, NoCapacity, RockError, Unavailable
+from rock.protocol.node import WorkerInfo, WorkerState
 from rock.protocol.sandbox import Cause, State
-from rock.protocol.workers import WorkerInfo, WorkerState
 from rock.sync import Client, Sandbox, SandboxConfig
 
 LONG = pytest.mark.skipif(not os.environ.get("ROCK_TEST_CLUSTER"), reason="of make cluster: set ROCK_TEST_CLUSTER=1")

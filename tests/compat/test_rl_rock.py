@@ -13,7 +13,7 @@ from tests.e2e.test_images import small_root
 from tests.envhub_process import envhub
 from tests.image.registries import USER, docker_registry
 
-from rock.runtime.image.store import ImageStore
+from rock.images.store import ImageStore
 
 MIDDLE, OLDEST = "1.4.8", "1.0.0"
 ALL = (NEWEST, MIDDLE, OLDEST)

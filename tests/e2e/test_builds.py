@@ -20,9 +20,9 @@ from tests.e2e.test_images import small_root
 from tests.image.registries import USER, docker_registry
 
 from rock.errors import CommandFailed, CommandTimeout, ImageError, InvalidConfig, NotFound, RockError, Unsupported
+from rock.images.store import ImageStore
 from rock.protocol.images import BuildRequest, BuiltImage
 from rock.protocol.routes import ROUTES, STREAM_TYPE, Frame, pack_frame
-from rock.runtime.image.store import ImageStore
 from rock.sync import Client, Sandbox
 
 BASE = "small:1"

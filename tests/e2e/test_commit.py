@@ -20,8 +20,8 @@ from tests.e2e.test_kept_files import config, look, wait_until, written
 from tests.image.registries import USER, Odd, docker_registry, odd_registry
 
 from rock.errors import Conflict, ImageError, InvalidConfig, NotFound, ServerError, Unauthorized, Unsupported, from_wire
+from rock.images.store import ImageStore
 from rock.protocol.sandbox import CommitError, CommitPhase, CommitStatus
-from rock.runtime.image.store import ImageStore
 from rock.sync import Sandbox
 
 PROGRAMS = ("chmod", "chown", "find", "ln", "mkdir", "mkfifo", "rm", "sleep", "sha256sum", "stat", "touch")

@@ -22,7 +22,7 @@ from tests.conftest import IMAGE, RunningServer
 from tests.image.registries import USER, Odd, blobs_of, docker_registry, odd_registry, push
 
 from rock.errors import ImageError, StartFailed
-from rock.runtime.image.store import ImageStore
+from rock.images.store import ImageStore
 from rock.sync import Client, Sandbox
 
 

@@ -280,7 +280,7 @@ def test_a_crash_in_the_middle_of_stops_and_restarts(own_server: Callable[..., R
 
 
 def test_a_worker_that_lost_the_files_says_so(own_server: Callable[..., RunningServer]) -> None:
-    from rock.guest.remove import remove_tree
+    from rock.guest.init.remove import remove_tree
 
     server = own_server()
     sandbox = Sandbox(config(server))

@@ -24,10 +24,10 @@ from websockets.asyncio.client import connect
 from websockets.exceptions import InvalidStatus
 
 from rock import errors
-from rock.cli.home import make_private
+from rock.cli.serve.home import make_private
+from rock.http import peers
 from rock.sdk import ownerkey
 from rock.sync import Sandbox
-from rock.wire import peers
 
 NOBODY = 65534
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="root alone can be another user")

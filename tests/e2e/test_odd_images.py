@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import RunningServer
 
 from rock.errors import NotFound
-from rock.runtime.image.store import ImageStore
+from rock.images.store import ImageStore
 from rock.sync import Client, Sandbox
 
 _PACKAGES = ("busybox-static", "musl", "musl-dev")

@@ -13,9 +13,9 @@ from tests.conftest import IMAGE, RunningServer
 
 from rock.actions import CreateBashSessionRequest
 from rock.errors import Conflict, RockError, Unavailable
+from rock.host import atomic_file
 from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import Cause, State
-from rock.runtime import wholefile
 from rock.sync import Client, Sandbox, SandboxConfig
 from rock.sync.transport import Transport
 
@@ -101,7 +101,7 @@ def test_what_a_newer_server_wrote_is_left_to_it(own_server: Callable[..., Runni
     record = json.loads(text)
     record["config"]["of_tomorrow"] = 1
     del record["crc"]
-    file.write_text(wholefile.summed(json.dumps(record)))
+    file.write_text(atomic_file.summed(json.dumps(record)))
     server.start()
     assert "could not be found again" in server.log()
     assert file.exists() and Path(f"/proc/{pid}").exists()

@@ -14,7 +14,7 @@ import pytest
 from tests.faults.world import KEY, Server, World
 from tests.waiting import until
 
-from rock.protocol.workers import WorkerState
+from rock.protocol.node import WorkerState
 from rock.sync import Client, Sandbox, SandboxConfig
 
 MOST = 4

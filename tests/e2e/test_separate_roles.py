@@ -16,8 +16,8 @@ from tests.waiting import slowness, until
 
 from rock.actions import CreateBashSessionRequest
 from rock.errors import Conflict, Unavailable
+from rock.protocol.node import WorkerState
 from rock.protocol.routes import ROUTES
-from rock.protocol.workers import WorkerState
 from rock.sync import Client, Sandbox, SandboxConfig
 from rock.sync.transport import Transport
 

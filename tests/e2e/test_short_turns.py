@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tests.conftest import IMAGE, RunningServer
 
-from rock.guest import proctree
+from rock.guest.init import process_tree
 from rock.sync import Sandbox
 
 _GETATTR = {"x86_64": 315, "aarch64": 275}
@@ -40,6 +40,6 @@ def test_a_server_asks_for_short_turns_and_its_programs_do_not(server: RunningSe
     with Sandbox(base_url=server.url, image=IMAGE, memory="256m", cpus=1.0) as sandbox:
         seen = sandbox.execute(["python3", "-c", _INSIDE % _GETATTR[os.uname().machine]])
         assert int(seen.stdout) == usual != _SHORT
-        tree = [entry.pid for entry in proctree.descendants(proctree.scan(), server.pid)]
+        tree = [entry.pid for entry in process_tree.descendants(process_tree.scan(), server.pid)]
         ones = [pid for pid in tree if Path(f"/proc/{pid}/comm").read_text() == "rock-init\n"]
         assert [_slice(pid) for pid in ones].count((_SHORT, 1)) == 2  # the launcher and pid 1

@@ -17,12 +17,12 @@ import small_gem
 
 from rock.envhub.packages import GEM, SETS, image_of
 from rock.errors import ImageError
+from rock.images.packages import PackageSet, ensure, packages_folder
+from rock.images.store import ImageStore
 from rock.protocol.sandbox import SandboxConfig
-from rock.rocklet.envs import EnvHost
+from rock.rocklet.environments.host import EnvHost
 from rock.runtime.base import Handle
-from rock.runtime.image.packages import PackageSet, ensure, packages_folder
-from rock.runtime.image.store import ImageStore
-from rock.runtime.process import ProcessRuntime
+from rock.runtime.process.runtime import ProcessRuntime
 
 Body = Callable[[EnvHost, ProcessRuntime, Handle], Awaitable[Any]]
 

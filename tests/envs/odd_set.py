@@ -6,7 +6,7 @@ import os
 import time
 from typing import Any
 
-from rock.guest.tasks import BadParams, Message, Outcome, Task, UnknownTask, says, text_of
+from rock.guest.environments.tasks import BadParams, Message, Outcome, Task, UnknownTask, says, text_of
 
 
 class Odd(Task):

@@ -16,14 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rock.errors import ActionError, CommandTimeout, Conflict, ImageError, InvalidConfig, NotFound, SandboxError
-from rock.guest import frames
-from rock.guest.envhost import PIPES
-from rock.guest.frames import FIRST, HEAD, HEADER, LAST, MOST_STREAMS, OK, PIECE, Joiner, pieces
+from rock.guest.environments import frames
+from rock.guest.environments.frames import FIRST, HEAD, HEADER, LAST, MOST_STREAMS, OK, PIECE, Joiner, pieces
+from rock.guest.environments.host import PIPES
 from rock.protocol.sandbox import SandboxConfig
-from rock.rocklet.envs import EnvHost
-from rock.rocklet.envwire import OwnInlet
+from rock.rocklet.environments.host import EnvHost
+from rock.rocklet.environments.pipes import OwnInlet
 from rock.runtime.base import Handle
-from rock.runtime.process import ProcessRuntime
+from rock.runtime.process.runtime import ProcessRuntime
 
 ECHO = "small:Echo-v0"
 Run = Callable[..., Any]

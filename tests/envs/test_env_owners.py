@@ -16,8 +16,8 @@ from tests.conftest import RunningServer, hosting
 from tests.waiting import until
 
 import rock
-from rock.envlease import LEASES
-from rock.guest import envhost
+from rock.envs.client import LEASES
+from rock.guest.environments import host
 from rock.protocol.env import PIPED
 from rock.sync import Client, Sandbox, SandboxConfig
 
@@ -189,7 +189,7 @@ def test_owners_over_http(url: str) -> None:
 
 def test_every_environment_has_pipes(url: str, short: RunningServer) -> None:
     """More environments than one sandbox has pipes for are spread, evenly and without a limit of the client's."""
-    assert len(envhost.PIPES) == PIPED
+    assert len(host.PIPES) == PIPED
     if os.environ["ROCK_ENV_PIPES"] == "0":
         pytest.skip("about pipes")
     envs = [rock.make(GUESS) for _ in range(PIPED + 8)]

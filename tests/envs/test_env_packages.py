@@ -24,7 +24,7 @@ import rock
 from rock import errors
 from rock.envhub.packages import GYM, image_of, requirements_of, with_packages
 from rock.gym import SandboxEnv
-from rock.runtime.image.reference import parse
+from rock.images.registry.reference import parse
 
 WANTED = "ROCK_TEST_PACKAGES"
 GRID = "MiniGrid-Empty-5x5-v0"

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.timeout(600)
 # numpy is imported by the first array that comes; the other threads meet it half-imported.
 CODEC = """
 import struct, sys, threading
-from rock.guest import values
+from rock.guest.environments import values
 
 assert "numpy" not in sys.modules
 text = b'{"$a":["<f4",[4],0]}'

@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 
-from rock.envhub.gem_ids import REASONING
-from rock.envhub.registry import ALIASES, IDS, find
+from rock.envhub.registry import ALIASES, IDS, REASONING, find
 from rock.errors import ActionError, NotFound
-from rock.rocklet.envs import EnvHost
+from rock.rocklet.environments.host import EnvHost
 
 Run = Callable[..., Any]
 Case = tuple[str, list[int], list[str]]  # id, seeds of episodes one after the other, actions

@@ -17,7 +17,7 @@ np = pytest.importorskip("numpy", reason="install the development extra: pip ins
 # ruff: noqa: E402
 import rock
 from rock import errors
-from rock.gem import AutoresetMode, RockVectorEnv
+from rock.envs.vector import AutoresetMode, RockVectorEnv
 
 pytestmark = pytest.mark.timeout(1200)
 GUESS = "game:GuessTheNumber-v0-easy"
@@ -71,7 +71,7 @@ def played(folder: Path, how: str, url: str) -> Any:
 def test_code_for_gem_works_unchanged(env_server: RunningServer, gem_folder: Path) -> None:
     here, there = (played(gem_folder, how, env_server.url) for how in ("local", "remote"))
     assert there[:-1] == here[:-1]
-    assert (here[-1], there[-1]) == ("gem.envs.reasoning_gym", "rock.gem")
+    assert (here[-1], there[-1]) == ("gem.envs.reasoning_gym", "rock.envs.vector")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from tests.conftest import RunningServer
 
 from rock import errors
-from rock.runtime.image.store import ImageStore
+from rock.images.store import ImageStore
 from rock.training import HarborTask, HarborTasks
 
 FOLDER = Path(__file__).parent / "harbor"

@@ -21,7 +21,7 @@ from tests.leaks import Inventory
 
 from rock import errors
 from rock.gym import SandboxEnv, SandboxVectorEnv
-from rock.runtime.image.store import ImageStore
+from rock.images.store import ImageStore
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -12,8 +12,8 @@ import pytest
 
 from rock.envhub.packages import GEM, SETS, image_of, requirements_of
 from rock.errors import ImageError, InvalidConfig, NotFound
-from rock.runtime.image.packages import PackageSet, ensure, is_built, packages_folder
-from rock.runtime.image.store import ImageStore
+from rock.images.packages import PackageSet, ensure, is_built, packages_folder
+from rock.images.store import ImageStore
 
 IMAGE = "rock.local/env/tiny"
 

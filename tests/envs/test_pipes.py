@@ -24,7 +24,7 @@ from tests.conftest import RunningServer
 
 import rock
 from rock import errors
-from rock.envlink import Player
+from rock.envs.client import Player
 from rock.gym import SandboxEnv, SandboxVectorEnv
 from rock.protocol.env import PIPED
 from rock.protocol.sandbox import SandboxConfig

@@ -20,7 +20,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from tests.conftest import RunningServer
 
 from rock import errors
-from rock.envlink import Player
+from rock.envs.client import Player
 from rock.gym import SandboxEnv, SandboxVectorEnv
 from rock.gym.source import INSIDE
 

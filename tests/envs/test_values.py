@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rock.guest import frames, values
+from rock.guest.environments import frames, values
 
 np = pytest.importorskip("numpy", reason="install the development extra: pip install -e .[dev]")
 

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from rock.runtime.namespace import cgroups, devices
+from rock.runtime.namespace.limits import cgroups, devices
 from tests import unprivileged
 from tests.escape import gvisor
 from tests.escape.catalogue import ATTEMPTS

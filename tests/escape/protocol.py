@@ -70,7 +70,7 @@ async def _forged_frames(host: Host, box: Box) -> str:
     import tempfile
     from pathlib import Path
 
-    from rock.runtime.initlink import InitLink, bind_listener
+    from rock.runtime.init.link import InitLink, bind_listener
 
     told = []
     forged = (b"\xff\xfe", b"[]", b'{"id": "x"}', b'{"id": 1}', b"{" * 5000, b'{"event": "exit", "pid": "x"}',
@@ -122,7 +122,7 @@ async def _too_many_programs(host: Host, box: Box) -> str:
 # Calls pid 1 as a process of another kind would: in the pid namespace of the sandbox, or as root inside.
 _CALLER = """
 import ctypes, os, socket, sys
-from rock.runtime.namespace import kernel
+from rock.runtime.namespace.launcher import kernel
 folder, pid, how, base = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
 where = os.open(folder, os.O_PATH)
 if how == "inside":

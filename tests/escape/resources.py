@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from rock import errors
-from rock.guest import proctree
+from rock.guest.init import process_tree
 from rock.runtime.base import Process
 from tests.escape.attempt import PRELUDE, Attempt, Host
 from tests.runtime.boxes import Box
@@ -189,7 +189,7 @@ def _act(name: str, work: Callable[[Host, Box], Awaitable[str]], program: str = 
 async def _fork_bomb(host: Host, box: Box) -> str:
     await box.spawn("sh", "-c", "bomb() { bomb | bomb & }; bomb; sleep 100", stdout="null", stderr="null")
     await asyncio.sleep(1.0)
-    more = len(list(proctree.descendants(proctree.scan(), int(box.handle.data["pid"]))))
+    more = len(list(process_tree.descendants(process_tree.scan(), int(box.handle.data["pid"]))))
     if more > 260:
         return f"open: {more} processes of 256"
     told = await _neighbour_lives(host)

@@ -27,9 +27,9 @@ from typing import Any
 
 import rock
 from rock import errors
+from rock.egress import netlink
 from rock.runtime.base import Runtime
-from rock.runtime.namespace import kernel
-from rock.runtime.network import netlink
+from rock.runtime.namespace.launcher import kernel
 from tests.escape import gvisor
 from tests.escape.attempt import PRELUDE, Attempt, Host, box_of
 from tests.escape.catalogue import ATTEMPTS
@@ -199,7 +199,7 @@ def _address() -> str:
 async def runtime_of(level: str, folder: Path) -> AsyncIterator[tuple[Runtime, dict[str, Any]]]:
     """The runtime of a level, open, and what its configs need."""
     if level == "none":
-        from rock.runtime.process import ProcessRuntime
+        from rock.runtime.process.runtime import ProcessRuntime
 
         runtime: Any = ProcessRuntime(folder / "run")
         common: dict[str, Any] = {"image": "host"}
@@ -209,15 +209,15 @@ async def runtime_of(level: str, folder: Path) -> AsyncIterator[tuple[Runtime, d
         runtime = LandlockRuntime(folder / "run")
         common = {"image": "host", "memory": "512m", "cpus": 1, "pids": 256}
     elif level == "gvisor":
+        from rock.images.store import ImageStore
         from rock.runtime.gvisor.runtime import GvisorRuntime
-        from rock.runtime.image.store import ImageStore
 
         images = ImageStore(folder / "images")
         images.from_host("escape:1")
         runtime = GvisorRuntime(folder / "run", folder / "guest-python", images, str(runsc()))
         common = {"image": "escape:1", "memory": "512m", "cpus": 1, "pids": 256}
     else:
-        from rock.runtime.image.store import ImageStore
+        from rock.images.store import ImageStore
         from rock.runtime.namespace.runtime import NamespaceRuntime
 
         images = ImageStore(folder / "images")

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from rock.guest import proctree
+from rock.guest.init import process_tree
 from tests.escape.attempt import Attempt, Host
 from tests.runtime.boxes import Box, until_line
 
@@ -283,7 +283,7 @@ async def _descriptors_of_init(host: Host, box: Box) -> list[str]:
 
 def _program_of(box: Box, name: str) -> int | None:
     """The number on the host of a program inside."""
-    for entry in proctree.descendants(proctree.scan(), _pid(box)):
+    for entry in process_tree.descendants(process_tree.scan(), _pid(box)):
         with contextlib.suppress(OSError):
             if Path(f"/proc/{entry.pid}/comm").read_text().strip() == name:
                 return entry.pid

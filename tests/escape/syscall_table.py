@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from rock.runtime.namespace import seccomp, syscalls
+from rock.runtime.namespace.launcher import seccomp, syscall_list
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "security.md"
 BEGIN, END = "<!-- system calls: written by tests/escape/syscall_table.py -->\n", "<!-- end of the system calls -->\n"
@@ -57,25 +57,27 @@ def verdicts(machine: str, **options: bool) -> dict[int, str]:
 
 def table() -> str:
     """The lists, as Markdown."""
-    known = {name for numbers in syscalls.NUMBERS.values() for name in numbers}
-    inspected = {name for name in syscalls.ALLOWED if name in seccomp.inspected()}
+    known = {name for numbers in syscall_list.NUMBERS.values() for name in numbers}
+    inspected = {name for name in syscall_list.ALLOWED if name in seccomp.inspected()}
     lists = {
-        "Allowed": syscalls.ALLOWED - inspected,
+        "Allowed": syscall_list.ALLOWED - inspected,
         "Allowed with some arguments only": inspected,
-        "Refused with EPERM": syscalls.REFUSED,
-        "Refused with ENOSYS, as is each number without a name": known - syscalls.ALLOWED - syscalls.REFUSED,
+        "Refused with EPERM": syscall_list.REFUSED,
+        "Refused with ENOSYS, as is each number without a name": known - syscall_list.ALLOWED - syscall_list.REFUSED,
     }
-    for machine, numbers in syscalls.NUMBERS.items():
+    for machine, numbers in syscall_list.NUMBERS.items():
         said = verdicts(machine)
         for name, number in numbers.items():
-            expected = "EPERM" if name in syscalls.REFUSED else "allowed" if name in syscalls.ALLOWED else "ENOSYS"
+            otherwise = "allowed" if name in syscall_list.ALLOWED else "ENOSYS"
+            expected = "EPERM" if name in syscall_list.REFUSED else otherwise
             assert name in inspected or said[number] == expected, (machine, name, said[number])
     lines = []
     for title, names in lists.items():
         text = ", ".join(f"`{name}`" for name in sorted(names))
         lines += [f"- {title} ({len(names)}):", textwrap.indent(textwrap.fill(text, 114), "  "), ""]
     lines.append(", ".join(
-        f"{machine}: {len(seccomp.build(machine)) // 8} instructions" for machine in sorted(syscalls.NUMBERS)) + ".")
+        f"{machine}: {len(seccomp.build(machine)) // 8} instructions"
+        for machine in sorted(syscall_list.NUMBERS)) + ".")
     return "\n".join(lines) + "\n"
 
 
@@ -88,7 +90,7 @@ def written() -> str:
 def main() -> None:
     if "--list" in sys.argv:
         machine = platform.machine()
-        names = {number: name for name, number in syscalls.NUMBERS[machine].items()}
+        names = {number: name for name, number in syscall_list.NUMBERS[machine].items()}
         for number, verdict in verdicts(machine).items():
             print(f"{number:3} {names.get(number, '-'):28} {verdict}")
     elif written() != table():

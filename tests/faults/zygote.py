@@ -13,11 +13,11 @@ import sys
 import uvloop  # noqa: F401
 
 from rock.admin.api import native  # noqa: F401
-from rock.cli.serve import Rocklet, Server, run_server
-from rock.runtime import process  # noqa: F401
+from rock.cli.serve.serve import Rocklet, Server, run_server
 from rock.runtime.docker import runtime as docker  # noqa: F401
 from rock.runtime.landlock import runtime as landlock  # noqa: F401
 from rock.runtime.namespace import runtime as namespace  # noqa: F401
+from rock.runtime.process import runtime  # noqa: F401
 from rock.settings import Settings
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rock.runtime.image.store import ImageStore
+from rock.images.store import ImageStore
 
 
 @pytest.fixture

@@ -21,9 +21,9 @@ from pathlib import Path
 import pytest
 from tests.image.image_archives import ARCHITECTURE, config_of, sha
 
-from rock.runtime.image.logins import Login
-from rock.runtime.image.reference import parse
-from rock.runtime.image.registry import INDEXES, MANIFESTS, Registry
+from rock.images.registry.client import INDEXES, MANIFESTS, Registry
+from rock.images.registry.logins import Login
+from rock.images.registry.reference import parse
 
 USER = Login("alice", "open sesame")
 _HTPASSWD = "alice:$2b$04$abcdefghijklmnopqrstuu/LVz6MZlItEy42I2juLihZ66HnQx/cy\n"

@@ -16,11 +16,11 @@ from tests.image.image_archives import config_of, docker_archive, entry, leftove
 from tests.image.registries import MANIFESTS, Odd, odd_registry
 
 from rock.errors import ImageError, InvalidConfig
-from rock.runtime.image.bounds import Allowance
-from rock.runtime.image.copying import Copy, sources
-from rock.runtime.image.layer import LayerWriter
-from rock.runtime.image.merged import Merged
-from rock.runtime.image.store import ImageStore
+from rock.images.copy import Copy, sources
+from rock.images.layers.blobs import Allowance
+from rock.images.layers.views import Merged
+from rock.images.layers.writer import LayerWriter
+from rock.images.store import ImageStore
 from rock.settings import Settings
 
 BOUND = 4 << 20

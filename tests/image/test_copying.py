@@ -10,9 +10,9 @@ import pytest
 from tests.image.image_archives import entry, tar
 
 from rock.errors import ImageError, InvalidConfig, NotFound, Unsupported
-from rock.runtime.image.copying import Copy, Owner, digest_of, is_archive, owner_of, sources
-from rock.runtime.image.layer import LayerWriter
-from rock.runtime.image.merged import Merged
+from rock.images.copy import Copy, Owner, digest_of, is_archive, owner_of, sources
+from rock.images.layers.views import Merged
+from rock.images.layers.writer import LayerWriter
 
 ROOT = os.geteuid() == 0
 

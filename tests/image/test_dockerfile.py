@@ -7,9 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rock.errors import InvalidConfig, RockError, Unsupported
-from rock.rocklet.buildplan import Plan
-from rock.rocklet.instructions import Place, Settings, apply
-from rock.runtime.image.dockerfile import KEYWORDS, Words, pairs, parse
+from rock.images.dockerfile import KEYWORDS, Words, pairs, parse
+from rock.rocklet.images.build_plan import Place, Plan, Settings, apply
 
 
 def only(text: str) -> list[tuple[int, str, str]]:

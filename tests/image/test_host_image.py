@@ -11,8 +11,8 @@ import pytest
 from image_archives import as_ordinary_user
 
 from rock.errors import InvalidConfig
-from rock.runtime.image import host
-from rock.runtime.image.store import ImageStore
+from rock.images import host
+from rock.images.store import ImageStore
 
 ROOT = os.geteuid() == 0
 

@@ -21,15 +21,14 @@ from hypothesis import strategies as st
 from tests.image.image_archives import ARCHITECTURE, config_of, entry, sha, tar
 
 from rock.errors import ImageError, InvalidConfig
-from rock.guest import frames
+from rock.guest.environments import frames
+from rock.images.layers.blobs import Archive, Bounds
+from rock.images.layers.importer import choose, read_docker, read_oci
+from rock.images.layers.tar_reader import ByteStream, TarReader
+from rock.images.registry.reference import parse
 from rock.protocol.keys import digest_of, tenant_of
 from rock.protocol.routes import Frame, FrameParser, pack_frame
 from rock.protocol.sandbox import parse_size
-from rock.runtime.image.blobs import Archive
-from rock.runtime.image.bounds import Bounds
-from rock.runtime.image.importer import choose, read_docker, read_oci
-from rock.runtime.image.reference import parse
-from rock.runtime.image.tarstream import ByteStream, TarReader
 
 fuzz = settings(
     max_examples=int(os.environ.get("ROCK_TEST_FUZZ", "60")), deadline=None,

@@ -17,7 +17,7 @@ import pytest
 from image_archives import docker_archive, entry, leftovers, oci_files, tar, write_files
 
 from rock.errors import ImageError, InvalidConfig, NotFound
-from rock.runtime.image.store import ImageStore
+from rock.images.store import ImageStore
 
 BASE = tar([entry("etc", None), entry("etc/name", b"base")])
 TOP = tar([entry("etc/more", b"top")])
@@ -194,7 +194,7 @@ def test_a_killed_import_leaves_nothing(tmp_path: Path) -> None:
     layer = tar([entry(f"f{n}", os.urandom(500)) for n in range(20_000)])
     path = docker_archive(tmp_path / "a.tar", [layer], ["a:1"])
     code = (
-        f"from pathlib import Path; from rock.runtime.image.store import ImageStore as S;"
+        f"from pathlib import Path; from rock.images.store import ImageStore as S;"
         f"S(Path({str(tmp_path / 'images')!r})).import_any({str(path)!r})"
     )
     child = subprocess.Popen([sys.executable, "-c", code])
@@ -230,7 +230,7 @@ mount -t tmpfs -o size=1m tmpfs "$1"
 exec "$2" -c '
 import sys; from pathlib import Path
 from rock.errors import StorageFull
-from rock.runtime.image.store import ImageStore
+from rock.images.store import ImageStore
 store = ImageStore(Path(sys.argv[1]))
 try:
     store.import_any(sys.argv[2])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from image_archives import as_ordinary_user, entry, leftovers, tar
 
 from rock.errors import ImageError
-from rock.runtime.image.store import ImageStore
+from rock.images.store import ImageStore
 
 ROOT = os.geteuid() == 0
 

@@ -17,8 +17,8 @@ from tests.image.image_archives import entry, tar
 from tests.image.registries import USER, Odd, blobs_of, docker_registry, odd_registry, push
 
 from rock.errors import ImageError, InvalidConfig, NotFound
-from rock.runtime.image.logins import Login, Logins, domain_of
-from rock.runtime.image.store import ImageStore
+from rock.images.registry.logins import Login, Logins, domain_of
+from rock.images.store import ImageStore
 
 LAYER = tar([entry("file", b"content" * 1000)])
 IMAGE = blobs_of([LAYER])

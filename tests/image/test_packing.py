@@ -14,10 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rock.errors import ImageError
-from rock.runtime.image import packing
-from rock.runtime.image.packing import Packer, Part, unpack
-from rock.runtime.image.tarstream import ByteStream, Entry, Kind, TarReader
-from rock.runtime.image.tarwriter import TarWriter
+from rock.images.layers import tar_writer
+from rock.images.layers.tar_reader import ByteStream, Entry, Kind, TarReader
+from rock.images.layers.tar_writer import Packer, Part, TarWriter, unpack
 
 ROOT = os.geteuid() == 0
 OVERLAY = "trusted.overlay." if ROOT else "user.overlay."
@@ -163,7 +162,7 @@ def test_what_cannot_be_told_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
     os.truncate(folder / "one", 1 << 40)
     with pytest.raises(ImageError, match="over the limit"):
         packed(Part(str(folder)), limit=1 << 30)
-    monkeypatch.setattr(packing, "MOST_ENTRIES", 10)
+    monkeypatch.setattr(tar_writer, "MOST_ENTRIES", 10)
     folder = tmp_path / "many"
     folder.mkdir()
     for number in range(11):

@@ -15,10 +15,10 @@ from tests.image.image_archives import ARCHITECTURE, docker_archive, entry, tar
 from tests.image.registries import USER, Odd, docker_registry, odd_registry, push
 
 from rock.errors import ImageError, Unauthorized, Unsupported
-from rock.runtime.image.logins import Login
-from rock.runtime.image.reference import parse
-from rock.runtime.image.registry import Registry
-from rock.runtime.image.store import ImageStore
+from rock.images.registry.client import Registry
+from rock.images.registry.logins import Login
+from rock.images.registry.reference import parse
+from rock.images.store import ImageStore
 
 BASE = tar([
     entry("etc", mode=0o750, uid=7, gid=8), entry("etc/old", b"old"), entry("etc/kept", b"kept" * 50_000, mode=0o4755),

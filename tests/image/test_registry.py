@@ -11,10 +11,10 @@ from tests.image.image_archives import entry, leftovers, tar
 from tests.image.registries import USER, Odd, blobs_of, docker_registry, odd_registry, push
 
 from rock.errors import ImageError
-from rock.runtime.image.logins import Login
-from rock.runtime.image.reference import parse
-from rock.runtime.image.registry import Registry
-from rock.runtime.image.store import ImageStore
+from rock.images.registry.client import Registry
+from rock.images.registry.logins import Login
+from rock.images.registry.reference import parse
+from rock.images.store import ImageStore
 
 BASE = tar([entry("etc"), entry("etc/old", b"old"), entry("etc/kept", b"kept" * 50_000)])
 TOP = tar([entry("etc/.wh.old", b""), entry("new", b"new")])

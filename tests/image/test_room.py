@@ -14,8 +14,8 @@ from tests.image.image_archives import entry, tar
 from tests.image.registries import Odd, blobs_of, odd_registry
 
 from rock.errors import InvalidConfig, NotFound
-from rock.runtime.image.locks import locked
-from rock.runtime.image.store import ImageStore
+from rock.images.records import locked
+from rock.images.store import ImageStore
 from rock.settings import Settings
 
 MB = 1_000_000
@@ -123,7 +123,7 @@ def test_a_pull_that_was_killed_is_gone_on_with(store: ImageStore) -> None:
                 return True
             return False
 
-    program = "import sys; from pathlib import Path; from rock.runtime.image.store import ImageStore\n" \
+    program = "import sys; from pathlib import Path; from rock.images.store import ImageStore\n" \
               "ImageStore(Path(sys.argv[1])).pull(sys.argv[2])"
     with odd_registry(Slow, blobs) as address:
         name = f"{address}/team/tool:1.0"

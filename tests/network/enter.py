@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from rock.runtime.namespace import kernel
+from rock.runtime.namespace.launcher import kernel
 
 pid = sys.argv[1]
 net = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)

@@ -12,9 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rock.protocol import addresses, egress
-from rock.runtime.network import dns, journal, sniff
-from rock.runtime.network.policy import Policy, Verdict
+from rock.egress import dns, log
+from rock.egress import policy as sniff
+from rock.egress.policy import Policy, Verdict
+from rock.protocol import egress
+from rock.protocol import egress as addresses
 
 bounded = settings(deadline=None, max_examples=60)
 
@@ -124,14 +126,14 @@ NAMES = st.lists(st.from_regex(r"[a-z0-9_-]{1,20}", fullmatch=True), min_size=1,
 @bounded
 @given(NAMES, st.integers(0, 65535), st.sampled_from([dns.A, dns.AAAA, dns.TXT]))
 def test_questions_come_back(name: str, number: int, kind: int) -> None:
-    question = dns.parse_question(dns.ask(number, name, kind))
+    question = dns.parse_question(dns.encode_query(number, name, kind))
     assert (question.number, question.name, question.kind, question.size) == (number, name, kind, 1232)
 
 
 @bounded
 @given(NAMES, st.lists(st.ip_addresses(v=4), max_size=60), st.booleans())
 def test_answers_come_back(name: str, found: list[ipaddress.IPv4Address], datagram: bool) -> None:
-    question = dns.parse_question(dns.ask(5, name, dns.A))
+    question = dns.parse_question(dns.encode_query(5, name, dns.A))
     data = dns.answer(question, dns.OK, tuple(found), 60, datagram=datagram)
     reply = dns.parse_reply(data, 5, name, dns.A)
     if reply.truncated:
@@ -146,10 +148,11 @@ def test_answers_come_back(name: str, found: list[ipaddress.IPv4Address], datagr
 @bounded
 @given(st.binary(max_size=300), st.data())
 def test_any_message(data: bytes, draw: st.DataObject) -> None:
-    good = dns.answer(dns.parse_question(dns.ask(5, "a.test", dns.A)), 0, (ipaddress.ip_address("1.2.3.4"),), 1,
+    question = dns.parse_question(dns.encode_query(5, "a.test", dns.A))
+    good = dns.answer(question, 0, (ipaddress.ip_address("1.2.3.4"),), 1,
                       datagram=True)  # fmt: skip
     at = draw.draw(st.integers(0, len(good)))
-    for message in (data, good[:at] + data, dns.ask(1, "a.test", 1)[:at] + data):
+    for message in (data, good[:at] + data, dns.encode_query(1, "a.test", 1)[:at] + data):
         for parse in (dns.parse_question, lambda m: dns.parse_reply(m, 5, "a.test", dns.A)):
             try:
                 parse(message)  # type: ignore[operator]
@@ -165,7 +168,7 @@ def test_an_answer_counts_only_for_the_name_that_was_asked() -> None:
     other, alias = b"\x05other\x04test\0", b"\x05alias\x04test\0"
     body = (record(other, dns.A, bytes([6, 6, 6, 6])) + record(b"\xc0\x0c", dns.CNAME, alias)
             + record(alias, dns.A, bytes([1, 2, 3, 4])) + record(other, dns.CNAME, alias))
-    asked = dns.ask(5, "a.test", dns.A)[12:-11]
+    asked = dns.encode_query(5, "a.test", dns.A)[12:-11]
     message = struct.pack(">6H", 5, 0x8180, 1, 4, 0, 0) + asked + body
     assert [str(a) for a in dns.parse_reply(message, 5, "a.test", dns.A).addresses] == ["1.2.3.4"]
     loop = struct.pack(">6H", 5, 0x8180, 1, 1, 0, 0) + asked + b"\xc0" + bytes([12 + len(asked)])
@@ -235,8 +238,8 @@ def test_embedded_addresses() -> None:
 def test_the_journal_is_bounded_and_survives(tmp_path: Path) -> None:
     path = tmp_path / "journal"
 
-    def opened() -> journal.Journal:
-        return journal.Journal(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    def opened() -> log.Journal:
+        return log.Journal(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
 
     first = opened()
     for number in range(6000):
@@ -250,11 +253,11 @@ def test_the_journal_is_bounded_and_survives(tmp_path: Path) -> None:
     assert (listed["total"], listed["dropped"], len(listed["items"])) == (6001, 5000, 1001)
     assert listed["items"][-1]["ended_at"] is None and path.stat().st_size < 1 << 20
     first.close()
-    assert journal.read(str(path))["items"][-1]["number"] == still.number
+    assert log.read(str(path))["items"][-1]["number"] == still.number
     with open(path, "ab") as file:
         file.write(b'{"number": 70')  # a crash
     again = opened()
     assert again.total == 6001 and again.begin("203.0.113.12", 80).number == 6002
     again.close()
-    assert journal.read(str(path))["total"] == 6002
-    assert journal.read(str(tmp_path / "none")) == {"items": [], "total": 0, "dropped": 0}
+    assert log.read(str(path))["total"] == 6002
+    assert log.read(str(tmp_path / "none")) == {"items": [], "total": 0, "dropped": 0}

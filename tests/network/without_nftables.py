@@ -8,7 +8,7 @@ import os
 import struct
 import sys
 
-from rock.runtime.namespace.kernel import NUMBERS
+from rock.runtime.namespace.launcher.kernel import NUMBERS
 
 LOAD, EQUAL, RETURN = 0x20, 0x15, 0x06
 code = [

@@ -23,9 +23,9 @@ import threading
 import time
 from typing import Any
 
-from rock.runtime.namespace import kernel
-from rock.runtime.network import dns
-from rock.runtime.network.netlink import ACK, CREATE, EXCLUSIVE, Netlink, attribute, nested, routing
+from rock.egress import dns
+from rock.egress.netlink import ACK, CREATE, EXCLUSIVE, Netlink, attribute, nested, routing
+from rock.runtime.namespace.launcher import kernel
 
 HOST, HOST6, GATE, GATE6 = "10.77.0.1", "2001:db8:77::1", "10.77.0.2", "2001:db8:77::2"
 HOST_PUBLIC = "203.0.113.77"  # the machine's own, public one

@@ -12,11 +12,11 @@ from pathlib import Path
 import orjson
 import pytest
 
-from rock.rocklet.journal import Journal
-from rock.rocklet.spool import SpoolFile, SpoolFolder
-from rock.rocklet.streams import Capped
-from rock.runtime import wholefile
-from rock.wire.asgi import Answer
+from rock.host import atomic_file
+from rock.http.asgi import Answer
+from rock.rocklet.commands.output import Capped
+from rock.rocklet.durability.journal import Journal
+from rock.rocklet.durability.spool import SpoolFile, SpoolFolder
 
 SEED = 20_261
 ANSWERS = {f"/run\nkey-{number}": Answer(b'{"output":"answer %d"}' % number, 200) for number in range(4)}
@@ -314,13 +314,13 @@ def test_output_that_was_shortened(tmp_path: Path) -> None:
 
 def test_a_record_with_one_bit_wrong(tmp_path: Path) -> None:
     record = {"config": {"image": "host"}, "handle": {"id": "x" * 40}}
-    text = wholefile.summed(orjson.dumps(record).decode())
+    text = atomic_file.summed(orjson.dumps(record).decode())
     for at, bit in flips(len(text), len(text)):
         data = bytearray(text.encode())
         data[at] ^= bit
         try:
-            seen = wholefile.parsed(bytes(data))
+            seen = atomic_file.parsed(bytes(data))
         except ValueError:
             continue
         assert {**seen, **record} == seen and b'"crc"' not in data, at  # only the name of the checksum is another
-    assert wholefile.parsed(b'{"id": "old"}') == {"id": "old"}
+    assert atomic_file.parsed(b'{"id": "old"}') == {"id": "old"}

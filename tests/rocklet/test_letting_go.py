@@ -15,18 +15,18 @@ import orjson
 import pytest
 
 from rock.errors import StorageFull, Unavailable
+from rock.http.asgi import Answer
 from rock.protocol.action import BashAction
 from rock.protocol.routes import RESUMES
 from rock.protocol.sandbox import SandboxConfig
-from rock.rocklet.handover import Keep
-from rock.rocklet.imageshell import find_shell
-from rock.rocklet.journal import Journal
-from rock.rocklet.session import DEFAULT, Session
-from rock.rocklet.spool import SpoolFolder
-from rock.rocklet.stream import _HIGH, Streaming
+from rock.rocklet.commands.handover import Keep
+from rock.rocklet.commands.output import _HIGH, Streaming
+from rock.rocklet.commands.session import DEFAULT, Session
+from rock.rocklet.commands.shell_process import find_shell
+from rock.rocklet.durability.journal import Journal
+from rock.rocklet.durability.spool import SpoolFolder
 from rock.runtime.base import Handle, Process
-from rock.runtime.process import ProcessRuntime
-from rock.wire.asgi import Answer
+from rock.runtime.process.runtime import ProcessRuntime
 
 SECONDS = 20.0
 

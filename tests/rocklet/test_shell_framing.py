@@ -12,15 +12,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rock.rocklet import shell
+from rock.rocklet.commands import shell_protocol
 
-SHELLS = {"bash": (shell.BASH, "/bin/bash"), "sh": (shell.SH, "/bin/sh")}
+SHELLS = {"bash": (shell_protocol.BASH, "/bin/bash"), "sh": (shell_protocol.SH, "/bin/sh")}
 
 
 class Harness:
     """A real shell on pipes, driven by the pure framing alone."""
 
-    def __init__(self, dialect: shell.Dialect, path: str) -> None:
+    def __init__(self, dialect: shell_protocol.Dialect, path: str) -> None:
         self.dialect = dialect
         script_read, self.script = os.pipe()
         self.status, status_write = os.pipe()
@@ -45,12 +45,12 @@ class Harness:
             os.close(fd)
         os.set_blocking(self.output, False)
         os.set_blocking(self.errors, False)
-        self.parser = shell.ReportParser()
+        self.parser = shell_protocol.ReportParser()
         self.token = 0
         self.previous = 0
-        self.pending: list[shell.Report] = []
-        self._send(shell.preamble(dialect, self._next(), cwd="/", sources=[]))
-        assert isinstance(self._report(), shell.Done)
+        self.pending: list[shell_protocol.Report] = []
+        self._send(shell_protocol.preamble(dialect, self._next(), cwd="/", sources=[]))
+        assert isinstance(self._report(), shell_protocol.Done)
 
     def _next(self) -> int:
         self.token += 1
@@ -59,13 +59,13 @@ class Harness:
     def _send(self, data: bytes) -> None:
         os.write(self.script, data)
 
-    def _report(self, seconds: float = 10.0) -> shell.Report | None:
+    def _report(self, seconds: float = 10.0) -> shell_protocol.Report | None:
         """The next report that concerns us; None when the shell has ended."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             while self.pending:
                 report = self.pending.pop(0)
-                if isinstance(report, shell.Restarted) or report.token == self.token:
+                if isinstance(report, shell_protocol.Restarted) or report.token == self.token:
                     return report
             if select.select([self.status], [], [], 0.05)[0]:
                 data = os.read(self.status, 65536)
@@ -81,14 +81,14 @@ class Harness:
             return b""
 
     def run(self, command: str, separate: bool = False) -> tuple[int | None, bytes]:
-        self._send(shell.frame(self.dialect, command, self._next(), previous=self.previous, separate=separate))
+        self._send(shell_protocol.frame(self.dialect, command, self._next(), previous=self.previous, separate=separate))
         report = self._report()
         output = self._read(self.output)
         if report is None:
             return None, output
-        if isinstance(report, shell.Restarted):
-            self._send(shell.restore(self.dialect, self._next()))
-            assert isinstance(self._report(), shell.Done)
+        if isinstance(report, shell_protocol.Restarted):
+            self._send(shell_protocol.restore(self.dialect, self._next()))
+            assert isinstance(self._report(), shell_protocol.Done)
         self.previous = report.code
         return report.code, output
 
@@ -186,7 +186,7 @@ def test_exit_without_a_number_has_the_last_status(bash: Harness) -> None:
 
 def test_a_nul_is_refused() -> None:
     with pytest.raises(ValueError, match="NUL"):
-        shell.frame(shell.BASH, "echo a\0b", 1)
+        shell_protocol.frame(shell_protocol.BASH, "echo a\0b", 1)
 
 
 _TEXT = st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",)), max_size=60)
@@ -202,35 +202,35 @@ def long_lived(request: pytest.FixtureRequest) -> Iterator[Harness]:
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=_TEXT)
 def test_any_text_passes_through_one_shell_exactly(long_lived: Harness, text: str) -> None:
-    assert long_lived.run(f"printf %s {shell.quote(text)}") == (0, text.encode())
+    assert long_lived.run(f"printf %s {shell_protocol.quote(text)}") == (0, text.encode())
 
 
 @settings(max_examples=100, deadline=None)
 @given(reports=st.lists(st.tuples(st.integers(0, 10**9), st.integers(0, 255), _TEXT), max_size=5), data=st.data())
 def test_reports_in_any_portions(reports: list[tuple[int, int, str]], data: st.DataObject) -> None:
     wire = b"".join(b"D %d %s %d\0" % (c, cwd.encode(), t) for t, c, cwd in reports)
-    parser = shell.ReportParser()
-    seen: list[shell.Report] = []
+    parser = shell_protocol.ReportParser()
+    seen: list[shell_protocol.Report] = []
     while wire:
         size = data.draw(st.integers(1, len(wire)))
         seen += parser.feed(wire[:size])
         wire = wire[size:]
-    assert seen == [shell.Done(t, c, cwd) for t, c, cwd in reports]
+    assert seen == [shell_protocol.Done(t, c, cwd) for t, c, cwd in reports]
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=300))
 def test_the_parser_takes_anything(junk: bytes) -> None:
-    parser = shell.ReportParser()
+    parser = shell_protocol.ReportParser()
     list(parser.feed(junk))
-    assert [r for r in parser.feed(b"\0D 2 /x 1\0") if isinstance(r, shell.Done) and r.cwd == "/x"]
+    assert [r for r in parser.feed(b"\0D 2 /x 1\0") if isinstance(r, shell_protocol.Done) and r.cwd == "/x"]
 
 
 def test_a_trace_is_not_seen(any_shell: Harness) -> None:
     """Under `set -x` neither, whether it is set or taken away."""
     any_shell.run("set -x")
     for wish, told in (("00-ab", b"00-ab"), (None, b"none")):
-        any_shell._send(shell.trace(wish))
+        any_shell._send(shell_protocol.trace(wish))
         code, output = any_shell.run("echo ${TRACEPARENT:-none}")
         assert (code, output.splitlines()[-1]) == (0, told)
         assert b"export" not in output and b"unset" not in output

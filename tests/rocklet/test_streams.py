@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rock.rocklet.streams import Capped, as_text
+from rock.rocklet.commands.output import Capped, as_text
 
 
 @given(st.lists(st.binary(max_size=50), max_size=20), st.integers(0, 200))

@@ -13,14 +13,13 @@ from typing import Any, TypeVar
 import pytest
 
 from rock import errors
-from rock.guest import proctree
+from rock.guest.init import process_tree
+from rock.images.records import Bind, Lease, RootFS
 from rock.protocol.sandbox import SandboxConfig
 from rock.runtime.base import ExitStatus, Handle, Process, Program
-from rock.runtime.image.leases import Lease
-from rock.runtime.image.rootfs import Bind, RootFS
-from rock.runtime.namespace import cgroups
+from rock.runtime.namespace.limits import cgroups
 from rock.runtime.namespace.runtime import NamespaceRuntime
-from rock.runtime.process import ProcessRuntime
+from rock.runtime.process.runtime import ProcessRuntime
 
 T = TypeVar("T")
 ROOT = os.geteuid() == 0
@@ -220,7 +219,7 @@ async def process_box(folder: Path) -> AsyncIterator[Box]:
         await runtime.destroy(handle)
         await runtime.close()
     assert list((folder / "processes").iterdir()) == []
-    assert [entry for entry in proctree.descendants(proctree.scan(), os.getpid()) if entry.alive] == []
+    assert [entry for entry in process_tree.descendants(process_tree.scan(), os.getpid()) if entry.alive] == []
 
 
 def leftovers(folder: Path) -> dict[str, list[str]]:
@@ -231,9 +230,9 @@ def leftovers(folder: Path) -> dict[str, list[str]]:
     groups = [str(path) for place in ours.places.values() for path in Path(place.parent).glob("[ng]-*")]
     cgroups.remove_parents(ours)
     slots = [path.name for path in run_dir.glob("[ng]-*")] if run_dir.exists() else []
-    processes = [str(entry.pid) for entry in proctree.descendants(proctree.scan(), os.getpid()) if entry.alive]
+    processes = [str(entry.pid) for entry in process_tree.descendants(process_tree.scan(), os.getpid()) if entry.alive]
     if not ROOT:  # without cgroups: what is ours and called so
-        processes += [str(pid) for pid in proctree.scan() if _is_our_init(pid)]
+        processes += [str(pid) for pid in process_tree.scan() if _is_our_init(pid)]
     return {"mounts": mounts, "groups": groups, "slots": slots, "processes": processes,
             "descriptors": sorted(os.readlink(f"/proc/self/fd/{fd}").split(":")[0] for fd in _descriptors())}
 

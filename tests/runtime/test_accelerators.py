@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from rock.errors import NoCapacity, RockError, Unsupported
+from rock.host.resources import Gpus, found
 from rock.protocol.sandbox import SandboxConfig
-from rock.runtime.accelerators import Gpus, found
-from rock.runtime.docker import shape
+from rock.runtime.docker import spec
 from rock.runtime.docker.engine import Facts
-from rock.runtime.guestpython import GuestPython
+from rock.runtime.init.python import GuestPython
 
 NVIDIA = {"runc": {"path": "runc"}, "nvidia": {"path": "nvidia-container-runtime"}, "runsc": {"path": "runsc"}}
 
@@ -60,23 +60,23 @@ def test_each_is_one_sandbox_s(gpus: Gpus) -> None:
 def test_what_is_refused(gpus: Gpus, fields: dict[str, Any], words: str) -> None:
     config = wish(network="none", **fields)
     with pytest.raises(Unsupported, match=words) as caught:
-        shape.refuse(config, facts(), shape.wanted_runtime(config), gpus)
+        spec.refuse(config, facts(), spec.wanted_runtime(config), gpus)
     assert caught.value.hint
 
 
 def test_an_engine_without_the_runtime_is_told(gpus: Gpus) -> None:
     with pytest.raises(RockError, match="no nvidia runtime") as caught:
-        shape.refuse(wish(num_gpus=1), facts(runc={"path": "runc"}), "runc", gpus)
+        spec.refuse(wish(num_gpus=1), facts(runc={"path": "runc"}), "runc", gpus)
     assert isinstance(caught.value, Unsupported)
-    shape.refuse(wish(num_gpus=2), facts(), "runc", gpus)
-    shape.refuse(wish(), facts(runc={"path": "runc"}), "runc", Gpus([]))
+    spec.refuse(wish(num_gpus=2), facts(), "runc", gpus)
+    spec.refuse(wish(), facts(runc={"path": "runc"}), "runc", Gpus([]))
 
 
 def test_what_the_engine_is_asked_for(gpus: Gpus, tmp_path: Path) -> None:
     config = wish(num_gpus=2)
     python = GuestPython(tmp_path)
-    asked = shape.container(config, "sha256:1", {}, python, None, "runc", {}, gpus.take("a", config))
+    asked = spec.container(config, "sha256:1", {}, python, None, "runc", {}, gpus.take("a", config))
     assert asked["HostConfig"]["DeviceRequests"] == [
         {"Driver": "nvidia", "DeviceIDs": ["GPU-0", "GPU-1"], "Capabilities": [["gpu"]]}
     ]
-    assert "DeviceRequests" not in shape.container(wish(), "sha256:1", {}, python, None, "runc", {})["HostConfig"]
+    assert "DeviceRequests" not in spec.container(wish(), "sha256:1", {}, python, None, "runc", {})["HostConfig"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rock.runtime.namespace import devices
+from rock.runtime.namespace.limits import devices
 from tests.runtime.boxes import ROOT, namespace_box, run
 
 pytestmark = pytest.mark.skipif(not ROOT, reason="takes root")

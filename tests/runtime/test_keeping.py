@@ -13,7 +13,7 @@ from rock import errors
 from rock.protocol.sandbox import SandboxConfig
 from rock.runtime.base import Handle, Keeps
 from rock.runtime.namespace.runtime import NamespaceRuntime
-from rock.runtime.process import ProcessRuntime
+from rock.runtime.process.runtime import ProcessRuntime
 from tests.runtime.boxes import Box, HandMade, leftovers, namespace_runtime, run
 
 CONFIG = SandboxConfig(image="hand", memory="256m", cpus=1, pids=256, auto_delete_seconds=60)

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from rock import errors
-from rock.guest import proctree
+from rock.guest.init import process_tree
 from rock.protocol.sandbox import Isolation, SandboxConfig
 from rock.runtime.base import Liveness
 from rock.runtime.landlock import ruleset
 from rock.runtime.landlock.runtime import LandlockRuntime
-from rock.runtime.process import children, reap
+from rock.runtime.process.runtime import children, reap
 from tests.runtime.boxes import ROOT, Box, run, until
 
 pytestmark = pytest.mark.skipif(not ROOT or ruleset.version() < 4,
@@ -42,9 +42,9 @@ async def landlock_box(folder: Path, **config: object) -> AsyncIterator[Box]:
 
 def _of_user(uid: int) -> list[int]:
     found = []
-    for pid in proctree.scan():
+    for pid in process_tree.scan():
         try:
-            if os.stat(f"/proc/{pid}").st_uid == uid and proctree.read(pid).alive:  # type: ignore[union-attr]
+            if os.stat(f"/proc/{pid}").st_uid == uid and process_tree.read(pid).alive:  # type: ignore[union-attr]
                 found.append(pid)
         except (OSError, AttributeError):
             continue

@@ -13,16 +13,17 @@ from typing import Any
 import pytest
 
 from rock import errors
+from rock.host.resources import Gpus
 from rock.protocol.sandbox import Isolation, SandboxConfig
-from rock.runtime.accelerators import Gpus
-from rock.runtime.docker import shape
+from rock.runtime.docker import spec
 from rock.runtime.docker.engine import Facts
 from rock.runtime.fake import FakeRuntime
 from rock.runtime.gvisor.runtime import GvisorRuntime
 from rock.runtime.landlock.runtime import LandlockRuntime
-from rock.runtime.namespace import admission, cgroups
+from rock.runtime.namespace import admission
+from rock.runtime.namespace.limits import cgroups
 from rock.runtime.namespace.runtime import NamespaceRuntime
-from rock.runtime.process import ProcessRuntime
+from rock.runtime.process.runtime import ProcessRuntime
 from tests.runtime.boxes import ROOT, Box, HandMade, namespace_box, namespace_runtime, run
 
 _FILL = """
@@ -252,9 +253,9 @@ def test_what_cannot_be_held_is_refused_before_the_start(tmp_path: Path, kind: s
         facts = Facts(runtimes={"runc": {"path": "runc"}}, security=("seccomp",), driver="overlay2", backing="extfs")
         config = SandboxConfig(**{"image": "any", **wish})
         with pytest.raises(errors.Unsupported):
-            oci = shape.wanted_runtime(config)
-            shape.runtime_name(facts, oci)
-            shape.refuse(config, facts, oci, Gpus([]))
+            oci = spec.wanted_runtime(config)
+            spec.runtime_name(facts, oci)
+            spec.refuse(config, facts, oci, Gpus([]))
             admission.refuse_nofile(config)
         return
     run(main())

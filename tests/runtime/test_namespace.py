@@ -200,7 +200,7 @@ def test_files_of_the_image_are_shared_and_written_apart(tmp_path: Path) -> None
     source.mkdir()
     (source / "file").write_text("original")
     images.extra = (str(upper),)
-    from rock.runtime.image.rootfs import Bind
+    from rock.images.records import Bind
     images.binds = (*images.binds, Bind(str(source), "/data", writable=True, idmap=True))
 
     async def main() -> None:
@@ -283,7 +283,7 @@ def test_requests_that_cannot_be_met(tmp_path: Path) -> None:
 
 
 def test_a_broken_image_leaves_nothing(tmp_path: Path) -> None:
-    from rock.runtime.image.rootfs import Bind
+    from rock.images.records import Bind
 
     images = HandMade(tmp_path / "image")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rock import errors
-from rock.runtime.image.rootfs import Bind
+from rock.images.records import Bind
 from tests.runtime.boxes import HandMade, get, namespace_box, put, run
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from rock import errors
-from rock.guest import native, proctree
+from rock.guest.init import native, process_tree
 from rock.protocol.sandbox import SandboxConfig
 from rock.runtime.base import Handle, Liveness
 from rock.runtime.namespace.runtime import NamespaceRuntime
@@ -62,7 +62,7 @@ def test_a_killed_server_loses_nothing(tmp_path: Path) -> None:
     server.communicate()
 
     async def main() -> None:
-        await until(lambda: not proctree.lives(launcher, None))  # it ends with the server's socket
+        await until(lambda: not process_tree.lives(launcher, None))  # it ends with the server's socket
         runtime = NamespaceRuntime(tmp_path / "run", 0, HandMade(tmp_path / "image"))
         await runtime.open()
         assert await runtime.recover(handle) == Liveness.RUNNING
@@ -143,9 +143,9 @@ def test_the_death_of_the_zygote_is_survived(tmp_path: Path) -> None:
         async with namespace_runtime(tmp_path) as runtime:
             first = await runtime.create("first", SandboxConfig(**CONFIG))
             launcher = runtime._slots.launcher.pid
-            for entry in proctree.descendants(proctree.scan(), launcher):
+            for entry in process_tree.descendants(process_tree.scan(), launcher):
                 if entry.parent == launcher:  # or one of the children that live for a moment only
-                    proctree.send(entry, signal.SIGKILL)
+                    process_tree.send(entry, signal.SIGKILL)
             await asyncio.sleep(1.0)
             assert await Box(runtime, first, Path("/work")).sh("echo alive") == "alive\n"
             handles = []

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from rock.images.records import Bind
 from rock.protocol.sandbox import SandboxConfig
-from rock.runtime.image.rootfs import Bind
 from tests.runtime.boxes import ROOT, Box, HandMade, namespace_runtime, run
 
 pytestmark = pytest.mark.skipif(not ROOT, reason="an ordinary user has no folders that are mapped")

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from rock.guest import sharing
+from rock.guest.init import sharing
 from rock.protocol.sandbox import SandboxConfig
-from rock.runtime.initlink import InitLink
+from rock.runtime.init.link import InitLink
 from tests.runtime.boxes import ROOT, Box, get, namespace_box, namespace_runtime, put, run, until
 
 pytestmark = pytest.mark.skipif(not sharing.available, reason="the instructions are for x86_64 alone")
@@ -27,8 +27,8 @@ HERE = Path(__file__).parents[2]
 # A zygote and a child of it, with some data of its own that it changes and changes back, at random.
 CHILD = """
 import ctypes, json, os, random, sys, threading
-from rock.runtime.namespace.rehearsal import rehearse
-from rock.runtime.namespace.zygote import OPTIONAL, Zygote
+from rock.runtime.namespace.launcher.snapshot import rehearse
+from rock.runtime.namespace.launcher.zygote import OPTIONAL, Zygote
 
 PAGE, ROUNDS = 4096, int(sys.argv[2])
 dice = random.Random(int(sys.argv[1]))
@@ -110,7 +110,7 @@ zygote.close()
 # The same under a filter: (number of the call, second argument or none) gets EPERM.
 REFUSED = """
 import struct
-from rock.guest import syscalls
+from rock.guest.init import syscalls
 number, argument = {refused}
 code = [(0x20, 0, 0, 0), (0x15, 0, 3 if argument is not None else 1, number)]
 code += [(0x20, 0, 0, 24), (0x15, 0, 1, argument)] if argument is not None else []
@@ -136,8 +136,8 @@ asyncio.run(main())
 
 REHEARSED = """
 import json, os, resource, signal
-from rock.guest import users
-from rock.runtime.namespace.rehearsal import rehearse
+from rock.guest.init import users
+from rock.runtime.namespace.launcher.snapshot import rehearse
 
 def state():
     mask = os.umask(0o27)

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from rock import errors
-from rock.runtime.initlink import SOCKET_NAME, InitLink
+from rock.runtime.init.link import SOCKET_NAME, InitLink
 from tests.runtime.boxes import Box, Maker, run
 
 STATE = "print(open('/proc/%d/stat').read().rpartition(')')[2].split()[0])"

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from rock.runtime.namespace import seccomp, syscalls
+from rock.runtime.namespace.launcher import seccomp, syscall_list
 from tests.escape import syscall_table
 from tests.runtime.boxes import namespace_box, run
 
 ROOT = Path(__file__).parent.parent.parent
 _HERE = platform.machine()
-_MACHINES = sorted(syscalls.NUMBERS)
+_MACHINES = sorted(syscall_list.NUMBERS)
 _PERMISSION, _NOT_THERE = "EPERM", "ENOSYS"
 here_only = pytest.mark.skipif(not seccomp.supported(), reason="there is no table for this machine")
 
@@ -24,19 +24,19 @@ here_only = pytest.mark.skipif(not seccomp.supported(), reason="there is no tabl
 @pytest.mark.parametrize("machine", _MACHINES)
 @pytest.mark.parametrize("options", [{}, {"shared": True}, {"shared": True, "sockets": False}], ids=str)
 def test_every_number_has_the_verdict_of_its_list(machine: str, options: dict[str, bool]) -> None:
-    names = {number: name for name, number in syscalls.NUMBERS[machine].items()}
+    names = {number: name for name, number in syscall_list.NUMBERS[machine].items()}
     verdicts = syscall_table.verdicts(machine, **options)
     assert len(verdicts) == 480
     for number, verdict in verdicts.items():
         name = names.get(number, "")
-        if options and name in syscalls.IPC | syscalls.INOTIFY:
+        if options and name in syscall_list.IPC | syscall_list.INOTIFY:
             assert verdict == _PERMISSION
         elif name == "socket":
             assert verdict in ("EAFNOSUPPORT", "EACCES")  # of family 0
-        elif name in syscalls.ALLOWED:
+        elif name in syscall_list.ALLOWED:
             assert verdict in ("allowed", _PERMISSION) if name == "ioprio_set" else verdict == "allowed", name
         else:
-            assert verdict == (_PERMISSION if name in syscalls.REFUSED else _NOT_THERE), name
+            assert verdict == (_PERMISSION if name in syscall_list.REFUSED else _NOT_THERE), name
     assert syscall_table.run(seccomp.build(machine, **options), 1, arch=0x40000003) == "killed"
     if machine == "x86_64":
         assert syscall_table.run(seccomp.build(machine, **options), 0x40000001) == _NOT_THERE
@@ -44,7 +44,7 @@ def test_every_number_has_the_verdict_of_its_list(machine: str, options: dict[st
 
 @pytest.mark.parametrize("machine", _MACHINES)
 def test_arguments(machine: str) -> None:
-    code, numbers = seccomp.build(machine), syscalls.NUMBERS[machine]
+    code, numbers = seccomp.build(machine), syscall_list.NUMBERS[machine]
 
     def verdict(name: str, *arguments: int) -> str:
         return syscall_table.run(code, numbers[name], arguments)
@@ -69,7 +69,7 @@ def test_arguments(machine: str) -> None:
 
 @pytest.mark.parametrize("machine", _MACHINES)
 def test_pid_1_keeps_its_limits_and_priorities(machine: str) -> None:
-    code, numbers = seccomp.build(machine), syscalls.NUMBERS[machine]
+    code, numbers = seccomp.build(machine), syscall_list.NUMBERS[machine]
     somewhere = 0x7F00_0000_0000  # whose low half is 0
 
     def verdict(name: str, *arguments: int) -> str:
@@ -106,9 +106,9 @@ print(json.dumps(found))
 @here_only
 def test_the_kernel_refuses_each_that_is_not_allowed(tmp_path: Path) -> None:
     """Every number that the filter refuses whatever its arguments, called inside a sandbox."""
-    names = {number: name for name, number in syscalls.NUMBERS[_HERE].items()}
+    names = {number: name for name, number in syscall_list.NUMBERS[_HERE].items()}
     expected = {number: verdict for number, verdict in syscall_table.verdicts(_HERE).items()
-                if verdict != "allowed" and names.get(number) not in syscalls.ALLOWED | {"uretprobe", "uprobe"}}
+                if verdict != "allowed" and names.get(number) not in syscall_list.ALLOWED | {"uretprobe", "uprobe"}}
     assert len(expected) > 100
 
     async def main() -> None:
@@ -158,7 +158,7 @@ def test_the_kernel_never_runs_the_filter_for_ordinary_calls() -> None:
     script = """
 import ctypes, struct, sys, time
 sys.path.insert(0, sys.argv[1])
-from rock.runtime.namespace import kernel, seccomp
+from rock.runtime.namespace.launcher import kernel, seccomp
 if sys.argv[2] == "filtered":
     code = seccomp.build()
     kept = ctypes.create_string_buffer(code, len(code))

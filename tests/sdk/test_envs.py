@@ -11,7 +11,7 @@ from wire_server import Request, Wire, answer, serve
 
 import rock
 from rock import errors
-from rock.guest import frames, values
+from rock.guest.environments import frames, values
 from rock.protocol.sandbox import SandboxInfo, State
 from rock.sdk.envs import RockEnv
 

@@ -110,7 +110,7 @@ import sys
 for name in ("fcntl", "resource", "pty", "termios", "tty", "grp", "pwd", "uvloop", "uvicorn", "fastapi"):
     sys.modules[name] = None
 import rock, rock.sdk, rock.sync, rock.envs, rock.actions, rock.sdk.sandbox, rock.sync.sandbox, rock.sync.client
-import rock.sdk.client, rock.cli.main, rock.cli.copy, rock.cli.shell
+import rock.sdk.client, rock.cli.main, rock.cli.commands.copy, rock.cli.commands.sandbox
 rock.Sandbox, rock.make, rock.sync.Sandbox, rock.sync.Client
 print("ok")
 """

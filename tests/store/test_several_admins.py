@@ -21,7 +21,7 @@ from tests.conftest import IMAGE, RunningServer, give_image
 from tests.leaks import Inventory, take_inventory
 from tests.waiting import until
 
-from rock.admin.infos import new_info
+from rock.admin.sandboxes.lifecycle import new_info
 from rock.protocol.keys import CreateKey, Quota
 from rock.protocol.node import NodeStatus
 from rock.protocol.sandbox import Cause, Isolation, State

@@ -15,9 +15,8 @@ from pydantic import BaseModel
 
 from rock.errors import Conflict, NotFound, QuotaExceeded, Unavailable
 from rock.protocol.keys import Access, KeyInfo, Quota
-from rock.protocol.node import NodeStatus
+from rock.protocol.node import Beat, JoinWorker, NodeStatus, WorkerState
 from rock.protocol.sandbox import Isolation, SandboxConfig, SandboxInfo, State
-from rock.protocol.workers import Beat, JoinWorker, WorkerState
 from rock.store.base import Lease, Query, Record, Store, VersionConflict
 from rock.store.sqlite import SqliteStore
 

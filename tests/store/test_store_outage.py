@@ -12,7 +12,7 @@ from tests.faults.world import KEY, World
 from tests.store.postgres_server import Databases, postgres
 from tests.waiting import until
 
-from rock.protocol.workers import WorkerState
+from rock.protocol.node import WorkerState
 from rock.sync import Client, Sandbox, SandboxConfig
 
 

@@ -6,8 +6,8 @@ With ROCK_TEST_FRONT=1 every server of the tests is reached through one.
 import asyncio
 import sys
 
-from rock.cli.serve import http_over, listen, run
-from rock.wire.remote import Remote
+from rock.cli.serve.serve import http_over, listen, run
+from rock.http.forwarding import Remote
 
 
 async def main(url: str) -> None:

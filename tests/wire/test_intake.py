@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+from rock.http.fair_queue import Place, Turns
 from rock.testing import FakeServer
-from rock.wire.turns import Place, Turns
 
 CONNECTIONS, EACH = 48, 12
 

@@ -15,9 +15,9 @@ from tests.waiting import slowness
 from websockets.asyncio.client import connect
 from websockets.exceptions import ConnectionClosed
 
-from rock.cli.serve import http_over, listen
-from rock.wire import admission, intake
-from rock.wire.admission import Admission
+from rock.cli.serve.serve import http_over, listen
+from rock.http import connections
+from rock.http.connections import Admission
 
 HEAD = b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n"
 SLOWEST = 0.5 * slowness()  # seconds that another client may wait here; bench/attacks.py measures how long it does
@@ -247,7 +247,7 @@ def test_others_do_not_wait_for_a_flood_of_small_frames() -> None:
 
 
 def test_half_open_connections_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(admission, "GRACE", 0.2)
+    monkeypatch.setattr(connections, "GRACE", 0.2)
 
     async def play() -> None:
         limits = Admission(total=40, unproven_each=16)
@@ -324,7 +324,7 @@ def test_proven_connections_are_never_dropped() -> None:
     assert limits.prove(third, "", False)
     assert not limits.admit(fourth)
     limits.leave(fourth)
-    assert intake.HEAD_LIMIT == 64 << 10
+    assert connections.HEAD_LIMIT == 64 << 10
 
 
 @pytest.mark.parametrize("loop_factory", [asyncio.new_event_loop, uvloop.new_event_loop])

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from rock.wire.turns import Turns
+from rock.http.fair_queue import Turns
 
 
 async def passes(number: int) -> None:

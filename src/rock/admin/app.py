@@ -4,28 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from rock.admin.api.about import About
-from rock.admin.api.beats import Beats
-from rock.admin.api.late import Late, guarded
+from rock.admin.api.agentscope import Training
+from rock.admin.api.bare import About, Beats, Late, guarded
 from rock.admin.api.rock_v1 import RockV1
 from rock.admin.api.sandboxes import Sandboxes
-from rock.admin.api.training import Training
-from rock.admin.desk import Desks
 from rock.admin.environments import Environments
-from rock.admin.fleet import Fleet
-from rock.admin.keys import Keys
-from rock.admin.leader import Leader
 from rock.admin.reconciler import Reconciler
-from rock.admin.service import Service
+from rock.admin.sandboxes.service import Service
+from rock.admin.tenants import Desks, Keys
+from rock.admin.workers.leader import Leader
+from rock.admin.workers.registry import Fleet
 from rock.envhub.catalogue import Catalogue
 from rock.errors import InvalidConfig
+from rock.http.asgi import App
 from rock.protocol.sandbox import parse_size
 from rock.scheduler.local import LocalScheduler
 from rock.scheduler.raylink import RayReservations
 from rock.settings import Settings
 from rock.store.base import Store
 from rock.store.blobs import Blobs, FolderBlobs
-from rock.wire.asgi import App
 
 
 def make_blobs(settings: Settings) -> Blobs | None:

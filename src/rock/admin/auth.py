@@ -1,21 +1,24 @@
 """Who may call: the owner by the key that is given at start, tenants by keys of theirs. A server beyond loopback has to
-have one; on loopback the owner may be recognized without a key (keyless.py)."""
+have one; on loopback the owner may be recognized without a key (auth.py)."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import hmac
+import re
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
-from rock.admin.keyless import Keyless, check_host
-from rock.admin.keys import Keys
-from rock.errors import RockError, Unauthorized, Unavailable
+from rock.admin.preflight import is_loopback
+from rock.admin.tenants import Keys
+from rock.errors import RockError, Unauthorized, Unavailable, WrongRole
+from rock.http.asgi import App, Receive, Scope, Send, deny, failure
+from rock.http.fair_queue import PLACE, Turns
+from rock.http.forwarding import Remote, first_reached
+from rock.http.peers import PEER
 from rock.protocol.keys import CALLER, NOBODY, OPERATOR, WORKER, Access, Caller, digest_of
-from rock.protocol.routes import OTHER_KEY
+from rock.protocol.routes import HANDED_ON, OTHER_KEY, Role, role_for
 from rock.telemetry.context import CURRENT
-from rock.wire.asgi import App, Receive, Scope, Send, deny, failure
-from rock.wire.peers import PEER
-from rock.wire.turns import PLACE, Turns
 
 _WORKERS = "/v1/workers/"
 _OPEN = ("/healthz", "/")
@@ -28,7 +31,7 @@ _BEARERS = (b"authorization", b"xrl-authorization")
 class Authenticated:
     """The door: says who sent each request, and lets nobody in who is nobody.
 
-    key: of the server's owner. Without one the owner is who has `owner_key`, or is recognized without any: keyless.py;
+    key: of the server's owner. Without one the owner is who has `owner_key`, or is recognized without any: auth.py;
     a key that is neither is ignored then. keys: of its tenants. worker_key: by it a worker may join, and nothing else.
     names: of the server, see keyless.names_of. checks_host: whether requests with a key have to use one of them too.
     A key comes as `Authorization: Bearer KEY`, alone as X-ROCK-API-Key, or as clients of ROCK send one.
@@ -172,3 +175,131 @@ def _bare(name: bytes, value: bytes) -> bytes:
     if value[:7].lower() == b"bearer ":
         return value[7:].strip()
     return b"" if name in _BEARERS else value.strip()
+
+
+# ---- keyless ----
+#
+# Requests without a key, on a server that asks for none.
+#
+# Such a server serves its owner alone. A request without the owner key is let in when
+# 1. Host names this server: a name or address of loopback, the address that it listens on, or a name of
+#    ROCK_PUBLIC_NAMES. A web page under a name that leads to 127.0.0.1 (DNS rebinding) has another one;
+# 2. it comes from no page of another origin, by Origin and Sec-Fetch-Site, which programs do not send;
+# 3. the kernel says that its socket is held by processes of the owner, or of root, outside of any sandbox:
+# http/peers.py.
+
+_HINT = ("use the account that started the server, or send the key that is in owner.key in its ROCK_HOME as header "
+         "X-ROCK-API-Key (SDK and CLI: ROCK_API_KEY), or start the server with ROCK_API_KEY")  # fmt: skip
+# Pages of programs inside have an origin of their own (port_headers.py): what they load is on a foreign site.
+_PORTS = re.compile(r"/v1/sandboxes/[^/]+/ports/|/apis/envs/sandbox/v1/sandboxes/[^/]+/(?:proxy|vnc)(?:/|$)")
+_HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]@/?#\s]*)(?::[0-9]{1,5})?")
+
+
+def names_of(host: str, public: str) -> frozenset[str]:
+    """By what a server may be called: the address that it listens on, and those of ROCK_PUBLIC_NAMES."""
+    names = [host, *public.split(",")]
+    return frozenset(name.strip().lower().rstrip(".").strip("[]") for name in names if name.strip())
+
+
+def check_host(scope: Scope, names: frozenset[str]) -> None:
+    """Unauthorized when Host is none of `names`, nor a name of loopback."""
+    found = [value for name, value in scope["headers"] if name == b"host"]
+    if not found and scope.get("http_version") == "1.0":
+        return
+    text = found[0].decode("latin-1") if len(found) == 1 else ""
+    match = _HOST.fullmatch(text)
+    name = str(match[1]).strip("[]").lower().rstrip(".") if match is not None else ""
+    if not name or not (is_loopback(name) or name in names):
+        raise Unauthorized(
+            f"Host: {text[:100]!r} is no name of this server" if found else "the request has no Host",
+            hint="call it by an address of loopback, or add the name to ROCK_PUBLIC_NAMES of the server",
+        )
+
+
+def check_origin(scope: Scope) -> None:
+    """Unauthorized for what a page of another origin sends."""
+    origins = [value for name, value in scope["headers"] if name == b"origin"]
+    host = next((value for name, value in scope["headers"] if name == b"host"), b"")
+    scheme = b"https" if scope["scheme"] in ("https", "wss") else b"http"
+    if any(origin != scheme + b"://" + host for origin in origins):
+        raise Unauthorized("the request comes from a web page of another origin", hint=_HINT)
+    fetched = {name: value for name, value in scope["headers"] if name.startswith(b"sec-fetch-")}
+    if fetched.get(b"sec-fetch-site", b"none") in (b"none", b"same-origin"):
+        return
+    reads = scope["type"] == "http" and scope["method"] in ("GET", "HEAD") and not origins
+    followed = fetched.get(b"sec-fetch-mode") == b"navigate" and fetched.get(b"sec-fetch-user") == b"?1"
+    if not reads or not (followed or _PORTS.match(scope["path"])):
+        raise Unauthorized("the request comes from a web page of another site", hint=_HINT)
+
+
+async def check_owner(scope: Scope) -> None:
+    """Unauthorized unless the kernel says that the client is the owner of this process, outside of any sandbox."""
+    peer = (scope.get("state") or {}).get(PEER)
+    problem = "the connection has no socket" if peer is None else await peer.refusal()
+    if problem:
+        raise Unauthorized(f"a request without a key has to come from the owner of this server, and {problem}",
+                           hint=_HINT)  # fmt: skip
+
+
+class Keyless:
+    """The three checks in one. open_paths: for everybody, as far as the first two let them in."""
+
+    def __init__(self, names: frozenset[str], open_paths: Iterable[str] = ()) -> None:
+        self._names = names
+        self._open = frozenset(open_paths)
+
+    async def admits(self, scope: Scope) -> bool:
+        """Whether the client is the owner; False on an open path, on which that is not looked at. Unauthorized."""
+        check_host(scope, self._names)
+        check_origin(scope)
+        if scope["type"] == "http" and scope["path"] in self._open:
+            return False
+        await check_owner(scope)
+        return True
+
+
+# ---- roles ----
+#
+# A writer and a reader, of the same parts: what tells them apart is which requests they let in.
+
+_WHAT = {"write": "a reader: it changes nothing", "read": "a writer: it reaches into no sandbox"}
+_MARK = (HANDED_ON.encode(), b"1")
+_SETTING = {"write": "ROCK_WRITER", "read": "ROCK_READER"}
+
+
+def servers(text: str) -> list[Remote]:
+    """Those that "URL,URL" names. InvalidConfig."""
+    return [Remote(url.strip()) for url in text.split(",") if url.strip()]
+
+
+class Doors:
+    """`app` for the requests of its role. others: servers of the other role, to which the rest is handed on as it came,
+    key included; without one it is refused with WrongRole, as is what was handed on here by mistake. guard: why a
+    request must not be handed on, as the other server cannot tell from whom it is."""
+
+    def __init__(
+        self, app: App, role: Role, others: Sequence[Remote],
+        guard: Callable[[Scope], Awaitable[RockError | None]] | None = None,
+    ) -> None:  # fmt: skip
+        self._guard = guard
+        self._app = app
+        self._role = role
+        self._others = others
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        needed = None if scope["type"] == "lifespan" else role_for(scope.get("method", "GET"), scope["path"])
+        if needed is None or needed == self._role:
+            await self._app(scope, receive, send)
+            return
+        handed_on = any(name == _MARK[0] for name, _ in scope["headers"])
+        if self._others and not handed_on:
+            if self._guard is not None and (refused := await self._guard(scope)) is not None:
+                await (deny(scope, send, refused) if scope["type"] == "websocket" else failure(refused).send(send))
+                return
+            await (await first_reached(self._others))({**scope, "headers": [*scope["headers"], _MARK]}, receive, send)
+            return
+        hint = f"ask a server of role {needed}, or let this one hand it on: {_SETTING[needed]}=URL"
+        if handed_on:
+            hint = f"{_SETTING[needed]} of the server that was asked leads here, to one of the same role: correct it"
+        error = WrongRole(f"this server is {_WHAT[needed]}", details={"role": needed}, hint=hint)
+        await (deny(scope, send, error) if scope["type"] == "websocket" else failure(error).send(send))

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from rock.admin.service import Service
+from rock.admin.sandboxes.service import Service
 from rock.envhub import datasets, registry
 from rock.envhub.catalogue import Catalogue, Registered
 from rock.envhub.packages import GEM, GYM, image_of, requirements_of, with_packages

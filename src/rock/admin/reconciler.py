@@ -11,17 +11,104 @@ import time
 from collections.abc import AsyncIterator, Mapping, Set
 from dataclasses import dataclass, replace
 
-from rock.admin.infos import life_began
-from rock.admin.lifecycle import Event
-from rock.admin.losses import Losses
-from rock.admin.service import Service
-from rock.admin.worker import Worker
+from rock.admin.sandboxes.lifecycle import Event, life_began
+from rock.admin.sandboxes.service import Service
+from rock.admin.workers.client import Worker
+from rock.admin.workers.registry import Fleet
 from rock.errors import NotFound, RockError, Unavailable
 from rock.protocol.node import NodeEvent, NodeSandbox
 from rock.protocol.sandbox import Cause, State
 from rock.store.base import Query, Record
 
-log = logging.getLogger("rock.reconciler")
+# ---- losses ----
+#
+# Workers that went away: who leads takes a silent one for lost, and tells of each sandbox that it had.
+#
+# Neither step is lost with a crash in between: that it is lost stands in the registry, and whoever leads next buries
+# what
+# is left.
+
+log = logging.getLogger("rock.workers")
+
+_LOOK = 0.5
+_RARELY = 30.0
+_ALIVE = (State.PENDING, State.RUNNING, State.STOPPING)
+
+
+async def bury(service: Service, worker: str) -> int:
+    """Tombstones for what a lost worker had; how many."""
+    buried = 0
+    while records := await service.store.list(Query(states=_ALIVE, fields={"worker": worker})):
+        # Asked after the list: while it is lost in the registry, all that was listed is of an epoch that is over. Of
+        # one that came back the reconciler compares what is left.
+        if not await _is_lost(service, worker):
+            break
+        before = buried
+        for record in records:
+            try:
+                await _bury_one(service, record, worker)
+                buried += 1
+            except RockError as error:
+                log.error("burying %s: %s", record.id, error)
+        if buried == before:
+            break  # tried again by who calls
+    return buried
+
+
+async def _is_lost(service: Service, worker: str) -> bool:
+    try:
+        return (await service.workers.info(worker)).is_lost
+    except NotFound:
+        return not service.workers.is_known(worker)
+
+
+async def _bury_one(service: Service, record: Record, worker: str) -> None:
+    restored = record.state is State.PENDING and record.info.archive is not None
+    event = Event.RESTORE_FAILED if restored else Event.ENDED
+    await service.apply(record.id, event, known=record, cause=Cause.LOST, reason=f"its worker {worker} was lost")
+
+
+class Losses:
+    """The loop of who leads."""
+
+    def __init__(self, service: Service, fleet: Fleet) -> None:
+        self._service = service
+        self._fleet = fleet
+        self._next: dict[tuple[str, int], tuple[float, float]] = {}  # when and after what pause one is looked at again
+
+    async def run(self) -> None:
+        """Until it is cancelled."""
+        while True:
+            try:
+                await self.look()
+            except Exception as error:
+                log.warning("looking for lost workers: %r; trying again", error)
+            await asyncio.sleep(_LOOK)
+
+    async def look(self) -> None:
+        """Once."""
+        for info in self._fleet.silent():
+            if await self._fleet.lose(info):
+                log.warning("worker %s was not heard of for %g s: it is lost", info.name, self._fleet.lease.lost)
+            await self._fleet.refresh()
+        lost, now = self._fleet.lost_epochs(), time.monotonic()
+        self._next = {key: later for key, later in self._next.items() if lost.get(key[0]) == key[1]}
+        for key in lost.items():
+            due, pause = self._next.get(key, (now, _LOOK))
+            if due > now:
+                continue
+            buried = await bury(self._service, key[0])
+            if buried:
+                log.warning("worker %s was lost with %d sandboxes", key[0], buried)
+            # It may stand in the registry for weeks: the longer there was nothing, the rarer a list for it.
+            self._next[key] = (now + pause, min(2 * pause, _RARELY)) if not buried else (now, _LOOK)
+
+
+# ---- reconciler ----
+#
+
+
+reconciler_log = logging.getLogger("rock.reconciler")
 
 TOMBSTONES = 24 * 3600.0  # seconds that a stopped sandbox is remembered
 _POLL = 30.0
@@ -92,7 +179,7 @@ class Reconciler:
                     await self._remove_strays(worker, here, known)
                     break
             except Exception as error:
-                log.warning("settling worker %s: %r; trying again", worker.name, error)
+                reconciler_log.warning("settling worker %s: %r; trying again", worker.name, error)
             await asyncio.sleep(_RETRY)
         await self._follow(worker)
 
@@ -134,7 +221,7 @@ class Reconciler:
             async with asyncio.timeout(_LIST):
                 inventory = await worker.list()
         except (Unavailable, TimeoutError) as error:
-            log.warning("worker %s: %r; its sandboxes are looked at when it is back", worker.name, error)
+            reconciler_log.warning("worker %s: %r; its sandboxes are looked at when it is back", worker.name, error)
             return None
         return _Here({found.sandbox_id for found in inventory.sandboxes if found.alive},
                      {found.sandbox_id for found in inventory.sandboxes} | set(inventory.kept))  # fmt: skip
@@ -168,7 +255,7 @@ class Reconciler:
             over = now is not None and now.state in (State.STOPPED, State.DELETED) and not now.info.kept
             if now is not None and not over:
                 continue  # of another admin, made since
-            log.warning("destroying sandbox %s: it %s", stray, "is over" if over else "has no record")
+            reconciler_log.warning("destroying sandbox %s: it %s", stray, "is over" if over else "has no record")
             await worker.destroy(stray)
 
     async def _all(self, query: Query) -> AsyncIterator[Record]:
@@ -199,7 +286,7 @@ class Reconciler:
                     record.id, Event.ENDED, cause=Cause.LOST, reason="it was gone when the server came back"
                 )
         except RockError as error:
-            log.error("settling %s: %s", record.id, error)
+            reconciler_log.error("settling %s: %s", record.id, error)
 
     async def _has(self, record: Record) -> bool:
         """Whether its worker has it after all: it may have been made since that said what it has."""
@@ -235,7 +322,7 @@ class Reconciler:
                     async for sandbox_id in changes:
                         await self._changed(sandbox_id)
             except RockError as error:
-                log.warning("watching the store: %s", error)
+                reconciler_log.warning("watching the store: %s", error)
             await asyncio.sleep(_RETRY)
 
     async def _changed(self, sandbox_id: str) -> None:
@@ -323,11 +410,11 @@ class Reconciler:
         except NotFound:
             pass  # deleted meanwhile
         except RockError as error:
-            log.warning("deadline of %s: %s; looking again", sandbox_id, error)
+            reconciler_log.warning("deadline of %s: %s; looking again", sandbox_id, error)
             self._push(time.time() + _RETRY, sandbox_id)
         except Exception:
             # Whatever it was: a sandbox that nobody looks at any more would run for ever.
-            log.exception("deadline of %s; looking again", sandbox_id)
+            reconciler_log.exception("deadline of %s; looking again", sandbox_id)
             self._push(time.time() + _POLL, sandbox_id)
 
     async def _look_at_kept(self, record: Record) -> None:
@@ -371,7 +458,7 @@ class Reconciler:
                         await self._ended(event)
                     after = max(after, event.number)  # not before it is recorded
             except Exception as error:
-                log.warning("events of worker %s: %s", worker.name, error)
+                reconciler_log.warning("events of worker %s: %s", worker.name, error)
                 await asyncio.sleep(_RETRY)
 
     async def _compare(self, worker: Worker) -> None:
@@ -409,5 +496,5 @@ class Reconciler:
                 await self.service.store.prune(time.time() - TOMBSTONES)
                 await self.service.placing.sweep(self.service.store)
             except Exception as error:
-                log.warning("pruning: %s", error)
+                reconciler_log.warning("pruning: %s", error)
             await asyncio.sleep(600.0)

@@ -14,7 +14,7 @@ import sys
 import threading
 
 from rock.cli.output import status_of
-from rock.cli.serve import Rocklet, run_server
+from rock.cli.serve.serve import Rocklet, run_server
 from rock.settings import Settings
 
 _ENDING = 30.0  # seconds for its sandboxes to end

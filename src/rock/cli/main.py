@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from rock import __version__, settings
-from rock.cli import doctor, env, image, key, sandbox, workers
-from rock.cli.admin import app as admin_app
+from rock.cli.commands import doctor, env, image, key, sandbox, workers
+from rock.cli.commands.admin import app as admin_app
 from rock.cli.output import OPTIONS, complain, fail
 from rock.errors import InvalidConfig, RockError
 
@@ -87,7 +87,9 @@ app.add_typer(admin_app, name="admin")
 )
 def bench(context: typer.Context) -> None:
     """Measure this machine: figures next to their floors."""
-    from rock.cli.bench import app as bench_app  # it takes the SDK and more, which no other command should wait for
+    from rock.cli.bench.bench import (
+        app as bench_app,  # it takes the SDK and more, which no other command should wait for
+    )
 
     bench_app(context.args, prog_name="rock bench")
 

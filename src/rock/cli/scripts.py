@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from rock.cli.envhub import serve_envhub
+from rock.cli.commands.envhub import serve_envhub
 from rock.cli.output import status_of
-from rock.cli.serve import Rocklet, Server, run_server
+from rock.cli.serve.serve import Rocklet, Server, run_server
 from rock.settings import Settings, envhub_database
 
 

@@ -10,7 +10,7 @@ import sys
 def main() -> int:
     gc.disable()  # what a start makes stays: to look through it again and again is a tenth of a start. On in `serve`
     from rock.cli.output import status_of
-    from rock.cli.serve import run_server
+    from rock.cli.serve.serve import run_server
     from rock.settings import Settings
 
     parser = argparse.ArgumentParser(prog="rock.cli.server")

@@ -1,8 +1,8 @@
 """Training sets: what a set is to the server, and the ones that come with ROCK.
 
 Each set is one adapter class in one module of this folder, or of a package that names its `Dataset` in the entry point
-group `rock.datasets`. Adapters run inside sandboxes: of ours they import rock.guest.tasks and nothing else, and the
-server reads their source without running it.
+group `rock.datasets`. Adapters run inside sandboxes: of ours they import rock.guest.environments.tasks and nothing
+else, and the server reads their source without running it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ GROUP = "rock.datasets"
 class Dataset:
     """A training set.
 
-    name: as users ask for it, lower case. adapter: "module:Class", where Class derives from rock.guest.tasks.Task.
+    name: as users ask for it, lower case. adapter: "module:Class", where Class derives from
+    rock.guest.environments.tasks.Task.
     packages: what pip installs for it, pinned. no_deps: take exactly those and nothing that they ask for.
     data: what a user has to supply, in a sentence that says how; "" where the packages have it all.
     """

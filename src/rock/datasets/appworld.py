@@ -12,7 +12,7 @@ import os
 import re
 from typing import Any, ClassVar
 
-from rock.guest.tasks import (
+from rock.guest.environments.tasks import (
     DATA,
     BadAction,
     BadParams,

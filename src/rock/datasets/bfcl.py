@@ -23,7 +23,7 @@ import re
 from itertools import count
 from typing import Any, ClassVar
 
-from rock.guest.tasks import BadAction, BadParams, Message, Outcome, Task, UnknownTask, says, text_of
+from rock.guest.environments.tasks import BadAction, BadParams, Message, Outcome, Task, UnknownTask, says, text_of
 
 CATEGORIES = ("base", "miss_func", "miss_param", "long_context")
 _ID = re.compile(r"multi_turn_(\w+)_\d+")

@@ -24,7 +24,7 @@ import tempfile
 import time
 from typing import Any, ClassVar
 
-from rock.guest.tasks import BadParams, Message, Outcome, Task, UnknownTask, says, text_of
+from rock.guest.environments.tasks import BadParams, Message, Outcome, Task, UnknownTask, says, text_of
 
 _BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.S)
 _TIMEOUT = 10.0  # seconds; params["timeout"] is another

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any, ClassVar
 
-from rock.guest.tasks import BadParams, Message, Outcome, Task, UnknownTask, says, text_of
+from rock.guest.environments.tasks import BadParams, Message, Outcome, Task, UnknownTask, says, text_of
 
 _ID = re.compile(r"(?:(train|test)/)?([a-z0-9_]+)-(\d{1,6})")
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.S)

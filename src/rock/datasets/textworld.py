@@ -12,7 +12,7 @@ import os
 import re
 from typing import Any, ClassVar
 
-from rock.guest.tasks import BadParams, Message, Outcome, Task, UnknownTask, says, text_of
+from rock.guest.environments.tasks import BadParams, Message, Outcome, Task, UnknownTask, says, text_of
 
 _ID = re.compile(r"quest-(\d{1,6})")
 _FOLDER = "/tmp/rock-textworld"

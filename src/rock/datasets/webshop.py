@@ -17,7 +17,18 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from rock.guest.tasks import DATA, BadAction, BadParams, Message, MissingData, Outcome, Task, UnknownTask, says, text_of
+from rock.guest.environments.tasks import (
+    DATA,
+    BadAction,
+    BadParams,
+    Message,
+    MissingData,
+    Outcome,
+    Task,
+    UnknownTask,
+    says,
+    text_of,
+)
 
 _ACTION = re.compile(r"\b(search|click)\[([^\[\]]{1,300})\]", re.I)
 _WORD = re.compile(r"[a-z0-9]+")

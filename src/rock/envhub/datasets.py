@@ -67,7 +67,8 @@ def of_image(image: str) -> Dataset | None:
 
 
 def adapter_of(image: str) -> str:
-    """What guest/tasks.py installs in a sandbox of that image: the adapter's source; "" where there is none."""
+    """What guest/environments/tasks.py installs in a sandbox of that image: the adapter's source; "" where there is
+    none."""
     dataset = of_image(image)
     if dataset is None:
         return ""

@@ -10,11 +10,10 @@ import gymnasium
 from gymnasium.envs.registration import EnvSpec
 
 from rock import errors
-from rock.envasync import AsyncEnv, made
+from rock.envs.aio import AsyncEnv, made
 from rock.gym.arguments import START_TIMEOUT, STEP_TIMEOUT, AnyPath, Arguments, Config, Network, for_single
-from rock.gym.contract import EnvContract, Placed
+from rock.gym.contract import EnvContract, Placed, space_of
 from rock.gym.source import Making, described, sandbox_of
-from rock.gym.spaces import space_of
 
 
 class SandboxEnv(Placed, gymnasium.Env[Any, Any]):

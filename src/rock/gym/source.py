@@ -12,11 +12,10 @@ import numpy as np
 from gymnasium.spaces import GraphInstance
 
 from rock import errors
-from rock.envlink import EnvLink, Player
+from rock.envs.client import EnvLink, Player
 from rock.gym.arguments import Arguments
 from rock.gym.contract import EnvSandbox
-from rock.gym.hub import HubSource
-from rock.gym.tree import FILE, Tree
+from rock.gym.hub import FILE, HubSource, Tree
 from rock.protocol.env import OpenEnv
 from rock.protocol.routes import ROUTES
 

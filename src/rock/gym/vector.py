@@ -12,10 +12,9 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 from rock import errors
 from rock.gym.arguments import START_TIMEOUT, STEP_TIMEOUT, AnyPath, Arguments, Config, Network
-from rock.gym.contract import EnvContract, Placed
+from rock.gym.contract import EnvContract, Placed, space_of
 from rock.gym.env import _spec_of
 from rock.gym.source import Making, described, sandbox_of
-from rock.gym.spaces import space_of
 
 _VECTORIZATION_MODES = ("sync", "async", "vector_entry_point", None)
 Arrays = tuple[Any, np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any], dict[str, Any]]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from rock.protocol.sandbox import Inside, Wire
+from rock.protocol.sandbox import Inside, SandboxConfig, SandboxInfo, Wire
 
 MAX_OUTPUT = 16 << 20
 SESSION_PATTERN = r"^[A-Za-z0-9_.:@-]{1,128}$"
@@ -424,3 +424,68 @@ class SandboxStatusResponse(SandboxResponse):
     auto_delete_time: str | None = None
     state_history: list[StateTransitionRecord] = Field(default_factory=list)
     info: dict[str, Any] | None = None
+
+
+# ---- network ----
+#
+# What a sandbox connected to, or tried to.
+
+class Connection(Answer):
+    """One connection, or one DNS question that was refused. Times are seconds since the epoch.
+
+    number: counts up from 1. protocol: "tls" or "http" where a name was looked for, "dns", else "tcp". host: the name,
+    as the client said it or as it was found by DNS last. address, port: where it was meant to go. allowed: whether the
+    policy allowed it; reason: why not, or why it failed or broke. sent, received: bytes, as the sandbox sees it.
+    ended_at: None while it is open.
+    """
+
+    number: int
+    at: float
+    ended_at: float | None = None
+    protocol: str = "tcp"
+    host: str | None = None
+    address: str = ""
+    port: int = 0
+    allowed: bool = False
+    reason: str | None = None
+    sent: int = 0
+    received: int = 0
+
+
+class ConnectionList(Answer):
+    """The last connections of a sandbox, oldest first. total: of all; dropped: how many are no longer known."""
+
+    items: list[Connection] = Field(default_factory=list)
+    total: int = 0
+    dropped: int = 0
+
+
+# ---- group ----
+#
+# Groups: many equal sandboxes in one request.
+
+MOST = 10_000  # sandboxes of one group
+
+
+class GroupRequest(Wire):
+    """`size` sandboxes of one config. Where that has a `sandbox_id`, it is the group's id, else the server chooses one;
+    the sandboxes are named after it: ID-0, ID-1, ...
+
+    mode: "gang" is all or none: those that started are stopped when one cannot. "best_effort" is as many as there is
+    room and quota for. placement: "spread" puts few on each worker, "pack" uses few workers.
+    """
+
+    config: SandboxConfig
+    size: int = Field(ge=1, le=MOST)
+    mode: Literal["gang", "best_effort"] = "gang"
+    placement: Literal["spread", "pack"] = "spread"
+
+
+class GroupInfo(Answer):
+    """A group, its sandboxes in order, without their histories. missing: how many of the request were not made, by
+    best effort; error: why, as it travels, with the answer to the request alone."""
+
+    group_id: str
+    sandboxes: list[SandboxInfo]
+    missing: int = 0
+    error: dict[str, Any] | None = None

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 from pydantic import Field
 
+from rock.errors import (
+    ActionError,
+    CommandTimeout,
+    Conflict,
+    EnvironmentRaised,
+    ImageError,
+    InvalidConfig,
+    NotFound,
+    QuotaExceeded,
+    RockError,
+    Unsupported,
+)
 from rock.protocol.action import Answer
 from rock.protocol.sandbox import Inside, SandboxConfig, Wire
 
@@ -109,7 +122,8 @@ class MakeEnv(Inside):
 
 
 class Door(Answer):
-    """Where a client on the server's own machine may ask for the pipes of an environment (rocklet/envdoor.py)."""
+    """Where a client on the server's own machine may ask for the pipes of an environment
+    (rocklet/environments/local_socket.py)."""
 
     path: str
     token: str
@@ -169,3 +183,101 @@ class StepResult(Answer):
     terminated: bool = False
     truncated: bool = False
     info: dict[str, Any] = Field(default_factory=dict)
+
+
+# ---- enverrors ----
+#
+# What goes wrong inside an environment, as a typed error.
+
+_NOT_STARTED = {"unknown", "refused", "image"}
+_TASK: dict[str, type[RockError]] = {"not_found": NotFound, "unsupported": Unsupported}  # else InvalidConfig
+
+
+def error_of(told: dict[str, Any], sandbox_id: str) -> tuple[RockError, bool]:
+    """The error that a frame of an environment tells of, and whether its process was started at all.
+
+    What is told comes from inside, so nothing of it is trusted to be of the right type.
+    """
+    kind, name, text = str(told.get("kind")), str(told.get("type")), str(told.get("message"))
+    started = not (kind in _NOT_STARTED or (kind in ("import", "task") and "next" not in told))
+    details = {"type": name, "traceback": str(told.get("traceback", ""))}
+    if type(told.get("next")) is int:
+        details["next"] = told["next"]
+    near, code = told.get("near"), str(told.get("code"))
+    return _error(kind, name, text, details, near if isinstance(near, list) else [], code, sandbox_id), started
+
+
+def _error(
+    kind: str, name: str, text: str, details: dict[str, Any], near: list[Any], code: str, sandbox_id: str
+) -> RockError:
+    if kind == "unknown":
+        names = ", ".join(map(str, near))
+        hint = f"did you mean {names}?" if near else "`rock env list` shows what there is"
+        return NotFound(text, sandbox_id=sandbox_id, hint=hint)
+    if kind == "unknown_env":
+        return NotFound(text, sandbox_id=sandbox_id, details=details,
+                        hint="a package that registers it goes into packages, its module into imports")  # fmt: skip
+    if kind == "task":
+        return _TASK.get(code, InvalidConfig)(text, sandbox_id=sandbox_id, details=details)
+    if kind == "import":
+        return ActionError(
+            f"the environment cannot be imported: {name}: {text}",
+            sandbox_id=sandbox_id,
+            details=details,
+            hint="it needs a package that is not installed for it",
+        )
+    if kind == "image":
+        return ImageError(text, sandbox_id=sandbox_id, details=details, hint="install it in the image")
+    if kind == "source":
+        return InvalidConfig(text, sandbox_id=sandbox_id, hint="it defines make_env(**kwargs); cwd= names its folder")
+    if kind == "refused":
+        return QuotaExceeded(
+            f"the sandbox cannot start another process: {text}",
+            sandbox_id=sandbox_id,
+            hint="close environments, or ask for more pids or memory",
+        )
+    if kind == "refused_step":
+        return Conflict(text, sandbox_id=sandbox_id, details=details,
+                        hint="steps are numbered from 0; does somebody else play this environment?")  # fmt: skip
+    if kind == "gone":
+        return NotFound(text, sandbox_id=sandbox_id, hint="make a new one")
+    if kind == "transport":
+        return EnvironmentRaised(text, sandbox_id=sandbox_id, details=details,
+                                 hint="only plain values, arrays, tuples, sets and bytes can be sent")  # fmt: skip
+    return EnvironmentRaised(f"the environment raised {name}: {text}", sandbox_id=sandbox_id, details=details)
+
+
+# ---- training ----
+#
+# How a task of a training set is answered, in the SDK and on AgentScope's routes alike.
+
+IDLE = 300.0  # seconds after which an instance that nobody asks for anything is released
+STEP_TIMEOUT = 60.0  # seconds for one step, after which the instance is ended
+START_TIMEOUT = 1200.0  # seconds; the first sandbox of a set installs its packages
+NAMED = "name:"  # before the name of an environment, where its number could stand
+
+
+def new_instance_id() -> str:
+    """A name for an instance whose caller gave it none."""
+    return f"exp_{os.urandom(12).hex()}"
+
+
+def created(made: EnvInfo, instance_id: str, task_id: str) -> dict[str, Any]:
+    """What create_instance answers."""
+    return {"state": made.observation, "info": {**made.info, "instance_id": instance_id, "task_id": task_id}}
+
+
+def stepped(done: StepResult) -> dict[str, Any]:
+    """What step answers. There is one flag for an end; info["truncated"] tells one that is not the task's own."""
+    return {
+        "state": done.observation,
+        "reward": done.reward,
+        "is_terminated": done.terminated or done.truncated,
+        "info": done.info,
+    }
+
+
+def overdue(error: CommandTimeout) -> dict[str, Any]:
+    """What a step answers that took too long: the end of the episode, with the reason."""
+    info = {"truncated": True, "stop_reason": "step_timeout", "failure": "timeout", "error": error.message}
+    return {"state": [], "reward": 0.0, "is_terminated": True, "info": info}

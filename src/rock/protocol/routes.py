@@ -1,5 +1,4 @@
-"""One table of the native wire, for server, client and docs. Its rows are in control_routes.py, data_routes.py and
-node_routes.py.
+"""One table of the native wire, for server, client and docs. Its rows are in rows.py.
 
 Bodies are JSON unless a row says "raw". An answer that is not 2xx is `RockError.to_wire()`. Every mutating call may
 carry `Idempotency-Key`; the same key gets the same answer. API keys travel as `Authorization: Bearer KEY`; what a row
@@ -11,7 +10,8 @@ Streams (`?stream=1`) are frames: one byte of kind, four bytes of big-endian len
 The files of a sandbox travel between admin and rocklet so too: STDOUT frames with the tar, and one RESULT frame, an
 ArchivedFiles at the end of `node_pack`, a NodeFiles at the beginning of `node_unpack`.
 
-`env_frames` takes and answers frames as guest/frames.py has them, values as in guest/values.py, both without JSON where
+`env_frames` takes and answers frames as guest/environments/frames.py has them, values as in
+guest/environments/values.py, both without JSON where
 there are arrays. An answer has the id of its request; the payload of an ERROR is `to_wire`.
 
 The terminal is a WebSocket: binary messages are bytes of the terminal both ways; text messages are JSON: from the
@@ -27,9 +27,10 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from enum import IntEnum
+from typing import Literal
 
-from rock.protocol import control_routes, data_routes, node_routes
 from rock.protocol.route import Route
+from rock.protocol.rows import control_rows, data_rows, node_rows
 
 IDEMPOTENCY_KEY = "idempotency-key"
 STREAM_TYPE = "application/x-rock-stream"
@@ -91,7 +92,7 @@ class FrameParser:
 
 
 ROUTES: dict[str, Route] = {
-    route.name: route for rows in (control_routes, data_routes, node_routes) for route in rows.rows()
+    route.name: route for rows in (control_rows, data_rows, node_rows) for route in rows()
 }
 
 
@@ -107,3 +108,58 @@ def name_of(method: str, path: str) -> str:
         if fits and all(part == value or part[:1] == "{" for part, value in zip(parts, have, strict=True)):
             return route.name
     return ""
+
+
+# ---- planes ----
+#
+# Which requests a writer serves, which a reader, and which both: by method and path, before anything else is known.
+#
+# A writer makes, stops, keeps and forgets; a reader serves everything inside a sandbox, at the worker that has it. What
+# only looks at records both do, and both take heartbeats, so that workers stay while one of them is away.
+
+Role = Literal["write", "read"]
+
+PREFIX = "/v1/sandboxes/"
+BUILD = ROUTES["build_image"].path
+_CALLS = ROUTES["cancel_call"].path.partition("{")[0]
+_CONTROL = {"stop", "restart", "archive", "commit", "connections"}
+_ROCK, _GEM, _TRAINING = "/apis/envs/sandbox/v1/", "/apis/v1/envs/gem/", "/apis/training/"
+_ROCK_WRITES = {"start", "start_async", "stop", "delete", "restart", "commit"}
+_ROCK_EITHER = {"sandboxes/batch"}
+
+
+def is_data(path: str) -> bool:
+    """Whether a path belongs to the data plane: something below a sandbox that is not the admin's, or a build."""
+    if path == BUILD:
+        return True
+    if not path.startswith(PREFIX):
+        return False
+    _, _, rest = path[len(PREFIX) :].partition("/")
+    return bool(rest) and rest not in _CONTROL
+
+
+def role_for(method: str, path: str) -> Role | None:
+    """Who serves a request; None is anybody. A WebSocket's method is GET."""
+    if is_data(path):
+        return "read"
+    if path.startswith(_ROCK):
+        return _of_rock(method, path.removeprefix(_ROCK))
+    if path.startswith(_GEM):
+        return "write" if path.endswith("/make") else "read"
+    if path.startswith((_TRAINING, "/env/", "/v1/envs")):
+        return "write"  # they may make a sandbox, or ask the writer's catalogue
+    if path.startswith(_CALLS):
+        return None
+    if path == "/v1/workers" or (path.startswith("/v1/workers/") and path.endswith("/beat")):
+        return None
+    return None if method in ("GET", "HEAD", "OPTIONS") else "write"
+
+
+def _of_rock(method: str, rest: str) -> Role | None:
+    if rest.startswith("sandboxes/") and rest.count("/") >= 2:
+        last = rest.rpartition("/")[2]
+        return "write" if method == "POST" and rest.count("/") == 2 and last in ("restart", "archive") else "read"
+    if method == "POST":
+        return "write" if rest in _ROCK_WRITES else None if rest in _ROCK_EITHER else "read"
+    known = ("get_status", "is_alive", "get_sandbox_statistics", "sandboxes", "get_token")
+    return None if rest in known or rest.startswith("commit/") else "read"

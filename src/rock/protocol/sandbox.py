@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from enum import StrEnum
 from functools import lru_cache
 from operator import attrgetter
@@ -41,7 +42,7 @@ Word = TypeVar("Word", bound=StrEnum)
 
 @_plain
 class State(StrEnum):
-    """Where a sandbox is in its life; the moves between them are drawn in admin/lifecycle.py."""
+    """Where a sandbox is in its life; the moves between them are drawn in admin/sandboxes/lifecycle.py."""
 
     PENDING = "pending"
     RUNNING = "running"
@@ -465,3 +466,36 @@ class SandboxInfo(Wire):
     tenant: str = ""
     group: str | None = None
     gang: bool = False
+
+
+# ---- encoded ----
+#
+# Configs as JSON. One that many sandboxes have in common, as those of a burst or of a group, is encoded once.
+
+_MOST = 256
+T = TypeVar("T", str, bytes)
+_travelling: dict[int, tuple[SandboxConfig, bytes]] = {}  # by identity, which is theirs for as long as they are here
+_kept: dict[int, tuple[SandboxConfig, str]] = {}
+
+
+def travelling(config: SandboxConfig) -> bytes:
+    """As it is passed on to a worker."""
+    return _encoded(_travelling, config, lambda: config.model_dump_json(exclude=config.unchosen).encode())
+
+
+def kept(config: SandboxConfig) -> str:
+    """As it is written down: without the registry's password, which is needed for one pull and never later, and
+    without what is not set, which is half of it."""
+    exclude = {"registry_password", *config.unchosen}
+    return _encoded(_kept, config, lambda: config.model_dump_json(exclude=exclude, exclude_none=True))
+
+
+def _encoded(known: dict[int, tuple[SandboxConfig, T]], config: SandboxConfig, encode: Callable[[], T]) -> T:
+    if config.registry_password is not None:  # which is not remembered anywhere
+        return encode()
+    entry = known.get(id(config))
+    if entry is None or entry[0] is not config:
+        if len(known) >= _MOST:
+            known.clear()
+        entry = known[id(config)] = (config, encode())
+    return entry[1]

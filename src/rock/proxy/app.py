@@ -22,12 +22,11 @@ from rock.errors import (
     Unavailable,
     Unsupported,
 )
+from rock.http.asgi import Answer, App, Receive, Request, Router, Scope, Send, deny, failure
 from rock.protocol.keys import caller_of
-from rock.protocol.planes import BUILD, PREFIX, is_data
-from rock.protocol.routes import ERROR_CODE, OUTAGE, ROUTES
+from rock.protocol.routes import BUILD, ERROR_CODE, OUTAGE, PREFIX, ROUTES, is_data
 from rock.protocol.sandbox import Cause, SandboxInfo, State
 from rock.store.base import Store
-from rock.wire.asgi import Answer, App, Receive, Request, Router, Scope, Send, deny, failure
 
 _REMEMBERED = 20_000
 _NOT_HERE = (ERROR_CODE.encode(), NotHere.code.encode())  # a program inside may answer 421 too
@@ -42,8 +41,8 @@ class Proxy:
     On which worker a sandbox is changes when it comes from the archive alone; so that is remembered until its worker
     does not hold it, or is gone: requests to what is known go on without the store.
 
-    To a tenant's key nothing exists but what is its tenant's. Whose a sandbox is never changes (see admin/desk.py), so
-    it is asked for once."""
+    To a tenant's key nothing exists but what is its tenant's. Whose a sandbox is never changes (see
+    admin/tenants.py), so it is asked for once."""
 
     def __init__(self, store: Store, workers: Mapping[str, App], local: str | None = None) -> None:
         self._store = store

@@ -12,10 +12,10 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
 from rock.errors import Conflict, InvalidConfig, NotFound, RockError, StorageFull, Unsupported
+from rock.http.asgi import Disconnected
 from rock.protocol.action import FileInfo
-from rock.rocklet.streams import write_all
+from rock.rocklet.commands.output import write_all
 from rock.runtime.base import Files, FileStat, Handle, Runtime
-from rock.wire.asgi import Disconnected
 
 CHUNK = 1 << 20
 _SMALL = 256 << 10

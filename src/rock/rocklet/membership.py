@@ -28,13 +28,12 @@ import orjson
 
 from rock import __version__
 from rock.errors import ClientError, Conflict, InvalidConfig, NotFound, RockError, Unavailable, from_wire
-from rock.protocol.node import NodeStatus
-from rock.protocol.routes import EPOCH, OUTAGE, REFUSED, ROUTES
-from rock.protocol.workers import Beat, JoinWorker, WorkerLease
+from rock.host import atomic_file
+from rock.http.asgi import App, Receive, Scope, Send, failure
+from rock.http.forwarding import Remote
+from rock.protocol.node import Beat, JoinWorker, NodeStatus, WorkerLease
+from rock.protocol.routes import EPOCH, FENCE, OUTAGE, REFUSED, ROUTES
 from rock.rocklet.node import Node
-from rock.runtime import wholefile
-from rock.wire.asgi import App, Receive, Scope, Send, failure
-from rock.wire.remote import Remote
 
 log = logging.getLogger("rock.worker")
 
@@ -156,7 +155,7 @@ class Membership:
             self._fresh = True
             await self._stopped()
         self._epoch, self._fresh = lease.epoch, False
-        wholefile.replace(self._file, json.dumps({"holder": self._holder, "epoch": self._epoch}))
+        atomic_file.replace(self._file, json.dumps({"holder": self._holder, "epoch": self._epoch}))
         self._until = float("-inf")
         self._leased(lease, asked)
         log.info("joined as worker %s, epoch %d, lease of %g s", lease.name, lease.epoch, lease.seconds)
@@ -270,7 +269,7 @@ def _read(file: Path) -> tuple[str, int]:
     if not 16 <= len(holder) <= 64:
         holder, epoch = secrets.token_urlsafe(24), 0
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    wholefile.replace(file, json.dumps({"holder": holder, "epoch": epoch}))
+    atomic_file.replace(file, json.dumps({"holder": holder, "epoch": epoch}))
     return holder, epoch
 
 
@@ -288,3 +287,57 @@ def servers_of(text: str, key: str | None, make: Callable[[str, dict[str, str]],
     if not found:
         raise InvalidConfig("--join names no server", hint="--join http://HOST:8080")
     return found
+
+
+# ---- fence ----
+#
+# Commands of admins that lead no more are refused: each carries the token of its lease, and those only grow.
+
+fence_log = logging.getLogger("rock.node")
+
+_FENCE_HEADER = FENCE.encode()
+
+
+class Fence:
+    """The highest token that was seen, in a file, so that it is known to the next rocklet."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._highest: int | None = None
+
+    def check(self, text: str) -> None:
+        """Conflict for a token below one that was seen; InvalidConfig for what is none."""
+        if not (text.isascii() and text.isdigit() and len(text) < 19):
+            raise InvalidConfig(f"{text[:20]!r} is no token")
+        token, highest = int(text), self._read()
+        if token < highest:
+            fence_log.warning("refused a command by lease %d: %d was seen", token, highest)
+            raise Conflict(f"a command by lease {token}, which is over: lease {highest} was seen",
+                           details={"fence": highest})  # fmt: skip
+        if token > highest:
+            atomic_file.replace(self._path, str(token))
+            self._highest = token
+
+    def _read(self) -> int:
+        if self._highest is None:
+            try:
+                self._highest = int(self._path.read_text())
+            except (FileNotFoundError, ValueError):
+                self._highest = 0
+        return self._highest
+
+    def over(self, app: App) -> App:
+        """`app`, whose node plane refuses what comes too late."""
+
+        async def fenced(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] == "http" and scope["path"].startswith("/node/"):
+                try:
+                    for name, value in scope["headers"]:
+                        if name == _FENCE_HEADER:
+                            self.check(value.decode("latin-1"))
+                except ClientError as error:
+                    await failure(error).send(send)
+                    return
+            await app(scope, receive, send)
+
+        return fenced

@@ -6,33 +6,32 @@ import asyncio
 import logging
 import os
 import socket
+import time
 import uuid
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 from rock import faults
-from rock.errors import Conflict, Lost, NoCapacity, NotFound, NotHere
-from rock.protocol.node import NodeInventory, NodeSandbox, NodeStatus
-from rock.protocol.sandbox import ArchivedFiles, Cause, Isolation, SandboxConfig
-from rock.rocklet import creation
-from rock.rocklet.builds import Builds
-from rock.rocklet.commits import Commits
-from rock.rocklet.ends import Ends
-from rock.rocklet.envdoor import Door
-from rock.rocklet.envs import ENV_LEASE
-from rock.rocklet.images import Images, UsedImages
-from rock.rocklet.kept import KeptSandboxes
-from rock.rocklet.quarantine import Quarantine
-from rock.rocklet.recovery import Recovery
+from rock.errors import Conflict, DiskFull, Exited, Expired, Lost, NoCapacity, NotFound, NotHere, OutOfMemory, RockError
+from rock.host import atomic_file, resources
+from rock.host.atomic_file import not_started
+from rock.http.event_loop import settled
+from rock.protocol.node import NodeEvent, NodeEvents, NodeInventory, NodeSandbox, NodeStatus
+from rock.protocol.sandbox import ArchivedFiles, Cause, Isolation, Phase, SandboxConfig
+from rock.rocklet.commands.session import Session
+from rock.rocklet.environments.host import ENV_LEASE
+from rock.rocklet.environments.local_socket import Door
+from rock.rocklet.images.build import Builds
+from rock.rocklet.images.commits import Commits
+from rock.rocklet.images.store import Images, UsedImages
+from rock.rocklet.retained import KeptSandboxes, Quarantine
 from rock.rocklet.runtimes import Runtimes
-from rock.rocklet.session import Session
-from rock.rocklet.shelf import Shelf
-from rock.rocklet.supervisor import Supervisor
-from rock.runtime import hostmemory
-from rock.runtime.base import Handle, Pools, Prepared, Runtime
-from rock.runtime.diskerrors import not_started
-from rock.wire.waits import settled
+from rock.rocklet.sandbox import Supervisor
+from rock.rocklet.state import Shelf
+from rock.runtime.base import Handle, Liveness, Pools, Prepared, Runtime
+from rock.telemetry import tracing
 
 log = logging.getLogger("rock.node")
 
@@ -145,7 +144,7 @@ class Node:
         return task.result().describe()
 
     async def _create(self, sandbox_id: str, config: SandboxConfig) -> Supervisor:
-        runtime, handle, phases = await creation.make(self.runtimes, sandbox_id, config)
+        runtime, handle, phases = await make(self.runtimes, sandbox_id, config)
         supervisor = self.supervise(sandbox_id, config, runtime, handle)
         supervisor.phases = phases
         try:
@@ -163,7 +162,7 @@ class Node:
         return supervisor
 
     async def _wake(self, sandbox_id: str, config: SandboxConfig) -> Supervisor:
-        runtime, handle, phases = await creation.wake(self.kept, sandbox_id, config)
+        runtime, handle, phases = await wake_sandbox(self.kept, sandbox_id, config)
         supervisor = self.supervise(sandbox_id, config, runtime, handle)
         supervisor.phases = phases
         try:
@@ -302,7 +301,7 @@ class Node:
 
     async def status(self) -> NodeStatus:
         runtime = self.runtimes[self.runtimes.default]
-        total, free = hostmemory.read()
+        total, free = resources.read()
         kinds, unused = self.runtimes.gpus()
         return NodeStatus(
             host_name=self._host_name,
@@ -316,7 +315,7 @@ class Node:
             sandboxes=len(self.supervisors),
             sandbox_limit=self.limit,
             boot=self.boot,
-            memory_pressure=hostmemory.pressure(),
+            memory_pressure=resources.pressure(),
             images=self._used.names(),
             fetching=self.runtimes.fetching.words(),
             gpus=len(kinds),
@@ -372,3 +371,177 @@ async def _joined(
         task = tasks[sandbox_id] = asyncio.create_task(work(), name=f"end-{sandbox_id}")
         task.add_done_callback(lambda _: tasks.pop(sandbox_id, None))
     return await asyncio.shield(task)
+
+
+# ---- creation ----
+#
+# A sandbox made by a runtime, step by step.
+
+Made = tuple[Runtime, Handle, dict[str, Phase]]
+
+
+async def make(runtimes: Runtimes, sandbox_id: str, config: SandboxConfig) -> Made:
+    """A new one, its image first."""
+    runtime, began = runtimes.of(config), time.time()
+    try:
+        await runtimes.prepare_image(runtime, config)
+        image = _done("on disk", began)
+        began = time.time()
+        with tracing.span("create sandbox", {"rock.sandbox_id": sandbox_id, "rock.runtime": runtime.name}):
+            await faults.point("node.create.begun")
+            handle = await runtime.create(sandbox_id, config)
+            await faults.point("node.create.made")
+    except RockError as error:
+        error.sandbox_id = sandbox_id
+        raise
+    return runtime, handle, {"image": image, "sandbox": _done("running", began)}
+
+
+async def wake_sandbox(kept: KeptSandboxes, sandbox_id: str, config: SandboxConfig) -> Made:
+    """One over its kept files."""
+    began = time.time()
+    await faults.point("node.wake.begun")
+    runtime, handle = await kept.wake(sandbox_id, config)
+    await faults.point("node.wake.made")
+    return runtime, handle, {"image": Phase(status="success", message="on disk"), "sandbox": _done("running", began)}
+
+
+def _done(message: str, began: float) -> Phase:
+    return Phase(status="success", message=message, started_at=began, completed_at=time.time())
+
+
+# ---- recovery ----
+#
+# The sandboxes of a former run of the server, found again.
+
+
+_AT_ONCE = 16
+
+
+class Recovery:
+    """What a node does once, when its runtimes are open."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._known: dict[str, list[str]] = {name: [] for name in node.runtimes.names()}  # ids by runtime
+        self._gate = asyncio.Semaphore(_AT_ONCE)
+
+    async def run(self) -> None:
+        """Find again what runs or rests, and remove what has no record."""
+        node = self._node
+        await asyncio.gather(*(self._try(sandbox_id) for sandbox_id in node.shelf.ids()))
+        await node.runtimes.sweep(self._known)
+        await asyncio.to_thread(node.shelf.sweep_logs)
+        unused = node.shelf.unused({supervisor.spools.path.name for supervisor in node.supervisors.values()})
+        if node.quarantine.ids():  # some may be theirs
+            node.quarantine.spools = unused
+        else:
+            await asyncio.to_thread(node.shelf.sweep, unused)
+
+    async def _try(self, sandbox_id: str) -> None:
+        async with self._gate:
+            try:
+                await self._recover(sandbox_id)
+            except Exception as error:  # what is not understood is left as it is, for a server that does
+                log.exception("sandbox %s could not be found again", sandbox_id)
+                self._hold(sandbox_id, f"it could not be found again ({error!r})")
+
+    def _hold(self, sandbox_id: str, why: str) -> None:
+        """Keep one that cannot be used: nothing of it is removed before somebody asks for that."""
+        if not self._node.quarantine.add(sandbox_id, why):
+            self._node.ends.tell(sandbox_id, Cause.LOST, f"{why}, and it ended while no server was running")
+        for ids in self._known.values():
+            ids.append(sandbox_id)
+
+    async def _recover(self, sandbox_id: str) -> None:
+        node = self._node
+        try:
+            config, handle, record = node.shelf.load(sandbox_id)
+            runtime = node.runtimes[handle.runtime]
+        except OSError as error:
+            self._hold(sandbox_id, f"its record on the server's disk cannot be read ({error.strerror})")
+            return
+        except atomic_file.Damaged as error:  # what is not understood may be a newer server's
+            log.error("the record of sandbox %s is damaged: %s", sandbox_id, error)
+            self._hold(sandbox_id, "its record on the server's disk is damaged")
+            return
+        resting = bool(record.get("resting"))
+        if resting or await runtime.recover(handle) is Liveness.GONE:
+            if not resting:
+                node.ends.tell(sandbox_id, Cause.LOST, "it ended while no server was running")
+            if config.keeps_files and await node.kept.recover(config, runtime, handle):
+                await asyncio.to_thread(node.shelf.remove_logs, sandbox_id)
+                self._known[handle.runtime].append(handle.id)
+                return
+            await runtime.destroy(handle)
+            await asyncio.to_thread(node.shelf.remove, sandbox_id)
+            return
+        self._known[handle.runtime].append(handle.id)
+        supervisor = node.supervise(sandbox_id, config, runtime, handle, record.get("spools"))
+        try:
+            await supervisor.recover(record)
+        except BaseException:
+            await supervisor.detach()
+            raise
+        node.supervisors[sandbox_id] = supervisor
+        log.info("found sandbox %s again, sessions: %s", sandbox_id, supervisor.sessions.names())
+
+
+# ---- ends ----
+#
+# Sandboxes of this machine that ended by themselves.
+
+_ERRORS: dict[Cause, type[RockError]] = {
+    Cause.OUT_OF_MEMORY: OutOfMemory, Cause.DISK_FULL: DiskFull, Cause.EXITED: Exited, Cause.LOST: Lost}
+_KEPT_EVENTS = 10_000
+_KEPT_ENDS = 5_000
+
+
+class Ends:
+    """Each is an event for whoever follows what happens here, and the answer to who asks for the sandbox later.
+
+    boot: the run of the server that the numbers of the events belong to. closing: nobody has to wait for an event.
+    """
+
+    def __init__(self, boot: str) -> None:
+        self._boot = boot
+        self.closing = False
+        self._events: list[NodeEvent] = []
+        self._number = 0
+        self._changed = asyncio.Condition()
+        self._ends: OrderedDict[str, tuple[Cause, str]] = OrderedDict()
+
+    def tell(self, sandbox_id: str, cause: Cause, reason: str) -> None:
+        """One ended; whoever waits is told by `notify`."""
+        self._ends[sandbox_id] = (cause, reason)
+        while len(self._ends) > _KEPT_ENDS:
+            self._ends.popitem(last=False)
+        self._number += 1
+        self._events.append(NodeEvent(number=self._number, sandbox_id=sandbox_id, cause=cause, reason=reason,
+                                      at=time.time()))  # fmt: skip
+        del self._events[:-_KEPT_EVENTS]
+
+    async def notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    def forget(self, sandbox_id: str) -> None:
+        """Another has its name now."""
+        self._ends.pop(sandbox_id, None)
+
+    def error(self, sandbox_id: str) -> RockError | None:
+        """What to tell who asks for one that ended; None when it did not."""
+        found = self._ends.get(sandbox_id)
+        if found is None:
+            return None
+        cause, reason = found
+        return _ERRORS.get(cause, Expired)(f"sandbox {sandbox_id} is gone: {reason}", sandbox_id=sandbox_id)
+
+    async def since(self, after: int, wait: float) -> NodeEvents:
+        """Events with a number above `after`; waits up to `wait` seconds for one."""
+        try:
+            async with asyncio.timeout(wait), self._changed:
+                await self._changed.wait_for(lambda: self._number > after or self.closing)
+        except TimeoutError:
+            pass
+        return NodeEvents(boot=self._boot, events=[event for event in self._events if event.number > after])

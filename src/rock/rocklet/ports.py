@@ -3,19 +3,305 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from urllib.parse import unquote_to_bytes, urlsplit
 
 import h11
+from websockets.asyncio.client import ClientConnection
+from websockets.exceptions import InvalidStatus, WebSocketException
+from websockets.typing import Subprotocol
+from websockets.uri import WebSocketURI
 
-from rock.errors import InvalidConfig, PortFailed, PortTimeout
-from rock.protocol.routes import ANSWER_WITHIN, ROUTES
-from rock.rocklet import port_sockets
-from rock.rocklet.dialled import CHUNK, streams
+from rock.errors import InvalidConfig, NotFound, PortFailed, PortTimeout
+from rock.http.asgi import Answer, Disconnected, Receive, Request, Router, Send, SocketHandler
+from rock.http.event_loop import BUDGET, rounds
+from rock.http.relay import CLOSE_WITHIN, HANDSHAKE_WITHIN, connection_to, inward, outward, plain_headers, race
+from rock.protocol.routes import ANSWER_WITHIN, ERROR_CODE, HANDED_ON, OTHER_KEY, ROUTES
 from rock.rocklet.node import Node
-from rock.rocklet.port_headers import Target, inward, outward, target_of
-from rock.rocklet.supervisor import Supervisor
-from rock.wire.asgi import Answer, Disconnected, Request, Router, Send
-from rock.wire.rounds import BUDGET, rounds
+from rock.rocklet.port_connections import CHUNK, dial, given_away, port_of, streams
+from rock.rocklet.sandbox import Supervisor
+
+# ---- port_headers ----
+#
+# What a request to a port and its answer say to the other side: pure.
+
+Headers = list[tuple[bytes, bytes]]
+
+PREFIX = "rock.prefix"  # in a scope: the path under which the caller asked for the port, where it is not ours
+MOST_HEADERS = 256
+_HOP_BY_HOP = {
+    b"connection", b"expect", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection",
+    b"te", b"trailer", b"transfer-encoding", b"upgrade",
+}  # fmt: skip
+_OURS = {name.encode() for name in (ANSWER_WITHIN, OTHER_KEY, ERROR_CODE, HANDED_ON)}
+_REPLACED = {b"host", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-prefix", b"x-forwarded-proto"}
+# They would speak for the whole server, which is not the program's.
+_FOR_ALL = {b"alt-svc", b"clear-site-data", b"service-worker-allowed", b"strict-transport-security"}
+# A browser must not let a page from a sandbox act as a page of this server, which could drive its API.
+_CONFINED = (b"content-security-policy", b"sandbox allow-downloads allow-forms allow-modals allow-popups allow-scripts")
+_CONTROL = bytes([*range(9), *range(10, 32), 127])
+_HERE = {"localhost", "127.0.0.1", "::1", "0.0.0.0"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is asked of which port. path: with the query, as it was written. prefix: leads to the port from outside."""
+
+    port: int
+    path: bytes
+    prefix: str
+    outside: str
+
+    @property
+    def host(self) -> str:
+        """As a program on the same machine would name it: development servers refuse other names."""
+        return f"localhost:{self.port}"
+
+
+def target_of(request: Request) -> Target:
+    """What a request asks for. InvalidConfig, NotFound."""
+    port = port_of(request.path["port"])
+    raw: bytes = request.scope.get("raw_path") or request.scope["path"].encode()
+    parts = raw.split(b"/", 6)  # "", v1, sandboxes, ID, ports, PORT, the rest
+    known = ["v1", "sandboxes", request.path["sandbox_id"], "ports", request.path["port"]]
+    if [unquote_to_bytes(part) for part in parts[1:6]] != [part.encode() for part in known]:
+        raise NotFound(f"no such route: {request.scope['path']}")  # a slash of it was written as %2F
+    rest = b"/" + (parts[6] if len(parts) > 6 else b"")
+    query: bytes = request.scope.get("query_string", b"")
+    own = request.scope.get(PREFIX) or f"/v1/sandboxes/{request.path['sandbox_id']}/ports/{port}"
+    outer = (request.header(b"x-forwarded-prefix") or "").rstrip("/")
+    outside = request.header(b"x-forwarded-host") or request.header(b"host") or ""
+    return Target(port, rest + (b"?" + query if query else b""), outer + own, outside)
+
+
+def _kept(headers: Headers, *more: set[bytes]) -> Headers:
+    """Those that are not for the next hop only."""
+    drop = set().union(_HOP_BY_HOP, *more)
+    for name, value in headers:
+        if name.lower() == b"connection":
+            drop |= {word.strip().lower() for word in value.split(b",")}
+    return [(name, value) for name, value in headers if name.lower() not in drop]
+
+
+def inward_headers(request: Request, target: Target) -> Headers:
+    """Headers for the program inside, without Host and framing."""
+    client = (request.scope.get("client") or ("",))[0]
+    chain = [part.strip() for part in (request.header(b"x-forwarded-for") or "").split(",")]
+    if client not in chain:  # a server that trusts what is in front of it has taken the client from there
+        chain.append(client)
+    scheme = {"ws": "http", "wss": "https"}.get(request.scope["scheme"], request.scope["scheme"])
+    told = {
+        "x-forwarded-for": ", ".join(part for part in chain if part),
+        "x-forwarded-host": target.outside,
+        "x-forwarded-prefix": target.prefix,
+        "x-forwarded-proto": request.header(b"x-forwarded-proto") or scheme,
+    }
+    kept = _kept(request.headers, _REPLACED, _OURS)
+    return [*kept, *((name.encode(), value.encode("latin-1")) for name, value in told.items() if value)]
+
+
+def outward_headers(status: int, headers: Headers, target: Target) -> Headers:
+    """Headers for the client. PortFailed when the program's cannot be passed on."""
+    if not 200 <= status < 600:
+        raise PortFailed(f"port {target.port} answered with the status {status}")
+    if len(headers) > MOST_HEADERS:
+        raise PortFailed(f"port {target.port} answered with {len(headers)} headers; {MOST_HEADERS} are let through")
+    drop = set(_FOR_ALL | _OURS)
+    if status in (204, 304) or any(name == b"transfer-encoding" for name, _ in headers):
+        drop.add(b"content-length")
+    passed = []
+    for name, value in _kept(headers, drop):
+        if value.translate(None, _CONTROL) != value:
+            raise PortFailed(f"port {target.port} answered with control characters in {name.decode('latin-1')!r}")
+        passed.append((name, relocated(value, target) if name == b"location" else value))
+    return [*passed, _CONFINED]
+
+
+def relocated(location: bytes, target: Target) -> bytes:
+    """A redirection as the client has to see it: one to the same port stays on it."""
+    text = location.decode("latin-1")
+    try:
+        parts = urlsplit(text)
+        host, port = parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    except ValueError:
+        return location
+    if host is None:
+        if parts.scheme or not text.startswith("/"):
+            return location  # relative to the page, or no address of HTTP
+    elif parts.netloc != target.outside and (host not in _HERE or port != target.port):
+        return location
+    path = text[len(text) - len(text.split("//", 1)[1]) + len(parts.netloc) :] if host is not None else text
+    if path == target.prefix or path.startswith(target.prefix + "/"):
+        return path.encode("latin-1")  # it knows X-Forwarded-Prefix
+    return f"{target.prefix}{path if path.startswith('/') else '/' + path}".encode("latin-1")
+
+
+# ---- port_sockets ----
+#
+# WebSockets and plain connections to ports inside, over a WebSocket of the client.
+
+def web_socket(node: Node) -> SocketHandler:
+    async def handle(request: Request, receive: Receive, send: Send) -> None:
+        sandbox = node.get(request.path["sandbox_id"])
+        target = target_of(request)
+        await receive()  # websocket.connect
+        with sandbox.active():
+            try:
+                async with _joined(sandbox, target, request) as program:
+                    cookies = _cookies(program, target)
+                    await send({"type": "websocket.accept", "subprotocol": program.subprotocol, "headers": cookies})
+                    await race(inward(program, receive), outward(program, send, "the program inside"))
+            except InvalidStatus as refusal:
+                await _refuse(refusal, target, send)
+
+    return handle
+
+
+# ---- a WebSocket inside ----
+
+
+@contextlib.asynccontextmanager
+async def _joined(sandbox: Supervisor, target: Target, request: Request) -> AsyncIterator[ClientConnection]:
+    """The WebSocket of the program. InvalidStatus when it refuses; PortFailed, PortTimeout."""
+    path, _, query = target.path.decode("latin-1").partition("?")
+    offered = [Subprotocol(name) for name in request.scope.get("subprotocols") or ()]
+    address = WebSocketURI(False, "localhost", target.port, path, query)
+    headers = plain_headers(inward_headers(request, target))
+    sock = await dial(sandbox, target.port)
+    with given_away(sock, sandbox, target.port):
+        _, program = await asyncio.get_running_loop().create_connection(
+            lambda: connection_to(address, offered), sock=sock
+        )
+    with sandbox.connections.holding(program.transport):
+        try:
+            async with asyncio.timeout(HANDSHAKE_WITHIN):
+                await program.handshake(headers, None)
+        except TimeoutError:
+            raise PortTimeout(f"port {target.port} did not answer within {HANDSHAKE_WITHIN:g} s") from None
+        except InvalidStatus:
+            raise
+        except (WebSocketException, OSError, EOFError, ValueError) as error:
+            raise PortFailed(f"port {target.port} opened no WebSocket: {error}", sandbox_id=sandbox.id) from None
+        yield program
+
+
+def _cookies(program: ClientConnection, target: Target) -> list[tuple[bytes, bytes]]:
+    assert program.response is not None
+    told = [(name.lower().encode(), value.encode("latin-1", "replace"))
+            for name, value in program.response.headers.raw_items() if name.lower() == "set-cookie"]  # fmt: skip
+    return [header for header in outward_headers(200, told, target) if header[0] == b"set-cookie"]
+
+
+async def _refuse(refusal: InvalidStatus, target: Target, send: Send) -> None:
+    """The program answered the handshake with something else: the client gets that."""
+    said = refusal.response
+    told = [(name.lower().encode(), value.encode("latin-1", "replace")) for name, value in said.headers.raw_items()]
+    body = bytes(said.body or b"")
+    headers = [(n, v) for n, v in outward_headers(said.status_code, told, target) if n != b"content-length"]
+    headers.append((b"content-length", b"%d" % len(body)))
+    await send({"type": "websocket.http.response.start", "status": said.status_code, "headers": headers})
+    await send({"type": "websocket.http.response.body", "body": body})
+
+
+# ---- a plain connection ----
+
+
+def tunnel(node: Node) -> SocketHandler:
+    async def handle(request: Request, receive: Receive, send: Send) -> None:
+        sandbox = node.get(request.path["sandbox_id"])
+        port = port_of(request.path["port"])
+        await receive()  # websocket.connect
+        with sandbox.active():
+            async with streams(sandbox, port) as (reader, writer):
+                await send({"type": "websocket.accept"})
+                await _Tunnel(reader, writer, receive, send).run()
+
+    return handle
+
+
+class _Tunnel:
+    """Bytes both ways. Each direction ends by itself, with an empty message."""
+
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, receive: Receive, send: Send
+    ) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._receive = receive
+        self._send = send
+        self._quiet = asyncio.Event()  # the client has said all
+
+    async def run(self) -> None:
+        self._gone = asyncio.create_task(self._closed())
+        try:
+            await race(self._inward(), self._outward())
+        finally:
+            self._writer.transport.abort()
+            await self._gone
+
+    async def _closed(self) -> None:
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
+
+    async def _inward(self) -> bool:
+        while True:
+            message = await self._receive()
+            if message["type"] == "websocket.disconnect":
+                return True
+            data = message.get("bytes")
+            if data is None or (data and self._quiet.is_set()):
+                await self._send({"type": "websocket.close", "code": 1003, "reason": "not bytes, or after their end"})
+                return True
+            try:
+                if data:
+                    self._writer.write(data)
+                    await self._writer.drain()
+                elif not self._quiet.is_set():
+                    self._quiet.set()
+                    self._writer.write_eof()
+            except OSError:
+                self._writer.transport.abort()
+                return False
+
+    async def _outward(self) -> None:
+        whole = await self._copy()
+        if whole:
+            await self._send({"type": "websocket.send", "bytes": b""})
+            await self._both_ended()
+            whole = not self._writer.transport.is_closing()
+        if not whole:
+            await self._send({"type": "websocket.close", "code": 1011, "reason": "the connection inside broke"})
+            return
+        self._writer.close()  # once all is sent
+        await asyncio.wait({self._gone}, timeout=CLOSE_WITHIN)
+        await self._send({"type": "websocket.close", "code": 1000})
+
+    async def _copy(self) -> bool:
+        """All that the program says; False when the connection broke before its end."""
+        while True:
+            try:
+                data = await self._reader.read(CHUNK)
+            except OSError:
+                return False
+            if not data:
+                return not self._writer.transport.is_closing()
+            await self._send({"type": "websocket.send", "bytes": data})
+
+    async def _both_ended(self) -> None:
+        """Until the client has said all too, or the connection is gone."""
+        quiet = asyncio.create_task(self._quiet.wait())
+        try:
+            await asyncio.wait({quiet, self._gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            quiet.cancel()
+
+
+# ---- ports ----
+#
+
 
 log = logging.getLogger("rock.ports")
 
@@ -83,7 +369,7 @@ class _Exchange:
         client = asyncio.create_task(self._serve_client(head))
         try:
             answer = await self._head()
-            headers = outward(answer.status_code, list(answer.headers), self._target)
+            headers = outward_headers(answer.status_code, list(answer.headers), self._target)
             await send({"type": "http.response.start", "status": answer.status_code, "headers": headers})
             await self._body(send)
         finally:
@@ -94,7 +380,7 @@ class _Exchange:
 
     def _first(self) -> bytes:
         """The head of the request. InvalidConfig when it cannot be said in HTTP/1.1."""
-        headers = inward(self._request, self._target)
+        headers = inward_headers(self._request, self._target)
         coding = (self._request.header(b"transfer-encoding") or "").strip().lower()
         if coding:
             if coding != "chunked":
@@ -225,5 +511,5 @@ def add_routes(router: Router, node: Node) -> None:
         return Relay(node.get(request.path["sandbox_id"]), request)
 
     router.add(ROUTES["port"], port)
-    router.add(ROUTES["port_socket"], port_sockets.web_socket(node))
-    router.add(ROUTES["tunnel"], port_sockets.tunnel(node))
+    router.add(ROUTES["port_socket"], web_socket(node))
+    router.add(ROUTES["tunnel"], tunnel(node))

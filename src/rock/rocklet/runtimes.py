@@ -7,11 +7,10 @@ import logging
 from collections.abc import Sequence
 
 from rock.errors import InvalidConfig, RockError, Unsupported
-from rock.protocol.network import ConnectionList
+from rock.protocol.action import ConnectionList
 from rock.protocol.sandbox import Isolation, SandboxConfig
-from rock.rocklet.fetching import Fetching
-from rock.rocklet.images import Images
-from rock.rocklet.sessions import open_ahead
+from rock.rocklet.commands.registry import open_ahead
+from rock.rocklet.images.store import Fetching, Images
 from rock.runtime.base import Accelerates, Connects, Keeps, OwnImages, Pools, Runtime, Trait
 from rock.runtime.plugins import BrokenRuntime
 

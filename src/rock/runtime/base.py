@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from rock.guest.wire import CHANNEL_MEMORY as CHANNEL_MEMORY
-from rock.protocol.network import ConnectionList
+from rock.guest.init.link import CHANNEL_MEMORY as CHANNEL_MEMORY
+from rock.images.records import RootFS
+from rock.protocol.action import ConnectionList
 from rock.protocol.sandbox import ArchivedFiles, Isolation, SandboxConfig, Usage
-from rock.runtime.image.rootfs import RootFS
 
 Stream = Literal["pipe", "null"]
 Enforced = Literal["cgroup-v1", "cgroup-v2", "watched", "affinity", "rlimit", "loop", "tmpfs", "none"]

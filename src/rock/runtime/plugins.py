@@ -14,9 +14,9 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from rock import errors
+from rock.images.store import ImageStore
 from rock.protocol.sandbox import Isolation, SandboxConfig
 from rock.runtime.base import Handle, Liveness, Process, Program, Runtime, Trait
-from rock.runtime.image.store import ImageStore
 
 GROUP = "rock.runtimes"
 OWN = ("docker", "fake", "gvisor", "landlock", "namespace", "process")  # nobody else gets these names

@@ -16,10 +16,9 @@ from rock.errors import InvalidConfig, ServerError, StartFailed, from_wire
 from rock.protocol.env import AddEnv, BuildEnv, EnvAbout
 from rock.protocol.images import BuildRequest, BuiltImage
 from rock.protocol.keys import CreateKey, KeyInfo, KeyList, NewKey
-from rock.protocol.node import EnvList, ServerInfo
+from rock.protocol.node import EnvList, ServerInfo, WorkerInfo, WorkerList
 from rock.protocol.routes import ROUTES, STREAM_TYPE, Frame, FrameParser
 from rock.protocol.sandbox import SandboxInfo
-from rock.protocol.workers import WorkerInfo, WorkerList
 from rock.sdk import primitives
 from rock.sdk.context import ContextSource, read_context
 from rock.sdk.http import query_string

@@ -22,8 +22,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from rock import errors
+from rock.protocol.env import IDLE, new_instance_id
 from rock.protocol.sandbox import SandboxConfig
-from rock.protocol.training import IDLE, new_instance_id
 from rock.sdk.client import Client
 from rock.sdk.sandbox.sandbox import Sandbox
 from rock.sdk.training import Message

@@ -20,8 +20,7 @@ from typing import Any, Self
 import orjson
 
 from rock import errors, settings
-from rock.protocol.planes import role_for
-from rock.protocol.routes import LOST_CONTACT, NOTHING_BEGUN, OTHER_KEY, SENT, UNSENT
+from rock.protocol.routes import LOST_CONTACT, NOTHING_BEGUN, OTHER_KEY, SENT, UNSENT, role_for
 from rock.sdk import primitives
 from rock.sdk.connection import Connection
 from rock.sdk.http import Address, Answer, Source, header_lines

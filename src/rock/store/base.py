@@ -3,14 +3,15 @@ Beside them API keys and leases."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
-from rock.errors import Conflict
+from rock.errors import Conflict, NotFound, QuotaExceeded
 from rock.protocol.keys import KeyInfo, Quota
+from rock.protocol.node import Beat, JoinWorker, NodeStatus, WorkerInfo, WorkerState
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
-from rock.store.workers import Workers
 
 
 @dataclass(slots=True)
@@ -190,3 +191,168 @@ class Store(Protocol):
     async def drop_lease(self, name: str, holder: str) -> None:
         """Give it back, if it is ours."""
         ...
+
+
+# ---- quotas ----
+#
+# Whether more sandboxes fit a quota: pure. A store asks inside the transaction that adds them.
+
+COUNTED = (State.PENDING, State.RUNNING, State.STOPPING)  # states in which a sandbox takes of its tenant's quota
+WINDOW = 60.0  # seconds
+_SOMETHING_STOPS = 5.0  # seconds to wait when only a stop makes room
+
+
+@dataclass(frozen=True)
+class Used:
+    """What a tenant has now. starts: within the window; oldest: seconds since the first of them."""
+
+    sandboxes: int = 0
+    cpus: float = 0.0
+    memory: int = 0
+    starts: int = 0
+    oldest: float = 0.0
+
+
+def cpus_of(config: SandboxConfig) -> float:
+    """What it counts as: a share that may grow to a cap is that cap."""
+    return max(config.cpus, config.limit_cpus or 0.0)
+
+
+def check(quota: Quota, used: Used, config: SandboxConfig, count: int = 1) -> None:
+    """Raise QuotaExceeded when `count` of them do not fit."""
+    wanted = (
+        ("sandboxes", quota.sandboxes, used.sandboxes, count),
+        ("cpus", quota.cpus, used.cpus, cpus_of(config) * count),
+        ("bytes of memory", quota.memory_bytes, used.memory, config.memory_bytes * count),
+    )
+    for what, limit, have, more in wanted:
+        if limit is not None and have + more > limit * (1 + 1e-9):
+            raise QuotaExceeded(
+                f"the quota of this key is {limit:g} {what} at once; {have:g} are in use and {more:g} were asked for",
+                hint="stop some first",
+                details={"quota": what, "limit": limit, "used": have, "retry_after": _SOMETHING_STOPS},
+            )
+    limit = quota.creates_per_minute
+    if limit is not None and used.starts + count > limit:
+        wait = max(0.0, WINDOW - used.oldest) if limit else WINDOW
+        raise QuotaExceeded(
+            f"the quota of this key is {limit} starts a minute",
+            hint=f"ask again in {wait:.0f} s",
+            details={"quota": "creates_per_minute", "limit": limit, "used": used.starts, "retry_after": wait},
+        )
+
+
+def fitting(quota: Quota, used: Used, config: SandboxConfig, count: int) -> int:
+    """How many of `count` fit. QuotaExceeded when none does."""
+    check(quota, used, config)
+    least, most = 1, count
+    while least < most:
+        middle = (least + most + 1) // 2
+        try:
+            check(quota, used, config, middle)
+        except QuotaExceeded:
+            most = middle - 1
+        else:
+            least = middle
+    return least
+
+
+# ---- workers ----
+#
+# The workers that joined: one row each, changed under the epoch and the heartbeat that were read.
+
+COLUMNS = "name, holder, url, epoch, beat, lost, draining, version, status"
+
+
+class Workers(Protocol):
+    """Each method raises Unavailable or StorageFull when the medium fails."""
+
+    async def join(self, wish: JoinWorker) -> WorkerInfo:
+        """Have it, under the epoch that it goes on with, or under a new one. Conflict while another holder of the name
+        is not lost."""
+        ...
+
+    async def beat(self, name: str, beat: Beat) -> WorkerInfo:
+        """Count a heartbeat. Conflict when its epoch is over, or the name is another holder's; NotFound."""
+        ...
+
+    async def lose(self, name: str, epoch: int, beat: int | None = None) -> bool:
+        """Take it for lost: its epoch is over. False when it is in another, or made a heartbeat since `beat`."""
+        ...
+
+    async def drain(self, name: str, draining: bool) -> WorkerInfo:
+        """Whether it takes no more sandboxes. NotFound."""
+        ...
+
+    async def remove(self, name: str) -> None:
+        """Forget one that is lost. Conflict for one that is not; NotFound."""
+        ...
+
+    async def list(self) -> Sequence[WorkerInfo]:
+        """All, by name."""
+        ...
+
+
+def loaded(row: Any) -> WorkerInfo:
+    """Of COLUMNS, and the seconds since the last heartbeat."""
+    name, holder, url, epoch, beat, lost, draining, version, status, age = row
+    state = WorkerState.LOST if lost else WorkerState.DRAINING if draining else WorkerState.READY
+    return WorkerInfo(name=name, holder=holder, url=url, epoch=epoch, beat=beat, state=state, draining=bool(draining),
+                      version=version, status=NodeStatus.model_validate_json(status), age=max(age, 0.0))  # fmt: skip
+
+
+def next_epoch(known: WorkerInfo | None, wish: JoinWorker) -> int:
+    """Under which epoch it joins. Conflict."""
+    if known is None:
+        return wish.epoch + 1  # of a row that was removed: above what it ever had
+    if known.holder != wish.holder and not known.is_lost:
+        raise Conflict(f"another machine is worker {wish.name} ({known.url})",
+                       hint="choose another --name, or wait until that one is lost")  # fmt: skip
+    same = known.holder == wish.holder and known.epoch == wish.epoch
+    goes_on = same and not known.is_lost and not wish.fresh
+    return known.epoch if goes_on else max(known.epoch, wish.epoch) + 1
+
+
+def over(name: str, known: WorkerInfo | None) -> Conflict | NotFound:
+    """Why a heartbeat is refused."""
+    if known is None:
+        return unknown(name)
+    return Conflict(f"the lease of worker {name} is over", hint="join again", details={"epoch": known.epoch})
+
+
+def unknown(name: str) -> NotFound:
+    return NotFound(f"there is no worker {name}", hint="rock worker ls")
+
+
+def not_lost(name: str) -> Conflict:
+    return Conflict(f"worker {name} is there", hint="stop its rocklet first, or give force")
+
+
+# ---- watch ----
+#
+# Who watches a store, in this process.
+
+_MOST = 10_000
+
+
+class Watchers:
+    """Hands ids on to whoever watches. A watcher that is too slow is told that it missed some."""
+
+    def __init__(self) -> None:
+        self._queues: list[asyncio.Queue[str]] = []
+
+    def tell(self, sandbox_id: str) -> None:
+        for queue in self._queues:
+            missed = queue.full()
+            while missed and not queue.empty():
+                queue.get_nowait()
+            queue.put_nowait("" if missed else sandbox_id)
+
+    async def watch(self) -> AsyncGenerator[str]:
+        queue: asyncio.Queue[str] = asyncio.Queue(_MOST)
+        self._queues.append(queue)
+        try:
+            while True:
+                yield await queue.get()
+        finally:
+            self._queues.remove(queue)

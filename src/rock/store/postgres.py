@@ -12,7 +12,7 @@ import logging
 import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -22,13 +22,26 @@ import orjson
 from rock import faults
 from rock.errors import InvalidConfig, NotFound, RockError, StorageFull, Unavailable
 from rock.protocol.keys import KeyInfo, Quota
+from rock.protocol.node import Beat, JoinWorker, WorkerInfo
 from rock.protocol.routes import OUTAGE
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
-from rock.store import quotas
-from rock.store.base import Lease, Query, Record, VersionConflict, id_taken, ordered
+from rock.store import base
+from rock.store.base import (
+    COLUMNS,
+    Lease,
+    Query,
+    Record,
+    VersionConflict,
+    Watchers,
+    id_taken,
+    loaded,
+    next_epoch,
+    not_lost,
+    ordered,
+    over,
+    unknown,
+)
 from rock.store.migrations import POSTGRES
-from rock.store.postgres_workers import PostgresWorkers
-from rock.store.watch import Watchers
 
 log = logging.getLogger("rock.store")
 
@@ -254,20 +267,20 @@ class PostgresStore:
         """How many of it fit, and count their starts; others of its tenant wait until this transaction is over."""
         await db.execute("SELECT pg_advisory_xact_lock($1, hashtext($2))", _LOCK, record.tenant)
         forget = f"DELETE FROM start WHERE tenant = $1 AND at <= {_NOW} - $2::float8"
-        await db.execute(forget, record.tenant, quotas.WINDOW)
+        await db.execute(forget, record.tenant, base.WINDOW)
         starts, oldest = await db.fetchrow(
             f"SELECT count(*), coalesce({_NOW} - min(at), 0)::float8 FROM start WHERE tenant = $1", record.tenant
         )
         sandboxes, cpus, memory = await db.fetchrow(
             "SELECT count(*), coalesce(sum(cpus), 0)::float8, coalesce(sum(memory), 0)::bigint FROM sandbox "
             "WHERE tenant = $1 AND state = ANY($2) AND id != $3",
-            record.tenant, [state.value for state in quotas.COUNTED], record.id,
+            record.tenant, [state.value for state in base.COUNTED], record.id,
         )  # fmt: skip
-        used = quotas.Used(sandboxes, cpus, memory, starts, oldest)
+        used = base.Used(sandboxes, cpus, memory, starts, oldest)
         if whole:
-            quotas.check(quota, used, record.config, count)
+            base.check(quota, used, record.config, count)
         else:
-            count = quotas.fitting(quota, used, record.config, count)
+            count = base.fitting(quota, used, record.config, count)
         if quota.creates_per_minute is not None:
             await db.executemany(f"INSERT INTO start (tenant, at) VALUES ($1, {_NOW})", [(record.tenant,)] * count)
         return count
@@ -420,7 +433,7 @@ def _columns(record: Record) -> tuple[Any, ...]:
     }  # fmt: skip
     return (
         record.id, record.version, info.state.value, info.created_at, info.stopped_at, record.tenant,
-        None if record.key is None else _text(record.key), quotas.cpus_of(record.config), record.config.memory_bytes,
+        None if record.key is None else _text(record.key), base.cpus_of(record.config), record.config.memory_bytes,
         # The registry password is needed for one pull, never later: it does not go to the disk.
         orjson.dumps(facts).decode(), info.model_dump_json(),
         record.config.model_dump_json(exclude={"registry_password", *record.config.unchosen}),
@@ -432,3 +445,80 @@ def _load(row: Any) -> Record:
     if key is not None:
         key = re.sub(r"\\(.)", lambda found: "\0" if found[1] == "0" else found[1], key)
     return Record(SandboxInfo.model_validate_json(info), SandboxConfig.model_validate_json(config), key, version)
+
+
+# ---- postgres_workers ----
+#
+# Workers in a PostgreSQL database: see base.py.
+
+_POSTGRES_WORKERS_SELECT = f"SELECT {COLUMNS}, {_NOW} - seen_at FROM worker"
+
+
+class PostgresWorkers:
+    """transaction: a connection in a transaction of its own."""
+
+    def __init__(self, transaction: Callable[[], AbstractAsyncContextManager[Any]]) -> None:
+        self._transaction = transaction
+
+    async def join(self, wish: JoinWorker) -> WorkerInfo:
+        async with self._transaction() as db:
+            await db.execute("SELECT pg_advisory_xact_lock($1, hashtext($2))", _POSTGRES_WORKERS_LOCK, wish.name)
+            epoch = next_epoch(await _get(db, wish.name), wish)
+            await db.execute(
+                "INSERT INTO worker (name, holder, url, epoch, beat, lost, draining, version, status, seen_at) "
+                f"VALUES ($1, $2, $3, $4, 1, false, false, $5, $6, {_NOW}) ON CONFLICT (name) DO UPDATE SET "
+                "holder = excluded.holder, url = excluded.url, epoch = excluded.epoch, beat = worker.beat + 1, "
+                "lost = false, version = excluded.version, status = excluded.status, seen_at = excluded.seen_at",
+                wish.name, wish.holder, wish.url, epoch, wish.version, wish.status.model_dump_json(),
+            )  # fmt: skip
+            return await _known(db, wish.name)
+
+    async def beat(self, name: str, beat: Beat) -> WorkerInfo:
+        async with self._transaction() as db:
+            done = await db.fetchval(
+                f"UPDATE worker SET beat = beat + 1, status = $1, seen_at = {_NOW} "
+                "WHERE name = $2 AND holder = $3 AND epoch = $4 AND NOT lost RETURNING name",
+                beat.status.model_dump_json(), name, beat.holder, beat.epoch,
+            )  # fmt: skip
+            if done is None:
+                raise over(name, await _get(db, name))
+            return await _known(db, name)
+
+    async def lose(self, name: str, epoch: int, beat: int | None = None) -> bool:
+        async with self._transaction() as db:
+            done = await db.fetchval(
+                "UPDATE worker SET lost = true WHERE name = $1 AND epoch = $2 "
+                "AND ($3::bigint IS NULL OR beat = $3) RETURNING name",
+                name, epoch, beat,
+            )  # fmt: skip
+        return done is not None
+
+    async def drain(self, name: str, draining: bool) -> WorkerInfo:
+        async with self._transaction() as db:
+            await db.execute("UPDATE worker SET draining = $1 WHERE name = $2", draining, name)
+            return await _known(db, name)
+
+    async def remove(self, name: str) -> None:
+        async with self._transaction() as db:
+            if not (await _known(db, name, "FOR UPDATE")).is_lost:
+                raise not_lost(name)
+            await db.execute("DELETE FROM worker WHERE name = $1", name)
+
+    async def list(self) -> Sequence[WorkerInfo]:
+        async with self._transaction() as db:
+            return [loaded(row) for row in await db.fetch(f"{_POSTGRES_WORKERS_SELECT} ORDER BY name")]
+
+
+_POSTGRES_WORKERS_LOCK = 0x524F434C  # of joins, in the database
+
+
+async def _get(db: Any, name: str, how: str = "") -> WorkerInfo | None:
+    row = await db.fetchrow(f"{_POSTGRES_WORKERS_SELECT} WHERE name = $1 {how}", name)
+    return None if row is None else loaded(row)
+
+
+async def _known(db: Any, name: str, how: str = "") -> WorkerInfo:
+    found = await _get(db, name, how)
+    if found is None:
+        raise unknown(name)
+    return found

@@ -20,15 +20,27 @@ from typing import Any, Protocol, TypeVar
 
 from rock import faults
 from rock.errors import NotFound, RockError, StorageFull, Unavailable
-from rock.protocol.encoded import kept
 from rock.protocol.keys import KeyInfo, Quota
-from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
-from rock.store import quotas
-from rock.store.base import Lease, Query, Record, VersionConflict, id_taken, ordered
+from rock.protocol.node import Beat, JoinWorker, WorkerInfo
+from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State, kept
+from rock.store import base
+from rock.store.base import (
+    COLUMNS,
+    Lease,
+    Query,
+    Record,
+    VersionConflict,
+    Watchers,
+    id_taken,
+    loaded,
+    next_epoch,
+    not_lost,
+    ordered,
+    over,
+    unknown,
+)
 from rock.store.batch import Batch
 from rock.store.migrations import SQLITE
-from rock.store.sqlite_workers import SqliteWorkers
-from rock.store.watch import Watchers
 
 T = TypeVar("T")
 log = logging.getLogger("rock.admin")
@@ -40,7 +52,7 @@ _FIELDS = {"user_id", "experiment_id", "namespace", "image", "runtime", "worker"
 
 
 class Reserve(Protocol):
-    """Disk space that is set aside; see rock/cli/reserve.py."""
+    """Disk space that is set aside; see rock/cli/serve/home.py."""
 
     released: bool
 
@@ -273,18 +285,18 @@ class SqliteStore:
     def _take(self, record: Record, quota: Quota, count: int = 1, whole: bool = True) -> int:
         """How many of it fit, and count their starts."""
         db, now, tenant = self._open_db, time.time(), record.tenant
-        db.execute("DELETE FROM start WHERE tenant = ? AND at <= ?", (tenant, now - quotas.WINDOW))
+        db.execute("DELETE FROM start WHERE tenant = ? AND at <= ?", (tenant, now - base.WINDOW))
         starts, first = db.execute("SELECT count(*), min(at) FROM start WHERE tenant = ?", (tenant,)).fetchone()
         sandboxes, cpus, memory = db.execute(
             "SELECT count(*), coalesce(sum(cpus), 0), coalesce(sum(memory), 0) FROM sandbox "
             "WHERE tenant = ? AND state IN (?, ?, ?) AND id != ?",
-            (tenant, *quotas.COUNTED, record.id),
+            (tenant, *base.COUNTED, record.id),
         ).fetchone()
-        used = quotas.Used(sandboxes, cpus, memory, starts, now - first if first is not None else 0.0)
+        used = base.Used(sandboxes, cpus, memory, starts, now - first if first is not None else 0.0)
         if whole:
-            quotas.check(quota, used, record.config, count)
+            base.check(quota, used, record.config, count)
         else:
-            count = quotas.fitting(quota, used, record.config, count)
+            count = base.fitting(quota, used, record.config, count)
         if quota.creates_per_minute is not None:
             db.executemany("INSERT INTO start (tenant, at) VALUES (?, ?)", [(tenant, now)] * count)
         return count
@@ -476,7 +488,7 @@ def _columns(record: Record) -> tuple[Any, ...]:
         info.stopped_at,
         record.tenant,
         record.key,
-        quotas.cpus_of(record.config),
+        base.cpus_of(record.config),
         record.config.memory_bytes,
         _text(info),
         kept(record.config),
@@ -491,3 +503,91 @@ def _text(info: SandboxInfo) -> str:
 def _load(row: tuple[Any, ...]) -> Record:
     version, key, info, config = row
     return Record(SandboxInfo.model_validate_json(info), SandboxConfig.model_validate_json(config), key, version)
+
+
+# ---- sqlite_workers ----
+#
+# Workers in a SQLite file: see base.py.
+
+
+
+class SqliteWorkers:
+    """do: runs work on the open database in a transaction of its own, and tells of what goes wrong."""
+
+    def __init__(self, do: Callable[[Callable[[sqlite3.Connection], T]], T]) -> None:
+        self._do: Callable[[Callable[[sqlite3.Connection], Any]], Any] = do
+
+    async def join(self, wish: JoinWorker) -> WorkerInfo:
+        def work(db: sqlite3.Connection) -> WorkerInfo:
+            epoch = next_epoch(_get(db, wish.name), wish)
+            db.execute(
+                "INSERT INTO worker (name, holder, url, epoch, beat, lost, draining, version, status, seen_at) "
+                "VALUES (?, ?, ?, ?, 1, 0, 0, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET holder = excluded.holder, "
+                "url = excluded.url, epoch = excluded.epoch, beat = worker.beat + 1, lost = 0, "
+                "version = excluded.version, status = excluded.status, seen_at = excluded.seen_at",
+                (wish.name, wish.holder, wish.url, epoch, wish.version, wish.status.model_dump_json(), time.time()),
+            )
+            return _known(db, wish.name)
+
+        return self._in(work)
+
+    async def beat(self, name: str, beat: Beat) -> WorkerInfo:
+        def work(db: sqlite3.Connection) -> WorkerInfo:
+            done = db.execute(
+                "UPDATE worker SET beat = beat + 1, status = ?, seen_at = ? "
+                "WHERE name = ? AND holder = ? AND epoch = ? AND NOT lost",
+                (beat.status.model_dump_json(), time.time(), name, beat.holder, beat.epoch),
+            )
+            if done.rowcount != 1:
+                raise over(name, _get(db, name))
+            return _known(db, name)
+
+        return self._in(work)
+
+    async def lose(self, name: str, epoch: int, beat: int | None = None) -> bool:
+        def work(db: sqlite3.Connection) -> bool:
+            done = db.execute("UPDATE worker SET lost = 1 WHERE name = ?1 AND epoch = ?2 AND (?3 IS NULL OR beat = ?3)",
+                              (name, epoch, beat))  # fmt: skip
+            return done.rowcount == 1
+
+        done: bool = self._do(work)
+        return done
+
+    async def drain(self, name: str, draining: bool) -> WorkerInfo:
+        def work(db: sqlite3.Connection) -> WorkerInfo:
+            db.execute("UPDATE worker SET draining = ? WHERE name = ?", (draining, name))
+            return _known(db, name)
+
+        return self._in(work)
+
+    async def remove(self, name: str) -> None:
+        def work(db: sqlite3.Connection) -> None:
+            if not _known(db, name).is_lost:
+                raise not_lost(name)
+            db.execute("DELETE FROM worker WHERE name = ?", (name,))
+
+        self._do(work)
+
+    async def list(self) -> Sequence[WorkerInfo]:
+        def work(db: sqlite3.Connection) -> Sequence[WorkerInfo]:
+            rows = db.execute(f"SELECT {COLUMNS}, ? - seen_at FROM worker ORDER BY name", (time.time(),)).fetchall()
+            return [loaded(row) for row in rows]
+
+        found: Sequence[WorkerInfo] = self._do(work)
+        return found
+
+    def _in(self, work: Callable[[sqlite3.Connection], WorkerInfo]) -> WorkerInfo:
+        made: WorkerInfo = self._do(work)
+        return made
+
+
+def _get(db: sqlite3.Connection, name: str) -> WorkerInfo | None:
+    row = db.execute(f"SELECT {COLUMNS}, ? - seen_at FROM worker WHERE name = ?", (time.time(), name)).fetchone()
+    return None if row is None else loaded(row)
+
+
+def _known(db: sqlite3.Connection, name: str) -> WorkerInfo:
+    found = _get(db, name)
+    if found is None:
+        raise unknown(name)
+    return found

@@ -10,10 +10,22 @@ from types import TracebackType
 from typing import Any, Self
 
 from rock import errors
-from rock.protocol.env import TASK_IMAGES, CallResult, EnvInfo, StepResult
+from rock.protocol.env import (
+    IDLE,
+    NAMED,
+    START_TIMEOUT,
+    STEP_TIMEOUT,
+    TASK_IMAGES,
+    CallResult,
+    EnvInfo,
+    StepResult,
+    created,
+    new_instance_id,
+    overdue,
+    stepped,
+)
 from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import SandboxConfig
-from rock.protocol.training import IDLE, NAMED, START_TIMEOUT, STEP_TIMEOUT, created, new_instance_id, overdue, stepped
 from rock.sync.sandbox.link import SLACK, parse
 from rock.sync.sandbox.sandbox import Sandbox
 

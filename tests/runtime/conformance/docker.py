@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from rock.guest import proctree
+from rock.guest.init import process_tree
 from rock.protocol.sandbox import Isolation, SandboxConfig
+from rock.runtime.docker.links import ByStreams, Way
 from rock.runtime.docker.runtime import DockerRuntime
-from rock.runtime.docker.shape import Oci
-from rock.runtime.docker.ways import ByStreams, Way
+from rock.runtime.docker.spec import Oci
 from tests.runtime.conformance.subject import Subject
 from tests.runtime.docker import engines
 
@@ -66,7 +66,7 @@ class OfDocker(Subject):
 
     def leftovers(self, folder: Path) -> dict[str, list[str]]:
         found = super().leftovers(folder)
-        own = {entry.pid for entry in proctree.descendants(proctree.scan(), engines.pid())} | {engines.pid()}
+        own = {entry.pid for entry in process_tree.descendants(process_tree.scan(), engines.pid())} | {engines.pid()}
         found["processes"] = [pid for pid in found["processes"] if int(pid) not in own]
         found["containers"] = [container["Id"] for container in engines.shared().containers()]
         with contextlib.suppress(OSError):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from rock.runtime.base import Handle
-from rock.runtime.plain import PlainRuntime
-from rock.runtime.process import ProcessRuntime
+from rock.runtime.process.portable import PlainRuntime
+from rock.runtime.process.runtime import ProcessRuntime
 from tests.runtime.conformance.subject import Subject
 
 

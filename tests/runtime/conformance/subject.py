@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rock.guest import proctree
+from rock.guest.init import process_tree
 from rock.protocol.sandbox import Isolation, SandboxConfig
 from rock.runtime.base import Handle, Runtime, Trait
 
@@ -64,7 +64,7 @@ class Subject:
         """What is on the machine because of the sandboxes of `folder`. It is the same before the first and after the
         last."""
         run_dir = folder / "run"
-        children = proctree.descendants(proctree.scan(), os.getpid())
+        children = process_tree.descendants(process_tree.scan(), os.getpid())
         return {
             "folders": sorted(path.name for path in run_dir.iterdir()) if run_dir.exists() else [],
             "processes": [str(entry.pid) for entry in children if entry.alive],

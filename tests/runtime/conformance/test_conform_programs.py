@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from rock import errors
-from rock.guest.wire import CHANNEL_MEMORY
+from rock.guest.init.link import CHANNEL_MEMORY
 from rock.runtime.base import CLOCK, ExitStatus, Files, Handle, Limits, Liveness, Ports, Process, Runtime, Trait
 from tests.runtime.boxes import Box, read_all, run, until_line
 from tests.runtime.conformance.conftest import Bench
@@ -150,7 +150,7 @@ def test_memory_is_shared_with_a_size_that_stays_or_there_is_none(box: Bench) ->
                 seals = 0  # a file that stands for it, from another kernel
             os.write(process.channels[7], b"on\n")
             if memory is None or not seals & fcntl.F_SEAL_SHRINK:
-                return  # and nobody takes it for memory: rocklet/envprogram.py
+                return  # and nobody takes it for memory: rocklet/environments/pipes.py
             await process.wait()
             assert os.pread(memory, 4, 0) == b"it\n\0" and os.fstat(memory).st_size == CHANNEL_MEMORY
             for size in (0, CHANNEL_MEMORY + 1):

@@ -24,8 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rock.guest import proctree
-from rock.guest.remove import remove_tree
+from rock.guest.init import process_tree
+from rock.guest.init.remove import remove_tree
 
 _PACKAGES = (
     "docker.io", "containerd", "runc", "runsc", "tini", "iptables", "libdevmapper1.02.1", "libseccomp2", "libxtables12",
@@ -123,7 +123,7 @@ class TestEngine:
         """End it with all that it started."""
         if self.process is None:
             return
-        children = [*proctree.descendants(proctree.scan(), self.process.pid)]
+        children = [*process_tree.descendants(process_tree.scan(), self.process.pid)]
         self.process.send_signal(signal.SIGCONT)
         self.process.terminate()
         try:
@@ -132,12 +132,12 @@ class TestEngine:
             self.process.kill()
             self.process.wait()
         for entry in [*children, *self._shims()]:
-            proctree.send(entry, signal.SIGKILL)
+            process_tree.send(entry, signal.SIGKILL)
         self.process = None
 
-    def _shims(self) -> Iterator[proctree.Entry]:
+    def _shims(self) -> Iterator[process_tree.Entry]:
         """What outlives a killed dockerd: its containerd, and shims that nobody's child is any more."""
-        for entry in proctree.scan().values():
+        for entry in process_tree.scan().values():
             with contextlib.suppress(OSError):
                 command = Path(f"/proc/{entry.pid}/cmdline").read_bytes()
                 if f"{self.folder}/exec".encode() in command and b"containerd" in command.partition(b"\0")[0]:

@@ -13,26 +13,28 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from rock import __version__
-from rock.admin.api import about, beats, sandboxes
-from rock.admin.api import workers as workers_api
-from rock.admin.desk import Desks
+from rock.admin.api import bare, sandboxes
 from rock.admin.environments import Environments
-from rock.admin.keys import Keys
-from rock.admin.service import Service
+from rock.admin.reconciler import bury
+from rock.admin.sandboxes.service import Service
+from rock.admin.tenants import Desks, Keys
 from rock.envhub import registry
 from rock.errors import ClientError, InternalServerRockError, InvalidConfig, NotFound, RockError
-from rock.protocol import action, env, group, network, node, sandbox, workers
+from rock.http.asgi import retry_after
+from rock.protocol import action, env, node, sandbox
+from rock.protocol import action as group
+from rock.protocol import action as network
 from rock.protocol import keys as keys_of_wire
+from rock.protocol import node as workers
+from rock.protocol.action import ConnectionList
 from rock.protocol.env import AddEnv, BuildEnv, EnvAbout
 from rock.protocol.keys import CreateKey, KeyInfo, KeyList, NewKey
-from rock.protocol.network import ConnectionList
-from rock.protocol.node import EnvList, SandboxList
+from rock.protocol.node import EnvList, SandboxList, WorkerInfo, WorkerList
 from rock.protocol.routes import METHODS, ROUTES
 from rock.protocol.sandbox import SandboxInfo
 from rock.store.base import Query as Listing
-from rock.wire.asgi import retry_after
 
-BARE = (*sandboxes.NAMES, *about.NAMES, *beats.NAMES)
+BARE = (*sandboxes.NAMES, *bare.NAMES, *bare.WORKER_NAMES)
 Wait = Annotated[float, Query(ge=0, le=3600)]
 
 
@@ -54,7 +56,7 @@ def build(desks: Desks, keys: Keys, service: Service, envs: Environments, *, gua
     _sandboxes(app, desks)
     _keys(app, keys)
     _environments(app, envs)
-    workers_api.add_routes(app, service)
+    add_routes(app, service)
 
     @app.get("/", include_in_schema=False, response_model=None)
     async def front(request: Request) -> Response | dict[str, str]:
@@ -206,7 +208,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         operation: dict[str, Any] = {
             "summary": row.summary,
             "operationId": row.name,
-            "tags": ["data" if row.plane == "data" else "server" if row.name in about.NAMES else "sandboxes"],
+            "tags": ["data" if row.plane == "data" else "server" if row.name in bare.NAMES else "sandboxes"],
             "parameters": parameters,
             "responses": {status: {"description": "done", "content": {kind: reference(row.answer)}}},
         }
@@ -217,3 +219,40 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             schema["paths"].setdefault(row.path, {})[method.lower()] = {**operation, **unique}
     app.openapi_schema = schema
     return schema
+
+
+# ---- workers ----
+#
+# Workers on the native wire: whoever owns the server lists, drains and removes them. Heartbeats are in bare.py.
+
+def add_routes(app: FastAPI, service: Service) -> None:
+    fleet = service.workers
+
+    def row(name: str, model: Any) -> dict[str, Any]:
+        return {"path": ROUTES[name].path, "response_model": model, "tags": ["workers"]}
+
+    @app.get(**row("list_workers", WorkerList))
+    async def list_workers() -> WorkerList:
+        """Workers, lost ones too."""
+        return WorkerList(items=await fleet.infos())
+
+    @app.post(**row("drain_worker", WorkerInfo))
+    async def drain_worker(worker: str) -> WorkerInfo:
+        """It keeps the sandboxes that it has, and gets no more."""
+        return await fleet.drain(worker, True)
+
+    @app.post(**row("undrain_worker", WorkerInfo))
+    async def undrain_worker(worker: str) -> WorkerInfo:
+        """It gets sandboxes again."""
+        return await fleet.drain(worker, False)
+
+    @app.delete(**row("remove_worker", WorkerInfo))
+    async def remove_worker(worker: str, force: bool = False) -> WorkerInfo:
+        """Forget a lost worker. `force`: take it for lost first, which ends its sandboxes."""
+        info = await fleet.info(worker)
+        if force and not info.is_lost:
+            await fleet.lose(info, surely=True)
+        if (await fleet.info(worker)).is_lost:
+            await bury(service, worker)
+        await fleet.remove(worker)
+        return info

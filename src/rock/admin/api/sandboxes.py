@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from urllib.parse import parse_qsl
 
-from rock.admin.api.about import About
-from rock.admin.api.beats import Beats
-from rock.admin.desk import Desk, Desks
+from rock.admin.api.bare import About, Beats
+from rock.admin.tenants import Desk, Desks
 from rock.errors import InvalidConfig
+from rock.http.asgi import Answer, App, Configs, Receive, Request, Router, Scope, Send, answer_model
+from rock.protocol.action import GroupRequest
 from rock.protocol.env import OpenEnv
-from rock.protocol.group import GroupRequest
 from rock.protocol.routes import IDEMPOTENCY_KEY, ROUTES
 from rock.protocol.sandbox import CommitRequest, State
 from rock.store.base import Query as Listing
-from rock.wire.asgi import Answer, App, Receive, Request, Router, Scope, Send, answer_model
-from rock.wire.configs import Configs
 
 _LONGEST_WAIT = 3600.0  # seconds
 _MOST_LISTED = 2000

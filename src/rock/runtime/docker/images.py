@@ -9,9 +9,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from rock import errors
+from rock.images.registry.reference import parse
 from rock.protocol.sandbox import SandboxConfig
 from rock.runtime.docker.engine import Engine, EngineError
-from rock.runtime.image.reference import parse
 
 _STATES = {"Pull complete": 1, "Already exists": 1}
 
@@ -56,7 +56,7 @@ async def prepare(engine: Engine, config: SandboxConfig, tell: Callable[[str], N
 
 def _check_reach(domain: str) -> None:
     """ImageError for a registry that is not contacted for a tenant."""
-    from rock.runtime.image.reach import addresses_of  # urllib3
+    from rock.images.registry.reach import addresses_of  # urllib3
 
     parts = urlsplit(f"//{domain}")
     with contextlib.suppress(OSError):  # a name that the engine alone may know, or nobody

@@ -1,6 +1,6 @@
 """Runtime "docker": a container of an engine for each sandbox, with our own pid 1 in it.
 
-    create -> admission -> image -> container -> its pid 1 connects (door.py) -> Handle
+    create -> admission -> image -> container -> its pid 1 connects (links.py) -> Handle
     spawn, files, ports -> pid 1 (initfiles.py), never `exec`      destroy -> the engine removes the container
 
 The engine makes and removes containers; while one runs, nothing goes through the engine.
@@ -22,21 +22,22 @@ from pathlib import Path
 from typing import Any
 
 from rock import errors
-from rock.guest import proctree
-from rock.guest.remove import remove_tree
+from rock.guest.init import process_tree
+from rock.guest.init.remove import remove_tree
+from rock.host import atomic_file
+from rock.host.resources import Gpus
 from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
-from rock.runtime import guestpython, wholefile
-from rock.runtime.accelerators import Gpus
 from rock.runtime.base import Handle, Liveness, Program, Trait
-from rock.runtime.docker import groups, images, shape
-from rock.runtime.docker.engine import Engine, EngineError, Facts
-from rock.runtime.docker.refusals import refusal, told
-from rock.runtime.docker.ways import BySocket, ByStreams, Way
-from rock.runtime.entered import BACK, Entered, EnteredSandboxes
-from rock.runtime.guestpython import GuestPython
-from rock.runtime.initfiles import merged
-from rock.runtime.namespace import admission, limits
-from rock.runtime.process import read_record, wait_gone
+from rock.runtime.docker import images, spec
+from rock.runtime.docker.engine import Engine, EngineError, Facts, refusal, told
+from rock.runtime.docker.links import BySocket, ByStreams, Way
+from rock.runtime.init import python
+from rock.runtime.init.delayed import BACK, Entered, EnteredSandboxes
+from rock.runtime.init.files import merged
+from rock.runtime.init.python import GuestPython
+from rock.runtime.namespace import admission
+from rock.runtime.namespace.limits import cgroups, limiter
+from rock.runtime.process.runtime import read_record, wait_gone
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PREFIX = "d-"
@@ -50,7 +51,7 @@ class Container(Entered):
     """Its pid is that of its pid 1."""
 
     engine_id: str
-    oci: shape.Oci = "runc"
+    oci: spec.Oci = "runc"
     way: Way | None = None
 
     async def let_go(self) -> None:
@@ -121,7 +122,7 @@ class DockerRuntime(EnteredSandboxes[Container]):
                 if self._unswept is not None:
                     await self._sweep_engine(self._unswept | {c.slot for c in self._live.values()})
                     self._unswept = None
-                stream = self.engine.events(f"{shape.HOME_LABEL}={self._label}", since)
+                stream = self.engine.events(f"{spec.HOME_LABEL}={self._label}", since)
                 async with contextlib.aclosing(stream):
                     async for event in stream:
                         pause = 1.0
@@ -142,7 +143,7 @@ class DockerRuntime(EnteredSandboxes[Container]):
             return config.image == "host" or await images.is_ready(self.engine, config)
 
     async def prepare_image(self, config: SandboxConfig, tell: Callable[[str], None]) -> None:
-        shape.refuse(config, await self._ready(), shape.wanted_runtime(config), self._gpus)
+        spec.refuse(config, await self._ready(), spec.wanted_runtime(config), self._gpus)
         with told(config.image):
             await images.prepare(self.engine, config, tell)
 
@@ -154,11 +155,11 @@ class DockerRuntime(EnteredSandboxes[Container]):
     async def _admit(self, config: SandboxConfig) -> tuple[str, dict[str, Any]]:
         """The engine's name of the OCI runtime, and its account of the image."""
         _ = self.engine.socket
-        oci = shape.wanted_runtime(config)
+        oci = spec.wanted_runtime(config)
         with told(config.image):
             facts = await self._ready()
-            name = shape.runtime_name(facts, oci)
-            shape.refuse(config, facts, oci, self._gpus)
+            name = spec.runtime_name(facts, oci)
+            spec.refuse(config, facts, oci, self._gpus)
             admission.refuse_nofile(config)
             admission.refuse_too_large(config)
             if config.network == "bridge" and not await self.engine.has_network("bridge"):
@@ -180,7 +181,7 @@ class DockerRuntime(EnteredSandboxes[Container]):
     async def _guest(self) -> GuestPython:
         if self._python is None or not self._python.folder.is_dir():
             if self._preparing is None:
-                work = asyncio.to_thread(guestpython.prepare, self._guest_dir)
+                work = asyncio.to_thread(python.prepare, self._guest_dir)
                 self._preparing = asyncio.create_task(work, name="guest python")
             task = self._preparing
             try:
@@ -198,12 +199,12 @@ class DockerRuntime(EnteredSandboxes[Container]):
         engine_id: str | None = None
         try:
             folder.mkdir(mode=0o700)
-            wholefile.replace(folder / "record.json", wholefile.summed(json.dumps({"id": id, "slot": slot})))
-            oci = shape.wanted_runtime(config)
+            atomic_file.replace(folder / "record.json", atomic_file.summed(json.dumps({"id": id, "slot": slot})))
+            oci = spec.wanted_runtime(config)
             way = self.way(oci, folder)
-            labels = {shape.HOME_LABEL: self._label, shape.ID_LABEL: id, "rock.slot": slot}
+            labels = {spec.HOME_LABEL: self._label, spec.ID_LABEL: id, "rock.slot": slot}
             gpus = self._gpus.take(slot, config)
-            wish = shape.container(config, image["Id"], labels, await self._guest(), way.folder, name, way.options,
+            wish = spec.container(config, image["Id"], labels, await self._guest(), way.folder, name, way.options,
                                    gpus)  # fmt: skip
             async with self._gate:
                 engine_id = await self.engine.create(f"rock-{slot}", wish)
@@ -236,7 +237,7 @@ class DockerRuntime(EnteredSandboxes[Container]):
 
     async def _entered(self, id: str, slot: str, engine_id: str, pid: int, way: Way, patience: float) -> Container:
         """The sandbox, once its pid 1 has connected and answers."""
-        entry = proctree.read(pid)
+        entry = process_tree.read(pid)
         if entry is None:
             raise errors.StartFailed("the container's pid 1 cannot be seen from here", sandbox_id=id,
                                      hint="it ended at once, or the rocklet runs in a container of its own")
@@ -252,23 +253,23 @@ class DockerRuntime(EnteredSandboxes[Container]):
             for task in (entering, ending):
                 task.cancel()
             await asyncio.gather(entering, ending, return_exceptions=True)
-        folders = await asyncio.to_thread(groups.folders, pid)
+        folders = await asyncio.to_thread(cgroup_folders, pid)
         container = Container(slot, pid, entry.start, folders, link, engine_id=engine_id, way=way)
         await link.request("hello", patience=patience)
         return container
 
     def _handle(self, id: str, config: SandboxConfig, container: Container, image: dict[str, Any]) -> Handle:
-        env, cwd, user = shape.image_settings(image)
+        env, cwd, user = spec.image_settings(image)
         facts = self.engine.known
-        oci = shape.wanted_runtime(config)
+        oci = spec.wanted_runtime(config)
         data = {"slot": container.slot, "container": container.engine_id, "pid": container.pid,
                 "start": container.start, "env": merged({"PATH": _PATH}, env, config.env), "cwd": cwd, "user": user,
                 "cgroups": container.folders, "oci": oci, "gpus": self._gpus.of(container.slot)}  # fmt: skip
         if config.nofile is not None:
             data["nofile"] = config.nofile
-        return Handle(self.name, id, shape.isolation_of(oci), shape.enforced(facts, config), data)
+        return Handle(self.name, id, spec.isolation_of(oci), spec.enforced(facts, config), data)
 
-    def way(self, oci: shape.Oci, folder: Path) -> Way:
+    def way(self, oci: spec.Oci, folder: Path) -> Way:
         """How its pid 1 is reached: with the same kernel descriptors can cross."""
         return BySocket(folder) if oci == "runc" else ByStreams(self.engine, folder)
 
@@ -280,7 +281,7 @@ class DockerRuntime(EnteredSandboxes[Container]):
                          oci=data["oci"])
 
     async def _enter_again(self, sandbox: Container, handle: Handle) -> None:
-        if not proctree.lives(sandbox.pid, sandbox.start):
+        if not process_tree.lives(sandbox.pid, sandbox.start):
             raise errors.Lost("the sandbox's pid 1 is gone", sandbox_id=handle.id)
         if sandbox.way is not None:
             await sandbox.way.close()
@@ -334,13 +335,13 @@ class DockerRuntime(EnteredSandboxes[Container]):
     async def usage(self, handle: Handle) -> Usage:
         data = handle.data
         kills = self.oom_kills(handle)
-        return await asyncio.to_thread(limits.usage, data["cgroups"], data["pid"], kills)
+        return await asyncio.to_thread(limiter.usage, data["cgroups"], data["pid"], kills)
 
     # ---- ending ----
 
     async def _end(self, handle: Handle) -> None:
         pid, start = handle.data["pid"], handle.data["start"]
-        if proctree.lives(pid, start):
+        if process_tree.lives(pid, start):
             with told(handle.id):
                 await self.engine.kill(handle.data["container"])
             await wait_gone(pid, start)
@@ -384,10 +385,40 @@ class DockerRuntime(EnteredSandboxes[Container]):
     async def _sweep_engine(self, slots: set[str] | frozenset[str]) -> set[str]:
         """Remove containers with our label that are in none of these slots."""
         gone = set()
-        for found in await self.engine.list(f"{shape.HOME_LABEL}={self._label}"):
+        for found in await self.engine.list(f"{spec.HOME_LABEL}={self._label}"):
             labels = found.get("Labels") or {}
             slot = str(labels.get("rock.slot", ""))
-            if labels.get(shape.HOME_LABEL) == self._label and slot not in slots and slot not in self._making:
+            if labels.get(spec.HOME_LABEL) == self._label and slot not in slots and slot not in self._making:
                 await self.engine.remove(str(found["Id"]))
-                gone.add(str(labels.get(shape.ID_LABEL) or slot))
+                gone.add(str(labels.get(spec.ID_LABEL) or slot))
         return gone
+
+
+# ---- groups ----
+#
+# The cgroups that an engine made for a container, as this machine sees them.
+
+def cgroup_folders(pid: int) -> dict[str, str]:
+    """Folder by controller ("memory", "cpu", "cpuacct", "pids") of a process; empty when it is gone."""
+    mounts: dict[str, str] = {}
+    unified = ""
+    for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines():
+        head, _, tail = line.partition(" - ")
+        fields, kind = head.split(), tail.split()
+        if len(fields) < 5 or len(kind) < 3 or fields[3] != "/":
+            continue
+        if kind[0] == "cgroup2":
+            unified = unified or fields[4]
+        elif kind[0] == "cgroup":
+            mounts.update(dict.fromkeys(kind[2].split(","), fields[4]))
+    found: dict[str, str] = {}
+    for line in cgroups.read_text(f"/proc/{pid}/cgroup").splitlines():
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if number == "0" and not controllers and unified:
+            for name in cgroups.read_text(f"{unified}{path}/cgroup.controllers").split():
+                found.setdefault(name, f"{unified}{path}")
+        for name in controllers.split(","):
+            if name in mounts:
+                found[name] = f"{mounts[name]}{path}"
+    return {name: folder for name, folder in found.items() if name in ("memory", "cpu", "cpuacct", "pids")}

@@ -5,9 +5,9 @@ shell, its tools and its files are Python (docs/guides/testing.md says which); f
 give. It isolates nothing: what your functions do, they do in the server.
 
     runtime.py   FakeRuntime              sandbox.py   one sandbox: files, processes, the programs by name
-    programs.py  processes and calls      tree.py      files          streams.py  pipes
-    sh.py shell.py syntax.py nodes.py expand.py builtins.py printing.py   the shell
-    tools.py texttools.py                                             programs that every sandbox has
+    programs.py  processes and calls      tree.py      files          programs.py  pipes
+    shell.py shell.py syntax.py syntax.py expand.py builtins.py printing.py   the shell
+    tools.py tools.py                                             programs that every sandbox has
 """
 
 from rock.runtime.fake.programs import Call, Program

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rock.runtime.fake.nodes import Literal, Part, Substitution, Variable, Word
+from rock.runtime.fake.syntax import Literal, Part, Substitution, Variable, Word
 from rock.runtime.fake.tree import Tree
 
 Segment = tuple[str, bool]  # text, and whether it was quoted

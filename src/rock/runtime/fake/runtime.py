@@ -11,9 +11,8 @@ from rock import errors
 from rock.protocol.sandbox import Isolation, SandboxConfig
 from rock.runtime.base import Enforced, ExitStatus, FileStat, Handle, Liveness, Program, Trait
 from rock.runtime.fake import programs
-from rock.runtime.fake.programs import FakeProcess
+from rock.runtime.fake.programs import Descriptor, FakeProcess, Null, Open
 from rock.runtime.fake.sandbox import FakeSandbox
-from rock.runtime.fake.streams import Descriptor, Null, Open
 from rock.runtime.fake.tree import MOST_BYTES
 
 HOME = "/work"

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from rock import errors
 from rock.runtime.fake.programs import FakeProcess, Program, tree_of
-from rock.runtime.fake.sh import alone, sh
+from rock.runtime.fake.shell import alone, sh
 from rock.runtime.fake.tools import TOOLS
 from rock.runtime.fake.tree import Tree
 

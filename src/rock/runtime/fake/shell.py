@@ -8,12 +8,10 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from rock import errors
-from rock.runtime.fake import builtins, nodes
+from rock.runtime.fake import builtins, syntax
 from rock.runtime.fake.expand import Expander, ExpansionFault
-from rock.runtime.fake.nodes import AndOr, Command, Pipeline, Redirect, Script
-from rock.runtime.fake.programs import FakeProcess, placed
-from rock.runtime.fake.streams import Appended, Collected, Null, Open, Text, pipe
-from rock.runtime.fake.syntax import Incomplete, Parser, SyntaxFault
+from rock.runtime.fake.programs import Appended, Call, Collected, FakeProcess, Null, Open, Text, pipe, placed
+from rock.runtime.fake.syntax import AndOr, Command, Incomplete, Parser, Pipeline, Redirect, Script, SyntaxFault
 
 if TYPE_CHECKING:
     from rock.runtime.fake.builtins import Builtin
@@ -261,19 +259,19 @@ class Shell:
             self.status = 1
             return
         what = command.what
-        if isinstance(what, nodes.Simple):
+        if isinstance(what, syntax.Simple):
             await self._simple(what, changes, last=last)
             return
         with placed(self.process, changes):
-            if isinstance(what, nodes.Group):
+            if isinstance(what, syntax.Group):
                 await self._group(what)
-            elif isinstance(what, nodes.If):
+            elif isinstance(what, syntax.If):
                 await self._if(what)
-            elif isinstance(what, nodes.Loop):
+            elif isinstance(what, syntax.Loop):
                 await self._loop(what)
-            elif isinstance(what, nodes.For):
+            elif isinstance(what, syntax.For):
                 await self._for(what)
-            elif isinstance(what, nodes.Case):
+            elif isinstance(what, syntax.Case):
                 await self._case(what)
             else:
                 self.functions[what.name] = what.body
@@ -316,7 +314,7 @@ class Shell:
             raise OSError(f"{target}: bad file descriptor")
         return source.copy()
 
-    async def _group(self, group: nodes.Group) -> None:
+    async def _group(self, group: syntax.Group) -> None:
         if not group.subshell:
             await self.script(group.body)
             return
@@ -331,7 +329,7 @@ class Shell:
             self._unchecked -= 1
         return self.status == 0
 
-    async def _if(self, what: nodes.If) -> None:
+    async def _if(self, what: syntax.If) -> None:
         for condition, body in what.branches:
             if await self._tested(condition):
                 await self.script(body)
@@ -350,7 +348,7 @@ class Shell:
             return leave.again
         return True
 
-    async def _loop(self, what: nodes.Loop) -> None:
+    async def _loop(self, what: syntax.Loop) -> None:
         status = 0
         while await self._tested(what.condition) != what.until:
             if not await self._looped(what.body):
@@ -359,7 +357,7 @@ class Shell:
             status = self.status
         self.status = status
 
-    async def _for(self, what: nodes.For) -> None:
+    async def _for(self, what: syntax.For) -> None:
         words = list(self.arguments) if what.words is None else await self.expander.fields(what.words)
         self.status = 0
         for word in words:
@@ -367,7 +365,7 @@ class Shell:
             if not await self._looped(what.body):
                 break
 
-    async def _case(self, what: nodes.Case) -> None:
+    async def _case(self, what: syntax.Case) -> None:
         text = await self.expander.text(what.word)
         self.status = 0
         for patterns, body in what.items:
@@ -378,7 +376,7 @@ class Shell:
 
     # ---- simple commands ----
 
-    async def _simple(self, simple: nodes.Simple, changes: dict[int, Open | None], *, last: bool) -> None:
+    async def _simple(self, simple: syntax.Simple, changes: dict[int, Open | None], *, last: bool) -> None:
         self._substituted = None
         try:
             argv = await self.expander.fields(simple.words)
@@ -489,3 +487,59 @@ def _close(streams: Iterable[Open | None]) -> None:
     for stream in streams:
         if stream is not None:
             stream.close()
+
+
+# ---- sh ----
+#
+# The program `sh` of fake sandboxes, and what the shell does itself as programs.
+
+async def sh(call: Call) -> int:
+    """The program `sh`: -c SCRIPT [NAME ARGUMENT...], a file, or standard input."""
+    words = call.argv[1:]
+    options: set[str] = set()
+    while words and words[0].startswith("-") and words[0] not in ("-c", "--"):
+        option = words.pop(0)
+        if not option.startswith("--"):
+            options |= set(option[1:]) & set("eufx")
+            if "c" in option:
+                words.insert(0, "-c")
+                break
+        if option == "-s":
+            break
+    name, work = call.argv[0], ""
+    script: str | None = None
+    if words[:1] == ["-c"]:
+        if len(words) < 2:
+            call.err(f"{name}: -c requires an argument\n")
+            return 2
+        script, name, words = words[1], words[2] if len(words) > 2 else name, words[3:]
+    elif words:
+        work = words.pop(0)
+        try:
+            script = call.files.read(call.path(work)).decode("utf-8", "surrogateescape")
+        except errors.RockError as error:
+            call.err(f"{name}: {error.message}\n")
+            return 127
+        name = work
+    shell = Shell(call.process, call.env, name, words)
+    shell.options |= options
+    if script is None:
+        return await shell.main(shell.read_script)
+    return await shell.main(lambda: _whole(shell, script))
+
+
+async def alone(call: Call) -> int:
+    """What the shell does itself, as a program: echo, printf, test."""
+    shell = Shell(call.process, call.env, call.argv[0], [])
+    return await shell.main(lambda: shell.invoke(call.argv, [], {}))
+
+
+async def _whole(shell: Shell, text: str) -> None:
+    """A script, line after line, so that what comes before a fault in it is run."""
+    parser = Parser(text)
+    try:
+        while (line := parser.line()) is not None:
+            await shell.script(line, last=not text[parser.at :].strip())
+    except SyntaxFault as fault:
+        await shell.complain(f"syntax error: {fault}")
+        raise Exit(2) from None

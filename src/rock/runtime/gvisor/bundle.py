@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from rock.protocol.sandbox import SandboxConfig
-from rock.runtime.guestpython import INSIDE, GuestPython
-from rock.runtime.namespace import seccomp
+from rock.runtime.init.python import INSIDE, GuestPython
+from rock.runtime.namespace.launcher import seccomp
 
 # Those that sandboxes have everywhere.
 CAPABILITIES = ("CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_SETGID", "CAP_SETUID",

@@ -25,20 +25,24 @@ from pathlib import Path
 from typing import Any
 
 from rock import errors
-from rock.guest import proctree
-from rock.guest.remove import remove_tree
+from rock.guest.init import process_tree
+from rock.guest.init.remove import remove_tree
+from rock.images.records import RootFS
+from rock.images.store import Images
 from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
-from rock.runtime import guestpython
 from rock.runtime.base import Enforced, Handle, Program, Trait
-from rock.runtime.carrier import Carrier
-from rock.runtime.entered import BACK, Entered, EnteredSandboxes
-from rock.runtime.gvisor import bundle, pipes, refusals, starter
-from rock.runtime.image.rootfs import RootFS
-from rock.runtime.image.source import Images
-from rock.runtime.initfiles import merged
-from rock.runtime.initlink import InitLink
-from rock.runtime.namespace import cgroups, disk, limits, mounts, teardown
-from rock.runtime.process import children, read_record, reap, wait_gone, write_record
+from rock.runtime.gvisor import bundle, starter
+from rock.runtime.gvisor import link as pipes
+from rock.runtime.init import python as guestpython
+from rock.runtime.init.delayed import BACK, Entered, EnteredSandboxes
+from rock.runtime.init.files import merged
+from rock.runtime.init.link import InitLink
+from rock.runtime.init.multiplexer import Carrier
+from rock.runtime.namespace import admission, slots
+from rock.runtime.namespace.launcher import mounts
+from rock.runtime.namespace.limits import cgroups, disk_layout, limiter
+from rock.runtime.namespace.limits.cgroups import Cgroups
+from rock.runtime.process.runtime import children, read_record, reap, wait_gone, write_record
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PREFIX = "g-"
@@ -80,7 +84,7 @@ class GvisorRuntime(EnteredSandboxes[_Sandbox]):
         self._gate = asyncio.Semaphore(_AT_ONCE)
         self._guest: asyncio.Task[guestpython.GuestPython] | None = None
         self._tried: asyncio.Task[None] | None = None
-        self._limiter = limits.Limiter(cgroups.Cgroups())
+        self._limiter = limiter.Limiter(cgroups.Cgroups())
 
     # ---- life of the runtime ----
 
@@ -90,7 +94,7 @@ class GvisorRuntime(EnteredSandboxes[_Sandbox]):
         os.chmod(self._run_dir, 0o700)
         mounts.make_base(str(self._run_dir / _BASE))
         (self._run_dir / _BASE / bundle.MOUNT_POINT).mkdir(exist_ok=True)
-        self._limiter = limits.Limiter(await asyncio.to_thread(cgroups.discover, str(self._run_dir)))
+        self._limiter = limiter.Limiter(await asyncio.to_thread(cgroups.discover, str(self._run_dir)))
 
     async def close(self) -> None:
         for task in (self._tried, self._guest):
@@ -107,7 +111,7 @@ class GvisorRuntime(EnteredSandboxes[_Sandbox]):
         await self._admit(config)
 
     async def _admit(self, config: SandboxConfig) -> RootFS:
-        refusals.refuse(config, self._limiter.groups)
+        refuse(config, self._limiter.groups)
         await self.probe()
         return await asyncio.to_thread(self._images.resolve, config.image)
 
@@ -118,7 +122,7 @@ class GvisorRuntime(EnteredSandboxes[_Sandbox]):
         await asyncio.shield(self._tried)
 
     async def _try_one(self) -> None:
-        refusals.refuse_host(self._program, self._limiter.groups)
+        refuse_host(self._program, self._limiter.groups)
         layer = self._run_dir / _PROBE
         for name in ("proc", "sys", "dev", "tmp", "etc"):
             (layer / name).mkdir(parents=True, exist_ok=True)
@@ -159,7 +163,7 @@ class GvisorRuntime(EnteredSandboxes[_Sandbox]):
                 data: dict[str, Any] = {"id": id, "slot": slot, "cgroups": folders}
                 write_record(folder, data)
                 pid = self._start(slot, config, rootfs, python)
-                entry = proctree.read(pid)
+                entry = process_tree.read(pid)
                 if entry is None:
                     raise errors.StartFailed("runsc ended at once", sandbox_id=id)
                 data |= {"pid": pid, "start": entry.start}
@@ -256,7 +260,7 @@ class GvisorRuntime(EnteredSandboxes[_Sandbox]):
         return _Sandbox(data["slot"], data["pid"], data["start"], dict(data["cgroups"]))
 
     async def _enter_again(self, sandbox: _Sandbox, handle: Handle) -> None:
-        if not proctree.lives(sandbox.pid, sandbox.start):
+        if not process_tree.lives(sandbox.pid, sandbox.start):
             raise errors.Lost("the sandbox is gone", sandbox_id=handle.id)
         await sandbox.let_go()
         await self._enter(sandbox, handle.id, BACK)
@@ -281,8 +285,8 @@ class GvisorRuntime(EnteredSandboxes[_Sandbox]):
 
     async def usage(self, handle: Handle) -> Usage:
         data = handle.data
-        used = await asyncio.to_thread(limits.usage, data["cgroups"], data["pid"], self.oom_kills(handle))
-        used.disk_bytes = await asyncio.to_thread(disk.written, f"{self._run_dir}/{data['slot']}/upper")
+        used = await asyncio.to_thread(limiter.usage, data["cgroups"], data["pid"], self.oom_kills(handle))
+        used.disk_bytes = await asyncio.to_thread(disk_layout.written, f"{self._run_dir}/{data['slot']}/upper")
         return used
 
     # ---- ending ----
@@ -297,9 +301,9 @@ class GvisorRuntime(EnteredSandboxes[_Sandbox]):
     @staticmethod
     async def _kill(pid: int, start: int | None) -> None:
         """End runsc, and with it the kernel and the file server of the sandbox, which die with it."""
-        entry = proctree.read(pid)
+        entry = process_tree.read(pid)
         if entry is not None and start in (None, entry.start):
-            teardown.kill(pid, entry.start)
+            slots.kill_init(pid, entry.start)
             await wait_gone(pid, entry.start)
         reap()
 
@@ -310,7 +314,7 @@ class GvisorRuntime(EnteredSandboxes[_Sandbox]):
             await self._kill(pid, start)
             await self._forget(slot)  # a request that was under way may have found it again meanwhile
         # What is in its cgroups is its own, whatever became of runsc.
-        await asyncio.to_thread(teardown.remove, self._run_dir / slot, list(folders.values()))
+        await asyncio.to_thread(slots.remove_remains, self._run_dir / slot, list(folders.values()))
         reap()
 
     async def sweep(self, known: Sequence[str]) -> list[str]:
@@ -336,3 +340,55 @@ def _told(folder: Path) -> str:
             if text := (folder / name).read_text(errors="replace").strip():
                 return text.splitlines()[-1][-400:]
     return ""
+
+
+# ---- refusals ----
+#
+# What runsc, or this host, cannot give a sandbox: told before anything is started.
+
+LEAST_MEMORY, LEAST_PIDS = 96 << 20, 128  # its own kernel and file server, 30 MB and 80 threads, are counted too
+_UNHELD = {
+    "disk": "runsc holds no limit of what is written",
+    "inodes": "runsc holds no limit of files",
+    "num_gpus": "this version of runsc gives sandboxes no accelerators",
+    "accelerator_type": "this version of runsc gives sandboxes no accelerators",
+}
+
+
+def refuse(config: SandboxConfig, groups: Cgroups) -> None:
+    """Raise Unsupported, InvalidConfig or NoCapacity for what `create` could not give."""
+    if config.image_os != "linux":
+        raise errors.Unsupported(f"image_os {config.image_os!r}: the gvisor runtime runs Linux images only")
+    if config.use_kata_runtime or config.oci_runtime not in (None, "runsc"):
+        raise errors.Unsupported("the gvisor runtime runs sandboxes under runsc, and nothing else",
+                                 hint='runtime="docker" knows other OCI runtimes')
+    for name, why in _UNHELD.items():
+        if getattr(config, name):
+            raise errors.Unsupported(f"{name}: {why}", hint=f"leave {name} unset")
+    if config.network != "none":
+        raise errors.Unsupported(f'network "{config.network}": sandboxes of the gvisor runtime have loopback only',
+                                 hint='network="none"; ports inside can be reached all the same')
+    if config.memory_bytes < LEAST_MEMORY:
+        raise errors.Unsupported(f"memory={config.memory}: gVisor's own kernel is counted, and needs its share",
+                                 hint=f"ask for at least {LEAST_MEMORY >> 20}m")
+    if config.pids < LEAST_PIDS:
+        raise errors.Unsupported(f"pids={config.pids}: the threads of gVisor's own kernel are counted too",
+                                 hint=f"ask for at least {LEAST_PIDS}")
+    admission.refuse_nofile(config)
+    admission.refuse_level(config, Isolation.GVISOR)
+    admission.refuse_too_large(config)
+
+
+def refuse_host(program: str, groups: Cgroups) -> None:
+    """Raise Unsupported where this host lacks what every sandbox needs."""
+    if os.geteuid() != 0:
+        raise errors.Unsupported("isolation gvisor: mounting images takes root", hint="run the server as root")
+    if shutil.which(program) is None:
+        raise errors.Unsupported(f"isolation gvisor: there is no {program} on this machine",
+                                 hint="apt install runsc; or, with a container engine that knows it, "
+                                      'runtime="docker" and oci_runtime="runsc"')
+    for controller in ("memory", "cpu", "pids"):
+        if groups.version(controller) is None:
+            raise errors.Unsupported(
+                f"isolation gvisor: no cgroup of the controller {controller} can be made, and limits would not be held "
+                f"({groups.reasons.get(controller, 'it is missing')})", hint="run with delegated cgroups")

@@ -10,20 +10,22 @@ from __future__ import annotations
 import os
 import sys
 
-if __name__ == "__main__":  # make our own modules importable by path, without running the packages' own code
+if __name__ == "__main__":  # make our modules importable without running rock/__init__.py
     import types
 
-    _source = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    for _name in ("rock", "rock.guest", "rock.runtime", "rock.runtime.namespace"):
-        _package = types.ModuleType(_name)
-        _package.__path__ = [os.path.join(_source, *_name.split(".")[1:])]
-        sys.modules[_name] = _package
+    _source = os.path.abspath(__file__)
+    while os.path.basename(_source) != "rock":
+        _source = os.path.dirname(_source)
+    _package = types.ModuleType("rock")
+    _package.__path__ = [_source]
+    sys.modules["rock"] = _package
 
 import contextlib
 import json
 from typing import Any
 
-from rock.runtime.namespace import cgroups, kernel, mounts
+from rock.runtime.namespace.launcher import kernel, mounts
+from rock.runtime.namespace.limits import cgroups
 
 _SAFE = kernel.ATTR_NOSUID | kernel.ATTR_NODEV
 

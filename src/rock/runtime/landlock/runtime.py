@@ -1,6 +1,6 @@
 """Runtime "landlock": for hosts that forbid user namespaces, such as the inside of a container with default settings.
 
-A sandbox is a folder of the host and a tree of processes under a warden (warden.py). Landlock shows it the machine's
+A sandbox is a folder of the host and a tree of processes under a warden (parent.py). Landlock shows it the machine's
 own system read-only and its folder writable, keeps signals inside, and refuses TCP; a filter refuses all sockets, and
 system calls as elsewhere. Each has a user id of its own, so that what Landlock does not look at (modes and owners of
 files, processes of the same user) is out of reach as well: that takes root. It is weaker than namespaces:
@@ -27,16 +27,18 @@ from pathlib import Path
 from typing import Any
 
 from rock import errors
-from rock.guest import proctree, remove
+from rock.guest.init import process_tree, remove
+from rock.images import host
 from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
 from rock.runtime.base import Enforced, Handle, Program, Trait
-from rock.runtime.image import host
-from rock.runtime.initfiles import merged
-from rock.runtime.initlink import InitLink, bind_listener
-from rock.runtime.landlock import ruleset, warden
-from rock.runtime.namespace import admission, limits, seccomp
-from rock.runtime.namespace.memorywatch import MemoryWatch
-from rock.runtime.process import PATH, ProcessRuntime, children, read_record, write_record
+from rock.runtime.init.files import merged
+from rock.runtime.init.link import InitLink, bind_listener
+from rock.runtime.landlock import parent, ruleset
+from rock.runtime.namespace import admission
+from rock.runtime.namespace.launcher import seccomp
+from rock.runtime.namespace.limits import limiter
+from rock.runtime.namespace.limits.limiter import MemoryWatch
+from rock.runtime.process.runtime import PATH, ProcessRuntime, children, read_record, write_record
 
 _NEEDED = 4  # version that knows TCP
 _FIRST_UID, _SPAN, _MOST = 1_700_000_000, 10_000, 20_000
@@ -161,7 +163,7 @@ class LandlockRuntime(ProcessRuntime):
             link = InitLink.connect(folder, id)
             self._links[slot] = link
             reply, _ = await link.request("hello", patience=config.startup_timeout)
-            entry = proctree.read(pid)
+            entry = process_tree.read(pid)
             if entry is None:
                 raise errors.StartFailed(f"its warden ended at once: {_log_of(folder)}", sandbox_id=id)
             data |= {"pid": pid, "start": entry.start, "init": int(reply["pid"])}
@@ -200,7 +202,7 @@ class LandlockRuntime(ProcessRuntime):
                 "network": config.network, "processes": config.pids, "nofile": config.nofile or _FILES,
                 "cpus": [next(self._cpus) for _ in range(cpus)], "readable": list(host.readable())})
             child = subprocess.Popen(
-                [sys.executable, "-I", "-S", warden.__file__, options],
+                [sys.executable, "-I", "-S", parent.__file__, options],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 pass_fds=[listener.fileno()], start_new_session=True, cwd="/", env={"PATH": PATH})
         children[child.pid] = child
@@ -234,7 +236,7 @@ class LandlockRuntime(ProcessRuntime):
 
     async def usage(self, handle: Handle) -> Usage:
         self._watch_memory(dict(handle.data))
-        return await asyncio.to_thread(limits.usage, {}, handle.data["init"], self._kills.get(handle.data["slot"], 0))
+        return await asyncio.to_thread(limiter.usage, {}, handle.data["init"], self._kills.get(handle.data["slot"], 0))
 
     def oom_kills(self, handle: Handle) -> int:
         """How many processes were killed for memory so far."""
@@ -248,7 +250,7 @@ class LandlockRuntime(ProcessRuntime):
         self._memory[data["slot"]] = int(data["init"]), int(data["memory"])
         self._watch.start()
 
-    def _watched(self) -> limits.Watched:
+    def _watched(self) -> limiter.Watched:
         return {pid: (most, functools.partial(self._count_kill, slot)) for slot, (pid, most) in self._memory.items()}
 
     def _count_kill(self, slot: str) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import resource
+from dataclasses import dataclass, field
+from typing import Literal
 
 from rock import errors
+from rock.host import resources
+from rock.images.records import RootFS
 from rock.protocol.sandbox import Isolation, SandboxConfig
-from rock.runtime import hostmemory
 
 _RESERVE = 256 << 20  # bytes of memory that stay with the host
 _LEAST = 64 << 20  # bytes that a new sandbox should find free, or its limit if that is less
@@ -66,7 +69,7 @@ def refuse_too_large(config: SandboxConfig) -> None:
     if wanted > cores:
         raise errors.InvalidConfig(f"Requested CPUs {wanted} exceed the {cores} of this machine",
                                    hint=f"ask for at most {cores}")
-    total, available = hostmemory.read()
+    total, available = resources.read()
     if config.memory_bytes > total:
         raise errors.InvalidConfig(
             f"Requested memory {config.memory} ({config.memory_bytes} bytes) exceeds the {total} bytes of this machine",
@@ -75,3 +78,32 @@ def refuse_too_large(config: SandboxConfig) -> None:
         raise errors.NoCapacity(f"{available >> 20} MB of memory are available on this machine; "
                                 f"{(_RESERVE + _LEAST) >> 20} MB are needed to start a sandbox",
                                 hint="stop some sandboxes, or try again")
+
+
+# ---- kind ----
+#
+# What can be said of a sandbox before somebody asks for it.
+
+_MOST_SHARED = 2 << 30
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What pool members have in common."""
+
+    rootfs: RootFS = field(compare=False, hash=False)
+    digest: str
+    network: Literal["none", "nat", "bridge", "host"]
+    shared: int
+
+    @classmethod
+    def of(cls, rootfs: RootFS, config: SandboxConfig) -> Kind:
+        return cls(rootfs, rootfs.digest, config.network, config.shm_bytes or _shared_memory(config.memory_bytes))
+
+
+def _shared_memory(memory: int) -> int:
+    """Bytes of /dev/shm, and of System V shared memory, for a memory limit: the greatest power of two up to a quarter.
+
+    What lies there belongs to no process, so with more of it than the limit the kernel would find only pid 1 to kill.
+    """
+    return min(_MOST_SHARED, 1 << max(20, (memory // 4).bit_length() - 1))

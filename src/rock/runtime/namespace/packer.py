@@ -12,14 +12,15 @@ from __future__ import annotations
 import os
 import sys
 
-if __name__ == "__main__":  # make our own modules importable by path, without running the packages' own code
+if __name__ == "__main__":  # make our modules importable without running rock/__init__.py
     import types
 
-    _source = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    for _name in ("rock", "rock.guest", "rock.runtime", "rock.runtime.namespace", "rock.runtime.image"):
-        _package = types.ModuleType(_name)
-        _package.__path__ = [os.path.join(_source, *_name.split(".")[1:])]
-        sys.modules[_name] = _package
+    _source = os.path.abspath(__file__)
+    while os.path.basename(_source) != "rock":
+        _source = os.path.dirname(_source)
+    _package = types.ModuleType("rock")
+    _package.__path__ = [_source]
+    sys.modules["rock"] = _package
 
 import hashlib
 import json
@@ -28,9 +29,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from rock.errors import ImageError
-from rock.runtime.image.packing import Packer, Part, unpack
-from rock.runtime.image.tarwriter import TarWriter
-from rock.runtime.namespace import kernel, userns
+from rock.images.layers.tar_writer import Packer, Part, TarWriter, unpack
+from rock.runtime.namespace.launcher import kernel, userns
 
 _MEMORY = 2 << 30
 _CHUNK = 1 << 20

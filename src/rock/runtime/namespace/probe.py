@@ -11,15 +11,15 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rock.runtime.namespace import cgroups, disk, seccomp
+from rock.runtime.namespace.launcher import seccomp
+from rock.runtime.namespace.limits import cgroups, disk_layout
 
 _TRY = """
 import os, sys, types
-for name in ("rock", "rock.guest", "rock.runtime", "rock.runtime.namespace"):
-    package = types.ModuleType(name)
-    package.__path__ = [os.path.join(sys.argv[1], *name.split(".")[1:])]
-    sys.modules[name] = package
-from rock.runtime.namespace import kernel, userns
+package = types.ModuleType("rock")
+package.__path__ = [sys.argv[1]]
+sys.modules["rock"] = package
+from rock.runtime.namespace.launcher import kernel, userns
 what, folder = sys.argv[2], sys.argv[3]
 root = os.geteuid() == 0
 try:
@@ -48,9 +48,9 @@ try:
             low, "" if root else ",userxattr"))
         open("m/file", "w").close()
     if what == "nat":
-        from rock.runtime.namespace import wired
+        from rock.runtime.namespace.launcher import isolated_network
         kernel.unshare(kernel.CLONE_NEWNET)
-        wired.furnish("0 0")
+        isolated_network.furnish("0 0")
     if what in ("proc", "net"):
         pid = kernel.fork_into(kernel.CLONE_NEWPID | kernel.CLONE_NEWNS | (kernel.CLONE_NEWNET if what == "net" else 0))
         if pid == 0:
@@ -186,8 +186,8 @@ def _landlock(base: Path) -> Finding:
 def _gvisor(base: Path) -> Finding:
     """Whether `isolation="gvisor"` can be had, by making one such sandbox."""
     from rock.errors import Unsupported
+    from rock.images.store import ImageStore
     from rock.runtime.gvisor.runtime import GvisorRuntime
-    from rock.runtime.image.store import ImageStore
 
     async def attempt(folder: Path) -> None:
         runtime = GvisorRuntime(folder / "run", folder / "guest-python", ImageStore(folder / "images"))
@@ -210,7 +210,7 @@ def _gvisor(base: Path) -> Finding:
 
 def _disk() -> Finding:
     """How a limit of the disk would be held."""
-    if os.geteuid() == 0 and shutil.which("mke2fs", path=disk.PATH) and os.path.exists("/dev/loop-control"):
+    if os.geteuid() == 0 and shutil.which("mke2fs", path=disk_layout.PATH) and os.path.exists("/dev/loop-control"):
         return Finding("disk limits", None, "by files and loop devices; the first sandbox with disk= proves it")
     return Finding("disk limits", None, "in memory (tmpfs), for at most half of it; "
                                         "root with mke2fs and /dev/loop-control would have files")
@@ -220,7 +220,7 @@ def _microvms() -> list[Finding]:
     """Engines of micro virtual machines, each by a boot where it is installed."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from rock.runtime import microvm
+    from rock.host import microvm
 
     with ThreadPoolExecutor(len(microvm.ENGINES)) as pool:
         return [Finding(f"microVM {boot.engine}", boot.ok or None, boot.detail)

@@ -14,8 +14,8 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from rock.runtime import wholefile
-from rock.runtime.namespace import userns
+from rock.host import atomic_file
+from rock.runtime.namespace.launcher import userns
 
 SLOT_PREFIX = "n-"
 BASE = "base"  # the layer on top of every image
@@ -30,13 +30,13 @@ def new_slot() -> str:
 
 def write(run_dir: Path, slot: str, record: dict[str, Any]) -> None:
     """Replace a sandbox's record at once."""
-    wholefile.replace(f"{run_dir}/{slot}/record.json", wholefile.summed(json.dumps(record)))
+    atomic_file.replace(f"{run_dir}/{slot}/record.json", atomic_file.summed(json.dumps(record)))
 
 
 def read(run_dir: Path, slot: str) -> dict[str, Any]:
     """A sandbox's record; empty when there is none, as of a half-made one."""
     try:
-        return wholefile.parsed((run_dir / slot / "record.json").read_bytes())
+        return atomic_file.parsed((run_dir / slot / "record.json").read_bytes())
     except (OSError, ValueError):
         return {}
 

@@ -1,7 +1,7 @@
 """Runtime "namespace": sandboxes from Linux namespaces, made by a launcher process, with our own pid 1 in each.
 
     create -> admission -> image -> warm pool, or the launcher (factory.py) -> record -> Handle
-    spawn, files, ports -> pid 1 (initfiles.py)      destroy -> kill pid 1, cgroups, folder (slots.py, teardown.py)
+    spawn, files, ports -> pid 1 (initfiles.py)      destroy -> kill pid 1, cgroups, folder (slots.py, slots.py)
 """
 
 from __future__ import annotations
@@ -14,26 +14,24 @@ from functools import partial
 from pathlib import Path
 
 from rock import errors
-from rock.protocol.network import ConnectionList
+from rock.images.records import RootFS
+from rock.images.store import Images
+from rock.protocol.action import ConnectionList
 from rock.protocol.sandbox import ArchivedFiles, Isolation, SandboxConfig, Usage
 from rock.runtime.base import Handle, Liveness, Prepared, Program, Trait
-from rock.runtime.image.rootfs import RootFS
-from rock.runtime.image.source import Images
-from rock.runtime.initfiles import InitSandboxes
-from rock.runtime.initlink import InitLink
-from rock.runtime.namespace import admission, disk, keeping, limits
-from rock.runtime.namespace.disks import Disks
-from rock.runtime.namespace.diskwatch import DiskWatch
-from rock.runtime.namespace.factory import Factory, Kept
-from rock.runtime.namespace.handles import RUNTIME, Handles
-from rock.runtime.namespace.kind import Kind
-from rock.runtime.namespace.launchlink import LaunchLink
-from rock.runtime.namespace.memorywatch import MemoryWatch
-from rock.runtime.namespace.outlets import Outlets
-from rock.runtime.namespace.pool import Pool
-from rock.runtime.namespace.resting import Resting
+from rock.runtime.init.files import InitSandboxes
+from rock.runtime.init.link import InitLink
+from rock.runtime.namespace import admission, retained
+from rock.runtime.namespace.admission import Kind
+from rock.runtime.namespace.egress_sockets import Outlets
+from rock.runtime.namespace.factory import Factory, Kept, Pool
+from rock.runtime.namespace.launcher.link import LaunchLink
+from rock.runtime.namespace.limits import disk_layout, limiter
+from rock.runtime.namespace.limits.disk_watch import Disks, DiskWatch
+from rock.runtime.namespace.limits.limiter import MemoryWatch
+from rock.runtime.namespace.retained import RUNTIME, Handles, Resting
 from rock.runtime.namespace.slots import Sandbox, Slots
-from rock.runtime.process import wait_gone
+from rock.runtime.process.runtime import wait_gone
 
 _POOL = SandboxConfig(image="pool", memory="1g", cpus=1.0)  # limits of what nobody has claimed yet
 
@@ -249,12 +247,13 @@ class NamespaceRuntime(InitSandboxes):
         sandbox = self._slots.live.get(handle.data["slot"])
         kills = self.oom_kills(handle)
         folders = sandbox.folders if sandbox else dict(handle.data["cgroups"])
-        used = await asyncio.to_thread(limits.usage, folders, handle.data["pid"], kills)
+        used = await asyncio.to_thread(limiter.usage, folders, handle.data["pid"], kills)
         if "disk" in handle.data:
             with contextlib.suppress(errors.RockError):
                 used.disk_bytes = (await self.space(handle)).used
         else:
-            used.disk_bytes = await asyncio.to_thread(disk.written, f"{self._run_dir}/{handle.data['slot']}/upper")
+            upper = f"{self._run_dir}/{handle.data['slot']}/upper"
+            used.disk_bytes = await asyncio.to_thread(disk_layout.written, upper)
         return used
 
     def oom_kills(self, handle: Handle) -> int:
@@ -280,8 +279,8 @@ class NamespaceRuntime(InitSandboxes):
 
     async def wake(self, handle: Handle, config: SandboxConfig) -> Handle:
         self._refuse(config)
-        rootfs, slot = keeping.noted(handle.data["rootfs"]), handle.data["slot"]
-        keeping.refuse_unusable(self._run_dir / slot, handle.id)
+        rootfs, slot = retained.noted(handle.data["rootfs"]), handle.data["slot"]
+        retained.refuse_unusable(self._run_dir / slot, handle.id)
         kept = Kept(slot, partial(self._resting.put_back, handle))
         sandbox = await self._made(handle.id, Kind.of(rootfs, config), config, kept)
         self._resting.let_go(slot)  # its pid 1 holds the image now

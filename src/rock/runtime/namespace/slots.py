@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import signal
+import socket
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,15 +15,73 @@ from pathlib import Path
 from typing import Any
 
 from rock import errors
-from rock.guest import proctree
-from rock.guest.remove import remove_tree
+from rock.guest.init import process_tree
+from rock.guest.init.remove import remove_tree
 from rock.runtime.base import Handle, Prepared
-from rock.runtime.initlink import InitLink
-from rock.runtime.namespace import cgroups, devices, disk, limits, mounts, records, teardown
-from rock.runtime.namespace.diskwatch import Held
-from rock.runtime.namespace.launchlink import LaunchLink
-from rock.runtime.namespace.outlets import Outlets
-from rock.runtime.process import wait_gone
+from rock.runtime.init.link import InitLink
+from rock.runtime.namespace import records
+from rock.runtime.namespace.egress_sockets import Outlets
+from rock.runtime.namespace.launcher import mounts
+from rock.runtime.namespace.launcher.link import LaunchLink
+from rock.runtime.namespace.limits import cgroups, devices, disk_layout, limiter
+from rock.runtime.namespace.limits.disk_watch import Held
+from rock.runtime.process.runtime import wait_gone
+
+# ---- teardown ----
+#
+# Ending a sandbox from outside: kill its pid 1, remove its cgroups and its folder.
+#
+# Safe on half-made and on dead ones.
+
+def kill_init(pid: int, start: int) -> None:
+    """SIGKILL to a pid 1, and with it to its whole pid namespace; never to another process that got its number."""
+    entry = process_tree.read(pid)
+    if entry is not None and entry.start == start:
+        process_tree.send(entry, signal.SIGKILL)
+
+
+def find_init(folder: Path) -> tuple[int, int] | None:
+    """Pid and start time of a pid 1 that listens in a run folder without a record: the kernel tells who listens."""
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as sock:
+                sock.connect(f"/proc/self/fd/{fd}/s")
+                pid = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+                entry = process_tree.read(pid)
+                return (pid, entry.start) if entry is not None else None
+        finally:
+            os.close(fd)
+    return None
+
+
+def remove_remains(folder: Path, groups: list[str]) -> None:
+    """Remove what is left when pid 1 is gone. Blocking. Raises Unavailable when something stays."""
+    left = cgroups.remove(groups)
+    try:
+        if not mounts.remove_folder(str(folder)):
+            remove_tree(str(folder))
+    except OSError as error:
+        raise errors.Unavailable(f"the files of a destroyed sandbox could not be removed: {error}",
+                                 hint=f"look at {folder}; the next sweep tries again") from None
+    if left:
+        raise errors.Unavailable(f"cgroups of a destroyed sandbox could not be removed: {', '.join(left)}",
+                                 hint="the next sweep tries again")
+
+
+def leftover_groups(groups: cgroups.Cgroups) -> set[str]:
+    """Slots that have a cgroup under our parents."""
+    found: set[str] = set()
+    for place in groups.places.values():
+        try:
+            found.update(name for name in os.listdir(place.parent) if name.startswith(records.SLOT_PREFIX))
+        except OSError:
+            continue
+    return found
+
+
+# ---- slots ----
+#
 
 
 def _cpu_of(folders: Mapping[str, str]) -> str:
@@ -77,14 +138,14 @@ class Slots:
         await self.remove_spares()
         (self.run_dir / records.SPARE).mkdir(mode=0o700)
         for folder in (self.run_dir, self.run_dir / records.SPARE):
-            disk.spread(str(folder))
+            disk_layout.spread(str(folder))
         mounts.make_base(str(self.run_dir / records.BASE))
         self.ranges = records.UidRanges(self.run_dir)
         for slot in records.slots(self.run_dir):
             base = records.read(self.run_dir, slot).get("base")
             if isinstance(base, int):
                 self.ranges.reserve(base, slot)
-        self.limiter = limits.Limiter(await asyncio.to_thread(cgroups.discover, str(self.run_dir)))
+        self.limiter = limiter.Limiter(await asyncio.to_thread(cgroups.discover, str(self.run_dir)))
         for parent in {place.parent for place in self.limiter.groups.places.values() if place.version == 2}:
             with contextlib.suppress(OSError):
                 devices.limit_folder(parent)
@@ -114,7 +175,7 @@ class Slots:
         sandbox = self.live.get(slot)
         if sandbox is None:
             data = handle.data
-            if "pid" not in data or not proctree.lives(data["pid"], data["start"]):  # one at rest has none
+            if "pid" not in data or not process_tree.lives(data["pid"], data["start"]):  # one at rest has none
                 raise errors.Lost("the sandbox is gone", sandbox_id=handle.id)
             sandbox = Sandbox(slot, data["pid"], data["start"], data["base"], dict(data["cgroups"]),
                               memory=int(data["memory"]), disk=int(data.get("disk_limit", 0)))
@@ -142,7 +203,7 @@ class Slots:
 
     def _end_full(self, sandbox: Sandbox, size: int) -> None:
         sandbox.over = size
-        teardown.kill(sandbox.pid, sandbox.start)
+        kill_init(sandbox.pid, sandbox.start)
 
     def is_full(self, handle: Handle) -> bool:
         """Whether it was ended for what its files took."""
@@ -160,7 +221,7 @@ class Slots:
             await self.link(handle).request("stop", {"grace": grace}, patience=grace + 5)
             async with asyncio.timeout(grace + 2):
                 await wait_gone(pid, start)
-        teardown.kill(pid, start)
+        kill_init(pid, start)
         await wait_gone(pid, start)
         self.forget(slot)
 
@@ -183,16 +244,16 @@ class Slots:
         """Remove all of a sandbox, made in whole or in part. Idempotent."""
         self.forget(slot)
         if pid is None or start is None:
-            pid, start = teardown.find(self.run_dir / slot) or (None, None)
+            pid, start = find_init(self.run_dir / slot) or (None, None)
         clean = False
         if pid is not None and start is not None:
             with contextlib.suppress(errors.RockError):
                 clean = await self._retire(slot, pid, start, folders)
             if not clean:
-                teardown.kill(pid, start)
+                kill_init(pid, start)
                 await wait_gone(pid, start)
         if not clean:
-            await asyncio.to_thread(teardown.remove, self.run_dir / slot, list(folders.values()))
+            await asyncio.to_thread(remove_remains, self.run_dir / slot, list(folders.values()))
         if base is not None:
             self.ranges.give_back(base, slot)
 
@@ -212,7 +273,7 @@ class Slots:
     async def sweep(self, known: Sequence[str]) -> list[str]:
         """Remove what belongs to no sandbox of these ids: the ids, or slots, that were removed."""
         keep, gone = set(known), []
-        groups = await asyncio.to_thread(teardown.leftover_groups, self.limiter.groups)
+        groups = await asyncio.to_thread(leftover_groups, self.limiter.groups)
         for slot in sorted({*records.slots(self.run_dir), *groups}):
             record = records.read(self.run_dir, slot)
             id = str(record.get("id", ""))

@@ -1,5 +1,5 @@
 """`make`, under ROCK's path."""
 
-from rock.envs import make
+from rock.envs.gem import make
 
 __all__ = ["make"]

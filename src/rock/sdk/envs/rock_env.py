@@ -1,5 +1,5 @@
 """`RockEnv`, under ROCK's path."""
 
-from rock.envs import RockEnv
+from rock.envs.gem import RockEnv
 
 __all__ = ["RockEnv"]

@@ -11,8 +11,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rock import errors
-from rock.protocol.action import BashObservation
-from rock.protocol.group import GroupInfo
+from rock.protocol.action import BashObservation, GroupInfo
 from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import BaseConfig, SandboxConfig, SandboxGroupConfig, State
 from rock.sync import primitives

@@ -11,8 +11,13 @@ from functools import partial
 from typing import Any, Self
 
 from rock import errors
-from rock.protocol.action import CloseResponse, IsAliveResponse, SandboxStatusResponse, StateTransitionRecord
-from rock.protocol.network import ConnectionList
+from rock.protocol.action import (
+    CloseResponse,
+    ConnectionList,
+    IsAliveResponse,
+    SandboxStatusResponse,
+    StateTransitionRecord,
+)
 from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import Cause, CommitPhase, CommitStatus, SandboxConfig, SandboxInfo, State
 from rock.sync import primitives

@@ -1,11 +1,11 @@
 """The dialect of ROCK's own clients (rl-rock), on the port of the native wire.
 
-    /apis/envs/sandbox/v1/...   sandboxes.py commits.py              in the envelope of envelope.py, under HTTP 200
+    /apis/envs/sandbox/v1/...   sandboxes.py sandboxes.py              in the envelope of envelope.py, under HTTP 200
                                 commands.py files.py                 the same
                                 ports.py                             answers of programs, the envelope for errors
     /apis/envs/rocklet/v1/ID/...   rocklet.py                        plain JSON, the wire of a sandbox's rocklet
-    /apis/v1/envs/gem/...       gem.py                               plain JSON, errors as HTTP statuses
-    /env/...  /health           envhub.py                            the same
+    /apis/v1/envs/gem/...       envs/vector.py                               plain JSON, errors as HTTP statuses
+    /env/...  /health           environments.py                            the same
 
 It has no state and decides nothing: the control plane is desk.py, and a call to a sandbox is the native request of
 the same name, through the data plane's application in this process.
@@ -16,19 +16,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from rock.admin.api.rock_v1.commands import Commands
-from rock.admin.api.rock_v1.commits import Commits
-from rock.admin.api.rock_v1.data import DataPlane
-from rock.admin.api.rock_v1.envelope import Row
-from rock.admin.api.rock_v1.envhub import EnvHub
+from rock.admin.api.rock_v1.envelope import DataPlane, Row
+from rock.admin.api.rock_v1.environments import EnvHub, Gem
 from rock.admin.api.rock_v1.files import Files
-from rock.admin.api.rock_v1.gem import Gem
 from rock.admin.api.rock_v1.ports import Ports
 from rock.admin.api.rock_v1.rocklet import Rocklet
-from rock.admin.api.rock_v1.sandboxes import Sandboxes
-from rock.admin.desk import Desks
+from rock.admin.api.rock_v1.sandboxes import Commits, Sandboxes
+from rock.admin.tenants import Desks
 from rock.envhub.catalogue import Catalogue
+from rock.http.asgi import Answer, App, Receive, Router, Scope, Send, answer
 from rock.protocol.route import Route
-from rock.wire.asgi import Answer, App, Receive, Router, Scope, Send, answer
 
 SANDBOXES, GEM, ROCKLET = "/apis/envs/sandbox/v1", "/apis/v1/envs/gem", "/apis/envs/rocklet/v1"
 _METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH")

@@ -10,12 +10,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from rock.admin.api.rock_v1.data import DataPlane
-from rock.admin.api.rock_v1.envelope import AboutSandbox, Failed, Row, body_of, enveloped
+from rock.admin.api.rock_v1.envelope import AboutSandbox, DataPlane, Failed, Row, body_of, enveloped
 from rock.errors import Conflict, InvalidConfig, NotFound, RockError, Unsupported
+from rock.http.asgi import Request
 from rock.protocol.action import BACKGROUND_PID, SESSION_PATTERN, Check
 from rock.protocol.keys import Access
-from rock.wire.asgi import Request
 
 _SESSION = re.compile(SESSION_PATTERN)
 _PROMPT = "SHELLPS1PREFIX"  # what ROCK's server says of its prompt in every observation

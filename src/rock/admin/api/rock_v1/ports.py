@@ -12,15 +12,14 @@ from collections.abc import MutableMapping
 from typing import Any
 from urllib.parse import unquote
 
-from rock.admin.api.rock_v1.data import is_id, not_started, raised
-from rock.admin.api.rock_v1.envelope import Failed, failed
+from rock.admin.api.rock_v1.envelope import Failed, failed, is_id, not_started, raised
 from rock.errors import Unavailable
+from rock.http.asgi import App, Receive, Request, Scope, Send, answer
 from rock.protocol.routes import ERROR_CODE, ROUTES
-from rock.wire.asgi import App, Receive, Request, Scope, Send, answer
 
 _PATH = re.compile(r"^(/apis/envs/sandbox/v1/sandboxes/([^/]+)/(proxy|vnc|portforward))(?:/(.*))?$", re.S)
 _IN_PATH = re.compile(r"^port/([0-9]+)(?:/(.*))?$", re.S)
-_PREFIX = "rock.prefix"  # see rocklet/port_headers.py
+_PREFIX = "rock.prefix"  # see rocklet/ports.py
 _DEFAULT, _VNC = "8080", "8006"
 _REASON = 120  # bytes; WebSockets have room for 123
 

@@ -10,14 +10,13 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from rock.admin.api.rock_v1.commands import Commands
-from rock.admin.api.rock_v1.data import DataPlane
-from rock.admin.api.rock_v1.envelope import Asked, Failed, Malformed, Name, Row, body_of
+from rock.admin.api.rock_v1.envelope import Asked, DataPlane, Failed, Malformed, Name, Row, body_of
 from rock.admin.api.rock_v1.files import Files
 from rock.admin.api.rock_v1.sandboxes import Sandboxes
 from rock.errors import CommandTimeout, NotFound, PortTimeout, RockError
+from rock.http.asgi import Answer, Handler, Request, answer
+from rock.protocol.env import NAMED
 from rock.protocol.keys import Access
-from rock.protocol.training import NAMED
-from rock.wire.asgi import Answer, Handler, Request, answer
 
 _EXCEPTIONS = "rock.rocklet.exceptions."
 _FAILED, _LATE, _WRONG = 511, 504, 422

@@ -1,0 +1,141 @@
+"""What a server tells of itself. Bare rows, as probes and clients ask for them before anything else."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Sequence
+
+import orjson
+
+from rock import __version__
+from rock.admin.tenants import Desks
+from rock.admin.workers.registry import Fleet
+from rock.errors import ClientError, NotFound, RockError
+from rock.http.asgi import Answer, App, Receive, Request, Router, Scope, Send, answer, answer_model, failure, fit
+from rock.protocol.keys import Access, caller_of
+from rock.protocol.node import Beat, JoinWorker, ServerInfo
+from rock.protocol.routes import ROUTES
+from rock.settings import Settings
+
+NAMES = ("server_info", "health")
+
+
+class About:
+    """Handlers by route name. roles: what the process serves."""
+
+    def __init__(self, desks: Desks, fleet: Fleet, settings: Settings, roles: Sequence[str]) -> None:
+        self._desks = desks
+        self._fleet = fleet
+        self._home = str(settings.home)
+        self._roles = list(roles)
+        self._started_at = time.time()
+
+    def add_to(self, router: Router) -> None:
+        for name in NAMES:
+            router.add(ROUTES[name], getattr(self, name))
+
+    async def server_info(self, request: Request) -> Answer:
+        """Version, isolation and capacity."""
+        found = [info.status for info in await self._fleet.infos() if info.status is not None and not info.is_lost]
+        owner = Access.ADMIN in caller_of(request.scope).scopes
+        seen = found if owner else [status.model_copy(update={"images": []}) for status in found]  # others' names
+        return answer_model(
+            ServerInfo(
+                version=__version__,
+                home=self._home,
+                roles=self._roles,
+                workers=seen,
+                sandboxes=await self._desks(request.scope).count(),
+                started_at=self._started_at,
+                pid=os.getpid(),
+            )
+        )
+
+    async def health(self, _: Request) -> Answer:
+        """Answers while the server serves."""
+        return answer({"status": "ok", "version": __version__})
+
+
+# ---- beats ----
+#
+# The rows by which workers join and send heartbeats. Bare: a lease must not wait for an import or a framework.
+
+WORKER_NAMES = ("join_worker", "beat_worker")
+
+
+class Beats:
+    """Handlers by route name."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+
+    def add_to(self, router: Router) -> None:
+        for name in WORKER_NAMES:
+            router.add(ROUTES[name], getattr(self, name))
+
+    async def join_worker(self, request: Request) -> Answer:
+        """A rocklet joins, or comes back."""
+        return answer_model(await self._fleet.join(await request.model(JoinWorker)))
+
+    async def beat_worker(self, request: Request) -> Answer:
+        """Its heartbeat; a Conflict says that its epoch is over."""
+        return answer_model(await self._fleet.beat(request.path["worker"], await request.model(Beat)))
+
+
+# ---- late ----
+#
+# An application that is made when it is first asked for, and the door in front of it, which does not wait for that.
+
+_PAGES = ("/", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")
+
+
+class Late:
+    """`make` runs in a thread, at the first request: what it imports takes as long as all the rest of a start."""
+
+    def __init__(self, make: Callable[[], App]) -> None:
+        self._make = make
+        self._lock = asyncio.Lock()
+        self._app: App | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._app is None:
+            async with self._lock:
+                if self._app is None:
+                    self._app = await asyncio.to_thread(self._make)
+        await self._app(scope, receive, send)
+
+
+def guarded(app: App) -> App:
+    """`app` for callers whose keys are for its rows. A path without a row is there for the server's owner alone."""
+    control = (route for route in ROUTES.values() if route.plane == "control")
+    rows = [(route.method, tuple(route.path.split("/")), route.access) for route in control]
+
+    def found(path: str) -> dict[str, Access]:
+        """What each method of a path is for; of two rows that fit, what the first is for."""
+        given = path.split("/")
+        return {kind: needed for kind, parts, needed in reversed(rows) if fit(parts, given) is not None}
+
+    async def guard(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            method, path = scope["method"], scope["path"]
+            caller, kinds = caller_of(scope), found(path)
+            needed = kinds.get("GET" if method == "HEAD" else method)
+            if path in _PAGES:
+                needed = Access.OPEN if path == "/" else Access.READ
+            try:
+                if needed is None and Access.ADMIN not in caller.scopes:
+                    raise NotFound(f"no such route: {method} {path}")
+                caller.require(needed or Access.ADMIN)
+            except RockError as error:
+                await failure(error).send(send)
+                return
+            if kinds and method not in kinds:
+                refused = ClientError(f"{method} {path}: Method Not Allowed")
+                headers = [(b"allow", ", ".join(sorted(kinds)).encode())]
+                await Answer(orjson.dumps(refused.to_wire()), 405, headers=headers).send(send)
+                return
+        await app(scope, receive, send)
+
+    return guard

@@ -1,0 +1,151 @@
+"""Images made of sandboxes: one at a time of each, in the background; how far it is stands in the sandbox's record.
+
+What a crash of this process leaves running is over, and its record says so when somebody looks (`PROCESS_LOST`): the
+worker keeps nothing half-made. The login lives in the task alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+from rock.errors import (
+    Conflict,
+    InternalServerRockError,
+    Lost,
+    NotFound,
+    NotHere,
+    RockError,
+    ServerError,
+    Unavailable,
+)
+from rock.protocol.node import NodeCommit
+from rock.protocol.sandbox import CommitError, CommitPhase, CommitRequest, CommitStatus, State
+from rock.store.base import Record
+
+if TYPE_CHECKING:
+    from rock.admin.sandboxes.service import Service
+
+log = logging.getLogger("rock.admin")
+
+_ANOTHERS = 3600.0  # seconds after which an image that another admin makes is taken for given up
+_BY_STAGE = {"login": CommitError.LOGIN_FAILED, "commit": CommitError.COMMIT_FAILED, "push": CommitError.PUSH_FAILED}
+
+
+class Commits:
+    """limit: most bytes of files that one sandbox may have written."""
+
+    def __init__(self, service: Service, limit: int) -> None:
+        self._service = service
+        self._limit = limit
+        self._running: dict[str, CommitStatus] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def close(self) -> None:
+        """Break off what is under way."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def commit(
+        self, sandbox_id: str, wish: CommitRequest, wait: float = 0.0, tenant: str = ""
+    ) -> CommitStatus:
+        """Begin one, and wait up to `wait` seconds for its end. The same tag again is that one, while it is under way.
+        tenant: who asks, and may not replace an image of others; "" is the server's owner.
+
+        Conflict while there is one of another name, and when there are no files to make it of.
+        """
+        record = await self._service.load(sandbox_id)
+        running = self._running.get(sandbox_id)
+        if running is None:
+            _refuse_without_files(record)
+            await self._begin(record, wish, tenant)
+        elif running.image_tag != wish.image_tag:
+            raise Conflict(f"sandbox {sandbox_id} is being committed to {running.image_tag}", sandbox_id=sandbox_id,
+                           hint="wait until that is done")  # fmt: skip
+        return await self.status(sandbox_id, wait)
+
+    async def _begin(self, record: Record, wish: CommitRequest, tenant: str) -> None:
+        status = CommitStatus(sandbox_id=record.id, image_tag=wish.image_tag, push=wish.push, started_at=time.time(),
+                              phase=CommitPhase.RUNNING)  # fmt: skip
+        self._running[record.id] = status  # from here on it is the only one
+        try:
+            await self._service.amend(record.id, commit=status)
+        except BaseException:
+            del self._running[record.id]
+            raise
+        task = asyncio.create_task(self._commit(record, wish, status, tenant), name=f"commit-{record.id}")
+        self._tasks[record.id] = task
+        task.add_done_callback(lambda done: self._done(record.id, done))
+
+    def _done(self, sandbox_id: str, task: asyncio.Task[None]) -> None:
+        del self._tasks[sandbox_id], self._running[sandbox_id]
+        if not task.cancelled() and task.exception() is not None:
+            log.error("commit of %s: %r", sandbox_id, task.exception())
+
+    async def _commit(self, record: Record, wish: CommitRequest, status: CommitStatus, tenant: str) -> None:
+        try:
+            worker = self._service.workers.get(record.info.worker or "")
+            if worker is None:
+                raise ServerError(f"worker {record.info.worker} is not known here")
+            made = await worker.commit(record.id, NodeCommit(**wish.model_dump(), limit=self._limit, tenant=tenant))
+            fields: dict[str, Any] = {
+                "phase": CommitPhase.SUCCEEDED, "image_digest": made.digest, "pushed_digest": made.pushed}  # fmt: skip
+        except Exception as raised:
+            log.warning("commit of %s to %s: %r", record.id, wish.image_tag, raised)
+            error = raised if isinstance(raised, RockError) else InternalServerRockError(
+                f"{type(raised).__name__}: {raised}")  # fmt: skip
+            error.sandbox_id = record.id
+            stage = error.details.get("stage")
+            fields = {"phase": CommitPhase.FAILED, "failed_stage": stage or "dispatch", "error": error.to_wire(),
+                      "error_code": _code(error, stage, worker is not None)}  # fmt: skip
+        ended = status.model_copy(update={**fields, "completed_at": time.time()})
+        try:
+            await self._service.amend(record.id, commit=ended)
+        except NotFound:
+            log.info("sandbox %s was deleted while it was committed", record.id)
+
+    async def status(self, sandbox_id: str, wait: float = 0.0) -> CommitStatus:
+        """How far the last one is, after at most `wait` seconds if it is under way. NotFound when there was none."""
+        task = self._tasks.get(sandbox_id)
+        if task is not None and wait > 0:
+            await asyncio.wait({task}, timeout=wait)
+        record = await self.settle(await self._service.load(sandbox_id))
+        if record.info.commit is None:
+            raise NotFound(f"no image was made of sandbox {sandbox_id}", sandbox_id=sandbox_id,
+                           details={"commit": CommitError.STATUS_NOT_FOUND})  # fmt: skip
+        return record.info.commit
+
+    async def settle(self, record: Record) -> Record:
+        """The record without a commit that a former process has not ended."""
+        found = record.info.commit
+        if found is None or found.phase is not CommitPhase.RUNNING or record.id in self._running:
+            return record
+        if self._service.store.shared and time.time() - found.started_at < _ANOTHERS:
+            return record  # another admin's, maybe
+        error = ServerError(f"the server ended while it made {found.image_tag}", sandbox_id=record.id,
+                            hint="commit again")  # fmt: skip
+        fields = {"phase": CommitPhase.FAILED, "completed_at": time.time(), "error": error.to_wire(),
+                  "error_code": CommitError.PROCESS_LOST}  # fmt: skip
+        return await self._service.amend(record.id, commit=found.model_copy(update=fields))
+
+
+def _refuse_without_files(record: Record) -> None:
+    if record.state is State.RUNNING or (record.state is State.STOPPED and record.info.kept):
+        return
+    hint = {State.ARCHIVED: "restart it first", State.PENDING: "wait until it runs"}.get(record.state)
+    raise Conflict(f"sandbox {record.id} is {record.state.value}: it has no files here to make an image of",
+                   sandbox_id=record.id, hint=hint)  # fmt: skip
+
+
+def _code(error: RockError, stage: str | None, known: bool) -> CommitError:
+    if not known:
+        return CommitError.WORKER_NOT_FOUND
+    if isinstance(error, (NotHere, Lost)):
+        return CommitError.SANDBOX_CONTAINER_NOT_FOUND
+    if stage in _BY_STAGE:
+        return _BY_STAGE[stage]
+    return CommitError.WORKER_UNREACHABLE if isinstance(error, Unavailable) else CommitError.DISPATCH_FAILED

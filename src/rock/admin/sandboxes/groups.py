@@ -1,0 +1,235 @@
+"""Groups: many equal sandboxes in one request, all of them or as many as there is room for.
+
+    place all ─► one transaction ─► launch each ─► all run
+                                        └ one fails, and it is a gang ─► the others are stopped
+
+A group is nothing but its sandboxes: each record says which group it is of. So a crash at any point leaves what the
+reconciler finishes: pending ones are launched, and of a gang whose start failed the rest is stopped (`settle`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rock.admin.sandboxes import lifecycle
+from rock.errors import Conflict, InvalidConfig, NotFound, RockError, from_wire
+from rock.protocol.action import GroupInfo, GroupRequest
+from rock.protocol.keys import Caller
+from rock.protocol.sandbox import Cause, SandboxConfig, State
+from rock.store.base import Record, member
+
+if TYPE_CHECKING:
+    from rock.admin.sandboxes.service import Service
+    from rock.admin.workers.client import Worker
+
+_STOPPED_AT_ONCE = 64
+_CHECKED_AT_ONCE = 64
+_LONGEST_ID = 128
+_ELSEWHERE = 0.2  # seconds from one look at what another server starts to the next
+_BEGUN = (State.PENDING, State.RUNNING)
+
+
+class Groups:
+    """What the service can do with groups."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._undoing: dict[str, asyncio.Task[None]] = {}
+
+    async def close(self) -> None:
+        for task in self._undoing.values():
+            task.cancel()
+        await asyncio.gather(*self._undoing.values(), return_exceptions=True)
+
+    # ---- create ----
+
+    async def create(self, wish: GroupRequest, key: str | None, wait: float, caller: Caller) -> GroupInfo:
+        """Make a group, or, for a key that was seen from this tenant, answer with the one that was made.
+
+        Waits up to `wait` seconds for the starts. A gang that cannot start meanwhile raises why, when nothing of it is
+        left; by best effort the answer says what was not made.
+        """
+        first = await self._service.store.by_key(key, caller.owner) if key else None
+        if first is not None:
+            records = await self._fresh([_of_group(first)])
+        else:
+            records = await self._insert(wish, key, wait, caller)
+        records, error = await self._started(records, wait)
+        if error is not None and wish.mode == "gang":
+            raise from_wire(error)
+        return _info(records, wish.size - len(records), error)
+
+    async def _insert(self, wish: GroupRequest, key: str | None, wait: float, caller: Caller) -> Sequence[Record]:
+        service, whole = self._service, wish.mode == "gang"
+        group_id = wish.config.sandbox_id or uuid.uuid4().hex
+        config = wish.config.model_copy(update={"sandbox_id": None})
+        service.archive.check(config)
+        ids = [member(group_id, number) for number in range(wish.size)]
+        if len(ids[-1]) > _LONGEST_ID:
+            raise InvalidConfig(f"sandbox_id {group_id[:20]}...: it is too long for the names of {wish.size} sandboxes")
+        workers: list[Worker | None] = [None] * wish.size
+        if service.placing.reservations is not None:
+            await service.placing.check(config)
+        else:
+            workers = list(await service.placing.place_group(ids, config, wish.placement, whole))
+        started: set[str] = set()
+        try:
+            await self._check(config, workers)
+            async with service.launches.pace.group(caller.owner, wait):
+                records = self._records(wish, group_id, config, ids, workers, key, caller)
+                made = await service.store.insert_group(records, caller.quota, whole)
+                _of_group(made[0])
+                for record in made:
+                    if record.state is State.PENDING:
+                        service.launches.begin(record)
+                        started.add(record.id)
+            return made
+        finally:
+            for sandbox_id in ids:
+                if sandbox_id not in started:
+                    service.placing.landed(sandbox_id)
+
+    def _records(
+        self, wish: GroupRequest, group_id: str, config: SandboxConfig, ids: Sequence[str],
+        workers: Sequence[Worker | None], key: str | None, caller: Caller,
+    ) -> list[Record]:  # fmt: skip
+        """Of as many of them as have a worker; the first bears the key."""
+        placing, now, records = self._service.placing, time.time(), list[Record]()
+        for number, (sandbox_id, worker) in enumerate(zip(ids, workers, strict=False)):
+            name = worker.name if worker is not None else None
+            status = placing.status(name) if name is not None else None
+            info = lifecycle.new_info(sandbox_id, config, name, status, caller.owner)
+            info.__dict__.update(group=group_id, gang=wish.mode == "gang", created_at=now)
+            records.append(Record(info, config, key if number == 0 else None))
+        return records
+
+    async def _check(self, config: SandboxConfig, workers: Sequence[Worker | None]) -> None:
+        """Raise what a create would raise at once, on any of the workers."""
+        gate = asyncio.Semaphore(_CHECKED_AT_ONCE)
+
+        async def one(worker: Worker) -> None:
+            async with gate:
+                await worker.check(config)
+
+        each = {worker.name: worker for worker in workers if worker is not None}
+        await asyncio.gather(*(one(worker) for worker in each.values()))
+
+    async def _started(
+        self, records: Sequence[Record], wait: float
+    ) -> tuple[Sequence[Record], dict[str, Any] | None]:  # fmt: skip
+        """Wait for the starts, up to `wait` seconds: what became of them, and the error of the first that failed, once
+        a gang is undone."""
+        if wait > 0:
+            try:
+                async with asyncio.timeout(wait):
+                    while any(record.state is State.PENDING for record in records):
+                        records = await self._ended(records)
+                    undoing = self._undoing.get(records[0].info.group or "")
+                    if undoing is not None:
+                        await asyncio.shield(undoing)
+                        records = await self._fresh(records)
+            except TimeoutError:
+                records = await self._fresh(records)
+        failed = (record for record in records if record.info.cause is Cause.START_FAILED)
+        return records, next((record.info.error for record in failed if record.info.error is not None), None)
+
+    async def _ended(self, records: Sequence[Record]) -> Sequence[Record]:
+        """What their starts have come to, each as it was saved then: a group is not read again for that."""
+        launches = {record.id: launch for record in records if (launch := self._service.launches.of(record.id))}
+        if not launches:  # they are started elsewhere
+            await asyncio.sleep(_ELSEWHERE)
+            return await self._fresh(records)
+        await asyncio.wait(launches.values())
+        if any(launch.cancelled() or launch.exception() is not None for launch in launches.values()):
+            return await self._fresh(records)
+        return [launches[record.id].result() if record.id in launches else record for record in records]
+
+    async def _fresh(self, records: Sequence[Record]) -> Sequence[Record]:
+        first = records[0]
+        return await self._service.store.group(first.info.group or "", first.tenant)
+
+    # ---- a gang whose start failed ----
+
+    def launch_failed(self, record: Record) -> None:
+        """One of a gang did not start: the others end. A start again, over kept files, is its own affair."""
+        group_id = record.info.group
+        if not record.info.gang or group_id is None or record.info.error is None:
+            return  # without an error it was stopped while it started
+        if _ran(record) or group_id in self._undoing:
+            return
+        task = asyncio.create_task(self._undo(record), name=f"undo-{group_id}")
+        self._undoing[group_id] = task
+        task.add_done_callback(lambda _: self._undoing.pop(group_id, None))
+
+    async def _undo(self, failed: Record) -> None:
+        reason = f"sandbox {failed.id} of its group could not start: {failed.info.reason}"
+        gate = asyncio.Semaphore(_STOPPED_AT_ONCE)
+
+        async def stop(sandbox_id: str) -> None:
+            async with gate:
+                with contextlib.suppress(RockError):  # one whose stop failed is come back to: Service.stop says so
+                    await self._service.stop(sandbox_id, Cause.START_FAILED, reason)
+
+        members = await self._service.store.group(failed.info.group or "", failed.tenant)
+        await asyncio.gather(*(stop(one.id) for one in members if one.state in _BEGUN))
+
+    async def settle(self, groups: set[tuple[str, str]]) -> None:
+        """After a crash: gangs, by tenant and id, of which something is left although one could not start."""
+        for tenant, group_id in groups:
+            members = await self._service.store.group(group_id, tenant)
+            for record in members:
+                if record.info.cause is Cause.START_FAILED and record.info.error is not None:
+                    self.launch_failed(record)
+                    break
+
+    # ---- look and stop ----
+
+    async def get(self, group_id: str, tenant: str | None, wait: float) -> GroupInfo:
+        """A group as it is, after up to `wait` seconds while it starts. NotFound."""
+        records = await self._members(group_id, tenant)
+        if wait > 0 and any(record.state is State.PENDING for record in records):
+            await self._started(records, wait)
+            records = await self._members(group_id, tenant)
+        return _info(records)
+
+    async def stop(self, group_id: str, tenant: str | None) -> GroupInfo:
+        """Stop all of it; those that are stopped stay as they are. NotFound. The first error is raised at the end."""
+        gate = asyncio.Semaphore(_STOPPED_AT_ONCE)
+
+        async def stop(record: Record) -> None:
+            async with gate:
+                with contextlib.suppress(NotFound):  # deleted meanwhile
+                    await self._service.stop(record.id)
+
+        records = await self._members(group_id, tenant)
+        outcomes = await asyncio.gather(*(stop(record) for record in records), return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+        return _info(await self._members(group_id, tenant))
+
+    async def _members(self, group_id: str, tenant: str | None) -> Sequence[Record]:
+        records = await self._service.store.group(group_id, tenant)
+        if not records:
+            raise NotFound(f"Group {group_id} not found")
+        return records
+
+
+def _of_group(record: Record) -> Record:
+    if record.info.group is None:
+        raise Conflict("this idempotency key made a sandbox that is of no group", sandbox_id=record.id)
+    return record
+
+
+def _ran(record: Record) -> bool:
+    return any(step.to_state is State.RUNNING for step in record.info.state_history)
+
+
+def _info(records: Sequence[Record], missing: int = 0, error: dict[str, Any] | None = None) -> GroupInfo:
+    infos_of = [record.info.model_copy(update={"state_history": []}) for record in records]
+    return GroupInfo(group_id=records[0].info.group or "", sandboxes=infos_of, missing=max(0, missing), error=error)

@@ -1,0 +1,332 @@
+"""What can be done with a sandbox that was stopped: restart it, delete it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import time
+from collections.abc import AsyncGenerator
+from typing import TYPE_CHECKING, Any
+
+from rock import faults
+from rock.admin.sandboxes import lifecycle
+from rock.admin.sandboxes.lifecycle import Event
+from rock.admin.workers.client import Worker
+from rock.errors import (
+    Conflict,
+    InternalServerRockError,
+    Lost,
+    NotFound,
+    RockError,
+    ServerError,
+    Unavailable,
+    Unsupported,
+    from_wire,
+)
+from rock.protocol.keys import Quota
+from rock.protocol.node import NodeSandbox
+from rock.protocol.sandbox import ArchivedFiles, Phase, SandboxConfig, SandboxInfo, State
+from rock.store.base import Record
+from rock.store.blobs import Blobs
+
+if TYPE_CHECKING:
+    from rock.admin.sandboxes.service import Service
+
+_NOT_KEPT = "set auto_delete_seconds or auto_archive_seconds, and the files of the next one are kept"
+
+
+class Kept:
+    """Stopped sandboxes and their files."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    # ---- restart ----
+
+    async def restart(
+        self, sandbox_id: str, key: str | None = None, wait: float = 0.0, quota: Quota | None = None
+    ) -> SandboxInfo:
+        """Start it again over its files: the same id, no sessions. For a key that was seen, what became of that.
+
+        Waits up to `wait` seconds for the start; one that fails meanwhile raises its reason, and leaves it as it was.
+        Conflict when it is not stopped, or its files are gone. QuotaExceeded.
+        """
+        service = self._service
+        await service.releases.settled(sandbox_id)
+        record = await service.load(sandbox_id)
+        if not _asked_before(record, key):
+            event = Event.RESTORE if record.state is State.ARCHIVED else Event.RESTART
+            record = await service.apply(sandbox_id, event, known=record, key=key, check=_has_files, quota=quota)
+        return await service.launches.waited(record, wait)
+
+    # ---- delete ----
+
+    async def delete(self, sandbox_id: str, force: bool = False) -> SandboxInfo:
+        """Forget a stopped one and its files; with `force` it is stopped first."""
+        service = self._service
+        if force:
+            await service.stop(sandbox_id)
+        record = await self._deleted(sandbox_id)
+        await faults.point("delete.files_gone")
+        await service.store.delete(sandbox_id)
+        return record.info
+
+    async def expire(self, sandbox_id: str) -> None:
+        """Delete one whose time is over; its tombstone stays."""
+        await self._deleted(sandbox_id)
+
+    async def _deleted(self, sandbox_id: str) -> Record:
+        await self._service.releases.settled(sandbox_id)
+        return await self.finish_delete(await self._service.apply(sandbox_id, Event.DELETE))
+
+    async def finish_delete(self, record: Record) -> Record:
+        """Remove the files of one that is deleted, wherever they are."""
+        service = self._service
+        await faults.point("delete.saved")
+        worker = await service.there(record.info.worker)
+        if record.info.kept and worker is not None:
+            await worker.destroy(record.id)
+        if any(step.event == Event.ARCHIVE for step in record.info.state_history):
+            await service.archive.forget(record.id)
+        if record.info.kept or record.info.archive:
+            return await service.amend(record.id, kept=False, archive=None)
+        return record
+
+    # ---- when a worker does not have them ----
+
+    async def lost(self, record: Record) -> None:
+        """Its worker does not have the files: its tombstone says so."""
+        await self._service.amend(record.id, **lifecycle.files_lost(record))
+
+
+def _asked_before(record: Record, key: str | None) -> bool:
+    asked = (step.event for step in record.info.state_history if key is not None and step.key == key)
+    return any(event in (Event.RESTART, Event.RESTORE) for event in asked)
+
+
+def _has_files(record: Record) -> None:
+    """Raise Conflict for a stopped sandbox without files."""
+    if record.state is State.STOPPED and not record.info.kept:
+        why = "its files went with its stop" if not record.config.keeps_files else "its files are gone"
+        raise Conflict(f"sandbox {record.id}: {why}", sandbox_id=record.id, hint=_NOT_KEPT)
+
+
+# ---- archiving ----
+#
+# Archive and restore: the files of a stopped sandbox go from its worker to the archive, and to any worker back.
+
+log = logging.getLogger("rock.admin")
+
+
+class Archive:
+    """The files of stopped sandboxes in `blobs`, one archive each, under its id. limit: most bytes of files in one."""
+
+    def __init__(self, service: Service, blobs: Blobs | None, limit: int) -> None:
+        self._service = service
+        self._blobs = blobs
+        self._limit = limit
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    async def close(self) -> None:
+        """Break off what is under way; the next start does it again."""
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        if self._blobs is not None:
+            await self._blobs.close()
+
+    def _there(self) -> Blobs:
+        if self._blobs is None:
+            raise Unsupported("the archive feature is disabled on this server", hint="set ROCK_ARCHIVE on the server")
+        return self._blobs
+
+    def check(self, config: SandboxConfig) -> None:
+        """Unsupported for a sandbox that could never be archived as it wants."""
+        if config.auto_archive_seconds is not None:
+            self._there()
+
+    # ---- archive ----
+
+    async def archive(self, sandbox_id: str, key: str | None = None, wait: float = 0.0) -> SandboxInfo:
+        """Bring its files to the archive, and remove them from its worker. Answers after at most `wait` seconds.
+
+        Asked again, it is that archive. A failure within that time is raised, and leaves the sandbox stopped. Conflict
+        when it runs, or its files are gone.
+        """
+        self._there()
+        await self._service.releases.settled(sandbox_id)
+        record = await self._service.apply(sandbox_id, Event.ARCHIVE, key=key, check=_archiving_has_files, error=None)
+        task = self._tasks.get(sandbox_id)
+        if task is not None and wait > 0:
+            await asyncio.wait({task}, timeout=wait)
+            record = await self._service.load(sandbox_id)
+            if record.state is State.STOPPED and record.info.error:
+                raise from_wire(record.info.error)
+        return record.info
+
+    def begin(self, record: Record) -> None:
+        """Do it in the background, once."""
+        if record.id not in self._tasks:
+            task = asyncio.create_task(self._archive(record), name=f"archive-{record.id}")
+            self._tasks[record.id] = task
+            task.add_done_callback(lambda done: self._done(record.id, done))
+
+    def _done(self, sandbox_id: str, task: asyncio.Task[None]) -> None:
+        self._tasks.pop(sandbox_id, None)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("archive of %s: %r", sandbox_id, task.exception())
+            self._service.unfinished(sandbox_id)
+
+    async def _archive(self, record: Record) -> None:
+        service, began = self._service, time.time()
+        phase = Phase(status="running", message="its files are brought to the archive", started_at=began)
+        record = await service.amend(record.id, phases={**record.info.phases, "archive": phase})
+        try:
+            await faults.point("archive.begun")
+            files = await self._pack(record)
+            await faults.point("archive.packed")
+        except asyncio.CancelledError:
+            raise
+        except Exception as raised:
+            error = raised if isinstance(raised, RockError) else InternalServerRockError(
+                f"{type(raised).__name__}: {raised}")  # fmt: skip
+            log.warning("archive of %s: %r", record.id, raised)
+            error.sandbox_id = record.id
+            phases = _with_phase(record, phase, "failed", error.message)
+            lost = lifecycle.files_lost(record) if isinstance(error, Lost) else {}
+            await service.apply(record.id, Event.ARCHIVE_FAILED, error=error.to_wire(), phases=phases, **lost)
+        else:
+            phases = _with_phase(record, phase, "success", f"{files.size} bytes")
+            await service.apply(record.id, Event.ARCHIVE_DONE, archive=files, phases=phases)
+
+    async def _pack(self, record: Record) -> ArchivedFiles:
+        worker = self._service.workers.get(record.info.worker or "")
+        if worker is None:
+            raise ServerError(f"worker {record.info.worker} is not known here")
+        told: list[ArchivedFiles] = []
+        size, sha = 0, hashlib.sha256()
+
+        async def checked() -> AsyncGenerator[bytes]:
+            nonlocal size
+            async with contextlib.aclosing(worker.pack(record.id, self._limit)) as stream:
+                async for part in stream:
+                    if isinstance(part, ArchivedFiles):
+                        told.append(part)
+                        continue
+                    size += len(part)
+                    await asyncio.to_thread(sha.update, part)
+                    yield part
+            digest = f"sha256:{sha.hexdigest()}"
+            if not told or (told[0].size, told[0].digest) != (size, digest):
+                raise ServerError(f"the files of sandbox {record.id} did not come whole from its worker")
+
+        data = checked()
+        async with contextlib.aclosing(data):
+            await self._there().put(record.id, data)  # which keeps nothing when the last piece raises
+        return told[0]
+
+    # ---- restore ----
+
+    async def restore(self, worker: Worker, record: Record) -> NodeSandbox:
+        """Bring the files of an archived one to a worker, and start it there."""
+        files = record.info.archive
+        assert files is not None
+        async with contextlib.aclosing(self._there().get(record.id)) as data:
+            await worker.unpack(record.id, record.config, files, data)
+        await faults.point("restore.unpacked")
+        return await worker.wake(record.id, record.config)
+
+    async def forget(self, sandbox_id: str) -> None:
+        """Remove what is archived of it, if anything is."""
+        if self._blobs is not None:
+            await self._blobs.delete(sandbox_id)
+
+
+def _with_phase(record: Record, phase: Phase, status: str, message: str) -> dict[str, Any]:
+    ended = phase.model_copy(update={"status": status, "message": message, "completed_at": time.time()})
+    return {**record.info.phases, "archive": ended}
+
+
+def _archiving_has_files(record: Record) -> None:
+    if record.state is State.STOPPED and not record.info.kept:
+        raise Conflict(f"sandbox {record.id} left no files to archive", sandbox_id=record.id,
+                       hint="set auto_archive_seconds or auto_delete_seconds for the next one")  # fmt: skip
+
+
+# ---- releases ----
+#
+# What a sandbox that ended leaves on its worker: ended there too, and its files kept or removed.
+
+
+_RETRY = 5.0  # seconds
+_PUT_AWAY = 10.0  # seconds to wait for the end of a former life
+
+
+class Releases:
+    """In the background, the last one of each sandbox. `service.close` ends them."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def tasks(self) -> list[asyncio.Task[None]]:
+        return list(self._tasks.values())
+
+    async def once(self, record: Record) -> dict[str, Any]:
+        """End what there is of it on its worker, and keep or remove its files: what has to be said when they are lost.
+
+        Whether they are kept was decided by the step that ended it."""
+        worker, lost = await self._service.there(record.info.worker), False
+        try:
+            if worker is not None and not record.info.kept:
+                await worker.destroy(record.id)
+            elif worker is not None:
+                lost = not (await worker.rest(record.id)).kept
+        except Unavailable:
+            if worker is not None and self._service.workers.get(worker.name) is worker:
+                raise
+            # It was lost meanwhile: it stops by itself, or is told when it is back
+        if self._service.placing.reservations is not None:
+            await self._service.placing.reservations.release(record.id)
+        return lifecycle.files_lost(record) if lost else {}
+
+    def begin(self, record: Record) -> None:
+        """Do that in the background, again and again until it is done."""
+        before = self._tasks.get(record.id)
+        task = asyncio.create_task(self._surely(record, before), name=f"release-{record.id}")
+        self._tasks[record.id] = task
+        task.add_done_callback(lambda done: self._ended(record.id, done))
+
+    def _ended(self, sandbox_id: str, task: asyncio.Task[None]) -> None:
+        if self._tasks.get(sandbox_id) is task:
+            del self._tasks[sandbox_id]
+
+    async def _surely(self, record: Record, before: asyncio.Task[None] | None) -> None:
+        if before is not None:
+            await asyncio.wait({before})
+        while True:
+            try:
+                await faults.point("release.begun")
+                gone = await self.once(record)
+                if gone:
+                    await self._service.amend(record.id, **gone)
+                return
+            except NotFound:
+                return
+            except RockError as error:
+                log.warning("release of %s: %s; trying again", record.id, error)
+                await asyncio.sleep(_RETRY)
+
+    async def settled(self, sandbox_id: str) -> None:
+        """Wait until its former life is put away. Unavailable when that takes long."""
+        task = self._tasks.get(sandbox_id)
+        if task is not None:
+            done, _ = await asyncio.wait({task}, timeout=_PUT_AWAY)
+            if not done:
+                raise Unavailable(
+                    f"sandbox {sandbox_id}: what is left of its last run is being put away",
+                    sandbox_id=sandbox_id,
+                    hint="retry",
+                )

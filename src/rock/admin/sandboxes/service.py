@@ -1,0 +1,338 @@
+"""Create, stop, list: load, decide, save if unchanged, command the worker. Starts that are under way are in
+`starts.py`, what an end leaves on a worker in `retention.py`, what comes after a stop in `retention.py`.
+
+Every change of a record goes through `apply`: the pure lifecycle decides, the store saves over the version that was
+read, and only then the effects are carried out. A crash in between is finished by the reconciler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rock import faults
+from rock.admin.sandboxes import lifecycle
+from rock.admin.sandboxes.commits import Commits
+from rock.admin.sandboxes.environment_hosts import EnvHosts
+from rock.admin.sandboxes.groups import Groups
+from rock.admin.sandboxes.lifecycle import Effect, Event, step
+from rock.admin.sandboxes.retention import Archive, Kept, Releases
+from rock.admin.sandboxes.starts import CREATES, ENDS, Launches
+from rock.admin.workers.client import Worker
+from rock.admin.workers.placement import Placing
+from rock.admin.workers.registry import Fleet
+from rock.errors import NotFound, RockError, Unavailable
+from rock.protocol.action import ConnectionList
+from rock.protocol.keys import Caller, Quota
+from rock.protocol.node import NodeStatus, SandboxList
+from rock.protocol.routes import NOTHING_BEGUN, OUTAGE
+from rock.protocol.sandbox import Cause, Phase, SandboxConfig, SandboxInfo, State
+from rock.scheduler.base import Reservations, Scheduler
+from rock.store.base import Query, Record, Store, VersionConflict
+from rock.store.blobs import Blobs
+
+log = logging.getLogger("rock.admin")
+
+_ELSEWHERE = 0.2  # seconds from one look at what another server starts to the next
+_ENDS = (Event.LAUNCH_FAILED, Event.STOP, Event.ENDED, Event.DESTROYED)
+_MOST_RECENT = 10_000
+_MOST_PLACED = 4  # workers that are asked for one sandbox before it is refused
+
+
+class Service:
+    """The control plane over a store, a scheduler and workers. `scheduled` is told of each sandbox that runs."""
+
+    def __init__(
+        self,
+        store: Store,
+        scheduler: Scheduler,
+        workers: Fleet,
+        blobs: Blobs | None = None,
+        archive_limit: int = 64 << 30,
+        reservations: Reservations | None = None,
+    ) -> None:
+        self.store = store
+        self.workers = workers
+        self.placing = Placing(scheduler, workers, reservations)
+        self.launches = Launches(self)
+        self.releases = Releases(self)
+        self.kept = Kept(self)
+        self.archive = Archive(self, blobs, archive_limit)
+        self.commits = Commits(self, archive_limit)
+        self.groups = Groups(self)
+        self.envs = EnvHosts(self)
+        self.on_schedule: list[Any] = []
+        self.on_unfinished: list[Any] = []
+        self._recent: dict[str, Record] = {}  # as they were saved last, by us
+
+    async def close(self) -> None:
+        """Cancel what is under way; its records stay as they are for the next start."""
+        tasks = [*self.launches.tasks(), *self.releases.tasks()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self.launches.pace.close()
+        await self.groups.close()
+        await self.placing.close()
+        await self.archive.close()
+        await self.commits.close()
+
+    # ---- create ----
+
+    async def create(self, config: SandboxConfig, key: str | None, wait: float, caller: Caller) -> SandboxInfo:
+        """Make a sandbox, or, for a key that was seen from this tenant, answer with the one that was made.
+
+        Waits up to `wait` seconds for the start; a start that fails meanwhile raises its reason.
+        """
+        try:
+            record = await self.insert(config, key, caller)
+        except RockError as error:
+            # What was made then may no longer fit now.
+            known = await self.store.by_key(key, caller.owner) if key else None
+            if known is None:
+                CREATES.of("refused", error.code).add()
+                raise
+            record = known
+            if record.state is State.PENDING:  # it may have been saved just now, by a store that then failed
+                self.launches.begin(record)
+        info = await self.launches.waited(record, wait)
+        return await self._how_far(info) if wait > 0 and info.state is State.PENDING else info
+
+    async def insert(self, config: SandboxConfig, key: str | None, caller: Caller) -> Record:
+        """The record of a new sandbox, whose start is under way."""
+        self.archive.check(config)
+        sandbox_id = config.sandbox_id or secrets.token_hex(16)
+        record: Record | None = None
+        try:
+            worker, status = None, None
+            if self.placing.reservations is not None:
+                await self.placing.check(config)
+            else:
+                worker, status = await self._placed(sandbox_id, config)
+            info = lifecycle.new_info(sandbox_id, config, worker.name if worker else None, status, caller.owner)
+            record = await self.store.insert(Record(info, config, key), caller.quota)
+            await faults.point("create.saved")
+            if record.state is State.PENDING:
+                self.launches.begin(record, fresh=record.info.created_at == info.created_at)  # not one found by its key
+            return record
+        finally:
+            if record is None or sandbox_id not in self.launches:
+                self.placing.landed(sandbox_id)
+
+    async def _placed(self, sandbox_id: str, config: SandboxConfig) -> tuple[Worker, NodeStatus | None]:
+        """A worker that takes it. One that is not reached, or refuses for its lease, is passed over: `place` leaves it
+        out for a while."""
+        for left in reversed(range(min(_MOST_PLACED, len(self.workers)) or 1)):
+            worker = await self.placing.place(sandbox_id, config)
+            try:
+                await worker.check(config)
+                return worker, self.placing.status(worker.name)
+            except Unavailable as error:
+                if not left or not any(error.details.get(name) is True for name in NOTHING_BEGUN):
+                    raise
+                log.info("worker %s does not take sandbox %s: %s", worker.name, sandbox_id, error.message)
+                self.placing.landed(sandbox_id)
+        raise AssertionError("the last try returns or raises")
+
+    def reached(self, name: str | None) -> Worker:
+        """A worker. Unavailable when it is lost, or not known here yet."""
+        worker = self.workers.get(name or "")
+        if worker is None:
+            raise Unavailable(f"worker {name} is not there now", hint="retry when it is back: rock worker ls",
+                              details=OUTAGE)  # fmt: skip
+        return worker
+
+    def unfinished(self, sandbox_id: str) -> None:
+        """A step could not be completed: somebody has to come back to it."""
+        for listener in self.on_unfinished:
+            listener(sandbox_id)
+
+    # ---- read ----
+
+    async def load(self, sandbox_id: str) -> Record:
+        record = await self.store.get(sandbox_id)
+        if record is None:
+            raise NotFound(f"Sandbox {sandbox_id} not found", sandbox_id=sandbox_id)
+        return record
+
+    async def get(self, sandbox_id: str, *, wait: float = 0.0, touch: bool = False, usage: bool = False) -> SandboxInfo:
+        """Status, with what its worker says of it now. `wait`: seconds, as long as it is pending."""
+        record = await self.load(sandbox_id)
+        if record.state is State.PENDING:
+            record = await self.launches.ended(record, wait)
+            if record.state is State.PENDING and wait > 0 and record.id not in self.launches:
+                record = await self._started_elsewhere(record, wait)
+            if record.state is State.PENDING:
+                return await self._how_far(record.info)
+        if record.state is not State.RUNNING:
+            return record.info
+        if self.workers.is_silent(record.info.worker or ""):
+            return record.info.model_copy(update={"is_alive": False})
+        try:
+            found = await self.reached(record.info.worker).get(sandbox_id, touch=touch, usage=usage)
+        except RockError as error:
+            log.info("worker of %s: %s", sandbox_id, error)
+            return record.info.model_copy(update={"is_alive": False})
+        return lifecycle.seen(record, found)
+
+    async def _how_far(self, info: SandboxInfo) -> SandboxInfo:
+        """With what its worker says of the image, where it waits for that."""
+        status = await self.workers.status(info.worker) if info.worker is not None else None
+        words = status.fetching.get(info.image) if status is not None else None
+        if words is None:
+            return info
+        image = Phase(status="running", message=words, started_at=info.created_at)
+        return info.model_copy(update={"phases": {**info.phases, "image": image}})
+
+    async def _started_elsewhere(self, record: Record, wait: float) -> Record:
+        """The record once another server has started it, or after `wait` seconds."""
+        end = time.monotonic() + wait
+        while record.state is State.PENDING and (left := end - time.monotonic()) > 0:
+            await asyncio.sleep(min(_ELSEWHERE, left))
+            record = await self.load(record.id)
+        return record
+
+    async def connections(self, sandbox_id: str) -> ConnectionList:
+        """What it connected to, as its worker remembers it. Unavailable when that is not there."""
+        record = await self.load(sandbox_id)
+        worker = self.workers.get(record.info.worker or "")
+        return await worker.connections(sandbox_id) if worker is not None else ConnectionList()
+
+    async def list(self, query: Query, history: bool = False) -> SandboxList:
+        """A page. `history`: with the steps of each life, which are most of what a record has to say."""
+        records = await self.store.list(query)
+        last = records[-1].info if len(records) == query.limit else None
+        items = [r.info if history else r.info.model_copy(update={"state_history": []}) for r in records]
+        return SandboxList(
+            items=items, next=f"{last.created_at!r}:{last.sandbox_id}" if last else None
+        )
+
+    # ---- stop ----
+
+    async def stop(
+        self, sandbox_id: str, cause: Cause = Cause.USER, reason: str = "stopped by its user"
+    ) -> SandboxInfo:
+        """Stop it and wait until nothing of it is left but what is to be kept; a stopped one stays as it is."""
+        record = await self.apply(sandbox_id, Event.STOP, cause=cause, reason=reason)
+        if record.state is State.STOPPING:
+            try:
+                record = await self.finish_stop(record)
+            except BaseException:
+                self.unfinished(sandbox_id)
+                raise
+        return record.info
+
+    async def finish_stop(self, record: Record) -> Record:
+        if record.info.archive is not None:
+            return await self._give_up_restore(record)
+        await faults.point("stop.saved")
+        gone = await self.releases.once(record)
+        await faults.point("stop.released")
+        record = await self.apply(record.id, Event.DESTROYED, known=record)
+        return await self.amend(record.id, **gone) if gone else record
+
+    async def _give_up_restore(self, record: Record) -> Record:
+        """A stop while it was coming from the archive: it is still there."""
+        await self.launches.give_up(record.id)
+        record = await self.load(record.id)
+        if record.state is not State.STOPPING:
+            return record
+        worker = await self.there(record.info.worker)
+        if worker is not None:
+            await worker.destroy(record.id)
+        await faults.point("restore.given_up")
+        return await self.apply(record.id, Event.RESTORE_FAILED, known=record)
+
+    async def there(self, name: str | None) -> Worker | None:
+        """A worker; None for one that is lost or was forgotten, by the registry as it is now. Unavailable."""
+        if name and name not in self.workers and name not in self.workers.lost():
+            await self.workers.refresh()
+        return self.workers.get(name or "")
+
+    # ---- changes ----
+
+    async def amend(self, sandbox_id: str, **fields: Any) -> Record:
+        """Change what the record says, in whatever state it is."""
+        while True:
+            record = await self.load(sandbox_id)
+            try:
+                new = await self.store.put(record.changed(**fields))
+            except VersionConflict:
+                continue
+            self._recent.pop(sandbox_id, None)
+            return new
+
+    async def apply(
+        self,
+        sandbox_id: str,
+        event: Event,
+        known: Record | None = None,
+        *,
+        key: str | None = None,
+        check: Callable[[Record], None] | None = None,
+        quota: Quota | None = None,
+        **fields: Any,
+    ) -> Record:
+        """One step of the lifecycle, saved; then its effects. What a tombstone says first stays.
+
+        known: the record as it was read last; when it has changed since, it is read again. key: of the request that
+        asks for it. check: raises where the record, in its state, does not allow this. quota: of its tenant, for a step
+        that starts it again.
+        """
+        guess = known or self._recent.pop(sandbox_id, None)
+        while True:
+            record = guess or await self.load(sandbox_id)
+            try:
+                state, effects = step(record.state, event, sandbox_id)
+                if check is not None:
+                    check(record)
+            except RockError:
+                if guess is None:
+                    raise
+                guess = None
+                continue
+            if state is record.state and event is not Event.LAUNCHED:
+                if guess is not None:  # only what is saved tells whether that is so
+                    guess = None
+                    continue
+                new = record
+                break
+            guess = None
+            said = fields
+            if record.info.cause is not None and event in _ENDS:
+                said = {k: v for k, v in fields.items() if k not in ("cause", "reason", "error")}
+            try:
+                new = await self.store.put(lifecycle.stamped(record, event, state, key, said), quota)
+                break
+            except VersionConflict:
+                continue
+        if state is not record.state:
+            about = {"sandbox_id": sandbox_id}
+            log.info("sandbox %s is %s (%s)", sandbox_id, state.value, event.value, extra=about)
+            if record.state is State.PENDING and event is not Event.LAUNCHED:
+                self.launches.withdraw(sandbox_id)
+            if new.info.cause is not None and record.info.cause is None:
+                ENDS.of(new.info.cause.value).add()
+        self._keep(new)
+        if Effect.RELEASE in effects and state is not State.STOPPING:
+            self.releases.begin(new)
+        if Effect.SCHEDULE in effects:
+            for listener in self.on_schedule:
+                listener(new)
+        if Effect.LAUNCH in effects:
+            self.launches.begin(new)
+        if Effect.ARCHIVE in effects:
+            self.archive.begin(new)
+        return new
+
+    def _keep(self, record: Record) -> None:
+        """Remember a record for its next step: `put` tells when somebody else changed it meanwhile."""
+        self._recent.pop(record.id, None)  # of an ended one nothing: ten thousand of them would be 80 MB
+        if record.state is not State.STOPPED:
+            self._recent[record.id] = record
+            while len(self._recent) > _MOST_RECENT:
+                del self._recent[next(iter(self._recent))]

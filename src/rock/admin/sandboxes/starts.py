@@ -1,0 +1,232 @@
+"""Starts that are under way here: of what is new, of what is started again, of what comes from the archive."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import TYPE_CHECKING, Any
+
+from rock import faults
+from rock.admin.sandboxes import lifecycle
+from rock.admin.sandboxes.lifecycle import Event
+from rock.admin.workers.client import Worker
+from rock.admin.workers.start_queue import Pace, Ticket
+from rock.errors import InternalServerRockError, Lost, RockError, SandboxError, Unavailable, from_wire
+from rock.http.event_loop import settled
+from rock.protocol.node import NodeSandbox
+from rock.protocol.routes import LOST_CONTACT, NOTHING_BEGUN
+from rock.protocol.sandbox import Cause, SandboxInfo, State
+from rock.settings import RECONNECT_TIMEOUT
+from rock.store.base import Record, VersionConflict
+from rock.telemetry import tracing
+from rock.telemetry.metrics import REGISTRY
+
+if TYPE_CHECKING:
+    from rock.admin.sandboxes.service import Service
+
+
+# ---- counts ----
+#
+# What the control plane counts.
+
+CREATES = REGISTRY.counter(
+    "rock_sandbox_creates_total", "Sandboxes asked for: running, failed or refused, with the code of the error",
+    "outcome", "cause",
+)  # fmt: skip
+STARTS = REGISTRY.histogram("rock_sandbox_start_seconds", "From a pending record to a running sandbox", "outcome")
+ENDS = REGISTRY.counter("rock_sandbox_ends_total", "Sandboxes that ended, by why", "cause")
+
+
+# ---- launches ----
+#
+
+
+log = logging.getLogger("rock.admin")
+
+_PAUSE, _LONGEST_PAUSE = 0.1, 1.0  # seconds between two tries of a start whose worker is not reached
+
+
+class Launches:
+    """One task a sandbox. `service.close` ends them. pace: which of them begin when."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self.pace = Pace(lambda: len(service.workers))
+        self._tasks: dict[str, asyncio.Task[Record]] = {}
+        self._waiting: dict[str, Ticket] = {}  # of those that have not begun
+
+    def __contains__(self, sandbox_id: str) -> bool:
+        return sandbox_id in self._tasks
+
+    def tasks(self) -> list[asyncio.Task[Record]]:
+        return list(self._tasks.values())
+
+    def begin(self, record: Record, fresh: bool = False) -> asyncio.Task[Record]:
+        """Start a pending sandbox in the background; one task a sandbox.
+
+        fresh: no worker was asked for it before, so that it may be placed again while none has begun with it."""
+        task = self._tasks.get(record.id)
+        if task is None:
+            task = asyncio.create_task(self._launch(record, fresh), name=f"launch-{record.id}")
+            self._tasks[record.id] = task
+            task.add_done_callback(lambda done: self._launched(record.id, done))
+        return task
+
+    def _launched(self, sandbox_id: str, task: asyncio.Task[Record]) -> None:
+        self._tasks.pop(sandbox_id, None)
+        self._service.placing.landed(sandbox_id)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("launch of %s: %r", sandbox_id, task.exception())
+            self._service.unfinished(sandbox_id)
+
+    async def _launch(self, record: Record, fresh: bool) -> Record:
+        ticket = self.pace.ask(record.tenant, record.info.group is not None)
+        try:
+            if ticket.turn is not None:
+                self._waiting[record.id] = ticket
+                try:
+                    begins = await ticket.turn
+                finally:
+                    del self._waiting[record.id]
+                if not begins:
+                    return await self._service.store.get(record.id) or record
+            return await self._begun(record, fresh)
+        finally:
+            self.pace.leave(ticket)
+
+    def withdraw(self, sandbox_id: str) -> None:
+        """It is not pending any more: a start that has not begun shall not."""
+        ticket = self._waiting.get(sandbox_id)
+        if ticket is not None:
+            self.pace.withdraw(ticket)
+
+    async def _begun(self, record: Record, fresh: bool) -> Record:
+        restored, began = record.info.archive is not None, time.monotonic()
+        try:
+            with tracing.span("start sandbox", {"rock.sandbox_id": record.id, "rock.image": record.config.image}):
+                async with asyncio.timeout(record.config.startup_timeout):
+                    worker = await self._worker_for(record)
+                    await faults.point("launch.begun")
+                    made = await self._started(worker, record, fresh)
+                    await faults.point("launch.made")
+        except TimeoutError:
+            error: RockError = SandboxError(
+                f"sandbox {record.id} did not start within {record.config.startup_timeout:g} s", sandbox_id=record.id
+            )
+        except RockError as raised:
+            error = raised
+        except Exception as raised:
+            log.exception("launch of %s", record.id)
+            error = InternalServerRockError(f"{type(raised).__name__}: {raised}", sandbox_id=record.id)
+        else:
+            CREATES.of("running", "").add()
+            STARTS.of("running").observe(time.monotonic() - began)
+            new = await self._service.apply(record.id, Event.LAUNCHED, known=record, **lifecycle.running(made))
+            if restored and new.info.archive is None:
+                await self._service.archive.forget(record.id)
+            return new
+        CREATES.of("failed", error.code).add()
+        STARTS.of("failed").observe(time.monotonic() - began)
+        wire = error.to_wire()
+        wire["error"]["sandbox_id"] = record.id
+        if restored:
+            return await self._service.apply(record.id, Event.RESTORE_FAILED, reason=error.message, error=wire)
+        lost: dict[str, Any] = {"kept": False} if isinstance(error, Lost) else {}
+        new = await self._service.apply(
+            record.id, Event.LAUNCH_FAILED, cause=Cause.START_FAILED, reason=error.message, error=wire, **lost
+        )
+        self._service.groups.launch_failed(new)
+        return new
+
+    async def _worker_for(self, record: Record) -> Worker:
+        """Its own, or for one from the archive any that fits; where a cluster decides, that which it names."""
+        if self._service.placing.reservations is not None:
+            worker = await self._service.placing.reserve(record)
+        elif record.info.archive is None:
+            return self._service.reached(record.info.worker)
+        else:
+            worker = await self._service.placing.place(record.id, record.config)
+        if worker.name != record.info.worker:
+            status = self._service.placing.status(worker.name) or await worker.status()
+            await self._service.amend(record.id, worker=worker.name, host_name=status.host_name, host_ip=status.host_ip)
+        return worker
+
+    async def _started(self, worker: Worker, record: Record, fresh: bool) -> NodeSandbox:
+        """Over short outages of the worker, for RECONNECT_TIMEOUT seconds at most. A `fresh` one goes elsewhere, unless
+        its worker may have made it."""
+        if record.info.archive is not None:
+            return await self._start(worker, record)
+        end, pause = time.monotonic() + RECONNECT_TIMEOUT, _PAUSE
+        moves = fresh and not record.info.gang and not record.info.kept and self._service.placing.reservations is None
+        there: Worker | None = worker
+        while True:
+            try:
+                if there is None:
+                    there = self._service.reached(record.info.worker)
+                return await self._start(there, record)
+            except Unavailable as error:
+                if not any(error.details.get(name) is True for name in LOST_CONTACT) or time.monotonic() + pause > end:
+                    raise
+                moves = moves and any(error.details.get(name) is True for name in NOTHING_BEGUN)
+                log.warning("sandbox %s: %s; trying again", record.id, error.message)
+                await asyncio.sleep(pause)
+                pause, there = min(2 * pause, _LONGEST_PAUSE), None
+                current = await self._service.load(record.id)
+                if current.state is not State.PENDING:
+                    raise
+                record = await self._moved(current) if moves else current
+
+    async def _moved(self, record: Record) -> Record:
+        """The record of a pending sandbox, placed again: on its worker too, when no other takes it."""
+        placing = self._service.placing
+        placing.landed(record.id)
+        try:
+            worker = await placing.place(record.id, record.config)
+            status = placing.status(worker.name)
+            if worker.name == record.info.worker:
+                return record
+            await worker.check(record.config)
+            where = {} if status is None else {"host_name": status.host_name, "host_ip": status.host_ip}
+            return await self._service.store.put(record.changed(worker=worker.name, **where))
+        except (RockError, VersionConflict) as error:  # the next try tells more
+            log.info("sandbox %s is not placed again: %s", record.id, error)
+            return record
+
+    async def _start(self, worker: Worker, record: Record) -> NodeSandbox:
+        """For the first time, or over what it left."""
+        if record.info.archive is not None:
+            return await self._service.archive.restore(worker, record)
+        if record.info.kept:
+            return await worker.wake(record.id, record.config)
+        return await worker.create(record.id, record.config)
+
+    async def waited(self, record: Record, wait: float) -> SandboxInfo:
+        """What became of a start after at most `wait` seconds; one that failed raises its reason."""
+        record = await self.ended(record, wait)
+        failed = record.info.cause is Cause.START_FAILED or record.state is State.ARCHIVED
+        if failed and record.info.error:
+            raise from_wire(record.info.error)
+        return record.info
+
+    async def ended(self, record: Record, wait: float) -> Record:
+        """The record once it is no longer being launched, or after `wait` seconds as it was."""
+        launch = self._tasks.get(record.id)
+        if launch is not None and wait > 0:
+            await settled(launch, wait)
+            if launch.cancelled():  # it was stopped meanwhile
+                return await self._service.load(record.id)
+            if launch.done():
+                return launch.result()
+        return record
+
+    def of(self, sandbox_id: str) -> asyncio.Task[Record] | None:
+        """Its start, if that is under way here."""
+        return self._tasks.get(sandbox_id)
+
+    async def give_up(self, sandbox_id: str) -> None:
+        """Cancel a start that is under way, and wait until it has ended."""
+        launch = self._tasks.get(sandbox_id)
+        if launch is not None:
+            launch.cancel()
+            await asyncio.wait({launch})

@@ -1,0 +1,259 @@
+"""The service as one caller sees it. What is another tenant's does not exist here: the same answer, after the same
+work, as for what nobody has. The API's handlers know the service by this alone.
+
+An id never passes from one tenant to another, so that who was found to own one stays so: ids that tenants choose begin
+with their name and a dash, ids that nobody chooses are random, and the owner's own may begin with no tenant's name.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import secrets
+import socket
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from rock.admin.sandboxes.environment_hosts import env_host
+from rock.admin.sandboxes.service import Service
+from rock.errors import Conflict, Forbidden, InvalidConfig, NotFound
+from rock.http.asgi import Scope
+from rock.protocol import egress
+from rock.protocol import egress as addresses
+from rock.protocol.action import ConnectionList, GroupInfo, GroupRequest
+from rock.protocol.env import OpenEnv
+from rock.protocol.keys import Access, Caller, CreateKey, KeyInfo, NewKey, caller_of, digest_of
+from rock.protocol.node import SandboxList
+from rock.protocol.sandbox import CommitRequest, CommitStatus, Isolation, SandboxConfig, SandboxInfo
+from rock.store.base import Query, Record, Store, member
+
+
+class Desks:
+    """A desk for each request: `desks(request.scope)`."""
+
+    def __init__(self, service: Service, keys: Keys) -> None:
+        self._service = service
+        self._keys = keys
+
+    def __call__(self, scope: Scope) -> Desk:
+        return Desk(self._service, self._keys, caller_of(scope))
+
+
+class Desk:
+    """What a caller can do with sandboxes. Each method is the service's of that name; NotFound for what is not his."""
+
+    def __init__(self, service: Service, keys: Keys, caller: Caller) -> None:
+        self._service = service
+        self._keys = keys
+        self.caller = caller
+
+    async def load(self, sandbox_id: str) -> Record:
+        record = await self._service.store.get(sandbox_id)
+        if record is None or (self.caller.tenant is not None and record.tenant != self.caller.tenant):
+            raise NotFound(f"Sandbox {sandbox_id} not found", sandbox_id=sandbox_id)
+        return record
+
+    async def _own(self, sandbox_id: str) -> None:
+        if self.caller.tenant is not None:
+            await self.load(sandbox_id)
+
+    # ---- create ----
+
+    async def create(self, config: SandboxConfig, key: str | None = None, wait: float = 0.0) -> SandboxInfo:
+        return await self._service.create(await self._allowed(config), key, wait, self.caller)
+
+    async def create_group(self, wish: GroupRequest, key: str | None = None, wait: float = 0.0) -> GroupInfo:
+        wish = wish.model_copy(update={"config": await self._allowed(wish.config)})
+        if wish.config.sandbox_id is not None:
+            await self._check_id(member(wish.config.sandbox_id, 0))
+        return await self._service.groups.create(wish, key, wait, self.caller)
+
+    async def get_group(self, group_id: str, wait: float = 0.0) -> GroupInfo:
+        return await self._service.groups.get(group_id, self.caller.tenant, wait)
+
+    async def stop_group(self, group_id: str) -> GroupInfo:
+        return await self._service.groups.stop(group_id, self.caller.tenant)
+
+    async def open_env(self, wish: OpenEnv, wait: float, key: str | None = None) -> SandboxInfo:
+        wish = wish.model_copy(update={"config": await self._allowed(wish.config or env_host())})
+        return await self._service.envs.open(wish, wait, key, self.caller)
+
+    async def _allowed(self, config: SandboxConfig) -> SandboxConfig:
+        """What a tenant may ask for. Forbidden, InvalidConfig."""
+        await self._check_id(config.sandbox_id)
+        if Access.ADMIN in self.caller.scopes:
+            return config
+        if config.network not in ("none", "nat"):
+            raise Forbidden(f'this key may not use network "{config.network}", which reaches what the server reaches',
+                            hint='network="none" or "nat"')
+        for text in config.egress or ():
+            network = egress.parse(text).network
+            if network is not None and (not network.is_global or addresses.closed(network.network_address)):
+                raise Forbidden(f"this key may not open {text}: it is an address of the server's own networks",
+                                hint="an entry of the server's owner may")
+        if _is_near(config.image):  # what is on disk may be used; the server contacts nobody there for a tenant
+            config = config.model_copy(update={"pull": "never"})
+        config = config.model_copy(update={"public_registries": True})
+        if config.minimum_isolation is Isolation.NONE:  # what isolates nothing has the rights of the server
+            config = config.model_copy(update={"minimum_isolation": Isolation.LANDLOCK})
+        return config
+
+    async def _check_id(self, sandbox_id: str | None) -> None:
+        if sandbox_id is None:
+            return
+        first, dash, _ = sandbox_id.partition("-")
+        if self.caller.tenant is not None:
+            if not dash or first != self.caller.tenant:
+                raise InvalidConfig(
+                    f"sandbox_id {sandbox_id!r}: names that this key chooses begin with {self.caller.tenant}-",
+                    hint="or leave it out",
+                )
+        elif dash and await self._keys.is_tenant(first):
+            raise InvalidConfig(f"sandbox_id {sandbox_id!r}: what begins with {first}- is a tenant's")
+
+    # ---- read ----
+
+    async def get(self, sandbox_id: str, *, wait: float = 0.0, touch: bool = False, usage: bool = False) -> SandboxInfo:
+        await self._own(sandbox_id)
+        return await self._service.get(sandbox_id, wait=wait, touch=touch, usage=usage)
+
+    async def connections(self, sandbox_id: str) -> ConnectionList:
+        await self._own(sandbox_id)
+        return await self._service.connections(sandbox_id)
+
+    async def list(self, query: Query, history: bool = False) -> SandboxList:
+        return await self._service.list(self._mine(query), history)
+
+    async def records(self, query: Query) -> Sequence[Record]:
+        return await self._service.store.list(self._mine(query))
+
+    async def count(self) -> dict[str, int]:
+        return await self._service.store.count(self.caller.tenant)
+
+    def _mine(self, query: Query) -> Query:
+        return query if self.caller.tenant is None else replace(query, tenant=self.caller.tenant)
+
+    # ---- change ----
+
+    async def stop(self, sandbox_id: str) -> SandboxInfo:
+        await self._own(sandbox_id)
+        return await self._service.stop(sandbox_id)
+
+    async def delete(self, sandbox_id: str, force: bool = False) -> SandboxInfo:
+        await self._own(sandbox_id)
+        return await self._service.kept.delete(sandbox_id, force)
+
+    async def restart(self, sandbox_id: str, key: str | None = None, wait: float = 0.0) -> SandboxInfo:
+        await self._own(sandbox_id)
+        return await self._service.kept.restart(sandbox_id, key, wait, self.caller.quota)
+
+    async def archive(self, sandbox_id: str, key: str | None = None, wait: float = 0.0) -> SandboxInfo:
+        await self._own(sandbox_id)
+        return await self._service.archive.archive(sandbox_id, key, wait)
+
+    async def commit(self, sandbox_id: str, wish: CommitRequest, wait: float = 0.0) -> CommitStatus:
+        await self._own(sandbox_id)
+        if Access.ADMIN not in self.caller.scopes:
+            wish = wish.model_copy(update={"public_registries": True})
+        return await self._service.commits.commit(sandbox_id, wish, wait, self.caller.owner)
+
+    async def commit_status(self, sandbox_id: str, wait: float = 0.0) -> CommitStatus:
+        await self._own(sandbox_id)
+        return await self._service.commits.status(sandbox_id, wait)
+
+
+def _is_near(image: str) -> bool:
+    """Whether the registry that an image's name tells is an address of the server's own networks."""
+    domain, slash, _ = image.partition("/")
+    host = domain.removeprefix("[").partition("]")[0] if domain.startswith("[") else domain.partition(":")[0]
+    if not slash:
+        return False
+    if host.lower() == "localhost" or host.lower().endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        try:
+            address = ipaddress.ip_address(socket.inet_aton(host))  # 127.1, 0x7f000001, 0177.0.0.1
+        except (OSError, ValueError):
+            return False
+    return bool(addresses.never(address) or addresses.closed(address))
+
+
+# ---- keys ----
+#
+# API keys: made, told once, known by their digests, revoked.
+#
+# A key that was seen is remembered for `_FRESH` seconds: as long as it may take until a key that another process
+# revoked
+# is refused here. One that is revoked here is refused at once.
+
+_FRESH = 2.0  # seconds
+_REMEMBERED = 10_000
+
+
+class Keys:
+    """The keys of a store. guarded: whether the server asks for a key at all."""
+
+    def __init__(self, store: Store, guarded: bool) -> None:
+        self._store = store
+        self._guarded = guarded
+        self._seen: OrderedDict[str, tuple[float, Caller, str]] = OrderedDict()  # until, caller, id; by digest
+        self.on_revoked: list[Callable[[str], None]] = []
+
+    async def check_guarded(self) -> None:
+        """Conflict when there are keys, and this server would let everybody in: a key that was revoked too."""
+        if not self._guarded and any(info.revoked_at is None for info in await self._store.keys()):
+            raise Conflict(
+                "there are API keys, and this server has none of its own: it would take everybody for its owner",
+                hint="set ROCK_API_KEY",
+            )
+
+    async def create(self, wish: CreateKey) -> NewKey:
+        """Make one. Conflict on a server without a key of its own."""
+        if not self._guarded:
+            raise Conflict("this server asks nobody for a key", hint="start it with ROCK_API_KEY: the owner's key")
+        tenant = wish.tenant or f"t{secrets.token_hex(5)}"
+        info = KeyInfo(id=secrets.token_hex(6), name=wish.name, tenant=tenant, scopes=wish.scopes, quota=wish.quota,
+                       created_at=time.time())  # fmt: skip
+        key = f"rock_{tenant}_{secrets.token_urlsafe(32)}"
+        digest = digest_of(key.encode())
+        assert digest is not None
+        await self._store.add_key(digest, info)
+        return NewKey(**info.model_dump(), key=key)
+
+    async def list(self) -> list[KeyInfo]:
+        return list(await self._store.keys())
+
+    async def revoke(self, key_id: str) -> KeyInfo:
+        """End it: requests with it are refused from now on, and what is open by it is cut. NotFound."""
+        info = await self._store.revoke_key(key_id, time.time())
+        for digest in [digest for digest, (_, _, known) in self._seen.items() if known == key_id]:
+            del self._seen[digest]
+        for listener in self.on_revoked:
+            listener(key_id)
+        return info
+
+    async def is_tenant(self, name: str) -> bool:
+        """Whether a key was ever made for it."""
+        return any(info.tenant == name for info in await self._store.keys())
+
+    async def caller(self, key: bytes) -> Caller | None:
+        """Who has this key; None for one that is none, or no longer."""
+        digest = digest_of(key)
+        if digest is None:
+            return None
+        found = self._seen.get(digest)
+        if found is not None and found[0] > time.monotonic():
+            return found[1]
+        info = await self._store.key_of(digest)
+        if info is None or info.revoked_at is not None:
+            self._seen.pop(digest, None)
+            return None
+        caller = Caller(info.tenant, frozenset(info.scopes), info.quota if info.quota.is_limit else None, info.id)
+        self._seen[digest] = (time.monotonic() + _FRESH, caller, info.id)
+        self._seen.move_to_end(digest)
+        while len(self._seen) > _REMEMBERED:
+            self._seen.popitem(last=False)
+        return caller

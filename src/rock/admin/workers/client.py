@@ -1,0 +1,248 @@
+"""A worker as the admin commands it: the node plane, in this process or over the wire."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import Any, Protocol, TypeVar
+
+import orjson
+from pydantic import BaseModel
+
+from rock.admin.workers.batching import FENCE as FENCE
+from rock.admin.workers.batching import Creates, Crowd
+from rock.admin.workers.batching import StreamTransport as StreamTransport
+from rock.admin.workers.batching import Transport as Transport
+from rock.errors import Unavailable, Unsupported, from_wire
+from rock.http.event_loop import settled
+from rock.protocol.action import ConnectionList
+from rock.protocol.node import (
+    ImageState,
+    NodeCommit,
+    NodeEvents,
+    NodeFiles,
+    NodeImage,
+    NodeInventory,
+    NodeSandbox,
+    NodeStatus,
+)
+from rock.protocol.routes import OUTAGE, ROUTES, Frame, FrameParser, pack_frame
+from rock.protocol.sandbox import ArchivedFiles, SandboxConfig, travelling
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+_NOT_CHECKED = {"sandbox_id", "labels", "user_id", "experiment_id", "namespace", "route_key"}
+_MOST_PASSED = 256
+_WORTH = 10.0  # seconds
+
+
+class Worker(Protocol):
+    """Commands to one rocklet. Errors come back as they were raised there."""
+
+    name: str
+
+    async def check(self, config: SandboxConfig) -> None:
+        """Raise what a create would raise at once."""
+        ...
+
+    async def create(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox: ...
+
+    async def destroy(self, sandbox_id: str, grace: float = 0.0) -> NodeSandbox: ...
+
+    async def rest(self, sandbox_id: str, grace: float = 0.0) -> NodeSandbox:
+        """End it and keep its files; `kept` tells whether they are there."""
+        ...
+
+    async def wake(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
+        """Make it again over its kept files. Lost when there are none."""
+        ...
+
+    def pack(self, sandbox_id: str, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:
+        """The files of one at rest as a layer's tar, in pieces; the last item tells what was given. Lost, InvalidConfig
+        for what no layer can hold or is over `limit` bytes."""
+        ...
+
+    async def unpack(
+        self, sandbox_id: str, config: SandboxConfig, files: ArchivedFiles, data: AsyncIterator[bytes]
+    ) -> NodeSandbox:
+        """Give it such files, to be woken. ImageError when it has another image of that name."""
+        ...
+
+    async def commit(self, sandbox_id: str, wish: NodeCommit) -> NodeImage:
+        """Make an image of it, and push it. What is raised has `details["stage"]`."""
+        ...
+
+    async def get(self, sandbox_id: str, *, touch: bool = False, usage: bool = False) -> NodeSandbox: ...
+
+    async def connections(self, sandbox_id: str) -> ConnectionList:
+        """What it connected to; nothing of one that it does not know."""
+        ...
+
+    async def list(self) -> NodeInventory: ...
+
+    async def image(self, image: str, wait: float = 0.0) -> ImageState:
+        """What there is of an image; spends up to `wait` seconds on building or pulling it."""
+        ...
+
+    async def status(self) -> NodeStatus: ...
+
+    async def events(self, after: int, wait: float) -> NodeEvents: ...
+
+
+class _Check:
+    """A question that is under way; it is given up when nobody waits for it any more."""
+
+    def __init__(self, task: asyncio.Task[None]) -> None:
+        self.task = task
+        self.waiting = 0
+
+
+class WireWorker:
+    """A rocklet that is reached by requests: `transport` carries one, `streams` one whose body or answer is long.
+    crowd: the creates of its server."""
+
+    def __init__(
+        self, name: str, transport: Transport, streams: StreamTransport | None = None, crowd: Crowd | None = None
+    ) -> None:
+        self.name = name
+        self._transport = transport
+        self._streams = streams
+        self._passed: dict[bytes, float] = {}  # what it would take, by its config, until when that is worth something
+        self._passed_last: tuple[SandboxConfig | None, float] = (None, 0.0)
+        self._checking: dict[bytes, _Check] = {}  # what it is being asked whether it would take
+        self._creates = Creates(name, streams, self._create_alone, crowd) if streams is not None else None
+
+    async def close(self) -> None:
+        """It is commanded no more."""
+        checks = [check.task for check in self._checking.values()]
+        for task in checks:
+            task.cancel()
+        await asyncio.gather(*checks, return_exceptions=True)
+        if self._creates is not None:
+            await self._creates.close()
+
+    async def _call(self, kind: type[Model], route: str, query: str = "", body: Any = None, **path: str) -> Model:
+        row = ROUTES[route]
+        data = body if isinstance(body, bytes) else b"" if body is None else orjson.dumps(body)
+        return _parsed(kind, *await self._transport(row.method, row.url(**path), query, data))
+
+    async def check(self, config: SandboxConfig) -> None:
+        # A burst asks for the same again and again; the create itself tells what has changed meanwhile.
+        if self._passed_last[0] is config and self._passed_last[1] > time.monotonic():
+            return
+        body = config.model_dump(mode="json", exclude=_NOT_CHECKED | config.unchosen)
+        key, now = orjson.dumps(body), time.monotonic()
+        if (until := self._passed.get(key, 0.0)) > now:
+            self._passed_last = config, until
+            return
+        check = self._checking.get(key)
+        if check is None:  # one request, however many want to know the same
+            check = self._checking[key] = _Check(asyncio.create_task(self._check(key, body), name=f"check {self.name}"))
+            check.task.add_done_callback(lambda _: self._checking.pop(key, None))
+        check.waiting += 1
+        try:
+            await settled(check.task)
+        finally:
+            check.waiting -= 1
+            if not check.waiting:
+                check.task.cancel()
+        if check.task.cancelled():
+            raise Unavailable(f"worker {self.name} was lost while it was asked", hint="retry", details=OUTAGE)
+        check.task.result()
+        self._passed_last = config, self._passed.get(key, 0.0)
+
+    async def _check(self, key: bytes, body: Any) -> None:
+        await self._call(_Empty, "node_create", "check=1", body, sandbox_id="-")
+        if len(self._passed) >= _MOST_PASSED:
+            self._passed.clear()
+        self._passed[key] = time.monotonic() + _WORTH
+
+    async def create(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
+        if self._creates is None:
+            return await self._create_alone(sandbox_id, config)
+        return await self._creates.create(sandbox_id, config)
+
+    async def _create_alone(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
+        return await self._call(NodeSandbox, "node_create", "", travelling(config), sandbox_id=sandbox_id)
+
+    async def destroy(self, sandbox_id: str, grace: float = 0.0) -> NodeSandbox:
+        return await self._call(NodeSandbox, "node_destroy", f"grace={grace:g}", sandbox_id=sandbox_id)
+
+    async def rest(self, sandbox_id: str, grace: float = 0.0) -> NodeSandbox:
+        return await self._call(NodeSandbox, "node_rest", f"grace={grace:g}", sandbox_id=sandbox_id)
+
+    async def wake(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
+        return await self._call(NodeSandbox, "node_wake", "", travelling(config), sandbox_id=sandbox_id)
+
+    async def commit(self, sandbox_id: str, wish: NodeCommit) -> NodeImage:
+        return await self._call(NodeImage, "node_commit", "", wish.model_dump(mode="json"), sandbox_id=sandbox_id)
+
+    async def pack(self, sandbox_id: str, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:
+        row, parser = ROUTES["node_pack"], FrameParser()
+        reply = self._stream(row.method, row.url(sandbox_id=sandbox_id), f"limit={limit}", None)
+        async with contextlib.aclosing(reply):
+            status = await anext(reply)
+            if status != 200:
+                body = b"".join([part async for part in reply if isinstance(part, bytes)])
+                raise from_wire(orjson.loads(body) if body else {}, int(status))
+            async for part in reply:
+                assert isinstance(part, bytes)
+                for kind, payload in parser.feed(part):
+                    if kind is Frame.ERROR:
+                        raise from_wire(orjson.loads(payload))
+                    yield payload if kind is Frame.STDOUT else ArchivedFiles.model_validate_json(payload)
+
+    async def unpack(
+        self, sandbox_id: str, config: SandboxConfig, files: ArchivedFiles, data: AsyncIterator[bytes]
+    ) -> NodeSandbox:
+        async def body() -> AsyncGenerator[bytes]:
+            head = NodeFiles(config=config, files=files)
+            yield pack_frame(Frame.RESULT, orjson.dumps(head.model_dump(mode="json")))
+            async for part in data:
+                yield pack_frame(Frame.STDOUT, part)
+
+        row = ROUTES["node_unpack"]
+        async with contextlib.aclosing(self._stream(row.method, row.url(sandbox_id=sandbox_id), "", body())) as reply:
+            status = await anext(reply)
+            told = b"".join([part async for part in reply if isinstance(part, bytes)])
+            return _parsed(NodeSandbox, int(status), told)
+
+    def _stream(
+        self, method: str, path: str, query: str, body: AsyncIterator[bytes] | None
+    ) -> AsyncGenerator[int | bytes]:
+        if self._streams is None:
+            raise Unsupported(f"worker {self.name} is not reached in a way that could carry files")
+        return self._streams(method, path, query, body, b"")
+
+    async def get(self, sandbox_id: str, *, touch: bool = False, usage: bool = False) -> NodeSandbox:
+        query = f"touch={int(touch)}&usage={int(usage)}"
+        return await self._call(NodeSandbox, "node_get", query, sandbox_id=sandbox_id)
+
+    async def connections(self, sandbox_id: str) -> ConnectionList:
+        return await self._call(ConnectionList, "node_connections", sandbox_id=sandbox_id)
+
+    async def list(self) -> NodeInventory:
+        return await self._call(NodeInventory, "node_list")
+
+    async def image(self, image: str, wait: float = 0.0) -> ImageState:
+        return await self._call(ImageState, "node_image", "", {"image": image, "wait": wait})
+
+    async def status(self) -> NodeStatus:
+        return await self._call(NodeStatus, "node_status")
+
+    async def events(self, after: int, wait: float) -> NodeEvents:
+        return await self._call(NodeEvents, "node_events", f"after={after}&wait={wait:g}")
+
+
+def _parsed(kind: type[Model], status: int, reply: bytes) -> Model:
+    value = orjson.loads(reply) if reply else {}
+    if status >= 400:
+        raise from_wire(value, status)
+    return kind.model_validate(value)
+
+
+class _Empty(BaseModel):
+    pass

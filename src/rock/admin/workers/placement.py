@@ -1,0 +1,158 @@
+"""Where a sandbox goes: what the workers report is brought to the scheduler, whose choice is remembered until the
+sandbox has started."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Mapping
+
+from rock.admin.workers.client import Worker
+from rock.admin.workers.registry import Fleet
+from rock.errors import NoCapacity, RockError, Unavailable
+from rock.protocol.node import NodeStatus
+from rock.protocol.routes import OUTAGE
+from rock.protocol.sandbox import SandboxConfig, State
+from rock.scheduler.base import Placement, Reservations, Scheduler
+from rock.store.base import Record, Store
+
+log = logging.getLogger("rock.admin")
+
+_FRESH = 1.0  # seconds for which a report is new enough
+_STALE = 5.0  # and after which nobody is placed by it
+_HOLDING = (State.PENDING, State.RUNNING, State.STOPPING)
+_NEW = 0.1  # the same where nothing fits by the last one, and for a group, which may fill many workers
+
+
+class Placing:
+    """The scheduler, told of the workers. No placement asks a worker, but the first in a while: reports come in the
+    background, and between them what is placed is counted here. A worker refuses by itself what it has no room for.
+
+    reservations: where a cluster's own scheduler decides, while a sandbox starts.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, workers: Fleet, reservations: Reservations | None = None
+    ) -> None:
+        self._scheduler = scheduler
+        self._workers = workers
+        self.reservations = reservations
+        self.statuses: Mapping[str, NodeStatus] = {}
+        self._asked_at = float("-inf")
+        self._version = -1  # of the workers that it knows
+        self._asking: asyncio.Task[None] | None = None
+        self._failed: RockError | None = None
+        self._placed: dict[str, list[tuple[str, float]]] = {}  # (worker, GPUs) by the sandboxes that start there
+
+    async def close(self) -> None:
+        if self._asking is not None:
+            self._asking.cancel()
+            await asyncio.gather(self._asking, return_exceptions=True)
+
+    async def place(self, sandbox_id: str, config: SandboxConfig) -> Worker:
+        """Choose a worker; `landed` has to be told when the start is over, or will not be."""
+        await self._known()
+        try:
+            name = self._scheduler.place(config)
+        except NoCapacity:
+            await self._known(_NEW)  # what was stopped since the last report makes room
+            name = self._scheduler.place(config)
+        if self._workers.is_failing(name):  # which the next report leaves out
+            self._scheduler.landed(name, config.num_gpus or 0.0)
+            await self._known(0.0)
+            name = self._scheduler.place(config)
+        self._placed.setdefault(sandbox_id, []).append((name, config.num_gpus or 0.0))
+        return self._there(name)
+
+    async def place_group(
+        self, ids: list[str], config: SandboxConfig, placement: Placement, whole: bool
+    ) -> list[Worker]:
+        """Workers for the first of these sandboxes, with `whole` for all of them."""
+        await self._known(_NEW)
+        names = self._scheduler.place_group(config, len(ids), placement, whole)
+        for sandbox_id, name in zip(ids, names, strict=False):
+            self._placed.setdefault(sandbox_id, []).append((name, config.num_gpus or 0.0))
+        return [self._there(name) for name in names]
+
+    def _there(self, name: str) -> Worker:
+        worker = self._workers.get(name)
+        if worker is None:
+            raise Unavailable(f"worker {name} went away just now", hint="retry", details=OUTAGE)
+        return worker
+
+    async def reserve(self, record: Record) -> Worker:
+        """Where the cluster wants it, once that worker is here. Takes as long as it takes."""
+        assert self.reservations is not None
+        kept_on = record.info.worker if record.info.kept else None
+        name = await self.reservations.reserve(record.id, record.config, kept_on)
+        worker = await self._came(name)
+        await worker.check(record.config)
+        return worker
+
+    async def _came(self, name: str) -> Worker:
+        """A worker, as soon as it has joined: a node that the cluster made for this takes a while."""
+        changed = asyncio.Event()
+
+        def tell(_: str) -> None:
+            changed.set()
+
+        self._workers.on_change.append(tell)
+        try:
+            while (worker := self._workers.get(name)) is None:
+                await changed.wait()
+                changed.clear()
+            return worker
+        finally:
+            self._workers.on_change.remove(tell)
+
+    async def check(self, config: SandboxConfig) -> None:
+        """Raise what a create would raise at once on some worker, where it is not decided yet on which."""
+        for worker in self._workers.values():
+            with contextlib.suppress(Unavailable):
+                await worker.check(config)
+                return
+
+    async def sweep(self, store: Store) -> None:
+        """Give back what is set aside for sandboxes that are over, or that nobody knows."""
+        if self.reservations is None:
+            return
+        for sandbox_id in await self.reservations.held():
+            record = await store.get(sandbox_id)
+            if record is None or record.state not in _HOLDING:
+                log.warning("sandbox %s is over; what was set aside for it is given back", sandbox_id)
+                await self.reservations.release(sandbox_id)
+
+    def landed(self, sandbox_id: str) -> None:
+        """Its start is over, one way or the other."""
+        for name, gpus in self._placed.pop(sandbox_id, ()):
+            self._scheduler.landed(name, gpus)
+
+    def status(self, name: str) -> NodeStatus | None:
+        """What a worker reported last."""
+        return self.statuses.get(name)
+
+    async def _known(self, stale: float = _STALE) -> None:
+        """See that there are reports, none older than `stale` seconds, and that newer ones come. Unavailable."""
+        age, gone = time.monotonic() - self._asked_at, self._version != self._workers.version
+        if age <= min(_FRESH, stale) and not gone:
+            if self._failed is not None:  # that there are no reports is no lack of room
+                raise self._failed
+            return
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.create_task(self._ask(), name="worker reports")
+        if age > stale or gone or len(self._workers) <= 1:
+            await asyncio.shield(self._asking)
+            if self._failed is not None:
+                raise self._failed
+
+    async def _ask(self) -> None:
+        version = self._workers.version
+        try:
+            found, self._failed = await self._workers.statuses(_NEW), None
+        except RockError as error:
+            found, self._failed = {}, error
+        self.statuses = found
+        self._scheduler.report(found)
+        self._asked_at, self._version = time.monotonic(), version

@@ -1,0 +1,147 @@
+"""`rock bench`: the figures of the embedded runtime, each next to its floor from the same run.
+
+The server under test is a process of its own with a home of its own; the client is the SDK over HTTP, as users have it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import typer
+
+from rock.cli.bench.floors import bare_server
+from rock.cli.bench.measuring import (
+    commands,
+    cycles,
+    first_commands,
+    install,
+    many_bare,
+    many_sessions,
+    memory,
+    running_server,
+    server_side,
+    transfers,
+)
+from rock.cli.serve import serve
+
+app = typer.Typer(help="Measure this machine: figures next to their floors.", invoke_without_command=True)
+
+
+@dataclass
+class Figure:
+    """One row: `values` in `unit`; `floor` is the same thing without ROCK, from the same run."""
+
+    name: str
+    unit: str
+    values: list[float]
+    target: str
+    floor_name: str = ""
+    floor: list[float] = field(default_factory=list)
+
+    def spread(self, values: list[float]) -> dict[str, float]:
+        ordered = sorted(values)
+        return {
+            "n": len(ordered),
+            "min": ordered[0],
+            "p50": statistics.median(ordered),
+            "p95": ordered[min(len(ordered) - 1, int(len(ordered) * 0.95))],
+        }
+
+    def row(self) -> dict[str, Any]:
+        row: dict[str, Any] = {"name": self.name, "unit": self.unit, **self.spread(self.values), "target": self.target}
+        if self.floor:
+            row["floor"] = {"name": self.floor_name, **self.spread(self.floor)}
+            base = row["floor"]["p50"]
+            row["ratio"] = row["p50"] / base if base else None
+        return row
+
+
+async def measure(short: bool, inside: tuple[list[float], list[float]]) -> list[Figure]:
+    """All rows. `short`: few repetitions, to see that it works. inside: what `server_side` gave, on its own loop."""
+    from rock.runtime.namespace.floors import floor as bare_namespaces
+    from rock.runtime.namespace.floors import whole, whole_rates
+
+    n = 5 if short else 40
+    rounds = 1 if short else 4
+    figures = []
+    cold: list[float] = []
+    floor: list[float] = []
+    with running_server(0) as (url, pid):
+        for _ in range(rounds):  # in turns with its floor: a machine's speed changes within a minute
+            floor += [1000 * s for s in await whole(n // rounds)]
+            cold += await first_commands(url, n // rounds, 0.05)
+        fork = [1000 * s for s in await bare_namespaces(n)]
+        made = "a whole sandbox and bash in the launcher"
+        figures.append(Figure("create to first command, no pool", "ms", cold, "<= 2.5x floor", made, floor))
+        forked = "bare namespaces and bash, forked"
+        figures.append(Figure("a whole sandbox in the launcher", "ms", floor, "", forked, fork))
+        rates: list[float] = []
+        most: list[float] = []
+        for _ in range(rounds):
+            most += await whole_rates(2 if short else 6, 8)
+            rates += await cycles(url, 1 if short else 4, 8)
+        figures.append(
+            Figure(
+                "create + command + destroy, 8 at once",
+                "1/s",
+                rates,
+                ">= 100, x0.53",
+                "the same in the launcher, 8 at once",
+                most,
+            )
+        )
+        with bare_server() as bare_url:
+            each, alone = await commands(url, bare_url, 50 if short else 1000)
+            figures.append(
+                Figure("a command in a session", "ms", each, "<= 1.0, x4.8", "a bare HTTP server and bash", alone)
+            )
+            figures.append(
+                Figure("the same, server side", "ms", inside[0], "<= 0.4, x13", "a command on a bare bash's pipes",
+                       inside[1])
+            )  # fmt: skip
+            many = await many_sessions(url, 1 if short else 15, 32)
+            bare = await many_bare(bare_url, 1 if short else 8, 32)
+            beside = "a bare HTTP server and bash"
+            figures.append(Figure("commands a second, 32 sessions", "1/s", many, ">= 1500, x0.27", beside, bare))
+        up, down, plain = await transfers(url, 1 if short else 5)
+        figures.append(Figure("upload of 100 MB", "MB/s", up, ">= 300", "a copy on this disk", plain))
+        figures.append(Figure("download of 100 MB", "MB/s", down, ">= 300", "a copy on this disk", plain))
+        figures.append(
+            Figure("memory of an idle sandbox, all in", "MB", await memory(url, pid, 5 if short else 50), "<= 2")
+        )
+    warm: list[float] = []
+    again: list[float] = []
+    with running_server(4) as (url, _):
+        for _ in range(rounds):
+            warm += await first_commands(url, n // rounds, 0.15)
+            again += [1000 * s for s in await whole(n // rounds)]
+    figures.append(Figure("create to first command, warm pool", "ms", warm, "<= 5, x0.59", made, again))
+    count, size = install()
+    figures.append(Figure("base install, distributions", "", [float(count)], "<= 40"))
+    figures.append(Figure("base install, size", "MB", [size], "<= 60"))
+    return figures
+
+
+@app.callback()
+def run(
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    short: Annotated[bool, typer.Option(help="Few repetitions: does it work at all?")] = False,
+) -> None:
+    """Measure the embedded runtime on this machine; takes about a minute and a half."""
+    inside = serve.run(server_side(50 if short else 1000))
+    rows = [figure.row() for figure in asyncio.run(measure(short, inside))]
+    if as_json:
+        typer.echo(json.dumps({"figures": rows}, indent=1))
+        return
+    typer.echo(f"{'':<40} {'unit':>5} {'n':>5} {'min':>9} {'p50':>9} {'p95':>9}  {'target':<14} floor p50, ratio")
+    for row in rows:
+        floor = row.get("floor")
+        beside = f"{floor['p50']:9.2f} x{row['ratio']:.2f}  {floor['name']}" if floor else ""
+        typer.echo(
+            f"{row['name']:<40} {row['unit']:>5} {row['n']:>5} {row['min']:>9.2f} {row['p50']:>9.2f} "
+            f"{row['p95']:>9.2f}  {row['target']:<14} {beside}"
+        )

@@ -1,0 +1,122 @@
+"""`rock doctor`: what this machine can give, and what keeps it from more."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rock.cli.output import as_json, busy, table
+
+if TYPE_CHECKING:
+    from rock.runtime.base import Runtime
+    from rock.runtime.namespace.probe import Finding
+
+app = typer.Typer(help="Look at this machine, or at the files of its server.")
+
+_PATIENCE = 30.0  # seconds that a runtime may take to open
+
+
+@app.callback(invoke_without_command=True)
+def doctor(
+    context: typer.Context, json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
+) -> None:
+    """Look at this machine: isolation, limits, images. Exits with 1 when something essential is missing."""
+    if context.invoked_subcommand is not None:
+        return
+    with busy("trying what this machine can do"):
+        findings = _findings()
+    if json:
+        as_json([{"name": f.name, "ok": f.ok, "detail": f.detail, "hint": f.hint} for f in findings])
+    else:
+        signs = {True: "ok", False: "no", None: "-"}
+        table(["", "", ""], [[signs[f.ok], f.name, _text(f)] for f in findings])
+    if any(f.ok is False for f in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def store(
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Move what is damaged to ROCK_HOME/damaged. Needs a stopped server.")
+    ] = False,
+    images: Annotated[bool, typer.Option("--images", help="Look at the layers of images too.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Look at all that the server keeps on disk. Exits with 1 when something is damaged and was not repaired."""
+    from rock.cli.serve.storecheck import Check, as_data
+    from rock.settings import Settings
+
+    with busy("looking at the server's files"):
+        found = Check(Settings.read(), repair, images).run()
+    wrong = [one for one in found if not one.ok and one.repaired is None]
+    if json:
+        as_json({"ok": not wrong, "findings": [as_data(one) for one in found]})
+    else:
+        rows = [["ok" if one.ok else "moved" if one.repaired else "no", one.kind, one.path, one.detail,
+                 one.repaired or one.hint] for one in found]  # fmt: skip
+        table(["", "", "", "", ""], rows)
+    if wrong:
+        raise typer.Exit(1)
+
+
+def _text(finding: Finding) -> str:
+    told = finding.ok is not False or not finding.hint
+    return finding.detail if told else f"{finding.detail} -> {finding.hint}"
+
+
+def _findings() -> list[Finding]:
+    import sys
+
+    from rock.runtime.namespace.probe import Finding
+
+    if sys.platform == "linux":
+        from rock.runtime.namespace.probe import host_report
+
+        found = [*host_report(), *_engine()]
+    else:
+        text = "isolation needs Linux: here are the runtimes process and fake, and clients"
+        found = [Finding("isolation", None, text, "set ROCK_BASE_URL to a server")]
+    return [*found, *_plugins()]
+
+
+def _engine() -> list[Finding]:
+    """The container engine that runtime "docker" would use."""
+    import asyncio
+
+    from rock.runtime.docker.spec import findings
+    from rock.settings import Settings
+
+    return asyncio.run(findings(Settings.read().docker_host))
+
+
+def _plugins() -> list[Finding]:
+    """Runtimes of other distributions, made and opened in a folder that is thrown away."""
+    import asyncio
+    import tempfile
+    from pathlib import Path
+
+    from rock.images.store import ImageStore
+    from rock.runtime import plugins
+    from rock.runtime.namespace.probe import Finding
+
+    async def why_not(runtime: Runtime) -> str | None:
+        if isinstance(runtime, plugins.BrokenRuntime):
+            return runtime.reason
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                await runtime.open()
+                await runtime.close()
+        except Exception as error:
+            return str(error) or repr(error)
+        return None
+
+    findings = []
+    with tempfile.TemporaryDirectory(prefix="rock-doctor-") as folder:
+        images = ImageStore(Path(folder) / "images")
+        made = plugins.load(lambda name: plugins.RuntimeContext(Path(folder) / name, images))
+        for name, runtime in made.items():
+            fault = asyncio.run(why_not(runtime))
+            hint = "" if fault is None else "repair or remove the package that brings it"
+            findings.append(Finding(f"runtime {name}", fault is None, fault or "can be opened", hint))
+    return findings

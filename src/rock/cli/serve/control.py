@@ -1,0 +1,319 @@
+"""An admin without sandboxes of its own: it commands the rocklets that ROCK_WORKERS names, and those that joined, over
+the wire.
+
+Several of them may share a database; one of them leads (admin/workers/leader.py). Requests to sandboxes are forwarded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from dataclasses import replace
+from typing import Any
+
+import orjson
+
+from rock.admin.app import Admin
+from rock.admin.auth import Authenticated, Doors, names_of, servers
+from rock.admin.preflight import require_key_beyond_loopback, role_of
+from rock.admin.workers.batching import Crowd
+from rock.admin.workers.client import FENCE, Transport, WireWorker, Worker
+from rock.admin.workers.registry import Fleet, Reached
+from rock.cli.serve.home import Home
+from rock.cli.serve.identity import Identity
+from rock.cli.serve.observing import observe
+from rock.errors import InvalidConfig, RockError, Unavailable, Unsupported
+from rock.http.asgi import App, Receive, Scope, Send
+from rock.http.forwarding import Remote
+from rock.http.relay import Calls
+from rock.protocol import routes
+from rock.protocol.action import ConnectionList
+from rock.protocol.node import (
+    ImageState,
+    Lease,
+    NodeCommit,
+    NodeEvents,
+    NodeImage,
+    NodeInventory,
+    NodeSandbox,
+    NodeStatus,
+    WorkerInfo,
+)
+from rock.protocol.sandbox import ArchivedFiles, SandboxConfig
+from rock.proxy.app import Proxy, is_data
+from rock.rocklet.node import Node
+from rock.settings import Settings
+from rock.store.base import Store
+from rock.store.sqlite import SqliteStore
+
+_LONG = ("/commit", "/wake")
+_EVENTS = routes.ROUTES["node_events"].path
+_REFUSED = orjson.dumps(routes.REFUSED)[1:-1]  # in the details of an answer
+_MADE_AT_ONCE = 2000  # sandboxes that one worker is asked to make; those that pull for minutes hold up no others
+_SHUNNED = 5.0  # seconds that a worker gets no sandboxes after it took no connection
+_USUAL = 100.0  # seconds that a worker may be silent
+
+
+def _makes(method: str, path: str) -> bool:
+    """Whether it makes something, which takes as long as it takes."""
+    return method == "PUT" or path.endswith(_LONG) or path == routes.ROUTES["node_image"].path
+
+
+def _fenced(fence: int | None) -> dict[str, str]:
+    return {} if fence is None else {routes.FENCE: str(fence)}
+
+
+def transport_to(url: str, key: str | None) -> Transport:
+    """Requests of a WireWorker, each with the token of the lease by which it is made."""
+    from rock.sdk.transport import Transport as Client  # the SDK, which a server without such workers has no use for
+
+    clients: dict[int | None, Client] = {}
+
+    async def carry(method: str, path: str, query: str, body: bytes) -> tuple[int, bytes]:
+        fence = FENCE.get()
+        client = clients.get(fence)
+        if client is None:
+            clients.clear()  # of leases that are over
+            client = clients[fence] = Client(url, key, _fenced(fence), reconnect_timeout=0)
+        try:
+            return 200, await client.call(method, f"{path}?{query}" if query else path, body,
+                                          timeout=None if _makes(method, path) else _USUAL)  # fmt: skip
+        except RockError as error:
+            return error.status, orjson.dumps(error.to_wire(), default=repr)
+
+    return carry
+
+
+def commands_over(remote: Remote, name: str, gone: asyncio.Event, unreached: Callable[[], None]) -> Transport:
+    """Requests of a WireWorker over kept-alive connections. When its worker is `gone`, and `remote` closed, what is
+    under way is answered as Unavailable: a machine that is cut off does not end its connections. unreached: called when
+    it takes no connection, or refuses commands of this epoch."""
+    making = asyncio.Semaphore(_MADE_AT_ONCE)
+
+    async def ask(method: str, path: str, query: str, body: bytes) -> tuple[int, bytes]:
+        headers = _fenced(FENCE.get())
+        async with asyncio.timeout(None if _makes(method, path) else _USUAL):
+            probed = path != _EVENTS  # which waits for as long as nothing happens, at every worker
+            try:
+                return await remote.request(method, path, query, body, headers, probed=probed)
+            except Unavailable as error:
+                if gone.is_set() or method == "POST" or error.details.get("unsent"):
+                    raise
+            # A kept connection may have ended just then; what is asked again is done once.
+            try:
+                return await remote.request(method, path, query, body, headers, probed=probed)
+            except Unavailable as error:
+                if error.details.get("unsent"):
+                    unreached()
+                    raise Unavailable(error.message, hint=error.hint, details=routes.SENT) from None  # the first was
+                raise
+
+    async def carry(method: str, path: str, query: str, body: bytes) -> tuple[int, bytes]:
+        try:
+            async with making if method == "PUT" and not query.startswith("check=") else contextlib.nullcontext():
+                status, reply = await ask(method, path, query, body)
+                if status == Unavailable.status and _REFUSED in reply:
+                    unreached()  # until it has joined again
+                return status, reply
+        except TimeoutError:
+            error: RockError = Unavailable(f"worker {name} was silent for {_USUAL:g} s", hint="retry")
+        except Unavailable as raised:
+            error = raised
+            if error.details.get("unsent"):
+                unreached()
+            if gone.is_set():
+                error = Unavailable(f"worker {name} was lost while it was asked", hint="retry", details=routes.OUTAGE)
+        return error.status, orjson.dumps(error.to_wire(), default=repr)
+
+    return carry
+
+
+def reach_with(key: str | None) -> Callable[[WorkerInfo], Reached]:
+    """How workers that join are reached."""
+    crowd = Crowd()
+
+    def reach(info: WorkerInfo) -> Reached:
+        gone = asyncio.Event()
+        failed_at = float("-inf")
+
+        def unreached() -> None:
+            nonlocal failed_at
+            failed_at = time.monotonic()
+
+        command = {routes.EPOCH: f"{info.name}/{info.epoch}"}
+        own = {} if key is None else {routes.OTHER_KEY: key}
+        data, long = Remote(info.url, own), Remote(info.url, {**own, **command})
+        carry = commands_over(long, info.name, gone, unreached)
+
+        async def close() -> None:
+            gone.set()
+            await worker.close()
+            await data.close()
+            await long.close()
+
+        worker = WireWorker(info.name, carry, long.stream, crowd)
+        return Reached(worker, data, close, lambda: time.monotonic() - failed_at < _SHUNNED)
+
+    return reach
+
+
+def lease_of(settings: Settings) -> Lease:
+    """How long workers that joined may be silent. Unsupported."""
+    return Lease.of(settings.worker_lease, settings.worker_grace)
+
+
+def workers_of(text: str) -> dict[str, str]:
+    """URLs by name of "name=url,name=url"; "none" is none. InvalidConfig."""
+    found: dict[str, str] = {}
+    if text.strip() == "none":
+        return found
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, separator, url = part.partition("=")
+        if not separator or not name or not url.startswith(("http://", "https://")):
+            raise InvalidConfig(f"ROCK_WORKERS: {part!r} names no worker", hint="NAME=http://HOST:PORT,NAME=...")
+        if name in found:
+            raise InvalidConfig(f"ROCK_WORKERS: {name} is named twice")
+        found[name] = url
+    return found
+
+
+def door_of(settings: Settings, home: Home) -> dict[str, Any]:
+    """What Authenticated has to know of a server beside its keys."""
+    return {"owner_key": home.owner_key, "names": names_of(settings.host, settings.public_names),
+            "checks_host": bool(settings.public_names)}  # fmt: skip
+
+
+class Control:
+    """Store, admin and proxy, over workers that are elsewhere; of a role (admin/auth.py), or of both."""
+
+    def __init__(self, settings: Settings, store: Store) -> None:
+        role = role_of(settings.role)
+        require_key_beyond_loopback(settings.host, settings.api_key)
+        urls = workers_of(settings.workers)
+        if settings.archive not in ("", "off") and urls:
+            raise Unsupported("ROCK_ARCHIVE: files of ROCK_WORKERS are not archived", hint="let them join")
+        self.home = Home(settings.home)
+        self.store = store
+        key = settings.worker_key or settings.api_key
+        # Not as Authorization: that may be for a program inside
+        headers = {} if key is None else {routes.OTHER_KEY: key}
+        self._remotes = [Remote(url, headers) for url in urls.values()]
+        apps: dict[str, App] = dict(zip(urls, self._remotes, strict=True))
+        fixed: dict[str, Worker] = {name: WireWorker(name, transport_to(url, key)) for name, url in urls.items()}
+        self.fleet = Fleet(fixed, apps, lambda: store.workers, reach_with(key), lease_of(settings))
+        self._proxy = Proxy(store, self.fleet.apps)
+        settings = replace(settings, archive=settings.archive or "off")
+        roles = ["write", "read"] if role == "all" else [role]
+        self.admin = Admin(settings, store, self.fleet, roles, self._proxy, leads=role != "read")
+        if isinstance(store, SqliteStore):
+            store.reserve = self.home.reserve
+        self._identity = None
+        if role != "read":  # which ends nothing
+            self._identity = Identity(settings.run_dir, store, settings.store_changed, None)
+            self.admin.opened = self._identity.check
+        self.observed = observe(settings, "admin", store)
+        relayed = Calls(self._route, settings.reconnect_timeout)  # a server of the other role may hand requests on
+        door = Authenticated(self.observed.measured(relayed), settings.api_key, self.admin.keys,
+                             settings.worker_key, **door_of(settings, self.home))  # fmt: skip
+        app: App = door
+        # What is handed on comes from a socket of ours, so a server without a key would take everybody for the owner.
+        if role == "read":
+            app = Doors(door, "read", self._others(settings.writer), door.problem)
+        elif role == "write":
+            app = Doors(door, "write", self._others(settings.reader), door.problem)
+        self.app = self.observed.over(app)
+
+    def _others(self, text: str) -> list[Remote]:
+        found = servers(text)
+        self._remotes += found
+        return found
+
+    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan" and is_data(scope["path"]):
+            await self._proxy(scope, receive, send)
+        else:
+            await self.admin.app(scope, receive, send)
+
+    def let_go(self) -> None:
+        """Nothing is held here."""
+
+    @property
+    def left(self) -> int:
+        return 0
+
+    async def open(self) -> None:
+        self.home.take()
+        try:
+            if self._identity is not None:
+                self._identity.check_there()
+            await self.admin.open()
+        except BaseException:
+            self.home.release()
+            raise
+        self.observed.open()
+
+    async def close(self) -> None:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.home.release)
+            await self.observed.close()
+            for remote in self._remotes:
+                await remote.close()
+            await self.admin.close()
+
+
+# ---- worker ----
+#
+# The rocklet of this process as a worker of the admin of this process: the node plane without a wire.
+
+class LocalWorker:
+    """What admin.worker.Worker asks for, by calls."""
+
+    def __init__(self, name: str, node: Node) -> None:
+        self.name = name
+        self._node = node
+
+    async def check(self, config: SandboxConfig) -> None:
+        await self._node.runtimes.check(config)
+
+    async def create(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
+        return await self._node.create(sandbox_id, config)
+
+    async def destroy(self, sandbox_id: str, grace: float = 0.0) -> NodeSandbox:
+        return await self._node.destroy(sandbox_id, grace)
+
+    async def rest(self, sandbox_id: str, grace: float = 0.0) -> NodeSandbox:
+        return await self._node.rest(sandbox_id, grace)
+
+    async def wake(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
+        return await self._node.wake(sandbox_id, config)
+
+    def pack(self, sandbox_id: str, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:
+        return self._node.kept.pack(sandbox_id, limit)
+
+    async def unpack(
+        self, sandbox_id: str, config: SandboxConfig, files: ArchivedFiles, data: AsyncIterator[bytes]
+    ) -> NodeSandbox:
+        return await self._node.unpack(sandbox_id, config, files, data)
+
+    async def commit(self, sandbox_id: str, wish: NodeCommit) -> NodeImage:
+        return await self._node.commits.commit(sandbox_id, wish)
+
+    async def get(self, sandbox_id: str, *, touch: bool = False, usage: bool = False) -> NodeSandbox:
+        return await self._node.look(sandbox_id, touch=touch, usage=usage)
+
+    async def connections(self, sandbox_id: str) -> ConnectionList:
+        return await self._node.runtimes.connections(sandbox_id)
+
+    async def list(self) -> NodeInventory:
+        return self._node.inventory()
+
+    async def image(self, image: str, wait: float = 0.0) -> ImageState:
+        return await self._node.images.look(image, wait)
+
+    async def status(self) -> NodeStatus:
+        return await self._node.status()
+
+    async def events(self, after: int, wait: float) -> NodeEvents:
+        return await self._node.ends.since(after, wait)

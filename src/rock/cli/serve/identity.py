@@ -1,0 +1,115 @@
+"""Whether a server has the store that its sandboxes belong to."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rock.admin.sandboxes.lifecycle import new_info
+from rock.errors import Conflict, InvalidConfig, Unsupported
+from rock.host import atomic_file
+from rock.protocol.owner import RESTORED, STORE_NOTE
+from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
+from rock.rocklet.node import Node
+from rock.store.base import Record, Store
+
+log = logging.getLogger("rock.server")
+
+WAYS = ("", "adopt", "abandon")
+
+
+class Identity:
+    """The identity of the store, noted in the run folder. A server whose store is another one, or is missing, does not
+    start while there are sandboxes: it would end all that the store does not know.
+
+    changed: what to do then. "adopt": records are made for the sandboxes of this machine, which belong to the server's
+    owner and have no idempotency key. "abandon": they are ended, and files that are kept are removed.
+    """
+
+    def __init__(self, run_dir: Path, store: Store, changed: str, node: Node | None) -> None:
+        """node: of a server that has sandboxes of its own. InvalidConfig."""
+        if changed not in WAYS:
+            raise InvalidConfig(f"ROCK_STORE_CHANGED={changed}: adopt or abandon")
+        if changed == "adopt" and node is None:
+            raise Unsupported("sandboxes of other machines cannot be adopted",
+                              hint="restore a backup, or rock admin start --abandon")  # fmt: skip
+        self._note = run_dir / STORE_NOTE
+        self._store = store
+        self._changed = changed
+        self._node = node
+
+    def check_there(self) -> None:
+        """Before the store is opened, which makes a new one where there is none. Conflict."""
+        missing = self._store.missing()
+        if missing is not None and self._noted() is not None:
+            self._decide(missing, self._left())
+
+    async def check(self) -> None:
+        """Of the store that was opened. Conflict."""
+        identity, noted = await self._store.identity(), self._noted()
+        if noted not in (None, identity):
+            left = await self._unknown()
+            if left:
+                self._decide("the store is another one and does not know them", left)
+                if self._changed == "adopt":
+                    await self._adopt()
+            log.warning("the store is another one than before: %s", self._changed or "nothing was left of that one")
+        if noted != identity:
+            self._note.parent.mkdir(parents=True, exist_ok=True)
+            atomic_file.replace(self._note, atomic_file.summed(json.dumps({"identity": identity})))
+
+    def _noted(self) -> str | None:
+        try:
+            return str(atomic_file.parsed(self._note.read_bytes()).get("identity"))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            log.error("%s is damaged (%s): whether the store is the right one is not known", self._note, error)
+            return None
+
+    def _left(self) -> Sequence[str]:
+        """Sandboxes that would be ended. Those of other machines are not known here."""
+        node = self._node
+        if node is None:
+            return ["those of its workers"]
+        return sorted({*node.supervisors, *node.kept.ids(), *node.quarantine.ids()})
+
+    async def _unknown(self) -> Sequence[str]:
+        """Those that the store does not know."""
+        if self._node is None:
+            return [] if self._noted() == RESTORED else self._left()
+        return [one for one in self._left() if await self._store.get(one) is None]
+
+    def _decide(self, why: str, left: Sequence[str]) -> None:
+        if not left or self._changed:
+            return
+        count = f"{len(left)} sandboxes are" if self._node is not None else "sandboxes of its workers may be"
+        raise Conflict(
+            f"the server does not start: {count} there, and {why}",
+            hint="put the store back with: rock admin restore FILE. Or start with a new one: "
+            "rock admin start --adopt goes on with the sandboxes, rock admin start --abandon ends them",
+        )
+
+    async def _adopt(self) -> None:
+        """Make records of what runs here, so that it is not ended as unknown."""
+        assert self._node is not None
+        status, now = await self._node.status(), time.time()
+        for supervisor in self._node.supervisors.values():
+            made = supervisor.describe()
+            await self._insert(new_info(supervisor.id, supervisor.config, "local", status, ""), supervisor.config, {
+                "state": State.RUNNING, "is_alive": True, "started_at": now, "isolation": made.isolation,
+                "enforced": made.enforced, "runtime": made.runtime})  # fmt: skip
+        stopped = {"state": State.STOPPED, "kept": True, "stopped_at": now, "reason": "it was adopted by a new store"}
+        for sandbox_id, config in self._node.kept.configs().items():
+            await self._insert(new_info(sandbox_id, config, "local", status, ""), config, stopped)
+        unknown = SandboxConfig(image="unknown")  # of which the record is damaged
+        for sandbox_id in self._node.quarantine.ids():
+            await self._insert(new_info(sandbox_id, unknown, "local", status, ""), unknown, {"state": State.RUNNING})
+
+    async def _insert(self, info: SandboxInfo, config: SandboxConfig, fields: dict[str, Any]) -> None:
+        if await self._store.get(info.sandbox_id) is None:
+            await self._store.insert(Record(info.model_copy(update=fields), config))

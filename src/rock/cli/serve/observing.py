@@ -1,0 +1,79 @@
+"""Metrics and traces of the roles that a process has, as its settings ask for them."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterable
+
+from rock import __version__
+from rock.errors import InvalidConfig, RockError, Unsupported
+from rock.http.middleware import Exporter, Observed
+from rock.rocklet.node import Node
+from rock.settings import Settings
+from rock.store.base import Store
+from rock.telemetry.metrics import OTHER, Family, Labels, Number, gauge_of
+
+log = logging.getLogger("rock.server")
+_MOST_TENANTS = 100  # in the labels of gauges: those with the most sandboxes
+
+
+def attributes_of(text: str) -> dict[str, str]:
+    """Tags of "name=value,name=value". InvalidConfig."""
+    found: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, separator, value = part.partition("=")
+        if not separator or not name.strip():
+            raise InvalidConfig(f"ROCK_OTEL_ATTRIBUTES: {part!r} is no tag", hint="NAME=VALUE,NAME=VALUE")
+        found[name.strip()] = value.strip()
+    return found
+
+
+def make_export(settings: Settings, role: str) -> Exporter | None:
+    """Where the settings send traces and metrics; None for nowhere. InvalidConfig, Unsupported."""
+    tags = attributes_of(settings.otel_attributes)
+    if not settings.otel_endpoint:
+        return None
+    if not settings.otel_endpoint.startswith(("http://", "https://")):
+        raise InvalidConfig(f"ROCK_OTEL_ENDPOINT={settings.otel_endpoint!r} is no URL", hint="http://HOST:4318")
+    try:
+        from rock.telemetry.otel import Export
+    except ImportError:
+        raise Unsupported(
+            "traces and metrics cannot be exported without the packages of OpenTelemetry",
+            hint="pip install 'rock-sandbox[otel]', or unset ROCK_OTEL_ENDPOINT and OTEL_EXPORTER_OTLP_ENDPOINT",
+        ) from None
+    return Export(settings.otel_endpoint, {"service.version": __version__, **tags}, f"rock-{role}")
+
+
+def observe(settings: Settings, role: str, store: Store | None = None, node: Node | None = None) -> Observed:
+    """What a process tells of itself. store: whose sandboxes are told by state; node: what is on this machine."""
+
+    async def extra() -> Iterable[Family[Number]]:
+        told: list[Family[Number]] = []
+        if store is not None:
+            try:
+                told.append(_by_state(await store.tally()))
+            except RockError as error:
+                log.warning("sandboxes could not be counted: %s", error)
+        if node is not None:
+            here: dict[Labels, float] = {(): float(len(node.supervisors))}
+            told.append(gauge_of("rock_worker_sandboxes", "Sandboxes that live on this machine", (), here))
+            room: dict[Labels, float] = {(): float(node.limit)}
+            told.append(gauge_of("rock_worker_sandbox_limit", "Most sandboxes on this machine", (), room))
+        told.append(gauge_of("rock_info", "This server", ("version", "role"), {(__version__, role): 1.0}))
+        return told
+
+    return Observed(extra, make_export(settings, role), settings.otel_interval)
+
+
+def _by_state(tally: dict[tuple[str, str], int]) -> Family[Number]:
+    sizes: Counter[str] = Counter()
+    for (tenant, _), count in tally.items():
+        sizes[tenant] += count
+    named = {tenant for tenant, _ in sizes.most_common(_MOST_TENANTS)}
+    values: Counter[Labels] = Counter()
+    for (tenant, state), count in tally.items():
+        values[tenant if tenant in named else OTHER, state] += count
+    told = {labels: float(count) for labels, count in values.items()}
+    return gauge_of("rock_sandboxes", "Sandboxes that are remembered", ("tenant", "state"), told)

@@ -1,0 +1,448 @@
+"""The only place that joins roles in one process: store, admin, proxy and rocklet behind one port."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import re
+import signal
+import socket
+import sys
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import uvicorn
+
+from rock import __version__, faults
+from rock import settings as environment
+from rock.admin.app import Admin
+from rock.admin.auth import Authenticated
+from rock.admin.preflight import require_key_beyond_loopback, role_of
+from rock.admin.workers.client import Worker
+from rock.admin.workers.registry import Fleet
+from rock.cli.serve.control import Control, LocalWorker, door_of, lease_of, reach_with
+from rock.cli.serve.home import Home, Reserve, make_private
+from rock.cli.serve.identity import Identity
+from rock.cli.serve.observing import observe
+from rock.cli.serve.tls import tls_of
+from rock.errors import Conflict, InvalidConfig, Unsupported
+from rock.http.asgi import Answer, App, Receive, Request, Scope, Send, answer
+from rock.http.connections import HEAD_WITHIN, Admission, Intake
+from rock.http.forwarding import Remote
+from rock.http.middleware import dropping
+from rock.http.relay import Calls
+from rock.images.store import ImageStore
+from rock.protocol.routes import ROUTES
+from rock.protocol.sandbox import parse_size
+from rock.proxy.app import Proxy, is_data
+from rock.rocklet.api.sandboxes import Api
+from rock.rocklet.images.store import Images
+from rock.rocklet.membership import Fence, Joining, Membership, servers_of
+from rock.rocklet.node import Node
+from rock.runtime import plugins
+from rock.runtime.base import Runtime
+from rock.settings import Settings
+from rock.store.base import Store
+from rock.store.sqlite import SqliteStore
+from rock.store.timed import timed
+from rock.telemetry import set_up_logs
+
+log = logging.getLogger("rock.server")
+T = TypeVar("T")
+_QUEUE = 2048  # connections that the kernel keeps until they are accepted
+_AT_ONCE = 16  # connections that are accepted in one pass of the loop, at most; uvloop accepts one
+
+
+def make_runtimes(settings: Settings, images: Images) -> dict[str, Runtime]:
+    """Every runtime that this machine can have, by name."""
+    from rock.runtime.fake import FakeRuntime
+    from rock.runtime.process.portable import PlainRuntime
+    from rock.runtime.process.runtime import ProcessRuntime, can_hold_init
+
+    process = ProcessRuntime if can_hold_init() else PlainRuntime
+    runtimes: dict[str, Runtime] = {"process": process(settings.run_dir / "process"), "fake": FakeRuntime()}
+    if sys.platform == "linux" and can_hold_init():
+        from rock.runtime.docker.runtime import DockerRuntime
+        from rock.runtime.gvisor.runtime import GvisorRuntime
+        from rock.runtime.landlock.runtime import LandlockRuntime
+        from rock.runtime.namespace.runtime import NamespaceRuntime
+
+        folder, guests = settings.run_dir / "namespace", settings.home / "guest-python"
+        runtimes["docker"] = DockerRuntime(settings.run_dir / "docker", guests, settings.docker_host)
+        runtimes["gvisor"] = GvisorRuntime(settings.run_dir / "gvisor", guests, images.store)
+        runtimes["landlock"] = LandlockRuntime(settings.run_dir / "landlock")
+        runtimes["namespace"] = NamespaceRuntime(folder, settings.pool_size, images.store, _resolvers(settings),
+                                                 disk_limit=_disk_limit(settings))
+    runtimes |= plugins.load(
+        lambda name: plugins.RuntimeContext(settings.run_dir / "runtimes" / name, images.store, settings.pool_size)
+    )
+    if settings.runtime not in runtimes:
+        names = ", ".join(sorted(runtimes))
+        raise InvalidConfig(f"no runtime {settings.runtime!r} (there are: {names})", hint="set ROCK_RUNTIME")
+    return runtimes
+
+
+def make_store(settings: Settings) -> Store:
+    """Where the server remembers, as ROCK_STORE says: a file, or a PostgreSQL database. InvalidConfig, Unsupported."""
+    return timed(_store_of(settings))
+
+
+def _store_of(settings: Settings) -> Store:
+    scheme, separator, _ = settings.store.partition("://")
+    if not separator:
+        file = Path(settings.store).expanduser().absolute() if settings.store else settings.database
+        return SqliteStore(file, shared=role_of(settings.role) != "all")
+    if scheme not in ("postgresql", "postgres"):
+        raise InvalidConfig(f"ROCK_STORE: there is no store for {scheme}://", hint="a file, or postgresql://...")
+    try:
+        from rock.store.postgres import PostgresStore
+    except ImportError:
+        raise Unsupported("ROCK_STORE: PostgreSQL needs asyncpg", hint="pip install 'rock-sandbox[postgres]'") from None
+    return PostgresStore(settings.store)
+
+
+def _disk_limit(settings: Settings) -> int:
+    """Bytes that the files of a sandbox without `disk` may take; 0 is no limit. InvalidConfig."""
+    if settings.disk_limit == "0":
+        return 0
+    try:
+        return parse_size(settings.disk_limit, "disk")
+    except ValueError as error:
+        raise InvalidConfig(f"ROCK_DISK_LIMIT: {error}") from None
+
+
+def _resolvers(settings: Settings) -> list[str]:
+    from rock.egress.dns import parse_server
+
+    try:
+        for text in settings.resolvers:
+            parse_server(text)
+    except ValueError as error:
+        raise InvalidConfig(f"ROCK_NETWORK_RESOLVERS: {error}") from None
+    return settings.resolvers
+
+
+class Rocklet:
+    """The sandboxes of this machine, their home and their routes. `runtimes`: instead of all that there are."""
+
+    def __init__(self, settings: Settings, runtimes: dict[str, Runtime] | None = None) -> None:
+        require_key_beyond_loopback(settings.host, settings.api_key)
+        self.home = Home(settings.home)
+        self.images = Images(ImageStore.of(settings))
+        runtimes = make_runtimes(settings, self.images) if runtimes is None else runtimes
+        self.node = Node(runtimes, settings.runtime, settings.run_dir, settings.sandbox_limit, self.images,
+                         settings.env_lease)  # fmt: skip
+        self.router = Api(self.node, settings.reconnect_timeout).router()
+        self.router.add(ROUTES["health"], _health)
+        self.membership = membership_of(settings, self.node)
+        fenced = Fence(settings.run_dir / "fence").over(self.router)
+        app = Calls(fenced if self.membership is None else self.membership.over(fenced), settings.reconnect_timeout)
+        self.observed = observe(settings, "rocklet", node=self.node)
+        self.app = self.observed.over(Authenticated(self.observed.measured(app), settings.api_key,
+                                                    **door_of(settings, self.home)))  # fmt: skip
+
+    def let_go(self) -> None:
+        """The server is about to stop."""
+        self.node.let_go()
+
+    @property
+    def left(self) -> int:
+        """Sandboxes that outlive it."""
+        return len(self.node.supervisors)
+
+    async def open(self) -> None:
+        self.home.take()
+        try:
+            await self.node.open()
+        except BaseException:
+            await self.node.close()  # other runtimes may be open by then
+            self.home.release()
+            raise
+        self.observed.open()
+        if self.membership is not None:
+            try:
+                await self.membership.open()
+            except BaseException:
+                await self.close()
+                raise
+
+    async def close(self) -> None:
+        """Stop serving; sandboxes stay alive and are found again by the next server."""
+        if self.membership is not None:
+            await self.membership.close()
+        await self.observed.close()
+        await self.node.close()
+        self.home.release()
+
+
+def membership_of(settings: Settings, node: Node) -> Membership | None:
+    """How this machine joins, if it does. InvalidConfig."""
+    if not settings.join:
+        return None
+    servers = servers_of(settings.join, settings.api_key)
+    name = settings.worker_name or re.sub(r"[^A-Za-z0-9_.-]", "-", socket.gethostname())[:63]
+    url = settings.advertise or f"{'https' if settings.tls_cert else 'http'}://{_reached_at(settings, servers[0])}"
+    if settings.lease_lost not in ("stop", "keep"):
+        raise InvalidConfig(f"ROCK_LEASE_LOST={settings.lease_lost}: stop or keep")
+    return Membership(node, Joining(servers, name, url.rstrip("/"), settings.lease_lost == "keep"),
+                      settings.home / "worker.json")  # fmt: skip
+
+
+def _reached_at(settings: Settings, server: Remote) -> str:
+    """HOST:PORT where servers reach this machine: the address that it listens on, or has towards them."""
+    host = settings.host
+    if host in ("0.0.0.0", "::", ""):
+        try:
+            family, kind, _, _, address = socket.getaddrinfo(server.host, 9, type=socket.SOCK_DGRAM)[0]
+            with socket.socket(family, kind) as probe:
+                probe.connect(address)  # sends nothing
+                host = str(probe.getsockname()[0])
+        except OSError as error:
+            raise InvalidConfig(f"where servers reach this machine is not known: {error}",
+                                hint="--advertise http://HOST:PORT") from None  # fmt: skip
+    return f"[{host}]:{settings.port}" if ":" in host else f"{host}:{settings.port}"
+
+
+async def _health(_: Request) -> Answer:
+    return answer({"status": "ok", "version": __version__})
+
+
+class Server:
+    """All roles in one process, as one ASGI application with a life of its own. `runtimes`: see Rocklet."""
+
+    def __init__(self, settings: Settings, runtimes: dict[str, Runtime] | None = None) -> None:
+        self.settings = settings
+        self.rocklet = Rocklet(settings, runtimes)
+        self.home, self.node = self.rocklet.home, self.rocklet.node
+        self.let_go = self.rocklet.let_go
+        # Not the host's name: that changes with the network, and every sandbox would be on a worker nobody knows.
+        name = "local"
+        self.store = make_store(settings)
+        fixed: dict[str, Worker] = {name: LocalWorker(name, self.node)}
+        fleet = Fleet(fixed, {name: self.rocklet.router}, lambda: self.store.workers,
+                      reach_with(settings.worker_key or settings.api_key), lease_of(settings))  # fmt: skip
+        self._proxy = Proxy(self.store, fleet.apps, local=name)
+        self.admin = Admin(settings, self.store, fleet, ["write", "read", "worker"], self._proxy)
+        if isinstance(self.store, SqliteStore):
+            self.store.reserve = self.home.reserve
+        self._identity = Identity(settings.run_dir, self.store, settings.store_changed, self.node)
+        self.admin.opened = self._identity.check
+        self.observed = self.rocklet.observed = observe(settings, "server", self.store, self.node)
+        door = Authenticated(self.observed.measured(self._route), settings.api_key, self.admin.keys,
+                             settings.worker_key, **door_of(settings, self.home))  # fmt: skip
+        self.app = self.observed.over(door)
+
+    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with contextlib.suppress(asyncio.CancelledError):  # its time was over when the server stopped: no fault of it
+            if scope["type"] != "lifespan" and is_data(scope["path"]):
+                await self._proxy(scope, receive, send)
+            else:
+                await self.admin.app(scope, receive, send)
+
+    @property
+    def left(self) -> int:
+        return self.rocklet.left
+
+    async def open(self) -> None:
+        await self.rocklet.open()
+        try:
+            self._identity.check_there()
+            await self.admin.open()
+        except BaseException:
+            await self.rocklet.close()
+            raise
+
+    async def close(self) -> None:
+        """Stop serving; sandboxes stay alive and are found again by the next server."""
+        await self.admin.close()
+        await self.rocklet.close()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; Conflict when the port is taken."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(_QUEUE)
+    except OSError as error:
+        listener.close()
+        raise Conflict(
+            f"cannot listen on {host}:{port}: {error.strerror}",
+            hint="choose another with --port, or stop what listens there",
+        ) from None
+    listener.setblocking(False)
+    return listener
+
+
+class _Uvicorn(uvicorn.Server):
+    """Signals are ours: see `stop_on_signals`. The queue of connections is longer than what is accepted at once."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or []:
+            listener.listen(_QUEUE)  # which the event loop has set to its own number
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def http_over(
+    app: App, settings: Settings | None = None, *, admission: Admission | None = None, head_within: float = HEAD_WITHIN
+) -> uvicorn.Server:
+    """An HTTP server over an application, to be given its sockets. admission: how many connections it has. head_within:
+    seconds for the head of a request. InvalidConfig for a certificate that is none."""
+    tls = {} if settings is None else tls_of(settings)
+    config = uvicorn.Config(
+        app,
+        http=cast(Any, partial(Intake, admission=admission or Admission(), head_within=head_within)),
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=5,
+        server_header=False,
+        proxy_headers=False,  # nobody who sends them is known to be a proxy
+        ws_max_size=16 << 20,
+        backlog=_AT_ONCE,
+        **tls,
+    )
+    return _Uvicorn(config)
+
+
+def make_server(settings: Settings, role: type[Server] | type[Rocklet]) -> Server | Rocklet | Control:
+    """What a process with these settings serves."""
+    alone = not settings.workers and role_of(settings.role) == "all" and settings.scheduler != "ray"
+    if role is Server and not alone:
+        return Control(settings, make_store(settings))
+    return role(settings)
+
+
+async def serve(settings: Settings, role: type[Server] | type[Rocklet] = Server) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    tls_of(settings)
+    listener = listen(settings.host, settings.port)
+    port = listener.getsockname()[1]
+    server = make_server(replace(settings, port=port), role)
+    try:
+        await server.open()
+    except BaseException:
+        listener.close()
+        raise
+    try:
+        http = http_over(dropping(server.app) if faults.active else server.app, settings)
+
+        async def drain() -> None:
+            try:
+                await server.observed.drain(settings.drain_seconds)
+            finally:
+                server.let_go()
+
+        with stop_on_signals(http, drain):
+            scheme = "https" if settings.tls_cert else "http"
+            server.home.write(settings.host, port, settings.tls_cert)
+            reserve = asyncio.create_task(server.home.reserve.keep(), name="reserve")
+            gc.freeze()  # what is here now stays: a collection, for which everybody waits, looks at what came since
+            gc.enable()
+            log.info("serving on %s://%s:%d, home %s, pid %d", scheme, settings.host, port, settings.home, os.getpid())
+            print(f"ROCK serves on {scheme}://{settings.host}:{port} (home {settings.home})", flush=True)
+            await http.serve(sockets=[listener])
+            reserve.cancel()
+            await asyncio.gather(reserve, return_exceptions=True)
+    finally:
+        left = server.left
+        await server.close()
+        listener.close()
+        if left:
+            print(f"{left} sandboxes stay alive; `rock admin start` finds them again", flush=True)
+
+
+@contextlib.contextmanager
+def stop_on_signals(http: uvicorn.Server, drain: Callable[[], Coroutine[Any, Any, None]]) -> Iterator[None]:
+    """SIGTERM and SIGINT end `http`, after `drain`; the second of them does not wait for that."""
+    loop = asyncio.get_running_loop()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    draining: list[asyncio.Task[None]] = []
+
+    def stop() -> None:
+        if draining:
+            loop.call_soon(draining[0].cancel)  # after its first step, if it comes in the same moment
+        else:
+            draining.append(asyncio.create_task(end(), name="drain"))
+
+    async def end() -> None:
+        try:
+            await drain()
+        finally:
+            http.should_exit = True
+
+    for number in numbers:
+        loop.add_signal_handler(number, stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+def run_server(settings: Settings, role: type[Server] | type[Rocklet] = Server, *, log_to_file: bool = True) -> None:
+    """Serve in this process until told to stop. Raises RockError when it cannot start."""
+    make_private(settings.home)
+    Reserve(settings.home).prepare()
+    set_up_logs(settings.log_level, settings.log_dir if log_to_file else None, settings.log_format)
+    faults.arm(settings.faults)
+    _raise_file_limit()
+    spare_collections()
+    if sys.platform == "linux":
+        from rock.guest.init import syscalls
+
+        syscalls.run_soon()
+    run(serve(settings, role))
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Run on the event loop that servers have: uvloop where there is one."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(work)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(work)
+
+
+def spare_collections() -> None:
+    """What is there at the start stays, and what a server makes ends by itself: cycles are few. Looking for them after
+    each 700 objects took a tenth of its time."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
+def _raise_file_limit() -> None:
+    """A session holds five descriptors: the usual soft limit of 1024 would end at 200 of them."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+__all__ = [
+    "Home",
+    "Rocklet",
+    "Server",
+    "environment",
+    "http_over",
+    "listen",
+    "run",
+    "run_server",
+    "serve",
+    "stop_on_signals",
+]

@@ -1,0 +1,194 @@
+"""Copies of a server's store, and putting one back: `rock admin backup|restore`."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import sqlite3
+import tarfile
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from rock import __version__
+from rock.cli.serve.home import Home, make_private
+from rock.errors import Conflict, InvalidConfig, NotFound, RockError, StorageFull, Unavailable, Unsupported
+from rock.host import atomic_file
+from rock.protocol.owner import RESTORED
+from rock.protocol.owner import STORE_NOTE as NOTE
+from rock.settings import Settings
+from rock.store.migrations import SQLITE
+
+_STORE, _CATALOGUE, _ABOUT = "rock.sqlite", "envhub.sqlite", "about.json"
+_FILES = ("registries.json", "worker.json")  # that are copied as they are
+_MOST = 64 << 30  # bytes of one file of a backup
+
+
+def store_file(settings: Settings) -> Path:
+    """The file of the store. Unsupported for a database."""
+    if "://" in settings.store:
+        raise Unsupported("ROCK_STORE is a PostgreSQL database, which has tools of its own",
+                          hint="pg_dump DATABASE > FILE; and to restore: psql DATABASE < FILE")  # fmt: skip
+    return Path(settings.store).expanduser().absolute() if settings.store else settings.database
+
+
+def fact(path: Path) -> dict[str, Any]:
+    """What a store says of itself: schema, identity, changed (seconds since the epoch), sandboxes. Unavailable."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5.0)) as db:
+            schema = int(db.execute("PRAGMA user_version").fetchone()[0])
+            if not schema:
+                return {"schema": 0, "identity": "", "changed": 0.0, "sandboxes": 0}
+            count, created, stopped = db.execute(
+                "SELECT count(*), coalesce(max(created_at), 0), coalesce(max(stopped_at), 0) FROM sandbox").fetchone()
+            key = db.execute("SELECT coalesce(max(created_at), 0) FROM api_key").fetchone()[0] if schema > 1 else 0
+            identity = db.execute("SELECT value FROM about WHERE name = 'identity'").fetchone() if schema > 4 else None
+            return {"schema": schema, "identity": identity[0] if identity else "", "sandboxes": count,
+                    "changed": max(created, stopped, key)}  # fmt: skip
+    except sqlite3.Error as error:
+        raise Unavailable(f"{path} cannot be read as a store: {error}") from None
+
+
+def _copied(source: Path, target: Path) -> None:
+    """A consistent copy of a SQLite file that others may be writing to."""
+    with contextlib.closing(sqlite3.connect(f"file:{source}?mode=ro", uri=True, timeout=30.0)) as db, \
+            contextlib.closing(sqlite3.connect(target)) as copy:
+        db.backup(copy, pages=1000, sleep=0.005)
+
+
+def backup(settings: Settings, target: Path) -> dict[str, Any]:
+    """Write the store, the catalogue and the logins of registries to a file, for this user alone. What it holds."""
+    source = store_file(settings)
+    if not source.exists():
+        raise NotFound(f"there is no store at {source}")
+    target = target.expanduser().absolute()
+    try:
+        with tempfile.TemporaryDirectory(prefix=".rock-backup-", dir=target.parent) as name:
+            folder = Path(name)
+            files = {_STORE: folder / _STORE}
+            _copied(source, files[_STORE])
+            about = {"format": 1, "version": __version__, "made_at": time.time(), **fact(files[_STORE])}
+            if settings.catalogue.exists():
+                files[_CATALOGUE] = folder / _CATALOGUE
+                _copied(settings.catalogue, files[_CATALOGUE])
+            files |= {name: settings.home / name for name in _FILES if (settings.home / name).is_file()}
+            data = json.dumps(about).encode()
+            beside = folder / "backup"
+            with open(os.open(beside, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as out, \
+                    tarfile.open(fileobj=out, mode="w:gz", compresslevel=3) as tar:
+                head = tarfile.TarInfo(_ABOUT)
+                head.size, head.mode = len(data), 0o600
+                tar.addfile(head, io.BytesIO(data))
+                for name, path in files.items():
+                    tar.add(path, name, recursive=False)
+                out.flush()
+            with beside.open("rb") as written:
+                os.fsync(written.fileno())
+            os.replace(beside, target)
+    except sqlite3.Error as error:
+        raise Unavailable(f"the store {source} cannot be copied: {error}", hint="rock doctor store") from None
+    except OSError as error:
+        raise _told(error, target) from None
+    return {**about, "file": str(target), "bytes": target.stat().st_size, "files": sorted(files)}
+
+
+def restore(settings: Settings, source: Path, force: bool) -> dict[str, Any]:
+    """Put a backup in the place of the store; what was there is kept beside it. Conflict while a server runs, or where
+    the store that is there is newer and `force` is not set."""
+    target = store_file(settings)
+    make_private(settings.home)
+    home = Home(settings.home)
+    try:
+        home.take()
+    except Conflict:
+        raise Conflict(f"a server runs with ROCK_HOME={settings.home}", hint="rock admin stop --keep") from None
+    try:
+        with tempfile.TemporaryDirectory(prefix=".rock-restore-", dir=target.parent) as name:
+            folder = Path(name)
+            about = _unpacked(source, folder)
+            found = fact(folder / _STORE)
+            if found["schema"] > len(SQLITE):
+                raise Unsupported(f"{source} is of a newer version of ROCK (schema {found['schema']})",
+                                  hint="use that version")  # fmt: skip
+            _check_whole(folder / _STORE, source)
+            if target.exists() and not force:
+                _refuse_newer(target, found)
+            replaced = []
+            for part in (_STORE, _CATALOGUE, *_FILES):
+                place = target if part == _STORE else settings.home / part
+                if (folder / part).exists():
+                    replaced += _put(folder / part, place)
+            note = settings.run_dir / NOTE
+            if note.exists():  # the start compares what runs with what the store knows
+                atomic_file.replace(note, atomic_file.summed(json.dumps({"identity": RESTORED})))
+    except OSError as error:
+        raise _told(error, target) from None
+    finally:
+        home.release()
+    return {**about, **found, "store": str(target), "kept": replaced}
+
+
+def _unpacked(source: Path, folder: Path) -> dict[str, Any]:
+    try:
+        with tarfile.open(source.expanduser(), "r:gz") as tar:
+            for entry in tar:
+                if entry.name in (_ABOUT, _STORE, _CATALOGUE, *_FILES) and entry.isreg() and entry.size <= _MOST:
+                    data = tar.extractfile(entry)
+                    assert data is not None
+                    with open(os.open(folder / entry.name, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as out:
+                        while part := data.read(1 << 20):
+                            out.write(part)
+        about = json.loads((folder / _ABOUT).read_text())
+        if about.get("format") != 1 or not (folder / _STORE).exists():
+            raise ValueError("it is of another format")
+    except FileNotFoundError as error:
+        if Path(str(error.filename)) == source.expanduser():
+            raise NotFound(f"there is no file {source}") from None
+        raise InvalidConfig(f"{source} is no backup: it has no {Path(str(error.filename)).name}") from None
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        raise InvalidConfig(f"{source} is no backup, or it is damaged: {error}") from None
+    return dict(about)
+
+
+def _check_whole(path: Path, source: Path) -> None:
+    with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
+        if (told := db.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
+            raise InvalidConfig(f"the store in {source} is damaged: {told}")
+
+
+def _refuse_newer(target: Path, found: dict[str, Any]) -> None:
+    try:
+        there = fact(target)
+    except Unavailable:
+        return  # a damaged one is what a backup is for
+    if there["changed"] > found["changed"]:
+        raise Conflict(
+            f"the store {target} is newer than the backup: it has {there['sandboxes']} sandboxes, and changed last at "
+            f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(there['changed']))}",
+            hint="--force replaces it; it is kept beside, as rock.sqlite.replaced-TIME",
+        )
+
+
+def _put(file: Path, place: Path) -> list[str]:
+    """Move a file to its place; what was there, with its log, is kept."""
+    kept, stamp = [], time.strftime("%Y%m%d-%H%M%S")
+    for suffix in ("", "-wal", "-shm"):
+        old = Path(f"{place}{suffix}")
+        if old.exists():
+            aside = Path(f"{place}.replaced-{stamp}{suffix}")
+            os.replace(old, aside)
+            kept.append(str(aside))
+    shutil.move(file, place)
+    return kept
+
+
+def _told(error: OSError, path: Path) -> RockError:
+    import errno
+
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageFull(f"{path} cannot be written: the disk is full")
+    return Unavailable(f"{path} cannot be written: {error.strerror or error}")

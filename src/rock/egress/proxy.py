@@ -1,0 +1,174 @@
+"""The proxy: a process of its own, through which all connections of all sandboxes with a network go.
+
+    server ── SOCK_SEQPACKET, JSON, descriptors ──► proxy ── a Door a sandbox ──► the network of this machine
+
+Run by its path, `python -I -S proxy.py JSON`. As root it gives up all rights before it reads a byte from inside. It
+ends with the server's socket; then no connection gets out until a server comes back and starts another.
+Requests: add (a sandbox; descriptors: TCP socket, UDP socket, file of its journal), remove, list. Standard library
+only.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+if __name__ == "__main__":  # make our modules importable without running rock/__init__.py
+    import types
+
+    _source = os.path.abspath(__file__)
+    while os.path.basename(_source) != "rock":
+        _source = os.path.dirname(_source)
+    _package = types.ModuleType("rock")
+    _package.__path__ = [_source]
+    sys.modules["rock"] = _package
+
+import asyncio
+import contextlib
+import ctypes
+import encodings.idna  # noqa: F401 - before the rights to read it are given up
+import json
+import resource
+import signal
+import socket
+from collections import deque
+from typing import Any
+
+from rock.egress.dns import Resolver
+from rock.egress.gateway import Door
+from rock.egress.log import Journal
+from rock.egress.netlink import Routes
+from rock.egress.policy import Policy
+from rock.guest.init.link import pack, receive_packet, unpack
+
+_NOBODY = 65534
+_PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS = 4, 38
+
+
+class Proxy:
+    def __init__(self, sock: socket.socket, options: dict[str, Any]) -> None:
+        self._sock = sock
+        self._resolver = Resolver(options["resolvers"])
+        self._routes = Routes()
+        self._doors: dict[str, Door] = {}
+        self._buffer = bytearray(1 << 17)
+        self._outgoing: deque[tuple[bytes, list[int]]] = deque()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ended = asyncio.Event()
+
+    async def run(self) -> None:
+        """Until the server's socket ends."""
+        loop = asyncio.get_running_loop()
+        self._sock.setblocking(False)
+        loop.add_reader(self._sock, self._readable)
+        self._send({"ready": True})
+        await self._ended.wait()
+        loop.remove_reader(self._sock)
+        loop.remove_writer(self._sock)
+        self._routes.close()
+        await asyncio.gather(*(door.close() for door in self._doors.values()), *self._tasks, return_exceptions=True)
+
+    def _readable(self) -> None:
+        while not self._ended.is_set():
+            try:
+                data, fds = receive_packet(self._sock, self._buffer)
+            except BlockingIOError:
+                return
+            except OSError:
+                data, fds = memoryview(b""), []
+            if not data:
+                self._ended.set()
+                return
+            self._take(unpack(data, fds), fds)
+
+    def _take(self, request: dict[str, Any], fds: list[int]) -> None:
+        reply: dict[str, Any] = {}
+        try:
+            if request["op"] == "add":
+                self._add(request, fds)
+            elif request["op"] == "remove":
+                door = self._doors.pop(request["sandbox"], None)
+                if door is not None:
+                    self._close(door, request["id"])
+                    return
+            else:
+                found = self._doors.get(request["sandbox"])
+                reply = {"connections": found.journal.listed() if found is not None else None}
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        finally:
+            for fd in fds:
+                os.close(fd)
+        self._send({"id": request["id"], **reply})
+
+    def _add(self, request: dict[str, Any], fds: list[int]) -> None:
+        tcp, udp, log = fds
+        policy = Policy(request["egress"])
+        old = self._doors.pop(request["sandbox"], None)
+        if old is not None:
+            self._close(old, 0)
+        ways = socket.socket(fileno=os.dup(tcp)), socket.socket(fileno=os.dup(udp))
+        for sock in ways:
+            sock.setblocking(False)
+        self._doors[request["sandbox"]] = Door(policy, ways, Journal(os.dup(log)), self._resolver,
+                                              self._routes)
+
+    def _close(self, door: Door, number: int) -> None:
+        async def close() -> None:
+            await door.close()
+            if number:
+                self._send({"id": number})
+
+        task = asyncio.create_task(close())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _send(self, message: dict[str, Any]) -> None:
+        self._outgoing.append(pack(message))
+        self._flush()
+
+    def _flush(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._outgoing:
+            data, fds = self._outgoing[0]
+            try:
+                socket.send_fds(self._sock, [data], fds)
+            except BlockingIOError:
+                loop.add_writer(self._sock, self._flush)
+                return
+            except OSError:
+                self._ended.set()
+                return
+            self._outgoing.popleft()
+            for fd in fds:
+                os.close(fd)
+        loop.remove_writer(self._sock)
+
+
+def _give_up_rights() -> None:
+    """Nothing that is read here may be able to act as the server."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if os.geteuid() == 0:
+        with contextlib.suppress(OSError):  # in a user namespace with one user there is nobody else to be
+            os.setgroups([])
+            os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+            os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+    libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def main() -> None:
+    options = json.loads(sys.argv[1])
+    sock = socket.socket(fileno=int(options["fd"]))
+    os.set_inheritable(sock.fileno(), False)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # a Ctrl-C at the server's terminal is not for us
+    _give_up_rights()
+    asyncio.run(Proxy(sock, options).run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,215 @@
+"""Environments as GEM has them: `make`, `reset`, `step`, `close`. Blocking, and safe to use from many threads.
+
+env = rock.make("game:Sokoban-v0-easy")
+observation, info = env.reset(seed=42)
+observation, reward, terminated, truncated, info = env.step("\\boxed{up}")
+env.close()
+"""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+from typing import Any, Self
+
+from rock import errors
+from rock.envs.client import EnvLink, Player
+from rock.protocol.env import OpenEnv
+from rock.protocol.sandbox import SandboxConfig
+
+START_TIMEOUT = 1200.0  # the first one of a package set installs it
+STEP_TIMEOUT = 300.0
+
+Step = tuple[Any, float, bool, bool, dict[str, Any]]
+
+
+class RockEnv:
+    """One environment in a process of its own, in a sandbox on the server.
+
+    env_id: as GEM names it. env_number: its number there. sandbox_id: where it runs.
+    base_url, api_key: ROCK_BASE_URL and ROCK_API_KEY where they are not given.
+    config: limits of its sandbox; it then gets one of its own, which `close` stops. `exclusive` asks for the same.
+    packages: what it needs beside GEM, as pip names it. imports: modules that register it.
+    start_timeout, step_timeout: seconds. kwargs: go to the environment's constructor.
+
+    Errors are typed: NotFound (no such environment), EnvironmentRaised (it raised, and stays usable),
+    EnvironmentEnded (its process is gone), CommandTimeout, Unavailable, ...
+    """
+
+    def __init__(
+        self,
+        env_id: str,
+        *,
+        base_url: str | None = None,
+        api_key: str | None = None,
+        config: SandboxConfig | None = None,
+        exclusive: bool = False,
+        packages: list[str] | None = None,
+        imports: list[str] | None = None,
+        start_timeout: float = START_TIMEOUT,
+        step_timeout: float | None = STEP_TIMEOUT,
+        **kwargs: Any,
+    ) -> None:
+        self.env_id = env_id
+        self._closed = True
+        self._made_of = env_id
+        self._process = os.getpid()
+        self._options: dict[str, Any] = {
+            "base_url": base_url, "api_key": api_key, "config": config, "exclusive": exclusive, "packages": packages,
+            "imports": imports, "start_timeout": start_timeout, "step_timeout": step_timeout, **kwargs,
+        }  # fmt: skip
+        self._link = EnvLink(
+            base_url=base_url, api_key=api_key, config=config, exclusive=exclusive, timeout=step_timeout
+        )
+        wish = OpenEnv(env_id=env_id)
+        made: dict[str, Any] = {"env_id": env_id, "kwargs": kwargs}
+        if packages:
+            wish.packages = packages
+        if imports:
+            made["imports"] = imports
+        try:
+            self._link.open(wish, start_timeout)
+        except errors.NotFound as unknown:
+            wish = self._named(unknown, made, packages or [])
+            self._link.open(wish, start_timeout)
+        try:
+            self._player = Player(self._link, self._link.make(made, start_timeout))
+        except BaseException:
+            self._link.close()
+            raise
+        self._closed = False
+
+    def _named(self, unknown: errors.NotFound, made: dict[str, Any], packages: list[str]) -> OpenEnv:
+        """The wish for what somebody registered under this name; `made` is filled in. Raises `unknown` for no name."""
+        try:
+            about = self._link.about(self.env_id)
+        except errors.NotFound:
+            raise unknown from None
+        if about.version is None:
+            raise unknown
+        if about.source.startswith("hf://"):
+            raise errors.InvalidConfig(f"{self.env_id} is {about.source}", hint="rock.gym.SandboxEnv makes those")
+        name = about.source.removeprefix("gym://").removeprefix("image://")
+        made.update(env_id=name, protocol=about.protocol, imports=[*about.imports, *made.get("imports", [])])
+        wish = OpenEnv(env_id=name, protocol=about.protocol)
+        if about.source.startswith("image://"):
+            wish.image = name
+            made["folder"] = "."
+            self._link.exclusive = True  # others must not meet its files
+        if about.asked or packages:
+            wish.packages = [*about.asked, *packages]
+        return wish
+
+    @property
+    def sandbox_id(self) -> str:
+        return self._link.sandbox_id
+
+    @property
+    def player(self) -> Player:
+        """What it is asked with, for those that ask several at once."""
+        return self._player
+
+    @property
+    def env_number(self) -> int:
+        return self._player.number
+
+    def __repr__(self) -> str:
+        return f"RockEnv({self.env_id!r}, sandbox_id={self.sandbox_id!r}, env_number={self.env_number})"
+
+    @property
+    def unwrapped(self) -> Self:
+        return self
+
+    def reset(self, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Start an episode: (observation, info). The same seed gives the same start."""
+        self._check_open()
+        return self._player.reset(seed, options)
+
+    def step(self, action: Any) -> Step:
+        """One step: (observation, reward, terminated, truncated, info).
+
+        It carries its number in the episode, so that one sent again because its answer was lost is done once.
+        """
+        self._check_open()
+        observation, reward, terminated, truncated, info = self._player.step(action)
+        return observation, float(reward), terminated, truncated, info
+
+    def sample_random_action(self) -> Any:
+        """An action as the environment itself draws one; EnvironmentRaised when it does not."""
+        return self.call("sample_random_action")
+
+    def get_state(self) -> Any:
+        """The state of environments that tell it, for `set_state`."""
+        return self.call("get_state")
+
+    def set_state(self, state: Any) -> None:
+        self.call("set_state", state)
+
+    def spawn(self, same_state: bool = False, **kwargs: Any) -> Self:
+        """Another environment of this id with the same arguments; `kwargs` replace some of them.
+
+        same_state: give it this one's state, for environments that have get_state and set_state; EnvironmentRaised for
+        others. The new environment is then reset once, and its set_state gets what get_state answers here.
+        """
+        self._check_open()
+        state = self.get_state() if same_state else None
+        child = type(self)(self._made_of, **{**self._options, **kwargs})
+        if same_state:
+            try:
+                child.reset()
+                child.set_state(state)
+            except BaseException:
+                child.close()
+                raise
+        return child
+
+    def call(self, name: str, *arguments: Any, **keywords: Any) -> Any:
+        """The result of a method of the environment; what cannot travel is told as {"$type", "$repr"}."""
+        self._check_open()
+        return self._player.call("call", name, list(arguments), keywords)
+
+    def get_attr(self, name: str) -> Any:
+        """An attribute of the environment, as it is now."""
+        self._check_open()
+        return self._player.call("get", name)
+
+    def close(self) -> None:
+        """End its process. Nothing happens when that was done, or when its sandbox is gone."""
+        if self._closed:
+            return
+        self._closed = True
+        self._link.close_env(self._player.number)
+        self._link.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # A child of a fork has a copy of it, whose end is not its end.
+        if not getattr(self, "_closed", True) and self._process == os.getpid():
+            try:
+                self.close()
+            except Exception:  # the lease of its environment ends
+                pass
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise errors.Conflict(f"{self.env_id} is closed", hint="make a new one")
+
+
+def make(env_id: str, **options: Any) -> RockEnv:
+    """Make an environment, as `gem.make` does; `options` are those of `RockEnv`, and the environment's own."""
+    return RockEnv(env_id, **options)
+
+
+def list_envs(*, base_url: str | None = None, api_key: str | None = None) -> list[dict[str, str]]:
+    """What the server can make: {"id", "protocol", "image", "note"} of each."""
+    return EnvLink(base_url=base_url, api_key=api_key).list_envs()
+
+
+__all__ = ["RockEnv", "Step", "list_envs", "make"]

@@ -1,0 +1,400 @@
+"""What an environment's process hosts: one of GEM, one of Gymnasium, or a vector of those, behind one interface."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import os
+import random
+import string
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from rock.guest.environments.tasks import TaskHost
+
+FILE = "env.py"
+_USUAL = "/app"  # where images have what they run
+
+
+class BadSource(Exception):
+    """There is nothing at a source that makes an environment."""
+
+
+class Hosted(Protocol):
+    """An environment. `vector`: whether its rewards and flags are arrays."""
+
+    vector: bool
+
+    def reset(self, seed: Any = None, options: Any = None) -> tuple[Any, Any]: ...
+
+    def step(self, action: Any) -> tuple[Any, Any, Any, Any, Any]: ...
+
+    def call(self, what: str, arguments: list[Any]) -> Any: ...
+
+    def close(self) -> None: ...
+
+
+class _Base:
+    """What hosts of all kinds have in common."""
+
+    vector = False
+
+    def __init__(self, env: Any) -> None:
+        self.env = env
+        self.step: Callable[[Any], tuple[Any, Any, Any, Any, Any]] = env.step
+
+    def reset(self, seed: Any = None, options: Any = None) -> tuple[Any, Any]:
+        result: tuple[Any, Any] = self.env.reset(seed=seed) if options is None else self.env.reset(
+            seed=seed, options=options
+        )
+        return result
+
+    def call(self, what: str, arguments: list[Any]) -> Any:
+        method = getattr(self, f"_{what}", None)
+        if method is None:
+            raise AttributeError(f"there is nothing named {what!r} to ask an environment for")
+        return method(*arguments)
+
+    def _get(self, name: str) -> Any:
+        value = getattr(self.env, name)
+        return value() if callable(value) and not hasattr(value, "sample") else value
+
+    def _set(self, name: str, value: Any) -> None:
+        setattr(self.env, name, value)
+
+    def _call(self, name: str, arguments: list[Any], keywords: dict[str, Any]) -> Any:
+        return getattr(self.env, name)(*arguments, **keywords)
+
+    def _has(self, name: str) -> bool:
+        return hasattr(self.env, name)
+
+    def _render(self, index: int | None = None) -> Any:
+        """A frame; of a vector those of all, or with `index` that of one."""
+        frame = self.env.render()
+        if index is None:
+            return frame
+        count = self.env.num_envs if self.vector else 1
+        if type(index) is not int or not 0 <= index < count:
+            raise IndexError(f"env_index={index!r} is out of range: there are {count} environments")
+        return frame[index] if self.vector and frame is not None else frame
+
+    def close(self) -> None:
+        if hasattr(self.env, "close"):
+            self.env.close()
+
+
+class _Single(_Base):
+    """An environment of Gymnasium, or one with the older interface, whose step answers four values: see `_Older`."""
+
+    def __init__(self, env: Any) -> None:
+        super().__init__(env)
+        self.step = self._first_step
+
+    def reset(self, seed: Any = None, options: Any = None) -> tuple[Any, Any]:
+        result: Any = super().reset(seed, options)
+        return result if _is_reset(result) else (result, {})
+
+    def _first_step(self, action: Any) -> tuple[Any, Any, Any, Any, Any]:
+        """The first step shows which interface the environment has; later ones do not look again."""
+        result: Any = self.env.step(action)
+        if type(result) is tuple and len(result) == 4:
+            self.step = lambda action: _five(self.env.step(action))
+            return _five(result)
+        if type(result) is not tuple or len(result) != 5:
+            names = "observation, reward, terminated, truncated, info"
+            raise TypeError(f"step returned {_shown(result)} in place of ({names})")
+        self.step = self.env.step
+        return result
+
+    def _describe(self) -> dict[str, Any]:
+        # RSDROP
+
+        env = self.env
+        return {"observation_space": spec_of(env.observation_space), "action_space": spec_of(env.action_space),
+                "metadata": _metadata(env.metadata), "render_mode": env.render_mode, **_registered(env)}  # fmt: skip
+
+    def _get(self, name: str) -> Any:
+        return self.env.get_wrapper_attr(name)
+
+    def _set(self, name: str, value: Any) -> None:
+        self.env.set_wrapper_attr(name, value)
+
+    def _call(self, name: str, arguments: list[Any], keywords: dict[str, Any]) -> Any:
+        return self.env.get_wrapper_attr(name)(*arguments, **keywords)
+
+    def _has(self, name: str) -> bool:
+        return bool(self.env.has_wrapper_attr(name))
+
+
+class _Vector(_Base):
+    """A vector of environments of Gymnasium."""
+
+    vector = True
+
+    def _describe(self) -> dict[str, Any]:
+        # RSDROP
+
+        env = self.env
+        return {"num_envs": env.num_envs, "observation_space": spec_of(env.observation_space),
+                "action_space": spec_of(env.action_space), "metadata": _metadata(getattr(env, "metadata", {})),
+                "single_observation_space": spec_of(env.single_observation_space),
+                "single_action_space": spec_of(env.single_action_space),
+                "render_mode": getattr(env, "render_mode", None), **_registered(env)}  # fmt: skip
+
+    def _get(self, name: str) -> Any:
+        return self.env.get_attr(name)
+
+    def _set(self, name: str, value: Any) -> None:
+        self.env.set_attr(name, value)
+
+    def _call(self, name: str, arguments: list[Any], keywords: dict[str, Any]) -> Any:
+        return self.env.call(name, *arguments, **keywords)
+
+
+def _metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: getattr(value, "value", value) for key, value in metadata.items()}
+
+
+def _registered(env: Any) -> dict[str, Any]:
+    spec = getattr(env, "spec", None)
+    names = ("id", "reward_threshold", "nondeterministic", "max_episode_steps")
+    return {"spec": None if spec is None else {name: getattr(spec, name, None) for name in names}}
+
+
+def host(wish: Mapping[str, Any]) -> Hosted:
+    """Make what is wished for: "protocol" gem, gym or task, "env_id" or "folder", "kwargs", "num_envs" for a vector."""
+    if wish.get("protocol") == "task":
+        return TaskHost(wish["env_id"], wish["kwargs"])
+    for module in wish.get("imports") or ():
+        importlib.import_module(module)
+    if wish.get("protocol", "gem") == "gem":
+        import gem
+
+        return _Base(gem.make(wish["env_id"], **wish["kwargs"]))
+    return _Single(_gym(wish)) if not wish.get("num_envs") else _Vector(_gym_vector(wish))
+
+
+def _gym(wish: Mapping[str, Any]) -> Any:
+    import gymnasium
+
+    if not wish.get("folder"):
+        return gymnasium.make(wish["env_id"], **wish["kwargs"])
+    made = _chosen(_maker(wish)(**wish["kwargs"]), wish.get("task"))
+    return _one(made)
+
+
+_MEMBERS = ("reset", "step", "observation_space", "action_space")
+_VECTOR_MEMBERS = (*_MEMBERS, "num_envs", "single_observation_space", "single_action_space")
+
+
+def _one(made: Any) -> Any:
+    """A gymnasium.Env of what make_env made: the object itself, or an adapter of one with the same members."""
+    import gymnasium
+
+    if isinstance(made, gymnasium.Env):
+        return made
+    missing = [name for name in _MEMBERS if not hasattr(made, name)]
+    if isinstance(made, gymnasium.vector.VectorEnv) or hasattr(made, "num_envs") or missing:
+        why = f"it has no {', '.join(missing)}" if missing else "it is a vector of environments"
+        raise TypeError(f"make_env made a {type(made).__name__}, which is not one environment: {why}")
+    return _older()(made)
+
+
+@functools.cache
+def _older() -> Any:
+    """The adapter's class; gymnasium is imported only where it is needed."""
+    import gymnasium
+
+    class Older(gymnasium.Env):
+        """An object with reset, step and spaces that is no gymnasium.Env, or that has the interface of gym before 0.26:
+        reset without arguments answers an observation alone, step answers (observation, reward, done, info).
+
+        A seed goes to its `seed` method where `reset` takes none; where it has neither, the seed is that of Python's
+        and numpy's global random state, which belongs to this process alone.
+        """
+
+        def __init__(self, env: Any) -> None:
+            self.env = env
+            self.observation_space = env.observation_space
+            self.action_space = env.action_space
+            self.metadata = dict(getattr(env, "metadata", None) or {})
+            self.render_mode = getattr(env, "render_mode", None)
+            self._takes = _parameters(env.reset)
+
+        def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, Any]:
+            taken: dict[str, Any] = {}
+            if "seed" in self._takes:
+                taken["seed"] = seed
+            elif seed is not None:
+                _seed(self.env, seed)
+            if "options" in self._takes:
+                taken["options"] = options
+            elif options:
+                raise TypeError(f"reset of {type(self.env).__name__} takes no options")
+            result: Any = self.env.reset(**taken)
+            return result if _is_reset(result) else (result, {})
+
+        def step(self, action: Any) -> Any:
+            result = self.env.step(action)
+            return _five(result) if type(result) is tuple and len(result) == 4 else result
+
+        def render(self) -> Any:
+            if not hasattr(self.env, "render"):
+                return None
+            taken = {"mode": "rgb_array"} if "mode" in _parameters(self.env.render) else {}
+            return self.env.render(**taken)
+
+        def close(self) -> None:
+            if hasattr(self.env, "close"):
+                self.env.close()
+
+        def has_wrapper_attr(self, name: str) -> bool:
+            return hasattr(self, name) or hasattr(self.env, name)
+
+        def get_wrapper_attr(self, name: str) -> Any:
+            return getattr(self if hasattr(self, name) else self.env, name)
+
+        def set_wrapper_attr(self, name: str, value: Any, **_: Any) -> Any:
+            setattr(self.env, name, value)
+            return True
+
+    return Older
+
+
+def _parameters(function: Callable[..., Any]) -> set[str]:
+    """The names of its keyword parameters; "seed" and "options" too where it takes any."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return set()
+    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    return {parameter.name for parameter in parameters} | ({"seed", "options"} if anything else set())
+
+
+def _seed(env: Any, seed: int) -> None:
+    if callable(getattr(env, "seed", None)):
+        env.seed(seed)
+        return
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % (1 << 32))
+
+
+def _is_reset(result: Any) -> bool:
+    """Whether it is (observation, info), and not an observation alone."""
+    return type(result) is tuple and len(result) == 2 and isinstance(result[1], Mapping)
+
+
+def _five(result: tuple[Any, Any, Any, Any]) -> tuple[Any, Any, Any, Any, Any]:
+    """(observation, reward, done, info) of gym before 0.26 as Gymnasium has it."""
+    observation, reward, done, info = result
+    truncated = bool(info.get("TimeLimit.truncated", False)) if isinstance(info, Mapping) else False
+    return observation, reward, bool(done) and not truncated, truncated, info
+
+
+def _shown(result: Any) -> str:
+    return f"a tuple of {len(result)}" if isinstance(result, tuple) else f"a {type(result).__name__}"
+
+
+def _gym_vector(wish: Mapping[str, Any]) -> Any:
+    import gymnasium
+
+    mode, options = wish.get("vectorization_mode"), dict(wish.get("vector_kwargs") or {})
+    if isinstance(options.get("autoreset_mode"), str):
+        options["autoreset_mode"] = gymnasium.vector.AutoresetMode(options["autoreset_mode"])
+    if mode == "sync" and not wish.get("folder"):
+        options.setdefault("copy", False)  # observations are sent before the next step
+    count = wish["num_envs"]
+    if not wish.get("folder"):
+        return gymnasium.make_vec(wish["env_id"], num_envs=count, vectorization_mode=mode, vector_kwargs=options,
+                                  **wish["kwargs"])  # fmt: skip
+    maker, kwargs = _maker(wish), dict(wish["kwargs"])
+    if "n_envs" in inspect.signature(maker).parameters:
+        kwargs["n_envs"] = count
+        made = _chosen(maker(**kwargs), wish.get("task"))
+        if isinstance(made, gymnasium.vector.VectorEnv) or all(hasattr(made, name) for name in _VECTOR_MEMBERS):
+            return made
+        raise TypeError(f"make_env(n_envs={count}) made a {type(made).__name__}, and no vector of environments")
+    kind = gymnasium.vector.AsyncVectorEnv if mode == "async" else gymnasium.vector.SyncVectorEnv
+    if mode == "sync":
+        options.setdefault("copy", False)
+    return kind([lambda: _one(_chosen(maker(**kwargs), wish.get("task")))] * count, **options)
+
+
+def _maker(wish: Mapping[str, Any]) -> Callable[..., Any]:
+    """`make_env` of the folder's env.py. "." is the working directory that the image has, else the usual folder."""
+    folder = str(wish["folder"])
+    tried = [os.getcwd(), _USUAL] if folder == "." else [folder]
+    found = next((place for place in tried if os.path.isfile(os.path.join(place, FILE))), None)
+    if found is None:
+        raise BadSource(f"there is no {FILE} in {' or '.join(dict.fromkeys(tried))}")
+    path = os.path.join(found, FILE)
+    os.chdir(found)
+    sys.path[:0] = dict.fromkeys((found, *([str(wish["root"])] if wish.get("root") else [])))
+    spec = importlib.util.spec_from_file_location("env", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["env"] = module
+    spec.loader.exec_module(module)
+    maker = getattr(module, "make_env", None)
+    if not callable(maker):
+        raise BadSource(f"{path} has no function make_env")
+    return maker  # type: ignore[no-any-return]
+
+
+def _chosen(made: Any, task: str | None) -> Any:
+    """One of what make_env made: it may answer {suite: environment} or {suite: {task: environment}}."""
+    names = task.split("/") if task else []
+    while isinstance(made, dict):
+        if not names and len(made) == 1:
+            made = next(iter(made.values()))
+            continue
+        if not names or names[0] not in made:
+            raise KeyError(f"task {task!r}: there are {', '.join(sorted(map(str, made)))}")
+        made = made[names.pop(0)]
+    return made
+
+
+# ---- spaces ----
+#
+# Spaces of Gymnasium as plain data, and arrays for bounds: {"kind", ..}. The client makes them again of it.
+
+_TEXT_LENGTH = 4096  # characters of a text space that names no length
+
+
+def spec_of(space: Any) -> dict[str, Any]:
+    """The description of a space; TypeError for a kind that Gymnasium does not have.
+
+    A subclass of Space whose elements are strings (dtype str, as minigrid's MissionSpace) is described as Text.
+    """
+    from gymnasium import spaces
+
+    for kind in type(space).__mro__:
+        name = kind.__name__
+        older = kind.__module__.startswith("gym.spaces.")
+        if name in _SPECS and (older or kind is getattr(spaces, name, None)):
+            return {"kind": name, **_SPECS[name](space)}
+    if isinstance(space, spaces.Space) and space.dtype is not None and space.dtype.kind == "U":
+        return {"kind": "Text", "min": 0, "max": _TEXT_LENGTH, "characters": string.printable}
+    raise TypeError(f"a space of type {type(space).__module__}.{type(space).__qualname__} is none of Gymnasium's")
+
+
+def _optional(space: Any) -> dict[str, Any] | None:
+    return None if space is None else spec_of(space)
+
+
+_SPECS: dict[str, Any] = {
+    "Box": lambda s: {"low": s.low, "high": s.high, "shape": list(s.shape), "dtype": s.dtype.str},
+    "Discrete": lambda s: {"n": int(s.n), "start": int(s.start), "dtype": s.dtype.str},
+    "MultiBinary": lambda s: {"n": list(s.n) if isinstance(s.n, (tuple, list)) or hasattr(s.n, "tolist") else int(s.n)},
+    "MultiDiscrete": lambda s: {"nvec": s.nvec, "start": s.start, "dtype": s.dtype.str},
+    "Text": lambda s: {"min": s.min_length, "max": s.max_length, "characters": "".join(s.character_list)},
+    "Dict": lambda s: {"spaces": [[key, spec_of(item)] for key, item in s.spaces.items()]},
+    "Tuple": lambda s: {"spaces": [spec_of(item) for item in s.spaces]},
+    "Sequence": lambda s: {"space": spec_of(s.feature_space), "stack": bool(s.stack)},
+    "Graph": lambda s: {"nodes": spec_of(s.node_space), "edges": _optional(s.edge_space)},
+    "OneOf": lambda s: {"spaces": [spec_of(item) for item in s.spaces]},
+}

@@ -1,0 +1,103 @@
+"""All processes of a sandbox stand still while its files are read from outside.
+
+Asked for by one connection, and over with it at the latest: a server that crashes leaves nobody stopped. What would
+start a program or change a file meanwhile waits.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Generator
+from typing import Any
+
+from rock.guest.init import process_tree
+from rock.guest.init.link import Connection, Fault
+
+_HELD = frozenset(("spawn", "open_write", "commit_write", "abort_write", "remove", "make_dir", "symlink", "move",
+                   "chmod", "chown"))  # fmt: skip
+_MOST_HELD = 1000
+_SETTLE = 1.0  # seconds: one that waits in the kernel for longer only stops when it comes back from there
+_PATIENCE = 30.0
+
+
+class Standstill:
+    """`again` handles a request that had to wait."""
+
+    def __init__(self, again: Callable[[Connection, dict[str, Any]], None]) -> None:
+        self.owner: Connection | None = None
+        self._again = again
+        self._held: list[tuple[Connection, dict[str, Any]]] = []
+        self._stopped: dict[tuple[int, int], float] = {}  # pid and start -> when
+
+    def holds(self, connection: Connection, request: dict[str, Any]) -> bool:
+        """Whether a request waits for the end; Fault when too many do."""
+        if self.owner is None or request.get("op") not in _HELD:
+            return False
+        if len(self._held) >= _MOST_HELD:
+            raise Fault("unavailable", "the sandbox stands still, and too many requests wait for it")
+        self._held.append((connection, request))
+        return True
+
+    def begin(self, owner: Connection) -> Generator[float, None, int]:
+        """Stop everybody; yields seconds to wait, returns how many were stopped, or -1 when some would not."""
+        if self.owner is not None:
+            raise Fault("conflict", "the sandbox stands still already")
+        self.owner = owner
+        return self._stop_all(time.monotonic() + _PATIENCE)
+
+    def _stop_all(self, end: float) -> Generator[float, None, int]:
+        pause = 0.0005
+        while self.owner is not None:
+            restless, now = False, time.monotonic()
+            for entry in _under_us():  # parents first: none sees its children stop
+                state = _state(entry)
+                if state in "TtZX":
+                    continue
+                key = entry.pid, entry.start
+                since = self._stopped.get(key)
+                if since is None:
+                    if process_tree.send(entry, signal.SIGSTOP, threads=True):
+                        self._stopped[key] = now
+                    restless = True
+                elif state != "D" or now - since < _SETTLE:
+                    restless = True
+            if not restless:
+                return len(self._stopped)
+            if now >= end:
+                break
+            yield pause
+            pause = min(pause * 2, 0.02)
+        return -1
+
+    def end(self) -> None:
+        """Let go on whom we have stopped, children before their parents, and do what had to wait. Idempotent."""
+        self.owner = None
+        stopped, self._stopped = self._stopped, {}
+        if stopped:
+            for entry in reversed(_under_us()):
+                if (entry.pid, entry.start) in stopped:
+                    process_tree.send(entry, signal.SIGCONT, threads=True)
+        held, self._held = self._held, []
+        for connection, request in held:
+            self._again(connection, request)
+
+
+def _under_us() -> list[process_tree.Entry]:
+    return list(process_tree.descendants(process_tree.scan(), os.getpid()))
+
+
+def _state(entry: process_tree.Entry) -> str:
+    """That of the process; where only its main thread has ended, that of one that goes on."""
+    if entry.state != "Z":
+        return entry.state
+    found = "Z"
+    try:
+        for name in os.listdir(f"/proc/{entry.pid}/task"):
+            thread = process_tree.read_thread(entry.pid, int(name))
+            if thread is not None and thread.state not in "ZX" and (found in "ZTt" or thread.state == "R"):
+                found = thread.state
+    except OSError:
+        pass
+    return found

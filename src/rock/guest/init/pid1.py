@@ -1,0 +1,564 @@
+"""pid 1 of a sandbox: reaps, starts programs and serves files on request. Single-threaded, standard library only.
+
+    server ── SOCK_SEQPACKET, one JSON object a packet, descriptors by SCM_RIGHTS ──► init ── fork, exec ──► programs
+
+A request is {"id": n, "op": name, ...}, its reply {"id": n, "ok": true, ...} or {"id": n, "error": [code, message]}.
+A packet over `PACKET` bytes is {"memfd": length}, with the JSON in a memory file. Ends are told to every connection:
+{"event": "exit", "pid": n, "code": n} or "signal". Connections come and go; programs stay.
+
+It is forked from the launcher before the root switch, so that the image needs nothing of ours, or started as
+`python -I -S pid1.py '{"listen": FD, "uid": UID}'`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# started by its path: make our modules importable without rock/__init__.py
+if __name__ == "__main__" and "rock" not in sys.modules:
+    import types
+
+    _source = os.path.abspath(__file__)
+    while os.path.basename(_source) != "rock":
+        _source = os.path.dirname(_source)
+    _package = types.ModuleType("rock")
+    _package.__path__ = [_source]
+    sys.modules["rock"] = _package
+
+import errno
+import gc
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import struct
+import time
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rock.guest.init import files, process_tree, programs, syscalls, users
+from rock.guest.init.freeze import Standstill
+from rock.guest.init.link import Connection, Fault, Loop, of_os_error, send_patiently
+from rock.guest.init.sharing import Sweep
+
+if TYPE_CHECKING:
+    from rock.guest.init.link import Connection
+
+_CHILD_PATIENCE = 600.0
+_MOST_CHILDREN = 64
+_MOST_CONNECTIONS = 32
+
+
+class Init(Loop):
+    """All that pid 1 knows and does.
+
+    listener: where servers connect; None when their connections come by `adopt`.
+    uid: of the server, as seen here; outside: whether the server must be outside of this pid namespace.
+    """
+
+    def __init__(self, listener: socket.socket | None, uid: int, outside: bool) -> None:
+        super().__init__()
+        self.listener = listener
+        self.uid = uid
+        self.outside = outside
+        self.connections: list[Connection] = []
+        self.programs: dict[int, programs.Program] = {}
+        self.children: dict[int, tuple[Connection, int, float]] = {}  # pid -> whom it answers, and its deadline
+        self.starting: dict[int, Callable[[], None]] = {}  # pid -> what settles its start
+        self.stopping = False
+        self.sockets: list[int] = []  # through which connections get out of here; served by others
+        self.standstill = Standstill(self._handle)
+        os.umask(0o022)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        self.limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (self.limits[1], self.limits[1]))
+
+    def run(self) -> None:
+        """Serve until told to stop; never returns otherwise."""
+        wake_reader, wake_writer = socket.socketpair()
+        wake_reader.setblocking(False)
+        wake_writer.setblocking(False)
+        syscalls.default_signals()
+        signal.set_wakeup_fd(wake_writer.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGXFSZ):
+            signal.signal(number, _ignore)  # not SIG_IGN: programs would inherit that, a handler ends at exec
+        if self.listener is not None:
+            self.listener.setblocking(False)
+            self.watch(self.listener.fileno(), self._accept)
+        self.watch(wake_reader.fileno(), lambda: self._drain(wake_reader))
+        while not self.stopping:
+            self.turn()
+            self.guard(self._reap)
+
+    def complain(self, error: BaseException) -> None:
+        """Tell the server of a mistake of our own; it cannot fail. pid 1 has no log file: it holds nothing outside."""
+        try:
+            self.tell({"event": "complaint", "text": repr(error)[:1000]})
+        except Exception:
+            pass
+
+    @staticmethod
+    def _drain(sock: socket.socket) -> None:
+        try:
+            while sock.recv(4096):
+                pass
+        except BlockingIOError:
+            pass
+
+    def share(self, sweep: Sweep, pages: int) -> None:
+        """Let go of memory that is what it was, after each time of work. `pages`: the descriptor of our page table."""
+
+        def rest() -> None:
+            if not self.starting:  # else a child that has not become a program yet may write to our memory
+                sweep.run(pages)
+
+        self.rest = rest
+
+    # ---- connections ----
+
+    def _accept(self) -> None:
+        try:
+            sock = self.listener.accept()[0] if self.listener is not None else None
+        except OSError:
+            return
+        if sock is None:
+            return
+        pid, uid, _gid = struct.unpack("iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        if uid != self.uid or (self.outside and pid != 0) or len(self.connections) >= _MOST_CONNECTIONS:
+            sock.close()
+            return
+        self.adopt(sock)
+
+    def adopt(self, sock: socket.socket) -> None:
+        """Serve a connection."""
+        connection = Connection(sock)
+        self.connections.append(connection)
+        self.watch(sock.fileno(), lambda: self._readable(connection))
+
+    def _readable(self, connection: Connection) -> None:
+        if connection.waiting and not connection.flush():
+            self.drop(connection)
+            return
+        for _ in range(16):  # then others get a turn
+            try:
+                request = connection.receive()
+            except BlockingIOError:
+                break
+            except (OSError, ValueError):
+                request = None
+            if request is None:
+                self.drop(connection)
+                return
+            self._handle(connection, request)
+        self._rearm(connection)
+
+    def _rearm(self, connection: Connection) -> None:
+        if connection in self.connections:
+            mask = select.EPOLLIN | (select.EPOLLOUT if connection.waiting else 0)
+            if mask != connection.mask:
+                connection.mask = mask
+                self.epoll.modify(connection.sock.fileno(), mask)
+
+    def drop(self, connection: Connection) -> None:
+        if connection in self.connections:
+            self.connections.remove(connection)
+            self.unwatch(connection.sock.fileno())
+            connection.close()
+            if self.standstill.owner is connection:
+                self.standstill.end()
+
+    def answer(self, connection: Connection, number: int, reply: dict[str, Any], fds: list[int]) -> None:
+        """Reply and close `fds`, whether the connection still lives or not."""
+        if connection not in self.connections:
+            for fd in fds:
+                os.close(fd)
+        elif connection.send({"id": number, "ok": True, **reply}, fds):
+            self._rearm(connection)
+        else:
+            self.drop(connection)
+
+    def refuse(self, connection: Connection, number: int, fault: Fault) -> None:
+        if connection in self.connections:
+            if connection.send({"id": number, "error": [fault.code, fault.message]}, []):
+                self._rearm(connection)
+            else:
+                self.drop(connection)
+
+    def tell(self, event: dict[str, Any]) -> None:
+        for connection in list(self.connections):
+            if connection.send(event, []):
+                self._rearm(connection)
+            else:
+                self.drop(connection)
+
+    # ---- requests ----
+
+    def _handle(self, connection: Connection, request: dict[str, Any]) -> None:
+        number = int(request.get("id", 0))
+        try:
+            if self.standstill.holds(connection, request):
+                return
+            op = request.get("op")
+            if op in files.OPERATIONS:
+                if files.in_child(request):
+                    raise files.Later
+                self.answer(connection, number, *files.OPERATIONS[op](request))
+                return
+            method = getattr(self, f"do_{op}", None)
+            if method is None:
+                raise Fault("unsupported", f"pid 1 does not know {op!r}")
+            method(connection, number, request)
+        except files.Later:
+            self._later_in_child(connection, number, request)
+        except Fault as fault:
+            self.refuse(connection, number, fault)
+        except OSError as error:
+            self.refuse(connection, number, of_os_error(error, str(request.get("op"))))
+        except Exception as error:
+            self.complain(error)
+            self.refuse(connection, number, Fault("internal", f"{request.get('op')}: {error!r}"))
+
+    def do_hello(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        running = [program.describe() for program in self.programs.values()]
+        self.answer(connection, number, {"pid": os.getpid(), "programs": running}, [])
+
+    def do_sockets(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        self.answer(connection, number, {}, [os.dup(fd) for fd in self.sockets])
+
+    def do_spawn(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        key, keep = str(request.get("key") or ""), bool(request.get("keep"))
+        if key and any(program.key == key for program in self.programs.values()):
+            raise Fault("conflict", f"a program with the key {key!r} exists already")
+        if not request.get("argv"):
+            raise Fault("invalid_config", "argv is empty")
+        user = users.find(str(request["user"])) if request.get("user") else None
+        streams = programs.Streams(request, user)
+        try:
+            plan = programs.Plan(request, streams, user, self.limits)
+            self._start(connection, number, programs.Program(0, key, keep, streams.pty), plan)
+        except BaseException:
+            streams.close()
+            raise
+
+    def _start(self, connection: Connection, number: int, program: programs.Program, plan: programs.Plan, *,
+               by_fork: bool = False) -> None:
+        start = programs.Start(plan, by_fork=by_fork)
+        pid = program.pid = start.pid
+        self.programs[pid] = program
+
+        def settle() -> None:
+            try:
+                verdict = os.read(start.verdict, 4096)
+            except BlockingIOError:
+                return
+            del self.starting[pid]
+            self.unwatch(start.verdict)
+            fault = start.settle(verdict)
+            if fault is None:
+                self._started(connection, number, program, plan.streams)
+                return
+            del self.programs[pid]
+            try:
+                if start.by_fork:
+                    raise fault
+                self._start(connection, number, program, plan, by_fork=True)
+            except Fault as final:
+                plan.streams.close()
+                self.refuse(connection, number, final)
+
+        self.starting[pid] = settle
+        self.watch(start.verdict, settle)
+
+    def _started(self, connection: Connection, number: int, program: programs.Program,
+                 streams: programs.Streams) -> None:
+        streams.close_theirs()
+        if program.keep:
+            program.held = {name: os.dup(fd) for name, fd in streams.ours.items()}
+        reply = {"pid": program.pid, "streams": list(streams.ours), "pty": streams.pty}
+        self.answer(connection, number, reply, list(streams.ours.values()))
+
+    def do_attach(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        program = self._kept(str(request.get("key")))
+        fds = [os.dup(fd) for fd in program.held.values()]
+        self.answer(connection, number, program.describe(), fds)
+
+    def do_forget(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        """Close our copies of its streams; once it has ended nothing is known of it any more."""
+        program = self.programs.get(int(request.get("pid", 0)))
+        if program is not None and program.ended is not None:
+            program.release()
+            del self.programs[program.pid]
+        self.answer(connection, number, {}, [])
+
+    def do_close_stream(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        """Close our copy of one stream, so that the program sees its end once the server closes its own."""
+        program = self.programs.get(int(request["pid"]))
+        fd = program.held.pop(str(request["stream"]), None) if program is not None else None
+        if fd is not None:
+            os.close(fd)
+        self.answer(connection, number, {}, [])
+
+    def _kept(self, key: str) -> programs.Program:
+        for program in self.programs.values():
+            if program.keep and program.key == key:
+                return program
+        raise Fault("not_found", f"no kept program has the key {key!r}")
+
+    def do_signal(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        pid, signum = int(request["pid"]), int(request["signal"])
+        if not 0 < signum < signal.NSIG:
+            raise Fault("invalid_config", f"{signum} is not a signal")
+        program = self.programs.get(pid)
+        if program is None or program.ended is not None:
+            count = 0
+        elif request.get("tree"):
+            count = process_tree.signal_tree(pid, signum, request.get("since"), bool(request.get("root", True)))
+        else:
+            os.kill(pid, signum)  # not reaped yet, so the pid is still its own
+            count = 1
+        self.answer(connection, number, {"count": count}, [])
+
+    def do_kill_tree(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        pid = int(request["pid"])
+        program = self.programs.get(pid)
+        if program is None or program.ended is not None:
+            self.answer(connection, number, {"count": 0}, [])
+            return
+        root = bool(request.get("root", True))
+        job = process_tree.kill_tree(pid, request.get("since"), root, tell=request.get("tell"))
+        self._step(job, lambda count: self.answer(connection, number, {"count": count}, []))
+
+    def do_pause(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        """Stop every process until `resume`, or the end of this connection."""
+
+        def done(count: int) -> None:
+            if count >= 0:
+                self.answer(connection, number, {"count": count}, [])
+                return
+            if self.standstill.owner is connection:
+                self.standstill.end()
+            self.refuse(connection, number, Fault("unavailable", "not all processes could be stopped"))
+
+        self._step(self.standstill.begin(connection), done)
+
+    def do_resume(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        if self.standstill.owner is connection:
+            self.standstill.end()
+        self.answer(connection, number, {}, [])
+
+    def _step(self, job: Generator[float, None, int], done: Callable[[int], None]) -> None:
+        """Drive a job from the loop, so that others are served while it waits."""
+        try:
+            pause = next(job)
+        except StopIteration as end:
+            done(int(end.value))
+            return
+        self.later(pause, lambda: self._step(job, done))
+
+    def do_stop(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        """SIGTERM (and a hang-up to programs with a terminal), SIGKILL after `grace` seconds; then we end."""
+        end = time.monotonic() + max(0.0, min(float(request.get("grace", 0)), 3600.0))
+        self.answer(connection, number, {}, [])
+        self.standstill.end()
+        for program in self.programs.values():
+            if program.has_pty and program.ended is None:
+                os.kill(program.pid, signal.SIGHUP)
+        me = os.getpid()
+        if end > time.monotonic():
+            process_tree.signal_tree(me, signal.SIGTERM, None, False)
+            process_tree.signal_tree(me, signal.SIGCONT, None, False)
+
+        def look() -> None:
+            self._reap()
+            if time.monotonic() < end and process_tree.alive_under(me, None):
+                self.later(0.01, look)
+            elif me == 1:
+                self.stopping = True  # the end of pid 1 ends all
+            else:
+                process_tree.run(_kill_under(me))
+                self.stopping = True
+
+        look()
+
+    def do_dial(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        start_connection(self, connection, number, request)
+
+    # ---- children: long operations and those as another user ----
+
+    def _later_in_child(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        try:
+            self._in_child(connection, number, request)
+        except Fault as fault:
+            self.refuse(connection, number, fault)
+
+    def _in_child(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        if len(self.children) >= _MOST_CHILDREN:
+            raise Fault("unavailable", "too many file operations at once")
+        user = users.find(str(request["user"])) if request.get("user") else None
+        try:
+            pid = os.fork()
+        except OSError as error:
+            raise of_os_error(error, "no further process can be started: the sandbox's limit is reached") from None
+        if pid:
+            self.children[pid] = connection, number, time.monotonic() + _CHILD_PATIENCE
+            self.later(_CHILD_PATIENCE, lambda: self._give_up(pid))
+            return
+        status = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            syscalls.close_all_but(2, connection.sock.fileno())  # no stream of a program lives on in here
+            request["in_child"] = True
+            message: dict[str, Any]
+            fds: list[int] = []
+            try:
+                if user is not None:
+                    programs.drop(user)
+                reply, fds = files.OPERATIONS[request["op"]](request)
+                message = {"id": number, "ok": True, **reply}
+            except Fault as fault:
+                message = {"id": number, "error": [fault.code, fault.message]}
+            except Exception as error:
+                message = {"id": number, "error": ["internal", f"{request['op']}: {error!r}"]}
+            send_patiently(connection.sock, message, fds)
+            status = 0
+        except BaseException:
+            pass  # the status tells
+        finally:
+            os._exit(status)
+
+    def _give_up(self, pid: int) -> None:
+        if pid in self.children:
+            os.kill(pid, signal.SIGKILL)
+
+    # ---- ends ----
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            code = os.waitstatus_to_exitcode(status)
+            if pid in self.starting:
+                self.guard(self.starting[pid])
+            if pid in self.children:
+                connection, number, _ = self.children.pop(pid)
+                if code != 0:
+                    fault = Fault("action_error", "the file operation was killed inside the sandbox")
+                    self.refuse(connection, number, fault)
+            elif pid in self.programs:
+                self._ended(self.programs[pid], code)
+
+    def _ended(self, program: programs.Program, code: int) -> None:
+        program.ended = {"code": code} if code >= 0 else {"signal": -code}
+        if not program.keep:
+            del self.programs[program.pid]
+        self.tell({"event": "exit", "pid": program.pid, **program.ended})
+
+
+def _kill_under(root: int) -> Generator[float, None, int]:
+    """SIGKILL to all under a process that must itself go on: without pid 1's power to end its namespace."""
+    end = time.monotonic() + 10
+    count = 0
+    while time.monotonic() < end and (left := process_tree.alive_under(root, None)):
+        for entry in left:
+            process_tree.send(entry, signal.SIGSTOP)
+        count += sum(process_tree.send(entry, signal.SIGKILL) for entry in left)
+        yield 0.001
+    return count
+
+
+def _ignore(_number: int, _frame: object) -> None:
+    """A signal that pid 1 does not act upon, or that only wakes its loop."""
+
+
+def prepare(listener: socket.socket, uid: int, outside: bool) -> Init:
+    """An Init whose process others cannot look into."""
+    return hidden(Init(listener, uid, outside))
+
+
+_Made = TypeVar("_Made", bound=Init)
+
+
+def hidden(made: _Made) -> _Made:
+    """The same, whose process others cannot look into from now on."""
+    if os.getpid() != 1:
+        syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
+    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
+    syscalls.run_soon()
+    syscalls.close_on_exec_from(3)
+    return made
+
+
+def main() -> None:
+    """Run as a program, see the module's docstring."""
+    options = json.loads(sys.argv[1])
+    os.setsid() if os.getsid(0) != os.getpid() else None
+    init = prepare(socket.socket(fileno=int(options["listen"])), int(options["uid"]), bool(options.get("outside")))
+    gc.freeze()
+    init.run()
+
+
+
+# ---- dial ----
+#
+# Connections to ports inside, made from inside and handed out as connected sockets.
+
+def start_connection(init: Init, connection: Connection, number: int, request: dict[str, Any]) -> None:
+    """Connect without blocking the loop, and answer with the socket."""
+    host, port = str(request.get("host") or "127.0.0.1"), int(request["port"])
+    timeout = max(0.0, min(float(request.get("timeout", 10)), 300.0))
+    if not 0 < port < 65536:
+        raise Fault("invalid_config", f"{port} is not a port")
+    host = {"localhost": "127.0.0.1"}.get(host, host)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.inet_pton(family, host)
+    except OSError:
+        raise Fault("invalid_config", f"{host!r} is not an IP address") from None
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    what = f"port {port} of {host} inside"
+    error = sock.connect_ex((host, port))
+    if error not in (0, errno.EINPROGRESS):
+        sock.close()
+        raise _fault(error, what)
+    settled = False
+
+    def settle() -> None:
+        nonlocal settled
+        if settled:
+            return
+        settled = True
+        init.unwatch(sock.fileno())
+        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            sock.close()
+            init.refuse(connection, number, _fault(error, what))
+        else:
+            init.answer(connection, number, {}, [sock.detach()])
+
+    def give_up() -> None:
+        nonlocal settled
+        if not settled:
+            settled = True
+            init.unwatch(sock.fileno())
+            sock.close()
+            init.refuse(connection, number, Fault("port_timeout", f"{what} did not answer in {timeout:g} s"))
+
+    init.watch(sock.fileno(), settle, select.EPOLLOUT)
+    init.later(timeout, give_up)
+
+
+def _fault(error: int, what: str) -> Fault:
+    if error in (errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNRESET):
+        return Fault("not_found", f"nothing listens on {what}")
+    return of_os_error(OSError(error, os.strerror(error)), what)
+
+
+if __name__ == "__main__":
+    main()

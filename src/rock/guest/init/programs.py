@@ -1,0 +1,341 @@
+"""Starting programs: streams, users, terminals, limits, and typed errors when a program cannot be started."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import resource
+import struct
+import termios
+from typing import Any
+
+from rock.guest.init import native, syscalls, users
+from rock.guest.init.link import CHANNEL_MEMORY, Fault, of_os_error
+
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+HIGHEST_CHANNEL = 255
+
+
+class Program:
+    """A program that was started and not yet forgotten. `held` are our copies of the server's ends, by stream name.
+
+    No dataclass: to import what makes them takes a fifth of the time in which a container's pid 1 starts.
+    """
+
+    def __init__(self, pid: int, key: str, keep: bool, has_pty: bool) -> None:
+        self.pid = pid
+        self.key = key
+        self.keep = keep
+        self.has_pty = has_pty
+        self.held: dict[str, int] = {}
+        self.ended: dict[str, int] | None = None  # {"code": n} or {"signal": n}
+
+    def describe(self) -> dict[str, Any]:
+        return {"pid": self.pid, "key": self.key, "keep": self.keep, "pty": self.has_pty, "ended": self.ended,
+                "streams": list(self.held)}
+
+    def release(self) -> None:
+        for fd in self.held.values():
+            os.close(fd)
+        self.held.clear()
+
+
+class Streams:
+    """Both ends of a program's descriptors: `ours` by stream name, `theirs` by the number that the program sees."""
+
+    def __init__(self, request: dict[str, Any], user: users.User | None) -> None:
+        self.ours: dict[str, int] = {}
+        self.theirs: dict[int, int] = {}
+        self.pty = False
+        try:
+            if request.get("pty"):
+                self._open_pty(request["pty"], user)
+            else:
+                self._open_standard(request)
+            for number, direction in (request.get("channels") or {}).items():
+                if not 3 <= int(number) <= HIGHEST_CHANNEL or direction not in ("r", "w", "m"):
+                    raise Fault("invalid_config", f"channel {number} must be 3 to {HIGHEST_CHANNEL}, and r, w or m")
+                if direction == "m":
+                    self._memory(str(int(number)), int(number))
+                else:
+                    self._pipe(str(int(number)), int(number), program_reads=direction == "r")
+        except OSError as error:
+            self.close()
+            raise of_os_error(error, "the program's streams") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_pty(self, size: list[int], user: users.User | None) -> None:
+        ours, theirs = os.openpty()
+        self.pty = True
+        self.ours["pty"] = ours
+        self.theirs = {0: theirs, 1: theirs, 2: theirs}
+        os.set_blocking(ours, False)
+        rows, columns = (max(1, min(int(value), 65535)) for value in size)
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        if user is not None and user.uid != os.geteuid():
+            os.fchown(theirs, user.uid, -1)
+
+    def _open_standard(self, request: dict[str, Any]) -> None:
+        for number, name in enumerate(("stdin", "stdout", "stderr")):
+            kind = request.get(name, "null" if number == 0 else "pipe")
+            if kind == "pipe":
+                self._pipe(name, number, program_reads=number == 0)
+            elif kind == "stdout" and number == 2:
+                self.theirs[2] = self.theirs[1]
+            elif kind == "null":
+                self.theirs[number] = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+            else:
+                raise Fault("invalid_config", f"{name} cannot be {kind!r}")
+
+    def _pipe(self, name: str, number: int, *, program_reads: bool) -> None:
+        reading, writing = os.pipe2(os.O_CLOEXEC)
+        ours, theirs = (writing, reading) if program_reads else (reading, writing)
+        self.ours[name] = ours
+        self.theirs[number] = theirs
+        os.set_blocking(ours, False)
+
+    def _memory(self, name: str, number: int) -> None:
+        self.theirs[number] = fd = os.memfd_create("rock", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, CHANNEL_MEMORY)
+        # What is cut off would be a SIGBUS for the other side
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        self.ours[name] = os.dup(fd)
+
+    def close_theirs(self) -> None:
+        for fd in set(self.theirs.values()):
+            os.close(fd)
+        self.theirs.clear()
+
+    def close(self) -> None:
+        self.close_theirs()
+        for fd in self.ours.values():
+            os.close(fd)
+        self.ours.clear()
+
+
+class Plan:
+    """All that a child needs to become the program, worked out before the fork.
+
+    Every page that the child touches is copied, at about 3 us each; so it does as little as it can.
+    """
+
+    def __init__(self, request: dict[str, Any], streams: Streams, user: users.User | None,
+                 limits: tuple[int, int]) -> None:
+        self.streams = streams
+        self.user = user
+        self.cwd = str(request.get("cwd") or "/")
+        self.argv = [str(word) for word in request["argv"]]
+        self.env = {str(key): str(value) for key, value in (request.get("env") or {}).items()}
+        self.env.setdefault("PATH", DEFAULT_PATH)
+        if "HOME" not in self.env:
+            self.env["HOME"] = (user or users.find(str(os.geteuid()))).home
+        self.path = _guess(self.argv[0], self.env["PATH"])
+        self.encoded_argv = [os.fsencode(word) for word in self.argv]
+        self.encoded_env = {os.fsencode(key): os.fsencode(value) for key, value in self.env.items()}
+        self.limits = _file_limits(request.get("nofile"), limits)
+
+
+def _guess(name: str, path: str) -> str:
+    """Where the program probably is; the full search, with its errors, is done when this guess fails."""
+    if "/" not in name:
+        for folder in path.split(":"):
+            if folder.startswith("/") and os.access(f"{folder}/{name}", os.X_OK):
+                return f"{folder}/{name}"
+    return name
+
+
+class Start:
+    """A child on its way to exec. `verdict` reaches its end of file when it got there or gave up; then `settle`."""
+
+    def __init__(self, plan: Plan, *, by_fork: bool = False) -> None:
+        self.plan = plan
+        self.by_fork = by_fork or not native.available or not plan.path.startswith("/")
+        self._table: native.Table | None = None
+        self.verdict, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        if writing in plan.streams.theirs:
+            # A channel of the program has this number. It would close the child's end before exec: its memory, which
+            # is ours until then, would be given back too early.
+            low, writing = writing, fcntl.fcntl(writing, fcntl.F_DUPFD_CLOEXEC, HIGHEST_CHANNEL + 1)
+            os.close(low)
+        try:
+            self.pid = _fork(plan, writing) if self.by_fork else self._clone()
+        except OSError as error:
+            os.close(self.verdict)
+            raise of_os_error(error, "no further process can be started: the sandbox's limit is reached") from None
+        finally:
+            os.close(writing)
+
+    def _clone(self) -> int:
+        plan, table = self.plan, native.Table()
+        table.session(plan.streams.theirs[0] if plan.streams.pty else None)
+        high: list[int] = []
+        theirs = plan.streams.theirs
+        if min(theirs.values()) <= max(theirs):  # a descriptor has a number that the program expects for another one
+            high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, HIGHEST_CHANNEL + 1) for fd in theirs.values()]
+            theirs = dict(zip(theirs, high, strict=True))
+        try:
+            table.descriptors(theirs)
+            if plan.limits is not None:
+                table.files(*plan.limits)
+            if plan.user is not None and not _is_already(plan.user):
+                table.user(plan.user.uid, plan.user.gid, plan.user.groups)
+            table.folder(plan.cwd)
+            table.execute(plan.path, plan.encoded_argv, plan.encoded_env)
+            self._table = table
+            return table.run()
+        finally:
+            for fd in high:
+                os.close(fd)
+
+    def settle(self, data: bytes) -> Fault | None:
+        """What went wrong, or None, after what `verdict` gave. Of a clone we only know that it did not get there."""
+        os.close(self.verdict)
+        if data:
+            return Fault(*json.loads(data))
+        if self._table is not None and self._table.failed():
+            return Fault("internal", "the program could not be started")
+        _raise_score(self.pid)
+        return None
+
+
+def _fork(plan: Plan, writing: int) -> int:
+    """The slow way, with a sentence for each thing that can go wrong."""
+    pid = os.fork()
+    if pid == 0:
+        step = ["start"]
+        try:
+            _become(plan, step)
+        except BaseException as error:
+            os.write(writing, json.dumps(_verdict(error, step[0])).encode())
+        finally:
+            os._exit(127)
+    return pid
+
+
+def _raise_score(pid: int) -> None:
+    """Have a program killed for memory before us. Only now: as long as it shares our memory, its score is ours too."""
+    try:
+        fd = os.open(f"/proc/{pid}/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        os.write(fd, b"500")
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
+
+
+def _is_already(user: users.User) -> bool:
+    return (user.uid, user.gid) == (os.geteuid(), os.getegid()) and os.geteuid() != 0
+
+
+def _verdict(error: BaseException, step: str) -> list[str]:
+    if isinstance(error, OSError):
+        error = of_os_error(error, step)
+    if isinstance(error, Fault):
+        return [error.code, error.message[:500]]
+    return ["internal", f"{step}: {error!r}"[:500]]
+
+
+def _become(plan: Plan, step: list[str]) -> None:
+    """The child's way to exec. `step` names what is being done, for the error's text."""
+    os.setsid()
+    syscalls.become_subreaper()
+    if plan.streams.pty:
+        fcntl.ioctl(plan.streams.theirs[0], termios.TIOCSCTTY, 0)
+    _place(plan.streams.theirs)
+    if plan.limits is not None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, plan.limits)
+    if plan.user is not None:
+        drop(plan.user)
+    try:
+        os.chdir(plan.cwd)
+    except OSError as error:
+        raise of_os_error(error, f"working folder {plan.cwd!r}") from None
+    step[0] = f"program {plan.argv[0]!r}"
+    if plan.path.startswith("/"):
+        try:
+            os.execve(plan.path, plan.encoded_argv, plan.encoded_env)
+        except (OSError, ValueError):
+            pass
+    execute(plan.argv, plan.env)
+
+
+def _place(theirs: dict[int, int]) -> None:
+    """Put each descriptor at the number that the program expects, whatever numbers they have now."""
+    if min(theirs.values()) > max(theirs):
+        for number, fd in theirs.items():
+            os.dup2(fd, number, inheritable=True)
+        return
+    high = {fd: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, HIGHEST_CHANNEL + 1) for fd in set(theirs.values())}
+    for number, fd in theirs.items():
+        os.dup2(high[fd], number, inheritable=True)
+
+
+def _file_limits(wish: int | None, limits: tuple[int, int]) -> tuple[int, int] | None:
+    """The limits to set for a program, or None when it has them already: ours are (hard, hard)."""
+    soft, hard = limits
+    if wish is None:
+        return None if soft == hard else limits
+    soft = max(16, int(wish))
+    if hard != resource.RLIM_INFINITY and soft > hard:
+        raise Fault("invalid_config", f"nofile {soft} is over this sandbox's hard limit of {hard}")
+    return soft, soft
+
+
+def drop(user: users.User) -> None:
+    if _is_already(user):
+        return
+    try:
+        try:
+            os.setgroups(user.groups)
+        except PermissionError:  # a user namespace with one user has setgroups denied
+            if user.uid != os.geteuid() or user.gid != os.getegid():
+                raise
+        os.setresgid(user.gid, user.gid, user.gid)
+        os.setresuid(user.uid, user.uid, user.uid)
+    except OSError as error:
+        raise Fault("unsupported", f"user {user.uid}:{user.gid}: this sandbox cannot change to it "
+                                   f"({(error.strerror or '').lower()}); it has no further users") from None
+
+
+def execute(argv: list[str], environment: dict[str, str]) -> None:
+    """execve with a look-up in PATH; returns never, and raises a Fault that tells what is missing."""
+    name = argv[0]
+    if not name:
+        raise Fault("invalid_config", "the program's name is empty")
+    if "/" in name:
+        candidates = [name]
+    else:
+        candidates = [os.path.join(folder or ".", name) for folder in environment["PATH"].split(":")]
+    refused: tuple[str, str] | None = None
+    for path in candidates:
+        try:
+            os.execve(path, argv, environment)
+        except OSError as error:
+            if error.errno == errno.ENOENT and os.path.lexists(path):
+                missing = f"program {path!r} is there, but its interpreter or loader is missing"
+                raise Fault("not_found", missing) from None
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.EACCES):
+                raise _exec_fault(error, path) from None
+            if error.errno == errno.EACCES and (refused is None) and os.path.lexists(path):
+                refused = path, (error.strerror or "").lower()
+        except ValueError as error:
+            raise Fault("invalid_config", f"program {name!r}: {error}") from None
+    if refused is not None:
+        raise Fault("unauthorized", f"program {refused[0]!r} must not be executed: {refused[1]}")
+    where = "" if "/" in name else f" in PATH={environment['PATH']}"
+    raise Fault("not_found", f"no such program: {name!r}{where}")
+
+
+def _exec_fault(error: OSError, path: str) -> Fault:
+    if error.errno == errno.ENOEXEC:
+        return Fault("invalid_config", f"program {path!r} is not in a format that this machine can execute")
+    if error.errno == errno.E2BIG:
+        return Fault("invalid_config", f"program {path!r}: arguments and environment are too long together")
+    return of_os_error(error, f"program {path!r}")

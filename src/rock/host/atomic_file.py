@@ -1,0 +1,88 @@
+"""Small files that are replaced at once: a crash leaves the old one or the new one. Not synced, as sandboxes end with
+the machine too."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import zlib
+from typing import Any
+
+from rock.errors import RockError, StartFailed, StorageFull, Unavailable
+
+_SUM = ', "crc": "'
+_SUM_LENGTH = len(_SUM) + 8 + len('"}')
+
+
+class Damaged(ValueError):
+    """A file does not hold what was written."""
+
+
+def summed(text: str) -> str:
+    """The text of a JSON object with the checksum of that text as its last member."""
+    return f'{text[:-1]}{_SUM}{zlib.crc32(text.encode("utf-8", "surrogateescape")):08x}"}}'
+
+
+def parsed(data: bytes) -> dict[str, Any]:
+    """The object that `summed` made the text of, or one of a version without checksums. Damaged."""
+    try:
+        found = _object(data.decode("utf-8", "surrogateescape"))
+    except ValueError as error:
+        raise Damaged(str(error)) from None
+    found.pop("crc", None)
+    return found
+
+
+def _object(text: str) -> dict[str, Any]:
+    if text[-_SUM_LENGTH:-10] == _SUM:
+        bare = text[:-_SUM_LENGTH] + "}"
+        if text[-2:] != '"}' or int(text[-10:-2], 16) != zlib.crc32(bare.encode("utf-8", "surrogateescape")):
+            raise ValueError("its checksum does not fit its content")
+        text = bare
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError("it holds no object")
+    return found
+
+
+def replace(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file for our user alone, beside its place (as `.new-NAME`), and move it there."""
+    folder, name = os.path.split(os.fspath(path))
+    beside = f"{folder}/.new-{name}"
+    fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        data = memoryview(text.encode("utf-8", "surrogateescape"))
+        while data:
+            data = data[os.write(fd, data):]
+    finally:
+        os.close(fd)
+    os.rename(beside, os.path.join(folder, name))
+
+
+# ---- diskerrors ----
+#
+# What a disk says, in our words.
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def not_started(error: OSError, sandbox_id: str | None = None) -> RockError:
+    """The error of a start of which something could not be written."""
+    if error.errno in FULL:
+        return StorageFull(f"the sandbox could not be made: {_words(error)}", sandbox_id=sandbox_id,
+                           hint="free some disk space and try again; nothing half-made was kept")
+    return StartFailed(f"the sandbox could not be made: {_words(error)}", sandbox_id=sandbox_id)
+
+
+def not_kept(error: OSError, sandbox_id: str, what: str) -> RockError:
+    """The error of a request that needs room on the server's disk. what: for what."""
+    message = f"there is no room for {what} on the server's disk: {_words(error)}"
+    if error.errno in FULL:
+        return StorageFull(message, sandbox_id=sandbox_id, hint="free some disk space and try again")
+    return Unavailable(f"{what} cannot be kept on the server's disk: {_words(error)}", sandbox_id=sandbox_id)
+
+
+def _words(error: OSError) -> str:
+    """Without the path, which is the server's own."""
+    return os.strerror(error.errno) if error.errno else str(error)

@@ -1,0 +1,147 @@
+"""How much memory this machine has, how much of it is free, and whether programs wait for it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rock.errors import NoCapacity, Unsupported
+from rock.protocol.sandbox import SandboxConfig
+
+_FRESH = 0.02  # seconds for which an answer holds: reading it takes the kernel 40 us, and creates come in bursts
+_known = (float("-inf"), 0, 0)
+
+
+def read() -> tuple[int, int]:
+    """Bytes of memory that the machine has, and those that are available now; zeros where it does not tell."""
+    global _known
+    now = time.monotonic()
+    if now - _known[0] > _FRESH:
+        values = {"MemTotal": 0}
+        try:
+            with open("/proc/meminfo", encoding="ascii") as lines:
+                for line in lines:
+                    key, _, rest = line.partition(":")
+                    if key in ("MemTotal", "MemAvailable"):
+                        values[key] = int(rest.split()[0]) << 10
+                    if key == "MemAvailable":
+                        break
+        except OSError:
+            pass
+        _known = now, values["MemTotal"], values.get("MemAvailable", values["MemTotal"])
+    return _known[1], _known[2]
+
+
+def pressure() -> float | None:
+    """Percent of the last ten seconds in which some program here waited for memory; None where the kernel does not
+    tell. Of the control group that this process is held to, if it says so itself: a container is short before its
+    machine is."""
+    for path in ("/sys/fs/cgroup/memory.pressure", "/proc/pressure/memory"):
+        try:
+            with open(path, encoding="ascii") as lines:
+                for line in lines:
+                    kind, _, rest = line.partition(" ")
+                    if kind == "some":
+                        return float(rest.partition("avg10=")[2].partition(" ")[0])
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+# ---- accelerators ----
+#
+# GPUs of this machine, as NVIDIA's driver tells of them, and which of them sandboxes have.
+
+_DRIVER = Path("/proc/driver/nvidia/gpus")
+_MOST = 64
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One of them. uuid: as the container engine takes it. model: in the driver's words."""
+
+    uuid: str
+    model: str
+
+    @property
+    def kind(self) -> str:
+        """What accelerator types call it: "NVIDIA A100-SXM4-40GB" is an A100."""
+        words = self.model.replace("-", " ").split()
+        known = [word for word in words if any(c.isdigit() for c in word) and word[:1].isalpha()]
+        return known[0] if known else self.model
+
+
+def found(folder: Path = _DRIVER) -> list[Gpu]:
+    """Those that the driver tells of; none without it."""
+    gpus: list[Gpu] = []
+    try:
+        entries = sorted(folder.iterdir())[:_MOST]
+    except OSError:
+        return gpus
+    for entry in entries:
+        try:
+            lines = (entry / "information").read_text(errors="replace").splitlines()
+        except OSError:
+            continue
+        told = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        if told.get("GPU UUID", "").startswith("GPU-"):
+            gpus.append(Gpu(told["GPU UUID"], told.get("Model", "GPU")))
+    return gpus
+
+
+@dataclass
+class Gpus:
+    """Who has which: whole ones, each of one sandbox at a time."""
+
+    all: list[Gpu] = field(default_factory=found)
+    _given: dict[str, tuple[str, ...]] = field(default_factory=dict)  # uuids by owner
+
+    def kinds(self) -> list[str]:
+        return [gpu.kind for gpu in self.all]
+
+    @property
+    def free(self) -> list[Gpu]:
+        given = {uuid for uuids in self._given.values() for uuid in uuids}
+        return [gpu for gpu in self.all if gpu.uuid not in given]
+
+    def refuse(self, config: SandboxConfig) -> None:
+        """Raise Unsupported for what this machine could never give."""
+        count, kind = _wish(config)
+        fit = [gpu for gpu in self.all if kind in (None, gpu.kind)]
+        if count > len(fit):
+            there = ", ".join(self.kinds()) or "none"
+            raise Unsupported(f"{count} accelerators of type {kind or 'GPU'} were asked for; this machine has {there}",
+                              hint="leave num_gpus and accelerator_type unset")
+
+    def take(self, owner: str, config: SandboxConfig) -> tuple[str, ...]:
+        """UUIDs of those that a sandbox gets. NoCapacity, Unsupported."""
+        self.refuse(config)
+        count, kind = _wish(config)
+        fit = [gpu.uuid for gpu in self.free if kind in (None, gpu.kind)]
+        if count > len(fit):
+            raise NoCapacity(f"{count} GPUs were asked for; {len(fit)} of this machine are free",
+                             hint="stop some sandboxes, or retry later")
+        if count:
+            self._given[owner] = tuple(fit[:count])
+        return self._given.get(owner, ())
+
+    def of(self, owner: str) -> list[str]:
+        """UUIDs of those that it has."""
+        return list(self._given.get(owner, ()))
+
+    def taken(self, owner: str, uuids: tuple[str, ...]) -> None:
+        """One that was found again has these."""
+        if uuids:
+            self._given[owner] = uuids
+
+    def give_back(self, owner: str) -> None:
+        self._given.pop(owner, None)
+
+
+def _wish(config: SandboxConfig) -> tuple[int, str | None]:
+    """How many, of which kind. Unsupported for a part of one."""
+    wanted = config.num_gpus if config.num_gpus is not None else 1.0 if config.accelerator_type else 0.0
+    if wanted != int(wanted):
+        raise Unsupported(f"num_gpus={wanted:g}: a container has whole GPUs", hint="num_gpus=1")
+    return int(wanted), config.accelerator_type

@@ -1,0 +1,450 @@
+"""A small bare ASGI toolkit for the data plane, where a framework's 200 microseconds a call would be most of the call.
+
+`Router` maps rows of protocol/routes.py to handlers; `call` runs a request through an ASGI application in this process:
+the same wire without a socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import math
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, TypeVar, cast
+from urllib.parse import parse_qsl
+
+import orjson
+from pydantic import BaseModel, ValidationError
+
+from rock.errors import InternalServerRockError, InvalidConfig, NotFound, RockError, Unavailable
+from rock.protocol.keys import CALLER, Caller, caller_of
+from rock.protocol.route import Route
+from rock.protocol.routes import ERROR_CODE, SENT
+from rock.protocol.sandbox import SandboxConfig
+from rock.telemetry.context import CURRENT
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+Model = TypeVar("Model", bound=BaseModel)
+
+MAX_BODY = 64 << 20
+log = logging.getLogger("rock.wire")
+
+
+class Disconnected(Exception):
+    """The client went away before its request was whole."""
+
+
+@functools.lru_cache(maxsize=256)
+def _query(raw: bytes) -> Mapping[str, str]:
+    """Most requests have one of a few."""
+    return MappingProxyType(dict(parse_qsl(raw.decode("latin-1"), keep_blank_values=True)))
+
+
+class Request:
+    """One HTTP request: path variables, query, headers, body."""
+
+    __slots__ = ("_receive", "headers", "path", "query", "scope")
+
+    def __init__(self, scope: Scope, receive: Receive, path: dict[str, str]) -> None:
+        self.scope = scope
+        self._receive = receive
+        self.path = path
+        raw: bytes = scope.get("query_string", b"")
+        self.query: Mapping[str, str] = _query(raw) if raw else {}
+        self.headers: list[tuple[bytes, bytes]] = scope["headers"]
+
+    @property
+    def client(self) -> Receive:
+        """Where it tells that its client left, once the body was read."""
+        return self._receive
+
+    def header(self, name: bytes) -> str | None:
+        for key, value in self.headers:
+            if key == name:
+                return value.decode("latin-1")
+        return None
+
+    def number(self, name: str, default: float, *, low: float = 0, high: float = float("inf")) -> float:
+        """A number of the query; InvalidConfig names what is wrong with it."""
+        text = self.query.get(name)
+        if text is None or text == "":
+            return default
+        try:
+            value = float(text)
+        except ValueError:
+            raise InvalidConfig(f"query {name}={text!r} is not a number") from None
+        if not low <= value <= high:
+            raise InvalidConfig(f"query {name}={text} is not between {low:g} and {high:g}")
+        return value
+
+    def integer(self, name: str, default: int, *, low: int = 0, high: int = 1 << 53) -> int:
+        """A whole number of the query; InvalidConfig names what is wrong with it."""
+        return int(self.number(name, default, low=low, high=high))
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        text = self.query.get(name)
+        return default if text is None else text.lower() not in ("", "0", "false", "no")
+
+    def required(self, name: str) -> str:
+        value = self.query.get(name)
+        if not value:
+            raise InvalidConfig(f"query {name} is missing")
+        return value
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body as it comes."""
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise Disconnected
+            if message.get("body"):
+                yield message["body"]
+            if not message.get("more_body", False):
+                return
+
+    async def body(self) -> bytes:
+        message = await self._receive()
+        if message["type"] == "http.request" and not message.get("more_body", False):
+            return message.get("body", b"")  # type: ignore[no-any-return]
+        if message["type"] == "http.disconnect":
+            raise Disconnected
+        parts = [message.get("body", b"")]
+        size = len(parts[0])
+        async for part in self.chunks():
+            size += len(part)
+            if size > MAX_BODY:
+                raise InvalidConfig(f"the body is over {MAX_BODY} bytes", hint="send files with write_file")
+            parts.append(part)
+        return b"".join(parts)
+
+    async def json(self) -> Any:
+        return parsed(await self.body())
+
+    async def model(self, kind: type[Model]) -> Model:
+        return validate(kind, await self.json())
+
+    async def disconnected(self) -> None:
+        """Return when the client goes away; call it only after the body was read."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+
+def parsed(data: bytes) -> Any:
+    """A body of JSON; {} where there is none. InvalidConfig."""
+    try:
+        return orjson.loads(data) if data else {}
+    except orjson.JSONDecodeError as error:
+        raise InvalidConfig(f"the body is not JSON: {error}") from None
+
+
+def validate(kind: type[Model], value: Any) -> Model:
+    """A model of plain data; InvalidConfig names each wrong field."""
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        raise InvalidConfig(tell_validation(error)) from None
+
+
+def tell_validation(error: ValidationError) -> str:
+    parts = []
+    for item in error.errors(include_url=False, include_input=False):
+        where = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        parts.append(f"{where}: {message}" if where else message)
+    return "; ".join(parts)
+
+
+@dataclass(slots=True)
+class Answer:
+    """What a handler answers: bytes, or a stream of them."""
+
+    body: bytes = b""
+    status: int = 200
+    content_type: bytes = b"application/json"
+    headers: list[tuple[bytes, bytes]] = field(default_factory=list)
+    stream: AsyncGenerator[bytes] | None = None
+    length: int | None = None
+
+    async def send(self, send: Send) -> None:
+        headers = [(b"content-type", self.content_type), *self.headers]
+        if self.stream is None:
+            headers.append((b"content-length", str(len(self.body)).encode()))
+            await send({"type": "http.response.start", "status": self.status, "headers": headers})
+            await send({"type": "http.response.body", "body": self.body})
+            return
+        if self.length is not None:
+            headers.append((b"content-length", str(self.length).encode()))
+        # Closed at once when it cannot be sent: what a stream holds (a program, a descriptor) must not wait for
+        # the garbage collector.
+        async with contextlib.aclosing(self.stream) as stream:
+            await send({"type": "http.response.start", "status": self.status, "headers": headers})
+            async for part in stream:
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.__dict__
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def dumps(value: Any) -> bytes:
+    """JSON of plain data and of models (their fields as they are)."""
+    return orjson.dumps(
+        value.__dict__ if isinstance(value, BaseModel) else value, default=_plain, option=orjson.OPT_SERIALIZE_NUMPY
+    )
+
+
+def answer(value: Any, status: int = 200) -> Answer:
+    return Answer(dumps(value), status)
+
+
+def answer_model(model: BaseModel, status: int = 200) -> Answer:
+    """A model as its own serializers write it: enums, times and models inside it."""
+    return Answer(model.model_dump_json().encode(), status)
+
+
+def failure(error: RockError) -> Answer:
+    headers = [(ERROR_CODE.encode(), error.code.encode())]
+    if error.retryable:
+        headers.append((b"retry-after", b"%d" % retry_after(error)))
+    return Answer(orjson.dumps(error.to_wire(), default=repr), error.status, headers=headers)
+
+
+def retry_after(error: RockError) -> int:
+    """Whole seconds after which the same request may do better."""
+    told = error.details.get("retry_after", 1)
+    return max(1, math.ceil(told)) if isinstance(told, int | float) else 1
+
+
+async def deny(scope: Scope, send: Send, error: RockError) -> None:
+    """Refuse a WebSocket with the error as the HTTP answer to its handshake, where the server can do that."""
+    if "websocket.http.response" not in scope.get("extensions", {}):
+        await send({"type": "websocket.close", "code": 1011, "reason": error.code})
+        return
+
+    async def translate(message: MutableMapping[str, Any]) -> None:
+        await send({**message, "type": f"websocket.{message['type']}"})
+
+    await failure(error).send(translate)
+
+
+Handler = Callable[[Request], Awaitable[Answer]]
+SocketHandler = Callable[[Request, Receive, Send], Awaitable[None]]
+
+
+def fit(wanted: tuple[str, ...], given: list[str]) -> dict[str, str] | None:
+    """The variables of a row's path, or None when it is another's."""
+    if len(wanted) != len(given):
+        return None
+    values: dict[str, str] = {}
+    for want, have in zip(wanted, given, strict=True):
+        if want[:1] == "{":
+            values[want[1:-1]] = have
+        elif want != have:
+            return None
+    return values
+
+
+Found = tuple[Handler | SocketHandler, dict[str, str], Route]
+
+
+class Router:
+    """An ASGI application over rows of the wire table. No error of a handler becomes anything but a typed answer.
+
+    Whether its caller may have a row is seen here, before its handler knows of the request."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._rows: dict[tuple[str, int], list[tuple[tuple[str, ...], Handler | SocketHandler, Route]]] = {}
+        self._tails: list[tuple[str, tuple[str, ...], Handler | SocketHandler, Route]] = []
+
+    def add(self, route: Route, handler: Handler | SocketHandler) -> None:
+        parts = tuple(route.path.split("/"))
+        if route.tail:
+            self._tails.append((route.method, parts[:-1], handler, route))
+            return
+        self._rows.setdefault((route.method, len(parts)), []).append((parts, handler, route))
+
+    def match(self, method: str, path: str) -> Found | None:
+        """The handler of a row, the variables of its path, and the row."""
+        given = path.split("/")
+        for parts, handler, route in self._rows.get((method, len(given)), ()):
+            values = fit(parts, given)
+            if values is not None:
+                return handler, values, route
+        for kind, parts, handler, route in self._tails:
+            if kind == method or (kind == "ANY" and method != "WEBSOCKET"):
+                values = fit(parts, given[: len(parts)])
+                if values is not None:
+                    return handler, values, route
+        return None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        kind = scope["type"]
+        method = "WEBSOCKET" if kind == "websocket" else scope["method"]
+        await self.serve(self.match(method, scope["path"]), scope, receive, send)
+
+    async def serve(self, found: Found | None, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request whose row was looked up by `match`."""
+        kind = scope["type"]
+        method = "WEBSOCKET" if kind == "websocket" else scope["method"]
+        if found is not None and (context := CURRENT.get()) is not None and not context.route:
+            context.route = found[2].name
+            context.sandbox_id = context.sandbox_id or found[1].get("sandbox_id", "")[:128]
+        if kind == "websocket":
+            await self._socket(found, scope, receive, send)
+            return
+        started = False
+
+        async def track(message: MutableMapping[str, Any]) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            if found is None:
+                raise NotFound(f"no such route: {method} {scope['path']}")
+            caller_of(scope).require(found[2].access)
+            handler = cast(Handler, found[0])
+            reply = await handler(Request(scope, receive, found[1]))
+            await reply.send(track)
+        except Disconnected:
+            return
+        except RockError as error:
+            if started:
+                raise
+            await failure(error).send(send)
+        except asyncio.CancelledError:
+            if not started:
+                await failure(Unavailable("the server stopped before this was done", details=SENT)).send(send)
+            raise
+        except Exception as error:
+            if started:
+                raise  # the head is out: cutting the connection is the only honest sign left
+            if isinstance(error, ValueError) and "embedded null" in str(error):  # of Python, for a path or a word
+                refused = InvalidConfig("a NUL character is where none can be")
+                await failure(refused).send(send)
+                return
+            log.exception("%s %s", method, scope["path"])
+            await failure(InternalServerRockError(f"{type(error).__name__}: {error}")).send(send)
+
+    async def _socket(self, found: Any, scope: Scope, receive: Receive, send: Send) -> None:
+        if found is None:
+            await send({"type": "websocket.close", "code": 1008, "reason": "no such route"})
+            return
+        opened = False
+
+        async def track(message: MutableMapping[str, Any]) -> None:
+            nonlocal opened
+            opened = True
+            await send(message)
+
+        try:
+            caller_of(scope).require(found[2].access)
+            await found[0](Request(scope, receive, found[1]), receive, track)
+        except RockError as error:
+            if not opened:
+                await deny(scope, send, error)
+                return
+            try:
+                await send({"type": "websocket.send", "text": orjson.dumps(error.to_wire(), default=repr).decode()})
+                await send({"type": "websocket.close", "code": 1011, "reason": error.code})
+            except (RuntimeError, OSError):
+                log.debug("the client left before it could be told: %s", error)
+
+
+async def call(
+    app: App,
+    method: str,
+    path: str,
+    *,
+    body: bytes | AsyncIterator[bytes] = b"",
+    query: str = "",
+    headers: Mapping[str, str] | None = None,
+    caller: Caller,
+    client: Receive | None = None,
+) -> tuple[int, bytes]:
+    """(status, body) of one request to an ASGI application in this process.
+
+    body: whole, or as it comes. caller: for whom it is made. client: what tells that whoever is asked for left (the
+    `receive` of its own request, once its body was read); then what it wanted is given up, and Disconnected is raised.
+    """
+    scope: dict[str, Any] = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": query.encode(),
+        "scheme": "http",
+        "client": None,
+        "server": None,
+        "headers": [(k.lower().encode(), v.encode()) for k, v in (headers or {}).items()],
+        CALLER: caller,
+    }
+    status: int | None = None
+    parts: list[bytes] = []
+    pending = None if isinstance(body, bytes) else body
+    whole = False
+
+    async def receive() -> MutableMapping[str, Any]:
+        nonlocal whole
+        if pending is not None and not whole:
+            async for part in pending:
+                return {"type": "http.request", "body": part, "more_body": True}
+        if not whole:
+            whole = True
+            return {"type": "http.request", "body": b"" if pending is not None else body, "more_body": False}
+        if client is not None:
+            return await client()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        nonlocal status
+        if message["type"] == "http.response.start":
+            status = message["status"]
+        else:
+            parts.append(message.get("body", b""))
+
+    await app(scope, receive, send)
+    if status is None:  # only whoever is asked by nobody any more gives no answer
+        raise Disconnected
+    return status, b"".join(parts)
+
+
+# ---- configs ----
+#
+# Configs as they come: the same one for the same text, as a burst asks for one and the same. Nobody changes one.
+
+_MOST = 64
+_LONGEST = 4096  # bytes
+
+
+class Configs:
+    """What was read last, by its text."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, SandboxConfig] = {}
+
+    def read(self, text: bytes) -> SandboxConfig:
+        """InvalidConfig names each wrong field."""
+        known = self._known.get(text)
+        if known is not None:
+            return known
+        config = validate(SandboxConfig, parsed(text))
+        if len(text) <= _LONGEST and config.registry_password is None:
+            if len(self._known) >= _MOST:
+                self._known.clear()
+            self._known[text] = config
+        return config

@@ -1,0 +1,450 @@
+"""HTTP connections. Each limit is applied to bytes before the parser keeps them, and no connection has the event loop
+for longer than BUDGET at a time: larger pieces of data are parsed in portions, between which the loop serves others.
+What is within the Content-Length of a body is parsed as it comes, at most 256 KB at once: that costs one copy.
+
+Connections of a client that waits in a line are not read until it is their turn: a flood costs the loop what it takes
+to read its requests, dozens of which come in one pass; what is done with them once they are read has turns already
+(fair_queue.py). A connection is known by what its last request was.
+
+| limit | value | answer |
+|---|---|---|
+| request head, trailers of a chunked body | 64 KB, 256 headers | 431 |
+| URL | 32 KB | 414 |
+| time for a head, from the first byte or from the connection on | 30 s | 408, or none without a byte |
+| idle connection between two requests | 75 s | closed |
+| connections | connections.py | 503 |
+
+After each of these answers the connection is closed.
+"""
+
+from __future__ import annotations
+
+import time
+from asyncio import BaseTransport, TimerHandle
+from collections import OrderedDict
+from typing import Any, Protocol
+
+import orjson
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+from rock.errors import ClientError, InvalidConfig, RockError, Unavailable
+from rock.http.event_loop import BUDGET, rounds
+from rock.http.fair_queue import PLACE, Place
+from rock.http.peers import PEER, Peer
+from rock.protocol.routes import ERROR_CODE
+
+HEAD_LIMIT = 64 << 10  # bytes
+HEADERS = 256
+URL_LIMIT = 32 << 10  # bytes
+HEAD_WITHIN = 30.0  # seconds
+_PIECE = 4 << 10  # bytes parsed at once
+_PIPELINED = 16  # requests read ahead of the one that is answered
+_HELD = 64 << 10  # bytes of a request that waits; then nothing more is taken from its connection
+_LINGER, _LINGERING = 2.0, 1 << 20  # seconds and bytes for which a refused client may go on sending
+
+
+class _Flow(FlowControl):
+    """What is read from a connection. is_held: there is data that has not been parsed, so no more is taken."""
+
+    is_held = False
+
+    def resume_reading(self) -> None:
+        if not self.is_held:
+            super().resume_reading()
+
+
+class Intake(HttpToolsProtocol):
+    """One connection. What comes between two requests of a client with a line waits in that line, as bytes."""
+
+    def __init__(self, *args: Any, admission: Admission, head_within: float = HEAD_WITHIN, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.address = ""
+        self.made_at = time.monotonic()
+        self._admission = admission
+        self._head_within = head_within
+        self._peer = Peer(self._prove)
+        self.app_state = {**self.app_state, PEER: self._peer}
+        self._place = Place()
+        self._held: bytes | None = None
+        self._whole = True  # no request has come in part
+        self._head = False  # the head of a request has come in part
+        self._silent = 0  # bytes of a head, or of a body's framing, that were parsed without a result
+        self._body = 0  # bytes of a body that came last in one piece
+        self._announced = 0  # the Content-Length of this request
+        self._chunked = False  # it has a Transfer-Encoding
+        self._counted = 0  # bytes that are left of its body, once its head is whole
+        self._size = _PIECE  # bytes that are parsed next
+        self._error: RockError | None = None  # why the parser was stopped
+        self._status = 0
+        self._discarded = -1  # bytes that came after a refusal; -1: nothing was refused
+        self._deadline: TimerHandle | None = None
+        self._upgraded: Upgraded | None = None
+
+    # ---- connections
+
+    def connection_made(self, transport: BaseTransport) -> None:
+        super().connection_made(transport)  # type: ignore[arg-type]
+        self.flow: _Flow = _Flow(self.transport)
+        self._peer.made(transport)
+        self.address = self.client[0] if self.client else ""
+        if self._admission.admit(self):
+            self._deadline = self.loop.call_later(self._head_within, self._late)
+        else:
+            self._refuse(503, Unavailable(f"this server has {self._admission.total} connections, which is its limit",
+                                          hint="close idle connections, or try again"))  # fmt: skip
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._admission.leave(self)
+        self._no_deadline()
+        self._held = None
+        super().connection_lost(exc)
+
+    def drop(self) -> None:
+        """Close the connection now: it makes room for others."""
+        self.transport.abort()
+
+    def _prove(self, who: str, bounded: bool) -> bool:
+        return self._admission.prove(self, who, bounded)
+
+    # ---- data
+
+    def data_received(self, data: bytes) -> None:
+        if self._discarded >= 0:
+            self._discard(len(data))
+        elif self._held is not None:
+            self._held += data
+            if len(self._held) > _HELD:
+                self.flow.pause_reading()
+                self.flow.is_held = True
+        elif self._is_between and self._place.wait(self._go_on):
+            self._unset_keepalive_if_required()
+            self._held = data
+        elif len(data) <= self._counted and len(self.pipeline) < _PIPELINED:
+            super().data_received(data)  # nothing but body, whose parsing costs one copy
+        elif len(data) <= _PIECE and len(self.pipeline) < _PIPELINED:
+            self._parse_small(data)
+        else:
+            self._parse(data)
+
+    def _parse_small(self, data: bytes) -> None:
+        """At once: it is no larger than a portion."""
+        super().data_received(data)
+        if not self._whole or self._deadline is None:
+            self._watch(len(data))
+
+    def _parse(self, data: bytes) -> None:
+        """In pieces. What is left when the time is over, or too many requests wait, is held."""
+        end = self.loop.time() + BUDGET
+        at, size = 0, self._size
+        while at < len(data):
+            if self._upgraded is not None:
+                self._upgraded.data_received(data[at:])
+                return
+            if self.parser is None or self._discarded >= 0 or self.transport.is_closing():
+                return
+            full = len(self.pipeline) >= _PIPELINED
+            if full or (at and size == _PIECE and self.loop.time() > end):
+                self._held = data[at:]
+                self.flow.pause_reading()
+                self.flow.is_held = True
+                if not full:
+                    rounds().soon(self._go_on)
+                return
+            counted = self._counted
+            piece = data[at : at + max(size, counted)]
+            self._body = 0
+            super().data_received(piece)
+            if counted < len(piece):
+                self._watch(len(piece))
+            at += len(piece)
+            size = self._size = min(2 * size, _HELD) if self._body == len(piece) else _PIECE  # larger within one body
+
+    @property
+    def _is_between(self) -> bool:
+        return self._whole and self.cycle is not None and self.cycle.response_complete
+
+    def _go_on(self) -> None:
+        """Its turn has come."""
+        data, self._held = self._held, None
+        self.flow.is_held = False
+        if data is None or self.parser is None or self.transport.is_closing():
+            return
+        if not self.pipeline:
+            self.flow.resume_reading()
+        if len(data) <= _PIECE and len(self.pipeline) < _PIPELINED and self._upgraded is None:
+            self._parse_small(data)
+        else:
+            self._parse(data)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._held is not None and len(self.pipeline) == _PIPELINED - 1:
+            rounds().soon(self._go_on)
+
+    # ---- limits
+
+    def _watch(self, count: int) -> None:
+        """After `count` bytes were parsed."""
+        if not self._whole:
+            self._silent += count
+            if self._silent > HEAD_LIMIT:
+                what = "head of the request" if self._head else "framing of the request's body"
+                self._refuse(431, InvalidConfig(f"the {what} is over {HEAD_LIMIT} bytes"))
+                return
+        if self._deadline is None and (self._head or self._is_between):
+            self._deadline = self.loop.call_later(self._head_within, self._late)
+
+    def _late(self) -> None:
+        """No whole head has come in time."""
+        self._deadline = None
+        if self._head:
+            self._refuse(408, ClientError(f"no whole request head has come within {self._head_within:g} s"))
+        elif self._whole and (self.cycle is None or self.cycle.response_complete):
+            self.transport.close()
+
+    def _no_deadline(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def on_message_begin(self) -> None:
+        self._whole = False
+        self._head = True
+        self._size = _PIECE
+        self._silent = 0
+        self._announced = self._counted = 0
+        self._chunked = False
+        super().on_message_begin()
+        self.scope[PLACE] = self._place  # type: ignore[literal-required]
+
+    def on_url(self, url: bytes) -> None:
+        if len(self.url) + len(url) > URL_LIMIT:
+            self._stop(414, f"the URL is over {URL_LIMIT} bytes")
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if len(self.headers) >= HEADERS:
+            self._stop(431, f"the request has more than {HEADERS} headers")
+        name = name.lower()
+        self.headers.append((name, value))
+        if name == b"content-length":
+            if value.isdigit():
+                self._announced = int(value[:18])
+        elif name == b"transfer-encoding":
+            self._chunked = True
+        elif name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+
+    def on_headers_complete(self) -> None:
+        self._head = False
+        self._silent = 0
+        self._no_deadline()
+        if not self._chunked:
+            self._counted = self._announced
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._silent = 0
+        self._body = len(body)
+        self._counted -= len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._whole = True
+        self._counted = 0
+        super().on_message_complete()
+
+    def _stop(self, status: int, message: str) -> None:
+        """Have the parser end with an answer."""
+        self._status, self._error = status, InvalidConfig(message)
+        raise ValueError(message)
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(self._status or 400, self._error or ClientError("the request is not HTTP"))
+
+    def _refuse(self, status: int, error: RockError) -> None:
+        """Answer, and end the connection once the client has had time to read that."""
+        if self._discarded >= 0 or self.transport.is_closing():
+            return
+        self._discarded = 0
+        self._held = None
+        self._no_deadline()
+        self._unset_keepalive_if_required()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.transport.close()  # in the middle of another answer
+            return
+        body = orjson.dumps(error.to_wire())
+        self.transport.write(
+            b"%scontent-type: application/json\r\ncontent-length: %d\r\n%s: %s\r\nconnection: close\r\n\r\n%s"
+            % (STATUS_LINE[status], len(body), ERROR_CODE.encode(), error.code.encode(), body)
+        )
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+            self.flow.is_held = False
+            self.flow.resume_reading()  # a client that still sends would lose the answer otherwise
+            self._deadline = self.loop.call_later(_LINGER, self.transport.abort)
+        else:
+            self.transport.close()
+
+    def _discard(self, count: int) -> None:
+        self._discarded += count
+        if self._discarded > _LINGERING:
+            self.transport.abort()
+
+    def eof_received(self) -> None:
+        if self._discarded >= 0:
+            self.transport.close()
+
+    # ---- the rest
+
+    def handle_websocket_upgrade(self) -> None:
+        self.ws_protocol_class = self._upgrade  # type: ignore[assignment]
+        super().handle_websocket_upgrade()
+
+    def _upgrade(self, **given: Any) -> Upgraded:
+        self._no_deadline()
+        self._upgraded = Upgraded(lambda: self._admission.leave(self), **given)
+        return self._upgraded
+
+    def shutdown(self) -> None:
+        """The server stops: what waits is told so, by an answer."""
+        self._place.line = ""
+        self._go_on()
+        super().shutdown()
+
+
+class Upgraded(WebSocketsSansIOProtocol):
+    """A WebSocket. Many small frames that come at once are parsed in portions. left: called when it is closed."""
+
+    def __init__(self, left: Any, **given: Any) -> None:
+        super().__init__(**given)
+        self._left = left
+        self._rest = b""
+
+    def data_received(self, data: bytes) -> None:
+        if self._rest:
+            self._rest += data
+            return
+        if len(data) <= _PIECE:
+            super().data_received(data)
+            return
+        end = self.loop.time() + BUDGET
+        for at in range(0, len(data), _PIECE):
+            if self.transport.is_closing() or self.conn.parser_exc is not None:
+                return
+            if at and self.loop.time() > end:
+                self._rest = data[at:]
+                self.transport.pause_reading()
+                rounds().soon(self._go_on)
+                return
+            super().data_received(data[at : at + _PIECE])
+
+    def _go_on(self) -> None:
+        data, self._rest = self._rest, b""
+        if self.transport.is_closing():
+            return
+        if not self.read_paused:
+            self.transport.resume_reading()
+        self.data_received(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._left()
+        super().connection_lost(exc)
+
+
+# ---- admission ----
+#
+# How many connections a server has open: in total, per client address before one is authenticated, per tenant after.
+#
+# A connection that has brought no authenticated request is worth nothing to a client that is served, so it makes room
+# for
+# others: the oldest is closed. Descriptors above the total are left for sandboxes.
+
+UNPROVEN_EACH = 512  # connections of one address without an authenticated request
+GRACE = 1.0  # seconds that a new connection has to bring one before it makes room for others
+_LEAST = 64
+
+
+class Connection(Protocol):
+    """What is counted."""
+
+    address: str
+    made_at: float
+
+    def drop(self) -> None:
+        """Close it now."""
+
+
+def most_connections() -> int:
+    """Half of the descriptors that this process may have."""
+    try:
+        import resource
+    except ImportError:  # no limits of that kind on this platform
+        return 8192
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1 << 20 if soft == resource.RLIM_INFINITY else max(_LEAST, soft // 2)
+
+
+class Admission:
+    """The connections of one server. total: at most that many; unproven_each: see UNPROVEN_EACH."""
+
+    def __init__(self, total: int | None = None, unproven_each: int = UNPROVEN_EACH) -> None:
+        self.total = most_connections() if total is None else total
+        self.open = 0
+        self.refused = 0
+        self._each = min(unproven_each, self.total)
+        self._unproven: OrderedDict[Connection, None] = OrderedDict()  # the oldest first
+        self._by_address: dict[str, OrderedDict[Connection, None]] = {}
+        self._owners: dict[Connection, str] = {}
+        self._owned: dict[str, int] = {}
+
+    def admit(self, connection: Connection) -> bool:
+        """Count a new connection; False when there is no room for it. `leave` has to follow in both cases."""
+        self.open += 1
+        same = self._by_address.setdefault(connection.address, OrderedDict())
+        if len(same) >= self._each:
+            self._make_room(same)
+        if self.open > self.total and not self._make_room(self._unproven):
+            self.refused += 1
+            return False
+        same[connection] = self._unproven[connection] = None
+        return True
+
+    def prove(self, connection: Connection, who: str, bounded: bool) -> bool:
+        """An authenticated request of `who` came. bounded: at most half of the total is for it; False above that."""
+        if connection in self._owners:
+            return True
+        if bounded and self._owned.get(who, 0) >= max(1, self.total // 2):
+            return False
+        self._forget(connection)
+        self._owners[connection] = who
+        self._owned[who] = self._owned.get(who, 0) + 1
+        return True
+
+    def leave(self, connection: Connection) -> None:
+        """It is closed."""
+        self.open -= 1
+        self._forget(connection)
+        who = self._owners.pop(connection, None)
+        if who is not None:
+            self._owned[who] -= 1
+            if not self._owned[who]:
+                del self._owned[who]
+
+    def _forget(self, connection: Connection) -> None:
+        self._unproven.pop(connection, None)
+        same = self._by_address.get(connection.address)
+        if same is not None:
+            same.pop(connection, None)
+            if not same:
+                del self._by_address[connection.address]
+
+    def _make_room(self, among: OrderedDict[Connection, None]) -> bool:
+        oldest = next(iter(among), None)
+        if oldest is None or time.monotonic() - oldest.made_at < GRACE:
+            return False
+        self._forget(oldest)
+        oldest.drop()
+        return True

@@ -1,0 +1,244 @@
+"""Requests that another server relays to this one: the end of their connection is not the end of their client.
+
+    client ──► server ──► this one        x-rock-call: ID on each relayed request
+    the client leaves:  DELETE /node/v1/calls/ID, then the connection closes
+    the server dies:    the connection closes, and nothing else is sent
+
+A handler sees a disconnect (`http.disconnect`) at once in the first case, and in the second only after the reconnect
+period, unless the request comes again with its idempotency key: then the new request takes the place of the old one. A
+request without the header comes from a client itself, whose connection is all that is known of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import ssl
+from collections import OrderedDict
+from collections.abc import Coroutine, MutableMapping
+from typing import Any
+
+from websockets.asyncio.client import ClientConnection
+from websockets.client import ClientProtocol
+from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.frames import EXTERNAL_CLOSE_CODES
+from websockets.typing import Subprotocol
+from websockets.uri import WebSocketURI
+
+from rock.errors import InvalidConfig
+from rock.http.asgi import Answer, App, Receive, Scope, Send, failure
+from rock.protocol.keys import caller_of
+from rock.protocol.routes import CALL, IDEMPOTENCY_KEY, ROUTES
+
+_CALL = CALL.encode()
+_KEY = IDEMPOTENCY_KEY.encode()
+_PREFIX = ROUTES["cancel_call"].path.partition("{")[0]
+_EARLY = 1000  # cancelled calls that are remembered because their request was not read yet
+_LONGEST = 100  # characters of an id
+
+Place = tuple[str, bytes]
+
+
+class Calls:
+    """`app` for relayed requests too. reconnect: seconds for which a request goes on after its connection broke."""
+
+    def __init__(self, app: App, reconnect: float) -> None:
+        self._app = app
+        self._reconnect = reconnect
+        self._left: dict[bytes, asyncio.Event] = {}  # set when the client of a call has left
+        self._places: dict[Place, bytes] = {}  # the last call of an idempotency key
+        self._early: OrderedDict[bytes, None] = OrderedDict()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        if scope["method"] == "DELETE" and scope["path"].startswith(_PREFIX):
+            await self._cancel(scope["path"][len(_PREFIX) :].encode("utf-8", "replace"), scope, send)
+            return
+        call = key = None
+        for name, value in scope["headers"]:
+            if name == _CALL:
+                call = value
+            elif name == _KEY:
+                key = value
+        if not call or len(call) > _LONGEST or call in self._left:
+            await self._app(scope, receive, send)
+            return
+        left = self._left[call] = asyncio.Event()
+        if call in self._early:
+            del self._early[call]
+            left.set()
+        place = None if key is None else (scope["path"], key)
+        if place is not None:
+            before = self._left.get(self._places.get(place, b""))
+            if before is not None:
+                before.set()
+            self._places[place] = call
+        try:
+            await self._app(scope, self._held(receive, left), send)
+        finally:
+            del self._left[call]
+            if place is not None and self._places.get(place) == call:
+                del self._places[place]
+
+    def _held(self, receive: Receive, left: asyncio.Event) -> Receive:
+        """`receive`, which tells of a broken connection once its client has left or the reconnect period is over."""
+        whole = False
+
+        async def held() -> MutableMapping[str, Any]:
+            nonlocal whole
+            message = await receive()
+            if message["type"] == "http.request":
+                whole = not message.get("more_body", False)
+            elif whole:  # a request that was cut short cannot be carried out
+                try:
+                    async with asyncio.timeout(self._reconnect):
+                        await left.wait()
+                except TimeoutError:
+                    pass
+            return message
+
+        return held
+
+    async def _cancel(self, call: bytes, scope: Scope, send: Send) -> None:
+        """The client of a call has left. The id is known to the server that made it and to this one only."""
+        caller_of(scope)
+        if not call or len(call) > _LONGEST:
+            await failure(InvalidConfig("this is no id of a call")).send(send)
+            return
+        left = self._left.get(call)
+        if left is not None:
+            left.set()
+        else:  # it has ended; or it travels by another connection, and is read after this
+            self._early[call] = None
+            while len(self._early) > _EARLY:
+                self._early.popitem(last=False)
+        await Answer(b"{}").send(send)
+
+
+class Ids:
+    """Ids of the calls that one server relays: nobody else can guess them."""
+
+    def __init__(self) -> None:
+        self._prefix = os.urandom(16).hex()
+        self._count = 0
+
+    def next(self) -> bytes:
+        self._count += 1
+        return f"{self._prefix}{self._count:x}".encode()
+
+
+# ---- sockets ----
+#
+# WebSockets that are handed on: what a client says to us goes to another server, and the other way round.
+
+CLOSE_WITHIN = 5.0
+HANDSHAKE_WITHIN = 30.0  # seconds
+MESSAGE_LIMIT = 16 << 20
+HANDSHAKE = b"sec-websocket-"
+_FRAMING = (b"content-length", b"transfer-encoding", b"connection")
+
+
+def connection_to(address: WebSocketURI, offered: list[Subprotocol]) -> ClientConnection:
+    """A connection that waits for its socket; nobody is pinged, as both ends see when the other one goes."""
+    protocol = ClientProtocol(address, subprotocols=offered or None, max_size=MESSAGE_LIMIT)
+    return ClientConnection(protocol, ping_interval=None, close_timeout=CLOSE_WITHIN, max_queue=2)
+
+
+def plain_headers(headers: list[tuple[bytes, bytes]]) -> list[tuple[str, str]]:
+    """Those of a handshake that are not the handshake's own."""
+    return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers
+            if not name.startswith(HANDSHAKE) and name != b"content-length"]  # fmt: skip
+
+
+async def joined(
+    host: str, port: int, tls: ssl.SSLContext | None, scope: Scope, headers: list[tuple[bytes, bytes]],
+    receive: Receive, send: Send,
+) -> None:
+    """Hand a client's WebSocket on to a server. OSError, TimeoutError, EOFError before the client was answered."""
+    await receive()  # websocket.connect
+    path = (scope.get("raw_path") or scope["path"].encode()).decode("latin-1")
+    query = scope.get("query_string", b"").decode("latin-1")
+    address = WebSocketURI(tls is not None, host, port, path, query)
+    offered = [Subprotocol(name) for name in scope.get("subprotocols") or ()]
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(HANDSHAKE_WITHIN):
+        _, there = await loop.create_connection(lambda: connection_to(address, offered), host, port, ssl=tls)
+        try:
+            await there.handshake(plain_headers(headers), None)
+        except InvalidStatus as refusal:
+            there.transport.abort()
+            await _refuse(refusal, send)
+            return
+        except BaseException as error:
+            there.transport.abort()
+            if isinstance(error, WebSocketException | ValueError):
+                raise ConnectionError(f"it opens no WebSocket: {error}") from None
+            raise
+    try:
+        assert there.response is not None
+        told = [(name.lower().encode(), value.encode("latin-1", "replace"))
+                for name, value in there.response.headers.raw_items()
+                if not name.lower().startswith("sec-websocket-")
+                and name.lower() not in ("upgrade", "connection", "date", "server")]  # fmt: skip
+        await send({"type": "websocket.accept", "subprotocol": there.subprotocol, "headers": told})
+        await race(inward(there, receive), outward(there, send, "the worker"))
+    finally:
+        there.transport.abort()
+
+
+async def _refuse(refusal: InvalidStatus, send: Send) -> None:
+    """The server answered the handshake with something else: the client gets that."""
+    said = refusal.response
+    told = [(name.lower().encode(), value.encode("latin-1", "replace")) for name, value in said.headers.raw_items()]
+    body = bytes(said.body or b"")
+    headers = [(name, value) for name, value in told if name not in _FRAMING]
+    headers.append((b"content-length", b"%d" % len(body)))
+    await send({"type": "websocket.http.response.start", "status": said.status_code, "headers": headers})
+    await send({"type": "websocket.http.response.body", "body": body})
+
+
+async def race(inward: Coroutine[Any, Any, bool], outward: Coroutine[Any, Any, None]) -> None:
+    """Both directions, until the client left or the other side is through."""
+    tasks = [asyncio.create_task(inward), asyncio.create_task(outward)]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0].done() and tasks[0].exception() is None and not tasks[0].result():
+            await asyncio.wait(tasks)  # it is the other side that ended: what it said last comes first
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in tasks:
+        # A client that left raises OSError from `send`: nobody is there to be told.
+        if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, OSError):
+            raise error
+
+
+async def inward(there: ClientConnection, receive: Receive) -> bool:
+    """True when the client left, False when the other side did."""
+    try:
+        while True:
+            message = await receive()
+            if message["type"] == "websocket.disconnect":
+                code = message.get("code") or 1005
+                known = code in EXTERNAL_CLOSE_CODES or 3000 <= code < 5000
+                await there.close(code if known else 1000 if code == 1005 else 1001, message.get("reason") or "")
+                return True
+            data = message.get("bytes")
+            await there.send(data if data is not None else message["text"])
+    except ConnectionClosed:
+        return False
+
+
+async def outward(there: ClientConnection, send: Send, who: str) -> None:
+    with contextlib.suppress(ConnectionClosed):
+        async for message in there:
+            kind = "text" if isinstance(message, str) else "bytes"
+            await send({"type": "websocket.send", kind: message})
+    code, reason = there.close_code, there.close_reason or ""
+    if code in (None, 1006):
+        code, reason = 1011, f"{who} broke the connection"
+    await send({"type": "websocket.close", "code": 1000 if code == 1005 else code, "reason": reason})

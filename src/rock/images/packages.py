@@ -1,0 +1,298 @@
+"""Python packages as a read-only layer, installed once and shared by all sandboxes that need them.
+
+    /opt/rock/envs/<key>/site        the packages, byte-compiled
+    /opt/rock/envs/<key>/python      link to the Python that they were installed for
+    /opt/rock/envs/<key>/nltk_data   the word lists that word games look for, where they can be had
+    /opt/rock/envs/<key>/pins        what pip resolved, a name==version a line
+    /opt/rock/envs/<key>/packages    what was installed, a name and version a line
+    /opt/rock/envs/current           link to <key>
+
+The key is of the base (the Python and what it is compiled against) and of the packages as pip resolved them, name and
+version each: requirements that come to the same share a layer, whoever asked for them. What requirements came to is
+kept in the store (packages/<digest>.json); an image that was removed is resolved anew. The layer lies on the image
+`host`; the whole has a name, so to everything else it is an image like any other.
+
+pip runs with this process's environment: its configuration, proxies and certificates reach it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+from rock.errors import ImageError, NotFound
+from rock.images.host import rock_python
+from rock.images.layers.writer import LayerWriter
+from rock.images.records import RootFS, locked, write_atomic
+from rock.images.store import ImageStore
+
+Progress = Callable[[str], None]
+
+FOLDER = "opt/rock/envs"
+CURRENT = f"/{FOLDER}/current"
+_VERSION = 2  # raise when the layer is built in another way
+_LAST_LINES = 15
+_WORDS_TIMEOUT = 30.0
+_DICTIONARIES = ("/usr/share/dict/words", "/usr/share/dict/american-english")
+
+
+@dataclass(frozen=True)
+class PackageSet:
+    """Requirements, as pip takes them, and the name of the image that has them."""
+
+    image: str
+    requirements: tuple[str, ...]
+    wheels_only: bool = False  # nothing is built, so no code of theirs runs on this machine
+    no_deps: bool = False  # exactly these, and nothing that they ask for
+
+    @property
+    def asked(self) -> str:
+        """A digest of the wish: the base and the requirements as they stand."""
+        return _digest((_base(), sorted(set(self.requirements)), self.wheels_only, self.no_deps))[:24]
+
+
+@dataclass(frozen=True)
+class _Resolved:
+    """What requirements came to. pins: "name==version", sorted."""
+
+    pins: tuple[str, ...]
+
+    @property
+    def key(self) -> str:
+        """The folder name."""
+        return f"{sys.implementation.cache_tag}-{_digest((_base(), self.pins))[:12]}"
+
+    @property
+    def diff_id(self) -> str:
+        return f"sha256:{_digest((_base(), self.pins))}"
+
+
+@cache
+def _base() -> tuple[object, ...]:
+    """What compiled packages have to fit: the Python inside and its machine."""
+    return _VERSION, rock_python(), sys.version, platform.machine(), platform.libc_ver()
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()
+
+
+def ensure(store: ImageStore, packages: PackageSet, progress: Progress | None = None) -> RootFS:
+    """The image with these packages; they are installed if they are not there. Blocks, the first time for a minute.
+
+    Of several callers, processes too, one installs and the others wait. ImageError has pip's last lines.
+    """
+    python = rock_python()
+    if python is None:
+        raise ImageError("the Python that runs ROCK cannot be shown inside a sandbox: not everybody may read it",
+                         hint="use a Python that other users may read, such as the system's python3")
+    if not is_built(store, packages):
+        with locked(store.folder / "locks" / f"env-{packages.asked}"):
+            if not is_built(store, packages):
+                _ensure(store, packages, python, progress)
+    return store.resolve(packages.image)
+
+
+def _ensure(store: ImageStore, packages: PackageSet, python: str, progress: Progress | None) -> None:
+    log = store.folder / f"{packages.asked}.log"
+    resolved = _resolve(packages, log, progress)
+
+    def fill(writer: LayerWriter) -> str:
+        _build(packages, resolved, python, writer, log, progress)
+        return resolved.diff_id
+
+    store.host_with(packages.image, f"installing {', '.join(packages.requirements)}", fill, resolved.diff_id)
+    note = _note(store, packages)
+    note.parent.mkdir(exist_ok=True)
+    write_atomic(note, json.dumps({"pins": resolved.pins}).encode())
+    log.unlink(missing_ok=True)
+
+
+def _note(store: ImageStore, packages: PackageSet) -> Path:
+    return store.folder / "packages" / f"{packages.asked}.json"
+
+
+def _known(store: ImageStore, packages: PackageSet) -> _Resolved | None:
+    """What these requirements came to when they were last resolved."""
+    try:
+        return _Resolved(tuple(json.loads(_note(store, packages).read_bytes())["pins"]))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None
+
+
+def is_built(store: ImageStore, packages: PackageSet) -> bool:
+    """Whether the image is there, for this Python and these requirements."""
+    resolved = _known(store, packages)
+    if resolved is None:
+        return False
+    try:
+        layers = store.resolve(packages.image).layers
+    except ImageError:
+        return False
+    return os.path.isdir(os.path.join(layers[0], FOLDER, resolved.key))
+
+
+def packages_folder(rootfs: RootFS) -> Path:
+    """Where the packages are on this machine, for programs that run outside of a sandbox; NotFound without any."""
+    link = Path(rootfs.layers[0], FOLDER, "current")
+    if not link.is_symlink():
+        raise NotFound(f"image {rootfs.name} has no environment packages")
+    return link.parent / os.readlink(link)
+
+
+def _build(
+    packages: PackageSet, resolved: _Resolved, python: str, writer: LayerWriter, log: Path, progress: Progress | None
+) -> None:
+    base = Path(writer.folder) / FOLDER
+    home = base / resolved.key
+    site = home / "site"
+    site.mkdir(parents=True)
+    pins = home / "pins"  # what was resolved is what is installed, whatever was published since
+    pins.write_text("".join(f"{pin}\n" for pin in resolved.pins))
+    if packages.requirements:
+        _pip(packages, ["--target", str(site), "--constraint", str(pins)], log, progress)
+    if progress is not None:
+        progress("compiling")
+    _prune(site)
+    # Compiled files are never compared with their sources again: the layer is read-only. A file that does not compile,
+    # such as an example for another Python, is none that anybody imports
+    subprocess.run([sys.executable, "-m", "compileall", "-qq", "-j", "0", "--invalidation-mode", "unchecked-hash",
+                    "-s", writer.folder, "-p", "/", str(site)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                   stderr=subprocess.DEVNULL, check=False)  # fmt: skip
+    names = sorted(p.name.removesuffix(".dist-info").replace("-", " ", 1) for p in site.glob("*.dist-info"))
+    (home / "packages").write_text("".join(f"{name}\n" for name in names))
+    (home / "python").symlink_to(python)
+    (base / "current").symlink_to(resolved.key)
+    if (site / "nltk").is_dir() and not packages.wheels_only:
+        _words(site, home / "nltk_data", log, progress)
+    writer.size = _readable(Path(writer.folder))
+
+
+def _resolve(packages: PackageSet, log: Path, progress: Progress | None) -> _Resolved:
+    """What pip would install, without installing it."""
+    if not packages.requirements:
+        return _Resolved(())
+    with tempfile.TemporaryDirectory(prefix="rock-packages-") as folder:
+        if find_spec("pip") is None:
+            told = _pip(packages, ["--dry-run", "--target", folder], log, progress)
+            pins = re.findall(r"^ \+ (\S+==\S+)", told, re.MULTILINE)  # as uv tells them
+        else:
+            report = Path(folder, "report.json")
+            _pip(packages, ["--dry-run", "--target", folder, "--report", str(report)], log, progress)
+            found = (item["metadata"] for item in json.loads(report.read_bytes())["install"])
+            pins = [f"{item['name']}=={item['version']}" for item in found]
+    return _Resolved(tuple(sorted(re.sub(r"[-_.]+", "-", pin.partition("==")[0]).lower()
+                                  + "==" + pin.partition("==")[2] for pin in pins)))  # fmt: skip
+
+
+def _pip(packages: PackageSet, options: list[str], log: Path, progress: Progress | None) -> str:
+    """Have the requirements installed, or looked at; answers what was told. ImageError with its last lines."""
+    if find_spec("pip") is not None:
+        command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--no-compile",
+                   "--no-user", "--no-warn-script-location", *options]  # fmt: skip
+        if sys.version_info >= (3, 12):
+            command.append("--ignore-requires-python")  # gem-llm says "<= 3.12", which no 3.12.1 fulfils
+    elif uv := shutil.which("uv"):
+        command = [uv, "pip", "install", "--python", sys.executable, *options]
+    else:
+        raise ImageError("environment packages cannot be installed: this Python has no pip",
+                         hint=f"run `{sys.executable} -m ensurepip`")
+    if packages.wheels_only:
+        command += ["--only-binary", ":all:"]
+    if packages.no_deps:
+        command.append("--no-deps")
+    requirements = packages.requirements
+    last: deque[str] = deque(maxlen=_LAST_LINES)
+    everything: list[str] = []
+    with open(log, "w") as told, subprocess.Popen(
+        [*command, "--", *requirements], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, errors="replace",
+    ) as child:  # fmt: skip
+        assert child.stdout is not None
+        for line in child.stdout:
+            told.write(line)
+            last.append(line.rstrip())
+            everything.append(line)
+            if progress is not None and (step := re.match(r"Collecting (\S+)|(Installing) ", line)):
+                progress(f"fetching {step[1]}" if step[1] else "installing")
+        status = child.wait()
+    if status != 0:
+        raise ImageError(
+            f"installing {', '.join(requirements)} failed: {_reason(last) or f'pip ended with {status}'}",
+            hint=f"is the network reachable? The whole log is {log}", details={"output": "\n".join(last)},
+        )
+    return "".join(everything)
+
+
+def _reason(lines: Iterable[str]) -> str:
+    """The line that says what went wrong: pip's last error, else the last line that says anything."""
+    told = [line for line in lines if line.strip()]
+    errors = [line for line in told if line.startswith("ERROR: ")]
+    return (errors or told or [""])[-1].removeprefix("ERROR: ")
+
+
+def _prune(site: Path) -> None:
+    """Remove what no environment imports: the packages' own tests (a third of it all), scripts and manuals."""
+    for folder in ("bin", "share"):
+        shutil.rmtree(site / folder, ignore_errors=True)
+    for tests in sorted(site.glob("*/**/tests")):
+        if tests.is_dir() and any(tests.glob("test_*.py")):
+            shutil.rmtree(tests)
+
+
+def _words(site: Path, target: Path, log: Path, progress: Progress | None) -> None:
+    """The corpus `words` of NLTK; else the machine's own dictionary in its place, and a note that says so.
+
+    A sandbox has no network, so what NLTK would fetch when it is first used has to be there.
+    """
+    if progress is not None:
+        progress("fetching word lists")
+    fetch = "import nltk, sys; sys.exit(not nltk.download('words', download_dir=sys.argv[1], quiet=True))"
+    with open(log, "a") as told:
+        try:
+            done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, sys.argv[2]); {fetch}",
+                                   str(target), str(site)], stdin=subprocess.DEVNULL, stdout=told, stderr=told,
+                                  timeout=_WORDS_TIMEOUT, check=False).returncode == 0  # fmt: skip
+        except subprocess.TimeoutExpired:
+            done = False
+    found = target / "corpora/words"
+    if done and (found / "en-basic").is_file():
+        return
+    for dictionary in _DICTIONARIES:
+        if os.path.isfile(dictionary):
+            words = [w for w in Path(dictionary).read_text(errors="ignore").split() if w.isascii() and w.isalpha()]
+            found.mkdir(parents=True, exist_ok=True)
+            for name in ("en", "en-basic"):
+                (found / name).write_text("\n".join(words) + "\n")
+            (target / "NOTE").write_text(f"The words are those of {dictionary}; NLTK's could not be fetched.\n")
+            return
+
+
+def _readable(folder: Path) -> int:
+    """Let everybody read all of it, whatever the umask; answers the bytes of its files."""
+    size = 0
+    for base, folders, files in os.walk(folder):
+        for name in folders:
+            path = os.path.join(base, name)
+            if not os.path.islink(path):
+                os.chmod(path, 0o755)
+        for name in files:
+            path = os.path.join(base, name)
+            if not os.path.islink(path):
+                info = os.stat(path)
+                size += info.st_size
+                os.chmod(path, 0o755 if info.st_mode & 0o100 else 0o644)
+    return size

@@ -1,0 +1,113 @@
+"""Where the server may connect to for a tenant: public addresses, and registries that its owner has named.
+
+The decision is made on the address that is connected to, when the connection is made: a name that resolves to another
+address a moment later, a redirect, a token service and an unusual spelling of 127.0.0.1 are all decided alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import socket
+from typing import Any
+
+import urllib3
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.exceptions import NewConnectionError
+from urllib3.util.connection import create_connection
+
+from rock import settings
+from rock.egress.policy import Policy, Verdict
+from rock.errors import ImageError
+
+_PUBLIC = Policy(None)
+
+
+class NearAddress(NewConnectionError):
+    """An address of the server's own networks, which is not contacted for a tenant."""
+
+
+def is_named(host: str, port: int) -> bool:
+    """Whether the owner of the server has named a registry: HOST:PORT, or HOST for the usual ports."""
+    names = {f"{host}:{port}", host} if port in (80, 443) else {f"{host}:{port}"}
+    mirrors = (mirror for known in settings.registry_mirrors().values() for mirror in known)
+    return not names.isdisjoint((*settings.private_registries(), *settings.insecure_registries(), *mirrors))
+
+
+def addresses_of(host: str, port: int) -> list[str]:
+    """The addresses of a host that may be connected to. ImageError when it has others only; OSError for no address."""
+    found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
+    named = is_named(host, port)
+    open_ones = [str(row[4][0]) for row in found if named or _is_open(str(row[4][0]), port)]
+    if not open_ones:
+        raise near(host)
+    return open_ones
+
+
+def near(host: str) -> ImageError:
+    """The same for each address that is refused: it tells nothing of what listens there."""
+    return ImageError(
+        f"{host} is an address of the server's own networks, which this key may not have contacted",
+        hint="the owner of the server can name a registry in ROCK_PRIVATE_REGISTRIES",
+    )
+
+
+def _is_open(text: str, port: int) -> bool:
+    address = ipaddress.ip_address(text.partition("%")[0])
+    return _PUBLIC.judge(address, port, own=_is_own(text))[0] is Verdict.ALLOW
+
+
+def _is_own(address: str) -> bool:
+    """Whether it is an address of this machine: only such can be bound."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.bind((address, 0))
+        return True
+    return False
+
+
+class _Guarded(HTTPConnection):
+    def _new_conn(self) -> socket.socket:
+        host = self._dns_host
+        try:
+            allowed = addresses_of(host, self.port)
+        except ImageError as error:
+            raise NearAddress(self, error.message) from None
+        except OSError as error:
+            raise NewConnectionError(self, f"no address of {host}: {error}") from None
+        problem: OSError | None = None
+        for address in allowed:
+            try:
+                return create_connection((address, self.port), self.timeout, source_address=self.source_address,
+                                         socket_options=self.socket_options)  # fmt: skip
+            except OSError as error:
+                problem = error
+        raise NewConnectionError(self, f"{host} cannot be reached: {problem}")
+
+
+class _GuardedTls(_Guarded, HTTPSConnection):
+    pass
+
+
+class _Pool(HTTPConnectionPool):
+    ConnectionCls = _Guarded
+
+
+class _TlsPool(HTTPSConnectionPool):
+    ConnectionCls = _GuardedTls
+
+
+def pool_for(url: str, public_only: bool) -> urllib3.PoolManager:
+    """Connections for requests that begin at a URL. public_only: each to a public address, or to a named registry.
+
+    Behind a proxy of the environment it is the proxy that connects; addresses are then looked at beforehand only.
+    """
+    kinds: dict[str, Any] = {"retries": False, "timeout": urllib3.Timeout(connect=15, read=60), "maxsize": 8}
+    proxy = settings.proxy_for(url)
+    if proxy:
+        return urllib3.ProxyManager(proxy, **kinds)
+    made = urllib3.PoolManager(**kinds)
+    if public_only:
+        made.pool_classes_by_scheme = {"http": _Pool, "https": _TlsPool}
+    return made

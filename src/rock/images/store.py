@@ -1,0 +1,320 @@
+"""The images on this machine, by name. No daemon: any number of processes share one folder.
+
+    images/                      what a name stands for          records.py
+    layers/ meta/ blobs/ tmp/    the layers on disk              images/layers/store.py
+    use/                         what sandboxes have mounted     records.py
+    used/                        when images were last used      gc.py
+    locks/store                  shared while an image is added, alone while garbage is collected
+
+Removing a name never pulls a layer from under a sandbox: a layer goes when no name and no lease is left for it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from rock.errors import ImageError, InvalidConfig, NotFound, RockError
+from rock.images.derive import Deriving
+from rock.images.gc import Pruned, Room
+from rock.images.host_image import OwnSystem
+from rock.images.layers.blobs import USUAL, Allowance, Blob
+from rock.images.layers.importer import kind_of
+from rock.images.layers.store import Fill, LayerStore
+from rock.images.layers.views import copy_tree
+from rock.images.records import ImageRecord, Lease, Leases, Records, RootFS, storing
+from rock.images.registry.logins import Login, Logins
+from rock.images.registry.pull import Progress
+from rock.images.registry.reference import HOST, free_name, new_name, parse
+from rock.images.registry.transfers import Adding, Transfers, unpack
+from rock.protocol.sandbox import parse_size
+from rock.settings import Settings, docker_config
+
+__all__ = ["ImageRecord", "ImageStore", "Lease"]
+
+log = logging.getLogger("rock.images")
+
+PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_GRACE = 60.0  # seconds since its last use in which a budget removes no image
+
+
+class ImageStore:
+    """The images below `folder`, which is made if missing. Cheap to open; every call may block on the disk.
+
+    logins: for registries, where a call brings none. budget: bytes of layers, over which images that nobody used for
+    longest are removed when another one comes; None is no limit. allowance: how much one image may come to, unpacked.
+    """
+
+    def __init__(self, folder: Path, logins: Logins | None = None, budget: int | None = None,
+                 allowance: Allowance = USUAL) -> None:
+        self.folder = folder
+        self.logins = logins or Logins(None)
+        self.budget = budget
+        self.layers = LayerStore(folder, allowance)
+        gate = folder / "locks" / "store"
+        self._records = Records(folder / "images")
+        self._leases = Leases(folder / "use", gate)
+        self._own = OwnSystem(self.layers)
+        self._room = Room(folder / "used", self._records, self.layers, self._leases, gate, self._own.diff_id)
+        self._adding = Adding(self.layers, self._records, gate)
+        self._deriving = Deriving(self.layers, self._records, self._own, gate)
+        self._transfers = Transfers(self.layers, self._records, self._adding, self.logins, gate.parent)
+        self._resolved: dict[str, tuple[tuple[int, int], RootFS]] = {}
+        self.layers.sweep()
+
+    @classmethod
+    def of(cls, settings: Settings) -> ImageStore:
+        """A server's. InvalidConfig for a budget or a bound that is no size."""
+        try:
+            budget = parse_size(settings.image_budget, "image budget") if settings.image_budget else None
+        except ValueError as error:
+            raise InvalidConfig(f"ROCK_IMAGE_BUDGET: {error}") from None
+        try:
+            allowance = Allowance(parse_size(settings.image_max_bytes, "image"), settings.image_max_entries)
+        except ValueError as error:
+            raise InvalidConfig(f"ROCK_IMAGE_MAX_BYTES: {error}") from None
+        return cls(settings.image_dir, Logins(settings.registries, docker_config()), budget, allowance)
+
+    # ---- asking
+
+    def resolve(self, name: str) -> RootFS:
+        """The image of that name, ready to be mounted. ImageError when it is not on this machine."""
+        if name == HOST:
+            return self._own.rootfs()
+        full = parse(name).full
+        stamp = self._records.stamp(full)
+        known = self._resolved.get(full)
+        if known is not None and known[0] == stamp:
+            return known[1]
+        record = self._records.find(name)
+        if record is None:
+            raise ImageError(
+                f"image {name} is not on this machine",
+                hint=f"`rock image pull {name}` fetches it from its registry, `rock image import PATH {name}` takes an "
+                f"archive or a folder, `rock image from-host {name}` gives this machine's own system that name; image "
+                "`host` is always there",
+            )
+        if record.kind == HOST:
+            return self._own.named(record)
+        rootfs = RootFS(
+            digest=record.digest, layers=tuple(self.layers.path(diff) for diff in reversed(record.layers)),
+            env={"PATH": PATH, **record.env}, cwd=record.cwd, user=record.user, name=record.name,
+            entrypoint=record.entrypoint, cmd=record.cmd, labels=record.labels, other=record.other,
+        )  # fmt: skip
+        if stamp is not None:
+            self._resolved[full] = (stamp, rootfs)
+        return rootfs
+
+    def has(self, name: str) -> bool:
+        """Whether an image of that name is on this machine."""
+        return name == HOST or self._records.stamp(parse(name).full) is not None or self._records.find(name) is not None
+
+    def list(self) -> Sequence[ImageRecord]:
+        """All images by name, the built-in `host` first."""
+        return [self._own.record(HOST, 0.0), *self._records.all()]
+
+    def names(self) -> Sequence[str]:
+        """Names of all images, the last used first, without a look at the machine that `host` is made of."""
+        records = sorted(self._records.all(), key=self.last_used, reverse=True)
+        return [*(record.name for record in records), HOST]
+
+    def inspect(self, name: str) -> ImageRecord:
+        """What is known of an image; NotFound when it is not on this machine."""
+        if name == HOST:
+            return self._own.record(HOST, 0.0)
+        record = self._records.find(name)
+        if record is None:
+            raise NotFound(f"no image {name} on this machine", hint="`rock image ls` shows what there is")
+        return record
+
+    # ---- adding
+
+    def import_any(self, path: Path | str, name: str | None = None,
+                   progress: Progress | None = None) -> Sequence[ImageRecord]:
+        """Import what `path` is: a root folder, a tar of one, a `docker save` archive or an OCI layout.
+
+        Without `name` an archive's own names are taken, and a folder or tar is refused with InvalidConfig.
+        """
+        path = Path(path)
+        with storing(f"reading {path}"):
+            kind = kind_of(path, self.layers.bounds())
+        if kind in ("docker", "oci", "archive"):
+            return self._archive(path, name, progress, kind)
+        if name is None:
+            raise InvalidConfig(f"{path} is a {kind} and has no image name", hint="give it one, like my/image:1.0")
+        return [self.import_folder(path, name) if kind == "folder" else self.import_tar(path, name)]
+
+    def import_folder(self, path: Path | str, name: str) -> ImageRecord:
+        """Import a folder that is the root of a system; it is copied."""
+        path = Path(path)
+        if not path.is_dir():
+            raise ImageError(f"{path} is no folder")
+        return self._single(name, f"copying {path}", lambda writer: copy_tree(path, writer))
+
+    def import_tar(self, path: Path | str, name: str) -> ImageRecord:
+        """Import a tar of the root of a system, plain or compressed with gzip or zstd."""
+        path = Path(path)
+        if not path.is_file():
+            raise ImageError(f"{path} is no file")
+        return self._single(name, f"unpacking {path}", lambda writer: unpack(Blob.of(path), None, writer))
+
+    def import_docker_archive(self, path: Path | str, name: str | None = None,
+                              progress: Progress | None = None) -> Sequence[ImageRecord]:
+        """Import the images of a `docker save` archive, or with a name that it has several of, the one so named."""
+        return self._archive(Path(path), name, progress, "docker")
+
+    def import_oci(self, path: Path | str, name: str | None = None,
+                   progress: Progress | None = None) -> Sequence[ImageRecord]:
+        """Import the images of an OCI layout: a folder or a tar of it."""
+        return self._archive(Path(path), name, progress, "oci")
+
+    def from_host(self, name: str) -> ImageRecord:
+        """Give this machine's own system a name. As root, sandboxes of it may write anywhere, each for itself."""
+        return self._deriving.from_host(name)
+
+    def host_with(self, name: str, what: str, fill: Fill, diff_id: str) -> ImageRecord:
+        """Give this machine's own system a name, read-only, with one more layer on top, made by `fill` if missing."""
+        return self._deriving.host_with(name, what, fill, diff_id)
+
+    def pull(
+        self, name: str, login: Login | None = None, progress: Progress | None = None, *, public_only: bool = False
+    ) -> ImageRecord:
+        """Fetch an image from its registry, with the layers that are missing here; one that is there is fetched anew
+        where its tag stands for another one by now. public_only: see Reference. ImageError, StorageFull; nothing
+        half-made is kept."""
+        free_name(name)
+        reference = replace(parse(name), public_only=public_only)
+        with self._tidied():
+            found = self._transfers.pull(name, reference, login, progress)
+        self._came(found.name)
+        return found
+
+    @contextmanager
+    def _tidied(self) -> Iterator[None]:
+        """On a failure, remove the layers that were whole before it and have no name; later, where others add some."""
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError, RockError):
+                self.gc()
+            raise
+
+    def commit(self, name: str, base: RootFS, tar: Path, diff_id: str, owner: str = "") -> ImageRecord:
+        """Name what a sandbox wrote: the layers of its image with one more on top, made of a plain `tar`.
+
+        base: the image as the sandbox has it mounted, so that its layers are held. Where that shows this machine's own
+        system, so does the new one, read-only. owner: the tenant whose image it is. Conflict where the name stands for
+        another's; the server's owner may replace any.
+        """
+        new_name(name)
+        record = self._deriving.commit(name, base, tar, diff_id, owner)
+        self._came(name)
+        return record
+
+    def extend(self, name: str, base: RootFS, fill: Fill | None = None, what: str = "",
+               diff_id: str | None = None, owner: str = "") -> ImageRecord:  # fmt: skip
+        """Name the layers of `base`, with its settings and one more layer on top where `fill` writes one. A base of no
+        layers is an empty image. See `commit` for one that shows this machine's own system.
+
+        diff_id: the layer's, where it is known; one that is there is not made again. owner: see `commit`.
+        """
+        return self._deriving.extend(name, base, fill, what, diff_id, owner)
+
+    def came(self, name: str) -> None:
+        """An image was made of others, and is in use now: see `budget`."""
+        self._came(parse(name).familiar)
+
+    def push(
+        self, name: str, login: Login | None = None, progress: Progress | None = None,
+        ready: Mapping[str, Path] | None = None, *, public_only: bool = False,
+    ) -> str:  # fmt: skip
+        """Send an image to the registry that its name tells; answers the digest of its manifest there.
+
+        public_only: see Reference. ready: plain tars that layers were made of, by their digest. Unsupported for an
+        image that shows this machine; ImageError for what the registry says.
+        """
+        return self._transfers.push(self.inspect(name), login, progress, ready or {}, public_only)
+
+    def export(self, name: str, path: Path | str, progress: Progress | None = None) -> str:
+        """Write an image to a new file, as the tar of an OCI layout; answers the digest of its manifest."""
+        return self._transfers.export(self.inspect(name), path, progress)
+
+    # ---- removing and holding
+
+    def remove(self, name: str, in_use: Iterable[str] = ()) -> int:
+        """Forget a name and remove the layers that nobody needs any more; answers the bytes that were freed.
+
+        in_use: layer folders to be kept in any case, beside those that are leased.
+        """
+        free_name(name)
+        self._records.forget(self.inspect(name))
+        return self.gc(in_use)
+
+    def gc(self, in_use: Iterable[str] = ()) -> int:
+        """Remove layers without a name or a lease. Does nothing while a process adds an image: it is done later."""
+        return self.prune(in_use).freed
+
+    def prune(self, in_use: Iterable[str] = (), *, steps: bool = False, everything: bool = False,
+              most: int | None = None) -> Pruned:  # fmt: skip
+        """Remove what nobody needs: see `Room.prune`."""
+        return self._room.prune(in_use, steps=steps, everything=everything, most=most)
+
+    def pin(self, name: str, pinned: bool = True) -> ImageRecord:
+        """Keep an image whatever the budget says, or no longer. NotFound."""
+        free_name(name)
+        record = replace(self.inspect(name), pinned=pinned)
+        return self._records.save(record, keep_pin=False)
+
+    def last_used(self, record: ImageRecord) -> float:
+        """When an image was last pulled, made or mounted: seconds since the epoch."""
+        return self._room.last_used(record)
+
+    def _came(self, *names: str) -> None:
+        """These images are new: others make room for them."""
+        for name in names:
+            self._room.touch(name)
+        if self.budget is None:
+            return
+        pruned = self._room.prune(most=self.budget, keep=names, grace=_GRACE)
+        if pruned.names:
+            log.info("images removed to keep to %d bytes: %s", self.budget, ", ".join(pruned.names))
+
+    def lease(self, rootfs: RootFS) -> Lease:
+        """Hold an image's layers for a sandbox, whose pid 1 should inherit `Lease.fd`."""
+        lease = self._leases.take(rootfs)
+        self._room.touch(rootfs.name)
+        return lease
+
+    # ---- inside
+
+    def _archive(self, path: Path, name: str | None, progress: Progress | None, kind: str) -> Sequence[ImageRecord]:
+        with self._tidied():
+            found = self._adding.archive(path, name, progress, kind)
+        self._came(*(record.name for record in found))
+        return found
+
+    def _single(self, name: str, what: str, fill: Fill) -> ImageRecord:
+        record = self._adding.single(name, what, fill)
+        self._came(record.name)
+        return record
+
+
+# ---- source ----
+#
+# What a runtime needs of the images on this machine.
+
+class Images(Protocol):
+    """Where root file systems come from."""
+
+    def resolve(self, name: str) -> RootFS:
+        """The image, ready to be mounted. ImageError when it is not on this machine."""
+        ...
+
+    def lease(self, rootfs: RootFS) -> Lease | None:
+        """Hold its layers on disk, for as long as a copy of the lease's descriptor is open; None if nothing has to be.
+        ImageError when they were removed since."""
+        ...

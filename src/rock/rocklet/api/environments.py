@@ -1,0 +1,168 @@
+"""Routes of environments, over rocklet/environments/host.py."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable
+
+import orjson
+
+from rock.envhub import datasets, registry
+from rock.errors import InvalidConfig, NotFound, RockError
+from rock.guest.environments import frames
+from rock.guest.environments.frames import HEAD, PLAIN, Frame
+from rock.http.asgi import Answer, Request, Router, answer
+from rock.protocol.env import LEASED, NAMED, OWNER_PATTERN, CallEnv, EnvInfo, EnvOwner, MakeEnv, ResetEnv, StepEnv
+from rock.protocol.routes import FRAMES_TYPE, ROUTES
+from rock.rocklet.durability.idempotency import Once
+from rock.rocklet.environments.host import EnvHost
+from rock.rocklet.environments.registry import Answered
+from rock.rocklet.node import Node
+from rock.rocklet.sandbox import Supervisor
+
+_FRAMES = 4096  # in one request
+_STEP = ("observation", "reward", "terminated", "truncated", "info")
+_TYPE = FRAMES_TYPE.encode()
+
+
+class EnvApi:
+    def __init__(self, node: Node, once: Once) -> None:
+        self.node = node
+        self.once = once
+
+    async def _find(self, request: Request) -> tuple[Supervisor, EnvHost, int]:
+        """What a path names: an environment by its number, or as "name:NAME"."""
+        text = request.path["env"]
+        sandbox = self.node.get(request.path["sandbox_id"])
+        named = text.startswith(NAMED)
+        if not named and not (text.isascii() and text.isdigit() and len(text) < 19):
+            raise InvalidConfig(f"no such environment: {text!r}", hint="use the number that make_env answered")
+        if not named and not sandbox.hosts_environments:  # starting a host, to find nothing in it, takes seconds
+            raise NotFound(f"there is no environment {text[:20]}", sandbox_id=sandbox.id, hint="make it first")
+        with sandbox.active():
+            host = await sandbox.environments()
+        return sandbox, host, host.number_of(text.removeprefix(NAMED)) if named else int(text)
+
+    async def make_env(self, request: Request) -> Answer:
+        sandbox = self.node.get(request.path["sandbox_id"])
+        wish = await request.model(MakeEnv)
+        gem = wish.protocol == "gem" and not wish.imports
+        env_id = registry.find(wish.env_id).id if gem else wish.env_id  # an alias is another name for it
+        if wish.protocol == "task":
+            env_id = datasets.find(wish.env_id).name
+        more = wish.model_dump(exclude={"env_id", "kwargs", "timeout", "begin"}, exclude_defaults=True)
+
+        async def work() -> Answer:
+            made = EnvInfo(env=0, env_id=env_id, sandbox_id=sandbox.id)
+            with sandbox.active():
+                host = await sandbox.environments()
+                number = await host.make(env_id, wish.kwargs, timeout=wish.timeout, **more)
+                if wish.begin:
+                    try:
+                        made.observation, made.info = await host.reset(number)
+                    except BaseException:
+                        await host.close_env(number)  # nobody was told of it
+                        raise
+            made.env = number
+            if wish.owner is not None:
+                made.lease = host.lease
+            if wish.idle is None:  # else it is watched here
+                made.door = self.node.door.way(host, number)
+            return answer(made, 201)
+
+        return await self.once.do(request, work())
+
+    async def reset_env(self, request: Request) -> Answer:
+        wish = await request.model(ResetEnv)
+
+        async def work() -> Answer:
+            sandbox, host, number = await self._find(request)
+            with sandbox.active():
+                observation, info = await host.reset(number, wish.seed, wish.options)
+            return answer({"observation": observation, "info": info})
+
+        return await self.once.do(request, work())
+
+    async def step_env(self, request: Request) -> Answer:
+        wish = await request.model(StepEnv)
+
+        async def work() -> Answer:
+            sandbox, host, number = await self._find(request)
+            with sandbox.active():
+                result = await host.step(number, wish.action, wish.index)
+            return answer(dict(zip(_STEP, result, strict=True)))
+
+        return await self.once.do(request, work())
+
+    async def call_env(self, request: Request) -> Answer:
+        wish = await request.model(CallEnv)
+
+        async def work() -> Answer:
+            sandbox, host, number = await self._find(request)
+            with sandbox.active():
+                return answer({"result": await host.call(number, wish.what, wish.arguments)})
+
+        return await self.once.do(request, work())
+
+    async def env_frames(self, request: Request) -> Answer:
+        """The hot path: no key to remember, no model, and what travels is not read here."""
+        sandbox = self.node.get(request.path["sandbox_id"])
+        try:
+            asked = list(frames.split(await request.body()))
+        except ValueError as error:
+            raise InvalidConfig(f"the body is no sequence of frames: {error}") from None
+        if not 1 <= len(asked) <= _FRAMES:
+            raise InvalidConfig(f"{len(asked)} frames in one request", hint=f"1 to {_FRAMES} are taken")
+        with sandbox.active():
+            host = sandbox.env_host
+            if host is None or host.failed is not None:
+                host = await sandbox.environments()
+            answers = await host.exchange(asked)
+        parts = [_framed(frame, found) for frame, found in zip(asked, answers, strict=True)]
+        return Answer(parts[0] if len(parts) == 1 else b"".join(parts), content_type=_TYPE)
+
+    async def close_env(self, request: Request) -> Answer:
+        sandbox, host, number = await self._find(request)
+        with sandbox.active():
+            await host.close_env(number)
+        return answer({"env": number, "sandbox_id": sandbox.id})
+
+
+    async def renew_envs(self, request: Request) -> Answer:
+        return await self._of_owner(request, lambda host, owner: _now(host.renew(owner)))
+
+    async def release_envs(self, request: Request) -> Answer:
+        return await self._of_owner(request, lambda host, owner: host.release(owner))
+
+    async def _of_owner(self, request: Request, work: Callable[[EnvHost, str], Awaitable[int]]) -> Answer:
+        """Do it with the environments of the owner that the path names; NotFound where the sandbox hosts none."""
+        owner = request.path["owner"]
+        if not re.fullmatch(OWNER_PATTERN, owner):
+            raise InvalidConfig("the id of an owner has 16 to 64 letters, digits, _ and -")
+        sandbox = self.node.get(request.path["sandbox_id"])
+        if not sandbox.hosts_environments:
+            raise NotFound("this sandbox hosts no environments", sandbox_id=sandbox.id)
+        found = await work(await sandbox.environments(), owner)
+        if found and LEASED in sandbox.config.labels:
+            sandbox.touch()
+        return answer(EnvOwner(owner=owner, environments=found))
+
+
+async def _now(found: int) -> int:
+    return found
+
+
+def _framed(asked: Frame, found: Answered) -> bytes:
+    """An answer as it travels: an error too is a frame, so that one of many does not cost the others."""
+    if not isinstance(found, RockError):
+        return found  # type: ignore[return-value]  # a bytearray that nobody touches any more
+    _, _, number, id, index, _ = asked
+    body = orjson.dumps(found.to_wire(), default=repr)
+    return HEAD.pack(len(body), frames.ERROR, PLAIN, number, id, index) + body
+
+
+def add_routes(router: Router, node: Node, once: Once) -> None:
+    api = EnvApi(node, once)
+    for name in ("make_env", "reset_env", "step_env", "call_env", "env_frames", "renew_envs", "release_envs",
+                 "close_env"):  # fmt: skip
+        router.add(ROUTES[name], getattr(api, name))

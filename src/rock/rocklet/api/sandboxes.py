@@ -1,0 +1,367 @@
+"""The rocklet's face: the data plane and the node plane of protocol/routes.py, over a Node."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from types import TracebackType
+from typing import Any, Literal
+
+import orjson
+
+from rock.errors import InvalidConfig, NotHere, from_wire
+from rock.http.asgi import Answer, Request, Router, answer, answer_model, validate
+from rock.protocol.action import BashAction, Command, CreateBashSessionRequest
+from rock.protocol.node import NodeCommit, ProcessList, SessionList, WorkerImage
+from rock.protocol.routes import LOG_NEXT, LOG_RUNNING, LOG_START, ROUTES
+from rock.protocol.sandbox import SandboxConfig
+from rock.rocklet import ports
+from rock.rocklet.api import environments, files, frames
+from rock.rocklet.api.ended import PERHAPS, SandboxRouter, told_of_end, was_stopped
+from rock.rocklet.commands import programs, terminal
+from rock.rocklet.commands.output import Streaming
+from rock.rocklet.durability import resume
+from rock.rocklet.durability.idempotency import Once, place_of
+from rock.rocklet.node import Node
+from rock.rocklet.sandbox import Supervisor
+from rock.settings import RECONNECT_TIMEOUT
+from rock.telemetry import tracing
+from rock.telemetry.metrics import REGISTRY
+
+
+class Api:
+    """Handlers by route name. Each finds its sandbox, counts as activity, and calls one method of its supervisor."""
+
+    def __init__(self, node: Node, reconnect: float = RECONNECT_TIMEOUT) -> None:
+        """reconnect: seconds for which a client may retry a request by its key."""
+        self.node = node
+        self.once = Once(reconnect)
+
+    def router(self) -> Router:
+        router = SandboxRouter("rocklet", self.node)
+        for name in (
+            "create_session",
+            "list_sessions",
+            "close_session",
+            "run",
+            "interrupt",
+            "session_input",
+            "resize",
+            "execute",
+            "start_process",
+            "list_processes",
+            "get_process",
+            "process_logs",
+            "signal_process",
+            "process_stdin",
+            "forget_process",
+            "node_create",
+            "node_list",
+            "node_get",
+            "node_destroy",
+            "node_connections",
+            "node_rest",
+            "node_wake",
+            "node_commit",
+            "node_image",
+            "node_status",
+            "node_events",
+        ):
+            router.add(ROUTES[name], getattr(self, name))
+        router.add(ROUTES["terminal"], terminal.handler(self.node))
+        ports.add_routes(router, self.node)
+        files.add_routes(router, self.node, self.once)
+        frames.add_retained_routes(router, self.node)
+        frames.add_bulk_routes(router, self.node)
+        frames.add_build_routes(router, self.node)
+        environments.add_routes(router, self.node, self.once)
+        return router
+
+    def _find(self, request: Request) -> Supervisor:
+        return self.node.get(request.path["sandbox_id"])
+
+    # ---- sessions ----
+
+    async def create_session(self, request: Request) -> Answer:
+        sandbox = self._find(request)
+        wanted = await request.model(CreateBashSessionRequest)
+
+        async def work() -> Answer:
+            with sandbox.active():
+                return await resume.create_session(sandbox, wanted, place_of(request))
+
+        return await self.once.do(request, work())
+
+    async def list_sessions(self, request: Request) -> Answer:
+        sandbox = self._find(request)
+        return answer(SessionList(items=[s.info for s in sandbox.sessions if s.closed is None]))
+
+    async def close_session(self, request: Request) -> Answer:
+        sandbox = self._find(request)
+
+        async def work() -> Answer:
+            await sandbox.sessions.close(request.path["session"])
+            return answer({"session_type": "bash"})
+
+        return await self.once.call(sandbox, request, work)
+
+    async def run(self, request: Request) -> Answer:
+        sandbox = self._find(request)
+        body = await request.json()
+        if not isinstance(body, dict):
+            raise InvalidConfig("the body is not a JSON object")
+        body["session"] = request.path["session"]
+        action = validate(BashAction, body)
+        if request.flag("stream"):
+            return await self._stream_run(sandbox, request, action)
+
+        async def work() -> Answer:
+            with sandbox.active(), spanned("session", sandbox.id, sandbox.config):
+                return await resume.run(sandbox, action, place_of(request))
+
+        return await self.once.do(request, work(), abandon=True)
+
+    async def _stream_run(self, sandbox: Supervisor, request: Request, action: BashAction) -> Answer:
+        session = await sandbox.sessions.get(action.session)
+        place = await self._first(sandbox, request)
+        streaming = Streaming(session.pause, session.resume)
+
+        async def work() -> Any:
+            with (
+                sandbox.active(),
+                spanned("session", sandbox.id, sandbox.config),
+                resume.streamed(sandbox, place),
+            ):
+                return await session.run(action, streaming.put)
+
+        return streaming.answer(told_of_end(self.node, sandbox, work(), was_stopped), request)
+
+    async def _first(self, sandbox: Supervisor, request: Request) -> str | None:
+        """Let a request with a stream for its answer through, once a key, a former rocklet's included. Conflict."""
+        self.once.first(request)
+        place = place_of(request)
+        known = await sandbox.journal.known(place)
+        if known is not None:
+            raise from_wire(orjson.loads(known.body), known.status)
+        return place
+
+    async def interrupt(self, request: Request) -> Answer:
+        sandbox = self._find(request)
+        session = await sandbox.sessions.get(request.path["session"])
+
+        async def work() -> Answer:
+            await session.interrupt()
+            return answer(session.info)
+
+        return await self.once.call(sandbox, request, work)
+
+    async def session_input(self, request: Request) -> Answer:
+        sandbox = self._find(request)
+        data = await request.body()
+
+        async def work() -> Answer:
+            session = await sandbox.sessions.get(request.path["session"])
+            await session.type(data)
+            return answer(session.info)
+
+        return await self.once.call(sandbox, request, work)
+
+    async def resize(self, request: Request) -> Answer:
+        session = await self._find(request).sessions.get(request.path["session"])
+        rows, columns = size_of(await request.json())
+        await session.resize(rows, columns)
+        return answer(session.info)
+
+    # ---- programs ----
+
+    async def execute(self, request: Request) -> Answer:
+        sandbox = self._find(request)
+        command = await request.model(Command)
+        if request.flag("stream"):
+            return await self._stream_execute(sandbox, request, command)
+
+        async def work() -> Answer:
+            with sandbox.active(), spanned("program", sandbox.id, sandbox.config):
+                return await resume.execute(sandbox, command, place_of(request))
+
+        return await self.once.do(request, work(), abandon=True)
+
+    async def _stream_execute(self, sandbox: Supervisor, request: Request, command: Command) -> Answer:
+        place = await self._first(sandbox, request)
+        with tracing.span("spawn"):  # what is streamed is a task of its own
+            process = await programs.start(sandbox.runtime, sandbox.handle, command, await sandbox.shell_for(command))
+        streaming = Streaming()
+        execution = programs.Execution(process, command, streaming.put)
+        streaming.pause, streaming.resume = execution.pause, execution.resume
+
+        async def work() -> Any:
+            with (
+                sandbox.active(),
+                spanned("program", sandbox.id, sandbox.config),
+                resume.streamed(sandbox, place),
+            ):
+                return await execution.run()
+
+        return streaming.answer(told_of_end(self.node, sandbox, work(), was_stopped), request)
+
+    async def start_process(self, request: Request) -> Answer:
+        sandbox = self._find(request)
+        command = await request.model(Command)
+
+        async def work() -> Answer:
+            with sandbox.active(), spanned("background", sandbox.id, sandbox.config):
+                return await resume.start_process(sandbox, command, place_of(request))
+
+        return await self.once.do(request, work())
+
+    async def list_processes(self, request: Request) -> Answer:
+        return answer(ProcessList(items=[p.info for p in self._find(request).processes.values()]))
+
+    async def get_process(self, request: Request) -> Answer:
+        sandbox = self._find(request)
+        process = sandbox.process(request.path["process_id"])
+        with sandbox.active():
+            return answer(await process.wait(request.number("wait", 0, high=3600)))
+
+    async def process_logs(self, request: Request) -> Answer:
+        sandbox = self._find(request)
+        process = sandbox.process(request.path["process_id"])
+        offset = request.integer("offset", 0)
+        limit = request.integer("limit", 1 << 20, low=1, high=16 << 20)
+        with sandbox.active():
+            data, more = await process.read(
+                request.query.get("stream", "stdout"), offset, limit, request.number("wait", 0, high=3600)
+            )
+        if not more and process.info.exit_code is None and await sandbox.ends_within(PERHAPS):
+            raise NotHere("it ended with its sandbox", sandbox_id=sandbox.id)
+        headers = [
+            (LOG_START.encode(), b"%d" % offset),
+            (LOG_NEXT.encode(), b"%d" % (offset + len(data))),
+            (LOG_RUNNING.encode(), b"1" if more else b"0"),
+        ]
+        return Answer(data, content_type=b"application/octet-stream", headers=headers)
+
+    async def signal_process(self, request: Request) -> Answer:
+        sandbox = self._find(request)
+        process = sandbox.process(request.path["process_id"])
+        body = await request.json()
+        number = body.get("signal", 15) if isinstance(body, dict) else None
+        if type(number) is not int or not 1 <= number <= 64:
+            raise InvalidConfig(f"no such signal: {number!r}", hint="a number from 1 to 64")
+
+        async def work() -> Answer:
+            if process.status is None:
+                await process.process.signal(number, tree=bool(body.get("tree", False)))
+            return answer(process.info)
+
+        return await self.once.call(sandbox, request, work)
+
+    async def process_stdin(self, request: Request) -> Answer:
+        sandbox = self._find(request)
+        process = sandbox.process(request.path["process_id"])
+        data = await request.body()
+
+        async def work() -> Answer:
+            await process.write(data, request.flag("close"))
+            return answer(process.info)
+
+        return await self.once.call(sandbox, request, work)
+
+    async def forget_process(self, request: Request) -> Answer:
+        sandbox = self._find(request)
+
+        async def work() -> Answer:
+            return answer((await sandbox.forget_process(request.path["process_id"])).info)
+
+        return await self.once.call(sandbox, request, work)
+
+    # ---- node plane ----
+
+    async def node_create(self, request: Request) -> Answer:
+        config = await request.model(SandboxConfig)
+        if request.flag("check"):
+            await self.node.runtimes.check(config)
+            return answer({})
+        return answer_model(await self.node.create(request.path["sandbox_id"], config), 201)
+
+    async def node_list(self, request: Request) -> Answer:
+        return answer_model(self.node.inventory())
+
+    async def node_get(self, request: Request) -> Answer:
+        look = self.node.look(request.path["sandbox_id"], touch=request.flag("touch"), usage=request.flag("usage"))
+        return answer_model(await look)
+
+    async def node_connections(self, request: Request) -> Answer:
+        return answer_model(await self.node.runtimes.connections(request.path["sandbox_id"]))
+
+    async def node_destroy(self, request: Request) -> Answer:
+        return answer_model(await self.node.destroy(request.path["sandbox_id"], request.number("grace", 0, high=600)))
+
+    async def node_rest(self, request: Request) -> Answer:
+        return answer_model(await self.node.rest(request.path["sandbox_id"], request.number("grace", 0, high=600)))
+
+    async def node_wake(self, request: Request) -> Answer:
+        return answer_model(await self.node.wake(request.path["sandbox_id"], await request.model(SandboxConfig)))
+
+    async def node_commit(self, request: Request) -> Answer:
+        return answer_model(await self.node.commits.commit(request.path["sandbox_id"], await request.model(NodeCommit)))
+
+    async def node_image(self, request: Request) -> Answer:
+        wish = await request.model(WorkerImage)
+        return answer_model(await self.node.images.look(wish.image, wish.wait))
+
+    async def node_status(self, request: Request) -> Answer:
+        return answer_model(await self.node.status())
+
+    async def node_events(self, request: Request) -> Answer:
+        after = request.integer("after", 0)
+        return answer_model(await self.node.ends.since(after, request.number("wait", 0, high=600)))
+
+
+def size_of(body: Any) -> tuple[int, int]:
+    """(rows, columns) of a request; InvalidConfig when they are no size of a terminal."""
+    values = [body.get(name) for name in ("rows", "columns")] if isinstance(body, dict) else [None, None]
+    rows, columns = (v if isinstance(v, int) and 1 <= v <= 10_000 else 0 for v in values)
+    if not rows or not columns:
+        raise InvalidConfig(f"rows and columns have to be numbers from 1 to 10000, not {values}")
+    return rows, columns
+
+
+# ---- commandspans ----
+#
+# Each command of a sandbox, as metrics and traces tell of it.
+
+SECONDS = REGISTRY.histogram("rock_command_seconds", "From a command's arrival at its sandbox to its end", "kind")
+_SERIES = {kind: SECONDS.of(kind) for kind in ("session", "program", "background")}
+_LONGEST = 256
+
+
+class spanned:
+    """Context of one command, or of the start of one in the background, for metrics and traces. What it starts finds
+    the span in its environment."""
+
+    __slots__ = ("_began", "_kind", "_span")
+
+    def __init__(
+        self, kind: Literal["session", "program", "background"], sandbox_id: str, config: SandboxConfig
+    ) -> None:
+        self._kind = kind
+        self._span: contextlib.AbstractContextManager[object] | None = None
+        if tracing.tracer() is not None:
+            said: dict[str, tracing.Value] = {"rock.sandbox_id": sandbox_id, "rock.image": config.image[:_LONGEST]}
+            said |= {f"rock.label.{name[:_LONGEST]}": value[:_LONGEST] for name, value in config.labels.items()}
+            self._span = tracing.span(kind, said)
+        self._began = time.perf_counter()
+
+    def __enter__(self) -> None:
+        if self._span is not None:
+            self._span.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if self._span is not None:
+                self._span.__exit__(kind, error, trace)
+        finally:
+            _SERIES[self._kind].observe(time.perf_counter() - self._began)

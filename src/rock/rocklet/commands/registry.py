@@ -1,0 +1,194 @@
+"""The sessions of one sandbox, by name."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rock import faults
+from rock.errors import Conflict, NotFound, RockError
+from rock.protocol.action import CreateBashSessionRequest
+from rock.protocol.sandbox import SandboxConfig
+from rock.rocklet.commands.session import DEFAULT, Session
+from rock.rocklet.commands.shell_process import KEY, Shell, find_shell
+from rock.rocklet.durability.journal import Journal
+from rock.rocklet.state import Shelf
+from rock.runtime.base import Handle, Runtime
+
+
+async def open_ahead(runtime: Runtime, handle: Handle) -> Session:
+    """The default session of a sandbox that nobody has claimed yet."""
+    session = Session(runtime, handle, DEFAULT, await find_shell(runtime, handle))
+    await session.open()
+    return session
+
+
+class Sessions:
+    """Those that were opened; some may have ended. saved: called when the record is to be written again."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        handle: Handle,
+        config: SandboxConfig,
+        shelf: Shelf,
+        saved: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._runtime = runtime
+        self._handle = handle
+        self._config = config
+        self._shelf = shelf
+        self._saved = saved
+        self._sessions: dict[str, Session] = {}
+        self._shells: dict[str | None, Shell] = {}
+        self._opening: dict[str, asyncio.Task[Session]] = {}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._sessions
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(self._sessions.values())
+
+    def names(self) -> list[str]:
+        return sorted(self._sessions)
+
+    # ---- opening and closing ----
+
+    async def find_shell(self, wanted: str | None = None) -> Shell:
+        if wanted not in self._shells:
+            self._shells[wanted] = await find_shell(self._runtime, self._handle, wanted)
+        return self._shells[wanted]
+
+    async def create(self, request: CreateBashSessionRequest) -> str:
+        """Open a session; Conflict when there is one of that name. Answers what its start-up printed."""
+        old = self._sessions.get(request.session)
+        if request.session in self._opening or (old is not None and old.closed is None):
+            if request == DEFAULT:
+                await self.get(DEFAULT.session)  # it stands ready from the start
+                return ""
+            raise Conflict(
+                f"session {request.session!r} exists already in sandbox {self._handle.id}",
+                sandbox_id=self._handle.id,
+                hint="close it first, or take another name",
+            )
+        return (await self._open(request)).startup_output
+
+    async def _open(self, request: CreateBashSessionRequest) -> Session:
+        task = asyncio.create_task(self._open_now(request), name=f"open-{request.session}")
+        self._opening[request.session] = task
+        return await asyncio.shield(task)  # which takes itself out of `_opening`
+
+    async def _open_now(self, request: CreateBashSessionRequest) -> Session:
+        try:
+            old = self._sessions.pop(request.session, None)
+            if old is not None:
+                await old.close()
+            session = await self._open_shell(request)
+            self._sessions[request.session] = session
+            await faults.point("session.opened")
+            if request != DEFAULT:
+                await self._saved()
+            return session
+        finally:
+            self._opening.pop(request.session, None)
+
+    async def _open_shell(self, request: CreateBashSessionRequest) -> Session:
+        """Where the last sandbox of this image had its shell, this one probably has it too; else it is looked for."""
+        place = (self._handle.runtime, self._config.image, request.shell)
+        guess = self._shelf.shells.get(place)
+        if guess is not None:
+            session = Session(self._runtime, self._handle, request, guess)
+            try:
+                await session.open()
+            except NotFound:
+                del self._shelf.shells[place]
+            else:
+                self._shells[request.shell] = guess
+                return session
+        session = Session(self._runtime, self._handle, request, await self.find_shell(request.shell))
+        await session.open()
+        self._shelf.shells[place] = session.shell
+        return session
+
+    async def get(self, name: str) -> Session:
+        """An open session. "default" is opened when first used; any other has to be created."""
+        found = self._sessions.get(name)
+        if found is not None and (found.closed is None or name != DEFAULT.session):
+            return found
+        opening = self._opening.get(name)
+        if opening is not None:
+            return await asyncio.shield(opening)
+        if name == DEFAULT.session:
+            return await self._open(DEFAULT)
+        names = ", ".join(self.names()) or "none"
+        raise NotFound(
+            f"session {name!r} does not exist in sandbox {self._handle.id} (open: {names})",
+            sandbox_id=self._handle.id,
+            hint="open it with create_session",
+        )
+
+    async def close(self, name: str) -> None:
+        opening = self._opening.get(name)
+        if opening is not None:
+            await asyncio.wait({opening})
+        session = self._sessions.pop(name, None)
+        if session is None:
+            raise NotFound(f"session {name!r} does not exist", sandbox_id=self._handle.id)
+        await session.close()
+        await self._saved()
+
+    def claim(self, session: Session) -> bool:
+        """Use a default session that was opened before this sandbox had a name; False when it does not suit."""
+        if not session.claim(self._handle, self._config.env):
+            return False
+        self._sessions[DEFAULT.session] = session
+        self._shells[None] = session.shell
+        return True
+
+    async def prepare(self) -> None:
+        """Open the default session ahead of its first use; an image without a shell has none."""
+        with contextlib.suppress(RockError):
+            await self.get(DEFAULT.session)
+
+    # ---- for the rocklet after this one ----
+
+    def record(self) -> dict[str, Any]:
+        """Those worth a write: of a plain default session pid 1 tells whether there is one."""
+        return {name: s.spec.model_dump(mode="json") for name, s in self._sessions.items()
+                if not s.closed and s.spec != DEFAULT}  # fmt: skip
+
+    async def recover(self, record: Mapping[str, Any], kept: Sequence[str], journal: Journal) -> None:
+        """Take over those of a former rocklet; what is gone is left out. kept: keys of the processes that there are."""
+        specs = {name: CreateBashSessionRequest.model_validate(s) for name, s in record.items()}
+        if KEY + DEFAULT.session in kept:
+            specs.setdefault(DEFAULT.session, DEFAULT)
+        for name, request in specs.items():
+            with contextlib.suppress(RockError):
+                session = Session(self._runtime, self._handle, request, await self.find_shell(request.shell))
+                await session.attach(journal)
+                self._sessions[name] = session
+
+    # ---- end ----
+
+    def let_go(self) -> None:
+        """The server is about to stop: whoever waits is told so, and what runs goes on."""
+        for session in self._sessions.values():
+            session.let_go()
+
+    def cancel_opening(self) -> Iterable[asyncio.Task[Session]]:
+        """Open no more; the tasks that have to end first."""
+        tasks = list(self._opening.values())
+        for task in tasks:
+            task.cancel()
+        return tasks
+
+    async def detach(self) -> None:
+        """Let go of them and leave them running."""
+        for session in self._sessions.values():
+            await session.detach()
+
+    async def close_all(self) -> None:
+        for session in self._sessions.values():
+            await session.close()

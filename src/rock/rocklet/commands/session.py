@@ -1,0 +1,264 @@
+"""A shell held open in a sandbox: ordered commands, kept state.
+
+The shell is a kept Process, so a session outlives a crash of the rocklet and is found again by `attach`. The framing is
+shell_protocol.py's; its commands go by interpreter.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rock.errors import InvalidConfig, RockError, SessionClosed, StartFailed, Unavailable
+from rock.http.asgi import Answer, answer, failure
+from rock.protocol.action import BashAction, BashObservation, CreateBashSessionRequest, SessionInfo
+from rock.protocol.routes import RESUMES
+from rock.rocklet.commands import interpreter as commandfile
+from rock.rocklet.commands import shell_protocol
+from rock.rocklet.commands.handover import Keep, ended_with_client, unseen
+from rock.rocklet.commands.interpreter import Interpreter
+from rock.rocklet.commands.output import write_all
+from rock.rocklet.commands.shell_process import Run, Shell, Sink
+from rock.rocklet.durability.journal import Journal
+from rock.runtime.base import CLOCK, Handle, Runtime
+
+DEFAULT = CreateBashSessionRequest()  # the session that every sandbox has
+
+
+class Session:
+    """One session. Commands run one after the other; callers queue."""
+
+    def __init__(self, runtime: Runtime, handle: Handle, spec: CreateBashSessionRequest, sh: Shell) -> None:
+        self.spec = spec
+        self.shell = sh
+        self.created_at = time.time()
+        self.startup_output = ""
+        # No .bashrc in the session that is there from the start: nobody shaped it, and one may take a second.
+        self._interpreter = Interpreter(runtime, handle, spec, sh, rc=spec != DEFAULT)
+        self._lock = asyncio.Lock()
+        self._leaving = False
+
+    @property
+    def closed(self) -> str | None:
+        """Why it is."""
+        return self._interpreter.closed
+
+    # ---- life ----
+
+    async def open(self) -> None:
+        """Start the shell; `startup_output` is what the start-up files printed. Raises StartFailed with it."""
+        try:
+            observation = await self._interpreter.open()
+        except BaseException:
+            await asyncio.shield(self.close())
+            raise
+        if observation.exit_code != 0:
+            await self.close()
+            raise StartFailed(
+                f"session {self.spec.session!r} could not start: {observation.output.strip() or 'the shell ended'}",
+                sandbox_id=self._interpreter.handle.id,
+                hint="look at startup_source, cwd and remote_user",
+            )
+        self.startup_output = observation.output
+
+    async def attach(self, journal: Journal | None = None) -> None:
+        """Take over a shell that a former rocklet started, with the command that it runs."""
+        await self._interpreter.attach()
+        for place, entry in journal.begun.items() if journal is not None else ():
+            if entry.get("kind") == "run" and entry.get("session") == self.spec.session:
+                assert journal is not None
+                keep = Keep(journal, place)
+                run = self._interpreter.take_up(keep, entry)
+                journal.resume(place, asyncio.create_task(self._bring_home(keep, entry, run), name="taken up"))
+                return
+        # What the shell told a former rocklet's command is not meant for ours.
+        self._interpreter.process.readers[-1].drain()
+        if journal is not None and journal.damage is not None and self.spec.pty is None:
+            task = asyncio.create_task(self._settle_unknown(), name="unknown command")
+            journal.resume(f"unknown\n{self.spec.session}", task)
+
+    async def _settle_unknown(self) -> None:
+        """A command that runs and whose entry is damaged: the next one waits for it and does not get its output."""
+        async with self._lock:
+            await self._interpreter.settle_unknown()
+
+    async def _bring_home(self, keep: Keep, entry: Mapping[str, Any], run: Run) -> Answer | None:
+        """The end of a command of a former rocklet; None when its shell had not begun it."""
+        async with self._lock:
+            try:
+                written = bool(entry.get("written")) or run.reports_damaged
+                if run.reports_damaged and not self._interpreter.can_ask:
+                    reply = failure(unseen(self._interpreter.handle.id, True))
+                    keep.journal.finish(keep.place, reply)
+                    return reply
+                if not await self._interpreter.was_begun(run, written):
+                    return keep.journal.not_begun(keep.place)
+                run.written = True
+                left = entry.get("timeout")
+                if left is not None:
+                    left = max(0.0, float(left) - (time.clock_gettime(CLOCK) - run.began))
+                observation = await self._interpreter.finish(run, None, left)
+                sandbox_id, damaged = self._interpreter.handle.id, run.reports_damaged
+                reply = failure(unseen(sandbox_id, damaged)) if run.unbegun else answer(observation)
+                keep.journal.finish(keep.place, reply)
+                return reply
+            finally:
+                self._interpreter.run = None
+                self._interpreter.handover.ended()
+                self.resume()
+                if not self._leaving:
+                    with contextlib.suppress(RockError):
+                        await self._interpreter.remove_file(run)
+
+    def claim(self, handle: Handle, env: Mapping[str, str]) -> bool:
+        """Give a session that was opened ahead to the sandbox that its place has become; False when it cannot be.
+
+        env: what that sandbox's programs have in their environment beside what this shell began with.
+        """
+        if self.closed is not None or not all(shell_protocol.can_export(name) for name in env):
+            return False
+        self._interpreter.handle = handle
+        self._interpreter.first = shell_protocol.exports(env)
+        self.created_at = time.time()
+        return True
+
+    async def close(self) -> None:
+        """Kill the shell and all that it started; its name is free again after that."""
+        interpreter = self._interpreter
+        interpreter.closed = interpreter.closed or "it was closed"
+        await interpreter.process.kill()
+        async with self._lock:  # the command that ran has seen the end, and whoever waited was refused
+            await interpreter.process.kill()
+            await interpreter.release()
+
+    def let_go(self) -> None:
+        """The server is about to stop: whoever waits for a command is told so, and the command goes on."""
+        self._leaving = True
+        self._interpreter.process.let_go()
+        run = self._interpreter.run
+        if run is not None and not run.done.done():
+            run.done.set_exception(self._unavailable())
+            run.done.exception()  # nobody may be waiting
+
+    def _unavailable(self) -> Unavailable:
+        return Unavailable(
+            f"the server is stopping; what runs in session {self.spec.session!r} goes on",
+            sandbox_id=self._interpreter.handle.id,
+            hint="rock admin start finds the session again",
+            details=RESUMES,
+        )
+
+    async def detach(self) -> None:
+        """Let go of the shell and leave it running, for a rocklet that comes after this one."""
+        await self._interpreter.detach()
+
+    def pause(self) -> None:
+        """Stop reading its output: whoever streams it is slow, and the program has to wait."""
+        self._interpreter.process.pause()
+
+    def resume(self) -> None:
+        if not self._leaving:
+            self._interpreter.process.resume()
+
+    # ---- commands ----
+
+    @property
+    def info(self) -> SessionInfo:
+        process = self._interpreter.process.process
+        return SessionInfo(
+            session=self.spec.session,
+            shell=self.shell.path,
+            pid=process.pid if process else 0,
+            busy=self._interpreter.run is not None,
+            pty=self.spec.pty is not None,
+            user=self.spec.remote_user,
+            created_at=self.created_at,
+        )
+
+    async def run(self, action: BashAction, sink: Sink | None = None) -> BashObservation:
+        """Run a command after those that came before it. Raises SessionClosed when the shell is gone."""
+        return await self._run_now(action, sink, None)
+
+    async def run_kept(self, action: BashAction, keep: Keep) -> Answer:
+        """The same as an answer, which is kept; with what is needed to go on with the command after a crash."""
+        try:
+            observation = await self._run_now(action, None, keep)
+        except asyncio.CancelledError:
+            if not self._leaving:
+                keep.journal.finish(keep.place, failure(ended_with_client()))  # the key must not run it again
+            raise
+        except RockError as error:
+            if not error.retryable:
+                keep.journal.finish(keep.place, failure(error))
+            raise
+        reply = answer(observation)
+        found = observation.exit_code is not None and not observation.failure_reason
+        keep.journal.finish(keep.place, reply, found=found)
+        return reply
+
+    async def _run_now(self, action: BashAction, sink: Sink | None, keep: Keep | None) -> BashObservation:
+        if self.spec.pty is not None and action.separate:
+            raise InvalidConfig("a terminal has one stream: stdout and stderr cannot be kept apart on a pty")
+        interpreter = self._interpreter
+        async with self._lock:
+            self._check_open()
+            lost = interpreter.replaced and not await interpreter.restore()
+            self._check_open()
+            run = interpreter.begin(action, sink, keep)
+            try:
+                command = action.command
+                if len(command) >= commandfile.LONG:
+                    command = await interpreter.by_file(run, command)
+                script = interpreter.script(run, command, action.separate)
+                return await interpreter.finish(run, script, action.timeout, lost, keep)
+            except asyncio.CancelledError:  # the caller went away
+                await asyncio.shield(interpreter.give_up(run))
+                raise
+            except Exception:
+                if keep is not None and not run.written:
+                    keep.journal.forget(keep.place)  # nor may it be looked for after a crash
+                raise
+            finally:
+                interpreter.run = None
+                interpreter.handover.ended()
+                if not self._leaving:
+                    interpreter.process.resume()  # a slow client may have left it paused
+                    if run.by_file:
+                        await interpreter.remove_file(run)
+
+    def _check_open(self) -> None:
+        if self._leaving:
+            raise self._unavailable()
+        closed = self._interpreter.closed
+        if closed is not None:
+            raise SessionClosed(
+                f"session {self.spec.session!r} is closed: {closed}",
+                sandbox_id=self._interpreter.handle.id,
+                hint="open it again with create_session",
+            )
+
+    async def interrupt(self) -> None:
+        """Ctrl-C: SIGINT to the shell and to what the running command started; nothing when it is idle."""
+        run, process = self._interpreter.run, self._interpreter.process
+        if run is None or process.process is None:
+            return
+        run.interrupted = True
+        await process.interrupt(run)
+
+    async def type(self, data: bytes) -> None:
+        """Bytes as typed at its terminal."""
+        terminal = self._interpreter.process.terminal
+        if terminal is None:
+            raise InvalidConfig("only a session with a pty can be typed into", hint="create_session with pty=(24, 80)")
+        self._check_open()
+        await write_all(terminal, data)
+
+    async def resize(self, rows: int, columns: int) -> None:
+        process = self._interpreter.process.process
+        if self.spec.pty is None or process is None:
+            raise InvalidConfig("only a session with a pty has a size", hint="create_session with pty=(24, 80)")
+        self._check_open()
+        await process.resize(rows, columns)

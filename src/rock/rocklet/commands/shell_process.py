@@ -1,0 +1,309 @@
+"""The process of a session's shell and its streams.
+
+It is a kept Process: pid 1 of the sandbox holds its streams, so it outlives a crash of the rocklet and is found again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rock.errors import NotFound, RockError
+from rock.protocol.action import BashObservation, CreateBashSessionRequest
+from rock.rocklet.commands import shell_protocol
+from rock.rocklet.commands.output import Capped, Reader, as_text, is_pipe, write_all, write_now
+from rock.rocklet.durability.spool import told_missing
+from rock.runtime.base import CLOCK, ExitStatus, Files, Handle, Process, Program, Runtime
+
+# ---- running ----
+#
+# The command that runs in a session, and what came of it.
+
+Sink = Callable[[bool, bytes], None]  # (is stderr, bytes)
+
+
+@dataclass
+class Run:
+    """The command that runs now."""
+
+    token: int
+    output: Capped
+    errors: Capped
+    done: asyncio.Future[shell_protocol.Report | ExitStatus]
+    began: float  # seconds of CLOCK_BOOTTIME: what is younger was started by this command
+    sink: Sink | None = None
+    interrupted: bool = False
+    written: bool = False  # the shell has the whole of it
+    dropped: int = 0  # bytes that were dropped before it began
+    probe: int = -1  # the token of a command after it, by which is seen that it was never begun
+    unbegun: bool = False
+    by_file: bool = False  # the shell has it by a file
+    missing: int | None = None  # bytes of its output that a former rocklet kept and that are damaged
+    reports_damaged: bool = False  # what its shell reported to a former rocklet is lost
+
+    def observe(
+        self, report: shell_protocol.Report | ExitStatus, timeout: float | None, closed: str | None, restarted: bool
+    ) -> BashObservation:
+        """What came of it. timeout: the seconds after which it was ended; closed: why its session is, if it is."""
+        code = report.shell_code if isinstance(report, ExitStatus) else report.code
+        if self.interrupted and isinstance(report, shell_protocol.Restarted):
+            code = 128 + signal.SIGINT  # what ended it; its own `$?` is that of the command before
+        reason = ""
+        if timeout is not None:
+            code, reason = None, f"timed out after {timeout:g} s; what it had started was killed"
+        elif self.interrupted:
+            reason = "interrupted"
+        elif closed is not None:
+            reason = f"the session is closed: {closed}"
+        if self.missing is not None:
+            reason += ("; " if reason else "") + told_missing(self.missing)
+        if restarted:
+            reason += "; the shell was started anew, its variables are lost"
+        output, dropped = self.output.take()
+        errors, dropped_errors = self.errors.take()
+        text, exact = as_text(output)
+        errors_text, errors_exact = as_text(errors)
+        return BashObservation.made(
+            output=text,
+            output_b64=exact,
+            stderr=errors_text,
+            stderr_b64=errors_exact,
+            exit_code=code,
+            failure_reason=reason,
+            timed_out=timeout is not None,
+            interrupted=self.interrupted,
+            session_closed=closed is not None,
+            session_restarted=restarted,
+            dropped_bytes=dropped + dropped_errors + self.dropped + (self.missing or 0),
+            duration=time.clock_gettime(CLOCK) - self.began,
+        )
+
+
+# ---- shellprocess ----
+#
+
+
+KEY = "session:"
+RESTART_GRACE = 1.5  # seconds for a shell to hand its state over before it is killed
+_END = 10.0  # seconds for a killed shell to be seen dead
+
+
+class ShellProcess:
+    """One shell at a time: `spawn` puts another in the place of one that was let go of.
+
+    on_output: is given (is stderr, bytes). on_reports: the bytes of its reports, for `reports`. on_exit: how it ended.
+    """
+
+    def __init__(
+        self,
+        spec: CreateBashSessionRequest,
+        sh: Shell,
+        on_output: Callable[[bool, bytes], None],
+        on_reports: Callable[[bytes], None],
+        on_exit: Callable[[ExitStatus], None],
+    ) -> None:
+        self.spec = spec
+        self.shell = sh
+        self.process: Process | None = None
+        self.readers: list[Reader] = []  # of its output, of its errors where they are apart, of its reports
+        self.reports = shell_protocol.ReportParser()
+        self.piped = True  # its script is a pipe of the kernel's, which tells how much of it is unread
+        self._on_output = on_output
+        self._on_reports = on_reports
+        self._on_exit = on_exit
+        self._watch: asyncio.Task[None] | None = None
+
+    # ---- life ----
+
+    async def spawn(self, runtime: Runtime, handle: Handle, cwd: str | None) -> None:
+        """Start it; cwd: in that folder instead of the session's own."""
+        pty = self.spec.pty is not None
+        dialect = self.shell.dialect
+        channels: dict[int, str] = {dialect.status: "w"}
+        if pty:
+            channels[dialect.script] = "r"
+        else:
+            channels[dialect.errors] = "w"
+        program = Program(
+            argv=dialect.argv(self.shell.path, pty),
+            env={"PS1": "", "PS2": "", "SHELL": self.shell.path, **({"TERM": "xterm-256color"} if pty else {}),
+                 **(self.spec.env or {}), **dialect.environment(pty)},
+            cwd=cwd or self.spec.cwd,
+            user=self.spec.remote_user,
+            stdin="pipe",
+            stderr="stdout",
+            pty=self.spec.pty,
+            channels=channels,  # type: ignore[arg-type]
+            key=KEY + self.spec.session,
+            keep=True,
+        )
+        self._adopt(await runtime.spawn(handle, program))
+
+    async def attach(self, runtime: Runtime, handle: Handle) -> None:
+        """Take over the one that a former rocklet started. NotFound."""
+        self._adopt(await runtime.attach(handle, KEY + self.spec.session))
+
+    def _adopt(self, process: Process) -> None:
+        self.process = process
+        dialect = self.shell.dialect
+        assert process.stdout is not None
+        self.reports = shell_protocol.ReportParser()
+        self.readers = [Reader(process.stdout, lambda data: self._on_output(False, data))]
+        if dialect.errors in process.channels:
+            self.readers.append(Reader(process.channels[dialect.errors], lambda data: self._on_output(True, data)))
+        self.readers.append(Reader(process.channels[dialect.status], self._on_reports))
+        fd = self.script
+        self.piped = fd is not None and is_pipe(fd)
+        self._watch = asyncio.create_task(self._watch_exit(process), name=f"session-{self.spec.session}")
+
+    async def _watch_exit(self, process: Process) -> None:
+        try:
+            status = await process.wait()
+        except Exception:
+            status = ExitStatus()
+        if self.process is process:
+            self._on_exit(status)
+
+    async def kill(self) -> None:
+        """Kill it and all that it started."""
+        if self.process is None:
+            return
+        with contextlib.suppress(RockError, TimeoutError):
+            await self.process.kill_tree()
+            async with asyncio.timeout(_END):
+                await self.process.wait()
+
+    async def detach(self) -> None:
+        """Let go of it and leave it running."""
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+        for reader in self.readers:
+            reader.close()
+
+    def close(self) -> None:
+        """Close its streams, once it has ended."""
+        if self.process is not None:
+            self.process.close()
+
+    # ---- what it is given ----
+
+    @property
+    def script(self) -> int | None:
+        """The descriptor of what it is to run."""
+        if self.process is None:
+            return None
+        return self.process.stdin if self.spec.pty is None else self.process.channels[self.shell.dialect.script]
+
+    @property
+    def terminal(self) -> int | None:
+        """The descriptor of its terminal, where it has one."""
+        return None if self.spec.pty is None or self.process is None else self.process.stdin
+
+    @property
+    def tells(self) -> bool:
+        """Whether its pipe tells if it was given a command: bash takes byte by byte what it is about to run."""
+        return self.piped and self.shell.dialect.is_bash
+
+    async def write(self, script: bytes, timeout: float | None = None) -> None:
+        """Give it a script. timeout: seconds for that, where it has to wait; TimeoutError."""
+        fd = self.script
+        assert fd is not None
+        rest = write_now(fd, script)
+        if rest:
+            async with asyncio.timeout(timeout):
+                await write_all(fd, rest)
+
+    async def interrupt(self, run: Run) -> None:
+        """Ctrl-C: SIGINT to it and to what a command started."""
+        assert self.process is not None
+        if self.terminal is not None:
+            await write_all(self.terminal, b"\x03")
+        else:
+            await self.process.signal(signal.SIGINT, tree=True, since=run.began)
+
+    async def abort(self, run: Run) -> shell_protocol.Report | ExitStatus:
+        """End a command and all that it started."""
+        process = self.process
+        assert process is not None
+        if run.done.done():
+            return run.done.result()
+        if not run.written:  # half a command is in its pipe: no shell could make sense of the next one
+            await process.kill_tree()
+            return await run.done
+        # Told while it is stopped: else it would go on to its next line when what it waits for is killed, or what it
+        # starts to hand its state over would be killed with the rest.
+        await process.kill_tree(
+            since=run.began, root=False, tell=signal.SIGTERM if self.shell.dialect.is_bash else None
+        )
+        try:
+            async with asyncio.timeout(RESTART_GRACE if self.shell.dialect.is_bash else 0.05):
+                return await asyncio.shield(run.done)
+        except TimeoutError:
+            await process.kill_tree()
+            return await run.done
+
+    # ---- what it gives ----
+
+    def begin(self) -> None:
+        """What it writes from now on is of another command."""
+        for reader in self.readers:
+            reader.begin()
+
+    def drain(self) -> None:
+        """Take what it has written until now."""
+        for reader in self.readers[:-1]:
+            reader.drain()
+
+    def pause(self) -> None:
+        """Stop reading its output; its reports are still read."""
+        for reader in self.readers[:-1]:
+            reader.pause()
+
+    def resume(self) -> None:
+        for reader in self.readers[:-1]:
+            reader.resume()
+
+    def let_go(self) -> None:
+        """What comes from now on is for the rocklet after this one."""
+        for reader in self.readers:
+            reader.pause()
+
+
+# ---- imageshell ----
+#
+# Which shell an image has.
+
+@dataclass
+class Shell:
+    """Which shell an image has, and how to talk to it."""
+
+    path: str
+    dialect: shell_protocol.Dialect
+
+
+async def find_shell(runtime: Runtime, handle: Handle, wanted: str | None = None) -> Shell:
+    """The shell to use: the `wanted` one, else bash, else sh. NotFound when the image has none."""
+    names = (
+        [wanted]
+        if wanted and "/" in wanted
+        else [
+            f"{d}/{n}" for n in ([wanted] if wanted else ["bash", "sh"]) for d in ("/bin", "/usr/bin", "/usr/local/bin")
+        ]
+    )
+    if isinstance(runtime, Files):
+        for path in names:
+            try:
+                found = await runtime.stat(handle, path)
+            except NotFound:
+                continue
+            if found.kind == "file" and found.mode & 0o111:
+                return Shell(path, shell_protocol.BASH if path.endswith("bash") else shell_protocol.SH)
+    raise NotFound(
+        f"the image has no shell ({', '.join(names)})",
+        hint="run programs with execute and a list, or use an image with bash or sh",
+    )

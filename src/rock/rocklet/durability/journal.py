@@ -1,0 +1,363 @@
+"""What was asked of a sandbox and has to outlive this process: who asked for it, and how it ended.
+
+A file a sandbox: a line when a request with a key begins, one with its answer when it has ended. Like spool files it is
+written to the page cache and not synced: see docs/decisions/0018-spool.md. Each line ends with its checksum, and the
+marks beside the journal (checksums.py) hold its size and the keys that began: docs/decisions/0032-checksums.md.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import errno
+import logging
+import os
+import time
+import zlib
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+from rock.errors import Conflict, from_wire
+from rock.http.asgi import Answer, failure
+from rock.rocklet.durability import checksums
+from rock.rocklet.durability.spool import SpoolFile, SpoolFolder
+from rock.settings import RECONNECT_TIMEOUT
+
+log = logging.getLogger("rock.node")
+
+_SIZE = 1 << 20  # bytes of a journal after which what nobody will ask for is dropped
+_KEPT = 256 << 10  # bytes of answers that stay then
+_LARGEST = 4 << 20  # bytes of an answer that is kept for whoever asks again after a crash
+_SUM = b',"crc":"'  # what comes before the checksum of a line
+_SUM_LENGTH = len(_SUM) + 8 + len(b'"}')
+_MOMENT = 0.05  # seconds for which a line may wait for the next one, where what it tells can be found out without it
+
+
+class Journal:
+    """What was asked of a sandbox with keys. `begun`: without an answer yet, by place.
+
+    Nothing is in memory of what has an answer: that is `Once`'s, until a crash. `found` is what a former rocklet left.
+    """
+
+    def __init__(self, folder: SpoolFolder) -> None:
+        self._folder = folder
+        self.begun: dict[str, dict[str, Any]] = {}
+        self._found: OrderedDict[str, Answer] = OrderedDict()
+        self._resumed: dict[str, asyncio.Task[Answer | None]] = {}
+        self.damage: str | None = None  # what is wrong with what a former rocklet left
+        self._unknown: set[int] = set()  # requests that began and of which the journal says nothing; see marks.digest
+        self._refused_until = 0.0  # time until which a key that is not known may be one that began
+        self._settling = False
+        self._size = 0
+        self._reached = 0  # bytes that are in the file
+        self._checksum = 0  # of all that is in the file
+        self._most = _SIZE  # bytes above which it is made shorter
+        self._waiting = b""  # lines that go with the next one, or in a moment
+        self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
+
+    # ---- spool files beside it ----
+
+    def file(self, name: str) -> SpoolFile:
+        """OSError."""
+        self._check_open()
+        return self._folder.file(name)
+
+    def borrow(self) -> SpoolFile:
+        """One that nobody uses. OSError."""
+        self._check_open()
+        return self._folder.borrow()
+
+    def give_back(self, spool: SpoolFile) -> None:
+        if self._closed:  # the folder is another sandbox's by now
+            spool.close()
+        else:
+            self._folder.give_back(spool)
+
+    def sweep(self) -> None:
+        """Remove the spool files of programs that a former rocklet left, and of which nothing is begun."""
+        self._folder.sweep({name for entry in self.begun.values() for name, _ in entry.get("spools", ())})
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise OSError(errno.EBADF, "the journal is closed")
+
+    # ---- writing ----
+
+    def begin(self, place: str | None, **entry: Any) -> None:
+        """A request is about to be carried out. Without a key there is nobody to come back for it."""
+        if place is not None:
+            self.begun[place] = entry
+            self._append({"begin": place, **entry}, checksums.BEGAN, place)
+
+    def written(self, place: str, *, found: bool = False) -> None:
+        """The program has all of its input. found: which its pipe tells just as well, for a moment."""
+        if place in self.begun:
+            self.begun[place]["written"] = True
+            self._append({"written": place}, wait=found)
+
+    def forget(self, place: str) -> None:
+        """It was not carried out after all."""
+        if self.begun.pop(place, None) is not None:
+            self._append({"forget": place}, checksums.FORGOTTEN, place)
+
+    def not_begun(self, place: str) -> Answer | None:
+        """A request of a former rocklet that seems not to have begun: it is forgotten, unless the journal is damaged.
+        Then it may have begun, and its key is a Conflict."""
+        if self.damage is None:
+            self.forget(place)
+            return None
+        reply = failure(self._unsure())
+        self.finish(place, reply)
+        return reply
+
+    def finish(self, place: str | None, reply: Answer, *, found: bool = False) -> None:
+        """It has an answer. found: which the spool files tell just as well, until the next request begins."""
+        if place is None or self.begun.pop(place, None) is None:
+            return
+        if self._settling:
+            self._found[place] = reply
+        line: dict[str, Any] = {"end": place, "status": reply.status}
+        if len(reply.body) > _LARGEST:
+            line["size"] = len(reply.body)
+        else:
+            line["body"] = _text(reply.body)
+        self._append(line, wait=found)
+        if self._size > self._most and not self._closed:
+            self._drop_old()
+
+    def flush(self) -> None:
+        """Write what waits. To be called before anything happens that spool files would mix with what came before."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._waiting:
+            data, self._waiting = self._waiting, b""
+            self._write(data)
+
+    def _append(
+        self, line: Mapping[str, Any], what: int = checksums.OTHER, place: str | None = None, *, wait: bool = False
+    ) -> None:
+        if self._closed:
+            return  # of a sandbox that is gone
+        data = _encoded(line)
+        self._size += len(data)
+        if wait:
+            self._waiting += data
+            if self._timer is None:
+                self._timer = asyncio.get_running_loop().call_later(_MOMENT, self._moment_over)
+            return
+        if self._waiting:
+            data, self._waiting = self._waiting + data, b""
+        self._write(data, what, 0 if place is None else checksums.digest(place))
+
+    def _moment_over(self) -> None:
+        self._timer = None
+        self.flush()
+
+    def _write(self, data: bytes, what: int = checksums.OTHER, request: int = 0) -> None:
+        try:
+            fd = self._folder.journal()
+            done = os.write(fd, data)
+            if done != len(data):
+                data = data[:done] + b"\n"[:os.write(fd, b"\n")]
+        except OSError as error:
+            data = b""
+            log.warning("%s: %s; a retry after a kill of the server now may get a Conflict", self._folder.path, error)
+        self._reached += len(data)
+        self._checksum = zlib.crc32(data, self._checksum)
+        self._folder.marks.entry(what, request, self._reached, self._checksum)
+
+    def _drop_old(self) -> None:
+        """Keep what is begun, and the newest answers."""
+        self.flush()
+        try:
+            lines = self._folder.read_journal().splitlines(keepends=True)
+        except OSError as error:
+            log.warning("%s: %s", self._folder.path, error)
+            self._size = 0
+            return
+        kept: list[bytes] = []
+        size = 0
+        for line in reversed(lines):
+            if not line.startswith(b'{"end"') or (told := _decoded(line.rstrip(b"\n"))) is None:
+                continue
+            if told[1]:  # of a version without checksums
+                line = _encoded(told[0])
+            size += len(line)
+            if kept and size > _KEPT:
+                break
+            kept.append(line)
+        begun = [_encoded({"begin": p, **e}) for p, e in self.begun.items()]
+        data = b"".join([*reversed(kept), *begun])
+        try:
+            self._folder.replace_journal(data)
+        except OSError as error:
+            log.warning("%s: %s", self._folder.path, error)
+            self._size = 0  # tried again after as much
+            return
+        self._size = self._reached = len(data)
+        self._checksum = zlib.crc32(data)
+        self._folder.marks.entry(checksums.OTHER, 0, self._reached, self._checksum)
+        self._most = max(_SIZE, 2 * len(data))  # what is begun may be large, and is not written anew each time
+
+    # ---- after a restart ----
+
+    def load(self, expected: bool = False) -> None:
+        """Read what a former rocklet left, and compare it with its marks. expected: there must be marks."""
+        self._settling = True
+        found = data = None
+        faults: list[str] = []
+        try:
+            found = self._folder.read_marks()
+            data = self._folder.read_journal()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            faults.append(f"it cannot be read: {error.strerror}")
+        data = data or b""
+        known = found is not None and found.exists
+        size, checksum = found.journal if found is not None and found.journal is not None else (0, 0)
+        if len(data) < size:
+            faults.append(f"{size - len(data)} of {size} bytes are missing")
+        elif zlib.crc32(data[:size]) != checksum:
+            faults.append("its content is not what was written")
+        damaged, old = self._read_lines(data, size)
+        if damaged:
+            faults.append(f"{damaged} entries are damaged")
+        torn = bool(faults) or not data
+        if known and found is not None and found.damaged:
+            faults.append("its marks are damaged")
+        if not known and (expected or (data and not old)):
+            faults.append("its marks are missing")
+        if found is not None:
+            self._unknown = found.began - {checksums.digest(place) for place in (*self.begun, *self._found)}
+        self._size = self._reached = len(data)
+        self._checksum = zlib.crc32(data)
+        if faults:
+            self.damage = "; ".join(faults)
+            log.error("the journal %s is damaged: %s", self._folder.path, self.damage)
+            self._folder.set_aside("journal", "marks")
+            if torn and (not known or (found is not None and found.damaged)):  # nothing tells which keys began
+                self._refused_until = time.monotonic() + RECONNECT_TIMEOUT
+        if data and (faults or old or len(data) > size):
+            self._drop_old()  # half a line at its end would spoil the next one
+
+    def _read_lines(self, data: bytes, size: int) -> tuple[int, bool]:
+        """(how many are damaged, whether some are of a version without checksums). size: bytes that are marked."""
+        damaged, old, at = 0, False, 0
+        for text in data.splitlines(keepends=True):
+            at += len(text)
+            told = _decoded(text.rstrip(b"\n"))
+            if told is None:
+                # Half a line after the marked bytes: the request that it speaks of was not begun.
+                damaged += text.endswith(b"\n") or at <= size
+                continue
+            line = told[0]
+            old |= told[1]
+            if (place := line.pop("begin", None)) is not None:
+                self.begun[place] = line
+            elif (place := line.get("written")) is not None:
+                if place in self.begun:
+                    self.begun[place]["written"] = True
+            elif (place := line.get("forget")) is not None:
+                self.begun.pop(place, None)
+            elif (place := line.get("end")) is not None:
+                self.begun.pop(place, None)
+                self._found[place] = _answer_of(line)
+        return damaged, old
+
+    def settled(self) -> None:
+        """What a former rocklet left half done was looked at: from now on answers are those of this one."""
+        self._settling = False
+
+    def resume(self, place: str, task: asyncio.Task[Answer | None]) -> None:
+        """A request of a former rocklet is being brought to its end. None: it was never begun."""
+        self._resumed[place] = task
+
+    async def known(self, place: str | None) -> Answer | None:
+        """The answer to a request that a former rocklet began; None for one that has to be carried out."""
+        if place is None:
+            return None
+        task = self._resumed.get(place)
+        if task is not None:
+            return await asyncio.shield(task)
+        found = self._found.get(place)
+        if found is None and (self._unknown or self._refused_until) and self._may_have_begun(place):
+            return failure(self._unsure())
+        return found
+
+    def _may_have_begun(self, place: str) -> bool:
+        """Whether a request that the journal does not know was begun by a former rocklet."""
+        if place in self.begun:
+            return False  # by this one
+        return checksums.digest(place) in self._unknown or time.monotonic() < self._refused_until
+
+    def _unsure(self) -> Conflict:
+        """For a key of a request that may have been carried out: it is never begun again."""
+        why = f"the journal of its sandbox is damaged ({self.damage})" if self.damage else "its answer was not kept"
+        left = self._refused_until - time.monotonic()
+        when = f" after {left:.0f} s" if left > 0 else ""
+        return Conflict(
+            f"a request with this key may have been carried out before the server was started again: {why}",
+            hint=f"look what it did; send it with a new key{when} to run it again. rock doctor store tells more",
+            details={"damaged": "journal"} if self.damage else None,
+        )
+
+    async def let_go(self) -> None:
+        """What is being brought to its end is left to the rocklet after this one."""
+        for task in self._resumed.values():
+            task.cancel()
+        await asyncio.gather(*self._resumed.values(), return_exceptions=True)
+
+    async def close(self) -> None:
+        """Nothing is written any more, whoever asks. The folder stays open: it is whose it was given by."""
+        await self.let_go()
+        self.flush()
+        self._closed = True
+
+
+def _encoded(line: Mapping[str, Any]) -> bytes:
+    """A line with its checksum as its last member, so that it stays JSON."""
+    data = orjson.dumps(line)
+    return b'%b%b%08x"}\n' % (data[:-1], _SUM, zlib.crc32(data))
+
+
+def _decoded(text: bytes) -> tuple[dict[str, Any], bool] | None:
+    """(a line, whether it is of a version without checksums); None for a damaged one."""
+    old = text[-_SUM_LENGTH:-10] != _SUM
+    try:
+        if not old and (text[-2:] != b'"}' or int(text[-10:-2], 16) != zlib.crc32(text[:-_SUM_LENGTH] + b"}")):
+            return None
+        line = orjson.loads(text if old else text[:-_SUM_LENGTH] + b"}")
+    except ValueError:
+        return None
+    return (line, old) if isinstance(line, dict) and "crc" not in line else None
+
+
+def verify(data: bytes) -> int:
+    """How many lines of a journal are damaged."""
+    return sum(_decoded(line.rstrip(b"\n")) is None for line in data.splitlines(keepends=True))
+
+
+def _text(body: bytes) -> Any:
+    """Bytes as JSON: an answer mostly is text already."""
+    try:
+        return body.decode()
+    except UnicodeDecodeError:
+        return {"b64": base64.b64encode(body).decode()}
+
+
+def _answer_of(line: Mapping[str, Any]) -> Answer:
+    body, status = line.get("body"), int(line["status"])
+    if body is None:
+        return failure(Conflict(
+            f"this was done before the server was started again; its answer of {line.get('size')} bytes was not kept",
+            hint="look what it did; write large output to a file"))  # fmt: skip
+    data = base64.b64decode(body["b64"]) if isinstance(body, dict) else body.encode()
+    if status >= 400:
+        return failure(from_wire(orjson.loads(data), status))
+    return Answer(data, status)

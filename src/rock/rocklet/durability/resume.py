@@ -1,0 +1,282 @@
+"""Requests to one sandbox that are carried out once, whatever becomes of this process meanwhile.
+
+Each is written down before it is begun, and its answer when it has ended. `settle` finds what a former rocklet left
+half done: where it still runs it is gone on with, where nobody was told of it it is undone, where it was never begun it
+is forgotten; whoever asks again with the key gets the one answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rock import faults
+from rock.errors import Conflict, NotFound, RockError, Unavailable
+from rock.http.asgi import Answer, answer, failure
+from rock.protocol.action import BashAction, Command, CommandResponse, CreateBashSessionRequest
+from rock.rocklet.commands import programs
+from rock.rocklet.commands.handover import Keep, ended_with_client
+from rock.rocklet.commands.shell_process import KEY
+from rock.rocklet.durability.spool import SpoolFile
+from rock.runtime.base import CLOCK
+
+if TYPE_CHECKING:
+    from rock.rocklet.sandbox import Supervisor
+
+_CUT = "the server was started again while its input was being given; it was killed"
+
+
+async def run(sandbox: Supervisor, action: BashAction, place: str | None) -> Answer:
+    """A command in a session."""
+    known = await sandbox.journal.known(place)
+    if known is not None:
+        return known
+    session = await sandbox.sessions.get(action.session)
+    if place is None:
+        return answer(await session.run(action))
+    return await session.run_kept(action, Keep(sandbox.journal, place))
+
+
+async def create_session(sandbox: Supervisor, wish: CreateBashSessionRequest, place: str | None) -> Answer:
+    """A session."""
+    journal = sandbox.journal
+    known = await journal.known(place)
+    if known is not None:
+        return known
+    with _written_down(sandbox, place, kind="session", session=wish.session):
+        reply = answer({"output": await sandbox.sessions.create(wish), "session_type": "bash"}, 201)
+    journal.finish(place, reply)
+    return reply
+
+
+async def done_once(sandbox: Supervisor, place: str | None, work: Callable[[], Awaitable[Answer]]) -> Answer:
+    """Something short that must not be done twice, such as an append. After a crash in the middle of it nobody knows
+    whether it was done: then its key is a Conflict."""
+    known = await sandbox.journal.known(place)
+    if known is not None:
+        return known
+    with _written_down(sandbox, place, kind="call"):
+        reply = await work()
+    sandbox.journal.finish(place, reply)
+    return reply
+
+
+async def start_process(sandbox: Supervisor, command: Command, place: str | None) -> Answer:
+    """A process in the background."""
+    journal, key = sandbox.journal, uuid.uuid4().hex[:12]
+    known = await journal.known(place)
+    if known is not None:
+        return known
+    with _written_down(sandbox, place, kind="start", id=key, command=command.model_dump(mode="json")):
+        reply = answer((await sandbox.start_process(command, key)).info, 201)
+    journal.finish(place, reply)
+    return reply
+
+
+async def execute(sandbox: Supervisor, command: Command, place: str | None) -> Answer:
+    """A program, run to its end."""
+    journal, key = sandbox.journal, uuid.uuid4().hex[:12]
+    known = await journal.known(place)
+    if known is not None:
+        return known
+    sh = await sandbox.shell_for(command)
+    if place is not None and sandbox.leaving:
+        raise programs.LetGo
+    if place is None:
+        process = await programs.start(sandbox.runtime, sandbox.handle, command, sh)
+        return answer(await programs.Execution(process, command).run())
+    spools: list[SpoolFile] = []
+    with contextlib.suppress(OSError):  # no room on the server's disk: it runs, and a crash would lose it
+        spools.append(journal.borrow())
+        spools.append(journal.borrow())
+    # Of its input only whether it has one: it cannot be given again, and may be large.
+    told = command if command.stdin is None else command.model_copy(update={"stdin": ""})
+    entry: dict[str, Any] = {"id": key, "command": told.model_dump(mode="json"), "began": time.clock_gettime(CLOCK)}
+    if len(spools) == 2:
+        entry["spools"] = [[spool.path.name, spool.begin()] for spool in spools]
+    with _written_down(sandbox, place, kind="execute", **entry):
+        try:
+            process = await programs.start(
+                sandbox.runtime, sandbox.handle, command, sh, key=programs.EXECUTED + key, keep=True
+            )
+            await faults.point("execute.started")
+            execution = programs.Execution(process, command, None, spools if len(spools) == 2 else ())
+            execution.on_fed = lambda: journal.written(place)
+            reply = answer(await _run(sandbox, execution))
+        except programs.LetGo:
+            for spool in spools:
+                spool.close()  # they are the next rocklet's
+            spools.clear()
+            raise
+        finally:
+            for spool in spools:
+                journal.give_back(spool)
+    journal.finish(place, reply)
+    return reply
+
+
+async def _run(sandbox: Supervisor, execution: programs.Execution, *, fed: bool = False) -> CommandResponse:
+    """One that the server lets go of when it stops."""
+    sandbox.executions.add(execution)
+    try:
+        if sandbox.leaving:
+            execution.let_go()
+        return await (execution.take_up() if fed else execution.run())
+    finally:
+        sandbox.executions.discard(execution)
+
+
+@contextlib.contextmanager
+def streamed(sandbox: Supervisor, place: str | None) -> Any:
+    """A request whose answer is a stream: not to be begun again."""
+    sandbox.journal.begin(place, kind="stream")
+    try:
+        yield
+    finally:
+        sandbox.journal.finish(place, _streamed())
+
+
+def _streamed() -> Answer:
+    return failure(
+        Conflict(
+            "a request with this key was begun already, and its answer was a stream, which is not kept",
+            hint="look what it did; ask without ?stream=1 for an answer that can be had again",
+        )
+    )
+
+
+@contextlib.contextmanager
+def _written_down(sandbox: Supervisor, place: str | None, **entry: Any) -> Any:
+    """The intent, and an end that is an error; `finish` is for who has an answer."""
+    journal = sandbox.journal
+    journal.begin(place, **entry)
+    try:
+        yield
+    except programs.LetGo:
+        raise
+    except RockError as error:
+        if place is not None and not error.retryable:
+            journal.finish(place, failure(error))
+        elif place is not None:
+            journal.forget(place)
+        raise
+    except asyncio.CancelledError:
+        if place is not None and entry["kind"] in ("execute", "start", "call"):  # it may have run for a while
+            journal.finish(place, failure(ended_with_client()))
+        elif place is not None:
+            journal.forget(place)
+        raise
+    except BaseException:
+        if place is not None:
+            journal.forget(place)
+        raise
+
+
+# ---- after a crash ----
+
+
+async def settle_sessions(sandbox: Supervisor, kept: Sequence[str], known: Any) -> None:
+    """End shells that were started for a session of which nobody was told."""
+    for place, entry in list(sandbox.journal.begun.items()):
+        if entry.get("kind") != "session":
+            continue
+        name = str(entry["session"])
+        if name in known:
+            sandbox.journal.finish(place, answer({"output": "", "session_type": "bash"}, 201))
+            continue
+        if KEY + name in kept and name != "default":  # which stands from the start
+            await _kill(sandbox, KEY + name)
+        sandbox.journal.forget(place)
+
+
+async def settle(sandbox: Supervisor, kept: Sequence[str]) -> None:
+    """Go on with what a former rocklet had begun; sessions have taken up their commands already."""
+    journal = sandbox.journal
+    wanted = set()
+    for place, entry in list(journal.begun.items()):
+        kind = entry.get("kind")
+        if kind == "execute":
+            wanted.add(programs.EXECUTED + entry["id"])
+            journal.resume(place, asyncio.create_task(_go_on(sandbox, place, entry), name="taken up"))
+        elif kind == "start":
+            try:
+                found, command = sandbox.processes.get(entry["id"]), Command.model_validate(entry["command"])
+                if found is None:
+                    found = await sandbox.adopt_process(entry["id"], command)
+                elif command.stdin is not None:  # it is given after the answer is written down: it has none of it
+                    found.feed(command.stdin.encode("utf-8", "surrogateescape"))
+                journal.finish(place, answer(found.info, 201))
+            except NotFound:
+                journal.not_begun(place)
+        elif kind == "stream":
+            journal.finish(place, _streamed())
+        elif kind == "call":
+            journal.finish(place, failure(Conflict(
+                "the server was killed in the middle of this; it may have been done, or a part of it",
+                sandbox_id=sandbox.id, hint="look what was done")))  # fmt: skip
+        elif kind == "run" and entry.get("session") not in sandbox.sessions:
+            journal.not_begun(place)
+    journal.settled()
+    journal.sweep()
+    for key in kept:
+        if key.startswith(programs.EXECUTED) and key not in wanted:
+            await _kill(sandbox, key)
+
+
+async def _kill(sandbox: Supervisor, key: str) -> None:
+    with contextlib.suppress(RockError):
+        process = await sandbox.runtime.attach(sandbox.handle, key)
+        try:
+            await process.kill_tree()
+            await process.wait()
+        finally:
+            process.close()
+
+
+async def _go_on(sandbox: Supervisor, place: str, entry: dict[str, Any]) -> Answer | None:
+    """A program that somebody waited for."""
+    journal = sandbox.journal
+    try:
+        process = await sandbox.runtime.attach(sandbox.handle, programs.EXECUTED + entry["id"])
+    except NotFound:
+        reply = journal.not_begun(place)
+        journal.sweep()
+        return reply
+    command = Command.model_validate(entry["command"])
+    cut = command.stdin is not None and not entry.get("written")
+    if command.timeout is not None:
+        left = command.timeout - (time.clock_gettime(CLOCK) - float(entry["began"]))
+        command = command.model_copy(update={"timeout": max(0.001, left)})
+    spools: list[SpoolFile] = []
+    try:
+        for name, _ in entry.get("spools", ()):
+            spools.append(journal.file(name))
+    except OSError as error:
+        process.close()
+        for spool in spools:
+            spool.close()
+        raise Unavailable(
+            f"what the program wrote before the server was started again cannot be read: {error.strerror or error}",
+            sandbox_id=sandbox.id,
+            hint="the program goes on; start the server again when its disk can be read",
+        ) from None
+    try:
+        execution = programs.Execution(process, command, None, spools)
+        execution.resume_at([start for _, start in entry.get("spools", ())] if spools else ())
+        if cut:
+            await execution.end()
+        response = await _run(sandbox, execution, fed=True)
+        if cut:
+            response = response.model_copy(update={"failure_reason": _CUT})
+        reply = answer(response)
+    finally:
+        for spool in spools:
+            spool.close()
+    journal.finish(place, reply)
+    for spool in spools:
+        spool.remove()
+    return reply

@@ -1,0 +1,382 @@
+"""What a running program has written, kept where it outlives this process.
+
+    SpoolFile      a file a stream: what a program wrote goes from its pipe to the file by one system call (splice), so
+                   that kill -9 finds each byte in the one or in the other, never in neither and never in both
+    SpoolFolder    those of one sandbox, with its journal (journal.py)
+
+Written to the page cache and not synced: sandboxes do not outlive the machine either. See docs/decisions/0018-spool.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import shutil
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from rock.rocklet.commands.output import Capped
+from rock.rocklet.durability import checksums
+from rock.rocklet.durability.checksums import Marks, Slot
+
+log = logging.getLogger("rock.node")
+
+_PORTION = 64 << 10
+_HEAD = struct.Struct("<qqqq")  # token, bytes of the head, bytes dropped after it, bytes in all
+_SLACK = 1 << 20
+_IDLE = 1 << 20  # bytes of a spool file that is begun anew for the next command
+_OF_PROGRAM = "x"  # what the names of programs' spool files begin with; those of sessions are hexadecimal
+_FREE = 8  # spool files of a sandbox that are kept open for whoever comes next
+_JOURNAL = "journal"
+_MARKS = "marks"
+
+
+class SpoolFile:
+    """What one stream gave, of the command that runs and of some before it.
+
+    The file has a head: of which command it is, once it had to be shortened, and what was left out. The checksum of
+    what the running command gave is among the marks of the folder.
+    """
+
+    def __init__(self, path: Path, marks_: Marks, found: Slot | None = None, aside: Path | None = None) -> None:
+        """found: the mark of a former rocklet. aside: the folder that damaged files are moved to."""
+        self.path = path
+        self._marks = marks_
+        self._name = checksums.digest(path.name)
+        self._found = found
+        self._aside = aside
+        self._checksum = 0
+        self._lost = 0  # bytes of the command that runs which could not be kept
+        self.broken = False  # the disk is full: what comes is not kept
+        self._splices = True
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self.end = max(_HEAD.size, os.fstat(self._fd).st_size)
+        self.start = self.end
+        self._short = any(os.pread(self._fd, _HEAD.size, 0))
+
+    @property
+    def full(self) -> bool:
+        """Whether the next command begins it anew."""
+        return self.end > _IDLE or self._short
+
+    def begin(self, held: bytes = b"") -> int:
+        """A command begins, with what came before it; answers where."""
+        if self.full:
+            self._short = False
+            os.ftruncate(self._fd, 0)
+            self.end = _HEAD.size
+            self._marks.drop(self._name)
+        elif self._lost:
+            self._marks.drop(self._name)
+        self.broken = False
+        self.start = self.end
+        self._checksum = self._lost = 0
+        if held:
+            self._add(held)
+        return self.start
+
+    def _mark(self) -> None:
+        """Say how far it is. One that was shortened is marked from its first byte."""
+        start = 0 if self._short else self.start
+        self._marks.slot(self._name, Slot(start, self.end, self._lost, self._checksum))
+
+    def take(self, fd: int, limit: int) -> bytes:
+        """Move what a descriptor has to the file, and answer it: what os.read does, beside."""
+        if self.broken:
+            data = os.read(fd, min(limit, _PORTION))
+            self._lose(len(data))
+            return data
+        if self._splices:
+            try:
+                count = os.splice(fd, self._fd, min(limit, _PORTION), offset_dst=self.end)
+            except OSError as error:
+                if error.errno in (errno.EAGAIN, errno.EIO):
+                    raise
+                # Not a pipe, a file system that cannot, or no room for it. Nothing was taken.
+                self._splices = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            else:
+                data = os.pread(self._fd, count, self.end)
+                if count:
+                    self.end += count
+                    self._checksum = zlib.crc32(data, self._checksum)
+                    self._mark()
+                return data
+        data = os.read(fd, min(limit, _PORTION))
+        self._add(data)
+        return data
+
+    def _add(self, data: bytes) -> None:
+        try:
+            done = os.pwrite(self._fd, data, self.end)
+        except OSError as error:
+            done = -1
+            log.warning("output is not kept for a restart: %s", error)
+        if done != len(data):
+            self.broken = True
+            self._lose(len(data))
+        else:
+            self.end += len(data)
+            self._checksum = zlib.crc32(data, self._checksum)
+            if data:
+                self._mark()
+
+    def _lose(self, count: int) -> None:
+        if count:
+            self._lost += count
+            self._mark()
+
+    def keep_short(self, token: int, kept: Capped) -> None:
+        """Bound the file, by what is kept of an output that is longer than that."""
+        if self.size > kept.limit * 2 + _SLACK and not self.broken:
+            self.shorten(token, kept)
+
+    def shorten(self, token: int, kept: Capped) -> None:
+        """Put what is kept of a long output in the place of all of it, at once."""
+        head, tail = kept.parts()
+        beside = self.path.with_name(f".new-{self.path.name}")
+        fd = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        checksum = 0
+        try:
+            for part in (_HEAD.pack(token, len(head), kept.total - len(head) - len(tail), kept.total), head, tail):
+                if part and os.write(fd, part) != len(part):
+                    raise OSError(errno.ENOSPC, "no space left")
+                checksum = zlib.crc32(part, checksum)
+            self._marks.drop(self._name)  # between the two names a kill finds a file without a mark
+            os.rename(beside, self.path)
+        except OSError as error:
+            os.close(fd)
+            with contextlib.suppress(OSError):
+                os.unlink(beside)
+            self.broken = True
+            log.warning("output is not kept for a restart: %s", error)
+            return
+        os.close(self._fd)
+        self._fd, self.start, self._short = fd, _HEAD.size, True
+        self.end = _HEAD.size + len(head) + len(tail)
+        self._checksum = checksum
+        self._mark()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the command that runs."""
+        return self.end - self.start
+
+    def load(self, token: int, start: int, into: Capped) -> int | None:
+        """Give what was kept of a command to `into`; what it writes from now on comes after that.
+
+        Returns the bytes that were kept and are damaged or missing, of which none is given; None when there are none.
+        """
+        head = os.pread(self._fd, _HEAD.size, 0)
+        short = self._short and _HEAD.unpack(head)[0] == token
+        missing, whole = self._verify(start, short)
+        if not whole:
+            return missing
+        if short:
+            _, first, dropped, _ = _HEAD.unpack(head)
+            self.start = _HEAD.size
+            data = self.read()
+            into.resume(data[:first], dropped, data[first:])
+        else:
+            into.add(self.read())
+        return missing
+
+    def _verify(self, start: int, short: bool) -> tuple[int | None, bool]:
+        """(see `load`, whether what is there is right). Goes on from there; a damaged file is set aside."""
+        found, missing, whole = self._found, None, True
+        self.start = start
+        if found is not None and found.start not in (0, start):
+            found = None  # of a command before it, which left nothing here
+        at = found.start if found is not None else 0 if short else start
+        size = max(_HEAD.size, os.fstat(self._fd).st_size)
+        data = b"".join(_portions(self._fd, at, size))
+        marked = 0 if found is None else found.end - at
+        if found is not None and found.lost:
+            missing = found.lost
+        if (size < start and not short) or len(data) < marked or (
+            found is not None and zlib.crc32(data[:marked]) != found.checksum
+        ):
+            missing, whole = (missing or 0) + max(len(data), marked), False
+            self._set_aside()
+            os.ftruncate(self._fd, start)
+            self._short, self.end, self._checksum = False, start, 0
+        else:
+            self.end, self._checksum = max(size, at), zlib.crc32(data)
+        self._lost = missing or 0
+        self._mark()
+        return missing, whole
+
+    def _set_aside(self) -> None:
+        """Keep a copy of a damaged file for whoever wants to look at it."""
+        _copy_aside(self.path, self._aside)
+
+    def read(self) -> bytes:
+        """All that there is of the command that runs."""
+        return b"".join(_portions(self._fd, self.start, self.end))
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def remove(self) -> None:
+        self.close()
+        self._marks.drop(self._name)
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+
+    def empty(self) -> None:
+        """Begin anew, for somebody else. OSError."""
+        os.ftruncate(self._fd, 0)
+        self.end = self.start = _HEAD.size
+        self._checksum = self._lost = 0
+        self._short = self.broken = False
+
+
+def told_missing(missing: int | None) -> str:
+    """What to tell of output that was kept and is damaged. missing: its bytes; None when it is whole."""
+    if missing is None:
+        return ""
+    size = f"{missing} bytes" if missing else "an unknown number of bytes"
+    return (f"{size} of its output from before the server was started again are lost: "
+            "the server's file of them is damaged or missing")  # fmt: skip
+
+
+def _copy_aside(path: Path, aside: Path | None) -> None:
+    """Copy a damaged file to the folder `aside`, where there is one, under the name of its folder and its own."""
+    if aside is None or not path.exists():
+        return
+    with contextlib.suppress(OSError):
+        aside.mkdir(parents=True, exist_ok=True, mode=0o700)
+        shutil.copyfile(path, aside / f"{path.parent.name}-{path.name}")
+
+
+def _portions(fd: int, at: int, end: int) -> Iterator[bytes]:
+    while at < end and (part := os.pread(fd, min(_PORTION << 4, end - at), at)):
+        yield part
+        at += len(part)
+
+
+class SpoolFolder:
+    """The spool files and the journal of one sandbox, in a folder that is made with the first of them.
+
+    Files stay open for the next session, program or sandbox: to make one and to remove it costs more than all that
+    most of them are used for.
+    """
+
+    def __init__(self, path: Path, aside: Path | None = None) -> None:
+        """aside: the folder that damaged files are copied to."""
+        self.path = path
+        self.aside = aside
+        self.marks = Marks(path / _MARKS)
+        self.found: dict[int, Slot] = {}  # what a former rocklet marked
+        self._free: dict[str, SpoolFile] = {}
+        self._journal = -1
+        self._closed = False
+
+    def file(self, name: str) -> SpoolFile:
+        """A spool file of that name. OSError."""
+        found = self._free.pop(name, None)
+        if found is None:
+            self._make()
+            found = SpoolFile(self.path / name, self.marks, self.found.pop(checksums.digest(name), None), self.aside)
+        return found
+
+    def borrow(self) -> SpoolFile:
+        """A spool file that nobody uses. OSError."""
+        name = next((name for name in self._free if name.startswith(_OF_PROGRAM)), None)
+        return self.file(name or f"{_OF_PROGRAM}{os.urandom(6).hex()}")
+
+    def give_back(self, spool: SpoolFile) -> None:
+        """Of who needs it no more."""
+        if len(self._free) < _FREE and not spool.broken and not self._closed:
+            self._free[spool.path.name] = spool
+            return
+        spool.remove()
+
+    def journal(self) -> int:
+        """The descriptor of the journal, to append to. OSError."""
+        if self._journal < 0:
+            self._make()
+            self._journal = os.open(self.path / _JOURNAL, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return self._journal
+
+    def make(self) -> None:
+        """Make it with its marks, so that a folder that is not there later was removed. OSError."""
+        self._make()
+        self.marks.begin()
+
+    def read_marks(self) -> checksums.Found:
+        """What a former rocklet marked; what comes is marked after that. OSError."""
+        found = checksums.read(self.path / _MARKS)
+        self.marks.go_on(found)
+        self.found = dict(found.slots)
+        return found
+
+    def read_journal(self) -> bytes:
+        """OSError."""
+        return (self.path / _JOURNAL).read_bytes()
+
+    def set_aside(self, *names: str) -> None:
+        """Copy damaged files to where they can be looked at."""
+        for name in names:
+            _copy_aside(self.path / name, self.aside)
+
+    def replace_journal(self, data: bytes) -> None:
+        """At once. OSError."""
+        beside = self.path / f".new-{_JOURNAL}"
+        with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
+            file.write(data)
+        os.rename(beside, self.path / _JOURNAL)
+        self._close_journal()
+
+    def sweep(self, used: set[str]) -> None:
+        """Remove the spool files of programs that a former rocklet left, but those `used`."""
+        with contextlib.suppress(OSError):
+            for name in os.listdir(self.path):
+                if name.startswith((_OF_PROGRAM, ".new-")) and name not in used and name not in self._free:
+                    (self.path / name).unlink()
+                    self.marks.drop(checksums.digest(name))
+
+    def clear(self) -> bool:
+        """Make it empty, for another sandbox; False when it cannot be."""
+        try:
+            for spool in self._free.values():
+                spool.empty()
+            self.marks.empty()
+            self.found.clear()
+            for name in os.listdir(self.path) if self.path.is_dir() else ():
+                if name == _JOURNAL and self._journal >= 0:
+                    os.ftruncate(self._journal, 0)
+                elif name not in self._free and name != _MARKS:
+                    (self.path / name).unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("%s is not used again: %s", self.path, error)
+            return False
+        return not self._closed
+
+    def close(self) -> None:
+        """Leave it as it is, for the rocklet after this one."""
+        self._closed = True
+        for spool in self._free.values():
+            spool.close()
+        self._free.clear()
+        self._close_journal()
+        self.marks.close()
+
+    def remove(self) -> None:
+        self.close()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _make(self) -> None:
+        if self._closed:
+            raise OSError(errno.EBADF, "the spool is closed")
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def _close_journal(self) -> None:
+        if self._journal >= 0:
+            os.close(self._journal)
+            self._journal = -1

@@ -1,0 +1,413 @@
+"""What the environments of a sandbox are asked, and what they answer: the rocklet's side of guest/environments/host.py.
+
+A request costs a write, an answer a read, without a thread. Requests of one environment follow each other; those of
+several run side by side, each in its own process. What they are asked and answer is passed on unread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+import signal
+from collections.abc import Callable
+from typing import Any
+
+from rock.errors import (
+    CommandTimeout,
+    Conflict,
+    EnvironmentEnded,
+    InvalidConfig,
+    Lost,
+    NotFound,
+    RockError,
+    SandboxError,
+)
+from rock.guest.environments import frames, host
+from rock.guest.environments.frames import ENDED, ERROR, HEAD, HELLO, KILL, MAKE, NO_INDEX, PLAIN
+from rock.protocol.env import error_of
+from rock.rocklet.environments.pipes import Link
+from rock.rocklet.environments.registry import Answered, Batch, Call, Hosted, Lent, Names, Owners
+from rock.runtime.base import ExitStatus, Process
+
+
+class Exchange:
+    """The environments that one host has, by number, and the pipes by which each is asked.
+
+    timeout: seconds for one thing that an environment is asked, after which it is killed, where it has no own.
+    failed: why the host is gone; None while it serves. free: pipes that no environment has.
+    """
+
+    def __init__(self, sandbox_id: str, timeout: float, lease: float) -> None:
+        self.sandbox_id = sandbox_id
+        self.names = Names(sandbox_id, self.forget)
+        self.envs: dict[int, Hosted] = {}
+        self.owners = Owners(self.envs, lease, self.forget)
+        self.free: list[int] = []
+        self.link: Link | None = None
+        self.failed: RockError | None = None
+        self._timeout = timeout
+        self._calls: dict[int, Call] = {}
+        self._next_id = secrets.randbits(40)  # answers to a former rocklet must not look like answers to us
+        self._ending: asyncio.Task[None] | None = None
+
+    # ---- life
+
+    def connect(self, process: Process) -> Link:
+        """Speak to this host from now on."""
+        self.link = Link(process, self._answer, self._end, self.nonsense)
+        return self.link
+
+    def let_go(self, why: RockError) -> None:
+        """Speak to it no longer: everything that it was asked fails. Idempotent."""
+        self._fail(why)
+        if self._ending is not None:
+            self._ending.cancel()
+        link, self.link = self.link, None
+        if link is not None:
+            link.stop()
+            link.process.close()
+
+    def greet(self, number: int, pipe: int) -> None:
+        """Somebody else may have read half of an answer: the next one begins after what answers this."""
+        assert self.link is not None
+        token = secrets.token_bytes(16)
+        self.link.own[pipe + host.OWN].seek(token)
+        self.link.outlets[pipe].send(number, framed(HELLO, number, 0, NO_INDEX, token))
+
+    async def zygote(self, op: int, payload: bytes) -> Any:
+        """What the host itself answers."""
+        batch = Batch(1)
+        self.send(batch, 0, op, 0, 0, 0, NO_INDEX, payload)
+        return plain_of((await batch.future)[0])
+
+    def forget(self, number: int) -> None:
+        """Nobody asks for it again; its number and pipe are free once its process has ended."""
+        hosted = self.envs.get(number)
+        if hosted is None:
+            return
+        hosted.closed = True
+        self.names.drop(number)
+        self.owners.drop(number)
+        if self.failed is not None:
+            del self.envs[number]
+        elif hosted.dead and hosted.lent is None:
+            self.release(number, hosted)
+        elif hosted.ended is None:  # else it was killed already
+            self._kill(number)
+
+    # ---- requests
+
+    async def plain(self, op: int, number: int, value: Any, index: int = NO_INDEX) -> Any:
+        """Ask an environment for something as JSON. Its error."""
+        batch = Batch(1)
+        self.send(batch, 0, op, PLAIN, number, 0, index, json_of(value))
+        return plain_of((await batch.future)[0])
+
+    def send(
+        self, batch: Batch, place: int, op: int, flags: int, number: int, asker: int, index: int, payload: Any
+    ) -> None:
+        """Write a request; its answer comes to the batch. Raises what is known without asking."""
+        pipe = None
+        hosted = self.envs.get(number) if number else None
+        if number:
+            if hosted is None or hosted.closed:
+                raise NotFound(
+                    f"there is no environment {number} in sandbox {self.sandbox_id}",
+                    sandbox_id=self.sandbox_id,
+                    hint=self.names.why_gone(number),
+                )
+            if hosted.ended is not None:
+                raise hosted.ended
+        if self.failed is not None or self.link is None:
+            raise self.failed or Lost("the host of environments was not started", sandbox_id=self.sandbox_id)
+        self._next_id += 1
+        id = self._next_id
+        self._calls[id] = Call(batch, place, number, op, asker)
+        if hosted is not None:
+            pipe = None if op == MAKE else hosted.pipe
+            loop = asyncio.get_running_loop()
+            if not hosted.asked:
+                hosted.since = loop.time()
+            hosted.asked.append(id)
+            if hosted.timer is None:
+                hosted.timer = loop.call_at(hosted.since + self.limit(hosted), self._overdue, number)
+        stream = 0 if op == MAKE else number
+        message = HEAD.pack(len(payload), op, flags, number, id, index) + payload
+        self.link.outlets[pipe or host.REQUESTS].send(stream, message)
+
+    def limit(self, hosted: Hosted) -> float:
+        """Seconds for one thing that it is asked."""
+        return self._timeout if hosted.timeout is None else hosted.timeout
+
+    def _overdue(self, number: int) -> None:
+        """The time of what was asked first is over, or would be if it were still that."""
+        hosted = self.envs.get(number)
+        if hosted is None:
+            return
+        hosted.timer = None
+        if not hosted.asked:
+            return
+        loop = asyncio.get_running_loop()
+        limit = self.limit(hosted)
+        if hosted.since + limit > loop.time():
+            hosted.timer = loop.call_at(hosted.since + limit, self._overdue, number)
+            return
+        self.took_too_long(number, hosted, frames.NAMES.get(self._calls[hosted.asked[0]].op, "call"))
+
+    def took_too_long(self, number: int, hosted: Hosted, what: str) -> None:
+        """It has had its time: it is killed."""
+        self._env_failed(hosted, CommandTimeout(
+            f"environment {hosted.env_id}: {what} took longer than {self.limit(hosted):g} s; it was killed",
+            sandbox_id=self.sandbox_id, hint="make a new one",
+        ))  # fmt: skip
+        self._kill(number)
+
+    def _env_failed(self, hosted: Hosted, why: RockError) -> None:
+        """An environment is of no use any more: everything that it was asked fails."""
+        hosted.ended = hosted.ended or why
+        if hosted.lent is not None:
+            hosted.lent(hosted.ended)
+        for id in hosted.asked:
+            call = self._calls.pop(id)
+            call.batch.put(call.place, hosted.ended)
+        hosted.asked.clear()
+        if hosted.timer is not None:
+            hosted.timer.cancel()
+            hosted.timer = None
+
+    def _kill(self, number: int) -> None:
+        if self.link is not None and self.failed is None:
+            self.link.outlets[host.REQUESTS].send(0, framed(KILL, number, 0, NO_INDEX, b""))
+
+    # ---- answers
+
+    def _answer(self, frame: bytes | bytearray, pipe: int | None = None) -> None:
+        """A frame came: on the pipe that all share, or on the one of the environment that has `pipe`."""
+        length, op, flags, number, id, index = HEAD.unpack_from(frame)
+        if length != len(frame) - HEAD.size:
+            raise ValueError("a frame of another length than it says")
+        if op == ENDED:
+            told = json.loads(frame[HEAD.size :])
+            self._env_ended(number, int(told["status"]), str(told["stderr"]))
+            return
+        call = self._calls.get(id)
+        if call is None or call.number != number:
+            return  # an answer to a former rocklet, or to what was given up
+        hosted = self.envs.get(number)
+        if pipe is not None and (hosted is None or hosted.pipe != pipe):
+            raise ValueError("an answer in another environment's name")
+        del self._calls[id]
+        if hosted is not None and hosted.asked:
+            hosted.asked.remove(id)
+            hosted.since = asyncio.get_running_loop().time()
+        if op == ERROR:
+            error, started = error_of(json.loads(frame[HEAD.size :]), self.sandbox_id)
+            if not started and number in self.envs:
+                refused = self.envs.pop(number)
+                self.names.drop(number)
+                self.owners.drop(number)
+                self.free += [refused.pipe] if refused.pipe is not None else []
+                if refused.timer is not None:
+                    refused.timer.cancel()
+            call.batch.put(call.place, error)
+            return
+        patched = frame if isinstance(frame, bytearray) else bytearray(frame)
+        HEAD.pack_into(patched, 0, length, op, flags, number, call.id, index)
+        call.batch.put(call.place, patched)
+
+    def nonsense(self, pipe: int, why: str) -> None:
+        """What an environment answers makes no sense: it is of no use any more."""
+        for number, hosted in self.envs.items():
+            if hosted.pipe == pipe and hosted.ended is None:
+                self._env_failed(hosted, EnvironmentEnded(
+                    f"environment {hosted.env_id} was killed: what it answers makes no sense ({why})",
+                    sandbox_id=self.sandbox_id, hint="make a new one",
+                ))  # fmt: skip
+                self._kill(number)
+
+    def _env_ended(self, number: int, status: int, lines: str) -> None:
+        hosted = self.envs.get(number)
+        if hosted is None or self.link is None:
+            return
+        self.link.inlet.forget(number)
+        hosted.dead = True
+        if hosted.pipe is not None and hosted.lent is None:
+            self.link.own[hosted.pipe + host.OWN].drain()  # its last answers may still be there
+        code = os.waitstatus_to_exitcode(status)
+        how = f"it was killed by {signal.Signals(-code).name}" if code < 0 else f"its process exited with status {code}"
+        if code == -signal.SIGKILL:
+            how += ", as happens when the sandbox is out of memory"
+        last = lines.strip().splitlines()[-1:]
+        self._env_failed(hosted, EnvironmentEnded(
+            ": ".join([f"environment {hosted.env_id} ended: {how}", *last]),
+            sandbox_id=self.sandbox_id,
+            hint="make a new one",
+            details={"stderr": lines, "exit": code},
+        ))  # fmt: skip
+        if hosted.lent is None:
+            self.release(number, hosted)
+
+    def release(self, number: int, hosted: Hosted) -> None:
+        """Its process is gone, and nobody has its pipes."""
+        if hosted.pipe is not None:
+            self.free.append(hosted.pipe)
+            hosted.pipe = None
+        if hosted.closed:
+            self.envs.pop(number, None)
+
+    def _end(self, nonsense: str | None) -> None:
+        """Nothing comes any more, or nothing that makes sense."""
+        if nonsense is not None:
+            self._fail(
+                SandboxError(f"the host of environments speaks nonsense: {nonsense}", sandbox_id=self.sandbox_id)
+            )
+        elif self._ending is None and self.link is not None:
+            self._ending = asyncio.ensure_future(self._ended(self.link))
+
+    async def _ended(self, link: Link) -> None:
+        try:
+            status = await link.process.wait()
+        except RockError as error:
+            self._fail(error)
+            return
+        last = link.tail.text.splitlines()[-1:]
+        self._fail(SandboxError(": ".join([f"the host of environments ended: {_described(status)}", *last]),
+                                sandbox_id=self.sandbox_id, details={"stderr": link.tail.text},
+                                hint="make the environment again"))  # fmt: skip
+
+    def _fail(self, error: RockError) -> None:
+        self.failed = self.failed or error
+        self.names.stop()
+        self.owners.stop()
+        calls, self._calls = self._calls, {}
+        for call in calls.values():
+            call.batch.put(call.place, error)
+        for hosted in self.envs.values():
+            hosted.asked.clear()
+            if hosted.lent is not None:
+                hosted.lent(error)
+            if hosted.timer is not None:
+                hosted.timer.cancel()
+                hosted.timer = None
+
+
+def framed(op: int, number: int, id: int, index: int, payload: bytes) -> bytes:
+    """A whole frame of JSON."""
+    return HEAD.pack(len(payload), op, PLAIN, number, id, index) + payload
+
+
+def json_of(value: Any) -> bytes:
+    """InvalidConfig for what JSON does not hold."""
+    try:
+        return json.dumps(value).encode()
+    except (TypeError, ValueError) as error:
+        raise InvalidConfig(f"an environment can only be given what JSON holds: {error}") from None
+
+
+def plain_of(answered: Answered) -> Any:
+    """The value of an answer that is JSON; raises the error that came instead."""
+    if isinstance(answered, RockError):
+        raise answered
+    try:
+        return json.loads(memoryview(answered)[HEAD.size :].tobytes())
+    except (ValueError, RecursionError) as error:
+        raise EnvironmentEnded(f"what the environment answered is no JSON: {error}") from None
+
+
+def _described(status: ExitStatus) -> str:
+    if status.signal is not None:
+        return f"killed by signal {status.signal}" + (" (out of memory?)" if status.signal == signal.SIGKILL else "")
+    return "exit status unknown" if status.code is None else f"exit status {status.code}"
+
+
+# ---- envlending ----
+#
+# Pipes of environments that clients on this machine have: they play them without the server (local_socket.py).
+
+_RETURN_TIMEOUT = 2.0
+
+
+class Lending:
+    """Who has the pipes of which environment of one host."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+
+    def token_of(self, number: int) -> str | None:
+        """What its pipes are given for; None when it has none of its own."""
+        hosted = self._exchange.envs.get(number)
+        if hosted is None or hosted.pipe is None:
+            return None
+        hosted.token = hosted.token or secrets.token_urlsafe(24)
+        return hosted.token
+
+    def is_token(self, number: int, token: str) -> bool:
+        hosted = self._exchange.envs.get(number)
+        if hosted is None or not hosted.token:
+            return False
+        return secrets.compare_digest(hosted.token.encode(), token.encode(errors="replace"))
+
+    def lend(self, number: int, lost: Callable[[RockError], None]) -> Lent:
+        """The pipes of an environment that is nobody's; `lost` is called when it ends or is taken back. Raises its end,
+        Conflict."""
+        hosted = self._exchange.envs[number]
+        if hosted.ended is not None:
+            raise hosted.ended
+        if self._exchange.failed is not None or self._exchange.link is None or hosted.pipe is None or hosted.closed:
+            raise self._exchange.failed or self._unknown(number)
+        if hosted.lent is not None or hosted.asked:
+            raise Conflict(f"environment {number} is being played", sandbox_id=self._exchange.sandbox_id)
+        own = hosted.pipe + host.OWN
+        self._exchange.link.own[own].stop()
+        hosted.lent = lost
+        hosted.returned.clear()
+        channels = self._exchange.link.process.channels
+        memory = self._exchange.link.memory
+        part = None if memory is None else (memory, (hosted.pipe - host.PIPES.start) * frames.PART)
+        return Lent(channels[hosted.pipe], channels[own], part, self._exchange.limit(hosted))
+
+    def _unknown(self, number: int) -> NotFound:
+        return NotFound(f"there is no environment {number}", sandbox_id=self._exchange.sandbox_id)
+
+    def take_back(self, number: int) -> None:
+        """The client has let go of the pipes, or has to. Idempotent."""
+        hosted = self._exchange.envs.get(number)
+        if hosted is None or hosted.lent is None:
+            return
+        hosted.lent = None
+        hosted.returned.set()
+        if self._exchange.link is None or hosted.pipe is None:
+            return
+        own = self._exchange.link.own[hosted.pipe + host.OWN]
+        own.start()
+        if hosted.dead:
+            own.drain()
+            self._exchange.release(number, hosted)
+        elif hosted.ended is None:
+            self._exchange.greet(number, hosted.pipe)
+
+    def overdue(self, number: int, what: str) -> None:
+        """The client that has the pipes found that something took too long."""
+        hosted = self._exchange.envs.get(number)
+        if hosted is not None and hosted.lent is not None:
+            self._exchange.took_too_long(number, hosted, what)
+
+    def nonsense(self, number: int, why: str) -> None:
+        """The client that has the pipes could not make sense of an answer."""
+        hosted = self._exchange.envs.get(number)
+        if hosted is not None and hosted.lent is not None and hosted.pipe is not None:
+            self._exchange.nonsense(hosted.pipe, why)
+
+    async def at_home(self, number: int) -> None:
+        """Wait a little for pipes that their client is about to give back: it asks here next when it lost its way."""
+        hosted = self._exchange.envs.get(number)
+        if hosted is None or hosted.lent is None:
+            return
+        try:
+            async with asyncio.timeout(_RETURN_TIMEOUT):
+                await hosted.returned.wait()
+        except TimeoutError:
+            raise Conflict(f"environment {number} is being played by a client that has its pipes",
+                           sandbox_id=self._exchange.sandbox_id) from None  # fmt: skip

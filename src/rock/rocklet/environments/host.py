@@ -1,0 +1,254 @@
+"""Environments in one sandbox: the program that hosts them (guest/environments/host.py), its life, and what can be
+wished of it.
+
+How they are asked is in exchange.py, how clients get their pipes in exchange.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rock.errors import ImageError, InvalidConfig, Lost, NotFound, RockError, SandboxError
+from rock.guest.environments import host as envhost
+from rock.guest.environments.frames import CALL, CLOSE, HELLO, MAKE, NO_INDEX, PLAIN, RESET, STEP, Frame
+from rock.images.packages import CURRENT
+from rock.rocklet.environments.exchange import Exchange, Lending, json_of, plain_of
+from rock.rocklet.environments.pipes import program
+from rock.rocklet.environments.registry import Answered, Batch, Hosted
+from rock.runtime.base import Handle, Process, Runtime
+
+ENV_LEASE = 50.0  # seconds
+_CLOSE_TIMEOUT = 10.0  # for what an environment does at its end; then it is killed
+_OPEN_TIMEOUT = 180.0  # importing takes seconds, and more on a busy machine
+
+
+class EnvHost:
+    """The environments of one sandbox.
+
+    folder: where the packages are inside: a link `python`, and a folder `site`; None for an image whose own Python has
+    them. timeout: seconds for one make, reset or step, after which the environment is killed. adapter: of the training
+    set that it hosts, for guest/environments/tasks.py. lease: seconds without a sign of life of an environment's
+    owner after which the environment is released.
+    """
+
+    KEY = "rock.envs"
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        handle: Handle,
+        *,
+        folder: str | None = CURRENT,
+        python: str | None = None,
+        timeout: float = 600.0,
+        adapter: str = "",
+        lease: float = ENV_LEASE,
+    ) -> None:
+        self._runtime = runtime
+        self._handle = handle
+        self._folder = folder
+        self._pythons = [python] if python else ["python3", "python"] if folder is None else [f"{folder}/python"]
+        self._adapter = adapter
+        self.lease = lease
+        self._exchange = Exchange(handle.id, timeout, lease)
+        self._next_env = 1
+        self.lending = Lending(self._exchange)
+
+    # ---- life
+
+    async def open(self) -> None:
+        """Start the host inside and wait until it has imported its packages.
+
+        ImageError when the sandbox's image has none; SandboxError, with its last lines, when it does not come up.
+        """
+        await self._connect(await self._start())
+
+    async def _start(self) -> Process:
+        told = ""
+        for python in self._pythons:
+            try:
+                host = program(self._folder, python, self.KEY, self._adapter)
+                return await self._runtime.spawn(self._handle, host)
+            except NotFound as error:
+                told = error.message
+        if self._folder is None:
+            raise ImageError(f"the image has no Python to host environments with ({told})", sandbox_id=self._handle.id,
+                             hint="use an image with python3 in its PATH, and gymnasium")  # fmt: skip
+        raise ImageError(f"this sandbox has no environment packages ({told})", sandbox_id=self._handle.id,
+                         hint="rock.make starts a sandbox that has them")  # fmt: skip
+
+    async def attach(self) -> None:
+        """Find the host and its environments again after a restart of the rocklet; NotFound when there is none."""
+        process = await self._runtime.attach(self._handle, self.KEY)
+        if not process.channels.keys() >= set(envhost.PIPES):  # a host of an older release has other pipes
+            with contextlib.suppress(RockError):
+                await process.kill_tree()
+            process.close()
+            raise NotFound("the host of environments is of an older release", sandbox_id=self._handle.id)
+        await self._connect(process)
+
+    async def _connect(self, process: Process) -> None:
+        link = self._exchange.connect(process)
+        try:
+            async with asyncio.timeout(_OPEN_TIMEOUT):
+                answers = await self._exchange.zygote(HELLO, link.inlet.token.encode())
+        except TimeoutError:
+            await self.close()
+            raise SandboxError(
+                f"the host of environments did not start in {_OPEN_TIMEOUT:.0f} s",
+                sandbox_id=self._handle.id,
+                details={"stderr": link.tail.text},
+            ) from None
+        except BaseException:
+            await self.close()
+            raise
+        for number, (env_id, pipe, *known) in answers["there"].items():
+            hosted = self._exchange.envs[int(number)] = Hosted(env_id, pipe)
+            if known:  # a host of an older release knows no names
+                self._exchange.names.add(int(number), known[0])
+                self._exchange.names.watch(int(number), hosted, known[1])
+                self._exchange.owners.add(int(number), known[2] if len(known) > 2 else None)
+            if pipe is not None:
+                self._exchange.greet(int(number), pipe)
+        taken = {hosted.pipe for hosted in self._exchange.envs.values()}
+        self._exchange.free = [pipe for pipe in envhost.PIPES if pipe not in taken]
+        self._next_env = max((0, *self._exchange.envs)) + 1
+
+    async def detach(self) -> None:
+        """Let go of it and leave it running, for `attach` by the next rocklet."""
+        self._exchange.let_go(Lost("the rocklet is stopping", sandbox_id=self._handle.id))
+
+    async def close(self) -> None:
+        """Kill the host and all its environments. Idempotent; the sandbox may be gone already."""
+        if self._exchange.link is not None:
+            with contextlib.suppress(RockError):
+                await self._exchange.link.process.kill_tree()
+        self._exchange.let_go(NotFound("the environments of this sandbox were closed", sandbox_id=self._handle.id))
+
+    # ---- environments
+
+    async def make(
+        self, env_id: str, kwargs: Mapping[str, Any] | None = None, *, timeout: float | None = None, **more: Any
+    ) -> int:
+        """Make an environment in a process of its own; answers its number, by which it is asked for.
+
+        timeout: seconds for each thing that it is asked from then on, instead of the host's. more: "protocol" and what
+        guest/environments/hosting.py makes of it; "name", by which `number_of` finds it; "idle", seconds after which
+        it is closed when nobody asks it for anything; "owner", whose lease it is released with. NotFound for an id that
+        nobody knows, with the nearest; ActionError with the traceback when it cannot be made.
+        """
+        number = self._next_env
+        self._next_env += 1
+        self._exchange.names.add(number, more.get("name"))
+        free = self._exchange.free
+        hosted = self._exchange.envs[number] = Hosted(env_id, free.pop() if free else None)
+        wish = {"env_id": env_id, "kwargs": dict(kwargs or {}), "pipe": hosted.pipe, **more}
+        batch = Batch(1)
+        try:
+            self._exchange.send(batch, 0, MAKE, PLAIN, number, 0, NO_INDEX, json_of(wish))
+            plain_of((await batch.future)[0])
+        except BaseException:
+            self._exchange.forget(number)
+            raise
+        hosted.timeout = timeout
+        if hosted.timer is not None:  # that was for making it
+            hosted.timer.cancel()
+            hosted.timer = None
+        self._exchange.names.watch(number, hosted, more.get("idle"))
+        self._exchange.owners.add(number, more.get("owner"))
+        return number
+
+    async def reset(
+        self, number: int, seed: Any = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode: (observation, info), as JSON has them."""
+        wish = {"seed": seed} if options is None else {"seed": seed, "options": options}
+        observation, info = await self._plain(RESET, number, wish)
+        return observation, info
+
+    async def step(
+        self, number: int, action: Any, index: int | None = None
+    ) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Act: (observation, reward, terminated, truncated, info), as JSON has them.
+
+        index: number of the step in the episode: the same one again gets the same answer, and another one than the
+        next is a Conflict. EnvironmentRaised with the traceback when the environment raised (it stays usable),
+        CommandTimeout when it took too long (it was killed), EnvironmentEnded with its last lines when it is dead,
+        NotFound when it was closed.
+        """
+        index = NO_INDEX if index is None else index
+        observation, reward, terminated, truncated, info = await self._plain(STEP, number, action, index)
+        return observation, reward, terminated, truncated, info
+
+    async def call(self, number: int, what: str, arguments: Sequence[Any]) -> Any:
+        """Ask it for something else; what there is to ask for, its kind says."""
+        return await self._plain(CALL, number, [what, *arguments])
+
+    def number_of(self, name: str) -> int:
+        """The number of the environment that was made with that name; NotFound."""
+        return self._exchange.names.number_of(name)
+
+    async def close_env(self, number: int) -> None:
+        """Close an environment, whatever its state. Idempotent."""
+        hosted = self._exchange.envs.get(number)
+        if hosted is None or hosted.closed:
+            return
+        try:
+            if hosted.lent is not None:
+                hosted.lent(NotFound(f"environment {number} was closed", sandbox_id=self._handle.id))
+                self.lending.take_back(number)
+            if hosted.ended is None and self._exchange.failed is None:
+                async with asyncio.timeout(_CLOSE_TIMEOUT):
+                    await self._plain(CLOSE, number, None)
+        except (RockError, TimeoutError):
+            pass
+        finally:
+            self._exchange.forget(number)
+
+    def renew(self, owner: str) -> int:
+        """The client process `owner` is alive. Returns how many environments it has here."""
+        return self._exchange.owners.renew(owner)
+
+    async def release(self, owner: str) -> int:
+        """Close all environments of an owner. Returns how many there were."""
+        numbers = self._exchange.owners.of(owner)
+        await asyncio.gather(*(self.close_env(number) for number in numbers))
+        return len(numbers)
+
+    def load(self) -> tuple[int, int]:
+        """(environments that are there, environments that were made since the rocklet started)."""
+        return len(self.environments()), self._next_env - 1
+
+    async def exchange(self, asked: Sequence[Frame]) -> list[Answered]:
+        """What environments answer to these frames, in their order; each may be an error of its own.
+
+        Those of several environments run side by side, those to one after each other. An answer is a whole frame,
+        with the id of what was asked.
+        """
+        for _, _, number, *_ in asked:
+            await self.lending.at_home(number)
+        batch = Batch(len(asked))
+        for place, (op, flags, number, id, index, payload) in enumerate(asked):
+            try:
+                if op not in (RESET, STEP, CALL):
+                    raise InvalidConfig(f"a frame with op {op} is none of reset, step and call")
+                self._exchange.send(batch, place, op, flags, number, id, index, payload)
+            except RockError as error:
+                batch.put(place, error)
+        return await batch.future
+
+    def environments(self) -> dict[int, str]:
+        """Numbers and ids of the environments that are there."""
+        return {number: h.env_id for number, h in self._exchange.envs.items() if h.ended is None and not h.closed}
+
+    async def _plain(self, op: int, number: int, value: Any, index: int = NO_INDEX) -> Any:
+        await self.lending.at_home(number)
+        return await self._exchange.plain(op, number, value, index)
+
+    @property
+    def failed(self) -> RockError | None:
+        """Why the host is gone; None while it serves. The sandbox may then be given a new one."""
+        return self._exchange.failed

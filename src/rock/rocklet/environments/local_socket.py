@@ -1,0 +1,179 @@
+"""The door: clients on the same machine are given the pipes of an environment, and play it without this server between.
+
+A step through the server wakes four processes, one by the environment's own pipes two. So a client that may connect to
+a Unix socket of ours gets the two descriptors, for as long as it holds that connection:
+
+    client: {"sandbox", "env", "token", "memory"}  token: from the answer of make_env; memory: false for none
+    server: {"timeout": seconds} with the descriptors (requests, answers), or an error as the wire has them; with a
+            third one where there is memory for large answers, and {"offset"}: where the environment's part begins
+    client: {"playing": true}                      now and then: it is no idle environment
+    client: {"overdue": "step"}                    it took longer than timeout: it is to be killed
+    client: {"nonsense": why}                      what it answers makes no sense: likewise
+    server: an error                               the environment has ended, or is taken back
+    either closes                                  the pipes are the server's again
+
+One message is one packet. The folder of the socket is its owner's alone, so whoever connects is that user, or root.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from rock.errors import InvalidConfig, NotFound, RockError
+from rock.http.peers import is_ours, owner_of
+from rock.protocol.env import DOOR
+from rock.protocol.env import Door as Way
+from rock.rocklet.environments.host import EnvHost
+from rock.rocklet.sandbox import Supervisor
+
+log = logging.getLogger("rock.envs")
+
+_PACKET = 4096
+_GREETING_TIMEOUT = 10.0
+_CONNECTIONS = 1024
+
+
+class Door:
+    """Listens in `folder`. find: the sandbox of an id; it raises what is wrong with it."""
+
+    def __init__(self, folder: Path, find: Callable[[str], Supervisor]) -> None:
+        self.path = folder / DOOR
+        self._find = find
+        self._socket: socket.socket | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def open(self) -> None:
+        """Without Unix sockets that keep packets apart there is no door, and everything goes through the server."""
+        if not hasattr(socket, "SOCK_SEQPACKET"):
+            return
+        listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self.path.unlink(missing_ok=True)
+            folder = os.open(self.path.parent, os.O_PATH | os.O_DIRECTORY)
+            try:
+                listening.bind(f"/proc/self/fd/{folder}/{DOOR}")  # a path of any length
+            finally:
+                os.close(folder)
+            self.path.chmod(0o600)
+            listening.listen(128)
+            listening.setblocking(False)
+        except OSError as error:
+            listening.close()
+            log.warning("environments are played through the server only: %s", error)
+            return
+        self._socket = listening
+        self._start(self._serve(listening))
+
+    async def close(self) -> None:
+        """Take all pipes back."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+            self.path.unlink(missing_ok=True)
+
+    def way(self, host: EnvHost, number: int) -> Way | None:
+        """How a client finds the door of an environment; None when it has no pipes to give."""
+        token = host.lending.token_of(number)
+        return None if self._socket is None or token is None else Way(path=str(self.path), token=token)
+
+    def _start(self, work: Any) -> None:
+        task = asyncio.create_task(work, name="env-door")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, listening: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                client, _ = await loop.sock_accept(listening)
+            except OSError as error:  # no descriptors left, for now
+                log.warning("cannot take a client at the door: %s", error)
+                await asyncio.sleep(1)
+                continue
+            if len(self._tasks) > _CONNECTIONS:
+                client.close()
+                continue
+            owner = owner_of(client)
+            if owner is None or not is_ours(owner.uid):  # the folder keeps them out, unless its mode was changed
+                client.close()
+                continue
+            client.setblocking(False)
+            self._start(self._client(client))
+
+    async def _client(self, client: socket.socket) -> None:
+        try:
+            try:
+                async with asyncio.timeout(_GREETING_TIMEOUT):
+                    supervisor, host, number, shared = await self._greeted(client)
+                await self._lend(client, supervisor, host, number, shared)
+            except RockError as error:
+                _tell(client, error)
+        except (OSError, TimeoutError):
+            pass  # it left
+        finally:
+            client.close()
+
+    async def _greeted(self, client: socket.socket) -> tuple[Supervisor, EnvHost, int, bool]:
+        wish = await _packet(client)
+        sandbox_id, number, token = wish.get("sandbox"), wish.get("env"), wish.get("token")
+        if not isinstance(sandbox_id, str) or type(number) is not int or not isinstance(token, str):
+            raise InvalidConfig("a greeting has sandbox, env and token")
+        supervisor = self._find(sandbox_id)
+        host = supervisor.env_host
+        if host is None or not host.lending.is_token(number, token):
+            raise NotFound(f"there is no environment {number} with that token", sandbox_id=sandbox_id)
+        return supervisor, host, number, wish.get("memory") is not False
+
+    async def _lend(
+        self, client: socket.socket, supervisor: Supervisor, host: EnvHost, number: int, shared: bool
+    ) -> None:
+        lent = host.lending.lend(number, lambda error: _tell(client, error))
+        try:
+            told: dict[str, Any] = {"timeout": lent.timeout}
+            fds = [lent.requests, lent.answers]
+            if shared and lent.memory is not None:
+                memory, told["offset"] = lent.memory
+                fds.append(memory)
+            socket.send_fds(client, [orjson.dumps(told)], fds)
+            supervisor.touch()
+            while said := await _packet(client):
+                supervisor.touch()
+                if "overdue" in said:
+                    host.lending.overdue(number, str(said["overdue"])[:100])
+                elif "nonsense" in said:
+                    host.lending.nonsense(number, str(said["nonsense"])[:1000])
+        finally:
+            host.lending.take_back(number)
+
+
+async def _packet(client: socket.socket) -> dict[str, Any]:
+    """The next packet; empty when it closed."""
+    data = await asyncio.get_running_loop().sock_recv(client, _PACKET)
+    if not data:
+        return {}
+    try:
+        said = orjson.loads(data)
+    except ValueError:
+        said = None
+    if not isinstance(said, dict) or not said:
+        raise InvalidConfig("a packet is a JSON object")
+    return said
+
+
+def _tell(client: socket.socket, error: RockError) -> None:
+    """It may have left, or not read what it was told before: then it finds the connection closed."""
+    with contextlib.suppress(OSError):
+        client.send(orjson.dumps(error.to_wire(), default=repr))

@@ -1,0 +1,228 @@
+"""What environments were asked and have not answered."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from rock.errors import Conflict, NotFound, RockError
+
+Answered = bytes | bytearray | RockError  # a whole frame, or why there is none
+
+
+class Batch:
+    """Answers to what was asked together, in that order."""
+
+    __slots__ = ("answers", "future", "left")
+
+    def __init__(self, count: int) -> None:
+        self.answers: list[Answered] = [b""] * count
+        self.left = count
+        self.future: asyncio.Future[list[Answered]] = asyncio.get_running_loop().create_future()
+
+    def put(self, place: int, answer: Answered) -> None:
+        self.answers[place] = answer
+        self.left -= 1
+        if not self.left and not self.future.done():
+            self.future.set_result(self.answers)
+
+
+@dataclass(slots=True)
+class Call:
+    """Something that an environment was asked. `id`: the asker's."""
+
+    batch: Batch
+    place: int
+    number: int
+    op: int
+    id: int
+
+
+@dataclass
+class Hosted:
+    """An environment inside. `pipe`: its own way for requests, if it has one. `ended`: why it is no longer there.
+    `asked`: ids of what it has not answered, each within `timeout` seconds; since when the first of them waits, and
+    what ends it. `dead`: its process is gone. `token`: what its pipes are given for; `lent`: who has them, and is told
+    when they are taken back."""
+
+    env_id: str
+    pipe: int | None = None
+    closed: bool = False
+    ended: RockError | None = None
+    timeout: float | None = None
+    asked: deque[int] = field(default_factory=deque)
+    since: float = 0.0
+    timer: asyncio.TimerHandle | None = None
+    dead: bool = False
+    token: str = ""
+    lent: Callable[[RockError], None] | None = None
+    returned: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(frozen=True)
+class Lent:
+    """An environment's pipes, which a client plays it by. `memory`: for large answers, and where its part begins, when
+    there is such memory. `timeout`: seconds for each thing that it is asked."""
+
+    requests: int
+    answers: int
+    memory: tuple[int, int] | None
+    timeout: float
+
+
+# ---- envnames ----
+#
+# Names that environments were given, and the idle time after which they are released.
+
+_REMEMBERED = 1000  # released ones, to tell why they are gone
+
+
+class Names:
+    """Environments of one sandbox by name. `release` is called with the number of one that nobody used for its time."""
+
+    def __init__(self, sandbox_id: str, release: Callable[[int], None]) -> None:
+        self._sandbox_id = sandbox_id
+        self._release = release
+        self._numbers: dict[str, int] = {}
+        self._timers: dict[int, asyncio.TimerHandle] = {}
+        self._released: OrderedDict[str | int, float] = OrderedDict()
+
+    def add(self, number: int, name: str | None) -> None:
+        """Conflict when another environment has that name."""
+        if name is None:
+            return
+        if name in self._numbers:
+            raise Conflict(f"instance {name!r} exists already in sandbox {self._sandbox_id}",
+                           sandbox_id=self._sandbox_id, hint="release it, or leave instance_id out")  # fmt: skip
+        self._numbers[name] = number
+        self._released.pop(name, None)
+
+    def watch(self, number: int, hosted: Hosted, idle: float | None) -> None:
+        """Release it when nothing was asked and answered for `idle` seconds; None is never."""
+        if idle is None:
+            return
+        loop = asyncio.get_running_loop()
+        hosted.since = loop.time()
+        self._timers[number] = loop.call_later(idle, self._look, number, hosted, idle)
+
+    def _look(self, number: int, hosted: Hosted, idle: float) -> None:
+        loop = asyncio.get_running_loop()
+        quiet = 0.0 if hosted.asked else loop.time() - hosted.since
+        if quiet < idle:
+            self._timers[number] = loop.call_later(idle - quiet, self._look, number, hosted, idle)
+            return
+        names = [name for name, known in self._numbers.items() if known == number]
+        self._released[number] = idle
+        self._released.update(dict.fromkeys(names, idle))
+        while len(self._released) > _REMEMBERED:
+            self._released.popitem(last=False)
+        self._release(number)
+
+    def number_of(self, name: str) -> int:
+        """The number of the environment with that name; NotFound, which says when it was released for its idle time."""
+        if name not in self._numbers:
+            raise NotFound(f"Instance {name} not found!", sandbox_id=self._sandbox_id, hint=self.why_gone(name))
+        return self._numbers[name]
+
+    def why_gone(self, which: str | int) -> str:
+        idle = self._released.get(which)
+        why = "it was closed" if idle is None else f"it was released after {idle:g} s without use"
+        return f"{why}; make a new one"
+
+    def drop(self, number: int) -> None:
+        """It is gone: its name is free."""
+        timer = self._timers.pop(number, None)
+        if timer is not None:
+            timer.cancel()
+        for name in [name for name, known in self._numbers.items() if known == number]:
+            del self._numbers[name]
+
+    def stop(self) -> None:
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
+
+
+# ---- envowners ----
+#
+# Owners of environments: an environment is released when the client process that made it no longer renews its lease.
+#
+# A client process that is killed, or ends without `close()`, stops renewing. Its environments are then released
+# whatever
+# other clients do with the same sandbox. A client on this machine that holds the pipes of an environment is alive
+# even if
+# it does not renew: the kernel closes the pipes when it ends.
+
+class Owners:
+    """Leases of the owners of one sandbox's environments.
+
+    lease: seconds without a renewal, and without a request to the environment, after which an environment is released.
+    release: called with the number of each environment whose lease is over.
+    """
+
+    def __init__(self, envs: Mapping[int, Hosted], lease: float, release: Callable[[int], None]) -> None:
+        self._envs = envs
+        self._lease = lease
+        self._release = release
+        self._numbers: dict[str, set[int]] = {}
+        self._seen: dict[str, float] = {}  # time of the last renewal, of the event loop
+        self._timers: dict[str, asyncio.TimerHandle] = {}
+
+    def add(self, number: int, owner: str | None) -> None:
+        """An environment was made by that owner; None: it has none, and no lease."""
+        if owner is None:
+            return
+        self._numbers.setdefault(owner, set()).add(number)
+        self.renew(owner)
+
+    def renew(self, owner: str) -> int:
+        """The owner is alive. Returns how many environments it has here."""
+        found = len(self._numbers.get(owner, ()))
+        if found:
+            loop = asyncio.get_running_loop()
+            self._seen[owner] = loop.time()
+            if owner not in self._timers:
+                self._timers[owner] = loop.call_later(self._lease, self._check, owner)
+        return found
+
+    def of(self, owner: str) -> list[int]:
+        """The numbers of its environments."""
+        return sorted(self._numbers.get(owner, ()))
+
+    def drop(self, number: int) -> None:
+        """The environment is gone. Idempotent."""
+        for owner, numbers in list(self._numbers.items()):
+            numbers.discard(number)
+            if not numbers:
+                self._forget(owner)
+
+    def stop(self) -> None:
+        for owner in list(self._timers):
+            self._forget(owner)
+
+    def _forget(self, owner: str) -> None:
+        self._numbers.pop(owner, None)
+        self._seen.pop(owner, None)
+        timer = self._timers.pop(owner, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _check(self, owner: str) -> None:
+        loop = asyncio.get_running_loop()
+        now, last = loop.time(), self._seen[owner]
+        over = [number for number in self.of(owner) if self._is_over(number, last, now)]
+        self._timers.pop(owner)
+        for number in over:
+            self._release(number)  # which drops it here
+        if owner in self._numbers and owner not in self._timers:
+            left = last + self._lease - now
+            self._timers[owner] = loop.call_later(left if left > 0 else self._lease / 2, self._check, owner)
+
+    def _is_over(self, number: int, renewed: float, now: float) -> bool:
+        hosted = self._envs.get(number)
+        if hosted is None:
+            return True
+        in_use = hosted.lent is not None or bool(hosted.asked)
+        return not in_use and now - max(renewed, hosted.since) >= self._lease

@@ -1,0 +1,186 @@
+"""Images made of the sandboxes of this machine: what one wrote becomes a layer, which is pushed when that is asked for.
+
+    login      the registry takes it, before anybody is stopped
+    commit     the processes stand still while the files are packed; then the layer is made, and the name is given
+    push       to the registry
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncGenerator, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from rock.errors import Conflict, RockError, Unavailable, Unsupported
+from rock.images.records import RootFS, storing
+from rock.images.registry.logins import Login
+from rock.images.registry.reference import new_name
+from rock.images.store import ImageStore
+from rock.protocol.node import NodeCommit, NodeImage
+from rock.protocol.sandbox import ArchivedFiles
+from rock.rocklet.images.store import in_own_thread
+from rock.runtime.base import Handle, Runtime, Snapshots
+
+if TYPE_CHECKING:
+    from rock.rocklet.node import Node
+
+_STAGE = "stage"
+
+
+class Commits:
+    """One at a time of each sandbox. A caller that leaves ends its commit: what is half-made goes with it."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._store = node.images.store
+        self._under_way: dict[str, asyncio.Task[NodeImage]] = {}
+
+    async def close(self) -> None:
+        tasks = list(self._under_way.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def commit(self, sandbox_id: str, wish: NodeCommit) -> NodeImage:
+        """Make it. Whatever is raised has the stage in its details; Conflict when another one is under way."""
+        if sandbox_id in self._under_way:
+            raise Conflict(f"sandbox {sandbox_id} is being committed already", sandbox_id=sandbox_id)
+        task = asyncio.create_task(self._commit(sandbox_id, wish), name=f"commit-{sandbox_id}")
+        self._under_way[sandbox_id] = task
+        task.add_done_callback(lambda _: self._under_way.pop(sandbox_id, None))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.cancel()
+            await asyncio.wait({task})
+            raise
+
+    async def _commit(self, sandbox_id: str, wish: NodeCommit) -> NodeImage:
+        try:
+            resting = sandbox_id in self._node.kept
+            with self._read(sandbox_id, resting) as (runtime, handle):
+                if not isinstance(runtime, Snapshots):
+                    raise Unsupported(f"no image can be made of a sandbox of runtime {handle.runtime!r}")
+                base = runtime.image(handle)
+                login = await self._logged_in(wish, base)
+                async with scratch_of(self._store) as folder:
+                    tar = folder / "written.tar"
+                    files = await written(runtime, handle, wish.limit, tar)
+                    if not resting:
+                        self._refuse_stopped(sandbox_id, handle)
+                    return await in_own_thread(
+                        lambda gone: self._make(wish, base, tar, files, login, gone), "rock-commit")
+        except RockError as error:
+            error.sandbox_id = sandbox_id
+            error.details.setdefault(_STAGE, "commit")
+            raise
+
+    # ---- before ----
+
+    @contextlib.contextmanager
+    def _read(self, sandbox_id: str, resting: bool) -> Iterator[tuple[Runtime, Handle]]:
+        """The sandbox, which is not idle meanwhile, or at rest is not touched."""
+        if resting:
+            with self._node.kept.reading(sandbox_id) as found:
+                yield found.runtime, found.handle
+            return
+        supervisor = self._node.get(sandbox_id)
+        with supervisor.active():
+            yield supervisor.runtime, supervisor.handle
+
+    async def _logged_in(self, wish: NodeCommit, base: RootFS) -> Login | None:
+        """Refuse what the push would have to refuse."""
+        reference = replace(new_name(wish.image_tag), public_only=wish.public_registries)
+        if not wish.push:
+            return None
+        if base.binds:
+            raise _at("push", Unsupported(
+                f"an image made of {base.name} shows this machine's own system, which no registry can hold",
+                hint="commit without a push, or use sandboxes of an image that was imported or pulled"))  # fmt: skip
+        if wish.registry_username is None:
+            login = self._store.logins.of(reference.domain)
+            if login is None:
+                return None
+        else:
+            login = Login(wish.registry_username, wish.registry_password or "")
+        from rock.images.registry.client import Registry  # urllib3
+
+        registry = Registry(reference, login)
+        try:
+            await asyncio.to_thread(registry.log_in)
+        except RockError as error:
+            raise _at("login", error) from None
+        finally:
+            registry.close()
+        return login
+
+    def _refuse_stopped(self, sandbox_id: str, handle: Handle) -> None:
+        """Its processes may have gone on, or its files be gone, while they were read."""
+        supervisor = self._node.supervisors.get(sandbox_id)
+        if supervisor is None or supervisor.cause is not None or supervisor.handle != handle:
+            raise Conflict(f"sandbox {sandbox_id} was stopped while it was committed", sandbox_id=sandbox_id)
+
+    # ---- the files ----
+
+    # ---- the image; in a thread ----
+
+    def _make(self, wish: NodeCommit, base: RootFS, tar: Path, files: ArchivedFiles, login: Login | None,
+              gone: threading.Event) -> NodeImage:
+        record = self._store.commit(wish.image_tag, base, tar, files.digest, wish.tenant)
+        made = NodeImage(name=record.name, digest=record.digest, size=record.size)
+        if not wish.push:
+            return made
+
+        def tell(_: str) -> None:
+            if gone.is_set():
+                raise Unavailable("the server is stopping, or whoever asked for it has left")
+
+        try:
+            digest = self._store.push(record.name, login, tell, {files.digest: tar},
+                                      public_only=wish.public_registries)  # fmt: skip
+        except RockError as error:
+            raise _at("push", error) from None
+        return made.model_copy(update={"pushed": digest})
+
+
+@contextlib.asynccontextmanager
+async def scratch_of(store: ImageStore) -> AsyncGenerator[Path]:
+    """A scratch folder of a store, removed at the end, or after a crash by whoever opens the store next."""
+    with storing("making room for an image"):
+        scratch = store.layers.scratch()
+        folder = await asyncio.to_thread(scratch.__enter__)
+    try:
+        yield folder
+    finally:
+        await asyncio.shield(asyncio.to_thread(scratch.__exit__, None, None, None))
+
+
+async def written(runtime: Snapshots, handle: Handle, limit: int, tar: Path) -> ArchivedFiles:
+    """Pack what a sandbox wrote into a file, with holes where there are zeros: a guest's file of nothing costs
+    nothing."""
+    told: list[ArchivedFiles] = []
+    with storing("packing what was written"), open(tar, "xb") as file:
+        async with contextlib.aclosing(runtime.snapshot(handle, limit)) as parts:
+            async for part in parts:
+                if isinstance(part, ArchivedFiles):
+                    told.append(part)
+                else:
+                    await asyncio.to_thread(_append, file, part)
+        file.truncate(told[0].size)
+    return told[0]
+
+
+def _at(stage: str, error: RockError) -> RockError:
+    error.details[_STAGE] = stage
+    return error
+
+
+def _append(file: BinaryIO, part: bytes) -> None:
+    if part.strip(b"\0"):
+        file.write(part)
+    else:
+        file.seek(len(part), 1)

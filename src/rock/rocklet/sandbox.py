@@ -1,0 +1,339 @@
+"""One sandbox from create to destroy: its sessions, processes and environments, and the tasks that watch them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import time
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
+
+from rock import faults
+from rock.envhub import datasets
+from rock.envhub.packages import requirements_of
+from rock.errors import NotFound, RockError
+from rock.host import atomic_file
+from rock.host.atomic_file import not_kept
+from rock.images.packages import CURRENT
+from rock.protocol.action import Command
+from rock.protocol.node import NodeSandbox
+from rock.protocol.sandbox import Cause, Phase, SandboxConfig, Usage
+from rock.rocklet.commands import programs
+from rock.rocklet.commands.registry import Sessions
+from rock.rocklet.commands.shell_process import Shell
+from rock.rocklet.durability import resume
+from rock.rocklet.durability.journal import Journal
+from rock.rocklet.environments.host import ENV_LEASE, EnvHost
+from rock.rocklet.port_connections import Connections
+from rock.rocklet.state import Shelf, written
+from rock.runtime.base import Handle, Keeps, Limits, Runtime, Watches
+
+
+class Supervisor:
+    """Owns everything of one sandbox on this machine. `ended` is called once, when it dies by itself."""
+
+    def __init__(
+        self,
+        sandbox_id: str,
+        config: SandboxConfig,
+        runtime: Runtime,
+        handle: Handle,
+        shelf: Shelf,
+        ended: Callable[[Supervisor, Cause, str], None],
+        spools: str | None = None,
+        env_lease: float = ENV_LEASE,
+    ) -> None:
+        self.id = sandbox_id
+        self.config = config
+        self.runtime = runtime
+        self.handle = handle
+        self._shelf = shelf
+        self.sessions = Sessions(runtime, handle, config, shelf, self.saved)
+        self.phases: dict[str, Phase] = {}
+        self.cause: Cause | None = None
+        self.reason: str | None = None
+        self.processes: dict[str, programs.Background] = {}
+        self.executions: set[programs.Execution] = set()  # those with a key, which go on without a server
+        self.leaving = False
+        self._over = asyncio.Event()  # it has ended, or is being stopped
+        self.env_host: EnvHost | None = None
+        self._env_lease = env_lease
+        self._env_host_kept = False  # a former rocklet's is there; asked only when it is needed, as it may hang
+        self.connections = Connections()
+        self.spools = shelf.spools(spools)
+        self.journal = Journal(self.spools)
+        self._marked = False  # whether the folder of spool files has been made
+        self._ended = ended
+        self._busy = 0
+        self._last = time.monotonic()
+        self._env_lock = asyncio.Lock()
+        self._save_lock = asyncio.Lock()
+        self._watch = asyncio.create_task(self._watch_end(), name=f"watch-{sandbox_id}")
+
+    # ---- what is kept on disk, for the rocklet after this one ----
+
+    def save(self) -> None:
+        """Write the record: replaced at once, so that a crash leaves the old one or the new one."""
+        with contextlib.suppress(OSError):
+            self.spools.make()
+            self._marked = True
+        atomic_file.replace(self._shelf.record(self.id), self._record())
+
+    async def saved(self) -> None:
+        """Write the record without holding up anybody else."""
+        async with self._save_lock:
+            await asyncio.to_thread(atomic_file.replace, self._shelf.record(self.id), self._record())
+
+    def _record(self) -> str:
+        processes = {p.id: {"command": p.command, "started_at": p.started_at} for p in self.processes.values()}
+        return written(self.config, self.handle, sessions=self.sessions.record(), processes=processes,
+                       spools=self.spools.path.name, marked=self._marked)  # fmt: skip
+
+    async def recover(self, record: dict[str, Any]) -> None:
+        """Take over the sessions and processes of a former rocklet; what is gone is left out."""
+        self._marked = bool(record.get("marked"))
+        self.journal.load(expected=self._marked)
+        kept = await self.runtime.processes(self.handle)
+        sessions = record.get("sessions", {})
+        await resume.settle_sessions(self, kept, sessions)
+        await self.sessions.recover(sessions, kept, self.journal)
+        for key, entry in record.get("processes", {}).items():
+            with contextlib.suppress(RockError):
+                process = await self.runtime.attach(self.handle, programs.KEY + key)
+                folder = self._shelf.logs(self.id) / key
+                folder.mkdir(parents=True, exist_ok=True)
+                self.processes[key] = programs.Background(key, entry["command"], process, folder, entry["started_at"],
+                                                          marks=self.spools.marks, found=self.spools.found)  # fmt: skip
+        self._env_host_kept = EnvHost.KEY in kept
+        await resume.settle(self, kept)
+
+    # ---- activity ----
+
+    def active(self) -> Supervisor:
+        """Context of a call, which counts as activity for as long as it lasts."""
+        return self
+
+    def __enter__(self) -> None:
+        self._busy += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._busy -= 1
+        self._last = time.monotonic()
+
+    async def during(self, stream: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
+        """A stream that counts as activity for as long as it is read: a slow client is not an idle sandbox."""
+        with self.active():
+            async with contextlib.aclosing(stream):
+                async for part in stream:
+                    yield part
+
+    def touch(self) -> None:
+        self._last = time.monotonic()
+
+    @property
+    def idle_seconds(self) -> float:
+        return 0.0 if self._busy else time.monotonic() - self._last
+
+    async def usage(self) -> Usage | None:
+        return await self.runtime.usage(self.handle) if isinstance(self.runtime, Limits) else None
+
+    def describe(self, usage: Usage | None = None) -> NodeSandbox:
+        return NodeSandbox(
+            sandbox_id=self.id,
+            alive=self.cause is None,
+            idle_seconds=self.idle_seconds,
+            isolation=self.handle.isolation,
+            enforced=dict(self.handle.enforced),
+            runtime=self.handle.runtime,
+            phases=self.phases,
+            cause=self.cause,
+            reason=self.reason,
+            usage=usage,
+            environments=self.env_host.load() if self.env_host is not None else None,
+        )
+
+    # ---- programs ----
+
+    async def shell_for(self, command: Command) -> Shell | None:
+        return await self.sessions.find_shell() if isinstance(command.command, str) else None
+
+    async def start_process(self, command: Command, key: str) -> programs.Background:
+        """Start one in the background, under a name that nobody else has."""
+        sh = await self.shell_for(command)
+        process = await programs.start(
+            self.runtime, self.handle, command, sh, key=programs.KEY + key, keep=True, stdin=True
+        )
+        try:
+            await faults.point("process.started")
+            folder = self._shelf.logs(self.id) / key
+            folder.mkdir(parents=True)
+            background = programs.Background(key, command.command, process, folder, marks=self.spools.marks)
+            self.processes[key] = background
+            await self.saved()
+            await faults.point("process.saved")
+        except BaseException as error:
+            # Nobody would know of it.
+            await asyncio.shield(process.kill_tree())
+            if key in self.processes:
+                await self.processes.pop(key).forget()
+            await asyncio.to_thread(shutil.rmtree, self._shelf.logs(self.id) / key, True)
+            if isinstance(error, OSError):
+                raise not_kept(error, self.id, "what the process writes") from None
+            raise
+        if command.stdin is not None:
+            background.feed(command.stdin.encode("utf-8", "surrogateescape"))
+        return background
+
+    async def adopt_process(self, key: str, command: Command) -> programs.Background:
+        """Take over one that a former rocklet had started, and of which it had not written yet. NotFound."""
+        process = await self.runtime.attach(self.handle, programs.KEY + key)
+        folder = self._shelf.logs(self.id) / key
+        folder.mkdir(parents=True, exist_ok=True)
+        background = self.processes[key] = programs.Background(
+            key, command.command, process, folder, marks=self.spools.marks, found=self.spools.found)  # fmt: skip
+        await self.saved()
+        if command.stdin is not None:
+            background.feed(command.stdin.encode("utf-8", "surrogateescape"))
+        return background
+
+    def process(self, key: str) -> programs.Background:
+        try:
+            return self.processes[key]
+        except KeyError:
+            raise NotFound(f"process {key!r} does not exist in sandbox {self.id}", sandbox_id=self.id) from None
+
+    async def forget_process(self, key: str) -> programs.Background:
+        background = self.process(key)
+        del self.processes[key]
+        await background.forget()
+        await self.saved()
+        return background
+
+    # ---- environments ----
+
+    @property
+    def hosts_environments(self) -> bool:
+        """Whether a host was started, by this rocklet or a former one."""
+        return self.env_host is not None or self._env_host_kept
+
+    async def environments(self) -> EnvHost:
+        """The host of environments in this sandbox, started when first used."""
+        async with self._env_lock:
+            if self.env_host is not None and self.env_host.failed is not None:
+                await self.env_host.close()
+                self.env_host = None
+            if self.env_host is None:
+                own = requirements_of(self.config.image) is None  # an image like any other hosts with its own Python
+                adapter = datasets.adapter_of(self.config.image)
+                host = EnvHost(self.runtime, self.handle, folder=None if own else CURRENT, adapter=adapter,
+                               lease=self._env_lease)  # fmt: skip
+                if self._env_host_kept:
+                    self._env_host_kept = False
+                    with contextlib.suppress(NotFound):  # it ended meanwhile
+                        await host.attach()
+                        self.env_host = host
+                        return host
+                await host.open()
+                self.env_host = host
+            return self.env_host
+
+    # ---- end ----
+
+    async def _watch_end(self) -> None:
+        why = await self.runtime.wait(self.handle)
+        kills = self.runtime.oom_kills(self.handle) if isinstance(self.runtime, Watches) else 0
+        if why == "oom":
+            cause, text = Cause.OUT_OF_MEMORY, f"it ran out of its {self.config.memory} of memory"
+        elif why == "disk":
+            cause, text = Cause.DISK_FULL, "its files took more of the disk than a sandbox may have"
+        else:
+            what, _, more = why.partition(": ")
+            cause = Cause.EXITED if what == "exited" else Cause.LOST
+            told = more or "its pid 1 ended" if cause is Cause.EXITED else "it was ended" if why == "gone" else why
+            text = told + (f" (processes killed for memory: {kills})" if kills else "")
+        self.cause, self.reason = cause, text
+        self._ended(self, cause, text)
+        self._over.set()
+
+    async def ends_within(self, seconds: float) -> bool:
+        """Whether it ends, or somebody begins to stop it, within that time."""
+        if seconds <= 0:
+            return self._over.is_set()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._over.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def let_go(self) -> None:
+        """The server is about to stop: whoever waits is told so, and what runs goes on. Idempotent."""
+        self.leaving = True
+        self.connections.cut()
+        self.sessions.let_go()
+        for execution in self.executions:
+            execution.let_go()
+
+    async def detach(self) -> None:
+        """Let go of it and leave it running, for a rocklet that comes after this one."""
+        self.let_go()
+        await self.journal.let_go()
+        await self._end_tasks()
+        await self.sessions.detach()
+        for background in self.processes.values():
+            await background.detach()
+        if self.env_host is not None:
+            await self.env_host.detach()
+        await self.journal.close()
+        self.spools.close()
+
+    async def destroy(self, grace: float) -> None:
+        """End it and remove all that it used."""
+        await self._let_go()
+        if grace > 0:
+            await self.runtime.stop(self.handle, grace)
+        await self.runtime.destroy(self.handle)
+        await self._close_all()
+
+    async def rest(self, grace: float) -> Handle:
+        """End it and keep its files: the handle of what is kept. The intent is on disk first."""
+        assert isinstance(self.runtime, Keeps)
+        await self._let_go()
+        async with self._save_lock:
+            self._shelf.rest(self.config, self.handle)
+        await faults.point("node.rest.saved")
+        kept = await self.runtime.rest(self.handle, grace)
+        await faults.point("node.rest.kept")
+        await self._close_all()
+        self._shelf.rest(self.config, kept)
+        await asyncio.to_thread(self._shelf.remove_logs, self.id)
+        self._shelf.give_back(self.spools)
+        return kept
+
+    async def _let_go(self) -> None:
+        """Nobody waits for its end, opens a session or has a connection any more."""
+        self._over.set()
+        self.connections.cut()
+        await self._end_tasks()
+
+    async def _end_tasks(self) -> None:
+        self._watch.cancel()
+        await asyncio.gather(self._watch, *self.sessions.cancel_opening(), return_exceptions=True)
+
+    async def _close_all(self) -> None:
+        await self.sessions.close_all()
+        for background in self.processes.values():
+            await background.detach()
+            background.process.close()
+        if self.env_host is not None:
+            await self.env_host.close()
+        await self.journal.close()
+
+    async def forget(self) -> None:
+        """Remove what is kept of it on disk, once it is gone."""
+        if self.processes:  # logs may be large
+            await asyncio.to_thread(self._shelf.remove, self.id)
+        else:
+            self._shelf.remove(self.id)
+        self._shelf.give_back(self.spools)  # now that no record names it

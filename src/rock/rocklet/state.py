@@ -1,0 +1,124 @@
+"""What of sandboxes is on disk for the rocklet after this one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rock.host import atomic_file
+from rock.protocol.sandbox import Isolation, SandboxConfig, kept
+from rock.rocklet.commands.shell_process import Shell
+from rock.rocklet.durability.spool import SpoolFolder
+from rock.runtime.base import Handle
+
+_FREE_SPOOLS = 16
+
+
+class Shelf:
+    """What is kept on disk for the rocklet after this one, and what sandboxes learn from each other.
+
+    folder/records/ID   config, handle, sessions and processes of a sandbox
+    folder/logs/ID/     a folder a background process
+    folder/spools/N/    what else has to outlive the rocklet: its record says which is whose
+    shells              by runtime, image and wish: where the last sandbox had its shell
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._records = folder / "records"
+        self._logs = folder / "logs"
+        self._spools = folder / "spools"
+        self.damaged = folder.parent / "damaged"
+        self._free: list[SpoolFolder] = []  # empty ones, for the next sandboxes
+        self.shells: dict[tuple[str, str, str | None], Shell] = {}
+
+    def make(self) -> None:
+        for folder in (self._records, self._logs, self._spools):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def record(self, sandbox_id: str) -> str:
+        return f"{self._records}/{sandbox_id}"
+
+    def logs(self, sandbox_id: str) -> Path:
+        return self._logs / sandbox_id
+
+    def ids(self) -> list[str]:
+        """All that have a record."""
+        return sorted(name for name in os.listdir(self._records) if not name.startswith("."))
+
+    def load(self, sandbox_id: str) -> tuple[SandboxConfig, Handle, dict[str, Any]]:
+        """wholefile.Damaged. OSError. Whatever else is raised: a record of a newer version."""
+        record = atomic_file.parsed(Path(self.record(sandbox_id)).read_bytes())
+        handle = record["handle"]
+        handle["isolation"] = Isolation(handle["isolation"])
+        return SandboxConfig.model_validate(record["config"]), Handle(**handle), record
+
+    def rest(self, config: SandboxConfig, handle: Handle) -> None:
+        """Write the record of a sandbox that does not run, or is about not to, and whose files are kept."""
+        atomic_file.replace(self.record(handle.id), written(config, handle, resting=True))
+
+    # ---- folders of spool files
+
+    def spools(self, name: str | None = None) -> SpoolFolder:
+        """That of a sandbox of a former rocklet, or one for a new sandbox."""
+        if name is None and self._free:
+            return self._free.pop()
+        return SpoolFolder(self._spools / os.path.basename(name or os.urandom(6).hex()), self.damaged)
+
+    def give_back(self, spools: SpoolFolder) -> None:
+        """Of a sandbox that has no record any more."""
+        if len(self._free) < _FREE_SPOOLS and spools.clear():
+            self._free.append(spools)
+        else:
+            spools.remove()
+
+    def sweep_logs(self) -> None:
+        """Remove the output of processes of sandboxes that have no record."""
+        known = set(self.ids())
+        for name in os.listdir(self._logs):
+            if name not in known:
+                shutil.rmtree(self._logs / name, ignore_errors=True)
+
+    def unused(self, used: set[str]) -> list[str]:
+        """Folders that former rocklets left, but those `used`."""
+        return [name for name in os.listdir(self._spools) if name not in used]
+
+    def sweep(self, names: Sequence[str]) -> None:
+        """Remove what former rocklets left for sandboxes that are gone."""
+        for name in names:
+            shutil.rmtree(self._spools / name, ignore_errors=True)
+
+    def close(self) -> None:
+        for spools in self._free:
+            spools.remove()
+        self._free.clear()
+
+    # ---- removing
+
+    def remove(self, sandbox_id: str) -> None:
+        self.remove_logs(sandbox_id)  # first: as long as there is a record, the next start goes on with the removal
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.record(sandbox_id))
+
+    def set_aside(self, sandbox_id: str) -> None:
+        """Move a damaged record to where it can be looked at. OSError."""
+        self.damaged.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(self.record(sandbox_id), self.damaged / f"record-{sandbox_id}")
+
+    def remove_logs(self, sandbox_id: str) -> None:
+        shutil.rmtree(self.logs(sandbox_id), ignore_errors=True)
+
+
+def written(config: SandboxConfig, handle: Handle, **more: Any) -> str:
+    """The text of a record."""
+    rest = {
+        "handle": {"runtime": handle.runtime, "id": handle.id, "isolation": handle.isolation.value,
+                   "enforced": dict(handle.enforced), "data": handle.data},
+        **more,
+    }  # fmt: skip
+    return atomic_file.summed(f'{{"config": {kept(config)}, {json.dumps(rest)[1:]}')

@@ -1,0 +1,130 @@
+"""What every runtime with our pid 1 in its sandboxes shares: programs, files and ports over an `InitLink`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from rock import errors
+from rock.runtime.base import FileStat, Handle, Process, Program
+from rock.runtime.init.link import InitLink, token_user
+
+
+class Space(NamedTuple):
+    """A file system: bytes used and in all, and the same of files."""
+
+    used: int
+    size: int
+    files: int
+    most_files: int
+
+
+class InitSandboxes:
+    """Base of such runtimes. They give `link`; `complete` fills what a Program leaves open."""
+
+    def link(self, handle: Handle) -> InitLink:
+        """The connection to a sandbox's pid 1. Lost when it is gone."""
+        raise NotImplementedError
+
+    async def linked(self, handle: Handle) -> InitLink:
+        """The same, for those who may have to wait for it."""
+        return self.link(handle)
+
+    def complete(self, handle: Handle, program: Program) -> Program:
+        """The program with environment, working folder and user of its sandbox filled in."""
+        raise NotImplementedError
+
+    # ---- programs ----
+
+    async def spawn(self, handle: Handle, program: Program) -> Process:
+        return await (await self.linked(handle)).spawn(self.complete(handle, program))
+
+    async def attach(self, handle: Handle, key: str) -> Process:
+        return await (await self.linked(handle)).attach(key)
+
+    async def processes(self, handle: Handle) -> list[str]:
+        return await (await self.linked(handle)).kept()
+
+    # ---- files ----
+
+    async def _ask(self, handle: Handle, op: str, **fields: Any) -> tuple[dict[str, Any], list[int]]:
+        return await (await self.linked(handle)).request(op, fields, patience=660.0)
+
+    async def _ask_fd(self, handle: Handle, op: str, **fields: Any) -> tuple[dict[str, Any], int]:
+        return _single(await self._ask(handle, op, **fields), handle)
+
+    async def open_read(self, handle: Handle, path: str, *, user: str | None = None) -> int:
+        return (await self._ask_fd(handle, "open_read", path=path, user=user))[1]
+
+    async def open_write(
+        self, handle: Handle, path: str, *, append: bool = False, mode: int | None = None, parents: bool = True,
+        user: str | None = None,
+    ) -> tuple[int, str]:
+        reply, fd = await self._ask_fd(handle, "open_write", path=path, append=append, mode=mode, parents=parents,
+                                       user=user)
+        return fd, str(reply["token"])
+
+    async def commit_write(self, handle: Handle, token: str) -> None:
+        if token:
+            await self._ask(handle, "commit_write", token=token, user=token_user(token))
+
+    async def abort_write(self, handle: Handle, token: str) -> None:
+        if token:
+            await self._ask(handle, "abort_write", token=token, user=token_user(token))
+
+    async def space(self, handle: Handle, path: str = "/") -> Space:
+        """What the file system at a path holds, as programs inside see it."""
+        reply, _ = await self._ask(handle, "space", path=path)
+        return Space(*(int(number) for number in reply["space"]))
+
+    async def stat(self, handle: Handle, path: str, *, follow: bool = True) -> FileStat:
+        reply, _ = await self._ask(handle, "stat", path=path, follow=follow)
+        return FileStat(*reply["stat"])
+
+    async def list(self, handle: Handle, path: str, *, offset: int = 0, limit: int = 10_000) -> list[FileStat]:
+        reply, _ = await self._ask(handle, "list", path=path, offset=offset, limit=limit)
+        return [FileStat(*entry) for entry in reply["entries"]]
+
+    async def remove(self, handle: Handle, path: str, *, recursive: bool = False) -> None:
+        await self._ask(handle, "remove", path=path, recursive=recursive)
+
+    async def make_dir(self, handle: Handle, path: str, *, parents: bool = True, mode: int = 0o755,
+                       user: str | None = None) -> None:
+        await self._ask(handle, "make_dir", path=path, parents=parents, mode=mode, user=user)
+
+    async def symlink(self, handle: Handle, target: str, path: str) -> None:
+        await self._ask(handle, "symlink", path=path, target=target)
+
+    async def move(self, handle: Handle, source: str, target: str) -> None:
+        await self._ask(handle, "move", source=source, target=target)
+
+    async def chmod(self, handle: Handle, path: str, mode: int, *, recursive: bool = False) -> None:
+        await self._ask(handle, "chmod", path=path, mode=mode, recursive=recursive)
+
+    async def chown(self, handle: Handle, path: str, user: str, *, recursive: bool = False) -> None:
+        await self._ask(handle, "chown", path=path, owner=user, recursive=recursive)
+
+    # ---- ports ----
+
+    async def dial(self, handle: Handle, port: int, *, host: str = "127.0.0.1", timeout: float = 10.0) -> int:
+        wish = {"port": port, "host": host, "timeout": timeout}
+        return _single(await (await self.linked(handle)).request("dial", wish, patience=timeout + 5), handle)[1]
+
+
+def _single(answer: tuple[dict[str, Any], list[int]], handle: Handle) -> tuple[dict[str, Any], int]:
+    """An answer that has to come with one descriptor."""
+    reply, fds = answer
+    if len(fds) != 1:
+        for fd in fds:
+            os.close(fd)
+        raise errors.Lost("the sandbox's pid 1 answered without a descriptor", sandbox_id=handle.id)
+    return reply, fds[0]
+
+
+def merged(*environments: Mapping[str, str] | None) -> dict[str, str]:
+    """One environment; later ones win."""
+    result: dict[str, str] = {}
+    for environment in environments:
+        result.update(environment or {})
+    return result

@@ -1,0 +1,388 @@
+"""The rocklet's side of pid 1: one connection a sandbox, requests with futures, and programs as `Process`.
+
+    InitLink ── connect(path) ─► request(op) ─► (reply, descriptors)
+        └── spawn, attach ─► InitProcess: streams as descriptors, wait, signal, kill_tree, close
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import socket
+import struct
+import termios
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rock import errors
+from rock.guest.init.link import PACKET, pack, receive_packet, unpack
+from rock.guest.init.process_tree import TICK
+from rock.protocol.routes import SENT
+from rock.runtime.base import CLOCK, ExitStatus, Program
+
+SOCKET_NAME = "s"
+PATIENCE = 60.0  # seconds that pid 1 may take for an answer that has no time limit of its own
+log = logging.getLogger(__name__)
+Answer = tuple[dict[str, Any], list[int]]
+_buffer = bytearray(PACKET + 4096)
+
+
+def bind_listener(folder: Path) -> socket.socket:
+    """The socket in `folder` on which a pid 1 listens; the length of the path does not matter."""
+    fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        try:
+            listener.bind(f"/proc/self/fd/{fd}/{SOCKET_NAME}")
+            listener.listen(16)
+        except BaseException:
+            listener.close()
+            raise
+        return listener
+    finally:
+        os.close(fd)
+
+
+class InitLink:
+    """A connection to the pid 1 of one sandbox. Create it with `connect`, end it with `close`: the sandbox lives on."""
+
+    def __init__(self, sock: socket.socket, sandbox_id: str) -> None:
+        self.sandbox_id = sandbox_id
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
+        self._number = 0
+        self._waiting: dict[int, asyncio.Future[Answer]] = {}
+        self._unwanted: set[int] = set()
+        self._processes: dict[int, list[InitProcess]] = {}
+        self._early: dict[int, ExitStatus] = {}
+        self._outgoing: list[tuple[bytes, list[int]]] = []
+        self.closed = False
+        self.resize: Callable[[int, int, int], None] = _set_size  # a terminal's, by our descriptor of it
+        self._loop.add_reader(sock, self._readable)
+
+    @classmethod
+    def connect(cls, folder: Path, sandbox_id: str) -> InitLink:
+        """Connect to the socket in a sandbox's run folder. Lost when nobody listens there."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        try:
+            fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                sock.connect(f"/proc/self/fd/{fd}/{SOCKET_NAME}")
+            finally:
+                os.close(fd)
+        except OSError as error:
+            sock.close()
+            raise errors.Lost(f"the sandbox's pid 1 does not answer: {error.strerror}", sandbox_id=sandbox_id) from None
+        return cls(sock, sandbox_id)
+
+    def close(self) -> None:
+        """Drop the connection; who still waits gets Unavailable. The sandbox lives on. Idempotent."""
+        self._close(errors.Unavailable("the server is letting go of the sandbox", sandbox_id=self.sandbox_id,
+                                       details=SENT))  # fmt: skip
+
+    def _close(self, reason: errors.RockError) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        self._loop.remove_reader(self._sock)
+        if self._outgoing:
+            self._loop.remove_writer(self._sock)
+        self._sock.close()
+        for _, fds in self._outgoing:
+            _close_all(fds)
+        self._outgoing.clear()
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(reason)
+        self._waiting.clear()
+        for group in self._processes.values():
+            for process in group:
+                process.lost(reason)
+        self._processes.clear()
+
+    def _lost(self) -> errors.Lost:
+        return errors.Lost("the sandbox's pid 1 is gone", sandbox_id=self.sandbox_id)
+
+    # ---- requests ----
+
+    async def request(self, op: str, fields: Mapping[str, Any] | None = None, *,
+                      patience: float | None = PATIENCE) -> Answer:
+        """Ask pid 1; answers its reply and the descriptors in it, which are then the caller's.
+
+        Raises what pid 1 answered, Lost when it goes away, Unavailable when it takes more than `patience` seconds.
+        """
+        if self.closed:
+            raise self._lost()
+        self._number += 1
+        number = self._number
+        future: asyncio.Future[Answer] = self._loop.create_future()
+        self._waiting[number] = future
+        self._send({"id": number, "op": op, **(fields or {})})
+        try:
+            async with asyncio.timeout(patience):
+                reply, fds = await asyncio.shield(future)
+        except (TimeoutError, asyncio.CancelledError) as error:
+            if future.done() and future.exception() is None:
+                self._discard(op == "spawn", *future.result())
+            elif not future.done() and op == "spawn":
+                self._unwanted.add(number)
+            if isinstance(error, TimeoutError):
+                raise errors.Unavailable(
+                    f"the sandbox did not answer {op!r} in {patience:g} s", sandbox_id=self.sandbox_id,
+                    hint="it may be short of memory or processes; try again") from None
+            raise
+        finally:
+            self._waiting.pop(number, None)
+        if "error" in reply:
+            _close_all(fds)
+            raise self._error(reply["error"])
+        return reply, fds
+
+    def post(self, op: str, fields: Mapping[str, Any]) -> None:
+        """Tell pid 1 without waiting for its reply."""
+        if not self.closed:
+            self._send({"id": 0, "op": op, **fields})
+
+    def _discard(self, spawned: bool, reply: Mapping[str, Any], fds: list[int]) -> None:
+        """Nobody waits for this reply any more: a program that was started for it must not live on."""
+        _close_all(fds)
+        if spawned and "pid" in reply:
+            self.post("kill_tree", {"pid": reply["pid"]})
+            self.post("forget", {"pid": reply["pid"]})
+
+    def _error(self, error: Any) -> errors.RockError:
+        code, message = (error[0], error[1]) if isinstance(error, list) and len(error) == 2 else ("", str(error))
+        return errors.from_wire({"error": {"code": code, "message": message, "sandbox_id": self.sandbox_id}})
+
+    def _send(self, message: dict[str, Any]) -> None:
+        self._outgoing.append(pack(message))
+        if len(self._outgoing) == 1:
+            self._flush()
+
+    def _flush(self) -> None:
+        while self._outgoing:
+            data, fds = self._outgoing[0]
+            try:
+                socket.send_fds(self._sock, [data], fds) if fds else self._sock.send(data)
+            except BlockingIOError:
+                self._loop.add_writer(self._sock, self._writable)
+                return
+            except OSError:
+                self._loop.call_soon(self._close, self._lost())
+                return
+            self._outgoing.pop(0)
+            _close_all(fds)
+
+    def _writable(self) -> None:
+        self._loop.remove_writer(self._sock)
+        self._flush()
+
+    def _readable(self) -> None:
+        for _ in range(32):
+            try:
+                data, fds = receive_packet(self._sock, _buffer)
+            except BlockingIOError:
+                return
+            except OSError:
+                data, fds = memoryview(b""), []
+            if not data:
+                self._close(self._lost())
+                return
+            try:
+                message = unpack(data, fds)
+                self._take(message, fds)
+            except (ValueError, KeyError, TypeError, RecursionError):
+                _close_all(fds)
+                self._close(self._lost())
+                return
+
+    def _take(self, message: dict[str, Any], fds: list[int]) -> None:
+        if message.get("event") == "complaint":
+            _close_all(fds)
+            log.warning("pid 1 of sandbox %s: %s", self.sandbox_id, str(message.get("text"))[:1000])
+            return
+        if message.get("event") == "exit":
+            _close_all(fds)
+            pid, status = int(message["pid"]), _status(message)
+            group = self._processes.pop(pid, None)
+            if group is None:
+                self._early[pid] = status
+                if len(self._early) > 4096:
+                    self._early.pop(next(iter(self._early)))
+            for process in group or ():
+                process.ended(status)
+            return
+        number = int(message["id"])
+        future = self._waiting.get(number)
+        if "pid" in message:
+            self._early.pop(int(message["pid"]), None)  # of an earlier program with this number
+        if future is None or future.done():
+            self._discard(number in self._unwanted, message, fds)
+            self._unwanted.discard(number)
+        else:
+            future.set_result((message, fds))
+
+    # ---- programs ----
+
+    async def spawn(self, program: Program) -> InitProcess:
+        """Start a program, whose `env`, `cwd` and `user` are complete."""
+        if not program.argv or any("\0" in word for word in program.argv):
+            raise errors.InvalidConfig("argv must have a program and no NUL characters", sandbox_id=self.sandbox_id)
+        fields = {
+            "argv": list(program.argv), "env": dict(program.env), "cwd": program.cwd, "user": program.user,
+            "stdin": program.stdin, "stdout": program.stdout, "stderr": program.stderr, "pty": program.pty,
+            "channels": {str(number): way for number, way in program.channels.items()},
+            "key": program.key, "keep": program.keep, "nofile": program.nofile,
+        }
+        reply, fds = await self.request("spawn", fields)
+        return self._adopt(reply, fds, program.key, program.keep)
+
+    async def attach(self, key: str) -> InitProcess:
+        """The kept program of that key, with its streams again."""
+        reply, fds = await self.request("attach", {"key": key})
+        return self._adopt(reply, fds, key, True)
+
+    async def kept(self) -> list[str]:
+        """Keys of the kept programs that were not forgotten."""
+        reply, fds = await self.request("hello")
+        _close_all(fds)
+        return [str(program["key"]) for program in reply["programs"] if program["keep"]]
+
+    def _adopt(self, reply: Mapping[str, Any], fds: list[int], key: str, keep: bool) -> InitProcess:
+        pid = int(reply["pid"])
+        process = InitProcess(self, pid, key, keep, bool(reply["pty"]), dict(zip(reply["streams"], fds, strict=True)))
+        early = self._early.pop(pid, None)
+        if reply.get("ended") or early is not None:
+            process.ended(early or _status(reply["ended"]))
+        elif self.closed:
+            process.lost(self._lost())
+        else:
+            self._processes.setdefault(pid, []).append(process)
+        return process
+
+
+class InitProcess:
+    """A program under pid 1: implements `Process`."""
+
+    def __init__(self, link: InitLink, pid: int, key: str, keep: bool, has_pty: bool, streams: dict[str, int]) -> None:
+        self.pid = pid
+        self.key = key
+        self._link = link
+        self._keep = keep
+        self._has_pty = has_pty
+        self._closed = False
+        self._end: asyncio.Future[ExitStatus] = asyncio.get_running_loop().create_future()
+        terminal = streams.pop("pty", None)
+        self.stdin: int | None = streams.pop("stdin", None)
+        self.stdout: int | None = streams.pop("stdout", None)
+        self.stderr: int | None = streams.pop("stderr", None)
+        if terminal is not None:
+            self.stdin, self.stdout = terminal, os.dup(terminal)
+        self.channels: Mapping[int, int] = {int(name): fd for name, fd in streams.items()}
+
+    def __repr__(self) -> str:
+        return f"InitProcess(pid={self.pid}, key={self.key!r}, sandbox={self._link.sandbox_id!r})"
+
+    def ended(self, status: ExitStatus) -> None:
+        """Called by the link, once."""
+        if not self._end.done():
+            self._end.set_result(status)
+
+    def lost(self, error: errors.RockError) -> None:
+        """Called by the link when pid 1 is gone."""
+        if not self._end.done():
+            self._end.set_exception(error)
+            self._end.exception()  # it is no mistake to wait for nothing
+
+    @property
+    def status(self) -> ExitStatus | None:
+        """How it ended, or None while it runs or when that was lost."""
+        return self._end.result() if self._end.done() and self._end.exception() is None else None
+
+    async def wait(self) -> ExitStatus:
+        return await asyncio.shield(self._end)
+
+    async def signal(self, number: int, *, tree: bool = False, since: float | None = None, root: bool = True) -> int:
+        if self._end.done():
+            return 0
+        if not tree and not root:
+            return 0
+        wish = {"pid": self.pid, "signal": int(number), "tree": tree, "since": _ticks(since), "root": root}
+        reply, _ = await self._link.request("signal", wish)
+        return int(reply["count"])
+
+    async def kill_tree(self, *, since: float | None = None, root: bool = True, tell: int | None = None) -> int:
+        if self._end.done():
+            return 0
+        wish = {"pid": self.pid, "since": _ticks(since), "root": root, "tell": tell}
+        reply, _ = await self._link.request("kill_tree", wish)
+        return int(reply["count"])
+
+    async def resize(self, rows: int, columns: int) -> None:
+        if not self._has_pty:
+            raise errors.InvalidConfig("this program has no terminal", sandbox_id=self._link.sandbox_id,
+                                       hint="start it with pty=(rows, columns)")
+        if not (0 < rows < 65536 and 0 < columns < 65536):
+            raise errors.InvalidConfig(f"{rows} x {columns} is no terminal size", sandbox_id=self._link.sandbox_id)
+        fd = self.stdin if self.stdin is not None else self.stdout
+        if fd is not None:
+            with contextlib.suppress(OSError):
+                self._link.resize(fd, rows, columns)
+
+    async def close_stdin(self) -> None:
+        if self.stdin is None or self._has_pty:
+            return
+        fd, self.stdin = self.stdin, None
+        os.close(fd)
+        if self._keep and not self._end.done():
+            await self._link.request("close_stream", {"pid": self.pid, "stream": "stdin"})
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        _close_all([fd for fd in (self.stdin, self.stdout, self.stderr, *self.channels.values()) if fd is not None])
+        self.stdin = self.stdout = self.stderr = None
+        self.channels = {}
+        if self._keep and self._end.done():
+            self._link.post("forget", {"pid": self.pid})
+
+
+def _set_size(fd: int, rows: int, columns: int) -> None:
+    fcntl.ioctl(fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+
+def _ticks(since: float | None) -> int | None:
+    """A time of CLOCK as /proc counts it."""
+    return None if since is None else int(since * TICK)
+
+
+def boottime() -> float:
+    """Now, in the clock of `since`."""
+    return time.clock_gettime(CLOCK)
+
+
+def _status(message: Mapping[str, Any]) -> ExitStatus:
+    if "signal" in message:
+        return ExitStatus(signal=int(message["signal"]))
+    return ExitStatus(code=int(message["code"]) if "code" in message else None)
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+def token_user(token: str) -> str | None:
+    """The user that a token of `open_write` was made for."""
+    try:
+        return str(json.loads(token)["user"]) or None
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,192 @@
+"""Sandboxes with a way out: their sockets, which pid 1 keeps, are given to the proxy, and again when that died."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rock import errors
+from rock.egress import log as journal
+from rock.egress.proxy_link import ProxyLink
+from rock.protocol.action import ConnectionList
+from rock.runtime.init.link import InitLink
+
+log = logging.getLogger(__name__)
+
+FOLDER = "connections"
+_KEPT = 25 * 3600.0  # seconds that the file of a sandbox that is gone stays: longer than its tombstone
+_MOST_FILES = 5000
+_TIDY_EVERY = 600.0
+_AGAIN_AFTER = 0.2
+_AT_ONCE = 64  # sandboxes that are given to a new proxy together
+
+
+@dataclass(frozen=True)
+class _Outlet:
+    sandbox_id: str
+    link: Callable[[], InitLink]
+    egress: list[str] | None
+
+
+class Outlets:
+    """Of one runtime. A sandbox is known by its slot here, and by its id to who reads about it."""
+
+    def __init__(self, run_dir: Path, resolvers: Sequence[str]) -> None:
+        self._folder = run_dir / FOLDER
+        self._known: dict[str, _Outlet] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._removing: dict[str, asyncio.Task[None]] = {}  # by sandbox id
+        self._proxy = ProxyLink(resolvers, run_dir / "proxy.log", self._lost)
+        self._tidied_at = float("-inf")
+        self._gate = asyncio.Semaphore(_AT_ONCE)
+        self.missing: str | None = "not looked for yet"
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """What can be given."""
+        return ("none", "host") if self.missing else ("none", "nat", "host")
+
+    def found(self, reply: dict[str, Any]) -> None:
+        """What the launcher said when it tried."""
+        self.missing = f"{reply['error']}" if "error" in reply else None
+
+    async def connect(self, slot: str, sandbox_id: str, link: Callable[[], InitLink], egress: list[str] | None, *,
+                      fresh: bool) -> None:
+        """Serve the connections of a sandbox. Lost, Unavailable. fresh: it has no history."""
+        self._known[slot] = _Outlet(sandbox_id, link, egress)
+        try:
+            await self._give(slot, fresh)
+        except BaseException:
+            self.drop(slot)
+            raise
+
+    def adopt(self, slot: str, sandbox_id: str, link: Callable[[], InitLink], egress: list[str] | None) -> None:
+        """Serve, in a moment, a sandbox of a former server: until then its connections wait."""
+        self._known[slot] = _Outlet(sandbox_id, link, egress)
+        self._spawn(self._again([slot]))
+
+    async def _give(self, slot: str, fresh: bool) -> None:
+        outlet = self._known[slot]
+        _, fds = await outlet.link().request("sockets")
+        try:
+            if not _as_made(fds):
+                raise errors.Lost("its sockets are not there", sandbox_id=outlet.sandbox_id)
+            self._tidy()
+            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_TRUNC if fresh else 0)
+            file = os.open(self._folder / outlet.sandbox_id, flags, 0o600)
+            fds.append(file)
+            reply = await self._proxy.request("add", {"sandbox": slot, "egress": outlet.egress}, fds)
+        except OSError as error:
+            raise errors.Unavailable(f"its journal of connections cannot be written: {error}",
+                                     sandbox_id=outlet.sandbox_id) from None
+        finally:
+            for fd in fds:
+                os.close(fd)
+        if "error" in reply:
+            raise errors.Unavailable(f"the network proxy: {reply['error']}", sandbox_id=outlet.sandbox_id)
+        if slot not in self._known:  # it was dropped meanwhile
+            self._remove(slot, outlet.sandbox_id)
+
+    def drop(self, slot: str) -> None:
+        """Serve it no longer; it is over."""
+        outlet = self._known.pop(slot, None)
+        if outlet is not None:
+            self._remove(slot, outlet.sandbox_id)
+
+    def _remove(self, slot: str, sandbox_id: str) -> None:
+        async def remove() -> None:
+            try:
+                with contextlib.suppress(errors.RockError):
+                    await self._proxy.request("remove", {"sandbox": slot})
+            finally:
+                self._removing.pop(sandbox_id, None)
+
+        if self._proxy.pid is not None:
+            self._removing[sandbox_id] = self._spawn(remove())
+
+    async def connections(self, sandbox_id: str) -> ConnectionList:
+        """What it connected to, whether it lives or not."""
+        if sandbox_id in self._removing:  # what was open is being written down
+            await asyncio.wait({self._removing[sandbox_id]}, timeout=5)
+        slot = next((slot for slot, outlet in self._known.items() if outlet.sandbox_id == sandbox_id), None)
+        told = None
+        if slot is not None:
+            told = (await self._proxy.request("list", {"sandbox": slot})).get("connections")
+        if told is None:
+            told = await asyncio.to_thread(journal.read, str(self._folder / sandbox_id))
+        return ConnectionList.model_validate(told)
+
+    def _lost(self) -> None:
+        """The proxy died: its connections are broken, and new ones wait for the next one."""
+        log.warning("the network proxy ended; starting another for %d sandboxes", len(self._known))
+        self._spawn(self._again(list(self._known)))
+
+    async def _again(self, slots: list[str]) -> None:
+        await asyncio.gather(*(self._give_surely(slot) for slot in slots))
+
+    async def _give_surely(self, slot: str) -> None:
+        """Again and again, until it is served or gone: one that does not answer keeps nobody else waiting."""
+        while (outlet := self._known.get(slot)) is not None:
+            try:
+                async with self._gate:
+                    if slot in self._known:
+                        await self._give(slot, fresh=False)
+                return
+            except errors.Lost:
+                return  # its end is told by who waits for that
+            except errors.RockError as error:
+                log.warning("network of %s: %s; trying again", outlet.sandbox_id, error)
+                await asyncio.sleep(_AGAIN_AFTER)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _tidy(self) -> None:
+        """Remove the oldest files, now and then."""
+        now = time.monotonic()
+        if now - self._tidied_at < _TIDY_EVERY:
+            return
+        self._tidied_at = now
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        known = {outlet.sandbox_id for outlet in self._known.values()}
+        with os.scandir(self._folder) as entries:
+            found = sorted((entry.stat(follow_symlinks=False).st_mtime, entry.path) for entry in entries
+                           if entry.name not in known)
+        limit = time.time() - _KEPT
+        for index, (changed, path) in enumerate(found):
+            if changed < limit or index < len(found) - _MOST_FILES:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+
+    async def close(self) -> None:
+        """Let go of all; the sandboxes stay, and their connections wait for the next server."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._known.clear()
+        self._proxy.close()
+
+
+def _as_made(fds: list[int]) -> bool:
+    """Whether a sandbox's pid 1 gave what it got: a listening TCP socket, and one for datagrams. Nothing else is
+    handed on."""
+    if len(fds) != 2:
+        return False
+    try:
+        with socket.socket(fileno=os.dup(fds[0])) as tcp, socket.socket(fileno=os.dup(fds[1])) as udp:
+            inet = {tcp.family, udp.family} <= {socket.AF_INET, socket.AF_INET6}
+            listens = tcp.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) == 1
+            return inet and listens and (tcp.type, udp.type) == (socket.SOCK_STREAM, socket.SOCK_DGRAM)
+    except OSError:
+        return False

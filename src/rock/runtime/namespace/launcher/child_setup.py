@@ -1,0 +1,245 @@
+"""What a sandbox's pid 1 does itself: wait until its namespaces are furnished, give up its powers, serve.
+
+The giving up is a list of system calls that needs no Python, see zygote.py; `plan` writes it. Standard library only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import resource
+import signal
+import socket
+import struct
+from typing import Any, NamedTuple
+
+from rock.guest.init import pid1
+from rock.guest.init.sharing import Sweep
+from rock.runtime.namespace.launcher import kernel
+from rock.runtime.namespace.launcher.mounts import HOST_NAME
+from rock.runtime.namespace.launcher.zygote import OPTIONAL, Area, Row
+from rock.runtime.namespace.limits import cgroups
+
+# chown, dac_override, fowner, fsetid, kill, setgid, setuid, net_bind_service, sys_chroot
+CAPABILITIES = sum(1 << number for number in (0, 1, 3, 4, 5, 6, 7, 10, 18))
+LAST_CAPABILITY = int(cgroups.read_text("/proc/sys/kernel/cap_last_cap") or 40)
+_PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_SET_DUMPABLE = 24, 38, 4
+_HAS_CGROUPS = os.path.exists("/proc/self/ns/cgroup")
+_NO_CALL = 0xFFFFF  # until the gate opens, which puts a real number in its place
+_CLOSE_RANGE = 436
+_LAST_FD = 0xFFFFFFFF
+_PROC_FD = 1
+_FREE_LOWEST = ((_CLOSE_RANGE, 0, _PROC_FD),)  # descriptors 0 and 1 are then the next ones to be given out
+_PATIENCE = 20.0  # seconds
+
+
+class Descriptors(NamedTuple):
+    """What pid 1 has of the launcher.
+
+    listener: its socket. ready: where it tells that it is. gate: what lets it go on, and the launcher's end of that.
+    userns: its user namespace.
+    lease: holds the lock on its image's layers, for as long as it lives; -1 where nobody removes them.
+    net: the network namespace to enter; -1 for the one that it was born in.
+    sockets: through which its connections get out; it keeps them for a server that comes back.
+    """
+
+    listener: int
+    ready: int
+    gate: tuple[int, int]
+    userns: int
+    lease: int = -1
+    net: int = -1
+    sockets: tuple[int, ...] = ()
+
+    @property
+    def pages(self) -> int:
+        """A number that is none of these, for its own page table."""
+        return 1 + max(self.listener, self.ready, *self.gate, self.userns, self.lease, self.net, *self.sockets)
+
+
+class Constants:
+    """Memory that the calls point to. Made before the zygote is, so that it is at the same place in every child."""
+
+    def __init__(self, bpf: bytes) -> None:
+        self.root = ctypes.create_string_buffer(b"/")
+        self.loopback = ctypes.create_string_buffer(kernel.LOOPBACK_UP, len(kernel.LOOPBACK_UP))
+        self.proc = ctypes.create_string_buffer(b"proc")
+        self.byte = ctypes.create_string_buffer(b"p", 1)
+        self.vector = ctypes.create_string_buffer(struct.pack("QQ", ctypes.addressof(self.byte), 1), 16)
+        self.control = ctypes.create_string_buffer(
+            struct.pack("Qiii4x", 20, socket.SOL_SOCKET, socket.SCM_RIGHTS, _PROC_FD), 24)
+        self.message = ctypes.create_string_buffer(
+            struct.pack("QQQQQQQ", 0, 0, ctypes.addressof(self.vector), 1, ctypes.addressof(self.control), 24, 0), 56)
+        self.pagemap = ctypes.create_string_buffer(b"1/pagemap")
+        self.null = ctypes.create_string_buffer(b"/dev/null")
+        self.filter = ctypes.create_string_buffer(bpf, max(1, len(bpf)))
+        self.program = ctypes.create_string_buffer(
+            struct.pack("HxxxxxxQ", len(bpf) // 8, ctypes.addressof(self.filter)), 16) if bpf else None
+        self.capability_header = ctypes.create_string_buffer(struct.pack("=Ii", 0x20080522, 0), 8)
+        low, high = CAPABILITIES & 0xFFFFFFFF, CAPABILITIES >> 32
+        self.capabilities = ctypes.create_string_buffer(struct.pack("=IIIIII", low, low, 0, high, high, 0), 24)
+
+
+def plan(area: Area, constants: Constants, fds: Descriptors, spec: dict[str, Any]) -> None:
+    """Write the calls of a pid 1 into its area, in order."""
+    number = kernel.NUMBERS
+    rows = area.rows
+    rows += [("the launcher's end", (number["prctl"], kernel.PR_SET_PDEATHSIG, int(signal.SIGKILL))),
+             # so that the gate ends with the launcher, should that have died before the call above
+             ("the launcher's end", (_CLOSE_RANGE, fds.gate[1], fds.gate[1])),
+             ("session", (number["setsid"],)),
+             ("socket", (number["listen"], fds.listener, 16))]
+    if fds.net >= 0:
+        rows.append(("network", (number["setns"], fds.net, kernel.CLONE_NEWNET)))
+    elif spec["network"] == "none":
+        rows += [("network", call) for call in _network(area, constants, spec["privileged"])]
+    rows += [("its own names", call) for call in _names(area, constants, spec)]
+    rows += [("its own /proc", call) for call in _proc(constants, fds.ready)]
+    rows += _pages(constants, fds.pages)
+    gate = area.row(len(rows) + 1)
+    rows += [("waiting for its files", (number["read"], fds.gate[0], gate, 8)),
+             ("waiting for its files", (_NO_CALL,)),
+             ("root folder", (number["chdir"], ctypes.addressof(constants.root)))]
+    if _HAS_CGROUPS:  # without limits of its own too: the names of the host's groups are not for a sandbox
+        rows.append(("cgroup namespace", (number["unshare"], kernel.CLONE_NEWCGROUP)))
+    rows.append(("user namespace", (number["setns"], fds.userns, kernel.CLONE_NEWUSER)))
+    if spec["privileged"]:
+        rows.append(("groups", (number["setgroups"], 0, 0)))
+    rows += [("user", (number["setresgid"], 0, 0, 0)), ("user", (number["setresuid"], 0, 0, 0))]
+    rows += [("capabilities", (number["prctl"], _PR_CAPBSET_DROP, capability))
+             for capability in range(LAST_CAPABILITY + 1) if not CAPABILITIES >> capability & 1]
+    rows += [
+        ("capabilities", (number["capset"], ctypes.addressof(constants.capability_header),
+                          ctypes.addressof(constants.capabilities))),
+        ("no new privileges", (number["prctl"], _PR_SET_NO_NEW_PRIVS, 1)),
+        ("privacy", (number["prctl"], _PR_SET_DUMPABLE, 0)),
+    ]
+    if constants.program is not None:
+        rows.append(("system call filter", (number["seccomp"], 1, 0, ctypes.addressof(constants.program))))
+    kept = {fds.listener, fds.ready, fds.lease, fds.pages, *fds.sockets} - {-1}
+    rows += [("descriptors", call) for call in _descriptors(constants, kept)]
+    rows.append(("the launcher's end", (number["prctl"], kernel.PR_SET_PDEATHSIG, 0)))
+
+
+def _network(area: Area, constants: Constants, privileged: bool) -> list[tuple[int, ...]]:
+    """Loopback up, and ports and pings for everybody: uid 0 inside has no rights over the network namespace."""
+    return [
+        *_FREE_LOWEST,
+        (kernel.NUMBERS["socket"], int(socket.AF_INET), int(socket.SOCK_DGRAM), 0),
+        (kernel.NUMBERS["ioctl"], 0, kernel.SIOCSIFFLAGS, ctypes.addressof(constants.loopback)),
+        *_setting(area, b"/proc/sys/net/ipv4/ip_unprivileged_port_start", b"0"),
+        *_setting(area, b"/proc/sys/net/ipv4/ping_group_range", b"0 2147483647" if privileged else b"0 0"),
+    ]
+
+
+def _names(area: Area, constants: Constants, spec: dict[str, Any]) -> list[tuple[int, ...]]:
+    """Its host name, and how much shared memory may be without an owner."""
+    name = HOST_NAME.encode()
+    pages = str(spec["shared"] // resource.getpagesize()).encode()
+    return [(kernel.NUMBERS["sethostname"], area.put(name), len(name)),
+            *_setting(area, b"/proc/sys/kernel/shmall", pages)]
+
+
+def _setting(area: Area, path: bytes, value: bytes) -> list[tuple[int, ...]]:
+    """Write a setting of one of its namespaces."""
+    return [*_FREE_LOWEST,
+            (kernel.NUMBERS["openat"], -100, area.put(path), os.O_WRONLY),
+            (kernel.NUMBERS["write"], 0, area.put(value), len(value))]
+
+
+def _proc(constants: Constants, ready: int) -> list[tuple[int, ...]]:
+    """A /proc, as a detached mount at descriptor `_PROC_FD`, sent to the launcher.
+
+    Only a process of the new pid namespace can make it, and only while a whole /proc is to be seen where it is.
+    """
+    attributes = kernel.ATTR_NOSUID | kernel.ATTR_NODEV | kernel.ATTR_NOEXEC
+    return [
+        *_FREE_LOWEST,
+        (kernel.FSOPEN, ctypes.addressof(constants.proc), 0),
+        (kernel.FSCONFIG, 0, kernel.FSCONFIG_CREATE, 0, 0, 0),
+        (kernel.FSMOUNT, 0, 0, attributes),
+        (kernel.NUMBERS["sendmsg"], ready, ctypes.addressof(constants.message), 0),
+    ]
+
+
+def _pages(constants: Constants, number: int) -> list[Row]:
+    """Its own page table, of that /proc, at a descriptor: which pages are its own, for guest/init/sharing.py. It can be
+    opened only as long as others may look into this process, so before `privacy`."""
+    name = ctypes.addressof(constants.pagemap)
+    return [
+        ("descriptors", (_CLOSE_RANGE, 0, 0)),
+        ("descriptors", (_CLOSE_RANGE, number, number)),
+        (OPTIONAL, (kernel.NUMBERS["openat"], _PROC_FD, name, os.O_RDONLY | os.O_CLOEXEC)),
+        (OPTIONAL, (kernel.NUMBERS["dup3"], 0, number, os.O_CLOEXEC)),
+    ]
+
+
+class Told(Exception):
+    """What a pid 1 says instead of going on: a message as `live` writes it."""
+
+    def __init__(self, message: bytes) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+def receive_proc(ready: socket.socket) -> int:
+    """The /proc that a pid 1 made. Told when it could not make one."""
+    ready.settimeout(_PATIENCE)
+    data, ancillary, _, _ = ready.recvmsg(4096, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+    for level, kind, fds in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            return int(struct.unpack("i", fds[:4])[0])
+    raise Told(data)
+
+
+def open_gate(gate: int) -> None:
+    """Let a pid 1 go on. Should we die instead, it reads no number, and ends."""
+    os.write(gate, struct.pack("q", kernel.NUMBERS["getpid"]))
+
+
+def _descriptors(constants: Constants, keep: set[int]) -> list[tuple[int, ...]]:
+    """Nothing of the host stays open in a sandbox, beside what is told; 0, 1 and 2 are its own /dev/null."""
+    null = ctypes.addressof(constants.null)
+    calls: list[tuple[int, ...]] = [
+        (_CLOSE_RANGE, 0, 2),
+        (kernel.NUMBERS["openat"], -100, null, os.O_RDWR),
+        (kernel.NUMBERS["dup3"], 0, 1, 0),
+        (kernel.NUMBERS["dup3"], 0, 2, 0),
+    ]
+    lowest = 3
+    for fd in sorted(keep):
+        if fd > lowest:
+            calls.append((_CLOSE_RANGE, lowest, fd - 1))
+        lowest = fd + 1
+    calls.append((_CLOSE_RANGE, lowest, _LAST_FD))
+    return calls
+
+
+def pack_note(fds: Descriptors, server: int) -> bytes:
+    """What pid 1 has to know: its descriptors and the server's user id as it is seen inside."""
+    return struct.pack("6q", fds.listener, fds.ready, server, *(fds.sockets or (-1, -1)), fds.pages)
+
+
+def live(note: bytes, failed: int, sweep: Sweep | None) -> None:
+    """Go on in Python after the calls, as pid 1; never returns. `failed`: index of the call that failed, or -1."""
+    listener, ready, server, *sockets, pages = struct.unpack_from("6q", note)
+    if failed >= 0:
+        os.write(ready, json.dumps({"row": failed}).encode())
+        os._exit(1)
+    try:
+        one = pid1.prepare(socket.socket(fileno=listener), server, outside=True)
+        one.sockets = [fd for fd in sockets if fd >= 0]
+        if sweep is not None:
+            one.share(sweep, pages)
+        gc.freeze()
+        os.write(ready, b"{}")
+        os.close(ready)
+    except BaseException as error:
+        os.write(ready, json.dumps({"error": f"init: {error!r}"}).encode())
+        os._exit(1)
+    try:
+        one.run()
+    finally:
+        os._exit(0)

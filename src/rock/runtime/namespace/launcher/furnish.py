@@ -1,0 +1,131 @@
+"""Furnishing a sandbox from outside: the launcher steps into its mount namespace, does everything, steps back out.
+
+    cgroups -> limits -> overlay -> new root -> /dev /proc /sys
+
+So each sandbox costs the launcher's time and no memory of its own pid 1, which waits meanwhile. All mounts belong to
+the launcher's user namespace, so nothing inside can undo them. Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from rock.runtime.namespace.launcher import kernel, mounts
+from rock.runtime.namespace.limits import cgroups, disk_quota
+from rock.runtime.namespace.network import Nets
+
+
+class Home:
+    """The mount and the network namespace that the launcher comes from."""
+
+    def __init__(self, privileged: bool, nets: Nets) -> None:
+        self._nets = nets
+        self._fd = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
+        self._permitted = kernel.permitted()
+        self._privileged = privileged
+
+    def enter(self, pid: int, owner: int, net: int | None) -> None:
+        """Step into the namespaces of a process; own new files as `owner` from then on, with all our rights.
+
+        net: the network namespace that it will enter; -1 is the one that it is in, None is ours. A /sys shows the
+        devices of whoever mounts it.
+        """
+        fd = os.pidfd_open(pid)
+        try:
+            kernel.setns(fd, kernel.CLONE_NEWNS | (kernel.CLONE_NEWNET if net == -1 and self._nets.usable else 0))
+        finally:
+            os.close(fd)
+        if net is not None and net >= 0 and self._nets.usable:
+            self._nets.enter(net)
+        if self._privileged:
+            kernel.set_file_owner(owner)
+            kernel.capset(self._permitted)
+
+    def back(self) -> None:
+        """Step back into our own. When this fails we are of no further use."""
+        kernel.setns(self._fd, kernel.CLONE_NEWNS)
+        if self._nets.usable:
+            self._nets.back()
+        if self._privileged:
+            kernel.set_file_owner(0)
+            kernel.capset(self._permitted)
+
+
+class Failure(Exception):
+    """A step that failed: its name and the reason, and an error number."""
+
+    def __init__(self, step: str, error: OSError) -> None:
+        super().__init__(f"{step}: {error}")
+        self.number = error.errno or 0
+
+
+def build(spec: dict[str, Any], pid: int, staging: str, namespace: int, home: Home, proc: Callable[[], int],
+          net: int) -> None:
+    """Furnish the mount namespace of `pid`, a child that waits. Failure names the step.
+
+    namespace: its user namespace. proc: gives the detached /proc that the child has made. net: see Home.enter.
+    """
+    step, disk = "run folder", -1
+    try:
+        if spec["disk"]:
+            step = "disk"
+            disk = disk_quota.mount(spec["slot"], spec["disk"])
+            spec = {**spec, "mounted": disk}
+        mounts.make_folders(spec if disk < 0 else {**spec, "slot": f"/proc/self/fd/{disk}"})
+        step = "cgroup"
+        _limit(spec, pid)
+        step = "files"
+        try:
+            home.enter(pid, spec["base"], None if spec["network"] == "host" else net)
+            waiting = mounts.stack(spec, staging, namespace if spec["privileged"] else -1)
+            waiting.append((proc(), "/proc"))  # until then the child needs the root that it was born with
+            mounts.switch(staging)
+            mounts.furnish(spec, waiting)
+            mounts.leave()
+        finally:
+            home.back()
+    except OSError as error:
+        raise Failure(step, error) from None
+    finally:
+        if disk >= 0:
+            os.close(disk)
+
+
+def _limit(spec: dict[str, Any], pid: int) -> None:
+    cgroups.join(spec["cgroups"], pid)
+    cgroups.write_limits([(path, value) for path, value in spec["limits"]])
+    if spec["affinity"]:
+        os.sched_setaffinity(pid, spec["affinity"])
+    if spec["processes"]:  # counted in the user namespace that it will enter, so it counts this sandbox alone
+        resource.prlimit(pid, resource.RLIMIT_NPROC, (spec["processes"], spec["processes"]))
+    for name, value in spec["rlimits"]:
+        resource.prlimit(pid, name, (value, value))
+
+
+def explain(number: int) -> str:
+    """What an error number of a step usually means on a host."""
+    return {
+        errno.EPERM: "this host does not allow it",
+        errno.ENOSPC: "a limit of the host is reached: see user.max_*_namespaces in sysctl, or the disk is full",
+        errno.EAGAIN: "the host has no process left for it",
+        errno.ENOMEM: "the host or the memory limit has no memory left for it",
+    }.get(number, "")
+
+
+def bind(slot: str) -> socket.socket:
+    """The socket of a sandbox's pid 1, in its run folder. pid 1 itself listens: that tells who it is, see teardown."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(f"{slot}/s")
+    fd = os.open(slot, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        listener.bind(f"/proc/self/fd/{fd}/s")
+        return listener
+    finally:
+        os.close(fd)

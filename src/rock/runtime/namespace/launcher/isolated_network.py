@@ -1,0 +1,100 @@
+"""Network namespaces out of which no packet can go: every address is local, and ends at two sockets of ours.
+
+    program ── connect 203.0.113.5:443 ──► lo ──► packet filter ──► the listening socket, which the proxy has
+               its own loopback ◄──────────┘ └──► all but TCP and DNS is refused
+
+There is one device, loopback. A route makes every address in the world one of this namespace's own, and the packet
+filter hands each connection to one socket, on which the proxy outside sees where it was meant to go. So nothing needs
+to be forwarded by the host, an ordinary user can have it too, and where nobody serves the socket, nothing gets out.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+
+from rock.egress import nftables
+from rock.egress.netlink import add_address, route_all_here, routing
+from rock.runtime.namespace.launcher import kernel
+
+# Of a block that means "this machine" to carriers (RFC 7335), and is never routed anywhere.
+ADDRESS, RESOLVER = "192.0.0.2", "192.0.0.1"
+ADDRESS6 = "fd72:6f63:6b00::2"
+TCP_PORT = 1  # nobody's; a program can listen on all others
+_DNS = 53
+_LOOPBACK = 1  # its number in every namespace
+_BACKLOG = 128
+_BUFFERS = "4096 131072 1048576"  # bytes of a connection, in the kernel: least, usual, most
+RESOLV_CONF = f"nameserver {RESOLVER}\n"
+_MANGLE, _FILTER = -150, 0
+
+
+def furnish(ping_group: str) -> tuple[int, int]:
+    """Wire up the network namespace of this process: its listening TCP and its UDP socket for DNS. OSError when the
+    kernel cannot.
+
+    ping_group: as net.ipv4.ping_group_range.
+    """
+    kernel.loopback_up()
+    for name, text in (("ip_unprivileged_port_start", "0"), ("ping_group_range", ping_group), ("tcp_rmem", _BUFFERS),
+                       ("tcp_wmem", _BUFFERS)):
+        with open(f"/proc/sys/net/ipv4/{name}", "w") as file:
+            file.write(text)
+    modern = os.path.exists("/proc/sys/net/ipv6")
+    with routing() as link:
+        add_address(link, _LOOPBACK, ADDRESS)
+        route_all_here(link, _LOOPBACK, ADDRESS)
+        if modern:
+            add_address(link, _LOOPBACK, ADDRESS6)
+            route_all_here(link, _LOOPBACK, ADDRESS6)
+    _filter(modern)
+    with contextlib.ExitStack() as stack:
+        tcp = stack.enter_context(_transparent(socket.SOCK_STREAM, modern))
+        tcp.bind(("::" if modern else "0.0.0.0", TCP_PORT))
+        tcp.listen(_BACKLOG)
+        udp = stack.enter_context(_transparent(socket.SOCK_DGRAM, False))
+        udp.setsockopt(socket.IPPROTO_IP, 8, 1)  # IP_PKTINFO: replies come from where the query went
+        udp.bind((RESOLVER, _DNS))
+        _leave_a_mark()
+        return tcp.detach(), udp.detach()
+
+
+def _transparent(kind: socket.SocketKind, modern: bool) -> socket.socket:
+    family = socket.AF_INET6 if modern else socket.AF_INET
+    sock = socket.socket(family, kind | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    if modern:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        sock.setsockopt(socket.IPPROTO_IPV6, 75, 1)  # IPV6_TRANSPARENT
+    else:
+        sock.setsockopt(socket.IPPROTO_IP, 19, 1)  # IP_TRANSPARENT
+    return sock
+
+
+def _filter(modern: bool) -> None:
+    own = [nftables.destination("127.0.0.0", 8), nftables.destination(ADDRESS, 32)]
+    if modern:
+        own += [nftables.destination("::1", 128), nftables.destination(ADDRESS6, 128)]
+    tcp, udp = nftables.protocol(socket.IPPROTO_TCP), nftables.protocol(socket.IPPROTO_UDP)
+    table = nftables.Table("rock")
+    table.chain("in", nftables.PREROUTING, _MANGLE, nftables.DROP)
+    table.chain("out", nftables.OUTPUT, _FILTER, nftables.DROP)
+    for network in own:
+        table.rule("in", network, nftables.verdict(nftables.ACCEPT))
+        table.rule("out", network, nftables.verdict(nftables.ACCEPT))
+    everywhere = nftables.destination("0.0.0.0", 0)
+    table.rule("in", tcp, nftables.to_socket(TCP_PORT))
+    table.rule("in", everywhere, udp, nftables.port(_DNS), nftables.to_socket(_DNS, RESOLVER))
+    table.rule("out", tcp, nftables.verdict(nftables.ACCEPT))
+    table.rule("out", everywhere, udp, nftables.port(_DNS), nftables.verdict(nftables.ACCEPT))
+    table.rule("out", nftables.refuse())
+    table.commit()
+
+
+def _leave_a_mark() -> None:
+    """Send a packet: a namespace with counters above zero is never given to a sandbox without a network
+    (runtime/namespace/network.py)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.sendto(b"", sock.getsockname())

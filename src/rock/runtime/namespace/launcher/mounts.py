@@ -1,0 +1,352 @@
+"""A sandbox's view of files: overlay, binds, /proc, /sys, /dev, and the switch to it. Standard library only.
+
+    staging (a tmpfs of the launcher, seen by each child in its own mount namespace)
+      ├── l0, l1, ...   the image's layers, with the sandbox's id mapping
+      ├── rw            the sandbox's run folder with its upper and work folders, mapped too
+      ├── b0, b1, ...   lower folders of writable binds
+      ├── p0, p1, ...   of these what everybody may read
+      ├── nothing       an empty folder
+      ├── dev           a /dev to copy: null zero full random urandom tty, links
+      └── root          overlay, becomes /
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from typing import Any
+
+from rock.runtime.namespace.launcher import kernel
+
+# ---- slot ----
+#
+# The run folder of a sandbox, made and removed in a few system calls. Standard library only.
+#
+# Few files, as some disks are slow with them: `s` is pid 1's socket, `upper` and `work` are the overlay's.
+
+# What is in it when nothing was written inside; `work` is the kernel's, out of a sandbox's reach.
+_FILES = ("s", "record.json", "work/work/incompat/volatile/dirty")
+_FOLDERS = ("work/work/incompat/volatile", "work/work/incompat", "work/work", "work", "upper")
+
+
+def make_folder(folder: str) -> None:
+    """Fill a new run folder."""
+    os.mkdir(f"{folder}/upper", 0o755)
+    os.mkdir(f"{folder}/work")
+
+
+def remove_folder(folder: str) -> bool:
+    """Remove it without looking what is in it; False when there is more, or it cannot be removed."""
+    try:
+        for name in _FILES:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(f"{folder}/{name}")
+        for name in _FOLDERS:
+            with contextlib.suppress(FileNotFoundError):
+                os.rmdir(f"{folder}/{name}")
+        os.rmdir(folder)
+    except OSError:
+        return False
+    return True
+
+
+# ---- mounts ----
+#
+
+
+HOST_NAME = "sandbox"
+_HOSTS = f"127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n127.0.1.1\t{HOST_NAME}\n"
+SLOTS = 64  # mount points for layers and binds in the staging folder
+_DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
+_LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "stderr": "/proc/self/fd/2",
+          "ptmx": "pts/ptmx", "core": "/proc/kcore"}
+_READ_ONLY_PROC = ("/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/proc/bus", "/proc/fs")
+_MASKED_FILES = ("/proc/kcore", "/proc/keys", "/proc/timer_list", "/proc/sched_debug", "/proc/latency_stats")
+_MASKED_FOLDERS = ("/proc/acpi", "/proc/scsi", "/sys/firmware", "/sys/fs/selinux")
+_EMPTY = "/dev/mqueue"  # a folder of the /dev that nobody can write to; a tmpfs for each would cost 50 us
+_SAFE = kernel.ATTR_NOSUID | kernel.ATTR_NODEV
+_STRANGER = 199_999  # an id outside of every range (userns.py), whose files are nowhere
+_SYS_ADMIN = 21
+_LONGEST = 3500  # characters of overlay options for mount(2), whose limit is a page
+
+
+def prepare_staging(staging: str) -> None:
+    """Make the staging tmpfs; once, in the launcher's mount namespace."""
+    os.makedirs(staging, mode=0o700, exist_ok=True)
+    kernel.mount("rock", staging, "tmpfs", kernel.MS_NOSUID, "mode=755,size=1m")
+    for name in ("root", "rw", "dev", "nothing", *(f"{kind}{i}" for kind in "lbp" for i in range(SLOTS))):
+        os.mkdir(f"{staging}/{name}")
+    _fill_dev(f"{staging}/dev")
+
+
+def _fill_dev(folder: str) -> None:
+    kernel.mount("rock-dev", folder, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=755,size=64k")
+    for name in ("pts", "shm", "mqueue"):
+        os.mkdir(f"{folder}/{name}")
+    for name, target in _LINKS.items():
+        os.symlink(target, f"{folder}/{name}")
+    for name in _DEVICES:
+        os.close(os.open(f"{folder}/{name}", os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o666))
+        device = kernel.open_tree(f"/dev/{name}")
+        kernel.set_attributes(device, kernel.ATTR_NOSUID)
+        kernel.move_mount(device, f"{folder}/{name}")
+        os.close(device)
+    kernel.mount("", folder, "", kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY | kernel.MS_NOSUID
+                 | kernel.MS_NODEV)
+
+
+def make_base(folder: str) -> None:
+    """The layer that is on top of every image: who the sandbox is. All are called the same, as runs should be alike."""
+    os.makedirs(f"{folder}/etc", mode=0o755, exist_ok=True)
+    _write(f"{folder}/etc/hostname", f"{HOST_NAME}\n")
+    _write(f"{folder}/etc/hosts", _HOSTS)
+
+
+def _write(path: str, text: str) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)
+
+
+def make_folders(spec: dict[str, Any]) -> None:
+    """The run folder's contents, where they were not made ahead, and what this image lacks.
+
+    A woken sandbox has all of it from its first life; what a guest wrote is not looked into.
+    """
+    upper = f"{spec['slot']}/upper"
+    if spec["woken"]:
+        return
+    if not os.path.isdir(upper):
+        make_folder(spec["slot"])
+    for index, bind in enumerate(spec["binds"]):
+        if bind["writable"]:
+            os.mkdir(f"{spec['slot']}/upper{index}")
+            os.mkdir(f"{spec['slot']}/work{index}")
+    for name, mode in (("proc", 0o555), ("sys", 0o555), ("dev", 0o755), ("tmp", 0o1777)):
+        if not any(os.path.isdir(f"{layer}/{name}") for layer in reversed(spec["layers"])):
+            os.mkdir(f"{upper}/{name}")
+            os.chmod(f"{upper}/{name}", mode)
+    if spec["etc"]:
+        os.mkdir(f"{upper}/etc", 0o755)
+    for name, text in spec["etc"].items():
+        _write(f"{upper}/etc/{name}", text)
+
+
+def stack(spec: dict[str, Any], staging: str, userns: int) -> list[tuple[int, str]]:
+    """Mount the overlay at staging/root; answers detached mounts and where they go after the switch, in order."""
+    mapped = userns >= 0
+    os.chdir(staging)
+    if spec["disk"]:
+        if mapped:
+            kernel.set_attributes(spec["mounted"], _SAFE, userns=userns)
+        kernel.move_mount(spec["mounted"], "rw")
+    elif mapped:
+        _attach_mapped(spec["slot"], "rw", userns)
+    with contextlib.ExitStack() as opened:
+        writable = "rw" if mapped or spec["disk"] else _unnamed(spec["slot"], opened)
+        lowers = []
+        for index, layer in enumerate(spec["layers"]):
+            if not os.path.isdir(layer):
+                raise FileNotFoundError(errno.ENOENT, "a layer of the image is missing", layer)
+            if mapped and index < SLOTS:
+                _attach_mapped(layer, f"l{index}", userns)
+                lowers.append(f"l{index}")
+            else:
+                lowers.append(_unnamed(layer, opened))
+        overlay("root", lowers, f"{writable}/upper", f"{writable}/work", rootless=not spec["privileged"])
+        return _detached(spec, writable, userns)
+
+
+def _unnamed(folder: str, opened: contextlib.ExitStack) -> str:
+    """Another name for a folder of the host, as the mount table shows the options of an overlay inside. It holds until
+    `opened` is closed."""
+    fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    opened.callback(os.close, fd)
+    return f"/proc/self/fd/{fd}"
+
+
+def _detached(spec: dict[str, Any], writable: str, userns: int) -> list[tuple[int, str]]:
+    """What goes over the root after the switch, in order."""
+    waiting = []
+    for index, bind in enumerate(spec["binds"]):
+        waiting.append((_detached_bind(bind, index, spec, writable, userns), bind["target"]))
+    waiting.append((kernel.open_tree("dev", recursive=True), "/dev"))
+    return waiting
+
+
+def _attach_mapped(source: str, target: str, userns: int) -> None:
+    fd = kernel.open_tree(source)
+    try:
+        kernel.set_attributes(fd, _SAFE, userns=userns)
+        kernel.move_mount(fd, target)
+    finally:
+        os.close(fd)
+
+
+def overlay(target: str, lowers: list[str], upper: str, work: str, *, rootless: bool) -> None:
+    options = {"upperdir": upper, "workdir": work}
+    flags = ["userxattr"] if rootless else ["volatile"]
+    text = ",".join([f"lowerdir={':'.join(_escaped(path) for path in lowers)}",
+                     *(f"{key}={_escaped(value)}" for key, value in options.items()), *flags])
+    if len(text) < _LONGEST:
+        kernel.mount("overlay", target, "overlay", kernel.MS_NOSUID | kernel.MS_NODEV, text)
+    else:
+        kernel.mount_overlay(target, lowers, options, flags)
+
+
+def _escaped(path: str) -> str:
+    return path.replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")
+
+
+def _detached_bind(bind: dict[str, Any], index: int, spec: dict[str, Any], writable: str, userns: int) -> int:
+    if bind["writable"] and os.path.isdir(bind["source"]):
+        with contextlib.suppress(OSError):  # as where the host's own root is an overlay over another: read-only then
+            return _writable_bind(bind, index, spec, writable, userns)
+    if bind.get("unnamed"):
+        return kernel.open_tree(bind["unnamed"])
+    attributes = _SAFE | kernel.ATTR_RDONLY
+    recursive = False
+    try:
+        fd = kernel.open_tree(bind["source"])
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # in a user namespace, what is mounted below must come along
+            raise
+        recursive = True
+        fd = kernel.open_tree(bind["source"], recursive=True)
+    if userns >= 0 and bind["idmap"] and not bind["writable"]:  # else root inside could read what only root may read
+        with contextlib.suppress(OSError):  # a file system without id mapping shows its own owners
+            kernel.set_attributes(fd, attributes, userns=userns, private=True)
+            return fd
+    kernel.set_attributes(fd, attributes, recursive=recursive, private=True)
+    return fd
+
+
+def _writable_bind(bind: dict[str, Any], index: int, spec: dict[str, Any], writable: str, userns: int) -> int:
+    """An overlay over the bind's source, with an upper folder of the sandbox."""
+    lower = bind["source"]
+    if userns >= 0:
+        _attach_mapped(lower, f"b{index}", userns)
+        mount_public(f"b{index}", f"p{index}", "nothing", spec["base"])
+        lower = f"p{index}"
+    spot = f"b{SLOTS - 1 - index}"
+    overlay(spot, [lower], f"{writable}/upper{index}", f"{writable}/work{index}", rootless=not spec["privileged"])
+    return kernel.open_tree(spot)
+
+
+class UnnamedFolders:
+    """Read-only folders of the host as overlays in the staging folder, made once by the launcher. The mount table shows
+    the host's path of a bind mount, but the names that the launcher gave for the lower folders of an overlay.
+
+    staging: the folder. privileged: the launcher is root.
+    """
+
+    def __init__(self, staging: str, privileged: bool) -> None:
+        self._staging = staging
+        self._privileged = privileged
+        self._count = 0
+        self._made: dict[str, tuple[tuple[int, int], str]] = {}  # by source: which folder it was, and where it is
+
+    def prepare(self, binds: list[dict[str, Any]]) -> None:
+        """Note for each bind in which folder of the staging folder its source is, before a child is cloned."""
+        for bind in binds:
+            if bind["source"] != bind["target"] and not bind["idmap"] and os.path.isdir(bind["source"]):
+                bind["unnamed"] = self._get(bind["source"])
+
+    def _get(self, source: str) -> str:
+        found = os.stat(source)
+        key = (found.st_dev, found.st_ino)
+        known = self._made.get(source)
+        if known is None or known[0] != key:
+            self._count += 1
+            name = ""  # where it cannot be had, which is not tried again
+            with contextlib.suppress(OSError):
+                name = self._make(source, f"below{self._count}", f"shown{self._count}")
+            known = self._made[source] = key, name
+        return known[1]
+
+    def _make(self, source: str, below: str, shown: str) -> str:
+        os.chdir(self._staging)  # names are relative: mount_public may not walk through the server's folders
+        for folder in (below, shown):
+            os.mkdir(folder, 0o755)
+        fd = kernel.open_tree(source)
+        try:
+            kernel.set_attributes(fd, _SAFE | kernel.ATTR_RDONLY, private=True)
+            kernel.move_mount(fd, below)
+        finally:
+            os.close(fd)
+        if self._privileged:
+            mount_public(below, shown, "nothing", 0)
+        else:
+            kernel.mount("overlay", shown, "overlay", kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV,
+                         f"lowerdir={below}:nothing,userxattr")
+        return shown
+
+
+def mount_public(source: str, target: str, nothing: str, owner: int) -> None:
+    """Mount at `target`, read-only, what of the folder `source` everybody may read.
+
+    The kernel asks each time that a file is opened whether the one who mounted an overlay may read it, and this one is
+    mounted as a user who owns no file and has no rights over those of others. So it does not matter who asks inside,
+    nor when a file was made or its mode changed. Names in folders that everybody may list stay seen.
+
+    nothing: an empty folder: an overlay has two. owner: whose new files are from then on, see kernel.set_file_owner.
+    """
+    permitted = kernel.permitted()
+    kernel.set_file_owner(_STRANGER)
+    kernel.capset(permitted, 1 << _SYS_ADMIN)
+    try:
+        options = f"lowerdir={_escaped(source)}:{_escaped(nothing)}"
+        kernel.mount("overlay", target, "overlay", kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV, options)
+    finally:
+        kernel.capset(permitted)  # first: it takes a capability to be somebody else again
+        kernel.set_file_owner(owner)
+
+
+def switch(staging: str) -> None:
+    """Make staging/root the root. The old one stays for now, under the working folder: a new /proc or /sys may only be
+    mounted in a user namespace while a whole one is there."""
+    os.chdir(f"{staging}/root")
+    kernel.pivot_root(".", ".")
+
+
+def leave() -> None:
+    """Let go of the old root; nothing of it is reachable afterwards."""
+    kernel.umount(".", kernel.MNT_DETACH)
+    os.chdir("/")
+    kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
+
+
+def furnish(spec: dict[str, Any], waiting: list[tuple[int, str]]) -> None:
+    """Binds, /dev and /proc, which are waiting, and /sys, after the switch."""
+    for fd, target in waiting:
+        try:
+            kernel.move_mount(fd, target)
+        finally:
+            os.close(fd)
+    base = spec["base"]
+    quiet = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
+    terminals = f"newinstance,ptmxmode=0666,mode=0620{f',gid={base + 5}' if spec['privileged'] else ''}"
+    kernel.mount("devpts", "/dev/pts", "devpts", kernel.MS_NOSUID | kernel.MS_NOEXEC, terminals)
+    owner = f",uid={base},gid={base}" if spec["privileged"] else ""
+    kernel.mount("shm", "/dev/shm", "tmpfs", quiet & ~kernel.MS_NOEXEC, f"mode=1777,size={spec['shared']}{owner}")
+    try:
+        kernel.mount("sysfs", "/sys", "sysfs", quiet | kernel.MS_RDONLY)
+    except OSError:  # a user namespace may not have one of its own
+        kernel.mount("none", "/sys", "tmpfs", quiet | kernel.MS_RDONLY, "size=0,mode=755")
+    _mask()
+
+
+def _mask() -> None:
+    for path in _READ_ONLY_PROC:
+        with contextlib.suppress(FileNotFoundError):
+            fd = kernel.open_tree(path)
+            kernel.set_attributes(fd, _SAFE | kernel.ATTR_NOEXEC | kernel.ATTR_RDONLY)
+            kernel.move_mount(fd, path)
+            os.close(fd)
+    for nothing, paths in (("/dev/null", _MASKED_FILES), (_EMPTY, _MASKED_FOLDERS)):
+        for path in paths:
+            with contextlib.suppress(FileNotFoundError):
+                kernel.mount(nothing, path, "", kernel.MS_BIND)

@@ -1,0 +1,168 @@
+"""Disk limits in the server: which kinds of disk this host can give, and a watch over sandboxes without one.
+
+`Disks` finds by a trial which disks with a limit this host can give. `DiskWatch` measures sandboxes that have no disk
+of their own and ends one that is over its limit:
+
+    due (it used CPU since, and its turn has come) -> one process of low priority adds up the files of all that are due
+
+It costs nothing at the create. A sandbox may be over its limit by what it writes between two looks: there is one in two
+seconds for small trees, and fewer for large ones, as all looks together take at most a twentieth of one CPU.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rock import errors
+from rock.protocol.sandbox import SandboxConfig
+from rock.runtime.namespace.limits import cgroups, disk_layout
+
+Way = Literal["loop", "tmpfs", "none"]
+_WAYS: tuple[Way, ...] = ("loop", "tmpfs")
+
+
+class Disks:
+    """attempt: makes and removes a sandbox with a disk of this way; RockError when that fails.
+
+    way: how a disk is held here, once one was asked for; "none" when it cannot be. trying: the way of such an attempt.
+    """
+
+    def __init__(self, attempt: Callable[[str], Awaitable[None]]) -> None:
+        self.way: Way = "none"
+        self.trying = ""
+        self._attempt = attempt
+        self._reasons: list[str] | None = None
+        self._gate = asyncio.Lock()
+
+    async def choose(self, config: SandboxConfig) -> None:
+        """Raise Unsupported when this disk cannot be given."""
+        async with self._gate:
+            if self._reasons is None:
+                await self._find()
+        if self.way == "none":
+            raise errors.Unsupported(f"disk={config.disk}: {'; '.join(self._reasons or [])}", hint="leave disk unset")
+        if self.way == "tmpfs" and config.disk_bytes * 2 > config.memory_bytes:
+            raise errors.Unsupported(
+                f"disk={config.disk}: here it is held in memory, and so at most half of that, {config.memory}",
+                hint="run the server as root with mke2fs and /dev/loop-control, or ask for less disk or more memory")
+
+    async def _find(self) -> None:
+        reasons = []
+        for way in _WAYS:
+            try:
+                await self._attempt(way)
+                self.way = way
+                break
+            except errors.RockError as error:
+                reasons.append(f"{way}: {error.message}")
+            finally:
+                self.trying = ""
+        self._reasons = reasons
+
+    async def prepare(self, folder: str, config: SandboxConfig) -> None:
+        """Make what the launcher will mount, in a sandbox's run folder. OSError when that fails."""
+        if self._current() == "loop":
+            await asyncio.to_thread(disk_layout.make_file, folder, config.disk_bytes, config.disk_inodes)
+
+    def spec(self, config: SandboxConfig) -> dict[str, Any] | None:
+        """For the launcher."""
+        if config.disk is None:
+            return None
+        return {"way": self._current(), "bytes": config.disk_bytes, "inodes": config.disk_inodes}
+
+    def in_memory(self, config: SandboxConfig) -> int:
+        """Bytes of its memory limit that its disk may take."""
+        return config.disk_bytes if config.disk is not None and self.way == "tmpfs" else 0
+
+    def _current(self) -> str:
+        return self.trying or self.way
+
+
+_EVERY = 2.0  # seconds
+_SHARE = 20  # of the time that looks took, until the next ones
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Held:
+    """A sandbox whose files are measured. folder: of its files. limit: bytes. processes: the folder of its pids cgroup,
+    or "". cpu: the file that counts its CPU time, or "". end: is called when it is over the limit."""
+
+    folder: str
+    pid: int
+    limit: int
+    processes: str
+    cpu: str
+    end: Callable[[int], None]
+
+
+class DiskWatch:
+    """Of the sandboxes that `held` gives, asked again for each look."""
+
+    def __init__(self, held: Callable[[], Sequence[Held]]) -> None:
+        self._held = held
+        self._task: asyncio.Task[None] | None = None
+        self._due: dict[str, tuple[float, str]] = {}  # by folder: its next turn, and the CPU time that it had used
+
+    def start(self) -> None:
+        if self._task is None:
+            self._task = asyncio.create_task(self._watch(), name="disk watch")
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_EVERY)
+            started = time.monotonic()
+            held = {one.folder: one for one in self._held()}
+            self._due = {folder: due for folder, due in self._due.items() if folder in held}
+            try:
+                await self._look([one for one in held.values() if self._is_due(one, started)])
+            except (OSError, ValueError) as error:  # as of a host without memory for a process: the next look is soon
+                _log.warning("the disk use of sandboxes could not be measured: %s", error)
+            await asyncio.sleep((time.monotonic() - started) * _SHARE)
+
+    def _is_due(self, one: Held, now: float) -> bool:
+        due, before = self._due.get(one.folder, (0.0, ""))
+        return now >= due and (not before or before != _used(one))  # who did not run has not written
+
+    async def _look(self, due: Sequence[Held]) -> None:
+        if not due:
+            return
+        by_folder = {one.folder: (one, _used(one)) for one in due}
+        wish = json.dumps([[one.folder, one.limit, one.pid, one.processes] for one in due])
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-I", "-S", disk_layout.__file__,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={})
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(wish.encode())
+            process.stdin.close()
+            while line := await process.stdout.readline():
+                folder, size, seconds = json.loads(line)
+                one, used = by_folder[folder]
+                self._due[folder] = time.monotonic() + seconds * _SHARE * 2, used
+                if size > one.limit:
+                    one.end(size)
+        finally:
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
+
+
+def _used(one: Held) -> str:
+    return cgroups.read_text(one.cpu) if one.cpu else ""

@@ -1,0 +1,203 @@
+"""How a sandbox's limits are held, and what it uses: by cgroups, or without them by watching, affinity and rlimits."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import math
+import os
+import resource
+import signal
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rock.guest.init import process_tree
+from rock.protocol.sandbox import SandboxConfig, Usage
+from rock.runtime.base import Enforced
+from rock.runtime.namespace.limits import cgroups
+
+Watched = Mapping[int, tuple[int, Callable[[], None]]]
+
+_MOST_FILES = 4096  # of a process that are looked at
+_PAGE = os.sysconf("SC_PAGESIZE")
+
+
+@dataclass(frozen=True)
+class Limiter:
+    """The ways in which this host holds limits."""
+
+    groups: cgroups.Cgroups
+    _cpus: Any = field(default_factory=lambda: itertools.cycle(sorted(os.sched_getaffinity(0))))
+
+    def enforced(self) -> dict[str, Enforced]:
+        """For each limit how it is held here, as `Handle.enforced` tells it."""
+        def by(controller: str, otherwise: Enforced) -> Enforced:
+            version = self.groups.version(controller)
+            return otherwise if version is None else "cgroup-v1" if version == 1 else "cgroup-v2"
+
+        return {"memory": by("memory", "watched"), "cpus": by("cpu", "affinity"), "pids": by("pids", "rlimit")}
+
+    def files(self, slot: str, config: SandboxConfig) -> list[tuple[str, str]]:
+        """Control files to write for a sandbox."""
+        hard = config.limit_cpus or config.cpus
+        return self.groups.limits(slot, config.memory_bytes, hard, config.cpus, config.pids)
+
+    def affinity(self, config: SandboxConfig) -> list[int] | None:
+        """CPUs to run on, where no cgroup holds the limit: whole ones, given out in turn."""
+        if self.groups.version("cpu") is not None:
+            return None
+        count = min(math.ceil(config.limit_cpus or config.cpus), len(os.sched_getaffinity(0)))
+        return [next(self._cpus) for _ in range(count)]
+
+    def processes(self, config: SandboxConfig) -> int:
+        """RLIMIT_NPROC where no cgroup holds the limit, else 0. Counted by the sandbox's user namespace."""
+        return 0 if self.groups.version("pids") is not None else config.pids
+
+    def apply(self, slot: str, pid: int, config: SandboxConfig, before: SandboxConfig) -> None:
+        """Change the limits of a sandbox that runs already. OSError when one cannot be set."""
+        known = set(self.files(slot, before))
+        cgroups.write_limits([file for file in self.files(slot, config) if file not in known])
+        affinity, processes = self.affinity(config), self.processes(config)
+        if affinity is not None:
+            os.sched_setaffinity(pid, affinity)
+        if processes:
+            resource.prlimit(pid, resource.RLIMIT_NPROC, (processes, processes))
+
+
+def usage(folders: Mapping[str, str], pid: int, kills: int) -> Usage:
+    """What a sandbox uses, from its cgroups where it has them and from /proc else. Blocking."""
+    whole = "pids" in folders and "memory" in folders
+    tree = [] if whole else list(process_tree.descendants(process_tree.scan(), pid))
+    memory, cpuacct, cpu = folders.get("memory", ""), folders.get("cpuacct", ""), folders.get("cpu", "")
+    result = Usage(oom_kills=kills)
+    result.memory_bytes = _first(cgroups.read_value(f"{memory}/memory.usage_in_bytes"),
+                                 cgroups.read_value(f"{memory}/memory.current"))
+    if result.memory_bytes is None:
+        living = [entry.pid for entry in tree if entry.alive]
+        result.memory_bytes = sum(shared_out(pid) for pid in living) + sum(files_in_memory(living).values())
+    result.memory_peak_bytes = _first(cgroups.read_value(f"{memory}/memory.max_usage_in_bytes"),
+                                      cgroups.read_value(f"{memory}/memory.peak"))
+    result.pids = _first(cgroups.read_value(f"{folders.get('pids', '')}/pids.current"), len(tree) + 1)
+    nanoseconds = cgroups.read_value(f"{cpuacct}/cpuacct.usage")
+    microseconds = cgroups.read_field(f"{cpu}/cpu.stat", "usage_usec")
+    if nanoseconds is not None:
+        result.cpu_seconds = nanoseconds / 1e9
+    elif microseconds is not None:
+        result.cpu_seconds = microseconds / 1e6
+    else:
+        result.cpu_seconds = _cpu_seconds(pid, tree)
+    return result
+
+
+def _first(*values: int | None) -> int | None:
+    return next((value for value in values if value is not None), None)
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory that a process has mapped and present, shared ones in full; 0 when it is gone."""
+    fields = cgroups.read_text(f"/proc/{pid}/statm").split()
+    return int(fields[1]) * _PAGE if len(fields) > 1 else 0
+
+
+def shared_out(pid: int) -> int:
+    """The same with shared pages split among those who share them; dearer to find out."""
+    for line in cgroups.read_text(f"/proc/{pid}/smaps_rollup").splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1]) << 10
+    return resident(pid)
+
+
+def files_in_memory(pids: Iterable[int]) -> dict[int, int]:
+    """Bytes of the files in memory (memfd) that these processes have open, by the file's number, each once.
+
+    What of them is mapped counts twice, as mapped memory too; a limit may be reached a little early by it."""
+    found: dict[int, int] = {}
+    for pid in pids:
+        folder = f"/proc/{pid}/fd"
+        with contextlib.suppress(OSError):
+            for name in os.listdir(folder)[:_MOST_FILES]:
+                with contextlib.suppress(OSError):
+                    if os.readlink(f"{folder}/{name}").startswith("/memfd:"):
+                        file = os.stat(f"{folder}/{name}")
+                        found[file.st_ino] = file.st_blocks * 512
+    return found
+
+
+def _cpu_seconds(pid: int, tree: list[process_tree.Entry]) -> float:
+    """CPU time of all that live and, through those who waited for them, of all that ended."""
+    ticks = 0
+    for number in (pid, *(entry.pid for entry in tree)):
+        fields = cgroups.read_text(f"/proc/{number}/stat").rpartition(")")[2].split()
+        if len(fields) > 14:
+            ticks += sum(int(field) for field in fields[11:15])
+    return ticks / process_tree.TICK
+
+
+def watch(watched: Watched, *, files: bool = False) -> None:
+    """Kill the largest processes of each sandbox that is over its limit. Blocking.
+
+    watched: by pid 1, the bytes that its tree may have, and what is called before one of it is killed, so that it is
+    known when the end is seen. files: look for files in memory too, which is dearer. One look at /proc serves all; what
+    is shared is only split when the plain sum is too high.
+    """
+    table = process_tree.scan()
+    for pid, (limit, tell) in watched.items():
+        tree = [entry for entry in process_tree.descendants(table, pid) if entry.alive]
+        held = {entry.pid: files_in_memory((entry.pid,)) for entry in tree} if files else {}
+        in_files = sum({number: size for found in held.values() for number, size in found.items()}.values())
+        if sum(resident(entry.pid) for entry in tree) + in_files <= limit:
+            continue
+        sizes = sorted(((shared_out(entry.pid) + sum(held.get(entry.pid, {}).values()), entry) for entry in tree),
+                       key=lambda pair: pair[0], reverse=True)
+        total = sum(shared_out(entry.pid) for entry in tree) + in_files
+        for size, entry in sizes:
+            if total <= limit:
+                break
+            now = process_tree.read(entry.pid)
+            if now is not None and now.start == entry.start and now.alive:
+                tell()
+                process_tree.send(entry, signal.SIGKILL)
+            total -= size
+
+
+# ---- memorywatch ----
+#
+# Memory limits where no cgroup holds them: looked after from here.
+
+_EVERY = 0.25  # seconds
+_FILES_EVERY = 8  # looks: files in memory are dearer to find
+_log = logging.getLogger(__name__)
+
+
+class MemoryWatch:
+    """Of the sandboxes that `watched` gives, asked again for each look; see `limits.watch`."""
+
+    def __init__(self, name: str, watched: Callable[[], Watched]) -> None:
+        self._name = name
+        self._watched = watched
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Once it was started, again does nothing."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._watch(), name=f"{self._name} memory watch")
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+            self._task = None
+
+    async def _watch(self) -> None:
+        for turn in itertools.count():
+            await asyncio.sleep(_EVERY)
+            watched = self._watched()
+            if not watched:
+                continue
+            try:
+                await asyncio.to_thread(watch, watched, files=turn % _FILES_EVERY == 0)
+            except OSError:  # as of a host that is out of descriptors for a moment: the limits hold again after it
+                _log.exception("the memory of sandboxes could not be looked at")

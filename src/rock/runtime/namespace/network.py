@@ -1,0 +1,142 @@
+"""Network namespaces of ended sandboxes that never used theirs: the kernel takes 2 ms to make and to remove one.
+
+One that was used goes: its ports may rest for a minute, and its counters tell of who had it. Nothing else can stay in
+it, as nobody inside has rights over it. Those with a way out (runtime/namespace/launcher/isolated_network.py) are
+made ahead, by a child. Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+
+from rock.runtime.namespace.launcher import kernel
+from rock.runtime.namespace.limits import cgroups
+
+_MOST = 16
+_AHEAD = 4
+_PATIENCE = 10.0  # seconds
+
+
+class Nets:
+    """Descriptors of untouched network namespaces, with loopback up.
+
+    usable: whether we may come back from another one, which takes rights over the one that we come from.
+    """
+
+    def __init__(self, usable: bool) -> None:
+        self.usable = usable
+        self._home = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        self._free: list[int] = []
+
+    def take(self) -> int:
+        """One that is the caller's from now on, or -1."""
+        return self._free.pop() if self._free else -1
+
+    def give(self, fd: int) -> None:
+        """Keep the namespace of a sandbox in which nothing runs any more, or close it. OSError: we are lost in it."""
+        wanted = self.usable and len(self._free) < _MOST and not os.path.sameopenfile(fd, self._home)
+        if not wanted or not self._untouched(fd):
+            os.close(fd)
+        else:
+            self._free.append(fd)
+
+    def enter(self, fd: int) -> None:
+        kernel.setns(fd, kernel.CLONE_NEWNET)
+
+    def back(self) -> None:
+        kernel.setns(self._home, kernel.CLONE_NEWNET)
+
+    def _untouched(self, fd: int) -> bool:
+        try:
+            self.enter(fd)
+        except OSError:
+            return False
+        try:
+            devices = cgroups.read_text("/proc/thread-self/net/dev").splitlines()[2:]
+            sockets = cgroups.read_text("/proc/thread-self/net/sockstat").split("\n", 1)[0]
+        finally:
+            self.back()
+        idle = len(devices) == 1 and not any(int(number) for number in devices[0].partition(":")[2].split())
+        return idle and sockets == "sockets: used 0"
+
+
+class WiredNets:
+    """Network namespaces with a way out, a few of them made ahead. Started with the first one that is wanted.
+
+    A child makes them, one after the other: it never has to come back from one, which takes rights that an ordinary
+    user does not have.
+    """
+
+    def __init__(self, privileged: bool) -> None:
+        self._ping_group = "0 2147483647" if privileged else "0 0"
+        self._sock: socket.socket | None = None
+
+    def take(self) -> list[int]:
+        """The namespace, its listening socket and its socket for DNS: descriptors of the caller's from then on.
+
+        OSError when this kernel cannot have one.
+        """
+        if self._sock is None:
+            self._start()
+        assert self._sock is not None
+        try:
+            self._sock.send(b"1")  # one more, for whoever comes later
+            told, fds, _, _ = socket.recv_fds(self._sock, 4096, 3, socket.MSG_CMSG_CLOEXEC)
+        except OSError:
+            self._sock.close()
+            self._sock = None
+            raise
+        if len(fds) == 3:
+            return list(fds)
+        for fd in fds:
+            os.close(fd)
+        self._sock.close()
+        self._sock = None
+        number, _, reason = told.decode(errors="replace").partition(" ")
+        raise OSError(int(number) if number.isdecimal() else 0, f"network: {reason or 'its maker ended'}")
+
+    def close(self) -> None:
+        """End the child, and with it what it made ahead."""
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        pid = kernel.fork_into(0)
+        if pid == 0:
+            try:
+                kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
+                signal.set_wakeup_fd(-1)
+                os.dup2(theirs.fileno(), 0)
+                kernel.close_from(3)
+                kernel.set_name(b"rock-nets")
+                self._make(socket.socket(fileno=0))
+            finally:
+                os._exit(0)
+        theirs.close()
+        ours.settimeout(_PATIENCE)
+        self._sock = ours
+        for _ in range(_AHEAD - 1):
+            ours.send(b"1")
+
+    def _make(self, wishes: socket.socket) -> None:
+        from rock.runtime.namespace.launcher import (
+            isolated_network,  # which neither the launcher nor any pid 1 has to carry
+        )
+
+        while wishes.recv(1):
+            try:
+                kernel.unshare(kernel.CLONE_NEWNET)
+                own = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+                fds = [own, *isolated_network.furnish(self._ping_group)]
+            except OSError as error:
+                with contextlib.suppress(OSError):
+                    wishes.send(f"{error.errno or 0} {error}".encode()[:4000])
+                continue  # an end with wishes unread would be seen before what was told
+            socket.send_fds(wishes, [b"net"], fds)
+            for fd in fds:
+                os.close(fd)
