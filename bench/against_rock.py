@@ -52,8 +52,8 @@ async def one(url: str, image: str, times: Times) -> None:
 
 async def group(url: str, image: str, size: int, times: Times) -> None:
     """Many at once: all running, a command in each, all stopped."""
-    wish = SandboxGroupConfig(base_url=url, image=image, memory="128m", cpus=1, size=size, start_concurrency=size)
-    boxes = SandboxGroup(wish)
+    spec = SandboxGroupConfig(base_url=url, image=image, memory="128m", cpus=1, size=size, start_concurrency=size)
+    boxes = SandboxGroup(spec)
 
     async def work() -> None:
         await boxes.start()

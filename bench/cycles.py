@@ -166,16 +166,16 @@ def main() -> None:
     parser.add_argument("count", type=int, nargs="?", default=10_000)
     parser.add_argument("--at-once", type=int, default=4)
     parser.add_argument("--pool", type=int, default=0)
-    wish = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="rock-cycles-") as folder, serving(Path(folder), wish.pool) as (pid, url):
-        Cycles(url, wish.at_once).run(min(WARM_UP, wish.count))
+    spec = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="rock-cycles-") as folder, serving(Path(folder), spec.pool) as (pid, url):
+        Cycles(url, spec.at_once).run(min(WARM_UP, spec.count))
         before = settled(pid, Path(folder))
-        cycles = Cycles(url, wish.at_once)
-        seconds = cycles.run(wish.count)
+        cycles = Cycles(url, spec.at_once)
+        seconds = cycles.run(spec.count)
         after = settled(pid, Path(folder))
     ordered = sorted(cycles.seconds)
     p50, p95 = (ordered[int(len(ordered) * part)] * 1000 for part in (0.5, 0.95))
-    print(f"{wish.count} cycles, {wish.at_once} at once: {seconds:.0f} s, {wish.count / seconds:.0f} a second, "
+    print(f"{spec.count} cycles, {spec.at_once} at once: {seconds:.0f} s, {spec.count / seconds:.0f} a second, "
           f"min {ordered[0] * 1000:.0f} / p50 {p50:.0f} / p95 {p95:.0f} ms each, {len(cycles.failures)} failed")
     grown = []
     print("| held | before | after |\n|---|---|---|")

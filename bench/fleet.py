@@ -108,7 +108,7 @@ class Fleet:
 
 
 @contextlib.contextmanager
-def fleet(workers: int, hosts: int, profile: str | None = None) -> Iterator[Fleet]:
+def worker_registry(workers: int, hosts: int, profile: str | None = None) -> Iterator[Fleet]:
     """An admin over so many workers."""
     # What hosts write of their sandboxes is in memory, as those sandboxes are; what the admin writes is on the disk.
     memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
@@ -208,19 +208,19 @@ def memory_of(pid: int) -> float:
 class Spent:
     """CPU of the three sides since it was made."""
 
-    def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
+    def __init__(self, worker_registry: Fleet) -> None:
+        self._worker_registry = worker_registry
         self._before = self._now()
 
     def _now(self) -> list[float]:
-        return [cpu_of(self._fleet.admin), sum(map(cpu_of, self._fleet.hosts)), time.process_time()]
+        return [cpu_of(self._worker_registry.admin), sum(map(cpu_of, self._worker_registry.hosts)), time.process_time()]
 
     def row(self, kind: str, took: list[float], whole: float, **more: Any) -> dict[str, Any]:
         pairs = zip(self._now(), self._before, strict=True)
         admin, hosts, client = ((now - then) * 1000 / len(took) for now, then in pairs)
         return {"kind": kind, **more, "p50": round(quantile(took, 0.5), 3), "p99": round(quantile(took, 0.99), 3),
                 "per_second": round(len(took) / whole), "admin_ms": round(admin, 3), "hosts_ms": round(hosts, 3),
-                "client_ms": round(client, 3), "admin_mb": round(memory_of(self._fleet.admin)),
+                "client_ms": round(client, 3), "admin_mb": round(memory_of(self._worker_registry.admin)),
                 "load": round(os.getloadavg()[0], 1)}  # fmt: skip
 
 
@@ -285,7 +285,7 @@ def bursts(workers: int, hosts: int, most: int, profile: str | None) -> None:
         if size > most:
             continue
         for burst in (singles, groups):
-            with fleet(workers, hosts, profile) as on:
+            with worker_registry(workers, hosts, profile) as on:
                 run(singles(on, workers))  # every worker has been asked once
                 tell({**run(burst(on, size, workers=workers)), "rock_p50": rock_p50, "rock_p99": rock_p99})
 
@@ -294,7 +294,7 @@ def growth(hosts: int, most_workers: int, most_sandboxes: int) -> None:
     for workers in (10, 100, 1000):
         if workers > most_workers:
             continue
-        with fleet(workers, hosts) as on:
+        with worker_registry(workers, hosts) as on:
             have, until = 0, min(most_sandboxes, workers * 100)
             while have < until:
                 step = min(10_000, until - have)

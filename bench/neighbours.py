@@ -65,7 +65,7 @@ def figures(seconds: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rounds", type=int, nargs="?", default=5)
-    wish = parser.parse_args()
+    spec = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="rock-neighbours-") as folder, serving(Path(folder), 0) as (_, url):
         with Sandbox(SandboxConfig(base_url=url, **CONFIG)) as victim:
             latencies(victim, 20)
@@ -73,7 +73,7 @@ def main() -> None:
             for name, script in HARM.items():
                 alone: list[float] = []
                 beside: list[float] = []
-                for _ in range(wish.rounds):
+                for _ in range(spec.rounds):
                     alone += latencies(victim, 40)
                     with suppress(RockError), harm(url, script, disk="filled" in name):
                         beside += latencies(victim, 40)

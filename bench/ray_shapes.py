@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from tests.scheduler.test_ray import WISH, World
+from tests.scheduler.test_ray import SPEC, World
 
 from rock.sync import SandboxGroup
 
@@ -53,7 +53,7 @@ def actors(world: World, count: int) -> dict[str, Any]:
 
 
 def groups(world: World, count: int) -> dict[str, Any]:
-    boxes = SandboxGroup(base_url=world.url, size=count, **WISH)
+    boxes = SandboxGroup(base_url=world.url, size=count, **SPEC)
     began = time.monotonic()
     boxes.start()
     took = time.monotonic() - began

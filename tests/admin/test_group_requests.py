@@ -149,9 +149,9 @@ def test_the_client(url: str) -> None:
     assert states(url, OWNER) == {"stopped": 20}
     with pytest.raises(NoCapacity):
         SandboxGroup(base_url=url, api_key=OWNER, size=60, start_retry_times=1, **CONFIG).start()
-    wish = SandboxGroupConfig.model_validate({**CONFIG, "base_url": url, "api_key": OWNER, "size": 60,
+    spec = SandboxGroupConfig.model_validate({**CONFIG, "base_url": url, "api_key": OWNER, "size": 60,
                                               "mode": "best_effort"})  # fmt: skip
-    with SandboxGroup(wish) as some:
+    with SandboxGroup(spec) as some:
         assert len(some.sandbox_list) == 50 and some.sandbox_list[49].arun("echo here").output == "here\n"
 
 

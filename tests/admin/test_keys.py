@@ -201,13 +201,13 @@ def test_a_race_of_creates_gives_the_quota_and_no_more(guarded: RunningServer, o
 
 
 def test_cpus_memory_and_starts_a_minute(guarded: RunningServer, owner: Client) -> None:
-    wishes: Any = (
+    specs: Any = (
         ({"cpus": 1.0}, {"cpus": 0.6}, "cpus"),
         ({"cpus": 1.0}, {"cpus": 0.1, "limit_cpus": 0.6}, "cpus"),
         ({"memory": "100m"}, {"memory": "64m"}, "bytes of memory"),
         ({"creates_per_minute": 1}, {}, "creates_per_minute"),
     )
-    for number, (quota, config, what) in enumerate(wishes):
+    for number, (quota, config, what) in enumerate(specs):
         key = key_for(owner, f"limited{number}", **quota).key
         with sandbox_of(guarded, key, **config), pytest.raises(QuotaExceeded) as told:
             sandbox_of(guarded, key, **config).start()

@@ -62,8 +62,8 @@ class RockClient:
         return self.ask("POST", route, {"sandbox_id": self.sandbox_id, **fields})
 
     def start(self, **fields: Any) -> str:
-        wish = {"image": IMAGE, "memory": "512m", "cpus": 1, **fields}
-        self.sandbox_id = self.done("POST", "/start_async", wish)["sandbox_id"]
+        spec = {"image": IMAGE, "memory": "512m", "cpus": 1, **fields}
+        self.sandbox_id = self.done("POST", "/start_async", spec)["sandbox_id"]
         return self.sandbox_id
 
     def status(self, **query: Any) -> dict[str, Any]:
@@ -125,12 +125,12 @@ def test_the_first_look_finds_it_running(client: RockClient) -> None:
 
 
 def test_clients_of_every_age_can_start(client: RockClient) -> None:
-    wish = {
+    spec = {
         "image": f" {IMAGE} ", "auto_clear_time": 0.5, "auto_clear_time_minutes": "0.5", "memory": "256m", "cpus": "1",
         "num_gpus": None, "sandbox_id": None, "resources": {"gpu": 1}, "pull": "missing", "startup_timeout": None,
     }  # fmt: skip
     headers = {"ROUTE-KEY": "abc", "X-Cluster": "zb", "X-User-Id": "u1", "X-Experiment-Id": "e1", "X-Namespace": "n1"}
-    client.sandbox_id = client.done("POST", "/start_async", wish, **headers)["sandbox_id"]
+    client.sandbox_id = client.done("POST", "/start_async", spec, **headers)["sandbox_id"]
     seen = client.status(include_all_states="False")["result"]
     assert (seen["user_id"], seen["experiment_id"], seen["namespace"]) == ("u1", "e1", "n1")
     left = datetime.fromisoformat(seen["auto_stop_time"]).timestamp() - time.time()
@@ -156,16 +156,16 @@ def test_a_name_of_its_own_is_taken_once(client: RockClient) -> None:
         ({"image": IMAGE, "sandbox_id": "../up"}, 4000, "sandbox_id"),
     ],
 )
-def test_a_start_that_cannot_be(client: RockClient, wish: dict[str, Any], code: int, text: str) -> None:
-    told = client.ask("POST", "/start_async", wish)
+def test_a_start_that_cannot_be(client: RockClient, spec: dict[str, Any], code: int, text: str) -> None:
+    told = client.ask("POST", "/start_async", spec)
     assert (told["status"], told["message"], told["result"]["code"]) == ("Failed", "async start sandbox failed", code)
     assert text in told["error"] and text in told["result"]["failure_reason"]
     assert told["result"]["exit_code"] is None and told["result"]["sandbox_id"] is None
 
 
 def test_the_phases_tell_why_a_start_failed(client: RockClient) -> None:
-    wish = {"image": IMAGE, "memory": "256m", "cpus": 1, "startup_timeout": 0.0001, "sandbox_id": "too-slow"}
-    client.ask("POST", "/start_async", wish)
+    spec = {"image": IMAGE, "memory": "256m", "cpus": 1, "startup_timeout": 0.0001, "sandbox_id": "too-slow"}
+    client.ask("POST", "/start_async", spec)
     client.sandbox_id = "too-slow"
     seen = client.status()["result"]
     assert seen["is_alive"] is False and seen["stop_time"] is not None
@@ -327,10 +327,10 @@ def test_a_session_may_be_called_anything(box: RockClient) -> None:
 
 def test_the_default_session_is_as_it_was_asked_for(box: RockClient) -> None:
     box.done("POST", "/write_file", {"sandbox_id": box.sandbox_id, "path": "/tmp/rc", "content": "B=2; echo hello"})
-    wish = {"env": {"A": "1"}, "env_enable": True, "startup_source": ["/tmp/rc"]}
-    assert box.post("/create_session", **wish)["result"]["output"].strip() == "hello"
+    spec = {"env": {"A": "1"}, "env_enable": True, "startup_source": ["/tmp/rc"]}
+    assert box.post("/create_session", **spec)["result"]["output"].strip() == "hello"
     assert box.output("C=3; echo $A$B") == "12"
-    assert box.post("/create_session", **wish)["result"]["output"] == ""
+    assert box.post("/create_session", **spec)["result"]["output"] == ""
     assert box.output("echo $A$B$C") == "123"  # the second one changed nothing
 
 
@@ -611,17 +611,17 @@ def test_envhub_remembers(own_server: Callable[..., RunningServer]) -> None:
     def ask(path: str, **body: Any) -> tuple[int, Any]:
         return hub.raw("POST", path, json.dumps(body))
 
-    wish = {"env_name": "maze", "image": "a:1", "owner": "me", "tags": ["x", "y"], "extra_spec": {"n": [1]}}
-    status, first = ask("/env/register", **wish)
+    spec = {"env_name": "maze", "image": "a:1", "owner": "me", "tags": ["x", "y"], "extra_spec": {"n": [1]}}
+    status, first = ask("/env/register", **spec)
     assert status == 200 and first == {
-        **wish, "description": "", "create_at": first["create_at"], "update_at": first["update_at"],
+        **spec, "description": "", "create_at": first["create_at"], "update_at": first["update_at"],
     }  # fmt: skip
     ask("/env/register", env_name="other", image="b:1", owner="you", tags=["z"])
     server.kill()
     server.start()
     hub = RockClient(server)
     assert ask("/env/get", env_name="maze") == (200, first)
-    status, again = ask("/env/register", **{**wish, "image": "a:2"})
+    status, again = ask("/env/register", **{**spec, "image": "a:2"})
     assert (again["image"], again["create_at"]) == ("a:2", first["create_at"])
 
     def names(**filters: Any) -> list[str]:

@@ -16,7 +16,7 @@ from tests.cluster.machines import KEY, TOKEN, Machine, server
 from tests.conftest import RunningServer
 from tests.waiting import until
 
-from rock.admin.workers.batching import Creates
+from rock.admin.workers.batching import CreateBatcher
 from rock.errors import RockError, Unavailable
 from rock.protocol.node import NodeSandbox
 from rock.protocol.sandbox import SandboxConfig, State
@@ -141,7 +141,7 @@ def test_a_worker_of_an_older_release_is_asked_one_by_one() -> None:
         return NodeSandbox(sandbox_id=sandbox_id, alive=True)
 
     async def work() -> None:
-        creates = Creates("old", older, alone)
+        creates = CreateBatcher("old", older, alone)
         config = SandboxConfig(image="python:3.11")
         try:
             for _ in range(2):
@@ -150,7 +150,7 @@ def test_a_worker_of_an_older_release_is_asked_one_by_one() -> None:
         finally:
             await creates.close()
         with pytest.raises(Unavailable):
-            gone = Creates("gone", cut, alone)
+            gone = CreateBatcher("gone", cut, alone)
             await gone.close()
             await gone.create("s", config)
 

@@ -112,8 +112,8 @@ def test_what_is_handed_on(site: Site) -> None:
             assert other.execute("echo there").stdout == "there\n"
             assert "".join(chunk.text for chunk in other.stream("echo streamed")) == "streamed\n"
         assert ask(reader.url, "POST", "/v1/sandboxes", {"image": IMAGE}, "wrong")[0] == 401
-        wish = {"image": IMAGE, "memory": "64m", "cpus": 0.2}
-        name = json.loads(ask(reader.url, "POST", f"{V1}/start", wish, KEY)[1])["result"]["sandbox_id"]
+        spec = {"image": IMAGE, "memory": "64m", "cpus": 0.2}
+        name = json.loads(ask(reader.url, "POST", f"{V1}/start", spec, KEY)[1])["result"]["sandbox_id"]
         body = {"sandbox_id": name, "command": ["echo", "x"]}
         told = json.loads(ask(writer.url, "POST", f"{V1}/execute", body, KEY)[1])
         assert told["result"]["stdout"] == "x\n"

@@ -188,12 +188,12 @@ def started(site: Site) -> Sandbox:
 
 def test_who_may_join(site: Site, tmp_path: Path) -> None:
     one = site.join("one")
-    wish = {"name": "two", "url": "http://127.0.0.1:9", "holder": "h" * 16, "status": {}}
-    assert ask(site.server.url, "POST", "/v1/workers", wish, None)[0] == 401
-    assert ask(site.server.url, "POST", "/v1/workers", wish, "wrong")[0] == 401
-    assert ask(site.server.url, "POST", "/v1/workers", wish, TOKEN)[0] == 422  # no status
+    spec = {"name": "two", "url": "http://127.0.0.1:9", "holder": "h" * 16, "status": {}}
+    assert ask(site.server.url, "POST", "/v1/workers", spec, None)[0] == 401
+    assert ask(site.server.url, "POST", "/v1/workers", spec, "wrong")[0] == 401
+    assert ask(site.server.url, "POST", "/v1/workers", spec, TOKEN)[0] == 422  # no status
     for bad in ({"name": "../x"}, {"name": "local"}, {"url": "file:///etc"}, {"url": "http://a b/"}, {"holder": ""}):
-        assert ask(site.server.url, "POST", "/v1/workers", {**wish, **bad}, TOKEN)[0] in (400, 422)
+        assert ask(site.server.url, "POST", "/v1/workers", {**spec, **bad}, TOKEN)[0] in (400, 422)
     # What a worker joins by opens nothing else.
     for method, path in (("GET", "/v1/sandboxes"), ("GET", "/v1/workers"), ("POST", "/v1/sandboxes"),
                          ("POST", "/v1/workers/one/drain"), ("GET", "/v1/sandboxes/x/files/content"),
@@ -203,7 +203,7 @@ def test_who_may_join(site: Site, tmp_path: Path) -> None:
     status = site.worker("one")
     assert status is not None and status.status is not None
     epoch = status.epoch
-    taken = {**wish, "name": "one", "status": status.status.model_dump(mode="json")}
+    taken = {**spec, "name": "one", "status": status.status.model_dump(mode="json")}
     assert ask(site.server.url, "POST", "/v1/workers", taken, TOKEN)[0] == 409
     assert command(one, "GET", "/node/v1/status", None, {"x-rock-epoch": f"one/{epoch}"})[0] == 200
     assert command(one, "GET", "/node/v1/status", None, {"x-rock-epoch": f"one/{epoch - 1}"})[0] == 503
@@ -235,8 +235,8 @@ def assert_keys_hold(site: Site, owned: str) -> None:
     def run(sandbox_id: str, key: str) -> int:
         return ask(site.server.url, "POST", f"/v1/sandboxes/{sandbox_id}/execute", {"command": "id"}, key)[0]
 
-    def made(**wish: Any) -> str:
-        status, body = ask(site.server.url, "POST", "/v1/keys", {"name": "x", "tenant": "team", **wish}, KEY)
+    def made(**spec: Any) -> str:
+        status, body = ask(site.server.url, "POST", "/v1/keys", {"name": "x", "tenant": "team", **spec}, KEY)
         assert status == 201, body
         return str(json.loads(body)["key"])
 

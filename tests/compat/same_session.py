@@ -260,8 +260,8 @@ async def mirrors(box: Any) -> None:
 
 
 async def runtime_env(box: Any) -> None:
-    wish = PythonRuntimeEnvConfig(env={"Q": "1"}, pip_index_url=None)
-    env = await RuntimeEnv.create(box, wish)
+    spec = PythonRuntimeEnvConfig(env={"Q": "1"}, pip_index_url=None)
+    env = await RuntimeEnv.create(box, spec)
     seen["runtime env"] = [env.initialized, env.bin_dir.replace(env.runtime_env_id, "N"), len(box.runtime_envs)]
     tell = "echo $Q; command -v python | tr 0-9a-f N | tr -s N"
     await step("runtime env run", env.run(tell, mode="normal"), "output")
@@ -316,8 +316,8 @@ async def envhub() -> None:
     seen["registered"] = [made.env_name, made.image, made.owner, made.description, made.tags, made.extra_spec]
     seen["same"] = [made == await hub.get_env("maze"), type(made).from_dict(made.to_dict()) == made]
     seen["fields"] = sorted(made.to_dict())
-    wishes: list[dict[str, Any]] = [{"tags": ["x"]}, {"owner": "q"}]
-    seen["listed"] = [[env.env_name for env in await hub.list_envs(**wish)] for wish in wishes]
+    specs: list[dict[str, Any]] = [{"tags": ["x"]}, {"owner": "q"}]
+    seen["listed"] = [[env.env_name for env in await hub.list_envs(**spec)] for spec in specs]
     seen["deleted"] = [await hub.delete_env("maze"), await hub.delete_env("maze")]
     seen["health"] = await hub.health_check()
     await step("not registered", hub.get_env("maze"))

@@ -236,13 +236,13 @@ def test_an_archive_that_is_full(own_server: Callable[..., RunningServer], tmp_p
 
 def test_in_a_bucket(own_server: Callable[..., RunningServer], s3_endpoint: str, tmp_path: Path) -> None:
     """There and back over a real S3 server, in one piece and in several, and nothing of it left afterwards."""
-    from rock.store.s3 import Place, S3Blobs
+    from rock.store.s3 import Bucket, S3Blobs
 
     url = f"s3://rock-test/{tmp_path.name}"
     server = own_server(
         ROCK_ARCHIVE=url, ROCK_S3_ENDPOINT=s3_endpoint, ROCK_S3_KEY="key", ROCK_S3_SECRET="secret"
     )
-    bucket = S3Blobs(Place.parse(url, s3_endpoint, "us-east-1", "key", "secret"))
+    bucket = S3Blobs(Bucket.parse(url, s3_endpoint, "us-east-1", "key", "secret"))
     sandbox, _ = stopped(server)
     sandbox.restart()
     sandbox.arun("head -c 40M /dev/urandom > /work/large", check="raise")

@@ -395,8 +395,8 @@ def test_the_dialect(own_server: Callable[..., RunningServer], tmp_path: Path) -
         assert none["status"] == "Failed" and none["message"] == "get commit status failed"
         assert "STATUS_NOT_FOUND" in str(none["error"])
         name = f"{address}/team/child:1"
-        wish = {"sandbox_id": id, "image_tag": name, "username": USER.username, "password": USER.password}
-        began = asked(server, "POST", "/commit", wish)
+        spec = {"sandbox_id": id, "image_tag": name, "username": USER.username, "password": USER.password}
+        began = asked(server, "POST", "/commit", spec)
         assert began["status"] == "Success"
         while (status := asked(server, "GET", f"/commit/{id}")["result"])["phase"] == "RUNNING":
             time.sleep(0.1)
@@ -406,14 +406,14 @@ def test_the_dialect(own_server: Callable[..., RunningServer], tmp_path: Path) -
         assert status["exit_code"] == 0 and status["error_code"] is status["error_message"] is None
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d", status["started_at"])
         assert ImageStore(tmp_path / "other").pull(name, USER).layers
-        asked(server, "POST", "/commit", {**wish, "password": "wrong"})
+        asked(server, "POST", "/commit", {**spec, "password": "wrong"})
         while (status := asked(server, "GET", f"/commit/{id}")["result"])["phase"] == "RUNNING":
             time.sleep(0.1)
         assert (status["phase"], status["failed_stage"], status["error_code"]) == ("FAILED", "login", "LOGIN_FAILED")
         assert status["exit_code"] == 1 and "refuses" in status["error_message"]
-        asked(server, "POST", "/commit", {**wish, "image_tag": "plain:1"})  # names no registry: stays here
+        asked(server, "POST", "/commit", {**spec, "image_tag": "plain:1"})  # names no registry: stays here
         assert wait_until(lambda: store.has("plain:1"))
-    gone = asked(server, "POST", "/commit", {**wish, "sandbox_id": "nobody"})
+    gone = asked(server, "POST", "/commit", {**spec, "sandbox_id": "nobody"})
     assert gone["status"] == "Failed" and "SANDBOX_NOT_FOUND" in str(gone["error"])
-    wrong = asked(server, "POST", "/commit", {**wish, "image_tag": "a\u2028b"})
+    wrong = asked(server, "POST", "/commit", {**spec, "image_tag": "a\u2028b"})
     assert wrong["status"] == "Failed" and "image_tag" in str(wrong["error"])

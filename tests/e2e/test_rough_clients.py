@@ -70,15 +70,15 @@ def test_a_client_that_leaves_ends_its_command(server: RunningServer, sandbox: S
 def test_the_same_key_is_done_once(server: RunningServer, sandbox: Sandbox, size: int) -> None:
     base = f"/v1/sandboxes/{sandbox.sandbox_id}"
     command = f"echo once >> /tmp/log; sleep 0.2; head -c {size} /dev/zero"
-    wishes = [("execute", {"command": command}), ("sessions/default/run", {"command": command})]
+    specs = [("execute", {"command": command}), ("sessions/default/run", {"command": command})]
     with ThreadPoolExecutor(8) as pool:
         asked = [
             pool.submit(call, server, "POST", f"{base}/{path}", body, {"idempotency-key": "k"})
-            for path, body in wishes
+            for path, body in specs
             for _ in range(4)
         ]
         assert [status for status, _ in (one.result() for one in asked)] == [200] * 8
-    for path, body in wishes:  # and again, when it is long done
+    for path, body in specs:  # and again, when it is long done
         assert call(server, "POST", f"{base}/{path}", body, {"idempotency-key": "k"})[0] == 200
     assert sandbox.execute("cat /tmp/log").stdout == "once\n" * 2
 

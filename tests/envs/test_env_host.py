@@ -21,7 +21,7 @@ from rock.guest.environments.frames import FIRST, HEAD, HEADER, LAST, MOST_STREA
 from rock.guest.environments.host import PIPES
 from rock.protocol.sandbox import SandboxConfig
 from rock.rocklet.environments.host import EnvHost
-from rock.rocklet.environments.pipes import OwnInlet
+from rock.rocklet.environments.pipes import FrameReader
 from rock.runtime.base import Handle
 from rock.runtime.process.runtime import ProcessRuntime
 
@@ -250,7 +250,7 @@ def test_the_rest_of_an_answer_that_a_former_rocklet_began_to_read() -> None:
         answered: list[bytes] = []
         nonsense: list[str] = []
         came = asyncio.Event()
-        inlet = OwnInlet(reading, lambda frame: (answered.append(bytes(frame)), came.set())[1],
+        inlet = FrameReader(reading, lambda frame: (answered.append(bytes(frame)), came.set())[1],
                          lambda why: (nonsense.append(why), came.set())[1])  # fmt: skip
         try:
             os.write(writing, b"x" * 1000)

@@ -65,8 +65,8 @@ def other_start() -> list[float]:
 
 
 def test_versions(names: Client) -> None:
-    wish = AddEnv(name="versions", source="CartPole-v1")
-    assert [names.add_env(wish).version, names.add_env(wish).version] == [1, 1]
+    request = AddEnv(name="versions", source="CartPole-v1")
+    assert [names.add_env(request).version, names.add_env(request).version] == [1, 1]
     assert names.add_env(AddEnv(name="versions", source="Acrobot-v1")).version == 2
     about = names.about_env("versions")
     assert [one["source"] for one in about.versions] == ["CartPole-v1", "Acrobot-v1"]

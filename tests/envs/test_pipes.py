@@ -24,7 +24,7 @@ from tests.conftest import RunningServer
 
 import rock
 from rock import errors
-from rock.envs.client import Player
+from rock.envs.client import EnvironmentHandle
 from rock.gym import SandboxEnv, SandboxVectorEnv
 from rock.protocol.env import PIPED
 from rock.protocol.sandbox import SandboxConfig
@@ -59,9 +59,9 @@ def held(env: SandboxEnv) -> Any:
     return env._player.link.ways[env._player.number]
 
 
-def over_http(env: SandboxEnv) -> Player:
+def over_http(env: SandboxEnv) -> EnvironmentHandle:
     """The same environment for somebody who has no pipes."""
-    player = Player(env._player.link, env._player.number)
+    player = EnvironmentHandle(env._player.link, env._player.number)
     player.link = type(env._player.link)(base_url=os.environ["ROCK_BASE_URL"])
     player.link.sandbox_id = env.sandbox_id
     player.link._target = env._player.link._target
@@ -209,7 +209,7 @@ def test_more_environments_than_pipes(url: str) -> None:
     with rock.make("game:GuessTheNumber-v0-easy", exclusive=True) as env:
         link = env.player.link
         made = {"env_id": "game:GuessTheNumber-v0-easy", "kwargs": {}}
-        players = [env.player, *(Player(link, link.make(made, 60)) for _ in range(PIPED + 2))]
+        players = [env.player, *(EnvironmentHandle(link, link.make(made, 60)) for _ in range(PIPED + 2))]
         assert len(link.ways) == PIPED
         for player in players:
             player.reset(seed=5)
@@ -277,8 +277,8 @@ def test_nonsense_at_the_door(env: SandboxEnv, env_server: RunningServer, packet
 
 @pytest.mark.parametrize("token", ["", "wrong", "ö" * 10])
 def test_the_wrong_token(env: SandboxEnv, env_server: RunningServer, token: str) -> None:
-    wish = {"sandbox": env.sandbox_id, "env": env._player.number, "token": token}
-    assert knock(env_server, json.dumps(wish).encode())["error"]["code"] == "not_found"
+    spec = {"sandbox": env.sandbox_id, "env": env._player.number, "token": token}
+    assert knock(env_server, json.dumps(spec).encode())["error"]["code"] == "not_found"
     env.reset()
 
 

@@ -20,7 +20,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from tests.conftest import RunningServer
 
 from rock import errors
-from rock.envs.client import Player
+from rock.envs.client import EnvironmentHandle
 from rock.gym import SandboxEnv, SandboxVectorEnv
 from rock.gym.source import INSIDE
 
@@ -48,10 +48,10 @@ def there(**kwargs: Any) -> SandboxEnv:
     return SandboxEnv(str(WORLDS), trust_remote_code=True, **kwargs)
 
 
-def another(env: SandboxEnv) -> Player:
+def another(env: SandboxEnv) -> EnvironmentHandle:
     """An environment in the sandbox of this one."""
-    wish = {"env_id": "worlds", "protocol": "gym", "kwargs": {"world": "Large"}, "folder": INSIDE, "root": INSIDE}
-    return Player(env._player.link, env._player.link.make(wish, 60))
+    spec = {"env_id": "worlds", "protocol": "gym", "kwargs": {"world": "Large"}, "folder": INSIDE, "root": INSIDE}
+    return EnvironmentHandle(env._player.link, env._player.link.make(spec, 60))
 
 
 @pytest.mark.parametrize("kind", ["picture", "large"])

@@ -20,7 +20,7 @@ ITEMS = [
     {"asin": "B02", "name": "Wool rug", "pricing": "", "product_category": "Home", "small_description": [],
      "full_description": None, "customization_options": None},
 ]  # fmt: skip
-WISHES = {
+SPECS = {
     "B01": [{"instruction": "I need a kettle that is easy to clean.", "instruction_attributes": ["easy clean"],
              "instruction_options": ["blue"]}],
     "B02": [{"instruction": "", "instruction_attributes": ["soft"]}],
@@ -91,7 +91,7 @@ def test_wrong_requests(box: TrainingSandbox) -> None:
 
 def test_data_of_the_user(env_server: RunningServer, tmp_path: Path) -> None:
     (tmp_path / "items_shuffle_1000.json").write_text(json.dumps(ITEMS))
-    (tmp_path / "items_human_ins.json").write_text(json.dumps(WISHES))
+    (tmp_path / "items_human_ins.json").write_text(json.dumps(SPECS))
     with TrainingSandbox(base_url=env_server.url, box_type="webshop", data=tmp_path) as box:
         assert box.get_env_profile("webshop") == ["goal-0"]
         made = box.create_instance("webshop", "goal-0")

@@ -48,10 +48,10 @@ async def _raw_requests(host: Host, box: Box) -> str:
     """What a guest could send if it had pid 1's socket: garbage and unknown requests are answered, or cut off."""
     link = await box.runtime.linked(box.handle)
     told = []
-    wishes = (("no_such_thing", {}), ("spawn", {"argv": []}), ("spawn", {"argv": ["x"] * 10, "channels": {"1": "r"}}),
+    specs = (("no_such_thing", {}), ("spawn", {"argv": []}), ("spawn", {"argv": ["x"] * 10, "channels": {"1": "r"}}),
               ("signal", {"pid": 1, "signal": 9}), ("kill_tree", {"pid": 1}), ("open_read", {"path": "a\0b"}),
               ("dial", {"port": 10 ** 9, "host": "127.0.0.1", "timeout": 1}))
-    for op, fields in wishes:
+    for op, fields in specs:
         try:
             reply, fds = await link.request(op, fields)
             told.append(str(reply.get("count", "answered")))

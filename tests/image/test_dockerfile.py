@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from rock.errors import InvalidConfig, RockError, Unsupported
 from rock.images.dockerfile import KEYWORDS, Words, pairs, parse
-from rock.rocklet.images.build_plan import Place, Plan, Settings, apply
+from rock.rocklet.images.build_plan import BuildScope, Plan, Settings, apply
 
 
 def only(text: str) -> list[tuple[int, str, str]]:
@@ -121,7 +121,7 @@ def applied(*lines: str, settings: Settings | None = None, args: dict[str, str] 
     found = settings or Settings()
     (stage,) = parse("\n".join(("FROM a", *lines))).stages
     for instruction in stage.instructions:
-        found, _ = apply(instruction, found, Place(args or {}, found.env, "\\"))
+        found, _ = apply(instruction, found, BuildScope(args or {}, found.env, "\\"))
     return found
 
 
@@ -144,7 +144,7 @@ def test_variables_do_not_double_without_end() -> None:
     line, settings = parse("FROM a\nENV A=$A$A B=x").stages[0].instructions[0], Settings(env={"A": "x"})
     with pytest.raises(InvalidConfig, match="line 2: its variables have more than"):
         for _ in range(60):
-            settings, _ = apply(line, settings, Place({}, settings.env, "\\"))
+            settings, _ = apply(line, settings, BuildScope({}, settings.env, "\\"))
     assert len(settings.env["A"]) <= 1 << 20
     doubled = "".join("ARG A=$A$A\n" for _ in range(60))
     with pytest.raises(InvalidConfig, match="its variables have more than"):
@@ -223,7 +223,7 @@ def test_any_text_is_read_or_refused_with_a_word(text: str) -> None:
                     words = Words(settings.env, found.escape, instruction.line).split(instruction.text)
                     assert all(isinstance(word, str) for word in words)
                 else:
-                    settings, _ = apply(instruction, settings, Place({}, settings.env, found.escape))
+                    settings, _ = apply(instruction, settings, BuildScope({}, settings.env, found.escape))
             except RockError as error:
                 assert f"line {instruction.line}: " in error.message
 

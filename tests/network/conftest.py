@@ -64,8 +64,8 @@ class World:
         self.ask({"relay": [way, port]})
         return f"http://127.0.0.1:{self._listeners[way].getsockname()[1]}"
 
-    def ask(self, wish: dict[str, Any]) -> Any:
-        self._control.sendall(json.dumps(wish).encode() + b"\n")
+    def ask(self, spec: dict[str, Any]) -> Any:
+        self._control.sendall(json.dumps(spec).encode() + b"\n")
         return json.loads(self._reader.readline())
 
     def seen(self, *, clear: bool = True) -> list[dict[str, Any]]:

@@ -58,9 +58,9 @@ def with_extension(data: bytes, kind: int, body: bytes) -> bytes:
 @bounded
 @given(st.integers(8, 300))
 def test_hello_in_any_pieces(size: int) -> None:
-    assert sniff.look(HELLO) == sniff.Told("tls", "allowed.test", HELLO)
+    assert sniff.look(HELLO) == sniff.ClientGreeting("tls", "allowed.test", HELLO)
     split = fragmented(HELLO, size)
-    assert sniff.look(split) == sniff.Told("tls", "allowed.test", split)
+    assert sniff.look(split) == sniff.ClientGreeting("tls", "allowed.test", split)
     for end in range(1, len(split), 7):
         assert sniff.look(split[:end]) is None or end > 4 + len(HELLO)
 

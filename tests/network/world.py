@@ -252,17 +252,17 @@ def relay(listener: socket.socket, targets: list[int], own: int) -> None:
 
 def obey(orders: Any, replies: Any, targets: list[int], lower: Any) -> None:
     for line in orders:
-        wish = json.loads(line)
-        if "relay" in wish:
+        spec = json.loads(line)
+        if "relay" in spec:
             if targets:
-                targets[wish["relay"][0]] = wish["relay"][1]
+                targets[spec["relay"][0]] = spec["relay"][1]
             reply: Any = {}
-        elif "zone" in wish:
-            ZONE.update(wish["zone"])
+        elif "zone" in spec:
+            ZONE.update(spec["zone"])
             reply = {}
         else:
             reply = list(_seen)
-            if wish.get("clear"):
+            if spec.get("clear"):
                 _seen.clear()
         if lower is not None:  # the other half
             lower[0].write(line)

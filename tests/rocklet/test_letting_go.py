@@ -19,7 +19,7 @@ from rock.http.asgi import Answer
 from rock.protocol.action import BashAction
 from rock.protocol.routes import RESUMES
 from rock.protocol.sandbox import SandboxConfig
-from rock.rocklet.commands.handover import Keep
+from rock.rocklet.commands.handover import JournalEntry
 from rock.rocklet.commands.output import _HIGH, Streaming
 from rock.rocklet.commands.session import DEFAULT, Session
 from rock.rocklet.commands.shell_process import find_shell
@@ -78,7 +78,7 @@ def test_what_is_written_after_the_server_let_go_is_the_next_ones(tmp_path: Path
     async def main() -> None:
         async with place_in(tmp_path) as place:
             session, journal = await place.first()
-            waiting = asyncio.create_task(session.run_kept(action, Keep(journal, "p")))
+            waiting = asyncio.create_task(session.run_kept(action, JournalEntry(journal, "p")))
             await until_there(tmp_path / "begun")
             session.let_go()
             with pytest.raises(Unavailable) as told:
@@ -108,7 +108,7 @@ def test_an_end_that_nobody_saw_is_told_so(tmp_path: Path) -> None:
     async def main() -> None:
         async with place_in(tmp_path) as place:
             session, journal = await place.first()
-            waiting = asyncio.create_task(session.run_kept(action, Keep(journal, "p")))
+            waiting = asyncio.create_task(session.run_kept(action, JournalEntry(journal, "p")))
             await until_there(tmp_path / "begun")
             session.let_go()
             with pytest.raises(Unavailable):
@@ -144,7 +144,7 @@ def test_what_a_command_writes_as_reports_is_bounded(tmp_path: Path) -> None:
     async def main() -> None:
         async with place_in(tmp_path) as place:
             session, journal = await place.first()
-            reply = await session.run_kept(action, Keep(journal, "p"))
+            reply = await session.run_kept(action, JournalEntry(journal, "p"))
             assert orjson.loads(reply.body)["output"] == "done\n"
             assert all(path.stat().st_size < 2 << 20 for path in (tmp_path / "spool").iterdir())
             await session.close()
@@ -163,7 +163,7 @@ def test_a_command_that_could_not_be_given_is_not_looked_for(tmp_path: Path) -> 
             resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 10, hard))
             try:
                 with pytest.raises(StorageFull, match="no room for a command"):
-                    await session.run_kept(BashAction(command="echo " + "y" * 40_000), Keep(journal, "big"))
+                    await session.run_kept(BashAction(command="echo " + "y" * 40_000), JournalEntry(journal, "big"))
             finally:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
             assert not journal.begun

@@ -229,8 +229,8 @@ def test_the_parser_takes_anything(junk: bytes) -> None:
 def test_a_trace_is_not_seen(any_shell: Harness) -> None:
     """Under `set -x` neither, whether it is set or taken away."""
     any_shell.run("set -x")
-    for wish, told in (("00-ab", b"00-ab"), (None, b"none")):
-        any_shell._send(shell_protocol.trace(wish))
+    for spec, told in (("00-ab", b"00-ab"), (None, b"none")):
+        any_shell._send(shell_protocol.trace(spec))
         code, output = any_shell.run("echo ${TRACEPARENT:-none}")
         assert (code, output.splitlines()[-1]) == (0, told)
         assert b"export" not in output and b"unset" not in output

@@ -29,7 +29,7 @@ def gpus(tmp_path: Path) -> Gpus:
     return Gpus(found(tmp_path))
 
 
-def wish(**fields: Any) -> SandboxConfig:
+def request(**fields: Any) -> SandboxConfig:
     return SandboxConfig(image="x:1", memory="64m", **fields)
 
 
@@ -40,13 +40,13 @@ def facts(**runtimes: Any) -> Facts:
 
 def test_each_is_one_sandbox_s(gpus: Gpus) -> None:
     assert gpus.kinds() == ["A100", "A100", "T4"]
-    assert gpus.take("a", wish(num_gpus=1, accelerator_type="T4")) == ("GPU-2",)
-    assert gpus.take("b", wish(num_gpus=2)) == ("GPU-0", "GPU-1")
-    assert gpus.take("c", wish()) == () and not gpus.free
+    assert gpus.take("a", request(num_gpus=1, accelerator_type="T4")) == ("GPU-2",)
+    assert gpus.take("b", request(num_gpus=2)) == ("GPU-0", "GPU-1")
+    assert gpus.take("c", request()) == () and not gpus.free
     with pytest.raises(NoCapacity):
-        gpus.take("d", wish(accelerator_type="A100"))
+        gpus.take("d", request(accelerator_type="A100"))
     gpus.give_back("b")
-    assert gpus.take("d", wish(accelerator_type="A100")) == ("GPU-0",)
+    assert gpus.take("d", request(accelerator_type="A100")) == ("GPU-0",)
     again = Gpus(gpus.all)  # after a restart
     again.taken("a", tuple(gpus.of("a")))
     assert [gpu.uuid for gpu in again.free] == ["GPU-0", "GPU-1"]
@@ -58,7 +58,7 @@ def test_each_is_one_sandbox_s(gpus: Gpus) -> None:
      ({"num_gpus": 2, "accelerator_type": "T4"}, "T4"), ({"num_gpus": 1, "oci_runtime": "runsc"}, "runsc")],
 )  # fmt: skip
 def test_what_is_refused(gpus: Gpus, fields: dict[str, Any], words: str) -> None:
-    config = wish(network="none", **fields)
+    config = request(network="none", **fields)
     with pytest.raises(Unsupported, match=words) as caught:
         spec.refuse(config, facts(), spec.wanted_runtime(config), gpus)
     assert caught.value.hint
@@ -66,17 +66,17 @@ def test_what_is_refused(gpus: Gpus, fields: dict[str, Any], words: str) -> None
 
 def test_an_engine_without_the_runtime_is_told(gpus: Gpus) -> None:
     with pytest.raises(RockError, match="no nvidia runtime") as caught:
-        spec.refuse(wish(num_gpus=1), facts(runc={"path": "runc"}), "runc", gpus)
+        spec.refuse(request(num_gpus=1), facts(runc={"path": "runc"}), "runc", gpus)
     assert isinstance(caught.value, Unsupported)
-    spec.refuse(wish(num_gpus=2), facts(), "runc", gpus)
-    spec.refuse(wish(), facts(runc={"path": "runc"}), "runc", Gpus([]))
+    spec.refuse(request(num_gpus=2), facts(), "runc", gpus)
+    spec.refuse(request(), facts(runc={"path": "runc"}), "runc", Gpus([]))
 
 
 def test_what_the_engine_is_asked_for(gpus: Gpus, tmp_path: Path) -> None:
-    config = wish(num_gpus=2)
+    config = request(num_gpus=2)
     python = GuestPython(tmp_path)
     asked = spec.container(config, "sha256:1", {}, python, None, "runc", {}, gpus.take("a", config))
     assert asked["HostConfig"]["DeviceRequests"] == [
         {"Driver": "nvidia", "DeviceIDs": ["GPU-0", "GPU-1"], "Capabilities": [["gpu"]]}
     ]
-    assert "DeviceRequests" not in spec.container(wish(), "sha256:1", {}, python, None, "runc", {})["HostConfig"]
+    assert "DeviceRequests" not in spec.container(request(), "sha256:1", {}, python, None, "runc", {})["HostConfig"]

@@ -230,7 +230,7 @@ async def _checking(kind: str, folder: Path) -> AsyncIterator[tuple[Any, str]]:
 def test_what_cannot_be_held_is_refused_before_the_start(tmp_path: Path, kind: str, name: str) -> None:
     """Never dropped in silence: a typed error, from the check and from the start, and nothing is left."""
     value = _REFUSED[kind][name]
-    wish = {"memory": "128m", "cpus": 1, name: value, **({"disk": "64m"} if name == "inodes" else {})}
+    request = {"memory": "128m", "cpus": 1, name: value, **({"disk": "64m"} if name == "inodes" else {})}
     if kind == "namespace" and name == "network":
         pytest.skip("whether a host can give it is for the tests of networks")
     if name == "nofile" and value == 1 << 20:
@@ -240,7 +240,7 @@ def test_what_cannot_be_held_is_refused_before_the_start(tmp_path: Path, kind: s
 
     async def main() -> None:
         async with _checking(kind, tmp_path) as (runtime, image):
-            config = SandboxConfig(**{"image": image, **wish})
+            config = SandboxConfig(**{"image": image, **request})
             with pytest.raises(errors.Unsupported) as told:
                 await runtime.check(config)
             assert told.value.hint or told.value.message
@@ -251,7 +251,7 @@ def test_what_cannot_be_held_is_refused_before_the_start(tmp_path: Path, kind: s
 
     if kind == "docker":  # with an engine: tests/runtime/docker
         facts = Facts(runtimes={"runc": {"path": "runc"}}, security=("seccomp",), driver="overlay2", backing="extfs")
-        config = SandboxConfig(**{"image": "any", **wish})
+        config = SandboxConfig(**{"image": "any", **request})
         with pytest.raises(errors.Unsupported):
             oci = spec.wanted_runtime(config)
             spec.runtime_name(facts, oci)

@@ -23,15 +23,15 @@ from rock.sync import Client, Sandbox, SandboxGroup
 
 KEY = "a-key-of-the-tests"
 LONG = 300.0
-WISH: dict[str, Any] = {"image": "x:1", "memory": "64m", "cpus": 1.0, "api_key": KEY, "startup_timeout": LONG}
+SPEC: dict[str, Any] = {"image": "x:1", "memory": "64m", "cpus": 1.0, "api_key": KEY, "startup_timeout": LONG}
 ray_only = pytest.mark.skipif(not os.environ.get("ROCK_TEST_RAY"), reason="takes minutes and needs ray: make ray")
 pytestmark = pytest.mark.timeout(900)
 
 
 def test_what_a_sandbox_takes() -> None:
-    wish = SandboxConfig(cpus=0.5, memory="1g", num_gpus=2, accelerator_type="A100",
+    spec = SandboxConfig(cpus=0.5, memory="1g", num_gpus=2, accelerator_type="A100",
                          labels={"rock.resource.disk_node": "1.5", "mine": "x"})  # fmt: skip
-    assert bundle_of(wish) == {"CPU": 0.5, "memory": 1 << 30, "GPU": 2.0, "accelerator_type:A100": 0.001,
+    assert bundle_of(spec) == {"CPU": 0.5, "memory": 1 << 30, "GPU": 2.0, "accelerator_type:A100": 0.001,
                                "disk_node": 1.5}  # fmt: skip
     for text in ("", "much", "-1", "inf", "nan"):
         with pytest.raises(InvalidConfig, match=r"rock\.resource\.x"):
@@ -144,7 +144,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 @ray_only
 def test_ray_places_a_hundred(world: World) -> None:
     began = time.monotonic()
-    boxes = SandboxGroup(base_url=world.url, size=100, **WISH)
+    boxes = SandboxGroup(base_url=world.url, size=100, **SPEC)
     boxes.start()
     print(f"100 sandboxes in {time.monotonic() - began:.1f} s")
     placed = Counter(info.worker for info in world.sandboxes() if info.group == boxes.group_id)
@@ -158,19 +158,19 @@ def test_ray_places_a_hundred(world: World) -> None:
 @ray_only
 def test_custom_resources_and_what_waits(world: World) -> None:
     special = {"labels": {"rock.resource.special": "3"}}
-    with Sandbox(base_url=world.url, **WISH, **special) as first:
+    with Sandbox(base_url=world.url, **SPEC, **special) as first:
         where = first.info().worker
-        waiting = Sandbox(base_url=world.url, **{**WISH, "startup_timeout": 8.0}, **special)
+        waiting = Sandbox(base_url=world.url, **{**SPEC, "startup_timeout": 8.0}, **special)
         with pytest.raises(RockError):  # the only node that has it gave it away
             waiting.start()
-    with Sandbox(base_url=world.url, **WISH, **special) as second:
+    with Sandbox(base_url=world.url, **SPEC, **special) as second:
         assert second.info().worker == where
     until(lambda: world.reserved() == 0, LONG)
 
 
 @ray_only
 def test_a_server_that_was_killed_finds_its_reservations(world: World) -> None:
-    boxes = SandboxGroup(base_url=world.url, size=20, **WISH)
+    boxes = SandboxGroup(base_url=world.url, size=20, **SPEC)
     boxes.start()
     world.end(signal.SIGKILL)
     world.start()
@@ -181,7 +181,7 @@ def test_a_server_that_was_killed_finds_its_reservations(world: World) -> None:
 
 @ray_only
 def test_a_node_is_lost(world: World) -> None:
-    boxes = SandboxGroup(base_url=world.url, size=100, **WISH)
+    boxes = SandboxGroup(base_url=world.url, size=100, **SPEC)
     boxes.start()
     before = {info.sandbox_id: info.worker for info in world.sandboxes() if info.group == boxes.group_id}
     world.cluster.remove_node(world.nodes.pop())
@@ -196,7 +196,7 @@ def test_a_node_is_lost(world: World) -> None:
             and info.cause.value == "lost"}  # fmt: skip
     assert len(gone) == 1 and told()["stopped lost"] == Counter(before.values())[gone.pop()]
     until(lambda: world.reserved() == told()["running"], LONG)
-    with Sandbox(base_url=world.url, **WISH) as another:
+    with Sandbox(base_url=world.url, **SPEC) as another:
         assert another.arun("echo on").output == "on\n"
     boxes.stop()
     until(lambda: world.reserved() == 0, LONG)
@@ -205,12 +205,12 @@ def test_a_node_is_lost(world: World) -> None:
 @ray_only
 def test_the_head_is_lost_and_comes_back(world: World) -> None:
     """Without a store of its own a head that comes back is a new cluster: what ran in the old one is told as lost."""
-    boxes = SandboxGroup(base_url=world.url, size=10, **WISH)
+    boxes = SandboxGroup(base_url=world.url, size=10, **SPEC)
     boxes.start()
     world.cluster.shutdown()
     until(lambda: world.workers() == 0, LONG)
     until(lambda: {info.state.value for info in world.sandboxes() if info.group == boxes.group_id} == {"stopped"}, LONG)
     world.cluster = world.make()
     until(lambda: world.workers() == 1, LONG)
-    with Sandbox(base_url=world.url, **WISH) as another:
+    with Sandbox(base_url=world.url, **SPEC) as another:
         assert another.arun("echo on").output == "on\n"

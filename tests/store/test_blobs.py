@@ -15,7 +15,7 @@ import pytest
 from rock.errors import InvalidConfig, NotFound, ServerError, Unavailable
 from rock.settings import Settings
 from rock.store.blobs import Blobs, FolderBlobs
-from rock.store.s3 import Place, Request, S3Blobs, signed
+from rock.store.s3 import Bucket, Request, S3Blobs, signed
 
 
 @pytest.fixture(params=["folder", "s3"])
@@ -23,7 +23,7 @@ def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> Blobs:
     if request.param == "folder":
         return FolderBlobs(tmp_path / "archive")
     endpoint = request.getfixturevalue("s3_endpoint")
-    place = Place.parse(f"s3://rock-test/{tmp_path.name}/a b+c", endpoint, "us-east-1", "k", "s")
+    place = Bucket.parse(f"s3://rock-test/{tmp_path.name}/a b+c", endpoint, "us-east-1", "k", "s")
     return S3Blobs(place, part=5 << 20)
 
 
@@ -98,7 +98,7 @@ def test_a_folder_is_private_and_swept(tmp_path: Path) -> None:
 
 def test_signatures_are_those_of_the_published_examples() -> None:
     """Amazon's own, of its page on signing: the bucket's list, and its life cycle."""
-    place = Place("https://examplebucket.s3.amazonaws.com", "examplebucket", key="AKIAIOSFODNN7EXAMPLE",
+    place = Bucket("https://examplebucket.s3.amazonaws.com", "examplebucket", key="AKIAIOSFODNN7EXAMPLE",
                   secret="wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY")  # fmt: skip
     now = datetime(2013, 5, 24, tzinfo=UTC)
     for query, signature in (
@@ -129,7 +129,7 @@ def flaky() -> Iterator[Callable[[list[int]], S3Blobs]]:
         servers.append(server)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-        return S3Blobs(Place.parse("s3://rock-test", endpoint, "us-east-1", "k", "s"))
+        return S3Blobs(Bucket.parse("s3://rock-test", endpoint, "us-east-1", "k", "s"))
 
     yield make
     for server in servers:
@@ -148,7 +148,7 @@ def test_what_may_pass_is_tried_again(flaky: Callable[[list[int]], S3Blobs]) -> 
 
 
 def test_nobody_there_is_told(free_port: Callable[[], int]) -> None:
-    blobs = S3Blobs(Place.parse("s3://rock-test", f"http://127.0.0.1:{free_port()}", "us-east-1", "k", "s"))
+    blobs = S3Blobs(Bucket.parse("s3://rock-test", f"http://127.0.0.1:{free_port()}", "us-east-1", "k", "s"))
     with pytest.raises(Unavailable, match="does not answer"):
         asyncio.run(blobs.put("one", pieces(b"x")))
     with pytest.raises(Unavailable, match="does not answer"):

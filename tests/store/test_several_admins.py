@@ -181,7 +181,7 @@ def test_one_leads_and_another_takes_over(site: Site) -> None:
 
 def test_what_an_admin_left_unfinished(site: Site) -> None:
     leading, other = site.admin(), site.admin()
-    wish = config(leading, labels={"left": "1"})
+    spec = config(leading, labels={"left": "1"})
 
     async def leave() -> None:
         """As an admin that was killed between saving and commanding."""
@@ -192,7 +192,7 @@ def test_what_an_admin_left_unfinished(site: Site) -> None:
         try:
             status = NodeStatus(host_name="x", host_ip="x", runtime="namespace", isolation=Isolation.NONE, cpus=1,
                                 memory_total=1, memory_free=1, sandboxes=0, sandbox_limit=1)  # fmt: skip
-            await store.insert(Record(new_info("left", wish, "one", status, ""), wish))
+            await store.insert(Record(new_info("left", spec, "one", status, ""), spec))
         finally:
             await store.close()
 

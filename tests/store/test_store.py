@@ -236,8 +236,8 @@ def test_a_quota_is_exact_however_many_ask(opens: Opens) -> None:
 
     async def main() -> None:
         async with opens() as one, opens() as two:
-            wishes = [s.insert(of("t", f"s{n}{i}"), quota) for n in range(25) for i, s in enumerate((one, two))]
-            done = await asyncio.gather(*wishes, return_exceptions=True)
+            specs = [s.insert(of("t", f"s{n}{i}"), quota) for n in range(25) for i, s in enumerate((one, two))]
+            done = await asyncio.gather(*specs, return_exceptions=True)
             assert sum(isinstance(r, Record) for r in done) == 10
             assert all(isinstance(r, Record | QuotaExceeded) for r in done)
             assert isinstance(await one.insert(of("u", "other"), quota), Record)  # another tenant's is another's

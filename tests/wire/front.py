@@ -7,12 +7,12 @@ import asyncio
 import sys
 
 from rock.cli.serve.serve import http_over, listen, run
-from rock.http.forwarding import Remote
+from rock.http.forwarding import RemoteApp
 
 
 async def main(url: str) -> None:
     listener = listen("127.0.0.1", 0)
-    remote = Remote(url)
+    remote = RemoteApp(url)
     print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)

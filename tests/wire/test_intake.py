@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from rock.http.fair_queue import Place, Turns
+from rock.http.fair_queue import FairQueue, QueuePlace
 from rock.testing import FakeServer
 
 CONNECTIONS, EACH = 48, 12
@@ -90,7 +90,7 @@ def test_who_stops_answers_those_who_wait_or_ends_their_connections() -> None:
 
 def test_a_turn_that_was_waited_for_is_good_for_its_client_alone() -> None:
     async def play() -> None:
-        turns, place = Turns(), Place()
+        turns, place = FairQueue(), QueuePlace()
         assert not place.wait(lambda: None)  # nobody knows it yet
         first = [asyncio.create_task(turns.take("a")) for _ in range(12)]
         await asyncio.sleep(0)

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from rock.http.fair_queue import Turns
+from rock.http.fair_queue import FairQueue
 
 
 async def passes(number: int) -> None:
@@ -20,7 +20,7 @@ class House:
     """Requests that keep the loop busy for a while, in the order that they began in."""
 
     def __init__(self) -> None:
-        self.turns = Turns()
+        self.turns = FairQueue()
         self.begun: list[str] = []
         self.tasks: set[asyncio.Task[None]] = set()
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from rock.admin.api.agentscope import Training
-from rock.admin.api.bare import About, Beats, Late, guarded
+from rock.admin.api.bare import About, Heartbeats, LazyApp, guarded
 from rock.admin.api.rock_v1 import RockV1
 from rock.admin.api.sandboxes import Sandboxes
 from rock.admin.environments import Environments
 from rock.admin.reconciler import Reconciler
 from rock.admin.sandboxes.service import Service
-from rock.admin.tenants import Desks, Keys
+from rock.admin.tenants import Keys, TenantServices
 from rock.admin.workers.leader import Leader
-from rock.admin.workers.registry import Fleet
+from rock.admin.workers.registry import WorkerRegistry
 from rock.envhub.catalogue import Catalogue
 from rock.errors import InvalidConfig
 from rock.http.asgi import App
@@ -30,10 +30,10 @@ def make_blobs(settings: Settings) -> Blobs | None:
     if settings.archive == "off":
         return None
     if settings.archive.startswith("s3://"):
-        from rock.store.s3 import Place, S3Blobs  # an HTTP client and XML, which a folder does without
+        from rock.store.s3 import Bucket, S3Blobs  # an HTTP client and XML, which a folder does without
 
         s = settings
-        return S3Blobs(Place.parse(s.archive, s.s3_endpoint, s.s3_region, s.s3_key, s.s3_secret))
+        return S3Blobs(Bucket.parse(s.archive, s.s3_endpoint, s.s3_region, s.s3_key, s.s3_secret))
     return FolderBlobs(settings.archive_dir)
 
 
@@ -70,7 +70,7 @@ class Admin:
     """
 
     def __init__(
-        self, settings: Settings, store: Store, workers: Fleet, roles: list[str], data: App, leads: bool = True
+        self, settings: Settings, store: Store, workers: WorkerRegistry, roles: list[str], data: App, leads: bool = True
     ) -> None:
         self.opened: Callable[[], Awaitable[None]] | None = None  # called when the store is open
         self._blobs = make_blobs(settings)
@@ -82,17 +82,17 @@ class Admin:
         self.catalogue = Catalogue(settings.catalogue)
         environments = Environments(self.service, self.catalogue)
         self.keys = Keys(store, bool(settings.api_key))
-        desks = Desks(self.service, self.keys)
+        tenant_services = TenantServices(self.service, self.keys)
 
         def pages() -> App:
             from rock.admin.api import native  # FastAPI, a third of a start
 
-            return native.build(desks, self.keys, self.service, environments, guarded=bool(settings.api_key))
+            return native.build(tenant_services, self.keys, self.service, environments, guarded=bool(settings.api_key))
 
-        rest = RockV1(desks, data, self.catalogue, settings.dialect_network).over(guarded(Late(pages)))
+        rest = RockV1(tenant_services, data, self.catalogue, settings.dialect_network).over(guarded(LazyApp(pages)))
         # The busiest rows are asked for first.
-        about, beats = About(desks, workers, settings, roles), Beats(workers)
-        self.app: App = Sandboxes(desks).over(Training(desks, data).over(rest), about, beats)
+        about, heartbeats = About(tenant_services, workers, settings, roles), Heartbeats(workers)
+        self.app: App = Sandboxes(tenant_services).over(Training(tenant_services, data).over(rest), about, heartbeats)
         self._store = store
 
     async def open(self) -> None:

@@ -13,8 +13,8 @@ from rock.admin.preflight import is_loopback
 from rock.admin.tenants import Keys
 from rock.errors import RockError, Unauthorized, Unavailable, WrongRole
 from rock.http.asgi import App, Receive, Scope, Send, deny, failure
-from rock.http.fair_queue import PLACE, Turns
-from rock.http.forwarding import Remote, first_reached
+from rock.http.fair_queue import PLACE, FairQueue
+from rock.http.forwarding import RemoteApp, first_reached
 from rock.http.peers import PEER
 from rock.protocol.keys import CALLER, NOBODY, OPERATOR, WORKER, Access, Caller, digest_of
 from rock.protocol.routes import HANDED_ON, OTHER_KEY, Role, role_for
@@ -48,7 +48,7 @@ class Authenticated:
         self._names = names if checks_host else None
         self._keys = keys
         self._sockets: dict[str, set[asyncio.Task[None]]] = {}  # what is open by a key
-        self._turns = Turns()
+        self._turns = FairQueue()
         if keys is not None:
             keys.on_revoked.append(self._cut)
 
@@ -267,18 +267,18 @@ _MARK = (HANDED_ON.encode(), b"1")
 _SETTING = {"write": "ROCK_WRITER", "read": "ROCK_READER"}
 
 
-def servers(text: str) -> list[Remote]:
+def servers(text: str) -> list[RemoteApp]:
     """Those that "URL,URL" names. InvalidConfig."""
-    return [Remote(url.strip()) for url in text.split(",") if url.strip()]
+    return [RemoteApp(url.strip()) for url in text.split(",") if url.strip()]
 
 
-class Doors:
+class RoleFilter:
     """`app` for the requests of its role. others: servers of the other role, to which the rest is handed on as it came,
     key included; without one it is refused with WrongRole, as is what was handed on here by mistake. guard: why a
     request must not be handed on, as the other server cannot tell from whom it is."""
 
     def __init__(
-        self, app: App, role: Role, others: Sequence[Remote],
+        self, app: App, role: Role, others: Sequence[RemoteApp],
         guard: Callable[[Scope], Awaitable[RockError | None]] | None = None,
     ) -> None:  # fmt: skip
         self._guard = guard

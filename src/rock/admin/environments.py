@@ -64,28 +64,28 @@ class Environments:
                              "aliases": []})  # fmt: skip
         return rows
 
-    async def add(self, wish: AddEnv) -> EnvAbout:
+    async def add(self, request: AddEnv) -> EnvAbout:
         """Register; a source, package set or digest other than the last one's is a new version.
         A name goes before an id of Gymnasium; those of GEM have a colon, which a name has not."""
-        seen = await self._seen(_of_source(wish.source, wish.packages))
+        seen = await self._seen(_of_source(request.source, request.packages))
         versions: list[Version] = []
         with contextlib.suppress(NotFound):
-            versions = _versions(await self._catalogue.get(wish.name))
-        new = Version(version=versions[-1].version + 1 if versions else 1, source=wish.source, image=seen.image,
-                      packages=sorted(set(wish.packages)), imports=wish.imports, digest=seen.digest)  # fmt: skip
+            versions = _versions(await self._catalogue.get(request.name))
+        new = Version(version=versions[-1].version + 1 if versions else 1, source=request.source, image=seen.image,
+                      packages=sorted(set(request.packages)), imports=request.imports, digest=seen.digest)  # fmt: skip
         if not versions or not new.is_like(versions[-1]):
             versions = [*versions, new][-_KEPT:]
         spec = {"versions": [version.model_dump() for version in versions]}
         await self._catalogue.register(
-            Registered(env_name=wish.name, image=seen.image, description=wish.description, extra_spec=spec)
+            Registered(env_name=request.name, image=seen.image, description=request.description, extra_spec=spec)
         )
-        return await self.about(wish.name)
+        return await self.about(request.name)
 
-    async def build(self, wish: BuildEnv, wait: float) -> EnvAbout:
+    async def build(self, request: BuildEnv, wait: float) -> EnvAbout:
         """Have it built on every worker; answers after `wait` seconds at the latest, ready or not."""
-        known = await self._known(wish.env_id)
-        if wish.packages:
-            more = _of_source(known.source, [*known.asked, *wish.packages])
+        known = await self._known(request.env_id)
+        if request.packages:
+            more = _of_source(known.source, [*known.asked, *request.packages])
             known = more.model_copy(update={"id": known.id, "imports": known.imports})
         return await self._seen(known, wait)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from rock.admin.sandboxes.lifecycle import Event, life_began
 from rock.admin.sandboxes.service import Service
 from rock.admin.workers.client import Worker
-from rock.admin.workers.registry import Fleet
+from rock.admin.workers.registry import WorkerRegistry
 from rock.errors import NotFound, RockError, Unavailable
 from rock.protocol.node import NodeEvent, NodeSandbox
 from rock.protocol.sandbox import Cause, State
@@ -35,7 +35,7 @@ _RARELY = 30.0
 _ALIVE = (State.PENDING, State.RUNNING, State.STOPPING)
 
 
-async def bury(service: Service, worker: str) -> int:
+async def mark_lost(service: Service, worker: str) -> int:
     """Tombstones for what a lost worker had; how many."""
     buried = 0
     while records := await service.store.list(Query(states=_ALIVE, fields={"worker": worker})):
@@ -68,12 +68,12 @@ async def _bury_one(service: Service, record: Record, worker: str) -> None:
     await service.apply(record.id, event, known=record, cause=Cause.LOST, reason=f"its worker {worker} was lost")
 
 
-class Losses:
+class LostWorkers:
     """The loop of who leads."""
 
-    def __init__(self, service: Service, fleet: Fleet) -> None:
+    def __init__(self, service: Service, worker_registry: WorkerRegistry) -> None:
         self._service = service
-        self._fleet = fleet
+        self._worker_registry = worker_registry
         self._next: dict[tuple[str, int], tuple[float, float]] = {}  # when and after what pause one is looked at again
 
     async def run(self) -> None:
@@ -87,17 +87,19 @@ class Losses:
 
     async def look(self) -> None:
         """Once."""
-        for info in self._fleet.silent():
-            if await self._fleet.lose(info):
-                log.warning("worker %s was not heard of for %g s: it is lost", info.name, self._fleet.lease.lost)
-            await self._fleet.refresh()
-        lost, now = self._fleet.lost_epochs(), time.monotonic()
+        for info in self._worker_registry.silent():
+            if await self._worker_registry.lose(info):
+                log.warning(
+                    "worker %s was not heard of for %g s: it is lost", info.name, self._worker_registry.lease.lost
+                )
+            await self._worker_registry.refresh()
+        lost, now = self._worker_registry.lost_epochs(), time.monotonic()
         self._next = {key: later for key, later in self._next.items() if lost.get(key[0]) == key[1]}
         for key in lost.items():
             due, pause = self._next.get(key, (now, _LOOK))
             if due > now:
                 continue
-            buried = await bury(self._service, key[0])
+            buried = await mark_lost(self._service, key[0])
             if buried:
                 log.warning("worker %s was lost with %d sandboxes", key[0], buried)
             # It may stand in the registry for weeks: the longer there was nothing, the rarer a list for it.
@@ -151,7 +153,7 @@ class Reconciler:
         self._tasks += [
             asyncio.create_task(self._deadlines(), name="deadlines"),
             asyncio.create_task(self._prune(), name="prune"),
-            asyncio.create_task(Losses(self.service, workers).run(), name="losses"),
+            asyncio.create_task(LostWorkers(self.service, workers).run(), name="losses"),
         ]
         for worker in workers.values():
             if worker.name not in self._followers:
@@ -272,7 +274,8 @@ class Reconciler:
         alive = record.id in here.alive
         try:
             if record.state is State.PENDING:
-                self.service.launches.begin(record)  # create is idempotent: one that was made is found, not made again
+                # create is idempotent: one that was made is found, not made again
+                self.service.start_tasks.begin(record)
             elif record.state is State.STOPPING:
                 await self.service.finish_stop(record)
             elif record.state is State.ARCHIVING:
@@ -304,10 +307,10 @@ class Reconciler:
             await self.service.kept.finish_delete(record)
         elif record.state is State.ARCHIVED:
             if record.id in here.all:
-                self.service.releases.begin(record)
+                self.service.cleanup.begin(record)
             self.schedule(record)
         elif record.id in here.all or self.service.store.shared:
-            self.service.releases.begin(record)  # which does nothing to what is at rest already
+            self.service.cleanup.begin(record)  # which does nothing to what is at rest already
             self.schedule(record)
         else:
             await self.service.kept.lost(record)
@@ -386,7 +389,7 @@ class Reconciler:
         try:
             record = await self.service.load(sandbox_id)
             if record.state is State.PENDING:
-                self.service.launches.begin(record)
+                self.service.start_tasks.begin(record)
             elif record.state is State.STOPPING:
                 await self.service.finish_stop(record)
             if record.state is not State.RUNNING:
@@ -494,7 +497,7 @@ class Reconciler:
         while True:
             try:
                 await self.service.store.prune(time.time() - TOMBSTONES)
-                await self.service.placing.sweep(self.service.store)
+                await self.service.placer.sweep(self.service.store)
             except Exception as error:
                 reconciler_log.warning("pruning: %s", error)
             await asyncio.sleep(600.0)

@@ -29,18 +29,18 @@ from rock.protocol.sandbox import CommitRequest, CommitStatus, Isolation, Sandbo
 from rock.store.base import Query, Record, Store, member
 
 
-class Desks:
+class TenantServices:
     """A desk for each request: `desks(request.scope)`."""
 
     def __init__(self, service: Service, keys: Keys) -> None:
         self._service = service
         self._keys = keys
 
-    def __call__(self, scope: Scope) -> Desk:
-        return Desk(self._service, self._keys, caller_of(scope))
+    def __call__(self, scope: Scope) -> TenantService:
+        return TenantService(self._service, self._keys, caller_of(scope))
 
 
-class Desk:
+class TenantService:
     """What a caller can do with sandboxes. Each method is the service's of that name; NotFound for what is not his."""
 
     def __init__(self, service: Service, keys: Keys, caller: Caller) -> None:
@@ -63,11 +63,11 @@ class Desk:
     async def create(self, config: SandboxConfig, key: str | None = None, wait: float = 0.0) -> SandboxInfo:
         return await self._service.create(await self._allowed(config), key, wait, self.caller)
 
-    async def create_group(self, wish: GroupRequest, key: str | None = None, wait: float = 0.0) -> GroupInfo:
-        wish = wish.model_copy(update={"config": await self._allowed(wish.config)})
-        if wish.config.sandbox_id is not None:
-            await self._check_id(member(wish.config.sandbox_id, 0))
-        return await self._service.groups.create(wish, key, wait, self.caller)
+    async def create_group(self, spec: GroupRequest, key: str | None = None, wait: float = 0.0) -> GroupInfo:
+        spec = spec.model_copy(update={"config": await self._allowed(spec.config)})
+        if spec.config.sandbox_id is not None:
+            await self._check_id(member(spec.config.sandbox_id, 0))
+        return await self._service.groups.create(spec, key, wait, self.caller)
 
     async def get_group(self, group_id: str, wait: float = 0.0) -> GroupInfo:
         return await self._service.groups.get(group_id, self.caller.tenant, wait)
@@ -75,9 +75,9 @@ class Desk:
     async def stop_group(self, group_id: str) -> GroupInfo:
         return await self._service.groups.stop(group_id, self.caller.tenant)
 
-    async def open_env(self, wish: OpenEnv, wait: float, key: str | None = None) -> SandboxInfo:
-        wish = wish.model_copy(update={"config": await self._allowed(wish.config or env_host())})
-        return await self._service.envs.open(wish, wait, key, self.caller)
+    async def open_env(self, spec: OpenEnv, wait: float, key: str | None = None) -> SandboxInfo:
+        spec = spec.model_copy(update={"config": await self._allowed(spec.config or env_host())})
+        return await self._service.envs.open(spec, wait, key, self.caller)
 
     async def _allowed(self, config: SandboxConfig) -> SandboxConfig:
         """What a tenant may ask for. Forbidden, InvalidConfig."""
@@ -152,11 +152,11 @@ class Desk:
         await self._own(sandbox_id)
         return await self._service.archive.archive(sandbox_id, key, wait)
 
-    async def commit(self, sandbox_id: str, wish: CommitRequest, wait: float = 0.0) -> CommitStatus:
+    async def commit(self, sandbox_id: str, spec: CommitRequest, wait: float = 0.0) -> CommitStatus:
         await self._own(sandbox_id)
         if Access.ADMIN not in self.caller.scopes:
-            wish = wish.model_copy(update={"public_registries": True})
-        return await self._service.commits.commit(sandbox_id, wish, wait, self.caller.owner)
+            spec = spec.model_copy(update={"public_registries": True})
+        return await self._service.commits.commit(sandbox_id, spec, wait, self.caller.owner)
 
     async def commit_status(self, sandbox_id: str, wait: float = 0.0) -> CommitStatus:
         await self._own(sandbox_id)
@@ -210,12 +210,12 @@ class Keys:
                 hint="set ROCK_API_KEY",
             )
 
-    async def create(self, wish: CreateKey) -> NewKey:
+    async def create(self, spec: CreateKey) -> NewKey:
         """Make one. Conflict on a server without a key of its own."""
         if not self._guarded:
             raise Conflict("this server asks nobody for a key", hint="start it with ROCK_API_KEY: the owner's key")
-        tenant = wish.tenant or f"t{secrets.token_hex(5)}"
-        info = KeyInfo(id=secrets.token_hex(6), name=wish.name, tenant=tenant, scopes=wish.scopes, quota=wish.quota,
+        tenant = spec.tenant or f"t{secrets.token_hex(5)}"
+        info = KeyInfo(id=secrets.token_hex(6), name=spec.name, tenant=tenant, scopes=spec.scopes, quota=spec.quota,
                        created_at=time.time())  # fmt: skip
         key = f"rock_{tenant}_{secrets.token_urlsafe(32)}"
         digest = digest_of(key.encode())

@@ -87,16 +87,18 @@ def files(sandbox: Sandbox, folder: Path) -> None:
 
 
 def group(url: str) -> None:
-    fleet = SandboxGroup(SandboxGroupConfig(base_url=url, image=IMAGE, size=GROUP, start_concurrency=4, memory="512m"))
+    worker_registry = SandboxGroup(
+        SandboxGroupConfig(base_url=url, image=IMAGE, size=GROUP, start_concurrency=4, memory="512m")
+    )
     with timed(f"start a group of {GROUP}"):
-        fleet.start()
+        worker_registry.start()
     try:
         with timed("a command in each"):
-            seen = fleet.arun_all("echo $((6 * 7))")
+            seen = worker_registry.arun_all("echo $((6 * 7))")
         assert [s.output for s in seen] == ["42\n"] * GROUP
     finally:
         with timed("stop the group"):
-            fleet.stop()
+            worker_registry.stop()
 
 
 def episode(url: str) -> None:

@@ -73,11 +73,11 @@ class TextWorld(Task):
         return path
 
     def _compile(self, path: str, seed: int, options: dict[str, int]) -> None:
-        wish = self.engine.GameOptions()
-        wish.seeds, wish.path, wish.force_recompile = seed, path, True
-        wish.nb_rooms, wish.nb_objects = options["world_size"], options["nb_objects"]
-        wish.quest_length = options["quest_length"]
-        self.engine.generator.compile_game(self.engine.generator.make_game(wish), wish)
+        spec = self.engine.GameOptions()
+        spec.seeds, spec.path, spec.force_recompile = seed, path, True
+        spec.nb_rooms, spec.nb_objects = options["world_size"], options["nb_objects"]
+        spec.quest_length = options["quest_length"]
+        self.engine.generator.compile_game(self.engine.generator.make_game(spec), spec)
 
     def _can_be_won(self, path: str) -> bool:
         """Whether the expert's commands win. Two things of nearly one name can be one to the game's parser."""

@@ -247,8 +247,8 @@ def _generated() -> tuple[list[Product], list[Goal]]:
         product = Product(f"P{number:04}", title, price, kind, traits, options, about)
         wanted = {name: dice.choice(values) for name, values in options.items()}
         most = math.ceil(price / 10) * 10.0
-        wish = f"I want a {traits[0]}, {traits[1]} {kind} in {wanted['color']}, size {wanted['size']}"
-        text = f"{wish}, for no more than {most:.2f} dollars."
+        spec = f"I want a {traits[0]}, {traits[1]} {kind} in {wanted['color']}, size {wanted['size']}"
+        text = f"{spec}, for no more than {most:.2f} dollars."
         goals.append(Goal(product.id, text, traits[:2], wanted, most))
         products.append(product)
     return products, goals
@@ -264,7 +264,7 @@ def _read(folder: str) -> tuple[list[Product], list[Goal]]:
     goals = []
     for id in sorted(told.keys() & products.keys()):
         several = told[id] if isinstance(told[id], list) else [told[id]]
-        goals += [goal for wish in several if (goal := _goal(products[id], wish)) is not None]
+        goals += [goal for spec in several if (goal := _goal(products[id], spec)) is not None]
     if not goals:
         raise MissingData(f"no instruction in {folder} is about a product there")
     return list(products.values()), goals
@@ -292,14 +292,14 @@ def _product(item: dict[str, Any]) -> Product:
                    str(item.get("full_description") or ""))  # fmt: skip
 
 
-def _goal(product: Product, wish: dict[str, Any]) -> Goal | None:
+def _goal(product: Product, spec: dict[str, Any]) -> Goal | None:
     """None where the instruction was left out, as WebShop's files have it."""
-    instruction = str(wish.get("instruction") or "")
-    attributes = [str(text) for text in wish.get("instruction_attributes") or []]
+    instruction = str(spec.get("instruction") or "")
+    attributes = [str(text) for text in spec.get("instruction_attributes") or []]
     if not instruction or not attributes:
         return None
-    product.attributes += [text for text in wish.get("attributes") or attributes if text not in product.attributes]
-    given = wish.get("instruction_options") or []
+    product.attributes += [text for text in spec.get("attributes") or attributes if text not in product.attributes]
+    given = spec.get("instruction_options") or []
     values = given.values() if isinstance(given, dict) else given
     wanted = {}
     for value in map(str, values):

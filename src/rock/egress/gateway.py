@@ -21,7 +21,7 @@ from collections.abc import Coroutine
 from rock.egress import dns
 from rock.egress import policy as sniff
 from rock.egress.dns import Resolver, Unanswered
-from rock.egress.log import Journal, Open
+from rock.egress.log import Journal, OpenEntry
 from rock.egress.netlink import UNICAST, Routes
 from rock.egress.policy import Policy, Verdict
 from rock.egress.relay import Relay, reset
@@ -42,7 +42,7 @@ _RETURNED = (dns.NS, dns.SOA, dns.MX, dns.TXT, dns.SRV, dns.NAPTR, dns.HTTPS)  #
 _PKTINFO = 8
 
 
-class Door:
+class Gateway:
     """ways: the TCP and the UDP socket of wired.py, which are the door's from then on."""
 
     def __init__(self, policy: Policy, ways: tuple[socket.socket, socket.socket], journal: Journal,
@@ -147,7 +147,7 @@ class Door:
             finally:
                 self.journal.end(entry)
 
-    async def _carry(self, inner: socket.socket, address: Address, port: int, entry: Open) -> None:
+    async def _carry(self, inner: socket.socket, address: Address, port: int, entry: OpenEntry) -> None:
         entry.host = self._last_names.get(address)
         own = self._routes.type_of(str(address)) not in (UNICAST, None)
         verdict, reason = self._policy.judge(address, port, own=own)
@@ -176,7 +176,7 @@ class Door:
                 return
         reset(inner)
 
-    async def _relay(self, inner: socket.socket, outer: socket.socket, first: bytes, entry: Open) -> None:
+    async def _relay(self, inner: socket.socket, outer: socket.socket, first: bytes, entry: OpenEntry) -> None:
         for sock in (inner, outer):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -185,7 +185,7 @@ class Door:
             entry.sent += len(first)
         await Relay(inner, outer, entry).wait()
 
-    async def _hear(self, inner: socket.socket, address: Address, port: int, entry: Open) -> bytes:
+    async def _hear(self, inner: socket.socket, address: Address, port: int, entry: OpenEntry) -> bytes:
         """Wait for the name that the client says, and believe it only for an address that DNS gives for it. Refused."""
         data, told, looks = b"", None, 0
         try:

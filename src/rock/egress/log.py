@@ -17,7 +17,7 @@ _LARGEST = 1 << 20  # bytes of a file before it is written anew
 _LONGEST_LINE = 2048
 
 
-class Open:
+class OpenEntry:
     """An entry that is still being written: a connection under way."""
 
     def __init__(self, number: int, address: str, port: int, protocol: str) -> None:
@@ -49,14 +49,14 @@ class Journal:
         self._size = os.fstat(fd).st_size
         if not data.endswith(b"\n") or self._size > len(data):
             self._rewrite()
-        self._open: dict[int, Open] = {}
+        self._open: dict[int, OpenEntry] = {}
 
-    def begin(self, address: str, port: int, protocol: str = "tcp") -> Open:
+    def begin(self, address: str, port: int, protocol: str = "tcp") -> OpenEntry:
         self.total += 1
-        entry = self._open[self.total] = Open(self.total, address, port, protocol)
+        entry = self._open[self.total] = OpenEntry(self.total, address, port, protocol)
         return entry
 
-    def end(self, entry: Open) -> None:
+    def end(self, entry: OpenEntry) -> None:
         """It is over: written down. Idempotent."""
         if self._open.pop(entry.number, None) is None:
             return

@@ -96,7 +96,7 @@ class Refused(Exception):
 
 
 @dataclass(frozen=True)
-class Told:
+class ClientGreeting:
     """What the client said. first: the bytes to send on, in place of those that were looked at."""
 
     protocol: str
@@ -104,13 +104,13 @@ class Told:
     first: bytes
 
 
-def look(data: bytes) -> Told | None:
+def look(data: bytes) -> ClientGreeting | None:
     """The name in a client's first bytes; None when more of them are needed. Refused."""
     if not data:
         return None
     if data[0] == _HANDSHAKE:
         found = _tls(data)
-        return None if found is None else Told("tls", found, data)
+        return None if found is None else ClientGreeting("tls", found, data)
     return _http(data)
 
 
@@ -209,7 +209,7 @@ def _name(raw: bytes, what: str) -> str:
 # ---- HTTP ----
 
 
-def _http(data: bytes) -> Told | None:
+def _http(data: bytes) -> ClientGreeting | None:
     word = data[:20].split(b" ", 1)[0]
     if not any(method == word if b" " in data[:20] else method.startswith(word) for method in _METHODS):
         raise Refused("neither TLS nor HTTP")
@@ -244,7 +244,7 @@ def _http(data: bytes) -> Told | None:
         raise Refused("HTTP whose request and Host differ")
     # One request a connection: a later one could name another host.
     kept += [b"Upgrade: websocket", b"Connection: upgrade"] if upgrade else [b"Connection: close"]
-    return Told("http", name_told, b"\r\n".join([lines[0], *kept, b"", b""]) + data[end + 4 :])
+    return ClientGreeting("http", name_told, b"\r\n".join([lines[0], *kept, b"", b""]) + data[end + 4 :])
 
 
 def _absolute(target: bytes) -> str:

@@ -35,7 +35,7 @@ from collections import deque
 from typing import Any
 
 from rock.egress.dns import Resolver
-from rock.egress.gateway import Door
+from rock.egress.gateway import Gateway
 from rock.egress.log import Journal
 from rock.egress.netlink import Routes
 from rock.egress.policy import Policy
@@ -50,7 +50,7 @@ class Proxy:
         self._sock = sock
         self._resolver = Resolver(options["resolvers"])
         self._routes = Routes()
-        self._doors: dict[str, Door] = {}
+        self._doors: dict[str, Gateway] = {}
         self._buffer = bytearray(1 << 17)
         self._outgoing: deque[tuple[bytes, list[int]]] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -110,10 +110,10 @@ class Proxy:
         ways = socket.socket(fileno=os.dup(tcp)), socket.socket(fileno=os.dup(udp))
         for sock in ways:
             sock.setblocking(False)
-        self._doors[request["sandbox"]] = Door(policy, ways, Journal(os.dup(log)), self._resolver,
+        self._doors[request["sandbox"]] = Gateway(policy, ways, Journal(os.dup(log)), self._resolver,
                                               self._routes)
 
-    def _close(self, door: Door, number: int) -> None:
+    def _close(self, door: Gateway, number: int) -> None:
         async def close() -> None:
             await door.close()
             if number:

@@ -6,7 +6,7 @@ import asyncio
 import socket
 import struct
 
-from rock.egress.log import Open
+from rock.egress.log import OpenEntry
 
 _PIECE = 1 << 18
 _buffer = memoryview(bytearray(_PIECE))  # of whoever reads now: there is one thread
@@ -80,7 +80,7 @@ class Relay:
     `wait` returns when both have ended, or one is broken. `entry` counts.
     """
 
-    def __init__(self, inner: socket.socket, outer: socket.socket, entry: Open) -> None:
+    def __init__(self, inner: socket.socket, outer: socket.socket, entry: OpenEntry) -> None:
         self._inner, self._outer = inner, outer
         self._entry = entry
         self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()

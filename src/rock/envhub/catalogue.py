@@ -92,19 +92,19 @@ class Catalogue:
             raise Unavailable("the catalogue of environments is closed")
         return self._db
 
-    async def register(self, wish: Registered) -> Registered:
+    async def register(self, spec: Registered) -> Registered:
         """Add it, or replace what has its name; the time of its first registration stays."""
-        return await self._aside(self._register, wish)
+        return await self._aside(self._register, spec)
 
-    def _register(self, wish: Registered) -> Registered:
+    def _register(self, spec: Registered) -> Registered:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         row = self._open_db.execute(
             f"INSERT INTO environment ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?) "
             "ON CONFLICT (name) DO UPDATE SET image = excluded.image, owner = excluded.owner, "
             "description = excluded.description, tags = excluded.tags, extra_spec = excluded.extra_spec, "
             f"updated_at = excluded.updated_at RETURNING {_COLUMNS}",
-            (wish.env_name, wish.image, wish.owner, wish.description, orjson.dumps(wish.tags).decode(),
-             orjson.dumps(wish.extra_spec).decode(), now, now),
+            (spec.env_name, spec.image, spec.owner, spec.description, orjson.dumps(spec.tags).decode(),
+             orjson.dumps(spec.extra_spec).decode(), now, now),
         ).fetchall()  # fmt: skip
         return _load(row[0])
 

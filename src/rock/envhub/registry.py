@@ -106,20 +106,20 @@ def find(env_id: str) -> EnvSpec:
     return EnvSpec(id=name, image=image_of(packages), requirements=SETS[packages], note=_note(name))
 
 
-def image_for(wish: OpenEnv) -> str:
+def image_for(spec: OpenEnv) -> str:
     """The image of the sandbox that hosts what is wished for. NotFound, InvalidConfig."""
-    if wish.image is not None:
-        if wish.packages or wish.protocol != "gym":
+    if spec.image is not None:
+        if spec.packages or spec.protocol != "gym":
             raise InvalidConfig("nothing is installed in an image, and it hosts environments of Gymnasium alone",
                                 hint="put the packages into the image, or leave the image out")  # fmt: skip
-        return wish.image
-    if wish.protocol == "task":
-        if wish.packages:
+        return spec.image
+    if spec.protocol == "task":
+        if spec.packages:
             raise InvalidConfig("a training set has its own packages", hint="leave packages out")
-        return datasets.image_of(datasets.find(wish.env_id))
-    if wish.protocol == "gem":
-        return find(wish.env_id).image if not wish.packages else image_of(with_packages(GEM, wish.packages))
-    return image_of(with_packages(GYM, wish.packages))
+        return datasets.image_of(datasets.find(spec.env_id))
+    if spec.protocol == "gem":
+        return find(spec.env_id).image if not spec.packages else image_of(with_packages(GEM, spec.packages))
+    return image_of(with_packages(GYM, spec.packages))
 
 
 def _note(name: str) -> str:

@@ -20,9 +20,9 @@ from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 from rock import errors
-from rock.envs.client import Ask, Player
+from rock.envs.client import EnvironmentCall, EnvironmentHandle
 from rock.envs.gem import RockEnv
-from rock.envs.local_transport import GivenUp, Pipes
+from rock.envs.local_transport import LocalTransport, TransportUnavailable
 
 _THREADS = 256  # at most; started as they are needed
 _Env = TypeVar("_Env")
@@ -58,7 +58,9 @@ class AsyncEnv(Generic[_Env]):
     after it.
     """
 
-    def __init__(self, env: _Env, player: Player, reward: Callable[[Any], Any] = lambda value: value) -> None:
+    def __init__(
+        self, env: _Env, player: EnvironmentHandle, reward: Callable[[Any], Any] = lambda value: value
+    ) -> None:
         self.env = env
         self._player = player
         self._reward = reward
@@ -114,7 +116,7 @@ class AsyncEnv(Generic[_Env]):
         async with self._one:
             return await in_thread(lambda: method(*arguments, **keywords))
 
-    async def _asked(self, ask: Ask) -> Any:
+    async def _asked(self, ask: EnvironmentCall) -> Any:
         """What the environment answers, or its error."""
         check = getattr(self.env, "_check_open", None)
         if check is not None:
@@ -127,7 +129,7 @@ class AsyncEnv(Generic[_Env]):
                 try:
                     op, payload = await _exchanged(pipes, ask, parts)
                     return link.read(pipes, op, payload)
-                except GivenUp:
+                except TransportUnavailable:
                     ask.ways.pop(ask.env, None)  # the server is asked
                 except errors.RockError as error:
                     ask.ways.pop(ask.env, None)
@@ -135,7 +137,7 @@ class AsyncEnv(Generic[_Env]):
         return (await in_thread(lambda: link.ask_all([ask])))[0]
 
 
-async def _exchanged(pipes: Pipes, ask: Ask, parts: list[Any]) -> tuple[int, memoryview]:
+async def _exchanged(pipes: LocalTransport, ask: EnvironmentCall, parts: list[Any]) -> tuple[int, memoryview]:
     """Ask by the pipes and wait on the event loop. GivenUp; the error of an environment that has ended."""
     pipes.begin(ask.op, ask.index, parts)
     try:
@@ -156,7 +158,7 @@ async def _exchanged(pipes: Pipes, ask: Ask, parts: list[Any]) -> tuple[int, mem
         raise
 
 
-async def _readable(pipes: Pipes) -> bool:
+async def _readable(pipes: LocalTransport) -> bool:
     """Wait for more of the answer; False when the server says something or the time is over."""
     loop = asyncio.get_running_loop()
     answered: asyncio.Future[bool] = loop.create_future()

@@ -21,7 +21,7 @@ from typing import Any
 import orjson
 
 from rock import errors, settings
-from rock.envs.local_transport import GivenUp, Pipes, reach
+from rock.envs.local_transport import LocalTransport, TransportUnavailable, reach
 from rock.guest.environments import frames, values
 from rock.guest.environments.frames import ERROR, HEAD, RESET
 from rock.protocol.env import EnvAbout, EnvInfo, OpenEnv
@@ -38,17 +38,17 @@ _CLOSE = 5.0  # seconds for which a close is tried again; after that the lease o
 Graph = Callable[[Any, Any, Any], Any]
 
 
-_NO_WAYS: dict[int, Pipes] = {}
+_NO_WAYS: dict[int, LocalTransport] = {}
 
 
-class Ask:
+class EnvironmentCall:
     """Something to ask an environment: `op` and `value` as in guest/environments/frames.py; `index` of a step, else
     any number. `ways`: pipes by environment, of the link that made it."""
 
     __slots__ = ("env", "index", "op", "value", "ways")
 
     def __init__(
-        self, env: int, op: int, value: Any, index: int | None = None, ways: dict[int, Pipes] | None = None
+        self, env: int, op: int, value: Any, index: int | None = None, ways: dict[int, LocalTransport] | None = None
     ) -> None:
         self.env = env
         self.ways = _NO_WAYS if ways is None else ways
@@ -68,7 +68,7 @@ class Ask:
         return b"".join((HEAD.pack(length, self.op, 0, self.env, id, self.index), *parts))
 
 
-class EnvLink:
+class EnvironmentClient:
     """A sandbox that hosts environments.
 
     base_url, api_key: ROCK_BASE_URL and ROCK_API_KEY where they are not given. config: limits of a sandbox of its own,
@@ -102,23 +102,23 @@ class EnvLink:
         self._timeout = None if timeout is None else timeout + SLACK  # the server tells when its time is over
         self._graph = graph
         self._target = ""
-        self.ways: dict[int, Pipes] = {}
+        self.ways: dict[int, LocalTransport] = {}
         self._owners: dict[int, str] = {}  # by environment, under whose lease it lives
 
-    def open(self, wish: OpenEnv, timeout: float) -> None:
+    def open(self, spec: OpenEnv, timeout: float) -> None:
         """Find or start the sandbox. The packages of its family are installed the first time, which takes minutes."""
-        wish.exclusive = self.exclusive
+        spec.exclusive = self.exclusive
         if self._config is not None:
-            wish.config = self._config
+            spec.config = self._config
         deadline = time.monotonic() + timeout
         target = f"{ROUTES['open_env'].path}?wait={min(POLL, timeout):.3f}"
-        body = wish.model_dump(mode="json", exclude_unset=True)
+        body = spec.model_dump(mode="json", exclude_unset=True)
         info = parse(SandboxInfo, self.transport.json("POST", target, body, timeout=POLL + SLACK))
         while info.state is State.PENDING:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise errors.StartFailed(
-                    f"{wish.env_id} was not ready within {timeout:g} seconds", sandbox_id=info.sandbox_id
+                    f"{spec.env_id} was not ready within {timeout:g} seconds", sandbox_id=info.sandbox_id
                 )
             target = f"{path('get_sandbox', info.sandbox_id)}?wait={min(left, POLL):.3f}"
             info = parse(SandboxInfo, self.transport.json("GET", target, timeout=POLL + SLACK))
@@ -127,14 +127,14 @@ class EnvLink:
         self.sandbox_id = info.sandbox_id
         self._target = ROUTES["env_frames"].url(sandbox_id=self.sandbox_id)
 
-    def make(self, wish: dict[str, Any], timeout: float) -> int:
+    def make(self, spec: dict[str, Any], timeout: float) -> int:
         """Make an environment (fields of MakeEnv); answers its number."""
         target = ROUTES["make_env"].url(sandbox_id=self.sandbox_id)
-        wish = {**wish, "owner": LEASES.owner}
+        spec = {**spec, "owner": LEASES.owner}
         if self._limit is not None:
-            wish["timeout"] = self._limit
+            spec["timeout"] = self._limit
         try:
-            body = orjson.dumps(wish, option=orjson.OPT_SERIALIZE_NUMPY)
+            body = orjson.dumps(spec, option=orjson.OPT_SERIALIZE_NUMPY)
         except TypeError as error:
             raise errors.InvalidConfig(f"arguments of an environment have to be what JSON holds: {error}") from None
         try:
@@ -150,14 +150,14 @@ class EnvLink:
                 self.ways[made.env] = pipes
         return made.env
 
-    def ask(self, wanted: Ask) -> Any:
+    def ask(self, wanted: EnvironmentCall) -> Any:
         """The answer of an environment. Its error, Unavailable, ServerError."""
         found = self.ask_all([wanted])[0]
         if isinstance(found, errors.RockError):
             raise found
         return found
 
-    def ask_all(self, wanted: Sequence[Ask]) -> list[Any]:
+    def ask_all(self, wanted: Sequence[EnvironmentCall]) -> list[Any]:
         """Answers in that order, side by side where environments are several; an error of one stands in its place."""
         parts = [ask.parts() for ask in wanted]
         answers: list[Any] = [None] * len(wanted)
@@ -174,10 +174,10 @@ class EnvLink:
         return answers
 
     def _round(
-        self, wanted: Sequence[Ask], parts: list[list[bytes]], places: list[int], answers: list[Any]
+        self, wanted: Sequence[EnvironmentCall], parts: list[list[bytes]], places: list[int], answers: list[Any]
     ) -> list[int]:
         """Ask each environment one thing; answers what is left for the next round."""
-        begun: list[tuple[int, Pipes]] = []
+        begun: list[tuple[int, LocalTransport]] = []
         over_http: list[int] = []
         later: list[int] = []
         try:
@@ -201,23 +201,31 @@ class EnvLink:
         return later
 
     def _begun(
-        self, pipes: Pipes, ask: Ask, parts: list[bytes], place: int, answers: list[Any], over_http: list[int]
+        self,
+        pipes: LocalTransport,
+        ask: EnvironmentCall,
+        parts: list[bytes],
+        place: int,
+        answers: list[Any],
+        over_http: list[int],
     ) -> bool:
         try:
             pipes.begin(ask.op, ask.index, parts)
             return True
-        except (GivenUp, errors.RockError) as error:
+        except (TransportUnavailable, errors.RockError) as error:
             _lost(ask, place, error, answers, over_http)
         return False
 
-    def _finish(self, pipes: Pipes, ask: Ask, place: int, answers: list[Any], over_http: list[int]) -> None:
+    def _finish(
+        self, pipes: LocalTransport, ask: EnvironmentCall, place: int, answers: list[Any], over_http: list[int]
+    ) -> None:
         try:
             op, payload = pipes.finish()
             answers[place] = self.read(pipes, op, payload)
-        except (GivenUp, errors.RockError) as error:
+        except (TransportUnavailable, errors.RockError) as error:
             _lost(ask, place, error, answers, over_http)
 
-    def read(self, pipes: Pipes, op: int, payload: memoryview) -> Any:
+    def read(self, pipes: LocalTransport, op: int, payload: memoryview) -> Any:
         """The value of an answer that came by pipes, or the error that it is."""
         try:
             return pipes.error(payload) if op == ERROR else values.decode(payload, self._graph)
@@ -227,7 +235,7 @@ class EnvLink:
     def _malformed(self, error: ValueError) -> errors.ServerError:
         return errors.ServerError(f"malformed answer of an environment: {error}", sandbox_id=self.sandbox_id)
 
-    def _over_http(self, wanted: Sequence[Ask], parts: list[list[bytes]]) -> list[Any]:
+    def _over_http(self, wanted: Sequence[EnvironmentCall], parts: list[list[bytes]]) -> list[Any]:
         raw = self._post(b"".join([ask.frame(id, parts[id]) for id, ask in enumerate(wanted)]))
         try:
             answers = list(frames.split(raw))
@@ -283,28 +291,32 @@ class EnvLink:
 
 
 def _lost(
-    ask: Ask, place: int, error: GivenUp | errors.RockError, answers: list[Any], over_http: list[int]
+    ask: EnvironmentCall,
+    place: int,
+    error: TransportUnavailable | errors.RockError,
+    answers: list[Any],
+    over_http: list[int],
 ) -> None:
     """The pipes are of no use any more: for the server to be asked, or with an error that is the answer."""
     ask.ways.pop(ask.env, None)
-    if isinstance(error, GivenUp):
+    if isinstance(error, TransportUnavailable):
         over_http.append(place)
     else:
         answers[place] = error
 
 
-class Player:
+class EnvironmentHandle:
     """One environment that is there: what it is asked, and the number of its next step."""
 
-    def __init__(self, link: EnvLink, number: int) -> None:
+    def __init__(self, link: EnvironmentClient, number: int) -> None:
         self.link = link
         self.number = number
         self.index = 0
 
-    def ask_reset(self, seed: Any = None, options: dict[str, Any] | None = None) -> Ask:
+    def ask_reset(self, seed: Any = None, options: dict[str, Any] | None = None) -> EnvironmentCall:
         return self._ask(RESET, {"seed": seed} if options is None else {"seed": seed, "options": options})
 
-    def ask_step(self, action: Any) -> Ask:
+    def ask_step(self, action: Any) -> EnvironmentCall:
         return self._ask(frames.STEP, action, self.index)
 
     def was_reset(self, found: Any) -> tuple[Any, Any]:
@@ -335,8 +347,8 @@ class Player:
     def call(self, what: str, *arguments: Any) -> Any:
         return self.link.ask(self._ask(frames.CALL, [what, *arguments]))
 
-    def _ask(self, op: int, value: Any, index: int | None = None) -> Ask:
-        return Ask(self.number, op, value, index, self.link.ways)
+    def _ask(self, op: int, value: Any, index: int | None = None) -> EnvironmentCall:
+        return EnvironmentCall(self.number, op, value, index, self.link.ways)
 
 
 # ---- envlease ----

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rock import errors
-from rock.envs.client import EnvLink, Player
+from rock.envs.client import EnvironmentClient, EnvironmentHandle
 from rock.protocol.env import OpenEnv
 from rock.protocol.sandbox import SandboxConfig
 
@@ -58,22 +58,22 @@ class RockEnv:
             "base_url": base_url, "api_key": api_key, "config": config, "exclusive": exclusive, "packages": packages,
             "imports": imports, "start_timeout": start_timeout, "step_timeout": step_timeout, **kwargs,
         }  # fmt: skip
-        self._link = EnvLink(
+        self._link = EnvironmentClient(
             base_url=base_url, api_key=api_key, config=config, exclusive=exclusive, timeout=step_timeout
         )
-        wish = OpenEnv(env_id=env_id)
+        spec = OpenEnv(env_id=env_id)
         made: dict[str, Any] = {"env_id": env_id, "kwargs": kwargs}
         if packages:
-            wish.packages = packages
+            spec.packages = packages
         if imports:
             made["imports"] = imports
         try:
-            self._link.open(wish, start_timeout)
+            self._link.open(spec, start_timeout)
         except errors.NotFound as unknown:
-            wish = self._named(unknown, made, packages or [])
-            self._link.open(wish, start_timeout)
+            spec = self._named(unknown, made, packages or [])
+            self._link.open(spec, start_timeout)
         try:
-            self._player = Player(self._link, self._link.make(made, start_timeout))
+            self._player = EnvironmentHandle(self._link, self._link.make(made, start_timeout))
         except BaseException:
             self._link.close()
             raise
@@ -91,21 +91,21 @@ class RockEnv:
             raise errors.InvalidConfig(f"{self.env_id} is {about.source}", hint="rock.gym.SandboxEnv makes those")
         name = about.source.removeprefix("gym://").removeprefix("image://")
         made.update(env_id=name, protocol=about.protocol, imports=[*about.imports, *made.get("imports", [])])
-        wish = OpenEnv(env_id=name, protocol=about.protocol)
+        spec = OpenEnv(env_id=name, protocol=about.protocol)
         if about.source.startswith("image://"):
-            wish.image = name
+            spec.image = name
             made["folder"] = "."
             self._link.exclusive = True  # others must not meet its files
         if about.asked or packages:
-            wish.packages = [*about.asked, *packages]
-        return wish
+            spec.packages = [*about.asked, *packages]
+        return spec
 
     @property
     def sandbox_id(self) -> str:
         return self._link.sandbox_id
 
     @property
-    def player(self) -> Player:
+    def player(self) -> EnvironmentHandle:
         """What it is asked with, for those that ask several at once."""
         return self._player
 
@@ -209,7 +209,7 @@ def make(env_id: str, **options: Any) -> RockEnv:
 
 def list_envs(*, base_url: str | None = None, api_key: str | None = None) -> list[dict[str, str]]:
     """What the server can make: {"id", "protocol", "image", "note"} of each."""
-    return EnvLink(base_url=base_url, api_key=api_key).list_envs()
+    return EnvironmentClient(base_url=base_url, api_key=api_key).list_envs()
 
 
 __all__ = ["RockEnv", "Step", "list_envs", "make"]

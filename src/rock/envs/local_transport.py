@@ -39,7 +39,7 @@ _KNOCK = 5.0  # seconds for the door to be opened, and for it to tell why an env
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 _process = os.getpid()
-_held: weakref.WeakSet[Pipes] = weakref.WeakSet()
+_held: weakref.WeakSet[LocalTransport] = weakref.WeakSet()
 
 
 def _forked() -> None:
@@ -54,11 +54,11 @@ def _forked() -> None:
 os.register_at_fork(after_in_child=_forked)
 
 
-class GivenUp(Exception):
+class TransportUnavailable(Exception):
     """There is no answer by this way: the server has to be asked."""
 
 
-def reach(info: EnvInfo, host: str, *, shared: bool = True) -> Pipes | None:
+def reach(info: EnvInfo, host: str, *, shared: bool = True) -> LocalTransport | None:
     """The pipes of an environment that a server at `host` made; None where they cannot be had: then it is asked.
 
     shared: with the memory for large answers, where there is such memory.
@@ -73,8 +73,8 @@ def reach(info: EnvInfo, host: str, *, shared: bool = True) -> Pipes | None:
             connection = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
             connection.settimeout(_KNOCK)
             _connect(connection, door.path)
-            wish = {"sandbox": info.sandbox_id, "env": info.env, "token": door.token, "memory": shared}
-            connection.send(orjson.dumps(wish))
+            spec = {"sandbox": info.sandbox_id, "env": info.env, "token": door.token, "memory": shared}
+            connection.send(orjson.dumps(spec))
             data, fds, _, _ = socket.recv_fds(connection, _PACKET, 3)
             for fd in fds:
                 stack.callback(os.close, fd)
@@ -87,7 +87,7 @@ def reach(info: EnvInfo, host: str, *, shared: bool = True) -> Pipes | None:
             stack.pop_all()
             for fd in fds[2:]:
                 os.close(fd)
-            return Pipes(connection, fds[0], fds[1], memory, info.env, info.sandbox_id, timeout)
+            return LocalTransport(connection, fds[0], fds[1], memory, info.env, info.sandbox_id, timeout)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -107,7 +107,7 @@ def _connect(connection: socket.socket, path: str) -> None:
         os.close(folder)
 
 
-class Pipes:
+class LocalTransport:
     """The two pipes, and the connection by which they are held. One thing is asked at a time; other threads wait."""
 
     def __init__(
@@ -178,11 +178,11 @@ class Pipes:
     def begin(self, op: int, index: int, parts: list[bytes]) -> None:
         """Ask; `finish` has to follow, or `GivenUp` was raised and nobody was asked."""
         if self._owner != _process:  # a child of a fork: they are its parent's
-            raise GivenUp
+            raise TransportUnavailable
         self._lock.acquire()
         try:
             if not self._open:
-                raise GivenUp
+                raise TransportUnavailable
             if self._told.poll(0):  # a server that is gone: the next one wants the pipes
                 self._door_says(0)
             now = time.monotonic()
@@ -258,14 +258,14 @@ class Pipes:
             except BlockingIOError:
                 return None
             if not data:
-                raise GivenUp  # the server knows why
+                raise TransportUnavailable  # the server knows why
             self._begun += data
             if len(self._begun) < HEAD.size:
                 continue
             length = HEAD.size + int.from_bytes(self._begun[:4], "big")
             if length > HEAD.size + LIMIT or len(self._begun) > length:
                 self._say({"nonsense": f"a frame of {length} bytes, and {len(self._begun)} came"}, time.monotonic())
-                raise GivenUp
+                raise TransportUnavailable
             if len(self._begun) == length:
                 frame, self._begun = self._begun, bytearray()
                 found = self._answer(frame)
@@ -283,7 +283,7 @@ class Pipes:
         length = int.from_bytes(payload, "big")
         if self._memory is None or len(payload) != 8 or length > len(self._memory):
             self._refuse(f"{length} bytes in a memory of {frames.PART}")
-            raise GivenUp  # the server has told nothing
+            raise TransportUnavailable  # the server has told nothing
         with memoryview(self._memory) as whole, whole[:length] as part:
             return memoryview(bytearray(part))
 
@@ -414,7 +414,7 @@ class Pipes:
         except BlockingIOError:
             pass
         except OSError:
-            raise GivenUp from None
+            raise TransportUnavailable from None
 
     def _door_says(self, patience: float) -> None:
         """Raise what the server tells, or GivenUp where it tells nothing."""
@@ -424,4 +424,4 @@ class Pipes:
                 told = orjson.loads(self._door.recv(_PACKET))
         if isinstance(told, dict):
             raise errors.from_wire(told)
-        raise GivenUp
+        raise TransportUnavailable

@@ -20,7 +20,7 @@ from typing import Any, Self
 import numpy as np
 
 from rock import errors
-from rock.envs.client import Ask, EnvLink, Player
+from rock.envs.client import EnvironmentCall, EnvironmentClient, EnvironmentHandle
 from rock.envs.gem import RockEnv, list_envs
 
 Array = np.ndarray[Any, Any]
@@ -78,10 +78,10 @@ class RockVectorEnv:
             seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else list(seed)
         if len(seeds) != self.num_envs:
             raise errors.InvalidConfig(f"{len(seeds)} seeds for {self.num_envs} environments")
-        wishes = {i: {"seed": seeds[i], **options.pop(f"env{i}_kwargs", {})} for i in range(self.num_envs)}
+        specs = {i: {"seed": seeds[i], **options.pop(f"env{i}_kwargs", {})} for i in range(self.num_envs)}
         if options:
             raise errors.InvalidConfig(f"reset does not take {', '.join(options)}")
-        self._reset(wishes)
+        self._reset(specs)
         for flags in (self._terminations, self._truncations, self._ended):
             flags[:] = False
         return deepcopy(self._observations), deepcopy(self._infos)
@@ -131,11 +131,11 @@ class RockVectorEnv:
 
     # ---- many at once
 
-    def _reset(self, wishes: Mapping[int, dict[str, Any]]) -> None:
-        def asked(i: int, player: Player) -> Ask:
-            return player.ask_reset(wishes[i].get("seed"), wishes[i].get("options"))
+    def _reset(self, specs: Mapping[int, dict[str, Any]]) -> None:
+        def asked(i: int, player: EnvironmentHandle) -> EnvironmentCall:
+            return player.ask_reset(specs[i].get("seed"), specs[i].get("options"))
 
-        found = self._all(wishes, asked, Player.was_reset, lambda i: self.envs[i].reset(**wishes[i]))
+        found = self._all(specs, asked, EnvironmentHandle.was_reset, lambda i: self.envs[i].reset(**specs[i]))
         for i, result in found.items():
             if isinstance(result, BaseException):
                 raise result
@@ -143,7 +143,7 @@ class RockVectorEnv:
 
     def _step(self, actions: Mapping[int, Any]) -> BaseException | None:
         """The first error of those that raised; the others are done."""
-        found = self._all(actions, lambda i, player: player.ask_step(actions[i]), Player.was_stepped,
+        found = self._all(actions, lambda i, player: player.ask_step(actions[i]), EnvironmentHandle.was_stepped,
                           lambda i: self.envs[i].step(actions[i]))  # fmt: skip
         problem: BaseException | None = None
         for i, result in found.items():
@@ -157,8 +157,8 @@ class RockVectorEnv:
     def _all(
         self,
         numbers: Mapping[int, Any],
-        asked: Callable[[int, Player], Ask],
-        read: Callable[[Player, Any], Any],
+        asked: Callable[[int, EnvironmentHandle], EnvironmentCall],
+        read: Callable[[EnvironmentHandle, Any], Any],
         alone: Callable[[int], Any],
     ) -> dict[int, Any]:
         """Results by number. Wrapped environments are asked one after the other: what wrappers do is theirs."""
@@ -170,7 +170,7 @@ class RockVectorEnv:
         results: dict[int, Any] = {}
         for members in by_link.values():
             players = [self.envs[i].player for i in members]
-            link: EnvLink = players[0].link
+            link: EnvironmentClient = players[0].link
             found = link.ask_all([asked(i, player) for i, player in zip(members, players, strict=True)])
             for i, player, item in zip(members, players, found, strict=True):
                 results[i] = _result(partial(read, player), item)

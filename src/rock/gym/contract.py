@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from rock.envs.client import Player
+from rock.envs.client import EnvironmentHandle
 from rock.errors import ServerError
 
 UNKNOWN = "UnknownEnv-v1"
@@ -101,7 +101,7 @@ def _plain(value: Any) -> Any:
 class Placed:
     """What an environment, or a vector of them, tells of itself and of where it runs. Specs are of a single one."""
 
-    _player: Player
+    _player: EnvironmentHandle
     _sandbox: EnvSandbox
     _contract: EnvContract
 

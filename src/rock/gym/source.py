@@ -12,7 +12,7 @@ import numpy as np
 from gymnasium.spaces import GraphInstance
 
 from rock import errors
-from rock.envs.client import EnvLink, Player
+from rock.envs.client import EnvironmentClient, EnvironmentHandle
 from rock.gym.arguments import Arguments
 from rock.gym.contract import EnvSandbox
 from rock.gym.hub import FILE, HubSource, Tree
@@ -126,21 +126,21 @@ class Making:
     asked: Arguments
     vector: dict[str, Any] = field(default_factory=dict)
 
-    def make(self) -> tuple[Player, Source]:
+    def make(self) -> tuple[EnvironmentHandle, Source]:
         """The environment; whatever fails, nothing of it is left."""
         asked = self.asked
-        link = EnvLink(base_url=asked.base_url, api_key=asked.api_key, config=asked.limits, graph=_graph,
+        link = EnvironmentClient(base_url=asked.base_url, api_key=asked.api_key, config=asked.limits, graph=_graph,
                        exclusive=asked.exclusive, timeout=asked.step_timeout)  # fmt: skip
         asked = _registered(link, asked)
         source = find(asked)
         if source.files is not None or source.image is not None:
             link.exclusive = True  # others must not meet its files
-        wish = OpenEnv(env_id=source.env_id, protocol="gym")
+        spec = OpenEnv(env_id=source.env_id, protocol="gym")
         if source.packages:
-            wish.packages = list(source.packages)
+            spec.packages = list(source.packages)
         if source.image is not None:
-            wish.image = source.image
-        link.open(wish, asked.start_timeout)
+            spec.image = source.image
+        link.open(spec, asked.start_timeout)
         try:
             made: dict[str, Any] = {"env_id": source.env_id, "protocol": "gym", "kwargs": asked.kwargs, **self.vector}
             optional = {"imports": list(asked.imports or ()), "task": source.task, "folder": source.folder,
@@ -149,13 +149,13 @@ class Making:
             if source.files is not None:
                 target = ROUTES["upload_dir"].url(sandbox_id=link.sandbox_id) + "?path=" + urllib.parse.quote(INSIDE)
                 link.transport.json_raw("PUT", target, source.files.packed(), content_type="application/x-tar")
-            return Player(link, link.make(made, asked.start_timeout)), source
+            return EnvironmentHandle(link, link.make(made, asked.start_timeout)), source
         except BaseException:
             link.close()
             raise
 
 
-def _registered(link: EnvLink, asked: Arguments) -> Arguments:
+def _registered(link: EnvironmentClient, asked: Arguments) -> Arguments:
     """What is asked for, with the source that somebody registered under its name."""
     if "://" in asked.source or asked.source.startswith(("/", ".", "~")):
         return asked
@@ -178,12 +178,12 @@ def _graph(nodes: Any, edges: Any, links: Any) -> GraphInstance:
     return GraphInstance(nodes, edges, links)
 
 
-def sandbox_of(requested: str, found: Source, player: Player) -> EnvSandbox:
+def sandbox_of(requested: str, found: Source, player: EnvironmentHandle) -> EnvSandbox:
     """Where an environment that was made of a source runs."""
     return EnvSandbox(requested, found.resolved, player.link.sandbox_id, player.link.transport.address.url)
 
 
-def described(player: Player) -> dict[str, Any]:
+def described(player: EnvironmentHandle) -> dict[str, Any]:
     """What the environment says of itself."""
     found = player.call("describe")
     if not isinstance(found, dict):

@@ -107,7 +107,7 @@ class Gpus:
 
     def refuse(self, config: SandboxConfig) -> None:
         """Raise Unsupported for what this machine could never give."""
-        count, kind = _wish(config)
+        count, kind = _spec(config)
         fit = [gpu for gpu in self.all if kind in (None, gpu.kind)]
         if count > len(fit):
             there = ", ".join(self.kinds()) or "none"
@@ -117,7 +117,7 @@ class Gpus:
     def take(self, owner: str, config: SandboxConfig) -> tuple[str, ...]:
         """UUIDs of those that a sandbox gets. NoCapacity, Unsupported."""
         self.refuse(config)
-        count, kind = _wish(config)
+        count, kind = _spec(config)
         fit = [gpu.uuid for gpu in self.free if kind in (None, gpu.kind)]
         if count > len(fit):
             raise NoCapacity(f"{count} GPUs were asked for; {len(fit)} of this machine are free",
@@ -139,7 +139,7 @@ class Gpus:
         self._given.pop(owner, None)
 
 
-def _wish(config: SandboxConfig) -> tuple[int, str | None]:
+def _spec(config: SandboxConfig) -> tuple[int, str | None]:
     """How many, of which kind. Unsupported for a part of one."""
     wanted = config.num_gpus if config.num_gpus is not None else 1.0 if config.accelerator_type else 0.0
     if wanted != int(wanted):

@@ -31,7 +31,7 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 
 from rock.errors import ClientError, InvalidConfig, RockError, Unavailable
 from rock.http.event_loop import BUDGET, rounds
-from rock.http.fair_queue import PLACE, Place
+from rock.http.fair_queue import PLACE, QueuePlace
 from rock.http.peers import PEER, Peer
 from rock.protocol.routes import ERROR_CODE
 
@@ -55,7 +55,7 @@ class _Flow(FlowControl):
             super().resume_reading()
 
 
-class Intake(HttpToolsProtocol):
+class HttpConnection(HttpToolsProtocol):
     """One connection. What comes between two requests of a client with a line waits in that line, as bytes."""
 
     def __init__(self, *args: Any, admission: Admission, head_within: float = HEAD_WITHIN, **kwargs: Any) -> None:
@@ -66,7 +66,7 @@ class Intake(HttpToolsProtocol):
         self._head_within = head_within
         self._peer = Peer(self._prove)
         self.app_state = {**self.app_state, PEER: self._peer}
-        self._place = Place()
+        self._place = QueuePlace()
         self._held: bytes | None = None
         self._whole = True  # no request has come in part
         self._head = False  # the head of a request has come in part

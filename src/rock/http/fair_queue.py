@@ -23,7 +23,7 @@ _ALONE = 0.1  # seconds after which somebody who was here is no longer counted
 PLACE = "rock.place"  # of a connection, in the scopes of its requests
 
 
-class Place:
+class QueuePlace:
     """What a connection has to do with lines. line: of which client its last request was, if that had to wait."""
 
     __slots__ = ("_turns", "_waited", "line")
@@ -31,7 +31,7 @@ class Place:
     def __init__(self) -> None:
         self.line = ""
         self._waited = ""
-        self._turns: Turns | None = None
+        self._turns: FairQueue | None = None
 
     def wait(self, begin: Callable[[], None]) -> bool:
         """Have `begin` called when it is the turn of this connection's next request; False when there is no line."""
@@ -45,7 +45,7 @@ class Place:
 
         return self._turns.line_up(line, go)
 
-    def has_waited(self, turns: Turns, who: str) -> bool:
+    def has_waited(self, turns: FairQueue, who: str) -> bool:
         """Whether the request that was just read had its turn already, as one of `who`."""
         waited, self._waited = self._waited, ""
         if waited != who or self._turns is not turns:
@@ -54,7 +54,7 @@ class Place:
         return True
 
 
-class Turns:
+class FairQueue:
     """Who may begin now. For each request `take`, and when it is over `leave`; clients are told apart by name."""
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ class Turns:
         """Requests in all lines."""
         return sum(map(len, self._lines.values()))
 
-    async def take(self, who: str, place: Place | None = None) -> int:
+    async def take(self, who: str, place: QueuePlace | None = None) -> int:
         """Wait for the turn of a request; answers what to `leave` with. place: of the connection that it came by."""
         if self._loop is None:
             self._loop = asyncio.get_running_loop()

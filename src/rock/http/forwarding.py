@@ -203,7 +203,7 @@ class _Connection(asyncio.Protocol):
                 await self._news()
 
 
-class Remote:
+class RemoteApp:
     """A server at `url`, as an ASGI application. headers: given with each request, such as a key of ours. most_idle:
     connections that are kept for the next requests."""
 
@@ -492,7 +492,7 @@ class Remote:
             self._done(connection)
 
 
-async def first_reached(remotes: Sequence[Remote]) -> Remote:
+async def first_reached(remotes: Sequence[RemoteApp]) -> RemoteApp:
     """The first that takes a connection; the last when none does, to tell why."""
     for remote in remotes[:-1]:
         if await remote.is_reached():

@@ -42,7 +42,7 @@ class Exporter(tracing.Tracer, Protocol):
     def close(self) -> None: ...
 
 
-class Observed:
+class Observability:
     """What one server tells of itself. `over` is put around its application, `measured` behind the door.
 
     extra: gauges that are asked for whenever the metrics are. export: made by whoever has the settings. every: seconds

@@ -40,7 +40,7 @@ _LONGEST = 100  # characters of an id
 Place = tuple[str, bytes]
 
 
-class Calls:
+class RelayedCalls:
     """`app` for relayed requests too. reconnect: seconds for which a request goes on after its connection broke."""
 
     def __init__(self, app: App, reconnect: float) -> None:

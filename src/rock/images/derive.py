@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from rock.errors import InvalidConfig
-from rock.images.host_image import OwnSystem
+from rock.images.host_image import HostImages
 from rock.images.layers.blobs import Blob, Bounds, Plain
 from rock.images.layers.importer import this_architecture
 from rock.images.layers.store import Fill, LayerInfo, LayerStore
@@ -25,10 +25,10 @@ from rock.images.registry.transfers import EMPTY, unpack
 _NOT_CONTENT = ("owner", "made")
 
 
-class Deriving:
+class DerivedImages:
     """gate: the store's lock, shared while an image is added. See `ImageStore` for what the methods are for."""
 
-    def __init__(self, layers: LayerStore, records: Records, own: OwnSystem, gate: Path) -> None:
+    def __init__(self, layers: LayerStore, records: Records, own: HostImages, gate: Path) -> None:
         self._layers = layers
         self._records = records
         self._own = own

@@ -33,7 +33,7 @@ class Pruned:
     busy: bool = False
 
 
-class Room:
+class GarbageCollector:
     """The room that the records and layers of one store take. `skeleton`: the digest of `host`'s own layer."""
 
     def __init__(

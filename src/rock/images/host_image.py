@@ -15,7 +15,7 @@ from rock.images.registry.reference import HOST
 _BY_REFERENCE = "shows this machine's own system: changes of the machine show in it"
 
 
-class OwnSystem:
+class HostImages:
     """layers: those of the store."""
 
     def __init__(self, layers: LayerStore) -> None:

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Protocol
 
 from rock.errors import ImageError, InvalidConfig, NotFound, RockError
-from rock.images.derive import Deriving
-from rock.images.gc import Pruned, Room
-from rock.images.host_image import OwnSystem
+from rock.images.derive import DerivedImages
+from rock.images.gc import GarbageCollector, Pruned
+from rock.images.host_image import HostImages
 from rock.images.layers.blobs import USUAL, Allowance, Blob
 from rock.images.layers.importer import kind_of
 from rock.images.layers.store import Fill, LayerStore
@@ -30,7 +30,7 @@ from rock.images.records import ImageRecord, Lease, Leases, Records, RootFS, sto
 from rock.images.registry.logins import Login, Logins
 from rock.images.registry.pull import Progress
 from rock.images.registry.reference import HOST, free_name, new_name, parse
-from rock.images.registry.transfers import Adding, Transfers, unpack
+from rock.images.registry.transfers import ImageImports, Transfers, unpack
 from rock.protocol.sandbox import parse_size
 from rock.settings import Settings, docker_config
 
@@ -58,10 +58,12 @@ class ImageStore:
         gate = folder / "locks" / "store"
         self._records = Records(folder / "images")
         self._leases = Leases(folder / "use", gate)
-        self._own = OwnSystem(self.layers)
-        self._room = Room(folder / "used", self._records, self.layers, self._leases, gate, self._own.diff_id)
-        self._adding = Adding(self.layers, self._records, gate)
-        self._deriving = Deriving(self.layers, self._records, self._own, gate)
+        self._own = HostImages(self.layers)
+        self._room = GarbageCollector(
+            folder / "used", self._records, self.layers, self._leases, gate, self._own.diff_id
+        )
+        self._adding = ImageImports(self.layers, self._records, gate)
+        self._deriving = DerivedImages(self.layers, self._records, self._own, gate)
         self._transfers = Transfers(self.layers, self._records, self._adding, self.logins, gate.parent)
         self._resolved: dict[str, tuple[tuple[int, int], RootFS]] = {}
         self.layers.sweep()

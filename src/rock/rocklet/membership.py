@@ -30,7 +30,7 @@ from rock import __version__
 from rock.errors import ClientError, Conflict, InvalidConfig, NotFound, RockError, Unavailable, from_wire
 from rock.host import atomic_file
 from rock.http.asgi import App, Receive, Scope, Send, failure
-from rock.http.forwarding import Remote
+from rock.http.forwarding import RemoteApp
 from rock.protocol.node import Beat, JoinWorker, NodeStatus, WorkerLease
 from rock.protocol.routes import EPOCH, FENCE, OUTAGE, REFUSED, ROUTES
 from rock.rocklet.node import Node
@@ -55,7 +55,7 @@ class Joining:
     """What a rocklet joins by. servers: any of which may be asked. keep: sandboxes go on without a lease, until this
     worker is told that it was declared lost; else they end before it is."""
 
-    servers: list[Remote]
+    servers: list[RemoteApp]
     name: str
     url: str
     keep: bool = True
@@ -67,7 +67,7 @@ class Membership:
     def __init__(self, node: Node, joining: Joining, file: Path) -> None:
         self._node = node
         self._joining = joining
-        self._host = Remote(joining.url).host
+        self._host = RemoteApp(joining.url).host
         self._servers = list(joining.servers)
         self._file = file
         self._holder, self._epoch = _read(file)
@@ -144,11 +144,11 @@ class Membership:
 
     async def _join(self) -> None:
         await self._stopped()
-        wish = JoinWorker(name=self._joining.name, url=self._joining.url, holder=self._holder, epoch=self._epoch,
+        spec = JoinWorker(name=self._joining.name, url=self._joining.url, holder=self._holder, epoch=self._epoch,
                           fresh=self._fresh, version=__version__, status=await self._status())  # fmt: skip
         asked = _now()
         row = ROUTES["join_worker"]
-        lease = await self._ask(row.method, row.path, wish.model_dump_json().encode())
+        lease = await self._ask(row.method, row.path, spec.model_dump_json().encode())
         if self._epoch not in (0, lease.epoch) and not self._fresh and self._node.has_sandboxes:
             log.warning("this worker was taken for lost in epoch %d", self._epoch)
             self._node.lose("its worker was taken for lost")
@@ -280,7 +280,9 @@ def _decoded(reply: bytes) -> Any:
         return {}
 
 
-def servers_of(text: str, key: str | None, make: Callable[[str, dict[str, str]], Remote] = Remote) -> list[Remote]:
+def servers_of(
+    text: str, key: str | None, make: Callable[[str, dict[str, str]], RemoteApp] = RemoteApp
+) -> list[RemoteApp]:
     """The servers that `--join URL,URL` names. InvalidConfig."""
     headers = {} if key is None else {"authorization": f"Bearer {key}"}
     found = [make(url.strip(), headers) for url in text.split(",") if url.strip()]
@@ -298,7 +300,7 @@ fence_log = logging.getLogger("rock.node")
 _FENCE_HEADER = FENCE.encode()
 
 
-class Fence:
+class FencingToken:
     """The highest token that was seen, in a file, so that it is known to the next rocklet."""
 
     def __init__(self, path: Path) -> None:

@@ -22,14 +22,14 @@ from rock.protocol.node import NodeEvent, NodeEvents, NodeInventory, NodeSandbox
 from rock.protocol.sandbox import ArchivedFiles, Cause, Isolation, Phase, SandboxConfig
 from rock.rocklet.commands.session import Session
 from rock.rocklet.environments.host import ENV_LEASE
-from rock.rocklet.environments.local_socket import Door
+from rock.rocklet.environments.local_socket import LocalSocket
 from rock.rocklet.images.build import Builds
 from rock.rocklet.images.commits import Commits
 from rock.rocklet.images.store import Images, UsedImages
-from rock.rocklet.retained import KeptSandboxes, Quarantine
+from rock.rocklet.retained import Quarantine, RetainedSandboxes
 from rock.rocklet.runtimes import Runtimes
 from rock.rocklet.sandbox import Supervisor
-from rock.rocklet.state import Shelf
+from rock.rocklet.state import StateDirectory
 from rock.runtime.base import Handle, Liveness, Pools, Prepared, Runtime
 from rock.telemetry import tracing
 
@@ -53,21 +53,21 @@ class Node:
     ) -> None:
         self.images = images
         self.runtimes = Runtimes(runtimes, default, images)
-        self.shelf = Shelf(folder)
-        self.door = Door(folder, self.get)
+        self.state_dir = StateDirectory(folder)
+        self.door = LocalSocket(folder, self.get)
         self.limit = limit
         self._env_lease = env_lease
         self.boot = uuid.uuid4().hex[:12]
         self.ends = Ends(self.boot)
         self._host_name = socket.gethostname()
         self.supervisors: dict[str, Supervisor] = {}
-        self.kept = KeptSandboxes(self.shelf)
-        self.quarantine = Quarantine(self.shelf, self.runtimes, folder)
+        self.kept = RetainedSandboxes(self.state_dir)
+        self.quarantine = Quarantine(self.state_dir, self.runtimes, folder)
         self.commits = Commits(self)
         self.builds = Builds(self)
         self._creating: dict[str, asyncio.Task[Supervisor]] = {}
         self._destroying: dict[str, asyncio.Task[NodeSandbox]] = {}
-        self._resting: dict[str, asyncio.Task[NodeSandbox]] = {}
+        self._stopped: dict[str, asyncio.Task[NodeSandbox]] = {}
         self._used = UsedImages()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -75,7 +75,7 @@ class Node:
 
     async def open(self) -> None:
         """Start the runtimes, find the sandboxes of a former run, and remove what has no record."""
-        self.shelf.make()
+        self.state_dir.make()
         self.door.open()
         await self.runtimes.open()
         for name in reversed(await asyncio.to_thread(self.images.store.names)):
@@ -90,7 +90,7 @@ class Node:
     async def close(self) -> None:
         """Let go of every sandbox and leave it running."""
         self.ends.closing = True
-        tasks = [*self._creating.values(), *self._destroying.values(), *self._resting.values(), *self._tasks]
+        tasks = [*self._creating.values(), *self._destroying.values(), *self._stopped.values(), *self._tasks]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -99,7 +99,7 @@ class Node:
         await self.door.close()
         for supervisor in self.supervisors.values():
             await supervisor.detach()
-        self.shelf.close()
+        self.state_dir.close()
         await self.runtimes.close()
         await self.ends.notify()
 
@@ -114,7 +114,7 @@ class Node:
         return await self._started(sandbox_id, config, wake=True)
 
     async def _started(self, sandbox_id: str, config: SandboxConfig, *, wake: bool) -> NodeSandbox:
-        await self._ended_first(sandbox_id, self._destroying, self._resting)
+        await self._ended_first(sandbox_id, self._destroying, self._stopped)
         held = self.quarantine.error(sandbox_id)
         if held is not None:
             raise held
@@ -179,7 +179,7 @@ class Node:
         self, sandbox_id: str, config: SandboxConfig, runtime: Runtime, handle: Handle, spools: str | None = None
     ) -> Supervisor:
         """One that runs. spools: the name of the folder that it has already."""
-        return Supervisor(sandbox_id, config, runtime, handle, self.shelf, self._ended, spools, self._env_lease)
+        return Supervisor(sandbox_id, config, runtime, handle, self.state_dir, self._ended, spools, self._env_lease)
 
     @staticmethod
     async def _open_default(supervisor: Supervisor, unfit: Prepared | None) -> None:
@@ -197,7 +197,7 @@ class Node:
 
         However many ask, and whoever of them leaves: it is done once, and all are answered when nothing is left.
         """
-        await self._ended_first(sandbox_id, self._resting)
+        await self._ended_first(sandbox_id, self._stopped)
         return await _joined(self._destroying, sandbox_id, lambda: self._destroy(sandbox_id, grace))
 
     async def _destroy(self, sandbox_id: str, grace: float) -> NodeSandbox:
@@ -222,7 +222,7 @@ class Node:
         Done once, however many ask, as in `destroy`.
         """
         await self._ended_first(sandbox_id, self._destroying)
-        return await _joined(self._resting, sandbox_id, lambda: self._rest(sandbox_id, grace))
+        return await _joined(self._stopped, sandbox_id, lambda: self._rest(sandbox_id, grace))
 
     async def _rest(self, sandbox_id: str, grace: float) -> NodeSandbox:
         supervisor = await self._after_creation(sandbox_id)
@@ -240,7 +240,7 @@ class Node:
         self, sandbox_id: str, config: SandboxConfig, files: ArchivedFiles, data: AsyncIterator[bytes]
     ) -> NodeSandbox:
         """Take in a sandbox from the archive, to be woken."""
-        await self._ended_first(sandbox_id, self._destroying, self._resting)
+        await self._ended_first(sandbox_id, self._destroying, self._stopped)
         found = self.supervisors.get(sandbox_id)
         if found is not None:
             if found.config != config:
@@ -337,7 +337,7 @@ class Node:
 
     async def emptied(self, seconds: float) -> bool:
         """Wait for the ends that are under way, at most so long; whether nothing is left."""
-        tasks = [*self._creating.values(), *self._destroying.values(), *self._resting.values(), *self._tasks]
+        tasks = [*self._creating.values(), *self._destroying.values(), *self._stopped.values(), *self._tasks]
         if tasks:
             await asyncio.wait(tasks, timeout=seconds)
         return not self.has_sandboxes
@@ -397,7 +397,7 @@ async def make(runtimes: Runtimes, sandbox_id: str, config: SandboxConfig) -> Ma
     return runtime, handle, {"image": image, "sandbox": _done("running", began)}
 
 
-async def wake_sandbox(kept: KeptSandboxes, sandbox_id: str, config: SandboxConfig) -> Made:
+async def wake_sandbox(kept: RetainedSandboxes, sandbox_id: str, config: SandboxConfig) -> Made:
     """One over its kept files."""
     began = time.time()
     await faults.point("node.wake.begun")
@@ -429,14 +429,14 @@ class Recovery:
     async def run(self) -> None:
         """Find again what runs or rests, and remove what has no record."""
         node = self._node
-        await asyncio.gather(*(self._try(sandbox_id) for sandbox_id in node.shelf.ids()))
+        await asyncio.gather(*(self._try(sandbox_id) for sandbox_id in node.state_dir.ids()))
         await node.runtimes.sweep(self._known)
-        await asyncio.to_thread(node.shelf.sweep_logs)
-        unused = node.shelf.unused({supervisor.spools.path.name for supervisor in node.supervisors.values()})
+        await asyncio.to_thread(node.state_dir.sweep_logs)
+        unused = node.state_dir.unused({supervisor.spools.path.name for supervisor in node.supervisors.values()})
         if node.quarantine.ids():  # some may be theirs
             node.quarantine.spools = unused
         else:
-            await asyncio.to_thread(node.shelf.sweep, unused)
+            await asyncio.to_thread(node.state_dir.sweep, unused)
 
     async def _try(self, sandbox_id: str) -> None:
         async with self._gate:
@@ -456,7 +456,7 @@ class Recovery:
     async def _recover(self, sandbox_id: str) -> None:
         node = self._node
         try:
-            config, handle, record = node.shelf.load(sandbox_id)
+            config, handle, record = node.state_dir.load(sandbox_id)
             runtime = node.runtimes[handle.runtime]
         except OSError as error:
             self._hold(sandbox_id, f"its record on the server's disk cannot be read ({error.strerror})")
@@ -465,16 +465,16 @@ class Recovery:
             log.error("the record of sandbox %s is damaged: %s", sandbox_id, error)
             self._hold(sandbox_id, "its record on the server's disk is damaged")
             return
-        resting = bool(record.get("resting"))
-        if resting or await runtime.recover(handle) is Liveness.GONE:
-            if not resting:
+        stopped = bool(record.get("resting"))
+        if stopped or await runtime.recover(handle) is Liveness.GONE:
+            if not stopped:
                 node.ends.tell(sandbox_id, Cause.LOST, "it ended while no server was running")
             if config.keeps_files and await node.kept.recover(config, runtime, handle):
-                await asyncio.to_thread(node.shelf.remove_logs, sandbox_id)
+                await asyncio.to_thread(node.state_dir.remove_logs, sandbox_id)
                 self._known[handle.runtime].append(handle.id)
                 return
             await runtime.destroy(handle)
-            await asyncio.to_thread(node.shelf.remove, sandbox_id)
+            await asyncio.to_thread(node.state_dir.remove, sandbox_id)
             return
         self._known[handle.runtime].append(handle.id)
         supervisor = node.supervise(sandbox_id, config, runtime, handle, record.get("spools"))

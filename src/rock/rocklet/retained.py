@@ -18,14 +18,14 @@ from rock.protocol.node import NodeSandbox
 from rock.protocol.sandbox import ArchivedFiles, Isolation, SandboxConfig
 from rock.rocklet.runtimes import Runtimes
 from rock.rocklet.sandbox import Supervisor
-from rock.rocklet.state import Shelf
+from rock.rocklet.state import StateDirectory
 from rock.runtime.base import Handle, Keeps, Runtime
 
 log = logging.getLogger("rock.node")
 
 
 @dataclass(frozen=True)
-class Resting:
+class StoppedSandboxes:
     """One of them. `runtime` is a Keeps."""
 
     config: SandboxConfig
@@ -33,23 +33,23 @@ class Resting:
     handle: Handle
 
 
-class KeptSandboxes:
+class RetainedSandboxes:
     """Those at rest, by id. Their records are on the shelf, so that the rocklet after this one knows them too."""
 
-    def __init__(self, shelf: Shelf) -> None:
-        self._shelf = shelf
-        self._resting: dict[str, Resting] = {}
+    def __init__(self, state_dir: StateDirectory) -> None:
+        self._state_dir = state_dir
+        self._stopped: dict[str, StoppedSandboxes] = {}
         self._read: Counter[str] = Counter()  # how many archives and images are being made of each
 
     def __contains__(self, sandbox_id: str) -> bool:
-        return sandbox_id in self._resting
+        return sandbox_id in self._stopped
 
     def ids(self) -> list[str]:
-        return sorted(self._resting)
+        return sorted(self._stopped)
 
     def configs(self) -> dict[str, SandboxConfig]:
         """Of all of them, by id."""
-        return {name: found.config for name, found in self._resting.items()}
+        return {name: found.config for name, found in self._stopped.items()}
 
     async def recover(self, config: SandboxConfig, runtime: Runtime, handle: Handle) -> bool:
         """Take over one that is at rest, or was on its way there or back; False when its files are gone."""
@@ -58,25 +58,25 @@ class KeptSandboxes:
             kept = await runtime.rest(handle)
         except Lost:
             return False
-        self._shelf.rest(config, kept)
-        self._resting[handle.id] = Resting(config, runtime, kept)
+        self._state_dir.rest(config, kept)
+        self._stopped[handle.id] = StoppedSandboxes(config, runtime, kept)
         return True
 
     async def rest(self, supervisor: Supervisor, grace: float) -> NodeSandbox:
         """Bring a running one to rest. Lost when its files are gone."""
         handle = await supervisor.rest(grace)
-        self._resting[supervisor.id] = Resting(supervisor.config, supervisor.runtime, handle)
+        self._stopped[supervisor.id] = StoppedSandboxes(supervisor.config, supervisor.runtime, handle)
         return self.describe(supervisor.id)
 
     def describe(self, sandbox_id: str) -> NodeSandbox:
-        found = self._resting.get(sandbox_id)
+        found = self._stopped.get(sandbox_id)
         if found is None:
             return NodeSandbox(sandbox_id=sandbox_id)
         return NodeSandbox(sandbox_id=sandbox_id, kept=True, runtime=found.handle.runtime)
 
     async def wake(self, sandbox_id: str, config: SandboxConfig) -> tuple[Runtime, Handle]:
         """Make it again over its files. Its record still says that it rests: the caller writes another. Lost."""
-        found = self._resting.get(sandbox_id)
+        found = self._stopped.get(sandbox_id)
         if found is None:
             raise Lost(f"the files of sandbox {sandbox_id} are not on this machine", sandbox_id=sandbox_id)
         assert isinstance(found.runtime, Keeps)
@@ -100,9 +100,9 @@ class KeptSandboxes:
                     yield part
 
     @contextlib.contextmanager
-    def reading(self, sandbox_id: str) -> Iterator[Resting]:
+    def reading(self, sandbox_id: str) -> Iterator[StoppedSandboxes]:
         """One of them, which stays where it is meanwhile. Lost."""
-        found = self._resting.get(sandbox_id)
+        found = self._stopped.get(sandbox_id)
         if found is None:
             raise Lost(f"the files of sandbox {sandbox_id} are not on this machine", sandbox_id=sandbox_id)
         self._read[sandbox_id] += 1
@@ -117,25 +117,25 @@ class KeptSandboxes:
         self, sandbox_id: str, config: SandboxConfig, runtime: Runtime, files: ArchivedFiles, data: AsyncIterator[bytes]
     ) -> None:
         """Take in one that is at rest elsewhere; one that is here already stays as it is. See `Keeps.unpack`."""
-        if sandbox_id in self._resting:
+        if sandbox_id in self._stopped:
             return
         assert isinstance(runtime, Keeps)
         handle = await runtime.unpack(sandbox_id, config, files, data)
-        self._shelf.rest(config, handle)
-        self._resting[sandbox_id] = Resting(config, runtime, handle)
+        self._state_dir.rest(config, handle)
+        self._stopped[sandbox_id] = StoppedSandboxes(config, runtime, handle)
 
     def awake(self, sandbox_id: str) -> None:
         """It runs, and has the record of one that does."""
-        del self._resting[sandbox_id]
+        del self._stopped[sandbox_id]
 
     async def remove(self, sandbox_id: str) -> None:
         """Remove its files. Nothing happens to one that is not at rest."""
-        found = self._resting.get(sandbox_id)
+        found = self._stopped.get(sandbox_id)
         if found is not None:
             self._refuse_read(sandbox_id)
             await found.runtime.destroy(found.handle)
-            await asyncio.to_thread(self._shelf.remove, sandbox_id)
-            self._resting.pop(sandbox_id, None)
+            await asyncio.to_thread(self._state_dir.remove, sandbox_id)
+            self._stopped.pop(sandbox_id, None)
 
 
 # ---- quarantine ----
@@ -161,8 +161,8 @@ class _Held:
 class Quarantine:
     """Those of this machine, by id. folder: the run folder, in which each runtime has a folder with its own records."""
 
-    def __init__(self, shelf: Shelf, runtimes: Runtimes, folder: Path) -> None:
-        self._shelf = shelf
+    def __init__(self, state_dir: StateDirectory, runtimes: Runtimes, folder: Path) -> None:
+        self._state_dir = state_dir
         self._runtimes = runtimes
         self._folder = folder
         self._held: dict[str, _Held] = {}
@@ -219,9 +219,9 @@ class Quarantine:
                 await runtime.destroy(Handle(held.runtime, sandbox_id, Isolation.NONE, {}, data))
             else:
                 await runtime.sweep(others)
-        await asyncio.to_thread(self._shelf.set_aside, sandbox_id)
-        await asyncio.to_thread(self._shelf.remove, sandbox_id)
+        await asyncio.to_thread(self._state_dir.set_aside, sandbox_id)
+        await asyncio.to_thread(self._state_dir.remove, sandbox_id)
         self._held.pop(sandbox_id, None)
         if not self._held:
-            await asyncio.to_thread(self._shelf.sweep, self.spools)
+            await asyncio.to_thread(self._state_dir.sweep, self.spools)
             self.spools = []

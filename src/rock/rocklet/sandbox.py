@@ -26,7 +26,7 @@ from rock.rocklet.durability import resume
 from rock.rocklet.durability.journal import Journal
 from rock.rocklet.environments.host import ENV_LEASE, EnvHost
 from rock.rocklet.port_connections import Connections
-from rock.rocklet.state import Shelf, written
+from rock.rocklet.state import StateDirectory, written
 from rock.runtime.base import Handle, Keeps, Limits, Runtime, Watches
 
 
@@ -39,7 +39,7 @@ class Supervisor:
         config: SandboxConfig,
         runtime: Runtime,
         handle: Handle,
-        shelf: Shelf,
+        state_dir: StateDirectory,
         ended: Callable[[Supervisor, Cause, str], None],
         spools: str | None = None,
         env_lease: float = ENV_LEASE,
@@ -48,8 +48,8 @@ class Supervisor:
         self.config = config
         self.runtime = runtime
         self.handle = handle
-        self._shelf = shelf
-        self.sessions = Sessions(runtime, handle, config, shelf, self.saved)
+        self._state_dir = state_dir
+        self.sessions = Sessions(runtime, handle, config, state_dir, self.saved)
         self.phases: dict[str, Phase] = {}
         self.cause: Cause | None = None
         self.reason: str | None = None
@@ -61,7 +61,7 @@ class Supervisor:
         self._env_lease = env_lease
         self._env_host_kept = False  # a former rocklet's is there; asked only when it is needed, as it may hang
         self.connections = Connections()
-        self.spools = shelf.spools(spools)
+        self.spools = state_dir.spools(spools)
         self.journal = Journal(self.spools)
         self._marked = False  # whether the folder of spool files has been made
         self._ended = ended
@@ -78,12 +78,12 @@ class Supervisor:
         with contextlib.suppress(OSError):
             self.spools.make()
             self._marked = True
-        atomic_file.replace(self._shelf.record(self.id), self._record())
+        atomic_file.replace(self._state_dir.record(self.id), self._record())
 
     async def saved(self) -> None:
         """Write the record without holding up anybody else."""
         async with self._save_lock:
-            await asyncio.to_thread(atomic_file.replace, self._shelf.record(self.id), self._record())
+            await asyncio.to_thread(atomic_file.replace, self._state_dir.record(self.id), self._record())
 
     def _record(self) -> str:
         processes = {p.id: {"command": p.command, "started_at": p.started_at} for p in self.processes.values()}
@@ -101,7 +101,7 @@ class Supervisor:
         for key, entry in record.get("processes", {}).items():
             with contextlib.suppress(RockError):
                 process = await self.runtime.attach(self.handle, programs.KEY + key)
-                folder = self._shelf.logs(self.id) / key
+                folder = self._state_dir.logs(self.id) / key
                 folder.mkdir(parents=True, exist_ok=True)
                 self.processes[key] = programs.Background(key, entry["command"], process, folder, entry["started_at"],
                                                           marks=self.spools.marks, found=self.spools.found)  # fmt: skip
@@ -166,7 +166,7 @@ class Supervisor:
         )
         try:
             await faults.point("process.started")
-            folder = self._shelf.logs(self.id) / key
+            folder = self._state_dir.logs(self.id) / key
             folder.mkdir(parents=True)
             background = programs.Background(key, command.command, process, folder, marks=self.spools.marks)
             self.processes[key] = background
@@ -177,7 +177,7 @@ class Supervisor:
             await asyncio.shield(process.kill_tree())
             if key in self.processes:
                 await self.processes.pop(key).forget()
-            await asyncio.to_thread(shutil.rmtree, self._shelf.logs(self.id) / key, True)
+            await asyncio.to_thread(shutil.rmtree, self._state_dir.logs(self.id) / key, True)
             if isinstance(error, OSError):
                 raise not_kept(error, self.id, "what the process writes") from None
             raise
@@ -188,7 +188,7 @@ class Supervisor:
     async def adopt_process(self, key: str, command: Command) -> programs.Background:
         """Take over one that a former rocklet had started, and of which it had not written yet. NotFound."""
         process = await self.runtime.attach(self.handle, programs.KEY + key)
-        folder = self._shelf.logs(self.id) / key
+        folder = self._state_dir.logs(self.id) / key
         folder.mkdir(parents=True, exist_ok=True)
         background = self.processes[key] = programs.Background(
             key, command.command, process, folder, marks=self.spools.marks, found=self.spools.found)  # fmt: skip
@@ -301,14 +301,14 @@ class Supervisor:
         assert isinstance(self.runtime, Keeps)
         await self._let_go()
         async with self._save_lock:
-            self._shelf.rest(self.config, self.handle)
+            self._state_dir.rest(self.config, self.handle)
         await faults.point("node.rest.saved")
         kept = await self.runtime.rest(self.handle, grace)
         await faults.point("node.rest.kept")
         await self._close_all()
-        self._shelf.rest(self.config, kept)
-        await asyncio.to_thread(self._shelf.remove_logs, self.id)
-        self._shelf.give_back(self.spools)
+        self._state_dir.rest(self.config, kept)
+        await asyncio.to_thread(self._state_dir.remove_logs, self.id)
+        self._state_dir.give_back(self.spools)
         return kept
 
     async def _let_go(self) -> None:
@@ -333,7 +333,7 @@ class Supervisor:
     async def forget(self) -> None:
         """Remove what is kept of it on disk, once it is gone."""
         if self.processes:  # logs may be large
-            await asyncio.to_thread(self._shelf.remove, self.id)
+            await asyncio.to_thread(self._state_dir.remove, self.id)
         else:
-            self._shelf.remove(self.id)
-        self._shelf.give_back(self.spools)  # now that no record names it
+            self._state_dir.remove(self.id)
+        self._state_dir.give_back(self.spools)  # now that no record names it

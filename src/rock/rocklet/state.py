@@ -19,7 +19,7 @@ from rock.runtime.base import Handle
 _FREE_SPOOLS = 16
 
 
-class Shelf:
+class StateDirectory:
     """What is kept on disk for the rocklet after this one, and what sandboxes learn from each other.
 
     folder/records/ID   config, handle, sessions and processes of a sandbox
@@ -59,7 +59,7 @@ class Shelf:
 
     def rest(self, config: SandboxConfig, handle: Handle) -> None:
         """Write the record of a sandbox that does not run, or is about not to, and whose files are kept."""
-        atomic_file.replace(self.record(handle.id), written(config, handle, resting=True))
+        atomic_file.replace(self.record(handle.id), written(config, handle, stopped=True))
 
     # ---- folders of spool files
 

@@ -58,14 +58,14 @@ class _Machine:
     def score(self) -> float:
         return self.memory_free / (1 + self.sandboxes)
 
-    def could_ever(self, wish: _Wish) -> bool:
+    def could_ever(self, spec: _Wish) -> bool:
         status = self.status
         return (
-            wish.memory <= status.memory_total and wish.cpus <= status.cpus and wish.gpus <= status.gpus
-            and (not wish.accelerator or wish.accelerator in status.accelerators)
+            spec.memory <= status.memory_total and spec.cpus <= status.cpus and spec.gpus <= status.gpus
+            and (not spec.accelerator or spec.accelerator in status.accelerators)
         )  # fmt: skip
 
-    def room(self, wish: _Wish) -> int:
+    def room(self, spec: _Wish) -> int:
         """How many more it takes now."""
         status = self.status
         scarce = self.memory_free < status.memory_total * SCARCE
@@ -75,17 +75,17 @@ class _Machine:
             return 0
         room = status.sandbox_limit - self.sandboxes
         if status.memory_total:
-            room = min(room, spare // min(_ASSUMED, wish.memory) + 1)
-        if wish.gpus:
-            room = min(room, int(min(self.gpus_free // wish.gpus, _MANY)))
+            room = min(room, spare // min(_ASSUMED, spec.memory) + 1)
+        if spec.gpus:
+            room = min(room, int(min(self.gpus_free // spec.gpus, _MANY)))
         return max(0, room)
 
-    def wholly(self, wish: _Wish) -> int:
+    def wholly(self, spec: _Wish) -> int:
         """How many more it takes without promising memory or cores that it does not have."""
         taken = self.starting + self.since
-        by_memory = (self.status.memory_free - taken * wish.memory) // wish.memory
-        by_cpus = int(min((self.status.cpus - self.sandboxes * wish.cpus) // wish.cpus, _MANY))
-        return max(0, min(by_memory, by_cpus, self.room(wish)))
+        by_memory = (self.status.memory_free - taken * spec.memory) // spec.memory
+        by_cpus = int(min((self.status.cpus - self.sandboxes * spec.cpus) // spec.cpus, _MANY))
+        return max(0, min(by_memory, by_cpus, self.room(spec)))
 
 
 @dataclass(frozen=True)
@@ -164,56 +164,56 @@ class LocalScheduler:
         machine = self._machines.get(entry[2])
         return machine is not None and machine.turn == entry[1]
 
-    def _take(self, machine: _Machine, wish: _Wish) -> str:
+    def _take(self, machine: _Machine, spec: _Wish) -> str:
         machine.starting += 1
-        machine.gpus += wish.gpus
+        machine.gpus += spec.gpus
         self._queue(machine)
         return machine.name
 
     # ---- one ----
 
     def place(self, config: SandboxConfig) -> str:
-        wish = self._wish(config)
-        again = self._again(wish)
+        spec = self._spec(config)
+        again = self._again(spec)
         if again is not None:
-            return self._take(again, wish)
-        top = self._top(wish)
+            return self._take(again, spec)
+        top = self._top(spec)
         if top is not None:
-            self._run = wish, top, min(_LONGEST_RUN, top.sandboxes // _UNEVEN)
-            return self._take(top, wish)
-        best = max(self._candidates(wish), default=None,
-                   key=lambda m: (m.score * (_HAS_IMAGE if wish.image in m.images else 1.0), m.name))  # fmt: skip
+            self._run = spec, top, min(_LONGEST_RUN, top.sandboxes // _UNEVEN)
+            return self._take(top, spec)
+        best = max(self._candidates(spec), default=None,
+                   key=lambda m: (m.score * (_HAS_IMAGE if spec.image in m.images else 1.0), m.name))  # fmt: skip
         if best is None:
-            raise self._refusal(config, wish)
-        return self._take(best, wish)
+            raise self._refusal(config, spec)
+        return self._take(best, spec)
 
-    def _top(self, wish: _Wish) -> _Machine | None:
+    def _top(self, spec: _Wish) -> _Machine | None:
         """The best of all, where it fits and none of the others could have the image before it."""
         while self._heap and not self._valid(self._heap[0]):
             heapq.heappop(self._heap)
         if not self._heap:
             return None
         machine = self._machines[self._heap[0][2]]
-        ahead = wish.image in machine.images or wish.image not in self._holders
-        return machine if ahead and machine.could_ever(wish) and machine.room(wish) else None
+        ahead = spec.image in machine.images or spec.image not in self._holders
+        return machine if ahead and machine.could_ever(spec) and machine.room(spec) else None
 
-    def _again(self, wish: _Wish) -> _Machine | None:
+    def _again(self, spec: _Wish) -> _Machine | None:
         """The same as for the last one, where it has so many already that a few more make no difference: what comes
         close together for one worker goes there in one request."""
         if self._run is None:
             return None
         what, machine, left = self._run
         self._run = (what, machine, left - 1) if left > 1 else None
-        fits = left > 0 and what is wish and self._machines.get(machine.name) is machine
-        return machine if fits and machine.room(wish) else None
+        fits = left > 0 and what is spec and self._machines.get(machine.name) is machine
+        return machine if fits and machine.room(spec) else None
 
-    def _wish(self, config: SandboxConfig) -> _Wish:
+    def _spec(self, config: SandboxConfig) -> _Wish:
         """What of it matters; a burst asks for the same again and again."""
         if self._last is None or self._last[0] is not config:
             self._last = config, _Wish.of(config)
         return self._last[1]
 
-    def _candidates(self, wish: _Wish) -> list[_Machine]:
+    def _candidates(self, spec: _Wish) -> list[_Machine]:
         """The best few of all that fit, and some of those that have the image."""
         found: list[_Machine] = []
         seen: list[tuple[float, int, str]] = []
@@ -222,28 +222,28 @@ class LocalScheduler:
             if self._valid(entry):
                 seen.append(entry)
                 machine = self._machines[entry[2]]
-                if machine.could_ever(wish) and machine.room(wish):
+                if machine.could_ever(spec) and machine.room(spec):
                     found.append(machine)
         for entry in seen:
             heapq.heappush(self._heap, entry)
-        if not any(wish.image in machine.images for machine in found):
-            for number, name in enumerate(self._holders.get(wish.image, ())):
+        if not any(spec.image in machine.images for machine in found):
+            for number, name in enumerate(self._holders.get(spec.image, ())):
                 machine = self._machines[name]
-                if machine.could_ever(wish) and machine.room(wish):
+                if machine.could_ever(spec) and machine.room(spec):
                     found.append(machine)
                 if number >= 4 * _LOOKED_AT:
                     break
         return found
 
-    def _refusal(self, config: SandboxConfig, wish: _Wish) -> RockError:
+    def _refusal(self, config: SandboxConfig, spec: _Wish) -> RockError:
         """Why nobody takes it."""
         machines = list(self._machines.values())
         if not machines:
             return NoCapacity("no worker is known", hint="start one with: rocklet --join")
-        fit = [machine for machine in machines if machine.could_ever(wish)]
+        fit = [machine for machine in machines if machine.could_ever(spec)]
         if not fit:
             return _never(config, [machine.status for machine in machines])
-        if wish.gpus and not any(machine.gpus_free >= wish.gpus for machine in fit):
+        if spec.gpus and not any(machine.gpus_free >= spec.gpus for machine in fit):
             return NoCapacity("every GPU is in use", hint="stop some sandboxes, or retry later")
         if any(machine.sandboxes < machine.status.sandbox_limit for machine in fit):
             return NoCapacity("every worker is short of memory", hint="stop some sandboxes, or retry later")
@@ -252,23 +252,23 @@ class LocalScheduler:
     # ---- many ----
 
     def place_group(self, config: SandboxConfig, size: int, placement: Placement, whole: bool) -> list[str]:
-        wish = _Wish.of(config)
-        fit = [(m, room) for m in self._machines.values() if m.could_ever(wish) and (room := m.room(wish))]
-        fit.sort(key=lambda pair: (wish.image in pair[0].images, pair[0].score, pair[0].name), reverse=True)
+        spec = _Wish.of(config)
+        fit = [(m, room) for m in self._machines.values() if m.could_ever(spec) and (room := m.room(spec))]
+        fit.sort(key=lambda pair: (spec.image in pair[0].images, pair[0].score, pair[0].name), reverse=True)
         there = sum(room for _, room in fit)
         if not there or (whole and there < size):
-            refusal = self._refusal(config, wish)
+            refusal = self._refusal(config, spec)
             if there:
                 refusal = NoCapacity(f"there is room for {there} of the {size} sandboxes of this group",
                                      hint='stop some, ask for less, or mode="best_effort"')  # fmt: skip
             raise refusal
         counts: Counter[str] = Counter()
         if placement == "pack":
-            self._fill(fit, counts, size, lambda machine: machine.wholly(wish))
-            self._fill(fit, counts, size, lambda machine: machine.room(wish))
+            self._fill(fit, counts, size, lambda machine: machine.wholly(spec))
+            self._fill(fit, counts, size, lambda machine: machine.room(spec))
         else:
             _deal(fit, counts, size)
-        return [self._take(machine, wish) for machine, _ in fit for _ in range(counts[machine.name])]
+        return [self._take(machine, spec) for machine, _ in fit for _ in range(counts[machine.name])]
 
     @staticmethod
     def _fill(fit: Iterable[tuple[_Machine, int]], counts: Counter[str], size: int,

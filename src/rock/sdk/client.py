@@ -100,24 +100,24 @@ class Client:
         target = ROUTES["about_env"].path + query_string({"id": env_id})
         return parse(EnvAbout, await self.transport.json("GET", target))
 
-    async def add_env(self, wish: AddEnv) -> EnvAbout:
+    async def add_env(self, spec: AddEnv) -> EnvAbout:
         """Register an environment under a name; a new version where it differs. InvalidConfig, NotFound."""
-        body = wish.model_dump(mode="json")
+        body = spec.model_dump(mode="json")
         return parse(EnvAbout, await self.transport.json("POST", ROUTES["add_env"].path, body))
 
-    async def build_env(self, wish: BuildEnv, *, timeout: float = 1200.0) -> EnvAbout:
+    async def build_env(self, spec: BuildEnv, *, timeout: float = 1200.0) -> EnvAbout:
         """Install ahead what an environment needs, on every worker. ImageError with pip's last lines; StartFailed when
         that takes longer than `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while True:
             wait = min(20.0, max(0.1, deadline - time.monotonic()))
             target = ROUTES["build_env"].path + query_string({"wait": wait})
-            answer = await self.transport.json("POST", target, wish.model_dump(mode="json"), timeout=wait + 60)
+            answer = await self.transport.json("POST", target, spec.model_dump(mode="json"), timeout=wait + 60)
             about = parse(EnvAbout, answer)
             if about.is_ready:
                 return about
             if time.monotonic() > deadline:
-                raise StartFailed(f"{wish.env_id} was not built within {timeout:g} seconds", hint="ask again")
+                raise StartFailed(f"{spec.env_id} was not built within {timeout:g} seconds", hint="ask again")
 
     async def build_image(
         self,
@@ -137,10 +137,10 @@ class Client:
         """
         text, ignored = await primitives.in_thread(read_context, context, dockerfile)
         try:
-            wish = BuildRequest(image_tag=image_tag, dockerfile=text, **fields)
+            spec = BuildRequest(image_tag=image_tag, dockerfile=text, **fields)
         except ValidationError as error:
             raise InvalidConfig(str(error)) from None
-        source = ContextSource(context, wish, ignored)
+        source = ContextSource(context, spec, ignored)
         row, parser = ROUTES["build_image"], FrameParser()
         opened = await self.transport.open(row.method, row.path, source, timeout=silence, content_type=STREAM_TYPE)
         async with opened as answer:
@@ -154,9 +154,9 @@ class Client:
                         progress(payload.decode("utf-8", "replace"))
         raise ServerError("the server ended its answer before the image was built")
 
-    async def create_key(self, wish: CreateKey) -> NewKey:
+    async def create_key(self, spec: CreateKey) -> NewKey:
         """Make an API key; its `key` is told here and never again. Forbidden, Conflict."""
-        body = wish.model_dump(mode="json")
+        body = spec.model_dump(mode="json")
         return parse(NewKey, await self.transport.json("POST", ROUTES["create_key"].path, body, repeats=False))
 
     async def list_keys(self) -> list[KeyInfo]:

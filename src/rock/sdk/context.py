@@ -84,13 +84,13 @@ def _pattern(text: str, line: str) -> re.Pattern[str]:
 class ContextSource(FolderSource):
     """A build request and its context, in frames. Sockets, FIFOs and devices are left out."""
 
-    def __init__(self, folder: str | os.PathLike[str], wish: BuildRequest, ignored: Ignored) -> None:
+    def __init__(self, folder: str | os.PathLike[str], spec: BuildRequest, ignored: Ignored) -> None:
         super().__init__(folder)
-        self._wish = wish
+        self._spec = spec
         self._ignored = ignored
 
     def chunks(self) -> Iterator[bytes]:
-        yield pack_frame(Frame.RESULT, self._wish.model_dump_json().encode())
+        yield pack_frame(Frame.RESULT, self._spec.model_dump_json().encode())
         for part in super().chunks():
             yield pack_frame(Frame.STDOUT, part)
 

@@ -191,10 +191,10 @@ class TrainingSandbox:
         """
         env_type = await self._of(env_type)
         instance_id = instance_id or new_instance_id()
-        wish: dict[str, Any] = {"task_id": task_id, "params": params or {}}
+        spec: dict[str, Any] = {"task_id": task_id, "params": params or {}}
         if self._episode_timeout is not None:
-            wish["time_limit"] = self._episode_timeout
-        made = await self._make(env_type, wish, name=instance_id, idle=self._idle, begin=True)
+            spec["time_limit"] = self._episode_timeout
+        made = await self._make(env_type, spec, name=instance_id, idle=self._idle, begin=True)
         return created(made, instance_id, task_id)
 
     async def step(
@@ -243,11 +243,11 @@ class TrainingSandbox:
     # ---- requests
 
     async def _make(self, env_type: str, kwargs: dict[str, Any], **more: Any) -> EnvInfo:
-        wish = {"env_id": env_type, "protocol": "task", "kwargs": kwargs, "timeout": self._step_timeout, **more}
+        spec = {"env_id": env_type, "protocol": "task", "kwargs": kwargs, "timeout": self._step_timeout, **more}
         link = self.sandbox
         target = ROUTES["make_env"].url(sandbox_id=link._id())
         timeout = START_TIMEOUT  # the first one waits until the set is imported
-        return parse(EnvInfo, await link._transport.json("POST", target, wish, timeout=timeout, key=_key()))
+        return parse(EnvInfo, await link._transport.json("POST", target, spec, timeout=timeout, key=_key()))
 
     async def _ask(self, route: str, env: str, body: Any) -> Any:
         await self.start()

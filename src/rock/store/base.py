@@ -267,7 +267,7 @@ COLUMNS = "name, holder, url, epoch, beat, lost, draining, version, status"
 class Workers(Protocol):
     """Each method raises Unavailable or StorageFull when the medium fails."""
 
-    async def join(self, wish: JoinWorker) -> WorkerInfo:
+    async def join(self, spec: JoinWorker) -> WorkerInfo:
         """Have it, under the epoch that it goes on with, or under a new one. Conflict while another holder of the name
         is not lost."""
         ...
@@ -301,16 +301,16 @@ def loaded(row: Any) -> WorkerInfo:
                       version=version, status=NodeStatus.model_validate_json(status), age=max(age, 0.0))  # fmt: skip
 
 
-def next_epoch(known: WorkerInfo | None, wish: JoinWorker) -> int:
+def next_epoch(known: WorkerInfo | None, spec: JoinWorker) -> int:
     """Under which epoch it joins. Conflict."""
     if known is None:
-        return wish.epoch + 1  # of a row that was removed: above what it ever had
-    if known.holder != wish.holder and not known.is_lost:
-        raise Conflict(f"another machine is worker {wish.name} ({known.url})",
+        return spec.epoch + 1  # of a row that was removed: above what it ever had
+    if known.holder != spec.holder and not known.is_lost:
+        raise Conflict(f"another machine is worker {spec.name} ({known.url})",
                        hint="choose another --name, or wait until that one is lost")  # fmt: skip
-    same = known.holder == wish.holder and known.epoch == wish.epoch
-    goes_on = same and not known.is_lost and not wish.fresh
-    return known.epoch if goes_on else max(known.epoch, wish.epoch) + 1
+    same = known.holder == spec.holder and known.epoch == spec.epoch
+    goes_on = same and not known.is_lost and not spec.fresh
+    return known.epoch if goes_on else max(known.epoch, spec.epoch) + 1
 
 
 def over(name: str, known: WorkerInfo | None) -> Conflict | NotFound:

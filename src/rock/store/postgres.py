@@ -460,18 +460,18 @@ class PostgresWorkers:
     def __init__(self, transaction: Callable[[], AbstractAsyncContextManager[Any]]) -> None:
         self._transaction = transaction
 
-    async def join(self, wish: JoinWorker) -> WorkerInfo:
+    async def join(self, spec: JoinWorker) -> WorkerInfo:
         async with self._transaction() as db:
-            await db.execute("SELECT pg_advisory_xact_lock($1, hashtext($2))", _POSTGRES_WORKERS_LOCK, wish.name)
-            epoch = next_epoch(await _get(db, wish.name), wish)
+            await db.execute("SELECT pg_advisory_xact_lock($1, hashtext($2))", _POSTGRES_WORKERS_LOCK, spec.name)
+            epoch = next_epoch(await _get(db, spec.name), spec)
             await db.execute(
                 "INSERT INTO worker (name, holder, url, epoch, beat, lost, draining, version, status, seen_at) "
                 f"VALUES ($1, $2, $3, $4, 1, false, false, $5, $6, {_NOW}) ON CONFLICT (name) DO UPDATE SET "
                 "holder = excluded.holder, url = excluded.url, epoch = excluded.epoch, beat = worker.beat + 1, "
                 "lost = false, version = excluded.version, status = excluded.status, seen_at = excluded.seen_at",
-                wish.name, wish.holder, wish.url, epoch, wish.version, wish.status.model_dump_json(),
+                spec.name, spec.holder, spec.url, epoch, spec.version, spec.status.model_dump_json(),
             )  # fmt: skip
-            return await _known(db, wish.name)
+            return await _known(db, spec.name)
 
     async def beat(self, name: str, beat: Beat) -> WorkerInfo:
         async with self._transaction() as db:

@@ -40,7 +40,7 @@ _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 
 @dataclass(frozen=True)
-class Place:
+class Bucket:
     """A bucket: where, and with what to sign. endpoint: "https://host[:port]"; prefix: ahead of every name."""
 
     endpoint: str
@@ -51,7 +51,7 @@ class Place:
     secret: str = field(default="", repr=False)
 
     @classmethod
-    def parse(cls, url: str, endpoint: str, region: str, key: str, secret: str) -> Place:
+    def parse(cls, url: str, endpoint: str, region: str, key: str, secret: str) -> Bucket:
         """Of "s3://BUCKET/PREFIX". InvalidConfig names what is missing."""
         bucket, _, prefix = url.removeprefix("s3://").partition("/")
         endpoint = endpoint or f"https://s3.{region}.amazonaws.com"
@@ -84,7 +84,7 @@ def _encoded(text: str, keep: str = "") -> str:
     return urllib.parse.quote(text, safe=f"-_.~{keep}")
 
 
-def signed(place: Place, request: Request, host: str, now: datetime) -> dict[str, str]:
+def signed(place: Bucket, request: Request, host: str, now: datetime) -> dict[str, str]:
     """The headers of a request, with its signature."""
     stamp = now.strftime("%Y%m%dT%H%M%SZ")
     day = stamp[:8]
@@ -108,7 +108,7 @@ def signed(place: Place, request: Request, host: str, now: datetime) -> dict[str
 class S3Blobs:
     """A bucket as `Blobs`. part: bytes that are sent at once, at least 5 MiB."""
 
-    def __init__(self, place: Place, part: int = _PART) -> None:
+    def __init__(self, place: Bucket, part: int = _PART) -> None:
         self.place = place
         self._part = part
         self._base = urllib.parse.urlsplit(place.endpoint)

@@ -517,17 +517,17 @@ class SqliteWorkers:
     def __init__(self, do: Callable[[Callable[[sqlite3.Connection], T]], T]) -> None:
         self._do: Callable[[Callable[[sqlite3.Connection], Any]], Any] = do
 
-    async def join(self, wish: JoinWorker) -> WorkerInfo:
+    async def join(self, spec: JoinWorker) -> WorkerInfo:
         def work(db: sqlite3.Connection) -> WorkerInfo:
-            epoch = next_epoch(_get(db, wish.name), wish)
+            epoch = next_epoch(_get(db, spec.name), spec)
             db.execute(
                 "INSERT INTO worker (name, holder, url, epoch, beat, lost, draining, version, status, seen_at) "
                 "VALUES (?, ?, ?, ?, 1, 0, 0, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET holder = excluded.holder, "
                 "url = excluded.url, epoch = excluded.epoch, beat = worker.beat + 1, lost = 0, "
                 "version = excluded.version, status = excluded.status, seen_at = excluded.seen_at",
-                (wish.name, wish.holder, wish.url, epoch, wish.version, wish.status.model_dump_json(), time.time()),
+                (spec.name, spec.holder, spec.url, epoch, spec.version, spec.status.model_dump_json(), time.time()),
             )
-            return _known(db, wish.name)
+            return _known(db, spec.name)
 
         return self._in(work)
 

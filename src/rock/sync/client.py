@@ -102,24 +102,24 @@ class Client:
         target = ROUTES["about_env"].path + query_string({"id": env_id})
         return parse(EnvAbout, self.transport.json("GET", target))
 
-    def add_env(self, wish: AddEnv) -> EnvAbout:
+    def add_env(self, spec: AddEnv) -> EnvAbout:
         """Register an environment under a name; a new version where it differs. InvalidConfig, NotFound."""
-        body = wish.model_dump(mode="json")
+        body = spec.model_dump(mode="json")
         return parse(EnvAbout, self.transport.json("POST", ROUTES["add_env"].path, body))
 
-    def build_env(self, wish: BuildEnv, *, timeout: float = 1200.0) -> EnvAbout:
+    def build_env(self, spec: BuildEnv, *, timeout: float = 1200.0) -> EnvAbout:
         """Install ahead what an environment needs, on every worker. ImageError with pip's last lines; StartFailed when
         that takes longer than `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while True:
             wait = min(20.0, max(0.1, deadline - time.monotonic()))
             target = ROUTES["build_env"].path + query_string({"wait": wait})
-            answer = self.transport.json("POST", target, wish.model_dump(mode="json"), timeout=wait + 60)
+            answer = self.transport.json("POST", target, spec.model_dump(mode="json"), timeout=wait + 60)
             about = parse(EnvAbout, answer)
             if about.is_ready:
                 return about
             if time.monotonic() > deadline:
-                raise StartFailed(f"{wish.env_id} was not built within {timeout:g} seconds", hint="ask again")
+                raise StartFailed(f"{spec.env_id} was not built within {timeout:g} seconds", hint="ask again")
 
     def build_image(
         self,
@@ -139,10 +139,10 @@ class Client:
         """
         text, ignored = primitives.in_thread(read_context, context, dockerfile)
         try:
-            wish = BuildRequest(image_tag=image_tag, dockerfile=text, **fields)
+            spec = BuildRequest(image_tag=image_tag, dockerfile=text, **fields)
         except ValidationError as error:
             raise InvalidConfig(str(error)) from None
-        source = ContextSource(context, wish, ignored)
+        source = ContextSource(context, spec, ignored)
         row, parser = ROUTES["build_image"], FrameParser()
         opened = self.transport.open(row.method, row.path, source, timeout=silence, content_type=STREAM_TYPE)
         with opened as answer:
@@ -156,9 +156,9 @@ class Client:
                         progress(payload.decode("utf-8", "replace"))
         raise ServerError("the server ended its answer before the image was built")
 
-    def create_key(self, wish: CreateKey) -> NewKey:
+    def create_key(self, spec: CreateKey) -> NewKey:
         """Make an API key; its `key` is told here and never again. Forbidden, Conflict."""
-        body = wish.model_dump(mode="json")
+        body = spec.model_dump(mode="json")
         return parse(NewKey, self.transport.json("POST", ROUTES["create_key"].path, body, repeats=False))
 
     def list_keys(self) -> list[KeyInfo]:

@@ -193,10 +193,10 @@ class TrainingSandbox:
         """
         env_type = self._of(env_type)
         instance_id = instance_id or new_instance_id()
-        wish: dict[str, Any] = {"task_id": task_id, "params": params or {}}
+        spec: dict[str, Any] = {"task_id": task_id, "params": params or {}}
         if self._episode_timeout is not None:
-            wish["time_limit"] = self._episode_timeout
-        made = self._make(env_type, wish, name=instance_id, idle=self._idle, begin=True)
+            spec["time_limit"] = self._episode_timeout
+        made = self._make(env_type, spec, name=instance_id, idle=self._idle, begin=True)
         return created(made, instance_id, task_id)
 
     def step(
@@ -245,11 +245,11 @@ class TrainingSandbox:
     # ---- requests
 
     def _make(self, env_type: str, kwargs: dict[str, Any], **more: Any) -> EnvInfo:
-        wish = {"env_id": env_type, "protocol": "task", "kwargs": kwargs, "timeout": self._step_timeout, **more}
+        spec = {"env_id": env_type, "protocol": "task", "kwargs": kwargs, "timeout": self._step_timeout, **more}
         link = self.sandbox
         target = ROUTES["make_env"].url(sandbox_id=link._id())
         timeout = START_TIMEOUT  # the first one waits until the set is imported
-        return parse(EnvInfo, link._transport.json("POST", target, wish, timeout=timeout, key=_key()))
+        return parse(EnvInfo, link._transport.json("POST", target, spec, timeout=timeout, key=_key()))
 
     def _ask(self, route: str, env: str, body: Any) -> Any:
         self.start()

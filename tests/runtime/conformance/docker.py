@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from rock.guest.init import process_tree
 from rock.protocol.sandbox import Isolation, SandboxConfig
-from rock.runtime.docker.links import ByStreams, Way
+from rock.runtime.docker.links import InitTransport, StreamTransport
 from rock.runtime.docker.runtime import DockerRuntime
 from rock.runtime.docker.spec import Oci
 from tests.runtime.conformance.subject import Subject
@@ -31,8 +31,8 @@ _GVISOR = {
 class Carried(DockerRuntime):
     """runc's containers as if it were another kernel: what the carrier does, without what gVisor lacks."""
 
-    def way(self, oci: Oci, folder: Path) -> Way:
-        return ByStreams(self.engine, folder)
+    def way(self, oci: Oci, folder: Path) -> InitTransport:
+        return StreamTransport(self.engine, folder)
 
 
 class OfDocker(Subject):

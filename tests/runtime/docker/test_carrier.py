@@ -17,7 +17,7 @@ from rock.guest.init import channels
 from rock.guest.init.channels import Parser, frame
 from rock.runtime.base import Program
 from rock.runtime.init.link import InitLink
-from rock.runtime.init.multiplexer import Carrier
+from rock.runtime.init.multiplexer import Multiplexer
 from tests.runtime.boxes import read_all, run
 
 
@@ -54,18 +54,18 @@ class Inside:
                 return payload
 
 
-def carried(tmp_path: Path, work: Callable[[Inside, InitLink, Carrier], Awaitable[None]]) -> None:
+def carried(tmp_path: Path, work: Callable[[Inside, InitLink, Multiplexer], Awaitable[None]]) -> None:
     async def main() -> None:
         before = sorted(os.listdir("/proc/self/fd"))
         inside = Inside()
-        carrier = Carrier(inside, tmp_path, "x")
-        link = InitLink(await carrier.begin(10), "x")
+        mux = Multiplexer(inside, tmp_path, "x")
+        link = InitLink(await mux.begin(10), "x")
         try:
-            await work(inside, link, carrier)
+            await work(inside, link, mux)
         finally:
             link.close()
-            carrier.close()
-            await carrier.gone()
+            mux.close()
+            await mux.gone()
         assert inside.closed and sorted(os.listdir("/proc/self/fd")) == before
 
     run(main())
@@ -75,7 +75,7 @@ SPAWNED = b'{"id": 1, "ok": true, "pid": 7, "pty": false, "streams": ["stdin", "
 
 
 def test_a_program_by_hand(tmp_path: Path) -> None:
-    async def work(inside: Inside, link: InitLink, carrier: Carrier) -> None:
+    async def work(inside: Inside, link: InitLink, mux: Multiplexer) -> None:
         spawning = asyncio.create_task(link.spawn(Program(["x"], stdin="pipe", stderr="null")))
         await inside.request()
         inside.say(frame(channels.OPEN, 1, b"w"), frame(channels.OPEN, 2, b"r"), frame(channels.PACKET, 0, SPAWNED))
@@ -112,7 +112,7 @@ TOO_MUCH = [frame(channels.DATA, 2, bytes(channels.MOST))] * (2 * channels.WINDO
     NOBODY_ASKED,
 ], ids=range(15))  # fmt: skip
 def test_whoever_breaks_the_rules_is_let_go(tmp_path: Path, lies: list[bytes]) -> None:
-    async def work(inside: Inside, link: InitLink, carrier: Carrier) -> None:
+    async def work(inside: Inside, link: InitLink, mux: Multiplexer) -> None:
         spawning = asyncio.create_task(link.spawn(Program(["x"], stdin="pipe", stderr="null")))
         await inside.request()
         inside.say(frame(channels.OPEN, 1, b"w"), frame(channels.OPEN, 2, b"r"), frame(channels.PACKET, 0, SPAWNED))
@@ -130,7 +130,7 @@ def test_whoever_breaks_the_rules_is_let_go(tmp_path: Path, lies: list[bytes]) -
 
 
 def test_what_nobody_reads_is_bounded(tmp_path: Path) -> None:
-    async def work(inside: Inside, link: InitLink, carrier: Carrier) -> None:
+    async def work(inside: Inside, link: InitLink, mux: Multiplexer) -> None:
         spawning = asyncio.create_task(link.spawn(Program(["x"], stdin="pipe", stderr="null")))
         await inside.request()
         inside.say(frame(channels.OPEN, 1, b"w"), frame(channels.OPEN, 2, b"r"), frame(channels.PACKET, 0, SPAWNED))
@@ -154,7 +154,7 @@ def test_what_nobody_reads_is_bounded(tmp_path: Path) -> None:
 
 
 def test_a_file_that_does_not_fit_inside_is_refused(tmp_path: Path) -> None:
-    async def work(inside: Inside, link: InitLink, carrier: Carrier) -> None:
+    async def work(inside: Inside, link: InitLink, mux: Multiplexer) -> None:
         opening = asyncio.create_task(link.request("open_write", {"path": "/x"}))
         await inside.request()
         inside.say(frame(channels.OPEN, 5, b"g"),

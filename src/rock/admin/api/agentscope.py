@@ -17,7 +17,7 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rock.admin.api.rock_v1.envelope import DataPlane, Failed, is_id
-from rock.admin.tenants import Desks
+from rock.admin.tenants import TenantServices
 from rock.envhub import datasets
 from rock.errors import ClientError, CommandTimeout, InvalidConfig, NotFound, RockError, Unavailable
 from rock.http.asgi import Answer, App, Handler, Receive, Request, Router, Scope, Send, answer
@@ -61,8 +61,8 @@ class _NoBox(Exception):
 class Training:
     """The routes, over what a caller may do and the data plane."""
 
-    def __init__(self, desks: Desks, data: App) -> None:
-        self._desks = desks
+    def __init__(self, tenant_services: TenantServices, data: App) -> None:
+        self._tenant_services = tenant_services
         self._data = DataPlane(data)
         self._router = Router("training")
         self._add("GET", "/healthz", self._healthz)
@@ -128,15 +128,15 @@ class Training:
 
     async def _hosted(self, request: Request, name: str) -> SandboxInfo:
         """The tenant's own sandbox of a set, which whoever may make one finds made."""
-        desk = self._desks(request.scope)
-        desk.caller.require(Access.CREATE)
-        return await desk.open_env(OpenEnv(env_id=name, protocol="task"), _LONGEST_START)
+        tenant_service = self._tenant_services(request.scope)
+        tenant_service.caller.require(Access.CREATE)
+        return await tenant_service.open_env(OpenEnv(env_id=name, protocol="task"), _LONGEST_START)
 
     async def _set_of(self, request: Request, sandbox_id: str) -> str:
         try:
             if not is_id(sandbox_id):
                 raise NotFound(f"there is no sandbox {sandbox_id!r}")
-            record = await self._desks(request.scope).load(sandbox_id)
+            record = await self._tenant_services(request.scope).load(sandbox_id)
             dataset = datasets.of_image(record.info.image)
         except NotFound as error:
             sets = ", ".join(datasets.names())
@@ -166,8 +166,8 @@ class Training:
         if body.task_id is None:
             raise InvalidConfig("task_id is missing")
         name = body.instance_id or new_instance_id()
-        wish = {"task_id": body.task_id, "params": body.params}
-        made = await self._make(request, box, env_type, wish, name=name, idle=IDLE, begin=True)
+        spec = {"task_id": body.task_id, "params": body.params}
+        made = await self._make(request, box, env_type, spec, name=name, idle=IDLE, begin=True)
         return _data(created(made, name, body.task_id))
 
     async def _step(self, request: Request, box: str, env_type: str, body: Body) -> Any:
@@ -194,8 +194,8 @@ class Training:
     # ---- requests to the sandbox
 
     async def _make(self, request: Request, box: str, env_type: str, kwargs: dict[str, Any], **more: Any) -> EnvInfo:
-        wish = {"env_id": env_type, "protocol": "task", "kwargs": kwargs, "timeout": STEP_TIMEOUT, **more}
-        return EnvInfo.model_validate(await self._data.json(request, "make_env", box, wish))
+        spec = {"env_id": env_type, "protocol": "task", "kwargs": kwargs, "timeout": STEP_TIMEOUT, **more}
+        return EnvInfo.model_validate(await self._data.json(request, "make_env", box, spec))
 
     async def _call(self, request: Request, box: str, body: Body, what: str) -> Any:
         asked = {"what": what, "arguments": [body.messages or None, body.params]}

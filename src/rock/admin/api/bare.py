@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import orjson
 
 from rock import __version__
-from rock.admin.tenants import Desks
-from rock.admin.workers.registry import Fleet
+from rock.admin.tenants import TenantServices
+from rock.admin.workers.registry import WorkerRegistry
 from rock.errors import ClientError, NotFound, RockError
 from rock.http.asgi import Answer, App, Receive, Request, Router, Scope, Send, answer, answer_model, failure, fit
 from rock.protocol.keys import Access, caller_of
@@ -25,9 +25,11 @@ NAMES = ("server_info", "health")
 class About:
     """Handlers by route name. roles: what the process serves."""
 
-    def __init__(self, desks: Desks, fleet: Fleet, settings: Settings, roles: Sequence[str]) -> None:
-        self._desks = desks
-        self._fleet = fleet
+    def __init__(
+        self, tenant_services: TenantServices, worker_registry: WorkerRegistry, settings: Settings, roles: Sequence[str]
+    ) -> None:
+        self._tenant_services = tenant_services
+        self._worker_registry = worker_registry
         self._home = str(settings.home)
         self._roles = list(roles)
         self._started_at = time.time()
@@ -38,7 +40,9 @@ class About:
 
     async def server_info(self, request: Request) -> Answer:
         """Version, isolation and capacity."""
-        found = [info.status for info in await self._fleet.infos() if info.status is not None and not info.is_lost]
+        found = [
+            info.status for info in await self._worker_registry.infos() if info.status is not None and not info.is_lost
+        ]
         owner = Access.ADMIN in caller_of(request.scope).scopes
         seen = found if owner else [status.model_copy(update={"images": []}) for status in found]  # others' names
         return answer_model(
@@ -47,7 +51,7 @@ class About:
                 home=self._home,
                 roles=self._roles,
                 workers=seen,
-                sandboxes=await self._desks(request.scope).count(),
+                sandboxes=await self._tenant_services(request.scope).count(),
                 started_at=self._started_at,
                 pid=os.getpid(),
             )
@@ -65,11 +69,11 @@ class About:
 WORKER_NAMES = ("join_worker", "beat_worker")
 
 
-class Beats:
+class Heartbeats:
     """Handlers by route name."""
 
-    def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
+    def __init__(self, worker_registry: WorkerRegistry) -> None:
+        self._worker_registry = worker_registry
 
     def add_to(self, router: Router) -> None:
         for name in WORKER_NAMES:
@@ -77,11 +81,11 @@ class Beats:
 
     async def join_worker(self, request: Request) -> Answer:
         """A rocklet joins, or comes back."""
-        return answer_model(await self._fleet.join(await request.model(JoinWorker)))
+        return answer_model(await self._worker_registry.join(await request.model(JoinWorker)))
 
     async def beat_worker(self, request: Request) -> Answer:
         """Its heartbeat; a Conflict says that its epoch is over."""
-        return answer_model(await self._fleet.beat(request.path["worker"], await request.model(Beat)))
+        return answer_model(await self._worker_registry.beat(request.path["worker"], await request.model(Beat)))
 
 
 # ---- late ----
@@ -91,7 +95,7 @@ class Beats:
 _PAGES = ("/", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")
 
 
-class Late:
+class LazyApp:
     """`make` runs in a thread, at the first request: what it imports takes as long as all the rest of a start."""
 
     def __init__(self, make: Callable[[], App]) -> None:

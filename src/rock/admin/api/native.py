@@ -15,9 +15,9 @@ from starlette.exceptions import HTTPException
 from rock import __version__
 from rock.admin.api import bare, sandboxes
 from rock.admin.environments import Environments
-from rock.admin.reconciler import bury
+from rock.admin.reconciler import mark_lost
 from rock.admin.sandboxes.service import Service
-from rock.admin.tenants import Desks, Keys
+from rock.admin.tenants import Keys, TenantServices
 from rock.envhub import registry
 from rock.errors import ClientError, InternalServerRockError, InvalidConfig, NotFound, RockError
 from rock.http.asgi import retry_after
@@ -47,13 +47,15 @@ def _failure(error: RockError) -> Response:
     return Response(orjson.dumps(error.to_wire(), default=repr), error.status, headers, "application/json")
 
 
-def build(desks: Desks, keys: Keys, service: Service, envs: Environments, *, guarded: bool) -> FastAPI:
+def build(
+    tenant_services: TenantServices, keys: Keys, service: Service, envs: Environments, *, guarded: bool
+) -> FastAPI:
     """The FastAPI application of the control plane. guarded: its front page must not tell what a key protects."""
     for kind in _models().values():
         kind.model_config["defer_build"] = False  # else FastAPI's part of it is made late too, with warnings
     app = FastAPI(title="ROCK", version=__version__, docs_url="/docs", openapi_url="/openapi.json")
     _errors(app)
-    _sandboxes(app, desks)
+    _sandboxes(app, tenant_services)
     _keys(app, keys)
     _environments(app, envs)
     add_routes(app, service)
@@ -63,30 +65,30 @@ def build(desks: Desks, keys: Keys, service: Service, envs: Environments, *, gua
         if "text/html" not in request.headers.get("accept", ""):
             return {"message": "hello, ROCK!"}
         # This page asks for no key.
-        listing = SandboxList(items=[]) if guarded else await desks(request.scope).list(Listing(limit=100))
+        listing = SandboxList(items=[]) if guarded else await tenant_services(request.scope).list(Listing(limit=100))
         return HTMLResponse(_front_page(listing))
 
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
 
-def _sandboxes(app: FastAPI, desks: Desks) -> None:
+def _sandboxes(app: FastAPI, tenant_services: TenantServices) -> None:
     @app.get(ROUTES["list_connections"].path, response_model=ConnectionList, tags=["sandboxes"])
     async def list_connections(request: Request, sandbox_id: str) -> Response:
         """What it connected to or tried to, oldest first; of a stopped one too."""
-        return _json(await desks(request.scope).connections(sandbox_id))
+        return _json(await tenant_services(request.scope).connections(sandbox_id))
 
     @app.delete(ROUTES["delete_sandbox"].path, response_model=SandboxInfo, tags=["sandboxes"])
     async def delete_sandbox(request: Request, sandbox_id: str, force: bool = False) -> Response:
         """Forget a stopped one and its kept files; `force` stops it first."""
-        return _json(await desks(request.scope).delete(sandbox_id, force))
+        return _json(await tenant_services(request.scope).delete(sandbox_id, force))
 
 
 def _keys(app: FastAPI, keys: Keys) -> None:
     @app.post(ROUTES["create_key"].path, response_model=NewKey, status_code=201, tags=["keys"])
-    async def create_key(wish: CreateKey) -> Response:
+    async def create_key(body: CreateKey) -> Response:
         """Make an API key. It is told here and never again: only its digest is kept."""
-        return _json(await keys.create(wish), 201)
+        return _json(await keys.create(body), 201)
 
     @app.get(ROUTES["list_keys"].path, response_model=KeyList, tags=["keys"])
     async def list_keys() -> Response:
@@ -112,14 +114,14 @@ def _environments(app: FastAPI, envs: Environments) -> None:
         return _json(await envs.about(id))
 
     @app.post(ROUTES["add_env"].path, response_model=EnvAbout, tags=["environments"])
-    async def add_env(wish: AddEnv) -> Response:
+    async def add_env(body: AddEnv) -> Response:
         """Register an environment under a name."""
-        return _json(await envs.add(wish))
+        return _json(await envs.add(body))
 
     @app.post(ROUTES["build_env"].path, response_model=EnvAbout, tags=["environments"])
-    async def build_env(wish: BuildEnv, wait: Wait = 0.0) -> Response:
+    async def build_env(body: BuildEnv, wait: Wait = 0.0) -> Response:
         """Install ahead what an environment needs; answers after `wait` seconds at the latest."""
-        return _json(await envs.build(wish, wait))
+        return _json(await envs.build(body, wait))
 
 
 def _catalogue_row(env_id: str) -> dict[str, Any]:
@@ -226,7 +228,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
 # Workers on the native wire: whoever owns the server lists, drains and removes them. Heartbeats are in bare.py.
 
 def add_routes(app: FastAPI, service: Service) -> None:
-    fleet = service.workers
+    worker_registry = service.workers
 
     def row(name: str, model: Any) -> dict[str, Any]:
         return {"path": ROUTES[name].path, "response_model": model, "tags": ["workers"]}
@@ -234,25 +236,25 @@ def add_routes(app: FastAPI, service: Service) -> None:
     @app.get(**row("list_workers", WorkerList))
     async def list_workers() -> WorkerList:
         """Workers, lost ones too."""
-        return WorkerList(items=await fleet.infos())
+        return WorkerList(items=await worker_registry.infos())
 
     @app.post(**row("drain_worker", WorkerInfo))
     async def drain_worker(worker: str) -> WorkerInfo:
         """It keeps the sandboxes that it has, and gets no more."""
-        return await fleet.drain(worker, True)
+        return await worker_registry.drain(worker, True)
 
     @app.post(**row("undrain_worker", WorkerInfo))
     async def undrain_worker(worker: str) -> WorkerInfo:
         """It gets sandboxes again."""
-        return await fleet.drain(worker, False)
+        return await worker_registry.drain(worker, False)
 
     @app.delete(**row("remove_worker", WorkerInfo))
     async def remove_worker(worker: str, force: bool = False) -> WorkerInfo:
         """Forget a lost worker. `force`: take it for lost first, which ends its sandboxes."""
-        info = await fleet.info(worker)
+        info = await worker_registry.info(worker)
         if force and not info.is_lost:
-            await fleet.lose(info, surely=True)
-        if (await fleet.info(worker)).is_lost:
-            await bury(service, worker)
-        await fleet.remove(worker)
+            await worker_registry.lose(info, surely=True)
+        if (await worker_registry.info(worker)).is_lost:
+            await mark_lost(service, worker)
+        await worker_registry.remove(worker)
         return info

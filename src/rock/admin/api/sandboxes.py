@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from urllib.parse import parse_qsl
 
-from rock.admin.api.bare import About, Beats
-from rock.admin.tenants import Desk, Desks
+from rock.admin.api.bare import About, Heartbeats
+from rock.admin.tenants import TenantService, TenantServices
 from rock.errors import InvalidConfig
 from rock.http.asgi import Answer, App, Configs, Receive, Request, Router, Scope, Send, answer_model
 from rock.protocol.action import GroupRequest
@@ -24,15 +24,15 @@ NAMES = ("create_sandbox", "list_sandboxes", "get_sandbox", "stop_sandbox", "res
 class Sandboxes:
     """Handlers by route name."""
 
-    def __init__(self, desks: Desks) -> None:
-        self._desks = desks
+    def __init__(self, tenant_services: TenantServices) -> None:
+        self._tenant_services = tenant_services
         self._configs = Configs()
 
-    def over(self, rest: App, about: About, beats: Beats) -> App:
+    def over(self, rest: App, about: About, heartbeats: Heartbeats) -> App:
         """These rows and those of `about` and `beats`, and `rest` for all others."""
         router = Router("sandboxes")
         about.add_to(router)
-        beats.add_to(router)
+        heartbeats.add_to(router)
         for name in NAMES:
             router.add(ROUTES[name], getattr(self, name))
 
@@ -42,58 +42,62 @@ class Sandboxes:
 
         return app
 
-    def _desk(self, request: Request) -> Desk:
-        return self._desks(request.scope)
+    def _tenant_service(self, request: Request) -> TenantService:
+        return self._tenant_services(request.scope)
 
     async def create_sandbox(self, request: Request) -> Answer:
         wait = _wait(request)
         config = self._configs.read(await request.body())
-        return answer_model(await self._desk(request).create(config, _key(request), wait), 201)
+        return answer_model(await self._tenant_service(request).create(config, _key(request), wait), 201)
 
     async def list_sandboxes(self, request: Request) -> Answer:
         limit = request.integer("limit", 500, low=1, high=_MOST_LISTED)
-        return answer_model(await self._desk(request).list(_listing(request, limit), request.flag("history")))
+        return answer_model(await self._tenant_service(request).list(_listing(request, limit), request.flag("history")))
 
     async def get_sandbox(self, request: Request) -> Answer:
         look = {"touch": request.flag("touch"), "usage": request.flag("usage")}
-        return answer_model(await self._desk(request).get(request.path["sandbox_id"], wait=_wait(request), **look))
+        return answer_model(
+            await self._tenant_service(request).get(request.path["sandbox_id"], wait=_wait(request), **look)
+        )
 
     async def stop_sandbox(self, request: Request) -> Answer:
-        return answer_model(await self._desk(request).stop(request.path["sandbox_id"]))
+        return answer_model(await self._tenant_service(request).stop(request.path["sandbox_id"]))
 
     async def restart_sandbox(self, request: Request) -> Answer:
         return answer_model(
-            await self._desk(request).restart(request.path["sandbox_id"], _key(request), _wait(request))
+            await self._tenant_service(request).restart(request.path["sandbox_id"], _key(request), _wait(request))
         )
 
     async def archive_sandbox(self, request: Request) -> Answer:
         return answer_model(
-            await self._desk(request).archive(request.path["sandbox_id"], _key(request), _wait(request))
+            await self._tenant_service(request).archive(request.path["sandbox_id"], _key(request), _wait(request))
         )
 
     async def commit_sandbox(self, request: Request) -> Answer:
         wait = _wait(request)
-        wish = await request.model(CommitRequest)
-        return answer_model(await self._desk(request).commit(request.path["sandbox_id"], wish, wait))
+        spec = await request.model(CommitRequest)
+        return answer_model(await self._tenant_service(request).commit(request.path["sandbox_id"], spec, wait))
 
     async def get_commit(self, request: Request) -> Answer:
-        return answer_model(await self._desk(request).commit_status(request.path["sandbox_id"], _wait(request)))
+        return answer_model(
+            await self._tenant_service(request).commit_status(request.path["sandbox_id"], _wait(request))
+        )
 
     async def create_group(self, request: Request) -> Answer:
         wait = _wait(request)
-        wish = await request.model(GroupRequest)
-        return answer_model(await self._desk(request).create_group(wish, _key(request), wait), 201)
+        spec = await request.model(GroupRequest)
+        return answer_model(await self._tenant_service(request).create_group(spec, _key(request), wait), 201)
 
     async def get_group(self, request: Request) -> Answer:
-        return answer_model(await self._desk(request).get_group(request.path["group_id"], _wait(request)))
+        return answer_model(await self._tenant_service(request).get_group(request.path["group_id"], _wait(request)))
 
     async def stop_group(self, request: Request) -> Answer:
-        return answer_model(await self._desk(request).stop_group(request.path["group_id"]))
+        return answer_model(await self._tenant_service(request).stop_group(request.path["group_id"]))
 
     async def open_env(self, request: Request) -> Answer:
         wait = _wait(request)
-        wish = await request.model(OpenEnv)
-        return answer_model(await self._desk(request).open_env(wish, wait, _key(request)), 201)
+        spec = await request.model(OpenEnv)
+        return answer_model(await self._tenant_service(request).open_env(spec, wait, _key(request)), 201)
 
 
 def _wait(request: Request) -> float:

@@ -51,7 +51,7 @@ class Commits:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def commit(
-        self, sandbox_id: str, wish: CommitRequest, wait: float = 0.0, tenant: str = ""
+        self, sandbox_id: str, spec: CommitRequest, wait: float = 0.0, tenant: str = ""
     ) -> CommitStatus:
         """Begin one, and wait up to `wait` seconds for its end. The same tag again is that one, while it is under way.
         tenant: who asks, and may not replace an image of others; "" is the server's owner.
@@ -62,14 +62,14 @@ class Commits:
         running = self._running.get(sandbox_id)
         if running is None:
             _refuse_without_files(record)
-            await self._begin(record, wish, tenant)
-        elif running.image_tag != wish.image_tag:
+            await self._begin(record, spec, tenant)
+        elif running.image_tag != spec.image_tag:
             raise Conflict(f"sandbox {sandbox_id} is being committed to {running.image_tag}", sandbox_id=sandbox_id,
                            hint="wait until that is done")  # fmt: skip
         return await self.status(sandbox_id, wait)
 
-    async def _begin(self, record: Record, wish: CommitRequest, tenant: str) -> None:
-        status = CommitStatus(sandbox_id=record.id, image_tag=wish.image_tag, push=wish.push, started_at=time.time(),
+    async def _begin(self, record: Record, spec: CommitRequest, tenant: str) -> None:
+        status = CommitStatus(sandbox_id=record.id, image_tag=spec.image_tag, push=spec.push, started_at=time.time(),
                               phase=CommitPhase.RUNNING)  # fmt: skip
         self._running[record.id] = status  # from here on it is the only one
         try:
@@ -77,7 +77,7 @@ class Commits:
         except BaseException:
             del self._running[record.id]
             raise
-        task = asyncio.create_task(self._commit(record, wish, status, tenant), name=f"commit-{record.id}")
+        task = asyncio.create_task(self._commit(record, spec, status, tenant), name=f"commit-{record.id}")
         self._tasks[record.id] = task
         task.add_done_callback(lambda done: self._done(record.id, done))
 
@@ -86,16 +86,16 @@ class Commits:
         if not task.cancelled() and task.exception() is not None:
             log.error("commit of %s: %r", sandbox_id, task.exception())
 
-    async def _commit(self, record: Record, wish: CommitRequest, status: CommitStatus, tenant: str) -> None:
+    async def _commit(self, record: Record, spec: CommitRequest, status: CommitStatus, tenant: str) -> None:
         try:
             worker = self._service.workers.get(record.info.worker or "")
             if worker is None:
                 raise ServerError(f"worker {record.info.worker} is not known here")
-            made = await worker.commit(record.id, NodeCommit(**wish.model_dump(), limit=self._limit, tenant=tenant))
+            made = await worker.commit(record.id, NodeCommit(**spec.model_dump(), limit=self._limit, tenant=tenant))
             fields: dict[str, Any] = {
                 "phase": CommitPhase.SUCCEEDED, "image_digest": made.digest, "pushed_digest": made.pushed}  # fmt: skip
         except Exception as raised:
-            log.warning("commit of %s to %s: %r", record.id, wish.image_tag, raised)
+            log.warning("commit of %s to %s: %r", record.id, spec.image_tag, raised)
             error = raised if isinstance(raised, RockError) else InternalServerRockError(
                 f"{type(raised).__name__}: {raised}")  # fmt: skip
             error.sandbox_id = record.id

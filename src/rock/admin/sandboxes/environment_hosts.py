@@ -70,7 +70,7 @@ class _Load:
         return self.count < PIPED and self.memory + each * (self.granted + 1) < _FULL * config.memory_bytes
 
 
-class EnvHosts:
+class EnvironmentHosts:
     """Sandboxes that host environments, found or made."""
 
     def __init__(self, service: Service) -> None:
@@ -78,31 +78,31 @@ class EnvHosts:
         self._lock = asyncio.Lock()
         self._loads: dict[str, _Load] = {}
 
-    async def open(self, wish: OpenEnv, wait: float, key: str | None, caller: Caller) -> SandboxInfo:
+    async def open(self, spec: OpenEnv, wait: float, key: str | None, caller: Caller) -> SandboxInfo:
         """A sandbox that can host the environment: one of its package set and this tenant, else a new one."""
-        image = registry.image_for(wish)
+        image = registry.image_for(spec)
         known = await self._service.store.by_key(key, caller.owner) if key else None
         if known is not None:
-            return await self._service.launches.waited(known, wait)
-        if wish.exclusive:
-            return await self._service.launches.waited(await self._create(image, wish, key, caller), wait)
+            return await self._service.start_tasks.waited(known, wait)
+        if spec.exclusive:
+            return await self._service.start_tasks.waited(await self._create(image, spec, key, caller), wait)
         async with self._lock:  # two first requests must not start two sandboxes
-            record = await self._placed(image, wish, key, caller)
-        return await self._service.launches.waited(record, wait)
+            record = await self._placed(image, spec, key, caller)
+        return await self._service.start_tasks.waited(record, wait)
 
-    async def _placed(self, image: str, wish: OpenEnv, key: str | None, caller: Caller) -> Record:
-        shared = wish.protocol == "task"  # instances of a training set are found by name, so they are in one sandbox
+    async def _placed(self, image: str, spec: OpenEnv, key: str | None, caller: Caller) -> Record:
+        shared = spec.protocol == "task"  # instances of a training set are found by name, so they are in one sandbox
         limit = 1 if shared else _MOST
         query = Query((State.RUNNING, State.PENDING), labels={_LABEL: image}, limit=limit, tenant=caller.owner)
         hosts = await self._service.store.list(query)
         if shared:
-            return hosts[0] if hosts else await self._create(image, wish, key, caller)
+            return hosts[0] if hosts else await self._create(image, spec, key, caller)
         hosts = [record for record in hosts if await self._measured(record)]
         fitting = [record for record in hosts if self._loads[record.id].fits(record.config)]
         best = min(fitting, key=lambda record: self._loads[record.id].count, default=None)
         if best is None or self._should_spread(best, len(hosts)):
             try:
-                best = await self._create(image, wish, key, caller)
+                best = await self._create(image, spec, key, caller)
             except (NoCapacity, QuotaExceeded):
                 if not hosts:
                     raise
@@ -116,7 +116,7 @@ class EnvHosts:
     def _should_spread(self, best: Record, hosts: int) -> bool:
         """Whether the least loaded sandbox is busy, and there are cores that none of these sandboxes uses."""
         load = self._loads[best.id]
-        cores = sum(status.cpus for status in self._service.placing.statuses.values())
+        cores = sum(status.cpus for status in self._service.placer.statuses.values())
         return load.hosted > 0 and load.cpu_share > _BUSY and hosts < cores
 
     async def _measured(self, record: Record) -> bool:
@@ -132,12 +132,12 @@ class EnvHosts:
         load.measure(found, record.config.cpus, now)
         return found.alive
 
-    async def _create(self, image: str, wish: OpenEnv, key: str | None, caller: Caller) -> Record:
-        config = wish.config or env_host()
+    async def _create(self, image: str, spec: OpenEnv, key: str | None, caller: Caller) -> Record:
+        config = spec.config or env_host()
         config = config.model_copy(
             update={
                 "image": image,
-                "labels": config.labels if wish.exclusive else {**config.labels, _LABEL: image},
+                "labels": config.labels if spec.exclusive else {**config.labels, _LABEL: image},
                 # The first start installs the packages.
                 "startup_timeout": max(config.startup_timeout, 1200.0),
             }

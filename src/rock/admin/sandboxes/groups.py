@@ -48,7 +48,7 @@ class Groups:
 
     # ---- create ----
 
-    async def create(self, wish: GroupRequest, key: str | None, wait: float, caller: Caller) -> GroupInfo:
+    async def create(self, spec: GroupRequest, key: str | None, wait: float, caller: Caller) -> GroupInfo:
         """Make a group, or, for a key that was seen from this tenant, answer with the one that was made.
 
         Waits up to `wait` seconds for the starts. A gang that cannot start meanwhile raises why, when nothing of it is
@@ -58,53 +58,53 @@ class Groups:
         if first is not None:
             records = await self._fresh([_of_group(first)])
         else:
-            records = await self._insert(wish, key, wait, caller)
+            records = await self._insert(spec, key, wait, caller)
         records, error = await self._started(records, wait)
-        if error is not None and wish.mode == "gang":
+        if error is not None and spec.mode == "gang":
             raise from_wire(error)
-        return _info(records, wish.size - len(records), error)
+        return _info(records, spec.size - len(records), error)
 
-    async def _insert(self, wish: GroupRequest, key: str | None, wait: float, caller: Caller) -> Sequence[Record]:
-        service, whole = self._service, wish.mode == "gang"
-        group_id = wish.config.sandbox_id or uuid.uuid4().hex
-        config = wish.config.model_copy(update={"sandbox_id": None})
+    async def _insert(self, spec: GroupRequest, key: str | None, wait: float, caller: Caller) -> Sequence[Record]:
+        service, whole = self._service, spec.mode == "gang"
+        group_id = spec.config.sandbox_id or uuid.uuid4().hex
+        config = spec.config.model_copy(update={"sandbox_id": None})
         service.archive.check(config)
-        ids = [member(group_id, number) for number in range(wish.size)]
+        ids = [member(group_id, number) for number in range(spec.size)]
         if len(ids[-1]) > _LONGEST_ID:
-            raise InvalidConfig(f"sandbox_id {group_id[:20]}...: it is too long for the names of {wish.size} sandboxes")
-        workers: list[Worker | None] = [None] * wish.size
-        if service.placing.reservations is not None:
-            await service.placing.check(config)
+            raise InvalidConfig(f"sandbox_id {group_id[:20]}...: it is too long for the names of {spec.size} sandboxes")
+        workers: list[Worker | None] = [None] * spec.size
+        if service.placer.reservations is not None:
+            await service.placer.check(config)
         else:
-            workers = list(await service.placing.place_group(ids, config, wish.placement, whole))
+            workers = list(await service.placer.place_group(ids, config, spec.placement, whole))
         started: set[str] = set()
         try:
             await self._check(config, workers)
-            async with service.launches.pace.group(caller.owner, wait):
-                records = self._records(wish, group_id, config, ids, workers, key, caller)
+            async with service.start_tasks.queue.group(caller.owner, wait):
+                records = self._records(spec, group_id, config, ids, workers, key, caller)
                 made = await service.store.insert_group(records, caller.quota, whole)
                 _of_group(made[0])
                 for record in made:
                     if record.state is State.PENDING:
-                        service.launches.begin(record)
+                        service.start_tasks.begin(record)
                         started.add(record.id)
             return made
         finally:
             for sandbox_id in ids:
                 if sandbox_id not in started:
-                    service.placing.landed(sandbox_id)
+                    service.placer.landed(sandbox_id)
 
     def _records(
-        self, wish: GroupRequest, group_id: str, config: SandboxConfig, ids: Sequence[str],
+        self, spec: GroupRequest, group_id: str, config: SandboxConfig, ids: Sequence[str],
         workers: Sequence[Worker | None], key: str | None, caller: Caller,
     ) -> list[Record]:  # fmt: skip
         """Of as many of them as have a worker; the first bears the key."""
-        placing, now, records = self._service.placing, time.time(), list[Record]()
+        placer, now, records = self._service.placer, time.time(), list[Record]()
         for number, (sandbox_id, worker) in enumerate(zip(ids, workers, strict=False)):
             name = worker.name if worker is not None else None
-            status = placing.status(name) if name is not None else None
+            status = placer.status(name) if name is not None else None
             info = lifecycle.new_info(sandbox_id, config, name, status, caller.owner)
-            info.__dict__.update(group=group_id, gang=wish.mode == "gang", created_at=now)
+            info.__dict__.update(group=group_id, gang=spec.mode == "gang", created_at=now)
             records.append(Record(info, config, key if number == 0 else None))
         return records
 
@@ -140,14 +140,14 @@ class Groups:
 
     async def _ended(self, records: Sequence[Record]) -> Sequence[Record]:
         """What their starts have come to, each as it was saved then: a group is not read again for that."""
-        launches = {record.id: launch for record in records if (launch := self._service.launches.of(record.id))}
-        if not launches:  # they are started elsewhere
+        start_tasks = {record.id: launch for record in records if (launch := self._service.start_tasks.of(record.id))}
+        if not start_tasks:  # they are started elsewhere
             await asyncio.sleep(_ELSEWHERE)
             return await self._fresh(records)
-        await asyncio.wait(launches.values())
-        if any(launch.cancelled() or launch.exception() is not None for launch in launches.values()):
+        await asyncio.wait(start_tasks.values())
+        if any(launch.cancelled() or launch.exception() is not None for launch in start_tasks.values()):
             return await self._fresh(records)
-        return [launches[record.id].result() if record.id in launches else record for record in records]
+        return [start_tasks[record.id].result() if record.id in start_tasks else record for record in records]
 
     async def _fresh(self, records: Sequence[Record]) -> Sequence[Record]:
         first = records[0]

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _NOT_KEPT = "set auto_delete_seconds or auto_archive_seconds, and the files of the next one are kept"
 
 
-class Kept:
+class RetainedSandboxes:
     """Stopped sandboxes and their files."""
 
     def __init__(self, service: Service) -> None:
@@ -54,12 +54,12 @@ class Kept:
         Conflict when it is not stopped, or its files are gone. QuotaExceeded.
         """
         service = self._service
-        await service.releases.settled(sandbox_id)
+        await service.cleanup.settled(sandbox_id)
         record = await service.load(sandbox_id)
         if not _asked_before(record, key):
             event = Event.RESTORE if record.state is State.ARCHIVED else Event.RESTART
             record = await service.apply(sandbox_id, event, known=record, key=key, check=_has_files, quota=quota)
-        return await service.launches.waited(record, wait)
+        return await service.start_tasks.waited(record, wait)
 
     # ---- delete ----
 
@@ -78,7 +78,7 @@ class Kept:
         await self._deleted(sandbox_id)
 
     async def _deleted(self, sandbox_id: str) -> Record:
-        await self._service.releases.settled(sandbox_id)
+        await self._service.cleanup.settled(sandbox_id)
         return await self.finish_delete(await self._service.apply(sandbox_id, Event.DELETE))
 
     async def finish_delete(self, record: Record) -> Record:
@@ -156,7 +156,7 @@ class Archive:
         when it runs, or its files are gone.
         """
         self._there()
-        await self._service.releases.settled(sandbox_id)
+        await self._service.cleanup.settled(sandbox_id)
         record = await self._service.apply(sandbox_id, Event.ARCHIVE, key=key, check=_archiving_has_files, error=None)
         task = self._tasks.get(sandbox_id)
         if task is not None and wait > 0:
@@ -264,7 +264,7 @@ _RETRY = 5.0  # seconds
 _PUT_AWAY = 10.0  # seconds to wait for the end of a former life
 
 
-class Releases:
+class Cleanup:
     """In the background, the last one of each sandbox. `service.close` ends them."""
 
     def __init__(self, service: Service) -> None:
@@ -288,8 +288,8 @@ class Releases:
             if worker is not None and self._service.workers.get(worker.name) is worker:
                 raise
             # It was lost meanwhile: it stops by itself, or is told when it is back
-        if self._service.placing.reservations is not None:
-            await self._service.placing.reservations.release(record.id)
+        if self._service.placer.reservations is not None:
+            await self._service.placer.reservations.release(record.id)
         return lifecycle.files_lost(record) if lost else {}
 
     def begin(self, record: Record) -> None:

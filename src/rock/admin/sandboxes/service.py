@@ -17,14 +17,14 @@ from typing import Any
 from rock import faults
 from rock.admin.sandboxes import lifecycle
 from rock.admin.sandboxes.commits import Commits
-from rock.admin.sandboxes.environment_hosts import EnvHosts
+from rock.admin.sandboxes.environment_hosts import EnvironmentHosts
 from rock.admin.sandboxes.groups import Groups
 from rock.admin.sandboxes.lifecycle import Effect, Event, step
-from rock.admin.sandboxes.retention import Archive, Kept, Releases
-from rock.admin.sandboxes.starts import CREATES, ENDS, Launches
+from rock.admin.sandboxes.retention import Archive, Cleanup, RetainedSandboxes
+from rock.admin.sandboxes.starts import CREATES, ENDS, Starts
 from rock.admin.workers.client import Worker
-from rock.admin.workers.placement import Placing
-from rock.admin.workers.registry import Fleet
+from rock.admin.workers.placement import Placer
+from rock.admin.workers.registry import WorkerRegistry
 from rock.errors import NotFound, RockError, Unavailable
 from rock.protocol.action import ConnectionList
 from rock.protocol.keys import Caller, Quota
@@ -50,34 +50,34 @@ class Service:
         self,
         store: Store,
         scheduler: Scheduler,
-        workers: Fleet,
+        workers: WorkerRegistry,
         blobs: Blobs | None = None,
         archive_limit: int = 64 << 30,
         reservations: Reservations | None = None,
     ) -> None:
         self.store = store
         self.workers = workers
-        self.placing = Placing(scheduler, workers, reservations)
-        self.launches = Launches(self)
-        self.releases = Releases(self)
-        self.kept = Kept(self)
+        self.placer = Placer(scheduler, workers, reservations)
+        self.start_tasks = Starts(self)
+        self.cleanup = Cleanup(self)
+        self.kept = RetainedSandboxes(self)
         self.archive = Archive(self, blobs, archive_limit)
         self.commits = Commits(self, archive_limit)
         self.groups = Groups(self)
-        self.envs = EnvHosts(self)
+        self.envs = EnvironmentHosts(self)
         self.on_schedule: list[Any] = []
         self.on_unfinished: list[Any] = []
         self._recent: dict[str, Record] = {}  # as they were saved last, by us
 
     async def close(self) -> None:
         """Cancel what is under way; its records stay as they are for the next start."""
-        tasks = [*self.launches.tasks(), *self.releases.tasks()]
+        tasks = [*self.start_tasks.tasks(), *self.cleanup.tasks()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        self.launches.pace.close()
+        self.start_tasks.queue.close()
         await self.groups.close()
-        await self.placing.close()
+        await self.placer.close()
         await self.archive.close()
         await self.commits.close()
 
@@ -98,8 +98,8 @@ class Service:
                 raise
             record = known
             if record.state is State.PENDING:  # it may have been saved just now, by a store that then failed
-                self.launches.begin(record)
-        info = await self.launches.waited(record, wait)
+                self.start_tasks.begin(record)
+        info = await self.start_tasks.waited(record, wait)
         return await self._how_far(info) if wait > 0 and info.state is State.PENDING else info
 
     async def insert(self, config: SandboxConfig, key: str | None, caller: Caller) -> Record:
@@ -109,33 +109,34 @@ class Service:
         record: Record | None = None
         try:
             worker, status = None, None
-            if self.placing.reservations is not None:
-                await self.placing.check(config)
+            if self.placer.reservations is not None:
+                await self.placer.check(config)
             else:
                 worker, status = await self._placed(sandbox_id, config)
             info = lifecycle.new_info(sandbox_id, config, worker.name if worker else None, status, caller.owner)
             record = await self.store.insert(Record(info, config, key), caller.quota)
             await faults.point("create.saved")
             if record.state is State.PENDING:
-                self.launches.begin(record, fresh=record.info.created_at == info.created_at)  # not one found by its key
+                # not one found by its key
+                self.start_tasks.begin(record, fresh=record.info.created_at == info.created_at)
             return record
         finally:
-            if record is None or sandbox_id not in self.launches:
-                self.placing.landed(sandbox_id)
+            if record is None or sandbox_id not in self.start_tasks:
+                self.placer.landed(sandbox_id)
 
     async def _placed(self, sandbox_id: str, config: SandboxConfig) -> tuple[Worker, NodeStatus | None]:
         """A worker that takes it. One that is not reached, or refuses for its lease, is passed over: `place` leaves it
         out for a while."""
         for left in reversed(range(min(_MOST_PLACED, len(self.workers)) or 1)):
-            worker = await self.placing.place(sandbox_id, config)
+            worker = await self.placer.place(sandbox_id, config)
             try:
                 await worker.check(config)
-                return worker, self.placing.status(worker.name)
+                return worker, self.placer.status(worker.name)
             except Unavailable as error:
                 if not left or not any(error.details.get(name) is True for name in NOTHING_BEGUN):
                     raise
                 log.info("worker %s does not take sandbox %s: %s", worker.name, sandbox_id, error.message)
-                self.placing.landed(sandbox_id)
+                self.placer.landed(sandbox_id)
         raise AssertionError("the last try returns or raises")
 
     def reached(self, name: str | None) -> Worker:
@@ -163,8 +164,8 @@ class Service:
         """Status, with what its worker says of it now. `wait`: seconds, as long as it is pending."""
         record = await self.load(sandbox_id)
         if record.state is State.PENDING:
-            record = await self.launches.ended(record, wait)
-            if record.state is State.PENDING and wait > 0 and record.id not in self.launches:
+            record = await self.start_tasks.ended(record, wait)
+            if record.state is State.PENDING and wait > 0 and record.id not in self.start_tasks:
                 record = await self._started_elsewhere(record, wait)
             if record.state is State.PENDING:
                 return await self._how_far(record.info)
@@ -230,14 +231,14 @@ class Service:
         if record.info.archive is not None:
             return await self._give_up_restore(record)
         await faults.point("stop.saved")
-        gone = await self.releases.once(record)
+        gone = await self.cleanup.once(record)
         await faults.point("stop.released")
         record = await self.apply(record.id, Event.DESTROYED, known=record)
         return await self.amend(record.id, **gone) if gone else record
 
     async def _give_up_restore(self, record: Record) -> Record:
         """A stop while it was coming from the archive: it is still there."""
-        await self.launches.give_up(record.id)
+        await self.start_tasks.give_up(record.id)
         record = await self.load(record.id)
         if record.state is not State.STOPPING:
             return record
@@ -314,17 +315,17 @@ class Service:
             about = {"sandbox_id": sandbox_id}
             log.info("sandbox %s is %s (%s)", sandbox_id, state.value, event.value, extra=about)
             if record.state is State.PENDING and event is not Event.LAUNCHED:
-                self.launches.withdraw(sandbox_id)
+                self.start_tasks.withdraw(sandbox_id)
             if new.info.cause is not None and record.info.cause is None:
                 ENDS.of(new.info.cause.value).add()
         self._keep(new)
         if Effect.RELEASE in effects and state is not State.STOPPING:
-            self.releases.begin(new)
+            self.cleanup.begin(new)
         if Effect.SCHEDULE in effects:
             for listener in self.on_schedule:
                 listener(new)
         if Effect.LAUNCH in effects:
-            self.launches.begin(new)
+            self.start_tasks.begin(new)
         if Effect.ARCHIVE in effects:
             self.archive.begin(new)
         return new

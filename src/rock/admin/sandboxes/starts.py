@@ -11,7 +11,7 @@ from rock import faults
 from rock.admin.sandboxes import lifecycle
 from rock.admin.sandboxes.lifecycle import Event
 from rock.admin.workers.client import Worker
-from rock.admin.workers.start_queue import Pace, Ticket
+from rock.admin.workers.start_queue import StartQueue, Ticket
 from rock.errors import InternalServerRockError, Lost, RockError, SandboxError, Unavailable, from_wire
 from rock.http.event_loop import settled
 from rock.protocol.node import NodeSandbox
@@ -47,12 +47,12 @@ log = logging.getLogger("rock.admin")
 _PAUSE, _LONGEST_PAUSE = 0.1, 1.0  # seconds between two tries of a start whose worker is not reached
 
 
-class Launches:
+class Starts:
     """One task a sandbox. `service.close` ends them. pace: which of them begin when."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self.pace = Pace(lambda: len(service.workers))
+        self.queue = StartQueue(lambda: len(service.workers))
         self._tasks: dict[str, asyncio.Task[Record]] = {}
         self._waiting: dict[str, Ticket] = {}  # of those that have not begun
 
@@ -75,13 +75,13 @@ class Launches:
 
     def _launched(self, sandbox_id: str, task: asyncio.Task[Record]) -> None:
         self._tasks.pop(sandbox_id, None)
-        self._service.placing.landed(sandbox_id)
+        self._service.placer.landed(sandbox_id)
         if not task.cancelled() and task.exception() is not None:
             log.error("launch of %s: %r", sandbox_id, task.exception())
             self._service.unfinished(sandbox_id)
 
     async def _launch(self, record: Record, fresh: bool) -> Record:
-        ticket = self.pace.ask(record.tenant, record.info.group is not None)
+        ticket = self.queue.ask(record.tenant, record.info.group is not None)
         try:
             if ticket.turn is not None:
                 self._waiting[record.id] = ticket
@@ -93,13 +93,13 @@ class Launches:
                     return await self._service.store.get(record.id) or record
             return await self._begun(record, fresh)
         finally:
-            self.pace.leave(ticket)
+            self.queue.leave(ticket)
 
     def withdraw(self, sandbox_id: str) -> None:
         """It is not pending any more: a start that has not begun shall not."""
         ticket = self._waiting.get(sandbox_id)
         if ticket is not None:
-            self.pace.withdraw(ticket)
+            self.queue.withdraw(ticket)
 
     async def _begun(self, record: Record, fresh: bool) -> Record:
         restored, began = record.info.archive is not None, time.monotonic()
@@ -141,14 +141,14 @@ class Launches:
 
     async def _worker_for(self, record: Record) -> Worker:
         """Its own, or for one from the archive any that fits; where a cluster decides, that which it names."""
-        if self._service.placing.reservations is not None:
-            worker = await self._service.placing.reserve(record)
+        if self._service.placer.reservations is not None:
+            worker = await self._service.placer.reserve(record)
         elif record.info.archive is None:
             return self._service.reached(record.info.worker)
         else:
-            worker = await self._service.placing.place(record.id, record.config)
+            worker = await self._service.placer.place(record.id, record.config)
         if worker.name != record.info.worker:
-            status = self._service.placing.status(worker.name) or await worker.status()
+            status = self._service.placer.status(worker.name) or await worker.status()
             await self._service.amend(record.id, worker=worker.name, host_name=status.host_name, host_ip=status.host_ip)
         return worker
 
@@ -158,7 +158,7 @@ class Launches:
         if record.info.archive is not None:
             return await self._start(worker, record)
         end, pause = time.monotonic() + RECONNECT_TIMEOUT, _PAUSE
-        moves = fresh and not record.info.gang and not record.info.kept and self._service.placing.reservations is None
+        moves = fresh and not record.info.gang and not record.info.kept and self._service.placer.reservations is None
         there: Worker | None = worker
         while True:
             try:
@@ -179,11 +179,11 @@ class Launches:
 
     async def _moved(self, record: Record) -> Record:
         """The record of a pending sandbox, placed again: on its worker too, when no other takes it."""
-        placing = self._service.placing
-        placing.landed(record.id)
+        placer = self._service.placer
+        placer.landed(record.id)
         try:
-            worker = await placing.place(record.id, record.config)
-            status = placing.status(worker.name)
+            worker = await placer.place(record.id, record.config)
+            status = placer.status(worker.name)
             if worker.name == record.info.worker:
                 return record
             await worker.check(record.config)

@@ -53,7 +53,7 @@ _UNKNOWN = (404, 405)  # what an older worker answers
 Made = asyncio.Future[NodeSandbox | bool]  # a bool: it is unknown; whether the worker may have made it
 
 
-class Crowd:
+class CreateBatch:
     """Creates that are under way at all workers of a server, and how many those are."""
 
     def __init__(self) -> None:
@@ -66,18 +66,18 @@ class Crowd:
         return min(_LONGEST, self.size * _EACH) if self.size >= max(_CROWDED, 2 * self.workers) else 0.0
 
 
-class Creates:
+class CreateBatcher:
     """The creates of one worker. streams: carries a request whose answer comes in pieces. alone: creates one. crowd: of
     the server, to which they count."""
 
     def __init__(
         self, name: str, streams: StreamTransport, alone: Callable[[str, SandboxConfig], Awaitable[NodeSandbox]],
-        crowd: Crowd | None = None,
+        crowd: CreateBatch | None = None,
     ) -> None:  # fmt: skip
         self._name = name
         self._streams = streams
         self._alone = alone
-        self._crowd = crowd or Crowd()
+        self._crowd = crowd or CreateBatch()
         self._crowd.workers += 1
         self._waiting: dict[str, tuple[SandboxConfig, Made]] = {}
         self._asking: set[asyncio.Task[None]] = set()

@@ -12,7 +12,7 @@ import orjson
 from pydantic import BaseModel
 
 from rock.admin.workers.batching import FENCE as FENCE
-from rock.admin.workers.batching import Creates, Crowd
+from rock.admin.workers.batching import CreateBatch, CreateBatcher
 from rock.admin.workers.batching import StreamTransport as StreamTransport
 from rock.admin.workers.batching import Transport as Transport
 from rock.errors import Unavailable, Unsupported, from_wire
@@ -71,7 +71,7 @@ class Worker(Protocol):
         """Give it such files, to be woken. ImageError when it has another image of that name."""
         ...
 
-    async def commit(self, sandbox_id: str, wish: NodeCommit) -> NodeImage:
+    async def commit(self, sandbox_id: str, spec: NodeCommit) -> NodeImage:
         """Make an image of it, and push it. What is raised has `details["stage"]`."""
         ...
 
@@ -105,7 +105,7 @@ class WireWorker:
     crowd: the creates of its server."""
 
     def __init__(
-        self, name: str, transport: Transport, streams: StreamTransport | None = None, crowd: Crowd | None = None
+        self, name: str, transport: Transport, streams: StreamTransport | None = None, crowd: CreateBatch | None = None
     ) -> None:
         self.name = name
         self._transport = transport
@@ -113,7 +113,7 @@ class WireWorker:
         self._passed: dict[bytes, float] = {}  # what it would take, by its config, until when that is worth something
         self._passed_last: tuple[SandboxConfig | None, float] = (None, 0.0)
         self._checking: dict[bytes, _Check] = {}  # what it is being asked whether it would take
-        self._creates = Creates(name, streams, self._create_alone, crowd) if streams is not None else None
+        self._creates = CreateBatcher(name, streams, self._create_alone, crowd) if streams is not None else None
 
     async def close(self) -> None:
         """It is commanded no more."""
@@ -177,8 +177,8 @@ class WireWorker:
     async def wake(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
         return await self._call(NodeSandbox, "node_wake", "", travelling(config), sandbox_id=sandbox_id)
 
-    async def commit(self, sandbox_id: str, wish: NodeCommit) -> NodeImage:
-        return await self._call(NodeImage, "node_commit", "", wish.model_dump(mode="json"), sandbox_id=sandbox_id)
+    async def commit(self, sandbox_id: str, spec: NodeCommit) -> NodeImage:
+        return await self._call(NodeImage, "node_commit", "", spec.model_dump(mode="json"), sandbox_id=sandbox_id)
 
     async def pack(self, sandbox_id: str, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:
         row, parser = ROUTES["node_pack"], FrameParser()

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 
 from rock.admin.workers.client import Worker
-from rock.admin.workers.registry import Fleet
+from rock.admin.workers.registry import WorkerRegistry
 from rock.errors import NoCapacity, RockError, Unavailable
 from rock.protocol.node import NodeStatus
 from rock.protocol.routes import OUTAGE
@@ -26,7 +26,7 @@ _HOLDING = (State.PENDING, State.RUNNING, State.STOPPING)
 _NEW = 0.1  # the same where nothing fits by the last one, and for a group, which may fill many workers
 
 
-class Placing:
+class Placer:
     """The scheduler, told of the workers. No placement asks a worker, but the first in a while: reports come in the
     background, and between them what is placed is counted here. A worker refuses by itself what it has no room for.
 
@@ -34,7 +34,7 @@ class Placing:
     """
 
     def __init__(
-        self, scheduler: Scheduler, workers: Fleet, reservations: Reservations | None = None
+        self, scheduler: Scheduler, workers: WorkerRegistry, reservations: Reservations | None = None
     ) -> None:
         self._scheduler = scheduler
         self._workers = workers

@@ -48,7 +48,7 @@ class _Member:
     joined: bool = True  # whether the worker knows its epoch: it has sent a heartbeat in it
 
 
-class Fleet(Mapping[str, Worker]):
+class WorkerRegistry(Mapping[str, Worker]):
     """Workers by name. fixed: those of the start. apps: the data plane of each; kept up to date. reach: how those that
     join are reached; without it none may.
 
@@ -248,12 +248,12 @@ class Fleet(Mapping[str, Worker]):
 
     # ---- what workers and operators ask ----
 
-    async def join(self, wish: JoinWorker) -> WorkerLease:
+    async def join(self, spec: JoinWorker) -> WorkerLease:
         """Conflict, Unavailable."""
-        if wish.name in self.fixed:
-            raise NotFound(f"{wish.name} is a worker of ROCK_WORKERS", hint="choose another --name")
-        info = await self._table().join(wish)
-        if info.epoch != wish.epoch:
+        if spec.name in self.fixed:
+            raise NotFound(f"{spec.name} is a worker of ROCK_WORKERS", hint="choose another --name")
+        info = await self._table().join(spec)
+        if info.epoch != spec.epoch:
             self._joining[info.name] = info.epoch  # it does not know that before it has our answer
         await self.refresh()
         return self._leased(info)

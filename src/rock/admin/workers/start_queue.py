@@ -51,7 +51,7 @@ class _Entry:
         self.users = 0
 
 
-class Pace:
+class StartQueue:
     """For each start `ask`, and when it is over `leave`. `close` when none is asked for any more. workers: how many
     there are now; young: seconds."""
 

@@ -68,19 +68,19 @@ def show(
 
 def _spaces(about: EnvAbout) -> dict[str, Any]:
     """The spaces of an environment of Gymnasium, as it has them when it is made."""
-    from rock.envs.client import EnvLink, Player
+    from rock.envs.client import EnvironmentClient, EnvironmentHandle
     from rock.protocol.env import OpenEnv
 
-    link = EnvLink(base_url=OPTIONS.base_url, api_key=OPTIONS.api_key)
+    link = EnvironmentClient(base_url=OPTIONS.base_url, api_key=OPTIONS.api_key)
     name = about.source.removeprefix("gym://")
-    wish = OpenEnv(env_id=name, protocol="gym")
+    spec = OpenEnv(env_id=name, protocol="gym")
     if about.asked:
-        wish.packages = about.asked
-    link.open(wish, 60)
+        spec.packages = about.asked
+    link.open(spec, 60)
     made: dict[str, Any] = {"env_id": name, "protocol": "gym"}
     if about.imports:
         made["imports"] = about.imports
-    player = Player(link, link.make(made, 60))
+    player = EnvironmentHandle(link, link.make(made, 60))
     try:
         found = player.call("describe")
     finally:
@@ -101,8 +101,8 @@ def add(
     from rock.cli.commands.sandbox import client
     from rock.protocol.env import AddEnv
 
-    wish = AddEnv(name=name, source=source, packages=packages or [], imports=imports or [], description=description)
-    about = client().add_env(wish)
+    spec = AddEnv(name=name, source=source, packages=packages or [], imports=imports or [], description=description)
+    about = client().add_env(spec)
     print(f"{about.id}@{about.version}  {about.source}")
 
 

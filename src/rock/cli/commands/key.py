@@ -35,9 +35,9 @@ def create(
 
     quota = Quota(sandboxes=sandboxes, cpus=cpus, memory=memory, creates_per_minute=creates_per_minute)
     given = {"scopes": scope} if scope else {}
-    wish = CreateKey.model_validate({"name": name, "tenant": tenant, "quota": quota, **given})
+    spec = CreateKey.model_validate({"name": name, "tenant": tenant, "quota": quota, **given})
     with Client(OPTIONS.base_url, OPTIONS.api_key) as client:
-        made = client.create_key(wish)
+        made = client.create_key(spec)
     if json:
         as_json(made.model_dump(mode="json"))
         return

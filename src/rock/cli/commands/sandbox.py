@@ -142,10 +142,10 @@ def run(
         words = command or []
         command = words[1:] if words[:1] == ["--"] else words
         text = sys.stdin.buffer.read().decode("utf-8", "surrogateescape") if stdin else None
-        wish: dict[str, Any] = {"command": command, "stdin": text, "cwd": cwd, "user": user, "timeout": timeout,
+        spec: dict[str, Any] = {"command": command, "stdin": text, "cwd": cwd, "user": user, "timeout": timeout,
                                 "entrypoint": True}  # fmt: skip
     else:
-        wish = program(command, stdin, cwd=cwd, user=user, timeout=timeout)
+        spec = program(command, stdin, cwd=cwd, user=user, timeout=timeout)
     signal.signal(signal.SIGTERM, _terminated)
     sandbox = new_sandbox(
         image, memory=memory, cpus=cpus, env=variables(env), network=network, egress=egress,
@@ -154,7 +154,7 @@ def run(
     with busy(f"starting a sandbox of {image}"):
         sandbox.start()
     try:
-        status = play(sandbox.stream(wish.pop("command"), **wish))
+        status = play(sandbox.stream(spec.pop("command"), **spec))
     except BaseException:
         if not keep:
             sandbox.close()
@@ -181,11 +181,11 @@ def exec_(
     """Run a program in a sandbox, show its output, exit with its status."""
     if session is not None and (env or cwd or user or stdin):
         raise typer.BadParameter("a session has its own environment, folder, user and input", param_hint="--session")
-    wish = program(command, stdin, env=variables(env) or None, cwd=cwd, user=user, timeout=timeout)
+    spec = program(command, stdin, env=variables(env) or None, cwd=cwd, user=user, timeout=timeout)
     sandbox = attached(sandbox_id)
     if session is not None:
-        raise typer.Exit(play(sandbox.stream(" ".join(wish["command"]), session, timeout=timeout)))
-    raise typer.Exit(play(sandbox.stream(wish.pop("command"), **wish)))
+        raise typer.Exit(play(sandbox.stream(" ".join(spec["command"]), session, timeout=timeout)))
+    raise typer.Exit(play(sandbox.stream(spec.pop("command"), **spec)))
 
 
 def ps(

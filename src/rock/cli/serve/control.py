@@ -16,18 +16,18 @@ from typing import Any
 import orjson
 
 from rock.admin.app import Admin
-from rock.admin.auth import Authenticated, Doors, names_of, servers
+from rock.admin.auth import Authenticated, RoleFilter, names_of, servers
 from rock.admin.preflight import require_key_beyond_loopback, role_of
-from rock.admin.workers.batching import Crowd
+from rock.admin.workers.batching import CreateBatch
 from rock.admin.workers.client import FENCE, Transport, WireWorker, Worker
-from rock.admin.workers.registry import Fleet, Reached
+from rock.admin.workers.registry import Reached, WorkerRegistry
 from rock.cli.serve.home import Home
 from rock.cli.serve.identity import Identity
 from rock.cli.serve.observing import observe
 from rock.errors import InvalidConfig, RockError, Unavailable, Unsupported
 from rock.http.asgi import App, Receive, Scope, Send
-from rock.http.forwarding import Remote
-from rock.http.relay import Calls
+from rock.http.forwarding import RemoteApp
+from rock.http.relay import RelayedCalls
 from rock.protocol import routes
 from rock.protocol.action import ConnectionList
 from rock.protocol.node import (
@@ -86,7 +86,7 @@ def transport_to(url: str, key: str | None) -> Transport:
     return carry
 
 
-def commands_over(remote: Remote, name: str, gone: asyncio.Event, unreached: Callable[[], None]) -> Transport:
+def commands_over(remote: RemoteApp, name: str, gone: asyncio.Event, unreached: Callable[[], None]) -> Transport:
     """Requests of a WireWorker over kept-alive connections. When its worker is `gone`, and `remote` closed, what is
     under way is answered as Unavailable: a machine that is cut off does not end its connections. unreached: called when
     it takes no connection, or refuses commands of this epoch."""
@@ -132,7 +132,7 @@ def commands_over(remote: Remote, name: str, gone: asyncio.Event, unreached: Cal
 
 def reach_with(key: str | None) -> Callable[[WorkerInfo], Reached]:
     """How workers that join are reached."""
-    crowd = Crowd()
+    crowd = CreateBatch()
 
     def reach(info: WorkerInfo) -> Reached:
         gone = asyncio.Event()
@@ -144,7 +144,7 @@ def reach_with(key: str | None) -> Callable[[WorkerInfo], Reached]:
 
         command = {routes.EPOCH: f"{info.name}/{info.epoch}"}
         own = {} if key is None else {routes.OTHER_KEY: key}
-        data, long = Remote(info.url, own), Remote(info.url, {**own, **command})
+        data, long = RemoteApp(info.url, own), RemoteApp(info.url, {**own, **command})
         carry = commands_over(long, info.name, gone, unreached)
 
         async def close() -> None:
@@ -199,14 +199,14 @@ class Control:
         key = settings.worker_key or settings.api_key
         # Not as Authorization: that may be for a program inside
         headers = {} if key is None else {routes.OTHER_KEY: key}
-        self._remotes = [Remote(url, headers) for url in urls.values()]
+        self._remotes = [RemoteApp(url, headers) for url in urls.values()]
         apps: dict[str, App] = dict(zip(urls, self._remotes, strict=True))
         fixed: dict[str, Worker] = {name: WireWorker(name, transport_to(url, key)) for name, url in urls.items()}
-        self.fleet = Fleet(fixed, apps, lambda: store.workers, reach_with(key), lease_of(settings))
-        self._proxy = Proxy(store, self.fleet.apps)
+        self.worker_registry = WorkerRegistry(fixed, apps, lambda: store.workers, reach_with(key), lease_of(settings))
+        self._proxy = Proxy(store, self.worker_registry.apps)
         settings = replace(settings, archive=settings.archive or "off")
         roles = ["write", "read"] if role == "all" else [role]
-        self.admin = Admin(settings, store, self.fleet, roles, self._proxy, leads=role != "read")
+        self.admin = Admin(settings, store, self.worker_registry, roles, self._proxy, leads=role != "read")
         if isinstance(store, SqliteStore):
             store.reserve = self.home.reserve
         self._identity = None
@@ -214,18 +214,19 @@ class Control:
             self._identity = Identity(settings.run_dir, store, settings.store_changed, None)
             self.admin.opened = self._identity.check
         self.observed = observe(settings, "admin", store)
-        relayed = Calls(self._route, settings.reconnect_timeout)  # a server of the other role may hand requests on
+        # a server of the other role may hand requests on
+        relayed = RelayedCalls(self._route, settings.reconnect_timeout)
         door = Authenticated(self.observed.measured(relayed), settings.api_key, self.admin.keys,
                              settings.worker_key, **door_of(settings, self.home))  # fmt: skip
         app: App = door
         # What is handed on comes from a socket of ours, so a server without a key would take everybody for the owner.
         if role == "read":
-            app = Doors(door, "read", self._others(settings.writer), door.problem)
+            app = RoleFilter(door, "read", self._others(settings.writer), door.problem)
         elif role == "write":
-            app = Doors(door, "write", self._others(settings.reader), door.problem)
+            app = RoleFilter(door, "write", self._others(settings.reader), door.problem)
         self.app = self.observed.over(app)
 
-    def _others(self, text: str) -> list[Remote]:
+    def _others(self, text: str) -> list[RemoteApp]:
         found = servers(text)
         self._remotes += found
         return found
@@ -297,8 +298,8 @@ class LocalWorker:
     ) -> NodeSandbox:
         return await self._node.unpack(sandbox_id, config, files, data)
 
-    async def commit(self, sandbox_id: str, wish: NodeCommit) -> NodeImage:
-        return await self._node.commits.commit(sandbox_id, wish)
+    async def commit(self, sandbox_id: str, spec: NodeCommit) -> NodeImage:
+        return await self._node.commits.commit(sandbox_id, spec)
 
     async def get(self, sandbox_id: str, *, touch: bool = False, usage: bool = False) -> NodeSandbox:
         return await self._node.look(sandbox_id, touch=touch, usage=usage)

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from rock import __version__
 from rock.errors import InvalidConfig, RockError, Unsupported
-from rock.http.middleware import Exporter, Observed
+from rock.http.middleware import Exporter, Observability
 from rock.rocklet.node import Node
 from rock.settings import Settings
 from rock.store.base import Store
@@ -46,7 +46,7 @@ def make_export(settings: Settings, role: str) -> Exporter | None:
     return Export(settings.otel_endpoint, {"service.version": __version__, **tags}, f"rock-{role}")
 
 
-def observe(settings: Settings, role: str, store: Store | None = None, node: Node | None = None) -> Observed:
+def observe(settings: Settings, role: str, store: Store | None = None, node: Node | None = None) -> Observability:
     """What a process tells of itself. store: whose sandboxes are told by state; node: what is on this machine."""
 
     async def extra() -> Iterable[Family[Number]]:
@@ -64,7 +64,7 @@ def observe(settings: Settings, role: str, store: Store | None = None, node: Nod
         told.append(gauge_of("rock_info", "This server", ("version", "role"), {(__version__, role): 1.0}))
         return told
 
-    return Observed(extra, make_export(settings, role), settings.otel_interval)
+    return Observability(extra, make_export(settings, role), settings.otel_interval)
 
 
 def _by_state(tally: dict[tuple[str, str], int]) -> Family[Number]:

@@ -25,7 +25,7 @@ from rock.admin.app import Admin
 from rock.admin.auth import Authenticated
 from rock.admin.preflight import require_key_beyond_loopback, role_of
 from rock.admin.workers.client import Worker
-from rock.admin.workers.registry import Fleet
+from rock.admin.workers.registry import WorkerRegistry
 from rock.cli.serve.control import Control, LocalWorker, door_of, lease_of, reach_with
 from rock.cli.serve.home import Home, Reserve, make_private
 from rock.cli.serve.identity import Identity
@@ -33,17 +33,17 @@ from rock.cli.serve.observing import observe
 from rock.cli.serve.tls import tls_of
 from rock.errors import Conflict, InvalidConfig, Unsupported
 from rock.http.asgi import Answer, App, Receive, Request, Scope, Send, answer
-from rock.http.connections import HEAD_WITHIN, Admission, Intake
-from rock.http.forwarding import Remote
+from rock.http.connections import HEAD_WITHIN, Admission, HttpConnection
+from rock.http.forwarding import RemoteApp
 from rock.http.middleware import dropping
-from rock.http.relay import Calls
+from rock.http.relay import RelayedCalls
 from rock.images.store import ImageStore
 from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import parse_size
 from rock.proxy.app import Proxy, is_data
 from rock.rocklet.api.sandboxes import Api
 from rock.rocklet.images.store import Images
-from rock.rocklet.membership import Fence, Joining, Membership, servers_of
+from rock.rocklet.membership import FencingToken, Joining, Membership, servers_of
 from rock.rocklet.node import Node
 from rock.runtime import plugins
 from rock.runtime.base import Runtime
@@ -141,8 +141,10 @@ class Rocklet:
         self.router = Api(self.node, settings.reconnect_timeout).router()
         self.router.add(ROUTES["health"], _health)
         self.membership = membership_of(settings, self.node)
-        fenced = Fence(settings.run_dir / "fence").over(self.router)
-        app = Calls(fenced if self.membership is None else self.membership.over(fenced), settings.reconnect_timeout)
+        fenced = FencingToken(settings.run_dir / "fence").over(self.router)
+        app = RelayedCalls(
+            fenced if self.membership is None else self.membership.over(fenced), settings.reconnect_timeout
+        )
         self.observed = observe(settings, "rocklet", node=self.node)
         self.app = self.observed.over(Authenticated(self.observed.measured(app), settings.api_key,
                                                     **door_of(settings, self.home)))  # fmt: skip
@@ -194,7 +196,7 @@ def membership_of(settings: Settings, node: Node) -> Membership | None:
                       settings.home / "worker.json")  # fmt: skip
 
 
-def _reached_at(settings: Settings, server: Remote) -> str:
+def _reached_at(settings: Settings, server: RemoteApp) -> str:
     """HOST:PORT where servers reach this machine: the address that it listens on, or has towards them."""
     host = settings.host
     if host in ("0.0.0.0", "::", ""):
@@ -225,10 +227,10 @@ class Server:
         name = "local"
         self.store = make_store(settings)
         fixed: dict[str, Worker] = {name: LocalWorker(name, self.node)}
-        fleet = Fleet(fixed, {name: self.rocklet.router}, lambda: self.store.workers,
+        worker_registry = WorkerRegistry(fixed, {name: self.rocklet.router}, lambda: self.store.workers,
                       reach_with(settings.worker_key or settings.api_key), lease_of(settings))  # fmt: skip
-        self._proxy = Proxy(self.store, fleet.apps, local=name)
-        self.admin = Admin(settings, self.store, fleet, ["write", "read", "worker"], self._proxy)
+        self._proxy = Proxy(self.store, worker_registry.apps, local=name)
+        self.admin = Admin(settings, self.store, worker_registry, ["write", "read", "worker"], self._proxy)
         if isinstance(self.store, SqliteStore):
             self.store.reserve = self.home.reserve
         self._identity = Identity(settings.run_dir, self.store, settings.store_changed, self.node)
@@ -303,7 +305,7 @@ def http_over(
     tls = {} if settings is None else tls_of(settings)
     config = uvicorn.Config(
         app,
-        http=cast(Any, partial(Intake, admission=admission or Admission(), head_within=head_within)),
+        http=cast(Any, partial(HttpConnection, admission=admission or Admission(), head_within=head_within)),
         log_config=None,
         access_log=False,
         lifespan="off",

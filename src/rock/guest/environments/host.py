@@ -41,7 +41,7 @@ from typing import Any, NoReturn
 
 from rock.guest.environments import frames, tasks
 from rock.guest.environments.frames import HEAD, HELLO, KILL, MAKE, NO_INDEX, OK, PLAIN, Joiner, pieces
-from rock.guest.environments.worker import Player, failure
+from rock.guest.environments.worker import EnvironmentWorker, failure
 
 MEMORY, REQUESTS, ANSWERS = 197, 198, 199
 PIPES = range(132, 160)
@@ -206,7 +206,7 @@ class Zygote:
                     os.close(fd)
             _die_with_parent()
             memory = None if pipe is None else _part(pipe)
-            Player(number, requests if pipe is None else pipe, own, ANSWERS, memory).run(message)
+            EnvironmentWorker(number, requests if pipe is None else pipe, own, ANSWERS, memory).run(message)
             status = 0
         except BaseException:
             traceback.print_exc()

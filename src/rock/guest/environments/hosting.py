@@ -164,25 +164,25 @@ def _registered(env: Any) -> dict[str, Any]:
     return {"spec": None if spec is None else {name: getattr(spec, name, None) for name in names}}
 
 
-def host(wish: Mapping[str, Any]) -> Hosted:
+def host(request: Mapping[str, Any]) -> Hosted:
     """Make what is wished for: "protocol" gem, gym or task, "env_id" or "folder", "kwargs", "num_envs" for a vector."""
-    if wish.get("protocol") == "task":
-        return TaskHost(wish["env_id"], wish["kwargs"])
-    for module in wish.get("imports") or ():
+    if request.get("protocol") == "task":
+        return TaskHost(request["env_id"], request["kwargs"])
+    for module in request.get("imports") or ():
         importlib.import_module(module)
-    if wish.get("protocol", "gem") == "gem":
+    if request.get("protocol", "gem") == "gem":
         import gem
 
-        return _Base(gem.make(wish["env_id"], **wish["kwargs"]))
-    return _Single(_gym(wish)) if not wish.get("num_envs") else _Vector(_gym_vector(wish))
+        return _Base(gem.make(request["env_id"], **request["kwargs"]))
+    return _Single(_gym(request)) if not request.get("num_envs") else _Vector(_gym_vector(request))
 
 
-def _gym(wish: Mapping[str, Any]) -> Any:
+def _gym(request: Mapping[str, Any]) -> Any:
     import gymnasium
 
-    if not wish.get("folder"):
-        return gymnasium.make(wish["env_id"], **wish["kwargs"])
-    made = _chosen(_maker(wish)(**wish["kwargs"]), wish.get("task"))
+    if not request.get("folder"):
+        return gymnasium.make(request["env_id"], **request["kwargs"])
+    made = _chosen(_maker(request)(**request["kwargs"]), request.get("task"))
     return _one(made)
 
 
@@ -299,41 +299,41 @@ def _shown(result: Any) -> str:
     return f"a tuple of {len(result)}" if isinstance(result, tuple) else f"a {type(result).__name__}"
 
 
-def _gym_vector(wish: Mapping[str, Any]) -> Any:
+def _gym_vector(request: Mapping[str, Any]) -> Any:
     import gymnasium
 
-    mode, options = wish.get("vectorization_mode"), dict(wish.get("vector_kwargs") or {})
+    mode, options = request.get("vectorization_mode"), dict(request.get("vector_kwargs") or {})
     if isinstance(options.get("autoreset_mode"), str):
         options["autoreset_mode"] = gymnasium.vector.AutoresetMode(options["autoreset_mode"])
-    if mode == "sync" and not wish.get("folder"):
+    if mode == "sync" and not request.get("folder"):
         options.setdefault("copy", False)  # observations are sent before the next step
-    count = wish["num_envs"]
-    if not wish.get("folder"):
-        return gymnasium.make_vec(wish["env_id"], num_envs=count, vectorization_mode=mode, vector_kwargs=options,
-                                  **wish["kwargs"])  # fmt: skip
-    maker, kwargs = _maker(wish), dict(wish["kwargs"])
+    count = request["num_envs"]
+    if not request.get("folder"):
+        return gymnasium.make_vec(request["env_id"], num_envs=count, vectorization_mode=mode, vector_kwargs=options,
+                                  **request["kwargs"])  # fmt: skip
+    maker, kwargs = _maker(request), dict(request["kwargs"])
     if "n_envs" in inspect.signature(maker).parameters:
         kwargs["n_envs"] = count
-        made = _chosen(maker(**kwargs), wish.get("task"))
+        made = _chosen(maker(**kwargs), request.get("task"))
         if isinstance(made, gymnasium.vector.VectorEnv) or all(hasattr(made, name) for name in _VECTOR_MEMBERS):
             return made
         raise TypeError(f"make_env(n_envs={count}) made a {type(made).__name__}, and no vector of environments")
     kind = gymnasium.vector.AsyncVectorEnv if mode == "async" else gymnasium.vector.SyncVectorEnv
     if mode == "sync":
         options.setdefault("copy", False)
-    return kind([lambda: _one(_chosen(maker(**kwargs), wish.get("task")))] * count, **options)
+    return kind([lambda: _one(_chosen(maker(**kwargs), request.get("task")))] * count, **options)
 
 
-def _maker(wish: Mapping[str, Any]) -> Callable[..., Any]:
+def _maker(request: Mapping[str, Any]) -> Callable[..., Any]:
     """`make_env` of the folder's env.py. "." is the working directory that the image has, else the usual folder."""
-    folder = str(wish["folder"])
+    folder = str(request["folder"])
     tried = [os.getcwd(), _USUAL] if folder == "." else [folder]
     found = next((place for place in tried if os.path.isfile(os.path.join(place, FILE))), None)
     if found is None:
         raise BadSource(f"there is no {FILE} in {' or '.join(dict.fromkeys(tried))}")
     path = os.path.join(found, FILE)
     os.chdir(found)
-    sys.path[:0] = dict.fromkeys((found, *([str(wish["root"])] if wish.get("root") else [])))
+    sys.path[:0] = dict.fromkeys((found, *([str(request["root"])] if request.get("root") else [])))
     spec = importlib.util.spec_from_file_location("env", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -58,7 +58,7 @@ def write(fd: int, parts: list[Any]) -> None:
             parts[0] = memoryview(parts[0])[done:]
 
 
-class Player:
+class EnvironmentWorker:
     """An environment and its pipes.
 
     own: the pipe for its answers that no other process has, or None; shared: the one that all have. memory: where large

@@ -26,7 +26,7 @@ class Refused(Exception):
         self.message = message
 
 
-def become(wish: dict[str, Any]) -> None:
+def become(spec: dict[str, Any]) -> None:
     """Never returns; Refused with the reason."""
     os.umask(0o022)
     for number in range(1, signal.NSIG):
@@ -36,26 +36,26 @@ def become(wish: dict[str, Any]) -> None:
             pass
     if os.getsid(0) != os.getpid():
         os.setsid()
-    wanted = {int(number): fd for number, fd in wish["fds"].items()}
+    wanted = {int(number): fd for number, fd in spec["fds"].items()}
     high = {fd: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 256) for fd in {*wanted.values()}}
     for number, fd in wanted.items():
         os.dup2(high[fd], number, inheritable=True)
     for fd in high.keys() - wanted.keys():
         os.close(fd)
-    if wish["terminal"]:
+    if spec["terminal"]:
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    soft = hard if wish.get("nofile") is None else int(wish["nofile"])
+    soft = hard if spec.get("nofile") is None else int(spec["nofile"])
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     except (OSError, ValueError):
-        if wish.get("nofile") is not None:
+        if spec.get("nofile") is not None:
             raise Refused("invalid_config", f"nofile {soft} is over this machine's limit of {hard}") from None
     try:
-        os.chdir(wish["cwd"])
+        os.chdir(spec["cwd"])
     except OSError as error:
-        raise Refused(_code(error), f"working folder {wish['cwd']!r}: {_why(error)}") from None
-    _execute(wish["argv"], wish["env"])
+        raise Refused(_code(error), f"working folder {spec['cwd']!r}: {_why(error)}") from None
+    _execute(spec["argv"], spec["env"])
 
 
 def _execute(argv: list[str], env: dict[str, str]) -> None:
@@ -93,11 +93,11 @@ def _why(error: OSError) -> str:
 
 def main() -> None:
     with open(int(sys.argv[1]), "rb") as file:  # no argument: it may be longer than one can be
-        wish = json.loads(file.read())
-    told = fcntl.fcntl(wish["told"], fcntl.F_DUPFD_CLOEXEC, 512)
-    os.close(wish["told"])
+        spec = json.loads(file.read())
+    told = fcntl.fcntl(spec["told"], fcntl.F_DUPFD_CLOEXEC, 512)
+    os.close(spec["told"])
     try:
-        become(wish)
+        become(spec)
     except Refused as refusal:
         os.write(told, json.dumps([refusal.code, refusal.message[:2000]]).encode())
     except BaseException as error:

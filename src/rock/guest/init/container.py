@@ -17,13 +17,13 @@ import sys
 
 from rock.guest.init import pid1, syscalls
 from rock.guest.init.link import Connection
-from rock.guest.init.multiplexer import Carrier
+from rock.guest.init.multiplexer import Multiplexer
 from rock.guest.init.pid1 import Init
 
 _SOON, _LATER = 0.05, 1.0  # seconds between two attempts
 
 
-class Dialling(Init):
+class ConnectingInit(Init):
     """An Init with the one connection that it made itself, to the socket at `path`."""
 
     def __init__(self, path: str) -> None:
@@ -51,7 +51,7 @@ class Dialling(Init):
             self.later(self._pause, self.begin)
 
 
-class Carried(Init):
+class MultiplexedInit(Init):
     """An Init that is reached over its own standard streams, see multiplexer.py."""
 
     def begin(self) -> None:
@@ -61,7 +61,7 @@ class Carried(Init):
         for fd in (0, 1):
             os.dup2(null, fd)
         os.close(null)
-        self._carrier = Carrier(self, source, sink, self.adopt)
+        self._mux = Multiplexer(self, source, sink, self.adopt)
 
 
 def main() -> None:
@@ -76,7 +76,9 @@ def main() -> None:
         os.setsid()
     if "filter" in options:
         syscalls.filter_calls(bytes.fromhex(str(options["filter"])))
-    one = pid1.hidden(Dialling(str(options["socket"])) if "socket" in options else Carried(None, 0, False))
+    one = pid1.hidden(
+        ConnectingInit(str(options["socket"])) if "socket" in options else MultiplexedInit(None, 0, False)
+    )
     gc.freeze()
     one.begin()
     one.run()

@@ -22,7 +22,7 @@ _SETTLE = 1.0  # seconds: one that waits in the kernel for longer only stops whe
 _PATIENCE = 30.0
 
 
-class Standstill:
+class Freeze:
     """`again` handles a request that had to wait."""
 
     def __init__(self, again: Callable[[Connection, dict[str, Any]], None]) -> None:

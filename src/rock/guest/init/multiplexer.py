@@ -43,7 +43,7 @@ class _Channel:
         self.mask = 0
 
 
-class Carrier:
+class Multiplexer:
     """adopt: gives Init the other end of a connection. Reads from `source`, writes to `sink`, both of which it owns."""
 
     def __init__(self, loop: Loop, source: int, sink: int, adopt: Callable[[socket.socket], None]) -> None:

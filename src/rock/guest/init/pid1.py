@@ -40,9 +40,9 @@ from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rock.guest.init import files, process_tree, programs, syscalls, users
-from rock.guest.init.freeze import Standstill
+from rock.guest.init.freeze import Freeze
 from rock.guest.init.link import Connection, Fault, Loop, of_os_error, send_patiently
-from rock.guest.init.sharing import Sweep
+from rock.guest.init.sharing import PageSharing
 
 if TYPE_CHECKING:
     from rock.guest.init.link import Connection
@@ -70,7 +70,7 @@ class Init(Loop):
         self.starting: dict[int, Callable[[], None]] = {}  # pid -> what settles its start
         self.stopping = False
         self.sockets: list[int] = []  # through which connections get out of here; served by others
-        self.standstill = Standstill(self._handle)
+        self.frozen = Freeze(self._handle)
         os.umask(0o022)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         self.limits = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -108,7 +108,7 @@ class Init(Loop):
         except BlockingIOError:
             pass
 
-    def share(self, sweep: Sweep, pages: int) -> None:
+    def share(self, sweep: PageSharing, pages: int) -> None:
         """Let go of memory that is what it was, after each time of work. `pages`: the descriptor of our page table."""
 
         def rest() -> None:
@@ -167,8 +167,8 @@ class Init(Loop):
             self.connections.remove(connection)
             self.unwatch(connection.sock.fileno())
             connection.close()
-            if self.standstill.owner is connection:
-                self.standstill.end()
+            if self.frozen.owner is connection:
+                self.frozen.end()
 
     def answer(self, connection: Connection, number: int, reply: dict[str, Any], fds: list[int]) -> None:
         """Reply and close `fds`, whether the connection still lives or not."""
@@ -199,7 +199,7 @@ class Init(Loop):
     def _handle(self, connection: Connection, request: dict[str, Any]) -> None:
         number = int(request.get("id", 0))
         try:
-            if self.standstill.holds(connection, request):
+            if self.frozen.holds(connection, request):
                 return
             op = request.get("op")
             if op in files.OPERATIONS:
@@ -338,15 +338,15 @@ class Init(Loop):
             if count >= 0:
                 self.answer(connection, number, {"count": count}, [])
                 return
-            if self.standstill.owner is connection:
-                self.standstill.end()
+            if self.frozen.owner is connection:
+                self.frozen.end()
             self.refuse(connection, number, Fault("unavailable", "not all processes could be stopped"))
 
-        self._step(self.standstill.begin(connection), done)
+        self._step(self.frozen.begin(connection), done)
 
     def do_resume(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
-        if self.standstill.owner is connection:
-            self.standstill.end()
+        if self.frozen.owner is connection:
+            self.frozen.end()
         self.answer(connection, number, {}, [])
 
     def _step(self, job: Generator[float, None, int], done: Callable[[int], None]) -> None:
@@ -362,7 +362,7 @@ class Init(Loop):
         """SIGTERM (and a hang-up to programs with a terminal), SIGKILL after `grace` seconds; then we end."""
         end = time.monotonic() + max(0.0, min(float(request.get("grace", 0)), 3600.0))
         self.answer(connection, number, {}, [])
-        self.standstill.end()
+        self.frozen.end()
         for program in self.programs.values():
             if program.has_pty and program.ended is None:
                 os.kill(program.pid, signal.SIGHUP)

@@ -277,12 +277,12 @@ def _place(theirs: dict[int, int]) -> None:
         os.dup2(high[fd], number, inheritable=True)
 
 
-def _file_limits(wish: int | None, limits: tuple[int, int]) -> tuple[int, int] | None:
+def _file_limits(spec: int | None, limits: tuple[int, int]) -> tuple[int, int] | None:
     """The limits to set for a program, or None when it has them already: ours are (hard, hard)."""
     soft, hard = limits
-    if wish is None:
+    if spec is None:
         return None if soft == hard else limits
-    soft = max(16, int(wish))
+    soft = max(16, int(spec))
     if hard != resource.RLIM_INFINITY and soft > hard:
         raise Fault("invalid_config", f"nofile {soft} is over this sandbox's hard limit of {hard}")
     return soft, soft

@@ -139,7 +139,7 @@ _function = native.load(_CODE)
 available = _function is not None
 
 
-class Sweep:
+class PageSharing:
     """Lets go of pages of `regions`. Made before the process is copied that is to be swept, who then calls `run`."""
 
     def __init__(self, regions: list[Region]) -> None:

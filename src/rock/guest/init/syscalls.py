@@ -53,8 +53,8 @@ def run_soon() -> None:
     number = _SCHED_SETATTR.get(os.uname().machine)
     if number is not None:
         nice = os.getpriority(os.PRIO_PROCESS, 0)
-        wish = struct.pack("IIQiIQQQ", 48, os.SCHED_OTHER, _RESET_ON_FORK, nice, 0, _SLICE, 0, 0)
-        _syscall(ctypes.c_long(number), ctypes.c_long(0), ctypes.create_string_buffer(wish, 48), ctypes.c_long(0))
+        spec = struct.pack("IIQiIQQQ", 48, os.SCHED_OTHER, _RESET_ON_FORK, nice, 0, _SLICE, 0, 0)
+        _syscall(ctypes.c_long(number), ctypes.c_long(0), ctypes.create_string_buffer(spec, 48), ctypes.c_long(0))
 
 
 def become_subreaper() -> None:

@@ -69,7 +69,7 @@ def compression(blob: Blob) -> str:
     return "none"
 
 
-class TakesTar(Protocol):
+class TarConsumer(Protocol):
     """What the entries of a tar are written by."""
 
     def add_all(self, reader: TarReader) -> None: ...
@@ -100,7 +100,7 @@ class Plain:
         """Pieces of at most a few MB. They are made by a thread, beside whoever takes them."""
         return _ahead(self._plain())
 
-    def unpack_into(self, writer: TakesTar) -> None:
+    def unpack_into(self, writer: TarConsumer) -> None:
         """Give the tar that it is to a writer, to the last byte."""
         chunks = self.chunks()
         try:

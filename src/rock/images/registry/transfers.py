@@ -37,7 +37,7 @@ _MEDIA_TYPES = {"none": _PLAIN_LAYER, "gzip": GZIP_LAYER, "zstd": f"{_PLAIN_LAYE
 _UNPACKED_AT_ONCE = 2
 
 
-class Adding:
+class ImageImports:
     """gate: the store's lock, shared while an image is added."""
 
     def __init__(self, layers: LayerStore, records: Records, gate: Path) -> None:
@@ -149,7 +149,7 @@ def _chosen(path: Path, images: list[Archived], name: str | None) -> list[tuple[
 class Transfers:
     """locks: the store's folder of them. See `ImageStore` for what the methods are for."""
 
-    def __init__(self, layers: LayerStore, records: Records, adding: Adding, logins: Logins, locks: Path) -> None:
+    def __init__(self, layers: LayerStore, records: Records, adding: ImageImports, logins: Logins, locks: Path) -> None:
         self._layers = layers
         self._records = records
         self._adding = adding

@@ -14,7 +14,7 @@ from rock.guest.environments.frames import HEAD, PLAIN, Frame
 from rock.http.asgi import Answer, Request, Router, answer
 from rock.protocol.env import LEASED, NAMED, OWNER_PATTERN, CallEnv, EnvInfo, EnvOwner, MakeEnv, ResetEnv, StepEnv
 from rock.protocol.routes import FRAMES_TYPE, ROUTES
-from rock.rocklet.durability.idempotency import Once
+from rock.rocklet.durability.idempotency import IdempotentCalls
 from rock.rocklet.environments.host import EnvHost
 from rock.rocklet.environments.registry import Answered
 from rock.rocklet.node import Node
@@ -26,7 +26,7 @@ _TYPE = FRAMES_TYPE.encode()
 
 
 class EnvApi:
-    def __init__(self, node: Node, once: Once) -> None:
+    def __init__(self, node: Node, once: IdempotentCalls) -> None:
         self.node = node
         self.once = once
 
@@ -45,62 +45,62 @@ class EnvApi:
 
     async def make_env(self, request: Request) -> Answer:
         sandbox = self.node.get(request.path["sandbox_id"])
-        wish = await request.model(MakeEnv)
-        gem = wish.protocol == "gem" and not wish.imports
-        env_id = registry.find(wish.env_id).id if gem else wish.env_id  # an alias is another name for it
-        if wish.protocol == "task":
-            env_id = datasets.find(wish.env_id).name
-        more = wish.model_dump(exclude={"env_id", "kwargs", "timeout", "begin"}, exclude_defaults=True)
+        spec = await request.model(MakeEnv)
+        gem = spec.protocol == "gem" and not spec.imports
+        env_id = registry.find(spec.env_id).id if gem else spec.env_id  # an alias is another name for it
+        if spec.protocol == "task":
+            env_id = datasets.find(spec.env_id).name
+        more = spec.model_dump(exclude={"env_id", "kwargs", "timeout", "begin"}, exclude_defaults=True)
 
         async def work() -> Answer:
             made = EnvInfo(env=0, env_id=env_id, sandbox_id=sandbox.id)
             with sandbox.active():
                 host = await sandbox.environments()
-                number = await host.make(env_id, wish.kwargs, timeout=wish.timeout, **more)
-                if wish.begin:
+                number = await host.make(env_id, spec.kwargs, timeout=spec.timeout, **more)
+                if spec.begin:
                     try:
                         made.observation, made.info = await host.reset(number)
                     except BaseException:
                         await host.close_env(number)  # nobody was told of it
                         raise
             made.env = number
-            if wish.owner is not None:
+            if spec.owner is not None:
                 made.lease = host.lease
-            if wish.idle is None:  # else it is watched here
+            if spec.idle is None:  # else it is watched here
                 made.door = self.node.door.way(host, number)
             return answer(made, 201)
 
         return await self.once.do(request, work())
 
     async def reset_env(self, request: Request) -> Answer:
-        wish = await request.model(ResetEnv)
+        spec = await request.model(ResetEnv)
 
         async def work() -> Answer:
             sandbox, host, number = await self._find(request)
             with sandbox.active():
-                observation, info = await host.reset(number, wish.seed, wish.options)
+                observation, info = await host.reset(number, spec.seed, spec.options)
             return answer({"observation": observation, "info": info})
 
         return await self.once.do(request, work())
 
     async def step_env(self, request: Request) -> Answer:
-        wish = await request.model(StepEnv)
+        spec = await request.model(StepEnv)
 
         async def work() -> Answer:
             sandbox, host, number = await self._find(request)
             with sandbox.active():
-                result = await host.step(number, wish.action, wish.index)
+                result = await host.step(number, spec.action, spec.index)
             return answer(dict(zip(_STEP, result, strict=True)))
 
         return await self.once.do(request, work())
 
     async def call_env(self, request: Request) -> Answer:
-        wish = await request.model(CallEnv)
+        spec = await request.model(CallEnv)
 
         async def work() -> Answer:
             sandbox, host, number = await self._find(request)
             with sandbox.active():
-                return answer({"result": await host.call(number, wish.what, wish.arguments)})
+                return answer({"result": await host.call(number, spec.what, spec.arguments)})
 
         return await self.once.do(request, work())
 
@@ -161,7 +161,7 @@ def _framed(asked: Frame, found: Answered) -> bytes:
     return HEAD.pack(len(body), frames.ERROR, PLAIN, number, id, index) + body
 
 
-def add_routes(router: Router, node: Node, once: Once) -> None:
+def add_routes(router: Router, node: Node, once: IdempotentCalls) -> None:
     api = EnvApi(node, once)
     for name in ("make_env", "reset_env", "step_env", "call_env", "env_frames", "renew_envs", "release_envs",
                  "close_env"):  # fmt: skip

@@ -11,7 +11,7 @@ from rock.protocol.action import ChmodRequest, ChownRequest, FileInfo
 from rock.protocol.node import FileList
 from rock.protocol.routes import ROUTES
 from rock.rocklet import files
-from rock.rocklet.durability.idempotency import Once
+from rock.rocklet.durability.idempotency import IdempotentCalls
 from rock.rocklet.node import Node
 from rock.rocklet.sandbox import Supervisor
 
@@ -32,7 +32,7 @@ def mode_of(text: str | int | None) -> int | None:
 
 
 class FileApi:
-    def __init__(self, node: Node, once: Once) -> None:
+    def __init__(self, node: Node, once: IdempotentCalls) -> None:
         self.node = node
         self.once = once
 
@@ -123,26 +123,26 @@ class FileApi:
 
     async def chmod(self, request: Request) -> Answer:
         sandbox = self._find(request)
-        wish = await request.model(ChmodRequest)
-        mode = mode_of(wish.mode)
-        if mode is None or not wish.paths:
+        spec = await request.model(ChmodRequest)
+        mode = mode_of(spec.mode)
+        if mode is None or not spec.paths:
             raise InvalidConfig("chmod needs a mode and at least one path")
         with sandbox.active():
-            for path in wish.paths:
+            for path in spec.paths:
                 await files.of(sandbox.runtime).chmod(
-                    sandbox.handle, files.inside(path), mode, recursive=wish.recursive
+                    sandbox.handle, files.inside(path), mode, recursive=spec.recursive
                 )
         return answer({"success": True, "message": ""})
 
     async def chown(self, request: Request) -> Answer:
         sandbox = self._find(request)
-        wish = await request.model(ChownRequest)
-        if not wish.paths:
+        spec = await request.model(ChownRequest)
+        if not spec.paths:
             raise InvalidConfig("chown needs at least one path")
         with sandbox.active():
-            for path in wish.paths:
+            for path in spec.paths:
                 await files.of(sandbox.runtime).chown(
-                    sandbox.handle, files.inside(path), wish.remote_user, recursive=wish.recursive
+                    sandbox.handle, files.inside(path), spec.remote_user, recursive=spec.recursive
                 )
         return answer({"success": True, "message": ""})
 
@@ -168,7 +168,7 @@ def _object(body: object) -> dict[str, Any]:
     return body
 
 
-def add_routes(router: Router, node: Node, once: Once) -> None:
+def add_routes(router: Router, node: Node, once: IdempotentCalls) -> None:
     api = FileApi(node, once)
     for name in (
         "read_file",

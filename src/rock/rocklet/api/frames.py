@@ -20,7 +20,7 @@ from rock.protocol.node import NodeCreates, NodeFiles
 from rock.protocol.routes import ROUTES, STREAM_TYPE, Frame, FrameParser, pack_frame
 from rock.protocol.sandbox import SandboxConfig
 from rock.rocklet.commands.output import Streaming
-from rock.rocklet.images.build import Flow
+from rock.rocklet.images.build import BuildOutput
 from rock.rocklet.images.commits import scratch_of
 from rock.rocklet.node import Node
 
@@ -31,9 +31,9 @@ def add_bulk_routes(router: Router, node: Node) -> None:
     known = Configs()
 
     async def create_many(request: Request) -> Answer:
-        wish = await request.model(NodeCreates)
-        configs = [known.read(orjson.dumps(config)) for config in wish.configs]
-        made = _made(node, [(sandbox_id, configs[place]) for sandbox_id, place in wish.sandboxes])
+        spec = await request.model(NodeCreates)
+        configs = [known.read(orjson.dumps(config)) for config in spec.configs]
+        made = _made(node, [(sandbox_id, configs[place]) for sandbox_id, place in spec.sandboxes])
         return Answer(stream=made, content_type=STREAM_TYPE.encode())
 
     router.add(ROUTES["node_create_many"], create_many)
@@ -84,11 +84,11 @@ def add_build_routes(router: Router, node: Node) -> None:
     async def build(request: Request) -> Answer:
         async with contextlib.AsyncExitStack() as stack:
             frames = await stack.enter_async_context(contextlib.aclosing(frames_of(request)))
-            wish = await _wish(frames)
+            spec = await _spec(frames)
             if Access.ADMIN not in caller_of(request.scope).scopes:
-                if wish.network == "host":
+                if spec.network == "host":
                     raise Forbidden("this key may not use the server's own network", hint='network="none" or "nat"')
-                wish = wish.model_copy(update={"public_registries": True})
+                spec = spec.model_copy(update={"public_registries": True})
             scratch = contextlib.AsyncExitStack()
             folder = await scratch.enter_async_context(scratch_of(node.images.store))
             tar = folder / "context.tar"
@@ -97,12 +97,12 @@ def add_build_routes(router: Router, node: Node) -> None:
             except BaseException:
                 await scratch.aclose()
                 raise
-        flow = Flow()
+        flow = BuildOutput()
         streaming = Streaming(flow.pause, flow.resume)
 
         async def work() -> BuiltImage:
             async with scratch:
-                return await node.builds.build(wish, tar, folder, lambda data: streaming.put(False, data), flow,
+                return await node.builds.build(spec, tar, folder, lambda data: streaming.put(False, data), flow,
                                                caller_of(request.scope).owner)
 
         return streaming.answer(work(), request)
@@ -110,7 +110,7 @@ def add_build_routes(router: Router, node: Node) -> None:
     router.add(ROUTES["build_image"], build)
 
 
-async def _wish(frames: AsyncGenerator[tuple[Frame, bytes]]) -> BuildRequest:
+async def _spec(frames: AsyncGenerator[tuple[Frame, bytes]]) -> BuildRequest:
     kind, payload = await first_of(frames)
     if kind is not Frame.RESULT:
         raise InvalidConfig("the first frame has to tell what is to be built")

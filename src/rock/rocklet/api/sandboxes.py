@@ -21,7 +21,7 @@ from rock.rocklet.api.ended import PERHAPS, SandboxRouter, told_of_end, was_stop
 from rock.rocklet.commands import programs, terminal
 from rock.rocklet.commands.output import Streaming
 from rock.rocklet.durability import resume
-from rock.rocklet.durability.idempotency import Once, place_of
+from rock.rocklet.durability.idempotency import IdempotentCalls, place_of
 from rock.rocklet.node import Node
 from rock.rocklet.sandbox import Supervisor
 from rock.settings import RECONNECT_TIMEOUT
@@ -35,7 +35,7 @@ class Api:
     def __init__(self, node: Node, reconnect: float = RECONNECT_TIMEOUT) -> None:
         """reconnect: seconds for which a client may retry a request by its key."""
         self.node = node
-        self.once = Once(reconnect)
+        self.once = IdempotentCalls(reconnect)
 
     def router(self) -> Router:
         router = SandboxRouter("rocklet", self.node)
@@ -116,7 +116,7 @@ class Api:
             return await self._stream_run(sandbox, request, action)
 
         async def work() -> Answer:
-            with sandbox.active(), spanned("session", sandbox.id, sandbox.config):
+            with sandbox.active(), command_span("session", sandbox.id, sandbox.config):
                 return await resume.run(sandbox, action, place_of(request))
 
         return await self.once.do(request, work(), abandon=True)
@@ -129,7 +129,7 @@ class Api:
         async def work() -> Any:
             with (
                 sandbox.active(),
-                spanned("session", sandbox.id, sandbox.config),
+                command_span("session", sandbox.id, sandbox.config),
                 resume.streamed(sandbox, place),
             ):
                 return await session.run(action, streaming.put)
@@ -181,7 +181,7 @@ class Api:
             return await self._stream_execute(sandbox, request, command)
 
         async def work() -> Answer:
-            with sandbox.active(), spanned("program", sandbox.id, sandbox.config):
+            with sandbox.active(), command_span("program", sandbox.id, sandbox.config):
                 return await resume.execute(sandbox, command, place_of(request))
 
         return await self.once.do(request, work(), abandon=True)
@@ -197,7 +197,7 @@ class Api:
         async def work() -> Any:
             with (
                 sandbox.active(),
-                spanned("program", sandbox.id, sandbox.config),
+                command_span("program", sandbox.id, sandbox.config),
                 resume.streamed(sandbox, place),
             ):
                 return await execution.run()
@@ -209,7 +209,7 @@ class Api:
         command = await request.model(Command)
 
         async def work() -> Answer:
-            with sandbox.active(), spanned("background", sandbox.id, sandbox.config):
+            with sandbox.active(), command_span("background", sandbox.id, sandbox.config):
                 return await resume.start_process(sandbox, command, place_of(request))
 
         return await self.once.do(request, work())
@@ -307,8 +307,8 @@ class Api:
         return answer_model(await self.node.commits.commit(request.path["sandbox_id"], await request.model(NodeCommit)))
 
     async def node_image(self, request: Request) -> Answer:
-        wish = await request.model(WorkerImage)
-        return answer_model(await self.node.images.look(wish.image, wish.wait))
+        spec = await request.model(WorkerImage)
+        return answer_model(await self.node.images.look(spec.image, spec.wait))
 
     async def node_status(self, request: Request) -> Answer:
         return answer_model(await self.node.status())
@@ -336,7 +336,7 @@ _SERIES = {kind: SECONDS.of(kind) for kind in ("session", "program", "background
 _LONGEST = 256
 
 
-class spanned:
+class command_span:
     """Context of one command, or of the start of one in the background, for metrics and traces. What it starts finds
     the span in its environment."""
 

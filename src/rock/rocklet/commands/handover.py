@@ -25,7 +25,7 @@ _REPORTS = 1 << 20  # bytes of a command's reports that are kept for after a cra
 
 
 @dataclass(frozen=True)
-class Keep:
+class JournalEntry:
     """Where a command is written down for the rocklet after this one, and what it is known by."""
 
     journal: Journal
@@ -51,7 +51,7 @@ class Handover:
 
     # ---- while a command runs ----
 
-    def write_down(self, keep: Keep, run: Run, action: BashAction, held: bytes) -> None:
+    def write_down(self, keep: JournalEntry, run: Run, action: BashAction, held: bytes) -> None:
         """The intent, before the shell has a byte of it. held: what is to be shown ahead of its output."""
         if any(spool.full for spool in self._spools.values()):
             keep.journal.flush()  # it begins anew

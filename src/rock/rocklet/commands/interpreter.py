@@ -12,7 +12,7 @@ from rock.errors import NotFound, StorageFull
 from rock.http.event_loop import settled
 from rock.protocol.action import MAX_OUTPUT, BashAction, BashObservation, CreateBashSessionRequest
 from rock.rocklet.commands import shell_protocol
-from rock.rocklet.commands.handover import Handover, Keep
+from rock.rocklet.commands.handover import Handover, JournalEntry
 from rock.rocklet.commands.output import Capped
 from rock.rocklet.commands.shell_process import RESTART_GRACE, Run, Shell, ShellProcess, Sink
 from rock.runtime.base import CLOCK, ExitStatus, Files, Handle, Runtime
@@ -69,7 +69,7 @@ class Interpreter:
         if self._spec.pty is None:
             self.first = shell_protocol.begun(self._shell.dialect)
 
-    def take_up(self, keep: Keep, entry: Mapping[str, Any]) -> Run:
+    def take_up(self, keep: JournalEntry, entry: Mapping[str, Any]) -> Run:
         """Go on with a command of a former rocklet, with what it had written."""
         limit = int(entry["limit"])
         done: asyncio.Future[shell_protocol.Report | ExitStatus] = asyncio.get_running_loop().create_future()
@@ -155,7 +155,7 @@ class Interpreter:
 
     # ---- a command ----
 
-    def begin(self, action: BashAction, sink: Sink | None, keep: Keep | None) -> Run:
+    def begin(self, action: BashAction, sink: Sink | None, keep: JournalEntry | None) -> Run:
         """A command that is about to be given to the shell, after what was written since the last one."""
         held, dropped = self._idle_output.take()
         run = self._begin(action.max_output_bytes, sink, (held, dropped))
@@ -215,7 +215,7 @@ class Interpreter:
         script: bytes | None,
         timeout: float | None,
         restarted: bool = False,
-        keep: Keep | None = None,
+        keep: JournalEntry | None = None,
     ) -> BashObservation:
         """What came of a command. script: None for one that the shell has already."""
         timed_out = False

@@ -18,7 +18,7 @@ from rock.protocol.action import Command, CommandResponse, ProcessInfo
 from rock.protocol.routes import RESUMES
 from rock.rocklet.commands.output import Capped, Reader, as_text, write_all
 from rock.rocklet.commands.shell_process import Shell
-from rock.rocklet.durability.checksums import Marks, Slot, digest
+from rock.rocklet.durability.checksums import Checksums, Slot, digest
 from rock.rocklet.durability.spool import SpoolFile, told_missing
 from rock.runtime.base import ExitStatus, Handle, Process, Program, Runtime, Snapshots
 from rock.telemetry import tracing
@@ -31,7 +31,7 @@ LOG_CAP = 1 << 30  # bytes of a log on the server's disk; what comes after is co
 Sink = Callable[[bool, bytes], None]
 
 
-class LetGo(Unavailable):
+class Released(Unavailable):
     """The server stops; the program goes on, and its end is had by asking again with the key."""
 
     def __init__(self) -> None:
@@ -153,7 +153,7 @@ class Execution:
             async with asyncio.timeout(0):
                 return await self.process.wait()  # in the same moment: nobody would be told a second time
         except TimeoutError:
-            raise LetGo from None
+            raise Released from None
 
     async def end(self) -> None:
         """Kill it and all that it started."""
@@ -249,7 +249,7 @@ class Background:
         folder: Path,
         started_at: float | None = None,
         *,
-        marks: Marks,
+        marks: Checksums,
         found: Mapping[int, Slot] | None = None,
     ) -> None:
         """marks: where the sizes of its logs are kept. found: those that a former rocklet kept."""

@@ -14,7 +14,7 @@ from rock.protocol.sandbox import SandboxConfig
 from rock.rocklet.commands.session import DEFAULT, Session
 from rock.rocklet.commands.shell_process import KEY, Shell, find_shell
 from rock.rocklet.durability.journal import Journal
-from rock.rocklet.state import Shelf
+from rock.rocklet.state import StateDirectory
 from rock.runtime.base import Handle, Runtime
 
 
@@ -33,13 +33,13 @@ class Sessions:
         runtime: Runtime,
         handle: Handle,
         config: SandboxConfig,
-        shelf: Shelf,
+        state_dir: StateDirectory,
         saved: Callable[[], Awaitable[None]],
     ) -> None:
         self._runtime = runtime
         self._handle = handle
         self._config = config
-        self._shelf = shelf
+        self._state_dir = state_dir
         self._saved = saved
         self._sessions: dict[str, Session] = {}
         self._shells: dict[str | None, Shell] = {}
@@ -97,19 +97,19 @@ class Sessions:
     async def _open_shell(self, request: CreateBashSessionRequest) -> Session:
         """Where the last sandbox of this image had its shell, this one probably has it too; else it is looked for."""
         place = (self._handle.runtime, self._config.image, request.shell)
-        guess = self._shelf.shells.get(place)
+        guess = self._state_dir.shells.get(place)
         if guess is not None:
             session = Session(self._runtime, self._handle, request, guess)
             try:
                 await session.open()
             except NotFound:
-                del self._shelf.shells[place]
+                del self._state_dir.shells[place]
             else:
                 self._shells[request.shell] = guess
                 return session
         session = Session(self._runtime, self._handle, request, await self.find_shell(request.shell))
         await session.open()
-        self._shelf.shells[place] = session.shell
+        self._state_dir.shells[place] = session.shell
         return session
 
     async def get(self, name: str) -> Session:

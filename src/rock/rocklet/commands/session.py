@@ -18,7 +18,7 @@ from rock.protocol.action import BashAction, BashObservation, CreateBashSessionR
 from rock.protocol.routes import RESUMES
 from rock.rocklet.commands import interpreter as commandfile
 from rock.rocklet.commands import shell_protocol
-from rock.rocklet.commands.handover import Keep, ended_with_client, unseen
+from rock.rocklet.commands.handover import JournalEntry, ended_with_client, unseen
 from rock.rocklet.commands.interpreter import Interpreter
 from rock.rocklet.commands.output import write_all
 from rock.rocklet.commands.shell_process import Run, Shell, Sink
@@ -70,7 +70,7 @@ class Session:
         for place, entry in journal.begun.items() if journal is not None else ():
             if entry.get("kind") == "run" and entry.get("session") == self.spec.session:
                 assert journal is not None
-                keep = Keep(journal, place)
+                keep = JournalEntry(journal, place)
                 run = self._interpreter.take_up(keep, entry)
                 journal.resume(place, asyncio.create_task(self._bring_home(keep, entry, run), name="taken up"))
                 return
@@ -85,7 +85,7 @@ class Session:
         async with self._lock:
             await self._interpreter.settle_unknown()
 
-    async def _bring_home(self, keep: Keep, entry: Mapping[str, Any], run: Run) -> Answer | None:
+    async def _bring_home(self, keep: JournalEntry, entry: Mapping[str, Any], run: Run) -> Answer | None:
         """The end of a command of a former rocklet; None when its shell had not begun it."""
         async with self._lock:
             try:
@@ -182,7 +182,7 @@ class Session:
         """Run a command after those that came before it. Raises SessionClosed when the shell is gone."""
         return await self._run_now(action, sink, None)
 
-    async def run_kept(self, action: BashAction, keep: Keep) -> Answer:
+    async def run_kept(self, action: BashAction, keep: JournalEntry) -> Answer:
         """The same as an answer, which is kept; with what is needed to go on with the command after a crash."""
         try:
             observation = await self._run_now(action, None, keep)
@@ -199,7 +199,7 @@ class Session:
         keep.journal.finish(keep.place, reply, found=found)
         return reply
 
-    async def _run_now(self, action: BashAction, sink: Sink | None, keep: Keep | None) -> BashObservation:
+    async def _run_now(self, action: BashAction, sink: Sink | None, keep: JournalEntry | None) -> BashObservation:
         if self.spec.pty is not None and action.separate:
             raise InvalidConfig("a terminal has one stream: stdout and stderr cannot be kept apart on a pty")
         interpreter = self._interpreter

@@ -102,8 +102,8 @@ def exports(env: Mapping[str, str]) -> bytes:
 
 def trace(traceparent: str | None) -> bytes:
     """A line that sets TRACEPARENT for what comes next, or takes it away. One that is readonly stays as it is."""
-    wish = f"export TRACEPARENT={quote(traceparent)}" if traceparent else "unset TRACEPARENT"
-    return encode(f"{{ command {wish} || :; }} 2>/dev/null\n")  # the whole of it: `set -x` tells of it too
+    spec = f"export TRACEPARENT={quote(traceparent)}" if traceparent else "unset TRACEPARENT"
+    return encode(f"{{ command {spec} || :; }} 2>/dev/null\n")  # the whole of it: `set -x` tells of it too
 
 
 def _exit_hook(dialect: Dialect, pty: bool) -> str:

@@ -52,7 +52,7 @@ class Slot:
 
 
 @dataclass
-class Found:
+class StoredChecksums:
     """What a former rocklet wrote. journal: (size, checksum) that were reached; None when no append is known."""
 
     journal: tuple[int, int] | None = None
@@ -64,9 +64,9 @@ class Found:
     damaged: int = 0  # entries and slots whose own checksum is wrong
 
 
-def read(path: Path) -> Found:
+def read(path: Path) -> StoredChecksums:
     """OSError, but for a file that does not exist."""
-    found = Found()
+    found = StoredChecksums()
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -109,7 +109,7 @@ def _missing(numbers: list[int]) -> int:
     return min(numbers[-1], ENTRIES) - len(numbers)
 
 
-class Marks:
+class Checksums:
     """The file of marks of one spool folder, while it is written. What cannot be written is told once."""
 
     def __init__(self, path: Path) -> None:
@@ -119,7 +119,7 @@ class Marks:
         self._places: dict[int, int] = {}
         self._told = False
 
-    def go_on(self, found: Found) -> None:
+    def go_on(self, found: StoredChecksums) -> None:
         """Write after what a former rocklet wrote."""
         self._number, self._places = found.number, dict(found.places)
 

@@ -56,7 +56,7 @@ def place_of(request: Request) -> str | None:
     return None if place is None else "\n".join(place)
 
 
-class Once:
+class IdempotentCalls:
     """Answers by idempotency key: a request that was sent again gets the first one's answer and does nothing."""
 
     def __init__(self, reconnect: float = RECONNECT_TIMEOUT) -> None:

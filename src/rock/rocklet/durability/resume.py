@@ -19,7 +19,7 @@ from rock.errors import Conflict, NotFound, RockError, Unavailable
 from rock.http.asgi import Answer, answer, failure
 from rock.protocol.action import BashAction, Command, CommandResponse, CreateBashSessionRequest
 from rock.rocklet.commands import programs
-from rock.rocklet.commands.handover import Keep, ended_with_client
+from rock.rocklet.commands.handover import JournalEntry, ended_with_client
 from rock.rocklet.commands.shell_process import KEY
 from rock.rocklet.durability.spool import SpoolFile
 from rock.runtime.base import CLOCK
@@ -38,17 +38,17 @@ async def run(sandbox: Supervisor, action: BashAction, place: str | None) -> Ans
     session = await sandbox.sessions.get(action.session)
     if place is None:
         return answer(await session.run(action))
-    return await session.run_kept(action, Keep(sandbox.journal, place))
+    return await session.run_kept(action, JournalEntry(sandbox.journal, place))
 
 
-async def create_session(sandbox: Supervisor, wish: CreateBashSessionRequest, place: str | None) -> Answer:
+async def create_session(sandbox: Supervisor, spec: CreateBashSessionRequest, place: str | None) -> Answer:
     """A session."""
     journal = sandbox.journal
     known = await journal.known(place)
     if known is not None:
         return known
-    with _written_down(sandbox, place, kind="session", session=wish.session):
-        reply = answer({"output": await sandbox.sessions.create(wish), "session_type": "bash"}, 201)
+    with _written_down(sandbox, place, kind="session", session=spec.session):
+        reply = answer({"output": await sandbox.sessions.create(spec), "session_type": "bash"}, 201)
     journal.finish(place, reply)
     return reply
 
@@ -85,7 +85,7 @@ async def execute(sandbox: Supervisor, command: Command, place: str | None) -> A
         return known
     sh = await sandbox.shell_for(command)
     if place is not None and sandbox.leaving:
-        raise programs.LetGo
+        raise programs.Released
     if place is None:
         process = await programs.start(sandbox.runtime, sandbox.handle, command, sh)
         return answer(await programs.Execution(process, command).run())
@@ -107,7 +107,7 @@ async def execute(sandbox: Supervisor, command: Command, place: str | None) -> A
             execution = programs.Execution(process, command, None, spools if len(spools) == 2 else ())
             execution.on_fed = lambda: journal.written(place)
             reply = answer(await _run(sandbox, execution))
-        except programs.LetGo:
+        except programs.Released:
             for spool in spools:
                 spool.close()  # they are the next rocklet's
             spools.clear()
@@ -156,7 +156,7 @@ def _written_down(sandbox: Supervisor, place: str | None, **entry: Any) -> Any:
     journal.begin(place, **entry)
     try:
         yield
-    except programs.LetGo:
+    except programs.Released:
         raise
     except RockError as error:
         if place is not None and not error.retryable:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from rock.rocklet.commands.output import Capped
 from rock.rocklet.durability import checksums
-from rock.rocklet.durability.checksums import Marks, Slot
+from rock.rocklet.durability.checksums import Checksums, Slot
 
 log = logging.getLogger("rock.node")
 
@@ -42,7 +42,7 @@ class SpoolFile:
     what the running command gave is among the marks of the folder.
     """
 
-    def __init__(self, path: Path, marks_: Marks, found: Slot | None = None, aside: Path | None = None) -> None:
+    def __init__(self, path: Path, marks_: Checksums, found: Slot | None = None, aside: Path | None = None) -> None:
         """found: the mark of a former rocklet. aside: the folder that damaged files are moved to."""
         self.path = path
         self._marks = marks_
@@ -271,7 +271,7 @@ class SpoolFolder:
         """aside: the folder that damaged files are copied to."""
         self.path = path
         self.aside = aside
-        self.marks = Marks(path / _MARKS)
+        self.marks = Checksums(path / _MARKS)
         self.found: dict[int, Slot] = {}  # what a former rocklet marked
         self._free: dict[str, SpoolFile] = {}
         self._journal = -1
@@ -309,7 +309,7 @@ class SpoolFolder:
         self._make()
         self.marks.begin()
 
-    def read_marks(self) -> checksums.Found:
+    def read_marks(self) -> checksums.StoredChecksums:
         """What a former rocklet marked; what comes is marked after that. OSError."""
         found = checksums.read(self.path / _MARKS)
         self.marks.go_on(found)

@@ -27,8 +27,8 @@ from rock.errors import (
 from rock.guest.environments import frames, host
 from rock.guest.environments.frames import ENDED, ERROR, HEAD, HELLO, KILL, MAKE, NO_INDEX, PLAIN
 from rock.protocol.env import error_of
-from rock.rocklet.environments.pipes import Link
-from rock.rocklet.environments.registry import Answered, Batch, Call, Hosted, Lent, Names, Owners
+from rock.rocklet.environments.pipes import HostPipes
+from rock.rocklet.environments.registry import Answered, Batch, Call, Hosted, LentPipes, Names, Owners
 from rock.runtime.base import ExitStatus, Process
 
 
@@ -45,7 +45,7 @@ class Exchange:
         self.envs: dict[int, Hosted] = {}
         self.owners = Owners(self.envs, lease, self.forget)
         self.free: list[int] = []
-        self.link: Link | None = None
+        self.link: HostPipes | None = None
         self.failed: RockError | None = None
         self._timeout = timeout
         self._calls: dict[int, Call] = {}
@@ -54,9 +54,9 @@ class Exchange:
 
     # ---- life
 
-    def connect(self, process: Process) -> Link:
+    def connect(self, process: Process) -> HostPipes:
         """Speak to this host from now on."""
-        self.link = Link(process, self._answer, self._end, self.nonsense)
+        self.link = HostPipes(process, self._answer, self._end, self.nonsense)
         return self.link
 
     def let_go(self, why: RockError) -> None:
@@ -74,7 +74,7 @@ class Exchange:
         assert self.link is not None
         token = secrets.token_bytes(16)
         self.link.own[pipe + host.OWN].seek(token)
-        self.link.outlets[pipe].send(number, framed(HELLO, number, 0, NO_INDEX, token))
+        self.link.egress[pipe].send(number, framed(HELLO, number, 0, NO_INDEX, token))
 
     async def zygote(self, op: int, payload: bytes) -> Any:
         """What the host itself answers."""
@@ -135,7 +135,7 @@ class Exchange:
                 hosted.timer = loop.call_at(hosted.since + self.limit(hosted), self._overdue, number)
         stream = 0 if op == MAKE else number
         message = HEAD.pack(len(payload), op, flags, number, id, index) + payload
-        self.link.outlets[pipe or host.REQUESTS].send(stream, message)
+        self.link.egress[pipe or host.REQUESTS].send(stream, message)
 
     def limit(self, hosted: Hosted) -> float:
         """Seconds for one thing that it is asked."""
@@ -179,7 +179,7 @@ class Exchange:
 
     def _kill(self, number: int) -> None:
         if self.link is not None and self.failed is None:
-            self.link.outlets[host.REQUESTS].send(0, framed(KILL, number, 0, NO_INDEX, b""))
+            self.link.egress[host.REQUESTS].send(0, framed(KILL, number, 0, NO_INDEX, b""))
 
     # ---- answers
 
@@ -266,7 +266,7 @@ class Exchange:
         elif self._ending is None and self.link is not None:
             self._ending = asyncio.ensure_future(self._ended(self.link))
 
-    async def _ended(self, link: Link) -> None:
+    async def _ended(self, link: HostPipes) -> None:
         try:
             status = await link.process.wait()
         except RockError as error:
@@ -329,7 +329,7 @@ def _described(status: ExitStatus) -> str:
 _RETURN_TIMEOUT = 2.0
 
 
-class Lending:
+class PipeLending:
     """Who has the pipes of which environment of one host."""
 
     def __init__(self, exchange: Exchange) -> None:
@@ -349,7 +349,7 @@ class Lending:
             return False
         return secrets.compare_digest(hosted.token.encode(), token.encode(errors="replace"))
 
-    def lend(self, number: int, lost: Callable[[RockError], None]) -> Lent:
+    def lend(self, number: int, lost: Callable[[RockError], None]) -> LentPipes:
         """The pipes of an environment that is nobody's; `lost` is called when it ends or is taken back. Raises its end,
         Conflict."""
         hosted = self._exchange.envs[number]
@@ -366,7 +366,7 @@ class Lending:
         channels = self._exchange.link.process.channels
         memory = self._exchange.link.memory
         part = None if memory is None else (memory, (hosted.pipe - host.PIPES.start) * frames.PART)
-        return Lent(channels[hosted.pipe], channels[own], part, self._exchange.limit(hosted))
+        return LentPipes(channels[hosted.pipe], channels[own], part, self._exchange.limit(hosted))
 
     def _unknown(self, number: int) -> NotFound:
         return NotFound(f"there is no environment {number}", sandbox_id=self._exchange.sandbox_id)

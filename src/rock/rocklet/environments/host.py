@@ -15,7 +15,7 @@ from rock.errors import ImageError, InvalidConfig, Lost, NotFound, RockError, Sa
 from rock.guest.environments import host as envhost
 from rock.guest.environments.frames import CALL, CLOSE, HELLO, MAKE, NO_INDEX, PLAIN, RESET, STEP, Frame
 from rock.images.packages import CURRENT
-from rock.rocklet.environments.exchange import Exchange, Lending, json_of, plain_of
+from rock.rocklet.environments.exchange import Exchange, PipeLending, json_of, plain_of
 from rock.rocklet.environments.pipes import program
 from rock.rocklet.environments.registry import Answered, Batch, Hosted
 from rock.runtime.base import Handle, Process, Runtime
@@ -55,7 +55,7 @@ class EnvHost:
         self.lease = lease
         self._exchange = Exchange(handle.id, timeout, lease)
         self._next_env = 1
-        self.lending = Lending(self._exchange)
+        self.pipe_lending = PipeLending(self._exchange)
 
     # ---- life
 
@@ -145,10 +145,10 @@ class EnvHost:
         self._exchange.names.add(number, more.get("name"))
         free = self._exchange.free
         hosted = self._exchange.envs[number] = Hosted(env_id, free.pop() if free else None)
-        wish = {"env_id": env_id, "kwargs": dict(kwargs or {}), "pipe": hosted.pipe, **more}
+        spec = {"env_id": env_id, "kwargs": dict(kwargs or {}), "pipe": hosted.pipe, **more}
         batch = Batch(1)
         try:
-            self._exchange.send(batch, 0, MAKE, PLAIN, number, 0, NO_INDEX, json_of(wish))
+            self._exchange.send(batch, 0, MAKE, PLAIN, number, 0, NO_INDEX, json_of(spec))
             plain_of((await batch.future)[0])
         except BaseException:
             self._exchange.forget(number)
@@ -165,8 +165,8 @@ class EnvHost:
         self, number: int, seed: Any = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
         """Begin an episode: (observation, info), as JSON has them."""
-        wish = {"seed": seed} if options is None else {"seed": seed, "options": options}
-        observation, info = await self._plain(RESET, number, wish)
+        spec = {"seed": seed} if options is None else {"seed": seed, "options": options}
+        observation, info = await self._plain(RESET, number, spec)
         return observation, info
 
     async def step(
@@ -199,7 +199,7 @@ class EnvHost:
         try:
             if hosted.lent is not None:
                 hosted.lent(NotFound(f"environment {number} was closed", sandbox_id=self._handle.id))
-                self.lending.take_back(number)
+                self.pipe_lending.take_back(number)
             if hosted.ended is None and self._exchange.failed is None:
                 async with asyncio.timeout(_CLOSE_TIMEOUT):
                     await self._plain(CLOSE, number, None)
@@ -229,7 +229,7 @@ class EnvHost:
         with the id of what was asked.
         """
         for _, _, number, *_ in asked:
-            await self.lending.at_home(number)
+            await self.pipe_lending.at_home(number)
         batch = Batch(len(asked))
         for place, (op, flags, number, id, index, payload) in enumerate(asked):
             try:
@@ -245,7 +245,7 @@ class EnvHost:
         return {number: h.env_id for number, h in self._exchange.envs.items() if h.ended is None and not h.closed}
 
     async def _plain(self, op: int, number: int, value: Any, index: int = NO_INDEX) -> Any:
-        await self.lending.at_home(number)
+        await self.pipe_lending.at_home(number)
         return await self._exchange.plain(op, number, value, index)
 
     @property

@@ -42,7 +42,7 @@ _GREETING_TIMEOUT = 10.0
 _CONNECTIONS = 1024
 
 
-class Door:
+class LocalSocket:
     """Listens in `folder`. find: the sandbox of an id; it raises what is wrong with it."""
 
     def __init__(self, folder: Path, find: Callable[[str], Supervisor]) -> None:
@@ -86,7 +86,7 @@ class Door:
 
     def way(self, host: EnvHost, number: int) -> Way | None:
         """How a client finds the door of an environment; None when it has no pipes to give."""
-        token = host.lending.token_of(number)
+        token = host.pipe_lending.token_of(number)
         return None if self._socket is None or token is None else Way(path=str(self.path), token=token)
 
     def _start(self, work: Any) -> None:
@@ -127,20 +127,20 @@ class Door:
             client.close()
 
     async def _greeted(self, client: socket.socket) -> tuple[Supervisor, EnvHost, int, bool]:
-        wish = await _packet(client)
-        sandbox_id, number, token = wish.get("sandbox"), wish.get("env"), wish.get("token")
+        spec = await _packet(client)
+        sandbox_id, number, token = spec.get("sandbox"), spec.get("env"), spec.get("token")
         if not isinstance(sandbox_id, str) or type(number) is not int or not isinstance(token, str):
             raise InvalidConfig("a greeting has sandbox, env and token")
         supervisor = self._find(sandbox_id)
         host = supervisor.env_host
-        if host is None or not host.lending.is_token(number, token):
+        if host is None or not host.pipe_lending.is_token(number, token):
             raise NotFound(f"there is no environment {number} with that token", sandbox_id=sandbox_id)
-        return supervisor, host, number, wish.get("memory") is not False
+        return supervisor, host, number, spec.get("memory") is not False
 
     async def _lend(
         self, client: socket.socket, supervisor: Supervisor, host: EnvHost, number: int, shared: bool
     ) -> None:
-        lent = host.lending.lend(number, lambda error: _tell(client, error))
+        lent = host.pipe_lending.lend(number, lambda error: _tell(client, error))
         try:
             told: dict[str, Any] = {"timeout": lent.timeout}
             fds = [lent.requests, lent.answers]
@@ -152,11 +152,11 @@ class Door:
             while said := await _packet(client):
                 supervisor.touch()
                 if "overdue" in said:
-                    host.lending.overdue(number, str(said["overdue"])[:100])
+                    host.pipe_lending.overdue(number, str(said["overdue"])[:100])
                 elif "nonsense" in said:
-                    host.lending.nonsense(number, str(said["nonsense"])[:1000])
+                    host.pipe_lending.nonsense(number, str(said["nonsense"])[:1000])
         finally:
-            host.lending.take_back(number)
+            host.pipe_lending.take_back(number)
 
 
 async def _packet(client: socket.socket) -> dict[str, Any]:

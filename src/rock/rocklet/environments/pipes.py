@@ -27,7 +27,7 @@ _LARGE = 32 << 10  # a frame for which the pipe is made larger
 _PIPE = 1 << 20
 _STDERR_KEPT = 8192
 
-class Outlet:
+class PipeWriter:
     """Writes messages to a pipe, and keeps what does not fit until it does."""
 
     def __init__(self, fd: int) -> None:
@@ -79,7 +79,7 @@ class Outlet:
         self._unwatch()
 
 
-class Inlet:
+class SharedPipeReader:
     """Reads messages from the pipe that all share, from the answer to our greeting on: a former rocklet may have read
     half of one.
 
@@ -137,7 +137,7 @@ class Inlet:
         return found
 
 
-class OwnInlet:
+class FrameReader:
     """Reads whole frames from the pipe that one environment has for its answers.
 
     answered: called with each frame, which is the caller's. nonsense: called with what was wrong with what came;
@@ -258,7 +258,7 @@ class OwnInlet:
         self._nonsense(why)
 
 
-class Tail:
+class OutputTail:
     """The last that a program printed."""
 
     def __init__(self, fd: int | None) -> None:
@@ -337,7 +337,7 @@ def source() -> str:
     return _LOADER.format(packed=packed)
 
 
-class Link:
+class HostPipes:
     """The pipes to the host."""
 
     def __init__(
@@ -348,18 +348,18 @@ class Link:
         nonsense: Callable[[int, str], None],
     ) -> None:
         self.process = process
-        self.inlet = Inlet(process.channels[host.ANSWERS], lambda frame: answered(frame, None), ended)
-        self.tail = Tail(process.stderr)
-        self.own: dict[int, OwnInlet] = {}
+        self.inlet = SharedPipeReader(process.channels[host.ANSWERS], lambda frame: answered(frame, None), ended)
+        self.tail = OutputTail(process.stderr)
+        self.own: dict[int, FrameReader] = {}
         for pipe in host.PIPES:
             self._add(pipe, answered, nonsense)
         self.memory = _sealed(process.channels.get(host.MEMORY))
-        self.outlets = {pipe: Outlet(process.channels[pipe]) for pipe in (host.REQUESTS, *host.PIPES)}
+        self.egress = {pipe: PipeWriter(process.channels[pipe]) for pipe in (host.REQUESTS, *host.PIPES)}
 
     def _add(
         self, pipe: int, answered: Callable[[bytearray, int | None], None], nonsense: Callable[[int, str], None]
     ) -> None:
-        self.own[pipe + host.OWN] = OwnInlet(
+        self.own[pipe + host.OWN] = FrameReader(
             self.process.channels[pipe + host.OWN],
             lambda frame: answered(frame, pipe),
             lambda why: nonsense(pipe, why),
@@ -370,7 +370,7 @@ class Link:
         self.tail.stop()
         for own in self.own.values():
             own.stop()
-        for outlet in self.outlets.values():
+        for outlet in self.egress.values():
             outlet.drop()
 
 

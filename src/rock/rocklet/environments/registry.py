@@ -62,7 +62,7 @@ class Hosted:
 
 
 @dataclass(frozen=True)
-class Lent:
+class LentPipes:
     """An environment's pipes, which a client plays it by. `memory`: for large answers, and where its part begins, when
     there is such memory. `timeout`: seconds for each thing that it is asked."""
 

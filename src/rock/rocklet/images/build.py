@@ -27,7 +27,7 @@ from rock.images.store import PATH, ImageStore
 from rock.protocol.images import BuildRequest, BuiltImage
 from rock.protocol.sandbox import SandboxConfig
 from rock.rocklet.commands.output import Capped, Reader
-from rock.rocklet.images.build_plan import Place, Plan, Settings, apply
+from rock.rocklet.images.build_plan import BuildScope, Plan, Settings, apply
 from rock.rocklet.images.commits import written
 from rock.runtime.base import Files, Handle, Program, Runtime, Snapshots
 
@@ -60,12 +60,12 @@ class Build:
     """One build."""
 
     def __init__(
-        self, node: Node, wish: BuildRequest, plan: Plan, context: Merged, folder: Path, tell: Tell, flow: Flow,
+        self, node: Node, spec: BuildRequest, plan: Plan, context: Merged, folder: Path, tell: Tell, flow: BuildOutput,
         tenant: str = "",
     ) -> None:  # fmt: skip
         self._node = node
         self._store: ImageStore = node.images.store
-        self._wish = wish
+        self._spec = spec
         self._plan = plan
         self._context = context
         self._folder = folder
@@ -83,15 +83,15 @@ class Build:
 
     async def run(self) -> BuiltImage:
         """Build the wanted stage and those that it needs."""
-        wanted = self._plan.wanted(self._wish.target)
+        wanted = self._plan.wanted(self._spec.target)
         for number in self._plan.needed(wanted):
             await self._stage(number)
-        for name in sorted(set(self._wish.build_args) - self._plan.args_used - PREDEFINED):
+        for name in sorted(set(self._spec.build_args) - self._plan.args_used - PREDEFINED):
             self._line(f"warning: no ARG {name} takes the build argument of that name")
         state = self._done[wanted]
-        settings = replace(state.settings, labels={**state.settings.labels, **self._wish.labels})
+        settings = replace(state.settings, labels={**state.settings.labels, **self._spec.labels})
         record = await asyncio.to_thread(
-            self._store.extend, self._wish.image_tag, settings.over(state.rootfs), owner=self._tenant)
+            self._store.extend, self._spec.image_tag, settings.over(state.rootfs), owner=self._tenant)
         await asyncio.to_thread(self._store.came, record.name)
         return BuiltImage(name=record.name, digest=record.digest, size=record.size, layers=len(record.layers),
                           steps=self._steps, cached=self._cached, ran=self._ran)  # fmt: skip
@@ -131,10 +131,10 @@ class Build:
 
     async def _image(self, name: str) -> RootFS:
         """An image of the store, or of its registry, which stays until the build is over."""
-        wish = self._wish
-        config = SandboxConfig(image=name, pull=wish.pull, registry_username=wish.registry_username,
-                               registry_password=wish.registry_password,
-                               public_registries=wish.public_registries)  # fmt: skip
+        spec = self._spec
+        config = SandboxConfig(image=name, pull=spec.pull, registry_username=spec.registry_username,
+                               registry_password=spec.registry_password,
+                               public_registries=spec.public_registries)  # fmt: skip
         await self._node.images.prepare(config, lambda text: self._tell_soon(f"  {text}\n"))
         rootfs = await asyncio.to_thread(self._store.resolve, name)
         await self._hold(rootfs)
@@ -146,7 +146,7 @@ class Build:
 
     async def _step(self, state: _State, instruction: Instruction) -> None:
         self._line(f"{instruction.keyword} {instruction.text}")
-        place = Place(state.args, state.settings.env, self._plan.escape)
+        place = BuildScope(state.args, state.settings.env, self._plan.escape)
         if instruction.keyword == "ARG":
             state.args = self._plan.arguments(instruction, place)
         elif instruction.keyword == "RUN":
@@ -168,7 +168,7 @@ class Build:
     async def _taken_over(self, state: _State, key: str) -> bool:
         """Whether the layer of `key` is there from a former build; then it is the stage's."""
         name = BUILD_STEPS + key
-        if not self._wish.use_cache or not await asyncio.to_thread(self._store.has, name):
+        if not self._spec.use_cache or not await asyncio.to_thread(self._store.has, name):
             return False
         try:
             rootfs = await asyncio.to_thread(self._store.resolve, name)
@@ -270,12 +270,12 @@ class Build:
 
     async def _run(self, state: _State, instruction: Instruction) -> None:
         network = instruction.flags.get("network", "default")
-        if network not in ("default", "none") and network != self._wish.network:
-            raise unsupported(instruction.line, f"RUN --network={network}: this build has network {self._wish.network}",
+        if network not in ("default", "none") and network != self._spec.network:
+            raise unsupported(instruction.line, f"RUN --network={network}: this build has network {self._spec.network}",
                               f"build with --network {network}")  # fmt: skip
-        network = self._wish.network if network == "default" else network
+        network = self._spec.network if network == "default" else network
         argv, script = program(instruction, state.settings.shell)
-        args = {name: value for name, value in self._wish.build_args.items() if name in PREDEFINED} | state.args
+        args = {name: value for name, value in self._spec.build_args.items() if name in PREDEFINED} | state.args
         told = {name: value for name, value in args.items() if name not in PREDEFINED}
         key = _key(state.key, "RUN", repr((argv, script, sorted(told.items()), network)))
         if await self._taken_over(state, key):
@@ -283,14 +283,14 @@ class Build:
         if not state.named:
             state.named = BUILD_STEPS + _key(state.key, "before", repr(state.settings))
             await asyncio.to_thread(self._store.extend, state.named, state.below)
-        config = self._wish.limits(state.named).model_copy(update={"network": network})
+        config = self._spec.limits(state.named).model_copy(update={"network": network})
         runtime = self._node.runtimes.of(config)
         if not isinstance(runtime, Snapshots) or not isinstance(runtime, Files):
             raise Unsupported(f"no image can be built with runtime {self._node.runtimes.default!r}")
         handle = await runtime.create(f"build-{uuid.uuid4().hex[:12]}", config)
         try:
             self._ran += 1
-            run = Run(runtime, handle, self._wish.timeout, self._tell, self._flow)
+            run = Run(runtime, handle, self._spec.timeout, self._tell, self._flow)
             await run.execute(argv, script, args, network)
             tar = self._folder / "written.tar"
             with contextlib.suppress(FileNotFoundError):
@@ -378,7 +378,7 @@ class Builds:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def build(
-        self, wish: BuildRequest, tar: Path, folder: Path, tell: Tell, flow: Flow, tenant: str = ""
+        self, spec: BuildRequest, tar: Path, folder: Path, tell: Tell, flow: BuildOutput, tenant: str = ""
     ) -> BuiltImage:
         """Build from the context in `tar`, in `folder`, which is the caller's to remove. A cancelled caller ends it.
         tenant: who asks; "" is the server's owner.
@@ -386,7 +386,7 @@ class Builds:
         InvalidConfig and Unsupported for the Dockerfile, CommandFailed and CommandTimeout for a RUN, ImageError for
         images; each names its line.
         """
-        task = asyncio.create_task(self._build(wish, tar, folder, tell, flow, tenant), name=f"build-{wish.image_tag}")
+        task = asyncio.create_task(self._build(spec, tar, folder, tell, flow, tenant), name=f"build-{spec.image_tag}")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         try:
@@ -397,16 +397,16 @@ class Builds:
             raise
 
     async def _build(
-        self, wish: BuildRequest, tar: Path, folder: Path, tell: Tell, flow: Flow, tenant: str
+        self, spec: BuildRequest, tar: Path, folder: Path, tell: Tell, flow: BuildOutput, tenant: str
     ) -> BuiltImage:
-        new_name(wish.image_tag)
-        plan = Plan(dockerfile.parse(wish.dockerfile), wish.build_args)
+        new_name(spec.image_tag)
+        plan = Plan(dockerfile.parse(spec.dockerfile), spec.build_args)
         if self._gate.locked():
             tell(b"waiting for another build to end\n")
         async with self._gate:
             context = folder / "context"
             await asyncio.to_thread(unpack_context, tar, context)
-            build = Build(self._node, wish, plan, Merged([str(context)]), folder, tell, flow, tenant)
+            build = Build(self._node, spec, plan, Merged([str(context)]), folder, tell, flow, tenant)
             try:
                 return await build.run()
             finally:
@@ -426,7 +426,7 @@ PREDEFINED = frozenset(
 )  # fmt: skip
 
 
-class Flow:
+class BuildOutput:
     """Whether the output of what runs is taken now: the client may be slow."""
 
     def __init__(self) -> None:
@@ -453,7 +453,7 @@ class Run:
     """A RUN in a sandbox that is there for it alone. timeout: seconds."""
 
     def __init__(
-        self, runtime: Runtime, handle: Handle, timeout: float, tell: Callable[[bytes], None], flow: Flow
+        self, runtime: Runtime, handle: Handle, timeout: float, tell: Callable[[bytes], None], flow: BuildOutput
     ) -> None:
         self._runtime = runtime
         self._handle = handle

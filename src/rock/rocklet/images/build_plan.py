@@ -39,10 +39,10 @@ class Plan:
         }  # fmt: skip
         outside = self._outside
         for instruction in read.args:
-            outside = self.arguments(instruction, Place(outside, {}, self.escape))
+            outside = self.arguments(instruction, BuildScope(outside, {}, self.escape))
         self._outside = outside
 
-    def arguments(self, instruction: Instruction, place: Place) -> dict[str, str]:
+    def arguments(self, instruction: Instruction, place: BuildScope) -> dict[str, str]:
         """The arguments after an ARG: what was given, else its default, else that of before the first FROM."""
         args = dict(place.args)
         words = place.words(instruction.line)
@@ -147,7 +147,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Place:
+class BuildScope:
     """Where an instruction stands: the arguments and the environment there."""
 
     args: Mapping[str, str]
@@ -159,7 +159,7 @@ class Place:
         return Words({**self.args, **self.env}, self.escape, line)
 
 
-def apply(instruction: Instruction, settings: Settings, place: Place) -> tuple[Settings, str]:
+def apply(instruction: Instruction, settings: Settings, place: BuildScope) -> tuple[Settings, str]:
     """(the settings after an instruction, a warning or ""). InvalidConfig and Unsupported, with the line."""
     words = place.words(instruction.line)
     keyword = instruction.keyword

@@ -22,7 +22,7 @@ from rock.images.registry.reference import new_name
 from rock.images.store import ImageStore
 from rock.protocol.node import NodeCommit, NodeImage
 from rock.protocol.sandbox import ArchivedFiles
-from rock.rocklet.images.store import in_own_thread
+from rock.rocklet.images.store import in_dedicated_thread
 from rock.runtime.base import Handle, Runtime, Snapshots
 
 if TYPE_CHECKING:
@@ -45,11 +45,11 @@ class Commits:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def commit(self, sandbox_id: str, wish: NodeCommit) -> NodeImage:
+    async def commit(self, sandbox_id: str, spec: NodeCommit) -> NodeImage:
         """Make it. Whatever is raised has the stage in its details; Conflict when another one is under way."""
         if sandbox_id in self._under_way:
             raise Conflict(f"sandbox {sandbox_id} is being committed already", sandbox_id=sandbox_id)
-        task = asyncio.create_task(self._commit(sandbox_id, wish), name=f"commit-{sandbox_id}")
+        task = asyncio.create_task(self._commit(sandbox_id, spec), name=f"commit-{sandbox_id}")
         self._under_way[sandbox_id] = task
         task.add_done_callback(lambda _: self._under_way.pop(sandbox_id, None))
         try:
@@ -59,21 +59,21 @@ class Commits:
             await asyncio.wait({task})
             raise
 
-    async def _commit(self, sandbox_id: str, wish: NodeCommit) -> NodeImage:
+    async def _commit(self, sandbox_id: str, spec: NodeCommit) -> NodeImage:
         try:
-            resting = sandbox_id in self._node.kept
-            with self._read(sandbox_id, resting) as (runtime, handle):
+            stopped = sandbox_id in self._node.kept
+            with self._read(sandbox_id, stopped) as (runtime, handle):
                 if not isinstance(runtime, Snapshots):
                     raise Unsupported(f"no image can be made of a sandbox of runtime {handle.runtime!r}")
                 base = runtime.image(handle)
-                login = await self._logged_in(wish, base)
+                login = await self._logged_in(spec, base)
                 async with scratch_of(self._store) as folder:
                     tar = folder / "written.tar"
-                    files = await written(runtime, handle, wish.limit, tar)
-                    if not resting:
+                    files = await written(runtime, handle, spec.limit, tar)
+                    if not stopped:
                         self._refuse_stopped(sandbox_id, handle)
-                    return await in_own_thread(
-                        lambda gone: self._make(wish, base, tar, files, login, gone), "rock-commit")
+                    return await in_dedicated_thread(
+                        lambda gone: self._make(spec, base, tar, files, login, gone), "rock-commit")
         except RockError as error:
             error.sandbox_id = sandbox_id
             error.details.setdefault(_STAGE, "commit")
@@ -82,9 +82,9 @@ class Commits:
     # ---- before ----
 
     @contextlib.contextmanager
-    def _read(self, sandbox_id: str, resting: bool) -> Iterator[tuple[Runtime, Handle]]:
+    def _read(self, sandbox_id: str, stopped: bool) -> Iterator[tuple[Runtime, Handle]]:
         """The sandbox, which is not idle meanwhile, or at rest is not touched."""
-        if resting:
+        if stopped:
             with self._node.kept.reading(sandbox_id) as found:
                 yield found.runtime, found.handle
             return
@@ -92,21 +92,21 @@ class Commits:
         with supervisor.active():
             yield supervisor.runtime, supervisor.handle
 
-    async def _logged_in(self, wish: NodeCommit, base: RootFS) -> Login | None:
+    async def _logged_in(self, spec: NodeCommit, base: RootFS) -> Login | None:
         """Refuse what the push would have to refuse."""
-        reference = replace(new_name(wish.image_tag), public_only=wish.public_registries)
-        if not wish.push:
+        reference = replace(new_name(spec.image_tag), public_only=spec.public_registries)
+        if not spec.push:
             return None
         if base.binds:
             raise _at("push", Unsupported(
                 f"an image made of {base.name} shows this machine's own system, which no registry can hold",
                 hint="commit without a push, or use sandboxes of an image that was imported or pulled"))  # fmt: skip
-        if wish.registry_username is None:
+        if spec.registry_username is None:
             login = self._store.logins.of(reference.domain)
             if login is None:
                 return None
         else:
-            login = Login(wish.registry_username, wish.registry_password or "")
+            login = Login(spec.registry_username, spec.registry_password or "")
         from rock.images.registry.client import Registry  # urllib3
 
         registry = Registry(reference, login)
@@ -128,11 +128,11 @@ class Commits:
 
     # ---- the image; in a thread ----
 
-    def _make(self, wish: NodeCommit, base: RootFS, tar: Path, files: ArchivedFiles, login: Login | None,
+    def _make(self, spec: NodeCommit, base: RootFS, tar: Path, files: ArchivedFiles, login: Login | None,
               gone: threading.Event) -> NodeImage:
-        record = self._store.commit(wish.image_tag, base, tar, files.digest, wish.tenant)
+        record = self._store.commit(spec.image_tag, base, tar, files.digest, spec.tenant)
         made = NodeImage(name=record.name, digest=record.digest, size=record.size)
-        if not wish.push:
+        if not spec.push:
             return made
 
         def tell(_: str) -> None:
@@ -141,7 +141,7 @@ class Commits:
 
         try:
             digest = self._store.push(record.name, login, tell, {files.digest: tar},
-                                      public_only=wish.public_registries)  # fmt: skip
+                                      public_only=spec.public_registries)  # fmt: skip
         except RockError as error:
             raise _at("push", error) from None
         return made.model_copy(update={"pushed": digest})

@@ -80,7 +80,7 @@ class Images:
         packages = _packages(config.image)
         if packages is not None:
             async with self._gate:  # takes minutes: not in a thread that heartbeats and ends wait for
-                await in_own_thread(lambda gone: ensure(self.store, packages), "rock-packages")
+                await in_dedicated_thread(lambda gone: ensure(self.store, packages), "rock-packages")
             return
         await asyncio.to_thread(self._refuse_replacing, config.image)
         login = None
@@ -96,7 +96,7 @@ class Images:
             self.store.pull(config.image, login, told, public_only=config.public_registries)
 
         async with self._gate:
-            await in_own_thread(pull, "rock-pull")
+            await in_dedicated_thread(pull, "rock-pull")
 
 
     def _refuse_replacing(self, image: str) -> None:
@@ -182,7 +182,7 @@ T = TypeVar("T")
 _LET_GO = 2.0  # seconds
 
 
-async def in_own_thread(work: Callable[[threading.Event], T], name: str) -> T:
+async def in_dedicated_thread(work: Callable[[threading.Event], T], name: str) -> T:
     """What the work gives. On a cancellation it is told to end, and waited for a moment: a registry that is silent
     must not keep a server from stopping, and what is half-made then is removed by whoever opens the store next."""
     gone, loop = threading.Event(), asyncio.get_running_loop()

@@ -405,7 +405,7 @@ class Breaker:
 # What an engine answers instead of doing it, as errors of ours.
 
 @contextlib.contextmanager
-def told(what: str) -> Iterator[None]:
+def engine_errors(what: str) -> Iterator[None]:
     """What the engine answers beside its use for a start, as an error of ours."""
     try:
         yield

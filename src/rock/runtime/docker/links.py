@@ -15,10 +15,10 @@ from rock import errors
 from rock.runtime.docker.engine import Engine
 from rock.runtime.init import python
 from rock.runtime.init.link import SOCKET_NAME, InitLink, bind_listener
-from rock.runtime.init.multiplexer import Carrier
+from rock.runtime.init.multiplexer import Multiplexer
 
 
-class Way(Protocol):
+class InitTransport(Protocol):
     """One attempt to reach a pid 1, made before the container starts or when it was lost. `close` it in any case."""
 
     folder: str | None  # what has to be mounted for it
@@ -37,13 +37,13 @@ class Way(Protocol):
         ...
 
 
-class BySocket:
+class SocketTransport:
     """The same kernel: descriptors cross, and nothing is between us once pid 1 has connected."""
 
     options: dict[str, object] = {"socket": f"{python.LINK}/s"}
 
     def __init__(self, folder: Path) -> None:
-        self._door = Door(folder / "link")
+        self._door = InitListener(folder / "link")
         self.folder: str | None = str(folder / "link")
 
     async def enter(self, engine_id: str, pid: int, sandbox_id: str, patience: float) -> InitLink:
@@ -53,7 +53,7 @@ class BySocket:
         self._door.close()
 
 
-class ByStreams:
+class StreamTransport:
     """Another kernel: bytes over the engine's attached streams."""
 
     options: dict[str, object] = {}
@@ -62,18 +62,18 @@ class ByStreams:
     def __init__(self, engine: Engine, folder: Path) -> None:
         self._engine = engine
         self._folder = folder
-        self._carrier: Carrier | None = None
+        self._mux: Multiplexer | None = None
 
     async def enter(self, engine_id: str, pid: int, sandbox_id: str, patience: float) -> InitLink:
-        self._carrier = Carrier(await self._engine.attach(engine_id), self._folder, sandbox_id)
-        link = InitLink(await self._carrier.begin(patience), sandbox_id)
-        link.resize = self._carrier.resize
+        self._mux = Multiplexer(await self._engine.attach(engine_id), self._folder, sandbox_id)
+        link = InitLink(await self._mux.begin(patience), sandbox_id)
+        link.resize = self._mux.resize
         return link
 
     async def close(self) -> None:
-        if self._carrier is not None:
-            self._carrier.close()
-            await self._carrier.gone()
+        if self._mux is not None:
+            self._mux.close()
+            await self._mux.gone()
 
 
 # ---- door ----
@@ -83,7 +83,7 @@ class ByStreams:
 # The folder is shown inside read-only, so that nothing can be put there in place of our socket. Who connects is told by
 # the kernel: only the container's own pid 1 is served.
 
-class Door:
+class InitListener:
     """A listening socket in `folder`, which is made when missing. `close` it; `enter` closes it when it succeeds."""
 
     def __init__(self, folder: Path) -> None:

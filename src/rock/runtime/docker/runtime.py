@@ -29,10 +29,10 @@ from rock.host.resources import Gpus
 from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
 from rock.runtime.base import Handle, Liveness, Program, Trait
 from rock.runtime.docker import images, spec
-from rock.runtime.docker.engine import Engine, EngineError, Facts, refusal, told
-from rock.runtime.docker.links import BySocket, ByStreams, Way
+from rock.runtime.docker.engine import Engine, EngineError, Facts, engine_errors, refusal
+from rock.runtime.docker.links import InitTransport, SocketTransport, StreamTransport
 from rock.runtime.init import python
-from rock.runtime.init.delayed import BACK, Entered, EnteredSandboxes
+from rock.runtime.init.delayed import BACK, DelayedInit, DelayedSandboxes
 from rock.runtime.init.files import merged
 from rock.runtime.init.python import GuestPython
 from rock.runtime.namespace import admission
@@ -47,12 +47,12 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class Container(Entered):
+class Container(DelayedInit):
     """Its pid is that of its pid 1."""
 
     engine_id: str
     oci: spec.Oci = "runc"
-    way: Way | None = None
+    way: InitTransport | None = None
 
     async def let_go(self) -> None:
         if self.link is not None:
@@ -61,7 +61,7 @@ class Container(Entered):
             await self.way.close()
 
 
-class DockerRuntime(EnteredSandboxes[Container]):
+class DockerRuntime(DelayedSandboxes[Container]):
     """Containers of the engine at `host`, "unix:///path". run_dir: a folder a sandbox; guest_dir: our Pythons."""
 
     name = "docker"
@@ -139,12 +139,12 @@ class DockerRuntime(EnteredSandboxes[Container]):
     # ---- images ----
 
     async def has_image(self, config: SandboxConfig) -> bool:
-        with told(config.image):
+        with engine_errors(config.image):
             return config.image == "host" or await images.is_ready(self.engine, config)
 
     async def prepare_image(self, config: SandboxConfig, tell: Callable[[str], None]) -> None:
         spec.refuse(config, await self._ready(), spec.wanted_runtime(config), self._gpus)
-        with told(config.image):
+        with engine_errors(config.image):
             await images.prepare(self.engine, config, tell)
 
     # ---- creating ----
@@ -156,7 +156,7 @@ class DockerRuntime(EnteredSandboxes[Container]):
         """The engine's name of the OCI runtime, and its account of the image."""
         _ = self.engine.socket
         oci = spec.wanted_runtime(config)
-        with told(config.image):
+        with engine_errors(config.image):
             facts = await self._ready()
             name = spec.runtime_name(facts, oci)
             spec.refuse(config, facts, oci, self._gpus)
@@ -195,7 +195,7 @@ class DockerRuntime(EnteredSandboxes[Container]):
         slot = _PREFIX + secrets.token_hex(5)
         folder = self._run_dir / slot
         self._making.add(slot)
-        way: Way | None = None
+        way: InitTransport | None = None
         engine_id: str | None = None
         try:
             folder.mkdir(mode=0o700)
@@ -204,10 +204,10 @@ class DockerRuntime(EnteredSandboxes[Container]):
             way = self.way(oci, folder)
             labels = {spec.HOME_LABEL: self._label, spec.ID_LABEL: id, "rock.slot": slot}
             gpus = self._gpus.take(slot, config)
-            wish = spec.container(config, image["Id"], labels, await self._guest(), way.folder, name, way.options,
+            body = spec.container(config, image["Id"], labels, await self._guest(), way.folder, name, way.options,
                                    gpus)  # fmt: skip
             async with self._gate:
-                engine_id = await self.engine.create(f"rock-{slot}", wish)
+                engine_id = await self.engine.create(f"rock-{slot}", body)
                 await self.engine.start(engine_id)
                 pid = await self._pid(engine_id)
                 container = await self._entered(id, slot, engine_id, pid, way, config.startup_timeout)
@@ -235,7 +235,9 @@ class DockerRuntime(EnteredSandboxes[Container]):
             raise errors.StartFailed(f"the container's pid 1 ended at once: {text}")
         return pid
 
-    async def _entered(self, id: str, slot: str, engine_id: str, pid: int, way: Way, patience: float) -> Container:
+    async def _entered(
+        self, id: str, slot: str, engine_id: str, pid: int, way: InitTransport, patience: float
+    ) -> Container:
         """The sandbox, once its pid 1 has connected and answers."""
         entry = process_tree.read(pid)
         if entry is None:
@@ -269,9 +271,9 @@ class DockerRuntime(EnteredSandboxes[Container]):
             data["nofile"] = config.nofile
         return Handle(self.name, id, spec.isolation_of(oci), spec.enforced(facts, config), data)
 
-    def way(self, oci: spec.Oci, folder: Path) -> Way:
+    def way(self, oci: spec.Oci, folder: Path) -> InitTransport:
         """How its pid 1 is reached: with the same kernel descriptors can cross."""
-        return BySocket(folder) if oci == "runc" else ByStreams(self.engine, folder)
+        return SocketTransport(folder) if oci == "runc" else StreamTransport(self.engine, folder)
 
     # ---- using ----
 
@@ -286,7 +288,7 @@ class DockerRuntime(EnteredSandboxes[Container]):
         if sandbox.way is not None:
             await sandbox.way.close()
         sandbox.way = self.way(sandbox.oci, self._run_dir / sandbox.slot)
-        with told(handle.id):
+        with engine_errors(handle.id):
             sandbox.link = await sandbox.way.enter(sandbox.engine_id, sandbox.pid, handle.id, BACK)
 
     def complete(self, handle: Handle, program: Program) -> Program:
@@ -342,13 +344,13 @@ class DockerRuntime(EnteredSandboxes[Container]):
     async def _end(self, handle: Handle) -> None:
         pid, start = handle.data["pid"], handle.data["start"]
         if process_tree.lives(pid, start):
-            with told(handle.id):
+            with engine_errors(handle.id):
                 await self.engine.kill(handle.data["container"])
             await wait_gone(pid, start)
 
     async def destroy(self, handle: Handle) -> None:
         await self._forget(handle.data["slot"])
-        with told(handle.id):
+        with engine_errors(handle.id):
             await self._remove(handle.data["slot"], handle.data["container"])
 
     async def _forget(self, slot: str) -> None:

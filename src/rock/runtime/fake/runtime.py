@@ -21,7 +21,7 @@ _ENFORCED: dict[str, Enforced] = {"memory": "none", "cpus": "none", "pids": "non
 _ROOT = ("root", "0", "root:root", "0:0", "root:0", "0:root")
 
 
-class Kept:
+class SpawnedStreams:
     """A program that was spawned, and our ends of its streams: what `attach` gives again while it is kept."""
 
     def __init__(self, process: FakeProcess, key: str, keep: bool, ours: dict[str, int]) -> None:
@@ -39,7 +39,7 @@ class Kept:
 class SpawnedProcess:
     """A program of a fake sandbox: implements `Process`."""
 
-    def __init__(self, runtime: FakeRuntime, sandbox: FakeSandbox, kept: Kept, ours: dict[str, int]) -> None:
+    def __init__(self, runtime: FakeRuntime, sandbox: FakeSandbox, kept: SpawnedStreams, ours: dict[str, int]) -> None:
         self.pid = kept.process.pid
         self.key = kept.key
         self._runtime = runtime
@@ -110,7 +110,7 @@ class FakeRuntime:
     def __init__(self, programs: Mapping[str, programs.Program] | None = None) -> None:
         self._programs = dict(programs or {})
         self._sandboxes: dict[str, FakeSandbox] = {}
-        self._kept: dict[str, dict[str, Kept]] = {}  # by slot and key
+        self._kept: dict[str, dict[str, SpawnedStreams]] = {}  # by slot and key
 
     # ---- sandboxes ----
 
@@ -207,7 +207,7 @@ class FakeRuntime:
             for fd in ours.values():
                 os.close(fd)
             raise
-        kept = Kept(process, program.key, program.keep, ours)
+        kept = SpawnedStreams(process, program.key, program.keep, ours)
         if program.keep:
             self._kept.setdefault(handle.data["slot"], {})[program.key] = kept
         sandbox.processes[process.pid] = process
@@ -242,7 +242,7 @@ class FakeRuntime:
         self.sandbox(handle)
         return list(self._kept.get(handle.data["slot"], {}))
 
-    def forget(self, sandbox: FakeSandbox, kept: Kept) -> None:
+    def forget(self, sandbox: FakeSandbox, kept: SpawnedStreams) -> None:
         """Called by a process that was closed after its end."""
         for of_sandbox in self._kept.values():
             if of_sandbox.get(kept.key) is kept:
@@ -335,16 +335,16 @@ def _streams(program: Program) -> tuple[dict[str, int], dict[int, Open]]:
     """(our ends by name, theirs by number) of what a program asks for."""
     ours: dict[str, int] = {}
     theirs: dict[int, Open] = {}
-    wishes: list[tuple[str, int, str]] = [("stdin", 0, program.stdin), ("stdout", 1, program.stdout),
+    specs: list[tuple[str, int, str]] = [("stdin", 0, program.stdin), ("stdout", 1, program.stdout),
                                           ("stderr", 2, program.stderr)]
-    wishes += [(str(number), number, "pipe") for number, way in program.channels.items() if way != "m"]
+    specs += [(str(number), number, "pipe") for number, way in program.channels.items() if way != "m"]
     try:
-        for name, number, wish in wishes:
-            if wish == "stdout":
+        for name, number, spec in specs:
+            if spec == "stdout":
                 theirs[2] = theirs[1].copy()
-            elif wish == "null":
+            elif spec == "null":
                 theirs[number] = Null()
-            elif wish == "pipe":
+            elif spec == "pipe":
                 reading, writing = os.pipe()
                 reads = number == 0 or program.channels.get(number) == "r"
                 ours[name], fd = (writing, reading) if reads else (reading, writing)
@@ -352,7 +352,7 @@ def _streams(program: Program) -> tuple[dict[str, int], dict[int, Open]]:
                 for each in (reading, writing):
                     os.set_blocking(each, False)
             else:
-                raise errors.InvalidConfig(f"{name} cannot be {wish!r}")
+                raise errors.InvalidConfig(f"{name} cannot be {spec!r}")
     except BaseException as error:
         for fd in ours.values():
             os.close(fd)

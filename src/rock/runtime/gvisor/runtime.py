@@ -34,10 +34,10 @@ from rock.runtime.base import Enforced, Handle, Program, Trait
 from rock.runtime.gvisor import bundle, starter
 from rock.runtime.gvisor import link as pipes
 from rock.runtime.init import python as guestpython
-from rock.runtime.init.delayed import BACK, Entered, EnteredSandboxes
+from rock.runtime.init.delayed import BACK, DelayedInit, DelayedSandboxes
 from rock.runtime.init.files import merged
 from rock.runtime.init.link import InitLink
-from rock.runtime.init.multiplexer import Carrier
+from rock.runtime.init.multiplexer import Multiplexer
 from rock.runtime.namespace import admission, slots
 from rock.runtime.namespace.launcher import mounts
 from rock.runtime.namespace.limits import cgroups, disk_layout, limiter
@@ -51,21 +51,21 @@ _AT_ONCE = 4  # starts together: each takes a CPU for a while
 
 
 @dataclass
-class _Sandbox(Entered):
+class _Sandbox(DelayedInit):
     """Its pid is that of runsc."""
 
-    carrier: Carrier | None = None
+    mux: Multiplexer | None = None
 
     async def let_go(self) -> None:
         if self.link is not None:
             self.link.close()
-        if self.carrier is not None:
-            self.carrier.close()
-            await self.carrier.gone()
-        self.link = self.carrier = None
+        if self.mux is not None:
+            self.mux.close()
+            await self.mux.gone()
+        self.link = self.mux = None
 
 
-class GvisorRuntime(EnteredSandboxes[_Sandbox]):
+class GvisorRuntime(DelayedSandboxes[_Sandbox]):
     """Sandboxes of runsc. run_dir: a folder a sandbox; guest_dir: our Pythons; program: runsc, by name or path."""
 
     name = "gvisor"
@@ -230,10 +230,10 @@ class GvisorRuntime(EnteredSandboxes[_Sandbox]):
         """Reach its pid 1. Lost when runsc ends meanwhile, Unavailable when it takes too long."""
         folder = self._run_dir / sandbox.slot
         try:
-            carrier = Carrier(pipes.Pipes(folder), folder, id)
+            mux = Multiplexer(pipes.Pipes(folder), folder, id)
         except OSError as error:
             raise errors.Lost(f"the pipes of the sandbox cannot be opened: {error.strerror}", sandbox_id=id) from None
-        entering = asyncio.ensure_future(carrier.begin(patience))
+        entering = asyncio.ensure_future(mux.begin(patience))
         ending = asyncio.ensure_future(wait_gone(sandbox.pid, sandbox.start))
         try:
             await asyncio.wait({entering, ending}, return_when=asyncio.FIRST_COMPLETED)
@@ -243,14 +243,14 @@ class GvisorRuntime(EnteredSandboxes[_Sandbox]):
         except BaseException:
             entering.cancel()
             await asyncio.gather(entering, return_exceptions=True)
-            carrier.close()
-            await carrier.gone()
+            mux.close()
+            await mux.gone()
             raise
         finally:
             ending.cancel()
             await asyncio.gather(ending, return_exceptions=True)
-        link.resize = carrier.resize
-        sandbox.carrier, sandbox.link = carrier, link
+        link.resize = mux.resize
+        sandbox.mux, sandbox.link = mux, link
         await link.request("hello", patience=patience)
 
     # ---- using ----

@@ -20,7 +20,7 @@ BACK = 30.0  # seconds that a pid 1 may take to answer a server that came back
 
 
 @dataclass
-class Entered:
+class DelayedInit:
     """What this server knows of a living sandbox; all of it can be found again by the handle."""
 
     slot: str
@@ -36,10 +36,10 @@ class Entered:
         raise NotImplementedError
 
 
-Living = TypeVar("Living", bound=Entered)
+Living = TypeVar("Living", bound=DelayedInit)
 
 
-class EnteredSandboxes(InitSandboxes, Generic[Living]):
+class DelayedSandboxes(InitSandboxes, Generic[Living]):
     """Base of such runtimes. They give `_found`, `_enter_again` and `_end`."""
 
     def __init__(self, run_dir: Path) -> None:

@@ -108,8 +108,8 @@ class InitSandboxes:
     # ---- ports ----
 
     async def dial(self, handle: Handle, port: int, *, host: str = "127.0.0.1", timeout: float = 10.0) -> int:
-        wish = {"port": port, "host": host, "timeout": timeout}
-        return _single(await (await self.linked(handle)).request("dial", wish, patience=timeout + 5), handle)[1]
+        spec = {"port": port, "host": host, "timeout": timeout}
+        return _single(await (await self.linked(handle)).request("dial", spec, patience=timeout + 5), handle)[1]
 
 
 def _single(answer: tuple[dict[str, Any], list[int]], handle: Handle) -> tuple[dict[str, Any], int]:

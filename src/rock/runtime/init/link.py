@@ -313,15 +313,15 @@ class InitProcess:
             return 0
         if not tree and not root:
             return 0
-        wish = {"pid": self.pid, "signal": int(number), "tree": tree, "since": _ticks(since), "root": root}
-        reply, _ = await self._link.request("signal", wish)
+        spec = {"pid": self.pid, "signal": int(number), "tree": tree, "since": _ticks(since), "root": root}
+        reply, _ = await self._link.request("signal", spec)
         return int(reply["count"])
 
     async def kill_tree(self, *, since: float | None = None, root: bool = True, tell: int | None = None) -> int:
         if self._end.done():
             return 0
-        wish = {"pid": self.pid, "since": _ticks(since), "root": root, "tell": tell}
-        reply, _ = await self._link.request("kill_tree", wish)
+        spec = {"pid": self.pid, "since": _ticks(since), "root": root, "tell": tell}
+        reply, _ = await self._link.request("kill_tree", spec)
         return int(reply["count"])
 
     async def resize(self, rows: int, columns: int) -> None:

@@ -52,7 +52,7 @@ class ByteStream(Protocol):
     def close(self) -> None: ...
 
 
-class Carrier:
+class Multiplexer:
     """Owns the stream. `begin` once, `close` once; `spool` is a folder for files on their way."""
 
     def __init__(self, stream: ByteStream, spool: Path, sandbox_id: str) -> None:
@@ -394,13 +394,13 @@ class Channel:
     ours, theirs: two descriptors; the second is given out.
     """
 
-    def __init__(self, carrier: Carrier, number: int, kind: bytes, ours: int, theirs: int) -> None:
+    def __init__(self, mux: Multiplexer, number: int, kind: bytes, ours: int, theirs: int) -> None:
         self.number = number
         self.kind = kind
         self.given = os.fstat(theirs).st_ino
         self.complete = False
         self.failure = 0
-        self._carrier = carrier
+        self._mux = mux
         self._ours = ours
         self._theirs = theirs
         self._size = 0
@@ -423,12 +423,12 @@ class Channel:
         view = memoryview(data)
         while view:
             view = view[os.write(self._ours, view):]
-        self._carrier.send(frame(channels.CREDIT, self.number, struct.pack(">I", len(data))))
+        self._mux.send(frame(channels.CREDIT, self.number, struct.pack(">I", len(data))))
 
     def ended(self, failure: int) -> None:
         self.complete, self.failure = True, failure
         self._changed.set()
-        self._carrier.forget(self)
+        self._mux.forget(self)
 
     def gone(self) -> None:
         """The other side takes no more."""
@@ -444,7 +444,7 @@ class Channel:
         """Carry what was written inside; answers the number of what went wrong there, 0 for nothing."""
         at = 0
         while not self.complete:
-            if self._credit <= 0 or self._carrier.full:
+            if self._credit <= 0 or self._mux.full:
                 self._changed.clear()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(0.05):
@@ -455,9 +455,9 @@ class Channel:
                 break
             self._credit -= len(data)
             at += len(data)
-            self._carrier.send(frame(channels.DATA, self.number, data))
+            self._mux.send(frame(channels.DATA, self.number, data))
             await asyncio.sleep(0)
-        self._carrier.send(frame(channels.END, self.number))
+        self._mux.send(frame(channels.END, self.number))
         while not self.complete:
             self._changed.clear()
             await self._changed.wait()
@@ -467,7 +467,7 @@ class Channel:
         fd, self._ours = self._ours, -1
         if fd >= 0:
             os.close(fd)
-        self._carrier.forget(self)
+        self._mux.forget(self)
 
     def drop(self) -> None:
         """Close what was not given out. Idempotent."""
@@ -480,8 +480,8 @@ class Channel:
 class Pump(Channel):
     """A pipe, a connection or a terminal: bytes as they come, in one direction or both."""
 
-    def __init__(self, carrier: Carrier, number: int, kind: bytes, ours: int, theirs: int) -> None:
-        super().__init__(carrier, number, kind, ours, theirs)
+    def __init__(self, mux: Multiplexer, number: int, kind: bytes, ours: int, theirs: int) -> None:
+        super().__init__(mux, number, kind, ours, theirs)
         both = kind in (channels.SOCKET, channels.TERMINAL)
         self._comes = both or kind == channels.READ
         self._goes = both or kind == channels.WRITE
@@ -518,7 +518,7 @@ class Pump(Channel):
     def arm(self) -> None:
         if self._ours < 0:
             return
-        reading = self._goes and self._credit > 0 and not self._carrier.full
+        reading = self._goes and self._credit > 0 and not self._mux.full
         if reading != self._reading:
             self._reading = reading
             if reading:
@@ -542,11 +542,11 @@ class Pump(Channel):
             data = b""
         if data:
             self._credit -= len(data)
-            self._carrier.send(frame(channels.DATA, self.number, data))
+            self._mux.send(frame(channels.DATA, self.number, data))
             self.arm()
             return
         self._goes = False
-        self._carrier.send(frame(channels.END, self.number))
+        self._mux.send(frame(channels.END, self.number))
         if self.kind == channels.TERMINAL:  # closed by those who have it: nothing of it is wanted any more
             self._comes = False
             self._waiting.clear()
@@ -562,14 +562,14 @@ class Pump(Channel):
             except OSError:  # nobody reads it any more
                 self._waiting.clear()
                 if self._comes and not self._ending:
-                    self._carrier.send(frame(channels.GONE, self.number))
+                    self._mux.send(frame(channels.GONE, self.number))
                 self._comes = False
                 break
             del self._waiting[:size]
             taken += size
         if taken and not self._ending:
             self._owed += taken
-            self._carrier.send(frame(channels.CREDIT, self.number, struct.pack(">I", taken)))
+            self._mux.send(frame(channels.CREDIT, self.number, struct.pack(">I", taken)))
         if self._ending and not self._waiting:
             self._comes = False
             if self.kind == channels.TERMINAL:

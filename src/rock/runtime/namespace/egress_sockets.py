@@ -36,7 +36,7 @@ class _Outlet:
     egress: list[str] | None
 
 
-class Outlets:
+class EgressSockets:
     """Of one runtime. A sandbox is known by its slot here, and by its id to who reads about it."""
 
     def __init__(self, run_dir: Path, resolvers: Sequence[str]) -> None:

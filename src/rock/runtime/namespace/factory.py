@@ -30,7 +30,7 @@ _LEASE_KEPT = 2.0  # seconds
 _SPARES = 8  # run folders and user namespaces that are made ahead
 
 
-class Kept(NamedTuple):
+class RetainedFiles(NamedTuple):
     """Files that a sandbox is made over. put_back: what to do with them when that comes to nothing, by uid range."""
 
     slot: str
@@ -55,7 +55,7 @@ class Factory:
         for digest in list(self._leases):
             self._end_lease(digest)
 
-    async def make(self, id: str, kind: Kind, config: SandboxConfig, kept: Kept | None = None) -> Sandbox:
+    async def make(self, id: str, kind: Kind, config: SandboxConfig, kept: RetainedFiles | None = None) -> Sandbox:
         """Have the launcher make one, over the files of `kept` where it is given, with a record on disk: of nobody's
         without an `id`. StartFailed, StorageFull, ImageError.
 
@@ -70,7 +70,7 @@ class Factory:
                 await (self._slots.discard(made) if kept is None else kept.put_back(made.base))
             raise
 
-    async def _make_whole(self, id: str, kind: Kind, config: SandboxConfig, kept: Kept | None) -> Sandbox:
+    async def _make_whole(self, id: str, kind: Kind, config: SandboxConfig, kept: RetainedFiles | None) -> Sandbox:
         """Make one; once more, in another run folder, when the launcher or its zygote died meanwhile."""
         try:
             return await self._make_once(id, kind, config, kept)
@@ -79,7 +79,7 @@ class Factory:
                 raise
             return await self._make_once(id, kind, config, kept)
 
-    async def _make_once(self, id: str, kind: Kind, config: SandboxConfig, kept: Kept | None) -> Sandbox:
+    async def _make_once(self, id: str, kind: Kind, config: SandboxConfig, kept: RetainedFiles | None) -> Sandbox:
         slots = self._slots
         slot = kept.slot if kept else self.spares.pop(0) if self.spares else records.new_slot()
         base = slots.ranges.take(slot)

@@ -20,7 +20,7 @@ _AHEAD = 4
 _PATIENCE = 10.0  # seconds
 
 
-class Nets:
+class NetworkPool:
     """Descriptors of untouched network namespaces, with loopback up.
 
     usable: whether we may come back from another one, which takes rights over the one that we come from.
@@ -63,7 +63,7 @@ class Nets:
         return idle and sockets == "sockets: used 0"
 
 
-class WiredNets:
+class IsolatedNetworkPool:
     """Network namespaces with a way out, a few of them made ahead. Started with the first one that is wanted.
 
     A child makes them, one after the other: it never has to come back from one, which takes rights that an ordinary
@@ -123,20 +123,20 @@ class WiredNets:
         for _ in range(_AHEAD - 1):
             ours.send(b"1")
 
-    def _make(self, wishes: socket.socket) -> None:
+    def _make(self, specs: socket.socket) -> None:
         from rock.runtime.namespace.launcher import (
             isolated_network,  # which neither the launcher nor any pid 1 has to carry
         )
 
-        while wishes.recv(1):
+        while specs.recv(1):
             try:
                 kernel.unshare(kernel.CLONE_NEWNET)
                 own = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
                 fds = [own, *isolated_network.furnish(self._ping_group)]
             except OSError as error:
                 with contextlib.suppress(OSError):
-                    wishes.send(f"{error.errno or 0} {error}".encode()[:4000])
+                    specs.send(f"{error.errno or 0} {error}".encode()[:4000])
                 continue  # an end with wishes unread would be seen before what was told
-            socket.send_fds(wishes, [b"net"], fds)
+            socket.send_fds(specs, [b"net"], fds)
             for fd in fds:
                 os.close(fd)

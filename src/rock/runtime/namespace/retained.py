@@ -235,7 +235,7 @@ class Handles:
 #
 
 
-class Resting:
+class StoppedSandboxes:
     """Holds the images of those at rest."""
 
     def __init__(self, slots: Slots, handles: Handles, images: Images) -> None:

@@ -23,13 +23,13 @@ from rock.runtime.init.files import InitSandboxes
 from rock.runtime.init.link import InitLink
 from rock.runtime.namespace import admission, retained
 from rock.runtime.namespace.admission import Kind
-from rock.runtime.namespace.egress_sockets import Outlets
-from rock.runtime.namespace.factory import Factory, Kept, Pool
+from rock.runtime.namespace.egress_sockets import EgressSockets
+from rock.runtime.namespace.factory import Factory, Pool, RetainedFiles
 from rock.runtime.namespace.launcher.link import LaunchLink
 from rock.runtime.namespace.limits import disk_layout, limiter
 from rock.runtime.namespace.limits.disk_watch import Disks, DiskWatch
 from rock.runtime.namespace.limits.limiter import MemoryWatch
-from rock.runtime.namespace.retained import RUNTIME, Handles, Resting
+from rock.runtime.namespace.retained import RUNTIME, Handles, StoppedSandboxes
 from rock.runtime.namespace.slots import Sandbox, Slots
 from rock.runtime.process.runtime import wait_gone
 
@@ -49,13 +49,13 @@ class NamespaceRuntime(InitSandboxes):
     def __init__(self, run_dir: Path, pool_size: int, images: Images, resolvers: Sequence[str] = (),
                  disk_limit: int = 0) -> None:
         self._run_dir = Path(os.path.realpath(run_dir))
-        self._outlets = Outlets(self._run_dir, resolvers)
+        self._egress = EgressSockets(self._run_dir, resolvers)
         self._images = images
-        self._slots = Slots(self._run_dir, self._outlets)
+        self._slots = Slots(self._run_dir, self._egress)
         self._disks = Disks(self._try_disk)
         self._handles = Handles(self._slots, self._disks, disk_limit)
         self._factory = Factory(self._slots, self._disks, images)
-        self._resting = Resting(self._slots, self._handles, images)
+        self._stopped = StoppedSandboxes(self._slots, self._handles, images)
         self._pool: Pool[Kind, Sandbox] = Pool(pool_size, self._prepare, self._slots.discard, self._usable)
         self._watch = MemoryWatch("namespace", lambda: {
             sandbox.pid: (sandbox.memory, sandbox.count_kill)
@@ -77,7 +77,7 @@ class NamespaceRuntime(InitSandboxes):
         except BaseException:
             await self._slots.close()
             raise
-        self._outlets.found(await self._slots.launcher.request("wired", {}))
+        self._egress.found(await self._slots.launcher.request("wired", {}))
         self._opened = True
         if self._slots.limiter.enforced()["memory"] == "watched":
             self._watch.start()
@@ -122,9 +122,9 @@ class NamespaceRuntime(InitSandboxes):
         if self._disk_watch is not None:
             await self._disk_watch.close()
         await self._pool.close()
-        await self._outlets.close()
+        await self._egress.close()
         self._factory.close()
-        self._resting.close()
+        self._stopped.close()
         self._slots.let_go_of_all()
         if self._opened:
             self._slots.launcher.close()
@@ -144,7 +144,7 @@ class NamespaceRuntime(InitSandboxes):
         return await self._kind(config)
 
     def _refuse(self, config: SandboxConfig) -> None:
-        admission.refuse_unsupported(config, self.isolation, self._outlets.networks, why=self._outlets.missing)
+        admission.refuse_unsupported(config, self.isolation, self._egress.networks, why=self._egress.missing)
         admission.refuse_too_large(config)
 
     async def _kind(self, config: SandboxConfig) -> Kind:
@@ -176,7 +176,7 @@ class NamespaceRuntime(InitSandboxes):
                 raise
         return handle
 
-    async def _made(self, id: str, kind: Kind, config: SandboxConfig, kept: Kept | None = None) -> Sandbox:
+    async def _made(self, id: str, kind: Kind, config: SandboxConfig, kept: RetainedFiles | None = None) -> Sandbox:
         try:
             return await self._factory.make(id, kind, config, kept)
         except errors.RockError as error:
@@ -185,11 +185,11 @@ class NamespaceRuntime(InitSandboxes):
 
     async def _connect(self, handle: Handle, *, fresh: bool = False) -> None:
         """Have its connections served, as far as its policy goes."""
-        await self._outlets.connect(handle.data["slot"], handle.id, lambda: self.link(handle), handle.data["egress"],
+        await self._egress.connect(handle.data["slot"], handle.id, lambda: self.link(handle), handle.data["egress"],
                                     fresh=fresh)
 
     async def connections(self, id: str) -> ConnectionList:
-        return await self._outlets.connections(id)
+        return await self._egress.connections(id)
 
     async def _prepare(self, kind: Kind) -> Sandbox:
         """A pool member: everything but its limits and its name."""
@@ -231,7 +231,7 @@ class NamespaceRuntime(InitSandboxes):
             return Liveness.GONE
         if "egress" in handle.data:
             data = handle.data
-            self._outlets.adopt(data["slot"], handle.id, lambda: self.link(handle), data["egress"])
+            self._egress.adopt(data["slot"], handle.id, lambda: self.link(handle), data["egress"])
         return Liveness.RUNNING
 
     async def wait(self, handle: Handle) -> str:
@@ -266,7 +266,7 @@ class NamespaceRuntime(InitSandboxes):
 
     async def destroy(self, handle: Handle) -> None:
         data = handle.data
-        self._resting.let_go(data["slot"])
+        self._stopped.let_go(data["slot"])
         await self._slots.clean_up(data["slot"], data.get("pid"), data.get("start"), data.get("base"), data["cgroups"])
 
     async def sweep(self, known: Sequence[str]) -> list[str]:
@@ -275,36 +275,36 @@ class NamespaceRuntime(InitSandboxes):
     # ---- at rest ----
 
     async def rest(self, handle: Handle, grace: float = 0.0) -> Handle:
-        return await self._resting.rest(handle, grace)
+        return await self._stopped.rest(handle, grace)
 
     async def wake(self, handle: Handle, config: SandboxConfig) -> Handle:
         self._refuse(config)
         rootfs, slot = retained.noted(handle.data["rootfs"]), handle.data["slot"]
         retained.refuse_unusable(self._run_dir / slot, handle.id)
-        kept = Kept(slot, partial(self._resting.put_back, handle))
+        kept = RetainedFiles(slot, partial(self._stopped.put_back, handle))
         sandbox = await self._made(handle.id, Kind.of(rootfs, config), config, kept)
-        self._resting.let_go(slot)  # its pid 1 holds the image now
+        self._stopped.let_go(slot)  # its pid 1 holds the image now
         woken = self._handles.claimed(sandbox, handle.id, rootfs, config)
         if config.network == "nat":
             try:
                 await self._connect(woken)
             except BaseException:
-                await asyncio.shield(self._resting.put_back(handle, sandbox.base))
+                await asyncio.shield(self._stopped.put_back(handle, sandbox.base))
                 raise
         return woken
 
     def pack(self, handle: Handle, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:
-        return self._resting.pack(handle, limit)
+        return self._stopped.pack(handle, limit)
 
     def image(self, handle: Handle) -> RootFS:
-        return self._resting.image(handle)
+        return self._stopped.image(handle)
 
     def snapshot(self, handle: Handle, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:
-        return self._resting.snapshot(handle, limit)
+        return self._stopped.snapshot(handle, limit)
 
     async def unpack(self, id: str, config: SandboxConfig, files: ArchivedFiles, data: AsyncIterator[bytes]) -> Handle:
         rootfs = (await self._admit(config)).rootfs
         if rootfs.digest != files.image_digest:
             raise errors.ImageError(f"image {config.image} is not the one that sandbox {id} was made of", sandbox_id=id,
                                     hint="bring that image to this machine under its name")
-        return await self._resting.unpack(id, rootfs, files, data)
+        return await self._stopped.unpack(id, rootfs, files, data)

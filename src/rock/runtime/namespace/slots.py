@@ -20,7 +20,7 @@ from rock.guest.init.remove import remove_tree
 from rock.runtime.base import Handle, Prepared
 from rock.runtime.init.link import InitLink
 from rock.runtime.namespace import records
-from rock.runtime.namespace.egress_sockets import Outlets
+from rock.runtime.namespace.egress_sockets import EgressSockets
 from rock.runtime.namespace.launcher import mounts
 from rock.runtime.namespace.launcher.link import LaunchLink
 from rock.runtime.namespace.limits import cgroups, devices, disk_layout, limiter
@@ -125,11 +125,11 @@ class Slots:
 
     launcher: LaunchLink
 
-    def __init__(self, run_dir: Path, outlets: Outlets) -> None:
+    def __init__(self, run_dir: Path, egress: EgressSockets) -> None:
         self.run_dir = run_dir
         self.live: dict[str, Sandbox] = {}
         self.making: set[str] = set()
-        self._outlets = outlets
+        self._egress = egress
 
     async def open(self) -> None:
         """Make the folder, and find the uid ranges that are taken and the limits that can be held."""
@@ -265,7 +265,7 @@ class Slots:
 
     def forget(self, slot: str) -> None:
         """Close what this server has open of it."""
-        self._outlets.drop(slot)
+        self._egress.drop(slot)
         sandbox = self.live.pop(slot, None)
         if sandbox is not None and sandbox.link is not None:
             sandbox.link.close()

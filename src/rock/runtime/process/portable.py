@@ -133,9 +133,9 @@ class PlainRuntime:
         ours, theirs = streams_of(program)
         told, telling = os.pipe()
         try:
-            wish = {"fds": theirs, "argv": list(program.argv), "env": env, "cwd": program.cwd or handle.data["home"],
+            spec = {"fds": theirs, "argv": list(program.argv), "env": env, "cwd": program.cwd or handle.data["home"],
                     "terminal": program.pty is not None, "nofile": program.nofile, "told": telling}
-            child = start(wish, {telling, *theirs.values()})
+            child = start(spec, {telling, *theirs.values()})
         except BaseException as error:
             close_all(ours.values(), theirs.values(), (told, telling))
             if isinstance(error, OSError):

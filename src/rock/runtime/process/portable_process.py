@@ -161,11 +161,11 @@ def streams_of(program: Program) -> tuple[dict[str, int], dict[int, int]]:
             ours.update(stdin=master, stdout=os.dup(master))
             theirs.update({0: slave, 1: slave, 2: slave})
         else:
-            for number, name, wish in ((0, "stdin", program.stdin), (1, "stdout", program.stdout),
+            for number, name, spec in ((0, "stdin", program.stdin), (1, "stdout", program.stdout),
                                        (2, "stderr", program.stderr)):  # fmt: skip
-                if wish == "stdout":
+                if spec == "stdout":
                     theirs[2] = theirs[1]
-                elif wish == "null":
+                elif spec == "null":
                     theirs[number] = os.open(os.devnull, os.O_RDWR)
                 else:
                     _pipe(ours, theirs, name, number, reads=number == 0)
@@ -188,10 +188,10 @@ def _pipe(ours: dict[str, int], theirs: dict[int, int], name: str, number: int, 
     ours[name], theirs[number] = (writing, reading) if reads else (reading, writing)
 
 
-def start(wish: Mapping[str, object], fds: set[int]) -> subprocess.Popen[bytes]:
+def start(spec: Mapping[str, object], fds: set[int]) -> subprocess.Popen[bytes]:
     """A child that becomes a program (guest/init/child_setup.py), with these descriptors."""
     with tempfile.TemporaryFile() as file:
-        file.write(json.dumps(wish).encode())
+        file.write(json.dumps(spec).encode())
         file.seek(0)
         return subprocess.Popen(
             [sys.executable, "-I", "-S", child_setup.__file__, str(file.fileno())], stdin=subprocess.DEVNULL,

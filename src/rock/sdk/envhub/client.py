@@ -31,8 +31,8 @@ class EnvHubClient:
         extra_spec: dict[str, Any] | None = None,
     ) -> RockEnvInfo:
         """Register an environment, in place of one of this name."""
-        wish = RockEnvInfo(env_name, image, owner, "", "", description, list(tags or []), extra_spec).to_dict()
-        return self._info(await self._call("POST", "/env/register", wish, "Failed to register environment"))
+        spec = RockEnvInfo(env_name, image, owner, "", "", description, list(tags or []), extra_spec).to_dict()
+        return self._info(await self._call("POST", "/env/register", spec, "Failed to register environment"))
 
     async def get_env(self, env_name: str) -> RockEnvInfo:
         """The environment of this name."""

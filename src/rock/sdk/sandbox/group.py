@@ -96,12 +96,12 @@ class SandboxGroup:
 
     async def _create(self, key: str, deadline: float) -> GroupInfo:
         config = self.config.model_dump(mode="json", exclude_unset=True, include=set(SandboxConfig.model_fields))
-        wish = {"config": {**config, "sandbox_id": self.group_id}, "size": self.config.size,
+        spec = {"config": {**config, "sandbox_id": self.group_id}, "size": self.config.size,
                 "mode": self.config.mode, "placement": self.config.placement}  # fmt: skip
         left = max(1.0, deadline - time.monotonic())
         wait = min(left, POLL)
         target = ROUTES["create_group"].path + query_string({"wait": round(wait, 3)})
-        answer = await self._transport.json("POST", target, wish, timeout=wait + SLACK, key=key, deadline=left)
+        answer = await self._transport.json("POST", target, spec, timeout=wait + SLACK, key=key, deadline=left)
         return parse(GroupInfo, answer)  # its key keeps it one group
 
     def _path(self, name: str, **query: object) -> str:

@@ -235,9 +235,9 @@ class Lifecycle(Link):
         push: bool | None = None,
     ) -> CommitStatus:
         """Begin to make an image of it, see `commit`; `get_commit_status` tells what becomes of it."""
-        wish = {"image_tag": image_tag, "registry_username": username or None, "registry_password": password or None,
+        spec = {"image_tag": image_tag, "registry_username": username or None, "registry_password": password or None,
                 "push": bool(username) if push is None else push}  # fmt: skip
-        answer = await self._call("commit_sandbox", self._path("commit_sandbox"), wish)
+        answer = await self._call("commit_sandbox", self._path("commit_sandbox"), spec)
         return parse(CommitStatus, answer)
 
     async def get_commit_status(self, wait: float | None = None) -> CommitStatus:
@@ -256,7 +256,7 @@ class Lifecycle(Link):
     async def _create(self, key: str, deadline: float) -> SandboxInfo:
         wait = max(0.0, min(deadline - time.monotonic(), POLL))
         target = ROUTES["create_sandbox"].path + f"?wait={wait:.3f}"
-        return await self._begin("create_sandbox", target, self._wish(), wait, key, deadline)
+        return await self._begin("create_sandbox", target, self._spec(), wait, key, deadline)
 
     async def _begin(
         self, name: str, target: str, body: Any, wait: float, key: str, deadline: float
@@ -267,7 +267,7 @@ class Lifecycle(Link):
         answer = await self._transport.json(ROUTES[name].method, target, body, timeout=timeout, key=key, deadline=left)
         return self._known(parse(SandboxInfo, answer))
 
-    def _wish(self) -> dict[str, Any]:
+    def _spec(self) -> dict[str, Any]:
         """What was set, and nothing else: the server knows the rest."""
         config = self.config.model_dump(mode="json", exclude_unset=True, include=set(SandboxConfig.model_fields))
         return {**config, "sandbox_id": self._id()}
@@ -275,7 +275,7 @@ class Lifecycle(Link):
     async def _undo(self, key: str) -> None:
         """Stop what a creation made, or may yet make, whose answer never came: asking again with its key shows it."""
         try:
-            await self._transport.json("POST", ROUTES["create_sandbox"].path, self._wish(), timeout=UNDO, key=key)
+            await self._transport.json("POST", ROUTES["create_sandbox"].path, self._spec(), timeout=UNDO, key=key)
         except errors.Conflict:
             if self.config.sandbox_id is not None:
                 return  # somebody else's

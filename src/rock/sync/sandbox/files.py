@@ -32,13 +32,13 @@ class Files(Link):
 
     def read_file(self, request: ReadFileRequest | str) -> ReadFileResponse:
         """A text file, whole. NotFound; InvalidConfig when it is not text in that encoding (UTF-8 by default)."""
-        wish = request if isinstance(request, ReadFileRequest) else ReadFileRequest(path=request)
-        data = self.fs.read(wish.path)
+        spec = request if isinstance(request, ReadFileRequest) else ReadFileRequest(path=request)
+        data = self.fs.read(spec.path)
         try:
-            return ReadFileResponse(content=data.decode(wish.encoding or "utf-8", wish.errors or "strict"))
+            return ReadFileResponse(content=data.decode(spec.encoding or "utf-8", spec.errors or "strict"))
         except (UnicodeDecodeError, LookupError) as error:
             raise errors.InvalidConfig(
-                f"{wish.path} cannot be read as text: {error}", hint="sandbox.fs.read gives bytes"
+                f"{spec.path} cannot be read as text: {error}", hint="sandbox.fs.read gives bytes"
             ) from None
 
     def read_file_by_line_range(

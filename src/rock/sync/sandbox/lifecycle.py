@@ -237,9 +237,9 @@ class Lifecycle(Link):
         push: bool | None = None,
     ) -> CommitStatus:
         """Begin to make an image of it, see `commit`; `get_commit_status` tells what becomes of it."""
-        wish = {"image_tag": image_tag, "registry_username": username or None, "registry_password": password or None,
+        spec = {"image_tag": image_tag, "registry_username": username or None, "registry_password": password or None,
                 "push": bool(username) if push is None else push}  # fmt: skip
-        answer = self._call("commit_sandbox", self._path("commit_sandbox"), wish)
+        answer = self._call("commit_sandbox", self._path("commit_sandbox"), spec)
         return parse(CommitStatus, answer)
 
     def get_commit_status(self, wait: float | None = None) -> CommitStatus:
@@ -258,7 +258,7 @@ class Lifecycle(Link):
     def _create(self, key: str, deadline: float) -> SandboxInfo:
         wait = max(0.0, min(deadline - time.monotonic(), POLL))
         target = ROUTES["create_sandbox"].path + f"?wait={wait:.3f}"
-        return self._begin("create_sandbox", target, self._wish(), wait, key, deadline)
+        return self._begin("create_sandbox", target, self._spec(), wait, key, deadline)
 
     def _begin(
         self, name: str, target: str, body: Any, wait: float, key: str, deadline: float
@@ -269,7 +269,7 @@ class Lifecycle(Link):
         answer = self._transport.json(ROUTES[name].method, target, body, timeout=timeout, key=key, deadline=left)
         return self._known(parse(SandboxInfo, answer))
 
-    def _wish(self) -> dict[str, Any]:
+    def _spec(self) -> dict[str, Any]:
         """What was set, and nothing else: the server knows the rest."""
         config = self.config.model_dump(mode="json", exclude_unset=True, include=set(SandboxConfig.model_fields))
         return {**config, "sandbox_id": self._id()}
@@ -277,7 +277,7 @@ class Lifecycle(Link):
     def _undo(self, key: str) -> None:
         """Stop what a creation made, or may yet make, whose answer never came: asking again with its key shows it."""
         try:
-            self._transport.json("POST", ROUTES["create_sandbox"].path, self._wish(), timeout=UNDO, key=key)
+            self._transport.json("POST", ROUTES["create_sandbox"].path, self._spec(), timeout=UNDO, key=key)
         except errors.Conflict:
             if self.config.sandbox_id is not None:
                 return  # somebody else's

@@ -122,11 +122,11 @@ class Programs(Link):
         A list is an argv; a string is run by a shell. The outcome tells the true exit status, which is no error unless
         `check=True`: then it is CommandFailed, or CommandTimeout.
         """
-        wish = as_command(command, options)
-        wait = None if wish.timeout is None else wish.timeout + 1
-        response = parse(CommandResponse, self._call("execute", self._path("execute"), wire(wish), wait=wait))
-        if wish.check:
-            raise_if_failed(wish.command, response, response.stdout + response.stderr, wish.error_msg, self.sandbox_id)
+        spec = as_command(command, options)
+        wait = None if spec.timeout is None else spec.timeout + 1
+        response = parse(CommandResponse, self._call("execute", self._path("execute"), wire(spec), wait=wait))
+        if spec.check:
+            raise_if_failed(spec.command, response, response.stdout + response.stderr, spec.error_msg, self.sandbox_id)
         return response
 
     def start_process(self, command: Command | str | list[str], **options: Any) -> Process:

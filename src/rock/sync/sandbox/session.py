@@ -36,9 +36,9 @@ class Sessions(Programs, Files):
         self, request: CreateBashSessionRequest | None = None, **fields: Any
     ) -> CreateBashSessionResponse:
         """Open a session; `fields` are those of the request. Conflict: it is open already."""
-        wish = request or CreateBashSessionRequest(**fields)
-        body = wish.model_dump(mode="json", exclude_none=True)
-        answer = self._call("create_session", self._path("create_session"), body, wait=wish.startup_timeout)
+        spec = request or CreateBashSessionRequest(**fields)
+        body = spec.model_dump(mode="json", exclude_none=True)
+        answer = self._call("create_session", self._path("create_session"), body, wait=spec.startup_timeout)
         return parse(CreateBashSessionResponse, answer)
 
     def close_session(self, request: CloseBashSessionRequest | str) -> CloseBashSessionResponse:

@@ -22,7 +22,7 @@ from rock.admin.api.rock_v1.files import Files
 from rock.admin.api.rock_v1.ports import Ports
 from rock.admin.api.rock_v1.rocklet import Rocklet
 from rock.admin.api.rock_v1.sandboxes import Commits, Sandboxes
-from rock.admin.tenants import Desks
+from rock.admin.tenants import TenantServices
 from rock.envhub.catalogue import Catalogue
 from rock.http.asgi import Answer, App, Receive, Router, Scope, Send, answer
 from rock.protocol.route import Route
@@ -35,14 +35,16 @@ class RockV1:
     """The dialect's routes over what a caller may do, the data plane and the catalogue of environments. network: of
     sandboxes whose request names none."""
 
-    def __init__(self, desks: Desks, data: App, catalogue: Catalogue, network: str) -> None:
+    def __init__(self, tenant_services: TenantServices, data: App, catalogue: Catalogue, network: str) -> None:
         plane = DataPlane(data)
         self._ports = Ports(data)
         self._router = Router("rock-v1")
-        sandboxes, commands, files = Sandboxes(desks, network), Commands(plane), Files(plane)
-        self._add(SANDBOXES, [*sandboxes.routes(), *Commits(desks).routes(), *commands.routes(), *files.routes()])
+        sandboxes, commands, files = Sandboxes(tenant_services, network), Commands(plane), Files(plane)
+        self._add(
+            SANDBOXES, [*sandboxes.routes(), *Commits(tenant_services).routes(), *commands.routes(), *files.routes()]
+        )
         self._add(ROCKLET, Rocklet(sandboxes, commands, files, plane).routes())
-        self._add(GEM, Gem(desks, plane).routes())
+        self._add(GEM, Gem(tenant_services, plane).routes())
         self._add("", EnvHub(catalogue).routes())
 
     def _add(self, prefix: str, routes: Iterable[Row]) -> None:

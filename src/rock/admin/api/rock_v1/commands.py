@@ -82,10 +82,10 @@ class Commands:
 
     async def execute(self, request: Request) -> dict[str, Any]:
         """A program's outcome. One that could not be run, or ran out of time, has the status -1 and says why."""
-        wish = await body_of(request, ExecuteRequest)
-        body = wish.model_dump(include={"command", "timeout", "cwd", "env"})
+        spec = await body_of(request, ExecuteRequest)
+        body = spec.model_dump(include={"command", "timeout", "cwd", "env"})
         try:
-            seen = await self._data.json(request, "execute", wish.sandbox_id, body)
+            seen = await self._data.json(request, "execute", spec.sandbox_id, body)
         except RockError as error:
             if error.status >= 500:
                 raise  # ours: the program may be all right
@@ -93,9 +93,9 @@ class Commands:
         code, errors = seen["exit_code"], seen["stderr"]
         if code is None:
             code, errors = -1, "\n".join(filter(None, [errors, seen["failure_reason"]]))
-        if wish.check and code != 0:
+        if spec.check and code != 0:
             raise Failed(
-                _told(wish.error_msg, f"Command {wish.command!r} failed with exit code {code}", seen["stdout"] + errors)
+                _told(spec.error_msg, f"Command {spec.command!r} failed with exit code {code}", seen["stdout"] + errors)
             )
         return {"stdout": seen["stdout"], "stderr": errors, "exit_code": code}
 
@@ -103,33 +103,33 @@ class Commands:
 
     async def create_session(self, request: Request) -> dict[str, Any]:
         """Open a session. A name that is taken is no error in ROCK, and its session stays as it is."""
-        wish = await body_of(request, CreateSession)
+        spec = await body_of(request, CreateSession)
         # With this switch even "default" is a session that somebody made: it reads .bashrc, as all of ROCK's do.
-        body = {**wish.model_dump(exclude={"sandbox_id"}), "env_enable": True}
-        body["session"] = name = session_name(wish.session)
-        place = f"{wish.sandbox_id}/{name}"
-        body["startup_source"], noise = await self._sources(request, wish)
+        body = {**spec.model_dump(exclude={"sandbox_id"}), "env_enable": True}
+        body["session"] = name = session_name(spec.session)
+        place = f"{spec.sandbox_id}/{name}"
+        body["startup_source"], noise = await self._sources(request, spec)
         try:
-            reply = await self._data.json(request, "create_session", wish.sandbox_id, body)
+            reply = await self._data.json(request, "create_session", spec.sandbox_id, body)
         except Conflict:
             if name != "default" or place in self._shaped:
                 return {"output": "", "session_type": "bash"}
             # The session that every sandbox has from its start is not the one that this client asks for.
-            await self._data.bytes(request, "close_session", wish.sandbox_id, session=name)
-            reply = await self._data.json(request, "create_session", wish.sandbox_id, body)
+            await self._data.bytes(request, "close_session", spec.sandbox_id, session=name)
+            reply = await self._data.json(request, "create_session", spec.sandbox_id, body)
         if name == "default":
             self._shaped[place] = None
             while len(self._shaped) > _REMEMBERED:
                 self._shaped.popitem(last=False)
         return {"output": plain(noise + reply["output"]), "session_type": "bash"}
 
-    async def _sources(self, request: Request, wish: CreateSession) -> tuple[list[str], str]:
+    async def _sources(self, request: Request, spec: CreateSession) -> tuple[list[str], str]:
         """The files to source that there are, and what a shell says of the others: to ROCK they are no error, and
         clients ask for root's .bashrc whatever the image."""
         found, noise = [], ""
-        for path in wish.startup_source:
+        for path in spec.startup_source:
             try:
-                await self._data.bytes(request, "stat_file", wish.sandbox_id, query={"path": path})
+                await self._data.bytes(request, "stat_file", spec.sandbox_id, query={"path": path})
             except NotFound:
                 noise += f"bash: {path}: No such file or directory\n"
                 continue
@@ -140,78 +140,78 @@ class Commands:
 
     async def close_session(self, request: Request) -> dict[str, Any]:
         """Close a session; one that is not there is closed."""
-        wish = await body_of(request, CloseSession)
-        name = session_name(wish.session)
+        spec = await body_of(request, CloseSession)
+        name = session_name(spec.session)
         try:
-            await self._data.bytes(request, "close_session", wish.sandbox_id, session=name)
+            await self._data.bytes(request, "close_session", spec.sandbox_id, session=name)
         except NotFound:
             pass
-        self._shaped.pop(f"{wish.sandbox_id}/{name}", None)
+        self._shaped.pop(f"{spec.sandbox_id}/{name}", None)
         return {"session_type": "bash"}
 
     async def run_in_session(self, request: Request) -> dict[str, Any]:
         """A command's observation; an exit status other than 0 is a failure, unless the check says otherwise."""
-        wish = await body_of(request, ActionRequest)
-        if wish.is_interactive_command or wish.is_interactive_quit:
+        spec = await body_of(request, ActionRequest)
+        if spec.is_interactive_command or spec.is_interactive_quit:
             raise Unsupported("interactive commands are not supported in this dialect", hint="use the terminal")
-        name = session_name(wish.session)
-        timeout = None if wish.timeout is None else wish.timeout + _MARGIN
-        body = {"command": _kept(wish.command), "timeout": timeout, "check": "silent"}
+        name = session_name(spec.session)
+        timeout = None if spec.timeout is None else spec.timeout + _MARGIN
+        body = {"command": _kept(spec.command), "timeout": timeout, "check": "silent"}
         try:
-            seen = await self._probed(request, wish, body, name)
+            seen = await self._probed(request, spec, body, name)
         except NotFound as error:
-            raise Failed(f"session {wish.session!r} does not exist: {error}") from None
+            raise Failed(f"session {spec.session!r} does not exist: {error}") from None
         code, output = seen["exit_code"], plain(seen["output"])
-        if wish.command.endswith(_SUBMIT) and (started := BACKGROUND_PID.search(output)) is not None:
-            self._started[wish.sandbox_id, started[1]] = None
+        if spec.command.endswith(_SUBMIT) and (started := BACKGROUND_PID.search(output)) is not None:
+            self._started[spec.sandbox_id, started[1]] = None
             while len(self._started) > _REMEMBERED:
                 self._started.popitem(last=False)
         if code is None:
-            raise Failed(_told(wish.error_msg, seen["failure_reason"], output), told=False)
+            raise Failed(_told(spec.error_msg, seen["failure_reason"], output), told=False)
         if code == _SYNTAX:
-            await self._refuse_syntax(request, wish, output)
-        if code != 0 and wish.check == "raise":
-            text = f"Command {wish.command!r} failed with exit code {code}"
-            raise Failed(_told(wish.error_msg, text, output), told=False)
+            await self._refuse_syntax(request, spec, output)
+        if code != 0 and spec.check == "raise":
+            text = f"Command {spec.command!r} failed with exit code {code}"
+            raise Failed(_told(spec.error_msg, text, output), told=False)
         return {
             "session_type": "bash",
             "output": output,
-            "exit_code": None if wish.check == "ignore" else code,
+            "exit_code": None if spec.check == "ignore" else code,
             "failure_reason": seen["failure_reason"],
             "expect_string": _PROMPT,
         }
 
-    async def _probed(self, request: Request, wish: ActionRequest, body: dict[str, Any], name: str) -> Any:
+    async def _probed(self, request: Request, spec: ActionRequest, body: dict[str, Any], name: str) -> Any:
         """What the command gives. The first probe of a command that was started in the background is repeated until
         that has ended, for a second at most: after a probe that finds it running, clients sleep for 5 s or more."""
-        probe = _PROBE.fullmatch(wish.command.strip())
-        first = probe is not None and (wish.sandbox_id, probe[1]) in self._started
+        probe = _PROBE.fullmatch(spec.command.strip())
+        first = probe is not None and (spec.sandbox_id, probe[1]) in self._started
         if probe is not None:
-            self._started.pop((wish.sandbox_id, probe[1]), None)
+            self._started.pop((spec.sandbox_id, probe[1]), None)
         clock = asyncio.get_running_loop().time
         end, pause = clock() + (_HELD if first else 0.0), _FIRST_PAUSE
         while True:
-            seen = await self._data.json(request, "run", wish.sandbox_id, body, session=name)
+            seen = await self._data.json(request, "run", spec.sandbox_id, body, session=name)
             if seen["exit_code"] != 0 or clock() + pause > end:
                 return seen
             await asyncio.sleep(pause)
             pause = min(pause * 1.5, _LONGEST_PAUSE)
 
-    async def _refuse_syntax(self, request: Request, wish: ActionRequest, output: str) -> None:
+    async def _refuse_syntax(self, request: Request, spec: ActionRequest, output: str) -> None:
         """Failed when bash cannot read the command, in the words that agents look for.
 
         Only bash knows. It is asked after the fact, and only when it looks like that, so that no good command waits.
         """
         if "syntax error" not in output and "unexpected EOF" not in output:
             return
-        body = {"command": ["/bin/bash", "-n"], "stdin": wish.command, "timeout": 10.0}
+        body = {"command": ["/bin/bash", "-n"], "stdin": spec.command, "timeout": 10.0}
         try:
-            seen = await self._data.json(request, "execute", wish.sandbox_id, body)
+            seen = await self._data.json(request, "execute", spec.sandbox_id, body)
         except RockError:
             return  # an image without bash
         if seen["exit_code"]:
             raise Failed(
-                f"Error (exit code {_SYNTAX}) while checking bash command\n{wish.command!r}\n{seen['stderr']}",
+                f"Error (exit code {_SYNTAX}) while checking bash command\n{spec.command!r}\n{seen['stderr']}",
                 told=False,
             )
 

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field
 
 from rock.admin.api.rock_v1.envelope import AboutSandbox, Asked, DataPlane, Failed, Name, Row, body_of, detailed
-from rock.admin.tenants import Desks
+from rock.admin.tenants import TenantServices
 from rock.envhub import registry
 from rock.envhub.catalogue import Catalogue, Registered
 from rock.errors import NotFound, Unavailable
@@ -38,8 +38,8 @@ class StepRequest(AboutSandbox):
 class Gem:
     """Handlers of environments, by method and path."""
 
-    def __init__(self, desks: Desks, data: DataPlane) -> None:
-        self._desks = desks
+    def __init__(self, tenant_services: TenantServices, data: DataPlane) -> None:
+        self._tenant_services = tenant_services
         self._data = data
 
     def routes(self) -> list[Row]:
@@ -53,27 +53,27 @@ class Gem:
 
     async def make(self, request: Request) -> dict[str, Any]:
         env_id = registry.find((await body_of(request, MakeRequest)).env_id).id
-        host = await self._desks(request.scope).open_env(OpenEnv(env_id=env_id), _LONGEST_START)
+        host = await self._tenant_services(request.scope).open_env(OpenEnv(env_id=env_id), _LONGEST_START)
         if host.state is not State.RUNNING:
             raise Unavailable(f"the sandbox for {env_id} has not started within {_LONGEST_START:g} s", hint="retry")
         made = await self._data.json(request, "make_env", host.sandbox_id, {"env_id": env_id})
         return {"sandbox_id": f"{host.sandbox_id}/{made['env']}/{env_id}"}
 
     async def reset(self, request: Request) -> Any:
-        wish = await body_of(request, ResetRequest)
-        host, number, _ = _parts(wish.sandbox_id)
-        return await self._data.json(request, "reset_env", host, {"seed": wish.seed}, env=number)
+        spec = await body_of(request, ResetRequest)
+        host, number, _ = _parts(spec.sandbox_id)
+        return await self._data.json(request, "reset_env", host, {"seed": spec.seed}, env=number)
 
     async def step(self, request: Request) -> Any:
-        wish = await body_of(request, StepRequest)
-        host, number, _ = _parts(wish.sandbox_id)
-        return await self._data.json(request, "step_env", host, {"action": wish.action}, env=number)
+        spec = await body_of(request, StepRequest)
+        host, number, _ = _parts(spec.sandbox_id)
+        return await self._data.json(request, "step_env", host, {"action": spec.action}, env=number)
 
     async def close(self, request: Request) -> dict[str, Any]:
         """End the environment. Its sandbox stays for others of its kind, and is stopped when it is idle."""
         sandbox_id = (await body_of(request, AboutSandbox)).sandbox_id
         host, number, _ = _parts(sandbox_id)
-        await self._desks(request.scope).load(host)
+        await self._tenant_services(request.scope).load(host)
         try:
             await self._data.bytes(request, "close_env", host, env=number)
         except (Failed, NotFound):
@@ -83,7 +83,7 @@ class Gem:
     async def list(self, request: Request) -> dict[str, Any]:
         """The environment of an id, as long as its sandbox runs."""
         host, _, env_id = _parts((await body_of(request, AboutSandbox)).sandbox_id)
-        running = (await self._desks(request.scope).get(host)).is_alive
+        running = (await self._tenant_services(request.scope).get(host)).is_alive
         return {"env_id": [env_id] if running else []}
 
 
@@ -133,15 +133,15 @@ class EnvHub:
         ]
 
     async def register(self, request: Request) -> dict[str, Any]:
-        wish = await body_of(request, RegisterRequest)
-        return (await self._catalogue.register(Registered(**wish.model_dump()))).model_dump()
+        spec = await body_of(request, RegisterRequest)
+        return (await self._catalogue.register(Registered(**spec.model_dump()))).model_dump()
 
     async def get(self, request: Request) -> dict[str, Any]:
         return (await self._catalogue.get((await body_of(request, AboutEnv)).env_name)).model_dump()
 
     async def list(self, request: Request) -> dict[str, Any]:
-        wish = await body_of(request, ListRequest)
-        return {"envs": [env.model_dump() for env in await self._catalogue.list(wish.owner, wish.tags)]}
+        spec = await body_of(request, ListRequest)
+        return {"envs": [env.model_dump() for env in await self._catalogue.list(spec.owner, spec.tags)]}
 
     async def delete(self, request: Request) -> bool:
         await self._catalogue.delete((await body_of(request, AboutEnv)).env_name)

@@ -46,22 +46,22 @@ class Files:
     async def read_file(self, request: Request) -> dict[str, Any]:
         """A text. A file that is missing has none, as in ROCK, whose clients do not look at the envelope here; the
         result says so beside it."""
-        wish = await body_of(request, ReadFile)
+        spec = await body_of(request, ReadFile)
         try:
-            data = await self._data.bytes(request, "read_file", wish.sandbox_id, query={"path": wish.path})
+            data = await self._data.bytes(request, "read_file", spec.sandbox_id, query={"path": spec.path})
         except NotFound as error:
             return {"content": "", "failure_reason": str(error)}
         try:
-            content = data.decode(wish.encoding or "utf-8", wish.errors or "backslashreplace")
+            content = data.decode(spec.encoding or "utf-8", spec.errors or "backslashreplace")
         except (LookupError, UnicodeError) as error:
-            raise InvalidConfig(f"{wish.path} cannot be read as {wish.encoding or 'utf-8'}: {error}") from None
+            raise InvalidConfig(f"{spec.path} cannot be read as {spec.encoding or 'utf-8'}: {error}") from None
         return {"content": content}
 
     async def write_file(self, request: Request) -> dict[str, Any]:
-        wish = await body_of(request, WriteFile)
-        data = wish.content.encode("utf-8", "surrogatepass")
-        await self._data.bytes(request, "write_file", wish.sandbox_id, data, {"path": wish.path})
-        return {"success": True, "message": f"{len(data)} bytes written to {wish.path}"}
+        spec = await body_of(request, WriteFile)
+        data = spec.content.encode("utf-8", "surrogatepass")
+        await self._data.bytes(request, "write_file", spec.sandbox_id, data, {"path": spec.path})
+        return {"success": True, "message": f"{len(data)} bytes written to {spec.path}"}
 
     async def upload(self, request: Request) -> dict[str, Any]:
         """A form with `sandbox_id`, `target_path` and the file, which goes on as it comes when it comes last."""

@@ -83,26 +83,26 @@ class Rocklet:
     # ---- environments, for images that have GEM
 
     async def make(self, request: Request) -> dict[str, Any]:
-        wish = await body_of(request, MakeEnvironment)
-        body = {"env_id": wish.env_id, "name": wish.sandbox_id}
+        spec = await body_of(request, MakeEnvironment)
+        body = {"env_id": spec.env_id, "name": spec.sandbox_id}
         await self._data.json(request, "make_env", request.path["sandbox_id"], body)
-        return {"sandbox_id": wish.sandbox_id}
+        return {"sandbox_id": spec.sandbox_id}
 
     async def reset(self, request: Request) -> Any:
-        wish = await body_of(request, ResetEnvironment)
-        return await self._env(request, "reset_env", wish.sandbox_id, {"seed": wish.seed})
+        spec = await body_of(request, ResetEnvironment)
+        return await self._env(request, "reset_env", spec.sandbox_id, {"seed": spec.seed})
 
     async def step(self, request: Request) -> Any:
-        wish = await body_of(request, StepEnvironment)
-        return await self._env(request, "step_env", wish.sandbox_id, {"action": wish.action})
+        spec = await body_of(request, StepEnvironment)
+        return await self._env(request, "step_env", spec.sandbox_id, {"action": spec.action})
 
     async def end(self, request: Request) -> dict[str, Any]:
-        wish = await body_of(request, AboutEnvironment)
+        spec = await body_of(request, AboutEnvironment)
         try:
-            await self._env(request, "close_env", wish.sandbox_id, b"")
+            await self._env(request, "close_env", spec.sandbox_id, b"")
         except NotFound:
             pass  # it ended before
-        return {"sandbox_id": wish.sandbox_id}
+        return {"sandbox_id": spec.sandbox_id}
 
     async def _env(self, request: Request, route: str, name: str, body: Any) -> Any:
         return await self._data.json(request, route, request.path["sandbox_id"], body, env=NAMED + name)

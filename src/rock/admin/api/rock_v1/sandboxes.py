@@ -22,7 +22,7 @@ from rock.admin.api.rock_v1.envelope import (
     query_number,
 )
 from rock.admin.api.rock_v1.status import FIELDS, START_FIELDS, is_listed, state_of, status_of, time_of
-from rock.admin.tenants import Desk, Desks
+from rock.admin.tenants import TenantService, TenantServices
 from rock.errors import Conflict, InvalidConfig, NotFound, RockError, Unsupported
 from rock.http.asgi import Request, validate
 from rock.protocol.keys import Access
@@ -93,12 +93,12 @@ class Batch(Asked):
 class Sandboxes:
     """Handlers of sandboxes, by method and path."""
 
-    def __init__(self, desks: Desks, network: str) -> None:
-        self._desks = desks
+    def __init__(self, tenant_services: TenantServices, network: str) -> None:
+        self._tenant_services = tenant_services
         self._network = network
 
-    def _desk(self, request: Request) -> Desk:
-        return self._desks(request.scope)
+    def _tenant_service(self, request: Request) -> TenantService:
+        return self._tenant_services(request.scope)
 
     def routes(self) -> list[Row]:
         started = {**CODED, **START_FIELDS}
@@ -146,7 +146,7 @@ class Sandboxes:
             tried += [_without_network(one) for one in tried]
         for number, one in enumerate(tried):
             try:
-                info = await self._desk(request).create(one, None, wait)
+                info = await self._tenant_service(request).create(one, None, wait)
             except Unsupported as error:
                 if number == len(tried) - 1:
                     raise
@@ -163,18 +163,24 @@ class Sandboxes:
     async def get_status(self, request: Request) -> dict[str, Any]:
         """Counts as activity, as in ROCK: clients keep a sandbox alive by looking at it."""
         sandbox_id = query_id(request)
-        found = await self._status(self._desk(request), sandbox_id, request.flag("include_all_states"), wait=_A_MOMENT,
-                                   touch=True)  # fmt: skip
+        service, all_states = self._tenant_service(request), request.flag("include_all_states")
+        found = await self._status(service, sandbox_id, all_states, wait=_A_MOMENT, touch=True)
         if found is None:
             raise NotFound(f"Sandbox {sandbox_id} not found", sandbox_id=sandbox_id)
         return found
 
     async def _status(
-        self, desk: Desk, sandbox_id: str, all_states: bool, *, wait: float = 0.0, touch: bool = False
+        self,
+        tenant_service: TenantService,
+        sandbox_id: str,
+        all_states: bool,
+        *,
+        wait: float = 0.0,
+        touch: bool = False,
     ) -> dict[str, Any] | None:
         try:
-            info = await desk.get(sandbox_id, wait=wait, touch=touch)
-            record = await desk.load(sandbox_id)
+            info = await tenant_service.get(sandbox_id, wait=wait, touch=touch)
+            record = await tenant_service.load(sandbox_id)
         except NotFound:
             return None
         return status_of(record, info) if all_states or is_listed(info) else None
@@ -185,7 +191,7 @@ class Sandboxes:
     async def alive(self, request: Request, sandbox_id: str) -> dict[str, Any]:
         """Whether a sandbox runs, as ROCK tells it."""
         try:
-            info = await self._desk(request).get(sandbox_id, touch=True)
+            info = await self._tenant_service(request).get(sandbox_id, touch=True)
         except NotFound as error:
             return {"is_alive": False, "message": str(error)}
         return {"is_alive": info.is_alive, "message": (info.host_name if info.is_alive else info.reason) or ""}
@@ -193,11 +199,11 @@ class Sandboxes:
     async def statistics(self, request: Request) -> dict[str, Any]:
         """Percent of what the sandbox may use; null is not measured here."""
         sandbox_id = query_id(request)
-        desk = self._desk(request)
-        first = await self._usage(desk, sandbox_id)
+        tenant_service = self._tenant_service(request)
+        first = await self._usage(tenant_service, sandbox_id)
         began = asyncio.get_running_loop().time()
         await asyncio.sleep(_SAMPLE)
-        second = await self._usage(desk, sandbox_id)
+        second = await self._usage(tenant_service, sandbox_id)
         passed = asyncio.get_running_loop().time() - began
         result: dict[str, Any] = dict.fromkeys(("cpu", "mem", "disk", "disk_log_percent", "disk_dind_percent", "net"))
         if first.usage and second.usage:
@@ -208,16 +214,18 @@ class Sandboxes:
                 result["mem"] = round(100 * second.usage.memory_bytes / parse_size(second.memory), 2)
         return result
 
-    async def _usage(self, desk: Desk, sandbox_id: str) -> SandboxInfo:
-        info = await desk.get(sandbox_id, usage=True)
+    async def _usage(self, tenant_service: TenantService, sandbox_id: str) -> SandboxInfo:
+        info = await tenant_service.get(sandbox_id, usage=True)
         if not is_listed(info):
             raise NotFound(f"Sandbox {sandbox_id} not found", sandbox_id=sandbox_id)
         return info
 
     async def batch(self, request: Request) -> dict[str, Any]:
         """Those that start or run, of the ids that were asked for."""
-        wish = await body_of(request, Batch)
-        found = [await self._status(self._desk(request), sandbox_id, False) for sandbox_id in wish.sandbox_ids]
+        spec = await body_of(request, Batch)
+        found = [
+            await self._status(self._tenant_service(request), sandbox_id, False) for sandbox_id in spec.sandbox_ids
+        ]
         return {**CODED, "statuses": [status for status in found if status and status["state"] in _ACTIVE]}
 
     async def list(self, request: Request) -> dict[str, Any]:
@@ -229,7 +237,7 @@ class Sandboxes:
             raise InvalidConfig(f"cannot list by {', '.join(unknown)}", hint=f"there are: {', '.join(FIELDS)}")
         items = [
             status
-            for record in await self._desk(request).records(Query(states=_ACTIVE, limit=1 << 30))
+            for record in await self._tenant_service(request).records(Query(states=_ACTIVE, limit=1 << 30))
             if _matches(status := status_of(record, record.info), wanted)
         ]
         end = page * size
@@ -245,7 +253,7 @@ class Sandboxes:
         """Stop it; one that is gone or was never there is stopped."""
         sandbox_id = (await body_of(request, AboutSandbox)).sandbox_id
         try:
-            await self._desk(request).stop(sandbox_id)
+            await self._tenant_service(request).stop(sandbox_id)
         except NotFound:
             pass
         return f"{sandbox_id} stopped"
@@ -254,11 +262,11 @@ class Sandboxes:
         """Forget a stopped one. What is not there is deleted: clients repeat themselves."""
         sandbox_id = (await body_of(request, AboutSandbox)).sandbox_id
         try:
-            await self._desk(request).delete(sandbox_id)
+            await self._tenant_service(request).delete(sandbox_id)
         except NotFound:
             pass
         except Conflict:
-            state = (await self._desk(request).load(sandbox_id)).state
+            state = (await self._tenant_service(request).load(sandbox_id)).state
             raise Conflict(
                 f"Sandbox {sandbox_id} cannot be deleted: current state is '{state}', "
                 "must be stopped or archived first",
@@ -272,7 +280,7 @@ class Sandboxes:
         """Start a stopped or archived one again over its files; waits a moment, as `start_async` does."""
         sandbox_id = request.path.get("sandbox_id") or (await body_of(request, AboutSandbox)).sandbox_id
         try:
-            return _started(await self._desk(request).restart(sandbox_id, wait=_A_MOMENT))
+            return _started(await self._tenant_service(request).restart(sandbox_id, wait=_A_MOMENT))
         except Conflict as error:
             raise await self._refused(request, sandbox_id, "restarted", error) from None
 
@@ -280,14 +288,14 @@ class Sandboxes:
         """Begin to bring its files to the archive; the status tells how that goes."""
         sandbox_id = request.path["sandbox_id"]
         try:
-            await self._desk(request).archive(sandbox_id)
+            await self._tenant_service(request).archive(sandbox_id)
         except Conflict as error:
             raise await self._refused(request, sandbox_id, "archived", error) from None
         return f"{sandbox_id} archiving"
 
     async def _refused(self, request: Request, sandbox_id: str, what: str, error: Conflict) -> Conflict:
         """The refusal in ROCK's words, with ours after them."""
-        state = state_of((await self._desk(request).load(sandbox_id)).info)
+        state = state_of((await self._tenant_service(request).load(sandbox_id)).info)
         return Conflict(
             f"Sandbox {sandbox_id} cannot be {what}: current state is '{state}'; {error.message}",
             sandbox_id=sandbox_id,
@@ -323,7 +331,7 @@ def _one_line(text: str) -> str:
     return text
 
 
-class CommitWish(AboutSandbox):
+class CommitBody(AboutSandbox):
     """What a client asks for. An empty user name is none."""
 
     image_tag: Annotated[Name, AfterValidator(_one_line)]
@@ -334,8 +342,8 @@ class CommitWish(AboutSandbox):
 class Commits:
     """Handlers, by method and path."""
 
-    def __init__(self, desks: Desks) -> None:
-        self._desks = desks
+    def __init__(self, tenant_services: TenantServices) -> None:
+        self._tenant_services = tenant_services
 
     def routes(self) -> list[Row]:
         return [
@@ -345,11 +353,13 @@ class Commits:
 
     async def commit(self, request: Request) -> dict[str, Any]:
         """Begin. What names a registry goes there with the login that is given; anything else stays here."""
-        wish = await body_of(request, CommitWish)
-        fields = {"image_tag": wish.image_tag, "push": bool(wish.username) and _names_registry(wish.image_tag),
-                  "registry_username": wish.username or None, "registry_password": wish.password or None}  # fmt: skip
+        spec = await body_of(request, CommitBody)
+        fields = {"image_tag": spec.image_tag, "push": bool(spec.username) and _names_registry(spec.image_tag),
+                  "registry_username": spec.username or None, "registry_password": spec.password or None}  # fmt: skip
         try:
-            return _told(await self._desks(request.scope).commit(wish.sandbox_id, validate(CommitRequest, fields)))
+            return _told(
+                await self._tenant_services(request.scope).commit(spec.sandbox_id, validate(CommitRequest, fields))
+            )
         except NotFound as error:
             raise _worded(CommitError.SANDBOX_NOT_FOUND, error) from None
         except Conflict as error:
@@ -357,7 +367,7 @@ class Commits:
 
     async def status(self, request: Request) -> dict[str, Any]:
         try:
-            return _told(await self._desks(request.scope).commit_status(request.path["sandbox_id"]))
+            return _told(await self._tenant_services(request.scope).commit_status(request.path["sandbox_id"]))
         except NotFound as error:
             raise _worded(error.details.get("commit", CommitError.SANDBOX_NOT_FOUND), error) from None
 

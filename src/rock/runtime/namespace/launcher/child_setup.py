@@ -16,7 +16,7 @@ import struct
 from typing import Any, NamedTuple
 
 from rock.guest.init import pid1
-from rock.guest.init.sharing import Sweep
+from rock.guest.init.sharing import PageSharing
 from rock.runtime.namespace.launcher import kernel
 from rock.runtime.namespace.launcher.mounts import HOST_NAME
 from rock.runtime.namespace.launcher.zygote import OPTIONAL, Area, Row
@@ -176,7 +176,7 @@ def _pages(constants: Constants, number: int) -> list[Row]:
     ]
 
 
-class Told(Exception):
+class SetupFailed(Exception):
     """What a pid 1 says instead of going on: a message as `live` writes it."""
 
     def __init__(self, message: bytes) -> None:
@@ -191,7 +191,7 @@ def receive_proc(ready: socket.socket) -> int:
     for level, kind, fds in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             return int(struct.unpack("i", fds[:4])[0])
-    raise Told(data)
+    raise SetupFailed(data)
 
 
 def open_gate(gate: int) -> None:
@@ -222,7 +222,7 @@ def pack_note(fds: Descriptors, server: int) -> bytes:
     return struct.pack("6q", fds.listener, fds.ready, server, *(fds.sockets or (-1, -1)), fds.pages)
 
 
-def live(note: bytes, failed: int, sweep: Sweep | None) -> None:
+def live(note: bytes, failed: int, sweep: PageSharing | None) -> None:
     """Go on in Python after the calls, as pid 1; never returns. `failed`: index of the call that failed, or -1."""
     listener, ready, server, *sockets, pages = struct.unpack_from("6q", note)
     if failed >= 0:

@@ -18,13 +18,13 @@ from typing import Any
 
 from rock.runtime.namespace.launcher import kernel, mounts
 from rock.runtime.namespace.limits import cgroups, disk_quota
-from rock.runtime.namespace.network import Nets
+from rock.runtime.namespace.network import NetworkPool
 
 
-class Home:
+class HostNamespaces:
     """The mount and the network namespace that the launcher comes from."""
 
-    def __init__(self, privileged: bool, nets: Nets) -> None:
+    def __init__(self, privileged: bool, nets: NetworkPool) -> None:
         self._nets = nets
         self._fd = os.open("/proc/self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC)
         self._permitted = kernel.permitted()
@@ -65,7 +65,7 @@ class Failure(Exception):
         self.number = error.errno or 0
 
 
-def build(spec: dict[str, Any], pid: int, staging: str, namespace: int, home: Home, proc: Callable[[], int],
+def build(spec: dict[str, Any], pid: int, staging: str, namespace: int, home: HostNamespaces, proc: Callable[[], int],
           net: int) -> None:
     """Furnish the mount namespace of `pid`, a child that waits. Failure names the step.
 

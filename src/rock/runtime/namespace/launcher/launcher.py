@@ -45,7 +45,7 @@ from rock.runtime.namespace.launcher.zygote import Area, Zygote
 from rock.runtime.namespace.limits import cgroups, counters
 from rock.runtime.namespace.limits.counters import Counters
 from rock.runtime.namespace.limits.devices import SharedGroups
-from rock.runtime.namespace.network import Nets, WiredNets
+from rock.runtime.namespace.network import IsolatedNetworkPool, NetworkPool
 
 _ALL = (kernel.CLONE_NEWNS | kernel.CLONE_NEWPID | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS | kernel.CLONE_NEWNET)
 _START_PATIENCE = 60.0
@@ -86,10 +86,10 @@ class Launcher:
             counters.write(self.counters.settings_of_all())
         kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_SLAVE)
         mounts.prepare_staging(self.staging)
-        self.nets = Nets(usable=self.privileged)
-        self.wired = WiredNets(self.privileged)
+        self.nets = NetworkPool(usable=self.privileged)
+        self.wired = IsolatedNetworkPool(self.privileged)
         self.unnamed = mounts.UnnamedFolders(self.staging, self.privileged)
-        self.home = furnish.Home(self.privileged, self.nets)
+        self.home = furnish.HostNamespaces(self.privileged, self.nets)
         if self.privileged:
             self._favour_moves()
 
@@ -229,8 +229,8 @@ class Launcher:
             told.close()
             furnish.build(spec, pid, self.staging, namespace, self.home, lambda: child_setup.receive_proc(ready), net)
             child_setup.open_gate(gate[1])
-        except (OSError, furnish.Failure, child_setup.Told) as error:
-            if isinstance(error, child_setup.Told):
+        except (OSError, furnish.Failure, child_setup.SetupFailed) as error:
+            if isinstance(error, child_setup.SetupFailed):
                 self._answer(spec, self._reply(pid, area, error.message))
             else:
                 number = error.number if isinstance(error, furnish.Failure) else error.errno or 0
@@ -253,7 +253,7 @@ class Launcher:
 
     def _try_wired(self) -> dict[str, Any]:
         """Whether this host can have a network namespace with a way out; nothing of it stays."""
-        trial = WiredNets(self.privileged)
+        trial = IsolatedNetworkPool(self.privileged)
         try:
             for fd in trial.take():
                 os.close(fd)

@@ -22,7 +22,7 @@ import struct
 from collections.abc import Callable
 
 from rock.guest.init import native
-from rock.guest.init.sharing import Sweep
+from rock.guest.init.sharing import PageSharing
 from rock.runtime.namespace.launcher import kernel
 from rock.runtime.namespace.launcher.snapshot import Snapshot
 
@@ -167,10 +167,10 @@ class Zygote:
     run there too, or else in each child: puts it into the groups of all sandboxes.
     """
 
-    def __init__(self, live: Callable[[bytes, int, Sweep | None], None], rehearse: Callable[[], None],
+    def __init__(self, live: Callable[[bytes, int, PageSharing | None], None], rehearse: Callable[[], None],
                  join: Callable[[], object] = lambda: None) -> None:
         self._live, self._rehearse, self._join = live, rehearse, join
-        self._sweep: Sweep | None = None
+        self._sweep: PageSharing | None = None
         self._left_at_most = 0  # of the zygote's own calls, for the sweep to be of use
         self._memory = mmap.mmap(-1, AREA * (_AREAS + 1))  # the last one is for the zygote's own calls
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
@@ -225,7 +225,7 @@ class Zygote:
             assert len(calls) <= AREA
             ctypes.memmove(self._base + AREA * _AREAS, calls, len(calls))
             struct.pack_into("Q", self._control, 24, len(snapshot.calls))
-            self._sweep, self._left_at_most = Sweep(snapshot.regions), snapshot.optional
+            self._sweep, self._left_at_most = PageSharing(snapshot.regions), snapshot.optional
 
     def area(self) -> Area:
         """Room for a child, to be freed when the child is ready or gone."""

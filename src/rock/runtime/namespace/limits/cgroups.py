@@ -20,7 +20,7 @@ _PERIOD = 100_000  # microseconds
 
 
 @dataclass(frozen=True)
-class Place:
+class Controller:
     """Where one controller's groups are made: `parent` is our folder in its tree."""
 
     controller: str
@@ -32,7 +32,7 @@ class Place:
 class Cgroups:
     """The controllers that can be used here, and why the others cannot."""
 
-    places: Mapping[str, Place] = field(default_factory=dict)
+    places: Mapping[str, Controller] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
 
     def folders(self, slot: str) -> dict[str, str]:
@@ -205,7 +205,7 @@ def discover(run_dir: str) -> Cgroups:
     """Find for each controller a place where groups can be made, by making one; the parents exist afterwards."""
     name = _name(run_dir)
     own = _own_groups()
-    places: dict[str, Place] = {}
+    places: dict[str, Controller] = {}
     reasons: dict[str, str] = {}
     trees = _trees(_WANTED)
     for controller in _WANTED:
@@ -215,7 +215,7 @@ def discover(run_dir: str) -> Cgroups:
         for candidate in _candidates(trees[controller], controller, own):
             reason = _try_place(candidate, name, controller, version)
             if reason is None:
-                places[controller] = Place(controller, version, f"{candidate}/{name}")
+                places[controller] = Controller(controller, version, f"{candidate}/{name}")
                 break
             reasons[controller] = reason
     for controller in ("memory", "cpu", "pids"):

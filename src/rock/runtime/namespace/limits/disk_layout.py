@@ -178,10 +178,10 @@ def main() -> None:
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     # Processes first: those of a sandbox are out of reach of a user namespace beside its own.
-    wishes = [(folder, limit, deleted(_tree(pid, group))) for folder, limit, pid, group in json.load(sys.stdin)]
+    specs = [(folder, limit, deleted(_tree(pid, group))) for folder, limit, pid, group in json.load(sys.stdin)]
     with contextlib.suppress(OSError):
         _see_all()
-    for folder, limit, removed in wishes:
+    for folder, limit, removed in specs:
         started = time.monotonic()
         with contextlib.suppress(OSError):  # it is gone
             size = _whole(folder, limit) + removed

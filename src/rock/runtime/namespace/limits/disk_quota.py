@@ -45,9 +45,9 @@ def _attach(path: str) -> tuple[int, str]:
             number = fcntl.ioctl(control, _GET_FREE)
             name = f"/dev/loop{number}"
             device = os.open(name, os.O_RDWR | os.O_CLOEXEC)
-            wish = struct.pack("=II", backing, 0) + struct.pack("=5Q4I", 0, 0, 0, 0, 0, 0, 0, 0, _AUTOCLEAR)
+            spec = struct.pack("=II", backing, 0) + struct.pack("=5Q4I", 0, 0, 0, 0, 0, 0, 0, 0, _AUTOCLEAR)
             try:
-                fcntl.ioctl(device, _CONFIGURE, wish.ljust(304, b"\0"))
+                fcntl.ioctl(device, _CONFIGURE, spec.ljust(304, b"\0"))
                 return device, name
             except OSError as error:
                 os.close(device)

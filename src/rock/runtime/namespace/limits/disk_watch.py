@@ -143,13 +143,13 @@ class DiskWatch:
         if not due:
             return
         by_folder = {one.folder: (one, _used(one)) for one in due}
-        wish = json.dumps([[one.folder, one.limit, one.pid, one.processes] for one in due])
+        request = json.dumps([[one.folder, one.limit, one.pid, one.processes] for one in due])
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-I", "-S", disk_layout.__file__,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={})
         assert process.stdin is not None and process.stdout is not None
         try:
-            process.stdin.write(wish.encode())
+            process.stdin.write(request.encode())
             process.stdin.close()
             while line := await process.stdout.readline():
                 folder, size, seconds = json.loads(line)

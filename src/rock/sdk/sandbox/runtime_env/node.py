@@ -32,7 +32,7 @@ class NodeRuntimeEnv(RuntimeEnv):
         if not isinstance(runtime_env_config, NodeRuntimeEnvConfig):
             runtime_env_config = NodeRuntimeEnvConfig.model_validate(runtime_env_config.model_dump())
         super().__init__(sandbox, runtime_env_config)
-        self._wish = runtime_env_config
+        self._spec = runtime_env_config
 
     async def _install(self) -> None:
         told = (await self._sandbox.execute(["uname", "-m"], timeout=60.0)).stdout.strip()
@@ -42,12 +42,12 @@ class NodeRuntimeEnv(RuntimeEnv):
             tree = Path(folder, "tree")
             await primitives.in_thread(lambda: self._fetch(Path(folder), tree, target))
             await self._sandbox.fs.upload_dir(
-                tree / INNER, f"{self.workdir}/runtime-env", self._wish.install_timeout, check="raise"
+                tree / INNER, f"{self.workdir}/runtime-env", self._spec.install_timeout, check="raise"
             )
 
     def _fetch(self, folder: Path, tree: Path, target: Target) -> None:
         found = fetch(
-            [f"{PACKAGE}=={VERSION}"], folder, target, timeout=self._wish.install_timeout, dependencies=False
+            [f"{PACKAGE}=={VERSION}"], folder, target, timeout=self._spec.install_timeout, dependencies=False
         )
         unpack(found[0], tree, INNER, ["bin", "lib"])
         for name, place in LINKS.items():
@@ -60,5 +60,5 @@ class NodeRuntimeEnv(RuntimeEnv):
         seen = await self._step("node --version", "this is no Node.js")
         if seen.output.strip() != f"v{VERSION}":
             raise errors.Unsupported(f"this is Node.js {seen.output.strip()[:50]}, and {VERSION} was asked for")
-        if self._wish.npm_registry:
-            await self._step(f"npm config set registry {shlex.quote(self._wish.npm_registry)}", "npm config failed")
+        if self._spec.npm_registry:
+            await self._step(f"npm config set registry {shlex.quote(self._spec.npm_registry)}", "npm config failed")

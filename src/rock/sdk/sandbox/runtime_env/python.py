@@ -52,11 +52,11 @@ class PythonRuntimeEnv(RuntimeEnv):
         if not isinstance(runtime_env_config, PythonRuntimeEnvConfig):
             runtime_env_config = PythonRuntimeEnvConfig.model_validate(runtime_env_config.model_dump())
         super().__init__(sandbox, runtime_env_config)
-        self._wish = runtime_env_config
+        self._spec = runtime_env_config
 
     async def _install(self) -> None:
-        any_will_do = self._wish.version == "default"
-        wanted = "3.11" if any_will_do else self._wish.version
+        any_will_do = self._spec.version == "default"
+        wanted = "3.11" if any_will_do else self._spec.version
         argv = ["sh", "-c", FIND, "sh", wanted, "any" if any_will_do else "only"]
         found = (await self._sandbox.execute(argv, timeout=60.0)).stdout.strip()
         if not found.startswith("/"):
@@ -73,24 +73,24 @@ class PythonRuntimeEnv(RuntimeEnv):
         await self._install_wheels(["pip"], None, unpacked)
 
     async def _set_up(self) -> None:
-        wish = self._wish
+        spec = self._spec
         await self._step("python -c 'import sys; sys.exit(sys.version_info < (3,))'", "this is no Python")
-        if wish.pip_index_url:
-            await self._step(f"pip config --site set global.index-url {shlex.quote(wish.pip_index_url)}", "pip config")
-        if not wish.pip:
+        if spec.pip_index_url:
+            await self._step(f"pip config --site set global.index-url {shlex.quote(spec.pip_index_url)}", "pip config")
+        if not spec.pip:
             return
-        if isinstance(wish.pip, str):
-            if not os.path.exists(wish.pip):
-                raise FileNotFoundError(f"Requirements file not found: {wish.pip}")
-            packages = await primitives.in_thread(requirements_of, Path(wish.pip))
+        if isinstance(spec.pip, str):
+            if not os.path.exists(spec.pip):
+                raise FileNotFoundError(f"Requirements file not found: {spec.pip}")
+            packages = await primitives.in_thread(requirements_of, Path(spec.pip))
         else:
-            packages = list(wish.pip)
+            packages = list(spec.pip)
         words = " ".join(shlex.quote(package) for package in packages)
         if await self._has_network():
             await self._step(f"pip install --disable-pip-version-check {words}", "pip install failed")
         else:
             install = f"pip install --disable-pip-version-check --no-index --find-links . {words}"
-            await self._install_wheels(packages, wish.pip_index_url, install)
+            await self._install_wheels(packages, spec.pip_index_url, install)
 
     async def _install_wheels(self, packages: list[str], index: str | None, command: str) -> None:
         """Fetch wheels here, carry them in, and install them there."""
@@ -100,9 +100,9 @@ class PythonRuntimeEnv(RuntimeEnv):
         inside = f"{self.workdir}/wheels"
         with tempfile.TemporaryDirectory() as folder:
             await primitives.in_thread(
-                lambda: fetch(packages, Path(folder), target, index=index, timeout=self._wish.install_timeout)
+                lambda: fetch(packages, Path(folder), target, index=index, timeout=self._spec.install_timeout)
             )
-            await self._sandbox.fs.upload_dir(folder, inside, self._wish.install_timeout, check="raise")
+            await self._sandbox.fs.upload_dir(folder, inside, self._spec.install_timeout, check="raise")
         try:
             await self._step(f"cd {shlex.quote(inside)} && {command}", "pip install failed")
         finally:

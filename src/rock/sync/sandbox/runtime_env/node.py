@@ -34,7 +34,7 @@ class NodeRuntimeEnv(RuntimeEnv):
         if not isinstance(runtime_env_config, NodeRuntimeEnvConfig):
             runtime_env_config = NodeRuntimeEnvConfig.model_validate(runtime_env_config.model_dump())
         super().__init__(sandbox, runtime_env_config)
-        self._wish = runtime_env_config
+        self._spec = runtime_env_config
 
     def _install(self) -> None:
         told = (self._sandbox.execute(["uname", "-m"], timeout=60.0)).stdout.strip()
@@ -44,12 +44,12 @@ class NodeRuntimeEnv(RuntimeEnv):
             tree = Path(folder, "tree")
             primitives.in_thread(lambda: self._fetch(Path(folder), tree, target))
             self._sandbox.fs.upload_dir(
-                tree / INNER, f"{self.workdir}/runtime-env", self._wish.install_timeout, check="raise"
+                tree / INNER, f"{self.workdir}/runtime-env", self._spec.install_timeout, check="raise"
             )
 
     def _fetch(self, folder: Path, tree: Path, target: Target) -> None:
         found = fetch(
-            [f"{PACKAGE}=={VERSION}"], folder, target, timeout=self._wish.install_timeout, dependencies=False
+            [f"{PACKAGE}=={VERSION}"], folder, target, timeout=self._spec.install_timeout, dependencies=False
         )
         unpack(found[0], tree, INNER, ["bin", "lib"])
         for name, place in LINKS.items():
@@ -62,5 +62,5 @@ class NodeRuntimeEnv(RuntimeEnv):
         seen = self._step("node --version", "this is no Node.js")
         if seen.output.strip() != f"v{VERSION}":
             raise errors.Unsupported(f"this is Node.js {seen.output.strip()[:50]}, and {VERSION} was asked for")
-        if self._wish.npm_registry:
-            self._step(f"npm config set registry {shlex.quote(self._wish.npm_registry)}", "npm config failed")
+        if self._spec.npm_registry:
+            self._step(f"npm config set registry {shlex.quote(self._spec.npm_registry)}", "npm config failed")
