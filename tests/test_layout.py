@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from tools.layout import Cycle, Layout, back_edges
 
 # rock.sync is generated and is not counted. largest_folder: files of one folder, __init__.py and sub-folders not
