@@ -27,7 +27,7 @@ from tests.upgrade.homes import HERE, unpack
 from tests.upgrade.make import COMMITTED, IMAGE, SETTINGS, call, done
 
 LOST = ("alive-process", "alive-namespace")  # ran when the server was killed, on a machine that is no longer there
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="the files of the fixture belong to root's uid ranges")
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="the fixture is the home of a server that ran as root")
 
 
 @dataclass
@@ -173,7 +173,6 @@ def test_a_quota_of_creates_holds(old: Opened) -> None:
     assert (status, answer["error"]["code"]) == (429, "quota_exceeded")
 
 
-@as_root
 def test_a_retained_sandbox_is_restarted_within_its_quota(old: Opened) -> None:
     key = old.key("alpha")
     box = old.box("alpha-retained", key)
@@ -186,7 +185,6 @@ def test_a_retained_sandbox_is_restarted_within_its_quota(old: Opened) -> None:
     box.delete()
 
 
-@as_root
 def test_an_archived_sandbox_is_restored(old: Opened) -> None:
     box = old.box("archived")
     box.restart()
@@ -200,7 +198,6 @@ def check_files(old: Opened, box: Sandbox, name: str) -> None:
         assert box.read_file(path).content == text
 
 
-@as_root
 def test_images_are_listed_and_used(old: Opened) -> None:
     status, listed = rock(old.server.home, "image", "ls")
     assert status == 0 and IMAGE in listed and COMMITTED in listed
