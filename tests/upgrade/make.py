@@ -124,6 +124,15 @@ class Making:
         until(lambda: len(self.roots() - before) == 1, "it starts more than its pid 1")  # children begin as its copies
         return next(iter(self.roots() - before))
 
+    def make(self, output: Path, also: Callable[[], Any] = lambda: None) -> None:
+        """Write the fixture; whatever happens, no sandbox of it runs on. also: called when the server is dead."""
+        try:
+            self.write()
+            self.pack(output)
+            also()
+        finally:
+            self.clear()
+
     # ---- contents
 
     def write(self) -> None:
@@ -169,8 +178,7 @@ class Making:
         self.create("by-deadline", timeout=1.0)
         os.kill(self.doomed("by-exit"), 9)
         body = self.config(sandbox_id="by-start", image=IMAGE, runtime="namespace", startup_timeout=0.001)
-        status, answer = call(self.url, "POST", "/v1/sandboxes?wait=60", body)
-        print("a start that fails:", status, answer)
+        assert call(self.url, "POST", "/v1/sandboxes?wait=60", body)[0] == 410
         self.stopped("by-start")
         for name in ("by-idle", "by-deadline", "by-exit"):
             self.stopped(name)
@@ -258,7 +266,8 @@ class Making:
 
     def clear(self) -> None:
         """End what still runs."""
-        self.server.start()
+        if self.server.process is None or self.server.process.poll() is not None:
+            self.server.start()
         with Client(self.url, OWNER) as client:
             for info in client.list_sandboxes(states="pending,running,stopping"):
                 client.stop_sandbox(info.sandbox_id)
@@ -282,17 +291,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     output = parser.parse_args().output
     assert os.geteuid() == 0, "only root can write the fixture: its files have the owners of a uid range"
-    local = Making("sqlite")
-    local.write()
-    local.pack(output)
-    local.clear()
+    Making("sqlite").make(output)
     with postgres() as database:
         url = database()
-        remote = Making("postgres", url)
-        remote.write()
-        remote.pack(output)
-        (output / "postgres.sql").write_text(dump(url))
-        remote.clear()
+        Making("postgres", url).make(output, lambda: (output / "postgres.sql").write_text(dump(url)))
 
 
 if __name__ == "__main__":

@@ -64,18 +64,25 @@ def opened(name: str, home: Path, **environment: str) -> Iterator[Opened]:
     findings = json.loads(rock(home, "doctor", "store", "--json")[1])["findings"]
     found = Opened(RunningServer(home, **SETTINGS, **environment), manifest, findings)
     found.server.start()
-    end = time.monotonic() + 60
-    while True:  # until the worker has reported what it lost
-        states = "pending,running,stopping,stopped,archiving,archived,deleted"
-        listed = done(found.url, "GET", f"/v1/sandboxes?limit=500&history=1&state={states}")
-        found.first = {info["sandbox_id"]: info for info in listed["items"]}
-        if all(found.first[lost]["state"] == "stopped" for lost in LOST):
-            break
-        assert time.monotonic() < end, found.first
-        time.sleep(0.05)
-    yield found
-    found.server.stop()
+    try:
+        found.first = first_look(found.url)
+        yield found
+    finally:
+        found.server.stop()
     found.server.assert_clean(Inventory())
+
+
+def first_look(url: str) -> dict[str, dict[str, Any]]:
+    """Every sandbox by its id, once the worker has reported what it lost."""
+    end = time.monotonic() + 60
+    while True:
+        states = "pending,running,stopping,stopped,archiving,archived,deleted"
+        listed = done(url, "GET", f"/v1/sandboxes?limit=500&history=1&state={states}")["items"]
+        first = {info["sandbox_id"]: info for info in listed}
+        if all(first[lost]["state"] == "stopped" for lost in LOST):
+            return first
+        assert time.monotonic() < end, first
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgres"])
