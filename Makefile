@@ -4,7 +4,8 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 unexport PYTHONDONTWRITEBYTECODE  # what is started by the hundred is compiled once
 
-.PHONY: demo test check lint types unit rootless long compat docker gvisor seccomp-programs fuzz faults recovery admins \
+.PHONY: demo test check lint types layout unit rootless long compat upgrade-fixture docker gvisor seccomp-programs fuzz \
+	faults recovery admins \
 	training env-packages gym-extras sync \
 	lock bench bench-environments soak soak-mixed load attacks escape-table walls front cluster fleet ray ray-shapes clean
 
@@ -43,6 +44,10 @@ lint: $(VENV)/ready-dev
 types: $(VENV)/ready-dev
 	$(VENV)/bin/mypy
 
+# Modules, folders, TYPE_CHECKING blocks and import cycles of src/rock; tests/test_layout.py has their ceilings.
+layout: $(VENV)/ready-dev
+	$(PY) tools/layout.py
+
 # The groups of tests and how they run side by side: tools/run_tests.py.
 unit: $(VENV)/ready-dev
 	@$(PY) tools/run_tests.py
@@ -58,6 +63,10 @@ long: $(VENV)/ready-dev
 # ROCK's own client in several versions, installed from PyPI and kept in ROCK_TEST_CACHE; `test` runs the fast half.
 compat: $(VENV)/ready-dev
 	ROCK_TEST_COMPAT=1 $(PY) -m pytest tests/compat
+
+# Homes and a database as this checkout writes them, for tests/upgrade of later versions; needs root and PostgreSQL.
+upgrade-fixture: $(VENV)/ready-dev
+	$(PY) -m tests.upgrade.make
 
 # All of the suite on containers, of runc and of gVisor too, with an engine from Debian's packages; needs root.
 docker: $(VENV)/ready-dev
