@@ -37,7 +37,7 @@ $(VENV)/ready-dev: requirements-dev.lock $(VENV)/ready
 check: lint types
 
 lint: $(VENV)/ready-dev
-	$(VENV)/bin/ruff check src tests tools bench
+	$(VENV)/bin/ruff check src tests tools bench setup.py
 	$(PY) tools/unasync.py --check
 	$(PY) tools/runtimes.py --check
 	$(PY) -m tests.escape.syscall_table --check
