@@ -61,10 +61,15 @@ def without_library(folder: Path) -> Path:
     return folder
 
 
+def environment(path: Path, **more: str) -> dict[str, str]:
+    """For a Python that has the package at `path`, and what this one has."""
+    paths = [str(path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": ":".join(paths), **more}
+
+
 def python(path: Path, *words: str, cwd: Path) -> str:
     """What a Python prints that has the package at `path`."""
-    environment = {**os.environ, "PYTHONPATH": str(path)}
-    done = subprocess.run([sys.executable, *words], env=environment, cwd=cwd, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, *words], env=environment(path), cwd=cwd, capture_output=True, text=True,
                           timeout=120)  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -232,9 +237,9 @@ asyncio.run(main())
 
 def doctor(path: Path, folder: Path) -> dict[str, Any]:
     """What `rock doctor` reports about the extension of the package at `path`."""
-    environment = {**os.environ, "PYTHONPATH": str(path), "ROCK_HOME": str(folder / "home")}
-    done = subprocess.run([sys.executable, "-m", "rock.cli.main", "doctor", "--json"], env=environment, cwd=folder,
-                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    done = subprocess.run([sys.executable, "-m", "rock.cli.main", "doctor", "--json"], cwd=folder, capture_output=True,
+                          env=environment(path, ROCK_HOME=str(folder / "home")), text=True, timeout=120)  # fmt: skip
+    assert done.stdout, done.stderr
     found: list[dict[str, Any]] = json.loads(done.stdout)
     return next(one for one in found if one["name"] == "native")
 
@@ -244,7 +249,7 @@ def test_an_installation_without_it(tmp_path: Path) -> None:
     path = without_library(tmp_path / "package")
     (tmp_path / "boxes").mkdir()
     done = subprocess.run([sys.executable, "-c", SANDBOX, str(tmp_path / "boxes"), str(HERE)], cwd=tmp_path, text=True,
-                          env={**os.environ, "PYTHONPATH": str(path)}, capture_output=True, timeout=120)  # fmt: skip
+                          env=environment(path), capture_output=True, timeout=120)  # fmt: skip
     if "Skipped" in done.stderr:
         pytest.skip(f"no namespaces here: {done.stderr[-300:]}")
     assert done.returncode == 0, done.stderr
