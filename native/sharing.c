@@ -19,6 +19,7 @@ struct region {
     unsigned long pages;
     unsigned long copy;  /* address at which the same part of the file is mapped read-only */
 };
+_Static_assert(sizeof(struct region) == 24, "Region in guest/sharing.py");
 
 static int equal(const unsigned long *one, const unsigned long *other)
 {

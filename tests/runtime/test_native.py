@@ -38,7 +38,7 @@ def compiler(machine: str) -> str:
     return path
 
 
-def build_options() -> dict[str, list[str]]:
+def build_options() -> dict[str, Any]:
     """The constants of setup.py, which cannot be imported where setuptools is missing or old."""
     found = {}
     for node in ast.parse((HERE / "setup.py").read_text()).body:
@@ -116,6 +116,13 @@ def test_system_call_numbers_are_the_kernel_s(machine: str) -> None:
 
 
 # ---- how it is found
+
+
+def test_it_is_built_where_it_is_looked_for() -> None:
+    options = build_options()
+    place = HERE.joinpath("src", *options["LIBRARY"].split(".")).with_suffix(".so")
+    assert place == Path(native.__file__).with_name(native.NAME)
+    assert sorted(options["SOURCES"]) == sorted(f"native/{path.name}" for path in SOURCES.glob("*.c"))
 
 
 def test_an_older_library_is_refused(tmp_path: Path) -> None:
