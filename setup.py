@@ -21,7 +21,6 @@ COMPILE = [
     "-std=gnu11", "-O2", "-g0", "-fPIC", "-Wall", "-Wextra",
     "-ffreestanding", "-fvisibility=hidden",
     "-fno-stack-protector",  # needs the C library, and thread-local storage that a child does not have
-    "-fno-tree-loop-distribute-patterns",  # would call memcpy
     "-fno-lto", "-fno-strict-aliasing", "-fno-asynchronous-unwind-tables", "-U_FORTIFY_SOURCE",
 ]  # fmt: skip
 LINK = ["-nostdlib", "-fno-lto", "-Wl,--no-undefined", "-Wl,-z,relro,-z,now,-z,noexecstack", "-Wl,-s"]

@@ -31,7 +31,8 @@ static int equal(const unsigned long *one, const unsigned long *other)
     return 1;
 }
 
-static void copy_page(unsigned long *to, const unsigned long *from)
+/* volatile: the compiler must not make a call of memcpy of it */
+static void copy_page(volatile unsigned long *to, const unsigned long *from)
 {
     unsigned long index;
 

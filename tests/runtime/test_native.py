@@ -47,10 +47,10 @@ def build_options() -> dict[str, Any]:
     return found
 
 
-def compile_library(machine: str, target: Path, *more: str) -> Path:
+def compile_library(machine: str, target: Path, *more: str, program: str | None = None) -> Path:
     """The extension, as setup.py builds it, with warnings as errors."""
     options = build_options()
-    command = [compiler(machine), *options["COMPILE"], "-Werror", "-shared", *options["SOURCES"], *options["LINK"]]
+    command = [program or compiler(machine), *options["COMPILE"], "-Werror", "-shared", *options["SOURCES"], *options["LINK"]]
     subprocess.run([*command, *more, "-o", str(target)], cwd=HERE, check=True)
     return target
 
@@ -90,6 +90,12 @@ def test_it_compiles_without_warnings_and_needs_no_library(machine: str, tmp_pat
         assert re.findall(r"UND (\S+)", told) == [], "undefined symbols"
         assert set(re.findall(r"GLOBAL DEFAULT +\d+ (\S+)", told)) == {
             "rock_native_version", "rock_start_program", "rock_run_zygote", "rock_share_pages"}  # fmt: skip
+
+
+@pytest.mark.skipif(shutil.which("clang") is None, reason="no clang")
+def test_clang_compiles_it_too(tmp_path: Path) -> None:
+    library = compile_library(os.uname().machine, tmp_path / native.NAME, program="clang")
+    assert native.Library(str(library)).path == str(library)
 
 
 @pytest.mark.parametrize("machine", COMPILERS)
