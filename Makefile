@@ -6,7 +6,7 @@ unexport PYTHONDONTWRITEBYTECODE  # what is started by the hundred is compiled o
 
 .PHONY: demo test check lint types layout unit rootless long compat upgrade-fixture docker gvisor seccomp-programs fuzz \
 	faults recovery admins \
-	training env-packages gym-extras sync \
+	training env-packages gym-extras sync wheel \
 	lock bench bench-environments soak soak-mixed load attacks escape-table walls front cluster fleet ray ray-shapes clean
 
 demo: $(VENV)/ready
@@ -18,11 +18,13 @@ test: $(VENV)/ready-dev
 
 # ---- setting up ----
 
-$(VENV)/ready: requirements.lock pyproject.toml
+# The editable installation builds the extension when there is a C compiler; an older one must not stay.
+$(VENV)/ready: requirements.lock pyproject.toml setup.py $(wildcard native/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ROCK needs Python 3.11 or newer; name one: make PYTHON=python3.12 ...")'
 	@$(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV) ..."
 	@$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	@find src -name librocknative.so -delete
 	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
@@ -36,7 +38,7 @@ $(VENV)/ready-dev: requirements-dev.lock $(VENV)/ready
 check: lint types
 
 lint: $(VENV)/ready-dev
-	$(VENV)/bin/ruff check src tests tools bench
+	$(VENV)/bin/ruff check src tests tools bench setup.py
 	$(PY) tools/unasync.py --check
 	$(PY) tools/runtimes.py --check
 	$(PY) -m tests.escape.syscall_table --check
@@ -197,6 +199,10 @@ escape-table: $(VENV)/ready-dev
 walls: $(VENV)/ready-dev
 	$(PY) -m tests.escape.walls --write
 
+# Two wheels in dist/: for this platform with the extension, for any platform without it.
+wheel: $(VENV)/ready
+	$(PY) tools/wheels.py dist
+
 sync: $(VENV)/ready-dev
 	$(PY) tools/unasync.py
 
@@ -205,4 +211,5 @@ lock:
 	uv pip compile pyproject.toml --extra dev --generate-hashes --universal --python-version 3.11 --no-header -o requirements-dev.lock
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find src -name librocknative.so -delete

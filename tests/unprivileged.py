@@ -96,12 +96,13 @@ def checkout() -> Iterator[Checkout]:
         top = Path(folder)
         top.chmod(0o755)
         ignore = shutil.ignore_patterns("__pycache__", ".pytest_cache")
-        for name in ("src", "tests", "examples"):
+        for name in ("src", "native", "tests", "examples"):
             shutil.copytree(ROOT / name, top / name, ignore=ignore)
         # Once, and not in every process that the user starts: a server is half a second of work sooner there.
         subprocess.run([interpreter() or sys.executable, "-m", "compileall", "-q", top / "src", top / "tests"],
                        check=True, timeout=300)  # fmt: skip
-        shutil.copy(ROOT / "pyproject.toml", top)
+        for name in ("pyproject.toml", "setup.py"):
+            shutil.copy(ROOT / name, top)
         packages = Path(sysconfig.get_paths()["purelib"])
         if open_to_all(packages):
             (top / "packages").symlink_to(packages)

@@ -270,7 +270,7 @@ def _imported(node: ast.Import | ast.ImportFrom, module: Module, modules: dict[s
         package = package[: len(package) - node.level + 1]
         base = ".".join([*package, base] if base else package)
     for alias in node.names:
-        # `from rock.admin import keys` imports the module rock.admin.keys, where there is one
+        # `from rock.admin import keys` imports the module rock.admin.tenants, where there is one
         name = f"{base}.{alias.name}"
         if name in modules:
             yield name

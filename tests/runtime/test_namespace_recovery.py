@@ -137,7 +137,7 @@ def test_half_made_sandboxes_die_with_the_launcher(tmp_path: Path) -> None:
     assert leftovers(tmp_path)["processes"] == before
 
 
-@pytest.mark.skipif(not native.available, reason="there is no zygote on this kind of machine")
+@pytest.mark.skipif(native.library is None, reason=f"no extension: {native.missing}")
 def test_the_death_of_the_zygote_is_survived(tmp_path: Path) -> None:
     async def main() -> None:
         async with namespace_runtime(tmp_path) as runtime:

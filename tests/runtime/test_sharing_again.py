@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from rock.guest.init import sharing
+from rock.guest.init import native
 from rock.protocol.sandbox import SandboxConfig
 from rock.runtime.init.link import InitLink
 from tests.runtime.boxes import ROOT, Box, get, namespace_box, namespace_runtime, put, run, until
 
-pytestmark = pytest.mark.skipif(not sharing.available, reason="the instructions are for x86_64 alone")
+pytestmark = pytest.mark.skipif(native.library is None, reason=f"no extension: {native.missing}")
 look_into = pytest.mark.skipif(not ROOT, reason="only root may look into a pid 1")
 HERE = Path(__file__).parents[2]
 

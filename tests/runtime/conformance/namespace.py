@@ -16,9 +16,11 @@ from tests.runtime.conformance.subject import Subject
 class OfNamespaces(Subject):
     image = "hand"
 
-    def __init__(self, name: str, isolation: Isolation) -> None:
+    def __init__(self, name: str, isolation: Isolation, *, native: bool = True) -> None:
+        """native: False is the runtime as it is without the compiled extension."""
         self.name = name
         self.isolation = isolation
+        self.native = native
 
     def missing(self) -> str | None:
         if (self.isolation == Isolation.NAMESPACES) != ROOT:
@@ -36,7 +38,7 @@ class OfNamespaces(Subject):
         return None if runtime.isolation == self.isolation else f"only {runtime.isolation.value} can be had here"
 
     def make(self, folder: Path) -> NamespaceRuntime:
-        return NamespaceRuntime(folder / "run", 0, HandMade(folder / "image"))
+        return NamespaceRuntime(folder / "run", 0, HandMade(folder / "image"), native=self.native)
 
     def leftovers(self, folder: Path) -> dict[str, list[str]]:
         return leftovers(folder)
@@ -44,5 +46,6 @@ class OfNamespaces(Subject):
 
 SUBJECTS = [
     OfNamespaces("namespace", Isolation.NAMESPACES),
+    OfNamespaces("namespace-fork", Isolation.NAMESPACES, native=False),
     OfNamespaces("namespace-rootless", Isolation.USERNS),
 ]

@@ -153,7 +153,7 @@ class Start:
 
     def __init__(self, plan: Plan, *, by_fork: bool = False) -> None:
         self.plan = plan
-        self.by_fork = by_fork or not native.available or not plan.path.startswith("/")
+        self.by_fork = by_fork or native.library is None or not plan.path.startswith("/")
         self._table: native.Table | None = None
         self.verdict, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         if writing in plan.streams.theirs:

@@ -1,7 +1,7 @@
 """A Python of our own for pid 1 where the image's root is the only one: an engine's containers.
 
     <folder>/<key>/ld.so so/ bin/python3 lib/pythonX.Y/   this machine's interpreter, and what it needs to run `guest`
-                   modules/rock/guest/                    pid 1
+                   modules/rock/guest/                    pid 1, with the compiled library if there is one
                    boot.py                                its start
                    link/                                  an empty folder, to be mounted over
 
@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rock.errors import Unsupported
+from rock.guest.init import native
 from rock.guest.init.remove import remove_tree
 
 INSIDE = "/.rock"  # where it has to be seen
@@ -112,6 +113,8 @@ def _plan(python: str) -> Iterator[tuple[str, str]]:
             yield f"{library}/{_stdlib(inner, path)}", path
     for path in objects:
         yield from _libraries(loaders[0], path)
+    if native.library is not None:
+        yield f"modules/{os.path.relpath(native.library.path, source)}", native.library.path
 
 
 def _stdlib(inner: str, path: str) -> str:

@@ -11,6 +11,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from rock.guest.init import native
 from rock.runtime.namespace.launcher import seccomp
 from rock.runtime.namespace.limits import cgroups, disk_layout
 
@@ -90,6 +91,7 @@ def host_report(run_dir: Path | None = None) -> list[Finding]:
         Finding("python", sys.version_info >= (3, 11), platform.python_version(), "Python 3.11 or newer is needed"),
         Finding("kernel", _release() >= (5, 12), platform.release(), "Linux 5.12 or newer is needed, 5.19 as root"),
         Finding("user", None, "root" if os.geteuid() == 0 else f"uid {os.geteuid()}"),
+        _native(),
     ]
     for what, name, hint in (
         ("userns", "user namespaces", "see kernel.unprivileged_userns_clone, user.max_user_namespaces and, on Ubuntu, "
@@ -148,6 +150,17 @@ def _cgroup_findings(base: str) -> list[Finding]:
         except OSError:
             pass
     return report
+
+
+def _native() -> Finding:
+    """Whether the compiled functions are used. Without them all works, with slower starts and more memory."""
+    if native.library is not None:
+        return Finding("native", True, f"compiled: {native.library.path}")
+    if platform.machine() in native.MACHINES:
+        hint = "install a C compiler (gcc or clang), then install ROCK again (in a checkout: pip install -e .)"
+    else:
+        hint = "nothing to do: all works, with slower starts and more memory"
+    return Finding("native", None, f"fork fallback: {native.missing}; {hint}", hint)
 
 
 def _seccomp() -> Finding:

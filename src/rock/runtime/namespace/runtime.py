@@ -38,7 +38,8 @@ _POOL = SandboxConfig(image="pool", memory="1g", cpus=1.0)  # limits of what nob
 
 class NamespaceRuntime(InitSandboxes):
     """The embedded default. `run_dir` holds a folder a sandbox; pool_size 0 switches the warm pool off. disk_limit:
-    bytes for the files of a sandbox without `disk`; 0 is no limit."""
+    bytes for the files of a sandbox without `disk`; 0 is no limit. native: False starts pid 1 and programs by fork, as
+    where the compiled extension (guest/init/native.py) is missing."""
 
     name = RUNTIME
     traits: Mapping[Isolation, frozenset[Trait]] = {
@@ -47,10 +48,11 @@ class NamespaceRuntime(InitSandboxes):
     }
 
     def __init__(self, run_dir: Path, pool_size: int, images: Images, resolvers: Sequence[str] = (),
-                 disk_limit: int = 0) -> None:
+                 disk_limit: int = 0, *, native: bool = True) -> None:
         self._run_dir = Path(os.path.realpath(run_dir))
         self._egress = EgressSockets(self._run_dir, resolvers)
         self._images = images
+        self._native = native
         self._slots = Slots(self._run_dir, self._egress)
         self._disks = Disks(self._try_disk)
         self._handles = Handles(self._slots, self._disks, disk_limit)
@@ -90,7 +92,7 @@ class NamespaceRuntime(InitSandboxes):
             [(False, Isolation.USERNS)]
         reasons = []
         for privileged, isolation in shapes:
-            options = {"privileged": privileged, "staging": str(self._run_dir / "staging")}
+            options = {"privileged": privileged, "staging": str(self._run_dir / "staging"), "native": self._native}
             launcher = LaunchLink(options, self._run_dir / "launcher.log", self._factory.spares.append)
             self._slots.launcher = launcher
             self.isolation = self._handles.isolation = isolation

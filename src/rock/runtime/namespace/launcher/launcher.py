@@ -37,7 +37,7 @@ import time
 from collections import deque
 from typing import Any
 
-from rock.guest.init import process_tree, syscalls
+from rock.guest.init import native, process_tree, syscalls
 from rock.guest.init.link import pack, receive_packet, unpack
 from rock.runtime.namespace.launcher import child_setup, furnish, kernel, mounts, seccomp, snapshot, userns
 from rock.runtime.namespace.launcher import mounts as slot
@@ -53,7 +53,8 @@ _OVERFLOW_UID = int(cgroups.read_text("/proc/sys/kernel/overflowuid") or 65534)
 
 
 class Launcher:
-    """options: privileged (as root, with a uid range for each sandbox), staging (a folder to mount things in)."""
+    """options: privileged (as root, with a uid range for each sandbox), staging (a folder to mount things in), native
+    (False: fork, and do not use the compiled functions)."""
 
     def __init__(self, sock: socket.socket, options: dict[str, Any]) -> None:
         self.sock = sock
@@ -61,6 +62,8 @@ class Launcher:
         self.staging = str(options["staging"])
         self.counters = Counters(own_account=self.privileged)
         self.ranges = userns.Ranges(single=not self.privileged, settings=self.counters.settings_of_one())
+        if not options.get("native", True):
+            native.disable()
         self.constants = child_setup.Constants(seccomp.build() if seccomp.supported() else b"")
         self.groups = SharedGroups(os.path.dirname(self.staging)) if self.privileged else None
         self.zygote = Zygote(child_setup.live, snapshot.rehearse, self.groups.join if self.groups else lambda: None)

@@ -4,13 +4,14 @@
 
 Each pid 1 is forked of it, so it has the file's pages where it wrote nothing, and can go back to them
 (guest/init/sharing.py). Nothing of the process may run between the copy and the mapping: both are system calls of a
-table that zygote.py's instructions make; those are for x86_64 only, and so are the numbers here. Standard library only.
+table that compiled code makes (native/zygote.c). Standard library only.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import gc
 import json
@@ -25,7 +26,11 @@ from rock.guest.init import pid1, sharing
 from rock.guest.init.sharing import PAGE
 from rock.runtime.namespace.launcher import kernel
 
-_WRITE, _MMAP, _PREAD, _MADVISE, _FCNTL = 1, 9, 17, 28, 72
+_NUMBERS = {  # of the system calls write, mmap, pread64, madvise, fcntl
+    "x86_64": (1, 9, 17, 28, 72),
+    "aarch64": (64, 222, 67, 233, 25),
+}
+_WRITE, _MMAP, _PREAD, _MADVISE, _FCNTL = _NUMBERS.get(kernel.MACHINE, (-1,) * 5)
 _PRIVATE, _FIXED, _READ, _READ_WRITE = 0x02, 0x10, 1, 3
 _POPULATE_READ = 22
 _MOST_REGIONS = 60  # four calls for each, in one area of zygote.py
@@ -45,6 +50,8 @@ class Snapshot:
     """
 
     def __init__(self, fd: int) -> None:
+        if os.sysconf("SC_PAGE_SIZE") != PAGE:
+            raise OSError(errno.ENOTSUP, f"pages of {os.sysconf('SC_PAGE_SIZE')} bytes: only {PAGE} are supported")
         found = _regions()
         size = sum(end - start for start, end in found)
         os.ftruncate(fd, size)

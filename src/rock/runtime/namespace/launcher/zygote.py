@@ -4,10 +4,10 @@
        ▲ ◄────── the same address ────────┘
 
 A Python process writes into most pages that it uses, if only to count references. Whoever is forked from the busy
-launcher keeps the old versions of all those pages: 1.5 MB a sandbox. The zygote waits in a few instructions instead, so
-that its pages stay shared by all sandboxes. It has the launcher's descriptors (CLONE_FILES) and a piece of shared
-memory, the areas, in which the launcher writes what a child has to do first. Where the instructions cannot run, the
-launcher forks by itself: the same with more memory. Standard library only.
+launcher keeps the old versions of all those pages: 1.5 MB a sandbox. The zygote waits in compiled code instead
+(native/zygote.c), so that its pages stay shared by all sandboxes. It has the launcher's descriptors (CLONE_FILES) and a
+piece of shared memory, the areas, in which the launcher writes what a child has to do first. Without the compiled code
+the launcher forks by itself: the same with more memory. Standard library only.
 """
 
 from __future__ import annotations
@@ -26,79 +26,6 @@ from rock.guest.init.sharing import PageSharing
 from rock.runtime.namespace.launcher import kernel
 from rock.runtime.namespace.launcher.snapshot import Snapshot
 
-_CODE = bytes.fromhex(
-    "53"                # push rbx
-    "4154"              # push r12
-    "4155"              # push r13
-    "4156"              # push r14
-    "4883ec18"          # sub rsp,0x18
-    "4889fb"            # mov rbx,rdi
-    "4c8b6310"          # mov r12,[rbx+0x10]
-    "4c8b6b18"          # mov r13,[rbx+0x18]
-    "4d85ed"            # test r13,r13
-    "7434"              # je told
-    + native.CALL +     # own:
-    "493b442438"        # cmp rax,[r12+0x38]
-    "7509"              # jne told
-    "4983c440"          # add r12,0x40
-    "49ffcd"            # dec r13
-    "75cc"              # jne own
-    "4c896b18"          # told: mov [rbx+0x18],r13
-    "b801000000"        # mov eax,0x1
-    "488b7b08"          # mov rdi,[rbx+0x8]
-    "488d7318"          # lea rsi,[rbx+0x18]
-    "ba08000000"        # mov edx,0x8
-    "0f05"              # syscall
-    "31c0"              # next: xor eax,eax
-    "488b3b"            # mov rdi,[rbx]
-    "4889e6"            # mov rsi,rsp
-    "ba08000000"        # mov edx,0x8
-    "0f05"              # syscall
-    "4883f808"          # cmp rax,0x8
-    "0f8592000000"      # jne done
-    "4c8b2424"          # mov r12,[rsp]
-    "498b3c24"          # mov rdi,[r12]
-    "31f6"              # xor esi,esi
-    "31d2"              # xor edx,edx
-    "4531d2"            # xor r10d,r10d
-    "4531c0"            # xor r8d,r8d
-    "b838000000"        # mov eax,0x38
-    "0f05"              # syscall
-    "4885c0"            # test rax,rax
-    "741a"              # je child
-    "4989442410"        # mov [r12+0x10],rax
-    "b801000000"        # mov eax,0x1
-    "488b7b08"          # mov rdi,[rbx+0x8]
-    "4889e6"            # mov rsi,rsp
-    "ba08000000"        # mov edx,0x8
-    "0f05"              # syscall
-    "ebaf"              # jmp next
-    "4d89e6"            # child: mov r14,r12
-    "4d8b6c2408"        # mov r13,[r12+0x8]
-    "4983c418"          # add r12,0x18
-    + native.CALL +     # row:
-    "498b4c2438"        # mov rcx,[r12+0x38]
-    "4989442438"        # mov [r12+0x38],rax
-    "4885c0"            # test rax,rax
-    "7905"              # jns on
-    "48ffc9"            # dec rcx
-    "750e"              # jne failed
-    "4983c440"          # on: add r12,0x40
-    "49ffcd"            # dec r13
-    "75bf"              # jne row
-    "4c89f0"            # mov rax,r14
-    "eb0a"              # jmp out
-    "4c89f0"            # failed: mov rax,r14
-    "48f7d8"            # neg rax
-    "eb02"              # jmp out
-    "31c0"              # done: xor eax,eax
-    "4883c418"          # out: add rsp,0x18
-    "415e"              # pop r14
-    "415d"              # pop r13
-    "415c"              # pop r12
-    "5b"                # pop rbx
-    "c3"                # ret
-)
 AREA = 16_384
 _AREAS = 32
 _HEAD = 24  # bytes: clone flags, number of rows, pid of the child
@@ -177,7 +104,7 @@ class Zygote:
         self._free = [self._base + AREA * index for index in range(_AREAS)]
         self._pid = 0
         self._pidfd = -1
-        self._function = native.load(_CODE)
+        self._library = native.library
 
     @property
     def full(self) -> bool:
@@ -199,9 +126,9 @@ class Zygote:
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries its children
                 self._join()
-                if os.getppid() == launcher and self._function is not None:
+                if os.getppid() == launcher and self._library is not None:
                     self._snapshot(file)
-                    address = self._function(ctypes.addressof(self._control))
+                    address = int(self._library.run_zygote(ctypes.addressof(self._control)))
                 if address:
                     area = Area(abs(address))
                     self._go_on(area, -1 if address > 0 else _failed(area))
@@ -216,7 +143,7 @@ class Zygote:
                 os.close(file)
 
     def _snapshot(self, file: int) -> None:
-        """Have the zygote's memory made a file's, by the instructions. Without it each child has more of its own."""
+        """Have the zygote's memory made a file's, by the compiled code. Without it each child has more of its own."""
         with contextlib.suppress(Exception):  # this must never be why there is no zygote
             with contextlib.suppress(Exception):
                 self._rehearse()
@@ -237,7 +164,7 @@ class Zygote:
     def clone(self, area: Area, flags: int, note: bytes) -> int:
         """Start the child of an area, with new namespaces; answers its pid."""
         area.seal(flags, note)
-        pid = self._by_zygote(area) if self._function is not None else self._by_fork(area, flags)
+        pid = self._by_zygote(area) if self._library is not None else self._by_fork(area, flags)
         if pid < 0:
             raise OSError(-pid, f"clone: {os.strerror(-pid)}")
         return pid
