@@ -5,7 +5,7 @@
  * execve, and does nothing else: it runs no Python, uses no C library, and writes to nothing but the table and its stack.
  *
  * It is not a vfork: the parent continues at once, so a program that stops the child cannot stop the parent. The
- * parent keeps the table and the stack until the child has called execve or has ended (guest/programs.py).
+ * parent keeps the table and the stack until the child has called execve or has ended (guest/init/programs.py).
  */
 
 #include "syscall.h"
@@ -13,7 +13,7 @@
 #define SHARE_MEMORY 0x100 /* CLONE_VM */
 #define FAILED 127         /* exit status of a child that could not become the program */
 
-/* Compared by guest/native.py when it loads the library. Increase it with each change of a signature or a layout. */
+/* Compared by guest/init/native.py when it loads the library. Increase it with each change of a signature or a layout. */
 EXPORTED const long rock_native_version = 1;
 
 struct table {

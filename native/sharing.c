@@ -1,8 +1,8 @@
 /* Give back pages of this process that are equal to those of the file that they were mapped from.
  *
- * The memory of each pid 1 is a private mapping of a sealed memory file (runtime/namespace/snapshot.py). A page that was
+ * The memory of each pid 1 is a private mapping of a sealed memory file (runtime/namespace/launcher/snapshot.py). A page that was
  * written to is a copy, even when its bytes are those of the file again. This function finds such copies and drops
- * them: what is read there next is the page of the file, which all sandboxes share. See guest/sharing.py.
+ * them: what is read there next is the page of the file, which all sandboxes share. See guest/init/sharing.py.
  */
 
 #include "syscall.h"
@@ -19,7 +19,7 @@ struct region {
     unsigned long pages;
     unsigned long copy;  /* address at which the same part of the file is mapped read-only */
 };
-_Static_assert(sizeof(struct region) == 24, "Region in guest/sharing.py");
+_Static_assert(sizeof(struct region) == 24, "Region in guest/init/sharing.py");
 
 static int equal(const unsigned long *one, const unsigned long *other)
 {

@@ -48,7 +48,7 @@ struct call {
     long arguments[6];
     long result;
 };
-_Static_assert(sizeof(struct call) == 64, "_ROW in guest/native.py and in runtime/namespace/zygote.py");
+_Static_assert(sizeof(struct call) == 64, "_ROW in guest/init/native.py and in runtime/namespace/launcher/zygote.py");
 
 /* Make a system call; the result is a negative error number on failure. */
 static inline __attribute__((always_inline)) long

@@ -1,7 +1,7 @@
 /* The zygote: a process that waits for commands in this function and never runs Python again.
  *
  * Each pid 1 is forked from it. It writes to no page while it waits, so all its pages stay shared with its children.
- * See runtime/namespace/zygote.py, which prepares the memory and reads the results.
+ * See runtime/namespace/launcher/zygote.py, which prepares the memory and reads the results.
  */
 
 #include "syscall.h"
@@ -15,7 +15,7 @@ struct area {
     long pid;            /* of the child, or a negative error number; written by the zygote */
     struct call calls[];
 };
-_Static_assert(sizeof(struct area) == 24, "_HEAD in runtime/namespace/zygote.py");
+_Static_assert(sizeof(struct area) == 24, "_HEAD in runtime/namespace/launcher/zygote.py");
 
 /* In the zygote's own memory. 32 bytes. */
 struct control {
@@ -24,7 +24,7 @@ struct control {
     struct call *own;   /* calls of the zygote itself, made before it waits (namespace/snapshot.py) */
     unsigned long left; /* how many; afterwards how many were not made */
 };
-_Static_assert(__builtin_offsetof(struct control, left) == 24, "Zygote._control in runtime/namespace/zygote.py");
+_Static_assert(__builtin_offsetof(struct control, left) == 24, "Zygote._control in runtime/namespace/launcher/zygote.py");
 
 /* The rows of a new child, in order. Returns the address of the area, negated when a call failed that had to succeed. */
 static long run_rows(struct area *area)

@@ -32,8 +32,8 @@ Problem = tuple[int, str]
 @cache
 def paths() -> list[str]:
     """Files of the repository; those of src/rock by their path in there too."""
-    found = [path.relative_to(ROOT).as_posix() for folder in ("src/rock", "tests", "tools", "bench", "examples", "docs")
-             for path in (ROOT / folder).rglob("*.*")]  # fmt: skip
+    folders = ("src/rock", "native", "tests", "tools", "bench", "examples", "docs")
+    found = [path.relative_to(ROOT).as_posix() for folder in folders for path in (ROOT / folder).rglob("*.*")]
     return found + [path.removeprefix("src/rock/") for path in found if path.startswith("src/rock/")]
 
 

@@ -302,6 +302,7 @@ for name, text in json.loads(zlib.decompress(base64.b64decode("{packed}"))):
     sys.modules[name] = module = types.ModuleType(name)
     setattr(sys.modules["rock.guest.environments"], name.rpartition(".")[2], module)
     exec(compile(text, name, "exec"), module.__dict__)
+sys.modules["rock.guest.environments.tasks"] = sys.modules["rock.guest.environments.tasks"]
 sys.modules["rock.guest.environments.host"].main()
 """
 
