@@ -28,8 +28,8 @@ signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
-# No data base of examples: the checkout may be read-only.
-settings.register_profile("rock", database=None)
+# No database of examples: the checkout may be read-only. No deadline for one example: the machine may be loaded.
+settings.register_profile("rock", database=None, deadline=None)
 settings.load_profile("rock")
 
 

@@ -85,10 +85,10 @@ def test_it_compiles_without_warnings_and_needs_no_library(machine: str, tmp_pat
         assert native.Library(str(library)).path == str(library)
     if shutil.which("readelf"):
         command = ["readelf", "-dW", "--dyn-syms", str(library)]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        assert "NEEDED" not in told
-        assert re.findall(r"UND (\S+)", told) == [], "undefined symbols"
-        assert set(re.findall(r"GLOBAL DEFAULT +\d+ (\S+)", told)) == {
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert "NEEDED" not in report
+        assert re.findall(r"UND (\S+)", report) == [], "undefined symbols"
+        assert set(re.findall(r"GLOBAL DEFAULT +\d+ (\S+)", report)) == {
             "rock_native_version", "rock_start_program", "rock_run_zygote", "rock_share_pages"}  # fmt: skip
 
 
@@ -157,8 +157,8 @@ def test_a_container_s_python_has_it_too(tmp_path: Path) -> None:
     """Docker's and gVisor's pid 1 runs a copy of the modules; the library is loaded from there."""
     made = guest_python.prepare(tmp_path / "guests")
     ask = "from rock.guest.init import native; print(native.library.path)"
-    told = python(made.folder / "modules", "-S", "-c", ask, cwd=tmp_path).strip()
-    assert Path(told).parent == made.folder / "modules" / "rock" / "guest" / "init"
+    report = python(made.folder / "modules", "-S", "-c", ask, cwd=tmp_path).strip()
+    assert Path(report).parent == made.folder / "modules" / "rock" / "guest" / "init"
 
 
 # ---- starting a program
@@ -233,11 +233,11 @@ from rock.guest.init import native
 from tests.runtime.boxes import namespace_box, process_box
 
 async def main():
-    told = [rock.__file__, native.missing]
+    report = [rock.__file__, native.missing]
     for make in (namespace_box, process_box):
         async with make(Path(sys.argv[1]) / make.__name__) as b:
-            told.append(await b.sh("echo of $PPID; echo $0"))
-    print(json.dumps(told))
+            report.append(await b.sh("echo of $PPID; echo $0"))
+    print(json.dumps(report))
 
 asyncio.run(main())
 """
@@ -264,13 +264,13 @@ def test_an_installation_without_it(tmp_path: Path) -> None:
     where, missing, *answers = json.loads(done.stdout)
     assert where.startswith(str(path)) and "not built" in missing
     assert all(answer.startswith("of ") for answer in answers)
-    told = doctor(path, tmp_path)
-    assert told["name"] == "native" and told["ok"] is None
-    assert told["detail"].startswith("fork fallback: ") and "C compiler" in told["detail"] and told["hint"]
+    report = doctor(path, tmp_path)
+    assert report["name"] == "native" and report["ok"] is None
+    assert report["detail"].startswith("fork fallback: ") and "C compiler" in report["detail"] and report["hint"]
 
 
 @compiled
 def test_the_doctor_reports_the_compiled_one(tmp_path: Path) -> None:
-    told = doctor(HERE / "src", tmp_path)
-    assert told["ok"] is True
-    assert told["detail"] == f"compiled: {native.library.path}"  # type: ignore[union-attr]
+    report = doctor(HERE / "src", tmp_path)
+    assert report["ok"] is True
+    assert report["detail"] == f"compiled: {native.library.path}"  # type: ignore[union-attr]

@@ -3,6 +3,7 @@ the machine too."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -52,12 +53,17 @@ def replace(path: str | os.PathLike[str], text: str) -> None:
     beside = f"{folder}/.new-{name}"
     fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        data = memoryview(text.encode("utf-8", "surrogateescape"))
-        while data:
-            data = data[os.write(fd, data):]
-    finally:
-        os.close(fd)
-    os.rename(beside, os.path.join(folder, name))
+        try:
+            data = memoryview(text.encode("utf-8", "surrogateescape"))
+            while data:
+                data = data[os.write(fd, data):]
+        finally:
+            os.close(fd)
+        os.rename(beside, os.path.join(folder, name))
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise
 
 
 # ---- diskerrors ----

@@ -39,6 +39,10 @@ class StateDirectory:
     def make(self) -> None:
         for folder in (self._records, self._logs, self._spools):
             folder.mkdir(parents=True, exist_ok=True)
+        for name in os.listdir(self._records):
+            if name.startswith(".new-"):  # a crash came between the write and the rename
+                with contextlib.suppress(OSError):
+                    os.unlink(self._records / name)
 
     def record(self, sandbox_id: str) -> str:
         return f"{self._records}/{sandbox_id}"

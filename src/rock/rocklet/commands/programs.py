@@ -31,7 +31,7 @@ LOG_CAP = 1 << 30  # bytes of a log on the server's disk; what comes after is co
 Sink = Callable[[bool, bytes], None]
 
 
-class Released(Unavailable):
+class Detached(Unavailable):
     """The server stops; the program goes on, and its end is had by asking again with the key."""
 
     def __init__(self) -> None:
@@ -153,7 +153,7 @@ class Execution:
             async with asyncio.timeout(0):
                 return await self.process.wait()  # in the same moment: nobody would be told a second time
         except TimeoutError:
-            raise Released from None
+            raise Detached from None
 
     async def end(self) -> None:
         """Kill it and all that it started."""

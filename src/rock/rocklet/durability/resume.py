@@ -85,7 +85,7 @@ async def execute(sandbox: Supervisor, command: Command, place: str | None) -> A
         return known
     sh = await sandbox.shell_for(command)
     if place is not None and sandbox.leaving:
-        raise programs.Released
+        raise programs.Detached
     if place is None:
         process = await programs.start(sandbox.runtime, sandbox.handle, command, sh)
         return answer(await programs.Execution(process, command).run())
@@ -107,7 +107,7 @@ async def execute(sandbox: Supervisor, command: Command, place: str | None) -> A
             execution = programs.Execution(process, command, None, spools if len(spools) == 2 else ())
             execution.on_fed = lambda: journal.written(place)
             reply = answer(await _run(sandbox, execution))
-        except programs.Released:
+        except programs.Detached:
             for spool in spools:
                 spool.close()  # they are the next rocklet's
             spools.clear()
@@ -156,7 +156,7 @@ def _written_down(sandbox: Supervisor, place: str | None, **entry: Any) -> Any:
     journal.begin(place, **entry)
     try:
         yield
-    except programs.Released:
+    except programs.Detached:
         raise
     except RockError as error:
         if place is not None and not error.retryable:

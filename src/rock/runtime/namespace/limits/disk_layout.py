@@ -24,7 +24,7 @@ from pathlib import Path
 
 PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_DEEPEST = 2000  # folders in each other
+_DEEPEST = 2050  # folders in each other: more than a path of 4,096 bytes can name
 _NAME = 512  # bytes that a name counts, beside what it names
 _MOST_SEEN, _MOST_OPEN = 20_000, 200
 _GET_FLAGS, _SET_FLAGS, _TOP_OF_TREE = 0x80086601, 0x40086602, 0x20000
