@@ -31,6 +31,7 @@ BEGIN, END = "<!-- walls: made by `make walls` -->", "<!-- end of the walls -->"
 SHORT = ("filter: all of it", "mounts: nosuid of the root", "host name: UTS namespace", "pid 1: bounding set")
 _AT_ONCE = 2
 _SPACE = "runtime/namespace"
+_MAKE, _LIMIT = f"{_SPACE}/launcher", f"{_SPACE}/limits"
 
 
 @dataclass(frozen=True)
@@ -75,22 +76,22 @@ def _version_1() -> str:
 
 
 def _filter(name: str, old: str, new: str, *attempts: str, **options: Any) -> Wall:
-    return Wall(f"filter: {name}", f"{_SPACE}/seccomp.py", old, new, attempts, **options)
+    return Wall(f"filter: {name}", f"{_MAKE}/seccomp.py", old, new, attempts, **options)
 
 
 def _init(name: str, old: str, new: str, *attempts: str, **options: Any) -> Wall:
-    return Wall(name, f"{_SPACE}/birth.py", old, new, attempts, **options)
+    return Wall(name, f"{_MAKE}/child_setup.py", old, new, attempts, **options)
 
 
 def _mounts(name: str, old: str, new: str, *attempts: str, **options: Any) -> Wall:
-    return Wall(f"mounts: {name}", f"{_SPACE}/mounts.py", old, new, attempts, **options)
+    return Wall(f"mounts: {name}", f"{_MAKE}/mounts.py", old, new, attempts, **options)
 
 
 def _space(name: str, flag: str, *attempts: str) -> Wall:
     old = f" | kernel.{flag}" if flag != "CLONE_NEWNS" else "kernel.CLONE_NEWNS | "
     line = ("_ALL = (kernel.CLONE_NEWNS | kernel.CLONE_NEWPID | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS"
             " | kernel.CLONE_NEWNET)")
-    return Wall(name, f"{_SPACE}/launcher.py", line, line.replace(old, ""), attempts)
+    return Wall(name, f"{_MAKE}/launcher.py", line, line.replace(old, ""), attempts)
 
 
 _UNSHARE = '''"unshare": _refuse_flags(0, _NEW_NAMESPACES | _CLONE_NEWTIME),'''
@@ -106,7 +107,7 @@ _ENTERED = 'rows.append(("user namespace", (number["setns"], fds.userns, kernel.
 _PEER = "if uid != self.uid or (self.outside and pid != 0) or"
 
 WALLS: list[Wall] = [
-    Wall("filter: all of it", f"{_SPACE}/launcher.py", 'seccomp.build() if seccomp.supported() else b""', 'b""',
+    Wall("filter: all of it", f"{_MAKE}/launcher.py", 'seccomp.build() if seccomp.supported() else b""', 'b""',
          ("kernel: ptrace: be traced", "kernel: io_uring_setup")),
     _filter("programs for other machines", "_ret(_KILL), _load(_NR)]", "_ret(_ALLOW), _load(_NR)]", "int 0x80"),
     _filter("x32", "code += [(_JGE, 0, 1, _X32), _refuse(errno.ENOSYS)]", "code += []", "of x32", needs=_no_x32),
@@ -180,22 +181,22 @@ WALLS: list[Wall] = [
     _init("cgroup namespace", "if _HAS_CGROUPS:", "if False:"),
     Wall("a range of ids for each sandbox", f"{_SPACE}/records.py", "userns.RANGE * (self._first + number)",
          "userns.RANGE * self._first + number"),
-    Wall("an account for each user namespace", f"{_SPACE}/userns.py", "os.seteuid(creator)", "os.seteuid(own)"),
-    Wall("resource limits", f"{_SPACE}/build.py", 'for name, value in spec["rlimits"]:', "for name, value in []:"),
+    Wall("an account for each user namespace", f"{_MAKE}/userns.py", "os.seteuid(creator)", "os.seteuid(own)"),
+    Wall("resource limits", f"{_MAKE}/furnish.py", 'for name, value in spec["rlimits"]:', "for name, value in []:"),
 
-    Wall("control groups: membership", f"{_SPACE}/build.py", 'cgroups.join(spec["cgroups"], pid)',
+    Wall("control groups: membership", f"{_MAKE}/furnish.py", 'cgroups.join(spec["cgroups"], pid)',
          'for folder in spec["cgroups"]:\n        os.makedirs(folder, exist_ok=True)'),
-    *(Wall(f"control groups: {name}", f"{_SPACE}/cgroups.py", f'if "{controller}" in folders:', "if False:")
+    *(Wall(f"control groups: {name}", f"{_LIMIT}/cgroups.py", f'if "{controller}" in folders:', "if False:")
       for name, controller in (("memory", "memory"), ("CPU", "cpu"), ("processes", "pids"))),
-    Wall("control groups: devices", f"{_SPACE}/devices.py", 'cgroups.write(f"{folder}/devices.deny", "a")', "return",
+    Wall("control groups: devices", f"{_LIMIT}/devices.py", 'cgroups.write(f"{folder}/devices.deny", "a")', "return",
          needs=_version_1),
-    Wall("control groups: sandboxes are in the group of devices", f"{_SPACE}/devices.py",
+    Wall("control groups: sandboxes are in the group of devices", f"{_LIMIT}/devices.py",
          'cgroups.write(f"{folder}/cgroup.procs", "0")', "pass", needs=_version_1),
 
     Wall("nat: the host's own addresses", "egress/policy.py",
-         'addresses.closed(address) or ("host\'s own" if own else None)', "addresses.closed(address)",
+         'egress.closed(address) or ("host\'s own" if own else None)', "egress.closed(address)",
          ("an address of the host, with",)),
-    Wall("nat: nothing past the proxy", f"{_SPACE}/wired.py", 'table.rule("out", nftables.refuse())',
+    Wall("nat: nothing past the proxy", f"{_MAKE}/isolated_network.py", 'table.rule("out", nftables.refuse())',
          'table.rule("out", nftables.verdict(nftables.ACCEPT))', ("packets past the proxy",)),
 
     Wall("landlock: files", "runtime/landlock/parent.py", "rules.allow(ruleset.READ, options[\"readable\"])",
@@ -207,15 +208,15 @@ WALLS: list[Wall] = [
          ("network: an abstract unix", "kernel: ptrace: be traced"), "landlock"),
     Wall("landlock: a user of its own", "runtime/landlock/parent.py", "os.setresuid(own, own, own)", "pass",
          ("identity: read the environment",), "landlock"),
-    Wall("landlock: no System V IPC", f"{_SPACE}/seccomp.py",
-         "**{name: [_refuse()] for name in syscalls.IPC | syscalls.INOTIFY},", "",
+    Wall("landlock: no System V IPC", f"{_MAKE}/seccomp.py",
+         "**{name: [_refuse()] for name in syscall_list.IPC | syscall_list.INOTIFY},", "",
          ("System V segment of the host", "message queue of the host"), "landlock"),
 
-    Wall("userns: counters of each sandbox", f"{_SPACE}/counters.py",
+    Wall("userns: counters of each sandbox", f"{_LIMIT}/counters.py",
          "name: max(1, int(value * _ONE_SANDBOX)) for name, value in self._settings.items()}",
          "name: value for name, value in self._settings.items()}", (), "userns"),
     _init("userns: cgroup namespace", "if _HAS_CGROUPS:", "if False:", level="userns"),
-    Wall("userns: filter", f"{_SPACE}/launcher.py", 'seccomp.build() if seccomp.supported() else b""', 'b""',
+    Wall("userns: filter", f"{_MAKE}/launcher.py", 'seccomp.build() if seccomp.supported() else b""', 'b""',
          ("kernel: io_uring_setup",), "userns"),
 ]  # fmt: skip
 

@@ -50,7 +50,7 @@ def proxy_of(server: WorldServer) -> int:
             parent = int(Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()[1])
         except (OSError, ValueError):
             continue
-        if b"network/proxy.py" in line and parent == server.pid:
+        if b"egress/proxy.py" in line and parent == server.pid:
             return int(name)
     raise AssertionError("there is no proxy")
 

@@ -179,7 +179,7 @@ def test_rights_are_few(engine: TestEngine, tmp_path: Path) -> None:
 def test_nothing_of_ours_can_be_changed_from_inside(engine: TestEngine, tmp_path: Path) -> None:
     async def main() -> None:
         async with docker_box(engine, tmp_path) as b:
-            for place in ("/.rock/x", "/.rock/link/x", "/.rock/boot.py", "/.rock/modules/rock/guest/init.py"):
+            for place in ("/.rock/x", "/.rock/link/x", "/.rock/boot.py", "/.rock/modules/rock/guest/init/pid1.py"):
                 assert "ead-only" in await b.sh(f"echo 1 > {place}")
             assert "ead-only" in await b.sh("rm -f /.rock/ld.so")
             assert await b.sh("ls -A /.rock/link") == ""
