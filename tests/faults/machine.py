@@ -36,8 +36,8 @@ POINTS = (
     "store.list", "store.get", "node.create.begun", "node.create.made", "node.create.saved", "process.born",
     "namespace.placed", "namespace.born", "stop.saved", "stop.released", "node.destroy.begun", "node.destroy.gone",
     "node.destroy.forgotten", "session.spawned", "session.opened", "run.begun", "run.written", "run.ended",
-    "process.started", "process.saved", "execute.started", "reply.create_sandbox", "reply.stop_sandbox", "reply.run",
-    "reply.create_session", "reply.execute", "reply.start_process",
+    "process.started", "process.saved", "execute.started", "execute.ended", "reply.create_sandbox",
+    "reply.stop_sandbox", "reply.run", "reply.create_session", "reply.execute", "reply.start_process",
 )  # fmt: skip
 # What a request may end in when a fault is about: the client then knows nothing, and asks again.
 FAILED = (Unavailable, StorageFull)
