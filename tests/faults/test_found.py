@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from rock import faults
-from rock.errors import InvalidConfig, RockError, StorageFull, Unavailable
+from rock.errors import Conflict, InvalidConfig, RockError, StorageFull, Unavailable
 from rock.sync.transport import Transport
 from tests.faults.campaign import campaign
 from tests.faults.machine import POINTS
@@ -151,6 +151,33 @@ def test_a_session_is_opened_once(worlds: Make, point: str) -> None:
     world.ask("create_session", body, "the-key", **path)
     assert world.ask("run", {"command": "echo works"}, session="mine", **path)["output"] == "works\n"
     stop(world, path)
+
+
+def test_a_command_after_one_whose_end_is_damaged(worlds: Make) -> None:
+    """The shell was taken to run the first one, nobody went on with the second, and its retry ran it again."""
+    world = worlds("process")
+    path = {"sandbox_id": make(world, "damaged end")["sandbox_id"], "session": "default"}
+    world.ask("run", {"command": "true"}, "the first", **path)
+    body = {"command": "echo x >> $HOME/file; sleep 1"}
+    thread = threading.Thread(target=lambda: _quietly(lambda: world.ask("run", body, "the second", **path)))
+    thread.start()
+    journals = [file for file in (world.server.home / "run" / "spools").rglob("journal") if file.stat().st_size]
+    until(lambda: any(b"the second" in file.read_bytes() for file in journals))
+    world.server.kill()
+    thread.join()
+    journal = next(file for file in journals if b"the second" in file.read_bytes())
+    journal.write_bytes(journal.read_bytes().replace(b'{"end"', b'{"enf"', 1))
+    world.ensure()
+    with contextlib.suppress(Conflict):
+        world.ask("run", body, "the second", **path)
+    seen = world.ask("execute", {"command": ["sh", "-c", "cat $HOME/file"]}, sandbox_id=path["sandbox_id"])
+    assert seen["stdout"] == "x\n"
+    stop(world, path)
+
+
+def _quietly(call: Callable[[], Any]) -> None:
+    with contextlib.suppress(Unavailable):
+        call()
 
 
 def test_clocks_that_differ(worlds: Make) -> None:
