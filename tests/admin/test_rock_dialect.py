@@ -146,7 +146,7 @@ def test_a_name_of_its_own_is_taken_once(client: RockClient) -> None:
 
 
 @pytest.mark.parametrize(
-    ("wish", "code", "text"),
+    ("spec", "code", "text"),
     [
         ({"image": "no/such:image"}, 5000, "no/such:image"),
         ({"image": IMAGE, "memory": "abc"}, 4000, "Invalid memory size: abc"),

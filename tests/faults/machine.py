@@ -21,7 +21,7 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from rock.errors import Conflict, NotFound, RockError, SandboxError, StorageFull, Unavailable
+from rock.errors import Conflict, Lost, NotFound, RockError, SandboxError, StorageFull, Unavailable
 from tests.faults.clients import WORK, Client, final_look
 from tests.faults.damage import damage
 from tests.faults.history import History, violations
@@ -36,8 +36,8 @@ POINTS = (
     "store.list", "store.get", "node.create.begun", "node.create.made", "node.create.saved", "process.born",
     "namespace.placed", "namespace.born", "stop.saved", "stop.released", "node.destroy.begun", "node.destroy.gone",
     "node.destroy.forgotten", "session.spawned", "session.opened", "run.begun", "run.written", "run.ended",
-    "process.started", "process.saved", "execute.started", "reply.create_sandbox", "reply.stop_sandbox", "reply.run",
-    "reply.create_session", "reply.execute", "reply.start_process",
+    "process.started", "process.saved", "execute.started", "execute.ended", "reply.create_sandbox",
+    "reply.stop_sandbox", "reply.run", "reply.create_session", "reply.execute", "reply.start_process",
 )  # fmt: skip
 # What a request may end in when a fault is about: the client then knows nothing, and asks again.
 FAILED = (Unavailable, StorageFull)
@@ -102,6 +102,7 @@ class FaultMachine(RuleBasedStateMachine):
         self.models: list[Model] = []
         self.seen: dict[str, int] = {}
         self.history = History()
+        self.damaged_records: set[str] = set()  # ids of sandboxes whose record was damaged: they cannot be used
 
     @initialize(which=WHICH, work=CLIENTS, faults=FAULT_PLAN)
     def begin(self, which: int, work: list[list[str]], faults: list[tuple[str, float, float]]) -> None:
@@ -146,6 +147,12 @@ class FaultMachine(RuleBasedStateMachine):
     def _may_be_lost(self, model: Model) -> bool:
         return model.damaged or model.life != self.world.lives
 
+    def _explained(self, model: Model, error: RockError) -> bool:
+        """Whether damage explains an error: the record of this sandbox, or a file with what it was asked."""
+        if isinstance(error, Lost):
+            return model.id in self.damaged_records
+        return model.damaged and isinstance(error, Conflict)
+
     def _create(self, model: Model) -> None:
         config = self.world.config(labels={"fault": model.key})
         try:
@@ -181,7 +188,7 @@ class FaultMachine(RuleBasedStateMachine):
         except FAILED:
             return
         except RockError as error:
-            if model.stop_asked or self._may_be_lost(model):
+            if model.stop_asked or model.life != self.world.lives or self._explained(model, error):
                 return
             raise Broken(f"{effect.name} in {model.id}: {error!r}") from error
         if answer != (status, f"said {effect.key}\n"):
@@ -376,8 +383,10 @@ class FaultMachine(RuleBasedStateMachine):
         self.world.server.kill()
         self._died()
         thread.join()
-        if damage(self.world.holder.home / "run", seed, kind):
+        if file := damage(self.world.holder.home / "run", seed, kind):
             self.counts["damaged files"] += 1
+            self.counts[f"damaged {file.parent.name if file.parent.name == 'records' else file.name}"] += 1
+            self.damaged_records |= {part for part in file.parts if part in self.world.records}
             for each in self.models:
                 each.damaged = True
         self.world.ensure()
@@ -506,11 +515,20 @@ class FaultMachine(RuleBasedStateMachine):
             self._do(model, effect)
             if effect.answer is None and not model.damaged:
                 raise Broken(f"{effect.name} {effect.key}: no answer without faults")
-        path = {"sandbox_id": model.id}
-        seen = self._ask("execute", {"command": ["sh", "-c", "cat $HOME/fault || true"]}, **path)
-        found = Counter(seen["stdout"].split())
+        try:
+            found = Counter(self.world.look(model.id, "cat $HOME/fault || true").split())
+        except Lost as error:
+            if self._explained(model, error):
+                return  # and nobody can look into it any more
+            raise
         asked = Counter(effect.key for effect in model.effects)
-        if model.damaged and found <= asked:
+        if model.damaged:
+            # Answers may be missing and what was asked may not have been done; nothing was done twice.
+            others = Counter(self.world.look(model.id, "cat $HOME/log $HOME/started 2>/dev/null || true").split())
+            if again := {name: count for name, count in (found + others).items() if count > 1}:
+                raise Broken(f"{model.id} is damaged, and executed again: {again}")
+            if not found <= asked:
+                raise Broken(f"effects of {model.id}: {found}, asked for: {[e.key for e in model.effects]}")
             return
         if model.shared and (wrong := final_look(self.world, self.history, model.id)):
             raise Broken(f"{model.id}: {wrong}")

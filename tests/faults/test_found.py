@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from rock import faults
-from rock.errors import InvalidConfig, RockError, Unavailable
+from rock.errors import Conflict, InvalidConfig, RockError, StorageFull, Unavailable
 from rock.sync.transport import Transport
 from tests.faults.campaign import campaign
 from tests.faults.machine import POINTS
@@ -112,8 +112,9 @@ def test_a_command_is_run_once(worlds: Make, point: str) -> None:
     stop(world, path)
 
 
-@pytest.mark.parametrize("point", ["execute.started", "reply.execute"])
+@pytest.mark.parametrize("point", ["execute.started", "execute.ended", "reply.execute"])
 def test_a_program_is_run_once(worlds: Make, point: str) -> None:
+    """Killed after its end, before that was written down: pid 1 had forgotten the program, and it was run again."""
     world = worlds("process")
     path = {"sandbox_id": make(world, f"once-{point}")["sandbox_id"]}
     body = {"command": ["sh", "-c", "echo x >> $HOME/file; cat $HOME/file; exit 9"]}
@@ -152,6 +153,33 @@ def test_a_session_is_opened_once(worlds: Make, point: str) -> None:
     stop(world, path)
 
 
+def test_a_command_after_one_whose_end_is_damaged(worlds: Make) -> None:
+    """The shell was taken to run the first one, nobody went on with the second, and its retry ran it again."""
+    world = worlds("process")
+    path = {"sandbox_id": make(world, "damaged end")["sandbox_id"], "session": "default"}
+    world.ask("run", {"command": "true"}, "the first", **path)
+    body = {"command": "echo x >> $HOME/file; sleep 1"}
+    thread = threading.Thread(target=lambda: _quietly(lambda: world.ask("run", body, "the second", **path)))
+    thread.start()
+    journals = [file for file in (world.server.home / "run" / "spools").rglob("journal") if file.stat().st_size]
+    until(lambda: any(b"the second" in file.read_bytes() for file in journals))
+    world.server.kill()
+    thread.join()
+    journal = next(file for file in journals if b"the second" in file.read_bytes())
+    journal.write_bytes(journal.read_bytes().replace(b'{"end"', b'{"enf"', 1))
+    world.ensure()
+    with contextlib.suppress(Conflict):
+        world.ask("run", body, "the second", **path)
+    seen = world.ask("execute", {"command": ["sh", "-c", "cat $HOME/file"]}, sandbox_id=path["sandbox_id"])
+    assert seen["stdout"] == "x\n"
+    stop(world, path)
+
+
+def _quietly(call: Callable[[], Any]) -> None:
+    with contextlib.suppress(Unavailable):
+        call()
+
+
 def test_clocks_that_differ(worlds: Make) -> None:
     """The admin's is ahead: what a worker told of an end seemed to be of an earlier life, and was passed over."""
     world = worlds("apart")
@@ -185,6 +213,20 @@ def test_a_store_that_fails_after_it_has_saved(worlds: Make, action: str) -> Non
     info = make(world, f"saved-{action}")
     assert info["state"] == "running" and len(world.records) == 1
     stop(world, info)
+
+
+@pytest.mark.parametrize("action", ["full", "error"])
+@pytest.mark.parametrize("kind", ["process", "joined"])
+def test_a_stop_that_a_store_saves_before_it_fails(worlds: Make, kind: str, action: str) -> None:
+    """The client got an error, and the sandbox stayed in the state "stopping" until somebody asked to stop it again."""
+    world = worlds(kind)
+    info = make(world, f"stopping-{kind}-{action}")
+    world.server.faults(f"store.saved={action}@1")
+    with pytest.raises((StorageFull, Unavailable)):
+        stop(world, info)
+    world.server.faults("")
+    until(lambda: world.ask("get_sandbox", sandbox_id=info["sandbox_id"])["state"] == "stopped", 15.0)
+    until(lambda: world.pids == 0 and not world.records)
 
 
 @pytest.mark.parametrize("part", [b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n"])

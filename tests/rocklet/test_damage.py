@@ -130,6 +130,50 @@ async def _known(folder: Path, place: str) -> int | None:
     return None if reply is None else reply.status
 
 
+@pytest.mark.parametrize("first", ["marks", "journal"])
+@pytest.mark.parametrize("how", ["removed", "emptied", "garbage"])
+def test_damage_after_damage(tmp_path: Path, first: str, how: str) -> None:
+    """The marks first, then the journal: what the new marks do not tell was begun again. And the other way round."""
+    folder = written(tmp_path / "a")
+    for name in (first, {"marks": "journal", "journal": "marks"}[first]):
+        if how == "removed":
+            (folder / name).unlink()
+        else:
+            (folder / name).write_bytes(b"" if how == "emptied" else random.Random(SEED).randbytes(3000))
+        check(folder, may_refuse_new=True)
+
+
+def test_keys_are_refused_after_a_second_restart(tmp_path: Path) -> None:
+    """Nothing tells which keys began: a restart within the time in which they are retried does not change that."""
+    folder = written(tmp_path / "a")
+    (folder / "journal").write_bytes(random.Random(SEED).randbytes(3000))
+    (folder / "marks").write_bytes(b"")
+    for _ in range(3):
+        assert asyncio.run(_known(folder, "/run\nbegun-1")) == 409
+
+
+def test_a_command_begun_before_another_one_whose_end_is_damaged(tmp_path: Path) -> None:
+    """Two commands of one session are begun: nobody goes on with one of them, and it was begun again."""
+    folder = tmp_path / "a"
+    spools = SpoolFolder(folder)
+    spools.make()
+    journal = Journal(spools)
+    journal.begin("/run\nended", kind="run", session="default", token=1)
+    journal.begin("/run\nruns", kind="run", session="default", token=2)
+    spools.close()
+
+    async def main() -> None:
+        after = Journal(SpoolFolder(folder))
+        after.load(expected=True)
+        after.settled()
+        for place in ("/run\nended", "/run\nruns"):
+            reply = await after.known(place)
+            assert reply is not None and reply.status == 409, place
+        await after.close()
+
+    asyncio.run(main())
+
+
 def test_half_a_line_that_nobody_relied_on_is_ignored(tmp_path: Path) -> None:
     """A server that was killed while it wrote a line had not begun the request: it is begun by the retry, and the line
     after the half one is whole."""

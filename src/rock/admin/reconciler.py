@@ -138,6 +138,7 @@ class Reconciler:
         self._tasks: list[asyncio.Task[None]] = []
         self._checks: set[asyncio.Task[None]] = set()
         self._next: dict[str, float] = {}  # the time in `_due`, by id
+        self._unfinished: set[str] = set()  # ids of which a step was not completed, or not known to be saved
         self._followers: dict[str, asyncio.Task[None]] = {}  # by worker
         self._context = contextvars.copy_context()  # with the token of the lease by which it works
 
@@ -190,6 +191,7 @@ class Reconciler:
         task.add_done_callback(self._checks.discard)
 
     def _again(self, sandbox_id: str) -> None:
+        self._unfinished.add(sandbox_id)
         self._push(time.time() + _RETRY, sandbox_id)
 
     async def close(self) -> None:
@@ -393,8 +395,12 @@ class Reconciler:
             elif record.state is State.STOPPING:
                 await self.service.finish_stop(record)
             if record.state is not State.RUNNING:
+                if sandbox_id in self._unfinished and record.state in (State.STOPPED, State.ARCHIVED):
+                    self.service.cleanup.begin(record)  # which does nothing to what is at rest already
                 await self._look_at_kept(record)
+                self._unfinished.discard(sandbox_id)
                 return
+            self._unfinished.discard(sandbox_id)
             config, now = record.config, time.time()
             if config.timeout is not None and now >= (record.info.started_at or now) + config.timeout:
                 await self.service.stop(sandbox_id, Cause.DEADLINE, f"its time of {config.timeout:g} s was over")
@@ -411,7 +417,7 @@ class Reconciler:
             if left != float("inf"):
                 self._push(now + left, sandbox_id)
         except NotFound:
-            pass  # deleted meanwhile
+            self._unfinished.discard(sandbox_id)  # deleted meanwhile
         except RockError as error:
             reconciler_log.warning("deadline of %s: %s; looking again", sandbox_id, error)
             self._push(time.time() + _RETRY, sandbox_id)

@@ -160,8 +160,11 @@ class Process(Protocol):
         """Give the program the end of its input: closes our `stdin`, and pid 1's copy of a kept one. Idempotent."""
         ...
 
-    def close(self) -> None:
-        """Close our descriptors, and let pid 1 forget a kept process that has ended. Idempotent, and kills nothing."""
+    def close(self, *, forget: bool = True) -> None:
+        """Close our descriptors, and let pid 1 forget a kept process that has ended. Idempotent, and kills nothing.
+
+        forget: False keeps what pid 1 knows of it, for the rocklet after this one.
+        """
         ...
 
 

@@ -311,6 +311,9 @@ class Service:
                 break
             except VersionConflict:
                 continue
+            except BaseException:
+                self.unfinished(sandbox_id)  # a store that failed may have saved it: its effects are due all the same
+                raise
         if state is not record.state:
             about = {"sandbox_id": sandbox_id}
             log.info("sandbox %s is %s (%s)", sandbox_id, state.value, event.value, extra=about)

@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 _CHILD_PATIENCE = 600.0
 _MOST_CHILDREN = 64
 _MOST_CONNECTIONS = 32
+_STARTS = 0.005  # seconds after which it is looked again whether a program has started
 
 
 class Init(Loop):
@@ -282,6 +283,9 @@ class Init(Loop):
 
     def do_attach(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
         program = self._kept(str(request.get("key")))
+        if program.pid in self.starting:  # it has no streams yet, and may turn out not to start
+            self.later(_STARTS, lambda: self._handle(connection, request))
+            return
         fds = [os.dup(fd) for fd in program.held.values()]
         self.answer(connection, number, program.describe(), fds)
 

@@ -52,10 +52,21 @@ class Execution:
     """One program run to its end, its output collected or handed to a sink."""
 
     def __init__(
-        self, process: Process, command: Command, sink: Sink | None = None, spools: Sequence[SpoolFile] = ()
+        self,
+        process: Process,
+        command: Command,
+        sink: Sink | None = None,
+        spools: Sequence[SpoolFile] = (),
+        *,
+        kept: bool = False,
     ) -> None:
-        """spools: to which stdout and stderr go on their way."""
+        """spools: to which stdout and stderr go on their way.
+
+        kept: the caller closes the process, after its answer is written down. pid 1 forgets a closed program, and a
+        rocklet that does not find a program takes its request for one that was never begun.
+        """
         self.process = process
+        self._kept = kept
         self._command = command
         self._out, self._err = Capped(command.max_output_bytes), Capped(command.max_output_bytes)
         put = sink or self._keep
@@ -93,7 +104,7 @@ class Execution:
             reader.resume()
 
     def let_go(self) -> None:
-        """The server is about to stop: `run` raises LetGo and leaves the program running, with what it writes from now
+        """The server is about to stop: `run` raises Detached and leaves the program running, with what it writes from now
         on in its pipes. Not one that is still being given its input: nobody could go on with that."""
         if not self._fed or self._leaving:
             return
@@ -107,8 +118,8 @@ class Execution:
         return await self.run(fed=True)
 
     async def run(self, *, fed: bool = False) -> CommandResponse:
-        """Wait for the end, or the time-out. Whatever happens, descriptors are released, and after a time-out or a
-        cancellation nothing of the program runs on. LetGo: see `let_go`."""
+        """Wait for the end, or the time-out. Whatever happens, descriptors are released (of a `kept` one by its
+        caller), and after a time-out or a cancellation nothing of the program runs on. Detached: see `let_go`."""
         began = time.monotonic()
         self._fed |= fed
         feed = asyncio.create_task(self._feed()) if self.process.stdin is not None and not fed else None
@@ -134,10 +145,11 @@ class Execution:
                 await asyncio.gather(feed, return_exceptions=True)
             for reader in self._readers:
                 reader.close()
-            self.process.close()
+            if not self._kept:
+                self.process.close()
 
     async def _ended(self) -> ExitStatus:
-        """How it ended. LetGo when it has not, and `let_go` was called."""
+        """How it ended. Detached when it has not, and `let_go` was called."""
         task = self._waiting = asyncio.current_task()
         assert task is not None
         try:

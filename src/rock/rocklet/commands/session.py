@@ -67,13 +67,19 @@ class Session:
     async def attach(self, journal: Journal | None = None) -> None:
         """Take over a shell that a former rocklet started, with the command that it runs."""
         await self._interpreter.attach()
-        for place, entry in journal.begun.items() if journal is not None else ():
-            if entry.get("kind") == "run" and entry.get("session") == self.spec.session:
-                assert journal is not None
-                keep = JournalEntry(journal, place)
-                run = self._interpreter.take_up(keep, entry)
-                journal.resume(place, asyncio.create_task(self._bring_home(keep, entry, run), name="taken up"))
-                return
+        runs = [] if journal is None else [
+            (place, entry) for place, entry in journal.begun.items()
+            if entry.get("kind") == "run" and entry.get("session") == self.spec.session
+        ]  # fmt: skip
+        if journal is not None and runs:
+            # A shell runs one command at a time: those before the last one ended, and their ends are damaged.
+            for place, _ in runs[:-1]:
+                journal.finish(place, failure(unseen(self._interpreter.handle.id, True)))
+            place, entry = runs[-1]
+            keep = JournalEntry(journal, place)
+            run = self._interpreter.take_up(keep, entry)
+            journal.resume(place, asyncio.create_task(self._bring_home(keep, entry, run), name="taken up"))
+            return
         # What the shell told a former rocklet's command is not meant for ours.
         self._interpreter.process.readers[-1].drain()
         if journal is not None and journal.damage is not None and self.spec.pty is None:

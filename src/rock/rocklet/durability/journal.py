@@ -24,6 +24,7 @@ from rock.errors import Conflict, from_wire
 from rock.http.asgi import Answer, failure
 from rock.rocklet.durability import checksums
 from rock.rocklet.durability.spool import SpoolFile, SpoolFolder
+from rock.runtime.base import CLOCK
 from rock.settings import RECONNECT_TIMEOUT
 
 log = logging.getLogger("rock.node")
@@ -192,7 +193,8 @@ class Journal:
                 break
             kept.append(line)
         begun = [_encoded({"begin": p, **e}) for p, e in self.begun.items()]
-        data = b"".join([*reversed(kept), *begun])
+        refused = [_encoded(self._refusal())] if self._refused_until > time.monotonic() else []
+        data = b"".join([*refused, *reversed(kept), *begun])
         try:
             self._folder.replace_journal(data)
         except OSError as error:
@@ -243,8 +245,14 @@ class Journal:
             self._folder.set_aside("journal", "marks")
             if torn and (not known or (found is not None and found.damaged)):  # nothing tells which keys began
                 self._refused_until = time.monotonic() + RECONNECT_TIMEOUT
+                if not data:
+                    self._append(self._refusal())
         if data and (faults or old or len(data) > size):
             self._drop_old()  # half a line at its end would spoil the next one
+        if not known or (found is not None and found.damaged):
+            # The next damage may be the journal's: then the marks have to tell which keys began.
+            for place in [*self._found, *self.begun][-checksums.ENTRIES // 2:]:
+                self._folder.marks.entry(checksums.BEGAN, checksums.digest(place), self._reached, self._checksum)
 
     def _read_lines(self, data: bytes, size: int) -> tuple[int, bool]:
         """(how many are damaged, whether some are of a version without checksums). size: bytes that are marked."""
@@ -260,6 +268,9 @@ class Journal:
             old |= told[1]
             if (place := line.pop("begin", None)) is not None:
                 self.begun[place] = line
+            elif (until := line.get("refused")) is not None:
+                left = min(float(until) - time.clock_gettime(CLOCK), RECONNECT_TIMEOUT)
+                self._refused_until = time.monotonic() + left if left > 0 else 0.0
             elif (place := line.get("written")) is not None:
                 if place in self.begun:
                     self.begun[place]["written"] = True
@@ -271,7 +282,10 @@ class Journal:
         return damaged, old
 
     def settled(self) -> None:
-        """What a former rocklet left half done was looked at: from now on answers are those of this one."""
+        """What a former rocklet left half done was looked at: from now on answers are those of this one. A request
+        that it began and that nobody goes on with is never begun again."""
+        for place in [place for place in self.begun if place not in self._resumed]:
+            self.finish(place, failure(self._unsure()))
         self._settling = False
 
     def resume(self, place: str, task: asyncio.Task[Answer | None]) -> None:
@@ -306,6 +320,10 @@ class Journal:
             hint=f"look what it did; send it with a new key{when} to run it again. rock doctor store tells more",
             details={"damaged": "journal"} if self.damage else None,
         )
+
+    def _refusal(self) -> dict[str, Any]:
+        """The line that tells the rocklet after this one how long keys are refused."""
+        return {"refused": time.clock_gettime(CLOCK) + self._refused_until - time.monotonic()}
 
     async def let_go(self) -> None:
         """What is being brought to its end is left to the rocklet after this one."""

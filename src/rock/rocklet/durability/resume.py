@@ -19,10 +19,10 @@ from rock.errors import Conflict, NotFound, RockError, Unavailable
 from rock.http.asgi import Answer, answer, failure
 from rock.protocol.action import BashAction, Command, CommandResponse, CreateBashSessionRequest
 from rock.rocklet.commands import programs
-from rock.rocklet.commands.handover import JournalEntry, ended_with_client
+from rock.rocklet.commands.handover import JournalEntry, ended_with_client, unseen
 from rock.rocklet.commands.shell_process import KEY
 from rock.rocklet.durability.spool import SpoolFile
-from rock.runtime.base import CLOCK
+from rock.runtime.base import CLOCK, Process
 
 if TYPE_CHECKING:
     from rock.rocklet.sandbox import Supervisor
@@ -87,8 +87,8 @@ async def execute(sandbox: Supervisor, command: Command, place: str | None) -> A
     if place is not None and sandbox.leaving:
         raise programs.Detached
     if place is None:
-        process = await programs.start(sandbox.runtime, sandbox.handle, command, sh)
-        return answer(await programs.Execution(process, command).run())
+        started = await programs.start(sandbox.runtime, sandbox.handle, command, sh)
+        return answer(await programs.Execution(started, command).run())
     spools: list[SpoolFile] = []
     with contextlib.suppress(OSError):  # no room on the server's disk: it runs, and a crash would lose it
         spools.append(journal.borrow())
@@ -98,24 +98,32 @@ async def execute(sandbox: Supervisor, command: Command, place: str | None) -> A
     entry: dict[str, Any] = {"id": key, "command": told.model_dump(mode="json"), "began": time.clock_gettime(CLOCK)}
     if len(spools) == 2:
         entry["spools"] = [[spool.path.name, spool.begin()] for spool in spools]
-    with _written_down(sandbox, place, kind="execute", **entry):
-        try:
+    process: Process | None = None
+    going_on = False
+    try:
+        with _written_down(sandbox, place, kind="execute", **entry):
             process = await programs.start(
                 sandbox.runtime, sandbox.handle, command, sh, key=programs.EXECUTED + key, keep=True
             )
             await faults.point("execute.started")
-            execution = programs.Execution(process, command, None, spools if len(spools) == 2 else ())
+            kept = spools if len(spools) == 2 else ()
+            execution = programs.Execution(process, command, None, kept, kept=True)
             execution.on_fed = lambda: journal.written(place)
             reply = answer(await _run(sandbox, execution))
-        except programs.Detached:
-            for spool in spools:
-                spool.close()  # they are the next rocklet's
-            spools.clear()
-            raise
-        finally:
-            for spool in spools:
-                journal.give_back(spool)
-    journal.finish(place, reply)
+        await faults.point("execute.ended")
+        journal.finish(place, reply)
+    except programs.Detached:
+        going_on = True
+        for spool in spools:
+            spool.close()  # they are the next rocklet's
+        spools.clear()
+        raise
+    finally:
+        # Both only now: until the answer is written down, a rocklet after this one needs the program and its output.
+        if process is not None:
+            process.close(forget=not going_on)
+        for spool in spools:
+            journal.give_back(spool)
     return reply
 
 
@@ -219,7 +227,10 @@ async def settle(sandbox: Supervisor, kept: Sequence[str]) -> None:
                 "the server was killed in the middle of this; it may have been done, or a part of it",
                 sandbox_id=sandbox.id, hint="look what was done")))  # fmt: skip
         elif kind == "run" and entry.get("session") not in sandbox.sessions:
-            journal.not_begun(place)
+            if entry.get("written"):  # its shell ended with it, and pid 1 was told to forget the shell
+                journal.finish(place, failure(unseen(sandbox.id)))
+            else:
+                journal.not_begun(place)
     journal.settled()
     journal.sweep()
     for key in kept:
@@ -256,7 +267,7 @@ async def _go_on(sandbox: Supervisor, place: str, entry: dict[str, Any]) -> Answ
         for name, _ in entry.get("spools", ()):
             spools.append(journal.file(name))
     except OSError as error:
-        process.close()
+        process.close(forget=False)
         for spool in spools:
             spool.close()
         raise Unavailable(
@@ -264,8 +275,9 @@ async def _go_on(sandbox: Supervisor, place: str, entry: dict[str, Any]) -> Answ
             sandbox_id=sandbox.id,
             hint="the program goes on; start the server again when its disk can be read",
         ) from None
+    finished = False
     try:
-        execution = programs.Execution(process, command, None, spools)
+        execution = programs.Execution(process, command, None, spools, kept=True)
         execution.resume_at([start for _, start in entry.get("spools", ())] if spools else ())
         if cut:
             await execution.end()
@@ -273,10 +285,13 @@ async def _go_on(sandbox: Supervisor, place: str, entry: dict[str, Any]) -> Answ
         if cut:
             response = response.model_copy(update={"failure_reason": _CUT})
         reply = answer(response)
+        await faults.point("execute.ended")
+        journal.finish(place, reply)
+        finished = True
     finally:
+        process.close(forget=finished)
         for spool in spools:
             spool.close()
-    journal.finish(place, reply)
     for spool in spools:
         spool.remove()
     return reply

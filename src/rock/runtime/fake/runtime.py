@@ -83,7 +83,7 @@ class SpawnedProcess:
         if held is not None:
             os.close(held)
 
-    def close(self) -> None:
+    def close(self, *, forget: bool = True) -> None:
         if self._closed:
             return
         self._closed = True
@@ -92,7 +92,7 @@ class SpawnedProcess:
                 os.close(fd)
         self.stdin = self.stdout = self.stderr = None
         self.channels = {}
-        if self._kept.keep and self._kept.process.status is not None:
+        if forget and self._kept.keep and self._kept.process.status is not None:
             self._runtime.forget(self._sandbox, self._kept)
 
 

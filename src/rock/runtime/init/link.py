@@ -343,14 +343,14 @@ class InitProcess:
         if self._keep and not self._end.done():
             await self._link.request("close_stream", {"pid": self.pid, "stream": "stdin"})
 
-    def close(self) -> None:
+    def close(self, *, forget: bool = True) -> None:
         if self._closed:
             return
         self._closed = True
         _close_all([fd for fd in (self.stdin, self.stdout, self.stderr, *self.channels.values()) if fd is not None])
         self.stdin = self.stdout = self.stderr = None
         self.channels = {}
-        if self._keep and self._end.done():
+        if forget and self._keep and self._end.done():
             self._link.post("forget", {"pid": self.pid})
 
 

@@ -99,7 +99,7 @@ class PlainProcess:
         if held is not None:
             os.close(held)
 
-    def close(self) -> None:
+    def close(self, *, forget: bool = True) -> None:
         if self._closed:
             return
         self._closed = True
@@ -108,7 +108,7 @@ class PlainProcess:
                 os.close(fd)
         self.stdin = self.stdout = self.stderr = None
         self.channels = {}
-        if self._ended():
+        if forget and self._ended():
             self._sandbox.forget(self)
 
     def release(self) -> None:
