@@ -1,7 +1,7 @@
-"""Calls in the middle of which their sandbox ends: each gets the one error that tells how it ended.
+"""Errors of requests whose sandbox ends while they are served: each request gets the error that describes the end.
 
-What a call sees of that is an accident of its kind: a broken link, a shell that is gone, an observation without an exit
-status. None of it may look like something that is worth a retry.
+Without this module, a request would see a symptom of the end that depends on its kind: a broken link, a missing shell,
+an observation without an exit status. None of these symptoms may look like an error that is worth a retry.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from rock.rocklet.sandbox import Supervisor
 
 T = TypeVar("T")
 
-_SOON = 2.0  # seconds within which the end of pid 1 is noticed, after its link has broken
-PERHAPS = 0.5  # the same, where a shell or a program alone may have ended
+_SOON = 2.0  # seconds to notice the end of pid 1 after its link has broken
+PERHAPS = 0.5  # seconds to notice the end when only a shell or a program may have ended
 _NO_STATUS = b'"exit_code":null'
 _TIMED_OUT = b'"timed_out":true'
 
 
 class SandboxRouter(Router):
-    """A router whose rows of sandboxes answer with how their sandbox ended."""
+    """A router whose sandbox routes respond with the end of the sandbox when it ended during the request."""
 
     def __init__(self, name: str, node: Node) -> None:
         super().__init__(name)
