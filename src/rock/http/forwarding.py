@@ -1,4 +1,4 @@
-"""An ASGI application that runs in another process: requests are forwarded to it over kept-alive connections.
+"""An ASGI application that runs in another process: requests are forwarded to it over keep-alive connections.
 
     scope, receive ──► one connection of the pool ──► the rocklet elsewhere
     send ◄── status, headers, body as they arrive ◄──
@@ -297,7 +297,7 @@ class RemoteApp:
         else:
             connection.close()
 
-    # ---- HTTP
+    # ---- HTTP ----
 
     def _head(self, scope: Scope, headers: list[tuple[bytes, bytes]]) -> bytes:
         path: bytes = scope.get("raw_path") or quote(scope["path"]).encode()

@@ -25,7 +25,7 @@ from rock.protocol.sandbox import Inside, SandboxConfig, Wire
 TASK_IMAGES = "rock.local/env/set-"  # followed by the name of a training set: the image with its packages
 DOOR = "environments.sock"  # the name of every local socket
 
-PIPED = 28  # environments of one sandbox that have their own pipes; len(guest.envhost.PIPES)
+PIPED = 28  # environments of one sandbox that have their own pipes; len(PIPES) of guest/environments/host.py
 # A label: renewals of a lease keep the sandbox alive. Without it, the idle timeout that the user chose applies.
 LEASED = "rock.env.leased"
 OWNER_PATTERN = r"^[A-Za-z0-9_-]{16,64}$"
