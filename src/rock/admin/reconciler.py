@@ -34,7 +34,7 @@ _ALIVE = (State.PENDING, State.RUNNING, State.STOPPING)
 
 
 async def mark_lost(service: Service, worker: str) -> int:
-    """Write tombstones for the sandboxes of a lost worker; returns their number."""
+    """Record the end of each sandbox of a lost worker; returns their number."""
     buried = 0
     while records := await service.store.list(Query(states=_ALIVE, fields={"worker": worker})):
         # The check follows the list: while the worker is lost in the registry, all listed records are of an ended

@@ -31,7 +31,7 @@ from rock.store.base import Query, Record, Store, member
 
 
 class TenantServices:
-    """Creates a TenantService for each request: `desks(request.scope)`."""
+    """Creates the TenantService for the caller of each request."""
 
     def __init__(self, service: Service, keys: Keys) -> None:
         self._service = service

@@ -55,7 +55,7 @@ class State(StrEnum):
 
 @_plain
 class Cause(StrEnum):
-    """Why a sandbox no longer runs; its tombstone stores it."""
+    """Why a sandbox no longer runs; its record stores it."""
 
     USER = "stopped_by_user"
     IDLE = "idle"

@@ -285,6 +285,6 @@ def _deadlines(record: Record, failed_at: float | None) -> dict[str, Any]:
 
 
 def files_lost(record: Record) -> dict[str, Any]:
-    """The reason in a tombstone when retained files are missing."""
+    """The changes of the info of an ended sandbox whose retained files are missing."""
     reason = f"{record.info.reason or 'it was stopped'}; its files are gone from its worker"
     return {"kept": False, "reason": reason, "auto_archive_at": None, "auto_delete_at": None}

@@ -75,7 +75,7 @@ class RetainedSandboxes:
         return record.info
 
     async def expire(self, sandbox_id: str) -> None:
-        """Delete a sandbox whose retention has expired; its tombstone stays."""
+        """Delete a sandbox whose retention has expired; its record stays."""
         await self._deleted(sandbox_id)
 
     async def _deleted(self, sandbox_id: str) -> Record:
@@ -98,7 +98,7 @@ class RetainedSandboxes:
     # ---- lost files ----
 
     async def lost(self, record: Record) -> None:
-        """Its worker does not have the files: record that in its tombstone."""
+        """Its worker does not have the files: note that in its record."""
         await self._service.amend(record.id, **lifecycle.files_lost(record))
 
 
@@ -277,7 +277,7 @@ class Cleanup:
         return list(self._tasks.values())
 
     async def once(self, record: Record) -> dict[str, Any]:
-        """End a sandbox on its worker, and retain or remove its files; returns the reason when the files are lost.
+        """End a sandbox on its worker, and retain or remove its files; returns changes of its info when files are lost.
 
         The state change that ended it determined whether they are retained.
         """

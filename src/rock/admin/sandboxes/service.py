@@ -278,7 +278,7 @@ class Service:
         quota: Quota | None = None,
         **fields: Any,
     ) -> Record:
-        """One step of the lifecycle, saved; then its effects. The first reason in a tombstone stays.
+        """One step of the lifecycle, saved; then its effects. The first recorded reason of an end stays.
 
         known: the record as it was read last; when it has changed since, it is read again. key: of the request. check:
         raises where the record, in its state, does not allow this. quota: of its tenant, for a step that starts it

@@ -152,8 +152,7 @@ class Handover:
                     await ask()
                     if not written:
                         await settled(run.done)
-        # While the output moves between processes, the report of the command can be lost; the report of the probe then
-        # proves its end.
+        # Behind a carrier, the report of the command can be lost; the report of the probe then proves its end.
         return written or not run.unbegun
 
 
