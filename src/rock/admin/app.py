@@ -26,11 +26,11 @@ from rock.store.blobs import Blobs, FolderBlobs
 
 
 def make_blobs(settings: Settings) -> Blobs | None:
-    """The archive that the settings name; None when it is off. InvalidConfig."""
+    """The archive from the settings; None when it is off. InvalidConfig."""
     if settings.archive == "off":
         return None
     if settings.archive.startswith("s3://"):
-        from rock.store.s3 import Bucket, S3Blobs  # an HTTP client and XML, which a folder does without
+        from rock.store.s3 import Bucket, S3Blobs  # imports an HTTP client and XML, which a folder does not need
 
         s = settings
         return S3Blobs(Bucket.parse(s.archive, s.s3_endpoint, s.s3_region, s.s3_key, s.s3_secret))
@@ -45,7 +45,7 @@ def _limit(text: str) -> int:
 
 
 def make_reservations(settings: Settings) -> RayReservations | None:
-    """Who decides where sandboxes go, if not we. InvalidConfig."""
+    """The external scheduler that decides on placement, if one is configured. InvalidConfig."""
     if settings.scheduler in ("", "local"):
         return None
     if settings.scheduler != "ray":
@@ -65,8 +65,8 @@ def make_reservations(settings: Settings) -> RayReservations | None:
 class Admin:
     """The control plane of one process. `app` serves once `open` has returned.
 
-    data: the data plane, for the ROCK dialect, which has both planes behind one address. leads: whether it may be the
-    one that reconciles; a reader never is.
+    data: the data plane, for the ROCK dialect, which serves both planes at one address. leads: whether it may become
+    the leader that reconciles; a reader never is.
     """
 
     def __init__(
@@ -85,18 +85,18 @@ class Admin:
         tenant_services = TenantServices(self.service, self.keys)
 
         def pages() -> App:
-            from rock.admin.api import native  # FastAPI, a third of a start
+            from rock.admin.api import native  # imports FastAPI, a third of a start
 
             return native.build(tenant_services, self.keys, self.service, environments, guarded=bool(settings.api_key))
 
         rest = RockV1(tenant_services, data, self.catalogue, settings.dialect_network).over(guarded(LazyApp(pages)))
-        # The busiest rows are asked for first.
+        # The busiest routes are matched first.
         about, heartbeats = About(tenant_services, workers, settings, roles), Heartbeats(workers)
         self.app: App = Sandboxes(tenant_services).over(Training(tenant_services, data).over(rest), about, heartbeats)
         self._store = store
 
     async def open(self) -> None:
-        """Open the store and settle what a former run left."""
+        """Open the store and settle the unfinished operations of an earlier run."""
         await self._store.open()
         try:
             if self.opened is not None:

@@ -1,5 +1,7 @@
-"""Who may call: the owner by the key that is given at start, tenants by keys of theirs. A server beyond loopback has to
-have one; on loopback the owner may be recognized without a key (auth.py)."""
+"""Authentication and server roles: the owner by the key given at start, tenants by their API keys.
+
+A server beyond loopback requires a key; on loopback the owner may be recognized without one.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +24,19 @@ from rock.telemetry.context import CURRENT
 
 _WORKERS = "/v1/workers/"
 _OPEN = ("/healthz", "/")
-# Where a key may be, the plainest first. The last three are of ROCK's clients, and of those that it serves too.
+# Headers that may contain a key, in order of preference. The last three are those of ROCK's clients and servers.
 KEY_HEADERS = (OTHER_KEY.encode(), b"authorization", b"x-api-key", b"x-key", b"xrl-authorization")
 _KEYS = frozenset(KEY_HEADERS)
 _BEARERS = (b"authorization", b"xrl-authorization")
 
 
 class Authenticated:
-    """The door: says who sent each request, and lets nobody in who is nobody.
+    """The authentication middleware: identifies the caller of each request and rejects unauthenticated ones.
 
-    key: of the server's owner. Without one the owner is who has `owner_key`, or is recognized without any: auth.py;
-    a key that is neither is ignored then. keys: of its tenants. worker_key: by it a worker may join, and nothing else.
-    names: of the server, see keyless.names_of. checks_host: whether requests with a key have to use one of them too.
-    A key comes as `Authorization: Bearer KEY`, alone as X-ROCK-API-Key, or as clients of ROCK send one.
+    key: of the server's owner. Without one, the owner is the client that has `owner_key`, or is recognized without a
+    key; any other key is ignored then. keys: of its tenants. worker_key: the key with which a worker may join, without
+    other rights. names: of the server, see names_of. checks_host: whether requests with a key have to use one of them
+    too. A key is sent as `Authorization: Bearer KEY`, alone as X-ROCK-API-Key, or as clients of ROCK send one.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class Authenticated:
         self._key = (key or owner_key).encode() or None
         self._names = names if checks_host else None
         self._keys = keys
-        self._sockets: dict[str, set[asyncio.Task[None]]] = {}  # what is open by a key
+        self._sockets: dict[str, set[asyncio.Task[None]]] = {}  # open WebSockets by key
         self._turns = FairQueue()
         if keys is not None:
             keys.on_revoked.append(self._cut)
@@ -59,7 +61,8 @@ class Authenticated:
         try:
             caller = await self._caller(scope)
         except RockError as error:
-            turn = await self._turns.take(_peer(scope), scope.get(PLACE))  # whatever keys somebody tries, he is one
+            # queued by address, so that different keys of one client share a queue
+            turn = await self._turns.take(_peer(scope), scope.get(PLACE))
             try:
                 await (deny(scope, send, error) if scope["type"] == "websocket" else failure(error).send(send))
             finally:
@@ -75,7 +78,7 @@ class Authenticated:
             return
         headers = scope["headers"]
         if self._key is not None:
-            # Keys end here: programs inside, to which requests are handed on, must not see them.
+            # Keys are removed here: programs inside, to which requests are forwarded, must not see them.
             keys = [header for header in headers if header[0] in _KEYS and self._is_key(*header)]
             if keys:
                 headers = [header for header in headers if header not in keys]
@@ -107,7 +110,7 @@ class Authenticated:
         raise Unauthorized("the API key is missing or wrong", hint="set ROCK_API_KEY to a key of the server")
 
     async def problem(self, scope: Scope) -> RockError | None:
-        """Why a request is not let in, if it is not."""
+        """The error of a rejected request; None for an accepted one."""
         try:
             await self._caller(scope)
         except RockError as error:
@@ -122,15 +125,15 @@ class Authenticated:
         return await self._keys.caller(key) if self._keys is not None else None
 
     def _is_key(self, name: bytes, value: bytes) -> bool:
-        """Of a header that may bear one."""
+        """Whether the value of a header is a key."""
         bare = _bare(name, value)
         own = (self._key or b"", self._worker_key)
         return any(key and hmac.compare_digest(bare, key) for key in own) or digest_of(bare) is not None
 
-    # ---- what outlasts a request ----
+    # ---- WebSockets ----
 
     async def _socket(self, key_id: str, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve a WebSocket for as long as its key is good."""
+        """Serve a WebSocket for as long as its key is valid."""
         task = asyncio.ensure_future(self._app(scope, receive, send))
         self._sockets.setdefault(key_id, set()).add(task)
         try:
@@ -156,8 +159,8 @@ class Authenticated:
 
 
 def _name(caller: Caller, scope: Scope) -> str:
-    """Who waits behind whom. A worker's heartbeat waits behind no burst of clients that come by the same address: each
-    is a line of its own, or its lease would be over."""
+    """The queue of a request. A worker's heartbeat does not wait behind a burst of clients with the same address: each
+    worker has a queue of its own, because otherwise its lease could expire."""
     path: str = scope["path"]
     if path.startswith(_WORKERS) and Access.WORKER in caller.scopes:
         return path
@@ -165,7 +168,7 @@ def _name(caller: Caller, scope: Scope) -> str:
 
 
 def _peer(scope: Scope) -> str:
-    """The address that a request came from."""
+    """The client address of a request."""
     client = scope.get("client")
     return str(client[0]) if client else ""
 
@@ -177,26 +180,24 @@ def _bare(name: bytes, value: bytes) -> bytes:
     return b"" if name in _BEARERS else value.strip()
 
 
-# ---- keyless ----
+# ---- requests without a key ----
 #
-# Requests without a key, on a server that asks for none.
-#
-# Such a server serves its owner alone. A request without the owner key is let in when
+# A server without a key serves only its owner. A request without the owner key is accepted when
 # 1. Host names this server: a name or address of loopback, the address that it listens on, or a name of
-#    ROCK_PUBLIC_NAMES. A web page under a name that leads to 127.0.0.1 (DNS rebinding) has another one;
+#    ROCK_PUBLIC_NAMES. A web page under a name that resolves to 127.0.0.1 (DNS rebinding) has another one;
 # 2. it comes from no page of another origin, by Origin and Sec-Fetch-Site, which programs do not send;
-# 3. the kernel says that its socket is held by processes of the owner, or of root, outside of any sandbox:
-# http/peers.py.
+# 3. the kernel reports that its socket is held by processes of the owner, or of root, outside of any sandbox:
+#    http/peers.py.
 
 _HINT = ("use the account that started the server, or send the key that is in owner.key in its ROCK_HOME as header "
          "X-ROCK-API-Key (SDK and CLI: ROCK_API_KEY), or start the server with ROCK_API_KEY")  # fmt: skip
-# Pages of programs inside have an origin of their own (port_headers.py): what they load is on a foreign site.
+# Pages of programs inside have an origin of their own (rocklet/ports.py): their requests are cross-site.
 _PORTS = re.compile(r"/v1/sandboxes/[^/]+/ports/|/apis/envs/sandbox/v1/sandboxes/[^/]+/(?:proxy|vnc)(?:/|$)")
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]+\]|[^:\[\]@/?#\s]*)(?::[0-9]{1,5})?")
 
 
 def names_of(host: str, public: str) -> frozenset[str]:
-    """By what a server may be called: the address that it listens on, and those of ROCK_PUBLIC_NAMES."""
+    """The names of a server: the address that it listens on, and those of ROCK_PUBLIC_NAMES."""
     names = [host, *public.split(",")]
     return frozenset(name.strip().lower().rstrip(".").strip("[]") for name in names if name.strip())
 
@@ -217,7 +218,7 @@ def check_host(scope: Scope, names: frozenset[str]) -> None:
 
 
 def check_origin(scope: Scope) -> None:
-    """Unauthorized for what a page of another origin sends."""
+    """Unauthorized for requests from a page of another origin."""
     origins = [value for name, value in scope["headers"] if name == b"origin"]
     host = next((value for name, value in scope["headers"] if name == b"host"), b"")
     scheme = b"https" if scope["scheme"] in ("https", "wss") else b"http"
@@ -233,7 +234,7 @@ def check_origin(scope: Scope) -> None:
 
 
 async def check_owner(scope: Scope) -> None:
-    """Unauthorized unless the kernel says that the client is the owner of this process, outside of any sandbox."""
+    """Unauthorized unless the kernel reports that the client is the owner of this process, outside of any sandbox."""
     peer = (scope.get("state") or {}).get(PEER)
     problem = "the connection has no socket" if peer is None else await peer.refusal()
     if problem:
@@ -242,14 +243,14 @@ async def check_owner(scope: Scope) -> None:
 
 
 class Keyless:
-    """The three checks in one. open_paths: for everybody, as far as the first two let them in."""
+    """The three checks combined. open_paths: accessible to all clients that pass the first two."""
 
     def __init__(self, names: frozenset[str], open_paths: Iterable[str] = ()) -> None:
         self._names = names
         self._open = frozenset(open_paths)
 
     async def admits(self, scope: Scope) -> bool:
-        """Whether the client is the owner; False on an open path, on which that is not looked at. Unauthorized."""
+        """Whether the client is the owner; False on an open path, where this is not checked. Unauthorized."""
         check_host(scope, self._names)
         check_origin(scope)
         if scope["type"] == "http" and scope["path"] in self._open:
@@ -258,9 +259,9 @@ class Keyless:
         return True
 
 
-# ---- roles ----
+# ---- server roles ----
 #
-# A writer and a reader, of the same parts: what tells them apart is which requests they let in.
+# A writer and a reader have the same components and differ in the requests that they accept.
 
 _WHAT = {"write": "a reader: it changes nothing", "read": "a writer: it reaches into no sandbox"}
 _MARK = (HANDED_ON.encode(), b"1")
@@ -268,14 +269,15 @@ _SETTING = {"write": "ROCK_WRITER", "read": "ROCK_READER"}
 
 
 def servers(text: str) -> list[RemoteApp]:
-    """Those that "URL,URL" names. InvalidConfig."""
+    """The servers in "URL,URL". InvalidConfig."""
     return [RemoteApp(url.strip()) for url in text.split(",") if url.strip()]
 
 
 class RoleFilter:
-    """`app` for the requests of its role. others: servers of the other role, to which the rest is handed on as it came,
-    key included; without one it is refused with WrongRole, as is what was handed on here by mistake. guard: why a
-    request must not be handed on, as the other server cannot tell from whom it is."""
+    """Wraps `app` for the requests of its role. others: servers of the other role, to which other requests are
+    forwarded unchanged, including the key. Without such a server they are rejected with WrongRole, as are requests that
+    were forwarded here by mistake. guard: returns why a request must not be forwarded, because the other server cannot
+    determine its sender."""
 
     def __init__(
         self, app: App, role: Role, others: Sequence[RemoteApp],

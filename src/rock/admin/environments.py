@@ -1,4 +1,4 @@
-"""EnvHub as the native wire has it: environments by id or by name, versions of those, and building what they need."""
+"""EnvHub in the native API: environments by id or by name, their versions, and the installation of their packages."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from rock.protocol.node import ImageState
 
 _PINNED = re.compile(r"hf://[\w.-]+/[\w.-]+@[0-9a-f]{40}(:.+)?")
 _GYM_ID = re.compile(r"([\w.]+:)?([\w:.-]+/)?[\w:.-]+-v\d+")
-_KEPT = 100  # versions of a name
-_SET = "task:"  # before the name of a training set
+_KEPT = 100  # versions per name
+_SET = "task:"  # prefix of the name of a training set
 _HINT = "an id of GEM or Gymnasium, task:SET, hf://ORG/REPO@COMMIT or image://NAME"
 
 
 class Version(BaseModel):
-    """What a name stood for from one registration to the next that differed."""
+    """One version of a registered name: a registration that differs from the previous one."""
 
     version: int
     source: str
@@ -39,34 +39,36 @@ class Version(BaseModel):
 
 
 class Environments:
-    """Answers what is known of environments. The catalogue remembers those with a name."""
+    """Descriptions of environments. The catalog stores those with a name."""
 
     def __init__(self, service: Service, catalogue: Catalogue) -> None:
         self._service = service
         self._catalogue = catalogue
 
     async def about(self, env_id: str) -> EnvAbout:
-        """NotFound for what nobody registered and what is no id."""
+        """NotFound for a name that is neither registered nor an id."""
         return await self._seen(await self._known(env_id))
 
     async def listed(self) -> list[dict[str, Any]]:
-        """Rows of the training sets, and of what was registered."""
+        """Rows of the training sets, and of registered environments."""
         rows = []
         for name in datasets.names():
-            with contextlib.suppress(RockError):  # of a package that is at fault
+            with contextlib.suppress(RockError):  # a defective package is omitted
                 known = _of_set(name)
                 rows.append({"id": known.id, "protocol": known.protocol, "image": known.image, "note": known.note,
                              "aliases": []})  # fmt: skip
         for env in await self._catalogue.list():
-            with contextlib.suppress(RockError):  # of a registration that this release does not understand
+            with contextlib.suppress(RockError):  # a registration that this release cannot read is omitted
                 known = _of_registered(env, "")
                 rows.append({"id": env.env_name, "protocol": known.protocol, "image": env.image, "note": known.note,
                              "aliases": []})  # fmt: skip
         return rows
 
     async def add(self, request: AddEnv) -> EnvAbout:
-        """Register; a source, package set or digest other than the last one's is a new version.
-        A name goes before an id of Gymnasium; those of GEM have a colon, which a name has not."""
+        """Register; another source, package set or digest than the last one's is a new version.
+
+        A name has precedence over an id of Gymnasium; ids of GEM have a colon, which names cannot contain.
+        """
         seen = await self._seen(_of_source(request.source, request.packages))
         versions: list[Version] = []
         with contextlib.suppress(NotFound):
@@ -82,7 +84,7 @@ class Environments:
         return await self.about(request.name)
 
     async def build(self, request: BuildEnv, wait: float) -> EnvAbout:
-        """Have it built on every worker; answers after `wait` seconds at the latest, ready or not."""
+        """Build it on every worker; responds after `wait` seconds at the latest, ready or not."""
         known = await self._known(request.env_id)
         if request.packages:
             more = _of_source(known.source, [*known.asked, *request.packages])
@@ -90,7 +92,7 @@ class Environments:
         return await self._seen(known, wait)
 
     async def _seen(self, known: EnvAbout, wait: float = 0.0) -> EnvAbout:
-        """With what the workers have of it: it is ready when it is on all of them."""
+        """Adds the state of the workers: it is ready when it is on all of them."""
         workers = list(self._service.workers.values())
         if not workers:
             raise NoCapacity("there is no worker", hint="start one with: rocklet --join")
@@ -124,7 +126,7 @@ def _of_registered(env: Registered, number: str) -> EnvAbout:
 
 
 def _versions(env: Registered) -> list[Version]:
-    """Those of a registration that was made here; clients of ROCK may have written anything in their place."""
+    """The versions of a registration that was made here; clients of ROCK may have stored any value in their place."""
     found = (env.extra_spec or {}).get("versions")
     try:
         return [Version.model_validate(one) for one in found] if isinstance(found, list) else []
@@ -145,7 +147,7 @@ def _is_of_gem(source: str) -> bool:
 
 
 def _of_source(source: str, packages: list[str]) -> EnvAbout:
-    """What a source tells by itself. InvalidConfig, NotFound."""
+    """The properties that follow from a source alone. InvalidConfig, NotFound."""
     if source.startswith("image://"):
         if packages:
             raise InvalidConfig("nothing is installed in an image", hint="put the packages into it")

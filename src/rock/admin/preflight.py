@@ -1,4 +1,4 @@
-"""What is looked at before a server starts. It imports next to nothing: the command that starts one looks at it too."""
+"""Checks before a server starts. The module imports almost nothing, because the start command uses it too."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _ROLES: dict[str, str] = {"all": "all", "write": "write", "admin": "write", "rea
 
 
 def role_of(name: str) -> str:
-    """all, write or read. InvalidConfig."""
+    """The role in the settings: all, write or read. InvalidConfig."""
     try:
         return _ROLES[name]
     except KeyError:
@@ -18,7 +18,7 @@ def role_of(name: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a server that listens on `host` can be reached from this machine only."""
+    """Whether a server that listens on `host` is reachable from this machine only."""
     if host == "localhost":
         return True
     try:
@@ -28,7 +28,7 @@ def is_loopback(host: str) -> bool:
 
 
 def require_key_beyond_loopback(host: str, key: str | None) -> None:
-    """InvalidConfig for a server that everybody could use."""
+    """InvalidConfig for a server that any client could use."""
     if not key and not is_loopback(host):
         raise InvalidConfig(
             f"refusing to listen on {host} without an API key: anybody who can reach it could run programs here",

@@ -1,4 +1,5 @@
-"""The one background loop: deadlines, ends that workers tell of, and whatever a crash left undone."""
+"""The reconciler: the background loop of the leader that handles deadlines, ended sandboxes, lost workers and
+crashes."""
 
 from __future__ import annotations
 
@@ -20,13 +21,10 @@ from rock.protocol.node import NodeEvent, NodeSandbox
 from rock.protocol.sandbox import Cause, State
 from rock.store.base import Query, Record
 
-# ---- losses ----
+# ---- lost workers ----
 #
-# Workers that went away: who leads takes a silent one for lost, and tells of each sandbox that it had.
-#
-# Neither step is lost with a crash in between: that it is lost stands in the registry, and whoever leads next buries
-# what
-# is left.
+# The leader declares silent workers lost and records the end of each of their sandboxes. A crash between the two steps
+# is safe: the registry stores that the worker is lost, and the next leader records the remaining ends.
 
 log = logging.getLogger("rock.workers")
 
@@ -36,11 +34,11 @@ _ALIVE = (State.PENDING, State.RUNNING, State.STOPPING)
 
 
 async def mark_lost(service: Service, worker: str) -> int:
-    """Tombstones for what a lost worker had; how many."""
+    """Record the end of each sandbox of a lost worker; returns their number."""
     buried = 0
     while records := await service.store.list(Query(states=_ALIVE, fields={"worker": worker})):
-        # Asked after the list: while it is lost in the registry, all that was listed is of an epoch that is over. Of
-        # one that came back the reconciler compares what is left.
+        # The check follows the list: while the worker is lost in the registry, all listed records are of an ended
+        # epoch. If it has joined again, the reconciler compares the remaining ones.
         if not await _is_lost(service, worker):
             break
         before = buried
@@ -51,7 +49,7 @@ async def mark_lost(service: Service, worker: str) -> int:
             except RockError as error:
                 log.error("burying %s: %s", record.id, error)
         if buried == before:
-            break  # tried again by who calls
+            break  # the caller retries
     return buried
 
 
@@ -69,15 +67,16 @@ async def _bury_one(service: Service, record: Record, worker: str) -> None:
 
 
 class LostWorkers:
-    """The loop of who leads."""
+    """The loop of the leader over lost workers."""
 
     def __init__(self, service: Service, worker_registry: WorkerRegistry) -> None:
         self._service = service
         self._worker_registry = worker_registry
-        self._next: dict[tuple[str, int], tuple[float, float]] = {}  # when and after what pause one is looked at again
+        # time of the next check of a worker, and the pause before it
+        self._next: dict[tuple[str, int], tuple[float, float]] = {}
 
     async def run(self) -> None:
-        """Until it is cancelled."""
+        """Run until it is canceled."""
         while True:
             try:
                 await self.look()
@@ -86,7 +85,7 @@ class LostWorkers:
             await asyncio.sleep(_LOOK)
 
     async def look(self) -> None:
-        """Once."""
+        """Check all workers once."""
         for info in self._worker_registry.silent():
             if await self._worker_registry.lose(info):
                 log.warning(
@@ -102,52 +101,52 @@ class LostWorkers:
             buried = await mark_lost(self._service, key[0])
             if buried:
                 log.warning("worker %s was lost with %d sandboxes", key[0], buried)
-            # It may stand in the registry for weeks: the longer there was nothing, the rarer a list for it.
+            # A lost worker may stay in the registry for weeks: the pause grows while a check finds no sandboxes.
             self._next[key] = (now + pause, min(2 * pause, _RARELY)) if not buried else (now, _LOOK)
 
 
-# ---- reconciler ----
-#
+# ---- reconciliation ----
 
 
 reconciler_log = logging.getLogger("rock.reconciler")
 
-TOMBSTONES = 24 * 3600.0  # seconds that a stopped sandbox is remembered
+TOMBSTONES = 24 * 3600.0  # seconds for which the record of a stopped sandbox is retained
 _POLL = 30.0
 _RETRY = 1.0
-_LIST = 30.0  # seconds that a worker may take to list what it has
-_ANOTHERS = 10.0  # seconds that a step of another admin may take before it is joined
+_LIST = 30.0  # timeout in seconds for the list of a worker's sandboxes
+_ANOTHERS = 10.0  # seconds after which an unfinished step of another admin is continued
 _UNSETTLED = (State.PENDING, State.RUNNING, State.STOPPING, State.ARCHIVING, State.ARCHIVED)
 
 
 @dataclass(frozen=True)
 class _Here:
-    """Ids that a worker has: of sandboxes that live, and of all, those at rest included."""
+    """Ids on a worker: of running sandboxes, and of all, including stopped ones."""
 
     alive: Set[str] = frozenset()
     all: Set[str] = frozenset()
 
 
 class Reconciler:
-    """Makes the world and the records agree. Started once an admin; owns all its tasks."""
+    """Brings the workers and the records into agreement. Started once per admin; owns all its tasks."""
 
     def __init__(self, service: Service) -> None:
         self.service = service
-        self._due: list[tuple[float, str]] = []  # (time of the next look, id)
+        self._due: list[tuple[float, str]] = []  # (time of the next check, id)
         self._wake = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._checks: set[asyncio.Task[None]] = set()
         self._next: dict[str, float] = {}  # the time in `_due`, by id
         self._unfinished: set[str] = set()  # ids of which a step was not completed, or not known to be saved
         self._followers: dict[str, asyncio.Task[None]] = {}  # by worker
-        self._context = contextvars.copy_context()  # with the token of the lease by which it works
+        self._context = contextvars.copy_context()  # with the fencing token of the lease of this admin
 
     async def start(self) -> None:
-        """Settle what a former run left, then go on in the background."""
+        """Settle the unfinished operations of an earlier run, then continue in the background."""
         self.service.on_schedule.append(self.schedule)
         self.service.on_unfinished.append(self._again)
         if self.service.store.shared:
-            self._tasks = [asyncio.create_task(self._watch(), name="watch")]  # from before what is settled now
+            # the watch starts before the records are settled
+            self._tasks = [asyncio.create_task(self._watch(), name="watch")]
         workers = self.service.workers
         workers.on_change.append(self._worker_changed)
         await self._settle()
@@ -161,7 +160,7 @@ class Reconciler:
                 self._followers[worker.name] = asyncio.create_task(self._follow(worker), name=f"events-{worker.name}")
 
     def _worker_changed(self, name: str) -> None:
-        """One came, came back, or went."""
+        """A worker joined, joined again, or left."""
         follower = self._followers.pop(name, None)
         if follower is not None:
             follower.cancel()
@@ -173,7 +172,7 @@ class Reconciler:
             )
 
     async def _welcome(self, worker: Worker) -> None:
-        """Settle what a worker that joined has, then follow it."""
+        """Settle the sandboxes of a worker that joined, then follow its events."""
         while True:
             try:
                 here = await self._here(worker)
@@ -220,7 +219,7 @@ class Reconciler:
                 await self._remove_strays(worker, here[worker.name], known)
 
     async def _here(self, worker: Worker) -> _Here | None:
-        """What a worker has; None when it does not say."""
+        """The ids on a worker; None when it does not respond."""
         try:
             async with asyncio.timeout(_LIST):
                 inventory = await worker.list()
@@ -231,7 +230,7 @@ class Reconciler:
                      {found.sandbox_id for found in inventory.sandboxes} | set(inventory.kept))  # fmt: skip
 
     async def _settled(self, here: Mapping[str, _Here], worker: str | None = None) -> AsyncIterator[Record]:
-        """Records that are not over, of all workers or of one, settled."""
+        """Settle all unfinished records, of all workers or of one."""
         fields = {} if worker is None else {"worker": worker}
         over = (State.STOPPED, State.DELETED)
         gangs: set[tuple[str, str]] = set()
@@ -249,8 +248,8 @@ class Reconciler:
         await self.service.groups.settle(gangs)
 
     def _may_come_back(self, worker: str) -> bool:
-        """Whether a worker without an answer is one to wait for. One that joined stands in the registry until its
-        sandboxes are over; of ROCK_WORKERS another admin may know more than this one."""
+        """Whether to wait for a worker that does not respond. One that joined stays in the registry until its sandboxes
+        have ended; another admin may know more workers of ROCK_WORKERS than this one."""
         return self.service.workers.is_known(worker) or self.service.store.shared
 
     async def _remove_strays(self, worker: Worker, here: _Here, known: Set[str]) -> None:
@@ -258,12 +257,12 @@ class Reconciler:
             now = await self.service.store.get(stray)
             over = now is not None and now.state in (State.STOPPED, State.DELETED) and not now.info.kept
             if now is not None and not over:
-                continue  # of another admin, made since
+                continue  # another admin has made it since
             reconciler_log.warning("destroying sandbox %s: it %s", stray, "is over" if over else "has no record")
             await worker.destroy(stray)
 
     async def _all(self, query: Query) -> AsyncIterator[Record]:
-        """Every record that a query finds, page by page."""
+        """All records of a query, page by page."""
         while True:
             page = await self.service.store.list(query)
             for record in page:
@@ -276,7 +275,7 @@ class Reconciler:
         alive = record.id in here.alive
         try:
             if record.state is State.PENDING:
-                # create is idempotent: one that was made is found, not made again
+                # create is idempotent: an existing sandbox is returned, not made again
                 self.service.start_tasks.begin(record)
             elif record.state is State.STOPPING:
                 await self.service.finish_stop(record)
@@ -294,7 +293,7 @@ class Reconciler:
             reconciler_log.error("settling %s: %s", record.id, error)
 
     async def _has(self, record: Record) -> bool:
-        """Whether its worker has it after all: it may have been made since that said what it has."""
+        """Whether its worker has it now: it may have been made after the worker sent its list."""
         if self.service.store.shared:
             return await self._find(record) is not None
         worker = self.service.workers.get(record.info.worker or "")
@@ -304,7 +303,7 @@ class Reconciler:
             return False
 
     async def _settle_kept(self, record: Record, here: _Here) -> None:
-        """One that does not run, whose files should be on its worker."""
+        """Settle a stopped sandbox whose files should be on its worker."""
         if record.state is State.DELETED:
             await self.service.kept.finish_delete(record)
         elif record.state is State.ARCHIVED:
@@ -312,15 +311,16 @@ class Reconciler:
                 self.service.cleanup.begin(record)
             self.schedule(record)
         elif record.id in here.all or self.service.store.shared:
-            self.service.cleanup.begin(record)  # which does nothing to what is at rest already
+            self.service.cleanup.begin(record)  # no effect on a sandbox that is stopped already
             self.schedule(record)
         else:
             await self.service.kept.lost(record)
 
-    # ---- what other admins do ----
+    # ---- steps of other admins ----
 
     async def _watch(self) -> None:
-        """See to what other admins began: its deadlines, and its steps, should its admin end before they do."""
+        """Follow the records that other admins change: their deadlines, and steps that an admin did not finish before
+        its end."""
         while True:
             try:
                 async with contextlib.aclosing(self.service.store.watch()) as changes:
@@ -336,7 +336,7 @@ class Reconciler:
             if record is not None:
                 self._expect(record)
             return
-        async for record in self._all(Query(states=_UNSETTLED)):  # some were missed
+        async for record in self._all(Query(states=_UNSETTLED)):  # some changes were missed
             self._expect(record)
 
     def _expect(self, record: Record) -> None:
@@ -348,7 +348,7 @@ class Reconciler:
     # ---- deadlines ----
 
     def schedule(self, record: Record) -> None:
-        """Look at a sandbox when it may first be due."""
+        """Schedule a check of a sandbox at the time of its first deadline."""
         if record.state is not State.RUNNING:
             due = [at for at in (record.info.auto_archive_at, record.info.auto_delete_at) if at is not None]
             if due:
@@ -364,7 +364,7 @@ class Reconciler:
     def _push(self, when: float, sandbox_id: str) -> None:
         known = self._next.get(sandbox_id)
         if known is not None and known <= when:
-            return  # that look sees when the next is due
+            return  # that check finds the next deadline
         self._next[sandbox_id] = when
         heapq.heappush(self._due, (when, sandbox_id))
         if self._due[0] == (when, sandbox_id):
@@ -383,7 +383,7 @@ class Reconciler:
                 continue
             when, sandbox_id = heapq.heappop(self._due)
             if self._next.get(sandbox_id) != when:
-                continue  # an earlier look took its place
+                continue  # an earlier check replaced it
             del self._next[sandbox_id]
             self._track(asyncio.create_task(self._look(sandbox_id)))
 
@@ -422,7 +422,7 @@ class Reconciler:
             reconciler_log.warning("deadline of %s: %s; looking again", sandbox_id, error)
             self._push(time.time() + _RETRY, sandbox_id)
         except Exception:
-            # Whatever it was: a sandbox that nobody looks at any more would run for ever.
+            # Continue after any error: without further checks the sandbox would run forever.
             reconciler_log.exception("deadline of %s; looking again", sandbox_id)
             self._push(time.time() + _POLL, sandbox_id)
 
@@ -433,14 +433,14 @@ class Reconciler:
         elif info.auto_delete_at is not None and info.auto_delete_at <= now and record.state is not State.ARCHIVING:
             await self.service.kept.expire(record.id)
         elif record.state is State.ARCHIVING:
-            await self.service.apply(record.id, Event.ARCHIVE)  # which goes on, or begins again
+            await self.service.apply(record.id, Event.ARCHIVE)  # this continues or restarts the archiving
         elif info.auto_archive_at is not None and info.auto_archive_at <= now:
             await self.service.archive.archive(record.id)
         else:
             self.schedule(record)
 
     async def _find(self, record: Record) -> NodeSandbox | None:
-        """The sandbox on its worker; None when it is not there any more, which is then recorded."""
+        """The sandbox on its worker; None when it no longer exists there, which is then recorded."""
         try:
             worker = self.service.workers.get(record.info.worker or "")
             if worker is None:
@@ -450,7 +450,7 @@ class Reconciler:
             await self.service.apply(record.id, Event.ENDED, cause=Cause.LOST, reason="its worker does not have it")
             return None
 
-    # ---- ends ----
+    # ---- ends reported by workers ----
 
     async def _follow(self, worker: Worker) -> None:
         after, boot = 0, ""
@@ -459,19 +459,20 @@ class Reconciler:
                 news = await worker.events(after, _POLL)
                 if boot and news.boot != boot:
                     boot, after = news.boot, 0
-                    await self._compare(worker)  # it may have been started twice, and the first time told nobody
+                    # the worker may have restarted twice, and the events of the first run are lost
+                    await self._compare(worker)
                     continue
                 boot = news.boot
                 for event in news.events:
                     with contextlib.suppress(NotFound):
                         await self._ended(event)
-                    after = max(after, event.number)  # not before it is recorded
+                    after = max(after, event.number)  # only after the end is recorded
             except Exception as error:
                 reconciler_log.warning("events of worker %s: %s", worker.name, error)
                 await asyncio.sleep(_RETRY)
 
     async def _compare(self, worker: Worker) -> None:
-        """Look at what should run on a worker that was started again."""
+        """Check the sandboxes that should run on a restarted worker."""
         found = {sandbox.sandbox_id for sandbox in (await worker.list()).sandboxes if sandbox.alive}
         async for record in self._all(Query(states=(State.RUNNING,), fields={"worker": worker.name})):
             if record.id not in found:
@@ -480,12 +481,12 @@ class Reconciler:
     async def _ended(self, told: NodeEvent) -> None:
         record = await self.service.load(told.sandbox_id)
         if told.at < life_began(record.info):
-            # Of a life before a restart, or by a clock that is behind ours: only a look tells.
+            # From before a restart, or by a clock that is behind ours: only a lookup can determine it.
             if record.state is State.RUNNING:
                 await self._find(record)
             return
         if record.state is State.RUNNING and await self._is_alive(record):
-            return  # of a life before: clocks of two machines do not tell
+            return  # from before the restart: clocks of two machines cannot be compared
         restored = record.state is State.PENDING and record.info.archive is not None
         event = Event.RESTORE_FAILED if restored else Event.ENDED
         await self.service.apply(record.id, event, known=record, cause=told.cause, reason=told.reason)

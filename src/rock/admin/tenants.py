@@ -1,8 +1,9 @@
-"""The service as one caller sees it. What is another tenant's does not exist here: the same answer, after the same
-work, as for what nobody has. The API's handlers know the service by this alone.
+"""The sandbox service scoped to one tenant, and the API keys of tenants.
 
-An id never passes from one tenant to another, so that who was found to own one stays so: ids that tenants choose begin
-with their name and a dash, ids that nobody chooses are random, and the owner's own may begin with no tenant's name.
+Resources of other tenants do not exist in this scope: the response, and the work for it, is the same as for an unknown
+id. The handlers of the API use the service only through this module. An id never passes from one tenant to another, so
+a cached owner stays valid: ids that tenants choose begin with their name and a dash, generated ids are random, and the
+ids of the server's owner may not begin with the name of a tenant.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from rock.store.base import Query, Record, Store, member
 
 
 class TenantServices:
-    """A desk for each request: `desks(request.scope)`."""
+    """Creates the TenantService for the caller of each request."""
 
     def __init__(self, service: Service, keys: Keys) -> None:
         self._service = service
@@ -41,7 +42,7 @@ class TenantServices:
 
 
 class TenantService:
-    """What a caller can do with sandboxes. Each method is the service's of that name; NotFound for what is not his."""
+    """The sandbox service scoped to one tenant. Sandboxes of other tenants raise NotFound."""
 
     def __init__(self, service: Service, keys: Keys, caller: Caller) -> None:
         self._service = service
@@ -80,7 +81,7 @@ class TenantService:
         return await self._service.envs.open(spec, wait, key, self.caller)
 
     async def _allowed(self, config: SandboxConfig) -> SandboxConfig:
-        """What a tenant may ask for. Forbidden, InvalidConfig."""
+        """Check what a tenant may request. Forbidden, InvalidConfig."""
         await self._check_id(config.sandbox_id)
         if Access.ADMIN in self.caller.scopes:
             return config
@@ -92,10 +93,11 @@ class TenantService:
             if network is not None and (not network.is_global or addresses.closed(network.network_address)):
                 raise Forbidden(f"this key may not open {text}: it is an address of the server's own networks",
                                 hint="an entry of the server's owner may")
-        if _is_near(config.image):  # what is on disk may be used; the server contacts nobody there for a tenant
+        # stored images may be used; the server connects to no internal registry for a tenant
+        if _is_near(config.image):
             config = config.model_copy(update={"pull": "never"})
         config = config.model_copy(update={"public_registries": True})
-        if config.minimum_isolation is Isolation.NONE:  # what isolates nothing has the rights of the server
+        if config.minimum_isolation is Isolation.NONE:  # a sandbox without isolation has the rights of the server
             config = config.model_copy(update={"minimum_isolation": Isolation.LANDLOCK})
         return config
 
@@ -164,7 +166,7 @@ class TenantService:
 
 
 def _is_near(image: str) -> bool:
-    """Whether the registry that an image's name tells is an address of the server's own networks."""
+    """Whether the registry in an image's name is an address of the server's own networks."""
     domain, slash, _ = image.partition("/")
     host = domain.removeprefix("[").partition("]")[0] if domain.startswith("[") else domain.partition(":")[0]
     if not slash:
@@ -181,29 +183,26 @@ def _is_near(image: str) -> bool:
     return bool(addresses.never(address) or addresses.closed(address))
 
 
-# ---- keys ----
+# ---- API keys ----
 #
-# API keys: made, told once, known by their digests, revoked.
-#
-# A key that was seen is remembered for `_FRESH` seconds: as long as it may take until a key that another process
-# revoked
-# is refused here. One that is revoked here is refused at once.
+# The server stores only their digests. A key is cached for `_FRESH` seconds: at most that long a key that another
+# process revoked is still accepted here. A key that is revoked here is rejected at once.
 
 _FRESH = 2.0  # seconds
 _REMEMBERED = 10_000
 
 
 class Keys:
-    """The keys of a store. guarded: whether the server asks for a key at all."""
+    """The keys of a store. guarded: whether the server requires a key at all."""
 
     def __init__(self, store: Store, guarded: bool) -> None:
         self._store = store
         self._guarded = guarded
-        self._seen: OrderedDict[str, tuple[float, Caller, str]] = OrderedDict()  # until, caller, id; by digest
+        self._seen: OrderedDict[str, tuple[float, Caller, str]] = OrderedDict()  # (expiry, caller, id) by digest
         self.on_revoked: list[Callable[[str], None]] = []
 
     async def check_guarded(self) -> None:
-        """Conflict when there are keys, and this server would let everybody in: a key that was revoked too."""
+        """Conflict when there are keys, including revoked ones, and this server would accept all clients."""
         if not self._guarded and any(info.revoked_at is None for info in await self._store.keys()):
             raise Conflict(
                 "there are API keys, and this server has none of its own: it would take everybody for its owner",
@@ -211,7 +210,7 @@ class Keys:
             )
 
     async def create(self, spec: CreateKey) -> NewKey:
-        """Make one. Conflict on a server without a key of its own."""
+        """Make a key. Conflict on a server without a key of its own."""
         if not self._guarded:
             raise Conflict("this server asks nobody for a key", hint="start it with ROCK_API_KEY: the owner's key")
         tenant = spec.tenant or f"t{secrets.token_hex(5)}"
@@ -227,7 +226,7 @@ class Keys:
         return list(await self._store.keys())
 
     async def revoke(self, key_id: str) -> KeyInfo:
-        """End it: requests with it are refused from now on, and what is open by it is cut. NotFound."""
+        """Revoke it: its requests are rejected from now on, and its open connections are closed. NotFound."""
         info = await self._store.revoke_key(key_id, time.time())
         for digest in [digest for digest, (_, _, known) in self._seen.items() if known == key_id]:
             del self._seen[digest]
@@ -240,7 +239,7 @@ class Keys:
         return any(info.tenant == name for info in await self._store.keys())
 
     async def caller(self, key: bytes) -> Caller | None:
-        """Who has this key; None for one that is none, or no longer."""
+        """The caller with this key; None for an unknown or revoked one."""
         digest = digest_of(key)
         if digest is None:
             return None

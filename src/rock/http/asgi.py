@@ -1,7 +1,7 @@
-"""A small bare ASGI toolkit for the data plane, where a framework's 200 microseconds a call would be most of the call.
+"""A minimal ASGI toolkit for the data plane, where the 200 microseconds per request of a framework would dominate.
 
 `Router` maps rows of protocol/routes.py to handlers; `call` runs a request through an ASGI application in this process:
-the same wire without a socket.
+the same wire format without a socket. `Configs` caches parsed sandbox configs.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ log = logging.getLogger("rock.wire")
 
 
 class Disconnected(Exception):
-    """The client went away before its request was whole."""
+    """The client disconnected before its request was complete."""
 
 
 @functools.lru_cache(maxsize=256)
 def _query(raw: bytes) -> Mapping[str, str]:
-    """Most requests have one of a few."""
+    """A parsed query string; cached, because most requests have one of a few."""
     return MappingProxyType(dict(parse_qsl(raw.decode("latin-1"), keep_blank_values=True)))
 
 
@@ -62,7 +62,7 @@ class Request:
 
     @property
     def client(self) -> Receive:
-        """Where it tells that its client left, once the body was read."""
+        """The source of disconnect messages, once the body was read."""
         return self._receive
 
     def header(self, name: bytes) -> str | None:
@@ -72,7 +72,7 @@ class Request:
         return None
 
     def number(self, name: str, default: float, *, low: float = 0, high: float = float("inf")) -> float:
-        """A number of the query; InvalidConfig names what is wrong with it."""
+        """A number from the query; InvalidConfig names the problem."""
         text = self.query.get(name)
         if text is None or text == "":
             return default
@@ -85,7 +85,7 @@ class Request:
         return value
 
     def integer(self, name: str, default: int, *, low: int = 0, high: int = 1 << 53) -> int:
-        """A whole number of the query; InvalidConfig names what is wrong with it."""
+        """An integer from the query; InvalidConfig names the problem."""
         return int(self.number(name, default, low=low, high=high))
 
     def flag(self, name: str, default: bool = False) -> bool:
@@ -99,7 +99,7 @@ class Request:
         return value
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """The body as it comes."""
+        """The body as it arrives."""
         while True:
             message = await self._receive()
             if message["type"] == "http.disconnect":
@@ -131,13 +131,13 @@ class Request:
         return validate(kind, await self.json())
 
     async def disconnected(self) -> None:
-        """Return when the client goes away; call it only after the body was read."""
+        """Return when the client disconnects; call it only after the body was read."""
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
 
 def parsed(data: bytes) -> Any:
-    """A body of JSON; {} where there is none. InvalidConfig."""
+    """The JSON body; {} where there is none. InvalidConfig."""
     try:
         return orjson.loads(data) if data else {}
     except orjson.JSONDecodeError as error:
@@ -145,7 +145,7 @@ def parsed(data: bytes) -> Any:
 
 
 def validate(kind: type[Model], value: Any) -> Model:
-    """A model of plain data; InvalidConfig names each wrong field."""
+    """A model from plain data; InvalidConfig names each wrong field."""
     try:
         return kind.model_validate(value)
     except ValidationError as error:
@@ -163,7 +163,7 @@ def tell_validation(error: ValidationError) -> str:
 
 @dataclass(slots=True)
 class Answer:
-    """What a handler answers: bytes, or a stream of them."""
+    """The response of a handler: bytes, or a stream of them."""
 
     body: bytes = b""
     status: int = 200
@@ -181,8 +181,8 @@ class Answer:
             return
         if self.length is not None:
             headers.append((b"content-length", str(self.length).encode()))
-        # Closed at once when it cannot be sent: what a stream holds (a program, a descriptor) must not wait for
-        # the garbage collector.
+        # Closed at once when it cannot be sent: the resources of a stream (a program, a descriptor) must not wait for
+        # garbage collection.
         async with contextlib.aclosing(self.stream) as stream:
             await send({"type": "http.response.start", "status": self.status, "headers": headers})
             async for part in stream:
@@ -197,7 +197,7 @@ def _plain(value: Any) -> Any:
 
 
 def dumps(value: Any) -> bytes:
-    """JSON of plain data and of models (their fields as they are)."""
+    """JSON of plain data and of models (their fields unchanged)."""
     return orjson.dumps(
         value.__dict__ if isinstance(value, BaseModel) else value, default=_plain, option=orjson.OPT_SERIALIZE_NUMPY
     )
@@ -208,7 +208,7 @@ def answer(value: Any, status: int = 200) -> Answer:
 
 
 def answer_model(model: BaseModel, status: int = 200) -> Answer:
-    """A model as its own serializers write it: enums, times and models inside it."""
+    """A model as its own serializers encode it: enums, times and nested models."""
     return Answer(model.model_dump_json().encode(), status)
 
 
@@ -220,13 +220,13 @@ def failure(error: RockError) -> Answer:
 
 
 def retry_after(error: RockError) -> int:
-    """Whole seconds after which the same request may do better."""
+    """The Retry-After value in whole seconds for an error."""
     told = error.details.get("retry_after", 1)
     return max(1, math.ceil(told)) if isinstance(told, int | float) else 1
 
 
 async def deny(scope: Scope, send: Send, error: RockError) -> None:
-    """Refuse a WebSocket with the error as the HTTP answer to its handshake, where the server can do that."""
+    """Reject a WebSocket with the error as the HTTP response to its handshake, where the server supports that."""
     if "websocket.http.response" not in scope.get("extensions", {}):
         await send({"type": "websocket.close", "code": 1011, "reason": error.code})
         return
@@ -242,7 +242,7 @@ SocketHandler = Callable[[Request, Receive, Send], Awaitable[None]]
 
 
 def fit(wanted: tuple[str, ...], given: list[str]) -> dict[str, str] | None:
-    """The variables of a row's path, or None when it is another's."""
+    """The path variables of a row, or None when the path matches another row."""
     if len(wanted) != len(given):
         return None
     values: dict[str, str] = {}
@@ -258,9 +258,10 @@ Found = tuple[Handler | SocketHandler, dict[str, str], Route]
 
 
 class Router:
-    """An ASGI application over rows of the wire table. No error of a handler becomes anything but a typed answer.
+    """An ASGI application over rows of the route table. Every error of a handler becomes a typed response.
 
-    Whether its caller may have a row is seen here, before its handler knows of the request."""
+    The access check happens here, before the handler receives the request.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -275,7 +276,7 @@ class Router:
         self._rows.setdefault((route.method, len(parts)), []).append((parts, handler, route))
 
     def match(self, method: str, path: str) -> Found | None:
-        """The handler of a row, the variables of its path, and the row."""
+        """The handler of a row, the path variables, and the row."""
         given = path.split("/")
         for parts, handler, route in self._rows.get((method, len(given)), ()):
             values = fit(parts, given)
@@ -294,7 +295,7 @@ class Router:
         await self.serve(self.match(method, scope["path"]), scope, receive, send)
 
     async def serve(self, found: Found | None, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request whose row was looked up by `match`."""
+        """Serve a request whose row was looked up by `match`."""
         kind = scope["type"]
         method = "WEBSOCKET" if kind == "websocket" else scope["method"]
         if found is not None and (context := CURRENT.get()) is not None and not context.route:
@@ -329,7 +330,7 @@ class Router:
             raise
         except Exception as error:
             if started:
-                raise  # the head is out: cutting the connection is the only honest sign left
+                raise  # the head was sent; closing the connection is the only remaining error signal
             if isinstance(error, ValueError) and "embedded null" in str(error):  # of Python, for a path or a word
                 refused = InvalidConfig("a NUL character is where none can be")
                 await failure(refused).send(send)
@@ -375,8 +376,9 @@ async def call(
 ) -> tuple[int, bytes]:
     """(status, body) of one request to an ASGI application in this process.
 
-    body: whole, or as it comes. caller: for whom it is made. client: what tells that whoever is asked for left (the
-    `receive` of its own request, once its body was read); then what it wanted is given up, and Disconnected is raised.
+    body: complete, or a stream. caller: the authenticated caller of the request. client: the source of disconnect
+    messages (the `receive` of the original request, once its body was read); after a disconnect the call is canceled
+    and Disconnected is raised.
     """
     scope: dict[str, Any] = {
         "type": "http",
@@ -418,27 +420,27 @@ async def call(
             parts.append(message.get("body", b""))
 
     await app(scope, receive, send)
-    if status is None:  # only whoever is asked by nobody any more gives no answer
+    if status is None:  # only a canceled call returns no response
         raise Disconnected
     return status, b"".join(parts)
 
 
-# ---- configs ----
+# ---- cache of configs ----
 #
-# Configs as they come: the same one for the same text, as a burst asks for one and the same. Nobody changes one.
+# The sandboxes of a burst usually share one config, so equal text returns the same object. Callers must not change it.
 
 _MOST = 64
 _LONGEST = 4096  # bytes
 
 
 class Configs:
-    """What was read last, by its text."""
+    """The last parsed configs, by their text."""
 
     def __init__(self) -> None:
         self._known: dict[bytes, SandboxConfig] = {}
 
     def read(self, text: bytes) -> SandboxConfig:
-        """InvalidConfig names each wrong field."""
+        """Parse a config. InvalidConfig names each wrong field."""
         known = self._known.get(text)
         if known is not None:
             return known

@@ -1,20 +1,22 @@
-"""HTTP connections. Each limit is applied to bytes before the parser keeps them, and no connection has the event loop
-for longer than BUDGET at a time: larger pieces of data are parsed in portions, between which the loop serves others.
-What is within the Content-Length of a body is parsed as it comes, at most 256 KB at once: that costs one copy.
+"""HTTP connections: limits on requests and connections, and parsing in portions.
 
-Connections of a client that waits in a line are not read until it is their turn: a flood costs the loop what it takes
-to read its requests, dozens of which come in one pass; what is done with them once they are read has turns already
-(fair_queue.py). A connection is known by what its last request was.
+Each limit is applied to bytes before the parser stores them, and no connection occupies the event loop for longer than
+BUDGET at a time. Larger data is parsed in portions, between which the loop serves other connections. Data within the
+Content-Length of a body is parsed as it arrives, at most 256 KB at once: that costs one copy.
 
-| limit | value | answer |
+A connection of a client whose requests are queued is not read until its turn. A flood therefore costs the loop only the
+reading of its requests, dozens of which arrive in one pass; their execution is queued already (fair_queue.py). The
+client of a connection is that of its last request.
+
+| limit | value | response |
 |---|---|---|
 | request head, trailers of a chunked body | 64 KB, 256 headers | 431 |
 | URL | 32 KB | 414 |
 | time for a head, from the first byte or from the connection on | 30 s | 408, or none without a byte |
 | idle connection between two requests | 75 s | closed |
-| connections | connections.py | 503 |
+| connections | see `Admission` | 503 |
 
-After each of these answers the connection is closed.
+After each of these responses the connection is closed.
 """
 
 from __future__ import annotations
@@ -40,13 +42,13 @@ HEADERS = 256
 URL_LIMIT = 32 << 10  # bytes
 HEAD_WITHIN = 30.0  # seconds
 _PIECE = 4 << 10  # bytes parsed at once
-_PIPELINED = 16  # requests read ahead of the one that is answered
-_HELD = 64 << 10  # bytes of a request that waits; then nothing more is taken from its connection
-_LINGER, _LINGERING = 2.0, 1 << 20  # seconds and bytes for which a refused client may go on sending
+_PIPELINED = 16  # requests that are read ahead of the one in progress
+_HELD = 64 << 10  # bytes of a waiting request above which its connection is no longer read
+_LINGER, _LINGERING = 2.0, 1 << 20  # seconds and bytes for which a rejected client may continue to send
 
 
 class _Flow(FlowControl):
-    """What is read from a connection. is_held: there is data that has not been parsed, so no more is taken."""
+    """Flow control of a connection. is_held: there is unparsed data, so reading is paused."""
 
     is_held = False
 
@@ -56,7 +58,7 @@ class _Flow(FlowControl):
 
 
 class HttpConnection(HttpToolsProtocol):
-    """One connection. What comes between two requests of a client with a line waits in that line, as bytes."""
+    """One connection. The next request of a client with a queue waits in that queue as unparsed bytes."""
 
     def __init__(self, *args: Any, admission: Admission, head_within: float = HEAD_WITHIN, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -68,21 +70,21 @@ class HttpConnection(HttpToolsProtocol):
         self.app_state = {**self.app_state, PEER: self._peer}
         self._place = QueuePlace()
         self._held: bytes | None = None
-        self._whole = True  # no request has come in part
-        self._head = False  # the head of a request has come in part
-        self._silent = 0  # bytes of a head, or of a body's framing, that were parsed without a result
-        self._body = 0  # bytes of a body that came last in one piece
+        self._whole = True  # there is no incomplete request
+        self._head = False  # there is an incomplete head of a request
+        self._silent = 0  # bytes of a head, or of the framing of a body, that were parsed without a result
+        self._body = 0  # body bytes in the last portion
         self._announced = 0  # the Content-Length of this request
-        self._chunked = False  # it has a Transfer-Encoding
-        self._counted = 0  # bytes that are left of its body, once its head is whole
-        self._size = _PIECE  # bytes that are parsed next
-        self._error: RockError | None = None  # why the parser was stopped
+        self._chunked = False  # the request has a Transfer-Encoding
+        self._counted = 0  # remaining bytes of the body, once the head is complete
+        self._size = _PIECE  # size of the next portion in bytes
+        self._error: RockError | None = None  # the reason why parsing was stopped
         self._status = 0
-        self._discarded = -1  # bytes that came after a refusal; -1: nothing was refused
+        self._discarded = -1  # bytes that arrived after a rejection; -1: no rejection
         self._deadline: TimerHandle | None = None
         self._upgraded: Upgraded | None = None
 
-    # ---- connections
+    # ---- connection ----
 
     def connection_made(self, transport: BaseTransport) -> None:
         super().connection_made(transport)  # type: ignore[arg-type]
@@ -102,13 +104,13 @@ class HttpConnection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def drop(self) -> None:
-        """Close the connection now: it makes room for others."""
+        """Close the connection now, to make room for others."""
         self.transport.abort()
 
     def _prove(self, who: str, bounded: bool) -> bool:
         return self._admission.prove(self, who, bounded)
 
-    # ---- data
+    # ---- data ----
 
     def data_received(self, data: bytes) -> None:
         if self._discarded >= 0:
@@ -122,20 +124,20 @@ class HttpConnection(HttpToolsProtocol):
             self._unset_keepalive_if_required()
             self._held = data
         elif len(data) <= self._counted and len(self.pipeline) < _PIPELINED:
-            super().data_received(data)  # nothing but body, whose parsing costs one copy
+            super().data_received(data)  # only body data, whose parsing costs one copy
         elif len(data) <= _PIECE and len(self.pipeline) < _PIPELINED:
             self._parse_small(data)
         else:
             self._parse(data)
 
     def _parse_small(self, data: bytes) -> None:
-        """At once: it is no larger than a portion."""
+        """Parse at once: the data is no larger than a portion."""
         super().data_received(data)
         if not self._whole or self._deadline is None:
             self._watch(len(data))
 
     def _parse(self, data: bytes) -> None:
-        """In pieces. What is left when the time is over, or too many requests wait, is held."""
+        """Parse in portions. The rest is held when the time slice is over, or too many requests wait."""
         end = self.loop.time() + BUDGET
         at, size = 0, self._size
         while at < len(data):
@@ -159,14 +161,15 @@ class HttpConnection(HttpToolsProtocol):
             if counted < len(piece):
                 self._watch(len(piece))
             at += len(piece)
-            size = self._size = min(2 * size, _HELD) if self._body == len(piece) else _PIECE  # larger within one body
+            # larger portions within one body
+            size = self._size = min(2 * size, _HELD) if self._body == len(piece) else _PIECE
 
     @property
     def _is_between(self) -> bool:
         return self._whole and self.cycle is not None and self.cycle.response_complete
 
     def _go_on(self) -> None:
-        """Its turn has come."""
+        """Continue with held data at its turn."""
         data, self._held = self._held, None
         self.flow.is_held = False
         if data is None or self.parser is None or self.transport.is_closing():
@@ -183,10 +186,10 @@ class HttpConnection(HttpToolsProtocol):
         if self._held is not None and len(self.pipeline) == _PIPELINED - 1:
             rounds().soon(self._go_on)
 
-    # ---- limits
+    # ---- limits ----
 
     def _watch(self, count: int) -> None:
-        """After `count` bytes were parsed."""
+        """Check the limits after `count` bytes were parsed."""
         if not self._whole:
             self._silent += count
             if self._silent > HEAD_LIMIT:
@@ -197,7 +200,7 @@ class HttpConnection(HttpToolsProtocol):
             self._deadline = self.loop.call_later(self._head_within, self._late)
 
     def _late(self) -> None:
-        """No whole head has come in time."""
+        """No complete head arrived in time."""
         self._deadline = None
         if self._head:
             self._refuse(408, ClientError(f"no whole request head has come within {self._head_within:g} s"))
@@ -257,7 +260,7 @@ class HttpConnection(HttpToolsProtocol):
         super().on_message_complete()
 
     def _stop(self, status: int, message: str) -> None:
-        """Have the parser end with an answer."""
+        """Stop the parser with an error response."""
         self._status, self._error = status, InvalidConfig(message)
         raise ValueError(message)
 
@@ -265,7 +268,7 @@ class HttpConnection(HttpToolsProtocol):
         self._refuse(self._status or 400, self._error or ClientError("the request is not HTTP"))
 
     def _refuse(self, status: int, error: RockError) -> None:
-        """Answer, and end the connection once the client has had time to read that."""
+        """Send an error response, and close the connection once the client has had time to read it."""
         if self._discarded >= 0 or self.transport.is_closing():
             return
         self._discarded = 0
@@ -273,7 +276,7 @@ class HttpConnection(HttpToolsProtocol):
         self._no_deadline()
         self._unset_keepalive_if_required()
         if self.cycle is not None and not self.cycle.response_complete:
-            self.transport.close()  # in the middle of another answer
+            self.transport.close()  # another response is in progress
             return
         body = orjson.dumps(error.to_wire())
         self.transport.write(
@@ -283,7 +286,7 @@ class HttpConnection(HttpToolsProtocol):
         if self.transport.can_write_eof():
             self.transport.write_eof()
             self.flow.is_held = False
-            self.flow.resume_reading()  # a client that still sends would lose the answer otherwise
+            self.flow.resume_reading()  # otherwise a client that is still sending would lose the response
             self._deadline = self.loop.call_later(_LINGER, self.transport.abort)
         else:
             self.transport.close()
@@ -297,7 +300,7 @@ class HttpConnection(HttpToolsProtocol):
         if self._discarded >= 0:
             self.transport.close()
 
-    # ---- the rest
+    # ---- upgrade and shutdown ----
 
     def handle_websocket_upgrade(self) -> None:
         self.ws_protocol_class = self._upgrade  # type: ignore[assignment]
@@ -309,14 +312,14 @@ class HttpConnection(HttpToolsProtocol):
         return self._upgraded
 
     def shutdown(self) -> None:
-        """The server stops: what waits is told so, by an answer."""
+        """The server stops: waiting requests get an error response."""
         self._place.line = ""
         self._go_on()
         super().shutdown()
 
 
 class Upgraded(WebSocketsSansIOProtocol):
-    """A WebSocket. Many small frames that come at once are parsed in portions. left: called when it is closed."""
+    """A WebSocket. Many small frames that arrive at once are parsed in portions. left: called when it is closed."""
 
     def __init__(self, left: Any, **given: Any) -> None:
         super().__init__(**given)
@@ -354,21 +357,19 @@ class Upgraded(WebSocketsSansIOProtocol):
         super().connection_lost(exc)
 
 
-# ---- admission ----
+# ---- connection limits ----
 #
-# How many connections a server has open: in total, per client address before one is authenticated, per tenant after.
-#
-# A connection that has brought no authenticated request is worth nothing to a client that is served, so it makes room
-# for
-# others: the oldest is closed. Descriptors above the total are left for sandboxes.
+# A server limits its open connections: in total, per client address before authentication, and per tenant afterwards. A
+# connection without an authenticated request has the lowest priority: the oldest of them is closed to make room.
+# Descriptors above the total are reserved for sandboxes.
 
 UNPROVEN_EACH = 512  # connections of one address without an authenticated request
-GRACE = 1.0  # seconds that a new connection has to bring one before it makes room for others
+GRACE = 1.0  # seconds that a new connection has for one, before it may be closed to make room
 _LEAST = 64
 
 
 class Connection(Protocol):
-    """What is counted."""
+    """A counted connection."""
 
     address: str
     made_at: float
@@ -381,14 +382,14 @@ def most_connections() -> int:
     """Half of the descriptors that this process may have."""
     try:
         import resource
-    except ImportError:  # no limits of that kind on this platform
+    except ImportError:  # the platform has no such limits
         return 8192
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return 1 << 20 if soft == resource.RLIM_INFINITY else max(_LEAST, soft // 2)
 
 
 class Admission:
-    """The connections of one server. total: at most that many; unproven_each: see UNPROVEN_EACH."""
+    """The connection limits of one server. total: maximum number; unproven_each: see UNPROVEN_EACH."""
 
     def __init__(self, total: int | None = None, unproven_each: int = UNPROVEN_EACH) -> None:
         self.total = most_connections() if total is None else total
@@ -401,7 +402,7 @@ class Admission:
         self._owned: dict[str, int] = {}
 
     def admit(self, connection: Connection) -> bool:
-        """Count a new connection; False when there is no room for it. `leave` has to follow in both cases."""
+        """Count a new connection; False when the limit is reached. `leave` has to follow in both cases."""
         self.open += 1
         same = self._by_address.setdefault(connection.address, OrderedDict())
         if len(same) >= self._each:
@@ -413,7 +414,8 @@ class Admission:
         return True
 
     def prove(self, connection: Connection, who: str, bounded: bool) -> bool:
-        """An authenticated request of `who` came. bounded: at most half of the total is for it; False above that."""
+        """An authenticated request of `who` arrived. bounded: the tenant may use at most half of the total; False above
+        that."""
         if connection in self._owners:
             return True
         if bounded and self._owned.get(who, 0) >= max(1, self.total // 2):
@@ -424,7 +426,7 @@ class Admission:
         return True
 
     def leave(self, connection: Connection) -> None:
-        """It is closed."""
+        """The connection is closed."""
         self.open -= 1
         self._forget(connection)
         who = self._owners.pop(connection, None)

@@ -1,6 +1,6 @@
-"""Long work on the event loop, in portions: one portion of all that wait begins in each pass of the loop.
+"""Long work on the event loop, in portions: each pass of the loop runs one portion of all waiting work.
 
-However many connections have much to parse at once, others wait for one portion of it, and not for one of each.
+When many connections have much to parse, other tasks wait for one portion in total, not for one portion per connection.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-BUDGET = 0.001  # seconds of a portion
+BUDGET = 0.001  # seconds per portion
 
 
 class Rounds:
-    """The work that waits on one loop."""
+    """The waiting work of one event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._waiting: deque[Callable[[], None]] = deque()
 
     def soon(self, work: Callable[[], None]) -> None:
-        """Call it in a pass of its own."""
+        """Call the function in a pass of its own."""
         self._waiting.append(work)
         if len(self._waiting) == 1:
             self.loop.call_soon(self._next)
@@ -46,7 +46,7 @@ _last: Rounds | None = None
 
 
 def rounds() -> Rounds:
-    """Those of the running loop."""
+    """The queue of the running loop."""
     global _last
     loop = asyncio.get_running_loop()
     if _last is None or _last.loop is not loop:
@@ -54,14 +54,12 @@ def rounds() -> Rounds:
     return _last
 
 
-# ---- waits ----
-#
-# Waiting for what others wait for too.
+# ---- waiting for shared work ----
 
 async def settled(future: asyncio.Future[Any], seconds: float | None = None) -> None:
-    """Until it is done, or `seconds` are over; it is not cancelled when who waits is.
+    """Wait until the future is done, or `seconds` are over; a cancellation of the caller does not cancel it.
 
-    What asyncio.wait and asyncio.shield do, at a third of their cost: every command waits here twice.
+    Equivalent to asyncio.wait and asyncio.shield, at a third of their cost: every command waits here twice.
     """
     if future.done():
         return

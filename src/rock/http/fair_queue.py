@@ -1,11 +1,11 @@
-"""Turns on one event loop: a client that floods the server waits behind itself, not in front of others.
+"""Fair queuing of requests on one event loop: a client that floods the server delays itself and not other clients.
 
-Nothing is measured or promised; only the order changes. A client whose requests come one by one never waits. One that
-has more of them at once than are begun in a pass of the loop has the rest in a line of its own: of all the lines one
-request begins in each pass, in turn, and none for a few milliseconds while a request of somebody without a line is
-fresh, so that its few steps through the loop find it free. A line always moves on after that, step by step while such
-a request is young, as what that waits for, a program inside, needs the machine too; and alone it moves fast.
-Connections whose client has a line have the place of their next request in it before that is read (connections.py).
+The queue only changes the order of requests and guarantees no rate. A client with sequential requests never waits. When
+a client has more concurrent requests than may begin in one pass of the loop, the rest is queued per client. Of all
+queues one request begins in each pass, round-robin, and none for a few milliseconds while a request of a client without
+a queue is fresh, so that its few steps find the loop free. Afterwards a queue always advances: step by step while such
+a request is young, because the program inside that it waits for needs the machine too, and fast when no other client is
+active. Connections of a client with a queue enqueue their next request before it is read (connections.py).
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Callable
 
-_AT_ONCE = 4  # requests of one client that begin in one pass of the loop, before there is a line
-_CALM = 0.005  # seconds for which a request is fresh, and for which the lines may stand still
-_YOUNG, _STEP = 0.05, 0.001  # seconds for which a request is young, and between two moves of the lines meanwhile
-_ALONE = 0.1  # seconds after which somebody who was here is no longer counted
+_AT_ONCE = 4  # requests of one client that begin in one pass of the loop before a queue is created
+_CALM = 0.005  # seconds for which a request is fresh, and for which the queues may pause
+_YOUNG, _STEP = 0.05, 0.001  # seconds for which a request is young, and between two steps of the queues meanwhile
+_ALONE = 0.1  # seconds after its last request after which a client is no longer active
 
 
-PLACE = "rock.place"  # of a connection, in the scopes of its requests
+PLACE = "rock.place"  # the QueuePlace of a connection, in the scopes of its requests
 
 
 class QueuePlace:
-    """What a connection has to do with lines. line: of which client its last request was, if that had to wait."""
+    """The state of a connection in the queues. line: the client of its last request, if that was queued."""
 
     __slots__ = ("_turns", "_waited", "line")
 
@@ -34,7 +34,7 @@ class QueuePlace:
         self._turns: FairQueue | None = None
 
     def wait(self, begin: Callable[[], None]) -> bool:
-        """Have `begin` called when it is the turn of this connection's next request; False when there is no line."""
+        """Call `begin` at the turn of this connection's next request; False when its client has no queue."""
         line = self.line
         if not line or self._turns is None:
             return False
@@ -46,7 +46,7 @@ class QueuePlace:
         return self._turns.line_up(line, go)
 
     def has_waited(self, turns: FairQueue, who: str) -> bool:
-        """Whether the request that was just read had its turn already, as one of `who`."""
+        """Whether the request that was just read has already been queued, as a request of `who`."""
         waited, self._waited = self._waited, ""
         if waited != who or self._turns is not turns:
             self._turns, self.line = turns, ""
@@ -55,26 +55,28 @@ class QueuePlace:
 
 
 class FairQueue:
-    """Who may begin now. For each request `take`, and when it is over `leave`; clients are told apart by name."""
+    """Decides which request begins. Call `take` for each request, and `leave` at its end; clients are identified by
+    name."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._lines: OrderedDict[str, deque[asyncio.Future[None] | Callable[[], None]]] = OrderedDict()
         self._begun: dict[str, int] = {}  # in this pass of the loop
-        self._fresh: dict[int, tuple[str, float]] = {}  # young requests of clients without a line, and when they began
-        self._seen: dict[str, float] = {}  # when a client without a line was here
+        # young requests of clients without a queue, with their start times
+        self._fresh: dict[int, tuple[str, float]] = {}
+        self._seen: dict[str, float] = {}  # last request of each client without a queue
         self._number = 0
-        self._moved = 0.0  # when a line moved
+        self._moved = 0.0  # time of the last step of a queue
         self._pass: asyncio.Handle | None = None
         self._later: asyncio.TimerHandle | None = None
 
     @property
     def waiting(self) -> int:
-        """Requests in all lines."""
+        """Number of requests in all queues."""
         return sum(map(len, self._lines.values()))
 
     async def take(self, who: str, place: QueuePlace | None = None) -> int:
-        """Wait for the turn of a request; answers what to `leave` with. place: of the connection that it came by."""
+        """Wait for the turn of a request; returns the argument for `leave`. place: of the connection of the request."""
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
         if place is not None and place.has_waited(self, who):
@@ -103,7 +105,7 @@ class FairQueue:
         return 0
 
     def line_up(self, who: str, begin: Callable[[], None]) -> bool:
-        """Have `begin` called at the turn of one more request of a client that has a line; False when it has none."""
+        """Call `begin` at the turn of one more request of a client with a queue; False when it has none."""
         line = self._lines.get(who)
         if line is None:
             return False
@@ -120,7 +122,7 @@ class FairQueue:
             self._pass = self._loop.call_soon(self._next)
 
     def _next(self) -> None:
-        """Once in a pass of the loop in which anybody began or waits."""
+        """Run once in each pass of the loop in which a request began or waits."""
         assert self._loop is not None
         self._pass = None
         now = self._loop.time()
@@ -147,13 +149,13 @@ class FairQueue:
             self._arm()
 
     def _forget(self, now: float) -> None:
-        """What is not young any more, and what is of a client that has a line by now."""
+        """Drop entries that are no longer young, and those of clients that have a queue now."""
         old = [number for number, (who, at) in self._fresh.items() if now - at > _YOUNG or who in self._lines]
         for number in old:
             del self._fresh[number]
 
     def _pause(self, now: float) -> float:
-        """Seconds for which the lines stand still between two moves."""
+        """Seconds between two steps of the queues."""
         if not self._fresh:
             return 0.0
         return _CALM if any(now - at <= _CALM for _, at in self._fresh.values()) else _STEP
@@ -163,7 +165,7 @@ class FairQueue:
         self._arm()
 
     def _move(self) -> None:
-        """The first of the line whose turn it is begins."""
+        """Begin the first request of the next queue."""
         while self._lines:
             who, line = self._lines.popitem(last=False)
             turn = line.popleft()

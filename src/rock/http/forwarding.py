@@ -1,12 +1,13 @@
-"""An ASGI application that runs in another process: requests are handed on to it over kept-alive connections.
+"""An ASGI application that runs in another process: requests are forwarded to it over keep-alive connections.
 
     scope, receive ──► one connection of the pool ──► the rocklet elsewhere
-    send ◄── status, headers, body as they come ◄──
+    send ◄── status, headers, body as they arrive ◄──
 
-Nothing is held whole: bodies go through in pieces, and whoever is slow makes the other side wait. A client that leaves
-ends its request there too: the other server is told, because a connection that breaks without a word is one whose
-server died, and its requests go on (relay.py). Unavailable, before anything was answered, when nobody is reached; so
-it is after some seconds when a worker takes connections and answers nothing, not even a probe of its health.
+Bodies are streamed in pieces with backpressure in both directions. When a client disconnects, the other server receives
+a cancellation, so that its request ends there too; a connection that breaks without one means that the forwarding
+server died, and its requests continue (relay.py). Unavailable is raised, before any part of a response was sent, when
+no connection succeeds. It is also raised after some seconds when a worker accepts connections and sends no response,
+not even to a health probe.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ from rock.http.relay import Ids
 from rock.protocol.routes import CALL, OUTAGE, ROUTES, SENT, UNSENT
 
 _CONNECT_WITHIN = 5.0
-_IDLE = 30.0  # seconds that an unused connection is kept: less than the server at its other end keeps it
+_IDLE = 30.0  # seconds that an unused connection stays open: less than the server at its other end keeps it open
 _MOST_IDLE = 64
-_MOST_WAITING = 256 << 10  # bytes of an answer that its reader has not taken, above which no more are read
-_PROMPT = 0.5  # seconds after which it is worth watching whether the client is still there
+_MOST_WAITING = 256 << 10  # unread bytes of a response above which reading is paused
+_PROMPT = 0.5  # seconds after which the connection of the client is watched
 _END = b"0\r\n\r\n"
 _CALL = CALL.encode()
-_CANCELS = (0.0, 0.2, 1.0, 3.0)  # pauses, in seconds, before each try to cancel a call
-_QUIET = 3.0  # seconds without an answer after which a worker is probed, and that a probe has; two in a row may fail
+_CANCELS = (0.0, 0.2, 1.0, 3.0)  # pauses, in seconds, before each attempt to cancel a call
+_QUIET = 3.0  # seconds without a response after which a worker is probed, and timeout of a probe; two in a row may fail
 _HEALTH = ROUTES["health"].path
 _DESCRIBES_BODY = frozenset({b"content-length", b"content-type", b"idempotency-key", _CALL})
 _HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"te", b"trailer", b"expect",
@@ -44,11 +45,11 @@ _HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"u
 
 
 class Broken(Exception):
-    """The connection ended, or what came over it is no HTTP."""
+    """The connection ended, or its data is not valid HTTP."""
 
 
 class _Connection(asyncio.Protocol):
-    """One connection, and the answer that comes over it."""
+    """One connection, and the response that arrives over it."""
 
     def __init__(self) -> None:
         self.transport: asyncio.Transport | None = None
@@ -70,13 +71,13 @@ class _Connection(asyncio.Protocol):
         self._paused = False
         self._whole = False
         self._keep = False
-        self.sent = False  # all of the request
-        self.silent = False  # given up for that
+        self.sent = False  # the complete request was sent
+        self.silent = False  # abandoned, because the worker does not respond
 
-    # ---- asyncio.Protocol
+    # ---- asyncio.Protocol ----
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)  # uvloop's is of another class
+        self.transport = cast(asyncio.Transport, transport)  # uvloop has its own transport class
 
     def data_received(self, data: bytes) -> None:
         try:
@@ -91,7 +92,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self.status and not self._whole and exc is None and not self._framed():
-            self._whole = True  # an answer without a length ends with its connection
+            self._whole = True  # a response without a length ends with its connection
         self._end(f"the connection broke{f': {exc}' if exc else ''}")
         self._writable.set()
         self._wake()
@@ -102,7 +103,7 @@ class _Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._writable.set()
 
-    # ---- httptools
+    # ---- httptools ----
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self.headers.append((name.lower(), value))
@@ -126,7 +127,7 @@ class _Connection(asyncio.Protocol):
         if self.status:
             self._whole = True
 
-    # ---- ours
+    # ---- requests and responses ----
 
     def _framed(self) -> bool:
         return any(name in (b"content-length", b"transfer-encoding") for name, _ in self.headers)
@@ -158,7 +159,7 @@ class _Connection(asyncio.Protocol):
             self.transport.abort()
 
     def give_up(self, why: str) -> None:
-        """Whoever waits for an answer is told why there is none."""
+        """Fail the waiting request, with the reason why there is no response."""
         self.silent = True
         self._end(why)
         self.close()
@@ -171,7 +172,7 @@ class _Connection(asyncio.Protocol):
         self.transport.write(head)
 
     async def write(self, data: bytes) -> None:
-        """Broken when nobody takes it any more."""
+        """Write data. Broken when the connection is closed."""
         if not self.alive:
             raise Broken(self._ended or "the connection is closing")
         assert self.transport is not None
@@ -186,7 +187,7 @@ class _Connection(asyncio.Protocol):
             await self._news()
 
     async def pieces(self) -> AsyncGenerator[bytes]:
-        """The body as it comes. Broken when it ends too early."""
+        """The body as it arrives. Broken when it ends too early."""
         while True:
             while self._pieces:
                 piece = self._pieces.popleft()
@@ -204,8 +205,8 @@ class _Connection(asyncio.Protocol):
 
 
 class RemoteApp:
-    """A server at `url`, as an ASGI application. headers: given with each request, such as a key of ours. most_idle:
-    connections that are kept for the next requests."""
+    """A server at `url`, as an ASGI application. headers: added to each request, such as an API key. most_idle:
+    connections that stay open for later requests."""
 
     def __init__(
         self, url: str, headers: dict[str, str] | None = None, tls: ssl.SSLContext | None = None,
@@ -226,22 +227,22 @@ class RemoteApp:
         self._sockets: set[asyncio.Task[None]] = set()
         self._calls = Ids()
         self._cancels: set[asyncio.Task[None]] = set()
-        self._waiting: dict[_Connection, float] = {}  # relayed requests without an answer, since when
+        self._waiting: dict[_Connection, float] = {}  # forwarded requests without a response, with their start times
         self._probing: asyncio.Task[None] | None = None
 
     @property
     def host(self) -> str:
-        """The name or address in its URL."""
+        """The host name or address in the URL."""
         return self._host
 
     async def close(self) -> None:
-        """End every connection. Requests and WebSockets under way are broken."""
+        """Close every connection. Pending requests and WebSockets are broken."""
         for connection in (*self._idle, *self._busy):
             connection.close()
         for task in (*self._sockets, *self._cancels, *filter(None, (self._probing,))):
             task.cancel()
         self._idle.clear()
-        await asyncio.sleep(0)  # for the transports to close their sockets
+        await asyncio.sleep(0)  # lets the transports close their sockets
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -254,7 +255,7 @@ class RemoteApp:
             return
         await self._exchange(connection, scope, receive, send)
 
-    # ---- connections
+    # ---- connection pool ----
 
     async def _connection(self) -> _Connection:
         now = time.monotonic()
@@ -275,7 +276,7 @@ class RemoteApp:
         return made
 
     async def is_reached(self) -> bool:
-        """Whether it takes a connection now; that is kept for the next request."""
+        """Whether the server accepts a connection now; the connection is used for the next request."""
         try:
             made = await self._connection()
         except Unavailable:
@@ -296,7 +297,7 @@ class RemoteApp:
         else:
             connection.close()
 
-    # ---- HTTP
+    # ---- HTTP ----
 
     def _head(self, scope: Scope, headers: list[tuple[bytes, bytes]]) -> bytes:
         path: bytes = scope.get("raw_path") or quote(scope["path"]).encode()
@@ -310,8 +311,8 @@ class RemoteApp:
         return [header for header in scope["headers"] if header[0] not in drop and header[0] != _CALL] + self._own
 
     async def _exchange(self, connection: _Connection, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request. What comes before an answer has begun is told as Unavailable; after that the client's own
-        connection has to break."""
+        """One request. An error before the response has begun is Unavailable; after that the client's own connection
+        has to be closed."""
         first = await receive()
         if first["type"] == "http.disconnect":
             self._done(connection)
@@ -329,7 +330,7 @@ class RemoteApp:
                        scope["method"] == "HEAD")
         begun = False
         rest = asyncio.create_task(self._rest(connection, receive, chunked, more), name="remote-request")
-        # A client that left: what it asked for ends
+        # The client disconnected: its request ends.
         rest.add_done_callback(lambda task: None if task.cancelled() else self._left(connection, call, kept))
         try:
             self._waits(connection)
@@ -356,8 +357,8 @@ class RemoteApp:
             self._done(connection)
 
     def _left(self, connection: _Connection, call: bytes, headers: list[tuple[bytes, bytes]]) -> None:
-        """The client left before it had its answer."""
-        told = connection.sent  # a body that was cut short ends the request by itself
+        """The client disconnected before it received its response."""
+        told = connection.sent  # an incomplete body ends the request without a cancellation
         connection.close()
         if told:
             task = asyncio.create_task(self._cancel(call, headers), name="remote-cancel")
@@ -365,7 +366,7 @@ class RemoteApp:
             task.add_done_callback(self._cancels.discard)
 
     async def _cancel(self, call: bytes, headers: list[tuple[bytes, bytes]]) -> None:
-        """Tell that the client of a call has left. Where that does not arrive, the reconnect period ends the call."""
+        """Send a cancellation of a call whose client disconnected. If it fails, the reconnect period ends the call."""
         own = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers
                if name not in _DESCRIBES_BODY and name not in self._names}  # fmt: skip
         for pause in _CANCELS:
@@ -375,7 +376,7 @@ class RemoteApp:
                     await self.request("DELETE", ROUTES["cancel_call"].url(call=call.decode()), headers=own)
                     return
 
-    # ---- workers that take connections and answer nothing
+    # ---- workers that accept connections and do not respond ----
 
     def _waits(self, connection: _Connection) -> None:
         self._waiting[connection] = time.monotonic()
@@ -383,7 +384,7 @@ class RemoteApp:
             self._probing = asyncio.create_task(self._probe(), name="remote-probe")
 
     async def _probe(self) -> None:
-        """While requests wait for long: see whether the worker answers anything, and end them when it does not."""
+        """While requests wait for long: probe the worker, and fail the requests when the probe gets no response."""
         failed = 0
         while self._waiting:
             await asyncio.sleep(_QUIET / 2 if not failed else 0)
@@ -406,13 +407,13 @@ class RemoteApp:
                         connection.give_up("it takes connections, and has not answered a probe of its health twice")
 
     async def _rest(self, connection: _Connection, receive: Receive, chunked: bool, more: bool) -> None:
-        """The rest of the request's body; then wait for the client to leave: returns when it has left."""
+        """Forward the rest of the request's body; then wait for the client's disconnect."""
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return
             body, more = message.get("body", b""), bool(message.get("more_body", False))
-            with contextlib.suppress(Broken):  # told by who waits for the answer
+            with contextlib.suppress(Broken):  # the task that waits for the response reports it
                 if body:
                     await connection.write(_chunk(body) if chunked else body)
                 if not more and chunked:
@@ -422,7 +423,7 @@ class RemoteApp:
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    # ---- WebSocket
+    # ---- WebSocket ----
 
     async def _socket(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = [header for header in self._kept(scope) if header[0] != b"host"]
@@ -443,13 +444,14 @@ class RemoteApp:
         elif error is not None:
             raise error
 
-    # ---- requests of our own
+    # ---- requests of this server ----
 
     async def request(
         self, method: str, path: str, query: str = "", body: bytes = b"", headers: dict[str, str] | None = None,
         *, probed: bool = False,
     ) -> tuple[int, bytes]:  # fmt: skip
-        """(status, body) of one request. probed: ended when the other side answers no probe. Unavailable."""
+        """(status, body) of one request. probed: fail the request when the server does not respond to a probe.
+        Unavailable."""
         stream = self.stream(method, path, query, None, body, headers, probed)
         async with contextlib.aclosing(stream):
             status = await anext(stream)
@@ -461,7 +463,7 @@ class RemoteApp:
         self, method: str, path: str, query: str, body: AsyncIterator[bytes] | None, whole: bytes = b"",
         headers: dict[str, str] | None = None, probed: bool = False,
     ) -> AsyncGenerator[int | bytes]:  # fmt: skip
-        """The status, then the answer as it comes. Unavailable, also in the middle of it."""
+        """The status, then the response as it arrives. Unavailable, also in the middle of it."""
         connection = await self._connection()
         writing: asyncio.Task[None] | None = None
         try:
@@ -493,7 +495,7 @@ class RemoteApp:
 
 
 async def first_reached(remotes: Sequence[RemoteApp]) -> RemoteApp:
-    """The first that takes a connection; the last when none does, to tell why."""
+    """The first server that accepts a connection; the last one when none does, so that its error is reported."""
     for remote in remotes[:-1]:
         if await remote.is_reached():
             return remote

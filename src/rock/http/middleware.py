@@ -1,4 +1,4 @@
-"""Requests as a server sees them come and go: their ids, spans, counts and times, and the end of them when it stops."""
+"""Middleware of a server: request ids, spans and metrics, rejection of requests during shutdown, injected faults."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rock.telemetry.context import CURRENT, REQUEST_ID, TRACEPARENT, Context, ne
 from rock.telemetry.metrics import CONTENT_TYPE, REGISTRY, Distribution, Family, Number, gauge_of, render
 
 _ID = REQUEST_ID.encode()
-_EAGLE_EYE = b"eagleeye-traceid"  # what ROCK's own clients know a request by
+_EAGLE_EYE = b"eagleeye-traceid"  # the trace id header of ROCK's own clients
 _PARENT = TRACEPARENT.encode()
 _KNOWN = frozenset({_ID, _EAGLE_EYE, _PARENT})
 _SANDBOXES = "/v1/sandboxes/"
@@ -35,7 +35,7 @@ Families = Iterable[Family[Number] | Family[Distribution]]
 
 
 class Exporter(tracing.Tracer, Protocol):
-    """Where spans and metrics go."""
+    """Exporter of spans and metrics."""
 
     def send_metrics(self, families: Families) -> bool: ...
 
@@ -43,10 +43,10 @@ class Exporter(tracing.Tracer, Protocol):
 
 
 class Observability:
-    """What one server tells of itself. `over` is put around its application, `measured` behind the door.
+    """Traces and metrics of one server. `over` wraps its application; `measured` is placed behind authentication.
 
-    extra: gauges that are asked for whenever the metrics are. export: made by whoever has the settings. every: seconds
-    between two exports of the metrics.
+    extra: gauges that are read at each export of the metrics. export: the exporter, from the caller with the settings.
+    every: seconds between two exports of the metrics.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Observability:
         self._stopping = False
         self._drained = asyncio.Event()
 
-    # ---- life ----
+    # ---- start and stop ----
 
     def open(self) -> None:
         self._lag.open()
@@ -85,7 +85,8 @@ class Observability:
             await asyncio.to_thread(export.close)
 
     async def drain(self, seconds: float) -> int:
-        """Refuse new requests and wait for those under way, so long: how many are left."""
+        """Reject new requests and wait for those in progress up to a time limit; returns the number of remaining
+        requests."""
         self._stopping = True
         if self.under_way:
             with contextlib.suppress(TimeoutError):
@@ -96,7 +97,7 @@ class Observability:
     # ---- requests ----
 
     def over(self, app: App) -> App:
-        """`app`, whose requests are counted, timed and known by an id."""
+        """Wrap `app`: its requests are counted, timed and get an id."""
 
         async def observed(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] == "http":
@@ -131,7 +132,7 @@ class Observability:
             await send(message)
 
         span = _begin(context, scope)
-        counted = scope["path"] != _EVENTS  # which somebody always waits for
+        counted = scope["path"] != _EVENTS  # a long poll that is always open
         self.under_way += counted
         try:
             if self._stopping:
@@ -166,7 +167,7 @@ class Observability:
             log.debug("%s %s: %d in %.1f ms", method, path, status, took * 1000)
 
     async def _socket(self, app: App, scope: Scope, receive: Receive, send: Send) -> None:
-        """Not a request under way: it may be open for days."""
+        """A WebSocket is not counted as a request in progress, because it may be open for days."""
         if self._stopping:
             await deny(scope, send, _stopping())
             return
@@ -184,7 +185,7 @@ class Observability:
     # ---- metrics ----
 
     def measured(self, app: App) -> App:
-        """`app`, and the metrics at their path for whoever may see them."""
+        """Wrap `app`: adds the metrics at their path for authorized callers."""
         router = Router("metrics")
         router.add(_METRICS, self._metrics)
         path = _METRICS.path
@@ -224,7 +225,7 @@ def _stopping() -> Unavailable:
 
 
 def _context_of(scope: Scope) -> Context:
-    """Whatever a caller sends for an id or a trace is taken when it is sane, and else made anew."""
+    """The request id and trace context. Valid values of the caller are used; others are replaced."""
     request_id = traceparent = None
     headers, given, known = scope["headers"], b"", False
     for name, value in headers:
@@ -237,7 +238,7 @@ def _context_of(scope: Scope) -> Context:
                 given = value if name == _ID else given
     context = Context(request_id or new_id(), traceparent)
     told = context.request_id.encode()
-    if told != given:  # who is asked next for the sake of this request knows it by the same
+    if told != given:  # forwarded requests use the same id
         others = [header for header in headers if header[0] != _ID] if known else headers
         scope["headers"] = [*others, (_ID, told)]
     path: str = scope["path"]
@@ -247,7 +248,7 @@ def _context_of(scope: Scope) -> Context:
 
 
 def _begin(context: Context, scope: Scope) -> tracing.Span | None:
-    """The span of a request, which takes the place of its caller's in all that is asked for its sake."""
+    """Begin the span of a request, which becomes the parent of all requests made on its behalf."""
     tracer = tracing.tracer()
     if tracer is None:
         return None
@@ -263,12 +264,12 @@ def _begin(context: Context, scope: Scope) -> tracing.Span | None:
     return span
 
 
-# ---- dropping ----
+# ---- injected faults ----
 #
-# Replies that a fault plan has dropped: the connection is closed without a word, as by a network that fails.
+# A fault plan can drop responses: the connection is closed without a response, as by a failing network.
 
 def dropped_route(method: str, path: str) -> str:
-    """The route of a request, for `reply.ROUTE`; "other" for what is in no row of the table."""
+    """The route of a request, for `reply.ROUTE`; "other" for a path outside the route table."""
     given = path.split("/")
     for name, route in ROUTES.items():
         if route.method == method and fit(tuple(route.path.split("/")), given) is not None:
@@ -277,7 +278,7 @@ def dropped_route(method: str, path: str) -> str:
 
 
 def dropping(app: App) -> App:
-    """The application with the faults of its replies; it has to be the outermost."""
+    """Wrap the application with the faults of its responses; it has to be the outermost wrapper."""
 
     async def over(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -301,7 +302,7 @@ def dropping(app: App) -> App:
 
 
 def _cut(send: Send) -> None:
-    """Close the connection under a `send` of uvicorn's, which has no message for that."""
+    """Close the connection behind a `send` of uvicorn, which has no message for that."""
     transport = getattr(getattr(send, "__self__", None), "transport", None)
     if transport is not None:
         transport.abort()

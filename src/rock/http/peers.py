@@ -1,13 +1,13 @@
-"""Who is at the other end of a connection, as the kernel knows it.
+"""The process at the other end of a connection, as identified by the kernel.
 
-A server without a key serves its owner alone. The owner is recognized by the socket of the client: its user is asked
-of the kernel (SO_PEERCRED for a Unix socket, NETLINK_SOCK_DIAG for a TCP connection over loopback), and so is its
-inode, by which the processes that hold it are found in /proc. Both are asked once per connection, and only for requests
-that bring no key.
+A server without a key serves only its owner. The owner is recognized by the client's socket: the kernel reports the
+socket's user (SO_PEERCRED for a Unix socket, NETLINK_SOCK_DIAG for a TCP connection over loopback) and its inode, by
+which the processes that hold the socket are found in /proc. Both are looked up once per connection, and only for
+requests without a key.
 
 The user id is not sufficient: a sandbox of level `userns`, and a container of root, have the user id of their owner. A
 holder therefore has to be in the user and pid namespace of this process, with no more seccomp filters than this process
-has. Each unknown case is a refusal: a socket that was closed, a holder that cannot be looked at, another platform.
+has. Each unknown case is rejected: a closed socket, a holder that cannot be inspected, another platform.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ _CONNECTED = frozenset({1, 4, 5, 8})  # ESTABLISHED, FIN_WAIT1, FIN_WAIT2, CLOSE
 _NO_DIAG = frozenset({errno.EPROTONOSUPPORT, errno.EAFNOSUPPORT, errno.EPERM, errno.EACCES, errno.EOPNOTSUPP})
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _CREDENTIALS = struct.Struct("=iII")
-_KNOWN = 256  # client processes that are remembered
-_LOOKED_AT = 4000  # descriptors of remembered processes that are looked at before all of /proc is
+_KNOWN = 256  # client processes in the cache
+_LOOKED_AT = 4000  # descriptors of cached processes that are checked before all of /proc is scanned
 
 
 @dataclass(frozen=True)
 class Owner:
-    """The socket at the other end. uid: in our user namespace. inode: of the socket; 0 with pid instead."""
+    """The socket at the other end. uid: in our user namespace. inode: of the socket; 0 when pid is set instead."""
 
     uid: int
     inode: int
@@ -58,18 +58,18 @@ class Owner:
 
 
 class Peer:
-    """The other end of one connection. `refusal` answers once and for all why it is not the server's owner."""
+    """The other end of one connection. `refusal` is determined once: why it is not the server's owner."""
 
     __slots__ = ("_answer", "_asking", "_transport", "prove")
 
     def __init__(self, prove: Callable[[str, bool], bool] = lambda who, bounded: True) -> None:
-        self.prove = prove  # Admission.prove of its connection: called when a request was let in
+        self.prove = prove  # Admission.prove of its connection: called when a request was accepted
         self._transport: asyncio.BaseTransport | None = None
         self._answer: str | None = None
         self._asking: asyncio.Future[str] | None = None
 
     def made(self, transport: asyncio.BaseTransport) -> None:
-        """The connection is there."""
+        """The connection is open."""
         self._transport = transport
 
     async def refusal(self) -> str:
@@ -100,20 +100,20 @@ class Peer:
 
 @lru_cache(maxsize=1)
 def _scanner() -> ThreadPoolExecutor:
-    """One thread: however many connections ask, /proc is read once at a time."""
+    """One thread, so that /proc is scanned once at a time, independent of the number of connections."""
     return ThreadPoolExecutor(1, "peers")
 
 
 def is_ours(uid: int) -> bool:
     """Whether a user id is that of this process, or root."""
-    if uid == _overflow():  # stands for every user that our user namespace does not have
+    if uid == _overflow():  # the overflow id stands for every user that has no mapping in our user namespace
         return False
     return uid in (0, os.geteuid())
 
 
 @lru_cache(maxsize=1)
 def _overflow() -> int:
-    """The user id of unmapped users; -1 in a user namespace that has all of them."""
+    """The user id of unmapped users; -1 in a user namespace that maps all of them."""
     try:
         mapped = Path("/proc/self/uid_map").read_text().split()
         if mapped == ["0", "0", "4294967295"]:
@@ -123,7 +123,7 @@ def _overflow() -> int:
         return 65534
 
 
-# ---- the socket
+# ---- socket ----
 
 
 def owner_of(sock: socket.socket) -> Owner | None:
@@ -147,8 +147,8 @@ def owner_of(sock: socket.socket) -> Owner | None:
 
 
 def _listed(first: _Address, source_port: int, second: _Address, target_port: int) -> Owner | None:
-    """`_tcp` by the lists in /proc/net, where a system call filter or the kernel's configuration forbids to ask: a
-    server in a container. They take longer to read the more connections there are. OSError."""
+    """`_tcp` by the tables in /proc/net, where a system call filter or the kernel's configuration forbids
+    NETLINK_SOCK_DIAG: a server in a container. The duration grows with the number of connections. OSError."""
     ends = _hexadecimal(first, source_port), _hexadecimal(second, target_port)
     mapped = tuple(f"{'0' * 16}FFFF0000{end}" for end in ends) if first.version == 4 else None
     for name in ("tcp", "tcp6") if first.version == 4 else ("tcp6",):
@@ -176,7 +176,7 @@ def _tcp(first: _Address, source_port: int, second: _Address, target_port: int) 
     request = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0xFFFFFFFF, *ends, 0, _NO_COOKIE)
     with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG) as diag:
         diag.settimeout(1.0)
-        diag.connect((0, 0))  # answers of the kernel alone
+        diag.connect((0, 0))  # accept only messages of the kernel
         diag.send(_HEADER.pack(_HEADER.size + len(request), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 1, 0) + request)
         data = diag.recv(8192)
     kind = _HEADER.unpack_from(data)[1]
@@ -186,8 +186,8 @@ def _tcp(first: _Address, source_port: int, second: _Address, target_port: int) 
     if kind != _SOCK_DIAG_BY_FAMILY or len(data) < _HEADER.size + _ANSWER.size:
         raise OSError("the answer of NETLINK_SOCK_DIAG makes no sense")
     _, state, _, _, *found, _, _, _, _, _, uid, inode = _ANSWER.unpack_from(data, _HEADER.size)
-    # A lookup that finds no connection answers with a listener on that port; a socket that its process has closed is
-    # told with the user 0 and no inode.
+    # A lookup that finds no connection returns a listener on that port; a socket that its process has closed is
+    # returned with the user 0 and no inode.
     if state not in _CONNECTED or inode == 0 or tuple(found[:2]) != ends[:2]:
         return None
     size = len(first.packed)
@@ -202,19 +202,19 @@ def _plain(text: str) -> _Address:
 
 
 def _plain_bytes(data: bytes, size: int) -> bytes:
-    """An address of an answer; an IPv4 one may be written as an IPv6 one."""
+    """An address of a response; an IPv4 address may be encoded as an IPv6 one."""
     if size == 4 and data[:12] == b"\0" * 10 + b"\xff\xff":
         return data[12:]
     return data[:size]
 
 
-# ---- the processes that hold it
+# ---- processes that hold the socket ----
 
-_known: OrderedDict[int, str] = OrderedDict()  # client processes that passed, by pid: when each began
+_known: OrderedDict[int, str] = OrderedDict()  # start times of accepted client processes, by pid
 
 
 def _confined(owner: Owner) -> str:
-    """Why a process that holds the socket is not taken for the owner; empty when each of them is."""
+    """Why a process that holds the socket is not accepted as the owner; empty when each of them is."""
     if owner.pid:
         with contextlib.suppress(OSError), _pinned(owner.pid) as process:
             return _foreign(process)
@@ -228,7 +228,7 @@ def _confined(owner: Owner) -> str:
         try:
             with _pinned(pid) as process:
                 if not _has(process, link):
-                    continue  # another process by now
+                    continue  # the pid belongs to another process now
                 if problem := _foreign(process):
                     return problem
                 began = _began(process)
@@ -240,7 +240,7 @@ def _confined(owner: Owner) -> str:
 
 
 def _held_by_known(link: str) -> bool:
-    """Whether a client process that passed before holds the socket."""
+    """Whether a previously accepted client process holds the socket."""
     left = _LOOKED_AT
     for pid, began in reversed(list(_known.items())):
         try:
@@ -287,7 +287,7 @@ def _holds(pid: int, link: str) -> bool:
 
 @contextlib.contextmanager
 def _pinned(pid: int) -> Iterator[int]:
-    """/proc/PID as a descriptor, which never becomes that of another process. OSError."""
+    """/proc/PID as a descriptor, which never refers to another process. OSError."""
     fd = os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield fd
@@ -317,12 +317,12 @@ def _read(process: int, name: str) -> str:
 
 
 def _began(process: int) -> str:
-    """When a process began, in ticks of the clock."""
+    """The start time of a process, in clock ticks."""
     return _read(process, "stat").rpartition(")")[2].split()[19]
 
 
 def _foreign(process: int) -> str:
-    """What tells a process from one of this server's owner; empty when nothing does. OSError."""
+    """The difference between a process and those of this server's owner; empty when there is none. OSError."""
     for kind, own in _own_namespaces().items():
         found = os.stat(f"ns/{kind}", dir_fd=process)
         if (found.st_dev, found.st_ino) != own:
@@ -336,7 +336,7 @@ def _foreign(process: int) -> str:
 def _own_namespaces() -> dict[str, tuple[int, int]]:
     found = {}
     for kind in ("user", "pid"):
-        with contextlib.suppress(FileNotFoundError):  # a kernel without that kind
+        with contextlib.suppress(FileNotFoundError):  # the kernel has no namespaces of that kind
             made = os.stat(f"/proc/self/ns/{kind}")
             found[kind] = (made.st_dev, made.st_ino)
     return found
@@ -347,7 +347,7 @@ def _own_filters() -> int:
 
 
 def _filters(status: str) -> int:
-    """The number of seccomp filters, by /proc/PID/status; a kernel that does not count them tells the mode."""
+    """The number of seccomp filters, from /proc/PID/status; a kernel without that count reports only the mode."""
     told = {name: value.strip() for name, _, value in (line.partition(":") for line in status.splitlines())}
     text = told.get("Seccomp_filters", told.get("Seccomp", "0"))
     return int(text) if text.isdecimal() else 0

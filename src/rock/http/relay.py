@@ -1,12 +1,13 @@
 """Requests that another server relays to this one: the end of their connection is not the end of their client.
 
     client ──► server ──► this one        x-rock-call: ID on each relayed request
-    the client leaves:  DELETE /node/v1/calls/ID, then the connection closes
-    the server dies:    the connection closes, and nothing else is sent
+    the client disconnects:  DELETE /node/v1/calls/ID, then the connection closes
+    the server dies:         the connection closes, and no cancellation is sent
 
 A handler sees a disconnect (`http.disconnect`) at once in the first case, and in the second only after the reconnect
-period, unless the request comes again with its idempotency key: then the new request takes the place of the old one. A
-request without the header comes from a client itself, whose connection is all that is known of it.
+period, unless the request is repeated with its idempotency key: then the new request replaces the old one. A request
+without the header comes from a client directly, so the state of its connection is that of the client. The module also
+relays WebSockets between a client and another server.
 """
 
 from __future__ import annotations
@@ -34,19 +35,19 @@ from rock.protocol.routes import CALL, IDEMPOTENCY_KEY, ROUTES
 _CALL = CALL.encode()
 _KEY = IDEMPOTENCY_KEY.encode()
 _PREFIX = ROUTES["cancel_call"].path.partition("{")[0]
-_EARLY = 1000  # cancelled calls that are remembered because their request was not read yet
-_LONGEST = 100  # characters of an id
+_EARLY = 1000  # cancellations that are stored because their request was not read yet
+_LONGEST = 100  # maximum length of an id in characters
 
 Place = tuple[str, bytes]
 
 
 class RelayedCalls:
-    """`app` for relayed requests too. reconnect: seconds for which a request goes on after its connection broke."""
+    """Wraps `app` for relayed requests. reconnect: seconds for which a request continues after its connection broke."""
 
     def __init__(self, app: App, reconnect: float) -> None:
         self._app = app
         self._reconnect = reconnect
-        self._left: dict[bytes, asyncio.Event] = {}  # set when the client of a call has left
+        self._left: dict[bytes, asyncio.Event] = {}  # set when the client of a call has disconnected
         self._places: dict[Place, bytes] = {}  # the last call of an idempotency key
         self._early: OrderedDict[bytes, None] = OrderedDict()
 
@@ -84,7 +85,7 @@ class RelayedCalls:
                 del self._places[place]
 
     def _held(self, receive: Receive, left: asyncio.Event) -> Receive:
-        """`receive`, which tells of a broken connection once its client has left or the reconnect period is over."""
+        """A `receive` that reports a broken connection only after a cancellation or the end of the reconnect period."""
         whole = False
 
         async def held() -> MutableMapping[str, Any]:
@@ -92,7 +93,7 @@ class RelayedCalls:
             message = await receive()
             if message["type"] == "http.request":
                 whole = not message.get("more_body", False)
-            elif whole:  # a request that was cut short cannot be carried out
+            elif whole:  # an incomplete request cannot be executed
                 try:
                     async with asyncio.timeout(self._reconnect):
                         await left.wait()
@@ -103,7 +104,7 @@ class RelayedCalls:
         return held
 
     async def _cancel(self, call: bytes, scope: Scope, send: Send) -> None:
-        """The client of a call has left. The id is known to the server that made it and to this one only."""
+        """The client of a call has disconnected. Only this server and the server that made the id know it."""
         caller_of(scope)
         if not call or len(call) > _LONGEST:
             await failure(InvalidConfig("this is no id of a call")).send(send)
@@ -111,7 +112,7 @@ class RelayedCalls:
         left = self._left.get(call)
         if left is not None:
             left.set()
-        else:  # it has ended; or it travels by another connection, and is read after this
+        else:  # it has ended, or it arrives later over another connection
             self._early[call] = None
             while len(self._early) > _EARLY:
                 self._early.popitem(last=False)
@@ -119,7 +120,7 @@ class RelayedCalls:
 
 
 class Ids:
-    """Ids of the calls that one server relays: nobody else can guess them."""
+    """Ids of the calls that one server relays; they cannot be guessed."""
 
     def __init__(self) -> None:
         self._prefix = os.urandom(16).hex()
@@ -130,9 +131,9 @@ class Ids:
         return f"{self._prefix}{self._count:x}".encode()
 
 
-# ---- sockets ----
+# ---- WebSockets ----
 #
-# WebSockets that are handed on: what a client says to us goes to another server, and the other way round.
+# A relayed WebSocket forwards messages between the client and another server in both directions.
 
 CLOSE_WITHIN = 5.0
 HANDSHAKE_WITHIN = 30.0  # seconds
@@ -142,13 +143,13 @@ _FRAMING = (b"content-length", b"transfer-encoding", b"connection")
 
 
 def connection_to(address: WebSocketURI, offered: list[Subprotocol]) -> ClientConnection:
-    """A connection that waits for its socket; nobody is pinged, as both ends see when the other one goes."""
+    """A connection that waits for its socket. Pings are disabled, because both ends detect a closed connection."""
     protocol = ClientProtocol(address, subprotocols=offered or None, max_size=MESSAGE_LIMIT)
     return ClientConnection(protocol, ping_interval=None, close_timeout=CLOSE_WITHIN, max_queue=2)
 
 
 def plain_headers(headers: list[tuple[bytes, bytes]]) -> list[tuple[str, str]]:
-    """Those of a handshake that are not the handshake's own."""
+    """The headers of a handshake, without those of the WebSocket protocol."""
     return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in headers
             if not name.startswith(HANDSHAKE) and name != b"content-length"]  # fmt: skip
 
@@ -157,7 +158,7 @@ async def joined(
     host: str, port: int, tls: ssl.SSLContext | None, scope: Scope, headers: list[tuple[bytes, bytes]],
     receive: Receive, send: Send,
 ) -> None:
-    """Hand a client's WebSocket on to a server. OSError, TimeoutError, EOFError before the client was answered."""
+    """Relay a client's WebSocket to a server. OSError, TimeoutError, EOFError before the client got a response."""
     await receive()  # websocket.connect
     path = (scope.get("raw_path") or scope["path"].encode()).decode("latin-1")
     query = scope.get("query_string", b"").decode("latin-1")
@@ -190,7 +191,7 @@ async def joined(
 
 
 async def _refuse(refusal: InvalidStatus, send: Send) -> None:
-    """The server answered the handshake with something else: the client gets that."""
+    """Forward the server's response to a rejected handshake to the client."""
     said = refusal.response
     told = [(name.lower().encode(), value.encode("latin-1", "replace")) for name, value in said.headers.raw_items()]
     body = bytes(said.body or b"")
@@ -201,24 +202,24 @@ async def _refuse(refusal: InvalidStatus, send: Send) -> None:
 
 
 async def race(inward: Coroutine[Any, Any, bool], outward: Coroutine[Any, Any, None]) -> None:
-    """Both directions, until the client left or the other side is through."""
+    """Run both directions, until the client disconnects or the other side ends."""
     tasks = [asyncio.create_task(inward), asyncio.create_task(outward)]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if tasks[0].done() and tasks[0].exception() is None and not tasks[0].result():
-            await asyncio.wait(tasks)  # it is the other side that ended: what it said last comes first
+            await asyncio.wait(tasks)  # the other side ended: its last messages are forwarded first
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     for task in tasks:
-        # A client that left raises OSError from `send`: nobody is there to be told.
+        # A client that disconnected raises OSError from `send`; there is no recipient for the error.
         if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, OSError):
             raise error
 
 
 async def inward(there: ClientConnection, receive: Receive) -> bool:
-    """True when the client left, False when the other side did."""
+    """True when the client disconnected, False when the other side ended."""
     try:
         while True:
             message = await receive()

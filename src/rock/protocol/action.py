@@ -1,4 +1,4 @@
-"""What can be done in a sandbox, and what comes back."""
+"""Request and response models of operations in a sandbox: commands, sessions, processes, files, network, groups."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ SESSION_PATTERN = r"^[A-Za-z0-9_.:@-]{1,128}$"
 
 Check = Literal["raise", "silent", "ignore"]
 
-# What a command that ROCK's clients put into the background prints of its process id.
+# The process id line that background commands of ROCK's clients print.
 BACKGROUND_PID = re.compile(r"PIDSTART(\d+)PIDEND")
 
 
 class RunMode(StrEnum):
-    """How `arun` waits: "normal" holds the call open, "nohup" runs in the background and polls."""
+    """How `arun` waits: "normal" keeps the request open, "nohup" runs in the background and polls."""
 
     NORMAL = "normal"
     NOHUP = "nohup"
@@ -32,15 +32,14 @@ RunModeType = Literal["normal", "nohup"]
 
 
 class Command(Inside):
-    """A one-shot program, apart from any session.
+    """A one-shot program, independent of sessions.
 
-    command: a list is an argv and no shell is involved; a string is run by the image's shell.
-    timeout: seconds, then the whole process tree is killed; None is no limit.
+    command: a list is an argv without a shell; a string is run by the image's shell.
+    timeout: seconds, after which the whole process tree is killed; None is no limit.
     env: added to the sandbox's environment. cwd, user: None is the image's.
     stdin: text for its standard input; without it /dev/null.
-    max_output_bytes: cap of stdout and of stderr each; the head and the tail are kept and the rest is counted.
-    entrypoint: the words of the image's ENTRYPOINT come before those of `command`, a list; where that is empty, the
-        image's CMD is run.
+    max_output_bytes: limit of stdout and of stderr each; the head and the tail are retained and the rest is counted.
+    entrypoint: prefix the words of `command`, a list, with the image's ENTRYPOINT; an empty list runs the image's CMD.
     """
 
     texts: ClassVar[frozenset[str]] = frozenset({"stdin"})
@@ -75,11 +74,11 @@ class Command(Inside):
 
 
 class CreateBashSessionRequest(Inside):
-    """A session to open. bash reads its user's ~/.bashrc first, as in a terminal; the session that is there without
-    being created does not.
+    """A session to open. bash reads its user's ~/.bashrc first, as in a terminal, except in the default session, which
+    exists without being created.
 
     startup_source: files that the shell sources first, as in `. FILE`; a missing one is an error.
-    env_enable: ROCK's switch for `env`; an `env` that is given is used either way.
+    env_enable: ROCK's switch for `env`; a given `env` is used in any case.
     remote_user: user inside. pty: (rows, columns) of a real terminal; None is pipes.
     shell: "bash", "sh" or a path; None is bash, or sh where there is no bash.
     """
@@ -100,9 +99,9 @@ class CreateBashSessionRequest(Inside):
 class BashAction(Inside):
     """A command for a session.
 
-    timeout: seconds, then what the command started is killed and the session stays; None is no limit.
-    check: "raise" makes an exit status other than 0 an error, "silent" and "ignore" only tell it.
-    separate: keep stdout and stderr apart in the observation (pipes only).
+    timeout: seconds, after which the processes of the command are killed and the session stays; None is no limit.
+    check: "raise" makes an exit status other than 0 an error; "silent" and "ignore" only report it.
+    separate: separate stdout and stderr in the observation (pipes only).
     """
 
     command: str
@@ -122,7 +121,7 @@ Action = BashAction
 
 
 class CloseBashSessionRequest(Wire):
-    """A session to close: its shell and what it started are killed."""
+    """A session to close: its shell and its process tree are killed."""
 
     session: str = Field(default="default", pattern=SESSION_PATTERN)
     session_type: Literal["bash"] = "bash"
@@ -132,7 +131,7 @@ CloseSessionRequest = CloseBashSessionRequest
 
 
 class ReadFileRequest(Inside):
-    """A text file to read whole; `encoding` and `errors` as of bytes.decode."""
+    """A text file to read completely; `encoding` and `errors` as of bytes.decode."""
 
     path: str
     encoding: str | None = None
@@ -140,7 +139,7 @@ class ReadFileRequest(Inside):
 
 
 class WriteFileRequest(Inside):
-    """A text file to write; missing parent folders are made, an old file is replaced at once."""
+    """A text file to write; missing parent folders are created, an existing file is replaced atomically."""
 
     texts: ClassVar[frozenset[str]] = frozenset({"content"})
 
@@ -149,7 +148,7 @@ class WriteFileRequest(Inside):
 
 
 class UploadMode(StrEnum):
-    """ROCK's ways of uploading; all of them are a direct stream here, except "oss", which is refused."""
+    """ROCK's upload modes; all of them are a direct stream here, except "oss", which is rejected."""
 
     AUTO = "auto"
     OSS = "oss"
@@ -157,7 +156,7 @@ class UploadMode(StrEnum):
 
 
 class UploadRequest(Inside):
-    """A local file or folder to copy in."""
+    """A local file or folder to upload."""
 
     source_path: str
     target_path: str
@@ -180,18 +179,18 @@ class ChmodRequest(Inside):
     recursive: bool = False
 
 
-# ---- answers --------------------------------------------------------------------------------------------------------
+# ---- responses ----
 
 
 class Answer(Wire):
-    """Base of answers: a newer server's extra keys do not break an older client."""
+    """Base of responses: unknown fields of a newer server are ignored, so that an older client works."""
 
     model_config = {"extra": "ignore"}
 
     @classmethod
     def made(cls, **values: Any) -> Self:
-        """One of values that need no check, in a tenth of the time of pydantic's model_construct: an answer to each
-        command is one."""
+        """Construct a response without validation, in a tenth of the time of pydantic's model_construct: each command
+        creates one."""
         model = cls.__new__(cls)
         set_to = object.__setattr__
         set_to(model, "__dict__", {**_defaults(cls), **values})
@@ -203,12 +202,12 @@ class Answer(Wire):
 
 @functools.cache
 def _defaults(kind: type[Answer]) -> dict[str, Any]:
-    """Those that all models of a kind can share."""
+    """The default values that all models of a class can share."""
     return {name: field.get_default() for name, field in kind.model_fields.items() if not field.is_required()}
 
 
 class CommandResponse(Answer):
-    """Outcome of a one-shot command. exit_code None: unknown. `stdout_b64`: the exact bytes when they are not UTF-8."""
+    """Result of a one-shot command. exit_code None: unknown. `stdout_b64`: the exact bytes when they are not UTF-8."""
 
     stdout: str = ""
     stderr: str = ""
@@ -224,21 +223,22 @@ class CommandResponse(Answer):
 
     @property
     def stdout_bytes(self) -> bytes:
-        """The exact bytes of stdout (without those that the cap dropped)."""
+        """The exact bytes of stdout (without those that the limit dropped)."""
         return base64.b64decode(self.stdout_b64) if self.stdout_b64 is not None else self.stdout.encode()
 
     @property
     def stderr_bytes(self) -> bytes:
-        """The exact bytes of stderr (without those that the cap dropped)."""
+        """The exact bytes of stderr (without those that the limit dropped)."""
         return base64.b64decode(self.stderr_b64) if self.stderr_b64 is not None else self.stderr.encode()
 
 
 class BashObservation(Answer):
-    """Outcome of a command in a session.
+    """Result of a command in a session.
 
-    output: stdout and stderr as they came, or stdout alone when `separate` was asked for and `stderr` has the rest.
-    exit_code: the real one; None is unknown. failure_reason: a sentence when it was not an ordinary end.
-    dropped_bytes: how much the cap took out of the middle. session_closed: the shell is gone.
+    output: stdout and stderr in the order of arrival, or stdout alone when `separate` was set; `stderr` then has the
+    rest.
+    exit_code: the exit status; None is unknown. failure_reason: a sentence when the command did not end normally.
+    dropped_bytes: bytes that the limit removed from the middle. session_closed: the shell has ended.
     """
 
     output: str = ""
@@ -258,7 +258,7 @@ class BashObservation(Answer):
 
     @property
     def output_bytes(self) -> bytes:
-        """The exact bytes (without those that the cap dropped)."""
+        """The exact bytes (without those that the limit dropped)."""
         return base64.b64decode(self.output_b64) if self.output_b64 is not None else self.output.encode()
 
 
@@ -266,7 +266,7 @@ Observation = BashObservation
 
 
 class CreateBashSessionResponse(Answer):
-    """`output`: what the start-up files printed."""
+    """`output`: the output of the start-up files."""
 
     output: str = ""
     session_type: Literal["bash"] = "bash"
@@ -292,9 +292,9 @@ class SessionInfo(Answer):
 
 
 class ProcessInfo(Answer):
-    """A background process. exit_code None while `running`, or when nobody saw its end.
+    """A background process. exit_code: None while `running`, or when its end was not observed.
 
-    stdout_size, stderr_size: bytes it has written so far: the offset at which its logs end.
+    stdout_size, stderr_size: bytes written so far: the offset at which its logs end.
     """
 
     process_id: str
@@ -383,7 +383,7 @@ class SandboxResponse(Answer):
 
 
 class StateTransitionRecord(Answer):
-    """One step of a sandbox's life, in ROCK's shape. timestamp: ISO 8601, UTC."""
+    """One state change of a sandbox, in ROCK's format. timestamp: ISO 8601, UTC."""
 
     from_state: str
     to_state: str
@@ -392,8 +392,8 @@ class StateTransitionRecord(Answer):
 
 
 class SandboxStatusResponse(SandboxResponse):
-    """Status in ROCK's shape; `info` has ours. Times are ISO 8601, UTC; disk and accelerators are those that this
-    client asked for, and None of a sandbox that another one started."""
+    """Status in ROCK's format; `info` has ours. Times are ISO 8601, UTC; disk and accelerators are those that this
+    client requested, and None for a sandbox that another client started."""
 
     sandbox_id: str | None = None
     status: dict[str, Any] | None = None
@@ -428,14 +428,14 @@ class SandboxStatusResponse(SandboxResponse):
 
 # ---- network ----
 #
-# What a sandbox connected to, or tried to.
+# Connections and connection attempts of a sandbox.
 
 class Connection(Answer):
-    """One connection, or one DNS question that was refused. Times are seconds since the epoch.
+    """One connection, or one rejected DNS query. Times are seconds since the epoch.
 
-    number: counts up from 1. protocol: "tls" or "http" where a name was looked for, "dns", else "tcp". host: the name,
-    as the client said it or as it was found by DNS last. address, port: where it was meant to go. allowed: whether the
-    policy allowed it; reason: why not, or why it failed or broke. sent, received: bytes, as the sandbox sees it.
+    number: counts up from 1. protocol: "tls" or "http" where a name was detected, "dns", else "tcp". host: the name, as
+    sent by the client or as last resolved by DNS. address, port: the requested destination. allowed: whether the policy
+    allowed it; reason: why it was rejected, or why it failed or broke. sent, received: bytes, as seen by the sandbox.
     ended_at: None while it is open.
     """
 
@@ -453,26 +453,27 @@ class Connection(Answer):
 
 
 class ConnectionList(Answer):
-    """The last connections of a sandbox, oldest first. total: of all; dropped: how many are no longer known."""
+    """The last connections of a sandbox, oldest first. total: number of all; dropped: number of those no longer
+    stored."""
 
     items: list[Connection] = Field(default_factory=list)
     total: int = 0
     dropped: int = 0
 
 
-# ---- group ----
+# ---- groups ----
 #
-# Groups: many equal sandboxes in one request.
+# A group consists of many equal sandboxes that one request creates.
 
 MOST = 10_000  # sandboxes of one group
 
 
 class GroupRequest(Wire):
-    """`size` sandboxes of one config. Where that has a `sandbox_id`, it is the group's id, else the server chooses one;
-    the sandboxes are named after it: ID-0, ID-1, ...
+    """`size` sandboxes of one config. Its `sandbox_id`, if set, is the group's id, else the server chooses one; the
+    sandboxes are named after it: ID-0, ID-1, ...
 
-    mode: "gang" is all or none: those that started are stopped when one cannot. "best_effort" is as many as there is
-    room and quota for. placement: "spread" puts few on each worker, "pack" uses few workers.
+    mode: "gang" is all or none: the started ones are stopped when one cannot start. "best_effort" starts as many as
+    capacity and quota allow. placement: "spread" places few on each worker, "pack" uses few workers.
     """
 
     config: SandboxConfig
@@ -482,8 +483,8 @@ class GroupRequest(Wire):
 
 
 class GroupInfo(Answer):
-    """A group, its sandboxes in order, without their histories. missing: how many of the request were not made, by
-    best effort; error: why, as it travels, with the answer to the request alone."""
+    """A group, its sandboxes in order, without their histories. missing: number of sandboxes that best effort did not
+    start; error: the reason, in wire format, only in the response to the request."""
 
     group_id: str
     sandboxes: list[SandboxInfo]

@@ -1,12 +1,12 @@
-"""Where a sandbox may connect to: the entries of `SandboxConfig.egress`. Standard library only.
+"""The egress policy: entries of `SandboxConfig.egress`, and classes of addresses. Standard library only.
 
-    example.com  example.com:443         a name, found by DNS and told by the client (TLS server name, HTTP Host)
+    example.com  example.com:443         a name, found by DNS and sent by the client (TLS server name, HTTP Host)
     *.example.org  *.example.org:443     every name below it, not itself
-    203.0.113.7  203.0.113.0/24:22       addresses, whatever is spoken to them
+    203.0.113.7  203.0.113.0/24:22       addresses, for any protocol
     [2001:db8::7]:443  2001:db8::/32
     *  *:443                             every public address
 
-An entry without a port means all of them.
+An entry without a port means all ports.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Entry:
     port: int | None = None
 
     def has_name(self, name: str, port: int | None) -> bool:
-        """Whether it allows this name; port None asks for any."""
+        """Whether it allows this name; port None matches any port."""
         if port is not None and self.port not in (None, port):
             return False
         return name == self.name or (self.suffix is not None and name.endswith(self.suffix) and name != self.suffix[1:])
 
     def has_address(self, address: Address, port: int) -> bool:
-        """Whether it lists this address by itself. The entry for every public address does not."""
+        """Whether it lists this address explicitly. The entry for every public address does not."""
         return self.network is not None and self.port in (None, port) and address in self.network
 
     @property
@@ -47,7 +47,7 @@ class Entry:
 
 
 def parse(text: str) -> Entry:
-    """ValueError tells what is wrong with it."""
+    """Parse an entry. ValueError names the problem."""
     if len(text) > _LONGEST:
         raise ValueError(f"egress: an entry of {len(text)} characters is too long")
     target, port = _split(text)
@@ -68,7 +68,7 @@ def _split(text: str) -> tuple[str, int | None]:
             raise ValueError(f"egress: {text!r} is no address in brackets")
         return target, _port(rest[1:], text) if rest else None
     if text.count(":") != 1:
-        return text, None  # an IPv6 address has more
+        return text, None  # an IPv6 address has more colons
     target, _, port = text.partition(":")
     return target, _port(port, text)
 
@@ -94,7 +94,7 @@ def _network(text: str) -> Network | None:
 
 
 def name_of(text: str) -> str:
-    """A host name as names are compared: lower case, ASCII, without the dot at its end. ValueError when it is none."""
+    """A host name in normal form: lower case, ASCII, without the final dot. ValueError for an invalid name."""
     name = text.removesuffix(".")
     if not name.isascii():
         try:
@@ -110,12 +110,11 @@ def name_of(text: str) -> str:
     return name
 
 
-# ---- addresses ----
+# ---- classes of addresses ----
 #
-# What kind of address one is: public, or one that a sandbox must not reach by itself. Standard library only: the
-# network proxy has nothing else.
+# An address is public, or restricted: a sandbox reaches it only by an explicit entry or never.
 
-# What no entry can open: these mean the machine itself, everybody, or nobody.
+# Addresses that no entry can allow: they mean the machine itself, broadcast and multicast, or no destination.
 _NEVER = {
     "loopback": ("127.0.0.0/8", "::1/128"),
     "unspecified": ("0.0.0.0/8", "::/96"),
@@ -123,7 +122,7 @@ _NEVER = {
     "reserved": ("240.0.0.0/4", "192.0.0.0/24", "192.88.99.0/24", "100::/64", "2001::/23", "2002::/16",
                  "64:ff9b:1::/48"),
 }
-# What an entry can open that names it, see policy.py.
+# Addresses that an explicit entry can allow, see policy.py.
 _CLOSED = {
     "metadata": ("169.254.169.254/32", "169.254.170.2/32", "100.100.100.200/32", "168.63.129.16/32",
                  "fd00:ec2::254/128", "fe80::a9fe:a9fe/128"),
@@ -143,13 +142,13 @@ _NEVER_TABLE, _CLOSED_TABLE = _table(_NEVER), _table(_CLOSED)
 
 
 def plain(address: Address) -> Address:
-    """An IPv4 address that is written as an IPv6 one (::ffff:a.b.c.d) as IPv4."""
+    """Convert an IPv4-mapped IPv6 address (::ffff:a.b.c.d) to IPv4."""
     mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
     return mapped if mapped is not None else address
 
 
 def never(address: Address) -> str | None:
-    """The kind of an address that no sandbox may reach, whatever its policy says."""
+    """The class of an address that no policy can allow; None for others."""
     address = embedded(address)
     found = next((kind for kind, network in _NEVER_TABLE if address in network), None)
     if found is None and address.version == 6 and closed(address) is None and address not in _GLOBAL6:
@@ -158,20 +157,20 @@ def never(address: Address) -> str | None:
 
 
 def closed(address: Address) -> str | None:
-    """The kind of an address that is reached only where an entry names it; None for a public one."""
+    """The class of an address that needs an explicit entry; None for a public one."""
     address = embedded(address)
     return next((kind for kind, network in _CLOSED_TABLE if address in network), None)
 
 
 def block_of(address: Address) -> Network | None:
-    """The largest of our blocks of closed addresses around one."""
+    """The largest of the restricted blocks that contains an address."""
     address = embedded(address)
     found = [network for _, network in _CLOSED_TABLE if address in network]
     return min(found, key=lambda network: network.prefixlen, default=None)
 
 
 def embedded(address: Address) -> Address:
-    """The IPv4 address to which this IPv6 one leads (mapped, or by a NAT64 gateway), else itself."""
+    """The IPv4 address embedded in this IPv6 address (mapped, or by a NAT64 gateway), else the address itself."""
     address = plain(address)
     if isinstance(address, ipaddress.IPv6Address) and address in _NAT64:
         return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)

@@ -1,4 +1,4 @@
-"""Messages of environments: a task world with make, reset, step and close, hosted in a sandbox."""
+"""Request and response models of environments (make, reset, step, close), their errors, and task suites."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from rock.errors import (
 from rock.protocol.action import Answer
 from rock.protocol.sandbox import Inside, SandboxConfig, Wire
 
-TASK_IMAGES = "rock.local/env/set-"  # and the name of a training set: the image with its packages
-DOOR = "environments.sock"  # the name of every door
+TASK_IMAGES = "rock.local/env/set-"  # followed by the name of a training set: the image with its packages
+DOOR = "environments.sock"  # the name of every local socket
 
-PIPED = 28  # environments of one sandbox that have pipes of their own; len(guest.envhost.PIPES)
-# A label: renewals of a lease keep the sandbox alive. Without it, the idle time that a user chose holds.
+PIPED = 28  # environments of one sandbox that have their own pipes; len(PIPES) of guest/environments/host.py
+# A label: renewals of a lease keep the sandbox alive. Without it, the idle timeout that the user chose applies.
 LEASED = "rock.env.leased"
 OWNER_PATTERN = r"^[A-Za-z0-9_-]{16,64}$"
 
@@ -34,12 +34,12 @@ Family = Literal["gem", "gym", "task"]
 
 
 class OpenEnv(Inside):
-    """A wish for a sandbox that can host `env_id`. Environments of one package set share a sandbox, a process each;
-    `exclusive` asks for one of its own. `config`: limits and image, when the defaults do not fit.
+    """A request for a sandbox that can host `env_id`. Environments of one package set share a sandbox, with one process
+    each; `exclusive` requests a sandbox of its own. `config`: limits and image, when the defaults do not fit.
 
-    protocol: whose environment it is: GEM's, Gymnasium's, or a task of the training set `env_id`. packages: what it
-    needs beside those, as pip names it; wheels only. image: host it with the Python of this image, which has gymnasium;
-    nothing is installed then.
+    protocol: the family of the environment: GEM, Gymnasium, or a task of the training set `env_id`. packages:
+    additional packages, as pip names them; wheels only. image: host it with the Python of this image, which has
+    gymnasium; no packages are installed then.
     """
 
     env_id: str = Field(min_length=1, max_length=256)
@@ -52,7 +52,7 @@ class OpenEnv(Inside):
 
 class AddEnv(Inside):
     """Register an environment under a name. source: an id of GEM or Gymnasium, hf://ORG/REPO@COMMIT or image://NAME.
-    packages: what it needs beside its family's, from wheels; imports: modules that register it."""
+    packages: those beyond its family's, from wheels; imports: modules that register it."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]{0,63}(/[A-Za-z0-9][\w.-]{0,63})?$")
     source: str = Field(min_length=1, max_length=512)
@@ -62,17 +62,17 @@ class AddEnv(Inside):
 
 
 class BuildEnv(Inside):
-    """Install ahead what an environment needs. packages: beside what is known of it."""
+    """Install the packages of an environment in advance. packages: in addition to its registered ones."""
 
     env_id: str = Field(min_length=1, max_length=512)
     packages: list[str] = Field(default_factory=list, max_length=32)
 
 
 class EnvAbout(Answer):
-    """What is known of an environment. version: of a registered one, else None; a new one for another source, package
-    set or digest. requirements: what pip is asked for; asked: those of them that were registered with it; packages:
-    what was installed, as "name version". digest: of the image, or of the layer with the packages; None before it is
-    there (is_ready)."""
+    """Description of an environment. version: of a registered one, else None; it changes with the source, package set
+    or digest. requirements: pip requirements; asked: those of them that were registered with it; packages: the
+    installed packages, as "name version". digest: of the image, or of the layer with the packages; None until it exists
+    (is_ready)."""
 
     id: str
     source: str
@@ -91,17 +91,17 @@ class EnvAbout(Answer):
 
 
 class MakeEnv(Inside):
-    """kwargs: go to the environment's constructor. timeout: seconds for one reset, step or call; then it is killed.
-    imports: modules that are imported before, and may register it.
+    """kwargs: arguments of the environment's constructor. timeout: seconds for one reset, step or call, after which it
+    is killed. imports: modules that are imported before, and may register it.
 
-    Of Gymnasium: num_envs makes a vector of them in one process, vectorization_mode and vector_kwargs are those of
-    gymnasium.make_vec. folder: inside, with an env.py whose make_env makes it, "." for the image's working directory or
-    /app; root: a folder inside from which that may import; task: "suite" or "suite/task".
+    For Gymnasium: num_envs makes a vector of them in one process, vectorization_mode and vector_kwargs are those of
+    gymnasium.make_vec. folder: a folder inside with an env.py whose make_env makes the environment, "." for the image's
+    working directory or /app; root: a folder inside from which that may import; task: "suite" or "suite/task".
 
-    name: another way to say which one is meant, "name:NAME" in the place of its number; taken already is a Conflict.
-    idle: seconds without a request after which it is closed. begin: reset it too, and answer what that answers.
-    owner: id of the client process that makes it. The environment is released when that process has not renewed its
-    lease for `EnvInfo.lease` seconds; without an owner it lives as long as its sandbox, or until it is idle.
+    name: an alternative identifier, "name:NAME" instead of the number; a name in use is a Conflict. idle: seconds
+    without a request after which it is closed. begin: reset it too, and include the response of the reset. owner: id of
+    the client process that makes it. The environment is released when that process has not renewed its lease for
+    `EnvInfo.lease` seconds; without an owner it lives as long as its sandbox, or until its idle timeout.
     """
 
     env_id: str = Field(min_length=1, max_length=256)
@@ -122,7 +122,7 @@ class MakeEnv(Inside):
 
 
 class Door(Answer):
-    """Where a client on the server's own machine may ask for the pipes of an environment
+    """The address at which a client on the server's own machine may borrow the pipes of an environment
     (rocklet/environments/local_socket.py)."""
 
     path: str
@@ -130,8 +130,8 @@ class Door(Answer):
 
 
 class EnvInfo(Answer):
-    """An environment that was made: `env` is its number in the sandbox. With `begin`, what its reset answered too.
-    lease: with an owner, seconds within which that has to renew its lease."""
+    """An environment that was made: `env` is its number in the sandbox. With `begin`, also the response of its reset.
+    lease: with an owner, seconds within which the owner has to renew its lease."""
 
     env: int
     env_id: str = ""
@@ -143,7 +143,8 @@ class EnvInfo(Answer):
 
 
 class EnvOwner(Answer):
-    """How many environments of a sandbox a client process has; a renewal of 0 has nothing to renew."""
+    """Number of environments of a sandbox that a client process owns; after a renewal with 0 there is nothing to
+    renew."""
 
     owner: str
     environments: int
@@ -155,7 +156,7 @@ class ResetEnv(Wire):
 
 
 class CallEnv(Wire):
-    """Ask an environment for something else: `what`, and its arguments."""
+    """Call another method of an environment: `what`, and its arguments."""
 
     what: str = Field(min_length=1, max_length=64)
     arguments: list[Any] = Field(default_factory=list, max_length=16)
@@ -171,7 +172,7 @@ class ResetResult(Answer):
 
 
 class StepEnv(Wire):
-    """`index`: number of this step in the episode, from 0; the same index again gets the same answer."""
+    """`index`: number of this step in the episode, from 0; the same index again gets the same response."""
 
     action: Any
     index: int | None = None
@@ -185,18 +186,18 @@ class StepResult(Answer):
     info: dict[str, Any] = Field(default_factory=dict)
 
 
-# ---- enverrors ----
+# ---- errors ----
 #
-# What goes wrong inside an environment, as a typed error.
+# Errors inside an environment become typed errors.
 
 _NOT_STARTED = {"unknown", "refused", "image"}
-_TASK: dict[str, type[RockError]] = {"not_found": NotFound, "unsupported": Unsupported}  # else InvalidConfig
+_TASK: dict[str, type[RockError]] = {"not_found": NotFound, "unsupported": Unsupported}  # others are InvalidConfig
 
 
 def error_of(told: dict[str, Any], sandbox_id: str) -> tuple[RockError, bool]:
-    """The error that a frame of an environment tells of, and whether its process was started at all.
+    """The error in an error frame of an environment, and whether its process was started.
 
-    What is told comes from inside, so nothing of it is trusted to be of the right type.
+    The content comes from inside the sandbox, so the type of each value is checked.
     """
     kind, name, text = str(told.get("kind")), str(told.get("type")), str(told.get("message"))
     started = not (kind in _NOT_STARTED or (kind in ("import", "task") and "next" not in told))
@@ -247,28 +248,28 @@ def _error(
     return EnvironmentRaised(f"the environment raised {name}: {text}", sandbox_id=sandbox_id, details=details)
 
 
-# ---- training ----
+# ---- task suites ----
 #
-# How a task of a training set is answered, in the SDK and on AgentScope's routes alike.
+# Responses for tasks of a training set, shared by the SDK and AgentScope's routes.
 
-IDLE = 300.0  # seconds after which an instance that nobody asks for anything is released
+IDLE = 300.0  # idle timeout of an instance in seconds
 STEP_TIMEOUT = 60.0  # seconds for one step, after which the instance is ended
 START_TIMEOUT = 1200.0  # seconds; the first sandbox of a set installs its packages
-NAMED = "name:"  # before the name of an environment, where its number could stand
+NAMED = "name:"  # prefix of the name of an environment, where its number could stand
 
 
 def new_instance_id() -> str:
-    """A name for an instance whose caller gave it none."""
+    """A generated name for an instance without one."""
     return f"exp_{os.urandom(12).hex()}"
 
 
 def created(made: EnvInfo, instance_id: str, task_id: str) -> dict[str, Any]:
-    """What create_instance answers."""
+    """The response of create_instance."""
     return {"state": made.observation, "info": {**made.info, "instance_id": instance_id, "task_id": task_id}}
 
 
 def stepped(done: StepResult) -> dict[str, Any]:
-    """What step answers. There is one flag for an end; info["truncated"] tells one that is not the task's own."""
+    """The response of step. There is one flag for an end; info["truncated"] marks an end that is not the task's own."""
     return {
         "state": done.observation,
         "reward": done.reward,
@@ -278,6 +279,6 @@ def stepped(done: StepResult) -> dict[str, Any]:
 
 
 def overdue(error: CommandTimeout) -> dict[str, Any]:
-    """What a step answers that took too long: the end of the episode, with the reason."""
+    """The response to a step that exceeded its timeout: the end of the episode, with the reason."""
     info = {"truncated": True, "stop_reason": "step_timeout", "failure": "timeout", "error": error.message}
     return {"state": [], "reward": 0.0, "is_terminated": True, "info": info}

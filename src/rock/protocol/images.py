@@ -1,4 +1,4 @@
-"""Images on the wire: what is built, and what became of it."""
+"""Request and response models of image builds."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from rock.protocol.sandbox import Inside, SandboxConfig
 
 
 class BuildRequest(Inside):
-    """An image to be built of a Dockerfile. The context follows as a tar.
+    """An image to build from a Dockerfile. The context follows as a tar.
 
     image_tag: its name. dockerfile: the text. target: the stage to build; None is the last one.
-    build_args: for ARG instructions. labels: beside those of the Dockerfile.
-    network: of RUN: "none" (the default, as of sandboxes), "nat" or "host".
+    build_args: for ARG instructions. labels: in addition to those of the Dockerfile.
+    network: of RUN: "none" (the default, as for sandboxes), "nat" or "host".
     memory, cpus, pids: limits of each RUN. timeout: seconds that one RUN may take.
-    use_cache: steps that were made before are taken over. pull: of the images in FROM, as in SandboxConfig.
-    registry_username, registry_password: for these; forgotten afterwards. public_registries: see SandboxConfig.
+    use_cache: reuse steps of earlier builds. pull: of the images in FROM, as in SandboxConfig.
+    registry_username, registry_password: for these; not stored. public_registries: see SandboxConfig.
     """
 
     image_tag: str = Field(min_length=1, max_length=400)
@@ -53,13 +53,13 @@ class BuildRequest(Inside):
         return self
 
     def limits(self, image: str = "scratch") -> SandboxConfig:
-        """The sandbox of a RUN: of `image`, with the limits of this request."""
+        """The sandbox config of a RUN: `image`, with the limits of this request."""
         return SandboxConfig(image=image, memory=self.memory, cpus=self.cpus, pids=self.pids, network=self.network)
 
 
 class BuiltImage(BaseModel):
-    """An image that was built. steps: instructions that make a layer or a setting; cached: how many of those with a
-    layer were taken over from former builds; ran: how many RUN were really run."""
+    """An image that was built. steps: instructions that make a layer or a setting; cached: number of layers reused from
+    earlier builds; ran: number of RUN instructions that were executed."""
 
     model_config = ConfigDict(extra="ignore")
 

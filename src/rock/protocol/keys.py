@@ -1,8 +1,7 @@
-"""Keys: who calls, what a key may do, and how much its tenant may have.
+"""API keys: the caller of a request, the access rights of a key, and the quota of its tenant.
 
-A key is `rock_TENANT_SECRET`. The server keeps SHA-256 of the whole key and nothing it could be made of again. A fast
-digest is right here: the secret is 256 random bits, so there is no dictionary that a slow one would protect from, and
-it is computed with every request.
+A key is `rock_TENANT_SECRET`. The server stores only SHA-256 of the whole key. A fast digest is sufficient: the secret
+is 256 random bits, so a dictionary attack is not possible, and the digest is computed for every request.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ _KEY = re.compile(rb"rock_([a-z][a-z0-9]{0,31})_[A-Za-z0-9_-]{43}")
 
 
 class Access(StrEnum):
-    """What a route takes. A key has those it was given; the server's own key has all.
+    """Access rights that routes require. A key has those it was given; the server's own key has all.
 
-    open: no key. read: look, files and logs included. run: act inside sandboxes. create: make, stop, restart, archive
-    and delete them. images: change what all tenants share, which is images and registered environments. admin: keys,
-    workers, and sandboxes without isolation or on the server's own network. worker: join as one; for
-    no key that is made.
+    open: no key. read: view, including files and logs. run: act inside sandboxes. create: create, stop, restart,
+    archive and delete them. images: change resources that all tenants share: images and registered environments. admin:
+    keys, workers, and sandboxes without isolation or on the server's own network. worker: join as a worker; cannot be
+    given to a key.
     """
 
     OPEN = "open"
@@ -45,9 +44,9 @@ USUAL = (Access.READ, Access.RUN, Access.CREATE)
 
 
 class Quota(Wire):
-    """How much the tenant of a key may have at once, all its sandboxes that start, run or stop; None: no limit.
+    """Limits of a tenant for all its sandboxes that start, run or stop at the same time; None: no limit.
 
-    creates_per_minute: starts, restarts included, within any 60 seconds.
+    creates_per_minute: starts, including restarts, within any 60 seconds.
     """
 
     sandboxes: int | None = Field(default=None, ge=0, le=1_000_000)
@@ -72,8 +71,8 @@ class Quota(Wire):
 
 
 class CreateKey(Wire):
-    """A key to be. tenant: whose sandboxes it is for; a new tenant unless one is named. Several keys of a tenant see
-    the same sandboxes."""
+    """A request for a key. tenant: the tenant of the key; a new tenant when omitted. Several keys of a tenant see the
+    same sandboxes."""
 
     name: str = Field(min_length=1, max_length=100)
     tenant: str | None = Field(default=None, pattern=TENANT_PATTERN)
@@ -85,11 +84,11 @@ class CreateKey(Wire):
     def _scopes(cls, value: list[Access]) -> list[Access]:
         if not value or Access.OPEN in value or Access.WORKER in value:
             raise ValueError("a key has some of read, run, create, images and admin")
-        return sorted({*value, Access.READ}, key=list(Access).index)  # whoever acts may look
+        return sorted({*value, Access.READ}, key=list(Access).index)  # every right includes read
 
 
 class KeyInfo(Wire):
-    """A key as the server remembers it. Times are seconds since the epoch."""
+    """A key as the server stores it. Times are seconds since the epoch."""
 
     id: str
     name: str
@@ -101,7 +100,7 @@ class KeyInfo(Wire):
 
 
 class NewKey(KeyInfo):
-    """`key` is told this once."""
+    """`key` is returned only once."""
 
     key: str = Field(repr=False)
 
@@ -112,7 +111,7 @@ class KeyList(Wire):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who sent a request. tenant: None is the server's owner, to whom nothing is hidden."""
+    """The sender of a request. tenant: None is the server's owner, who sees all tenants."""
 
     tenant: str | None
     scopes: frozenset[Access]
@@ -121,11 +120,11 @@ class Caller:
 
     @property
     def owner(self) -> str:
-        """What records say of whose they are."""
+        """The owner as stored in records."""
         return self.tenant or ""
 
     def require(self, access: Access) -> None:
-        """Raise Forbidden when its key is not for that."""
+        """Raise Forbidden when its key lacks that access right."""
         if access not in self.scopes and access is not Access.OPEN:
             raise Forbidden(
                 f"this key may not do that: it has {', '.join(sorted(self.scopes))}, not {access.value}",
@@ -135,11 +134,12 @@ class Caller:
 
 OPERATOR = Caller(None, frozenset(Access))
 WORKER = Caller("", frozenset({Access.WORKER}))
-NOBODY = Caller("", frozenset())  # without a key, on a route that is open
+NOBODY = Caller("", frozenset())  # a request without a key, on an open route
 
 
 def caller_of(scope: Any) -> Caller:
-    """Who sent the request of an ASGI scope. One that nobody was asked about is refused: it came past the door."""
+    """The caller of the request of an ASGI scope. A scope without a caller is rejected, because it was not
+    authenticated."""
     caller = scope.get(CALLER)
     if not isinstance(caller, Caller):
         raise RuntimeError("a request without a caller")
@@ -147,11 +147,11 @@ def caller_of(scope: Any) -> Caller:
 
 
 def tenant_of(key: bytes) -> str | None:
-    """Which tenant a key says it is of; None for what is no tenant's key. It may be no key at all."""
+    """The tenant that a key names; None when it does not have the format of a tenant's key. The key may be invalid."""
     found = _KEY.fullmatch(key.removeprefix(b"Bearer "))
     return found[1].decode() if found else None
 
 
 def digest_of(key: bytes) -> str | None:
-    """What a key is known by; None for what is no key of ours."""
+    """The digest by which a key is stored; None for other formats."""
     return hashlib.sha256(key).hexdigest() if _KEY.fullmatch(key) else None

@@ -1,4 +1,4 @@
-"""Messages between the admin and a rocklet, and lists that the server answers with."""
+"""Messages between the admin and a rocklet: sandboxes of a node, events, images, workers and their leases."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ MOST_CREATES = 500  # sandboxes in one request of an admin to a worker
 
 
 class NodeSandbox(Answer):
-    """A sandbox as its rocklet sees it. `idle_seconds`: since the last activity; 0 while something runs in it.
+    """A sandbox as its rocklet reports it. `idle_seconds`: since the last activity; 0 while a request is in progress.
 
-    kept: it does not run, and its files are there. environments: of a sandbox that hosts them, how many there are now,
-    and how many were made since its rocklet started.
+    kept: it is stopped, and its files are retained. environments: of a sandbox that hosts them, the number of existing
+    ones, and the number made since its rocklet started.
     """
 
     sandbox_id: str
@@ -46,7 +46,7 @@ class NodeSandbox(Answer):
 
 
 class NodeCreates(Wire):
-    """Sandboxes that one request asks for: the id of each, and the place of its config in `configs`, each a
+    """Sandboxes that one request creates: the id of each, and the index of its config in `configs`, each a
     SandboxConfig."""
 
     configs: list[dict[str, Any]] = Field(min_length=1, max_length=MOST_CREATES)
@@ -62,15 +62,15 @@ class NodeCreates(Wire):
 
 
 class NodeFiles(Answer):
-    """How an archived sandbox comes to a worker: the head of the frames that `node_unpack` takes."""
+    """The description of an archived sandbox for a worker: the first of the frames that `node_unpack` takes."""
 
     config: SandboxConfig
     files: ArchivedFiles
 
 
 class NodeCommit(Wire):
-    """Make an image of a sandbox, from at most `limit` bytes of files, and push it if that is asked for. tenant: who
-    asks for it; "" is the server's owner."""
+    """Make an image of a sandbox, from at most `limit` bytes of files, and push it on request. tenant: of the request;
+    "" is the server's owner."""
 
     image_tag: str
     registry_username: str | None = None
@@ -82,9 +82,11 @@ class NodeCommit(Wire):
 
 
 class NodeImage(Answer):
-    """An image that was made. size: bytes of the files of all its layers. pushed: digest of its manifest, when it was.
+    """An image that was made. size: bytes of the files of all its layers. pushed: digest of its manifest, when it was
+    pushed.
 
-    Errors have `details["stage"]`: login, commit or push."""
+    Errors have `details["stage"]`: login, commit or push.
+    """
 
     name: str
     digest: str
@@ -93,14 +95,14 @@ class NodeImage(Answer):
 
 
 class NodeInventory(Answer):
-    """`sandboxes` that run, and ids of those that do not and whose files are `kept`."""
+    """`sandboxes` that run, and ids of stopped ones whose files are `kept`."""
 
     sandboxes: list[NodeSandbox] = Field(default_factory=list)
     kept: list[str] = Field(default_factory=list)
 
 
 class NodeEvent(Answer):
-    """A sandbox ended by itself, at a time. `number` grows by one an event, from 1 at the start of the rocklet."""
+    """A sandbox ended by itself, at a time. `number` grows by one per event, from 1 at the start of the rocklet."""
 
     number: int
     sandbox_id: str
@@ -110,18 +112,18 @@ class NodeEvent(Answer):
 
 
 class NodeEvents(Answer):
-    """`boot` names this run of the rocklet: when it changes, numbers start again."""
+    """`boot` identifies this run of the rocklet: when it changes, numbers start again."""
 
     boot: str = ""
     events: list[NodeEvent] = Field(default_factory=list)
 
 
 class NodeStatus(Answer):
-    """What a worker has: cores, bytes of memory in all and free, sandboxes now and at most. load: programs that run or
-    wait for a core, in the mean of the last minute. images: names of some that are on its disk, the last used first.
-    memory_pressure: percent of the last ten seconds in which something there waited for memory; None where the kernel
-    does not tell. accelerators: kinds of its `gpus`. fetching: words on how far the images are that sandboxes wait for
-    there, by name."""
+    """Resources of a worker: cores, total and free bytes of memory, current and maximum number of sandboxes. load:
+    programs that run or wait for a core, averaged over the last minute. images: names of some images on its disk, the
+    last used first. memory_pressure: percent of the last ten seconds in which a process waited for memory; None where
+    the kernel does not report it. accelerators: kinds of its `gpus`. fetching: progress of the images that sandboxes
+    wait for, by name."""
 
     host_name: str
     host_ip: str
@@ -144,14 +146,14 @@ class NodeStatus(Answer):
 
 
 class WorkerImage(Wire):
-    """Which image is asked for. wait: seconds that are spent on building or pulling it where it is not there."""
+    """The requested image. wait: seconds for building or pulling it where it is missing."""
 
     image: str = Field(min_length=1, max_length=8192)
     wait: float = Field(default=0.0, ge=0, le=3600)
 
 
 class ImageState(Answer):
-    """An image as a worker has it. is_ready: it is there. digest: of it, or of its layer with packages, which are
+    """The state of an image on a worker. is_ready: it exists. digest: of it, or of its layer with packages, which are
     listed as "name version"."""
 
     image: str
@@ -184,7 +186,7 @@ class ProcessList(Answer):
 
 
 class FileList(Answer):
-    """`next`: the offset to go on at; None at the end."""
+    """`next`: the offset of the next page; None at the end."""
 
     items: list[FileInfo]
     next: int | None = None
@@ -196,21 +198,20 @@ class EnvList(Answer):
 
 # ---- workers ----
 #
-# Workers that join: what a rocklet tells of itself, what it is answered, and what is known of all of them.
-#
-# A worker has an epoch: a number that grows each time it comes back after it was taken for lost, or gave up by itself.
-# What was commanded in one epoch is refused in the next. Times are durations in seconds, each measured by one machine's
-# own monotonic clock; no clock time of one machine is compared with another's. docs/decisions/0019-workers.md.
+# A worker has an epoch: a number that grows each time it returns after it was declared lost, or gave up its sandboxes
+# itself. Commands of one epoch are rejected in the next. Times are durations in seconds, each measured by one machine's
+# own monotonic clock; clock times of different machines are never compared. docs/decisions/0019-workers.md.
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
 RESERVED = "local"  # the worker in the server's own process
 
 
 class JoinWorker(Wire):
-    """A rocklet that wants to be a worker.
+    """A request of a rocklet to become a worker.
 
-    url: where servers reach it. holder: a random text that it keeps in its home: who the machine is, whatever its name.
-    epoch: the last that it had; 0 for none. fresh: it has given that up, and has no sandboxes of it.
+    url: where servers reach it. holder: a random text that it stores in its home: the identity of the machine,
+    independent of its name. epoch: the last that it had; 0 for none. fresh: it has given up that epoch, and has no
+    sandboxes of it.
     """
 
     name: str = Field(pattern=NAME_PATTERN)
@@ -230,7 +231,7 @@ class JoinWorker(Wire):
 
 
 class Beat(Wire):
-    """A heartbeat: I am here, in this epoch, and this is what I have."""
+    """A heartbeat: the worker's epoch and its resources."""
 
     holder: str = Field(min_length=16, max_length=64)
     epoch: int = Field(ge=1, lt=1 << 62)
@@ -238,9 +239,9 @@ class Beat(Wire):
 
 
 class WorkerLease(Answer):
-    """What a worker is answered. seconds: how long after the moment it sent what this answers it may take new
-    sandboxes. stop: how long after that moment one with the policy "stop" ends its sandboxes; 0 from an older server:
-    the same as seconds. beat: seconds from one heartbeat to the next."""
+    """The response to a worker. seconds: how long after it sent the request the worker may accept new sandboxes. stop:
+    how long after that moment a worker with the policy "stop" ends its sandboxes; 0 from an older server: the same as
+    seconds. beat: seconds from one heartbeat to the next."""
 
     name: str
     epoch: int
@@ -251,8 +252,9 @@ class WorkerLease(Answer):
 
 
 class WorkerState(StrEnum):
-    """ready: takes sandboxes. draining: keeps those it has. unreachable: no heartbeat for longer than its lease; it
-    gets no sandboxes, and those that it has are expected back. lost: no heartbeat for longer than the grace period."""
+    """ready: accepts sandboxes. draining: retains its current ones. unreachable: no heartbeat for longer than its
+    lease; it gets no sandboxes, and its current ones are expected back. lost: no heartbeat for longer than the grace
+    period."""
 
     READY = "ready"
     DRAINING = "draining"
@@ -261,8 +263,8 @@ class WorkerState(StrEnum):
 
 
 class WorkerInfo(Answer):
-    """A worker as it is remembered. beat: grows with each heartbeat. age: seconds since the last one, to look at.
-    url: "" for the server's own."""
+    """A worker as stored. beat: grows with each heartbeat. age: seconds since the last one, for display only. url: ""
+    for the server's own."""
 
     name: str
     url: str = ""
@@ -285,9 +287,10 @@ class WorkerList(Answer):
 
 
 class Lease(Answer):
-    """How long workers may be silent, in seconds. `fence` after its last heartbeat a worker gets no new sandboxes, and
-    takes none; `stop` after it one with the policy "stop" ends its sandboxes; `lost` after it the worker is declared
-    lost. A worker counts from when it sent a heartbeat, a server from when it saw that, which is later."""
+    """Time limits for silent workers, in seconds. `fence` after its last heartbeat a worker gets no new sandboxes, and
+    accepts none; `stop` after it a worker with the policy "stop" ends its sandboxes; `lost` after it the worker is
+    declared lost. A worker counts from the moment it sent a heartbeat, a server from the moment it saw that heartbeat,
+    which is later."""
 
     beat: float
     fence: float
@@ -296,8 +299,8 @@ class Lease(Answer):
 
     @classmethod
     def of(cls, seconds: float, grace: float = 0.0) -> Lease:
-        """The numbers that follow from the length of a lease and of the grace period (0: 60 s, or 6 leases where that
-        is more). Unsupported for a lease below 2 s, and for a grace period below 1.2 leases."""
+        """The limits that follow from the length of a lease and of the grace period (0: 60 s, or 6 leases where that is
+        more). Unsupported for a lease below 2 s, and for a grace period below 1.2 leases."""
         if not 2.0 <= seconds <= 3600.0:
             raise Unsupported(f"ROCK_WORKER_LEASE={seconds:g}: a lease has 2 to 3600 seconds", hint="10 is usual")
         lost = grace or max(60.0, 6 * seconds)

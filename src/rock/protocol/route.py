@@ -1,4 +1,4 @@
-"""A row of the table of the wire, and what a key has to have for it."""
+"""A row of the route table, and the access right that it requires."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ SANDBOX = "/v1/sandboxes/{sandbox_id}"
 class Route:
     """A row: `plane` control is the admin's, data goes through the proxy to the rocklet, node is admin to rocklet.
 
-    method: ANY is each of METHODS. tail: the last variable is the whole rest of the path, which may be missing.
-    access: what a key has to have for it; nobody but the server's owner has all, so what is forgotten is closed.
+    method: ANY is each of METHODS. tail: the last variable is the whole rest of the path, which may be missing. access:
+    the access right of the row; a row without a rule requires all rights, which only the server's owner has.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Route:
         return self.path.format(**{k: quote(v, safe="") for k, v in values.items()})
 
 
-_ACCESS = {  # of rows whose plane and method do not tell
+_ACCESS = {  # for rows whose plane and method do not determine it
     "health": Access.OPEN,
     "metrics": Access.ADMIN,
     "commit_sandbox": Access.IMAGES,
@@ -66,7 +66,7 @@ def _access(name: str, method: str, plane: Plane) -> Access:
 def row(
     name: str, method: str, path: str, plane: Plane, summary: str, request: str = "", answer: str = ""
 ) -> Route:
-    """A row whose access follows from its plane and method, where `_ACCESS` says nothing else."""
+    """A row whose access follows from its plane and method, where `_ACCESS` has no entry."""
     mutates = method in ("POST", "PUT", "DELETE")
     access = _access(name, method, plane)
     return Route(name, method, path, plane, summary, request, answer, mutates, access=access)

@@ -1,25 +1,27 @@
-"""One table of the native wire, for server, client and docs. Its rows are in rows.py.
+"""The route table of the native wire protocol, shared by server, client and docs, and its headers and frames. Its rows
+are in rows.py.
 
-Bodies are JSON unless a row says "raw". An answer that is not 2xx is `RockError.to_wire()`. Every mutating call may
-carry `Idempotency-Key`; the same key gets the same answer. API keys travel as `Authorization: Bearer KEY`; what a row
-takes of them is its `access`.
+Bodies are JSON unless a row says "raw". A response that is not 2xx is `RockError.to_wire()`. Every mutating request may
+have an `Idempotency-Key`; the same key gets the same response. API keys are sent as `Authorization: Bearer KEY`; the
+access right that a row requires is its `access`.
 
-Times to wait (`wait`) are seconds: the server answers as soon as there is something to say, at the latest then.
+Wait times (`wait`) are seconds: the server responds as soon as there is a result, at the latest after that time.
 
 Streams (`?stream=1`) are frames: one byte of kind, four bytes of big-endian length, the payload. Kinds: see `Frame`.
-The files of a sandbox travel between admin and rocklet so too: STDOUT frames with the tar, and one RESULT frame, an
-ArchivedFiles at the end of `node_pack`, a NodeFiles at the beginning of `node_unpack`.
+The files of a sandbox are transferred between admin and rocklet in the same way: STDOUT frames with the tar, and one
+RESULT frame, an ArchivedFiles at the end of `node_pack`, a NodeFiles at the beginning of `node_unpack`.
 
-`env_frames` takes and answers frames as guest/environments/frames.py has them, values as in
-guest/environments/values.py, both without JSON where
-there are arrays. An answer has the id of its request; the payload of an ERROR is `to_wire`.
+`env_frames` takes and returns frames as guest/environments/frames.py defines them, values as in
+guest/environments/values.py, both without JSON where there are arrays. A response has the id of its request; the
+payload of an ERROR is `to_wire`.
 
-The terminal is a WebSocket: binary messages are bytes of the terminal both ways; text messages are JSON: from the
-client {"resize": [rows, columns]}, from the server {"exit": code} as the last one, or {"error": ...} as in `to_wire`.
+The terminal is a WebSocket: binary messages are bytes of the terminal in both directions; text messages are JSON: from
+the client {"resize": [rows, columns]}, from the server {"exit": code} as the last one, or {"error": ...} as in
+`to_wire`.
 
-A tunnel to a port is a WebSocket too: binary messages are the connection's bytes both ways, an empty one is the end of
-its direction; it is closed with 1000 once both have ended. What the HTTP and WebSocket rows of ports answer is the
-program's own, except where a header X-ROCK-Error has the code of an error of ours.
+A tunnel to a port is a WebSocket too: binary messages are the connection's bytes in both directions, an empty one is
+the end of its direction; it is closed with 1000 once both have ended. The HTTP and WebSocket rows of ports return the
+response of the program, unless the header X-ROCK-Error has the code of a ROCK error.
 """
 
 from __future__ import annotations
@@ -35,27 +37,28 @@ from rock.protocol.rows import control_rows, data_rows, node_rows
 IDEMPOTENCY_KEY = "idempotency-key"
 STREAM_TYPE = "application/x-rock-stream"
 FRAMES_TYPE = "application/x-rock-frames"
-ERROR_CODE = "x-rock-error"  # on every error of ours: what tells it from the answer of a program inside
-ANSWER_WITHIN = "x-rock-timeout"  # seconds that a program behind a port has for the head of its answer; 120
-EPOCH = "x-rock-epoch"  # on commands to a rocklet that joined: NAME/EPOCH, as whoever commands it knows it
-FENCE = "x-rock-fence"  # on commands to a rocklet: the token of the lease by which they are given
-OTHER_KEY = "x-rock-api-key"  # the key, for requests whose Authorization is meant for a program inside
-RESUMES = {"resumes": True}  # in the details of an Unavailable: asked again with its key, the request goes on
-UNSENT = {"unsent": True}  # in the details of an Unavailable: no connection was had, and nothing was sent
-SENT = {"sent": True}  # the connection broke: the request may have been begun; its key joins it or gets its answer
-OUTAGE = {"outage": True}  # something behind the server is not reached for a while; nothing was begun
-REFUSED = {"refused": True}  # by a worker whose lease or epoch is another one: nothing was begun
-NOTHING_BEGUN = (*UNSENT, *OUTAGE)  # the call may be sent elsewhere
-LOST_CONTACT = (*SENT, *RESUMES, *NOTHING_BEGUN)  # the same call may succeed a moment later
+ERROR_CODE = "x-rock-error"  # on every ROCK error: distinguishes it from the response of a program inside
+ANSWER_WITHIN = "x-rock-timeout"  # seconds that a program behind a port has for the head of its response; 120
+EPOCH = "x-rock-epoch"  # on commands to a rocklet that joined: NAME/EPOCH, as the sender knows it
+FENCE = "x-rock-fence"  # on commands to a rocklet: the fencing token of the lease of the sender
+OTHER_KEY = "x-rock-api-key"  # the API key, for requests whose Authorization is meant for a program inside
+RESUMES = {"resumes": True}  # details of an Unavailable: a retry with its key resumes the request
+UNSENT = {"unsent": True}  # details of an Unavailable: there was no connection, and no data was sent
+# the connection broke: the request may have begun; a retry with its key joins it or gets its response
+SENT = {"sent": True}
+OUTAGE = {"outage": True}  # a dependency of the server is unreachable for a while; the request was not begun
+REFUSED = {"refused": True}  # rejected by a worker with another lease or epoch; the request was not begun
+NOTHING_BEGUN = (*UNSENT, *OUTAGE)  # the request may be sent elsewhere
+LOST_CONTACT = (*SENT, *RESUMES, *NOTHING_BEGUN)  # the same request may succeed a moment later
 CALL = "x-rock-call"  # on relayed requests: the id by which the server cancels one whose client has left
-HANDED_ON = "x-rock-handed-on"  # by a server of the other role: once is enough
+HANDED_ON = "x-rock-handed-on"  # set by a server of the other role, so that a request is forwarded only once
 LOG_START, LOG_NEXT, LOG_RUNNING = "x-rock-start", "x-rock-next", "x-rock-running"
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 
 
 class Frame(IntEnum):
-    """Kind of a frame of a stream."""
+    """Kinds of frames of a stream."""
 
     STDOUT = 1
     STDERR = 2
@@ -71,7 +74,7 @@ def pack_frame(kind: Frame, payload: bytes) -> bytes:
 
 
 class FrameParser:
-    """Bytes in any portions -> whole frames. `limit`: largest payload accepted, in bytes; ValueError beyond it."""
+    """Parses bytes in any portions to complete frames. `limit`: largest payload in bytes; ValueError beyond it."""
 
     def __init__(self, limit: int = 64 << 20) -> None:
         self._buffer = bytearray()
@@ -97,7 +100,7 @@ ROUTES: dict[str, Route] = {
 
 
 def name_of(method: str, path: str) -> str:
-    """The name of the row that a request is of; "" when there is none. Not for the hot path: it looks at each."""
+    """The name of the row that matches a request; "" when there is none. Not for the hot path: it tries each row."""
     given = path.split("/")
     for route in ROUTES.values():
         parts = route.path.split("/")
@@ -110,12 +113,11 @@ def name_of(method: str, path: str) -> str:
     return ""
 
 
-# ---- planes ----
+# ---- server roles ----
 #
-# Which requests a writer serves, which a reader, and which both: by method and path, before anything else is known.
-#
-# A writer makes, stops, keeps and forgets; a reader serves everything inside a sandbox, at the worker that has it. What
-# only looks at records both do, and both take heartbeats, so that workers stay while one of them is away.
+# The role that serves a request follows from its method and path alone. A writer creates, stops, archives and deletes;
+# a reader serves all requests into a sandbox, at its worker. Both serve requests that only read records, and both
+# accept heartbeats, so that workers stay available while one role is down.
 
 Role = Literal["write", "read"]
 
@@ -129,7 +131,7 @@ _ROCK_EITHER = {"sandboxes/batch"}
 
 
 def is_data(path: str) -> bool:
-    """Whether a path belongs to the data plane: something below a sandbox that is not the admin's, or a build."""
+    """Whether a path belongs to the data plane: a path below a sandbox that is not the admin's, or a build."""
     if path == BUILD:
         return True
     if not path.startswith(PREFIX):
@@ -139,7 +141,7 @@ def is_data(path: str) -> bool:
 
 
 def role_for(method: str, path: str) -> Role | None:
-    """Who serves a request; None is anybody. A WebSocket's method is GET."""
+    """The role that serves a request; None is any. A WebSocket's method is GET."""
     if is_data(path):
         return "read"
     if path.startswith(_ROCK):
@@ -147,7 +149,7 @@ def role_for(method: str, path: str) -> Role | None:
     if path.startswith(_GEM):
         return "write" if path.endswith("/make") else "read"
     if path.startswith((_TRAINING, "/env/", "/v1/envs")):
-        return "write"  # they may make a sandbox, or ask the writer's catalogue
+        return "write"  # they may create a sandbox, or read the writer's catalog
     if path.startswith(_CALLS):
         return None
     if path == "/v1/workers" or (path.startswith("/v1/workers/") and path.endswith("/beat")):

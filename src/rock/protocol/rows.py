@@ -1,4 +1,4 @@
-"""Rows of the control plane, which the admin answers: sandboxes, groups, environments, keys, workers."""
+"""Rows of the route table: the control plane (admin), the data plane (proxy to rocklet) and the node plane."""
 
 from __future__ import annotations
 
@@ -136,9 +136,9 @@ def control_rows() -> Iterator[Route]:
     )
 
 
-# ---- data_routes ----
+# ---- data plane ----
 #
-# Rows of the data plane, through the proxy to the rocklet: what is inside of sandboxes, and builds.
+# Requests through the proxy to the rocklet: into sandboxes, and builds.
 
 def data_rows() -> Iterator[Route]:
     # sessions
@@ -327,9 +327,9 @@ def data_rows() -> Iterator[Route]:
     )
 
 
-# ---- node_routes ----
+# ---- node plane ----
 #
-# Rows of the node plane: what an admin asks of a rocklet.
+# Requests of an admin to a rocklet.
 
 def node_rows() -> Iterator[Route]:
     yield row(

@@ -1,4 +1,4 @@
-"""What is asked for and what there is: `SandboxConfig`, `SandboxInfo` and the words in them."""
+"""The models of a sandbox: `SandboxConfig` (the request), `SandboxInfo` (the state), and the types in them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rock.protocol import egress
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?\s*$", re.IGNORECASE)
 _UNIT = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
-_LONGEST = 1 << 32  # seconds: beyond any use, and well within what can be added to a time
+_LONGEST = 1 << 32  # seconds: beyond any practical use, and small enough to be added to a time
 ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$"
 
 
@@ -31,8 +31,8 @@ def parse_size(text: str, what: str = "memory") -> int:
 
 
 def _plain(kind: type[Word]) -> type[Word]:
-    """Its members' `value` at the cost of an attribute. Python's own is a function's call, and is asked for by each
-    model that is written down or sent, for each word in it: a twentieth of what a burst of creates costs the server."""
+    """An enum whose members' `value` costs one attribute access. Python's own is a function call, and each model that
+    is stored or sent reads it for each enum value: a twentieth of the server's cost of a burst of creates."""
     type.__setattr__(kind, "value", property(attrgetter("_value_")))
     return kind
 
@@ -42,7 +42,7 @@ Word = TypeVar("Word", bound=StrEnum)
 
 @_plain
 class State(StrEnum):
-    """Where a sandbox is in its life; the moves between them are drawn in admin/sandboxes/lifecycle.py."""
+    """The state of a sandbox; admin/sandboxes/lifecycle.py shows the transitions."""
 
     PENDING = "pending"
     RUNNING = "running"
@@ -55,47 +55,48 @@ class State(StrEnum):
 
 @_plain
 class Cause(StrEnum):
-    """Why a sandbox is no longer running: what its tombstone says."""
+    """Why a sandbox no longer runs; its record stores it."""
 
     USER = "stopped_by_user"
     IDLE = "idle"
     DEADLINE = "deadline"
     OUT_OF_MEMORY = "out_of_memory"
-    DISK_FULL = "disk_full"  # its files took more than it may have
+    DISK_FULL = "disk_full"  # its files exceeded their limit
     START_FAILED = "start_failed"
-    EXITED = "exited"  # its pid 1 ended by itself; code inside may have caused it
-    LOST = "lost"  # its machine, or what runs sandboxes on it
+    EXITED = "exited"  # its pid 1 ended by itself, possibly by code inside
+    LOST = "lost"  # its machine, or the service that runs its sandboxes, was lost
 
 
 @_plain
 class Isolation(StrEnum):
-    """How far a sandbox is from its host, weakest first. All but the last two share the host's kernel."""
+    """Isolation level of a sandbox, weakest first. All but the last two share the host's kernel."""
 
     NONE = "none"  # a plain process
     LANDLOCK = "landlock"  # Landlock, seccomp and rlimits; no namespaces
     USERNS_SHARED_PROC = "userns-shared-proc"  # user namespaces, without a /proc of its own
     USERNS = "userns"  # user, pid, mount, net, ipc, uts namespaces, as an ordinary user
-    NAMESPACES = "namespaces"  # the same made by root: idmapped layers, a uid range and cgroups of its own
-    CONTAINER = "container"  # a container engine's
+    NAMESPACES = "namespaces"  # like `userns`, but made by root: idmapped layers, a uid range and cgroups of its own
+    CONTAINER = "container"  # of a container engine
     GVISOR = "gvisor"
     MICROVM = "microvm"
 
     @property
     def rank(self) -> int:
-        """Its place in this order."""
+        """Its position in this order."""
         return list(Isolation).index(self)
 
 
 class Wire(BaseModel):
-    """Base of everything that travels: unknown keys are refused, because a misspelt key must not pass in silence."""
+    """Base of all messages: unknown keys are rejected, so that a misspelled key is an error."""
 
-    # Deferred: what checks a message is made when the first one comes. All of them at once are a third of a start.
+    # Deferred: the validator of a model is built on its first use. Building all of them takes a third of the start
+    # time.
     model_config = ConfigDict(extra="forbid", validate_assignment=True, defer_build=True)
 
 
 class Inside(Wire):
-    """Base of messages whose strings reach an operating system, as paths, words or names: none has a NUL character.
-    texts: fields that may have one."""
+    """Base of messages whose strings reach an operating system, as paths, words or names: NUL characters are rejected.
+    texts: fields that may contain one."""
 
     texts: ClassVar[frozenset[str]] = frozenset()
 
@@ -118,8 +119,8 @@ def _has_nul(value: object) -> bool:
 
 
 class BaseConfig(Wire):
-    """How to reach the server. None of it travels. reconnect_timeout: seconds for which a call is tried again while the
-    server is away; None is ROCK_RECONNECT_TIMEOUT, 0 is not at all."""
+    """How to reach the server. These fields are not sent. reconnect_timeout: seconds for which a request is retried
+    while the server is unavailable; None is ROCK_RECONNECT_TIMEOUT, 0 disables retries."""
 
     base_url: str = Field(default_factory=settings.base_url, exclude=True)
     api_key: str | None = Field(default_factory=settings.api_key, exclude=True, repr=False)
@@ -129,36 +130,36 @@ class BaseConfig(Wire):
 
 
 class SandboxConfig(BaseConfig, Inside):
-    """A sandbox to be: what the user writes is what travels.
+    """The configuration of a new sandbox; the wire format has the same fields.
 
     image: "host" (this machine's own system, read-only) or the name of an image in the server's store.
-    memory, cpus: limits; they may be overcommitted. limit_cpus: a hard cap, when cpus is only the usual share.
-    pids: most processes and threads at once. disk: size limit of what is written; None is no limit. inodes: most
-        files, with a disk limit; None is one for 16 KiB of it. nofile: most open files of a process. shm_size: size of
-        /dev/shm, at most half of the memory; None is up to a quarter.
-    auto_clear_seconds: idle time after which it is stopped; 0 is never. Idle is without a call under way: a background
-        process alone does not keep a sandbox. timeout: seconds from its start after which it
-        is stopped in any case; None is never.
-    auto_delete_seconds: how long the files of a stopped one are kept, so that it can be restarted or archived: seconds
-        from its stop. None and 0 keep nothing: its files go with its stop.
-    auto_archive_seconds: keep the files too, and bring them to the server's archive so many seconds after the stop.
-        Excludes auto_delete_seconds.
+    memory, cpus: limits; they may be overcommitted. limit_cpus: a hard limit, when cpus is only the usual share.
+    pids: maximum number of processes and threads. disk: size limit of written files; None is no limit. inodes: maximum
+    number of files, with a disk limit; None is one per 16 KiB of it. nofile: maximum number of open files of a process.
+    shm_size: size of /dev/shm, at most half of the memory; None is up to a quarter.
+    auto_clear_seconds: idle timeout after which it is stopped; 0 is never. A sandbox is idle when no request is in
+    progress: a background process alone does not keep it alive. timeout: seconds from its start after which it is
+    stopped in any case; None is never.
+    auto_delete_seconds: retention of the files of a stopped sandbox, for a restart or archiving: seconds from its stop.
+    With None and 0 the files are deleted when it stops.
+    auto_archive_seconds: retain the files too, and move them to the server's archive so many seconds after the stop.
+    Excludes auto_delete_seconds.
     startup_timeout: seconds that a start may take.
-    network: "none" (its own, with loopback), "nat" (public addresses, by TCP), "host" or, of runtime "docker" alone,
-        "bridge" (the engine's own, which leads wherever that machine can reach).
-    egress: where it may connect to, and nowhere else, as in protocol/egress.py: "example.com", "*.example.org:443",
-        "203.0.113.0/24:22", "*". None is every public address. It goes with network "nat", which it implies.
-    runtime: name of the runtime; None is the server's default. oci_runtime: what runs a container, of runtime "docker"
-        alone; use_kata_runtime is "kata".
-    isolation: exactly this level; where no runtime is named, it chooses the one that gives it. minimum_isolation:
-        refuse to start with anything weaker.
-    env: environment of all that runs inside. labels: the user's own words, to list by.
-    public_registries: pull from public addresses alone, and from registries that the owner of the server has named; set
-        for each tenant.
-    sandbox_id: a name of your own choice; taken already is a Conflict.
+    network: "none" (its own, with loopback), "nat" (public addresses, by TCP), "host" or, for runtime "docker" alone,
+    "bridge" (the engine's own network, which reaches all destinations of that machine).
+    egress: the only allowed destinations, as in protocol/egress.py: "example.com", "*.example.org:443",
+    "203.0.113.0/24:22", "*". None is every public address. It requires network "nat", which it implies.
+    runtime: name of the runtime; None is the server's default. oci_runtime: the OCI runtime of a container, for runtime
+    "docker" alone; use_kata_runtime is "kata".
+    isolation: exactly this level; where no runtime is named, it selects the one that provides it. minimum_isolation:
+    reject a start with a weaker level.
+    env: environment of all programs inside. labels: the user's own key-value pairs, for filtering lists.
+    public_registries: pull only from public addresses, and from registries that the owner of the server has listed; set
+    for each tenant.
+    sandbox_id: a name of your own choice; a name in use is a Conflict.
     """
 
-    # JSON has no infinity: a record of one would come back as null, and not be read again.
+    # JSON has no infinity: it would be stored as null, and the record could not be read again.
     model_config = ConfigDict(allow_inf_nan=False)
 
     image: str = Field(default="python:3.11", min_length=1)
@@ -253,7 +254,7 @@ class SandboxConfig(BaseConfig, Inside):
         if self.egress is not None and self.network != "nat":
             if "network" in self.model_fields_set:
                 raise ValueError(f'egress cannot be enforced in network "{self.network}": use "nat"')
-            self.__dict__["network"] = "nat"  # an assignment would come here again
+            self.__dict__["network"] = "nat"  # an attribute assignment would call this validator again
             self.__pydantic_fields_set__.add("network")
         return self
 
@@ -270,8 +271,8 @@ class SandboxConfig(BaseConfig, Inside):
 
     @property
     def unchosen(self) -> set[str]:
-        """What has to be left out where this is written down or passed on: a network that nobody chose would come
-        back as one that somebody insists on."""
+        """Fields to omit when the config is stored or forwarded: a default network would otherwise return as an
+        explicit choice."""
         return {"network"} - self.model_fields_set
 
     @property
@@ -280,29 +281,29 @@ class SandboxConfig(BaseConfig, Inside):
 
     @property
     def disk_bytes(self) -> int:
-        """0 is no limit."""
+        """Disk limit in bytes; 0 is no limit."""
         return parse_size(self.disk, "disk") if self.disk is not None else 0
 
     @property
     def disk_inodes(self) -> int:
-        """Most files on a disk with a limit."""
+        """Maximum number of files on a disk with a limit."""
         return self.inodes if self.inodes is not None else max(1024, self.disk_bytes >> 14)
 
     @property
     def shm_bytes(self) -> int:
-        """0 is what the runtime gives."""
+        """Size of /dev/shm in bytes; 0 is the default of the runtime."""
         return parse_size(self.shm_size, "shm_size") if self.shm_size is not None else 0
 
     @property
     def keeps_files(self) -> bool:
-        """Whether what it wrote outlives its stop."""
+        """Whether the written files are retained after its stop."""
         return bool(self.auto_delete_seconds) or self.auto_archive_seconds is not None
 
 
 class SandboxGroupConfig(SandboxConfig):
-    """`size` equal sandboxes, asked for by one request. An error that may pass is tried again, `start_retry_times` in
-    all. start_concurrency: taken from programs that were written for ROCK; how many start at once is the workers' to
-    say. mode, placement: as of GroupRequest."""
+    """`size` equal sandboxes, created by one request. A transient error is retried, with `start_retry_times` attempts
+    in total. start_concurrency: accepted for compatibility with ROCK and ignored; the workers determine the
+    concurrency. mode, placement: as of GroupRequest."""
 
     size: int = Field(default=2, ge=1)
     mode: Literal["gang", "best_effort"] = "gang"
@@ -312,7 +313,7 @@ class SandboxGroupConfig(SandboxConfig):
 
 
 class Phase(Wire):
-    """A step of a start: `status` is waiting, running, success, failed or timeout."""
+    """A phase of a start: `status` is waiting, running, success, failed or timeout."""
 
     status: Literal["waiting", "running", "success", "failed", "timeout"] = "waiting"
     message: str = ""
@@ -321,7 +322,7 @@ class Phase(Wire):
 
 
 class Usage(Wire):
-    """Measured use of one sandbox: bytes, CPU seconds since its start, and processes."""
+    """Measured usage of one sandbox: bytes, CPU seconds since its start, and processes."""
 
     memory_bytes: int | None = None
     memory_peak_bytes: int | None = None
@@ -332,7 +333,7 @@ class Usage(Wire):
 
 
 class StateChange(Wire):
-    """One step of a sandbox's life. `key`: the idempotency key of the request that asked for it, if it had one."""
+    """One state change of a sandbox. `key`: the idempotency key of the request that caused it, if it had one."""
 
     from_state: State
     to_state: State
@@ -342,9 +343,10 @@ class StateChange(Wire):
 
 
 class ArchivedFiles(Wire):
-    """What a sandbox wrote, as one layer in the server's archive: `size` in bytes, `digest` "sha256:..." of the tar.
+    """The files that a sandbox wrote, as one layer in the server's archive: `size` in bytes, `digest` "sha256:..." of
+    the tar.
 
-    image_digest: of the image below it, without which it is of no use.
+    image_digest: of the image below it, which a restore requires.
     """
 
     size: int
@@ -353,8 +355,8 @@ class ArchivedFiles(Wire):
 
 
 class CommitRequest(Inside):
-    """Make an image of a sandbox: `image_tag` is its name. `push`: to the registry that is named there, with this
-    login, which is forgotten afterwards. public_registries: see SandboxConfig."""
+    """Make an image of a sandbox: `image_tag` is its name. `push`: to the registry in that name, with this login, which
+    is not stored. public_registries: see SandboxConfig."""
 
     image_tag: str = Field(min_length=1, max_length=400)
     registry_username: str | None = None
@@ -364,7 +366,7 @@ class CommitRequest(Inside):
 
 
 class CommitPhase(StrEnum):
-    """How far it is."""
+    """The progress of a commit."""
 
     RUNNING = "RUNNING"
     SUCCEEDED = "SUCCEEDED"
@@ -372,7 +374,7 @@ class CommitPhase(StrEnum):
 
 
 class CommitError(StrEnum):
-    """Why there is no image, in ROCK's words."""
+    """Why a commit failed, in ROCK's terms."""
 
     SANDBOX_NOT_FOUND = "SANDBOX_NOT_FOUND"
     WORKER_NOT_FOUND = "WORKER_NOT_FOUND"
@@ -388,10 +390,10 @@ class CommitError(StrEnum):
 
 
 class CommitStatus(Wire):
-    """An image that is or was made of a sandbox. Times are seconds since the epoch.
+    """The commit of a sandbox to an image, in progress or ended. Times are seconds since the epoch.
 
     image_digest: of the image here; pushed_digest: of its manifest in the registry. failed_stage: login, commit, push,
-    or dispatch, before a worker had it; error: what was raised, as it travels.
+    or dispatch, before a worker had it; error: the exception, in wire format.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -412,17 +414,18 @@ class CommitStatus(Wire):
 class SandboxInfo(Wire):
     """A sandbox as the server sees it. Times are seconds since the epoch, UTC.
 
-    enforced: how each limit is held on this host ("cgroup-v1", "cgroup-v2", "watched", "affinity", "rlimit", "none").
-    cause, reason: why it is no longer running, as a word and as a sentence.
-    kept: it does not run, and its files are on its worker: it can be restarted. archive: they are in the archive.
-    commit: of the last image that was made of it.
-    auto_stop_at, auto_archive_at, auto_delete_at: when that will happen by itself, as things are now.
+    enforced: how each limit is enforced on this host ("cgroup-v1", "cgroup-v2", "watched", "affinity", "rlimit",
+    "none").
+    cause, reason: why it no longer runs, as an enum value and as a sentence.
+    kept: it is stopped, and its files are on its worker: it can be restarted. archive: the files are in the archive.
+    commit: the last commit of it to an image.
+    auto_stop_at, auto_archive_at, auto_delete_at: times of the automatic actions, as of now.
     tenant: of the key that made it; "" is the server's owner.
-    group: that it was made with; gang: all of that group start, or none.
-    state_history: the last 100 steps, oldest first; lists leave it out unless asked.
+    group: the group that it was created with; gang: all of that group start, or none.
+    state_history: the last 100 state changes, oldest first; lists omit it by default.
     """
 
-    model_config = ConfigDict(extra="ignore")  # of a newer server
+    model_config = ConfigDict(extra="ignore")  # fields of a newer server are ignored
 
     sandbox_id: str
     state: State
@@ -468,30 +471,31 @@ class SandboxInfo(Wire):
     gang: bool = False
 
 
-# ---- encoded ----
+# ---- encoding ----
 #
-# Configs as JSON. One that many sandboxes have in common, as those of a burst or of a group, is encoded once.
+# Configs as JSON. A config that many sandboxes share, as in a burst or a group, is encoded once.
 
 _MOST = 256
 T = TypeVar("T", str, bytes)
-_travelling: dict[int, tuple[SandboxConfig, bytes]] = {}  # by identity, which is theirs for as long as they are here
+# by identity, which is valid while the config is referenced here
+_travelling: dict[int, tuple[SandboxConfig, bytes]] = {}
 _kept: dict[int, tuple[SandboxConfig, str]] = {}
 
 
 def travelling(config: SandboxConfig) -> bytes:
-    """As it is passed on to a worker."""
+    """The encoding for a worker."""
     return _encoded(_travelling, config, lambda: config.model_dump_json(exclude=config.unchosen).encode())
 
 
 def kept(config: SandboxConfig) -> str:
-    """As it is written down: without the registry's password, which is needed for one pull and never later, and
-    without what is not set, which is half of it."""
+    """The encoding for storage: without the registry password, which only one pull needs, and without unset fields,
+    which are half of it."""
     exclude = {"registry_password", *config.unchosen}
     return _encoded(_kept, config, lambda: config.model_dump_json(exclude=exclude, exclude_none=True))
 
 
 def _encoded(known: dict[int, tuple[SandboxConfig, T]], config: SandboxConfig, encode: Callable[[], T]) -> T:
-    if config.registry_password is not None:  # which is not remembered anywhere
+    if config.registry_password is not None:  # it is never stored
         return encode()
     entry = known.get(id(config))
     if entry is None or entry[0] is not config:

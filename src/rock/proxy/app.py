@@ -1,6 +1,6 @@
-"""The data plane's way in: finds the worker of a sandbox and hands the request on. Decides nothing else.
+"""The entry point of the data plane: finds the worker of a sandbox, checks the tenant, and forwards the request.
 
-With the worker in this process, the request goes to its ASGI application as it is: no copy, no second parse.
+With the worker in this process, the request is passed to its ASGI application unchanged: no copy, no second parse.
 """
 
 from __future__ import annotations
@@ -29,20 +29,21 @@ from rock.protocol.sandbox import Cause, SandboxInfo, State
 from rock.store.base import Store
 
 _REMEMBERED = 20_000
-_NOT_HERE = (ERROR_CODE.encode(), NotHere.code.encode())  # a program inside may answer 421 too
+_NOT_HERE = (ERROR_CODE.encode(), NotHere.code.encode())  # a program inside may respond with 421 too
 
 
 __all__ = ["Proxy", "is_data", "tell"]
 
 
 class Proxy:
-    """Routes by sandbox id. workers: ASGI applications by worker name, now. local: which of them is in this process.
+    """Routes by sandbox id. workers: the current ASGI applications by worker name. local: the one in this process.
 
-    On which worker a sandbox is changes when it comes from the archive alone; so that is remembered until its worker
-    does not hold it, or is gone: requests to what is known go on without the store.
+    The worker of a sandbox changes only when the sandbox is restored from the archive. The worker is therefore cached
+    until it reports that it does not have the sandbox, or is gone; requests to known sandboxes need no store access.
 
-    To a tenant's key nothing exists but what is its tenant's. Whose a sandbox is never changes (see
-    admin/tenants.py), so it is asked for once."""
+    A tenant's key accesses only sandboxes of its tenant. The tenant of a sandbox never changes (see admin/tenants.py),
+    so it is read once.
+    """
 
     def __init__(self, store: Store, workers: Mapping[str, App], local: str | None = None) -> None:
         self._store = store
@@ -50,20 +51,21 @@ class Proxy:
         self._local = None if local is None else workers[local]
         self._placed: OrderedDict[str, str] = OrderedDict()  # workers by id
         self._owned: OrderedDict[str, str] = OrderedDict()  # tenants by id
-        self._rows = Router("data")  # what a key has to be for: a worker elsewhere sees our key, not the caller's
+        # access rights are checked here: a remote worker receives our key, not the caller's
+        self._rows = Router("data")
         for route in ROUTES.values():
             if route.plane == "data":
                 self._rows.add(route, _elsewhere)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        tenant = caller_of(scope).tenant  # images are all tenants', and a matter of what a key may do
+        tenant = caller_of(scope).tenant  # images belong to all tenants and depend on the access rights of the key
         if tenant is not None and scope["path"] != BUILD and not await self._owns(tenant, _sandbox_id(scope)):
             await _refuse(scope, send, _not_found(_sandbox_id(scope)))
             return
         if self._local is None or (len(self._workers) > 1 and scope["path"] != BUILD):
             await self._forward(scope, receive, send)
             return
-        # One worker: it knows its sandboxes, so the store is asked only for what it does not know.
+        # With one worker, which knows its sandboxes, the store is read only for unknown ones.
         held = _Held(send)
         await self._local(scope, receive, held)
         if held.held:
@@ -99,7 +101,7 @@ class Proxy:
             await _refuse(scope, send, await self._explain(sandbox_id))
 
     def _check(self, scope: Scope) -> None:
-        """Forbidden for what its key is not for; NotFound for what is no row."""
+        """Forbidden for a missing access right; NotFound for an unknown route."""
         method = "WEBSOCKET" if scope["type"] == "websocket" else scope["method"]
         found = self._rows.match(method, scope["path"])
         if found is None:
@@ -107,7 +109,7 @@ class Proxy:
         caller_of(scope).require(found[2].access)
 
     async def _worker_of(self, sandbox_id: str) -> App:
-        """What holds a sandbox. NotFound, Unavailable; Lost for what went with its worker."""
+        """The worker of a sandbox. NotFound, Unavailable; Lost for a sandbox that was lost with its worker."""
         worker = self._workers.get(self._placed.get(sandbox_id, ""))
         if worker is not None:
             return worker
@@ -131,7 +133,7 @@ class Proxy:
         return worker
 
     async def _explain(self, sandbox_id: str) -> RockError:
-        """A worker does not hold the sandbox: what became of it."""
+        """A worker does not have the sandbox: returns the error that describes its end."""
         record = await self._store.get(sandbox_id)
         if record is None:
             return _not_found(sandbox_id)
@@ -143,7 +145,7 @@ async def _elsewhere(request: Request) -> Answer:
 
 
 class _Held:
-    """Passes an answer on, but keeps back that of a worker which does not hold the sandbox."""
+    """Forwards a response, but holds back that of a worker which does not have the sandbox."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -169,7 +171,7 @@ def _sandbox_id(scope: Scope) -> str:
 
 
 def tell(info: SandboxInfo) -> RockError:
-    """The error for a call to a sandbox that is not there (yet, or any more)."""
+    """The error for a request to a sandbox that does not exist yet, or that ended."""
     if info.state in (State.ARCHIVING, State.ARCHIVED, State.DELETED):
         hint = "restart it: its files are in the archive" if info.state is State.ARCHIVED else None
         return Expired(f"sandbox {info.sandbox_id} is {info.state.value}", sandbox_id=info.sandbox_id, hint=hint)

@@ -1,4 +1,4 @@
-"""Bytes of files in and out of a sandbox, streamed: never a whole file in memory."""
+"""File transfer into and out of a sandbox, and folders as tar, as streams: no file is held in memory completely."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def of(runtime: Runtime) -> Files:
 
 
 def inside(path: str) -> str:
-    """An absolute, normal path; InvalidConfig for anything that is none."""
+    """An absolute, normalized path; InvalidConfig for any other."""
     if not path.startswith("/"):
         raise InvalidConfig(f"the path {path!r} is not absolute", hint="paths inside begin with /")
     if "\0" in path:
@@ -61,7 +61,7 @@ class Reading:
         self.length = min(size - self.offset, size if length is None else length)
 
     async def chunks(self) -> AsyncGenerator[bytes]:
-        """Exactly `length` bytes; a file that shrinks meanwhile is an error, because a length was promised."""
+        """Exactly `length` bytes. A file that shrinks during the read is an error, because the length was announced."""
         left, at = self.length, self.offset
         try:
             while left > 0:
@@ -96,8 +96,8 @@ async def write_stream(
     mode: int | None,
     user: str | None,
 ) -> None:
-    """Write a file from a stream. Without `append` the old file is replaced at the end, at once, or stays as it was.
-    Conflict for an append that was cut in the middle."""
+    """Write a file from a stream. Without `append` the old file is replaced atomically at the end, or stays unchanged.
+    Conflict for an append that was interrupted."""
     files = of(runtime)
     fd, token = await files.open_write(handle, path, append=append, mode=mode, user=user)
     try:
@@ -111,7 +111,7 @@ async def write_stream(
             await asyncio.shield(files.abort_write(handle, token))
         if isinstance(error, OSError):
             raise full_or(error, path) from error
-        if written and isinstance(error, Disconnected):  # with the same key it must not begin anew
+        if written and isinstance(error, Disconnected):  # a retry with the same key must not start again
             raise Conflict(f"the connection ended in the middle of an append to {path}, a part of which may be written",
                            hint="look at its end") from error  # fmt: skip
         raise
@@ -149,12 +149,12 @@ def _write_parts(fd: int, parts: list[bytes]) -> None:
         data = data[os.write(fd, data) :]
 
 
-# ---- folders as tar -------------------------------------------------------------------------------------------------
+# ---- folders as tar ----
 
 
 async def pack(runtime: Runtime, handle: Handle, path: str) -> AsyncGenerator[bytes]:
-    """A file or folder as an uncompressed tar; names in it are relative to `path`. Links are kept as links;
-    FIFOs, sockets and devices are left out."""
+    """A file or folder as an uncompressed tar; names in it are relative to `path`. Links are stored as links; FIFOs,
+    sockets and devices are omitted."""
     files = of(runtime)
     top = await files.stat(handle, path)
     if top.kind != "directory":
@@ -213,14 +213,14 @@ async def _pack_one(files: Files, handle: Handle, path: str, name: str, found: F
 
 
 async def unpack(runtime: Runtime, handle: Handle, path: str, chunks: AsyncIterator[bytes]) -> None:
-    """Unpack a tar stream into a folder inside, made when missing. Names that lead out of it are refused, as are
-    device nodes and hard links out of it; each file is replaced at once."""
+    """Unpack a tar stream into a folder inside, which is created when missing. Names outside of it are rejected, as are
+    device nodes and hard links to files outside; each file is replaced atomically."""
     files = of(runtime)
     await files.make_dir(handle, path)
     loop = asyncio.get_running_loop()
     read_fd, write_fd = os.pipe()
     os.set_blocking(write_fd, False)
-    # A thread of its own: it blocks for as long as the sender likes, and the shared ones have other work to do.
+    # A dedicated thread: it blocks for as long as the sender wants, and the shared threads are needed for other work.
     thread = ThreadPoolExecutor(1, thread_name_prefix="rock-unpack")
     work = loop.run_in_executor(thread, _unpack_thread, read_fd, loop, files, handle, path)
     feed = asyncio.create_task(_feed_pipe(write_fd, chunks))
@@ -247,7 +247,7 @@ async def _feed_pipe(fd: int, chunks: AsyncIterator[bytes]) -> None:
 
 
 def _unpack_thread(fd: int, loop: asyncio.AbstractEventLoop, files: Files, handle: Handle, base: str) -> None:
-    """Runs beside the event loop, because tarfile reads blocking; each operation inside goes back to the loop."""
+    """Runs in a thread because tarfile reads block; each file operation inside runs on the event loop."""
 
     def do(work: object) -> object:
         return asyncio.run_coroutine_threadsafe(work, loop).result()  # type: ignore[arg-type]
@@ -261,7 +261,7 @@ def _unpack_thread(fd: int, loop: asyncio.AbstractEventLoop, files: Files, handl
         except tarfile.TarError as error:
             raise InvalidConfig(f"the archive is damaged: {error}") from error
         finally:
-            while raw.read(CHUNK):  # the sender is never left with a full pipe
+            while raw.read(CHUNK):  # drain the stream, so that the sender is not blocked by a full pipe
                 pass
 
 

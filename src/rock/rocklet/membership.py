@@ -1,13 +1,14 @@
-"""A rocklet that joined: it has a lease for as long as its heartbeats are answered.
+"""Membership of a worker: a rocklet that joined has a lease for as long as its heartbeats get responses.
 
-    join ──► epoch E, for `seconds`; each answered heartbeat: `seconds` from when that was sent
-      │ no answer for so long                                          │ the answer that epoch E is over
+    join ──► epoch E, for `seconds`; each acknowledged heartbeat extends the lease: `seconds` from its send time
+      │ no response for that time                                      │ the response that epoch E is over
       ▼                                                                ▼
-    no new sandboxes; those that run go on; join again ──► E     those that run are ended; join again ──► E + 1
-      │ policy "stop": no answer for `stop` seconds ──────────────────►┘
+    no new sandboxes; running ones continue; join again ──► E    running ones are ended; join again ──► E + 1
+      │ policy "stop": no response for `stop` seconds ────────────────►┘
 
-All of it is measured by this machine's clock since boot, which goes on while a machine is suspended. A server takes
-this worker for lost later than that. docs/decisions/0019-workers.md
+All times are measured by this machine's clock since boot, which continues while a machine is suspended. A server
+declares this worker lost later than that. Commands with an outdated fencing token are rejected.
+docs/decisions/0019-workers.md
 """
 
 from __future__ import annotations
@@ -38,22 +39,22 @@ from rock.rocklet.node import Node
 log = logging.getLogger("rock.worker")
 
 _RETRY = 1.0  # seconds between attempts to join
-_ANSWER = 3.0  # seconds that one server may take
+_ANSWER = 3.0  # seconds until one server has to respond
 _IMAGES_EVERY = 10.0
 _MOST_IMAGES = 200
-_AGAIN = 2.0  # seconds after which what does not end is ended again
+_AGAIN = 2.0  # seconds after which a failed end is repeated
 _HEADER = EPOCH.encode()
 
 
 def _now() -> float:
-    """Seconds since boot, those of a suspended machine counted."""
+    """Seconds since boot, including time in suspension."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if sys.platform == "linux" else time.monotonic()
 
 
 @dataclass(frozen=True)
 class Joining:
-    """What a rocklet joins by. servers: any of which may be asked. keep: sandboxes go on without a lease, until this
-    worker is told that it was declared lost; else they end before it is."""
+    """Settings for joining. servers: any of them may respond. keep: sandboxes continue without a lease, until a
+    response reports that this worker was declared lost; otherwise they end before it is."""
 
     servers: list[RemoteApp]
     name: str
@@ -62,7 +63,7 @@ class Joining:
 
 
 class Membership:
-    """The lease of this rocklet. file: where its identity and its last epoch are kept."""
+    """The lease of this rocklet. file: stores its identity and its last epoch."""
 
     def __init__(self, node: Node, joining: Joining, file: Path) -> None:
         self._node = node
@@ -73,19 +74,19 @@ class Membership:
         self._holder, self._epoch = _read(file)
         self._fresh = False
         self._lease: WorkerLease | None = None
-        self._until = float("-inf")  # the lease
-        self._stop_at = float("inf")  # when the policy "stop" ends what runs
-        self._again = asyncio.Event()  # somebody knows of a later epoch: ask at once
+        self._until = float("-inf")  # the end of the lease
+        self._stop_at = float("inf")  # when the policy "stop" ends the running sandboxes
+        self._again = asyncio.Event()  # a later epoch is known: send a heartbeat at once
         self._images: list[str] = []
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
     def holds(self) -> bool:
-        """Whether it has a lease now."""
+        """Whether the lease is valid now."""
         return self._lease is not None and _now() < self._until
 
     async def open(self) -> None:
-        """Join, or go on trying in the background. Raises what this rocklet has to change before it can."""
+        """Join, or retry in the background. Raises errors that require a change of this rocklet's settings."""
         try:
             await self._join()
         except (Conflict, Unavailable) as error:
@@ -95,14 +96,14 @@ class Membership:
                        asyncio.create_task(self._look_at_images(), name="images")]  # fmt: skip
 
     async def close(self) -> None:
-        """Send no more heartbeats. Sandboxes stay as they are, for the next rocklet of this machine."""
+        """Stop the heartbeats. Sandboxes stay unchanged, for the next rocklet of this machine."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for server in self._servers:
             await server.close()
 
-    # ---- the lease ----
+    # ---- lease ----
 
     async def _run(self) -> None:
         while True:
@@ -119,7 +120,8 @@ class Membership:
                 log.exception("heartbeat")
 
     async def _guard(self) -> None:
-        """End the lease in time, whatever a heartbeat waits for, and with the policy "stop" what runs."""
+        """End the lease in time, independent of a waiting heartbeat, and with the policy "stop" end the running
+        sandboxes."""
         while True:
             due = min(self._stop_at, self._until if self._lease is not None else float("inf"))
             await asyncio.sleep(min(max(due - _now(), 0.02), 0.5))
@@ -130,14 +132,14 @@ class Membership:
                 self._give_up("no server answered this worker for too long (ROCK_LEASE_LOST=stop)")
 
     def _give_up(self, why: str) -> None:
-        """End what runs here: this epoch is over, or will be."""
+        """End the running sandboxes: this epoch is over, or will be."""
         log.warning("%s", why)
         self._lease, self._stop_at = None, float("inf")
         self._fresh = True
         self._node.lose(why)
 
     def _leased(self, lease: WorkerLease, asked: float) -> None:
-        """A server answered what was sent at `asked`."""
+        """A server responded to the request that was sent at `asked`."""
         self._lease, self._until = lease, max(self._until, asked + lease.seconds)
         if not self._joining.keep:
             self._stop_at = asked + max(lease.stop, lease.seconds)
@@ -159,7 +161,7 @@ class Membership:
         self._until = float("-inf")
         self._leased(lease, asked)
         log.info("joined as worker %s, epoch %d, lease of %g s", lease.name, lease.epoch, lease.seconds)
-        await self._beat()  # by which a server knows that we know our epoch
+        await self._beat()  # this heartbeat shows the server that this worker knows its epoch
 
     async def _beat(self) -> None:
         beat = Beat(holder=self._holder, epoch=self._epoch, status=await self._status())
@@ -174,7 +176,7 @@ class Membership:
             self._leased(lease, asked)
 
     async def _stopped(self) -> None:
-        """Wait until nothing is left of what was given up."""
+        """Wait until all abandoned sandboxes are removed."""
         while self._fresh and self._node.has_sandboxes:
             if await self._node.emptied(_AGAIN):
                 return
@@ -185,9 +187,9 @@ class Membership:
                     log.error("sandbox %s does not end: %s; trying again", sandbox_id, error)
 
     async def _ask(self, method: str, path: str, body: bytes) -> WorkerLease:
-        """Of the first server that answers; the one that answered last is asked first."""
+        """The response of the first server that responds; the one that responded last is tried first."""
         last: RockError = Unavailable("there is no server to ask")
-        # Each try has the same time, however little of the lease is left: the last one is as good as the first.
+        # Each try has the same timeout, independent of the remaining lease, so the last try is as good as the first.
         each = _ANSWER if self._lease is None else min(_ANSWER, self._lease.seconds / (len(self._servers) + 1))
         for server in list(self._servers):
             try:
@@ -217,7 +219,7 @@ class Membership:
         return status.model_copy(update={"images": images, "host_ip": self._host})
 
     async def _look_at_images(self) -> None:
-        """Apart from the heartbeat, which waits for no thread."""
+        """A task apart from the heartbeat, which waits for no thread."""
         while True:
             try:
                 self._images = await asyncio.to_thread(self._names)
@@ -228,11 +230,11 @@ class Membership:
     def _names(self) -> list[str]:
         return [name for name in self._node.images.store.names() if len(name) < 1000][:_MOST_IMAGES]
 
-    # ---- commands ----
+    # ---- node plane ----
 
     def over(self, app: App) -> App:
-        """`app`, whose node plane takes only what is meant for this worker in this epoch, and makes nothing without a
-        lease."""
+        """Wrap `app`: its node plane accepts only commands for this worker in this epoch, and creates no sandboxes
+        without a lease."""
 
         async def held(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] == "http" and scope["path"].startswith("/node/"):
@@ -260,7 +262,7 @@ class Membership:
 
 
 def _read(file: Path) -> tuple[str, int]:
-    """Who this machine is, and the last epoch that it had."""
+    """Read the identity of this machine, and its last epoch."""
     try:
         kept = json.loads(file.read_text())
         holder, epoch = str(kept["holder"]), int(kept["epoch"])
@@ -291,9 +293,9 @@ def servers_of(
     return found
 
 
-# ---- fence ----
+# ---- fencing ----
 #
-# Commands of admins that lead no more are refused: each carries the token of its lease, and those only grow.
+# Each command of an admin has the token of its lease, and tokens only grow. Commands of a former leader are rejected.
 
 fence_log = logging.getLogger("rock.node")
 
@@ -301,14 +303,14 @@ _FENCE_HEADER = FENCE.encode()
 
 
 class FencingToken:
-    """The highest token that was seen, in a file, so that it is known to the next rocklet."""
+    """The highest token that was received, in a file, so that the next rocklet process knows it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._highest: int | None = None
 
     def check(self, text: str) -> None:
-        """Conflict for a token below one that was seen; InvalidConfig for what is none."""
+        """Conflict for a token below the highest one; InvalidConfig for an invalid one."""
         if not (text.isascii() and text.isdigit() and len(text) < 19):
             raise InvalidConfig(f"{text[:20]!r} is no token")
         token, highest = int(text), self._read()
@@ -329,7 +331,7 @@ class FencingToken:
         return self._highest
 
     def over(self, app: App) -> App:
-        """`app`, whose node plane refuses what comes too late."""
+        """Wrap `app`: its node plane rejects commands with an outdated token."""
 
         async def fenced(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] == "http" and scope["path"].startswith("/node/"):

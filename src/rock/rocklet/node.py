@@ -1,4 +1,4 @@
-"""Every sandbox on this machine: admit, create, find again after a restart, tell of ends, destroy."""
+"""All sandboxes of this machine: admission, creation, recovery after a restart, events of their ends, removal."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ log = logging.getLogger("rock.node")
 class Node:
     """The sandboxes of one machine.
 
-    runtimes: by name; `default` is the one for configs that name none. folder: see Shelf.
+    runtimes: by name; `default` is for configs that name none. folder: see StateDirectory.
     """
 
     def __init__(
@@ -71,10 +71,10 @@ class Node:
         self._used = UsedImages()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    # ---- life ----
+    # ---- start and stop ----
 
     async def open(self) -> None:
-        """Start the runtimes, find the sandboxes of a former run, and remove what has no record."""
+        """Open the runtimes, recover the sandboxes of an earlier run, and remove resources without a record."""
         self.state_dir.make()
         self.door.open()
         await self.runtimes.open()
@@ -83,12 +83,12 @@ class Node:
         await Recovery(self).run()
 
     def let_go(self) -> None:
-        """The server is about to stop: requests that wait for commands end now, and the commands go on."""
+        """Prepare for the stop of the server: requests that wait for commands end now, and the commands continue."""
         for supervisor in self.supervisors.values():
             supervisor.let_go()
 
     async def close(self) -> None:
-        """Let go of every sandbox and leave it running."""
+        """Detach from every sandbox and leave it running."""
         self.ends.closing = True
         tasks = [*self._creating.values(), *self._destroying.values(), *self._stopped.values(), *self._tasks]
         for task in tasks:
@@ -103,14 +103,15 @@ class Node:
         await self.runtimes.close()
         await self.ends.notify()
 
-    # ---- create and destroy ----
+    # ---- create, stop and destroy ----
 
     async def create(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
-        """Make a sandbox. The same id and config again is the same sandbox, made once."""
+        """Create a sandbox. A repetition with the same id and config returns the same sandbox."""
         return await self._started(sandbox_id, config, wake=False)
 
     async def wake(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
-        """Make a sandbox again over its kept files; one that runs stays as it is. Lost when there are no files."""
+        """Start a sandbox again from its retained files; a running one stays unchanged. Lost when there are no
+        files."""
         return await self._started(sandbox_id, config, wake=True)
 
     async def _started(self, sandbox_id: str, config: SandboxConfig, *, wake: bool) -> NodeSandbox:
@@ -120,7 +121,7 @@ class Node:
             raise held
         found = self.supervisors.get(sandbox_id)
         if found is not None:
-            # The registry password is not kept.
+            # The registry password is not stored.
             if found.config.model_copy(update={"registry_password": config.registry_password}) != config:
                 raise Conflict(f"sandbox {sandbox_id} exists already", sandbox_id=sandbox_id)
             return found.describe()
@@ -136,7 +137,7 @@ class Node:
             work = self._wake(sandbox_id, config) if wake else self._create(sandbox_id, config)
             task = asyncio.create_task(work, name=f"create-{sandbox_id}")
             self._creating[sandbox_id] = task
-            self.ends.forget(sandbox_id)  # of an earlier one with this name
+            self.ends.forget(sandbox_id)  # the end of an earlier sandbox with this name
             task.add_done_callback(lambda _: self._creating.pop(sandbox_id, None))
         await settled(task)
         if task.cancelled():
@@ -178,7 +179,7 @@ class Node:
     def supervise(
         self, sandbox_id: str, config: SandboxConfig, runtime: Runtime, handle: Handle, spools: str | None = None
     ) -> Supervisor:
-        """One that runs. spools: the name of the folder that it has already."""
+        """The supervisor of a running sandbox. spools: the name of its existing spool folder."""
         return Supervisor(sandbox_id, config, runtime, handle, self.state_dir, self._ended, spools, self._env_lease)
 
     @staticmethod
@@ -193,9 +194,11 @@ class Node:
         task.add_done_callback(self._tasks.discard)
 
     async def destroy(self, sandbox_id: str, grace: float = 0.0) -> NodeSandbox:
-        """Remove a sandbox and all it used, its kept files too. Idempotent: an unknown one answers as not alive.
+        """Remove a sandbox and all its resources, including retained files. Idempotent: an unknown id is reported as
+        not alive.
 
-        However many ask, and whoever of them leaves: it is done once, and all are answered when nothing is left.
+        Concurrent calls share one removal, which continues when callers disconnect; all get the response when it is
+        complete.
         """
         await self._ended_first(sandbox_id, self._stopped)
         return await _joined(self._destroying, sandbox_id, lambda: self._destroy(sandbox_id, grace))
@@ -207,19 +210,19 @@ class Node:
             await self.quarantine.remove(sandbox_id, sorted(others))
             await self.kept.remove(sandbox_id)
             return NodeSandbox(sandbox_id=sandbox_id)
-        supervisor.cause = supervisor.cause or Cause.USER  # from now on it is not found
+        supervisor.cause = supervisor.cause or Cause.USER  # from now on requests do not find it
         await faults.point("node.destroy.begun")
         await supervisor.destroy(grace)
         await faults.point("node.destroy.gone")
         await supervisor.forget()
         await faults.point("node.destroy.forgotten")
-        del self.supervisors[sandbox_id]  # only now: a destroy that failed can be repeated
+        del self.supervisors[sandbox_id]  # removed last, so that a failed destroy can be repeated
         return supervisor.describe()
 
     async def rest(self, sandbox_id: str, grace: float = 0.0) -> NodeSandbox:
-        """End a sandbox and keep its files. Idempotent: `kept` of the answer tells whether they are there.
+        """Stop a sandbox and retain its files. Idempotent: `kept` of the response reports whether they exist.
 
-        Done once, however many ask, as in `destroy`.
+        Concurrent calls share one operation, as in `destroy`.
         """
         await self._ended_first(sandbox_id, self._destroying)
         return await _joined(self._stopped, sandbox_id, lambda: self._rest(sandbox_id, grace))
@@ -239,13 +242,13 @@ class Node:
     async def unpack(
         self, sandbox_id: str, config: SandboxConfig, files: ArchivedFiles, data: AsyncIterator[bytes]
     ) -> NodeSandbox:
-        """Take in a sandbox from the archive, to be woken."""
+        """Restore a stopped sandbox from the archive, for a later `wake`."""
         await self._ended_first(sandbox_id, self._destroying, self._stopped)
         found = self.supervisors.get(sandbox_id)
         if found is not None:
             if found.config != config:
                 raise Conflict(f"sandbox {sandbox_id} exists already", sandbox_id=sandbox_id)
-            return found.describe()  # of a restore whose end was not seen
+            return found.describe()  # the response to an earlier restore was lost
         runtime = self.runtimes.of(config)
         await self.images.prepare(config)
         task = asyncio.ensure_future(self.kept.unpack(sandbox_id, config, runtime, files, data))
@@ -260,7 +263,7 @@ class Node:
         return self.kept.describe(sandbox_id)
 
     async def _after_creation(self, sandbox_id: str) -> Supervisor | None:
-        """The sandbox, once nobody makes it any more."""
+        """The sandbox, once its creation is complete."""
         creating = self._creating.get(sandbox_id)
         if creating is not None:
             creating.cancel()
@@ -269,14 +272,14 @@ class Node:
 
     @staticmethod
     async def _ended_first(sandbox_id: str, *ends: dict[str, asyncio.Task[NodeSandbox]]) -> None:
-        """Wait until none of these is under way for a sandbox."""
+        """Wait until none of these operations is in progress for a sandbox."""
         while tasks := {found[sandbox_id] for found in ends if sandbox_id in found}:
             await asyncio.wait(tasks)
 
-    # ---- find ----
+    # ---- lookup ----
 
     def get(self, sandbox_id: str) -> Supervisor:
-        """The sandbox, or the error that tells what became of it."""
+        """The sandbox, or the error that describes its end."""
         supervisor = self.supervisors.get(sandbox_id)
         if supervisor is not None and supervisor.cause is None:
             return supervisor
@@ -284,7 +287,7 @@ class Node:
         raise held or self.ends.error(sandbox_id) or NotHere(f"sandbox {sandbox_id} not found", sandbox_id=sandbox_id)
 
     async def look(self, sandbox_id: str, *, touch: bool = False, usage: bool = False) -> NodeSandbox:
-        """What is known of a sandbox now. NotFound when it is not here."""
+        """The current state of a sandbox. NotFound when it is not on this machine."""
         supervisor = self.supervisors.get(sandbox_id)
         if supervisor is None:
             held = self.quarantine.look(sandbox_id)
@@ -324,10 +327,10 @@ class Node:
             load=round(os.getloadavg()[0], 2),
         )
 
-    # ---- ends ----
+    # ---- ends of sandboxes ----
 
     def lose(self, reason: str) -> None:
-        """Every sandbox here is over from now on; what is left of them is removed in the background."""
+        """Give up every sandbox of this machine; their resources are removed in the background."""
         for task in self._creating.values():
             task.cancel()
         for supervisor in list(self.supervisors.values()):
@@ -336,7 +339,7 @@ class Node:
                 self._ended(supervisor, Cause.LOST, reason)
 
     async def emptied(self, seconds: float) -> bool:
-        """Wait for the ends that are under way, at most so long; whether nothing is left."""
+        """Wait for the removals in progress, up to a time limit; whether none is left."""
         tasks = [*self._creating.values(), *self._destroying.values(), *self._stopped.values(), *self._tasks]
         if tasks:
             await asyncio.wait(tasks, timeout=seconds)
@@ -344,11 +347,11 @@ class Node:
 
     @property
     def has_sandboxes(self) -> bool:
-        """Whether one runs, starts or is being ended."""
+        """Whether a sandbox runs, starts or is being ended."""
         return bool(self.supervisors or self._creating)
 
     def _ended(self, supervisor: Supervisor, cause: Cause, reason: str) -> None:
-        """A sandbox died by itself: tell of it, and remove what is left of it."""
+        """A sandbox ended by itself: publish an event, and remove its resources."""
         log.warning("sandbox %s ended: %s", supervisor.id, reason)
         self.ends.tell(supervisor.id, cause, reason)
         self._spawn(self._clean_up(supervisor))
@@ -365,7 +368,7 @@ class Node:
 async def _joined(
     tasks: dict[str, asyncio.Task[NodeSandbox]], sandbox_id: str, work: Callable[[], Coroutine[Any, Any, NodeSandbox]]
 ) -> NodeSandbox:
-    """The answer of the work that is under way for a sandbox, which is begun when there is none."""
+    """The result of the operation in progress for a sandbox; starts the operation when there is none."""
     task = tasks.get(sandbox_id)
     if task is None:
         task = tasks[sandbox_id] = asyncio.create_task(work(), name=f"end-{sandbox_id}")
@@ -374,14 +377,12 @@ async def _joined(
 
 
 # ---- creation ----
-#
-# A sandbox made by a runtime, step by step.
 
 Made = tuple[Runtime, Handle, dict[str, Phase]]
 
 
 async def make(runtimes: Runtimes, sandbox_id: str, config: SandboxConfig) -> Made:
-    """A new one, its image first."""
+    """Create a new sandbox, its image first."""
     runtime, began = runtimes.of(config), time.time()
     try:
         await runtimes.prepare_image(runtime, config)
@@ -398,7 +399,7 @@ async def make(runtimes: Runtimes, sandbox_id: str, config: SandboxConfig) -> Ma
 
 
 async def wake_sandbox(kept: RetainedSandboxes, sandbox_id: str, config: SandboxConfig) -> Made:
-    """One over its kept files."""
+    """Start a sandbox from its retained files."""
     began = time.time()
     await faults.point("node.wake.begun")
     runtime, handle = await kept.wake(sandbox_id, config)
@@ -412,14 +413,14 @@ def _done(message: str, began: float) -> Phase:
 
 # ---- recovery ----
 #
-# The sandboxes of a former run of the server, found again.
+# After a restart of the server, the sandboxes of the earlier run are recovered.
 
 
 _AT_ONCE = 16
 
 
 class Recovery:
-    """What a node does once, when its runtimes are open."""
+    """The recovery of a node, run once when its runtimes are open."""
 
     def __init__(self, node: Node) -> None:
         self._node = node
@@ -427,13 +428,13 @@ class Recovery:
         self._gate = asyncio.Semaphore(_AT_ONCE)
 
     async def run(self) -> None:
-        """Find again what runs or rests, and remove what has no record."""
+        """Recover running and stopped sandboxes, and remove resources without a record."""
         node = self._node
         await asyncio.gather(*(self._try(sandbox_id) for sandbox_id in node.state_dir.ids()))
         await node.runtimes.sweep(self._known)
         await asyncio.to_thread(node.state_dir.sweep_logs)
         unused = node.state_dir.unused({supervisor.spools.path.name for supervisor in node.supervisors.values()})
-        if node.quarantine.ids():  # some may be theirs
+        if node.quarantine.ids():  # some resources may belong to quarantined sandboxes
             node.quarantine.spools = unused
         else:
             await asyncio.to_thread(node.state_dir.sweep, unused)
@@ -442,12 +443,12 @@ class Recovery:
         async with self._gate:
             try:
                 await self._recover(sandbox_id)
-            except Exception as error:  # what is not understood is left as it is, for a server that does
+            except Exception as error:  # an unreadable record stays unchanged, for a server that can read it
                 log.exception("sandbox %s could not be found again", sandbox_id)
                 self._hold(sandbox_id, f"it could not be found again ({error!r})")
 
     def _hold(self, sandbox_id: str, why: str) -> None:
-        """Keep one that cannot be used: nothing of it is removed before somebody asks for that."""
+        """Quarantine a sandbox that cannot be used: its resources are removed only on request."""
         if not self._node.quarantine.add(sandbox_id, why):
             self._node.ends.tell(sandbox_id, Cause.LOST, f"{why}, and it ended while no server was running")
         for ids in self._known.values():
@@ -461,7 +462,7 @@ class Recovery:
         except OSError as error:
             self._hold(sandbox_id, f"its record on the server's disk cannot be read ({error.strerror})")
             return
-        except atomic_file.Damaged as error:  # what is not understood may be a newer server's
+        except atomic_file.Damaged as error:  # an unreadable record may be a newer server's
             log.error("the record of sandbox %s is damaged: %s", sandbox_id, error)
             self._hold(sandbox_id, "its record on the server's disk is damaged")
             return
@@ -487,9 +488,7 @@ class Recovery:
         log.info("found sandbox %s again, sessions: %s", sandbox_id, supervisor.sessions.names())
 
 
-# ---- ends ----
-#
-# Sandboxes of this machine that ended by themselves.
+# ---- events of ends ----
 
 _ERRORS: dict[Cause, type[RockError]] = {
     Cause.OUT_OF_MEMORY: OutOfMemory, Cause.DISK_FULL: DiskFull, Cause.EXITED: Exited, Cause.LOST: Lost}
@@ -498,9 +497,11 @@ _KEPT_ENDS = 5_000
 
 
 class Ends:
-    """Each is an event for whoever follows what happens here, and the answer to who asks for the sandbox later.
+    """The sandboxes that ended by themselves. Each end is an event for followers, and the error of later requests to
+    the sandbox.
 
-    boot: the run of the server that the numbers of the events belong to. closing: nobody has to wait for an event.
+    boot: the run of the server that the numbers of the events belong to. closing: calls return without waiting for
+    events.
     """
 
     def __init__(self, boot: str) -> None:
@@ -512,7 +513,7 @@ class Ends:
         self._ends: OrderedDict[str, tuple[Cause, str]] = OrderedDict()
 
     def tell(self, sandbox_id: str, cause: Cause, reason: str) -> None:
-        """One ended; whoever waits is told by `notify`."""
+        """Record one end; `notify` wakes the waiting calls."""
         self._ends[sandbox_id] = (cause, reason)
         while len(self._ends) > _KEPT_ENDS:
             self._ends.popitem(last=False)
@@ -526,11 +527,11 @@ class Ends:
             self._changed.notify_all()
 
     def forget(self, sandbox_id: str) -> None:
-        """Another has its name now."""
+        """Another sandbox uses the name now."""
         self._ends.pop(sandbox_id, None)
 
     def error(self, sandbox_id: str) -> RockError | None:
-        """What to tell who asks for one that ended; None when it did not."""
+        """The error for a request to a sandbox that ended; None when it did not."""
         found = self._ends.get(sandbox_id)
         if found is None:
             return None

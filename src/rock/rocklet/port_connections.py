@@ -1,4 +1,4 @@
-"""Connections to ports inside: made through the runtime, and cut when their sandbox ends or the server stops."""
+"""Connections to ports inside: opened through the runtime, and closed when their sandbox ends or the server stops."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 CONNECT_WITHIN = 10.0  # seconds
 CHUNK = 128 << 10
-_LOOPBACK = ("127.0.0.1", "::1")  # some servers listen on one of them only
+_LOOPBACK = ("127.0.0.1", "::1")  # some servers listen on only one of them
 
 
 class Connections:
-    """Those that are open to one sandbox."""
+    """The open connections of one sandbox."""
 
     def __init__(self) -> None:
         self._open: set[asyncio.WriteTransport] = set()
 
     @contextlib.contextmanager
     def holding(self, transport: asyncio.WriteTransport) -> Iterator[None]:
-        """One of them, which is closed when this ends, whatever it has not sent."""
+        """Register a connection, which is aborted at the end of the context, with its unsent data."""
         self._open.add(transport)
         try:
             yield
@@ -37,13 +37,13 @@ class Connections:
             transport.abort()
 
     def cut(self) -> None:
-        """Close all. Who waits for one sees its end."""
+        """Close all connections. Waiting callers see the end of their connection."""
         for transport in self._open:
             transport.abort()
 
 
 def port_of(text: str) -> int:
-    """A port's number; InvalidConfig when it is none."""
+    """A port number; InvalidConfig for an invalid one."""
     if not (text.isascii() and text.isdigit() and len(text) <= 5 and 0 < int(text) < 65536):
         raise InvalidConfig(f"{text[:40]!r} is not a port", hint="a number from 1 to 65535")
     return int(text)
@@ -63,7 +63,7 @@ async def dial(sandbox: Supervisor, port: int) -> socket.socket:
             pass
         except PortTimeout:
             raise
-        except RockError:  # it may have no IPv6 at all
+        except RockError:  # there may be no IPv6
             if host == _LOOPBACK[0]:
                 raise
     else:
@@ -74,7 +74,7 @@ async def dial(sandbox: Supervisor, port: int) -> socket.socket:
         )
     try:
         sock = socket.socket(fileno=fd)
-    except OSError as error:  # pid 1 runs inside, and may have been made to hand out anything
+    except OSError as error:  # pid 1 runs inside, and may return any kind of descriptor
         os.close(fd)
         raise PortFailed(f"port {port} gave no connection: {error}", sandbox_id=sandbox.id) from None
     sock.setblocking(False)
@@ -83,7 +83,8 @@ async def dial(sandbox: Supervisor, port: int) -> socket.socket:
 
 @contextlib.contextmanager
 def given_away(sock: socket.socket, sandbox: Supervisor, port: int) -> Iterator[None]:
-    """While what was dialled goes over to a transport: closed when that fails, as PortFailed where it broke."""
+    """Protects a new socket until a transport owns it: the socket is closed on failure, and a broken one raises
+    PortFailed."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -96,7 +97,7 @@ def given_away(sock: socket.socket, sandbox: Supervisor, port: int) -> Iterator[
 
 @contextlib.asynccontextmanager
 async def streams(sandbox: Supervisor, port: int) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """A connection to a port inside, to read from and to write to. Raises what `dial` does."""
+    """A connection to a port inside, as a pair of streams. Raises the errors of `dial`."""
     sock = await dial(sandbox, port)
     with given_away(sock, sandbox, port):
         reader, writer = await asyncio.open_connection(sock=sock, limit=CHUNK)

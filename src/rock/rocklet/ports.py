@@ -1,4 +1,4 @@
-"""HTTP to a port inside. The program there is not trusted: what it says is bounded and checked."""
+"""HTTP, WebSocket and TCP to a port inside. The program there is not trusted: its output is bounded and checked."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from rock.rocklet.node import Node
 from rock.rocklet.port_connections import CHUNK, dial, given_away, port_of, streams
 from rock.rocklet.sandbox import Supervisor
 
-# ---- port_headers ----
+# ---- headers ----
 #
-# What a request to a port and its answer say to the other side: pure.
+# The headers of requests to a port and of its responses. Pure.
 
 Headers = list[tuple[bytes, bytes]]
 
-PREFIX = "rock.prefix"  # in a scope: the path under which the caller asked for the port, where it is not ours
+PREFIX = "rock.prefix"  # in a scope: the external path prefix of the port, where it differs from ours
 MOST_HEADERS = 256
 _HOP_BY_HOP = {
     b"connection", b"expect", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection",
@@ -38,9 +38,9 @@ _HOP_BY_HOP = {
 }  # fmt: skip
 _OURS = {name.encode() for name in (ANSWER_WITHIN, OTHER_KEY, ERROR_CODE, HANDED_ON)}
 _REPLACED = {b"host", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-prefix", b"x-forwarded-proto"}
-# They would speak for the whole server, which is not the program's.
+# These headers would apply to the whole server, which does not belong to the program.
 _FOR_ALL = {b"alt-svc", b"clear-site-data", b"service-worker-allowed", b"strict-transport-security"}
-# A browser must not let a page from a sandbox act as a page of this server, which could drive its API.
+# A browser must not treat a page from a sandbox as a page of this server, because such a page could use its API.
 _CONFINED = (b"content-security-policy", b"sandbox allow-downloads allow-forms allow-modals allow-popups allow-scripts")
 _CONTROL = bytes([*range(9), *range(10, 32), 127])
 _HERE = {"localhost", "127.0.0.1", "::1", "0.0.0.0"}
@@ -48,7 +48,7 @@ _HERE = {"localhost", "127.0.0.1", "::1", "0.0.0.0"}
 
 @dataclass(frozen=True)
 class Target:
-    """What is asked of which port. path: with the query, as it was written. prefix: leads to the port from outside."""
+    """The port and path of a request. path: with the query, as received. prefix: the path of the port from outside."""
 
     port: int
     path: bytes
@@ -57,18 +57,18 @@ class Target:
 
     @property
     def host(self) -> str:
-        """As a program on the same machine would name it: development servers refuse other names."""
+        """The host name as a client on the same machine would send it: development servers reject other names."""
         return f"localhost:{self.port}"
 
 
 def target_of(request: Request) -> Target:
-    """What a request asks for. InvalidConfig, NotFound."""
+    """The target of a request. InvalidConfig, NotFound."""
     port = port_of(request.path["port"])
     raw: bytes = request.scope.get("raw_path") or request.scope["path"].encode()
     parts = raw.split(b"/", 6)  # "", v1, sandboxes, ID, ports, PORT, the rest
     known = ["v1", "sandboxes", request.path["sandbox_id"], "ports", request.path["port"]]
     if [unquote_to_bytes(part) for part in parts[1:6]] != [part.encode() for part in known]:
-        raise NotFound(f"no such route: {request.scope['path']}")  # a slash of it was written as %2F
+        raise NotFound(f"no such route: {request.scope['path']}")  # one of its slashes was encoded as %2F
     rest = b"/" + (parts[6] if len(parts) > 6 else b"")
     query: bytes = request.scope.get("query_string", b"")
     own = request.scope.get(PREFIX) or f"/v1/sandboxes/{request.path['sandbox_id']}/ports/{port}"
@@ -78,7 +78,7 @@ def target_of(request: Request) -> Target:
 
 
 def _kept(headers: Headers, *more: set[bytes]) -> Headers:
-    """Those that are not for the next hop only."""
+    """The headers that are not hop-by-hop."""
     drop = set().union(_HOP_BY_HOP, *more)
     for name, value in headers:
         if name.lower() == b"connection":
@@ -90,7 +90,7 @@ def inward_headers(request: Request, target: Target) -> Headers:
     """Headers for the program inside, without Host and framing."""
     client = (request.scope.get("client") or ("",))[0]
     chain = [part.strip() for part in (request.header(b"x-forwarded-for") or "").split(",")]
-    if client not in chain:  # a server that trusts what is in front of it has taken the client from there
+    if client not in chain:  # a server that trusts its proxy has already taken the client's address from this header
         chain.append(client)
     scheme = {"ws": "http", "wss": "https"}.get(request.scope["scheme"], request.scope["scheme"])
     told = {
@@ -104,7 +104,7 @@ def inward_headers(request: Request, target: Target) -> Headers:
 
 
 def outward_headers(status: int, headers: Headers, target: Target) -> Headers:
-    """Headers for the client. PortFailed when the program's cannot be passed on."""
+    """Headers for the client. PortFailed when the program's headers cannot be forwarded."""
     if not 200 <= status < 600:
         raise PortFailed(f"port {target.port} answered with the status {status}")
     if len(headers) > MOST_HEADERS:
@@ -121,7 +121,7 @@ def outward_headers(status: int, headers: Headers, target: Target) -> Headers:
 
 
 def relocated(location: bytes, target: Target) -> bytes:
-    """A redirection as the client has to see it: one to the same port stays on it."""
+    """A redirection as seen by the client: a redirection to the same port stays on it."""
     text = location.decode("latin-1")
     try:
         parts = urlsplit(text)
@@ -130,18 +130,18 @@ def relocated(location: bytes, target: Target) -> bytes:
         return location
     if host is None:
         if parts.scheme or not text.startswith("/"):
-            return location  # relative to the page, or no address of HTTP
+            return location  # relative to the page, or not an HTTP address
     elif parts.netloc != target.outside and (host not in _HERE or port != target.port):
         return location
     path = text[len(text) - len(text.split("//", 1)[1]) + len(parts.netloc) :] if host is not None else text
     if path == target.prefix or path.startswith(target.prefix + "/"):
-        return path.encode("latin-1")  # it knows X-Forwarded-Prefix
+        return path.encode("latin-1")  # the program supports X-Forwarded-Prefix
     return f"{target.prefix}{path if path.startswith('/') else '/' + path}".encode("latin-1")
 
 
-# ---- port_sockets ----
+# ---- WebSockets and tunnels ----
 #
-# WebSockets and plain connections to ports inside, over a WebSocket of the client.
+# Both run over a WebSocket of the client: a WebSocket of the program, or a plain TCP connection to it.
 
 def web_socket(node: Node) -> SocketHandler:
     async def handle(request: Request, receive: Receive, send: Send) -> None:
@@ -165,7 +165,7 @@ def web_socket(node: Node) -> SocketHandler:
 
 @contextlib.asynccontextmanager
 async def _joined(sandbox: Supervisor, target: Target, request: Request) -> AsyncIterator[ClientConnection]:
-    """The WebSocket of the program. InvalidStatus when it refuses; PortFailed, PortTimeout."""
+    """Connect to the WebSocket of the program. InvalidStatus when it rejects the handshake; PortFailed, PortTimeout."""
     path, _, query = target.path.decode("latin-1").partition("?")
     offered = [Subprotocol(name) for name in request.scope.get("subprotocols") or ()]
     address = WebSocketURI(False, "localhost", target.port, path, query)
@@ -196,7 +196,7 @@ def _cookies(program: ClientConnection, target: Target) -> list[tuple[bytes, byt
 
 
 async def _refuse(refusal: InvalidStatus, target: Target, send: Send) -> None:
-    """The program answered the handshake with something else: the client gets that."""
+    """Forward the program's response to a rejected handshake to the client."""
     said = refusal.response
     told = [(name.lower().encode(), value.encode("latin-1", "replace")) for name, value in said.headers.raw_items()]
     body = bytes(said.body or b"")
@@ -206,7 +206,7 @@ async def _refuse(refusal: InvalidStatus, target: Target, send: Send) -> None:
     await send({"type": "websocket.http.response.body", "body": body})
 
 
-# ---- a plain connection ----
+# ---- a TCP connection inside ----
 
 
 def tunnel(node: Node) -> SocketHandler:
@@ -223,7 +223,7 @@ def tunnel(node: Node) -> SocketHandler:
 
 
 class _Tunnel:
-    """Bytes both ways. Each direction ends by itself, with an empty message."""
+    """Bytes in both directions. Each direction ends separately, with an empty message."""
 
     def __init__(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, receive: Receive, send: Send
@@ -232,7 +232,7 @@ class _Tunnel:
         self._writer = writer
         self._receive = receive
         self._send = send
-        self._quiet = asyncio.Event()  # the client has said all
+        self._quiet = asyncio.Event()  # set when the client has ended its direction
 
     async def run(self) -> None:
         self._gone = asyncio.create_task(self._closed())
@@ -275,12 +275,12 @@ class _Tunnel:
         if not whole:
             await self._send({"type": "websocket.close", "code": 1011, "reason": "the connection inside broke"})
             return
-        self._writer.close()  # once all is sent
+        self._writer.close()  # after all data is sent
         await asyncio.wait({self._gone}, timeout=CLOSE_WITHIN)
         await self._send({"type": "websocket.close", "code": 1000})
 
     async def _copy(self) -> bool:
-        """All that the program says; False when the connection broke before its end."""
+        """Copy the program's output; False when the connection broke before its end."""
         while True:
             try:
                 data = await self._reader.read(CHUNK)
@@ -291,7 +291,7 @@ class _Tunnel:
             await self._send({"type": "websocket.send", "bytes": data})
 
     async def _both_ended(self) -> None:
-        """Until the client has said all too, or the connection is gone."""
+        """Wait until the client has ended its direction too, or the connection is closed."""
         quiet = asyncio.create_task(self._quiet.wait())
         try:
             await asyncio.wait({quiet, self._gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -299,21 +299,20 @@ class _Tunnel:
             quiet.cancel()
 
 
-# ---- ports ----
-#
+# ---- HTTP ----
 
 
 log = logging.getLogger("rock.ports")
 
-HEAD_LIMIT = 64 << 10  # bytes, of all heads that come before the answer's body
-INFORMATIONAL = 32  # answers 1xx before the answer
+HEAD_LIMIT = 64 << 10  # bytes, of all heads before the body of the response
+INFORMATIONAL = 32  # responses 1xx before the final response
 _LINES = 1024
-_PIECE = 4 << 10  # bytes of heads parsed at once
+_PIECE = 4 << 10  # bytes of heads that are parsed at once
 _Event = h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]
 
 
 def patience_of(request: Request) -> float:
-    """Seconds that a program has for the head of its answer."""
+    """Seconds until the program has to send the head of its response."""
     text = request.header(ANSWER_WITHIN.encode())
     try:
         value = float(text) if text else 120.0
@@ -325,7 +324,7 @@ def patience_of(request: Request) -> float:
 
 
 class Relay(Answer):
-    """The answer of a port, asked for and passed on when it is sent."""
+    """The response of a port; the request runs when the response is sent."""
 
     def __init__(self, sandbox: Supervisor, request: Request) -> None:
         super().__init__()
@@ -340,7 +339,7 @@ class Relay(Answer):
 
 
 class _Exchange:
-    """One request over a connection of its own. Either side may stop before the other has."""
+    """One request over a connection of its own. Either side may end before the other."""
 
     def __init__(
         self,
@@ -356,13 +355,13 @@ class _Exchange:
         self._writer = writer
         self._patience = patience
         self._http = h11.Connection(h11.CLIENT, max_incomplete_event_size=HEAD_LIMIT)
-        self._in_head = True  # the answer's own has not come
+        self._in_head = True  # the head of the final response is incomplete
         self._bytes = self._lines = 0  # of heads
-        self._limit: asyncio.Timeout | None = None  # while the head of the answer is awaited
+        self._limit: asyncio.Timeout | None = None  # set while the head of the response is awaited
         self._left = False
         self._heard = False
         self._unparsed = b""
-        self._since = 0.0  # when the parsing began that others wait for
+        self._since = 0.0  # start time of the current parsing, for which other tasks wait
 
     async def run(self, send: Send) -> None:
         head = self._first()
@@ -376,10 +375,10 @@ class _Exchange:
             client.cancel()
             await asyncio.gather(client, return_exceptions=True)
 
-    # ---- to the program ----
+    # ---- request ----
 
     def _first(self) -> bytes:
-        """The head of the request. InvalidConfig when it cannot be said in HTTP/1.1."""
+        """The head of the request. InvalidConfig when HTTP/1.1 cannot represent it."""
         headers = inward_headers(self._request, self._target)
         coding = (self._request.header(b"transfer-encoding") or "").strip().lower()
         if coding:
@@ -397,7 +396,7 @@ class _Exchange:
         return head or b""
 
     async def _serve_client(self, head: bytes) -> None:
-        """Pass the body on, then watch whether the client stays."""
+        """Forward the body, then watch whether the client stays connected."""
         try:
             try:
                 await self._put(head)
@@ -406,7 +405,8 @@ class _Exchange:
                 await self._put(self._http.send(h11.EndOfMessage()))
                 self._expect(self._patience)
             except (OSError, h11.LocalProtocolError):
-                # It does not read, and may have answered all the same. The client shall get to hear that.
+                # The program stopped reading, and may have sent a response before. The client has to receive that
+                # response.
                 self._expect(self._patience)
                 async for _ in self._request.chunks():
                     pass
@@ -422,13 +422,13 @@ class _Exchange:
             self._writer.write(data)
             async with asyncio.timeout(self._patience):
                 await self._writer.drain()
-        self._expect(None)  # it is the client's turn
+        self._expect(None)  # the client has to send next
 
     def _expect(self, seconds: float | None) -> None:
         if self._limit is not None and not self._limit.expired():
             self._limit.reschedule(None if seconds is None else asyncio.get_running_loop().time() + seconds)
 
-    # ---- from the program ----
+    # ---- response ----
 
     async def _head(self) -> h11.Response:
         try:
@@ -454,7 +454,8 @@ class _Exchange:
                 if isinstance(event, h11.Data) and event.data:
                     await send({"type": "http.response.body", "body": bytes(event.data), "more_body": True})
         except (PortFailed, Disconnected) as error:
-            # The head is out: an answer without its end is the only honest sign left, and makes the server hang up.
+            # The head was sent already. An incomplete response is the only remaining error signal, and makes the server
+            # close the connection.
             log.debug("port %d: an answer broke off: %s", self._target.port, error)
             return
         await send({"type": "http.response.body", "body": b""})
@@ -476,7 +477,7 @@ class _Exchange:
             self._http.receive_data(data)
 
     def _refuse_endless(self, data: bytes) -> None:
-        """Before one more piece of heads is parsed. PortFailed."""
+        """Check the limits before one more piece of heads is parsed. PortFailed."""
         if self._bytes > HEAD_LIMIT or self._lines > _LINES:
             raise PortFailed(f"port {self._target.port} answered with what is no HTTP: more than {HEAD_LIMIT} bytes or "
                              f"{_LINES} lines of headers")  # fmt: skip
@@ -484,7 +485,7 @@ class _Exchange:
         self._lines += data.count(b"\n")
 
     async def _more(self) -> bytes:
-        """What comes next; b"" at the end."""
+        """The next bytes; b"" at the end."""
         try:
             data = await self._reader.read(CHUNK)
             cut = not data and self._writer.transport.is_closing()
@@ -492,14 +493,14 @@ class _Exchange:
             data, cut = b"", True
         if self._left:
             raise Disconnected
-        if cut:  # by us or by it; its own end is told from that, for answers which have no length
+        if cut:  # closed by either side; a response without a length relies on a regular end
             raise PortFailed(f"the connection to port {self._target.port} broke")
         self._heard = self._heard or bool(data)
         self._since = asyncio.get_running_loop().time()
         return data
 
     async def _yield(self) -> None:
-        """Let others have the loop, once this has had it for long: what came at once may be thousands of pieces."""
+        """Yield to the event loop after a long time slice: the received data may contain thousands of chunks."""
         loop = asyncio.get_running_loop()
         if loop.time() - self._since > BUDGET:
             await rounds().wait()

@@ -1,4 +1,4 @@
-"""Sandboxes of this machine that do not run, and whose files are kept."""
+"""Stopped sandboxes of this machine with retained files, and the quarantine of sandboxes with damaged records."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ log = logging.getLogger("rock.node")
 
 @dataclass(frozen=True)
 class StoppedSandboxes:
-    """One of them. `runtime` is a Keeps."""
+    """One stopped sandbox. `runtime` implements Keeps."""
 
     config: SandboxConfig
     runtime: Runtime
@@ -34,12 +34,13 @@ class StoppedSandboxes:
 
 
 class RetainedSandboxes:
-    """Those at rest, by id. Their records are on the shelf, so that the rocklet after this one knows them too."""
+    """The stopped sandboxes, by id. The state directory holds their records, so that the next rocklet process knows
+    them too."""
 
     def __init__(self, state_dir: StateDirectory) -> None:
         self._state_dir = state_dir
         self._stopped: dict[str, StoppedSandboxes] = {}
-        self._read: Counter[str] = Counter()  # how many archives and images are being made of each
+        self._read: Counter[str] = Counter()  # number of archives and images in progress by sandbox
 
     def __contains__(self, sandbox_id: str) -> bool:
         return sandbox_id in self._stopped
@@ -48,11 +49,11 @@ class RetainedSandboxes:
         return sorted(self._stopped)
 
     def configs(self) -> dict[str, SandboxConfig]:
-        """Of all of them, by id."""
+        """Configs of all stopped sandboxes, by id."""
         return {name: found.config for name, found in self._stopped.items()}
 
     async def recover(self, config: SandboxConfig, runtime: Runtime, handle: Handle) -> bool:
-        """Take over one that is at rest, or was on its way there or back; False when its files are gone."""
+        """Recover a sandbox that is stopped, or was being stopped or started; False when its files are missing."""
         assert isinstance(runtime, Keeps)
         try:
             kept = await runtime.rest(handle)
@@ -63,7 +64,7 @@ class RetainedSandboxes:
         return True
 
     async def rest(self, supervisor: Supervisor, grace: float) -> NodeSandbox:
-        """Bring a running one to rest. Lost when its files are gone."""
+        """Stop a running sandbox and retain its files. Lost when its files are missing."""
         handle = await supervisor.rest(grace)
         self._stopped[supervisor.id] = StoppedSandboxes(supervisor.config, supervisor.runtime, handle)
         return self.describe(supervisor.id)
@@ -75,7 +76,7 @@ class RetainedSandboxes:
         return NodeSandbox(sandbox_id=sandbox_id, kept=True, runtime=found.handle.runtime)
 
     async def wake(self, sandbox_id: str, config: SandboxConfig) -> tuple[Runtime, Handle]:
-        """Make it again over its files. Its record still says that it rests: the caller writes another. Lost."""
+        """Start a sandbox from its files. Its record still marks it as stopped; the caller writes another. Lost."""
         found = self._stopped.get(sandbox_id)
         if found is None:
             raise Lost(f"the files of sandbox {sandbox_id} are not on this machine", sandbox_id=sandbox_id)
@@ -92,7 +93,7 @@ class RetainedSandboxes:
             raise Unavailable(f"the files of sandbox {sandbox_id} are being read", sandbox_id=sandbox_id, hint="retry")
 
     async def pack(self, sandbox_id: str, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:
-        """Its files as a layer's tar, see `Keeps.pack`. Lost."""
+        """Pack its files as a layer's tar, see `Keeps.pack`. Lost."""
         with self.reading(sandbox_id) as found:
             assert isinstance(found.runtime, Keeps)
             async with contextlib.aclosing(found.runtime.pack(found.handle, limit)) as stream:
@@ -101,7 +102,7 @@ class RetainedSandboxes:
 
     @contextlib.contextmanager
     def reading(self, sandbox_id: str) -> Iterator[StoppedSandboxes]:
-        """One of them, which stays where it is meanwhile. Lost."""
+        """A stopped sandbox, protected against changes in this context. Lost."""
         found = self._stopped.get(sandbox_id)
         if found is None:
             raise Lost(f"the files of sandbox {sandbox_id} are not on this machine", sandbox_id=sandbox_id)
@@ -116,7 +117,7 @@ class RetainedSandboxes:
     async def unpack(
         self, sandbox_id: str, config: SandboxConfig, runtime: Runtime, files: ArchivedFiles, data: AsyncIterator[bytes]
     ) -> None:
-        """Take in one that is at rest elsewhere; one that is here already stays as it is. See `Keeps.unpack`."""
+        """Restore a sandbox that was archived; one that is here already stays unchanged. See `Keeps.unpack`."""
         if sandbox_id in self._stopped:
             return
         assert isinstance(runtime, Keeps)
@@ -125,11 +126,11 @@ class RetainedSandboxes:
         self._stopped[sandbox_id] = StoppedSandboxes(config, runtime, handle)
 
     def awake(self, sandbox_id: str) -> None:
-        """It runs, and has the record of one that does."""
+        """The sandbox runs, and its record marks it as running."""
         del self._stopped[sandbox_id]
 
     async def remove(self, sandbox_id: str) -> None:
-        """Remove its files. Nothing happens to one that is not at rest."""
+        """Remove its files. No effect when the sandbox is not stopped."""
         found = self._stopped.get(sandbox_id)
         if found is not None:
             self._refuse_read(sandbox_id)
@@ -140,13 +141,13 @@ class RetainedSandboxes:
 
 # ---- quarantine ----
 #
-# Sandboxes of which the record is damaged: kept alive, not usable, and ended on request.
+# A sandbox with a damaged record is left alive, is not usable, and is ended on request.
 
 
 
 @dataclass(frozen=True)
 class _Held:
-    """One of them. data: what its runtime noted of it, None when nothing is found."""
+    """A quarantined sandbox. data: the runtime's own record of it, None when there is none."""
 
     reason: str
     runtime: str
@@ -159,14 +160,15 @@ class _Held:
 
 
 class Quarantine:
-    """Those of this machine, by id. folder: the run folder, in which each runtime has a folder with its own records."""
+    """The quarantined sandboxes of this machine, by id. folder: the run folder, where each runtime has a folder with
+    its own records."""
 
     def __init__(self, state_dir: StateDirectory, runtimes: Runtimes, folder: Path) -> None:
         self._state_dir = state_dir
         self._runtimes = runtimes
         self._folder = folder
         self._held: dict[str, _Held] = {}
-        self.spools: list[str] = []  # folders that may be theirs: a damaged record does not say
+        self.spools: list[str] = []  # spool folders that may belong to them: a damaged record does not name its folder
 
     def __contains__(self, sandbox_id: object) -> bool:
         return sandbox_id in self._held
@@ -175,7 +177,7 @@ class Quarantine:
         return sorted(self._held)
 
     def add(self, sandbox_id: str, why: str) -> bool:
-        """Keep one; whether it is alive."""
+        """Add a sandbox; returns whether it is alive."""
         reason = f"{why}; it was kept and cannot be used"
         found = _Held(reason, "", None)
         for name in self._runtimes.names():
@@ -198,7 +200,7 @@ class Quarantine:
         return next((found for found in self.describe() if found.sandbox_id == sandbox_id), None)
 
     def error(self, sandbox_id: str) -> Lost | None:
-        """For a call to one of them."""
+        """The error for a request to a quarantined sandbox."""
         held = self._held.get(sandbox_id)
         if held is None:
             return None
@@ -207,7 +209,8 @@ class Quarantine:
                     hint=f"rock rm {sandbox_id} ends it; rock doctor store tells what is damaged")  # fmt: skip
 
     async def remove(self, sandbox_id: str, others: list[str]) -> None:
-        """End one and remove all that it used; its damaged record is set aside. others: ids of all other sandboxes."""
+        """End a sandbox and remove all its resources; its damaged record is set aside. others: ids of all other
+        sandboxes."""
         held = self._held.get(sandbox_id)
         if held is None:
             return

@@ -1,4 +1,4 @@
-"""The runtimes of this machine: which of them a sandbox is made with, and whether it could be."""
+"""The runtimes of this machine: selection for a sandbox config, availability, and their resources."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger("rock.node")
 
 
 class Runtimes:
-    """By name; `default` is the name of the one for configs that name none."""
+    """Runtimes by name; `default` is the name of the one for configs that name none."""
 
     def __init__(self, by_name: dict[str, Runtime], default: str, images: Images) -> None:
         self._by_name = by_name
@@ -32,10 +32,11 @@ class Runtimes:
     def names(self) -> list[str]:
         return list(self._by_name)
 
-    # ---- life ----
+    # ---- start and stop ----
 
     async def open(self) -> None:
-        """Open all; one that cannot be opened refuses from then on. Raises when the default one says why."""
+        """Open all runtimes; one that cannot be opened rejects requests from then on. Raises when the default one
+        fails."""
         for runtime in list(self._by_name.values()):
             await self._open(runtime)
 
@@ -51,7 +52,7 @@ class Runtimes:
             self._by_name = {**self._by_name, runtime.name: BrokenRuntime(runtime.name, _told(error))}
 
     async def sweep(self, known: dict[str, list[str]]) -> None:
-        """Remove what has no record. known: the ids of what has one, by runtime."""
+        """Remove resources without a record. known: ids of sandboxes with a record, by runtime."""
         for name, runtime in self._by_name.items():
             await self._sweep(runtime, known[name])
 
@@ -61,7 +62,7 @@ class Runtimes:
             swept = await runtime.sweep(known)
         except RockError as error:
             log.warning("runtime %s cannot look for what has no record: %s", runtime.name, error)
-        except Exception:  # of a runtime from elsewhere: the others are none the worse
+        except Exception:  # an error of a third-party runtime must not affect the others
             log.exception("runtime %s fails when it looks for what has no record", runtime.name)
         else:
             if swept:
@@ -71,10 +72,10 @@ class Runtimes:
         for runtime in self._by_name.values():
             await runtime.close()
 
-    # ---- which ----
+    # ---- selection ----
 
     def of(self, config: SandboxConfig) -> Runtime:
-        """The one for a config. InvalidConfig or Unsupported when there is none."""
+        """The runtime for a config. InvalidConfig or Unsupported when there is none."""
         name = config.runtime or self._giving(config.isolation)
         try:
             runtime = self._by_name[name]
@@ -94,7 +95,8 @@ class Runtimes:
         return runtime
 
     def _giving(self, isolation: Isolation | None) -> str:
-        """The runtime for who names a level and no runtime: the default if it gives that, else one that does."""
+        """The runtime for a config with an isolation level and no runtime: the default if it provides that level, else
+        another one."""
         if isolation is None or getattr(self._by_name[self.default], "isolation", None) == isolation:
             return self.default
         for name, runtime in self._by_name.items():
@@ -105,9 +107,9 @@ class Runtimes:
                           hint="`rock doctor` tells what is missing here")
 
     async def check(self, config: SandboxConfig) -> None:
-        """Raise what a create would raise at once; starts nothing."""
+        """Raise the errors that a create would raise at once; starts nothing."""
         runtime = self.of(config)
-        # What has to be installed first is checked when it is.
+        # Prerequisites that are installed on first use are checked at that time.
         if await self._has_image(runtime, config):
             await runtime.check(config)
 
@@ -119,29 +121,29 @@ class Runtimes:
         return not _mounts_images(runtime) or self._images.is_ready(config)
 
     async def prepare_image(self, runtime: Runtime, config: SandboxConfig) -> None:
-        """Have the image of a sandbox where its runtime needs it; `fetching` tells how far that is."""
+        """Prepare the image of a sandbox for its runtime; `fetching` reports the progress."""
         with self.fetching.of(config.image) as tell:
             if isinstance(runtime, OwnImages):
                 await runtime.prepare_image(config, tell)
             elif _mounts_images(runtime):
                 await self._images.prepare(config, tell)
 
-    # ---- what they know ----
+    # ---- reports ----
 
     async def connections(self, sandbox_id: str) -> ConnectionList:
-        """What a sandbox connected to, for as long as that is remembered."""
+        """The connections of a sandbox, for as long as they are remembered."""
         for runtime in self._by_name.values():
             if isinstance(runtime, Connects) and (found := await runtime.connections(sandbox_id)).total:
                 return found
         return ConnectionList()
 
     def gpus(self) -> tuple[Sequence[str], int]:
-        """The kinds of those that there are, one each, and how many are unused."""
+        """The kinds of all GPUs, one entry each, and the number of unused ones."""
         return next((r.gpus() for r in self._by_name.values() if isinstance(r, Accelerates)), ([], 0))
 
 
 def _mounts_images(runtime: Runtime) -> bool:
-    """Whether the server's store has to have an image before a sandbox is made of it."""
+    """Whether the server's store needs the image before a sandbox of it is created."""
     return any(Trait.IMAGES in traits for traits in runtime.traits.values())
 
 

@@ -1,4 +1,4 @@
-"""One sandbox from create to destroy: its sessions, processes and environments, and the tasks that watch them."""
+"""One running sandbox: its sessions, processes and environments, its record, and the tasks that watch it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from rock.runtime.base import Handle, Keeps, Limits, Runtime, Watches
 
 
 class Supervisor:
-    """Owns everything of one sandbox on this machine. `ended` is called once, when it dies by itself."""
+    """Owns all resources of one sandbox on this machine. `ended` is called once, when the sandbox ends by itself."""
 
     def __init__(
         self,
@@ -54,12 +54,14 @@ class Supervisor:
         self.cause: Cause | None = None
         self.reason: str | None = None
         self.processes: dict[str, programs.Background] = {}
-        self.executions: set[programs.Execution] = set()  # those with a key, which go on without a server
+        # programs with an idempotency key, which continue when the server stops
+        self.executions: set[programs.Execution] = set()
         self.leaving = False
-        self._over = asyncio.Event()  # it has ended, or is being stopped
+        self._over = asyncio.Event()  # set when it has ended, or is being stopped
         self.env_host: EnvHost | None = None
         self._env_lease = env_lease
-        self._env_host_kept = False  # a former rocklet's is there; asked only when it is needed, as it may hang
+        # a host of an earlier rocklet process exists; attached only on use, because it may hang
+        self._env_host_kept = False
         self.connections = Connections()
         self.spools = state_dir.spools(spools)
         self.journal = Journal(self.spools)
@@ -71,17 +73,17 @@ class Supervisor:
         self._save_lock = asyncio.Lock()
         self._watch = asyncio.create_task(self._watch_end(), name=f"watch-{sandbox_id}")
 
-    # ---- what is kept on disk, for the rocklet after this one ----
+    # ---- record for the next rocklet process ----
 
     def save(self) -> None:
-        """Write the record: replaced at once, so that a crash leaves the old one or the new one."""
+        """Write the record: replaced atomically, so that a crash leaves the old one or the new one."""
         with contextlib.suppress(OSError):
             self.spools.make()
             self._marked = True
         atomic_file.replace(self._state_dir.record(self.id), self._record())
 
     async def saved(self) -> None:
-        """Write the record without holding up anybody else."""
+        """Write the record without blocking the event loop."""
         async with self._save_lock:
             await asyncio.to_thread(atomic_file.replace, self._state_dir.record(self.id), self._record())
 
@@ -91,7 +93,7 @@ class Supervisor:
                        spools=self.spools.path.name, marked=self._marked)  # fmt: skip
 
     async def recover(self, record: dict[str, Any]) -> None:
-        """Take over the sessions and processes of a former rocklet; what is gone is left out."""
+        """Recover the sessions and processes of an earlier rocklet process; those that ended are omitted."""
         self._marked = bool(record.get("marked"))
         self.journal.load(expected=self._marked)
         kept = await self.runtime.processes(self.handle)
@@ -111,7 +113,7 @@ class Supervisor:
     # ---- activity ----
 
     def active(self) -> Supervisor:
-        """Context of a call, which counts as activity for as long as it lasts."""
+        """Context of a request, which counts as activity while it lasts."""
         return self
 
     def __enter__(self) -> None:
@@ -122,7 +124,7 @@ class Supervisor:
         self._last = time.monotonic()
 
     async def during(self, stream: AsyncGenerator[bytes]) -> AsyncGenerator[bytes]:
-        """A stream that counts as activity for as long as it is read: a slow client is not an idle sandbox."""
+        """A stream that counts as activity while it is read: a slow client does not make the sandbox idle."""
         with self.active():
             async with contextlib.aclosing(stream):
                 async for part in stream:
@@ -153,13 +155,13 @@ class Supervisor:
             environments=self.env_host.load() if self.env_host is not None else None,
         )
 
-    # ---- programs ----
+    # ---- processes ----
 
     async def shell_for(self, command: Command) -> Shell | None:
         return await self.sessions.find_shell() if isinstance(command.command, str) else None
 
     async def start_process(self, command: Command, key: str) -> programs.Background:
-        """Start one in the background, under a name that nobody else has."""
+        """Start a background process under a unique name."""
         sh = await self.shell_for(command)
         process = await programs.start(
             self.runtime, self.handle, command, sh, key=programs.KEY + key, keep=True, stdin=True
@@ -173,7 +175,7 @@ class Supervisor:
             await self.saved()
             await faults.point("process.saved")
         except BaseException as error:
-            # Nobody would know of it.
+            # The process would have no record.
             await asyncio.shield(process.kill_tree())
             if key in self.processes:
                 await self.processes.pop(key).forget()
@@ -186,7 +188,7 @@ class Supervisor:
         return background
 
     async def adopt_process(self, key: str, command: Command) -> programs.Background:
-        """Take over one that a former rocklet had started, and of which it had not written yet. NotFound."""
+        """Attach to a process that an earlier rocklet process started and had not recorded. NotFound."""
         process = await self.runtime.attach(self.handle, programs.KEY + key)
         folder = self._state_dir.logs(self.id) / key
         folder.mkdir(parents=True, exist_ok=True)
@@ -214,17 +216,17 @@ class Supervisor:
 
     @property
     def hosts_environments(self) -> bool:
-        """Whether a host was started, by this rocklet or a former one."""
+        """Whether a host was started, by this rocklet process or an earlier one."""
         return self.env_host is not None or self._env_host_kept
 
     async def environments(self) -> EnvHost:
-        """The host of environments in this sandbox, started when first used."""
+        """The host of environments in this sandbox, started on first use."""
         async with self._env_lock:
             if self.env_host is not None and self.env_host.failed is not None:
                 await self.env_host.close()
                 self.env_host = None
             if self.env_host is None:
-                own = requirements_of(self.config.image) is None  # an image like any other hosts with its own Python
+                own = requirements_of(self.config.image) is None  # an ordinary image hosts with its own Python
                 adapter = datasets.adapter_of(self.config.image)
                 host = EnvHost(self.runtime, self.handle, folder=None if own else CURRENT, adapter=adapter,
                                lease=self._env_lease)  # fmt: skip
@@ -257,7 +259,7 @@ class Supervisor:
         self._over.set()
 
     async def ends_within(self, seconds: float) -> bool:
-        """Whether it ends, or somebody begins to stop it, within that time."""
+        """Whether it ends, or is being stopped, within that time."""
         if seconds <= 0:
             return self._over.is_set()
         try:
@@ -268,7 +270,7 @@ class Supervisor:
         return True
 
     def let_go(self) -> None:
-        """The server is about to stop: whoever waits is told so, and what runs goes on. Idempotent."""
+        """Prepare for the stop of the server: waiting requests get an error, and programs continue. Idempotent."""
         self.leaving = True
         self.connections.cut()
         self.sessions.let_go()
@@ -276,7 +278,7 @@ class Supervisor:
             execution.let_go()
 
     async def detach(self) -> None:
-        """Let go of it and leave it running, for a rocklet that comes after this one."""
+        """Detach from it and leave it running, for the next rocklet process."""
         self.let_go()
         await self.journal.let_go()
         await self._end_tasks()
@@ -289,7 +291,7 @@ class Supervisor:
         self.spools.close()
 
     async def destroy(self, grace: float) -> None:
-        """End it and remove all that it used."""
+        """End it and remove all its resources."""
         await self._let_go()
         if grace > 0:
             await self.runtime.stop(self.handle, grace)
@@ -297,7 +299,7 @@ class Supervisor:
         await self._close_all()
 
     async def rest(self, grace: float) -> Handle:
-        """End it and keep its files: the handle of what is kept. The intent is on disk first."""
+        """End it and retain its files: returns the handle of the files. The intent is written to disk first."""
         assert isinstance(self.runtime, Keeps)
         await self._let_go()
         async with self._save_lock:
@@ -312,7 +314,7 @@ class Supervisor:
         return kept
 
     async def _let_go(self) -> None:
-        """Nobody waits for its end, opens a session or has a connection any more."""
+        """Stop watching for its end, opening sessions, and connections to its ports."""
         self._over.set()
         self.connections.cut()
         await self._end_tasks()
@@ -331,9 +333,9 @@ class Supervisor:
         await self.journal.close()
 
     async def forget(self) -> None:
-        """Remove what is kept of it on disk, once it is gone."""
+        """Remove its files of the rocklet on disk, after its end."""
         if self.processes:  # logs may be large
             await asyncio.to_thread(self._state_dir.remove, self.id)
         else:
             self._state_dir.remove(self.id)
-        self._state_dir.give_back(self.spools)  # now that no record names it
+        self._state_dir.give_back(self.spools)  # after the record that names it was removed

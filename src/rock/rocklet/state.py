@@ -1,4 +1,4 @@
-"""What of sandboxes is on disk for the rocklet after this one."""
+"""Persisted sandbox state: the state directory, from which a restarted rocklet recovers its sandboxes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _FREE_SPOOLS = 16
 
 
 class StateDirectory:
-    """What is kept on disk for the rocklet after this one, and what sandboxes learn from each other.
+    """The state directory of a rocklet, and knowledge that sandboxes of one image share.
 
-    folder/records/ID   config, handle, sessions and processes of a sandbox
-    folder/logs/ID/     a folder a background process
-    folder/spools/N/    what else has to outlive the rocklet: its record says which is whose
-    shells              by runtime, image and wish: where the last sandbox had its shell
+        folder/records/ID   config, handle, sessions and processes of a sandbox
+        folder/logs/ID/     one folder per background process
+        folder/spools/N/    spool files; the record of a sandbox names its folder
+        shells              path of the shell of the last sandbox, by runtime, image and requested shell
     """
 
     def __init__(self, folder: Path) -> None:
@@ -33,7 +33,7 @@ class StateDirectory:
         self._logs = folder / "logs"
         self._spools = folder / "spools"
         self.damaged = folder.parent / "damaged"
-        self._free: list[SpoolFolder] = []  # empty ones, for the next sandboxes
+        self._free: list[SpoolFolder] = []  # empty folders for the next sandboxes
         self.shells: dict[tuple[str, str, str | None], Shell] = {}
 
     def make(self) -> None:
@@ -51,30 +51,31 @@ class StateDirectory:
         return self._logs / sandbox_id
 
     def ids(self) -> list[str]:
-        """All that have a record."""
+        """The ids of all sandboxes that have a record."""
         return sorted(name for name in os.listdir(self._records) if not name.startswith("."))
 
     def load(self, sandbox_id: str) -> tuple[SandboxConfig, Handle, dict[str, Any]]:
-        """wholefile.Damaged. OSError. Whatever else is raised: a record of a newer version."""
+        """Read a record. atomic_file.Damaged. OSError. Any other exception: a record of a newer version."""
         record = atomic_file.parsed(Path(self.record(sandbox_id)).read_bytes())
         handle = record["handle"]
         handle["isolation"] = Isolation(handle["isolation"])
         return SandboxConfig.model_validate(record["config"]), Handle(**handle), record
 
     def rest(self, config: SandboxConfig, handle: Handle) -> None:
-        """Write the record of a sandbox that does not run, or is about not to, and whose files are kept."""
+        """Write the record of a sandbox that is stopped, or is being stopped or started, and whose files are
+        retained."""
         atomic_file.replace(self.record(handle.id), written(config, handle, stopped=True))
 
-    # ---- folders of spool files
+    # ---- spool folders ----
 
     def spools(self, name: str | None = None) -> SpoolFolder:
-        """That of a sandbox of a former rocklet, or one for a new sandbox."""
+        """The spool folder of a sandbox of an earlier rocklet process, or an empty one for a new sandbox."""
         if name is None and self._free:
             return self._free.pop()
         return SpoolFolder(self._spools / os.path.basename(name or os.urandom(6).hex()), self.damaged)
 
     def give_back(self, spools: SpoolFolder) -> None:
-        """Of a sandbox that has no record any more."""
+        """Return the folder of a sandbox that has no record any more."""
         if len(self._free) < _FREE_SPOOLS and spools.clear():
             self._free.append(spools)
         else:
@@ -88,11 +89,11 @@ class StateDirectory:
                 shutil.rmtree(self._logs / name, ignore_errors=True)
 
     def unused(self, used: set[str]) -> list[str]:
-        """Folders that former rocklets left, but those `used`."""
+        """The folders of earlier rocklet processes, except those in `used`."""
         return [name for name in os.listdir(self._spools) if name not in used]
 
     def sweep(self, names: Sequence[str]) -> None:
-        """Remove what former rocklets left for sandboxes that are gone."""
+        """Remove the files of sandboxes that no longer exist."""
         for name in names:
             shutil.rmtree(self._spools / name, ignore_errors=True)
 
@@ -101,15 +102,15 @@ class StateDirectory:
             spools.remove()
         self._free.clear()
 
-    # ---- removing
+    # ---- removal ----
 
     def remove(self, sandbox_id: str) -> None:
-        self.remove_logs(sandbox_id)  # first: as long as there is a record, the next start goes on with the removal
+        self.remove_logs(sandbox_id)  # first: as long as the record exists, the next start repeats the removal
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.record(sandbox_id))
 
     def set_aside(self, sandbox_id: str) -> None:
-        """Move a damaged record to where it can be looked at. OSError."""
+        """Move a damaged record to the folder for inspection. OSError."""
         self.damaged.mkdir(parents=True, exist_ok=True, mode=0o700)
         with contextlib.suppress(FileNotFoundError):
             os.replace(self.record(sandbox_id), self.damaged / f"record-{sandbox_id}")

@@ -1,5 +1,7 @@
-"""What the admin remembers: one record a sandbox, with a version, so that two writers cannot both win.
-Beside them API keys and leases."""
+"""The store interface of the admin: versioned sandbox records, API keys, leases, quotas and workers.
+
+Each record has a version, so that of two concurrent writers only one succeeds.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
 
 @dataclass(slots=True)
 class Record:
-    """A sandbox as remembered; nobody changes one. `key`: the idempotency key of its creation, unique in its tenant
-    where there is one. id, tenant, state: of its info."""
+    """A stored sandbox; immutable. `key`: the idempotency key of its creation, unique in its tenant where there is one.
+    id, tenant, state: of its info."""
 
     info: SandboxInfo
     config: SandboxConfig
@@ -31,7 +33,7 @@ class Record:
         self.id, self.tenant, self.state = self.info.sandbox_id, self.info.tenant, self.info.state
 
     def at(self, version: int) -> Record:
-        """The same record as it is saved with that version."""
+        """The same record with the version under which it is saved."""
         return Record(self.info, self.config, self.key, version)
 
     def changed(self, **fields: object) -> Record:
@@ -45,7 +47,8 @@ def member(group_id: str, number: int) -> str:
 
 
 def ordered(records: Sequence[Record], group_id: str) -> Sequence[Record]:
-    """Those of a group alone, in its order; ids that begin alike may be others'."""
+    """The records of the group, in its order. Records of other groups whose ids have the same prefix are filtered
+    out."""
     mine = (record for record in records if record.info.group == group_id)
     return sorted(mine, key=lambda record: int(record.id[len(group_id) + 1 :]))
 
@@ -59,16 +62,16 @@ def id_taken(sandbox_id: str) -> Conflict:
 
 
 class VersionConflict(Exception):
-    """Somebody else changed the record since it was read."""
+    """Another writer changed the record since it was read."""
 
 
 @dataclass(frozen=True)
 class Query:
-    """Which records to list: equality on fields of `info`, labels that must match; newest first.
+    """A query for records: equality on fields of `info`, and labels that must match; newest first.
 
-    after: the `created_at` and id of the last record of the page before.
-    left: only those whose files are kept on a worker or in the archive.
-    tenant: whose; "" is the server's owner, None is everybody.
+    after: the `created_at` and id of the last record of the previous page.
+    left: only records whose files are retained on a worker or in the archive.
+    tenant: the owner; "" is the server's owner, None is all tenants.
     """
 
     states: Sequence[State] = ()
@@ -82,8 +85,8 @@ class Query:
 
 @dataclass(frozen=True)
 class Lease:
-    """Something that one process at a time may do. token: grows with each change of hands, never otherwise; whoever
-    is commanded by a holder refuses a token below one that it has seen."""
+    """A lease that one process at a time may hold. token: the fencing token; it grows with each new holder, and workers
+    reject a token below one that they have received."""
 
     name: str
     holder: str
@@ -91,9 +94,10 @@ class Lease:
 
 
 class Store(Protocol):
-    """Where records live. Every method raises StorageFull or Unavailable when the medium fails.
+    """The store of records. Every method raises StorageFull or Unavailable when the database fails.
 
-    shared: other servers may use it at the same time. workers: those that joined."""
+    shared: other servers may use it at the same time. workers: the workers that joined.
+    """
 
     shared: bool
 
@@ -105,29 +109,31 @@ class Store(Protocol):
     async def close(self) -> None: ...
 
     async def identity(self) -> str:
-        """A word that this store got when it was made, and no other has. A copy has that of its original."""
+        """The identity of this store, chosen at its creation and unique. A copy has that of its original."""
         ...
 
     def missing(self) -> str | None:
-        """What is missing of a store that was not opened yet; None when nothing is, or it cannot be known."""
+        """The missing part of a store that was not opened yet; None when it is complete, or when that cannot be
+        determined."""
         ...
 
     async def insert(self, record: Record, quota: Quota | None = None) -> Record:
-        """Add a record. Conflict when the id is taken; when the key is, the record that has it comes back.
+        """Add a record. Conflict when the id is taken; when the key is in use, returns the record that has it.
 
-        quota: of its tenant; QuotaExceeded. However many ask at once, here or elsewhere, it is exact."""
+        quota: of its tenant; QuotaExceeded. The check is exact for concurrent requests, here or on other servers.
+        """
         ...
 
     async def insert_group(
         self, records: Sequence[Record], quota: Quota | None = None, whole: bool = True
     ) -> Sequence[Record]:
-        """Add equal records of one group and tenant in one transaction: all, or without `whole` the first that the
-        quota takes. Only the first has an idempotency key; when it is taken, the group that has it comes back.
-        Conflict, QuotaExceeded."""
+        """Add equal records of one group and tenant in one transaction: all, or without `whole` as many as the quota
+        allows, from the first on. Only the first has an idempotency key; when it is in use, the group that has it is
+        returned. Conflict, QuotaExceeded."""
         ...
 
     async def group(self, group_id: str, tenant: str | None) -> Sequence[Record]:
-        """The records of a group, in its order; None is anybody's."""
+        """The records of a group, in its order; tenant None is all tenants."""
         ...
 
     async def get(self, sandbox_id: str) -> Record | None: ...
@@ -137,8 +143,8 @@ class Store(Protocol):
         ...
 
     async def put(self, record: Record, quota: Quota | None = None) -> Record:
-        """Save over the version that was read; its config stays. VersionConflict when that is no longer the newest.
-        quota: for a step that starts it again."""
+        """Save over the version that was read; the config stays unchanged. VersionConflict when a newer version exists.
+        quota: for a step that starts the sandbox again."""
         ...
 
     async def delete(self, sandbox_id: str) -> None: ...
@@ -146,7 +152,7 @@ class Store(Protocol):
     async def list(self, query: Query) -> Sequence[Record]: ...
 
     async def count(self, tenant: str | None = None) -> dict[str, int]:
-        """Number of records by state; of all, or of one tenant."""
+        """Number of records by state; of all tenants, or of one."""
         ...
 
     async def tally(self) -> dict[tuple[str, str], int]:
@@ -154,57 +160,59 @@ class Store(Protocol):
         ...
 
     async def prune(self, before: float) -> int:
-        """Forget stopped and deleted sandboxes that ended before that time, but for those whose files are kept.
+        """Delete records of stopped and deleted sandboxes that ended before that time, except those with retained
+        files.
 
-        Answers how many."""
+        Returns their number.
+        """
         ...
 
     def watch(self) -> AsyncGenerator[str]:
-        """Ids of records as they are added, changed and removed, by whomever, from the first step on; "" says that
-        some may have been missed."""
+        """Ids of records that any server adds, changes or removes, from the first iteration on; "" means that some may
+        have been missed."""
         ...
 
     # ---- API keys ----
 
     async def add_key(self, digest: str, info: KeyInfo) -> None:
-        """Remember a key by its digest."""
+        """Store a key by its digest."""
         ...
 
     async def key_of(self, digest: str) -> KeyInfo | None:
-        """A key by its digest, a revoked one too."""
+        """A key by its digest, including revoked keys."""
         ...
 
     async def keys(self) -> Sequence[KeyInfo]:
-        """All, oldest first."""
+        """All keys, oldest first."""
         ...
 
     async def revoke_key(self, key_id: str, at: float) -> KeyInfo:
-        """End it; one that is ended stays as it is. NotFound."""
+        """Revoke it; a revoked key stays unchanged. NotFound."""
         ...
 
     # ---- leases ----
 
     async def take_lease(self, name: str, holder: str, seconds: float) -> Lease | None:
-        """Have it, or have it longer: `seconds` from now. None while somebody else has it."""
+        """Acquire or renew a lease: `seconds` from now. None while another process holds it."""
         ...
 
     async def drop_lease(self, name: str, holder: str) -> None:
-        """Give it back, if it is ours."""
+        """Release the lease, if this process holds it."""
         ...
 
 
 # ---- quotas ----
 #
-# Whether more sandboxes fit a quota: pure. A store asks inside the transaction that adds them.
+# The check whether more sandboxes fit a quota. Pure. A store calls it inside the transaction that adds them.
 
-COUNTED = (State.PENDING, State.RUNNING, State.STOPPING)  # states in which a sandbox takes of its tenant's quota
+COUNTED = (State.PENDING, State.RUNNING, State.STOPPING)  # states in which a sandbox counts for its tenant's quota
 WINDOW = 60.0  # seconds
-_SOMETHING_STOPS = 5.0  # seconds to wait when only a stop makes room
+_SOMETHING_STOPS = 5.0  # seconds of Retry-After when only the end of a sandbox frees capacity
 
 
 @dataclass(frozen=True)
 class Used:
-    """What a tenant has now. starts: within the window; oldest: seconds since the first of them."""
+    """The current usage of a tenant. starts: within the window; oldest: seconds since the first of them."""
 
     sandboxes: int = 0
     cpus: float = 0.0
@@ -214,12 +222,12 @@ class Used:
 
 
 def cpus_of(config: SandboxConfig) -> float:
-    """What it counts as: a share that may grow to a cap is that cap."""
+    """The CPUs that count for the quota: the hard limit, where there is one."""
     return max(config.cpus, config.limit_cpus or 0.0)
 
 
 def check(quota: Quota, used: Used, config: SandboxConfig, count: int = 1) -> None:
-    """Raise QuotaExceeded when `count` of them do not fit."""
+    """Raise QuotaExceeded when `count` more do not fit."""
     wanted = (
         ("sandboxes", quota.sandboxes, used.sandboxes, count),
         ("cpus", quota.cpus, used.cpus, cpus_of(config) * count),
@@ -243,7 +251,7 @@ def check(quota: Quota, used: Used, config: SandboxConfig, count: int = 1) -> No
 
 
 def fitting(quota: Quota, used: Used, config: SandboxConfig, count: int) -> int:
-    """How many of `count` fit. QuotaExceeded when none does."""
+    """The number of `count` that fit. QuotaExceeded when none fits."""
     check(quota, used, config)
     least, most = 1, count
     while least < most:
@@ -259,42 +267,42 @@ def fitting(quota: Quota, used: Used, config: SandboxConfig, count: int) -> int:
 
 # ---- workers ----
 #
-# The workers that joined: one row each, changed under the epoch and the heartbeat that were read.
+# The workers that joined: one row each. An update requires the epoch and the heartbeat that were read.
 
 COLUMNS = "name, holder, url, epoch, beat, lost, draining, version, status"
 
 
 class Workers(Protocol):
-    """Each method raises Unavailable or StorageFull when the medium fails."""
+    """The workers that joined. Each method raises Unavailable or StorageFull when the database fails."""
 
     async def join(self, spec: JoinWorker) -> WorkerInfo:
-        """Have it, under the epoch that it goes on with, or under a new one. Conflict while another holder of the name
-        is not lost."""
+        """Add a worker, under its current epoch or under a new one. Conflict while another holder of the name is not
+        lost."""
         ...
 
     async def beat(self, name: str, beat: Beat) -> WorkerInfo:
-        """Count a heartbeat. Conflict when its epoch is over, or the name is another holder's; NotFound."""
+        """Count a heartbeat. Conflict when its epoch is over, or the name has another holder; NotFound."""
         ...
 
     async def lose(self, name: str, epoch: int, beat: int | None = None) -> bool:
-        """Take it for lost: its epoch is over. False when it is in another, or made a heartbeat since `beat`."""
+        """Declare it lost: its epoch is over. False when it has another epoch, or sent a heartbeat since `beat`."""
         ...
 
     async def drain(self, name: str, draining: bool) -> WorkerInfo:
-        """Whether it takes no more sandboxes. NotFound."""
+        """Set whether it accepts no more sandboxes. NotFound."""
         ...
 
     async def remove(self, name: str) -> None:
-        """Forget one that is lost. Conflict for one that is not; NotFound."""
+        """Remove a lost worker. Conflict for one that is not lost; NotFound."""
         ...
 
     async def list(self) -> Sequence[WorkerInfo]:
-        """All, by name."""
+        """All workers, by name."""
         ...
 
 
 def loaded(row: Any) -> WorkerInfo:
-    """Of COLUMNS, and the seconds since the last heartbeat."""
+    """A worker from a row with COLUMNS, and the seconds since its last heartbeat."""
     name, holder, url, epoch, beat, lost, draining, version, status, age = row
     state = WorkerState.LOST if lost else WorkerState.DRAINING if draining else WorkerState.READY
     return WorkerInfo(name=name, holder=holder, url=url, epoch=epoch, beat=beat, state=state, draining=bool(draining),
@@ -302,9 +310,9 @@ def loaded(row: Any) -> WorkerInfo:
 
 
 def next_epoch(known: WorkerInfo | None, spec: JoinWorker) -> int:
-    """Under which epoch it joins. Conflict."""
+    """The epoch under which a worker joins. Conflict."""
     if known is None:
-        return spec.epoch + 1  # of a row that was removed: above what it ever had
+        return spec.epoch + 1  # the row was removed: the new epoch is above all that the worker had
     if known.holder != spec.holder and not known.is_lost:
         raise Conflict(f"another machine is worker {spec.name} ({known.url})",
                        hint="choose another --name, or wait until that one is lost")  # fmt: skip
@@ -314,7 +322,7 @@ def next_epoch(known: WorkerInfo | None, spec: JoinWorker) -> int:
 
 
 def over(name: str, known: WorkerInfo | None) -> Conflict | NotFound:
-    """Why a heartbeat is refused."""
+    """The error of a rejected heartbeat."""
     if known is None:
         return unknown(name)
     return Conflict(f"the lease of worker {name} is over", hint="join again", details={"epoch": known.epoch})
@@ -328,15 +336,16 @@ def not_lost(name: str) -> Conflict:
     return Conflict(f"worker {name} is there", hint="stop its rocklet first, or give force")
 
 
-# ---- watch ----
+# ---- watchers ----
 #
-# Who watches a store, in this process.
+# The watchers of a store in this process.
 
 _MOST = 10_000
 
 
 class Watchers:
-    """Hands ids on to whoever watches. A watcher that is too slow is told that it missed some."""
+    """Distributes ids to the watchers of the store. A watcher that is too slow receives "", which means that it missed
+    some."""
 
     def __init__(self) -> None:
         self._queues: list[asyncio.Queue[str]] = []

@@ -1,5 +1,5 @@
-"""Writes that come in one turn of the event loop, or in a few in a row, go to the disk in one transaction: a commit of
-its own costs each of them ten times what the write does."""
+"""Group commit: writes of one or of a few consecutive event-loop iterations share one transaction, because a separate
+commit costs ten times the write."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_MOST_HELD = 8  # turns of the loop
-_MOST = 200  # writes of one transaction, so that whoever reads has a turn
+_MOST_HELD = 8  # event-loop iterations
+_MOST = 200  # writes of one transaction, so that readers are not delayed
 
 
 class Batch:
-    """transaction: opens one, or raises; told: what SQLite raised, as an error of ours. Each write is one statement, or
-    raises before its first: one that fails leaves nothing in the transaction of the others."""
+    """A group of writes. transaction: opens a transaction, or raises; told: converts an SQLite error to a ROCK error.
+    Each write is one statement, or raises before it, so a failed write leaves no change in the shared transaction."""
 
     def __init__(
         self, transaction: Callable[[], AbstractContextManager[None]], told: Callable[[sqlite3.Error], Exception]
     ) -> None:
         self._transaction = transaction
         self._told = told
-        self._seen = self._held = 0  # how many waited a turn ago, and for how many turns they do
+        # number of writes that waited in the last iteration, and of iterations that they have waited
+        self._seen = self._held = 0
         self._waiting: list[tuple[Callable[[], Any], asyncio.Future[Any]]] = []
 
     async def do(self, write: Callable[[], T]) -> T:
-        """What the write answers, once it is saved. What it raises."""
+        """Run a write; returns its result once it is saved, or raises its error."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
         self._waiting.append((write, future))
@@ -38,7 +39,8 @@ class Batch:
         return await future
 
     def _turn(self) -> None:
-        """Save what waits, or, as long as each turn of the loop brings more of it, a few turns later."""
+        """Commit the waiting writes. While each iteration of the loop adds more, the commit is delayed by a few
+        iterations."""
         count = len(self._waiting)
         if self._seen < count < _MOST and self._held < _MOST_HELD:
             self._seen, self._held = count, self._held + 1
@@ -61,9 +63,9 @@ class Batch:
                 with self._transaction():
                     for write, _ in writes:
                         outcomes.append(_outcome(write))
-                        if isinstance(outcomes[-1][1], sqlite3.Error):  # which may have ended the transaction
+                        if isinstance(outcomes[-1][1], sqlite3.Error):  # the error may have ended the transaction
                             raise outcomes[-1][1]
-        except Exception as error:  # of the transaction: nothing of it is saved
+        except Exception as error:  # the transaction failed, so none of the writes is saved
             outcomes = [(None, error)] * len(writes)
         for (_, future), (answer, failed) in zip(writes, outcomes, strict=True):
             if failed is None:
@@ -72,7 +74,7 @@ class Batch:
                 future.set_exception(self._told(failed) if isinstance(failed, sqlite3.Error) else failed)
 
     def flush(self) -> None:
-        """Save what waits, now."""
+        """Commit the waiting writes now."""
         while self._waiting:
             self._flush()
 

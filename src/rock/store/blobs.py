@@ -1,4 +1,4 @@
-"""Where archives are kept: large pieces of data by name. A folder, or (s3.py) a bucket."""
+"""The storage of archives: large blobs by name, in a folder, or in a bucket (s3.py)."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ CHUNK = 1 << 20
 
 
 class Blobs(Protocol):
-    """Data by name. Every method raises Unavailable or StorageFull when the place does not serve."""
+    """Blobs by name. Every method raises Unavailable or StorageFull when the storage fails."""
 
     async def put(self, name: str, data: AsyncIterator[bytes]) -> None:
-        """Keep what comes under a name, in place of what was there; when this fails, that stays."""
+        """Store data under a name and replace an existing blob; a failed call leaves the existing blob unchanged."""
         ...
 
     def get(self, name: str) -> AsyncGenerator[bytes]:
-        """What is kept under a name, in pieces. NotFound."""
+        """The blob of a name, in pieces. NotFound."""
         ...
 
     async def delete(self, name: str) -> None:
-        """Forget it. Nothing happens when there is none."""
+        """Delete a blob. No effect when there is none."""
         ...
 
     async def list(self) -> list[str]:
@@ -40,14 +40,15 @@ class Blobs(Protocol):
 
 
 def check_name(name: str) -> str:
-    """InvalidConfig for what could be anything but one name in a folder."""
+    """InvalidConfig for a name that is not a single file name."""
     if not _NAME.fullmatch(name):
         raise InvalidConfig(f"not a name for an archive: {name!r}")
     return name
 
 
 class FolderBlobs:
-    """A file each in a folder that is ours alone; written beside its place, brought to the disk, then moved there."""
+    """Blobs as files in a folder with private permissions. A file is written under a temporary name, synced, then
+    renamed."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -124,7 +125,7 @@ class FolderBlobs:
             raise self._told(error) from error
 
     async def sweep(self) -> None:
-        """Remove what a crash left half written. A folder that cannot be read is told by those who use it."""
+        """Remove the temporary files that a crash left. An unreadable folder is reported by later operations."""
         with suppress(OSError):
             for name in await asyncio.to_thread(os.listdir, self._folder):
                 if name.startswith(".new-"):

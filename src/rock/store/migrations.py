@@ -1,7 +1,7 @@
-"""The schema, as numbered steps that are only ever added to: step N brings a database from version N - 1 to N.
+"""The schema as numbered migrations: step N brings a database from version N - 1 to N. Released steps never change.
 
-A store runs the missing ones when it opens, each in one transaction with the new version, under a lock that keeps other
-processes out. A number that is released is never changed.
+A store runs the missing steps when it opens, each in one transaction with the new version, under a lock that excludes
+other processes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SQLITE: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX IF NOT EXISTS sandbox_state ON sandbox (state, created_at)",
         "CREATE INDEX IF NOT EXISTS sandbox_created ON sandbox (created_at, id)",
     ),
-    (  # 2: tenants: idempotency keys are theirs, and what they use can be summed; keys, starts and leases
+    (  # 2: tenants: idempotency keys are per tenant, and usage can be summed; keys, starts and leases
         """CREATE TABLE sandbox_2 (
             id TEXT PRIMARY KEY,
             version INTEGER NOT NULL,
@@ -36,7 +36,7 @@ SQLITE: tuple[tuple[str, ...], ...] = (
             config TEXT NOT NULL,
             UNIQUE (tenant, idempotency_key)
         ) WITHOUT ROWID""",
-        # Whatever there is belongs to the server's owner, whose use nobody counts.
+        # Existing records belong to the server's owner, who has no quota.
         """INSERT INTO sandbox_2 SELECT id, version, state, created_at, stopped_at, '', idempotency_key, 0, 0, info,
             config FROM sandbox""",
         "DROP TABLE sandbox",
@@ -59,7 +59,7 @@ SQLITE: tuple[tuple[str, ...], ...] = (
             until REAL NOT NULL
         ) WITHOUT ROWID""",
     ),
-    (  # 3: workers that joined. beat: heartbeats so far; seen_at: of the last, by this database's clock, to look at
+    (  # 3: workers that joined. beat: number of heartbeats; seen_at: of the last, by this database's clock, for display
         """CREATE TABLE worker (
             name TEXT PRIMARY KEY,
             holder TEXT NOT NULL,
@@ -73,8 +73,8 @@ SQLITE: tuple[tuple[str, ...], ...] = (
             seen_at REAL NOT NULL
         ) WITHOUT ROWID""",
     ),
-    (  # 4: records in the order in which they came. Ordered by ids, which are random, each was written to a page of its
-       # own, and so was what each index had to say of it: a create wrote 30 KB to the log, and writes 8
+    (  # 4: records in insertion order. In the order of ids, which are random, each record was written to a page of its
+       # own, and so was each of its index entries: a create wrote 30 KB to the log, and writes 8
         """CREATE TABLE sandbox_4 (
             id TEXT NOT NULL PRIMARY KEY,
             version INTEGER NOT NULL,
@@ -105,7 +105,7 @@ SQLITE: tuple[tuple[str, ...], ...] = (
 )
 
 POSTGRES: tuple[tuple[str, ...], ...] = (
-    (  # 1: all of SQLite's version 2. facts: what lists ask for
+    (  # 1: all of SQLite's version 2. facts: the fields that lists filter by
         """CREATE TABLE sandbox (
             id text COLLATE "C" PRIMARY KEY,
             version bigint NOT NULL,

@@ -1,7 +1,7 @@
-"""The store of several servers: a PostgreSQL database. See docs/decisions/0017-postgres.md.
+"""The shared store of several servers: a PostgreSQL database. See docs/decisions/0017-postgres.md.
 
-`info` and `config` are kept as they are written, as text; `facts` has what lists ask for, as jsonb. PostgreSQL has no
-NUL in text, and guests and clients may send one anywhere: see `_text`.
+`info` and `config` are stored as JSON text; `facts` has the fields that lists filter by, as jsonb. PostgreSQL text
+cannot contain NUL, which guests and clients may send: see `_text`.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ from rock.store.migrations import POSTGRES
 
 log = logging.getLogger("rock.store")
 
-_LOCK = 0x524F434B  # of migrations, in the database
+_LOCK = 0x524F434B  # advisory lock of migrations, in the database
 _CHANNEL = "rock_sandbox"
 _CONNECTIONS = 8
 _TIMEOUT = 30.0  # seconds for a statement, and for a connection
 _RETRY = 1.0
-# InternalClientError: what asyncpg raises where a connection ends in the middle of its own steps
+# InternalClientError: raised by asyncpg when a connection ends during its own protocol steps
 _BROKEN = (asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
 _FIELDS = {"user_id", "experiment_id", "namespace", "image", "runtime", "worker", "cluster", "cause"}
 _NOW = "extract(epoch FROM clock_timestamp())::float8"
@@ -68,12 +68,12 @@ WHERE lease.holder = $2 OR lease.until < {_NOW} RETURNING token
 
 
 def _text(value: str) -> str:
-    """A text that PostgreSQL can hold, another one for each."""
+    """Encode a text so that PostgreSQL can store it; the encoding is injective."""
     return value.replace("\\", "\\\\").replace("\0", "\\0") if "\0" in value or "\\" in value else value
 
 
 class _Known(Exception):
-    """The key was seen before: this is the record that has it."""
+    """The key is in use: this is the record that has it."""
 
     def __init__(self, record: Record) -> None:
         self.record = record
@@ -110,7 +110,7 @@ class PostgresStore:
         self._listener = asyncio.create_task(self._listen(), name="store changes")
 
     async def _migrate(self, db: Any) -> None:
-        """Bring the schema up to date; other servers that start now wait."""
+        """Migrate the schema to the newest version; other servers that start at the same time wait."""
         await db.execute("SELECT pg_advisory_xact_lock($1)", _LOCK)
         await db.execute("CREATE TABLE IF NOT EXISTS rock_schema (version int NOT NULL)")
         version = await db.fetchval("SELECT version FROM rock_schema") or 0
@@ -141,7 +141,7 @@ class PostgresStore:
 
     @asynccontextmanager
     async def _connected(self) -> AsyncIterator[Any]:
-        """A connection; what goes wrong with it comes as an error of ours."""
+        """A connection; its errors are raised as ROCK errors."""
         if self._pool is None:
             raise Unavailable("the store is closed")
         try:
@@ -163,7 +163,7 @@ class PostgresStore:
             return StorageFull(f"the database {self._name} is full: {error}", hint="free some space on its server")
         return Unavailable(f"the database {self._name} does not serve: {error}", hint="retry", details=OUTAGE)
 
-    # ---- changes ----
+    # ---- watch ----
 
     async def _listen(self) -> None:
         while True:
@@ -175,19 +175,19 @@ class PostgresStore:
             await asyncio.sleep(_RETRY)
 
     async def _follow(self) -> None:
-        """Tell of changes until the connection ends."""
+        """Report changes until the connection ends."""
         db = await asyncpg.connect(self._url, timeout=_TIMEOUT, command_timeout=_TIMEOUT)
         ended = asyncio.Event()
         try:
             db.add_termination_listener(lambda _: ended.set())
             await db.add_listener(_CHANNEL, lambda _db, _pid, _channel, payload: self._watchers.tell(payload))
-            self._watchers.tell("")  # what changed before is not told
+            self._watchers.tell("")  # earlier changes are not reported
             while not ended.is_set():
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_TIMEOUT):
                         await ended.wait()
                 if not ended.is_set():
-                    await db.execute("SELECT 1")  # a connection may be dead without a word
+                    await db.execute("SELECT 1")  # detects a connection that is dead without an error
         finally:
             db.terminate()
 
@@ -213,7 +213,7 @@ class PostgresStore:
                     return known
             if quota is not None:
                 await self._take(db, record, quota)
-            # A row that is in the way by its id or by its key: which, is seen then. Both waited for its writer.
+            # A row with the same id or the same key exists; which of them is checked then. Both waited for its writer.
             row = await db.fetchval(
                 f"{_ADD} ON CONFLICT DO NOTHING RETURNING id",
                 *_columns(record),
@@ -224,7 +224,7 @@ class PostgresStore:
             known = await self._by_key(db, record.key, record.tenant) if record.key is not None else None
             if known is None:
                 raise id_taken(record.id)
-            raise _Known(known)  # the start that was counted is taken back with the transaction
+            raise _Known(known)  # the rollback of the transaction also removes the counted start
 
     async def insert_group(
         self, records: Sequence[Record], quota: Quota | None = None, whole: bool = True
@@ -244,7 +244,7 @@ class PostgresStore:
                     await db.executemany(_ADD, rows)
                     await db.executemany("SELECT pg_notify($1, $2)", [(_CHANNEL, record.id) for record in made])
                 return made
-            except asyncpg.UniqueViolationError:  # by an id, or by a key that another request had first
+            except asyncpg.UniqueViolationError:  # by an id, or by a key that another request inserted first
                 known = await self._by_key(db, first.key, first.tenant) if first.key is not None else None
                 if known is None:
                     raise id_taken(first.info.group or first.id) from None
@@ -258,13 +258,14 @@ class PostgresStore:
         return await self._members(db, known.info.group, known.tenant) if known.info.group else [known]
 
     async def _members(self, db: Any, group_id: str, tenant: str | None) -> Sequence[Record]:
-        # Ids are compared by their bytes, and "." comes right after "-"
+        # Ids are compared by bytes, and "." directly follows "-"
         text = f"{_SELECT} WHERE id > $1 AND id < $2 AND ($3::text IS NULL OR tenant = $3)"
         rows = await db.fetch(text, _text(f"{group_id}-"), _text(f"{group_id}."), tenant)
         return ordered([_load(row) for row in rows], group_id)
 
     async def _take(self, db: Any, record: Record, quota: Quota, count: int = 1, whole: bool = True) -> int:
-        """How many of it fit, and count their starts; others of its tenant wait until this transaction is over."""
+        """The number that fits the quota; counts their starts. Other inserts of the tenant wait for this
+        transaction."""
         await db.execute("SELECT pg_advisory_xact_lock($1, hashtext($2))", _LOCK, record.tenant)
         forget = f"DELETE FROM start WHERE tenant = $1 AND at <= {_NOW} - $2::float8"
         await db.execute(forget, record.tenant, base.WINDOW)
@@ -286,7 +287,7 @@ class PostgresStore:
         return count
 
     async def _again(self, read: Callable[[Any], Awaitable[Any]]) -> Any:
-        """What a query answers; asked once more, over another connection, where its connection ended at once."""
+        """The result of a query; repeated once over another connection when its connection ended at once."""
         began = time.monotonic()
         try:
             async with self._connected() as db:
@@ -434,7 +435,7 @@ def _columns(record: Record) -> tuple[Any, ...]:
     return (
         record.id, record.version, info.state.value, info.created_at, info.stopped_at, record.tenant,
         None if record.key is None else _text(record.key), base.cpus_of(record.config), record.config.memory_bytes,
-        # The registry password is needed for one pull, never later: it does not go to the disk.
+        # The registry password is needed for one pull only: it is not stored.
         orjson.dumps(facts).decode(), info.model_dump_json(),
         record.config.model_dump_json(exclude={"registry_password", *record.config.unchosen}),
     )  # fmt: skip
@@ -447,15 +448,15 @@ def _load(row: Any) -> Record:
     return Record(SandboxInfo.model_validate_json(info), SandboxConfig.model_validate_json(config), key, version)
 
 
-# ---- postgres_workers ----
+# ---- workers ----
 #
-# Workers in a PostgreSQL database: see base.py.
+# Implements `Workers` of base.py.
 
 _POSTGRES_WORKERS_SELECT = f"SELECT {COLUMNS}, {_NOW} - seen_at FROM worker"
 
 
 class PostgresWorkers:
-    """transaction: a connection in a transaction of its own."""
+    """The workers table. transaction: opens a connection in a transaction of its own."""
 
     def __init__(self, transaction: Callable[[], AbstractAsyncContextManager[Any]]) -> None:
         self._transaction = transaction
@@ -509,7 +510,7 @@ class PostgresWorkers:
             return [loaded(row) for row in await db.fetch(f"{_POSTGRES_WORKERS_SELECT} ORDER BY name")]
 
 
-_POSTGRES_WORKERS_LOCK = 0x524F434C  # of joins, in the database
+_POSTGRES_WORKERS_LOCK = 0x524F434C  # advisory lock of joins, in the database
 
 
 async def _get(db: Any, name: str, how: str = "") -> WorkerInfo | None:

@@ -1,7 +1,7 @@
-"""Archives in a bucket of an S3-compatible service: signature version 4 over the standard library, and nothing else.
+"""Archives in a bucket of an S3-compatible service, with signature version 4; standard library only.
 
-    PUT                       up to a part's size
-    POST ?uploads, PUT ?partNumber=N&uploadId=ID, POST ?uploadId=ID     beyond; an upload that fails is aborted
+    PUT                       up to the size of a part
+    POST ?uploads, PUT ?partNumber=N&uploadId=ID, POST ?uploadId=ID     above; an upload that fails is aborted
     GET, DELETE, GET ?list-type=2
 
 A part is held in memory, so that it can be signed with its digest and sent again. Requests block, each in a thread.
@@ -30,9 +30,9 @@ log = logging.getLogger("rock.store")
 
 _PART = 16 << 20
 _MOST_PARTS = 10_000
-_GROWS_AFTER = 1_000  # parts; then they are bigger, as there may be no more than 10,000
+_GROWS_AFTER = 1_000  # parts; the following ones are larger, because there may be at most 10,000
 _TRIES = 5
-_PAUSE = 0.2  # seconds; doubled with each try
+_PAUSE = 0.2  # seconds; doubled with each attempt
 _TIMEOUT = 60.0
 _LONGEST_ANSWER = 8 << 20  # bytes of XML
 _EMPTY = hashlib.sha256(b"").hexdigest()
@@ -41,7 +41,8 @@ _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 @dataclass(frozen=True)
 class Bucket:
-    """A bucket: where, and with what to sign. endpoint: "https://host[:port]"; prefix: ahead of every name."""
+    """A bucket: its address, and the credentials for signing. endpoint: "https://host[:port]"; prefix: before every
+    name."""
 
     endpoint: str
     bucket: str
@@ -52,7 +53,7 @@ class Bucket:
 
     @classmethod
     def parse(cls, url: str, endpoint: str, region: str, key: str, secret: str) -> Bucket:
-        """Of "s3://BUCKET/PREFIX". InvalidConfig names what is missing."""
+        """A bucket from "s3://BUCKET/PREFIX". InvalidConfig names the missing part."""
         bucket, _, prefix = url.removeprefix("s3://").partition("/")
         endpoint = endpoint or f"https://s3.{region}.amazonaws.com"
         parts = urllib.parse.urlsplit(endpoint)
@@ -75,7 +76,7 @@ class Request:
 
     @property
     def query_string(self) -> str:
-        """Sorted and encoded, as it is signed and sent."""
+        """The query string, sorted and encoded, as it is signed and sent."""
         pairs = sorted((_encoded(name), _encoded(value)) for name, value in self.query)
         return "&".join(f"{name}={value}" for name, value in pairs)
 
@@ -106,7 +107,7 @@ def signed(place: Bucket, request: Request, host: str, now: datetime) -> dict[st
 
 
 class S3Blobs:
-    """A bucket as `Blobs`. part: bytes that are sent at once, at least 5 MiB."""
+    """A bucket as `Blobs`. part: bytes per upload part, at least 5 MiB."""
 
     def __init__(self, place: Bucket, part: int = _PART) -> None:
         self.place = place
@@ -114,7 +115,7 @@ class S3Blobs:
         self._base = urllib.parse.urlsplit(place.endpoint)
         self._tls = ssl.create_default_context() if self._base.scheme == "https" else None
 
-    # ---- the contract ----
+    # ---- Blobs ----
 
     async def put(self, name: str, data: AsyncIterator[bytes]) -> None:
         key, buffer = self._key(name), bytearray()
@@ -203,7 +204,7 @@ class S3Blobs:
             ET.SubElement(part, "PartNumber").text = str(number)
             ET.SubElement(part, "ETag").text = tag
         reply = await self._ask(Request("POST", key, (("uploadId", upload),), ET.tostring(root)))
-        if _tag(_xml(reply)) == "Error":  # told under status 200, as it may come late
+        if _tag(_xml(reply)) == "Error":  # reported under status 200, because the error may occur late
             raise self._told(500, reply)
 
     async def _abort(self, key: str, upload: str) -> None:
@@ -222,7 +223,8 @@ class S3Blobs:
     async def _ask(
         self, request: Request, *, missing: bool = False, answered: dict[str, str] | None = None
     ) -> bytes:
-        """The body of an answer; what may pass is tried again. missing: 404 is fine. answered: gets the headers."""
+        """The body of a response; transient errors are retried. missing: 404 is accepted. answered: receives the
+        headers."""
         for attempt in range(_TRIES):
             try:
                 status, headers, body = await asyncio.to_thread(self._exchange, request)
@@ -273,7 +275,7 @@ class S3Blobs:
             raise Unavailable(f"{self.place.endpoint} broke off in the middle of an archive: {error!r}") from None
 
     def _told(self, status: int, body: bytes) -> RockError:
-        """The error of an answer, with the code that the service gave it."""
+        """The ROCK error for a response, with the error code of the service."""
         code = message = ""
         with suppress(ServerError):
             found = _xml(body)

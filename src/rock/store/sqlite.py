@@ -1,8 +1,8 @@
 """The default store: one SQLite file.
 
-Single records are read and written on the event loop: 50 microseconds each, since nothing waits for the disk, which is
-less than handing them to a thread. Lists, and bringing the log into the file, have a thread with a connection of its
-own; neither keeps the other from writing.
+Single records are read and written on the event loop: 50 microseconds each, since no operation waits for the disk,
+which is less than a thread handover costs. Lists and checkpoints run in a thread with a connection of its own; neither
+blocks writers.
 """
 
 from __future__ import annotations
@@ -47,31 +47,31 @@ log = logging.getLogger("rock.admin")
 
 _CHECKPOINT_EVERY = 2.0  # seconds
 _PRUNED_AT_ONCE = 200
-_WRITTEN_AT_ONCE = 100  # records of a group, between which others have their turn
+_WRITTEN_AT_ONCE = 100  # records of a group; other tasks run between two portions
 _FIELDS = {"user_id", "experiment_id", "namespace", "image", "runtime", "worker", "cluster", "cause"}
 
 
 class Reserve(Protocol):
-    """Disk space that is set aside; see rock/cli/serve/home.py."""
+    """Reserved disk space; see rock/cli/serve/home.py."""
 
     released: bool
 
     def release(self) -> bool:
-        """Free it; whether there was any."""
+        """Release the space; returns whether there was any."""
         ...
 
 
 class SqliteStore:
-    """Records in a file. WAL with synchronous=NORMAL: a commit survives a crash of the process, at any point."""
+    """Records in a file. WAL with synchronous=NORMAL: a commit survives a crash of the process at any point."""
 
     def __init__(self, path: Path, shared: bool = False) -> None:
         self.path = path
         self.reserve: Reserve | None = None  # space for the writes that end sandboxes
-        self.shared = shared  # by servers of this machine; a server with all roles has its file to itself
-        self._file: tuple[int, int] | None = None  # device and number of the file that is open
+        self.shared = shared  # used by several servers of this machine; a server with all roles has its file to itself
+        self._file: tuple[int, int] | None = None  # device and inode of the open file
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rock-store")
         self._db: sqlite3.Connection | None = None
-        self._side: sqlite3.Connection | None = None  # the thread's
+        self._side: sqlite3.Connection | None = None  # the connection of the thread
         self._checkpoints: asyncio.Task[None] | None = None
         self._watchers = Watchers()
         self._batch = Batch(lambda: _transaction(self._open_db, "IMMEDIATE"), self._told)
@@ -84,7 +84,7 @@ class SqliteStore:
 
     def _open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(OSError):  # the log beside it gets its mode too; what is wrong is told by SQLite
+        with contextlib.suppress(OSError):  # the log beside it gets its mode too; SQLite reports later errors
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         db = sqlite3.connect(self.path, isolation_level=None, timeout=5.0)
         db.execute("PRAGMA journal_mode=WAL")
@@ -100,7 +100,7 @@ class SqliteStore:
         self._file = found.st_dev, found.st_ino
 
     def _migrate(self, db: sqlite3.Connection) -> None:
-        """Bring the file to the newest schema: all of what is missing, or nothing."""
+        """Migrate the file to the newest schema in one transaction."""
         with _transaction(db, "EXCLUSIVE"):
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version > len(SQLITE):
@@ -117,7 +117,7 @@ class SqliteStore:
         self._side = sqlite3.connect(self.path, isolation_level=None, timeout=5.0)
 
     async def _checkpoint(self) -> None:
-        """Bring the log into the file now and then: it waits for the disk, so not in whoever writes."""
+        """Run a checkpoint periodically. It waits for the disk, so it does not run in a writer."""
         told = False
         while True:
             await asyncio.sleep(_CHECKPOINT_EVERY)
@@ -128,12 +128,12 @@ class SqliteStore:
                 if not told:
                     log.error("%s", error)
                 told = True
-            with contextlib.suppress(Unavailable, StorageFull):  # the next write tells
+            with contextlib.suppress(Unavailable, StorageFull):  # the next write reports the error
                 await self._aside(lambda: self._open_db_aside.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall())
 
     def _check_file(self, creating: bool = True) -> None:
-        """StorageFull while the disk is full. Unavailable when the file that is open is not the one at its path any
-        more: what is written now would be gone at the next start."""
+        """StorageFull while the disk is full. Unavailable when the open file is no longer the one at its path: writes
+        to it would be lost at the next start."""
         if creating and self.reserve is not None and self.reserve.released:
             raise StorageFull("the server's disk is full: no sandbox is created", hint="free some space on the server")
         try:
@@ -142,7 +142,7 @@ class SqliteStore:
         except FileNotFoundError:
             same = False
         except OSError:
-            return  # the next write tells
+            return  # the next write reports the error
         if not same:
             raise Unavailable(
                 f"the store {self.path} was removed or replaced while the server runs: no sandbox is created, "
@@ -249,7 +249,7 @@ class SqliteStore:
             made.append(record.at(1))
             rows.append(_columns(made[-1]))
             if number % _WRITTEN_AT_ONCE == _WRITTEN_AT_ONCE - 1:
-                await asyncio.sleep(0)  # whoever waits goes first
+                await asyncio.sleep(0)  # lets waiting tasks run first
         added = self._now(self._insert_group, made, rows, quota, whole)
         for record in added:
             self._watchers.tell(record.id)
@@ -283,7 +283,7 @@ class SqliteStore:
         return ordered([_load(row) for row in rows], group_id)
 
     def _take(self, record: Record, quota: Quota, count: int = 1, whole: bool = True) -> int:
-        """How many of it fit, and count their starts."""
+        """The number that fits the quota; counts their starts."""
         db, now, tenant = self._open_db, time.time(), record.tenant
         db.execute("DELETE FROM start WHERE tenant = ? AND at <= ?", (tenant, now - base.WINDOW))
         starts, first = db.execute("SELECT count(*), min(at) FROM start WHERE tenant = ?", (tenant,)).fetchone()
@@ -410,7 +410,7 @@ class SqliteStore:
             removed += done.rowcount
             if done.rowcount < _PRUNED_AT_ONCE:
                 return removed
-            await asyncio.sleep(0)  # whoever waits goes first
+            await asyncio.sleep(0)  # lets waiting tasks run first
 
     # ---- API keys ----
 
@@ -459,7 +459,7 @@ def _transaction(db: sqlite3.Connection, kind: str) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if db.in_transaction:  # a full disk has ended it already
+        if db.in_transaction:  # a full disk may have ended it already
             db.execute("ROLLBACK")
         raise
     db.execute("COMMIT")
@@ -496,7 +496,7 @@ def _columns(record: Record) -> tuple[Any, ...]:
 
 
 def _text(info: SandboxInfo) -> str:
-    """Without what is not set: rows that fit in their page are half the work of those that do not."""
+    """JSON without unset fields: rows that fit in one page cost half of those that do not."""
     return info.model_dump_json(exclude_none=True)
 
 
@@ -505,14 +505,14 @@ def _load(row: tuple[Any, ...]) -> Record:
     return Record(SandboxInfo.model_validate_json(info), SandboxConfig.model_validate_json(config), key, version)
 
 
-# ---- sqlite_workers ----
+# ---- workers ----
 #
-# Workers in a SQLite file: see base.py.
+# Implements `Workers` of base.py.
 
 
 
 class SqliteWorkers:
-    """do: runs work on the open database in a transaction of its own, and tells of what goes wrong."""
+    """The workers table. do: runs a function on the open database in a transaction of its own, and converts errors."""
 
     def __init__(self, do: Callable[[Callable[[sqlite3.Connection], T]], T]) -> None:
         self._do: Callable[[Callable[[sqlite3.Connection], Any]], Any] = do

@@ -1,4 +1,4 @@
-"""How long a store takes, by operation."""
+"""Metrics of the duration of store operations, by operation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SECONDS = REGISTRY.histogram(
 
 
 def timed(store: Store) -> Store:
-    """The same store, whose operations are timed from now on."""
+    """The same store, with operations that are measured from now on."""
     for name in _OPERATIONS:
         setattr(store, name, _timed(getattr(store, name), name))
     return store

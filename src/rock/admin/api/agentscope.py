@@ -1,11 +1,11 @@
-"""The HTTP routes of AgentScope's training sandbox, for clients that were written for it.
+"""The HTTP routes of AgentScope's training sandbox, for existing AgentScope clients.
 
     /apis/training/{box}/healthz
     /apis/training/{box}/get_env_profile, create, step, evaluate, get_info, release
 
-box: the id of a sandbox with a training set, or the name of a set: that is a sandbox which all share who ask so.
-Answers are {"success", "data"}, errors {"detail"}: 400 what is asked is wrong, 422 the body is, 404 there is no such
-box, 500 anything else.
+box: the id of a sandbox with a training set, or the name of a set, which selects one sandbox that all requests with
+that name share. Responses are {"success", "data"}, errors {"detail"}: 400 for a wrong request, 422 for an invalid body,
+404 for an unknown box, 500 for any other error.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from rock.protocol.route import Route
 from rock.protocol.sandbox import SandboxInfo, State
 
 PREFIX = "/apis/training/{box}"
-_LONGEST_START = 90.0  # seconds: clients ask for 100 whether it is healthy
+_LONGEST_START = 90.0  # seconds: clients wait 100 for the health check
 _EMPTY = orjson.dumps({})
 
 
 class Body(BaseModel):
-    """The one body of all routes; each takes what it needs. messages: of /step the agent's message."""
+    """The one body of all routes; each reads the fields that it needs. messages: of /step the agent's message."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -55,11 +55,11 @@ class Body(BaseModel):
 
 
 class _NoBox(Exception):
-    """There is no such box, or none that runs."""
+    """The box does not exist or does not run."""
 
 
 class Training:
-    """The routes, over what a caller may do and the data plane."""
+    """The routes, over the service of a tenant and the data plane."""
 
     def __init__(self, tenant_services: TenantServices, data: App) -> None:
         self._tenant_services = tenant_services
@@ -78,7 +78,7 @@ class Training:
         self._router.add(route, self._handler(work))
 
     def over(self, rest: App) -> App:
-        """These routes, and `rest` for everything else."""
+        """These routes, and `rest` for all other paths."""
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] == "http" and self._router.match(scope["method"], scope["path"]) is not None:
@@ -127,7 +127,7 @@ class Training:
         return host.sandbox_id, dataset.name
 
     async def _hosted(self, request: Request, name: str) -> SandboxInfo:
-        """The tenant's own sandbox of a set, which whoever may make one finds made."""
+        """The tenant's own sandbox of a set; concurrent requests share one."""
         tenant_service = self._tenant_services(request.scope)
         tenant_service.caller.require(Access.CREATE)
         return await tenant_service.open_env(OpenEnv(env_id=name, protocol="task"), _LONGEST_START)
@@ -145,7 +145,7 @@ class Training:
             raise _NoBox(f"sandbox {sandbox_id} has no training set")
         return dataset.name
 
-    # ---- routes
+    # ---- routes ----
 
     async def _healthz(self, request: Request, box: str, env_type: str, body: Body) -> Any:
         return "OK"
@@ -191,7 +191,7 @@ class Training:
             return {"success": False, "data": None}
         return {"success": True, "data": None}
 
-    # ---- requests to the sandbox
+    # ---- requests to the sandbox ----
 
     async def _make(self, request: Request, box: str, env_type: str, kwargs: dict[str, Any], **more: Any) -> EnvInfo:
         spec = {"env_id": env_type, "protocol": "task", "kwargs": kwargs, "timeout": STEP_TIMEOUT, **more}
@@ -208,7 +208,7 @@ def _data(value: Any) -> dict[str, Any]:
 
 
 def _named(body: Body) -> str:
-    """The instance's place in a path."""
+    """The path segment of an instance."""
     if not body.instance_id or "/" in body.instance_id:
         raise InvalidConfig(f"Instance {body.instance_id} not found!")
     return NAMED + body.instance_id

@@ -1,4 +1,7 @@
-"""What a server tells of itself. Bare rows, as probes and clients ask for them before anything else."""
+"""Routes without a framework: server information, health, worker heartbeats, and lazy loading of the other routes.
+
+Probes and clients send these requests first, so they must not wait for an import.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ NAMES = ("server_info", "health")
 
 
 class About:
-    """Handlers by route name. roles: what the process serves."""
+    """Server information and health: handlers by route name. roles: the roles of the process."""
 
     def __init__(
         self, tenant_services: TenantServices, worker_registry: WorkerRegistry, settings: Settings, roles: Sequence[str]
@@ -44,7 +47,8 @@ class About:
             info.status for info in await self._worker_registry.infos() if info.status is not None and not info.is_lost
         ]
         owner = Access.ADMIN in caller_of(request.scope).scopes
-        seen = found if owner else [status.model_copy(update={"images": []}) for status in found]  # others' names
+        # image names of other tenants are omitted
+        seen = found if owner else [status.model_copy(update={"images": []}) for status in found]
         return answer_model(
             ServerInfo(
                 version=__version__,
@@ -58,13 +62,13 @@ class About:
         )
 
     async def health(self, _: Request) -> Answer:
-        """Answers while the server serves."""
+        """Responds while the server runs."""
         return answer({"status": "ok", "version": __version__})
 
 
-# ---- beats ----
+# ---- heartbeats ----
 #
-# The rows by which workers join and send heartbeats. Bare: a lease must not wait for an import or a framework.
+# The routes by which workers join and send heartbeats. A lease must not expire because of an import or a framework.
 
 WORKER_NAMES = ("join_worker", "beat_worker")
 
@@ -80,23 +84,23 @@ class Heartbeats:
             router.add(ROUTES[name], getattr(self, name))
 
     async def join_worker(self, request: Request) -> Answer:
-        """A rocklet joins, or comes back."""
+        """A rocklet joins, or joins again."""
         return answer_model(await self._worker_registry.join(await request.model(JoinWorker)))
 
     async def beat_worker(self, request: Request) -> Answer:
-        """Its heartbeat; a Conflict says that its epoch is over."""
+        """A heartbeat; Conflict when the epoch of the worker is over."""
         return answer_model(await self._worker_registry.beat(request.path["worker"], await request.model(Beat)))
 
 
-# ---- late ----
+# ---- lazy loading ----
 #
-# An application that is made when it is first asked for, and the door in front of it, which does not wait for that.
+# An application that is built at its first request, and an access check that does not wait for that.
 
 _PAGES = ("/", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")
 
 
 class LazyApp:
-    """`make` runs in a thread, at the first request: what it imports takes as long as all the rest of a start."""
+    """`make` runs in a thread at the first request: its imports take as long as the rest of the start."""
 
     def __init__(self, make: Callable[[], App]) -> None:
         self._make = make
@@ -112,12 +116,13 @@ class LazyApp:
 
 
 def guarded(app: App) -> App:
-    """`app` for callers whose keys are for its rows. A path without a row is there for the server's owner alone."""
+    """Wrap `app` with the access check of its routes. A path without a route is accessible only to the server's
+    owner."""
     control = (route for route in ROUTES.values() if route.plane == "control")
     rows = [(route.method, tuple(route.path.split("/")), route.access) for route in control]
 
     def found(path: str) -> dict[str, Access]:
-        """What each method of a path is for; of two rows that fit, what the first is for."""
+        """The access right of each method of a path; of two matching routes, that of the first."""
         given = path.split("/")
         return {kind: needed for kind, parts, needed in reversed(rows) if fit(parts, given) is not None}
 

@@ -1,4 +1,4 @@
-"""The control plane of the native wire, thin over service.py. Rows of protocol/routes.py, with an OpenAPI page."""
+"""The native control-plane API over the sandbox service: rows of protocol/routes.py, with an OpenAPI page."""
 
 from __future__ import annotations
 
@@ -50,9 +50,10 @@ def _failure(error: RockError) -> Response:
 def build(
     tenant_services: TenantServices, keys: Keys, service: Service, envs: Environments, *, guarded: bool
 ) -> FastAPI:
-    """The FastAPI application of the control plane. guarded: its front page must not tell what a key protects."""
+    """The FastAPI application of the control plane. guarded: the server requires a key, so its front page must not show
+    protected data."""
     for kind in _models().values():
-        kind.model_config["defer_build"] = False  # else FastAPI's part of it is made late too, with warnings
+        kind.model_config["defer_build"] = False  # otherwise FastAPI's part is built late too, with warnings
     app = FastAPI(title="ROCK", version=__version__, docs_url="/docs", openapi_url="/openapi.json")
     _errors(app)
     _sandboxes(app, tenant_services)
@@ -64,7 +65,7 @@ def build(
     async def front(request: Request) -> Response | dict[str, str]:
         if "text/html" not in request.headers.get("accept", ""):
             return {"message": "hello, ROCK!"}
-        # This page asks for no key.
+        # This page requires no key.
         listing = SandboxList(items=[]) if guarded else await tenant_services(request.scope).list(Listing(limit=100))
         return HTMLResponse(_front_page(listing))
 
@@ -75,29 +76,29 @@ def build(
 def _sandboxes(app: FastAPI, tenant_services: TenantServices) -> None:
     @app.get(ROUTES["list_connections"].path, response_model=ConnectionList, tags=["sandboxes"])
     async def list_connections(request: Request, sandbox_id: str) -> Response:
-        """What it connected to or tried to, oldest first; of a stopped one too."""
+        """Connections and connection attempts, oldest first; also of a stopped sandbox."""
         return _json(await tenant_services(request.scope).connections(sandbox_id))
 
     @app.delete(ROUTES["delete_sandbox"].path, response_model=SandboxInfo, tags=["sandboxes"])
     async def delete_sandbox(request: Request, sandbox_id: str, force: bool = False) -> Response:
-        """Forget a stopped one and its kept files; `force` stops it first."""
+        """Delete a stopped one and its retained files; `force` stops it first."""
         return _json(await tenant_services(request.scope).delete(sandbox_id, force))
 
 
 def _keys(app: FastAPI, keys: Keys) -> None:
     @app.post(ROUTES["create_key"].path, response_model=NewKey, status_code=201, tags=["keys"])
     async def create_key(body: CreateKey) -> Response:
-        """Make an API key. It is told here and never again: only its digest is kept."""
+        """Make an API key. The response is the only copy: the server stores only its digest."""
         return _json(await keys.create(body), 201)
 
     @app.get(ROUTES["list_keys"].path, response_model=KeyList, tags=["keys"])
     async def list_keys() -> Response:
-        """API keys, revoked ones too, oldest first."""
+        """API keys, including revoked ones, oldest first."""
         return _json(KeyList(items=await keys.list()))
 
     @app.delete(ROUTES["revoke_key"].path, response_model=KeyInfo, tags=["keys"])
     async def revoke_key(key_id: str) -> Response:
-        """End a key at once. The sandboxes of its tenant stay."""
+        """Revoke a key at once. The sandboxes of its tenant stay."""
         return _json(await keys.revoke(key_id))
 
 
@@ -110,7 +111,7 @@ def _environments(app: FastAPI, envs: Environments) -> None:
 
     @app.get(ROUTES["about_env"].path, response_model=EnvAbout, tags=["environments"])
     async def about_env(id: Annotated[str, Query(min_length=1, max_length=512)]) -> Response:
-        """What is known of an environment, and whether what it needs is there."""
+        """Description of an environment, and whether its packages are installed."""
         return _json(await envs.about(id))
 
     @app.post(ROUTES["add_env"].path, response_model=EnvAbout, tags=["environments"])
@@ -120,7 +121,7 @@ def _environments(app: FastAPI, envs: Environments) -> None:
 
     @app.post(ROUTES["build_env"].path, response_model=EnvAbout, tags=["environments"])
     async def build_env(body: BuildEnv, wait: Wait = 0.0) -> Response:
-        """Install ahead what an environment needs; answers after `wait` seconds at the latest."""
+        """Install the packages of an environment in advance; responds after `wait` seconds at the latest."""
         return _json(await envs.build(body, wait))
 
 
@@ -167,7 +168,7 @@ def _front_page(listing: SandboxList) -> str:
 
 
 def _models() -> dict[str, type[BaseModel]]:
-    """The messages of the wire, by name."""
+    """The wire models, by name."""
     return {
         name: kind
         for module in (sandbox, action, env, node, group, workers, network, keys_of_wire)
@@ -177,7 +178,7 @@ def _models() -> dict[str, type[BaseModel]]:
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's own schema plus the rows whose handlers are not FastAPI's."""
+    """FastAPI's own schema plus the routes whose handlers are not FastAPI's."""
     if app.openapi_schema is not None:
         return app.openapi_schema
     from fastapi.openapi.utils import get_openapi
@@ -225,7 +226,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
 
 # ---- workers ----
 #
-# Workers on the native wire: whoever owns the server lists, drains and removes them. Heartbeats are in bare.py.
+# The owner of the server lists, drains and removes workers. Heartbeats are in bare.py.
 
 def add_routes(app: FastAPI, service: Service) -> None:
     worker_registry = service.workers
@@ -235,22 +236,22 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     @app.get(**row("list_workers", WorkerList))
     async def list_workers() -> WorkerList:
-        """Workers, lost ones too."""
+        """Workers, including lost ones."""
         return WorkerList(items=await worker_registry.infos())
 
     @app.post(**row("drain_worker", WorkerInfo))
     async def drain_worker(worker: str) -> WorkerInfo:
-        """It keeps the sandboxes that it has, and gets no more."""
+        """Drain a worker: it retains its current sandboxes, and gets no more."""
         return await worker_registry.drain(worker, True)
 
     @app.post(**row("undrain_worker", WorkerInfo))
     async def undrain_worker(worker: str) -> WorkerInfo:
-        """It gets sandboxes again."""
+        """The worker accepts sandboxes again."""
         return await worker_registry.drain(worker, False)
 
     @app.delete(**row("remove_worker", WorkerInfo))
     async def remove_worker(worker: str, force: bool = False) -> WorkerInfo:
-        """Forget a lost worker. `force`: take it for lost first, which ends its sandboxes."""
+        """Remove a lost worker. `force`: declare it lost first, which ends its sandboxes."""
         info = await worker_registry.info(worker)
         if force and not info.is_lost:
             await worker_registry.lose(info, surely=True)

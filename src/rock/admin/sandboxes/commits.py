@@ -1,7 +1,7 @@
-"""Images made of sandboxes: one at a time of each, in the background; how far it is stands in the sandbox's record.
+"""Commits of sandboxes to images: at most one per sandbox, in the background; the sandbox's record stores the progress.
 
-What a crash of this process leaves running is over, and its record says so when somebody looks (`PROCESS_LOST`): the
-worker keeps nothing half-made. The login lives in the task alone.
+A crash of this process ends a commit. The next read of its status records that (`PROCESS_LOST`); the worker stores no
+partial results. The login is only in the memory of the task.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rock.admin")
 
-_ANOTHERS = 3600.0  # seconds after which an image that another admin makes is taken for given up
+_ANOTHERS = 3600.0  # seconds after which the commit of another admin is considered abandoned
 _BY_STAGE = {"login": CommitError.LOGIN_FAILED, "commit": CommitError.COMMIT_FAILED, "push": CommitError.PUSH_FAILED}
 
 
 class Commits:
-    """limit: most bytes of files that one sandbox may have written."""
+    """The commits in progress. limit: maximum bytes of files that one sandbox may have written."""
 
     def __init__(self, service: Service, limit: int) -> None:
         self._service = service
@@ -44,7 +44,7 @@ class Commits:
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     async def close(self) -> None:
-        """Break off what is under way."""
+        """Cancel the commits in progress."""
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
@@ -53,10 +53,10 @@ class Commits:
     async def commit(
         self, sandbox_id: str, spec: CommitRequest, wait: float = 0.0, tenant: str = ""
     ) -> CommitStatus:
-        """Begin one, and wait up to `wait` seconds for its end. The same tag again is that one, while it is under way.
-        tenant: who asks, and may not replace an image of others; "" is the server's owner.
+        """Start a commit, and wait up to `wait` seconds for its end. A repetition with the same tag joins the one in
+        progress. tenant: of the request, which cannot replace images of others; "" is the server's owner.
 
-        Conflict while there is one of another name, and when there are no files to make it of.
+        Conflict while another commit of the sandbox is in progress, and when there are no files to commit.
         """
         record = await self._service.load(sandbox_id)
         running = self._running.get(sandbox_id)
@@ -71,7 +71,7 @@ class Commits:
     async def _begin(self, record: Record, spec: CommitRequest, tenant: str) -> None:
         status = CommitStatus(sandbox_id=record.id, image_tag=spec.image_tag, push=spec.push, started_at=time.time(),
                               phase=CommitPhase.RUNNING)  # fmt: skip
-        self._running[record.id] = status  # from here on it is the only one
+        self._running[record.id] = status  # from here on no other commit can start
         try:
             await self._service.amend(record.id, commit=status)
         except BaseException:
@@ -109,7 +109,8 @@ class Commits:
             log.info("sandbox %s was deleted while it was committed", record.id)
 
     async def status(self, sandbox_id: str, wait: float = 0.0) -> CommitStatus:
-        """How far the last one is, after at most `wait` seconds if it is under way. NotFound when there was none."""
+        """The status of the last commit, after at most `wait` seconds while it is in progress. NotFound when there was
+        none."""
         task = self._tasks.get(sandbox_id)
         if task is not None and wait > 0:
             await asyncio.wait({task}, timeout=wait)
@@ -120,12 +121,12 @@ class Commits:
         return record.info.commit
 
     async def settle(self, record: Record) -> Record:
-        """The record without a commit that a former process has not ended."""
+        """The record, after an unfinished commit of an earlier process was marked as lost."""
         found = record.info.commit
         if found is None or found.phase is not CommitPhase.RUNNING or record.id in self._running:
             return record
         if self._service.store.shared and time.time() - found.started_at < _ANOTHERS:
-            return record  # another admin's, maybe
+            return record  # it may be another admin's
         error = ServerError(f"the server ended while it made {found.image_tag}", sandbox_id=record.id,
                             hint="commit again")  # fmt: skip
         fields = {"phase": CommitPhase.FAILED, "completed_at": time.time(), "error": error.to_wire(),

@@ -1,8 +1,9 @@
-"""Placement of environments: which sandbox hosts a new one.
+"""Placement of environments: selects the sandbox that hosts a new one.
 
 Environments of one tenant and package set share sandboxes. A sandbox hosts at most PIPED environments, so that each has
-pipes of its own, and no more than fit its memory by what those that are there use. The least loaded sandbox is taken;
-another one is started where all are full, or where the least loaded one uses its CPU and the cluster has idle cores.
+pipes of its own, and no more than fit its memory according to the usage of the existing ones. The least loaded sandbox
+is selected. Another one is started when all are full, or when the least loaded one uses its CPU and the cluster has
+idle cores.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ _LABEL = "rock.env"
 _FRESH = 0.5  # seconds for which a measurement is used
 _GRANTED = 30.0  # seconds after which an environment that was opened and never made is no longer counted
 _BUSY = 0.7  # share of its CPUs above which a sandbox is busy
-_FULL = 0.85  # share of its memory above which a sandbox takes no more environments
-_MOST = 1000  # sandboxes of one package set and tenant that are looked at
+_FULL = 0.85  # share of its memory above which a sandbox accepts no more environments
+_MOST = 1000  # sandboxes of one package set and tenant that are checked
 
 
 @dataclass
 class _Load:
-    """What is known of a sandbox that hosts environments. granted: opened here, and not made yet."""
+    """The load of a sandbox that hosts environments. granted: opened here, and not made yet."""
 
     hosted: int = 0
     made: int = 0
@@ -71,7 +72,7 @@ class _Load:
 
 
 class EnvironmentHosts:
-    """Sandboxes that host environments, found or made."""
+    """Sandboxes that host environments, existing or new."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -79,14 +80,15 @@ class EnvironmentHosts:
         self._loads: dict[str, _Load] = {}
 
     async def open(self, spec: OpenEnv, wait: float, key: str | None, caller: Caller) -> SandboxInfo:
-        """A sandbox that can host the environment: one of its package set and this tenant, else a new one."""
+        """A sandbox that can host the environment: an existing one of its package set and this tenant, else a new
+        one."""
         image = registry.image_for(spec)
         known = await self._service.store.by_key(key, caller.owner) if key else None
         if known is not None:
             return await self._service.start_tasks.waited(known, wait)
         if spec.exclusive:
             return await self._service.start_tasks.waited(await self._create(image, spec, key, caller), wait)
-        async with self._lock:  # two first requests must not start two sandboxes
+        async with self._lock:  # two concurrent first requests must not start two sandboxes
             record = await self._placed(image, spec, key, caller)
         return await self._service.start_tasks.waited(record, wait)
 
@@ -106,7 +108,7 @@ class EnvironmentHosts:
             except (NoCapacity, QuotaExceeded):
                 if not hosts:
                     raise
-                # Environments beyond those with pipes are reached through the server.
+                # Environments beyond those with pipes are used through the server.
                 best = best or min(hosts, key=lambda record: self._loads[record.id].count)
         self._loads.setdefault(best.id, _Load()).grant(time.monotonic())
         if len(self._loads) > 2 * _MOST:
@@ -120,7 +122,7 @@ class EnvironmentHosts:
         return load.hosted > 0 and load.cpu_share > _BUSY and hosts < cores
 
     async def _measured(self, record: Record) -> bool:
-        """Look at a sandbox unless that was done just now; False where its worker does not answer for it."""
+        """Measure a sandbox unless a fresh measurement exists; False where its worker does not respond."""
         load = self._loads.setdefault(record.id, _Load())
         now = time.monotonic()
         if record.state is not State.RUNNING or now - load.measured_at < _FRESH:
@@ -146,5 +148,5 @@ class EnvironmentHosts:
 
 
 def env_host() -> SandboxConfig:
-    """What hosts environments where nobody says otherwise."""
+    """The default sandbox that hosts environments."""
     return SandboxConfig(image="host", memory="4g", cpus=1.0, auto_clear_seconds=600, labels={LEASED: "1"})

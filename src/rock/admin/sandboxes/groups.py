@@ -1,10 +1,11 @@
-"""Groups: many equal sandboxes in one request, all of them or as many as there is room for.
+"""Groups: many equal sandboxes created by one request, all of them or as many as fit.
 
     place all ─► one transaction ─► launch each ─► all run
                                         └ one fails, and it is a gang ─► the others are stopped
 
-A group is nothing but its sandboxes: each record says which group it is of. So a crash at any point leaves what the
-reconciler finishes: pending ones are launched, and of a gang whose start failed the rest is stopped (`settle`).
+The only state of a group is that of its sandboxes: each record has the id of its group. The reconciler can therefore
+recover from a crash at any point: it launches pending sandboxes, and stops the rest of a gang whose start failed
+(`settle`).
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ if TYPE_CHECKING:
 _STOPPED_AT_ONCE = 64
 _CHECKED_AT_ONCE = 64
 _LONGEST_ID = 128
-_ELSEWHERE = 0.2  # seconds from one look at what another server starts to the next
+_ELSEWHERE = 0.2  # seconds between two checks of starts on another server
 _BEGUN = (State.PENDING, State.RUNNING)
 
 
 class Groups:
-    """What the service can do with groups."""
+    """The group operations of the service."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -49,10 +50,10 @@ class Groups:
     # ---- create ----
 
     async def create(self, spec: GroupRequest, key: str | None, wait: float, caller: Caller) -> GroupInfo:
-        """Make a group, or, for a key that was seen from this tenant, answer with the one that was made.
+        """Create a group, or, for a known key of this tenant, return the existing group.
 
-        Waits up to `wait` seconds for the starts. A gang that cannot start meanwhile raises why, when nothing of it is
-        left; by best effort the answer says what was not made.
+        Waits up to `wait` seconds for the starts. A gang that cannot start meanwhile raises the reason once all its
+        sandboxes are stopped; in best-effort mode the response reports the missing ones.
         """
         first = await self._service.store.by_key(key, caller.owner) if key else None
         if first is not None:
@@ -98,7 +99,7 @@ class Groups:
         self, spec: GroupRequest, group_id: str, config: SandboxConfig, ids: Sequence[str],
         workers: Sequence[Worker | None], key: str | None, caller: Caller,
     ) -> list[Record]:  # fmt: skip
-        """Of as many of them as have a worker; the first bears the key."""
+        """The records of the sandboxes that have a worker; the first has the key."""
         placer, now, records = self._service.placer, time.time(), list[Record]()
         for number, (sandbox_id, worker) in enumerate(zip(ids, workers, strict=False)):
             name = worker.name if worker is not None else None
@@ -109,7 +110,7 @@ class Groups:
         return records
 
     async def _check(self, config: SandboxConfig, workers: Sequence[Worker | None]) -> None:
-        """Raise what a create would raise at once, on any of the workers."""
+        """Raise the errors that a create would raise at once, on any of the workers."""
         gate = asyncio.Semaphore(_CHECKED_AT_ONCE)
 
         async def one(worker: Worker) -> None:
@@ -122,8 +123,8 @@ class Groups:
     async def _started(
         self, records: Sequence[Record], wait: float
     ) -> tuple[Sequence[Record], dict[str, Any] | None]:  # fmt: skip
-        """Wait for the starts, up to `wait` seconds: what became of them, and the error of the first that failed, once
-        a gang is undone."""
+        """Wait for the starts, up to `wait` seconds: the records, and the error of the first failed start, once a gang
+        is stopped."""
         if wait > 0:
             try:
                 async with asyncio.timeout(wait):
@@ -139,9 +140,9 @@ class Groups:
         return records, next((record.info.error for record in failed if record.info.error is not None), None)
 
     async def _ended(self, records: Sequence[Record]) -> Sequence[Record]:
-        """What their starts have come to, each as it was saved then: a group is not read again for that."""
+        """The records after their starts, as they were saved then: the group is not read again."""
         start_tasks = {record.id: launch for record in records if (launch := self._service.start_tasks.of(record.id))}
-        if not start_tasks:  # they are started elsewhere
+        if not start_tasks:  # another server starts them
             await asyncio.sleep(_ELSEWHERE)
             return await self._fresh(records)
         await asyncio.wait(start_tasks.values())
@@ -153,10 +154,11 @@ class Groups:
         first = records[0]
         return await self._service.store.group(first.info.group or "", first.tenant)
 
-    # ---- a gang whose start failed ----
+    # ---- failed start of a gang ----
 
     def launch_failed(self, record: Record) -> None:
-        """One of a gang did not start: the others end. A start again, over kept files, is its own affair."""
+        """One sandbox of a gang did not start: the others are stopped. A restart from retained files does not affect
+        the group."""
         group_id = record.info.group
         if not record.info.gang or group_id is None or record.info.error is None:
             return  # without an error it was stopped while it started
@@ -172,14 +174,14 @@ class Groups:
 
         async def stop(sandbox_id: str) -> None:
             async with gate:
-                with contextlib.suppress(RockError):  # one whose stop failed is come back to: Service.stop says so
+                with contextlib.suppress(RockError):  # a failed stop is retried later, see Service.stop
                     await self._service.stop(sandbox_id, Cause.START_FAILED, reason)
 
         members = await self._service.store.group(failed.info.group or "", failed.tenant)
         await asyncio.gather(*(stop(one.id) for one in members if one.state in _BEGUN))
 
     async def settle(self, groups: set[tuple[str, str]]) -> None:
-        """After a crash: gangs, by tenant and id, of which something is left although one could not start."""
+        """After a crash: stop the remaining sandboxes of gangs, by tenant and id, whose start failed."""
         for tenant, group_id in groups:
             members = await self._service.store.group(group_id, tenant)
             for record in members:
@@ -187,10 +189,10 @@ class Groups:
                     self.launch_failed(record)
                     break
 
-    # ---- look and stop ----
+    # ---- read and stop ----
 
     async def get(self, group_id: str, tenant: str | None, wait: float) -> GroupInfo:
-        """A group as it is, after up to `wait` seconds while it starts. NotFound."""
+        """The current state of a group, after up to `wait` seconds while it starts. NotFound."""
         records = await self._members(group_id, tenant)
         if wait > 0 and any(record.state is State.PENDING for record in records):
             await self._started(records, wait)
@@ -198,12 +200,12 @@ class Groups:
         return _info(records)
 
     async def stop(self, group_id: str, tenant: str | None) -> GroupInfo:
-        """Stop all of it; those that are stopped stay as they are. NotFound. The first error is raised at the end."""
+        """Stop all of it; stopped ones stay unchanged. NotFound. The first error is raised at the end."""
         gate = asyncio.Semaphore(_STOPPED_AT_ONCE)
 
         async def stop(record: Record) -> None:
             async with gate:
-                with contextlib.suppress(NotFound):  # deleted meanwhile
+                with contextlib.suppress(NotFound):  # it was deleted meanwhile
                     await self._service.stop(record.id)
 
         records = await self._members(group_id, tenant)

@@ -1,4 +1,4 @@
-"""The life of a sandbox as a pure function: (state, event) -> (state, effects).
+"""The lifecycle of a sandbox as a pure function: (state, event) -> (state, effects), and the info after each step.
 
 From       Event             To         Effects
 pending    launched          running    schedule
@@ -42,9 +42,9 @@ deleted    ended             deleted    -
 deleted    destroyed         deleted    -
 deleted    delete            deleted    forget
 
-Everything else is a Conflict. A state is left backwards by restart, restore and what failed, and by nothing else: a
-sandbox that was stopped while it started is released when the start completes. Releasing ends what there is on the
-worker; its files stay where they are to be kept. A test holds this table and the code together.
+Any other combination is a Conflict. Only restart, restore and failures lead back to an earlier state. A sandbox that
+was stopped while it started is released when the start completes. The release ends the sandbox on its worker, which
+retains the files if the config requests that. A test compares this table with the code.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class Event(StrEnum):
 
 
 class Effect(StrEnum):
-    """What has to be done outside, after the new state is saved. Each may be repeated without harm."""
+    """An effect of a step, executed after the new state is saved. Effects are idempotent."""
 
     LAUNCH = "launch"
     SCHEDULE = "schedule"
@@ -134,7 +134,7 @@ _HINTS = {Event.DELETE: "stop it first", Event.RESTART: "stop it first", Event.A
 
 
 def step(state: State, event: Event, sandbox_id: str = "") -> tuple[State, tuple[Effect, ...]]:
-    """The next state and what it takes. Raises Conflict for an event that this state does not know."""
+    """The next state and the effects. Raises Conflict for an event that is invalid in this state."""
     try:
         return TRANSITIONS[state, event]
     except KeyError:
@@ -148,16 +148,16 @@ def step(state: State, event: Event, sandbox_id: str = "") -> tuple[State, tuple
 
 # ---- infos ----
 #
-# What a `SandboxInfo` says at each step of a sandbox's life: pure.
+# The `SandboxInfo` after each step of the lifecycle. Pure.
 
 _MOST_STEPS = 100
-_ARCHIVE_AGAIN = 60.0  # seconds after one that failed
+_ARCHIVE_AGAIN = 60.0  # seconds between a failed archiving and the next attempt
 
 
 def new_info(
     sandbox_id: str, config: SandboxConfig, worker: str | None, status: NodeStatus | None, tenant: str
 ) -> SandboxInfo:
-    """worker, status: None while it is not decided where it goes."""
+    """The info of a new sandbox. worker, status: None before placement."""
     info = _common(config, tenant).model_copy()
     info.__dict__.update(
         sandbox_id=sandbox_id,
@@ -177,7 +177,8 @@ _last: tuple[SandboxConfig, SandboxInfo] | None = None  # by identity
 
 
 def _common(config: SandboxConfig, tenant: str) -> SandboxInfo:
-    """What the infos of all that are made of a config have in common; a burst asks for one and the same."""
+    """The fields that the infos of all sandboxes of one config share; the sandboxes of a burst usually share one
+    config."""
     global _last
     if _last is not None and _last[0] is config and _last[1].tenant == tenant:
         return _last[1]
@@ -200,13 +201,13 @@ def _common(config: SandboxConfig, tenant: str) -> SandboxInfo:
         host_ip=None,
         tenant=tenant,
     )
-    if config.registry_password is None:  # which is not remembered anywhere
+    if config.registry_password is None:  # a config with a registry password is never cached
         _last = config, info
     return info
 
 
 def running(made: NodeSandbox) -> dict[str, Any]:
-    """What a worker tells of a sandbox that it has started."""
+    """The fields that a worker reports for a sandbox that it has started."""
     return {
         "isolation": made.isolation,
         "enforced": made.enforced,
@@ -217,7 +218,7 @@ def running(made: NodeSandbox) -> dict[str, Any]:
 
 
 def seen(record: Record, found: NodeSandbox) -> SandboxInfo:
-    """The record's info with what its worker says of it now."""
+    """The record's info with the current report of its worker."""
     last = time.time() - found.idle_seconds
     idle = record.config.auto_clear_seconds
     deadlines = [last + idle] if idle else []
@@ -234,13 +235,13 @@ def seen(record: Record, found: NodeSandbox) -> SandboxInfo:
 
 
 def life_began(info: SandboxInfo) -> float:
-    """When it was asked to start, the last time."""
+    """Time of its last start request."""
     starts = (step.timestamp for step in reversed(info.state_history) if step.to_state is State.PENDING)
     return next(starts, info.created_at)
 
 
 def stamped(record: Record, event: Event, state: State, key: str | None, fields: dict[str, Any]) -> Record:
-    """The record in its next state. `fields` of its info win over what the step itself says."""
+    """The record in its next state. `fields` of its info override those that the step sets."""
     info, now = record.info, time.time()
     stamp: dict[str, Any] = {"state": state, "is_alive": state is State.RUNNING}
     if state is not info.state:
@@ -270,7 +271,7 @@ _NEW_LIFE: dict[str, Any] = dict.fromkeys(
 
 
 def _deadlines(record: Record, failed_at: float | None) -> dict[str, Any]:
-    """When its kept files will be archived and deleted."""
+    """Times at which its retained files will be archived and deleted."""
     info, config = record.info, record.config
     at: dict[str, Any] = {"auto_archive_at": None, "auto_delete_at": None}
     if info.stopped_at is None or not (info.kept or info.archive):
@@ -284,6 +285,6 @@ def _deadlines(record: Record, failed_at: float | None) -> dict[str, Any]:
 
 
 def files_lost(record: Record) -> dict[str, Any]:
-    """What a tombstone says when the files that were to be kept are not there."""
+    """The changes of the info of an ended sandbox whose retained files are missing."""
     reason = f"{record.info.reason or 'it was stopped'}; its files are gone from its worker"
     return {"kept": False, "reason": reason, "auto_archive_at": None, "auto_delete_at": None}

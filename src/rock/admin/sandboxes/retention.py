@@ -1,4 +1,4 @@
-"""What can be done with a sandbox that was stopped: restart it, delete it."""
+"""Operations on stopped sandboxes: restart, delete, archive, restore, and cleanup of their workers."""
 
 from __future__ import annotations
 
@@ -48,10 +48,11 @@ class RetainedSandboxes:
     async def restart(
         self, sandbox_id: str, key: str | None = None, wait: float = 0.0, quota: Quota | None = None
     ) -> SandboxInfo:
-        """Start it again over its files: the same id, no sessions. For a key that was seen, what became of that.
+        """Start it again from its files: the same id, without sessions. A repetition with a known key returns the first
+        result.
 
-        Waits up to `wait` seconds for the start; one that fails meanwhile raises its reason, and leaves it as it was.
-        Conflict when it is not stopped, or its files are gone. QuotaExceeded.
+        Waits up to `wait` seconds for the start; a start that fails meanwhile raises its reason, and leaves the state
+        unchanged. Conflict when it is not stopped, or has no files. QuotaExceeded.
         """
         service = self._service
         await service.cleanup.settled(sandbox_id)
@@ -64,7 +65,7 @@ class RetainedSandboxes:
     # ---- delete ----
 
     async def delete(self, sandbox_id: str, force: bool = False) -> SandboxInfo:
-        """Forget a stopped one and its files; with `force` it is stopped first."""
+        """Delete a stopped sandbox and its files; with `force` it is stopped first."""
         service = self._service
         if force:
             await service.stop(sandbox_id)
@@ -74,7 +75,7 @@ class RetainedSandboxes:
         return record.info
 
     async def expire(self, sandbox_id: str) -> None:
-        """Delete one whose time is over; its tombstone stays."""
+        """Delete a sandbox whose retention has expired; its record stays."""
         await self._deleted(sandbox_id)
 
     async def _deleted(self, sandbox_id: str) -> Record:
@@ -82,7 +83,7 @@ class RetainedSandboxes:
         return await self.finish_delete(await self._service.apply(sandbox_id, Event.DELETE))
 
     async def finish_delete(self, record: Record) -> Record:
-        """Remove the files of one that is deleted, wherever they are."""
+        """Remove the files of a deleted sandbox, on a worker and in the archive."""
         service = self._service
         await faults.point("delete.saved")
         worker = await service.there(record.info.worker)
@@ -94,10 +95,10 @@ class RetainedSandboxes:
             return await service.amend(record.id, kept=False, archive=None)
         return record
 
-    # ---- when a worker does not have them ----
+    # ---- lost files ----
 
     async def lost(self, record: Record) -> None:
-        """Its worker does not have the files: its tombstone says so."""
+        """Its worker does not have the files: note that in its record."""
         await self._service.amend(record.id, **lifecycle.files_lost(record))
 
 
@@ -113,15 +114,16 @@ def _has_files(record: Record) -> None:
         raise Conflict(f"sandbox {record.id}: {why}", sandbox_id=record.id, hint=_NOT_KEPT)
 
 
-# ---- archiving ----
+# ---- archive and restore ----
 #
-# Archive and restore: the files of a stopped sandbox go from its worker to the archive, and to any worker back.
+# Archiving moves the files of a stopped sandbox from its worker to the archive; a restore moves them to any worker.
 
 log = logging.getLogger("rock.admin")
 
 
 class Archive:
-    """The files of stopped sandboxes in `blobs`, one archive each, under its id. limit: most bytes of files in one."""
+    """The files of stopped sandboxes in `blobs`, one archive each, under its id. limit: maximum bytes of files in
+    one."""
 
     def __init__(self, service: Service, blobs: Blobs | None, limit: int) -> None:
         self._service = service
@@ -130,7 +132,7 @@ class Archive:
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     async def close(self) -> None:
-        """Break off what is under way; the next start does it again."""
+        """Cancel the archiving in progress; the next start repeats it."""
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
@@ -143,17 +145,17 @@ class Archive:
         return self._blobs
 
     def check(self, config: SandboxConfig) -> None:
-        """Unsupported for a sandbox that could never be archived as it wants."""
+        """Unsupported for a sandbox that cannot be archived as its config requests."""
         if config.auto_archive_seconds is not None:
             self._there()
 
     # ---- archive ----
 
     async def archive(self, sandbox_id: str, key: str | None = None, wait: float = 0.0) -> SandboxInfo:
-        """Bring its files to the archive, and remove them from its worker. Answers after at most `wait` seconds.
+        """Move its files to the archive, and remove them from its worker. Returns after at most `wait` seconds.
 
-        Asked again, it is that archive. A failure within that time is raised, and leaves the sandbox stopped. Conflict
-        when it runs, or its files are gone.
+        A repeated call joins the archiving in progress. A failure within that time is raised, and leaves the sandbox
+        stopped. Conflict when it runs, or has no files.
         """
         self._there()
         await self._service.cleanup.settled(sandbox_id)
@@ -167,7 +169,7 @@ class Archive:
         return record.info
 
     def begin(self, record: Record) -> None:
-        """Do it in the background, once."""
+        """Start the archiving in the background, once."""
         if record.id not in self._tasks:
             task = asyncio.create_task(self._archive(record), name=f"archive-{record.id}")
             self._tasks[record.id] = task
@@ -224,13 +226,13 @@ class Archive:
 
         data = checked()
         async with contextlib.aclosing(data):
-            await self._there().put(record.id, data)  # which keeps nothing when the last piece raises
+            await self._there().put(record.id, data)  # it stores no partial archive when the last piece raises
         return told[0]
 
     # ---- restore ----
 
     async def restore(self, worker: Worker, record: Record) -> NodeSandbox:
-        """Bring the files of an archived one to a worker, and start it there."""
+        """Move the files of an archived sandbox to a worker, and start it there."""
         files = record.info.archive
         assert files is not None
         async with contextlib.aclosing(self._there().get(record.id)) as data:
@@ -239,7 +241,7 @@ class Archive:
         return await worker.wake(record.id, record.config)
 
     async def forget(self, sandbox_id: str) -> None:
-        """Remove what is archived of it, if anything is."""
+        """Remove its archive, if there is one."""
         if self._blobs is not None:
             await self._blobs.delete(sandbox_id)
 
@@ -255,17 +257,17 @@ def _archiving_has_files(record: Record) -> None:
                        hint="set auto_archive_seconds or auto_delete_seconds for the next one")  # fmt: skip
 
 
-# ---- releases ----
+# ---- cleanup of workers ----
 #
-# What a sandbox that ended leaves on its worker: ended there too, and its files kept or removed.
+# A sandbox that ended is ended on its worker too, and its files are retained or removed.
 
 
 _RETRY = 5.0  # seconds
-_PUT_AWAY = 10.0  # seconds to wait for the end of a former life
+_PUT_AWAY = 10.0  # seconds to wait for the cleanup of the previous run
 
 
 class Cleanup:
-    """In the background, the last one of each sandbox. `service.close` ends them."""
+    """The background cleanups, at most one per sandbox. `service.close` cancels them."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -275,9 +277,10 @@ class Cleanup:
         return list(self._tasks.values())
 
     async def once(self, record: Record) -> dict[str, Any]:
-        """End what there is of it on its worker, and keep or remove its files: what has to be said when they are lost.
+        """End a sandbox on its worker, and retain or remove its files; returns changes of its info when files are lost.
 
-        Whether they are kept was decided by the step that ended it."""
+        The state change that ended it determined whether they are retained.
+        """
         worker, lost = await self._service.there(record.info.worker), False
         try:
             if worker is not None and not record.info.kept:
@@ -287,13 +290,13 @@ class Cleanup:
         except Unavailable:
             if worker is not None and self._service.workers.get(worker.name) is worker:
                 raise
-            # It was lost meanwhile: it stops by itself, or is told when it is back
+            # The worker is lost meanwhile: it ends its sandboxes itself, or on request when it joins again
         if self._service.placer.reservations is not None:
             await self._service.placer.reservations.release(record.id)
         return lifecycle.files_lost(record) if lost else {}
 
     def begin(self, record: Record) -> None:
-        """Do that in the background, again and again until it is done."""
+        """Start the cleanup in the background, with retries until it succeeds."""
         before = self._tasks.get(record.id)
         task = asyncio.create_task(self._surely(record, before), name=f"release-{record.id}")
         self._tasks[record.id] = task
@@ -320,7 +323,7 @@ class Cleanup:
                 await asyncio.sleep(_RETRY)
 
     async def settled(self, sandbox_id: str) -> None:
-        """Wait until its former life is put away. Unavailable when that takes long."""
+        """Wait until its previous run is cleaned up. Unavailable when that exceeds the time limit."""
         task = self._tasks.get(sandbox_id)
         if task is not None:
             done, _ = await asyncio.wait({task}, timeout=_PUT_AWAY)

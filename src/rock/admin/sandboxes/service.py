@@ -1,8 +1,8 @@
-"""Create, stop, list: load, decide, save if unchanged, command the worker. Starts that are under way are in
-`starts.py`, what an end leaves on a worker in `retention.py`, what comes after a stop in `retention.py`.
+"""The sandbox service: create, stop, list. Each change loads a record, decides, saves, then commands the worker.
 
-Every change of a record goes through `apply`: the pure lifecycle decides, the store saves over the version that was
-read, and only then the effects are carried out. A crash in between is finished by the reconciler.
+starts.py runs the starts in progress; retention.py cleans up workers and operates on stopped sandboxes. Every change of
+a record goes through `apply`: the pure lifecycle decides, the store saves over the version that was read, and only then
+the effects are executed. After a crash in between, the reconciler completes the effects.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ from rock.store.blobs import Blobs
 
 log = logging.getLogger("rock.admin")
 
-_ELSEWHERE = 0.2  # seconds from one look at what another server starts to the next
+_ELSEWHERE = 0.2  # seconds between two checks of a start on another server
 _ENDS = (Event.LAUNCH_FAILED, Event.STOP, Event.ENDED, Event.DESTROYED)
 _MOST_RECENT = 10_000
-_MOST_PLACED = 4  # workers that are asked for one sandbox before it is refused
+_MOST_PLACED = 4  # workers that are tried for one sandbox before the create is rejected
 
 
 class Service:
-    """The control plane over a store, a scheduler and workers. `scheduled` is told of each sandbox that runs."""
+    """The control plane over a store, a scheduler and workers. `scheduled` is called for each sandbox that runs."""
 
     def __init__(
         self,
@@ -67,10 +67,10 @@ class Service:
         self.envs = EnvironmentHosts(self)
         self.on_schedule: list[Any] = []
         self.on_unfinished: list[Any] = []
-        self._recent: dict[str, Record] = {}  # as they were saved last, by us
+        self._recent: dict[str, Record] = {}  # records as this process saved them last
 
     async def close(self) -> None:
-        """Cancel what is under way; its records stay as they are for the next start."""
+        """Cancel the operations in progress; their records stay unchanged for the next start."""
         tasks = [*self.start_tasks.tasks(), *self.cleanup.tasks()]
         for task in tasks:
             task.cancel()
@@ -84,14 +84,14 @@ class Service:
     # ---- create ----
 
     async def create(self, config: SandboxConfig, key: str | None, wait: float, caller: Caller) -> SandboxInfo:
-        """Make a sandbox, or, for a key that was seen from this tenant, answer with the one that was made.
+        """Create a sandbox, or, for a known key of this tenant, return the existing one.
 
         Waits up to `wait` seconds for the start; a start that fails meanwhile raises its reason.
         """
         try:
             record = await self.insert(config, key, caller)
         except RockError as error:
-            # What was made then may no longer fit now.
+            # A sandbox that was created earlier may no longer fit now.
             known = await self.store.by_key(key, caller.owner) if key else None
             if known is None:
                 CREATES.of("refused", error.code).add()
@@ -103,7 +103,7 @@ class Service:
         return await self._how_far(info) if wait > 0 and info.state is State.PENDING else info
 
     async def insert(self, config: SandboxConfig, key: str | None, caller: Caller) -> Record:
-        """The record of a new sandbox, whose start is under way."""
+        """Insert the record of a new sandbox and start it."""
         self.archive.check(config)
         sandbox_id = config.sandbox_id or secrets.token_hex(16)
         record: Record | None = None
@@ -125,8 +125,8 @@ class Service:
                 self.placer.landed(sandbox_id)
 
     async def _placed(self, sandbox_id: str, config: SandboxConfig) -> tuple[Worker, NodeStatus | None]:
-        """A worker that takes it. One that is not reached, or refuses for its lease, is passed over: `place` leaves it
-        out for a while."""
+        """A worker that accepts it. An unreachable worker, or one that rejects because of its lease, is skipped:
+        `place` excludes it for a while."""
         for left in reversed(range(min(_MOST_PLACED, len(self.workers)) or 1)):
             worker = await self.placer.place(sandbox_id, config)
             try:
@@ -140,7 +140,7 @@ class Service:
         raise AssertionError("the last try returns or raises")
 
     def reached(self, name: str | None) -> Worker:
-        """A worker. Unavailable when it is lost, or not known here yet."""
+        """The worker of that name. Unavailable when it is lost, or not known here yet."""
         worker = self.workers.get(name or "")
         if worker is None:
             raise Unavailable(f"worker {name} is not there now", hint="retry when it is back: rock worker ls",
@@ -148,7 +148,7 @@ class Service:
         return worker
 
     def unfinished(self, sandbox_id: str) -> None:
-        """A step could not be completed: somebody has to come back to it."""
+        """A step could not be completed; the reconciler has to continue it."""
         for listener in self.on_unfinished:
             listener(sandbox_id)
 
@@ -161,7 +161,7 @@ class Service:
         return record
 
     async def get(self, sandbox_id: str, *, wait: float = 0.0, touch: bool = False, usage: bool = False) -> SandboxInfo:
-        """Status, with what its worker says of it now. `wait`: seconds, as long as it is pending."""
+        """Status, with the current report of its worker. `wait`: seconds, while it is pending."""
         record = await self.load(sandbox_id)
         if record.state is State.PENDING:
             record = await self.start_tasks.ended(record, wait)
@@ -181,7 +181,7 @@ class Service:
         return lifecycle.seen(record, found)
 
     async def _how_far(self, info: SandboxInfo) -> SandboxInfo:
-        """With what its worker says of the image, where it waits for that."""
+        """Adds the progress of the image from its worker, while the sandbox waits for it."""
         status = await self.workers.status(info.worker) if info.worker is not None else None
         words = status.fetching.get(info.image) if status is not None else None
         if words is None:
@@ -198,13 +198,13 @@ class Service:
         return record
 
     async def connections(self, sandbox_id: str) -> ConnectionList:
-        """What it connected to, as its worker remembers it. Unavailable when that is not there."""
+        """Its connections, as stored by its worker. Unavailable when that does not respond."""
         record = await self.load(sandbox_id)
         worker = self.workers.get(record.info.worker or "")
         return await worker.connections(sandbox_id) if worker is not None else ConnectionList()
 
     async def list(self, query: Query, history: bool = False) -> SandboxList:
-        """A page. `history`: with the steps of each life, which are most of what a record has to say."""
+        """A page. `history`: include the state history, which is most of a record."""
         records = await self.store.list(query)
         last = records[-1].info if len(records) == query.limit else None
         items = [r.info if history else r.info.model_copy(update={"state_history": []}) for r in records]
@@ -217,7 +217,7 @@ class Service:
     async def stop(
         self, sandbox_id: str, cause: Cause = Cause.USER, reason: str = "stopped by its user"
     ) -> SandboxInfo:
-        """Stop it and wait until nothing of it is left but what is to be kept; a stopped one stays as it is."""
+        """Stop it and wait until its worker is cleaned up, except for retained files; a stopped one stays unchanged."""
         record = await self.apply(sandbox_id, Event.STOP, cause=cause, reason=reason)
         if record.state is State.STOPPING:
             try:
@@ -237,7 +237,7 @@ class Service:
         return await self.amend(record.id, **gone) if gone else record
 
     async def _give_up_restore(self, record: Record) -> Record:
-        """A stop while it was coming from the archive: it is still there."""
+        """Stop during a restore from the archive: the archive still exists."""
         await self.start_tasks.give_up(record.id)
         record = await self.load(record.id)
         if record.state is not State.STOPPING:
@@ -249,7 +249,7 @@ class Service:
         return await self.apply(record.id, Event.RESTORE_FAILED, known=record)
 
     async def there(self, name: str | None) -> Worker | None:
-        """A worker; None for one that is lost or was forgotten, by the registry as it is now. Unavailable."""
+        """A worker; None for a lost or removed one, by the current registry. Unavailable."""
         if name and name not in self.workers and name not in self.workers.lost():
             await self.workers.refresh()
         return self.workers.get(name or "")
@@ -257,7 +257,7 @@ class Service:
     # ---- changes ----
 
     async def amend(self, sandbox_id: str, **fields: Any) -> Record:
-        """Change what the record says, in whatever state it is."""
+        """Change fields of the record, in any state."""
         while True:
             record = await self.load(sandbox_id)
             try:
@@ -278,11 +278,11 @@ class Service:
         quota: Quota | None = None,
         **fields: Any,
     ) -> Record:
-        """One step of the lifecycle, saved; then its effects. What a tombstone says first stays.
+        """One step of the lifecycle, saved; then its effects. The first recorded reason of an end stays.
 
-        known: the record as it was read last; when it has changed since, it is read again. key: of the request that
-        asks for it. check: raises where the record, in its state, does not allow this. quota: of its tenant, for a step
-        that starts it again.
+        known: the record as it was read last; when it has changed since, it is read again. key: of the request. check:
+        raises where the record, in its state, does not allow this. quota: of its tenant, for a step that starts it
+        again.
         """
         guess = known or self._recent.pop(sandbox_id, None)
         while True:
@@ -297,7 +297,7 @@ class Service:
                 guess = None
                 continue
             if state is record.state and event is not Event.LAUNCHED:
-                if guess is not None:  # only what is saved tells whether that is so
+                if guess is not None:  # only the saved record determines whether that is correct
                     guess = None
                     continue
                 new = record
@@ -334,8 +334,8 @@ class Service:
         return new
 
     def _keep(self, record: Record) -> None:
-        """Remember a record for its next step: `put` tells when somebody else changed it meanwhile."""
-        self._recent.pop(record.id, None)  # of an ended one nothing: ten thousand of them would be 80 MB
+        """Cache a record for its next step: `put` detects a concurrent change."""
+        self._recent.pop(record.id, None)  # ended sandboxes are not cached: ten thousand of them would be 80 MB
         if record.state is not State.STOPPED:
             self._recent[record.id] = record
             while len(self._recent) > _MOST_RECENT:

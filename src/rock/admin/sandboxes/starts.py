@@ -1,4 +1,4 @@
-"""Starts that are under way here: of what is new, of what is started again, of what comes from the archive."""
+"""Starts in progress on this server: of new sandboxes, restarts, and restores from the archive."""
 
 from __future__ import annotations
 
@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     from rock.admin.sandboxes.service import Service
 
 
-# ---- counts ----
-#
-# What the control plane counts.
+# ---- metrics ----
 
 CREATES = REGISTRY.counter(
     "rock_sandbox_creates_total", "Sandboxes asked for: running, failed or refused, with the code of the error",
@@ -38,23 +36,22 @@ STARTS = REGISTRY.histogram("rock_sandbox_start_seconds", "From a pending record
 ENDS = REGISTRY.counter("rock_sandbox_ends_total", "Sandboxes that ended, by why", "cause")
 
 
-# ---- launches ----
-#
+# ---- starts ----
 
 
 log = logging.getLogger("rock.admin")
 
-_PAUSE, _LONGEST_PAUSE = 0.1, 1.0  # seconds between two tries of a start whose worker is not reached
+_PAUSE, _LONGEST_PAUSE = 0.1, 1.0  # seconds between two attempts of a start whose worker is unreachable
 
 
 class Starts:
-    """One task a sandbox. `service.close` ends them. pace: which of them begin when."""
+    """One task per sandbox. `service.close` cancels them. pace: the start queue that orders them."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self.queue = StartQueue(lambda: len(service.workers))
         self._tasks: dict[str, asyncio.Task[Record]] = {}
-        self._waiting: dict[str, Ticket] = {}  # of those that have not begun
+        self._waiting: dict[str, Ticket] = {}  # tickets of starts that have not begun
 
     def __contains__(self, sandbox_id: str) -> bool:
         return sandbox_id in self._tasks
@@ -63,9 +60,10 @@ class Starts:
         return list(self._tasks.values())
 
     def begin(self, record: Record, fresh: bool = False) -> asyncio.Task[Record]:
-        """Start a pending sandbox in the background; one task a sandbox.
+        """Start a pending sandbox in the background; one task per sandbox.
 
-        fresh: no worker was asked for it before, so that it may be placed again while none has begun with it."""
+        fresh: no worker has received it before, so that it may be placed again while none has begun with it.
+        """
         task = self._tasks.get(record.id)
         if task is None:
             task = asyncio.create_task(self._launch(record, fresh), name=f"launch-{record.id}")
@@ -96,7 +94,7 @@ class Starts:
             self.queue.leave(ticket)
 
     def withdraw(self, sandbox_id: str) -> None:
-        """It is not pending any more: a start that has not begun shall not."""
+        """It is no longer pending: a queued start is canceled."""
         ticket = self._waiting.get(sandbox_id)
         if ticket is not None:
             self.queue.withdraw(ticket)
@@ -140,7 +138,8 @@ class Starts:
         return new
 
     async def _worker_for(self, record: Record) -> Worker:
-        """Its own, or for one from the archive any that fits; where a cluster decides, that which it names."""
+        """Its own worker, or for one from the archive any that fits; with an external scheduler the one that it
+        names."""
         if self._service.placer.reservations is not None:
             worker = await self._service.placer.reserve(record)
         elif record.info.archive is None:
@@ -153,8 +152,8 @@ class Starts:
         return worker
 
     async def _started(self, worker: Worker, record: Record, fresh: bool) -> NodeSandbox:
-        """Over short outages of the worker, for RECONNECT_TIMEOUT seconds at most. A `fresh` one goes elsewhere, unless
-        its worker may have made it."""
+        """Start it, with retries over short outages of the worker, for at most RECONNECT_TIMEOUT seconds. A `fresh` one
+        is placed on another worker, unless its worker may have made it."""
         if record.info.archive is not None:
             return await self._start(worker, record)
         end, pause = time.monotonic() + RECONNECT_TIMEOUT, _PAUSE
@@ -178,7 +177,7 @@ class Starts:
                 record = await self._moved(current) if moves else current
 
     async def _moved(self, record: Record) -> Record:
-        """The record of a pending sandbox, placed again: on its worker too, when no other takes it."""
+        """The record of a pending sandbox, placed again; on its own worker too, when no other accepts it."""
         placer = self._service.placer
         placer.landed(record.id)
         try:
@@ -189,12 +188,12 @@ class Starts:
             await worker.check(record.config)
             where = {} if status is None else {"host_name": status.host_name, "host_ip": status.host_ip}
             return await self._service.store.put(record.changed(worker=worker.name, **where))
-        except (RockError, VersionConflict) as error:  # the next try tells more
+        except (RockError, VersionConflict) as error:  # the next attempt gets a clearer error
             log.info("sandbox %s is not placed again: %s", record.id, error)
             return record
 
     async def _start(self, worker: Worker, record: Record) -> NodeSandbox:
-        """For the first time, or over what it left."""
+        """Start for the first time, or from retained files."""
         if record.info.archive is not None:
             return await self._service.archive.restore(worker, record)
         if record.info.kept:
@@ -202,7 +201,7 @@ class Starts:
         return await worker.create(record.id, record.config)
 
     async def waited(self, record: Record, wait: float) -> SandboxInfo:
-        """What became of a start after at most `wait` seconds; one that failed raises its reason."""
+        """The record after a start, after at most `wait` seconds; a failed start raises its reason."""
         record = await self.ended(record, wait)
         failed = record.info.cause is Cause.START_FAILED or record.state is State.ARCHIVED
         if failed and record.info.error:
@@ -210,7 +209,7 @@ class Starts:
         return record.info
 
     async def ended(self, record: Record, wait: float) -> Record:
-        """The record once it is no longer being launched, or after `wait` seconds as it was."""
+        """The record once the start has ended, or the unchanged one after `wait` seconds."""
         launch = self._tasks.get(record.id)
         if launch is not None and wait > 0:
             await settled(launch, wait)
@@ -221,11 +220,11 @@ class Starts:
         return record
 
     def of(self, sandbox_id: str) -> asyncio.Task[Record] | None:
-        """Its start, if that is under way here."""
+        """The task of its start, if that is in progress here."""
         return self._tasks.get(sandbox_id)
 
     async def give_up(self, sandbox_id: str) -> None:
-        """Cancel a start that is under way, and wait until it has ended."""
+        """Cancel a start in progress, and wait until it has ended."""
         launch = self._tasks.get(sandbox_id)
         if launch is not None:
             launch.cancel()

@@ -1,12 +1,12 @@
-"""Creates that come close together go to their worker in one request, and each is answered as soon as it is made.
+"""Batches of creates: concurrent creates for one worker share a request, and each gets its response at once.
 
-    create, create, create ──► PUT /node/v1/sandboxes ──► a frame for each, in the order in which they are done
+    create, create, create ──► PUT /node/v1/sandboxes ──► a frame for each, in the order of completion
 
-The first of them goes at once. While a request has had no answer yet those that come wait for one, a moment at most, so
-that a single create waits for nothing and a burst has few requests. In a crowd, where each is one of hundreds that are
-under way at all workers, they wait a longer moment until some are together: a part of what the crowd costs them anyway,
-while a request of its own costs both sides more than what it asks for. Whatever fails with the request itself is asked
-for again one by one: a create is idempotent, and a worker of an older release knows no other way.
+The first create is sent at once. While a request has no response yet, further creates wait for a moment at most, so
+that a single create does not wait and a burst needs few requests. When hundreds of creates are in progress at all
+workers, they wait longer until several are collected: that delay is a fraction of their duration, and a separate
+request costs both sides more than the create itself. When a request fails as a whole, each create is repeated
+separately: a create is idempotent, and a worker of an older release supports only single creates.
 """
 
 from __future__ import annotations
@@ -26,35 +26,34 @@ from rock.protocol.sandbox import SandboxConfig, travelling
 
 # ---- transports ----
 #
-# How requests get to a worker.
+# The functions that send requests to a worker.
 
 FENCE: ContextVar[int | None] = ContextVar("fence", default=None)
 """The token of the lease by which a command is given; None for what a client asked for."""
 
 Transport = Callable[[str, str, str, bytes], Awaitable[tuple[int, bytes]]]  # method, path, query, body
-# the same with a body as it comes, or one that is whole; what it gives is the status, then the answer as it comes
+# the same with a body that is a stream or bytes; it yields the status, then the response as it arrives
 StreamTransport = Callable[[str, str, str, AsyncIterator[bytes] | None, bytes], AsyncGenerator[int | bytes]]
 
 
-# ---- bulk ----
-#
+# ---- batches ----
 
 
 log = logging.getLogger("rock.admin")
 
-_MOMENT = 0.01  # seconds for which those wait that come while a request has had no answer
-_CROWDED = 100  # creates under way
-_EACH = 0.0002  # seconds for each create under way, for which those of a crowd wait
-_LONGEST = 0.2  # and at most
-_ENOUGH = 8  # creates for which no more are waited for
-_MOST_REQUESTS = 500  # at once; some may take minutes, to pull an image
-_UNKNOWN = (404, 405)  # what an older worker answers
+_MOMENT = 0.01  # seconds for which creates wait while a request has no response
+_CROWDED = 100  # creates in progress
+_EACH = 0.0002  # seconds of waiting per create in progress, when there are many
+_LONGEST = 0.2  # maximum seconds of waiting
+_ENOUGH = 8  # creates in a batch after which it is sent without further waiting
+_MOST_REQUESTS = 500  # concurrent requests; some may take minutes, to pull an image
+_UNKNOWN = (404, 405)  # statuses of an older worker
 
-Made = asyncio.Future[NodeSandbox | bool]  # a bool: it is unknown; whether the worker may have made it
+Made = asyncio.Future[NodeSandbox | bool]  # a bool: the outcome is unknown; whether the worker may have made it
 
 
 class CreateBatch:
-    """Creates that are under way at all workers of a server, and how many those are."""
+    """The number of creates in progress at all workers of a server."""
 
     def __init__(self) -> None:
         self.size = 0
@@ -62,13 +61,13 @@ class CreateBatch:
 
     @property
     def moment(self) -> float:
-        """Seconds for which a create waits for others to its worker; 0 where there is no crowd, or none for each."""
+        """Seconds for which a create waits for others to its worker; 0 with few creates in progress."""
         return min(_LONGEST, self.size * _EACH) if self.size >= max(_CROWDED, 2 * self.workers) else 0.0
 
 
 class CreateBatcher:
-    """The creates of one worker. streams: carries a request whose answer comes in pieces. alone: creates one. crowd: of
-    the server, to which they count."""
+    """The creates of one worker. streams: sends a request with a streamed response. alone: creates one. crowd: counts
+    the creates of the server."""
 
     def __init__(
         self, name: str, streams: StreamTransport, alone: Callable[[str, SandboxConfig], Awaitable[NodeSandbox]],
@@ -81,13 +80,13 @@ class CreateBatcher:
         self._crowd.workers += 1
         self._waiting: dict[str, tuple[SandboxConfig, Made]] = {}
         self._asking: set[asyncio.Task[None]] = set()
-        self._silent = 0  # requests without an answer
+        self._silent = 0  # requests without a response
         self._due: asyncio.Handle | None = None
-        self._known = True  # the worker knows this way
+        self._known = True  # the worker supports batches
         self._closed = False
 
     async def close(self) -> None:
-        """Nobody is asked any more; who waits is told that the worker is lost."""
+        """Send no more requests; waiting creates fail because the worker is lost."""
         if not self._closed:
             self._crowd.workers -= 1
         self._closed = True
@@ -101,9 +100,9 @@ class CreateBatcher:
         await asyncio.gather(*self._asking, return_exceptions=True)
 
     async def create(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
-        """Make one. Errors as they were raised there."""
+        """Create one sandbox. Raises the errors of the worker."""
         full = len(self._asking) >= _MOST_REQUESTS
-        # What is done by a lease carries its token, in a request of its own.
+        # A create under a lease has the fencing token, in a request of its own.
         if not self._known or full or FENCE.get() is not None or sandbox_id in self._waiting:
             return await self._alone(sandbox_id, config)
         if self._closed:
@@ -136,7 +135,7 @@ class CreateBatcher:
                            details=SENT if sent else OUTAGE)  # fmt: skip
 
     def _arm(self, now: bool = False) -> None:
-        """See that those who wait are asked for."""
+        """Schedule the next batch for the waiting creates."""
         count = len(self._waiting)
         now = now or count == MOST_CREATES
         moment = 0.0 if now else _MOMENT if self._silent else 0.0
@@ -158,7 +157,7 @@ class CreateBatcher:
         for sandbox_id in batch:
             del self._waiting[sandbox_id]
         self._silent += 1
-        # Of no request, and of none of their contexts.
+        # The task belongs to no request, and uses none of their contexts.
         task = asyncio.create_task(self._ask(batch), name=f"creates at {self._name}", context=Context())
         self._asking.add(task)
         task.add_done_callback(self._asking.discard)
@@ -178,7 +177,7 @@ class CreateBatcher:
                 status, parser = await anext(reply), FrameParser()
                 if status != 200:
                     self._known = status not in _UNKNOWN
-                    sent = status not in (*_UNKNOWN, Unavailable.status)  # these refuse the request as a whole
+                    sent = status not in (*_UNKNOWN, Unavailable.status)  # these statuses reject the request as a whole
                     return
                 async for part in reply:
                     assert isinstance(part, bytes)
@@ -198,7 +197,7 @@ class CreateBatcher:
 
 
 def _body(batch: dict[str, tuple[SandboxConfig, Made]]) -> bytes:
-    """A NodeCreates. What is the same for many is written once."""
+    """A NodeCreates. Equal configs are encoded once."""
     places: dict[bytes, int] = {}
     sandboxes = []
     for sandbox_id, (config, _) in batch.items():
@@ -207,7 +206,7 @@ def _body(batch: dict[str, tuple[SandboxConfig, Made]]) -> bytes:
 
 
 def _tell(left: dict[str, tuple[SandboxConfig, Made]], kind: Frame, payload: bytes) -> None:
-    """Pass on what came of one. ValueError for what is none of it."""
+    """Deliver one result. ValueError for an invalid frame."""
     if kind is Frame.RESULT:
         found = NodeSandbox.model_validate_json(payload)
         entry = left.pop(found.sandbox_id, None)

@@ -1,4 +1,4 @@
-"""A worker as the admin commands it: the node plane, in this process or over the wire."""
+"""The client of a worker's node plane, in this process or over the network."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ _WORTH = 10.0  # seconds
 
 
 class Worker(Protocol):
-    """Commands to one rocklet. Errors come back as they were raised there."""
+    """Commands to one rocklet. Errors are raised as they were raised there."""
 
     name: str
 
     async def check(self, config: SandboxConfig) -> None:
-        """Raise what a create would raise at once."""
+        """Raise the errors that a create would raise at once."""
         ...
 
     async def create(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox: ...
@@ -53,38 +53,38 @@ class Worker(Protocol):
     async def destroy(self, sandbox_id: str, grace: float = 0.0) -> NodeSandbox: ...
 
     async def rest(self, sandbox_id: str, grace: float = 0.0) -> NodeSandbox:
-        """End it and keep its files; `kept` tells whether they are there."""
+        """End it and retain its files; `kept` reports whether they exist."""
         ...
 
     async def wake(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
-        """Make it again over its kept files. Lost when there are none."""
+        """Start it again from its retained files. Lost when there are none."""
         ...
 
     def pack(self, sandbox_id: str, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:
-        """The files of one at rest as a layer's tar, in pieces; the last item tells what was given. Lost, InvalidConfig
-        for what no layer can hold or is over `limit` bytes."""
+        """The files of a stopped sandbox as a layer's tar, in pieces; the last item describes them. Lost, InvalidConfig
+        for files that no layer can contain or that exceed `limit` bytes."""
         ...
 
     async def unpack(
         self, sandbox_id: str, config: SandboxConfig, files: ArchivedFiles, data: AsyncIterator[bytes]
     ) -> NodeSandbox:
-        """Give it such files, to be woken. ImageError when it has another image of that name."""
+        """Send it such files, for a later `wake`. ImageError when it has another image of that name."""
         ...
 
     async def commit(self, sandbox_id: str, spec: NodeCommit) -> NodeImage:
-        """Make an image of it, and push it. What is raised has `details["stage"]`."""
+        """Commit it to an image, and push it. Errors have `details["stage"]`."""
         ...
 
     async def get(self, sandbox_id: str, *, touch: bool = False, usage: bool = False) -> NodeSandbox: ...
 
     async def connections(self, sandbox_id: str) -> ConnectionList:
-        """What it connected to; nothing of one that it does not know."""
+        """Its connections; an empty list for an unknown sandbox."""
         ...
 
     async def list(self) -> NodeInventory: ...
 
     async def image(self, image: str, wait: float = 0.0) -> ImageState:
-        """What there is of an image; spends up to `wait` seconds on building or pulling it."""
+        """The state of an image; spends up to `wait` seconds on building or pulling it."""
         ...
 
     async def status(self) -> NodeStatus: ...
@@ -93,7 +93,7 @@ class Worker(Protocol):
 
 
 class _Check:
-    """A question that is under way; it is given up when nobody waits for it any more."""
+    """A check in progress; it is canceled when no caller waits for it any more."""
 
     def __init__(self, task: asyncio.Task[None]) -> None:
         self.task = task
@@ -101,8 +101,8 @@ class _Check:
 
 
 class WireWorker:
-    """A rocklet that is reached by requests: `transport` carries one, `streams` one whose body or answer is long.
-    crowd: the creates of its server."""
+    """A rocklet that is reached by requests: `transport` sends one, `streams` sends one with a long body or response.
+    crowd: counts the creates of its server."""
 
     def __init__(
         self, name: str, transport: Transport, streams: StreamTransport | None = None, crowd: CreateBatch | None = None
@@ -110,13 +110,13 @@ class WireWorker:
         self.name = name
         self._transport = transport
         self._streams = streams
-        self._passed: dict[bytes, float] = {}  # what it would take, by its config, until when that is worth something
+        self._passed: dict[bytes, float] = {}  # accepted configs, with the expiry of that result
         self._passed_last: tuple[SandboxConfig | None, float] = (None, 0.0)
-        self._checking: dict[bytes, _Check] = {}  # what it is being asked whether it would take
+        self._checking: dict[bytes, _Check] = {}  # checks in progress by config
         self._creates = CreateBatcher(name, streams, self._create_alone, crowd) if streams is not None else None
 
     async def close(self) -> None:
-        """It is commanded no more."""
+        """Send no more commands."""
         checks = [check.task for check in self._checking.values()]
         for task in checks:
             task.cancel()
@@ -130,7 +130,7 @@ class WireWorker:
         return _parsed(kind, *await self._transport(row.method, row.url(**path), query, data))
 
     async def check(self, config: SandboxConfig) -> None:
-        # A burst asks for the same again and again; the create itself tells what has changed meanwhile.
+        # A burst repeats the same check; the create itself detects later changes.
         if self._passed_last[0] is config and self._passed_last[1] > time.monotonic():
             return
         body = config.model_dump(mode="json", exclude=_NOT_CHECKED | config.unchosen)
@@ -139,7 +139,7 @@ class WireWorker:
             self._passed_last = config, until
             return
         check = self._checking.get(key)
-        if check is None:  # one request, however many want to know the same
+        if check is None:  # one request for all concurrent callers
             check = self._checking[key] = _Check(asyncio.create_task(self._check(key, body), name=f"check {self.name}"))
             check.task.add_done_callback(lambda _: self._checking.pop(key, None))
         check.waiting += 1

@@ -1,8 +1,8 @@
-"""One reconciler at a time, of however many admins share a store: who has the lease runs it.
+"""Leader election: of all admins that share a store, the holder of the lease runs the reconciler.
 
-The lease has a fencing token that grows with each change of hands. Everything that a reconciler commands carries it
-(`FENCE`), and a worker refuses a token below one that it has seen: an admin that was stopped for a while, and does not
-know yet that it leads no more, can do nothing by it.
+The lease has a fencing token that grows with each new holder. Every command of a reconciler has it (`FENCE`), and a
+worker rejects a token below one that it has received. An admin that was suspended for a while, and does not know yet
+that it is no longer the leader, therefore has no effect.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from rock.store.base import Lease, Store
 log = logging.getLogger("rock.reconciler")
 
 LEASE = "reconciler"
-_SECONDS = 6.0  # that a lease lasts: how long nobody reconciles after a crash of who did
+_SECONDS = 6.0  # duration of a lease in seconds: the longest time without a reconciler after the leader crashes
 _RENEW = 2.0
 _TRY = 1.0
 
 
 class Leader:
-    """Runs what `make` answers while this admin leads."""
+    """Runs the reconciler that `make` returns while this admin is the leader."""
 
     def __init__(self, store: Store, make: Callable[[], Reconciler]) -> None:
         self._store = store
@@ -42,11 +42,12 @@ class Leader:
 
     @property
     def token(self) -> int | None:
-        """Of the lease that is held."""
+        """The fencing token of the held lease."""
         return self._lease.token if self._lease else None
 
     async def start(self) -> None:
-        """With a store of its own an admin leads at once, and has settled what a crash left when this returns."""
+        """With a store of its own an admin leads at once, and has settled unfinished operations of a crash when this
+        returns."""
         if not self._store.shared:
             self._reconciler = self._make()
             await self._reconciler.start()
@@ -64,7 +65,7 @@ class Leader:
         await self._step_down("the server ends")
         if led:
             try:
-                await self._store.drop_lease(LEASE, self._holder)  # whoever is next need not wait
+                await self._store.drop_lease(LEASE, self._holder)  # the next leader need not wait for its expiry
             except RockError as error:
                 log.info("giving the lease back: %s", error)
 
@@ -77,7 +78,7 @@ class Leader:
                 log.exception("the lease; trying again")
 
     async def _look(self) -> None:
-        """Have the lease, or have it longer."""
+        """Acquire or renew the lease."""
         asked = time.monotonic()
         try:
             async with asyncio.timeout(_RENEW):

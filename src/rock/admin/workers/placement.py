@@ -1,5 +1,5 @@
-"""Where a sandbox goes: what the workers report is brought to the scheduler, whose choice is remembered until the
-sandbox has started."""
+"""Placement of sandboxes: updates the scheduler with the reports of workers, and counts its choices until each sandbox
+has started."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from rock.store.base import Record, Store
 
 log = logging.getLogger("rock.admin")
 
-_FRESH = 1.0  # seconds for which a report is new enough
-_STALE = 5.0  # and after which nobody is placed by it
+_FRESH = 1.0  # seconds for which a report is current
+_STALE = 5.0  # seconds after which a report is not used for placement
 _HOLDING = (State.PENDING, State.RUNNING, State.STOPPING)
-_NEW = 0.1  # the same where nothing fits by the last one, and for a group, which may fill many workers
+_NEW = 0.1  # the same when the last report shows no free capacity, and for a group, which may fill many workers
 
 
 class Placer:
-    """The scheduler, told of the workers. No placement asks a worker, but the first in a while: reports come in the
-    background, and between them what is placed is counted here. A worker refuses by itself what it has no room for.
+    """The scheduler with current reports of workers. A placement sends no request, except the first in a while: reports
+    arrive in the background, and placements between two reports are counted here. A worker itself rejects sandboxes
+    that exceed its capacity.
 
-    reservations: where a cluster's own scheduler decides, while a sandbox starts.
+    reservations: the external scheduler of a cluster, used while a sandbox starts.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Placer:
         self.reservations = reservations
         self.statuses: Mapping[str, NodeStatus] = {}
         self._asked_at = float("-inf")
-        self._version = -1  # of the workers that it knows
+        self._version = -1  # version of the worker registry that it has loaded
         self._asking: asyncio.Task[None] | None = None
         self._failed: RockError | None = None
         self._placed: dict[str, list[tuple[str, float]]] = {}  # (worker, GPUs) by the sandboxes that start there
@@ -52,14 +53,14 @@ class Placer:
             await asyncio.gather(self._asking, return_exceptions=True)
 
     async def place(self, sandbox_id: str, config: SandboxConfig) -> Worker:
-        """Choose a worker; `landed` has to be told when the start is over, or will not be."""
+        """Choose a worker; call `landed` when the start is over, or is abandoned."""
         await self._known()
         try:
             name = self._scheduler.place(config)
         except NoCapacity:
-            await self._known(_NEW)  # what was stopped since the last report makes room
+            await self._known(_NEW)  # sandboxes that stopped since the last report free capacity
             name = self._scheduler.place(config)
-        if self._workers.is_failing(name):  # which the next report leaves out
+        if self._workers.is_failing(name):  # the next report excludes it
             self._scheduler.landed(name, config.num_gpus or 0.0)
             await self._known(0.0)
             name = self._scheduler.place(config)
@@ -83,7 +84,7 @@ class Placer:
         return worker
 
     async def reserve(self, record: Record) -> Worker:
-        """Where the cluster wants it, once that worker is here. Takes as long as it takes."""
+        """The worker that the cluster's scheduler chooses, once it has joined. There is no time limit."""
         assert self.reservations is not None
         kept_on = record.info.worker if record.info.kept else None
         name = await self.reservations.reserve(record.id, record.config, kept_on)
@@ -92,7 +93,7 @@ class Placer:
         return worker
 
     async def _came(self, name: str) -> Worker:
-        """A worker, as soon as it has joined: a node that the cluster made for this takes a while."""
+        """The worker, as soon as it has joined: a node that the cluster starts for this takes a while."""
         changed = asyncio.Event()
 
         def tell(_: str) -> None:
@@ -108,14 +109,14 @@ class Placer:
             self._workers.on_change.remove(tell)
 
     async def check(self, config: SandboxConfig) -> None:
-        """Raise what a create would raise at once on some worker, where it is not decided yet on which."""
+        """Raise the errors that a create would raise at once on some worker, when the worker is not chosen yet."""
         for worker in self._workers.values():
             with contextlib.suppress(Unavailable):
                 await worker.check(config)
                 return
 
     async def sweep(self, store: Store) -> None:
-        """Give back what is set aside for sandboxes that are over, or that nobody knows."""
+        """Release the reservations of ended or unknown sandboxes."""
         if self.reservations is None:
             return
         for sandbox_id in await self.reservations.held():
@@ -125,19 +126,19 @@ class Placer:
                 await self.reservations.release(sandbox_id)
 
     def landed(self, sandbox_id: str) -> None:
-        """Its start is over, one way or the other."""
+        """Its start succeeded or failed."""
         for name, gpus in self._placed.pop(sandbox_id, ()):
             self._scheduler.landed(name, gpus)
 
     def status(self, name: str) -> NodeStatus | None:
-        """What a worker reported last."""
+        """The last report of a worker."""
         return self.statuses.get(name)
 
     async def _known(self, stale: float = _STALE) -> None:
-        """See that there are reports, none older than `stale` seconds, and that newer ones come. Unavailable."""
+        """Ensure that there are reports, none older than `stale` seconds, and request newer ones. Unavailable."""
         age, gone = time.monotonic() - self._asked_at, self._version != self._workers.version
         if age <= min(_FRESH, stale) and not gone:
-            if self._failed is not None:  # that there are no reports is no lack of room
+            if self._failed is not None:  # missing reports do not mean missing capacity
                 raise self._failed
             return
         if self._asking is None or self._asking.done():

@@ -1,7 +1,7 @@
-"""The workers that there are now: those given at the start, and those that joined.
+"""The current workers: those given at the start, and those that joined.
 
-A server looks at the registry of the store each second. What it says of time is measured here alone: since when a
-worker's count of heartbeats has stood still, by the monotonic clock of this process.
+A server reads the registry in the store each second. Only the monotonic clock of this process measures silence: the
+time since the heartbeat count of a worker last changed.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from rock.store.base import Workers, unknown
 log = logging.getLogger("rock.workers")
 
 _LOOK = 1.0
-_GAP = 3.0  # most seconds of silence that count from one look to the next
-_ASK = 5.0  # seconds that a worker of ROCK_WORKERS may take to tell how it is
+_GAP = 3.0  # maximum seconds of silence that count between two reads
+_ASK = 5.0  # timeout in seconds for the status of a worker of ROCK_WORKERS
 _STATUS_AGE = 1.0
 
 
 @dataclass(frozen=True)
 class Reached:
-    """How one that joined is commanded, and how requests to its sandboxes are handed on. close: ends both; what is
-    under way is answered as Unavailable. failing: whether it took no connection a moment ago."""
+    """The client of a worker that joined, and the application that forwards requests to its sandboxes. close: ends
+    both; requests in progress fail with Unavailable. failing: whether it accepted no connection a moment ago."""
 
     worker: Worker
     app: App
@@ -42,17 +42,17 @@ class Reached:
 @dataclass
 class _Member:
     info: WorkerInfo
-    changed_at: float  # monotonic: when its heartbeats were last seen to go on
+    changed_at: float  # monotonic: when its heartbeat count was last seen to change
     reached: Reached
-    status: NodeStatus | None  # of that heartbeat: the same object until the next, by which others know it
+    status: NodeStatus | None  # of that heartbeat: the same object until the next one, by which callers detect changes
     joined: bool = True  # whether the worker knows its epoch: it has sent a heartbeat in it
 
 
 class WorkerRegistry(Mapping[str, Worker]):
-    """Workers by name. fixed: those of the start. apps: the data plane of each; kept up to date. reach: how those that
-    join are reached; without it none may.
+    """Workers by name. fixed: those of the start. apps: the data plane of each; updated. reach: connects to workers
+    that join; without it none may join.
 
-    on_change: called with a name when one came, came back under another epoch, or went.
+    on_change: called with a name when a worker joined, joined again under another epoch, or left.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class WorkerRegistry(Mapping[str, Worker]):
         self.apps = apps
         self.lease = lease or Lease.of(10.0)
         self.on_change: list[Callable[[str], None]] = []
-        self.version = 0  # grows when one comes, goes, or is drained
-        self._joining: dict[str, int] = {}  # epochs that were given here, and in which no heartbeat came yet
+        self.version = 0  # grows when a worker joins, leaves, or is drained
+        self._joining: dict[str, int] = {}  # epochs that were assigned here, and without a heartbeat yet
         self._registry = registry
         self._reach = reach
         self._members: dict[str, _Member] = {}
@@ -90,10 +90,10 @@ class WorkerRegistry(Mapping[str, Worker]):
     def __len__(self) -> int:
         return len(self.fixed) + len(self._members)
 
-    # ---- life ----
+    # ---- start and stop ----
 
     async def open(self) -> None:
-        """Know who joined, from now on."""
+        """Read the registry, and follow it from now on."""
         if self._reach is None:
             return
         await self.refresh()
@@ -116,14 +116,14 @@ class WorkerRegistry(Mapping[str, Worker]):
                 log.warning("who joined cannot be seen: %r; trying again", error)
 
     async def refresh(self) -> None:
-        """Look at the registry now. Unavailable."""
+        """Read the registry now. Unavailable."""
         if self._registry is None or self._reach is None:
             return
         async with self._looking:
             found = {info.name: info for info in await self._registry().list() if info.name not in self.fixed}
             now = time.monotonic()
             unheard = now - self._looked_at - _GAP
-            if unheard > 0:  # this process stood still, or the store: nobody could be heard
+            if unheard > 0:  # this process or the store was suspended: no heartbeat could be seen
                 for member in self._members.values():
                     member.changed_at += unheard
             self._looked_at = now
@@ -142,7 +142,7 @@ class WorkerRegistry(Mapping[str, Worker]):
                 listener(name)
 
     async def _seen(self, name: str, info: WorkerInfo, now: float) -> bool:
-        """Remember what is known of it; whether it has to be looked after anew."""
+        """Update the state of a worker; returns whether it needs to be settled again."""
         assert self._reach is not None
         member = self._members.get(name)
         if member is not None and (member.info.epoch, member.info.url) == (info.epoch, info.url):
@@ -167,10 +167,10 @@ class WorkerRegistry(Mapping[str, Worker]):
         with contextlib.suppress(Exception):
             await member.reached.close()
 
-    # ---- what is known ----
+    # ---- state of workers ----
 
     def is_failing(self, name: str) -> bool:
-        """Whether a worker that joined took no connection a moment ago."""
+        """Whether a worker that joined accepted no connection a moment ago."""
         member = self._members.get(name)
         return member is not None and member.reached.failing()
 
@@ -180,30 +180,30 @@ class WorkerRegistry(Mapping[str, Worker]):
         return member is not None and member.changed_at < time.monotonic() - self.lease.fence
 
     def silent(self) -> list[WorkerInfo]:
-        """Those that have not been heard of for so long that they are lost."""
+        """Workers that have been silent for so long that they are to be declared lost."""
         now = time.monotonic()
         if now - self._looked_at > _GAP:
-            return []  # nobody listened: the next look tells since when they are silent
+            return []  # no heartbeats were read; the next read restarts the measurement
         limit = now - self.lease.lost
         return [member.info for member in self._members.values() if member.changed_at < limit]
 
     def lost(self) -> list[str]:
-        """Names of those that the registry holds for lost."""
+        """Names of lost workers in the registry."""
         return list(self._lost)
 
     def lost_epochs(self) -> dict[str, int]:
-        """Those, with the epochs in which they were lost."""
+        """Lost workers, with the epochs in which they were lost."""
         return {name: info.epoch for name, info in self._lost.items()}
 
     def is_known(self, name: str) -> bool:
-        """Whether it is there, or was and is remembered."""
+        """Whether it is a current worker, or is in the registry."""
         return name in self.fixed or name in self._members or name in self._lost
 
     async def statuses(self, age: float = _STATUS_AGE) -> dict[str, NodeStatus]:
-        """What those report that may be given sandboxes, a few seconds old at most: a worker refuses by itself what it
-        has no room for. age: seconds, for those that are asked."""
+        """Reports of the workers that accept sandboxes, at most a few seconds old: a worker itself rejects sandboxes
+        that exceed its capacity. age: maximum age in seconds of requested reports."""
         await self._ask_fixed(age)
-        limit = time.monotonic() - self.lease.fence  # it may have given up since
+        limit = time.monotonic() - self.lease.fence  # it may have given up its lease since
         joined = {
             name: member.status
             for name, member in self._members.items()
@@ -217,7 +217,7 @@ class WorkerRegistry(Mapping[str, Worker]):
         return {**self._asked, **joined}
 
     async def status(self, name: str) -> NodeStatus | None:
-        """What one of them reported last, a few seconds old at most."""
+        """The last report of a worker, at most a few seconds old."""
         if name in self.fixed:
             await self._ask_fixed(_STATUS_AGE)
             return self._asked.get(name)
@@ -231,7 +231,7 @@ class WorkerRegistry(Mapping[str, Worker]):
             self._asked_at = time.monotonic()
 
     async def infos(self) -> list[WorkerInfo]:
-        """All that are known, lost ones too."""
+        """All workers, including lost ones."""
         asked = await asyncio.gather(*(_ask(worker) for worker in self.fixed.values()))
         fixed = [
             WorkerInfo(name=name, status=status, state=WorkerState.LOST if status is None else WorkerState.READY)
@@ -241,48 +241,48 @@ class WorkerRegistry(Mapping[str, Worker]):
         return [*fixed, *(self._seen_now(info) for info in joined)]
 
     def _seen_now(self, info: WorkerInfo) -> WorkerInfo:
-        """A row of the registry, with what is known here of how long its worker is silent."""
+        """A row of the registry, with the silence of its worker as measured here."""
         if info.is_lost or not self.is_silent(info.name):
             return info
         return info.model_copy(update={"state": WorkerState.UNREACHABLE})
 
-    # ---- what workers and operators ask ----
+    # ---- requests of workers and operators ----
 
     async def join(self, spec: JoinWorker) -> WorkerLease:
-        """Conflict, Unavailable."""
+        """A worker joins. Conflict, Unavailable."""
         if spec.name in self.fixed:
             raise NotFound(f"{spec.name} is a worker of ROCK_WORKERS", hint="choose another --name")
         info = await self._table().join(spec)
         if info.epoch != spec.epoch:
-            self._joining[info.name] = info.epoch  # it does not know that before it has our answer
+            self._joining[info.name] = info.epoch  # the worker does not know its epoch before it has the response
         await self.refresh()
         return self._leased(info)
 
     async def beat(self, name: str, beat: Beat) -> WorkerLease:
-        """Conflict when its lease is over; NotFound, Unavailable."""
+        """A heartbeat. Conflict when its lease is over; NotFound, Unavailable."""
         info = await self._table().beat(name, beat)
         if self._joining.get(name) == info.epoch:
             del self._joining[name]
-            await self.refresh()  # from here on it may be given sandboxes
+            await self.refresh()  # from here on it may get sandboxes
         return self._leased(info)
 
     async def drain(self, name: str, draining: bool) -> WorkerInfo:
-        """NotFound."""
+        """Set whether a worker is drained. NotFound."""
         info = await self._table().drain(name, draining)
         await self.refresh()
         return info
 
     async def lose(self, info: WorkerInfo, surely: bool = False) -> bool:
-        """Take one for lost that has been silent; `surely`, whatever it did meanwhile."""
+        """Declare a silent worker lost; with `surely`, also when it sent a heartbeat meanwhile."""
         return await self._table().lose(info.name, info.epoch, None if surely else info.beat)
 
     async def remove(self, name: str) -> None:
-        """Forget a lost one. Conflict, NotFound."""
+        """Remove a lost worker. Conflict, NotFound."""
         await self._table().remove(name)
         await self.refresh()
 
     async def info(self, name: str) -> WorkerInfo:
-        """One that joined. NotFound."""
+        """A worker that joined. NotFound."""
         for info in await self._table().list():
             if info.name == name:
                 return info

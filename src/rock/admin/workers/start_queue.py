@@ -1,10 +1,10 @@
-"""In which order starts begin, so that who asked first is answered first.
+"""Start queue: FIFO by request, round-robin across tenants, with a limit on young starts.
 
-    single starts      a line for each tenant ─┐  one of each line in turn, while
-    starts of groups   a line for each tenant ─┴► fewer than `most` young ones are under way ─► begun
+    single starts      a queue for each tenant ─┐  one of each queue in turn, while
+    starts of groups   a queue for each tenant ─┴► fewer than `most` young ones are in progress ─► begun
 
-Thousands that begin at the same time all end late, and one that comes beside them as late as they. What is not young
-any more waits for something that may take minutes, as an image, and is not counted: it holds up no other for longer.
+Thousands of starts that begin at the same time all end late, and delay a start beside them. A start that is no longer
+young waits for a long operation, such as a pull of an image. It is not counted, so it does not delay others further.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import contextlib
 from collections import OrderedDict, deque
 from collections.abc import AsyncGenerator, Callable
 
-_MOST = 1000  # young starts under way,
-_EACH = 10  # and for each worker, where that is more
-_YOUNG = 10.0  # seconds: for as long a start is young. Shorter, and where all are slow all would begin
-_PATIENT = 10.0  # seconds at most for which a group is not written down
-_TOGETHER = 0.05  # seconds within which those that begin grow old together
+_MOST = 1000  # young starts in progress,
+_EACH = 10  # or so many for each worker, where that is more
+_YOUNG = 10.0  # seconds for which a start is young. With a shorter time, all would begin at once where all are slow
+_PATIENT = 10.0  # maximum seconds for which the records of a group are delayed
+_TOGETHER = 0.05  # starts that begin within so many seconds age together
 
 _Line = tuple[str, bool]  # tenant, and whether it is of groups
 
@@ -34,7 +34,8 @@ class _Age:
 
 
 class Ticket:
-    """A start's place. turn: None where it may begin at once; else True once it may, False when it shall not."""
+    """A start's place in the queue. turn: None where it may begin at once; else its result is True when it may begin,
+    False when it is canceled."""
 
     __slots__ = ("age", "turn")
 
@@ -44,7 +45,7 @@ class Ticket:
 
 
 class _Entry:
-    """Where the groups of a tenant come in."""
+    """The admission of a tenant's groups."""
 
     def __init__(self) -> None:
         self.lock = asyncio.Lock()
@@ -52,15 +53,15 @@ class _Entry:
 
 
 class StartQueue:
-    """For each start `ask`, and when it is over `leave`. `close` when none is asked for any more. workers: how many
-    there are now; young: seconds."""
+    """Call `ask` for each start, and `leave` when it is over; `close` at the end. workers: current number of workers;
+    young: seconds."""
 
     def __init__(self, workers: Callable[[], int], young: float = _YOUNG) -> None:
         self._workers = workers
         self._young_for = young
         self._lines: OrderedDict[_Line, deque[Ticket]] = OrderedDict()
-        self._ages: deque[_Age] = deque()  # the young, the oldest first
-        self._under_way = 0  # of them all
+        self._ages: deque[_Age] = deque()  # the young starts, the oldest first
+        self._under_way = 0  # number of young starts
         self._timer: asyncio.TimerHandle | None = None
         self._entries: dict[str, _Entry] = {}
         self._emptied: dict[str, asyncio.Future[None]] = {}  # by tenants whose next group waits for it
@@ -72,11 +73,11 @@ class StartQueue:
 
     @property
     def waiting(self) -> int:
-        """Starts in all lines."""
+        """Number of starts in all queues."""
         return sum(map(len, self._lines.values()))
 
     def ask(self, tenant: str, grouped: bool) -> Ticket:
-        """A place for a start, at the end of its line if it has to wait."""
+        """A ticket for a start, at the end of its queue if it has to wait."""
         ticket, loop = Ticket(), asyncio.get_running_loop()
         if not self._lines and self._has_room(loop.time()):
             self._let_in(ticket, loop.time())
@@ -88,12 +89,12 @@ class StartQueue:
 
     @staticmethod
     def withdraw(ticket: Ticket) -> None:
-        """It shall not begin any more, if it has not."""
+        """Cancel a start that has not begun."""
         if ticket.turn is not None and not ticket.turn.done():
             ticket.turn.set_result(False)
 
     def leave(self, ticket: Ticket) -> None:
-        """A start is over, or was given up in its line."""
+        """A start is over, or was canceled in its queue."""
         self.withdraw(ticket)
         age, ticket.age = ticket.age, None
         if age is None:
@@ -106,8 +107,8 @@ class StartQueue:
 
     @contextlib.asynccontextmanager
     async def group(self, tenant: str, wait: float) -> AsyncGenerator[None]:
-        """One group of a tenant at a time is written down, when the starts of those before it have begun. wait: seconds
-        for which its client does; after these, and after _PATIENT, it is written down in any case."""
+        """The records of one group of a tenant at a time are stored, when the starts of earlier groups have begun.
+        wait: seconds that its client waits; after these, and after _PATIENT, the records are stored in any case."""
         entry, held = self._entries.setdefault(tenant, _Entry()), False
         entry.users += 1
         try:
@@ -124,7 +125,7 @@ class StartQueue:
                 del self._entries[tenant]
 
     async def _begun(self, tenant: str) -> None:
-        """Until no start of the tenant's groups is in line. One waits for it at a time."""
+        """Wait until no start of the tenant's groups is queued. One caller at a time."""
         if (tenant, True) not in self._lines:
             return
         empty = self._emptied[tenant] = asyncio.get_running_loop().create_future()
@@ -133,7 +134,7 @@ class StartQueue:
         finally:
             del self._emptied[tenant]
 
-    # ---- who is next ----
+    # ---- order ----
 
     def _has_room(self, now: float) -> bool:
         while self._ages and now - self._ages[0].at > self._young_for:
@@ -166,7 +167,7 @@ class StartQueue:
         self._arm(loop)
 
     def _arm(self, loop: asyncio.AbstractEventLoop) -> None:
-        """See that whoever waits is looked at again when those under way are not young any more."""
+        """Schedule the next check of the queues for the time when the starts in progress are no longer young."""
         if self._lines and self._timer is None:
             self._timer = loop.call_later(self._young_for / 4, self._look)
 

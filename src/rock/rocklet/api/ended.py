@@ -1,7 +1,7 @@
-"""Calls in the middle of which their sandbox ends: each gets the one error that tells how it ended.
+"""Errors of requests whose sandbox ends while they are served: each request gets the error that describes the end.
 
-What a call sees of that is an accident of its kind: a broken link, a shell that is gone, an observation without an exit
-status. None of it may look like something that is worth a retry.
+Without this module, a request would see a symptom of the end that depends on its kind: a broken link, a missing shell,
+an observation without an exit status. None of these symptoms may look like an error that is worth a retry.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from rock.rocklet.sandbox import Supervisor
 
 T = TypeVar("T")
 
-_SOON = 2.0  # seconds within which the end of pid 1 is noticed, after its link has broken
-PERHAPS = 0.5  # the same, where a shell or a program alone may have ended
+_SOON = 2.0  # seconds to notice the end of pid 1 after its link has broken
+PERHAPS = 0.5  # seconds to notice the end when only a shell or a program may have ended
 _NO_STATUS = b'"exit_code":null'
 _TIMED_OUT = b'"timed_out":true'
 
 
 class SandboxRouter(Router):
-    """A router whose rows of sandboxes answer with how their sandbox ended."""
+    """A router whose sandbox routes respond with the end of the sandbox when it ended during the request."""
 
     def __init__(self, name: str, node: Node) -> None:
         super().__init__(name)
@@ -57,8 +57,8 @@ class SandboxRouter(Router):
 async def told_of_end(
     node: Node, supervisor: Supervisor, work: Awaitable[T], unknown: Callable[[Supervisor], RockError] | None = None
 ) -> T:
-    """What `work` answers. Lost, OutOfMemory or what `unknown` makes (NotHere, which a proxy replaces by what the
-    record says) when the sandbox ended or was being ended meanwhile."""
+    """The result of `work`. Raises Lost, OutOfMemory or the error of `unknown` (by default NotHere, which a proxy
+    replaces by the reason in the record) when the sandbox ended or was being ended meanwhile."""
     try:
         answer = await work
     except RockError as error:
@@ -74,7 +74,7 @@ async def told_of_end(
 async def _end_behind(
     node: Node, supervisor: Supervisor, error: RockError, unknown: Callable[[Supervisor], RockError]
 ) -> RockError | None:
-    """The end of the sandbox that caused `error`; None when its sandbox has not ended."""
+    """The error for the end of the sandbox that caused `error`; None when the sandbox has not ended."""
     if isinstance(error, ClientError) and not isinstance(error, NotHere):
         return None
     within = PERHAPS if isinstance(error, SessionClosed) else _SOON
@@ -84,12 +84,12 @@ async def _end_behind(
 
 
 async def _ended_untold(supervisor: Supervisor, answer: Any) -> bool:
-    """Whether an answer has no exit status because its sandbox has ended."""
+    """Whether a response has no exit status because its sandbox has ended."""
     return _has_no_status(answer) and await _ends(supervisor, 0.0 if supervisor.leaving else PERHAPS)
 
 
 def was_stopped(supervisor: Supervisor) -> RockError:
-    """For answers that no proxy replaces, as those within a stream."""
+    """The error for responses that no proxy replaces, such as those within a stream."""
     return Expired(f"sandbox {supervisor.id} was stopped while this ran", sandbox_id=supervisor.id)
 
 
@@ -103,7 +103,7 @@ def _end(node: Node, supervisor: Supervisor, unknown: Callable[[Supervisor], Roc
 
 
 async def _ends(supervisor: Supervisor, within: float, error: RockError | None = None) -> bool:
-    """Whether it has ended or is being ended. within: seconds to wait for that."""
+    """Whether the sandbox has ended or is being ended. within: seconds to wait for that."""
     if supervisor.cause is not None:
         return True
     if error is not None and not (isinstance(error, SessionClosed | Unavailable) or error.status >= 500
@@ -113,7 +113,7 @@ async def _ends(supervisor: Supervisor, within: float, error: RockError | None =
 
 
 def _has_no_status(answer: Any) -> bool:
-    """Whether it is the outcome of a command of which nobody knows how it ended."""
+    """Whether it is the result of a command with an unknown exit status."""
     if isinstance(answer, Answer):
         return _NO_STATUS in answer.body and _TIMED_OUT not in answer.body
     return getattr(answer, "exit_code", 0) is None and not getattr(answer, "timed_out", False)

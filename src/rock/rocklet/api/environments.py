@@ -1,4 +1,4 @@
-"""Routes of environments, over rocklet/environments/host.py."""
+"""Routes of environments: make, reset, step, batches of frames and leases, over rocklet/environments/host.py."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rock.rocklet.environments.registry import Answered
 from rock.rocklet.node import Node
 from rock.rocklet.sandbox import Supervisor
 
-_FRAMES = 4096  # in one request
+_FRAMES = 4096  # largest number of frames in one request
 _STEP = ("observation", "reward", "terminated", "truncated", "info")
 _TYPE = FRAMES_TYPE.encode()
 
@@ -31,13 +31,14 @@ class EnvApi:
         self.once = once
 
     async def _find(self, request: Request) -> tuple[Supervisor, EnvHost, int]:
-        """What a path names: an environment by its number, or as "name:NAME"."""
+        """The environment that a path names: by its number, or as "name:NAME"."""
         text = request.path["env"]
         sandbox = self.node.get(request.path["sandbox_id"])
         named = text.startswith(NAMED)
         if not named and not (text.isascii() and text.isdigit() and len(text) < 19):
             raise InvalidConfig(f"no such environment: {text!r}", hint="use the number that make_env answered")
-        if not named and not sandbox.hosts_environments:  # starting a host, to find nothing in it, takes seconds
+        # starting a host takes seconds, and a new one has no environments
+        if not named and not sandbox.hosts_environments:
             raise NotFound(f"there is no environment {text[:20]}", sandbox_id=sandbox.id, hint="make it first")
         with sandbox.active():
             host = await sandbox.environments()
@@ -47,7 +48,7 @@ class EnvApi:
         sandbox = self.node.get(request.path["sandbox_id"])
         spec = await request.model(MakeEnv)
         gem = spec.protocol == "gem" and not spec.imports
-        env_id = registry.find(spec.env_id).id if gem else spec.env_id  # an alias is another name for it
+        env_id = registry.find(spec.env_id).id if gem else spec.env_id  # an alias names the same environment
         if spec.protocol == "task":
             env_id = datasets.find(spec.env_id).name
         more = spec.model_dump(exclude={"env_id", "kwargs", "timeout", "begin"}, exclude_defaults=True)
@@ -61,12 +62,12 @@ class EnvApi:
                     try:
                         made.observation, made.info = await host.reset(number)
                     except BaseException:
-                        await host.close_env(number)  # nobody was told of it
+                        await host.close_env(number)  # the client never received its number
                         raise
             made.env = number
             if spec.owner is not None:
                 made.lease = host.lease
-            if spec.idle is None:  # else it is watched here
+            if spec.idle is None:  # otherwise the registry of the host watches it
                 made.door = self.node.door.way(host, number)
             return answer(made, 201)
 
@@ -105,7 +106,8 @@ class EnvApi:
         return await self.once.do(request, work())
 
     async def env_frames(self, request: Request) -> Answer:
-        """The hot path: no key to remember, no model, and what travels is not read here."""
+        """Exchange frames with environments. This is the hot path: no idempotency key, no model, frames are not parsed
+        here."""
         sandbox = self.node.get(request.path["sandbox_id"])
         try:
             asked = list(frames.split(await request.body()))
@@ -135,7 +137,8 @@ class EnvApi:
         return await self._of_owner(request, lambda host, owner: host.release(owner))
 
     async def _of_owner(self, request: Request, work: Callable[[EnvHost, str], Awaitable[int]]) -> Answer:
-        """Do it with the environments of the owner that the path names; NotFound where the sandbox hosts none."""
+        """Apply a function to the environments of the owner that the path names; NotFound where the sandbox hosts
+        none."""
         owner = request.path["owner"]
         if not re.fullmatch(OWNER_PATTERN, owner):
             raise InvalidConfig("the id of an owner has 16 to 64 letters, digits, _ and -")
@@ -153,9 +156,9 @@ async def _now(found: int) -> int:
 
 
 def _framed(asked: Frame, found: Answered) -> bytes:
-    """An answer as it travels: an error too is a frame, so that one of many does not cost the others."""
+    """A response as a frame. An error is a frame too, so that one failed request does not affect the others."""
     if not isinstance(found, RockError):
-        return found  # type: ignore[return-value]  # a bytearray that nobody touches any more
+        return found  # type: ignore[return-value]  # a bytearray that no other code changes any more
     _, _, number, id, index, _ = asked
     body = orjson.dumps(found.to_wire(), default=repr)
     return HEAD.pack(len(body), frames.ERROR, PLAIN, number, id, index) + body

@@ -1,4 +1,4 @@
-"""Routes of files, over rocklet/files.py."""
+"""Routes of files: read, write, list, pack and unpack, over rocklet/files.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _RAW = b"application/octet-stream"
 
 
 def mode_of(text: str | int | None) -> int | None:
-    """Permission bits of "755", "0o755" or a number's octal text; None stays None."""
+    """Permission bits of "755", "0o755" or the octal text of a number; None stays None."""
     if text is None or text == "":
         return None
     try:
@@ -67,7 +67,7 @@ class FileApi:
 
         if append:
             return await self.once.call(sandbox, request, work)
-        with sandbox.active():  # to write the same file again changes nothing
+        with sandbox.active():  # writing the same file again has no further effect, so no key is needed
             return await work()
 
     async def stat_file(self, request: Request) -> Answer:

@@ -1,4 +1,8 @@
-"""Many sandboxes by one request, each answered as soon as it is made: see admin/workers/batching.py."""
+"""Routes with frames in both directions: batches of creates, image builds, and transfers of retained files.
+
+A batch creates many sandboxes with one request; each response is sent as soon as its sandbox exists. See
+admin/workers/batching.py.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +44,7 @@ def add_bulk_routes(router: Router, node: Node) -> None:
 
 
 async def _made(node: Node, wanted: list[tuple[str, SandboxConfig]]) -> AsyncGenerator[bytes]:
-    """Frames, together those that are there at the same time. Whoever asked and left has them made all the same."""
+    """Response frames, combined when several are ready at once. Creation continues when the client disconnects."""
     frames, news = list[bytes](), asyncio.Event()
 
     async def make(sandbox_id: str, config: SandboxConfig) -> None:
@@ -73,11 +77,11 @@ async def _one(node: Node, sandbox_id: str, config: SandboxConfig) -> bytes:
     return pack_frame(Frame.ERROR, orjson.dumps({**told.to_wire(), "sandbox_id": sandbox_id}, default=repr))
 
 
-# ---- build_api ----
+# ---- image builds ----
 #
-# The route that builds images: a BuildRequest and the tar of a context come in frames, output and an image go out.
+# The request is a BuildRequest and the tar of a context in frames. The response is the output and an image.
 
-_LARGEST_TAR = MOST_BYTES + (1 << 30)  # with its headers
+_LARGEST_TAR = MOST_BYTES + (1 << 30)  # including tar headers
 
 
 def add_build_routes(router: Router, node: Node) -> None:
@@ -131,9 +135,9 @@ async def _receive(frames: AsyncGenerator[tuple[Frame, bytes]], tar: Path) -> No
             await asyncio.to_thread(file.write, part)
 
 
-# ---- kept_api ----
+# ---- retained files ----
 #
-# Files of sandboxes at rest, between this worker and the admin's archive: frames both ways, see protocol/routes.py.
+# Transfers between this worker and the archive of the admin: frames both ways, see protocol/routes.py.
 
 def add_retained_routes(router: Router, node: Node) -> None:
     async def pack(request: Request) -> Answer:
@@ -170,7 +174,7 @@ async def _framed(node: Node, sandbox_id: str, limit: int) -> AsyncGenerator[byt
 
 
 async def frames_of(request: Request) -> AsyncGenerator[tuple[Frame, bytes]]:
-    """The frames of a body. InvalidConfig for what is none."""
+    """The frames of a body. InvalidConfig for invalid frames."""
     parser = FrameParser()
     async for chunk in request.chunks():
         try:
@@ -181,8 +185,8 @@ async def frames_of(request: Request) -> AsyncGenerator[tuple[Frame, bytes]]:
 
 
 async def first_of(frames: AsyncGenerator[tuple[Frame, bytes]]) -> tuple[Frame, bytes]:
-    """The first frame, an empty error where there is none. `anext` with a default ends with a SystemError in Python
-    3.11 when an outer generator has ended."""
+    """The first frame, or an empty error when there is none. `anext` with a default raises SystemError in Python 3.11
+    when an outer generator has ended."""
     try:
         return await anext(frames)
     except StopAsyncIteration:
@@ -190,7 +194,7 @@ async def first_of(frames: AsyncGenerator[tuple[Frame, bytes]]) -> tuple[Frame, 
 
 
 async def payloads_of(frames: AsyncGenerator[tuple[Frame, bytes]]) -> AsyncIterator[bytes]:
-    """What STDOUT frames carry. InvalidConfig for others."""
+    """The payloads of STDOUT frames. InvalidConfig for other frames."""
     async for kind, payload in frames:
         if kind is not Frame.STDOUT:
             raise InvalidConfig(f"a frame of kind {kind.name} has no place here")

@@ -1,4 +1,4 @@
-"""The rocklet's face: the data plane and the node plane of protocol/routes.py, over a Node."""
+"""The HTTP API of the rocklet: the data plane and the node plane of protocol/routes.py, over a Node."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Api:
     """Handlers by route name. Each finds its sandbox, counts as activity, and calls one method of its supervisor."""
 
     def __init__(self, node: Node, reconnect: float = RECONNECT_TIMEOUT) -> None:
-        """reconnect: seconds for which a client may retry a request by its key."""
+        """reconnect: seconds during which a client may retry a request with its key."""
         self.node = node
         self.once = IdempotentCalls(reconnect)
 
@@ -137,7 +137,8 @@ class Api:
         return streaming.answer(told_of_end(self.node, sandbox, work(), was_stopped), request)
 
     async def _first(self, sandbox: Supervisor, request: Request) -> str | None:
-        """Let a request with a stream for its answer through, once a key, a former rocklet's included. Conflict."""
+        """Accept a streamed request once per key, including keys of an earlier rocklet process. Conflict for a
+        repetition."""
         self.once.first(request)
         place = place_of(request)
         known = await sandbox.journal.known(place)
@@ -172,7 +173,7 @@ class Api:
         await session.resize(rows, columns)
         return answer(session.info)
 
-    # ---- programs ----
+    # ---- processes ----
 
     async def execute(self, request: Request) -> Answer:
         sandbox = self._find(request)
@@ -188,7 +189,7 @@ class Api:
 
     async def _stream_execute(self, sandbox: Supervisor, request: Request, command: Command) -> Answer:
         place = await self._first(sandbox, request)
-        with tracing.span("spawn"):  # what is streamed is a task of its own
+        with tracing.span("spawn"):  # the streaming runs in a task of its own
             process = await programs.start(sandbox.runtime, sandbox.handle, command, await sandbox.shell_for(command))
         streaming = Streaming()
         execution = programs.Execution(process, command, streaming.put)
@@ -319,7 +320,7 @@ class Api:
 
 
 def size_of(body: Any) -> tuple[int, int]:
-    """(rows, columns) of a request; InvalidConfig when they are no size of a terminal."""
+    """(rows, columns) of a request; InvalidConfig for values that are no valid terminal size."""
     values = [body.get(name) for name in ("rows", "columns")] if isinstance(body, dict) else [None, None]
     rows, columns = (v if isinstance(v, int) and 1 <= v <= 10_000 else 0 for v in values)
     if not rows or not columns:
@@ -327,9 +328,7 @@ def size_of(body: Any) -> tuple[int, int]:
     return rows, columns
 
 
-# ---- commandspans ----
-#
-# Each command of a sandbox, as metrics and traces tell of it.
+# ---- metrics and traces of commands ----
 
 SECONDS = REGISTRY.histogram("rock_command_seconds", "From a command's arrival at its sandbox to its end", "kind")
 _SERIES = {kind: SECONDS.of(kind) for kind in ("session", "program", "background")}
@@ -337,8 +336,8 @@ _LONGEST = 256
 
 
 class command_span:
-    """Context of one command, or of the start of one in the background, for metrics and traces. What it starts finds
-    the span in its environment."""
+    """Context of one command, or of the start of one in the background, for metrics and traces. Programs that it starts
+    find the span in their environment."""
 
     __slots__ = ("_began", "_kind", "_span")
 

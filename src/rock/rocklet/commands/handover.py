@@ -1,4 +1,4 @@
-"""What the rocklet after this one has to know of the command that runs in a session, and how it goes on with it."""
+"""Handover of the running command of a session: what the rocklet stores for its successor, and how that resumes it."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ from rock.rocklet.commands.shell_process import Run, ShellProcess
 from rock.rocklet.durability.journal import Journal
 from rock.rocklet.durability.spool import SpoolFile
 
-_UNHEARD = 0.3  # seconds in which a shell that has begun a command, of a former rocklet, shows it
-_ANSWERED = 10.0  # seconds in which one that has not begun it answers to the next
-_REPORTS = 1 << 20  # bytes of a command's reports that are kept for after a crash
+_UNHEARD = 0.3  # seconds within which a shell that has begun a command of an earlier rocklet process shows it
+_ANSWERED = 10.0  # seconds within which a shell that has not begun it executes the next command
+_REPORTS = 1 << 20  # bytes of a command's reports that are stored for recovery after a crash
 
 
 @dataclass(frozen=True)
 class JournalEntry:
-    """Where a command is written down for the rocklet after this one, and what it is known by."""
+    """The journal, and the key of the request, under which a command is recorded for the next rocklet process."""
 
     journal: Journal
     place: str
 
 
 class Handover:
-    """The spool files of a session: its shell's output, errors and reports go to them on their way."""
+    """The spool files of a session. The output, errors and reports of its shell are written to them as they are
+    read."""
 
     def __init__(self, process: ShellProcess) -> None:
         self._process = process
         self._spools: dict[str, SpoolFile] = {}  # by stream: out, err, status
-        self._journal: Journal | None = None  # whose they are
+        self._journal: Journal | None = None  # the journal that owns the spool files
 
     def _spool(self, journal: Journal, name: str) -> SpoolFile:
         found = self._spools.get(name)
@@ -52,14 +53,14 @@ class Handover:
     # ---- while a command runs ----
 
     def write_down(self, keep: JournalEntry, run: Run, action: BashAction, held: bytes) -> None:
-        """The intent, before the shell has a byte of it. held: what is to be shown ahead of its output."""
+        """Record the intent before the shell receives the command. held: bytes to be returned ahead of its output."""
         if any(spool.full for spool in self._spools.values()):
-            keep.journal.flush()  # it begins anew
+            keep.journal.flush()  # the spool file restarts at its beginning
         try:
             spooled = {name: self._spool(keep.journal, name).begin(held if name == "out" else b"")
                        for name in ("out", "status", *(["err"] if action.separate else []))}  # fmt: skip
         except OSError:
-            return  # no room on the server's disk: the command runs, and a crash would lose it
+            return  # the server's disk is full: the command runs, and a crash loses its output
         keep.journal.begin(
             keep.place, kind="run", session=self._process.spec.session, token=run.token, began=run.began,
             timeout=action.timeout, limit=action.max_output_bytes, **spooled,
@@ -74,13 +75,13 @@ class Handover:
         readers[-1].take = self._spools["status"].take
 
     def ended(self) -> None:
-        """No command runs: what comes is nobody's."""
+        """No command runs; output that arrives now belongs to no command."""
         for reader in self._process.readers:
             reader.take = os.read
 
     def flush(self) -> None:
-        """To be called ahead of a command that is not written down: what spool files have is that command's no
-        longer."""
+        """Flush the journal. Call this before a command that is not recorded: from then on, the spool files no longer
+        contain only the recorded command."""
         if self._journal is not None:
             self._journal.flush()
 
@@ -90,13 +91,14 @@ class Handover:
             spool.keep_short(token, kept)
 
     def bound_reports(self) -> None:
-        """A program writes there: it may not fill the server's disk."""
+        """Limit the size of the reports file: a program in the sandbox can write to it and must not fill the server's
+        disk."""
         spool = self._spools.get("status")
         if spool is not None and spool.size > _REPORTS:
             spool.broken = True
 
     def give_back(self) -> None:
-        """Of a shell that is gone."""
+        """Return the spool files of a shell that has ended."""
         if self._journal is not None:
             self._journal.flush()
             for spool in self._spools.values():
@@ -104,18 +106,18 @@ class Handover:
             self._spools.clear()
 
     def close(self) -> None:
-        """Leave them as they are, for the rocklet after this one."""
+        """Close the spool files without change, for the next rocklet process."""
         for spool in self._spools.values():
             spool.close()
         self._spools.clear()
 
-    # ---- in the rocklet after it ----
+    # ---- recovery by the next rocklet ----
 
     def take_up(self, journal: Journal, entry: Mapping[str, Any], run: Run) -> bytes:
-        """Give a command of a former rocklet what it had written, and go on from there. Its reports until now.
+        """Give a resumed command its stored output, and continue from there. Returns its reports until now.
 
-        What is damaged or missing of its output is counted in `run.missing`, of its reports in `run.reports_damaged`.
-        OSError."""
+        Damaged or missing output is counted in `run.missing`; damaged reports set `run.reports_damaged`. OSError.
+        """
         for name, kept in (("out", run.output), ("err", run.errors)):
             if name in entry:
                 missing = self._spool(journal, name).load(run.token, int(entry[name]), kept)
@@ -127,9 +129,11 @@ class Handover:
         return reports.parts()[0]
 
     async def was_begun(self, run: Run, written: bool, ask: Callable[[], Awaitable[None]]) -> bool:
-        """Whether the shell was given the command before the crash. While it runs, its pipe has what comes after.
+        """Whether the shell received the command before the crash. While the command runs, later commands stay in the
+        pipe.
 
-        written: whether a former rocklet says so. ask: has the shell report, as a command after it.
+        written: whether the earlier rocklet process recorded that it wrote the command. ask: makes the shell report, as
+        a later command would.
         """
         fd = self._process.script
         if fd is None:
@@ -141,18 +145,19 @@ class Handover:
             if unread(fd):
                 return True
             await asyncio.sleep(0.01)
-        if not run.done.done():  # it waits for commands: it tells so before anything else, unless it runs this one
+        if not run.done.done():  # the shell reads commands and reports at once, unless it runs this one
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(_ANSWERED):  # few enough bytes to be written in whole or not at all
+                # the bytes are few enough to be written completely or not at all
+                async with asyncio.timeout(_ANSWERED):
                     await ask()
                     if not written:
                         await settled(run.done)
-        # Where a carrier is between, its report may have gone to nobody: then that of the probe tells of its end.
+        # Behind a carrier, the report of the command can be lost; the report of the probe then proves its end.
         return written or not run.unbegun
 
 
 def ended_with_client() -> Conflict:
-    """For a key whose command was ended: it is never begun again."""
+    """For the key of a command that was ended: it is never started again."""
     return Conflict(
         "the command with this key was ended because its client left",
         hint="look what it did; send it with a new key to run it again",
@@ -160,7 +165,7 @@ def ended_with_client() -> Conflict:
 
 
 def unseen(sandbox_id: str, damaged: bool = False) -> Conflict:
-    """Of a command that was begun, and whose report nobody has. damaged: because the file of its reports is."""
+    """For a command that was begun and whose report was lost. damaged: the file of the reports is damaged."""
     if damaged:
         return Conflict(
             "the command was begun, and how it ended is not known: the server's file of its end is damaged or missing",

@@ -1,4 +1,7 @@
-"""A shell that is given one command at a time, and is brought back in step after each."""
+"""The shell interpreter of a session: runs one command at a time and resynchronizes after each.
+
+A long command is passed by a file in the sandbox, because a shell reads its pipe byte by byte.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,15 @@ from rock.rocklet.commands.shell_process import RESTART_GRACE, Run, Shell, Shell
 from rock.runtime.base import CLOCK, ExitStatus, Files, Handle, Runtime
 from rock.telemetry import tracing
 
-_IDLE_OUTPUT = 1 << 20  # bytes kept of what background jobs write between commands
+_IDLE_OUTPUT = 1 << 20  # bytes retained of the output of background jobs between commands
 
 
 class Interpreter:
-    """The shell of a session. Its caller sees to it that a command begins when the one before has ended.
+    """The shell of a session. The caller begins a command only after the previous one has ended.
 
-    handle: whose it is; another when a session that was opened ahead is claimed. closed: why it takes no more commands.
-    first: to be run ahead of the next command. run: the command that runs now. rc: a new shell reads its .bashrc.
+    handle: the sandbox; it changes when a session that was opened ahead is claimed. closed: the reason why no more
+    commands are accepted. first: a script to run ahead of the next command. run: the current command. rc: a new shell
+    reads its .bashrc.
     """
 
     def __init__(
@@ -41,17 +45,18 @@ class Interpreter:
         self._spec = spec
         self._shell = sh
         self._rc = rc
-        self._token = int(time.time() * 1000) % 1_000_000_000  # a report to a former rocklet is not taken for ours
+        # reports to an earlier rocklet process never match a token of this one
+        self._token = int(time.time() * 1000) % 1_000_000_000
         self._status = 0
         self._cwd: str | None = None
         self._idle_output = Capped(_IDLE_OUTPUT)
         self.replaced = False  # the shell ended between two commands, and its successor waits for its state
-        self._traced = False  # the shell's environment has the trace of the last command
+        self._traced = False  # the environment of the shell has the trace of the last command
 
-    # ---- life ----
+    # ---- start and end ----
 
     async def open(self) -> BashObservation:
-        """Start the shell; what its start-up files printed."""
+        """Start the shell; returns the output of its start-up files."""
         await self._spawn()
         await faults.point("session.spawned")
         run = self._begin(MAX_OUTPUT)
@@ -64,13 +69,13 @@ class Interpreter:
         await self.process.spawn(self._runtime, self.handle, self._cwd)
 
     async def attach(self) -> None:
-        """Take over the shell that a former rocklet started. NotFound."""
+        """Attach to the shell that an earlier rocklet process started. NotFound."""
         await self.process.attach(self._runtime, self.handle)
         if self._spec.pty is None:
             self.first = shell_protocol.begun(self._shell.dialect)
 
     def take_up(self, keep: JournalEntry, entry: Mapping[str, Any]) -> Run:
-        """Go on with a command of a former rocklet, with what it had written."""
+        """Resume a command of an earlier rocklet process, with its stored output."""
         limit = int(entry["limit"])
         done: asyncio.Future[shell_protocol.Report | ExitStatus] = asyncio.get_running_loop().create_future()
         run = self.run = Run(int(entry["token"]), Capped(limit), Capped(limit), done, float(entry["began"]))
@@ -80,15 +85,16 @@ class Interpreter:
 
     @property
     def can_ask(self) -> bool:
-        """Whether the shell can be asked what it runs."""
+        """Whether the shell can report which command it runs."""
         return self.process.script is not None
 
     async def was_begun(self, run: Run, written: bool) -> bool:
-        """Whether the shell was given a command of a former rocklet. written: whether that one says so."""
+        """Whether the shell received a command of an earlier rocklet process. written: whether that process recorded
+        it."""
         return await self.handover.was_begun(run, written, lambda: self._ask(run))
 
     async def settle_unknown(self) -> None:
-        """Wait for a command of a former rocklet of which nothing is known; what it writes is nobody's."""
+        """Wait for the end of an unknown command of an earlier rocklet process, and discard its output."""
         run = self._begin(MAX_OUTPUT)
         try:
             await self.process.write(self.first + shell_protocol.report(self._shell.dialect, run.token))
@@ -98,26 +104,26 @@ class Interpreter:
             self.run = None
 
     async def _ask(self, run: Run) -> None:
-        """Have the shell report, as a command after one of which is not known whether it was begun."""
+        """Make the shell report, as a command that follows one whose start is uncertain."""
         self._token += 1
         run.probe = self._token
         await self.process.write(self.first + shell_protocol.report(self._shell.dialect, run.probe))
         self.first = b""
 
     async def detach(self) -> None:
-        """Let go of the shell and leave it running, for a rocklet that comes after this one."""
+        """Detach from the shell and leave it running, for the next rocklet process."""
         await self.process.detach()
         self.handover.close()
 
     async def release(self) -> None:
-        """Let go of one that has ended."""
+        """Release the resources of a shell that has ended."""
         self.handover.give_back()
         await self.detach()
         self.process.close()
         if self.run is not None and not self.run.done.done():
             self.run.done.set_result(ExitStatus())
 
-    # ---- what its shell gives ----
+    # ---- output of the shell ----
 
     def _on_exit(self, status: ExitStatus) -> None:
         if self.run is not None and not self.run.done.done():
@@ -128,7 +134,7 @@ class Interpreter:
     def _on_output(self, is_errors: bool, data: bytes) -> None:
         run = self.run
         if run is None:
-            self._idle_output.add(data)  # a background job's; the next command shows it
+            self._idle_output.add(data)  # output of a background job; the next command returns it
         elif run.sink is not None:
             run.sink(is_errors, data)
         else:
@@ -148,15 +154,15 @@ class Interpreter:
                     run.unbegun = True
                     run.done.set_result(report)
                 if run is None or report.token != run.token:
-                    continue  # of a command that was given up
+                    continue  # the report of an abandoned command
             if run is not None and not run.done.done():
                 self.process.drain()
                 run.done.set_result(report)
 
-    # ---- a command ----
+    # ---- commands ----
 
     def begin(self, action: BashAction, sink: Sink | None, keep: JournalEntry | None) -> Run:
-        """A command that is about to be given to the shell, after what was written since the last one."""
+        """Create a command that is about to be sent to the shell. Its output begins with that of background jobs."""
         held, dropped = self._idle_output.take()
         run = self._begin(action.max_output_bytes, sink, (held, dropped))
         if keep is not None:
@@ -166,7 +172,7 @@ class Interpreter:
         return run
 
     def _begin(self, limit: int, sink: Sink | None = None, idle: tuple[bytes, int] | None = None) -> Run:
-        """idle: what was taken of `_idle_output` already."""
+        """idle: bytes that were already taken from `_idle_output`."""
         self._token += 1
         output = Capped(limit)
         data, dropped = self._idle_output.take() if idle is None else idle
@@ -181,7 +187,8 @@ class Interpreter:
         return run
 
     async def by_file(self, run: Run, command: str) -> str:
-        """Bring a long command to the shell by a file, where that can be; what it is told instead. StorageFull."""
+        """Store a long command in a file, where possible; returns the command that the shell reads instead.
+        StorageFull."""
         if not self._shell.dialect.is_bash or not isinstance(self._runtime, Files):
             return command
         told = await write(self._runtime, self.handle, self._spec, run.token, command)
@@ -193,7 +200,7 @@ class Interpreter:
         await remove(self._runtime, self.handle, self._spec, run.token)
 
     def script(self, run: Run, command: str, separate: bool) -> bytes:
-        """The bytes to give to the shell, once. separate: stdout and stderr are kept apart."""
+        """The bytes to send to the shell, once. separate: stdout and stderr are kept apart."""
         script = shell_protocol.frame(
             self._shell.dialect,
             command,
@@ -204,7 +211,7 @@ class Interpreter:
         )
         traced, before = tracing.environment(), self._traced
         self._traced = bool(traced)
-        # What gives it the trace it belongs to, and takes the last one's from it.
+        # Lines that set the trace of this command and remove that of the last one.
         trace = shell_protocol.trace(traced.get("TRACEPARENT")) if traced or before else b""
         script, self.first = self.first + trace + script, b""
         return script
@@ -217,7 +224,7 @@ class Interpreter:
         restarted: bool = False,
         keep: JournalEntry | None = None,
     ) -> BashObservation:
-        """What came of a command. script: None for one that the shell has already."""
+        """Run a command to its end and return its outcome. script: None when the shell already has the command."""
         timed_out = False
         try:
             end = None if timeout is None else time.monotonic() + timeout
@@ -242,7 +249,7 @@ class Interpreter:
         return observation
 
     async def _settle(self, run: Run, report: shell_protocol.Report | ExitStatus, given_up: bool) -> bool:
-        """Bring the shell back in step after a command; True when its state was lost on the way."""
+        """Resynchronize the shell after a command; True when its state was lost."""
         if isinstance(report, shell_protocol.Restarted):
             return self.closed is None and not await self.restore()
         if isinstance(report, ExitStatus):
@@ -254,21 +261,21 @@ class Interpreter:
         return False
 
     async def give_up(self, run: Run) -> None:
-        """End a command whose caller went away: nothing of it may run on, and the shell has to stay in step."""
+        """Abort a command whose caller disconnected: terminate its processes and keep the shell synchronized."""
         await self._settle(run, await self.process.abort(run), True)
 
     def _preamble_script(self, run: Run) -> bytes:
-        """What a new shell begins with; one that takes the place of another, in the folder of that one."""
+        """The first script of a new shell; a replacement shell starts in the working directory of its predecessor."""
         pty = self._spec.pty is not None
         sources = self._spec.startup_source
         return shell_protocol.preamble(
             self._shell.dialect, run.token, cwd=self._cwd, sources=sources, rc=self._rc, pty=pty
         )
 
-    # ---- ends of commands that do not end by themselves ----
+    # ---- replacement of the shell ----
 
     async def restore(self) -> bool:
-        """Complete a shell's replacement of itself; False when that failed and it was started afresh."""
+        """Complete the shell's replacement of itself; False when that failed and a fresh shell was started."""
         self.replaced = False
         run = self._begin(MAX_OUTPUT)
         try:
@@ -283,16 +290,16 @@ class Interpreter:
         finally:
             self.run = None
             data, _ = run.output.take()
-            self._idle_output.add(data)  # a background job's
+            self._idle_output.add(data)  # output of a background job
         return not await self._respawn()
 
     async def _respawn(self) -> bool:
-        """A new shell in the place of one that could not be kept; True when it stands."""
+        """Start a new shell in place of one that cannot continue; True on success."""
         await self.release()
         self.run = None
         try:
             await self._spawn()
-            if self.closed is not None:  # meanwhile
+            if self.closed is not None:  # closed meanwhile
                 await self.process.kill()
                 return False
             run = self._begin(MAX_OUTPUT)
@@ -313,11 +320,9 @@ def _tell(status: ExitStatus) -> str:
     return "unknown" if status.code is None else str(status.code)
 
 
-# ---- commandfile ----
-#
-# A command by a file in the sandbox: a shell reads its pipe byte by byte, so long ones do not go by it.
+# ---- commands in files ----
 
-LONG = 16 << 10  # characters from which on a command goes by a file
+LONG = 16 << 10  # characters from which on a command is passed by a file
 
 
 def _path(spec: CreateBashSessionRequest, token: int) -> str:
@@ -325,7 +330,7 @@ def _path(spec: CreateBashSessionRequest, token: int) -> str:
 
 
 async def write(runtime: Files, handle: Handle, spec: CreateBashSessionRequest, token: int, command: str) -> str:
-    """Write a command of a session to its file; what the shell is told instead of it. StorageFull."""
+    """Write a command of a session to its file; returns the command that the shell reads instead. StorageFull."""
     path = _path(spec, token)
     fd, commit = await runtime.open_write(handle, path, mode=0o600, user=spec.remote_user)
     try:

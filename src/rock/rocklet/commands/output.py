@@ -1,4 +1,4 @@
-"""Descriptors of a program, on the event loop: reading with a cap, writing without blocking."""
+"""Input and output of programs on the event loop: bounded buffers, non-blocking descriptors, streaming to clients."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from rock.errors import InternalServerRockError, RockError
 from rock.http.asgi import Answer, Request, dumps
 from rock.protocol.routes import STREAM_TYPE, Frame, pack_frame
 
-_MANY, _WITHIN = 16, 0.02  # reads within so many seconds are a flood
+_MANY, _WITHIN = 16, 0.02  # so many reads within so many seconds count as a flood
 _REST = 0.005
-_CHUNK = 64 << 10  # as much as a pipe holds; more memory at once costs more than the reading
+_CHUNK = 64 << 10  # the capacity of a pipe; a larger buffer costs more than further reads
 _PORTION = 4 << 10
 
 
 class Capped:
-    """Bytes of which at most `limit` are kept: half from the head, half from the tail; `dropped` counts the rest."""
+    """A buffer that retains at most `limit` bytes: half from the head, half from the tail; `dropped` counts the
+    rest."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -48,7 +49,7 @@ class Capped:
         if not data:
             return
         if self._tail and len(self._tail[-1]) < _PORTION:
-            self._tail[-1] += data  # a thousand short lines must not cost a thousand objects
+            self._tail[-1] += data  # join short pieces: a thousand short lines must not become a thousand objects
         else:
             self._tail.append(bytearray(data))
         self._tail_size += len(data)
@@ -60,11 +61,11 @@ class Capped:
                 return
 
     def parts(self) -> tuple[bytes, bytes]:
-        """What is kept of the head, and of the tail; the tail may be a little over its room."""
+        """The retained head and the retained tail; the tail may slightly exceed its limit."""
         return bytes(self._head), b"".join(self._tail)
 
     def resume(self, head: bytes, dropped: int, tail: bytes) -> None:
-        """Go on from `parts`, of a Capped with the same limit, and what that had dropped between them."""
+        """Continue from `parts` of a Capped with the same limit, and the count that it had dropped."""
         self._head += head
         self._tail.append(bytearray(tail))
         self._tail_size = len(tail)
@@ -72,7 +73,7 @@ class Capped:
         self.total = len(head) + dropped + len(tail)
 
     def take(self) -> tuple[bytes, int]:
-        """The bytes kept and how many were dropped between head and tail; a line in their place says so."""
+        """The retained bytes and the number that was dropped between head and tail; a line marks the gap."""
         tail = b"".join(self._tail)
         over = len(tail) - self._tail_room
         if over > 0:
@@ -92,10 +93,10 @@ def as_text(data: bytes) -> tuple[str, str | None]:
 
 
 class Reader:
-    """Reads a non-blocking descriptor whenever it has bytes, and hands them to `sink`.
+    """Reads a non-blocking descriptor whenever it has bytes, and passes them to `sink`.
 
-    The descriptor belongs to the Process; this only watches it. `done` is set at its end of file. `take` is what reads:
-    os.read, or a spool's.
+    The descriptor belongs to the Process; the reader only watches it. `done` is set at end of file. `take` reads:
+    os.read, or the method of a spool.
     """
 
     def __init__(self, fd: int, sink: Callable[[bytes], None]) -> None:
@@ -117,7 +118,7 @@ class Reader:
             self._watching = True
 
     def begin(self) -> None:
-        """What comes from now on is of another command: many that are short are no flood."""
+        """Output from now on belongs to another command: several short commands in a row are not a flood."""
         self._reads = 0
 
     def pause(self) -> None:
@@ -135,8 +136,8 @@ class Reader:
             self._breathe()
 
     def _breathe(self) -> None:
-        """Who prints a line at a time without end would wake us for each: it is left alone for a moment, and what it
-        wrote is then read at once."""
+        """Pause reading for a moment. A program that prints single lines without end would wake the event loop for each
+        line; after the pause, one read returns them all."""
         now = self._loop.time()
         often, self._since, self._reads = now - self._since < _WITHIN, now, 0
         if often:
@@ -152,7 +153,7 @@ class Reader:
             data = self.take(self.fd, limit)
         except BlockingIOError:
             return 0
-        except OSError:  # EIO: the last program on a pty closed it
+        except OSError:  # EIO: the last program on the pty closed it
             data = b""
         if not data:
             self.pause()
@@ -162,11 +163,11 @@ class Reader:
         return len(data)
 
     def drain(self) -> None:
-        """Take what is there now and no more: a program that goes on writing cannot hold us here."""
+        """Read what is available now and no more, so that a program that writes without end cannot block the caller."""
         self._take(self._held())
         left = _CHUNK if self._terminal else 0
         while left > 0 and not self.done.is_set():
-            # What a program wrote to a terminal comes to our side by and by; asking makes the kernel bring it.
+            # The kernel delivers terminal output to our side with a delay; this call flushes it.
             poll = select.poll()
             poll.register(self.fd, select.POLLIN)
             poll.poll(0)
@@ -196,7 +197,7 @@ def is_pipe(fd: int) -> bool:
 
 
 def unread(fd: int) -> int:
-    """Bytes that are in a pipe, seen from either end of it, or that a terminal or a socket has for us."""
+    """The number of unread bytes in a pipe, seen from either end, or of bytes to read from a terminal or a socket."""
     size = array.array("i", [0])
     try:
         fcntl.ioctl(fd, termios.FIONREAD, size)
@@ -206,7 +207,7 @@ def unread(fd: int) -> int:
 
 
 def write_now(fd: int, data: bytes) -> bytes:
-    """Write to a non-blocking descriptor what it takes at once; what is left. All is taken where nobody reads."""
+    """Write as much as a non-blocking descriptor accepts at once; returns the rest, empty when the reader is gone."""
     try:
         count = os.write(fd, data)
     except BlockingIOError:
@@ -217,7 +218,7 @@ def write_now(fd: int, data: bytes) -> bytes:
 
 
 async def write_all(fd: int, data: bytes) -> bool:
-    """Write to a non-blocking descriptor; False when nobody reads it any more."""
+    """Write everything to a non-blocking descriptor; False when its reader is gone."""
     view = memoryview(data)
     loop = asyncio.get_running_loop()
     while view:
@@ -240,11 +241,11 @@ def _set(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
-# ---- stream ----
+# ---- streaming ----
 #
-# Output while it is made, as frames, to a client that may be slow or leave.
+# Output is sent as frames while the command runs. The client may be slow or disconnect.
 
-_HIGH = 4 << 20  # bytes waiting for the client above which the program has to wait
+_HIGH = 4 << 20  # bytes waiting for the client above which the program is paused
 _LOW = 1 << 20
 
 
@@ -255,7 +256,7 @@ def _nothing() -> None:
 class Streaming:
     """Frames of one running command. `put` takes output; `answer` sends it until the command's result.
 
-    A client that leaves ends the command: nobody is there to read it or to stop it.
+    A client that disconnects ends the command, because no one is left to read or stop it.
     """
 
     def __init__(self, pause: Callable[[], None] = _nothing, resume: Callable[[], None] = _nothing) -> None:

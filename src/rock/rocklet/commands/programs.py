@@ -1,4 +1,4 @@
-"""One-shot programs and background processes, over `Runtime.spawn`."""
+"""One-shot programs and background processes of a sandbox, over `Runtime.spawn`."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from rock.runtime.base import ExitStatus, Handle, Process, Program, Runtime, Sna
 from rock.telemetry import tracing
 
 KEY = "process:"
-EXECUTED = "execute:"  # of programs whose end somebody waits for, with a key of theirs
-_TOKEN = 1  # of every program in its spool files: they are begun anew for each
-LOG_CAP = 1 << 30  # bytes of a log on the server's disk; what comes after is counted, not kept
+EXECUTED = "execute:"  # prefix of the keys of programs with an idempotency key whose caller waits for the end
+_TOKEN = 1  # the token of every program in its spool files, which restart for each program
+LOG_CAP = 1 << 30  # bytes of a log on the server's disk; later output is counted and dropped
 
 Sink = Callable[[bool, bytes], None]
 
@@ -40,7 +40,7 @@ class Detached(Unavailable):
 
 
 def argv_of(command: str | list[str], sh: Shell | None) -> list[str]:
-    """A list as it is; a string through the image's shell. NotFound when it has none."""
+    """A list as it is; a string through the image's shell. NotFound when the image has none."""
     if isinstance(command, list):
         return command
     if sh is None:
@@ -49,7 +49,7 @@ def argv_of(command: str | list[str], sh: Shell | None) -> list[str]:
 
 
 class Execution:
-    """One program run to its end, its output collected or handed to a sink."""
+    """One program run to its end, its output collected or passed to a sink."""
 
     def __init__(
         self,
@@ -77,10 +77,11 @@ class Execution:
         ]
         self.on_fed: Callable[[], None] = lambda: None
         self._fed = process.stdin is None
-        self._waiting: asyncio.Task[Any] | None = None  # whose task waits for the end
+        self._waiting: asyncio.Task[Any] | None = None  # the task that waits for the end
         self._leaving = False
         self._spools = spools
-        self._missing: list[int | None] = [None, None]  # bytes that a former rocklet kept and that are damaged
+        # bytes that an earlier rocklet process stored and that are damaged
+        self._missing: list[int | None] = [None, None]
         for reader, spool in zip(self._readers, spools, strict=bool(spools)):
             reader.take = spool.take
 
@@ -91,7 +92,7 @@ class Execution:
             self._spools[is_errors].keep_short(_TOKEN, kept)
 
     def resume_at(self, starts: Sequence[int]) -> None:
-        """Take in what a former rocklet had read."""
+        """Load the output that an earlier rocklet process had read."""
         for number, (spool, start) in enumerate(zip(self._spools, starts, strict=False)):
             self._missing[number] = spool.load(_TOKEN, start, (self._out, self._err)[number])
 
@@ -114,7 +115,7 @@ class Execution:
             self._waiting.cancel()
 
     async def take_up(self) -> CommandResponse:
-        """The end of one that a former rocklet started; it is left running when this is cancelled."""
+        """Resume a program of an earlier rocklet process until its end; a cancellation leaves it running."""
         return await self.run(fed=True)
 
     async def run(self, *, fed: bool = False) -> CommandResponse:
@@ -133,7 +134,7 @@ class Execution:
                 await self.end()
                 status = ExitStatus()
             for reader in self._readers:
-                reader.drain()  # a daemon it left may hold the pipe open: its end is not waited for
+                reader.drain()  # a daemon of the program may hold the pipe open; its end is not awaited
             return self._response(status, timed_out, time.monotonic() - began)
         except asyncio.CancelledError:
             if not fed:
@@ -163,12 +164,12 @@ class Execution:
             self._waiting = None
         try:
             async with asyncio.timeout(0):
-                return await self.process.wait()  # in the same moment: nobody would be told a second time
+                return await self.process.wait()  # it ended at the same moment: the status is delivered only once
         except TimeoutError:
             raise Detached from None
 
     async def end(self) -> None:
-        """Kill it and all that it started."""
+        """Terminate the process tree."""
         await self.process.kill_tree()
         await self.process.wait()
 
@@ -220,7 +221,7 @@ async def start(
     keep: bool = False,
     stdin: bool | None = None,
 ) -> Process:
-    """Spawn what a Command describes."""
+    """Spawn the program that a Command describes."""
     argv = argv_of(command.command, sh) if not command.entrypoint else _by_entrypoint(runtime, handle, command)
     wants_stdin = command.stdin is not None if stdin is None else stdin
     return await runtime.spawn(
@@ -248,9 +249,11 @@ def _by_entrypoint(runtime: Runtime, handle: Handle, command: Command) -> list[s
 
 
 class Background:
-    """A process that outlives the call that started it. Its output goes to two files of the server, read by offset.
+    """A process that outlives the request that started it. Its output goes to two log files of the server, read by
+    offset.
 
-    pid 1 of the sandbox keeps its streams, so it outlives the rocklet too; while no rocklet reads, it waits.
+    pid 1 of the sandbox holds its streams, so the process outlives the rocklet too. While no rocklet reads, its writes
+    block.
     """
 
     def __init__(
@@ -264,7 +267,8 @@ class Background:
         marks: Checksums,
         found: Mapping[int, Slot] | None = None,
     ) -> None:
-        """marks: where the sizes of its logs are kept. found: those that a former rocklet kept."""
+        """marks: the checksums file that stores the sizes of its logs. found: the sizes that an earlier rocklet process
+        stored."""
         self.id = process_id
         self.command = command
         self.process = process
@@ -275,9 +279,10 @@ class Background:
         self._grown = asyncio.Condition()
         self._marks = marks
         self._names = {name: digest(f"log {process_id} {name}") for name in ("stdout", "stderr")}
-        # Opened for each portion: a sandbox may have thousands of ended processes that nobody has forgotten yet.
+        # The logs are opened for each portion: a sandbox may have thousands of ended processes that were not removed
+        # yet.
         self._sizes = {name: self._log(name, b"") for name in ("stdout", "stderr")}
-        self._lost = dict.fromkeys(self._sizes, 0)  # bytes at the beginning of a log that are not there any more
+        self._lost = dict.fromkeys(self._sizes, 0)  # bytes at the beginning of a log that are missing
         for name in self._sizes if found else ():
             slot = (found or {}).get(self._names[name])
             if slot is not None:
@@ -310,17 +315,18 @@ class Background:
         )
 
     def _take(self, name: str, fd: int, limit: int) -> bytes:
-        """Move what the program wrote to its log, by one system call: a crash finds it here or there."""
+        """Move output of the program to its log by one system call, so that a crash leaves each byte in the pipe or in
+        the log."""
         room = LOG_CAP - self._sizes[name]
         if room > 0:
             log = self._open(name)
             try:
                 if os.fstat(log).st_size < self._sizes[name]:
-                    self._lost[name] = self._sizes[name]  # somebody removed or cut it
+                    self._lost[name] = self._sizes[name]  # the log was removed or truncated
                 count = os.splice(fd, log, min(limit, room), offset_dst=self._sizes[name])
                 self._sizes[name] += count
                 self._mark(name)
-                return b"." * count  # nobody looks at it here
+                return b"." * count  # the caller uses only the length
             except OSError as error:
                 if error.errno in (errno.EAGAIN, errno.EIO):
                     raise
@@ -328,14 +334,14 @@ class Background:
                 os.close(log)
         data = os.read(fd, limit)
         if room > 0:
-            # When the server's disk is full the program goes on; the size is that of what is there to be read.
+            # When the server's disk is full the program continues; the size is that of the readable part.
             with contextlib.suppress(OSError):
                 self._sizes[name] = self._log(name, data[:room])
                 self._mark(name)
         return data
 
     def _open(self, name: str) -> int:
-        """A log, to write to; made again with its folder when somebody removed them. OSError."""
+        """Open a log for writing; creates it and its folder again when they were removed. OSError."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
         try:
             return os.open(self._folder / name, flags, 0o600)
@@ -344,14 +350,14 @@ class Background:
             return os.open(self._folder / name, flags, 0o600)
 
     def _mark(self, name: str) -> None:
-        """Write down how long a log is, and what of it is gone."""
+        """Store the length of a log, and how much of it is missing."""
         self._marks.slot(self._names[name], Slot(self._lost[name], self._sizes[name], 0, 0))
 
     def _append(self, data: bytes) -> None:
         self._wake()
 
     def _log(self, name: str, data: bytes) -> int:
-        """Append to a log; answers its size then."""
+        """Append to a log; returns its new size."""
         fd = os.open(self._folder / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             if data:
@@ -394,7 +400,7 @@ class Background:
         return self.info
 
     async def read(self, stream: str, offset: int, limit: int, wait: float) -> tuple[bytes, bool]:
-        """(bytes of a log from `offset`, whether more may come). Waits up to `wait` seconds while there are none."""
+        """(bytes of a log from `offset`, whether more may follow). Waits up to `wait` seconds while there are none."""
         if stream not in self._sizes:
             raise InvalidConfig(f"no such stream: {stream!r}", hint="stdout or stderr")
         self._check_there(stream, offset)
@@ -411,7 +417,7 @@ class Background:
             self._lost[stream] = self._sizes[stream]
             data = b""
         if not data and offset < self._sizes[stream]:
-            self._lost[stream] = max(self._lost[stream], self._sizes[stream])  # somebody cut it
+            self._lost[stream] = max(self._lost[stream], self._sizes[stream])  # the log was truncated
         self._check_there(stream, offset)
         return data, running or offset + len(data) < self._sizes[stream]
 
@@ -427,11 +433,11 @@ class Background:
             )
 
     def feed(self, data: bytes) -> None:
-        """Give it all its input and the end of it, as fast as it takes it."""
+        """Write all its input and then end of file, as fast as the process reads."""
         self._spawn(self.write(data, True))
 
     async def write(self, data: bytes, close: bool) -> None:
-        """Give it input, after that of the calls before; returns when it is in the program's pipe."""
+        """Write input, after that of earlier calls; returns when the input is in the program's pipe."""
         async with self._input:
             if self.process.stdin is None:
                 raise InvalidConfig(f"process {self.id} takes no input: it was closed, or it has ended")
@@ -441,7 +447,7 @@ class Background:
                 await self.process.close_stdin()
 
     async def detach(self) -> None:
-        """Let go of it and leave it running."""
+        """Detach from it and leave it running."""
         tasks = [self._watch, *self._tasks]
         for task in tasks:
             task.cancel()
@@ -450,7 +456,7 @@ class Background:
             reader.close()
 
     async def forget(self) -> None:
-        """Kill it if it runs, and drop its logs."""
+        """Kill it if it runs, and delete its logs."""
         if self.status is None:
             await self.process.kill_tree()
             await self.wait(5.0)

@@ -1,4 +1,4 @@
-"""The sessions of one sandbox, by name."""
+"""The sessions of one sandbox, by name: created, claimed, recovered after a restart, closed."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from rock.runtime.base import Handle, Runtime
 
 
 async def open_ahead(runtime: Runtime, handle: Handle) -> Session:
-    """The default session of a sandbox that nobody has claimed yet."""
+    """Open the default session of a sandbox of the warm pool, before a client claims it."""
     session = Session(runtime, handle, DEFAULT, await find_shell(runtime, handle))
     await session.open()
     return session
 
 
 class Sessions:
-    """Those that were opened; some may have ended. saved: called when the record is to be written again."""
+    """The sessions of a sandbox, including ended ones. saved: called when the record has to be written again."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class Sessions:
     def names(self) -> list[str]:
         return sorted(self._sessions)
 
-    # ---- opening and closing ----
+    # ---- open and close ----
 
     async def find_shell(self, wanted: str | None = None) -> Shell:
         if wanted not in self._shells:
@@ -62,11 +62,11 @@ class Sessions:
         return self._shells[wanted]
 
     async def create(self, request: CreateBashSessionRequest) -> str:
-        """Open a session; Conflict when there is one of that name. Answers what its start-up printed."""
+        """Open a session; Conflict when one of that name exists. Returns the output of its start-up files."""
         old = self._sessions.get(request.session)
         if request.session in self._opening or (old is not None and old.closed is None):
             if request == DEFAULT:
-                await self.get(DEFAULT.session)  # it stands ready from the start
+                await self.get(DEFAULT.session)  # the default session always exists
                 return ""
             raise Conflict(
                 f"session {request.session!r} exists already in sandbox {self._handle.id}",
@@ -78,7 +78,7 @@ class Sessions:
     async def _open(self, request: CreateBashSessionRequest) -> Session:
         task = asyncio.create_task(self._open_now(request), name=f"open-{request.session}")
         self._opening[request.session] = task
-        return await asyncio.shield(task)  # which takes itself out of `_opening`
+        return await asyncio.shield(task)  # the task removes itself from `_opening`
 
     async def _open_now(self, request: CreateBashSessionRequest) -> Session:
         try:
@@ -95,7 +95,7 @@ class Sessions:
             self._opening.pop(request.session, None)
 
     async def _open_shell(self, request: CreateBashSessionRequest) -> Session:
-        """Where the last sandbox of this image had its shell, this one probably has it too; else it is looked for."""
+        """Open a shell. The shell of the last sandbox of this image is tried first; otherwise it is searched."""
         place = (self._handle.runtime, self._config.image, request.shell)
         guess = self._state_dir.shells.get(place)
         if guess is not None:
@@ -140,7 +140,7 @@ class Sessions:
         await self._saved()
 
     def claim(self, session: Session) -> bool:
-        """Use a default session that was opened before this sandbox had a name; False when it does not suit."""
+        """Use a default session that was opened in the warm pool; False when it does not fit this sandbox."""
         if not session.claim(self._handle, self._config.env):
             return False
         self._sessions[DEFAULT.session] = session
@@ -152,15 +152,16 @@ class Sessions:
         with contextlib.suppress(RockError):
             await self.get(DEFAULT.session)
 
-    # ---- for the rocklet after this one ----
+    # ---- restart of the rocklet ----
 
     def record(self) -> dict[str, Any]:
-        """Those worth a write: of a plain default session pid 1 tells whether there is one."""
+        """The sessions that the record has to name: pid 1 itself reports whether a plain default session exists."""
         return {name: s.spec.model_dump(mode="json") for name, s in self._sessions.items()
                 if not s.closed and s.spec != DEFAULT}  # fmt: skip
 
     async def recover(self, record: Mapping[str, Any], kept: Sequence[str], journal: Journal) -> None:
-        """Take over those of a former rocklet; what is gone is left out. kept: keys of the processes that there are."""
+        """Recover the sessions of an earlier rocklet process; sessions that ended are omitted. kept: keys of the
+        processes that exist."""
         specs = {name: CreateBashSessionRequest.model_validate(s) for name, s in record.items()}
         if KEY + DEFAULT.session in kept:
             specs.setdefault(DEFAULT.session, DEFAULT)
@@ -173,19 +174,19 @@ class Sessions:
     # ---- end ----
 
     def let_go(self) -> None:
-        """The server is about to stop: whoever waits is told so, and what runs goes on."""
+        """Prepare for the stop of the server: waiting requests end with an error, and running commands continue."""
         for session in self._sessions.values():
             session.let_go()
 
     def cancel_opening(self) -> Iterable[asyncio.Task[Session]]:
-        """Open no more; the tasks that have to end first."""
+        """Open no more sessions; returns the tasks that have to end first."""
         tasks = list(self._opening.values())
         for task in tasks:
             task.cancel()
         return tasks
 
     async def detach(self) -> None:
-        """Let go of them and leave them running."""
+        """Detach from all sessions and leave them running."""
         for session in self._sessions.values():
             await session.detach()
 

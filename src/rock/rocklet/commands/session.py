@@ -1,7 +1,7 @@
-"""A shell held open in a sandbox: ordered commands, kept state.
+"""A session: a shell that stays open in a sandbox and runs commands in order, with persistent shell state.
 
-The shell is a kept Process, so a session outlives a crash of the rocklet and is found again by `attach`. The framing is
-shell_protocol.py's; its commands go by interpreter.py.
+The shell is a kept Process, so a session outlives a crash of the rocklet, and `attach` finds it again.
+shell_protocol.py defines the framing; interpreter.py runs the commands.
 """
 
 from __future__ import annotations
@@ -36,20 +36,21 @@ class Session:
         self.shell = sh
         self.created_at = time.time()
         self.startup_output = ""
-        # No .bashrc in the session that is there from the start: nobody shaped it, and one may take a second.
+        # The default session reads no .bashrc: no client configured it, and reading may take a second.
         self._interpreter = Interpreter(runtime, handle, spec, sh, rc=spec != DEFAULT)
         self._lock = asyncio.Lock()
         self._leaving = False
 
     @property
     def closed(self) -> str | None:
-        """Why it is."""
+        """The reason why the session is closed; None while it is open."""
         return self._interpreter.closed
 
-    # ---- life ----
+    # ---- start and end ----
 
     async def open(self) -> None:
-        """Start the shell; `startup_output` is what the start-up files printed. Raises StartFailed with it."""
+        """Start the shell; `startup_output` is the output of the start-up files. Raises StartFailed, which contains
+        it."""
         try:
             observation = await self._interpreter.open()
         except BaseException:
@@ -65,7 +66,7 @@ class Session:
         self.startup_output = observation.output
 
     async def attach(self, journal: Journal | None = None) -> None:
-        """Take over a shell that a former rocklet started, with the command that it runs."""
+        """Attach to a shell that an earlier rocklet process started, and to the command that it runs."""
         await self._interpreter.attach()
         runs = [] if journal is None else [
             (place, entry) for place, entry in journal.begun.items()
@@ -87,12 +88,13 @@ class Session:
             journal.resume(f"unknown\n{self.spec.session}", task)
 
     async def _settle_unknown(self) -> None:
-        """A command that runs and whose entry is damaged: the next one waits for it and does not get its output."""
+        """Handle a running command whose journal entry is damaged: the next command waits for its end and does not get
+        its output."""
         async with self._lock:
             await self._interpreter.settle_unknown()
 
     async def _bring_home(self, keep: JournalEntry, entry: Mapping[str, Any], run: Run) -> Answer | None:
-        """The end of a command of a former rocklet; None when its shell had not begun it."""
+        """Wait for the end of a command of an earlier rocklet process; None when its shell had not begun it."""
         async with self._lock:
             try:
                 written = bool(entry.get("written")) or run.reports_damaged
@@ -120,9 +122,9 @@ class Session:
                         await self._interpreter.remove_file(run)
 
     def claim(self, handle: Handle, env: Mapping[str, str]) -> bool:
-        """Give a session that was opened ahead to the sandbox that its place has become; False when it cannot be.
+        """Assign a session that was opened in the warm pool to a sandbox; False when that is not possible.
 
-        env: what that sandbox's programs have in their environment beside what this shell began with.
+        env: variables of the sandbox's programs beyond those that the shell was started with.
         """
         if self.closed is not None or not all(shell_protocol.can_export(name) for name in env):
             return False
@@ -132,22 +134,23 @@ class Session:
         return True
 
     async def close(self) -> None:
-        """Kill the shell and all that it started; its name is free again after that."""
+        """Terminate the shell and its process tree; its name is free afterwards."""
         interpreter = self._interpreter
         interpreter.closed = interpreter.closed or "it was closed"
         await interpreter.process.kill()
-        async with self._lock:  # the command that ran has seen the end, and whoever waited was refused
+        async with self._lock:  # the running command has seen the end, and waiting callers were rejected
             await interpreter.process.kill()
             await interpreter.release()
 
     def let_go(self) -> None:
-        """The server is about to stop: whoever waits for a command is told so, and the command goes on."""
+        """Prepare for the stop of the server: callers that wait for a command get an error, and the command
+        continues."""
         self._leaving = True
         self._interpreter.process.let_go()
         run = self._interpreter.run
         if run is not None and not run.done.done():
             run.done.set_exception(self._unavailable())
-            run.done.exception()  # nobody may be waiting
+            run.done.exception()  # there may be no waiting caller
 
     def _unavailable(self) -> Unavailable:
         return Unavailable(
@@ -158,11 +161,11 @@ class Session:
         )
 
     async def detach(self) -> None:
-        """Let go of the shell and leave it running, for a rocklet that comes after this one."""
+        """Detach from the shell and leave it running, for the next rocklet process."""
         await self._interpreter.detach()
 
     def pause(self) -> None:
-        """Stop reading its output: whoever streams it is slow, and the program has to wait."""
+        """Pause reading its output: the streaming client is slow, and the program has to wait."""
         self._interpreter.process.pause()
 
     def resume(self) -> None:
@@ -185,16 +188,18 @@ class Session:
         )
 
     async def run(self, action: BashAction, sink: Sink | None = None) -> BashObservation:
-        """Run a command after those that came before it. Raises SessionClosed when the shell is gone."""
+        """Run a command after those that came before it. Raises SessionClosed when the shell has ended."""
         return await self._run_now(action, sink, None)
 
     async def run_kept(self, action: BashAction, keep: JournalEntry) -> Answer:
-        """The same as an answer, which is kept; with what is needed to go on with the command after a crash."""
+        """Run a command as `run` does and store its response; stores what is needed to resume the command after a
+        crash."""
         try:
             observation = await self._run_now(action, None, keep)
         except asyncio.CancelledError:
             if not self._leaving:
-                keep.journal.finish(keep.place, failure(ended_with_client()))  # the key must not run it again
+                # a repeated request with the key must not run it again
+                keep.journal.finish(keep.place, failure(ended_with_client()))
             raise
         except RockError as error:
             if not error.retryable:
@@ -220,12 +225,12 @@ class Session:
                     command = await interpreter.by_file(run, command)
                 script = interpreter.script(run, command, action.separate)
                 return await interpreter.finish(run, script, action.timeout, lost, keep)
-            except asyncio.CancelledError:  # the caller went away
+            except asyncio.CancelledError:  # the caller disconnected
                 await asyncio.shield(interpreter.give_up(run))
                 raise
             except Exception:
                 if keep is not None and not run.written:
-                    keep.journal.forget(keep.place)  # nor may it be looked for after a crash
+                    keep.journal.forget(keep.place)  # it must not be resumed after a crash
                 raise
             finally:
                 interpreter.run = None
@@ -247,7 +252,7 @@ class Session:
             )
 
     async def interrupt(self) -> None:
-        """Ctrl-C: SIGINT to the shell and to what the running command started; nothing when it is idle."""
+        """Ctrl-C: SIGINT to the shell and to the processes of the running command; no effect when it is idle."""
         run, process = self._interpreter.run, self._interpreter.process
         if run is None or process.process is None:
             return
@@ -255,7 +260,7 @@ class Session:
         await process.interrupt(run)
 
     async def type(self, data: bytes) -> None:
-        """Bytes as typed at its terminal."""
+        """Write bytes to its terminal as typed input."""
         terminal = self._interpreter.process.terminal
         if terminal is None:
             raise InvalidConfig("only a session with a pty can be typed into", hint="create_session with pty=(24, 80)")

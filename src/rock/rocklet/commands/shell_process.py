@@ -1,6 +1,7 @@
-"""The process of a session's shell and its streams.
+"""The process of a session's shell: its streams, its running command, and the choice of a shell in an image.
 
-It is a kept Process: pid 1 of the sandbox holds its streams, so it outlives a crash of the rocklet and is found again.
+The shell is a kept Process: pid 1 of the sandbox holds its streams, so it outlives a crash of the rocklet and is found
+again.
 """
 
 from __future__ import annotations
@@ -19,39 +20,38 @@ from rock.rocklet.commands.output import Capped, Reader, as_text, is_pipe, write
 from rock.rocklet.durability.spool import told_missing
 from rock.runtime.base import CLOCK, ExitStatus, Files, Handle, Process, Program, Runtime
 
-# ---- running ----
-#
-# The command that runs in a session, and what came of it.
+# ---- the running command ----
 
 Sink = Callable[[bool, bytes], None]  # (is stderr, bytes)
 
 
 @dataclass
 class Run:
-    """The command that runs now."""
+    """The running command of a session."""
 
     token: int
     output: Capped
     errors: Capped
     done: asyncio.Future[shell_protocol.Report | ExitStatus]
-    began: float  # seconds of CLOCK_BOOTTIME: what is younger was started by this command
+    began: float  # seconds of CLOCK_BOOTTIME; processes that started later belong to this command
     sink: Sink | None = None
     interrupted: bool = False
-    written: bool = False  # the shell has the whole of it
+    written: bool = False  # the shell has received the complete command
     dropped: int = 0  # bytes that were dropped before it began
-    probe: int = -1  # the token of a command after it, by which is seen that it was never begun
+    probe: int = -1  # the token of a later probe command, whose report proves that this one was never begun
     unbegun: bool = False
-    by_file: bool = False  # the shell has it by a file
-    missing: int | None = None  # bytes of its output that a former rocklet kept and that are damaged
-    reports_damaged: bool = False  # what its shell reported to a former rocklet is lost
+    by_file: bool = False  # the shell reads it from a file
+    missing: int | None = None  # bytes of its output that an earlier rocklet process stored and that are damaged
+    reports_damaged: bool = False  # the reports of its shell to an earlier rocklet process are lost
 
     def observe(
         self, report: shell_protocol.Report | ExitStatus, timeout: float | None, closed: str | None, restarted: bool
     ) -> BashObservation:
-        """What came of it. timeout: the seconds after which it was ended; closed: why its session is, if it is."""
+        """The result as an observation. timeout: the seconds after which it was terminated; closed: why its session
+        closed, if it did."""
         code = report.shell_code if isinstance(report, ExitStatus) else report.code
         if self.interrupted and isinstance(report, shell_protocol.Restarted):
-            code = 128 + signal.SIGINT  # what ended it; its own `$?` is that of the command before
+            code = 128 + signal.SIGINT  # the interrupt ended it; its own `$?` is that of the previous command
         reason = ""
         if timeout is not None:
             code, reason = None, f"timed out after {timeout:g} s; what it had started was killed"
@@ -83,19 +83,19 @@ class Run:
         )
 
 
-# ---- shellprocess ----
-#
+# ---- the shell process ----
 
 
 KEY = "session:"
-RESTART_GRACE = 1.5  # seconds for a shell to hand its state over before it is killed
-_END = 10.0  # seconds for a killed shell to be seen dead
+RESTART_GRACE = 1.5  # seconds for a shell to save its state before it is killed
+_END = 10.0  # seconds until a killed shell is reported as ended
 
 
 class ShellProcess:
-    """One shell at a time: `spawn` puts another in the place of one that was let go of.
+    """The current shell of a session; `spawn` replaces one that was released.
 
-    on_output: is given (is stderr, bytes). on_reports: the bytes of its reports, for `reports`. on_exit: how it ended.
+    on_output: receives (is stderr, bytes). on_reports: receives the bytes of its reports, for `reports`. on_exit:
+    receives its exit status.
     """
 
     def __init__(
@@ -109,18 +109,19 @@ class ShellProcess:
         self.spec = spec
         self.shell = sh
         self.process: Process | None = None
-        self.readers: list[Reader] = []  # of its output, of its errors where they are apart, of its reports
+        # readers of its output, of its errors where they are separate, and of its reports
+        self.readers: list[Reader] = []
         self.reports = shell_protocol.ReportParser()
-        self.piped = True  # its script is a pipe of the kernel's, which tells how much of it is unread
+        self.piped = True  # its script is a kernel pipe, which reports how many bytes are unread
         self._on_output = on_output
         self._on_reports = on_reports
         self._on_exit = on_exit
         self._watch: asyncio.Task[None] | None = None
 
-    # ---- life ----
+    # ---- start and end ----
 
     async def spawn(self, runtime: Runtime, handle: Handle, cwd: str | None) -> None:
-        """Start it; cwd: in that folder instead of the session's own."""
+        """Start the shell; cwd: start in that folder instead of the session's own."""
         pty = self.spec.pty is not None
         dialect = self.shell.dialect
         channels: dict[int, str] = {dialect.status: "w"}
@@ -144,7 +145,7 @@ class ShellProcess:
         self._adopt(await runtime.spawn(handle, program))
 
     async def attach(self, runtime: Runtime, handle: Handle) -> None:
-        """Take over the one that a former rocklet started. NotFound."""
+        """Attach to the shell that an earlier rocklet process started. NotFound."""
         self._adopt(await runtime.attach(handle, KEY + self.spec.session))
 
     def _adopt(self, process: Process) -> None:
@@ -169,7 +170,7 @@ class ShellProcess:
             self._on_exit(status)
 
     async def kill(self) -> None:
-        """Kill it and all that it started."""
+        """Terminate its process tree."""
         if self.process is None:
             return
         with contextlib.suppress(RockError, TimeoutError):
@@ -178,7 +179,7 @@ class ShellProcess:
                 await self.process.wait()
 
     async def detach(self) -> None:
-        """Let go of it and leave it running."""
+        """Detach from it and leave it running."""
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)
@@ -190,11 +191,11 @@ class ShellProcess:
         if self.process is not None:
             self.process.close()
 
-    # ---- what it is given ----
+    # ---- input and signals ----
 
     @property
     def script(self) -> int | None:
-        """The descriptor of what it is to run."""
+        """The descriptor of its script."""
         if self.process is None:
             return None
         return self.process.stdin if self.spec.pty is None else self.process.channels[self.shell.dialect.script]
@@ -206,11 +207,11 @@ class ShellProcess:
 
     @property
     def tells(self) -> bool:
-        """Whether its pipe tells if it was given a command: bash takes byte by byte what it is about to run."""
+        """Whether its pipe shows if it received a command: bash reads byte by byte what it is about to run."""
         return self.piped and self.shell.dialect.is_bash
 
     async def write(self, script: bytes, timeout: float | None = None) -> None:
-        """Give it a script. timeout: seconds for that, where it has to wait; TimeoutError."""
+        """Write a script. timeout: seconds to wait for space in the pipe; TimeoutError."""
         fd = self.script
         assert fd is not None
         rest = write_now(fd, script)
@@ -219,7 +220,7 @@ class ShellProcess:
                 await write_all(fd, rest)
 
     async def interrupt(self, run: Run) -> None:
-        """Ctrl-C: SIGINT to it and to what a command started."""
+        """Ctrl-C: SIGINT to the shell and to the processes of a command."""
         assert self.process is not None
         if self.terminal is not None:
             await write_all(self.terminal, b"\x03")
@@ -227,16 +228,16 @@ class ShellProcess:
             await self.process.signal(signal.SIGINT, tree=True, since=run.began)
 
     async def abort(self, run: Run) -> shell_protocol.Report | ExitStatus:
-        """End a command and all that it started."""
+        """Terminate the process tree of a command."""
         process = self.process
         assert process is not None
         if run.done.done():
             return run.done.result()
-        if not run.written:  # half a command is in its pipe: no shell could make sense of the next one
+        if not run.written:  # half a command is in its pipe, so the shell could not parse the next one
             await process.kill_tree()
             return await run.done
-        # Told while it is stopped: else it would go on to its next line when what it waits for is killed, or what it
-        # starts to hand its state over would be killed with the rest.
+        # The signal arrives while the shell is stopped. Otherwise the shell would continue with its next line when the
+        # process that it waits for is killed, or the processes that save its state would be killed too.
         await process.kill_tree(
             since=run.began, root=False, tell=signal.SIGTERM if self.shell.dialect.is_bash else None
         )
@@ -247,20 +248,20 @@ class ShellProcess:
             await process.kill_tree()
             return await run.done
 
-    # ---- what it gives ----
+    # ---- output ----
 
     def begin(self) -> None:
-        """What it writes from now on is of another command."""
+        """Output from now on belongs to another command."""
         for reader in self.readers:
             reader.begin()
 
     def drain(self) -> None:
-        """Take what it has written until now."""
+        """Read the output written until now."""
         for reader in self.readers[:-1]:
             reader.drain()
 
     def pause(self) -> None:
-        """Stop reading its output; its reports are still read."""
+        """Pause reading its output; its reports are still read."""
         for reader in self.readers[:-1]:
             reader.pause()
 
@@ -269,18 +270,16 @@ class ShellProcess:
             reader.resume()
 
     def let_go(self) -> None:
-        """What comes from now on is for the rocklet after this one."""
+        """Stop reading: later output is read by the next rocklet process."""
         for reader in self.readers:
             reader.pause()
 
 
-# ---- imageshell ----
-#
-# Which shell an image has.
+# ---- choice of the shell ----
 
 @dataclass
 class Shell:
-    """Which shell an image has, and how to talk to it."""
+    """The shell of an image, and its dialect."""
 
     path: str
     dialect: shell_protocol.Dialect

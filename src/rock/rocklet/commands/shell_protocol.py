@@ -1,20 +1,20 @@
 """Framing of a persistent shell: commands in, output and exit status out. Pure: bytes only, no I/O.
 
-The shell runs a script that we go on writing: a pipe on its standard input, or, where that is a terminal, on
-descriptor `script`. A command is one `eval '...'` of it, so that unbalanced quotes are an error of that command at once
-and a heredoc cannot swallow what comes next. After each command the shell reports on descriptor `status`, never on its
-output:
+The shell runs a script that the rocklet extends: a pipe on its standard input, or, where that is a terminal, on
+descriptor `script`. Each command is one `eval '...'` of that script, so that unbalanced quotes are an error of that
+command at once and a heredoc cannot swallow the next command. After each command the shell reports on descriptor
+`status`, never on its output:
 
     NUL D <exit status> <working directory> <token> NUL  the command is done (without the first NUL, from another shell)
-    R <exit status> NUL                                   the shell was about to end, and starts itself anew
+    R <exit status> NUL                                   the shell was about to end, and restarts itself
 
-Commands read /dev/null, so they cannot eat the script. A shell that ends for another reason than `exit` (`set -e`,
-`set -u`, a signal of ours after a time-out) replaces itself by a new one, in the same process, with its variables,
-functions, options and working directory handed over on descriptor `state`: the session stays usable. That needs bash;
-another shell ends, and the session says so.
+Commands read /dev/null, so they cannot consume the script. A shell that ends for another reason than `exit` (`set -e`,
+`set -u`, a signal of ours after a timeout) replaces itself by a new one in the same process. Its variables, functions,
+options and working directory are passed on descriptor `state`, so the session stays usable. That requires bash; another
+shell ends, and the session reports that.
 
-Everything in a sandbox could write to these descriptors: they are no security boundary, only a channel that ordinary
-output cannot be mistaken for.
+Any program in a sandbox could write to these descriptors. They are no security boundary, only a channel that ordinary
+output cannot be confused with.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAX_REPORT = 64 << 10
 
 @dataclass(frozen=True)
 class Dialect:
-    """A family of shells: `bash`, or any POSIX `sh`, which knows only one-digit descriptors."""
+    """A family of shells: `bash`, or any POSIX `sh`, which supports only one-digit descriptors."""
 
     name: str
     script: int
@@ -45,7 +45,8 @@ class Dialect:
         return [path, *options, *([f"/dev/fd/{self.script}"] if pty else [])]
 
     def environment(self, pty: bool = False) -> dict[str, str]:
-        """What the first command takes from the environment, and out of it: a shell reads a pipe byte by byte."""
+        """Setup of the shell that the first command reads from the environment and unsets: a shell reads a pipe byte by
+        byte."""
         return {_HOOK: _exit_hook(self, pty)} if self.is_bash else {}
 
 
@@ -55,25 +56,26 @@ SH = Dialect("sh", script=8, status=9, errors=7, state=6)
 
 
 def quote(text: str) -> str:
-    """`text` as one word of a shell; NUL cannot be in one."""
+    """`text` as one word of a shell; a word cannot contain NUL."""
     return "'" + text.replace("'", "'\\''") + "'"
 
 
 def encode(text: str) -> bytes:
-    """The bytes of a command; what came from undecodable bytes goes back as it was."""
+    """The bytes of a command; surrogate escapes become the original undecodable bytes."""
     return text.encode("utf-8", "surrogateescape")
 
 
 _REPORT = """>&{status} command printf 'D %s %s %s\\0' "$?" "$PWD" """
-# Bash has it as a function that nobody can unset, and /dev/null open: each byte of a script on a pipe costs a system
-# call, and a file that is opened, several. What `set -x` tells goes the same way, and ends where the report begins.
+# In bash the command wrapper is a read-only function, and /dev/null is open: each byte of a script on a pipe costs a
+# system call, and each opened file costs several. The output of `set -x` takes the same way, and ends where the report
+# begins.
 _DONE = "__rock"
 _BASH_REPORT = _DONE + """() {{ builtin printf '\\0D %s %s %s\\0' "$?" "$PWD" "$1"; }}
 readonly -f {name}; exec {null}</dev/null
 """
 
 
-# The trap runs when the shell is about to end. `exit` is a function only to tell a wanted end from any other.
+# The trap runs when the shell is about to end. `exit` is a function only to distinguish a requested end from any other.
 _BASH_EXIT = """\
 exit() {{ local s=$?; __rock_exit=1; builtin exit "${{@:-$s}}"; }}
 trap '__rock_exit="$? ${{__rock_exit-}}"; if [ "${{__rock_exit#* }}" != 1 ]; then set +eux; \
@@ -86,24 +88,25 @@ exec -a bash "$BASH" --norc --noprofile {source}; fi' EXIT
 
 _HOOK = "__rock_hook"
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-# What a shell looks at when it starts, or does not let anybody set.
+# Variables that a shell evaluates at its start, or that are read-only.
 _OWN = re.compile(r"(BASH.*|SHELLOPTS|POSIXLY_CORRECT|ENV|UID|EUID|PPID|FUNCNAME|GROUPS|DIRSTACK|IFS|OPTIND|OPTERR)")
 
 
 def can_export(name: str) -> bool:
-    """Whether a variable means the same to a running shell as to one that finds it in its environment."""
+    """Whether a variable has the same effect in a running shell as in the environment of a new one."""
     return _NAME.fullmatch(name) is not None and _OWN.fullmatch(name) is None
 
 
 def exports(env: Mapping[str, str]) -> bytes:
-    """Lines that put variables into the environment of a shell and of all that it starts."""
+    """Lines that export variables to the environment of a shell and of its processes."""
     return encode("".join(f"export {name}={quote(value)}\n" for name, value in env.items()))
 
 
 def trace(traceparent: str | None) -> bytes:
-    """A line that sets TRACEPARENT for what comes next, or takes it away. One that is readonly stays as it is."""
+    """A line that sets TRACEPARENT for the next command, or unsets it. A read-only variable stays unchanged."""
     spec = f"export TRACEPARENT={quote(traceparent)}" if traceparent else "unset TRACEPARENT"
-    return encode(f"{{ command {spec} || :; }} 2>/dev/null\n")  # the whole of it: `set -x` tells of it too
+    # the whole line is redirected, because `set -x` prints it too
+    return encode(f"{{ command {spec} || :; }} 2>/dev/null\n")
 
 
 def _exit_hook(dialect: Dialect, pty: bool) -> str:
@@ -113,24 +116,24 @@ def _exit_hook(dialect: Dialect, pty: bool) -> str:
 
 
 def _hold_script(dialect: Dialect, pty: bool) -> str:
-    """A script on standard input is out of reach inside `eval ... </dev/null`: hence a second descriptor for it.
+    """A script on standard input is not accessible inside `eval ... </dev/null`, hence a second descriptor for it.
 
     Never inside an `eval`: bash 5.2 crashes when its own script is duplicated there.
     """
     return "" if pty else f"exec {dialect.script}<&0\n"
 
 
-# Such files look at PS1 to see whether a person is there, and go no further when it is not set.
+# Such files test PS1 to detect an interactive shell, and return early when it is not set.
 _RC = "{ PS1='\\$ '; if [ -r ~/.bashrc ]; then . ~/.bashrc; fi; :; }"
 
 
 def preamble(
     dialect: Dialect, token: int, *, cwd: str | None, sources: Sequence[str], rc: bool = False, pty: bool = False
 ) -> bytes:
-    """What a new shell in `Dialect.environment` runs first. It reports like a command: with the status of the start-up
-    file that failed.
+    """The first script of a new shell in `Dialect.environment`. It reports like a command, with the status of the
+    start-up file that failed.
 
-    rc: bash reads the ~/.bashrc of its user, whatever its status, as one does that a person types into.
+    rc: bash reads the ~/.bashrc of its user and ignores its status, as an interactive shell does.
     """
     lines = [f'{_hold_script(dialect, pty)}eval "${_HOOK}"; unset {_HOOK}\n'] if dialect.is_bash else []
     if cwd is not None:
@@ -141,21 +144,22 @@ def preamble(
 
 
 def begun(dialect: Dialect) -> bytes:
-    """What a shell gets whose former rocklet may have died between its start and its preamble; else it does nothing."""
+    """A script for a shell whose rocklet may have crashed between its start and its preamble; without effect
+    otherwise."""
     if not dialect.is_bash:
         return b""
     unless = f"declare -F {_DONE} >/dev/null || "
     steps = (f"exec {dialect.script}<&0", f'{{ eval "${_HOOK}"; unset {_HOOK}; }}')
-    return encode("".join(f"{{ {unless}{step}; }} 2>/dev/null\n" for step in steps))  # nor does `set -x` tell of it
+    return encode("".join(f"{{ {unless}{step}; }} 2>/dev/null\n" for step in steps))  # hidden from `set -x` too
 
 
 def restore(dialect: Dialect, token: int, pty: bool = False) -> bytes:
-    """What a shell that replaced itself runs first: take over the state of the old one."""
+    """The first script of a shell that replaced itself: restore the state of the old one."""
     text = (
         f"{{ . /dev/fd/{dialect.state}; }} 2>/dev/null >/dev/null\n"
         f"exec {dialect.state}<&-\n"
         "unset __rock_exit\n" + _hold_script(dialect, pty)
-        # Its report came with the state: that it is readonly is nobody's concern.
+        # The report is part of the restored state; an error because it is read-only is ignored.
         + f"{{\n{_exit_hook(dialect, pty)}}} 2>/dev/null\n"
     )
     return encode(text) + frame(dialect, ":", token, pty=pty)
@@ -166,12 +170,12 @@ def frame(
 ) -> bytes:
     """One command for the shell.
 
-    previous: exit status of the command before, which `$?` has to show. separate: stderr to its own descriptor.
-    Raises ValueError for a NUL, which no shell can take.
+    previous: exit status of the previous command, which `$?` has to show. separate: stderr to its own descriptor.
+    Raises ValueError for a NUL, which no shell accepts.
     """
     if "\0" in command:
         raise ValueError("a command cannot contain a NUL character")
-    # Under `set -e` a failing subshell would end the shell; then there is no status to carry over either.
+    # Under `set -e` a failing subshell would end the shell; in that case there is no status to restore either.
     carry = f"case $- in *e*) ;; *) (exit {previous}) ;; esac\n" if previous else ""
     errors = f" 2>&{dialect.errors}" if separate else ""
     if dialect.is_bash:
@@ -182,7 +186,7 @@ def frame(
 
 
 def report(dialect: Dialect, token: int) -> bytes:
-    """A line that has the shell report; alone, as a command of `token` that does nothing."""
+    """A line that makes the shell report; alone, it is a command of `token` without effect."""
     if dialect.is_bash:
         return b"{ %s %d; } >&%d 2>&1\n" % (_DONE.encode(), token, dialect.status)
     return encode(f"{{ {_REPORT.format(status=dialect.status)}{token}; }} 2>/dev/null\n")
@@ -199,7 +203,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Restarted:
-    """The shell was ending with `code` and starts itself anew."""
+    """The shell was about to end with `code` and restarts itself."""
 
     code: int
 
@@ -208,7 +212,7 @@ Report = Done | Restarted
 
 
 class ReportParser:
-    """Bytes of the status descriptor, in any portions -> reports. What is no report is passed over."""
+    """Parses the bytes of the status descriptor, in any portions, to reports. Other bytes are skipped."""
 
     def __init__(self) -> None:
         self._buffer = b""

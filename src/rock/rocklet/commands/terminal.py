@@ -1,4 +1,4 @@
-"""An interactive program on a pty, over a WebSocket: what `rock shell` talks to."""
+"""An interactive program on a pty, over a WebSocket; `rock shell` uses it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def _start(sandbox: Supervisor, request: Request, size: tuple[int, int]) -
 
 
 class _Bridge:
-    """Bytes between a pty and a WebSocket, until the program ends or the client leaves."""
+    """Bytes between a pty and a WebSocket, until the program ends or the client disconnects."""
 
     def __init__(self, process: Process, receive: Receive, send: Send) -> None:
         self._process = process
@@ -74,7 +74,7 @@ class _Bridge:
             await asyncio.wait({from_client, ended}, return_when=asyncio.FIRST_COMPLETED)
             if ended.done():
                 self._reader.drain()
-                self._out.put_nowait(b"")  # the end: all before it is sent
+                self._out.put_nowait(b"")  # end marker: all output before it is sent
                 await asyncio.wait({to_client})
                 code = ended.result().shell_code  # type: ignore[union-attr]
                 with contextlib.suppress(RuntimeError):

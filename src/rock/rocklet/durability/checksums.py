@@ -1,14 +1,14 @@
-"""How much of each file of a spool folder was relied upon, so that damage to a file is seen after a restart.
+"""Checksums of the files of a spool folder, by which a restarted rocklet detects damage.
 
-One file beside the files that it describes. It has two parts, both written by single `pwrite` calls that a kill -9
-cannot cut:
+The checksums are in one file beside the files that they describe. It has two parts, both written by single `pwrite`
+calls that a kill -9 cannot cut:
 
-    entries   a ring: what each append to the journal brought it to (size, checksum of all of it), and the digest of the
-              request that began, so that its key is known when the line itself is damaged
-    slots     one for each spool file: which bytes of it belong to the command that runs, and their checksum
+    entries   a ring: the size and checksum of the whole journal after each append, and the digest of the request that
+              began, so that its key is known when the line itself is damaged
+    slots     one for each spool file: which bytes of it belong to the running command, and their checksum
 
-A file is written first and its mark second; a request goes on only after both. Bytes after the marked ones were
-therefore never relied upon: half a line there is ignored. Anything else that differs from its mark is damage.
+A file is written first and its mark second; a request continues only after both. No request therefore relies on bytes
+after the marked ones: a partial line there is ignored. Any other difference from the mark is damage.
 """
 
 from __future__ import annotations
@@ -24,26 +24,27 @@ from pathlib import Path
 
 log = logging.getLogger("rock.node")
 
-BEGAN, FORGOTTEN, OTHER = 1, 2, 3  # what an append said of its request
+BEGAN, FORGOTTEN, OTHER = 1, 2, 3  # the kind of an append: a request began, was forgotten, or anything else
 
 _ENTRY = struct.Struct("<IBxxxQQI")  # number, what, size, digest, checksum of the journal; its own checksum follows
 _SLOT = struct.Struct("<QqqqI")  # digest of the name, start, end, lost, checksum; its own checksum follows
 _OWN = struct.Struct("<I")
 _LENGTH = _ENTRY.size + _OWN.size
 _SLOT_LENGTH = 64  # a slot never crosses a page
-ENTRIES = 256  # requests that are known without the journal
+ENTRIES = 256  # number of requests that are known without the journal
 _SLOTS_AT = ENTRIES * _LENGTH
 
 
 def digest(text: str) -> int:
-    """64 bits that stand for a request or a file name."""
+    """A 64-bit digest of a request or a file name."""
     data = text.encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2s(data, digest_size=8).digest(), "little")
 
 
 @dataclass(frozen=True)
 class Slot:
-    """A spool file: bytes [start, end) are the command's and have this checksum; `lost` bytes after were not kept."""
+    """The mark of a spool file: bytes [start, end) are the command's and have this checksum; `lost` later bytes were
+    dropped."""
 
     start: int
     end: int
@@ -53,19 +54,19 @@ class Slot:
 
 @dataclass
 class StoredChecksums:
-    """What a former rocklet wrote. journal: (size, checksum) that were reached; None when no append is known."""
+    """The marks of an earlier rocklet process. journal: the last (size, checksum); None when no append is known."""
 
     journal: tuple[int, int] | None = None
     began: set[int] = field(default_factory=set)
     slots: dict[int, Slot] = field(default_factory=dict)
-    places: dict[int, int] = field(default_factory=dict)  # of slots, by digest
+    places: dict[int, int] = field(default_factory=dict)  # places of slots, by digest
     exists: bool = False
     number: int = 0
-    damaged: int = 0  # entries and slots whose own checksum is wrong
+    damaged: int = 0  # number of entries and slots whose own checksum is wrong
 
 
 def read(path: Path) -> StoredChecksums:
-    """OSError, but for a file that does not exist."""
+    """Read the marks. OSError, but not for a file that does not exist."""
     found = StoredChecksums()
     try:
         data = path.read_bytes()
@@ -103,14 +104,14 @@ def read(path: Path) -> StoredChecksums:
 
 
 def _missing(numbers: list[int]) -> int:
-    """Entries that are not there though later ones are: their place in the ring is empty."""
+    """The number of missing entries: their place in the ring is empty although later entries exist."""
     if not numbers:
         return 0
     return min(numbers[-1], ENTRIES) - len(numbers)
 
 
 class Checksums:
-    """The file of marks of one spool folder, while it is written. What cannot be written is told once."""
+    """The file of marks of one spool folder, open for writing. A write error is logged once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -120,7 +121,7 @@ class Checksums:
         self._told = False
 
     def go_on(self, found: StoredChecksums) -> None:
-        """Write after what a former rocklet wrote."""
+        """Continue after the marks of an earlier rocklet process."""
         self._number, self._places = found.number, dict(found.places)
 
     def _open(self) -> None:
@@ -128,18 +129,18 @@ class Checksums:
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def begin(self) -> None:
-        """Say that there is no journal yet: a file of marks that is empty later was damaged."""
+        """Record that there is no journal yet: a file of marks that is empty later was damaged."""
         if not self._number:
             self.entry(OTHER, 0, 0, 0)
 
     def entry(self, what: int, request: int, size: int, checksum: int) -> None:
-        """The journal was brought to this size and checksum."""
+        """Record the size and checksum of the journal after an append."""
         self._number += 1
         data = _ENTRY.pack(self._number & 0xFFFFFFFF, what, size, request, checksum)
         self._write(data + _OWN.pack(zlib.crc32(data)), (self._number - 1) % ENTRIES * _LENGTH)
 
     def slot(self, name: int, slot: Slot) -> None:
-        """A spool file has this for the command that runs."""
+        """Record the bytes of a spool file that belong to the running command."""
         place = self._places.get(name)
         if place is None:
             used = set(self._places.values())
@@ -148,7 +149,7 @@ class Checksums:
         self._write(data + _OWN.pack(zlib.crc32(data)), _SLOTS_AT + place * _SLOT_LENGTH)
 
     def drop(self, name: int) -> None:
-        """A spool file is removed, or begun anew for another command."""
+        """Drop the slot of a spool file that was removed, or that restarts for another command."""
         place = self._places.pop(name, None)
         if place is not None:
             self._write(bytes(_SLOT.size + _OWN.size), _SLOTS_AT + place * _SLOT_LENGTH)
@@ -163,7 +164,7 @@ class Checksums:
             self._told = True
 
     def empty(self) -> None:
-        """Begin anew, for another sandbox. OSError."""
+        """Reset the file for another sandbox. OSError."""
         self._number, self._told = 0, False
         self._places.clear()
         if self._fd >= 0:

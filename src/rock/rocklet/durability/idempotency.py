@@ -1,4 +1,4 @@
-"""Requests that must not be done twice, and requests whose client went away."""
+"""Idempotent requests: each idempotency key is executed once, and work ends when all its clients have disconnected."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
     from rock.rocklet.sandbox import Supervisor
 
 _KEY = IDEMPOTENCY_KEY.encode()
-_REMEMBERED = 2_000  # answers that are kept however old they are
-_REMEMBERED_SIZE = 64 << 20  # bytes of all remembered answers
-_RETRIED = 3.0  # reconnect periods for which a key is remembered, whatever else is
-_PROMPT = 0.5  # seconds after which it is worth watching whether the client is still there
-_GRACE = 1.0  # seconds for a client whose connection broke to ask again with the same key
+_REMEMBERED = 2_000  # responses that are retained however old they are
+_REMEMBERED_SIZE = 64 << 20  # bytes of all retained responses
+_RETRIED = 3.0  # reconnect periods for which a key is retained at least
+_PROMPT = 0.5  # seconds after which the connection of the client is watched
+_GRACE = 1.0  # seconds for a client with a broken connection to repeat the request with the same key
 
 Place = tuple[str, str]
 
 
 @dataclass
 class _Work:
-    """What is being done, and how many requests wait for it."""
+    """Work in progress, and the number of requests that wait for it."""
 
     task: asyncio.Task[Answer]
     waiting: int = 0
 
 
 def _place(request: Request) -> Place | None:
-    """What a request with a key is known by; a key means nothing on another path."""
+    """The identity of a request with a key; the same key on another path is another request."""
     key = request.header(_KEY)
     return None if key is None else (str(request.scope["path"]), key)
 
@@ -51,25 +51,25 @@ def _dropped() -> Answer:
 
 
 def place_of(request: Request) -> str | None:
-    """The same as text, for what is written down."""
+    """The same identity as text, for the journal."""
     place = _place(request)
     return None if place is None else "\n".join(place)
 
 
 class IdempotentCalls:
-    """Answers by idempotency key: a request that was sent again gets the first one's answer and does nothing."""
+    """Responses by idempotency key: a repeated request gets the first response and has no second effect."""
 
     def __init__(self, reconnect: float = RECONNECT_TIMEOUT) -> None:
-        """reconnect: seconds for which a client may retry."""
+        """reconnect: seconds during which a client may retry."""
         self._kept = _RETRIED * max(reconnect, 1.0)
-        self._running: dict[Place, _Work] = {}  # never forgotten before it has ended, however long it takes
+        self._running: dict[Place, _Work] = {}  # never removed before the work has ended, however long it takes
         self._answers: OrderedDict[Place, tuple[float, Answer]] = OrderedDict()  # with the time of each
-        self._whole: OrderedDict[Place, int] = OrderedDict()  # sizes of those that still have their body
+        self._whole: OrderedDict[Place, int] = OrderedDict()  # sizes of the responses that still have their body
         self._size = 0
         self._streams: OrderedDict[Place, float] = OrderedDict()
 
     def first(self, request: Request) -> None:
-        """Let a request through whose answer is a stream, once a key: Conflict when it was let through before."""
+        """Accept a streamed request once per key: Conflict when the key was accepted before."""
         place = _place(request)
         if place is None:
             return
@@ -83,9 +83,9 @@ class IdempotentCalls:
             self._streams.popitem(last=False)
 
     async def do(self, request: Request, work: Coroutine[Any, Any, Answer], *, abandon: bool = False) -> Answer:
-        """The answer of `work`, which is awaited once a key.
+        """The response of `work`, which is awaited once per key.
 
-        abandon: end the work by a cancellation when every client that waits for it has left. Else it is finished.
+        abandon: cancel the work when every client that waits for it has disconnected. Otherwise the work is finished.
         """
         place = _place(request)
         if place is not None and (known := self._answers.get(place)) is not None:
@@ -114,7 +114,7 @@ class IdempotentCalls:
             entry.waiting -= 1
 
     async def call(self, sandbox: Supervisor, request: Request, work: Callable[[], Awaitable[Answer]]) -> Answer:
-        """The answer of something short in a sandbox, done once a key over a crash too."""
+        """The response of a short operation in a sandbox, executed once per key, also across a crash."""
 
         async def journaled() -> Answer:
             with sandbox.active():
@@ -123,7 +123,8 @@ class IdempotentCalls:
         return await self.do(request, journaled())
 
     async def _watch(self, entry: _Work, request: Request, grace: float) -> None:
-        """Return when the work is done; Disconnected when its client left and nobody else waits for it."""
+        """Return when the work is done; Disconnected when its client has disconnected and no other request waits for
+        it."""
         gone = asyncio.ensure_future(request.disconnected())
         try:
             await asyncio.wait({entry.task, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -152,7 +153,7 @@ class IdempotentCalls:
         while len(self._answers) > _REMEMBERED and next(iter(self._answers.values()))[0] < now - self._kept:
             old, _ = self._answers.popitem(last=False)
             self._size -= self._whole.pop(old, 0)
-        while self._size > _REMEMBERED_SIZE and len(self._whole) > 1:  # the key stays
+        while self._size > _REMEMBERED_SIZE and len(self._whole) > 1:  # the key is retained without the body
             old, size = self._whole.popitem(last=False)
             self._size -= size
             self._answers[old] = (self._answers[old][0], _DROPPED)

@@ -1,8 +1,8 @@
-"""What was asked of a sandbox and has to outlive this process: who asked for it, and how it ended.
+"""The journal of a sandbox: a file with the beginning and the response of each request that has an idempotency key.
 
-A file a sandbox: a line when a request with a key begins, one with its answer when it has ended. Like spool files it is
-written to the page cache and not synced: see docs/decisions/0018-spool.md. Each line ends with its checksum, and the
-marks beside the journal (checksums.py) hold its size and the keys that began: docs/decisions/0032-checksums.md.
+A line is written when such a request begins, and another with its response when it has ended. Like spool files, the
+journal is written to the page cache and not synced: see docs/decisions/0018-spool.md. Each line ends with its checksum,
+and the marks beside the journal (checksums.py) hold its size and the keys that began: docs/decisions/0032-checksums.md.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ from rock.settings import RECONNECT_TIMEOUT
 
 log = logging.getLogger("rock.node")
 
-_SIZE = 1 << 20  # bytes of a journal after which what nobody will ask for is dropped
-_KEPT = 256 << 10  # bytes of answers that stay then
-_LARGEST = 4 << 20  # bytes of an answer that is kept for whoever asks again after a crash
-_SUM = b',"crc":"'  # what comes before the checksum of a line
+_SIZE = 1 << 20  # bytes of a journal above which old entries are dropped
+_KEPT = 256 << 10  # bytes of responses that are retained then
+_LARGEST = 4 << 20  # largest response in bytes that is stored for a repeated request after a crash
+_SUM = b',"crc":"'  # the text before the checksum of a line
 _SUM_LENGTH = len(_SUM) + 8 + len(b'"}')
-_MOMENT = 0.05  # seconds for which a line may wait for the next one, where what it tells can be found out without it
+_MOMENT = 0.05  # seconds that a line may wait for the next one, when its content can be found out without it
 
 
 class Journal:
-    """What was asked of a sandbox with keys. `begun`: without an answer yet, by place.
+    """The requests of a sandbox that have keys. `begun`: requests without a response yet, by place.
 
-    Nothing is in memory of what has an answer: that is `Once`'s, until a crash. `found` is what a former rocklet left.
+    Responses are not in memory here; `IdempotentCalls` holds them until a crash. `found` is the content that an earlier
+    rocklet process left.
     """
 
     def __init__(self, folder: SpoolFolder) -> None:
@@ -48,38 +49,38 @@ class Journal:
         self.begun: dict[str, dict[str, Any]] = {}
         self._found: OrderedDict[str, Answer] = OrderedDict()
         self._resumed: dict[str, asyncio.Task[Answer | None]] = {}
-        self.damage: str | None = None  # what is wrong with what a former rocklet left
-        self._unknown: set[int] = set()  # requests that began and of which the journal says nothing; see marks.digest
-        self._refused_until = 0.0  # time until which a key that is not known may be one that began
+        self.damage: str | None = None  # the damage of the files of an earlier rocklet process
+        self._unknown: set[int] = set()  # requests that began and are not in the journal, see checksums.digest
+        self._refused_until = 0.0  # time until which an unknown key may be one that began
         self._settling = False
         self._size = 0
-        self._reached = 0  # bytes that are in the file
-        self._checksum = 0  # of all that is in the file
-        self._most = _SIZE  # bytes above which it is made shorter
-        self._waiting = b""  # lines that go with the next one, or in a moment
+        self._reached = 0  # size of the file in bytes
+        self._checksum = 0  # checksum of the whole file
+        self._most = _SIZE  # bytes above which the journal is compacted
+        self._waiting = b""  # lines that are written with the next one, or after a moment
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
 
-    # ---- spool files beside it ----
+    # ---- spool files of the folder ----
 
     def file(self, name: str) -> SpoolFile:
-        """OSError."""
+        """Open the spool file of that name. OSError."""
         self._check_open()
         return self._folder.file(name)
 
     def borrow(self) -> SpoolFile:
-        """One that nobody uses. OSError."""
+        """An unused spool file. OSError."""
         self._check_open()
         return self._folder.borrow()
 
     def give_back(self, spool: SpoolFile) -> None:
-        if self._closed:  # the folder is another sandbox's by now
+        if self._closed:  # the folder belongs to another sandbox by now
             spool.close()
         else:
             self._folder.give_back(spool)
 
     def sweep(self) -> None:
-        """Remove the spool files of programs that a former rocklet left, and of which nothing is begun."""
+        """Remove the spool files of programs of an earlier rocklet process that have no request in progress."""
         self._folder.sweep({name for entry in self.begun.values() for name, _ in entry.get("spools", ())})
 
     def _check_open(self) -> None:
@@ -89,25 +90,26 @@ class Journal:
     # ---- writing ----
 
     def begin(self, place: str | None, **entry: Any) -> None:
-        """A request is about to be carried out. Without a key there is nobody to come back for it."""
+        """A request is about to be executed. Requests without a key are not recorded: no client can ask for them
+        again."""
         if place is not None:
             self.begun[place] = entry
             self._append({"begin": place, **entry}, checksums.BEGAN, place)
 
     def written(self, place: str, *, found: bool = False) -> None:
-        """The program has all of its input. found: which its pipe tells just as well, for a moment."""
+        """The program has received all of its input. found: its pipe shows the same, for a moment."""
         if place in self.begun:
             self.begun[place]["written"] = True
             self._append({"written": place}, wait=found)
 
     def forget(self, place: str) -> None:
-        """It was not carried out after all."""
+        """Drop a request that was not executed after all."""
         if self.begun.pop(place, None) is not None:
             self._append({"forget": place}, checksums.FORGOTTEN, place)
 
     def not_begun(self, place: str) -> Answer | None:
-        """A request of a former rocklet that seems not to have begun: it is forgotten, unless the journal is damaged.
-        Then it may have begun, and its key is a Conflict."""
+        """Drop a request of an earlier rocklet process that seems not to have begun. When the journal is damaged, the
+        request may have begun; its key is then a Conflict."""
         if self.damage is None:
             self.forget(place)
             return None
@@ -116,7 +118,7 @@ class Journal:
         return reply
 
     def finish(self, place: str | None, reply: Answer, *, found: bool = False) -> None:
-        """It has an answer. found: which the spool files tell just as well, until the next request begins."""
+        """A request has its response. found: the spool files show the same, until the next request begins."""
         if place is None or self.begun.pop(place, None) is None:
             return
         if self._settling:
@@ -131,7 +133,8 @@ class Journal:
             self._drop_old()
 
     def flush(self) -> None:
-        """Write what waits. To be called before anything happens that spool files would mix with what came before."""
+        """Write the waiting lines. Call this before an operation after which the spool files would mix old and new
+        data."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -143,7 +146,7 @@ class Journal:
         self, line: Mapping[str, Any], what: int = checksums.OTHER, place: str | None = None, *, wait: bool = False
     ) -> None:
         if self._closed:
-            return  # of a sandbox that is gone
+            return  # the sandbox is gone
         data = _encoded(line)
         self._size += len(data)
         if wait:
@@ -173,7 +176,7 @@ class Journal:
         self._folder.marks.entry(what, request, self._reached, self._checksum)
 
     def _drop_old(self) -> None:
-        """Keep what is begun, and the newest answers."""
+        """Compact the journal: requests in progress and the newest responses are retained."""
         self.flush()
         try:
             lines = self._folder.read_journal().splitlines(keepends=True)
@@ -186,7 +189,7 @@ class Journal:
         for line in reversed(lines):
             if not line.startswith(b'{"end"') or (told := _decoded(line.rstrip(b"\n"))) is None:
                 continue
-            if told[1]:  # of a version without checksums
+            if told[1]:  # the line is of a version without checksums
                 line = _encoded(told[0])
             size += len(line)
             if kept and size > _KEPT:
@@ -199,17 +202,17 @@ class Journal:
             self._folder.replace_journal(data)
         except OSError as error:
             log.warning("%s: %s", self._folder.path, error)
-            self._size = 0  # tried again after as much
+            self._size = 0  # the next attempt follows after the same number of bytes
             return
         self._size = self._reached = len(data)
         self._checksum = zlib.crc32(data)
         self._folder.marks.entry(checksums.OTHER, 0, self._reached, self._checksum)
-        self._most = max(_SIZE, 2 * len(data))  # what is begun may be large, and is not written anew each time
+        self._most = max(_SIZE, 2 * len(data))  # requests in progress may be large, and are not rewritten each time
 
-    # ---- after a restart ----
+    # ---- recovery ----
 
     def load(self, expected: bool = False) -> None:
-        """Read what a former rocklet left, and compare it with its marks. expected: there must be marks."""
+        """Read the journal of an earlier rocklet process, and compare it with its marks. expected: marks must exist."""
         self._settling = True
         found = data = None
         faults: list[str] = []
@@ -243,7 +246,7 @@ class Journal:
             self.damage = "; ".join(faults)
             log.error("the journal %s is damaged: %s", self._folder.path, self.damage)
             self._folder.set_aside("journal", "marks")
-            if torn and (not known or (found is not None and found.damaged)):  # nothing tells which keys began
+            if torn and (not known or (found is not None and found.damaged)):  # it is unknown which keys began
                 self._refused_until = time.monotonic() + RECONNECT_TIMEOUT
                 if not data:
                     self._append(self._refusal())
@@ -255,13 +258,13 @@ class Journal:
                 self._folder.marks.entry(checksums.BEGAN, checksums.digest(place), self._reached, self._checksum)
 
     def _read_lines(self, data: bytes, size: int) -> tuple[int, bool]:
-        """(how many are damaged, whether some are of a version without checksums). size: bytes that are marked."""
+        """(number of damaged lines, whether some are of a version without checksums). size: marked bytes."""
         damaged, old, at = 0, False, 0
         for text in data.splitlines(keepends=True):
             at += len(text)
             told = _decoded(text.rstrip(b"\n"))
             if told is None:
-                # Half a line after the marked bytes: the request that it speaks of was not begun.
+                # A partial line after the marked bytes: its request was not begun.
                 damaged += text.endswith(b"\n") or at <= size
                 continue
             line = told[0]
@@ -289,11 +292,11 @@ class Journal:
         self._settling = False
 
     def resume(self, place: str, task: asyncio.Task[Answer | None]) -> None:
-        """A request of a former rocklet is being brought to its end. None: it was never begun."""
+        """A request of an earlier rocklet process is being completed. None: it was never begun."""
         self._resumed[place] = task
 
     async def known(self, place: str | None) -> Answer | None:
-        """The answer to a request that a former rocklet began; None for one that has to be carried out."""
+        """The response to a request that an earlier rocklet process began; None for one that has to be executed."""
         if place is None:
             return None
         task = self._resumed.get(place)
@@ -305,13 +308,13 @@ class Journal:
         return found
 
     def _may_have_begun(self, place: str) -> bool:
-        """Whether a request that the journal does not know was begun by a former rocklet."""
+        """Whether an earlier rocklet process began a request that the journal does not contain."""
         if place in self.begun:
-            return False  # by this one
+            return False  # it was begun by this process
         return checksums.digest(place) in self._unknown or time.monotonic() < self._refused_until
 
     def _unsure(self) -> Conflict:
-        """For a key of a request that may have been carried out: it is never begun again."""
+        """For the key of a request that may have been executed: it is never started again."""
         why = f"the journal of its sandbox is damaged ({self.damage})" if self.damage else "its answer was not kept"
         left = self._refused_until - time.monotonic()
         when = f" after {left:.0f} s" if left > 0 else ""
@@ -326,13 +329,13 @@ class Journal:
         return {"refused": time.clock_gettime(CLOCK) + self._refused_until - time.monotonic()}
 
     async def let_go(self) -> None:
-        """What is being brought to its end is left to the rocklet after this one."""
+        """Leave unfinished requests to the next rocklet process."""
         for task in self._resumed.values():
             task.cancel()
         await asyncio.gather(*self._resumed.values(), return_exceptions=True)
 
     async def close(self) -> None:
-        """Nothing is written any more, whoever asks. The folder stays open: it is whose it was given by."""
+        """Stop all writing. The folder stays open, because it belongs to the caller."""
         await self.let_go()
         self.flush()
         self._closed = True
@@ -357,12 +360,12 @@ def _decoded(text: bytes) -> tuple[dict[str, Any], bool] | None:
 
 
 def verify(data: bytes) -> int:
-    """How many lines of a journal are damaged."""
+    """The number of damaged lines of a journal."""
     return sum(_decoded(line.rstrip(b"\n")) is None for line in data.splitlines(keepends=True))
 
 
 def _text(body: bytes) -> Any:
-    """Bytes as JSON: an answer mostly is text already."""
+    """Bytes as JSON: a response usually is text already."""
     try:
         return body.decode()
     except UnicodeDecodeError:

@@ -1,8 +1,8 @@
-"""Requests to one sandbox that are carried out once, whatever becomes of this process meanwhile.
+"""Requests to one sandbox that are executed once, also when the rocklet process ends meanwhile.
 
-Each is written down before it is begun, and its answer when it has ended. `settle` finds what a former rocklet left
-half done: where it still runs it is gone on with, where nobody was told of it it is undone, where it was never begun it
-is forgotten; whoever asks again with the key gets the one answer.
+Each request is recorded before it is begun, and its response when it has ended. `settle` resolves the unfinished
+requests of an earlier rocklet process: a running operation is resumed, an operation without a response to a client is
+undone, and a request that was never begun is dropped. A repeated request with the key gets the one response.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _CUT = "the server was started again while its input was being given; it was kil
 
 
 async def run(sandbox: Supervisor, action: BashAction, place: str | None) -> Answer:
-    """A command in a session."""
+    """Run a command in a session."""
     known = await sandbox.journal.known(place)
     if known is not None:
         return known
@@ -42,7 +42,7 @@ async def run(sandbox: Supervisor, action: BashAction, place: str | None) -> Ans
 
 
 async def create_session(sandbox: Supervisor, spec: CreateBashSessionRequest, place: str | None) -> Answer:
-    """A session."""
+    """Create a session."""
     journal = sandbox.journal
     known = await journal.known(place)
     if known is not None:
@@ -54,8 +54,8 @@ async def create_session(sandbox: Supervisor, spec: CreateBashSessionRequest, pl
 
 
 async def done_once(sandbox: Supervisor, place: str | None, work: Callable[[], Awaitable[Answer]]) -> Answer:
-    """Something short that must not be done twice, such as an append. After a crash in the middle of it nobody knows
-    whether it was done: then its key is a Conflict."""
+    """Execute a short operation that must not be repeated, such as an append. After a crash in the middle of it, the
+    outcome is unknown; its key is then a Conflict."""
     known = await sandbox.journal.known(place)
     if known is not None:
         return known
@@ -66,7 +66,7 @@ async def done_once(sandbox: Supervisor, place: str | None, work: Callable[[], A
 
 
 async def start_process(sandbox: Supervisor, command: Command, place: str | None) -> Answer:
-    """A process in the background."""
+    """Start a background process."""
     journal, key = sandbox.journal, uuid.uuid4().hex[:12]
     known = await journal.known(place)
     if known is not None:
@@ -78,7 +78,7 @@ async def start_process(sandbox: Supervisor, command: Command, place: str | None
 
 
 async def execute(sandbox: Supervisor, command: Command, place: str | None) -> Answer:
-    """A program, run to its end."""
+    """Run a program to its end."""
     journal, key = sandbox.journal, uuid.uuid4().hex[:12]
     known = await journal.known(place)
     if known is not None:
@@ -90,10 +90,10 @@ async def execute(sandbox: Supervisor, command: Command, place: str | None) -> A
         started = await programs.start(sandbox.runtime, sandbox.handle, command, sh)
         return answer(await programs.Execution(started, command).run())
     spools: list[SpoolFile] = []
-    with contextlib.suppress(OSError):  # no room on the server's disk: it runs, and a crash would lose it
+    with contextlib.suppress(OSError):  # the server's disk is full: the program runs, and a crash loses its output
         spools.append(journal.borrow())
         spools.append(journal.borrow())
-    # Of its input only whether it has one: it cannot be given again, and may be large.
+    # The journal stores only whether there is input: the input cannot be repeated, and may be large.
     told = command if command.stdin is None else command.model_copy(update={"stdin": ""})
     entry: dict[str, Any] = {"id": key, "command": told.model_dump(mode="json"), "began": time.clock_gettime(CLOCK)}
     if len(spools) == 2:
@@ -128,7 +128,7 @@ async def execute(sandbox: Supervisor, command: Command, place: str | None) -> A
 
 
 async def _run(sandbox: Supervisor, execution: programs.Execution, *, fed: bool = False) -> CommandResponse:
-    """One that the server lets go of when it stops."""
+    """Run a program that is detached when the server stops."""
     sandbox.executions.add(execution)
     try:
         if sandbox.leaving:
@@ -140,7 +140,7 @@ async def _run(sandbox: Supervisor, execution: programs.Execution, *, fed: bool 
 
 @contextlib.contextmanager
 def streamed(sandbox: Supervisor, place: str | None) -> Any:
-    """A request whose answer is a stream: not to be begun again."""
+    """Record a request with a streamed response: it must not be started again."""
     sandbox.journal.begin(place, kind="stream")
     try:
         yield
@@ -159,7 +159,7 @@ def _streamed() -> Answer:
 
 @contextlib.contextmanager
 def _written_down(sandbox: Supervisor, place: str | None, **entry: Any) -> Any:
-    """The intent, and an end that is an error; `finish` is for who has an answer."""
+    """Record the intent, and an end that is an error; the caller with a response calls `finish`."""
     journal = sandbox.journal
     journal.begin(place, **entry)
     try:
@@ -173,7 +173,8 @@ def _written_down(sandbox: Supervisor, place: str | None, **entry: Any) -> Any:
             journal.forget(place)
         raise
     except asyncio.CancelledError:
-        if place is not None and entry["kind"] in ("execute", "start", "call"):  # it may have run for a while
+        # the operation may have run for a while
+        if place is not None and entry["kind"] in ("execute", "start", "call"):
             journal.finish(place, failure(ended_with_client()))
         elif place is not None:
             journal.forget(place)
@@ -184,11 +185,11 @@ def _written_down(sandbox: Supervisor, place: str | None, **entry: Any) -> Any:
         raise
 
 
-# ---- after a crash ----
+# ---- recovery ----
 
 
 async def settle_sessions(sandbox: Supervisor, kept: Sequence[str], known: Any) -> None:
-    """End shells that were started for a session of which nobody was told."""
+    """End shells that were started for a session whose client got no response."""
     for place, entry in list(sandbox.journal.begun.items()):
         if entry.get("kind") != "session":
             continue
@@ -196,13 +197,13 @@ async def settle_sessions(sandbox: Supervisor, kept: Sequence[str], known: Any) 
         if name in known:
             sandbox.journal.finish(place, answer({"output": "", "session_type": "bash"}, 201))
             continue
-        if KEY + name in kept and name != "default":  # which stands from the start
+        if KEY + name in kept and name != "default":  # the default session always exists
             await _kill(sandbox, KEY + name)
         sandbox.journal.forget(place)
 
 
 async def settle(sandbox: Supervisor, kept: Sequence[str]) -> None:
-    """Go on with what a former rocklet had begun; sessions have taken up their commands already."""
+    """Resume the operations of an earlier rocklet process; sessions have resumed their commands already."""
     journal = sandbox.journal
     wanted = set()
     for place, entry in list(journal.begun.items()):
@@ -215,7 +216,8 @@ async def settle(sandbox: Supervisor, kept: Sequence[str]) -> None:
                 found, command = sandbox.processes.get(entry["id"]), Command.model_validate(entry["command"])
                 if found is None:
                     found = await sandbox.adopt_process(entry["id"], command)
-                elif command.stdin is not None:  # it is given after the answer is written down: it has none of it
+                # input is written after the response is recorded, so the process has received none
+                elif command.stdin is not None:
                     found.feed(command.stdin.encode("utf-8", "surrogateescape"))
                 journal.finish(place, answer(found.info, 201))
             except NotFound:
@@ -249,7 +251,7 @@ async def _kill(sandbox: Supervisor, key: str) -> None:
 
 
 async def _go_on(sandbox: Supervisor, place: str, entry: dict[str, Any]) -> Answer | None:
-    """A program that somebody waited for."""
+    """Resume a program whose caller waited for its end."""
     journal = sandbox.journal
     try:
         process = await sandbox.runtime.attach(sandbox.handle, programs.EXECUTED + entry["id"])

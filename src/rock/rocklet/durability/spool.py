@@ -1,10 +1,11 @@
-"""What a running program has written, kept where it outlives this process.
+"""Spool files: the output of running commands on disk, where it outlives the rocklet process.
 
-    SpoolFile      a file a stream: what a program wrote goes from its pipe to the file by one system call (splice), so
-                   that kill -9 finds each byte in the one or in the other, never in neither and never in both
-    SpoolFolder    those of one sandbox, with its journal (journal.py)
+    SpoolFile      one file per stream: output of a program moves from its pipe to the file by one system call (splice),
+                   so that kill -9 leaves each byte in exactly one of the two
+    SpoolFolder    the spool files of one sandbox, with its journal (journal.py)
 
-Written to the page cache and not synced: sandboxes do not outlive the machine either. See docs/decisions/0018-spool.md.
+Files are written to the page cache and not synced: sandboxes do not outlive the machine either. See
+docs/decisions/0018-spool.md.
 """
 
 from __future__ import annotations
@@ -26,32 +27,32 @@ from rock.rocklet.durability.checksums import Checksums, Slot
 log = logging.getLogger("rock.node")
 
 _PORTION = 64 << 10
-_HEAD = struct.Struct("<qqqq")  # token, bytes of the head, bytes dropped after it, bytes in all
+_HEAD = struct.Struct("<qqqq")  # token, bytes of the head, bytes dropped after it, total bytes
 _SLACK = 1 << 20
-_IDLE = 1 << 20  # bytes of a spool file that is begun anew for the next command
-_OF_PROGRAM = "x"  # what the names of programs' spool files begin with; those of sessions are hexadecimal
-_FREE = 8  # spool files of a sandbox that are kept open for whoever comes next
+_IDLE = 1 << 20  # bytes of a spool file above which it restarts for the next command
+_OF_PROGRAM = "x"  # prefix of the names of programs' spool files; those of sessions are hexadecimal
+_FREE = 8  # unused spool files of a sandbox that stay open for reuse
 _JOURNAL = "journal"
 _MARKS = "marks"
 
 
 class SpoolFile:
-    """What one stream gave, of the command that runs and of some before it.
+    """The output of one stream: of the running command and of some earlier ones.
 
-    The file has a head: of which command it is, once it had to be shortened, and what was left out. The checksum of
-    what the running command gave is among the marks of the folder.
+    The file has a head with its command, once it had to be shortened, and the amount that was dropped. The checksum of
+    the running command's output is among the marks of the folder.
     """
 
     def __init__(self, path: Path, marks_: Checksums, found: Slot | None = None, aside: Path | None = None) -> None:
-        """found: the mark of a former rocklet. aside: the folder that damaged files are moved to."""
+        """found: the mark of an earlier rocklet process. aside: the folder that damaged files are copied to."""
         self.path = path
         self._marks = marks_
         self._name = checksums.digest(path.name)
         self._found = found
         self._aside = aside
         self._checksum = 0
-        self._lost = 0  # bytes of the command that runs which could not be kept
-        self.broken = False  # the disk is full: what comes is not kept
+        self._lost = 0  # bytes of the running command that could not be stored
+        self.broken = False  # the disk is full: further output is not stored
         self._splices = True
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self.end = max(_HEAD.size, os.fstat(self._fd).st_size)
@@ -60,11 +61,11 @@ class SpoolFile:
 
     @property
     def full(self) -> bool:
-        """Whether the next command begins it anew."""
+        """Whether the next command restarts the file."""
         return self.end > _IDLE or self._short
 
     def begin(self, held: bytes = b"") -> int:
-        """A command begins, with what came before it; answers where."""
+        """A command begins, with the output that precedes it; returns its offset."""
         if self.full:
             self._short = False
             os.ftruncate(self._fd, 0)
@@ -80,12 +81,12 @@ class SpoolFile:
         return self.start
 
     def _mark(self) -> None:
-        """Say how far it is. One that was shortened is marked from its first byte."""
+        """Mark the current position. A shortened file is marked from its first byte."""
         start = 0 if self._short else self.start
         self._marks.slot(self._name, Slot(start, self.end, self._lost, self._checksum))
 
     def take(self, fd: int, limit: int) -> bytes:
-        """Move what a descriptor has to the file, and answer it: what os.read does, beside."""
+        """Move available bytes of a descriptor to the file and return them: os.read with a stored copy."""
         if self.broken:
             data = os.read(fd, min(limit, _PORTION))
             self._lose(len(data))
@@ -96,7 +97,8 @@ class SpoolFile:
             except OSError as error:
                 if error.errno in (errno.EAGAIN, errno.EIO):
                     raise
-                # Not a pipe, a file system that cannot, or no room for it. Nothing was taken.
+                # The descriptor is no pipe, the file system does not support splice, or the disk is full. No bytes were
+                # moved.
                 self._splices = error.errno in (errno.ENOSPC, errno.EDQUOT)
             else:
                 data = os.pread(self._fd, count, self.end)
@@ -130,12 +132,12 @@ class SpoolFile:
             self._mark()
 
     def keep_short(self, token: int, kept: Capped) -> None:
-        """Bound the file, by what is kept of an output that is longer than that."""
+        """Limit the size of the file to that of the retained part of a longer output."""
         if self.size > kept.limit * 2 + _SLACK and not self.broken:
             self.shorten(token, kept)
 
     def shorten(self, token: int, kept: Capped) -> None:
-        """Put what is kept of a long output in the place of all of it, at once."""
+        """Replace a long output by its retained part, atomically."""
         head, tail = kept.parts()
         beside = self.path.with_name(f".new-{self.path.name}")
         fd = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -145,7 +147,7 @@ class SpoolFile:
                 if part and os.write(fd, part) != len(part):
                     raise OSError(errno.ENOSPC, "no space left")
                 checksum = zlib.crc32(part, checksum)
-            self._marks.drop(self._name)  # between the two names a kill finds a file without a mark
+            self._marks.drop(self._name)  # a kill between the two names leaves a file without a mark
             os.rename(beside, self.path)
         except OSError as error:
             os.close(fd)
@@ -162,13 +164,14 @@ class SpoolFile:
 
     @property
     def size(self) -> int:
-        """Bytes of the command that runs."""
+        """Size in bytes of the output of the running command."""
         return self.end - self.start
 
     def load(self, token: int, start: int, into: Capped) -> int | None:
-        """Give what was kept of a command to `into`; what it writes from now on comes after that.
+        """Load the stored output of a command to `into`; its further output follows after that.
 
-        Returns the bytes that were kept and are damaged or missing, of which none is given; None when there are none.
+        Returns the number of stored bytes that are damaged or missing, of which none is loaded; None when there are
+        none.
         """
         head = os.pread(self._fd, _HEAD.size, 0)
         short = self._short and _HEAD.unpack(head)[0] == token
@@ -185,11 +188,11 @@ class SpoolFile:
         return missing
 
     def _verify(self, start: int, short: bool) -> tuple[int | None, bool]:
-        """(see `load`, whether what is there is right). Goes on from there; a damaged file is set aside."""
+        """(see `load`, whether the content is correct). Continues from there; a damaged file is set aside."""
         found, missing, whole = self._found, None, True
         self.start = start
         if found is not None and found.start not in (0, start):
-            found = None  # of a command before it, which left nothing here
+            found = None  # the mark of an earlier command, which left no data here
         at = found.start if found is not None else 0 if short else start
         size = max(_HEAD.size, os.fstat(self._fd).st_size)
         data = b"".join(_portions(self._fd, at, size))
@@ -210,11 +213,11 @@ class SpoolFile:
         return missing, whole
 
     def _set_aside(self) -> None:
-        """Keep a copy of a damaged file for whoever wants to look at it."""
+        """Retain a copy of a damaged file for inspection."""
         _copy_aside(self.path, self._aside)
 
     def read(self) -> bytes:
-        """All that there is of the command that runs."""
+        """The stored output of the running command."""
         return b"".join(_portions(self._fd, self.start, self.end))
 
     def close(self) -> None:
@@ -229,7 +232,7 @@ class SpoolFile:
             self.path.unlink()
 
     def empty(self) -> None:
-        """Begin anew, for somebody else. OSError."""
+        """Reset the file for another owner. OSError."""
         os.ftruncate(self._fd, 0)
         self.end = self.start = _HEAD.size
         self._checksum = self._lost = 0
@@ -237,7 +240,7 @@ class SpoolFile:
 
 
 def told_missing(missing: int | None) -> str:
-    """What to tell of output that was kept and is damaged. missing: its bytes; None when it is whole."""
+    """The error text for stored output that is damaged. missing: number of bytes; None when the output is complete."""
     if missing is None:
         return ""
     size = f"{missing} bytes" if missing else "an unknown number of bytes"
@@ -246,7 +249,7 @@ def told_missing(missing: int | None) -> str:
 
 
 def _copy_aside(path: Path, aside: Path | None) -> None:
-    """Copy a damaged file to the folder `aside`, where there is one, under the name of its folder and its own."""
+    """Copy a damaged file to the folder `aside`, where one is set, under the name of its folder and its own."""
     if aside is None or not path.exists():
         return
     with contextlib.suppress(OSError):
@@ -261,10 +264,10 @@ def _portions(fd: int, at: int, end: int) -> Iterator[bytes]:
 
 
 class SpoolFolder:
-    """The spool files and the journal of one sandbox, in a folder that is made with the first of them.
+    """The spool files and the journal of one sandbox, in a folder that is created with the first of them.
 
-    Files stay open for the next session, program or sandbox: to make one and to remove it costs more than all that
-    most of them are used for.
+    Files stay open for the next session, program or sandbox, because creating and removing a file costs more than most
+    uses of it.
     """
 
     def __init__(self, path: Path, aside: Path | None = None) -> None:
@@ -272,13 +275,13 @@ class SpoolFolder:
         self.path = path
         self.aside = aside
         self.marks = Checksums(path / _MARKS)
-        self.found: dict[int, Slot] = {}  # what a former rocklet marked
+        self.found: dict[int, Slot] = {}  # marks of an earlier rocklet process
         self._free: dict[str, SpoolFile] = {}
         self._journal = -1
         self._closed = False
 
     def file(self, name: str) -> SpoolFile:
-        """A spool file of that name. OSError."""
+        """Open the spool file of that name. OSError."""
         found = self._free.pop(name, None)
         if found is None:
             self._make()
@@ -286,47 +289,47 @@ class SpoolFolder:
         return found
 
     def borrow(self) -> SpoolFile:
-        """A spool file that nobody uses. OSError."""
+        """An unused spool file. OSError."""
         name = next((name for name in self._free if name.startswith(_OF_PROGRAM)), None)
         return self.file(name or f"{_OF_PROGRAM}{os.urandom(6).hex()}")
 
     def give_back(self, spool: SpoolFile) -> None:
-        """Of who needs it no more."""
+        """Return a spool file that is no longer used."""
         if len(self._free) < _FREE and not spool.broken and not self._closed:
             self._free[spool.path.name] = spool
             return
         spool.remove()
 
     def journal(self) -> int:
-        """The descriptor of the journal, to append to. OSError."""
+        """The descriptor of the journal, for appending. OSError."""
         if self._journal < 0:
             self._make()
             self._journal = os.open(self.path / _JOURNAL, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
         return self._journal
 
     def make(self) -> None:
-        """Make it with its marks, so that a folder that is not there later was removed. OSError."""
+        """Create the folder with its marks, so that a later missing folder means that it was removed. OSError."""
         self._make()
         self.marks.begin()
 
     def read_marks(self) -> checksums.StoredChecksums:
-        """What a former rocklet marked; what comes is marked after that. OSError."""
+        """Read the marks of an earlier rocklet process; later marks follow them. OSError."""
         found = checksums.read(self.path / _MARKS)
         self.marks.go_on(found)
         self.found = dict(found.slots)
         return found
 
     def read_journal(self) -> bytes:
-        """OSError."""
+        """Read the journal. OSError."""
         return (self.path / _JOURNAL).read_bytes()
 
     def set_aside(self, *names: str) -> None:
-        """Copy damaged files to where they can be looked at."""
+        """Copy damaged files to the folder for inspection."""
         for name in names:
             _copy_aside(self.path / name, self.aside)
 
     def replace_journal(self, data: bytes) -> None:
-        """At once. OSError."""
+        """Replace the journal atomically. OSError."""
         beside = self.path / f".new-{_JOURNAL}"
         with open(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
             file.write(data)
@@ -334,7 +337,7 @@ class SpoolFolder:
         self._close_journal()
 
     def sweep(self, used: set[str]) -> None:
-        """Remove the spool files of programs that a former rocklet left, but those `used`."""
+        """Remove the spool files of programs of an earlier rocklet process, except those in `used`."""
         with contextlib.suppress(OSError):
             for name in os.listdir(self.path):
                 if name.startswith((_OF_PROGRAM, ".new-")) and name not in used and name not in self._free:
@@ -342,7 +345,7 @@ class SpoolFolder:
                     self.marks.drop(checksums.digest(name))
 
     def clear(self) -> bool:
-        """Make it empty, for another sandbox; False when it cannot be."""
+        """Empty the folder for another sandbox; False when that fails."""
         try:
             for spool in self._free.values():
                 spool.empty()
@@ -359,7 +362,7 @@ class SpoolFolder:
         return not self._closed
 
     def close(self) -> None:
-        """Leave it as it is, for the rocklet after this one."""
+        """Close the files without change, for the next rocklet process."""
         self._closed = True
         for spool in self._free.values():
             spool.close()

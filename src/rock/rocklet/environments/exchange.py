@@ -1,7 +1,8 @@
-"""What the environments of a sandbox are asked, and what they answer: the rocklet's side of guest/environments/host.py.
+"""Requests to the environments of a sandbox and their responses: the rocklet side of guest/environments/host.py.
 
-A request costs a write, an answer a read, without a thread. Requests of one environment follow each other; those of
-several run side by side, each in its own process. What they are asked and answer is passed on unread.
+A request costs one write and a response one read, without a thread. Requests of one environment run in order; those of
+several environments run in parallel, each in its own process. Payloads are passed through without parsing. Clients on
+the same machine can borrow the pipes of an environment and use it without the server (local_socket.py).
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ from rock.runtime.base import ExitStatus, Process
 
 
 class Exchange:
-    """The environments that one host has, by number, and the pipes by which each is asked.
+    """The environments of one host, by number, and their pipes.
 
-    timeout: seconds for one thing that an environment is asked, after which it is killed, where it has no own.
-    failed: why the host is gone; None while it serves. free: pipes that no environment has.
+    timeout: seconds for one request, after which the environment is killed, unless it has its own timeout. failed: the
+    reason why the host has ended; None while it serves. free: pipes that no environment uses.
     """
 
     def __init__(self, sandbox_id: str, timeout: float, lease: float) -> None:
@@ -49,18 +50,18 @@ class Exchange:
         self.failed: RockError | None = None
         self._timeout = timeout
         self._calls: dict[int, Call] = {}
-        self._next_id = secrets.randbits(40)  # answers to a former rocklet must not look like answers to us
+        self._next_id = secrets.randbits(40)  # responses to an earlier rocklet process never match our requests
         self._ending: asyncio.Task[None] | None = None
 
-    # ---- life
+    # ---- connection to the host ----
 
     def connect(self, process: Process) -> HostPipes:
-        """Speak to this host from now on."""
+        """Use this host from now on."""
         self.link = HostPipes(process, self._answer, self._end, self.nonsense)
         return self.link
 
     def let_go(self, why: RockError) -> None:
-        """Speak to it no longer: everything that it was asked fails. Idempotent."""
+        """Disconnect from the host: all pending requests fail. Idempotent."""
         self._fail(why)
         if self._ending is not None:
             self._ending.cancel()
@@ -70,20 +71,21 @@ class Exchange:
             link.process.close()
 
     def greet(self, number: int, pipe: int) -> None:
-        """Somebody else may have read half of an answer: the next one begins after what answers this."""
+        """Send a greeting. An earlier reader may have consumed half of a response; valid data begins after the reply to
+        the greeting."""
         assert self.link is not None
         token = secrets.token_bytes(16)
         self.link.own[pipe + host.OWN].seek(token)
         self.link.egress[pipe].send(number, framed(HELLO, number, 0, NO_INDEX, token))
 
     async def zygote(self, op: int, payload: bytes) -> Any:
-        """What the host itself answers."""
+        """A response of the host itself."""
         batch = Batch(1)
         self.send(batch, 0, op, 0, 0, 0, NO_INDEX, payload)
         return plain_of((await batch.future)[0])
 
     def forget(self, number: int) -> None:
-        """Nobody asks for it again; its number and pipe are free once its process has ended."""
+        """Remove an environment; its number and pipe are free once its process has ended."""
         hosted = self.envs.get(number)
         if hosted is None:
             return
@@ -94,13 +96,13 @@ class Exchange:
             del self.envs[number]
         elif hosted.dead and hosted.lent is None:
             self.release(number, hosted)
-        elif hosted.ended is None:  # else it was killed already
+        elif hosted.ended is None:  # otherwise it was already killed
             self._kill(number)
 
-    # ---- requests
+    # ---- requests ----
 
     async def plain(self, op: int, number: int, value: Any, index: int = NO_INDEX) -> Any:
-        """Ask an environment for something as JSON. Its error."""
+        """Send a request as JSON to an environment and return the response. Raises the environment's error."""
         batch = Batch(1)
         self.send(batch, 0, op, PLAIN, number, 0, index, json_of(value))
         return plain_of((await batch.future)[0])
@@ -108,7 +110,7 @@ class Exchange:
     def send(
         self, batch: Batch, place: int, op: int, flags: int, number: int, asker: int, index: int, payload: Any
     ) -> None:
-        """Write a request; its answer comes to the batch. Raises what is known without asking."""
+        """Write a request; the batch receives its response. Raises errors that are known without a request."""
         pipe = None
         hosted = self.envs.get(number) if number else None
         if number:
@@ -138,11 +140,11 @@ class Exchange:
         self.link.egress[pipe or host.REQUESTS].send(stream, message)
 
     def limit(self, hosted: Hosted) -> float:
-        """Seconds for one thing that it is asked."""
+        """Timeout of one request in seconds."""
         return self._timeout if hosted.timeout is None else hosted.timeout
 
     def _overdue(self, number: int) -> None:
-        """The time of what was asked first is over, or would be if it were still that."""
+        """The timer of the oldest request fired; checks whether that request is still pending."""
         hosted = self.envs.get(number)
         if hosted is None:
             return
@@ -157,7 +159,7 @@ class Exchange:
         self.took_too_long(number, hosted, frames.NAMES.get(self._calls[hosted.asked[0]].op, "call"))
 
     def took_too_long(self, number: int, hosted: Hosted, what: str) -> None:
-        """It has had its time: it is killed."""
+        """Kill an environment whose request exceeded its timeout."""
         self._env_failed(hosted, CommandTimeout(
             f"environment {hosted.env_id}: {what} took longer than {self.limit(hosted):g} s; it was killed",
             sandbox_id=self.sandbox_id, hint="make a new one",
@@ -165,7 +167,7 @@ class Exchange:
         self._kill(number)
 
     def _env_failed(self, hosted: Hosted, why: RockError) -> None:
-        """An environment is of no use any more: everything that it was asked fails."""
+        """The environment is unusable from now on: all its pending requests fail."""
         hosted.ended = hosted.ended or why
         if hosted.lent is not None:
             hosted.lent(hosted.ended)
@@ -181,10 +183,10 @@ class Exchange:
         if self.link is not None and self.failed is None:
             self.link.egress[host.REQUESTS].send(0, framed(KILL, number, 0, NO_INDEX, b""))
 
-    # ---- answers
+    # ---- responses ----
 
     def _answer(self, frame: bytes | bytearray, pipe: int | None = None) -> None:
-        """A frame came: on the pipe that all share, or on the one of the environment that has `pipe`."""
+        """Handle a frame from the shared pipe, or from the pipe of the environment that has `pipe`."""
         length, op, flags, number, id, index = HEAD.unpack_from(frame)
         if length != len(frame) - HEAD.size:
             raise ValueError("a frame of another length than it says")
@@ -194,7 +196,7 @@ class Exchange:
             return
         call = self._calls.get(id)
         if call is None or call.number != number:
-            return  # an answer to a former rocklet, or to what was given up
+            return  # the response to an earlier rocklet process or to an abandoned request
         hosted = self.envs.get(number)
         if pipe is not None and (hosted is None or hosted.pipe != pipe):
             raise ValueError("an answer in another environment's name")
@@ -218,7 +220,7 @@ class Exchange:
         call.batch.put(call.place, patched)
 
     def nonsense(self, pipe: int, why: str) -> None:
-        """What an environment answers makes no sense: it is of no use any more."""
+        """An environment sent invalid data: it is unusable from now on."""
         for number, hosted in self.envs.items():
             if hosted.pipe == pipe and hosted.ended is None:
                 self._env_failed(hosted, EnvironmentEnded(
@@ -234,7 +236,7 @@ class Exchange:
         self.link.inlet.forget(number)
         hosted.dead = True
         if hosted.pipe is not None and hosted.lent is None:
-            self.link.own[hosted.pipe + host.OWN].drain()  # its last answers may still be there
+            self.link.own[hosted.pipe + host.OWN].drain()  # its last responses may still be in the pipe
         code = os.waitstatus_to_exitcode(status)
         how = f"it was killed by {signal.Signals(-code).name}" if code < 0 else f"its process exited with status {code}"
         if code == -signal.SIGKILL:
@@ -250,7 +252,7 @@ class Exchange:
             self.release(number, hosted)
 
     def release(self, number: int, hosted: Hosted) -> None:
-        """Its process is gone, and nobody has its pipes."""
+        """Free the pipes of an environment whose process has ended and whose pipes are not lent."""
         if hosted.pipe is not None:
             self.free.append(hosted.pipe)
             hosted.pipe = None
@@ -258,7 +260,7 @@ class Exchange:
             self.envs.pop(number, None)
 
     def _end(self, nonsense: str | None) -> None:
-        """Nothing comes any more, or nothing that makes sense."""
+        """End the connection: the pipe is closed, or its data is invalid."""
         if nonsense is not None:
             self._fail(
                 SandboxError(f"the host of environments speaks nonsense: {nonsense}", sandbox_id=self.sandbox_id)
@@ -294,12 +296,12 @@ class Exchange:
 
 
 def framed(op: int, number: int, id: int, index: int, payload: bytes) -> bytes:
-    """A whole frame of JSON."""
+    """A complete frame of JSON."""
     return HEAD.pack(len(payload), op, PLAIN, number, id, index) + payload
 
 
 def json_of(value: Any) -> bytes:
-    """InvalidConfig for what JSON does not hold."""
+    """Encode as JSON; InvalidConfig for values that JSON cannot represent."""
     try:
         return json.dumps(value).encode()
     except (TypeError, ValueError) as error:
@@ -307,7 +309,7 @@ def json_of(value: Any) -> bytes:
 
 
 def plain_of(answered: Answered) -> Any:
-    """The value of an answer that is JSON; raises the error that came instead."""
+    """The value of a JSON response; raises the error of an error response."""
     if isinstance(answered, RockError):
         raise answered
     try:
@@ -322,21 +324,21 @@ def _described(status: ExitStatus) -> str:
     return "exit status unknown" if status.code is None else f"exit status {status.code}"
 
 
-# ---- envlending ----
+# ---- lent pipes ----
 #
-# Pipes of environments that clients on this machine have: they play them without the server (local_socket.py).
+# Clients on this machine can borrow the pipes of an environment, and use it without the server (local_socket.py).
 
 _RETURN_TIMEOUT = 2.0
 
 
 class PipeLending:
-    """Who has the pipes of which environment of one host."""
+    """The lent pipes of the environments of one host, and their borrowers."""
 
     def __init__(self, exchange: Exchange) -> None:
         self._exchange = exchange
 
     def token_of(self, number: int) -> str | None:
-        """What its pipes are given for; None when it has none of its own."""
+        """The token for borrowing the pipes of an environment; None when it has no pipes of its own."""
         hosted = self._exchange.envs.get(number)
         if hosted is None or hosted.pipe is None:
             return None
@@ -350,8 +352,8 @@ class PipeLending:
         return secrets.compare_digest(hosted.token.encode(), token.encode(errors="replace"))
 
     def lend(self, number: int, lost: Callable[[RockError], None]) -> LentPipes:
-        """The pipes of an environment that is nobody's; `lost` is called when it ends or is taken back. Raises its end,
-        Conflict."""
+        """Lend the pipes of an environment; `lost` is called when the environment ends or the pipes are taken back.
+        Raises the error of its end, or Conflict when the pipes are lent already."""
         hosted = self._exchange.envs[number]
         if hosted.ended is not None:
             raise hosted.ended
@@ -372,7 +374,7 @@ class PipeLending:
         return NotFound(f"there is no environment {number}", sandbox_id=self._exchange.sandbox_id)
 
     def take_back(self, number: int) -> None:
-        """The client has let go of the pipes, or has to. Idempotent."""
+        """Take the pipes back, when the client returns them or the server needs them. Idempotent."""
         hosted = self._exchange.envs.get(number)
         if hosted is None or hosted.lent is None:
             return
@@ -389,19 +391,20 @@ class PipeLending:
             self._exchange.greet(number, hosted.pipe)
 
     def overdue(self, number: int, what: str) -> None:
-        """The client that has the pipes found that something took too long."""
+        """The borrowing client reports that a request exceeded its timeout."""
         hosted = self._exchange.envs.get(number)
         if hosted is not None and hosted.lent is not None:
             self._exchange.took_too_long(number, hosted, what)
 
     def nonsense(self, number: int, why: str) -> None:
-        """The client that has the pipes could not make sense of an answer."""
+        """The borrowing client reports that a response was invalid."""
         hosted = self._exchange.envs.get(number)
         if hosted is not None and hosted.lent is not None and hosted.pipe is not None:
             self._exchange.nonsense(hosted.pipe, why)
 
     async def at_home(self, number: int) -> None:
-        """Wait a little for pipes that their client is about to give back: it asks here next when it lost its way."""
+        """Wait a short time for pipes that their client is about to return: a client that lost its connection repeats
+        its request here."""
         hosted = self._exchange.envs.get(number)
         if hosted is None or hosted.lent is None:
             return

@@ -1,7 +1,6 @@
-"""Environments in one sandbox: the program that hosts them (guest/environments/host.py), its life, and what can be
-wished of it.
+"""The environment host of one sandbox: the program guest/environments/host.py, its start and end, and its operations.
 
-How they are asked is in exchange.py, how clients get their pipes in exchange.py.
+exchange.py implements the requests and responses, and the lending of pipes to clients.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ from rock.rocklet.environments.registry import Answered, Batch, Hosted
 from rock.runtime.base import Handle, Process, Runtime
 
 ENV_LEASE = 50.0  # seconds
-_CLOSE_TIMEOUT = 10.0  # for what an environment does at its end; then it is killed
-_OPEN_TIMEOUT = 180.0  # importing takes seconds, and more on a busy machine
+_CLOSE_TIMEOUT = 10.0  # seconds for the close of an environment; then it is killed
+_OPEN_TIMEOUT = 180.0  # seconds; importing takes some seconds, and more on a busy machine
 
 
 class EnvHost:
     """The environments of one sandbox.
 
-    folder: where the packages are inside: a link `python`, and a folder `site`; None for an image whose own Python has
-    them. timeout: seconds for one make, reset or step, after which the environment is killed. adapter: of the training
-    set that it hosts, for guest/environments/tasks.py. lease: seconds without a sign of life of an environment's
+    folder: the path of the packages inside: a link `python`, and a folder `site`; None for an image whose own Python
+    has them. timeout: seconds for one make, reset or step, after which the environment is killed. adapter: of the
+    training set that it hosts, for guest/environments/tasks.py. lease: seconds without a renewal by an environment's
     owner after which the environment is released.
     """
 
@@ -57,12 +56,13 @@ class EnvHost:
         self._next_env = 1
         self.pipe_lending = PipeLending(self._exchange)
 
-    # ---- life
+    # ---- start and end ----
 
     async def open(self) -> None:
         """Start the host inside and wait until it has imported its packages.
 
-        ImageError when the sandbox's image has none; SandboxError, with its last lines, when it does not come up.
+        ImageError when the sandbox's image has no packages; SandboxError, with its last lines of output, when it does
+        not start.
         """
         await self._connect(await self._start())
 
@@ -81,7 +81,7 @@ class EnvHost:
                          hint="rock.make starts a sandbox that has them")  # fmt: skip
 
     async def attach(self) -> None:
-        """Find the host and its environments again after a restart of the rocklet; NotFound when there is none."""
+        """Attach to the host and its environments after a restart of the rocklet; NotFound when there is none."""
         process = await self._runtime.attach(self._handle, self.KEY)
         if not process.channels.keys() >= set(envhost.PIPES):  # a host of an older release has other pipes
             with contextlib.suppress(RockError):
@@ -107,7 +107,7 @@ class EnvHost:
             raise
         for number, (env_id, pipe, *known) in answers["there"].items():
             hosted = self._exchange.envs[int(number)] = Hosted(env_id, pipe)
-            if known:  # a host of an older release knows no names
+            if known:  # a host of an older release sends no names
                 self._exchange.names.add(int(number), known[0])
                 self._exchange.names.watch(int(number), hosted, known[1])
                 self._exchange.owners.add(int(number), known[2] if len(known) > 2 else None)
@@ -118,27 +118,27 @@ class EnvHost:
         self._next_env = max((0, *self._exchange.envs)) + 1
 
     async def detach(self) -> None:
-        """Let go of it and leave it running, for `attach` by the next rocklet."""
+        """Detach from the host and leave it running, for `attach` by the next rocklet."""
         self._exchange.let_go(Lost("the rocklet is stopping", sandbox_id=self._handle.id))
 
     async def close(self) -> None:
-        """Kill the host and all its environments. Idempotent; the sandbox may be gone already."""
+        """Kill the host and all its environments. Idempotent; the sandbox may have ended already."""
         if self._exchange.link is not None:
             with contextlib.suppress(RockError):
                 await self._exchange.link.process.kill_tree()
         self._exchange.let_go(NotFound("the environments of this sandbox were closed", sandbox_id=self._handle.id))
 
-    # ---- environments
+    # ---- environments ----
 
     async def make(
         self, env_id: str, kwargs: Mapping[str, Any] | None = None, *, timeout: float | None = None, **more: Any
     ) -> int:
-        """Make an environment in a process of its own; answers its number, by which it is asked for.
+        """Make an environment in a process of its own; returns its number, which identifies it in requests.
 
-        timeout: seconds for each thing that it is asked from then on, instead of the host's. more: "protocol" and what
-        guest/environments/hosting.py makes of it; "name", by which `number_of` finds it; "idle", seconds after which
-        it is closed when nobody asks it for anything; "owner", whose lease it is released with. NotFound for an id that
-        nobody knows, with the nearest; ActionError with the traceback when it cannot be made.
+        timeout: seconds for each later request, instead of the host's timeout. more: "protocol" and its parameters for
+        guest/environments/hosting.py; "name", by which `number_of` finds it; "idle", seconds without a request after
+        which it is closed; "owner", whose lease it is released with. NotFound for an unknown id, with the nearest one;
+        ActionError with the traceback when the constructor fails.
         """
         number = self._next_env
         self._next_env += 1
@@ -154,7 +154,7 @@ class EnvHost:
             self._exchange.forget(number)
             raise
         hosted.timeout = timeout
-        if hosted.timer is not None:  # that was for making it
+        if hosted.timer is not None:  # that timer was for the construction
             hosted.timer.cancel()
             hosted.timer = None
         self._exchange.names.watch(number, hosted, more.get("idle"))
@@ -164,7 +164,7 @@ class EnvHost:
     async def reset(
         self, number: int, seed: Any = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """Begin an episode: (observation, info), as JSON has them."""
+        """Begin an episode: (observation, info) as JSON values."""
         spec = {"seed": seed} if options is None else {"seed": seed, "options": options}
         observation, info = await self._plain(RESET, number, spec)
         return observation, info
@@ -172,19 +172,19 @@ class EnvHost:
     async def step(
         self, number: int, action: Any, index: int | None = None
     ) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Act: (observation, reward, terminated, truncated, info), as JSON has them.
+        """Execute one step: (observation, reward, terminated, truncated, info) as JSON values.
 
-        index: number of the step in the episode: the same one again gets the same answer, and another one than the
-        next is a Conflict. EnvironmentRaised with the traceback when the environment raised (it stays usable),
-        CommandTimeout when it took too long (it was killed), EnvironmentEnded with its last lines when it is dead,
-        NotFound when it was closed.
+        index: number of the step in the episode: the same index again gets the same response, and any index other than
+        the next one is a Conflict. EnvironmentRaised with the traceback when the environment raised (it stays usable),
+        CommandTimeout when the step exceeded its timeout (the environment was killed), EnvironmentEnded with its last
+        lines of output when its process has ended, NotFound when it was closed.
         """
         index = NO_INDEX if index is None else index
         observation, reward, terminated, truncated, info = await self._plain(STEP, number, action, index)
         return observation, reward, terminated, truncated, info
 
     async def call(self, number: int, what: str, arguments: Sequence[Any]) -> Any:
-        """Ask it for something else; what there is to ask for, its kind says."""
+        """Call another method of an environment; its protocol defines the methods."""
         return await self._plain(CALL, number, [what, *arguments])
 
     def number_of(self, name: str) -> int:
@@ -192,7 +192,7 @@ class EnvHost:
         return self._exchange.names.number_of(name)
 
     async def close_env(self, number: int) -> None:
-        """Close an environment, whatever its state. Idempotent."""
+        """Close an environment in any state. Idempotent."""
         hosted = self._exchange.envs.get(number)
         if hosted is None or hosted.closed:
             return
@@ -209,24 +209,24 @@ class EnvHost:
             self._exchange.forget(number)
 
     def renew(self, owner: str) -> int:
-        """The client process `owner` is alive. Returns how many environments it has here."""
+        """The client process `owner` is alive. Returns the number of its environments here."""
         return self._exchange.owners.renew(owner)
 
     async def release(self, owner: str) -> int:
-        """Close all environments of an owner. Returns how many there were."""
+        """Close all environments of an owner. Returns their number."""
         numbers = self._exchange.owners.of(owner)
         await asyncio.gather(*(self.close_env(number) for number in numbers))
         return len(numbers)
 
     def load(self) -> tuple[int, int]:
-        """(environments that are there, environments that were made since the rocklet started)."""
+        """(existing environments, environments made since the rocklet started)."""
         return len(self.environments()), self._next_env - 1
 
     async def exchange(self, asked: Sequence[Frame]) -> list[Answered]:
-        """What environments answer to these frames, in their order; each may be an error of its own.
+        """Responses of environments to these frames, in the same order; each may be an error of its own.
 
-        Those of several environments run side by side, those to one after each other. An answer is a whole frame,
-        with the id of what was asked.
+        Frames of several environments run in parallel, those of one environment in order. A response is a complete
+        frame with the id of its request.
         """
         for _, _, number, *_ in asked:
             await self.pipe_lending.at_home(number)
@@ -241,7 +241,7 @@ class EnvHost:
         return await batch.future
 
     def environments(self) -> dict[int, str]:
-        """Numbers and ids of the environments that are there."""
+        """Numbers and ids of the existing environments."""
         return {number: h.env_id for number, h in self._exchange.envs.items() if h.ended is None and not h.closed}
 
     async def _plain(self, op: int, number: int, value: Any, index: int = NO_INDEX) -> Any:
@@ -250,5 +250,5 @@ class EnvHost:
 
     @property
     def failed(self) -> RockError | None:
-        """Why the host is gone; None while it serves. The sandbox may then be given a new one."""
+        """The reason why the host has ended; None while it serves. The sandbox may then start a new one."""
         return self._exchange.failed

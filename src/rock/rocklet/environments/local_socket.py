@@ -1,18 +1,19 @@
-"""The door: clients on the same machine are given the pipes of an environment, and play it without this server between.
+"""A Unix socket by which clients on the same machine borrow the pipes of an environment and use it without the server.
 
-A step through the server wakes four processes, one by the environment's own pipes two. So a client that may connect to
-a Unix socket of ours gets the two descriptors, for as long as it holds that connection:
+A step through the server wakes four processes; a step over the environment's own pipes wakes two. A client that may
+connect to this Unix socket gets the two descriptors for as long as it holds the connection:
 
-    client: {"sandbox", "env", "token", "memory"}  token: from the answer of make_env; memory: false for none
-    server: {"timeout": seconds} with the descriptors (requests, answers), or an error as the wire has them; with a
-            third one where there is memory for large answers, and {"offset"}: where the environment's part begins
-    client: {"playing": true}                      now and then: it is no idle environment
-    client: {"overdue": "step"}                    it took longer than timeout: it is to be killed
-    client: {"nonsense": why}                      what it answers makes no sense: likewise
-    server: an error                               the environment has ended, or is taken back
+    client: {"sandbox", "env", "token", "memory"}  token: from the response of make_env; memory: false for none
+    server: {"timeout": seconds} with the descriptors (requests, responses), or an error in wire format; a third
+            descriptor and {"offset"} where there is memory for large responses: the environment's part begins there
+    client: {"playing": true}                      now and then: the environment is not idle
+    client: {"overdue": "step"}                    a request exceeded its timeout: the environment is killed
+    client: {"nonsense": why}                      a response was invalid: likewise
+    server: an error                               the environment has ended, or the pipes are taken back
     either closes                                  the pipes are the server's again
 
-One message is one packet. The folder of the socket is its owner's alone, so whoever connects is that user, or root.
+One message is one packet. Only the owner can enter the folder of the socket, so a connected client is that user, or
+root.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ _CONNECTIONS = 1024
 
 
 class LocalSocket:
-    """Listens in `folder`. find: the sandbox of an id; it raises what is wrong with it."""
+    """Listens in `folder`. find: returns the sandbox of an id, or raises its error."""
 
     def __init__(self, folder: Path, find: Callable[[str], Supervisor]) -> None:
         self.path = folder / DOOR
@@ -52,7 +53,8 @@ class LocalSocket:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def open(self) -> None:
-        """Without Unix sockets that keep packets apart there is no door, and everything goes through the server."""
+        """Listen. Without Unix sockets of type SEQPACKET there is no local socket, and all requests go through the
+        server."""
         if not hasattr(socket, "SOCK_SEQPACKET"):
             return
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -60,7 +62,7 @@ class LocalSocket:
             self.path.unlink(missing_ok=True)
             folder = os.open(self.path.parent, os.O_PATH | os.O_DIRECTORY)
             try:
-                listening.bind(f"/proc/self/fd/{folder}/{DOOR}")  # a path of any length
+                listening.bind(f"/proc/self/fd/{folder}/{DOOR}")  # supports a path of any length
             finally:
                 os.close(folder)
             self.path.chmod(0o600)
@@ -74,7 +76,7 @@ class LocalSocket:
         self._start(self._serve(listening))
 
     async def close(self) -> None:
-        """Take all pipes back."""
+        """Take all pipes back and close."""
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
@@ -85,7 +87,7 @@ class LocalSocket:
             self.path.unlink(missing_ok=True)
 
     def way(self, host: EnvHost, number: int) -> Way | None:
-        """How a client finds the door of an environment; None when it has no pipes to give."""
+        """The address of the local socket for an environment; None when its pipes cannot be lent."""
         token = host.pipe_lending.token_of(number)
         return None if self._socket is None or token is None else Way(path=str(self.path), token=token)
 
@@ -99,7 +101,7 @@ class LocalSocket:
         while True:
             try:
                 client, _ = await loop.sock_accept(listening)
-            except OSError as error:  # no descriptors left, for now
+            except OSError as error:  # no free descriptors at the moment
                 log.warning("cannot take a client at the door: %s", error)
                 await asyncio.sleep(1)
                 continue
@@ -107,7 +109,7 @@ class LocalSocket:
                 client.close()
                 continue
             owner = owner_of(client)
-            if owner is None or not is_ours(owner.uid):  # the folder keeps them out, unless its mode was changed
+            if owner is None or not is_ours(owner.uid):  # the folder excludes other users, unless its mode was changed
                 client.close()
                 continue
             client.setblocking(False)
@@ -122,7 +124,7 @@ class LocalSocket:
             except RockError as error:
                 _tell(client, error)
         except (OSError, TimeoutError):
-            pass  # it left
+            pass  # the client disconnected
         finally:
             client.close()
 
@@ -160,7 +162,7 @@ class LocalSocket:
 
 
 async def _packet(client: socket.socket) -> dict[str, Any]:
-    """The next packet; empty when it closed."""
+    """The next packet; empty when the client closed the connection."""
     data = await asyncio.get_running_loop().sock_recv(client, _PACKET)
     if not data:
         return {}
@@ -174,6 +176,7 @@ async def _packet(client: socket.socket) -> dict[str, Any]:
 
 
 def _tell(client: socket.socket, error: RockError) -> None:
-    """It may have left, or not read what it was told before: then it finds the connection closed."""
+    """Send a message. The client may have disconnected or left earlier messages unread; it then finds the connection
+    closed."""
     with contextlib.suppress(OSError):
         client.send(orjson.dumps(error.to_wire(), default=repr))

@@ -1,4 +1,4 @@
-"""The ends of the pipes between the rocklet and guest/environments/host.py, on the event loop and without a thread."""
+"""The pipes between the rocklet and guest/environments/host.py, and the start of that program, without threads."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from rock.images.host import PYTHON_LIBRARIES
 from rock.rocklet.commands.output import Reader
 from rock.runtime.base import Process, Program
 
-_READ = 1 << 15  # a larger one costs the kernel a mapping each time
-_LARGE = 32 << 10  # a frame for which the pipe is made larger
+_READ = 1 << 15  # a larger buffer costs the kernel a mapping for each read
+_LARGE = 32 << 10  # the pipe is enlarged for a frame of this size or more
 _PIPE = 1 << 20
 _STDERR_KEPT = 8192
 
 class PipeWriter:
-    """Writes messages to a pipe, and keeps what does not fit until it does."""
+    """Writes messages to a pipe, and buffers data until the pipe accepts it."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -36,7 +36,7 @@ class PipeWriter:
         self._watching = False
 
     def send(self, stream: int, message: bytes) -> None:
-        """That the reader is gone is no error: it is told elsewhere."""
+        """Write a message. A closed pipe is no error here: the reader side reports the end of the host."""
         if not self._waiting and len(message) <= frames.PIECE:
             piece = HEADER.pack(len(message), frames.FIRST | frames.LAST, stream) + message
             try:
@@ -53,7 +53,7 @@ class PipeWriter:
             self._write()
 
     def _write(self) -> None:
-        """A piece is small enough that the kernel takes it whole or not at all."""
+        """Write one piece, small enough that the kernel accepts it completely or not at all."""
         while self._waiting:
             try:
                 os.write(self._fd, self._waiting[0])
@@ -74,17 +74,17 @@ class PipeWriter:
             asyncio.get_running_loop().remove_writer(self._fd)
 
     def drop(self) -> None:
-        """Forget what waits, and the descriptor."""
+        """Drop the buffered data and the descriptor."""
         self._waiting.clear()
         self._unwatch()
 
 
 class SharedPipeReader:
-    """Reads messages from the pipe that all share, from the answer to our greeting on: a former rocklet may have read
-    half of one.
+    """Reads messages from the pipe that all environments share, from the reply to the greeting on: an earlier rocklet
+    process may have read half of a message.
 
-    token: what to greet with. answered: called with each frame; an exception of it counts as nonsense too.
-    ended: called once, with None at the end of the pipe, or with what was wrong with what came.
+    token: the content of the greeting. answered: called with each frame; its exceptions count as invalid data too.
+    ended: called once, with None at the end of the pipe, or with a description of the invalid data.
     """
 
     def __init__(self, fd: int, answered: Callable[[bytes], None], ended: Callable[[str | None], None]) -> None:
@@ -98,7 +98,7 @@ class SharedPipeReader:
         asyncio.get_running_loop().add_reader(fd, self._read)
 
     def forget(self, stream: int) -> None:
-        """Leave out the half of a message of a stream that has ended."""
+        """Drop the incomplete message of a stream that has ended."""
         self._joiner.forget(stream)
 
     def stop(self) -> None:
@@ -138,10 +138,10 @@ class SharedPipeReader:
 
 
 class FrameReader:
-    """Reads whole frames from the pipe that one environment has for its answers.
+    """Reads whole frames from the pipe that one environment has for its responses.
 
-    answered: called with each frame, which is the caller's. nonsense: called with what was wrong with what came;
-    nothing is taken any more until `seek` or `drain`.
+    answered: called with each frame, which the callee owns. nonsense: called with a description of invalid data; no
+    more frames are read until `seek` or `drain`.
     """
 
     def __init__(self, fd: int, answered: Callable[[bytearray], None], nonsense: Callable[[str], None]) -> None:
@@ -149,8 +149,8 @@ class FrameReader:
         self._answered = answered
         self._nonsense = nonsense
         self._seeking: bytes | None = None
-        self._buffer = bytearray()  # less than a frame, or the room of one
-        self._filled: int | None = None  # how much of the room is filled
+        self._buffer = bytearray()  # less than a frame, or the space of one
+        self._filled: int | None = None  # how much of the space is filled
         self._deaf = False
         self._large = False
         self.start()
@@ -159,14 +159,14 @@ class FrameReader:
         asyncio.get_running_loop().add_reader(self._fd, self._read)
 
     def seek(self, token: bytes) -> None:
-        """Leave out everything to the end of this token; that what came before made no sense is forgotten."""
+        """Skip all data up to the end of this token, and clear the error state."""
         self._deaf = False
         self._seeking = token
         self._buffer.clear()
         self._filled = None
 
     def drain(self) -> None:
-        """Take what is there now, and forget a half frame: nobody will write the rest of it."""
+        """Read the available data, and drop an incomplete frame, which will not be completed."""
         while self._read():
             pass
         self._seeking = None
@@ -187,7 +187,7 @@ class FrameReader:
         except OSError:
             data = b""
         if not data:
-            self.stop()  # the host is gone, which is told by its end
+            self.stop()  # the host has ended, which the end of its shared pipe reports
             return False
         if not self._deaf:
             self._take(data)
@@ -259,7 +259,7 @@ class FrameReader:
 
 
 class OutputTail:
-    """The last that a program printed."""
+    """The last lines of output of a program."""
 
     def __init__(self, fd: int | None) -> None:
         self._kept = b""
@@ -277,18 +277,16 @@ class OutputTail:
             self._reader.close()
 
 
-# ---- envprogram ----
-#
-# The program that hosts environments, as it is started inside, and the pipes to it.
+# ---- the host program ----
 
 _ENVIRONMENT = {
     "LANG": "C.UTF-8", "HOME": "/tmp", "MPLCONFIGDIR": "/tmp",
-    # Some environments iterate over sets of words: with this a seed gives the same episode in every process
+    # Some environments iterate over sets of words. With this variable a seed gives the same episode in every process.
     "PYTHONHASHSEED": "0", "PYTHONPATH": "",
-    # A Python that is built with a shared library finds it by its own path, and that is another one inside; without
-    # this it would take the machine's library of the same name, whose modules do not fit
+    # A Python that is built with a shared library finds it by its own path, which differs inside. Without this variable
+    # it would load the machine's library of the same name, whose modules are incompatible.
     "LD_LIBRARY_PATH": PYTHON_LIBRARIES,
-    # Threads do not survive a fork
+    # Threads do not survive a fork.
     "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "NUMEXPR_NUM_THREADS": "1",
 }  # fmt: skip
 _MODULES = ("values", "frames", "tasks", "hosting", "worker", "host")
@@ -308,13 +306,13 @@ sys.modules["rock.guest.environments.host"].main()
 
 
 def program(folder: str | None, python: str, key: str, adapter: str = "") -> Program:
-    """The host; `folder`: where its packages are inside, None for an image whose `python` has them itself; adapter:
-    what guest/environments/tasks.py installs of a training set."""
+    """The program of the host. folder: the path of its packages inside, None for an image whose `python` has them
+    itself; adapter: the adapter of a training set that guest/environments/tasks.py installs."""
     channels: dict[int, Literal["r", "w", "m"]] = dict.fromkeys((host.REQUESTS, *host.PIPES), "r")
     channels.update(dict.fromkeys((host.ANSWERS, *(pipe + host.OWN for pipe in host.PIPES)), "w"))
     channels[host.MEMORY] = "m"
     if folder is None:
-        # What makes our Python find its own must not lead the image's astray
+        # These variables configure our Python and must not affect the Python of the image.
         own = {name: value for name, value in _ENVIRONMENT.items() if name not in ("PYTHONPATH", "LD_LIBRARY_PATH")}
         return Program([python, "-B", "-X", "utf8", "-c", source(), "", adapter], env=own, stdout="null", stderr="pipe",
                        channels=channels, key=key, keep=True)  # fmt: skip
@@ -327,9 +325,9 @@ def program(folder: str | None, python: str, key: str, adapter: str = "") -> Pro
 
 @cache
 def source() -> str:
-    """The program itself: given on the command line, so nothing has to be put into the image.
+    """The source of the program. It is passed on the command line, so the image needs no extra file.
 
-    It is packed, as one argument may have 128 KiB.
+    It is compressed, because one argument is limited to 128 KiB.
     """
     folder = Path(host.__file__).parent
     texts = {name: (folder / f"{name}.py").read_text(encoding="utf-8") for name in _MODULES}
@@ -376,7 +374,8 @@ class HostPipes:
 
 
 def _sealed(memory: int | None) -> int | None:
-    """The memory when whoever maps it can rely on its size: it came from inside, and what is cut off kills a reader."""
+    """The shared memory when its size is sealed: it comes from inside, and a truncated file would kill a process that
+    maps it."""
     if memory is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""What environments were asked and have not answered."""
+"""State of the environments of a sandbox: pending requests, names, idle timeouts and the leases of owners."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 
 from rock.errors import Conflict, NotFound, RockError
 
-Answered = bytes | bytearray | RockError  # a whole frame, or why there is none
+Answered = bytes | bytearray | RockError  # a complete frame, or the error in its place
 
 
 class Batch:
-    """Answers to what was asked together, in that order."""
+    """The responses to a batch of requests, in the order of the requests."""
 
     __slots__ = ("answers", "future", "left")
 
@@ -31,7 +31,7 @@ class Batch:
 
 @dataclass(slots=True)
 class Call:
-    """Something that an environment was asked. `id`: the asker's."""
+    """A pending request to an environment. `id`: the id that the caller chose."""
 
     batch: Batch
     place: int
@@ -42,10 +42,10 @@ class Call:
 
 @dataclass
 class Hosted:
-    """An environment inside. `pipe`: its own way for requests, if it has one. `ended`: why it is no longer there.
-    `asked`: ids of what it has not answered, each within `timeout` seconds; since when the first of them waits, and
-    what ends it. `dead`: its process is gone. `token`: what its pipes are given for; `lent`: who has them, and is told
-    when they are taken back."""
+    """An environment inside. `pipe`: its own request pipe, if it has one. `ended`: the reason why it has ended.
+    `asked`: ids of its pending requests, each limited to `timeout` seconds; the start time of the oldest one, and its
+    timer. `dead`: its process has ended. `token`: the token for borrowing its pipes; `lent`: the borrower, which is
+    notified when the pipes are taken back."""
 
     env_id: str
     pipe: int | None = None
@@ -63,8 +63,8 @@ class Hosted:
 
 @dataclass(frozen=True)
 class LentPipes:
-    """An environment's pipes, which a client plays it by. `memory`: for large answers, and where its part begins, when
-    there is such memory. `timeout`: seconds for each thing that it is asked."""
+    """The pipes of an environment, lent to a client. `memory`: shared memory for large responses and the offset of the
+    environment's part, where available. `timeout`: seconds for each request."""
 
     requests: int
     answers: int
@@ -72,15 +72,14 @@ class LentPipes:
     timeout: float
 
 
-# ---- envnames ----
-#
-# Names that environments were given, and the idle time after which they are released.
+# ---- names and idle timeouts ----
 
-_REMEMBERED = 1000  # released ones, to tell why they are gone
+_REMEMBERED = 1000  # released environments that are remembered, to report why they ended
 
 
 class Names:
-    """Environments of one sandbox by name. `release` is called with the number of one that nobody used for its time."""
+    """The environments of one sandbox by name. `release` is called with the number of an environment whose idle timeout
+    expired."""
 
     def __init__(self, sandbox_id: str, release: Callable[[int], None]) -> None:
         self._sandbox_id = sandbox_id
@@ -90,7 +89,7 @@ class Names:
         self._released: OrderedDict[str | int, float] = OrderedDict()
 
     def add(self, number: int, name: str | None) -> None:
-        """Conflict when another environment has that name."""
+        """Add a name. Conflict when another environment has it."""
         if name is None:
             return
         if name in self._numbers:
@@ -100,7 +99,7 @@ class Names:
         self._released.pop(name, None)
 
     def watch(self, number: int, hosted: Hosted, idle: float | None) -> None:
-        """Release it when nothing was asked and answered for `idle` seconds; None is never."""
+        """Release the environment after `idle` seconds without a request or a response; None disables this."""
         if idle is None:
             return
         loop = asyncio.get_running_loop()
@@ -121,7 +120,7 @@ class Names:
         self._release(number)
 
     def number_of(self, name: str) -> int:
-        """The number of the environment with that name; NotFound, which says when it was released for its idle time."""
+        """The number of the environment with that name; NotFound, which reports a release by the idle timeout."""
         if name not in self._numbers:
             raise NotFound(f"Instance {name} not found!", sandbox_id=self._sandbox_id, hint=self.why_gone(name))
         return self._numbers[name]
@@ -132,7 +131,7 @@ class Names:
         return f"{why}; make a new one"
 
     def drop(self, number: int) -> None:
-        """It is gone: its name is free."""
+        """The environment has ended: its name is free."""
         timer = self._timers.pop(number, None)
         if timer is not None:
             timer.cancel()
@@ -145,15 +144,12 @@ class Names:
         self._timers.clear()
 
 
-# ---- envowners ----
+# ---- leases of owners ----
 #
-# Owners of environments: an environment is released when the client process that made it no longer renews its lease.
-#
-# A client process that is killed, or ends without `close()`, stops renewing. Its environments are then released
-# whatever
-# other clients do with the same sandbox. A client on this machine that holds the pipes of an environment is alive
-# even if
-# it does not renew: the kernel closes the pipes when it ends.
+# An environment is released when the client process that made it no longer renews its lease. A client process that is
+# killed, or ends without `close()`, stops renewing. Its environments are then released, independent of other clients of
+# the same sandbox. A client on this machine that holds the pipes of an environment is alive even if it does not renew:
+# the kernel closes the pipes when it ends.
 
 class Owners:
     """Leases of the owners of one sandbox's environments.
@@ -167,18 +163,18 @@ class Owners:
         self._lease = lease
         self._release = release
         self._numbers: dict[str, set[int]] = {}
-        self._seen: dict[str, float] = {}  # time of the last renewal, of the event loop
+        self._seen: dict[str, float] = {}  # time of the last renewal, on the event loop's clock
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
     def add(self, number: int, owner: str | None) -> None:
-        """An environment was made by that owner; None: it has none, and no lease."""
+        """Add an environment with its owner; None: it has no owner, and no lease."""
         if owner is None:
             return
         self._numbers.setdefault(owner, set()).add(number)
         self.renew(owner)
 
     def renew(self, owner: str) -> int:
-        """The owner is alive. Returns how many environments it has here."""
+        """The owner is alive. Returns the number of its environments here."""
         found = len(self._numbers.get(owner, ()))
         if found:
             loop = asyncio.get_running_loop()
@@ -188,11 +184,11 @@ class Owners:
         return found
 
     def of(self, owner: str) -> list[int]:
-        """The numbers of its environments."""
+        """The numbers of the owner's environments."""
         return sorted(self._numbers.get(owner, ()))
 
     def drop(self, number: int) -> None:
-        """The environment is gone. Idempotent."""
+        """The environment has ended. Idempotent."""
         for owner, numbers in list(self._numbers.items()):
             numbers.discard(number)
             if not numbers:
@@ -215,7 +211,7 @@ class Owners:
         over = [number for number in self.of(owner) if self._is_over(number, last, now)]
         self._timers.pop(owner)
         for number in over:
-            self._release(number)  # which drops it here
+            self._release(number)  # this also removes the number here
         if owner in self._numbers and owner not in self._timers:
             left = last + self._lease - now
             self._timers[owner] = loop.call_later(left if left > 0 else self._lease / 2, self._check, owner)

@@ -1,4 +1,13 @@
-"""One build of a Dockerfile: see build.py."""
+"""Builds of images from Dockerfiles: each RUN runs in a sandbox of its own, each COPY is written directly to a layer.
+
+    stages     those that the target needs, in order            dockerfile.py
+    settings   ENV, WORKDIR, USER, ... change only the image's settings      build_plan.py
+    layers     RUN, COPY, ADD, and a WORKDIR that does not exist yet
+
+Each layer has a key: a digest of the layers below, the instruction after variable substitution, and the copied files. A
+step is stored as an image named after its key, so the next build finds it, a crash leaves no partial result, and `rock
+image prune` removes it.
+"""
 
 from __future__ import annotations
 
@@ -35,14 +44,15 @@ if TYPE_CHECKING:
     from rock.rocklet.node import Node
 
 _LIMIT = 64 << 30  # bytes that one RUN may write
-_VERSION = "1"  # of keys: another one makes every step anew
+_VERSION = "1"  # version of the keys: another version invalidates all cached steps
 
 Tell = Callable[[bytes], None]
 
 
 @dataclass
 class _State:
-    """A stage so far. named: the name under which `rootfs` with `settings` is in the store; "" where it is not."""
+    """The current state of a stage. named: the name under which `rootfs` with `settings` is in the store; "" where it
+    is not."""
 
     rootfs: RootFS
     key: str
@@ -52,12 +62,12 @@ class _State:
 
     @property
     def below(self) -> RootFS:
-        """What the next layer comes on top of."""
+        """The image that the next layer is based on."""
         return self.settings.over(self.rootfs)
 
 
 class Build:
-    """One build."""
+    """One build of a Dockerfile."""
 
     def __init__(
         self, node: Node, spec: BuildRequest, plan: Plan, context: Merged, folder: Path, tell: Tell, flow: BuildOutput,
@@ -82,7 +92,7 @@ class Build:
             lease.close()
 
     async def run(self) -> BuiltImage:
-        """Build the wanted stage and those that it needs."""
+        """Build the target stage and the stages that it needs."""
         wanted = self._plan.wanted(self._spec.target)
         for number in self._plan.needed(wanted):
             await self._stage(number)
@@ -96,7 +106,7 @@ class Build:
         return BuiltImage(name=record.name, digest=record.digest, size=record.size, layers=len(record.layers),
                           steps=self._steps, cached=self._cached, ran=self._ran)  # fmt: skip
 
-    # ---- one stage
+    # ---- stages ----
 
     async def _stage(self, number: int) -> None:
         stage = self._plan.stages[number]
@@ -130,7 +140,7 @@ class Build:
         return _State(rootfs, _key(_VERSION, rootfs.digest), Settings.of(rootfs))
 
     async def _image(self, name: str) -> RootFS:
-        """An image of the store, or of its registry, which stays until the build is over."""
+        """An image of the store, or of its registry, which is protected from removal until the build ends."""
         spec = self._spec
         config = SandboxConfig(image=name, pull=spec.pull, registry_username=spec.registry_username,
                                registry_password=spec.registry_password,
@@ -163,17 +173,17 @@ class Build:
                 state.settings, state.named = settings, ""
                 state.key = _key(state.key, "settings", repr(settings))
 
-    # ---- steps that make a layer
+    # ---- steps that make a layer ----
 
     async def _taken_over(self, state: _State, key: str) -> bool:
-        """Whether the layer of `key` is there from a former build; then it is the stage's."""
+        """Whether the layer of `key` exists from an earlier build; if so, the stage uses it."""
         name = BUILD_STEPS + key
         if not self._spec.use_cache or not await asyncio.to_thread(self._store.has, name):
             return False
         try:
             rootfs = await asyncio.to_thread(self._store.resolve, name)
             await self._hold(rootfs)
-        except RockError:  # it was removed just now
+        except RockError:  # it was removed in this moment
             return False
         state.rootfs, state.key, state.named = rootfs, key, name
         self._cached += 1
@@ -181,7 +191,7 @@ class Build:
         return True
 
     async def _add(self, state: _State, key: str, base: RootFS, fill: Fill, what: str) -> None:
-        """Make the layer of `key`, over `base`, and keep it."""
+        """Make the layer of `key`, over `base`, and store it."""
 
         def make() -> RootFS:
             self._store.extend(BUILD_STEPS + key, base, fill, what)
@@ -226,7 +236,7 @@ class Build:
             await self._add(state, key, state.below, fill, f"copying for line {instruction.line}")
 
     async def _tree(self, instruction: Instruction) -> tuple[Merged, Owner | None]:
-        """What a COPY copies from, and who owns that where it does not say."""
+        """The source tree of a COPY, and the default owner of its files."""
         source = instruction.flags.get("from", "")
         if not source:
             return self._context, Owner(0, 0)
@@ -266,7 +276,7 @@ class Build:
         if not await self._taken_over(state, key):
             await self._add(state, key, state.below, fill, f"making {cwd}")
 
-    # ---- RUN
+    # ---- RUN ----
 
     async def _run(self, state: _State, instruction: Instruction) -> None:
         network = instruction.flags.get("network", "default")
@@ -328,7 +338,7 @@ def _mode(text: str, line: int) -> int:
 
 
 def _shown(rootfs: RootFS, path: str) -> str | None:
-    """Where a path lies on this machine, in an image that shows its system."""
+    """The path on this machine, for an image that shows the machine's own system."""
     for bind in rootfs.binds:
         if path == bind.target or path.startswith(f"{bind.target.rstrip('/')}/"):
             return bind.source + path.removeprefix(bind.target)
@@ -336,7 +346,7 @@ def _shown(rootfs: RootFS, path: str) -> str | None:
 
 
 def _refused_of(rootfs: RootFS) -> Callable[[tuple[bytes, ...]], None]:
-    """Raises for what lies below the folders of this machine that an image shows."""
+    """Raises for paths below the folders of this machine that an image shows."""
 
     def look(parts: tuple[bytes, ...]) -> None:
         path = "/" + "/".join(os.fsdecode(part) for part in parts)
@@ -347,24 +357,14 @@ def _refused_of(rootfs: RootFS) -> Callable[[tuple[bytes, ...]], None]:
     return look
 
 
-# ---- builds ----
-#
-# Images built of Dockerfiles: each RUN in a sandbox of its own, each COPY written straight into a layer.
-#
-#     stages     those that the wanted one needs, in order           dockerfile.py
-#     settings   ENV, WORKDIR, USER, ... change what the image says, and nothing else      build_plan.py
-#     layers     RUN (build.py), COPY, ADD, and a WORKDIR that is not there (copying.py)
-#
-# Each layer has a key: of the layers below, the instruction as it is after its variables, and what it copies. A step is
-# kept as an image named after its key, so the next build finds it, a crash leaves nothing half-made, and `rock image
-# prune` removes it.
+# ---- builds of this machine ----
 
 _AT_ONCE = 2
 
 
 
 class Builds:
-    """The builds of this machine, two at a time."""
+    """The builds of this machine, at most two at a time."""
 
     def __init__(self, node: Node) -> None:
         self._node = node
@@ -372,7 +372,7 @@ class Builds:
         self._tasks: set[asyncio.Task[BuiltImage]] = set()
 
     async def close(self) -> None:
-        """Break off what is under way; what is half-made goes with it."""
+        """Cancel the running builds; their partial results are removed."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -380,8 +380,8 @@ class Builds:
     async def build(
         self, spec: BuildRequest, tar: Path, folder: Path, tell: Tell, flow: BuildOutput, tenant: str = ""
     ) -> BuiltImage:
-        """Build from the context in `tar`, in `folder`, which is the caller's to remove. A cancelled caller ends it.
-        tenant: who asks; "" is the server's owner.
+        """Build from the context in `tar`, in `folder`, which the caller removes. Cancelling the caller ends the build.
+        tenant: of the request; "" is the server's owner.
 
         InvalidConfig and Unsupported for the Dockerfile, CommandFailed and CommandTimeout for a RUN, ImageError for
         images; each names its line.
@@ -413,13 +413,11 @@ class Builds:
                 build.close()
 
 
-# ---- buildrun ----
-#
-# One RUN of a Dockerfile, in its sandbox.
+# ---- one RUN ----
 
 _TAIL = 16 << 10  # bytes of a failed RUN's output in its error
-_SCRIPT = "/dev/shm/rock-run"  # in memory, and so in no layer
-# Arguments that every build has, and that make no difference to what is built
+_SCRIPT = "/dev/shm/rock-run"  # in memory, and therefore in no layer
+# Predefined arguments of every build, which do not affect the result.
 PREDEFINED = frozenset(
     form for name in ("HTTP_PROXY", "HTTPS_PROXY", "FTP_PROXY", "NO_PROXY", "ALL_PROXY")
     for form in (name, name.lower())
@@ -427,7 +425,7 @@ PREDEFINED = frozenset(
 
 
 class BuildOutput:
-    """Whether the output of what runs is taken now: the client may be slow."""
+    """Flow control of the output of a RUN: the client may be slow."""
 
     def __init__(self) -> None:
         self._reader: Reader | None = None
@@ -450,7 +448,7 @@ class BuildOutput:
 
 
 class Run:
-    """A RUN in a sandbox that is there for it alone. timeout: seconds."""
+    """A RUN in a sandbox of its own. timeout: seconds."""
 
     def __init__(
         self, runtime: Runtime, handle: Handle, timeout: float, tell: Callable[[bytes], None], flow: BuildOutput
@@ -506,7 +504,7 @@ def _output(tail: Capped) -> dict[str, str]:
 
 
 def program(instruction: Instruction, shell: Sequence[str]) -> tuple[list[str], str | None]:
-    """(argv, a script to be put where argv says) of a RUN."""
+    """(argv, a script to be stored at the path in argv) of a RUN."""
     if instruction.array is not None:
         if not instruction.array:
             raise refuse(instruction.line, "RUN [] runs nothing")

@@ -1,4 +1,4 @@
-"""Which stages of a Dockerfile a build needs, and what its arguments are. Pure."""
+"""The plan of a build: its stages, its arguments, and the instructions that change only image settings. Pure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rock.images.records import RootFS
 
 
 class Plan:
-    """A Dockerfile with the arguments that a build was given. `args_used`: names of those that an ARG took."""
+    """A Dockerfile with the arguments of a build. `args_used`: names of the arguments that an ARG declared."""
 
     def __init__(self, read: Dockerfile, given: Mapping[str, str]) -> None:
         self.stages = read.stages
@@ -43,7 +43,7 @@ class Plan:
         self._outside = outside
 
     def arguments(self, instruction: Instruction, place: BuildScope) -> dict[str, str]:
-        """The arguments after an ARG: what was given, else its default, else that of before the first FROM."""
+        """The arguments after an ARG: the given value, else its default, else the value from before the first FROM."""
         args = dict(place.args)
         words = place.words(instruction.line)
         for word in words.raw(instruction.text):
@@ -59,7 +59,7 @@ class Plan:
         return args
 
     def number(self, name: str, before: int | None = None, by_number: bool = True) -> int | None:
-        """The stage of a name, or of a number, among those before one."""
+        """The stage with a name, or with a number, among the earlier stages."""
         stages = self.stages[:before]
         for number, stage in enumerate(stages):
             if name and stage.name == name.lower():
@@ -68,7 +68,7 @@ class Plan:
         return int(name) if is_number and int(name) < len(stages) else None
 
     def wanted(self, target: str | None) -> int:
-        """The stage to build; NotFound."""
+        """The target stage; NotFound."""
         found = len(self.stages) - 1 if target is None else self.number(target)
         if found is None:
             names = ", ".join(stage.name for stage in self.stages if stage.name)
@@ -76,7 +76,7 @@ class Plan:
         return found
 
     def base(self, stage: Stage) -> str:
-        """What is in a stage's FROM. InvalidConfig, Unsupported for another machine's platform."""
+        """The base of a stage, from its FROM. InvalidConfig, Unsupported for another machine's platform."""
         words = Words(self._outside, self.escape, stage.line)
         base, platform = words.one(stage.base), words.one(stage.platform)
         if not base.strip():
@@ -86,7 +86,7 @@ class Plan:
         return base
 
     def needed(self, wanted: int) -> Sequence[int]:
-        """The stages that one needs, itself last."""
+        """The stages that a stage needs, itself last."""
         found: set[int] = set()
         todo = [wanted]
         while todo:
@@ -106,9 +106,9 @@ class Plan:
         return sorted(found)
 
 
-# ---- instructions ----
+# ---- image settings ----
 #
-# What the instructions of a Dockerfile that make no layer change: the settings of the image.
+# Instructions that make no layer change the settings of the image.
 
 SHELL = ("/bin/sh", "-c")
 _PORT = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?(?:/(tcp|udp|sctp))?", re.ASCII)
@@ -119,7 +119,7 @@ _MOST_PORTS = 1000
 
 @dataclass(frozen=True)
 class Settings:
-    """What an image says about how to run it; see RootFS. own_cmd: CMD was set by this Dockerfile."""
+    """The settings of an image for running it; see RootFS. own_cmd: CMD was set by this Dockerfile."""
 
     env: Mapping[str, str] = field(default_factory=dict)
     cwd: str = "/"
@@ -148,14 +148,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class BuildScope:
-    """Where an instruction stands: the arguments and the environment there."""
+    """The arguments and the environment at an instruction."""
 
     args: Mapping[str, str]
     env: Mapping[str, str]
     escape: str
 
     def words(self, line: int) -> Words:
-        """An environment variable hides an argument of its name."""
+        """The variables for substitution: an environment variable hides an argument of the same name."""
         return Words({**self.args, **self.env}, self.escape, line)
 
 
@@ -177,7 +177,7 @@ def apply(instruction: Instruction, settings: Settings, place: BuildScope) -> tu
     if keyword == "CMD":
         return replace(settings, cmd=_argv(instruction, settings), own_cmd=True), ""
     if keyword == "ENTRYPOINT":
-        cmd = settings.cmd if settings.own_cmd else ()  # that of the image below is for its own entry point
+        cmd = settings.cmd if settings.own_cmd else ()  # the CMD of the base image belongs to its own entry point
         return replace(settings, entrypoint=_argv(instruction, settings), cmd=cmd), ""
     if keyword == "MAINTAINER":
         return replace(settings, labels={**settings.labels, "maintainer": instruction.text}), ""
@@ -188,7 +188,7 @@ def apply(instruction: Instruction, settings: Settings, place: BuildScope) -> tu
 
 
 def _kept(instruction: Instruction, settings: Settings, words: Words) -> tuple[str, Any, str]:
-    """(key, value, warning) of what an image says to others and ROCK does not act on."""
+    """(key, value, warning) of image settings that other tools read and ROCK ignores."""
     keyword, line = instruction.keyword, instruction.line
     if keyword == "SHELL":
         if not instruction.array:

@@ -1,7 +1,7 @@
-"""Images made of the sandboxes of this machine: what one wrote becomes a layer, which is pushed when that is asked for.
+"""Commits: images made of the sandboxes of this machine. The changes become a layer, which is pushed on request.
 
-    login      the registry takes it, before anybody is stopped
-    commit     the processes stand still while the files are packed; then the layer is made, and the name is given
+    login      the registry accepts the login, before a sandbox is paused
+    commit     the processes are paused while the files are packed; then the layer and the name are created
     push       to the registry
 """
 
@@ -32,7 +32,8 @@ _STAGE = "stage"
 
 
 class Commits:
-    """One at a time of each sandbox. A caller that leaves ends its commit: what is half-made goes with it."""
+    """At most one commit per sandbox at a time. A caller that disconnects ends its commit; the partial result is
+    removed."""
 
     def __init__(self, node: Node) -> None:
         self._node = node
@@ -46,7 +47,7 @@ class Commits:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def commit(self, sandbox_id: str, spec: NodeCommit) -> NodeImage:
-        """Make it. Whatever is raised has the stage in its details; Conflict when another one is under way."""
+        """Make the commit. Every error has the stage in its details; Conflict when another commit is in progress."""
         if sandbox_id in self._under_way:
             raise Conflict(f"sandbox {sandbox_id} is being committed already", sandbox_id=sandbox_id)
         task = asyncio.create_task(self._commit(sandbox_id, spec), name=f"commit-{sandbox_id}")
@@ -79,11 +80,11 @@ class Commits:
             error.details.setdefault(_STAGE, "commit")
             raise
 
-    # ---- before ----
+    # ---- checks before the commit ----
 
     @contextlib.contextmanager
     def _read(self, sandbox_id: str, stopped: bool) -> Iterator[tuple[Runtime, Handle]]:
-        """The sandbox, which is not idle meanwhile, or at rest is not touched."""
+        """The sandbox, protected against its idle timeout; a stopped one is protected against changes."""
         if stopped:
             with self._node.kept.reading(sandbox_id) as found:
                 yield found.runtime, found.handle
@@ -93,7 +94,7 @@ class Commits:
             yield supervisor.runtime, supervisor.handle
 
     async def _logged_in(self, spec: NodeCommit, base: RootFS) -> Login | None:
-        """Refuse what the push would have to refuse."""
+        """Reject a request whose push would be rejected."""
         reference = replace(new_name(spec.image_tag), public_only=spec.public_registries)
         if not spec.push:
             return None
@@ -107,7 +108,7 @@ class Commits:
                 return None
         else:
             login = Login(spec.registry_username, spec.registry_password or "")
-        from rock.images.registry.client import Registry  # urllib3
+        from rock.images.registry.client import Registry  # it imports urllib3, which is slow
 
         registry = Registry(reference, login)
         try:
@@ -119,14 +120,15 @@ class Commits:
         return login
 
     def _refuse_stopped(self, sandbox_id: str, handle: Handle) -> None:
-        """Its processes may have gone on, or its files be gone, while they were read."""
+        """Reject the result when the sandbox stopped during the read: its processes may have continued, or its files
+        may be missing."""
         supervisor = self._node.supervisors.get(sandbox_id)
         if supervisor is None or supervisor.cause is not None or supervisor.handle != handle:
             raise Conflict(f"sandbox {sandbox_id} was stopped while it was committed", sandbox_id=sandbox_id)
 
-    # ---- the files ----
+    # ---- files ----
 
-    # ---- the image; in a thread ----
+    # ---- image; runs in a thread ----
 
     def _make(self, spec: NodeCommit, base: RootFS, tar: Path, files: ArchivedFiles, login: Login | None,
               gone: threading.Event) -> NodeImage:
@@ -149,7 +151,7 @@ class Commits:
 
 @contextlib.asynccontextmanager
 async def scratch_of(store: ImageStore) -> AsyncGenerator[Path]:
-    """A scratch folder of a store, removed at the end, or after a crash by whoever opens the store next."""
+    """A scratch folder of a store. It is removed at the end; after a crash the next open of the store removes it."""
     with storing("making room for an image"):
         scratch = store.layers.scratch()
         folder = await asyncio.to_thread(scratch.__enter__)
@@ -160,8 +162,8 @@ async def scratch_of(store: ImageStore) -> AsyncGenerator[Path]:
 
 
 async def written(runtime: Snapshots, handle: Handle, limit: int, tar: Path) -> ArchivedFiles:
-    """Pack what a sandbox wrote into a file, with holes where there are zeros: a guest's file of nothing costs
-    nothing."""
+    """Pack the changes of a sandbox into a file, with holes for ranges of zeros, so that a sparse file of a guest takes
+    no space."""
     told: list[ArchivedFiles] = []
     with storing("packing what was written"), open(tar, "xb") as file:
         async with contextlib.aclosing(runtime.snapshot(handle, limit)) as parts:

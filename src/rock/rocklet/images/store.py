@@ -1,5 +1,4 @@
-"""Images as a worker has them: those of its store, those that are pulled when first needed, and those that carry the
-packages of environments, which are built then."""
+"""Images of a worker: stored, pulled on first use, or built with the packages of environments on first use."""
 
 from __future__ import annotations
 
@@ -19,13 +18,13 @@ from rock.images.store import ImageStore
 from rock.protocol.node import ImageState
 from rock.protocol.sandbox import SandboxConfig
 
-_AT_ONCE = 64  # pulls; a registry may be slow, or mean harm
-_MOST_USED = 256  # names that are told of, for the scheduler
+_AT_ONCE = 64  # concurrent pulls; a registry may be slow or malicious
+_MOST_USED = 256  # reported names, for the scheduler
 _LONGEST_NAME = 256
 
 
 class Images:
-    """`prepare` may take minutes, once; after it `store.resolve` finds the image without waiting for a network."""
+    """`prepare` may take minutes, once; afterwards `store.resolve` finds the image without network access."""
 
     def __init__(self, store: ImageStore) -> None:
         self.store = store
@@ -33,16 +32,16 @@ class Images:
         self._gate = asyncio.Semaphore(_AT_ONCE)
 
     def is_ready(self, config: SandboxConfig) -> bool:
-        """Whether `prepare` has nothing to do. InvalidConfig for a package set that nobody knows."""
+        """Whether `prepare` has no work to do. InvalidConfig for an unknown package set."""
         packages = _packages(config.image)
         if packages is not None:
             return is_built(self.store, packages)
         return config.pull == "never" or (config.pull == "missing" and self.store.has(config.image))
 
     async def prepare(self, config: SandboxConfig, tell: Callable[[str], None] = lambda _: None) -> None:
-        """Install the packages that an image is named after, or pull it, once, however many ask at the same time.
+        """Install the packages that an image is named after, or pull the image, once for all concurrent callers.
 
-        tell: called with words on the progress, from any thread; those who come later are not told.
+        tell: called with progress messages, from any thread; only that of the first caller is used.
         """
         if self.is_ready(config):
             return
@@ -55,8 +54,7 @@ class Images:
         await asyncio.shield(task)
 
     async def look(self, image: str, wait: float) -> ImageState:
-        """What there is of an image; spends up to `wait` seconds on building or pulling it. ImageError when that
-        fails."""
+        """The state of an image; spends up to `wait` seconds on building or pulling it. ImageError when that fails."""
         if wait > 0:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait):
@@ -79,7 +77,7 @@ class Images:
     async def _build(self, config: SandboxConfig, tell: Callable[[str], None]) -> None:
         packages = _packages(config.image)
         if packages is not None:
-            async with self._gate:  # takes minutes: not in a thread that heartbeats and ends wait for
+            async with self._gate:  # takes minutes, so it does not use a thread that heartbeats and ends wait for
                 await in_dedicated_thread(lambda gone: ensure(self.store, packages), "rock-packages")
             return
         await asyncio.to_thread(self._refuse_replacing, config.image)
@@ -100,7 +98,7 @@ class Images:
 
 
     def _refuse_replacing(self, image: str) -> None:
-        """Conflict for a name that stands for what was made here, of which no registry has another version."""
+        """Conflict for a name of an image that was made here, because registries have no other version of it."""
         if self.store.has(image):
             found = self.store.inspect(image)
             if found.made or found.by_reference:
@@ -109,13 +107,13 @@ class Images:
 
 
 class UsedImages:
-    """Names of images that are here, for the scheduler."""
+    """Names of images on this machine, for the scheduler."""
 
     def __init__(self) -> None:
         self._names: OrderedDict[str, None] = OrderedDict()  # the last used last
 
     def note(self, image: str) -> None:
-        """It is here, and was used just now."""
+        """The image exists, and was used just now."""
         if len(image) <= _LONGEST_NAME:
             self._names[image] = None
             self._names.move_to_end(image)
@@ -123,28 +121,26 @@ class UsedImages:
                 self._names.popitem(last=False)
 
     def names(self) -> list[str]:
-        """The last used first."""
+        """The names, the last used first."""
         return [*reversed(self._names)]
 
 
 def _packages(image: str) -> PackageSet | None:
-    """What an image is named after; None when it is an image like any other."""
+    """The package set that an image is named after; None for an ordinary image."""
     requirements = requirements_of(image)
     if requirements is None:
         return None
     return PackageSet(image, requirements, wheels_only(image), without_dependencies(image))
 
 
-# ---- fetching ----
-#
-# How far the images are that sandboxes wait for.
+# ---- progress of pulls and builds ----
 
-_MOST = 100  # images that are told of
+_MOST = 100  # reported images
 _LONGEST = 200  # characters
 
 
 class Fetching:
-    """The last words on each, by the image's name, for as long as a sandbox waits for it."""
+    """The latest progress message by image name, for as long as a sandbox waits for the image."""
 
     def __init__(self) -> None:
         self._words: dict[str, str] = {}
@@ -152,7 +148,7 @@ class Fetching:
 
     @contextmanager
     def of(self, image: str) -> Iterator[Callable[[str], None]]:
-        """Somebody waits for it: what is to be called with words on the progress, from any thread."""
+        """A sandbox waits for the image: the callback for progress messages, which any thread may call."""
 
         def tell(words: str) -> None:
             if self._waiting[image]:
@@ -168,23 +164,23 @@ class Fetching:
                 self._words.pop(image, None)
 
     def words(self) -> dict[str, str]:
-        """By image; of some, where there are very many."""
+        """Progress messages by image; at most a fixed number of images."""
         return dict(list(self._words.items())[:_MOST])
 
 
-# ---- ownthread ----
+# ---- dedicated threads ----
 #
-# Work that may take as long as somebody elsewhere likes, in a thread of its own: those of the event loop are few, and
-# for what this machine does by itself.
+# Work whose duration depends on a remote system runs in a thread of its own. The few threads of the event loop are for
+# work of this machine.
 
 T = TypeVar("T")
 
-_LET_GO = 2.0  # seconds
+_LET_GO = 2.0  # seconds to wait for canceled work
 
 
 async def in_dedicated_thread(work: Callable[[threading.Event], T], name: str) -> T:
-    """What the work gives. On a cancellation it is told to end, and waited for a moment: a registry that is silent
-    must not keep a server from stopping, and what is half-made then is removed by whoever opens the store next."""
+    """The result of the work. On a cancellation the work is requested to end, and awaited for a moment: a silent
+    registry must not delay the stop of a server, and the next open of the store removes partial results."""
     gone, loop = threading.Event(), asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
@@ -197,7 +193,7 @@ async def in_dedicated_thread(work: Callable[[threading.Event], T], name: str) -
             future.set_result(made)
 
     def run() -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed
+        with contextlib.suppress(RuntimeError):  # the event loop is closed
             try:
                 made = work(gone)
             except BaseException as raised:

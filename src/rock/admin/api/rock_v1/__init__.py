@@ -1,14 +1,13 @@
-"""The dialect of ROCK's own clients (rl-rock), on the port of the native wire.
+"""The HTTP dialect of ROCK's own clients (rl-rock), on the port of the native API.
 
-    /apis/envs/sandbox/v1/...   sandboxes.py sandboxes.py              in the envelope of envelope.py, under HTTP 200
-                                commands.py files.py                 the same
-                                ports.py                             answers of programs, the envelope for errors
-    /apis/envs/rocklet/v1/ID/...   rocklet.py                        plain JSON, the wire of a sandbox's rocklet
-    /apis/v1/envs/gem/...       envs/vector.py                               plain JSON, errors as HTTP statuses
-    /env/...  /health           environments.py                            the same
+    /apis/envs/sandbox/v1/...   sandboxes.py, commands.py, files.py    in the envelope of envelope.py, under HTTP 200
+                                ports.py                               responses of programs; the envelope for errors
+    /apis/envs/rocklet/v1/ID/...   rocklet.py                plain JSON, the wire format of a sandbox's rocklet
+    /apis/v1/envs/gem/...       environments.py              plain JSON, errors as HTTP statuses
+    /env/...  /health           environments.py              the same
 
-It has no state and decides nothing: the control plane is desk.py, and a call to a sandbox is the native request of
-the same name, through the data plane's application in this process.
+The dialect has no state of its own: control-plane operations use `TenantService` (admin/tenants.py), and an operation
+in a sandbox is the native request of the same name, through the data plane's application in this process.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _METHODS = ("GET", "POST", "PUT", "DELETE", "PATCH")
 
 
 class RockV1:
-    """The dialect's routes over what a caller may do, the data plane and the catalogue of environments. network: of
+    """The dialect's routes over the service of a tenant, the data plane and the catalog of environments. network: of
     sandboxes whose request names none."""
 
     def __init__(self, tenant_services: TenantServices, data: App, catalogue: Catalogue, network: str) -> None:

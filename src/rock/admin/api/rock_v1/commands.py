@@ -1,4 +1,4 @@
-"""Programs and sessions in the ROCK dialect, over the data plane."""
+"""Commands and sessions in the ROCK dialect, over the data plane."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from rock.protocol.action import BACKGROUND_PID, SESSION_PATTERN, Check
 from rock.protocol.keys import Access
 
 _SESSION = re.compile(SESSION_PATTERN)
-_PROMPT = "SHELLPS1PREFIX"  # what ROCK's server says of its prompt in every observation
+_PROMPT = "SHELLPS1PREFIX"  # the prompt that ROCK's server includes in every observation
 _ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
-_SYNTAX = 2  # exit status of bash for what it cannot read
+_SYNTAX = 2  # exit status of bash for a syntax error
 _REMEMBERED = 10_000
-_SUBMIT = "& echo PIDSTART${!}PIDEND;disown"  # how clients end a command for the background
-_PROBE = re.compile(r"kill -0 (\d+)")  # how clients ask whether it still runs; if it does, they sleep for 5 s or more
-_HELD = 1.0  # seconds that the first of these waits for the end of a short command
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.1  # seconds between two looks
-_MARGIN = 0.25  # seconds: clients wait as long as the command may take, and expect to be the first to give up
+_SUBMIT = "& echo PIDSTART${!}PIDEND;disown"  # the suffix with which clients start a background command
+# the command by which clients check a background process; while it runs, they sleep for 5 s or more
+_PROBE = re.compile(r"kill -0 (\d+)")
+_HELD = 1.0  # seconds that the first check waits for the end of a short command
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.1  # seconds between two checks
+_MARGIN = 0.25  # seconds: clients wait as long as the command may take, and expect to time out first
 
 
 class ExecuteRequest(AboutSandbox):
@@ -63,12 +64,13 @@ class ActionRequest(AboutSandbox):
 
 
 class Commands:
-    """Handlers of programs and sessions, by method and path."""
+    """Handlers of commands and sessions, by method and path."""
 
     def __init__(self, data: DataPlane) -> None:
         self._data = data
-        self._shaped: OrderedDict[str, None] = OrderedDict()  # sandboxes whose default session a client has shaped
-        self._started: OrderedDict[tuple[str, str], None] = OrderedDict()  # (sandbox, pid) that were not probed yet
+        self._shaped: OrderedDict[str, None] = OrderedDict()  # sandboxes whose default session a client has configured
+        # (sandbox, pid) of processes without a check yet
+        self._started: OrderedDict[tuple[str, str], None] = OrderedDict()
 
     def routes(self) -> list[Row]:
         return [
@@ -78,17 +80,18 @@ class Commands:
             ("POST", "/close_session", enveloped(self.close_session, "close session failed"), Access.RUN),
         ]
 
-    # ---- programs ----
+    # ---- commands ----
 
     async def execute(self, request: Request) -> dict[str, Any]:
-        """A program's outcome. One that could not be run, or ran out of time, has the status -1 and says why."""
+        """The result of a command. A command that could not run, or exceeded its timeout, has the status -1 and the
+        reason."""
         spec = await body_of(request, ExecuteRequest)
         body = spec.model_dump(include={"command", "timeout", "cwd", "env"})
         try:
             seen = await self._data.json(request, "execute", spec.sandbox_id, body)
         except RockError as error:
             if error.status >= 500:
-                raise  # ours: the program may be all right
+                raise  # an error of the server; the program may be running normally
             seen = {"exit_code": -1, "stdout": "", "stderr": str(error)}
         code, errors = seen["exit_code"], seen["stderr"]
         if code is None:
@@ -102,9 +105,9 @@ class Commands:
     # ---- sessions ----
 
     async def create_session(self, request: Request) -> dict[str, Any]:
-        """Open a session. A name that is taken is no error in ROCK, and its session stays as it is."""
+        """Open a session. An existing name is no error in ROCK, and its session stays unchanged."""
         spec = await body_of(request, CreateSession)
-        # With this switch even "default" is a session that somebody made: it reads .bashrc, as all of ROCK's do.
+        # With this switch even "default" is a session that the client created: it reads .bashrc, as all of ROCK's do.
         body = {**spec.model_dump(exclude={"sandbox_id"}), "env_enable": True}
         body["session"] = name = session_name(spec.session)
         place = f"{spec.sandbox_id}/{name}"
@@ -114,7 +117,7 @@ class Commands:
         except Conflict:
             if name != "default" or place in self._shaped:
                 return {"output": "", "session_type": "bash"}
-            # The session that every sandbox has from its start is not the one that this client asks for.
+            # The existing default session of every sandbox is not the one that this client requests.
             await self._data.bytes(request, "close_session", spec.sandbox_id, session=name)
             reply = await self._data.json(request, "create_session", spec.sandbox_id, body)
         if name == "default":
@@ -124,8 +127,8 @@ class Commands:
         return {"output": plain(noise + reply["output"]), "session_type": "bash"}
 
     async def _sources(self, request: Request, spec: CreateSession) -> tuple[list[str], str]:
-        """The files to source that there are, and what a shell says of the others: to ROCK they are no error, and
-        clients ask for root's .bashrc whatever the image."""
+        """The existing files to source, and the error text of a shell for the others. ROCK does not treat missing files
+        as an error, and clients request root's .bashrc for any image."""
         found, noise = [], ""
         for path in spec.startup_source:
             try:
@@ -134,12 +137,12 @@ class Commands:
                 noise += f"bash: {path}: No such file or directory\n"
                 continue
             except InvalidConfig:
-                pass  # not absolute: the shell may know
+                pass  # not absolute: the shell may resolve it
             found.append(path)
         return found, noise
 
     async def close_session(self, request: Request) -> dict[str, Any]:
-        """Close a session; one that is not there is closed."""
+        """Close a session; a missing one counts as closed."""
         spec = await body_of(request, CloseSession)
         name = session_name(spec.session)
         try:
@@ -150,7 +153,7 @@ class Commands:
         return {"session_type": "bash"}
 
     async def run_in_session(self, request: Request) -> dict[str, Any]:
-        """A command's observation; an exit status other than 0 is a failure, unless the check says otherwise."""
+        """The observation of a command; an exit status other than 0 is a failure, unless `check` is set otherwise."""
         spec = await body_of(request, ActionRequest)
         if spec.is_interactive_command or spec.is_interactive_quit:
             raise Unsupported("interactive commands are not supported in this dialect", hint="use the terminal")
@@ -182,8 +185,8 @@ class Commands:
         }
 
     async def _probed(self, request: Request, spec: ActionRequest, body: dict[str, Any], name: str) -> Any:
-        """What the command gives. The first probe of a command that was started in the background is repeated until
-        that has ended, for a second at most: after a probe that finds it running, clients sleep for 5 s or more."""
+        """The result of the command. The first check of a background command is repeated until the command has ended,
+        for at most one second: after a check that finds it running, clients sleep for 5 s or more."""
         probe = _PROBE.fullmatch(spec.command.strip())
         first = probe is not None and (spec.sandbox_id, probe[1]) in self._started
         if probe is not None:
@@ -198,9 +201,10 @@ class Commands:
             pause = min(pause * 1.5, _LONGEST_PAUSE)
 
     async def _refuse_syntax(self, request: Request, spec: ActionRequest, output: str) -> None:
-        """Failed when bash cannot read the command, in the words that agents look for.
+        """Failed when bash cannot parse the command, with the text that agents search for.
 
-        Only bash knows. It is asked after the fact, and only when it looks like that, so that no good command waits.
+        Only bash can determine that. The check runs after the command and only on a suspicious result, so that no valid
+        command waits.
         """
         if "syntax error" not in output and "unexpected EOF" not in output:
             return
@@ -217,20 +221,20 @@ class Commands:
 
 
 def session_name(name: str) -> str:
-    """A name that paths can have: clients may call a session what they like."""
+    """A name that is valid in paths: clients may use any text as the name of a session."""
     if _SESSION.match(name):
         return name
     return "rock-" + hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:24]
 
 
 def _kept(command: str) -> str:
-    """A command as the session gets it. A terminal's shell knows a job that has ended until it has said so; ours has
-    forgotten it by then, and there is nothing left to disown."""
+    """A command for the session. A terminal's shell keeps an ended job until it has reported it; our shell has removed
+    the job by then, so `disown` would fail."""
     return f"{command} 2>/dev/null || :" if command.endswith(_SUBMIT) else command
 
 
 def plain(output: str) -> str:
-    """Output as ROCK shows it: without the codes that colour a terminal, and without blanks around it."""
+    """Output as ROCK shows it: without terminal color codes and surrounding whitespace."""
     return (_ESCAPE.sub("", output) if "\x1b" in output else output).strip()
 
 

@@ -1,4 +1,5 @@
-"""The envelope of the ROCK dialect: `{"status", "message", "error", "result"}` under HTTP 200, whatever happened."""
+"""The envelope of the ROCK dialect, `{"status", "message", "error", "result"}` under HTTP 200, and its data plane
+requests."""
 
 from __future__ import annotations
 
@@ -20,9 +21,9 @@ from rock.protocol.sandbox import ID_PATTERN
 
 log = logging.getLogger("rock.admin")
 
-_UNKNOWN = "rock.unknown"  # in a scope: fields of the body that were ignored
+_UNKNOWN = "rock.unknown"  # in a scope: ignored fields of the body
 _MOST_NAMED, _MOST_WARNED = 16, 1000
-_warned: set[tuple[str, str]] = set()  # (request, field) that the log has already
+_warned: set[tuple[str, str]] = set()  # (request, field) pairs that were logged already
 
 Row = tuple[str, str, Handler, Access]
 """A route of the dialect: method, path, handler, and what it takes of a key."""
@@ -33,23 +34,24 @@ Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
 class Asked(BaseModel):
-    """Base of request bodies. Clients of every age send fields that others do not know: those are passed over."""
+    """Base of request bodies. Clients of all versions send fields that others do not know; unknown fields are
+    ignored."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
 
 class AboutSandbox(Asked):
-    """A body that says nothing but which sandbox."""
+    """A body that contains only the sandbox id."""
 
     sandbox_id: Name
 
 
 class Malformed(Exception):
-    """A request that is not what its route takes; the text names each wrong field."""
+    """An invalid request; the text names each wrong field."""
 
 
 class Failed(Exception):
-    """An answer "Failed" in words that clients of ROCK look for. `told`: the route's own message goes with it."""
+    """A "Failed" response with a text that clients of ROCK search for. `told`: it includes the route's own message."""
 
     def __init__(self, error: str, *, told: bool = True) -> None:
         super().__init__(error)
@@ -75,10 +77,10 @@ def malformed(error: str) -> Answer:
 def enveloped(
     handler: Callable[[Request], Awaitable[Any]], message: str, fields: dict[str, Any] | None = None
 ) -> Handler:
-    """A handler that answers in the envelope and nothing else.
+    """A handler that always responds in the envelope.
 
-    message: what "Failed" says for this route. fields: the route's failures carry a code, among the fields of its
-    result; None: their result is null, as ROCK has it for all that happens inside a sandbox.
+    message: the message of "Failed" for this route. fields: failures of the route have a code, among the fields of its
+    result; None: their result is null, as in ROCK for all operations inside a sandbox.
     """
 
     async def reply(request: Request) -> Answer:
@@ -110,7 +112,7 @@ def enveloped(
 def detailed(handler: Callable[[Request], Awaitable[Any]], refusal: int | None = None) -> Handler:
     """A handler without an envelope: an error is an HTTP status with `{"detail"}`, which clients show.
 
-    refusal: the status for a request that is not what the route takes; None: the envelope's answer, as in ROCK.
+    refusal: the status for an invalid request; None: the envelope's response, as in ROCK.
     """
 
     async def reply(request: Request) -> Answer:
@@ -131,14 +133,14 @@ CODED: dict[str, Any] = {"code": None, "exit_code": None, "failure_reason": None
 
 
 async def body_of(request: Request, kind: type[Body]) -> Body:
-    """The request's JSON body; Malformed names what is wrong with it."""
+    """The request's JSON body; Malformed names the problem."""
     data = await request.body()
     try:
         value = orjson.loads(data)
     except orjson.JSONDecodeError as error:
         raise Malformed(f"body.{error.pos}: JSON decode error" if data else "body: Field required") from None
     if "sandbox_id" in request.path and issubclass(kind, AboutSandbox) and isinstance(value, dict):
-        value = {**value, "sandbox_id": request.path["sandbox_id"]}  # the path says of which sandbox the body is
+        value = {**value, "sandbox_id": request.path["sandbox_id"]}  # the path contains the sandbox id for the body
     found = parsed(kind, value)
     if unknown := sorted(set(value) - set(kind.model_fields)):
         _warn(request, kind, unknown)
@@ -146,8 +148,8 @@ async def body_of(request: Request, kind: type[Body]) -> Body:
 
 
 def _warn(request: Request, kind: type[BaseModel], names: list[str]) -> None:
-    """Fields that this server does not know are ignored, as by ROCK: the answer names them in X-ROCK-Warning, and the
-    log each of them once."""
+    """Unknown fields are ignored, as by ROCK: the response names them in X-ROCK-Warning, and the log contains each of
+    them once."""
     names = [re.sub(r"[^\w.-]", "?", name, flags=re.ASCII)[:64] for name in names[:_MOST_NAMED]]
     request.scope[_UNKNOWN] = names
     new = {(kind.__name__, name) for name in names} - _warned
@@ -165,7 +167,7 @@ def parsed(kind: type[Body], value: Any, where: str = "body") -> Body:
 
 
 def tell(error: ValidationError, where: str) -> str:
-    """Each wrong field with its place, as FastAPI would name them."""
+    """Each wrong field with its location, as FastAPI names them."""
     return "; ".join(
         f"{'.'.join([where, *map(str, item['loc'])])}: {item['msg'].removeprefix('Value error, ')}"
         for item in error.errors(include_url=False, include_input=False)
@@ -186,15 +188,15 @@ def query_number(request: Request, name: str, default: int, high: int) -> int:
         raise Malformed(f"query.{name}: {error.message}") from None
 
 
-# ---- data ----
+# ---- data plane requests ----
 #
-# A data call of the dialect is the native one: a request through the data plane's ASGI application in this process.
+# A data request of the dialect is the native request, through the data plane's ASGI application in this process.
 
 _ID = re.compile(ID_PATTERN)
 
 
 class DataPlane:
-    """Requests to sandboxes by the names of the native rows."""
+    """Requests to sandboxes by the names of the native routes."""
 
     def __init__(self, app: App) -> None:
         self._app = app
@@ -208,9 +210,9 @@ class DataPlane:
         query: dict[str, str] | None = None,
         **path: str,
     ) -> bytes:
-        """The answer's bytes. body: bytes, a stream of them, or plain data to go as JSON.
+        """The bytes of the response. body: bytes, a stream of them, or plain data to be sent as JSON.
 
-        Raises what the data plane raised; a sandbox that is not there is Failed, in ROCK's words for it.
+        Raises the errors of the data plane; a missing sandbox is Failed, with the text of ROCK.
         """
         row = ROUTES[route]
         if not is_id(sandbox_id):
@@ -239,7 +241,7 @@ class DataPlane:
         query: dict[str, str] | None = None,
         **path: str,
     ) -> Any:
-        """The answer as plain data."""
+        """The response as plain data."""
         return orjson.loads(await self.bytes(request, route, sandbox_id, body, query, **path))
 
 
@@ -248,12 +250,12 @@ def not_started(sandbox_id: str, why: RockError | None = None) -> Failed:
 
 
 def is_id(text: str) -> bool:
-    """Whether there could be a sandbox of that id."""
+    """Whether the text is a valid sandbox id."""
     return _ID.match(text) is not None
 
 
 def raised(reply: bytes, status: int, sandbox_id: str) -> RockError | Failed:
-    """What an answer of the data plane stands for; Failed for a sandbox that is not there."""
+    """The error of a data plane response; Failed for a missing sandbox."""
     try:
         error = from_wire(orjson.loads(reply), status)
     except orjson.JSONDecodeError:

@@ -1,7 +1,8 @@
-"""Environments in the ROCK dialect. There is no envelope: an error is an HTTP status with `{"detail"}`.
+"""Environments and their registry in the ROCK dialect. There is no envelope: an error is an HTTP status with
+`{"detail"}`.
 
-What ROCK's clients hold as a sandbox's id names one environment here, as "sandbox/number/environment": environments of
-one package set share a sandbox, and an id that says all needs no memory of ours.
+The sandbox id of ROCK's clients names one environment here, as "sandbox/number/environment": environments of one
+package set share a sandbox, and the complete id needs no state in the server.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from rock.protocol.env import OpenEnv
 from rock.protocol.keys import Access
 from rock.protocol.sandbox import State
 
-_LONGEST_START = 290.0  # seconds: clients give up after 300
+_LONGEST_START = 290.0  # seconds: clients time out after 300
 
 
 class MakeRequest(Asked):
@@ -70,7 +71,7 @@ class Gem:
         return await self._data.json(request, "step_env", host, {"action": spec.action}, env=number)
 
     async def close(self, request: Request) -> dict[str, Any]:
-        """End the environment. Its sandbox stays for others of its kind, and is stopped when it is idle."""
+        """Close the environment. Its sandbox stays for others of its kind, and is stopped after its idle timeout."""
         sandbox_id = (await body_of(request, AboutSandbox)).sandbox_id
         host, number, _ = _parts(sandbox_id)
         await self._tenant_services(request.scope).load(host)
@@ -81,7 +82,7 @@ class Gem:
         return {"sandbox_id": sandbox_id}
 
     async def list(self, request: Request) -> dict[str, Any]:
-        """The environment of an id, as long as its sandbox runs."""
+        """The environment of an id, while its sandbox runs."""
         host, _, env_id = _parts((await body_of(request, AboutSandbox)).sandbox_id)
         running = (await self._tenant_services(request.scope).get(host)).is_alive
         return {"env_id": [env_id] if running else []}
@@ -95,7 +96,7 @@ def _parts(sandbox_id: str) -> tuple[str, str, str]:
     return host, number, env_id
 
 
-# ---- envhub ----
+# ---- registry ----
 #
 # EnvHub: environments that users register by name. Plain JSON, without an envelope.
 

@@ -1,4 +1,4 @@
-"""Files in the ROCK dialect, over the data plane."""
+"""Files in the ROCK dialect, over the data plane, and the parser of multipart forms."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class Files:
         ]
 
     async def read_file(self, request: Request) -> dict[str, Any]:
-        """A text. A file that is missing has none, as in ROCK, whose clients do not look at the envelope here; the
-        result says so beside it."""
+        """Read a text file. A missing file has an empty text, as in ROCK, whose clients do not check the envelope here;
+        the result reports it in another field."""
         spec = await body_of(request, ReadFile)
         try:
             data = await self._data.bytes(request, "read_file", spec.sandbox_id, query={"path": spec.path})
@@ -64,12 +64,12 @@ class Files:
         return {"success": True, "message": f"{len(data)} bytes written to {spec.path}"}
 
     async def upload(self, request: Request) -> dict[str, Any]:
-        """A form with `sandbox_id`, `target_path` and the file, which goes on as it comes when it comes last."""
+        """A form with `sandbox_id`, `target_path` and the file, which is streamed when it is the last field."""
         chunks = request.chunks()
         try:
             return await self._upload(request, Form(chunks, boundary_of(request.header(b"content-type"))))
         finally:
-            async for _ in chunks:  # a client that is still sending would not read the answer
+            async for _ in chunks:  # a client that is still sending does not read the response
                 pass
 
     async def _upload(self, request: Request, form: Form) -> dict[str, Any]:
@@ -108,15 +108,15 @@ async def _pieces(file: IO[bytes]) -> AsyncIterator[bytes]:
         yield piece
 
 
-# ---- multipart ----
+# ---- multipart forms ----
 #
-# Forms with files (`multipart/form-data`), read as they come: a file is never whole in memory.
+# `multipart/form-data` is parsed as a stream: a file is never held in memory completely.
 
-_HEAD = 64 << 10  # most bytes of a part's head, and of a field's value
+_HEAD = 64 << 10  # maximum bytes of a part's head, and of a field's value
 
 
 def boundary_of(content_type: str | None) -> bytes:
-    """What separates the parts; InvalidConfig when the body is no form."""
+    """The separator of the parts; InvalidConfig when the body is not a form."""
     head = Message()
     head["content-type"] = content_type or ""
     boundary = head.get_boundary()
@@ -127,14 +127,15 @@ def boundary_of(content_type: str | None) -> bytes:
 
 @dataclass
 class Part:
-    """One field: `filename` is None when it is no file. Its data has to be read before the next part comes."""
+    """One field: `filename` is None when it is not a file. Its data has to be read before the next part is
+    requested."""
 
     name: str
     filename: str | None
     data: AsyncGenerator[bytes]
 
     async def text(self) -> str:
-        """The whole value of a field that is no file."""
+        """The complete value of a field that is not a file."""
         value = bytearray()
         async for piece in self.data:
             value += piece
@@ -148,11 +149,11 @@ class Form:
 
     def __init__(self, chunks: AsyncIterator[bytes], boundary: bytes) -> None:
         self._chunks = chunks
-        self._buffer = bytearray(b"\r\n")  # the first separator has no line end before it
+        self._buffer = bytearray(b"\r\n")  # there is no line end before the first separator
         self._separator = b"\r\n--" + boundary
 
     async def parts(self) -> AsyncGenerator[Part]:
-        """Each part; what was not read of one is passed over. InvalidConfig for a body that is cut off."""
+        """Each part; unread data of a part is skipped. InvalidConfig for an incomplete body."""
         await self._skip(self._data())
         while await self._exactly(2) != b"--":
             head = BytesHeaderParser().parsebytes(await self._head())
@@ -177,7 +178,7 @@ class Form:
         return bytes(self._buffer[:size])
 
     async def _head(self) -> bytes:
-        """From the separator's line to the empty line."""
+        """Parse from the separator's line to the empty line."""
         while (end := self._buffer.find(b"\r\n\r\n")) < 0:
             if len(self._buffer) > _HEAD:
                 raise InvalidConfig("the head of a form's part is too long")
@@ -189,10 +190,10 @@ class Form:
         return head
 
     async def _data(self) -> AsyncGenerator[bytes]:
-        """Bytes up to the next separator, which is taken out."""
+        """The bytes up to the next separator, which is consumed."""
         size = len(self._separator)
         while (at := self._buffer.find(self._separator)) < 0:
-            safe = len(self._buffer) - size + 1  # behind it a separator may have begun
+            safe = len(self._buffer) - size + 1  # a separator may have begun after this position
             if safe > 0:
                 piece = bytes(self._buffer[:safe])
                 del self._buffer[:safe]

@@ -1,4 +1,4 @@
-"""Ports in the ROCK dialect: the native rows under ROCK's paths, with its ways to name the port and to fail.
+"""Ports in the ROCK dialect: the native routes under ROCK's paths, with its parameters for the port and its errors.
 
     ANY, WS  /sandboxes/{id}/proxy[/{path}]   8080, or /proxy/port/{n}, X-ROCK-Target-Port, ?rock_target_port
     ANY, WS  /sandboxes/{id}/vnc[/{path}]     port 8006
@@ -21,11 +21,11 @@ _PATH = re.compile(r"^(/apis/envs/sandbox/v1/sandboxes/([^/]+)/(proxy|vnc|portfo
 _IN_PATH = re.compile(r"^port/([0-9]+)(?:/(.*))?$", re.S)
 _PREFIX = "rock.prefix"  # see rocklet/ports.py
 _DEFAULT, _VNC = "8080", "8006"
-_REASON = 120  # bytes; WebSockets have room for 123
+_REASON = 120  # bytes; WebSockets allow 123
 
 
 class Refused(Exception):
-    """The request names no port, or more than one."""
+    """The request names no port, or several."""
 
 
 class Ports:
@@ -69,7 +69,7 @@ def _message(kind: str) -> str:
 
 
 def _inner(scope: Scope, receive: Receive, found: re.Match[str], sandbox_id: str) -> Scope:
-    """The native request."""
+    """The scope of the native request."""
     prefix, rest = found[1], found[4] or ""
     request = Request(scope, receive, {})
     if found[3] == "portforward":
@@ -91,14 +91,15 @@ def _inner(scope: Scope, receive: Receive, found: re.Match[str], sandbox_id: str
         port = _checked(next(iter(given.values())), scope) if given else _DEFAULT
         if inside:
             rest = inside[2] or ""
-        if "header" not in given and given:  # a client that follows a redirection sends its headers again, no more
+        # a client that follows a redirection repeats its headers, but not the query
+        if "header" not in given and given:
             prefix += f"/port/{port}"
     path = ROUTES["port"].path.format(sandbox_id=sandbox_id, port=port, rest=rest)
     return {**scope, "path": unquote(path), "raw_path": path.encode("latin-1"), _PREFIX: prefix}
 
 
 def _checked(text: str | None, scope: Scope) -> str:
-    """A port's number. WebSockets may not have all, as in ROCK."""
+    """A port's number. Some ports are not allowed for WebSockets, as in ROCK."""
     number = int(text) if text and text.isascii() and text.isdigit() and len(text) <= 5 else 0
     socket = scope["type"] == "websocket"
     if not 0 < number < 65536 or (socket and (number < 1024 or number == 22)):
@@ -114,19 +115,19 @@ def _text(reply: bytes, status: int, sandbox_id: str) -> str:
 
 
 def _ours(message: MutableMapping[str, Any]) -> bool:
-    """Whether an answer that begins is an error of ours, not what a program inside said."""
+    """Whether a response is a ROCK error and not from a program inside."""
     return any(name == ERROR_CODE.encode() for name, _ in message["headers"])
 
 
 async def _close(send: Send, code: int, reason: str) -> None:
-    """Close a WebSocket that is not open yet. Opened first: otherwise its client never hears the code."""
+    """Close a WebSocket that is not open yet. It is opened first; otherwise its client never receives the code."""
     cut = reason.encode()[:_REASON].decode(errors="ignore")
     await send({"type": "websocket.accept"})
     await send({"type": "websocket.close", "code": code, "reason": cut})
 
 
 class _Enveloped:
-    """Passes a program's answer on as it is; an error of ours becomes "Failed" under HTTP 200."""
+    """Forwards a program's response unchanged; a ROCK error becomes "Failed" under HTTP 200."""
 
     def __init__(self, send: Send, sandbox_id: str, message: str) -> None:
         self._send = send
@@ -148,7 +149,7 @@ class _Enveloped:
 
 
 class _Closing:
-    """A refused WebSocket is opened and closed with 1011."""
+    """A rejected WebSocket is opened and closed with 1011."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -171,7 +172,7 @@ class _Closing:
 
 
 class _Plain(_Closing):
-    """A tunnel for clients that know no end of one direction: it is closed when the program has said all."""
+    """A tunnel for clients without half-close: it is closed when the program has sent all its data."""
 
     def __init__(self, send: Send, receive: Receive) -> None:
         super().__init__(send)

@@ -1,7 +1,7 @@
-"""The wire of ROCK's rocklet, for clients that speak to the one inside a sandbox and not to the admin.
+"""The wire protocol of ROCK's rocklet, for clients that address the rocklet of a sandbox and not the admin.
 
-Its base URL is /apis/envs/rocklet/v1/SANDBOX_ID here. Answers have no envelope; an error is HTTP 511 with
-{"rockletexception": {"message", "class_path", "traceback", "extra_info"}}, a time-out 504, a wrong request 422.
+Its base URL is /apis/envs/rocklet/v1/SANDBOX_ID here. Responses have no envelope; an error is HTTP 511 with
+{"rockletexception": {"message", "class_path", "traceback", "extra_info"}}, a timeout 504, an invalid request 422.
 """
 
 from __future__ import annotations
@@ -77,10 +77,10 @@ class Rocklet:
         return await self._sandboxes.alive(request, request.path["sandbox_id"])
 
     async def close(self, request: Request) -> dict[str, Any]:
-        """Nothing to do: the sandbox is stopped at the admin."""
+        """No effect: the sandbox is stopped through the admin."""
         return {}
 
-    # ---- environments, for images that have GEM
+    # ---- environments, for images that contain GEM ----
 
     async def make(self, request: Request) -> dict[str, Any]:
         spec = await body_of(request, MakeEnvironment)
@@ -109,7 +109,7 @@ class Rocklet:
 
 
 def _bare(handler: Callable[[Request], Awaitable[Any]]) -> Handler:
-    """A handler whose result is the whole answer, and whose errors are ROCK's rocklet's."""
+    """A handler whose result is the complete response, and whose errors have the format of ROCK's rocklet."""
 
     async def reply(request: Request) -> Answer:
         try:

@@ -1,4 +1,4 @@
-"""Sandboxes in the ROCK dialect: start, status, list, stop, delete; thin over desk.py."""
+"""Sandboxes in the ROCK dialect: start, status, list, stop, delete, archive, commit; over admin/tenants.py."""
 
 from __future__ import annotations
 
@@ -41,16 +41,17 @@ from rock.store.base import Query
 log = logging.getLogger("rock.admin")
 
 _NOBODYS_DISK = "50G"
-_A_MOMENT = 1.0  # seconds: the client looks at once and then every three seconds, so a start is worth waiting for
-_LONGEST_START = 85.0  # seconds of the `start` that waits
-_SAMPLE = 0.1  # seconds over which the use of CPUs is measured
+# seconds: the client requests the status at once and then every three seconds, so waiting for a start is useful
+_A_MOMENT = 1.0
+_LONGEST_START = 85.0  # maximum seconds of the `start` that waits
+_SAMPLE = 0.1  # seconds over which CPU usage is measured
 _DEFAULT_MINUTES = 360.0
 _MOST = 2000
 _ACTIVE = (State.PENDING, State.RUNNING)
 
 
 class StartRequest(Asked):
-    """What a client asks for. Times to clear are minutes, in a fraction by clients up to 1.4."""
+    """The request of a client. Idle timeouts are minutes, as fractions in clients up to 1.4."""
 
     image: Name
     image_os: str = "linux"
@@ -72,8 +73,8 @@ class StartRequest(Asked):
     network: str | None = None
 
     def config(self, request: Request, network: str) -> SandboxConfig:
-        """The same request as ours. network: of requests that name none. InvalidConfig in words of the field that is
-        wrong."""
+        """The same request as a SandboxConfig. network: of requests that name none. InvalidConfig names the wrong
+        field."""
         fields = self.model_dump(exclude={"auto_clear_time_minutes", "auto_clear_time", "startup_timeout"})
         minutes = self.auto_clear_time_minutes or self.auto_clear_time or _DEFAULT_MINUTES
         fields["network"] = self.network or network
@@ -125,7 +126,8 @@ class Sandboxes:
     # ---- start ----
 
     async def start_async(self, request: Request) -> dict[str, Any]:
-        """Start; waits a moment, so that a client's first look finds it running, or is told why it does not run."""
+        """Start; waits a moment, so that a client's first status request finds it running, or gets the reason of its
+        failure."""
         return _started(await self._create(request, _A_MOMENT))
 
     async def start(self, request: Request) -> dict[str, Any]:
@@ -135,12 +137,12 @@ class Sandboxes:
     async def _create(self, request: Request, wait: float) -> SandboxInfo:
         asked = await body_of(request, StartRequest)
         config = asked.config(request, self._network)
-        # Newer clients ask for this disk without being told to. Nobody wished for it, and one with a disk of its own is
-        # never one that was made ahead, and cannot be committed.
+        # Newer clients send this disk size by default. It is not an explicit choice, and a sandbox with a disk of its
+        # own cannot come from the warm pool and cannot be committed.
         if config.disk == _NOBODYS_DISK:
             config = config.model_copy(update={"disk": None})
-        # ROCK passes over a disk limit that a host cannot hold: it is null in the status then. A runtime without a
-        # choice of networks, such as "process", gives the one that it has.
+        # ROCK ignores a disk limit that a host cannot enforce: it is null in the status then. A runtime without a
+        # choice of networks, such as "process", provides its only one.
         tried = [config] if config.disk is None else [config, config.model_copy(update={"disk": None})]
         if asked.network is None:
             tried += [_without_network(one) for one in tried]
@@ -158,10 +160,10 @@ class Sandboxes:
             return info
         raise AssertionError("there is always one to try")
 
-    # ---- look ----
+    # ---- status ----
 
     async def get_status(self, request: Request) -> dict[str, Any]:
-        """Counts as activity, as in ROCK: clients keep a sandbox alive by looking at it."""
+        """Counts as activity, as in ROCK: clients keep a sandbox alive by requesting its status."""
         sandbox_id = query_id(request)
         service, all_states = self._tenant_service(request), request.flag("include_all_states")
         found = await self._status(service, sandbox_id, all_states, wait=_A_MOMENT, touch=True)
@@ -189,7 +191,7 @@ class Sandboxes:
         return await self.alive(request, query_id(request))
 
     async def alive(self, request: Request, sandbox_id: str) -> dict[str, Any]:
-        """Whether a sandbox runs, as ROCK tells it."""
+        """Whether a sandbox runs, in ROCK's format."""
         try:
             info = await self._tenant_service(request).get(sandbox_id, touch=True)
         except NotFound as error:
@@ -197,7 +199,7 @@ class Sandboxes:
         return {"is_alive": info.is_alive, "message": (info.host_name if info.is_alive else info.reason) or ""}
 
     async def statistics(self, request: Request) -> dict[str, Any]:
-        """Percent of what the sandbox may use; null is not measured here."""
+        """Percent of the sandbox's limits; null is not measured here."""
         sandbox_id = query_id(request)
         tenant_service = self._tenant_service(request)
         first = await self._usage(tenant_service, sandbox_id)
@@ -221,7 +223,7 @@ class Sandboxes:
         return info
 
     async def batch(self, request: Request) -> dict[str, Any]:
-        """Those that start or run, of the ids that were asked for."""
+        """The sandboxes that start or run, of the requested ids."""
         spec = await body_of(request, Batch)
         found = [
             await self._status(self._tenant_service(request), sandbox_id, False) for sandbox_id in spec.sandbox_ids
@@ -229,7 +231,7 @@ class Sandboxes:
         return {**CODED, "statuses": [status for status in found if status and status["state"] in _ACTIVE]}
 
     async def list(self, request: Request) -> dict[str, Any]:
-        """A page of those that start or run, newest first; any other word of the query is a field and its value."""
+        """A page of those that start or run, newest first; any other query parameter is a field and its value."""
         page, size = query_number(request, "page", 1, 1 << 30), query_number(request, "page_size", 500, _MOST)
         wanted = {name: value for name, value in request.query.items() if name not in ("page", "page_size")}
         unknown = sorted(set(wanted) - set(FIELDS))
@@ -244,13 +246,13 @@ class Sandboxes:
         return {"items": items[end - size : end], "total": len(items), "has_more": len(items) > end}
 
     async def get_token(self, request: Request) -> None:
-        """There is no object storage: clients take that for "upload to the server"."""
+        """There is no object storage: clients then upload to the server."""
         return
 
-    # ---- end ----
+    # ---- stop and delete ----
 
     async def stop(self, request: Request) -> str:
-        """Stop it; one that is gone or was never there is stopped."""
+        """Stop it; a sandbox that ended or never existed counts as stopped."""
         sandbox_id = (await body_of(request, AboutSandbox)).sandbox_id
         try:
             await self._tenant_service(request).stop(sandbox_id)
@@ -259,7 +261,7 @@ class Sandboxes:
         return f"{sandbox_id} stopped"
 
     async def delete(self, request: Request) -> str:
-        """Forget a stopped one. What is not there is deleted: clients repeat themselves."""
+        """Delete a stopped one. A missing one counts as deleted, because clients retry."""
         sandbox_id = (await body_of(request, AboutSandbox)).sandbox_id
         try:
             await self._tenant_service(request).delete(sandbox_id)
@@ -274,10 +276,10 @@ class Sandboxes:
             ) from None
         return f"{sandbox_id} deleted"
 
-    # ---- after a stop ----
+    # ---- restart and archive ----
 
     async def restart(self, request: Request) -> dict[str, Any]:
-        """Start a stopped or archived one again over its files; waits a moment, as `start_async` does."""
+        """Start a stopped or archived one again from its files; waits a moment, as `start_async` does."""
         sandbox_id = request.path.get("sandbox_id") or (await body_of(request, AboutSandbox)).sandbox_id
         try:
             return _started(await self._tenant_service(request).restart(sandbox_id, wait=_A_MOMENT))
@@ -285,7 +287,7 @@ class Sandboxes:
             raise await self._refused(request, sandbox_id, "restarted", error) from None
 
     async def archive(self, request: Request) -> str:
-        """Begin to bring its files to the archive; the status tells how that goes."""
+        """Begin to archive its files; the status reports the progress."""
         sandbox_id = request.path["sandbox_id"]
         try:
             await self._tenant_service(request).archive(sandbox_id)
@@ -294,7 +296,7 @@ class Sandboxes:
         return f"{sandbox_id} archiving"
 
     async def _refused(self, request: Request, sandbox_id: str, what: str, error: Conflict) -> Conflict:
-        """The refusal in ROCK's words, with ours after them."""
+        """The error with ROCK's text, followed by ours."""
         state = state_of((await self._tenant_service(request).load(sandbox_id)).info)
         return Conflict(
             f"Sandbox {sandbox_id} cannot be {what}: current state is '{state}'; {error.message}",
@@ -304,7 +306,7 @@ class Sandboxes:
 
 
 def _without_network(config: SandboxConfig) -> SandboxConfig:
-    """The config with the network that its runtime gives to those that choose none."""
+    """The config with the default network of its runtime."""
     plain = {name: getattr(config, name) for name in config.model_fields_set - {"network"}}
     return SandboxConfig.model_validate(plain)
 
@@ -320,7 +322,7 @@ def _matches(status: dict[str, Any], wanted: dict[str, str]) -> bool:
 
 # ---- commits ----
 #
-# Images made of sandboxes, in the ROCK dialect: begun, and looked at until they are done.
+# Commits of sandboxes to images: started, and polled until they are done.
 
 _BREAKS = re.compile("[\\x00\\n\\r\\v\\f\\x1c-\\x1e\\x85\\u2028\\u2029]")
 
@@ -332,7 +334,7 @@ def _one_line(text: str) -> str:
 
 
 class CommitBody(AboutSandbox):
-    """What a client asks for. An empty user name is none."""
+    """The request of a client. An empty user name counts as none."""
 
     image_tag: Annotated[Name, AfterValidator(_one_line)]
     username: str
@@ -352,7 +354,7 @@ class Commits:
         ]
 
     async def commit(self, request: Request) -> dict[str, Any]:
-        """Begin. What names a registry goes there with the login that is given; anything else stays here."""
+        """Start a commit. An image name with a registry is pushed there with the given login; any other stays local."""
         spec = await body_of(request, CommitBody)
         fields = {"image_tag": spec.image_tag, "push": bool(spec.username) and _names_registry(spec.image_tag),
                   "registry_username": spec.username or None, "registry_password": spec.password or None}  # fmt: skip
@@ -391,7 +393,7 @@ def _told(status: CommitStatus) -> dict[str, Any]:
 
 
 def _worded(code: str, error: RockError) -> RockError:
-    """The same with ROCK's word for it in front."""
+    """The same text, prefixed with ROCK's term."""
     return type(error)(f"{code}: {error.message}", sandbox_id=error.sandbox_id, hint=error.hint)
 
 

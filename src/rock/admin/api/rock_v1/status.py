@@ -1,4 +1,4 @@
-"""A sandbox in the shape that clients of ROCK read."""
+"""The status of a sandbox in the format of ROCK's clients."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 from rock.protocol.sandbox import Cause, Phase, SandboxInfo, State
 from rock.store.base import Record
 
-# Versions of parts that ROCK had and that some clients read.
+# Versions of components of ROCK that some clients read.
 _GATEWAY, _REX = "0.0.45", "1.2.17"
-_EVENTS = {"launched": "alive", "ended": "stop"}  # where ROCK has other words
+_EVENTS = {"launched": "alive", "ended": "stop"}  # events that have other names in ROCK
 _ON_DISK = "use cached image, skip image pull"
 
 FIELDS: dict[str, Any] = dict.fromkeys(
@@ -29,12 +29,13 @@ START_FIELDS: dict[str, Any] = dict.fromkeys(
 
 
 def is_listed(info: SandboxInfo) -> bool:
-    """Whether it is there for clients that do not ask for all states. One whose start failed is: they read why."""
+    """Whether lists without a state filter contain it. They include one whose start failed, so that clients read the
+    reason."""
     return info.state in (State.PENDING, State.RUNNING) or info.cause is Cause.START_FAILED
 
 
 def status_of(record: Record, info: SandboxInfo) -> dict[str, Any]:
-    """`info`: the record's, with what its worker says of it now."""
+    """`info`: of the record, with the current report of its worker."""
     config, state = record.config, state_of(info)
     return {
         **FIELDS,
@@ -70,7 +71,7 @@ def status_of(record: Record, info: SandboxInfo) -> dict[str, Any]:
 
 
 def state_of(info: SandboxInfo) -> str:
-    """ROCK's word for the state. A stopped sandbox without files is what ROCK calls deleted."""
+    """ROCK's name of the state. A stopped sandbox without files is deleted in ROCK's terms."""
     if info.state is State.STOPPING:
         return "stopped"
     if info.state is State.STOPPED:
@@ -79,12 +80,13 @@ def state_of(info: SandboxInfo) -> str:
 
 
 def time_of(seconds: float | None) -> str | None:
-    """As the dialect tells a time."""
+    """A time in the format of the dialect."""
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
 def _phases(info: SandboxInfo) -> dict[str, Any]:
-    """Never null: clients look into it while they wait for the start. With the archive's while it has to do with it."""
+    """Never null: clients read it while they wait for the start. Includes the archive phases during archive and
+    restore."""
     phases = _start_phases(info)
     archive = info.phases.get("archive")
     if info.archive is not None and info.state in (State.PENDING, State.STOPPING):
@@ -102,7 +104,7 @@ def _start_phases(info: SandboxInfo) -> dict[str, Any]:
         message = info.reason or "the start failed"
         of_image = (info.error or {}).get("error", {}).get("code") == "image_error"
         if of_image:
-            text = f"Failed to pull image {info.image}: {message}"  # tools of ROCK's users look for these words
+            text = f"Failed to pull image {info.image}: {message}"  # tools of ROCK's users search for this text
             return {"image_pull": _phase("failed", text), "docker_run": _phase("waiting", "waiting")}
         return {"image_pull": _phase("success", _ON_DISK), "docker_run": _phase("failed", message)}
     if info.state is State.PENDING:
@@ -124,7 +126,7 @@ def _phase(status: str, message: str, told: Phase | None = None) -> dict[str, An
 
 
 def _history(info: SandboxInfo) -> list[dict[str, Any]]:
-    """ROCK has no state between the wish to stop and its end: what was asked for is told."""
+    """ROCK has no state between the stop request and the end, so the requested state is reported."""
     return [
         {
             "from_state": step.from_state.value,
