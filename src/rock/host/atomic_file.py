@@ -60,9 +60,7 @@ def replace(path: str | os.PathLike[str], text: str) -> None:
     os.rename(beside, os.path.join(folder, name))
 
 
-# ---- diskerrors ----
-#
-# What a disk says, in our words.
+# ---- disk errors ----
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 

@@ -113,7 +113,7 @@ def _open_beside(path: str, mode: int | None, old: os.stat_result | None, user: 
     except PermissionError:
         if old is None:
             raise
-        return {"token": ""}, [_open_regular(path, os.O_WRONLY | os.O_TRUNC, in_child)]  # our file, not our folder
+        return {"token": ""}, [_open_regular(path, os.O_WRONLY | os.O_TRUNC, in_child)]  # the folder is not writable
     try:
         if old is not None and (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
             try:

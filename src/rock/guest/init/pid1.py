@@ -66,7 +66,7 @@ class Init(Loop):
         self.outside = outside
         self.connections: list[Connection] = []
         self.programs: dict[int, programs.Program] = {}
-        self.children: dict[int, tuple[Connection, int, float]] = {}  # pid -> whom it answers, and its deadline
+        self.children: dict[int, tuple[Connection, int, float]] = {}  # pid -> requester, request id, deadline
         self.starting: dict[int, Callable[[], None]] = {}  # pid -> callback that completes its start
         self.stopping = False
         self.sockets: list[int] = []  # egress sockets, served by the proxy
