@@ -1,4 +1,4 @@
-"""Which environments there are, and what is needed to host one.
+"""The environments that ROCK provides, and the image that hosts each of them: specifications, ids and lookup.
 
 Families of GEM (gem-llm 0.1.0, 172 ids):
 

@@ -270,7 +270,7 @@ def _config(record: ImageRecord, diff_ids: list[str]) -> dict[str, Any]:
                         ("Cmd", list(record.cmd)), ("Labels", record.labels)):  # fmt: skip
         if value:
             run[name] = value
-    created = datetime.fromtimestamp(record.created, UTC).isoformat()  # not now: pushed again it is the same image
+    created = datetime.fromtimestamp(record.created, UTC).isoformat()  # constant: a repeated push is the same image
     return {"created": created, "architecture": record.architecture or this_architecture(), "os": "linux",
             "config": run, "rootfs": {"type": "layers", "diff_ids": diff_ids},
             "history": [{"created": created, "created_by": "rock"} for _ in diff_ids]}  # fmt: skip
