@@ -3,8 +3,8 @@
     env = rock.make("game:Sokoban-v0-easy")
     sandbox = rock.Sandbox(image="host")
 
-The names below are loaded when they are asked for, so that `import rock` is quick. `rock.gym`, `rock.make_vec` and
-`rock.register_gem` are there too, where numpy and Gymnasium or GEM are installed.
+The names below are imported on first use, so that `import rock` is fast. `rock.gym`, `rock.make_vec` and
+`rock.register_gem` are available where numpy and Gymnasium or GEM are installed.
 """
 
 from __future__ import annotations

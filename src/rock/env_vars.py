@@ -1,7 +1,7 @@
-"""ROCK's path of settings as module attributes: `rock.env_vars.ROCK_BASE_URL`.
+"""Compatibility module: settings as attributes, `rock.env_vars.ROCK_BASE_URL`, as in the original ROCK.
 
-An attribute is read from the process's environment each time, else it has the default below; assigning to it
-overrides both. Settings of ROCK's own server have no meaning here and are not there: AttributeError names what is.
+Each access reads the process's environment, else the default below; an assignment overrides both. Settings of the
+original ROCK server are not available: AttributeError lists the available ones.
 """
 
 from __future__ import annotations

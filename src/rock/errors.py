@@ -1,39 +1,39 @@
-"""What can go wrong, drawn once.
+"""The error classes of ROCK, in one hierarchy.
 
-RockError                           code, message, sandbox_id, retryable, hint
-├── ClientError                     the request is at fault            (BadRequestRockError)
-│   ├── InvalidConfig               a value or a name is wrong
-│   ├── Unsupported                 this host or runtime cannot give what was asked
-│   ├── NotFound                    no such sandbox, session, process, image, path
-│   │   └── NotHere                 a worker does not hold it; never seen by a client of the admin
-│   ├── WrongRole                   a reader was asked to change something, or a writer for what readers serve
-│   ├── Conflict                    it exists already, or its state forbids this
-│   ├── Unauthorized                no key, or the wrong one
-│   ├── Forbidden                   a key that is not for this
-│   └── QuotaExceeded               over a limit set for you
-├── SandboxError                    the sandbox is at fault            (InternalServerRockError)
-│   ├── StartFailed                 it never ran
-│   │   └── ImageError              because of its image
-│   ├── OutOfMemory                 the kernel ended it for its memory
-│   ├── DiskFull                    it was ended for what its files took
-│   ├── Expired                     it was ended by its idle time or deadline, or by its user
-│   ├── Exited                      it ended by itself: what ran in it may have ended it
-│   └── Lost                        its machine went away, or what runs sandboxes on it
-├── ActionError                     what was run in it is at fault     (CommandRockError)
-│   ├── CommandFailed               exit status not 0, and check="raise"
-│   ├── CommandTimeout              it ran out of time and was killed
-│   ├── EnvironmentRaised           an environment raised an exception; it stays usable
-│   ├── EnvironmentEnded            the process of an environment is gone
-│   ├── SessionClosed               the shell of the session is gone
-│   └── PortFailed                  what listens on a port does not answer as it should
-│       └── PortTimeout             or not in time
-├── EnvHubError                     the registry of environments did not do what it was asked
-└── ServerError                     we are at fault                    (InternalServerRockError)
-    ├── NoCapacity                  nothing free now; retry
-    ├── StorageFull                 the server's disk is full
-    └── Unavailable                 the server cannot be reached or is stopping; retry
+  RockError                           code, message, sandbox_id, retryable, hint
+  ├── ClientError                     the request is at fault            (BadRequestRockError)
+  │   ├── InvalidConfig               a value or a name is wrong
+  │   ├── Unsupported                 this host or runtime cannot provide what the request needs
+  │   ├── NotFound                    no such sandbox, session, process, image, path
+  │   │   └── NotHere                 a worker does not hold the sandbox; never seen by a client of the admin
+  │   ├── WrongRole                   a reader received a write request, or a writer a read request
+  │   ├── Conflict                    it exists already, or its state does not allow the operation
+  │   ├── Unauthorized                the key is missing or wrong
+  │   ├── Forbidden                   the key does not permit the operation
+  │   └── QuotaExceeded               a limit of the caller is exceeded
+  ├── SandboxError                    the sandbox is at fault            (InternalServerRockError)
+  │   ├── StartFailed                 it never ran
+  │   │   └── ImageError              because of its image
+  │   ├── OutOfMemory                 it was ended because it exceeded its memory limit
+  │   ├── DiskFull                    it was ended because its files exceeded the disk limit
+  │   ├── Expired                     it was ended by its idle timeout or deadline, or by its user
+  │   ├── Exited                      its pid 1 exited; code inside may have caused that
+  │   └── Lost                        its machine or its runtime failed
+  ├── ActionError                     code in the sandbox is at fault    (CommandRockError)
+  │   ├── CommandFailed               exit status not 0, and check="raise"
+  │   ├── CommandTimeout              it exceeded its timeout and was killed
+  │   ├── EnvironmentRaised           an environment raised an exception; it stays usable
+  │   ├── EnvironmentEnded            the process of an environment is gone
+  │   ├── SessionClosed               the shell of the session is gone
+  │   └── PortFailed                  the listener on a port sent no valid response
+  │       └── PortTimeout             or none in time
+  ├── EnvHubError                     a request to the registry of environments failed
+  └── ServerError                     the server is at fault             (InternalServerRockError)
+      ├── NoCapacity                  no capacity now; retry
+      ├── StorageFull                 the server's disk is full
+      └── Unavailable                 the server cannot be reached or is stopping; retry
 
-Each class has one wire code and one HTTP status; `from_wire` turns a body back into the class that was raised.
+Each class has one wire code and one HTTP status; `from_wire` converts a body back to the class that was raised.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class codes(IntEnum):
 
     @classmethod
     def get_reason_phrase(cls, value: int) -> str:
-        """The phrase of a code; "" when it is none of these."""
+        """The phrase of a code; "" for an unknown code."""
         return next((code.phrase for code in cls if code == value), "")
 
     @staticmethod
@@ -125,8 +125,8 @@ class codes(IntEnum):
 class RockError(Exception):
     """Base of every error that ROCK raises.
 
-    `message` says what happened, `hint` what to do next, `sandbox_id` to which sandbox, `details` holds plain data
-    (for example the observation of a failed command). `retryable` tells whether the same call may succeed later.
+    `message` states what happened, `hint` what to do next, `sandbox_id` the sandbox, `details` holds plain data (for
+    example the observation of a failed command). `retryable` states whether the same call may succeed later.
     """
 
     code: ClassVar[str] = "error"
@@ -152,7 +152,7 @@ class RockError(Exception):
         return f"{self.message} ({self.hint})" if self.hint else self.message
 
     def to_wire(self) -> dict[str, Any]:
-        """The error as it travels: the body of every answer that is not 2xx."""
+        """The wire form of the error: the body of every response that is not 2xx."""
         return {
             "error": {
                 "code": self.code,
@@ -165,17 +165,17 @@ class RockError(Exception):
         }
 
 
-RockException = RockError  # ROCK's name for its base class
+RockException = RockError  # base class name of the original ROCK
 
 
 class InternalServerRockError(RockError):
-    """ROCK's name for everything that is not the caller's fault."""
+    """The original ROCK's name for errors that the caller did not cause."""
 
     code = "internal"
 
 
 class ClientError(RockError):
-    """The request cannot be served as it is."""
+    """The request cannot be served as given."""
 
     code = "bad_request"
     status = 400
@@ -193,7 +193,7 @@ class InvalidConfig(ClientError):
 
 
 class Unsupported(ClientError):
-    """This host or runtime cannot give what was asked; refused before anything was started."""
+    """This host or runtime cannot provide what the request needs; rejected before anything was started."""
 
     code = "unsupported"
     status = 422
@@ -207,21 +207,21 @@ class NotFound(ClientError):
 
 
 class NotHere(NotFound):
-    """A worker was asked for a sandbox that it does not hold; whoever forwarded the request knows what became of it."""
+    """A worker does not hold the requested sandbox; the forwarding server knows its location or end."""
 
     code = "not_here"
     status = 421
 
 
 class WrongRole(ClientError):
-    """This server is not the one for that; `details["role"]` is: write or read."""
+    """Another role serves the request: `details["role"]` is write or read."""
 
     code = "wrong_role"
     status = 421
 
 
 class Conflict(ClientError):
-    """It exists already, or its state forbids this."""
+    """It exists already, or its state does not allow the operation."""
 
     code = "conflict"
     status = 409
@@ -235,14 +235,14 @@ class Unauthorized(ClientError):
 
 
 class Forbidden(ClientError):
-    """The key is right, and not for this."""
+    """The key is valid, but does not permit the operation."""
 
     code = "forbidden"
     status = 403
 
 
 class QuotaExceeded(ClientError):
-    """A limit that was set for this caller; `details["retry_after"]` seconds later it may be otherwise."""
+    """A limit of this caller is exceeded; retry after `details["retry_after"]` seconds."""
 
     code = "quota_exceeded"
     status = 429
@@ -250,14 +250,14 @@ class QuotaExceeded(ClientError):
 
 
 class SandboxError(InternalServerRockError):
-    """The sandbox did not live as asked."""
+    """The sandbox failed or ended."""
 
     code = "sandbox_error"
     status = 410
 
 
 class StartFailed(SandboxError):
-    """The sandbox never ran; the message has the real reason."""
+    """The sandbox never ran; the message has the cause."""
 
     code = "start_failed"
     status = 500
@@ -271,44 +271,44 @@ class ImageError(StartFailed):
 
 
 class OutOfMemory(SandboxError):
-    """The sandbox was ended for its memory use."""
+    """The sandbox was ended because it exceeded its memory limit."""
 
     code = "out_of_memory"
 
 
 class DiskFull(SandboxError):
-    """The sandbox was ended because its files took more of the disk than it may have."""
+    """The sandbox was ended because its files exceeded the disk limit."""
 
     code = "disk_full"
 
 
 class Expired(SandboxError):
-    """The sandbox was stopped: by its user, its idle time or its deadline."""
+    """The sandbox was stopped: by its user, its idle timeout or its deadline."""
 
     code = "expired"
 
 
 class Exited(SandboxError):
-    """The sandbox's pid 1 ended while its server was running. Code inside may have caused that, so a trainer that
-    replays what was lost must not replay this."""
+    """The sandbox's pid 1 exited while its server was running. Code inside may have caused that, so a trainer that
+    replays lost work must not replay this."""
 
     code = "exited"
 
 
 class Lost(SandboxError):
-    """The sandbox's machine went away, or its pid 1 while no server was running."""
+    """The sandbox's machine failed, or its pid 1 ended while no server was running."""
 
     code = "lost"
 
 
 class EnvHubError(RockError):
-    """A call to the registry of environments failed; `__cause__` is what went wrong."""
+    """A call to the registry of environments failed; `__cause__` is the original error."""
 
     code = "envhub_error"
 
 
 class CommandRockError(RockError):
-    """ROCK's name for errors of a command."""
+    """The original ROCK's name for errors of a command."""
 
     code = "command_error"
     status = 400
@@ -316,20 +316,20 @@ class CommandRockError(RockError):
 
 
 class ActionError(CommandRockError):
-    """What was run in the sandbox is at fault."""
+    """Code in the sandbox is at fault."""
 
     code = "action_error"
 
 
 class CommandFailed(ActionError):
-    """The exit status was not 0 and check="raise" was asked for; `observation` holds what was seen."""
+    """The exit status was not 0 with check="raise"; `observation` holds the output."""
 
     code = "command_failed"
     observation: Any = None
 
 
 class CommandTimeout(ActionError, TimeoutError):
-    """The command ran out of time; it was killed, and the session is usable. It is a TimeoutError too."""
+    """The command exceeded its timeout and was killed; the session stays usable. It is a TimeoutError too."""
 
     code = "command_timeout"
     status = 408
@@ -337,7 +337,8 @@ class CommandTimeout(ActionError, TimeoutError):
 
 
 class EnvironmentRaised(ActionError):
-    """The environment raised an exception; it stays usable. `type`: the exception's own name; `traceback`: as text."""
+    """The environment raised an exception; it stays usable. `type`: the exception's class name; `traceback`: as
+    text."""
 
     code = "environment_raised"
 
@@ -351,7 +352,7 @@ class EnvironmentRaised(ActionError):
 
 
 class EnvironmentEnded(ActionError):
-    """The environment's process is gone; `details` has its last lines ("stderr") and how it ended ("exit")."""
+    """The environment's process is gone; `details` has its last lines ("stderr") and its exit ("exit")."""
 
     code = "environment_ended"
     status = 410
@@ -365,14 +366,14 @@ class SessionClosed(ActionError):
 
 
 class PortFailed(ActionError):
-    """A program inside took a connection to its port, and broke it off or answered with what is no HTTP."""
+    """A program inside accepted a connection to its port, and closed it or sent an invalid HTTP response."""
 
     code = "port_failed"
     status = 502
 
 
 class PortTimeout(PortFailed):
-    """A program inside took a connection to its port, and did not answer in time."""
+    """A program inside accepted a connection to its port, and did not respond in time."""
 
     code = "port_timeout"
     status = 504
@@ -385,7 +386,7 @@ class ServerError(InternalServerRockError):
 
 
 class NoCapacity(ServerError):
-    """Nothing is free for this now."""
+    """No capacity is free now."""
 
     code = "no_capacity"
     status = 503
@@ -419,7 +420,7 @@ _BY_CODE = _tree(RockError)
 
 
 def from_wire(body: Any, http_status: int = 500) -> RockError:
-    """The error that a body of `to_wire` stands for; any other body becomes a ServerError with its text."""
+    """The error of a `to_wire` body; any other body becomes a ServerError with its text."""
     error = body.get("error") if isinstance(body, dict) else None
     if not isinstance(error, dict):
         told = body.get("detail") if isinstance(body, dict) else body
@@ -438,7 +439,7 @@ def from_wire(body: Any, http_status: int = 500) -> RockError:
 
 
 def raise_for_code(code: int | None, message: str = "") -> None:
-    """Raise the error of a numeric code of the ROCK dialect; None and 2000 to 2999 are no error."""
+    """Raise the error of a numeric code of the ROCK dialect; None and 2000 to 2999 raise nothing."""
     if code is None or codes.is_success(code):
         return
     if codes.is_client_error(code):

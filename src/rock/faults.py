@@ -1,19 +1,19 @@
-"""Named points at which a fault can be asked for: between what is intended and what is done, and before each reply.
+"""Fault injection at named points: between the decision and the execution of an operation, and before each reply.
 
-    await faults.point("node.create.made")      does nothing, unless a plan names it
+    await faults.point("node.create.made")      no effect, unless a plan names it
 
-A plan is text, `NAME=ACTION` separated by commas or lines; with `@N` the N-th time alone, counted from when the plan
-came, else each time. A name that ends in `*` is that of every point which begins so. Actions:
+A plan is text, `NAME=ACTION` separated by commas or lines; with `@N` only the N-th time, counted from the activation of
+the plan, else each time. A name that ends in `*` matches all points with this prefix. Actions:
 
     kill             kill -9 of this process
-    error            Unavailable, as of a store that does not answer
+    error            Unavailable, as of a store that does not respond
     full             StorageFull
     stall:SECONDS    wait
-    drop             of a reply: close the connection without a word
+    drop             for a reply: close the connection without a response
 
 `clock=+3600` sets the wall clock of this process (time.time) ahead by so many seconds, `clock=-3600` back. The plan is
-the value of ROCK_FAULTS; if that is an absolute path, the plan is what the file says, and is read again when it has
-changed. Without ROCK_FAULTS a point costs one call and one comparison.
+the value of ROCK_FAULTS; if that is an absolute path, the plan is the file's content, which is read again after a
+change. Without ROCK_FAULTS a point costs one call and one comparison.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ _real_time = time.time
 
 @dataclass
 class Rule:
-    """One fault: what happens at which pass of which point."""
+    """One fault: the action at one pass of a point."""
 
     name: str
     action: str
-    at: int | None  # the pass that it is for, counted from 1; None: each
+    at: int | None  # the pass to which it applies, counted from 1; None: each
     passed: int = 0
 
     def fits(self, name: str) -> bool:
@@ -50,7 +50,7 @@ class Rule:
 
 
 class Plan:
-    """The faults that are asked for. InvalidConfig for a text that is none."""
+    """The active faults. InvalidConfig for an invalid text."""
 
     def __init__(self, text: str) -> None:
         self.rules: list[Rule] = []
@@ -73,7 +73,7 @@ class Plan:
 
 
 class _Source:
-    """Where the plan comes from, and the plan as it was read last."""
+    """The location of the plan, and the plan as it was last read."""
 
     def __init__(self) -> None:
         self.file: str | None = None
@@ -103,7 +103,7 @@ def _time() -> float:
 
 
 def arm(text: str) -> None:
-    """Take a plan, or the path of one; "" takes it away. InvalidConfig."""
+    """Activate a plan, or the path of one; "" deactivates it. InvalidConfig."""
     global active, _source
     source = _Source()
     if text.startswith("/"):
@@ -117,7 +117,7 @@ def arm(text: str) -> None:
 
 
 async def point(name: str) -> None:
-    """A place where something may be made to go wrong. StorageFull or Unavailable where that is asked for."""
+    """A point of fault injection. Raises the requested StorageFull or Unavailable."""
     if active:
         await _reach(name)
 
@@ -137,7 +137,7 @@ async def _reach(name: str) -> None:
 
 
 async def reply(name: str) -> bool:
-    """Before a reply is sent: whether it is to be dropped. A fault that raises elsewhere does nothing here."""
+    """Before a reply is sent: whether to drop it. Actions that raise elsewhere have no effect here."""
     if not active:
         return False
     action = _source.now().at(f"reply.{name}")

@@ -1,4 +1,4 @@
-"""ROCK's path of loggers: `from rock.logger import init_logger`."""
+"""Compatibility module for the original ROCK's loggers: `from rock.logger import init_logger`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ __all__ = ["init_logger"]
 def init_logger(name: str | None = None, file_name: str | None = None) -> logging.Logger:
     """A logger of that name ("rock" when None) that writes to a file, or to stderr.
 
-    The level is ROCK_LOGGING_LEVEL, the folder ROCK_LOGGING_PATH, and the file `file_name` or ROCK_LOGGING_FILE_NAME
-    in it; without a folder it writes to stderr. The same name is the same logger, which is set up once.
+    The level is ROCK_LOGGING_LEVEL, the folder ROCK_LOGGING_PATH, and the file `file_name` or ROCK_LOGGING_FILE_NAME in
+    it; without a folder it writes to stderr. The same name returns the same logger, which is configured once.
     """
     logger = logging.getLogger(name or "rock")
     if not logger.handlers:

@@ -1,4 +1,4 @@
-"""The YAML configuration of ROCK's own server (ROCK_CONFIG, `rock-conf/rock-*.yml`), as far as it has a meaning here.
+"""Reader of the original ROCK server's YAML configuration (ROCK_CONFIG, `rock-conf/rock-*.yml`); supported keys:
 
     database.url                                     ROCK_STORE
     lifecycle.archive.enabled, .dir_storage          ROCK_ARCHIVE, ROCK_S3_ENDPOINT, _REGION, _KEY, _SECRET
@@ -7,8 +7,8 @@
     ray.address                                      ROCK_RAY_ADDRESS
     runtime.metrics_endpoint, .user_defined_tags     ROCK_OTEL_ENDPOINT, ROCK_OTEL_ATTRIBUTES
 
-`_base` names a file beside it whose values hold where this one has none. Variables of the environment go before the
-file. Each other key is reported once, so that nothing is dropped in silence.
+`_base` names a file in the same folder whose values are the defaults. Variables of the environment take precedence over
+the file. Each other key is reported once, so that no setting is ignored silently.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any
 
 log = logging.getLogger("rock.server")
 
-_LONGEST_CHAIN = 8  # files that name each other as their base
-_LARGEST = 1 << 20  # bytes of a file
+_LONGEST_CHAIN = 8  # maximum length of a chain of base files
+_LARGEST = 1 << 20  # maximum bytes of a file
 _reported: set[tuple[str, str]] = set()
 
 
 def read(path: str) -> dict[str, Any]:
-    """Settings of the file, by the names of `rock.settings.Settings`. ValueError says what is wrong with it."""
+    """Settings of the file, by the names of `rock.settings.Settings`. ValueError states what is wrong with it."""
     document = _load(Path(path).expanduser().absolute(), 0)
     found, used = _settings(document)
     ignored = sorted(key for key in _leaves(document) if not _is_below(key, used))
@@ -74,7 +74,7 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settings(document: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
-    """(settings, keys that they were taken from)."""
+    """(settings, keys from which they come)."""
     found: dict[str, Any] = {}
     used: set[str] = set()
 
@@ -109,7 +109,7 @@ def _settings(document: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
 
 
 def _archive(take: Any, found: dict[str, Any]) -> None:
-    """Where archives go: a bucket, where one is named, else the folder of the server."""
+    """The location of archives: a bucket if configured, else the server's folder."""
     kind = take("lifecycle.archive.dir_storage.type", str) or "oss"
     if kind not in ("oss", "s3"):
         raise ValueError(f"ROCK_CONFIG: lifecycle.archive.dir_storage.type {kind!r} is neither oss nor s3")
@@ -124,7 +124,7 @@ def _archive(take: Any, found: dict[str, Any]) -> None:
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[str]:
-    """Keys with dots of all values that are no mappings; of empty ones none."""
+    """Dotted keys of all values that are not mappings; empty mappings have none."""
     for name, item in value.items():
         key = f"{prefix}{name}"
         if isinstance(item, dict):

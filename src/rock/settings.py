@@ -1,66 +1,66 @@
-"""The only reader of the process's environment.
+"""The settings, and the only reader of the process's environment.
 
 Client settings are functions, because a script may set a variable after the import. A server reads its own once, into
-`Settings`, at the edge; nothing further in looks at the environment.
+`Settings`, at startup; other modules do not read the environment.
 
 | variable | default | meaning |
 |---|---|---|
-| ROCK_BASE_URL | http://127.0.0.1:8080 | where the SDK and the CLI find the server |
-| ROCK_READ_URL | ROCK_BASE_URL | where they look, and reach into sandboxes; both may be URL,URL |
-| ROCK_API_KEY | none | the key that they send, and that a server asks for |
-| ROCK_RECONNECT_TIMEOUT | 60 | seconds: a client retries over a lost connection, 0 for not at all; a rocklet keeps \
-what runs when the server in front of it is gone |
+| ROCK_BASE_URL | http://127.0.0.1:8080 | address of the server for the SDK and the CLI |
+| ROCK_READ_URL | ROCK_BASE_URL | address for read requests and requests to sandboxes; both may be URL,URL |
+| ROCK_API_KEY | none | the key that clients send, and that a server requires |
+| ROCK_RECONNECT_TIMEOUT | 60 | seconds: a client retries after a lost connection, 0 for no retry; a rocklet keeps \
+running operations when the server in front of it is gone |
 | ROCK_EXTRA_HEADERS | none | headers that SDK and CLI send with each request: a JSON object |
 | ROCK_HOME | ~/.rock | the one folder with all of a server's state |
-| ROCK_POOL_SIZE | 4 | warm sandboxes kept per recently used image; 0 is off |
+| ROCK_POOL_SIZE | 4 | warm sandboxes per recently used image; 0 is off |
 | ROCK_RUNTIME | namespace | the default runtime: docs/runtimes.md |
 | DOCKER_HOST | unix:///var/run/docker.sock | the container engine of runtime "docker": a socket of this machine |
-| ROCK_HOST, ROCK_PORT | 127.0.0.1, 8080 | where the server listens |
+| ROCK_HOST, ROCK_PORT | 127.0.0.1, 8080 | listening address of the server |
 | ROCK_PUBLIC_NAMES | none | names by which clients call the server, comma-separated: docs/security.md |
-| ROCK_SANDBOX_LIMIT | 2000 | most sandboxes at once on this machine |
-| ROCK_INSECURE_REGISTRIES | none | registries that are spoken to without TLS, comma-separated |
+| ROCK_SANDBOX_LIMIT | 2000 | maximum concurrent sandboxes on this machine |
+| ROCK_INSECURE_REGISTRIES | none | registries that are contacted without TLS, comma-separated |
 | ROCK_PRIVATE_REGISTRIES | none | registries on private addresses that tenants may use, comma-separated |
-| ROCK_REGISTRY_MIRRORS | none | registries asked first: docker.io=mirror.local:5000, comma-separated |
-| ROCK_IMAGE_BUDGET | none | bytes of image layers, like 50g, over which the least recently used images are removed |
-| ROCK_IMAGE_MAX_BYTES, ROCK_IMAGE_MAX_ENTRIES | 64g, 2000000 | what one image may come to unpacked: bytes and files |
-| DOCKER_CONFIG | ~/.docker | where Docker keeps the logins of registries, which are used too |
-| ROCK_ENV_PIPES | 1 | 0: clients on the server's machine play environments over HTTP too |
-| ROCK_ENV_SHARED | 1 | 0: large answers come to such clients through the pipes too, and not by shared memory |
-| ROCK_DIALECT_NETWORK | nat | network where ROCK's clients name none: none, nat, host or bridge |
+| ROCK_REGISTRY_MIRRORS | none | mirrors, tried first: docker.io=mirror.local:5000, comma-separated |
+| ROCK_IMAGE_BUDGET | none | bytes of image layers, like 50g, above which the least recently used images are removed |
+| ROCK_IMAGE_MAX_BYTES, ROCK_IMAGE_MAX_ENTRIES | 64g, 2000000 | maximum unpacked size of an image: bytes and files |
+| DOCKER_CONFIG | ~/.docker | folder of Docker's registry logins, which are used too |
+| ROCK_ENV_PIPES | 1 | 0: clients on the server's machine use HTTP for environments too |
+| ROCK_ENV_SHARED | 1 | 0: large responses to such clients use the pipes too, and not shared memory |
+| ROCK_DIALECT_NETWORK | nat | default network of the ROCK dialect: none, nat, host or bridge |
 | ROCK_CONFIG | none | a YAML file of ROCK's own server, of which known keys are applied: docs/guides/from-rock.md |
-| ROCK_ENV_LEASE | 50 | seconds without a sign of life of a client process after which its environments are released |
-| ROCK_ARCHIVE | archive in ROCK_HOME | where archived sandboxes are kept: a folder, s3://BUCKET/PREFIX, or "off" |
-| ROCK_ARCHIVE_LIMIT | 64g | most bytes of files in one archive, holes counted |
+| ROCK_ENV_LEASE | 50 | seconds without a renewal by a client process after which its environments are released |
+| ROCK_ARCHIVE | archive in ROCK_HOME | location of archived sandboxes: a folder, s3://BUCKET/PREFIX, or "off" |
+| ROCK_ARCHIVE_LIMIT | 64g | maximum bytes of files in one archive, holes included |
 | ROCK_S3_ENDPOINT, ROCK_S3_REGION | Amazon's, us-east-1 | of an archive in a bucket |
-| ROCK_S3_KEY, ROCK_S3_SECRET | none | what it is signed with |
+| ROCK_S3_KEY, ROCK_S3_SECRET | none | credentials of its requests |
 | ROCK_NETWORK_RESOLVERS | those of /etc/resolv.conf | of network nat: ADDRESS[:PORT], comma-separated |
-| ROCK_TLS_CERT, ROCK_TLS_KEY | none | a chain of certificates and its key (PEM): the server speaks TLS |
-| SSL_CERT_FILE | the system's | whom clients trust |
-| ROCK_STORE | rock.sqlite in ROCK_HOME | where the server remembers: a file, or postgresql://USER@HOST/DATABASE |
-| ROCK_STORE_CHANGED | none | what a start does with sandboxes that its store does not know: adopt or abandon them |
+| ROCK_TLS_CERT, ROCK_TLS_KEY | none | a chain of certificates and its key (PEM): the server uses TLS |
+| SSL_CERT_FILE | the system's | certificate authorities that clients trust |
+| ROCK_STORE | rock.sqlite in ROCK_HOME | database of the server: a file, or postgresql://USER@HOST/DATABASE |
+| ROCK_STORE_CHANGED | none | action of a start on sandboxes that are not in its store: adopt or abandon |
 | ROCK_WORKERS | none | an admin without sandboxes of its own: its rocklets, as NAME=URL,NAME=URL; or "none" |
-| ROCK_WORKER_KEY | ROCK_API_KEY | the key that those ask for, and that a rocklet may join by |
+| ROCK_WORKER_KEY | ROCK_API_KEY | the key that rocklets require, and with which a rocklet may join |
 | ROCK_WORKER_LEASE | 10 | seconds of the lease of a worker that joined |
-| ROCK_ROLE | all | what a server serves: all, write (or admin), read (or proxy) |
-| ROCK_WRITER, ROCK_READER | none | of a reader, a writer: where it hands on what the other role serves; URL,URL |
+| ROCK_ROLE | all | role of a server: all, write (or admin), read (or proxy) |
+| ROCK_WRITER, ROCK_READER | none | of a reader, a writer: where it forwards requests of the other role; URL,URL |
 | ROCK_JOIN, ROCK_WORKER_NAME, ROCK_ADVERTISE | none | of a rocklet: --join, --name, --advertise |
 | ROCK_WORKER_GRACE | 60 | seconds without a heartbeat after which such a worker is declared lost; at least 6 leases \
 unless it is set |
-| ROCK_LEASE_LOST | keep | of a rocklet: its sandboxes while no server answers: keep, or stop after 2/3 of the grace \
+| ROCK_LEASE_LOST | keep | of a rocklet: its sandboxes while no server responds: keep, or stop after 2/3 of the grace \
 period |
-| ROCK_SCHEDULER | local | "ray": a Ray cluster decides where sandboxes go, docs/guides/ray.md |
+| ROCK_SCHEDULER | local | "ray": a Ray cluster decides the placement, docs/guides/ray.md |
 | ROCK_RAY_ADDRESS, ROCK_RAY_HOME | auto, ~/.rock-ray | of that cluster; the homes of its rocklets, on each node |
 | ROCK_LOG_LEVEL | info | debug, info, warning, error |
 | ROCK_FAULTS | none | for tests: faults at named points, see faults.py |
-| ROCK_LOG_FORMAT | text | text, or json: an object a line |
-| ROCK_OTEL_ENDPOINT | OTEL_EXPORTER_OTLP_ENDPOINT | who receives traces and metrics by OTLP, as http://HOST:4318 |
-| ROCK_OTEL_ATTRIBUTES | none | what traces and metrics are tagged with: NAME=VALUE,NAME=VALUE |
+| ROCK_LOG_FORMAT | text | text, or json: one object per line |
+| ROCK_OTEL_ENDPOINT | OTEL_EXPORTER_OTLP_ENDPOINT | receiver of traces and metrics by OTLP, as http://HOST:4318 |
+| ROCK_OTEL_ATTRIBUTES | none | tags of traces and metrics: NAME=VALUE,NAME=VALUE |
 | ROCK_OTEL_INTERVAL | 30 | seconds between two exports of the metrics |
-| ROCK_TRACE | 0 | 1: the SDK begins a trace with each call that is in none |
-| ROCK_DRAIN_SECONDS | 5 | how long a server that stops waits for the requests under way |
-| HF_ENDPOINT | https://huggingface.co | where the client finds the repositories of `hf://` sources |
-| ROCK_ENVHUB_DB_URL | envhub.sqlite in ROCK_HOME | where an `envhub` keeps it: sqlite:///FILE |
-| ROCK_ENVHUB_BASE_URL | http://localhost:8081 | where the SDK finds the registry of environments |
+| ROCK_TRACE | 0 | 1: the SDK starts a trace for a call outside of one |
+| ROCK_DRAIN_SECONDS | 5 | seconds that a stopping server waits for pending requests |
+| HF_ENDPOINT | https://huggingface.co | location of the repositories of `hf://` sources |
+| ROCK_ENVHUB_DB_URL | envhub.sqlite in ROCK_HOME | database of an `envhub`: sqlite:///FILE |
+| ROCK_ENVHUB_BASE_URL | http://localhost:8081 | address of the registry of environments for the SDK |
 | ROCK_RTENV_PYTHON_V31114_INSTALL_CMD, ..._PYTHON_V31212_..., ..._NODE_V22180_... | none | commands that install one |
 """
 
@@ -91,7 +91,7 @@ def base_url() -> str:
 
 
 def variable(name: str) -> str | None:
-    """A variable of the process's environment, for `rock.env_vars`; None where it is not set."""
+    """A variable of the process's environment, for `rock.env_vars`; None when unset."""
     return os.environ.get(name)
 
 
@@ -104,7 +104,7 @@ RECONNECT_TIMEOUT = 60.0
 
 
 def reconnect_timeout(given: float | None = None) -> float:
-    """Seconds for which a client retries over a lost connection: what is given, else ROCK_RECONNECT_TIMEOUT.
+    """Seconds for which a client retries after a lost connection: the argument, else ROCK_RECONNECT_TIMEOUT.
     ValueError."""
     text = os.environ.get("ROCK_RECONNECT_TIMEOUT")
     try:
@@ -131,13 +131,13 @@ def extra_headers() -> dict[str, str]:
 
 
 def give(**variables: str) -> None:
-    """Set variables of this process's environment: what a command was given before its name."""
+    """Set variables of this process's environment, for global options of a command."""
     os.environ.update(variables)
 
 
 def client_file(path: str) -> dict[str, str]:
-    """The variables that ROCK's client configuration stands for: an INI file with [rock] base_url and
-    [rock.extra_headers]. ValueError names what is wrong with it."""
+    """The variables from ROCK's client configuration: an INI file with [rock] base_url and [rock.extra_headers].
+    ValueError states what is wrong with it."""
     parser = configparser.ConfigParser(interpolation=None)
     parser.optionxform = str  # type: ignore[assignment]  # header names keep their letters
     try:
@@ -154,28 +154,28 @@ def client_file(path: str) -> dict[str, str]:
 
 
 def trace() -> bool:
-    """ROCK_TRACE: whether the SDK begins a trace with each call that is in none."""
+    """ROCK_TRACE: whether the SDK starts a trace for a call outside of one."""
     return os.environ.get("ROCK_TRACE", "0") not in ("", "0")
 
 
 def otel() -> tuple[str, str]:
-    """ROCK_OTEL_ENDPOINT, else OTEL_EXPORTER_OTLP_ENDPOINT; and ROCK_OTEL_ATTRIBUTES. Empty where they are not set."""
+    """ROCK_OTEL_ENDPOINT, else OTEL_EXPORTER_OTLP_ENDPOINT; and ROCK_OTEL_ATTRIBUTES. Empty when unset."""
     endpoint = os.environ.get("ROCK_OTEL_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or ""
     return endpoint, os.environ.get("ROCK_OTEL_ATTRIBUTES", "")
 
 
 def env_pipes() -> bool:
-    """ROCK_ENV_PIPES: whether a client on the server's machine plays environments by their own pipes; 0 for never."""
+    """ROCK_ENV_PIPES: whether a client on the server's machine uses direct pipes to environments; 0 for never."""
     return os.environ.get("ROCK_ENV_PIPES", "1") != "0"
 
 
 def env_shared() -> bool:
-    """ROCK_ENV_SHARED: whether large answers come by shared memory, where pipes are used at all; 0 for never."""
+    """ROCK_ENV_SHARED: whether large responses use shared memory, where pipes are used; 0 for never."""
     return os.environ.get("ROCK_ENV_SHARED", "1") != "0"
 
 
 def hub_endpoint() -> str:
-    """HF_ENDPOINT: where repositories of `hf://` sources are."""
+    """HF_ENDPOINT: the location of repositories of `hf://` sources."""
     return os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
 
 
@@ -184,8 +184,8 @@ _CA_BUNDLES = ("GIT_SSL_CAINFO", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA
 
 
 def git_environment(home: str) -> dict[str, str]:
-    """For a git that reads nobody's configuration and asks nobody anything: the proxies and certificates of this
-    process, and nothing else of it. home: a folder that may be anything to it."""
+    """The environment for a git without user configuration and prompts: the proxies and certificates of this process,
+    and nothing else. home: its HOME folder, which may be any folder."""
     kept = {name: os.environ[name] for name in _GIT_KEPT if name in os.environ}
     bundle = next((os.environ[name] for name in _CA_BUNDLES if os.environ.get(name)), None)
     if bundle is not None:
@@ -197,19 +197,20 @@ def git_environment(home: str) -> dict[str, str]:
 
 
 def insecure_registries() -> frozenset[str]:
-    """ROCK_INSECURE_REGISTRIES: registries, as images name them, that are spoken to without TLS; comma-separated."""
+    """ROCK_INSECURE_REGISTRIES: registries, by their names in images, that are contacted without TLS;
+    comma-separated."""
     names = os.environ.get("ROCK_INSECURE_REGISTRIES", "").split(",")
     return frozenset(name.strip() for name in names if name.strip())
 
 
 def private_registries() -> frozenset[str]:
-    """ROCK_PRIVATE_REGISTRIES: registries on addresses that are not public, which tenants may use; comma-separated."""
+    """ROCK_PRIVATE_REGISTRIES: registries on private addresses that tenants may use; comma-separated."""
     names = os.environ.get("ROCK_PRIVATE_REGISTRIES", "").split(",")
     return frozenset(name.strip() for name in names if name.strip())
 
 
 def registry_mirrors() -> dict[str, list[str]]:
-    """ROCK_REGISTRY_MIRRORS: of each registry those that are asked before it, as REGISTRY=MIRROR; comma-separated."""
+    """ROCK_REGISTRY_MIRRORS: the mirrors of each registry, tried first, as REGISTRY=MIRROR; comma-separated."""
     found: dict[str, list[str]] = {}
     for pair in os.environ.get("ROCK_REGISTRY_MIRRORS", "").split(","):
         registry, _, mirror = (part.strip() for part in pair.partition("="))
@@ -224,9 +225,9 @@ def docker_config() -> Path:
 
 
 def proxy_for(url: str) -> str | None:
-    """The proxy that HTTP_PROXY, HTTPS_PROXY and NO_PROXY name for an address."""
+    """The proxy of HTTP_PROXY, HTTPS_PROXY and NO_PROXY for an address."""
     import urllib.parse
-    import urllib.request  # an HTTP client, which no command should wait for
+    import urllib.request  # an HTTP client, which most commands do not need
 
     parts = urllib.parse.urlsplit(url)
     if urllib.request.proxy_bypass(parts.netloc) or parts.hostname in ("localhost", "127.0.0.1", "::1"):
@@ -240,12 +241,12 @@ def envhub_url() -> str:
 
 
 def envhub_database() -> str | None:
-    """ROCK_ENVHUB_DB_URL: where an `envhub` keeps what is registered."""
+    """ROCK_ENVHUB_DB_URL: the database of an `envhub`."""
     return os.environ.get("ROCK_ENVHUB_DB_URL") or None
 
 
 def runtime_env_install(kind: str, version: str) -> str | None:
-    """The commands that install a runtime environment, if the user named some: ROCK_RTENV_..._INSTALL_CMD."""
+    """The user-defined commands that install a runtime environment: ROCK_RTENV_..._INSTALL_CMD; None when unset."""
     name = _RUNTIME_ENVS.get((kind, version))
     return os.environ.get(f"ROCK_RTENV_{name}_INSTALL_CMD") or None if name else None
 
@@ -261,7 +262,7 @@ def terminal_environment() -> dict[str, str]:
 
 
 def child_environment(**extra: str) -> dict[str, str]:
-    """The whole environment of this process, for a server that is started as a child."""
+    """The complete environment of this process, for a server that is started as a child."""
     return {**os.environ, **extra}
 
 
@@ -293,7 +294,7 @@ class Settings:
     workers: str = ""
     worker_key: str = field(default="", repr=False)
     worker_lease: float = 10.0
-    worker_grace: float = 0.0  # 0: what follows from the lease
+    worker_grace: float = 0.0  # 0: derived from the lease
     reconnect_timeout: float = RECONNECT_TIMEOUT
     role: str = "all"
     writer: str = ""
@@ -320,17 +321,17 @@ class Settings:
 
     @property
     def archive_dir(self) -> Path:
-        """Where archives are, when they are in a folder."""
+        """The folder of archives, when they are in a folder."""
         return Path(self.archive).expanduser().absolute() if self.archive else self.home / "archive"
 
     @property
     def resolvers(self) -> list[str]:
-        """Name servers for sandboxes; none means this machine's own."""
+        """Name servers for sandboxes; empty means this machine's own."""
         return [text.strip() for text in self.network_resolvers.split(",") if text.strip()]
 
     @property
     def run_dir(self) -> Path:
-        """What lives as long as the machine runs: sandboxes, sockets, locks."""
+        """State of the current boot: sandboxes, sockets, locks."""
         return self.home / "run"
 
     @property
@@ -339,7 +340,7 @@ class Settings:
 
     @property
     def registries(self) -> Path:
-        """Logins of registries; apart from the images, and for the user's eyes only."""
+        """Logins of registries; apart from the images, and readable by the user only."""
         return self.home / "registries.json"
 
     @property
@@ -348,7 +349,7 @@ class Settings:
 
     @property
     def catalogue(self) -> Path:
-        """What users registered."""
+        """The registered environments."""
         return self.home / "envhub.sqlite"
 
     @property
@@ -357,13 +358,14 @@ class Settings:
 
     @classmethod
     def read(cls, environ: Mapping[str, str] | None = None, **given: Any) -> Settings:
-        """Settings of the environment, over which what is `given` and not None wins. ValueError names a bad value."""
+        """Settings from the environment; values of `given` that are not None take precedence. ValueError names a bad
+        value."""
         env = os.environ if environ is None else environ
         values: dict[str, object] = {"home": home(), "api_key": env.get("ROCK_API_KEY") or None,
                                      "docker_host": env.get("DOCKER_HOST", ""),
                                      "otel_endpoint": env.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")}  # fmt: skip
         if env.get("ROCK_CONFIG"):
-            from rock import rock_conf  # a parser of YAML, which others do without
+            from rock import rock_conf  # a YAML parser, needed only here
 
             values |= rock_conf.read(env["ROCK_CONFIG"])
         for name, kind in (

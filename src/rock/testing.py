@@ -1,9 +1,9 @@
-"""For tests of programs that use ROCK: a whole server in this process, whose sandboxes are in memory.
+"""Test support for programs that use ROCK: a complete server in this process, with sandboxes in memory.
 
     with FakeServer({"train": my_function}) as server:
         sandbox = Sandbox(base_url=server.url)
 
-See docs/guides/testing.md for what its sandboxes can do. It isolates nothing.
+docs/guides/testing.md describes its sandboxes. It provides no isolation.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ __all__ = ["Call", "FakeServer", "Program"]
 
 
 class FakeServer:
-    """A server with the runtime "fake", in a thread of its own, on a free port of this machine; a context manager.
+    """A server with the runtime "fake", in its own thread, on a free port of this machine; a context manager.
 
-    programs: by name, functions of a `Call`; they run in the server's thread. settings: of `rock.settings.Settings`.
+    programs: functions of a `Call` by name; they run in the server's thread. settings: of `rock.settings.Settings`.
     `url` is its address.
     """
 
@@ -53,7 +53,7 @@ class FakeServer:
         self.stop()
 
     def start(self) -> None:
-        """Serve; raises what keeps it from that."""
+        """Start serving; raises the reason of a failure."""
         self._folder = tempfile.TemporaryDirectory(prefix="rock-fake-")
         ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(ready,), name="rock fake server", daemon=True)

@@ -1,4 +1,4 @@
-"""Training sets: graded tasks, with the calls of AgentScope's training sandbox.
+"""Training sets: graded tasks, with the interface of AgentScope's training sandbox.
 
     with TrainingSandbox(box_type="bfcl") as box:
         ids = box.get_env_profile(env_type="bfcl", split="train")
@@ -6,8 +6,8 @@
         done = box.step(made["info"]["instance_id"], {"role": "assistant", "content": "..."})
         score = box.evaluate(made["info"]["instance_id"])
 
-`HarborTasks` has them for a folder of tasks in Harbor's format. `AsyncTrainingSandbox` and `AsyncHarborTasks` have the
-same, to be awaited.
+`HarborTasks` provides them for a folder of tasks in Harbor's format. `AsyncTrainingSandbox` and `AsyncHarborTasks` are
+the asyncio versions.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""`make demo`: the main job for real, with times, and nothing left behind.
+"""`make demo`: a complete run of the main use case, with timings; it removes everything that it creates.
 
-Its server has a home of its own beside the virtual environment; only the environment packages stay there, so that the
-next run is quick.
+Its server uses a separate home beside the virtual environment, which retains only the environment packages, so that the
+next run is fast.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def timed(what: str) -> Iterator[None]:
 
 
 def run_cli(home: Path, *arguments: str) -> str:
-    """The `rock` command as a user would type it."""
+    """Run the `rock` command in a subprocess."""
     done = subprocess.run(
         [sys.executable, "-m", "rock.cli.main", *arguments], capture_output=True, text=True, timeout=120,
         env=child_environment(ROCK_HOME=str(home)),
@@ -121,7 +121,7 @@ def episode(url: str) -> None:
 
 
 def main(home: Path) -> int:
-    """Run it all with this ROCK_HOME; 1 when something failed or was left behind."""
+    """Run the demo with this ROCK_HOME; returns 1 when a step failed or something was left behind."""
     began = time.perf_counter()
     home.mkdir(parents=True, exist_ok=True)
     print(f"ROCK {rock.__version__}, {'root' if os.geteuid() == 0 else 'an ordinary user'}, home {home}")

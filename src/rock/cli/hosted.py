@@ -1,7 +1,7 @@
-"""A rocklet that another program hosts: `python -m rock.cli.hosted`, with settings from the environment.
+"""A rocklet under a host program: `python -m rock.cli.hosted`, with settings from the environment.
 
-It ends when its standard input does, which is when its host is gone however that ended; then its sandboxes are over,
-because nobody would look after them.
+It exits when its standard input closes, which happens whenever the host ends. Its sandboxes then end too, because no
+process would manage them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _ENDING = 30.0  # seconds for its sandboxes to end
 
 
 class Hosted(Rocklet):
-    """A rocklet that sees whether its host is there."""
+    """A rocklet that monitors its host."""
 
     async def open(self) -> None:
         await super().open()
@@ -45,7 +45,7 @@ class Hosted(Rocklet):
 
 
 def main() -> int:
-    with contextlib.suppress(OSError):  # Ray's workers are niced, and heartbeats must not be late; takes root
+    with contextlib.suppress(OSError):  # Ray's workers are niced, which would delay heartbeats; requires root
         os.setpriority(os.PRIO_PROCESS, 0, 0)
     return status_of(lambda: run_server(Settings.read(), Hosted))
 

@@ -1,4 +1,4 @@
-"""The `rock` command: parses, calls, prints. Nothing heavy is imported before a command needs it."""
+"""The `rock` command: parses arguments, calls the SDK, prints. Commands import heavy modules on demand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain help: drawing it would take longer than all the rest
+    rich_markup_mode=None,  # plain help: Rich markup would take longer than the rest of the command
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -58,7 +58,7 @@ def options(
 
 
 def _headers(config: str | None, pairs: list[str], cluster: str | None) -> None:
-    """What these options say goes to every client that the command makes."""
+    """The headers of these options, for every client of the command."""
     try:
         given = settings.client_file(config) if config else {}
         settings.give(**given)
@@ -88,7 +88,7 @@ app.add_typer(admin_app, name="admin")
 def bench(context: typer.Context) -> None:
     """Measure this machine: figures next to their floors."""
     from rock.cli.bench.bench import (
-        app as bench_app,  # it takes the SDK and more, which no other command should wait for
+        app as bench_app,  # imports the SDK and more, which other commands do not need
     )
 
     bench_app(context.args, prog_name="rock bench")
@@ -102,7 +102,7 @@ def main() -> None:
         _trace(error)
         status = fail(error)
     except BrokenPipeError:
-        # Whoever read our output has gone; nothing more can be told to it.
+        # The reader of the output has closed it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 141
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""How the commands speak: tables or JSON to the standard output, progress and errors to the standard error."""
+"""Output of the commands: tables or JSON on standard output, progress and errors on standard error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Options:
-    """What is given before the command."""
+    """The global options, before the command."""
 
     base_url: str | None = None
     api_key: str | None = None
@@ -44,7 +44,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], empty: str =
     if terminal:
         console.print(drawn)
         return
-    with console.capture() as text:  # a pipe gets whole lines, without the blanks that fill a table to its width
+    with console.capture() as text:  # a pipe gets complete lines without trailing blanks
         console.print(drawn)
     print("\n".join(line.rstrip() for line in text.get().splitlines()))
 
@@ -54,7 +54,7 @@ def as_json(value: Any) -> None:
 
 
 def size(count: float | None) -> str:
-    """Bytes for people: 1.5G."""
+    """Format bytes: 1.5G."""
     if count is None:
         return ""
     for unit in ("B", "K", "M", "G"):
@@ -65,7 +65,7 @@ def size(count: float | None) -> str:
 
 
 def age(since: float | None, until: float | None = None) -> str:
-    """Time for people: 42s, 7m, 3h, 12d."""
+    """Format a duration: 42s, 7m, 3h, 12d."""
     if not since:
         return ""
     seconds = max(0.0, (until or time.time()) - since)
@@ -77,7 +77,7 @@ def age(since: float | None, until: float | None = None) -> str:
 
 @contextlib.contextmanager
 def busy(what: str) -> Iterator[Callable[[str], None]]:
-    """A moving sign while something takes long, on a terminal; the given function changes its text."""
+    """A spinner on a terminal; the returned function changes its text."""
     if not sys.stderr.isatty():
         yield lambda text: None
         return
@@ -89,7 +89,7 @@ def busy(what: str) -> Iterator[Callable[[str], None]]:
 
 @contextlib.contextmanager
 def transfer(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar of bytes while they move, on a terminal; the given function advances it."""
+    """A progress bar of bytes on a terminal; the returned function advances it."""
     if not sys.stderr.isatty():
         yield lambda count: None
         return
@@ -103,12 +103,12 @@ def transfer(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
 
 
 def fail(error: RockError) -> int:
-    """Tell an error in one clear line, with what to do next; the exit status for it."""
+    """Print an error in one line, with the hint; returns the exit status."""
     return complain(error.message or type(error).__name__, error.hint)
 
 
 def status_of(work: Callable[[], object]) -> int:
-    """Do it; the exit status, after telling what was wrong."""
+    """Run a function; returns the exit status, after printing an error."""
     from rock.errors import InvalidConfig, RockError
 
     try:

@@ -14,7 +14,7 @@ from rock.settings import Settings, envhub_database
 
 
 def admin_main() -> None:
-    """`admin`: the server, or one role of it."""
+    """`admin`: the server, or one of its roles."""
     parser = argparse.ArgumentParser(prog="admin", description="The ROCK server in the foreground.")
     parser.add_argument("--env", default="local", help="kept for ROCK's command line; local is the only one")
     parser.add_argument("--role", default="all", choices=["all", "admin", "write", "proxy", "read"])
@@ -23,7 +23,8 @@ def admin_main() -> None:
 
 
 def rocklet_main() -> None:
-    """`rocklet`: the sandboxes of one machine, without a control plane, for servers that it joins or that name it."""
+    """`rocklet`: the sandboxes of one machine without a control plane, for the server that it joins or that lists
+    it."""
     text = "The sandboxes of this machine: the data plane and the node plane of the wire, without an admin."
     parser = argparse.ArgumentParser(prog="rocklet", description=text)
     parser.add_argument("--join", default=None, metavar="URL", help="be a worker of this server; several: URL,URL")
@@ -35,7 +36,7 @@ def rocklet_main() -> None:
 
 
 def envhub_main() -> None:
-    """`envhub`: the registry of environments alone."""
+    """`envhub`: the registry of environments only."""
     text = "The registry of environments alone; `rock admin start` has it too."
     parser = argparse.ArgumentParser(prog="envhub", description=text)
     parser.add_argument("--host", default="127.0.0.1")

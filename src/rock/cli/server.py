@@ -1,4 +1,4 @@
-"""The server as `rock admin start` starts it: `python -m rock.cli.server`."""
+"""Entry point of the background server of `rock admin start`: `python -m rock.cli.server`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 
 def main() -> int:
-    gc.disable()  # what a start makes stays: to look through it again and again is a tenth of a start. On in `serve`
+    gc.disable()  # collections would take a tenth of the start-up time; `serve` enables them
     from rock.cli.output import status_of
     from rock.cli.serve.serve import run_server
     from rock.settings import Settings

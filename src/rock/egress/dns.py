@@ -1,6 +1,7 @@
-"""DNS messages: pure, both ways hostile. Standard library only.
+"""DNS messages, whose input is untrusted in both directions, and a resolver. Standard library only.
 
-Questions come from inside a sandbox; answers to our own questions come from the network.
+Queries come from inside a sandbox; responses to the resolver's own queries come from the network. The resolver uses the
+name servers of this machine, or those of the settings.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ _LONGEST_TTL = 3600
 
 @dataclass(frozen=True)
 class Question:
-    """One question. name: lower case, without the last dot. size: of the largest datagram that its asker takes."""
+    """One query. name: lower case, without the last dot. size: the largest datagram that the sender accepts."""
 
     number: int
     name: str
     kind: int
-    raw: bytes  # the question as it was asked, with its spelling
+    raw: bytes  # the original question section
     size: int = _PLAIN_SIZE
     recursive: bool = True
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a name server said. ttl: seconds, of the shortest-lived of the addresses."""
+    """A name server's response. ttl: seconds, the minimum of the addresses."""
 
     code: int
     addresses: tuple[Address, ...] = ()
@@ -47,7 +48,7 @@ class Reply:
 
 
 def parse_question(data: bytes) -> Question:
-    """ValueError when it is none that we understand."""
+    """Parse a query; ValueError for an invalid or unsupported one."""
     if len(data) < 12 or len(data) > 4096:
         raise ValueError("no DNS message")
     number, flags, questions, answers, authorities, extras = struct.unpack_from(">6H", data)
@@ -70,7 +71,7 @@ def parse_question(data: bytes) -> Question:
 
 def answer(question: Question, code: int, addresses: tuple[Address, ...] = (), ttl: int = 0, *,
            datagram: bool) -> bytes:
-    """The message that answers a question, cut where a datagram is too small for it."""
+    """The response to a query, truncated where a datagram is too small for it."""
     records = b"".join(
         struct.pack(">HHHIH", 0xC00C, A if address.version == 4 else AAAA, _IN, ttl, len(address.packed))
         + address.packed for address in addresses)
@@ -82,7 +83,7 @@ def answer(question: Question, code: int, addresses: tuple[Address, ...] = (), t
 
 
 def passed_on(question: Question, reply: bytes, *, datagram: bool) -> bytes:
-    """A name server's message as the answer to a question, with its number."""
+    """A name server's response with the id of the sandbox's query."""
     if datagram and len(reply) > question.size:
         flags = struct.unpack_from(">H", reply, 2)[0] | 0x200
         return struct.pack(">6H", question.number, flags, 1, 0, 0, 0) + question.raw
@@ -90,7 +91,7 @@ def passed_on(question: Question, reply: bytes, *, datagram: bool) -> bytes:
 
 
 def encode_query(number: int, name: str, kind: int) -> bytes:
-    """A question of ours. ValueError for a name that is too long."""
+    """Encode a query of the resolver. ValueError for a name that is too long."""
     labels = [label.encode("latin-1") for label in name.split(".")] if name else []
     if any(not 0 < len(label) < 64 for label in labels) or len(name) > 253:
         raise ValueError("no DNS name")
@@ -100,7 +101,7 @@ def encode_query(number: int, name: str, kind: int) -> bytes:
 
 
 def parse_reply(data: bytes, number: int, name: str, kind: int) -> Reply:
-    """What was answered to `ask(number, name, kind)`. ValueError when this is no answer to it."""
+    """Parse the response to `encode_query(number, name, kind)`. ValueError when it does not match."""
     if len(data) < 12:
         raise ValueError("no DNS message")
     got, flags, questions, answers, _, _ = struct.unpack_from(">6H", data)
@@ -143,7 +144,7 @@ def _name(data: bytes, at: int, *, pointers: bool = True) -> tuple[str, int]:
                 raise ValueError("a DNS name with a pointer")
             target = (size & 0x3F) << 8 | data[at + 1]
             end = at + 2 if end < 0 else end
-            if target >= at:  # only backwards, so it ends
+            if target >= at:  # only backwards, so the loop ends
                 raise ValueError("a DNS name that points forward")
             at = target
             continue
@@ -161,10 +162,8 @@ def _name(data: bytes, at: int, *, pointers: bool = True) -> tuple[str, int]:
 
 
 # ---- resolver ----
-#
-# Asking the name servers of this machine, or those that the settings name. Standard library only.
 
-_PATIENCE = 2.0  # seconds for one server
+_PATIENCE = 2.0  # timeout per server in seconds
 _ROUNDS = 2
 _MOST_SERVERS = 3
 _RESOLV_CONF = "/etc/resolv.conf"
@@ -172,11 +171,11 @@ Server = tuple[str, int]
 
 
 class Unanswered(Exception):
-    """No name server gave an answer."""
+    """No name server responded."""
 
 
 class Resolver:
-    """servers: "ADDRESS" or "ADDRESS:PORT", IPv6 in brackets; none means those of /etc/resolv.conf as it is now."""
+    """servers: "ADDRESS" or "ADDRESS:PORT", IPv6 in brackets; an empty list uses the current /etc/resolv.conf."""
 
     def __init__(self, servers: Sequence[str] = ()) -> None:
         self._given = [parse_server(text) for text in servers]
@@ -195,7 +194,7 @@ class Resolver:
         return self._read[1]
 
     async def ask(self, name: str, kind: int) -> tuple[Reply, bytes]:
-        """The reply to a question, also as it came. Unanswered, ValueError for a name that cannot be asked."""
+        """The response to a query, parsed and raw. Unanswered; ValueError for an invalid name."""
         for _ in range(_ROUNDS):
             for server in self._servers():
                 number = secrets.randbelow(1 << 16)
@@ -213,7 +212,7 @@ class Resolver:
 
 
 async def _by_datagram(server: Server, question: bytes, number: int, name: str, kind: int) -> bytes:
-    """From a connected socket of its own, so that its port has to be guessed too; what does not fit is passed over."""
+    """Query from a new connected socket, so that a spoofer must also guess its port; other datagrams are ignored."""
     loop = asyncio.get_running_loop()
     answered: asyncio.Future[bytes] = loop.create_future()
 
@@ -246,7 +245,7 @@ async def _by_stream(server: Server, question: bytes) -> bytes:
 
 
 def parse_server(text: str) -> Server:
-    """ValueError when it is no "ADDRESS" and no "ADDRESS:PORT"."""
+    """Parse a server; ValueError unless it is "ADDRESS" or "ADDRESS:PORT"."""
     host, port = text.strip(), "53"
     if host.startswith("["):
         host, _, rest = host[1:].partition("]")

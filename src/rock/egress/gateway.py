@@ -1,9 +1,9 @@
-"""The way out of one sandbox: its connections and its DNS questions, each judged, carried and noted.
+"""The egress gateway of one sandbox: checks, forwards and logs its connections and DNS queries.
 
-    accept ──► judge the address ──► wait for a name, where the policy has names ──► connect ──► relay.py
-    question ──► judge the name ──► ask outside ──► leave out what may not be reached ──► answer
+    accept ──► check the address ──► read a name, where the policy has names ──► connect ──► relay.py
+    query ──► check the name ──► resolve outside ──► remove denied addresses ──► respond
 
-Everything that a sandbox can ask for is bounded here. Standard library only.
+All resources that a sandbox can use here are bounded. Standard library only.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ from rock.egress.relay import Relay, reset
 from rock.protocol import egress
 from rock.protocol.egress import Address
 
-MOST_CONNECTIONS = 256  # at once; more wait
-_RATE, _BURST = 200.0, 400.0  # new connections a second
-_MOST_QUESTIONS = 32  # at once; more are dropped, as DNS allows
+MOST_CONNECTIONS = 256  # concurrent; further ones wait
+_RATE, _BURST = 200.0, 400.0  # new connections per second
+_MOST_QUESTIONS = 32  # concurrent; further ones are dropped, as DNS permits
 _MOST_NAMES = 1000
-_MOST_ADDRESSES = 64  # of one name: its name server may be the sandbox's own, and give others each time
-_REMEMBERED = 3600.0  # seconds that a name keeps the addresses that were given for it
+_MOST_ADDRESSES = 64  # per name: the sandbox's owner may control its name server and vary the response
+_REMEMBERED = 3600.0  # seconds for which resolved addresses stay valid for a name
 _NAME_PATIENCE = 5.0
 _CONNECT_PATIENCE = 30.0
 _STREAM_PATIENCE = 30.0
 _PAUSE = 0.1
-_RETURNED = (dns.NS, dns.SOA, dns.MX, dns.TXT, dns.SRV, dns.NAPTR, dns.HTTPS)  # with an open policy, as they came
+_RETURNED = (dns.NS, dns.SOA, dns.MX, dns.TXT, dns.SRV, dns.NAPTR, dns.HTTPS)  # forwarded unchanged with an open policy
 _PKTINFO = 8
 
 
 class Gateway:
-    """ways: the TCP and the UDP socket of wired.py, which are the door's from then on."""
+    """ways: the TCP and the UDP socket of isolated_network.py, which the gateway owns from now on."""
 
     def __init__(self, policy: Policy, ways: tuple[socket.socket, socket.socket], journal: Journal,
                  resolver: Resolver, routes: Routes) -> None:
@@ -58,14 +58,14 @@ class Gateway:
         self._questions = 0
         self._tokens, self._counted_at = _BURST, time.monotonic()
         self._timer: asyncio.TimerHandle | None = None
-        self._given: OrderedDict[str, dict[Address, float]] = OrderedDict()  # by name, and until when
+        self._given: OrderedDict[str, dict[Address, float]] = OrderedDict()  # by name, with expiry
         self._last_names: OrderedDict[Address, str] = OrderedDict()
         self._listening = False
         self._listen()
         self._loop.add_reader(self._udp, self._receive)
 
     async def close(self) -> None:
-        """End every connection. New ones wait for the next door."""
+        """Close every connection. New ones wait for the next gateway."""
         self._pause()
         self._loop.remove_reader(self._udp)
         for task in self._tasks:
@@ -108,7 +108,7 @@ class Gateway:
             inner, _ = self._tcp.accept()
         except (BlockingIOError, ConnectionError):
             return
-        except OSError:  # no descriptor left, or no memory
+        except OSError:  # out of descriptors or memory
             self._pause(_PAUSE)
             return
         self._tokens -= 1
@@ -186,7 +186,8 @@ class Gateway:
         await Relay(inner, outer, entry).wait()
 
     async def _hear(self, inner: socket.socket, address: Address, port: int, entry: OpenEntry) -> bytes:
-        """Wait for the name that the client says, and believe it only for an address that DNS gives for it. Refused."""
+        """Read the name from the client's first bytes; accept it only for an address that DNS returns for it.
+        Refused."""
         data, told, looks = b"", None, 0
         try:
             async with asyncio.timeout(_NAME_PATIENCE):
@@ -209,7 +210,7 @@ class Gateway:
     async def _belongs(self, name: str, address: Address) -> bool:
         if self._given.get(name, {}).get(address, 0.0) > time.monotonic():
             return True
-        # Its program may remember longer than we do, or a former proxy gave it.
+        # The program may cache longer, or a former proxy resolved the name.
         try:
             found, _ = await self._resolve(name, dns.A if address.version == 4 else dns.AAAA)
         except (Unanswered, ValueError):
@@ -234,14 +235,14 @@ class Gateway:
         self._questions -= 1
 
     def _answers(self, address: Address) -> bool:
-        """Whether a connection to port 53 of an address is for us: where an entry lists it, it goes there."""
+        """Whether this gateway serves port 53 of an address; a policy entry for it takes precedence."""
         return self._policy.judge(address, 53)[0] is not Verdict.ALLOW or self._policy.open_dns
 
     async def _answer_datagram(self, data: bytes, asked: bytes | None, sender: object) -> None:
         reply = await self._answer(data, datagram=True)
         if reply is None or asked is None:
             return
-        info = struct.pack("=i4s4s", 0, asked, asked)  # what was asked answers
+        info = struct.pack("=i4s4s", 0, asked, asked)  # the response comes from the queried address
         with contextlib.suppress(OSError):
             self._udp.sendmsg([reply], [(socket.IPPROTO_IP, _PKTINFO, info)], 0, sender)  # type: ignore[arg-type]
 
@@ -276,7 +277,7 @@ class Gateway:
             return dns.answer(question, dns.SERVER_FAILED, datagram=datagram)
         except ValueError:
             return dns.answer(question, dns.NO_NAME, datagram=datagram)
-        # Nothing else leads to an address, and every question could carry something out.
+        # Other record types lead to no address, and each query could exfiltrate data.
         return dns.answer(question, dns.NOT_IMPLEMENTED if question.kind == dns.ANY else dns.OK, datagram=datagram)
 
     async def _resolve(self, name: str, kind: int) -> tuple[dns.Reply, bytes]:
@@ -303,7 +304,7 @@ class Gateway:
         return reply, raw
 
     def _give(self, question: dns.Question, reply: dns.Reply, datagram: bool) -> bytes:
-        """The addresses that could be reached; a name that only leads where nobody may go has none."""
+        """The allowed addresses of a name; empty when all of them are denied."""
         found = tuple(address for address in reply.addresses if self._reachable(address))
         if reply.addresses and not found:
             reason = egress.never(reply.addresses[0]) or egress.closed(reply.addresses[0])
@@ -313,7 +314,7 @@ class Gateway:
 
     def _reachable(self, address: Address) -> bool:
         if address.version == 6 and self._routes.type_of(str(address)) is None:
-            return False  # this machine has no IPv6: a program would try it first
+            return False  # this machine has no IPv6, and a program would try it first
         return egress.never(address) is None and (egress.closed(address) is None or self._policy.names(address))
 
     def _refused(self, question: dns.Question, reason: str) -> None:
@@ -323,7 +324,7 @@ class Gateway:
 
 
 def _shown(name: str) -> str:
-    """A name as people may see it: what comes from inside could speak to their terminal."""
+    """A name without control characters: data from inside could control the reader's terminal."""
     return "".join(letter if "!" <= letter <= "~" else "?" for letter in name)
 
 

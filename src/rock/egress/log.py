@@ -1,6 +1,8 @@
-"""What a sandbox connected to: the last entries in memory and in a file, one JSON object a line. Standard library only.
+"""The connection log of a sandbox: the latest entries in memory and in a file, one JSON object per line. Standard
+library only.
 
-The file is opened by the server and written by the proxy, which may open nothing. It outlives both, and the sandbox.
+The server opens the file and the proxy writes it, because the proxy may not open files. The file outlives both, and the
+sandbox.
 """
 
 from __future__ import annotations
@@ -13,12 +15,12 @@ from collections import deque
 from typing import Any
 
 KEPT = 1000  # entries
-_LARGEST = 1 << 20  # bytes of a file before it is written anew
+_LARGEST = 1 << 20  # file size in bytes at which it is rewritten
 _LONGEST_LINE = 2048
 
 
 class OpenEntry:
-    """An entry that is still being written: a connection under way."""
+    """The entry of an open connection."""
 
     def __init__(self, number: int, address: str, port: int, protocol: str) -> None:
         self.number = number
@@ -39,7 +41,7 @@ class OpenEntry:
 
 
 class Journal:
-    """Of one sandbox. fd: of its file, which is the journal's from then on."""
+    """The log of one sandbox. fd: its file, which the log owns from now on."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -57,13 +59,13 @@ class Journal:
         return entry
 
     def end(self, entry: OpenEntry) -> None:
-        """It is over: written down. Idempotent."""
+        """Complete the entry and write it. Idempotent."""
         if self._open.pop(entry.number, None) is None:
             return
         plain = entry.plain(time.time())
         self._ended.append(plain)
         line = json.dumps(plain).encode() + b"\n"
-        with contextlib.suppress(OSError):  # a full disk: the entries in memory go on
+        with contextlib.suppress(OSError):  # a full disk: the log continues in memory
             if self._size + len(line) > _LARGEST:
                 self._rewrite()
             else:
@@ -89,7 +91,7 @@ class Journal:
 
 
 def read(path: str) -> dict[str, Any]:
-    """What the file of a sandbox that is gone tells, as `Journal.listed`; nothing when there is no file."""
+    """The log file of an ended sandbox, as `Journal.listed`; empty without a file."""
     try:
         with open(path, "rb") as file:
             items = _entries(file.read(2 * _LARGEST))[-KEPT:]
@@ -100,7 +102,7 @@ def read(path: str) -> dict[str, Any]:
 
 
 def _entries(data: bytes) -> list[dict[str, Any]]:
-    """A line that a crash cut off is left out."""
+    """Parse entries; skips a line that a crash truncated."""
     found = []
     for line in data.split(b"\n"):
         if not 0 < len(line) <= _LONGEST_LINE:

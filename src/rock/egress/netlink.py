@@ -1,6 +1,6 @@
-"""Netlink by hand: addresses and routes. The packet filter is in namespace/nftables.py. Standard library only.
+"""Netlink messages for addresses and routes; nftables.py has the packet filter. Standard library only.
 
-No program of the host is needed: `ip` and `nft` are missing on many machines, and cost 3 to 10 ms a call.
+It needs no program of the host: `ip` and `nft` are missing on many machines, and cost 3 to 10 ms per call.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ def nested(kind: int, *parts: bytes) -> bytes:
 
 
 class Routes:
-    """What this machine's routes say of addresses. Its socket is opened once, and again when it was of no use."""
+    """Looks up this machine's routes. The socket is opened once, and again after an error."""
 
     def __init__(self) -> None:
         self._link: Netlink | None = None
 
     def type_of(self, address: str) -> int | None:
-        """UNICAST for what is sent away, None where there is no route, else another type (its own, broadcast, ...)."""
+        """UNICAST for a routed address, None without a route, else another type (local, broadcast, ...)."""
         try:
             self._link = self._link or Netlink(ROUTE)
             return route_type(self._link, address)
@@ -52,7 +52,7 @@ class Routes:
 
 
 class Netlink:
-    """A netlink socket. It belongs to the network namespace that it was opened in."""
+    """A netlink socket. It belongs to the network namespace in which it was opened."""
 
     def __init__(self, protocol: int) -> None:
         self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
@@ -66,7 +66,7 @@ class Netlink:
         return struct.pack("=IHHII", len(body) + 16, kind, flags | REQUEST, self._number, 0) + body
 
     def ask(self, data: bytes, acknowledgements: int = 1) -> None:
-        """Send messages, and raise OSError when the kernel refuses one."""
+        """Send messages, and raise OSError when the kernel rejects one."""
         self._sock.send(data)
         for _ in range(acknowledgements):
             for kind, body in self.receive():
@@ -74,7 +74,7 @@ class Netlink:
                     raise OSError(number, os.strerror(number))
 
     def look(self, data: bytes) -> tuple[int, bytes]:
-        """Send a question; its first answer: kind and body."""
+        """Send a query; returns the first response: type and body."""
         self._sock.send(data)
         kind, body = next(self.receive())
         if kind == _ERROR:
@@ -102,7 +102,7 @@ def routing() -> Iterator[Netlink]:
 
 
 def add_address(link: Netlink, device: int, address: str) -> None:
-    """Give a device one address, without a network around it."""
+    """Give a device one address, without a prefix route."""
     family, packed = _packed(address)
     body = struct.pack("=BBBBI", family, len(packed) * 8, _NO_DUPLICATE_CHECK, 0, device)
     body += attribute(1, packed) + attribute(2, packed)
@@ -110,7 +110,7 @@ def add_address(link: Netlink, device: int, address: str) -> None:
 
 
 def route_all_here(link: Netlink, device: int, source: str) -> None:
-    """Make every address of a family one of this machine's own; what is sent has `source` unless told otherwise."""
+    """Make every address of a family local to this namespace; `source` is the default source address."""
     family, packed = _packed(source)
     body = struct.pack("=BBBBBBBBI", family, 0, 0, 0, _TABLE_MAIN, _PROTOCOL_STATIC, _SCOPE_HOST, LOCAL, 0)
     body += attribute(4, struct.pack("=I", device)) + attribute(7, packed)
@@ -118,7 +118,7 @@ def route_all_here(link: Netlink, device: int, source: str) -> None:
 
 
 def route_type(link: Netlink, address: str) -> int:
-    """What the kernel would do with packets to an address: UNICAST sends them away. OSError when it has no route."""
+    """The route type of an address: UNICAST for a routed one. OSError without a route."""
     family, packed = _packed(address)
     body = struct.pack("=BBBBBBBBI", family, len(packed) * 8, 0, 0, 0, 0, 0, 0, 0) + attribute(1, packed)
     return link.look(link.message(_GET_ROUTE, 0, body))[1][7]

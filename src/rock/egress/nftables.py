@@ -1,4 +1,4 @@
-"""Packet filter rules, in the words of the kernel's nftables. Standard library only.
+"""Packet filter rules as nftables netlink messages. Standard library only.
 
 A rule is a list of expressions, each a function here; registers 1 and 2 are scratch.
 """
@@ -15,14 +15,14 @@ PREROUTING, OUTPUT = 0, 3
 _SUBSYSTEM = 10
 _NEW_TABLE, _NEW_CHAIN, _NEW_RULE = 0, 3, 6
 _BATCH_BEGIN, _BATCH_END = 16, 17
-_BOTH = 1  # the family of tables that see IPv4 and IPv6
+_BOTH = 1  # the family of tables for IPv4 and IPv6
 _IPV4, _IPV6 = 2, 10
 _ADMIN_PROHIBITED = 3
 Expressions = list[bytes]
 
 
 class Table:
-    """A table of rules, sent to the kernel as one batch: all of it or nothing."""
+    """A table of rules, sent to the kernel as one atomic batch."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -49,7 +49,7 @@ class Table:
         self._add(_NEW_RULE, _text(1, self._name) + _text(2, chain) + listed, APPEND)
 
     def commit(self) -> None:
-        """Have the kernel take it. OSError when it does not."""
+        """Apply the batch. OSError when the kernel rejects it."""
         try:
             self._link.ask(b"".join([*self._parts, self._edge(_BATCH_END)]), self._count)
         finally:
@@ -81,12 +81,12 @@ def _payload(base: int, offset: int, length: int) -> bytes:
 
 
 def protocol(number: int) -> Expressions:
-    """Packets of this protocol above IP."""
+    """Match packets of this protocol above IP."""
     return [_expression("meta", _number(1, 1), _number(2, 16)), _equals(bytes([number]))]
 
 
 def destination(address: str, bits: int) -> Expressions:
-    """Packets to this network."""
+    """Match packets to this network."""
     family, offset, kind = (socket.AF_INET6, 24, _IPV6) if ":" in address else (socket.AF_INET, 16, _IPV4)
     packed = socket.inet_pton(family, address)
     found = [_expression("meta", _number(1, 1), _number(2, 15)), _equals(bytes([kind])),
@@ -99,12 +99,12 @@ def destination(address: str, bits: int) -> Expressions:
 
 
 def port(number: int) -> Expressions:
-    """Packets of TCP or UDP to this port."""
+    """Match packets of TCP or UDP to this port."""
     return [_payload(2, 2, 2), _equals(struct.pack(">H", number))]
 
 
 def to_socket(number: int, address: str = "") -> Expressions:
-    """Give the packet to whoever listens transparently on this port here, and accept it; where nobody does, go on."""
+    """Redirect the packet to a transparent listener on this port and accept it; continue without a listener."""
     if not address:
         return [_load(1, struct.pack(">H", number)), _expression("tproxy", _number(1, 0), _number(3, 1)),
                 *verdict(ACCEPT)]
@@ -117,5 +117,5 @@ def verdict(code: int) -> Expressions:
 
 
 def refuse() -> Expressions:
-    """Drop it, and tell the sender that this is not allowed."""
+    """Drop the packet, and send an error to the sender."""
     return [_expression("reject", _number(1, 2), attribute(2, bytes([_ADMIN_PROHIBITED])))]

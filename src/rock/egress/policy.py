@@ -1,9 +1,13 @@
-"""Which connections of a sandbox are allowed: pure. Standard library only.
+"""Egress policy: the decision on each connection, and the host name from a client's first bytes. Pure; standard library
+only.
 
-    never (loopback, multicast, ...)          refused, whatever the entries say
-    closed (private, link-local, metadata)    refused, unless an entry with a port names the address or a network in
-    and the host's own addresses              that block; the host's own only one by one
-    public                                    without entries allowed; else by an entry for the address, or by name
+    never (loopback, multicast, ...)          denied, whatever the entries say
+    closed (private, link-local, metadata)    denied, unless an entry with a port names the address or a network in
+    and the host's own addresses              that block; the host's own addresses only one by one
+    public                                    allowed without entries; else by an entry for the address, or by name
+
+The name is the TLS server name or the HTTP Host. The bytes come from inside a sandbox, so any deviation from the
+protocol is rejected.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from rock.protocol.egress import Address, Entry, name_of, parse
 class Verdict(Enum):
     ALLOW = "allow"
     REFUSE = "refuse"
-    ASK = "ask"  # what the client says will decide
+    ASK = "ask"  # the name in the client's first bytes decides
 
 
 class Policy:
@@ -30,11 +34,12 @@ class Policy:
 
     @property
     def open_dns(self) -> bool:
-        """Whether every name may be asked for."""
+        """Whether all names may be resolved."""
         return self._entries is None or any(entry.is_everything for entry in self._entries)
 
     def judge(self, address: Address, port: int, *, own: bool = False) -> tuple[Verdict, str | None]:
-        """Whether a connection to an address may be made, and why not. own: it is one of the host's addresses."""
+        """Decide on a connection to an address; returns the reason of a denial. own: it is one of the host's
+        addresses."""
         address = egress.plain(address)
         kind = egress.never(address)
         if kind is not None:
@@ -52,17 +57,17 @@ class Policy:
         return (Verdict.ASK, None) if named else (Verdict.REFUSE, "not in egress")
 
     def names(self, address: Address) -> bool:
-        """Whether an entry opens this closed address, on some port."""
+        """Whether an entry opens this closed address on some port."""
         return any(entry.port is not None and _opens(entry, address, entry.port, False)
                    for entry in self._entries or ())
 
     def allows_name(self, name: str, port: int | None = None) -> bool:
-        """Whether an entry has this name; port None asks for any port, as DNS does not tell one."""
+        """Whether an entry matches this name; port None matches any port, because DNS carries none."""
         return any(entry.has_name(name, port) for entry in self._entries or ())
 
 
 def _opens(entry: Entry, address: Address, port: int, own: bool) -> bool:
-    """Whether an entry names a closed address: with a port, and so narrowly that it can have meant nothing else."""
+    """Whether an entry opens a closed address: it needs a port, and a network within the closed block."""
     network = entry.network
     if network is None or entry.port != port or address not in network:
         return False
@@ -74,14 +79,10 @@ def _opens(entry: Entry, address: Address, port: int, own: bool) -> bool:
     return network.subnet_of(block)  # type: ignore[arg-type]
 
 
-# ---- sniff ----
-#
-# Whom a client says that it wants to speak to: TLS server name or HTTP Host, from its first bytes. Pure.
-#
-# The bytes come from inside a sandbox: whatever is not exactly as it should be is refused. Standard library only.
+# ---- names in first bytes ----
 
-LONGEST = 16_384  # bytes of a first message that are looked at
-MOST_LOOKS = 100  # at one client's bytes: each costs more, the more there are
+LONGEST = 16_384  # maximum inspected bytes of a first message
+MOST_LOOKS = 100  # parse attempts per client: the cost of each grows with the data
 _MOST_RECORDS = 64
 _HANDSHAKE, _CLIENT_HELLO = 22, 1
 _SERVER_NAME, _ENCRYPTED_HELLO = 0, 0xFE0D
@@ -92,12 +93,12 @@ _TOKEN = frozenset(b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGH
 
 
 class Refused(Exception):
-    """The first bytes tell no name that could be believed; the message says why."""
+    """The first bytes contain no acceptable name; the message has the reason."""
 
 
 @dataclass(frozen=True)
 class ClientGreeting:
-    """What the client said. first: the bytes to send on, in place of those that were looked at."""
+    """The client's name. first: the bytes to forward, in place of the inspected ones."""
 
     protocol: str
     name: str
@@ -105,7 +106,7 @@ class ClientGreeting:
 
 
 def look(data: bytes) -> ClientGreeting | None:
-    """The name in a client's first bytes; None when more of them are needed. Refused."""
+    """The name in a client's first bytes; None when more bytes are needed. Refused."""
     if not data:
         return None
     if data[0] == _HANDSHAKE:
@@ -168,7 +169,7 @@ def _tls(data: bytes) -> str | None:
 
 
 def _hello(data: bytes) -> bytes | None:
-    """The client hello out of the records that it came in; None when it is not whole."""
+    """The client hello from its records; None when it is incomplete."""
     whole, at, records = bytearray(), 0, 0
     while at + 5 <= len(data):
         kind, major, length = data[at], data[at + 1], int.from_bytes(data[at + 3 : at + 5], "big")
@@ -234,7 +235,7 @@ def _http(data: bytes) -> ClientGreeting | None:
         if lower == b"host":
             hosts.append(value.strip(b" \t"))
         if lower == b"upgrade":
-            upgrade = value.strip(b" \t").lower() == b"websocket"  # any other could carry requests of its own
+            upgrade = value.strip(b" \t").lower() == b"websocket"  # other upgrades could carry requests of their own
         if lower not in (b"connection", b"keep-alive", b"proxy-connection", b"upgrade"):
             kept.append(line)
     if len(hosts) != 1:
@@ -242,7 +243,7 @@ def _http(data: bytes) -> ClientGreeting | None:
     name_told = _host(hosts[0])
     if not parts[1].startswith(b"/") and parts[1] != b"*" and _absolute(parts[1]) != name_told:
         raise Refused("HTTP whose request and Host differ")
-    # One request a connection: a later one could name another host.
+    # One request per connection: a later one could name another host.
     kept += [b"Upgrade: websocket", b"Connection: upgrade"] if upgrade else [b"Connection: close"]
     return ClientGreeting("http", name_told, b"\r\n".join([lines[0], *kept, b"", b""]) + data[end + 4 :])
 

@@ -1,11 +1,10 @@
-"""The proxy: a process of its own, through which all connections of all sandboxes with a network go.
+"""The egress proxy: a separate process for all outbound connections of sandboxes with network "nat".
 
-    server ── SOCK_SEQPACKET, JSON, descriptors ──► proxy ── a Door a sandbox ──► the network of this machine
+    server ── SOCK_SEQPACKET, JSON, descriptors ──► proxy ── a Gateway per sandbox ──► the network of this machine
 
-Run by its path, `python -I -S proxy.py JSON`. As root it gives up all rights before it reads a byte from inside. It
-ends with the server's socket; then no connection gets out until a server comes back and starts another.
-Requests: add (a sandbox; descriptors: TCP socket, UDP socket, file of its journal), remove, list. Standard library
-only.
+Run by its path, `python -I -S proxy.py JSON`. As root it drops all privileges before it reads a byte from inside. It
+exits when the server's socket closes; no connection then leaves a sandbox until a new server starts another proxy.
+Requests: add (a sandbox; descriptors: TCP socket, UDP socket, file of its log), remove, list. Standard library only.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ class Proxy:
         self._ended = asyncio.Event()
 
     async def run(self) -> None:
-        """Until the server's socket ends."""
+        """Serve until the server's socket closes."""
         loop = asyncio.get_running_loop()
         self._sock.setblocking(False)
         loop.add_reader(self._sock, self._readable)
@@ -146,13 +145,13 @@ class Proxy:
 
 
 def _give_up_rights() -> None:
-    """Nothing that is read here may be able to act as the server."""
+    """Drop all privileges, so that untrusted input cannot act with the server's rights."""
     libc = ctypes.CDLL(None, use_errno=True)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if os.geteuid() == 0:
-        with contextlib.suppress(OSError):  # in a user namespace with one user there is nobody else to be
+        with contextlib.suppress(OSError):  # a user namespace with one user has no other id
             os.setgroups([])
             os.setresgid(_NOBODY, _NOBODY, _NOBODY)
             os.setresuid(_NOBODY, _NOBODY, _NOBODY)
@@ -165,7 +164,7 @@ def main() -> None:
     sock = socket.socket(fileno=int(options["fd"]))
     os.set_inheritable(sock.fileno(), False)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # a Ctrl-C at the server's terminal is not for us
+        signal.signal(number, signal.SIG_IGN)  # Ctrl-C at the server's terminal must not end the proxy
     _give_up_rights()
     asyncio.run(Proxy(sock, options).run())
 

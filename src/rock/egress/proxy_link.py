@@ -1,4 +1,4 @@
-"""The rocklet's side of the proxy: start it, ask it, tell when it has died."""
+"""The rocklet's client of the egress proxy: starts it, sends requests, and reports its death."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _PROXY = Path(__file__).with_name("proxy.py")
 
 
 class ProxyLink(ChildLink):
-    """One proxy at a time, with which every connection ends; sandboxes stay, and nothing gets out of them.
+    """One proxy at a time. Its end closes all connections; the sandboxes continue to run without egress.
 
-    resolvers: see dns.py. lost: called when it died.
+    resolvers: see dns.py. lost: called when the proxy died.
     """
 
     what = "the network proxy"
@@ -33,7 +33,7 @@ class ProxyLink(ChildLink):
         return errors.Unavailable(f"the network proxy did not start: {error!r}", hint=f"see {self._log}")
 
     async def request(self, op: str, fields: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
-        """Ask the proxy; it gets copies of `fds`. Unavailable when it dies meanwhile, or takes too long."""
+        """Send a request to the proxy, with copies of `fds`. Unavailable when it dies meanwhile, or on a timeout."""
         return await self.ask(op, fields, fds, PATIENCE)
 
     def _lost(self) -> None:

@@ -1,4 +1,4 @@
-"""Bytes between two sockets, both ways, until both ends have ended. Standard library only."""
+"""Transfers bytes between two sockets in both directions, until both have ended. Standard library only."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import struct
 from rock.egress.log import OpenEntry
 
 _PIECE = 1 << 18
-_buffer = memoryview(bytearray(_PIECE))  # of whoever reads now: there is one thread
+_buffer = memoryview(bytearray(_PIECE))  # shared: there is one thread
 
 
 class _Way:
-    """One direction. What the target does not take now waits here, and nothing more is read until then."""
+    """One direction. Data that the target does not accept is queued, and reading stops until it does."""
 
     def __init__(self, relay: Relay, source: socket.socket, target: socket.socket, outgoing: bool) -> None:
         self._relay = relay
@@ -70,14 +70,14 @@ class _Way:
         try:
             self._target.shutdown(socket.SHUT_WR)
         except OSError:
-            pass  # the other direction tells
+            pass  # the other direction reports it
         self._relay.ended()
 
 
 class Relay:
-    """Carries bytes between a program in a sandbox (inner) and where it wanted to go (outer); owns both sockets.
+    """Transfers bytes between a program in a sandbox (inner) and its destination (outer); owns both sockets.
 
-    `wait` returns when both have ended, or one is broken. `entry` counts.
+    `wait` returns when both have ended, or one is broken. `entry` counts the bytes.
     """
 
     def __init__(self, inner: socket.socket, outer: socket.socket, entry: OpenEntry) -> None:
@@ -107,7 +107,7 @@ class Relay:
             self._finish()
 
     def finish(self, reason: str) -> None:
-        """One of them is broken: so is the other."""
+        """Close both sockets after an error of one."""
         self._entry.reason = self._entry.reason or reason
         for sock in (self._inner, self._outer):
             reset(sock)
@@ -119,7 +119,7 @@ class Relay:
 
 
 def reset(sock: socket.socket) -> None:
-    """Have the close of a socket be seen as a broken connection, not as an orderly end."""
+    """Close a socket with a reset instead of an orderly end."""
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     except OSError:

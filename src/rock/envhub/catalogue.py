@@ -35,7 +35,7 @@ _COLUMNS = "name, image, owner, description, tags, extra_spec, created_at, updat
 
 
 class Registered(BaseModel):
-    """An environment somebody registered. Times are ISO 8601 in UTC; they are the catalogue's, never the caller's."""
+    """A registered environment. Times are ISO 8601 in UTC; the catalogue sets them, never the caller."""
 
     env_name: str
     image: str
@@ -52,7 +52,7 @@ DEFAULT = Registered(env_name="EnvhubDefaultDockerImage", image="python:3.11")
 
 
 class Catalogue:
-    """Registered environments in a file. A registration has reached the disk when `register` returns."""
+    """Registered environments in a file. A registration is durable when `register` returns."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -64,7 +64,7 @@ class Catalogue:
 
     def _open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(OSError):  # what is wrong is told by SQLite
+        with contextlib.suppress(OSError):  # SQLite reports the error
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         self._db = sqlite3.connect(self.path, isolation_level=None, timeout=5.0)
         self._db.execute("PRAGMA journal_mode=WAL")
@@ -79,7 +79,7 @@ class Catalogue:
         self._thread.shutdown()
 
     async def _aside(self, work: Callable[..., T], *args: Any) -> T:
-        """Do it on the one thread that has the connection: a commit waits for the disk."""
+        """Run on the one thread that owns the connection: a commit waits for the disk."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
         except (sqlite3.Error, OSError) as error:
@@ -93,7 +93,7 @@ class Catalogue:
         return self._db
 
     async def register(self, spec: Registered) -> Registered:
-        """Add it, or replace what has its name; the time of its first registration stays."""
+        """Add an environment or replace the one with its name; the time of the first registration is preserved."""
         return await self._aside(self._register, spec)
 
     def _register(self, spec: Registered) -> Registered:
@@ -109,7 +109,7 @@ class Catalogue:
         return _load(row[0])
 
     async def get(self, name: str) -> Registered:
-        """The environment of that name; NotFound when nobody registered one."""
+        """The environment of that name; NotFound when there is none."""
         rows = await self._aside(
             lambda: self._open_db.execute(f"SELECT {_COLUMNS} FROM environment WHERE name = ?", (name,)).fetchall()
         )
@@ -118,7 +118,7 @@ class Catalogue:
         return _load(rows[0])
 
     async def list(self, owner: str | None = None, tags: Collection[str] | None = None) -> list[Registered]:
-        """All of them by name, or those of an owner, or those that have at least one of the tags."""
+        """All environments by name, or those of an owner, or those with at least one of the tags."""
         rows = await self._aside(
             lambda: self._open_db.execute(f"SELECT {_COLUMNS} FROM environment ORDER BY name").fetchall()
         )
@@ -126,7 +126,7 @@ class Catalogue:
         return [env for env in found if (not owner or env.owner == owner) and (not tags or {*tags} & {*env.tags})]
 
     async def delete(self, name: str) -> None:
-        """Forget it; NotFound when nobody registered one of that name."""
+        """Delete it; NotFound when there is none of that name."""
         done = await self._aside(
             lambda: self._open_db.execute("DELETE FROM environment WHERE name = ?", (name,)).rowcount
         )

@@ -1,4 +1,4 @@
-"""Which training sets there are: ROCK's own, and those of installed packages with an entry point `rock.datasets`."""
+"""The available training sets: ROCK's own, and those of installed packages with an entry point `rock.datasets`."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from rock.errors import InvalidConfig, NotFound
 from rock.protocol.env import TASK_IMAGES
 
 _NAME = re.compile(r"[a-z][a-z0-9-]{0,39}")
-_LARGEST = 90_000  # bytes of one adapter: it travels as one argument of a program, which may have 128 KiB
+_LARGEST = 90_000  # maximum bytes of one adapter: it is one argument of a program, whose limit is 128 KiB
 
 
 @cache
 def _entries() -> dict[str, EntryPoint | Dataset]:
-    """Sets by name. A package cannot take the name of one of ours."""
+    """Sets by name. A package cannot take the name of a built-in set."""
     found: dict[str, EntryPoint | Dataset] = {entry.name: entry for entry in entry_points(group=GROUP)}
     return {**found, **{own.name: own for own in OWN}}
 
 
 @cache
 def _loaded(name: str) -> Dataset:
-    """InvalidConfig when the package that has it is at fault; the other sets are none the worse."""
+    """Load a set. InvalidConfig when its package is faulty; other sets are unaffected."""
     entry = _entries()[name]
     if isinstance(entry, Dataset):
         return entry
@@ -46,7 +46,7 @@ def names() -> list[str]:
 
 
 def find(name: str) -> Dataset:
-    """The set of that name, however it is written: BFCL and bfcl, reasoning_gym and reasoning-gym. NotFound."""
+    """The set of that name in any spelling: BFCL and bfcl, reasoning_gym and reasoning-gym. NotFound."""
     sets = _entries()
     wanted = name.lower().replace("_", "-")
     if wanted in sets:
@@ -57,18 +57,18 @@ def find(name: str) -> Dataset:
 
 
 def image_of(dataset: Dataset) -> str:
-    """The image with the set's packages, which a worker builds when it is first asked for."""
+    """The image with the set's packages, which a worker builds on first use."""
     return TASK_IMAGES + dataset.name
 
 
 def of_image(image: str) -> Dataset | None:
-    """The set that an image is named after; None for any other image. NotFound for a set that is not installed here."""
+    """The set of an image; None for any other image. NotFound for a set that is not installed here."""
     return find(image.removeprefix(TASK_IMAGES).removesuffix(":latest")) if image.startswith(TASK_IMAGES) else None
 
 
 def adapter_of(image: str) -> str:
-    """What guest/environments/tasks.py installs in a sandbox of that image: the adapter's source; "" where there is
-    none."""
+    """The adapter's source for a sandbox of that image, which guest/environments/tasks.py loads; "" without an
+    adapter."""
     dataset = of_image(image)
     if dataset is None:
         return ""

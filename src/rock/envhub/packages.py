@@ -1,7 +1,7 @@
-"""Which packages environments need. A set has a name, and an image is named after it.
+"""Package sets of environments. A set has a name, from which its image's name derives.
 
-All environments of one set share a layer on disk, and may share a sandbox. The name of a set that was put together for
-somebody has its requirements in it, so that every worker knows them.
+All environments of one set share a layer on disk, and may share a sandbox. The name of a user-defined set encodes its
+requirements, so every worker can decode them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ GEM = "gem"
 GEM_PANDAS = "gem-pandas"
 GYM = "gym"
 _OTHER = "with-"
-# A name, extras and versions: nothing that pip would take for an option, an address or a path
+# A name, extras and versions: no option, URL or path in pip's syntax
 _REQUIREMENT = re.compile(r"[A-Za-z0-9][\w.-]{0,99}(\[[\w.,-]{1,200}\])?([<>=!~]=?=?[\w.*+]{1,50}(,|$)){0,8}")
 # An environment marker (PEP 508): comparisons of variables and quoted values, joined by `and` or `or`
 _TERM = r"""(?:[a-z_]{2,40}|'[\w.+* -]{0,50}'|"[\w.+* -]{0,50}")"""
@@ -34,12 +34,12 @@ SETS: dict[str, tuple[str, ...]] = {
 
 
 def image_of(name: str) -> str:
-    """The image with the packages of a set; a worker builds it when it is first asked for."""
+    """The image with the packages of a set; a worker builds it on first use."""
     return _PREFIX + name
 
 
 def with_packages(name: str, packages: Sequence[str]) -> str:
-    """The name of the set `name` with further packages. InvalidConfig for what is no name and versions of a package."""
+    """The name of the set `name` with further packages. InvalidConfig unless each is a package name with versions."""
     if not packages:
         return name
     asked = "\n".join(sorted({_requirement(package) for package in packages}))
@@ -47,7 +47,7 @@ def with_packages(name: str, packages: Sequence[str]) -> str:
 
 
 def _requirement(package: str) -> str:
-    """A requirement of a user in its normal form: no blanks before the marker. InvalidConfig."""
+    """A user's requirement in its normal form: no blanks before the marker. InvalidConfig."""
     versions, semicolon, marker = package.partition(";")
     versions, marker = versions.replace(" ", ""), " ".join(marker.split())
     if not _REQUIREMENT.fullmatch(versions) or (semicolon and not _MARKER.fullmatch(marker)):
@@ -64,12 +64,12 @@ def _encoded(text: str) -> str:
 
 
 def _decoded(text: str) -> str:
-    """The text that `_encoded` got. ValueError."""
+    """The inverse of `_encoded`. ValueError."""
     return base64.b32decode(text.upper() + "=" * (-len(text) % 8)).decode()
 
 
 def requirements_of(image: str) -> tuple[str, ...] | None:
-    """What pip has to install for `image`; None when it is an image like any other, not of a package set."""
+    """The requirements that pip installs for `image`; None for an image that is not of a package set."""
     if not image.startswith(_PREFIX):
         return None
     dataset = datasets.of_image(image)
@@ -91,11 +91,11 @@ def requirements_of(image: str) -> tuple[str, ...] | None:
 
 
 def wheels_only(image: str) -> bool:
-    """Whether a user asked for these: building a package runs its code on the worker, so only wheels are taken."""
+    """Whether the set is user-defined: building a package runs its code on the worker, so only wheels are accepted."""
     return image.removeprefix(_PREFIX).startswith(_OTHER)
 
 
 def without_dependencies(image: str) -> bool:
-    """Whether exactly the requirements of that image are installed, and nothing that they ask for."""
+    """Whether exactly the requirements of that image are installed, without their dependencies."""
     dataset = datasets.of_image(image)
     return dataset is not None and dataset.no_deps

@@ -1,4 +1,4 @@
-"""Which environments there are, and what is needed to host one.
+"""The environments that ROCK provides, and the image that hosts each of them: specifications, ids and lookup.
 
 Families of GEM (gem-llm 0.1.0, 172 ids):
 
@@ -19,17 +19,15 @@ from rock.envhub.packages import GEM, GEM_PANDAS, GYM, SETS, image_of, with_pack
 from rock.errors import InvalidConfig, NotFound
 from rock.protocol.env import OpenEnv
 
-# ---- spec ----
-#
-# What an environment is before there is one.
+# ---- environment specification ----
 
 @dataclass(frozen=True)
 class EnvSpec:
-    """An environment that can be made.
+    """The specification of an environment.
 
-    id: as its own package knows it. protocol: how it is spoken to inside. image: of the sandbox that hosts it.
-    requirements: what pip installs for it. kwargs: given to it when it is made.
-    note: what a user has to know, for example what it needs beyond a sandbox without a network.
+    id: in its own package. protocol: its interface inside the sandbox. image: of the sandbox that hosts it.
+    requirements: pip installs them. kwargs: its constructor's arguments.
+    note: information for users, for example requirements that a sandbox without a network does not meet.
     """
 
     id: str
@@ -40,9 +38,7 @@ class EnvSpec:
     note: str = ""
 
 
-# ---- gem_ids ----
-#
-# The 172 environment ids of gem-llm 0.1.0.
+# ---- the 172 environment ids of gem-llm 0.1.0 ----
 
 _LEVELS = ("easy", "hard", "random")
 GAMES = {
@@ -79,8 +75,7 @@ REASONING = (
 )  # fmt: skip
 
 
-# ---- registry ----
-#
+# ---- lookup ----
 
 
 _WORD_GAMES = ("Wordle", "Hangman", "WordSearch")
@@ -91,12 +86,12 @@ IDS = (
     *DATASETS,
 )  # fmt: skip
 
-# Names of older releases of GEM, and of the READMEs written for them, which had one level
+# Names of older releases of GEM, and of their READMEs, which had one level
 ALIASES = {f"game:{game}-v0": f"game:{game}-v0-easy" for game in GAMES}
 
 
 def find(env_id: str) -> EnvSpec:
-    """The environment of that id or alias. NotFound, in GEM's words and with the nearest names."""
+    """The environment of that id or alias. NotFound, with GEM's message and similar names."""
     name = ALIASES.get(env_id, env_id)
     if name not in IDS:
         near = difflib.get_close_matches(env_id, (*IDS, *ALIASES), 3, 0.6)
@@ -107,7 +102,7 @@ def find(env_id: str) -> EnvSpec:
 
 
 def image_for(spec: OpenEnv) -> str:
-    """The image of the sandbox that hosts what is wished for. NotFound, InvalidConfig."""
+    """The image of the sandbox that hosts the requested environment. NotFound, InvalidConfig."""
     if spec.image is not None:
         if spec.packages or spec.protocol != "gym":
             raise InvalidConfig("nothing is installed in an image, and it hosts environments of Gymnasium alone",

@@ -1,6 +1,6 @@
 """Environments of a ROCK server, blocking: `make`, `reset`, `step`, `close`, as in GEM.
 
-The names are those of the modules here. They are loaded on first use, so that `import rock.envs` is quick.
+The names are those of the modules here, imported on first use, so that `import rock.envs` is fast.
 """
 
 from __future__ import annotations

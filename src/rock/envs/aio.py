@@ -24,7 +24,7 @@ from rock.envs.client import EnvironmentCall, EnvironmentHandle
 from rock.envs.gem import RockEnv
 from rock.envs.local_transport import LocalTransport, TransportUnavailable
 
-_THREADS = 256  # at most; started as they are needed
+_THREADS = 256  # maximum; started on demand
 _Env = TypeVar("_Env")
 _Result = TypeVar("_Result")
 
@@ -33,7 +33,7 @@ _pool: ThreadPoolExecutor | None = None
 
 
 def _forked() -> None:
-    """A child of a fork has none of the parent's threads."""
+    """Reset in a forked child, which has none of the parent's threads."""
     global _pool, _lock
     _pool, _lock = None, threading.Lock()
 
@@ -42,7 +42,7 @@ os.register_at_fork(after_in_child=_forked)
 
 
 async def in_thread(work: Callable[[], _Result]) -> _Result:
-    """The result of a blocking call, made in a thread of the pool."""
+    """The result of a blocking call in a thread of the pool."""
     global _pool
     with _lock:
         if _pool is None:
@@ -52,9 +52,9 @@ async def in_thread(work: Callable[[], _Result]) -> _Result:
 
 
 class AsyncEnv(Generic[_Env]):
-    """An environment whose calls are awaited. `env`: the blocking one, whose attributes (spaces, ids) are those here.
+    """An environment with awaitable calls. `env`: the blocking one, which provides the attributes (spaces, ids).
 
-    Tasks may share it: their calls follow each other. A call that is cancelled may have been done; the next one goes on
+    Tasks may share it: their calls run in sequence. A cancelled call may have been executed; the next call continues
     after it.
     """
 
@@ -88,7 +88,7 @@ class AsyncEnv(Generic[_Env]):
             return observation, self._reward(reward), terminated, truncated, info
 
     async def render(self) -> Any:
-        """A frame, as the environment's render_mode has it."""
+        """A frame, according to the environment's render_mode."""
         return await self._blocking("render")
 
     async def call(self, name: str, *arguments: Any, **keywords: Any) -> Any:
@@ -96,7 +96,7 @@ class AsyncEnv(Generic[_Env]):
         return await self._blocking("call", name, *arguments, **keywords)
 
     async def get_attr(self, name: str) -> Any:
-        """An attribute of the environment, as it is now."""
+        """The current value of an attribute of the environment."""
         return await self._blocking("get_attr", name)
 
     async def close(self) -> None:
@@ -117,7 +117,7 @@ class AsyncEnv(Generic[_Env]):
             return await in_thread(lambda: method(*arguments, **keywords))
 
     async def _asked(self, ask: EnvironmentCall) -> Any:
-        """What the environment answers, or its error."""
+        """The environment's response; raises its error."""
         check = getattr(self.env, "_check_open", None)
         if check is not None:
             check()
@@ -130,7 +130,7 @@ class AsyncEnv(Generic[_Env]):
                     op, payload = await _exchanged(pipes, ask, parts)
                     return link.read(pipes, op, payload)
                 except TransportUnavailable:
-                    ask.ways.pop(ask.env, None)  # the server is asked
+                    ask.ways.pop(ask.env, None)  # use the server instead
                 except errors.RockError as error:
                     ask.ways.pop(ask.env, None)
                     return error
@@ -138,7 +138,7 @@ class AsyncEnv(Generic[_Env]):
 
 
 async def _exchanged(pipes: LocalTransport, ask: EnvironmentCall, parts: list[Any]) -> tuple[int, memoryview]:
-    """Ask by the pipes and wait on the event loop. GivenUp; the error of an environment that has ended."""
+    """Exchange over the pipes, waiting on the event loop. Raises TransportUnavailable, or the environment's last error."""
     pipes.begin(ask.op, ask.index, parts)
     try:
         while (found := pipes.poll()) is None:
@@ -149,7 +149,7 @@ async def _exchanged(pipes: LocalTransport, ask: EnvironmentCall, parts: list[An
         raise
     if found is not None:
         return found
-    # The server says something, or the time is over: what follows takes a while.
+    # A server message or a timeout: handled in a thread, because it takes longer.
     waiting = asyncio.ensure_future(in_thread(pipes.finish))
     try:
         return await asyncio.shield(waiting)
@@ -159,7 +159,7 @@ async def _exchanged(pipes: LocalTransport, ask: EnvironmentCall, parts: list[An
 
 
 async def _readable(pipes: LocalTransport) -> bool:
-    """Wait for more of the answer; False when the server says something or the time is over."""
+    """Wait for more data; False on a server message or a timeout."""
     loop = asyncio.get_running_loop()
     answered: asyncio.Future[bool] = loop.create_future()
 
@@ -184,13 +184,13 @@ async def _readable(pipes: LocalTransport) -> bool:
 
 
 async def make_async(env_id: str, **options: Any) -> AsyncEnv[RockEnv]:
-    """`rock.make` for asyncio: makes the environment in a thread. `options` are those of `rock.make`."""
+    """`rock.make` for asyncio: creates the environment in a thread. `options` are those of `rock.make`."""
     env = await made(lambda: RockEnv(env_id, **options))
     return AsyncEnv(env, env.player, float)
 
 
 async def made(make: Callable[[], _Env]) -> _Env:
-    """The environment that `make` makes; when the caller is cancelled meanwhile, it is closed once it is there."""
+    """The environment that `make` creates; if the caller is cancelled meanwhile, it is closed after its creation."""
     making = asyncio.ensure_future(in_thread(make))
     try:
         return await asyncio.shield(making)

@@ -1,7 +1,10 @@
-"""How environments are reached: a sandbox that hosts them, and frames to and from it over a kept-alive connection.
+"""The client of environments: their host sandbox, frames over a kept-alive connection, and leases.
 
-Every request has a number by which the environment knows it again, so one whose answer was lost is sent once more and
-done once.
+Every request has a number that identifies it, so a request whose response was lost is repeated and executed once.
+
+One daemon thread renews the leases of all environments of this process. At the interpreter's exit they are released at
+once; after a kill the renewals stop, and the server releases them when the lease expires. A forked child has its own
+owner id. It also renews its parent's leases once it uses an inherited environment.
 """
 
 from __future__ import annotations
@@ -31,9 +34,9 @@ from rock.sync.sandbox.lifecycle import end_of
 from rock.sync.sandbox.link import parse, path, transport_of
 from rock.sync.transport import Transport
 
-POLL = 20.0  # seconds of one long-poll
+POLL = 20.0  # seconds of one long poll
 SLACK = 30.0
-_CLOSE = 5.0  # seconds for which a close is tried again; after that the lease of the environment ends
+_CLOSE = 5.0  # seconds of retries of a close; afterwards the lease of the environment expires
 
 Graph = Callable[[Any, Any, Any], Any]
 
@@ -42,8 +45,8 @@ _NO_WAYS: dict[int, LocalTransport] = {}
 
 
 class EnvironmentCall:
-    """Something to ask an environment: `op` and `value` as in guest/environments/frames.py; `index` of a step, else
-    any number. `ways`: pipes by environment, of the link that made it."""
+    """A request to an environment: `op` and `value` as in guest/environments/frames.py; `index` of a step, else any
+    number. `ways`: pipes by environment, of the client that created it."""
 
     __slots__ = ("env", "index", "op", "value", "ways")
 
@@ -57,7 +60,7 @@ class EnvironmentCall:
         self.index = secrets.randbits(62) if index is None else index
 
     def parts(self) -> list[bytes]:
-        """The value as byte strings; InvalidConfig where it cannot travel."""
+        """The value as byte strings; InvalidConfig for a value that cannot be encoded."""
         try:
             return values.encode(self.value)
         except values.Unsendable as error:
@@ -71,9 +74,9 @@ class EnvironmentCall:
 class EnvironmentClient:
     """A sandbox that hosts environments.
 
-    base_url, api_key: ROCK_BASE_URL and ROCK_API_KEY where they are not given. config: limits of a sandbox of its own,
-    which `close` stops; `exclusive` asks for the same. timeout: seconds for one reset, step or
-    call, after which the environment is killed; None leaves that to the server.
+    base_url, api_key: default to ROCK_BASE_URL and ROCK_API_KEY. config: limits of a dedicated sandbox, which `close`
+    stops; `exclusive` requests one too. timeout: seconds for one reset, step or call, after which the environment is
+    killed; None uses the server's default.
     """
 
     def __init__(
@@ -90,7 +93,7 @@ class EnvironmentClient:
             self.transport = transport_of(config)
         else:
             self.transport = Transport(base_url or settings.base_url(), api_key or settings.api_key())
-        if timeout is not None and not 0 < timeout < math.inf:  # nan fails too
+        if timeout is not None and not 0 < timeout < math.inf:  # rejects nan too
             raise errors.InvalidConfig(
                 f"step_timeout={timeout!r} is not a number of seconds above 0",
                 hint="pass a positive number, or None for the server's limit",
@@ -99,14 +102,14 @@ class EnvironmentClient:
         self.sandbox_id = ""
         self._config = config
         self._limit = timeout
-        self._timeout = None if timeout is None else timeout + SLACK  # the server tells when its time is over
+        self._timeout = None if timeout is None else timeout + SLACK  # the server reports the timeout first
         self._graph = graph
         self._target = ""
         self.ways: dict[int, LocalTransport] = {}
-        self._owners: dict[int, str] = {}  # by environment, under whose lease it lives
+        self._owners: dict[int, str] = {}  # by environment: the owner of its lease
 
     def open(self, spec: OpenEnv, timeout: float) -> None:
-        """Find or start the sandbox. The packages of its family are installed the first time, which takes minutes."""
+        """Find or start the sandbox. The first use installs the packages of its family, which takes minutes."""
         spec.exclusive = self.exclusive
         if self._config is not None:
             spec.config = self._config
@@ -128,7 +131,7 @@ class EnvironmentClient:
         self._target = ROUTES["env_frames"].url(sandbox_id=self.sandbox_id)
 
     def make(self, spec: dict[str, Any], timeout: float) -> int:
-        """Make an environment (fields of MakeEnv); answers its number."""
+        """Create an environment (fields of MakeEnv); returns its number."""
         target = ROUTES["make_env"].url(sandbox_id=self.sandbox_id)
         spec = {**spec, "owner": LEASES.owner}
         if self._limit is not None:
@@ -142,7 +145,7 @@ class EnvironmentClient:
         except orjson.JSONDecodeError as error:
             raise errors.ServerError(f"malformed answer: {error}") from None
         made = parse(EnvInfo, answer)
-        if made.lease is not None:  # an older server has none
+        if made.lease is not None:  # an older server returns none
             self._owners[made.env] = LEASES.hold(self.transport, self.sandbox_id, made.lease)
         if settings.env_pipes():
             pipes = reach(made, self.transport.address.host, shared=settings.env_shared())
@@ -151,14 +154,15 @@ class EnvironmentClient:
         return made.env
 
     def ask(self, wanted: EnvironmentCall) -> Any:
-        """The answer of an environment. Its error, Unavailable, ServerError."""
+        """The response of an environment. Raises its error, Unavailable, ServerError."""
         found = self.ask_all([wanted])[0]
         if isinstance(found, errors.RockError):
             raise found
         return found
 
     def ask_all(self, wanted: Sequence[EnvironmentCall]) -> list[Any]:
-        """Answers in that order, side by side where environments are several; an error of one stands in its place."""
+        """Responses in the order of the requests, concurrent across environments; an error takes the place of its
+        response."""
         parts = [ask.parts() for ask in wanted]
         answers: list[Any] = [None] * len(wanted)
         if len(wanted) == 1 and (pipes := wanted[0].ways.get(wanted[0].env)) is not None:
@@ -168,7 +172,7 @@ class EnvironmentClient:
             return self._over_http(wanted, parts) if over_http else answers
         if not any(ask.env in ask.ways for ask in wanted):
             return self._over_http(wanted, parts)
-        left = sorted(range(len(wanted)), key=lambda place: wanted[place].env)  # all lock them in this order
+        left = sorted(range(len(wanted)), key=lambda place: wanted[place].env)  # a common lock order
         while left:
             left = self._round(wanted, parts, left, answers)
         return answers
@@ -176,7 +180,7 @@ class EnvironmentClient:
     def _round(
         self, wanted: Sequence[EnvironmentCall], parts: list[list[bytes]], places: list[int], answers: list[Any]
     ) -> list[int]:
-        """Ask each environment one thing; answers what is left for the next round."""
+        """Send one request to each environment; returns the requests for the next round."""
         begun: list[tuple[int, LocalTransport]] = []
         over_http: list[int] = []
         later: list[int] = []
@@ -226,7 +230,7 @@ class EnvironmentClient:
             _lost(ask, place, error, answers, over_http)
 
     def read(self, pipes: LocalTransport, op: int, payload: memoryview) -> Any:
-        """The value of an answer that came by pipes, or the error that it is."""
+        """The value of a response over pipes; raises its error."""
         try:
             return pipes.error(payload) if op == ERROR else values.decode(payload, self._graph)
         except ValueError as error:
@@ -256,7 +260,7 @@ class EnvironmentClient:
         return values.decode(payload, self._graph)
 
     def close_env(self, number: int) -> None:
-        """End its process. Nothing happens when it or its sandbox is gone."""
+        """End its process. No effect when the environment or its sandbox is gone."""
         if (pipes := self.ways.pop(number, None)) is not None:
             pipes.close()
         if (owner := self._owners.pop(number, None)) is not None:
@@ -268,7 +272,7 @@ class EnvironmentClient:
             return
 
     def list_envs(self) -> list[dict[str, str]]:
-        """What the server can make."""
+        """The environments of the server."""
         answer = self.transport.json(ROUTES["list_envs"].method, ROUTES["list_envs"].path)
         items = answer.get("items") if isinstance(answer, dict) else None
         if not isinstance(items, list):
@@ -276,12 +280,12 @@ class EnvironmentClient:
         return items
 
     def about(self, env_id: str) -> EnvAbout:
-        """What the server knows of an environment. NotFound."""
+        """The server's details of an environment. NotFound."""
         target = ROUTES["about_env"].path + "?" + urllib.parse.urlencode({"id": env_id})
         return parse(EnvAbout, self.transport.json("GET", target))
 
     def close(self) -> None:
-        """Stop the sandbox, if it is nobody else's."""
+        """Stop the sandbox, unless it is shared."""
         if not self.exclusive or not self.sandbox_id:
             return
         try:
@@ -297,7 +301,7 @@ def _lost(
     answers: list[Any],
     over_http: list[int],
 ) -> None:
-    """The pipes are of no use any more: for the server to be asked, or with an error that is the answer."""
+    """Drop unusable pipes: the server handles the request, or the error is the response."""
     ask.ways.pop(ask.env, None)
     if isinstance(error, TransportUnavailable):
         over_http.append(place)
@@ -306,7 +310,7 @@ def _lost(
 
 
 class EnvironmentHandle:
-    """One environment that is there: what it is asked, and the number of its next step."""
+    """One environment: its requests, and the number of its next step."""
 
     def __init__(self, link: EnvironmentClient, number: int) -> None:
         self.link = link
@@ -320,7 +324,7 @@ class EnvironmentHandle:
         return self._ask(frames.STEP, action, self.index)
 
     def was_reset(self, found: Any) -> tuple[Any, Any]:
-        """(observation, info) of an answer; raises what came instead."""
+        """(observation, info) of a response; raises its error."""
         if isinstance(found, errors.RockError):
             raise found
         if type(found) is not list or len(found) != 2:
@@ -329,9 +333,9 @@ class EnvironmentHandle:
         return found[0], found[1]
 
     def was_stepped(self, found: Any) -> tuple[Any, Any, Any, Any, Any]:
-        """(observation, reward, terminated, truncated, info) of an answer; raises what came instead."""
+        """(observation, reward, terminated, truncated, info) of a response; raises its error."""
         if isinstance(found, errors.RockError):
-            self.index = found.details.get("next", self.index)  # a step that raised was one too
+            self.index = found.details.get("next", self.index)  # a step that raised counts too
             raise found
         if type(found) is not list or len(found) != 5:
             raise errors.ServerError("malformed answer of an environment: no result of a step")
@@ -351,15 +355,9 @@ class EnvironmentHandle:
         return EnvironmentCall(self.number, op, value, index, self.link.ways)
 
 
-# ---- envlease ----
-#
-# Leases of environments: this process tells servers that it is alive, so that they keep its environments.
-#
-# One daemon thread renews the leases of all environments that this process made. At the interpreter's exit they are
-# released at once; a process that is killed stops renewing, and the server releases them after the lease. A child of a
-# fork has an id of its own. It renews its parent's leases too once it uses an environment that it inherited.
+# ---- leases of environments ----
 
-_RENEWALS = 5  # in one lease
+_RENEWALS = 5  # renewals per lease
 _TIMEOUT = 5.0  # seconds of one renewal
 _EXIT_TIMEOUT = 2.0  # seconds of one release at the exit
 _Key = tuple[str, str, str]  # server, sandbox, owner
@@ -387,13 +385,13 @@ class Leases:
         self._thread: threading.Thread | None = None
 
     def forked(self) -> None:
-        """In the child of a fork: no thread of the parent runs here, and locks may be held by nobody."""
+        """Reset in a forked child: the parent's threads are missing, and locks may be held without an owner."""
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._begin()
 
     def hold(self, transport: Transport, sandbox_id: str, seconds: float) -> str:
-        """An environment was made in that sandbox under a lease of `seconds`. Returns its owner, for `drop`."""
+        """Record an environment with a lease of `seconds` in that sandbox. Returns its owner, for `drop`."""
         with self._lock:
             key = (transport.url, sandbox_id, self.owner)
             lease = self._held.setdefault(key, _Lease(transport, seconds))
@@ -403,7 +401,7 @@ class Leases:
         return self.owner
 
     def drop(self, transport: Transport, sandbox_id: str, owner: str) -> None:
-        """One of them was closed. Idempotent for sandboxes without any."""
+        """Record the close of an environment. Idempotent."""
         with self._lock:
             key = (transport.url, sandbox_id, owner)
             lease = self._held.get(key)
@@ -413,7 +411,7 @@ class Leases:
                     del self._held[key]
 
     def used(self) -> None:
-        """An environment is used: renewals run in this process too, which may be a child of a fork."""
+        """Start renewals in this process, which may be a forked child, when it uses an environment."""
         if self._thread is None and self._held:
             with self._lock:
                 self._start()
@@ -434,7 +432,7 @@ class Leases:
             time.sleep(min(1.0, shortest / _RENEWALS / 2))  # environments that are made together are renewed together
 
     def renew(self) -> None:
-        """Renew all leases. A server that does not answer is tried again the next time."""
+        """Renew all leases. A failed renewal is retried the next time."""
         with self._lock:
             held = list(self._held.items())
         silent: set[str] = set()
@@ -452,7 +450,7 @@ class Leases:
                 silent.add(url)
 
     def release(self) -> None:
-        """Close the environments that this process made and did not close. For its exit."""
+        """At the exit, close the open environments of this process."""
         if self._process != os.getpid():
             return
         with self._lock:

@@ -17,23 +17,23 @@ from rock.envs.client import EnvironmentClient, EnvironmentHandle
 from rock.protocol.env import OpenEnv
 from rock.protocol.sandbox import SandboxConfig
 
-START_TIMEOUT = 1200.0  # the first one of a package set installs it
+START_TIMEOUT = 1200.0  # the first environment of a package set installs it
 STEP_TIMEOUT = 300.0
 
 Step = tuple[Any, float, bool, bool, dict[str, Any]]
 
 
 class RockEnv:
-    """One environment in a process of its own, in a sandbox on the server.
+    """One environment in its own process, in a sandbox on the server.
 
-    env_id: as GEM names it. env_number: its number there. sandbox_id: where it runs.
-    base_url, api_key: ROCK_BASE_URL and ROCK_API_KEY where they are not given.
-    config: limits of its sandbox; it then gets one of its own, which `close` stops. `exclusive` asks for the same.
-    packages: what it needs beside GEM, as pip names it. imports: modules that register it.
-    start_timeout, step_timeout: seconds. kwargs: go to the environment's constructor.
+    env_id: as GEM names it. env_number: its number in the sandbox. sandbox_id: its sandbox.
+    base_url, api_key: default to ROCK_BASE_URL and ROCK_API_KEY.
+    config: limits of a dedicated sandbox, which `close` stops. `exclusive` requests one too.
+    packages: requirements beside GEM, in pip's syntax. imports: modules that register it.
+    start_timeout, step_timeout: seconds. kwargs: passed to the environment's constructor.
 
-    Errors are typed: NotFound (no such environment), EnvironmentRaised (it raised, and stays usable),
-    EnvironmentEnded (its process is gone), CommandTimeout, Unavailable, ...
+    Errors are typed: NotFound (no such environment), EnvironmentRaised (it raised, and stays usable), EnvironmentEnded
+    (its process is gone), CommandTimeout, Unavailable, ...
     """
 
     def __init__(
@@ -80,7 +80,8 @@ class RockEnv:
         self._closed = False
 
     def _named(self, unknown: errors.NotFound, made: dict[str, Any], packages: list[str]) -> OpenEnv:
-        """The wish for what somebody registered under this name; `made` is filled in. Raises `unknown` for no name."""
+        """The request for a registered environment of this name; fills in `made`. Raises `unknown` for an unknown
+        name."""
         try:
             about = self._link.about(self.env_id)
         except errors.NotFound:
@@ -95,7 +96,7 @@ class RockEnv:
         if about.source.startswith("image://"):
             spec.image = name
             made["folder"] = "."
-            self._link.exclusive = True  # others must not meet its files
+            self._link.exclusive = True  # other environments must not see its files
         if about.asked or packages:
             spec.packages = [*about.asked, *packages]
         return spec
@@ -106,7 +107,7 @@ class RockEnv:
 
     @property
     def player(self) -> EnvironmentHandle:
-        """What it is asked with, for those that ask several at once."""
+        """The environment's handle, for concurrent requests to several environments."""
         return self._player
 
     @property
@@ -128,18 +129,18 @@ class RockEnv:
     def step(self, action: Any) -> Step:
         """One step: (observation, reward, terminated, truncated, info).
 
-        It carries its number in the episode, so that one sent again because its answer was lost is done once.
+        The request carries its step number, so that a repetition after a lost response is executed once.
         """
         self._check_open()
         observation, reward, terminated, truncated, info = self._player.step(action)
         return observation, float(reward), terminated, truncated, info
 
     def sample_random_action(self) -> Any:
-        """An action as the environment itself draws one; EnvironmentRaised when it does not."""
+        """A random action of the environment; EnvironmentRaised without support for it."""
         return self.call("sample_random_action")
 
     def get_state(self) -> Any:
-        """The state of environments that tell it, for `set_state`."""
+        """The state of an environment that supports it, for `set_state`."""
         return self.call("get_state")
 
     def set_state(self, state: Any) -> None:
@@ -148,8 +149,8 @@ class RockEnv:
     def spawn(self, same_state: bool = False, **kwargs: Any) -> Self:
         """Another environment of this id with the same arguments; `kwargs` replace some of them.
 
-        same_state: give it this one's state, for environments that have get_state and set_state; EnvironmentRaised for
-        others. The new environment is then reset once, and its set_state gets what get_state answers here.
+        same_state: copies this one's state, for environments with get_state and set_state; EnvironmentRaised for
+        others. The new environment is reset once, then its set_state receives the result of get_state here.
         """
         self._check_open()
         state = self.get_state() if same_state else None
@@ -164,17 +165,17 @@ class RockEnv:
         return child
 
     def call(self, name: str, *arguments: Any, **keywords: Any) -> Any:
-        """The result of a method of the environment; what cannot travel is told as {"$type", "$repr"}."""
+        """The result of a method of the environment; values that cannot be encoded become {"$type", "$repr"}."""
         self._check_open()
         return self._player.call("call", name, list(arguments), keywords)
 
     def get_attr(self, name: str) -> Any:
-        """An attribute of the environment, as it is now."""
+        """The current value of an attribute of the environment."""
         self._check_open()
         return self._player.call("get", name)
 
     def close(self) -> None:
-        """End its process. Nothing happens when that was done, or when its sandbox is gone."""
+        """End its process. No effect when that was done, or when its sandbox is gone."""
         if self._closed:
             return
         self._closed = True
@@ -190,11 +191,11 @@ class RockEnv:
         self.close()
 
     def __del__(self) -> None:
-        # A child of a fork has a copy of it, whose end is not its end.
+        # A forked child has a copy, whose end must not close the environment.
         if not getattr(self, "_closed", True) and self._process == os.getpid():
             try:
                 self.close()
-            except Exception:  # the lease of its environment ends
+            except Exception:  # the lease of its environment expires
                 pass
 
     def _check_open(self) -> None:
@@ -203,12 +204,12 @@ class RockEnv:
 
 
 def make(env_id: str, **options: Any) -> RockEnv:
-    """Make an environment, as `gem.make` does; `options` are those of `RockEnv`, and the environment's own."""
+    """Create an environment, as `gem.make` does; `options` are those of `RockEnv`, and the environment's own."""
     return RockEnv(env_id, **options)
 
 
 def list_envs(*, base_url: str | None = None, api_key: str | None = None) -> list[dict[str, str]]:
-    """What the server can make: {"id", "protocol", "image", "note"} of each."""
+    """The environments of the server: {"id", "protocol", "image", "note"} of each."""
     return EnvironmentClient(base_url=base_url, api_key=api_key).list_envs()
 
 

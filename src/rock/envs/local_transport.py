@@ -1,9 +1,9 @@
-"""An environment's own pipes, for a client on the server's machine (rocklet/environments/local_socket.py has the
-protocol).
+"""Direct pipes to an environment, for a client on the server's machine (protocol:
+rocklet/environments/local_socket.py).
 
-What is asked goes from this process to the environment's and nowhere else. The server stands by: it is told when
-something takes too long or makes no sense, and tells when the environment has ended. When it is gone itself, the pipes
-are given up, and everything goes through it again.
+Requests go from this process directly to the environment's process. A separate connection to the server reports
+timeouts and protocol errors to it, and the end of the environment to the client. When the server is gone, the pipes are
+dropped, and requests go through the server again.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from rock.guest.environments.frames import FIRST, HEAD, HEADER, IN_MEMORY, LAST,
 from rock.protocol.env import DOOR, EnvInfo, error_of
 
 _READ = 1 << 15
-_LARGE = 32 << 10  # a frame for which the pipe is made larger
+_LARGE = 32 << 10  # frame size above which the pipe is enlarged
 _PIPE = 1 << 20
 _SET_PIPE_SIZE = 1031  # F_SETPIPE_SZ
 _PACKET = 64 << 10
-_PLAYING = 5.0  # seconds between two signs of life
-_WAIT = 20.0  # seconds of one wait, after which a sign of life is due
+_PLAYING = 5.0  # seconds between two keep-alive messages
+_WAIT = 20.0  # seconds of one wait, after which a keep-alive message is due
 _MOMENT = 1e-3  # seconds
 _SKIPPED, _MOST_SKIPPED = 31, 1023
-_KNOCK = 5.0  # seconds for the door to be opened, and for it to tell why an environment was killed
+_KNOCK = 5.0  # timeout in seconds for the connection, and for the reason of a kill
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 _process = os.getpid()
@@ -43,7 +43,7 @@ _held: weakref.WeakSet[LocalTransport] = weakref.WeakSet()
 
 
 def _forked() -> None:
-    """In a child: its copies of the parent's pipes are closed, or the server would not see the parent's end."""
+    """In a forked child: close its copies of the parent's pipes, or the server would not see the parent's end."""
     global _process
     _process = os.getpid()
     for pipes in list(_held):
@@ -55,13 +55,13 @@ os.register_at_fork(after_in_child=_forked)
 
 
 class TransportUnavailable(Exception):
-    """There is no answer by this way: the server has to be asked."""
+    """The pipes gave no response: use the server."""
 
 
 def reach(info: EnvInfo, host: str, *, shared: bool = True) -> LocalTransport | None:
-    """The pipes of an environment that a server at `host` made; None where they cannot be had: then it is asked.
+    """The pipes of an environment on a server at `host`; None where they are unavailable: then use the server.
 
-    shared: with the memory for large answers, where there is such memory.
+    shared: also map the shared memory for large responses, if available.
     """
     door = info.door
     if door is None or not hasattr(socket, "SOCK_SEQPACKET"):
@@ -93,7 +93,8 @@ def reach(info: EnvInfo, host: str, *, shared: bool = True) -> LocalTransport | 
 
 
 def _part(fd: int, offset: int) -> mmap.mmap | None:
-    """The environment's part of the memory, where it puts large answers; its size is sealed, as the server has seen."""
+    """The environment's part of the shared memory, for large responses; the server has checked that its size is
+    sealed."""
     if offset < 0 or os.fstat(fd).st_size < offset + frames.PART:
         return None
     return mmap.mmap(fd, frames.PART, prot=mmap.PROT_READ, offset=offset)
@@ -108,7 +109,7 @@ def _connect(connection: socket.socket, path: str) -> None:
 
 
 class LocalTransport:
-    """The two pipes, and the connection by which they are held. One thing is asked at a time; other threads wait."""
+    """The two pipes, and the connection that holds them. One request at a time; other threads wait."""
 
     def __init__(
         self,
@@ -138,14 +139,14 @@ class LocalTransport:
         self._op = 0
         self._deadline = 0.0
         self._sign = 0.0
-        self._skip = 0 if len(os.sched_getaffinity(0)) > 1 else sys.maxsize  # asks to wait asleep for
-        self._in_vain = 0  # moments one after the other
+        self._skip = 0 if len(os.sched_getaffinity(0)) > 1 else sys.maxsize  # requests until the next spin
+        self._in_vain = 0  # consecutive unsuccessful spins
         self._told = self._poll(None, 0)
         self._readable = self._poll(answers, select.POLLIN)
         self._writable = self._poll(requests, select.POLLOUT)
 
     def _poll(self, fd: int | None, events: int) -> select.poll:
-        """For the door, and for a pipe."""
+        """A poll object for the server's connection and a pipe."""
         poll = select.poll()
         poll.register(self._door, select.POLLIN)
         if fd is not None:
@@ -153,8 +154,8 @@ class LocalTransport:
         return poll
 
     def close(self) -> None:
-        """Give them back. Idempotent."""
-        if self._owner != _process:  # a child of a fork, where the lock may be held by nobody
+        """Return the pipes to the server. Idempotent."""
+        if self._owner != _process:  # a forked child, where the lock may be held without an owner
             self._close()
             return
         with self._lock:
@@ -173,17 +174,17 @@ class LocalTransport:
         if getattr(self, "_open", False):
             self._close()
 
-    # ---- asking
+    # ---- requests ----
 
     def begin(self, op: int, index: int, parts: list[bytes]) -> None:
-        """Ask; `finish` has to follow, or `GivenUp` was raised and nobody was asked."""
-        if self._owner != _process:  # a child of a fork: they are its parent's
+        """Send a request; call `finish` afterwards. `TransportUnavailable` means that no request was sent."""
+        if self._owner != _process:  # a forked child: the pipes belong to its parent
             raise TransportUnavailable
         self._lock.acquire()
         try:
             if not self._open:
                 raise TransportUnavailable
-            if self._told.poll(0):  # a server that is gone: the next one wants the pipes
+            if self._told.poll(0):  # the server is gone: the next one takes the pipes over
                 self._door_says(0)
             now = time.monotonic()
             self._deadline = now + self._timeout
@@ -204,7 +205,7 @@ class LocalTransport:
             raise
 
     def finish(self) -> tuple[int, memoryview]:
-        """(op, payload) of the answer. GivenUp; the error of an environment that has ended."""
+        """(op, payload) of the response. TransportUnavailable; the error of an environment that has ended."""
         try:
             while True:
                 found = self._answer(self._frame())
@@ -218,47 +219,47 @@ class LocalTransport:
             self._lock.release()
 
     def _answer(self, frame: bytearray | bytes) -> tuple[int, memoryview] | None:
-        """(op, payload) of a frame; None when it answers something else."""
+        """(op, payload) of a frame; None for the response to another request."""
         _, op, flags, _, id, _ = HEAD.unpack_from(frame)
         if id != self._id:
             return None
         payload = memoryview(frame)[HEAD.size :]
         return op, self._taken(payload) if flags & IN_MEMORY else payload
 
-    # ---- for an event loop, which waits for `answers` and `door` itself
+    # ---- for an event loop, which waits for `answers` and `door` itself ----
 
     @property
     def answers(self) -> int:
-        """The descriptor on which an answer comes."""
+        """The descriptor of responses."""
         return self._answers
 
     @property
     def door(self) -> socket.socket:
-        """The connection on which the server says that the environment has ended."""
+        """The connection on which the server reports the environment's end."""
         return self._door
 
     def fits(self, parts: list[bytes]) -> bool:
-        """Whether `begin` writes these without waiting: an empty pipe takes that much."""
+        """Whether `begin` sends these without blocking: the capacity of an empty pipe."""
         return sum(len(part) for part in parts) < _READ
 
     def left(self) -> float:
-        """Seconds until a sign of life is due, or the answer is overdue."""
+        """Seconds until the next keep-alive message, or the timeout of the response."""
         return min(self._deadline - time.monotonic(), _WAIT)
 
     def sign(self) -> None:
-        """A sign of life. GivenUp where the server is gone."""
+        """Send a keep-alive message. TransportUnavailable when the server is gone."""
         self._say({"playing": True}, time.monotonic())
 
     def poll(self) -> tuple[int, memoryview] | None:
-        """`finish` without waiting: None as long as the answer is not there in full; ask again when more came. When it
-        raises, `abandon` has to follow."""
+        """Nonblocking `finish`: None while the response is incomplete; call again when more data arrives. After an
+        exception, call `abandon`."""
         while True:
             try:
                 data = os.read(self._answers, _READ)
             except BlockingIOError:
                 return None
             if not data:
-                raise TransportUnavailable  # the server knows why
+                raise TransportUnavailable  # the server has the reason
             self._begun += data
             if len(self._begun) < HEAD.size:
                 continue
@@ -274,25 +275,25 @@ class LocalTransport:
                     return found
 
     def abandon(self) -> None:
-        """Give the pipes back in the middle of an exchange."""
+        """Return the pipes during an exchange."""
         self._close()
         self._lock.release()
 
     def _taken(self, payload: memoryview) -> memoryview:
-        """A copy of what is in the memory: the environment may change it at any time."""
+        """A copy of data in the shared memory, which the environment may change at any time."""
         length = int.from_bytes(payload, "big")
         if self._memory is None or len(payload) != 8 or length > len(self._memory):
             self._refuse(f"{length} bytes in a memory of {frames.PART}")
-            raise TransportUnavailable  # the server has told nothing
+            raise TransportUnavailable  # the server has sent no reason
         with memoryview(self._memory) as whole, whole[:length] as part:
             return memoryview(bytearray(part))
 
     def error(self, payload: memoryview) -> errors.RockError:
-        """What an answer with op ERROR tells."""
+        """The error of a response with op ERROR."""
         return error_of(orjson.loads(payload), self._sandbox_id)[0]
 
     def _write(self, piece: bytes) -> None:
-        """A piece is small enough that the kernel takes it whole or not at all."""
+        """Write a piece that the kernel accepts atomically."""
         while True:
             try:
                 os.write(self._requests, piece)
@@ -306,7 +307,7 @@ class LocalTransport:
     def _frame(self) -> bytearray | bytes:
         frame: bytearray | bytes = b""
         data: bytes | bytearray | None
-        if self._begun:  # what `poll` has read of it
+        if self._begun:  # bytes that `poll` has read
             data, self._begun = self._begun, bytearray()
         else:
             data = self._at_once()
@@ -332,8 +333,8 @@ class LocalTransport:
                 return self._large_frame(frame, length)
 
     def _at_once(self) -> bytes | None:
-        """What comes within a moment. A process that sleeps takes longer to wake up than most environments to step; one
-        that is slow is waited for asleep, and looked at again now and then."""
+        """Spin briefly for data: waking a sleeping process takes longer than most environments' steps. For a slow
+        environment, wait asleep, and spin again periodically."""
         if self._skip:
             self._skip -= 1
             return None
@@ -373,15 +374,15 @@ class LocalTransport:
         return frame
 
     def _more(self) -> None:
-        """Wait for more of a frame that has begun."""
-        os.sched_yield()  # it is being written this moment, or its writer waits for a processor
+        """Wait for the rest of a frame."""
+        os.sched_yield()  # its writer is active or waits for a CPU
         self._in_time()
         self._wait(self._readable, self._answers)
 
-    # ---- waiting, and the server that stands by
+    # ---- waits, and the server's connection ----
 
     def _wait(self, poll: select.poll, fd: int) -> None:
-        """Until the pipe is ready; raises what the server tells before."""
+        """Wait until the pipe is ready; raises errors that the server reports meanwhile."""
         while True:
             left = self._deadline - time.monotonic()
             ready = poll.poll(max(0.0, min(left, _WAIT)) * 1000)
@@ -395,7 +396,7 @@ class LocalTransport:
                 self._say({"playing": True}, time.monotonic())
 
     def _in_time(self) -> None:
-        """What comes or goes bit by bit has the same time as what does at once."""
+        """Apply the timeout to the whole transfer, also when it proceeds in parts."""
         if time.monotonic() > self._deadline:
             self._late()
 
@@ -417,7 +418,7 @@ class LocalTransport:
             raise TransportUnavailable from None
 
     def _door_says(self, patience: float) -> None:
-        """Raise what the server tells, or GivenUp where it tells nothing."""
+        """Raise the error that the server reports, or TransportUnavailable without one."""
         told: object = None
         if self._told.poll(patience * 1000):
             with contextlib.suppress(OSError, ValueError):

@@ -1,9 +1,9 @@
-"""GEM's own ways in, for environments on a ROCK server: vectors of them, and ids for `gem.make`.
+"""GEM's interfaces for environments on a ROCK server: vectors, and ids for `gem.make`.
 
     vec = rock.make_vec(["game:Sokoban-v0-easy"] * 8)
     rock.register_gem()                       # from now on `gem.make(id)` makes an environment on the server
 
-Needs numpy; `register_gem` needs GEM (`pip install gem-llm`).
+Requires numpy; `register_gem` requires GEM (`pip install gem-llm`).
 """
 
 from __future__ import annotations
@@ -25,23 +25,24 @@ from rock.envs.gem import RockEnv, list_envs
 
 Array = np.ndarray[Any, Any]
 Vector = tuple[list[Any], Array, Array, Array, list[dict[str, Any]]]
-_MAKERS = 8  # environments made at the same time
+_MAKERS = 8  # environments created concurrently
 
 
 class AutoresetMode(Enum):
-    """When an environment whose episode has ended is reset: by the step after, or by the same one."""
+    """When an ended environment is reset: by the next step, or by the same one."""
 
     NEXT_STEP = "NextStep"
     SAME_STEP = "SameStep"
 
 
 class RockVectorEnv:
-    """Environments of GEM, each in a process of its own, stepped together by one request a sandbox.
+    """Environments of GEM, each in its own process, stepped together by one request per sandbox.
 
-    As GEM's: SAME_STEP answers the first observation and info of the new episode, those of the end are lost; NEXT_STEP
-    resets with the step after. An unseeded reset draws anew in each process, so it is not that of GEM in one process.
+    As in GEM, SAME_STEP returns the first observation and info of the new episode, and those of the end are lost;
+    NEXT_STEP resets with the next step. An unseeded reset draws a new seed per process, so it differs from GEM in one
+    process.
 
-    When an environment raises, the others are stepped all the same, and its error is raised afterwards.
+    When an environment raises, the others are still stepped, and its error is raised afterwards.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class RockVectorEnv:
     ) -> tuple[list[Any], list[dict[str, Any]]]:
         """Start episodes: (observations, infos). An int seeds environment i with seed + i.
 
-        options: `env3_kwargs` go to the reset of environment 3.
+        options: `env3_kwargs` are passed to the reset of environment 3.
         """
         if seed is None:
             seeds: Sequence[int | None] = [None] * self.num_envs
@@ -87,8 +88,8 @@ class RockVectorEnv:
         return deepcopy(self._observations), deepcopy(self._infos)
 
     def step(self, actions: Sequence[Any] | Mapping[int, Any]) -> Vector:
-        """A step of each, or with {index: action} of some: (observations, rewards float64, terminations bool,
-        truncations bool, infos) of those, in the order of `actions`."""
+        """Step all environments, or with {index: action} some: (observations, rewards float64, terminations bool,
+        truncations bool, infos), in the order of `actions`."""
         if not isinstance(actions, Mapping):
             if isinstance(actions, str) or len(actions) != self.num_envs:
                 raise errors.InvalidConfig(f"{len(actions)} actions for {self.num_envs} environments")
@@ -129,7 +130,7 @@ class RockVectorEnv:
     ) -> None:
         self.close()
 
-    # ---- many at once
+    # ---- concurrent requests ----
 
     def _reset(self, specs: Mapping[int, dict[str, Any]]) -> None:
         def asked(i: int, player: EnvironmentHandle) -> EnvironmentCall:
@@ -142,7 +143,7 @@ class RockVectorEnv:
             self._observations[i], self._infos[i] = result
 
     def _step(self, actions: Mapping[int, Any]) -> BaseException | None:
-        """The first error of those that raised; the others are done."""
+        """Step; returns the first error. The other environments complete."""
         found = self._all(actions, lambda i, player: player.ask_step(actions[i]), EnvironmentHandle.was_stepped,
                           lambda i: self.envs[i].step(actions[i]))  # fmt: skip
         problem: BaseException | None = None
@@ -161,7 +162,7 @@ class RockVectorEnv:
         read: Callable[[EnvironmentHandle, Any], Any],
         alone: Callable[[int], Any],
     ) -> dict[int, Any]:
-        """Results by number. Wrapped environments are asked one after the other: what wrappers do is theirs."""
+        """Results by number. Environments with wrappers run in sequence, because wrappers are not concurrent."""
         if not self._plain:
             return {i: _result(alone, i) for i in numbers}
         by_link: dict[str, list[int]] = {}
@@ -185,7 +186,7 @@ def _result(work: Callable[[Any], Any], argument: Any) -> Any:
 
 
 def _made(env_fns: Sequence[Callable[[], Any]]) -> list[Any]:
-    """Make them side by side; when one fails, those that were made are closed."""
+    """Create environments concurrently; on a failure, close the created ones."""
     with ExitStack() as undo, ThreadPoolExecutor(_MAKERS) as pool:
         futures = [pool.submit(make) for make in env_fns]
         for future in futures:
@@ -205,9 +206,9 @@ def make_vec(
     autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
     **kwargs: Any,
 ) -> RockVectorEnv:
-    """One environment an id, as `gem.make_vec` makes them; they run side by side whatever `async_mode` says.
+    """One environment per id, as `gem.make_vec` creates them; they run concurrently for any `async_mode`.
 
-    vec_kwargs: arguments of each. kwargs: of all, those of `RockEnv` too. Environment i is made with seed=seed + i.
+    vec_kwargs: arguments of each. kwargs: of all, also those of `RockEnv`. Environment i is created with seed=seed + i.
     """
     ids = [env_ids] if isinstance(env_ids, str) else list(env_ids)
     if vec_kwargs is not None and len(vec_kwargs) != len(ids):
@@ -228,11 +229,11 @@ def make_vec(
 def register_gem(
     ids: Sequence[str] | None = None, *, prefix: str = "", base_url: str | None = None, api_key: str | None = None
 ) -> list[str]:
-    """Let `gem.make` and `gem.make_vec` make environments on the server; answers the ids they go by.
+    """Let `gem.make` and `gem.make_vec` create environments on the server; returns the registered ids.
 
-    ids: which; all that the server has, and the ids without a level of older releases, when not given.
-    prefix: "" takes the place of GEM's own environments of those names, so code that uses GEM works as it is; with
-    another one, such as "rock/", they stand beside GEM's own. Unsupported: GEM is not installed here.
+    ids: defaults to all ids of the server, and to the ids without a level of older releases. prefix: "" replaces GEM's
+    own environments of those names, so code for GEM works unchanged; another one, such as "rock/", adds them beside
+    GEM's own. Unsupported: GEM is not installed.
     """
     try:
         from gem.envs.registration import ENV_REGISTRY, EnvSpec
@@ -252,11 +253,11 @@ def register_gem(
 
 
 class _Remote(RockEnv):
-    """What `gem.make` makes: GEM writes `env_id` and `entry_point` on it."""
+    """The result of `gem.make`: GEM sets `env_id` and `entry_point` on it."""
 
     entry_point: str
 
 
 def remote(remote_id: str, **kwargs: Any) -> RockEnv:
-    """The maker that registered ids name."""
+    """The entry point of registered ids."""
     return _Remote(remote_id, **kwargs)

@@ -1,9 +1,9 @@
-"""Environments of Gymnasium in sandboxes: a real `gymnasium.Env` and a real `gymnasium.vector.VectorEnv`.
+"""Environments of Gymnasium in sandboxes: `gymnasium.Env` and `gymnasium.vector.VectorEnv`.
 
     env = rock.gym.SandboxEnv("CartPole-v1")
     envs = rock.gym.SandboxVectorEnv("CartPole-v1", 8)
 
-Needs the extra: pip install "rock-sandbox[gym]".
+Requires the extra: pip install "rock-sandbox[gym]".
 """
 
 from __future__ import annotations

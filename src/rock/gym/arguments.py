@@ -1,4 +1,4 @@
-"""What SandboxEnv and SandboxVectorEnv are asked for: each argument has one meaning, or is refused with what to use."""
+"""Arguments of SandboxEnv and SandboxVectorEnv: each has one meaning, or is rejected with an alternative."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from rock import errors
 from rock.protocol.sandbox import SandboxConfig
 
-START_TIMEOUT = 1200.0  # the first one of a package set installs it
+START_TIMEOUT = 1200.0  # the first environment of a package set installs it
 STEP_TIMEOUT = 300.0
 
 AnyPath = str | os.PathLike[str]
@@ -29,8 +29,9 @@ CAPABILITIES = ("render", "vector", "next_step", "same_step", "disabled")
 
 @dataclass
 class Arguments:
-    """The arguments, checked. After `Arguments(...)`: `limits` are those of the sandbox, or None for what the server
-    has; `kwargs` go to the environment's maker, with `config` in them where that was no SandboxConfig."""
+    """The validated arguments. After `Arguments(...)`: `limits` are those of the sandbox, or None for the server's
+    defaults; `kwargs` are passed to the environment's constructor, with `config` in them unless that was a
+    SandboxConfig."""
 
     source: str
     kwargs: dict[str, Any]
@@ -96,13 +97,13 @@ class Arguments:
         self.limits = limits
 
     def refuse(self, what: str, *names: str) -> None:
-        """InvalidConfig when one of these arguments is given: it means nothing to this kind of source."""
+        """Raise InvalidConfig when one of these arguments is given: it does not apply to this kind of source."""
         for name in names:
             if getattr(self, name):
                 raise errors.InvalidConfig(f"{name} does not go with {what.removesuffix(',')}", hint=_INSTEAD[name])
 
     def check(self, told: Mapping[str, Any]) -> None:
-        """Unsupported unless the environment, as it describes itself, has the capabilities that were asked for."""
+        """Raise Unsupported unless the environment's description has the requested capabilities."""
         found = {"render"} if told.get("render_mode") else set()
         if told.get("num_envs"):
             metadata = told.get("metadata")
@@ -124,7 +125,7 @@ _INSTEAD = {
 
 
 def for_single(kwargs: Mapping[str, Any]) -> None:
-    """TypeError for arguments that only the vector class takes."""
+    """Raise TypeError for arguments that only the vector class accepts."""
     for name in _VECTOR_ONLY:
         if name in kwargs:
             raise TypeError(f"SandboxEnv is one environment and takes no {name}; SandboxVectorEnv does")
@@ -137,7 +138,7 @@ def _list_of(name: str, given: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def _mapping(config: Mapping[str, Any] | AnyPath) -> dict[str, Any]:
-    """The configuration that make_env is given: a mapping, or what a JSON or TOML file holds."""
+    """The configuration for make_env: a mapping, or the content of a JSON or TOML file."""
     if isinstance(config, Mapping):
         return dict(config)
     path = Path(config).expanduser()

@@ -1,4 +1,4 @@
-"""What an environment is, as plain and unchangeable data: its contract, its spaces, and where it runs."""
+"""The contract of an environment as immutable plain data: its spaces, its capabilities, and its sandbox."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UNKNOWN = "UnknownEnv-v1"
 @dataclass(frozen=True)
 class SpaceSpec:
     """A space as data. kind: "box", "discrete", "multi_binary", "multi_discrete", "text", "dict", "tuple", "sequence",
-    "graph", "one_of". shape, dtype: as the space has them; None where it has none."""
+    "graph", "one_of". shape, dtype: those of the space; None for a space without one."""
 
     kind: str
     shape: tuple[int, ...] | None
@@ -36,13 +36,13 @@ class SpaceSpec:
         return cls(kind, space.shape, dtype, MappingProxyType(dict(told)), repr(_plain(told)))
 
     def to_space(self) -> Space:
-        """A space of Gymnasium, newly made."""
+        """Construct the Gymnasium space."""
         return space_of(self._told)
 
     to_gym_space = to_space
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: {"kind", "shape", "dtype"} and what its kind has, bounds as (nested) lists."""
+        """Plain data: {"kind", "shape", "dtype"} and the fields of its kind, bounds as (nested) lists."""
         details = {name: value for name, value in _plain(self._told).items() if name not in ("kind", "shape", "dtype")}
         return {"kind": self.kind, "shape": None if self.shape is None else list(self.shape), "dtype": self.dtype,
                 **details}  # fmt: skip
@@ -50,8 +50,8 @@ class SpaceSpec:
 
 @dataclass(frozen=True)
 class EnvContract:
-    """What was agreed on when the environment was made. id: as Gymnasium has registered it, or "UnknownEnv-v1".
-    Spaces are those of one environment; num_envs is 1 where there is no vector."""
+    """The contract at the environment's creation. id: its Gymnasium id, or "UnknownEnv-v1". Spaces are those of one
+    environment; num_envs is 1 for a single environment."""
 
     id: str
     render_mode: str | None
@@ -62,7 +62,7 @@ class EnvContract:
 
     @classmethod
     def of(cls, told: Mapping[str, Any], observation: Space, action: Space) -> EnvContract:
-        """Of what an environment told of itself, and the (single) spaces that were made of that."""
+        """Build the contract from an environment's description, and the (single) spaces constructed from it."""
         prefix = "single_" if told.get("num_envs") else ""
         spec = told.get("spec")
         return cls(
@@ -79,8 +79,8 @@ class EnvContract:
 
 @dataclass(frozen=True)
 class EnvSandbox:
-    """Where an environment runs. requested_source: as it was given; resolved_source: with all that it left open, such
-    as the commit of a branch; address: of the server."""
+    """The location of an environment. requested_source: as given; resolved_source: with all defaults resolved, such as
+    the commit of a branch; address: of the server."""
 
     requested_source: str
     resolved_source: str
@@ -99,7 +99,8 @@ def _plain(value: Any) -> Any:
 
 
 class Placed:
-    """What an environment, or a vector of them, tells of itself and of where it runs. Specs are of a single one."""
+    """Mixin with the contract and the location of an environment or a vector. Specs are those of a single
+    environment."""
 
     _player: EnvironmentHandle
     _sandbox: EnvSandbox
@@ -107,17 +108,17 @@ class Placed:
 
     @property
     def sandbox_id(self) -> str:
-        """Where it runs."""
+        """The id of its sandbox."""
         return self._player.link.sandbox_id
 
     @property
     def sandbox(self) -> EnvSandbox:
-        """Where it runs, and what its source turned out to be."""
+        """Its location, and its resolved source."""
         return self._sandbox
 
     @property
     def env_contract(self) -> EnvContract:
-        """What it is, or each of them, as plain data that does not change."""
+        """The contract of each environment, as immutable plain data."""
         return self._contract
 
     @property
@@ -129,16 +130,14 @@ class Placed:
         return self._contract.action_space
 
 
-# ---- spaces ----
-#
-# Spaces of Gymnasium, made again of what guest/environments/hosting.py tells of them.
+# ---- Gymnasium spaces from the descriptions of guest/environments/hosting.py ----
 
 Space = spaces.Space[Any]
 _DEPTH = 32
 
 
 def space_of(spec: Any) -> Space:
-    """The space of a description. ServerError for one that describes none: it comes from inside the sandbox."""
+    """The space of a description. ServerError for an invalid one: it comes from inside the sandbox."""
     try:
         return _made(spec, 0)
     except ServerError:
@@ -186,7 +185,7 @@ def _text(spec: Any, _: int) -> Space:
 def _dict(spec: Any, depth: int) -> Space:
     found = spaces.Dict({})
     for key, item in spec["spaces"]:
-        found.spaces[key] = _made(item, depth)  # in the environment's own order, which is not always that of the keys
+        found.spaces[key] = _made(item, depth)  # in the environment's own order, which may differ from that of the keys
     return found
 
 
@@ -201,7 +200,7 @@ def _sequence(spec: Any, depth: int) -> Space:
 def _graph(spec: Any, depth: int) -> Space:
     edges = None if spec["edges"] is None else _made(spec["edges"], depth)
     nodes: Any = _made(spec["nodes"], depth)
-    return spaces.Graph(nodes, edges)  # which kinds it takes it checks itself
+    return spaces.Graph(nodes, edges)  # Graph itself validates the kinds
 
 
 def _one_of(spec: Any, depth: int) -> Space:

@@ -17,23 +17,25 @@ from rock.gym.source import Making, described, sandbox_of
 
 
 class SandboxEnv(Placed, gymnasium.Env[Any, Any]):
-    """An environment in a process of its own, in a sandbox on the server.
+    """An environment in its own process, in a sandbox on the server.
 
     source: an id of Gymnasium ("CartPole-v1", "gym://CartPole-v1", "module:Id-v0"); "hf://ORG/REPO@COMMIT", or a
-        folder, with an env.py that defines `make_env(**kwargs)`; "image://NAME", an image of the server that has one.
-    base_image: the image whose own Python hosts it; that has gymnasium, and nothing is installed.
-    packages: what it needs beside gymnasium, as pip names it; only wheels are taken. imports: modules that register it.
-    trust_remote_code: needed for hf:// and folders. allow_unpinned_hf: let the code be what a branch or tag names now.
-    task: "suite" or "suite/task", where make_env makes several.
-    config: limits of its sandbox, which is then its own, as a SandboxConfig; or a mapping, or a JSON or TOML file of
-        one, that make_env is given as `config`. memory, cpus, network: those limits one by one.
-    capabilities: refuse it unless it has them: "render", and of vectors "vector", "next_step", "same_step", "disabled".
-    override: a folder whose files are laid over the source's, or a file laid beside env.py.
-    cwd: the folder with env.py, in the source or (absolute) in the image. repo_root: a folder that the source lies in,
+        folder, with an env.py that defines `make_env(**kwargs)`; "image://NAME", an image of the server with an env.py.
+    base_image: the image whose own Python hosts it; it must contain gymnasium, and nothing is installed.
+    packages: requirements beside gymnasium, in pip's syntax; only wheels are accepted. imports: modules that register
+        it.
+    trust_remote_code: required for hf:// and folders. allow_unpinned_hf: accept the current commit of a branch or tag.
+    task: "suite" or "suite/task", where make_env creates several.
+    config: limits of a dedicated sandbox, as a SandboxConfig; or a mapping, or a JSON or TOML file with one, which
+        make_env receives as `config`. memory, cpus, network: individual limits.
+    capabilities: reject an environment without them: "render", and for vectors "vector", "next_step", "same_step",
+        "disabled".
+    override: a folder whose files replace those of the source, or a file to add beside env.py.
+    cwd: the folder with env.py, in the source or (absolute) in the image. repo_root: a folder that contains the source,
         sent as a whole. build_memory: None, "off" or "auto", as nothing is built.
-    base_url, api_key: ROCK_BASE_URL and ROCK_API_KEY where they are not given. exclusive: a sandbox of its own.
+    base_url, api_key: default to ROCK_BASE_URL and ROCK_API_KEY. exclusive: a dedicated sandbox.
     start_timeout, step_timeout: seconds.
-    kwargs: go to gymnasium.make or make_env: render_mode, ...; they have to be what JSON holds.
+    kwargs: passed to gymnasium.make or make_env: render_mode, ...; JSON types only.
 
     Errors: NotFound (no such environment), EnvironmentRaised (with `type` and `traceback`; it stays usable),
     EnvironmentEnded (with its last lines and exit status), CommandTimeout (it was killed), InvalidConfig, Unsupported,
@@ -110,15 +112,15 @@ class SandboxEnv(Placed, gymnasium.Env[Any, Any]):
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         """One step: (observation, reward, terminated, truncated, info).
 
-        It carries its number in the episode, so that one sent again because its answer was lost is done once.
+        The request carries its step number, so that a repetition after a lost response is executed once.
         """
         self._check_open()
         return self._player.step(action)
 
     def render(self, *, env_index: int = 0) -> Any:
-        """A frame as its render_mode has it: height x width x 3 of uint8, text, or None.
+        """A frame according to its render_mode: height x width x 3 of uint8, text, or None.
 
-        env_index: 0, as for a vector of one; another one is EnvironmentRaised (IndexError).
+        env_index: 0, as for a vector of one; another value raises EnvironmentRaised (IndexError).
         """
         self._check_open()
         return self._player.call("render", *([env_index] if env_index else []))
@@ -141,7 +143,7 @@ class SandboxEnv(Placed, gymnasium.Env[Any, Any]):
         return hasattr(self, name) or bool(not self._closed and self._player.call("has", name))
 
     def get_wrapper_attr(self, name: str) -> Any:
-        """An attribute of this object, else of the environment inside; AttributeError when neither has it."""
+        """An attribute of this object, else of the environment inside; AttributeError when both lack it."""
         if hasattr(self, name):
             return getattr(self, name)
         try:
@@ -152,7 +154,7 @@ class SandboxEnv(Placed, gymnasium.Env[Any, Any]):
             raise AttributeError(f"{self!r} has no attribute {name!r}, inside neither") from error
 
     def close(self) -> None:
-        """End its process. Nothing happens when that was done."""
+        """End its process. No effect when that was done."""
         if self._closed:
             return
         self._closed = True
@@ -160,11 +162,11 @@ class SandboxEnv(Placed, gymnasium.Env[Any, Any]):
         self._player.link.close()
 
     def __del__(self) -> None:
-        # A child of a fork has a copy of it, whose end is not its end.
+        # A forked child has a copy, whose end must not close the environment.
         if not getattr(self, "_closed", True) and self._process == os.getpid():
             try:
                 self.close()
-            except Exception:  # nobody is there to be told; its sandbox has an idle time
+            except Exception:  # no caller to report to; the sandbox has an idle timeout
                 pass
 
     def _check_open(self) -> None:
@@ -173,7 +175,7 @@ class SandboxEnv(Placed, gymnasium.Env[Any, Any]):
 
 
 def _spec_of(told: Any, kwargs: dict[str, Any]) -> EnvSpec | None:
-    """How to make it again with gymnasium.make(env.spec)."""
+    """The specification to create it again with gymnasium.make(env.spec)."""
     if told is None:
         return None
     return EnvSpec(
@@ -183,11 +185,11 @@ def _spec_of(told: Any, kwargs: dict[str, Any]) -> EnvSpec | None:
 
 
 async def make_async(source: str, /, **options: Any) -> AsyncEnv[SandboxEnv]:
-    """`SandboxEnv` for asyncio: makes it in a thread, and its `reset` and `step` are awaited."""
+    """`SandboxEnv` for asyncio: creates it in a thread; `reset` and `step` are awaitable."""
     env = await made(lambda: SandboxEnv(source, **options))
     return AsyncEnv(env, env._player)
 
 
 def remake(rock_source: str, **options: Any) -> SandboxEnv:
-    """What the spec of a SandboxEnv names as its maker."""
+    """The entry point in the spec of a SandboxEnv."""
     return SandboxEnv(rock_source, **options)

@@ -1,9 +1,12 @@
-"""Environments of a hub's repositories, `hf://org/repo@rev`: one commit, fetched by git and read as a tar.
+"""Environment sources: repositories of a hub (`hf://org/repo@rev`) and folders, as in-memory file trees.
 
-There is never a checkout, so no hook, no filter and no link of a repository has an effect here: `git archive` reads
-the objects of a bare repository that is gone when this is done. git runs without this machine's or user's
-configuration, without a terminal, over http and https alone, and within bounds of size, memory and time.
-Submodules are not fetched; files in large-file storage arrive as the pointers that they are in git.
+A repository is fetched at one commit by git and read as a tar. There is no checkout, so hooks, filters and links of a
+repository have no effect here: `git archive` reads the objects of a temporary bare repository. git runs without this
+machine's or user's configuration, without a terminal, over http and https only, and within limits of size, memory and
+time. Submodules are not fetched; files in large-file storage arrive as git pointers.
+
+`Tree` holds the files of a folder or a tar, which can be overlaid and are sent as a tar. Nothing is unpacked on this
+machine. A tar is untrusted: links in it are resolved only inside a sandbox.
 """
 
 from __future__ import annotations
@@ -28,12 +31,7 @@ from pathlib import Path, PurePosixPath
 
 from rock import errors, settings
 
-# ---- tree ----
-#
-# The files of an environment's source, in memory: read of a folder or a tar, laid over each other, and sent as a tar.
-#
-# Nothing is ever unpacked on this machine. What a tar says is somebody else's: a link in it leads nowhere before it is
-# inside a sandbox.
+# ---- file tree ----
 
 FILE = "env.py"
 REQUIREMENTS = "requirements.txt"
@@ -46,7 +44,7 @@ Entry = tuple[tarfile.TarInfo, bytes]
 
 
 class Tree:
-    """Files, folders and symbolic links by their paths. `what`: how errors name it."""
+    """Files, folders and symbolic links by path. `what`: its name in errors."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -54,7 +52,7 @@ class Tree:
 
     @classmethod
     def of_folder(cls, folder: Path) -> Tree:
-        """A folder of this machine, links as links; InvalidConfig when it is too large."""
+        """Read a folder of this machine, links as links; InvalidConfig when it is too large."""
         buffer = io.BytesIO()
         size = 0
 
@@ -74,7 +72,7 @@ class Tree:
 
     @classmethod
     def of_tar(cls, raw: bytes, what: str) -> Tree:
-        """A tar that may be anybody's: entries of other kinds are left out. InvalidConfig for what cannot be right."""
+        """Read an untrusted tar: entries of other kinds are skipped. InvalidConfig for an invalid one."""
         tree = cls(what)
         size = 0
         try:
@@ -112,13 +110,13 @@ class Tree:
         self._entries[name] = made, data
 
     def over(self, other: Tree) -> Tree:
-        """The other one with these files laid over it."""
+        """The other tree with these files on top."""
         both = Tree(other.what)
         both._entries = {**other._entries, **self._entries}
         return both
 
     def lay(self, path: Path, cwd: str) -> Tree:
-        """This one with a folder's files, or a file beside env.py in `cwd`, of this machine laid over it."""
+        """This tree with a local folder's files, or a file beside env.py in `cwd`, on top."""
         if path.is_dir():
             return Tree.of_folder(path).over(self)
         if not path.is_file():
@@ -133,7 +131,7 @@ class Tree:
         return laid.over(self)
 
     def text_of(self, name: str, limit: int) -> str | None:
-        """A regular file as text; None when there is none of that name. InvalidConfig for anything else."""
+        """A regular file as text; None when it is missing. InvalidConfig for other kinds."""
         found = self._entries.get(name)
         if found is None:
             return None
@@ -147,7 +145,7 @@ class Tree:
             raise errors.InvalidConfig(f"{name} in {self.what} is no text: {error}") from None
 
     def check(self, cwd: str) -> None:
-        """InvalidConfig unless there is an env.py in the folder `cwd` of it."""
+        """Raise InvalidConfig unless its folder `cwd` contains an env.py."""
         name = str(PurePosixPath(cwd, FILE))
         if self.text_of(name, LIMIT) is None:
             raise errors.InvalidConfig(f"there is no {name} in {self.what}", hint="it defines make_env(**kwargs)")
@@ -161,7 +159,7 @@ class Tree:
         return [line for line in lines if line]
 
     def packed(self) -> bytes:
-        """All of it as a tar. Folders come first, so that a file laid over another does not hide its parents."""
+        """The tree as a tar. Folders come first, so that an overlaid file does not hide its parents."""
         buffer = io.BytesIO()
         if sum(len(data) for _, data in self._entries.values()) > LIMIT:
             raise _too_large(self.what)
@@ -175,14 +173,13 @@ def _too_large(what: str) -> errors.InvalidConfig:
     return errors.InvalidConfig(f"{what} is larger than {LIMIT >> 20} MiB, or has more than {_MOST} files")
 
 
-# ---- hub ----
-#
+# ---- repositories ----
 
 
-TIMEOUT = 300.0  # seconds, for all of it
+TIMEOUT = 300.0  # seconds for the whole fetch
 _LARGEST_PACK = 2 * LIMIT
 _LARGEST_TAR = 2 * LIMIT
-_MEMORY = 4 << 30  # bytes of address space of one git
+_MEMORY = 4 << 30  # bytes of address space per git process
 _MOST_REFS = 64 << 10  # bytes
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_-])?"
 _REPOSITORY = re.compile(rf"{_NAME}/{_NAME}")
@@ -197,7 +194,7 @@ _CONFIG = (
 
 @dataclass(frozen=True)
 class HubSource:
-    """What an `hf://` source names. revision: None is the default branch; task: "suite" or "suite/task", or None."""
+    """A parsed `hf://` source. revision: None is the default branch; task: "suite" or "suite/task", or None."""
 
     repository: str
     revision: str | None
@@ -205,7 +202,7 @@ class HubSource:
 
     @classmethod
     def parse(cls, rest: str) -> HubSource:
-        """`rest`: what follows hf://. InvalidConfig says what is wrong with it."""
+        """Parse the part after hf://. InvalidConfig states what is wrong with it."""
         place, has_task, task = rest.partition(":")
         repository, has_revision, revision = place.partition("@")
         hint = "hf://ORG/REPO@REVISION, and :SUITE/TASK where there are several"
@@ -219,7 +216,7 @@ class HubSource:
         return cls(repository, revision or None, task or None)
 
     def allow(self, trusted: bool, unpinned: bool) -> None:
-        """InvalidConfig where code of others would run that nobody agreed to, or that may change."""
+        """Raise InvalidConfig for untrusted code without consent, or for code that may change."""
         if not trusted:
             raise errors.InvalidConfig(f"hf://{self.repository} is code of others, which runs in the sandbox",
                                        hint="pass trust_remote_code=True if that is wanted")  # fmt: skip
@@ -250,7 +247,7 @@ def _endpoint() -> str:
 
 
 def _resolve(url: str, revision: str | None, deadline: float) -> str:
-    """The commit of a tag, else of a branch, of that very name."""
+    """The commit of a tag, else of a branch, with exactly this name."""
     names = ["HEAD"] if revision is None else [
         f"refs/tags/{revision}^{{}}", f"refs/tags/{revision}", f"refs/heads/{revision}"
     ]  # fmt: skip
@@ -265,7 +262,7 @@ def _resolve(url: str, revision: str | None, deadline: float) -> str:
 
 @lru_cache(maxsize=2)
 def _archive(url: str, commit: str) -> bytes:
-    """The files of a commit. What its digits name never changes, so the last ones are kept."""
+    """The files of a commit. They never change, so recent ones are cached."""
     with _Git(url, time.monotonic() + TIMEOUT) as git:
         git.run("init", "--quiet", "--bare", "--template=", "--", git.folder, limit=0)
         git.run("fetch", "--quiet", "--depth=1", "--no-tags", "--no-write-fetch-head", "--", url, commit, limit=0)
@@ -273,7 +270,7 @@ def _archive(url: str, commit: str) -> bytes:
 
 
 class _Git:
-    """git over a folder of its own, which is gone in the end."""
+    """git in a private temporary folder."""
 
     def __init__(self, url: str, deadline: float) -> None:
         self._url = url
@@ -293,7 +290,7 @@ class _Git:
         self._home.cleanup()
 
     def run(self, *arguments: str, limit: int) -> bytes:
-        """What it prints, at most `limit` bytes."""
+        """The output of a git command, at most `limit` bytes."""
         options = [part for pair in _CONFIG for part in ("-c", pair)]
         command = [self._program, f"--git-dir={self.folder}", *options, *arguments]
         told = Path(self._home.name, "told")
@@ -327,7 +324,7 @@ class _Git:
                                     hint="large files belong into a package or an image")  # fmt: skip
 
     def _failure(self, told: str, status: int) -> errors.RockError:
-        """What git said, as an error: its words are those of the locale C."""
+        """Convert git's error message, which is in the locale C, to an error."""
         last = next((line for line in reversed(told.splitlines()) if line.strip()), f"git ended with {status}")
         if "signal 25" in told or "index-pack" in told or status == -signal.SIGXFSZ:
             return self._too_large(", or makes no sense")
@@ -339,8 +336,8 @@ class _Git:
 
 
 def _bound(pid: int) -> None:
-    """Bounds for git and all that it starts from now on. It has to read its configuration first, so that is in time;
-    the size of what it prints is bounded beside."""
+    """Limit git and its child processes. Call after the start, because git first reads its configuration; the size of
+    its output is limited separately."""
     with contextlib.suppress(ProcessLookupError):
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (_LARGEST_PACK, _LARGEST_PACK))
         resource.prlimit(pid, resource.RLIMIT_AS, (_MEMORY, _MEMORY))
@@ -353,6 +350,6 @@ def _too_late(late: threading.Event, pid: int) -> None:
 
 
 def _kill(pid: int) -> None:
-    """All of its session: it was started as the leader of one and is not reaped yet."""
+    """Kill its session: git leads it and is not reaped yet."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""What an environment is made of: an id of Gymnasium, a folder, a hub's repository, or an image; and making it."""
+"""Sources of environments (an id of Gymnasium, a folder, a hub's repository, an image), and the creation from them."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ _KINDS = "an id, gym://ID, hf://ORG/REPO@REVISION, image://NAME, or a folder"
 
 @dataclass(frozen=True)
 class Source:
-    """`env_id`: of Gymnasium, or what errors call it. resolved: the source with all that was left open filled in.
-    files: sent into the sandbox. folder, root: inside, with env.py, and from where that may import. image: whose own
-    Python hosts it. packages: to be installed. task: of several that make_env makes."""
+    """`env_id`: of Gymnasium, or the name in errors. resolved: the source with all defaults resolved. files: sent to
+    the sandbox. folder, root: paths inside, of env.py, and of the import root. image: its own Python hosts the
+    environment. packages: to be installed. task: one of several that make_env creates."""
 
     env_id: str
     resolved: str
@@ -41,8 +41,8 @@ class Source:
 
 
 def find(asked: Arguments) -> Source:
-    """The source that the arguments name. InvalidConfig says what to write instead, or which argument does not go with
-    it. A repository is fetched here; no code of it runs before it is in its sandbox."""
+    """The source of the arguments. InvalidConfig names an alternative, or an argument that does not apply. A repository
+    is fetched here; its code runs only in its sandbox."""
     text = asked.source
     kind, found, rest = text.partition("://")
     if text.startswith(("/", ".", "~")) or kind == "file":
@@ -121,20 +121,20 @@ def _relative(text: str) -> str:
 
 @dataclass
 class Making:
-    """What is needed to make an environment, and the link that is made for it. vector: fields of MakeEnv, for one."""
+    """The inputs of an environment's creation, and its client. vector: fields of MakeEnv for a vector."""
 
     asked: Arguments
     vector: dict[str, Any] = field(default_factory=dict)
 
     def make(self) -> tuple[EnvironmentHandle, Source]:
-        """The environment; whatever fails, nothing of it is left."""
+        """Create the environment; a failure leaves nothing behind."""
         asked = self.asked
         link = EnvironmentClient(base_url=asked.base_url, api_key=asked.api_key, config=asked.limits, graph=_graph,
                        exclusive=asked.exclusive, timeout=asked.step_timeout)  # fmt: skip
         asked = _registered(link, asked)
         source = find(asked)
         if source.files is not None or source.image is not None:
-            link.exclusive = True  # others must not meet its files
+            link.exclusive = True  # other environments must not see its files
         spec = OpenEnv(env_id=source.env_id, protocol="gym")
         if source.packages:
             spec.packages = list(source.packages)
@@ -156,7 +156,7 @@ class Making:
 
 
 def _registered(link: EnvironmentClient, asked: Arguments) -> Arguments:
-    """What is asked for, with the source that somebody registered under its name."""
+    """The arguments, with the source that is registered under the requested name."""
     if "://" in asked.source or asked.source.startswith(("/", ".", "~")):
         return asked
     try:
@@ -179,12 +179,12 @@ def _graph(nodes: Any, edges: Any, links: Any) -> GraphInstance:
 
 
 def sandbox_of(requested: str, found: Source, player: EnvironmentHandle) -> EnvSandbox:
-    """Where an environment that was made of a source runs."""
+    """The location of an environment."""
     return EnvSandbox(requested, found.resolved, player.link.sandbox_id, player.link.transport.address.url)
 
 
 def described(player: EnvironmentHandle) -> dict[str, Any]:
-    """What the environment says of itself."""
+    """The environment's description of itself."""
     found = player.call("describe")
     if not isinstance(found, dict):
         raise errors.ServerError("malformed answer: no description of an environment")

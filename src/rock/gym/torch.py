@@ -1,16 +1,16 @@
-"""The environments of `rock.gym` with tensors of torch, on a device of your choice.
+"""The environments of `rock.gym` with torch tensors, on a device of your choice.
 
     envs = rock.gym.torch.SandboxVectorEnv("CartPole-v1", 8, device="cuda")
     observations, infos = envs.reset(seed=1)
     observations, rewards, terminations, truncations, infos = envs.step(policy(observations))
 
-They are `gymnasium.Env` and `VectorEnv` as those of `rock.gym` are, with Gymnasium's spaces. Arrays in observations and
-frames become tensors of their type; on the CPU these share the arrays' memory, which nobody else has. Numbers become
-tensors without a dimension. Rewards are float32, flags bool. Text and infos stay as they are, save for `final_obs`,
-which is a list of observations, and None for those that did not end. Actions and `reset_mask` may be tensors of any
-device, arrays or numbers.
+They are `gymnasium.Env` and `VectorEnv` like those of `rock.gym`, with Gymnasium's spaces. Arrays in observations and
+frames become tensors of their dtype; on the CPU the tensors share the arrays' memory, which has no other user. Numbers
+become zero-dimensional tensors. Rewards are float32, flags bool. Text and infos are unchanged, except `final_obs`,
+which is a list of observations, with None for environments that did not end. Actions and `reset_mask` may be tensors of
+any device, arrays or numbers.
 
-Needs the extra: pip install "rock-sandbox[torch]".
+Requires the extra: pip install "rock-sandbox[torch]".
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class SandboxEnv(single.SandboxEnv):
         if self.spec is not None:
             self.spec.entry_point = "rock.gym.torch:remake"
             self.spec.kwargs["device"] = str(self.device)
-            self.spec.disable_env_checker = True  # it wants arrays
+            self.spec.disable_env_checker = True  # it requires arrays
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         observation, info = super().reset(seed=seed, options=to_numpy(options))
@@ -82,17 +82,17 @@ class SandboxVectorEnv(vector.SandboxVectorEnv):
 
 
 def remake(rock_source: str, **options: Any) -> SandboxEnv:
-    """What the spec of a SandboxEnv names as its maker."""
+    """The entry point in the spec of a SandboxEnv."""
     return SandboxEnv(rock_source, **options)
 
 
 def to_torch(value: Any, device: Any = "cpu") -> Any:
-    """The value with tensors in place of arrays and numbers, whatever they are in."""
+    """Convert arrays and numbers to tensors, in any nesting."""
     if isinstance(value, np.ndarray):
         if value.dtype.kind not in "biuf":
             return [to_torch(item, device) for item in value] if value.dtype.kind == "O" else value
         if not value.flags.writeable:
-            value = value.copy()  # torch would warn: it knows no memory that is read-only
+            value = value.copy()  # torch warns about read-only memory
         return torch.from_numpy(value).to(device)
     if isinstance(value, bool | int | float | np.number | np.bool_):
         return torch.as_tensor(value, device=device)
@@ -106,7 +106,7 @@ def to_torch(value: Any, device: Any = "cpu") -> Any:
 
 
 def to_numpy(value: Any) -> Any:
-    """The value with arrays in place of tensors; one without a dimension becomes a number of numpy."""
+    """Convert tensors to arrays; zero-dimensional ones become numpy scalars."""
     if isinstance(value, torch.Tensor):
         return value.detach().cpu().numpy()[()]
     if isinstance(value, dict):
@@ -132,7 +132,7 @@ def _stepped(found: Step, device: Any) -> Step:
 
 
 def _device(name: Any) -> Any:
-    """The device, tried out, as torch takes the names of those that are not there."""
+    """The device, after a test allocation: torch accepts names of missing devices."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

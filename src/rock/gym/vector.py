@@ -24,11 +24,12 @@ class SandboxVectorEnv(Placed, VectorEnv[Any, Any, Any]):
     """`num_envs` environments, stepped together by one request.
 
     vectorization_mode: "sync" (one after the other), "async" (a process each), "vector_entry_point" (the environment's
-        own vector), or None for what gymnasium.make_vec would take. vector_kwargs: go to that vector.
+        own vector), or None for the default of gymnasium.make_vec. vector_kwargs: passed to that vector.
     autoreset_mode: gymnasium.vector.AutoresetMode or its value: next step (Gymnasium's default), same step, disabled.
-    All else is as for `SandboxEnv`.
 
-    Observations are batched as `observation_space` says, rewards are float64[num_envs], flags bool[num_envs].
+    Other arguments are those of `SandboxEnv`.
+
+    Observations are batched as in `observation_space`, rewards are float64[num_envs], flags bool[num_envs].
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class SandboxVectorEnv(Placed, VectorEnv[Any, Any, Any]):
     ) -> tuple[Any, dict[str, Any]]:
         """Start episodes: (observations, infos). An int seeds environment i with seed + i.
 
-        options={"reset_mask": bool[num_envs]} resets some of them only.
+        options={"reset_mask": bool[num_envs]} resets only some of them.
         """
         self._check_open()
         if seed is not None:
@@ -146,7 +147,7 @@ class SandboxVectorEnv(Placed, VectorEnv[Any, Any, Any]):
         self._player.call("set", name, values)
 
     def close_extras(self, **kwargs: Any) -> None:
-        """End their process. A child of a fork has a copy, whose end is not theirs."""
+        """End their process. A forked child has a copy, whose end must not close them."""
         if self._process != os.getpid():
             return
         self._player.link.close_env(self._player.number)

@@ -66,9 +66,7 @@ def replace(path: str | os.PathLike[str], text: str) -> None:
         raise
 
 
-# ---- diskerrors ----
-#
-# What a disk says, in our words.
+# ---- disk errors ----
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 

@@ -1,4 +1,4 @@
-"""The rocklet's side of a process of ours that works for it: start it, ask it, notice that it has died."""
+"""The rocklet's client of a helper process: starts it, sends requests, and detects its death."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ PATIENCE = 30.0  # seconds
 
 
 class Ended(errors.Unavailable):
-    """The child died while it was asked: another one is started for the next request."""
+    """The child died during a request; the next request starts another one."""
 
 
 class ChildLink:
     """One child at a time, of a program of this package, started with the first request.
 
-    what: its name in errors. again: what to do when it has ended. options: the program's, without the descriptor.
+    what: its name in errors. again: the advice when it has ended. options: the program's, without the descriptor.
     """
 
     what = ""
@@ -45,30 +45,30 @@ class ChildLink:
         self._outgoing: list[tuple[bytes, list[int]]] = []
         self._buffer = bytearray(1 << 17)
 
-    # ---- what each child has of its own
+    # ---- for subclasses ----
 
     def _greeted(self, data: bytes) -> None:
-        """Look at what it says first; raise what is wrong with it, empty data when it ended at once."""
+        """Check its first message; raises its error. Empty data means that it ended at once."""
 
     def _not_started(self, error: OSError | TimeoutError) -> errors.RockError:
         raise NotImplementedError
 
     def _told(self, message: dict[str, Any]) -> None:
-        """Each message of it, answers included."""
+        """Handle each of its messages, replies included."""
 
     def _lost(self) -> None:
-        """It has died."""
+        """Handle its death."""
         self.close()
 
-    # ---- what all have
+    # ---- common ----
 
     @property
     def pid(self) -> int | None:
-        """Its process, when it runs."""
+        """Its pid while it runs."""
         return self._child.pid if self._child is not None else None
 
     async def start(self) -> None:
-        """Start it when it does not run. Raises what `_greeted` and `_not_started` say."""
+        """Start it when it does not run. Raises the errors of `_greeted` and `_not_started`."""
         async with self._starting:
             if self._sock is not None:
                 return
@@ -99,9 +99,9 @@ class ChildLink:
     async def ask(
         self, op: str, fields: dict[str, Any], fds: Sequence[int] = (), patience: float | None = None
     ) -> dict[str, Any]:
-        """Ask it, starting it first when it is gone; it gets copies of `fds`. Ended when it dies meanwhile, Unavailable
-        when it takes more than `patience` seconds."""
-        copies = [os.dup(fd) for fd in fds]  # the caller may close its own while the child is started again
+        """Send a request with copies of `fds`, starting the child when necessary. Ended when it dies meanwhile,
+        Unavailable after `patience` seconds."""
+        copies = [os.dup(fd) for fd in fds]  # the caller may close its own during a restart of the child
         try:
             await self.start()
         except BaseException:
@@ -127,7 +127,7 @@ class ChildLink:
             self._waiting.pop(number, None)
 
     def post(self, op: str, fields: dict[str, Any]) -> None:
-        """Tell it without waiting; nothing happens when it does not run."""
+        """Send a message without waiting; no effect when it does not run."""
         if self._sock is not None:
             self._outgoing.append(pack({"id": 0, "op": op, **fields}))
             self._flush()
@@ -179,7 +179,7 @@ class ChildLink:
             self._child = None
 
     def close(self) -> None:
-        """End it. What it made or serves stays. Idempotent."""
+        """End it. Resources that it created or serves remain. Idempotent."""
         if self._sock is None:
             return
         loop = asyncio.get_running_loop()

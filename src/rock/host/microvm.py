@@ -1,7 +1,7 @@
-"""Whether this machine boots micro virtual machines, by booting one: a /dev/kvm that is there proves nothing.
+"""Tests whether this machine boots microVMs, by booting one: the presence of /dev/kvm is no proof.
 
-The engines are optional packages, which nothing installs for you. Each is tried in a process of its own, with a time
-limit and a home that goes afterwards, on a file system of a few files of this machine.
+The engines are optional packages, which ROCK does not install. Each is tested in a separate process with a time limit
+and a temporary home, on a file system of a few files of this machine.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ENGINES = ("boxlite", "microsandbox")
-PATIENCE = 40.0  # seconds that a boot may take
+PATIENCE = 40.0  # timeout of a boot in seconds
 _PATH = "/usr/local/bin:/usr/bin:/bin"
 _MACHINES = {"x86_64": "amd64", "aarch64": "arm64"}
 _SHELL = "/bin/sh"
@@ -55,7 +55,7 @@ asyncio.run(main())
 
 @dataclass(frozen=True)
 class Boot:
-    """What came of it: ok is None where the engine is not installed."""
+    """The result: ok is None where the engine is not installed."""
 
     engine: str
     ok: bool | None
@@ -63,7 +63,8 @@ class Boot:
 
 
 def try_engine(engine: str, patience: float = PATIENCE) -> Boot:
-    """Boot one machine and hear from it. Blocking, for up to `patience` seconds where the engine is installed."""
+    """Boot one machine and wait for its output. Blocking, for up to `patience` seconds where the engine is
+    installed."""
     found = importlib.util.find_spec(engine)
     if found is None or not found.origin:
         return Boot(engine, None, "not installed")
@@ -74,7 +75,7 @@ def try_engine(engine: str, patience: float = PATIENCE) -> Boot:
             root, layout = _guest(Path(folder))
         except OSError as error:
             return Boot(engine, False, f"installed; no guest to boot could be made: {error}")
-        # The home is another one, and with it the user's own packages.
+        # The temporary home hides the user's own packages.
         environment = {"PATH": _PATH, "HOME": folder, "TMPDIR": folder,
                        "PYTHONPATH": str(Path(found.origin).parent.parent)}
         return _run(engine, [str(root), str(layout)], environment, patience)
@@ -102,7 +103,7 @@ def _run(engine: str, arguments: list[str], environment: dict[str, str], patienc
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """Kill it and all that it started: engines start helpers, which stay in its session."""
+    """Kill it and its children: helpers of engines stay in its session."""
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:

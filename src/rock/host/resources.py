@@ -1,4 +1,4 @@
-"""How much memory this machine has, how much of it is free, and whether programs wait for it."""
+"""Memory (total, available, pressure) and GPUs of this machine."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 from rock.errors import NoCapacity, Unsupported
 from rock.protocol.sandbox import SandboxConfig
 
-_FRESH = 0.02  # seconds for which an answer holds: reading it takes the kernel 40 us, and creates come in bursts
+_FRESH = 0.02  # cache lifetime in seconds: a read takes 40 us, and creates come in bursts
 _known = (float("-inf"), 0, 0)
 
 
 def read() -> tuple[int, int]:
-    """Bytes of memory that the machine has, and those that are available now; zeros where it does not tell."""
+    """Total and available memory in bytes; zeros where the machine does not report them."""
     global _known
     now = time.monotonic()
     if now - _known[0] > _FRESH:
@@ -34,9 +34,8 @@ def read() -> tuple[int, int]:
 
 
 def pressure() -> float | None:
-    """Percent of the last ten seconds in which some program here waited for memory; None where the kernel does not
-    tell. Of the control group that this process is held to, if it says so itself: a container is short before its
-    machine is."""
+    """Percent of the last ten seconds in which a program waited for memory; None where the kernel does not report it.
+    Uses this process's control group if it reports the value: a container is short of memory before its machine is."""
     for path in ("/sys/fs/cgroup/memory.pressure", "/proc/pressure/memory"):
         try:
             with open(path, encoding="ascii") as lines:
@@ -49,9 +48,7 @@ def pressure() -> float | None:
     return None
 
 
-# ---- accelerators ----
-#
-# GPUs of this machine, as NVIDIA's driver tells of them, and which of them sandboxes have.
+# ---- GPUs, as NVIDIA's driver reports them, and their assignment to sandboxes ----
 
 _DRIVER = Path("/proc/driver/nvidia/gpus")
 _MOST = 64
@@ -59,21 +56,21 @@ _MOST = 64
 
 @dataclass(frozen=True)
 class Gpu:
-    """One of them. uuid: as the container engine takes it. model: in the driver's words."""
+    """One GPU. uuid: as the container engine takes it. model: as the driver reports it."""
 
     uuid: str
     model: str
 
     @property
     def kind(self) -> str:
-        """What accelerator types call it: "NVIDIA A100-SXM4-40GB" is an A100."""
+        """The accelerator type: "NVIDIA A100-SXM4-40GB" is an A100."""
         words = self.model.replace("-", " ").split()
         known = [word for word in words if any(c.isdigit() for c in word) and word[:1].isalpha()]
         return known[0] if known else self.model
 
 
 def found(folder: Path = _DRIVER) -> list[Gpu]:
-    """Those that the driver tells of; none without it."""
+    """The GPUs that the driver reports; empty without a driver."""
     gpus: list[Gpu] = []
     try:
         entries = sorted(folder.iterdir())[:_MOST]
@@ -92,7 +89,7 @@ def found(folder: Path = _DRIVER) -> list[Gpu]:
 
 @dataclass
 class Gpus:
-    """Who has which: whole ones, each of one sandbox at a time."""
+    """The assignment of GPUs: whole ones, each to one sandbox at a time."""
 
     all: list[Gpu] = field(default_factory=found)
     _given: dict[str, tuple[str, ...]] = field(default_factory=dict)  # uuids by owner
@@ -106,7 +103,7 @@ class Gpus:
         return [gpu for gpu in self.all if gpu.uuid not in given]
 
     def refuse(self, config: SandboxConfig) -> None:
-        """Raise Unsupported for what this machine could never give."""
+        """Raise Unsupported for a request that this machine can never satisfy."""
         count, kind = _spec(config)
         fit = [gpu for gpu in self.all if kind in (None, gpu.kind)]
         if count > len(fit):
@@ -115,7 +112,7 @@ class Gpus:
                               hint="leave num_gpus and accelerator_type unset")
 
     def take(self, owner: str, config: SandboxConfig) -> tuple[str, ...]:
-        """UUIDs of those that a sandbox gets. NoCapacity, Unsupported."""
+        """Assign GPUs to a sandbox; returns their UUIDs. NoCapacity, Unsupported."""
         self.refuse(config)
         count, kind = _spec(config)
         fit = [gpu.uuid for gpu in self.free if kind in (None, gpu.kind)]
@@ -127,11 +124,11 @@ class Gpus:
         return self._given.get(owner, ())
 
     def of(self, owner: str) -> list[str]:
-        """UUIDs of those that it has."""
+        """UUIDs of its GPUs."""
         return list(self._given.get(owner, ()))
 
     def taken(self, owner: str, uuids: tuple[str, ...]) -> None:
-        """One that was found again has these."""
+        """Record the GPUs of a recovered sandbox."""
         if uuids:
             self._given[owner] = uuids
 
@@ -140,7 +137,7 @@ class Gpus:
 
 
 def _spec(config: SandboxConfig) -> tuple[int, str | None]:
-    """How many, of which kind. Unsupported for a part of one."""
+    """Parse number and type. Unsupported for a fraction of a GPU."""
     wanted = config.num_gpus if config.num_gpus is not None else 1.0 if config.accelerator_type else 0.0
     if wanted != int(wanted):
         raise Unsupported(f"num_gpus={wanted:g}: a container has whole GPUs", hint="num_gpus=1")

@@ -1,7 +1,7 @@
-"""What COPY, ADD and WORKDIR do: entries of a new layer over a stack of layers, from a context or another image.
+"""COPY, ADD and WORKDIR: entries of a new layer over a stack of layers, from a context or another image.
 
-The new layer must not hide what is below: a folder that is there keeps its mode and owner, and a symbolic link to a
-folder is written through. Both sides are read by `Merged`, so no link of a context or of an image leads out of it.
+The new layer must not hide existing content: an existing folder retains its mode and owner, and a symbolic link to a
+folder is followed. Both sides are read by `Merged`, so no link of a context or an image leads out of it.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from rock.images.layers.writer import LayerWriter, parts_of
 
 _CHUNK = 1 << 20
 _DEEPEST = 256
-_MOST = 1_000_000  # files of one COPY
+_MOST = 1_000_000  # maximum files of one COPY
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who is to own what is copied."""
+    """The owner of copied files."""
 
     uid: int
     gid: int
 
 
 def owner_of(text: str, image: Merged) -> Owner:
-    """"user", "uid", "user:group" or "uid:gid" in an image. NotFound for names that it has not.
+    """Resolve "user", "uid", "user:group" or "uid:gid" in an image. NotFound for unknown names.
 
-    Without a group it is the group of the user's number, as Dockerfiles have it.
+    Without a group, the group id equals the user id, as in Dockerfiles.
     """
     user, colon, group = text.partition(":")
     uid = _number(user, image, b"/etc/passwd", "user")
@@ -61,12 +61,12 @@ def _is_id(text: str) -> bool:
     return re.fullmatch(r"\d{1,10}", text, re.ASCII) is not None and int(text) < 0xFFFFFFFF
 
 
-# ---- what is to be copied
+# ---- sources ----
 
 
 @dataclass(frozen=True)
 class Source:
-    """Something to be copied. `base`: its name at the target, when that is a folder."""
+    """A source of a copy. `base`: its name at the target, when the target is a folder."""
 
     tree: Merged
     node: Node
@@ -74,7 +74,7 @@ class Source:
 
 
 def sources(tree: Merged, patterns: Sequence[str]) -> list[Source]:
-    """What patterns stand for in a tree; links at their end are followed. NotFound names the one without any."""
+    """Expand patterns in a tree; final links are followed. NotFound names a pattern without a match."""
     found: list[Source] = []
     for pattern in patterns:
         text = os.fsencode(pattern)
@@ -119,7 +119,7 @@ def _matching(tree: Merged, parts: list[bytes]) -> Iterator[tuple[Node, bytes]]:
 
 
 def digest_of(found: Iterable[Source]) -> str:
-    """Of names, kinds, modes, owners and content; times do not count."""
+    """Digest of names, kinds, modes, owners and content; excludes times."""
     digest = hashlib.sha256()
     for source in found:
         for path, node in _walk(source.tree, source.node, (), 0):
@@ -136,7 +136,7 @@ def digest_of(found: Iterable[Source]) -> str:
 
 
 def _walk(tree: Merged, node: Node, path: tuple[bytes, ...], count: int) -> Iterator[tuple[tuple[bytes, ...], Node]]:
-    """Depth first, a folder before what is in it."""
+    """Depth first, a folder before its content."""
     todo = [(path, node)]
     while todo:
         path, node = todo.pop()
@@ -148,13 +148,14 @@ def _walk(tree: Merged, node: Node, path: tuple[bytes, ...], count: int) -> Iter
             todo += [((*path, entry.name), entry) for entry in reversed(list(tree.entries(node)))]
 
 
-# ---- where it goes
+# ---- target ----
 
 
 class Copy:
-    """Writes into a new layer over `below`. owner: of all that is copied, None for its own; mode: of files and folders.
+    """Writes into a new layer over `below`. owner: of all copied files, None for the original one; mode: of files and
+    folders.
 
-    refused: called with each path that is written, to raise where nothing may be written.
+    refused: called with each written path; raises where writes are not allowed.
     """
 
     def __init__(
@@ -173,11 +174,11 @@ class Copy:
 
     @property
     def digest(self) -> str:
-        """Of all entries that were written."""
+        """Digest of all written entries."""
         return f"sha256:{self._digest.hexdigest()}"
 
     def folder(self, path: bytes) -> tuple[bytes, ...]:
-        """Have a folder, with those above it; answers where it is without links. InvalidConfig when a file is there."""
+        """Create a folder and its parents; returns its path without links. InvalidConfig when a file exists there."""
         if (known := self._known.get(path)) is not None:
             return known
         node, left = self._below.walk(path)
@@ -197,7 +198,7 @@ class Copy:
         return parts
 
     def put(self, found: Sequence[Source], target: bytes) -> None:
-        """Copy all of it: a folder's content into `target`, a file into it or as it. InvalidConfig."""
+        """Copy a source: a folder's content into `target`, a file into it or under its name. InvalidConfig."""
         if len(found) > 1 and not target.endswith(b"/"):
             raise InvalidConfig("several files are copied, so the target must be a folder and end with /")
         there = self._below.find(target)
@@ -220,7 +221,7 @@ class Copy:
         self._add(entry, [content])
 
     def unpack(self, source: Source, target: bytes) -> None:
-        """Write what an archive has, below `target`. ImageError when it is damaged or leads out of there."""
+        """Unpack an archive below `target`. ImageError when it is damaged or leads out of the target."""
         top = self.folder(target)
         chunks = Plain(_blob(source.node), self._writer.bounds).chunks()
         try:
@@ -241,7 +242,7 @@ class Copy:
             chunks.close()
 
     def _through(self, parts: tuple[bytes, ...]) -> tuple[bytes, ...]:
-        """The same path, without links of the layers below in its folders, whose modes are kept."""
+        """The path with links of the layers below resolved in its folders, whose modes are preserved."""
         node, left = self._below.walk(b"/".join(parts[:-1]))
         if node.is_folder:
             self._keep(node)
@@ -285,7 +286,7 @@ class Copy:
         return entry
 
     def _keep(self, node: Node) -> None:
-        """Folders that are there go into the layer as they are: overlay takes mode and owner of the topmost."""
+        """Add existing folders to the layer unchanged: overlay uses mode and owner of the topmost."""
         for depth in range(len(node.parts) + 1):
             parts = node.parts[:depth]
             if parts in self._made:
@@ -301,7 +302,7 @@ class Copy:
             self._refused(parts)
         row = (entry.path, entry.kind.value, entry.mode, entry.uid, entry.gid, entry.mtime, entry.size, entry.target)
         self._digest.update(repr((row, sorted(entry.xattrs.items()))).encode())
-        entry.mtime = entry.mtime or self._now  # of what is made here; two builds of the same are the same layer
+        entry.mtime = entry.mtime or self._now  # a fixed time for generated files: equal builds produce equal layers
         self._writer.add(entry, self._hashed(data))
 
     def _hashed(self, data: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
@@ -357,7 +358,7 @@ def is_archive(node: Node) -> bool:
     try:
         first = next(chunks, b"")
         return first[257:262] == b"ustar"
-    except Exception:  # damaged, or no archive at all: it is copied as it is
+    except Exception:  # damaged or no archive: copied unchanged
         return False
     finally:
         chunks.close()

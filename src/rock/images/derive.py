@@ -1,4 +1,5 @@
-"""Images that are made here of others: their layers with one more on top, under a new name."""
+"""Derived images: layers of an image plus one more, under a new name; and unpacking of build contexts and RUN
+results."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ _NOT_CONTENT = ("owner", "made")
 
 
 class DerivedImages:
-    """gate: the store's lock, shared while an image is added. See `ImageStore` for what the methods are for."""
+    """gate: the store's lock, held shared while an image is added. `ImageStore` documents the methods."""
 
     def __init__(self, layers: LayerStore, records: Records, own: HostImages, gate: Path) -> None:
         self._layers = layers
@@ -48,7 +49,7 @@ class DerivedImages:
             if fill is not None:
                 made = self._layers.add(what, fill, diff_id)
             else:
-                plain = len(base.layers) == bool(base.binds)  # of nothing, or of this machine and nothing else
+                plain = len(base.layers) == bool(base.binds)  # empty, or this machine's system without changes
                 made = self._layers.add("making an empty layer", lambda _: EMPTY, EMPTY) if plain else None
             return self._over(name, base, made, owner)
 
@@ -87,18 +88,16 @@ class DerivedImages:
         return self._records.save(replace(record, digest=digest, id=digest, owner=owner, made=True))
 
 
-# ---- steps ----
-#
-# Unpacking for builds: a context that somebody sent, and what a RUN wrote. Both are hostile.
+# ---- build steps: unpacking of untrusted contexts and of files written by RUN ----
 
-MOST_BYTES = 16 << 30  # of a context
+MOST_BYTES = 16 << 30  # maximum bytes of a context
 _MOST_FILES = 1_000_000
-# What a runtime puts into every sandbox with a network: it belongs to this machine and not to an image
+# Files that a runtime adds to every sandbox with a network; they do not belong to an image
 _NOT_OURS = (b"etc/resolv.conf",)
 
 
 class _ContextWriter(HoledWriter):
-    """A context: it has no owners, and no names that are whiteouts in a layer."""
+    """Writes a context: without owners, and without names that are whiteouts in a layer."""
 
     entries = 0
 
@@ -121,12 +120,12 @@ def unpack_context(tar: Path, folder: Path) -> None:
     """Unpack the tar of a context into a new folder. InvalidConfig, ImageError."""
     folder.mkdir(mode=0o700)
     with _ContextWriter(str(folder)) as writer:
-        Plain(Blob.of(tar), Bounds(2 * MOST_BYTES)).unpack_into(writer)  # what is of no entry is read too
+        Plain(Blob.of(tar), Bounds(2 * MOST_BYTES)).unpack_into(writer)  # includes bytes that belong to no entry
         writer.finish()
 
 
 class _OwnFiles:
-    """What a RUN wrote, on its way into a layer."""
+    """Filters the files that a RUN wrote for a layer."""
 
     def __init__(self, writer: LayerWriter) -> None:
         self._writer = writer
@@ -138,6 +137,6 @@ class _OwnFiles:
 
 
 def unpack_written(tar: Path, writer: LayerWriter, digest: str) -> str:
-    """Write the tar of what a RUN wrote into a layer; answers the layer's digest. digest: of the tar."""
+    """Write the tar of a RUN's files into a layer; returns the layer's digest. digest: of the tar."""
     Plain(Blob.of(tar), writer.bounds).unpack_into(_OwnFiles(writer))
     return f"sha256:{hashlib.sha256(f'run {digest}'.encode()).hexdigest()}"

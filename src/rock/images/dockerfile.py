@@ -1,11 +1,10 @@
-"""Reading a Dockerfile: text -> stages of instructions. Pure; what is wrong is told with its line.
+"""Dockerfile parser: text -> stages of instructions. Pure; errors name the line.
 
     directives     # escape=`   # syntax=docker/dockerfile:1     (comments before anything else)
-    instruction    KEYWORD --flag=value ... the rest             (a line that ends with \\ goes on)
+    instruction    KEYWORD --flag=value ... the rest             (a line that ends with \\ continues)
     here document  RUN, COPY and ADD: <<EOF, <<-EOF, <<"EOF"
 
-Words are split and variables are replaced by `Words`: as the rest of an instruction needs it, once the variables of its
-place are known.
+`Words` splits words and replaces variables when the instruction is executed, because its variables are known only then.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from dataclasses import dataclass, field
 
 from rock.errors import InvalidConfig, RockError, Unsupported
 
-LARGEST = 1 << 20  # characters of a Dockerfile
-_MOST = 2000  # instructions
-_DEEPEST = 32  # variables within variables
-_MOST_GIVEN = 1 << 20  # characters that variables may put into one instruction, and that all of them may have
+LARGEST = 1 << 20  # maximum characters of a Dockerfile
+_MOST = 2000  # maximum instructions
+_DEEPEST = 32  # maximum nesting of variables
+_MOST_GIVEN = 1 << 20  # maximum characters that variables add to one instruction, and of all variables
 KEYWORDS = frozenset({
     "FROM", "RUN", "CMD", "LABEL", "MAINTAINER", "EXPOSE", "ENV", "ADD", "COPY", "ENTRYPOINT", "VOLUME", "USER",
     "WORKDIR", "ARG", "ONBUILD", "STOPSIGNAL", "HEALTHCHECK", "SHELL",
@@ -44,17 +43,17 @@ _SYNTAX = re.compile(r"(docker\.io/)?docker/dockerfile(-upstream)?([:@].*)?")
 
 
 def refuse(line: int, what: str, hint: str | None = None) -> InvalidConfig:
-    """The error for what is wrong in a line."""
+    """The error for an invalid line."""
     return InvalidConfig(f"Dockerfile line {line}: {what}", hint=hint, details={"line": line})
 
 
 def unsupported(line: int, what: str, hint: str | None = None) -> Unsupported:
-    """The error for what is right and cannot be done here."""
+    """The error for a valid but unsupported line."""
     return Unsupported(f"Dockerfile line {line}: {what}", hint=hint, details={"line": line})
 
 
 def at_line(line: int, error: RockError) -> RockError:
-    """An error that was raised on behalf of a line, naming it."""
+    """Add the line to an error."""
     if "line" not in error.details:
         error.details["line"] = line
         error.message = f"Dockerfile line {line}: {error.message}"
@@ -64,7 +63,7 @@ def at_line(line: int, error: RockError) -> RockError:
 
 @dataclass(frozen=True)
 class Heredoc:
-    """A here document: its text, whether variables in it are replaced, and whether leading tabs were taken off."""
+    """A here document: its text, whether variables in it are replaced, and whether leading tabs were removed."""
 
     name: str
     text: str
@@ -73,7 +72,8 @@ class Heredoc:
 
 @dataclass(frozen=True)
 class Instruction:
-    """`text` is what follows keyword and flags, lines joined; `array` its strings, where it is a JSON array of them."""
+    """`text` is the text after keyword and flags, lines joined; `array` its strings, where it is a JSON array of
+    strings."""
 
     line: int
     keyword: str
@@ -85,7 +85,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Stage:
-    """A FROM and what follows it. `base` as it is written, before variables; `name` of AS, or ""."""
+    """A FROM and the instructions after it. `base` as written, before variables; `name` of AS, or ""."""
 
     line: int
     base: str
@@ -125,7 +125,7 @@ def parse(text: str) -> Dockerfile:
 
 
 def _directives(lines: list[str]) -> str:
-    """The escape character. A syntax other than Docker's own cannot be read."""
+    """The escape character. Only Docker's own syntax is supported."""
     escape = "\\"
     for number, line in enumerate(lines, 1):
         match = _DIRECTIVE.fullmatch(line.strip())
@@ -210,7 +210,7 @@ def _flags(keyword: str, rest: str, line: int) -> tuple[dict[str, str], str]:
 
 
 def parse_array(text: str) -> tuple[str, ...] | None:
-    """The strings of a JSON array of them; None when it is none."""
+    """The strings of a JSON array of strings; None for other text."""
     if not text.startswith("["):
         return None
     try:
@@ -221,7 +221,7 @@ def parse_array(text: str) -> tuple[str, ...] | None:
 
 
 def _heredocs(instruction: Instruction, escape: str) -> Iterator[tuple[bool, str, bool]]:
-    """(tabs off, name, replace variables) of each here document that an instruction announces."""
+    """(remove tabs, name, replace variables) of each here document that an instruction announces."""
     for word in Words({}, escape, instruction.line).raw(instruction.text):
         match = _HEREDOC.fullmatch(word)
         if match is None or match[3].startswith("<"):
@@ -260,7 +260,7 @@ def _stages(instructions: list[Instruction]) -> Iterator[Stage]:
 
 
 class Words:
-    """Words of an instruction in a place with `variables`. InvalidConfig with the line."""
+    """Word splitting of an instruction with `variables`. InvalidConfig with the line."""
 
     def __init__(self, variables: Mapping[str, str], escape: str, line: int) -> None:
         self._variables = variables
@@ -269,7 +269,7 @@ class Words:
         self._left = _MOST_GIVEN
 
     def raw(self, text: str) -> list[str]:
-        """Words between blanks, quotes and escapes left in."""
+        """Words between blanks, with quotes and escapes."""
         words: list[str] = []
         word: list[str] = []
         quote, escaped, inside = "", False, False
@@ -294,11 +294,11 @@ class Words:
         return words
 
     def split(self, text: str) -> list[str]:
-        """Words with their variables replaced and their quotes taken off."""
+        """Words with variables replaced and quotes removed."""
         return [self.one(word) for word in self.raw(text)]
 
     def one(self, text: str) -> str:
-        """The whole as one word."""
+        """The whole text as one word."""
         return self._process(text, 0)
 
     def inner(self, text: str) -> str:
@@ -326,7 +326,7 @@ class Words:
                 place += 1
             elif c == "$":
                 value, place = self._variable(text, place + 1, depth)
-                self._left -= len(value)  # a variable may name itself twice, line after line
+                self._left -= len(value)  # a variable may refer to itself, line after line
                 if self._left < 0:
                     raise refuse(self._line, f"its variables have more than {_MOST_GIVEN} characters")
                 out.append(value)
@@ -378,7 +378,7 @@ class Words:
 
 
 def bounded(variables: Mapping[str, str], line: int) -> Mapping[str, str]:
-    """The same. InvalidConfig when they are more than any program could be given."""
+    """Check the size. InvalidConfig when it exceeds the limit of a program's arguments."""
     if sum(len(name) + len(value) for name, value in variables.items()) > _MOST_GIVEN:
         raise refuse(line, f"its variables have more than {_MOST_GIVEN} characters")
     return variables

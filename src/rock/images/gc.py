@@ -1,10 +1,10 @@
-"""Room on the disk: which images and layers go, and which never do.
+"""Garbage collection of images and layers.
 
-    used/<hash>    when the image of a name was last pulled, made, or mounted for a sandbox; hash as in images/
+    used/<hash>    time at which an image was last pulled, created, or mounted for a sandbox; hash as in images/
 
-A layer goes when no name and no lease is left for it. A name goes by itself only when a budget is exceeded: of those
-that are neither pinned nor mounted nor this machine's own system, the one that was used longest ago, steps of builds
-first. The small layer of `host` itself does not count.
+A layer without names and leases is removed. A name is removed automatically only when a budget is exceeded: the least
+recently used one that is neither pinned nor mounted nor this machine's own system, build steps first. The small layer
+of `host` itself does not count.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ from rock.images.layers.store import LayerStore, layer_id
 from rock.images.records import ImageRecord, Leases, Records, try_lock
 from rock.images.registry.reference import BUILD_STEPS, HOST, parse
 
-_STAMP_EVERY = 60.0  # seconds between two notes on the use of one image
+_STAMP_EVERY = 60.0  # seconds between two updates of one image's use time
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """What went: names, and the bytes of files that were freed. `busy`: nothing was looked at, as an image is being
-    added."""
+    """The removed names, and the freed bytes of files. `busy`: skipped, because an image is being added."""
 
     names: tuple[str, ...] = ()
     freed: int = 0
@@ -34,7 +33,7 @@ class Pruned:
 
 
 class GarbageCollector:
-    """The room that the records and layers of one store take. `skeleton`: the digest of `host`'s own layer."""
+    """Garbage collector of the records and layers of one store. `skeleton`: the digest of `host`'s own layer."""
 
     def __init__(
         self, folder: Path, records: Records, layers: LayerStore, leases: Leases, gate: Path,
@@ -50,7 +49,7 @@ class GarbageCollector:
         self._stamped: dict[str, float] = {}
 
     def touch(self, name: str) -> None:
-        """An image is in use now. It is noted once a minute; a disk that cannot take that is no reason to fail."""
+        """Record the use of an image, at most once a minute; ignores a disk error."""
         now = time.monotonic()
         if name == HOST or not name or now - self._stamped.get(name, -_STAMP_EVERY) < _STAMP_EVERY:
             return
@@ -61,7 +60,7 @@ class GarbageCollector:
             os.utime(path)
 
     def last_used(self, record: ImageRecord) -> float:
-        """When, in seconds since the epoch."""
+        """The time of the last use, in seconds since the epoch."""
         try:
             return max(record.created, self._stamp(record.name).stat().st_mtime)
         except OSError:
@@ -71,11 +70,11 @@ class GarbageCollector:
         self, in_use: Iterable[str] = (), *, steps: bool = False, everything: bool = False, most: int | None = None,
         keep: Iterable[str] = (), grace: float = 0.0,
     ) -> Pruned:  # fmt: skip
-        """Remove layers that nobody needs, after forgetting names.
+        """Remove unneeded layers, after removing names.
 
-        steps: those of build steps; everything: all that may go; most: until the layers have at most so many bytes, the
-        least recently used first. in_use: layer folders to be kept beside those that are leased; keep: names that stay.
-        grace: seconds since its last use in which a name stays.
+        steps: removes build steps; everything: removes all removable names; most: removes the least recently used until
+        the layers have at most so many bytes. in_use: layer folders to retain beside the leased ones; keep: names to
+        retain. grace: seconds since its last use for which a name is retained.
         """
         fd = os.open(self._gate, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -99,7 +98,7 @@ class GarbageCollector:
         self, records: list[ImageRecord], held: set[str], steps: bool, everything: bool, most: int | None,
         keep: set[str], grace: float,
     ) -> list[ImageRecord]:  # fmt: skip
-        """The records to forget."""
+        """The records to remove."""
         latest = time.time() - grace
         may_go = sorted(
             (record for record in records
@@ -127,10 +126,10 @@ class GarbageCollector:
 
 
 def is_step(record: ImageRecord) -> bool:
-    """Whether it is a step of a build, kept so that the next build finds it."""
+    """Whether it is a build step, retained as a cache for the next build."""
     return record.name.startswith(BUILD_STEPS)
 
 
 def _layers(record: ImageRecord) -> set[str]:
-    """Folder names; the first layer of a host image is the skeleton as it once was, and is made anew."""
+    """Folder names; excludes the first layer of a host image, an old skeleton that is rebuilt on demand."""
     return {layer_id(diff) for diff in record.layers[record.kind == HOST :]}

@@ -1,12 +1,12 @@
 """The image `host`: this machine's own system, without its secrets.
 
-    /usr and what hangs on it   the machine's, shown read-only (Bind)
-    /etc                        file by file from an allow-list; only what everybody may read, and no private key
+    /usr and its links          the machine's, mounted read-only (Bind)
+    /etc                        files of an allow-list; only publicly readable ones, and no private key
     /root /home /tmp /var ...   empty
     /opt/rock/python            the Python that runs ROCK, where it is not under /usr
 
-Everything but the binds is a small layer, the skeleton, made anew when what it is made from has changed. The binds are
-never mapped to the sandbox's users: a file of the machine that only its owner may read stays unreadable inside.
+Everything but the binds is a small layer, the skeleton, rebuilt when its inputs have changed. The binds are never
+mapped to the sandbox's users: a file of the machine that only its owner may read stays unreadable inside.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from rock.images.layers.tar_reader import Entry, Kind
 from rock.images.layers.writer import LayerWriter
 from rock.images.records import Bind
 
-_VERSION = 1  # raise when the code below makes another skeleton from the same inputs
-_GLANCE_EVERY = 1.0  # seconds between two looks at the folders of the inputs: 0.3 ms
-_LOOK_EVERY = 30.0  # and at each of them: 10 ms
+_VERSION = 1  # increase when the code below builds another skeleton from the same inputs
+_GLANCE_EVERY = 1.0  # seconds between two checks of the input folders: 0.3 ms
+_LOOK_EVERY = 30.0  # and of each input: 10 ms
 _LARGEST = 4 << 20
 _PYTHON = "/opt/rock/python"
 PYTHON_LIBRARIES = f"{_PYTHON}/lib"
@@ -36,10 +36,9 @@ _BIN = "/opt/rock/bin"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/root/.local/bin"
 _TOP = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 
-# What of /etc may be seen: names that hold no secrets by their nature, and the mirrors of apt and pip. A file of them
-# that has credentials or a key in it is left out (_public). Left out on purpose, beside the obvious: hosts,
-# environment, profile and bashrc (edited by administrators: made below instead), gitconfig, npmrc and apt's auth.conf
-# (tokens).
+# Allowed files of /etc: names that usually hold no secrets, and the mirrors of apt and pip. A file with credentials or
+# a key is left out (_public). Deliberately excluded: hosts, environment, profile and bashrc (edited by administrators;
+# generated below instead), gitconfig, npmrc and apt's auth.conf (tokens).
 _ETC = (
     "alternatives", "apt/apt.conf", "apt/apt.conf.d", "apt/keyrings", "apt/preferences", "apt/preferences.d",
     "apt/sources.list", "apt/sources.list.d", "apt/trusted.gpg", "apt/trusted.gpg.d",
@@ -69,7 +68,7 @@ _MADE = {
     "etc/profile": "[ -n \"$BASH\" ] && [ -r /etc/bash.bashrc ] && . /etc/bash.bashrc\numask 022\n",
     "etc/bash.bashrc": "[ -z \"$PS1\" ] && return\nshopt -s checkwinsize\nPS1='\\u@\\h:\\w\\$ '\n",
 }  # fmt: skip
-# su and runuser: root may become anybody, and nobody anything else. Without these files they refuse root too.
+# su and runuser: root may switch to any user, and other users to none. Without these files they reject root too.
 _PAM = """\
 auth sufficient pam_rootok.so
 auth required pam_deny.so
@@ -84,7 +83,7 @@ _LINKS = {"etc/mtab": "/proc/self/mounts", "var/run": "/run", "var/lock": "/run/
 
 @dataclass(frozen=True)
 class Host:
-    """The image `host`, ready: digest of its skeleton, whose layer is in the store, and the binds over it."""
+    """The prepared image `host`: digest of its skeleton, whose layer is in the store, and the binds over it."""
 
     diff_id: str
     binds: tuple[Bind, ...]
@@ -93,7 +92,7 @@ class Host:
 
 @dataclass
 class HostImage:
-    """Makes and remembers the skeleton in `layers`."""
+    """Builds and caches the skeleton in `layers`."""
 
     layers: LayerStore
     _known: Host | None = field(default=None, init=False)
@@ -103,12 +102,12 @@ class HostImage:
     _stamps: list[tuple[int, int]] = field(default_factory=list, init=False)
 
     def diff_id(self) -> str:
-        """Digest of the skeleton as the machine is now, without making it."""
+        """Digest of the skeleton for the current state of the machine, without building it."""
         return _signature(list(_plan()))
 
     def current(self) -> Host:
-        """The image as the machine is now, or was a moment ago: a package that is installed or upgraded shows within a
-        second, a file that somebody writes to in place within half a minute."""
+        """The image of the machine's recent state: an installed or upgraded package appears within a second, a file
+        written in place within half a minute."""
         now = time.monotonic()
         if self._known is not None and os.path.isdir(self.layers.path(self._known.diff_id)):
             if now - self._glanced < _GLANCE_EVERY:
@@ -128,7 +127,7 @@ class HostImage:
 
 @dataclass(frozen=True)
 class _Planned:
-    """One entry of the skeleton: copied from `source`, or made of `text`, or a link to `target`, or a folder."""
+    """One entry of the skeleton: a copy of `source`, a file with `text`, a link to `target`, or a folder."""
 
     path: str
     mode: int = 0o755
@@ -164,7 +163,7 @@ def _plan() -> Iterator[_Planned]:
 
 
 def readable() -> tuple[str, ...]:
-    """What of this machine's own system anybody may see: for a sandbox that is shown it where it is, and not a copy."""
+    """The publicly readable parts of this machine's system, for a sandbox that uses them in place and not as a copy."""
     names = os.listdir("/etc")
     etc = [name for pattern in _ETC for name in (fnmatch.filter(names, pattern) if "*" in pattern else [pattern])]
     tops = [f"/{name}" for name in _TOP if os.path.isdir(f"/{name}")]
@@ -174,7 +173,7 @@ def readable() -> tuple[str, ...]:
 
 
 def _watched(plan: list[_Planned]) -> tuple[str, ...]:
-    """Folders that a change of packages touches, and the files of /etc itself."""
+    """Folders that a package change modifies, and the files of /etc itself."""
     inputs = {f"/{item.path}" for item in plan if item.path.startswith("etc/") and item.target is None
               and item.text is None and (not item.source or item.path.count("/") == 1)}  # fmt: skip
     return tuple(sorted({"/etc", "/etc/passwd", "/etc/group", "/usr/bin", "/usr/local/bin", *inputs}))
@@ -211,7 +210,7 @@ def _copied(path: str) -> Iterator[_Planned]:
 
 
 def _system_only(path: str) -> str:
-    """Lines of passwd or group of the system's own users: people of this machine are nobody's business."""
+    """Lines of passwd or group of the system's own users; excludes personal accounts."""
     kept = []
     with open(path, encoding="utf-8", errors="replace") as file:
         for line in file:
@@ -246,7 +245,7 @@ def _write(plan: list[_Planned], writer: LayerWriter, diff_id: str) -> str:
 
 
 def _public(path: str) -> bytes | None:
-    """A file's content unless it holds a private key or a password in an address, wherever it may stand."""
+    """A file's content unless it contains a private key or a password in a URL."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
             data = file.read(_LARGEST + 1)
@@ -257,11 +256,11 @@ def _public(path: str) -> bytes | None:
     return data
 
 
-# ---- the Python that runs ROCK
+# ---- the Python that runs ROCK ----
 
 
 def _prefix() -> str | None:
-    """Where that Python lives, if not under /usr and everybody may read it."""
+    """Its prefix, if it is not under /usr and is publicly readable."""
     prefix = os.path.realpath(sys.base_prefix)
     if prefix == "/usr" or prefix.startswith("/usr/"):
         return None
@@ -280,7 +279,7 @@ def _executable(prefix: str) -> str:
 
 
 def rock_python() -> str | None:
-    """Path, inside, of the Python that runs ROCK, which packages built by it fit; None where it cannot be shown."""
+    """Path inside of the Python that runs ROCK, which matches packages built by it; None where it cannot be mounted."""
     prefix = os.path.realpath(sys.base_prefix)
     if prefix == "/usr" or prefix.startswith("/usr/"):
         return _executable(prefix) if os.path.exists(_executable(prefix)) else None
@@ -288,7 +287,7 @@ def rock_python() -> str | None:
 
 
 def _system_python() -> tuple[str, tuple[int, int]] | None:
-    """The python3 of /usr with its version, which stands in the name that its links lead to."""
+    """The python3 of /usr with its version, which is in the name that its links resolve to."""
     for folder in ("/usr/local/bin", "/usr/bin"):
         found = re.fullmatch(r"python(\d)\.(\d+)", os.path.basename(os.path.realpath(f"{folder}/python3")))
         if found and os.access(f"{folder}/python3", os.X_OK):
@@ -311,11 +310,11 @@ def _python_links() -> Iterator[_Planned]:
             yield _Planned(f"{_BIN.lstrip('/')}/python", target=python)
 
 
-# ---- what is shown
+# ---- visible folders ----
 
 
 def system_folders() -> tuple[str, ...]:
-    """/usr, and what stands beside it on machines where that is no link into it."""
+    """/usr, and the top-level folders that are not links into it on this machine."""
     return ("/usr", *(f"/{n}" for n in _TOP if os.path.isdir(f"/{n}") and not os.path.islink(f"/{n}")))
 
 
@@ -330,5 +329,6 @@ def _env() -> dict[str, str]:
     path = f"{_PATH}:{_BIN}"
     if _prefix() and _needs_ours():
         path += f":{_PYTHON}/bin"
-    # The machine's Python cannot be written to, so pip installs for the user; a distribution's veto is void here
+    # The machine's Python is read-only, so pip installs for the user; a distribution's EXTERNALLY-MANAGED does not
+    # apply
     return {"PATH": path, "LANG": "C.UTF-8", "PIP_BREAK_SYSTEM_PACKAGES": "1", "PIP_ROOT_USER_ACTION": "ignore"}

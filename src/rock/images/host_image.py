@@ -1,4 +1,4 @@
-"""This machine's own system as an image: the built-in `host`, other names for it, and images that were made over it."""
+"""This machine's own system as an image: the built-in `host`, aliases of it, and images derived from it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class HostImages:
         self._host = HostImage(layers)
 
     def diff_id(self) -> str:
-        """Digest of its own layer as the machine is now, without making it."""
+        """Digest of its own layer for the current state of the machine, without building it."""
         return self._host.diff_id()
 
     def record(self, name: str, created: float) -> ImageRecord:
-        """It under a name; created: seconds since the epoch."""
+        """Its record under a name; created: seconds since the epoch."""
         host = self._host.current()
         return ImageRecord(
             name=name, kind=HOST, digest=host.diff_id, id=host.diff_id, layers=(host.diff_id,), size=0, created=created,
@@ -35,7 +35,7 @@ class HostImages:
         )  # fmt: skip
 
     def rootfs(self, name: str = HOST, *, writable: bool = False) -> RootFS:
-        """It, ready to be mounted. writable: sandboxes may write anywhere, each for itself."""
+        """Its root file system, ready to be mounted. writable: each sandbox may write anywhere, in its own overlay."""
         host = self._host.current()
         binds: tuple[Bind, ...] = host.binds
         if writable:
@@ -44,12 +44,12 @@ class HostImages:
         return RootFS(digest=digest, layers=(self._layers.path(host.diff_id),), binds=binds, env=host.env, name=name)
 
     def named(self, record: ImageRecord) -> RootFS:
-        """What a record that shows it stands for, ready to be mounted."""
+        """The root file system of a record that includes this machine's system."""
         extra = [self._layers.path(diff) for diff in reversed(record.layers[1:])]
         rootfs = self.rootfs(record.name, writable=os.geteuid() == 0 and not extra)
         if not extra:
             return rootfs
-        # Made here, of one that shows this machine: what its settings changed is its own.
+        # Derived from an image of this machine's system: its changed settings are its own.
         made = replace(
             rootfs, env={**rootfs.env, **record.env}, cwd=record.cwd, user=record.user, labels=record.labels,
             entrypoint=record.entrypoint, cmd=record.cmd, other=record.other,
@@ -64,5 +64,5 @@ def _hash_of(value: object) -> str:
 
 
 def _opened(bind: Bind) -> Bind:
-    """Of the machine's own folders; its Python may lie in somebody's home and stays as it is."""
+    """Binds of the machine's folders as writable; its Python may be in a user's home and stays read-only."""
     return replace(bind, writable=True, idmap=True) if bind.source == bind.target else bind

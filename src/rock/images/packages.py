@@ -1,18 +1,17 @@
 """Python packages as a read-only layer, installed once and shared by all sandboxes that need them.
 
     /opt/rock/envs/<key>/site        the packages, byte-compiled
-    /opt/rock/envs/<key>/python      link to the Python that they were installed for
-    /opt/rock/envs/<key>/nltk_data   the word lists that word games look for, where they can be had
-    /opt/rock/envs/<key>/pins        what pip resolved, a name==version a line
-    /opt/rock/envs/<key>/packages    what was installed, a name and version a line
+    /opt/rock/envs/<key>/python      link to the Python for which they were installed
+    /opt/rock/envs/<key>/nltk_data   the word lists for word games, where available
+    /opt/rock/envs/<key>/pins        pip's resolution, a name==version per line
+    /opt/rock/envs/<key>/packages    the installed packages, a name and version per line
     /opt/rock/envs/current           link to <key>
 
-The key is of the base (the Python and what it is compiled against) and of the packages as pip resolved them, name and
-version each: requirements that come to the same share a layer, whoever asked for them. What requirements came to is
-kept in the store (packages/<digest>.json); an image that was removed is resolved anew. The layer lies on the image
-`host`; the whole has a name, so to everything else it is an image like any other.
+The key covers the base (the Python and its platform) and the resolved packages with versions: requirements with the
+same resolution share a layer, for all users. The store retains resolutions (packages/<digest>.json); those of a removed
+image are resolved again. The layer is on top of the image `host`; the result has a name and is a regular image.
 
-pip runs with this process's environment: its configuration, proxies and certificates reach it.
+pip runs with this process's environment: its configuration, proxies and certificates.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ Progress = Callable[[str], None]
 
 FOLDER = "opt/rock/envs"
 CURRENT = f"/{FOLDER}/current"
-_VERSION = 2  # raise when the layer is built in another way
+_VERSION = 2  # increase when the layer is built in another way
 _LAST_LINES = 15
 _WORDS_TIMEOUT = 30.0
 _DICTIONARIES = ("/usr/share/dict/words", "/usr/share/dict/american-english")
@@ -51,22 +50,22 @@ _DICTIONARIES = ("/usr/share/dict/words", "/usr/share/dict/american-english")
 
 @dataclass(frozen=True)
 class PackageSet:
-    """Requirements, as pip takes them, and the name of the image that has them."""
+    """Requirements in pip's syntax, and the name of their image."""
 
     image: str
     requirements: tuple[str, ...]
-    wheels_only: bool = False  # nothing is built, so no code of theirs runs on this machine
-    no_deps: bool = False  # exactly these, and nothing that they ask for
+    wheels_only: bool = False  # nothing is built, so no code of the packages runs on this machine
+    no_deps: bool = False  # exactly these, without their dependencies
 
     @property
     def asked(self) -> str:
-        """A digest of the wish: the base and the requirements as they stand."""
+        """A digest of the request: the base and the requirements as given."""
         return _digest((_base(), sorted(set(self.requirements)), self.wheels_only, self.no_deps))[:24]
 
 
 @dataclass(frozen=True)
 class _Resolved:
-    """What requirements came to. pins: "name==version", sorted."""
+    """Resolved requirements. pins: "name==version", sorted."""
 
     pins: tuple[str, ...]
 
@@ -82,7 +81,7 @@ class _Resolved:
 
 @cache
 def _base() -> tuple[object, ...]:
-    """What compiled packages have to fit: the Python inside and its machine."""
+    """The platform of compiled packages: the Python inside and its machine."""
     return _VERSION, rock_python(), sys.version, platform.machine(), platform.libc_ver()
 
 
@@ -91,9 +90,9 @@ def _digest(value: object) -> str:
 
 
 def ensure(store: ImageStore, packages: PackageSet, progress: Progress | None = None) -> RootFS:
-    """The image with these packages; they are installed if they are not there. Blocks, the first time for a minute.
+    """The image with these packages, installed if missing. Blocks, the first time for a minute.
 
-    Of several callers, processes too, one installs and the others wait. ImageError has pip's last lines.
+    Of several callers, also in other processes, one installs and the others wait. ImageError has pip's last lines.
     """
     python = rock_python()
     if python is None:
@@ -126,7 +125,7 @@ def _note(store: ImageStore, packages: PackageSet) -> Path:
 
 
 def _known(store: ImageStore, packages: PackageSet) -> _Resolved | None:
-    """What these requirements came to when they were last resolved."""
+    """The last resolution of these requirements."""
     try:
         return _Resolved(tuple(json.loads(_note(store, packages).read_bytes())["pins"]))
     except (FileNotFoundError, ValueError, KeyError, TypeError):
@@ -134,7 +133,7 @@ def _known(store: ImageStore, packages: PackageSet) -> _Resolved | None:
 
 
 def is_built(store: ImageStore, packages: PackageSet) -> bool:
-    """Whether the image is there, for this Python and these requirements."""
+    """Whether the image exists for this Python and these requirements."""
     resolved = _known(store, packages)
     if resolved is None:
         return False
@@ -146,7 +145,7 @@ def is_built(store: ImageStore, packages: PackageSet) -> bool:
 
 
 def packages_folder(rootfs: RootFS) -> Path:
-    """Where the packages are on this machine, for programs that run outside of a sandbox; NotFound without any."""
+    """The folder of the packages on this machine, for programs outside of a sandbox; NotFound without any."""
     link = Path(rootfs.layers[0], FOLDER, "current")
     if not link.is_symlink():
         raise NotFound(f"image {rootfs.name} has no environment packages")
@@ -160,15 +159,15 @@ def _build(
     home = base / resolved.key
     site = home / "site"
     site.mkdir(parents=True)
-    pins = home / "pins"  # what was resolved is what is installed, whatever was published since
+    pins = home / "pins"  # install the resolved versions, independent of later releases
     pins.write_text("".join(f"{pin}\n" for pin in resolved.pins))
     if packages.requirements:
         _pip(packages, ["--target", str(site), "--constraint", str(pins)], log, progress)
     if progress is not None:
         progress("compiling")
     _prune(site)
-    # Compiled files are never compared with their sources again: the layer is read-only. A file that does not compile,
-    # such as an example for another Python, is none that anybody imports
+    # Compiled files are never checked against their sources: the layer is read-only. A file that does not compile, such
+    # as an example for another Python, is never imported
     subprocess.run([sys.executable, "-m", "compileall", "-qq", "-j", "0", "--invalidation-mode", "unchecked-hash",
                     "-s", writer.folder, "-p", "/", str(site)], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                    stderr=subprocess.DEVNULL, check=False)  # fmt: skip
@@ -182,7 +181,7 @@ def _build(
 
 
 def _resolve(packages: PackageSet, log: Path, progress: Progress | None) -> _Resolved:
-    """What pip would install, without installing it."""
+    """The versions that pip would install, without an installation."""
     if not packages.requirements:
         return _Resolved(())
     with tempfile.TemporaryDirectory(prefix="rock-packages-") as folder:
@@ -199,12 +198,12 @@ def _resolve(packages: PackageSet, log: Path, progress: Progress | None) -> _Res
 
 
 def _pip(packages: PackageSet, options: list[str], log: Path, progress: Progress | None) -> str:
-    """Have the requirements installed, or looked at; answers what was told. ImageError with its last lines."""
+    """Run pip to install or resolve the requirements; returns its output. ImageError with its last lines."""
     if find_spec("pip") is not None:
         command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--no-compile",
                    "--no-user", "--no-warn-script-location", *options]  # fmt: skip
         if sys.version_info >= (3, 12):
-            command.append("--ignore-requires-python")  # gem-llm says "<= 3.12", which no 3.12.1 fulfils
+            command.append("--ignore-requires-python")  # gem-llm declares "<= 3.12", which 3.12.1 does not satisfy
     elif uv := shutil.which("uv"):
         command = [uv, "pip", "install", "--python", sys.executable, *options]
     else:
@@ -238,14 +237,14 @@ def _pip(packages: PackageSet, options: list[str], log: Path, progress: Progress
 
 
 def _reason(lines: Iterable[str]) -> str:
-    """The line that says what went wrong: pip's last error, else the last line that says anything."""
+    """The line with the cause: pip's last error, else the last line with text."""
     told = [line for line in lines if line.strip()]
     errors = [line for line in told if line.startswith("ERROR: ")]
     return (errors or told or [""])[-1].removeprefix("ERROR: ")
 
 
 def _prune(site: Path) -> None:
-    """Remove what no environment imports: the packages' own tests (a third of it all), scripts and manuals."""
+    """Remove files that no environment imports: the packages' own tests (a third of the size), scripts and manuals."""
     for folder in ("bin", "share"):
         shutil.rmtree(site / folder, ignore_errors=True)
     for tests in sorted(site.glob("*/**/tests")):
@@ -254,9 +253,9 @@ def _prune(site: Path) -> None:
 
 
 def _words(site: Path, target: Path, log: Path, progress: Progress | None) -> None:
-    """The corpus `words` of NLTK; else the machine's own dictionary in its place, and a note that says so.
+    """NLTK's corpus `words`; otherwise the machine's own dictionary in its place, with a note.
 
-    A sandbox has no network, so what NLTK would fetch when it is first used has to be there.
+    A sandbox has no network, so the data that NLTK would download at its first use must be present.
     """
     if progress is not None:
         progress("fetching word lists")
@@ -282,7 +281,7 @@ def _words(site: Path, target: Path, log: Path, progress: Progress | None) -> No
 
 
 def _readable(folder: Path) -> int:
-    """Let everybody read all of it, whatever the umask; answers the bytes of its files."""
+    """Make everything readable for all users, whatever the umask; returns the bytes of its files."""
     size = 0
     for base, folders, files in os.walk(folder):
         for name in folders:

@@ -1,4 +1,12 @@
-"""What each name of an image stands for: one small JSON file a name."""
+"""Records of image names, root file systems, layer leases, and the file locks and atomic writes below them.
+
+    <folder>/<hash>.json   the record of one name
+    use/<hash>.json        the layer folders of one image; locked (shared) by every sandbox that has it mounted
+
+Locks make the store safe for any number of processes. A lock is flock(2) on an open file or folder, so the kernel
+releases it with its last descriptor: there are no stale locks. The lock of a lease is a descriptor that the sandbox's
+pid 1 inherits. It is held for the sandbox's lifetime, whatever happens to the rocklet; after a restart of the machine
+no lease is held."""
 
 from __future__ import annotations
 
@@ -18,19 +26,14 @@ from rock.errors import Conflict, ImageError, StorageFull
 from rock.host.atomic_file import FULL
 from rock.images.registry.reference import parse
 
-# ---- locks ----
-#
-# Locks between processes and small atomic files: what makes the store safe for any number of processes.
-#
-# A lock is flock(2) on an open file or folder, so the kernel drops it with its last descriptor: there are no stale
-# locks.
+# ---- locks and atomic files ----
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 @contextmanager
 def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
-    """Hold the lock of `path`, waiting for it. The file stays: removing it would split the lock in two."""
+    """Acquire the lock of `path`, waiting for it. The file stays: its removal would split the lock in two."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
@@ -40,7 +43,7 @@ def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
 
 
 def try_lock(fd: int, *, shared: bool = False) -> bool:
-    """Take the lock of an open file or folder if nobody is in the way."""
+    """Acquire the lock of an open file or folder without waiting; returns whether it succeeded."""
     try:
         fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -49,7 +52,7 @@ def try_lock(fd: int, *, shared: bool = False) -> bool:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Put `data` in the place of `path` at once, and on the disk: it is there whole, or not at all."""
+    """Replace `path` by `data` atomically and durably: after a crash the file is complete or unchanged."""
     fd, temporary = tempfile.mkstemp(prefix=".new-", dir=path.parent)
     try:
         with os.fdopen(fd, "wb") as file:
@@ -65,7 +68,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Put a folder's entries (a rename, for one) on the disk."""
+    """Sync a folder's entries (such as a rename) to disk."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -74,7 +77,7 @@ def sync_folder(path: Path) -> None:
 
 
 def sync_tree(fd: int) -> None:
-    """Put on the disk all that was written to the file system of `fd`: one syncfs(2) for many thousand files."""
+    """Sync all writes to the file system of `fd`: one syncfs(2) for many thousand files."""
     if _libc.syncfs(fd) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
@@ -82,7 +85,7 @@ def sync_tree(fd: int) -> None:
 
 @contextmanager
 def storing(what: str) -> Iterator[None]:
-    """Turn the errors of a disk into ours: full is StorageFull, anything else an ImageError, both naming `what`."""
+    """Convert disk errors: a full disk raises StorageFull, others ImageError, both naming `what`."""
     try:
         yield
     except OSError as error:
@@ -92,23 +95,21 @@ def storing(what: str) -> Iterator[None]:
         raise ImageError(f"{what}: {error.strerror or error}: {error.filename or ''}".rstrip(": ")) from error
 
 
-# ---- rootfs ----
+# ---- root file system: stacked folders of this machine, and settings ----
 #
-# What an image is to a runtime: folders of this machine that are stacked, and a few settings.
-#
-# top layer  ──┐
-# ...          ├── overlay lowerdir="top:...:bottom"   +   binds on top of it, in order   +   env, cwd, user
-# bottom layer ┘
+#   top layer  ──┐
+#   ...          ├── overlay lowerdir="top:...:bottom"   +   binds on top of it, in order   +   env, cwd, user
+#   bottom layer ┘
 
 @dataclass(frozen=True)
 class Bind:
-    """A folder or file of the host that is shown at `target` (absolute, inside).
+    """A folder or file of the host that is mounted at `target` (absolute, inside).
 
-    writable: the sandbox may write at `target`, and its writes must never reach `source`: a runtime that can, puts an
-        overlay over `source`; one that cannot, mounts it read-only.
-        With an id mapping too, only what everybody may read of `source` is shown.
+    writable: the sandbox may write at `target`, and its writes must never reach `source`: a runtime uses an overlay
+        over `source`, or otherwise mounts it read-only. With an id mapping too, only the publicly readable part of
+        `source` is visible.
     idmap: mount it with the sandbox's user mapping. False (always so for the folders of the host) keeps the host's
-        owners, which inside are nobody: a file of the host that only its owner can read stays unreadable.
+        owners, which are unmapped inside: a file of the host that only its owner can read stays unreadable.
     """
 
     source: str
@@ -125,7 +126,7 @@ class RootFS:
     layers: host folders, the top layer first, in the order of overlay's `lowerdir`. Never written to.
     binds: mounted after the overlay, in order; their mount points exist in the layers.
     env: the image's environment, PATH included. cwd: absolute. user: "name", "uid", "name:group" or "uid:gid".
-    entrypoint, cmd: what the image would run; ROCK runs neither by itself. other: see ImageRecord.
+    entrypoint, cmd: the image's program; ROCK runs neither by itself. other: see ImageRecord.
     """
 
     digest: str
@@ -141,26 +142,30 @@ class RootFS:
     other: Mapping[str, Any] = field(default_factory=dict)
 
     def with_layers(self, extra: Sequence[str]) -> RootFS:
-        """The same with further read-only folders on top, the topmost first."""
+        """A copy with further read-only folders on top, the topmost first."""
         if not extra:
             return self
         return replace(self, digest="+".join((self.digest, *extra)), layers=(*extra, *self.layers))
 
 
 # ---- records ----
-#
 
 
 @dataclass(frozen=True)
 class ImageRecord:
     """An image as it is listed and inspected.
 
-    name: as people write it. kind: "image", or "host" where it shows the machine's own system: such an image is kept by
-    reference (`by_reference`), so changes of the machine show in it. digest: of its manifest, id: of its config.
-    layers: digests, bottom first. size: bytes of their files. created: seconds since the epoch, when it came here.
-    pinned: it goes only when somebody removes it by name. other: what its config says beside that, as registries have
-    it (ExposedPorts, for one): kept, and not acted on. owner: the tenant who made it; "" is the server's owner. made:
-    on this machine, so that no registry has what its name stands for.
+    name: in its familiar form.
+    kind: "image", or "host" for one that includes the machine's own system by reference (`by_reference`), so that
+        changes of the machine appear in it.
+    digest: of its manifest, id: of its config.
+    layers: digests, bottom first.
+    size: bytes of their files.
+    created: seconds since the epoch, of its arrival here.
+    pinned: it is removed only by name.
+    other: further fields of its config in the registry form (such as ExposedPorts): preserved, without effect here.
+    owner: the tenant who created it; "" is the server's owner.
+    made: created on this machine, so no registry has it under its name.
     """
 
     name: str
@@ -193,7 +198,7 @@ class Records:
         folder.mkdir(exist_ok=True)
 
     def stamp(self, full: str) -> tuple[int, int] | None:
-        """Changes whenever the name's record does; None where there is none."""
+        """Changes whenever the name's record does; None without a record."""
         try:
             info = os.stat(self._file(full))
         except FileNotFoundError:
@@ -201,7 +206,7 @@ class Records:
         return info.st_mtime_ns, info.st_ino
 
     def find(self, name: str) -> ImageRecord | None:
-        """The record of a name; one with a digest also finds an image of the same repository that has this digest."""
+        """The record of a name; a name with a digest also finds an image of the same repository with this digest."""
         wanted = parse(name)
         record = self._read(self._file(wanted.full))
         if record is not None or wanted.digest is None:
@@ -219,11 +224,11 @@ class Records:
         return sorted(found, key=lambda record: record.name)
 
     def save(self, record: ImageRecord, *, keep_pin: bool = True) -> ImageRecord:
-        """Give a name its image. keep_pin: what was pinned stays so. Conflict where the image has an owner, and the
-        name stands for an image of somebody else."""
+        """Assign an image to a name. keep_pin: preserve the pin. Conflict when the image has an owner, and the name
+        belongs to an image of another one."""
         if not record.owner:
             return self._save(record, keep_pin)
-        with locked(self._folder / "names.lock"):  # two tenants may ask for one name
+        with locked(self._folder / "names.lock"):  # two tenants may request one name
             old = self._read(self._file(parse(record.name).full))
             if old is not None and old.owner != record.owner:
                 raise Conflict(f"the image {record.name} is not yours, and others may use it",
@@ -242,7 +247,7 @@ class Records:
 
     @staticmethod
     def file_name(full: str) -> str:
-        """Of what belongs to a whole name."""
+        """The file name for a full image name."""
         return hashlib.sha256(full.encode()).hexdigest()[:32]
 
     def _file(self, full: str) -> Path:
@@ -263,29 +268,22 @@ class Records:
 
 
 # ---- leases ----
-#
-# What running sandboxes have mounted.
-#
-#     use/<hash>.json   the layer folders of one image; locked (shared) by every sandbox that has it mounted
-#
-# The lock is a descriptor that the sandbox's pid 1 inherits, so it holds as long as the sandbox lives, whatever happens
-# to the rocklet, and is gone with it; after a restart of the machine nothing is held.
 
 class Lease:
-    """Keeps an image's layers on disk while `fd` or a copy of it, inherited for one, is open."""
+    """Retains an image's layers on disk while `fd` or an inherited copy of it is open."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
 
     def close(self) -> None:
-        """Close our copy. Idempotent."""
+        """Close this copy. Idempotent."""
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
 
 
 class Leases:
-    """The leases below `folder`; `gate` is the lock that collecting garbage takes alone."""
+    """The leases below `folder`; `gate` is the lock that garbage collection takes exclusively."""
 
     def __init__(self, folder: Path, gate: Path) -> None:
         self._folder = folder
@@ -293,7 +291,7 @@ class Leases:
         folder.mkdir(exist_ok=True)
 
     def take(self, rootfs: RootFS) -> Lease:
-        """Hold the layers of an image; ImageError when one of them has been removed since it was resolved."""
+        """Take a lease of an image's layers; ImageError when one of them has been removed since it was resolved."""
         body = json.dumps(list(rootfs.layers)).encode()
         path = self._folder / f"{hashlib.sha256(body).hexdigest()[:32]}.json"
         with storing("taking an image into use"), locked(self._gate, shared=True):
@@ -307,7 +305,7 @@ class Leases:
         return Lease(fd)
 
     def folders(self) -> set[str]:
-        """Layer folders that are held. Forgets files that nobody holds, so the caller has the gate for itself."""
+        """Leased layer folders. Deletes unleased files, so the caller must hold the gate exclusively."""
         held: set[str] = set()
         for path in self._folder.glob("*.json"):
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

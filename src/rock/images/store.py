@@ -1,12 +1,13 @@
-"""The images on this machine, by name. No daemon: any number of processes share one folder.
+"""The image store of this machine, by name. No daemon: any number of processes share one folder.
 
-    images/                      what a name stands for          records.py
+    images/                      records of names                records.py
     layers/ meta/ blobs/ tmp/    the layers on disk              images/layers/store.py
-    use/                         what sandboxes have mounted     records.py
-    used/                        when images were last used      gc.py
-    locks/store                  shared while an image is added, alone while garbage is collected
+    use/                         leases of sandboxes             records.py
+    used/                        times of last use               gc.py
+    locks/store                  shared while an image is added, exclusive for garbage collection
 
-Removing a name never pulls a layer from under a sandbox: a layer goes when no name and no lease is left for it.
+A removed name never removes a layer of a running sandbox: a layer is removed when no name and no lease refers to it.
+`Images` is the interface of the store for runtimes.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ __all__ = ["ImageRecord", "ImageStore", "Lease"]
 log = logging.getLogger("rock.images")
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_GRACE = 60.0  # seconds since its last use in which a budget removes no image
+_GRACE = 60.0  # seconds since its last use during which a budget does not remove an image
 
 
 class ImageStore:
-    """The images below `folder`, which is made if missing. Cheap to open; every call may block on the disk.
+    """The images below `folder`, which is created if missing. Cheap to open; every call may block on the disk.
 
-    logins: for registries, where a call brings none. budget: bytes of layers, over which images that nobody used for
-    longest are removed when another one comes; None is no limit. allowance: how much one image may come to, unpacked.
+    logins: for registries, where a call passes none. budget: bytes of layers, above which the least recently used
+    images are removed when another one is added; None is no limit. allowance: the maximum unpacked size of one image.
     """
 
     def __init__(self, folder: Path, logins: Logins | None = None, budget: int | None = None,
@@ -70,7 +71,7 @@ class ImageStore:
 
     @classmethod
     def of(cls, settings: Settings) -> ImageStore:
-        """A server's. InvalidConfig for a budget or a bound that is no size."""
+        """A server's store. InvalidConfig for an invalid budget or bound."""
         try:
             budget = parse_size(settings.image_budget, "image budget") if settings.image_budget else None
         except ValueError as error:
@@ -81,10 +82,10 @@ class ImageStore:
             raise InvalidConfig(f"ROCK_IMAGE_MAX_BYTES: {error}") from None
         return cls(settings.image_dir, Logins(settings.registries, docker_config()), budget, allowance)
 
-    # ---- asking
+    # ---- lookup ----
 
     def resolve(self, name: str) -> RootFS:
-        """The image of that name, ready to be mounted. ImageError when it is not on this machine."""
+        """The root file system of that image. ImageError when it is not on this machine."""
         if name == HOST:
             return self._own.rootfs()
         full = parse(name).full
@@ -120,12 +121,12 @@ class ImageStore:
         return [self._own.record(HOST, 0.0), *self._records.all()]
 
     def names(self) -> Sequence[str]:
-        """Names of all images, the last used first, without a look at the machine that `host` is made of."""
+        """Names of all images, the most recently used first, without inspecting the machine for `host`."""
         records = sorted(self._records.all(), key=self.last_used, reverse=True)
         return [*(record.name for record in records), HOST]
 
     def inspect(self, name: str) -> ImageRecord:
-        """What is known of an image; NotFound when it is not on this machine."""
+        """The record of an image; NotFound when it is not on this machine."""
         if name == HOST:
             return self._own.record(HOST, 0.0)
         record = self._records.find(name)
@@ -133,13 +134,13 @@ class ImageStore:
             raise NotFound(f"no image {name} on this machine", hint="`rock image ls` shows what there is")
         return record
 
-    # ---- adding
+    # ---- adding ----
 
     def import_any(self, path: Path | str, name: str | None = None,
                    progress: Progress | None = None) -> Sequence[ImageRecord]:
-        """Import what `path` is: a root folder, a tar of one, a `docker save` archive or an OCI layout.
+        """Import `path` by its type: a root folder, a tar of one, a `docker save` archive or an OCI layout.
 
-        Without `name` an archive's own names are taken, and a folder or tar is refused with InvalidConfig.
+        Without `name`, an archive's own names are used, and a folder or tar is rejected with InvalidConfig.
         """
         path = Path(path)
         with storing(f"reading {path}"):
@@ -151,14 +152,14 @@ class ImageStore:
         return [self.import_folder(path, name) if kind == "folder" else self.import_tar(path, name)]
 
     def import_folder(self, path: Path | str, name: str) -> ImageRecord:
-        """Import a folder that is the root of a system; it is copied."""
+        """Import a copy of a folder as a root file system."""
         path = Path(path)
         if not path.is_dir():
             raise ImageError(f"{path} is no folder")
         return self._single(name, f"copying {path}", lambda writer: copy_tree(path, writer))
 
     def import_tar(self, path: Path | str, name: str) -> ImageRecord:
-        """Import a tar of the root of a system, plain or compressed with gzip or zstd."""
+        """Import a tar of a root file system, plain or compressed with gzip or zstd."""
         path = Path(path)
         if not path.is_file():
             raise ImageError(f"{path} is no file")
@@ -166,7 +167,7 @@ class ImageStore:
 
     def import_docker_archive(self, path: Path | str, name: str | None = None,
                               progress: Progress | None = None) -> Sequence[ImageRecord]:
-        """Import the images of a `docker save` archive, or with a name that it has several of, the one so named."""
+        """Import the images of a `docker save` archive, or with one of its names only that image."""
         return self._archive(Path(path), name, progress, "docker")
 
     def import_oci(self, path: Path | str, name: str | None = None,
@@ -175,19 +176,20 @@ class ImageStore:
         return self._archive(Path(path), name, progress, "oci")
 
     def from_host(self, name: str) -> ImageRecord:
-        """Give this machine's own system a name. As root, sandboxes of it may write anywhere, each for itself."""
+        """Create an alias for this machine's own system. As root, each sandbox may write anywhere, in its own
+        overlay."""
         return self._deriving.from_host(name)
 
     def host_with(self, name: str, what: str, fill: Fill, diff_id: str) -> ImageRecord:
-        """Give this machine's own system a name, read-only, with one more layer on top, made by `fill` if missing."""
+        """Create an alias for this machine's own system, read-only, with one more layer on top, created by `fill` if
+        missing."""
         return self._deriving.host_with(name, what, fill, diff_id)
 
     def pull(
         self, name: str, login: Login | None = None, progress: Progress | None = None, *, public_only: bool = False
     ) -> ImageRecord:
-        """Fetch an image from its registry, with the layers that are missing here; one that is there is fetched anew
-        where its tag stands for another one by now. public_only: see Reference. ImageError, StorageFull; nothing
-        half-made is kept."""
+        """Fetch an image from its registry, with the missing layers; a present image is fetched again when its tag has
+        changed. public_only: see Reference. ImageError, StorageFull; a failure retains nothing incomplete."""
         free_name(name)
         reference = replace(parse(name), public_only=public_only)
         with self._tidied():
@@ -197,7 +199,7 @@ class ImageStore:
 
     @contextmanager
     def _tidied(self) -> Iterator[None]:
-        """On a failure, remove the layers that were whole before it and have no name; later, where others add some."""
+        """On a failure, remove completed layers without a name; deferred while others add images."""
         try:
             yield
         except BaseException:
@@ -206,11 +208,12 @@ class ImageStore:
             raise
 
     def commit(self, name: str, base: RootFS, tar: Path, diff_id: str, owner: str = "") -> ImageRecord:
-        """Name what a sandbox wrote: the layers of its image with one more on top, made of a plain `tar`.
+        """Create an image from a sandbox's files: the layers of its image with one more on top, created from a plain
+        `tar`.
 
-        base: the image as the sandbox has it mounted, so that its layers are held. Where that shows this machine's own
-        system, so does the new one, read-only. owner: the tenant whose image it is. Conflict where the name stands for
-        another's; the server's owner may replace any.
+        base: the image as the sandbox has it mounted, so that its layers are leased. When it includes this machine's
+        own system, so does the new one, read-only. owner: the tenant of the image. Conflict when the name belongs to
+        another tenant; the server's owner may replace any.
         """
         new_name(name)
         record = self._deriving.commit(name, base, tar, diff_id, owner)
@@ -219,64 +222,64 @@ class ImageStore:
 
     def extend(self, name: str, base: RootFS, fill: Fill | None = None, what: str = "",
                diff_id: str | None = None, owner: str = "") -> ImageRecord:  # fmt: skip
-        """Name the layers of `base`, with its settings and one more layer on top where `fill` writes one. A base of no
-        layers is an empty image. See `commit` for one that shows this machine's own system.
+        """Create an image from the layers and settings of `base`, with one more layer on top if `fill` writes one. A
+        base without layers is an empty image. `commit` describes a base that includes this machine's own system.
 
-        diff_id: the layer's, where it is known; one that is there is not made again. owner: see `commit`.
+        diff_id: the layer's digest, if known; an existing layer is not created again. owner: see `commit`.
         """
         return self._deriving.extend(name, base, fill, what, diff_id, owner)
 
     def came(self, name: str) -> None:
-        """An image was made of others, and is in use now: see `budget`."""
+        """Record the use of a derived image: see `budget`."""
         self._came(parse(name).familiar)
 
     def push(
         self, name: str, login: Login | None = None, progress: Progress | None = None,
         ready: Mapping[str, Path] | None = None, *, public_only: bool = False,
     ) -> str:  # fmt: skip
-        """Send an image to the registry that its name tells; answers the digest of its manifest there.
+        """Push an image to the registry of its name; returns the digest of its manifest there.
 
-        public_only: see Reference. ready: plain tars that layers were made of, by their digest. Unsupported for an
-        image that shows this machine; ImageError for what the registry says.
+        public_only: see Reference. ready: original tars of layers, by their digest. Unsupported for an image that
+        includes this machine's system; ImageError with the registry's error.
         """
         return self._transfers.push(self.inspect(name), login, progress, ready or {}, public_only)
 
     def export(self, name: str, path: Path | str, progress: Progress | None = None) -> str:
-        """Write an image to a new file, as the tar of an OCI layout; answers the digest of its manifest."""
+        """Write an image to a new file, as the tar of an OCI layout; returns the digest of its manifest."""
         return self._transfers.export(self.inspect(name), path, progress)
 
-    # ---- removing and holding
+    # ---- removal and leases ----
 
     def remove(self, name: str, in_use: Iterable[str] = ()) -> int:
-        """Forget a name and remove the layers that nobody needs any more; answers the bytes that were freed.
+        """Remove a name and the unneeded layers; returns the freed bytes.
 
-        in_use: layer folders to be kept in any case, beside those that are leased.
+        in_use: layer folders to retain in any case, beside those that are leased.
         """
         free_name(name)
         self._records.forget(self.inspect(name))
         return self.gc(in_use)
 
     def gc(self, in_use: Iterable[str] = ()) -> int:
-        """Remove layers without a name or a lease. Does nothing while a process adds an image: it is done later."""
+        """Remove layers without a name or a lease. Skipped while a process adds an image; a later call removes them."""
         return self.prune(in_use).freed
 
     def prune(self, in_use: Iterable[str] = (), *, steps: bool = False, everything: bool = False,
               most: int | None = None) -> Pruned:  # fmt: skip
-        """Remove what nobody needs: see `Room.prune`."""
+        """Remove unneeded images and layers: see `GarbageCollector.prune`."""
         return self._room.prune(in_use, steps=steps, everything=everything, most=most)
 
     def pin(self, name: str, pinned: bool = True) -> ImageRecord:
-        """Keep an image whatever the budget says, or no longer. NotFound."""
+        """Pin an image against the budget, or unpin it. NotFound."""
         free_name(name)
         record = replace(self.inspect(name), pinned=pinned)
         return self._records.save(record, keep_pin=False)
 
     def last_used(self, record: ImageRecord) -> float:
-        """When an image was last pulled, made or mounted: seconds since the epoch."""
+        """The time when an image was last pulled, created or mounted: seconds since the epoch."""
         return self._room.last_used(record)
 
     def _came(self, *names: str) -> None:
-        """These images are new: others make room for them."""
+        """Apply the budget after these images were added."""
         for name in names:
             self._room.touch(name)
         if self.budget is None:
@@ -286,12 +289,12 @@ class ImageStore:
             log.info("images removed to keep to %d bytes: %s", self.budget, ", ".join(pruned.names))
 
     def lease(self, rootfs: RootFS) -> Lease:
-        """Hold an image's layers for a sandbox, whose pid 1 should inherit `Lease.fd`."""
+        """Lease an image's layers for a sandbox, whose pid 1 should inherit `Lease.fd`."""
         lease = self._leases.take(rootfs)
         self._room.touch(rootfs.name)
         return lease
 
-    # ---- inside
+    # ---- internal ----
 
     def _archive(self, path: Path, name: str | None, progress: Progress | None, kind: str) -> Sequence[ImageRecord]:
         with self._tidied():
@@ -305,18 +308,16 @@ class ImageStore:
         return record
 
 
-# ---- source ----
-#
-# What a runtime needs of the images on this machine.
+# ---- interface for runtimes ----
 
 class Images(Protocol):
-    """Where root file systems come from."""
+    """The source of root file systems."""
 
     def resolve(self, name: str) -> RootFS:
-        """The image, ready to be mounted. ImageError when it is not on this machine."""
+        """The root file system of an image. ImageError when it is not on this machine."""
         ...
 
     def lease(self, rootfs: RootFS) -> Lease | None:
-        """Hold its layers on disk, for as long as a copy of the lease's descriptor is open; None if nothing has to be.
-        ImageError when they were removed since."""
+        """Retain its layers on disk while a copy of the lease's descriptor is open; None if no lease is needed.
+        ImageError when they were removed meanwhile."""
         ...

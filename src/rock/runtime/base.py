@@ -1,11 +1,11 @@
-"""The contract between the rocklet and whatever makes sandboxes on this machine.
+"""The interface between the rocklet and the drivers that create sandboxes on this machine.
 
-A runtime implements `Runtime`; a sandbox is known by its `Handle`, plain data that is stored, so that a restarted
-rocklet finds it again. A program is started with `spawn` and is then a `Process`, whose streams are descriptors of
-ours.
+A driver implements `Runtime`. A `Handle` identifies a sandbox; it is plain data that the rocklet stores, so a restarted
+rocklet finds the sandbox again. `spawn` starts a program and returns a `Process`, whose streams are file descriptors in
+the rocklet.
 
-Optional capabilities stand beside it and are asked for by type: `isinstance(runtime, Files)`. What has no methods by
-which it could be told is a `Trait`, and declared.
+Optional capabilities are separate protocols that callers test by type: `isinstance(runtime, Files)`. A property without
+methods is a declared `Trait`.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ Stream = Literal["pipe", "null"]
 Enforced = Literal["cgroup-v1", "cgroup-v2", "watched", "affinity", "rlimit", "loop", "tmpfs", "none"]
 
 
-# The clock of `since`: that of start times, which goes on while the machine sleeps.
+# Clock of `since`: the clock of process start times, which continues while the machine is suspended.
 CLOCK: int = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 class Trait(StrEnum):
-    """What a runtime promises beyond its methods. What it does not declare it need not hold, and nobody relies on it.
+    """A guarantee of a runtime beyond its methods. Callers rely only on traits that the runtime declares.
 
-    The conformance suite has tests for each, and docs/runtimes.md a row.
+    The conformance suite tests each trait, and docs/runtimes.md lists them.
     """
 
     PROGRAMS = "programs"  # programs of the image run as processes of the machine's kernel
-    IMAGES = "images"  # it mounts images of the server's store, which are made ready before `create`
+    IMAGES = "images"  # mounts images of the server's store, which are prepared before `create`
     TERMINALS = "terminals"  # Program.pty; Unsupported without it
-    OUTLIVES = "outlives"  # sandboxes and kept programs go on when the server's process ends, and are found again
+    OUTLIVES = "outlives"  # sandboxes and kept programs survive the server's process and are found again
     ROOT = "root"  # a file system of its own: no path and no link leads to the host's files
     TREES = "trees"  # `tree` and `kill_tree` reach orphans and daemons, and know start times to 10 ms
-    PROCESSES = "processes"  # sees and signals no processes but its own
-    NETWORK = "network"  # network="none" is a loopback of its own, and nothing else
-    USERS = "users"  # several users inside: `user` of programs and files is held by the kernel
-    LIMITS = "limits"  # memory, cpus and pids are held; Handle.enforced says how
+    PROCESSES = "processes"  # a sandbox sees and signals only its own processes
+    NETWORK = "network"  # network="none" gives a private loopback device only
+    USERS = "users"  # several users inside: the kernel enforces `user` of programs and files
+    LIMITS = "limits"  # memory, cpus and pids are enforced; Handle.enforced names the mechanism
 
 
 class Liveness(StrEnum):
-    """What `recover` found."""
+    """The result of `recover`."""
 
     RUNNING = "running"
     GONE = "gone"
@@ -57,20 +57,20 @@ class Liveness(StrEnum):
 
 @dataclass(frozen=True)
 class Handle:
-    """Where a sandbox is. `data` is JSON-safe and belongs to the runtime; nobody else reads it."""
+    """The identity of a sandbox on this machine. `data` is JSON-safe and private to the runtime."""
 
     runtime: str
     id: str
     isolation: Isolation
-    enforced: Mapping[str, Enforced]  # how each limit is held: "memory", "cpus", "pids", "disk", ...
+    enforced: Mapping[str, Enforced]  # mechanism per limit: "memory", "cpus", "pids", "disk", ...
     data: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class ExitStatus:
-    """How a process ended: `code` of a normal exit, or the number of the `signal` that killed it.
+    """The exit of a process: `code` of a normal exit, or the number of the `signal` that killed it.
 
-    Both None: it ended and nobody saw how. A status is never invented.
+    Both are None when the exit status is unknown. A status is never invented.
     """
 
     code: int | None = None
@@ -78,7 +78,7 @@ class ExitStatus:
 
     @property
     def shell_code(self) -> int | None:
-        """The status as a shell tells it: the exit code, or 128 + the signal."""
+        """The status in shell convention: the exit code, or 128 + the signal."""
         return 128 + self.signal if self.signal is not None else self.code
 
 
@@ -86,18 +86,19 @@ class ExitStatus:
 class Program:
     """A program to start in a sandbox.
 
-    argv: no shell is involved; argv[0] is looked up in the PATH of `env`, inside.
+    argv: runs without a shell; argv[0] is looked up in the PATH of `env`, inside.
     env: the whole environment; nothing is inherited.
     cwd: a folder inside; None is the image's working directory.
     user: "name", "uid", "name:group" or "uid:gid" inside; None is the image's user.
-    stdin, stdout, stderr: "pipe" gives our side a descriptor, "null" is /dev/null; stderr="stdout" joins the two.
+    stdin, stdout, stderr: "pipe" returns a descriptor to the rocklet, "null" is /dev/null; stderr="stdout" joins the
+        two.
     pty: (rows, columns): one terminal as stdin, stdout and stderr and as the controlling terminal.
-    channels: further pipes; key: the descriptor number that the program sees, value: "r" when the program reads it
-        (we get the writing end), "w" when it writes it (we get the reading end), "m": memory of CHANNEL_MEMORY bytes
-        that both can map, whose size nobody can change. Where a runtime cannot share memory there is no such channel.
+    channels: further pipes. The key is the descriptor number in the program. The value is "r" when the program reads
+        (the rocklet gets the writing end), "w" when it writes (the rocklet gets the reading end), or "m": shared memory
+        of CHANNEL_MEMORY bytes with a sealed size. A runtime that cannot share memory omits an "m" channel.
     key: a name that is unique in the sandbox, for `attach` after a restart of the rocklet.
-    keep: pid 1 holds copies of our ends of the streams, so that neither side sees an end of file when the
-        rocklet crashes, and `attach` gives them again. When False the streams die with the rocklet.
+    keep: pid 1 holds copies of the rocklet's ends of the streams. Neither side sees an end of file when the rocklet
+        crashes, and `attach` returns the streams again. When False, the streams close with the rocklet.
     nofile: limit on open files; None leaves the default.
     """
 
@@ -118,8 +119,8 @@ class Program:
 class Process(Protocol):
     """One running program in a sandbox.
 
-    The descriptors are ours (non-blocking, close-on-exec); None where the program has no such stream. With a pty,
-    `stdin` and `stdout` are two descriptors of the terminal's master side and `stderr` is None.
+    The descriptors belong to the rocklet (non-blocking, close-on-exec); None where the program has no such stream. With
+    a pty, `stdin` and `stdout` are two descriptors of the terminal's master side and `stderr` is None.
     """
 
     pid: int  # as seen inside
@@ -130,34 +131,35 @@ class Process(Protocol):
     channels: Mapping[int, int]
 
     async def wait(self) -> ExitStatus:
-        """How it ended. Any number of callers may wait, before or after the end; a lost sandbox raises Lost."""
+        """Wait for the exit status. Supports any number of callers, before or after the exit. Raises Lost for a lost
+        sandbox."""
         ...
 
     async def signal(
         self, number: signals.Signals | int, *, tree: bool = False, since: float | None = None, root: bool = True
     ) -> int:
-        """Send a signal; answers how many processes got it. An ended process is no error, and gives 0.
+        """Send a signal; returns the number of processes that received it. Returns 0 for an ended process.
 
-        tree: to all its descendants too, those that left its process group or were orphaned included.
-        since: only to descendants started at or after this time (seconds of CLOCK); the process itself
-            is governed by `root` alone.
+        tree: includes all descendants, also those that left the process group or were orphaned.
+        since: restricts the descendants to those started at or after this time (seconds of CLOCK); `root` alone decides
+            about the process itself.
         """
         ...
 
     async def kill_tree(self, *, since: float | None = None, root: bool = True, tell: int | None = None) -> int:
-        """SIGKILL to the same set, again and again until none of it is left; answers how many were killed.
+        """Send SIGKILL to the same set until no process of it remains; returns the number of killed processes.
 
-        tell: a signal for the process itself, when `root` spares it. It is stopped while its descendants are killed,
-        and finds that signal first when it goes on: what it does then is not part of what was killed.
+        tell: a signal for the process itself when `root` spares it. The process is stopped while its descendants are
+        killed, and receives this signal first when it continues. Processes that it starts afterwards are not killed.
         """
         ...
 
     async def resize(self, rows: int, columns: int) -> None:
-        """Set the size of its terminal; InvalidConfig without a pty."""
+        """Set the terminal size; InvalidConfig without a pty."""
         ...
 
     async def close_stdin(self) -> None:
-        """Give the program the end of its input: closes our `stdin`, and pid 1's copy of a kept one. Idempotent."""
+        """Close the program's input: the rocklet's `stdin` and, for a kept program, pid 1's copy. Idempotent."""
         ...
 
     def close(self, *, forget: bool = True) -> None:
@@ -170,28 +172,29 @@ class Process(Protocol):
 
 @runtime_checkable
 class Runtime(Protocol):
-    """A way to make sandboxes on this machine.
+    """A driver that creates sandboxes on this machine.
 
-    traits: what a sandbox of each isolation level that it may come to has; `Handle.isolation` is the level of one.
+    traits: the guarantees per isolation level that the runtime supports; `Handle.isolation` is the level of one
+    sandbox.
     """
 
     name: str
     traits: Mapping[Isolation, frozenset[Trait]]
 
     async def open(self) -> None:
-        """Probe the host and start what the runtime needs (a launcher, a pool). Raises Unsupported with the reason."""
+        """Probe the host and start the helpers of the runtime (launcher, pool). Raises Unsupported with the reason."""
         ...
 
     async def close(self) -> None:
-        """Release what `open` made and the warm pool. Sandboxes stay alive."""
+        """Release the resources of `open` and the warm pool. Sandboxes continue to run."""
         ...
 
     async def check(self, config: SandboxConfig) -> None:
-        """Raise InvalidConfig, Unsupported, ImageError or NoCapacity where `create` would have to; starts nothing."""
+        """Raise the InvalidConfig, Unsupported, ImageError or NoCapacity that `create` would raise; starts nothing."""
         ...
 
     async def create(self, id: str, config: SandboxConfig) -> Handle:
-        """Make a sandbox in which `spawn` works. On failure nothing of it is left."""
+        """Create a sandbox in which `spawn` works. A failed create leaves nothing behind."""
         ...
 
     async def recover(self, handle: Handle) -> Liveness:
@@ -203,7 +206,7 @@ class Runtime(Protocol):
         ...
 
     async def attach(self, handle: Handle, key: str) -> Process:
-        """The kept process of that key, with its streams again; NotFound when there is none."""
+        """The kept process with that key, with its streams; NotFound when there is none."""
         ...
 
     async def processes(self, handle: Handle) -> list[str]:
@@ -211,22 +214,23 @@ class Runtime(Protocol):
         ...
 
     async def wait(self, handle: Handle) -> str:
-        """Return when the sandbox is gone, with the reason. Never returns while it lives.
+        """Return the reason when the sandbox has ended.
 
-        "exited": its pid 1 ended by itself, which code inside may have caused. "oom". "disk": its files took more than
-        it may have. "gone", or a sentence where more is known: it was ended from outside."""
+        "exited": its pid 1 exited, possibly because of code inside. "oom": it ran out of memory. "disk": its files
+        exceeded the disk limit. "gone", or a sentence with the known reason: it was ended from outside."""
         ...
 
     async def stop(self, handle: Handle, grace: float) -> None:
-        """SIGTERM to its programs, SIGKILL after `grace` seconds; the sandbox ends and its files stay until destroy."""
+        """Send SIGTERM to its programs and SIGKILL after `grace` seconds. The sandbox ends; its files stay until
+        `destroy`."""
         ...
 
     async def destroy(self, handle: Handle) -> None:
-        """Remove it and all it used. Idempotent; works on half-made and on dead sandboxes."""
+        """Remove the sandbox and all its resources. Idempotent; works on incomplete and on dead sandboxes."""
         ...
 
     async def sweep(self, known: Sequence[str]) -> list[str]:
-        """Destroy what this runtime left on the machine for ids that are not in `known`; answers their ids."""
+        """Destroy the remains of sandboxes of this runtime whose ids are not in `known`; returns their ids."""
         ...
 
 
@@ -251,8 +255,8 @@ _GIVEN: dict[tuple[type, type], bool] = {}
 
 
 class _Capability(type(Protocol)):  # type: ignore[misc]
-    """Asked for many times in each create, of a few classes: seen once for each of them, as looking takes 10 us. It has
-    no fields, which would be looked for in runtimes too."""
+    """Caches the result of isinstance per class: each create tests many capabilities, and an uncached test takes 10 us.
+    The class has no fields because the test would require them of runtimes too."""
 
     def __instancecheck__(cls, instance: object) -> bool:
         key = (cls, type(instance))
@@ -264,12 +268,12 @@ class _Capability(type(Protocol)):  # type: ignore[misc]
 
 @runtime_checkable
 class Files(Protocol, metaclass=_Capability):
-    """Files inside, without a shell and without any program of the image.
+    """Access to files inside, without a shell and without any program of the image.
 
-    Paths are absolute, resolved inside, so a symbolic link never leads out. `user` as in Program: with it the
-    kernel checks that user's rights. Errors: NotFound, Conflict (exists, not a folder, is a folder, not empty),
-    InvalidConfig (not a regular file: a FIFO, a device or a socket is refused and never blocks),
-    Unauthorized (permission), StorageFull.
+    Paths are absolute and resolve inside, so a symbolic link never leads out. `user` is as in Program: the kernel
+    checks that user's rights. Errors: NotFound, Conflict (exists, not a folder, is a folder, not empty), InvalidConfig
+    (not a regular file: FIFOs, devices and sockets are rejected without blocking), Unauthorized (permission),
+    StorageFull.
     """
 
     async def open_read(self, handle: Handle, path: str, *, user: str | None = None) -> int:
@@ -286,9 +290,11 @@ class Files(Protocol, metaclass=_Capability):
         parents: bool = True,
         user: str | None = None,
     ) -> tuple[int, str]:
-        """A descriptor for writing and a token. Without `append` it is a new file beside the old one; `commit_write`
-        puts it in the old one's place at once, `abort_write` removes it. `mode` None keeps the old file's, else 0644.
-        A symbolic link at `path` is followed: its target is replaced. With `append` the token is ""."""
+        """Return a descriptor for writing and a token.
+
+        Without `append`, the descriptor is a new file beside the old one: `commit_write` replaces the old file
+        atomically, `abort_write` removes the new one. `mode` None keeps the old file's mode, else 0644. A symbolic link
+        at `path` is followed and its target replaced. With `append` the token is ""."""
         ...
 
     async def commit_write(self, handle: Handle, token: str) -> None: ...
@@ -298,7 +304,7 @@ class Files(Protocol, metaclass=_Capability):
     async def stat(self, handle: Handle, path: str, *, follow: bool = True) -> FileStat: ...
 
     async def list(self, handle: Handle, path: str, *, offset: int = 0, limit: int = 10_000) -> list[FileStat]:
-        """Entries of a folder by name, from `offset`, at most `limit`; links are not followed."""
+        """Entries of a folder sorted by name, from `offset`, at most `limit`; links are not followed."""
         ...
 
     async def remove(self, handle: Handle, path: str, *, recursive: bool = False) -> None: ...
@@ -318,7 +324,7 @@ class Files(Protocol, metaclass=_Capability):
 
 @runtime_checkable
 class Ports(Protocol, metaclass=_Capability):
-    """Connections to ports inside, dialled from inside, so they work without a network too."""
+    """Connections to ports inside. The connection is opened inside, so it works without a network too."""
 
     async def dial(self, handle: Handle, port: int, *, host: str = "127.0.0.1", timeout: float = 10.0) -> int:
         """A connected TCP socket's descriptor. Raises NotFound when nothing listens, PortTimeout."""
@@ -327,108 +333,108 @@ class Ports(Protocol, metaclass=_Capability):
 
 @runtime_checkable
 class Connects(Protocol, metaclass=_Capability):
-    """Network "nat": sandboxes reach what their policy allows, and all that they tried is noted."""
+    """Network "nat": sandboxes reach the destinations that their policy allows, and each attempt is logged."""
 
     async def connections(self, id: str) -> ConnectionList:
-        """The last connections of a sandbox, of one that ended too; none of an unknown one."""
+        """The latest connections of a sandbox, also of an ended one; empty for an unknown one."""
         ...
 
 
 @runtime_checkable
 class Accelerates(Protocol, metaclass=_Capability):
-    """Gives sandboxes GPUs of this machine."""
+    """Assigns GPUs of this machine to sandboxes."""
 
     def gpus(self) -> tuple[Sequence[str], int]:
-        """The kind of each, as "A100", and how many of them no sandbox has now."""
+        """Per kind, such as "A100", the number of unassigned GPUs."""
         ...
 
 
 @runtime_checkable
 class Limits(Protocol, metaclass=_Capability):
-    """Measured use."""
+    """Measured resource usage."""
 
     async def usage(self, handle: Handle) -> Usage: ...
 
 
 @runtime_checkable
 class Watches(Protocol, metaclass=_Capability):
-    """The runtime tells what it did by itself, such as a kill for memory."""
+    """The runtime reports its own actions, such as an out-of-memory kill."""
 
     def oom_kills(self, handle: Handle) -> int:
-        """How many processes were killed for memory so far."""
+        """The number of processes killed for memory so far."""
         ...
 
 
 @runtime_checkable
 class Keeps(Protocol, metaclass=_Capability):
-    """What a sandbox wrote can outlive it. Asked for when `config.keeps_files`.
+    """Retention: the files of a sandbox can outlive it. Used when `config.keeps_files` is set.
 
-    A sandbox at rest has no process, memory, cgroup or network, only its files; `destroy` removes them, `sweep` leaves
-    those that are known.
+    A stopped sandbox has no process, memory, cgroup or network, only its files. `destroy` removes the files; `sweep`
+    preserves those with known ids.
     """
 
     async def rest(self, handle: Handle, grace: float = 0.0) -> Handle:
-        """End every process and keep the files; answers the handle of what is at rest. Idempotent, and finishes what a
-        crash broke off, in a rest or in a wake. Lost when the files are gone. `grace` as in `stop`."""
+        """End every process and retain the files; returns the handle of the stopped sandbox. Idempotent: completes a
+        rest or a wake that a crash interrupted. Raises Lost when the files are gone. `grace` as in `stop`."""
         ...
 
     def pack(self, handle: Handle, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:
-        """The files of one at rest as an OCI layer's tar, in pieces; the last item tells what was given.
+        """Yield the files of a stopped sandbox as the tar of an OCI layer, in chunks; the last item is the summary.
 
-        limit: most bytes of file content, holes counted. InvalidConfig, where the files cannot be told in a layer or
-        are over a limit, may come after some pieces.
+        limit: maximum bytes of file content, holes included. InvalidConfig, for files that a layer cannot represent or
+        that exceed a limit, may be raised after some chunks.
         """
         ...
 
     async def unpack(self, id: str, config: SandboxConfig, files: ArchivedFiles, data: AsyncIterator[bytes]) -> Handle:
-        """A sandbox at rest with the files of such a tar. ImageError when the image here is not the one below them,
-        InvalidConfig when the data is not `files`; then nothing of it is left."""
+        """Create a stopped sandbox from such a tar. Raises ImageError when the local image is not the one below the
+        files, and InvalidConfig when the data does not match `files`. A failure leaves nothing behind."""
         ...
 
     async def wake(self, handle: Handle, config: SandboxConfig) -> Handle:
-        """A new sandbox over the files of one at rest. When it fails, that stays at rest. ImageError when its image was
-        removed."""
+        """Start a sandbox over the files of a stopped one. On failure the stopped sandbox is unchanged. ImageError when
+        its image was removed."""
         ...
 
 
 @runtime_checkable
 class Snapshots(Protocol, metaclass=_Capability):
-    """What a sandbox wrote can be read, whether it runs or is at rest: to make an image of it."""
+    """Reads the files that a sandbox wrote, running or stopped, to make an image from them."""
 
     def image(self, handle: Handle) -> RootFS:
-        """The image that it was made of, which it holds on disk."""
+        """The image of the sandbox, whose layers it retains on disk."""
         ...
 
     def snapshot(self, handle: Handle, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:
-        """What it wrote, as `Keeps.pack` gives it; its processes stand still meanwhile. They go on when the generator
-        is closed, and when we crash. Unsupported where files were written that no layer can have."""
+        """Yield the written files as `Keeps.pack` does, while the processes are frozen. The processes continue when the
+        generator is closed, and when the rocklet crashes. Unsupported for files that a layer cannot represent."""
         ...
 
 
 @runtime_checkable
 class OwnImages(Protocol, metaclass=_Capability):
-    """Its images are not those of our store: it finds and fetches them itself."""
+    """The runtime finds and fetches its own images, instead of using the server's store."""
 
     async def has_image(self, config: SandboxConfig) -> bool:
-        """Whether `prepare_image` has nothing to do; with pull="never" always."""
+        """Whether `prepare_image` has nothing to do; always true with pull="never"."""
         ...
 
     async def prepare_image(self, config: SandboxConfig, tell: Callable[[str], None]) -> None:
-        """Fetch the image as `config.pull` says; `tell` is called with words on the progress. ImageError."""
+        """Fetch the image according to `config.pull`; calls `tell` with progress text. ImageError."""
         ...
 
 
 class Prepared(Protocol):
-    """What was started in a sandbox that nobody has claimed yet."""
+    """The processes started in a pooled sandbox that is not yet claimed."""
 
     async def detach(self) -> None:
-        """Let go of it: the sandbox is being removed."""
+        """Detach from the sandbox, which is being removed."""
         ...
 
 
 @runtime_checkable
 class Pools(Protocol, metaclass=_Capability):
-    """The runtime makes sandboxes ahead, and has them prepared by its user."""
+    """The runtime creates sandboxes in advance, and its user prepares them."""
 
     prepare: Callable[[Handle], Awaitable[Prepared | None]] | None
     """Called with each sandbox that is made ahead, under a handle that ends with its claim.
@@ -436,5 +442,5 @@ class Pools(Protocol, metaclass=_Capability):
     A RockError says that nothing was started."""
 
     def prepared(self, handle: Handle) -> Prepared | None:
-        """What `prepare` answered for the sandbox that has this handle now. It is the caller's from then on."""
+        """The result of `prepare` for the sandbox with this handle. The caller owns it afterwards."""
         ...

@@ -3,7 +3,7 @@
     [project.entry-points."rock.runtimes"]
     mine = "my_package:make"        # make(context: RuntimeContext) -> Runtime, whose name is "mine"
 
-One that cannot be loaded, made or opened is there all the same, as a `BrokenRuntime` that refuses with the reason.
+A runtime that fails to load or open is replaced by a `BrokenRuntime`, which rejects requests with the reason.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from rock.protocol.sandbox import Isolation, SandboxConfig
 from rock.runtime.base import Handle, Liveness, Process, Program, Runtime, Trait
 
 GROUP = "rock.runtimes"
-OWN = ("docker", "fake", "gvisor", "landlock", "namespace", "process")  # nobody else gets these names
+OWN = ("docker", "fake", "gvisor", "landlock", "namespace", "process")  # reserved names
 
 
 @dataclass(frozen=True)
 class RuntimeContext:
-    """What a runtime is made from.
+    """The arguments of a runtime factory.
 
-    run_dir: a folder of its own, to be made when needed; it lives as long as the machine runs. images: those of the
-    server. pool_size: warm sandboxes that the user wants kept per image.
+    run_dir: a folder of its own, to be created on demand; it lives as long as the machine runs. images: the server's
+    image store. pool_size: the configured number of warm sandboxes per image.
     """
 
     run_dir: Path
@@ -36,9 +36,9 @@ class RuntimeContext:
 
 
 class BrokenRuntime:
-    """In the place of a runtime that is at fault: nothing can be made with it, and it says why.
+    """Replacement of a runtime that failed: it creates nothing, and its errors state the reason.
 
-    Its sandboxes of a former run count as gone; nothing of them is touched, so that the repaired runtime can sweep.
+    Its sandboxes of a former run count as gone. Their files are not touched, so the repaired runtime can sweep them.
     """
 
     traits: Mapping[Isolation, frozenset[Trait]] = {Isolation.NONE: frozenset()}
@@ -90,7 +90,7 @@ class BrokenRuntime:
 
 
 def load(context: Callable[[str], RuntimeContext]) -> dict[str, Runtime]:
-    """All that are installed, by name, not opened yet."""
+    """All installed runtimes, by name, not opened yet."""
     found: dict[str, Runtime] = {}
     for entry in entry_points(group=GROUP):
         if entry.name not in OWN:

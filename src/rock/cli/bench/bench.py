@@ -1,6 +1,6 @@
-"""`rock bench`: the figures of the embedded runtime, each next to its floor from the same run.
+"""`rock bench`: measurements of the embedded runtime, each next to its lower bound from the same run.
 
-The server under test is a process of its own with a home of its own; the client is the SDK over HTTP, as users have it.
+The measured server is a separate process with its own home; the client is the SDK over HTTP, as in normal use.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ app = typer.Typer(help="Measure this machine: figures next to their floors.", in
 
 @dataclass
 class Figure:
-    """One row: `values` in `unit`; `floor` is the same thing without ROCK, from the same run."""
+    """One row: `values` in `unit`; `floor` is the same operation without ROCK, from the same run."""
 
     name: str
     unit: str
@@ -61,7 +61,8 @@ class Figure:
 
 
 async def measure(short: bool, inside: tuple[list[float], list[float]]) -> list[Figure]:
-    """All rows. `short`: few repetitions, to see that it works. inside: what `server_side` gave, on its own loop."""
+    """All rows. `short`: few repetitions, as a functional test. inside: the result of `server_side`, on its own
+    loop."""
     from rock.runtime.namespace.floors import floor as bare_namespaces
     from rock.runtime.namespace.floors import whole, whole_rates
 
@@ -71,7 +72,7 @@ async def measure(short: bool, inside: tuple[list[float], list[float]]) -> list[
     cold: list[float] = []
     floor: list[float] = []
     with running_server(0) as (url, pid):
-        for _ in range(rounds):  # in turns with its floor: a machine's speed changes within a minute
+        for _ in range(rounds):  # alternates with its floor: a machine's speed changes within a minute
             floor += [1000 * s for s in await whole(n // rounds)]
             cold += await first_commands(url, n // rounds, 0.05)
         fork = [1000 * s for s in await bare_namespaces(n)]

@@ -1,7 +1,7 @@
-"""What `rock bench` puts its figures next to: bash on pipes, alone and behind a bare HTTP server.
+"""Lower bounds for `rock bench`: bash on pipes, alone and behind a minimal HTTP server.
 
-The HTTP server is uvicorn as ROCK's is, over an application that does nothing but hand a line to a bash: no routes, no
-keys, no ids, no framing, no isolation. It is a process of its own, `python -m rock.cli.bench.floors FOLDER`.
+The HTTP server is uvicorn as in ROCK, over an application that passes a line to a bash: no routes, no keys, no ids, no
+framing, no isolation. It is a separate process, `python -m rock.cli.bench.floors FOLDER`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NOTE = "server.json"
 
 
 class Shell:
-    """A bare bash on pipes: a line in, a line out."""
+    """A plain bash on pipes: a line in, a line out."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         assert process.stdin is not None and process.stdout is not None
@@ -59,7 +59,7 @@ async def bare_commands(count: int) -> list[float]:
 
 @contextlib.contextmanager
 def serving(folder: str, *words: str, env: Mapping[str, str] | None = None) -> Iterator[tuple[str, int]]:
-    """(URL, pid) of a Python process that notes its port in the folder once it serves; it is stopped at the end."""
+    """(URL, pid) of a Python process that writes its port to the folder once it serves; it is stopped at the end."""
     note, log = Path(folder) / _NOTE, Path(folder) / "output.log"
     with log.open("wb") as out:
         child = subprocess.Popen([sys.executable, *words], env=env, stdout=out, stderr=out)
@@ -81,7 +81,7 @@ def _port(child: subprocess.Popen[bytes], note: Path, log: Path) -> int:
 
 @contextlib.contextmanager
 def bare_server() -> Iterator[str]:
-    """The URL of a bare HTTP server; each path of it has a bash of its own."""
+    """The URL of a minimal HTTP server; each of its paths has its own bash."""
     with (
         tempfile.TemporaryDirectory(prefix="rock-bench-") as folder,
         serving(folder, "-m", "rock.cli.bench.floors", folder) as (url, _),
@@ -90,7 +90,7 @@ def bare_server() -> Iterator[str]:
 
 
 async def serve(folder: Path) -> None:
-    """Until SIGTERM."""
+    """Serve until SIGTERM."""
     shells: dict[str, Shell] = {}
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

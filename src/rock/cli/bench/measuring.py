@@ -1,4 +1,4 @@
-"""What `rock bench` measures: the server as its users have it, a process of its own, by the SDK over HTTP."""
+"""The measurements of `rock bench`: a server in a separate process, accessed by the SDK over HTTP."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _TURNS = 5
 
 @contextlib.contextmanager
 def running_server(pool: int) -> Iterator[tuple[str, int]]:
-    """A server of its own: (URL, pid). It is stopped, with every sandbox, at the end."""
+    """A separate server: (URL, pid). It is stopped, with every sandbox, at the end."""
     with tempfile.TemporaryDirectory(prefix="rock-bench-") as home:
         environment = child_environment(ROCK_HOME=home, ROCK_POOL_SIZE=str(pool))
         words = ("-m", "rock.cli.server", "--host", "127.0.0.1", "--port", "0")
@@ -48,7 +48,7 @@ def _config(url: str, **fields: Any) -> SandboxConfig:
 
 
 async def _repeat(count: int, work: Callable[[], Awaitable[Any]]) -> list[float]:
-    """Milliseconds of each of `count` calls, after one that does not count."""
+    """Milliseconds of each of `count` calls, after one warm-up call."""
     await work()
     values = []
     for _ in range(count):
@@ -74,7 +74,7 @@ async def first_commands(url: str, count: int, pause: float) -> list[float]:
 
 
 async def cycles(url: str, seconds: float, width: int) -> list[float]:
-    """Create, run and destroy a second, `width` at once, in slices of half a second."""
+    """Create, run and destroy cycles per second, `width` concurrently, in slices of half a second."""
     done = 0
 
     async def client() -> None:
@@ -87,7 +87,7 @@ async def cycles(url: str, seconds: float, width: int) -> list[float]:
 
 
 async def _rates(clients: list[Callable[[], Awaitable[Any]]], done: Callable[[], int], seconds: float) -> list[float]:
-    """What `clients`, all at once, each again and again, have `done` a second, in slices of half a second."""
+    """Rate of `done` over all concurrent `clients`, each repeated, per second, in slices of half a second."""
     going_on = True
 
     async def again(client: Callable[[], Awaitable[Any]]) -> None:
@@ -117,7 +117,7 @@ async def _sandbox(url: str, **fields: Any) -> AsyncIterator[Sandbox]:
 
 
 async def commands(url: str, bare_url: str, count: int) -> tuple[list[float], list[float]]:
-    """Milliseconds of a command, and of one by a bare server, in turns with it."""
+    """Milliseconds of a command, alternating with one by a minimal server."""
     bare = Transport(bare_url)
     values: list[float] = []
     floor: list[float] = []
@@ -129,8 +129,8 @@ async def commands(url: str, bare_url: str, count: int) -> tuple[list[float], li
 
 
 async def server_side(count: int) -> tuple[list[float], list[float]]:
-    """Milliseconds of a command from the request's arrival in the server to its answer, without the socket; and of one
-    on a bare bash's pipes on the same loop, in turns with it."""
+    """Milliseconds of a command from the request's arrival in the server to its response, without the socket;
+    alternating with one on a plain bash's pipes on the same loop."""
     with tempfile.TemporaryDirectory(prefix="rock-bench-") as home:
         server = Server(dataclasses.replace(Settings.read(), home=Path(home), pool_size=0))
         await server.open()
@@ -160,7 +160,7 @@ async def _asked(server: Server, url: str, body: bytes, query: str = "") -> dict
 
 
 async def many_sessions(url: str, seconds: float, width: int) -> list[float]:
-    """Commands a second over `width` sessions of four sandboxes, in slices of half a second."""
+    """Commands per second over `width` sessions of four sandboxes, in slices of half a second."""
     async with contextlib.AsyncExitStack() as stack:
         sandboxes = [await stack.enter_async_context(_sandbox(url)) for _ in range(4)]
         done = 0
@@ -176,7 +176,7 @@ async def many_sessions(url: str, seconds: float, width: int) -> list[float]:
 
 
 async def many_bare(bare_url: str, seconds: float, width: int) -> list[float]:
-    """The same by a bare server."""
+    """The same by a minimal server."""
     bare = Transport(bare_url)
     done = 0
 
@@ -189,7 +189,7 @@ async def many_bare(bare_url: str, seconds: float, width: int) -> list[float]:
 
 
 async def transfers(url: str, count: int) -> tuple[list[float], list[float], list[float]]:
-    """Megabytes a second: (up, down, a plain copy on this disk)."""
+    """Megabytes per second: (up, down, a plain copy on this disk)."""
     size = 100 << 20
     with tempfile.TemporaryDirectory() as folder:
         source, back, copy = (Path(folder) / name for name in ("source", "back", "copy"))
@@ -215,8 +215,8 @@ async def transfers(url: str, count: int) -> tuple[list[float], list[float], lis
 
 
 async def memory(url: str, pid: int, count: int) -> list[float]:
-    """Megabytes of memory that one idle sandbox with its default session adds to the server, the launcher and all that
-    is below them. What the whole machine has less is noise on one that does anything else."""
+    """Megabytes of memory that one idle sandbox with its default session adds to the process tree of server and
+    launcher. The free memory of the whole machine would include noise of other programs."""
     values = []
     for _ in range(3):
         before = _used(pid)
@@ -231,8 +231,8 @@ async def memory(url: str, pid: int, count: int) -> list[float]:
 
 
 def _used(pid: int) -> int:
-    """Bytes of a process and all below it, shared pages split among those who share them. Where those may not be looked
-    into, by an ordinary user: bytes in use on this machine, without caches that can be given back."""
+    """Memory of a process tree in bytes, shared pages divided among their users (PSS). Where an ordinary user cannot
+    read it: bytes in use on this machine, without reclaimable caches."""
     with contextlib.suppress(PermissionError):
         return sum(map(_shares, [pid, *(entry.pid for entry in process_tree.descendants(process_tree.scan(), pid))]))
     lines = Path("/proc/meminfo").read_text().splitlines()
@@ -251,7 +251,7 @@ def _shares(pid: int) -> int:
 
 
 def install() -> tuple[int, float]:
-    """(distributions, megabytes) of the base install: what the package needs, without extras."""
+    """(distributions, megabytes) of the base install: the package's dependencies, without extras."""
     seen: set[str] = set()
     size = 0
     pending = ["rock-sandbox"]

@@ -65,7 +65,7 @@ def start(
     tls_of(settings)
     if foreground:
         from rock.cli.serve.serve import (
-            run_server,  # all that a server is: whoever only has one started does not wait for it
+            run_server,  # the complete server, imported only in the foreground mode
         )
 
         run_server(settings, log_to_file=False)
@@ -82,12 +82,12 @@ def start(
 
 
 def _file(name: str | None) -> str | None:
-    """The server works in another folder."""
+    """An absolute path: the server has another working directory."""
     return None if name is None else str(Path(name).expanduser().absolute())
 
 
 def _launch(settings: Settings) -> dict[str, Any]:
-    """A server in a session of its own, so that closing the terminal does not end it."""
+    """Start a server in a session of its own, so that it survives the terminal."""
     make_private(settings.home)
     settings.log_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     output = settings.log_dir / "start.log"
@@ -162,7 +162,7 @@ def stop(
 
 
 def _own_transport(note: dict[str, Any], key: str | None) -> Transport:
-    """To the server of this folder: whatever name its certificate is for, it has to be that one."""
+    """A transport to the server of this folder, which accepts exactly its certificate, for any name."""
     import ssl
 
     from rock.sync.transport import Transport
@@ -171,7 +171,7 @@ def _own_transport(note: dict[str, Any], key: str | None) -> Transport:
         return Transport(_where(note), key)
     context = ssl.create_default_context(cafile=str(note["tls_cert"]))
     context.check_hostname = False
-    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # by whomever it was issued
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # whoever issued it
     return Transport(_where(note), key, ssl_context=context)
 
 

@@ -1,4 +1,5 @@
-"""`rock cp`: files and folders into a sandbox and out of it."""
+"""`rock cp` and `rock port-forward`: files and folders into and out of a sandbox, and local ports to ports in a
+sandbox."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ def cp(
 
 
 def _remote(text: str) -> tuple[str, str] | None:
-    """(id, path) of "id:path"; None for a path here, which a drive letter or a separator before the colon make."""
+    """(id, path) of "id:path"; None for a local path, with a drive letter or a separator before the colon."""
     name, colon, path = text.partition(":")
     if not colon or len(name) < 2 or "/" in name or "\\" in name:
         return None
@@ -87,9 +88,7 @@ def _size_of(folder: Path) -> int:
     return sum(entry.lstat().st_size for entry in folder.rglob("*") if entry.is_file() and not entry.is_symlink())
 
 
-# ---- forward ----
-#
-# `rock port-forward`: ports of this machine that lead to ports in a sandbox.
+# ---- rock port-forward ----
 
 def port_forward(
     target: Annotated[str, typer.Argument(metavar="ID", help="Id of a sandbox, or how it begins.")],
@@ -126,7 +125,7 @@ def _pair(text: str) -> tuple[int, int]:
 
 
 async def _attend(sandbox_id: str, wanted: list[tuple[PortForward, int]]) -> None:
-    """Forward until a signal, or until there is no sandbox any more."""
+    """Forward until a signal, or until the sandbox has ended."""
     import asyncio
     import contextlib
     import signal

@@ -1,4 +1,4 @@
-"""`rock doctor`: what this machine can give, and what keeps it from more."""
+"""`rock doctor`: the features of this machine, and the reasons for missing ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Look at this machine, or at the files of its server.")
 
-_PATIENCE = 30.0  # seconds that a runtime may take to open
+_PATIENCE = 30.0  # timeout in seconds for a runtime to open
 
 
 @app.callback(invoke_without_command=True)
@@ -91,7 +91,7 @@ def _engine() -> list[Finding]:
 
 
 def _plugins() -> list[Finding]:
-    """Runtimes of other distributions, made and opened in a folder that is thrown away."""
+    """Runtimes of other distributions, created and opened in a temporary folder."""
     import asyncio
     import tempfile
     from pathlib import Path

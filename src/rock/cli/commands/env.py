@@ -1,4 +1,4 @@
-"""`rock env`: the environments that a server can make."""
+"""`rock env`: the environments of a server."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def show(
 
 
 def _spaces(about: EnvAbout) -> dict[str, Any]:
-    """The spaces of an environment of Gymnasium, as it has them when it is made."""
+    """The spaces of an environment of Gymnasium, read from a new instance."""
     from rock.envs.client import EnvironmentClient, EnvironmentHandle
     from rock.protocol.env import OpenEnv
 
@@ -151,7 +151,7 @@ def play(
 
 
 def _ask() -> str | None:
-    """A line of the player; None at the end of the input."""
+    """A line of input; None at its end."""
     try:
         return input("action> " if sys.stdin.isatty() else "").strip()
     except EOFError:

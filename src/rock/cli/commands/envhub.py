@@ -1,4 +1,4 @@
-"""`envhub`: the registry of environments as a server of its own. The same routes are part of every ROCK server."""
+"""`envhub`: the registry of environments as a separate server. Every ROCK server includes the same routes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def database_of(url: str) -> Path:
 
 
 def application(catalogue: Catalogue) -> App:
-    """The registry's routes, alone."""
+    """An application with the registry's routes only."""
     router = Router("envhub")
     for method, path, handler, access in EnvHub(catalogue).routes():
         row = Route(f"envhub{path}", method, path, "control", "the registry of environments", access=access)
@@ -52,7 +52,7 @@ def application(catalogue: Catalogue) -> App:
 
 
 async def _nothing() -> None:
-    """There is nothing to wait for."""
+    """Lifespan without startup or shutdown work."""
 
 
 async def _serve(settings: Settings, catalogue: Catalogue) -> None:

@@ -1,4 +1,4 @@
-"""`rock image`: the images of this machine. They are in ROCK_HOME; no server is needed, except for building."""
+"""`rock image`: the images of this machine. They are in ROCK_HOME; only `rock image build` needs a server."""
 
 from __future__ import annotations
 

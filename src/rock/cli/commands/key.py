@@ -1,4 +1,4 @@
-"""`rock key create|ls|revoke`: API keys of a server, by whoever has its own key."""
+"""`rock key create|ls|revoke`: API keys of a server, managed with the server's own key."""
 
 from __future__ import annotations
 

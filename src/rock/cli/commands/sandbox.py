@@ -1,4 +1,4 @@
-"""`rock run`, `ps`, `exec`, `shell`, `cp`, `logs`, `stop`, `rm`: sandboxes from a terminal."""
+"""`rock run`, `ps`, `exec`, `shell`, `logs`, `stop`, `restart`, `archive`, `rm`, `commit`, `connections`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def client() -> Client:
 
 
 def new_sandbox(image: str, **fields: Any) -> Sandbox:
-    """A sandbox to be, on the server that the options name."""
+    """An unstarted sandbox on the server that the options name."""
     from rock.sync import Sandbox, SandboxConfig
 
     where = {"base_url": OPTIONS.base_url, "api_key": OPTIONS.api_key}
@@ -54,7 +54,7 @@ def new_sandbox(image: str, **fields: Any) -> Sandbox:
 
 
 def find(text: str) -> SandboxInfo:
-    """The sandbox of an id, or the only living one whose id begins so. NotFound, InvalidConfig."""
+    """The sandbox with this id, or the only living one with this id prefix. NotFound, InvalidConfig."""
     server = client()
     try:
         return server.get_sandbox(text)
@@ -69,7 +69,7 @@ def find(text: str) -> SandboxInfo:
 
 
 def attached(text: str) -> Sandbox:
-    """The sandbox of an id, ready for calls."""
+    """The sandbox with this id, connected."""
     info = find(text)
     sandbox = new_sandbox(info.image)
     sandbox.sandbox_id = info.sandbox_id
@@ -87,7 +87,7 @@ def variables(pairs: list[str] | None) -> dict[str, str]:
 
 
 def play(stream: OutputStream) -> int:
-    """Pass output on while it comes; the exit status."""
+    """Print output as it arrives; returns the exit status."""
     with stream:
         for chunk in stream:
             out = sys.stdout.buffer if chunk.kind == "stdout" else sys.stderr.buffer
@@ -307,7 +307,7 @@ def _chosen(
 
 
 def _each(names: list[str], act: Any) -> None:
-    """Do it to all at the same time; print the ids for which it was done, and exit with 1 when one failed."""
+    """Apply an operation to all sandboxes concurrently; print the successful ids, and exit with 1 when one failed."""
     from functools import partial
 
     from rock.sync.primitives import gather
@@ -351,9 +351,7 @@ def add_commands(app: typer.Typer) -> None:
     app.command("rm")(rm)
 
 
-# ---- shell ----
-#
-# `rock shell`: an interactive terminal in a sandbox.
+# ---- rock shell ----
 
 def shell(
     target: Annotated[str, typer.Argument(metavar="ID|IMAGE", help="A running sandbox, or an image for a new one.")],
@@ -368,7 +366,6 @@ def shell(
     """Open a terminal in a sandbox. Given an image, a new sandbox is started and stopped afterwards."""
     import asyncio
 
-    # RSDROP
     from rock.cli.commands.terminal import attend
 
     fresh = False
@@ -388,9 +385,7 @@ def shell(
     raise typer.Exit(status)
 
 
-# ---- commit ----
-#
-# `rock commit`: an image made of a sandbox.
+# ---- rock commit ----
 
 def commit(
     target: Annotated[str, typer.Argument(metavar="ID", help="Id of a sandbox, or how it begins.")],
@@ -399,7 +394,6 @@ def commit(
     username: Annotated[str | None, typer.Option(help="For the registry; its password is asked for.")] = None,
 ) -> None:
     """Make an image of a sandbox: of one that runs, which stands still meanwhile, or of one whose files are kept."""
-    # RSDROP
 
     password = None if username is None else typer.prompt("Password", hide_input=True, err=True)
     with busy(f"committing {target} to {tag}"):
@@ -407,9 +401,7 @@ def commit(
     print(f"{status.image_tag}  {status.pushed_digest or status.image_digest}")
 
 
-# ---- connections ----
-#
-# `rock connections`: what a sandbox connected to.
+# ---- rock connections ----
 
 def connections(
     target: Annotated[str, typer.Argument(metavar="ID", help="Id of a sandbox, or how it begins.")],
@@ -417,7 +409,6 @@ def connections(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List what a sandbox connected to over network nat, or tried to; of a stopped one too."""
-    # RSDROP
 
     found = attached(target).connections()
     items = [item for item in found.items if not (refused and item.allowed)]

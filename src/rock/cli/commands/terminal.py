@@ -1,4 +1,4 @@
-"""A terminal here joined to a program in a sandbox, over a WebSocket."""
+"""Connects the local terminal to a program in a sandbox, over a WebSocket."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ END_OF_INPUT = b"\x04"
 
 
 async def attend(sandbox: Sandbox, query: dict[str, object]) -> int:
-    """Connect this terminal to one inside, until the program there ends; its exit status."""
+    """Connect this terminal until the program inside ends; returns its exit status."""
     try:
         async with await web_socket(sandbox.url, _target(sandbox, query), headers_of(sandbox.config)) as socket:
             with _raw_terminal():
@@ -46,7 +46,7 @@ def _target(sandbox: Sandbox, query: dict[str, object]) -> str:
 
 @contextlib.contextmanager
 def _raw_terminal() -> Iterator[None]:
-    """Every key goes inside while it lasts; the terminal is put back whatever happens."""
+    """Raw mode for the block: every key goes to the program. The terminal is always restored."""
     if not sys.stdin.isatty():
         yield
         return
@@ -58,14 +58,14 @@ def _raw_terminal() -> Iterator[None]:
     handle = sys.stdin.fileno()
     before = termios.tcgetattr(handle)
     try:
-        tty.setraw(handle, termios.TCSADRAIN)  # what was typed ahead is kept
+        tty.setraw(handle, termios.TCSADRAIN)  # preserves typed-ahead input
         yield
     finally:
         termios.tcsetattr(handle, termios.TCSADRAIN, before)
 
 
 class _Terminal:
-    """Bytes between this terminal and a WebSocket."""
+    """Transfers bytes between this terminal and a WebSocket."""
 
     def __init__(self, socket: ClientConnection) -> None:
         self._socket = socket
@@ -93,7 +93,7 @@ class _Terminal:
     def _start_reading(self) -> bool:
         try:
             self._loop.add_reader(self._keyboard, self._typed)
-        except PermissionError:  # a plain file: epoll does not take it
+        except PermissionError:  # a regular file: epoll does not support it
             self._input.put_nowait(sys.stdin.buffer.read())
             self._input.put_nowait(END_OF_INPUT)
             return False

@@ -1,7 +1,7 @@
-"""An admin without sandboxes of its own: it commands the rocklets that ROCK_WORKERS names, and those that joined, over
-the wire.
+"""An admin without local sandboxes: it commands remote rocklets, from ROCK_WORKERS or joined; and the local worker.
 
-Several of them may share a database; one of them leads (admin/workers/leader.py). Requests to sandboxes are forwarded.
+Several admins may share a database; one of them is the leader (admin/workers/leader.py). Requests to sandboxes are
+forwarded to their worker. `LocalWorker` connects admin and rocklet within one process.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ from rock.store.sqlite import SqliteStore
 
 _LONG = ("/commit", "/wake")
 _EVENTS = routes.ROUTES["node_events"].path
-_REFUSED = orjson.dumps(routes.REFUSED)[1:-1]  # in the details of an answer
-_MADE_AT_ONCE = 2000  # sandboxes that one worker is asked to make; those that pull for minutes hold up no others
-_SHUNNED = 5.0  # seconds that a worker gets no sandboxes after it took no connection
-_USUAL = 100.0  # seconds that a worker may be silent
+_REFUSED = orjson.dumps(routes.REFUSED)[1:-1]  # in the details of a response
+_MADE_AT_ONCE = 2000  # concurrent creates per worker; high, so that long pulls do not block others
+_SHUNNED = 5.0  # seconds without new sandboxes for a worker that refused a connection
+_USUAL = 100.0  # timeout in seconds of a worker's response
 
 
 def _makes(method: str, path: str) -> bool:
-    """Whether it makes something, which takes as long as it takes."""
+    """Whether the request creates something, which has no time limit."""
     return method == "PUT" or path.endswith(_LONG) or path == routes.ROUTES["node_image"].path
 
 
@@ -66,8 +66,8 @@ def _fenced(fence: int | None) -> dict[str, str]:
 
 
 def transport_to(url: str, key: str | None) -> Transport:
-    """Requests of a WireWorker, each with the token of the lease by which it is made."""
-    from rock.sdk.transport import Transport as Client  # the SDK, which a server without such workers has no use for
+    """The transport of a WireWorker; each request carries the fencing token of its lease."""
+    from rock.sdk.transport import Transport as Client  # the SDK, which a server without remote workers does not need
 
     clients: dict[int | None, Client] = {}
 
@@ -75,7 +75,7 @@ def transport_to(url: str, key: str | None) -> Transport:
         fence = FENCE.get()
         client = clients.get(fence)
         if client is None:
-            clients.clear()  # of leases that are over
+            clients.clear()  # of expired leases
             client = clients[fence] = Client(url, key, _fenced(fence), reconnect_timeout=0)
         try:
             return 200, await client.call(method, f"{path}?{query}" if query else path, body,
@@ -87,21 +87,21 @@ def transport_to(url: str, key: str | None) -> Transport:
 
 
 def commands_over(remote: RemoteApp, name: str, gone: asyncio.Event, unreached: Callable[[], None]) -> Transport:
-    """Requests of a WireWorker over kept-alive connections. When its worker is `gone`, and `remote` closed, what is
-    under way is answered as Unavailable: a machine that is cut off does not end its connections. unreached: called when
-    it takes no connection, or refuses commands of this epoch."""
+    """The transport of a WireWorker over kept-alive connections. When its worker is `gone`, and `remote` closed,
+    pending requests raise Unavailable: a disconnected machine does not close its connections. unreached: called when
+    the worker refuses a connection, or commands of this epoch."""
     making = asyncio.Semaphore(_MADE_AT_ONCE)
 
     async def ask(method: str, path: str, query: str, body: bytes) -> tuple[int, bytes]:
         headers = _fenced(FENCE.get())
         async with asyncio.timeout(None if _makes(method, path) else _USUAL):
-            probed = path != _EVENTS  # which waits for as long as nothing happens, at every worker
+            probed = path != _EVENTS  # an event request is a long poll without a time limit
             try:
                 return await remote.request(method, path, query, body, headers, probed=probed)
             except Unavailable as error:
                 if gone.is_set() or method == "POST" or error.details.get("unsent"):
                     raise
-            # A kept connection may have ended just then; what is asked again is done once.
+            # A kept-alive connection may just have closed; a repeated request is executed once.
             try:
                 return await remote.request(method, path, query, body, headers, probed=probed)
             except Unavailable as error:
@@ -131,7 +131,7 @@ def commands_over(remote: RemoteApp, name: str, gone: asyncio.Event, unreached: 
 
 
 def reach_with(key: str | None) -> Callable[[WorkerInfo], Reached]:
-    """How workers that join are reached."""
+    """The connection factory for workers that join."""
     crowd = CreateBatch()
 
     def reach(info: WorkerInfo) -> Reached:
@@ -160,12 +160,12 @@ def reach_with(key: str | None) -> Callable[[WorkerInfo], Reached]:
 
 
 def lease_of(settings: Settings) -> Lease:
-    """How long workers that joined may be silent. Unsupported."""
+    """The lease durations of joined workers. Unsupported."""
     return Lease.of(settings.worker_lease, settings.worker_grace)
 
 
 def workers_of(text: str) -> dict[str, str]:
-    """URLs by name of "name=url,name=url"; "none" is none. InvalidConfig."""
+    """Parse "name=url,name=url" to URLs by name; "none" is empty. InvalidConfig."""
     found: dict[str, str] = {}
     if text.strip() == "none":
         return found
@@ -180,13 +180,13 @@ def workers_of(text: str) -> dict[str, str]:
 
 
 def door_of(settings: Settings, home: Home) -> dict[str, Any]:
-    """What Authenticated has to know of a server beside its keys."""
+    """The arguments of Authenticated other than its keys."""
     return {"owner_key": home.owner_key, "names": names_of(settings.host, settings.public_names),
             "checks_host": bool(settings.public_names)}  # fmt: skip
 
 
 class Control:
-    """Store, admin and proxy, over workers that are elsewhere; of a role (admin/auth.py), or of both."""
+    """Store, admin and proxy, over remote workers; for one role (admin/auth.py), or for both."""
 
     def __init__(self, settings: Settings, store: Store) -> None:
         role = role_of(settings.role)
@@ -197,7 +197,7 @@ class Control:
         self.home = Home(settings.home)
         self.store = store
         key = settings.worker_key or settings.api_key
-        # Not as Authorization: that may be for a program inside
+        # Not as Authorization, which may be for a program inside
         headers = {} if key is None else {routes.OTHER_KEY: key}
         self._remotes = [RemoteApp(url, headers) for url in urls.values()]
         apps: dict[str, App] = dict(zip(urls, self._remotes, strict=True))
@@ -210,16 +210,17 @@ class Control:
         if isinstance(store, SqliteStore):
             store.reserve = self.home.reserve
         self._identity = None
-        if role != "read":  # which ends nothing
+        if role != "read":  # a reader ends no sandboxes
             self._identity = Identity(settings.run_dir, store, settings.store_changed, None)
             self.admin.opened = self._identity.check
         self.observed = observe(settings, "admin", store)
-        # a server of the other role may hand requests on
+        # a server of the other role may forward requests
         relayed = RelayedCalls(self._route, settings.reconnect_timeout)
         door = Authenticated(self.observed.measured(relayed), settings.api_key, self.admin.keys,
                              settings.worker_key, **door_of(settings, self.home))  # fmt: skip
         app: App = door
-        # What is handed on comes from a socket of ours, so a server without a key would take everybody for the owner.
+        # Forwarded requests arrive from a local socket, so a server without a key would treat every client as the
+        # owner.
         if role == "read":
             app = RoleFilter(door, "read", self._others(settings.writer), door.problem)
         elif role == "write":
@@ -238,7 +239,7 @@ class Control:
             await self.admin.app(scope, receive, send)
 
     def let_go(self) -> None:
-        """Nothing is held here."""
+        """Nothing to release: no local sandboxes."""
 
     @property
     def left(self) -> int:
@@ -264,12 +265,10 @@ class Control:
             await self.admin.close()
 
 
-# ---- worker ----
-#
-# The rocklet of this process as a worker of the admin of this process: the node plane without a wire.
+# ---- local worker ----
 
 class LocalWorker:
-    """What admin.worker.Worker asks for, by calls."""
+    """Implements admin.worker.Worker by direct calls to the rocklet of this process."""
 
     def __init__(self, name: str, node: Node) -> None:
         self.name = name

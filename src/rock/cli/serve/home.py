@@ -1,4 +1,6 @@
-"""Where a server keeps what is its own."""
+"""The server's home folder: exclusive lock, permissions, notes of address and key, and the disk reserve.
+
+The reserve is disk space that is set aside, so that a server on a full disk can start and end sandboxes."""
 
 from __future__ import annotations
 
@@ -17,15 +19,15 @@ from rock.protocol.owner import NOTE, OWNER_KEY
 
 
 def _lock(fd: int) -> None:
-    """BlockingIOError when another process has it."""
-    import fcntl  # the command-line client runs on machines without it too
+    """Lock a file. BlockingIOError when another process holds the lock."""
+    import fcntl  # the command-line client also runs on machines without it
 
     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def make_private(folder: Path) -> None:
-    """Have a folder that is this user's alone: made, or its mode repaired, and those of what is directly in it.
-    InvalidConfig for one that another user owns: he could replace everything in it."""
+    """Create a folder that only this user can access, or repair its mode and those of its direct entries. InvalidConfig
+    for a folder of another user, who could replace its content."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     if not hasattr(os, "geteuid"):
         return
@@ -39,7 +41,7 @@ def make_private(folder: Path) -> None:
             )
         os.fchmod(fd, 0o700)
         with os.scandir(fd) as entries:
-            for entry in entries:  # who has the folder open from before could still reach them
+            for entry in entries:  # a process that opened the folder earlier could still reach them
                 held = entry.stat(follow_symlinks=False)
                 kept = stat.S_ISREG(held.st_mode) or stat.S_ISDIR(held.st_mode)
                 if kept and held.st_mode & 0o077 and held.st_uid == found.st_uid:
@@ -49,8 +51,8 @@ def make_private(folder: Path) -> None:
 
 
 class Home:
-    """The one folder of a server, locked for as long as it runs, with a note of where it listens, and the key of its
-    owner: a new one for each run, so that who gets to know one has nothing when the server is gone."""
+    """The home folder of a server, locked while it runs, with the listening address and the owner's key. Each run has a
+    new key, so a leaked key is useless after the server has ended."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -63,7 +65,7 @@ class Home:
         return self.folder / NOTE
 
     def take(self) -> None:
-        """Lock it, and make it private. Conflict when another server has it; InvalidConfig."""
+        """Lock it, and restrict its permissions. Conflict when another server holds it; InvalidConfig."""
         make_private(self.folder)
         lock = os.open(self.folder / "server.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -89,7 +91,7 @@ class Home:
                               hint="free 1 MiB; sandboxes that run stay") from None  # fmt: skip
 
     def read(self) -> dict[str, Any] | None:
-        """Where the server of this folder listens, if one runs now."""
+        """The listening address of this folder's server, if one is running."""
         try:
             with open(self.folder / "server.lock", "a+") as lock:
                 _lock(lock.fileno())
@@ -112,14 +114,12 @@ class Home:
             self._lock = None
 
 
-# ---- reserve ----
-#
-# Disk space that is set aside, so that a server on a full disk can start, and end sandboxes.
+# ---- disk reserve ----
 
 log = logging.getLogger("rock.server")
 
-SIZE = 4 << 20  # bytes of the file
-_ENOUGH = 4 * SIZE  # free bytes from which on it is made again
+SIZE = 4 << 20  # bytes of the reserve
+_ENOUGH = 4 * SIZE  # free bytes above which it is created again
 _LITTLE = 1 << 20  # free bytes below which a start releases it
 _EVERY = 5.0  # seconds
 
@@ -127,9 +127,9 @@ _EVERY = 5.0  # seconds
 class Reserve:
     """The file `reserve` in ROCK_HOME, of 4 MiB.
 
-    It is emptied when a start finds less than 1 MiB free, or when the store cannot write, and made again when 16 MiB
-    are free. While it is empty no sandbox is created (StorageFull). Commands, sessions, lists, stops
-    and deletes go on.
+    It is truncated when a start finds less than 1 MiB free, or when the store cannot write, and created again when 16
+    MiB are free. While it is empty, creates fail with StorageFull. Commands, sessions, lists, stops and deletes
+    continue to work.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -137,7 +137,7 @@ class Reserve:
         self.released = False
 
     def prepare(self) -> None:
-        """Before anything is written by a start."""
+        """Call before a start writes anything."""
         self.released = self._size() == 0
         if self._free() < _LITTLE:
             self.release()
@@ -145,7 +145,7 @@ class Reserve:
             self._make()
 
     def release(self) -> bool:
-        """Give the space back to the disk; whether there was any."""
+        """Release the space; returns whether there was any."""
         if not self._size():
             return False
         try:
@@ -158,8 +158,8 @@ class Reserve:
         return True
 
     async def keep(self) -> None:
-        """Make it again when there is space. Runs until it is cancelled."""
-        import asyncio  # which the commands of a client do not need
+        """Create it again when there is space. Runs until it is cancelled."""
+        import asyncio  # the commands of a client do not need it
 
         while True:
             if not self._size() and self._free() >= _ENOUGH:

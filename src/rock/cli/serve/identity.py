@@ -1,4 +1,4 @@
-"""Whether a server has the store that its sandboxes belong to."""
+"""Checks that a server starts with the store to which its sandboxes belong."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ WAYS = ("", "adopt", "abandon")
 
 
 class Identity:
-    """The identity of the store, noted in the run folder. A server whose store is another one, or is missing, does not
-    start while there are sandboxes: it would end all that the store does not know.
+    """The identity of the store, recorded in the run folder. A server with a different or missing store does not start
+    while there are sandboxes, because it would end all sandboxes that the store does not contain.
 
-    changed: what to do then. "adopt": records are made for the sandboxes of this machine, which belong to the server's
-    owner and have no idempotency key. "abandon": they are ended, and files that are kept are removed.
+    changed: the action in this case. "adopt": creates records for the sandboxes of this machine, which then belong to
+    the server's owner and have no idempotency key. "abandon": ends them, and removes retained files.
     """
 
     def __init__(self, run_dir: Path, store: Store, changed: str, node: Node | None) -> None:
-        """node: of a server that has sandboxes of its own. InvalidConfig."""
+        """node: the rocklet of a server with local sandboxes. InvalidConfig."""
         if changed not in WAYS:
             raise InvalidConfig(f"ROCK_STORE_CHANGED={changed}: adopt or abandon")
         if changed == "adopt" and node is None:
@@ -43,13 +43,13 @@ class Identity:
         self._node = node
 
     def check_there(self) -> None:
-        """Before the store is opened, which makes a new one where there is none. Conflict."""
+        """Check before the store is opened, which creates a missing one. Conflict."""
         missing = self._store.missing()
         if missing is not None and self._noted() is not None:
             self._decide(missing, self._left())
 
     async def check(self) -> None:
-        """Of the store that was opened. Conflict."""
+        """Check the opened store. Conflict."""
         identity, noted = await self._store.identity(), self._noted()
         if noted not in (None, identity):
             left = await self._unknown()
@@ -72,14 +72,14 @@ class Identity:
             return None
 
     def _left(self) -> Sequence[str]:
-        """Sandboxes that would be ended. Those of other machines are not known here."""
+        """Sandboxes that would be ended. Those of other machines are not included."""
         node = self._node
         if node is None:
             return ["those of its workers"]
         return sorted({*node.supervisors, *node.kept.ids(), *node.quarantine.ids()})
 
     async def _unknown(self) -> Sequence[str]:
-        """Those that the store does not know."""
+        """Local sandboxes that are not in the store."""
         if self._node is None:
             return [] if self._noted() == RESTORED else self._left()
         return [one for one in self._left() if await self._store.get(one) is None]
@@ -95,7 +95,7 @@ class Identity:
         )
 
     async def _adopt(self) -> None:
-        """Make records of what runs here, so that it is not ended as unknown."""
+        """Create records of the running sandboxes, so that they are not ended as unknown."""
         assert self._node is not None
         status, now = await self._node.status(), time.time()
         for supervisor in self._node.supervisors.values():
@@ -106,7 +106,7 @@ class Identity:
         stopped = {"state": State.STOPPED, "kept": True, "stopped_at": now, "reason": "it was adopted by a new store"}
         for sandbox_id, config in self._node.kept.configs().items():
             await self._insert(new_info(sandbox_id, config, "local", status, ""), config, stopped)
-        unknown = SandboxConfig(image="unknown")  # of which the record is damaged
+        unknown = SandboxConfig(image="unknown")  # for a damaged record
         for sandbox_id in self._node.quarantine.ids():
             await self._insert(new_info(sandbox_id, unknown, "local", status, ""), unknown, {"state": State.RUNNING})
 

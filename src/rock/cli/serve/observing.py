@@ -1,4 +1,4 @@
-"""Metrics and traces of the roles that a process has, as its settings ask for them."""
+"""Metrics and traces of the roles of a process, according to its settings."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rock.store.base import Store
 from rock.telemetry.metrics import OTHER, Family, Labels, Number, gauge_of
 
 log = logging.getLogger("rock.server")
-_MOST_TENANTS = 100  # in the labels of gauges: those with the most sandboxes
+_MOST_TENANTS = 100  # in the labels of gauges: the tenants with the most sandboxes
 
 
 def attributes_of(text: str) -> dict[str, str]:
-    """Tags of "name=value,name=value". InvalidConfig."""
+    """Parse tags "name=value,name=value". InvalidConfig."""
     found: dict[str, str] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, separator, value = part.partition("=")
@@ -30,7 +30,7 @@ def attributes_of(text: str) -> dict[str, str]:
 
 
 def make_export(settings: Settings, role: str) -> Exporter | None:
-    """Where the settings send traces and metrics; None for nowhere. InvalidConfig, Unsupported."""
+    """The exporter of traces and metrics from the settings; None without an endpoint. InvalidConfig, Unsupported."""
     tags = attributes_of(settings.otel_attributes)
     if not settings.otel_endpoint:
         return None
@@ -47,7 +47,7 @@ def make_export(settings: Settings, role: str) -> Exporter | None:
 
 
 def observe(settings: Settings, role: str, store: Store | None = None, node: Node | None = None) -> Observability:
-    """What a process tells of itself. store: whose sandboxes are told by state; node: what is on this machine."""
+    """Register the metrics of a process. store: its sandboxes by state; node: the resources of this machine."""
 
     async def extra() -> Iterable[Family[Number]]:
         told: list[Family[Number]] = []

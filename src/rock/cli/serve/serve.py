@@ -1,4 +1,4 @@
-"""The only place that joins roles in one process: store, admin, proxy and rocklet behind one port."""
+"""The composition root: builds store, admin, proxy and rocklet from the settings, and serves them on one port."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ from rock.telemetry import set_up_logs
 
 log = logging.getLogger("rock.server")
 T = TypeVar("T")
-_QUEUE = 2048  # connections that the kernel keeps until they are accepted
-_AT_ONCE = 16  # connections that are accepted in one pass of the loop, at most; uvloop accepts one
+_QUEUE = 2048  # listen backlog: connections that the kernel queues
+_AT_ONCE = 16  # maximum accepted connections per loop iteration; uvloop accepts one
 
 
 def make_runtimes(settings: Settings, images: Images) -> dict[str, Runtime]:
-    """Every runtime that this machine can have, by name."""
+    """Every runtime of this machine, by name."""
     from rock.runtime.fake import FakeRuntime
     from rock.runtime.process.portable import PlainRuntime
     from rock.runtime.process.runtime import ProcessRuntime, can_hold_init
@@ -89,7 +89,7 @@ def make_runtimes(settings: Settings, images: Images) -> dict[str, Runtime]:
 
 
 def make_store(settings: Settings) -> Store:
-    """Where the server remembers, as ROCK_STORE says: a file, or a PostgreSQL database. InvalidConfig, Unsupported."""
+    """The store of ROCK_STORE: a file, or a PostgreSQL database. InvalidConfig, Unsupported."""
     return timed(_store_of(settings))
 
 
@@ -108,7 +108,7 @@ def _store_of(settings: Settings) -> Store:
 
 
 def _disk_limit(settings: Settings) -> int:
-    """Bytes that the files of a sandbox without `disk` may take; 0 is no limit. InvalidConfig."""
+    """Limit in bytes of the files of a sandbox without `disk`; 0 is no limit. InvalidConfig."""
     if settings.disk_limit == "0":
         return 0
     try:
@@ -129,7 +129,7 @@ def _resolvers(settings: Settings) -> list[str]:
 
 
 class Rocklet:
-    """The sandboxes of this machine, their home and their routes. `runtimes`: instead of all that there are."""
+    """The sandboxes of this machine, their home and their routes. `runtimes`: replaces the default set."""
 
     def __init__(self, settings: Settings, runtimes: dict[str, Runtime] | None = None) -> None:
         require_key_beyond_loopback(settings.host, settings.api_key)
@@ -150,12 +150,12 @@ class Rocklet:
                                                     **door_of(settings, self.home)))  # fmt: skip
 
     def let_go(self) -> None:
-        """The server is about to stop."""
+        """Prepare for a stop of the server."""
         self.node.let_go()
 
     @property
     def left(self) -> int:
-        """Sandboxes that outlive it."""
+        """Sandboxes that survive it."""
         return len(self.node.supervisors)
 
     async def open(self) -> None:
@@ -163,7 +163,7 @@ class Rocklet:
         try:
             await self.node.open()
         except BaseException:
-            await self.node.close()  # other runtimes may be open by then
+            await self.node.close()  # other runtimes may be open already
             self.home.release()
             raise
         self.observed.open()
@@ -175,7 +175,7 @@ class Rocklet:
                 raise
 
     async def close(self) -> None:
-        """Stop serving; sandboxes stay alive and are found again by the next server."""
+        """Stop serving; sandboxes survive and are found again by the next server."""
         if self.membership is not None:
             await self.membership.close()
         await self.observed.close()
@@ -184,7 +184,7 @@ class Rocklet:
 
 
 def membership_of(settings: Settings, node: Node) -> Membership | None:
-    """How this machine joins, if it does. InvalidConfig."""
+    """The membership of this machine, if it joins a server. InvalidConfig."""
     if not settings.join:
         return None
     servers = servers_of(settings.join, settings.api_key)
@@ -197,13 +197,13 @@ def membership_of(settings: Settings, node: Node) -> Membership | None:
 
 
 def _reached_at(settings: Settings, server: RemoteApp) -> str:
-    """HOST:PORT where servers reach this machine: the address that it listens on, or has towards them."""
+    """HOST:PORT by which servers reach this machine: the listening address, or the local address towards them."""
     host = settings.host
     if host in ("0.0.0.0", "::", ""):
         try:
             family, kind, _, _, address = socket.getaddrinfo(server.host, 9, type=socket.SOCK_DGRAM)[0]
             with socket.socket(family, kind) as probe:
-                probe.connect(address)  # sends nothing
+                probe.connect(address)  # connecting a UDP socket sends nothing
                 host = str(probe.getsockname()[0])
         except OSError as error:
             raise InvalidConfig(f"where servers reach this machine is not known: {error}",
@@ -216,14 +216,14 @@ async def _health(_: Request) -> Answer:
 
 
 class Server:
-    """All roles in one process, as one ASGI application with a life of its own. `runtimes`: see Rocklet."""
+    """All roles in one process, as one ASGI application with its own lifecycle. `runtimes`: see Rocklet."""
 
     def __init__(self, settings: Settings, runtimes: dict[str, Runtime] | None = None) -> None:
         self.settings = settings
         self.rocklet = Rocklet(settings, runtimes)
         self.home, self.node = self.rocklet.home, self.rocklet.node
         self.let_go = self.rocklet.let_go
-        # Not the host's name: that changes with the network, and every sandbox would be on a worker nobody knows.
+        # Not the host name, which changes with the network: every sandbox would then belong to an unknown worker.
         name = "local"
         self.store = make_store(settings)
         fixed: dict[str, Worker] = {name: LocalWorker(name, self.node)}
@@ -241,7 +241,7 @@ class Server:
         self.app = self.observed.over(door)
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with contextlib.suppress(asyncio.CancelledError):  # its time was over when the server stopped: no fault of it
+        with contextlib.suppress(asyncio.CancelledError):  # cancelled by the shutdown
             if scope["type"] != "lifespan" and is_data(scope["path"]):
                 await self._proxy(scope, receive, send)
             else:
@@ -261,7 +261,7 @@ class Server:
             raise
 
     async def close(self) -> None:
-        """Stop serving; sandboxes stay alive and are found again by the next server."""
+        """Stop serving; sandboxes survive and are found again by the next server."""
         await self.admin.close()
         await self.rocklet.close()
 
@@ -285,12 +285,13 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class _Uvicorn(uvicorn.Server):
-    """Signals are ours: see `stop_on_signals`. The queue of connections is longer than what is accepted at once."""
+    """Disables uvicorn's signal handlers, see `stop_on_signals`. The backlog is larger than the number accepted at
+    once."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for listener in sockets or []:
-            listener.listen(_QUEUE)  # which the event loop has set to its own number
+            listener.listen(_QUEUE)  # the event loop has set its own backlog
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -300,8 +301,8 @@ class _Uvicorn(uvicorn.Server):
 def http_over(
     app: App, settings: Settings | None = None, *, admission: Admission | None = None, head_within: float = HEAD_WITHIN
 ) -> uvicorn.Server:
-    """An HTTP server over an application, to be given its sockets. admission: how many connections it has. head_within:
-    seconds for the head of a request. InvalidConfig for a certificate that is none."""
+    """An HTTP server over an application, without sockets. admission: limits its connections. head_within: timeout in
+    seconds for the head of a request. InvalidConfig for an invalid certificate."""
     tls = {} if settings is None else tls_of(settings)
     config = uvicorn.Config(
         app,
@@ -312,7 +313,7 @@ def http_over(
         timeout_keep_alive=75,
         timeout_graceful_shutdown=5,
         server_header=False,
-        proxy_headers=False,  # nobody who sends them is known to be a proxy
+        proxy_headers=False,  # no sender of these headers is a known proxy
         ws_max_size=16 << 20,
         backlog=_AT_ONCE,
         **tls,
@@ -321,7 +322,7 @@ def http_over(
 
 
 def make_server(settings: Settings, role: type[Server] | type[Rocklet]) -> Server | Rocklet | Control:
-    """What a process with these settings serves."""
+    """The application of a process with these settings."""
     alone = not settings.workers and role_of(settings.role) == "all" and settings.scheduler != "ray"
     if role is Server and not alone:
         return Control(settings, make_store(settings))
@@ -352,7 +353,7 @@ async def serve(settings: Settings, role: type[Server] | type[Rocklet] = Server)
             scheme = "https" if settings.tls_cert else "http"
             server.home.write(settings.host, port, settings.tls_cert)
             reserve = asyncio.create_task(server.home.reserve.keep(), name="reserve")
-            gc.freeze()  # what is here now stays: a collection, for which everybody waits, looks at what came since
+            gc.freeze()  # excludes existing objects from garbage collections, which stop all requests
             gc.enable()
             log.info("serving on %s://%s:%d, home %s, pid %d", scheme, settings.host, port, settings.home, os.getpid())
             print(f"ROCK serves on {scheme}://{settings.host}:{port} (home {settings.home})", flush=True)
@@ -369,14 +370,14 @@ async def serve(settings: Settings, role: type[Server] | type[Rocklet] = Server)
 
 @contextlib.contextmanager
 def stop_on_signals(http: uvicorn.Server, drain: Callable[[], Coroutine[Any, Any, None]]) -> Iterator[None]:
-    """SIGTERM and SIGINT end `http`, after `drain`; the second of them does not wait for that."""
+    """On SIGTERM and SIGINT, stop `http` after `drain`; a second signal skips the wait."""
     loop = asyncio.get_running_loop()
     numbers = (signal.SIGTERM, signal.SIGINT)
     draining: list[asyncio.Task[None]] = []
 
     def stop() -> None:
         if draining:
-            loop.call_soon(draining[0].cancel)  # after its first step, if it comes in the same moment
+            loop.call_soon(draining[0].cancel)  # after its first step, if both signals arrive together
         else:
             draining.append(asyncio.create_task(end(), name="drain"))
 
@@ -396,7 +397,7 @@ def stop_on_signals(http: uvicorn.Server, drain: Callable[[], Coroutine[Any, Any
 
 
 def run_server(settings: Settings, role: type[Server] | type[Rocklet] = Server, *, log_to_file: bool = True) -> None:
-    """Serve in this process until told to stop. Raises RockError when it cannot start."""
+    """Serve in this process until a stop. Raises RockError when it cannot start."""
     make_private(settings.home)
     Reserve(settings.home).prepare()
     set_up_logs(settings.log_level, settings.log_dir if log_to_file else None, settings.log_format)
@@ -411,7 +412,7 @@ def run_server(settings: Settings, role: type[Server] | type[Rocklet] = Server, 
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """Run on the event loop that servers have: uvloop where there is one."""
+    """Run on the servers' event loop: uvloop if installed."""
     try:
         import uvloop
     except ImportError:
@@ -421,14 +422,15 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
 
 def spare_collections() -> None:
-    """What is there at the start stays, and what a server makes ends by itself: cycles are few. Looking for them after
-    each 700 objects took a tenth of its time."""
+    """Reduce garbage collections: start-up objects are permanent, and later ones form few cycles. A collection after
+    each 700 objects took a tenth of the server's time."""
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
 
 
 def _raise_file_limit() -> None:
-    """A session holds five descriptors: the usual soft limit of 1024 would end at 200 of them."""
+    """Raise the soft limit of open files: a session holds five descriptors, so the usual 1024 suffices for 200
+    sessions."""
     import resource
 
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -1,4 +1,4 @@
-"""What is on the disk of a server, and whether it is whole: `rock doctor store`."""
+"""Integrity checks of a server's files on disk: `rock doctor store`."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from rock.store.migrations import SQLITE
 
 @dataclass
 class Found:
-    """One fact. kind: store, catalogue, identity, record, journal, output, log, runtime record, orphan or image.
+    """One finding. kind: store, catalogue, identity, record, journal, output, log, runtime record, orphan or image.
 
-    path: of the file; ok: whether it is whole; detail: what is wrong, or what was looked at; hint: what to do.
-    repaired: where it was moved to.
+    path: of the file; ok: whether it is intact; detail: the damage, or the checked content; hint: the remedy. repaired:
+    the path to which it was moved.
     """
 
     kind: str
@@ -40,7 +40,7 @@ class Found:
 
 
 class Check:
-    """Looks at a home folder. repair: move what is damaged to ROCK_HOME/damaged. Nothing is removed."""
+    """Checks a home folder. repair: move damaged files to ROCK_HOME/damaged. No file is deleted."""
 
     def __init__(self, settings: Settings, repair: bool = False, images: bool = False) -> None:
         self._settings = settings
@@ -52,7 +52,7 @@ class Check:
         self._counts: dict[str, int] = {}
 
     def run(self) -> list[Found]:
-        """All that is wrong, and a line for each kind that is whole. Conflict for a repair while a server runs."""
+        """All findings, and one line for each intact kind. Conflict for a repair while a server runs."""
         if self._repair and self._running:
             raise Conflict(f"a server runs with ROCK_HOME={self._home}: its files are in use",
                            hint="rock admin stop --keep, then repair")  # fmt: skip
@@ -75,7 +75,7 @@ class Check:
         self._counts[kind] = self._counts.get(kind, 0) + 1
 
     def _moved(self, found: Found) -> Found:
-        """The same, moved aside if that was asked for."""
+        """The finding, after moving the file aside if a repair was requested."""
         path = Path(found.path)
         if self._repair and path.exists():
             folder = self._home / "damaged"
@@ -198,7 +198,7 @@ class Check:
             if name in self._used and folder.is_dir():
                 self._looked("journal")
                 wrong = list(self._folder(folder))
-                if wrong and self._running:  # it may have been written just then
+                if wrong and self._running:  # it may have been written just now
                     time.sleep(0.2)
                     wrong = list(self._folder(folder))
                 yield from wrong
@@ -221,7 +221,7 @@ class Check:
         if found.damaged or (data and not found.exists):
             yield Found("journal", str(folder / "marks"), False, "its marks are damaged or missing", hint)
         if self._running:
-            return  # what it writes now differs from its marks for a moment
+            return  # a running server's files differ from their marks for a moment
         for path in folder.iterdir():
             slot = found.slots.get(checksums.digest(path.name))
             if slot is None:
@@ -235,7 +235,7 @@ class Check:
 
     def _orphans(self) -> Iterator[Found]:
         if self._running:
-            return  # what is made now has no record for a moment
+            return  # a new sandbox has no record for a moment
         known = {name for name in self._names("records") if not name.startswith(".")}
         for name in self._names("logs"):
             self._looked("orphan")
@@ -253,7 +253,7 @@ class Check:
     # ---- images ----
 
     def _layers(self) -> Iterator[Found]:
-        """Layers are kept unpacked, so their digest cannot be computed again: their files are counted and measured."""
+        """Layers are stored unpacked, so their digest cannot be recomputed: files are counted and measured instead."""
         folder = self._settings.image_dir
         for meta in sorted((folder / "meta").glob("*.json")) if (folder / "meta").is_dir() else ():
             self._looked("image")

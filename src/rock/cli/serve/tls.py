@@ -1,4 +1,4 @@
-"""The certificate that a server speaks TLS with."""
+"""The TLS certificate of a server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rock.settings import Settings
 
 
 def tls_of(settings: Settings) -> dict[str, Any]:
-    """What uvicorn has to know of a certificate; InvalidConfig when it cannot be used."""
+    """uvicorn's options for a certificate; InvalidConfig when it is unusable."""
     if not settings.tls_cert and not settings.tls_key:
         return {}
     if not settings.tls_cert or not settings.tls_key:
@@ -18,7 +18,7 @@ def tls_of(settings: Settings) -> dict[str, Any]:
 
     try:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        # Without the second argument a key with a passphrase would be asked for at the terminal.
+        # Without the second argument, a key with a passphrase would prompt on the terminal.
         context.load_cert_chain(settings.tls_cert, settings.tls_key, password="")
     except (OSError, ssl.SSLError) as error:
         raise InvalidConfig(

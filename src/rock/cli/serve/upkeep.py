@@ -1,4 +1,4 @@
-"""Copies of a server's store, and putting one back: `rock admin backup|restore`."""
+"""Backup and restore of a server's store: `rock admin backup|restore`."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from rock.settings import Settings
 from rock.store.migrations import SQLITE
 
 _STORE, _CATALOGUE, _ABOUT = "rock.sqlite", "envhub.sqlite", "about.json"
-_FILES = ("registries.json", "worker.json")  # that are copied as they are
-_MOST = 64 << 30  # bytes of one file of a backup
+_FILES = ("registries.json", "worker.json")  # copied unchanged
+_MOST = 64 << 30  # maximum bytes of one file of a backup
 
 
 def store_file(settings: Settings) -> Path:
@@ -37,7 +37,7 @@ def store_file(settings: Settings) -> Path:
 
 
 def fact(path: Path) -> dict[str, Any]:
-    """What a store says of itself: schema, identity, changed (seconds since the epoch), sandboxes. Unavailable."""
+    """Metadata of a store: schema, identity, changed (seconds since the epoch), sandboxes. Unavailable."""
     try:
         with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5.0)) as db:
             schema = int(db.execute("PRAGMA user_version").fetchone()[0])
@@ -54,14 +54,14 @@ def fact(path: Path) -> dict[str, Any]:
 
 
 def _copied(source: Path, target: Path) -> None:
-    """A consistent copy of a SQLite file that others may be writing to."""
+    """A consistent copy of a SQLite file that may have concurrent writers."""
     with contextlib.closing(sqlite3.connect(f"file:{source}?mode=ro", uri=True, timeout=30.0)) as db, \
             contextlib.closing(sqlite3.connect(target)) as copy:
         db.backup(copy, pages=1000, sleep=0.005)
 
 
 def backup(settings: Settings, target: Path) -> dict[str, Any]:
-    """Write the store, the catalogue and the logins of registries to a file, for this user alone. What it holds."""
+    """Write the store, the catalogue and the registry logins to a file with mode 0600. Returns a summary."""
     source = store_file(settings)
     if not source.exists():
         raise NotFound(f"there is no store at {source}")
@@ -97,8 +97,8 @@ def backup(settings: Settings, target: Path) -> dict[str, Any]:
 
 
 def restore(settings: Settings, source: Path, force: bool) -> dict[str, Any]:
-    """Put a backup in the place of the store; what was there is kept beside it. Conflict while a server runs, or where
-    the store that is there is newer and `force` is not set."""
+    """Replace the store by a backup; the former one is retained beside it. Conflict while a server runs, and when the
+    present store is newer and `force` is not set."""
     target = store_file(settings)
     make_private(settings.home)
     home = Home(settings.home)
@@ -123,7 +123,7 @@ def restore(settings: Settings, source: Path, force: bool) -> dict[str, Any]:
                 if (folder / part).exists():
                     replaced += _put(folder / part, place)
             note = settings.run_dir / NOTE
-            if note.exists():  # the start compares what runs with what the store knows
+            if note.exists():  # the next start compares the running sandboxes with the store
                 atomic_file.replace(note, atomic_file.summed(json.dumps({"identity": RESTORED})))
     except OSError as error:
         raise _told(error, target) from None
@@ -164,7 +164,7 @@ def _refuse_newer(target: Path, found: dict[str, Any]) -> None:
     try:
         there = fact(target)
     except Unavailable:
-        return  # a damaged one is what a backup is for
+        return  # a damaged store is a reason for a restore
     if there["changed"] > found["changed"]:
         raise Conflict(
             f"the store {target} is newer than the backup: it has {there['sandboxes']} sandboxes, and changed last at "
@@ -174,7 +174,7 @@ def _refuse_newer(target: Path, found: dict[str, Any]) -> None:
 
 
 def _put(file: Path, place: Path) -> list[str]:
-    """Move a file to its place; what was there, with its log, is kept."""
+    """Move a file to its place; the former file and its log are retained."""
     kept, stamp = [], time.strftime("%Y%m%d-%H%M%S")
     for suffix in ("", "-wal", "-shm"):
         old = Path(f"{place}{suffix}")

@@ -1,26 +1,26 @@
-"""Frames: how environments are spoken to, from the client to the rocklet and from there into the sandbox.
+"""Frames: the protocol of environments, between the client and the rocklet and between the rocklet and the sandbox.
 
     length of the payload (4 bytes) | op (1) | flags (1) | environment (4) | request id (8) | index (8) | payload
 
-in network byte order. The payload of what an environment is asked and answers is a value (values.py), or JSON with the
-flag PLAIN; the rocklet passes it on unread. With the flag IN_MEMORY in what is asked, a large answer may have it too:
-then its payload is 8 bytes, the length of the real one, which begins where the environment's part of the shared memory
-does. Ops:
+in network byte order. The payload of a request or a response is a value (values.py), or JSON with the flag PLAIN; the
+rocklet forwards it unread. With the flag IN_MEMORY in the request, a large response may have the flag too: its payload
+is then 8 bytes, the length of the real payload, which starts at the beginning of the environment's part of the shared
+memory. Ops:
 
-    HELLO   token                     answered by OK with the token: how a rocklet finds the beginning of a frame
-    MAKE    {"env_id", "kwargs", ..}  answered by OK
-    RESET   {"seed", "options"}       answered by OK [observation, info]
-    STEP    action                    answered by OK [observation, reward, terminated, truncated, info]
+    HELLO   token                     response OK with the token: synchronizes the rocklet with the start of a frame
+    MAKE    {"env_id", "kwargs", ..}  response OK
+    RESET   {"seed", "options"}       response OK [observation, info]
+    STEP    action                    response OK [observation, reward, terminated, truncated, info]
     CALL    [what, *arguments]        see worker.py
-    CLOSE                             answered by OK, and the process ends
+    CLOSE                             response OK, then the process exits
     KILL                              of the environment in the frame, by the zygote
     ENDED   from the zygote: its process is gone. JSON {"status", "stderr"}
     ERROR   instead of OK: JSON {"kind", "type", "message", "traceback", "next"}
 
-The index of a STEP is its number in the episode, that of another op any number; the same op and index again is
-answered again, and not done again. -1 is no index.
+The index of a STEP is its number in the episode; other ops may use any number. A repeated op and index returns the
+first response and is not executed again. -1 is no index.
 
-On a pipe that several processes write to, frames are cut in pieces of at most 4096 bytes, which the kernel takes whole:
+On a pipe with several writers, frames are split into pieces of at most 4096 bytes, which the kernel writes atomically:
 
     length (2 bytes) | flags (1: 1 the first, 2 the last of its frame) | environment (4) | bytes of the frame
 """
@@ -36,22 +36,22 @@ OK, ERROR, ENDED = 16, 17, 18
 NAMES = {MAKE: "make", RESET: "reset", STEP: "step", CALL: "call", CLOSE: "close"}
 PLAIN = 1
 IN_MEMORY = 2
-PART = 16 << 20  # bytes of the memory that an environment with pipes of its own has
+PART = 16 << 20  # bytes of the memory of an environment with pipes of its own
 NO_INDEX = -1
 
 HEAD = struct.Struct(">IBBIQq")
-LIMIT = 257 << 20  # bytes of one payload
+LIMIT = 257 << 20  # maximum bytes of one payload
 
 FIRST, LAST = 1, 2
 HEADER = struct.Struct(">HBI")
-PIECE = 4096 - HEADER.size  # PIPE_BUF: what a pipe takes whole
-MOST_STREAMS = 4096  # of which messages may be half there, and
-MOST_JOINING = 2 * LIMIT  # bytes of all of them: who writes may be hostile
-_WEIGHT = 64  # bytes that a piece takes by itself: an empty one too
+PIECE = 4096 - HEADER.size  # PIPE_BUF: the size of an atomic write
+MOST_STREAMS = 4096  # streams with incomplete messages, and
+MOST_JOINING = 2 * LIMIT  # bytes of all of them: the writers may be hostile
+_WEIGHT = 64  # bytes of overhead per piece, also for an empty one
 
 
 def pieces(stream: int, payload: bytes) -> Iterator[bytes]:
-    """A message cut into pieces."""
+    """Split a message into pieces."""
     if len(payload) <= PIECE:
         yield HEADER.pack(len(payload), FIRST | LAST, stream) + payload
         return
@@ -62,19 +62,19 @@ def pieces(stream: int, payload: bytes) -> Iterator[bytes]:
 
 
 class Joiner:
-    """Makes messages of pieces again. A message whose beginning was lost is left out.
+    """Reassembles messages from pieces. A message whose beginning was lost is dropped.
 
-    What is half there is bounded, for each stream, of all streams, and in their number: ValueError beyond that.
+    Incomplete messages are bounded per stream, in total, and in their number: ValueError beyond that.
     """
 
     def __init__(self) -> None:
         self._buffer = bytearray()
         self._parts: dict[int, list[bytes]] = {}
         self._sizes: dict[int, int] = {}
-        self._held = 0  # bytes, with what a piece weighs itself
+        self._held = 0  # bytes, with the overhead of each piece
 
     def feed(self, data: bytes) -> Iterator[tuple[int, bytes]]:
-        """(stream, message) of all that is complete now."""
+        """(stream, message) for all messages that are complete now."""
         self._buffer += data
         position = 0
         try:
@@ -114,7 +114,7 @@ class Joiner:
             raise ValueError(f"messages that have not ended are over the limit of {MOST_JOINING} bytes")
 
     def forget(self, stream: int) -> None:
-        """Leave out what came of a stream that will not be completed."""
+        """Drop the incomplete message of a stream."""
         parts = self._parts.pop(stream, None)
         if parts is not None:
             self._held -= self._sizes.pop(stream) + _WEIGHT * len(parts)
@@ -124,7 +124,7 @@ Frame = tuple[int, int, int, int, int, Any]
 
 
 def unpack(message: bytes | memoryview) -> Frame:
-    """(op, flags, environment, request id, index, payload) of a whole frame; ValueError when it is none."""
+    """(op, flags, environment, request id, index, payload) of a complete frame; ValueError when it is invalid."""
     if len(message) < HEAD.size:
         raise ValueError("a frame ends in its head")
     length, op, flags, env, id, index = HEAD.unpack_from(message)
@@ -134,7 +134,7 @@ def unpack(message: bytes | memoryview) -> Frame:
 
 
 def split(data: bytes) -> Iterator[Frame]:
-    """The frames of a whole message of them; ValueError when they do not end where it ends."""
+    """The frames of a message; ValueError when they do not end with the message."""
     view = memoryview(data)
     position = 0
     while position < len(data):

@@ -1,27 +1,28 @@
-"""Hosts environments inside a sandbox: one process imports what they share once, and forks one process an environment.
+"""Hosts environments inside a sandbox: one process imports shared modules once, and forks one process per environment.
 
     rocklet ──198──> zygote ──pipe──> child 17: an environment
        │^               ┆ forks             │
        │└──────199──────┴───────────────────┘
-       │──132 to 159────────────> child 1 to 28: as many have a pipe of their own for what they are asked, and
-       └<─160 to 187───────────── one for their answers, on which a large one travels whole, and
-          197                     a part of this memory for the large answers to a client on this machine
+       │──132 to 159────────────> child 1 to 28: each of these has a pipe of its own for requests, and
+       └<─160 to 187───────────── one for responses, on which a large response travels in one piece, and
+          197                     a part of this memory for large responses to a client on this machine
 
-GEM seeds the global random state, so two environments in one process would disturb each other; importing it takes
-seconds, so a process an environment can only be forked from one that has it.
+GEM seeds the global random state, so two environments in one process would disturb each other. Its import takes
+seconds, so each environment is a fork of a process that has imported it.
 
-What travels is in frames.py, and how an environment is played in worker.py. A message to environment 0 is the zygote's:
+frames.py defines the protocol, and worker.py executes requests. A message to environment 0 is for the zygote:
 
     -> HELLO token      <- OK {"hello": token, "there": {n: [env id, pipe, name, idle, owner]}}
     -> MAKE {"env_id", "protocol", "kwargs", "pipe": its descriptor, or null, "name", "idle", "owner"}  <- of n: OK n
     -> KILL             <- ENDED, when the process of that environment is gone
 
 The kind of an error is "unknown" (no such id), "import", "environment" (it raised; it stays usable), "gone", "refused"
-(no process can be started), "image" (its Python lacks what is needed), "source" (nothing there makes one),
-"refused_step" (another index than the next one) or "transport" (a value that cannot travel).
+(no process can be started), "image" (its Python lacks a requirement), "source" (it defines no environment),
+"refused_step" (the index is not the next one) or "transport" (a value that cannot be encoded).
 
-Runs as one program on the command line, made by rocklet/environments/pipes.py of these files, with the folder of
-packages and the adapter of a training set, or nothing, as its arguments: standard library and those packages only.
+Runs as one program on the command line, which rocklet/environments/pipes.py builds from these files. Its arguments are
+the folder of packages and the adapter of a training set, or nothing. It uses the standard library and those packages
+only.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from rock.guest.environments.worker import EnvironmentWorker, failure
 
 MEMORY, REQUESTS, ANSWERS = 197, 198, 199
 PIPES = range(132, 160)
-OWN = len(PIPES)  # the answers of the environment with the request pipe n come on n + OWN
+OWN = len(PIPES)  # the environment with the request pipe n writes responses to n + OWN
 _READ = 1 << 16
 _STDERR_KEPT = 8192
 _PR_SET_PDEATHSIG = 1
@@ -58,11 +59,11 @@ def answer(env: int, op: int, id: int, message: Any, stream: int = 0) -> None:
         os.write(ANSWERS, piece)
 
 
-# ---- the zygote
+# ---- zygote ----
 
 
 class Child:
-    """What the zygote knows of an environment's process."""
+    """The zygote's state of an environment's process."""
 
     def __init__(self, number: int, request: dict[str, Any], pid: int, requests: int, stderr: int) -> None:
         self.number = number
@@ -75,7 +76,7 @@ class Child:
         self.tail = b""
 
     def read_stderr(self) -> bool:
-        """Keep the end of what it prints; False at the end of it."""
+        """Retain the end of its standard error; False at end of file."""
         try:
             data = os.read(self.stderr, _READ)
         except BlockingIOError:
@@ -84,7 +85,7 @@ class Child:
         return bool(data)
 
     def send(self) -> bool:
-        """Pass on what waits; True when nothing is left."""
+        """Forward queued data; True when the queue is empty."""
         while self.waiting:
             try:
                 os.write(self.requests, self.waiting[0])
@@ -98,7 +99,7 @@ class Child:
 
 
 class Zygote:
-    """Reads requests, forks environments, passes requests on, and tells when one ends."""
+    """Reads requests, forks environments, forwards requests to them, and reports when one ends."""
 
     def __init__(self, problem: dict[str, Any] | None) -> None:
         self._problem = problem
@@ -176,9 +177,9 @@ class Zygote:
             answer(number, frames.ERROR, id, failure(error, "refused"))
             return
         if pid == 0:
-            self._become(number, request["pipe"], message, theirs, their_stderr)  # and never comes back
+            self._become(number, request["pipe"], message, theirs, their_stderr)  # never returns
         with contextlib.suppress(OSError):
-            os.setpgid(pid, pid)  # the child does it too; whoever is first
+            os.setpgid(pid, pid)  # parent and child both call it, because their order is undefined
         os.close(theirs)
         os.close(their_stderr)
         os.set_blocking(ours, False)
@@ -188,14 +189,14 @@ class Zygote:
         self._poll.register(stderr, select.POLLIN)
 
     def _become(self, number: int, pipe: int | None, message: bytes, requests: int, stderr: int) -> NoReturn:
-        """In the child: let go of what is the zygote's, and be an environment."""
+        """In the child: close the zygote's descriptors, and serve an environment."""
         status = 1
         try:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             with contextlib.suppress(OSError):
                 os.setpgid(0, 0)
-            os.dup2(stderr, 1)  # what an environment prints must not get into the protocol
+            os.dup2(stderr, 1)  # output of an environment must not corrupt the protocol
             os.dup2(stderr, 2)
             for child in self._children.values():
                 os.close(child.requests)
@@ -227,7 +228,7 @@ class Zygote:
                 return
             child = by_pid.get(found.si_pid)
             if child is not None:
-                _kill(child)  # what it started and left behind; before its number can be used again
+                _kill(child)  # kill its remaining children, before its pid can be reused
             _, status = os.waitpid(found.si_pid, 0)
             if child is not None:
                 self._ended(child, status)
@@ -259,12 +260,12 @@ def _kill(child: Child) -> None:
 
 
 def _die_with_parent() -> None:
-    """A pipe of its own does not end with the zygote, so its end has to be told otherwise."""
+    """Have the kernel kill this process with its parent: a pipe of its own does not close with the zygote."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _part(pipe: int) -> mmap.mmap | None:
-    """The part of the memory that an environment's pipe stands for; None where there is none to share."""
+    """The part of the memory that belongs to an environment's pipe; None without shared memory."""
     try:
         return mmap.mmap(MEMORY, frames.PART, offset=(pipe - PIPES.start) * frames.PART)
     except (OSError, ValueError):
@@ -272,7 +273,7 @@ def _part(pipe: int) -> mmap.mmap | None:
 
 
 def _forget(pipe: int) -> None:
-    """Give back what an environment left in its part of the memory."""
+    """Release an environment's pages of its part of the memory."""
     part = _part(pipe)
     if part is not None:
         with part, contextlib.suppress(OSError, ValueError):
@@ -280,7 +281,7 @@ def _forget(pipe: int) -> None:
 
 
 def _drain(fd: int) -> None:
-    """Throw away what an environment left unread, before another gets its pipe."""
+    """Discard unread data of a former environment, before another one gets its pipe."""
     poll = select.poll()
     poll.register(fd, select.POLLIN)
     while any(events & select.POLLIN for _, events in poll.poll(0)):
@@ -289,7 +290,7 @@ def _drain(fd: int) -> None:
 
 
 def _unknown(request: dict[str, Any]) -> dict[str, Any] | None:
-    """The problem with an id that GEM does not know, with the nearest that it does."""
+    """The error for an id that GEM does not have, with similar ids."""
     env_id = request["env_id"]
     if request.get("protocol", "gem") != "gem" or request.get("imports"):
         return None
@@ -307,8 +308,8 @@ def _unknown(request: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _import(folder: str, adapter: str) -> dict[str, Any] | None:
-    """Import what all environments share, and the adapter of a training set; the problem when that fails. Without a
-    folder it is the image's own Python that has it."""
+    """Import shared modules, and the adapter of a training set; returns the error of a failure. Without a folder, the
+    image's own Python provides the modules."""
     if not folder:
         return _own()
     sys.path.insert(0, folder)
@@ -352,7 +353,7 @@ def main() -> None:
     os.dup2(2, 1)
     problem = _import(sys.argv[1], sys.argv[2])
     gc.collect()
-    gc.freeze()  # children share the pages of what is here now
+    gc.freeze()  # children share the pages of existing objects
     Zygote(problem).run()
 
 

@@ -1,4 +1,5 @@
-"""What an environment's process hosts: one of GEM, one of Gymnasium, or a vector of those, behind one interface."""
+"""Environments of GEM and Gymnasium, and vectors of the latter, behind one interface; and descriptions of their
+spaces."""
 
 from __future__ import annotations
 
@@ -16,15 +17,15 @@ from typing import Any, Protocol
 from rock.guest.environments.tasks import TaskHost
 
 FILE = "env.py"
-_USUAL = "/app"  # where images have what they run
+_USUAL = "/app"  # the usual folder of programs in images
 
 
 class BadSource(Exception):
-    """There is nothing at a source that makes an environment."""
+    """The source defines no environment."""
 
 
 class Hosted(Protocol):
-    """An environment. `vector`: whether its rewards and flags are arrays."""
+    """A hosted environment. `vector`: whether its rewards and flags are arrays."""
 
     vector: bool
 
@@ -38,7 +39,7 @@ class Hosted(Protocol):
 
 
 class _Base:
-    """What hosts of all kinds have in common."""
+    """The common part of all hosts."""
 
     vector = False
 
@@ -72,7 +73,7 @@ class _Base:
         return hasattr(self.env, name)
 
     def _render(self, index: int | None = None) -> Any:
-        """A frame; of a vector those of all, or with `index` that of one."""
+        """A frame; for a vector those of all environments, or with `index` that of one."""
         frame = self.env.render()
         if index is None:
             return frame
@@ -87,7 +88,7 @@ class _Base:
 
 
 class _Single(_Base):
-    """An environment of Gymnasium, or one with the older interface, whose step answers four values: see `_Older`."""
+    """An environment of Gymnasium, or one with the older interface of four-value steps: see `_Older`."""
 
     def __init__(self, env: Any) -> None:
         super().__init__(env)
@@ -98,7 +99,7 @@ class _Single(_Base):
         return result if _is_reset(result) else (result, {})
 
     def _first_step(self, action: Any) -> tuple[Any, Any, Any, Any, Any]:
-        """The first step shows which interface the environment has; later ones do not look again."""
+        """The first step detects the interface of the environment; later steps skip the check."""
         result: Any = self.env.step(action)
         if type(result) is tuple and len(result) == 4:
             self.step = lambda action: _five(self.env.step(action))
@@ -110,7 +111,6 @@ class _Single(_Base):
         return result
 
     def _describe(self) -> dict[str, Any]:
-        # RSDROP
 
         env = self.env
         return {"observation_space": spec_of(env.observation_space), "action_space": spec_of(env.action_space),
@@ -135,7 +135,6 @@ class _Vector(_Base):
     vector = True
 
     def _describe(self) -> dict[str, Any]:
-        # RSDROP
 
         env = self.env
         return {"num_envs": env.num_envs, "observation_space": spec_of(env.observation_space),
@@ -165,7 +164,8 @@ def _registered(env: Any) -> dict[str, Any]:
 
 
 def host(request: Mapping[str, Any]) -> Hosted:
-    """Make what is wished for: "protocol" gem, gym or task, "env_id" or "folder", "kwargs", "num_envs" for a vector."""
+    """Create the requested environment: "protocol" gem, gym or task, "env_id" or "folder", "kwargs", "num_envs" for a
+    vector."""
     if request.get("protocol") == "task":
         return TaskHost(request["env_id"], request["kwargs"])
     for module in request.get("imports") or ():
@@ -191,7 +191,7 @@ _VECTOR_MEMBERS = (*_MEMBERS, "num_envs", "single_observation_space", "single_ac
 
 
 def _one(made: Any) -> Any:
-    """A gymnasium.Env of what make_env made: the object itself, or an adapter of one with the same members."""
+    """A gymnasium.Env from the result of make_env: the object itself, or an adapter with the same members."""
     import gymnasium
 
     if isinstance(made, gymnasium.Env):
@@ -205,15 +205,16 @@ def _one(made: Any) -> Any:
 
 @functools.cache
 def _older() -> Any:
-    """The adapter's class; gymnasium is imported only where it is needed."""
+    """The adapter's class; imports gymnasium on demand."""
     import gymnasium
 
     class Older(gymnasium.Env):
-        """An object with reset, step and spaces that is no gymnasium.Env, or that has the interface of gym before 0.26:
-        reset without arguments answers an observation alone, step answers (observation, reward, done, info).
+        """Adapter of an object with reset, step and spaces that is no gymnasium.Env, or that has the interface of gym
+        before 0.26: reset without arguments returns only an observation, step returns (observation, reward, done,
+        info).
 
-        A seed goes to its `seed` method where `reset` takes none; where it has neither, the seed is that of Python's
-        and numpy's global random state, which belongs to this process alone.
+        A seed is passed to its `seed` method when `reset` accepts none. When it has neither, the seed is applied to the
+        global random state of Python and numpy, which belongs to this process alone.
         """
 
         def __init__(self, env: Any) -> None:
@@ -265,7 +266,7 @@ def _older() -> Any:
 
 
 def _parameters(function: Callable[..., Any]) -> set[str]:
-    """The names of its keyword parameters; "seed" and "options" too where it takes any."""
+    """The names of its keyword parameters; includes "seed" and "options" when it accepts any keyword."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
@@ -284,12 +285,12 @@ def _seed(env: Any, seed: int) -> None:
 
 
 def _is_reset(result: Any) -> bool:
-    """Whether it is (observation, info), and not an observation alone."""
+    """Whether it is (observation, info), and not only an observation."""
     return type(result) is tuple and len(result) == 2 and isinstance(result[1], Mapping)
 
 
 def _five(result: tuple[Any, Any, Any, Any]) -> tuple[Any, Any, Any, Any, Any]:
-    """(observation, reward, done, info) of gym before 0.26 as Gymnasium has it."""
+    """Convert (observation, reward, done, info) of gym before 0.26 to Gymnasium's five values."""
     observation, reward, done, info = result
     truncated = bool(info.get("TimeLimit.truncated", False)) if isinstance(info, Mapping) else False
     return observation, reward, bool(done) and not truncated, truncated, info
@@ -306,7 +307,7 @@ def _gym_vector(request: Mapping[str, Any]) -> Any:
     if isinstance(options.get("autoreset_mode"), str):
         options["autoreset_mode"] = gymnasium.vector.AutoresetMode(options["autoreset_mode"])
     if mode == "sync" and not request.get("folder"):
-        options.setdefault("copy", False)  # observations are sent before the next step
+        options.setdefault("copy", False)  # observations are encoded before the next step
     count = request["num_envs"]
     if not request.get("folder"):
         return gymnasium.make_vec(request["env_id"], num_envs=count, vectorization_mode=mode, vector_kwargs=options,
@@ -325,7 +326,7 @@ def _gym_vector(request: Mapping[str, Any]) -> Any:
 
 
 def _maker(request: Mapping[str, Any]) -> Callable[..., Any]:
-    """`make_env` of the folder's env.py. "." is the working directory that the image has, else the usual folder."""
+    """`make_env` of the folder's env.py. "." is the image's working directory if it has one, else the usual folder."""
     folder = str(request["folder"])
     tried = [os.getcwd(), _USUAL] if folder == "." else [folder]
     found = next((place for place in tried if os.path.isfile(os.path.join(place, FILE))), None)
@@ -346,7 +347,7 @@ def _maker(request: Mapping[str, Any]) -> Callable[..., Any]:
 
 
 def _chosen(made: Any, task: str | None) -> Any:
-    """One of what make_env made: it may answer {suite: environment} or {suite: {task: environment}}."""
+    """Select one result of make_env, which may return {suite: environment} or {suite: {task: environment}}."""
     names = task.split("/") if task else []
     while isinstance(made, dict):
         if not names and len(made) == 1:
@@ -358,17 +359,15 @@ def _chosen(made: Any, task: str | None) -> Any:
     return made
 
 
-# ---- spaces ----
-#
-# Spaces of Gymnasium as plain data, and arrays for bounds: {"kind", ..}. The client makes them again of it.
+# ---- descriptions of spaces: plain data, with arrays for bounds, from which the client constructs the spaces ----
 
-_TEXT_LENGTH = 4096  # characters of a text space that names no length
+_TEXT_LENGTH = 4096  # characters of a text space without a maximum length
 
 
 def spec_of(space: Any) -> dict[str, Any]:
     """The description of a space; TypeError for a kind that Gymnasium does not have.
 
-    A subclass of Space whose elements are strings (dtype str, as minigrid's MissionSpace) is described as Text.
+    A subclass of Space with string elements (dtype str, such as minigrid's MissionSpace) is described as Text.
     """
     from gymnasium import spaces
 

@@ -1,8 +1,8 @@
-"""Graded tasks of a training set: what an adapter is, and how an environment's process hosts one instance of it.
+"""Graded tasks of a training set: the adapter interface, and the host of one task instance.
 
-An adapter is one class in one module, written for the standard library and the packages of its set. Its source travels
-to the host of environments on the command line; `prepare` runs once there, and every instance is a process forked from
-that, so what `prepare` loads is shared and what an instance breaks is its own.
+An adapter is one class in one module, for the standard library and the packages of its set. Its source reaches the host
+of environments on the command line. `prepare` runs once there, and each instance is a process forked from it: instances
+share what `prepare` loads, and a failure of one instance does not affect others.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-DATA = "/tmp/rock-dataset"  # where a data folder of the user's is inside
+DATA = "/tmp/rock-dataset"  # mount point of a user's data folder inside
 _TEXT_KEPT = 4000
 
-Message = dict[str, Any]  # role, content, and what a dialect adds: tool_calls, ...
+Message = dict[str, Any]  # role, content, and fields of the dialect: tool_calls, ...
 
 
 class TaskError(Exception):
-    """What is asked cannot be done, and the asker has to change something. `code`: one of rock/errors.py."""
+    """The request cannot be served, and the caller must change it. `code`: one of rock/errors.py."""
 
     code = "invalid_config"
 
@@ -34,22 +34,22 @@ class UnknownTask(TaskError):
 
 
 class BadParams(TaskError):
-    """A parameter, a split or messages that the set does not take."""
+    """A parameter, a split or messages that the set does not accept."""
 
 
 class MissingData(TaskError):
-    """The set's data is not there; the message says how to supply it."""
+    """The set's data is missing; the message states how to supply it."""
 
     code = "unsupported"
 
 
 class BadAction(Exception):
-    """The agent's message is no action. It is told so in an observation, and the episode goes on."""
+    """The agent's message is not a valid action. The observation reports it, and the episode continues."""
 
 
 @dataclass
 class Outcome:
-    """What a step led to. state: messages for the agent. reward: of this step."""
+    """The result of a step. state: messages for the agent. reward: of this step."""
 
     state: list[Message]
     reward: float = 0.0
@@ -74,9 +74,9 @@ def text_of(action: Mapping[str, Any]) -> str:
 
 
 class Task:
-    """One instance of a graded task: what an adapter derives from.
+    """One instance of a graded task: the base class of adapters.
 
-    PACKAGES that it imports are those of its set. `tasks`, `start`, `step` and `evaluate` are what a set must have.
+    Imported packages must be in the set's PACKAGES. A set must implement `tasks`, `start`, `step` and `evaluate`.
     """
 
     SPLITS: ClassVar[tuple[str, ...]] = ("train",)
@@ -87,39 +87,40 @@ class Task:
 
     @classmethod
     def prepare(cls) -> None:
-        """Import and load what all instances share. Runs once, before the first instance; threads do not survive it."""
+        """Import and load shared data. Runs once, before the first instance; threads do not survive the fork."""
 
     @classmethod
     def tasks(cls, split: str, params: dict[str, Any]) -> list[str]:
-        """Ids of all tasks of a split, always in the same order."""
+        """Ids of all tasks of a split, in a stable order."""
         raise NotImplementedError
 
     def start(self) -> list[Message]:
-        """The first messages: a system prompt, if there is one, and the user's."""
+        """The first messages: an optional system prompt, and the user's message."""
         raise NotImplementedError
 
     def step(self, action: dict[str, Any], params: dict[str, Any]) -> Outcome:
-        """Take the agent's message. BadAction when it is none; any other exception is a fault of the environment."""
+        """Process the agent's message. BadAction for an invalid one; any other exception is an error of the
+        environment."""
         raise NotImplementedError
 
     def evaluate(self, messages: list[Message] | None, params: dict[str, Any]) -> Any:
-        """The score so far: a number, or a dictionary with what led to it. Asking twice gives the same."""
+        """The current score: a number, or a dictionary with details. Repeated calls return the same."""
         raise NotImplementedError
 
     def tools(self, messages: list[Message] | None, params: dict[str, Any]) -> Any:
-        """What the agent may call, as plain data; None where there are no tools."""
+        """The tools of the agent, as plain data; None where there are no tools."""
         return None
 
     def solution(self) -> list[Message]:
-        """Messages that solve it, for checking the set itself; BadParams where none is known."""
+        """Messages that solve the task, for tests of the set itself; BadParams where none is known."""
         raise BadParams(f"no solution of {self.task_id} is known")
 
     def close(self) -> None:
-        """Let go of what it holds."""
+        """Release its resources."""
 
 
 def load(module: str, source: str, name: str) -> type[Task]:
-    """The adapter's class out of the source of its module."""
+    """Load the adapter's class from the source of its module."""
     made = types.ModuleType(module)
     sys.modules[module] = made
     exec(compile(source, module, "exec"), made.__dict__)
@@ -129,7 +130,7 @@ def load(module: str, source: str, name: str) -> type[Task]:
     return found
 
 
-_ADAPTER: dict[str, type[Task]] = {}  # the one set of this sandbox
+_ADAPTER: dict[str, type[Task]] = {}  # the only set of this sandbox
 
 
 def install(packed: str) -> None:
@@ -143,8 +144,8 @@ def install(packed: str) -> None:
 class TaskHost:
     """An instance behind the interface of an environment.
 
-    kwargs: "task_id", or None for a process that is only asked for the set's profile; "params"; "time_limit": seconds
-    for the episode, after which a step is not done any more and answers that it is truncated.
+    kwargs: "task_id", or None for a process that only serves the set's profile; "params"; "time_limit": seconds for the
+    episode, after which a step is not executed and returns truncated.
     """
 
     vector = False
@@ -170,7 +171,7 @@ class TaskHost:
         return self._task
 
     def reset(self, seed: Any = None, options: Any = None) -> tuple[Any, Any]:
-        """The first messages. Once: a new episode is a new instance."""
+        """The first messages. May be called once: a new episode is a new instance."""
         return self.task.start(), {"task_id": self.task.task_id}
 
     def step(self, asked: Any) -> tuple[Any, Any, Any, Any, Any]:

@@ -1,18 +1,18 @@
-"""Values of environments as bytes and back: JSON for what is small, raw bytes for arrays. Nothing is ever unpickled.
+"""Encoding of environment values: JSON for small values, raw bytes for arrays. Nothing is ever unpickled.
 
     length of the JSON (4 bytes, big-endian) | JSON | bytes of the arrays, one after another
 
-What JSON does not have is an object with one key in it:
+Types that JSON lacks are objects with one key:
 
     {"$a": [dtype, shape, offset]}    a numpy array, C order, little-endian    {"$n": [dtype, offset]}   a numpy scalar
     {"$t": [..]}  a tuple             {"$s": [..]}  a set                      {"$b": [offset, length]}  bytes
-    {"$d": [[key, value], ..]}        a dict that has other keys than strings, or one that looks like one of these
+    {"$d": [[key, value], ..]}        a dict with keys that are not strings, or that looks like one of these
     {"$o": [shape, [..]]}             an array of objects                      {"$g": [nodes, edges, links]}  a graph
 
-NaN and infinities travel as Python's JSON writes them, those in arrays bit by bit. Where no numpy is installed, arrays
-arrive as nested lists. Both sides check what they read: the other one may be hostile.
+NaN and infinities are encoded as Python's JSON writes them, those in arrays bit by bit. Without numpy, arrays are
+decoded as nested lists. Both sides validate their input: the peer may be hostile.
 
-Standard library only; numpy where it is there.
+Standard library only; numpy is optional.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-LIMIT = 256 << 20  # bytes of one value
+LIMIT = 256 << 20  # maximum bytes of one value
 _ENCODER = json.JSONEncoder(check_circular=False)  # `pack` has bounded the depth
 _LENGTH = struct.Struct(">I")
 _DTYPE = re.compile(r"[<|]([biufcSU])(\d{1,8})|<[Mm]8(\[\d{0,6}[a-zA-Z]{1,7}\])?")
@@ -33,25 +33,25 @@ _FORMATS = {"b1": "?", "i1": "b", "u1": "B", "i2": "h", "u2": "H", "i4": "i", "u
             "f2": "e", "f4": "f", "f8": "d"}  # fmt: skip
 _PLAIN = (str, int, bool, type(None))
 _BASES: tuple[Callable[[Any], Any], ...] = (int, float, str, dict, list, tuple)
-_DIMENSIONS = 32  # that numpy takes in any version
+_DIMENSIONS = 32  # the maximum of every numpy version
 _SMALL = 4096  # bytes
 _LARGE = 64 << 10
 _ALIGNED = 16  # bytes
-_SENT: dict[Any, str] = {}  # types of elements that travel as they are
+_SENT: dict[Any, str] = {}  # types of elements that are sent unchanged
 _REPR_KEPT = 2000
 _DEPTH = 100
 
 
 class Unsendable(TypeError):
-    """A value that cannot travel."""
+    """A value that cannot be encoded."""
 
 
 class Malformed(ValueError):
-    """Bytes that are no value."""
+    """Bytes that are not a valid value."""
 
 
 def described(value: object) -> dict[str, str]:
-    """What stands for a value that cannot travel: its type and its repr."""
+    """The replacement of a value that cannot be encoded: its type and its repr."""
     try:
         text = repr(value)[:_REPR_KEPT]
     except Exception as error:
@@ -60,7 +60,7 @@ def described(value: object) -> dict[str, str]:
 
 
 def _text_maker() -> Callable[[Any], str]:
-    """`_ENCODER.encode`, which makes an encoder of its own each time, with one that stays."""
+    """An equivalent of `_ENCODER.encode` that reuses one encoder instead of creating one per call."""
     make = getattr(json.encoder, "c_make_encoder", None)
     if make is None:
         return _ENCODER.encode
@@ -73,7 +73,7 @@ _dumps = _text_maker()
 
 
 def _raw_bytes(np: Any, value: Any) -> Any:
-    """The bytes of an array, and not a view where it is small: that is quicker, and the array may change as soon as we
+    """The bytes of an array; a copy instead of a view when it is small, which is faster. The array may change after the
     return."""
     return value.tobytes() if value.nbytes < _SMALL else np.ascontiguousarray(value).reshape(-1).view(np.uint8)
 
@@ -134,7 +134,7 @@ class _Packer:
 
     def _raw(self, np: Any, value: Any) -> tuple[str, Any]:
         dtype = value.dtype
-        if dtype.itemsize == 0:  # strings without a letter
+        if dtype.itemsize == 0:  # strings of length zero
             value = value.astype(f"{dtype.kind}1")
             dtype = value.dtype
         if dtype.byteorder == ">" or (dtype.byteorder == "=" and sys.byteorder == "big"):
@@ -166,7 +166,7 @@ class _Packer:
 def encode(value: object, *, describe: bool = False) -> list[Any]:
     """The value as byte strings and contiguous arrays of bytes, to be written one after the other.
 
-    describe: what cannot travel becomes {"$type", "$repr"}; else it is Unsendable, which tells the type.
+    describe: values that cannot be encoded become {"$type", "$repr"}; otherwise they raise Unsendable with the type.
     """
     if (known := _again([value], False)) is not None:
         return known
@@ -175,7 +175,7 @@ def encode(value: object, *, describe: bool = False) -> list[Any]:
 
 
 def encode_result(strict: list[object], lenient: object) -> list[Any]:
-    """[*strict, lenient], where only what is in `lenient` may be described."""
+    """[*strict, lenient], where only values in `lenient` may be described."""
     if type(lenient) is dict and not lenient and (known := _again(strict, True)) is not None:
         return known
     packer = _Packer(_strict)
@@ -184,16 +184,16 @@ def encode_result(strict: list[object], lenient: object) -> list[Any]:
     return _finish(packer, [*tree, packer.pack(lenient)])
 
 
-_HEADS: dict[Any, bytes] = {}  # what goes before arrays of such types and shapes
+_HEADS: dict[Any, bytes] = {}  # encoded headers by types and shapes
 _KNOWN = 64
 _SCALARS = (float, bool, int, type(None))
-_COUNTED = (bool, int)  # what actions are that come again
+_COUNTED = (bool, int)  # the types of repeated actions
 _WORD = 1 << 63
 
 
 def _again(values: list[Any], listed: bool) -> list[Any] | None:
-    """Arrays and numbers as they were sent before: only the bytes of the arrays are others. With `listed` they are the
-    beginning of a list that ends with an empty dict; else there is one. None where that cannot be."""
+    """Encode arrays and numbers with a cached header: only the bytes of the arrays differ. With `listed` they are the
+    start of a list that ends with an empty dict; otherwise there is one value. None when the cache does not apply."""
     np = _imported_numpy()
     if np is None:
         return None
@@ -207,7 +207,7 @@ def _again(values: list[Any], listed: bool) -> list[Any] | None:
             key += (value.dtype, value.shape)
             arrays.append(value)
         elif kind in _SCALARS and (kind is not int or -_WORD < value < _WORD):
-            key.append(repr(value))  # 1, 1.0, True and 0.0, -0.0 are others
+            key.append(repr(value))  # distinguishes 1, 1.0, True and 0.0, -0.0
         else:
             return None
     whole = tuple(key)
@@ -235,7 +235,7 @@ def _head(values: list[Any], listed: bool) -> bytes | None:
 
 
 def _headed(text: bytes) -> bytes:
-    """The JSON as it travels: with blanks, so that what follows it begins where an array may."""
+    """The JSON with padding, so that the following array is aligned."""
     text += b" " * (-(_LENGTH.size + len(text)) % _ALIGNED)
     return _LENGTH.pack(len(text)) + text
 
@@ -253,8 +253,8 @@ def _finish(packer: _Packer, tree: Any) -> list[Any]:
 
 
 def decode(data: bytes | memoryview, graph: Callable[[Any, Any, Any], Any] | None = None) -> Any:
-    """The value of these bytes; Malformed when they are none. Arrays are copies, but
-    for large ones of a buffer that can be written to, which is then theirs. `graph` makes graphs of parts."""
+    """Decode a value; Malformed when the bytes are invalid. Arrays are copies, except large ones of a writable buffer,
+    which they then own. `graph` constructs graphs from parts."""
     try:
         (length,) = _LENGTH.unpack_from(data)
         start = _LENGTH.size + length
@@ -276,7 +276,7 @@ def decode(data: bytes | memoryview, graph: Callable[[Any, Any, Any], Any] | Non
 
 
 def _owned(found: Any) -> Any:
-    """An array over the bytes that came, as it is given away: they are nobody else's where they may be written."""
+    """An array over received bytes for the caller. A writable buffer has no other owner."""
     if found.nbytes >= _LARGE and (flags := found.flags).writeable and flags.aligned:
         return found
     return found.copy()
@@ -287,7 +287,7 @@ _PLANS: dict[bytes, _Plan] = {}
 
 
 class _Plan:
-    """How bytes with a certain JSON are read: what comes from an environment is of the same form step after step."""
+    """A cached decoding plan for one JSON text: an environment's responses have the same form at each step."""
 
     def __init__(self, items: list[Any], listed: bool) -> None:
         self._items = items
@@ -295,8 +295,8 @@ class _Plan:
 
     @staticmethod
     def learn(text: bytes, tree: Any) -> None:
-        """Remember it, where it is an array, a whole number, or a list of arrays, of what JSON has, and of empty dicts.
-        It was found to be well-formed."""
+        """Cache the plan of a validated value: an array, an integer, or a list of arrays, JSON scalars and empty
+        dicts."""
         np = _numpy()
         listed = type(tree) is list
         items: list[Any] = []
@@ -334,7 +334,7 @@ class _Unpacker:
         self.graph = graph
 
     def resolve(self, value: Any) -> Any:
-        """The tree with what stands for something else replaced by it; the depth is that of the JSON."""
+        """Replace encoded types in the tree; the depth is that of the JSON."""
         kind = type(value)
         if kind is list:
             return [item if type(item) in _LEAVES else self.resolve(item) for item in value]
@@ -360,7 +360,7 @@ class _Unpacker:
             return _nested(_items(dtype, self.part(offset, math.prod(shape) * _width(dtype))), shape)
         if type(offset) is not int or offset < 0 or type(shape) is not list or len(shape) > _DIMENSIONS:
             raise Malformed("no array")
-        if shape and min(shape) < 0:  # numpy checks all else, but takes -1 as "whatever fits"
+        if shape and min(shape) < 0:  # numpy checks the rest, but accepts -1 as "infer"
             raise Malformed("no shape of an array")
         return _owned(np.ndarray(shape, _taken(np, dtype), self.data, offset))
 
@@ -415,18 +415,18 @@ _TAKEN: dict[str, Any] = {}
 
 
 def _taken(np: Any, dtype: Any) -> Any:
-    """numpy's own of a type of elements."""
+    """numpy's dtype of an element type."""
     if type(dtype) is str and (known := _TAKEN.get(dtype)) is not None:
         return known
     _width(dtype)
     found = np.dtype(dtype)
-    if len(_TAKEN) < 256:  # names come from the other side
+    if len(_TAKEN) < 256:  # the peer chooses the names
         _TAKEN[dtype] = found
     return found
 
 
 def _width(dtype: Any) -> int:
-    """Bytes of one element; Malformed for a type that we do not take."""
+    """Bytes of one element; Malformed for an unsupported type."""
     if type(dtype) is str and (known := _WIDTHS.get(dtype)) is not None:
         return known
     found = _DTYPE.fullmatch(dtype) if type(dtype) is str else None
@@ -436,7 +436,7 @@ def _width(dtype: Any) -> int:
     if width == 0:
         raise Malformed("an array whose elements have no size")
     width = 4 * width if found[1] == "U" else width
-    if len(_WIDTHS) < 256:  # names come from the other side
+    if len(_WIDTHS) < 256:  # the peer chooses the names
         _WIDTHS[dtype] = width
     return width
 
@@ -461,9 +461,9 @@ _NUMPY: list[Any] = []
 
 
 def _imported_numpy() -> Any:
-    """numpy where this process has imported it, else None.
+    """numpy if this process has imported it, else None.
 
-    While another thread imports it, its module is in sys.modules without its members. `import` waits for that thread.
+    During an import in another thread, sys.modules holds a module without members. `import` waits for that thread.
     """
     if _NUMPY:
         return _NUMPY[0]

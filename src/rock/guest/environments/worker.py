@@ -1,9 +1,9 @@
-"""One environment in a process of its own: what it is asked comes as frames on a pipe, and its answers go out on one.
+"""One environment in a process of its own: reads requests as frames from a pipe, and writes responses to a pipe.
 
-A pipe of its own for the answers takes whole frames, however large. On the pipe that all share they are cut in pieces.
+A private response pipe takes whole frames of any size. Frames on the shared pipe are split into pieces.
 
-What is asked twice with the same index is done once: its answer is kept until something else is asked. A step that has
-another index than the next one of its episode is refused.
+A repeated request with the same index is executed once: its response is retained until the next request. A step whose
+index is not the next one of its episode is rejected.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rock.guest.environments.tasks import TaskError
 from rock.guest.environments.values import Unsendable
 
 _READ = 1 << 14
-_LARGE = 16 << 10  # bytes of an answer that goes by the memory
+_LARGE = 16 << 10  # bytes of a response that uses the shared memory
 _MOMENT = 2e-3  # seconds
 _SKIPPED, _MOST_SKIPPED = 31, 1023
 _TRACEBACK_KEPT = 8000
@@ -34,11 +34,11 @@ _VECTOR = 64  # byte strings of one write
 
 
 class Refused(Exception):
-    """A step with a number that is not the next one's."""
+    """A step whose number is not the next one."""
 
 
 def failure(error: BaseException, kind: str) -> dict[str, Any]:
-    """An exception as it travels."""
+    """Encode an exception."""
     try:
         text = str(error)
     except Exception as another:
@@ -61,8 +61,7 @@ def write(fd: int, parts: list[Any]) -> None:
 class EnvironmentWorker:
     """An environment and its pipes.
 
-    own: the pipe for its answers that no other process has, or None; shared: the one that all have. memory: where large
-    answers may be put, where there is such memory.
+    own: its private response pipe, or None; shared: the common one. memory: the memory for large responses, if any.
     """
 
     def __init__(
@@ -79,13 +78,13 @@ class EnvironmentWorker:
         self._poll.register(requests, select.POLLIN)
         self._processors = os.sched_getaffinity(0)
         self._skip = 0 if len(self._processors) > 1 else sys.maxsize
-        self._in_vain = 0  # moments one after the other
+        self._in_vain = 0  # consecutive unsuccessful waits
         self._expected: int | None = None  # number of the next step; None before the first reset
-        self._last: tuple[int, int] | None = None  # op and index of what was done last
+        self._last: tuple[int, int] | None = None  # op and index of the last executed request
         self._answer: tuple[int, int, list[Any]] = (OK, 0, [])
 
     def run(self, first: bytes) -> None:
-        """Make the environment and serve it until it is closed."""
+        """Create the environment and serve it until it is closed."""
         self._serve(first)
         joiner = frames.Joiner()
         while not self._closed and self._env is not None:
@@ -94,12 +93,12 @@ class EnvironmentWorker:
             if not data:
                 return  # the zygote is gone
             for stream, message in joiner.feed(data):
-                if stream == self._number:  # else it was meant for one that had this pipe before, and died
+                if stream == self._number:  # otherwise it was for a dead environment that had this pipe before
                     self._serve(message)
 
     def _wait_a_moment(self) -> None:
-        """Who steps in a loop asks again at once, and a process that sleeps takes long to wake up. After a moment for
-        nothing the next ones are left out, and more of them each time."""
+        """Spin briefly for the next request, because a sleeping process takes long to wake up. After an unsuccessful
+        spin, skip an increasing number of spins."""
         if self._skip:
             self._skip -= 1
             return
@@ -115,7 +114,8 @@ class EnvironmentWorker:
         self._in_vain = 0
 
     def _move(self) -> None:
-        """To another processor: who asks over a pipe wakes us on its own, where each of us waits for the other."""
+        """Move to another CPU: a writer to a pipe wakes the reader on its own CPU, where client and environment would
+        alternate."""
         try:
             with open("/proc/self/stat", "rb") as stat:
                 here = int(stat.read().rpartition(b")")[2].split()[36])
@@ -145,7 +145,7 @@ class EnvironmentWorker:
         return length.to_bytes(8, "big")
 
     def _do(self, op: int, flags: int, index: int, payload: bytes) -> None:
-        """Do it, and keep the answer."""
+        """Execute the request, and retain the response."""
         plain = bool(flags & PLAIN)
         try:
             if op == STEP:
@@ -155,7 +155,7 @@ class EnvironmentWorker:
             if op == RESET:
                 self._expected = 0
         except Refused as error:
-            self._error(error, "refused_step")  # and what was done before stays known
+            self._error(error, "refused_step")  # the earlier response remains available
         except Unsendable as error:
             self._error(error, "transport")
         except TaskError as error:
@@ -191,7 +191,7 @@ class EnvironmentWorker:
     def _pieces(self, message: bytes) -> Iterator[bytes]:
         return frames.pieces(self._number, message)
 
-    # ---- what is asked
+    # ---- operations ----
 
     def _make(self, payload: bytes, plain: bool) -> list[Any]:
         random.seed()  # every child inherits the same state
@@ -233,7 +233,7 @@ class EnvironmentWorker:
 
 
 def _number(reward: Any) -> float:
-    """A reward as a float; numpy's keep their width."""
+    """A reward as a float; numpy floats retain their width."""
     return reward if type(reward).__module__ == "numpy" and getattr(reward, "shape", None) == () else float(reward)
 
 
@@ -257,11 +257,11 @@ def _json(value: object) -> bytes:
     return json.dumps(value).encode()
 
 
-# ---- values as JSON has them, for clients that speak nothing else
+# ---- values as plain JSON, for clients without the binary encoding ----
 
 
 def _simple(value: object) -> object:
-    """What a value that JSON does not know travels as: numpy's numbers and arrays, sets."""
+    """Convert values that JSON lacks: numpy scalars and arrays, sets."""
     if type(value).__module__.partition(".")[0] == "numpy" and hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, set | frozenset):
@@ -270,7 +270,7 @@ def _simple(value: object) -> object:
 
 
 def _described(value: object) -> object:
-    """As `_simple`, and anything else by its type and repr: an odd value in an info must not cost the whole step."""
+    """As `_simple`, and other values as type and repr: an unsupported value in an info must not fail the step."""
     try:
         return _simple(value)
     except Unsendable:
@@ -278,7 +278,7 @@ def _described(value: object) -> object:
 
 
 def _plain(value: object, describe: bool) -> object:
-    """The value with everything in it that JSON holds, checked."""
+    """The value converted to plain JSON, validated."""
     if type(value) is str:
         return value
     try:

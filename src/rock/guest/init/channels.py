@@ -1,9 +1,9 @@
-"""Frames of the carrier: many streams over one stream of bytes, between a sandbox's pid 1 and the server.
+"""Frames of the multiplexer: many channels over one byte stream, between a sandbox's pid 1 and the server.
 
     kind (1 byte)  channel (4)  length (4)  payload  0xA5
 
-Either side may find the stream in any state, as one before it broke off somewhere: it begins with `begin(nonce)`, in
-which no frame of before can live on, and what comes before the answer to that is thrown away.
+A former peer may have stopped in the middle of a frame. Each connection therefore starts with `begin(nonce)`, which no
+earlier frame can span, and data before the response to it is discarded.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import struct
 from collections.abc import Iterator
 
 HEAD = struct.Struct(">BII")
-MOST = 32 << 10  # bytes of a payload
-WINDOW = 128 << 10  # bytes of a channel on the way in one direction, that nobody has taken yet
+MOST = 32 << 10  # maximum bytes of a payload
+WINDOW = 128 << 10  # maximum unread bytes of a channel in one direction
 MOST_CHANNELS = 1024
 MAGIC = bytes.fromhex("c3524f434b2d63617272696572b1e59d")
 NONCE = 16
 _END = b"\xa5"
 PAD, BEGIN, READY, PACKET, OPEN, DATA, END, GONE, CREDIT, SIZE = range(10)
-# Kinds of OPEN: the server reads it, writes it, both; or it is a file whose content comes, or which is to be written.
+# Kinds of OPEN: the server reads, writes, or both; or a file whose content follows; or a file to be written.
 READ, WRITE, SOCKET, TERMINAL, CONTENT, FILE = b"r", b"w", b"s", b"t", b"f", b"g"
 
 
 class Nonsense(ValueError):
-    """What came is no frame."""
+    """The data is not a frame."""
 
 
 def frame(kind: int, channel: int = 0, payload: bytes | memoryview = b"") -> bytes:
@@ -32,12 +32,12 @@ def frame(kind: int, channel: int = 0, payload: bytes | memoryview = b"") -> byt
 
 
 def begin(nonce: bytes) -> bytes:
-    """What a server sends first: it ends whatever frame was broken off, without making it a whole one."""
+    """A server's first message: terminates an interrupted frame without completing it."""
     return bytes(HEAD.size + MOST + 1) + frame(BEGIN, 0, MAGIC + nonce)
 
 
 def packet(message: bytes) -> Iterator[bytes]:
-    """A message in frames, of which the last has the channel 0."""
+    """Split a message into frames, of which the last has the channel 0."""
     view = memoryview(message)
     while len(view) > MOST:
         yield frame(PACKET, 1, view[:MOST])
@@ -46,7 +46,7 @@ def packet(message: bytes) -> Iterator[bytes]:
 
 
 class Parser:
-    """Takes bytes as they come, gives whole frames. After nonsense it waits for BEGIN; if `strict` it raises it."""
+    """Parses frames incrementally. After invalid data it waits for BEGIN; if `strict` it raises."""
 
     def __init__(self, *, strict: bool = False) -> None:
         self._rest = bytearray()
@@ -54,7 +54,7 @@ class Parser:
         self._lost = not strict
 
     def feed(self, data: bytes) -> Iterator[tuple[int, int, bytes]]:
-        """Frames of these bytes and of those before. Frames that break the rules are passed over."""
+        """The complete frames of these and earlier bytes. Invalid frames are skipped."""
         self._rest += data
         while (found := self._next()) is not None:
             if found[0] != PAD:
@@ -88,7 +88,7 @@ class Parser:
         return self._next()
 
     def _find(self) -> bool:
-        """Go to the next BEGIN, if it has come."""
+        """Skip to the next BEGIN, if it has arrived."""
         start = HEAD.pack(BEGIN, 0, len(MAGIC) + NONCE) + MAGIC
         at = self._rest.find(start)
         if at < 0:

@@ -1,9 +1,9 @@
-"""Become a program: what a child does between the start of a Python and the program itself, on any Unix.
+"""Turns a new Python process into a program: descriptors, user, limits and execve, on any Unix.
 
     python -I -S child_setup.py FD      of a file: {"fds": {"0": 7}, "argv", "env", "cwd", "terminal", "nofile",
     "told": FD}
 
-It writes to `told` why it could not, as [code, message]; nothing when it could. Standard library only.
+It writes the error to `told` as [code, message], and nothing on success. Standard library only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Refused(Exception):
 
 
 def become(spec: dict[str, Any]) -> None:
-    """Never returns; Refused with the reason."""
+    """Execute the program; never returns. Refused with the reason."""
     os.umask(0o022)
     for number in range(1, signal.NSIG):
         try:
@@ -92,7 +92,7 @@ def _why(error: OSError) -> str:
 
 
 def main() -> None:
-    with open(int(sys.argv[1]), "rb") as file:  # no argument: it may be longer than one can be
+    with open(int(sys.argv[1]), "rb") as file:  # a file, because an argument has a length limit
         spec = json.loads(file.read())
     told = fcntl.fcntl(spec["told"], fcntl.F_DUPFD_CLOEXEC, 512)
     os.close(spec["told"])

@@ -1,9 +1,9 @@
-"""pid 1 of a container that an engine made. It connects to the server, instead of being connected to.
+"""pid 1 of an engine's container, which connects to the server instead of listening. Standard library only.
 
     server ── listens on a socket in a folder that is mounted read-only at /.rock/link ◄── pid 1
 
-So nothing inside can stand in for either: the folder cannot be written to from inside, and the server looks at who
-connects. A server that went away is looked for until it is back.
+No process inside can impersonate either side: the folder is not writable from inside, and the server checks the peer.
+pid 1 reconnects after the server was lost.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SOON, _LATER = 0.05, 1.0  # seconds between two attempts
 
 
 class ConnectingInit(Init):
-    """An Init with the one connection that it made itself, to the socket at `path`."""
+    """An Init with one outgoing connection, to the socket at `path`."""
 
     def __init__(self, path: str) -> None:
         super().__init__(None, 0, False)
@@ -32,7 +32,7 @@ class ConnectingInit(Init):
         self._pause = _SOON
 
     def begin(self) -> None:
-        """Look for the server, now and whenever it was lost."""
+        """Connect to the server, now and after each loss."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         try:
             sock.connect(self._path)
@@ -55,7 +55,7 @@ class MultiplexedInit(Init):
     """An Init that is reached over its own standard streams, see multiplexer.py."""
 
     def begin(self) -> None:
-        """Take the streams away from where programs could find them."""
+        """Move the streams to descriptors that programs do not inherit."""
         source, sink = (fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3) for fd in (0, 1))
         null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         for fd in (0, 1):
@@ -65,9 +65,9 @@ class MultiplexedInit(Init):
 
 
 def main() -> None:
-    """Run as a program: `boot.py '{"socket": PATH}'`, or '{}' to be reached over the standard streams.
+    """Entry point: `boot.py '{"socket": PATH}'`, or '{}' for the standard streams.
 
-    filter: of system calls, in hexadecimal, for all that runs inside where nobody outside has given it one.
+    filter: a system call filter in hexadecimal for all programs inside, where no outside process has installed one.
     """
     options = json.loads(sys.argv[1])
     os.environ.clear()

@@ -1,7 +1,7 @@
-"""File operations of a sandbox, done inside it, where links and rights mean what they mean to its programs.
+"""File operations of a sandbox, executed inside it, where links and permissions apply as for its programs.
 
-Each takes the request and answers (reply, descriptors). None of them can block: what may be a FIFO or a device is
-opened with O_PATH and looked at before it is opened for use. The long ones run in a child, see `in_child`.
+Each takes the request and returns (reply, descriptors). None of them blocks: a possible FIFO or device is opened with
+O_PATH and inspected before it is opened for use. Long operations run in a child, see `in_child`. Standard library only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _LARGEST_COPY = 1 << 20
 
 
 class Later(Exception):
-    """Raised by an operation that finds out that it may take long: it is to be done again, in a child."""
+    """Raised by an operation that may take long; it is then repeated in a child."""
 
 
 def open_read(request: dict[str, Any]) -> Reply:
@@ -39,10 +39,10 @@ def open_read(request: dict[str, Any]) -> Reply:
 
 
 def _open_regular(path: str, flags: int, in_child: bool) -> int:
-    """Open an existing regular file and nothing else; never blocks and never has a device's side effects.
+    """Open an existing regular file and nothing else; never blocks and never triggers a device's side effects.
 
-    pid 1 must not look into /proc, where its own memory and descriptors would be open to it: that is left to a child,
-    to whom the kernel refuses them.
+    pid 1 must not open /proc files, where its own memory and descriptors are accessible to it. A child does this
+    instead, because the kernel denies it that access.
     """
     if in_child:
         handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -76,7 +76,7 @@ def open_write(request: dict[str, Any]) -> Reply:
             make_parents(os.path.dirname(path) or "/")
         old = _stat_or_none(path)
         if old is not None and not stat.S_ISREG(old.st_mode):
-            os.close(_open_regular(path, os.O_RDONLY, in_child))  # raises the fitting fault
+            os.close(_open_regular(path, os.O_RDONLY, in_child))  # raises the matching fault
         if request.get("append"):
             return {"token": ""}, [_open_append(path, mode, old is not None, in_child)]
         return _open_beside(path, mode, old, str(request.get("user") or ""), in_child)
@@ -103,7 +103,7 @@ def _open_append(path: str, mode: int | None, exists: bool, in_child: bool) -> i
 
 
 def _open_beside(path: str, mode: int | None, old: os.stat_result | None, user: str, in_child: bool) -> Reply:
-    """A new file in the same folder, with the owner and the mode of the old one."""
+    """Create a file in the same folder, with the owner and the mode of the old one."""
     if old is not None and not os.access(path, os.W_OK, effective_ids=True):
         raise Fault("unauthorized", f"{path}: permission denied")
     folder, name = os.path.split(path)
@@ -113,13 +113,13 @@ def _open_beside(path: str, mode: int | None, old: os.stat_result | None, user: 
     except PermissionError:
         if old is None:
             raise
-        return {"token": ""}, [_open_regular(path, os.O_WRONLY | os.O_TRUNC, in_child)]  # our file, not our folder
+        return {"token": ""}, [_open_regular(path, os.O_WRONLY | os.O_TRUNC, in_child)]  # the folder is not writable
     try:
         if old is not None and (old.st_uid, old.st_gid) != (os.geteuid(), os.getegid()):
             try:
                 os.fchown(fd, old.st_uid, old.st_gid)
             except PermissionError:
-                pass  # an ordinary user cannot give files away: the new one is theirs
+                pass  # an ordinary user cannot change the owner; the new file belongs to that user
         os.fchmod(fd, mode if mode is not None else stat.S_IMODE(old.st_mode) if old is not None else 0o644)
     except OSError:
         os.close(fd)
@@ -134,7 +134,7 @@ def commit_write(request: dict[str, Any]) -> Reply:
         try:
             os.rename(beside, path)
         except OSError as error:
-            if error.errno != errno.EBUSY:  # a mount point, as /etc/hosts is, can only be written in place
+            if error.errno != errno.EBUSY:  # a mount point such as /etc/hosts can only be written in place
                 raise
             if not request.get("in_child"):
                 raise Later from None
@@ -237,7 +237,7 @@ def remove_path(request: dict[str, Any]) -> Reply:
 
 
 def make_parents(path: str) -> None:
-    """Make a folder and those above it, as os.makedirs does, but for a path of any depth. OSError."""
+    """Create a folder and its parents, as os.makedirs does, but for paths of any depth. OSError."""
     missing: list[str] = []
     if os.path.lexists(path) and not os.path.isdir(path):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
@@ -276,7 +276,7 @@ def symlink(request: dict[str, Any]) -> Reply:
 
 
 def move(request: dict[str, Any]) -> Reply:
-    """Rename; across mounts the file or the tree is copied and the old one removed, links kept as links."""
+    """Rename; across mounts, copy the file or tree and remove the old one; links are preserved."""
     source, target = _path(request, "source"), _path(request, "target")
     try:
         try:
@@ -284,7 +284,7 @@ def move(request: dict[str, Any]) -> Reply:
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
-            import shutil  # in a child: pid 1 stays small
+            import shutil  # in a child only: saves memory in pid 1
 
             shutil.copytree(source, target, symlinks=True) if os.path.isdir(source) and not os.path.islink(source) \
                 else shutil.copy2(source, target, follow_symlinks=False)
@@ -332,7 +332,7 @@ def _path(request: dict[str, Any], name: str = "path") -> str:
 
 
 def space(request: dict[str, Any]) -> Reply:
-    """Bytes used and in all of the file system at a path, and files likewise."""
+    """Used and total bytes of the file system at a path, and used and total inodes."""
     path = _path(request)
     try:
         found = os.statvfs(path)

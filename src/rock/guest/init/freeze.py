@@ -1,7 +1,7 @@
-"""All processes of a sandbox stand still while its files are read from outside.
+"""Freezes all processes of a sandbox while its files are read from outside. Standard library only.
 
-Asked for by one connection, and over with it at the latest: a server that crashes leaves nobody stopped. What would
-start a program or change a file meanwhile waits.
+A freeze belongs to one connection and ends with it, so a crashed server leaves no process stopped. Requests that start
+a program or change a file wait for its end.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from rock.guest.init.link import Connection, Fault
 _HELD = frozenset(("spawn", "open_write", "commit_write", "abort_write", "remove", "make_dir", "symlink", "move",
                    "chmod", "chown"))  # fmt: skip
 _MOST_HELD = 1000
-_SETTLE = 1.0  # seconds: one that waits in the kernel for longer only stops when it comes back from there
+_SETTLE = 1.0  # seconds: a process in an uninterruptible wait stops only after it
 _PATIENCE = 30.0
 
 
 class Freeze:
-    """`again` handles a request that had to wait."""
+    """`again` handles a delayed request."""
 
     def __init__(self, again: Callable[[Connection, dict[str, Any]], None]) -> None:
         self.owner: Connection | None = None
@@ -32,7 +32,7 @@ class Freeze:
         self._stopped: dict[tuple[int, int], float] = {}  # pid and start -> when
 
     def holds(self, connection: Connection, request: dict[str, Any]) -> bool:
-        """Whether a request waits for the end; Fault when too many do."""
+        """Whether a request waits for the end of the freeze; Fault when too many do."""
         if self.owner is None or request.get("op") not in _HELD:
             return False
         if len(self._held) >= _MOST_HELD:
@@ -41,7 +41,8 @@ class Freeze:
         return True
 
     def begin(self, owner: Connection) -> Generator[float, None, int]:
-        """Stop everybody; yields seconds to wait, returns how many were stopped, or -1 when some would not."""
+        """Stop every process; yields seconds to wait, returns the number of stopped processes, or -1 when some did not
+        stop."""
         if self.owner is not None:
             raise Fault("conflict", "the sandbox stands still already")
         self.owner = owner
@@ -51,7 +52,7 @@ class Freeze:
         pause = 0.0005
         while self.owner is not None:
             restless, now = False, time.monotonic()
-            for entry in _under_us():  # parents first: none sees its children stop
+            for entry in _under_us():  # parents first, so that none sees its children stop
                 state = _state(entry)
                 if state in "TtZX":
                     continue
@@ -72,7 +73,8 @@ class Freeze:
         return -1
 
     def end(self) -> None:
-        """Let go on whom we have stopped, children before their parents, and do what had to wait. Idempotent."""
+        """Continue the stopped processes, children before their parents, and execute the delayed requests.
+        Idempotent."""
         self.owner = None
         stopped, self._stopped = self._stopped, {}
         if stopped:
@@ -89,7 +91,7 @@ def _under_us() -> list[process_tree.Entry]:
 
 
 def _state(entry: process_tree.Entry) -> str:
-    """That of the process; where only its main thread has ended, that of one that goes on."""
+    """The state of a process; that of a live thread when its main thread has ended."""
     if entry.state != "Z":
         return entry.state
     found = "Z"

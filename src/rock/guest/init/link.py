@@ -1,4 +1,7 @@
-"""pid 1's side of its connections: packets of JSON, with descriptors."""
+"""pid 1's connections (packets of JSON, with descriptors), its event loop, and its error type.
+
+Everything in this folder runs inside sandboxes: standard library only, and no imports of ours from outside the folder.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 PACKET = 60_000  # bytes; a longer message travels in a memory file
-CHANNEL_MEMORY = 512 << 20  # bytes of memory that a program shares with us; what is not used takes no room
+CHANNEL_MEMORY = 512 << 20  # bytes of shared memory of a program; unused pages take no memory
 _LARGEST = 64 << 20
 _MOST_WAITING = 2_000
 _MOST_FDS = 64
@@ -23,7 +26,7 @@ packet_buffer = bytearray(PACKET + 4096)
 
 
 def pack(message: dict[str, Any]) -> tuple[bytes, list[int]]:
-    """The packet of a message, and the memory file that it needs when it is long."""
+    """The packet of a message, and the memory file of a long one."""
     data = json.dumps(message).encode()
     if len(data) <= PACKET:
         return data, []
@@ -40,12 +43,12 @@ def memory_file(data: bytes) -> int:
 
 
 def memory_note(data: bytes) -> bytes:
-    """The packet that goes with it."""
+    """The packet that accompanies the memory file."""
     return json.dumps({"memfd": len(data)}).encode()
 
 
 def unpack(data: bytes | bytearray | memoryview, fds: list[int]) -> dict[str, Any]:
-    """The message of a packet; its memory file, the last of `fds`, is taken out and closed. ValueError if unsound."""
+    """The message of a packet; its memory file, the last of `fds`, is removed and closed. ValueError if invalid."""
     message = json.loads(plain(data, fds))
     if not isinstance(message, dict):
         raise ValueError("a message must be an object")
@@ -53,7 +56,7 @@ def unpack(data: bytes | bytearray | memoryview, fds: list[int]) -> dict[str, An
 
 
 def plain(data: bytes | bytearray | memoryview, fds: list[int]) -> bytes:
-    """The text of a packet's message; its memory file, the last of `fds`, is taken out and closed. ValueError."""
+    """The text of a packet's message; its memory file, the last of `fds`, is removed and closed. ValueError."""
     text = bytes(data)
     if not text.startswith(b'{"memfd"') or not fds:
         return text
@@ -76,7 +79,8 @@ def plain(data: bytes | bytearray | memoryview, fds: list[int]) -> bytes:
 
 
 def receive_packet(sock: socket.socket, buffer: bytearray) -> tuple[memoryview, list[int]]:
-    """One packet and its descriptors, close-on-exec. BlockingIOError when there is none; an empty one is the end."""
+    """One packet and its descriptors, close-on-exec. BlockingIOError when there is none; an empty one is end of
+    file."""
     space = socket.CMSG_SPACE(_MOST_FDS * 4)
     size, ancillary, _flags, _ = sock.recvmsg_into([buffer], space, socket.MSG_CMSG_CLOEXEC)
     fds = array.array("i")
@@ -87,7 +91,7 @@ def receive_packet(sock: socket.socket, buffer: bytearray) -> tuple[memoryview, 
 
 
 def send_patiently(sock: socket.socket, message: dict[str, Any], fds: list[int]) -> None:
-    """Send from a child on a socket that it shares with pid 1, and whose flags it must not change; waits up to 30 s."""
+    """Send from a child on a socket that it shares with pid 1, whose flags it must not change; waits up to 30 s."""
     data, extra = pack(message)
     poll = select.poll()
     poll.register(sock, select.POLLOUT)
@@ -101,7 +105,7 @@ def send_patiently(sock: socket.socket, message: dict[str, Any], fds: list[int])
 
 
 class Connection:
-    """One server's connection. Sending never blocks: what the socket does not take waits, up to a bound."""
+    """The connection of one server. Sends never block: unsent data is queued up to a limit."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -110,7 +114,7 @@ class Connection:
         self.mask = select.EPOLLIN
 
     def receive(self) -> dict[str, Any] | None:
-        """The next request; None at the end. BlockingIOError when there is none now."""
+        """The next request; None at end of file. BlockingIOError when there is none now."""
         data, fds = receive_packet(self.sock, packet_buffer)
         try:
             return unpack(data, fds) if data else None
@@ -119,7 +123,7 @@ class Connection:
                 os.close(fd)
 
     def send(self, message: dict[str, Any], fds: list[int]) -> bool:
-        """Send and close `fds`; False when the connection is of no use any more."""
+        """Send and close `fds`; False when the connection is broken."""
         data, extra = pack(message)
         self.waiting.append((data, [*fds, *extra]))
         return self.flush() and len(self.waiting) <= _MOST_WAITING
@@ -149,27 +153,25 @@ class Connection:
         self.sock.close()
 
 
-# ---- loop ----
-#
-# A small event loop: descriptors, timers, and callbacks whose mistakes do not end it.
+# ---- event loop ----
 
-_LONGEST = 60.0  # seconds without anything to do
-_QUIET = 0.5  # seconds without anything to do, after which it is time to `rest`
+_LONGEST = 60.0  # maximum seconds of one wait
+_QUIET = 0.5  # idle seconds before `rest` is called
 
 
 class Loop:
-    """Callbacks by descriptor and by time. `turn` waits once; what a callback raises goes to `complain`."""
+    """Callbacks by descriptor and by time. `turn` waits once; exceptions of callbacks go to `complain`."""
 
     def __init__(self) -> None:
         self.epoll = select.epoll()
         self.readers: dict[int, Callable[[], None]] = {}
         self.timers: list[tuple[float, int, Callable[[], None]]] = []
         self._sequence = 0
-        self.rest: Callable[[], None] | None = None  # called once after each time of work
+        self.rest: Callable[[], None] | None = None  # called once after each period of work
         self._rested = False
 
     def turn(self) -> None:
-        """Wait for something to do, and do it."""
+        """Wait for events, and run their callbacks."""
         timeout = max(0.0, self.timers[0][0] - time.monotonic()) if self.timers else _LONGEST
         restless = self.rest is not None and not self._rested and timeout > _QUIET
         try:
@@ -191,14 +193,14 @@ class Loop:
             self.guard(heapq.heappop(self.timers)[2])
 
     def guard(self, callback: Callable[[], None]) -> None:
-        """Call, and survive it."""
+        """Call, and report exceptions to `complain`."""
         try:
             callback()
         except Exception as error:
             self.complain(error)
 
     def complain(self, error: BaseException) -> None:
-        """Where mistakes go."""
+        """Receives exceptions of callbacks."""
 
     def watch(self, fd: int, callback: Callable[[], None], mask: int = select.EPOLLIN) -> None:
         """Call whenever a descriptor is ready."""
@@ -209,7 +211,7 @@ class Loop:
         self.readers[fd] = callback
 
     def unwatch(self, fd: int) -> None:
-        """Call no more; before the descriptor is closed."""
+        """Stop calling; required before the descriptor is closed."""
         if self.readers.pop(fd, None) is not None:
             self.epoll.unregister(fd)
 
@@ -219,11 +221,7 @@ class Loop:
         heapq.heappush(self.timers, (time.monotonic() + seconds, self._sequence, callback))
 
 
-# ---- fault ----
-#
-# The one exception that pid 1 answers with: a code of `rock.errors` and a sentence.
-#
-# Everything in this folder runs inside sandboxes: standard library only, and nothing of ours from outside the folder.
+# ---- errors ----
 
 _CODES = {
     "not_found": (errno.ENOENT, errno.ENXIO, errno.ESRCH, errno.ENODEV),
@@ -251,7 +249,7 @@ _SENTENCES = {
 
 
 class Fault(Exception):
-    """What a request is answered with when it fails. `code` is a code of `rock.errors`."""
+    """The error of a failed request. `code` is a code of `rock.errors`."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -260,7 +258,7 @@ class Fault(Exception):
 
 
 def of_os_error(error: OSError, what: str) -> Fault:
-    """The fault that an OSError stands for; `what` is the path or the action that it was about."""
+    """The fault for an OSError; `what` is the path or the action."""
     number = error.errno or 0
     sentence = _SENTENCES.get(number) or (error.strerror or str(error)).lower()
     return Fault(_BY_ERRNO.get(number, "internal"), f"{what}: {sentence}")

@@ -1,9 +1,9 @@
-"""pid 1's side of the carrier: where no descriptor can cross to the server, their bytes do, over one stream.
+"""pid 1's side of the multiplexer: transfers the bytes of descriptors over one stream where descriptors cannot cross.
 
-    server ◄── frames over the standard streams of pid 1 ──► Carrier ── socket, descriptors ──► Init
+    server ◄── frames over the standard streams of pid 1 ──► Multiplexer ── socket, descriptors ──► Init
 
-It runs in pid 1 itself, which nothing inside can kill. What it holds is bounded: it reads no more from a descriptor
-than the server gave credit for, and nothing while the stream to the server is full.
+It runs in pid 1 itself, which no process inside can kill. Its memory is bounded: it reads no more from a descriptor
+than the server's credit, and nothing while the stream to the server is full. Standard library only.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from collections.abc import Callable
 from rock.guest.init import channels, link
 from rock.guest.init.link import Loop
 
-_FULL = 512 << 10  # bytes that wait for the server
-_LONGEST = 64 << 20  # bytes of one message
+_FULL = 512 << 10  # bytes queued for the server
+_LONGEST = 64 << 20  # maximum bytes of one message
 _LARGEST_FILE = 16 << 30
 
 
@@ -36,15 +36,15 @@ class _Channel:
         self.sends = kind in (channels.READ, channels.SOCKET, channels.TERMINAL, channels.CONTENT)
         self.takes = kind in (channels.WRITE, channels.SOCKET, channels.TERMINAL, channels.FILE)
         self.credit = channels.WINDOW
-        self.waiting = bytearray()  # from the server, not yet taken by the descriptor
-        self.ending = False  # the server sends no more
-        self.left = 0  # bytes of a file's content that are still to be sent
+        self.waiting = bytearray()  # from the server, not yet written to the descriptor
+        self.ending = False  # the server has closed its direction
+        self.left = 0  # remaining bytes of a file's content
         self.failure = 0
         self.mask = 0
 
 
 class Multiplexer:
-    """adopt: gives Init the other end of a connection. Reads from `source`, writes to `sink`, both of which it owns."""
+    """adopt: gives Init the other end of a connection. Reads from `source`, writes to `sink`, and owns both."""
 
     def __init__(self, loop: Loop, source: int, sink: int, adopt: Callable[[socket.socket], None]) -> None:
         self._loop = loop
@@ -74,7 +74,7 @@ class Multiplexer:
         except OSError:
             data = b""
         if not data:
-            self._loop.unwatch(self._source)  # nobody will ever come back
+            self._loop.unwatch(self._source)  # no server can connect again
             self._reset()
             return
         for kind, number, payload in self._parser.feed(data):
@@ -137,7 +137,7 @@ class Multiplexer:
                     pass
 
     def _begin(self, nonce: bytes) -> None:
-        """A server that knows nothing of what was before."""
+        """Reset the state for a new server."""
         self._reset()
         ours, inits = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
@@ -154,7 +154,7 @@ class Multiplexer:
             for fd in fds:
                 os.close(fd)
         self._to_init.clear()
-        # What is half written is ended by the frames that come after: the server looks for its READY alone.
+        # The frames that follow end a partial write: the server only looks for READY.
         if self._socket is not None:
             self._loop.unwatch(self._socket.fileno())
             self._socket.close()
@@ -211,7 +211,7 @@ class Multiplexer:
     # ---- channels ----
 
     def _open(self, fd: int) -> None:
-        """Make a descriptor a channel, and tell of it."""
+        """Create a channel for a descriptor, and announce it."""
         while self._number in self._channels or self._number == 0:
             self._number = (self._number + 1) % (1 << 31)
         found = os.fstat(fd)
@@ -232,7 +232,7 @@ class Multiplexer:
         self._arm(channel)
 
     def _arm(self, channel: _Channel) -> None:
-        """Wait for what this channel can do now."""
+        """Register for the I/O that this channel can do now."""
         if channel.number not in self._channels or channel.kind == channels.FILE:
             return
         if channel.kind == channels.CONTENT:
@@ -291,7 +291,7 @@ class Multiplexer:
                 size = os.write(channel.fd, memoryview(channel.waiting)[: 64 << 10])
             except BlockingIOError:
                 break
-            except OSError:  # nobody reads it any more
+            except OSError:  # the reader closed it
                 size = len(channel.waiting)
                 if channel.takes:
                     channel.takes = False
@@ -305,7 +305,7 @@ class Multiplexer:
         self._close_if_done(channel)
 
     def _write_file(self, channel: _Channel) -> None:
-        """Regular files never make us wait; their end is answered with what went wrong, 0 for nothing."""
+        """Write to a regular file, which never blocks; at its end, report the errno, 0 for success."""
         size = len(channel.waiting)
         try:
             while channel.waiting and not channel.failure:
@@ -320,7 +320,7 @@ class Multiplexer:
             self._send(channels.frame(channels.END, channel.number, struct.pack(">I", channel.failure)))
 
     def _end(self, channel: _Channel) -> None:
-        """The server sends no more: what that means to the descriptor."""
+        """Apply the server's end of stream to the descriptor."""
         channel.takes = False
         if channel.kind == channels.SOCKET:
             try:
@@ -347,7 +347,7 @@ class Multiplexer:
 
 
 def payload_size(payload: bytes) -> bytes:
-    """A terminal's size as the kernel takes it."""
+    """A terminal's size in the kernel's format."""
     rows, columns = struct.unpack(">HH", payload)
     return struct.pack("HHHH", rows, columns, 0, 0)
 

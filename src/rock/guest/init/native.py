@@ -1,13 +1,13 @@
-"""The compiled functions, and starting a program with one of them: a child that shares our memory.
+"""The compiled functions, and the start of a program by one of them: a child that shares the parent's memory.
 
 A fork of a Python process copies its page tables, and each page that either side touches afterwards: 1.9 ms measured.
-`Table` instead prepares the system calls of a child, ending in execve; compiled code makes them in a child created by
-clone(CLONE_VM) with a stack of its own: 0.45 ms. The child runs no Python. It is no vfork: we go on meanwhile, so a
-program that stops the child cannot stop us.
+`Table` instead prepares the system calls of a child, ending in execve; compiled code executes them in a child created
+by clone(CLONE_VM) with a stack of its own: 0.45 ms. The child runs no Python. Unlike with vfork the parent continues
+meanwhile, so a program that stops the child cannot stop pid 1.
 
 The functions are C (folder `native/` of the repository), built as an optional shared library next to this file for
-x86_64 and aarch64. Where it is missing or cannot be loaded, `library` is None, `missing` says why, and everything is
-done by fork.
+x86_64 and aarch64. Where it is missing or cannot be loaded, `library` is None, `missing` holds the reason, and all
+starts use fork. Standard library only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _NUMBERS = {
                 "setgroups": 159, "setresuid": 147, "setresgid": 149, "prlimit64": 261, "chdir": 49, "execve": 221},
 }
 _NUMBER = _NUMBERS.get(platform.machine(), {})
-MACHINES = frozenset(_NUMBERS)  # for which the library can be built
+MACHINES = frozenset(_NUMBERS)  # supported architectures of the library
 _SETMASK, _TIOCSCTTY, _PR_SET_CHILD_SUBREAPER, _RLIMIT_NOFILE = 2, 0x540E, 36, 7
 _STACK = 4096
 _UNWRITTEN = 1 << 40
@@ -36,7 +36,7 @@ _ROW = 64  # bytes, struct call in native/syscall.h: number, six arguments, resu
 
 
 class Table:
-    """The child's system calls, in order, and the memory that they point to; to be kept until the child has exec'ed."""
+    """The child's system calls, in order, and the memory that they use; must live until the child has called exec."""
 
     def __init__(self) -> None:
         self._kept: list[object] = []
@@ -57,7 +57,7 @@ class Table:
         return self._point(struct.pack(f"{len(addresses) + 1}Q", *addresses, 0))
 
     def session(self, terminal: int | None) -> None:
-        """A session of its own, heir of its orphans; with a terminal as the controlling one."""
+        """Create a session and become a subreaper; with a terminal as the controlling one."""
         for number in _HANDLED:
             self._call("rt_sigaction", number, ctypes.addressof(self._zeros), 0, 8)
         self._call("setsid")
@@ -89,7 +89,7 @@ class Table:
         self._call("execve", self._point(os.fsencode(path)), words, variables)
 
     def run(self) -> int:
-        """Start the child; answers its pid. OSError when there can be no further process."""
+        """Start the child; returns its pid. OSError when no process can be created."""
         assert library is not None
         size = _ROW * len(self._rows)
         self._memory = ctypes.create_string_buffer(b"".join(struct.pack("8Q", *row) for row in self._rows),
@@ -101,20 +101,21 @@ class Table:
         return pid
 
     def failed(self) -> bool:
-        """After the child's end or exec: whether a call failed, or was never made."""
+        """After the child's exit or exec: whether a call failed, or did not run."""
         assert self._memory is not None
-        last = len(self._rows) - 1  # execve writes no result when it goes well
+        last = len(self._rows) - 1  # execve writes no result on success
         before: int = struct.unpack_from("q", self._memory, _ROW * (last - 1) + 56)[0]
         return before != 0 or bool(struct.unpack_from("q", self._memory, _ROW * last + 56)[0] != _UNWRITTEN)
 
 
 class Library:
-    """The shared library. OSError when it cannot be loaded, with a message.
+    """The shared library. OSError with a message when it cannot be loaded.
 
-    The functions keep the interpreter's lock, and answer a negative error number on failure.
-    start_program(rows, count, stack, size of the stack): a child that makes these calls; answers its pid.
+    The functions hold the interpreter's lock, and return a negative errno on failure.
+
+    start_program(rows, count, stack, size of the stack): starts a child that executes these calls; returns its pid.
     run_zygote(control): see runtime/namespace/launcher/zygote.py.
-    share_pages(regions, count, descriptor of the page table): see sharing.py; answers a number of pages.
+    share_pages(regions, count, descriptor of the page table): see sharing.py; returns a number of pages.
     """
 
     def __init__(self, path: str) -> None:
@@ -147,7 +148,7 @@ def _load() -> tuple[Library | None, str]:
 
 
 def disable() -> None:
-    """Use fork in this process and in those forked from it, as where the library is missing."""
+    """Use fork in this process and its forks, as where the library is missing."""
     global library, missing
     library, missing = None, "it was switched off"
 

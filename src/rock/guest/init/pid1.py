@@ -2,12 +2,12 @@
 
     server ── SOCK_SEQPACKET, one JSON object a packet, descriptors by SCM_RIGHTS ──► init ── fork, exec ──► programs
 
-A request is {"id": n, "op": name, ...}, its reply {"id": n, "ok": true, ...} or {"id": n, "error": [code, message]}.
-A packet over `PACKET` bytes is {"memfd": length}, with the JSON in a memory file. Ends are told to every connection:
-{"event": "exit", "pid": n, "code": n} or "signal". Connections come and go; programs stay.
+A request is {"id": n, "op": name, ...}, its reply {"id": n, "ok": true, ...} or {"id": n, "error": [code, message]}. A
+packet over `PACKET` bytes is {"memfd": length}, with the JSON in a memory file. Exits are reported to every connection:
+{"event": "exit", "pid": n, "code": n} or "signal". Programs survive the connections.
 
-It is forked from the launcher before the root switch, so that the image needs nothing of ours, or started as
-`python -I -S pid1.py '{"listen": FD, "uid": UID}'`.
+It is forked from the launcher before the root switch, so the image needs no file of ours, or it is started as `python
+-I -S pid1.py '{"listen": FD, "uid": UID}'`.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ _STARTS = 0.005  # seconds after which it is looked again whether a program has 
 
 
 class Init(Loop):
-    """All that pid 1 knows and does.
+    """The state and the operations of pid 1.
 
-    listener: where servers connect; None when their connections come by `adopt`.
+    listener: the socket for servers; None when connections arrive by `adopt`.
     uid: of the server, as seen here; outside: whether the server must be outside of this pid namespace.
     """
 
@@ -67,10 +67,10 @@ class Init(Loop):
         self.outside = outside
         self.connections: list[Connection] = []
         self.programs: dict[int, programs.Program] = {}
-        self.children: dict[int, tuple[Connection, int, float]] = {}  # pid -> whom it answers, and its deadline
-        self.starting: dict[int, Callable[[], None]] = {}  # pid -> what settles its start
+        self.children: dict[int, tuple[Connection, int, float]] = {}  # pid -> requester, request id, deadline
+        self.starting: dict[int, Callable[[], None]] = {}  # pid -> callback that completes its start
         self.stopping = False
-        self.sockets: list[int] = []  # through which connections get out of here; served by others
+        self.sockets: list[int] = []  # egress sockets, served by the proxy
         self.frozen = Freeze(self._handle)
         os.umask(0o022)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -78,14 +78,14 @@ class Init(Loop):
         resource.setrlimit(resource.RLIMIT_NOFILE, (self.limits[1], self.limits[1]))
 
     def run(self) -> None:
-        """Serve until told to stop; never returns otherwise."""
+        """Serve until a stop request; never returns otherwise."""
         wake_reader, wake_writer = socket.socketpair()
         wake_reader.setblocking(False)
         wake_writer.setblocking(False)
         syscalls.default_signals()
         signal.set_wakeup_fd(wake_writer.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE, signal.SIGXFSZ):
-            signal.signal(number, _ignore)  # not SIG_IGN: programs would inherit that, a handler ends at exec
+            signal.signal(number, _ignore)  # not SIG_IGN, which programs would inherit; exec resets a handler
         if self.listener is not None:
             self.listener.setblocking(False)
             self.watch(self.listener.fileno(), self._accept)
@@ -95,7 +95,8 @@ class Init(Loop):
             self.guard(self._reap)
 
     def complain(self, error: BaseException) -> None:
-        """Tell the server of a mistake of our own; it cannot fail. pid 1 has no log file: it holds nothing outside."""
+        """Report an internal error to the server; never fails. pid 1 has no log file, because it holds nothing
+        outside."""
         try:
             self.tell({"event": "complaint", "text": repr(error)[:1000]})
         except Exception:
@@ -110,10 +111,10 @@ class Init(Loop):
             pass
 
     def share(self, sweep: PageSharing, pages: int) -> None:
-        """Let go of memory that is what it was, after each time of work. `pages`: the descriptor of our page table."""
+        """Release unchanged memory pages after each period of work. `pages`: the descriptor of the own page table."""
 
         def rest() -> None:
-            if not self.starting:  # else a child that has not become a program yet may write to our memory
+            if not self.starting:  # otherwise a child before exec may write to this memory
                 sweep.run(pages)
 
         self.rest = rest
@@ -143,7 +144,7 @@ class Init(Loop):
         if connection.waiting and not connection.flush():
             self.drop(connection)
             return
-        for _ in range(16):  # then others get a turn
+        for _ in range(16):  # then other connections get a turn
             try:
                 request = connection.receive()
             except BlockingIOError:
@@ -172,7 +173,7 @@ class Init(Loop):
                 self.frozen.end()
 
     def answer(self, connection: Connection, number: int, reply: dict[str, Any], fds: list[int]) -> None:
-        """Reply and close `fds`, whether the connection still lives or not."""
+        """Reply and close `fds`, also when the connection is broken."""
         if connection not in self.connections:
             for fd in fds:
                 os.close(fd)
@@ -290,7 +291,7 @@ class Init(Loop):
         self.answer(connection, number, program.describe(), fds)
 
     def do_forget(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
-        """Close our copies of its streams; once it has ended nothing is known of it any more."""
+        """Close the held copies of its streams; forget it if it has ended."""
         program = self.programs.get(int(request.get("pid", 0)))
         if program is not None and program.ended is not None:
             program.release()
@@ -298,7 +299,8 @@ class Init(Loop):
         self.answer(connection, number, {}, [])
 
     def do_close_stream(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
-        """Close our copy of one stream, so that the program sees its end once the server closes its own."""
+        """Close the held copy of one stream, so that the program sees end of file once the server closes its own
+        copy."""
         program = self.programs.get(int(request["pid"]))
         fd = program.held.pop(str(request["stream"]), None) if program is not None else None
         if fd is not None:
@@ -321,7 +323,7 @@ class Init(Loop):
         elif request.get("tree"):
             count = process_tree.signal_tree(pid, signum, request.get("since"), bool(request.get("root", True)))
         else:
-            os.kill(pid, signum)  # not reaped yet, so the pid is still its own
+            os.kill(pid, signum)  # not reaped yet, so the pid is not reused
             count = 1
         self.answer(connection, number, {"count": count}, [])
 
@@ -354,7 +356,7 @@ class Init(Loop):
         self.answer(connection, number, {}, [])
 
     def _step(self, job: Generator[float, None, int], done: Callable[[int], None]) -> None:
-        """Drive a job from the loop, so that others are served while it waits."""
+        """Run a job step by step from the loop, which serves other requests meanwhile."""
         try:
             pause = next(job)
         except StopIteration as end:
@@ -363,7 +365,7 @@ class Init(Loop):
         self.later(pause, lambda: self._step(job, done))
 
     def do_stop(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
-        """SIGTERM (and a hang-up to programs with a terminal), SIGKILL after `grace` seconds; then we end."""
+        """SIGTERM (and SIGHUP to programs with a terminal), SIGKILL after `grace` seconds; then pid 1 exits."""
         end = time.monotonic() + max(0.0, min(float(request.get("grace", 0)), 3600.0))
         self.answer(connection, number, {}, [])
         self.frozen.end()
@@ -380,7 +382,7 @@ class Init(Loop):
             if time.monotonic() < end and process_tree.alive_under(me, None):
                 self.later(0.01, look)
             elif me == 1:
-                self.stopping = True  # the end of pid 1 ends all
+                self.stopping = True  # the end of pid 1 ends all processes
             else:
                 process_tree.run(_kill_under(me))
                 self.stopping = True
@@ -413,7 +415,7 @@ class Init(Loop):
         status = 1
         try:
             signal.set_wakeup_fd(-1)
-            syscalls.close_all_but(2, connection.sock.fileno())  # no stream of a program lives on in here
+            syscalls.close_all_but(2, connection.sock.fileno())  # the child must hold no stream of a program
             request["in_child"] = True
             message: dict[str, Any]
             fds: list[int] = []
@@ -429,7 +431,7 @@ class Init(Loop):
             send_patiently(connection.sock, message, fds)
             status = 0
         except BaseException:
-            pass  # the status tells
+            pass  # the exit status tells the result
         finally:
             os._exit(status)
 
@@ -437,7 +439,7 @@ class Init(Loop):
         if pid in self.children:
             os.kill(pid, signal.SIGKILL)
 
-    # ---- ends ----
+    # ---- exits ----
 
     def _reap(self) -> None:
         while True:
@@ -466,7 +468,7 @@ class Init(Loop):
 
 
 def _kill_under(root: int) -> Generator[float, None, int]:
-    """SIGKILL to all under a process that must itself go on: without pid 1's power to end its namespace."""
+    """Send SIGKILL to all descendants of a process that continues: used where pid 1 has no namespace to end."""
     end = time.monotonic() + 10
     count = 0
     while time.monotonic() < end and (left := process_tree.alive_under(root, None)):
@@ -478,11 +480,11 @@ def _kill_under(root: int) -> Generator[float, None, int]:
 
 
 def _ignore(_number: int, _frame: object) -> None:
-    """A signal that pid 1 does not act upon, or that only wakes its loop."""
+    """Handler of a signal that pid 1 ignores, or that only wakes its loop."""
 
 
 def prepare(listener: socket.socket, uid: int, outside: bool) -> Init:
-    """An Init whose process others cannot look into."""
+    """Create an Init whose process others cannot inspect."""
     return hidden(Init(listener, uid, outside))
 
 
@@ -490,7 +492,7 @@ _Made = TypeVar("_Made", bound=Init)
 
 
 def hidden(made: _Made) -> _Made:
-    """The same, whose process others cannot look into from now on."""
+    """Prevent other processes from inspecting this one; returns the Init."""
     if os.getpid() != 1:
         syscalls.prctl(syscalls.PR_SET_CHILD_SUBREAPER, 1)
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
@@ -500,7 +502,7 @@ def hidden(made: _Made) -> _Made:
 
 
 def main() -> None:
-    """Run as a program, see the module's docstring."""
+    """Entry point, see the module's docstring."""
     options = json.loads(sys.argv[1])
     os.setsid() if os.getsid(0) != os.getpid() else None
     init = prepare(socket.socket(fileno=int(options["listen"])), int(options["uid"]), bool(options.get("outside")))
@@ -509,12 +511,10 @@ def main() -> None:
 
 
 
-# ---- dial ----
-#
-# Connections to ports inside, made from inside and handed out as connected sockets.
+# ---- connections to ports inside, returned as connected sockets ----
 
 def start_connection(init: Init, connection: Connection, number: int, request: dict[str, Any]) -> None:
-    """Connect without blocking the loop, and answer with the socket."""
+    """Connect without blocking the loop, and reply with the socket."""
     host, port = str(request.get("host") or "127.0.0.1"), int(request["port"])
     timeout = max(0.0, min(float(request.get("timeout", 10)), 300.0))
     if not 0 < port < 65536:

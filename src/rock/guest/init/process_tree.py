@@ -1,7 +1,7 @@
-"""Processes by their parents: who descends from whom, read from /proc, and signals to a whole tree.
+"""Process trees: descendants as read from /proc, and signals to a whole tree. Standard library only.
 
-A program is started as a child subreaper, so all that descends from it stays under it, orphans and daemons included.
-Start times are in ticks (10 ms) of CLOCK_BOOTTIME, as /proc/PID/stat tells them.
+A program is started as a child subreaper, so all its descendants stay below it, orphans and daemons included. Start
+times are in ticks (10 ms) of CLOCK_BOOTTIME, as in /proc/PID/stat.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Collection, Generator, Iterator
 from typing import NamedTuple
 
 TICK = os.sysconf("SC_CLK_TCK")
-_PATIENCE = 10.0  # seconds that a kill may take before it answers with what is left
+_PATIENCE = 10.0  # timeout of a kill in seconds; it then returns the remaining processes
 
 
 class Entry(NamedTuple):
@@ -31,7 +31,7 @@ class Entry(NamedTuple):
 
 
 def parse_stat(text: bytes) -> Entry | None:
-    """Entry of a /proc/PID/stat line; its second field may hold parentheses, spaces and newlines."""
+    """Parse a /proc/PID/stat line; its second field may contain parentheses, spaces and newlines."""
     head, _, tail = text.rpartition(b")")
     fields = tail.split()
     if len(fields) < 20:
@@ -45,13 +45,13 @@ def read(pid: int) -> Entry | None:
 
 
 def lives(pid: int, start: int | None) -> bool:
-    """Whether this very process lives; a pid that was used again does not count."""
+    """Whether exactly this process lives; a reused pid does not count."""
     entry = read(pid)
     return entry is not None and entry.alive and start in (None, entry.start)
 
 
 def read_thread(pid: int, thread: int) -> Entry | None:
-    """The same of one of its threads."""
+    """The entry of one of its threads."""
     return _read(f"/proc/{pid}/task/{thread}/stat")
 
 
@@ -69,7 +69,7 @@ def _read(path: str) -> Entry | None:
 
 
 def scan() -> dict[int, Entry]:
-    """Every process that /proc shows, by pid."""
+    """Every process in /proc, by pid."""
     found = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
@@ -80,7 +80,7 @@ def scan() -> dict[int, Entry]:
 
 
 def descendants(table: dict[int, Entry], root: int) -> Iterator[Entry]:
-    """All processes under `root`, without it; parents before children."""
+    """All descendants of `root`; parents before children."""
     children: dict[int, list[Entry]] = {}
     for entry in table.values():
         children.setdefault(entry.parent, []).append(entry)
@@ -97,17 +97,17 @@ def descendants(table: dict[int, Entry], root: int) -> Iterator[Entry]:
 def alive_under(root: int, since: int | None, spare: Collection[int] = ()) -> list[Entry]:
     """Living descendants of `root` that started at or after the tick `since`.
 
-    A process whose start is in the same tick as `since` counts as inside: the child of a command starts within a
-    millisecond of it, and must not survive the command's end.
+    A process that started in the same tick as `since` is included: the child of a command starts within a millisecond
+    of it, and must not survive the command's end.
     """
     return [entry for entry in descendants(scan(), root)
             if entry.alive and entry.pid not in spare and (since is None or entry.start >= since)]
 
 
 def send(entry: Entry, number: int, *, threads: bool = False) -> bool:
-    """Signal exactly this process: a pid that was used again meanwhile is left alone. False when it is gone.
+    """Signal exactly this process and no process with a reused pid. False when it is gone.
 
-    threads: also one whose main thread has ended, as others of it may still run.
+    threads: also a process whose main thread has ended, because its other threads may still run.
     """
     try:
         fd = os.pidfd_open(entry.pid)
@@ -126,7 +126,7 @@ def send(entry: Entry, number: int, *, threads: bool = False) -> bool:
 
 
 def _send_plainly(entry: Entry, number: int, threads: bool) -> bool:
-    """Where the kernel has no pidfds, as gVisor's: between the look and the signal a pid could be used again."""
+    """For kernels without pidfds, such as gVisor's: the pid could be reused between the check and the signal."""
     now = read(entry.pid)
     if now is None or now.start != entry.start or not (now.alive or threads):
         return False
@@ -138,7 +138,7 @@ def _send_plainly(entry: Entry, number: int, threads: bool) -> bool:
 
 
 def signal_tree(root: int, number: int, since: int | None, include_root: bool, spare: Collection[int] = ()) -> int:
-    """One signal to the tree, once; answers how many processes got it."""
+    """Send one signal to the tree, once; returns the number of processes that received it."""
     entries = alive_under(root, since, spare)
     own = read(root) if include_root else None
     return sum(send(entry, number) for entry in ([own, *entries] if own else entries))
@@ -146,11 +146,12 @@ def signal_tree(root: int, number: int, since: int | None, include_root: bool, s
 
 def kill_tree(root: int, since: int | None, include_root: bool, spare: Collection[int] = (),
               tell: int | None = None) -> Generator[float, None, int]:
-    """SIGKILL to the tree until none of it is left. Yields seconds to wait; returns how many were killed.
+    """Send SIGKILL to the tree until no process of it remains. Yields seconds to wait; returns the number of killed
+    processes.
 
-    Everything is stopped before the first kill, so that a fork bomb cannot outrun the killing, and the root goes last,
-    because it is the one who inherits the orphans. tell: a signal that a spared root finds when it goes on, before it
-    can notice what became of its children.
+    All processes are stopped before the first kill, so a fork bomb cannot outrun it. The root is last, because it
+    inherits the orphans. tell: a signal for a spared root, which it receives before it can notice the end of its
+    children.
     """
     own = read(root)
     if own is None or not own.alive:
@@ -190,7 +191,7 @@ def _stop_all(root: int, since: int | None, spare: Collection[int], end: float) 
 
 
 def run(job: Generator[float, None, int]) -> int:
-    """Drive `kill_tree` to its end in this thread, sleeping as it asks."""
+    """Run `kill_tree` to its end in this thread, with its sleeps."""
     while True:
         try:
             time.sleep(next(job))

@@ -1,4 +1,4 @@
-"""Starting programs: streams, users, terminals, limits, and typed errors when a program cannot be started."""
+"""Starts programs: streams, users, terminals, limits, and typed errors of a failed start. Standard library only."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ HIGHEST_CHANNEL = 255
 
 
 class Program:
-    """A program that was started and not yet forgotten. `held` are our copies of the server's ends, by stream name.
+    """A started program that is not yet forgotten. `held` are copies of the server's ends, by stream name.
 
-    No dataclass: to import what makes them takes a fifth of the time in which a container's pid 1 starts.
+    Not a dataclass: the import of dataclasses takes a fifth of the start time of a container's pid 1.
     """
 
     def __init__(self, pid: int, key: str, keep: bool, has_pty: bool) -> None:
@@ -43,7 +43,7 @@ class Program:
 
 
 class Streams:
-    """Both ends of a program's descriptors: `ours` by stream name, `theirs` by the number that the program sees."""
+    """Both ends of a program's descriptors: `ours` by stream name, `theirs` by the number in the program."""
 
     def __init__(self, request: dict[str, Any], user: users.User | None) -> None:
         self.ours: dict[str, int] = {}
@@ -101,7 +101,7 @@ class Streams:
     def _memory(self, name: str, number: int) -> None:
         self.theirs[number] = fd = os.memfd_create("rock", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(fd, CHANNEL_MEMORY)
-        # What is cut off would be a SIGBUS for the other side
+        # Truncation by one side would be a SIGBUS for the other
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         self.ours[name] = os.dup(fd)
 
@@ -118,9 +118,9 @@ class Streams:
 
 
 class Plan:
-    """All that a child needs to become the program, worked out before the fork.
+    """All data that a child needs to become the program, computed before the fork.
 
-    Every page that the child touches is copied, at about 3 us each; so it does as little as it can.
+    Each page that the child touches is copied, at about 3 us, so the child does as little as possible.
     """
 
     def __init__(self, request: dict[str, Any], streams: Streams, user: users.User | None,
@@ -140,7 +140,7 @@ class Plan:
 
 
 def _guess(name: str, path: str) -> str:
-    """Where the program probably is; the full search, with its errors, is done when this guess fails."""
+    """The likely path of the program; the full search, with its errors, runs when this guess fails."""
     if "/" not in name:
         for folder in path.split(":"):
             if folder.startswith("/") and os.access(f"{folder}/{name}", os.X_OK):
@@ -149,7 +149,7 @@ def _guess(name: str, path: str) -> str:
 
 
 class Start:
-    """A child on its way to exec. `verdict` reaches its end of file when it got there or gave up; then `settle`."""
+    """A child before exec. `verdict` reaches end of file after exec or a failure; then call `settle`."""
 
     def __init__(self, plan: Plan, *, by_fork: bool = False) -> None:
         self.plan = plan
@@ -157,8 +157,8 @@ class Start:
         self._table: native.Table | None = None
         self.verdict, writing = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         if writing in plan.streams.theirs:
-            # A channel of the program has this number. It would close the child's end before exec: its memory, which
-            # is ours until then, would be given back too early.
+            # A channel of the program has this number. The child's end would close before exec, and its memory, which
+            # it shares with this process until then, would be released too early.
             low, writing = writing, fcntl.fcntl(writing, fcntl.F_DUPFD_CLOEXEC, HIGHEST_CHANNEL + 1)
             os.close(low)
         try:
@@ -174,7 +174,7 @@ class Start:
         table.session(plan.streams.theirs[0] if plan.streams.pty else None)
         high: list[int] = []
         theirs = plan.streams.theirs
-        if min(theirs.values()) <= max(theirs):  # a descriptor has a number that the program expects for another one
+        if min(theirs.values()) <= max(theirs):  # a descriptor has a number that another one needs
             high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, HIGHEST_CHANNEL + 1) for fd in theirs.values()]
             theirs = dict(zip(theirs, high, strict=True))
         try:
@@ -192,7 +192,7 @@ class Start:
                 os.close(fd)
 
     def settle(self, data: bytes) -> Fault | None:
-        """What went wrong, or None, after what `verdict` gave. Of a clone we only know that it did not get there."""
+        """The error after reading `verdict`, or None. A cloned child reports no reason."""
         os.close(self.verdict)
         if data:
             return Fault(*json.loads(data))
@@ -203,7 +203,7 @@ class Start:
 
 
 def _fork(plan: Plan, writing: int) -> int:
-    """The slow way, with a sentence for each thing that can go wrong."""
+    """Start by fork, with a message for each possible error."""
     pid = os.fork()
     if pid == 0:
         step = ["start"]
@@ -217,7 +217,7 @@ def _fork(plan: Plan, writing: int) -> int:
 
 
 def _raise_score(pid: int) -> None:
-    """Have a program killed for memory before us. Only now: as long as it shares our memory, its score is ours too."""
+    """Raise the program's OOM score. After exec only: a child that shares our memory shares our score."""
     try:
         fd = os.open(f"/proc/{pid}/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
     except OSError:
@@ -243,7 +243,7 @@ def _verdict(error: BaseException, step: str) -> list[str]:
 
 
 def _become(plan: Plan, step: list[str]) -> None:
-    """The child's way to exec. `step` names what is being done, for the error's text."""
+    """Prepare the child and call exec. `step` names the current action, for the error's text."""
     os.setsid()
     syscalls.become_subreaper()
     if plan.streams.pty:
@@ -267,7 +267,7 @@ def _become(plan: Plan, step: list[str]) -> None:
 
 
 def _place(theirs: dict[int, int]) -> None:
-    """Put each descriptor at the number that the program expects, whatever numbers they have now."""
+    """Move each descriptor to the number that the program expects."""
     if min(theirs.values()) > max(theirs):
         for number, fd in theirs.items():
             os.dup2(fd, number, inheritable=True)
@@ -278,7 +278,7 @@ def _place(theirs: dict[int, int]) -> None:
 
 
 def _file_limits(spec: int | None, limits: tuple[int, int]) -> tuple[int, int] | None:
-    """The limits to set for a program, or None when it has them already: ours are (hard, hard)."""
+    """The limits to set for a program, or None when they are already set: those of pid 1 are (hard, hard)."""
     soft, hard = limits
     if spec is None:
         return None if soft == hard else limits
@@ -294,7 +294,7 @@ def drop(user: users.User) -> None:
     try:
         try:
             os.setgroups(user.groups)
-        except PermissionError:  # a user namespace with one user has setgroups denied
+        except PermissionError:  # a user namespace with one user denies setgroups
             if user.uid != os.geteuid() or user.gid != os.getegid():
                 raise
         os.setresgid(user.gid, user.gid, user.gid)
@@ -305,7 +305,7 @@ def drop(user: users.User) -> None:
 
 
 def execute(argv: list[str], environment: dict[str, str]) -> None:
-    """execve with a look-up in PATH; returns never, and raises a Fault that tells what is missing."""
+    """execve with a search in PATH; never returns, and raises a Fault that names the missing part."""
     name = argv[0]
     if not name:
         raise Fault("invalid_config", "the program's name is empty")

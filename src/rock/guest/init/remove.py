@@ -1,4 +1,4 @@
-"""Removing a tree that a stranger filled: never follows a link, holds few descriptors however deep the tree is."""
+"""Removes an untrusted tree: never follows a link, and uses few descriptors at any depth. Standard library only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def remove_tree(path: str, *, keep_top: bool = False) -> None:
-    """Remove the folder at `path` and all under it; a missing one is no error. Raises the last OSError met, at the end.
+    """Remove the folder at `path` and everything below it; a missing one is no error. Finally raises the last OSError.
 
     keep_top: leave the folder itself, empty.
     """
@@ -36,7 +36,7 @@ def remove_tree(path: str, *, keep_top: bool = False) -> None:
 
 
 def _open(name: str, parent: int | None) -> int:
-    """Open a folder, giving ourselves the right to where its owner took it away."""
+    """Open a folder, after adding permissions that its owner removed."""
     try:
         fd = os.open(name, _FOLDER, dir_fd=parent)
     except PermissionError:
@@ -51,7 +51,7 @@ def _open(name: str, parent: int | None) -> int:
 
 
 def _allow(name: str, parent: int | None) -> None:
-    """chmod 700 of a folder that cannot be opened, by a descriptor that cannot be a link's target."""
+    """chmod 700 of an unreadable folder, by a descriptor that never refers to a link's target."""
     fd = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
     try:
         os.chmod(f"/proc/self/fd/{fd}", 0o700)
@@ -60,7 +60,7 @@ def _allow(name: str, parent: int | None) -> None:
 
 
 def _empty(top: int, failures: list[OSError]) -> None:
-    """Depth first. Beyond `_DEEPEST` levels a folder is moved up to the top, so that descriptors stay few."""
+    """Depth first. Beyond `_DEEPEST` levels a folder is moved to the top, which bounds the number of descriptors."""
     stack: list[tuple[int, str, list[str]]] = [(top, "", _clear_files(top, failures))]
     moved = 0
     while stack:
@@ -82,7 +82,7 @@ def _empty(top: int, failures: list[OSError]) -> None:
                 os.rename(child, target, src_dir_fd=fd, dst_dir_fd=top)
                 stack[0][2].append(target)
                 continue
-            except OSError:  # a folder of a lower overlay layer cannot be moved: go down into it
+            except OSError:  # a folder of a lower overlay layer cannot be moved: descend into it
                 pass
         try:
             inner = _open(child, fd)
@@ -95,7 +95,7 @@ def _empty(top: int, failures: list[OSError]) -> None:
 
 
 def _clear_files(fd: int, failures: list[OSError]) -> list[str]:
-    """Unlink all that is not a folder; answers the names of the folders."""
+    """Unlink everything that is not a folder; returns the names of the folders."""
     folders = []
     with os.scandir(fd) as entries:
         names = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]

@@ -1,15 +1,14 @@
-"""Sharing again what has not changed: pages that pid 1 wrote to and that are what they were when it was forked.
+"""Restores page sharing: releases pages that pid 1 wrote to and whose content equals that of the fork.
 
-Whoever is forked shares its parent's pages until one of them writes, and a Python process writes into most pages that
-it uses, if only to count references, up and down again. Half of what a pid 1 has of its own after some work is byte for
-byte what it was. The zygote's memory is a private mapping of a sealed memory file (namespace/snapshot.py), and so is
-that of each pid 1. When it has nothing to do, compiled code (native/sharing.c) compares each page of its own with the
-file's, and lets go of those that are equal: what is read there from then on is the file's page, which all share.
+A forked process shares its parent's pages until one of them writes, and a Python process writes into most pages that it
+uses, because it counts references. Half of a pid 1's private pages are byte for byte unchanged after some work. The
+zygote's memory is a private mapping of a sealed memory file (runtime/namespace/launcher/snapshot.py), and so is that of
+each pid 1. When pid 1 is idle, compiled code (native/sharing.c) compares each private page with the file's page and
+releases equal ones; reads then return the file's page, which all sandboxes share.
 
-No bytes change, whatever happens: all signals are blocked, there is one thread, and no child shares the memory
-meanwhile, so nobody writes between a comparison and the letting go. Where a page was not the file's after all (the C
-library gave memory back and got it anew), it is written again. Without the compiled code nothing is given
-back.
+The content never changes: all signals are blocked, there is one thread, and no child shares the memory meanwhile, so no
+code writes between a comparison and the release. A page that is not the file's (the C library returned memory and
+allocated it again) is written back. Without the compiled code no page is released. Standard library only.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from rock.guest.init import native
 
 PAGE = 4096
 
-Region = tuple[int, int, int]  # address, number of pages, address of the same in the file's mapping
+Region = tuple[int, int, int]  # address, number of pages, address of the same pages in the file's mapping
 
 
 class PageSharing:
-    """Lets go of pages of `regions`. Made before the process is copied that is to be swept, who then calls `run`."""
+    """Releases pages of `regions`. Created before the process is copied; each copy calls `run`."""
 
     def __init__(self, regions: list[Region]) -> None:
         self._count = len(regions)
@@ -32,7 +31,7 @@ class PageSharing:
         self._table = (ctypes.c_ulong * len(flat))(*flat)
 
     def run(self, pagemap: int) -> int:
-        """Let go of what is equal; answers how many pages. `pagemap`: our own /proc/self/pagemap, open for reading."""
+        """Release equal pages; returns their number. `pagemap`: the own /proc/self/pagemap, open for reading."""
         if native.library is None:
             return 0
         return int(native.library.share_pages(ctypes.addressof(self._table), self._count, pagemap))

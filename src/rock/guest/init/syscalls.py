@@ -1,4 +1,4 @@
-"""The few system calls that Python 3.11 does not wrap."""
+"""System calls that Python 3.11 does not wrap. Standard library only."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _AT_FDCWD = -100
 _NO_MAGIC_LINKS = 2
 _SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}
 _RESET_ON_FORK = 1
-_SLICE = 100_000  # nanoseconds: the kernel's least; its own is some milliseconds
+_SLICE = 100_000  # nanoseconds: the kernel's minimum; its default is some milliseconds
 
 
 def prctl(option: int, value: int) -> None:
@@ -36,7 +36,7 @@ def prctl(option: int, value: int) -> None:
 
 
 def filter_calls(program: bytes) -> None:
-    """Have a filter applied to this thread and all that it starts, from now on; OSError where that cannot be."""
+    """Apply a filter to this thread and its future children; OSError where that is impossible."""
     code = ctypes.create_string_buffer(program, len(program))
     described = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(code)))
     prctl(_PR_SET_NO_NEW_PRIVS, 1)
@@ -46,9 +46,9 @@ def filter_calls(program: bytes) -> None:
 
 
 def run_soon() -> None:
-    """Ask the kernel for short turns for this thread, and none that it starts: who asks for a short turn gets it sooner
-    (Linux 6.12). A server and a pid 1 that have something to pass on need not wait until a program that counts has had
-    its own turn. No more CPU time comes of it, and where it cannot be had nothing does.
+    """Request short time slices for this thread, but not for its children: a shorter slice is scheduled sooner (Linux
+    6.12). A server or pid 1 with data to forward does not wait for the slice of a computing program. The total CPU time
+    does not change; without kernel support nothing happens.
     """
     number = _SCHED_SETATTR.get(os.uname().machine)
     if number is not None:
@@ -58,25 +58,26 @@ def run_soon() -> None:
 
 
 def become_subreaper() -> None:
-    """Inherit the orphans among one's descendants. Cannot fail."""
+    """Become the subreaper of one's descendants. Cannot fail."""
     _prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def default_signals() -> None:
-    """Undo what was inherited: programs would start with the signals ignored that whoever started us ignored.
+    """Reset inherited signal dispositions: programs would otherwise inherit ignored signals.
 
-    Not by the signal module: the C library keeps the numbers 32 and 33 to itself, and they too may be ignored.
+    Uses system calls instead of the signal module, because the C library reserves the signals 32 and 33, which may be
+    ignored too.
     """
     number = _SIGACTION.get(os.uname().machine)
     if number is None:
         return
     default = ctypes.create_string_buffer(64)
-    for signum in range(1, 65):  # SIGKILL and SIGSTOP answer EINVAL
+    for signum in range(1, 65):  # SIGKILL and SIGSTOP return EINVAL
         _syscall(ctypes.c_long(number), ctypes.c_long(signum), default, None, ctypes.c_long(8))
 
 
 def close_on_exec_from(lowest: int) -> None:
-    """Mark every descriptor from `lowest` on close-on-exec."""
+    """Set close-on-exec on every descriptor from `lowest` on."""
     arguments = ctypes.c_uint(lowest), ctypes.c_uint(0xFFFFFFFF), ctypes.c_uint(_CLOSE_RANGE_CLOEXEC)
     if _syscall(ctypes.c_long(_CLOSE_RANGE), *arguments) < 0:  # older than 5.11
         for name in os.listdir("/proc/self/fd"):
@@ -88,7 +89,7 @@ def close_on_exec_from(lowest: int) -> None:
 
 
 def open_plain(path: str) -> int:
-    """An O_PATH descriptor, reached without any of /proc's magic links: OSError ELOOP where there is one."""
+    """An O_PATH descriptor, resolved without magic links of /proc: OSError ELOOP where there is one."""
     how = struct.pack("=QQQ", os.O_PATH | os.O_CLOEXEC, 0, _NO_MAGIC_LINKS)
     fd = int(_syscall(ctypes.c_long(_OPENAT2), ctypes.c_long(_AT_FDCWD), ctypes.c_char_p(os.fsencode(path)),
                       ctypes.c_char_p(how), ctypes.c_long(len(how))))
@@ -101,7 +102,7 @@ def open_plain(path: str) -> int:
 
 
 def close_range(first: int, last: int) -> None:
-    """Close every descriptor from `first` to `last`, both included."""
+    """Close every descriptor from `first` to `last`, inclusive."""
     if first > last:
         return
     if _syscall(ctypes.c_long(_CLOSE_RANGE), ctypes.c_uint(first), ctypes.c_uint(last), ctypes.c_uint(0)) < 0:
@@ -109,7 +110,7 @@ def close_range(first: int, last: int) -> None:
 
 
 def close_all_but(highest: int, spared: int) -> None:
-    """Close every descriptor over `highest`, except one."""
+    """Close every descriptor above `highest`, except one."""
     close_range(highest + 1, spared - 1)
     close_range(spared + 1, 0xFFFFFFFF)
 

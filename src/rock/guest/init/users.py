@@ -1,4 +1,5 @@
-"""Users by name or number, from the sandbox's own /etc/passwd and /etc/group, which may hold anything."""
+"""Users by name or number, from the sandbox's own /etc/passwd and /etc/group, which are untrusted. Standard library
+only."""
 
 from __future__ import annotations
 
@@ -9,13 +10,13 @@ from typing import NamedTuple
 
 from rock.guest.init.link import Fault
 
-_MOST = 1 << 20  # bytes of a user database that are read
+_MOST = 1 << 20  # maximum bytes read of a user database
 _cache: dict[str, tuple[tuple[int, int, int], list[str]]] = {}
 _HIGHEST = 0xFFFFFFFE
 
 
 class User(NamedTuple):
-    """Who a program runs as: `home` is where HOME points."""
+    """The user of a program: `home` is the value of HOME."""
 
     uid: int
     gid: int
@@ -24,14 +25,14 @@ class User(NamedTuple):
 
 
 def find(text: str) -> User:
-    """The user that "name", "uid", "name:group" or "uid:gid" means. Fault not_found names the missing part."""
+    """Resolve "name", "uid", "name:group" or "uid:gid". Fault not_found names the missing part."""
     name, colon, group = text.partition(":")
     row = _passwd(name)
     if row is not None:
         login, uid, gid, home = row
     elif _number(name) is not None:
         login, uid, gid, home = "", _number(name) or 0, 0, "/"
-    elif name == "root":  # who is there in images without a user database too
+    elif name == "root":  # also in images without a user database
         login, uid, gid, home = "", 0, 0, "/root" if os.path.isdir("/root") else "/"
     else:
         raise Fault("not_found", f"no such user: {name!r}")
@@ -50,7 +51,7 @@ def _number(text: str) -> int | None:
 
 
 def _rows(path: str, width: int) -> Iterator[list[str]]:
-    """Fields of each sound line of a user database; nothing when it is missing or is not a regular file."""
+    """The fields of each valid line of a user database; empty when it is missing or is not a regular file."""
     try:
         now = os.stat(path)
     except OSError:

@@ -1,4 +1,6 @@
-"""Where an archive's bytes come from: a file, a part of a file, decompressed and checked on the way."""
+"""Sources of archive bytes: a file or a part of a file, decompressed and verified, within bounds on the unpacked size.
+
+A few kilobytes of an archive can expand to more than any disk holds, so `Bounds` limits every unpack."""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ class Blob:
         return cls(path, 0, path.stat().st_size)
 
     def chunks(self) -> Iterator[bytes]:
-        """Its bytes; ImageError when the file has fewer."""
+        """Its bytes; ImageError when the file is shorter."""
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             left = self.size
@@ -54,7 +56,7 @@ class Blob:
             return file.read(min(count, self.size))
 
     def read(self, limit: int = 64 << 20) -> bytes:
-        """The whole, which is small; ImageError when it is larger than `limit` bytes."""
+        """The whole content; ImageError when it is larger than `limit` bytes."""
         if self.size > limit:
             raise ImageError(f"a description of {self.size} bytes in {self.path}; more than {limit} is refused")
         return b"".join(self.chunks())
@@ -70,7 +72,7 @@ def compression(blob: Blob) -> str:
 
 
 class TarConsumer(Protocol):
-    """What the entries of a tar are written by."""
+    """Receives the entries of a tar."""
 
     def add_all(self, reader: TarReader) -> None: ...
 
@@ -78,7 +80,7 @@ class TarConsumer(Protocol):
 class Plain:
     """The uncompressed bytes of a blob, with the digests of both sides once `chunks` is exhausted.
 
-    bounds: of what it may come to, whatever of it is used.
+    bounds: limits the whole size, whatever part of it is used.
     """
 
     def __init__(self, blob: Blob, bounds: Bounds) -> None:
@@ -97,11 +99,11 @@ class Plain:
         return f"sha256:{self._inner.hexdigest()}"
 
     def chunks(self) -> Generator[bytes, None, None]:
-        """Pieces of at most a few MB. They are made by a thread, beside whoever takes them."""
+        """Pieces of at most a few MB. A thread produces them ahead of the consumer."""
         return _ahead(self._plain())
 
     def unpack_into(self, writer: TarConsumer) -> None:
-        """Give the tar that it is to a writer, to the last byte."""
+        """Pass the tar to a writer, to the last byte."""
         chunks = self.chunks()
         try:
             stream = ByteStream(chunks)
@@ -182,7 +184,8 @@ def _unzstd(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def _ahead(chunks: Generator[bytes, None, None], depth: int = 8) -> Generator[bytes, None, None]:
-    """The same, made by a thread up to `depth` pieces ahead: decompression and digests run beside the writing."""
+    """The same items, produced by a thread up to `depth` ahead: decompression and digests run in parallel with
+    writes."""
     ready: queue.Queue[bytes | BaseException | None] = queue.Queue(depth)
     stopped = threading.Event()
 
@@ -220,7 +223,7 @@ def _ahead(chunks: Generator[bytes, None, None], depth: int = 8) -> Generator[by
 class Archive:
     """The files of an archive, folder or tar, by name. A compressed tar is first decompressed into `scratch`.
 
-    bounds: of what that may come to, and of the files in it.
+    bounds: limits the decompressed size and the number of files.
     """
 
     def __init__(self, path: Path, scratch: Path, bounds: Bounds) -> None:
@@ -301,17 +304,15 @@ def first_name(path: Path, bounds: Bounds) -> str:
 
 
 # ---- bounds ----
-#
-# How much may be unpacked: a few kilobytes of an archive can stand for more than any disk holds.
 
 MOST_BYTES, MOST_ENTRIES = 64 << 30, 2_000_000
-_SHARE = 0.8  # of what is free on the disk, at most
+_SHARE = 0.8  # maximum share of the free disk space
 
 
 class Bounds:
-    """What is left of it. Shared by all layers of an image and by the threads that unpack them; None is no bound.
+    """The remaining allowance. Shared by all layers of an image and by the threads that unpack them; None is no bound.
 
-    disk: that of this folder has less free than the settings allow.
+    disk: the limit comes from the free space of this folder, which is below the configured limit.
     """
 
     def __init__(
@@ -324,8 +325,8 @@ class Bounds:
         self._bytes = self._entries = 0
 
     def take(self, size: int = 0, entries: int = 0) -> None:
-        """Count plain bytes of an archive and files to be made. ImageError when there are too many, StorageFull when
-        the disk would hold no more."""
+        """Count unpacked bytes and files. ImageError when the bound is exceeded, StorageFull when the disk is too
+        small."""
         with self._lock:
             self._bytes += size
             self._entries += entries
@@ -337,7 +338,7 @@ class Bounds:
             raise self._refusal(f"more than {self.most_entries} files", "ROCK_IMAGE_MAX_ENTRIES")
 
     def refuse(self, size: int) -> None:
-        """The same for bytes that somebody says will come, before any has."""
+        """The same check for an announced size, before any data arrives."""
         if self.most_bytes is not None and size > self.most_bytes:
             raise self._refusal(f"{size} bytes, more than {self.most_bytes},", "ROCK_IMAGE_MAX_BYTES")
 
@@ -350,16 +351,16 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Allowance:
-    """What each image may have, beside what the disk allows."""
+    """The configured limits of one image, beside those of the disk."""
 
     most_bytes: int = MOST_BYTES
     most_entries: int = MOST_ENTRIES
 
     def on(self, folder: Path) -> Bounds:
-        """For one image that is unpacked into `folder` now."""
+        """The bounds of one image that is unpacked into `folder` now."""
         disk = os.statvfs(folder)
         free = int(disk.f_bavail * disk.f_frsize * _SHARE)
-        files = int(disk.f_favail * _SHARE) if disk.f_files else self.most_entries  # btrfs, for one, tells none
+        files = int(disk.f_favail * _SHARE) if disk.f_files else self.most_entries  # btrfs, for example, reports none
         scarce = free < self.most_bytes or files < self.most_entries
         return Bounds(min(self.most_bytes, free), min(self.most_entries, files), folder if scarce else None)
 

@@ -1,9 +1,9 @@
-"""Reading image archives: `docker save` in its old and new form, OCI layouts, as a tar or a folder.
+"""Reads image archives: `docker save` in its old and new form, OCI layouts, as a tar or a folder.
 
     docker-archive   manifest.json -> config, layers (plain tars)
     OCI layout       index.json -> [index ->]* manifest -> config, layers (tar, gzip, zstd), all by digest
 
-What is read here becomes an `Archived`: a name, a config and the layers' blobs; the store unpacks it.
+The result is an `Archived`: a name, a config and the layers' blobs; the store unpacks it.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _INDEXES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.d
 _MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386", "loongarch64": "loong64"}
 _ARCHIVE_NAME = re.compile(r"blobs|oci-layout|index\.json|manifest\.json|repositories|[0-9a-f]{64}(\.json)?", re.ASCII)
 _DEEPEST_INDEX = 4
-# Of an image's config: kept for others, and not acted on here
+# Fields of an image's config that are preserved for other tools and have no effect here
 OTHER = ("ExposedPorts", "Volumes", "StopSignal", "Healthcheck", "Shell", "OnBuild")
 
 
 @dataclass(frozen=True)
 class LayerBlob:
-    """One layer: its bytes as archived, the digest of these (None: not told), and the digest of the plain tar."""
+    """One layer: its archived bytes, their digest (None: unknown), and the digest of the plain tar."""
 
     blob: Blob
     digest: str | None
@@ -44,7 +44,7 @@ class LayerBlob:
 
 @dataclass(frozen=True)
 class Config:
-    """What an image says about how to run it."""
+    """An image's settings for running it."""
 
     env: dict[str, str] = field(default_factory=dict)
     cwd: str = "/"
@@ -69,12 +69,12 @@ class Archived:
 
 
 def this_architecture() -> str:
-    """This machine's, in the words of images."""
+    """This machine's architecture in the naming of images."""
     return _MACHINES.get(platform.machine(), platform.machine())
 
 
 def kind_of(path: Path, bounds: Bounds) -> str:
-    """What `path` is: a folder is "oci", "docker" or "folder", a file is "archive" (of images) or "tar"."""
+    """The type of `path`: a folder is "oci", "docker" or "folder", a file is "archive" (of images) or "tar"."""
     if path.is_dir():
         if (path / "oci-layout").is_file() or (path / "index.json").is_file():
             return "oci"
@@ -86,7 +86,7 @@ def kind_of(path: Path, bounds: Bounds) -> str:
 
 
 def _described(read: Callable[P, T]) -> Callable[P, T]:
-    """What reads a description by somebody else: of a form that none has, it is an ImageError."""
+    """Wraps the parsing of untrusted metadata: malformed data raises ImageError."""
 
     @functools.wraps(read)
     def reading(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -150,7 +150,7 @@ def _resolve(archive: Archive, row: dict[str, Any], depth: int) -> Archived:
 
 
 def _choose(archive: Archive, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The manifest for this machine: the one that is in the archive, where several fit (arm variants)."""
+    """The manifest for this machine; when several fit (arm variants), the one that is in the archive."""
     for row in _fitting(rows):
         if archive.get(_path(_text(row, "digest"))) is not None:
             return row
@@ -185,7 +185,7 @@ def _no_image(name: str, rows: list[Any]) -> ImageError:
 
 
 def _runnable(row: dict[str, Any]) -> bool:
-    """Not an attestation or a signature, which stand beside images in an index."""
+    """Whether it is an image, and not an attestation or a signature in the same index."""
     return (row.get("platform") or {}).get("os") != "unknown" and not row.get("artifactType")
 
 

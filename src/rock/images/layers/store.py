@@ -1,14 +1,14 @@
 """The layers on disk: one folder each, named by the digest of its content.
 
     layers/<id>/      the files, ready to be overlay's lowerdir; never written to again
-    meta/<id>.json    digest and size; a layer is there when this is
-    blobs/<id>.json   what it is called in registries: digests and sizes of it packed
-    tmp/<random>/     a layer being made or removed, locked by the process that does it
-    locks/<id>        held while a layer is made: who comes second waits, and finds it done
+    meta/<id>.json    digest and size; the layer exists when this file does
+    blobs/<id>.json   its packed forms in registries: digests and sizes
+    tmp/<random>/     a layer under construction or removal, locked by its process
+    locks/<id>        held during construction: a second process waits, and finds the layer complete
 
 `<id>` is the first 16 hexadecimal digits of the digest: short, because overlay's options share one page. The rest of
 the digest is compared, so a collision is an error and never the wrong layer. The whole store is closed to other users
-(0700): a layer may have setuid programs, which must be of no use to anybody outside a sandbox.
+(0700): a layer may contain setuid programs, which must not be usable outside a sandbox.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _MOST_PACKED = 4
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """What is known of a layer: digest of the plain archive, bytes of its files, whether it deletes files of the
-    layers below, how many device nodes were left out."""
+    """A layer: digest of the plain archive, bytes of its files, whether it deletes files of the layers below, number of
+    omitted device nodes."""
 
     diff_id: str
     size: int
@@ -45,8 +45,9 @@ class LayerInfo:
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """A layer as registries have it. diff_id: of the plain tar in it, which is the layer's own where it came in this
-    blob, and another one where it was packed here. repositories: "domain/repository" where it was seen."""
+    """A layer as a registry stores it. diff_id: of the plain tar in it, which is the layer's own digest if it was
+    imported from this blob, and a different one if it was packed here. repositories: known locations,
+    "domain/repository"."""
 
     diff_id: str
     digest: str
@@ -79,7 +80,7 @@ class LayerStore:
         return str(self.folder / "layers" / layer_id(diff_id))
 
     def info(self, diff_id: str) -> LayerInfo | None:
-        """The layer of that digest, if it is there."""
+        """The layer with that digest, if present."""
         try:
             body = json.loads(self._meta(layer_id(diff_id)).read_bytes())
         except FileNotFoundError:
@@ -90,26 +91,26 @@ class LayerStore:
         return info
 
     def has(self, diff_id: str) -> bool:
-        """Whether the layer of that digest is there."""
+        """Whether the layer with that digest is present."""
         return self.info(diff_id) is not None
 
     def info_of(self, folder: str) -> LayerInfo:
-        """The layer in one of `path`'s folders. ImageError when it was removed."""
+        """The layer of one of `path`'s folders. ImageError when it was removed."""
         try:
             return LayerInfo(**json.loads(self._meta(os.path.basename(folder)).read_bytes()))
         except FileNotFoundError:
             raise ImageError(f"layer {os.path.basename(folder)} was removed") from None
 
     def packed(self, diff_id: str) -> list[PackedLayer]:
-        """As what a layer is known to be in registries, the last one first."""
+        """The known packed forms of a layer, the latest first."""
         try:
             rows = json.loads(self._blobs(layer_id(diff_id)).read_bytes())
             return [PackedLayer(**{**row, "repositories": tuple(row["repositories"])}) for row in rows]
-        except (FileNotFoundError, ValueError, TypeError, KeyError):  # then it is packed once more
+        except (FileNotFoundError, ValueError, TypeError, KeyError):  # the layer is packed again
             return []
 
     def remember(self, diff_id: str, packed: PackedLayer) -> None:
-        """A layer that is there is known by this, too. The caller knows that it is so."""
+        """Record a packed form of a layer. The caller has verified it."""
         known = self.packed(diff_id)
         rows = [packed, *(row for row in known if row.digest != packed.digest)][:_MOST_PACKED]
         if rows != known:
@@ -120,11 +121,11 @@ class LayerStore:
         self, what: str, fill: Fill, diff_id: str | None = None, kind: type[LayerWriter] = LayerWriter,
         bounds: Bounds | None = None,
     ) -> LayerInfo:  # fmt: skip
-        """Make a layer: `fill` writes it and answers its digest. With a `diff_id` that is there, nothing is done.
+        """Create a layer: `fill` writes it and returns its digest. An existing `diff_id` is not created again.
 
-        Of several callers with the same `diff_id` one makes it and the others wait for that. A digest that turns out
-        different is an ImageError, and so is one beyond `bounds`, those of a whole image unless given; a full disk is
-        StorageFull; either way nothing is left.
+        Of several callers with the same `diff_id`, one creates the layer and the others wait. ImageError for a
+        different digest and beyond `bounds`, by default those of a whole image; StorageFull for a full disk. A failure
+        leaves nothing behind.
         """
         bounds = bounds or self.bounds()
         with storing(what):
@@ -136,7 +137,7 @@ class LayerStore:
                 return self.info(diff_id) or self._make(what, fill, diff_id, kind, bounds)
 
     def bounds(self) -> Bounds:
-        """Of an image that is unpacked now."""
+        """The bounds of an image that is unpacked now."""
         return self.allowance.on(self.folder)
 
     def _make(
@@ -165,19 +166,19 @@ class LayerStore:
     def _publish(self, new: Path, info: LayerInfo) -> None:
         fd = os.open(new, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            sync_tree(fd)  # once for all files: a power cut must not leave a published layer with holes
+            sync_tree(fd)  # once for all files: a published layer must be complete after a power failure
         finally:
             os.close(fd)
         target = Path(self.path(info.diff_id))
         if target.exists():
-            self._discard(target)  # of a crash between the next two steps
+            self._discard(target)  # left by a crash between the next two steps
         os.rename(new, target)
         sync_folder(target.parent)
         write_atomic(self._meta(target.name), json.dumps(asdict(info)).encode())
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A folder of our own that is removed at the end; one that a crash leaves is removed by the next `sweep`."""
+        """A private folder that is removed at the end; after a crash the next `sweep` removes it."""
         with locked(self.folder / "locks" / "tmp", shared=True):
             folder = Path(tempfile.mkdtemp(dir=self.folder / "tmp"))
             fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -189,7 +190,7 @@ class LayerStore:
             os.close(fd)
 
     def sweep(self) -> None:
-        """Remove what crashed processes left half-made."""
+        """Remove incomplete layers of crashed processes."""
         with locked(self.folder / "locks" / "tmp"):
             for folder in (self.folder / "tmp").iterdir():
                 with suppress(OSError):
@@ -216,7 +217,7 @@ class LayerStore:
         return [p.stem for p in (self.folder / "meta").glob("*.json")]
 
     def remove(self, id: str) -> int:
-        """Remove a layer; answers the bytes of its files. The caller knows that nobody uses it."""
+        """Remove a layer; returns the bytes of its files. The caller guarantees that it is unused."""
         with self._if_free(id) as free:
             meta = self._meta(id)
             if not free or not meta.exists():
@@ -251,7 +252,7 @@ class LayerStore:
 
 
 def remove_tree(folder: Path) -> None:
-    """Remove a folder and all in it, whatever the modes of its folders; what is gone already is no error."""
+    """Remove a folder and its content, whatever the modes of its folders; missing entries are no error."""
 
     def widen(function: Callable[..., object], path: str, _: object) -> None:
         with suppress(OSError):

@@ -1,6 +1,6 @@
-"""Reading a tar archive from a stream: ustar, GNU long names, pax headers. Nothing is written here.
+"""Tar parser for streams: ustar, GNU long names, pax headers. It writes nothing.
 
-Names stay bytes. What an entry says about itself is checked for form only; `writer.py` keeps it inside its folder.
+Names stay bytes. Fields of an entry are checked for form only; `writer.py` confines entries to the layer's folder.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ZERO = bytes(BLOCK)
 
 
 class Kind(Enum):
-    """What an entry is."""
+    """The type of an entry."""
 
     FILE = "file"
     FOLDER = "folder"
@@ -81,7 +81,7 @@ class ByteStream:
         return bytes(part) if len(part) == count else bytes(part) + b"".join(self.parts(count - len(part)))
 
     def skip(self, count: int) -> None:
-        """Go on after `count` bytes that nobody wants. ImageError when the stream ends before."""
+        """Skip `count` bytes. ImageError when the stream ends before."""
         for _ in self.parts(count):
             pass
 
@@ -92,7 +92,7 @@ class ByteStream:
 
 
 class FileStream(ByteStream):
-    """A file that can be seeked: what nobody wants is not read."""
+    """A seekable file, in which skipped data is not read."""
 
     def __init__(self, file: IO[bytes], size: int) -> None:
         super().__init__(iter(lambda: file.read(1 << 16) or None, None))
@@ -111,9 +111,9 @@ def _cut_short() -> ImageError:
 
 
 class TarReader:
-    """The entries of a tar stream, one after the other.
+    """The entries of a tar stream in order.
 
-    `next()` skips what is left of the entry before; `data()` gives the content of the entry that was given last.
+    `next()` skips the rest of the previous entry; `data()` returns the content of the current entry.
     """
 
     def __init__(self, stream: ByteStream) -> None:
@@ -134,7 +134,7 @@ class TarReader:
             yield part
 
     def next(self) -> Entry | None:
-        """The next entry; None at the end. ImageError on anything that is not a tar archive."""
+        """The next entry; None at the end. ImageError for data that is not a tar archive."""
         pax: dict[str, bytes] = {}
         name = target = b""
         while True:
@@ -175,7 +175,7 @@ class TarReader:
             self._padding = 0
         first = self._stream.some(1)
         if not first:
-            return None  # an archive without its two empty blocks; tar takes it too
+            return None  # an archive without its two empty blocks, which tar accepts too
         header = bytes(first) + self._stream.exactly(BLOCK - 1)
         self.offset += BLOCK
         if header == _ZERO:
@@ -212,7 +212,7 @@ def _entry(header: bytes, size: int, name: bytes, target: bytes) -> Entry:
         if header[257:263] == b"ustar\0" and header[345]:
             name = _text(header[345:500]) + b"/" + name
     if kind is Kind.FILE and name.endswith(b"/"):
-        kind = Kind.FOLDER  # how tar wrote folders before there was a type for them
+        kind = Kind.FOLDER  # an old representation of folders, before they had a type
     return Entry(
         path=name, kind=kind, mode=_number(header[100:108]) & 0o7777, uid=_number(header[108:116]),
         gid=_number(header[116:124]), mtime=_number(header[136:148]) * 10**9,
@@ -225,7 +225,7 @@ def _text(raw: bytes) -> bytes:
 
 
 def _number(raw: bytes) -> int:
-    if raw[0] & 0x80:  # base 256, for what octal digits cannot hold
+    if raw[0] & 0x80:  # base 256, for values beyond octal digits
         value = int.from_bytes(raw, "big", signed=True) if raw[0] == 0xFF else int.from_bytes(b"\0" + raw[1:], "big")
     else:
         digits = raw.split(b"\0", 1)[0].strip()
@@ -255,7 +255,7 @@ def _pax(data: bytes) -> dict[str, bytes]:
 
 
 def _nanoseconds(value: bytes) -> int:
-    """Of a number of seconds with any number of digits after its point: a float would lose the last ones."""
+    """Parse seconds with any number of decimals: a float would lose precision."""
     whole, _, part = value.partition(b".")
     if len(whole) > 20 or (part and not part.isdigit()):
         raise ValueError("not a time")

@@ -1,4 +1,11 @@
-"""Writing a tar stream: ustar headers, and pax headers for what does not fit. Names stay bytes. Standard library only.
+"""Tar writer, and packing of a sandbox's writable layer as one OCI layer and back. Standard library only.
+
+It writes ustar headers, and pax headers for fields that do not fit. Names stay bytes. The packer runs in a process of
+its own. Its input tree is untrusted, but no process changes it meanwhile: every folder and file is opened below its
+folder's descriptor and never through a link. Whiteouts become `.wh.NAME`, opaque folders get `.wh..wh..opq`. Sockets
+are omitted, because they are useless without the listening program. Of the attributes, those in `user.` are included.
+Content that a layer cannot represent is rejected: names that begin with `.wh.`, folders deeper than 256, more entries
+or bytes than the limits.
 """
 
 from __future__ import annotations
@@ -20,7 +27,7 @@ _RECORD = 20 * BLOCK
 
 
 class TarWriter:
-    """Entries one after the other; after the header of a file its content, of exactly `entry.size` bytes, by `data`."""
+    """Entries in order: after the header of a file, `data` writes its content of exactly `entry.size` bytes."""
 
     def __init__(self, put: Callable[[bytes], None]) -> None:
         self._put = put
@@ -32,7 +39,7 @@ class TarWriter:
         self._written += len(data)
 
     def header(self, entry: Entry) -> None:
-        """Begin an entry. Devices have no place in a layer of ours: ValueError."""
+        """Begin an entry. Devices are not allowed in a layer: ValueError."""
         assert self._left == 0
         path = entry.path + b"/" if entry.kind is Kind.FOLDER else entry.path
         pax: list[tuple[bytes, bytes]] = []
@@ -69,7 +76,7 @@ class TarWriter:
             self._write(bytes(-self._written % BLOCK))
 
     def finish(self) -> None:
-        """The end of the archive."""
+        """Write the end of the archive."""
         self._write(bytes(2 * BLOCK))
         self._write(bytes(-self._written % _RECORD))
 
@@ -93,16 +100,9 @@ def _header(name: bytes, kind: bytes, mode: int, uid: int, gid: int, size: int, 
 
 
 # ---- packing ----
-#
-# The writable layer of a sandbox as one OCI layer, and back. The tree is a guest's: hostile, but at rest.
-#
-# Every folder and file is opened below its folder's descriptor and never through a link. Whiteouts become `.wh.NAME`,
-# opaque folders get `.wh..wh..opq`. Sockets are left out, as they mean nothing without the program that listens; of
-# attributes those in `user.` travel. What cannot be told in a layer is refused: names that begin with `.wh.`, folders
-# deeper than 256, more entries or bytes than the limits. Standard library only: it runs in a process of its own.
 
 MOST_ENTRIES = 4_000_000
-_MOST_LINK_NAMES = 256 << 20  # bytes of the names of files with several
+_MOST_LINK_NAMES = 256 << 20  # maximum total bytes of the names of files with several links
 _DEEPEST = 256
 _CHUNK = 1 << 20
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -112,14 +112,15 @@ _WHITEOUT = b".wh."
 
 @dataclass(frozen=True)
 class Part:
-    """A folder with written files, and where it is inside: "" for /, else without a slash at either end."""
+    """A folder with written files, and its path inside: "" for /, else without a slash at either end."""
 
     folder: str
     target: bytes = b""
 
 
 class Packer:
-    """Packs parts into a tar. `overlay`: the prefix of overlay's own attributes; limit: most bytes of file content."""
+    """Packs parts into a tar. `overlay`: the prefix of overlay's own attributes; limit: maximum bytes of file
+    content."""
 
     def __init__(self, tar: TarWriter, overlay: str, limit: int) -> None:
         self._tar = tar
@@ -131,7 +132,7 @@ class Packer:
         self._names_size = 0
 
     def pack(self, parts: Sequence[Part]) -> None:
-        """Write all parts, the one of / first. What it has at the place of another one is covered by that."""
+        """Write all parts, the one of / first. Its content at another part's place is hidden by that part."""
         covered = {part.target for part in parts if part.target}
         for part in parts:
             self._names.clear()
@@ -211,7 +212,7 @@ class Packer:
                 self._tar.header(entry)
 
     def _first_name(self, path: bytes, info: os.stat_result) -> bytes | None:
-        """Under which name the same file was packed before."""
+        """The name under which the same file was packed before."""
         if info.st_nlink < 2:
             return None
         key = info.st_dev, info.st_ino
@@ -267,12 +268,12 @@ def _travelling(fd: int, names: Iterable[str]) -> dict[str, bytes]:
 
 
 def _told(path: bytes) -> str:
-    """A guest's name in a message: short, and without what a terminal would obey."""
+    """A guest's file name for a message: shortened, without terminal control characters."""
     return ascii(os.fsdecode(path[-120:]))
 
 
 def unpack(chunks: Iterator[bytes], parts: Sequence[Part], *, one_owner: bool) -> None:
-    """Write a packed layer into empty folders, one a part. `one_owner`: there is one id only, which gets all."""
+    """Unpack a layer into empty folders, one per part. `one_owner`: there is only one id, which owns everything."""
     writers = [(part.target.split(b"/") if part.target else [], HoledWriter(part.folder)) for part in parts]
     writers.sort(key=lambda pair: -len(pair[0]))
     try:
@@ -296,7 +297,7 @@ def unpack(chunks: Iterator[bytes], parts: Sequence[Part], *, one_owner: bool) -
 
 
 def _placed(writers: Sequence[tuple[list[bytes], LayerWriter]], path: bytes) -> tuple[list[bytes], LayerWriter, bytes]:
-    """The part that a path belongs to, and its name in there."""
+    """The part of a path, and its name in that part."""
     names = [name for name in path.split(b"/") if name not in (b"", b".")]
     for place, writer in writers:
         if names[: len(place)] == place:
@@ -305,7 +306,7 @@ def _placed(writers: Sequence[tuple[list[bytes], LayerWriter]], path: bytes) -> 
 
 
 class HoledWriter(LayerWriter):
-    """Leaves holes where a file has a chunk of zeros."""
+    """Writes a sparse file: chunks of zeros become holes."""
 
     def _file(self, parent: int, name: bytes, entry: Entry, data: Iterable[bytes | memoryview]) -> None:
         fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=parent)

@@ -1,8 +1,8 @@
-"""The files of an image without mounting it: what overlay would show of a stack of layer folders.
+"""The merged files of an image without a mount: the overlay view of a stack of layer folders, and trees as layer
+entries.
 
-Symbolic links are followed within the image, as a process inside would follow them; the folders of this machine are
-reached only by names that were looked at one by one, none of them a link. Layers are never written to, so what was
-looked at stays so.
+Symbolic links are followed within the image, as for a process inside. Folders of this machine are reached only by names
+that were checked one by one, none of them a link. Layers are never written to, so a check stays valid.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _OPAQUE = ("user.overlay.opaque", "trusted.overlay.opaque")
 
 @dataclass(frozen=True)
 class Node:
-    """Something in the image. parts: its path without links. real: where it lies on this machine; of a folder, the
-    topmost one. folders: of a folder all that are merged, the topmost first."""
+    """A file or folder of the image. parts: its path without links. real: its path on this machine, for a folder the
+    topmost one. folders: for a folder all merged ones, the topmost first."""
 
     parts: tuple[bytes, ...]
     real: bytes
@@ -58,13 +58,13 @@ class Merged:
         self._root = Node((), tops[0], os.lstat(tops[0]), tops)
 
     def find(self, path: bytes, *, follow: bool = True) -> Node | None:
-        """What is at `path`, relative or absolute; None when there is nothing. follow: a link at its end, too.
-        ImageError for links that go round."""
+        """The node at `path`, relative or absolute; None when it is missing. follow: also a final link. ImageError for
+        link loops."""
         node, left = self.walk(path, follow=follow)
         return None if left else node
 
     def walk(self, path: bytes, *, follow: bool = True) -> tuple[Node, list[bytes]]:
-        """As far as `path` leads, links followed: the last thing that is there, and the names that are not."""
+        """Resolve `path` with links: the last existing node, and the missing names."""
         todo = [part for part in reversed(path.split(b"/")) if part not in (b"", b".")]
         trail = [self._root]
         links = 0
@@ -114,7 +114,7 @@ class Merged:
         return None if found is None else Node(found.parts, found.real, found.info, tuple(folders))
 
     def entries(self, folder: Node) -> Iterator[Node]:
-        """What is in a folder, by name."""
+        """The content of a folder, by name."""
         names = sorted({name for above in folder.folders for name in os.listdir(above)})
         for name in names:
             node = self._child(folder, name)
@@ -122,7 +122,7 @@ class Merged:
                 yield node
 
     def text(self, path: bytes, limit: int = 1 << 20) -> str:
-        """The first bytes of a file as text. NotFound when it is no file."""
+        """The first bytes of a file as text. NotFound when it is not a file."""
         node = self.find(path)
         if node is None or not node.is_file:
             raise NotFound(f"the image has no file {os.fsdecode(path)}")
@@ -143,17 +143,15 @@ def _is_opaque(folder: bytes) -> bool:
     return False
 
 
-# ---- tree ----
-#
-# A folder of this machine as entries of a layer.
+# ---- a folder of this machine as entries of a layer ----
 
 _CHUNK = 1 << 20
 
 
 def copy_tree(source: Path, writer: LayerWriter) -> str:
-    """Write all of `source` to a layer; answers a digest of what was written.
+    """Write all of `source` to a layer; returns a digest of the written entries.
 
-    Other file systems mounted in it (a /proc, for one), sockets and device nodes are left out. The digest is over a
+    Other file systems mounted in it (such as a /proc), sockets and device nodes are omitted. The digest covers a
     canonical description of the entries, their owners, modes, times and content.
     """
     digest = sha256()

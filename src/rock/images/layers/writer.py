@@ -1,12 +1,12 @@
-"""Writing one layer into a folder from entries that may be hostile.
+"""Writes one layer into a folder from untrusted entries.
 
-- Every name is resolved by the kernel with the layer's folder as its root (openat2, RESOLVE_IN_ROOT): no `..`, absolute
-  name or symbolic link leads out of it, and a hard link can only lead to a file of the same layer.
-- Deleted files (`.wh.NAME`) become overlay's whiteouts, character devices 0:0, which ordinary users may make too;
+- The kernel resolves every name with the layer's folder as its root (openat2, RESOLVE_IN_ROOT): no `..`, absolute name
+  or symbolic link leads out of it, and a hard link can only refer to a file of the same layer.
+- Deleted files (`.wh.NAME`) become overlay's whiteouts, character devices 0:0, which ordinary users may create too;
   opaque folders (`.wh..wh..opq`) get overlay's attribute, in its `user.` form and as root also in its `trusted.` form.
-- Device nodes are left out and counted: a sandbox has its own /dev.
-- As root, owner, mode, times and `user.` attributes are kept (file capabilities are not). As an ordinary user all
-  belongs to that user, who is root inside; modes are widened so that the owner can read files, and enter and empty
+- Device nodes are omitted and counted: a sandbox has its own /dev.
+- As root, owner, mode, times and `user.` attributes are preserved (file capabilities are not). As an ordinary user, all
+  files belong to that user, who is root inside; modes are widened so that the owner can read files, and enter and empty
   folders.
 """
 
@@ -30,7 +30,7 @@ _WHITEOUT = b".wh."
 _OPAQUE = b".wh..wh..opq"
 _OPEN_FOLDERS = 128
 _DEEPEST = 256
-_LAST_SECOND = (1 << 34) - 1  # ext4's last
+_LAST_SECOND = (1 << 34) - 1  # the latest time of ext4
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 _SYS_OPENAT2 = 437  # the same number on every architecture
@@ -45,7 +45,7 @@ class _How(ctypes.Structure):
 
 
 def open_inside(root: int, path: bytes, flags: int) -> int:
-    """Open `path` as a process would whose root is the folder `root`; OSError as of open(2)."""
+    """Open `path` with the folder `root` as the root directory; OSError as of open(2)."""
     how = _How(flags | os.O_CLOEXEC, 0, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS)
     for _ in range(16):
         fd = _syscall(_SYS_OPENAT2, ctypes.c_int(root), ctypes.c_char_p(path), ctypes.byref(how),
@@ -53,7 +53,7 @@ def open_inside(root: int, path: bytes, flags: int) -> int:
         if fd >= 0:
             return int(fd)
         number = ctypes.get_errno()
-        if number != errno.EAGAIN:  # the kernel lost a race with a rename elsewhere: again
+        if number != errno.EAGAIN:  # the kernel lost a race with a rename elsewhere: retry
             break
     raise OSError(number, os.strerror(number), os.fsdecode(path))
 
@@ -69,11 +69,11 @@ def parts_of(path: bytes) -> list[bytes]:
 
 
 class LayerWriter:
-    """Writes entries below `folder`, which is empty and nobody else's. bounds: of how many; the bytes of an archive
-    count where they are unpacked.
+    """Writes entries below `folder`, which is empty and private. bounds: limits their number; the bytes of an archive
+    are counted where they are unpacked.
 
-    After `finish`, `size` is the sum of the files' bytes, `whiteouts` tells whether the layer deletes anything of the
-    layers below, and `skipped` counts device nodes.
+    After `finish`, `size` is the sum of the files' bytes, `whiteouts` is true if the layer deletes files of the layers
+    below, and `skipped` counts device nodes.
     """
 
     def __init__(self, folder: str, bounds: Bounds | None = None) -> None:
@@ -127,21 +127,21 @@ class LayerWriter:
                 self._make(parent, name, entry, data)
 
     def finish(self) -> None:
-        """Set what can only be set at the end: owner, mode and time of folders, the innermost first."""
+        """Apply owner, mode and time of folders, which must be last, the innermost first."""
         self._forget()
         for path, entry in sorted(self._folders.items(), key=lambda item: -item[0].count(b"/") - bool(item[0])):
             try:
                 fd = open_inside(self._root, path or b".", os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             except OSError as error:
                 if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-                    continue  # a later entry took its place
+                    continue  # a later entry replaced it
                 raise
             try:
                 self._dress(fd, entry, entry.mode if self._root_user else entry.mode | 0o700)
             finally:
                 os.close(fd)
 
-    # ---- places
+    # ---- paths ----
 
     def _parent(self, parts: list[bytes], entry: Entry) -> int:
         path = b"/".join(parts)
@@ -160,7 +160,7 @@ class LayerWriter:
             try:
                 os.mkdir(parts[-1], 0o755, dir_fd=above)
             except FileExistsError:
-                raise _no_parent(entry) from None  # a symbolic link that leads nowhere
+                raise _no_parent(entry) from None  # a symbolic link without a target
             os.chmod(parts[-1], 0o755, dir_fd=above)
             fd = open_inside(self._root, path, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
@@ -177,14 +177,14 @@ class LayerWriter:
         self._open = {path: fd for path, fd in self._open.items() if fd == but}
 
     def _clear(self, parent: int, name: bytes) -> None:
-        """Remove what is at `name`: a later entry of an archive wins."""
+        """Remove the existing entry at `name`: a later entry of an archive wins."""
         if stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
-            self._forget(but=parent)  # some of them may be below what goes
+            self._forget(but=parent)  # some of them may be below the removed entry
             shutil.rmtree(os.fsdecode(name), dir_fd=parent)
         else:
             os.unlink(name, dir_fd=parent)
 
-    # ---- entries
+    # ---- entries ----
 
     def _folder(self, parent: int, name: bytes, path: bytes, entry: Entry) -> None:
         self._folders[path] = entry
@@ -251,7 +251,7 @@ class LayerWriter:
         self.whiteouts = True
         try:
             os.mknod(name, stat.S_IFCHR, os.makedev(0, 0), dir_fd=parent)
-        except FileExistsError:  # made anew in the same layer
+        except FileExistsError:  # replaced in the same layer
             if stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
                 self._opaque(parent, name)
         except PermissionError:
@@ -263,7 +263,7 @@ class LayerWriter:
         try:
             os.setxattr(fd, "user.overlay.opaque", b"y")
             if self._root_user:
-                with suppress(PermissionError):  # root of a container may not
+                with suppress(PermissionError):  # root of a container may lack the right
                     os.setxattr(fd, "trusted.overlay.opaque", b"y")
         finally:
             os.close(fd)
@@ -273,7 +273,7 @@ class LayerWriter:
         if self._root_user:
             os.fchown(fd, entry.uid, entry.gid)
         for name, value in entry.xattrs.items():
-            # user.overlay.* would speak to overlay itself; security.* and trusted.* would grant something
+            # user.overlay.* would control overlay itself; security.* and trusted.* would grant rights
             if name.startswith("user.") and not name.startswith("user.overlay."):
                 os.setxattr(fd, os.fsencode(name), value)
         os.fchmod(fd, mode)

@@ -1,7 +1,7 @@
-"""A registry, as the OCI distribution specification has it: manifests and blobs by digest, over HTTP, without a daemon.
+"""Client of a registry (OCI distribution specification): manifests and blobs by digest, over HTTP, without a daemon.
 
-Nothing that a registry says is believed: digests and sizes are checked, a login goes to nobody but the registry and the
-token service that it names over TLS, and a redirect never leads from TLS to a plain connection.
+Registry data is untrusted: digests and sizes are verified, credentials are sent only to the registry and to the token
+service that it names over TLS, and a redirect from TLS to plain HTTP is rejected.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ _CHUNK = 1 << 20
 _LARGEST_MANIFEST = 4 << 20
 _LARGEST_TOKEN = 1 << 20
 _ATTEMPTS = 5
-_LONGEST_WAIT = 120.0  # seconds that a registry may have us wait before another attempt
-_SLOW_AFTER, _SLOWEST = 60.0, 256  # seconds that are looked at together, and bytes a second in them
+_LONGEST_WAIT = 120.0  # maximum seconds of a wait that a registry requests before a retry
+_SLOW_AFTER, _SLOWEST = 60.0, 256  # seconds of the window, and minimum bytes per second in it
 _REDIRECTS = 5
-_LOST = 3  # requests whose connection broke before an answer
+_LOST = 3  # attempts of a request whose connection broke before the response
 _BUSY = (429, 500, 502, 503, 504)
 _CHALLENGE = re.compile(r'([a-z]+)="([^"]*)"')
 
 
 class Registry:
-    """The repository of `reference` in its registry. Blocking; safe to use from several threads.
+    """The repository of `reference` in its registry. Blocking; thread-safe.
 
-    mirror: another registry that has the same repositories, to be asked instead. Plain HTTP is spoken to registries on
-    this machine's loopback, and to those in ROCK_INSECURE_REGISTRIES. With `reference.public_only` each connection, to
-    this registry and to all that it leads to, is made to a public address, or to a registry that the owner named.
+    mirror: another registry with the same repositories, used instead. Plain HTTP is used for registries on this
+    machine's loopback, and for those in ROCK_INSECURE_REGISTRIES. With `reference.public_only` each connection, to this
+    registry and to all that it refers to, is made to a public address, or to a registry that the owner listed.
     """
 
     def __init__(self, reference: Reference, login: Login | None = None, mirror: str | None = None) -> None:
@@ -66,15 +66,15 @@ class Registry:
         self._pool.clear()
 
     def _pool_for(self, url: str) -> urllib3.PoolManager:
-        """ImageError for what a proxy must not be asked for; see reach.py."""
+        """Raise ImageError for URLs that a proxy must not fetch; see reach.py."""
         if self._public_only and settings.proxy_for(url):
             parts = urlsplit(url)
-            with contextlib.suppress(OSError):  # names that the proxy alone knows
+            with contextlib.suppress(OSError):  # the name may be known to the proxy only
                 reach.addresses_of(parts.hostname or "", parts.port or 443)
         return reach.pool_for(url, self._public_only)
 
     def log_in(self) -> None:
-        """See that the login is taken. Unauthorized when it is not; ImageError when there is no such registry."""
+        """Verify the login. Unauthorized when it is rejected; ImageError when there is no such registry."""
         url = f"{self._base.partition('/v2/')[0]}/v2/"
         with contextlib.closing(self._send("GET", url, {}, None)) as answer:
             if answer.status != 401:
@@ -103,19 +103,19 @@ class Registry:
         return body, digest
 
     def fetch(self, digest: str, size: int, target: Path, progress: Callable[[int], None]) -> None:
-        """Write a blob of `size` bytes to `target`, going on where a broken connection ended; ImageError when it is
-        another one. progress: called with the bytes that came."""
+        """Download a blob of `size` bytes to `target`, resuming after a broken connection; ImageError when the content
+        differs. progress: called with the number of received bytes."""
         seen = hashlib.sha256()
         done = 0
         problem = ""
-        target.touch()  # one that is there already has the right size, which somebody may look at
+        target.touch()  # an existing file already has the full size, which a reader may check
         with open(target, "r+b") as file:
             for attempt in range(_ATTEMPTS):
                 if attempt:
                     time.sleep(min(2.0**attempt / 2, _LONGEST_WAIT))
                 response = self._asked("GET", f"blobs/{digest}", {"range": f"bytes={done}-"} if done else {})
                 with contextlib.closing(response):
-                    if done and response.status != 206:  # it does not know ranges
+                    if done and response.status != 206:  # the registry does not support ranges
                         file.seek(0)
                         seen, done = hashlib.sha256(), 0
                     try:
@@ -143,21 +143,21 @@ class Registry:
             return bool(response.status == 200)
 
     def mount(self, digest: str, source: str) -> bool:
-        """Take over a blob from another repository of this registry; False when that cannot be, for whatever reason."""
+        """Mount a blob from another repository of this registry; False when that fails for any reason."""
         path = f"blobs/uploads/?{urlencode({'mount': digest, 'from': source})}"
         try:
             with contextlib.closing(self._asked("POST", path, {}, taken=(201, 202), push=True)) as response:
                 if response.status == 201:
                     return True
                 location = urljoin(self._base, response.headers.get("location", ""))
-            if _origin(location) == _origin(self._base):  # it began an upload instead
+            if _origin(location) == _origin(self._base):  # it started an upload instead
                 self._send("DELETE", location, {}, None).close()
         except ImageError:
             pass
         return False
 
     def upload(self, digest: str, size: int, path: Path) -> None:
-        """Send a blob, unless the registry has it."""
+        """Upload a blob, unless the registry has it."""
         if self.has(digest):
             return
         with contextlib.closing(self._asked("POST", "blobs/uploads/", {}, taken=(202,), push=True)) as response:
@@ -172,7 +172,7 @@ class Registry:
             self._expect(answer, (201, 204), digest)
 
     def put_manifest(self, tag: str, body: bytes, media_type: str) -> None:
-        """Give a manifest, whose blobs are there, a tag."""
+        """Upload a manifest, whose blobs are present, under a tag."""
         headers = {"content-type": media_type}
         answer = self._asked("PUT", f"manifests/{tag}", headers, taken=(201, 200), body=body, push=True)
         answer.close()
@@ -183,7 +183,7 @@ class Registry:
         self, method: str, path: str, headers: Mapping[str, str], *, taken: tuple[int, ...] = (200, 206),
         body: bytes | None = None, push: bool = False,
     ) -> urllib3.BaseHTTPResponse:  # fmt: skip
-        """The answer, after a login where it is wanted and again while the registry is busy. ImageError."""
+        """The response, after a login if required and retries while the registry is busy. ImageError."""
         url = urljoin(self._base, path)
         asked_again = 0
         logged_in = False
@@ -320,7 +320,7 @@ def _origin(url: str) -> tuple[str, str]:
 
 
 def _retry_after(told: str | None, attempt: int) -> float:
-    """Seconds to wait: as the registry says, a number or a date, else longer each time."""
+    """Seconds to wait: the registry's value, a number or a date, else an exponential backoff."""
     told = (told or "").strip()
     if re.fullmatch(r"\d{1,9}", told):
         return float(told)
@@ -331,7 +331,7 @@ def _retry_after(told: str | None, attempt: int) -> float:
 
 
 def _told(answer: urllib3.BaseHTTPResponse) -> str:
-    """What a registry says of an error, shortened."""
+    """A registry's error message, shortened."""
     try:
         rows = json.loads(answer.read(1 << 16))["errors"]
         return f" ({'; '.join(str(row.get('message', row.get('code')))[:200] for row in rows[:3])})"
@@ -345,8 +345,7 @@ def _cause(error: Exception) -> str:
 
 
 def _steadily(response: urllib3.BaseHTTPResponse, digest: str) -> Iterator[bytes]:
-    """What comes of a body. ImageError when that is next to nothing: a registry must not hold us for as long as it
-    likes."""
+    """Yield a body. ImageError below the minimum rate: a registry must not block the server indefinitely."""
     came, since = 0, time.monotonic()
     while chunk := response.read1(_CHUNK):
         came += len(chunk)

@@ -1,11 +1,10 @@
-"""Logins of registries: ROCK's own file, then what Docker keeps.
+"""Registry credentials: ROCK's own file, then Docker's configuration.
 
     ROCK_HOME/registries.json    mode 0600, apart from the image store; `rock image login` writes it
     ~/.docker/config.json        read only: its `auths`, its `credHelpers` and its `credsStore`
 
-A login goes to the registry that it is for, and to nobody else: a mirror has one of its own, or none. A helper program
-gets the registry's name on its standard input and answers on its standard output, so that no secret is ever in a list
-of processes.
+Credentials are sent only to their own registry: a mirror has separate ones, or none. A credential helper gets the
+registry's name on its standard input and responds on its standard output, so no secret appears in a process list.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class Login:
 
 
 class Logins:
-    """The logins in `file`, and behind them those of Docker's configuration in the folder `docker`; None for none."""
+    """The logins in `file`, then those of Docker's configuration in the folder `docker`; None for none."""
 
     def __init__(self, file: Path | None, docker: Path | None = None) -> None:
         self._file = file
@@ -56,29 +55,29 @@ class Logins:
         self._lock = threading.Lock()
 
     def of(self, domain: str) -> Login | None:
-        """The login for a registry, by the name that images have it by. ImageError when a helper program fails."""
+        """The login for a registry, by its name in images. ImageError when a helper program fails."""
         own = self._own().get(domain)
         if isinstance(own, dict):
             return Login(str(own.get("username", "")), str(own.get("password", "")))
         return self._dockers(domain)
 
     def domains(self) -> dict[str, str]:
-        """Usernames by registry, of the own file."""
+        """Usernames by registry, of ROCK's own file."""
         return {domain: str(row.get("username", "")) for domain, row in sorted(self._own().items())}
 
     def save(self, domain: str, login: Login) -> None:
-        """Keep a login for a registry."""
+        """Store a login for a registry."""
         with self._changing() as own:
             own[domain] = {"username": login.username, "password": login.password}
 
     def forget(self, domain: str) -> None:
-        """Drop it; NotFound when there is none in the own file."""
+        """Delete it; NotFound when ROCK's own file has none."""
         with self._changing() as own:
             if own.pop(domain, None) is None:
                 raise NotFound(f"no login for {domain} is kept here", hint="`rock image logins` shows what there is; "
                                "Docker's own are in ~/.docker/config.json")  # fmt: skip
 
-    # ---- our own
+    # ---- ROCK's own file ----
 
     def _own(self) -> dict[str, dict[str, Any]]:
         if self._file is None:
@@ -102,7 +101,7 @@ class Logins:
                 yield own
                 write_atomic(self._file, json.dumps({"registries": own}, indent=1).encode())  # which is made 0600
 
-    # ---- Docker's
+    # ---- Docker's configuration ----
 
     def _dockers(self, domain: str) -> Login | None:
         if self._docker is None:
@@ -125,7 +124,7 @@ class Logins:
 
 
 def domain_of(registry: str) -> str:
-    """A registry as images name it, of what people write. InvalidConfig."""
+    """Normalize user input to a registry name. InvalidConfig."""
     name = registry.removeprefix("https://").removeprefix("http://").rstrip("/")
     if name in _HUB_KEYS or name in ("index.docker.io/v1", "registry-1.docker.io"):
         return HUB
@@ -136,7 +135,7 @@ def domain_of(registry: str) -> str:
 
 
 def any_of(domain: str) -> Reference:
-    """Some reference in a registry, to speak to it."""
+    """An arbitrary reference in a registry, for a client of it."""
     return parse(f"{domain}/probe")
 
 
@@ -160,7 +159,7 @@ def _decoded(auth: str, domain: str) -> Login | None:
 
 
 def _helped(helper: str, key: str) -> Login | None:
-    """What a helper program of Docker has for a registry; None when it knows none."""
+    """The login of a Docker credential helper for a registry; None when it has none."""
     name = f"docker-credential-{helper}"
     program = shutil.which(name) if _HELPER.fullmatch(helper) else None
     if program is None:

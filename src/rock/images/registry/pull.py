@@ -1,8 +1,8 @@
-"""Pulling: an image's manifest, config and missing layers from its registry, as an OCI layout in a scratch folder, from
-which it is imported like any other.
+"""Pulls an image's manifest, config and missing layers from its registry, as an OCI layout in a scratch folder for
+import.
 
-Layers come several at a time, and the first is unpacked while the next are on their way. Those that the store has are
-not fetched.
+Several layers download concurrently, and the first is unpacked during the download of the next. Layers that the store
+has are not fetched.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _AT_ONCE = 4
 _LARGEST_CONFIG = 16 << 20
 _MOST_LAYERS = 512
 _DEEPEST = 4
-_STEP = 16 << 20  # bytes between two words on the progress
+_STEP = 16 << 20  # bytes between two progress messages
 PULLS = REGISTRY.counter("rock_image_pulls_total", "Pulls of images from registries: done or failed", "outcome")
 PULLED = REGISTRY.counter("rock_image_pulled_bytes_total", "Bytes of layers that came from registries")
 
 
 class Pull:
-    """One pull of `reference` into `scratch`. registries: those to ask, in this order. has: whether the store has the
-    layer of a digest of its plain tar. bounds: of what it may come to, unpacked."""
+    """One pull of `reference` into `scratch`. registries: the sources, in order. has: whether the store has the layer
+    with a digest of its plain tar. bounds: limits the unpacked size."""
 
     def __init__(
         self, reference: Reference, registries: Sequence[Registry], scratch: Path, has: Callable[[str], bool],
@@ -66,7 +66,7 @@ class Pull:
             registry.close()
 
     def _ask(self, work: Callable[[Registry], T]) -> T:
-        """What the first registry gives that has it: mirrors, then the one that the image names."""
+        """The result of the first registry that has it: mirrors, then the registry of the image's name."""
         *mirrors, last = self._registries
         for mirror in mirrors:
             try:
@@ -76,7 +76,7 @@ class Pull:
         return work(last)
 
     def begin(self) -> Archived:
-        """What the image is, while its layers come. Of a layer that is not there yet, `wait` for the digest."""
+        """The image's metadata, while its layers download. Before reading a layer, `wait` for its digest."""
         what = self._reference.digest or self._reference.tag or "latest"
         body, digest = self._ask(lambda registry: registry.manifest(what))
         for _ in range(_DEEPEST):
@@ -102,7 +102,7 @@ class Pull:
         return read_oci(Archive(self._folder, self._folder, self._bounds))[0]
 
     def wait(self, digest: str | None) -> None:
-        """Until the blob is there whole; raises what went wrong with it."""
+        """Wait until the blob is complete; raises its error."""
         coming = self._coming.get(digest or "")
         if coming is not None:
             coming.result()
@@ -113,7 +113,7 @@ class Pull:
         return [str(diff) for diff in found] if isinstance(found, list) else []
 
     def _layers(self, rows: list[dict[str, Any]], diff_ids: list[str]) -> None:
-        """Have those fetched that are missing. An empty file stands for one that is there: nobody reads it."""
+        """Start the downloads of missing layers. An empty file stands for a present layer and is never read."""
         missing: list[dict[str, Any]] = []
         for number, row in enumerate(rows):
             path = self._path(row["digest"])
@@ -126,7 +126,7 @@ class Pull:
         self._tell(f"{len(missing)} of {len(rows)} layers to fetch, {self._total / 1e6:.1f} MB")
         for row in missing:
             with open(self._path(row["digest"]), "wb") as file:
-                file.truncate(row["size"])  # an import looks at sizes before anything has come
+                file.truncate(row["size"])  # an import checks sizes before data arrives
             self._coming[row["digest"]] = self._workers.submit(self._fetch, row)
 
     def _fetch(self, row: Mapping[str, Any]) -> None:
@@ -164,7 +164,7 @@ def _object(raw: bytes) -> dict[str, Any]:
 
 
 def _row(value: Any) -> dict[str, Any]:
-    """A descriptor: digest and size are what they should be, and it is kept in the registry."""
+    """A descriptor with valid digest and size, whose content is in the registry."""
     if not isinstance(value, dict):
         raise ImageError("the image's manifest is not what it should be")
     digest, size = value.get("digest"), value.get("size")

@@ -1,8 +1,8 @@
-"""Pushing: an image's layers as tar archives, its config and its manifest, to a registry or into an OCI layout.
+"""Pushes an image's layers as tar archives, its config and its manifest, to a registry or into an OCI layout.
 
-A layer is packed from its folder, once: digest and size of what was packed are remembered with it (`PackedLayer`), and
-so are those of the blobs that layers came in. What a registry has under such a digest is neither packed nor sent again,
-and what another repository of the same registry has is taken over from there.
+A layer is packed from its folder once: digest and size of the result are stored with it (`PackedLayer`), as are those
+of imported blobs. A blob that the registry has is neither packed nor sent again, and one in another repository of the
+same registry is mounted from there.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ Progress = Callable[[str], None]
 CONFIG_TYPE = "application/vnd.oci.image.config.v1+json"
 GZIP_LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 _MANIFEST = "application/vnd.oci.image.manifest.v1+json"
-_LEVEL = 4  # of gzip: half of the time of the usual 6, and a twentieth more bytes
+_LEVEL = 4  # of gzip: half the time of the default 6, and a twentieth more bytes
 _CHUNK = 1 << 20
 _LARGEST = 1 << 50  # bytes of a layer's files: they are on the disk already
 _STEP = 64 << 20
 
 
 class Target(Protocol):
-    """Where an image goes."""
+    """The destination of an image."""
 
     def find(self, known: Iterable[PackedLayer]) -> PackedLayer | None:
-        """Which of these it has already."""
+        """The blobs that it already has."""
         ...
 
     def blob(self, digest: str, size: int, path: Path) -> None:
-        """Take in a blob, unless it is there."""
+        """Store a blob, unless present."""
         ...
 
     def manifest(self, body: bytes) -> None:
-        """The image is complete, and this is its manifest."""
+        """Complete the image with its manifest."""
         ...
 
 
@@ -87,7 +87,7 @@ class ToRegistry:
 
 
 class ToLayout:
-    """A file: an OCI layout as a tar, which has the image's name."""
+    """A file: an OCI layout as a tar with the image's name."""
 
     repository = ""
 
@@ -131,7 +131,7 @@ class ToLayout:
 
 
 class Push:
-    """One push of `record`, whose layers are in `layers`. ready: tars that layers were made of, by their digest."""
+    """One push of `record`, whose layers are in `layers`. ready: original tars of layers, by their digest."""
 
     def __init__(
         self, record: ImageRecord, layers: LayerStore, target: ToRegistry | ToLayout, scratch: Path,
@@ -146,7 +146,7 @@ class Push:
         self._ready = ready
 
     def run(self) -> str:
-        """Send all; answers the digest of the manifest."""
+        """Send everything; returns the digest of the manifest."""
         sent = []
         for number, diff in enumerate(self._record.layers, 1):
             self._what = f"layer {number} of {len(self._record.layers)}"
@@ -180,7 +180,7 @@ class Push:
 
     def _pack(self, diff: str, path: Path) -> PackedLayer:
         with _Gzip(path, self._came) as out:
-            # Layers have overlay's attribute in its `user.` form, whoever made them.
+            # Layers have overlay's attribute in its `user.` form in every case.
             Packer(_tar_of(out), "user.overlay.", _LARGEST).pack([Part(self._layers.path(diff))])
         return out.done()
 
@@ -197,7 +197,7 @@ class Push:
 
 
 def refuse_by_reference(record: ImageRecord) -> None:
-    """Unsupported for an image that has this machine's own files in it."""
+    """Raise Unsupported for an image that includes this machine's own files."""
     if record.kind == HOST or record.by_reference:
         raise Unsupported(
             f"image {record.name} shows this machine's own system, which no registry can hold",
@@ -206,7 +206,7 @@ def refuse_by_reference(record: ImageRecord) -> None:
 
 
 class _Gzip:
-    """A file that is compressed on its way, with what has to be said of it."""
+    """Compresses a stream into a file and computes its digests."""
 
     def __init__(self, path: Path, progress: Callable[[int], None]) -> None:
         self._file = open(path, "wb")  # noqa: SIM115, closed by `__exit__`
@@ -246,13 +246,13 @@ class _Gzip:
         self._file.write(data)
 
     def done(self) -> PackedLayer:
-        """What was written; after the end."""
+        """The written blob; after the end."""
         return PackedLayer(f"sha256:{self._inner.hexdigest()}", f"sha256:{self._outer.hexdigest()}", self._size,
                            GZIP_LAYER)  # fmt: skip
 
 
 class _Owned(TarWriter):
-    """All belongs to root: there is one user in the layers of an ordinary user's store, who is root inside."""
+    """Assigns root as the owner: layers in an ordinary user's store have one user, who is root inside."""
 
     def header(self, entry: Entry) -> None:
         entry.uid = entry.gid = 0
@@ -270,7 +270,7 @@ def _config(record: ImageRecord, diff_ids: list[str]) -> dict[str, Any]:
                         ("Cmd", list(record.cmd)), ("Labels", record.labels)):  # fmt: skip
         if value:
             run[name] = value
-    created = datetime.fromtimestamp(record.created, UTC).isoformat()  # not now: pushed again it is the same image
+    created = datetime.fromtimestamp(record.created, UTC).isoformat()  # constant: a repeated push is the same image
     return {"created": created, "architecture": record.architecture or this_architecture(), "os": "linux",
             "config": run, "rootfs": {"type": "layers", "diff_ids": diff_ids},
             "history": [{"created": created, "created_by": "rock"} for _ in diff_ids]}  # fmt: skip

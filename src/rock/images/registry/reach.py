@@ -1,7 +1,7 @@
-"""Where the server may connect to for a tenant: public addresses, and registries that its owner has named.
+"""Restricts the server's connections on behalf of a tenant: public addresses, and registries that the owner listed.
 
-The decision is made on the address that is connected to, when the connection is made: a name that resolves to another
-address a moment later, a redirect, a token service and an unusual spelling of 127.0.0.1 are all decided alike.
+The check applies to the connected address at the time of the connection. It therefore covers names that resolve to
+another address later, redirects, token services and unusual spellings of 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class NearAddress(NewConnectionError):
 
 
 def is_named(host: str, port: int) -> bool:
-    """Whether the owner of the server has named a registry: HOST:PORT, or HOST for the usual ports."""
+    """Whether the owner of the server listed a registry: HOST:PORT, or HOST for the default ports."""
     names = {f"{host}:{port}", host} if port in (80, 443) else {f"{host}:{port}"}
     mirrors = (mirror for known in settings.registry_mirrors().values() for mirror in known)
     return not names.isdisjoint((*settings.private_registries(), *settings.insecure_registries(), *mirrors))
 
 
 def addresses_of(host: str, port: int) -> list[str]:
-    """The addresses of a host that may be connected to. ImageError when it has others only; OSError for no address."""
+    """The permitted addresses of a host. ImageError when it has only others; OSError without an address."""
     found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)
     named = is_named(host, port)
     open_ones = [str(row[4][0]) for row in found if named or _is_open(str(row[4][0]), port)]
@@ -46,7 +46,7 @@ def addresses_of(host: str, port: int) -> list[str]:
 
 
 def near(host: str) -> ImageError:
-    """The same for each address that is refused: it tells nothing of what listens there."""
+    """The same error for each denied address: it does not reveal what listens there."""
     return ImageError(
         f"{host} is an address of the server's own networks, which this key may not have contacted",
         hint="the owner of the server can name a registry in ROCK_PRIVATE_REGISTRIES",
@@ -59,7 +59,7 @@ def _is_open(text: str, port: int) -> bool:
 
 
 def _is_own(address: str) -> bool:
-    """Whether it is an address of this machine: only such can be bound."""
+    """Whether it is an address of this machine: only those can be bound."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
         probe.bind((address, 0))
@@ -99,9 +99,10 @@ class _TlsPool(HTTPSConnectionPool):
 
 
 def pool_for(url: str, public_only: bool) -> urllib3.PoolManager:
-    """Connections for requests that begin at a URL. public_only: each to a public address, or to a named registry.
+    """A connection pool for requests that begin at a URL. public_only: each to a public address, or to a listed
+    registry.
 
-    Behind a proxy of the environment it is the proxy that connects; addresses are then looked at beforehand only.
+    Behind a proxy of the environment the proxy connects; addresses are then only checked beforehand.
     """
     kinds: dict[str, Any] = {"retries": False, "timeout": urllib3.Timeout(connect=15, read=60), "maxsize": 8}
     proxy = settings.proxy_for(url)

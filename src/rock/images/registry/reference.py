@@ -1,9 +1,9 @@
-"""Names of images, as everybody writes them.
+"""Image names in Docker's syntax, and their normalized form.
 
     python:3.11                 ->  docker.io/library/python:3.11
     me/tool                     ->  docker.io/me/tool:latest
     localhost:5000/a/b@sha256:… ->  the same, by digest
-    host                        ->  this machine's own system; a name of its own, without tag
+    host                        ->  this machine's own system; a special name without a tag
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rock.errors import InvalidConfig
 
 HOST = "host"
 HUB = "docker.io"
-BUILD_STEPS = "localhost/rock-build:"  # how the names of build steps begin
+BUILD_STEPS = "localhost/rock-build:"  # prefix of the names of build steps
 
 _PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _LABEL = r"(?:[a-zA-Z0-9]|[a-zA-Z0-9][a-zA-Z0-9-]*[a-zA-Z0-9])"
@@ -24,14 +24,14 @@ _REPOSITORY = re.compile(rf"{_PART}(?:/{_PART})*", re.ASCII)
 _TAG = re.compile(r"\w[\w.-]{0,127}", re.ASCII)
 _DIGEST = re.compile(r"sha256:[a-f0-9]{64}", re.ASCII)
 _LONGEST = 255
-_OWN = "rock.local"  # names that this server makes up; never on a registry, so a registry's limit does not apply
+_OWN = "rock.local"  # generated names; never on a registry, so a registry's limit does not apply
 _LONGEST_OWN = 8192
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A normalised name. `tag` is None only where a digest is given without one. public_only: it
-    leads to public addresses, or to registries that the owner of the server has named: reach.py."""
+    """A normalized name. `tag` is None only for a digest without a tag. public_only: connections are limited to public
+    addresses, and to registries that the owner of the server listed: reach.py."""
 
     domain: str
     repository: str
@@ -41,12 +41,12 @@ class Reference:
 
     @property
     def full(self) -> str:
-        """The whole name, which the store knows the image by; a digest wins over a tag."""
+        """The full name, which is the store's key; a digest takes precedence over a tag."""
         return self._with(f"{self.domain}/{self.repository}")
 
     @property
     def familiar(self) -> str:
-        """The name as people write it, without what is implied."""
+        """The short name, without implied parts."""
         name = f"{self.domain}/{self.repository}"
         name = name.removeprefix("docker.io/library/") if name.count("/") == 2 else name
         return self._with(name.removeprefix("docker.io/"))
@@ -57,7 +57,7 @@ class Reference:
 
 
 def parse(name: str) -> Reference:
-    """The reference that `name` stands for. InvalidConfig says what is wrong with it."""
+    """Parse a name. InvalidConfig states what is wrong with it."""
     rest, at, digest = name.partition("@")
     if at and not _DIGEST.fullmatch(digest):
         raise _invalid(name, "its digest is not sha256: and 64 hexadecimal digits")
@@ -92,18 +92,18 @@ def _invalid(name: str, why: str) -> InvalidConfig:
 
 
 def free_name(name: str) -> None:
-    """InvalidConfig for a name that an image cannot be given."""
+    """Raise InvalidConfig for a reserved name."""
     if name == HOST:
         raise InvalidConfig("the image `host` is built in", hint="take another name, like my/image:1.0")
     parse(name)
 
 
 def new_name(name: str) -> Reference:
-    """What an image that is about to be made may be called. InvalidConfig."""
+    """Check the name of a new image. InvalidConfig."""
     free_name(name)
     reference = parse(name)
     if reference.digest is not None:
         raise InvalidConfig(f"{name} is named by a digest, which a new image cannot choose", hint="give it a tag")
-    if reference.familiar.startswith(BUILD_STEPS):  # builds would take it over as what they made
+    if reference.familiar.startswith(BUILD_STEPS):  # builds would reuse it as their own step
         raise InvalidConfig(f"names that begin with {BUILD_STEPS} are those of build steps")
     return reference

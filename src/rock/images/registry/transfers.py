@@ -1,4 +1,4 @@
-"""Images between the store and registries, or files: pulled, pushed, exported."""
+"""Adds images to the store and exports them: pull, push, import of archives, export to files."""
 
 from __future__ import annotations
 
@@ -27,18 +27,16 @@ if TYPE_CHECKING:
     from rock.images.registry.client import Registry
 
 
-# ---- adding ----
-#
-# Images that come from outside: their layers unpacked into the store, and their records saved.
+# ---- import: layers unpacked into the store, and records saved ----
 
-EMPTY = f"sha256:{hashlib.sha256().hexdigest()}"  # digest of a layer without anything
+EMPTY = f"sha256:{hashlib.sha256().hexdigest()}"  # digest of an empty layer
 _PLAIN_LAYER = GZIP_LAYER.removesuffix("+gzip")
 _MEDIA_TYPES = {"none": _PLAIN_LAYER, "gzip": GZIP_LAYER, "zstd": f"{_PLAIN_LAYER}+zstd"}
 _UNPACKED_AT_ONCE = 2
 
 
 class ImageImports:
-    """gate: the store's lock, shared while an image is added."""
+    """gate: the store's lock, held shared while an image is added."""
 
     def __init__(self, layers: LayerStore, records: Records, gate: Path) -> None:
         self._layers = layers
@@ -46,8 +44,8 @@ class ImageImports:
         self._gate = gate
 
     def archive(self, path: Path, name: str | None, progress: Progress | None, kind: str) -> Sequence[ImageRecord]:
-        """The images of an archive or layout, under their own names or that of the only one. kind: docker, oci, or
-        archive, which is either."""
+        """Import the images of an archive or layout, under their own names or that of the only one. kind: docker, oci,
+        or archive for either."""
         with locked(self._gate, shared=True), self._layers.scratch() as scratch:
             with storing(f"reading {path}"):
                 archive = Archive(path, scratch, self._layers.bounds())
@@ -61,8 +59,8 @@ class ImageImports:
         self, image: Archived, names: Iterable[str], progress: Progress | None,
         wait: Callable[[str | None], None] = lambda _: None, repository: str = "",
     ) -> Sequence[ImageRecord]:  # fmt: skip
-        """An image whose blobs are on this machine, with the gate held. wait: for the blob of a digest, which may be on
-        its way. repository: where it comes from."""
+        """Add an image whose blobs are on this machine; the caller holds the gate. wait: for the blob of a digest,
+        which may still be downloading. repository: its source."""
 
         bounds = self._layers.bounds()
 
@@ -73,12 +71,12 @@ class ImageImports:
             fresh = not self._layers.has(layer.diff_id)
             info = self._layers.add(f"unpacking layer {number}", _filler(layer), layer.diff_id, bounds=bounds)
             if fresh and layer.digest is not None and (kind := _MEDIA_TYPES.get(compression(layer.blob))):
-                # Both digests have been checked just now; those of a layer that was there, nobody has looked at.
+                # Both digests have just been verified; a layer that was present already was not verified.
                 known = PackedLayer(layer.diff_id, layer.digest, layer.blob.size, kind)
                 self._layers.remember(layer.diff_id, known.seen_in(repository) if repository else known)
             return info
 
-        # Two at a time: while one waits for the disk, which has to have it before it counts, the other is written.
+        # Two at a time: one is written while the other is synced to disk.
         with ThreadPoolExecutor(_UNPACKED_AT_ONCE, thread_name_prefix="rock-unpack") as workers:
             infos = list(workers.map(unpacked, range(1, len(image.layers) + 1), image.layers))
         if not infos:
@@ -93,7 +91,7 @@ class ImageImports:
         return [self._records.save(replace(record, name=parse(name).familiar)) for name in names]
 
     def single(self, name: str, what: str, fill: Callable[[LayerWriter], str]) -> ImageRecord:
-        """An image of one layer, without settings."""
+        """Add an image of one layer, without settings."""
         free_name(name)
         with locked(self._gate, shared=True):
             info = self._layers.add(what, fill)
@@ -105,7 +103,8 @@ class ImageImports:
 
 
 def unpack(blob: Blob, digest: str | None, writer: LayerWriter) -> str:
-    """Write a tar, plain or compressed, as a layer: the digest of the plain tar. digest: what the blob's has to be."""
+    """Unpack a tar, plain or compressed, as a layer; returns the digest of the plain tar. digest: the expected one of
+    the blob."""
     plain = Plain(blob, writer.bounds)
     plain.unpack_into(writer)
     if digest is not None and digest != plain.blob_digest:
@@ -124,7 +123,7 @@ def _note(infos: list[LayerInfo]) -> str:
 
 
 def _chosen(path: Path, images: list[Archived], name: str | None) -> list[tuple[Archived, tuple[str, ...]]]:
-    """Which images of an archive to add, and under which names."""
+    """The images of an archive to add, and their names."""
     if not images:
         raise ImageError(f"{path} has no image")
     there = [n for image in images for n in image.names]
@@ -143,11 +142,10 @@ def _chosen(path: Path, images: list[Archived], name: str | None) -> list[tuple[
 
 
 # ---- transfers ----
-#
 
 
 class Transfers:
-    """locks: the store's folder of them. See `ImageStore` for what the methods are for."""
+    """locks: the store's lock folder. `ImageStore` documents the methods."""
 
     def __init__(self, layers: LayerStore, records: Records, adding: ImageImports, logins: Logins, locks: Path) -> None:
         self._layers = layers
@@ -172,7 +170,7 @@ class Transfers:
         return found
 
     def _registries(self, reference: Reference, login: Login | None) -> Sequence[Registry]:
-        """Where to ask for an image: mirrors, each with a login of its own, and the registry itself last."""
+        """The sources of an image: mirrors, each with its own login, and the registry itself last."""
         from rock.images.registry.client import Registry  # urllib3, which images that are here do without
 
         mirrors = [Registry(reference, self._logins.of(mirror), mirror)
@@ -202,7 +200,7 @@ class Transfers:
         self, record: ImageRecord, target: ToRegistry | ToLayout, progress: Progress | None, ready: Mapping[str, Path]
     ) -> str:
         with closing(target), storing(f"sending {record.name}"), locked(self._gate, shared=True):
-            for diff in record.layers:  # with the gate held none of them goes
+            for diff in record.layers:  # the gate prevents their removal
                 if not self._layers.has(diff):
                     raise ImageError(f"image {record.name} was removed")
             with self._layers.scratch() as scratch:

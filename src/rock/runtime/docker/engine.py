@@ -1,6 +1,7 @@
-"""The container engine, over its HTTP socket: the few calls that sandboxes need, with our own errors.
+"""Client of a container engine: the API calls that sandboxes need, a circuit breaker, and the mapping of errors.
 
-Nothing is started with the engine's command line program.
+It uses the engine's HTTP socket and never starts the engine's command line program. `Breaker` pauses calls to an engine
+that fails repeatedly. `engine_errors` and `refusal` translate the engine's errors.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from rock.runtime.docker import http
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 DEFAULT_SOCKET = "/var/run/docker.sock"
-_PATIENCE = 60.0  # seconds for one answer
+_PATIENCE = 60.0  # seconds for one response
 _ATTEMPTS = 4
 _FIRST_PAUSE = 0.25  # seconds, doubled after each attempt
 _OVERLOADED = (429, 500, 502, 503, 504)
-_TELLING = (  # a 500 that will be the same the next time
+_TELLING = (  # messages of a 500 that a retry does not change
     "storage-opt", "no such file", "executable file not found", "permission denied", "invalid", "not supported",
     "exec format error", "unknown or invalid runtime", "no space left", "read-only file system", "cannot run",
 )  # fmt: skip
 
 
 class EngineError(Exception):
-    """What the engine answered instead: `status` of HTTP, 0 within a stream."""
+    """An error response of the engine: HTTP `status`, or 0 within a stream."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -44,7 +45,7 @@ class EngineError(Exception):
 
 @dataclass(frozen=True)
 class Facts:
-    """What an engine can do, as it tells itself."""
+    """The features that an engine reports."""
 
     version: str = ""
     driver: str = ""
@@ -61,7 +62,7 @@ class Facts:
 
     @classmethod
     def of(cls, info: dict[str, Any]) -> Facts:
-        """The facts of the engine's own account, which may lack anything."""
+        """Parse the engine's report, in which any field may be missing."""
         status = {str(row[0]): str(row[1]) for row in info.get("DriverStatus") or () if len(row) > 1}
         words = (part for text in info.get("SecurityOptions") or () for part in str(text).split(","))
         runtimes = info.get("Runtimes") or {}
@@ -79,10 +80,10 @@ class Facts:
 
 
 class Engine:
-    """One engine. `host` is "unix:///path"; anything else is refused, as an engine elsewhere cannot see our files.
+    """One engine. `host` is "unix:///path"; other forms are rejected, because a remote engine cannot see local files.
 
-    Every call may raise Unavailable: nobody there, no answer in time; NoCapacity after too many failures just now;
-    EngineError for what it answers and means.
+    Every call may raise Unavailable (no connection, no response in time), NoCapacity (the circuit breaker is open) or
+    EngineError (an error response).
     """
 
     def __init__(self, host: str = "", patience: float = _PATIENCE) -> None:
@@ -93,7 +94,7 @@ class Engine:
 
     @property
     def socket(self) -> str:
-        """The path of its socket. Unsupported for an engine elsewhere."""
+        """The path of the socket. Unsupported for a remote engine."""
         path = self.host.removeprefix("unix://")
         if path == self.host or not path.startswith("/"):
             raise errors.Unsupported(f"the container engine at {self.host} is not on this machine",
@@ -103,19 +104,19 @@ class Engine:
 
     @property
     def known(self) -> Facts:
-        """What was found out last."""
+        """The last known facts."""
         return self._facts or Facts()
 
     async def facts(self, *, anew: bool = False) -> Facts:
-        """What it can do; asked once, unless `anew`."""
+        """The features of the engine; cached, unless `anew`."""
         if self._facts is None or anew:
             self._facts = Facts.of(await self._json("tell about itself", "GET", "/info"))
         return self._facts
 
-    # ---- asking ----
+    # ---- requests ----
 
     async def _again(self, what: str, work: Callable[[], Awaitable[T]]) -> T:
-        """Do something, several times where it does not go well for reasons that may pass."""
+        """Retry an operation after transient errors."""
         pause = _FIRST_PAUSE
         for attempt in range(1, _ATTEMPTS + 1):
             self.breaker.refuse(what)
@@ -144,7 +145,7 @@ class Engine:
         raise AssertionError("unreachable")
 
     async def _json(self, what: str, method: str, path: str, body: Any = None, **query: str) -> Any:
-        """One request and its whole answer, None where that is empty."""
+        """Send one request and read the whole response; None when it is empty."""
         return await self._again(what, lambda: self._once(what, method, _target(path, query), body))
 
     async def _once(self, what: str, method: str, target: str, body: Any) -> Any:
@@ -155,7 +156,7 @@ class Engine:
 
     @contextlib.asynccontextmanager
     async def _asked(self, method: str, target: str, body: Any = None, **headers: str) -> AsyncGenerator[http.Answer]:
-        """An answer that is none of an error."""
+        """Send one request; error responses raise."""
         data = b"" if body is None else json.dumps(body).encode()
         async with http.ask(self.socket, method, target, data, headers) as answer:
             if answer.status >= 400:
@@ -176,7 +177,8 @@ class Engine:
     # ---- containers ----
 
     async def create(self, name: str, config: dict[str, Any]) -> str:
-        """The id of a new container of that name. One that a lost answer left behind is the one meant."""
+        """Create a container with that name and return its id. Adopts a container from an earlier attempt whose
+        response was lost."""
         try:
             found = await self._json("create a container", "POST", "/containers/create", config, name=name)
         except EngineError as error:
@@ -186,20 +188,20 @@ class Engine:
         return str(found["Id"])
 
     async def start(self, id: str) -> None:
-        """One that runs already is no error."""
+        """Start a container. A running container is no error."""
         await self._json("start a container", "POST", f"/containers/{id}/start")
 
     async def inspect(self, id: str) -> dict[str, Any] | None:
-        """All about a container; None when there is none."""
+        """The details of a container; None when there is none."""
         return await self._or_none("look at a container", f"/containers/{id}/json")
 
     async def kill(self, id: str) -> None:
-        """SIGKILL; one that does not run is no error."""
+        """Send SIGKILL; a stopped container is no error."""
         with _fine(404, 409):
             await self._json("kill a container", "POST", f"/containers/{id}/kill", signal="SIGKILL")
 
     async def remove(self, id: str) -> None:
-        """Remove a container with its volumes, whether it runs or not; answers when it is gone. Idempotent."""
+        """Remove a container with its volumes, running or not; returns when it is gone. Idempotent."""
         for _ in range(600):
             try:
                 await self._json("remove a container", "DELETE", f"/containers/{id}", force="1", v="1")
@@ -209,10 +211,10 @@ class Engine:
                     return
                 if error.status != 409 or "in progress" not in error.message:
                     raise
-                await asyncio.sleep(0.1)  # somebody else removes it
+                await asyncio.sleep(0.1)  # another client removes it
 
     async def attach(self, id: str) -> Attached:
-        """A stream to the standard input and from the standard output of a container, which the caller closes."""
+        """A stream to the standard input and from the standard output of a container; the caller closes it."""
         target = _target(f"/containers/{id}/attach", {"stream": "1", "stdin": "1", "stdout": "1"})
 
         async def work() -> Attached:
@@ -232,7 +234,7 @@ class Engine:
         return [entry for entry in found or () if isinstance(entry, dict)]
 
     async def events(self, label: str, since: float) -> AsyncGenerator[dict[str, Any]]:
-        """What happens to containers with a label, from a time on, until the connection ends. Unavailable."""
+        """Yield events of containers with a label since a time, until the connection ends. Unavailable."""
         filters = json.dumps({"type": ["container"], "label": [label]})
         target = _target("/events", {"filters": filters, "since": f"{since:.9f}"})
         with _reached("tell events", self.host):
@@ -248,11 +250,11 @@ class Engine:
     # ---- images ----
 
     async def image(self, name: str) -> dict[str, Any] | None:
-        """All about an image that the engine has; None when it has none."""
+        """The details of an image in the engine; None when it is absent."""
         return await self._or_none("look at an image", f"/images/{urllib.parse.quote(name)}/json")
 
     async def pull(self, name: str, domain: str, login: tuple[str, str] | None) -> AsyncGenerator[dict[str, Any]]:
-        """Have the engine pull an image by its full name. EngineError with what the registry at `domain` said."""
+        """Have the engine pull an image by its full name. EngineError with the error of the registry at `domain`."""
         headers = {}
         if login is not None:
             auth = {"username": login[0], "password": login[1], "serveraddress": domain}
@@ -270,18 +272,18 @@ class Engine:
 
 
 class Attached:
-    """The standard streams of a container. The engine puts a head before each piece of its output."""
+    """The standard streams of a container. The engine puts a header before each chunk of its output."""
 
     def __init__(self, stream: http.Upgraded) -> None:
         self._stream = stream
         self._rest = bytearray()
-        self._left = 0  # bytes of the piece that is coming
-        self._ours = False  # whether it is of standard output
+        self._left = 0  # remaining bytes of the current chunk
+        self._ours = False  # whether the chunk is standard output
         self.write = stream.write
         self.close = stream.close
 
     async def read(self) -> bytes:
-        """What has come of standard output; empty at the end."""
+        """Read available standard output; empty at the end."""
         out = bytearray()
         while not out:
             data = await self._stream.read()
@@ -307,7 +309,7 @@ def _target(path: str, query: dict[str, str]) -> str:
 
 
 def _unpacked(data: bytes) -> Any:
-    """What is meant, or None where it is no JSON."""
+    """Parse JSON; None when the text is invalid."""
     try:
         return json.loads(data) if data else None
     except ValueError:
@@ -316,7 +318,7 @@ def _unpacked(data: bytes) -> Any:
 
 @contextlib.contextmanager
 def _reached(what: str, host: str) -> Iterator[None]:
-    """Failures on the way to the engine, as ours."""
+    """Translate connection failures into project errors."""
     try:
         yield
     except TimeoutError:
@@ -342,17 +344,16 @@ def _fine(*statuses: int) -> Iterator[None]:
             raise
 
 
-# ---- breaker ----
-#
-# When an engine fails again and again it is left alone for a while, instead of being asked by everybody at once.
+# ---- circuit breaker ----
 
 _MOST_FAILURES = 5
-_REST = 5.0  # seconds, doubled each time that it fails after a rest
+_REST = 5.0  # seconds, doubled after each failure of a probe
 _LONGEST_REST = 60.0
 
 
 class Breaker:
-    """Closed until `failures` in a row; then open for `rest` seconds; then one call is let through to look.
+    """Circuit breaker: closed until `failures` in a row, then open for `rest` seconds, then half open for one probe
+    call.
 
         closed ── failures ──► open ── rest ──► half open ── worked ──► closed
                                 ▲                   └────── failed ──► open, for longer
@@ -368,7 +369,7 @@ class Breaker:
         self._looking_since: float | None = None
 
     def refuse(self, what: str) -> None:
-        """Raise NoCapacity while it is open; else the caller may try, and tells how that went."""
+        """Raise NoCapacity while open. Otherwise the caller proceeds and reports the outcome."""
         if self._until is None:
             return
         now = self._clock()
@@ -381,16 +382,16 @@ class Breaker:
         self._looking_since = now
 
     def worked(self) -> None:
-        """The engine answered, whatever it said."""
+        """Record that the engine responded, with any status."""
         self._failures, self._until, self._looking_since = 0, None, None
         self._rest = self._first_rest
 
     def undecided(self) -> None:
-        """Nobody waited for how it went."""
+        """Record that the call was cancelled before its outcome was known."""
         self._looking_since = None
 
     def failed(self) -> None:
-        """It did not answer, or said that it is not well."""
+        """Record that the engine did not respond or reported an internal failure."""
         self._failures += 1
         if self._looking_since is not None:
             self._looking_since = None
@@ -400,13 +401,11 @@ class Breaker:
             self._until = self._clock() + self._rest
 
 
-# ---- refusals ----
-#
-# What an engine answers instead of doing it, as errors of ours.
+# ---- error translation ----
 
 @contextlib.contextmanager
 def engine_errors(what: str) -> Iterator[None]:
-    """What the engine answers beside its use for a start, as an error of ours."""
+    """Translate errors of a start that the engine reports into project errors."""
     try:
         yield
     except EngineError as error:
@@ -415,7 +414,7 @@ def engine_errors(what: str) -> Iterator[None]:
 
 
 def refusal(error: EngineError, config: SandboxConfig) -> errors.RockError:
-    """Why the engine did not make a container."""
+    """The reason for which the engine rejected a container."""
     text = error.message
     low = text.lower()
     if "storage-opt" in low or "quota" in low:

@@ -1,5 +1,4 @@
-"""HTTP to a unix socket, one connection a request: what an engine needs, and nothing that a cancelled caller leaves
-open."""
+"""Minimal HTTP client for unix sockets: one connection per request, which closes when the caller is cancelled."""
 
 from __future__ import annotations
 
@@ -12,15 +11,15 @@ import h11
 
 _CHUNK = 64 << 10
 _LONGEST_LINE = 1 << 20
-_LARGEST = 64 << 20  # bytes of one answer that is read as a whole
+_LARGEST = 64 << 20  # maximum bytes of a response that is read as a whole
 
 
 class Broken(Exception):
-    """The connection ended early, or what came over it is no HTTP."""
+    """The connection ended early, or the data is not HTTP."""
 
 
 class Answer:
-    """The head of an answer, and its body as it comes."""
+    """The status and headers of a response, and its body as a stream."""
 
     def __init__(self, connection: h11.Connection, reader: asyncio.StreamReader) -> None:
         self.status = 0
@@ -28,7 +27,7 @@ class Answer:
         self._reader = reader
 
     async def head(self) -> None:
-        """Wait for it."""
+        """Read status and headers."""
         event = await self._next()
         while isinstance(event, h11.InformationalResponse) and event.status_code != 101:
             event = await self._next()
@@ -52,7 +51,7 @@ class Answer:
                 yield bytes(event.data)
 
     async def read(self) -> bytes:
-        """The whole body."""
+        """Read the whole body."""
         data = bytearray()
         async with contextlib.aclosing(self.pieces()) as pieces:
             async for piece in pieces:
@@ -62,7 +61,7 @@ class Answer:
         return bytes(data)
 
     async def lines(self) -> AsyncGenerator[bytes]:
-        """The body line by line."""
+        """Yield the body line by line."""
         rest = bytearray()
         async with contextlib.aclosing(self.pieces()) as pieces:
             async for piece in pieces:
@@ -79,7 +78,8 @@ class Answer:
 
 @contextlib.asynccontextmanager
 async def ask(path: str, method: str, target: str, body: bytes, headers: Mapping[str, str]) -> AsyncGenerator[Answer]:
-    """Send a request to the socket at `path`; its answer, until the end of the block. OSError, Broken."""
+    """Send a request to the socket at `path` and yield the response; the connection closes with the block. OSError,
+    Broken."""
     reader, writer = await asyncio.open_unix_connection(path, limit=_CHUNK)
     try:
         yield await _exchange(h11.Connection(h11.CLIENT), reader, writer, method, target, body, headers)
@@ -90,7 +90,7 @@ async def ask(path: str, method: str, target: str, body: bytes, headers: Mapping
 
 
 class Upgraded:
-    """A connection that has become a plain stream: what an engine calls hijacked."""
+    """A connection that became a plain stream (the engine calls it hijacked)."""
 
     def __init__(self, first: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._first = first
@@ -98,12 +98,12 @@ class Upgraded:
         self._writer = writer
 
     async def read(self) -> bytes:
-        """What has come; empty at the end."""
+        """Read available bytes; empty at the end."""
         first, self._first = self._first, b""
         return first or await self._reader.read(_CHUNK)
 
     async def write(self, data: bytes) -> None:
-        """Returns when more can be written."""
+        """Write; returns when more can be written."""
         self._writer.write(data)
         await self._writer.drain()
 
@@ -112,7 +112,7 @@ class Upgraded:
 
 
 async def upgrade(path: str, target: str) -> Upgraded | Refused:
-    """POST for a stream; the caller closes it. OSError, Broken."""
+    """POST with an upgrade to a stream; the caller closes it. OSError, Broken."""
     reader, writer = await asyncio.open_unix_connection(path, limit=_CHUNK)
     try:
         connection = h11.Connection(h11.CLIENT)
@@ -129,7 +129,7 @@ async def upgrade(path: str, target: str) -> Upgraded | Refused:
 
 
 class Refused(NamedTuple):
-    """An answer that is no stream."""
+    """A response that is not a stream."""
 
     status: int
     body: bytes

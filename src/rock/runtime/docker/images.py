@@ -1,4 +1,4 @@
-"""Images of the engine: pull policy, logins, and what is told while one comes."""
+"""Images of the container engine: pull policy, credentials and pull progress."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _STATES = {"Pull complete": 1, "Already exists": 1}
 
 
 async def find(engine: Engine, config: SandboxConfig) -> dict[str, Any]:
-    """The engine's account of an image that it has. ImageError when it has none of that name."""
+    """The engine's details of an image. ImageError when the engine does not have it."""
     found = await engine.image(parse(config.image).full)
     if found is None:
         raise errors.ImageError(
@@ -35,7 +35,7 @@ async def is_ready(engine: Engine, config: SandboxConfig) -> bool:
 
 
 async def prepare(engine: Engine, config: SandboxConfig, tell: Callable[[str], None]) -> None:
-    """Have the engine pull the image where the policy says so. ImageError with what the registry said."""
+    """Have the engine pull the image if the policy requires it. ImageError with the registry's error."""
     if await is_ready(engine, config):
         return
     login = None
@@ -44,7 +44,7 @@ async def prepare(engine: Engine, config: SandboxConfig, tell: Callable[[str], N
     progress = Progress()
     try:
         reference = parse(config.image)
-        if config.public_registries:  # the engine resolves the name once more, and connects by itself
+        if config.public_registries:  # the engine resolves the name again and connects by itself
             await asyncio.to_thread(_check_reach, reference.domain)
         steps = engine.pull(reference.full, reference.domain, login)
         async with contextlib.aclosing(steps):
@@ -55,16 +55,16 @@ async def prepare(engine: Engine, config: SandboxConfig, tell: Callable[[str], N
 
 
 def _check_reach(domain: str) -> None:
-    """ImageError for a registry that is not contacted for a tenant."""
+    """Raise ImageError for a registry that tenants may not use."""
     from rock.images.registry.reach import addresses_of  # urllib3
 
     parts = urlsplit(f"//{domain}")
-    with contextlib.suppress(OSError):  # a name that the engine alone may know, or nobody
+    with contextlib.suppress(OSError):  # the name may be known to the engine only
         addresses_of(parts.hostname or domain, parts.port or 443)
 
 
 def refused(image: str, error: EngineError) -> errors.ImageError:
-    """What a registry's refusal means."""
+    """Translate a registry's rejection into an error."""
     text = error.message
     low = text.lower()
     if any(word in low for word in ("unauthorized", "authentication required", "denied", "no basic auth")):
@@ -79,13 +79,13 @@ def refused(image: str, error: EngineError) -> errors.ImageError:
 
 
 class Progress:
-    """Words on a pull, from what the engine tells of each layer."""
+    """Progress text of a pull, from the engine's messages about layers."""
 
     def __init__(self) -> None:
-        self._layers: dict[str, tuple[int, int, bool]] = {}  # bytes that came, bytes in all, whether it is done
+        self._layers: dict[str, tuple[int, int, bool]] = {}  # received bytes, total bytes, done
 
     def take(self, step: Mapping[str, Any]) -> str:
-        """The words after one more step; the engine's own where it is not about a layer."""
+        """The text after one more message; the engine's own text when it is not about a layer."""
         id, status = str(step.get("id") or "")[:64], str(step.get("status") or "")[:200]
         detail = step.get("progressDetail") or {}
         known = id in self._layers or status in ("Pulling fs layer", "Already exists", "Waiting", "Downloading")

@@ -1,4 +1,7 @@
-"""The two ways to a container's pid 1: a socket of ours, or its standard streams where no descriptor can cross."""
+"""Transports to a container's pid 1: a unix socket, or the container's standard streams where descriptors cannot cross.
+
+`InitListener` accepts the connection of one container. Its folder is mounted read-only inside, so nothing in the
+container can replace the socket. The kernel reports the peer's pid, and only the container's own pid 1 is accepted."""
 
 from __future__ import annotations
 
@@ -19,26 +22,26 @@ from rock.runtime.init.multiplexer import Multiplexer
 
 
 class InitTransport(Protocol):
-    """One attempt to reach a pid 1, made before the container starts or when it was lost. `close` it in any case."""
+    """One attempt to connect to a pid 1, before the container starts or after a lost connection. Always `close` it."""
 
-    folder: str | None  # what has to be mounted for it
+    folder: str | None  # folder to mount in the container, if any
 
     @property
     def options(self) -> dict[str, object]:
-        """What pid 1 has to be told."""
+        """Options to pass to pid 1."""
         ...
 
     async def enter(self, engine_id: str, pid: int, sandbox_id: str, patience: float) -> InitLink:
-        """The link to the pid 1 of a container that runs. Unavailable, Lost."""
+        """The link to the pid 1 of a running container. Unavailable, Lost."""
         ...
 
     async def close(self) -> None:
-        """Release what it holds; the link ends with it where it is carried. Idempotent."""
+        """Release its resources; closes the link of a multiplexed stream. Idempotent."""
         ...
 
 
 class SocketTransport:
-    """The same kernel: descriptors cross, and nothing is between us once pid 1 has connected."""
+    """Same kernel: descriptors cross, and pid 1 connects directly."""
 
     options: dict[str, object] = {"socket": f"{python.LINK}/s"}
 
@@ -54,7 +57,7 @@ class SocketTransport:
 
 
 class StreamTransport:
-    """Another kernel: bytes over the engine's attached streams."""
+    """Separate kernel: bytes over the engine's attached streams."""
 
     options: dict[str, object] = {}
     folder: str | None = None
@@ -76,15 +79,10 @@ class StreamTransport:
             await self._mux.gone()
 
 
-# ---- door ----
-#
-# Where the pid 1 of one container connects, and nobody else gets in.
-#
-# The folder is shown inside read-only, so that nothing can be put there in place of our socket. Who connects is told by
-# the kernel: only the container's own pid 1 is served.
+# ---- listener ----
 
 class InitListener:
-    """A listening socket in `folder`, which is made when missing. `close` it; `enter` closes it when it succeeds."""
+    """A listening socket in `folder`, which is created when missing. `close` it; a successful `enter` closes it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -94,11 +92,11 @@ class InitListener:
             os.unlink(folder / SOCKET_NAME)
         self._listener: socket.socket | None = bind_listener(folder)
         self._listener.setblocking(False)
-        # Root inside may be another user outside; what is over the folder is for our user alone.
+        # Root inside may map to another user outside; the parent folder is accessible to the server's user only.
         os.chmod(folder / SOCKET_NAME, stat.S_IRUSR | stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH)
 
     async def enter(self, pid: int, sandbox_id: str, patience: float) -> socket.socket:
-        """The connection of the process `pid`, others being turned away. Unavailable when it does not come in time."""
+        """Accept the connection of process `pid` and reject others. Unavailable on a timeout."""
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(patience):
@@ -115,7 +113,7 @@ class InitListener:
         raise errors.Lost("the sandbox is being removed", sandbox_id=sandbox_id)
 
     def close(self) -> None:
-        """Nobody can connect any more. Idempotent."""
+        """Stop listening. Idempotent."""
         listener, self._listener = self._listener, None
         if listener is not None:
             listener.close()

@@ -1,9 +1,9 @@
-"""Runtime "docker": a container of an engine for each sandbox, with our own pid 1 in it.
+"""Runtime "docker": one container of an engine per sandbox, with our own pid 1 in it.
 
     create -> admission -> image -> container -> its pid 1 connects (links.py) -> Handle
-    spawn, files, ports -> pid 1 (initfiles.py), never `exec`      destroy -> the engine removes the container
+    spawn, files, ports -> pid 1 (runtime/init/files.py), never `exec`      destroy -> the engine removes the container
 
-The engine makes and removes containers; while one runs, nothing goes through the engine.
+The engine creates and removes containers; operations on a running container bypass the engine.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from rock.runtime.process.runtime import read_record, wait_gone
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PREFIX = "d-"
-_AT_ONCE = 4  # starts that an engine is given together: with 32 and more it collapses
-_JUST = 5.0  # seconds between a kill for memory and the end that it was the cause of
+_AT_ONCE = 4  # concurrent starts of one engine: with 32 and more it collapses
+_JUST = 5.0  # seconds between an out-of-memory kill and the exit that it caused
 log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
 class Container(DelayedInit):
-    """Its pid is that of its pid 1."""
+    """A living container; its pid is that of its pid 1."""
 
     engine_id: str
     oci: spec.Oci = "runc"
@@ -62,14 +62,15 @@ class Container(DelayedInit):
 
 
 class DockerRuntime(DelayedSandboxes[Container]):
-    """Containers of the engine at `host`, "unix:///path". run_dir: a folder a sandbox; guest_dir: our Pythons."""
+    """Containers of the engine at `host`, "unix:///path". run_dir: one folder per sandbox; guest_dir: our Python
+    interpreters."""
 
     name = "docker"
     isolation = Isolation.CONTAINER
     traits: Mapping[Isolation, frozenset[Trait]] = {
         Isolation.CONTAINER: frozenset(Trait) - {Trait.IMAGES},
-        # gVisor of 2022 (Debian): a terminal does not end with its program, pid 1 can be killed from inside, orphans
-        # leave their tree, and its kernel is one process of the host, which memory and process limits end as a whole.
+        # gVisor of 2022 (Debian): a terminal outlives its program, pid 1 can be killed from inside, orphans leave their
+        # tree, and its kernel is one process of the host, which memory and process limits end as a whole.
         Isolation.GVISOR: frozenset(Trait)
         - {Trait.IMAGES, Trait.TERMINALS, Trait.PROCESSES, Trait.TREES, Trait.LIMITS},
         Isolation.MICROVM: frozenset(Trait) - {Trait.IMAGES},
@@ -89,10 +90,10 @@ class DockerRuntime(DelayedSandboxes[Container]):
         self._oom_at: dict[str, float] = {}  # by the engine's id
         self._unswept: frozenset[str] | None = None
 
-    # ---- life of the runtime ----
+    # ---- lifecycle of the runtime ----
 
     async def open(self) -> None:
-        """Never fails for want of an engine: that is told to who asks for a sandbox of this runtime."""
+        """Never fails because of a missing engine: the first create reports that error."""
         self._run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.chmod(self._run_dir, 0o700)
 
@@ -101,21 +102,21 @@ class DockerRuntime(DelayedSandboxes[Container]):
             self._events.cancel()
             await asyncio.gather(self._events, return_exceptions=True)
             self._events = None
-        if self._preparing is not None:  # a thread cannot be ended
+        if self._preparing is not None:  # a thread cannot be cancelled
             await asyncio.wait({self._preparing})
             self._preparing = None
         for slot in list(self._live):
             await self._forget(slot)
 
     async def _ready(self) -> Facts:
-        """The engine's facts; from now on its events are listened to."""
+        """The engine's facts; starts to listen to its events."""
         facts = await self.engine.facts()
         if self._events is None:
             self._events = asyncio.create_task(self._listen(), name="docker events")
         return facts
 
     async def _listen(self) -> None:
-        """Note kills for memory; remove what was left while the engine was away."""
+        """Record out-of-memory kills; remove remains of the time without a connection to the engine."""
         pause, since = 1.0, time.time()
         while True:
             try:
@@ -134,7 +135,7 @@ class DockerRuntime(DelayedSandboxes[Container]):
             await asyncio.sleep(pause)
             pause = min(pause * 2, 30.0)
             with contextlib.suppress(errors.RockError, EngineError):
-                await self.engine.facts(anew=True)  # it may be another one after a restart
+                await self.engine.facts(anew=True)  # the engine may have changed after a restart
 
     # ---- images ----
 
@@ -153,7 +154,7 @@ class DockerRuntime(DelayedSandboxes[Container]):
         await self._admit(config)
 
     async def _admit(self, config: SandboxConfig) -> tuple[str, dict[str, Any]]:
-        """The engine's name of the OCI runtime, and its account of the image."""
+        """The engine's name of the OCI runtime, and the image details."""
         _ = self.engine.socket
         oci = spec.wanted_runtime(config)
         with engine_errors(config.image):
@@ -173,7 +174,7 @@ class DockerRuntime(DelayedSandboxes[Container]):
         task = asyncio.create_task(self._make(id, config, name, image))
         try:
             return await asyncio.shield(task)
-        except asyncio.CancelledError:  # once asked it is waited for, so that nothing is left behind
+        except asyncio.CancelledError:  # wait for the outcome, so that nothing is left behind
             with contextlib.suppress(errors.RockError):
                 await self.destroy(await task)
             raise
@@ -217,7 +218,7 @@ class DockerRuntime(DelayedSandboxes[Container]):
         except BaseException as error:
             if way is not None:
                 await way.close()
-            with contextlib.suppress(errors.RockError, EngineError):  # the sweep tries again
+            with contextlib.suppress(errors.RockError, EngineError):  # the sweep retries
                 await asyncio.shield(self._remove(slot, engine_id or f"rock-{slot}"))
             if isinstance(error, EngineError):
                 raise refusal(error, config) from None
@@ -238,7 +239,7 @@ class DockerRuntime(DelayedSandboxes[Container]):
     async def _entered(
         self, id: str, slot: str, engine_id: str, pid: int, way: InitTransport, patience: float
     ) -> Container:
-        """The sandbox, once its pid 1 has connected and answers."""
+        """The sandbox, once its pid 1 has connected and responds."""
         entry = process_tree.read(pid)
         if entry is None:
             raise errors.StartFailed("the container's pid 1 cannot be seen from here", sandbox_id=id,
@@ -248,7 +249,7 @@ class DockerRuntime(DelayedSandboxes[Container]):
         try:
             await asyncio.wait({entering, ending}, return_when=asyncio.FIRST_COMPLETED)
             if not entering.done():
-                await self._pid(engine_id)  # which tells how it ended
+                await self._pid(engine_id)  # raises with the reason of the exit
                 raise errors.StartFailed("the container's pid 1 ended at once", sandbox_id=id)
             link = entering.result()
         finally:
@@ -272,10 +273,10 @@ class DockerRuntime(DelayedSandboxes[Container]):
         return Handle(self.name, id, spec.isolation_of(oci), spec.enforced(facts, config), data)
 
     def way(self, oci: spec.Oci, folder: Path) -> InitTransport:
-        """How its pid 1 is reached: with the same kernel descriptors can cross."""
+        """Transport to pid 1: descriptors cross only with the same kernel."""
         return SocketTransport(folder) if oci == "runc" else StreamTransport(self.engine, folder)
 
-    # ---- using ----
+    # ---- operations ----
 
     def _found(self, handle: Handle) -> Container:
         data = handle.data
@@ -316,7 +317,7 @@ class DockerRuntime(DelayedSandboxes[Container]):
         return await self._why(data["container"])
 
     async def _why(self, engine_id: str) -> str:
-        """What the engine tells of a container's end."""
+        """The engine's reason for a container's exit."""
         for _ in range(10):
             try:
                 found = await self.engine.inspect(engine_id)
@@ -327,7 +328,7 @@ class DockerRuntime(DelayedSandboxes[Container]):
             state = found.get("State") or {}
             if not state.get("Running"):
                 break
-            await asyncio.sleep(0.1)  # it learns of the end later than we do
+            await asyncio.sleep(0.1)  # the engine sees the exit later than this process does
         recently = time.monotonic() - self._oom_at.get(engine_id, float("-inf")) < _JUST
         if state.get("OOMKilled") and (recently or engine_id not in self._oom_at):
             return "oom"
@@ -360,7 +361,7 @@ class DockerRuntime(DelayedSandboxes[Container]):
             self._oom_at.pop(container.engine_id, None)
 
     async def _remove(self, slot: str, engine_id: str) -> None:
-        """Remove all of a sandbox, made in whole or in part. Idempotent."""
+        """Remove all resources of a complete or incomplete sandbox. Idempotent."""
         await self.engine.remove(engine_id)
         self._gpus.give_back(slot)
         await asyncio.to_thread(remove_tree, str(self._run_dir / slot))
@@ -385,7 +386,7 @@ class DockerRuntime(DelayedSandboxes[Container]):
         return sorted(gone)
 
     async def _sweep_engine(self, slots: set[str] | frozenset[str]) -> set[str]:
-        """Remove containers with our label that are in none of these slots."""
+        """Remove containers with our label whose slot is not listed."""
         gone = set()
         for found in await self.engine.list(f"{spec.HOME_LABEL}={self._label}"):
             labels = found.get("Labels") or {}
@@ -396,12 +397,11 @@ class DockerRuntime(DelayedSandboxes[Container]):
         return gone
 
 
-# ---- groups ----
-#
-# The cgroups that an engine made for a container, as this machine sees them.
+# ---- cgroups ----
 
 def cgroup_folders(pid: int) -> dict[str, str]:
-    """Folder by controller ("memory", "cpu", "cpuacct", "pids") of a process; empty when it is gone."""
+    """Folder per controller ("memory", "cpu", "cpuacct", "pids") of the cgroups that the engine made for a process, as
+    seen by this machine; empty when the process is gone."""
     mounts: dict[str, str] = {}
     unified = ""
     for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines():

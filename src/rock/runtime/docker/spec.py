@@ -1,4 +1,5 @@
-"""What a container is asked for, as plain data: limits, rights, network, mounts. And what is refused before that."""
+"""Container specification as plain data (limits, capabilities, network, mounts), admission checks, and the engine
+probe."""
 
 from __future__ import annotations
 
@@ -29,14 +30,14 @@ _UNSET = ("LD_PRELOAD", "LD_LIBRARY_PATH", "LD_AUDIT", "LD_DEBUG", "GLIBC_TUNABL
 
 
 def wanted_runtime(config: SandboxConfig) -> Oci:
-    """Which kind of OCI runtime is asked for. InvalidConfig when two are."""
+    """The requested kind of OCI runtime. InvalidConfig when two are requested."""
     if config.use_kata_runtime and config.oci_runtime not in (None, "kata"):
         raise errors.InvalidConfig(f'use_kata_runtime and oci_runtime="{config.oci_runtime}" exclude each other')
     return "kata" if config.use_kata_runtime else config.oci_runtime or "runc"
 
 
 def kind_of(name: str, entry: Mapping[str, Any]) -> Oci | None:
-    """Which kind an engine's runtime is, by its program or its type, else by its name."""
+    """The kind of an engine's runtime, by its program or type, else by its name."""
     program = str(entry.get("path") or entry.get("runtimeType") or name).rsplit("/", 1)[-1]
     for text in (program, name):
         for kind in _KINDS:
@@ -46,7 +47,7 @@ def kind_of(name: str, entry: Mapping[str, Any]) -> Oci | None:
 
 
 def runtime_name(facts: Facts, oci: Oci) -> str:
-    """The engine's name for a runtime of that kind. Unsupported with what there is instead."""
+    """The engine's name for a runtime of that kind. Unsupported, with the list of available ones."""
     names = [name for name, entry in facts.runtimes.items() if kind_of(name, entry) == oci and "runtime.v1" not in name]
     if facts.default_runtime in names:
         return facts.default_runtime
@@ -64,7 +65,7 @@ def isolation_of(oci: Oci) -> Isolation:
 
 
 def enforced(facts: Facts, config: SandboxConfig) -> dict[str, Enforced]:
-    """How the engine holds limits."""
+    """How the engine enforces limits."""
     by: Enforced = "cgroup-v2" if facts.cgroups == 2 else "cgroup-v1"
     found: dict[str, Enforced] = {"memory": by, "cpus": by, "pids": by}
     if config.nofile is not None:
@@ -88,7 +89,7 @@ def _refuse_gpus(config: SandboxConfig, facts: Facts, oci: Oci, gpus: Gpus) -> N
 
 
 def refuse(config: SandboxConfig, facts: Facts, oci: Oci, gpus: Gpus) -> None:
-    """Raise Unsupported for what cannot be given by this engine."""
+    """Raise Unsupported for options that this engine cannot provide."""
     if config.image_os != "linux":
         raise errors.Unsupported(f"image_os {config.image_os!r}: the docker runtime runs Linux images only")
     _refuse_gpus(config, facts, oci, gpus)
@@ -127,8 +128,7 @@ def _has_quota(facts: Facts) -> bool:
 
 def container(config: SandboxConfig, image: str, labels: Mapping[str, str], python: GuestPython, link: str | None,
               runtime: str, options: dict[str, object], gpus: Sequence[str] = ()) -> dict[str, Any]:
-    """The engine's description of a container, for POST /containers/create. link: the folder of its socket, if any.
-    gpus: UUIDs of those that it gets."""
+    """The request body for POST /containers/create. link: the folder of its socket, if any. gpus: UUIDs of its GPUs."""
     command = python.command(options)
     hard = config.limit_cpus or config.cpus
     mounts = [_shown(str(python.folder), INSIDE)]
@@ -151,7 +151,8 @@ def container(config: SandboxConfig, image: str, labels: Mapping[str, str], pyth
     carried = link is None
     return {
         "Image": image, "Entrypoint": command[:1], "Cmd": command[1:], "User": "0:0", "Tty": False,
-        # Of the image's environment, what would lead our loader astray; programs get it whole.
+        # Variables of the image's environment that would mislead our loader are cleared; programs get the full
+        # environment.
         "Env": [f"{name}=" for name in _UNSET], "Labels": dict(labels),
         "Healthcheck": {"Test": ["NONE"]}, "OpenStdin": carried, "StdinOnce": False, "AttachStdin": carried,
         "AttachStdout": carried, "AttachStderr": False,
@@ -165,7 +166,7 @@ def _shown(source: str, target: str) -> dict[str, Any]:
 
 
 def image_settings(image: Mapping[str, Any]) -> tuple[dict[str, str], str, str]:
-    """Environment, working folder and user of an image, which may lack or garble any of them."""
+    """Environment, working directory and user of an image; each may be missing or malformed."""
     found = image.get("Config") or {}
     pairs = (str(entry).partition("=") for entry in found.get("Env") or ())
     env = {name: value for name, equals, value in pairs if name and equals and "\0" not in name + value}
@@ -173,12 +174,10 @@ def image_settings(image: Mapping[str, Any]) -> tuple[dict[str, str], str, str]:
     return env, cwd if cwd.startswith("/") else "/" + cwd, str(found.get("User") or "")
 
 
-# ---- probe ----
-#
-# What `rock doctor` tells of the container engine, if there is one: it is needed for runtime "docker" alone.
+# ---- findings of `rock doctor` about the container engine, which only runtime "docker" needs ----
 
 async def findings(host: str) -> list[Finding]:
-    """Of the engine at `host`; never fails."""
+    """Findings about the engine at `host`; never fails."""
     engine = Engine(host, patience=10.0)
     try:
         facts = await engine.facts()

@@ -1,13 +1,13 @@
-"""Runtime "fake": sandboxes in memory, for tests of programs that use ROCK, and for fleets that are only simulated.
+"""Runtime "fake": sandboxes in memory, for tests of programs that use ROCK, and for simulated fleets.
 
-No process of the machine, no thread and, until a program is started, no descriptor: a sandbox costs some kilobytes. Its
-shell, its tools and its files are Python (docs/guides/testing.md says which); further programs are functions that you
-give. It isolates nothing: what your functions do, they do in the server.
+A sandbox costs some kilobytes: no process, no thread and, until a program starts, no descriptor. Its shell, tools and
+files are Python (docs/guides/testing.md lists them); callers can add programs as functions. It provides no isolation:
+the functions run in the server.
 
-    runtime.py   FakeRuntime              sandbox.py   one sandbox: files, processes, the programs by name
-    programs.py  processes and calls      tree.py      files          programs.py  pipes
-    shell.py shell.py syntax.py syntax.py expand.py builtins.py printing.py   the shell
-    tools.py tools.py                                             programs that every sandbox has
+    runtime.py   FakeRuntime                    sandbox.py   one sandbox: files, processes, the programs by name
+    programs.py  processes, calls, streams      tree.py      files
+    shell.py syntax.py expand.py builtins.py printing.py     the shell
+    tools.py                                                 programs that every sandbox has
 """
 
 from rock.runtime.fake.programs import Call, Program

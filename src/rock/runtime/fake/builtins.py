@@ -1,4 +1,4 @@
-"""What the shell of a fake sandbox does itself."""
+"""Builtin commands of a fake sandbox's shell."""
 
 from __future__ import annotations
 

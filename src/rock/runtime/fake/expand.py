@@ -1,4 +1,4 @@
-"""Words of a fake sandbox's shell, expanded: variables, substitutions, arithmetic, fields, patterns."""
+"""Word expansion of a fake sandbox's shell: variables, substitutions, arithmetic, fields, patterns."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Expander:
         return _pattern(segments)
 
     async def fields(self, words: list[Word]) -> list[str]:
-        """The arguments that words come to."""
+        """The arguments that words expand to."""
         out: list[str] = []
         for word in words:
             for field in await self._fields(word):

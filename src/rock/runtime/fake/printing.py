@@ -1,4 +1,4 @@
-"""printf, test and the names of signals, as the shell and the tools of fake sandboxes know them. Pure."""
+"""printf, test and signal names for the shell and the tools of fake sandboxes. Pure functions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WIDEST = 100_000
 
 
 def escaped(text: str) -> str:
-    """What backslashes in a text stand for."""
+    """Resolve backslash escapes in a text."""
 
     def one(match: re.Match[str]) -> str:
         word = match[1]
@@ -30,7 +30,7 @@ def escaped(text: str) -> str:
 
 
 def formatted(form: str, arguments: list[str]) -> str:
-    """printf: the format again and again until no argument is left. ValueError."""
+    """printf: repeats the format until all arguments are used. ValueError."""
     rest = list(arguments)
     form = escaped(form)
     out: list[str] = []
@@ -77,7 +77,7 @@ def signal_number(name: str) -> int | None:
 
 
 class Test:
-    """The words of `test`. ValueError for what is no test."""
+    """The words of `test`. ValueError for an invalid expression."""
 
     def __init__(self, words: list[str], files: Tree, cwd: str) -> None:
         self._words = words

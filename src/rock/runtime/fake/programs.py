@@ -1,6 +1,7 @@
-"""Programs of fake sandboxes: Python functions, and the processes that run them.
+"""Programs of fake sandboxes: Python functions, the processes that run them, and their streams.
 
-A program is a function of a `Call`, asynchronous or not, that answers its exit status (None is 0).
+A program is a function of a `Call`, asynchronous or not, that returns its exit status (None is 0). Streams are real
+pipes to the server, or pipes and files in memory.
 """
 
 from __future__ import annotations
@@ -29,10 +30,10 @@ log = logging.getLogger(__name__)
 
 
 class Call:
-    """A program that was called: its arguments, files and streams.
+    """A call of a program: its arguments, files and streams.
 
-    argv, env, cwd: as given; argv[0] is its name. files: of the sandbox. What `out` and `err` take is written when the
-    program ends, or by `flush`.
+    argv, env, cwd: as given; argv[0] is its name. files: of the sandbox. Data passed to `out` and `err` is written when
+    the program ends, or by `flush`.
     """
 
     def __init__(self, process: FakeProcess, argv: list[str], env: Mapping[str, str]) -> None:
@@ -50,11 +51,11 @@ class Call:
         return self.process.sandbox.files
 
     def path(self, path: str) -> str:
-        """Absolute: relative ones are below the working folder."""
+        """The absolute path; relative ones are below the working directory."""
         return path if path.startswith("/") else f"{self.cwd.rstrip('/')}/{path}"
 
     def out(self, text: str | bytes, fd: int = 1) -> None:
-        """Print; a line's end is the caller's."""
+        """Print; adds no newline."""
         data = text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
         self._pending.append((fd, data))
 
@@ -79,7 +80,7 @@ class Call:
         return bytes(data)
 
     async def become(self, argv: list[str], env: Mapping[str, str] | None = None) -> int:
-        """Run another program in this one's place; 127 when there is none of that name."""
+        """Replace this program by another one; 127 when no program has that name."""
         await self.flush()
         env = self.env if env is None else env
         try:
@@ -90,7 +91,7 @@ class Call:
         return await self.process.play(program, words, env)
 
     async def child(self, argv: list[str]) -> ExitStatus:
-        """Run another program, with the same streams, to its end."""
+        """Run another program to its end, with the same streams."""
         await self.flush()
         return await self.process.child(lambda child: child.play(_becomes, argv, self.env)).wait()
 
@@ -103,7 +104,7 @@ async def _becomes(call: Call) -> int:
 
 
 class FakeProcess:
-    """A process of a fake sandbox: a task, descriptors, a parent. It is reaped by whoever started it."""
+    """A process of a fake sandbox: a task, descriptors, a parent. Its starter reaps it."""
 
     def __init__(self, sandbox: FakeSandbox, parent: FakeProcess | None, cwd: str, fds: dict[int, Open]) -> None:
         self.sandbox = sandbox
@@ -114,12 +115,12 @@ class FakeProcess:
         self.start = time.clock_gettime(CLOCK)
         self.status: ExitStatus | None = None
         self.ended = asyncio.Event()
-        self.traps: dict[int, Callable[[], None] | None] = {}  # what a signal does; None: nothing
+        self.traps: dict[int, Callable[[], None] | None] = {}  # action per signal; None: ignore
         self._killed_by: int | None = None
         self._task: asyncio.Task[int] | None = None
 
     def run(self, work: Callable[[], Coroutine[None, None, int]]) -> None:
-        """Begin; what is left is released at the end, whatever it was."""
+        """Run the process; releases its resources at the end in any case."""
         self._task = asyncio.create_task(self._live(work), name=f"fake process {self.pid}")
         self._task.add_done_callback(self._end)
 
@@ -143,7 +144,7 @@ class FakeProcess:
         self.ended.set()
 
     async def play(self, program: Program, argv: list[str], env: Mapping[str, str]) -> int:
-        """Be this program to its end; what it raises is told on standard error, with status 1."""
+        """Run this program to its end; an exception is printed on standard error, with status 1."""
         call = Call(self, argv, env)
         try:
             code = program(call)
@@ -164,7 +165,7 @@ class FakeProcess:
         return int(code or 0)
 
     def deliver(self, number: int) -> None:
-        """A signal, as it would come: ignored, trapped, or the end."""
+        """Deliver a signal: ignored, trapped, or fatal."""
         if self.status is not None or (number in _HARMLESS and number not in self.traps):
             return
         if number != signals.SIGKILL and number in self.traps:
@@ -179,7 +180,7 @@ class FakeProcess:
 
     def child(self, work: Callable[[FakeProcess], Coroutine[None, None, int]],
               changes: Mapping[int, Open] | None = None) -> FakeProcess:
-        """Start a process under this one with copies of its descriptors, and others in place of some."""
+        """Start a child process with copies of its descriptors, some of them replaced."""
         fds = self.copies()
         for number, stream in (changes or {}).items():
             if number in fds:
@@ -206,7 +207,7 @@ class FakeProcess:
 
 
 def tree_of(root: FakeProcess, since: float | None, *, include: bool) -> Iterator[FakeProcess]:
-    """Living processes under one, that began at or after `since`; and itself."""
+    """Living descendants of a process that began at or after `since`, and itself."""
     for process in list(root.sandbox.processes.values()):
         if process is root:
             if include:
@@ -222,7 +223,7 @@ def null_streams() -> dict[int, Open]:
 
 @contextlib.contextmanager
 def placed(process: FakeProcess, changes: dict[int, Open | None]) -> Iterator[None]:
-    """Other descriptors for a while, which are closed at the end; None is a closed one."""
+    """Replace descriptors for the block and close them at its end; None is a closed descriptor."""
     before = {number: process.fds.get(number) for number in changes}
     for number, stream in changes.items():
         if stream is None:
@@ -241,14 +242,12 @@ def placed(process: FakeProcess, changes: dict[int, Open | None]) -> Iterator[No
 
 
 # ---- streams ----
-#
-# What the programs of a fake sandbox read and write: real pipes to the server, and pipes and files in memory.
 
-_FULL = 64 << 10  # bytes that a pipe in memory holds
+_FULL = 64 << 10  # capacity of a pipe in memory, in bytes
 
 
 class Open:
-    """An open file, shared by all descriptors that are copies of each other; `close` of the last one ends it."""
+    """An open file, shared by all copies of its descriptor; `close` of the last one ends it."""
 
     def __init__(self) -> None:
         self._holders = 1
@@ -263,14 +262,14 @@ class Open:
             self.end()
 
     def end(self) -> None:
-        """Nobody has it any more."""
+        """Called after the last close."""
 
     async def read(self, most: int) -> bytes:
         """Up to `most` bytes; b"" is the end."""
         raise OSError("not open for reading")
 
     async def write(self, data: bytes) -> None:
-        """All of it. BrokenPipeError when nobody reads."""
+        """Write everything. BrokenPipeError without a reader."""
         raise OSError("not open for writing")
 
 
@@ -285,7 +284,7 @@ class Null(Open):
 
 
 class Text(Open):
-    """Something to be read that is there already: a file, a here-document."""
+    """A readable file with fixed content: a file, a here-document."""
 
     def __init__(self, data: bytes) -> None:
         super().__init__()
@@ -299,7 +298,7 @@ class Text(Open):
 
 
 class Appended(Open):
-    """A file of the tree, open for writing at its end."""
+    """A file of the tree, open for appending."""
 
     def __init__(self, tree: Tree, path: str, *, keep: bool) -> None:
         super().__init__()
@@ -313,7 +312,7 @@ class Appended(Open):
 
 
 class Collected(Open):
-    """What a command substitution takes in."""
+    """Collects the output of a command substitution."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -328,7 +327,7 @@ class _Channel:
 
     def __init__(self) -> None:
         self.data = bytearray()
-        self.written = self.read = True  # whether the ends are open
+        self.written = self.read = True  # whether each end is open
         self.changed = asyncio.Event()
 
     def tell(self) -> None:
@@ -405,7 +404,7 @@ class Descriptor(Open):
     async def _ready(self, *, write: bool) -> None:
         loop = asyncio.get_running_loop()
         ready: asyncio.Future[None] = loop.create_future()
-        # A copy of its own: programs that wait for the same pipe would take each other's callback away.
+        # A separate copy: programs that wait for the same pipe would replace each other's callback.
         fd = os.dup(self._fd)
         (loop.add_writer if write else loop.add_reader)(fd, _set, ready)
         try:

@@ -1,4 +1,4 @@
-"""FakeRuntime: the contract of runtime/base.py over sandboxes in memory."""
+"""FakeRuntime: the interface of runtime/base.py over sandboxes in memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ROOT = ("root", "0", "root:root", "0:0", "root:0", "0:root")
 
 
 class SpawnedStreams:
-    """A program that was spawned, and our ends of its streams: what `attach` gives again while it is kept."""
+    """A spawned program and the caller's ends of its streams, which `attach` returns while it is kept."""
 
     def __init__(self, process: FakeProcess, key: str, keep: bool, ours: dict[str, int]) -> None:
         self.process = process
@@ -99,7 +99,7 @@ class SpawnedProcess:
 class FakeRuntime:
     """Sandboxes in memory, which end with `close`.
 
-    programs: by name, functions of a `Call`, beside those that every fake sandbox has and before them.
+    programs: functions of a `Call` by name; they take precedence over the built-in programs.
     """
 
     name = "fake"
@@ -118,7 +118,7 @@ class FakeRuntime:
         return
 
     async def close(self) -> None:
-        """Ends all sandboxes: there is nobody else who could have them."""
+        """End all sandboxes: no other process holds them."""
         for slot in list(self._sandboxes):
             await self._remove(slot)
 
@@ -144,7 +144,7 @@ class FakeRuntime:
         return Handle(self.name, id, Isolation.NONE, _ENFORCED, {"slot": slot})
 
     def sandbox(self, handle: Handle) -> FakeSandbox:
-        """What is behind a handle, for a test that wants to look or to change something. Lost when it is gone."""
+        """The sandbox of a handle, for tests that inspect or change it. Lost when it is gone."""
         found = self._sandboxes.get(handle.data["slot"])
         if found is None or not found.alive:
             raise errors.Lost("the sandbox is gone", sandbox_id=handle.id)
@@ -270,7 +270,7 @@ class FakeRuntime:
         self, handle: Handle, path: str, *, append: bool = False, mode: int | None = None, parents: bool = True,
         user: str | None = None,
     ) -> tuple[int, str]:
-        """With `append` there is a token too: what was written is there when it is committed."""
+        """`append` also returns a token: written data becomes visible at the commit."""
         self._user(user)
         sandbox = self.sandbox(handle)
         sandbox.files.place(path, parents=parents)
@@ -332,7 +332,7 @@ class FakeRuntime:
 
 
 def _streams(program: Program) -> tuple[dict[str, int], dict[int, Open]]:
-    """(our ends by name, theirs by number) of what a program asks for."""
+    """(the caller's ends by name, the program's by number) of a program's streams."""
     ours: dict[str, int] = {}
     theirs: dict[int, Open] = {}
     specs: list[tuple[str, int, str]] = [("stdin", 0, program.stdin), ("stdout", 1, program.stdout),
@@ -365,7 +365,7 @@ def _streams(program: Program) -> tuple[dict[str, int], dict[int, Open]]:
 
 
 def _memory() -> int:
-    """A file that has no name."""
+    """An unnamed file."""
     if hasattr(os, "memfd_create"):
         return os.memfd_create("rock-fake")
     with tempfile.TemporaryFile() as file:

@@ -1,4 +1,4 @@
-"""One fake sandbox: its files, its processes, and which programs it knows by which names."""
+"""One fake sandbox: its files, its processes, and its programs by name."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from rock.runtime.fake.tree import Tree
 _ALONE = ("[", "echo", "kill", "printf", "pwd", "test")
 PROGRAMS: dict[str, Program] = {**TOOLS, **dict.fromkeys(_ALONE, alone), "sh": sh, "bash": sh, "dash": sh}
 _FOLDERS = ("/bin", "/usr/bin", "/usr/local/bin")
-_PATIENCE = 10.0  # seconds that a program may take to notice that it was killed
+_PATIENCE = 10.0  # seconds for a killed program to end
 MOST_PROCESSES = 4096
 
 
 class FakeSandbox:
-    """All that there is of a sandbox. Files and processes are made when they are first needed."""
+    """The complete state of a sandbox. Files and processes are created on demand."""
 
     __slots__ = ("_ended", "_files", "_pid", "alive", "env", "given", "id", "processes", "writing")
 
@@ -32,7 +32,7 @@ class FakeSandbox:
         self.given = given
         self.alive = True
         self.processes: dict[int, FakeProcess] = {}
-        self.writing: dict[str, int] = {}  # descriptors of files that are being written, by token
+        self.writing: dict[str, int] = {}  # descriptors of files open for writing, by token
         self._files: Tree | None = None
         self._pid = 1
         self._ended: asyncio.Event | None = None
@@ -55,7 +55,7 @@ class FakeSandbox:
     # ---- programs ----
 
     def program(self, argv: list[str], env: Mapping[str, str], cwd: str) -> tuple[Program, list[str]]:
-        """What runs for a command line, and with which arguments. NotFound, Unauthorized, InvalidConfig."""
+        """The function and the arguments of a command line. NotFound, Unauthorized, InvalidConfig."""
         name = argv[0]
         known = self.given.get(name) or PROGRAMS.get(name)
         if "/" not in name:
@@ -91,10 +91,10 @@ class FakeSandbox:
                                   sandbox_id=self.id)
         return program, [interpreter, path, *argv[1:]]
 
-    # ---- ends ----
+    # ---- end ----
 
     async def kill(self, root: FakeProcess, since: float | None, *, include: bool) -> int:
-        """SIGKILL to a tree until none of it is left; answers how many were killed."""
+        """Send SIGKILL to a tree until no process of it remains; returns the number of killed processes."""
         killed: set[int] = set()
         end = time.monotonic() + _PATIENCE
         while found := list(tree_of(root, since, include=include)):
@@ -108,7 +108,7 @@ class FakeSandbox:
         return len(killed)
 
     async def stop(self, grace: float) -> None:
-        """SIGTERM to all, SIGKILL after `grace` seconds; then it is dead. Idempotent."""
+        """Send SIGTERM to all, SIGKILL after `grace` seconds; then the sandbox is dead. Idempotent."""
         end = time.monotonic() + grace
         if grace > 0:
             for process in list(self.processes.values()):
@@ -125,14 +125,14 @@ class FakeSandbox:
             self._ended.set()
 
     async def ended(self) -> None:
-        """Return when it is dead."""
+        """Return when the sandbox is dead."""
         if self.alive:
             self._ended = self._ended or asyncio.Event()
             await self._ended.wait()
 
 
 async def _ended(found: list[FakeProcess], seconds: float) -> None:
-    """Wait until these have ended, at most so long."""
+    """Wait until these have ended, up to the timeout."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             for process in found:

@@ -1,4 +1,4 @@
-"""The shell of fake sandboxes: runs what syntax.py reads. `sh`, `bash` and `dash` are this one program."""
+"""The shell of fake sandboxes: runs the commands of syntax.py. `sh`, `bash` and `dash` are this one program."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rock.runtime.fake.builtins import Builtin
 
 _PORTION = 64 << 10
-_DEEPEST = 200  # calls of functions in each other
+_DEEPEST = 200  # maximum depth of nested function calls
 
 
 class Exit(Exception):
@@ -40,7 +40,7 @@ class Leave(Exception):
 
 
 class Shell:
-    """One shell, in a process. A subshell is another one with copies of its variables."""
+    """One shell, in a process. A subshell is another instance with copies of its variables."""
 
     def __init__(self, process: FakeProcess, env: Mapping[str, str], name: str, arguments: list[str]) -> None:
         self.process = process
@@ -56,7 +56,7 @@ class Shell:
         self.traps: dict[int, str] = {}  # 0 is EXIT
         self.main_pid = process.pid
         self._caught: list[int] = []
-        self._unchecked = 0  # depth of what `set -e` does not look at
+        self._unchecked = 0  # depth of constructs that `set -e` ignores
         self._depth = 0
         self._substituted: int | None = None
         self.expander = Expander(self.value, self.assign, self._output, lambda: self.arguments,
@@ -109,7 +109,7 @@ class Shell:
     # ---- traps ----
 
     def trap(self, number: int, text: str | None) -> None:
-        """What to do at a signal (0: at the end): None is the default, "" is nothing."""
+        """Set the action of a signal (0: at exit): None is the default, "" ignores it."""
         self.process.traps.pop(number, None)
         self.traps.pop(number, None)
         if text is None:
@@ -128,7 +128,7 @@ class Shell:
     # ---- scripts ----
 
     async def main(self, work: Callable[[], Awaitable[None]]) -> int:
-        """Do it as a shell's whole life; answers the exit status."""
+        """Run a complete shell; returns the exit status."""
         try:
             await work()
             code = self.status
@@ -146,7 +146,7 @@ class Shell:
         return code
 
     async def read_script(self) -> None:
-        """Run standard input, as it comes."""
+        """Run standard input line by line as it arrives."""
         text = ""
         while True:
             piece = await self.process.fds[0].read(_PORTION) if 0 in self.process.fds else b""
@@ -169,7 +169,7 @@ class Shell:
                 return
 
     async def evaluate(self, text: str) -> None:
-        """Run a text; a fault in it is told, with status 2."""
+        """Run a text; a syntax error is printed, with status 2."""
         try:
             parsed = Parser(text).all()
         except SyntaxFault as fault:
@@ -184,9 +184,9 @@ class Shell:
         self.status = 2
 
     async def script(self, script: Script, *, last: bool = False) -> None:
-        """Run commands. last: nothing comes after them in this process, so that a program may take its place."""
+        """Run commands. last: no command follows in this process, so a program may replace it."""
         for item in script:
-            await asyncio.sleep(0)  # a loop of commands that never wait has to let others run
+            await asyncio.sleep(0)  # lets other tasks run during a loop of commands that never wait
             await self._run_traps()
             await self._and_or(item, last=last and len(script) == 1)
         await self._run_traps()
@@ -339,7 +339,7 @@ class Shell:
             await self.script(what.otherwise)
 
     async def _looped(self, body: Script) -> bool:
-        """Once through a loop; False when it is left."""
+        """One loop iteration; False when the loop is left."""
         try:
             await self.script(body)
         except Leave as leave:
@@ -426,7 +426,7 @@ class Shell:
         self.status = (await child.wait()).shell_code or 0
 
     def _place(self, number: int, stream: Open | None) -> None:
-        """A descriptor for good."""
+        """Replace a descriptor permanently."""
         old = self.process.fds.pop(number, None)
         if old is not None:
             old.close()
@@ -434,7 +434,7 @@ class Shell:
             self.process.fds[number] = stream
 
     async def replace(self, argv: list[str], env: Mapping[str, str]) -> int:
-        """Be a program from now on; answers its status."""
+        """Replace this shell by another program; returns its status."""
         for number in [number for number, trap in self.process.traps.items() if trap is not None]:
             del self.process.traps[number]
         try:
@@ -489,9 +489,7 @@ def _close(streams: Iterable[Open | None]) -> None:
             stream.close()
 
 
-# ---- sh ----
-#
-# The program `sh` of fake sandboxes, and what the shell does itself as programs.
+# ---- the program `sh`, and builtins as programs ----
 
 async def sh(call: Call) -> int:
     """The program `sh`: -c SCRIPT [NAME ARGUMENT...], a file, or standard input."""
@@ -529,13 +527,13 @@ async def sh(call: Call) -> int:
 
 
 async def alone(call: Call) -> int:
-    """What the shell does itself, as a program: echo, printf, test."""
+    """A builtin as a program: echo, printf, test."""
     shell = Shell(call.process, call.env, call.argv[0], [])
     return await shell.main(lambda: shell.invoke(call.argv, [], {}))
 
 
 async def _whole(shell: Shell, text: str) -> None:
-    """A script, line after line, so that what comes before a fault in it is run."""
+    """Parse a script line by line, so that commands before a syntax error run."""
     parser = Parser(text)
     try:
         while (line := parser.line()) is not None:

@@ -1,6 +1,6 @@
-"""The shell of fake sandboxes, read: text to commands. Most of a POSIX shell; what it lacks is a SyntaxFault.
+"""Parser of the fake sandboxes' shell: text to a syntax tree. Most of a POSIX shell; the rest raises SyntaxFault.
 
-A script comes in portions: `Parser.line` raises Incomplete where more of it is needed to tell what it means.
+A script arrives in portions: `Parser.line` raises Incomplete where it needs more of it.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ _DEEPEST = 100
 
 
 class SyntaxFault(Exception):
-    """What is written is no command that this shell knows."""
+    """The text is not a command that this shell supports."""
 
 
 class Incomplete(SyntaxFault):
-    """It ends before it is one."""
+    """The text ends within a command."""
 
 
 class Parser:
-    """Over a text, from `at` on. `final`: nothing will follow it."""
+    """Parses a text from `at` on. `final`: no more text follows."""
 
     def __init__(self, text: str, *, final: bool = True) -> None:
         self.text = text
@@ -73,7 +73,7 @@ class Parser:
             raise SyntaxFault(f"unexpected {self.text[self.at : self.at + 10]!r}")
 
     def _body(self, *ends: str) -> Script:
-        """Commands up to one of these words, which is left there."""
+        """Commands up to one of these words, which is not consumed."""
         self._depth += 1
         if self._depth > _DEEPEST:
             raise SyntaxFault("nested too deeply")
@@ -105,7 +105,7 @@ class Parser:
         self.at += len(word)
 
     def _blank(self) -> str:
-        """Pass over blanks and a comment; the character that follows, or ""."""
+        """Skip blanks and a comment; returns the next character, or ""."""
         while self.at < len(self.text):
             if self.text[self.at] in " \t":
                 self.at += 1
@@ -373,7 +373,7 @@ class Parser:
         return (self._dollar(quoted=False) if character == "$" else self._backtick(quoted=False),)
 
     def _quoted(self, end: str) -> Word:
-        """What is between double quotes, up to `end`, which is left there; "" is the end of the text."""
+        """The content of double quotes, up to `end`, which is not consumed; "" is the end of the text."""
         parts: list[Part] = []
         plain: list[str] = []
         while True:
@@ -479,9 +479,7 @@ class Parser:
         return tuple(parts)
 
 
-# ---- nodes ----
-#
-# What a script of a fake sandbox's shell is made of: words and commands.
+# ---- syntax tree: words and commands ----
 
 @dataclass(frozen=True)
 class Literal:

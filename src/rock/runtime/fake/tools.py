@@ -1,4 +1,4 @@
-"""The programs that every fake sandbox has: the most used options of the usual ones."""
+"""The programs that every fake sandbox has: the most used options of the usual text and file tools."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from rock import errors
 from rock.runtime.fake import printing
 from rock.runtime.fake.programs import Call, Program
 
-# ---- texttools ----
-#
-# Programs of fake sandboxes that read text and print text, and how the tools read their options.
+# ---- option parsing and text tools ----
 
 def options_of(call: Call, with_value: str = "") -> tuple[dict[str, str], list[str]]:
     """(short options, operands). with_value: letters that take one."""
@@ -179,8 +177,7 @@ async def tr(call: Call) -> int:
     return 0
 
 
-# ---- tools ----
-#
+# ---- file and system tools ----
 
 
 _MOST_LINES = 1_000_000
@@ -387,7 +384,7 @@ async def xargs(call: Call) -> int:
 
 
 async def becoming(call: Call) -> int:
-    """setsid, nohup, nice: what they are about does not exist here; they are the program that they are given."""
+    """setsid, nohup, nice: they have no effect here and run the given program."""
     words = call.argv[1:]
     while words and words[0].startswith("-"):
         words = words[1:]

@@ -1,4 +1,4 @@
-"""Files in memory: a tree of a few kilobytes, with links, modes and the errors of real ones."""
+"""Files in memory: a tree with links, modes and the errors of a real file system; a few kilobytes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Tree:
         self.write("/etc/passwd", _PASSWD)
         self.find("/dev").children["null"] = Node("device", 0o666)
 
-    # ---- looking ----
+    # ---- lookup ----
 
     def _parts(self, path: str) -> list[str]:
         if not path.startswith("/") or "\0" in path:
@@ -63,7 +63,8 @@ class Tree:
         return [part for part in path.split("/") if part not in ("", ".")]
 
     def _walk(self, path: str, follow: bool) -> tuple[list[tuple[str, Node]], str | None]:
-        """(the folders and what is last, its name when it is not there). NotFound when a folder on the way is not."""
+        """(the parent folders and the last node, its name when it is missing). NotFound when a parent folder is
+        missing."""
         todo = self._parts(path)
         way: list[tuple[str, Node]] = [("/", self.root)]
         links = 0
@@ -93,21 +94,21 @@ class Tree:
         return way, None
 
     def find(self, path: str, *, follow: bool = True) -> Node:
-        """What is there. NotFound."""
+        """The node at a path. NotFound."""
         way, missing = self._walk(path, follow)
         if missing is not None:
             raise _missing(path)
         return way[-1][1]
 
     def get(self, path: str, *, follow: bool = True) -> Node | None:
-        """What is there, or None."""
+        """The node at a path, or None."""
         try:
             return self.find(path, follow=follow)
         except (errors.NotFound, errors.Conflict, errors.InvalidConfig):
             return None
 
     def real(self, path: str) -> str:
-        """The path of what is there, without links. NotFound."""
+        """The path of a node, without links. NotFound."""
         way, missing = self._walk(path, True)
         if missing is not None:
             raise _missing(path)
@@ -134,7 +135,7 @@ class Tree:
     def list(self, path: str) -> list[FileStat]:
         return [node.stat(name) for name, node in sorted(self.folder(path).children.items())]
 
-    # ---- changing ----
+    # ---- changes ----
 
     def _room(self, more: int) -> None:
         if self.used + more > MOST_BYTES:
@@ -142,7 +143,7 @@ class Tree:
         self.used += more
 
     def place(self, path: str, *, parents: bool = False) -> tuple[Node, str, Node | None]:
-        """(folder, name, what is there) of a file that is to be written, its links followed."""
+        """(folder, name, node) of a file to be written, its links followed."""
         if parents:
             self.make_dir(posixpath.dirname(path))
         way, missing = self._walk(path, True)
@@ -158,7 +159,7 @@ class Tree:
 
     def write(self, path: str, data: bytes, mode: int | None = None, *, append: bool = False,
               parents: bool = False) -> None:
-        """Replace or make a file, or append to it. `mode` None keeps the old file's, else 0644."""
+        """Replace or create a file, or append to it. `mode` None keeps the old file's mode, else 0644."""
         folder, name, old = self.place(path, parents=parents)
         if old is None:
             self._room(len(data))
@@ -192,7 +193,7 @@ class Tree:
                 raise errors.Conflict(f"it exists: {at!r}")
 
     def _entry(self, path: str) -> tuple[Node, str, Node]:
-        """(folder, name, node) of an entry as it is, its last link not followed."""
+        """(folder, name, node) of an entry; the last link is not followed."""
         way, missing = self._walk(path, False)
         if missing is not None:
             raise _missing(path)
@@ -231,7 +232,7 @@ class Tree:
         place.children[missing] = found
 
     def under(self, node: Node) -> Iterator[Node]:
-        """A node and all below it."""
+        """A node and everything below it."""
         todo = [node]
         while todo:
             at = todo.pop()

@@ -1,4 +1,4 @@
-"""What runsc is told of a sandbox: the OCI bundle's config.json, and the command line. Plain data."""
+"""The OCI bundle's config.json and the command line of runsc, as plain data."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from rock.protocol.sandbox import SandboxConfig
 from rock.runtime.init.python import INSIDE, GuestPython
 from rock.runtime.namespace.launcher import seccomp
 
-# Those that sandboxes have everywhere.
+# The capabilities of sandboxes in every runtime.
 CAPABILITIES = ("CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_SETGID", "CAP_SETUID",
                 "CAP_NET_BIND_SERVICE", "CAP_SYS_CHROOT")  # fmt: skip
-ROOT = "root"  # the folder in a sandbox's own where its image is mounted, seen by runsc alone
-STATE = "state"  # runsc's own notes
+ROOT = "root"  # mount point of the image in the sandbox's folder, visible to runsc only
+STATE = "state"  # state folder of runsc
 MOUNT_POINT = INSIDE.strip("/")
 _MOST_SHARED = 2 << 30
 _OPTIONS = ["nosuid", "nodev", "noexec"]
 
 
 def shared(config: SandboxConfig) -> int:
-    """Bytes of /dev/shm."""
+    """Size of /dev/shm in bytes."""
     return config.shm_bytes or min(_MOST_SHARED, max(1 << 20, config.memory_bytes // 4))
 
 
 def _options() -> dict[str, object]:
-    """Of pid 1: the filter that sandboxes have everywhere, for gVisor's own kernel to apply."""
+    """Options of pid 1: the same filter as in every runtime, applied by gVisor's kernel."""
     return {"filter": seccomp.build().hex()} if seccomp.supported() else {}
 
 
@@ -52,9 +52,9 @@ def describe(config: SandboxConfig, python: GuestPython) -> dict[str, Any]:
 
 
 def command(program: str, folder: Path, slot: str) -> list[str]:
-    """How runsc is started; it stays until the sandbox ends, and takes it along when it is killed.
+    """The command line of runsc, which runs until the sandbox ends; killing it ends the sandbox.
 
-    Cgroups are ours, around all of it. Nothing of the host's network is handed in.
+    The rocklet creates the cgroups around the whole process tree. The sandbox gets nothing of the host's network.
     """
     return [program, f"--root={folder / STATE}", "--ignore-cgroups", "--network=none", f"--log={folder / 'log'}",
             "run", f"--bundle={folder}", slot]

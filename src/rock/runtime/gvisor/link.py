@@ -1,8 +1,9 @@
 """The stream to a sandbox's pid 1: two named pipes in its run folder, which are its standard streams.
 
-    in   we write, pid 1 reads      out   pid 1 writes, we read
+    in   rocklet writes, pid 1 reads      out   pid 1 writes, rocklet reads
 
-runsc holds both ends of each, so neither sees an end of file while no server is there; the next one opens them again.
+runsc holds both ends of each pipe, so neither side sees an end of file while no server runs. The next server opens them
+again.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import os
 from pathlib import Path
 
 _PIECE = 256 << 10
-_ROOM = 1 << 20  # bytes that a pipe may hold, where the kernel lets it
+_ROOM = 1 << 20  # capacity of a pipe in bytes, if the kernel permits it
 
 
 def make(folder: Path) -> tuple[int, int]:
-    """Make both, and answer pid 1's ends: descriptors for its standard input and output, which the caller closes."""
+    """Create both pipes and return pid 1's ends, for its standard input and output; the caller closes them."""
     ends: list[int] = []
     try:
         for name in ("in", "out"):
@@ -34,7 +35,7 @@ def make(folder: Path) -> tuple[int, int]:
 
 
 class Pipes:
-    """Our ends of the pipes in `folder`: a `ByteStream`. OSError when nobody has the others (ENXIO)."""
+    """The rocklet's ends of the pipes in `folder`: a `ByteStream`. OSError (ENXIO) when the other ends are closed."""
 
     def __init__(self, folder: Path) -> None:
         self._loop = asyncio.get_running_loop()
@@ -47,7 +48,7 @@ class Pipes:
         self._closed = False
 
     async def read(self) -> bytes:
-        """What has come; empty at the end."""
+        """Read available bytes; empty at the end."""
         while not self._closed:
             try:
                 return os.read(self._reading, _PIECE)
@@ -56,7 +57,7 @@ class Pipes:
         return b""
 
     async def write(self, data: bytes) -> None:
-        """Returns when all of it is in the pipe. OSError when it broke."""
+        """Write; returns when all bytes are in the pipe. OSError when the pipe is broken."""
         view = memoryview(data)
         while view:
             if self._closed:
@@ -80,7 +81,7 @@ class Pipes:
                 remove(fd)
 
     def close(self) -> None:
-        """Let go of both. Idempotent."""
+        """Close both pipes. Idempotent."""
         if self._closed:
             return
         self._closed = True

@@ -1,12 +1,12 @@
-"""Runtime "gvisor": a sandbox with a kernel of its own, gVisor's, started by `runsc` without a container engine.
+"""Runtime "gvisor": a sandbox with its own gVisor kernel, which `runsc` runs without a container engine.
 
-    create -> admission -> image -> starter.py -> runsc -> pid 1 answers over pipes (carrier.py) -> Handle
-    spawn, files, ports -> pid 1 (initfiles.py)      destroy -> kill runsc and what is in its cgroups, remove the folder
+    create -> admission -> image -> starter.py -> runsc -> pid 1 responds (init/multiplexer.py) -> Handle
+    spawn, files, ports -> pid 1 (runtime/init/files.py)      destroy -> kill runsc and its cgroups, remove the folder
 
-    run folder: record.json  config.json  in out (pipes)  upper work (what it writes)  root (mounted for runsc alone)
+    run folder: record.json  config.json  in out (pipes)  upper work (written files)  root (mounted for runsc only)
 
-Nothing here has to live while the server does not: runsc is nobody's child then, its pipes are files, and the next
-server finds both by the handle.
+Sandboxes survive the server: runsc is reparented, its pipes are named files, and the next server finds both by the
+handle.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ from rock.runtime.process.runtime import children, read_record, reap, wait_gone,
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PREFIX = "g-"
 _BASE, _PROBE = "base", "probe"
-_AT_ONCE = 4  # starts together: each takes a CPU for a while
+_AT_ONCE = 4  # concurrent starts: each uses one CPU for a while
 
 
 @dataclass
 class _Sandbox(DelayedInit):
-    """Its pid is that of runsc."""
+    """A living sandbox; its pid is that of runsc."""
 
     mux: Multiplexer | None = None
 
@@ -66,12 +66,13 @@ class _Sandbox(DelayedInit):
 
 
 class GvisorRuntime(DelayedSandboxes[_Sandbox]):
-    """Sandboxes of runsc. run_dir: a folder a sandbox; guest_dir: our Pythons; program: runsc, by name or path."""
+    """Sandboxes of runsc. run_dir: one folder per sandbox; guest_dir: our Python interpreters; program: runsc, by name
+    or path."""
 
     name = "gvisor"
     isolation = Isolation.GVISOR
     traits: Mapping[Isolation, frozenset[Trait]] = {
-        # As for containers under runsc: see docs/decisions/0021-gvisor.md.
+        # The same traits as containers under runsc: see docs/decisions/0021-gvisor.md.
         Isolation.GVISOR: frozenset(Trait) - {Trait.TERMINALS, Trait.PROCESSES, Trait.TREES, Trait.LIMITS},
     }
 
@@ -86,10 +87,10 @@ class GvisorRuntime(DelayedSandboxes[_Sandbox]):
         self._tried: asyncio.Task[None] | None = None
         self._limiter = limiter.Limiter(cgroups.Cgroups())
 
-    # ---- life of the runtime ----
+    # ---- lifecycle of the runtime ----
 
     async def open(self) -> None:
-        """Never fails for want of runsc: that is told to who asks for a sandbox of this runtime."""
+        """Never fails because of a missing runsc: the first create reports that error."""
         self._run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.chmod(self._run_dir, 0o700)
         mounts.make_base(str(self._run_dir / _BASE))
@@ -98,14 +99,14 @@ class GvisorRuntime(DelayedSandboxes[_Sandbox]):
 
     async def close(self) -> None:
         for task in (self._tried, self._guest):
-            if task is not None:  # a thread and a sandbox that is being made are waited for
+            if task is not None:  # wait for a thread and for a sandbox under construction
                 await asyncio.gather(task, return_exceptions=True)
         self._tried = self._guest = None
         for slot in list(self._live):
             await self._forget(slot)
         cgroups.remove_parents(self._limiter.groups)
 
-    # ---- what it can give ----
+    # ---- capabilities ----
 
     async def check(self, config: SandboxConfig) -> None:
         await self._admit(config)
@@ -116,7 +117,8 @@ class GvisorRuntime(DelayedSandboxes[_Sandbox]):
         return await asyncio.to_thread(self._images.resolve, config.image)
 
     async def probe(self) -> None:
-        """Raise Unsupported when this host cannot: found by making a sandbox, until one could be made."""
+        """Raise Unsupported when this host cannot run gVisor. Tests it by creating a sandbox, until one create
+        succeeds."""
         if self._tried is None or (self._tried.done() and (self._tried.cancelled() or self._tried.exception())):
             self._tried = asyncio.create_task(self._try_one(), name="gvisor probe")
         await asyncio.shield(self._tried)
@@ -141,7 +143,7 @@ class GvisorRuntime(DelayedSandboxes[_Sandbox]):
         task = asyncio.create_task(self._make(id, config, rootfs))
         try:
             return await asyncio.shield(task)
-        except asyncio.CancelledError:  # once begun it is waited for, so that nothing is left behind
+        except asyncio.CancelledError:  # wait for the outcome, so that nothing is left behind
             with contextlib.suppress(errors.RockError):
                 await self.destroy(await task)
             raise
@@ -227,7 +229,7 @@ class GvisorRuntime(DelayedSandboxes[_Sandbox]):
         return Handle(self.name, id, self.isolation, enforced, data)
 
     async def _enter(self, sandbox: _Sandbox, id: str, patience: float) -> None:
-        """Reach its pid 1. Lost when runsc ends meanwhile, Unavailable when it takes too long."""
+        """Connect to its pid 1. Lost when runsc ends meanwhile, Unavailable on a timeout."""
         folder = self._run_dir / sandbox.slot
         try:
             mux = Multiplexer(pipes.Pipes(folder), folder, id)
@@ -253,7 +255,7 @@ class GvisorRuntime(DelayedSandboxes[_Sandbox]):
         sandbox.mux, sandbox.link = mux, link
         await link.request("hello", patience=patience)
 
-    # ---- using ----
+    # ---- operations ----
 
     def _found(self, handle: Handle) -> _Sandbox:
         data = handle.data
@@ -300,7 +302,7 @@ class GvisorRuntime(DelayedSandboxes[_Sandbox]):
 
     @staticmethod
     async def _kill(pid: int, start: int | None) -> None:
-        """End runsc, and with it the kernel and the file server of the sandbox, which die with it."""
+        """Kill runsc; the sandbox's kernel and file server end with it."""
         entry = process_tree.read(pid)
         if entry is not None and start in (None, entry.start):
             slots.kill_init(pid, entry.start)
@@ -308,12 +310,12 @@ class GvisorRuntime(DelayedSandboxes[_Sandbox]):
         reap()
 
     async def _clean_up(self, slot: str, pid: int | None, start: int | None, folders: Mapping[str, str]) -> None:
-        """Remove all of a sandbox, made in whole or in part. Idempotent."""
+        """Remove all resources of a complete or incomplete sandbox. Idempotent."""
         await self._forget(slot)
         if pid is not None:
             await self._kill(pid, start)
-            await self._forget(slot)  # a request that was under way may have found it again meanwhile
-        # What is in its cgroups is its own, whatever became of runsc.
+            await self._forget(slot)  # a concurrent request may have recovered it meanwhile
+        # All processes in its cgroups belong to the sandbox, whether runsc lives or not.
         await asyncio.to_thread(slots.remove_remains, self._run_dir / slot, list(folders.values()))
         reap()
 
@@ -334,7 +336,7 @@ class GvisorRuntime(DelayedSandboxes[_Sandbox]):
 
 
 def _told(folder: Path) -> str:
-    """Why a start failed, in the words of the starter or of runsc."""
+    """The reason of a failed start, as the starter or runsc reports it."""
     for name in ("failure", "log"):
         with contextlib.suppress(OSError):
             if text := (folder / name).read_text(errors="replace").strip():
@@ -342,11 +344,9 @@ def _told(folder: Path) -> str:
     return ""
 
 
-# ---- refusals ----
-#
-# What runsc, or this host, cannot give a sandbox: told before anything is started.
+# ---- admission checks, before anything starts ----
 
-LEAST_MEMORY, LEAST_PIDS = 96 << 20, 128  # its own kernel and file server, 30 MB and 80 threads, are counted too
+LEAST_MEMORY, LEAST_PIDS = 96 << 20, 128  # include its own kernel and file server: 30 MB and 80 threads
 _UNHELD = {
     "disk": "runsc holds no limit of what is written",
     "inodes": "runsc holds no limit of files",
@@ -356,7 +356,7 @@ _UNHELD = {
 
 
 def refuse(config: SandboxConfig, groups: Cgroups) -> None:
-    """Raise Unsupported, InvalidConfig or NoCapacity for what `create` could not give."""
+    """Raise Unsupported, InvalidConfig or NoCapacity for a config that `create` cannot satisfy."""
     if config.image_os != "linux":
         raise errors.Unsupported(f"image_os {config.image_os!r}: the gvisor runtime runs Linux images only")
     if config.use_kata_runtime or config.oci_runtime not in (None, "runsc"):
@@ -380,7 +380,7 @@ def refuse(config: SandboxConfig, groups: Cgroups) -> None:
 
 
 def refuse_host(program: str, groups: Cgroups) -> None:
-    """Raise Unsupported where this host lacks what every sandbox needs."""
+    """Raise Unsupported where this host lacks a requirement of every sandbox."""
     if os.geteuid() != 0:
         raise errors.Unsupported("isolation gvisor: mounting images takes root", hint="run the server as root")
     if shutil.which(program) is None:

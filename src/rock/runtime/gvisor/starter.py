@@ -1,8 +1,8 @@
-"""Starts one sandbox: mounts what it sees, in a mount namespace that ends with it, and becomes runsc.
+"""Starter of one gVisor sandbox: mounts its file system in a mount namespace of its own, then executes runsc.
 
     join cgroups -> own mount and network namespace -> overlay -> binds -> runsc run
 
-Run by its path, `python -I -S starter.py JSON`. Standard library only. What fails is written to `failure`.
+Run by its path, `python -I -S starter.py JSON`. Standard library only. Errors are written to the file `failure`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SAFE = kernel.ATTR_NOSUID | kernel.ATTR_NODEV
 
 
 def mount(spec: dict[str, Any]) -> None:
-    """The image over the sandbox's own files, at `root`."""
+    """Mount the image over the sandbox's own files, at `root`."""
     folder, root = str(spec["slot"]), str(spec["root"])
     os.setgroups([])
     kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC)
@@ -54,7 +54,7 @@ def _detached(bind: dict[str, Any], index: int, folder: str) -> int:
         public = f"{folder}/public{index}"
         os.mkdir(public)
         kernel.mount("rock", public, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=755,size=64k")
-        os.chdir(public)  # who mounts it may walk neither through the server's folders nor to the source
+        os.chdir(public)  # the mounting process can traverse neither the server's folders nor the source
         for name in ("source", "nothing", "public"):
             os.mkdir(name)
         fd = kernel.open_tree(source)
@@ -75,7 +75,8 @@ def _detached(bind: dict[str, Any], index: int, folder: str) -> int:
 
 
 def _attach(root: str, waiting: list[tuple[int, str]]) -> int:
-    """In a child whose root is the sandbox's, so that no link of the image leads a mount elsewhere; an errno."""
+    """Mount in a child whose root is the sandbox's, so that no link of the image redirects a mount; returns an
+    errno."""
     try:
         os.chroot(root)
         os.chdir("/")
@@ -87,7 +88,7 @@ def _attach(root: str, waiting: list[tuple[int, str]]) -> int:
 
 
 def main() -> None:
-    """Does not return."""
+    """Execute runsc; does not return."""
     spec = json.loads(sys.argv[1])
     try:
         for group in spec["cgroups"]:

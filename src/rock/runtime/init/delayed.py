@@ -1,4 +1,4 @@
-"""What runtimes share whose sandboxes are processes of something else, and whose pid 1 it takes time to reach."""
+"""Base of runtimes whose sandboxes run under another program and whose pid 1 takes time to connect (docker, gvisor)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from rock.runtime.init.link import InitLink
 from rock.runtime.namespace.limits import cgroups
 from rock.runtime.process.runtime import wait_gone
 
-BACK = 30.0  # seconds that a pid 1 may take to answer a server that came back
+BACK = 30.0  # seconds for a pid 1 to respond to a restarted server
 
 
 @dataclass
 class DelayedInit:
-    """What this server knows of a living sandbox; all of it can be found again by the handle."""
+    """State of a living sandbox in this server; all of it can be recovered from the handle."""
 
     slot: str
-    pid: int  # on this machine: it ends when the sandbox does
+    pid: int  # on this machine: it ends with the sandbox
     start: int
     folders: dict[str, str]
     link: InitLink | None = None
@@ -32,7 +32,7 @@ class DelayedInit:
     entering: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def let_go(self) -> None:
-        """Close what is open of it here."""
+        """Close this server's descriptors and tasks of the sandbox."""
         raise NotImplementedError
 
 
@@ -40,25 +40,25 @@ Living = TypeVar("Living", bound=DelayedInit)
 
 
 class DelayedSandboxes(InitSandboxes, Generic[Living]):
-    """Base of such runtimes. They give `_found`, `_enter_again` and `_end`."""
+    """Base of such runtimes. Subclasses implement `_found`, `_enter_again` and `_end`."""
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
         self._live: dict[str, Living] = {}
 
     def _found(self, handle: Handle) -> Living:
-        """What the handle says of a sandbox that lives."""
+        """State of a living sandbox, from its handle."""
         raise NotImplementedError
 
     async def _enter_again(self, sandbox: Living, handle: Handle) -> None:
-        """Set its link. Lost, Unavailable."""
+        """Connect its link. Lost, Unavailable."""
         raise NotImplementedError
 
     async def _end(self, handle: Handle) -> None:
         """Kill it, if it still lives, and wait until it is gone."""
         raise NotImplementedError
 
-    # ---- using ----
+    # ---- operations ----
 
     def _find(self, handle: Handle) -> Living:
         data = handle.data
@@ -93,11 +93,11 @@ class DelayedSandboxes(InitSandboxes, Generic[Living]):
         return Liveness.RUNNING
 
     def oom_kills(self, handle: Handle) -> int:
-        """How many of its processes on this machine the kernel killed for memory so far."""
+        """How many of its processes the kernel of this machine killed for memory so far."""
         folder = handle.data["cgroups"].get("memory")
         found = cgroups.oom_kills(folder) if folder else 0
         sandbox = self._live.get(handle.data["slot"])
-        if sandbox is not None:  # its group goes with it
+        if sandbox is not None:  # its cgroup is removed with it
             found = sandbox.kills = max(found, sandbox.kills)
         return found
 
@@ -116,7 +116,7 @@ class DelayedSandboxes(InitSandboxes, Generic[Living]):
         await self._forget(slot)
 
     def _was_ended(self, slot: str) -> bool:
-        """Whether it ended because somebody stopped or destroyed it."""
+        """Whether it ended because of a stop or a destroy."""
         return not (self._run_dir / slot).exists() or self._stopped(slot).exists()
 
     def _stopped(self, slot: str) -> Path:

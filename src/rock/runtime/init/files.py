@@ -1,4 +1,4 @@
-"""What every runtime with our pid 1 in its sandboxes shares: programs, files and ports over an `InitLink`."""
+"""Base of runtimes with our pid 1 in their sandboxes: programs, files and ports over an `InitLink`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rock.runtime.init.link import InitLink, token_user
 
 
 class Space(NamedTuple):
-    """A file system: bytes used and in all, and the same of files."""
+    """Usage of a file system: used and total bytes, used and total inodes."""
 
     used: int
     size: int
@@ -21,18 +21,18 @@ class Space(NamedTuple):
 
 
 class InitSandboxes:
-    """Base of such runtimes. They give `link`; `complete` fills what a Program leaves open."""
+    """Base of such runtimes. Subclasses implement `link`; `complete` fills the open fields of a Program."""
 
     def link(self, handle: Handle) -> InitLink:
         """The connection to a sandbox's pid 1. Lost when it is gone."""
         raise NotImplementedError
 
     async def linked(self, handle: Handle) -> InitLink:
-        """The same, for those who may have to wait for it."""
+        """As `link`, but may wait for the connection."""
         return self.link(handle)
 
     def complete(self, handle: Handle, program: Program) -> Program:
-        """The program with environment, working folder and user of its sandbox filled in."""
+        """The program with the sandbox's environment, working directory and user filled in."""
         raise NotImplementedError
 
     # ---- programs ----
@@ -74,7 +74,7 @@ class InitSandboxes:
             await self._ask(handle, "abort_write", token=token, user=token_user(token))
 
     async def space(self, handle: Handle, path: str = "/") -> Space:
-        """What the file system at a path holds, as programs inside see it."""
+        """Usage of the file system at a path, as programs inside see it."""
         reply, _ = await self._ask(handle, "space", path=path)
         return Space(*(int(number) for number in reply["space"]))
 
@@ -113,7 +113,7 @@ class InitSandboxes:
 
 
 def _single(answer: tuple[dict[str, Any], list[int]], handle: Handle) -> tuple[dict[str, Any], int]:
-    """An answer that has to come with one descriptor."""
+    """The descriptor of a response that must have exactly one."""
     reply, fds = answer
     if len(fds) != 1:
         for fd in fds:
@@ -123,7 +123,7 @@ def _single(answer: tuple[dict[str, Any], list[int]], handle: Handle) -> tuple[d
 
 
 def merged(*environments: Mapping[str, str] | None) -> dict[str, str]:
-    """One environment; later ones win."""
+    """Merge environments; later ones win."""
     result: dict[str, str] = {}
     for environment in environments:
         result.update(environment or {})

@@ -1,4 +1,4 @@
-"""The rocklet's side of pid 1: one connection a sandbox, requests with futures, and programs as `Process`.
+"""The rocklet's connection to a pid 1: one per sandbox, requests with futures, and programs as `Process`.
 
     InitLink ── connect(path) ─► request(op) ─► (reply, descriptors)
         └── spawn, attach ─► InitProcess: streams as descriptors, wait, signal, kill_tree, close
@@ -27,14 +27,14 @@ from rock.protocol.routes import SENT
 from rock.runtime.base import CLOCK, ExitStatus, Program
 
 SOCKET_NAME = "s"
-PATIENCE = 60.0  # seconds that pid 1 may take for an answer that has no time limit of its own
+PATIENCE = 60.0  # timeout in seconds of a request that has no time limit of its own
 log = logging.getLogger(__name__)
 Answer = tuple[dict[str, Any], list[int]]
 _buffer = bytearray(PACKET + 4096)
 
 
 def bind_listener(folder: Path) -> socket.socket:
-    """The socket in `folder` on which a pid 1 listens; the length of the path does not matter."""
+    """The socket in `folder` on which a pid 1 listens; supports paths of any length."""
     fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
@@ -50,7 +50,7 @@ def bind_listener(folder: Path) -> socket.socket:
 
 
 class InitLink:
-    """A connection to the pid 1 of one sandbox. Create it with `connect`, end it with `close`: the sandbox lives on."""
+    """A connection to the pid 1 of one sandbox. `connect` creates it; `close` ends it without ending the sandbox."""
 
     def __init__(self, sock: socket.socket, sandbox_id: str) -> None:
         self.sandbox_id = sandbox_id
@@ -63,12 +63,12 @@ class InitLink:
         self._early: dict[int, ExitStatus] = {}
         self._outgoing: list[tuple[bytes, list[int]]] = []
         self.closed = False
-        self.resize: Callable[[int, int, int], None] = _set_size  # a terminal's, by our descriptor of it
+        self.resize: Callable[[int, int, int], None] = _set_size  # of a terminal, by its descriptor
         self._loop.add_reader(sock, self._readable)
 
     @classmethod
     def connect(cls, folder: Path, sandbox_id: str) -> InitLink:
-        """Connect to the socket in a sandbox's run folder. Lost when nobody listens there."""
+        """Connect to the socket in a sandbox's run folder. Lost when no process listens there."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
         try:
             fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -82,7 +82,7 @@ class InitLink:
         return cls(sock, sandbox_id)
 
     def close(self) -> None:
-        """Drop the connection; who still waits gets Unavailable. The sandbox lives on. Idempotent."""
+        """Close the connection; pending requests raise Unavailable. The sandbox continues to run. Idempotent."""
         self._close(errors.Unavailable("the server is letting go of the sandbox", sandbox_id=self.sandbox_id,
                                        details=SENT))  # fmt: skip
 
@@ -113,9 +113,9 @@ class InitLink:
 
     async def request(self, op: str, fields: Mapping[str, Any] | None = None, *,
                       patience: float | None = PATIENCE) -> Answer:
-        """Ask pid 1; answers its reply and the descriptors in it, which are then the caller's.
+        """Send a request to pid 1; returns its reply and the descriptors in it, which the caller owns.
 
-        Raises what pid 1 answered, Lost when it goes away, Unavailable when it takes more than `patience` seconds.
+        Raises the error of pid 1's reply, Lost when the connection ends, Unavailable after `patience` seconds.
         """
         if self.closed:
             raise self._lost()
@@ -145,12 +145,12 @@ class InitLink:
         return reply, fds
 
     def post(self, op: str, fields: Mapping[str, Any]) -> None:
-        """Tell pid 1 without waiting for its reply."""
+        """Send a request without waiting for its reply."""
         if not self.closed:
             self._send({"id": 0, "op": op, **fields})
 
     def _discard(self, spawned: bool, reply: Mapping[str, Any], fds: list[int]) -> None:
-        """Nobody waits for this reply any more: a program that was started for it must not live on."""
+        """Drop a reply whose caller is gone; a program that was started for it is killed."""
         _close_all(fds)
         if spawned and "pid" in reply:
             self.post("kill_tree", {"pid": reply["pid"]})
@@ -221,7 +221,7 @@ class InitLink:
         number = int(message["id"])
         future = self._waiting.get(number)
         if "pid" in message:
-            self._early.pop(int(message["pid"]), None)  # of an earlier program with this number
+            self._early.pop(int(message["pid"]), None)  # of an earlier program with this pid
         if future is None or future.done():
             self._discard(number in self._unwanted, message, fds)
             self._unwanted.discard(number)
@@ -231,7 +231,7 @@ class InitLink:
     # ---- programs ----
 
     async def spawn(self, program: Program) -> InitProcess:
-        """Start a program, whose `env`, `cwd` and `user` are complete."""
+        """Start a program; `env`, `cwd` and `user` must be complete."""
         if not program.argv or any("\0" in word for word in program.argv):
             raise errors.InvalidConfig("argv must have a program and no NUL characters", sandbox_id=self.sandbox_id)
         fields = {
@@ -244,12 +244,12 @@ class InitLink:
         return self._adopt(reply, fds, program.key, program.keep)
 
     async def attach(self, key: str) -> InitProcess:
-        """The kept program of that key, with its streams again."""
+        """The kept program with that key, with its streams."""
         reply, fds = await self.request("attach", {"key": key})
         return self._adopt(reply, fds, key, True)
 
     async def kept(self) -> list[str]:
-        """Keys of the kept programs that were not forgotten."""
+        """Keys of the kept programs that are not yet dropped."""
         reply, fds = await self.request("hello")
         _close_all(fds)
         return [str(program["key"]) for program in reply["programs"] if program["keep"]]
@@ -290,19 +290,19 @@ class InitProcess:
         return f"InitProcess(pid={self.pid}, key={self.key!r}, sandbox={self._link.sandbox_id!r})"
 
     def ended(self, status: ExitStatus) -> None:
-        """Called by the link, once."""
+        """Record the exit; called once by the link."""
         if not self._end.done():
             self._end.set_result(status)
 
     def lost(self, error: errors.RockError) -> None:
-        """Called by the link when pid 1 is gone."""
+        """Record the loss of pid 1; called by the link."""
         if not self._end.done():
             self._end.set_exception(error)
-            self._end.exception()  # it is no mistake to wait for nothing
+            self._end.exception()  # mark as retrieved: a process without waiters is not an error
 
     @property
     def status(self) -> ExitStatus | None:
-        """How it ended, or None while it runs or when that was lost."""
+        """The exit status; None while it runs or when the status is lost."""
         return self._end.result() if self._end.done() and self._end.exception() is None else None
 
     async def wait(self) -> ExitStatus:
@@ -359,12 +359,12 @@ def _set_size(fd: int, rows: int, columns: int) -> None:
 
 
 def _ticks(since: float | None) -> int | None:
-    """A time of CLOCK as /proc counts it."""
+    """Convert a time of CLOCK to clock ticks as in /proc."""
     return None if since is None else int(since * TICK)
 
 
 def boottime() -> float:
-    """Now, in the clock of `since`."""
+    """The current time in the clock of `since`."""
     return time.clock_gettime(CLOCK)
 
 
@@ -381,7 +381,7 @@ def _close_all(fds: list[int]) -> None:
 
 
 def token_user(token: str) -> str | None:
-    """The user that a token of `open_write` was made for."""
+    """The user of a token of `open_write`."""
     try:
         return str(json.loads(token)["user"]) or None
     except (ValueError, KeyError, TypeError):

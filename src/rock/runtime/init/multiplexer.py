@@ -1,10 +1,10 @@
-"""The server's side of the carrier: a sandbox whose pid 1 is reached over one stream of bytes and nothing else.
+"""The server's side of the multiplexer: the connection to a pid 1 that is reachable over one byte stream only.
 
-    InitLink ── socket, descriptors ──► Carrier ── frames over a stream ──► guest/init/multiplexer.py ── Init
+    InitLink ── socket, descriptors ──► Multiplexer ── frames over a stream ──► guest/init/multiplexer.py ── Init
 
-To those above it is a pid 1 like any other: each descriptor of its answers is a pipe or a socket of ours, from which we
-carry the bytes. A file to be read comes whole, into a file without a name; one to be written goes when it is committed.
-What comes from inside is not trusted: all of it is bounded, and whoever breaks the rules is let go.
+Callers see a regular pid 1 connection. Each descriptor of a response is a local pipe or socket, whose bytes a `Channel`
+or a `Pump` transfers. A file that is read arrives complete in an unnamed file; a file that is written is sent at its
+commit. Data from inside is untrusted: all of it is bounded, and a protocol violation closes the connection.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from rock.guest.init import channels, link
 from rock.guest.init.channels import Parser, frame
 from rock.guest.init.link import of_os_error
 
-_LONGEST = 64 << 20  # bytes of one message
-_MOST_FDS = 64  # descriptors of one message
-_MOST_CHANNELS = 1024  # of a sandbox at once
-_MOST_QUEUED = 256 << 20  # bytes for inside; who takes none of them while it talks is let go
-_AGAIN = 1.0  # seconds between two attempts to begin
-_FULL = 1 << 20  # bytes that wait for the stream
+_LONGEST = 64 << 20  # maximum bytes of one message
+_MOST_FDS = 64  # maximum descriptors of one message
+_MOST_CHANNELS = 1024  # maximum concurrent channels of a sandbox
+_MOST_QUEUED = 256 << 20  # maximum queued bytes to the sandbox; a sandbox that sends without reading is disconnected
+_AGAIN = 1.0  # seconds between two handshake attempts
+_FULL = 1 << 20  # high-water mark of the stream's queue, in bytes
 TOKEN = "carried:"
 log = logging.getLogger(__name__)
 
@@ -42,18 +42,18 @@ class ByteStream(Protocol):
     """A stream to pid 1's standard input, and from its standard output."""
 
     async def read(self) -> bytes:
-        """What has come; empty at the end."""
+        """Read available bytes; empty at the end."""
         ...
 
     async def write(self, data: bytes) -> None:
-        """Returns when more can be written. OSError when it broke."""
+        """Write; returns when more can be written. OSError when the stream is broken."""
         ...
 
     def close(self) -> None: ...
 
 
 class Multiplexer:
-    """Owns the stream. `begin` once, `close` once; `spool` is a folder for files on their way."""
+    """Owner of the stream. `begin` once, `close` once; `spool` is a folder for files in transfer."""
 
     def __init__(self, stream: ByteStream, spool: Path, sandbox_id: str) -> None:
         self._stream = stream
@@ -66,18 +66,18 @@ class Multiplexer:
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._channels: dict[int, Channel] = {}
-        self._opened: list[Channel] = []  # of the message that is coming
+        self._opened: list[Channel] = []  # of the message that is being received
         self._message = bytearray()
-        self._held: list[tuple[bytes, list[Channel]]] = []  # answers that wait for the content of files
-        self._files: dict[str, Channel] = {}  # being written, by token
+        self._held: list[tuple[bytes, list[Channel]]] = []  # responses that wait for file contents
+        self._files: dict[str, Channel] = {}  # open for writing, by token
         self._socket: socket.socket | None = None
         self._to_link: list[tuple[bytes, list[int]]] = []
         self.closed = False
 
-    # ---- life ----
+    # ---- lifecycle ----
 
     async def begin(self, patience: float) -> socket.socket:
-        """The connection for an InitLink. Unavailable when pid 1 does not answer in time, Lost when the stream ends."""
+        """The connection for an InitLink. Unavailable on a timeout, Lost when the stream ends."""
         nonce = secrets.token_bytes(channels.NONCE)
         ready = frame(channels.READY, 0, nonce)
         try:
@@ -98,7 +98,7 @@ class Multiplexer:
         return links
 
     async def _answer_to(self, opening: bytes, ready: bytes) -> bytes:
-        """Say it until it is answered; what was on its way before is thrown away."""
+        """Repeat the handshake until pid 1 responds; earlier data on the stream is discarded."""
         async def say() -> None:
             while True:
                 await self._stream.write(opening)
@@ -123,7 +123,7 @@ class Multiplexer:
         task.add_done_callback(self._tasks.discard)
 
     def close(self) -> None:
-        """Let go; all descriptors that were given out reach their end. Idempotent, and ends no sandbox."""
+        """Disconnect; all descriptors given to callers reach end of file. Idempotent; ends no sandbox."""
         if self.closed:
             return
         self.closed = True
@@ -144,7 +144,7 @@ class Multiplexer:
         self._stream.close()
 
     async def gone(self) -> None:
-        """After `close`: return when none of its tasks is left."""
+        """After `close`: return when all its tasks have ended."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _break(self, why: str) -> None:
@@ -244,17 +244,17 @@ class Multiplexer:
             self._release()
 
     def forget(self, channel: Channel) -> None:
-        """Called by a channel that is done."""
+        """Remove a finished channel."""
         self._channels.pop(channel.number, None)
 
     def resize(self, fd: int, rows: int, columns: int) -> None:
-        """Of a terminal, by a descriptor that was given out."""
+        """Resize a terminal, by the caller's descriptor."""
         inode = os.fstat(fd).st_ino
         for channel in self._channels.values():
             if channel.kind == channels.TERMINAL and channel.given == inode:
                 self.send(frame(channels.SIZE, channel.number, struct.pack(">HH", rows, columns)))
 
-    # ---- what pid 1 answers ----
+    # ---- responses of pid 1 ----
 
     def _answer(self, message: bytes, opened: list[Channel]) -> None:
         if any(channel.kind == channels.CONTENT for channel in opened):
@@ -269,7 +269,7 @@ class Multiplexer:
         self._deliver(message, [channel.give() for channel in opened])
 
     def _release(self) -> None:
-        """Deliver the answers whose files are whole."""
+        """Deliver the responses whose files are complete."""
         for held in list(self._held):
             message, opened = held
             if all(channel.complete for channel in opened if channel.kind == channels.CONTENT):
@@ -310,7 +310,7 @@ class Multiplexer:
         if self._socket is not None:
             self._loop.remove_writer(self._socket)
 
-    # ---- what we are asked ----
+    # ---- requests of callers ----
 
     def _asked(self) -> None:
         for _ in range(32):
@@ -336,7 +336,7 @@ class Multiplexer:
             self.send(part)
 
     def _about_file(self, message: bytes) -> bool:
-        """Whether it is the end of a file that is being written, which is then seen to."""
+        """Handle the commit or abort of a file that is being written; returns whether the message was one."""
         request = json.loads(message)
         if request.get("op") not in ("commit_write", "abort_write"):
             return False
@@ -355,7 +355,7 @@ class Multiplexer:
         return False
 
     async def _commit(self, channel: Channel, token: str, request: dict[str, Any], message: bytes) -> None:
-        """Carry the content inside, and only when it is there have it put in its place."""
+        """Send the content, then have pid 1 commit the file."""
         try:
             failure = await channel.carry()
         finally:
@@ -381,17 +381,15 @@ def _close_all(fds: list[int]) -> None:
             os.close(fd)
 
 
-# ---- carried ----
-#
-# One descriptor of a carried sandbox: what was given out, our end of it, and the bytes between.
+# ---- channels ----
 
 _LARGEST_FILE = 16 << 30
 
 
 class Channel:
-    """A file: its content comes whole before it is given out, or goes whole when that is asked for.
+    """One file: its content is complete before the caller gets the descriptor, or is sent whole at the commit.
 
-    ours, theirs: two descriptors; the second is given out.
+    ours, theirs: two descriptors; the caller gets the second.
     """
 
     def __init__(self, mux: Multiplexer, number: int, kind: bytes, ours: int, theirs: int) -> None:
@@ -408,9 +406,9 @@ class Channel:
         self._changed = asyncio.Event()
 
     def give(self) -> int:
-        """The descriptor for the others; theirs from now on."""
+        """The descriptor for the caller, which owns it from now on."""
         if self.kind == channels.CONTENT:
-            fd = os.open(f"/proc/self/fd/{self._theirs}", os.O_RDONLY | os.O_CLOEXEC)  # with a place of its own in it
+            fd = os.open(f"/proc/self/fd/{self._theirs}", os.O_RDONLY | os.O_CLOEXEC)  # with an independent file offset
             self.drop()
             return fd
         fd, self._theirs = self._theirs, -1
@@ -431,17 +429,17 @@ class Channel:
         self._mux.forget(self)
 
     def gone(self) -> None:
-        """The other side takes no more."""
+        """The other side accepts no more data."""
 
     def allow(self, size: int) -> None:
         self._credit = min(self._credit + size, channels.WINDOW)
         self._changed.set()
 
     def arm(self) -> None:
-        """Wait for what can be done now."""
+        """Register for the next possible I/O."""
 
     async def carry(self) -> int:
-        """Carry what was written inside; answers the number of what went wrong there, 0 for nothing."""
+        """Send the written content; returns the errno of the remote write, 0 for success."""
         at = 0
         while not self.complete:
             if self._credit <= 0 or self._mux.full:
@@ -470,7 +468,7 @@ class Channel:
         self._mux.forget(self)
 
     def drop(self) -> None:
-        """Close what was not given out. Idempotent."""
+        """Close the descriptor that was not given out. Idempotent."""
         self._close_ours()
         fd, self._theirs = self._theirs, -1
         if fd >= 0:
@@ -478,15 +476,15 @@ class Channel:
 
 
 class Pump(Channel):
-    """A pipe, a connection or a terminal: bytes as they come, in one direction or both."""
+    """A pipe, connection or terminal: transfers bytes as they arrive, in one or both directions."""
 
     def __init__(self, mux: Multiplexer, number: int, kind: bytes, ours: int, theirs: int) -> None:
         super().__init__(mux, number, kind, ours, theirs)
         both = kind in (channels.SOCKET, channels.TERMINAL)
         self._comes = both or kind == channels.READ
         self._goes = both or kind == channels.WRITE
-        self._waiting = bytearray()  # from inside, not yet taken
-        self._owed = channels.WINDOW  # bytes that may still come without our word
+        self._waiting = bytearray()  # received, not yet delivered
+        self._owed = channels.WINDOW  # bytes that the sandbox may still send without a window update
         self._ending = False
         self._reading = self._writing = False
         self._loop = asyncio.get_running_loop()
@@ -547,7 +545,7 @@ class Pump(Channel):
             return
         self._goes = False
         self._mux.send(frame(channels.END, self.number))
-        if self.kind == channels.TERMINAL:  # closed by those who have it: nothing of it is wanted any more
+        if self.kind == channels.TERMINAL:  # the caller closed it: discard the remaining output
             self._comes = False
             self._waiting.clear()
         self._settle()
@@ -559,7 +557,7 @@ class Pump(Channel):
                 size = os.write(self._ours, memoryview(self._waiting)[: 64 << 10])
             except BlockingIOError:
                 break
-            except OSError:  # nobody reads it any more
+            except OSError:  # the reader closed it
                 self._waiting.clear()
                 if self._comes and not self._ending:
                     self._mux.send(frame(channels.GONE, self.number))
@@ -583,7 +581,7 @@ class Pump(Channel):
         if self._comes or self._goes or self._waiting:
             self.arm()
         else:
-            self._close_ours()  # theirs may not have been given out yet
+            self._close_ours()  # the caller's end may not have been given out yet
 
     def _close_ours(self) -> None:
         if self._ours >= 0:

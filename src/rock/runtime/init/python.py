@@ -1,12 +1,12 @@
-"""A Python of our own for pid 1 where the image's root is the only one: an engine's containers.
+"""A relocatable Python for pid 1 in containers, where the image's root is the only file system.
 
-    <folder>/<key>/ld.so so/ bin/python3 lib/pythonX.Y/   this machine's interpreter, and what it needs to run `guest`
+    <folder>/<key>/ld.so so/ bin/python3 lib/pythonX.Y/   this machine's interpreter, and its requirements for `guest`
                    modules/rock/guest/                    pid 1, with the compiled library if there is one
-                   boot.py                                its start
-                   link/                                  an empty folder, to be mounted over
+                   boot.py                                the entry point
+                   link/                                  an empty folder, a mount point
 
-It is shown inside read-only and started by its own loader, so it needs nothing of the image: no Python, no shell, and
-no C library, or another one. The modules are those that this machine's Python has loaded once it has loaded pid 1.
+It is mounted read-only inside and started by its own loader, so it does not depend on a Python, a shell or a C library
+of the image. It contains the modules that this machine's Python loads when it imports pid 1.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from rock.errors import Unsupported
 from rock.guest.init import native
 from rock.guest.init.remove import remove_tree
 
-INSIDE = "/.rock"  # where it has to be seen
+INSIDE = "/.rock"  # its path inside
 LINK = f"{INSIDE}/link"
 _BOOT = f"import sys\nsys.path.append({INSIDE + '/modules'!r})\nfrom rock.guest.init.container import main\nmain()\n"
-# Run by the interpreter that is to be copied. `shutil` is what one of pid 1's operations imports when it is asked for.
+# Run by the interpreter to be copied. One of pid 1's operations imports `shutil` on demand.
 _LOOK = """
 import json, sys, types
 sys.modules["rock"] = types.ModuleType("rock")
@@ -45,20 +45,20 @@ json.dump({"modules": files, "maps": sorted(name for name in maps if name[0] == 
 
 @dataclass(frozen=True)
 class GuestPython:
-    """One that is ready. `folder` is to be mounted read-only at `INSIDE`."""
+    """A prepared copy. `folder` is to be mounted read-only at `INSIDE`."""
 
     folder: Path
 
     def command(self, options: dict[str, object]) -> list[str]:
-        """How pid 1 is started with it; `options` as in guest/init/container.py."""
+        """The command line of pid 1; `options` as in guest/init/container.py."""
         return [f"{INSIDE}/ld.so", "--library-path", f"{INSIDE}/so", f"{INSIDE}/bin/python3", "-I", "-S", "-B",
                 f"{INSIDE}/boot.py", json.dumps(options)]
 
 
 def prepare(folder: Path) -> GuestPython:
-    """Make it in `folder`, or find the one that was made of the same files. Blocking: half a second, once.
+    """Create the copy in `folder`, or find one made of the same files. Blocking: half a second, once.
 
-    Unsupported where this machine's Python cannot be taken apart.
+    Unsupported where this machine's Python cannot be copied.
     """
     folder.mkdir(parents=True, exist_ok=True)
     python = os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
@@ -76,7 +76,7 @@ def prepare(folder: Path) -> GuestPython:
             _copy(plan, Path(made))
             try:
                 os.rename(made, final)
-            except OSError:  # another server was faster
+            except OSError:  # another server completed first
                 if not final.is_dir():
                     raise
         finally:
@@ -85,7 +85,7 @@ def prepare(folder: Path) -> GuestPython:
 
 
 def _plan(python: str) -> Iterator[tuple[str, str]]:
-    """Files by their place in the folder."""
+    """Source files by their path in the copy."""
     source = str(Path(__file__).parents[3])
     try:
         command = [python, "-I", "-S", "-B", "-c", _LOOK, source]
@@ -118,12 +118,12 @@ def _plan(python: str) -> Iterator[tuple[str, str]]:
 
 
 def _stdlib(inner: str, path: str) -> str:
-    """A module may have another name than its file: os.path is posixpath."""
+    """The file of a module, whose name may differ: os.path is posixpath."""
     return inner if path.endswith("/" + inner) else os.path.basename(path)
 
 
 def _libraries(loader: str, path: str) -> Iterator[tuple[str, str]]:
-    """Shared libraries of a file of this machine, under the names by which they are asked for."""
+    """Shared libraries that a file of this machine needs, by their sonames."""
     listed = subprocess.run([loader, "--list", path], capture_output=True, timeout=60)
     for line in listed.stdout.decode(errors="surrogateescape").splitlines():
         name, arrow, rest = line.strip().partition(" => ")
@@ -143,7 +143,7 @@ def _copy(plan: dict[str, str], made: Path) -> None:
     (made / "modules/rock/__init__.py").write_text("")
     (made / "boot.py").write_text(_BOOT)
     (made / "link").mkdir()
-    for folder, _, names in os.walk(made):  # whatever our umask is
+    for folder, _, names in os.walk(made):  # independent of the umask
         os.chmod(folder, 0o755)
         for name in names:
             os.chmod(os.path.join(folder, name), 0o755 if os.path.basename(folder) in ("bin", "so") else 0o644)

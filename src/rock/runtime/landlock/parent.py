@@ -1,10 +1,10 @@
-"""The process over a sandbox of Landlock: `python -I -S parent.py OPTIONS`. Standard library only.
+"""The parent process of a Landlock sandbox: `python -I -S parent.py OPTIONS`. Standard library only.
 
-    server ── warden ── pid 1 (guest/init/pid1.py), held by Landlock, a filter and limits ── programs
-                └── the next parent of whatever loses its own, so that nothing of the sandbox gets away from it
+    server ── warden ── pid 1 (guest/init/pid1.py), restricted by Landlock, a filter and limits ── programs
+                └── subreaper: adopts orphans, so that no process of the sandbox escapes it
 
-It is out of the sandbox's reach: its user is root, and that of the sandbox one of its own. When pid 1 ends it kills all
-that is left, and ends.
+The warden runs as root and the sandbox as a user of its own, so the sandbox cannot signal it. When pid 1 ends, the
+warden kills the remaining processes and exits.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _PROC = ("/proc",)
 
 
 def _restrict(options: dict[str, Any]) -> None:
-    """Give up everything but what a sandbox has. OSError names the step."""
+    """Drop all rights that a sandbox does not have. OSError names the step."""
     own = int(options["own_uid"])
     os.setgroups([])
     os.setresgid(own, own, own)
@@ -74,7 +74,7 @@ def _filter(program: bytes) -> None:
 
 
 def _hold(child: int) -> None:
-    """Bury what ends, until pid 1 does; then all that is left."""
+    """Reap children until pid 1 ends, then kill the remaining processes."""
     while True:
         try:
             pid, _ = os.waitpid(-1, 0)
@@ -95,7 +95,7 @@ def _hold(child: int) -> None:
 
 
 def main() -> None:
-    """Run as a program: options are those of `LandlockRuntime`."""
+    """Entry point; the options are those of `LandlockRuntime`."""
     options = json.loads(sys.argv[1])
     listener = socket.socket(fileno=int(options["listen"]))
     os.set_inheritable(listener.fileno(), False)
@@ -112,7 +112,7 @@ def main() -> None:
     os.chdir(options["home"])
     os.setsid()
     os.close(2)
-    os.open("/dev/null", os.O_RDWR)  # what it says goes nowhere: a guest must not fill the host's disk with it
+    os.open("/dev/null", os.O_RDWR)  # discards the output: a guest must not fill the host's disk with it
     os.dup2(2, 1)
     _restrict(options)
     kernel.set_title(b"rock-init")

@@ -1,6 +1,6 @@
-"""Landlock: what a process and all that it starts may still do with files, TCP ports, signals and abstract sockets.
+"""Landlock: restricts files, TCP ports, signals and abstract sockets of a process and all its descendants.
 
-By ctypes; standard library only. It can only be made stricter afterwards, and takes no rights but no_new_privs.
+Uses ctypes; standard library only. A ruleset can only become stricter, and requires no privilege but no_new_privs.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import os
 import struct
 from collections.abc import Iterable
 
-_CREATE, _ADD, _RESTRICT = 444, 445, 446  # the same numbers on every machine
+_CREATE, _ADD, _RESTRICT = 444, 445, 446  # the same numbers on every architecture
 _PATH_BENEATH = 1
 _VERSION = 1
 _PR_SET_NO_NEW_PRIVS = 38
 
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
 TRUNCATE, IOCTL_DEV = 1 << 14, 1 << 15
-_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # by version: how many rights over files it knows
+_RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # number of file rights per ABI version
 _OF_FILES = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
 _TCP = 3  # bind, connect
 _SCOPES = 3  # abstract unix sockets, signals
@@ -32,17 +32,17 @@ _long = ctypes.c_long
 
 
 def version() -> int:
-    """The kernel's version of Landlock; 0 where it has none, or it is switched off."""
+    """The kernel's Landlock ABI version; 0 where it is missing or disabled."""
     return max(0, int(_syscall(_long(_CREATE), None, _long(0), _long(_VERSION))))
 
 
 def everything(abi: int) -> int:
-    """All rights over files that this version knows."""
+    """All file rights of this ABI version."""
     return (1 << _RIGHTS.get(abi, 16)) - 1
 
 
 class Ruleset:
-    """Rules to be: what is allowed with files; all else is refused. tcp: whether ports are refused too.
+    """Rules under construction: allowed file accesses; all others are denied. tcp: whether ports are denied too.
 
     OSError from a kernel without Landlock.
     """
@@ -50,7 +50,7 @@ class Ruleset:
     def __init__(self, *, tcp: bool) -> None:
         self.abi = version()
         self._handled = everything(self.abi)
-        # A kernel refuses a longer structure only when what it does not know of it is not zero.
+        # A kernel rejects a longer structure only when the fields that it does not know are not zero.
         ports, scopes = _TCP if tcp and self.abi >= 4 else 0, _SCOPES if self.abi >= 6 else 0
         packed = struct.pack("=QQQ", self._handled, ports, scopes)
         size = 8 if self.abi < 4 else 16 if self.abi < 6 else 24
@@ -59,7 +59,7 @@ class Ruleset:
             _raise("landlock_create_ruleset")
 
     def allow(self, rights: int, paths: Iterable[str]) -> None:
-        """Allow these rights on files, and on all below folders. What does not exist is passed over."""
+        """Allow these rights on files, and on everything below folders. Missing paths are skipped."""
         for path in paths:
             try:
                 fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
@@ -76,7 +76,7 @@ class Ruleset:
                 os.close(fd)
 
     def enforce(self) -> None:
-        """Hold this process, and all that it will start, to the rules. Without a way back."""
+        """Restrict this process and all its future children. Irreversible."""
         _libc.prctl(_PR_SET_NO_NEW_PRIVS, _long(1), _long(0), _long(0), _long(0))
         if _syscall(_long(_RESTRICT), _long(self._fd), _long(0)) < 0:
             _raise("landlock_restrict_self")

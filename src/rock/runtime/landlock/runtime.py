@@ -1,10 +1,10 @@
 """Runtime "landlock": for hosts that forbid user namespaces, such as the inside of a container with default settings.
 
-A sandbox is a folder of the host and a tree of processes under a warden (parent.py). Landlock shows it the machine's
-own system read-only and its folder writable, keeps signals inside, and refuses TCP; a filter refuses all sockets, and
-system calls as elsewhere. Each has a user id of its own, so that what Landlock does not look at (modes and owners of
-files, processes of the same user) is out of reach as well: that takes root. It is weaker than namespaces:
-docs/security.md tells how, so it is never chosen but by name.
+A sandbox is a folder of the host and a process tree under a warden (parent.py). Landlock shows it the machine's own
+system read-only and its folder writable, confines signals, and denies TCP. A seccomp filter denies all sockets, and
+system calls as in the other runtimes. Each sandbox has a user id of its own, which protects what Landlock does not
+cover (modes and owners of files, processes of the same user); this requires root. The isolation is weaker than
+namespaces (docs/security.md), so the runtime must be selected by name.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from rock.runtime.namespace.limits import limiter
 from rock.runtime.namespace.limits.limiter import MemoryWatch
 from rock.runtime.process.runtime import PATH, ProcessRuntime, children, read_record, write_record
 
-_NEEDED = 4  # version that knows TCP
+_NEEDED = 4  # the ABI version that introduces TCP rules
 _FIRST_UID, _SPAN, _MOST = 1_700_000_000, 10_000, 20_000
 _FILES = 65_536
 _ELSEWHERE = Path("/var/lib/rock")
@@ -48,7 +48,7 @@ _ENFORCED: dict[str, Enforced] = {"memory": "watched", "cpus": "affinity", "pids
 
 
 class LandlockRuntime(ProcessRuntime):
-    """Sandboxes of Landlock. `run_dir` holds one folder a sandbox; it is made when missing."""
+    """Sandboxes of Landlock. `run_dir` holds one folder per sandbox; it is created when missing."""
 
     name = "landlock"
     isolation = Isolation.LANDLOCK
@@ -91,7 +91,7 @@ class LandlockRuntime(ProcessRuntime):
                 self._homes.rmdir()
                 _ELSEWHERE.rmdir()
 
-    # ---- what it can give ----
+    # ---- capabilities ----
 
     async def check(self, config: SandboxConfig) -> None:
         if config.image != "host":
@@ -110,7 +110,7 @@ class LandlockRuntime(ProcessRuntime):
         await self.probe()
 
     async def probe(self) -> None:
-        """Raise Unsupported when this host cannot: found by making one, once."""
+        """Raise Unsupported when this host lacks a requirement. Tests it by creating a sandbox, once."""
         if self._tried is None:
             self._tried = asyncio.create_task(self._try_one(), name="landlock probe")
         await asyncio.shield(self._tried)
@@ -212,14 +212,14 @@ class LandlockRuntime(ProcessRuntime):
         digest = hashlib.sha256(os.path.realpath(self._run_dir).encode()).digest()
         first = _FIRST_UID + int.from_bytes(digest[:4], "big") % _MOST * _SPAN
         used = set(self._uids.values())
-        for _ in range(_SPAN):  # the next one each time: processes that are being buried count for the last one's
+        for _ in range(_SPAN):  # a different one each time: zombies still count for the last sandbox's user id
             self._last_uid = (self._last_uid + 1) % _SPAN
             if first + self._last_uid not in used:
                 self._uids[slot] = first + self._last_uid
                 return self._uids[slot]
         raise errors.NoCapacity(f"the landlock runtime has {_SPAN} sandboxes already", hint="stop some sandboxes")
 
-    # ---- using ----
+    # ---- operations ----
 
     def complete(self, handle: Handle, program: Program) -> Program:
         home = handle.data["home"]
@@ -239,7 +239,7 @@ class LandlockRuntime(ProcessRuntime):
         return await asyncio.to_thread(limiter.usage, {}, handle.data["init"], self._kills.get(handle.data["slot"], 0))
 
     def oom_kills(self, handle: Handle) -> int:
-        """How many processes were killed for memory so far."""
+        """The number of processes killed for memory so far."""
         return self._kills.get(handle.data["slot"], 0)
 
     def link(self, handle: Handle) -> InitLink:
@@ -268,7 +268,7 @@ class LandlockRuntime(ProcessRuntime):
 
 
 def _open_to_others(folder: Path) -> bool:
-    """Whether another user can come to what is in it; the last folder's own mode is ours to set."""
+    """Whether other users can reach the content; the server sets the mode of the last folder itself."""
     return all(os.stat(path).st_mode & stat.S_IXOTH for path in Path(os.path.realpath(folder)).parents)
 
 

@@ -1,4 +1,5 @@
-"""What a host can take: refusals that are told before anything is started."""
+"""Admission checks of the namespace runtime: reject before start what this host cannot provide. And pool member
+kinds."""
 
 from __future__ import annotations
 
@@ -12,13 +13,14 @@ from rock.host import resources
 from rock.images.records import RootFS
 from rock.protocol.sandbox import Isolation, SandboxConfig
 
-_RESERVE = 256 << 20  # bytes of memory that stay with the host
-_LEAST = 64 << 20  # bytes that a new sandbox should find free, or its limit if that is less
+_RESERVE = 256 << 20  # bytes of memory reserved for the host
+_LEAST = 64 << 20  # bytes of free memory that a new sandbox requires, or its limit if that is less
 
 
 def refuse_unsupported(config: SandboxConfig, isolation: Isolation, networks: tuple[str, ...], *,
                        why: str | None = None) -> None:
-    """Raise Unsupported for what this runtime, or this host, cannot give. why: what other networks lack."""
+    """Raise Unsupported for options that this runtime or host lacks. why: the reason for which other networks are
+    missing."""
     if config.image_os != "linux":
         raise errors.Unsupported(f"image_os {config.image_os!r}: the namespace runtime runs Linux images only")
     if config.use_kata_runtime:
@@ -40,7 +42,7 @@ def refuse_unsupported(config: SandboxConfig, isolation: Isolation, networks: tu
 
 
 def refuse_level(config: SandboxConfig, isolation: Isolation) -> None:
-    """Raise Unsupported where another isolation was asked for than there is."""
+    """Raise Unsupported when the requested isolation differs from the available one."""
     if config.isolation not in (None, isolation):
         raise errors.Unsupported(
             f"isolation {config.isolation}: this runtime gives {isolation.value} here",
@@ -52,7 +54,7 @@ def refuse_level(config: SandboxConfig, isolation: Isolation) -> None:
 
 
 def refuse_nofile(config: SandboxConfig) -> None:
-    """Raise Unsupported for more open files than this host lets a process have."""
+    """Raise Unsupported when nofile exceeds the host's limit."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if config.nofile is not None and hard != resource.RLIM_INFINITY and config.nofile > hard:
         raise errors.Unsupported(f"nofile={config.nofile}: processes here may have {hard} open files at most",
@@ -60,9 +62,9 @@ def refuse_nofile(config: SandboxConfig) -> None:
 
 
 def refuse_too_large(config: SandboxConfig) -> None:
-    """Raise InvalidConfig for a sandbox that could never fit, and NoCapacity when there is no memory free now.
+    """Raise InvalidConfig for a sandbox that can never fit, and NoCapacity when there is not enough free memory now.
 
-    Limits may be overcommitted, so what counts is what is really free and not the sum of the limits.
+    Limits may be overcommitted, so the check compares with the free memory and not with the sum of the limits.
     """
     cores = os.cpu_count() or 1
     wanted = max(config.cpus, config.limit_cpus or 0.0)
@@ -80,16 +82,14 @@ def refuse_too_large(config: SandboxConfig) -> None:
                                 hint="stop some sandboxes, or try again")
 
 
-# ---- kind ----
-#
-# What can be said of a sandbox before somebody asks for it.
+# ---- kinds of pool members ----
 
 _MOST_SHARED = 2 << 30
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What pool members have in common."""
+    """The properties that the members of one pool share."""
 
     rootfs: RootFS = field(compare=False, hash=False)
     digest: str
@@ -102,8 +102,9 @@ class Kind:
 
 
 def _shared_memory(memory: int) -> int:
-    """Bytes of /dev/shm, and of System V shared memory, for a memory limit: the greatest power of two up to a quarter.
+    """Size of /dev/shm and limit of System V shared memory in bytes: the greatest power of two up to a quarter of the
+    limit.
 
-    What lies there belongs to no process, so with more of it than the limit the kernel would find only pid 1 to kill.
+    Shared memory belongs to no process. If it could exceed the limit, the kernel could only kill pid 1 to free it.
     """
     return min(_MOST_SHARED, 1 << max(20, (memory // 4).bit_length() - 1))

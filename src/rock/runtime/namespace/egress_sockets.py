@@ -1,4 +1,4 @@
-"""Sandboxes with a way out: their sockets, which pid 1 keeps, are given to the proxy, and again when that died."""
+"""Egress sockets of sandboxes: passes them from pid 1 to the egress proxy, and again after the proxy restarted."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from rock.runtime.init.link import InitLink
 log = logging.getLogger(__name__)
 
 FOLDER = "connections"
-_KEPT = 25 * 3600.0  # seconds that the file of a sandbox that is gone stays: longer than its tombstone
+_KEPT = 25 * 3600.0  # retention in seconds of the log of an ended sandbox: longer than its tombstone
 _MOST_FILES = 5000
 _TIDY_EVERY = 600.0
 _AGAIN_AFTER = 0.2
-_AT_ONCE = 64  # sandboxes that are given to a new proxy together
+_AT_ONCE = 64  # sandboxes that are passed to a new proxy concurrently
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class _Outlet:
 
 
 class EgressSockets:
-    """Of one runtime. A sandbox is known by its slot here, and by its id to who reads about it."""
+    """The egress sockets of one runtime. The key is the sandbox's slot; readers of the log use the sandbox id."""
 
     def __init__(self, run_dir: Path, resolvers: Sequence[str]) -> None:
         self._folder = run_dir / FOLDER
@@ -51,16 +51,16 @@ class EgressSockets:
 
     @property
     def networks(self) -> tuple[str, ...]:
-        """What can be given."""
+        """The supported network modes."""
         return ("none", "host") if self.missing else ("none", "nat", "host")
 
     def found(self, reply: dict[str, Any]) -> None:
-        """What the launcher said when it tried."""
+        """Record the result of the launcher's probe."""
         self.missing = f"{reply['error']}" if "error" in reply else None
 
     async def connect(self, slot: str, sandbox_id: str, link: Callable[[], InitLink], egress: list[str] | None, *,
                       fresh: bool) -> None:
-        """Serve the connections of a sandbox. Lost, Unavailable. fresh: it has no history."""
+        """Serve the connections of a sandbox. Lost, Unavailable. fresh: the sandbox has no history."""
         self._known[slot] = _Outlet(sandbox_id, link, egress)
         try:
             await self._give(slot, fresh)
@@ -69,7 +69,7 @@ class EgressSockets:
             raise
 
     def adopt(self, slot: str, sandbox_id: str, link: Callable[[], InitLink], egress: list[str] | None) -> None:
-        """Serve, in a moment, a sandbox of a former server: until then its connections wait."""
+        """Serve a sandbox of a former server in the background; its connections wait until then."""
         self._known[slot] = _Outlet(sandbox_id, link, egress)
         self._spawn(self._again([slot]))
 
@@ -92,11 +92,11 @@ class EgressSockets:
                 os.close(fd)
         if "error" in reply:
             raise errors.Unavailable(f"the network proxy: {reply['error']}", sandbox_id=outlet.sandbox_id)
-        if slot not in self._known:  # it was dropped meanwhile
+        if slot not in self._known:  # dropped meanwhile
             self._remove(slot, outlet.sandbox_id)
 
     def drop(self, slot: str) -> None:
-        """Serve it no longer; it is over."""
+        """Stop serving an ended sandbox."""
         outlet = self._known.pop(slot, None)
         if outlet is not None:
             self._remove(slot, outlet.sandbox_id)
@@ -113,8 +113,8 @@ class EgressSockets:
             self._removing[sandbox_id] = self._spawn(remove())
 
     async def connections(self, sandbox_id: str) -> ConnectionList:
-        """What it connected to, whether it lives or not."""
-        if sandbox_id in self._removing:  # what was open is being written down
+        """The connection log of a running or ended sandbox."""
+        if sandbox_id in self._removing:  # open connections are being written to the log
             await asyncio.wait({self._removing[sandbox_id]}, timeout=5)
         slot = next((slot for slot, outlet in self._known.items() if outlet.sandbox_id == sandbox_id), None)
         told = None
@@ -125,7 +125,7 @@ class EgressSockets:
         return ConnectionList.model_validate(told)
 
     def _lost(self) -> None:
-        """The proxy died: its connections are broken, and new ones wait for the next one."""
+        """The proxy died: its connections are broken, and new ones wait for the next proxy."""
         log.warning("the network proxy ended; starting another for %d sandboxes", len(self._known))
         self._spawn(self._again(list(self._known)))
 
@@ -133,7 +133,8 @@ class EgressSockets:
         await asyncio.gather(*(self._give_surely(slot) for slot in slots))
 
     async def _give_surely(self, slot: str) -> None:
-        """Again and again, until it is served or gone: one that does not answer keeps nobody else waiting."""
+        """Retry until the sandbox is served or gone; each sandbox has its own task, so one does not delay the
+        others."""
         while (outlet := self._known.get(slot)) is not None:
             try:
                 async with self._gate:
@@ -141,7 +142,7 @@ class EgressSockets:
                         await self._give(slot, fresh=False)
                 return
             except errors.Lost:
-                return  # its end is told by who waits for that
+                return  # the waiter of the sandbox reports its end
             except errors.RockError as error:
                 log.warning("network of %s: %s; trying again", outlet.sandbox_id, error)
                 await asyncio.sleep(_AGAIN_AFTER)
@@ -153,7 +154,7 @@ class EgressSockets:
         return task
 
     def _tidy(self) -> None:
-        """Remove the oldest files, now and then."""
+        """Remove the oldest logs, periodically."""
         now = time.monotonic()
         if now - self._tidied_at < _TIDY_EVERY:
             return
@@ -170,7 +171,7 @@ class EgressSockets:
                     os.unlink(path)
 
     async def close(self) -> None:
-        """Let go of all; the sandboxes stay, and their connections wait for the next server."""
+        """Disconnect from all sandboxes, which continue to run; their connections wait for the next server."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -179,8 +180,8 @@ class EgressSockets:
 
 
 def _as_made(fds: list[int]) -> bool:
-    """Whether a sandbox's pid 1 gave what it got: a listening TCP socket, and one for datagrams. Nothing else is
-    handed on."""
+    """Whether pid 1 passed the expected sockets: one listening TCP socket and one UDP socket. Others are not
+    forwarded."""
     if len(fds) != 2:
         return False
     try:

@@ -1,4 +1,7 @@
-"""How a sandbox comes to be: a run folder, a uid range, a lease of its image, and the launcher's answer."""
+"""Creates sandboxes: the run folder, the uid range, the image lease, the launcher request, and the warm pool.
+
+`Pool` prepares complete sandboxes for recently used images; a claim sets only limits and name. A claim never waits:
+when the pool is empty, the caller creates a sandbox."""
 
 from __future__ import annotations
 
@@ -27,22 +30,22 @@ from rock.runtime.namespace.slots import Sandbox, Slots
 from rock.telemetry.metrics import REGISTRY
 
 _LEASE_KEPT = 2.0  # seconds
-_SPARES = 8  # run folders and user namespaces that are made ahead
+_SPARES = 8  # run folders and user namespaces that are prepared in advance
 
 
 class RetainedFiles(NamedTuple):
-    """Files that a sandbox is made over. put_back: what to do with them when that comes to nothing, by uid range."""
+    """Retained files for a new sandbox. put_back: restores them after a failed create, by uid range."""
 
     slot: str
     put_back: Callable[[int], Awaitable[None]]
 
 
 class _ZygoteEnded(errors.Unavailable):
-    """The process that pid 1 is forked of died while it forked one."""
+    """The zygote died during a fork."""
 
 
 class Factory:
-    """spares: run folders that the launcher made ahead; it appends their names."""
+    """spares: run folders that the launcher prepared; it appends their names."""
 
     def __init__(self, slots: Slots, disks: Disks, images: Images) -> None:
         self.spares: list[str] = []
@@ -56,10 +59,10 @@ class Factory:
             self._end_lease(digest)
 
     async def make(self, id: str, kind: Kind, config: SandboxConfig, kept: RetainedFiles | None = None) -> Sandbox:
-        """Have the launcher make one, over the files of `kept` where it is given, with a record on disk: of nobody's
-        without an `id`. StartFailed, StorageFull, ImageError.
+        """Have the launcher create a sandbox, over the files of `kept` if given, with a record on disk; without an `id`
+        it has no owner. StartFailed, StorageFull, ImageError.
 
-        Once asked it is waited for, so that a cancelled caller leaves nothing behind.
+        A started create runs to its end when the caller is cancelled, so that nothing is left behind.
         """
         task = asyncio.create_task(self._make_whole(id, kind, config, kept))
         try:
@@ -71,11 +74,11 @@ class Factory:
             raise
 
     async def _make_whole(self, id: str, kind: Kind, config: SandboxConfig, kept: RetainedFiles | None) -> Sandbox:
-        """Make one; once more, in another run folder, when the launcher or its zygote died meanwhile."""
+        """Create a sandbox; retry once in another run folder when the launcher or its zygote died meanwhile."""
         try:
             return await self._make_once(id, kind, config, kept)
         except (Ended, _ZygoteEnded):
-            if kept is not None:  # its files are back where they were; the next request finds another launcher
+            if kept is not None:  # its files are restored; the next request uses a new launcher
                 raise
             return await self._make_once(id, kind, config, kept)
 
@@ -115,7 +118,7 @@ class Factory:
             slots.making.discard(slot)
 
     def _lease(self, kind: Kind) -> Lease | None:
-        """Every sandbox holds a copy of it; ours is for those that come in the next seconds."""
+        """Each sandbox holds a copy of the lease; this one is cached for the creates of the next seconds."""
         found = self._leases.get(kind.digest)
         if found is None and (found := self._images.lease(kind.rootfs)) is not None:
             self._leases[kind.digest] = found
@@ -127,7 +130,7 @@ class Factory:
             lease.close()
 
     def _place(self, slot: str) -> None:
-        """The run folder: one that was made ahead, or a new one that the launcher's child fills."""
+        """The run folder: a prepared one, or a new one that the launcher's child fills."""
         run_dir = self._slots.run_dir
         try:
             os.rename(run_dir / records.SPARE / slot, run_dir / slot)
@@ -135,8 +138,8 @@ class Factory:
             os.mkdir(run_dir / slot, 0o700)
 
     def _stock_up(self) -> None:
-        """Have the launcher make, while it is idle, what the next sandboxes will need."""
-        fresh = [records.new_slot() for _ in range(_SPARES - len(self.spares))]  # in place of those asked for before
+        """Request run folders and namespaces for the next sandboxes, which the launcher prepares while idle."""
+        fresh = [records.new_slot() for _ in range(_SPARES - len(self.spares))]  # replaces the earlier request
         folders = [str(self._slots.run_dir / records.SPARE / slot) for slot in fresh]
         self._slots.launcher.post("ahead", {"ranges": self._slots.ranges.coming(_SPARES), "folders": folders})
 
@@ -160,16 +163,11 @@ class Factory:
         }
 
 
-# ---- pool ----
-#
-# The warm pool: sandboxes made ahead for images that were used of late, so that a claim costs nothing.
-#
-# A member is a whole sandbox with pid 1 connected; only its limits and its name are set at the claim. The pool never
-# makes anybody wait: when it is empty, the caller makes a sandbox by itself.
+# ---- warm pool ----
 
 _IMAGES = 4
 _PAUSE_AFTER_FAILURE = 5.0  # seconds
-_PAUSE_AFTER_CLAIM = 0.03  # seconds, as long as claims keep coming, but at most so many times:
+_PAUSE_AFTER_CLAIM = 0.03  # seconds, extended by each further claim at most so many times:
 _MOST_PAUSES = 5
 
 Member = TypeVar("Member")
@@ -179,7 +177,7 @@ CLAIMS = REGISTRY.counter("rock_pool_claims_total", "Sandboxes asked of the warm
 
 
 class Pool(Generic[Key, Member]):
-    """`size` members for each of the few keys that were used last. make: prepares one; drop: destroys one."""
+    """`size` members for each of the most recently used keys. make: prepares one; drop: destroys one."""
 
     def __init__(self, size: int, make: Callable[[Key], Awaitable[Member]],
                  drop: Callable[[Member], Coroutine[Any, Any, None]], alive: Callable[[Member], bool]) -> None:
@@ -193,7 +191,7 @@ class Pool(Generic[Key, Member]):
         self._dropping: set[asyncio.Task[None]] = set()
 
     def claim(self, key: Key) -> Member | None:
-        """A ready member, or None; either way more of this kind are made in the background."""
+        """A ready member, or None; triggers a refill in the background."""
         if self._size <= 0:
             return None
         ready = self._ready.setdefault(key, deque())
@@ -214,11 +212,11 @@ class Pool(Generic[Key, Member]):
 
     @property
     def ready(self) -> int:
-        """How many members are ready."""
+        """The number of ready members."""
         return sum(len(members) for members in self._ready.values())
 
     async def close(self) -> None:
-        """Stop making members and destroy those that are ready."""
+        """Stop the refill and destroy the ready members."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -248,7 +246,7 @@ class Pool(Generic[Key, Member]):
                     await self._discard([member])
 
     async def _calm(self) -> None:
-        """Let those who just claimed go first: making a sandbox takes a CPU for 10 ms."""
+        """Wait for a pause between claims: creating a sandbox takes a CPU for 10 ms."""
         for _ in range(_MOST_PAUSES):
             self._wake.clear()
             await asyncio.sleep(_PAUSE_AFTER_CLAIM)

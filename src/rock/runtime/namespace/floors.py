@@ -1,8 +1,8 @@
-"""Floors for `rock bench`: what this machine can do at best, to print next to what we do.
+"""Reference measurements for `rock bench`: the lower bounds of this machine, printed next to the measured figures.
 
-    floor        a bash answers `echo ready` in new namespaces, forked by a launcher: no files, no limits, no HTTP
-    whole        the same in a whole sandbox of the launcher: all namespaces, limits and mounts; no server, no HTTP
-    whole_rates  those a second, several at once, made and destroyed
+    floor        a bash responds to `echo ready` in new namespaces, forked by a launcher: no files, no limits, no HTTP
+    whole        the same in a complete sandbox of the launcher: all namespaces, limits and mounts; no server, no HTTP
+    whole_rates  complete sandboxes per second, several at once, created and destroyed
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rock.runtime.namespace.runtime import NamespaceRuntime
 
 
 async def floor(n: int) -> list[float]:
-    """Seconds of each of `n` bare namespace forks, from the fork to bash's answer. Unsupported where there are none."""
+    """Seconds of each of `n` bare namespace forks, from the fork to bash's response. Unsupported without namespaces."""
     with tempfile.TemporaryDirectory(prefix="rock-floor-") as folder:
         options = {"privileged": os.geteuid() == 0, "staging": f"{folder}/staging"}
         launcher = LaunchLink(options, Path(folder) / "log")
@@ -38,7 +38,7 @@ _CONFIG = SandboxConfig(image="host", memory="256m", cpus=1.0)
 
 @contextlib.asynccontextmanager
 async def _launcher() -> AsyncIterator[NamespaceRuntime]:
-    """A runtime of its own, which has made a sandbox already."""
+    """A private runtime that has already created one sandbox."""
     with tempfile.TemporaryDirectory(prefix="rock-floor-") as folder:
         runtime = NamespaceRuntime(Path(folder) / "run", 0, ImageStore(Path(folder) / "images"))
         await runtime.open()
@@ -50,13 +50,13 @@ async def _launcher() -> AsyncIterator[NamespaceRuntime]:
 
 
 async def whole(n: int) -> list[float]:
-    """Seconds from asking for each of `n` sandboxes to the answer of a bash in it, one after the other."""
+    """Seconds from the create to the response of a bash in the sandbox, for `n` sandboxes in sequence."""
     async with _launcher() as runtime:
         return [await _whole_one(runtime, "floor") for _ in range(n)]
 
 
 async def whole_rates(slices: int, width: int) -> list[float]:
-    """Sandboxes made, used and destroyed a second, `width` at once, in slices of half a second."""
+    """Sandboxes created, used and destroyed per second, `width` at once, in slices of half a second."""
     done = 0
 
     async def client(number: int) -> None:

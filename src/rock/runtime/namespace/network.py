@@ -1,8 +1,9 @@
-"""Network namespaces of ended sandboxes that never used theirs: the kernel takes 2 ms to make and to remove one.
+"""Pools of network namespaces: unused ones of ended sandboxes, and prepared ones with egress.
 
-One that was used goes: its ports may rest for a minute, and its counters tell of who had it. Nothing else can stay in
-it, as nobody inside has rights over it. Those with a way out (runtime/namespace/launcher/isolated_network.py) are
-made ahead, by a child. Standard library only.
+The kernel takes 2 ms to create and to remove a namespace. A used namespace is never reused: its ports may stay reserved
+for a minute, and its counters reveal its former user. Nothing else can persist, because no process inside has rights
+over it. A child prepares the namespaces with egress (runtime/namespace/launcher/isolated_network.py). Standard library
+only.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ _PATIENCE = 10.0  # seconds
 
 
 class NetworkPool:
-    """Descriptors of untouched network namespaces, with loopback up.
+    """Descriptors of unused network namespaces, with loopback up.
 
-    usable: whether we may come back from another one, which takes rights over the one that we come from.
+    usable: whether the launcher may return from another namespace, which requires rights over its own.
     """
 
     def __init__(self, usable: bool) -> None:
@@ -32,11 +33,11 @@ class NetworkPool:
         self._free: list[int] = []
 
     def take(self) -> int:
-        """One that is the caller's from now on, or -1."""
+        """A descriptor that the caller owns from now on, or -1."""
         return self._free.pop() if self._free else -1
 
     def give(self, fd: int) -> None:
-        """Keep the namespace of a sandbox in which nothing runs any more, or close it. OSError: we are lost in it."""
+        """Retain the namespace of an ended sandbox, or close it. OSError: the process cannot return from it."""
         wanted = self.usable and len(self._free) < _MOST and not os.path.sameopenfile(fd, self._home)
         if not wanted or not self._untouched(fd):
             os.close(fd)
@@ -64,10 +65,10 @@ class NetworkPool:
 
 
 class IsolatedNetworkPool:
-    """Network namespaces with a way out, a few of them made ahead. Started with the first one that is wanted.
+    """Network namespaces with egress, a few of them prepared. Starts with the first request.
 
-    A child makes them, one after the other: it never has to come back from one, which takes rights that an ordinary
-    user does not have.
+    A child creates them one after the other and never has to return from one, which requires rights that an ordinary
+    user lacks.
     """
 
     def __init__(self, privileged: bool) -> None:
@@ -75,15 +76,15 @@ class IsolatedNetworkPool:
         self._sock: socket.socket | None = None
 
     def take(self) -> list[int]:
-        """The namespace, its listening socket and its socket for DNS: descriptors of the caller's from then on.
+        """The namespace, its listening socket and its socket for DNS: descriptors that the caller owns from now on.
 
-        OSError when this kernel cannot have one.
+        OSError when this kernel cannot create one.
         """
         if self._sock is None:
             self._start()
         assert self._sock is not None
         try:
-            self._sock.send(b"1")  # one more, for whoever comes later
+            self._sock.send(b"1")  # request one more, for a later call
             told, fds, _, _ = socket.recv_fds(self._sock, 4096, 3, socket.MSG_CMSG_CLOEXEC)
         except OSError:
             self._sock.close()
@@ -99,7 +100,7 @@ class IsolatedNetworkPool:
         raise OSError(int(number) if number.isdecimal() else 0, f"network: {reason or 'its maker ended'}")
 
     def close(self) -> None:
-        """End the child, and with it what it made ahead."""
+        """End the child, and its prepared namespaces with it."""
         if self._sock is not None:
             self._sock.close()
             self._sock = None
@@ -125,7 +126,7 @@ class IsolatedNetworkPool:
 
     def _make(self, specs: socket.socket) -> None:
         from rock.runtime.namespace.launcher import (
-            isolated_network,  # which neither the launcher nor any pid 1 has to carry
+            isolated_network,  # imported here, so that it adds to the memory of neither the launcher nor pid 1
         )
 
         while specs.recv(1):
@@ -136,7 +137,7 @@ class IsolatedNetworkPool:
             except OSError as error:
                 with contextlib.suppress(OSError):
                     specs.send(f"{error.errno or 0} {error}".encode()[:4000])
-                continue  # an end with wishes unread would be seen before what was told
+                continue  # closing with unread requests would discard the message
             socket.send_fds(specs, [b"net"], fds)
             for fd in fds:
                 os.close(fd)

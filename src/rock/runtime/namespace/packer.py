@@ -1,10 +1,10 @@
-"""A process that packs the files of a sandbox at rest, or unpacks them, so that a hostile tree costs nobody else time.
+"""A process that packs or unpacks the files of a stopped sandbox, so that a hostile tree delays no other work.
 
-    python -I -S packer.py '{"op": "pack", ...}'     tar on stdout; on `status` at the end {"size", "digest"}, {"error"}
+    python -I -S packer.py '{"op": "pack", ...}'     tar on stdout; finally {"size", "digest"} or {"error"} on `status`
     python -I -S packer.py '{"op": "unpack", ...}'   tar on stdin; the same, after size and digest were compared
 
-As an ordinary user it makes itself a user namespace in which it is root: so it may read what a guest, who is that user
-too, has closed to himself. Standard library only.
+As an ordinary user it creates a user namespace in which it is root, so it can read files that the guest, who has the
+same user id, made unreadable. Standard library only.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _CHUNK = 1 << 20
 
 
 class _Sum:
-    """Length and digest of what goes by."""
+    """Length and digest of a stream."""
 
     def __init__(self) -> None:
         self.size = 0

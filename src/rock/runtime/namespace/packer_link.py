@@ -1,4 +1,4 @@
-"""The rocklet's side of a packer: one process for one archive, ended with whoever reads or feeds it."""
+"""The rocklet's client of the packer: one process per archive, ended with its reader or writer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LONGEST_STATUS = 1 << 16
 
 
 def parts(folder: Path, rootfs: RootFS) -> list[dict[str, str]]:
-    """Where a sandbox's written files are, and where they are inside."""
+    """The folders with a sandbox's written files, and their paths inside."""
     found = [{"folder": str(folder / "upper"), "target": ""}]
     for index, bind in enumerate(rootfs.binds):
         if bind.writable and (folder / f"upper{index}").is_dir():
@@ -31,7 +31,7 @@ def parts(folder: Path, rootfs: RootFS) -> list[dict[str, str]]:
 
 
 class _Packer:
-    """The process and the pipe on which it tells how it ended."""
+    """The process and the pipe on which it reports its result."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self._options = options
@@ -55,7 +55,7 @@ class _Packer:
         return self._process
 
     async def told(self) -> dict[str, Any]:
-        """How it ended. InvalidConfig for what cannot be packed, Unavailable and StorageFull for the rest."""
+        """The result. InvalidConfig for files that cannot be packed, Unavailable and StorageFull for other errors."""
         await self._process.wait()
         data = os.read(self._status, _LONGEST_STATUS)
         told: dict[str, Any] = json.loads(data) if data else {"error": "the packer was killed", "kind": "system"}
@@ -74,7 +74,7 @@ class _Packer:
             self._process.stdin.close()
             with contextlib.suppress(OSError):
                 await self._process.stdin.wait_closed()
-        if self._process.stdout is not None:  # else its end is not seen
+        if self._process.stdout is not None:  # otherwise its end is not detected
             while await self._process.stdout.read(_CHUNK):
                 pass
         await self._process.wait()
@@ -82,7 +82,7 @@ class _Packer:
 
 
 async def pack(options: dict[str, Any], image_digest: str) -> AsyncGenerator[bytes | ArchivedFiles]:
-    """What a packer gives, in pieces, and at the end what that was."""
+    """Yield the chunks of a packer, and finally the summary."""
     packer = _Packer({"op": "pack", **options})
     async with packer as process:
         assert process.stdout is not None
@@ -93,11 +93,11 @@ async def pack(options: dict[str, Any], image_digest: str) -> AsyncGenerator[byt
 
 
 async def unpack(options: dict[str, Any], data: AsyncIterator[bytes]) -> None:
-    """Feed a packer, and see that it liked what it got."""
+    """Feed a packer, and check its result."""
     packer = _Packer({"op": "unpack", **options})
     async with packer as process:
         assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it ended early, and tells why
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it ended early, and reports the reason
             async for part in data:
                 process.stdin.write(part)
                 await process.stdin.drain()

@@ -1,4 +1,4 @@
-"""Looking at the host: what it allows, by trying, and what is missing, for `rock doctor`."""
+"""Probes the host for `rock doctor`: tests which features are available and lists missing ones."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ except OSError as error:
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of a report. ok: None is neither good nor bad. hint: what to do when it is not ok."""
+    """One line of a report. ok: None is neutral. hint: the remedy when it is not ok."""
 
     name: str
     ok: bool | None
@@ -83,7 +83,7 @@ class Finding:
 
 
 def host_report(run_dir: Path | None = None) -> list[Finding]:
-    """What this host gives, each found by trying it; blocks for about a second. `run_dir`: where sandboxes would be."""
+    """The features of this host, each tested; blocks for about a second. `run_dir`: the folder of sandboxes."""
     base = Path(run_dir or tempfile.gettempdir())
     while not base.is_dir():
         base = base.parent
@@ -124,7 +124,7 @@ def _tried(what: str, name: str, hint: str, base: Path) -> Finding:
         with tempfile.TemporaryDirectory(dir=base, prefix="rock-probe-", ignore_cleanup_errors=True) as folder:
             run = subprocess.run([sys.executable, "-I", "-S", "-c", _TRY, source, what, folder], capture_output=True,
                                  text=True, timeout=20, check=False)
-            # what overlay leaves in its work folder has mode 000
+            # overlay leaves files of mode 000 in its work folder
             for inner in Path(folder).glob("rw/work/*"):
                 inner.chmod(0o700)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -153,7 +153,7 @@ def _cgroup_findings(base: str) -> list[Finding]:
 
 
 def _native() -> Finding:
-    """Whether the compiled functions are used. Without them all works, with slower starts and more memory."""
+    """Whether the compiled functions are used. Without them starts are slower and take more memory."""
     if native.library is not None:
         return Finding("native", True, f"compiled: {native.library.path}")
     if platform.machine() in native.MACHINES:
@@ -172,7 +172,7 @@ def _seccomp() -> Finding:
 
 
 def _landlock(base: Path) -> Finding:
-    """Whether `isolation="landlock"` can be had, by making one such sandbox."""
+    """Whether `isolation="landlock"` works, by creating such a sandbox."""
     from rock.errors import Unsupported
     from rock.runtime.landlock import ruleset
     from rock.runtime.landlock.runtime import LandlockRuntime
@@ -197,7 +197,7 @@ def _landlock(base: Path) -> Finding:
 
 
 def _gvisor(base: Path) -> Finding:
-    """Whether `isolation="gvisor"` can be had, by making one such sandbox."""
+    """Whether `isolation="gvisor"` works, by creating such a sandbox."""
     from rock.errors import Unsupported
     from rock.images.store import ImageStore
     from rock.runtime.gvisor.runtime import GvisorRuntime
@@ -222,7 +222,7 @@ def _gvisor(base: Path) -> Finding:
 
 
 def _disk() -> Finding:
-    """How a limit of the disk would be held."""
+    """The mechanism of a disk limit."""
     if os.geteuid() == 0 and shutil.which("mke2fs", path=disk_layout.PATH) and os.path.exists("/dev/loop-control"):
         return Finding("disk limits", None, "by files and loop devices; the first sandbox with disk= proves it")
     return Finding("disk limits", None, "in memory (tmpfs), for at most half of it; "
@@ -230,7 +230,7 @@ def _disk() -> Finding:
 
 
 def _microvms() -> list[Finding]:
-    """Engines of micro virtual machines, each by a boot where it is installed."""
+    """MicroVM engines, each tested by a boot where it is installed."""
     from concurrent.futures import ThreadPoolExecutor
 
     from rock.host import microvm

@@ -1,8 +1,8 @@
-"""What is on disk about each sandbox, so that a restarted server, or a sweep, needs nothing else.
+"""Per-sandbox records on disk, from which a restarted server or a sweep recovers, and the allocation of uid ranges.
 
     <run_dir>/<slot>/record.json   sandbox id, pid 1 and its start time, first uid, cgroups
                     /s             pid 1's socket
-                    /upper /work   what the sandbox writes
+                    /upper /work   files that the sandbox writes
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from rock.runtime.namespace.launcher import userns
 
 SLOT_PREFIX = "n-"
 BASE = "base"  # the layer on top of every image
-SPARE = "spare"  # folder of run folders that were made ahead
+SPARE = "spare"  # folder of prepared run folders
 _SPAN = 20_000
 
 
 def new_slot() -> str:
-    """A name that no sandbox has."""
+    """A new unique name."""
     return SLOT_PREFIX + secrets.token_hex(5)
 
 
 def write(run_dir: Path, slot: str, record: dict[str, Any]) -> None:
-    """Replace a sandbox's record at once."""
+    """Replace a sandbox's record atomically."""
     atomic_file.replace(f"{run_dir}/{slot}/record.json", atomic_file.summed(json.dumps(record)))
 
 
 def read(run_dir: Path, slot: str) -> dict[str, Any]:
-    """A sandbox's record; empty when there is none, as of a half-made one."""
+    """A sandbox's record; empty when there is none, as for an incomplete one."""
     try:
         return atomic_file.parsed((run_dir / slot / "record.json").read_bytes())
     except (OSError, ValueError):
@@ -42,12 +42,12 @@ def read(run_dir: Path, slot: str) -> dict[str, Any]:
 
 
 def slots(run_dir: Path) -> list[str]:
-    """All slots that have a folder."""
+    """All slots with a folder."""
     return sorted(name for name in os.listdir(run_dir) if name.startswith(SLOT_PREFIX))
 
 
 class UidRanges:
-    """First ids of uid ranges: the one given back last is given out first, since its user namespace is still there."""
+    """First ids of uid ranges: last in, first out, because a recent range still has its user namespace."""
 
     def __init__(self, run_dir: Path) -> None:
         digest = hashlib.sha256(str(run_dir).encode()).digest()
@@ -67,18 +67,18 @@ class UidRanges:
         return base
 
     def coming(self, count: int) -> list[int]:
-        """The ranges that would be given out next."""
+        """The ranges that will be allocated next."""
         fresh = [self._base(self._next + index) for index in range(count)]
         return [*reversed(self._free[-count:]), *(base for base in fresh if base not in self._used)][:count]
 
     def reserve(self, base: int, slot: str) -> None:
-        """Mark a range that a sandbox of before has."""
+        """Mark the range of a recovered sandbox as used."""
         self._used[base] = slot
         if base in self._free:
             self._free.remove(base)
 
     def give_back(self, base: int, slot: str) -> None:
-        """Free a range, if it is still this sandbox's."""
+        """Free a range, if this sandbox still owns it."""
         if self._used.get(base) == slot:
             del self._used[base]
             self._free.append(base)

@@ -1,4 +1,11 @@
-"""Sandboxes at rest: put away, given up, and their files read out and brought in. The files are in `retained.py`."""
+"""Stopped sandboxes: retention of their files, their handles, restart, and transfer of the files as an archive.
+
+    <run_dir>/<slot>/record.json     sandbox id, "resting"
+                    /upper, /upperN  written files: below /, and at the image's writable binds
+                    /work, /workN    empty
+
+The guest wrote `upper`, so nothing below it is opened by a path. Handles are plain data, from which a later server
+finds a sandbox again."""
 
 from __future__ import annotations
 
@@ -28,30 +35,22 @@ from rock.runtime.namespace.limits.disk_watch import Disks
 from rock.runtime.namespace.slots import Sandbox, Slots
 from rock.runtime.process.runtime import wait_gone
 
-# ---- keeping ----
-#
-# The files of a sandbox that does not run: what stays of its run folder, and what it needs to be used again.
-#
-#     <run_dir>/<slot>/record.json     sandbox id, "resting"
-#                     /upper, /upperN  what it wrote: below /, and at the image's writable binds
-#                     /work, /workN    empty
-#
-# A guest wrote `upper`, so nothing below it is opened by a path.
+# ---- retained files ----
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _MOUNT_POINTS = ("proc", "sys", "dev")
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_MOST_OPEN, _MOST_SEEN = 200, 100_000  # more than this of folders without a file is not what programs leave
+_MOST_OPEN, _MOST_SEEN = 200, 100_000  # more empty folders than this do not come from ordinary programs
 
 
 def write_note(rootfs: RootFS) -> dict[str, Any]:
-    """An image as plain data, for a handle: a sandbox is woken over the very layers that it was made over."""
+    """An image as plain data, for a handle: a sandbox is restarted over exactly its original layers."""
     return {**asdict(rootfs), "env": dict(rootfs.env), "labels": dict(rootfs.labels),
             "other": dict(rootfs.other)}
 
 
 def noted(data: Mapping[str, Any]) -> RootFS:
-    """What `note` wrote."""
+    """The image that `write_note` wrote."""
     words = ("layers", "entrypoint", "cmd")
     fields: dict[str, Any] = {name: tuple(value) if name in words else value for name, value in data.items()}
     fields["binds"] = tuple(Bind(**bind) for bind in data["binds"])
@@ -59,12 +58,12 @@ def noted(data: Mapping[str, Any]) -> RootFS:
 
 
 def record(id: str, slot: str) -> dict[str, Any]:
-    """The record of a sandbox at rest."""
+    """The record of a stopped sandbox."""
     return {"id": id, "slot": slot, "resting": True}
 
 
 def make_empty(run_dir: Path, slot: str, id: str, rootfs: RootFS) -> None:
-    """A run folder in which nothing was written yet, for files from elsewhere. Blocking."""
+    """Create an empty run folder, for files from an archive. Blocking."""
     folder = run_dir / slot
     folder.mkdir(mode=0o700)
     records.write(run_dir, slot, record(id, slot))
@@ -73,9 +72,9 @@ def make_empty(run_dir: Path, slot: str, id: str, rootfs: RootFS) -> None:
 
 
 def strip(run_dir: Path, slot: str, id: str, groups: list[str]) -> None:
-    """Remove all but the files of a sandbox without processes, and bring these to the disk. Blocking, idempotent.
+    """Remove everything but the files of a sandbox without processes, and sync them to disk. Blocking, idempotent.
 
-    Lost when there are no files; Unavailable when something stays that must not.
+    Lost when there are no files; Unavailable when something remains that must not.
     """
     folder = run_dir / slot
     left = cgroups.remove(groups)
@@ -90,7 +89,7 @@ def strip(run_dir: Path, slot: str, id: str, groups: list[str]) -> None:
         for name in sorted(os.listdir(folder)):
             if name.startswith("upper"):
                 work = folder / f"work{name.removeprefix('upper')}"
-                remove_tree(str(work))  # the kernel's notes on the mount that was; with them it takes no new one
+                remove_tree(str(work))  # the kernel's state of the former mount, which blocks a new mount
                 os.mkdir(work)
         records.write(run_dir, slot, record(id, slot))
         _sync(folder)
@@ -100,8 +99,8 @@ def strip(run_dir: Path, slot: str, id: str, groups: list[str]) -> None:
 
 
 def refuse_unusable(folder: Path, id: str) -> None:
-    """Lost when there are no files. StartFailed when the guest put something else where its file systems are mounted:
-    the launcher would follow it."""
+    """Raise Lost when there are no files. Raise StartFailed when the guest replaced a mount point of its file systems,
+    which the launcher would follow."""
     if not _is_folder(folder / "upper"):
         raise errors.Lost("its files are gone from its worker", sandbox_id=id)
     for name in _MOUNT_POINTS:
@@ -111,8 +110,8 @@ def refuse_unusable(folder: Path, id: str) -> None:
 
 
 def refuse_written(places: Sequence[Mapping[str, str]]) -> None:
-    """Unsupported when there is a file in one of these folders, which are for what was written below `target`. Folders
-    and the caches of Python are passed over. Blocking."""
+    """Raise Unsupported when one of these folders, which hold files written below `target`, contains a file. Folders
+    and caches of Python are ignored. Blocking."""
     for place in places:
         found = _first_file(os.open(place["folder"], _FOLDER))
         if found is not None:
@@ -123,7 +122,7 @@ def refuse_written(places: Sequence[Mapping[str, str]]) -> None:
 
 
 def _first_file(top: int) -> str | None:
-    """The name of something below a guest's folder, whose descriptor is closed."""
+    """The name of a file below a guest's folder, whose descriptor is closed."""
     todo, looked_at = [(top, "")], 0
     try:
         while todo:
@@ -153,7 +152,7 @@ def _is_folder(path: Path) -> bool:
 
 
 def _sync(folder: Path) -> None:
-    """Overlay was told not to (`volatile`): what is at rest should survive the machine."""
+    """Sync the files: overlay does not (`volatile`), and retained files must survive a crash of the machine."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         if _libc.syncfs(fd) < 0:
@@ -163,8 +162,6 @@ def _sync(folder: Path) -> None:
 
 
 # ---- handles ----
-#
-# What a handle of this runtime says: plain data, from which a later server finds the sandbox again.
 
 RUNTIME = "namespace"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -172,8 +169,8 @@ _MOST_NOTES = 100
 
 
 class Handles:
-    """isolation: the level that sandboxes have here. disk_limit: bytes for the files of one without a disk of its own;
-    0 is no limit."""
+    """isolation: the level of sandboxes on this host. disk_limit: bytes for the files of a sandbox without a dedicated
+    disk; 0 is no limit."""
 
     def __init__(self, slots: Slots, disks: Disks, disk_limit: int) -> None:
         self._disk_limit = disk_limit
@@ -183,10 +180,10 @@ class Handles:
         self._notes: dict[str, tuple[RootFS, dict[str, Any]]] = {}
 
     def of(self, sandbox: Sandbox, id: str, rootfs: RootFS, config: SandboxConfig) -> Handle:
-        """Of a living sandbox, under the name `id`."""
+        """The handle of a living sandbox, under the name `id`."""
         data = {**sandbox.record(id), "env": merged({"PATH": _PATH}, rootfs.env, config.env),
                 "cwd": rootfs.cwd or "/", "user": rootfs.user, "memory": sandbox.memory or config.memory_bytes}
-        # Of one that can rest it is called otherwise: its handle says so.
+        # The value differs for a sandbox that can be retained, and its handle says so.
         data["rootfs" if config.keeps_files else "image"] = self._note(rootfs)
         if config.network == "nat":
             data["egress"] = config.egress
@@ -204,7 +201,7 @@ class Handles:
         return Handle(RUNTIME, id, self.isolation, enforced, data)
 
     def claimed(self, sandbox: Sandbox, id: str, rootfs: RootFS, config: SandboxConfig) -> Handle:
-        """Of one that is somebody's from now on, with the limits of `config`."""
+        """The handle of a claimed pool member, with the limits of `config`."""
         sandbox.disk = self._disk_limit if config.disk is None else 0
         sandbox.memory = config.memory_bytes - self._disks.in_memory(config)
         if sandbox.link is not None:
@@ -212,7 +209,7 @@ class Handles:
         return self.of(sandbox, id, rootfs, config)
 
     def _note(self, rootfs: RootFS) -> dict[str, Any]:
-        """The image as plain data, which nobody changes: it takes 0.1 ms to make, and is the same for many."""
+        """The image as immutable plain data; cached, because it takes 0.1 ms to build."""
         known = self._notes.get(rootfs.digest)
         if known is None or known[0] != rootfs:
             if len(self._notes) >= _MOST_NOTES:
@@ -221,22 +218,21 @@ class Handles:
         return known[1]
 
     def complete(self, handle: Handle, program: Program) -> Program:
-        """The program with what the handle says where it says nothing itself."""
+        """The program with the handle's defaults for its open fields."""
         data = handle.data
         if (most := data.get("nofile")) is not None:
             program = replace(program, nofile=min(program.nofile or most, most))
         user = program.user
-        if user is None and self.isolation == Isolation.NAMESPACES:  # else there is one user only, who is root inside
+        if user is None and self.isolation == Isolation.NAMESPACES:  # otherwise there is one user only, root inside
             user = data["user"]
         return replace(program, env=merged(data["env"], program.env), cwd=program.cwd or data["cwd"], user=user or None)
 
 
-# ---- resting ----
-#
+# ---- stop and restart ----
 
 
 class StoppedSandboxes:
-    """Holds the images of those at rest."""
+    """Stops and restarts sandboxes with retained files, and holds the leases of their images."""
 
     def __init__(self, slots: Slots, handles: Handles, images: Images) -> None:
         self._slots = slots
@@ -249,11 +245,11 @@ class StoppedSandboxes:
             self.let_go(slot)
 
     async def rest(self, handle: Handle, grace: float) -> Handle:
-        """End it and put its files away: its handle from now on."""
+        """End the sandbox and retain its files; returns its new handle."""
         data, slot = handle.data, handle.data["slot"]
         if "rootfs" not in data:
             raise errors.Unsupported("its files are not kept: it was not made for that", sandbox_id=handle.id)
-        if slot not in self._leases:  # before its pid 1 lets go of it; a removed image is told when it is woken
+        if slot not in self._leases:  # before its pid 1 releases the lease; a removed image is reported at the restart
             with contextlib.suppress(errors.ImageError):
                 self._leases[slot] = self._images.lease(noted(data["rootfs"]))
         pid, start = data.get("pid"), data.get("start")
@@ -276,13 +272,13 @@ class StoppedSandboxes:
         return Handle(RUNTIME, handle.id, handle.isolation, handle.enforced, kept)
 
     async def put_back(self, kept: Handle, base: int) -> None:
-        """What became of a wake is given up, and the files stay. base: the uid range that it had."""
-        with contextlib.suppress(errors.RockError):  # then the next wake or rest tells
+        """Undo a failed restart; the files stay. base: its uid range."""
+        with contextlib.suppress(errors.RockError):  # the next restart or stop reports it
             await self.rest(kept, 0.0)
         self._slots.ranges.give_back(base, kept.data["slot"])
 
     def let_go(self, slot: str) -> None:
-        """Hold its image no longer."""
+        """Release the lease of its image."""
         lease = self._leases.pop(slot, None)
         if lease is not None:
             lease.close()
@@ -290,20 +286,20 @@ class StoppedSandboxes:
     # ---- files ----
 
     def pack(self, handle: Handle, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:
-        """What it wrote, as a layer."""
+        """The written files, as a layer."""
         rootfs = noted(handle.data["rootfs"])
         parts = packer_link.parts(self._slots.run_dir / handle.data["slot"], rootfs)
         return packer_link.pack({**self._packer_options(parts), "limit": limit}, rootfs.digest)
 
     def image(self, handle: Handle) -> RootFS:
-        """What it was made of."""
+        """The original image."""
         note = handle.data.get("rootfs") or handle.data.get("image")
         if note is None:
             raise errors.Unsupported("it was made by a server that did not note its image", sandbox_id=handle.id)
         return noted(note)
 
     async def snapshot(self, handle: Handle, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:
-        """What it wrote so far, whether it lives or rests; meanwhile it stands still."""
+        """The files written so far, running or stopped; the sandbox is frozen meanwhile."""
         rootfs, folder = self.image(handle), self._slots.run_dir / handle.data["slot"]
         if "disk" in handle.data:
             raise errors.Unsupported("what is on a disk with a limit cannot be read from outside",
@@ -320,7 +316,7 @@ class StoppedSandboxes:
                 yield part
 
     async def unpack(self, id: str, rootfs: RootFS, files: ArchivedFiles, data: AsyncIterator[bytes]) -> Handle:
-        """Files from elsewhere, as those of a sandbox at rest. rootfs: what they were written over."""
+        """Create a stopped sandbox from an archive. rootfs: the image below the files."""
         slots = self._slots
         slot = records.new_slot()
         folder = slots.run_dir / slot
@@ -340,7 +336,8 @@ class StoppedSandboxes:
             slots.making.discard(slot)
 
     def _packer_options(self, parts: list[dict[str, str]]) -> dict[str, Any]:
-        """As root files have their owners' ids as seen inside; else all are ours, and inside they are root's."""
+        """As root, files have their owners' ids as seen inside. Otherwise all belong to the server's user, and to root
+        inside."""
         privileged = self._handles.isolation == Isolation.NAMESPACES
         return {"parts": parts, "enter": os.geteuid() != 0, "one_owner": not privileged,
                 "overlay": "trusted.overlay." if privileged else "user.overlay."}

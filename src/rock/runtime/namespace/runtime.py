@@ -1,7 +1,7 @@
-"""Runtime "namespace": sandboxes from Linux namespaces, made by a launcher process, with our own pid 1 in each.
+"""Runtime "namespace": sandboxes from Linux namespaces, created by a launcher process, with our own pid 1 in each.
 
     create -> admission -> image -> warm pool, or the launcher (factory.py) -> record -> Handle
-    spawn, files, ports -> pid 1 (initfiles.py)      destroy -> kill pid 1, cgroups, folder (slots.py, slots.py)
+    spawn, files, ports -> pid 1 (runtime/init/files.py)      destroy -> kill pid 1, cgroups, folder (slots.py)
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from rock.runtime.namespace.retained import RUNTIME, Handles, StoppedSandboxes
 from rock.runtime.namespace.slots import Sandbox, Slots
 from rock.runtime.process.runtime import wait_gone
 
-_POOL = SandboxConfig(image="pool", memory="1g", cpus=1.0)  # limits of what nobody has claimed yet
+_POOL = SandboxConfig(image="pool", memory="1g", cpus=1.0)  # limits of unclaimed pool members
 
 
 class NamespaceRuntime(InitSandboxes):
-    """The embedded default. `run_dir` holds a folder a sandbox; pool_size 0 switches the warm pool off. disk_limit:
+    """The embedded default. `run_dir` holds one folder per sandbox; pool_size 0 disables the warm pool. disk_limit:
     bytes for the files of a sandbox without `disk`; 0 is no limit. native: False starts pid 1 and programs by fork, as
     where the compiled extension (guest/init/native.py) is missing."""
 
@@ -68,7 +68,7 @@ class NamespaceRuntime(InitSandboxes):
         self.isolation = Isolation.NAMESPACES
         self.prepare: Callable[[Handle], Awaitable[Prepared | None]] | None = None
 
-    # ---- life of the runtime ----
+    # ---- lifecycle of the runtime ----
 
     async def open(self) -> None:
         if self._opened:
@@ -87,7 +87,7 @@ class NamespaceRuntime(InitSandboxes):
             self._disk_watch.start()
 
     async def _choose_level(self) -> None:
-        """Start one sandbox of nothing and look; as root with less when the whole cannot be had."""
+        """Start a test sandbox to detect the isolation level; as root, fall back to a lower level."""
         shapes = [(True, Isolation.NAMESPACES), (False, Isolation.USERNS)] if os.geteuid() == 0 else \
             [(False, Isolation.USERNS)]
         reasons = []
@@ -152,7 +152,7 @@ class NamespaceRuntime(InitSandboxes):
     async def _kind(self, config: SandboxConfig) -> Kind:
         if config.image in self._known_images:
             rootfs = self._images.resolve(config.image)
-        else:  # the first time it may have to be made
+        else:  # it may have to be built first
             rootfs = await asyncio.to_thread(self._images.resolve, config.image)
         kind = self._known_images[config.image] = Kind.of(rootfs, config)
         return kind
@@ -186,7 +186,7 @@ class NamespaceRuntime(InitSandboxes):
             raise
 
     async def _connect(self, handle: Handle, *, fresh: bool = False) -> None:
-        """Have its connections served, as far as its policy goes."""
+        """Have the egress proxy serve its connections, according to its policy."""
         await self._egress.connect(handle.data["slot"], handle.id, lambda: self.link(handle), handle.data["egress"],
                                     fresh=fresh)
 
@@ -194,9 +194,9 @@ class NamespaceRuntime(InitSandboxes):
         return await self._egress.connections(id)
 
     async def _prepare(self, kind: Kind) -> Sandbox:
-        """A pool member: everything but its limits and its name."""
+        """Create a pool member: everything but its limits and its name."""
         config = _POOL.model_copy(update={"network": kind.network})
-        # Without a sandbox's id: whoever claims it has it in a handle, and what nobody claimed is swept away.
+        # Without a sandbox's id: a claim stores it in a handle, and the sweep removes unclaimed members.
         sandbox = await self._factory.make("", kind, config)
         try:
             if self.prepare is not None:
@@ -218,7 +218,7 @@ class NamespaceRuntime(InitSandboxes):
     def _usable(sandbox: Sandbox) -> bool:
         return sandbox.link is not None and not sandbox.link.closed
 
-    # ---- using ----
+    # ---- operations ----
 
     def link(self, handle: Handle) -> InitLink:
         return self._slots.link(handle)
@@ -274,7 +274,7 @@ class NamespaceRuntime(InitSandboxes):
     async def sweep(self, known: Sequence[str]) -> list[str]:
         return await self._slots.sweep(known)
 
-    # ---- at rest ----
+    # ---- stop and restart ----
 
     async def rest(self, handle: Handle, grace: float = 0.0) -> Handle:
         return await self._stopped.rest(handle, grace)
@@ -285,7 +285,7 @@ class NamespaceRuntime(InitSandboxes):
         retained.refuse_unusable(self._run_dir / slot, handle.id)
         kept = RetainedFiles(slot, partial(self._stopped.put_back, handle))
         sandbox = await self._made(handle.id, Kind.of(rootfs, config), config, kept)
-        self._stopped.let_go(slot)  # its pid 1 holds the image now
+        self._stopped.let_go(slot)  # its pid 1 holds the lease now
         woken = self._handles.claimed(sandbox, handle.id, rootfs, config)
         if config.network == "nat":
             try:

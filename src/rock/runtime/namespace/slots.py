@@ -1,4 +1,4 @@
-"""The run folders of one server, a slot each, and what lives in them: found, ended, removed, swept."""
+"""The run folders of one server, one slot each, and their sandboxes: find, end, remove, sweep."""
 
 from __future__ import annotations
 
@@ -27,21 +27,17 @@ from rock.runtime.namespace.limits import cgroups, devices, disk_layout, limiter
 from rock.runtime.namespace.limits.disk_watch import Held
 from rock.runtime.process.runtime import wait_gone
 
-# ---- teardown ----
-#
-# Ending a sandbox from outside: kill its pid 1, remove its cgroups and its folder.
-#
-# Safe on half-made and on dead ones.
+# ---- teardown: end a sandbox from outside; safe on incomplete and on dead ones ----
 
 def kill_init(pid: int, start: int) -> None:
-    """SIGKILL to a pid 1, and with it to its whole pid namespace; never to another process that got its number."""
+    """Send SIGKILL to a pid 1, which ends its whole pid namespace; never to another process with a reused pid."""
     entry = process_tree.read(pid)
     if entry is not None and entry.start == start:
         process_tree.send(entry, signal.SIGKILL)
 
 
 def find_init(folder: Path) -> tuple[int, int] | None:
-    """Pid and start time of a pid 1 that listens in a run folder without a record: the kernel tells who listens."""
+    """Pid and start time of a pid 1 that listens in a run folder without a record: the kernel reports the listener."""
     with contextlib.suppress(OSError):
         fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -56,7 +52,7 @@ def find_init(folder: Path) -> tuple[int, int] | None:
 
 
 def remove_remains(folder: Path, groups: list[str]) -> None:
-    """Remove what is left when pid 1 is gone. Blocking. Raises Unavailable when something stays."""
+    """Remove the remains of a sandbox without pid 1. Blocking. Raises Unavailable when something stays."""
     left = cgroups.remove(groups)
     try:
         if not mounts.remove_folder(str(folder)):
@@ -70,7 +66,7 @@ def remove_remains(folder: Path, groups: list[str]) -> None:
 
 
 def leftover_groups(groups: cgroups.Cgroups) -> set[str]:
-    """Slots that have a cgroup under our parents."""
+    """Slots that have a cgroup under the server's parents."""
     found: set[str] = set()
     for place in groups.places.values():
         try:
@@ -81,11 +77,10 @@ def leftover_groups(groups: cgroups.Cgroups) -> set[str]:
 
 
 # ---- slots ----
-#
 
 
 def _cpu_of(folders: Mapping[str, str]) -> str:
-    """The file that counts the CPU time of a sandbox, or ""."""
+    """The file with the CPU time of a sandbox, or ""."""
     if "cpuacct" in folders:
         return f"{folders['cpuacct']}/cpuacct.usage"
     return f"{folders['cpu']}/cpu.stat" if os.path.exists(f"{folders.get('cpu', '')}/cpu.stat") else ""
@@ -93,7 +88,7 @@ def _cpu_of(folders: Mapping[str, str]) -> str:
 
 @dataclass
 class Sandbox:
-    """What this server knows of a living sandbox; all of it can be found again by the handle."""
+    """State of a living sandbox in this server; all of it can be recovered from the handle."""
 
     slot: str
     pid: int
@@ -102,25 +97,25 @@ class Sandbox:
     folders: dict[str, str]
     link: InitLink | None = None
     memory: int = 0
-    disk: int = 0  # bytes that its files may take, where they are measured
-    over: int = 0  # bytes that they took when that ended it
-    kills: int = 0  # by our own watching
+    disk: int = 0  # limit of its files in bytes, where they are measured
+    over: int = 0  # their size when that ended the sandbox
+    kills: int = 0  # by the memory monitor
     prepared: Prepared | None = None
 
     def count_kill(self) -> None:
-        """Our own watching kills one of its processes."""
+        """Record a kill by the memory monitor."""
         self.kills += 1
 
     def record(self, id: str) -> dict[str, Any]:
-        """What is noted on disk of it, under the name `id`."""
+        """Its record on disk, under the name `id`."""
         return {"id": id, "slot": self.slot, "pid": self.pid, "start": self.start, "base": self.base,
                 "cgroups": self.folders}
 
 
 class Slots:
-    """Those below `run_dir`, which has no links in it. making: slots of which no sweep may take anything.
+    """The slots below `run_dir`, whose path has no links. making: slots under construction, which the sweep skips.
 
-    launcher: whoever opens a runtime sets it, once it is known what the launcher may be.
+    launcher: set when the runtime opens, once the launcher's options are known.
     """
 
     launcher: LaunchLink
@@ -132,7 +127,7 @@ class Slots:
         self._egress = egress
 
     async def open(self) -> None:
-        """Make the folder, and find the uid ranges that are taken and the limits that can be held."""
+        """Create the folder, and detect the used uid ranges and the mechanisms for limits."""
         self.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.chmod(self.run_dir, 0o700)
         await self.remove_spares()
@@ -153,7 +148,7 @@ class Slots:
                 cgroups.write(f"{parent}/io.weight", "default 100")
 
     async def close(self) -> None:
-        """Of one that was opened. The sandboxes live on."""
+        """Close an opened instance. The sandboxes survive."""
         await self.remove_spares()
         cgroups.remove_parents(self.limiter.groups)
         await asyncio.to_thread(devices.remove_shared, str(self.run_dir))
@@ -175,7 +170,7 @@ class Slots:
         sandbox = self.live.get(slot)
         if sandbox is None:
             data = handle.data
-            if "pid" not in data or not process_tree.lives(data["pid"], data["start"]):  # one at rest has none
+            if "pid" not in data or not process_tree.lives(data["pid"], data["start"]):  # a stopped one has none
                 raise errors.Lost("the sandbox is gone", sandbox_id=handle.id)
             sandbox = Sandbox(slot, data["pid"], data["start"], data["base"], dict(data["cgroups"]),
                               memory=int(data["memory"]), disk=int(data.get("disk_limit", 0)))
@@ -197,7 +192,7 @@ class Slots:
         return (cgroups.oom_kills(folder) if folder else 0) + (sandbox.kills if sandbox else 0)
 
     def measured(self) -> list[Held]:
-        """Those whose files are measured."""
+        """The sandboxes whose files are measured."""
         return [Held(str(self.run_dir / one.slot), one.pid, one.disk, one.folders.get("pids", ""), _cpu_of(one.folders),
                      partial(self._end_full, one)) for one in self.live.values() if one.disk]
 
@@ -206,14 +201,14 @@ class Slots:
         kill_init(sandbox.pid, sandbox.start)
 
     def is_full(self, handle: Handle) -> bool:
-        """Whether it was ended for what its files took."""
+        """Whether it was ended because its files exceeded the limit."""
         sandbox = self.live.get(handle.data["slot"])
         return sandbox is not None and sandbox.over > 0
 
     # ---- ending ----
 
     async def stop(self, handle: Handle, grace: float) -> None:
-        """End its processes, asked for `grace` seconds; its files stay."""
+        """End its processes with SIGTERM and, after `grace` seconds, SIGKILL; its files stay."""
         pid, start, slot = handle.data["pid"], handle.data["start"], handle.data["slot"]
         with contextlib.suppress(OSError):
             self._stopped(slot).touch()
@@ -226,7 +221,7 @@ class Slots:
         self.forget(slot)
 
     def was_told(self, handle: Handle) -> bool:
-        """Whether pid 1 ended because `stop` made it, or all of it was removed."""
+        """Whether pid 1 ended because of `stop`, or the sandbox was removed."""
         stopped = self._stopped(handle.data["slot"])
         return stopped.exists() or not stopped.parent.exists()
 
@@ -234,14 +229,14 @@ class Slots:
         return self.run_dir / slot / "stopped"
 
     async def discard(self, sandbox: Sandbox) -> None:
-        """Remove all of one that nobody has a handle of."""
+        """Remove all resources of a sandbox without a handle."""
         if sandbox.prepared is not None:
             await sandbox.prepared.detach()
         await self.clean_up(sandbox.slot, sandbox.pid, sandbox.start, sandbox.base, sandbox.folders)
 
     async def clean_up(self, slot: str, pid: int | None, start: int | None, base: int | None,
                        folders: Mapping[str, str]) -> None:
-        """Remove all of a sandbox, made in whole or in part. Idempotent."""
+        """Remove all resources of a complete or incomplete sandbox. Idempotent."""
         self.forget(slot)
         if pid is None or start is None:
             pid, start = find_init(self.run_dir / slot) or (None, None)
@@ -258,20 +253,20 @@ class Slots:
             self.ranges.give_back(base, slot)
 
     async def _retire(self, slot: str, pid: int, start: int, folders: Mapping[str, str]) -> bool:
-        """Have the launcher end it; False when there is more to remove than it does."""
+        """Have the launcher end it; False when more remains than the launcher removes."""
         reply = await self.launcher.request("retire", {
             "pid": pid, "start": start, "slot": str(self.run_dir / slot), "cgroups": list(folders.values())})
         return bool(reply.get("clean"))
 
     def forget(self, slot: str) -> None:
-        """Close what this server has open of it."""
+        """Close this server's descriptors of it."""
         self._egress.drop(slot)
         sandbox = self.live.pop(slot, None)
         if sandbox is not None and sandbox.link is not None:
             sandbox.link.close()
 
     async def sweep(self, known: Sequence[str]) -> list[str]:
-        """Remove what belongs to no sandbox of these ids: the ids, or slots, that were removed."""
+        """Remove all resources that belong to none of these ids; returns the removed ids, or slots."""
         keep, gone = set(known), []
         groups = await asyncio.to_thread(leftover_groups, self.limiter.groups)
         for slot in sorted({*records.slots(self.run_dir), *groups}):

@@ -1,7 +1,7 @@
 """Runtime "process" where guest/init/pid1.py cannot run, as on macOS: programs are children of the server itself.
 
-It uses what every Unix has and nothing of Linux: no /proc, no pidfd, no packet sockets. So sandboxes end with the
-server, and a daemon that left its process group is not found again.
+It uses portable Unix features only: no /proc, no pidfd, no packet sockets. Sandboxes therefore end with the server, and
+a daemon that left its process group is not found again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ENFORCED: dict[str, Enforced] = {"memory": "none", "cpus": "none", "pids": "non
 
 
 class PlainRuntime:
-    """Plain processes of the server. `run_dir` holds one folder a sandbox; it is made when missing."""
+    """Plain processes of the server. `run_dir` holds one folder per sandbox; it is created when missing."""
 
     name = "process"
     traits: Mapping[Isolation, frozenset[Trait]] = {Isolation.NONE: frozenset({Trait.PROGRAMS, Trait.TERMINALS})}
@@ -43,7 +43,7 @@ class PlainRuntime:
         self._run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     async def close(self) -> None:
-        """Ends all sandboxes: nobody could find their programs again."""
+        """End all sandboxes: their programs cannot be found again."""
         for slot in list(self._sandboxes):
             await self._remove(slot)
 
@@ -97,7 +97,7 @@ class PlainRuntime:
         await asyncio.to_thread(remove.remove_tree, str(self._run_dir / slot))
 
     async def sweep(self, known: Sequence[str]) -> list[str]:
-        """Folders that no sandbox of this server has: the others ended with their server."""
+        """Remove folders without a sandbox of this server: the other sandboxes ended with their server."""
         gone = []
         for folder in self._run_dir.glob("p-*"):
             found = self._sandboxes.get(folder.name)

@@ -1,4 +1,4 @@
-"""Files of this machine for a runtime without a pid 1, by what every Unix has. Paths are the host's own."""
+"""Files of this machine for a runtime without a pid 1, by portable Unix calls. Paths are the host's own."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _KINDS: list[tuple[Callable[[int], bool], Literal["file", "directory", "symlink"
 
 @contextmanager
 def told(path: str) -> Iterator[None]:
-    """Check a path, and turn what the kernel says of it into our errors."""
+    """Check a path, and convert OSError to project errors."""
     if not path.startswith("/") or "\0" in path:
         raise errors.InvalidConfig(f"the path {path!r} is not an absolute one")
     try:
@@ -56,7 +56,7 @@ def _regular(fd: int, path: str) -> int:
 
 
 def open_write(path: str, *, append: bool, mode: int | None, parents: bool) -> tuple[int, str]:
-    """(descriptor, token); the token is the new file's path and the old one's."""
+    """(descriptor, token); the token holds the new file's path and the old one's."""
     with told(path):
         if parents:
             make_parents(os.path.dirname(path) or "/")
@@ -149,7 +149,7 @@ def move(source: str, target: str) -> None:
 
 
 def each(path: str, recursive: bool, act: Callable[[str], None]) -> None:
-    """Do something to a file, and to all below it; links are passed over."""
+    """Apply an operation to a file, and to everything below it; links are skipped."""
     with told(path):
         act(path)
         for folder, folders, files in os.walk(path) if recursive else ():

@@ -1,4 +1,7 @@
-"""Programs as children of the server, for portable.py: their streams, their start, their ends."""
+"""Programs as children of the server, for portable.py: streams, start, exit, and process trees by `ps`.
+
+The process tree functions see less than guest/init/process_tree.py: start times are whole seconds, and a process that
+left its group and lost its parent is not found."""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from rock.guest.init import child_setup
 from rock.protocol.sandbox import Usage
 from rock.runtime.base import CLOCK, ExitStatus, Program
 
-_LOOK = 0.02  # seconds between two looks at whether a child has ended
+_LOOK = 0.02  # polling interval for exits, in seconds
 
 
 class PlainProcess:
@@ -48,7 +51,7 @@ class PlainProcess:
         self.channels: Mapping[int, int] = {int(name): fd for name, fd in ours.items()}
 
     def again(self) -> PlainProcess:
-        """The same program for somebody else, with descriptors of its own."""
+        """The same program for another caller, with new descriptors."""
         copy = PlainProcess.__new__(PlainProcess)
         copy.__dict__.update(self.__dict__)
         copy._closed = False
@@ -118,13 +121,13 @@ class PlainProcess:
 
 
 class PlainSandbox:
-    """What this server knows of one."""
+    """State of one sandbox in this server."""
 
     def __init__(self, id: str, env: dict[str, str]) -> None:
         self.id = id
         self.env = env
         self.ended = asyncio.Event()
-        self.children: dict[int, PlainProcess] = {}  # by pid: all that were not reaped
+        self.children: dict[int, PlainProcess] = {}  # by pid: all that are not reaped
         self.kept: dict[str, PlainProcess] = {}
         self.writing: set[str] = set()
 
@@ -145,12 +148,12 @@ class PlainSandbox:
 
 
 def _epoch(since: float | None) -> float | None:
-    """A time of our clock, in seconds since the epoch."""
+    """Convert a time of CLOCK to seconds since the epoch."""
     return None if since is None else time.time() - (time.clock_gettime(CLOCK) - since)
 
 
 def streams_of(program: Program) -> tuple[dict[str, int], dict[int, int]]:
-    """(our ends by name, theirs by number); ours are non-blocking."""
+    """(the server's ends by name, the program's by number); the server's are non-blocking."""
     ours: dict[str, int] = {}
     theirs: dict[int, int] = {}
     try:
@@ -171,7 +174,7 @@ def streams_of(program: Program) -> tuple[dict[str, int], dict[int, int]]:
                     _pipe(ours, theirs, name, number, reads=number == 0)
         for number, way in program.channels.items():
             if way == "m":
-                continue  # no memory is shared here
+                continue  # shared memory is not supported here
             if not 3 <= number <= 255 or way not in ("r", "w"):
                 raise errors.InvalidConfig(f"channel {number} must be 3 to 255, and r or w")
             _pipe(ours, theirs, str(number), number, reads=way == "r")
@@ -189,7 +192,7 @@ def _pipe(ours: dict[str, int], theirs: dict[int, int], name: str, number: int, 
 
 
 def start(spec: Mapping[str, object], fds: set[int]) -> subprocess.Popen[bytes]:
-    """A child that becomes a program (guest/init/child_setup.py), with these descriptors."""
+    """Start a child that executes a program (guest/init/child_setup.py), with these descriptors."""
     with tempfile.TemporaryFile() as file:
         file.write(json.dumps(spec).encode())
         file.seek(0)
@@ -199,7 +202,7 @@ def start(spec: Mapping[str, object], fds: set[int]) -> subprocess.Popen[bytes]:
 
 
 async def read_all(fd: int) -> bytes:
-    """What comes out of a pipe until its end."""
+    """Read a pipe until its end."""
     os.set_blocking(fd, False)
     loop, out = asyncio.get_running_loop(), bytearray()
     done: asyncio.Future[None] = loop.create_future()
@@ -224,19 +227,14 @@ def close_all(*groups: Iterable[int]) -> None:
         os.close(fd)
 
 
-# ---- plaintree ----
-#
-# Processes of this machine by `ps`, which every Unix has: who descends from whom, and signals to a tree.
-#
-# It sees less than guest/init/process_tree.py: start times are whole seconds, and who left its group and lost its
-# parent is gone.
+# ---- process trees by `ps` ----
 
 _PATIENCE = 10.0
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of ps: `born` is the start as it tells it, `start` the same in seconds since the epoch."""
+    """One line of ps: `born` is the start as ps prints it, `start` the same in seconds since the epoch."""
 
     pid: int
     parent: int
@@ -270,7 +268,7 @@ def scan_now() -> dict[int, Entry]:
 
 
 def _seconds(text: str) -> float:
-    """Of [DD-]HH:MM:SS and of MM:SS.ss."""
+    """Parse [DD-]HH:MM:SS and MM:SS.ss."""
     days, _, rest = text.rpartition("-")
     total = 0.0
     for part in rest.split(":"):
@@ -279,7 +277,7 @@ def _seconds(text: str) -> float:
 
 
 def under(table: dict[int, Entry], root: int, since: float | None = None) -> list[Entry]:
-    """Descendants of a process, and what is in its group, without itself. since: seconds since the epoch."""
+    """Descendants of a process, and members of its group, without itself. since: seconds since the epoch."""
     tree, grown = {root}, True
     while grown:
         more = {e.pid for e in table.values() if e.pid not in tree and (e.parent in tree or e.group == root)}
@@ -296,13 +294,13 @@ def send(pid: int, number: int) -> bool:
 
 
 async def kill_descendants(root: int, since: float | None, *, include: bool) -> int:
-    """SIGKILL to the tree until none of it is left; answers how many were killed."""
+    """Send SIGKILL to the tree until no process of it remains; returns the number of killed processes."""
     killed: set[tuple[int, str]] = set()
     end = time.monotonic() + _PATIENCE
     send(root, signals.SIGSTOP)
     try:
         while time.monotonic() < end and (left := under(await scan(), root, since)):
-            for entry in left:  # first all stand still: nobody begets what would not be seen
+            for entry in left:  # stop all of them first, so that none starts a process that this scan misses
                 send(entry.pid, signals.SIGSTOP)
             for entry in left:
                 if send(entry.pid, signals.SIGKILL):

@@ -1,7 +1,7 @@
-"""Runtime "process": the same pid 1 as a plain subprocess, without any isolation. It must be asked for by name.
+"""Runtime "process": the same pid 1 as a plain subprocess, without any isolation. It must be selected by name.
 
-A sandbox is a folder of the host and a tree of processes. Its programs see the host's files, network and processes, as
-the user who runs the server; `Files` takes the host's paths. Only the image "host" can be used.
+A sandbox is a folder of the host and a process tree. Its programs have the server user's access to the host's files,
+network and processes; `Files` takes the host's paths. The only image is "host".
 """
 
 from __future__ import annotations
@@ -32,18 +32,19 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _ENFORCED: dict[str, Enforced] = {"memory": "none", "cpus": "none", "pids": "none"}
 
 
-# Of this process, not of a runtime: one that is closed leaves its sandboxes alive, and the next one reaps them.
+# Per process, not per runtime: a closed runtime leaves its sandboxes alive, and the next one reaps them.
 children: dict[int, subprocess.Popen[bytes]] = {}
 
 
 def can_hold_init() -> bool:
-    """Whether guest/init/pid1.py, which is Linux's, can run here; elsewhere runtime/process/portable.py stands in."""
+    """Whether guest/init/pid1.py, which requires Linux, can run here; runtime/process/portable.py replaces it
+    elsewhere."""
     wanted = ((os, "pidfd_open"), (os, "O_PATH"), (select, "epoll"), (socket, "SOCK_SEQPACKET"))
     return all(hasattr(module, name) for module, name in wanted) and os.path.exists("/proc/self")
 
 
 def refuse_unsupported(config: SandboxConfig) -> None:
-    """Unsupported for what plain processes cannot be held to."""
+    """Raise Unsupported for options that plain processes cannot enforce."""
     if config.image != "host":
         raise errors.Unsupported(f"the process runtime has no image {config.image!r}", hint='use image="host"')
     if config.isolation not in (None, Isolation.NONE):
@@ -62,7 +63,7 @@ def refuse_unsupported(config: SandboxConfig) -> None:
 
 
 class ProcessRuntime(InitSandboxes):
-    """Plain processes. `run_dir` holds one folder a sandbox; it is made when missing."""
+    """Plain processes. `run_dir` holds one folder per sandbox; it is created when missing."""
 
     name = "process"
     isolation = Isolation.NONE
@@ -137,7 +138,7 @@ class ProcessRuntime(InitSandboxes):
         if not process_tree.lives(handle.data["pid"], handle.data["start"]):
             return Liveness.GONE
         entry = process_tree.read(handle.data["pid"])
-        if entry is not None and entry.state in "Tt":  # it was about to be killed with its tree: it never answers
+        if entry is not None and entry.state in "Tt":  # stopped in order to be killed with its tree: it never responds
             return Liveness.GONE
         try:
             await self.link(handle).request("hello")
@@ -192,7 +193,8 @@ def reap() -> None:
 
 
 def _unrecorded(folder: Path) -> int | None:
-    """The pid 1 of a sandbox whose maker died before it could write the record: who has its log as output."""
+    """The pid 1 of a sandbox whose server died before it wrote the record: the process whose output is the sandbox's
+    log."""
     log = os.path.realpath(folder / "log")
     for entry in process_tree.scan().values():
         with contextlib.suppress(OSError):
@@ -202,13 +204,13 @@ def _unrecorded(folder: Path) -> int | None:
 
 
 def _kill_sandbox(pid: int, start: int | None) -> None:
-    """SIGKILL to a pid 1 without a namespace and to all under it: its death alone would set them free."""
+    """Send SIGKILL to a pid 1 without a namespace and to its descendants, which survive a kill of pid 1 alone."""
     if process_tree.lives(pid, start):
         process_tree.run(process_tree.kill_tree(pid, None, True))
 
 
 async def wait_gone(pid: int, start: int) -> None:
-    """Return when this very process has ended; works for processes that are not our children."""
+    """Return when exactly this process has ended; works for processes that are not children."""
     try:
         fd = os.pidfd_open(pid)
     except ProcessLookupError:
@@ -228,7 +230,7 @@ async def wait_gone(pid: int, start: int) -> None:
 
 
 def _measure(root: int) -> Usage:
-    """Resident memory (shared pages counted once a process), CPU seconds and processes of a tree."""
+    """Resident memory (shared pages counted once per process), CPU seconds and number of processes of a tree."""
     memory, ticks, pids = 0, 0, 0
     for pid in (root, *(entry.pid for entry in process_tree.descendants(process_tree.scan(), root))):
         try:

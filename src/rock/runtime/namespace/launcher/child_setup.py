@@ -1,6 +1,7 @@
-"""What a sandbox's pid 1 does itself: wait until its namespaces are furnished, give up its powers, serve.
+"""Setup that pid 1 performs itself: wait until its namespaces are furnished, drop privileges, serve.
 
-The giving up is a list of system calls that needs no Python, see zygote.py; `plan` writes it. Standard library only.
+Privileges are dropped by a list of system calls that needs no Python (zygote.py); `plan` writes it. Standard library
+only.
 """
 
 from __future__ import annotations
@@ -27,22 +28,24 @@ CAPABILITIES = sum(1 << number for number in (0, 1, 3, 4, 5, 6, 7, 10, 18))
 LAST_CAPABILITY = int(cgroups.read_text("/proc/sys/kernel/cap_last_cap") or 40)
 _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_SET_DUMPABLE = 24, 38, 4
 _HAS_CGROUPS = os.path.exists("/proc/self/ns/cgroup")
-_NO_CALL = 0xFFFFF  # until the gate opens, which puts a real number in its place
+_NO_CALL = 0xFFFFF  # until the gate opens, which writes the real number
 _CLOSE_RANGE = 436
 _LAST_FD = 0xFFFFFFFF
 _PROC_FD = 1
-_FREE_LOWEST = ((_CLOSE_RANGE, 0, _PROC_FD),)  # descriptors 0 and 1 are then the next ones to be given out
+_FREE_LOWEST = ((_CLOSE_RANGE, 0, _PROC_FD),)  # descriptors 0 and 1 are then the next free ones
 _PATIENCE = 20.0  # seconds
 
 
 class Descriptors(NamedTuple):
-    """What pid 1 has of the launcher.
+    """The launcher's descriptors that pid 1 uses.
 
-    listener: its socket. ready: where it tells that it is. gate: what lets it go on, and the launcher's end of that.
+    listener: its socket.
+    ready: the socket on which it reports readiness.
+    gate: the pipe that lets it continue, and the launcher's end of the pipe.
     userns: its user namespace.
-    lease: holds the lock on its image's layers, for as long as it lives; -1 where nobody removes them.
-    net: the network namespace to enter; -1 for the one that it was born in.
-    sockets: through which its connections get out; it keeps them for a server that comes back.
+    lease: holds the lock on its image's layers for its lifetime; -1 where the layers are never removed.
+    net: the network namespace to enter; -1 for its initial one.
+    sockets: its egress sockets; pid 1 retains them for the next server.
     """
 
     listener: int
@@ -55,12 +58,12 @@ class Descriptors(NamedTuple):
 
     @property
     def pages(self) -> int:
-        """A number that is none of these, for its own page table."""
+        """An unused descriptor number, for its own page table."""
         return 1 + max(self.listener, self.ready, *self.gate, self.userns, self.lease, self.net, *self.sockets)
 
 
 class Constants:
-    """Memory that the calls point to. Made before the zygote is, so that it is at the same place in every child."""
+    """Memory that the calls point to. Allocated before the zygote starts, so its address is the same in every child."""
 
     def __init__(self, bpf: bytes) -> None:
         self.root = ctypes.create_string_buffer(b"/")
@@ -87,7 +90,7 @@ def plan(area: Area, constants: Constants, fds: Descriptors, spec: dict[str, Any
     number = kernel.NUMBERS
     rows = area.rows
     rows += [("the launcher's end", (number["prctl"], kernel.PR_SET_PDEATHSIG, int(signal.SIGKILL))),
-             # so that the gate ends with the launcher, should that have died before the call above
+             # the gate closes with the launcher, if that died before the call above
              ("the launcher's end", (_CLOSE_RANGE, fds.gate[1], fds.gate[1])),
              ("session", (number["setsid"],)),
              ("socket", (number["listen"], fds.listener, 16))]
@@ -102,7 +105,7 @@ def plan(area: Area, constants: Constants, fds: Descriptors, spec: dict[str, Any
     rows += [("waiting for its files", (number["read"], fds.gate[0], gate, 8)),
              ("waiting for its files", (_NO_CALL,)),
              ("root folder", (number["chdir"], ctypes.addressof(constants.root)))]
-    if _HAS_CGROUPS:  # without limits of its own too: the names of the host's groups are not for a sandbox
+    if _HAS_CGROUPS:  # also without limits of its own: a sandbox must not see the names of the host's cgroups
         rows.append(("cgroup namespace", (number["unshare"], kernel.CLONE_NEWCGROUP)))
     rows.append(("user namespace", (number["setns"], fds.userns, kernel.CLONE_NEWUSER)))
     if spec["privileged"]:
@@ -124,7 +127,7 @@ def plan(area: Area, constants: Constants, fds: Descriptors, spec: dict[str, Any
 
 
 def _network(area: Area, constants: Constants, privileged: bool) -> list[tuple[int, ...]]:
-    """Loopback up, and ports and pings for everybody: uid 0 inside has no rights over the network namespace."""
+    """Enable loopback, all ports and pings for every user: uid 0 inside has no rights over the network namespace."""
     return [
         *_FREE_LOWEST,
         (kernel.NUMBERS["socket"], int(socket.AF_INET), int(socket.SOCK_DGRAM), 0),
@@ -135,7 +138,7 @@ def _network(area: Area, constants: Constants, privileged: bool) -> list[tuple[i
 
 
 def _names(area: Area, constants: Constants, spec: dict[str, Any]) -> list[tuple[int, ...]]:
-    """Its host name, and how much shared memory may be without an owner."""
+    """Set its host name and the limit of unowned shared memory."""
     name = HOST_NAME.encode()
     pages = str(spec["shared"] // resource.getpagesize()).encode()
     return [(kernel.NUMBERS["sethostname"], area.put(name), len(name)),
@@ -150,9 +153,10 @@ def _setting(area: Area, path: bytes, value: bytes) -> list[tuple[int, ...]]:
 
 
 def _proc(constants: Constants, ready: int) -> list[tuple[int, ...]]:
-    """A /proc, as a detached mount at descriptor `_PROC_FD`, sent to the launcher.
+    """Create a /proc as a detached mount at descriptor `_PROC_FD` and send it to the launcher.
 
-    Only a process of the new pid namespace can make it, and only while a whole /proc is to be seen where it is.
+    Only a process of the new pid namespace can create it, and only while a complete /proc is visible in its mount
+    namespace.
     """
     attributes = kernel.ATTR_NOSUID | kernel.ATTR_NODEV | kernel.ATTR_NOEXEC
     return [
@@ -165,8 +169,8 @@ def _proc(constants: Constants, ready: int) -> list[tuple[int, ...]]:
 
 
 def _pages(constants: Constants, number: int) -> list[Row]:
-    """Its own page table, of that /proc, at a descriptor: which pages are its own, for guest/init/sharing.py. It can be
-    opened only as long as others may look into this process, so before `privacy`."""
+    """Open its own page table in that /proc, for guest/init/sharing.py: it shows which pages are private. The open must
+    precede `privacy`, after which other processes cannot inspect this one."""
     name = ctypes.addressof(constants.pagemap)
     return [
         ("descriptors", (_CLOSE_RANGE, 0, 0)),
@@ -177,7 +181,7 @@ def _pages(constants: Constants, number: int) -> list[Row]:
 
 
 class SetupFailed(Exception):
-    """What a pid 1 says instead of going on: a message as `live` writes it."""
+    """The error that pid 1 reports instead of continuing, as `live` writes it."""
 
     def __init__(self, message: bytes) -> None:
         super().__init__(message)
@@ -185,7 +189,7 @@ class SetupFailed(Exception):
 
 
 def receive_proc(ready: socket.socket) -> int:
-    """The /proc that a pid 1 made. Told when it could not make one."""
+    """The /proc that pid 1 created. Raises when pid 1 reports a failure."""
     ready.settimeout(_PATIENCE)
     data, ancillary, _, _ = ready.recvmsg(4096, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
     for level, kind, fds in ancillary:
@@ -195,12 +199,12 @@ def receive_proc(ready: socket.socket) -> int:
 
 
 def open_gate(gate: int) -> None:
-    """Let a pid 1 go on. Should we die instead, it reads no number, and ends."""
+    """Let pid 1 continue. If the launcher dies instead, pid 1 reads no number and exits."""
     os.write(gate, struct.pack("q", kernel.NUMBERS["getpid"]))
 
 
 def _descriptors(constants: Constants, keep: set[int]) -> list[tuple[int, ...]]:
-    """Nothing of the host stays open in a sandbox, beside what is told; 0, 1 and 2 are its own /dev/null."""
+    """Close all descriptors of the host except the listed ones; 0, 1 and 2 are the sandbox's own /dev/null."""
     null = ctypes.addressof(constants.null)
     calls: list[tuple[int, ...]] = [
         (_CLOSE_RANGE, 0, 2),
@@ -218,12 +222,12 @@ def _descriptors(constants: Constants, keep: set[int]) -> list[tuple[int, ...]]:
 
 
 def pack_note(fds: Descriptors, server: int) -> bytes:
-    """What pid 1 has to know: its descriptors and the server's user id as it is seen inside."""
+    """Pack the data for pid 1: its descriptors and the server's user id as seen inside."""
     return struct.pack("6q", fds.listener, fds.ready, server, *(fds.sockets or (-1, -1)), fds.pages)
 
 
 def live(note: bytes, failed: int, sweep: PageSharing | None) -> None:
-    """Go on in Python after the calls, as pid 1; never returns. `failed`: index of the call that failed, or -1."""
+    """Continue in Python after the calls, as pid 1; never returns. `failed`: index of the failed call, or -1."""
     listener, ready, server, *sockets, pages = struct.unpack_from("6q", note)
     if failed >= 0:
         os.write(ready, json.dumps({"row": failed}).encode())

@@ -1,9 +1,9 @@
-"""Furnishing a sandbox from outside: the launcher steps into its mount namespace, does everything, steps back out.
+"""Builds a sandbox's mount namespace from outside: the launcher enters it, mounts everything, and returns.
 
     cgroups -> limits -> overlay -> new root -> /dev /proc /sys
 
-So each sandbox costs the launcher's time and no memory of its own pid 1, which waits meanwhile. All mounts belong to
-the launcher's user namespace, so nothing inside can undo them. Standard library only.
+The setup uses no memory of the sandbox's pid 1, which waits meanwhile. All mounts belong to the launcher's user
+namespace, so processes inside cannot undo them. Standard library only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rock.runtime.namespace.network import NetworkPool
 
 
 class HostNamespaces:
-    """The mount and the network namespace that the launcher comes from."""
+    """The original mount and network namespaces of the launcher."""
 
     def __init__(self, privileged: bool, nets: NetworkPool) -> None:
         self._nets = nets
@@ -31,10 +31,10 @@ class HostNamespaces:
         self._privileged = privileged
 
     def enter(self, pid: int, owner: int, net: int | None) -> None:
-        """Step into the namespaces of a process; own new files as `owner` from then on, with all our rights.
+        """Enter the namespaces of a process; new files belong to `owner` from then on. All rights are retained.
 
-        net: the network namespace that it will enter; -1 is the one that it is in, None is ours. A /sys shows the
-        devices of whoever mounts it.
+        net: the network namespace that the process will enter; -1 is its current one, None is the launcher's. A new
+        /sys shows the devices of the mounting process's network namespace.
         """
         fd = os.pidfd_open(pid)
         try:
@@ -48,7 +48,7 @@ class HostNamespaces:
             kernel.capset(self._permitted)
 
     def back(self) -> None:
-        """Step back into our own. When this fails we are of no further use."""
+        """Return to the original namespaces. After a failure the launcher cannot continue."""
         kernel.setns(self._fd, kernel.CLONE_NEWNS)
         if self._nets.usable:
             self._nets.back()
@@ -58,7 +58,7 @@ class HostNamespaces:
 
 
 class Failure(Exception):
-    """A step that failed: its name and the reason, and an error number."""
+    """A failed step: its name, the reason, and an errno."""
 
     def __init__(self, step: str, error: OSError) -> None:
         super().__init__(f"{step}: {error}")
@@ -67,9 +67,10 @@ class Failure(Exception):
 
 def build(spec: dict[str, Any], pid: int, staging: str, namespace: int, home: HostNamespaces, proc: Callable[[], int],
           net: int) -> None:
-    """Furnish the mount namespace of `pid`, a child that waits. Failure names the step.
+    """Build the mount namespace of `pid`, a waiting child. Failure names the step.
 
-    namespace: its user namespace. proc: gives the detached /proc that the child has made. net: see Home.enter.
+    namespace: its user namespace. proc: returns the detached /proc that the child created. net: see
+    HostNamespaces.enter.
     """
     step, disk = "run folder", -1
     try:
@@ -84,7 +85,7 @@ def build(spec: dict[str, Any], pid: int, staging: str, namespace: int, home: Ho
         try:
             home.enter(pid, spec["base"], None if spec["network"] == "host" else net)
             waiting = mounts.stack(spec, staging, namespace if spec["privileged"] else -1)
-            waiting.append((proc(), "/proc"))  # until then the child needs the root that it was born with
+            waiting.append((proc(), "/proc"))  # until then the child needs its initial root
             mounts.switch(staging)
             mounts.furnish(spec, waiting)
             mounts.leave()
@@ -102,14 +103,14 @@ def _limit(spec: dict[str, Any], pid: int) -> None:
     cgroups.write_limits([(path, value) for path, value in spec["limits"]])
     if spec["affinity"]:
         os.sched_setaffinity(pid, spec["affinity"])
-    if spec["processes"]:  # counted in the user namespace that it will enter, so it counts this sandbox alone
+    if spec["processes"]:  # counted per user namespace, and the child enters one of its own
         resource.prlimit(pid, resource.RLIMIT_NPROC, (spec["processes"], spec["processes"]))
     for name, value in spec["rlimits"]:
         resource.prlimit(pid, name, (value, value))
 
 
 def explain(number: int) -> str:
-    """What an error number of a step usually means on a host."""
+    """The usual cause on a host of an errno in a step."""
     return {
         errno.EPERM: "this host does not allow it",
         errno.ENOSPC: "a limit of the host is reached: see user.max_*_namespaces in sysctl, or the disk is full",
@@ -119,7 +120,8 @@ def explain(number: int) -> str:
 
 
 def bind(slot: str) -> socket.socket:
-    """The socket of a sandbox's pid 1, in its run folder. pid 1 itself listens: that tells who it is, see teardown."""
+    """Bind the socket of a sandbox's pid 1 in its run folder. pid 1 itself listens, which identifies it (`find_init` in
+    slots.py)."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(f"{slot}/s")
     fd = os.open(slot, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

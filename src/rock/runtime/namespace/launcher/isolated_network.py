@@ -1,12 +1,11 @@
-"""Network namespaces out of which no packet can go: every address is local, and ends at two sockets of ours.
+"""Network namespaces without a route out: every address is local, and all traffic ends at two sockets of the proxy.
 
-    program ── connect 203.0.113.5:443 ──► lo ──► packet filter ──► the listening socket, which the proxy has
-               its own loopback ◄──────────┘ └──► all but TCP and DNS is refused
+    program ── connect 203.0.113.5:443 ──► lo ──► packet filter ──► the proxy's listening socket
+               its own loopback ◄──────────┘ └──► everything but TCP and DNS is rejected
 
-There is one device, loopback. A route makes every address in the world one of this namespace's own, and the packet
-filter hands each connection to one socket, on which the proxy outside sees where it was meant to go. So nothing needs
-to be forwarded by the host, an ordinary user can have it too, and where nobody serves the socket, nothing gets out.
-Standard library only.
+The only device is loopback. A route makes every address local to the namespace, and the packet filter redirects each
+connection to one socket, on which the proxy outside reads the original destination. The host forwards no packets, so an
+ordinary user can create such a namespace, and without a proxy no data leaves it. Standard library only.
 """
 
 from __future__ import annotations
@@ -19,21 +18,21 @@ from rock.egress import nftables
 from rock.egress.netlink import add_address, route_all_here, routing
 from rock.runtime.namespace.launcher import kernel
 
-# Of a block that means "this machine" to carriers (RFC 7335), and is never routed anywhere.
+# From the range for local use by carriers (RFC 7335), which is never routed.
 ADDRESS, RESOLVER = "192.0.0.2", "192.0.0.1"
 ADDRESS6 = "fd72:6f63:6b00::2"
-TCP_PORT = 1  # nobody's; a program can listen on all others
+TCP_PORT = 1  # reserved; programs can listen on all other ports
 _DNS = 53
 _LOOPBACK = 1  # its number in every namespace
 _BACKLOG = 128
-_BUFFERS = "4096 131072 1048576"  # bytes of a connection, in the kernel: least, usual, most
+_BUFFERS = "4096 131072 1048576"  # buffer size of a connection in bytes, in the kernel: minimum, default, maximum
 RESOLV_CONF = f"nameserver {RESOLVER}\n"
 _MANGLE, _FILTER = -150, 0
 
 
 def furnish(ping_group: str) -> tuple[int, int]:
-    """Wire up the network namespace of this process: its listening TCP and its UDP socket for DNS. OSError when the
-    kernel cannot.
+    """Set up the network namespace of this process; returns its listening TCP socket and its UDP socket for DNS.
+    OSError when the kernel lacks a feature.
 
     ping_group: as net.ipv4.ping_group_range.
     """
@@ -55,7 +54,7 @@ def furnish(ping_group: str) -> tuple[int, int]:
         tcp.bind(("::" if modern else "0.0.0.0", TCP_PORT))
         tcp.listen(_BACKLOG)
         udp = stack.enter_context(_transparent(socket.SOCK_DGRAM, False))
-        udp.setsockopt(socket.IPPROTO_IP, 8, 1)  # IP_PKTINFO: replies come from where the query went
+        udp.setsockopt(socket.IPPROTO_IP, 8, 1)  # IP_PKTINFO: the source of a reply is the destination of the query
         udp.bind((RESOLVER, _DNS))
         _leave_a_mark()
         return tcp.detach(), udp.detach()
@@ -93,7 +92,7 @@ def _filter(modern: bool) -> None:
 
 
 def _leave_a_mark() -> None:
-    """Send a packet: a namespace with counters above zero is never given to a sandbox without a network
+    """Send a packet. A namespace with counters above zero is never reused for a sandbox without a network
     (runtime/namespace/network.py)."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
         sock.bind(("127.0.0.1", 0))

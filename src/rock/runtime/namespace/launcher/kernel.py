@@ -1,4 +1,5 @@
-"""System calls for making a sandbox, by ctypes. Standard library only: this runs in the launcher and in its children.
+"""System calls for the creation of sandboxes, by ctypes. Standard library only: it runs in the launcher and its
+children.
 
 Every function raises OSError with the name of the call. Numbers that differ between x86_64 and aarch64 are in `_TABLE`;
 the mount calls of 5.2 and later have the same numbers everywhere.
@@ -63,7 +64,7 @@ _umount2.argtypes = [ctypes.c_char_p, ctypes.c_int]
 _prctl = _libc.prctl
 _prctl.argtypes = [ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong, ctypes.c_ulong]
 _long = ctypes.c_long
-# A fork by hand must hold the interpreter's lock throughout: PyDLL does not let go of it.
+# A manual fork must hold the interpreter's lock throughout: PyDLL does not release it.
 _fork_syscall = ctypes.PyDLL(None, use_errno=True).syscall
 _fork_syscall.restype = ctypes.c_long
 
@@ -89,13 +90,13 @@ def fork_into(flags: int) -> int:
 
 
 def call(number: int, *arguments: int) -> int:
-    """Any system call; a negative error number on failure."""
+    """Any system call; returns a negative errno on failure."""
     result = int(_syscall(_long(number), *(_long(value) for value in arguments)))
     return result if result >= 0 else -ctypes.get_errno()
 
 
 def map_private(fd: int, length: int) -> int:
-    """Map a file to be read; answers where."""
+    """Map a file read-only and privately; returns the address."""
     _libc.mmap.restype = ctypes.c_void_p
     address = _libc.mmap(None, ctypes.c_size_t(length), 1, 2, fd, ctypes.c_long(0))
     if address in (None, ctypes.c_void_p(-1).value):
@@ -104,7 +105,7 @@ def map_private(fd: int, length: int) -> int:
 
 
 def resident(address: int, length: int) -> bytes:
-    """A byte for each page, which is odd when the page is in memory."""
+    """One byte per page, odd when the page is in memory."""
     pages = ctypes.create_string_buffer(-(-length // 4096))
     if _libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(length), pages) < 0:
         _raise("mincore")
@@ -176,7 +177,7 @@ def move_mount(fd: int, target: str, folder: int = _AT_FDCWD) -> None:
 
 
 def new_mount(kind: str, options: dict[str, str], attributes: int) -> int:
-    """A new file system as a detached mount, which goes when its descriptor is closed unless it was moved to a path."""
+    """A new file system as a detached mount; it disappears with its descriptor unless it was attached to a path."""
     fd = int(_syscall(_long(FSOPEN), ctypes.c_char_p(kind.encode()), _long(1)))
     if fd < 0:
         _raise(f"fsopen {kind}")
@@ -224,13 +225,13 @@ def _fsconfig(fd: int, command: int, key: str | None, value: str | None) -> None
 
 
 def set_file_owner(identity: int) -> None:
-    """Let files be made and looked up as this user and group, from here on."""
+    """Use this user and group for file accesses and new files, from now on."""
     _libc.setfsgid(ctypes.c_uint(identity))
     _libc.setfsuid(ctypes.c_uint(identity))
 
 
 def capset(mask: int, effective: int | None = None) -> None:
-    """Keep exactly these capabilities, permitted and, unless `effective` says otherwise, effective."""
+    """Retain exactly these capabilities: permitted and, unless `effective` says otherwise, effective."""
     header = struct.pack("=Ii", 0x20080522, 0)
     now = mask if effective is None else effective
     data = struct.pack("=IIIIII", now & 0xFFFFFFFF, mask & 0xFFFFFFFF, 0, now >> 32, mask >> 32, 0)
@@ -240,7 +241,7 @@ def capset(mask: int, effective: int | None = None) -> None:
 
 @functools.cache
 def permitted() -> int:
-    """The capabilities that this process might have when it was first asked, as a mask."""
+    """The permitted capabilities at the first call, as a mask."""
     with open("/proc/self/status", encoding="ascii", errors="replace") as file:
         for line in file:
             if line.startswith("CapPrm:"):
@@ -253,13 +254,13 @@ SIOCSIFFLAGS = 0x8914
 
 
 def loopback_up() -> None:
-    """Bring up `lo` of the network namespace of this process."""
+    """Enable `lo` in the network namespace of this process."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
         fcntl.ioctl(sock, SIOCSIFFLAGS, LOOPBACK_UP)
 
 
 def set_title(title: bytes) -> None:
-    """Overwrite this process's command line, whose paths of the host would be seen in the sandbox as pid 1's."""
+    """Overwrite this process's command line, whose host paths would be visible in the sandbox as pid 1's."""
     with open("/proc/self/stat", "rb") as file:
         fields = file.read().rpartition(b")")[2].split()
     start, end = int(fields[45]), int(fields[46])
@@ -270,7 +271,7 @@ def set_title(title: bytes) -> None:
 
 
 def set_name(name: bytes) -> None:
-    """What this process is called in lists."""
+    """Set the process name in listings."""
     prctl(15, ctypes.cast(ctypes.c_char_p(name[:15]), ctypes.c_void_p).value or 0)  # PR_SET_NAME
 
 

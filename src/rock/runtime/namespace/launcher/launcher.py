@@ -1,14 +1,12 @@
 """The launcher: a small single-threaded process that forks sandboxes. Run by its path, `python -I -S launcher.py JSON`.
 
-    rocklet ── SOCK_SEQPACKET, JSON ──► launcher ── zygote.py ──► a child with new namespaces, which waits
-    (child_setup.py)
-                                           └── steps into them and furnishes them (furnish.py), then lets the child go
-                                           on
+    rocklet ── SOCK_SEQPACKET, JSON ──► launcher ── zygote.py ──► a waiting child in new namespaces (child_setup.py)
+                                           └── enters them, builds the mounts (furnish.py), then lets the child continue
 
-Requests: create, retire (end a sandbox and remove what is left of it), ahead (make user namespaces and run folders
-while idle), wired (whether there can be networks with a way out), floor (a bare namespace fork, for `bench`).
-It answers in the order in which sandboxes become ready, several at once, and ends when its socket does; sandboxes stay.
-Standard library only, and few modules: what it imports is what every pid 1 weighs.
+Requests: create, retire (end a sandbox and remove its remains), ahead (prepare user namespaces and run folders while
+idle), wired (whether networks with egress are possible), floor (a bare namespace fork, for `bench`). Replies follow the
+order in which sandboxes become ready, several at once. The launcher exits when its socket closes; sandboxes continue to
+run. Standard library only, with few imports: each import adds to the memory of every pid 1.
 """
 
 from __future__ import annotations
@@ -53,8 +51,8 @@ _OVERFLOW_UID = int(cgroups.read_text("/proc/sys/kernel/overflowuid") or 65534)
 
 
 class Launcher:
-    """options: privileged (as root, with a uid range for each sandbox), staging (a folder to mount things in), native
-    (False: fork, and do not use the compiled functions)."""
+    """options: privileged (as root, with a uid range per sandbox), staging (a folder for mounts), native (False: use
+    fork instead of the compiled functions)."""
 
     def __init__(self, sock: socket.socket, options: dict[str, Any]) -> None:
         self.sock = sock
@@ -69,18 +67,18 @@ class Launcher:
         self.zygote = Zygote(child_setup.live, snapshot.rehearse, self.groups.join if self.groups else lambda: None)
         self.buffer = bytearray(1 << 17)
         self.queue: deque[dict[str, Any]] = deque()
-        # by descriptor of the socket on which it will tell: request, pid, area, deadline, the socket
+        # by descriptor of the readiness socket: request, pid, area, deadline, the socket
         self.starting: dict[int, tuple[int, int, Area, float, socket.socket]] = {}
-        self.retiring: dict[int, dict[str, Any]] = {}  # by descriptor of the pid 1 that was killed
-        self.spare: deque[int | str] = deque()  # first ids of ranges, and run folders, to make while idle
+        self.retiring: dict[int, dict[str, Any]] = {}  # by pidfd of the killed pid 1
+        self.spare: deque[int | str] = deque()  # first ids of ranges, and run folders, to prepare while idle
         self.listeners: dict[str, socket.socket] = {}
         self.outgoing: deque[tuple[bytes, list[int]]] = deque()
 
     def prepare(self) -> None:
-        """A mount namespace of our own with the staging folder; as an ordinary user a user namespace first."""
+        """Create a private mount namespace with the staging folder; as an ordinary user, a user namespace first."""
         self.counters.limit_launcher()
         if self.privileged:
-            os.setgroups([])  # they would count for what it mounts: mounts.mount_public
+            os.setgroups([])  # they would apply to its mounts: mounts.mount_public
             kernel.unshare(kernel.CLONE_NEWNS)
         else:
             uid, gid = os.geteuid(), os.getegid()
@@ -97,10 +95,10 @@ class Launcher:
             self._favour_moves()
 
     def _favour_moves(self) -> None:
-        """Make moving a process into a cgroup cheap: 14 ms become 0.3 ms.
+        """Reduce the cost of moving a process into a cgroup from 14 ms to 0.3 ms.
 
-        The kernel's switch for it is an option of any hierarchy, so we mount a private empty one, in our own mount
-        namespace; it goes away with us.
+        The kernel's switch for it is an option of any hierarchy. The launcher mounts a private empty hierarchy in its
+        own mount namespace, which disappears with it.
         """
         with contextlib.suppress(OSError):
             os.mkdir(f"{self.staging}/dynmods")
@@ -114,7 +112,7 @@ class Launcher:
         signal.set_wakeup_fd(wake_writer.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)  # a Ctrl-C at the server's terminal is not for us
+            signal.signal(number, signal.SIG_IGN)  # Ctrl-C at the server's terminal must not end the launcher
         self.sock.setblocking(False)
         self.poll = select.poll()
         self.poll.register(self.sock, select.POLLIN)
@@ -133,7 +131,7 @@ class Launcher:
                     self._retired(fd)
             self._reap()
             self._give_up()
-            if self.queue and not self.zygote.full:  # one, then look who has become ready
+            if self.queue and not self.zygote.full:  # create one, then poll for ready children
                 self._start(self.queue.popleft())
         self.zygote.close()
         if self.groups is not None:
@@ -171,7 +169,7 @@ class Launcher:
                 self._retire(request)
             elif request["op"] == "ahead":
                 bases = [base for base in request["ranges"] if base not in self.ranges]
-                self.spare = deque([*bases, *request["folders"]])  # what was not made yet is not wanted any more
+                self.spare = deque([*bases, *request["folders"]])  # replaces the earlier request
             elif request["op"] == "wired":
                 self._answer(request, self._try_wired())
             elif request["op"] == "floor":
@@ -239,7 +237,7 @@ class Launcher:
                 number = error.number if isinstance(error, furnish.Failure) else error.errno or 0
                 self._answer(spec, {"error": str(error), "errno": number, "hint": furnish.explain(number)})
             if pid:
-                with contextlib.suppress(ProcessLookupError):  # it gave up when its socket was closed
+                with contextlib.suppress(ProcessLookupError):  # it exited when its socket was closed
                     os.kill(pid, signal.SIGKILL)
                 self._await_end(pid)
             self.zygote.free(area)
@@ -255,7 +253,7 @@ class Launcher:
                     os.close(fd)
 
     def _try_wired(self) -> dict[str, Any]:
-        """Whether this host can have a network namespace with a way out; nothing of it stays."""
+        """Whether this host supports a network namespace with egress; leaves nothing behind."""
         trial = IsolatedNetworkPool(self.privileged)
         try:
             for fd in trial.take():
@@ -267,7 +265,8 @@ class Launcher:
             trial.close()
 
     def _retire(self, request: dict[str, Any]) -> None:
-        """Kill a pid 1, and with it its pid namespace; the rest when it is gone. Never another that got its number."""
+        """Kill a pid 1, and its pid namespace with it; clean up when it is gone. Never kills another process with a
+        reused pid."""
         try:
             fd = os.pidfd_open(request["pid"])
         except OSError:
@@ -293,7 +292,7 @@ class Launcher:
         self._bury(request)
 
     def _bury(self, request: dict[str, Any]) -> None:
-        """Remove what a dead sandbox left, as far as that is quickly done; the server does the rest."""
+        """Remove the remains of a dead sandbox as far as that is fast; the server removes the rest."""
         if request.get("net", -1) >= 0:
             self.nets.give(request["net"])
         clean = cgroups.remove_empty(request["cgroups"])
@@ -305,12 +304,13 @@ class Launcher:
         self.poll.register(ready, select.POLLIN)
 
     def _server_uid(self) -> int:
-        """The server's user as pid 1 sees it: nobody, when it is outside of its user namespace's ids."""
+        """The server's uid as pid 1 sees it: the overflow uid when it has no mapping."""
         return _OVERFLOW_UID if self.privileged else 0
 
     @staticmethod
     def _await_end(pid: int) -> None:
-        """Until a killed child is gone and its area is free; it may be the zygote's child, whom we cannot wait for."""
+        """Wait until a killed child is gone and its area is free; it may be the zygote's child, so waitpid does not
+        apply."""
         with contextlib.suppress(OSError):
             fd = os.pidfd_open(pid)
             poll = select.poll()
@@ -328,7 +328,7 @@ class Launcher:
         self._answer({"id": number}, reply)
 
     def _reply(self, pid: int, area: Area, message: bytes) -> dict[str, Any]:
-        """The answer that a pid 1's message stands for; an empty one is its end."""
+        """The reply for a pid 1's message; an empty message means that pid 1 ended."""
         told: dict[str, Any] = json.loads(message) if message else {"error": "it was killed while it started"}
         if "row" in told:
             what, number = area.reason(int(told["row"]))
@@ -342,7 +342,7 @@ class Launcher:
         now = time.monotonic()
         for _, pid, _, deadline, _ in list(self.starting.values()):
             if deadline < now:
-                os.kill(pid, signal.SIGKILL)  # its descriptor then reads as ended
+                os.kill(pid, signal.SIGKILL)  # its readiness socket then reads end of file
 
     @staticmethod
     def _reap() -> None:
@@ -352,7 +352,7 @@ class Launcher:
 
 
 def floor() -> float:
-    """Seconds from a fork with all namespaces to the answer of a bash on pipes in them; nothing else is made."""
+    """Seconds from a fork with all namespaces to the response of a bash on pipes in them; nothing else is created."""
     started = time.perf_counter()
     theirs_in, ours_out = os.pipe2(os.O_CLOEXEC)
     ours_in, theirs_out = os.pipe2(os.O_CLOEXEC)
@@ -379,7 +379,7 @@ def floor() -> float:
 
 
 def main() -> None:
-    """Prepare, tell {"ready": true} or {"error"} on the socket, and serve."""
+    """Prepare, send {"ready": true} or {"error"} on the socket, and serve."""
     options = json.loads(sys.argv[1])
     sock = socket.socket(fileno=int(options["fd"]))
     os.set_inheritable(sock.fileno(), False)

@@ -1,4 +1,4 @@
-"""The rocklet's side of the launcher, which is started again when it crashed."""
+"""The rocklet's client of the launcher; restarts a crashed launcher."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _LAUNCHER = Path(__file__).with_name("launcher.py")
 
 
 class LaunchLink(ChildLink):
-    """One launcher at a time; the sandboxes that it made stay when it ends. `options` are those of
-    `launcher.Launcher`, without the descriptor.
+    """One launcher at a time; its sandboxes survive it. `options` are those of `launcher.Launcher`, without the
+    descriptor.
 
-    made: called with the name of each run folder that was made ahead.
+    made: called with the name of each run folder that the launcher prepared.
     """
 
     what = "the launcher"
@@ -39,7 +39,7 @@ class LaunchLink(ChildLink):
         return errors.Unsupported(f"the launcher did not start: {error!r}", hint=f"see {self._log}")
 
     async def request(self, op: str, fields: dict[str, Any], fd: int | None = None) -> dict[str, Any]:
-        """Ask the launcher; it gets a copy of `fd`. Ended when it dies meanwhile."""
+        """Send a request to the launcher, with a copy of `fd`. Raises Ended when the launcher dies meanwhile."""
         return await self.ask(op, fields, () if fd is None else (fd,))
 
     def _told(self, message: dict[str, Any]) -> None:

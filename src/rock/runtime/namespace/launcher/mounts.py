@@ -1,13 +1,16 @@
-"""A sandbox's view of files: overlay, binds, /proc, /sys, /dev, and the switch to it. Standard library only.
+"""Run folders and the file system view of a sandbox: overlay, binds, /proc, /sys, /dev, and the root switch.
 
-    staging (a tmpfs of the launcher, seen by each child in its own mount namespace)
+    staging (a tmpfs of the launcher, visible to each child in its own mount namespace)
       ├── l0, l1, ...   the image's layers, with the sandbox's id mapping
       ├── rw            the sandbox's run folder with its upper and work folders, mapped too
       ├── b0, b1, ...   lower folders of writable binds
-      ├── p0, p1, ...   of these what everybody may read
+      ├── p0, p1, ...   their publicly readable part
       ├── nothing       an empty folder
       ├── dev           a /dev to copy: null zero full random urandom tty, links
       └── root          overlay, becomes /
+
+A run folder is created and removed in a few system calls. It has few files, because some disks are slow with them: `s`
+is pid 1's socket, `upper` and `work` belong to the overlay. Standard library only.
 """
 
 from __future__ import annotations
@@ -19,25 +22,21 @@ from typing import Any
 
 from rock.runtime.namespace.launcher import kernel
 
-# ---- slot ----
-#
-# The run folder of a sandbox, made and removed in a few system calls. Standard library only.
-#
-# Few files, as some disks are slow with them: `s` is pid 1's socket, `upper` and `work` are the overlay's.
+# ---- run folder ----
 
-# What is in it when nothing was written inside; `work` is the kernel's, out of a sandbox's reach.
+# Content of a run folder without written files. The kernel owns `work`, which the sandbox cannot access.
 _FILES = ("s", "record.json", "work/work/incompat/volatile/dirty")
 _FOLDERS = ("work/work/incompat/volatile", "work/work/incompat", "work/work", "work", "upper")
 
 
 def make_folder(folder: str) -> None:
-    """Fill a new run folder."""
+    """Create the content of a new run folder."""
     os.mkdir(f"{folder}/upper", 0o755)
     os.mkdir(f"{folder}/work")
 
 
 def remove_folder(folder: str) -> bool:
-    """Remove it without looking what is in it; False when there is more, or it cannot be removed."""
+    """Remove it without listing it; False when it contains more, or cannot be removed."""
     try:
         for name in _FILES:
             with contextlib.suppress(FileNotFoundError):
@@ -52,7 +51,6 @@ def remove_folder(folder: str) -> bool:
 
 
 # ---- mounts ----
-#
 
 
 HOST_NAME = "sandbox"
@@ -64,15 +62,15 @@ _LINKS = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/se
 _READ_ONLY_PROC = ("/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/proc/bus", "/proc/fs")
 _MASKED_FILES = ("/proc/kcore", "/proc/keys", "/proc/timer_list", "/proc/sched_debug", "/proc/latency_stats")
 _MASKED_FOLDERS = ("/proc/acpi", "/proc/scsi", "/sys/firmware", "/sys/fs/selinux")
-_EMPTY = "/dev/mqueue"  # a folder of the /dev that nobody can write to; a tmpfs for each would cost 50 us
+_EMPTY = "/dev/mqueue"  # a folder of the read-only /dev; a separate tmpfs would cost 50 us
 _SAFE = kernel.ATTR_NOSUID | kernel.ATTR_NODEV
-_STRANGER = 199_999  # an id outside of every range (userns.py), whose files are nowhere
+_STRANGER = 199_999  # an id outside of every range (userns.py), which owns no files
 _SYS_ADMIN = 21
 _LONGEST = 3500  # characters of overlay options for mount(2), whose limit is a page
 
 
 def prepare_staging(staging: str) -> None:
-    """Make the staging tmpfs; once, in the launcher's mount namespace."""
+    """Create the staging tmpfs; once, in the launcher's mount namespace."""
     os.makedirs(staging, mode=0o700, exist_ok=True)
     kernel.mount("rock", staging, "tmpfs", kernel.MS_NOSUID, "mode=755,size=1m")
     for name in ("root", "rw", "dev", "nothing", *(f"{kind}{i}" for kind in "lbp" for i in range(SLOTS))):
@@ -97,7 +95,8 @@ def _fill_dev(folder: str) -> None:
 
 
 def make_base(folder: str) -> None:
-    """The layer that is on top of every image: who the sandbox is. All are called the same, as runs should be alike."""
+    """Create the top layer of every image with the host name files. The host name is the same everywhere, for
+    reproducible runs."""
     os.makedirs(f"{folder}/etc", mode=0o755, exist_ok=True)
     _write(f"{folder}/etc/hostname", f"{HOST_NAME}\n")
     _write(f"{folder}/etc/hosts", _HOSTS)
@@ -112,9 +111,9 @@ def _write(path: str, text: str) -> None:
 
 
 def make_folders(spec: dict[str, Any]) -> None:
-    """The run folder's contents, where they were not made ahead, and what this image lacks.
+    """Create the run folder's content, unless it was prepared, and the mount points that this image lacks.
 
-    A woken sandbox has all of it from its first life; what a guest wrote is not looked into.
+    A restarted sandbox already has all of it; files that a guest wrote are not read.
     """
     upper = f"{spec['slot']}/upper"
     if spec["woken"]:
@@ -136,7 +135,7 @@ def make_folders(spec: dict[str, Any]) -> None:
 
 
 def stack(spec: dict[str, Any], staging: str, userns: int) -> list[tuple[int, str]]:
-    """Mount the overlay at staging/root; answers detached mounts and where they go after the switch, in order."""
+    """Mount the overlay at staging/root; returns detached mounts and their targets after the switch, in order."""
     mapped = userns >= 0
     os.chdir(staging)
     if spec["disk"]:
@@ -161,7 +160,7 @@ def stack(spec: dict[str, Any], staging: str, userns: int) -> list[tuple[int, st
 
 
 def _unnamed(folder: str, opened: contextlib.ExitStack) -> str:
-    """Another name for a folder of the host, as the mount table shows the options of an overlay inside. It holds until
+    """An alias for a folder of the host, because the mount table inside shows the options of an overlay. Valid until
     `opened` is closed."""
     fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     opened.callback(os.close, fd)
@@ -169,7 +168,7 @@ def _unnamed(folder: str, opened: contextlib.ExitStack) -> str:
 
 
 def _detached(spec: dict[str, Any], writable: str, userns: int) -> list[tuple[int, str]]:
-    """What goes over the root after the switch, in order."""
+    """The mounts over the root after the switch, in order."""
     waiting = []
     for index, bind in enumerate(spec["binds"]):
         waiting.append((_detached_bind(bind, index, spec, writable, userns), bind["target"]))
@@ -203,7 +202,7 @@ def _escaped(path: str) -> str:
 
 def _detached_bind(bind: dict[str, Any], index: int, spec: dict[str, Any], writable: str, userns: int) -> int:
     if bind["writable"] and os.path.isdir(bind["source"]):
-        with contextlib.suppress(OSError):  # as where the host's own root is an overlay over another: read-only then
+        with contextlib.suppress(OSError):  # fails where the host's root is an overlay over another: read-only then
             return _writable_bind(bind, index, spec, writable, userns)
     if bind.get("unnamed"):
         return kernel.open_tree(bind["unnamed"])
@@ -212,7 +211,7 @@ def _detached_bind(bind: dict[str, Any], index: int, spec: dict[str, Any], writa
     try:
         fd = kernel.open_tree(bind["source"])
     except OSError as error:
-        if error.errno != errno.EINVAL:  # in a user namespace, what is mounted below must come along
+        if error.errno != errno.EINVAL:  # in a user namespace, submounts must be included
             raise
         recursive = True
         fd = kernel.open_tree(bind["source"], recursive=True)
@@ -237,8 +236,8 @@ def _writable_bind(bind: dict[str, Any], index: int, spec: dict[str, Any], writa
 
 
 class UnnamedFolders:
-    """Read-only folders of the host as overlays in the staging folder, made once by the launcher. The mount table shows
-    the host's path of a bind mount, but the names that the launcher gave for the lower folders of an overlay.
+    """Read-only folders of the host as overlays in the staging folder, created once by the launcher. The mount table
+    shows the host's path of a bind mount, but for an overlay the lower folder names that the launcher chose.
 
     staging: the folder. privileged: the launcher is root.
     """
@@ -247,10 +246,10 @@ class UnnamedFolders:
         self._staging = staging
         self._privileged = privileged
         self._count = 0
-        self._made: dict[str, tuple[tuple[int, int], str]] = {}  # by source: which folder it was, and where it is
+        self._made: dict[str, tuple[tuple[int, int], str]] = {}  # by source: identity of the folder, and its place
 
     def prepare(self, binds: list[dict[str, Any]]) -> None:
-        """Note for each bind in which folder of the staging folder its source is, before a child is cloned."""
+        """Map each bind to a folder of the staging folder, before a child is cloned."""
         for bind in binds:
             if bind["source"] != bind["target"] and not bind["idmap"] and os.path.isdir(bind["source"]):
                 bind["unnamed"] = self._get(bind["source"])
@@ -261,14 +260,14 @@ class UnnamedFolders:
         known = self._made.get(source)
         if known is None or known[0] != key:
             self._count += 1
-            name = ""  # where it cannot be had, which is not tried again
+            name = ""  # not available; not retried
             with contextlib.suppress(OSError):
                 name = self._make(source, f"below{self._count}", f"shown{self._count}")
             known = self._made[source] = key, name
         return known[1]
 
     def _make(self, source: str, below: str, shown: str) -> str:
-        os.chdir(self._staging)  # names are relative: mount_public may not walk through the server's folders
+        os.chdir(self._staging)  # names are relative: mount_public cannot traverse the server's folders
         for folder in (below, shown):
             os.mkdir(folder, 0o755)
         fd = kernel.open_tree(source)
@@ -286,13 +285,14 @@ class UnnamedFolders:
 
 
 def mount_public(source: str, target: str, nothing: str, owner: int) -> None:
-    """Mount at `target`, read-only, what of the folder `source` everybody may read.
+    """Mount the publicly readable part of the folder `source` at `target`, read-only.
 
-    The kernel asks each time that a file is opened whether the one who mounted an overlay may read it, and this one is
-    mounted as a user who owns no file and has no rights over those of others. So it does not matter who asks inside,
-    nor when a file was made or its mode changed. Names in folders that everybody may list stay seen.
+    At each open, the kernel checks the rights of the user who mounted the overlay. This overlay is mounted by a user
+    who owns no files and has no rights over files of others. The result therefore does not depend on the user inside,
+    nor on when a file was created or changed its mode. Names in publicly listable folders remain visible.
 
-    nothing: an empty folder: an overlay has two. owner: whose new files are from then on, see kernel.set_file_owner.
+    nothing: an empty folder, because an overlay has two lower folders. owner: the owner of new files afterwards, see
+    kernel.set_file_owner.
     """
     permitted = kernel.permitted()
     kernel.set_file_owner(_STRANGER)
@@ -301,26 +301,26 @@ def mount_public(source: str, target: str, nothing: str, owner: int) -> None:
         options = f"lowerdir={_escaped(source)}:{_escaped(nothing)}"
         kernel.mount("overlay", target, "overlay", kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV, options)
     finally:
-        kernel.capset(permitted)  # first: it takes a capability to be somebody else again
+        kernel.capset(permitted)  # first, because a change of user requires a capability
         kernel.set_file_owner(owner)
 
 
 def switch(staging: str) -> None:
-    """Make staging/root the root. The old one stays for now, under the working folder: a new /proc or /sys may only be
-    mounted in a user namespace while a whole one is there."""
+    """Make staging/root the root. The old root stays below the working directory for now: a user namespace may mount a
+    new /proc or /sys only while a complete one is visible."""
     os.chdir(f"{staging}/root")
     kernel.pivot_root(".", ".")
 
 
 def leave() -> None:
-    """Let go of the old root; nothing of it is reachable afterwards."""
+    """Detach the old root; no path leads to it afterwards."""
     kernel.umount(".", kernel.MNT_DETACH)
     os.chdir("/")
     kernel.mount("", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
 
 
 def furnish(spec: dict[str, Any], waiting: list[tuple[int, str]]) -> None:
-    """Binds, /dev and /proc, which are waiting, and /sys, after the switch."""
+    """Attach binds, /dev and the waiting /proc, and mount /sys, after the switch."""
     for fd, target in waiting:
         try:
             kernel.move_mount(fd, target)
@@ -334,7 +334,7 @@ def furnish(spec: dict[str, Any], waiting: list[tuple[int, str]]) -> None:
     kernel.mount("shm", "/dev/shm", "tmpfs", quiet & ~kernel.MS_NOEXEC, f"mode=1777,size={spec['shared']}{owner}")
     try:
         kernel.mount("sysfs", "/sys", "sysfs", quiet | kernel.MS_RDONLY)
-    except OSError:  # a user namespace may not have one of its own
+    except OSError:  # a user namespace may be denied one of its own
         kernel.mount("none", "/sys", "tmpfs", quiet | kernel.MS_RDONLY, "size=0,mode=755")
     _mask()
 

@@ -1,14 +1,14 @@
-"""The system call filter: what ordinary programs need is allowed, and all else is refused.
+"""The system call filter: allows the calls that ordinary programs need, and rejects all others.
 
-    wrong architecture -> killed      x32, clone3, calls that no list has -> ENOSYS (the C library then uses another)
-    a call of syscalls.REFUSED -> EPERM
-    a call of syscalls.ALLOWED -> allowed, or looked at by its arguments: new namespaces, devices, terminals, families
+    wrong architecture -> killed      x32, clone3, calls in no list -> ENOSYS (the C library then uses another)
+    a call of syscall_list.REFUSED -> EPERM
+    a call of syscall_list.ALLOWED -> allowed, or checked by arguments: new namespaces, devices, terminals, families
     and protocols of sockets, personalities, and limits and priorities of pid 1
 
-The numbers are looked up by a binary search over ranges with the same answer, some nine comparisons deep. The kernel
-remembers which calls are allowed whatever their arguments, and does not run the filter for those.
+A binary search over ranges with the same action finds the number, with some nine comparisons. The kernel caches which
+calls are allowed with any arguments, and skips the filter for those.
 
-Built by hand as classic BPF; standard library only.
+Generated directly as classic BPF; standard library only.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _NR, _ARCH, _ARGS = 0, 4, 16
 _NEW_NAMESPACES = 0x7E020000
 _CLONE_NEWTIME = 0x80
 _X32 = 0x40000000
-_FARTHEST = 255  # instructions that a conditional jump can pass over
+_FARTHEST = 255  # maximum distance of a conditional jump in instructions
 
 _ARCHES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-# Of sockets of IPv4 and IPv6: none given, ICMP, TCP, UDP, ICMPv6. Others load modules: SCTP, MPTCP, UDP-Lite.
+# Protocols of IPv4 and IPv6 sockets: default, ICMP, TCP, UDP, ICMPv6. Others load modules: SCTP, MPTCP, UDP-Lite.
 _PROTOCOLS = (0, 1, 6, 17, 58)
 _UNIX, _INTERNET, _NETLINK = 1, (2, 10), 16
 _PERSONALITIES = (0x0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)
-_TERMINAL_IOCTLS = (0x5412, 0x541C, 0x5423)  # TIOCSTI, TIOCLINUX, TIOCSETD: it loads modules for line disciplines
+_TERMINAL_IOCTLS = (0x5412, 0x541C, 0x5423)  # TIOCSTI, TIOCLINUX, TIOCSETD (loads modules for line disciplines)
 _PID_1 = 1
 _ITSELF = 0
 
@@ -44,21 +44,21 @@ Code = list[Instruction]
 
 
 def supported(machine: str | None = None) -> bool:
-    """Whether there is a table for this machine."""
+    """Whether there is a table for this architecture."""
     return (machine or platform.machine()) in _ARCHES
 
 
 def inspected() -> frozenset[str]:
-    """Names of the calls that are allowed with some arguments only."""
+    """Names of the calls that are allowed with certain arguments only."""
     return frozenset(_by_arguments())
 
 
 def build(machine: str | None = None, *, shared: bool = False, sockets: bool = True) -> bytes:
     """The filter as packed instructions, ready for the kernel.
 
-    shared: for a sandbox without namespaces: nothing that would reach into the host's IPC, tell of its files, or reach
-    other processes of its user, and no unix sockets but pairs, as those of the host could be called. sockets: whether
-    there are others.
+    shared: for a sandbox without namespaces: denies access to the host's IPC, to information about its files and to
+    other processes of its user, and unix sockets except pairs, because those of the host would be reachable. sockets:
+    whether other sockets are allowed.
     """
     machine = machine or platform.machine()
     code: Code = [_load(_ARCH), (_JEQ, 1, 0, _ARCHES[machine]), _ret(_KILL), _load(_NR)]
@@ -68,11 +68,11 @@ def build(machine: str | None = None, *, shared: bool = False, sockets: bool = T
     return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
 
 
-# ---- the walls, by name
+# ---- rules by name ----
 
 
 def _verdicts(machine: str, *, shared: bool, sockets: bool) -> dict[int, Code]:
-    """What happens with each call, by its number; with a number that is not there, ENOSYS."""
+    """The action per call number; unknown numbers get ENOSYS."""
     looked_at = _by_arguments()
     if shared:
         looked_at |= _without_namespaces(sockets)
@@ -86,7 +86,7 @@ def _verdicts(machine: str, *, shared: bool, sockets: bool) -> dict[int, Code]:
 
 
 def _by_arguments() -> dict[str, Code]:
-    """The calls that are allowed with some arguments only."""
+    """The calls that are allowed with certain arguments only."""
     return {
         "clone": _refuse_flags(0, _NEW_NAMESPACES),
         "unshare": _refuse_flags(0, _NEW_NAMESPACES | _CLONE_NEWTIME),
@@ -100,20 +100,20 @@ def _by_arguments() -> dict[str, Code]:
 
 
 def _not_of_pid_1() -> dict[str, Code]:
-    """Limits, CPUs and priorities of pid 1 stay as they are: it has the same user as root inside, and a program that
-    takes its files or its time away would end the sandbox, as if its machine had failed."""
+    """Deny changes to limits, CPUs and priorities of pid 1. pid 1 has the same user as root inside, and a program that
+    takes its descriptors or its CPU time would end the sandbox with the appearance of a machine failure."""
     mine: Code = [_load(_argument(0)), *_refuse_values((_PID_1,)), _ret(_ALLOW)]
     return {
         "prlimit64": [_load(_argument(0)), (_JEQ, 1, 0, _PID_1), _ret(_ALLOW), *_reading_only(2)],
         "sched_setaffinity": mine, "sched_setscheduler": mine, "sched_setparam": mine, "sched_setattr": mine,
-        # Of one process, and not of all of a group or a user, among which pid 1 is.
+        # One process only, not a group or a user, which may include pid 1.
         "setpriority": [*_only(0, 0), _load(_argument(1)), *_refuse_values((_PID_1,)), _ret(_ALLOW)],
         "ioprio_set": [*_only(0, 1), _load(_argument(1)), *_refuse_values((_PID_1,)), _ret(_ALLOW)],
     }
 
 
 def _without_namespaces(sockets: bool) -> dict[str, Code]:
-    """The calls that are refused, or looked at more closely, where the host's names and processes are seen."""
+    """The calls that are denied, or checked further, where the host's names and processes are visible."""
     itself: Code = [*_only(0, _ITSELF), _ret(_ALLOW)]
     return {
         **{name: [_refuse()] for name in syscall_list.IPC | syscall_list.INOTIFY},
@@ -126,9 +126,10 @@ def _without_namespaces(sockets: bool) -> dict[str, Code]:
 
 
 def _sockets(*, unix: bool) -> Code:
-    """Internet sockets of the usual protocols, unix sockets, and netlink for routes; no packet, vsock or crypto.
+    """Internet sockets of the usual protocols, unix sockets, and netlink for routes; no packet, vsock or crypto
+    sockets.
 
-    Of netlink's other protocols the kernel seems to know nothing: useradd and su then go on without its audit.
+    Other netlink protocols appear unknown to the kernel: useradd and su then continue without its audit.
     """
     unknown = _refuse(errno.EPROTONOSUPPORT)
     internet = [_load(_argument(2)), *_allow_values(_PROTOCOLS), unknown]
@@ -142,7 +143,7 @@ def _no_devices(argument: int) -> Code:
     return [_load(_argument(argument)), (_AND, 0, 0, 0o170000), *_refuse_values((0o020000, 0o060000)), _ret(_ALLOW)]
 
 
-# ---- instructions
+# ---- instructions ----
 
 
 def _load(offset: int) -> Instruction:
@@ -150,7 +151,7 @@ def _load(offset: int) -> Instruction:
 
 
 def _argument(index: int) -> int:
-    """Offset of the low half of an argument; both machines are little-endian."""
+    """Offset of the low half of an argument; both architectures are little-endian."""
     return _ARGS + 8 * index
 
 
@@ -175,7 +176,7 @@ def _allow_values(values: Iterable[int]) -> Code:
 
 
 def _only(argument: int, value: int) -> Code:
-    """Go on when the argument, of 32 bits, is this value; refuse all else."""
+    """Continue when the 32-bit argument has this value; reject all others."""
     return [_load(_argument(argument)), (_JEQ, 1, 0, value), _refuse()]
 
 
@@ -186,7 +187,7 @@ def _reading_only(argument: int) -> Code:
 
 
 def _ranges(verdicts: dict[int, Code]) -> list[tuple[int, Code]]:
-    """(first number, what happens), in order: neighbours with the same answer in one."""
+    """(first number, action) in order; neighbors with the same action are merged."""
     unknown: Code = [_refuse(errno.ENOSYS)]
     found: list[tuple[int, Code]] = []
     for number in range(max(verdicts) + 2):
@@ -197,7 +198,7 @@ def _ranges(verdicts: dict[int, Code]) -> list[tuple[int, Code]]:
 
 
 def _search(ranges: list[tuple[int, Code]]) -> Code:
-    """The code of the range that the accumulator is in."""
+    """The code of the range that contains the accumulator."""
     if len(ranges) == 1:
         return ranges[0][1]
     half = len(ranges) // 2

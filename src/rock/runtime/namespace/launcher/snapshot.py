@@ -1,10 +1,14 @@
-"""The zygote's memory as a file: what the zygote has written so far becomes a private mapping of a memory file.
+"""The zygote's memory as a memory file that all pid 1 processes share, and the warm-up of the interpreter before it.
 
-    memory ── write ──► memory file, then sealed ──► mapped privately over the same memory, and once more to be read
+    memory ── write ──► memory file, then sealed ──► mapped privately over the same memory, and again read-only
 
-Each pid 1 is forked of it, so it has the file's pages where it wrote nothing, and can go back to them
-(guest/init/sharing.py). Nothing of the process may run between the copy and the mapping: both are system calls of a
-table that compiled code makes (native/zygote.c). Standard library only.
+Each forked pid 1 shares the file's pages where it wrote nothing, and can return to them (guest/init/sharing.py). No
+code of the process may run between the copy and the mapping: both are system calls of a table that compiled code
+executes (native/zygote.c).
+
+`rehearse` performs the first work of every pid 1 in the zygote. The interpreter writes into code, types and caches
+until it has specialized them; without the warm-up each pid 1 would have private copies of those pages. The warm-up
+reads no file of this machine, whose content would be in the memory of every pid 1. Standard library only.
 """
 
 from __future__ import annotations
@@ -37,16 +41,16 @@ _MOST_REGIONS = 60  # four calls for each, in one area of zygote.py
 _LITTLE = 64 << 10  # bytes
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
-Call = tuple[int, ...]  # number, six arguments, and the result without which there is no going on
+Call = tuple[int, ...]  # number, six arguments, and the required result
 
 
 class Snapshot:
-    """Of this process, which has one thread. OSError where it cannot be had.
+    """A snapshot of this process, which must have one thread. OSError where the kernel lacks support.
 
-    fd: an empty memory file, which is only needed while the calls are made.
-    calls: in order; nothing must run in this process after the first and before the last.
-    optional: how many of them, the last, need not be made.
-    regions: what `sharing.Sweep` goes through.
+    fd: an empty memory file, needed only while the calls run.
+    calls: in order; no other code of this process may run after the first and before the last.
+    optional: how many of the last calls may fail.
+    regions: the input of `sharing.PageSharing`.
     """
 
     def __init__(self, fd: int) -> None:
@@ -67,8 +71,8 @@ class Snapshot:
             self.regions.append((start, length // PAGE, mirror + offset))
             offset += length
         seal = (_FCNTL, fd, fcntl.F_ADD_SEALS, _SEALS, 0, 0, 0, 0)
-        # The page table is filled (Linux 5.14), and one byte of each region written, as it was: so a fork copies the
-        # table, and a child need not find each page by a fault of its own.
+        # Fills the page table (Linux 5.14), and writes one byte of each region unchanged. A fork then copies the table,
+        # and a child does not take a fault per page.
         touches = [(_PREAD, fd, mapping[1], 1, mapping[6], 0, 0, 1) for mapping in mappings]
         looks = [(_MADVISE, start, end - start, _POPULATE_READ, 0, 0, 0, 0) for start, end in found]
         self.calls: list[Call] = [*copies, seal, *mappings, *touches, *looks]
@@ -76,9 +80,9 @@ class Snapshot:
 
 
 def _regions() -> list[tuple[int, int]]:
-    """Start and end of the private memory that we may write and have used, the largest `_MOST_REGIONS` pieces.
+    """Start and end of the used private writable memory: the `_MOST_REGIONS` largest pieces.
 
-    Not the stack, on which the calls are made, nor what the kernel writes to by itself.
+    Excludes the stack, on which the calls run, and memory to which the kernel writes by itself.
     """
     low, high = _thread_area()
     found: list[tuple[int, int]] = []
@@ -93,7 +97,7 @@ def _regions() -> list[tuple[int, int]]:
 
 
 def _used(start: int, end: int) -> list[tuple[int, int]]:
-    """Pieces of some memory that are in use, with what is between them when that is little."""
+    """The used pieces of a memory range, merged across small gaps."""
     if start >= end:
         return []
     there = kernel.resident(start, end - start)
@@ -107,29 +111,23 @@ def _used(start: int, end: int) -> list[tuple[int, int]]:
 
 
 def _thread_area() -> tuple[int, int]:
-    """The pages about the C library's notes on this thread, where the kernel tells on which processor it runs."""
+    """The pages around the C library's thread area, where the kernel writes the current CPU number."""
     location = ctypes.CDLL(None).__errno_location
     location.restype = ctypes.c_void_p
     page = int(location()) & -PAGE
     return page - 2 * PAGE, page + 3 * PAGE
 
 
-# ---- rehearsal ----
-#
-# What every pid 1 does first, done by the zygote before its memory becomes a file: what Python works out on the way is
-# then in the file, for all.
-#
-# The interpreter writes into code, types and caches as it meets them, until it has settled; each pid 1 would have those
-# pages to itself. No file of this machine is read: it would be in the memory of every pid 1. Standard library only.
+# ---- warm-up ----
 
-_TIMES = 10  # the interpreter has settled on how to run a function after eight
+_TIMES = 10  # the interpreter specializes a function after eight calls
 _PATIENCE = 2.0  # seconds for all of it
 _PROGRAM = "/bin/true"
-_ENVIRONMENT = {"HOME": "/", "PATH": "/usr/bin:/bin"}  # without a HOME it would be looked up
+_ENVIRONMENT = {"HOME": "/", "PATH": "/usr/bin:/bin"}  # without HOME it would read the user database
 
 
 class _Rehearsed(pid1.Init):
-    """An Init that serves one connection, of its own process."""
+    """An Init that serves one connection of its own process."""
 
     def __init__(self) -> None:
         super().__init__(None, os.geteuid(), outside=False)
@@ -140,7 +138,7 @@ class _Rehearsed(pid1.Init):
         self.end = time.monotonic() + _PATIENCE
 
     def ask(self, **request: object) -> None:
-        """Have a request served; what is answered does not matter."""
+        """Have a request served; the reply is ignored."""
         self.number += 1
         self.ours.send(json.dumps({"id": self.number, **request}).encode())
         while time.monotonic() < self.end:
@@ -172,9 +170,9 @@ class _Rehearsed(pid1.Init):
 
 
 def rehearse() -> None:
-    """In a process without children that is to be copied. Without it the copies are larger."""
+    """Warm up a process without children before it is copied. Without it the private memory of each copy is larger."""
     files, mask = resource.getrlimit(resource.RLIMIT_NOFILE), os.umask(0o022)
-    buried = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a pid is then its program's until we ask for its end
+    buried = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a pid is then not reused until it is reaped
     try:
         _play()
     finally:

@@ -1,15 +1,15 @@
-"""Which system calls a program in a sandbox may make, by name, and their numbers on each machine.
+"""The system calls that a program in a sandbox may make, by name, and their numbers per architecture.
 
-    ALLOWED     what ordinary programs need: the kernel looks at it; for some names seccomp.py looks at arguments first
-    REFUSED     what has opened sandboxes before, or asks for rights that nobody inside has -> EPERM
+    ALLOWED     needed by ordinary programs; seccomp.py checks the arguments of some calls first
+    REFUSED     used in past sandbox escapes, or requires rights that no process inside has -> EPERM
     all others  newer than this list, obsolete, or optional -> ENOSYS, upon which libraries use an older call
 
-A call that is in neither list is therefore refused until somebody adds it here. Standard library only.
+A call in neither list is rejected until it is added here. Standard library only.
 """
 
 from __future__ import annotations
 
-# In the order of their numbers, from 0 on; "-" where there is none.
+# In the order of their numbers, from 0 on; "-" for unused numbers.
 _X86_64 = """
     read write open close stat fstat lstat poll lseek mmap mprotect munmap brk rt_sigaction rt_sigprocmask
     rt_sigreturn ioctl pread64 pwrite64 readv writev access pipe select sched_yield mremap msync mincore madvise
@@ -80,7 +80,7 @@ _COMMON = """
     statmount listmount lsm_get_self_attr lsm_set_self_attr lsm_list_modules mseal setxattrat getxattrat listxattrat
     removexattrat open_tree_attr file_getattr file_setattr listns
 """
-_COMMON_FIRST = 424  # from here on both machines have the same numbers
+_COMMON_FIRST = 424  # from here on both architectures have the same numbers
 
 
 def _numbers(low: str) -> dict[str, int]:
@@ -92,8 +92,8 @@ def _names(*texts: str) -> frozenset[str]:
     return frozenset(name for text in texts for name in text.split())
 
 
-# 335 and 336 are the kernel's own, for breakpoints in traced programs. Linux 6.14 and later never show them to a
-# filter; a program that calls them is killed.
+# The kernel uses 335 and 336 for breakpoints in traced programs. Linux 6.14 and later never pass them to a filter; a
+# program that calls them is killed.
 NUMBERS = {"x86_64": _numbers(_X86_64) | {"uretprobe": 335, "uprobe": 336}, "aarch64": _numbers(_AARCH64)}
 
 _FILES = """

@@ -1,8 +1,8 @@
 """User namespaces: uid 0 inside is an ordinary, otherwise unused uid outside. Standard library only.
 
-As root each sandbox gets a range of 65536 ids of its own, whose first id is also the creator of its namespace: what the
-kernel counts for a user is then counted for this sandbox alone (runtime/namespace/limits/counters.py). The namespace
-of a range is made once, by a child that only lives until the mapping is written, and kept as a descriptor.
+As root, each sandbox gets its own range of 65536 ids. The first id is also the creator of its namespace, so the
+kernel's per-user counters count this sandbox only (runtime/namespace/limits/counters.py). The namespace of a range is
+created once, by a child that exits when the mapping is written, and is held as a descriptor.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ MOST = ((1 << 32) - 2 - FIRST) // RANGE
 
 
 class Ranges:
-    """Descriptors of user namespaces by their first id; the least recently made go first when there are many."""
+    """Descriptors of user namespaces by their first id; the oldest are closed first when there are many."""
 
     def __init__(self, *, single: bool, settings: dict[str, int] | None = None, keep: int = 512) -> None:
-        """single: there is one id to map, our own; then a range is only a number. settings: of each namespace, as
-        `counters.write` takes them."""
+        """single: there is only the server's own id to map; a range is then only a number. settings: of each namespace,
+        as `counters.write` takes them."""
         self._single = single
         self._settings = settings or {}
         self._keep = keep
@@ -44,9 +44,10 @@ class Ranges:
 
 
 def make(uid_map: str, gid_map: str, creator: int | None = None, settings: dict[str, int] | None = None) -> int:
-    """A new user namespace with these maps, as a descriptor. Needs CAP_SETUID and CAP_SETGID out here.
+    """A new user namespace with these maps, as a descriptor. Requires CAP_SETUID and CAP_SETGID outside.
 
-    creator: the user id to whom the kernel charges what is made in it; None is our own. settings: see `counters.write`.
+    creator: the user id that the kernel charges for its resources; None is the server's own. settings: see
+    `counters.write`.
     """
     reading, writing = os.pipe2(os.O_CLOEXEC)
     pid = _fork(creator)
@@ -54,7 +55,7 @@ def make(uid_map: str, gid_map: str, creator: int | None = None, settings: dict[
         status = 1
         try:
             os.close(writing)
-            os.read(reading, 1)  # until the parent has written the maps, or is gone
+            os.read(reading, 1)  # until the parent has written the maps, or has ended
             counters.write(settings or {})
             status = 0
         finally:
@@ -75,24 +76,24 @@ def make(uid_map: str, gid_map: str, creator: int | None = None, settings: dict[
 
 
 def _fork(creator: int | None) -> int:
-    """A child in a new user namespace; the kernel takes the effective user for who created it."""
+    """A child in a new user namespace; the kernel records the effective user as its creator."""
     if creator is None:
         return kernel.fork_into(kernel.CLONE_NEWUSER)
     own, permitted = os.geteuid(), kernel.permitted()
     pid = -1
     try:
         os.seteuid(creator)
-        kernel.capset(permitted)  # a host may forbid user namespaces to those without capabilities
+        kernel.capset(permitted)  # a host may deny user namespaces to processes without capabilities
         pid = kernel.fork_into(kernel.CLONE_NEWUSER)
     finally:
-        if pid:  # the child is nobody in there until its map is written, and stays what it is
+        if pid:  # the child is unmapped until its map is written, and must keep its ids
             os.seteuid(own)
             kernel.capset(permitted)
     return pid
 
 
 def become_root(uid: int, gid: int) -> None:
-    """After unshare(CLONE_NEWUSER): map the one id that an ordinary user may map, to 0."""
+    """After unshare(CLONE_NEWUSER): map the single id that an ordinary user may map to 0."""
     _write("/proc/self/setgroups", "deny")
     _write("/proc/self/uid_map", f"0 {uid} 1\n")
     _write("/proc/self/gid_map", f"0 {gid} 1\n")

@@ -1,13 +1,13 @@
-"""The zygote: a copy of the launcher that never runs Python again, from which all sandboxes' pid 1 are forked.
+"""The zygote: a copy of the launcher that never runs Python again, from which every pid 1 is forked.
 
     launcher ── address of an area ──► zygote: clone ── child: the area's system calls, then back into Python ──► pid 1
        ▲ ◄────── the same address ────────┘
 
-A Python process writes into most pages that it uses, if only to count references. Whoever is forked from the busy
-launcher keeps the old versions of all those pages: 1.5 MB a sandbox. The zygote waits in compiled code instead
-(native/zygote.c), so that its pages stay shared by all sandboxes. It has the launcher's descriptors (CLONE_FILES) and a
-piece of shared memory, the areas, in which the launcher writes what a child has to do first. Without the compiled code
-the launcher forks by itself: the same with more memory. Standard library only.
+A Python process writes into most pages that it uses, because it counts references. A fork of the busy launcher retains
+the old versions of all those pages: 1.5 MB per sandbox. The zygote waits in compiled code instead (native/zygote.c), so
+its pages stay shared by all sandboxes. It shares the launcher's descriptors (CLONE_FILES) and a memory mapping of
+areas, in which the launcher writes the first actions of a child. Without the compiled code the launcher forks by
+itself, which takes more memory. Standard library only.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from rock.runtime.namespace.launcher.snapshot import Snapshot
 AREA = 16_384
 _AREAS = 32
 _HEAD = 24  # bytes: clone flags, number of rows, pid of the child
-_ROW = 64  # bytes: number, six arguments, result; before that is known, whether it matters
-_NOTE = 64  # bytes at the end of an area, for what the child has to know
+_ROW = 64  # bytes: number, six arguments, result; before the call, whether it is required
+_NOTE = 64  # bytes at the end of an area, for data for the child
 _CLONE_FILES = 0x400
 _UNWRITTEN, _UNWRITTEN_OPTIONAL = 1 << 40, 1
-OPTIONAL = "if it can be had"  # what a row is for that may fail
+OPTIONAL = "if it can be had"  # purpose of a row that may fail
 _WORD = (1 << 64) - 1
 
-Row = tuple[str, tuple[int, ...]]  # what it is for, and the number and arguments of the call
+Row = tuple[str, tuple[int, ...]]  # purpose, and the number and arguments of the call
 
 
 class Area:
-    """A piece of shared memory for one child: its calls, the strings that they point to, and the launcher's note."""
+    """Shared memory for one child: its calls, the strings that they point to, and the launcher's note."""
 
     def __init__(self, address: int) -> None:
         self.address = address
@@ -48,7 +48,7 @@ class Area:
         self._used = _NOTE
 
     def put(self, data: bytes) -> int:
-        """Place a string; answers its address, the same in the child."""
+        """Store a string; returns its address, which is the same in the child."""
         self._used += len(data) + 1
         place = self.address + AREA - self._used
         ctypes.memmove(place, data + b"\0", len(data) + 1)
@@ -65,7 +65,7 @@ class Area:
         return int(struct.unpack("q", ctypes.string_at(self.address + 16, 8))[0])
 
     def seal(self, flags: int, note: bytes) -> None:
-        """Write it all down, for a clone with these flags."""
+        """Write the content, for a clone with these flags."""
         packed = b"".join(
             struct.pack("8Q", *_fill(call), _UNWRITTEN_OPTIONAL if what == OPTIONAL else _UNWRITTEN)
             for what, call in self.rows)
@@ -76,22 +76,23 @@ class Area:
         ctypes.memmove(self.address + AREA - _NOTE, note, len(note))
 
     def reason(self, index: int) -> tuple[str, int]:
-        """What the row was for that failed, and the error number."""
+        """The purpose of the failed row, and the errno."""
         return self.rows[index][0], -self.result(index)
 
 
 def _failed(area: Area) -> int:
-    """Which row of a child failed: none was made after it."""
+    """The index of a child's failed row: later rows did not run."""
     count = int(struct.unpack("Q", ctypes.string_at(area.address + 8, 8))[0])
     return next((index for index in reversed(range(count)) if area.result(index) < 0), count - 1)
 
 
 class Zygote:
-    """Made by the launcher once it is ready to be copied.
+    """Started by the launcher once it is ready to be copied.
 
-    live: run in each child, with the launcher's note, the index of the call that failed, or -1, and what lets go of
-    pages that are as the zygote has them, or None. rehearse: run in the zygote before it waits, for its children. join:
-    run there too, or else in each child: puts it into the groups of all sandboxes.
+    live: runs in each child, with the launcher's note, the index of the failed call or -1, and the function that
+        releases unchanged pages, or None.
+    rehearse: runs in the zygote before it waits, for the benefit of its children.
+    join: runs there too, or otherwise in each child: joins the cgroups shared by all sandboxes.
     """
 
     def __init__(self, live: Callable[[bytes, int, PageSharing | None], None], rehearse: Callable[[], None],
@@ -108,7 +109,7 @@ class Zygote:
 
     @property
     def full(self) -> bool:
-        """Whether as many children are on their way as there is room for."""
+        """Whether all areas are in use."""
         return not self._free
 
     def _start(self) -> None:
@@ -124,7 +125,7 @@ class Zygote:
             try:
                 kernel.prctl(kernel.PR_SET_PDEATHSIG, signal.SIGKILL)
                 signal.set_wakeup_fd(-1)
-                signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries its children
+                signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps its children
                 self._join()
                 if os.getppid() == launcher and self._library is not None:
                     self._snapshot(file)
@@ -143,8 +144,8 @@ class Zygote:
                 os.close(file)
 
     def _snapshot(self, file: int) -> None:
-        """Have the zygote's memory made a file's, by the compiled code. Without it each child has more of its own."""
-        with contextlib.suppress(Exception):  # this must never be why there is no zygote
+        """Move the zygote's memory into a file, by the compiled code. Without it each child has more private memory."""
+        with contextlib.suppress(Exception):  # a failure must not prevent the start of the zygote
             with contextlib.suppress(Exception):
                 self._rehearse()
             snapshot = Snapshot(file)
@@ -155,14 +156,14 @@ class Zygote:
             self._sweep, self._left_at_most = PageSharing(snapshot.regions), snapshot.optional
 
     def area(self) -> Area:
-        """Room for a child, to be freed when the child is ready or gone."""
+        """An area for a child; freed when the child is ready or gone."""
         return Area(self._free.pop())
 
     def free(self, area: Area) -> None:
         self._free.append(area.address)
 
     def clone(self, area: Area, flags: int, note: bytes) -> int:
-        """Start the child of an area, with new namespaces; answers its pid."""
+        """Start the child of an area, with new namespaces; returns its pid."""
         area.seal(flags, note)
         pid = self._by_zygote(area) if self._library is not None else self._by_fork(area, flags)
         if pid < 0:
@@ -179,13 +180,13 @@ class Zygote:
         return area.pid()
 
     def _is_dead(self) -> bool:
-        """Whether it was killed while it had nothing to do."""
+        """Whether it was killed while idle."""
         poll = select.poll()
         poll.register(self._pidfd, select.POLLIN)
         return bool(poll.poll(0))
 
     def _answer(self) -> None:
-        """Wait until the zygote has done what it was to do."""
+        """Wait until the zygote has completed its request."""
         poll = select.poll()
         poll.register(self._reply, select.POLLIN)
         poll.register(self._pidfd, select.POLLIN)
@@ -200,11 +201,11 @@ class Zygote:
         self._pid = 0
 
     def close(self) -> None:
-        """End it, and be gone when this returns. Of a launcher that is killed it would go a moment later."""
+        """End the zygote and wait for its exit. After a kill of the launcher it exits slightly later."""
         if self._pid:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-            with contextlib.suppress(ChildProcessError):  # it was killed before, and is buried
+            with contextlib.suppress(ChildProcessError):  # it was killed before, and is reaped
                 os.waitpid(self._pid, 0)
             self._bury()
 
@@ -221,7 +222,7 @@ class Zygote:
 
     @staticmethod
     def _run(area: Area) -> int:
-        """The rows, from Python; answers the index of the one that failed, or -1."""
+        """Run the rows from Python; returns the index of the failed one, or -1."""
         for index in range(len(area.rows)):
             result = kernel.call(*struct.unpack("7q", ctypes.string_at(area.row(index), 56)))
             ctypes.memmove(area.row(index) + 56, struct.pack("q", result), 8)
@@ -230,7 +231,7 @@ class Zygote:
         return -1
 
     def _go_on(self, area: Area, failed: int) -> None:
-        """In a child: let go of the shared memory, and live."""
+        """In a child: unmap the shared memory and call `live`."""
         note = ctypes.string_at(area.address + AREA - _NOTE, _NOTE)
         kernel.munmap(self._base, AREA * (_AREAS + 1))
         whole = self._sweep is not None and struct.unpack_from("Q", self._control, 24)[0] <= self._left_at_most
@@ -242,7 +243,7 @@ def _fill(call: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _memory_file() -> int:
-    """An empty memory file that can be sealed; -1 where there is none."""
+    """An empty sealable memory file; -1 without kernel support."""
     try:
         return os.memfd_create("rock", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     except OSError:

@@ -1,9 +1,9 @@
-"""Control groups, version 1, version 2 and both at once: found by trying, one folder a controller and sandbox.
+"""Control groups, version 1, version 2 and hybrid: detected by trial, one folder per controller and sandbox.
 
     <controller's tree>/<our own cgroup, or the root>/rock-<hash of run_dir>/<slot>
 
-The parent is ours alone, so what a crash left behind is found by its name. Standard library only: the
-launcher uses it too.
+The parent belongs to one server, so remains of a crash are found by its name. Standard library only: the launcher uses
+it too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PERIOD = 100_000  # microseconds
 
 @dataclass(frozen=True)
 class Controller:
-    """Where one controller's groups are made: `parent` is our folder in its tree."""
+    """The location of one controller's groups: `parent` is the server's folder in its tree."""
 
     controller: str
     version: int
@@ -30,13 +30,13 @@ class Controller:
 
 @dataclass(frozen=True)
 class Cgroups:
-    """The controllers that can be used here, and why the others cannot."""
+    """The usable controllers, and the reasons for which others are unusable."""
 
     places: Mapping[str, Controller] = field(default_factory=dict)
     reasons: Mapping[str, str] = field(default_factory=dict)
 
     def folders(self, slot: str) -> dict[str, str]:
-        """The folder of a sandbox by controller; with version 2 they are one."""
+        """The folder of a sandbox per controller; with version 2 they are the same."""
         return {name: f"{place.parent}/{slot}" for name, place in self.places.items()}
 
     def version(self, controller: str) -> int | None:
@@ -44,7 +44,7 @@ class Cgroups:
         return place.version if place else None
 
     def limits(self, slot: str, memory: int, cpus: float, weight: float, pids: int) -> list[tuple[str, str]]:
-        """Files to write and their values, in order. memory in bytes, cpus a hard cap, weight its usual share."""
+        """Files to write and their values, in order. memory in bytes, cpus a hard cap, weight the default share."""
         files: list[tuple[str, str]] = []
         folders = self.folders(slot)
         if "memory" in folders:
@@ -69,7 +69,7 @@ class Cgroups:
 
 
 def join(folders: list[str], pid: int) -> None:
-    """Make these groups and put a process into them; the kernel counts what it starts as well."""
+    """Create these groups and move a process into them; its future children are counted as well."""
     for folder in dict.fromkeys(folders):
         try:
             os.mkdir(folder)
@@ -88,7 +88,7 @@ def write(path: str, value: str) -> None:
 
 
 def write_limits(files: list[tuple[str, str]]) -> None:
-    """Write limits. memsw is missing without swap accounting, and cannot be under the memory limit meanwhile."""
+    """Write limits. memsw is missing without swap accounting, and must never be below the memory limit."""
     for path, value in files:
         optional = path.endswith(("memory.memsw.limit_in_bytes", "memory.swap.max", "memory.oom.group"))
         try:
@@ -96,7 +96,7 @@ def write_limits(files: list[tuple[str, str]]) -> None:
         except OSError:
             if optional:
                 continue
-            if path.endswith("memory.limit_in_bytes"):  # raising it: the sum with swap goes first
+            if path.endswith("memory.limit_in_bytes"):  # raising it: memory plus swap goes first
                 write(path.replace("memory.limit", "memory.memsw.limit"), value)
                 write(path, value)
                 continue
@@ -104,7 +104,7 @@ def write_limits(files: list[tuple[str, str]]) -> None:
 
 
 def read_text(path: str) -> str:
-    """A control file's text; empty when it is not there."""
+    """A control file's text; empty when the file is missing."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -123,7 +123,7 @@ def read_value(path: str) -> int | None:
 
 
 def read_field(path: str, name: str) -> int | None:
-    """A line "name number" of a control file."""
+    """The number of a line "name number" of a control file."""
     for line in read_text(path).splitlines():
         key, _, value = line.partition(" ")
         if key == name and value.strip().isdigit():
@@ -132,19 +132,19 @@ def read_field(path: str, name: str) -> int | None:
 
 
 def oom_kills(memory_folder: str) -> int:
-    """How many processes the kernel killed for memory in a group; 0 when it cannot be read."""
+    """How many processes the kernel killed for memory in a group; 0 when unreadable."""
     return (read_field(f"{memory_folder}/memory.oom_control", "oom_kill")
             or read_field(f"{memory_folder}/memory.events", "oom_kill") or 0)
 
 
 def lift_cpus(folders: list[str]) -> None:
-    """Let what is left in these groups have all the time it wants: a hundred killed processes that share a twentieth
-    of a CPU take seconds to end."""
+    """Remove the CPU limit of these groups: a hundred killed processes that share a twentieth of a CPU take seconds to
+    exit."""
     for folder in dict.fromkeys(folders):
         for name, value in (("cpu.cfs_quota_us", b"-1"), ("cpu.max", b"max")):
             try:
                 fd = os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CLOEXEC)
-            except OSError:  # of the other version, or of another controller
+            except OSError:  # belongs to the other version, or to another controller
                 continue
             with contextlib.suppress(OSError):
                 os.write(fd, value)
@@ -152,13 +152,13 @@ def lift_cpus(folders: list[str]) -> None:
 
 
 def remove_empty(folders: list[str]) -> bool:
-    """Remove groups in which nothing is left; False when one stays."""
+    """Remove empty groups; False when one remains."""
     left = [folder for folder in dict.fromkeys(folders) if not _rmdir(folder)]
     return not left
 
 
 def remove(folders: list[str], patience: float = 5.0) -> list[str]:
-    """Kill what is left in these groups and remove them; answers those that could not be removed."""
+    """Kill the processes in these groups and remove them; returns the groups that could not be removed."""
     end = time.monotonic() + patience
     left = list(dict.fromkeys(folders))
     pause = 0.001
@@ -174,7 +174,7 @@ def remove(folders: list[str], patience: float = 5.0) -> list[str]:
 
 
 def remove_parents(groups: Cgroups) -> None:
-    """Remove our own folders where no sandbox is left in them; `discover` makes them again."""
+    """Remove the server's folders without sandboxes; `discover` creates them again."""
     for place in groups.places.values():
         _rmdir(place.parent)
 
@@ -198,11 +198,11 @@ def _kill_members(folder: str) -> None:
             os.kill(int(line), 9)
 
 
-# ---- finding out what can be used ----
+# ---- detection ----
 
 
 def discover(run_dir: str) -> Cgroups:
-    """Find for each controller a place where groups can be made, by making one; the parents exist afterwards."""
+    """Find a location for each controller by creating a group; the parents exist afterwards."""
     name = _name(run_dir)
     own = _own_groups()
     places: dict[str, Controller] = {}
@@ -227,7 +227,7 @@ def discover(run_dir: str) -> Cgroups:
 
 
 def shared_folder(run_dir: str, controller: str) -> str | None:
-    """Where a version 1 group for all sandboxes together is to be; None where the controller is not there."""
+    """The location of a version 1 group for all sandboxes together; None without the controller."""
     tree = _trees((controller,)).get(controller)
     if tree is None or tree[2] != 1:
         return None
@@ -239,7 +239,7 @@ def _name(run_dir: str) -> str:
 
 
 def _candidates(tree: tuple[str, str, int], controller: str, own: Mapping[str, str]) -> list[str]:
-    """Folders in which ours may be made: our own group's, and the root of what is mounted."""
+    """Candidate parents: the server's own group, and the root of the mounted hierarchy."""
     mount_point, root, version = tree
     path = own.get(controller if version == 1 else "", "/")
     inside = os.path.relpath(path, root) if path.startswith(root) else "."
@@ -247,7 +247,7 @@ def _candidates(tree: tuple[str, str, int], controller: str, own: Mapping[str, s
 
 
 def _own_groups() -> dict[str, str]:
-    """Our own cgroup by version 1 controller; "" is that of version 2."""
+    """The server's own cgroup per version 1 controller; "" is that of version 2."""
     found = {}
     for line in read_text("/proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -257,7 +257,7 @@ def _own_groups() -> dict[str, str]:
 
 
 def _trees(wanted: Sequence[str]) -> dict[str, tuple[str, str, int]]:
-    """Mount point, its root within the hierarchy, and version, by controller."""
+    """Mount point, its root within the hierarchy, and version, per controller."""
     found: dict[str, tuple[str, str, int]] = {}
     for line in _mountinfo():
         left, _, right = line.partition(" - ")
@@ -280,7 +280,7 @@ def _mountinfo() -> list[str]:
 
 
 def _try_place(candidate: str, name: str, controller: str, version: int) -> str | None:
-    """None when a group with this controller can be made under `candidate`, else why not."""
+    """None when a group with this controller can be created under `candidate`, else the reason."""
     parent = f"{candidate}/{name}"
     probe = f"{parent}/probe-{os.getpid()}"
     try:

@@ -1,12 +1,12 @@
-"""Limits of what the kernel counts per user, so that one sandbox never uses up those of the host or of a neighbour.
+"""Limits of per-user kernel counters, so that one sandbox cannot exhaust those of the host or of another sandbox.
 
 The kernel charges inotify instances and watches, pending signals and POSIX timers, message queues and locked memory to
-the user inside and, for each user namespace on the way up, to the user who created that namespace. Two walls follow:
+the user inside and, for each parent user namespace, to its creator. Two mechanisms follow:
 
     namespaces   the creator of a sandbox's user namespace is the first id of its own range (userns.make), so that no
-                 other sandbox, and not root, has the same account
-    userns       there is one user for all of them: the launcher's namespace gets three quarters of the user's limits,
-                 and each sandbox an eighth
+                 other sandbox, and not root, shares the account
+    userns       all sandboxes share one user: the launcher's namespace gets three quarters of the user's limits, and
+                 each sandbox an eighth
 
 Standard library only.
 """
@@ -17,7 +17,7 @@ import contextlib
 import resource
 
 _SETTINGS = ("max_inotify_instances", "max_inotify_watches")
-# The most that any sandbox has, whatever the limits of the server are.
+# The maximum per sandbox, independent of the server's limits.
 _MOST = {resource.RLIMIT_SIGPENDING: 32_768, resource.RLIMIT_MSGQUEUE: 819_200, resource.RLIMIT_MEMLOCK: 8 << 20}
 _ALL_SANDBOXES, _ONE_SANDBOX = 0.75, 0.125
 
@@ -25,9 +25,9 @@ Rlimits = list[tuple[int, int]]
 
 
 class Counters:
-    """Made by the launcher before it leaves the host's user namespace, whose limits it reads.
+    """Created by the launcher before it leaves the host's user namespace, whose limits it reads.
 
-    own_account: each sandbox's user namespace has a creator of its own.
+    own_account: each sandbox's user namespace has its own creator.
     """
 
     def __init__(self, *, own_account: bool) -> None:
@@ -36,7 +36,7 @@ class Counters:
         self._limits = {name: min(value, _hard(name)) for name, value in _MOST.items()}
 
     def limit_launcher(self) -> None:
-        """Limit what all sandboxes together have of a shared account; before the launcher's namespace is made."""
+        """Limit the total of all sandboxes on a shared account; call before the launcher's namespace is created."""
         if not self._own_account:
             for name in self._limits:
                 most = _hard(name)
@@ -44,12 +44,12 @@ class Counters:
                 resource.setrlimit(name, (share, share))
 
     def settings_of_all(self) -> dict[str, int]:
-        """Settings of the launcher's user namespace, to be written in it."""
+        """Settings of the launcher's user namespace, to be written inside it."""
         return {} if self._own_account else {
             name: int(value * _ALL_SANDBOXES) for name, value in self._settings.items()}
 
     def settings_of_one(self) -> dict[str, int]:
-        """Settings of a sandbox's user namespace, to be written in it."""
+        """Settings of a sandbox's user namespace, to be written inside it."""
         return {} if self._own_account else {
             name: max(1, int(value * _ONE_SANDBOX)) for name, value in self._settings.items()}
 
@@ -75,7 +75,7 @@ def _read(name: str) -> int | None:
 
 
 def write(settings: dict[str, int]) -> None:
-    """Set them in the user namespace of this process. OSError from a kernel or a host that refuses it."""
+    """Apply them in the user namespace of this process. OSError when the kernel or the host denies it."""
     for name, value in settings.items():
         with open(f"/proc/sys/user/{name}", "w", encoding="ascii") as file:
             file.write(str(value))

@@ -1,11 +1,11 @@
-"""Which devices of the host any sandbox may open, and how much its use of disks counts: a second line behind mounts
-without devices and the missing right to make one.
+"""Device access and disk I/O weight of all sandboxes: a second line of defense behind mounts without devices and the
+missing right to create one.
 
-    version 1   one group of `devices`, and one of `blkio`, for all sandboxes: the zygote joins it, so that each pid 1
-                is born in it and a create costs nothing more
-    version 2   a program at the folder in which the groups of the sandboxes are, and io.weight there
+    version 1   one group of `devices`, and one of `blkio`, for all sandboxes: the zygote joins them, so each pid 1
+                starts inside and a create has no extra cost
+    version 2   a BPF program at the parent folder of the sandboxes' groups, and io.weight there
 
-As an ordinary user, and where a host refuses it, neither is there. Standard library only.
+Unavailable as an ordinary user, and where the host denies it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rock.runtime.namespace.limits import cgroups
 # Character devices by number; None is every minor: null zero full random urandom, tty, ptmx, terminals
 ALLOWED: tuple[tuple[int, int | None], ...] = (
     (1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (5, 0), (5, 2), (136, None))
-_WEIGHT = "100"  # of 1000, or of 10000: as any other program of the machine
+_WEIGHT = "100"  # of 1000, or of 10000: the default weight
 _BPF = {"x86_64": 321, "aarch64": 280}
 _PROG_LOAD, _PROG_ATTACH, _CGROUP_DEVICE_TYPE, _CGROUP_DEVICE = 5, 8, 15, 6
 _CHARACTER, _MAKE = 2, 1  # kinds of devices, and of access
@@ -31,7 +31,7 @@ _libc.syscall.restype = ctypes.c_long
 
 
 class SharedGroups:
-    """The groups that all sandboxes of a server are in, made by its launcher."""
+    """The cgroups of all sandboxes of a server, created by its launcher."""
 
     def __init__(self, run_dir: str) -> None:
         self.folders: list[str] = []
@@ -49,20 +49,20 @@ class SharedGroups:
                         cgroups.write(f"{folder}/{name}", _WEIGHT)
 
     def join(self) -> None:
-        """Put this process, and what it will start, into them."""
+        """Move this process and its future children into them."""
         for folder in self.folders:
             with contextlib.suppress(OSError):
                 cgroups.write(f"{folder}/cgroup.procs", "0")
 
     def remove(self) -> None:
-        """Remove them where no sandbox is left in them."""
+        """Remove them when they contain no sandbox."""
         for folder in self.folders:
             with contextlib.suppress(OSError):
                 os.rmdir(folder)
 
 
 def remove_shared(run_dir: str) -> None:
-    """Remove the groups of a server's sandboxes where none is left: its launcher may have ended before the last one."""
+    """Remove empty groups of a server's sandboxes: its launcher may have ended before the last sandbox."""
     for controller in ("devices", "blkio"):
         folder = cgroups.shared_folder(run_dir, controller)
         if folder is not None:
@@ -71,14 +71,14 @@ def remove_shared(run_dir: str) -> None:
 
 
 def _limit(folder: str) -> None:
-    """Version 1: nothing but what is allowed."""
+    """Version 1: deny everything that is not allowed."""
     cgroups.write(f"{folder}/devices.deny", "a")
     for major, minor in ALLOWED:
         cgroups.write(f"{folder}/devices.allow", f"c {major}:{'*' if minor is None else minor} rw")
 
 
 def limit_folder(folder: str) -> None:
-    """Version 2: the same for all groups below a folder. OSError where the kernel or the host refuses it."""
+    """Version 2: the same for all groups below a folder. OSError when the kernel or the host denies it."""
     code = program()
     kept = ctypes.create_string_buffer(code, len(code))
     licence = ctypes.create_string_buffer(b"GPL")
@@ -96,7 +96,7 @@ def limit_folder(folder: str) -> None:
 
 
 def program() -> bytes:
-    """What the kernel runs when a device is opened or made: 1 for allowed devices that are not made, else 0."""
+    """The BPF program that the kernel runs when a device is opened or created: 1 to open allowed devices, else 0."""
     # Registers 2 to 4: the kind of device and the access, the major and the minor number
     code = [_instruction(0x61, 2, 1, 0), _instruction(0x61, 3, 1, 4), _instruction(0x61, 4, 1, 8),
             _instruction(0xBF, 5, 2), _instruction(0x57, 5, value=0xFFFF), _instruction(0x77, 2, value=16)]

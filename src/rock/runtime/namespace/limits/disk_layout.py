@@ -1,8 +1,8 @@
-"""The disk under the run folders: what makes thousands of short-lived small files cheap on it, the files that hold the
-disks of sandboxes with a limit (disk_quota.py mounts them), and what was written.
+"""The disk under the run folders: ext4 directory placement, disk images of sandboxes with a limit, and measured usage.
 
-`python -I -S disk_layout.py` adds up the files of sandboxes, for disk_quota.py: it reads a list of [folder, limit,
-pid, cgroup] and writes a line [folder, bytes, seconds] for each, all as JSON. Standard library only."""
+disk_quota.py mounts the disk images. `python -I -S disk_layout.py` adds up the files of sandboxes for disk_watch.py: it
+reads a list of [folder, limit, pid, cgroup] and writes a line [folder, bytes, seconds] for each, all as JSON. Standard
+library only."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _GET_FLAGS, _SET_FLAGS, _TOP_OF_TREE = 0x80086601, 0x40086602, 0x20000
 
 
 def spread(folder: str) -> None:
-    """Have the folders below put all over an ext4 without a journal; nothing elsewhere.
+    """Distribute the folders below over the block groups of an ext4 without a journal; no effect elsewhere.
 
-    Such a file system does not use the inodes again that were given up in the last minutes, and looks at each of them
-    for every new file of the same block group: at a hundred sandboxes a second that takes a third of all time.
+    Such a file system does not reuse inodes that were freed in the last minutes, and examines each of them for every
+    new file of the same block group. At a hundred sandboxes per second that takes a third of all time.
     """
     with contextlib.suppress(OSError):
         if not _lacks_journal(folder):
@@ -54,7 +54,7 @@ def _lacks_journal(folder: str) -> bool:
 
 
 def make_file(slot: str, size: int, inodes: int) -> None:
-    """The file system in a file, sparse. Blocking; some 20 ms. OSError when it cannot be made."""
+    """Create the file system in a sparse file. Blocking; some 20 ms. OSError on failure."""
     program = shutil.which("mke2fs", path=PATH)
     if program is None:
         raise OSError(errno.ENOENT, "mke2fs (of e2fsprogs) is not installed")
@@ -73,9 +73,9 @@ def make_file(slot: str, size: int, inodes: int) -> None:
 
 
 def written(folder: str) -> int | None:
-    """Bytes on disk of all below a guest's folder; None where that would take long, or cannot be read. Blocking.
+    """Bytes on disk below a guest's folder; None when the scan would take long, or fails. Blocking.
 
-    Hard links count as often as they are found.
+    Hard links are counted once per name.
     """
     total, looked_at = 0, 0
     todo: list[int] = []
@@ -103,7 +103,7 @@ def written(folder: str) -> int | None:
 
 
 def deleted(pids: Iterable[int]) -> int:
-    """Bytes of files on disk that have no name any more and that these processes have open. Blocking."""
+    """Bytes of deleted files that these processes hold open. Blocking."""
     found: dict[tuple[int, int], int] = {}
     for pid in pids:
         folder = f"/proc/{pid}/fd"
@@ -118,7 +118,7 @@ def deleted(pids: Iterable[int]) -> int:
 
 
 def _tree(pid: int, group: str) -> list[int]:
-    """The processes of a sandbox: those of its cgroup, or else those below its pid 1."""
+    """The processes of a sandbox: those of its cgroup, or otherwise those below its pid 1."""
     if group:
         with contextlib.suppress(OSError):
             return [int(line) for line in Path(f"{group}/cgroup.procs").read_text().split()]
@@ -132,7 +132,7 @@ def _tree(pid: int, group: str) -> list[int]:
 
 
 def _whole(folder: str, limit: int) -> int:
-    """Bytes below a folder, each file once and each name as some; stops above the limit. Follows no link."""
+    """Bytes below a folder, each file once plus a constant per name; stops above the limit. Follows no link."""
     total, linked = 0, set()
     todo: list[tuple[int, list[str]]] = [(os.open(folder, _FOLDER), [])]
     todo[0][1].extend(_names(todo[0][0]))
@@ -147,7 +147,7 @@ def _whole(folder: str, limit: int) -> int:
             total += _NAME
             if info.st_nlink < 2 or stat.S_ISDIR(info.st_mode) or info.st_ino not in linked:
                 total += info.st_blocks * 512
-            if len(todo) > _DEEPEST:  # no path leads there; it would hide what is in it
+            if len(todo) > _DEEPEST:  # no path reaches it, so it could hide its content
                 total = limit + 1
             elif stat.S_ISDIR(info.st_mode):
                 below = os.open(name, _FOLDER, dir_fd=fd)
@@ -166,7 +166,7 @@ def _names(fd: int) -> list[str]:
 
 
 def _see_all() -> None:
-    """As an ordinary user: be root over one's own files, so that no mode of a folder hides what is in it."""
+    """As an ordinary user: become root over one's own files, so that no mode of a folder hides its content."""
     uid, gid = os.geteuid(), os.getegid()
     if uid and ctypes.CDLL(None).unshare(0x10000000) == 0:  # CLONE_NEWUSER
         for name, text in (("setgroups", "deny"), ("uid_map", f"0 {uid} 1"), ("gid_map", f"0 {gid} 1")):
@@ -177,13 +177,13 @@ def main() -> None:
     os.nice(19)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    # Processes first: those of a sandbox are out of reach of a user namespace beside its own.
+    # Processes first: a sibling user namespace cannot access those of a sandbox.
     specs = [(folder, limit, deleted(_tree(pid, group))) for folder, limit, pid, group in json.load(sys.stdin)]
     with contextlib.suppress(OSError):
         _see_all()
     for folder, limit, removed in specs:
         started = time.monotonic()
-        with contextlib.suppress(OSError):  # it is gone
+        with contextlib.suppress(OSError):  # the folder is gone
             size = _whole(folder, limit) + removed
             sys.stdout.write(json.dumps([folder, size, time.monotonic() - started]) + "\n")
             sys.stdout.flush()

@@ -1,10 +1,11 @@
-"""A disk of its own for a sandbox that has a limit: an ext4 in a file, by a loop device, or a tmpfs.
+"""A dedicated disk for a sandbox with a disk limit: an ext4 image on a loop device, or a tmpfs.
 
-    loop   <slot>/disk, made by mke2fs in the server (disk_layout.py); the launcher mounts it. Takes root and a loop
-    device. tmpfs  in memory, and so part of the memory limit. Takes nothing, as an ordinary user neither.
+    loop   <slot>/disk, made by mke2fs in the server (disk_layout.py); the launcher mounts it. Requires root and a loop
+           device.
+    tmpfs  in memory, and part of the memory limit. Requires nothing, also as an ordinary user.
 
-It is mounted in the sandbox's mount namespace alone and goes with that, however the sandbox ends. Nobody inside reaches
-the file or the device, so the file system that the kernel reads was written by the kernel. Standard library only.
+It is mounted in the sandbox's mount namespace only and disappears with it, however the sandbox ends. No process inside
+can access the image or the device, so only the kernel has written the file system that it reads. Standard library only.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _TRIES = 16
 
 
 def mount(slot: str, disk: dict[str, Any]) -> int:
-    """The disk as a detached mount. In the launcher. disk: way, bytes, inodes."""
+    """The disk as a detached mount. Runs in the launcher. disk: mechanism, bytes, inodes."""
     if disk["way"] == "tmpfs":
         options = {"size": str(disk["bytes"]), "nr_inodes": str(disk["inodes"]), "mode": "755"}
         return kernel.new_mount("tmpfs", options, _SAFE)
@@ -36,7 +37,7 @@ def mount(slot: str, disk: dict[str, Any]) -> int:
 
 
 def _attach(path: str) -> tuple[int, str]:
-    """A loop device over a file, which lets go of it when its last user does: its descriptor and its name."""
+    """A loop device over a file, detached after its last use: its descriptor and its name."""
     backing = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     control = -1
     try:
@@ -51,7 +52,7 @@ def _attach(path: str) -> tuple[int, str]:
                 return device, name
             except OSError as error:
                 os.close(device)
-                if error.errno != errno.EBUSY:  # somebody else took it in between
+                if error.errno != errno.EBUSY:  # another process took it in between
                     raise
         raise OSError(errno.EBUSY, "no loop device is free")
     finally:

@@ -1,12 +1,13 @@
-"""Disk limits in the server: which kinds of disk this host can give, and a watch over sandboxes without one.
+"""Disk limits in the server: the mechanisms that this host supports, and a monitor of sandboxes without a dedicated
+disk.
 
-`Disks` finds by a trial which disks with a limit this host can give. `DiskWatch` measures sandboxes that have no disk
-of their own and ends one that is over its limit:
+`Disks` tests which mechanisms for a disk limit this host supports. `DiskWatch` measures sandboxes without a dedicated
+disk and ends one that exceeds its limit:
 
-    due (it used CPU since, and its turn has come) -> one process of low priority adds up the files of all that are due
+    due (it used CPU since, and its turn has come) -> one low-priority process adds up the files of all due sandboxes
 
-It costs nothing at the create. A sandbox may be over its limit by what it writes between two looks: there is one in two
-seconds for small trees, and fewer for large ones, as all looks together take at most a twentieth of one CPU.
+It adds no work to a create. A sandbox may exceed its limit by what it writes between two measurements: small trees are
+measured every two seconds and large ones less often, because all measurements use at most a twentieth of one CPU.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ _WAYS: tuple[Way, ...] = ("loop", "tmpfs")
 
 
 class Disks:
-    """attempt: makes and removes a sandbox with a disk of this way; RockError when that fails.
+    """attempt: creates and removes a sandbox with a disk of this mechanism; RockError on failure.
 
-    way: how a disk is held here, once one was asked for; "none" when it cannot be. trying: the way of such an attempt.
+    way: the detected mechanism; "none" when there is none. trying: the mechanism under test.
     """
 
     def __init__(self, attempt: Callable[[str], Awaitable[None]]) -> None:
@@ -44,7 +45,7 @@ class Disks:
         self._gate = asyncio.Lock()
 
     async def choose(self, config: SandboxConfig) -> None:
-        """Raise Unsupported when this disk cannot be given."""
+        """Raise Unsupported when this disk cannot be provided."""
         async with self._gate:
             if self._reasons is None:
                 await self._find()
@@ -69,18 +70,18 @@ class Disks:
         self._reasons = reasons
 
     async def prepare(self, folder: str, config: SandboxConfig) -> None:
-        """Make what the launcher will mount, in a sandbox's run folder. OSError when that fails."""
+        """Create the files that the launcher will mount, in a sandbox's run folder. OSError on failure."""
         if self._current() == "loop":
             await asyncio.to_thread(disk_layout.make_file, folder, config.disk_bytes, config.disk_inodes)
 
     def spec(self, config: SandboxConfig) -> dict[str, Any] | None:
-        """For the launcher."""
+        """The disk's specification for the launcher."""
         if config.disk is None:
             return None
         return {"way": self._current(), "bytes": config.disk_bytes, "inodes": config.disk_inodes}
 
     def in_memory(self, config: SandboxConfig) -> int:
-        """Bytes of its memory limit that its disk may take."""
+        """Bytes of its memory limit that its disk may use."""
         return config.disk_bytes if config.disk is not None and self.way == "tmpfs" else 0
 
     def _current(self) -> str:
@@ -88,14 +89,14 @@ class Disks:
 
 
 _EVERY = 2.0  # seconds
-_SHARE = 20  # of the time that looks took, until the next ones
+_SHARE = 20  # pause after a measurement, as a multiple of its duration
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Held:
-    """A sandbox whose files are measured. folder: of its files. limit: bytes. processes: the folder of its pids cgroup,
-    or "". cpu: the file that counts its CPU time, or "". end: is called when it is over the limit."""
+    """A sandbox whose files are measured. folder: its files. limit: bytes. processes: the folder of its pids cgroup, or
+    "". cpu: the file with its CPU time, or "". end: called when it exceeds the limit."""
 
     folder: str
     pid: int
@@ -106,12 +107,12 @@ class Held:
 
 
 class DiskWatch:
-    """Of the sandboxes that `held` gives, asked again for each look."""
+    """Monitors the sandboxes that `held` returns, which is called for each measurement."""
 
     def __init__(self, held: Callable[[], Sequence[Held]]) -> None:
         self._held = held
         self._task: asyncio.Task[None] | None = None
-        self._due: dict[str, tuple[float, str]] = {}  # by folder: its next turn, and the CPU time that it had used
+        self._due: dict[str, tuple[float, str]] = {}  # by folder: its next turn, and its CPU time at the last one
 
     def start(self) -> None:
         if self._task is None:
@@ -131,13 +132,13 @@ class DiskWatch:
             self._due = {folder: due for folder, due in self._due.items() if folder in held}
             try:
                 await self._look([one for one in held.values() if self._is_due(one, started)])
-            except (OSError, ValueError) as error:  # as of a host without memory for a process: the next look is soon
+            except (OSError, ValueError) as error:  # such as a host without memory for a process: retried soon
                 _log.warning("the disk use of sandboxes could not be measured: %s", error)
             await asyncio.sleep((time.monotonic() - started) * _SHARE)
 
     def _is_due(self, one: Held, now: float) -> bool:
         due, before = self._due.get(one.folder, (0.0, ""))
-        return now >= due and (not before or before != _used(one))  # who did not run has not written
+        return now >= due and (not before or before != _used(one))  # a sandbox without CPU use has not written
 
     async def _look(self, due: Sequence[Held]) -> None:
         if not due:

@@ -1,4 +1,6 @@
-"""How a sandbox's limits are held, and what it uses: by cgroups, or without them by watching, affinity and rlimits."""
+"""Enforces and measures limits of sandboxes: by cgroups, otherwise by monitoring, CPU affinity and rlimits.
+
+`MemoryWatch` enforces memory limits on hosts without a memory cgroup."""
 
 from __future__ import annotations
 
@@ -21,19 +23,19 @@ from rock.runtime.namespace.limits import cgroups
 
 Watched = Mapping[int, tuple[int, Callable[[], None]]]
 
-_MOST_FILES = 4096  # of a process that are looked at
+_MOST_FILES = 4096  # maximum inspected files of a process
 _PAGE = os.sysconf("SC_PAGESIZE")
 
 
 @dataclass(frozen=True)
 class Limiter:
-    """The ways in which this host holds limits."""
+    """The mechanisms by which this host enforces limits."""
 
     groups: cgroups.Cgroups
     _cpus: Any = field(default_factory=lambda: itertools.cycle(sorted(os.sched_getaffinity(0))))
 
     def enforced(self) -> dict[str, Enforced]:
-        """For each limit how it is held here, as `Handle.enforced` tells it."""
+        """The mechanism per limit on this host, for `Handle.enforced`."""
         def by(controller: str, otherwise: Enforced) -> Enforced:
             version = self.groups.version(controller)
             return otherwise if version is None else "cgroup-v1" if version == 1 else "cgroup-v2"
@@ -46,18 +48,18 @@ class Limiter:
         return self.groups.limits(slot, config.memory_bytes, hard, config.cpus, config.pids)
 
     def affinity(self, config: SandboxConfig) -> list[int] | None:
-        """CPUs to run on, where no cgroup holds the limit: whole ones, given out in turn."""
+        """CPUs to run on, where no cgroup enforces the limit: whole ones, assigned round-robin."""
         if self.groups.version("cpu") is not None:
             return None
         count = min(math.ceil(config.limit_cpus or config.cpus), len(os.sched_getaffinity(0)))
         return [next(self._cpus) for _ in range(count)]
 
     def processes(self, config: SandboxConfig) -> int:
-        """RLIMIT_NPROC where no cgroup holds the limit, else 0. Counted by the sandbox's user namespace."""
+        """RLIMIT_NPROC where no cgroup enforces the limit, else 0. Counted by the sandbox's user namespace."""
         return 0 if self.groups.version("pids") is not None else config.pids
 
     def apply(self, slot: str, pid: int, config: SandboxConfig, before: SandboxConfig) -> None:
-        """Change the limits of a sandbox that runs already. OSError when one cannot be set."""
+        """Change the limits of a running sandbox. OSError when one cannot be set."""
         known = set(self.files(slot, before))
         cgroups.write_limits([file for file in self.files(slot, config) if file not in known])
         affinity, processes = self.affinity(config), self.processes(config)
@@ -68,7 +70,7 @@ class Limiter:
 
 
 def usage(folders: Mapping[str, str], pid: int, kills: int) -> Usage:
-    """What a sandbox uses, from its cgroups where it has them and from /proc else. Blocking."""
+    """Resource usage of a sandbox, from its cgroups if any, otherwise from /proc. Blocking."""
     whole = "pids" in folders and "memory" in folders
     tree = [] if whole else list(process_tree.descendants(process_tree.scan(), pid))
     memory, cpuacct, cpu = folders.get("memory", ""), folders.get("cpuacct", ""), folders.get("cpu", "")
@@ -97,13 +99,13 @@ def _first(*values: int | None) -> int | None:
 
 
 def resident(pid: int) -> int:
-    """Bytes of memory that a process has mapped and present, shared ones in full; 0 when it is gone."""
+    """Resident memory of a process in bytes, shared pages in full; 0 when it is gone."""
     fields = cgroups.read_text(f"/proc/{pid}/statm").split()
     return int(fields[1]) * _PAGE if len(fields) > 1 else 0
 
 
 def shared_out(pid: int) -> int:
-    """The same with shared pages split among those who share them; dearer to find out."""
+    """The same with shared pages divided among their users (PSS); slower to read."""
     for line in cgroups.read_text(f"/proc/{pid}/smaps_rollup").splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) << 10
@@ -111,9 +113,9 @@ def shared_out(pid: int) -> int:
 
 
 def files_in_memory(pids: Iterable[int]) -> dict[int, int]:
-    """Bytes of the files in memory (memfd) that these processes have open, by the file's number, each once.
+    """Bytes of the memory files (memfd) that these processes hold open, by inode, each once.
 
-    What of them is mapped counts twice, as mapped memory too; a limit may be reached a little early by it."""
+    Mapped parts count twice, as resident memory too; a limit may therefore be reached slightly early."""
     found: dict[int, int] = {}
     for pid in pids:
         folder = f"/proc/{pid}/fd"
@@ -127,7 +129,7 @@ def files_in_memory(pids: Iterable[int]) -> dict[int, int]:
 
 
 def _cpu_seconds(pid: int, tree: list[process_tree.Entry]) -> float:
-    """CPU time of all that live and, through those who waited for them, of all that ended."""
+    """CPU time of all living processes and, through their reaping parents, of all ended ones."""
     ticks = 0
     for number in (pid, *(entry.pid for entry in tree)):
         fields = cgroups.read_text(f"/proc/{number}/stat").rpartition(")")[2].split()
@@ -137,11 +139,11 @@ def _cpu_seconds(pid: int, tree: list[process_tree.Entry]) -> float:
 
 
 def watch(watched: Watched, *, files: bool = False) -> None:
-    """Kill the largest processes of each sandbox that is over its limit. Blocking.
+    """Kill the largest processes of each sandbox that exceeds its limit. Blocking.
 
-    watched: by pid 1, the bytes that its tree may have, and what is called before one of it is killed, so that it is
-    known when the end is seen. files: look for files in memory too, which is dearer. One look at /proc serves all; what
-    is shared is only split when the plain sum is too high.
+    watched: by pid 1, the limit of its process tree in bytes, and a callback before each kill, so that the cause is
+    known when the exit is seen. files: include memory files, which is slower. One scan of /proc serves all sandboxes;
+    PSS is read only when the plain sum exceeds the limit.
     """
     table = process_tree.scan()
     for pid, (limit, tell) in watched.items():
@@ -163,17 +165,15 @@ def watch(watched: Watched, *, files: bool = False) -> None:
             total -= size
 
 
-# ---- memorywatch ----
-#
-# Memory limits where no cgroup holds them: looked after from here.
+# ---- memory monitor ----
 
 _EVERY = 0.25  # seconds
-_FILES_EVERY = 8  # looks: files in memory are dearer to find
+_FILES_EVERY = 8  # scans: memory files are slower to find
 _log = logging.getLogger(__name__)
 
 
 class MemoryWatch:
-    """Of the sandboxes that `watched` gives, asked again for each look; see `limits.watch`."""
+    """Monitors the sandboxes that `watched` returns, which is called for each scan; see `watch`."""
 
     def __init__(self, name: str, watched: Callable[[], Watched]) -> None:
         self._name = name
@@ -181,7 +181,7 @@ class MemoryWatch:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Once it was started, again does nothing."""
+        """Start the monitor; no effect when it runs."""
         if self._task is None:
             self._task = asyncio.create_task(self._watch(), name=f"{self._name} memory watch")
 
@@ -199,5 +199,5 @@ class MemoryWatch:
                 continue
             try:
                 await asyncio.to_thread(watch, watched, files=turn % _FILES_EVERY == 0)
-            except OSError:  # as of a host that is out of descriptors for a moment: the limits hold again after it
+            except OSError:  # such as a temporary lack of descriptors: enforcement continues afterwards
                 _log.exception("the memory of sandboxes could not be looked at")
