@@ -15,18 +15,18 @@ from tools.layout import Cycle, Layout, back_edges
 # rock.sync is generated and is not counted. largest_folder: files of one folder, __init__.py and sub-folders not
 # counted. cycles: with type-only imports; modules_in_cycles: their members.
 CEILINGS = {
-    "modules": 395,
+    "modules": 394,
     "largest_module_lines": 600,
-    "largest_folder": 21,
-    "folders_above_20": 1,
+    "largest_folder": 20,
+    "folders_above_20": 0,
     "small_modules": 39,  # below 60 lines
-    "type_checking_blocks": 36,
-    "type_only_imports": 45,
+    "type_checking_blocks": 35,
+    "type_only_imports": 44,
     "function_imports": 64,
-    "cycles": 6,
-    "modules_in_cycles": 24,
+    "cycles": 5,
+    "modules_in_cycles": 22,
     "runtime_cycles": 0,
-    "cycles_with_function_imports": 7,
+    "cycles_with_function_imports": 6,
 }
 
 

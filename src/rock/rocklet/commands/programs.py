@@ -105,8 +105,8 @@ class Execution:
             reader.resume()
 
     def let_go(self) -> None:
-        """The server is about to stop: `run` raises Detached and leaves the program running, with what it writes from now
-        on in its pipes. Not one that is still being given its input: nobody could go on with that."""
+        """The server is about to stop: `run` raises Detached and the program continues. Its further output stays in its
+        pipes. A program that still receives its input is not detached: the next rocklet could not continue that."""
         if not self._fed or self._leaving:
             return
         self._leaving = True
