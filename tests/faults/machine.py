@@ -519,7 +519,7 @@ class FaultMachine(RuleBasedStateMachine):
             found = Counter(self.world.look(model.id, "cat $HOME/fault || true").split())
         except Lost as error:
             if self._explained(model, error):
-                return  # and nobody can look into it any more
+                return  # no request can check it
             raise
         asked = Counter(effect.key for effect in model.effects)
         if model.damaged:

@@ -154,7 +154,7 @@ def test_a_session_is_opened_once(worlds: Make, point: str) -> None:
 
 
 def test_a_command_after_one_whose_end_is_damaged(worlds: Make) -> None:
-    """The shell was taken to run the first one, nobody went on with the second, and its retry ran it again."""
+    """The shell was assumed to run the first one. The second one was not continued, and its retry ran it again."""
     world = worlds("process")
     path = {"sandbox_id": make(world, "damaged end")["sandbox_id"], "session": "default"}
     world.ask("run", {"command": "true"}, "the first", **path)
@@ -218,7 +218,7 @@ def test_a_store_that_fails_after_it_has_saved(worlds: Make, action: str) -> Non
 @pytest.mark.parametrize("action", ["full", "error"])
 @pytest.mark.parametrize("kind", ["process", "joined"])
 def test_a_stop_that_a_store_saves_before_it_fails(worlds: Make, kind: str, action: str) -> None:
-    """The client got an error, and the sandbox stayed in the state "stopping" until somebody asked to stop it again."""
+    """The client got an error, and the sandbox stayed in the state "stopping" until the next stop."""
     world = worlds(kind)
     info = make(world, f"stopping-{kind}-{action}")
     world.server.faults(f"store.saved={action}@1")

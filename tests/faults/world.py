@@ -308,10 +308,10 @@ class World:
             body = json.dumps({"command": ["sh", "-c", command], "timeout": 25})
             connection.request(route.method, route.url(sandbox_id=sandbox_id), body, headers)
             answer = connection.getresponse()
-            told = json.loads(answer.read())
+            body = json.loads(answer.read())
         if answer.status >= 300:
-            raise from_wire(told, answer.status)
-        return str(told["stdout"])
+            raise from_wire(body, answer.status)
+        return str(body["stdout"])
 
     def launchers(self, server: Server | None = None) -> list[int]:
         """Pids of the children of a server that holds sandboxes: of the namespace runtime that is its launcher."""

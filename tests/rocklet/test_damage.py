@@ -153,7 +153,7 @@ def test_keys_are_refused_after_a_second_restart(tmp_path: Path) -> None:
 
 
 def test_a_command_begun_before_another_one_whose_end_is_damaged(tmp_path: Path) -> None:
-    """Two commands of one session are begun: nobody goes on with one of them, and it was begun again."""
+    """Two commands of one session are begun. One of them was not continued and was begun again."""
     folder = tmp_path / "a"
     spools = SpoolFolder(folder)
     spools.make()

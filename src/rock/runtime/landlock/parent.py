@@ -1,10 +1,10 @@
 """The parent process of a Landlock sandbox: `python -I -S parent.py OPTIONS`. Standard library only.
 
-    server ── warden ── pid 1 (guest/init/pid1.py), restricted by Landlock, a filter and limits ── programs
+    server ── parent ── pid 1 (guest/init/pid1.py), restricted by Landlock, a filter and limits ── programs
                 └── subreaper: adopts orphans, so that no process of the sandbox escapes it
 
-The warden runs as root and the sandbox as a user of its own, so the sandbox cannot signal it. When pid 1 ends, the
-warden kills the remaining processes and exits.
+The parent runs as root and the sandbox as a user of its own, so the sandbox cannot signal it. When pid 1 ends, the
+parent kills the remaining processes and exits.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Runtime "landlock": for hosts that forbid user namespaces, such as the inside of a container with default settings.
 
-A sandbox is a folder of the host and a process tree under a warden (parent.py). Landlock shows it the machine's own
+A sandbox is a folder of the host and a process tree under a supervisor process (parent.py). Landlock shows it the machine's own
 system read-only and its folder writable, confines signals, and denies TCP. A seccomp filter denies all sockets, and
 system calls as in the other runtimes. Each sandbox has a user id of its own, which protects what Landlock does not
 cover (modes and owners of files, processes of the same user); this requires root. The isolation is weaker than
@@ -159,13 +159,13 @@ class LandlockRuntime(ProcessRuntime):
                                     "network": config.network, "memory": config.memory_bytes}
             write_record(folder, data)
             self._make_home(home, uid)
-            pid = self._start_warden(folder, home, uid, config)
+            pid = self._start_parent(folder, home, uid, config)
             link = InitLink.connect(folder, id)
             self._links[slot] = link
             reply, _ = await link.request("hello", patience=config.startup_timeout)
             entry = process_tree.read(pid)
             if entry is None:
-                raise errors.StartFailed(f"its warden ended at once: {_log_of(folder)}", sandbox_id=id)
+                raise errors.StartFailed(f"its supervisor process ended at once: {_log_of(folder)}", sandbox_id=id)
             data |= {"pid": pid, "start": entry.start, "init": int(reply["pid"])}
             enforced = dict(_ENFORCED)
             if config.nofile is not None:
@@ -193,7 +193,7 @@ class LandlockRuntime(ProcessRuntime):
         os.chown(home / "tmp", uid, uid)
         os.chown(home, uid, uid)
 
-    def _start_warden(self, folder: Path, home: Path, uid: int, config: SandboxConfig) -> int:
+    def _start_parent(self, folder: Path, home: Path, uid: int, config: SandboxConfig) -> int:
         cpus = min(-int(-(config.limit_cpus or config.cpus) // 1), len(os.sched_getaffinity(0)))
         listener = bind_listener(folder)
         with listener, open(folder / "log", "ab") as log:
