@@ -1,11 +1,10 @@
 """Runtime "landlock": for hosts that forbid user namespaces, such as the inside of a container with default settings.
 
-A sandbox is a folder of the host and a process tree under a supervisor process (parent.py). Landlock shows it the machine's own
-system read-only and its folder writable, confines signals, and denies TCP. A seccomp filter denies all sockets, and
-system calls as in the other runtimes. Each sandbox has a user id of its own, which protects what Landlock does not
-cover (modes and owners of files, processes of the same user); this requires root. The isolation is weaker than
-namespaces (docs/security.md), so the runtime must be selected by name.
-"""
+A sandbox is a folder of the host and a process tree under a supervisor process (parent.py). Landlock shows it the
+machine's own system read-only and its folder writable, confines signals, and denies TCP. A seccomp filter denies all
+sockets, and system calls as in the other runtimes. Each sandbox has a user id of its own, which protects what
+Landlock does not cover (modes and owners of files, processes of the same user); this requires root. The isolation is
+weaker than namespaces (docs/security.md), so the runtime must be selected by name."""
 
 from __future__ import annotations
 
