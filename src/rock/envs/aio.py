@@ -138,7 +138,7 @@ class AsyncEnv(Generic[_Env]):
 
 
 async def _exchanged(pipes: LocalTransport, ask: EnvironmentCall, parts: list[Any]) -> tuple[int, memoryview]:
-    """Exchange over the pipes, waiting on the event loop. Raises TransportUnavailable, or the environment's last error."""
+    """Exchange over the pipes, waiting on the event loop. TransportUnavailable, or the environment's last error."""
     pipes.begin(ask.op, ask.index, parts)
     try:
         while (found := pipes.poll()) is None:
