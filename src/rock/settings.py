@@ -139,7 +139,7 @@ def client_file(path: str) -> dict[str, str]:
     """The variables from ROCK's client configuration: an INI file with [rock] base_url and [rock.extra_headers].
     ValueError states what is wrong with it."""
     parser = configparser.ConfigParser(interpolation=None)
-    parser.optionxform = str  # type: ignore[assignment]  # header names keep their letters
+    parser.optionxform = str  # type: ignore[assignment]  # preserve header case
     try:
         with open(Path(path).expanduser(), encoding="utf-8") as file:
             parser.read_file(file)

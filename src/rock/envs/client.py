@@ -429,7 +429,7 @@ class Leases:
             self._wake.wait(shortest / _RENEWALS)
             self._wake.clear()
             self.renew()
-            time.sleep(min(1.0, shortest / _RENEWALS / 2))  # environments that are made together are renewed together
+            time.sleep(min(1.0, shortest / _RENEWALS / 2))  # groups simultaneous creates in one renewal
 
     def renew(self) -> None:
         """Renew all leases. A failed renewal is retried the next time."""

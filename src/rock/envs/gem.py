@@ -1,4 +1,4 @@
-"""Environments as GEM has them: `make`, `reset`, `step`, `close`. Blocking, and safe to use from many threads.
+"""The blocking interface of GEM: `make`, `reset`, `step`, `close`. Thread-safe.
 
 env = rock.make("game:Sokoban-v0-easy")
 observation, info = env.reset(seed=42)

@@ -1,5 +1,7 @@
-"""Small files that are replaced at once: a crash leaves the old one or the new one. Not synced, as sandboxes end with
-the machine too."""
+"""Atomic replacement of small files, and the errors of a full or failing disk. A crash leaves the old or the new file.
+
+Replacements are not synced, because sandboxes end with the machine too.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +19,16 @@ _SUM_LENGTH = len(_SUM) + 8 + len('"}')
 
 
 class Damaged(ValueError):
-    """A file does not hold what was written."""
+    """The content of a file does not match its checksum."""
 
 
 def summed(text: str) -> str:
-    """The text of a JSON object with the checksum of that text as its last member."""
+    """Serialize a JSON object, with the checksum of the text as its last member."""
     return f'{text[:-1]}{_SUM}{zlib.crc32(text.encode("utf-8", "surrogateescape")):08x}"}}'
 
 
 def parsed(data: bytes) -> dict[str, Any]:
-    """The object that `summed` made the text of, or one of a version without checksums. Damaged."""
+    """Parse the text of `summed`, or of a version without checksums. Damaged."""
     try:
         found = _object(data.decode("utf-8", "surrogateescape"))
     except ValueError as error:
@@ -48,7 +50,7 @@ def _object(text: str) -> dict[str, Any]:
 
 
 def replace(path: str | os.PathLike[str], text: str) -> None:
-    """Write a file for our user alone, beside its place (as `.new-NAME`), and move it there."""
+    """Replace a file atomically, by a rename of `.new-NAME`; mode 0600."""
     folder, name = os.path.split(os.fspath(path))
     beside = f"{folder}/.new-{name}"
     fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -72,7 +74,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def not_started(error: OSError, sandbox_id: str | None = None) -> RockError:
-    """The error of a start of which something could not be written."""
+    """The error of a start that could not write its files."""
     if error.errno in FULL:
         return StorageFull(f"the sandbox could not be made: {_words(error)}", sandbox_id=sandbox_id,
                            hint="free some disk space and try again; nothing half-made was kept")
@@ -80,7 +82,7 @@ def not_started(error: OSError, sandbox_id: str | None = None) -> RockError:
 
 
 def not_kept(error: OSError, sandbox_id: str, what: str) -> RockError:
-    """The error of a request that needs room on the server's disk. what: for what."""
+    """The error of a request that could not write to the server's disk. what: the data, for the message."""
     message = f"there is no room for {what} on the server's disk: {_words(error)}"
     if error.errno in FULL:
         return StorageFull(message, sandbox_id=sandbox_id, hint="free some disk space and try again")
@@ -88,5 +90,5 @@ def not_kept(error: OSError, sandbox_id: str, what: str) -> RockError:
 
 
 def _words(error: OSError) -> str:
-    """Without the path, which is the server's own."""
+    """The error text without the path, which belongs to the server."""
     return os.strerror(error.errno) if error.errno else str(error)

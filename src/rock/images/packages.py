@@ -187,7 +187,7 @@ def _resolve(packages: PackageSet, log: Path, progress: Progress | None) -> _Res
     with tempfile.TemporaryDirectory(prefix="rock-packages-") as folder:
         if find_spec("pip") is None:
             told = _pip(packages, ["--dry-run", "--target", folder], log, progress)
-            pins = re.findall(r"^ \+ (\S+==\S+)", told, re.MULTILINE)  # as uv tells them
+            pins = re.findall(r"^ \+ (\S+==\S+)", told, re.MULTILINE)  # format of uv
         else:
             report = Path(folder, "report.json")
             _pip(packages, ["--dry-run", "--target", folder, "--report", str(report)], log, progress)

@@ -40,8 +40,8 @@ class Trait(StrEnum):
     IMAGES = "images"  # mounts images of the server's store, which are prepared before `create`
     TERMINALS = "terminals"  # Program.pty; Unsupported without it
     OUTLIVES = "outlives"  # sandboxes and kept programs survive the server's process and are found again
-    ROOT = "root"  # a file system of its own: no path and no link leads to the host's files
-    TREES = "trees"  # `tree` and `kill_tree` reach orphans and daemons, and know start times to 10 ms
+    ROOT = "root"  # a file system of its own: no path or link leads to the host's files
+    TREES = "trees"  # `tree` and `kill_tree` include orphans and daemons; start times have a resolution of 10 ms
     PROCESSES = "processes"  # a sandbox sees and signals only its own processes
     NETWORK = "network"  # network="none" gives a private loopback device only
     USERS = "users"  # several users inside: the kernel enforces `user` of programs and files

@@ -394,7 +394,6 @@ def commit(
     username: Annotated[str | None, typer.Option(help="For the registry; its password is asked for.")] = None,
 ) -> None:
     """Make an image of a sandbox: of one that runs, which stands still meanwhile, or of one whose files are kept."""
-
     password = None if username is None else typer.prompt("Password", hide_input=True, err=True)
     with busy(f"committing {target} to {tag}"):
         status = attached(target).commit(tag, username, password, push=push)
@@ -409,7 +408,6 @@ def connections(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List what a sandbox connected to over network nat, or tried to; of a stopped one too."""
-
     found = attached(target).connections()
     items = [item for item in found.items if not (refused and item.allowed)]
     if json:

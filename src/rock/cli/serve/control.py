@@ -107,7 +107,7 @@ def commands_over(remote: RemoteApp, name: str, gone: asyncio.Event, unreached: 
             except Unavailable as error:
                 if error.details.get("unsent"):
                     unreached()
-                    raise Unavailable(error.message, hint=error.hint, details=routes.SENT) from None  # the first was
+                    raise Unavailable(error.message, hint=error.hint, details=routes.SENT) from None  # the first one
                 raise
 
     async def carry(method: str, path: str, query: str, body: bytes) -> tuple[int, bytes]:

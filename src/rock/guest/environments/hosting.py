@@ -111,7 +111,6 @@ class _Single(_Base):
         return result
 
     def _describe(self) -> dict[str, Any]:
-
         env = self.env
         return {"observation_space": spec_of(env.observation_space), "action_space": spec_of(env.action_space),
                 "metadata": _metadata(env.metadata), "render_mode": env.render_mode, **_registered(env)}  # fmt: skip
@@ -135,7 +134,6 @@ class _Vector(_Base):
     vector = True
 
     def _describe(self) -> dict[str, Any]:
-
         env = self.env
         return {"num_envs": env.num_envs, "observation_space": spec_of(env.observation_space),
                 "action_space": spec_of(env.action_space), "metadata": _metadata(getattr(env, "metadata", {})),

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-PACKET = 60_000  # bytes; a longer message travels in a memory file
+PACKET = 60_000  # bytes; a longer message is sent in a memory file
 CHANNEL_MEMORY = 512 << 20  # bytes of shared memory of a program; unused pages take no memory
 _LARGEST = 64 << 20
 _MOST_WAITING = 2_000

@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import sys
 
-# started by its path: make our modules importable without rock/__init__.py
+# started by its path: allow imports of rock without rock/__init__.py
 if __name__ == "__main__" and "rock" not in sys.modules:
     import types
 

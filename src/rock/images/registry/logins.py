@@ -99,7 +99,7 @@ class Logins:
             with locked(self._file.with_name(f".{self._file.name}.lock")):
                 own = self._own()
                 yield own
-                write_atomic(self._file, json.dumps({"registries": own}, indent=1).encode())  # which is made 0600
+                write_atomic(self._file, json.dumps({"registries": own}, indent=1).encode())  # mode 0600
 
     # ---- Docker's configuration ----
 

@@ -171,7 +171,7 @@ class Transfers:
 
     def _registries(self, reference: Reference, login: Login | None) -> Sequence[Registry]:
         """The sources of an image: mirrors, each with its own login, and the registry itself last."""
-        from rock.images.registry.client import Registry  # urllib3, which images that are here do without
+        from rock.images.registry.client import Registry  # imports urllib3, not needed for local images
 
         mirrors = [Registry(reference, self._logins.of(mirror), mirror)
                    for mirror in registry_mirrors().get(reference.domain, ())]  # fmt: skip

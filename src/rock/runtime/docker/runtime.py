@@ -148,7 +148,7 @@ class DockerRuntime(DelayedSandboxes[Container]):
         with engine_errors(config.image):
             await images.prepare(self.engine, config, tell)
 
-    # ---- creating ----
+    # ---- create ----
 
     async def check(self, config: SandboxConfig) -> None:
         await self._admit(config)
@@ -340,7 +340,7 @@ class DockerRuntime(DelayedSandboxes[Container]):
         kills = self.oom_kills(handle)
         return await asyncio.to_thread(limiter.usage, data["cgroups"], data["pid"], kills)
 
-    # ---- ending ----
+    # ---- stop and destroy ----
 
     async def _end(self, handle: Handle) -> None:
         pid, start = handle.data["pid"], handle.data["start"]

@@ -136,7 +136,7 @@ class GvisorRuntime(DelayedSandboxes[_Sandbox]):
         finally:
             await asyncio.to_thread(remove_tree, str(layer))
 
-    # ---- creating ----
+    # ---- create ----
 
     async def create(self, id: str, config: SandboxConfig) -> Handle:
         rootfs = await self._admit(config)
@@ -291,7 +291,7 @@ class GvisorRuntime(DelayedSandboxes[_Sandbox]):
         used.disk_bytes = await asyncio.to_thread(disk_layout.written, f"{self._run_dir}/{data['slot']}/upper")
         return used
 
-    # ---- ending ----
+    # ---- stop and destroy ----
 
     async def _end(self, handle: Handle) -> None:
         await self._kill(handle.data["pid"], handle.data["start"])

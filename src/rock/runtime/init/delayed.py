@@ -101,7 +101,7 @@ class DelayedSandboxes(InitSandboxes, Generic[Living]):
             found = sandbox.kills = max(found, sandbox.kills)
         return found
 
-    # ---- ending ----
+    # ---- stop and destroy ----
 
     async def stop(self, handle: Handle, grace: float) -> None:
         pid, start, slot = handle.data["pid"], handle.data["start"], handle.data["slot"]

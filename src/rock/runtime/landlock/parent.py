@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 
-if __name__ == "__main__":  # make our modules importable without running rock/__init__.py
+if __name__ == "__main__":  # allow imports of rock without running rock/__init__.py
     import types
 
     _source = os.path.abspath(__file__)

@@ -141,7 +141,7 @@ class LandlockRuntime(ProcessRuntime):
         finally:
             secret.unlink(missing_ok=True)
 
-    # ---- creating ----
+    # ---- create ----
 
     async def create(self, id: str, config: SandboxConfig) -> Handle:
         await self.check(config)
@@ -256,7 +256,7 @@ class LandlockRuntime(ProcessRuntime):
         if slot in self._memory:
             self._kills[slot] = self._kills.get(slot, 0) + 1
 
-    # ---- ending ----
+    # ---- stop and destroy ----
 
     async def _clean(self, slot: str, pid: int | None, start: int | None) -> None:
         self._memory.pop(slot, None)

@@ -1,5 +1,4 @@
-"""Admission checks of the namespace runtime: reject before start what this host cannot provide. And pool member
-kinds."""
+"""Admission checks of the namespace runtime, before anything starts, and the kinds of pool members."""
 
 from __future__ import annotations
 

@@ -307,7 +307,7 @@ class StoppedSandboxes:
         places = packer_link.parts(folder, rootfs)
         async with contextlib.AsyncExitStack() as stack:
             if "pid" in handle.data:
-                link = InitLink.connect(folder, handle.id)  # of its own: pid 1 resumes when it ends, however it does
+                link = InitLink.connect(folder, handle.id)  # separate: pid 1 resumes when it closes
                 stack.callback(link.close)
                 await link.request("pause")
             await asyncio.to_thread(refuse_written, places[1:])

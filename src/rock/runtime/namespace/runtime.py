@@ -134,7 +134,7 @@ class NamespaceRuntime(InitSandboxes):
             self._factory.spares.clear()
             await self._slots.close()
 
-    # ---- creating ----
+    # ---- create ----
 
     async def check(self, config: SandboxConfig) -> None:
         await self._admit(config)
@@ -261,7 +261,7 @@ class NamespaceRuntime(InitSandboxes):
     def oom_kills(self, handle: Handle) -> int:
         return self._slots.oom_kills(handle)
 
-    # ---- ending ----
+    # ---- stop and destroy ----
 
     async def stop(self, handle: Handle, grace: float) -> None:
         await self._slots.stop(handle, grace)

@@ -162,7 +162,7 @@ class Slots:
                 sandbox.link.close()
         self.live.clear()
 
-    # ---- finding ----
+    # ---- lookup ----
 
     def find(self, handle: Handle) -> Sandbox:
         """The living sandbox. Lost."""
@@ -205,7 +205,7 @@ class Slots:
         sandbox = self.live.get(handle.data["slot"])
         return sandbox is not None and sandbox.over > 0
 
-    # ---- ending ----
+    # ---- stop and destroy ----
 
     async def stop(self, handle: Handle, grace: float) -> None:
         """End its processes with SIGTERM and, after `grace` seconds, SIGKILL; its files stay."""

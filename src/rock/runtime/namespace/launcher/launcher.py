@@ -4,9 +4,9 @@
                                            └── enters them, builds the mounts (furnish.py), then lets the child continue
 
 Requests: create, retire (end a sandbox and remove its remains), ahead (prepare user namespaces and run folders while
-idle), wired (whether networks with egress are possible), floor (a bare namespace fork, for `bench`). Replies follow the
-order in which sandboxes become ready, several at once. The launcher exits when its socket closes; sandboxes continue to
-run. Standard library only, with few imports: each import adds to the memory of every pid 1.
+idle), wired (whether networks with egress are possible), floor (a bare namespace fork, for `bench`). Several
+creates run concurrently; the launcher replies when each sandbox is ready. It exits when its socket closes; sandboxes
+continue to run. Standard library only, with few imports: each import adds to the memory of every pid 1.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import sys
 
-if __name__ == "__main__":  # make our modules importable without running rock/__init__.py
+if __name__ == "__main__":  # allow imports of rock without running rock/__init__.py
     import types
 
     _source = os.path.abspath(__file__)

@@ -215,7 +215,7 @@ def _detached_bind(bind: dict[str, Any], index: int, spec: dict[str, Any], writa
             raise
         recursive = True
         fd = kernel.open_tree(bind["source"], recursive=True)
-    if userns >= 0 and bind["idmap"] and not bind["writable"]:  # else root inside could read what only root may read
+    if userns >= 0 and bind["idmap"] and not bind["writable"]:  # else root inside could read root-only files
         with contextlib.suppress(OSError):  # a file system without id mapping shows its own owners
             kernel.set_attributes(fd, attributes, userns=userns, private=True)
             return fd

@@ -99,7 +99,7 @@ class Zygote:
                  join: Callable[[], object] = lambda: None) -> None:
         self._live, self._rehearse, self._join = live, rehearse, join
         self._sweep: PageSharing | None = None
-        self._left_at_most = 0  # of the zygote's own calls, for the sweep to be of use
+        self._left_at_most = 0  # of the zygote's own calls, for an effective sweep
         self._memory = mmap.mmap(-1, AREA * (_AREAS + 1))  # the last one is for the zygote's own calls
         self._base = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self._free = [self._base + AREA * index for index in range(_AREAS)]
