@@ -89,9 +89,10 @@ def request(server: RunningServer, key: str | None, row: Row, sandbox_id: str) -
         "sandbox_id": named, "sandbox_ids": [sandbox_id], "command": "touch /tmp/was-here", "path": "/tmp/was-here",
         "content": "x", "target_path": "/tmp/was-here", "file_path": "/tmp/was-here", "action": "x", "instance_id": "x",
         "image_tag": "x:1", "username": "", "password": "", "session": "default", "env_name": "nothing",
+        "name": "was-here",
     }  # fmt: skip
     if "/apis/" not in row.path and "/env/" not in row.path:
-        name = "image_tag" if "commit" in row.path else "command"
+        name = "image_tag" if "commit" in row.path else "name" if row.method == "PATCH" else "command"
         body = {name: body[name]}
     query = "?path=/tmp/was-here"
     if row.method == "GET":

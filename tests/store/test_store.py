@@ -21,9 +21,9 @@ from rock.store.base import Lease, Query, Record, Store, VersionConflict
 from rock.store.sqlite import SqliteStore
 
 
-def record(name: str, created_at: float = 1.0, key: str | None = None, **fields: Any) -> Record:
+def record(sandbox_id: str, created_at: float = 1.0, key: str | None = None, **fields: Any) -> Record:
     info = SandboxInfo(
-        sandbox_id=name, state=fields.pop("state", State.PENDING), image="host", created_at=created_at, **fields
+        sandbox_id=sandbox_id, state=fields.pop("state", State.PENDING), image="host", created_at=created_at, **fields
     )
     return Record(info, SandboxConfig(image="host"), key)
 
@@ -88,6 +88,43 @@ def test_ids_and_keys_are_unique(with_store: Any) -> None:
         assert await store.insert(record("b", key="k")) == one
         assert await store.by_key("k") == one
         assert await store.get("b") is None
+
+    with_store(work)
+
+
+def test_a_name_is_unique_until_its_sandbox_ends(with_store: Any) -> None:
+    async def work(store: Store) -> None:
+        one = await store.insert(record("a", name="web"))
+        with pytest.raises(Conflict, match="has the name web"):
+            await store.insert(record("b", name="web"))
+        with pytest.raises(Conflict, match="already exists"):
+            await store.insert(record("a", name="other"))
+        await store.insert(record("c", name="web", tenant="acme"))
+        two = await store.insert(record("d"))
+        with pytest.raises(Conflict, match="has the name web"):
+            await store.put(two.changed(name="web"))
+        assert await store.get("d") == two
+        ended = await store.put(one.changed(state=State.STOPPED))
+        two = await store.put(two.changed(name="web"))
+        assert [r.id for r in await store.list(Query(fields={"name": "web"}, tenant=""))] == ["d", "a"]
+        with pytest.raises(Conflict, match="has the name web"):
+            await store.put(ended.changed(state=State.PENDING))  # a restart
+        await store.put(two.changed(name=None))
+        assert (await store.put(ended.changed(state=State.PENDING))).info.name == "web"
+
+    with_store(work)
+
+
+def test_of_concurrent_sandboxes_one_gets_the_name(with_store: Any) -> None:
+    async def work(store: Store) -> None:
+        made = await asyncio.gather(
+            *(store.insert(record(f"s{n}", name="web" if n % 2 else None)) for n in range(40)), return_exceptions=True
+        )
+        named = [one for one in made if isinstance(one, Record) and one.info.name == "web"]
+        refused = [one for one in made if not isinstance(one, Record)]
+        assert len(named) == 1 and len(refused) == 19
+        assert all(isinstance(one, Conflict) for one in refused)
+        assert len(await store.list(Query())) == 21
 
     with_store(work)
 

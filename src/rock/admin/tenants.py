@@ -26,7 +26,7 @@ from rock.protocol.action import ConnectionList, GroupInfo, GroupRequest
 from rock.protocol.env import OpenEnv
 from rock.protocol.keys import Access, Caller, CreateKey, KeyInfo, NewKey, caller_of, digest_of
 from rock.protocol.node import SandboxList
-from rock.protocol.sandbox import CommitRequest, CommitStatus, Isolation, SandboxConfig, SandboxInfo
+from rock.protocol.sandbox import CommitRequest, CommitStatus, Isolation, SandboxConfig, SandboxInfo, UpdateSandbox
 from rock.store.base import Query, Record, Store, member
 
 
@@ -141,6 +141,12 @@ class TenantService:
     async def stop(self, sandbox_id: str) -> SandboxInfo:
         await self._own(sandbox_id)
         return await self._service.stop(sandbox_id)
+
+    async def update(self, sandbox_id: str, change: UpdateSandbox) -> SandboxInfo:
+        """Change the name or the labels. NotFound, Conflict."""
+        await self._own(sandbox_id)
+        fields = change.model_dump(include=change.model_fields_set)
+        return (await self._service.amend(sandbox_id, **fields)).info
 
     async def delete(self, sandbox_id: str, force: bool = False) -> SandboxInfo:
         await self._own(sandbox_id)

@@ -67,6 +67,6 @@ def row(
     name: str, method: str, path: str, plane: Plane, summary: str, request: str = "", answer: str = ""
 ) -> Route:
     """A row whose access follows from its plane and method, where `_ACCESS` has no entry."""
-    mutates = method in ("POST", "PUT", "DELETE")
+    mutates = method in ("POST", "PUT", "PATCH", "DELETE")
     access = _access(name, method, plane)
     return Route(name, method, path, plane, summary, request, answer, mutates, access=access)

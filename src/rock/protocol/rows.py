@@ -25,7 +25,7 @@ def control_rows() -> Iterator[Route]:
         "/v1/sandboxes",
         "control",
         "List, newest first",
-        "?state ?user_id ?experiment_id ?namespace ?image ?label=k=v ?limit ?after ?history",
+        "?state ?user_id ?experiment_id ?namespace ?image ?name ?label=k=v ?limit ?after ?history",
         "SandboxList",
     )
     yield row(
@@ -37,6 +37,7 @@ def control_rows() -> Iterator[Route]:
         "?wait ?touch ?usage",
         "SandboxInfo",
     )
+    yield row("update_sandbox", "PATCH", _S, "control", "Change the name or the labels", "UpdateSandbox", "SandboxInfo")
     yield row("stop_sandbox", "POST", _S + "/stop", "control", "Stop; leaves a tombstone", "", "SandboxInfo")
     yield row(
         "restart_sandbox",

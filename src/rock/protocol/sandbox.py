@@ -18,6 +18,7 @@ _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?\s*$", re.IGNORECASE)
 _UNIT = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _LONGEST = 1 << 32  # seconds: beyond any practical use, and small enough to be added to a time
 ID_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$"
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
 
 
 @lru_cache(maxsize=1024)
@@ -156,7 +157,9 @@ class SandboxConfig(BaseConfig, Inside):
     env: environment of all programs inside. labels: the user's own key-value pairs, for filtering lists.
     public_registries: pull only from public addresses, and from registries that the owner of the server has listed; set
     for each tenant.
-    sandbox_id: a name of your own choice; a name in use is a Conflict.
+    name: a name for people, of up to 63 letters, digits and "_.-". It is unique among the tenant's sandboxes that are
+    pending, running or stopping (else Conflict), and free again afterwards.
+    sandbox_id: an id of your own choice; an id in use is a Conflict, also after the end of its sandbox.
     """
 
     # JSON has no infinity: it would be stored as null, and the record could not be read again.
@@ -198,6 +201,7 @@ class SandboxConfig(BaseConfig, Inside):
     num_gpus: float | None = Field(default=None, ge=0)
     accelerator_type: str | None = None
     sandbox_id: str | None = Field(default=None, pattern=ID_PATTERN)
+    name: str | None = Field(default=None, pattern=NAME_PATTERN)
 
     @field_validator("image")
     @classmethod
@@ -354,6 +358,14 @@ class ArchivedFiles(Wire):
     image_digest: str
 
 
+class UpdateSandbox(Inside):
+    """Changes of a sandbox's record, in any state. Only the given fields change: a name of None removes the name, and
+    labels replace all labels. Conflict when another sandbox that runs has the name."""
+
+    name: str | None = Field(default=None, pattern=NAME_PATTERN)
+    labels: dict[str, str] = Field(default_factory=dict)
+
+
 class CommitRequest(Inside):
     """Make an image of a sandbox: `image_tag` is its name. `push`: to the registry in that name, with this login, which
     is not stored. public_registries: see SandboxConfig."""
@@ -428,6 +440,7 @@ class SandboxInfo(Wire):
     model_config = ConfigDict(extra="ignore")  # fields of a newer server are ignored
 
     sandbox_id: str
+    name: str | None = None
     state: State
     image: str
     version: int = 0

@@ -61,6 +61,14 @@ def id_taken(sandbox_id: str) -> Conflict:
     )
 
 
+def name_taken(record: Record) -> Conflict:
+    return Conflict(
+        f"another sandbox that has not ended has the name {record.info.name}",
+        sandbox_id=record.id,
+        hint=f"choose another name, or stop that sandbox: rock stop {record.info.name}",
+    )
+
+
 class VersionConflict(Exception):
     """Another writer changed the record since it was read."""
 
@@ -118,7 +126,8 @@ class Store(Protocol):
         ...
 
     async def insert(self, record: Record, quota: Quota | None = None) -> Record:
-        """Add a record. Conflict when the id is taken; when the key is in use, returns the record that has it.
+        """Add a record. Conflict when the id or the name is taken; when the key is in use, returns the record that has
+        it.
 
         quota: of its tenant; QuotaExceeded. The check is exact for concurrent requests, here or on other servers.
         """
@@ -143,8 +152,8 @@ class Store(Protocol):
         ...
 
     async def put(self, record: Record, quota: Quota | None = None) -> Record:
-        """Save over the version that was read; the config stays unchanged. VersionConflict when a newer version exists.
-        quota: for a step that starts the sandbox again."""
+        """Save over the version that was read; the config stays unchanged. VersionConflict when a newer version exists,
+        Conflict when its name is taken. quota: for a step that starts the sandbox again."""
         ...
 
     async def delete(self, sandbox_id: str) -> None: ...
@@ -198,6 +207,16 @@ class Store(Protocol):
 
     async def drop_lease(self, name: str, holder: str) -> None:
         """Release the lease, if this process holds it."""
+        ...
+
+
+class Reserve(Protocol):
+    """Reserved disk space; see rock/cli/serve/home.py."""
+
+    released: bool
+
+    def release(self) -> bool:
+        """Release the space; returns whether there was any."""
         ...
 
 

@@ -102,6 +102,11 @@ SQLITE: tuple[tuple[str, ...], ...] = (
         "CREATE TABLE about (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID",
         "INSERT INTO about VALUES ('identity', lower(hex(randomblob(16))))",
     ),
+    (  # 6: names, unique among the sandboxes of a tenant that have not ended
+        "ALTER TABLE sandbox ADD COLUMN name TEXT",
+        """CREATE UNIQUE INDEX sandbox_name ON sandbox (tenant, name)
+            WHERE name IS NOT NULL AND state IN ('pending', 'running', 'stopping')""",
+    ),
 )
 
 POSTGRES: tuple[tuple[str, ...], ...] = (
@@ -156,5 +161,10 @@ POSTGRES: tuple[tuple[str, ...], ...] = (
     (  # 3: facts about the store itself: its identity
         "CREATE TABLE about (name text PRIMARY KEY, value text NOT NULL)",
         "INSERT INTO about VALUES ('identity', md5(random()::text || clock_timestamp()::text))",
+    ),
+    (  # 4: names, as in SQLite's version 6
+        "ALTER TABLE sandbox ADD COLUMN name text",
+        """CREATE UNIQUE INDEX sandbox_name ON sandbox (tenant, name)
+            WHERE name IS NOT NULL AND state IN ('pending', 'running', 'stopping')""",
     ),
 )

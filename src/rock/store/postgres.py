@@ -35,6 +35,7 @@ from rock.store.base import (
     Watchers,
     id_taken,
     loaded,
+    name_taken,
     next_epoch,
     not_lost,
     ordered,
@@ -52,12 +53,12 @@ _TIMEOUT = 30.0  # seconds for a statement, and for a connection
 _RETRY = 1.0
 # InternalClientError: raised by asyncpg when a connection ends during its own protocol steps
 _BROKEN = (asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
-_FIELDS = {"user_id", "experiment_id", "namespace", "image", "runtime", "worker", "cluster", "cause"}
+_FIELDS = {"user_id", "experiment_id", "namespace", "image", "runtime", "worker", "cluster", "cause", "name"}
 _NOW = "extract(epoch FROM clock_timestamp())::float8"
 _SELECT = "SELECT version, idempotency_key, info, config FROM sandbox"
 _ADD = (
-    "INSERT INTO sandbox (id, version, state, created_at, stopped_at, tenant, idempotency_key, cpus, memory, facts, "
-    "info, config) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)"
+    "INSERT INTO sandbox (id, version, state, created_at, stopped_at, tenant, idempotency_key, cpus, memory, name, "
+    "facts, info, config) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)"
 )
 _LEFT = "((facts->>'kept')::boolean OR (facts->>'archived')::boolean)"
 _TAKE_LEASE = f"""
@@ -223,7 +224,8 @@ class PostgresStore:
                 return record
             known = await self._by_key(db, record.key, record.tenant) if record.key is not None else None
             if known is None:
-                raise id_taken(record.id)
+                taken = await db.fetchval("SELECT id FROM sandbox WHERE id = $1", _text(record.id))
+                raise name_taken(record) if taken is None and record.info.name is not None else id_taken(record.id)
             raise _Known(known)  # the rollback of the transaction also removes the counted start
 
     async def insert_group(
@@ -312,16 +314,19 @@ class PostgresStore:
 
     async def put(self, record: Record, quota: Quota | None = None) -> Record:
         new = replace(record, version=record.version + 1)
-        _, version, state, _, stopped_at, *_, facts, info, config = _columns(new)
+        _, version, state, _, stopped_at, *_, name, facts, info, config = _columns(new)
         await faults.point("store.put")
         async with self._transaction() as db:
             if quota is not None:
                 await self._take(db, new, quota)
-            found = await db.fetchval(
-                "UPDATE sandbox SET version = $1, state = $2, stopped_at = $3, facts = $4, info = $5, config = $6 "
-                "WHERE id = $7 AND version = $8 RETURNING pg_notify($9, id)::text",
-                version, state, stopped_at, facts, info, config, record.id, record.version, _CHANNEL,
-            )  # fmt: skip
+            try:
+                found = await db.fetchval(
+                    "UPDATE sandbox SET version = $1, state = $2, stopped_at = $3, name = $4, facts = $5, info = $6, "
+                    "config = $7 WHERE id = $8 AND version = $9 RETURNING pg_notify($10, id)::text",
+                    version, state, stopped_at, name, facts, info, config, record.id, record.version, _CHANNEL,
+                )  # fmt: skip
+            except asyncpg.UniqueViolationError:
+                raise name_taken(new) from None
             if found is None:
                 raise VersionConflict(record.id)
         await faults.point("store.saved")
@@ -435,6 +440,7 @@ def _columns(record: Record) -> tuple[Any, ...]:
     return (
         record.id, record.version, info.state.value, info.created_at, info.stopped_at, record.tenant,
         None if record.key is None else _text(record.key), base.cpus_of(record.config), record.config.memory_bytes,
+        info.name,
         # The registry password is needed for one pull only: it is not stored.
         orjson.dumps(facts).decode(), info.model_dump_json(),
         record.config.model_dump_json(exclude={"registry_password", *record.config.unchosen}),

@@ -16,10 +16,10 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from rock import faults
-from rock.errors import NotFound, RockError, StorageFull, Unavailable
+from rock.errors import Conflict, NotFound, RockError, StorageFull, Unavailable
 from rock.protocol.keys import KeyInfo, Quota
 from rock.protocol.node import Beat, JoinWorker, WorkerInfo
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State, kept
@@ -29,10 +29,12 @@ from rock.store.base import (
     Lease,
     Query,
     Record,
+    Reserve,
     VersionConflict,
     Watchers,
     id_taken,
     loaded,
+    name_taken,
     next_epoch,
     not_lost,
     ordered,
@@ -48,17 +50,7 @@ log = logging.getLogger("rock.admin")
 _CHECKPOINT_EVERY = 2.0  # seconds
 _PRUNED_AT_ONCE = 200
 _WRITTEN_AT_ONCE = 100  # records of a group; other tasks run between two portions
-_FIELDS = {"user_id", "experiment_id", "namespace", "image", "runtime", "worker", "cluster", "cause"}
-
-
-class Reserve(Protocol):
-    """Reserved disk space; see rock/cli/serve/home.py."""
-
-    released: bool
-
-    def release(self) -> bool:
-        """Release the space; returns whether there was any."""
-        ...
+_FIELDS = {"user_id", "experiment_id", "namespace", "image", "runtime", "worker", "cluster", "cause", "name"}
 
 
 class SqliteStore:
@@ -304,8 +296,8 @@ class SqliteStore:
     def _add(self, record: Record) -> Record:
         try:
             self._open_db.execute(_ADD, _columns(record))
-        except sqlite3.IntegrityError:
-            raise id_taken(record.id) from None
+        except sqlite3.IntegrityError as error:
+            raise _taken(record, error) from None
         return record
 
     async def get(self, sandbox_id: str) -> Record | None:
@@ -341,10 +333,14 @@ class SqliteStore:
     def _put(self, record: Record) -> Record:
         new = record.at(record.version + 1)
         info = new.info
-        done = self._open_db.execute(
-            "UPDATE sandbox SET version = ?, state = ?, stopped_at = ?, info = ? WHERE id = ? AND version = ?",
-            (new.version, info.state.value, info.stopped_at, _text(info), record.id, record.version),
-        )
+        try:
+            done = self._open_db.execute(
+                "UPDATE sandbox SET version = ?, state = ?, stopped_at = ?, name = ?, info = ? "
+                "WHERE id = ? AND version = ?",
+                (new.version, info.state.value, info.stopped_at, info.name, _text(info), record.id, record.version),
+            )
+        except sqlite3.IntegrityError as error:
+            raise _taken(record, error) from None
         if done.rowcount != 1:
             raise VersionConflict(record.id)
         return new
@@ -472,8 +468,8 @@ SET token = lease.token + (lease.holder != ?2), holder = ?2, until = ?3 WHERE le
 RETURNING token
 """
 _ADD = (
-    "INSERT INTO sandbox (id, version, state, created_at, stopped_at, tenant, idempotency_key, cpus, memory, info, "
-    "config) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+    "INSERT INTO sandbox (id, version, state, created_at, stopped_at, tenant, idempotency_key, cpus, memory, name, "
+    "info, config) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
 _SELECT = "SELECT version, idempotency_key, info, config FROM sandbox"
 
@@ -490,9 +486,15 @@ def _columns(record: Record) -> tuple[Any, ...]:
         record.key,
         base.cpus_of(record.config),
         record.config.memory_bytes,
+        info.name,
         _text(info),
         kept(record.config),
     )
+
+
+def _taken(record: Record, error: sqlite3.IntegrityError) -> Conflict:
+    """The error of a violated unique index; SQLite's message names its columns."""
+    return name_taken(record) if "sandbox.name" in str(error) else id_taken(record.id)
 
 
 def _text(info: SandboxInfo) -> str:

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypedDict, Unpack
 
 import orjson
 from pydantic import ValidationError
@@ -20,7 +20,7 @@ from rock.protocol.images import BuildRequest, BuiltImage
 from rock.protocol.keys import CreateKey, KeyInfo, KeyList, NewKey
 from rock.protocol.node import EnvList, ServerInfo, WorkerInfo, WorkerList
 from rock.protocol.routes import ROUTES, STREAM_TYPE, Frame, FrameParser
-from rock.protocol.sandbox import SandboxInfo
+from rock.protocol.sandbox import SandboxInfo, UpdateSandbox
 from rock.sync import primitives
 from rock.sdk.context import ContextSource, read_context
 from rock.sdk.http import query_string
@@ -29,6 +29,13 @@ from rock.sync.transport import Transport
 
 PAGE = 500
 STOP_TIMEOUT = 120.0
+
+
+class SandboxChange(TypedDict, total=False):
+    """Fields of a sandbox that can be changed."""
+
+    name: str | None
+    labels: dict[str, str]
 
 
 class Client:
@@ -68,6 +75,12 @@ class Client:
         """One sandbox, a stopped one too. NotFound. `usage`: measure what it uses."""
         target = path("get_sandbox", sandbox_id) + query_string({"usage": usage or None})
         return parse(SandboxInfo, self.transport.json("GET", target))
+
+    def update_sandbox(self, sandbox_id: str, **fields: Unpack[SandboxChange]) -> SandboxInfo:
+        """Change the name or the labels of a sandbox in any state: `name=None` removes the name, `labels` replaces all
+        labels. NotFound; Conflict when another sandbox that has not ended has the name."""
+        body = UpdateSandbox(**fields).model_dump(include=set(fields))
+        return parse(SandboxInfo, self.transport.json("PATCH", path("update_sandbox", sandbox_id), body))
 
     def stop_sandbox(self, sandbox_id: str) -> SandboxInfo:
         """Stop it; a stopped one stays as it is. NotFound."""

@@ -11,14 +11,15 @@ from rock.http.asgi import Answer, App, Configs, Receive, Request, Router, Scope
 from rock.protocol.action import GroupRequest
 from rock.protocol.env import OpenEnv
 from rock.protocol.routes import IDEMPOTENCY_KEY, ROUTES
-from rock.protocol.sandbox import CommitRequest, State
+from rock.protocol.sandbox import CommitRequest, State, UpdateSandbox
 from rock.store.base import Query as Listing
 
 _LONGEST_WAIT = 3600.0  # seconds
 _MOST_LISTED = 2000
-_EQUAL = ("user_id", "experiment_id", "namespace", "image", "runtime", "worker", "cause")
-NAMES = ("create_sandbox", "list_sandboxes", "get_sandbox", "stop_sandbox", "restart_sandbox", "archive_sandbox",
-         "commit_sandbox", "get_commit", "open_env", "create_group", "get_group", "stop_group")  # fmt: skip
+_EQUAL = ("user_id", "experiment_id", "namespace", "image", "runtime", "worker", "cause", "name")
+NAMES = ("create_sandbox", "list_sandboxes", "get_sandbox", "update_sandbox", "stop_sandbox",
+         "restart_sandbox", "archive_sandbox", "commit_sandbox", "get_commit", "open_env", "create_group",
+         "get_group", "stop_group")  # fmt: skip
 
 
 class Sandboxes:
@@ -59,6 +60,10 @@ class Sandboxes:
         return answer_model(
             await self._tenant_service(request).get(request.path["sandbox_id"], wait=_wait(request), **look)
         )
+
+    async def update_sandbox(self, request: Request) -> Answer:
+        change = await request.model(UpdateSandbox)
+        return answer_model(await self._tenant_service(request).update(request.path["sandbox_id"], change))
 
     async def stop_sandbox(self, request: Request) -> Answer:
         return answer_model(await self._tenant_service(request).stop(request.path["sandbox_id"]))

@@ -69,6 +69,9 @@ class Groups:
         service, whole = self._service, spec.mode == "gang"
         group_id = spec.config.sandbox_id or uuid.uuid4().hex
         config = spec.config.model_copy(update={"sandbox_id": None})
+        if config.name is not None:
+            raise InvalidConfig(f"name={config.name!r}: a name is for one sandbox, and this group has {spec.size}",
+                                hint="use labels for the sandboxes of a group")
         service.archive.check(config)
         ids = [member(group_id, number) for number in range(spec.size)]
         if len(ids[-1]) > _LONGEST_ID:

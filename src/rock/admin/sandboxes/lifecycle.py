@@ -184,6 +184,7 @@ def _common(config: SandboxConfig, tenant: str) -> SandboxInfo:
         return _last[1]
     info = SandboxInfo(
         sandbox_id="",
+        name=config.name,
         state=State.PENDING,
         image=config.image,
         memory=config.memory,

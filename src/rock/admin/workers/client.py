@@ -34,7 +34,7 @@ from rock.protocol.sandbox import ArchivedFiles, SandboxConfig, travelling
 Model = TypeVar("Model", bound=BaseModel)
 
 
-_NOT_CHECKED = {"sandbox_id", "labels", "user_id", "experiment_id", "namespace", "route_key"}
+_NOT_CHECKED = {"sandbox_id", "name", "labels", "user_id", "experiment_id", "namespace", "route_key"}
 _MOST_PASSED = 256
 _WORTH = 10.0  # seconds
 
