@@ -64,8 +64,8 @@ class Node:
         self.supervisors: dict[str, Supervisor] = {}
         self.kept = RetainedSandboxes(self.state_dir)
         self.quarantine = Quarantine(self.state_dir, self.runtimes, folder)
-        self.commits = Commits(self)
-        self.builds = Builds(self)
+        self.commits = Commits(images.store, self.kept, self.supervisors, self.get)
+        self.builds = Builds(images, self.runtimes)
         self._creating: dict[str, asyncio.Task[Supervisor]] = {}
         self._destroying: dict[str, asyncio.Task[NodeSandbox]] = {}
         self._stopped: dict[str, asyncio.Task[NodeSandbox]] = {}
