@@ -15,18 +15,18 @@ from tools.layout import Cycle, Layout, back_edges
 # rock.sync is generated and is not counted. largest_folder: files of one folder, __init__.py and sub-folders not
 # counted. cycles: with type-only imports; modules_in_cycles: their members.
 CEILINGS = {
-    "modules": 394,
+    "modules": 395,
     "largest_module_lines": 600,
     "largest_folder": 20,
     "folders_above_20": 0,
     "small_modules": 39,  # below 60 lines
-    "type_checking_blocks": 31,
-    "type_only_imports": 40,
+    "type_checking_blocks": 26,
+    "type_only_imports": 34,
     "function_imports": 64,
-    "cycles": 3,
-    "modules_in_cycles": 16,
+    "cycles": 2,
+    "modules_in_cycles": 10,
     "runtime_cycles": 0,
-    "cycles_with_function_imports": 4,
+    "cycles_with_function_imports": 3,
 }
 
 
