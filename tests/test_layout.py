@@ -15,18 +15,18 @@ from tools.layout import Cycle, Layout, back_edges
 # rock.sync is generated and is not counted. largest_folder: files of one folder, __init__.py and sub-folders not
 # counted. cycles: with type-only imports; modules_in_cycles: their members.
 CEILINGS = {
-    "modules": 395,
+    "modules": 394,
     "largest_module_lines": 600,
     "largest_folder": 20,
     "folders_above_20": 0,
     "small_modules": 39,  # below 60 lines
-    "type_checking_blocks": 26,
-    "type_only_imports": 34,
-    "function_imports": 64,
-    "cycles": 2,
-    "modules_in_cycles": 10,
+    "type_checking_blocks": 23,
+    "type_only_imports": 31,
+    "function_imports": 63,
+    "cycles": 1,
+    "modules_in_cycles": 5,
     "runtime_cycles": 0,
-    "cycles_with_function_imports": 3,
+    "cycles_with_function_imports": 2,
 }
 
 
