@@ -18,7 +18,7 @@ _PIECE = 256 << 10
 _ROOM = 1 << 20  # capacity of a pipe in bytes, if the kernel permits it
 
 
-def make(folder: Path) -> tuple[int, int]:
+def make_pipes(folder: Path) -> tuple[int, int]:
     """Create both pipes and return pid 1's ends, for its standard input and output; the caller closes them."""
     ends: list[int] = []
     try:

@@ -32,12 +32,12 @@ from rock.images.store import Images
 from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
 from rock.runtime.base import Enforced, Handle, Program, Trait
 from rock.runtime.gvisor import bundle, starter
-from rock.runtime.gvisor import link as pipes
-from rock.runtime.init import python as guestpython
+from rock.runtime.gvisor.link import Pipes, make_pipes
 from rock.runtime.init.delayed import BACK, DelayedInit, DelayedSandboxes
 from rock.runtime.init.files import merged
 from rock.runtime.init.link import InitLink
 from rock.runtime.init.multiplexer import Multiplexer
+from rock.runtime.init.python import INSIDE, GuestPython, prepare
 from rock.runtime.namespace import admission, slots
 from rock.runtime.namespace.launcher import mounts
 from rock.runtime.namespace.limits import cgroups, disk_layout, limiter
@@ -83,7 +83,7 @@ class GvisorRuntime(DelayedSandboxes[_Sandbox]):
         self._program = program
         self._making: set[str] = set()
         self._gate = asyncio.Semaphore(_AT_ONCE)
-        self._guest: asyncio.Task[guestpython.GuestPython] | None = None
+        self._guest: asyncio.Task[GuestPython] | None = None
         self._tried: asyncio.Task[None] | None = None
         self._limiter = limiter.Limiter(cgroups.Cgroups())
 
@@ -148,9 +148,9 @@ class GvisorRuntime(DelayedSandboxes[_Sandbox]):
                 await self.destroy(await task)
             raise
 
-    async def _python(self) -> guestpython.GuestPython:
+    async def _python(self) -> GuestPython:
         if self._guest is None or (self._guest.done() and self._guest.exception() is not None):
-            self._guest = asyncio.create_task(asyncio.to_thread(guestpython.prepare, self._guest_dir))
+            self._guest = asyncio.create_task(asyncio.to_thread(prepare, self._guest_dir))
         return await asyncio.shield(self._guest)
 
     async def _make(self, id: str, config: SandboxConfig, rootfs: RootFS) -> Handle:
@@ -183,7 +183,7 @@ class GvisorRuntime(DelayedSandboxes[_Sandbox]):
         finally:
             self._making.discard(slot)
 
-    def _start(self, slot: str, config: SandboxConfig, rootfs: RootFS, python: guestpython.GuestPython) -> int:
+    def _start(self, slot: str, config: SandboxConfig, rootfs: RootFS, python: GuestPython) -> int:
         folder, folders = self._run_dir / slot, self._limiter.groups.folders(slot)
         for group in dict.fromkeys(folders.values()):
             os.makedirs(group, exist_ok=True)
@@ -199,12 +199,12 @@ class GvisorRuntime(DelayedSandboxes[_Sandbox]):
         spec = {
             "slot": str(folder), "root": str(folder / bundle.ROOT), "woken": False, "etc": {},
             "layers": [str(self._run_dir / _BASE), *rootfs.layers], "cgroups": list(dict.fromkeys(folders.values())),
-            "binds": [*binds, {"source": str(python.folder), "target": guestpython.INSIDE, "writable": False,
+            "binds": [*binds, {"source": str(python.folder), "target": INSIDE, "writable": False,
                                 "public": False}],
             "command": bundle.command(program, folder, slot), "path": _PATH,
         }  # fmt: skip
         lease = self._images.lease(rootfs)
-        source, sink = pipes.make(folder)
+        source, sink = make_pipes(folder)
         try:
             child = subprocess.Popen(
                 [sys.executable, "-I", "-S", starter.__file__, json.dumps(spec)], stdin=source, stdout=sink,
@@ -232,7 +232,7 @@ class GvisorRuntime(DelayedSandboxes[_Sandbox]):
         """Connect to its pid 1. Lost when runsc ends meanwhile, Unavailable on a timeout."""
         folder = self._run_dir / sandbox.slot
         try:
-            mux = Multiplexer(pipes.Pipes(folder), folder, id)
+            mux = Multiplexer(Pipes(folder), folder, id)
         except OSError as error:
             raise errors.Lost(f"the pipes of the sandbox cannot be opened: {error.strerror}", sandbox_id=id) from None
         entering = asyncio.ensure_future(mux.begin(patience))

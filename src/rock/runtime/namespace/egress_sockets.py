@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rock import errors
-from rock.egress import log as journal
+from rock.egress.log import read
 from rock.egress.proxy_link import ProxyLink
 from rock.protocol.action import ConnectionList
 from rock.runtime.init.link import InitLink
@@ -121,7 +121,7 @@ class EgressSockets:
         if slot is not None:
             told = (await self._proxy.request("list", {"sandbox": slot})).get("connections")
         if told is None:
-            told = await asyncio.to_thread(journal.read, str(self._folder / sandbox_id))
+            told = await asyncio.to_thread(read, str(self._folder / sandbox_id))
         return ConnectionList.model_validate(told)
 
     def _lost(self) -> None:
