@@ -19,7 +19,6 @@ from websockets.sync.client import connect
 
 from rock.admin.api import agentscope
 from rock.admin.api.rock_v1 import GEM, ROCKLET, SANDBOXES, commands, environments, files, rocklet, sandboxes
-from rock.admin.api.rock_v1 import sandboxes as commits
 from rock.protocol.keys import Access, CreateKey
 from rock.protocol.routes import METHODS, ROUTES
 from rock.sync import Client, Sandbox, SandboxConfig
@@ -43,7 +42,7 @@ class Row:
 def dialect() -> Iterator[Row]:
     nothing: Any = None
     for prefix, routes in (
-        (SANDBOXES, sandboxes.Sandboxes(nothing, "none").routes()), (SANDBOXES, commits.Commits(nothing).routes()),
+        (SANDBOXES, sandboxes.Sandboxes(nothing, "none").routes()), (SANDBOXES, sandboxes.Commits(nothing).routes()),
         (SANDBOXES, commands.Commands(nothing).routes()), (SANDBOXES, files.Files(nothing).routes()),
         (ROCKLET, rocklet.Rocklet(sandboxes.Sandboxes(nothing, "none"), commands.Commands(nothing),
                                   files.Files(nothing), nothing).routes()),

@@ -13,10 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rock.egress import dns, log
-from rock.egress import policy as sniff
-from rock.egress.policy import Policy, Verdict
+from rock.egress.policy import ClientGreeting, Policy, Refused, Verdict, look
 from rock.protocol import egress
-from rock.protocol import egress as addresses
 
 bounded = settings(deadline=None, max_examples=60)
 
@@ -58,11 +56,11 @@ def with_extension(data: bytes, kind: int, body: bytes) -> bytes:
 @bounded
 @given(st.integers(8, 300))
 def test_hello_in_any_pieces(size: int) -> None:
-    assert sniff.look(HELLO) == sniff.ClientGreeting("tls", "allowed.test", HELLO)
+    assert look(HELLO) == ClientGreeting("tls", "allowed.test", HELLO)
     split = fragmented(HELLO, size)
-    assert sniff.look(split) == sniff.ClientGreeting("tls", "allowed.test", split)
+    assert look(split) == ClientGreeting("tls", "allowed.test", split)
     for end in range(1, len(split), 7):
-        assert sniff.look(split[:end]) is None or end > 4 + len(HELLO)
+        assert look(split[:end]) is None or end > 4 + len(HELLO)
 
 
 @bounded
@@ -71,8 +69,8 @@ def test_a_damaged_hello_never_tells_another_name(data: st.DataObject) -> None:
     at = data.draw(st.integers(0, len(HELLO) - 1))
     damaged = HELLO[:at] + bytes([data.draw(st.integers(0, 255))]) + HELLO[at + 1 :]
     try:
-        told = sniff.look(damaged)
-    except sniff.Refused:
+        told = look(damaged)
+    except Refused:
         return
     assert told is None or told.first == damaged
     if told is not None and told.protocol == "tls":
@@ -93,8 +91,8 @@ def test_a_damaged_hello_never_tells_another_name(data: st.DataObject) -> None:
     (HELLO.replace(b"allowed.test", b"127.0.00.001"), "no host name"),
 ])  # fmt: skip
 def test_hellos_that_are_refused(data: bytes, reason: str) -> None:
-    with pytest.raises(sniff.Refused, match=reason):
-        sniff.look(data)
+    with pytest.raises(Refused, match=reason):
+        look(data)
 
 
 @bounded
@@ -102,19 +100,19 @@ def test_hellos_that_are_refused(data: bytes, reason: str) -> None:
 def test_any_bytes(data: bytes) -> None:
     for start in (b"", b"\x16\x03\x01", b"GET / HTTP/1.1\r\nHost: a.test\r\n", HELLO[:60]):
         try:
-            told = sniff.look(start + data)
-        except sniff.Refused:
+            told = look(start + data)
+        except Refused:
             continue
         assert told is None or egress.name_of(told.name) == told.name
 
 
 def test_http_heads() -> None:
-    told = sniff.look(b"POST /x HTTP/1.1\r\nhost:\tA.Test:80 \r\nConnection: keep-alive, X\r\nX: 1\r\n\r\nbody")
+    told = look(b"POST /x HTTP/1.1\r\nhost:\tA.Test:80 \r\nConnection: keep-alive, X\r\nX: 1\r\n\r\nbody")
     assert told is not None and (told.protocol, told.name) == ("http", "a.test")
     assert told.first == b"POST /x HTTP/1.1\r\nhost:\tA.Test:80 \r\nX: 1\r\nConnection: close\r\n\r\nbody"
-    upgrade = sniff.look(b"GET / HTTP/1.1\r\nHost: a.test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+    upgrade = look(b"GET / HTTP/1.1\r\nHost: a.test\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
     assert upgrade is not None and upgrade.first.endswith(b"\r\nUpgrade: websocket\r\nConnection: upgrade\r\n\r\n")
-    other = sniff.look(b"GET / HTTP/1.1\r\nHost: a.test\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n\r\n")
+    other = look(b"GET / HTTP/1.1\r\nHost: a.test\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n\r\n")
     assert other is not None and other.first == b"GET / HTTP/1.1\r\nHost: a.test\r\nConnection: close\r\n\r\n"
 
 
@@ -228,8 +226,8 @@ def test_verdicts(entries: list[str], address: str, port: int, own: bool, verdic
 
 def test_embedded_addresses() -> None:
     for text in ("::ffff:169.254.169.254", "64:ff9b::169.254.169.254"):
-        assert addresses.closed(ipaddress.ip_address(text)) == "metadata"
-    assert addresses.never(ipaddress.ip_address("2002:a9fe:a9fe::1")) == "reserved"
+        assert egress.closed(ipaddress.ip_address(text)) == "metadata"
+    assert egress.never(ipaddress.ip_address("2002:a9fe:a9fe::1")) == "reserved"
 
 
 # ---- the journal ----

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Set
 from dataclasses import dataclass, replace
 
-from rock.admin.sandboxes.lifecycle import Event, life_began
+from rock.admin.sandboxes.lifecycle import Effect, Event, life_began
 from rock.admin.sandboxes.service import Service
 from rock.admin.workers.client import Worker
 from rock.admin.workers.registry import WorkerRegistry
@@ -63,7 +63,8 @@ async def _is_lost(service: Service, worker: str) -> bool:
 async def _bury_one(service: Service, record: Record, worker: str) -> None:
     restored = record.state is State.PENDING and record.info.archive is not None
     event = Event.RESTORE_FAILED if restored else Event.ENDED
-    await service.apply(record.id, event, known=record, cause=Cause.LOST, reason=f"its worker {worker} was lost")
+    reason = f"its worker {worker} was lost"
+    await service.records.apply(record.id, event, known=record, cause=Cause.LOST, reason=reason)
 
 
 class LostWorkers:
@@ -142,8 +143,8 @@ class Reconciler:
 
     async def start(self) -> None:
         """Settle the unfinished operations of an earlier run, then continue in the background."""
-        self.service.on_schedule.append(self.schedule)
-        self.service.on_unfinished.append(self._again)
+        self.service.records.on_effect[Effect.SCHEDULE].append(self.schedule)
+        self.service.records.on_unfinished.append(self._again)
         if self.service.store.shared:
             # the watch starts before the records are settled
             self._tasks = [asyncio.create_task(self._watch(), name="watch")]
@@ -194,11 +195,11 @@ class Reconciler:
         self._push(time.time() + _RETRY, sandbox_id)
 
     async def close(self) -> None:
-        for listeners, own in (
-            (self.service.on_schedule, self.schedule), (self.service.on_unfinished, self._again),
-        ):  # fmt: skip
-            if own in listeners:
-                listeners.remove(own)
+        records = self.service.records
+        if self.schedule in records.on_effect[Effect.SCHEDULE]:
+            records.on_effect[Effect.SCHEDULE].remove(self.schedule)
+        if self._again in records.on_unfinished:
+            records.on_unfinished.remove(self._again)
         if self._worker_changed in self.service.workers.on_change:
             self.service.workers.on_change.remove(self._worker_changed)
         tasks = [*self._tasks, *self._checks, *self._followers.values()]
@@ -280,13 +281,13 @@ class Reconciler:
             elif record.state is State.STOPPING:
                 await self.service.finish_stop(record)
             elif record.state is State.ARCHIVING:
-                await self.service.apply(record.id, Event.ARCHIVE)
+                await self.service.records.apply(record.id, Event.ARCHIVE)
             elif record.state in (State.STOPPED, State.ARCHIVED, State.DELETED):
                 await self._settle_kept(record, here)
             elif alive or await self._has(record):
                 self.schedule(record)
             elif not self.service.store.shared:
-                await self.service.apply(
+                await self.service.records.apply(
                     record.id, Event.ENDED, cause=Cause.LOST, reason="it was gone when the server came back"
                 )
         except RockError as error:
@@ -389,7 +390,7 @@ class Reconciler:
 
     async def _look(self, sandbox_id: str) -> None:
         try:
-            record = await self.service.load(sandbox_id)
+            record = await self.service.records.load(sandbox_id)
             if record.state is State.PENDING:
                 self.service.start_tasks.begin(record)
             elif record.state is State.STOPPING:
@@ -433,7 +434,7 @@ class Reconciler:
         elif info.auto_delete_at is not None and info.auto_delete_at <= now and record.state is not State.ARCHIVING:
             await self.service.kept.expire(record.id)
         elif record.state is State.ARCHIVING:
-            await self.service.apply(record.id, Event.ARCHIVE)  # this continues or restarts the archiving
+            await self.service.records.apply(record.id, Event.ARCHIVE)  # this continues or restarts the archiving
         elif info.auto_archive_at is not None and info.auto_archive_at <= now:
             await self.service.archive.archive(record.id)
         else:
@@ -447,7 +448,8 @@ class Reconciler:
                 raise Unavailable(f"worker {record.info.worker} is not there now")
             return await worker.get(record.id)
         except NotFound:
-            await self.service.apply(record.id, Event.ENDED, cause=Cause.LOST, reason="its worker does not have it")
+            reason = "its worker does not have it"
+            await self.service.records.apply(record.id, Event.ENDED, cause=Cause.LOST, reason=reason)
             return None
 
     # ---- ends reported by workers ----
@@ -479,7 +481,7 @@ class Reconciler:
                 await self._find(record)
 
     async def _ended(self, told: NodeEvent) -> None:
-        record = await self.service.load(told.sandbox_id)
+        record = await self.service.records.load(told.sandbox_id)
         if told.at < life_began(record.info):
             # From before a restart, or by a clock that is behind ours: only a lookup can determine it.
             if record.state is State.RUNNING:
@@ -489,7 +491,7 @@ class Reconciler:
             return  # from before the restart: clocks of two machines cannot be compared
         restored = record.state is State.PENDING and record.info.archive is not None
         event = Event.RESTORE_FAILED if restored else Event.ENDED
-        await self.service.apply(record.id, event, known=record, cause=told.cause, reason=told.reason)
+        await self.service.records.apply(record.id, event, known=record, cause=told.cause, reason=told.reason)
 
     async def _is_alive(self, record: Record) -> bool:
         worker = self.service.workers.get(record.info.worker or "")

@@ -21,7 +21,6 @@ from rock.admin.sandboxes.service import Service
 from rock.errors import Conflict, Forbidden, InvalidConfig, NotFound
 from rock.http.asgi import Scope
 from rock.protocol import egress
-from rock.protocol import egress as addresses
 from rock.protocol.action import ConnectionList, GroupInfo, GroupRequest
 from rock.protocol.env import OpenEnv
 from rock.protocol.keys import Access, Caller, CreateKey, KeyInfo, NewKey, caller_of, digest_of
@@ -90,7 +89,7 @@ class TenantService:
                             hint='network="none" or "nat"')
         for text in config.egress or ():
             network = egress.parse(text).network
-            if network is not None and (not network.is_global or addresses.closed(network.network_address)):
+            if network is not None and (not network.is_global or egress.closed(network.network_address)):
                 raise Forbidden(f"this key may not open {text}: it is an address of the server's own networks",
                                 hint="an entry of the server's owner may")
         # stored images may be used; the server connects to no internal registry for a tenant
@@ -146,7 +145,7 @@ class TenantService:
         """Change the name or the labels. NotFound, Conflict."""
         await self._own(sandbox_id)
         fields = change.model_dump(include=change.model_fields_set)
-        return (await self._service.amend(sandbox_id, **fields)).info
+        return (await self._service.records.amend(sandbox_id, **fields)).info
 
     async def delete(self, sandbox_id: str, force: bool = False) -> SandboxInfo:
         await self._own(sandbox_id)
@@ -186,7 +185,7 @@ def _is_near(image: str) -> bool:
             address = ipaddress.ip_address(socket.inet_aton(host))  # 127.1, 0x7f000001, 0177.0.0.1
         except (OSError, ValueError):
             return False
-    return bool(addresses.never(address) or addresses.closed(address))
+    return bool(egress.never(address) or egress.closed(address))
 
 
 # ---- API keys ----

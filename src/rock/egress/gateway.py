@@ -19,11 +19,10 @@ from collections import OrderedDict
 from collections.abc import Coroutine
 
 from rock.egress import dns
-from rock.egress import policy as sniff
 from rock.egress.dns import Resolver, Unanswered
 from rock.egress.log import Journal, OpenEntry
 from rock.egress.netlink import UNICAST, Routes
-from rock.egress.policy import Policy, Verdict
+from rock.egress.policy import LONGEST, MOST_LOOKS, Policy, Refused, Verdict, look
 from rock.egress.relay import Relay, reset
 from rock.protocol import egress
 from rock.protocol.egress import Address
@@ -155,7 +154,7 @@ class Gateway:
         if verdict is Verdict.ASK:
             try:
                 first = await self._hear(inner, address, port, entry)
-            except sniff.Refused as refused:
+            except Refused as refused:
                 verdict, reason = Verdict.REFUSE, str(refused)
         if verdict is Verdict.REFUSE:
             entry.reason = reason
@@ -192,19 +191,19 @@ class Gateway:
         try:
             async with asyncio.timeout(_NAME_PATIENCE):
                 while told is None:
-                    piece = await self._loop.sock_recv(inner, sniff.LONGEST)
+                    piece = await self._loop.sock_recv(inner, LONGEST)
                     data += piece
-                    told = sniff.look(data)
+                    told = look(data)
                     looks += 1
-                    if not piece or (told is None and (len(data) > sniff.LONGEST or looks >= sniff.MOST_LOOKS)):
-                        raise sniff.Refused("no name was said")
+                    if not piece or (told is None and (len(data) > LONGEST or looks >= MOST_LOOKS)):
+                        raise Refused("no name was said")
         except TimeoutError:
-            raise sniff.Refused("no name was said") from None
+            raise Refused("no name was said") from None
         entry.protocol, entry.host = told.protocol, told.name
         if not self._policy.allows_name(told.name, port):
-            raise sniff.Refused("not in egress")
+            raise Refused("not in egress")
         if not await self._belongs(told.name, address):
-            raise sniff.Refused("an address that DNS does not give for this name")
+            raise Refused("an address that DNS does not give for this name")
         return told.first
 
     async def _belongs(self, name: str, address: Address) -> bool:

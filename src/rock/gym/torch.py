@@ -26,8 +26,7 @@ except ImportError as error:
     raise ImportError(f"rock.gym.torch needs torch ({error}): pip install 'rock-sandbox[torch]'") from error
 
 from rock.errors import InvalidConfig
-from rock.gym import env as single
-from rock.gym import vector
+from rock.gym import env, vector
 
 __all__ = ["SandboxEnv", "SandboxVectorEnv"]
 
@@ -35,7 +34,7 @@ _FINAL = "final_obs"
 Step = tuple[Any, Any, Any, Any, dict[str, Any]]
 
 
-class SandboxEnv(single.SandboxEnv):
+class SandboxEnv(env.SandboxEnv):
     """`rock.gym.SandboxEnv` with tensors. device: as torch names it."""
 
     def __init__(self, source: str, /, *, device: Any = "cpu", **options: Any) -> None:

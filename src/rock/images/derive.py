@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from rock.errors import InvalidConfig
-from rock.images.host_image import HostImages
+from rock.images.host import HostImages
 from rock.images.layers.blobs import Blob, Bounds, Plain
 from rock.images.layers.importer import this_architecture
 from rock.images.layers.store import Fill, LayerInfo, LayerStore

@@ -22,16 +22,15 @@ from typing import Protocol
 from rock.errors import ImageError, InvalidConfig, NotFound, RockError
 from rock.images.derive import DerivedImages
 from rock.images.gc import GarbageCollector, Pruned
-from rock.images.host_image import HostImages
+from rock.images.host import HostImages
 from rock.images.layers.blobs import USUAL, Allowance, Blob
 from rock.images.layers.importer import kind_of
 from rock.images.layers.store import Fill, LayerStore
 from rock.images.layers.views import copy_tree
 from rock.images.records import ImageRecord, Lease, Leases, Records, RootFS, storing
 from rock.images.registry.logins import Login, Logins
-from rock.images.registry.pull import Progress
 from rock.images.registry.reference import HOST, free_name, new_name, parse
-from rock.images.registry.transfers import ImageImports, Transfers, unpack
+from rock.images.registry.transfers import ImageImports, Progress, Transfers, unpack
 from rock.protocol.sandbox import parse_size
 from rock.settings import Settings, docker_config
 

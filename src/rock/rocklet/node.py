@@ -21,6 +21,7 @@ from rock.http.event_loop import settled
 from rock.protocol.node import NodeEvent, NodeEvents, NodeInventory, NodeSandbox, NodeStatus
 from rock.protocol.sandbox import ArchivedFiles, Cause, Isolation, Phase, SandboxConfig
 from rock.rocklet.commands.session import Session
+from rock.rocklet.durability import resume
 from rock.rocklet.environments.host import ENV_LEASE
 from rock.rocklet.environments.local_socket import LocalSocket
 from rock.rocklet.images.build import Builds
@@ -63,8 +64,8 @@ class Node:
         self.supervisors: dict[str, Supervisor] = {}
         self.kept = RetainedSandboxes(self.state_dir)
         self.quarantine = Quarantine(self.state_dir, self.runtimes, folder)
-        self.commits = Commits(self)
-        self.builds = Builds(self)
+        self.commits = Commits(images.store, self.kept, self.supervisors, self.get)
+        self.builds = Builds(images, self.runtimes)
         self._creating: dict[str, asyncio.Task[Supervisor]] = {}
         self._destroying: dict[str, asyncio.Task[NodeSandbox]] = {}
         self._stopped: dict[str, asyncio.Task[NodeSandbox]] = {}
@@ -480,7 +481,7 @@ class Recovery:
         self._known[handle.runtime].append(handle.id)
         supervisor = node.supervise(sandbox_id, config, runtime, handle, record.get("spools"))
         try:
-            await supervisor.recover(record)
+            await resume.recover(supervisor, record)
         except BaseException:
             await supervisor.detach()
             raise

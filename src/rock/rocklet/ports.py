@@ -21,7 +21,7 @@ from rock.http.event_loop import BUDGET, rounds
 from rock.http.relay import CLOSE_WITHIN, HANDSHAKE_WITHIN, connection_to, inward, outward, plain_headers, race
 from rock.protocol.routes import ANSWER_WITHIN, ERROR_CODE, HANDED_ON, OTHER_KEY, ROUTES
 from rock.rocklet.node import Node
-from rock.rocklet.port_connections import CHUNK, dial, given_away, port_of, streams
+from rock.rocklet.port_connections import CHUNK, port_of
 from rock.rocklet.sandbox import Supervisor
 
 # ---- headers ----
@@ -170,8 +170,8 @@ async def _joined(sandbox: Supervisor, target: Target, request: Request) -> Asyn
     offered = [Subprotocol(name) for name in request.scope.get("subprotocols") or ()]
     address = WebSocketURI(False, "localhost", target.port, path, query)
     headers = plain_headers(inward_headers(request, target))
-    sock = await dial(sandbox, target.port)
-    with given_away(sock, sandbox, target.port):
+    sock = await sandbox.connections.dial(target.port)
+    with sandbox.connections.given_away(sock, target.port):
         _, program = await asyncio.get_running_loop().create_connection(
             lambda: connection_to(address, offered), sock=sock
         )
@@ -215,7 +215,7 @@ def tunnel(node: Node) -> SocketHandler:
         port = port_of(request.path["port"])
         await receive()  # websocket.connect
         with sandbox.active():
-            async with streams(sandbox, port) as (reader, writer):
+            async with sandbox.connections.streams(port) as (reader, writer):
                 await send({"type": "websocket.accept"})
                 await _Tunnel(reader, writer, receive, send).run()
 
@@ -334,7 +334,7 @@ class Relay(Answer):
     async def send(self, send: Send) -> None:
         target, patience = target_of(self._request), patience_of(self._request)
         with self._sandbox.active():
-            async with streams(self._sandbox, target.port) as (reader, writer):
+            async with self._sandbox.connections.streams(target.port) as (reader, writer):
                 await _Exchange(self._request, target, reader, writer, patience).run(send)
 
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import shutil
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 from rock import faults
@@ -22,7 +22,6 @@ from rock.protocol.sandbox import Cause, Phase, SandboxConfig, Usage
 from rock.rocklet.commands import programs
 from rock.rocklet.commands.registry import Sessions
 from rock.rocklet.commands.shell_process import Shell
-from rock.rocklet.durability import resume
 from rock.rocklet.durability.journal import Journal
 from rock.rocklet.environments.host import ENV_LEASE, EnvHost
 from rock.rocklet.port_connections import Connections
@@ -62,7 +61,7 @@ class Supervisor:
         self._env_lease = env_lease
         # a host of an earlier rocklet process exists; attached only on use, because it may hang
         self._env_host_kept = False
-        self.connections = Connections()
+        self.connections = Connections(sandbox_id, runtime, handle)
         self.spools = state_dir.spools(spools)
         self.journal = Journal(self.spools)
         self._marked = False  # whether the folder of spool files has been made
@@ -92,14 +91,15 @@ class Supervisor:
         return written(self.config, self.handle, sessions=self.sessions.record(), processes=processes,
                        spools=self.spools.path.name, marked=self._marked)  # fmt: skip
 
-    async def recover(self, record: dict[str, Any]) -> None:
-        """Recover the sessions and processes of an earlier rocklet process; those that ended are omitted."""
+    def load_journal(self, record: dict[str, Any]) -> None:
+        """Read the requests that an earlier rocklet process left unfinished."""
         self._marked = bool(record.get("marked"))
         self.journal.load(expected=self._marked)
-        kept = await self.runtime.processes(self.handle)
-        sessions = record.get("sessions", {})
-        await resume.settle_sessions(self, kept, sessions)
-        await self.sessions.recover(sessions, kept, self.journal)
+
+    async def attach(self, record: dict[str, Any], kept: Sequence[str]) -> None:
+        """Attach to the sessions and processes of an earlier rocklet process; those that ended are omitted. kept: the
+        keys of the processes that the runtime still has."""
+        await self.sessions.recover(record.get("sessions", {}), kept, self.journal)
         for key, entry in record.get("processes", {}).items():
             with contextlib.suppress(RockError):
                 process = await self.runtime.attach(self.handle, programs.KEY + key)
@@ -108,7 +108,6 @@ class Supervisor:
                 self.processes[key] = programs.Background(key, entry["command"], process, folder, entry["started_at"],
                                                           marks=self.spools.marks, found=self.spools.found)  # fmt: skip
         self._env_host_kept = EnvHost.KEY in kept
-        await resume.settle(self, kept)
 
     # ---- activity ----
 

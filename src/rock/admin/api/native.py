@@ -21,11 +21,7 @@ from rock.admin.tenants import Keys, TenantServices
 from rock.envhub import registry
 from rock.errors import ClientError, InternalServerRockError, InvalidConfig, NotFound, RockError
 from rock.http.asgi import retry_after
-from rock.protocol import action, env, node, sandbox
-from rock.protocol import action as group
-from rock.protocol import action as network
-from rock.protocol import keys as keys_of_wire
-from rock.protocol import node as workers
+from rock.protocol import action, env, keys, node, sandbox
 from rock.protocol.action import ConnectionList
 from rock.protocol.env import AddEnv, BuildEnv, EnvAbout
 from rock.protocol.keys import CreateKey, KeyInfo, KeyList, NewKey
@@ -171,7 +167,7 @@ def _models() -> dict[str, type[BaseModel]]:
     """The wire models, by name."""
     return {
         name: kind
-        for module in (sandbox, action, env, node, group, workers, network, keys_of_wire)
+        for module in (sandbox, action, env, node, keys)
         for name, kind in vars(module).items()
         if isinstance(kind, type) and issubclass(kind, BaseModel)
     }

@@ -12,7 +12,7 @@ from rock.protocol.action import GroupRequest
 from rock.protocol.env import OpenEnv
 from rock.protocol.routes import IDEMPOTENCY_KEY, ROUTES
 from rock.protocol.sandbox import CommitRequest, State, UpdateSandbox
-from rock.store.base import Query as Listing
+from rock.store.base import Query
 
 _LONGEST_WAIT = 3600.0  # seconds
 _MOST_LISTED = 2000
@@ -113,7 +113,7 @@ def _key(request: Request) -> str | None:
     return request.header(IDEMPOTENCY_KEY.encode())
 
 
-def _listing(request: Request, limit: int) -> Listing:
+def _listing(request: Request, limit: int) -> Query:
     raw: bytes = request.scope.get("query_string", b"")
     states: list[State] = []
     labels: dict[str, str] = {}
@@ -136,7 +136,7 @@ def _listing(request: Request, limit: int) -> Listing:
             page = float(time_text), sandbox_id
         except ValueError:
             raise InvalidConfig(f"after={after!r} is not what a page before answered as `next`") from None
-    return Listing(states=states, fields=fields, labels=labels, limit=limit, after=page)
+    return Query(states=states, fields=fields, labels=labels, limit=limit, after=page)
 
 
 def _state(text: str) -> State:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from rock.admin.sandboxes.records import Records
+from rock.admin.workers.registry import WorkerRegistry
 from rock.errors import (
     Conflict,
     InternalServerRockError,
@@ -25,9 +27,6 @@ from rock.protocol.node import NodeCommit
 from rock.protocol.sandbox import CommitError, CommitPhase, CommitRequest, CommitStatus, State
 from rock.store.base import Record
 
-if TYPE_CHECKING:
-    from rock.admin.sandboxes.service import Service
-
 log = logging.getLogger("rock.admin")
 
 _ANOTHERS = 3600.0  # seconds after which the commit of another admin is considered abandoned
@@ -37,8 +36,9 @@ _BY_STAGE = {"login": CommitError.LOGIN_FAILED, "commit": CommitError.COMMIT_FAI
 class Commits:
     """The commits in progress. limit: maximum bytes of files that one sandbox may have written."""
 
-    def __init__(self, service: Service, limit: int) -> None:
-        self._service = service
+    def __init__(self, records: Records, workers: WorkerRegistry, limit: int) -> None:
+        self._records = records
+        self._workers = workers
         self._limit = limit
         self._running: dict[str, CommitStatus] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -58,7 +58,7 @@ class Commits:
 
         Conflict while another commit of the sandbox is in progress, and when there are no files to commit.
         """
-        record = await self._service.load(sandbox_id)
+        record = await self._records.load(sandbox_id)
         running = self._running.get(sandbox_id)
         if running is None:
             _refuse_without_files(record)
@@ -73,7 +73,7 @@ class Commits:
                               phase=CommitPhase.RUNNING)  # fmt: skip
         self._running[record.id] = status  # from here on no other commit can start
         try:
-            await self._service.amend(record.id, commit=status)
+            await self._records.amend(record.id, commit=status)
         except BaseException:
             del self._running[record.id]
             raise
@@ -88,7 +88,7 @@ class Commits:
 
     async def _commit(self, record: Record, spec: CommitRequest, status: CommitStatus, tenant: str) -> None:
         try:
-            worker = self._service.workers.get(record.info.worker or "")
+            worker = self._workers.get(record.info.worker or "")
             if worker is None:
                 raise ServerError(f"worker {record.info.worker} is not known here")
             made = await worker.commit(record.id, NodeCommit(**spec.model_dump(), limit=self._limit, tenant=tenant))
@@ -104,7 +104,7 @@ class Commits:
                       "error_code": _code(error, stage, worker is not None)}  # fmt: skip
         ended = status.model_copy(update={**fields, "completed_at": time.time()})
         try:
-            await self._service.amend(record.id, commit=ended)
+            await self._records.amend(record.id, commit=ended)
         except NotFound:
             log.info("sandbox %s was deleted while it was committed", record.id)
 
@@ -114,7 +114,7 @@ class Commits:
         task = self._tasks.get(sandbox_id)
         if task is not None and wait > 0:
             await asyncio.wait({task}, timeout=wait)
-        record = await self.settle(await self._service.load(sandbox_id))
+        record = await self.settle(await self._records.load(sandbox_id))
         if record.info.commit is None:
             raise NotFound(f"no image was made of sandbox {sandbox_id}", sandbox_id=sandbox_id,
                            details={"commit": CommitError.STATUS_NOT_FOUND})  # fmt: skip
@@ -125,13 +125,13 @@ class Commits:
         found = record.info.commit
         if found is None or found.phase is not CommitPhase.RUNNING or record.id in self._running:
             return record
-        if self._service.store.shared and time.time() - found.started_at < _ANOTHERS:
+        if self._records.store.shared and time.time() - found.started_at < _ANOTHERS:
             return record  # it may be another admin's
         error = ServerError(f"the server ended while it made {found.image_tag}", sandbox_id=record.id,
                             hint="commit again")  # fmt: skip
         fields = {"phase": CommitPhase.FAILED, "completed_at": time.time(), "error": error.to_wire(),
                   "error_code": CommitError.PROCESS_LOST}  # fmt: skip
-        return await self._service.amend(record.id, commit=found.model_copy(update=fields))
+        return await self._records.amend(record.id, commit=found.model_copy(update=fields))
 
 
 def _refuse_without_files(record: Record) -> None:

@@ -10,19 +10,18 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from rock.admin.workers.placement import Placer
+from rock.admin.workers.registry import WorkerRegistry
 from rock.envhub import registry
 from rock.errors import NoCapacity, QuotaExceeded, RockError
 from rock.protocol.env import LEASED, PIPED, OpenEnv
 from rock.protocol.keys import Caller
 from rock.protocol.node import NodeSandbox
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
-from rock.store.base import Query, Record
-
-if TYPE_CHECKING:
-    from rock.admin.sandboxes.service import Service
+from rock.store.base import Query, Record, Store
 
 _LABEL = "rock.env"
 _FRESH = 0.5  # seconds for which a measurement is used
@@ -72,10 +71,19 @@ class _Load:
 
 
 class EnvironmentHosts:
-    """Sandboxes that host environments, existing or new."""
+    """Sandboxes that host environments, existing or new. started: waits for the start of a sandbox, up to a number of
+    seconds. insert: creates a sandbox, see `Service.insert`."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(
+        self, store: Store, workers: WorkerRegistry, placer: Placer,
+        started: Callable[[Record, float], Awaitable[SandboxInfo]],
+        insert: Callable[[SandboxConfig, str | None, Caller], Awaitable[Record]],
+    ) -> None:  # fmt: skip
+        self._store = store
+        self._workers = workers
+        self._placer = placer
+        self._started = started
+        self._insert = insert
         self._lock = asyncio.Lock()
         self._loads: dict[str, _Load] = {}
 
@@ -83,20 +91,20 @@ class EnvironmentHosts:
         """A sandbox that can host the environment: an existing one of its package set and this tenant, else a new
         one."""
         image = registry.image_for(spec)
-        known = await self._service.store.by_key(key, caller.owner) if key else None
+        known = await self._store.by_key(key, caller.owner) if key else None
         if known is not None:
-            return await self._service.start_tasks.waited(known, wait)
+            return await self._started(known, wait)
         if spec.exclusive:
-            return await self._service.start_tasks.waited(await self._create(image, spec, key, caller), wait)
+            return await self._started(await self._create(image, spec, key, caller), wait)
         async with self._lock:  # two concurrent first requests must not start two sandboxes
             record = await self._placed(image, spec, key, caller)
-        return await self._service.start_tasks.waited(record, wait)
+        return await self._started(record, wait)
 
     async def _placed(self, image: str, spec: OpenEnv, key: str | None, caller: Caller) -> Record:
         shared = spec.protocol == "task"  # instances of a training set are found by name, so they are in one sandbox
         limit = 1 if shared else _MOST
         query = Query((State.RUNNING, State.PENDING), labels={_LABEL: image}, limit=limit, tenant=caller.owner)
-        hosts = await self._service.store.list(query)
+        hosts = await self._store.list(query)
         if shared:
             return hosts[0] if hosts else await self._create(image, spec, key, caller)
         hosts = [record for record in hosts if await self._measured(record)]
@@ -118,7 +126,7 @@ class EnvironmentHosts:
     def _should_spread(self, best: Record, hosts: int) -> bool:
         """Whether the least loaded sandbox is busy, and there are cores that none of these sandboxes uses."""
         load = self._loads[best.id]
-        cores = sum(status.cpus for status in self._service.placer.statuses.values())
+        cores = sum(status.cpus for status in self._placer.statuses.values())
         return load.hosted > 0 and load.cpu_share > _BUSY and hosts < cores
 
     async def _measured(self, record: Record) -> bool:
@@ -128,7 +136,7 @@ class EnvironmentHosts:
         if record.state is not State.RUNNING or now - load.measured_at < _FRESH:
             return True
         try:
-            found = await self._service.reached(record.info.worker).get(record.id, usage=True)
+            found = await self._workers.required(record.info.worker).get(record.id, usage=True)
         except RockError:
             return False
         load.measure(found, record.config.cpus, now)
@@ -144,7 +152,7 @@ class EnvironmentHosts:
                 "startup_timeout": max(config.startup_timeout, 1200.0),
             }
         )
-        return await self._service.insert(config, key, caller)
+        return await self._insert(config, key, caller)
 
 
 def env_host() -> SandboxConfig:

@@ -14,19 +14,18 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Protocol
 
 from rock.admin.sandboxes import lifecycle
+from rock.admin.sandboxes.starts import Starts
+from rock.admin.workers.client import Worker
+from rock.admin.workers.placement import Placer
 from rock.errors import Conflict, InvalidConfig, NotFound, RockError, from_wire
 from rock.protocol.action import GroupInfo, GroupRequest
 from rock.protocol.keys import Caller
-from rock.protocol.sandbox import Cause, SandboxConfig, State
-from rock.store.base import Record, member
-
-if TYPE_CHECKING:
-    from rock.admin.sandboxes.service import Service
-    from rock.admin.workers.client import Worker
+from rock.protocol.sandbox import Cause, SandboxConfig, SandboxInfo, State
+from rock.store.base import Record, Store, member
 
 _STOPPED_AT_ONCE = 64
 _CHECKED_AT_ONCE = 64
@@ -35,11 +34,24 @@ _ELSEWHERE = 0.2  # seconds between two checks of starts on another server
 _BEGUN = (State.PENDING, State.RUNNING)
 
 
-class Groups:
-    """The group operations of the service."""
+class Stop(Protocol):
+    """Stops a sandbox, see `Service.stop`."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __call__(self, sandbox_id: str, cause: Cause = ..., reason: str = ...) -> Awaitable[SandboxInfo]: ...
+
+
+class Groups:
+    """The group operations of the service. check: raises for a config that this server cannot serve."""
+
+    def __init__(
+        self, store: Store, placer: Placer, start_tasks: Starts, check: Callable[[SandboxConfig], None],
+        stop: Stop,
+    ) -> None:  # fmt: skip
+        self._store = store
+        self._placer = placer
+        self._start_tasks = start_tasks
+        self._check_config = check
+        self._stop = stop
         self._undoing: dict[str, asyncio.Task[None]] = {}
 
     async def close(self) -> None:
@@ -55,7 +67,7 @@ class Groups:
         Waits up to `wait` seconds for the starts. A gang that cannot start meanwhile raises the reason once all its
         sandboxes are stopped; in best-effort mode the response reports the missing ones.
         """
-        first = await self._service.store.by_key(key, caller.owner) if key else None
+        first = await self._store.by_key(key, caller.owner) if key else None
         if first is not None:
             records = await self._fresh([_of_group(first)])
         else:
@@ -66,44 +78,44 @@ class Groups:
         return _info(records, spec.size - len(records), error)
 
     async def _insert(self, spec: GroupRequest, key: str | None, wait: float, caller: Caller) -> Sequence[Record]:
-        service, whole = self._service, spec.mode == "gang"
+        whole = spec.mode == "gang"
         group_id = spec.config.sandbox_id or uuid.uuid4().hex
         config = spec.config.model_copy(update={"sandbox_id": None})
         if config.name is not None:
             raise InvalidConfig(f"name={config.name!r}: a name is for one sandbox, and this group has {spec.size}",
                                 hint="use labels for the sandboxes of a group")
-        service.archive.check(config)
+        self._check_config(config)
         ids = [member(group_id, number) for number in range(spec.size)]
         if len(ids[-1]) > _LONGEST_ID:
             raise InvalidConfig(f"sandbox_id {group_id[:20]}...: it is too long for the names of {spec.size} sandboxes")
         workers: list[Worker | None] = [None] * spec.size
-        if service.placer.reservations is not None:
-            await service.placer.check(config)
+        if self._placer.reservations is not None:
+            await self._placer.check(config)
         else:
-            workers = list(await service.placer.place_group(ids, config, spec.placement, whole))
+            workers = list(await self._placer.place_group(ids, config, spec.placement, whole))
         started: set[str] = set()
         try:
             await self._check(config, workers)
-            async with service.start_tasks.queue.group(caller.owner, wait):
+            async with self._start_tasks.queue.group(caller.owner, wait):
                 records = self._records(spec, group_id, config, ids, workers, key, caller)
-                made = await service.store.insert_group(records, caller.quota, whole)
+                made = await self._store.insert_group(records, caller.quota, whole)
                 _of_group(made[0])
                 for record in made:
                     if record.state is State.PENDING:
-                        service.start_tasks.begin(record)
+                        self._start_tasks.begin(record)
                         started.add(record.id)
             return made
         finally:
             for sandbox_id in ids:
                 if sandbox_id not in started:
-                    service.placer.landed(sandbox_id)
+                    self._placer.landed(sandbox_id)
 
     def _records(
         self, spec: GroupRequest, group_id: str, config: SandboxConfig, ids: Sequence[str],
         workers: Sequence[Worker | None], key: str | None, caller: Caller,
     ) -> list[Record]:  # fmt: skip
         """The records of the sandboxes that have a worker; the first has the key."""
-        placer, now, records = self._service.placer, time.time(), list[Record]()
+        placer, now, records = self._placer, time.time(), list[Record]()
         for number, (sandbox_id, worker) in enumerate(zip(ids, workers, strict=False)):
             name = worker.name if worker is not None else None
             status = placer.status(name) if name is not None else None
@@ -144,7 +156,7 @@ class Groups:
 
     async def _ended(self, records: Sequence[Record]) -> Sequence[Record]:
         """The records after their starts, as they were saved then: the group is not read again."""
-        start_tasks = {record.id: launch for record in records if (launch := self._service.start_tasks.of(record.id))}
+        start_tasks = {record.id: launch for record in records if (launch := self._start_tasks.of(record.id))}
         if not start_tasks:  # another server starts them
             await asyncio.sleep(_ELSEWHERE)
             return await self._fresh(records)
@@ -155,7 +167,7 @@ class Groups:
 
     async def _fresh(self, records: Sequence[Record]) -> Sequence[Record]:
         first = records[0]
-        return await self._service.store.group(first.info.group or "", first.tenant)
+        return await self._store.group(first.info.group or "", first.tenant)
 
     # ---- failed start of a gang ----
 
@@ -178,15 +190,15 @@ class Groups:
         async def stop(sandbox_id: str) -> None:
             async with gate:
                 with contextlib.suppress(RockError):  # a failed stop is retried later, see Service.stop
-                    await self._service.stop(sandbox_id, Cause.START_FAILED, reason)
+                    await self._stop(sandbox_id, Cause.START_FAILED, reason)
 
-        members = await self._service.store.group(failed.info.group or "", failed.tenant)
+        members = await self._store.group(failed.info.group or "", failed.tenant)
         await asyncio.gather(*(stop(one.id) for one in members if one.state in _BEGUN))
 
     async def settle(self, groups: set[tuple[str, str]]) -> None:
         """After a crash: stop the remaining sandboxes of gangs, by tenant and id, whose start failed."""
         for tenant, group_id in groups:
-            members = await self._service.store.group(group_id, tenant)
+            members = await self._store.group(group_id, tenant)
             for record in members:
                 if record.info.cause is Cause.START_FAILED and record.info.error is not None:
                     self.launch_failed(record)
@@ -209,7 +221,7 @@ class Groups:
         async def stop(record: Record) -> None:
             async with gate:
                 with contextlib.suppress(NotFound):  # it was deleted meanwhile
-                    await self._service.stop(record.id)
+                    await self._stop(record.id)
 
         records = await self._members(group_id, tenant)
         outcomes = await asyncio.gather(*(stop(record) for record in records), return_exceptions=True)
@@ -219,7 +231,7 @@ class Groups:
         return _info(await self._members(group_id, tenant))
 
     async def _members(self, group_id: str, tenant: str | None) -> Sequence[Record]:
-        records = await self._service.store.group(group_id, tenant)
+        records = await self._store.group(group_id, tenant)
         if not records:
             raise NotFound(f"Group {group_id} not found")
         return records

@@ -7,13 +7,15 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any
 
 from rock import faults
 from rock.admin.sandboxes import lifecycle
 from rock.admin.sandboxes.lifecycle import Event
+from rock.admin.sandboxes.records import Records
 from rock.admin.workers.client import Worker
+from rock.admin.workers.registry import WorkerRegistry
 from rock.errors import (
     Conflict,
     InternalServerRockError,
@@ -28,20 +30,27 @@ from rock.errors import (
 from rock.protocol.keys import Quota
 from rock.protocol.node import NodeSandbox
 from rock.protocol.sandbox import ArchivedFiles, Phase, SandboxConfig, SandboxInfo, State
+from rock.scheduler.base import Reservations
 from rock.store.base import Record
 from rock.store.blobs import Blobs
-
-if TYPE_CHECKING:
-    from rock.admin.sandboxes.service import Service
 
 _NOT_KEPT = "set auto_delete_seconds or auto_archive_seconds, and the files of the next one are kept"
 
 
 class RetainedSandboxes:
-    """Stopped sandboxes and their files."""
+    """Stopped sandboxes and their files. stop: stops a sandbox. started: waits for the start of a sandbox, up to a
+    number of seconds."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(
+        self, records: Records, workers: WorkerRegistry, cleanup: Cleanup, archive: Archive,
+        stop: Callable[[str], Awaitable[SandboxInfo]], started: Callable[[Record, float], Awaitable[SandboxInfo]],
+    ) -> None:  # fmt: skip
+        self._records = records
+        self._workers = workers
+        self._cleanup = cleanup
+        self._archive = archive
+        self._stop = stop
+        self._started = started
 
     # ---- restart ----
 
@@ -54,24 +63,22 @@ class RetainedSandboxes:
         Waits up to `wait` seconds for the start; a start that fails meanwhile raises its reason, and leaves the state
         unchanged. Conflict when it is not stopped, or has no files. QuotaExceeded.
         """
-        service = self._service
-        await service.cleanup.settled(sandbox_id)
-        record = await service.load(sandbox_id)
+        await self._cleanup.settled(sandbox_id)
+        record = await self._records.load(sandbox_id)
         if not _asked_before(record, key):
             event = Event.RESTORE if record.state is State.ARCHIVED else Event.RESTART
-            record = await service.apply(sandbox_id, event, known=record, key=key, check=_has_files, quota=quota)
-        return await service.start_tasks.waited(record, wait)
+            record = await self._records.apply(sandbox_id, event, known=record, key=key, check=_has_files, quota=quota)
+        return await self._started(record, wait)
 
     # ---- delete ----
 
     async def delete(self, sandbox_id: str, force: bool = False) -> SandboxInfo:
         """Delete a stopped sandbox and its files; with `force` it is stopped first."""
-        service = self._service
         if force:
-            await service.stop(sandbox_id)
+            await self._stop(sandbox_id)
         record = await self._deleted(sandbox_id)
         await faults.point("delete.files_gone")
-        await service.store.delete(sandbox_id)
+        await self._records.store.delete(sandbox_id)
         return record.info
 
     async def expire(self, sandbox_id: str) -> None:
@@ -79,27 +86,26 @@ class RetainedSandboxes:
         await self._deleted(sandbox_id)
 
     async def _deleted(self, sandbox_id: str) -> Record:
-        await self._service.cleanup.settled(sandbox_id)
-        return await self.finish_delete(await self._service.apply(sandbox_id, Event.DELETE))
+        await self._cleanup.settled(sandbox_id)
+        return await self.finish_delete(await self._records.apply(sandbox_id, Event.DELETE))
 
     async def finish_delete(self, record: Record) -> Record:
         """Remove the files of a deleted sandbox, on a worker and in the archive."""
-        service = self._service
         await faults.point("delete.saved")
-        worker = await service.there(record.info.worker)
+        worker = await self._workers.current(record.info.worker)
         if record.info.kept and worker is not None:
             await worker.destroy(record.id)
         if any(step.event == Event.ARCHIVE for step in record.info.state_history):
-            await service.archive.forget(record.id)
+            await self._archive.forget(record.id)
         if record.info.kept or record.info.archive:
-            return await service.amend(record.id, kept=False, archive=None)
+            return await self._records.amend(record.id, kept=False, archive=None)
         return record
 
     # ---- lost files ----
 
     async def lost(self, record: Record) -> None:
         """Its worker does not have the files: note that in its record."""
-        await self._service.amend(record.id, **lifecycle.files_lost(record))
+        await self._records.amend(record.id, **lifecycle.files_lost(record))
 
 
 def _asked_before(record: Record, key: str | None) -> bool:
@@ -125,8 +131,12 @@ class Archive:
     """The files of stopped sandboxes in `blobs`, one archive each, under its id. limit: maximum bytes of files in
     one."""
 
-    def __init__(self, service: Service, blobs: Blobs | None, limit: int) -> None:
-        self._service = service
+    def __init__(
+        self, records: Records, workers: WorkerRegistry, cleanup: Cleanup, blobs: Blobs | None, limit: int
+    ) -> None:
+        self._records = records
+        self._workers = workers
+        self._cleanup = cleanup
         self._blobs = blobs
         self._limit = limit
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -158,12 +168,12 @@ class Archive:
         stopped. Conflict when it runs, or has no files.
         """
         self._there()
-        await self._service.cleanup.settled(sandbox_id)
-        record = await self._service.apply(sandbox_id, Event.ARCHIVE, key=key, check=_archiving_has_files, error=None)
+        await self._cleanup.settled(sandbox_id)
+        record = await self._records.apply(sandbox_id, Event.ARCHIVE, key=key, check=_archiving_has_files, error=None)
         task = self._tasks.get(sandbox_id)
         if task is not None and wait > 0:
             await asyncio.wait({task}, timeout=wait)
-            record = await self._service.load(sandbox_id)
+            record = await self._records.load(sandbox_id)
             if record.state is State.STOPPED and record.info.error:
                 raise from_wire(record.info.error)
         return record.info
@@ -179,12 +189,12 @@ class Archive:
         self._tasks.pop(sandbox_id, None)
         if not task.cancelled() and task.exception() is not None:
             log.error("archive of %s: %r", sandbox_id, task.exception())
-            self._service.unfinished(sandbox_id)
+            self._records.unfinished(sandbox_id)
 
     async def _archive(self, record: Record) -> None:
-        service, began = self._service, time.time()
+        began = time.time()
         phase = Phase(status="running", message="its files are brought to the archive", started_at=began)
-        record = await service.amend(record.id, phases={**record.info.phases, "archive": phase})
+        record = await self._records.amend(record.id, phases={**record.info.phases, "archive": phase})
         try:
             await faults.point("archive.begun")
             files = await self._pack(record)
@@ -198,13 +208,13 @@ class Archive:
             error.sandbox_id = record.id
             phases = _with_phase(record, phase, "failed", error.message)
             lost = lifecycle.files_lost(record) if isinstance(error, Lost) else {}
-            await service.apply(record.id, Event.ARCHIVE_FAILED, error=error.to_wire(), phases=phases, **lost)
+            await self._records.apply(record.id, Event.ARCHIVE_FAILED, error=error.to_wire(), phases=phases, **lost)
         else:
             phases = _with_phase(record, phase, "success", f"{files.size} bytes")
-            await service.apply(record.id, Event.ARCHIVE_DONE, archive=files, phases=phases)
+            await self._records.apply(record.id, Event.ARCHIVE_DONE, archive=files, phases=phases)
 
     async def _pack(self, record: Record) -> ArchivedFiles:
-        worker = self._service.workers.get(record.info.worker or "")
+        worker = self._workers.get(record.info.worker or "")
         if worker is None:
             raise ServerError(f"worker {record.info.worker} is not known here")
         told: list[ArchivedFiles] = []
@@ -267,10 +277,12 @@ _PUT_AWAY = 10.0  # seconds to wait for the cleanup of the previous run
 
 
 class Cleanup:
-    """The background cleanups, at most one per sandbox. `service.close` cancels them."""
+    """The background cleanups, at most one per sandbox. `Service.close` cancels them."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, records: Records, workers: WorkerRegistry, reservations: Reservations | None) -> None:
+        self._records = records
+        self._workers = workers
+        self._reservations = reservations
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     def tasks(self) -> list[asyncio.Task[None]]:
@@ -281,18 +293,18 @@ class Cleanup:
 
         The state change that ended it determined whether they are retained.
         """
-        worker, lost = await self._service.there(record.info.worker), False
+        worker, lost = await self._workers.current(record.info.worker), False
         try:
             if worker is not None and not record.info.kept:
                 await worker.destroy(record.id)
             elif worker is not None:
                 lost = not (await worker.rest(record.id)).kept
         except Unavailable:
-            if worker is not None and self._service.workers.get(worker.name) is worker:
+            if worker is not None and self._workers.get(worker.name) is worker:
                 raise
             # The worker is lost meanwhile: it ends its sandboxes itself, or on request when it joins again
-        if self._service.placer.reservations is not None:
-            await self._service.placer.reservations.release(record.id)
+        if self._reservations is not None:
+            await self._reservations.release(record.id)
         return lifecycle.files_lost(record) if lost else {}
 
     def begin(self, record: Record) -> None:
@@ -314,7 +326,7 @@ class Cleanup:
                 await faults.point("release.begun")
                 gone = await self.once(record)
                 if gone:
-                    await self._service.amend(record.id, **gone)
+                    await self._records.amend(record.id, **gone)
                 return
             except NotFound:
                 return

@@ -1,8 +1,7 @@
 """The sandbox service: create, stop, list. Each change loads a record, decides, saves, then commands the worker.
 
-starts.py runs the starts in progress; retention.py cleans up workers and operates on stopped sandboxes. Every change of
-a record goes through `apply`: the pure lifecycle decides, the store saves over the version that was read, and only then
-the effects are executed. After a crash in between, the reconciler completes the effects.
+records.py changes the records; starts.py runs the starts in progress; retention.py cleans up workers and operates on
+stopped sandboxes. The service creates these parts, and passes each of them the parts and the functions that it uses.
 """
 
 from __future__ import annotations
@@ -11,40 +10,37 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Callable
-from typing import Any
 
 from rock import faults
 from rock.admin.sandboxes import lifecycle
 from rock.admin.sandboxes.commits import Commits
 from rock.admin.sandboxes.environment_hosts import EnvironmentHosts
 from rock.admin.sandboxes.groups import Groups
-from rock.admin.sandboxes.lifecycle import Effect, Event, step
+from rock.admin.sandboxes.lifecycle import Effect, Event
+from rock.admin.sandboxes.records import Records
 from rock.admin.sandboxes.retention import Archive, Cleanup, RetainedSandboxes
-from rock.admin.sandboxes.starts import CREATES, ENDS, Starts
+from rock.admin.sandboxes.starts import CREATES, Starts
 from rock.admin.workers.client import Worker
 from rock.admin.workers.placement import Placer
 from rock.admin.workers.registry import WorkerRegistry
-from rock.errors import NotFound, RockError, Unavailable
+from rock.errors import RockError, Unavailable
 from rock.protocol.action import ConnectionList
-from rock.protocol.keys import Caller, Quota
+from rock.protocol.keys import Caller
 from rock.protocol.node import NodeStatus, SandboxList
-from rock.protocol.routes import NOTHING_BEGUN, OUTAGE
+from rock.protocol.routes import NOTHING_BEGUN
 from rock.protocol.sandbox import Cause, Phase, SandboxConfig, SandboxInfo, State
 from rock.scheduler.base import Reservations, Scheduler
-from rock.store.base import Query, Record, Store, VersionConflict
+from rock.store.base import Query, Record, Store
 from rock.store.blobs import Blobs
 
 log = logging.getLogger("rock.admin")
 
 _ELSEWHERE = 0.2  # seconds between two checks of a start on another server
-_ENDS = (Event.LAUNCH_FAILED, Event.STOP, Event.ENDED, Event.DESTROYED)
-_MOST_RECENT = 10_000
 _MOST_PLACED = 4  # workers that are tried for one sandbox before the create is rejected
 
 
 class Service:
-    """The control plane over a store, a scheduler and workers. `scheduled` is called for each sandbox that runs."""
+    """The control plane over a store, a scheduler and workers."""
 
     def __init__(
         self,
@@ -57,17 +53,21 @@ class Service:
     ) -> None:
         self.store = store
         self.workers = workers
+        self.records = Records(store)
         self.placer = Placer(scheduler, workers, reservations)
-        self.start_tasks = Starts(self)
-        self.cleanup = Cleanup(self)
-        self.kept = RetainedSandboxes(self)
-        self.archive = Archive(self, blobs, archive_limit)
-        self.commits = Commits(self, archive_limit)
-        self.groups = Groups(self)
-        self.envs = EnvironmentHosts(self)
-        self.on_schedule: list[Any] = []
-        self.on_unfinished: list[Any] = []
-        self._recent: dict[str, Record] = {}  # records as this process saved them last
+        self.cleanup = Cleanup(self.records, workers, reservations)
+        self.archive = Archive(self.records, workers, self.cleanup, blobs, archive_limit)
+        self.start_tasks = Starts(self.records, workers, self.placer, self.archive)
+        started = self.start_tasks.waited
+        self.kept = RetainedSandboxes(self.records, workers, self.cleanup, self.archive, self.stop, started)
+        self.commits = Commits(self.records, workers, archive_limit)
+        self.groups = Groups(store, self.placer, self.start_tasks, self.archive.check, self.stop)
+        self.envs = EnvironmentHosts(store, workers, self.placer, started, self.insert)
+        self.start_tasks.on_failed.append(self.groups.launch_failed)
+        self.records.on_withdrawn.append(self.start_tasks.withdraw)
+        self.records.on_effect[Effect.RELEASE].append(self._release)
+        self.records.on_effect[Effect.LAUNCH].append(self.start_tasks.begin)
+        self.records.on_effect[Effect.ARCHIVE].append(self.archive.begin)
 
     async def close(self) -> None:
         """Cancel the operations in progress; their records stay unchanged for the next start."""
@@ -80,6 +80,10 @@ class Service:
         await self.placer.close()
         await self.archive.close()
         await self.commits.close()
+
+    def _release(self, record: Record) -> None:
+        if record.state is not State.STOPPING:  # else `stop` waits for the cleanup itself
+            self.cleanup.begin(record)
 
     # ---- create ----
 
@@ -139,30 +143,11 @@ class Service:
                 self.placer.landed(sandbox_id)
         raise AssertionError("the last try returns or raises")
 
-    def reached(self, name: str | None) -> Worker:
-        """The worker of that name. Unavailable when it is lost, or not known here yet."""
-        worker = self.workers.get(name or "")
-        if worker is None:
-            raise Unavailable(f"worker {name} is not there now", hint="retry when it is back: rock worker ls",
-                              details=OUTAGE)  # fmt: skip
-        return worker
-
-    def unfinished(self, sandbox_id: str) -> None:
-        """A step could not be completed; the reconciler has to continue it."""
-        for listener in self.on_unfinished:
-            listener(sandbox_id)
-
     # ---- read ----
-
-    async def load(self, sandbox_id: str) -> Record:
-        record = await self.store.get(sandbox_id)
-        if record is None:
-            raise NotFound(f"Sandbox {sandbox_id} not found", sandbox_id=sandbox_id)
-        return record
 
     async def get(self, sandbox_id: str, *, wait: float = 0.0, touch: bool = False, usage: bool = False) -> SandboxInfo:
         """Status, with the current report of its worker. `wait`: seconds, while it is pending."""
-        record = await self.load(sandbox_id)
+        record = await self.records.load(sandbox_id)
         if record.state is State.PENDING:
             record = await self.start_tasks.ended(record, wait)
             if record.state is State.PENDING and wait > 0 and record.id not in self.start_tasks:
@@ -174,7 +159,7 @@ class Service:
         if self.workers.is_silent(record.info.worker or ""):
             return record.info.model_copy(update={"is_alive": False})
         try:
-            found = await self.reached(record.info.worker).get(sandbox_id, touch=touch, usage=usage)
+            found = await self.workers.required(record.info.worker).get(sandbox_id, touch=touch, usage=usage)
         except RockError as error:
             log.info("worker of %s: %s", sandbox_id, error)
             return record.info.model_copy(update={"is_alive": False})
@@ -194,12 +179,12 @@ class Service:
         end = time.monotonic() + wait
         while record.state is State.PENDING and (left := end - time.monotonic()) > 0:
             await asyncio.sleep(min(_ELSEWHERE, left))
-            record = await self.load(record.id)
+            record = await self.records.load(record.id)
         return record
 
     async def connections(self, sandbox_id: str) -> ConnectionList:
         """Its connections, as stored by its worker. Unavailable when that does not respond."""
-        record = await self.load(sandbox_id)
+        record = await self.records.load(sandbox_id)
         worker = self.workers.get(record.info.worker or "")
         return await worker.connections(sandbox_id) if worker is not None else ConnectionList()
 
@@ -218,12 +203,12 @@ class Service:
         self, sandbox_id: str, cause: Cause = Cause.USER, reason: str = "stopped by its user"
     ) -> SandboxInfo:
         """Stop it and wait until its worker is cleaned up, except for retained files; a stopped one stays unchanged."""
-        record = await self.apply(sandbox_id, Event.STOP, cause=cause, reason=reason)
+        record = await self.records.apply(sandbox_id, Event.STOP, cause=cause, reason=reason)
         if record.state is State.STOPPING:
             try:
                 record = await self.finish_stop(record)
             except BaseException:
-                self.unfinished(sandbox_id)
+                self.records.unfinished(sandbox_id)
                 raise
         return record.info
 
@@ -233,110 +218,17 @@ class Service:
         await faults.point("stop.saved")
         gone = await self.cleanup.once(record)
         await faults.point("stop.released")
-        record = await self.apply(record.id, Event.DESTROYED, known=record)
-        return await self.amend(record.id, **gone) if gone else record
+        record = await self.records.apply(record.id, Event.DESTROYED, known=record)
+        return await self.records.amend(record.id, **gone) if gone else record
 
     async def _give_up_restore(self, record: Record) -> Record:
         """Stop during a restore from the archive: the archive still exists."""
         await self.start_tasks.give_up(record.id)
-        record = await self.load(record.id)
+        record = await self.records.load(record.id)
         if record.state is not State.STOPPING:
             return record
-        worker = await self.there(record.info.worker)
+        worker = await self.workers.current(record.info.worker)
         if worker is not None:
             await worker.destroy(record.id)
         await faults.point("restore.given_up")
-        return await self.apply(record.id, Event.RESTORE_FAILED, known=record)
-
-    async def there(self, name: str | None) -> Worker | None:
-        """A worker; None for a lost or removed one, by the current registry. Unavailable."""
-        if name and name not in self.workers and name not in self.workers.lost():
-            await self.workers.refresh()
-        return self.workers.get(name or "")
-
-    # ---- changes ----
-
-    async def amend(self, sandbox_id: str, **fields: Any) -> Record:
-        """Change fields of the record, in any state."""
-        while True:
-            record = await self.load(sandbox_id)
-            try:
-                new = await self.store.put(record.changed(**fields))
-            except VersionConflict:
-                continue
-            self._recent.pop(sandbox_id, None)
-            return new
-
-    async def apply(
-        self,
-        sandbox_id: str,
-        event: Event,
-        known: Record | None = None,
-        *,
-        key: str | None = None,
-        check: Callable[[Record], None] | None = None,
-        quota: Quota | None = None,
-        **fields: Any,
-    ) -> Record:
-        """One step of the lifecycle, saved; then its effects. The first recorded reason of an end stays.
-
-        known: the record as it was read last; when it has changed since, it is read again. key: of the request. check:
-        raises where the record, in its state, does not allow this. quota: of its tenant, for a step that starts it
-        again.
-        """
-        guess = known or self._recent.pop(sandbox_id, None)
-        while True:
-            record = guess or await self.load(sandbox_id)
-            try:
-                state, effects = step(record.state, event, sandbox_id)
-                if check is not None:
-                    check(record)
-            except RockError:
-                if guess is None:
-                    raise
-                guess = None
-                continue
-            if state is record.state and event is not Event.LAUNCHED:
-                if guess is not None:  # only the saved record determines whether that is correct
-                    guess = None
-                    continue
-                new = record
-                break
-            guess = None
-            said = fields
-            if record.info.cause is not None and event in _ENDS:
-                said = {k: v for k, v in fields.items() if k not in ("cause", "reason", "error")}
-            try:
-                new = await self.store.put(lifecycle.stamped(record, event, state, key, said), quota)
-                break
-            except VersionConflict:
-                continue
-            except BaseException:
-                self.unfinished(sandbox_id)  # a store that failed may have saved it: its effects are due all the same
-                raise
-        if state is not record.state:
-            about = {"sandbox_id": sandbox_id}
-            log.info("sandbox %s is %s (%s)", sandbox_id, state.value, event.value, extra=about)
-            if record.state is State.PENDING and event is not Event.LAUNCHED:
-                self.start_tasks.withdraw(sandbox_id)
-            if new.info.cause is not None and record.info.cause is None:
-                ENDS.of(new.info.cause.value).add()
-        self._keep(new)
-        if Effect.RELEASE in effects and state is not State.STOPPING:
-            self.cleanup.begin(new)
-        if Effect.SCHEDULE in effects:
-            for listener in self.on_schedule:
-                listener(new)
-        if Effect.LAUNCH in effects:
-            self.start_tasks.begin(new)
-        if Effect.ARCHIVE in effects:
-            self.archive.begin(new)
-        return new
-
-    def _keep(self, record: Record) -> None:
-        """Cache a record for its next step: `put` detects a concurrent change."""
-        self._recent.pop(record.id, None)  # ended sandboxes are not cached: ten thousand of them would be 80 MB
-        if record.state is not State.STOPPED:
-            self._recent[record.id] = record
-            while len(self._recent) > _MOST_RECENT:
-                del self._recent[next(iter(self._recent))]
+        return await self.records.apply(record.id, Event.RESTORE_FAILED, known=record)

@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from rock import faults
 from rock.admin.sandboxes import lifecycle
 from rock.admin.sandboxes.lifecycle import Event
+from rock.admin.sandboxes.records import Records
+from rock.admin.sandboxes.retention import Archive
 from rock.admin.workers.client import Worker
+from rock.admin.workers.placement import Placer
+from rock.admin.workers.registry import WorkerRegistry
 from rock.admin.workers.start_queue import StartQueue, Ticket
 from rock.errors import InternalServerRockError, Lost, RockError, SandboxError, Unavailable, from_wire
 from rock.http.event_loop import settled
@@ -22,10 +27,6 @@ from rock.store.base import Record, VersionConflict
 from rock.telemetry import tracing
 from rock.telemetry.metrics import REGISTRY
 
-if TYPE_CHECKING:
-    from rock.admin.sandboxes.service import Service
-
-
 # ---- metrics ----
 
 CREATES = REGISTRY.counter(
@@ -33,7 +34,6 @@ CREATES = REGISTRY.counter(
     "outcome", "cause",
 )  # fmt: skip
 STARTS = REGISTRY.histogram("rock_sandbox_start_seconds", "From a pending record to a running sandbox", "outcome")
-ENDS = REGISTRY.counter("rock_sandbox_ends_total", "Sandboxes that ended, by why", "cause")
 
 
 # ---- starts ----
@@ -45,11 +45,16 @@ _PAUSE, _LONGEST_PAUSE = 0.1, 1.0  # seconds between two attempts of a start who
 
 
 class Starts:
-    """One task per sandbox. `service.close` cancels them. pace: the start queue that orders them."""
+    """One task per sandbox; the queue orders them. `Service.close` cancels them. on_failed: called with the record of a
+    sandbox that could not be started."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
-        self.queue = StartQueue(lambda: len(service.workers))
+    def __init__(self, records: Records, workers: WorkerRegistry, placer: Placer, archive: Archive) -> None:
+        self._records = records
+        self._workers = workers
+        self._placer = placer
+        self._archive = archive
+        self.on_failed: list[Callable[[Record], None]] = []
+        self.queue = StartQueue(lambda: len(workers))
         self._tasks: dict[str, asyncio.Task[Record]] = {}
         self._waiting: dict[str, Ticket] = {}  # tickets of starts that have not begun
 
@@ -73,10 +78,10 @@ class Starts:
 
     def _launched(self, sandbox_id: str, task: asyncio.Task[Record]) -> None:
         self._tasks.pop(sandbox_id, None)
-        self._service.placer.landed(sandbox_id)
+        self._placer.landed(sandbox_id)
         if not task.cancelled() and task.exception() is not None:
             log.error("launch of %s: %r", sandbox_id, task.exception())
-            self._service.unfinished(sandbox_id)
+            self._records.unfinished(sandbox_id)
 
     async def _launch(self, record: Record, fresh: bool) -> Record:
         ticket = self.queue.ask(record.tenant, record.info.group is not None)
@@ -88,7 +93,7 @@ class Starts:
                 finally:
                     del self._waiting[record.id]
                 if not begins:
-                    return await self._service.store.get(record.id) or record
+                    return await self._records.store.get(record.id) or record
             return await self._begun(record, fresh)
         finally:
             self.queue.leave(ticket)
@@ -120,35 +125,36 @@ class Starts:
         else:
             CREATES.of("running", "").add()
             STARTS.of("running").observe(time.monotonic() - began)
-            new = await self._service.apply(record.id, Event.LAUNCHED, known=record, **lifecycle.running(made))
+            new = await self._records.apply(record.id, Event.LAUNCHED, known=record, **lifecycle.running(made))
             if restored and new.info.archive is None:
-                await self._service.archive.forget(record.id)
+                await self._archive.forget(record.id)
             return new
         CREATES.of("failed", error.code).add()
         STARTS.of("failed").observe(time.monotonic() - began)
         wire = error.to_wire()
         wire["error"]["sandbox_id"] = record.id
         if restored:
-            return await self._service.apply(record.id, Event.RESTORE_FAILED, reason=error.message, error=wire)
+            return await self._records.apply(record.id, Event.RESTORE_FAILED, reason=error.message, error=wire)
         lost: dict[str, Any] = {"kept": False} if isinstance(error, Lost) else {}
-        new = await self._service.apply(
+        new = await self._records.apply(
             record.id, Event.LAUNCH_FAILED, cause=Cause.START_FAILED, reason=error.message, error=wire, **lost
         )
-        self._service.groups.launch_failed(new)
+        for listener in self.on_failed:
+            listener(new)
         return new
 
     async def _worker_for(self, record: Record) -> Worker:
         """Its own worker, or for one from the archive any that fits; with an external scheduler the one that it
         names."""
-        if self._service.placer.reservations is not None:
-            worker = await self._service.placer.reserve(record)
+        if self._placer.reservations is not None:
+            worker = await self._placer.reserve(record)
         elif record.info.archive is None:
-            return self._service.reached(record.info.worker)
+            return self._workers.required(record.info.worker)
         else:
-            worker = await self._service.placer.place(record.id, record.config)
+            worker = await self._placer.place(record.id, record.config)
         if worker.name != record.info.worker:
-            status = self._service.placer.status(worker.name) or await worker.status()
-            await self._service.amend(record.id, worker=worker.name, host_name=status.host_name, host_ip=status.host_ip)
+            status = self._placer.status(worker.name) or await worker.status()
+            await self._records.amend(record.id, worker=worker.name, host_name=status.host_name, host_ip=status.host_ip)
         return worker
 
     async def _started(self, worker: Worker, record: Record, fresh: bool) -> NodeSandbox:
@@ -157,12 +163,12 @@ class Starts:
         if record.info.archive is not None:
             return await self._start(worker, record)
         end, pause = time.monotonic() + RECONNECT_TIMEOUT, _PAUSE
-        moves = fresh and not record.info.gang and not record.info.kept and self._service.placer.reservations is None
+        moves = fresh and not record.info.gang and not record.info.kept and self._placer.reservations is None
         there: Worker | None = worker
         while True:
             try:
                 if there is None:
-                    there = self._service.reached(record.info.worker)
+                    there = self._workers.required(record.info.worker)
                 return await self._start(there, record)
             except Unavailable as error:
                 if not any(error.details.get(name) is True for name in LOST_CONTACT) or time.monotonic() + pause > end:
@@ -171,14 +177,14 @@ class Starts:
                 log.warning("sandbox %s: %s; trying again", record.id, error.message)
                 await asyncio.sleep(pause)
                 pause, there = min(2 * pause, _LONGEST_PAUSE), None
-                current = await self._service.load(record.id)
+                current = await self._records.load(record.id)
                 if current.state is not State.PENDING:
                     raise
                 record = await self._moved(current) if moves else current
 
     async def _moved(self, record: Record) -> Record:
         """The record of a pending sandbox, placed again; on its own worker too, when no other accepts it."""
-        placer = self._service.placer
+        placer = self._placer
         placer.landed(record.id)
         try:
             worker = await placer.place(record.id, record.config)
@@ -187,7 +193,7 @@ class Starts:
                 return record
             await worker.check(record.config)
             where = {} if status is None else {"host_name": status.host_name, "host_ip": status.host_ip}
-            return await self._service.store.put(record.changed(worker=worker.name, **where))
+            return await self._records.store.put(record.changed(worker=worker.name, **where))
         except (RockError, VersionConflict) as error:  # the next attempt gets a clearer error
             log.info("sandbox %s is not placed again: %s", record.id, error)
             return record
@@ -195,7 +201,7 @@ class Starts:
     async def _start(self, worker: Worker, record: Record) -> NodeSandbox:
         """Start for the first time, or from retained files."""
         if record.info.archive is not None:
-            return await self._service.archive.restore(worker, record)
+            return await self._archive.restore(worker, record)
         if record.info.kept:
             return await worker.wake(record.id, record.config)
         return await worker.create(record.id, record.config)
@@ -214,7 +220,7 @@ class Starts:
         if launch is not None and wait > 0:
             await settled(launch, wait)
             if launch.cancelled():  # it was stopped meanwhile
-                return await self._service.load(record.id)
+                return await self._records.load(record.id)
             if launch.done():
                 return launch.result()
         return record

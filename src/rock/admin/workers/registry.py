@@ -167,6 +167,22 @@ class WorkerRegistry(Mapping[str, Worker]):
         with contextlib.suppress(Exception):
             await member.reached.close()
 
+    # ---- lookup ----
+
+    def required(self, name: str | None) -> Worker:
+        """The worker of that name. Unavailable when it is lost, or not known here yet."""
+        worker = self.get(name or "")
+        if worker is None:
+            raise Unavailable(f"worker {name} is not there now", hint="retry when it is back: rock worker ls",
+                              details=OUTAGE)  # fmt: skip
+        return worker
+
+    async def current(self, name: str | None) -> Worker | None:
+        """A worker; None for a lost or removed one, by the current registry. Unavailable."""
+        if name and name not in self and name not in self._lost:
+            await self.refresh()
+        return self.get(name or "")
+
     # ---- state of workers ----
 
     def is_failing(self, name: str) -> bool:

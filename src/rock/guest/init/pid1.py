@@ -37,15 +37,12 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from rock.guest.init import files, process_tree, programs, syscalls, users
 from rock.guest.init.freeze import Freeze
 from rock.guest.init.link import Connection, Fault, Loop, of_os_error, send_patiently
 from rock.guest.init.sharing import PageSharing
-
-if TYPE_CHECKING:
-    from rock.guest.init.link import Connection
 
 _CHILD_PATIENCE = 600.0
 _MOST_CHILDREN = 64

@@ -16,10 +16,9 @@ from rock.errors import InvalidConfig, RockError, SessionClosed, StartFailed, Un
 from rock.http.asgi import Answer, answer, failure
 from rock.protocol.action import BashAction, BashObservation, CreateBashSessionRequest, SessionInfo
 from rock.protocol.routes import RESUMES
-from rock.rocklet.commands import interpreter as commandfile
 from rock.rocklet.commands import shell_protocol
 from rock.rocklet.commands.handover import JournalEntry, ended_with_client, unseen
-from rock.rocklet.commands.interpreter import Interpreter
+from rock.rocklet.commands.interpreter import LONG, Interpreter
 from rock.rocklet.commands.output import write_all
 from rock.rocklet.commands.shell_process import Run, Shell, Sink
 from rock.rocklet.durability.journal import Journal
@@ -221,7 +220,7 @@ class Session:
             run = interpreter.begin(action, sink, keep)
             try:
                 command = action.command
-                if len(command) >= commandfile.LONG:
+                if len(command) >= LONG:
                     command = await interpreter.by_file(run, command)
                 script = interpreter.script(run, command, action.separate)
                 return await interpreter.finish(run, script, action.timeout, lost, keep)

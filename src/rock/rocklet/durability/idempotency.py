@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rock.errors import Conflict, RockError
 from rock.http.asgi import Answer, Disconnected, Request, failure
@@ -15,10 +15,8 @@ from rock.http.event_loop import settled
 from rock.protocol.routes import IDEMPOTENCY_KEY
 from rock.rocklet.commands.handover import ended_with_client
 from rock.rocklet.durability import resume
+from rock.rocklet.sandbox import Supervisor
 from rock.settings import RECONNECT_TIMEOUT
-
-if TYPE_CHECKING:
-    from rock.rocklet.sandbox import Supervisor
 
 _KEY = IDEMPOTENCY_KEY.encode()
 _REMEMBERED = 2_000  # responses that are retained however old they are

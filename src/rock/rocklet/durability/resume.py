@@ -1,6 +1,6 @@
 """Requests to one sandbox that are executed once, also when the rocklet process ends meanwhile.
 
-Each request is recorded before it is begun, and its response when it has ended. `settle` resolves the unfinished
+Each request is recorded before it is begun, and its response when it has ended. `recover` resolves the unfinished
 requests of an earlier rocklet process: a running operation is resumed, an operation without a response to a client is
 undone, and a request that was never begun is dropped. A repeated request with the key gets the one response.
 """
@@ -12,7 +12,7 @@ import contextlib
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rock import faults
 from rock.errors import Conflict, NotFound, RockError, Unavailable
@@ -22,10 +22,8 @@ from rock.rocklet.commands import programs
 from rock.rocklet.commands.handover import JournalEntry, ended_with_client, unseen
 from rock.rocklet.commands.shell_process import KEY
 from rock.rocklet.durability.spool import SpoolFile
+from rock.rocklet.sandbox import Supervisor
 from rock.runtime.base import CLOCK, Process
-
-if TYPE_CHECKING:
-    from rock.rocklet.sandbox import Supervisor
 
 _CUT = "the server was started again while its input was being given; it was killed"
 
@@ -188,7 +186,16 @@ def _written_down(sandbox: Supervisor, place: str | None, **entry: Any) -> Any:
 # ---- recovery ----
 
 
-async def settle_sessions(sandbox: Supervisor, kept: Sequence[str], known: Any) -> None:
+async def recover(sandbox: Supervisor, record: dict[str, Any]) -> None:
+    """Recover the sessions, processes and unfinished requests that an earlier rocklet process left in a sandbox."""
+    sandbox.load_journal(record)
+    kept = await sandbox.runtime.processes(sandbox.handle)
+    await _settle_sessions(sandbox, kept, record.get("sessions", {}))
+    await sandbox.attach(record, kept)
+    await _settle(sandbox, kept)
+
+
+async def _settle_sessions(sandbox: Supervisor, kept: Sequence[str], known: Any) -> None:
     """End shells that were started for a session whose client got no response."""
     for place, entry in list(sandbox.journal.begun.items()):
         if entry.get("kind") != "session":
@@ -202,7 +209,7 @@ async def settle_sessions(sandbox: Supervisor, kept: Sequence[str], known: Any) 
         sandbox.journal.forget(place)
 
 
-async def settle(sandbox: Supervisor, kept: Sequence[str]) -> None:
+async def _settle(sandbox: Supervisor, kept: Sequence[str]) -> None:
     """Resume the operations of an earlier rocklet process; sessions have resumed their commands already."""
     journal = sandbox.journal
     wanted = set()

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rock.errors import ImageError, InvalidConfig, Lost, NotFound, RockError, SandboxError
-from rock.guest.environments import host as envhost
 from rock.guest.environments.frames import CALL, CLOSE, HELLO, MAKE, NO_INDEX, PLAIN, RESET, STEP, Frame
+from rock.guest.environments.host import PIPES
 from rock.images.packages import CURRENT
 from rock.rocklet.environments.exchange import Exchange, PipeLending, json_of, plain_of
 from rock.rocklet.environments.pipes import program
@@ -83,7 +83,7 @@ class EnvHost:
     async def attach(self) -> None:
         """Attach to the host and its environments after a restart of the rocklet; NotFound when there is none."""
         process = await self._runtime.attach(self._handle, self.KEY)
-        if not process.channels.keys() >= set(envhost.PIPES):  # a host of an older release has other pipes
+        if not process.channels.keys() >= set(PIPES):  # a host of an older release has other pipes
             with contextlib.suppress(RockError):
                 await process.kill_tree()
             process.close()
@@ -114,7 +114,7 @@ class EnvHost:
             if pipe is not None:
                 self._exchange.greet(int(number), pipe)
         taken = {hosted.pipe for hosted in self._exchange.envs.values()}
-        self._exchange.free = [pipe for pipe in envhost.PIPES if pipe not in taken]
+        self._exchange.free = [pipe for pipe in PIPES if pipe not in taken]
         self._next_env = max((0, *self._exchange.envs)) + 1
 
     async def detach(self) -> None:

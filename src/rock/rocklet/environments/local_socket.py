@@ -31,8 +31,7 @@ import orjson
 
 from rock.errors import InvalidConfig, NotFound, RockError
 from rock.http.peers import is_ours, owner_of
-from rock.protocol.env import DOOR
-from rock.protocol.env import Door as Way
+from rock.protocol.env import DOOR, Door
 from rock.rocklet.environments.host import EnvHost
 from rock.rocklet.sandbox import Supervisor
 
@@ -86,10 +85,10 @@ class LocalSocket:
             self._socket = None
             self.path.unlink(missing_ok=True)
 
-    def way(self, host: EnvHost, number: int) -> Way | None:
+    def way(self, host: EnvHost, number: int) -> Door | None:
         """The address of the local socket for an environment; None when its pipes cannot be lent."""
         token = host.pipe_lending.token_of(number)
-        return None if self._socket is None or token is None else Way(path=str(self.path), token=token)
+        return None if self._socket is None or token is None else Door(path=str(self.path), token=token)
 
     def _start(self, work: Any) -> None:
         task = asyncio.create_task(work, name="env-door")

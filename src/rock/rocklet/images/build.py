@@ -20,7 +20,6 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rock.errors import CommandFailed, CommandTimeout, InvalidConfig, RockError, Unsupported
 from rock.images import dockerfile
@@ -38,10 +37,9 @@ from rock.protocol.sandbox import SandboxConfig
 from rock.rocklet.commands.output import Capped, Reader
 from rock.rocklet.images.build_plan import BuildScope, Plan, Settings, apply
 from rock.rocklet.images.commits import written
+from rock.rocklet.images.store import Images
+from rock.rocklet.runtimes import Runtimes
 from rock.runtime.base import Files, Handle, Program, Runtime, Snapshots
-
-if TYPE_CHECKING:
-    from rock.rocklet.node import Node
 
 _LIMIT = 64 << 30  # bytes that one RUN may write
 _VERSION = "1"  # version of the keys: another version invalidates all cached steps
@@ -70,11 +68,12 @@ class Build:
     """One build of a Dockerfile."""
 
     def __init__(
-        self, node: Node, spec: BuildRequest, plan: Plan, context: Merged, folder: Path, tell: Tell, flow: BuildOutput,
-        tenant: str = "",
+        self, images: Images, runtimes: Runtimes, spec: BuildRequest, plan: Plan, context: Merged, folder: Path,
+        tell: Tell, flow: BuildOutput, tenant: str = "",
     ) -> None:  # fmt: skip
-        self._node = node
-        self._store: ImageStore = node.images.store
+        self._images = images
+        self._runtimes = runtimes
+        self._store: ImageStore = images.store
         self._spec = spec
         self._plan = plan
         self._context = context
@@ -145,7 +144,7 @@ class Build:
         config = SandboxConfig(image=name, pull=spec.pull, registry_username=spec.registry_username,
                                registry_password=spec.registry_password,
                                public_registries=spec.public_registries)  # fmt: skip
-        await self._node.images.prepare(config, lambda text: self._tell_soon(f"  {text}\n"))
+        await self._images.prepare(config, lambda text: self._tell_soon(f"  {text}\n"))
         rootfs = await asyncio.to_thread(self._store.resolve, name)
         await self._hold(rootfs)
         return rootfs
@@ -294,9 +293,9 @@ class Build:
             state.named = BUILD_STEPS + _key(state.key, "before", repr(state.settings))
             await asyncio.to_thread(self._store.extend, state.named, state.below)
         config = self._spec.limits(state.named).model_copy(update={"network": network})
-        runtime = self._node.runtimes.of(config)
+        runtime = self._runtimes.of(config)
         if not isinstance(runtime, Snapshots) or not isinstance(runtime, Files):
-            raise Unsupported(f"no image can be built with runtime {self._node.runtimes.default!r}")
+            raise Unsupported(f"no image can be built with runtime {self._runtimes.default!r}")
         handle = await runtime.create(f"build-{uuid.uuid4().hex[:12]}", config)
         try:
             self._ran += 1
@@ -362,12 +361,12 @@ def _refused_of(rootfs: RootFS) -> Callable[[tuple[bytes, ...]], None]:
 _AT_ONCE = 2
 
 
-
 class Builds:
     """The builds of this machine, at most two at a time."""
 
-    def __init__(self, node: Node) -> None:
-        self._node = node
+    def __init__(self, images: Images, runtimes: Runtimes) -> None:
+        self._images = images
+        self._runtimes = runtimes
         self._gate = asyncio.Semaphore(_AT_ONCE)
         self._tasks: set[asyncio.Task[BuiltImage]] = set()
 
@@ -406,7 +405,7 @@ class Builds:
         async with self._gate:
             context = folder / "context"
             await asyncio.to_thread(unpack_context, tar, context)
-            build = Build(self._node, spec, plan, Merged([str(context)]), folder, tell, flow, tenant)
+            build = Build(self._images, self._runtimes, spec, plan, Merged([str(context)]), folder, tell, flow, tenant)
             try:
                 return await build.run()
             finally:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 from rock.errors import Conflict, RockError, Unavailable, Unsupported
 from rock.images.records import RootFS, storing
@@ -23,21 +23,27 @@ from rock.images.store import ImageStore
 from rock.protocol.node import NodeCommit, NodeImage
 from rock.protocol.sandbox import ArchivedFiles
 from rock.rocklet.images.store import in_dedicated_thread
+from rock.rocklet.retained import RetainedSandboxes
+from rock.rocklet.sandbox import Supervisor
 from rock.runtime.base import Handle, Runtime, Snapshots
-
-if TYPE_CHECKING:
-    from rock.rocklet.node import Node
 
 _STAGE = "stage"
 
 
 class Commits:
     """At most one commit per sandbox at a time. A caller that disconnects ends its commit; the partial result is
-    removed."""
+    removed.
 
-    def __init__(self, node: Node) -> None:
-        self._node = node
-        self._store = node.images.store
+    kept: the stopped sandboxes. supervisors: the running ones by id. get: a running one, or the error that describes
+    its end.
+    """
+
+    def __init__(self, store: ImageStore, kept: RetainedSandboxes, supervisors: Mapping[str, Supervisor],
+                 get: Callable[[str], Supervisor]) -> None:  # fmt: skip
+        self._store = store
+        self._kept = kept
+        self._supervisors = supervisors
+        self._get = get
         self._under_way: dict[str, asyncio.Task[NodeImage]] = {}
 
     async def close(self) -> None:
@@ -62,7 +68,7 @@ class Commits:
 
     async def _commit(self, sandbox_id: str, spec: NodeCommit) -> NodeImage:
         try:
-            stopped = sandbox_id in self._node.kept
+            stopped = sandbox_id in self._kept
             with self._read(sandbox_id, stopped) as (runtime, handle):
                 if not isinstance(runtime, Snapshots):
                     raise Unsupported(f"no image can be made of a sandbox of runtime {handle.runtime!r}")
@@ -86,10 +92,10 @@ class Commits:
     def _read(self, sandbox_id: str, stopped: bool) -> Iterator[tuple[Runtime, Handle]]:
         """The sandbox, protected against its idle timeout; a stopped one is protected against changes."""
         if stopped:
-            with self._node.kept.reading(sandbox_id) as found:
+            with self._kept.reading(sandbox_id) as found:
                 yield found.runtime, found.handle
             return
-        supervisor = self._node.get(sandbox_id)
+        supervisor = self._get(sandbox_id)
         with supervisor.active():
             yield supervisor.runtime, supervisor.handle
 
@@ -122,11 +128,9 @@ class Commits:
     def _refuse_stopped(self, sandbox_id: str, handle: Handle) -> None:
         """Reject the result when the sandbox stopped during the read: its processes may have continued, or its files
         may be missing."""
-        supervisor = self._node.supervisors.get(sandbox_id)
+        supervisor = self._supervisors.get(sandbox_id)
         if supervisor is None or supervisor.cause is not None or supervisor.handle != handle:
             raise Conflict(f"sandbox {sandbox_id} was stopped while it was committed", sandbox_id=sandbox_id)
-
-    # ---- files ----
 
     # ---- image; runs in a thread ----
 

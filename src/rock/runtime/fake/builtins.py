@@ -1,18 +1,15 @@
-"""Builtin commands of a fake sandbox's shell."""
+"""Builtin commands of a fake sandbox's shell, and the programs that are a shell with them: `sh`, `echo`, ..."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
 
 from rock import errors
 from rock.runtime.fake import printing
+from rock.runtime.fake.programs import Call, Program
+from rock.runtime.fake.shell import Builtin, Exit, Leave, Return, Shell
+from rock.runtime.fake.syntax import Parser, SyntaxFault
 
-if TYPE_CHECKING:
-    from rock.runtime.fake.shell import Shell
-
-Builtin = Callable[["Shell", list[str]], Awaitable[int]]
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -84,20 +81,14 @@ def _code(shell: Shell, argv: list[str]) -> int:
 
 
 async def do_exit(shell: Shell, argv: list[str]) -> int:
-    from rock.runtime.fake.shell import Exit
-
     raise Exit(_code(shell, argv))
 
 
 async def do_return(shell: Shell, argv: list[str]) -> int:
-    from rock.runtime.fake.shell import Return
-
     raise Return(_code(shell, argv))
 
 
 async def do_leave(shell: Shell, argv: list[str]) -> int:
-    from rock.runtime.fake.shell import Leave
-
     levels = int(argv[1]) if len(argv) > 1 and argv[1].isdigit() else 1
     raise Leave(max(1, levels), argv[0] == "continue")
 
@@ -207,7 +198,7 @@ async def do_type(shell: Shell, argv: list[str]) -> int:
 async def _where(shell: Shell, names: list[str]) -> int:
     missing = 0
     for name in names:
-        if name in shell.functions or name in BUILTINS:
+        if name in shell.functions or name in shell.builtins:
             await _say(shell, name + "\n")
             continue
         try:
@@ -287,3 +278,61 @@ BUILTINS: dict[str, Builtin] = {
     "type": do_type, "trap": do_trap, "wait": do_wait, "jobs": do_jobs, "kill": do_kill, "local": do_local,
     "umask": do_true, "exec": do_exec, "shopt": do_true, "ulimit": do_true,
 }  # fmt: skip
+
+
+# ---- the program `sh`, and builtins as programs ----
+
+async def sh(call: Call) -> int:
+    """The program `sh`: -c SCRIPT [NAME ARGUMENT...], a file, or standard input."""
+    words = call.argv[1:]
+    options: set[str] = set()
+    while words and words[0].startswith("-") and words[0] not in ("-c", "--"):
+        option = words.pop(0)
+        if not option.startswith("--"):
+            options |= set(option[1:]) & set("eufx")
+            if "c" in option:
+                words.insert(0, "-c")
+                break
+        if option == "-s":
+            break
+    name, work = call.argv[0], ""
+    script: str | None = None
+    if words[:1] == ["-c"]:
+        if len(words) < 2:
+            call.err(f"{name}: -c requires an argument\n")
+            return 2
+        script, name, words = words[1], words[2] if len(words) > 2 else name, words[3:]
+    elif words:
+        work = words.pop(0)
+        try:
+            script = call.files.read(call.path(work)).decode("utf-8", "surrogateescape")
+        except errors.RockError as error:
+            call.err(f"{name}: {error.message}\n")
+            return 127
+        name = work
+    shell = Shell(call.process, call.env, name, words, BUILTINS)
+    shell.options |= options
+    if script is None:
+        return await shell.main(shell.read_script)
+    return await shell.main(lambda: _whole(shell, script))
+
+
+async def alone(call: Call) -> int:
+    """A builtin as a program: echo, printf, test."""
+    shell = Shell(call.process, call.env, call.argv[0], [], BUILTINS)
+    return await shell.main(lambda: shell.invoke(call.argv, [], {}))
+
+
+async def _whole(shell: Shell, text: str) -> None:
+    """Parse a script line by line, so that commands before a syntax error run."""
+    parser = Parser(text)
+    try:
+        while (line := parser.line()) is not None:
+            await shell.script(line, last=not text[parser.at :].strip())
+    except SyntaxFault as fault:
+        await shell.complain(f"syntax error: {fault}")
+        raise Exit(2) from None
+
+
+_ALONE = ("[", "echo", "kill", "printf", "pwd", "test")
+PROGRAMS: dict[str, Program] = {**dict.fromkeys(_ALONE, alone), "sh": sh, "bash": sh, "dash": sh}

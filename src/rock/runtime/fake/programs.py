@@ -1,4 +1,4 @@
-"""Programs of fake sandboxes: Python functions, the processes that run them, and their streams.
+"""Fake sandboxes: their files, their processes, the programs that these run, and the streams of the programs.
 
 A program is a function of a `Call`, asynchronous or not, that returns its exit status (None is 0). Streams are real
 pipes to the server, or pipes and files in memory.
@@ -11,21 +11,22 @@ import contextlib
 import inspect
 import logging
 import os
+import posixpath
 import signal as signals
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from rock import errors
 from rock.runtime.base import CLOCK, ExitStatus
 from rock.runtime.fake.tree import Node, Tree
 
-if TYPE_CHECKING:
-    from rock.runtime.fake.sandbox import FakeSandbox
-
 _HARMLESS = frozenset({signals.SIGCHLD, signals.SIGCONT, signals.SIGURG, signals.SIGWINCH, signals.SIGSTOP})
 _PORTION = 64 << 10
+_FOLDERS = ("/bin", "/usr/bin", "/usr/local/bin")
+_PATIENCE = 10.0  # seconds for a killed program to end
+MOST_PROCESSES = 4096
 log = logging.getLogger(__name__)
 
 
@@ -214,6 +215,124 @@ def tree_of(root: FakeProcess, since: float | None, *, include: bool) -> Iterato
                 yield process
         elif process.descends_from(root) and (since is None or process.start >= since - 0.01):
             yield process
+
+
+class FakeSandbox:
+    """The complete state of a sandbox. Files and processes are created on demand. programs: functions by name."""
+
+    __slots__ = ("_ended", "_files", "_pid", "alive", "env", "id", "processes", "programs", "writing")
+
+    def __init__(self, id: str, env: dict[str, str], programs: Mapping[str, Program]) -> None:
+        self.id = id
+        self.env = env
+        self.programs = programs
+        self.alive = True
+        self.processes: dict[int, FakeProcess] = {}
+        self.writing: dict[str, int] = {}  # descriptors of files open for writing, by token
+        self._files: Tree | None = None
+        self._pid = 1
+        self._ended: asyncio.Event | None = None
+
+    @property
+    def files(self) -> Tree:
+        if self._files is None:
+            self._files = Tree()
+        return self._files
+
+    def next_pid(self) -> int:
+        if len(self.processes) >= MOST_PROCESSES:
+            raise errors.QuotaExceeded(f"a fake sandbox has at most {MOST_PROCESSES} processes", sandbox_id=self.id)
+        self._pid += 1
+        return self._pid
+
+    def gone(self, process: FakeProcess) -> None:
+        self.processes.pop(process.pid, None)
+
+    # ---- programs ----
+
+    def program(self, argv: list[str], env: Mapping[str, str], cwd: str) -> tuple[Program, list[str]]:
+        """The function and the arguments of a command line. NotFound, Unauthorized, InvalidConfig."""
+        name = argv[0]
+        known = self.programs.get(name)
+        if "/" not in name:
+            if known is not None:
+                return known, argv
+            for folder in env.get("PATH", ":".join(_FOLDERS)).split(":"):
+                if folder.startswith("/") and self.files.get(f"{folder}/{name}") is not None:
+                    return self._file(f"{folder}/{name}", argv)
+            raise errors.NotFound(f"no such program: {name!r}", sandbox_id=self.id,
+                                  hint="FakeRuntime(programs={name: function}) gives a fake sandbox further programs")
+        path = name if name.startswith("/") else f"{cwd.rstrip('/')}/{name}"
+        base = posixpath.basename(path)
+        known = self.programs.get(path) or self.programs.get(base)
+        if known is not None and posixpath.dirname(path) in _FOLDERS:
+            return known, argv
+        return self._file(path, argv)
+
+    def _file(self, path: str, argv: list[str]) -> tuple[Program, list[str]]:
+        node = self.files.get(path)
+        if node is None:
+            raise errors.NotFound(f"no such program: {argv[0]!r}", sandbox_id=self.id)
+        if node.kind != "file" or not node.mode & 0o111:
+            raise errors.Unauthorized(f"program {path!r} must not be executed: permission denied", sandbox_id=self.id)
+        if not node.data.startswith(b"#!"):
+            raise errors.InvalidConfig(f"program {path!r} is not in a format that this machine can execute",
+                                       sandbox_id=self.id)
+        words = node.data[2:].split(b"\n", 1)[0].decode("utf-8", "replace").split()
+        names = [posixpath.basename(word) for word in words]
+        interpreter = names[1] if names[:1] == ["env"] and len(names) > 1 else names[0] if names else ""
+        program = self.programs.get(interpreter)
+        if program is None:
+            raise errors.NotFound(f"program {path!r} is there, but its interpreter {interpreter!r} is missing",
+                                  sandbox_id=self.id)
+        return program, [interpreter, path, *argv[1:]]
+
+    # ---- end ----
+
+    async def kill(self, root: FakeProcess, since: float | None, *, include: bool) -> int:
+        """Send SIGKILL to a tree until no process of it remains; returns the number of killed processes."""
+        killed: set[int] = set()
+        end = time.monotonic() + _PATIENCE
+        while found := list(tree_of(root, since, include=include)):
+            for process in found:
+                killed.add(process.pid)
+                process.deliver(9)
+            left = max(0.0, end - time.monotonic())
+            await _ended(found, left)
+            if left == 0.0:
+                break
+        return len(killed)
+
+    async def stop(self, grace: float) -> None:
+        """Send SIGTERM to all, SIGKILL after `grace` seconds; then the sandbox is dead. Idempotent."""
+        end = time.monotonic() + grace
+        if grace > 0:
+            for process in list(self.processes.values()):
+                process.deliver(15)
+        while self.processes and (left := end - time.monotonic()) > 0:
+            await _ended(list(self.processes.values()), left)
+        self.alive = False
+        while self.processes:
+            found = list(self.processes.values())
+            for process in found:
+                process.deliver(9)
+            await _ended(found, _PATIENCE)
+        if self._ended is not None:
+            self._ended.set()
+
+    async def ended(self) -> None:
+        """Return when the sandbox is dead."""
+        if self.alive:
+            self._ended = self._ended or asyncio.Event()
+            await self._ended.wait()
+
+
+async def _ended(found: list[FakeProcess], seconds: float) -> None:
+    """Wait until these have ended, up to the timeout."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            for process in found:
+                await process.ended.wait()
 
 
 def null_streams() -> dict[int, Open]:

@@ -11,8 +11,9 @@ from rock import errors
 from rock.protocol.sandbox import Isolation, SandboxConfig
 from rock.runtime.base import Enforced, ExitStatus, FileStat, Handle, Liveness, Program, Trait
 from rock.runtime.fake import programs
-from rock.runtime.fake.programs import Descriptor, FakeProcess, Null, Open
-from rock.runtime.fake.sandbox import FakeSandbox
+from rock.runtime.fake.builtins import PROGRAMS
+from rock.runtime.fake.programs import Descriptor, FakeProcess, FakeSandbox, Null, Open
+from rock.runtime.fake.tools import TOOLS
 from rock.runtime.fake.tree import MOST_BYTES
 
 HOME = "/work"
@@ -108,7 +109,7 @@ class FakeRuntime:
     }
 
     def __init__(self, programs: Mapping[str, programs.Program] | None = None) -> None:
-        self._programs = dict(programs or {})
+        self._programs = {**TOOLS, **PROGRAMS, **(programs or {})}
         self._sandboxes: dict[str, FakeSandbox] = {}
         self._kept: dict[str, dict[str, SpawnedStreams]] = {}  # by slot and key
 

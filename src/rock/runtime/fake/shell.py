@@ -5,16 +5,12 @@ from __future__ import annotations
 import asyncio
 import fnmatch
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import TYPE_CHECKING
 
 from rock import errors
-from rock.runtime.fake import builtins, syntax
+from rock.runtime.fake import syntax
 from rock.runtime.fake.expand import Expander, ExpansionFault
-from rock.runtime.fake.programs import Appended, Call, Collected, FakeProcess, Null, Open, Text, pipe, placed
+from rock.runtime.fake.programs import Appended, Collected, FakeProcess, Null, Open, Text, pipe, placed
 from rock.runtime.fake.syntax import AndOr, Command, Incomplete, Parser, Pipeline, Redirect, Script, SyntaxFault
-
-if TYPE_CHECKING:
-    from rock.runtime.fake.builtins import Builtin
 
 _PORTION = 64 << 10
 _DEEPEST = 200  # maximum depth of nested function calls
@@ -39,11 +35,17 @@ class Leave(Exception):
         self.again = again
 
 
-class Shell:
-    """One shell, in a process. A subshell is another instance with copies of its variables."""
+Builtin = Callable[["Shell", list[str]], Awaitable[int]]
 
-    def __init__(self, process: FakeProcess, env: Mapping[str, str], name: str, arguments: list[str]) -> None:
+
+class Shell:
+    """One shell, in a process. A subshell is another instance with copies of its variables. builtins: the builtin
+    commands by name; the shell itself executes `exec`."""
+
+    def __init__(self, process: FakeProcess, env: Mapping[str, str], name: str, arguments: list[str],
+                 builtins: Mapping[str, Builtin]) -> None:  # fmt: skip
         self.process = process
+        self.builtins = builtins
         self.variables = dict(env)
         self.exported = set(env)
         self.functions: dict[str, Command] = {}
@@ -63,7 +65,7 @@ class Shell:
                                  lambda: (process.sandbox.files, process.cwd))
 
     def subshell(self, process: FakeProcess) -> Shell:
-        made = Shell(process, {}, self.name, self.arguments)
+        made = Shell(process, {}, self.name, self.arguments, self.builtins)
         made.variables, made.exported = dict(self.variables), set(self.exported)
         made.functions, made.options = dict(self.functions), set(self.options)
         made.status, made.main_pid, made.last_job = self.status, self.main_pid, self.last_job
@@ -399,7 +401,7 @@ class Shell:
     async def invoke(self, argv: list[str], assigns: list[tuple[str, str]], changes: dict[int, Open | None], *,
                      last: bool = False, functions: bool = True) -> None:
         """Run a function, a builtin or a program."""
-        builtin = builtins.BUILTINS.get(argv[0])
+        builtin = self.builtins.get(argv[0])
         if (argv[0] in self.functions and functions) or builtin is not None:
             before = {name: self.variables.get(name) for name, _ in assigns}
             for name, value in assigns:
@@ -445,7 +447,7 @@ class Shell:
         return await self.process.play(program, words, env)
 
     async def _inside(self, argv: list[str], builtin: Builtin | None, changes: dict[int, Open | None]) -> None:
-        if builtin is builtins.do_exec:
+        if builtin is not None and argv[0] == "exec":
             for number, stream in changes.items():
                 self._place(number, stream)
             self.status = 0
@@ -487,57 +489,3 @@ def _close(streams: Iterable[Open | None]) -> None:
     for stream in streams:
         if stream is not None:
             stream.close()
-
-
-# ---- the program `sh`, and builtins as programs ----
-
-async def sh(call: Call) -> int:
-    """The program `sh`: -c SCRIPT [NAME ARGUMENT...], a file, or standard input."""
-    words = call.argv[1:]
-    options: set[str] = set()
-    while words and words[0].startswith("-") and words[0] not in ("-c", "--"):
-        option = words.pop(0)
-        if not option.startswith("--"):
-            options |= set(option[1:]) & set("eufx")
-            if "c" in option:
-                words.insert(0, "-c")
-                break
-        if option == "-s":
-            break
-    name, work = call.argv[0], ""
-    script: str | None = None
-    if words[:1] == ["-c"]:
-        if len(words) < 2:
-            call.err(f"{name}: -c requires an argument\n")
-            return 2
-        script, name, words = words[1], words[2] if len(words) > 2 else name, words[3:]
-    elif words:
-        work = words.pop(0)
-        try:
-            script = call.files.read(call.path(work)).decode("utf-8", "surrogateescape")
-        except errors.RockError as error:
-            call.err(f"{name}: {error.message}\n")
-            return 127
-        name = work
-    shell = Shell(call.process, call.env, name, words)
-    shell.options |= options
-    if script is None:
-        return await shell.main(shell.read_script)
-    return await shell.main(lambda: _whole(shell, script))
-
-
-async def alone(call: Call) -> int:
-    """A builtin as a program: echo, printf, test."""
-    shell = Shell(call.process, call.env, call.argv[0], [])
-    return await shell.main(lambda: shell.invoke(call.argv, [], {}))
-
-
-async def _whole(shell: Shell, text: str) -> None:
-    """Parse a script line by line, so that commands before a syntax error run."""
-    parser = Parser(text)
-    try:
-        while (line := parser.line()) is not None:
-            await shell.script(line, last=not text[parser.at :].strip())
-    except SyntaxFault as fault:
-        await shell.complain(f"syntax error: {fault}")
-        raise Exit(2) from None

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import os
 import secrets
@@ -31,15 +32,14 @@ from rock.images.records import RootFS
 from rock.images.store import Images
 from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
 from rock.runtime.base import Enforced, Handle, Program, Trait
-from rock.runtime.gvisor import bundle, starter
-from rock.runtime.gvisor import link as pipes
-from rock.runtime.init import python as guestpython
+from rock.runtime.gvisor import starter
 from rock.runtime.init.delayed import BACK, DelayedInit, DelayedSandboxes
 from rock.runtime.init.files import merged
 from rock.runtime.init.link import InitLink
 from rock.runtime.init.multiplexer import Multiplexer
+from rock.runtime.init.python import INSIDE, GuestPython, prepare
 from rock.runtime.namespace import admission, slots
-from rock.runtime.namespace.launcher import mounts
+from rock.runtime.namespace.launcher import mounts, seccomp
 from rock.runtime.namespace.limits import cgroups, disk_layout, limiter
 from rock.runtime.namespace.limits.cgroups import Cgroups
 from rock.runtime.process.runtime import children, read_record, reap, wait_gone, write_record
@@ -83,7 +83,7 @@ class GvisorRuntime(DelayedSandboxes[_Sandbox]):
         self._program = program
         self._making: set[str] = set()
         self._gate = asyncio.Semaphore(_AT_ONCE)
-        self._guest: asyncio.Task[guestpython.GuestPython] | None = None
+        self._guest: asyncio.Task[GuestPython] | None = None
         self._tried: asyncio.Task[None] | None = None
         self._limiter = limiter.Limiter(cgroups.Cgroups())
 
@@ -94,7 +94,7 @@ class GvisorRuntime(DelayedSandboxes[_Sandbox]):
         self._run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.chmod(self._run_dir, 0o700)
         mounts.make_base(str(self._run_dir / _BASE))
-        (self._run_dir / _BASE / bundle.MOUNT_POINT).mkdir(exist_ok=True)
+        (self._run_dir / _BASE / MOUNT_POINT).mkdir(exist_ok=True)
         self._limiter = limiter.Limiter(await asyncio.to_thread(cgroups.discover, str(self._run_dir)))
 
     async def close(self) -> None:
@@ -148,9 +148,9 @@ class GvisorRuntime(DelayedSandboxes[_Sandbox]):
                 await self.destroy(await task)
             raise
 
-    async def _python(self) -> guestpython.GuestPython:
+    async def _python(self) -> GuestPython:
         if self._guest is None or (self._guest.done() and self._guest.exception() is not None):
-            self._guest = asyncio.create_task(asyncio.to_thread(guestpython.prepare, self._guest_dir))
+            self._guest = asyncio.create_task(asyncio.to_thread(prepare, self._guest_dir))
         return await asyncio.shield(self._guest)
 
     async def _make(self, id: str, config: SandboxConfig, rootfs: RootFS) -> Handle:
@@ -183,28 +183,28 @@ class GvisorRuntime(DelayedSandboxes[_Sandbox]):
         finally:
             self._making.discard(slot)
 
-    def _start(self, slot: str, config: SandboxConfig, rootfs: RootFS, python: guestpython.GuestPython) -> int:
+    def _start(self, slot: str, config: SandboxConfig, rootfs: RootFS, python: GuestPython) -> int:
         folder, folders = self._run_dir / slot, self._limiter.groups.folders(slot)
         for group in dict.fromkeys(folders.values()):
             os.makedirs(group, exist_ok=True)
         cgroups.write_limits(self._limiter.files(slot, config))
-        for name in (bundle.ROOT, bundle.STATE):
+        for name in (ROOT, STATE):
             (folder / name).mkdir(mode=0o700)
-        (folder / "config.json").write_text(json.dumps(bundle.describe(config, python)))
+        (folder / "config.json").write_text(json.dumps(bundle_config(config, python)))
         program = shutil.which(self._program)
         if program is None:
             raise errors.StartFailed(f"{self._program} was removed")
         binds = [{"source": bind.source, "target": bind.target, "writable": bind.writable, "public": True}
                  for bind in rootfs.binds]
         spec = {
-            "slot": str(folder), "root": str(folder / bundle.ROOT), "woken": False, "etc": {},
+            "slot": str(folder), "root": str(folder / ROOT), "woken": False, "etc": {},
             "layers": [str(self._run_dir / _BASE), *rootfs.layers], "cgroups": list(dict.fromkeys(folders.values())),
-            "binds": [*binds, {"source": str(python.folder), "target": guestpython.INSIDE, "writable": False,
+            "binds": [*binds, {"source": str(python.folder), "target": INSIDE, "writable": False,
                                 "public": False}],
-            "command": bundle.command(program, folder, slot), "path": _PATH,
+            "command": runsc_command(program, folder, slot), "path": _PATH,
         }  # fmt: skip
         lease = self._images.lease(rootfs)
-        source, sink = pipes.make(folder)
+        source, sink = make_pipes(folder)
         try:
             child = subprocess.Popen(
                 [sys.executable, "-I", "-S", starter.__file__, json.dumps(spec)], stdin=source, stdout=sink,
@@ -232,7 +232,7 @@ class GvisorRuntime(DelayedSandboxes[_Sandbox]):
         """Connect to its pid 1. Lost when runsc ends meanwhile, Unavailable on a timeout."""
         folder = self._run_dir / sandbox.slot
         try:
-            mux = Multiplexer(pipes.Pipes(folder), folder, id)
+            mux = Multiplexer(Pipes(folder), folder, id)
         except OSError as error:
             raise errors.Lost(f"the pipes of the sandbox cannot be opened: {error.strerror}", sandbox_id=id) from None
         entering = asyncio.ensure_future(mux.begin(patience))
@@ -392,3 +392,144 @@ def refuse_host(program: str, groups: Cgroups) -> None:
             raise errors.Unsupported(
                 f"isolation gvisor: no cgroup of the controller {controller} can be made, and limits would not be held "
                 f"({groups.reasons.get(controller, 'it is missing')})", hint="run with delegated cgroups")
+
+
+# ---- OCI bundle ----
+#
+# The OCI bundle's config.json and the command line of runsc, as plain data.
+
+# The capabilities of sandboxes in every runtime.
+CAPABILITIES = ("CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_SETGID", "CAP_SETUID",
+                "CAP_NET_BIND_SERVICE", "CAP_SYS_CHROOT")  # fmt: skip
+ROOT = "root"  # mount point of the image in the sandbox's folder, visible to runsc only
+STATE = "state"  # state folder of runsc
+MOUNT_POINT = INSIDE.strip("/")
+_MOST_SHARED = 2 << 30
+_OPTIONS = ["nosuid", "nodev", "noexec"]
+
+
+def shared_memory(config: SandboxConfig) -> int:
+    """Size of /dev/shm in bytes."""
+    return config.shm_bytes or min(_MOST_SHARED, max(1 << 20, config.memory_bytes // 4))
+
+
+def _options() -> dict[str, object]:
+    """Options of pid 1: the same filter as in every runtime, applied by gVisor's kernel."""
+    return {"filter": seccomp.build().hex()} if seccomp.supported() else {}
+
+
+def bundle_config(config: SandboxConfig, python: GuestPython) -> dict[str, Any]:
+    """config.json: pid 1 on our own Python, as root with few capabilities, over a root that is mounted beforehand."""
+    rights = list(CAPABILITIES)
+    return {
+        "ociVersion": "1.0.2", "hostname": "sandbox",
+        "process": {
+            "terminal": False, "user": {"uid": 0, "gid": 0}, "args": python.command(_options()), "env": [], "cwd": "/",
+            "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), rights),
+            "noNewPrivileges": True, "rlimits": [{"type": "RLIMIT_CORE", "soft": 0, "hard": 0}],
+        },
+        "root": {"path": ROOT, "readonly": False},
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc", "options": _OPTIONS},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]},
+            {"destination": "/dev/shm", "type": "tmpfs", "source": "shm",
+             "options": [*_OPTIONS, "mode=1777", f"size={shared_memory(config)}"]},
+            {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": [*_OPTIONS, "ro"]},
+        ],
+        "linux": {"namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "network")]},
+    }  # fmt: skip
+
+
+def runsc_command(program: str, folder: Path, slot: str) -> list[str]:
+    """The command line of runsc, which runs until the sandbox ends; killing it ends the sandbox.
+
+    The rocklet creates the cgroups around the whole process tree. The sandbox gets nothing of the host's network.
+    """
+    return [program, f"--root={folder / STATE}", "--ignore-cgroups", "--network=none", f"--log={folder / 'log'}",
+            "run", f"--bundle={folder}", slot]
+
+
+# ---- pipes ----
+#
+# The stream to a sandbox's pid 1: two named pipes in its run folder, which are its standard streams.
+#
+#     in   rocklet writes, pid 1 reads      out   pid 1 writes, rocklet reads
+#
+# runsc holds both ends of each pipe, so neither side sees an end of file while no server runs. The next server opens
+# them again.
+
+_PIECE = 256 << 10
+_ROOM = 1 << 20  # capacity of a pipe in bytes, if the kernel permits it
+
+
+def make_pipes(folder: Path) -> tuple[int, int]:
+    """Create both pipes and return pid 1's ends, for its standard input and output; the caller closes them."""
+    ends: list[int] = []
+    try:
+        for name in ("in", "out"):
+            os.mkfifo(folder / name, 0o600)
+            ends.append(os.open(folder / name, os.O_RDWR | os.O_CLOEXEC))
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(ends[-1], fcntl.F_SETPIPE_SZ, _ROOM)
+    except OSError:
+        for fd in ends:
+            os.close(fd)
+        raise
+    return ends[0], ends[1]
+
+
+class Pipes:
+    """The rocklet's ends of the pipes in `folder`: a `ByteStream`. OSError (ENXIO) when the other ends are closed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._writing = os.open(folder / "in", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            self._reading = os.open(folder / "out", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError:
+            os.close(self._writing)
+            raise
+        self._closed = False
+
+    async def read(self) -> bytes:
+        """Read available bytes; empty at the end."""
+        while not self._closed:
+            try:
+                return os.read(self._reading, _PIECE)
+            except BlockingIOError:
+                await self._until(self._reading, reading=True)
+        return b""
+
+    async def write(self, data: bytes) -> None:
+        """Write; returns when all bytes are in the pipe. OSError when the pipe is broken."""
+        view = memoryview(data)
+        while view:
+            if self._closed:
+                raise BrokenPipeError("the stream was closed")
+            try:
+                view = view[os.write(self._writing, view) :]
+            except BlockingIOError:
+                await self._until(self._writing, reading=False)
+
+    async def _until(self, fd: int, *, reading: bool) -> None:
+        ready = asyncio.Event()
+        add, remove = (
+            (self._loop.add_reader, self._loop.remove_reader)
+            if reading else (self._loop.add_writer, self._loop.remove_writer)
+        )  # fmt: skip
+        add(fd, ready.set)
+        try:
+            await ready.wait()
+        finally:
+            if not self._closed:
+                remove(fd)
+
+    def close(self) -> None:
+        """Close both pipes. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._loop.remove_reader(self._reading)
+        self._loop.remove_writer(self._writing)
+        os.close(self._reading)
+        os.close(self._writing)

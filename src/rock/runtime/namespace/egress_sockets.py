@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from rock import errors
-from rock.egress import log as journal
-from rock.egress.proxy_link import ProxyLink
+from rock.egress.log import read
+from rock.host.child_process import PATIENCE, ChildLink
 from rock.protocol.action import ConnectionList
 from rock.runtime.init.link import InitLink
 
@@ -121,7 +121,7 @@ class EgressSockets:
         if slot is not None:
             told = (await self._proxy.request("list", {"sandbox": slot})).get("connections")
         if told is None:
-            told = await asyncio.to_thread(journal.read, str(self._folder / sandbox_id))
+            told = await asyncio.to_thread(read, str(self._folder / sandbox_id))
         return ConnectionList.model_validate(told)
 
     def _lost(self) -> None:
@@ -191,3 +191,40 @@ def _as_made(fds: list[int]) -> bool:
             return inet and listens and (tcp.type, udp.type) == (socket.SOCK_STREAM, socket.SOCK_DGRAM)
     except OSError:
         return False
+
+
+# ---- egress proxy ----
+#
+# The rocklet's client of the egress proxy: starts it, sends requests, and reports its death.
+
+_PROXY = Path(__file__).parents[2] / "egress" / "proxy.py"
+
+
+class ProxyLink(ChildLink):
+    """One proxy at a time. Its end closes all connections; the sandboxes continue to run without egress.
+
+    resolvers: see dns.py. lost: called when the proxy died.
+    """
+
+    what = "the network proxy"
+    again = "try again"
+
+    def __init__(self, resolvers: Sequence[str], log: Path, lost: Callable[[], None]) -> None:
+        super().__init__(_PROXY, {"resolvers": list(resolvers)}, log)
+        self._when_lost = lost
+
+    def _greeted(self, data: bytes) -> None:
+        if not data:
+            raise OSError("it ended at once")
+
+    def _not_started(self, error: OSError | TimeoutError) -> errors.RockError:
+        return errors.Unavailable(f"the network proxy did not start: {error!r}", hint=f"see {self._log}")
+
+    async def request(self, op: str, fields: dict[str, Any], fds: Sequence[int] = ()) -> dict[str, Any]:
+        """Send a request to the proxy, with copies of `fds`. Unavailable when it dies meanwhile, or on a timeout."""
+        return await self.ask(op, fields, fds, PATIENCE)
+
+    def _lost(self) -> None:
+        if self._sock is not None:
+            self.close()
+            self._when_lost()

@@ -29,10 +29,9 @@ from rock.runtime.base import Handle, Program
 from rock.runtime.init.files import merged
 from rock.runtime.init.link import InitLink
 from rock.runtime.namespace import packer_link, records
-from rock.runtime.namespace import slots as teardown
 from rock.runtime.namespace.limits import cgroups
 from rock.runtime.namespace.limits.disk_watch import Disks
-from rock.runtime.namespace.slots import Sandbox, Slots
+from rock.runtime.namespace.slots import Sandbox, Slots, find_init, kill_init
 from rock.runtime.process.runtime import wait_gone
 
 # ---- retained files ----
@@ -256,9 +255,9 @@ class StoppedSandboxes:
         if pid is not None and grace > 0:
             await self._slots.stop(handle, grace)
         self._slots.forget(slot)
-        for found in (pid, start) if pid is not None else None, teardown.find_init(self._slots.run_dir / slot):
+        for found in (pid, start) if pid is not None else None, find_init(self._slots.run_dir / slot):
             if found is not None:
-                teardown.kill_init(*found)
+                kill_init(*found)
                 await wait_gone(*found)
         folders = self._slots.limiter.groups.folders(slot)
         try:

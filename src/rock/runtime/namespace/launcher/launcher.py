@@ -38,7 +38,6 @@ from typing import Any
 from rock.guest.init import native, process_tree, syscalls
 from rock.guest.init.link import pack, receive_packet, unpack
 from rock.runtime.namespace.launcher import child_setup, furnish, kernel, mounts, seccomp, snapshot, userns
-from rock.runtime.namespace.launcher import mounts as slot
 from rock.runtime.namespace.launcher.zygote import Area, Zygote
 from rock.runtime.namespace.limits import cgroups, counters
 from rock.runtime.namespace.limits.counters import Counters
@@ -205,7 +204,7 @@ class Launcher:
             self.ranges.get(what)
         else:
             os.mkdir(what, 0o700)
-            slot.make_folder(what)
+            mounts.make_folder(what)
             self.listeners[os.path.basename(what)] = furnish.bind(what)
             self._answer({"id": 0}, {"made": os.path.basename(what)})
 
@@ -296,7 +295,7 @@ class Launcher:
         if request.get("net", -1) >= 0:
             self.nets.give(request["net"])
         clean = cgroups.remove_empty(request["cgroups"])
-        self._answer(request, {"clean": slot.remove_folder(request["slot"]) and clean})
+        self._answer(request, {"clean": mounts.remove_folder(request["slot"]) and clean})
 
     def _wait_for(self, number: int, pid: int, area: Area, ready: socket.socket) -> None:
         ready.setblocking(False)

@@ -1,8 +1,8 @@
 """The disk under the run folders: ext4 directory placement, disk images of sandboxes with a limit, and measured usage.
 
-disk_quota.py mounts the disk images. `python -I -S disk_layout.py` adds up the files of sandboxes for disk_watch.py: it
-reads a list of [folder, limit, pid, cgroup] and writes a line [folder, bytes, seconds] for each, all as JSON. Standard
-library only."""
+launcher/furnish.py mounts the disk images. `python -I -S disk_layout.py` adds up the files of sandboxes for
+disk_watch.py: it reads a list of [folder, limit, pid, cgroup] and writes a line [folder, bytes, seconds] for each, all
+as JSON. Standard library only."""
 
 from __future__ import annotations
 
