@@ -207,7 +207,7 @@ sync: $(VENV)/ready-dev
 	$(PY) tools/unasync.py
 
 lock:
-	uv pip compile pyproject.toml --generate-hashes --universal --python-version 3.11 --no-header -o requirements.lock
+	uv pip compile pyproject.toml --extra server --generate-hashes --universal --python-version 3.11 --no-header -o requirements.lock
 	uv pip compile pyproject.toml --extra dev --generate-hashes --universal --python-version 3.11 --no-header -o requirements-dev.lock
 
 clean:

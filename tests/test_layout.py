@@ -15,14 +15,14 @@ from tools.layout import Cycle, Layout, back_edges
 # rock.sync is generated and is not counted. largest_folder: files of one folder, __init__.py and sub-folders not
 # counted. cycles: with type-only imports; modules_in_cycles: their members.
 CEILINGS = {
-    "modules": 386,
+    "modules": 388,
     "largest_module_lines": 600,
     "largest_folder": 20,
     "folders_above_20": 0,
-    "small_modules": 38,  # below 60 lines
+    "small_modules": 39,  # below 60 lines
     "type_checking_blocks": 20,
     "type_only_imports": 28,
-    "function_imports": 63,
+    "function_imports": 68,
     "cycles": 1,
     "modules_in_cycles": 5,
     "runtime_cycles": 0,

@@ -17,7 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import uvicorn
+try:
+    import uvicorn
+except ModuleNotFoundError as error:
+    raise ImportError("rock.testing runs a server: pip install 'rock-sandbox[server]'") from error
 
 from rock.cli.serve.serve import Server, http_over, listen
 from rock.runtime.fake import Call, FakeRuntime, Program

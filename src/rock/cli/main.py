@@ -128,6 +128,10 @@ def _trace(error: Exception) -> None:
 def _unexpected(error: Exception) -> int:
     from pydantic import ValidationError
 
+    from rock.cli import installation
+
+    if isinstance(error, ModuleNotFoundError) and error.name in installation.SERVER:
+        return fail(installation.no_server(error.name))
     if isinstance(error, ValidationError):
         wrong = (
             f"{'.'.join(map(str, item['loc'])) or 'value'}: {item['msg'].removeprefix('Value error, ')}"

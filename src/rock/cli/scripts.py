@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
-from rock.cli.commands.envhub import serve_envhub
+from rock.cli.installation import require_server
 from rock.cli.output import status_of
-from rock.cli.serve.serve import Rocklet, Server, run_server
 from rock.settings import Settings, envhub_database
 
 
@@ -19,7 +18,7 @@ def admin_main() -> None:
     parser.add_argument("--env", default="local", help="kept for ROCK's command line; local is the only one")
     parser.add_argument("--role", default="all", choices=["all", "admin", "write", "proxy", "read"])
     given = _place(parser)
-    _run(given, Server, role=given.role)
+    _run(given, "Server", role=given.role)
 
 
 def rocklet_main() -> None:
@@ -32,7 +31,7 @@ def rocklet_main() -> None:
     parser.add_argument("--name", default=None, help="of this worker; the machine's name unless given")
     parser.add_argument("--advertise", default=None, metavar="URL", help="where servers reach this rocklet")
     given = _place(parser)
-    _run(given, Rocklet, api_key=given.token, join=given.join, worker_name=given.name, advertise=given.advertise)
+    _run(given, "Rocklet", api_key=given.token, join=given.join, worker_name=given.name, advertise=given.advertise)
 
 
 def envhub_main() -> None:
@@ -43,7 +42,14 @@ def envhub_main() -> None:
     parser.add_argument("--port", type=int, default=8081)
     parser.add_argument("--db-url", default=None, help="sqlite:///FILE; the one of the server's home unless given")
     given = parser.parse_args()
-    _exit(lambda: serve_envhub(Settings.read(host=given.host, port=given.port), given.db_url or envhub_database()))
+
+    def work() -> None:
+        require_server()
+        from rock.cli.commands.envhub import serve_envhub  # needs the extra `server`
+
+        serve_envhub(Settings.read(host=given.host, port=given.port), given.db_url or envhub_database())
+
+    _exit(work)
 
 
 def _place(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -52,8 +58,14 @@ def _place(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _run(given: argparse.Namespace, kind: type[Server] | type[Rocklet], **more: Any) -> None:
-    _exit(lambda: run_server(Settings.read(host=given.host, port=given.port, **more), kind))
+def _run(given: argparse.Namespace, kind: Literal["Server", "Rocklet"], **more: Any) -> None:
+    def work() -> None:
+        require_server()
+        from rock.cli.serve import serve  # needs the extra `server`
+
+        serve.run_server(Settings.read(host=given.host, port=given.port, **more), getattr(serve, kind))
+
+    _exit(work)
 
 
 def _exit(work: Callable[[], object]) -> None:

@@ -9,7 +9,11 @@ import sys
 
 def main() -> int:
     gc.disable()  # collections would take a tenth of the start-up time; `serve` enables them
+    from rock.cli.installation import require_server
     from rock.cli.output import status_of
+
+    if status := status_of(require_server):
+        return status
     from rock.cli.serve.serve import run_server
     from rock.settings import Settings
 

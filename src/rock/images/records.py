@@ -11,7 +11,6 @@ no lease is held."""
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import hashlib
 import json
 import os
@@ -26,9 +25,12 @@ from rock.errors import Conflict, ImageError, StorageFull
 from rock.host.atomic_file import FULL
 from rock.images.registry.reference import parse
 
+with suppress(ImportError):  # Windows, where only the fake runtime runs
+    import fcntl
+
 # ---- locks and atomic files ----
 
-_libc = ctypes.CDLL(None, use_errno=True)
+_libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
 
 
 @contextmanager
@@ -78,7 +80,7 @@ def sync_folder(path: Path) -> None:
 
 def sync_tree(fd: int) -> None:
     """Sync all writes to the file system of `fd`: one syncfs(2) for many thousand files."""
-    if _libc.syncfs(fd) != 0:
+    if _libc is not None and _libc.syncfs(fd) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
 

@@ -15,7 +15,7 @@ def control_rows() -> Iterator[Route]:
         "POST",
         "/v1/sandboxes",
         "control",
-        "Create; ?wait= until it runs or failed",
+        "Create a sandbox; ?wait= until it runs or failed",
         "SandboxConfig ?wait",
         "SandboxInfo",
     )
@@ -24,7 +24,7 @@ def control_rows() -> Iterator[Route]:
         "GET",
         "/v1/sandboxes",
         "control",
-        "List, newest first",
+        "List sandboxes, newest first",
         "?state ?user_id ?experiment_id ?namespace ?image ?name ?label=k=v ?limit ?after ?history",
         "SandboxList",
     )
@@ -33,18 +33,26 @@ def control_rows() -> Iterator[Route]:
         "GET",
         _S,
         "control",
-        "Status; ?wait= while pending; ?touch=1 counts as activity",
+        "Status of a sandbox; ?wait= while it is pending; ?touch=1 counts as activity",
         "?wait ?touch ?usage",
         "SandboxInfo",
     )
-    yield row("update_sandbox", "PATCH", _S, "control", "Change the name or the labels", "UpdateSandbox", "SandboxInfo")
-    yield row("stop_sandbox", "POST", _S + "/stop", "control", "Stop; leaves a tombstone", "", "SandboxInfo")
+    yield row(
+        "update_sandbox",
+        "PATCH",
+        _S,
+        "control",
+        "Change the name or the labels of a sandbox",
+        "UpdateSandbox",
+        "SandboxInfo",
+    )
+    yield row("stop_sandbox", "POST", _S + "/stop", "control", "Stop a sandbox; its record stays", "", "SandboxInfo")
     yield row(
         "restart_sandbox",
         "POST",
         _S + "/restart",
         "control",
-        "Start a stopped or archived one again over its kept files; ?wait= until it runs or failed",
+        "Restart a stopped or archived sandbox with its retained files; ?wait= until it runs or failed",
         "?wait",
         "SandboxInfo",
     )
@@ -53,7 +61,7 @@ def control_rows() -> Iterator[Route]:
         "POST",
         _S + "/archive",
         "control",
-        "Bring the kept files of a stopped one to the archive; ?wait= until they are there or that failed",
+        "Upload the retained files of a stopped sandbox to archive storage; ?wait= until that ended",
         "?wait",
         "SandboxInfo",
     )
@@ -62,7 +70,7 @@ def control_rows() -> Iterator[Route]:
         "POST",
         _S + "/commit",
         "control",
-        "Begin to make an image of a running one, or of one whose files are kept; ?wait= until that is over",
+        "Start to make an image of a sandbox that runs or has retained files; ?wait= until that ended",
         "CommitRequest ?wait",
         "CommitStatus",
     )
@@ -71,7 +79,7 @@ def control_rows() -> Iterator[Route]:
         "GET",
         _S + "/commit",
         "control",
-        "What became of the last image that was made of it; ?wait= while it is under way",
+        "Status of the last commit of a sandbox; ?wait= while it is in progress",
         "?wait",
         "CommitStatus",
     )
@@ -80,7 +88,7 @@ def control_rows() -> Iterator[Route]:
         "GET",
         _S + "/connections",
         "control",
-        "What it connected to or tried to, oldest first; of a stopped one too",
+        "Egress log: connections and attempts, oldest first; also of a stopped sandbox",
         "",
         "ConnectionList",
     )
@@ -89,49 +97,105 @@ def control_rows() -> Iterator[Route]:
         "DELETE",
         _S,
         "control",
-        "Forget a stopped or archived one and its kept files; ?force=1 stops it first",
+        "Delete a stopped or archived sandbox and its retained files; ?force=1 stops it first",
         "?force",
         "SandboxInfo",
     )
-    yield row("create_group", "POST", "/v1/groups", "control",
-              "Create many, all or as many as fit; ?wait= until they run or failed", "GroupRequest ?wait", "GroupInfo")
-    yield row("get_group", "GET", "/v1/groups/{group_id}", "control", "Its sandboxes; ?wait= while some are pending",
-              "?wait", "GroupInfo")
-    yield row("stop_group", "POST", "/v1/groups/{group_id}/stop", "control", "Stop all of it", "", "GroupInfo")
+    yield row(
+        "create_group",
+        "POST",
+        "/v1/groups",
+        "control",
+        "Create a group of sandboxes, all or as many as fit; ?wait= until they run or failed",
+        "GroupRequest ?wait",
+        "GroupInfo",
+    )
+    yield row(
+        "get_group",
+        "GET",
+        "/v1/groups/{group_id}",
+        "control",
+        "Sandboxes of a group; ?wait= while some are pending",
+        "?wait",
+        "GroupInfo",
+    )
+    yield row(
+        "stop_group", "POST", "/v1/groups/{group_id}/stop", "control", "Stop all sandboxes of a group", "", "GroupInfo"
+    )
     yield row(
         "open_env",
         "POST",
         "/v1/envs",
         "control",
-        "A sandbox that hosts this environment; made when there is none",
+        "Get or create the sandbox that hosts an environment",
         "OpenEnv ?wait",
         "SandboxInfo",
     )
-    yield row("list_envs", "GET", "/v1/envs", "control", "Environments that can be made", "", "EnvList")
-    yield row("about_env", "GET", "/v1/envs/about", "control", "What is known of an environment", "?id", "EnvAbout")
-    yield row("add_env", "POST", "/v1/envs/add", "control", "Register one under a name", "AddEnv", "EnvAbout")
+    yield row("list_envs", "GET", "/v1/envs", "control", "List environments", "", "EnvList")
+    yield row("about_env", "GET", "/v1/envs/about", "control", "Describe an environment", "?id", "EnvAbout")
     yield row(
-        "build_env", "POST", "/v1/envs/build", "control", "Install what it needs; waits", "BuildEnv ?wait", "EnvAbout"
+        "add_env", "POST", "/v1/envs/add", "control", "Register an environment under a name", "AddEnv", "EnvAbout"
     )
-    yield row("server_info", "GET", "/v1/server", "control", "Version, isolation, capacity", "", "ServerInfo")
-    yield row("health", "GET", "/healthz", "control", "Answers while the server serves")
+    yield row(
+        "build_env",
+        "POST",
+        "/v1/envs/build",
+        "control",
+        "Install the packages of an environment; ?wait= until that ended",
+        "BuildEnv ?wait",
+        "EnvAbout",
+    )
+    yield row(
+        "server_info", "GET", "/v1/server", "control", "Version, isolation and capacity of the server", "", "ServerInfo"
+    )
+    yield row("health", "GET", "/healthz", "control", "Responds while the server serves")
     yield row("metrics", "GET", "/metrics", "control", "Metrics of this process, for Prometheus", "", "text")
-    yield row("create_key", "POST", "/v1/keys", "control", "Make an API key, which is told once", "CreateKey", "NewKey")
-    yield row("list_keys", "GET", "/v1/keys", "control", "API keys, without what they are made of", "", "KeyList")
-    yield row("revoke_key", "DELETE", "/v1/keys/{key_id}", "control", "End a key; its sandboxes stay", "", "KeyInfo")
+    yield row(
+        "create_key",
+        "POST",
+        "/v1/keys",
+        "control",
+        "Create an API key; only this response contains it",
+        "CreateKey",
+        "NewKey",
+    )
+    yield row("list_keys", "GET", "/v1/keys", "control", "List API keys, without the secret part", "", "KeyList")
+    yield row(
+        "revoke_key",
+        "DELETE",
+        "/v1/keys/{key_id}",
+        "control",
+        "Revoke an API key; sandboxes of its tenant stay",
+        "",
+        "KeyInfo",
+    )
     # workers
     w = "/v1/workers/{worker}"
-    yield row("join_worker", "POST", "/v1/workers", "control", "A rocklet joins", "JoinWorker", "WorkerLease")
-    yield row("beat_worker", "POST", w + "/beat", "control", "Its heartbeat", "Beat", "WorkerLease")
-    yield row("list_workers", "GET", "/v1/workers", "control", "Workers, lost ones too", "", "WorkerList")
-    yield row("drain_worker", "POST", w + "/drain", "control", "It gets no more sandboxes", "", "WorkerInfo")
-    yield row("undrain_worker", "POST", w + "/undrain", "control", "It gets sandboxes again", "", "WorkerInfo")
+    yield row(
+        "join_worker", "POST", "/v1/workers", "control", "Join as a worker (rocklets only)", "JoinWorker", "WorkerLease"
+    )
+    yield row(
+        "beat_worker", "POST", w + "/beat", "control", "Heartbeat of a worker (rocklets only)", "Beat", "WorkerLease"
+    )
+    yield row("list_workers", "GET", "/v1/workers", "control", "List workers, including lost ones", "", "WorkerList")
+    yield row(
+        "drain_worker", "POST", w + "/drain", "control", "Drain a worker: it gets no more sandboxes", "", "WorkerInfo"
+    )
+    yield row(
+        "undrain_worker",
+        "POST",
+        w + "/undrain",
+        "control",
+        "Undrain a worker: it gets sandboxes again",
+        "",
+        "WorkerInfo",
+    )
     yield row(
         "remove_worker",
         "DELETE",
         w,
         "control",
-        "Forget a lost one; ?force=1 takes it for lost first: its sandboxes are over",
+        "Remove a lost worker; ?force=1 declares it lost first, which ends its sandboxes",
         "?force",
         "WorkerInfo",
     )
@@ -140,6 +204,7 @@ def control_rows() -> Iterator[Route]:
 # ---- data plane ----
 #
 # Requests through the proxy to the rocklet: into sandboxes, and builds.
+
 
 def data_rows() -> Iterator[Route]:
     # sessions
@@ -152,13 +217,13 @@ def data_rows() -> Iterator[Route]:
         "CreateBashSessionRequest",
         "CreateBashSessionResponse",
     )
-    yield row("list_sessions", "GET", _S + "/sessions", "data", "Open sessions", "", "SessionList")
+    yield row("list_sessions", "GET", _S + "/sessions", "data", "List open sessions", "", "SessionList")
     yield row(
         "close_session",
         "DELETE",
         _S + "/sessions/{session}",
         "data",
-        "Close; kills what runs in it",
+        "Close a session and kill its processes",
         "",
         "CloseBashSessionResponse",
     )
@@ -167,17 +232,19 @@ def data_rows() -> Iterator[Route]:
         "POST",
         _S + "/sessions/{session}/run",
         "data",
-        "Run a command; ?stream=1 for frames",
+        "Run a command in a session; ?stream=1 for frames",
         "BashAction ?stream",
         "BashObservation",
     )
-    yield row("interrupt", "POST", _S + "/sessions/{session}/interrupt", "data", "Ctrl-C", "", "SessionInfo")
+    yield row(
+        "interrupt", "POST", _S + "/sessions/{session}/interrupt", "data", "Send Ctrl-C to a session", "", "SessionInfo"
+    )
     yield row(
         "session_input",
         "POST",
         _S + "/sessions/{session}/input",
         "data",
-        "Type into a session with a pty",
+        "Send input to a session with a terminal",
         "raw",
         "SessionInfo",
     )
@@ -186,7 +253,7 @@ def data_rows() -> Iterator[Route]:
         "POST",
         _S + "/sessions/{session}/resize",
         "data",
-        "Size of its terminal",
+        "Resize the terminal of a session",
         '{"rows", "columns"}',
         "SessionInfo",
     )
@@ -196,18 +263,20 @@ def data_rows() -> Iterator[Route]:
         "POST",
         _S + "/execute",
         "data",
-        "Run one program to its end; ?stream=1 for frames",
+        "Run one program until it ends; ?stream=1 for frames",
         "Command ?stream",
         "CommandResponse",
     )
-    yield row("start_process", "POST", _S + "/processes", "data", "Start in the background", "Command", "ProcessInfo")
-    yield row("list_processes", "GET", _S + "/processes", "data", "Background processes", "", "ProcessList")
+    yield row(
+        "start_process", "POST", _S + "/processes", "data", "Start a background process", "Command", "ProcessInfo"
+    )
+    yield row("list_processes", "GET", _S + "/processes", "data", "List background processes", "", "ProcessList")
     yield row(
         "get_process",
         "GET",
         _S + "/processes/{process_id}",
         "data",
-        "Status; ?wait= for its end",
+        "Status of a background process; ?wait= until it ends",
         "?wait",
         "ProcessInfo",
     )
@@ -216,7 +285,7 @@ def data_rows() -> Iterator[Route]:
         "GET",
         _S + "/processes/{process_id}/logs",
         "data",
-        "Bytes of a log from an offset; ?wait= for more when there is none",
+        "Output of a background process from an offset; ?wait= for new output",
         "?stream=stdout|stderr ?offset ?limit ?wait",
         "raw",
     )
@@ -225,7 +294,7 @@ def data_rows() -> Iterator[Route]:
         "POST",
         _S + "/processes/{process_id}/signal",
         "data",
-        "Send a signal",
+        "Send a signal to a background process",
         '{"signal": 15, "tree": true}',
         "ProcessInfo",
     )
@@ -234,7 +303,7 @@ def data_rows() -> Iterator[Route]:
         "POST",
         _S + "/processes/{process_id}/stdin",
         "data",
-        "Write to its standard input; ?close=1 ends it",
+        "Write to the standard input of a background process; ?close=1 closes it",
         "raw ?close",
         "ProcessInfo",
     )
@@ -243,7 +312,7 @@ def data_rows() -> Iterator[Route]:
         "DELETE",
         _S + "/processes/{process_id}",
         "data",
-        "Kill if it runs; drop its logs",
+        "Kill a background process and delete its logs",
         "",
         "ProcessInfo",
     )
@@ -252,7 +321,7 @@ def data_rows() -> Iterator[Route]:
         "WEBSOCKET",
         _S + "/terminal",
         "data",
-        "An interactive program on a pty",
+        "Interactive program with a terminal",
         "?rows ?columns ?command ?user ?cwd ?term",
     )
     # ports
@@ -268,37 +337,49 @@ def data_rows() -> Iterator[Route]:
         access=Access.RUN,
     )
     yield Route(
-        "port_socket", "WEBSOCKET", _S + "/ports/{port}/{rest}", "data", "A WebSocket of a port inside", tail=True,
+        "port_socket", "WEBSOCKET", _S + "/ports/{port}/{rest}", "data", "WebSocket to a port inside", tail=True,
         access=Access.RUN,
     )  # fmt: skip
-    yield row("tunnel", "WEBSOCKET", _S + "/tcp/{port}", "data", "A connection to a TCP port inside")
+    yield row("tunnel", "WEBSOCKET", _S + "/tcp/{port}", "data", "Connection to a TCP port inside")
     # files
-    yield row(
-        "read_file", "GET", _S + "/files/content", "data", "Bytes of a file", "?path ?offset ?length ?user", "raw"
-    )
+    yield row("read_file", "GET", _S + "/files/content", "data", "Read a file", "?path ?offset ?length ?user", "raw")
     yield row(
         "write_file",
         "PUT",
         _S + "/files/content",
         "data",
-        "Replace at once, or append",
+        "Write a file: atomic replacement, or append",
         "raw ?path ?append ?mode ?user",
         "FileInfo",
     )
-    yield row("stat_file", "GET", _S + "/files/stat", "data", "One file", "?path ?follow", "FileInfo")
-    yield row("list_files", "GET", _S + "/files/list", "data", "A folder", "?path ?offset ?limit", "FileList")
-    yield row("remove_file", "DELETE", _S + "/files", "data", "Remove", "?path ?recursive")
-    yield row("make_dir", "POST", _S + "/files/dir", "data", "Make a folder", '{"path", "parents", "mode"}', "FileInfo")
-    yield row("move_file", "POST", _S + "/files/move", "data", "Rename", '{"source", "target"}', "FileInfo")
+    yield row("stat_file", "GET", _S + "/files/stat", "data", "Status of a file", "?path ?follow", "FileInfo")
+    yield row("list_files", "GET", _S + "/files/list", "data", "List a folder", "?path ?offset ?limit", "FileList")
+    yield row("remove_file", "DELETE", _S + "/files", "data", "Remove a file or a folder", "?path ?recursive")
+    yield row(
+        "make_dir", "POST", _S + "/files/dir", "data", "Create a folder", '{"path", "parents", "mode"}', "FileInfo"
+    )
+    yield row("move_file", "POST", _S + "/files/move", "data", "Move or rename", '{"source", "target"}', "FileInfo")
     yield row("chmod", "POST", _S + "/files/chmod", "data", "Change modes", "ChmodRequest", "ChmodResponse")
     yield row("chown", "POST", _S + "/files/chown", "data", "Change owners", "ChownRequest", "ChownResponse")
-    yield row("download_dir", "GET", _S + "/files/archive", "data", "A folder or file as tar", "?path", "raw")
+    yield row(
+        "download_dir", "GET", _S + "/files/archive", "data", "Download a folder or a file as tar", "?path", "raw"
+    )
     yield row("upload_dir", "PUT", _S + "/files/archive", "data", "Unpack a tar into a folder", "raw ?path", "FileInfo")
     # environments
-    yield row("make_env", "POST", _S + "/envs", "data", "Make an environment in its own process", "MakeEnv", "EnvInfo")
+    yield row(
+        "make_env", "POST", _S + "/envs", "data", "Create an environment in a process of its own", "MakeEnv", "EnvInfo"
+    )
     yield row("reset_env", "POST", _S + "/envs/{env}/reset", "data", "Start an episode", "ResetEnv", "ResetResult")
-    yield row("step_env", "POST", _S + "/envs/{env}/step", "data", "One step", "StepEnv", "StepResult")
-    yield row("call_env", "POST", _S + "/envs/{env}/call", "data", "Ask for something else", "CallEnv", "CallResult")
+    yield row("step_env", "POST", _S + "/envs/{env}/step", "data", "Step an environment", "StepEnv", "StepResult")
+    yield row(
+        "call_env",
+        "POST",
+        _S + "/envs/{env}/call",
+        "data",
+        "Call another method of an environment",
+        "CallEnv",
+        "CallResult",
+    )
     yield row(
         "env_frames",
         "POST",
@@ -315,7 +396,9 @@ def data_rows() -> Iterator[Route]:
     yield row(
         "release_envs", "DELETE", _S + "/envs/owners/{owner}", "data", "Close a client's environments", "", "EnvOwner"
     )
-    yield row("close_env", "DELETE", _S + "/envs/{env}", "data", "End its process", "", "EnvInfo")
+    yield row(
+        "close_env", "DELETE", _S + "/envs/{env}", "data", "Close an environment and end its process", "", "EnvInfo"
+    )
     # images
     yield row(
         "build_image",
@@ -331,6 +414,7 @@ def data_rows() -> Iterator[Route]:
 # ---- node plane ----
 #
 # Requests of an admin to a rocklet.
+
 
 def node_rows() -> Iterator[Route]:
     yield row(

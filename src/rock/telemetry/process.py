@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-import resource
 import sys
 import time
+from contextlib import suppress
 
 from rock.telemetry.metrics import REGISTRY, Family, Number, gauge_of
+
+with suppress(ImportError):  # Windows, where only the fake runtime runs
+    import resource
 
 _EVERY = 0.5  # seconds between two looks at the loop
 LAG = REGISTRY.histogram("rock_event_loop_lag_seconds", "How late the event loop ran what was due")

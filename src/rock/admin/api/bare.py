@@ -96,7 +96,8 @@ class Heartbeats:
 #
 # An application that is built at its first request, and an access check that does not wait for that.
 
-_PAGES = ("/", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")
+_PAGES = ("/", "/docs", "/redoc", "/openapi.json")
+_ASSETS = "/docs/assets/"
 
 
 class LazyApp:
@@ -131,7 +132,7 @@ def guarded(app: App) -> App:
             method, path = scope["method"], scope["path"]
             caller, kinds = caller_of(scope), found(path)
             needed = kinds.get("GET" if method == "HEAD" else method)
-            if path in _PAGES:
+            if path in _PAGES or path.startswith(_ASSETS):
                 needed = Access.OPEN if path == "/" else Access.READ
             try:
                 if needed is None and Access.ADMIN not in caller.scopes:

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from rock import __version__
-from rock.admin.api import bare, sandboxes
+from rock.admin.api import bare, reference, sandboxes
 from rock.admin.environments import Environments
 from rock.admin.reconciler import mark_lost
 from rock.admin.sandboxes.service import Service
@@ -38,6 +38,11 @@ def _json(model: BaseModel, status: int = 200) -> Response:
     return Response(orjson.dumps(model.model_dump(mode="json")), status, media_type="application/json")
 
 
+def _row(name: str, model: type[BaseModel], tag: str) -> dict[str, Any]:
+    """The arguments of a route's decorator."""
+    return {"path": ROUTES[name].path, "summary": ROUTES[name].summary, "response_model": model, "tags": [tag]}
+
+
 def _failure(error: RockError) -> Response:
     headers = {"retry-after": str(retry_after(error))} if error.retryable else None
     return Response(orjson.dumps(error.to_wire(), default=repr), error.status, headers, "application/json")
@@ -50,12 +55,13 @@ def build(
     protected data."""
     for kind in _models().values():
         kind.model_config["defer_build"] = False  # otherwise FastAPI's part is built late too, with warnings
-    app = FastAPI(title="ROCK", version=__version__, docs_url="/docs", openapi_url="/openapi.json")
+    app = FastAPI(title="ROCK", version=__version__, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     _errors(app)
     _sandboxes(app, tenant_services)
     _keys(app, keys)
     _environments(app, envs)
     add_routes(app, service)
+    reference.add_pages(app)
 
     @app.get("/", include_in_schema=False, response_model=None)
     async def front(request: Request) -> Response | dict[str, str]:
@@ -70,52 +76,52 @@ def build(
 
 
 def _sandboxes(app: FastAPI, tenant_services: TenantServices) -> None:
-    @app.get(ROUTES["list_connections"].path, response_model=ConnectionList, tags=["sandboxes"])
+    @app.get(**_row("list_connections", ConnectionList, "sandboxes"))
     async def list_connections(request: Request, sandbox_id: str) -> Response:
         """Connections and connection attempts, oldest first; also of a stopped sandbox."""
         return _json(await tenant_services(request.scope).connections(sandbox_id))
 
-    @app.delete(ROUTES["delete_sandbox"].path, response_model=SandboxInfo, tags=["sandboxes"])
+    @app.delete(**_row("delete_sandbox", SandboxInfo, "sandboxes"))
     async def delete_sandbox(request: Request, sandbox_id: str, force: bool = False) -> Response:
         """Delete a stopped one and its retained files; `force` stops it first."""
         return _json(await tenant_services(request.scope).delete(sandbox_id, force))
 
 
 def _keys(app: FastAPI, keys: Keys) -> None:
-    @app.post(ROUTES["create_key"].path, response_model=NewKey, status_code=201, tags=["keys"])
+    @app.post(**_row("create_key", NewKey, "keys"), status_code=201)
     async def create_key(body: CreateKey) -> Response:
         """Make an API key. The response is the only copy: the server stores only its digest."""
         return _json(await keys.create(body), 201)
 
-    @app.get(ROUTES["list_keys"].path, response_model=KeyList, tags=["keys"])
+    @app.get(**_row("list_keys", KeyList, "keys"))
     async def list_keys() -> Response:
         """API keys, including revoked ones, oldest first."""
         return _json(KeyList(items=await keys.list()))
 
-    @app.delete(ROUTES["revoke_key"].path, response_model=KeyInfo, tags=["keys"])
+    @app.delete(**_row("revoke_key", KeyInfo, "keys"))
     async def revoke_key(key_id: str) -> Response:
         """Revoke a key at once. The sandboxes of its tenant stay."""
         return _json(await keys.revoke(key_id))
 
 
 def _environments(app: FastAPI, envs: Environments) -> None:
-    @app.get(ROUTES["list_envs"].path, response_model=EnvList, tags=["environments"])
+    @app.get(**_row("list_envs", EnvList, "environments"))
     async def list_envs() -> Response:
         """Environments that can be made."""
         added = await envs.listed()
         return _json(EnvList(items=[*(_catalogue_row(env_id) for env_id in registry.IDS), *added]))
 
-    @app.get(ROUTES["about_env"].path, response_model=EnvAbout, tags=["environments"])
+    @app.get(**_row("about_env", EnvAbout, "environments"))
     async def about_env(id: Annotated[str, Query(min_length=1, max_length=512)]) -> Response:
         """Description of an environment, and whether its packages are installed."""
         return _json(await envs.about(id))
 
-    @app.post(ROUTES["add_env"].path, response_model=EnvAbout, tags=["environments"])
+    @app.post(**_row("add_env", EnvAbout, "environments"))
     async def add_env(body: AddEnv) -> Response:
         """Register an environment under a name."""
         return _json(await envs.add(body))
 
-    @app.post(ROUTES["build_env"].path, response_model=EnvAbout, tags=["environments"])
+    @app.post(**_row("build_env", EnvAbout, "environments"))
     async def build_env(body: BuildEnv, wait: Wait = 0.0) -> Response:
         """Install the packages of an environment in advance; responds after `wait` seconds at the latest."""
         return _json(await envs.build(body, wait))
@@ -227,25 +233,22 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
 def add_routes(app: FastAPI, service: Service) -> None:
     worker_registry = service.workers
 
-    def row(name: str, model: Any) -> dict[str, Any]:
-        return {"path": ROUTES[name].path, "response_model": model, "tags": ["workers"]}
-
-    @app.get(**row("list_workers", WorkerList))
+    @app.get(**_row("list_workers", WorkerList, "workers"))
     async def list_workers() -> WorkerList:
         """Workers, including lost ones."""
         return WorkerList(items=await worker_registry.infos())
 
-    @app.post(**row("drain_worker", WorkerInfo))
+    @app.post(**_row("drain_worker", WorkerInfo, "workers"))
     async def drain_worker(worker: str) -> WorkerInfo:
         """Drain a worker: it retains its current sandboxes, and gets no more."""
         return await worker_registry.drain(worker, True)
 
-    @app.post(**row("undrain_worker", WorkerInfo))
+    @app.post(**_row("undrain_worker", WorkerInfo, "workers"))
     async def undrain_worker(worker: str) -> WorkerInfo:
         """The worker accepts sandboxes again."""
         return await worker_registry.drain(worker, False)
 
-    @app.delete(**row("remove_worker", WorkerInfo))
+    @app.delete(**_row("remove_worker", WorkerInfo, "workers"))
     async def remove_worker(worker: str, force: bool = False) -> WorkerInfo:
         """Remove a lost worker. `force`: declare it lost first, which ends its sandboxes."""
         info = await worker_registry.info(worker)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rock.admin.preflight import require_key_beyond_loopback, role_of
+from rock.cli import installation
 from rock.cli.serve.home import Home, make_private
 from rock.cli.serve.tls import tls_of
 from rock.errors import Conflict, InvalidConfig, RockError, ServerError, Unavailable
@@ -55,6 +56,7 @@ def start(
     ] = False,
 ) -> None:
     """Start the server and return when it serves. Sandboxes of a server that crashed are found again."""
+    installation.require_server()
     if adopt and abandon:
         raise InvalidConfig("--adopt and --abandon exclude each other")
     changed = "adopt" if adopt else "abandon" if abandon else None

@@ -77,7 +77,15 @@ def _findings() -> list[Finding]:
     else:
         text = "isolation needs Linux: here are the runtimes process and fake, and clients"
         found = [Finding("isolation", None, text, "set ROCK_BASE_URL to a server")]
-    return [*found, *_plugins()]
+    return [*_installation(), *found, *_plugins()]
+
+
+def _installation() -> list[Finding]:
+    """The extra `server`, and other distributions with a package `rock`."""
+    from rock.cli.installation import CONFLICT_HINT, conflicts
+    from rock.runtime.namespace.probe import Finding
+
+    return [Finding("installation", False, sentence, CONFLICT_HINT) for sentence in conflicts()]
 
 
 def _engine() -> list[Finding]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import array
 import asyncio
 import base64
-import fcntl
 import os
 import select
 import stat
-import termios
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import suppress
 from typing import Any
 
 import orjson
@@ -19,6 +18,10 @@ import orjson
 from rock.errors import InternalServerRockError, RockError
 from rock.http.asgi import Answer, Request, dumps
 from rock.protocol.routes import STREAM_TYPE, Frame, pack_frame
+
+with suppress(ImportError):  # Windows, where only the fake runtime runs
+    import fcntl
+    import termios
 
 _MANY, _WITHIN = 16, 0.02  # so many reads within so many seconds count as a flood
 _REST = 0.005

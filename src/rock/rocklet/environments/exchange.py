@@ -239,7 +239,7 @@ class Exchange:
             self.link.own[hosted.pipe + host.OWN].drain()  # its last responses may still be in the pipe
         code = os.waitstatus_to_exitcode(status)
         how = f"it was killed by {signal.Signals(-code).name}" if code < 0 else f"its process exited with status {code}"
-        if code == -signal.SIGKILL:
+        if code == -9:
             how += ", as happens when the sandbox is out of memory"
         last = lines.strip().splitlines()[-1:]
         self._env_failed(hosted, EnvironmentEnded(
@@ -320,7 +320,7 @@ def plain_of(answered: Answered) -> Any:
 
 def _described(status: ExitStatus) -> str:
     if status.signal is not None:
-        return f"killed by signal {status.signal}" + (" (out of memory?)" if status.signal == signal.SIGKILL else "")
+        return f"killed by signal {status.signal}" + (" (out of memory?)" if status.signal == 9 else "")
     return "exit status unknown" if status.code is None else f"exit status {status.code}"
 
 

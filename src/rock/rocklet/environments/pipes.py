@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import fcntl
 import json
 import os
 import secrets
@@ -21,6 +20,9 @@ from rock.guest.environments.frames import HEAD, HEADER, LIMIT
 from rock.images.host import PYTHON_LIBRARIES
 from rock.rocklet.commands.output import Reader
 from rock.runtime.base import Process, Program
+
+with contextlib.suppress(ImportError):  # Windows, where only the fake runtime runs
+    import fcntl
 
 _READ = 1 << 15  # a larger buffer costs the kernel a mapping for each read
 _LARGE = 32 << 10  # the pipe is enlarged for a frame of this size or more

@@ -12,7 +12,6 @@ import inspect
 import logging
 import os
 import posixpath
-import signal as signals
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping
@@ -22,7 +21,9 @@ from rock import errors
 from rock.runtime.base import CLOCK, ExitStatus
 from rock.runtime.fake.tree import Node, Tree
 
-_HARMLESS = frozenset({signals.SIGCHLD, signals.SIGCONT, signals.SIGURG, signals.SIGWINCH, signals.SIGSTOP})
+# Linux numbers on every platform: the sandboxes of this runtime are Linux sandboxes.
+_KILL, _PIPE = 9, 13
+_HARMLESS = frozenset({17, 18, 19, 23, 28})  # CHLD, CONT, STOP, URG, WINCH
 _PORTION = 64 << 10
 _FOLDERS = ("/bin", "/usr/bin", "/usr/local/bin")
 _PATIENCE = 10.0  # seconds for a killed program to end
@@ -131,9 +132,9 @@ class FakeProcess:
 
     def _end(self, task: asyncio.Task[int]) -> None:
         if task.cancelled():
-            self.status = ExitStatus(signal=self._killed_by or signals.SIGKILL)
+            self.status = ExitStatus(signal=self._killed_by or _KILL)
         elif (error := task.exception()) is not None:
-            self.status = ExitStatus(signal=signals.SIGPIPE) if isinstance(error, BrokenPipeError) else ExitStatus()
+            self.status = ExitStatus(signal=_PIPE) if isinstance(error, BrokenPipeError) else ExitStatus()
             if not isinstance(error, BrokenPipeError):
                 log.error("a fake process failed", exc_info=error)
         else:
@@ -169,7 +170,7 @@ class FakeProcess:
         """Deliver a signal: ignored, trapped, or fatal."""
         if self.status is not None or (number in _HARMLESS and number not in self.traps):
             return
-        if number != signals.SIGKILL and number in self.traps:
+        if number != _KILL and number in self.traps:
             trap = self.traps[number]
             if trap is not None:
                 trap()
