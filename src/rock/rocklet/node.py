@@ -55,7 +55,7 @@ class Node:
         self.images = images
         self.runtimes = Runtimes(runtimes, default, images)
         self.state_dir = StateDirectory(folder)
-        self.door = LocalSocket(folder, self.get)
+        self.local_socket = LocalSocket(folder, self.get)
         self.limit = limit
         self._env_lease = env_lease
         self.boot = uuid.uuid4().hex[:12]
@@ -77,7 +77,7 @@ class Node:
     async def open(self) -> None:
         """Open the runtimes, recover the sandboxes of an earlier run, and remove resources without a record."""
         self.state_dir.make()
-        self.door.open()
+        self.local_socket.open()
         await self.runtimes.open()
         for name in reversed(await asyncio.to_thread(self.images.store.names)):
             self._used.note(name)
@@ -97,7 +97,7 @@ class Node:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.commits.close()
         await self.builds.close()
-        await self.door.close()
+        await self.local_socket.close()
         for supervisor in self.supervisors.values():
             await supervisor.detach()
         self.state_dir.close()

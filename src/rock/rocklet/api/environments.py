@@ -68,7 +68,7 @@ class EnvApi:
             if spec.owner is not None:
                 made.lease = host.lease
             if spec.idle is None:  # otherwise the registry of the host watches it
-                made.door = self.node.door.way(host, number)
+                made.door = self.node.local_socket.way(host, number)
             return answer(made, 201)
 
         return await self.once.do(request, work())
