@@ -91,7 +91,7 @@ class LocalSocket:
         return None if self._socket is None or token is None else Door(path=str(self.path), token=token)
 
     def _start(self, work: Any) -> None:
-        task = asyncio.create_task(work, name="env-door")
+        task = asyncio.create_task(work, name="env-socket")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -101,7 +101,7 @@ class LocalSocket:
             try:
                 client, _ = await loop.sock_accept(listening)
             except OSError as error:  # no free descriptors at the moment
-                log.warning("cannot take a client at the door: %s", error)
+                log.warning("cannot accept a client of the local socket: %s", error)
                 await asyncio.sleep(1)
                 continue
             if len(self._tasks) > _CONNECTIONS:
