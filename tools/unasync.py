@@ -30,6 +30,7 @@ RULES = [
         (r"\b(?:a|an) asynchronous\b", "a blocking"),
         (r"\basynchronous\b", "blocking"),
         (r"\bAsync(Iterator|Iterable|Generator|ContextManager)\b", r"\1"),
+        (r"\bIterable, Iterable\b", "Iterable"),
         (r"\b__a(enter|exit|iter|next)__\b", r"__\1__"),
         (r"\bStopAsyncIteration\b", "StopIteration"),
         (r"\basynccontextmanager\b", "contextmanager"),

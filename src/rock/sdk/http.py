@@ -67,9 +67,9 @@ def header_lines(headers: dict[str, str]) -> bytes:
 
 
 def query_string(values: dict[str, object]) -> str:
-    """`?a=1&b=x` of what is not None; booleans are 1 and 0; empty when there is nothing."""
+    """`?a=1&b=x`: None is left out, booleans are 1 and 0, a list repeats its name; "" without values."""
     given = {k: int(v) if isinstance(v, bool) else v for k, v in values.items() if v is not None}
-    return "?" + urlencode(given, quote_via=quote) if given else ""
+    return "?" + urlencode(given, doseq=True, quote_via=quote) if given else ""
 
 
 class Source(Protocol):

@@ -1,21 +1,24 @@
-# GENERATED from src/rock/sdk/sandbox/process.py by tools/unasync.py: do not edit.
+# GENERATED from src/rock/sdk/sandbox/processes.py by tools/unasync.py: do not edit.
 # ruff: noqa: E501, I001, RUF100, UP028
-"""Programs in a sandbox, apart from any session: one-shot commands, and processes in the background."""
+"""Programs in a sandbox, independent of sessions: one-shot programs and background processes."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from base64 import b64encode
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from rock import errors
 from rock.protocol.action import BashAction, BashObservation, Command, CommandResponse, ProcessInfo
 from rock.protocol.node import ProcessList
 from rock.protocol.routes import LOG_NEXT, LOG_RUNNING
 from rock.sync.sandbox.link import SLACK, Link, parse
+from rock.sync.sandbox.options import ProgramOptions, known
 from rock.sync.sandbox.stream import OutputStream
 
+TIMEOUT = 1200.0  # seconds
 POLL = 30.0  # seconds of one long-poll
 LOG_PORTION = 1 << 20
 
@@ -24,7 +27,7 @@ LogName = Literal["stdout", "stderr"]
 
 @dataclass(frozen=True, slots=True)
 class LogPart:
-    """Bytes of a log. `next`: the offset to go on at; `running`: more may come."""
+    """Bytes of a log. `next`: the offset to continue at; `running`: more may come."""
 
     data: bytes
     next: int
@@ -32,7 +35,7 @@ class LogPart:
 
 
 class Process:
-    """A process in the background; it goes on when the call that started it has ended. `info`: what was last heard."""
+    """A background process. It continues after the call that started it. `info`: its last known state."""
 
     def __init__(self, link: Link, info: ProcessInfo) -> None:
         self._link = link
@@ -47,14 +50,14 @@ class Process:
 
     @property
     def exit_code(self) -> int | None:
-        """None while it runs, or when nobody saw its end."""
+        """None while it runs, or when its end was not observed."""
         return self.info.exit_code
 
     def status(self) -> ProcessInfo:
         return self._ask("get_process")
 
     def wait(self, timeout: float | None = None) -> ProcessInfo:
-        """Wait for its end, at most `timeout` seconds: `info.running` tells which came first."""
+        """Wait for its end, at most `timeout` seconds; `running` of the result is True after a timeout."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             left = POLL if deadline is None else min(POLL, max(0.0, deadline - time.monotonic()))
@@ -65,7 +68,7 @@ class Process:
     def logs(
         self, stream: LogName = "stdout", offset: int = 0, limit: int = LOG_PORTION, wait: float | None = None
     ) -> LogPart:
-        """Bytes of its output from an offset, at most `limit`. `wait`: seconds to wait for some when there are none."""
+        """Bytes of its output from an offset, at most `limit`. `wait`: seconds to wait for the first byte."""
         target = self._link._path(
             "process_logs", process_id=self.id, stream=stream, offset=offset, limit=limit, wait=wait
         )
@@ -76,7 +79,7 @@ class Process:
         return LogPart(data, after, running)
 
     def follow(self, stream: LogName = "stdout", offset: int = 0) -> Iterator[bytes]:
-        """Its output from an offset on, until it ends."""
+        """Its output from an offset on, until it ends. A chunk is bytes and may end within a character."""
         while True:
             part = self.logs(stream, offset, wait=POLL)
             if part.data:
@@ -86,11 +89,11 @@ class Process:
             offset = part.next
 
     def signal(self, number: int, tree: bool = True) -> ProcessInfo:
-        """Send a signal (15 is SIGTERM), to all that it started as well when `tree`."""
+        """Send a signal (15 is SIGTERM); with `tree`, also to all processes that it started."""
         return self._ask("signal_process", {"signal": int(number), "tree": tree})
 
     def kill(self) -> ProcessInfo:
-        """Kill it and all that it started."""
+        """Kill it and all processes that it started."""
         return self.signal(9)
 
     def write_stdin(self, data: bytes | str, close: bool = False) -> ProcessInfo:
@@ -104,7 +107,7 @@ class Process:
         return self.info
 
     def forget(self) -> ProcessInfo:
-        """Kill it if it runs, and drop its logs."""
+        """Kill it if it runs, and delete its logs."""
         return self._ask("forget_process")
 
     def _ask(self, name: str, body: Any = None, wait: float | None = None) -> ProcessInfo:
@@ -113,71 +116,89 @@ class Process:
         return self.info
 
 
-class Programs(Link):
-    """One-shot commands and background processes."""
+class Processes:
+    """`sandbox.processes`: one-shot programs and background processes."""
 
-    def execute(self, command: Command | str | list[str], **options: Any) -> CommandResponse:
-        """Run a program to its end; `options` are fields of `Command`.
+    def __init__(self, link: Link) -> None:
+        self._link = link
 
-        A list is an argv; a string is run by a shell. The outcome tells the true exit status, which is no error unless
-        `check=True`: then it is CommandFailed, or CommandTimeout.
+    def start(
+        self, command: str | Sequence[str], *, timeout: float | None = None, **options: Unpack[ProgramOptions]
+    ) -> Process:
+        """Start a program in the background. A list is an argv; a string is run by the image's shell.
+
+        timeout: seconds after which it is killed. The other options are those of `ProgramOptions`; its standard input
+        stays open for `Process.write_stdin`.
         """
-        spec = as_command(command, options)
-        wait = None if spec.timeout is None else spec.timeout + 1
-        response = parse(CommandResponse, self._call("execute", self._path("execute"), wire(spec), wait=wait))
-        if spec.check:
-            raise_if_failed(spec.command, response, response.stdout + response.stderr, spec.error_msg, self.sandbox_id)
+        return self.begin(command_of(command, timeout, options))
+
+    def begin(self, command: Command) -> Process:
+        """Start a `Command` in the background."""
+        answer = self._link._call("start_process", self._link._path("start_process"), wire(command))
+        return Process(self._link, parse(ProcessInfo, answer))
+
+    def get(self, process_id: str) -> Process:
+        """A background process by its id. NotFound."""
+        target = self._link._path("get_process", process_id=process_id)
+        return Process(self._link, parse(ProcessInfo, self._link._call("get_process", target)))
+
+    def run(
+        self,
+        command: str | Sequence[str],
+        *,
+        timeout: float | None = TIMEOUT,
+        check: bool = False,
+        **options: Unpack[ProgramOptions],
+    ) -> CommandResponse:
+        """`Sandbox.exec`."""
+        return self.execute(command_of(command, timeout, options), check)
+
+    def execute(self, command: Command, check: bool = False) -> CommandResponse:
+        """Run a `Command` to its end. CommandFailed, CommandTimeout with `check`."""
+        link = self._link
+        wait = None if command.timeout is None else command.timeout + 1
+        response = parse(CommandResponse, link._call("execute", link._path("execute"), wire(command), wait=wait))
+        if check or command.check:
+            output = response.stdout + response.stderr
+            raise_if_failed(command.command, response, output, command.error_msg, link.sandbox_id)
         return response
 
-    def start_process(self, command: Command | str | list[str], **options: Any) -> Process:
-        """Start a program in the background; `options` are fields of `Command`, whose `timeout` is None by default."""
-        if not isinstance(command, Command):
-            options = {"timeout": None, **options}
-        body = wire(as_command(command, options))
-        return Process(self, parse(ProcessInfo, self._call("start_process", self._path("start_process"), body)))
-
-    def processes(self) -> list[Process]:
-        """The background processes, those that ended as well."""
-        found = parse(ProcessList, self._call("list_processes", self._path("list_processes")))
-        return [Process(self, info) for info in found.items]
-
-    def get_process(self, process_id: str) -> Process:
-        """A background process by its id. NotFound."""
-        target = self._path("get_process", process_id=process_id)
-        return Process(self, parse(ProcessInfo, self._call("get_process", target)))
-
     def stream(
-        self, command: Command | BashAction | str | list[str], session: str | None = None, **options: Any
+        self, command: str | Sequence[str], *, timeout: float | None = TIMEOUT, **options: Unpack[ProgramOptions]
     ) -> OutputStream:
-        """Output while it comes. With a `session`, or as an Action, the command runs in that session, else by itself;
-        `options` are fields of `Action` or of `Command`."""
-        if session is not None or isinstance(command, BashAction):
-            if isinstance(command, BashAction):
-                action = command.model_copy(update=options)
-            else:
-                options = {"check": "silent", **options}
-                action = BashAction(command=_one_line(command), session=session or "default", **options)
-            target = self._path("run", action.session, stream=True)
-            return OutputStream(self, target, wire(action), BashObservation)
-        return OutputStream(
-            self, self._path("execute", stream=True), wire(as_command(command, options)), CommandResponse
-        )
+        """`Sandbox.stream` of a program."""
+        return self.stream_of(command_of(command, timeout, options))
+
+    def stream_of(self, command: Command) -> OutputStream:
+        """The output of a `Command` while it runs."""
+        return OutputStream(self._link, self._link._path("execute", stream=True), wire(command), CommandResponse)
+
+    def list(self) -> list[Process]:
+        """The background processes, ended ones included."""
+        found = parse(ProcessList, self._link._call("list_processes", self._link._path("list_processes")))
+        return [Process(self._link, info) for info in found.items]
 
 
-def _one_line(command: Command | str | list[str]) -> str:
-    if not isinstance(command, str):
-        raise errors.InvalidConfig("a session runs a command line: give a string")
-    return command
-
-
-def as_command(command: Command | str | list[str], options: dict[str, Any]) -> Command:
-    if isinstance(command, Command):
-        return command.model_copy(update=options) if options else command
-    return Command(command=command, **options)
+def command_of(command: str | Sequence[str], timeout: float | None, options: Mapping[str, Any]) -> Command:
+    """The `Command` of typed options. InvalidConfig."""
+    known(options, ProgramOptions, "a program")
+    fields = dict(options)
+    stdin = fields.get("stdin")
+    if isinstance(stdin, bytes | bytearray | memoryview):
+        fields["stdin"], data = None, bytes(stdin)
+        try:
+            fields["stdin"] = data.decode()
+        except UnicodeDecodeError:
+            fields["stdin_base64"] = b64encode(data).decode()
+    if isinstance(command, str | list):
+        words: Any = command
+    else:
+        words = list(command) if isinstance(command, tuple) else command
+    return Command(command=words, timeout=timeout, **fields)
 
 
 def wire(model: Command | BashAction) -> dict[str, Any]:
-    """A message as it travels. `check` stays with us: the answer tells the status, and we raise."""
+    """The body of a request. `check` is not sent: the client raises."""
     body = model.model_dump(mode="json", exclude_defaults=True)
     body["timeout"] = model.timeout
     if isinstance(model, BashAction):
@@ -194,7 +215,7 @@ def raise_if_failed(
     words: str = "",
     sandbox_id: str | None = None,
 ) -> None:
-    """CommandTimeout or CommandFailed unless the exit status is 0; `observation` holds the outcome."""
+    """CommandTimeout or CommandFailed unless the exit status is 0; `observation` holds the result."""
     if outcome.exit_code == 0 and not outcome.timed_out:
         return
     error: errors.CommandTimeout | errors.CommandFailed
