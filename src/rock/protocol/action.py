@@ -252,6 +252,16 @@ class CommandResponse(Answer):
         """The exact bytes of stderr (without those that the limit dropped)."""
         return base64.b64decode(self.stderr_b64) if self.stderr_b64 is not None else self.stderr.encode()
 
+    @property
+    def output(self) -> str:
+        """stdout, then stderr."""
+        return self.stdout + self.stderr
+
+    @property
+    def output_bytes(self) -> bytes:
+        """The exact bytes of stdout, then of stderr."""
+        return self.stdout_bytes + self.stderr_bytes
+
 
 class BashObservation(Answer):
     """Result of a command in a session.
@@ -281,6 +291,21 @@ class BashObservation(Answer):
     def output_bytes(self) -> bytes:
         """The exact bytes (without those that the limit dropped)."""
         return base64.b64decode(self.output_b64) if self.output_b64 is not None else self.output.encode()
+
+    @property
+    def stdout(self) -> str:
+        """`output`: stdout alone if `separate` was set, else both in the order of arrival."""
+        return self.output
+
+    @property
+    def stdout_bytes(self) -> bytes:
+        """`output_bytes`."""
+        return self.output_bytes
+
+    @property
+    def stderr_bytes(self) -> bytes:
+        """The exact bytes of `stderr`."""
+        return base64.b64decode(self.stderr_b64) if self.stderr_b64 is not None else self.stderr.encode()
 
 
 Observation = BashObservation

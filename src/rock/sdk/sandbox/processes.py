@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import time
 from base64 import b64encode
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, Unpack
 
 from rock import errors
 from rock.protocol.action import BashAction, BashObservation, Command, CommandResponse, ProcessInfo
 from rock.protocol.node import ProcessList
 from rock.protocol.routes import LOG_NEXT, LOG_RUNNING
+from rock.sdk import primitives
 from rock.sdk.sandbox.link import SLACK, Link, parse
 from rock.sdk.sandbox.options import ProgramOptions, known
-from rock.sdk.sandbox.stream import OutputStream
+from rock.sdk.sandbox.stream import Chunk, OutputStream
+from rock.sdk.stdin import SMALL, Pump, piece_of
 
 TIMEOUT = 1200.0  # seconds
 POLL = 30.0  # seconds of one long-poll
@@ -128,7 +131,13 @@ class Processes:
         timeout: seconds after which it is killed. The other options are those of `ProgramOptions`; its standard input
         stays open for `Process.write_stdin`.
         """
-        return await self.begin(command_of(command, timeout, options))
+        source, spec = split_input(command, timeout, options)
+        if source is not None:
+            raise errors.InvalidConfig(
+                "a background process has no streamed standard input",
+                hint="pass at most 1 MiB as stdin, or start it without stdin and call write_stdin",
+            )
+        return await self.begin(spec)
 
     async def begin(self, command: Command) -> Process:
         """Start a `Command` in the background."""
@@ -149,7 +158,19 @@ class Processes:
         **options: Unpack[ProgramOptions],
     ) -> CommandResponse:
         """`Sandbox.exec`."""
-        return await self.execute(command_of(command, timeout, options), check)
+        source, spec = split_input(command, timeout, options)
+        if source is None:
+            return await self.execute(spec, check)
+        output = FedStream(self._link, self, spec, source)
+        parts: dict[str, list[bytes]] = {"stdout": [], "stderr": []}
+        async with output:
+            async for chunk in output:
+                parts[chunk.kind].append(chunk.data)
+        assert isinstance(output.result, CommandResponse)
+        result = output.result.model_copy(update=_outputs(parts, spec.max_output_bytes))
+        if check:
+            raise_if_failed(spec.command, result, result.stdout + result.stderr, "", self._link.sandbox_id)
+        return result
 
     async def execute(self, command: Command, check: bool = False) -> CommandResponse:
         """Run a `Command` to its end. CommandFailed, CommandTimeout with `check`."""
@@ -165,7 +186,8 @@ class Processes:
         self, command: str | Sequence[str], *, timeout: float | None = TIMEOUT, **options: Unpack[ProgramOptions]
     ) -> OutputStream:
         """`Sandbox.stream` of a program."""
-        return self.stream_of(command_of(command, timeout, options))
+        source, spec = split_input(command, timeout, options)
+        return self.stream_of(spec) if source is None else FedStream(self._link, self, spec, source)
 
     def stream_of(self, command: Command) -> OutputStream:
         """The output of a `Command` while it runs."""
@@ -177,22 +199,142 @@ class Processes:
         return [Process(self._link, info) for info in found.items]
 
 
-def command_of(command: str | Sequence[str], timeout: float | None, options: Mapping[str, Any]) -> Command:
-    """The `Command` of typed options. InvalidConfig."""
+def split_input(
+    command: str | Sequence[str], timeout: float | None, options: Mapping[str, Any]
+) -> tuple[Any, Command]:
+    """(the input to stream or None, the `Command` of typed options with a small input). InvalidConfig."""
     known(options, ProgramOptions, "a program")
     fields = dict(options)
-    stdin = fields.get("stdin")
-    if isinstance(stdin, bytes | bytearray | memoryview):
-        fields["stdin"], data = None, bytes(stdin)
+    source = fields.pop("stdin", None)
+    if isinstance(source, bytearray | memoryview):
+        source = bytes(source)
+    if isinstance(source, bytes | str) and len(source) <= SMALL:
+        fields["stdin"] = source
+        if isinstance(source, bytes):
+            try:
+                fields["stdin"] = source.decode()
+            except UnicodeDecodeError:
+                fields["stdin"], fields["stdin_base64"] = None, b64encode(source).decode()
+        elif not source.isascii():
+            try:
+                source.encode()
+            except UnicodeEncodeError:
+                data = source.encode("utf-8", "surrogateescape")
+                fields["stdin"], fields["stdin_base64"] = None, b64encode(data).decode()
+        source = None
+    elif source is not None and not isinstance(source, bytes | str | Iterable) and not (
+        hasattr(source, "read") or isinstance(source, AsyncIterable)
+    ):  # fmt: skip
+        raise errors.InvalidConfig(
+            f"stdin is a {type(source).__name__}", hint="use bytes, str, a binary file or an iterator of bytes"
+        )
+    words: Any = list(command) if isinstance(command, tuple) else command
+    return source, Command(command=words, timeout=timeout, **fields)
+
+
+def _outputs(parts: Mapping[str, list[bytes]], limit: int) -> dict[str, Any]:
+    """The fields of a CommandResponse for whole outputs, of which `limit` bytes are retained."""
+    fields: dict[str, Any] = {}
+    for name, pieces in parts.items():
+        data = b"".join(pieces)
+        dropped = max(0, len(data) - limit)
+        if dropped:
+            head = limit // 2
+            data = data[:head] + data[len(data) - (limit - head) :]
+        fields[f"{name}_dropped"] = dropped
         try:
-            fields["stdin"] = data.decode()
+            fields[name] = data.decode()
         except UnicodeDecodeError:
-            fields["stdin_base64"] = b64encode(data).decode()
-    if isinstance(command, str | list):
-        words: Any = command
-    else:
-        words = list(command) if isinstance(command, tuple) else command
-    return Command(command=words, timeout=timeout, **fields)
+            fields[name], fields[f"{name}_b64"] = data.decode("utf-8", "replace"), b64encode(data).decode()
+    return fields
+
+
+class FedStream(OutputStream):
+    """The output of a program whose standard input is streamed: a background process with an open input.
+
+    The client reads the input while the program runs, and stops when it ends. An error of the input kills the program
+    and is raised here.
+    """
+
+    def __init__(self, link: Link, processes: Processes, command: Command, source: Any) -> None:
+        super().__init__(link, "", {}, CommandResponse)
+        self._processes = processes
+        self._command = command
+        self._source = source
+        self._process: Process | None = None
+        self._tasks = primitives.Tasks()
+        self._pump: Pump | None = None
+        self._open = 2  # outputs that have not ended
+        self._began = 0.0
+
+    async def _more(self) -> None:
+        if self._process is None:
+            self._began = time.monotonic()
+            self._process = await self._processes.begin(self._command.model_copy(update={"timeout": None}))
+            self._tasks.start(partial(self._feed, self._process))
+            self._tasks.start(partial(self._follow, self._process, "stdout"))
+            self._tasks.start(partial(self._follow, self._process, "stderr"))
+        limit = self._command.timeout
+        timed_out = False
+        try:
+            item = await self._tasks.get(None if limit is None else max(0.0, self._began + limit - time.monotonic()))
+        except TimeoutError as error:
+            if limit is None or time.monotonic() < self._began + limit:
+                raise error
+            timed_out, item = True, None
+            self._open = 0
+            await self._process.kill()
+        if isinstance(item, Chunk):
+            self._chunks.append(self._decoding.chunk(item.kind, item.data))
+        elif item is not None:
+            self._open -= 1
+        if not self._open:
+            info = await self._process.wait(SLACK)
+            reason = f"timed out after {limit:g} s; its process tree was killed" if timed_out else ""
+            if not timed_out and info.signal is not None:
+                reason = f"killed by signal {info.signal}"
+            self._chunks += self._decoding.end()
+            self.result = CommandResponse(
+                exit_code=None if timed_out else info.exit_code, signal=None if timed_out else info.signal,
+                timed_out=timed_out, failure_reason=reason, duration=time.monotonic() - self._began,
+            )  # fmt: skip
+            await self.aclose()
+
+    async def aclose(self) -> None:
+        """Stop reading the input, kill the program if it runs, and delete its logs."""
+        if self._pump is not None:
+            self._pump.close()
+        await self._tasks.close()
+        process, self._process = self._process, None
+        if process is not None:
+            await primitives.settle(process.forget, SLACK)
+
+    async def _follow(self, process: Process, name: LogName) -> None:
+        async for data in process.follow(name):
+            await self._tasks.put(Chunk(name, data, ""))
+        await self._tasks.put(name)
+
+    async def _feed(self, process: Process) -> None:
+        source = self._source
+        if isinstance(source, bytes | str | Iterable) or hasattr(source, "read"):
+            pump = self._pump = Pump(source)
+            while data := await primitives.in_thread(pump.take):
+                if not await _write(process, data):
+                    pump.close()
+                    return
+        else:
+            async for piece in source:
+                if not await _write(process, piece_of(piece)):
+                    return
+        await _write(process, b"", True)
+
+
+async def _write(process: Process, data: bytes, close: bool = False) -> bool:
+    """Whether the program takes further input."""
+    try:
+        return (await process.write_stdin(data, close)).running
+    except (errors.InvalidConfig, errors.NotFound):
+        return False  # it has ended
 
 
 def wire(model: Command | BashAction) -> dict[str, Any]:
