@@ -293,7 +293,7 @@ def play(server: RunningServer, names: list[str], seconds: float, as_json: bool)
     limits: dict[str, Any] = {"base_url": server.url, "image": IMAGE, "memory": "256m", "cpus": 1.0}
     with Sandbox(api_key=attacker, **limits) as hostile, Sandbox(api_key=other, **limits) as mine:
         hostile.fs.write("/tmp/guest.py", GUEST.encode())
-        hostile.start_process(["python3", "/tmp/guest.py"])
+        hostile.processes.start(["python3", "/tmp/guest.py"])
         target = Target(port, attacker, str(hostile.sandbox_id))
         probe = Probe(server, mine)
         probe.run(1.0)

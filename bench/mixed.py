@@ -55,7 +55,7 @@ class Workload:
             sandbox.fs.write("/tmp/x", os.urandom(1 << 20))
             assert len(sandbox.fs.read("/tmp/x")) == 1 << 20
             assert sum(len(part.text) for part in sandbox.stream("head -c 500000 /dev/zero | tr '\\0' x")) == 500_000
-            process = sandbox.start_process("sleep 0.1; echo done")
+            process = sandbox.processes.start("sleep 0.1; echo done")
             assert process.wait(60).exit_code == 0
             self.done["files, streams, processes"] += 3
 

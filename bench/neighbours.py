@@ -52,7 +52,7 @@ def harm(url: str, script: str, *, disk: bool) -> Iterator[Sandbox]:
     """A sandbox in which this runs."""
     limit = {"disk": "512m"} if disk else {}
     with Sandbox(SandboxConfig(base_url=url, **CONFIG, **limit)) as bad:
-        bad.start_process(script)
+        bad.processes.start(script)
         time.sleep(0.5)
         yield bad
 

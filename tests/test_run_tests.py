@@ -38,7 +38,7 @@ def test_server(tmp_path):
     server.start()
     sandbox = Sandbox(SandboxConfig(base_url=server.url, image="python:3.11", memory="64m"))
     sandbox.start()
-    sandbox.start_process("exec sleep 98765")
+    sandbox.processes.start("exec sleep 98765")
     (Path(os.environ["REPORT"])).write_text(str(server.home))
     time.sleep(600)
 """

@@ -16,7 +16,7 @@ from pathlib import Path
 SOURCE = Path("src/rock/sdk")
 TARGET = Path("src/rock/sync")
 SHARED = {"archive", "context", "envhub.schema", "envs.__init__", "envs.registration", "envs.rock_env", "forward",
-          "http", "ownerkey", "pool", "servers", "trace", "wheels"}  # fmt: skip
+          "http", "ownerkey", "pool", "servers", "stdin", "trace", "wheels"}  # fmt: skip
 BY_HAND = {"primitives.py"}
 
 HEADER = "# GENERATED from {source} by tools/unasync.py: do not edit.\n# ruff: noqa: E501, I001, RUF100, UP028\n"
@@ -45,10 +45,15 @@ def convert(text: str, source: str) -> str:
     """The blocking text of an asynchronous module."""
     for pattern, replacement in RULES:
         text = pattern.sub(replacement, text)
+    text = re.sub(r"^(from collections\.abc import )(.+)$", _once, text, flags=re.MULTILINE)
     left = re.search(r"^(?!\s*#).*\b(async|await|asyncio)\b.*$", text, re.MULTILINE)
     if left:
         raise SystemExit(f"{source}: this line stays asynchronous: {left[0].strip()}")
     return HEADER.format(source=source) + text
+
+
+def _once(match: re.Match[str]) -> str:
+    return match[1] + ", ".join(dict.fromkeys(match[2].split(", ")))
 
 
 def wanted() -> dict[Path, str]:

@@ -10,13 +10,14 @@
   │   ├── Conflict                    it exists already, or its state does not allow the operation
   │   ├── Unauthorized                the key is missing or wrong
   │   ├── Forbidden                   the key does not permit the operation
+  │   ├── PermissionDenied            a file or program of the sandbox does not permit it
   │   └── QuotaExceeded               a limit of the caller is exceeded
   ├── SandboxError                    the sandbox is at fault            (InternalServerRockError)
   │   ├── StartFailed                 it never ran
   │   │   └── ImageError              because of its image
   │   ├── OutOfMemory                 it was ended because it exceeded its memory limit
   │   ├── DiskFull                    it was ended because its files exceeded the disk limit
-  │   ├── Expired                     it was ended by its idle timeout or deadline, or by its user
+  │   ├── SandboxStopped (Expired)    it was stopped: by its user, its idle timeout or its maximum lifetime
   │   ├── Exited                      its pid 1 exited; code inside may have caused that
   │   └── Lost                        its machine or its runtime failed
   ├── ActionError                     code in the sandbox is at fault    (CommandRockError)
@@ -64,12 +65,14 @@ __all__ = [
     "NotFound",
     "NotHere",
     "OutOfMemory",
+    "PermissionDenied",
     "PortFailed",
     "PortTimeout",
     "QuotaExceeded",
     "RockError",
     "RockException",
     "SandboxError",
+    "SandboxStopped",
     "ServerError",
     "SessionClosed",
     "StartFailed",
@@ -241,6 +244,13 @@ class Forbidden(ClientError):
     status = 403
 
 
+class PermissionDenied(ClientError):
+    """The permissions of a file in the sandbox, or a read-only file system, do not permit the operation."""
+
+    code = "permission_denied"
+    status = 403
+
+
 class QuotaExceeded(ClientError):
     """A limit of this caller is exceeded; retry after `details["retry_after"]` seconds."""
 
@@ -282,10 +292,13 @@ class DiskFull(SandboxError):
     code = "disk_full"
 
 
-class Expired(SandboxError):
-    """The sandbox was stopped: by its user, its idle timeout or its deadline."""
+class SandboxStopped(SandboxError):
+    """The sandbox was stopped: by its user, its idle timeout or its maximum lifetime."""
 
     code = "expired"
+
+
+Expired = SandboxStopped  # the name that belongs to the wire code
 
 
 class Exited(SandboxError):

@@ -29,7 +29,7 @@ seen["program"] = sandbox.execute(["sh", "-c", "echo $TRACEPARENT"]).stdout.stri
 seen["own"] = sandbox.execute(["sh", "-c", "echo $TRACEPARENT"], env={"TRACEPARENT": "mine"}).stdout.strip()
 seen["session"] = sandbox.arun("echo $TRACEPARENT; false").output.strip()
 seen["status"] = sandbox.arun("echo $?").output.strip()
-process = sandbox.start_process("echo $TRACEPARENT")
+process = sandbox.processes.start("echo $TRACEPARENT")
 process.wait()
 seen["background"] = process.logs().data.decode().strip()
 seen["streamed"] = "".join(part.text for part in sandbox.stream(["sh", "-c", "echo $TRACEPARENT"])).strip()

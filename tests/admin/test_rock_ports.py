@@ -71,7 +71,7 @@ def proxied(server: RunningServer) -> Iterator[Proxied]:
     with Sandbox(base_url=server.url, image=IMAGE, memory="512m", cpus=1.0, network="none") as sandbox:
         text = GUEST.read_text().replace('("127.0.0.1", 8000)', '("127.0.0.1", 8080)')
         sandbox.fs.write("/tmp/guest.py", text.encode())
-        sandbox.start_process(["python3", "/tmp/guest.py"])
+        sandbox.processes.start(["python3", "/tmp/guest.py"])
         assert sandbox.arun("until [ -e /tmp/ready ]; do sleep 0.05; done", timeout=SECONDS).exit_code == 0
         yield Proxied(server, sandbox)
 

@@ -199,7 +199,7 @@ def test_no_secret_is_logged(guarded: RunningServer) -> None:
         sandbox.execute(["sh", "-c", f"cat; echo {output}"], env={"PASS": env}, stdin=stdin)
         sandbox.fs.write("/tmp/x", file.encode())
         sandbox.arun(f"export K={session}; echo {typed} >&2; false")
-        sandbox.start_process(f"sleep 0.1; echo {output}").wait()
+        sandbox.processes.start(f"sleep 0.1; echo {output}").wait()
         headers = {"authorization": f"Bearer {tenant}"}
         ask(server, "GET", f"/v1/sandboxes/{sandbox.sandbox_id}/files/stat?path=/{query}", headers)
         path = f"/v1/sandboxes/{sandbox.sandbox_id}/execute"

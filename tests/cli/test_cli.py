@@ -174,7 +174,7 @@ def test_keep_ps_exec_stop_rm(server: Any) -> None:
 
 def test_logs(box: Sandbox) -> None:
     name = box.sandbox_id or ""
-    process = box.start_process("for i in 1 2 3; do echo o$i; echo e$i >&2; sleep 0.1; done; exit 4")
+    process = box.processes.start("for i in 1 2 3; do echo o$i; echo e$i >&2; sleep 0.1; done; exit 4")
     done = rock("logs", "-f", name, process.id)
     assert (done.returncode, done.stdout, done.stderr) == (0, "o1\no2\no3\n", "e1\ne2\ne3\n")
     assert rock("logs", name, process.id).stdout == "o1\no2\no3\n"

@@ -64,7 +64,7 @@ def alive(pid: int) -> bool:
 def test_a_whole_home_has_no_findings(server: Server) -> None:
     with box_of(server) as box:
         box.arun("echo text")
-        box.start_process("echo text").wait()
+        box.processes.start("echo text").wait()
         assert doctor(server.home, "--images") == []  # under a running server
         server.kill()
         assert doctor(server.home, "--images") == []
@@ -196,7 +196,7 @@ def test_a_store_that_is_gone_ends_nothing(server: Server, tmp_path: Path, way: 
     box = box_of(server)
     box.start()
     box.arun("x=kept")
-    pid = box.start_process(["sleep", "600"]).info.pid
+    pid = box.processes.start(["sleep", "600"]).info.pid
     rock(server.home, "admin", "backup", str(tmp_path / "backup"))
     server.kill()
     lose_store(server.home)
@@ -269,7 +269,7 @@ def test_a_server_that_was_killed_on_a_full_disk_starts(tmp_path: Path) -> None:
             with filler.open("ab", buffering=0) as file:
                 file.write(bytes(4096))
         with pytest.raises(StorageFull) as told:
-            box.start_process("true")
+            box.processes.start("true")
         assert str(folder) not in str(told.value) and told.value.retryable
         assert box.arun("echo on").output == "on\n"
         server.kill()

@@ -176,7 +176,7 @@ COUNTED = "import glob; print(*sorted({open(f).read(9) for f in glob.glob('/work
 def test_who_writes_stands_still_and_goes_on(server: RunningServer) -> None:
     with box(server, IMAGE, memory="1g") as sandbox:
         sandbox.arun("mkdir /work")
-        writer = sandbox.start_process(["python3", "-c", COUNT])
+        writer = sandbox.processes.start(["python3", "-c", COUNT])
         stopped = sandbox.arun("sleep 600 & kill -STOP $!; echo $!").output.split()[-1]
         state = f"cut -d ' ' -f 3 /proc/{stopped}/stat"
         assert wait_until(lambda: sandbox.arun("ls /work/ready").exit_code == 0)
@@ -336,7 +336,7 @@ def test_a_crash_while_it_is_packed(own_server: Callable[..., RunningServer], tm
     """Nobody stands still for ever."""
     server = own_server()
     with box(server, IMAGE) as sandbox:
-        sandbox.start_process(["sleep", "8765.4321"])
+        sandbox.processes.start(["sleep", "8765.4321"])
         many = "import os\nos.mkdir('/work')\nfor n in range(15000): open(f'/work/{n}', 'w').close()"
         assert sandbox.execute(["python3", "-c", many]).exit_code == 0
         command = b"sleep\x008765.4321\x00"

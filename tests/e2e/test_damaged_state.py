@@ -226,7 +226,7 @@ def test_a_damaged_record_does_not_end_its_sandbox(server: Server) -> None:
     pids = {}
     for name, box in boxes.items():
         box.start()
-        box.start_process(["sleep", "600"])
+        box.processes.start(["sleep", "600"])
         for path in (server.home / "run" / "namespace").glob("*/record.json"):
             data = json.loads(path.read_text())
             if data["id"] == box.sandbox_id:
@@ -258,7 +258,7 @@ def test_output_of_a_process_that_is_removed(server: Server) -> None:
     """Under a running server and under one that is down: told with its size, and the process goes on."""
     text = "echo first; sleep 2; echo second; sleep 5; echo third"
     with Sandbox(config(server)) as box:
-        process = box.start_process(text)
+        process = box.processes.start(text)
 
         def output(offset: int) -> str:
             return process.logs(offset=offset).data.decode()
@@ -289,7 +289,7 @@ def test_a_stop_that_was_killed_leaves_no_output(server: Server) -> None:
     for point in ("node.destroy.begun", "node.destroy.gone", "node.destroy.forgotten"):
         box = Sandbox(config(server))
         box.start()
-        box.start_process("echo text").wait()
+        box.processes.start("echo text").wait()
         server.faults(f"{point}=kill@1")
         calls = Calls()
         calls.begin("stop", box.close)

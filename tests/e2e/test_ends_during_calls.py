@@ -62,7 +62,7 @@ def during(end: Callable[[], object], *calls: Callable[[], Any]) -> list[Any]:
 def test_one_error_for_every_call(world: World, how: str, kind: type[Exception], text: str) -> None:
     box = box_of(world)
     box.create_session(session="other")
-    process = box.start_process(["sleep", "600"])
+    process = box.processes.start(["sleep", "600"])
     pid = pid_1(world, box)
     end: Callable[[], object] = box.stop if how == "stop" else lambda: os.kill(pid, signal.SIGKILL)
     began = time.monotonic()
@@ -80,7 +80,7 @@ def test_one_error_for_every_call(world: World, how: str, kind: type[Exception],
     assert [type(error) for error in seen] == [kind] * len(seen), seen
     assert all(text in str(error) and not error.retryable for error in seen), seen
     after = [lambda: box.arun("true"), lambda: box.execute("true"), lambda: box.fs.read("/etc/hostname"),
-             lambda: box.processes(), lambda: box.fs.write("/tmp/x", "x")]  # fmt: skip
+             lambda: box.processes.list(), lambda: box.fs.write("/tmp/x", "x")]  # fmt: skip
     for call in after:
         with pytest.raises(kind, match=text):
             call()

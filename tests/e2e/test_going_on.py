@@ -150,7 +150,7 @@ def test_a_key_has_its_answer_after_a_crash_too(server: Server, box: Sandbox) ->
     server.start()
     for name, (body, path) in names.items():
         assert post(server, box, name, body, f"key-{name}", **path) == first[name], name
-    assert len(box.processes()) == 1
+    assert len(box.processes.list()) == 1
 
 
 def test_what_answers_with_a_stream_is_not_begun_again(server: Server, box: Sandbox) -> None:

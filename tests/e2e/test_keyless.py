@@ -200,7 +200,7 @@ def test_the_sdk_sends_the_key_by_itself(server: RunningServer) -> None:
 import sys, urllib.request
 from rock.sync import Sandbox
 with Sandbox(base_url={server.url!r}, image={IMAGE!r}, memory="256m") as sandbox:
-    sandbox.start_process(["python3", "-m", "http.server", "8000", "--bind", "127.0.0.1"])
+    sandbox.processes.start(["python3", "-m", "http.server", "8000", "--bind", "127.0.0.1"])
     assert sandbox.arun("echo there").output.strip() == "there"
     sandbox.execute("for i in $(seq 100); do (echo > /dev/tcp/127.0.0.1/8000) 2>/dev/null && break; sleep 0.1; done")
     with sandbox.port_forward(8000) as forward:

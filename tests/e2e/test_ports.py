@@ -95,7 +95,7 @@ def guest(server: RunningServer) -> Iterator[Guest]:
     config = SandboxConfig(base_url=server.url, image=IMAGE, memory="512m", cpus=1.0, network="none")
     with Sandbox(config) as sandbox:
         sandbox.fs.write("/tmp/guest.py", GUEST.read_bytes())
-        sandbox.start_process(["python3", "/tmp/guest.py"])
+        sandbox.processes.start(["python3", "/tmp/guest.py"])
         assert sandbox.arun("until [ -e /tmp/ready ]; do sleep 0.05; done", timeout=SECONDS).exit_code == 0
         sandbox.execute("true")
         before, told = sockets(server), len(whole_log(server))
@@ -299,7 +299,7 @@ def test_streams_and_tunnels_do_not_hold_up_a_server_that_stops(own_server: Call
     server = own_server(ROCK_DRAIN_SECONDS="1")  # which are not waited for any longer
     with Sandbox(SandboxConfig(base_url=server.url, image=IMAGE, memory="512m", network="none")) as sandbox:
         sandbox.fs.write("/tmp/guest.py", GUEST.read_bytes())
-        sandbox.start_process(["python3", "/tmp/guest.py"])
+        sandbox.processes.start(["python3", "/tmp/guest.py"])
         sandbox.arun("until [ -e /tmp/ready ]; do sleep 0.05; done", timeout=SECONDS)
         guest = Guest(server, sandbox)
         connection, answer = guest.open("GET", "/events")
@@ -376,7 +376,7 @@ def test_the_key_of_the_server_stays_outside(own_server: Callable[..., RunningSe
     config = SandboxConfig(base_url=server.url, api_key="secret", image=IMAGE, memory="512m", network="none")
     with Sandbox(config) as sandbox:
         sandbox.fs.write("/tmp/guest.py", GUEST.read_bytes())
-        sandbox.start_process(["python3", "/tmp/guest.py"])
+        sandbox.processes.start(["python3", "/tmp/guest.py"])
         sandbox.arun("until [ -e /tmp/ready ]; do sleep 0.05; done", timeout=SECONDS)
         guest = Guest(server, sandbox)
         assert guest.ask("GET", "/echo")[0].status == 401
@@ -574,7 +574,7 @@ def test_a_forwarded_port_from_asynchronous_code(guest: Guest) -> None:
 
 
 def test_the_address_of_a_port(guest: Guest) -> None:
-    url = guest.sandbox.url_of(8000)
+    url = guest.sandbox.port_url(8000)
     assert url == f"{guest.server.url}{guest.base}/ports/8000/"
     with urllib.request.urlopen(url + "size/3", timeout=SECONDS) as answer:
         assert answer.read() == b"xxx"

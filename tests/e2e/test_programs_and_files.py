@@ -54,7 +54,7 @@ def test_a_daemon_does_not_hold_the_call(sandbox: Sandbox) -> None:
 
 
 def test_background_processes(sandbox: Sandbox) -> None:
-    process = sandbox.start_process("echo one; sleep 1.5; echo two; echo err >&2; exit 5")
+    process = sandbox.processes.start("echo one; sleep 1.5; echo two; echo err >&2; exit 5")
     assert process.status().running
     info = process.wait(5)
     assert (info.running, info.exit_code) == (False, 5)
@@ -67,7 +67,7 @@ def test_background_processes(sandbox: Sandbox) -> None:
 
 
 def test_signals_and_input(sandbox: Sandbox) -> None:
-    process = sandbox.start_process("cat; echo end; sleep 30")
+    process = sandbox.processes.start("cat; echo end; sleep 30")
     process.write_stdin(b"typed\n")
     process.write_stdin(b"", close=True)
     assert b"".join(part for part in _some(process, b"end\n")) == b"typed\nend\n"

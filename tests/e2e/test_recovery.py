@@ -40,14 +40,14 @@ def test_sandboxes_sessions_and_processes_are_found_again(own_server: Callable[.
         sandbox.create_session(CreateBashSessionRequest(session="work"))
         sandbox.arun(f"x={number}; cd /tmp; echo kept > file", session="work")
         sandbox.arun("y=default")
-    process = sandboxes[0].start_process("for i in 1 2 3 4 5 6; do echo line $i; sleep 0.3; done; exit 3")
+    process = sandboxes[0].processes.start("for i in 1 2 3 4 5 6; do echo line $i; sleep 0.3; done; exit 3")
     server.kill()
     server.start()
     for number, sandbox in enumerate(sandboxes):
         found = again(server, sandbox)
         assert found.arun("echo $x $PWD $(cat file)", session="work").output == f"{number} /tmp kept\n"
         assert found.arun("echo $y").output == "default\n"
-    same = again(server, sandboxes[0]).get_process(process.id)
+    same = again(server, sandboxes[0]).processes.get(process.id)
     assert same.wait(10).exit_code == 3
     assert same.logs().data == b"".join(b"line %d\n" % n for n in range(1, 7))
 

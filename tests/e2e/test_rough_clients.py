@@ -113,7 +113,7 @@ def test_more_uploads_at_once_than_the_server_has_threads(server: RunningServer,
 
 
 def test_writers_to_one_standard_input_take_turns(server: RunningServer, sandbox: Sandbox) -> None:
-    process = sandbox.start_process("sleep 0.5; cat | tr -s abc | wc -c")
+    process = sandbox.processes.start("sleep 0.5; cat | tr -s abc | wc -c")
     path = f"/v1/sandboxes/{sandbox.sandbox_id}/processes/{process.id}/stdin"
     with ThreadPoolExecutor(3) as pool:
         done = list(pool.map(lambda text: call(server, "POST", path, text * 300_000)[0], (b"a", b"b", b"c")))
@@ -125,13 +125,13 @@ def test_writers_to_one_standard_input_take_turns(server: RunningServer, sandbox
 
 def test_a_process_that_does_not_read_its_input_still_starts(sandbox: Sandbox) -> None:
     began = time.monotonic()
-    process = sandbox.start_process("sleep 5", stdin="x" * 1_000_000)
+    process = sandbox.processes.start("sleep 5", stdin="x" * 1_000_000)
     assert time.monotonic() - began < 4
     process.forget()
 
 
 def test_a_slow_download_is_no_idleness(server: RunningServer) -> None:
-    with Sandbox(base_url=server.url, image=IMAGE, memory="512m", auto_clear_seconds=2) as sandbox:
+    with Sandbox(base_url=server.url, image=IMAGE, memory="512m", idle_timeout=2) as sandbox:
         sandbox.execute("head -c 60000000 /dev/zero > /tmp/big")
         host, _, port = server.url.removeprefix("http://").partition(":")
         with socket.socket() as client:

@@ -84,7 +84,7 @@ def test_what_runs_is_run_once(world: World, box: Sandbox, name: str, seconds: f
         role(world, name), seconds,
         lambda: box.arun(f"({text.format('run')})", session="other"),
         lambda: box.execute(["sh", "-c", text.format("executed")]),
-        lambda: box.start_process(["sh", "-c", text.format("started")]).wait(60),
+        lambda: box.processes.start(["sh", "-c", text.format("started")]).wait(60),
         lambda: box.arun("sleep 3; echo whole"),
     )  # fmt: skip
     assert (run.output, run.exit_code) == ("out\n", 5)

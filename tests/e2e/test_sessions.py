@@ -268,7 +268,7 @@ def test_a_terminal(sandbox: Sandbox) -> None:
     assert sandbox.arun("test -t 0 && test -t 1 && stty size", session="t").output == "24 80\r\n"
     sandbox.resize(50, 132, session="t")
     assert sandbox.arun("stty size", session="t").output == "50 132\r\n"
-    timer = threading.Timer(0.3, lambda: sandbox.type_into("typed\n", session="t"))
+    timer = threading.Timer(0.3, lambda: sandbox.sessions.send_input("typed\n", session="t"))
     timer.start()
     assert "got typed" in sandbox.arun("read line; echo got $line", session="t").output
     timer.join()
@@ -292,7 +292,7 @@ def test_sessions_are_apart_and_run_at_once(sandbox: Sandbox) -> None:
     for thread in threads:
         thread.join()
     assert time.monotonic() - began < 3.9
-    assert {s.session for s in sandbox.sessions()} == {"default", "a", "b"}
+    assert {s.session for s in sandbox.sessions.list()} == {"default", "a", "b"}
 
 
 def test_calls_to_one_session_queue(sandbox: Sandbox) -> None:

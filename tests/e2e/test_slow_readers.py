@@ -51,11 +51,11 @@ def offering(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running
 
 def _filled(server: RunningServer) -> Iterator[tuple[RunningServer, Sandbox]]:
     with Sandbox(SandboxConfig(base_url=server.url, image=IMAGE, memory="1g")) as sandbox:
-        sandbox.start_process(["python3", "-c", FLOOD])
+        sandbox.processes.start(["python3", "-c", FLOOD])
         sandbox.execute(["sh", "-c", f"head -c {OFFERED} /dev/zero > /tmp/large"])
         ready = "for p in 7000 7001; do until (exec 3<>/dev/tcp/127.0.0.1/$p) 2>/dev/null; do sleep 0.1; done; done"
         assert sandbox.execute(["bash", "-c", ready], timeout=60).exit_code == 0
-        writer = sandbox.start_process(["head", "-c", str(16 << 20), "/dev/zero"])
+        writer = sandbox.processes.start(["head", "-c", str(16 << 20), "/dev/zero"])
         assert writer.wait(60).exit_code == 0
         sandbox.execute(["true"])
         server.environment["process"] = writer.id

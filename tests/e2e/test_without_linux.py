@@ -54,7 +54,7 @@ def test_sessions_commands_and_files(bare: RunningServer, tmp_path: Path) -> Non
             sandbox.execute(["no-such-program"])
         sandbox.fs.write(f"{tmp_path}/a/b", b"\0\1")
         assert sandbox.fs.read(f"{tmp_path}/a/b") == b"\0\1" == (tmp_path / "a/b").read_bytes()
-        process = sandbox.start_process("read line; echo got $line; exit 3")
+        process = sandbox.processes.start("read line; echo got $line; exit 3")
         process.write_stdin("hello\n")
         assert process.wait().exit_code == 3 and process.logs().data == b"got hello\n"
 

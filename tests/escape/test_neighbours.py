@@ -40,7 +40,7 @@ def test_a_neighbour_keeps_its_pace(server: RunningServer, name: str) -> None:
         alone = statistics.median(_times(victim))
         limit = {"disk": "48m"} if "fill" in name else {}
         with Sandbox(SandboxConfig(**config, **limit)) as bad:
-            bad.start_process(_HARM[name])
+            bad.processes.start(_HARM[name])
             time.sleep(0.5)
             beside = statistics.median(_times(victim))
             with contextlib.suppress(QuotaExceeded):  # the bad one itself may be out of processes, and is told so

@@ -7,9 +7,10 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+from rock.sync.sandbox.process import Process
+
 from rock.errors import Conflict, NoCapacity, NotFound, StorageFull, Unavailable
 from rock.sync import Sandbox, SandboxConfig
-from rock.sync.sandbox.process import Process
 from tests.faults.history import History, Operation, executions
 from tests.faults.world import World
 
@@ -94,7 +95,7 @@ class Client(threading.Thread):
         else:
             command = f"echo {mark} >> $HOME/started; exec sleep 300"
             try:
-                self._programs.append((mark, box.start_process(["sh", "-c", command])))
+                self._programs.append((mark, box.processes.start(["sh", "-c", command])))
             except UNKNOWN:
                 self._programs.append((mark, None))
                 raise

@@ -75,7 +75,7 @@ def test_http_by_name(opened: Opener, world: World) -> None:
     told = say(sandbox, *bad)  # type: ignore[arg-type]
     assert [text for text in told if ok(text)] == []
     assert [item for item in world.seen() if item["place"] != "dns"] == []
-    reasons = [item.reason for item in sandbox.connections().items if item.protocol != "dns"][4:]
+    reasons = [item.reason for item in sandbox.egress_log().items if item.protocol != "dns"][4:]
     assert "not in egress" in reasons and "HTTP with several Hosts" in reasons
     assert "an address that DNS does not give for this name" in reasons and "neither TLS nor HTTP" in reasons
 
@@ -100,7 +100,7 @@ def listen(address):
 print(json.dumps([listen("203.0.113.11"), listen("allowed.test")]))
 """)
     assert told == ["SSH-2.0-world\r\n", "ConnectionResetError"]
-    assert sandbox.connections().items[-1].reason == "no name was said"
+    assert sandbox.egress_log().items[-1].reason == "no name was said"
 
 
 def test_tls_by_name(opened: Opener, world: World) -> None:
@@ -127,7 +127,7 @@ print(json.dumps([look("allowed.test", "allowed.test"), look("deep.wild.test", "
 """)
     assert told[:3] == ["HTTP/1.1 200 OK\r\nCon"] * 3
     assert not any(text.startswith("HTTP") for text in told[3:])
-    noted = [(item.protocol, item.host, item.allowed) for item in sandbox.connections().items]
+    noted = [(item.protocol, item.host, item.allowed) for item in sandbox.egress_log().items]
     assert noted[0] == ("tls", "allowed.test", True) and ("tls", "other.test", False) in noted
 
 
@@ -151,7 +151,7 @@ print(json.dumps([look("allowed.test"), look("other.test"), look("secret-4711.ot
     asked = {item["name"] for item in world.seen() if item["place"] == "dns" and "name" in item}
     assert asked == {"allowed.test"}
     assert ok(attempt(sandbox, ("203.0.113.11", 80))["203.0.113.11 80"])
-    refused = [item for item in sandbox.connections().items if item.protocol == "dns" and not item.allowed]
+    refused = [item for item in sandbox.egress_log().items if item.protocol == "dns" and not item.allowed]
     assert {"secret-4711.other.test", "te?[.test"} <= {item.host for item in refused}
 
 
@@ -192,7 +192,7 @@ def test_hosts_file_leads_nowhere(opened: Opener, world: World) -> None:
 def test_nothing_at_all(opened: Opener, world: World) -> None:
     sandbox = opened(egress=[])
     assert not ok(attempt(sandbox, ("allowed.test", 80), ("203.0.113.10", 80))["203.0.113.10 80"])
-    assert {item.allowed for item in sandbox.connections().items} == {False}
+    assert {item.allowed for item in sandbox.egress_log().items} == {False}
     assert world.seen() == []
     assert sandbox.info().egress == []
 

@@ -47,7 +47,7 @@ def test_public_addresses_and_names(opened: Opener, world: World) -> None:
     sandbox = opened()
     found = attempt(sandbox, ("203.0.113.10", 80), ("allowed.test", 80), ("2001:db8:1::10", 80))
     assert all(text.startswith("HTTP/1.1 200") for text in found.values()), found
-    seen = sandbox.connections()
+    seen = sandbox.egress_log()
     reached = [(item.address, item.port, item.host, item.allowed) for item in seen.items if item.protocol == "tcp"]
     assert ("203.0.113.10", 80, None, True) in reached and ("2001:db8:1::10", 80, None, True) not in reached[:1]
     assert any(host == "allowed.test" for _, _, host, _ in reached)
@@ -76,7 +76,7 @@ def test_what_is_never_reached(opened: Opener, world: World, egress: list[str] |
     found = attempt(sandbox, *_NEVER)
     assert {place: text for place, text in found.items() if text.startswith("HTTP")} == {}
     assert [item for item in world.seen() if item["place"] != "dns"] == []
-    refused = sandbox.connections().items
+    refused = sandbox.egress_log().items
     assert {item.allowed for item in refused if item.protocol == "tcp"} == {False}
     metadata = next(item for item in refused if item.address == "169.254.169.254")
     assert metadata.reason == "metadata address"
@@ -128,7 +128,7 @@ print(json.dumps({
 
 def test_its_own_loopback_is_its_own(opened: Opener, world: World) -> None:
     one, other = opened(), opened()
-    one.start_process(["python3", "-m", "http.server", "--bind", "0.0.0.0", "9999"])
+    one.processes.start(["python3", "-m", "http.server", "--bind", "0.0.0.0", "9999"])
     one.arun("until (: < /dev/tcp/127.0.0.1/9999) 2> /dev/null; do sleep 0.05; done", timeout=30)
     assert attempt(one, ("127.0.0.1", 9999))["127.0.0.1 9999"].startswith("HTTP")
     assert attempt(one, ("192.0.0.2", 9999))["192.0.0.2 9999"].startswith("HTTP")
@@ -153,7 +153,7 @@ print(json.dumps({name: look(name) for name in names}
     assert all(isinstance(found[name], int) for name in ("nothing.test", "private.test", "loop.test"))
     assert "127.0.0.1" in found["localhost"] or "::1" in found["localhost"]
     assert found["sandbox"] == ["127.0.1.1"]
-    refused = [item for item in sandbox.connections().items if not item.allowed]
+    refused = [item for item in sandbox.egress_log().items if not item.allowed]
     assert {(item.host, item.reason) for item in refused} == {("private.test", "private address"),
                                                              ("loop.test", "loopback address")}
 
@@ -197,7 +197,7 @@ except ConnectionError as error: closed = type(error).__name__
 print(json.dumps([got, taken, greeting, closed]))
 """)
     assert told == [60_000_000, 200 << 18, "SSH-2.0-world\r\n", "ConnectionResetError"]
-    by_port = {item.port: item for item in sandbox.connections().items}
+    by_port = {item.port: item for item in sandbox.egress_log().items}
     assert by_port[9001].received == 60_000_000 and by_port[9002].sent == 200 << 18
     assert by_port[4].allowed and by_port[4].reason == "not reached: Connection refused"
 
@@ -206,6 +206,6 @@ def test_network_none_and_host_are_as_they_were(opened: Opener, world: World) ->
     none = opened(network="none")
     found = attempt(none, ("203.0.113.10", 80), ("allowed.test", 80), ("127.0.0.1", 9999))
     assert not any(text.startswith("HTTP") for text in found.values())
-    assert none.connections().items == [] and world.seen() == []
+    assert none.egress_log().items == [] and world.seen() == []
     host = opened(network="host")
     assert attempt(host, ("127.0.0.1", 9999))["127.0.0.1 9999"].startswith("HTTP")

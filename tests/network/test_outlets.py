@@ -60,13 +60,13 @@ def test_a_server_that_is_killed(make_server: Callable[..., WorldServer], world:
     server = make_server()
     sandbox = Sandbox(config(server, egress=["203.0.113.10"]))
     sandbox.start()
-    process = sandbox.start_process(["python3", "-u", "-c", _AGAIN_AND_AGAIN])
+    process = sandbox.processes.start(["python3", "-u", "-c", _AGAIN_AND_AGAIN])
 
     def lines() -> list[Any]:
         return [json.loads(line) for line in process.logs().data.decode().splitlines()]
 
     until(lambda: sum(line[3] == "HTTP/1.1 200" for line in lines()) >= 2)
-    before = sandbox.connections().total
+    before = sandbox.egress_log().total
     proxy = proxy_of(server)
     server.kill()
     killed = time.time()
@@ -80,7 +80,7 @@ def test_a_server_that_is_killed(make_server: Callable[..., WorldServer], world:
     told = lines()
     assert not any(line[3].startswith("HTTP") for line in told if line[2] == "203.0.113.11")
     assert not any(line[3].startswith("HTTP") for line in told if killed + 1 < line[0] and line[1] < back)
-    seen = sandbox.connections()
+    seen = sandbox.egress_log()
     assert seen.total > before and seen.items[0].number == 1
     sandbox.stop()
     assert not [item for item in world.seen() if item.get("address") == "203.0.113.11"]
@@ -100,7 +100,7 @@ def test_a_proxy_that_is_killed(opened: Opener, world_server: WorldServer) -> No
     found = attempt(other, ("203.0.113.10", 80), ("203.0.113.11", 80))
     assert [text.startswith("HTTP") for text in found.values()] == [False, True]
     assert proxy_of(world_server) != proxy
-    assert [item.number for item in one.connections().items] == [1, 2]
+    assert [item.number for item in one.egress_log().items] == [1, 2]
 
 
 def test_one_that_does_not_answer_keeps_nobody_waiting(opened: Opener, world_server: WorldServer) -> None:
@@ -120,12 +120,12 @@ def test_one_that_does_not_answer_keeps_nobody_waiting(opened: Opener, world_ser
 def test_after_the_end(opened: Opener, world_server: WorldServer) -> None:
     sandbox = opened()
     attempt(sandbox, ("203.0.113.10", 80), ("10.9.9.9", 80))
-    sandbox.start_process(["python3", "-c", "import socket, time\n"
+    sandbox.processes.start(["python3", "-c", "import socket, time\n"
                            "s = socket.create_connection(('203.0.113.10', 7))\ns.sendall(b'x')\ntime.sleep(1000)"])
-    until(lambda: any(item.sent == 1 for item in sandbox.connections().items))
-    assert sandbox.connections().items[-1].ended_at is None
+    until(lambda: any(item.sent == 1 for item in sandbox.egress_log().items))
+    assert sandbox.egress_log().items[-1].ended_at is None
     sandbox.stop()
-    seen = sandbox.connections()
+    seen = sandbox.egress_log()
     assert [(item.address, item.port, item.allowed) for item in seen.items] == [
         ("203.0.113.10", 80, True), ("10.9.9.9", 80, False), ("203.0.113.10", 7, True)]
     assert seen.items[-1].ended_at is not None
@@ -135,9 +135,9 @@ def test_after_the_end(opened: Opener, world_server: WorldServer) -> None:
     assert "10.9.9.9:80" in told and "private address" in told and "203.0.113.10" not in told
     sandbox.delete()
     with pytest.raises(NotFound):
-        sandbox.connections()
+        sandbox.egress_log()
     again = opened(sandbox_id=sandbox.sandbox_id)
-    assert again.connections().items == []  # another life, another history
+    assert again.egress_log().items == []  # another life, another history
 
 
 def test_a_restart_keeps_network_and_history(opened: Opener) -> None:
@@ -147,7 +147,7 @@ def test_a_restart_keeps_network_and_history(opened: Opener) -> None:
     sandbox.restart()
     found = attempt(sandbox, ("203.0.113.10", 80), ("203.0.113.11", 80))
     assert [text.startswith("HTTP") for text in found.values()] == [True, False]
-    assert [item.number for item in sandbox.connections().items] == [1, 2, 3]
+    assert [item.number for item in sandbox.egress_log().items] == [1, 2, 3]
     assert sandbox.arun("cat /etc/resolv.conf").output == "nameserver 192.0.0.1\n"
     sandbox.delete()
 
@@ -160,7 +160,7 @@ def test_made_ahead(make_server: Callable[..., WorldServer]) -> None:
         with Sandbox(config(server, egress=[address])) as sandbox:
             found = attempt(sandbox, ("203.0.113.10", 80), ("203.0.113.11", 80))
             assert [key.split()[0] for key, text in found.items() if text.startswith("HTTP")] == [address]
-            assert sandbox.connections().total == 2
+            assert sandbox.egress_log().total == 2
 
 
 def test_a_network_never_comes_to_another_sandbox(opened: Opener, world: World) -> None:
@@ -208,10 +208,10 @@ def test_one_that_floods_does_not_hurt_others(opened: Opener, world_server: Worl
         return len(os.listdir(f"/proc/{proxy}/fd")) if os.geteuid() == 0 else 0
 
     before = resident()
-    flood = bad.start_process(["python3", "-u", "-c", _FLOOD, "9001", r"4000000000\n"])  # which it never reads
+    flood = bad.processes.start(["python3", "-u", "-c", _FLOOD, "9001", r"4000000000\n"])  # which it never reads
     until(lambda: b"ready" in flood.logs().data)
-    until(lambda: sum(item.received > 1 << 18 for item in bad.connections().items) > 100)
-    still_open = [item for item in bad.connections().items if item.ended_at is None]
+    until(lambda: sum(item.received > 1 << 18 for item in bad.egress_log().items) > 100)
+    still_open = [item for item in bad.egress_log().items if item.ended_at is None]
     assert len(still_open) <= 256
     assert descriptors() < 700
     assert resident() - before < 200 << 20
@@ -223,8 +223,8 @@ def test_one_that_floods_does_not_hurt_others(opened: Opener, world_server: Worl
     until(lambda: descriptors() < 60)
     # the same with connections that say nothing, and questions for names
     worse = opened(egress=["allowed.test"])
-    worse.start_process(["python3", "-u", "-c", _FLOOD, "80", "x"])
-    worse.start_process(["python3", "-c", "import os, socket\n"
+    worse.processes.start(["python3", "-u", "-c", _FLOOD, "80", "x"])
+    worse.processes.start(["python3", "-c", "import os, socket\n"
                          "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.connect(('192.0.0.1', 53))\n"
                          "while True:\n    try: s.send(os.urandom(40))\n    except OSError: pass"])
     assert attempt(good, ("allowed.test", 80))["allowed.test 80"].startswith("HTTP")

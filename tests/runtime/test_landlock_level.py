@@ -77,7 +77,7 @@ def test_files_by_the_api(tmp_path: Path) -> None:
             await b.runtime.commit_write(b.handle, token)
             assert await b.sh("cat a/file; stat -c %a a/file") == "text640\n"
             assert [entry.name for entry in await b.runtime.list(b.handle, str(b.root))] == ["a", "tmp"]
-            with pytest.raises(errors.Unauthorized):
+            with pytest.raises(errors.PermissionDenied):
                 await b.runtime.open_write(b.handle, "/var/tmp/rock-escape")
             with pytest.raises(errors.Unsupported, match="no ports"):
                 await b.runtime.dial(b.handle, 80)

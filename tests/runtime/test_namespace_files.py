@@ -17,11 +17,11 @@ def test_pid_1_is_closed_to_file_operations_too(tmp_path: Path) -> None:
     async def main() -> None:
         async with namespace_box(tmp_path) as b:
             for path in ("/proc/1/mem", "/proc/1/environ", "/proc/1/fd/3", "/proc/1/root/etc/passwd"):
-                with pytest.raises((errors.Unauthorized, errors.NotFound)):
+                with pytest.raises((errors.PermissionDenied, errors.NotFound)):
                     await b.runtime.open_read(b.handle, path)
-            with pytest.raises((errors.Unauthorized, errors.InvalidConfig)):
+            with pytest.raises((errors.PermissionDenied, errors.InvalidConfig)):
                 await b.runtime.open_write(b.handle, "/proc/sys/kernel/core_pattern")
-            with pytest.raises(errors.Unauthorized):
+            with pytest.raises(errors.PermissionDenied):
                 await b.runtime.open_write(b.handle, "/usr/bin/bash")
             with pytest.raises(errors.InvalidConfig):
                 await b.runtime.open_read(b.handle, "/dev/null")
@@ -54,7 +54,7 @@ def test_mount_points_are_written_in_place(tmp_path: Path) -> None:
     async def main() -> None:
         async with namespace_box(tmp_path, images) as b:
             assert await get(b, "/bound") == b"read only"
-            with pytest.raises((errors.Unauthorized, errors.Conflict)):
+            with pytest.raises((errors.PermissionDenied, errors.Conflict)):
                 await put(b, "/bound", b"changed")
             assert outside.read_text() == "read only"
             assert stat.S_ISREG(outside.stat().st_mode)

@@ -52,7 +52,7 @@ def test_a_script_that_is_too_slow_is_left_running(box: Sandbox) -> None:
     assert seen.output == "early\n" and seen.timed_out and seen.exit_code is None and "did not complete" in (
         seen.failure_reason
     )
-    assert [process.info.running for process in box.processes()] == [True]
+    assert [process.info.running for process in box.processes.list()] == [True]
 
 
 def test_a_background_command_with_its_output_in_a_file(box: Sandbox) -> None:

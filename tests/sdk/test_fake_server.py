@@ -124,7 +124,7 @@ def test_what_it_lacks_is_refused(server: FakeServer, sandbox: Sandbox) -> None:
 
 def test_an_endless_loop_holds_up_nobody(server: FakeServer, sandbox: Sandbox) -> None:
     with Sandbox(image="any:1", base_url=server.url) as other:
-        busy = sandbox.start_process("while :; do :; done")
+        busy = sandbox.processes.start("while :; do :; done")
         assert other.arun("echo served").output == "served\n"
         assert sandbox.arun("while :; do :; done", timeout=0.3).timed_out
         busy.kill()

@@ -61,7 +61,7 @@ def test_every_call_in_its_own_loop_and_from_many_threads(box: Blocking) -> None
 
     with ThreadPoolExecutor(8) as threads:
         assert len(list(threads.map(trajectory, range(16)))) == 16
-    assert {info.session for info in box.sessions()} <= {"default"}
+    assert {info.session for info in box.sessions.list()} <= {"default"}
 
 
 def test_a_sandbox_crosses_loops_and_colours(server: Any) -> None:
@@ -121,7 +121,7 @@ def test_sessions_that_are_not_there(box: Blocking) -> None:
     assert box.arun("pwd", session="mine").output == "/tmp\n"
     with pytest.raises(errors.Conflict):
         box.create_session(CreateBashSessionRequest(session="mine"))
-    assert "mine" in [info.session for info in box.sessions()]
+    assert "mine" in [info.session for info in box.sessions.list()]
 
 
 # ---- nohup
@@ -136,7 +136,7 @@ def test_nohup(box: Blocking, tmp_path: Path) -> None:
     assert box.arun("kill -9 $$", mode="nohup").exit_code == 137
     with pytest.raises(errors.CommandFailed):
         box.arun("false", mode="nohup", check="raise")
-    assert box.processes() == []  # ended ones are forgotten
+    assert box.processes.list() == []  # ended ones are forgotten
 
 
 def test_nohup_output(box: Blocking) -> None:
@@ -170,7 +170,7 @@ def test_nohup_leaves_a_slow_process_running(box: Blocking) -> None:
     seen = box.arun("echo begun; sleep 30", mode="nohup", wait_timeout=2.5)
     assert time.monotonic() - began < 15
     assert (seen.exit_code, seen.timed_out, seen.output) == (None, True, "begun\n")
-    (process,) = box.processes()
+    (process,) = box.processes.list()
     assert process.info.running and process.id in seen.failure_reason and "2.5s" in seen.failure_reason
     process.kill()
     assert process.wait(5).signal == 9
@@ -211,7 +211,7 @@ def test_asynchronous_streams_and_processes(box: Blocking) -> None:
         sandbox = other_face(box)
         async with sandbox.stream("for i in 1 2 3; do echo $i; done") as stream:
             assert b"".join([chunk.data async for chunk in stream]) == b"1\n2\n3\n"
-        process = await sandbox.start_process("read x; echo got; sleep 0.2; exit 4", stdin="")
+        process = await sandbox.processes.start("read x; echo got; sleep 0.2; exit 4", stdin="")
         assert [part async for part in process.follow()] == [b"got\n"]
         assert (await process.wait(5)).exit_code == 4 == process.exit_code
         assert (await process.logs(offset=2)).data == b"t\n"

@@ -150,7 +150,7 @@ def test_one_leads_and_another_takes_over(site: Site) -> None:
         other = Sandbox(config(first)).attach(str(sandbox.sandbox_id))
         assert other.fs.read("/tmp/data") == bytes(range(256)) * 4096
         assert "".join(chunk.text for chunk in other.stream("for i in 1 2 3; do echo $i; done")) == "1\n2\n3\n"
-        sandbox.start_process(["python3", "-c", ECHO])
+        sandbox.processes.start(["python3", "-c", ECHO])
         with other.port_forward(7000) as forward:  # a WebSocket to the worker
             until(lambda: echoes(forward.host, forward.port))
         ends_by_its_deadline(second, first)  # its admin does not lead

@@ -95,7 +95,7 @@ def test_a_session_a_command_and_a_process_go_on(upgrade: Upgrade) -> None:
     config = SandboxConfig(base_url=url, api_key=OWNER, image="host", runtime=upgrade.runtime, memory="256m", cpus=1.0)
     with Sandbox(config) as box:
         box.arun("x=before; cd /tmp")
-        process = box.start_process(["sh", "-c", "echo begun; sleep 600"])
+        process = box.processes.start(["sh", "-c", "echo begun; sleep 600"])
         top = f"/v1/sandboxes/{box.sandbox_id}"
         run = {"command": "echo run >> $HOME/marks; cat $HOME/marks; (exit 5)"}
         execute = {"command": ["sh", "-c", "echo executed >> $HOME/marks; cat $HOME/marks; exit 6"]}

@@ -30,8 +30,7 @@ from rock.guest.environments.frames import ERROR, HEAD, RESET
 from rock.protocol.env import EnvAbout, EnvInfo, OpenEnv
 from rock.protocol.routes import FRAMES_TYPE, ROUTES
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
-from rock.sync.sandbox.lifecycle import end_of
-from rock.sync.sandbox.link import parse, path, transport_of
+from rock.sync.sandbox.link import end_of, parse, path, transport_of
 from rock.sync.transport import Transport
 
 POLL = 20.0  # seconds of one long poll

@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from rock.protocol.sandbox import Inside, SandboxConfig, SandboxInfo, Wire
 
 MAX_OUTPUT = 16 << 20
+MAX_STDIN_BASE64 = 16 << 20  # characters; a longer input is streamed to a background process
 SESSION_PATTERN = r"^[A-Za-z0-9_.:@-]{1,128}$"
 
 Check = Literal["raise", "silent", "ignore"]
@@ -37,7 +38,7 @@ class Command(Inside):
     command: a list is an argv without a shell; a string is run by the image's shell.
     timeout: seconds, after which the whole process tree is killed; None is no limit.
     env: added to the sandbox's environment. cwd, user: None is the image's.
-    stdin: text for its standard input; without it /dev/null.
+    stdin: text for its standard input; without it /dev/null. stdin_base64: the same for bytes, in base64.
     max_output_bytes: limit of stdout and of stderr each; the head and the tail are retained and the rest is counted.
     entrypoint: prefix the words of `command`, a list, with the image's ENTRYPOINT; an empty list runs the image's CMD.
     """
@@ -51,6 +52,7 @@ class Command(Inside):
     cwd: str | None = None
     user: str | None = None
     stdin: str | None = None
+    stdin_base64: str | None = Field(default=None, max_length=MAX_STDIN_BASE64, repr=False)
     max_output_bytes: int = Field(default=MAX_OUTPUT, ge=0, le=1 << 30)
     session_type: Literal["bash"] = "bash"
     shell: bool | None = None
@@ -64,8 +66,27 @@ class Command(Inside):
             raise ValueError("the command is empty")
         return value
 
+    @field_validator("stdin_base64")
+    @classmethod
+    def _base64(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                base64.b64decode(value, validate=True)
+            except ValueError:
+                raise ValueError("it is not base64") from None
+        return value
+
+    @property
+    def input(self) -> bytes | None:
+        """The bytes for its standard input; None is /dev/null."""
+        if self.stdin_base64 is not None:
+            return base64.b64decode(self.stdin_base64)
+        return None if self.stdin is None else self.stdin.encode("utf-8", "surrogateescape")
+
     @model_validator(mode="after")
     def _something(self) -> Self:
+        if self.stdin is not None and self.stdin_base64 is not None:
+            raise ValueError("stdin and stdin_base64 exclude each other")
         if not self.command and not self.entrypoint:
             raise ValueError("command: the command is empty")
         if self.entrypoint and isinstance(self.command, str):
@@ -231,6 +252,16 @@ class CommandResponse(Answer):
         """The exact bytes of stderr (without those that the limit dropped)."""
         return base64.b64decode(self.stderr_b64) if self.stderr_b64 is not None else self.stderr.encode()
 
+    @property
+    def output(self) -> str:
+        """stdout, then stderr."""
+        return self.stdout + self.stderr
+
+    @property
+    def output_bytes(self) -> bytes:
+        """The exact bytes of stdout, then of stderr."""
+        return self.stdout_bytes + self.stderr_bytes
+
 
 class BashObservation(Answer):
     """Result of a command in a session.
@@ -260,6 +291,21 @@ class BashObservation(Answer):
     def output_bytes(self) -> bytes:
         """The exact bytes (without those that the limit dropped)."""
         return base64.b64decode(self.output_b64) if self.output_b64 is not None else self.output.encode()
+
+    @property
+    def stdout(self) -> str:
+        """`output`: stdout alone if `separate` was set, else both in the order of arrival."""
+        return self.output
+
+    @property
+    def stdout_bytes(self) -> bytes:
+        """`output_bytes`."""
+        return self.output_bytes
+
+    @property
+    def stderr_bytes(self) -> bytes:
+        """The exact bytes of `stderr`."""
+        return base64.b64decode(self.stderr_b64) if self.stderr_b64 is not None else self.stderr.encode()
 
 
 Observation = BashObservation

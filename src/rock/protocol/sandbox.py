@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from enum import StrEnum
 from functools import lru_cache
 from operator import attrgetter
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic._internal._model_construction import ModelMetaclass
 
 from rock import settings
+from rock.errors import InvalidConfig
 from rock.protocol import egress
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?\s*$", re.IGNORECASE)
@@ -87,7 +90,61 @@ class Isolation(StrEnum):
         return list(Isolation).index(self)
 
 
-class Wire(BaseModel):
+class InvalidValue(InvalidConfig, ValueError):
+    """A message was constructed with a wrong value: InvalidConfig, and a ValueError as in pydantic."""
+
+
+def explain(error: ValidationError, kind: type[BaseModel]) -> InvalidValue:
+    """The error of a ValidationError, with the field in `details` and the closest name as hint for a wrong name."""
+    items = error.errors(include_url=False)
+    parts = []
+    hint = None
+    for item in items:
+        where = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            close = get_close_matches(where, kind.model_fields, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}?" if close else hint
+            parts.append(f"{kind.__name__} has no field {where!r}")
+            continue
+        message = item["msg"].removeprefix("Value error, ")
+        shown = repr(item["input"])
+        value = f"={shown if len(shown) <= 80 else shown[:76] + '...'}" if where and item["type"] != "missing" else ""
+        if where in _SECRET:
+            value = ""
+        hint = hint or _hint(where, item["type"], item["input"], item.get("ctx", {}))
+        text = f"{where}{value}: {message}" if where and not message.startswith(where) else message
+        parts.append(text)
+    first = str(items[0]["loc"][0]) if items and items[0]["loc"] else ""
+    return InvalidValue("; ".join(parts), hint=hint, details={"field": first})
+
+
+_SECRET = frozenset({"api_key", "xrl_authorization", "registry_password", "extra_headers", "env"})
+
+
+def _hint(field: str, kind: str, value: object, context: Mapping[str, Any]) -> str | None:
+    """What to do about one wrong value."""
+    if field in ("memory", "disk", "shm_size"):
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return f"write a string with a unit, like '{value:g}m' for {value:g} MiB"
+        return "write a number and a unit, like '512m' or '8g'"
+    if kind in ("enum", "literal_error"):
+        allowed = re.findall(r"'([^']*)'", str(context.get("expected", "")))
+        close = get_close_matches(str(value), allowed, n=1, cutoff=0.5)
+        return f"did you mean {close[0]!r}?" if close else None
+    return None
+
+
+class _Checked(ModelMetaclass):
+    """Construction of a message by a user raises InvalidValue; validation of a received one is unchanged."""
+
+    def __call__(cls, *args: Any, **fields: Any) -> Any:
+        try:
+            return super().__call__(*args, **fields)
+        except ValidationError as error:
+            raise explain(error, cast(type[BaseModel], cls)) from None
+
+
+class Wire(BaseModel, metaclass=_Checked):
     """Base of all messages: unknown keys are rejected, so that a misspelled key is an error."""
 
     # Deferred: the validator of a model is built on its first use. Building all of them takes a third of the start

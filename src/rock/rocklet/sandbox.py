@@ -182,8 +182,8 @@ class Supervisor:
             if isinstance(error, OSError):
                 raise not_kept(error, self.id, "what the process writes") from None
             raise
-        if command.stdin is not None:
-            background.feed(command.stdin.encode("utf-8", "surrogateescape"))
+        if command.input is not None:
+            background.feed(command.input)
         return background
 
     async def adopt_process(self, key: str, command: Command) -> programs.Background:
@@ -194,8 +194,8 @@ class Supervisor:
         background = self.processes[key] = programs.Background(
             key, command.command, process, folder, marks=self.spools.marks, found=self.spools.found)  # fmt: skip
         await self.saved()
-        if command.stdin is not None:
-            background.feed(command.stdin.encode("utf-8", "surrogateescape"))
+        if command.input is not None:
+            background.feed(command.input)
         return background
 
     def process(self, key: str) -> programs.Background:

@@ -272,7 +272,7 @@ class Files(Protocol, metaclass=_Capability):
 
     Paths are absolute and resolve inside, so a symbolic link never leads out. `user` is as in Program: the kernel
     checks that user's rights. Errors: NotFound, Conflict (exists, not a folder, is a folder, not empty), InvalidConfig
-    (not a regular file: FIFOs, devices and sockets are rejected without blocking), Unauthorized (permission),
+    (not a regular file: FIFOs, devices and sockets are rejected without blocking), PermissionDenied (permission),
     StorageFull.
     """
 

@@ -22,10 +22,9 @@ from rock.protocol.sandbox import SandboxInfo, UpdateSandbox
 from rock.sdk import primitives
 from rock.sdk.context import ContextSource, read_context
 from rock.sdk.http import query_string
-from rock.sdk.sandbox.link import parse, path
+from rock.sdk.sandbox.link import list_sandboxes, parse, path
 from rock.sdk.transport import Transport
 
-PAGE = 500
 STOP_TIMEOUT = 120.0
 
 
@@ -56,18 +55,7 @@ class Client:
         states: names of states, as a list or joined by commas. filters: equality on `user_id`, `experiment_id`,
         `namespace`, `image`, ...; `label="key=value"`.
         """
-        joined = states if isinstance(states, str) or states is None else ",".join(states)
-        found: list[SandboxInfo] = []
-        after: str | None = None
-        while limit is None or len(found) < limit:
-            size = PAGE if limit is None else min(PAGE, limit - len(found))
-            query: dict[str, object] = {"state": joined, "limit": size, "after": after, **filters}
-            page = await self.transport.json("GET", ROUTES["list_sandboxes"].path + query_string(query))
-            found += [parse(SandboxInfo, item) for item in page["items"]]
-            after = page.get("next")
-            if after is None:
-                break
-        return found
+        return await list_sandboxes(self.transport, states, limit, filters)
 
     async def get_sandbox(self, sandbox_id: str, *, usage: bool = False) -> SandboxInfo:
         """One sandbox, a stopped one too. NotFound. `usage`: measure what it uses."""

@@ -13,6 +13,8 @@ from rock.protocol.routes import SENT
 HEAD_LIMIT = 64 << 10
 LINE_LIMIT = 4 << 10
 
+_LIKE = "write it like http://host:8080"
+
 
 @dataclass(frozen=True)
 class Address:
@@ -32,19 +34,19 @@ class Address:
             parts = urlsplit(text)
             host, port = parts.hostname, parts.port
         except ValueError as error:
-            raise InvalidConfig(f"base_url {base_url!r} is not a URL: {error}") from None
+            raise InvalidConfig(f"base_url {base_url!r} is not a URL: {error}", hint=_LIKE) from None
         if parts.scheme not in ("http", "https") or not host or parts.username is not None:
-            raise InvalidConfig(f"base_url {base_url!r} is not a URL like http://host:8080")
+            raise InvalidConfig(f"base_url {base_url!r} is not the URL of a server", hint=_LIKE)
         if parts.query or parts.fragment:
-            raise InvalidConfig(f"base_url {base_url!r} must not have a query or a fragment")
+            raise InvalidConfig(f"base_url {base_url!r} must not have a query or a fragment", hint=_LIKE)
         tls = parts.scheme == "https"
         path = quote(parts.path.rstrip("/"), safe="/%:@!$&'()*+,;=~-._")
         try:
             host.encode("idna" if not host.isascii() else "ascii")
         except UnicodeError:
-            raise InvalidConfig(f"base_url {base_url!r} has a host name that cannot be encoded") from None
+            raise InvalidConfig(f"base_url {base_url!r} has a host name that cannot be encoded", hint=_LIKE) from None
         if any(c.isspace() for c in text):
-            raise InvalidConfig(f"base_url {base_url!r} contains a space")
+            raise InvalidConfig(f"base_url {base_url!r} contains a space", hint=_LIKE)
         return cls(text.rstrip("/"), host, port or (443 if tls else 80), tls, path)
 
     @property
@@ -67,9 +69,9 @@ def header_lines(headers: dict[str, str]) -> bytes:
 
 
 def query_string(values: dict[str, object]) -> str:
-    """`?a=1&b=x` of what is not None; booleans are 1 and 0; empty when there is nothing."""
+    """`?a=1&b=x`: None is left out, booleans are 1 and 0, a list repeats its name; "" without values."""
     given = {k: int(v) if isinstance(v, bool) else v for k, v in values.items() if v is not None}
-    return "?" + urlencode(given, quote_via=quote) if given else ""
+    return "?" + urlencode(given, doseq=True, quote_via=quote) if given else ""
 
 
 class Source(Protocol):

@@ -11,7 +11,7 @@ import asyncio
 import os
 import socket
 import weakref
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -82,6 +82,42 @@ async def gather(calls: Sequence[Callable[[], Awaitable[T]]], limit: int | None 
             return await call()
 
     return await asyncio.gather(*(one(call) for call in calls), return_exceptions=True)
+
+
+class Tasks:
+    """Calls that run beside their owner, and the queue of what they deliver. `close` ends them."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[Any] = asyncio.Queue(64)
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self, call: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Begin a call; an error that it raises is delivered by `get`."""
+        self._tasks.append(asyncio.create_task(self._run(call)))
+
+    async def _run(self, call: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        try:
+            await call()
+        except Exception as error:
+            await self._queue.put(error)
+
+    async def put(self, item: object) -> None:
+        """Deliver an item; waits while 64 are undelivered."""
+        await self._queue.put(item)
+
+    async def get(self, timeout: float | None = None) -> Any:
+        """The next item; raises the error of a call. TimeoutError."""
+        async with asyncio.timeout(timeout):
+            item = await self._queue.get()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    async def close(self) -> None:
+        """Cancel the calls and wait for their end."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
 async def settle(call: Callable[[], Awaitable[Any]], timeout: float) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -72,6 +75,60 @@ def gather(calls: Sequence[Callable[[], T]], limit: int | None = None) -> list[T
         return [future.exception() or future.result() for future in futures]
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+class Tasks:
+    """Calls that run in daemon threads beside their owner, and the queue of what they deliver. `close` ends them."""
+
+    def __init__(self) -> None:
+        self._items: deque[Any] = deque()
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def start(self, call: Callable[[], None]) -> None:
+        """Begin a call; an error that it raises is delivered by `get`."""
+        threading.Thread(target=self._run, args=(call,), name="rock-stream", daemon=True).start()
+
+    def _run(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:
+            with suppress(Closed):
+                self.put(error)
+
+    def put(self, item: object) -> None:
+        """Deliver an item; waits while 64 are undelivered. Closed after `close`."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._items) < 64 or self._closed)
+            if self._closed:
+                raise Closed
+            self._items.append(item)
+            self._changed.notify_all()
+
+    def get(self, timeout: float | None = None) -> Any:
+        """The next item; raises the error of a call. TimeoutError. It waits in turns, as `receive` does."""
+        end = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            while not self._items:
+                turn = TURN if end is None else min(TURN, end - time.monotonic())
+                if turn <= 0:
+                    raise TimeoutError("timed out")
+                self._changed.wait(turn)
+            item = self._items.popleft()
+            self._changed.notify_all()
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def close(self) -> None:
+        """Deliver nothing more; a call ends at its next delivery or request."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+class Closed(Exception):
+    """The owner of a call has gone."""
 
 
 def settle(call: Callable[[], Any], timeout: float) -> None:

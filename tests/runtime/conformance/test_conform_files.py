@@ -182,7 +182,7 @@ def test_links_never_lead_out(box: Bench, tmp_path: Path) -> None:
             for path in (f"{b.root}/abs", f"{b.root}/rel", f"{b.root}/dir/secret", str(secret)):
                 with pytest.raises(errors.NotFound):
                     await b.runtime.open_read(b.handle, path)
-            with pytest.raises((errors.Unauthorized, errors.NotFound)):
+            with pytest.raises((errors.PermissionDenied, errors.NotFound)):
                 await b.runtime.open_read(b.handle, f"{b.root}/root{secret}")
             assert await get(b, f"{b.root}/name") == (await b.sh("cat /etc/passwd")).encode()
             await put(b, f"{b.root}/abs", b"inside")  # the link's target is made inside
@@ -199,9 +199,9 @@ def test_users_have_their_own_rights(box: Bench) -> None:
     async def main() -> None:
         async with box() as b:
             await b.sh("mkdir -m 755 alice; chown alice:alice alice; echo s > secret; chmod 600 secret")
-            with pytest.raises(errors.Unauthorized):
+            with pytest.raises(errors.PermissionDenied):
                 await b.runtime.open_read(b.handle, f"{b.root}/secret", user="alice")
-            with pytest.raises(errors.Unauthorized):
+            with pytest.raises(errors.PermissionDenied):
                 await b.runtime.open_write(b.handle, f"{b.root}/secret", user="alice")
             await put(b, f"{b.root}/alice/file", b"mine", user="alice")
             found = await b.runtime.stat(b.handle, f"{b.root}/alice/file")

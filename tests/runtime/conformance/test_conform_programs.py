@@ -256,7 +256,7 @@ def test_missing_things_are_named(box: Bench) -> None:
                 await b.spawn("true", user="no-such-user")
             with pytest.raises(errors.NotFound, match="no-such-group"):
                 await b.spawn("true", user="root:no-such-group")
-            with pytest.raises(errors.Unauthorized, match="/etc/passwd"):
+            with pytest.raises(errors.PermissionDenied, match="/etc/passwd"):
                 await b.spawn("/etc/passwd")
             with pytest.raises(errors.InvalidConfig):
                 await b.spawn()

@@ -72,7 +72,7 @@ def test_an_image_without_a_c_library(engine: TestEngine, tmp_path: Path) -> Non
         async with docker_box(engine, tmp_path, "rock-test/busybox:1") as b:
             status, out, _ = await b.run("sh", "-c", "ls -d /lib /usr; id -u; exit 3", env={})
             assert (status.code, out) == (3, b"0\n")
-            with pytest.raises(errors.Unauthorized):  # /work is root's
+            with pytest.raises(errors.PermissionDenied):  # /work is root's
                 await b.runtime.open_write(b.handle, "/work/new", user="alice")
             fd, token = await b.runtime.open_write(b.handle, "/tmp/new", user="alice")
             os.close(fd)

@@ -45,12 +45,12 @@ def test_sessions_files_ports_and_a_crash(docker_server: RunningServer) -> None:
     sandbox.fs.write("/tmp/data", b"\0\1" * 100_000)
     assert sandbox.fs.read("/tmp/data") == b"\0\1" * 100_000
     assert sandbox.execute(["sh", "-c", "wc -c < /tmp/data; exit 3"]).exit_code == 3
-    process = sandbox.start_process("read a; echo got $a; exit 4")
+    process = sandbox.processes.start("read a; echo got $a; exit 4")
     docker_server.kill()
     docker_server.start()
     found = Sandbox(config(docker_server)).attach(info.sandbox_id)
     assert found.arun("echo again; pwd").output == "again\n/tmp\n"
-    same = found.get_process(process.id)
+    same = found.processes.get(process.id)
     same.write_stdin("through\n")
     assert same.wait(30).exit_code == 4
     assert same.logs().data == b"got through\n"

@@ -184,7 +184,7 @@ def exec_(
     spec = program(command, stdin, env=variables(env) or None, cwd=cwd, user=user, timeout=timeout)
     sandbox = attached(sandbox_id)
     if session is not None:
-        raise typer.Exit(play(sandbox.stream(" ".join(spec["command"]), session, timeout=timeout)))
+        raise typer.Exit(play(sandbox.stream(" ".join(spec["command"]), session=session, timeout=timeout)))
     raise typer.Exit(play(sandbox.stream(spec.pop("command"), **spec)))
 
 
@@ -229,7 +229,7 @@ def logs(
     if process is not None:
         _show_logs(sandbox, process, follow)
         return
-    found = [item.info for item in sandbox.processes()]
+    found = [item.info for item in sandbox.processes.list()]
     if json:
         as_json([info.model_dump(mode="json") for info in found])
         return
@@ -251,7 +251,7 @@ def _show_logs(sandbox: Sandbox, process_id: str, follow: bool) -> None:
 
     from rock.sync.primitives import gather
 
-    process = sandbox.get_process(process_id)
+    process = sandbox.processes.get(process_id)
 
     def show(stream: Any, out: Any) -> None:
         offset = 0
@@ -408,7 +408,7 @@ def connections(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List what a sandbox connected to over network nat, or tried to; of a stopped one too."""
-    found = attached(target).connections()
+    found = attached(target).egress_log()
     items = [item for item in found.items if not (refused and item.allowed)]
     if json:
         as_json([item.model_dump(mode="json") for item in items])

@@ -70,7 +70,7 @@ def _execute(argv: list[str], env: dict[str, str]) -> None:
                 raise Refused("not_found", f"program {path!r} is there, but its interpreter is missing") from None
             if error.errno == errno.EACCES and os.path.lexists(path):
                 told = f"program {path!r} must not be executed: permission denied"
-                refused = refused or Refused("unauthorized", told)
+                refused = refused or Refused("permission_denied", told)
             elif error.errno == errno.ENOEXEC:
                 told = f"program {path!r} is not in a format that this machine can execute"
                 raise Refused("invalid_config", told) from None
@@ -82,7 +82,7 @@ def _execute(argv: list[str], env: dict[str, str]) -> None:
 
 
 def _code(error: OSError) -> str:
-    kinds = {errno.ENOENT: "not_found", errno.EACCES: "unauthorized", errno.EPERM: "unauthorized",
+    kinds = {errno.ENOENT: "not_found", errno.EACCES: "permission_denied", errno.EPERM: "permission_denied",
              errno.ENOTDIR: "conflict"}
     return kinds.get(error.errno or 0, "invalid_config")
 

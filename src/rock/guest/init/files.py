@@ -59,7 +59,7 @@ def _open_regular(path: str, flags: int, in_child: bool) -> int:
             raise Later
         mode = found.st_mode
         if stat.S_ISDIR(mode):
-            raise Fault("conflict", f"{path}: it is a folder")
+            raise Fault("invalid_config", f"{path}: it is a folder, not a file")
         if not stat.S_ISREG(mode):
             kind = _KINDS.get(stat.S_IFMT(mode), "special file")
             raise Fault("invalid_config", f"{path}: it is a {kind}, not a regular file")
@@ -105,7 +105,7 @@ def _open_append(path: str, mode: int | None, exists: bool, in_child: bool) -> i
 def _open_beside(path: str, mode: int | None, old: os.stat_result | None, user: str, in_child: bool) -> Reply:
     """Create a file in the same folder, with the owner and the mode of the old one."""
     if old is not None and not os.access(path, os.W_OK, effective_ids=True):
-        raise Fault("unauthorized", f"{path}: permission denied")
+        raise Fault("permission_denied", f"{path}: permission denied")
     folder, name = os.path.split(path)
     beside = os.path.join(folder, f".{name[:100]}.{os.urandom(6).hex()}.part")
     try:

@@ -226,7 +226,7 @@ class Loop:
 _CODES = {
     "not_found": (errno.ENOENT, errno.ENXIO, errno.ESRCH, errno.ENODEV),
     "conflict": (errno.EEXIST, errno.ENOTEMPTY, errno.EISDIR, errno.ENOTDIR, errno.EBUSY, errno.ETXTBSY),
-    "unauthorized": (errno.EACCES, errno.EPERM, errno.EROFS),
+    "permission_denied": (errno.EACCES, errno.EPERM, errno.EROFS),
     "storage_full": (errno.ENOSPC, errno.EDQUOT),
     "quota_exceeded": (errno.EAGAIN, errno.ENOMEM),
     "invalid_config": (errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EXDEV, errno.E2BIG, errno.EFBIG,

@@ -328,7 +328,7 @@ def execute(argv: list[str], environment: dict[str, str]) -> None:
         except ValueError as error:
             raise Fault("invalid_config", f"program {name!r}: {error}") from None
     if refused is not None:
-        raise Fault("unauthorized", f"program {refused[0]!r} must not be executed: {refused[1]}")
+        raise Fault("permission_denied", f"program {refused[0]!r} must not be executed: {refused[1]}")
     where = "" if "/" in name else f" in PATH={environment['PATH']}"
     raise Fault("not_found", f"no such program: {name!r}{where}")
 

@@ -175,7 +175,7 @@ class Execution:
 
     async def _feed(self) -> None:
         assert self.process.stdin is not None
-        await write_all(self.process.stdin, (self._command.stdin or "").encode("utf-8", "surrogateescape"))
+        await write_all(self.process.stdin, self._command.input or b"")
         await self.process.close_stdin()
         self._fed = True
         self.on_fed()
@@ -223,7 +223,7 @@ async def start(
 ) -> Process:
     """Spawn the program that a Command describes."""
     argv = argv_of(command.command, sh) if not command.entrypoint else _by_entrypoint(runtime, handle, command)
-    wants_stdin = command.stdin is not None if stdin is None else stdin
+    wants_stdin = command.input is not None if stdin is None else stdin
     return await runtime.spawn(
         handle,
         Program(

@@ -92,7 +92,7 @@ async def execute(sandbox: Supervisor, command: Command, place: str | None) -> A
         spools.append(journal.borrow())
         spools.append(journal.borrow())
     # The journal stores only whether there is input: the input cannot be repeated, and may be large.
-    told = command if command.stdin is None else command.model_copy(update={"stdin": ""})
+    told = command if command.input is None else command.model_copy(update={"stdin": "", "stdin_base64": None})
     entry: dict[str, Any] = {"id": key, "command": told.model_dump(mode="json"), "began": time.clock_gettime(CLOCK)}
     if len(spools) == 2:
         entry["spools"] = [[spool.path.name, spool.begin()] for spool in spools]
@@ -224,8 +224,8 @@ async def _settle(sandbox: Supervisor, kept: Sequence[str]) -> None:
                 if found is None:
                     found = await sandbox.adopt_process(entry["id"], command)
                 # input is written after the response is recorded, so the process has received none
-                elif command.stdin is not None:
-                    found.feed(command.stdin.encode("utf-8", "surrogateescape"))
+                elif command.input is not None:
+                    found.feed(command.input)
                 journal.finish(place, answer(found.info, 201))
             except NotFound:
                 journal.not_begun(place)
@@ -267,7 +267,7 @@ async def _go_on(sandbox: Supervisor, place: str, entry: dict[str, Any]) -> Answ
         journal.sweep()
         return reply
     command = Command.model_validate(entry["command"])
-    cut = command.stdin is not None and not entry.get("written")
+    cut = command.input is not None and not entry.get("written")
     if command.timeout is not None:
         left = command.timeout - (time.clock_gettime(CLOCK) - float(entry["began"]))
         command = command.model_copy(update={"timeout": max(0.001, left)})

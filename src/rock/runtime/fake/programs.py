@@ -252,7 +252,7 @@ class FakeSandbox:
     # ---- programs ----
 
     def program(self, argv: list[str], env: Mapping[str, str], cwd: str) -> tuple[Program, list[str]]:
-        """The function and the arguments of a command line. NotFound, Unauthorized, InvalidConfig."""
+        """The function and the arguments of a command line. NotFound, PermissionDenied, InvalidConfig."""
         name = argv[0]
         known = self.programs.get(name)
         if "/" not in name:
@@ -275,7 +275,8 @@ class FakeSandbox:
         if node is None:
             raise errors.NotFound(f"no such program: {argv[0]!r}", sandbox_id=self.id)
         if node.kind != "file" or not node.mode & 0o111:
-            raise errors.Unauthorized(f"program {path!r} must not be executed: permission denied", sandbox_id=self.id)
+            raise errors.PermissionDenied(f"program {path!r} must not be executed: permission denied",
+                                          sandbox_id=self.id)
         if not node.data.startswith(b"#!"):
             raise errors.InvalidConfig(f"program {path!r} is not in a format that this machine can execute",
                                        sandbox_id=self.id)

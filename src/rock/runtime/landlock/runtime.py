@@ -131,7 +131,7 @@ class LandlockRuntime(ProcessRuntime):
             handle = await self._make("probe", SandboxConfig(image="host", memory="64m", cpus=1, pids=64))
             try:
                 os.close(await self.open_read(handle, str(secret)))
-            except errors.Unauthorized:
+            except errors.PermissionDenied:
                 return
             finally:
                 await self.destroy(handle)

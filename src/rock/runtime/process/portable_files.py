@@ -16,7 +16,8 @@ from rock.guest.init.remove import remove_tree
 from rock.runtime.base import FileStat
 
 _ERRORS: dict[int, type[errors.RockError]] = {
-    errno.ENOENT: errors.NotFound, errno.EACCES: errors.Unauthorized, errno.EPERM: errors.Unauthorized,
+    errno.ENOENT: errors.NotFound, errno.EACCES: errors.PermissionDenied,
+    errno.EPERM: errors.PermissionDenied, errno.EROFS: errors.PermissionDenied,
     errno.EEXIST: errors.Conflict, errno.ENOTDIR: errors.Conflict, errno.EISDIR: errors.Conflict,
     errno.ENOTEMPTY: errors.Conflict, errno.ENOSPC: errors.StorageFull, errno.EDQUOT: errors.StorageFull,
 }  # fmt: skip
@@ -51,7 +52,7 @@ def _regular(fd: int, path: str) -> int:
         return fd
     os.close(fd)
     if modes.S_ISDIR(mode):
-        raise errors.Conflict(f"is a folder: {path!r}")
+        raise errors.InvalidConfig(f"{path!r} is a folder, not a file")
     raise errors.InvalidConfig(f"not a regular file: {path!r}")
 
 
@@ -66,7 +67,7 @@ def open_write(path: str, *, append: bool, mode: int | None, parents: bool) -> t
         except FileNotFoundError:
             old = None
         if old is not None and modes.S_ISDIR(old.st_mode):
-            raise errors.Conflict(f"is a folder: {path!r}")
+            raise errors.InvalidConfig(f"{path!r} is a folder, not a file")
         if old is not None and not modes.S_ISREG(old.st_mode):
             raise errors.InvalidConfig(f"not a regular file: {path!r}")
         if append:

@@ -1,6 +1,6 @@
-"""Files of a sandbox, under ROCK's path: `sandbox.fs` is one of these."""
+"""`FileSystem` under ROCK's import path: the class of `sandbox.fs`."""
 
-from rock.sdk.sandbox.filesystem import FileSystem
+from rock.sdk.sandbox.files import Files as FileSystem
 
 LinuxFileSystem = FileSystem
 

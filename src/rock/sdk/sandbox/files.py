@@ -1,104 +1,309 @@
-"""ROCK's calls for files, over `sandbox.fs`."""
+"""Files in a sandbox: `sandbox.files`."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
+import posixpath
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, TypeVar
 
 from rock import errors
 from rock.protocol.action import (
-    ReadFileRequest,
-    ReadFileResponse,
-    UploadMode,
-    UploadRequest,
-    UploadResponse,
-    WriteFileRequest,
-    WriteFileResponse,
+    BashObservation,
+    Check,
+    ChmodRequest,
+    ChmodResponse,
+    ChownRequest,
+    ChownResponse,
+    DownloadFileResponse,
+    FileInfo,
 )
-from rock.protocol.sandbox import SandboxConfig
-from rock.sdk.sandbox.filesystem import FileSystem
-from rock.sdk.sandbox.link import Link
+from rock.protocol.node import FileList
+from rock.sdk import primitives
+from rock.sdk.archive import CHUNK, FileSource, FolderSource, Incoming, Progress, unpack
+from rock.sdk.http import Source
+from rock.sdk.sandbox.link import Link, parse
+from rock.sdk.transport import Download
 
-PORTION = 1 << 20  # bytes of one read
+BINARY = "application/octet-stream"
+TAR = "application/x-tar"
+TRANSFER_TIMEOUT = 300.0  # seconds of silence
+CLEAN_UP = 15.0
+
+R = TypeVar("R", ChmodResponse, ChownResponse)
 
 
-class Files(Link):
-    """Text files, and uploads by path. `fs` has all the rest."""
+class Files:
+    """Files and folders inside, by absolute paths.
 
-    def __init__(self, config: SandboxConfig) -> None:
-        super().__init__(config)
-        self.fs = FileSystem(self)
+    Errors: NotFound, PermissionDenied, Conflict (a file of another kind exists), InvalidConfig (the path is invalid, or
+    is a folder where a file is required). ROCK's name of this object is `sandbox.fs`.
+    """
 
-    async def read_file(self, request: ReadFileRequest | str) -> ReadFileResponse:
-        """A text file, whole. NotFound; InvalidConfig when it is not text in that encoding (UTF-8 by default)."""
-        spec = request if isinstance(request, ReadFileRequest) else ReadFileRequest(path=request)
-        data = await self.fs.read(spec.path)
-        try:
-            return ReadFileResponse(content=data.decode(spec.encoding or "utf-8", spec.errors or "strict"))
-        except (UnicodeDecodeError, LookupError) as error:
-            raise errors.InvalidConfig(
-                f"{spec.path} cannot be read as text: {error}", hint="sandbox.fs.read gives bytes"
-            ) from None
+    def __init__(self, link: Link) -> None:
+        self._link = link
 
-    async def read_file_by_line_range(
+    # ---- content
+
+    async def read(self, path: str, offset: int = 0, length: int | None = None, user: str | None = None) -> bytes:
+        """Bytes of a file, from an offset on, at most `length`."""
+        target = self._link._path("read_file", path=path, offset=offset or None, length=length, user=user)
+        return await self._link._transport.call("GET", target, timeout=TRANSFER_TIMEOUT)
+
+    async def read_text(self, path: str, encoding: str = "utf-8", errors: str = "strict") -> str:
+        """A text file. UnicodeDecodeError when it is not in that encoding."""
+        return (await self.read(path)).decode(encoding, errors)
+
+    async def write(
         self,
-        file_path: str,
-        start_line: int | None = None,
-        end_line: int | None = None,
-        lines_per_request: int = 1000,
-        session: str | None = None,
-    ) -> ReadFileResponse:
-        """Lines of a text file, counted from 1, both ends included; None is the first, or the last of the file.
+        path: str,
+        data: bytes | str | Source,
+        *,
+        append: bool = False,
+        mode: int | None = None,
+        user: str | None = None,
+    ) -> FileInfo:
+        """Write a file: missing parent folders are made, and an old file is replaced at once. `mode`: like 0o755."""
+        body = data.encode() if isinstance(data, str) else data
+        octal = None if mode is None else f"{mode:o}"
+        target = self._link._path("write_file", path=path, append=append or None, mode=octal, user=user)
+        return await self._put(target, body, BINARY)
 
-        `lines_per_request` and `session` are of no effect: the file is read once, as far as it is asked for.
+    async def append(self, path: str, data: bytes | str) -> FileInfo:
+        """Add to the end of a file, which is made when it is missing."""
+        return await self.write(path, data, append=True)
+
+    # ---- names
+
+    async def list(self, path: str) -> list[FileInfo]:
+        """What is in a folder, by name."""
+        found: list[FileInfo] = []
+        offset: int | None = None
+        while True:
+            target = self._link._path("list_files", path=path, offset=offset)
+            page = parse(FileList, await self._link._call("list_files", target))
+            found += page.items
+            offset = page.next
+            if offset is None:
+                return found
+
+    async def stat(self, path: str, follow: bool = True) -> FileInfo:
+        """One file; with `follow`, what a symbolic link leads to."""
+        target = self._link._path("stat_file", path=path, follow=follow)
+        return parse(FileInfo, await self._link._call("stat_file", target))
+
+    async def exists(self, path: str) -> bool:
+        try:
+            await self.stat(path, follow=False)
+        except errors.NotFound:
+            return False
+        return True
+
+    async def remove(self, path: str, recursive: bool = False) -> None:
+        """Remove a file, or a folder: with all that is in it when `recursive`."""
+        await self._link._call("remove_file", self._link._path("remove_file", path=path, recursive=recursive or None))
+
+    async def mkdir(self, path: str, parents: bool = True, mode: int = 0o755) -> FileInfo:
+        """Make a folder; with `parents`, one that exists is no error."""
+        body = {"path": path, "parents": parents, "mode": f"{mode:o}"}
+        return parse(FileInfo, await self._link._call("make_dir", self._link._path("make_dir"), body))
+
+    async def move(self, source: str, target: str) -> FileInfo:
+        """Rename; what is at the target is replaced."""
+        body = {"source": source, "target": target}
+        return parse(FileInfo, await self._link._call("move_file", self._link._path("move_file"), body))
+
+    async def chmod(
+        self, request: ChmodRequest | str | Sequence[str], mode: str | int = "755", recursive: bool = False
+    ) -> ChmodResponse:
+        """Change modes: of a request, or of a path or paths; `mode` is octal text or a number like 0o644.
+
+        What cannot be done to the paths of a request is told (`success` is False), as ROCK does; else it is raised.
         """
-        first = 1 if start_line is None else start_line
-        if first < 1:
-            raise errors.InvalidConfig(f"start_line({first}) must be positive")
-        if end_line is not None and end_line < first:
-            raise errors.InvalidConfig(f"end_line({end_line}) must be greater than start_line({first})")
-        if not 1 <= lines_per_request <= 10_000:
-            raise errors.InvalidConfig(f"lines_per_request({lines_per_request}) must be between 1 and 10000")
-        kept: list[bytes] = []
-        offset = before = 0  # bytes that were read, and line ends among them
-        while end_line is None or before < end_line:
-            part = await self.fs.read(file_path, offset, PORTION)
-            if not part:
-                break
-            lines = part.split(b"\n")
-            skip = max(0, first - 1 - before)
-            wanted = lines[skip : None if end_line is None else end_line - before]
-            if wanted:  # each has its line end, but the last of the part
-                kept.append(b"\n".join(wanted) + (b"\n" if skip + len(wanted) < len(lines) else b""))
-            before += len(lines) - 1
-            offset += len(part)
-        return ReadFileResponse(content=b"".join(kept).decode("utf-8", "replace"))
+        if isinstance(request, ChmodRequest):
+            return await self._told("chmod", request, ChmodResponse)
+        octal = f"{mode:o}" if isinstance(mode, int) else mode
+        return await self._done(
+            "chmod", ChmodRequest(paths=_paths(request), mode=octal, recursive=recursive), ChmodResponse
+        )
 
-    async def write_file(self, request: WriteFileRequest) -> WriteFileResponse:
-        """Write a text file; missing parent folders are made."""
-        info = await self.fs.write(request.path, request.content)
-        return WriteFileResponse(message=f"{info.size} bytes written to {info.path}")
+    async def chown(
+        self, request: ChownRequest | str | Sequence[str], user: str = "root", recursive: bool = False
+    ) -> ChownResponse:
+        """Change owners, and groups to the owner's own: of a request, or of a path or paths. Failures as of `chmod`."""
+        if isinstance(request, ChownRequest):
+            return await self._told("chown", request, ChownResponse)
+        return await self._done(
+            "chown", ChownRequest(remote_user=user, paths=_paths(request), recursive=recursive), ChownResponse
+        )
 
-    async def write_file_by_path(self, content: str, path: str) -> WriteFileResponse:
-        """`write_file` without a request."""
-        return await self.write_file(WriteFileRequest(content=content, path=path))
+    async def _done(self, name: str, request: ChownRequest | ChmodRequest, kind: type[R]) -> R:
+        return parse(kind, await self._link._call(name, self._link._path(name), request.model_dump()) or {})
 
-    async def upload(self, request: UploadRequest) -> UploadResponse:
-        """Copy a local file or folder in. A missing local file is told (`success` is False), as ROCK does."""
-        source = Path(request.source_path)
-        if request.upload_mode is UploadMode.OSS:
-            message = 'object storage is not used here: upload_mode is "auto" or "direct"'
-            return UploadResponse(success=False, message=message)
-        if source.is_dir():
-            await self.fs.upload_dir(source, request.target_path, merge=True, check="raise")
-        elif source.is_file():
-            await self.fs.upload_file(source, request.target_path)
+    async def _told(self, name: str, request: ChownRequest | ChmodRequest, kind: type[R]) -> R:
+        if not request.paths:
+            raise errors.InvalidConfig("paths is empty")
+        try:
+            return await self._done(name, request, kind)
+        except errors.ClientError as error:
+            return kind(success=False, message=str(error))
+
+    # ---- transfers
+
+    async def upload(
+        self, local_path: str | os.PathLike[str], remote_path: str, *, progress: Progress | None = None
+    ) -> None:
+        """Copy a local file or folder to `remote_path`. A folder is merged into an existing folder of that path.
+        FileNotFoundError. progress: called with the number of bytes of each piece."""
+        if await primitives.in_thread(os.path.isdir, local_path):
+            await self.upload_dir(local_path, remote_path, merge=True, check="raise", progress=progress)
         else:
-            return UploadResponse(success=False, message=f"File not found: {request.source_path}")
-        return UploadResponse(message=f"uploaded to {request.target_path}", file_name=source.name)
+            await self.upload_file(local_path, remote_path, progress=progress)
 
-    async def upload_by_path(
-        self, file_path: str, target_path: str, upload_mode: UploadMode | str = UploadMode.AUTO
-    ) -> UploadResponse:
-        """`upload` without a request."""
-        mode = UploadMode(upload_mode)
-        return await self.upload(UploadRequest(source_path=file_path, target_path=target_path, upload_mode=mode))
+    async def download(
+        self, remote_path: str, local_path: str | os.PathLike[str], *, progress: Progress | None = None
+    ) -> None:
+        """Copy a file or folder of the sandbox to `local_path`. progress: called with the number of bytes of each
+        piece."""
+        if (await self.stat(remote_path)).kind == "directory":
+            await self.download_dir(remote_path, local_path, progress=progress)
+        else:
+            await self.download_file(remote_path, local_path, progress=progress)
+
+    async def upload_file(
+        self,
+        local_path: str | os.PathLike[str],
+        remote_path: str,
+        *,
+        mode: int | None = None,
+        progress: Progress | None = None,
+    ) -> FileInfo:
+        """Copy a local file in, of any size, with its mode unless another is given. FileNotFoundError."""
+        source = FileSource(local_path, progress)
+        if mode is None:
+            mode = os.stat(local_path).st_mode & 0o777
+        return await self.write(remote_path, source, mode=mode)
+
+    async def download_file(
+        self, remote_path: str, local_path: str | os.PathLike[str], *, progress: Progress | None = None
+    ) -> DownloadFileResponse:
+        """Copy a file out, of any size. The local file is replaced at once, when all has come."""
+        place = Path(local_path)
+        if await primitives.in_thread(place.is_dir):
+            place = place / PurePosixPath(remote_path).name
+        target = self._link._path("read_file", path=remote_path)
+        async with await self._link._transport.open("GET", target, timeout=TRANSFER_TIMEOUT) as answer:
+            incoming = await primitives.in_thread(Incoming, place)
+            try:
+                await _pump(answer, incoming.write, progress)
+                await primitives.in_thread(incoming.keep)
+            except BaseException:
+                incoming.drop()
+                raise
+        return DownloadFileResponse(message=str(place))
+
+    async def upload_dir(
+        self,
+        source_dir: str | os.PathLike[str],
+        target_dir: str,
+        extract_timeout: float = 600,
+        *,
+        merge: bool = False,
+        check: Check = "silent",
+        progress: Progress | None = None,
+    ) -> BashObservation:
+        """Copy a local folder in, in place of what is at `target_dir`, which goes when all has come.
+
+        merge: what is at `target_dir` stays, but for files of the same names. extract_timeout: seconds that the server
+        may be silent. What cannot be done is told by `exit_code` 1 and `failure_reason`, as ROCK does, or raised when
+        `check` is "raise".
+        """
+        try:
+            if not target_dir.startswith("/"):
+                raise errors.InvalidConfig(f"target_dir must be absolute path: {target_dir}")
+            source = await primitives.in_thread(_folder, source_dir, progress)
+            if merge:
+                await self._put(self._link._path("upload_dir", path=target_dir), source, TAR, extract_timeout)
+            else:
+                await self._replace_dir(source, posixpath.normpath(target_dir), extract_timeout)
+        except (errors.ClientError, OSError) as error:
+            if check == "raise":
+                raise
+            return BashObservation(exit_code=1, failure_reason=str(error))
+        return BashObservation(output=f"uploaded {source_dir} -> {target_dir}", exit_code=0)
+
+    async def _replace_dir(self, source: Source, target: str, timeout: float) -> None:
+        """Unpack beside the target, then put it in its place: an upload that fails leaves the old one."""
+        if not target.strip("/"):
+            raise errors.InvalidConfig("the whole file system cannot be replaced", hint="merge=True adds to a folder")
+        fresh = f"{posixpath.dirname(target).rstrip('/')}/.rock-upload-{os.urandom(8).hex()}"
+        try:
+            await self._put(self._link._path("upload_dir", path=fresh), source, TAR, timeout)
+            if await self.exists(target):
+                await self.remove(target, recursive=True)
+            await self.move(fresh, target)
+        except BaseException:
+            await primitives.settle(partial(self.remove, fresh, recursive=True), CLEAN_UP)
+            raise
+
+    async def download_dir(
+        self, remote_path: str, local_dir: str | os.PathLike[str], *, progress: Progress | None = None
+    ) -> Sequence[str]:
+        """Copy what is in a folder inside into a local folder, and give the names of what was left out.
+
+        Nothing is ever written outside the local folder: names that climb out are a ServerError; links that lead out,
+        and FIFOs, sockets and devices, are left out.
+        """
+        target = self._link._path("download_dir", path=remote_path)
+        async with await self._link._transport.open("GET", target, timeout=TRANSFER_TIMEOUT) as answer:
+            file: IO[bytes]
+            with tempfile.TemporaryFile() as file:
+                await _pump(answer, file.write, progress)
+                file.seek(0)
+                return await primitives.in_thread(unpack, file, local_dir)
+
+    async def chunks(self, path: str) -> AsyncIterator[bytes]:
+        """The bytes of a file while they come."""
+        target = self._link._path("read_file", path=path)
+        async with await self._link._transport.open("GET", target, timeout=TRANSFER_TIMEOUT) as answer:
+            async for part in answer:
+                yield part
+
+    async def _put(self, target: str, body: bytes | Source, kind: str, timeout: float = TRANSFER_TIMEOUT) -> FileInfo:
+        return parse(
+            FileInfo, await self._link._transport.json_raw("PUT", target, body, timeout=timeout, content_type=kind)
+        )
+
+
+async def _pump(answer: Download, write: Any, progress: Progress | None) -> None:
+    """Carry a body to a file, in portions that are worth a thread's turn."""
+    parts: list[bytes] = []
+    size = 0
+    async for part in answer:
+        parts.append(part)
+        size += len(part)
+        if size >= CHUNK:
+            await primitives.in_thread(write, b"".join(parts) if len(parts) > 1 else parts[0])
+            if progress:
+                progress(size)
+            parts, size = [], 0
+    if parts:
+        await primitives.in_thread(write, b"".join(parts))
+        if progress:
+            progress(size)
+
+
+def _folder(path: str | os.PathLike[str], progress: Progress | None) -> FolderSource:
+    """A local folder to send. FileNotFoundError, NotADirectoryError."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"source_dir not found: {path}")
+    if not os.path.isdir(path):
+        raise NotADirectoryError(f"source_dir must be a directory: {path}")
+    return FolderSource(path, progress)
+
+
+def _paths(paths: str | Sequence[str]) -> Any:
+    return [paths] if isinstance(paths, str) else [*paths]

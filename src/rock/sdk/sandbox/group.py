@@ -6,7 +6,7 @@ import os
 import time
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 from rock import errors
 from rock.protocol.action import BashObservation, GroupInfo
@@ -15,6 +15,7 @@ from rock.protocol.sandbox import BaseConfig, SandboxConfig, SandboxGroupConfig,
 from rock.sdk import primitives
 from rock.sdk.http import query_string
 from rock.sdk.sandbox.link import SLACK, new_id, parse, transport_of
+from rock.sdk.sandbox.options import GroupOptions, config_of
 from rock.sdk.sandbox.sandbox import Sandbox
 
 RETRY_AFTER = 1.0  # seconds
@@ -26,8 +27,14 @@ class SandboxGroup:
     """`config.size` equal sandboxes: `sandbox_list`. All of them run after `start`, or none does; with
     mode="best_effort" those that could be started, and the list is as long as they are many."""
 
-    def __init__(self, config: SandboxGroupConfig | None = None, **fields: Any) -> None:
-        self.config = config or SandboxGroupConfig(**fields)
+    def __init__(
+        self,
+        image: str | SandboxGroupConfig | None = None,
+        *,
+        config: SandboxGroupConfig | None = None,
+        **options: Unpack[GroupOptions],
+    ) -> None:
+        self.config = config_of(SandboxGroupConfig, image, config, options)
         self.group_id: str | None = None
         self._transport = transport_of(self.config)
         self._given = {name: getattr(self.config, name) for name in BaseConfig.model_fields}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -11,14 +12,25 @@ from pydantic import BaseModel
 from rock import errors, settings
 from rock.protocol.keys import tenant_of
 from rock.protocol.routes import ROUTES
-from rock.protocol.sandbox import BaseConfig, SandboxConfig, SandboxInfo
+from rock.protocol.sandbox import BaseConfig, Cause, SandboxConfig, SandboxInfo
 from rock.sdk.http import query_string
 from rock.sdk.transport import ANSWER_TIMEOUT, Transport
 
 M = TypeVar("M", bound=BaseModel)
 
 LATE = 0.5  # seconds after the time of a call in which a silent worker may still answer
+CLEAN_UP = 15.0  # seconds for the request that undoes another
+PAGE = 500  # sandboxes of one request
 SLACK = 30.0  # seconds for an answer to come after the time that the server itself was given
+
+
+_BY_CAUSE: dict[Cause, type[errors.SandboxError]] = {
+    Cause.OUT_OF_MEMORY: errors.OutOfMemory,
+    Cause.DISK_FULL: errors.DiskFull,
+    Cause.LOST: errors.Lost,
+    Cause.EXITED: errors.Exited,
+    Cause.START_FAILED: errors.StartFailed,
+}
 
 
 @lru_cache(maxsize=4096)
@@ -70,6 +82,34 @@ def parse(model: type[M], data: Any) -> M:
         raise errors.ServerError(f"malformed answer: not a {model.__name__}: {error}") from None
 
 
+def end_of(info: SandboxInfo) -> errors.RockError:
+    """The error that stands for a sandbox which does not run any more."""
+    if info.error:
+        body = info.error if isinstance(info.error.get("error"), dict) else {"error": info.error}
+        return errors.from_wire(body)
+    kind = _BY_CAUSE.get(info.cause, errors.Expired) if info.cause else errors.SandboxError
+    reason = info.reason or f"it is {info.state.value}"
+    return kind(f"sandbox {info.sandbox_id} does not run: {reason}", sandbox_id=info.sandbox_id)
+
+
+async def list_sandboxes(
+    transport: Transport, states: str | Iterable[str] | None, limit: int | None, filters: Mapping[str, object]
+) -> list[SandboxInfo]:
+    """Sandboxes, newest first; all when `limit` is None."""
+    joined = states if isinstance(states, str) or states is None else ",".join(states)
+    found: list[SandboxInfo] = []
+    after: str | None = None
+    while limit is None or len(found) < limit:
+        size = PAGE if limit is None else min(PAGE, limit - len(found))
+        query: dict[str, object] = {"state": joined, "limit": size, "after": after, **filters}
+        page = await transport.json("GET", ROUTES["list_sandboxes"].path + query_string(query))
+        found += [parse(SandboxInfo, item) for item in page["items"]]
+        after = page.get("next")
+        if after is None:
+            break
+    return found
+
+
 class Link:
     """A sandbox as an address: `config`, `sandbox_id`, and calls to it."""
 
@@ -95,8 +135,14 @@ class Link:
 
     def _id(self) -> str:
         if self.sandbox_id is None:
-            raise errors.InvalidConfig("the sandbox was not started", hint="start it, or attach(sandbox_id)")
+            raise errors.InvalidConfig("the sandbox was not started", hint=self._missing())
         return self.sandbox_id
+
+    def _missing(self) -> str:
+        given = self.config.sandbox_id
+        if given is None:
+            return "call start(), or use `async with`"
+        return f"call start() to create it, or use Sandbox.connect({given!r}) if it exists"
 
     def _path(self, name: str, /, session: str = "", process_id: str = "", **query: object) -> str:
         return path(name, self._id(), session, process_id) + query_string(query)

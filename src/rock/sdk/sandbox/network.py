@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from rock import errors
 from rock.protocol.action import BashObservation
 from rock.sdk.sandbox import speedup
+from rock.sdk.sandbox.files import Files
+from rock.sdk.sandbox.processes import Processes
 from rock.sdk.sandbox.speedup import SpeedupType
-
-if TYPE_CHECKING:
-    from rock.sdk.sandbox.session import Sessions
 
 BACKUP = ".backup"
 
@@ -18,8 +15,9 @@ BACKUP = ".backup"
 class Network:
     """Which mirrors the tools inside use. Whether there is a network is `SandboxConfig.network`."""
 
-    def __init__(self, sandbox: Sessions) -> None:
-        self._sandbox = sandbox
+    def __init__(self, files: Files, processes: Processes) -> None:
+        self._files = files
+        self._processes = processes
 
     async def speedup(
         self, speedup_type: SpeedupType | str, speedup_value: str, timeout: float = 300
@@ -45,10 +43,10 @@ class Network:
 
     async def _pip(self, value: str, timeout: float) -> BashObservation:
         text = speedup.pip_config(value)
-        found = await self._sandbox.execute("command -v pip3 || command -v pip", timeout=timeout)
+        found = await self._processes.run("command -v pip3 || command -v pip", timeout=timeout)
         if found.exit_code != 0:
             return _refused("pip is not installed, PIP speedup is not supported", "Precheck failed")
-        fs = self._sandbox.fs
+        fs = self._files
         await fs.write(f"/root/{speedup.PIP_CONFIG}", text)
         users = ["root"]
         homes = await fs.list("/home") if await fs.exists("/home") else []
@@ -64,7 +62,7 @@ class Network:
         return BashObservation(output=f"pip uses {value} for {', '.join(users)}", exit_code=0)
 
     async def _apt(self, value: str) -> BashObservation:
-        fs = self._sandbox.fs
+        fs = self._files
         if not await fs.exists("/etc/debian_version"):
             return _refused("This is not a Debian/Ubuntu system, APT speedup is not supported", "Precheck failed")
         text = speedup.apt_list(value, await fs.read_text("/etc/os-release", errors="replace"))
@@ -75,19 +73,19 @@ class Network:
         return BashObservation(output=f"apt uses:\n{text}", exit_code=0)
 
     async def _github(self, value: str) -> BashObservation:
-        fs = self._sandbox.fs
+        fs = self._files
         old = await fs.read_text(speedup.HOSTS, errors="surrogateescape")
         text = speedup.hosts_with(old, value)
         await self._keep(speedup.HOSTS)
         # By the shell, and in place: /etc/hosts may be mounted by itself, and cannot be replaced then.
-        done = await self._sandbox.execute(["sh", "-c", "cat > /etc/hosts"], stdin=text, timeout=60.0)
+        done = await self._processes.run(["sh", "-c", "cat > /etc/hosts"], stdin=text, timeout=60.0)
         if done.exit_code != 0:
             return _refused(done.stderr, "/etc/hosts is not writable")
         return BashObservation(output=f"{value} {speedup.GITHUB}", exit_code=0)
 
     async def _keep(self, path: str) -> None:
         """Keep a file as it was before the first change, beside it."""
-        fs = self._sandbox.fs
+        fs = self._files
         if await fs.exists(path) and not await fs.exists(path + BACKUP):
             await fs.write(path + BACKUP, await fs.read(path))
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from rock import errors
 from rock.protocol.action import CommandResponse
-
-if TYPE_CHECKING:
-    from rock.sdk.sandbox.process import Programs
+from rock.sdk.sandbox.processes import Processes
 
 TIMEOUT = 60.0  # seconds
 
@@ -24,9 +20,9 @@ exec adduser -D -s "$shell" -- "$1"
 class RemoteUser:
     """Users of the sandbox's own system. `create_session(remote_user=...)` and `execute(user=...)` run as one."""
 
-    def __init__(self, sandbox: Programs) -> None:
+    def __init__(self, processes: Processes) -> None:
         self.current_user = "root"
-        self._sandbox = sandbox
+        self._processes = processes
 
     async def create_remote_user(self, user_name: str) -> bool:
         """Make a user with a home folder; True when it is there. False: its name is none, the image has neither
@@ -36,7 +32,7 @@ class RemoteUser:
             if done.exit_code != 0:
                 return False
         try:
-            await self._sandbox.execute(["true"], user=user_name, timeout=TIMEOUT)
+            await self._processes.run(["true"], user=user_name, timeout=TIMEOUT)
         except errors.Unsupported:
             return False  # an entry in /etc/passwd, that nobody can become
         return True
@@ -46,7 +42,7 @@ class RemoteUser:
         return (await self._run(["id", user_name])).exit_code == 0
 
     async def _run(self, argv: list[str]) -> CommandResponse:
-        return await self._sandbox.execute(argv, timeout=TIMEOUT)
+        return await self._processes.run(argv, timeout=TIMEOUT)
 
 
 LinuxRemoteUser = RemoteUser  # ROCK's name

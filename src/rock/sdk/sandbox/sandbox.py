@@ -1,48 +1,317 @@
-"""`Sandbox`: an isolated computer that somebody asked for."""
+"""`Sandbox`: an isolated computer on a ROCK server."""
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Protocol, Self, Unpack, overload
 
-from rock.protocol.sandbox import SandboxConfig
-from rock.sdk.sandbox.deploy import Deploy
-from rock.sdk.sandbox.files import Files
-from rock.sdk.sandbox.lifecycle import Lifecycle
-from rock.sdk.sandbox.network import Network
-from rock.sdk.sandbox.ports import Ports
-from rock.sdk.sandbox.remote_user import RemoteUser
-from rock.sdk.sandbox.scripts import Scripts
-from rock.sdk.sandbox.session import Sessions
+from rock import errors
+from rock.protocol.action import BashAction, BashObservation, CommandResponse, ConnectionList
+from rock.protocol.routes import ROUTES
+from rock.protocol.sandbox import (
+    BaseConfig,
+    CommitPhase,
+    CommitStatus,
+    SandboxConfig,
+    SandboxInfo,
+    State,
+    Usage,
+)
+from rock.sdk import primitives
+from rock.sdk.sandbox.link import (
+    CLEAN_UP,
+    SLACK,
+    end_of,
+    headers_of,
+    list_sandboxes,
+    new_id,
+    parse,
+    transport_of,
+)
+from rock.sdk.sandbox.options import ConnectOptions, ProgramOptions, RunOptions, SandboxOptions, config_of, reach_of
+from rock.sdk.sandbox.processes import TIMEOUT
+from rock.sdk.sandbox.rock_methods import RockMethods
+from rock.sdk.sandbox.sessions import DEFAULT
+from rock.sdk.sandbox.sessions import TIMEOUT as RUN_TIMEOUT
+from rock.sdk.sandbox.stream import OutputStream
 
-if TYPE_CHECKING:
-    from rock.sdk.sandbox.runtime_env import RuntimeEnv
+POLL = 20.0  # seconds of one long-poll
+UNDO = 5.0
 
 
-class Sandbox(Lifecycle, Sessions, Files, Ports):
-    """One sandbox: `Sandbox(SandboxConfig(...))`, or `Sandbox(image="python:3.11", memory="2g")`.
+class Forward(Protocol):
+    """A forwarded port: `host` and `port` on this machine."""
 
-        async with Sandbox(image="host") as sandbox:
-            seen = await sandbox.arun("echo hello")
+    host: str
 
-    Calls may come from many threads and from any event loop. Every call raises RockError: Unavailable when the server
-    cannot be reached, NotFound when there is no such sandbox, Expired, OutOfMemory, Exited or Lost when it has ended.
+    @property
+    def port(self) -> int: ...
 
-    config, url, sandbox_id, host_name, host_ip, cluster: where it is. fs: its files. process: scripts. remote_user:
-    users inside. deploy: a local folder as its working folder. network: mirrors. runtime_envs: Python and Node that
-    were put there, by `runtime_env_id`.
+
+class Sandbox(RockMethods):
+    """One sandbox, from an image and typed options.
+
+        async with Sandbox("python:3.11", memory="2g", idle_timeout=600) as sandbox:
+            result = await sandbox.run("echo hello")
+
+    `Sandbox(SandboxConfig(...))` uses a configuration of ROCK. `options.py` documents all options.
+
+    files: read, write, list, upload and download files. sessions: shells that keep their state. processes: background
+    processes. config: the configuration. sandbox_id: None before the start. url: URL of the server. host_name, host_ip,
+    cluster: location of the sandbox.
+
+    Calls are safe from all threads and event loops. Each call raises RockError: Unavailable when the server is
+    unreachable, NotFound when the sandbox does not exist, SandboxStopped, OutOfMemory, Exited or Lost when it has
+    ended. The base class has the methods of the original ROCK, such as `arun` and `execute`.
     """
 
-    def __init__(self, config: SandboxConfig | None = None, **fields: Any) -> None:
-        super().__init__(config or SandboxConfig(**fields))
-        self.process = Scripts(self)
-        self.remote_user = RemoteUser(self)
-        self.deploy = Deploy(self)
-        self.network = Network(self)
-        self.runtime_envs: dict[str, RuntimeEnv] = {}
+    def __init__(
+        self,
+        image: str | SandboxConfig | None = None,
+        *,
+        config: SandboxConfig | None = None,
+        **options: Unpack[SandboxOptions],
+    ) -> None:
+        super().__init__(config_of(SandboxConfig, image, config, options))
 
     def __repr__(self) -> str:
         return f"Sandbox({self.sandbox_id or 'not started'}, image={self.config.image!r})"
+
+    @classmethod
+    async def connect(cls, id_or_name: str, /, **options: Unpack[ConnectOptions]) -> Self:
+        """An existing sandbox by its id or name. NotFound."""
+        sandbox = cls(SandboxConfig(**reach_of(options, "connect")))
+        return await sandbox.attach(id_or_name)
+
+    # ---- life
+
+    async def start(self) -> None:
+        """Create the sandbox and wait until it runs.
+
+        Raises InvalidConfig, Unsupported, ImageError, NoCapacity, QuotaExceeded; StartFailed, also after
+        `startup_timeout` seconds. A start that fails or is cancelled leaves no sandbox behind.
+        """
+        deadline = time.monotonic() + self.config.startup_timeout
+        # The client chooses the id, so that a creation with a lost response can be undone.
+        self.sandbox_id = self.config.sandbox_id or new_id(self.config)
+        key = os.urandom(16).hex()
+        created = False
+        try:
+            info = await self._create(key, deadline)
+            created = True
+            info = await self._launched(info, deadline)
+        except (errors.ClientError, errors.ImageError, errors.NoCapacity):
+            self.sandbox_id = None  # it was rejected: no sandbox exists
+            raise
+        except BaseException as error:
+            if isinstance(error, errors.Unavailable) and error.details.get("unsent") and not created:
+                raise  # no server was reached: there is nothing to undo
+            answered = created or (isinstance(error, errors.RockError) and not isinstance(error, errors.Unavailable))
+            await primitives.settle(self.stop if answered else partial(self._undo, key), CLEAN_UP)
+            raise
+        if info.state is not State.RUNNING:
+            raise end_of(info)
+
+    async def _launched(self, info: SandboxInfo, deadline: float) -> SandboxInfo:
+        """The result of a start. StartFailed after the deadline."""
+        while info.state is State.PENDING:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise self._late(info)
+            info = await self._get(min(left, POLL))
+        return info
+
+    async def stop(self) -> None:
+        """Stop it. Nothing happens when it never started or has ended.
+
+        With `retain` or `archive_after` its files are retained, and `restart` starts it again."""
+        if self.sandbox_id is None:
+            return
+        try:
+            await self._call("stop_sandbox", self._path("stop_sandbox"), wait=CLEAN_UP)
+        except (errors.NotFound, errors.SandboxError):
+            return
+
+    async def delete(self) -> None:
+        """Stop it, and delete its record and its retained files. Nothing happens when it does not exist."""
+        if self.sandbox_id is None:
+            return
+        try:
+            await self._call("delete_sandbox", self._path("delete_sandbox", force=True), wait=CLEAN_UP)
+        except errors.NotFound:
+            return
+
+    async def restart(self) -> None:
+        """Start a stopped or archived sandbox again with its retained files, without its sessions and processes.
+
+        Conflict: it runs, or its files were not retained. Other errors are those of `start`; the sandbox then keeps its
+        state.
+        """
+        deadline = time.monotonic() + self.config.startup_timeout
+        key = os.urandom(16).hex()
+        wait = max(0.0, min(deadline - time.monotonic(), POLL))
+        target = self._path("restart_sandbox", wait=round(wait, 3))
+        info = await self._begin("restart_sandbox", target, None, wait, key, deadline)
+        info = await self._launched(info, deadline)
+        if info.state is not State.RUNNING:
+            raise end_of(info)
+
+    async def archive(self, timeout: float = 3600.0) -> None:
+        """Move the files of a stopped sandbox to the server's archive and wait for the end. `restart` restores them.
+
+        Conflict: it runs, or its files were not retained. InvalidConfig: they cannot be archived; the sandbox
+        then stays stopped. Unavailable after `timeout` seconds; archiving continues.
+        """
+        deadline = time.monotonic() + timeout
+        key = os.urandom(16).hex()
+        while True:
+            wait = max(0.0, min(deadline - time.monotonic(), POLL))
+            info = await self._info(
+                "archive_sandbox", self._path("archive_sandbox", wait=round(wait, 3)), wait=wait or 1.0, key=key
+            )
+            if info.state is State.ARCHIVED:
+                return
+            if info.state is not State.ARCHIVING:
+                raise end_of(info)
+            if time.monotonic() >= deadline:
+                raise errors.Unavailable(f"sandbox {info.sandbox_id} is not archived yet", sandbox_id=info.sandbox_id)
+
+    async def commit(
+        self,
+        image_tag: str,
+        username: str | None = None,
+        password: str | None = None,
+        timeout: float = 3600.0,
+        *,
+        push: bool | None = None,
+    ) -> CommitStatus:
+        """Create an image of its image and its written files under a name, and wait for the end.
+
+        A running sandbox is paused while its files are read; a stopped one needs retained files. push: push it to the
+        registry in the name; the default is to push if a username is given. The error has `details["stage"]`.
+        Conflict: a commit under another name is in progress. Unavailable after `timeout` seconds; the commit continues.
+        """
+        deadline = time.monotonic() + timeout
+        status = await self.commit_async(image_tag, username, password, push=push)
+        while status.phase is CommitPhase.RUNNING:
+            wait = min(deadline - time.monotonic(), POLL)
+            if wait <= 0:
+                raise errors.Unavailable(f"{image_tag} is not complete yet", sandbox_id=self.sandbox_id)
+            status = await self.get_commit_status(wait)
+        if status.phase is CommitPhase.FAILED:
+            raise errors.from_wire(status.error or {})
+        return status
+
+    async def info(self, *, wait: float | None = None, usage: bool = False) -> SandboxInfo:
+        """Its state on the server. wait: seconds to wait while it is pending. usage: measure its usage."""
+        return await self._get(wait, usage)
+
+    async def usage(self) -> Usage:
+        """Its current usage of memory, CPU, processes and disk."""
+        return (await self._get(usage=True)).usage or Usage()
+
+    async def egress_log(self) -> ConnectionList:
+        """Its connections over network "nat", allowed and rejected, oldest first; also after its stop."""
+        return parse(ConnectionList, await self._call("list_connections", self._path("list_connections")))
+
+    # ---- programs
+
+    async def run(
+        self,
+        command: str,
+        *,
+        session: str = DEFAULT,
+        timeout: float | None = RUN_TIMEOUT,
+        check: bool = False,
+        **options: Unpack[RunOptions],
+    ) -> BashObservation:
+        """Run a command line in a session, which keeps its working directory and variables.
+
+        timeout: seconds after which the command is killed; the result then has `timed_out`, and the session stays
+        usable. None is no limit. check: raise CommandFailed for an exit code other than 0, and CommandTimeout.
+        The other options are those of `RunOptions`. SessionClosed: the shell of the session has ended.
+        """
+        return await self.sessions.run(command, session=session, timeout=timeout, check=check, **options)
+
+    async def exec(
+        self,
+        command: str | Sequence[str],
+        *,
+        timeout: float | None = TIMEOUT,
+        check: bool = False,
+        **options: Unpack[ProgramOptions],
+    ) -> CommandResponse:
+        """Run one program, independent of sessions. A list is an argv; a string is run by the image's shell.
+
+        timeout: seconds after which its process tree is killed; None is no limit. check: raise CommandFailed for an
+        exit code other than 0, and CommandTimeout. The other options are those of `ProgramOptions`.
+        """
+        return await self.processes.run(command, timeout=timeout, check=check, **options)
+
+    @overload
+    def stream(
+        self, command: str, *, session: str, timeout: float | None = ..., **options: Unpack[RunOptions]
+    ) -> OutputStream: ...
+
+    @overload
+    def stream(self, command: BashAction) -> OutputStream: ...
+
+    @overload
+    def stream(
+        self,
+        command: str | Sequence[str],
+        *,
+        session: None = None,
+        timeout: float | None = ...,
+        **options: Unpack[ProgramOptions],
+    ) -> OutputStream: ...
+
+    def stream(
+        self, command: Any, *, session: str | None = None, timeout: float | None = RUN_TIMEOUT, **options: Any
+    ) -> OutputStream:
+        """The output of a program while it runs, or of a command in a session with `session`.
+
+            async for chunk in sandbox.stream("make"):
+                print(chunk.text, end="")
+
+        The options are those of `exec` or of `run`.
+        """
+        if isinstance(command, BashAction):
+            return self.sessions.stream_of(command)
+        if session is not None:
+            return self.sessions.stream(command, session=session, timeout=timeout, **options)
+        return self.processes.stream(command, timeout=timeout, **options)
+
+    # ---- ports
+
+    def port_url(self, port: int) -> str:
+        """URL of an HTTP or WebSocket server on a port of the sandbox. Requests need the server's API key."""
+        return self.url + ROUTES["port"].url(sandbox_id=self._id(), port=_checked(port, 1), rest="")
+
+    @asynccontextmanager
+    async def port_forward(self, remote: int, local: int = 0) -> AsyncIterator[Forward]:
+        """Forward port `local` of this machine to port `remote` of the sandbox; 0 selects a free port.
+
+            async with sandbox.port_forward(5432) as forward:
+                connect(forward.host, forward.port)
+
+        Conflict: `local` is in use.
+        """
+        _checked(local, 0)
+        target = ROUTES["tunnel"].url(sandbox_id=self._id(), port=_checked(remote, 1))
+        from rock.sdk.forward import PortForward  # its WebSocket library takes a third of the import time of the SDK
+
+        forward = PortForward(self.url, target, headers_of(self.config), local)
+        await primitives.in_thread(forward.open)
+        try:
+            yield forward
+        finally:
+            await primitives.in_thread(forward.close)
 
     async def __aenter__(self) -> Self:
         if self.sandbox_id is None:
@@ -53,3 +322,72 @@ class Sandbox(Lifecycle, Sessions, Files, Ports):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.stop()
+
+    async def _create(self, key: str, deadline: float) -> SandboxInfo:
+        wait = max(0.0, min(deadline - time.monotonic(), POLL))
+        target = ROUTES["create_sandbox"].path + f"?wait={wait:.3f}"
+        return await self._begin("create_sandbox", target, self._spec(), wait, key, deadline)
+
+    async def _begin(
+        self, name: str, target: str, body: Any, wait: float, key: str, deadline: float
+    ) -> SandboxInfo:
+        """Ask for a start, which its key keeps one, until `deadline`: a time of the monotonic clock."""
+        left = max(1.0, deadline - time.monotonic())
+        timeout = (wait or 1.0) + SLACK
+        answer = await self._transport.json(ROUTES[name].method, target, body, timeout=timeout, key=key, deadline=left)
+        return self._known(parse(SandboxInfo, answer))
+
+    def _spec(self) -> dict[str, Any]:
+        """What was set, and nothing else: the server knows the rest."""
+        config = self.config.model_dump(mode="json", exclude_unset=True, include=set(SandboxConfig.model_fields))
+        return {**config, "sandbox_id": self._id()}
+
+    async def _undo(self, key: str) -> None:
+        """Stop what a creation made, or may yet make, whose answer never came: asking again with its key shows it."""
+        try:
+            await self._transport.json("POST", ROUTES["create_sandbox"].path, self._spec(), timeout=UNDO, key=key)
+        except errors.Conflict:
+            if self.config.sandbox_id is not None:
+                return  # somebody else's
+        except errors.RockError:
+            pass
+        await self.stop()
+
+    async def _get(self, wait: float | None = None, usage: bool = False) -> SandboxInfo:
+        target = self._path("get_sandbox", wait=wait and round(wait, 3), usage=usage or None)
+        return await self._info("get_sandbox", target, wait=wait or 0.0)
+
+    def _late(self, info: SandboxInfo) -> errors.StartFailed:
+        running = ((name, phase.message) for name, phase in info.phases.items() if phase.status == "running")
+        at = next((f"; it is in phase {name!r}: {message}" for name, message in running), "")
+        return errors.StartFailed(
+            f"the sandbox did not run within startup_timeout={self.config.startup_timeout:g} seconds{at}",
+            sandbox_id=info.sandbox_id,
+        )
+
+    @classmethod
+    async def list(
+        cls,
+        *,
+        states: str | Iterable[str] | None = None,
+        labels: Mapping[str, str] | None = None,
+        limit: int | None = None,
+        filters: Mapping[str, str] | None = None,
+        **options: Unpack[ConnectOptions],
+    ) -> list[SandboxInfo]:
+        """Sandboxes on the server, newest first.
+
+        states: names of states; None is all. labels: only sandboxes with all of these labels. filters: equality of
+        `image`, `user_id`, `experiment_id`, `namespace`. limit: maximum number.
+        """
+        reach = BaseConfig(**reach_of(options, "list"))
+        query: dict[str, object] = {**(filters or {})}
+        if labels:
+            query["label"] = [f"{name}={value}" for name, value in labels.items()]
+        return await list_sandboxes(transport_of(reach), states, limit, query)
+
+
+def _checked(port: int, lowest: int) -> str:
+    if not lowest <= port < 65536:
+        raise errors.InvalidConfig(f"{port} is not a port", hint=f"use a number from {lowest} to 65535")
+    return str(port)

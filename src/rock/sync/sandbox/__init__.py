@@ -5,7 +5,7 @@
 from rock.protocol.action import RunMode, RunModeType
 from rock.protocol.sandbox import SandboxConfig, SandboxGroupConfig
 from rock.sync.sandbox.group import SandboxGroup
-from rock.sync.sandbox.process import Process
+from rock.sync.sandbox.processes import Process
 from rock.sync.sandbox.sandbox import Sandbox
 
 __all__ = ["Process", "RunMode", "RunModeType", "Sandbox", "SandboxConfig", "SandboxGroup", "SandboxGroupConfig"]

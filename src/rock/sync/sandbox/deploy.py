@@ -6,13 +6,10 @@ from __future__ import annotations
 
 import os
 import re
-from typing import TYPE_CHECKING
 
 from rock import errors
 from rock.sync import primitives
-
-if TYPE_CHECKING:
-    from rock.sync.sandbox.files import Files
+from rock.sync.sandbox.files import Files
 
 _NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 _PLACE = re.compile(rf"\$(?:(?P<dollar>\$)|(?P<plain>{_NAME})|\{{(?P<braced>{_NAME})\}})|<<(?P<angled>{_NAME})>>")
@@ -21,8 +18,8 @@ _PLACE = re.compile(rf"\$(?:(?P<dollar>\$)|(?P<plain>{_NAME})|\{{(?P<braced>{_NA
 class Deploy:
     """The working folder of a sandbox."""
 
-    def __init__(self, sandbox: Files) -> None:
-        self._sandbox = sandbox
+    def __init__(self, files: Files) -> None:
+        self._files = files
         self._working_dir: str | None = None
 
     @property
@@ -41,7 +38,7 @@ class Deploy:
         target = target_path or f"/tmp/rock_workdir_{os.urandom(16).hex()}"
         if not target.startswith("/"):
             raise errors.InvalidConfig(f"target_path must be absolute: {target}")
-        self._sandbox.fs.upload_dir(local, target, check="raise")
+        self._files.upload_dir(local, target, check="raise")
         self._working_dir = target
         return target
 

@@ -4,13 +4,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from rock import errors
 from rock.protocol.action import CommandResponse
-
-if TYPE_CHECKING:
-    from rock.sync.sandbox.process import Programs
+from rock.sync.sandbox.processes import Processes
 
 TIMEOUT = 60.0  # seconds
 
@@ -26,9 +22,9 @@ exec adduser -D -s "$shell" -- "$1"
 class RemoteUser:
     """Users of the sandbox's own system. `create_session(remote_user=...)` and `execute(user=...)` run as one."""
 
-    def __init__(self, sandbox: Programs) -> None:
+    def __init__(self, processes: Processes) -> None:
         self.current_user = "root"
-        self._sandbox = sandbox
+        self._processes = processes
 
     def create_remote_user(self, user_name: str) -> bool:
         """Make a user with a home folder; True when it is there. False: its name is none, the image has neither
@@ -38,7 +34,7 @@ class RemoteUser:
             if done.exit_code != 0:
                 return False
         try:
-            self._sandbox.execute(["true"], user=user_name, timeout=TIMEOUT)
+            self._processes.run(["true"], user=user_name, timeout=TIMEOUT)
         except errors.Unsupported:
             return False  # an entry in /etc/passwd, that nobody can become
         return True
@@ -48,7 +44,7 @@ class RemoteUser:
         return (self._run(["id", user_name])).exit_code == 0
 
     def _run(self, argv: list[str]) -> CommandResponse:
-        return self._sandbox.execute(argv, timeout=TIMEOUT)
+        return self._processes.run(argv, timeout=TIMEOUT)
 
 
 LinuxRemoteUser = RemoteUser  # ROCK's name

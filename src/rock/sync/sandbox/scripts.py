@@ -6,22 +6,29 @@ from __future__ import annotations
 
 import shlex
 import time
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from rock import errors
 from rock.protocol.action import BashObservation
 from rock.sync import primitives
-
-if TYPE_CHECKING:
-    from rock.sync.sandbox.session import Sessions
+from rock.sync.sandbox.files import Files
 
 CLEAN_UP = 15.0  # seconds
 
 
-class Scripts:
-    """Scripts of a shell. A program by itself is `sandbox.execute`, one in the background `sandbox.start_process`."""
+class Runs(Protocol):
+    """ROCK's `arun`."""
 
-    def __init__(self, sandbox: Sessions) -> None:
+    def arun(
+        self, cmd: str, session: str | None, wait_timeout: float | None, wait_interval: float, mode: str, /
+    ) -> BashObservation: ...
+
+
+class Scripts:
+    """Shell scripts. `sandbox.exec` runs one program, `sandbox.processes.start` a background process."""
+
+    def __init__(self, files: Files, sandbox: Runs) -> None:
+        self._files = files
         self._sandbox = sandbox
 
     def execute_script(
@@ -40,7 +47,7 @@ class Scripts:
         path = f"/tmp/{script_name or f'script_{time.time_ns()}.sh'}"
         word = shlex.quote(path)
         command = f"if command -v bash > /dev/null 2>&1; then exec bash {word}; else exec sh {word}; fi"
-        self._sandbox.fs.write(path, script_content)
+        self._files.write(path, script_content)
         try:
             return self._sandbox.arun(command, None, wait_timeout, wait_interval, "nohup")
         finally:
@@ -49,6 +56,6 @@ class Scripts:
 
     def _remove(self, path: str) -> None:
         try:
-            self._sandbox.fs.remove(path)
+            self._files.remove(path)
         except errors.NotFound:
             return  # the script removed itself

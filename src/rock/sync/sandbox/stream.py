@@ -1,9 +1,10 @@
 # GENERATED from src/rock/sdk/sandbox/stream.py by tools/unasync.py: do not edit.
 # ruff: noqa: E501, I001, RUF100, UP028
-"""Output while it comes: `for chunk in sandbox.stream("make")`."""
+"""The output of a command while it runs: `for chunk in sandbox.stream("make")`."""
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -19,22 +20,38 @@ from rock.sync.transport import Download, decode
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of output: the exact bytes, as they came."""
+    """A piece of output. data: the exact bytes. text: the same decoded as UTF-8 with replacement; a character that is
+    split between two chunks is whole in the later one."""
 
     kind: Literal["stdout", "stderr"]
     data: bytes
+    text: str
 
-    @property
-    def text(self) -> str:
-        """The bytes as UTF-8; what is none is replaced (a character may be cut at the end of a piece)."""
-        return self.data.decode("utf-8", "replace")
+
+_decoder = getincrementaldecoder("utf-8")
+
+
+class Decoding:
+    """Chunks of one output, with whole characters."""
+
+    def __init__(self) -> None:
+        self._decoders = {"stdout": _decoder("replace"), "stderr": _decoder("replace")}
+
+    def chunk(self, kind: Literal["stdout", "stderr"], data: bytes) -> Chunk:
+        return Chunk(kind, data, self._decoders[kind].decode(data))
+
+    def end(self) -> list[Chunk]:
+        """The replacement characters of what ended within a character."""
+        kinds: tuple[Literal["stdout", "stderr"], ...] = ("stdout", "stderr")
+        left = [Chunk(kind, b"", self._decoders[kind].decode(b"", True)) for kind in kinds]
+        return [chunk for chunk in left if chunk.text]
 
 
 class OutputStream:
-    """The output of one command. It starts with the first step of the iteration.
+    """The output of one command, which starts with the first step of the iteration.
 
-    `result`: the outcome, once the iteration has ended; it has the exit status, and not the output that was streamed.
-    Leaving early (`close`, or the end of an `with`) ends the command as well.
+    `result`: the result after the end of the iteration, with the exit code and without the output. `close`, or the end
+    of an `with`, before the end of the output kills the command.
     """
 
     result: CommandResponse | BashObservation | None
@@ -49,6 +66,7 @@ class OutputStream:
         self._answer = answer
         self._parser = FrameParser()
         self._chunks: list[Chunk] = []
+        self._decoding = Decoding()
         self._download: Download | None = None
 
     def __iter__(self) -> Self:
@@ -62,7 +80,7 @@ class OutputStream:
         return self._chunks.pop(0)
 
     def wait(self) -> CommandResponse | BashObservation:
-        """Pass over the rest of the output, and give the outcome."""
+        """Skip the rest of the output and return the result."""
         for _ in self:
             pass
         assert self.result is not None
@@ -97,13 +115,14 @@ class OutputStream:
             raise errors.ServerError(f"malformed stream: {error}") from None
         for kind, payload in frames:
             if kind is Frame.STDOUT:
-                self._chunks.append(Chunk("stdout", payload))
+                self._chunks.append(self._decoding.chunk("stdout", payload))
             elif kind is Frame.STDERR:
-                self._chunks.append(Chunk("stderr", payload))
+                self._chunks.append(self._decoding.chunk("stderr", payload))
             elif kind is Frame.RESULT:
                 self.result = parse(self._answer, decode(payload))
+                self._chunks += self._decoding.end()
             else:
                 self.close()
                 raise errors.from_wire(decode(payload))
         if self.result is not None:
-            self._download.read()  # the end of the body: the connection can be used again
+            self._download.read()  # to the end of the body, so that the connection is reusable

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from rock import settings
 from rock.protocol.action import BashObservation, CreateBashSessionRequest
-from rock.sdk.sandbox.process import raise_if_failed
+from rock.sdk.sandbox.processes import raise_if_failed
 from rock.sdk.sandbox.runtime_env.config import RuntimeEnvConfig
 
 if TYPE_CHECKING:

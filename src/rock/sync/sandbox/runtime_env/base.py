@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from rock import settings
 from rock.protocol.action import BashObservation, CreateBashSessionRequest
-from rock.sync.sandbox.process import raise_if_failed
+from rock.sync.sandbox.processes import raise_if_failed
 from rock.sync.sandbox.runtime_env.config import RuntimeEnvConfig
 
 if TYPE_CHECKING:

@@ -1,0 +1,529 @@
+# GENERATED from src/rock/sdk/sandbox/rock_methods.py by tools/unasync.py: do not edit.
+# ruff: noqa: E501, I001, RUF100, UP028
+"""The methods of the original ROCK on `Sandbox`. Each forwards to a method of this SDK; use those in new code."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from abc import abstractmethod
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self, Unpack
+
+from rock import errors
+from rock.protocol.action import (
+    BACKGROUND_PID,
+    MAX_OUTPUT,
+    BashAction,
+    BashObservation,
+    Check,
+    CloseBashSessionRequest,
+    CloseBashSessionResponse,
+    CloseResponse,
+    Command,
+    CommandResponse,
+    CreateBashSessionRequest,
+    CreateBashSessionResponse,
+    ExecuteBashSessionResponse,
+    IsAliveResponse,
+    ReadFileRequest,
+    ReadFileResponse,
+    SandboxStatusResponse,
+    StateTransitionRecord,
+    UploadMode,
+    UploadRequest,
+    UploadResponse,
+    WriteFileRequest,
+    WriteFileResponse,
+)
+from rock.protocol.sandbox import CommitStatus, SandboxConfig, SandboxInfo
+from rock.sync import primitives
+from rock.sync.sandbox.deploy import Deploy
+from rock.sync.sandbox.files import Files
+from rock.sync.sandbox.link import Link, parse
+from rock.sync.sandbox.network import Network
+from rock.sync.sandbox.options import ProgramOptions
+from rock.sync.sandbox.processes import LOG_PORTION, TIMEOUT, Process, Processes, raise_if_failed
+from rock.sync.sandbox.remote_user import RemoteUser
+from rock.sync.sandbox.scripts import Scripts
+from rock.sync.sandbox.sessions import DEFAULT, Sessions
+
+PORTION = 1 << 20  # bytes of one read
+_PHASES = {"image": "image_pull", "sandbox": "docker_run"}  # ROCK's names
+
+
+class RockMethods(Link):
+    """ROCK's flat methods, and its parts.
+
+    fs: `files`. process: scripts. remote_user: users inside. deploy: a local folder as the working folder inside.
+    network: mirrors of package managers. runtime_envs: installed Python and Node.js, by `runtime_env_id`.
+    """
+
+    def __init__(self, config: SandboxConfig) -> None:
+        super().__init__(config)
+        self.files = Files(self)
+        self.sessions = Sessions(self)
+        self.processes = Processes(self)
+        self.fs = self.files
+        self.process = Scripts(self.files, self)
+        self.remote_user = RemoteUser(self.processes)
+        self.deploy = Deploy(self.files)
+        self.network = Network(self.files, self.processes)
+        self.runtime_envs: dict[str, Any] = {}
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Stop it."""
+
+    def _get(self, wait: float | None = None, usage: bool = False) -> SandboxInfo:
+        target = self._path("get_sandbox", wait=wait and round(wait, 3), usage=usage or None)
+        return self._info("get_sandbox", target, wait=wait or 0.0)
+
+    # ---- life
+
+    def attach(self, sandbox_id: str) -> Self:
+        """`Sandbox.connect` for this object. NotFound."""
+        before, self.sandbox_id = self.sandbox_id, sandbox_id
+        try:
+            self.sandbox_id = (self._get()).sandbox_id
+        except BaseException:
+            self.sandbox_id = before
+            raise
+        return self
+
+    def get_status(self, include_all_states: bool = False) -> SandboxStatusResponse:
+        """`info` in ROCK's format."""
+        info = self._get()
+        return SandboxStatusResponse(
+            sandbox_id=info.sandbox_id,
+            status={
+                _PHASES.get(name, name): {"status": phase.status, "message": phase.message}
+                for name, phase in info.phases.items()
+            },
+            state=info.state.value,
+            is_alive=info.is_alive,
+            host_name=info.host_name,
+            host_ip=info.host_ip,
+            image=info.image,
+            cpus=info.cpus,
+            memory=info.memory,
+            user_id=info.user_id,
+            experiment_id=info.experiment_id,
+            namespace=info.namespace,
+            num_gpus=self.config.num_gpus,
+            accelerator_type=self.config.accelerator_type,
+            disk=self.config.disk,
+            disk_limit_rootfs=self.config.disk,
+            create_time=_iso(info.created_at),
+            start_time=_iso(info.started_at),
+            stop_time=_iso(info.stopped_at),
+            archive_time=_iso(info.archived_at),
+            delete_time=_iso(info.deleted_at),
+            auto_stop_time=_iso(info.auto_stop_at),
+            auto_archive_time=_iso(info.auto_archive_at),
+            auto_delete_time=_iso(info.auto_delete_at),
+            state_history=[
+                StateTransitionRecord(from_state=step.from_state.value, to_state=step.to_state.value, event=step.event,
+                                      timestamp=_iso(step.timestamp))
+                for step in info.state_history
+            ],
+            info=info.model_dump(mode="json"),
+        )
+
+    def is_alive(self) -> IsAliveResponse:
+        """Whether it runs; the result is truthy if it does. A sandbox that does not exist is not alive."""
+        try:
+            info = self._get()
+        except errors.NotFound as error:
+            return IsAliveResponse(is_alive=False, message=error.message)
+        return IsAliveResponse(is_alive=info.is_alive, message=(info.host_name if info.is_alive else info.reason) or "")
+
+    def close(self) -> CloseResponse:
+        """`stop`; `success` is False after an error."""
+        try:
+            self.stop()
+        except errors.RockError as error:
+            return CloseResponse(success=False, message=str(error))
+        return CloseResponse()
+
+    def commit_async(
+        self,
+        image_tag: str,
+        username: str | None = None,
+        password: str | None = None,
+        *,
+        push: bool | None = None,
+    ) -> CommitStatus:
+        """Begin a `commit`; `get_commit_status` returns its progress."""
+        spec = {"image_tag": image_tag, "registry_username": username or None, "registry_password": password or None,
+                "push": bool(username) if push is None else push}  # fmt: skip
+        answer = self._call("commit_sandbox", self._path("commit_sandbox"), spec)
+        return parse(CommitStatus, answer)
+
+    def get_commit_status(self, wait: float | None = None) -> CommitStatus:
+        """The last commit, after at most `wait` seconds while it is in progress. NotFound: there was none."""
+        target = self._path("get_commit", wait=wait and round(wait, 3))
+        return parse(CommitStatus, self._call("get_commit", target, wait=wait or 0.0))
+
+    # ---- programs
+
+    def execute(
+        self, command: Command | str | list[str], *, timeout: float | None = TIMEOUT, check: bool = False,
+        **options: Unpack[ProgramOptions],
+    ) -> CommandResponse:
+        """`exec`."""
+        if isinstance(command, Command):
+            return self.processes.execute(command, check)
+        return self.processes.run(command, timeout=timeout, check=check, **options)
+
+    def create_session(
+        self, request: CreateBashSessionRequest | None = None, **fields: Any
+    ) -> CreateBashSessionResponse:
+        """`sessions.create` with a request, or with its fields."""
+        return self.sessions.open(request or CreateBashSessionRequest(**fields))
+
+    def close_session(self, request: CloseBashSessionRequest | str) -> CloseBashSessionResponse:
+        """`sessions.close`."""
+        return self.sessions.close(request if isinstance(request, str) else request.session)
+
+    def arun(
+        self,
+        cmd: str,
+        session: str | None = None,
+        wait_timeout: float | None = 300,
+        wait_interval: float = 10,
+        mode: str = "normal",
+        response_limited_bytes_in_nohup: int | None = None,
+        ignore_output: bool = False,
+        output_file: str | None = None,
+        *,
+        check: Check = "silent",
+        timeout: float | None = None,
+        separate: bool = False,
+        max_output_bytes: int | None = None,
+    ) -> BashObservation:
+        """Run a command line in a session ("default" when None) and give what was seen, with its true exit status.
+
+        wait_timeout, timeout: two names for the limit in seconds; after it the command is killed and the observation
+            says `timed_out`; the session stays usable. None for wait_timeout is no limit.
+        check: "raise" makes a status other than 0 CommandFailed, and a timeout CommandTimeout.
+        separate: stdout in `output`, stderr in `stderr`. max_output_bytes: more is cut out of the middle, and counted.
+        mode: "nohup" runs it in the background, in the session's folder and environment; a timeout then leaves it
+            running. output_file: a file inside that gets all of its output. response_limited_bytes_in_nohup: no more
+            than so much is sent back. ignore_output: nothing is; `output` says where it is and how large. wait_interval
+            has no effect: the end of the command is told when it comes.
+        """
+        limit = wait_timeout if timeout is None else timeout
+        if mode == "normal":
+            body: dict[str, Any] = {"command": cmd, "timeout": limit, "check": "silent"}
+            if separate:
+                body["separate"] = True
+            if max_output_bytes is not None:
+                body["max_output_bytes"] = max_output_bytes
+            seen = self.sessions.send(session or DEFAULT, body, limit)
+        elif mode == "nohup":
+            seen = run_nohup(
+                self, cmd, session, limit, output_file, response_limited_bytes_in_nohup, ignore_output
+            )
+        else:
+            raise errors.InvalidConfig(f"Unsupported arun mode: {mode}", hint='it is "normal" or "nohup"')
+        if check == "raise":
+            raise_if_failed(cmd, seen, seen.output, "", self.sandbox_id)
+        return seen
+
+    def run_nohup_and_wait(
+        self,
+        cmd: str,
+        redirect_file_path: str = "/dev/null",
+        wait_timeout: float | None = 300,
+        wait_interval: float = 10,
+    ) -> ExecuteBashSessionResponse:
+        """ROCK's older form of `arun(mode="nohup")`, with the output in a file: `success` is an end with status 0."""
+        try:
+            seen = self.arun(
+                cmd, None, wait_timeout, wait_interval, "nohup", ignore_output=True, output_file=redirect_file_path
+            )
+        except errors.RockError as error:
+            return ExecuteBashSessionResponse(success=False, message=str(error))
+        return ExecuteBashSessionResponse(
+            success=seen.exit_code == 0, message=seen.failure_reason or f"exit code {seen.exit_code}"
+        )
+
+    def start_nohup_process(
+        self, cmd: str, tmp_file: str, session: str
+    ) -> tuple[int | None, BashObservation | None]:
+        """Start a command in the background of a session, its output to `tmp_file`: (pid, None), or (None, what the
+        session saw) where that failed. `arun(mode="nohup")` does the whole and gives the true exit status."""
+        return start_in_session(self, cmd, tmp_file, session)
+
+    def wait_for_process_completion(
+        self, pid: int, session: str, wait_timeout: float, wait_interval: float = 10
+    ) -> tuple[bool, str]:
+        """Wait for the end of such a process: (whether it ended within `wait_timeout` seconds, a sentence about it).
+        wait_interval has no effect: it is looked at once a second or more often."""
+        return wait_in_session(self, pid, session, wait_timeout)
+
+    def handle_nohup_output(
+        self,
+        tmp_file: str,
+        session: str,
+        success: bool,
+        message: str,
+        ignore_output: bool = False,
+        response_limited_bytes_in_nohup: int | None = None,
+    ) -> BashObservation:
+        """What such a process wrote, as an observation; `success` and `message` are of `wait_for_process_completion`.
+        As in ROCK its exit_code is 0 after every end: the status of the process is not known."""
+        return output_of_session(
+            self, tmp_file, success, message, ignore_output, response_limited_bytes_in_nohup
+        )
+
+    def run_in_session(self, action: BashAction) -> BashObservation:
+        """`run` with a request; its `check` is "raise" by default."""
+        return self.sessions.act(action)
+
+    # ---- files
+
+    def read_file(self, request: ReadFileRequest | str) -> ReadFileResponse:
+        """`files.read_text`. InvalidConfig: it is not text in the encoding of the request (UTF-8 by default)."""
+        spec = request if isinstance(request, ReadFileRequest) else ReadFileRequest(path=request)
+        data = self.files.read(spec.path)
+        try:
+            return ReadFileResponse(content=data.decode(spec.encoding or "utf-8", spec.errors or "strict"))
+        except (UnicodeDecodeError, LookupError) as error:
+            raise errors.InvalidConfig(
+                f"{spec.path} cannot be read as text: {error}", hint="sandbox.files.read returns bytes"
+            ) from None
+
+    def read_file_by_line_range(
+        self,
+        file_path: str,
+        start_line: int | None = None,
+        end_line: int | None = None,
+        lines_per_request: int = 1000,
+        session: str | None = None,
+    ) -> ReadFileResponse:
+        """Lines `start_line` to `end_line` of a text file, counted from 1; None is the first or the last line.
+
+        `lines_per_request` and `session` have no effect.
+        """
+        first = 1 if start_line is None else start_line
+        if first < 1:
+            raise errors.InvalidConfig(f"start_line({first}) must be positive")
+        if end_line is not None and end_line < first:
+            raise errors.InvalidConfig(f"end_line({end_line}) must be greater than start_line({first})")
+        if not 1 <= lines_per_request <= 10_000:
+            raise errors.InvalidConfig(f"lines_per_request({lines_per_request}) must be between 1 and 10000")
+        kept: list[bytes] = []
+        offset = before = 0  # bytes that were read, and line ends among them
+        while end_line is None or before < end_line:
+            part = self.files.read(file_path, offset, PORTION)
+            if not part:
+                break
+            lines = part.split(b"\n")
+            skip = max(0, first - 1 - before)
+            wanted = lines[skip : None if end_line is None else end_line - before]
+            if wanted:  # each has its line end, but the last of the part
+                kept.append(b"\n".join(wanted) + (b"\n" if skip + len(wanted) < len(lines) else b""))
+            before += len(lines) - 1
+            offset += len(part)
+        return ReadFileResponse(content=b"".join(kept).decode("utf-8", "replace"))
+
+    def write_file(self, request: WriteFileRequest) -> WriteFileResponse:
+        """`files.write`."""
+        info = self.files.write(request.path, request.content)
+        return WriteFileResponse(message=f"{info.size} bytes written to {info.path}")
+
+    def write_file_by_path(self, content: str, path: str) -> WriteFileResponse:
+        """`write_file` without a request."""
+        return self.write_file(WriteFileRequest(content=content, path=path))
+
+    def upload(self, request: UploadRequest) -> UploadResponse:
+        """`files.upload`; `success` is False if the local file is missing, as in ROCK."""
+        source = Path(request.source_path)
+        if request.upload_mode is UploadMode.OSS:
+            message = 'the server has no object storage: use upload_mode "auto" or "direct"'
+            return UploadResponse(success=False, message=message)
+        if source.is_dir():
+            self.files.upload_dir(source, request.target_path, merge=True, check="raise")
+        elif source.is_file():
+            self.files.upload_file(source, request.target_path)
+        else:
+            return UploadResponse(success=False, message=f"File not found: {request.source_path}")
+        return UploadResponse(message=f"uploaded to {request.target_path}", file_name=source.name)
+
+    def upload_by_path(
+        self, file_path: str, target_path: str, upload_mode: UploadMode | str = UploadMode.AUTO
+    ) -> UploadResponse:
+        """`upload` without a request."""
+        mode = UploadMode(upload_mode)
+        return self.upload(UploadRequest(source_path=file_path, target_path=target_path, upload_mode=mode))
+
+
+def _iso(seconds: float | None) -> str | None:
+    """A time of the epoch as ROCK has it: ISO 8601 to the second, in UTC."""
+    return None if not seconds else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
+
+
+# ---- commands in the background ----
+#
+# `arun(mode="nohup")`: a command in the background of a sandbox, waited for, with its true exit status.
+
+_START = 30.0  # seconds for a command of the session that is over at once
+# Its arguments: the command, the file for its output ("" is none), and the shell ("" is bash, or sh).
+SCRIPT = """
+if [ -n "$2" ]; then
+    case $2 in */*) mkdir -p -- "${2%/*}" || exit 125 ;; esac
+    exec > "$2" || exit 125
+fi
+exec 2>&1
+shell=$3
+if [ -z "$shell" ]; then
+    if command -v bash > /dev/null 2>&1; then shell=bash; else shell=sh; fi
+fi
+exec "$shell" -c "$1"
+"""
+
+
+def run_nohup(
+    sandbox: RockMethods,
+    cmd: str,
+    session: str | None,
+    timeout: float | None,
+    output_file: str | None,
+    limit: int | None,
+    ignore_output: bool,
+) -> BashObservation:
+    """Start, wait, and read what came. After a timeout `exit_code` is None and the process is left running."""
+    started = time.monotonic()
+    if ignore_output and not output_file:
+        output_file = f"/tmp/tmp_{time.time_ns()}.out"
+    process = sandbox.processes.begin(_command(sandbox, cmd, session, output_file))
+    info = process.wait(timeout)
+    seen = BashObservation(exit_code=info.exit_code)
+    if info.running:
+        took = time.monotonic() - started
+        seen.timed_out = True
+        seen.failure_reason = (
+            f"Process {info.pid} did not complete within {took:.1f}s (timeout: {timeout:g}s); "
+            f"it is left running as process {info.process_id}"
+        )
+    elif info.exit_code is None:
+        seen.failure_reason = f"Process {info.pid} ended and its exit status is not known"
+    if ignore_output:
+        assert output_file is not None
+        seen.output = _where(sandbox, output_file, seen)
+    else:
+        data, size = _read(sandbox, process, output_file, MAX_OUTPUT if limit is None else limit)
+        seen.output = data.decode("utf-8", "replace")
+        seen.dropped_bytes = max(0, size - len(data))
+    if not info.running:
+        process.forget()
+    seen.duration = time.monotonic() - started
+    return seen
+
+
+# ---- ROCK's three steps of the same, for code that takes them one by one: the process is a job of the session's shell.
+
+
+def start_in_session(
+    sandbox: RockMethods, cmd: str, tmp_file: str, session: str
+) -> tuple[int | None, BashObservation | None]:
+    """(pid, None), or (None, what the session saw) where it could not be started."""
+    line = f"{cmd} < /dev/null > {shlex.quote(tmp_file)} 2>&1 & echo PIDSTART${{!}}PIDEND; disown 2>/dev/null || :"
+    seen = sandbox.arun(line, session, _START)
+    found = BACKGROUND_PID.search(seen.output)
+    if found is None:
+        seen.failure_reason = seen.failure_reason or "the command could not be started in the background"
+        return None, seen
+    return int(found[1]), None
+
+
+def wait_in_session(sandbox: RockMethods, pid: int, session: str, timeout: float) -> tuple[bool, str]:
+    """(True, how long it took) when the process ended in time, else (False, why not)."""
+    started, pause = time.monotonic(), 0.02
+    while True:
+        alive = (sandbox.arun(f"kill -0 {int(pid)}", session, _START)).exit_code == 0
+        took = time.monotonic() - started
+        if not alive:
+            return True, f"Process completed successfully in {took:.1f}s"
+        if took + pause > timeout:
+            return False, f"Process {pid} did not complete within {took:.1f}s (timeout: {timeout:g}s)"
+        primitives.sleep(pause)
+        pause = min(pause * 1.5, 1.0)
+
+
+def output_of_session(
+    sandbox: RockMethods, tmp_file: str, success: bool, message: str, ignore_output: bool, limit: int | None
+) -> BashObservation:
+    """The output file as an observation: exit_code 0 after a success, as in ROCK, which does not know the status."""
+    seen = BashObservation(exit_code=0 if success else 1, failure_reason="" if success else message)
+    if ignore_output:
+        seen.output = _where(sandbox, tmp_file, seen)
+        return seen
+    try:
+        size = (sandbox.files.stat(tmp_file)).size
+        data = sandbox.files.read(tmp_file, length=MAX_OUTPUT if limit is None else limit)
+    except errors.NotFound:
+        size, data = 0, b""
+    seen.output = data.decode("utf-8", "replace")
+    seen.dropped_bytes = max(0, size - len(data))
+    return seen
+
+
+def _command(sandbox: RockMethods, cmd: str, session: str | None, output_file: str | None) -> Command:
+    """The command as a program of its own, in the folder, environment, user and shell of its session if it has one."""
+    argv = ["sh", "-c", SCRIPT, "sh", cmd, output_file or "", ""]
+    if session is None:
+        return Command(command=argv, timeout=None)
+    info = next((found for found in sandbox.sessions.list() if found.session == session), None)
+    if info is None:
+        raise errors.NotFound(f"session {session!r} does not exist", sandbox_id=sandbox.sandbox_id)
+    told = sandbox.arun("pwd; env -0", session, 30, check="raise")
+    folder, _, rest = told.output_bytes.partition(b"\n")
+    pairs = (pair.partition(b"=") for pair in rest.split(b"\0") if b"=" in pair)
+    env = {_text(name): _text(value) for name, _, value in pairs}
+    argv[-1] = info.shell
+    return Command(command=argv, timeout=None, env=env, cwd=_text(folder), user=info.user)
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "replace")
+
+
+def _read(sandbox: RockMethods, process: Process, output_file: str | None, limit: int) -> tuple[bytes, int]:
+    """The first `limit` bytes of the output, and how many there are in all."""
+    if output_file:
+        try:
+            size = (sandbox.files.stat(output_file)).size
+            return sandbox.files.read(output_file, length=limit), size
+        except errors.NotFound:
+            return b"", 0  # the command moved it away
+    parts: list[bytes] = []
+    got = 0
+    while got < limit:
+        part = process.logs(offset=got, limit=min(LOG_PORTION, limit - got))
+        if not part.data:
+            break
+        parts.append(part.data)
+        got += len(part.data)
+    return b"".join(parts), max(process.info.stdout_size, got)
+
+
+def _where(sandbox: RockMethods, output_file: str, seen: BashObservation) -> str:
+    """ROCK's block of text for an output that is not sent back."""
+    try:
+        size = f"{(sandbox.files.stat(output_file)).size} bytes"
+    except errors.NotFound:
+        size = "unknown"
+    status = "running" if seen.timed_out else "completed" if seen.exit_code == 0 else "failed"
+    detail = seen.failure_reason or f"exit code {seen.exit_code}"
+    return (
+        "Command executed in nohup mode without streaming the log content.\n"
+        f"Status: {status}\n"
+        f"Output file: {output_file}\n"
+        f"File size: {size}\n"
+        "Read it with sandbox.fs.read, or download it with sandbox.fs.download_file.\n"
+        f"Detail: {detail}\n"
+    )
