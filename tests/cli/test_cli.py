@@ -99,7 +99,7 @@ def test_wrong_calls(arguments: list[str]) -> None:
         (["run", "--memory", "much", "host", "true"], "memory: Invalid memory size: much"),
         (["run", "--network", "wifi", "host", "true"], "network: "),
         (["run", "-e", "NOVALUE", "host", "true"], "'NOVALUE' is not K=V"),
-        (["--base-url", "nonsense", "ps"], "is not a URL like http://host:8080"),
+        (["--base-url", "nonsense", "ps"], "write it like http://host:8080"),
         (["cp", "xx:relative", "."], "has to be absolute"),
     ],
 )
