@@ -107,7 +107,9 @@ class RelayedCalls:
         """The client of a call has disconnected. Only this server and the server that made the id know it."""
         caller_of(scope)
         if not call or len(call) > _LONGEST:
-            await failure(InvalidConfig("this is no id of a call")).send(send)
+            await failure(InvalidConfig("the id of the call to cancel is missing or too long",
+                                        hint=f"pass the id that was sent with the call, 1 to {_LONGEST} "
+                                             "bytes")).send(send)
             return
         left = self._left.get(call)
         if left is not None:
