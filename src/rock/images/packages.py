@@ -148,7 +148,9 @@ def packages_folder(rootfs: RootFS) -> Path:
     """The folder of the packages on this machine, for programs outside of a sandbox; NotFound without any."""
     link = Path(rootfs.layers[0], FOLDER, "current")
     if not link.is_symlink():
-        raise NotFound(f"image {rootfs.name} has no environment packages")
+        raise NotFound(f"image {rootfs.name} has no environment packages",
+                       hint="build the image with `rock image build`, or choose an image that has the environment's "
+                            "packages")
     return link.parent / os.readlink(link)
 
 

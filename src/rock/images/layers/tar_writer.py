@@ -285,7 +285,8 @@ def unpack(chunks: Iterator[bytes], parts: Sequence[Part], *, one_owner: bool) -
             if entry.kind is Kind.HARDLINK:
                 target_place, _, entry.target = _placed(writers, entry.target)
                 if target_place != place:
-                    raise ImageError("the archive has a hard link between file systems")
+                    raise ImageError("the archive has a hard link between two file systems of the sandbox",
+                                     hint="copy the file instead of linking it")
             writer.add(entry, tar.data())
         for _, writer in writers:
             writer.finish()

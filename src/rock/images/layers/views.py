@@ -83,7 +83,8 @@ class Merged:
             if node.is_link and (todo or follow):
                 links += 1
                 if links > _MOST_LINKS:
-                    raise ImageError(f"{os.fsdecode(path)[:200]!r} in the image leads round in links")
+                    raise ImageError(f"the symbolic links of {os.fsdecode(path)[:200]!r} in the image form a loop",
+                                     hint="correct the symbolic link in the image")
                 target = os.readlink(node.real)
                 if target.startswith(b"/"):
                     trail = [self._root]
@@ -125,7 +126,8 @@ class Merged:
         """The first bytes of a file as text. NotFound when it is not a file."""
         node = self.find(path)
         if node is None or not node.is_file:
-            raise NotFound(f"the image has no file {os.fsdecode(path)}")
+            raise NotFound(f"the image has no file {os.fsdecode(path)!r}",
+                           hint="check the path in a sandbox of the image, for example with `ls`")
         with open(open_file(node), "rb") as file:
             return file.read(limit).decode("utf-8", "replace")
 

@@ -30,6 +30,7 @@ _AT_ONCE = 4
 _LARGEST_CONFIG = 16 << 20
 _MOST_LAYERS = 512
 _DEEPEST = 4
+INVALID_IMAGE = "check the image's name; if it is right, push the image to the registry again"
 _STEP = 16 << 20  # bytes between two progress messages
 PULLS = REGISTRY.counter("rock_image_pulls_total", "Pulls of images from registries: done or failed", "outcome")
 PULLED = REGISTRY.counter("rock_image_pulled_bytes_total", "Bytes of layers that came from registries")
@@ -86,15 +87,18 @@ class Pull:
             chosen = choose(str(self._reference.familiar), manifest["manifests"])
             body, digest = self._manifest(chosen)
         else:
-            raise ImageError(f"{self._reference.familiar}: its indexes are nested more than {_DEEPEST} deep")
+            raise ImageError(f"{self._reference.familiar}: the indexes are nested more than {_DEEPEST} levels deep",
+                             hint="pull the manifest of this platform by its digest, as in NAME@sha256:...")
         self._keep(digest, body)
         config = _row(manifest.get("config"))
         if config["size"] > _LARGEST_CONFIG:
-            raise ImageError(f"{self._reference.familiar}: its config has {config['size']} bytes")
+            raise ImageError(f"{self._reference.familiar}: the config has {config['size']} bytes, more than the limit "
+                             f"of {_LARGEST_CONFIG}", hint=INVALID_IMAGE)
         self._fetch(config)
         layers = manifest.get("layers")
         if not isinstance(layers, list) or len(layers) > _MOST_LAYERS:
-            raise ImageError(f"{self._reference.familiar}: its manifest has no usable list of layers")
+            raise ImageError(f"{self._reference.familiar}: the manifest has no list of layers, or more than "
+                             f"{_MOST_LAYERS}", hint=INVALID_IMAGE)
         self._layers([_row(layer) for layer in layers], self._diff_ids(config["digest"]))
         name = {"org.opencontainers.image.ref.name": self._reference.familiar}
         row = {"mediaType": manifest.get("mediaType", ""), "digest": digest, "size": len(body), "annotations": name}
@@ -159,17 +163,17 @@ def _object(raw: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise ImageError("the registry sent something else than a description of an image")
+        raise ImageError("the registry returned a manifest that is not a JSON object", hint=INVALID_IMAGE)
     return found
 
 
 def _row(value: Any) -> dict[str, Any]:
     """A descriptor with valid digest and size, whose content is in the registry."""
     if not isinstance(value, dict):
-        raise ImageError("the image's manifest is not what it should be")
+        raise ImageError("a descriptor in the image's manifest is not a JSON object", hint=INVALID_IMAGE)
     digest, size = value.get("digest"), value.get("size")
     if not isinstance(digest, str) or len(digest) != 71 or not digest.startswith("sha256:") or not digest[7:].isalnum():
-        raise ImageError("the image's manifest has a digest that is not sha256")
+        raise ImageError("the image's manifest has a digest that is not sha256", hint=INVALID_IMAGE)
     if type(size) is not int or not 0 <= size < 1 << 44:
-        raise ImageError("the image's manifest has a blob without a size")
+        raise ImageError("the image's manifest has a blob without a valid size", hint=INVALID_IMAGE)
     return {"digest": digest, "size": size}

@@ -125,7 +125,8 @@ def _note(infos: list[LayerInfo]) -> str:
 def _chosen(path: Path, images: list[Archived], name: str | None) -> list[tuple[Archived, tuple[str, ...]]]:
     """The images of an archive to add, and their names."""
     if not images:
-        raise ImageError(f"{path} has no image")
+        raise ImageError(f"{path} contains no image",
+                         hint="make it with `docker save`, or import a root file system with a name")
     there = [n for image in images for n in image.names]
     if name is None:
         unnamed = any(not image.names for image in images)
@@ -202,6 +203,7 @@ class Transfers:
         with closing(target), storing(f"sending {record.name}"), locked(self._gate, shared=True):
             for diff in record.layers:  # the gate prevents their removal
                 if not self._layers.has(diff):
-                    raise ImageError(f"image {record.name} was removed")
+                    raise ImageError(f"image {record.name} was removed while it was sent",
+                                     hint="pull or import the image again, then push it")
             with self._layers.scratch() as scratch:
                 return Push(record, self._layers, target, scratch, progress, ready).run()
