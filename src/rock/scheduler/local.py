@@ -295,13 +295,16 @@ def _never(config: SandboxConfig, statuses: list[NodeStatus]) -> RockError:
     cpus = max(status.cpus for status in statuses)
     total = max(status.memory_total for status in statuses)
     if config.cpus > cpus:
-        return InvalidConfig(f"Requested CPUs {config.cpus} exceed the maximum allowed {cpus}")
+        return InvalidConfig(f"Requested CPUs {config.cpus} exceed the maximum allowed {cpus}",
+                             hint="request fewer CPUs, or add a larger worker")
     if config.memory_bytes > total:
-        return InvalidConfig(f"Requested memory {config.memory} exceeds the largest machine's {total / (1 << 30):.1f}g")
+        return InvalidConfig(f"Requested memory {config.memory} exceeds the largest machine's {total / (1 << 30):.1f}g",
+                             hint="request less memory, or add a larger worker")
     if config.num_gpus or config.accelerator_type:
         kinds = sorted({kind for status in statuses for kind in status.accelerators})
         return Unsupported(
             f"no worker has {config.num_gpus or 1:g} {config.accelerator_type or 'GPU'}: the accelerators here are "
             f"{', '.join(kinds) or 'none'}", hint="leave num_gpus and accelerator_type unset",
         )  # fmt: skip
-    return InvalidConfig(f"no machine has both {config.cpus:g} CPUs and {config.memory}")
+    return InvalidConfig(f"no worker has both {config.cpus:g} CPUs and {config.memory} of memory",
+                         hint="request fewer CPUs or less memory, or add a larger worker")

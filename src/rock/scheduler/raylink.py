@@ -44,7 +44,8 @@ def bundle_of(config: SandboxConfig) -> dict[str, float]:
             except ValueError:
                 amount = 0.0
             if not 0 < amount < 1e9:
-                raise InvalidConfig(f"label {name}={text!r}: it says how much of a resource, as in {name}=1")
+                raise InvalidConfig(f"label {name}={text!r} is not an amount of the Ray resource",
+                                    hint=f"give a positive number, as in {name}=1")
             found[name.removeprefix(RESOURCE_LABEL)] = amount
     return found
 

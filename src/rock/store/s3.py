@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from rock.errors import InvalidConfig, NotFound, RockError, ServerError, StorageFull, Unavailable
-from rock.store.blobs import CHUNK, check_name
+from rock.store.blobs import CHUNK, NO_ARCHIVE, check_name
 
 log = logging.getLogger("rock.store")
 
@@ -36,6 +36,7 @@ _PAUSE = 0.2  # seconds; doubled with each attempt
 _TIMEOUT = 60.0
 _LONGEST_ANSWER = 8 << 20  # bytes of XML
 _EMPTY = hashlib.sha256(b"").hexdigest()
+S3_HINT = "check the service and the server's ROCK_ARCHIVE and ROCK_S3_* settings, then try again"  # of errors
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 
@@ -145,10 +146,10 @@ class S3Blobs:
         try:
             connection, reply = await asyncio.to_thread(self._open, Request("GET", self._key(name)))
         except (OSError, http.client.HTTPException) as error:
-            raise Unavailable(f"{self.place.endpoint} does not answer: {error!r}") from None
+            raise Unavailable(f"{self.place.endpoint} does not respond: {error!r}", hint=S3_HINT) from None
         try:
             if reply.status == 404:
-                raise NotFound(f"there is no archive {name}")
+                raise NotFound(f"there is no archive {name}, or it was removed", hint=NO_ARCHIVE)
             if reply.status != 200:
                 raise self._told(reply.status, await asyncio.to_thread(reply.read, _LONGEST_ANSWER))
             left = reply.length
@@ -156,7 +157,8 @@ class S3Blobs:
                 left = None if left is None else left - len(part)
                 yield part
             if left:
-                raise Unavailable(f"{self.place.endpoint} broke off in the middle of an archive")
+                raise Unavailable(f"{self.place.endpoint} closed the connection in the middle of an archive",
+                                  hint=S3_HINT)
         finally:
             connection.close()
 
@@ -229,7 +231,7 @@ class S3Blobs:
             try:
                 status, headers, body = await asyncio.to_thread(self._exchange, request)
             except (OSError, http.client.HTTPException) as error:
-                failure: RockError = Unavailable(f"{self.place.endpoint} does not answer: {error!r}")
+                failure: RockError = Unavailable(f"{self.place.endpoint} does not respond: {error!r}", hint=S3_HINT)
             else:
                 if status < 300 or (missing and status == 404):
                     if answered is not None:
@@ -272,7 +274,8 @@ class S3Blobs:
         try:
             return await asyncio.to_thread(reply.read, CHUNK)
         except (OSError, http.client.HTTPException) as error:
-            raise Unavailable(f"{self.place.endpoint} broke off in the middle of an archive: {error!r}") from None
+            raise Unavailable(f"{self.place.endpoint} closed the connection in the middle of an archive: {error!r}",
+                              hint=S3_HINT) from None
 
     def _told(self, status: int, body: bytes) -> RockError:
         """The ROCK error for a response, with the error code of the service."""
@@ -282,9 +285,9 @@ class S3Blobs:
             code, message = _text(found, "Code") or "", _text(found, "Message") or ""
         text = f"bucket {self.place.bucket} at {self.place.endpoint}: HTTP {status} {code} {message[:200]}".rstrip()
         if status == 507 or code in ("QuotaExceeded", "EntityTooLarge", "XMinioStorageFull"):
-            return StorageFull(text)
+            return StorageFull(text, hint="raise the quota of the bucket, or delete archives of sandboxes")
         if status >= 500 or status == 429:
-            return Unavailable(text)
+            return Unavailable(text, hint=S3_HINT)
         return ServerError(text, hint="look at ROCK_ARCHIVE and ROCK_S3_* of the server")
 
 

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from rock import faults
-from rock.errors import NotFound, RockError, StorageFull, Unavailable
+from rock.errors import RockError, StorageFull, Unavailable
 from rock.protocol.keys import KeyInfo, Quota
 from rock.protocol.node import Beat, JoinWorker, WorkerInfo
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State, kept
 from rock.store import base
 from rock.store.base import (
+    CLOSED,
     COLUMNS,
     Lease,
     Query,
@@ -34,6 +35,7 @@ from rock.store.base import (
     id_taken,
     loaded,
     next_epoch,
+    no_key,
     not_lost,
     ordered,
     over,
@@ -200,18 +202,19 @@ class SqliteStore:
         if "full" in str(error) or "disk I/O" in str(error):
             hint = "free some space on the server"
             return StorageFull(f"the store {self.path} cannot be written: {error}", hint=hint)
-        return Unavailable(f"the store {self.path} does not answer: {error}")
+        return Unavailable(f"the store {self.path} does not respond: {error}",
+                           hint="check the file and the disk of the server with `rock doctor`, then try again")
 
     @property
     def _open_db(self) -> sqlite3.Connection:
         if self._db is None:
-            raise Unavailable("the store is closed")
+            raise Unavailable("the store is closed", hint=CLOSED)
         return self._db
 
     @property
     def _open_db_aside(self) -> sqlite3.Connection:
         if self._side is None:
-            raise Unavailable("the store is closed")
+            raise Unavailable("the store is closed", hint=CLOSED)
         return self._side
 
     # ---- records ----
@@ -435,7 +438,7 @@ class SqliteStore:
         with _transaction(self._open_db, "IMMEDIATE"):
             found = self._open_db.execute("SELECT info FROM api_key WHERE id = ?", (key_id,)).fetchone()
             if found is None:
-                raise NotFound(f"there is no key {key_id}")
+                raise no_key(key_id)
             info = KeyInfo.model_validate_json(found[0])
             if info.revoked_at is None:
                 info = info.model_copy(update={"revoked_at": at})
