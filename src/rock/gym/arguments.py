@@ -93,7 +93,8 @@ class Arguments:
                     setattr(limits, name, value)
                 except ValidationError as error:
                     told = error.errors()[0]["msg"].removeprefix("Value error, ")
-                    raise errors.InvalidConfig(f"{name}={value!r}: {told}") from None
+                    raise errors.InvalidConfig(f"{name}={value!r} is invalid: {told}",
+                                               hint="see rock.SandboxConfig, as in memory='2g', cpus=1") from None
         self.limits = limits
 
     def refuse(self, what: str, *names: str) -> None:
@@ -149,5 +150,6 @@ def _mapping(config: Mapping[str, Any] | AnyPath) -> dict[str, Any]:
         hint = "a mapping, a JSON or TOML file with one, or a SandboxConfig"
         raise errors.InvalidConfig(f"config: {path} cannot be read: {error}", hint=hint) from None
     if not isinstance(found, dict):
-        raise errors.InvalidConfig(f"config: {path} holds no mapping")
+        raise errors.InvalidConfig(f"config: {path} does not hold a mapping",
+                                   hint="write a JSON object or a TOML file with fields of rock.SandboxConfig")
     return found

@@ -83,13 +83,16 @@ class Tree:
                         raise _too_large(what)
                     tree._add(archive, entry)
         except tarfile.TarError as error:
-            raise errors.InvalidConfig(f"{what} is no tar of a source: {error}") from None
+            raise errors.InvalidConfig(f"{what} is not a tar of a source: {error}",
+                                       hint="build the environment again") from None
         return tree
 
     def _add(self, archive: tarfile.TarFile, entry: tarfile.TarInfo) -> None:
         path = PurePosixPath(entry.name)
         if path.is_absolute() or ".." in path.parts or "\0" in entry.name:
-            raise errors.InvalidConfig(f"{self.what} has a file with the name {entry.name[:200]!r}")
+            raise errors.InvalidConfig(f"{self.what} has a file with an absolute name or with `..`: "
+                                       f"{entry.name[:200]!r}",
+                                       hint="rename the file; names must be relative and inside the source")
         name = str(path)
         if entry.islnk():
             known = self._entries.get(str(PurePosixPath(entry.linkname)))
@@ -138,11 +141,12 @@ class Tree:
         if not found[0].isreg():
             raise errors.InvalidConfig(f"{name} in {self.what} is a link or a folder", hint="it has to be a file")
         if len(found[1]) > limit:
-            raise errors.InvalidConfig(f"{name} in {self.what} is larger than {limit >> 10} KiB")
+            raise errors.InvalidConfig(f"{name} in {self.what} is larger than {limit >> 10} KiB",
+                                       hint=f"reduce it to {limit >> 10} KiB")
         try:
             return found[1].decode()
         except UnicodeDecodeError as error:
-            raise errors.InvalidConfig(f"{name} in {self.what} is no text: {error}") from None
+            raise errors.InvalidConfig(f"{name} in {self.what} is not text: {error}", hint="save it as UTF-8") from None
 
     def check(self, cwd: str) -> None:
         """Raise InvalidConfig unless its folder `cwd` contains an env.py."""
@@ -170,7 +174,8 @@ class Tree:
 
 
 def _too_large(what: str) -> errors.InvalidConfig:
-    return errors.InvalidConfig(f"{what} is larger than {LIMIT >> 20} MiB, or has more than {_MOST} files")
+    return errors.InvalidConfig(f"{what} is larger than {LIMIT >> 20} MiB, or has more than {_MOST} files",
+                                hint="move large files into a package or an image")
 
 
 # ---- repositories ----
@@ -332,7 +337,8 @@ class _Git:
             return errors.NotFound(f"{self._url} has no such commit", hint="is it one of another repository?")
         if re.search(r"could not read Username|not found|error: 40[134]|Authentication failed", told):
             return errors.NotFound(f"there is no public repository {self._url}", hint="check its name")
-        return errors.Unavailable(f"{self._url} cannot be fetched: {last[:500]}", details={"output": told})
+        return errors.Unavailable(f"{self._url} cannot be fetched: {last[:500]}", details={"output": told},
+                                  hint="check the URL and the network of this machine, then try again")
 
 
 def _bound(pid: int) -> None:
