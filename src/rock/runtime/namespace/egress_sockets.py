@@ -85,13 +85,17 @@ class EgressSockets:
             fds.append(file)
             reply = await self._proxy.request("add", {"sandbox": slot, "egress": outlet.egress}, fds)
         except OSError as error:
-            raise errors.Unavailable(f"its journal of connections cannot be written: {error}",
-                                     sandbox_id=outlet.sandbox_id) from None
+            raise errors.Unavailable(f"the journal of the sandbox's connections cannot be written: {error}",
+                                     sandbox_id=outlet.sandbox_id,
+                                     hint="check the disk and the permissions of ROCK_HOME on the worker, then try "
+                                          "again") from None
         finally:
             for fd in fds:
                 os.close(fd)
         if "error" in reply:
-            raise errors.Unavailable(f"the network proxy: {reply['error']}", sandbox_id=outlet.sandbox_id)
+            raise errors.Unavailable(f"the network proxy rejected the sandbox: {reply['error']}",
+                                     sandbox_id=outlet.sandbox_id,
+                                     hint="try again; the log of the worker has the cause")
         if slot not in self._known:  # dropped meanwhile
             self._remove(slot, outlet.sandbox_id)
 

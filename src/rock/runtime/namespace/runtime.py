@@ -166,7 +166,8 @@ class NamespaceRuntime(InitSandboxes):
                 self._slots.limiter.apply(sandbox.slot, sandbox.pid, config, _POOL)
             except OSError as error:
                 await self._slots.discard(sandbox)
-                raise errors.StartFailed(f"its limits could not be set: {error}", sandbox_id=id) from None
+                raise errors.StartFailed(f"the limits of the sandbox cannot be set: {error}", sandbox_id=id,
+                                         hint="check the cgroups of the worker with `rock doctor`") from None
         else:
             sandbox = await self._made(id, kind, config)
         handle = self._handles.claimed(sandbox, id, kind.rootfs, config)
