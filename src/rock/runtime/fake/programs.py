@@ -29,6 +29,10 @@ _PORTION = 64 << 10
 log = logging.getLogger(__name__)
 
 
+class ToolFailed(Exception):
+    """A program cannot do its work; the text is printed on its standard error, and its status is 1."""
+
+
 class Call:
     """A call of a program: its arguments, files and streams.
 
@@ -155,7 +159,7 @@ class FakeProcess:
         except errors.RockError as error:
             call.err(f"{argv[0]}: {error.message}\n")
             code = 1
-        except OSError as error:
+        except (OSError, ToolFailed) as error:
             call.err(f"{argv[0]}: {error}\n")
             code = 1
         except Exception:
