@@ -174,9 +174,9 @@ def tell(info: SandboxInfo) -> RockError:
         return Expired(f"sandbox {info.sandbox_id} is {info.state.value}", sandbox_id=info.sandbox_id, hint=hint)
     if info.cause is None:
         starts = info.state is State.PENDING
-        what = "has not started yet" if starts else "is not found on its worker now"
-        return Unavailable(f"sandbox {info.sandbox_id} {what}", sandbox_id=info.sandbox_id, hint="retry",
-                           details=None if starts else OUTAGE)  # fmt: skip
+        missing = f"sandbox {info.sandbox_id} is not found on its worker now"
+        return Unavailable(f"sandbox {info.sandbox_id} has not started yet" if starts else missing,
+                           sandbox_id=info.sandbox_id, hint="retry", details=None if starts else OUTAGE)
     kinds: dict[Cause, type[RockError]] = {
         Cause.OUT_OF_MEMORY: OutOfMemory,
         Cause.DISK_FULL: DiskFull,

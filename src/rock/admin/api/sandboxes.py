@@ -122,7 +122,8 @@ def _listing(request: Request, limit: int) -> Listing:
         elif name in _EQUAL:
             fields[name] = value
         elif name not in ("limit", "after", "history"):
-            raise InvalidConfig(f"cannot list by {name!r}")
+            raise InvalidConfig(f"the query parameter {name!r} is unknown",
+                                hint=f"use label=KEY=VALUE, {', '.join(_EQUAL)}, limit, after or history")
     page: tuple[float, str] | None = None
     after = request.query.get("after")
     if after:
@@ -130,7 +131,9 @@ def _listing(request: Request, limit: int) -> Listing:
         try:
             page = float(time_text), sandbox_id
         except ValueError:
-            raise InvalidConfig(f"after={after!r} is not what a page before answered as `next`") from None
+            raise InvalidConfig(f"after={after!r} is not the `next` of an earlier page",
+                                hint="leave after out for the first page, then pass `next` of each page "
+                                     "unchanged") from None
     return Listing(states=states, fields=fields, labels=labels, limit=limit, after=page)
 
 

@@ -25,7 +25,7 @@ from rock.admin.sandboxes.starts import CREATES, ENDS, Starts
 from rock.admin.workers.client import Worker
 from rock.admin.workers.placement import Placer
 from rock.admin.workers.registry import WorkerRegistry
-from rock.errors import NotFound, RockError, Unavailable
+from rock.errors import RockError, Unavailable, no_such_sandbox
 from rock.protocol.action import ConnectionList
 from rock.protocol.keys import Caller, Quota
 from rock.protocol.node import NodeStatus, SandboxList
@@ -157,7 +157,7 @@ class Service:
     async def load(self, sandbox_id: str) -> Record:
         record = await self.store.get(sandbox_id)
         if record is None:
-            raise NotFound(f"Sandbox {sandbox_id} not found", sandbox_id=sandbox_id)
+            raise no_such_sandbox(sandbox_id)
         return record
 
     async def get(self, sandbox_id: str, *, wait: float = 0.0, touch: bool = False, usage: bool = False) -> SandboxInfo:
