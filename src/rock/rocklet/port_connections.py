@@ -53,7 +53,8 @@ async def dial(sandbox: Supervisor, port: int) -> socket.socket:
     """A connection to a port inside. Unavailable when nothing listens, PortTimeout, Unsupported."""
     runtime = sandbox.runtime
     if not isinstance(runtime, Ports):
-        raise Unsupported(f"the runtime {sandbox.handle.runtime} reaches no ports", sandbox_id=sandbox.id)
+        raise Unsupported(f"the runtime {sandbox.handle.runtime!r} does not connect to ports of a sandbox",
+                          sandbox_id=sandbox.id, hint="use another runtime; `rock doctor` lists those of this machine")
     fd = -1
     for host in _LOOPBACK:
         try:
