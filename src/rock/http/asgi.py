@@ -227,8 +227,8 @@ def failure(error: RockError) -> Answer:
 
 def retry_after(error: RockError) -> int:
     """The Retry-After value in whole seconds for an error."""
-    told = error.details.get("retry_after", 1)
-    return max(1, math.ceil(told)) if isinstance(told, int | float) else 1
+    seconds = error.details.get("retry_after", 1)
+    return max(1, math.ceil(seconds)) if isinstance(seconds, int | float) else 1
 
 
 async def deny(scope: Scope, send: Send, error: RockError) -> None:
@@ -369,7 +369,7 @@ class Router:
                 await send({"type": "websocket.send", "text": orjson.dumps(error.to_wire(), default=repr).decode()})
                 await send({"type": "websocket.close", "code": 1011, "reason": error.code})
             except (RuntimeError, OSError):
-                log.debug("the client left before it could be told: %s", error)
+                log.debug("the client disconnected before it received the error: %s", error)
 
 
 async def call(

@@ -37,7 +37,7 @@ def control_rows() -> Iterator[Route]:
         "?wait ?touch ?usage",
         "SandboxInfo",
     )
-    yield row("stop_sandbox", "POST", _S + "/stop", "control", "Stop; leaves a tombstone", "", "SandboxInfo")
+    yield row("stop_sandbox", "POST", _S + "/stop", "control", "Stop; its record stays", "", "SandboxInfo")
     yield row(
         "restart_sandbox",
         "POST",

@@ -68,7 +68,7 @@ class FolderBlobs:
                 os.close(fd)
             await asyncio.to_thread(self._move, beside, place)
         except OSError as error:
-            raise self._told(error) from error
+            raise self._error_of(error) from error
         finally:
             with suppress(OSError):
                 os.unlink(beside)
@@ -94,7 +94,7 @@ class FolderBlobs:
         except FileNotFoundError:
             raise NotFound(f"there is no archive {name}, or it was removed", hint=NO_ARCHIVE) from None
         except OSError as error:
-            raise self._told(error) from error
+            raise self._error_of(error) from error
         try:
             while part := await asyncio.to_thread(self._read, fd):
                 yield part
@@ -105,13 +105,13 @@ class FolderBlobs:
         try:
             return os.read(fd, CHUNK)
         except OSError as error:
-            raise self._told(error) from error
+            raise self._error_of(error) from error
 
     async def delete(self, name: str) -> None:
         try:
             await asyncio.to_thread(self._delete, self._folder / check_name(name))
         except OSError as error:
-            raise self._told(error) from error
+            raise self._error_of(error) from error
 
     def _delete(self, path: Path) -> None:
         with suppress(FileNotFoundError):
@@ -124,7 +124,7 @@ class FolderBlobs:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise self._told(error) from error
+            raise self._error_of(error) from error
 
     async def sweep(self) -> None:
         """Remove the temporary files that a crash left. An unreadable folder is reported by later operations."""
@@ -136,7 +136,7 @@ class FolderBlobs:
     async def close(self) -> None:
         return
 
-    def _told(self, error: OSError) -> Unavailable | StorageFull:
+    def _error_of(self, error: OSError) -> Unavailable | StorageFull:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return StorageFull(f"the archive {self._folder} is full: {error}", hint="free some space on the server")
         return Unavailable(f"the archive {self._folder} cannot be accessed: {error}",

@@ -151,7 +151,7 @@ class PostgresStore:
             async with self._pool.acquire(timeout=_TIMEOUT) as db:
                 yield db
         except asyncpg.PostgresError as error:
-            raise self._told(error) from error
+            raise self._error_of(error) from error
         except _BROKEN as error:
             raise Unavailable(f"the database {self._name} does not answer: {error!r}", hint="retry",
                               details=OUTAGE) from error  # fmt: skip
@@ -161,7 +161,7 @@ class PostgresStore:
         async with self._connected() as db, db.transaction():
             yield db
 
-    def _told(self, error: asyncpg.PostgresError) -> RockError:
+    def _error_of(self, error: asyncpg.PostgresError) -> RockError:
         if isinstance(error, (asyncpg.DiskFullError, asyncpg.OutOfMemoryError)):
             return StorageFull(f"the database {self._name} is full: {error}", hint="free some space on its server")
         return Unavailable(f"the database {self._name} does not serve: {error}", hint="retry", details=OUTAGE)

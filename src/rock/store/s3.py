@@ -151,7 +151,7 @@ class S3Blobs:
             if reply.status == 404:
                 raise NotFound(f"there is no archive {name}, or it was removed", hint=NO_ARCHIVE)
             if reply.status != 200:
-                raise self._told(reply.status, await asyncio.to_thread(reply.read, _LONGEST_ANSWER))
+                raise self._error_of(reply.status, await asyncio.to_thread(reply.read, _LONGEST_ANSWER))
             left = reply.length
             while part := await self._read(reply):
                 left = None if left is None else left - len(part)
@@ -207,7 +207,7 @@ class S3Blobs:
             ET.SubElement(part, "ETag").text = tag
         reply = await self._ask(Request("POST", key, (("uploadId", upload),), ET.tostring(root)))
         if _tag(_xml(reply)) == "Error":  # reported under status 200, because the error may occur late
-            raise self._told(500, reply)
+            raise self._error_of(500, reply)
 
     async def _abort(self, key: str, upload: str) -> None:
         with suppress(RockError):
@@ -237,7 +237,7 @@ class S3Blobs:
                     if answered is not None:
                         answered.update(headers)
                     return body
-                failure = self._told(status, body)
+                failure = self._error_of(status, body)
                 if status < 500 and status != 429:
                     raise failure
             log.warning("%s %s: %s (try %d)", request.method, request.path, failure, attempt + 1)
@@ -277,7 +277,7 @@ class S3Blobs:
             raise Unavailable(f"{self.place.endpoint} closed the connection in the middle of an archive: {error!r}",
                               hint=S3_HINT) from None
 
-    def _told(self, status: int, body: bytes) -> RockError:
+    def _error_of(self, status: int, body: bytes) -> RockError:
         """The ROCK error for a response, with the error code of the service."""
         code = message = ""
         with suppress(ServerError):

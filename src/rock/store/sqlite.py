@@ -76,7 +76,7 @@ class SqliteStore:
         self._side: sqlite3.Connection | None = None  # the connection of the thread
         self._checkpoints: asyncio.Task[None] | None = None
         self._watchers = Watchers()
-        self._batch = Batch(lambda: _transaction(self._open_db, "IMMEDIATE"), self._told)
+        self._batch = Batch(lambda: _transaction(self._open_db, "IMMEDIATE"), self._error_of)
         self.workers = SqliteWorkers(self._within)
 
     async def open(self) -> None:
@@ -120,16 +120,16 @@ class SqliteStore:
 
     async def _checkpoint(self) -> None:
         """Run a checkpoint periodically. It waits for the disk, so it does not run in a writer."""
-        told = False
+        reported = False
         while True:
             await asyncio.sleep(_CHECKPOINT_EVERY)
             try:
                 self._check_file(creating=False)
-                told = False
+                reported = False
             except Unavailable as error:
-                if not told:
+                if not reported:
                     log.error("%s", error)
-                told = True
+                reported = True
             with contextlib.suppress(Unavailable, StorageFull):  # the next write reports the error
                 await self._aside(lambda: self._open_db_aside.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall())
 
@@ -177,13 +177,13 @@ class SqliteStore:
         try:
             return work(*args)
         except sqlite3.Error as error:
-            told = self._told(error)
-            if not isinstance(told, StorageFull) or self.reserve is None or not self.reserve.release():
-                raise told from error
+            failure = self._error_of(error)
+            if not isinstance(failure, StorageFull) or self.reserve is None or not self.reserve.release():
+                raise failure from error
         try:
             return work(*args)
         except sqlite3.Error as error:
-            raise self._told(error) from error
+            raise self._error_of(error) from error
 
     def _within(self, work: Callable[[sqlite3.Connection], T]) -> T:
         def whole() -> T:
@@ -196,9 +196,9 @@ class SqliteStore:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
         except sqlite3.Error as error:
-            raise self._told(error) from error
+            raise self._error_of(error) from error
 
-    def _told(self, error: sqlite3.Error) -> RockError:
+    def _error_of(self, error: sqlite3.Error) -> RockError:
         if "full" in str(error) or "disk I/O" in str(error):
             hint = "free some space on the server"
             return StorageFull(f"the store {self.path} cannot be written: {error}", hint=hint)

@@ -166,12 +166,12 @@ def _unzstd(chunks: Iterator[bytes]) -> Iterator[bytes]:
     if program is None:
         raise ImageError("this layer is compressed with zstd, and the program zstd is not on this machine",
                          hint="install zstd, or convert the image to gzip layers")
-    with tempfile.TemporaryFile() as packed, tempfile.TemporaryFile() as told:
+    with tempfile.TemporaryFile() as packed, tempfile.TemporaryFile() as stderr:
         for chunk in chunks:
             packed.write(chunk)
         packed.seek(0)
         command = [program, "-dc", "--long=31"]
-        with subprocess.Popen(command, stdin=packed, stdout=subprocess.PIPE, stderr=told) as child:
+        with subprocess.Popen(command, stdin=packed, stdout=subprocess.PIPE, stderr=stderr) as child:
             assert child.stdout is not None
             try:
                 while chunk := child.stdout.read(CHUNK):
@@ -179,9 +179,9 @@ def _unzstd(chunks: Iterator[bytes]) -> Iterator[bytes]:
             finally:
                 child.stdout.close()
                 if child.wait() not in (0, -13):
-                    told.seek(0)
+                    stderr.seek(0)
                     raise ImageError("zstd failed to decompress a layer: "
-                                     f"{told.read(500).decode(errors='replace').strip()}", hint=DAMAGED)
+                                     f"{stderr.read(500).decode(errors='replace').strip()}", hint=DAMAGED)
 
 
 def _ahead(chunks: Generator[bytes, None, None], depth: int = 8) -> Generator[bytes, None, None]:

@@ -182,8 +182,8 @@ class TarReader:
         self.offset += BLOCK
         if header == _ZERO:
             return None
-        told = _number(header[148:156])
-        if sum(header) - sum(header[148:156]) + 256 != told:
+        checksum = _number(header[148:156])
+        if sum(header) - sum(header[148:156]) + 256 != checksum:
             raise ImageError("a header of the tar archive has a wrong checksum", hint=NO_TAR)
         return header
 

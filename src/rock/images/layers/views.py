@@ -205,7 +205,7 @@ def _entry(root: bytes, path: bytes, info: os.stat_result) -> Entry | None:
     return entry
 
 
-def _content(full: bytes, entry: Entry, told: Callable[[bytes], None]) -> Iterator[bytes]:
+def _content(full: bytes, entry: Entry, on_chunk: Callable[[bytes], None]) -> Iterator[bytes]:
     left = entry.size
     with open(os.open(full, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
         while left:
@@ -214,5 +214,5 @@ def _content(full: bytes, entry: Entry, told: Callable[[bytes], None]) -> Iterat
                 raise ImageError(f"{os.fsdecode(full)} shrank while it was read",
                                  hint="import a folder that is not in use")
             left -= len(chunk)
-            told(chunk)
+            on_chunk(chunk)
             yield chunk

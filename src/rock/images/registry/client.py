@@ -235,12 +235,12 @@ class Registry:
     def _send(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | Iterator[bytes] | None
     ) -> urllib3.BaseHTTPResponse:
-        told = {"user-agent": "rock", **headers}
+        sent = {"user-agent": "rock", **headers}
         if self._authorization is not None and _origin(url) == _origin(self._base):
-            told["authorization"] = self._authorization
+            sent["authorization"] = self._authorization
         for attempt in range(_LOST):
             try:
-                return self._pool.request(method, url, headers=told, body=body, preload_content=False, redirect=False,
+                return self._pool.request(method, url, headers=sent, body=body, preload_content=False, redirect=False,
                                           decode_content=False)  # fmt: skip
             except (ProtocolError, ReadTimeoutError) as error:
                 if method not in ("GET", "HEAD") or attempt + 1 == _LOST:
@@ -260,19 +260,19 @@ class Registry:
     def _expect(self, answer: urllib3.BaseHTTPResponse, taken: tuple[int, ...], what: str) -> None:
         if answer.status in taken:
             return
-        told = _told(answer)
+        reason = _reason(answer)
         name = self._name()
         if answer.status in (401, 403):
             whom = f"for {self._login.username}" if self._login else "without a login"
-            raise ImageError(f"registry {self.domain} refuses {name} {whom}{told}",
+            raise ImageError(f"registry {self.domain} refuses {name} {whom}{reason}",
                              hint="`rock image login`, or registry_username and registry_password; and is the "
                              "name right?")  # fmt: skip
         if answer.status == 404:
-            raise ImageError(f"registry {self.domain} has no {name}{told}", hint="is its name right?")
+            raise ImageError(f"registry {self.domain} has no {name}{reason}", hint="is its name right?")
         if answer.status == 429:
-            raise ImageError(f"registry {self.domain} wants fewer requests for {name}{told}",
+            raise ImageError(f"registry {self.domain} wants fewer requests for {name}{reason}",
                              hint="log in, or wait; a mirror helps")  # fmt: skip
-        raise ImageError(f"registry {self.domain} answered HTTP {answer.status} for {what} of {name}{told}",
+        raise ImageError(f"registry {self.domain} answered HTTP {answer.status} for {what} of {name}{reason}",
                          hint="try again; if it persists, the log of the registry has the cause")
 
     def _name(self, what: str | None = None) -> str:
@@ -305,13 +305,13 @@ class Registry:
             answer = self._pool_for(realm).request("GET", url, headers=headers, redirect=False, preload_content=False)
             with contextlib.closing(answer):
                 self._expect(answer, (200,), "a token")
-                told = json.loads(answer.read(_LARGEST_TOKEN))
+                reply = json.loads(answer.read(_LARGEST_TOKEN))
         except reach.NearAddress:
             raise reach.near(urlsplit(realm).netloc) from None
         except (HTTPError, ValueError) as error:
             raise ImageError(f"the token service of {self.domain} failed: {_cause(error)}",
                              hint="try again, or check the login with `rock image login`") from None
-        token = (told.get("token") or told.get("access_token")) if isinstance(told, dict) else None
+        token = (reply.get("token") or reply.get("access_token")) if isinstance(reply, dict) else None
         if not isinstance(token, str) or not re.fullmatch(r"[\x21-\x7e]{1,65536}", token):
             raise ImageError(f"the token service of {self.domain} returned no valid token",
                              hint="check the login with `rock image login`")
@@ -328,18 +328,18 @@ def _origin(url: str) -> tuple[str, str]:
     return parts.scheme, parts.netloc
 
 
-def _retry_after(told: str | None, attempt: int) -> float:
+def _retry_after(header: str | None, attempt: int) -> float:
     """Seconds to wait: the registry's value, a number or a date, else an exponential backoff."""
-    told = (told or "").strip()
-    if re.fullmatch(r"\d{1,9}", told):
-        return float(told)
-    if told:
+    header = (header or "").strip()
+    if re.fullmatch(r"\d{1,9}", header):
+        return float(header)
+    if header:
         with contextlib.suppress(ValueError, OverflowError):
-            return max(0.0, email.utils.parsedate_to_datetime(told).timestamp() - time.time())
+            return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
     return min(0.5 * 2.0**attempt, _LONGEST_WAIT)
 
 
-def _told(answer: urllib3.BaseHTTPResponse) -> str:
+def _reason(answer: urllib3.BaseHTTPResponse) -> str:
     """A registry's error message, shortened."""
     try:
         rows = json.loads(answer.read(1 << 16))["errors"]

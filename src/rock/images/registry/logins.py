@@ -173,10 +173,10 @@ def _helped(helper: str, key: str) -> Login | None:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ImageError(f"the credential helper {name} cannot be run: {type(error).__name__}", hint=HELPER) from None
     if run.returncode != 0:
-        told = run.stdout[:300].decode(errors="replace").strip()
-        if "not found" in told:
+        output = run.stdout[:300].decode(errors="replace").strip()
+        if "not found" in output:
             return None
-        raise ImageError(f"the credential helper {name} failed with status {run.returncode}: {told}", hint=HELPER)
+        raise ImageError(f"the credential helper {name} failed with status {run.returncode}: {output}", hint=HELPER)
     try:
         body = json.loads(run.stdout)
         login = Login(str(body["Username"]), str(body["Secret"]))

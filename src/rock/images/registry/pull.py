@@ -55,7 +55,7 @@ class Pull:
         self._workers = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="rock-pull")
         self._coming: dict[str, Future[None]] = {}
         self._lock = threading.Lock()
-        self._done = self._told = self._total = 0
+        self._done = self._reported = self._total = 0
 
     def __enter__(self) -> Pull:
         return self
@@ -144,9 +144,9 @@ class Pull:
         with self._lock:
             self._done += count
             PULLED.of().add(count)
-            if self._done - self._told < _STEP or not self._total:
+            if self._done - self._reported < _STEP or not self._total:
                 return
-            self._told = self._done
+            self._reported = self._done
             text = f"{self._done / 1e6:.0f} of {self._total / 1e6:.0f} MB fetched"
         self._tell(text)
 

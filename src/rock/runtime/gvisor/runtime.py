@@ -175,10 +175,10 @@ class GvisorRuntime(DelayedSandboxes[_Sandbox]):
                 await self._enter(sandbox, id, config.startup_timeout)
             return self._handle(id, config, rootfs, data)
         except BaseException as error:
-            told = _told(folder)
+            last = _log_of(folder)
             await asyncio.shield(self._clean_up(slot, pid, None, folders))
             if isinstance(error, OSError | errors.Lost | errors.Unavailable):
-                reason = told or (error.message if isinstance(error, errors.RockError) else str(error))
+                reason = last or (error.message if isinstance(error, errors.RockError) else str(error))
                 raise errors.StartFailed(f"runsc failed to start the sandbox: {reason}", sandbox_id=id,
                                          hint=RUNSC) from None
             raise
@@ -338,7 +338,7 @@ class GvisorRuntime(DelayedSandboxes[_Sandbox]):
         return gone
 
 
-def _told(folder: Path) -> str:
+def _log_of(folder: Path) -> str:
     """The reason of a failed start, as the starter or runsc reports it."""
     for name in ("failure", "log"):
         with contextlib.suppress(OSError):

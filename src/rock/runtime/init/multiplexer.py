@@ -417,7 +417,7 @@ class Channel:
     def take(self, data: bytes) -> None:
         self._size += len(data)
         if self.kind != channels.CONTENT or self._size > _LARGEST_FILE:
-            raise ValueError("content that nobody asked for")
+            raise ValueError("content without a request")
         view = memoryview(data)
         while view:
             view = view[os.write(self._ours, view):]

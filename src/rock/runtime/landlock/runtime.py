@@ -178,10 +178,10 @@ class LandlockRuntime(ProcessRuntime):
             self._watch_memory(data)
             return Handle(self.name, id, self.isolation, enforced, data)
         except BaseException as error:
-            told = _log_of(folder)
+            last = _log_of(folder)
             await asyncio.shield(self._clean(slot, pid, None))
             if isinstance(error, OSError | errors.Lost | errors.Unavailable):
-                raise errors.StartFailed(f"the landlock runtime failed to start the sandbox: {told or error}",
+                raise errors.StartFailed(f"the landlock runtime failed to start the sandbox: {last or error}",
                                          sandbox_id=id, hint=START_LOG) from error
             raise
 

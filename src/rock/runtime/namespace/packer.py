@@ -100,14 +100,14 @@ def main() -> None:
         os.umask(0)
         parts = [Part(part["folder"], os.fsencode(part["target"].strip("/"))) for part in options["parts"]]
         (_pack if options["op"] == "pack" else _unpack)(options, parts, total)
-        told: dict[str, Any] = {"size": total.size, "digest": total.digest}
+        result: dict[str, Any] = {"size": total.size, "digest": total.digest}
     except ImageError as error:
-        told = {"error": error.message, "hint": error.hint, "kind": "refused"}
+        result = {"error": error.message, "hint": error.hint, "kind": "refused"}
     except MemoryError:
-        told = {"error": "there are too many files", "hint": "remove some", "kind": "refused"}
+        result = {"error": "there are too many files", "hint": "remove some", "kind": "refused"}
     except OSError as error:
-        told = {"error": str(error), "hint": None, "kind": "system", "errno": error.errno}
-    os.write(int(options["status"]), json.dumps(told).encode())
+        result = {"error": str(error), "hint": None, "kind": "system", "errno": error.errno}
+    os.write(int(options["status"]), json.dumps(result).encode())
 
 
 if __name__ == "__main__":

@@ -240,7 +240,7 @@ class NamespaceRuntime(InitSandboxes):
     async def wait(self, handle: Handle) -> str:
         kills = self.oom_kills(handle)
         await wait_gone(handle.data["pid"], handle.data["start"])
-        if self._slots.was_told(handle):
+        if self._slots.was_signalled(handle):
             return "gone"
         if self._slots.is_full(handle):
             return "disk"

@@ -143,22 +143,22 @@ class PlainRuntime:
     async def _start(self, handle: Handle, sandbox: PlainSandbox, program: Program) -> PlainProcess:
         env = {"PATH": _PATH, "HOME": handle.data["home"], **sandbox.env, **program.env}
         ours, theirs = streams_of(program)
-        told, telling = os.pipe()
+        verdict_pipe, telling = os.pipe()
         try:
             spec = {"fds": theirs, "argv": list(program.argv), "env": env, "cwd": program.cwd or handle.data["home"],
                     "terminal": program.pty is not None, "nofile": program.nofile, "told": telling}
             child = start(spec, {telling, *theirs.values()})
         except BaseException as error:
-            close_all(ours.values(), theirs.values(), (told, telling))
+            close_all(ours.values(), theirs.values(), (verdict_pipe, telling))
             if isinstance(error, OSError):
                 raise errors.InvalidConfig(f"the program could not be started: {error.strerror}",
                                            hint="check the program's name, its cwd and its env") from None
             raise
         close_all(theirs.values(), (telling,))
         try:
-            verdict = await read_all(told)
+            verdict = await read_all(verdict_pipe)
         finally:
-            os.close(told)
+            os.close(verdict_pipe)
         if verdict:
             close_all(ours.values())
             await asyncio.to_thread(child.wait)

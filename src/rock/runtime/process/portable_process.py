@@ -253,9 +253,9 @@ async def scan() -> dict[int, Entry]:
 def scan_now() -> dict[int, Entry]:
     """The same; blocks for some milliseconds."""
     argv = ["ps", "-A", "-o", "pid=,ppid=,pgid=,rss=,time=,stat=,lstart="]
-    told = subprocess.run(argv, capture_output=True, text=True, env={"LC_ALL": "C", "PATH": "/usr/bin:/bin"})
+    listing = subprocess.run(argv, capture_output=True, text=True, env={"LC_ALL": "C", "PATH": "/usr/bin:/bin"})
     found = {}
-    for line in told.stdout.splitlines():
+    for line in listing.stdout.splitlines():
         words = line.split()
         with suppress(ValueError, IndexError):
             born = " ".join(words[6:11])
