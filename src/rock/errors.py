@@ -83,7 +83,10 @@ __all__ = [
     "WrongRole",
     "codes",
     "from_wire",
+    "no_such_route",
+    "no_such_sandbox",
     "raise_for_code",
+    "unexpected",
 ]
 
 
@@ -462,3 +465,23 @@ def raise_for_code(code: int | None, message: str = "") -> None:
     if codes.is_command_error(code):
         raise CommandRockError(message)
     raise RockException(message)
+
+
+# ---- errors that several parts raise
+
+
+def unexpected(error: BaseException, sandbox_id: str | None = None) -> InternalServerRockError:
+    """An exception that the server did not expect; its log has the traceback."""
+    return InternalServerRockError(f"unexpected error in the server: {type(error).__name__}: {error}",
+                                   sandbox_id=sandbox_id)
+
+
+def no_such_sandbox(sandbox_id: str) -> NotFound:
+    """The message is ROCK's: its clients match it."""
+    return NotFound(f"Sandbox {sandbox_id} not found", sandbox_id=sandbox_id,
+                    hint="check the id; `rock ps -a` lists the sandboxes that your key can access")
+
+
+def no_such_route(path: str, method: str | None = None) -> NotFound:
+    return NotFound(f"no such route: {method + ' ' if method else ''}{path}",
+                    hint="check the path and the method; /docs of the admin server lists the routes")

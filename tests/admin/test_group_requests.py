@@ -95,7 +95,7 @@ def test_the_same_key_is_the_same_group(url: str) -> None:
     assert len({one["group_id"] for one in answers}) == 1 and states(url, OWNER) == {"running": 10}
     assert group(url, 10, key=OWNER, once="once")["group_id"] == answers[0]["group_id"]
     ask(url, "POST", "/v1/sandboxes?wait=60", CONFIG, OWNER, "another")
-    with pytest.raises(Conflict, match="no group"):
+    with pytest.raises(Conflict, match="not in a group"):
         group(url, 10, key=OWNER, once="another")
 
 

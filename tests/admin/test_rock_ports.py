@@ -112,7 +112,7 @@ def test_failures(proxied: Proxied) -> None:
     assert answer.status == 400 and "http" in json.loads(body)["detail"]
     assert proxied.failed("/proxy/port/7999/").startswith("All connection attempts failed")
     assert proxied.failed("/vnc/").startswith("All connection attempts failed")
-    assert "no HTTP" in proxied.failed("/proxy/port/9000/")
+    assert "invalid HTTP" in proxied.failed("/proxy/port/9000/")
     assert proxied.failed(f"{BASE}/nobody/proxy/") == "sandbox nobody not started"
     assert proxied.failed(f"{BASE}/a%20b/proxy/") == "sandbox a b not started"
     proxied.sandbox.stop()

@@ -130,7 +130,7 @@ def test_helpers() -> None:
     async def dead() -> bool:
         return False
 
-    with pytest.raises(errors.Unavailable, match="nothing was alive"):
+    with pytest.raises(errors.Unavailable, match="no check succeeded"):
         asyncio.run(wait_until_alive(dead, timeout=0.1, sleep=0.01))
 
 

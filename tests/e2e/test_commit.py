@@ -199,7 +199,7 @@ def test_who_writes_stands_still_and_goes_on(server: RunningServer) -> None:
 
 def test_names_and_one_at_a_time(server: RunningServer) -> None:
     with box(server, IMAGE) as sandbox:
-        with pytest.raises(NotFound, match="no image was made"):
+        with pytest.raises(NotFound, match="has no commit"):
             sandbox.get_commit_status()
         for name in ("a/UPPER", "host", "localhost/rock-build:x", "a@sha256:" + "0" * 64, "x\0y", "a/b\n:1"):
             with pytest.raises(InvalidConfig):

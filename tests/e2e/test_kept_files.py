@@ -124,7 +124,7 @@ def test_without_the_wish_nothing_is_kept(server: RunningServer) -> None:
         sandbox = Sandbox(config(server, **fields))
         sandbox.start()
         sandbox.stop()
-        with pytest.raises(Conflict, match=r"its files went with its stop.*auto_delete_seconds"):
+        with pytest.raises(Conflict, match=r"deleted when it stopped.*auto_delete_seconds"):
             sandbox.restart()
     with pytest.raises(Unsupported, match="cannot keep the files"):
         Sandbox(config(server, image="host", runtime="process")).start()

@@ -209,18 +209,18 @@ def test_one_that_listens_on_the_other_loopback_only(guest: Guest) -> None:
 @pytest.mark.parametrize(
     ("port", "status", "code", "words"),
     [
-        (9000, 502, "port_failed", "no HTTP"),  # garbage
-        (9001, 502, "port_failed", "no HTTP"),  # one header without an end
-        (9002, 502, "port_failed", "no HTTP"),  # headers without an end
+        (9000, 502, "port_failed", "invalid HTTP"),  # garbage
+        (9001, 502, "port_failed", "invalid HTTP"),  # one header without an end
+        (9002, 502, "port_failed", "invalid HTTP"),  # headers without an end
         (9003, 504, "port_timeout", "within 1 s"),  # silence
-        (9004, 502, "port_failed", "hung up"),  # closes at once
+        (9004, 502, "port_failed", "without a response"),  # closes at once
         (9017, 502, "port_failed", "broke"),
         (9005, 502, "port_failed", "control characters"),
         (9006, 502, "port_failed", "status 999"),
         (9007, 502, "port_failed", "headers"),  # too many
         (9008, 502, "port_failed", "more than 32 informational"),  # early hints without an end
-        (9009, 502, "port_failed", "no HTTP"),  # two lengths
-        (9010, 502, "port_failed", "no HTTP"),  # splits its answer
+        (9009, 502, "port_failed", "invalid HTTP"),  # two lengths
+        (9010, 502, "port_failed", "invalid HTTP"),  # splits its answer
     ],
 )
 def test_answers_that_are_none(guest: Guest, port: int, status: int, code: str, words: str) -> None:

@@ -100,7 +100,7 @@ def test_a_repository_around_a_folder(repository: Path, tmp_path: Path) -> None:
         with SandboxEnv(str(source), trust_remote_code=True, **more) as env:  # type: ignore[arg-type]
             assert env.get_attr("named") == "shared"
             assert env.sandbox.resolved_source == f"file://{source}"
-    with pytest.raises(errors.InvalidConfig, match="is not in repo_root"):
+    with pytest.raises(errors.InvalidConfig, match="is not below repo_root"):
         SandboxEnv(WORLDS, trust_remote_code=True, repo_root=repository)
 
 

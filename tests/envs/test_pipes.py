@@ -72,7 +72,7 @@ def over_http(env: SandboxEnv) -> EnvironmentHandle:
 def test_nobody_else_plays_it_meanwhile(env: SandboxEnv) -> None:
     env.reset(seed=1)
     other = over_http(env)
-    with pytest.raises(errors.Conflict, match="has its pipes"):
+    with pytest.raises(errors.Conflict, match="holds its pipes"):
         other.step(0)
     first = env.step(0)
     held(env).close()

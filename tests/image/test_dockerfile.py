@@ -89,7 +89,7 @@ def test_words(text: str, words: list[str]) -> None:
         ("# escape=x\nFROM a", 1, "neither"),
         ("# escape=x" + " " * (1 << 19) + "x\nFROM a", 1, "neither"),
         ("FROM a\n" + "RUN x\n" * 3000, 2001, "more than 2000"),
-        ("FROM a\n#" + "x" * (1 << 20), None, "are the most"),
+        ("FROM a\n#" + "x" * (1 << 20), None, "more than the limit"),
     ],
 )
 def test_what_is_wrong(text: str, line: int | None, match: str) -> None:

@@ -114,7 +114,7 @@ def test_helper_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     logins = Logins(None, docker_folder(tmp_path / "docker", {"credHelpers": helpers}))
     assert logins.of("a.example") == USER
     assert logins.of("unknown.example") is None
-    for domain, match in (("token.example", "identity token"), ("odd.example", "something else"),
+    for domain, match in (("token.example", "identity token"), ("odd.example", "is not a login"),
                           ("broken.example", "status 3"), ("gone.example", "not on this machine"),
                           ("evil.example", "not on this machine")):  # fmt: skip
         with pytest.raises(ImageError, match=match):
@@ -198,7 +198,7 @@ def test_a_mirror_is_asked_first(store: ImageStore, monkeypatch: pytest.MonkeyPa
             told: list[str] = []
             assert store.pull(name, progress=told.append).name == name
             assert any("mirror 127.0.0.1:1: " in text and "cannot be reached" in text for text in told)
-            assert any(f"mirror {bad}: " in text and "other content" in text for text in told)
+            assert any(f"mirror {bad}: " in text and "does not match its digest" in text for text in told)
             assert any(row[1].endswith(largest) for row in Origin.asked)
 
 

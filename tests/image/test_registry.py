@@ -149,22 +149,22 @@ def answered(status: int, body: bytes, only: str = "", **headers: str) -> type[O
     ("kind", "match"),
     [
         (answered(200, b"{}" * (3 << 20)), "larger than"),
-        (answered(200, b"not json"), "something else"),
-        (answered(200, b"[" * 100_000), "something else"),
+        (answered(200, b"not json"), "not a JSON object"),
+        (answered(200, b"[" * 100_000), "not a JSON object"),
         (answered(200, b'{"manifests": 7}'), "manifests"),
         (answered(200, b'{"manifests": []}'), "no image for linux"),
         (answered(200, b'{"config": {"digest": "sha256:../../../../etc/passwd", "size": 1}}'), "not sha256"),
-        (answered(200, b'{"config": {"digest": "sha256:' + b"a" * 64 + b'", "size": -1}}'), "without a size"),
-        (answered(200, b"", "blobs"), "came only in part|other content"),
+        (answered(200, b'{"config": {"digest": "sha256:' + b"a" * 64 + b'", "size": -1}}'), "without a valid size"),
+        (answered(200, b"", "blobs"), "came only in part|does not match its digest"),
         (answered(200, b"x" * 1_000_000, "blobs"), "longer than"),
-        (answered(302, b"", location="/v2/team/tool/manifests/1.0"), "one address to the next"),
-        (answered(302, b"", location="http://169.254.169.254/latest"), "plain connection"),
-        (answered(302, b"", location="file:///etc/passwd"), "plain connection"),
+        (answered(302, b"", location="/v2/team/tool/manifests/1.0"), "redirects too often"),
+        (answered(302, b"", location="http://169.254.169.254/latest"), "connection without TLS"),
+        (answered(302, b"", location="file:///etc/passwd"), "connection without TLS"),
         (answered(401, b"", www_authenticate='Bearer realm="http://192.0.2.1/token"'), "without TLS"),
         (answered(401, b"", www_authenticate='Basic realm="x"'), "refuses"),
         (answered(401, b""), "refuses"),
         (answered(403, b'{"errors": [{"message": "no entry"}]}'), "no entry"),
-        (answered(418, b'{"errors": 7}'), "answered 418"),
+        (answered(418, b'{"errors": 7}'), "answered HTTP 418"),
     ],
 )
 def test_hostile_answers(store: ImageStore, kind: type[Odd], match: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +176,7 @@ def test_hostile_answers(store: ImageStore, kind: type[Odd], match: str, monkeyp
 
 def test_a_blob_with_other_content(store: ImageStore, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = {**IMAGE, LARGEST: bytes(len(IMAGE[LARGEST]))}
-    with pytest.raises(ImageError, match="other content"):
+    with pytest.raises(ImageError, match="does not match its digest"):
         pulled(store, Odd, wrong)
     assert not leftovers(store)
 

@@ -79,7 +79,7 @@ def test_what_a_guest_puts_in_the_place_of_a_mount_is_not_followed(tmp_path: Pat
             kept, folder = await at_rest(runtime)
             for target in (f"../../../../..{victim}", str(victim)):
                 os.symlink(target, folder / "upper" / name)
-                with pytest.raises(errors.StartFailed, match=f"/{name} is no folder"):
+                with pytest.raises(errors.StartFailed, match=f"/{name} of the stopped sandbox is not a folder"):
                     await runtime.wake(kept, CONFIG)
                 os.unlink(folder / "upper" / name)
             woken = await runtime.wake(kept, CONFIG)

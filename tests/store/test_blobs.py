@@ -149,9 +149,9 @@ def test_what_may_pass_is_tried_again(flaky: Callable[[list[int]], S3Blobs]) -> 
 
 def test_nobody_there_is_told(free_port: Callable[[], int]) -> None:
     blobs = S3Blobs(Bucket.parse("s3://rock-test", f"http://127.0.0.1:{free_port()}", "us-east-1", "k", "s"))
-    with pytest.raises(Unavailable, match="does not answer"):
+    with pytest.raises(Unavailable, match="does not respond"):
         asyncio.run(blobs.put("one", pieces(b"x")))
-    with pytest.raises(Unavailable, match="does not answer"):
+    with pytest.raises(Unavailable, match="does not respond"):
         asyncio.run(whole(blobs, "one"))
 
 

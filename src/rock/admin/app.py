@@ -41,7 +41,8 @@ def _limit(text: str) -> int:
     try:
         return parse_size(text, "archive")
     except ValueError as error:
-        raise InvalidConfig(f"ROCK_ARCHIVE_LIMIT: {error}") from None
+        raise InvalidConfig(f"ROCK_ARCHIVE_LIMIT has an invalid size: {error}",
+                            hint="set a size, as in ROCK_ARCHIVE_LIMIT=10g") from None
 
 
 def make_reservations(settings: Settings) -> RayReservations | None:
@@ -49,7 +50,8 @@ def make_reservations(settings: Settings) -> RayReservations | None:
     if settings.scheduler in ("", "local"):
         return None
     if settings.scheduler != "ray":
-        raise InvalidConfig(f"ROCK_SCHEDULER={settings.scheduler}: local or ray")
+        raise InvalidConfig(f"ROCK_SCHEDULER={settings.scheduler} is not a known scheduler",
+                            hint="set ROCK_SCHEDULER=local or ROCK_SCHEDULER=ray")
     key = settings.worker_key or settings.api_key
     if key is None:
         raise InvalidConfig("ROCK_SCHEDULER=ray: its rocklets join with a key", hint="set ROCK_API_KEY")

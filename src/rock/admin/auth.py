@@ -211,10 +211,9 @@ def check_host(scope: Scope, names: frozenset[str]) -> None:
     match = _HOST.fullmatch(text)
     name = str(match[1]).strip("[]").lower().rstrip(".") if match is not None else ""
     if not name or not (is_loopback(name) or name in names):
+        shown = f"header Host: {text[:100]!r} is no name of this server" if found else "the request has no header Host"
         raise Unauthorized(
-            f"Host: {text[:100]!r} is no name of this server" if found else "the request has no Host",
-            hint="call it by an address of loopback, or add the name to ROCK_PUBLIC_NAMES of the server",
-        )
+            shown, hint="use a loopback address, or add the name to ROCK_PUBLIC_NAMES of the server")
 
 
 def check_origin(scope: Scope) -> None:

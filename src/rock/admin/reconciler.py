@@ -445,7 +445,8 @@ class Reconciler:
         try:
             worker = self.service.workers.get(record.info.worker or "")
             if worker is None:
-                raise Unavailable(f"worker {record.info.worker} is not there now")
+                raise Unavailable(f"worker {record.info.worker} is not connected",
+                                  hint="start the worker again; `rock worker ls` shows the state of the workers")
             return await worker.get(record.id)
         except NotFound:
             reason = "its worker does not have it"

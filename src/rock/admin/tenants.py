@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from rock.admin.sandboxes.environment_hosts import env_host
 from rock.admin.sandboxes.service import Service
-from rock.errors import Conflict, Forbidden, InvalidConfig, NotFound
+from rock.errors import Conflict, Forbidden, InvalidConfig, no_such_sandbox
 from rock.http.asgi import Scope
 from rock.protocol import egress
 from rock.protocol.action import ConnectionList, GroupInfo, GroupRequest
@@ -51,7 +51,7 @@ class TenantService:
     async def load(self, sandbox_id: str) -> Record:
         record = await self._service.store.get(sandbox_id)
         if record is None or (self.caller.tenant is not None and record.tenant != self.caller.tenant):
-            raise NotFound(f"Sandbox {sandbox_id} not found", sandbox_id=sandbox_id)
+            raise no_such_sandbox(sandbox_id)
         return record
 
     async def _own(self, sandbox_id: str) -> None:
@@ -111,7 +111,8 @@ class TenantService:
                     hint="or leave it out",
                 )
         elif dash and await self._keys.is_tenant(first):
-            raise InvalidConfig(f"sandbox_id {sandbox_id!r}: what begins with {first}- is a tenant's")
+            raise InvalidConfig(f"sandbox_id {sandbox_id!r} is reserved: ids that begin with {first}- belong to a "
+                                "tenant", hint="choose another sandbox_id, or leave it out")
 
     # ---- read ----
 

@@ -89,7 +89,8 @@ class Catalogue:
     @property
     def _open_db(self) -> sqlite3.Connection:
         if self._db is None:
-            raise Unavailable("the catalogue of environments is closed")
+            raise Unavailable("the catalogue of environments is closed",
+                              hint="open it first; a server does so when it starts")
         return self._db
 
     async def register(self, spec: Registered) -> Registered:
@@ -135,7 +136,7 @@ class Catalogue:
 
 
 def _missing(name: str) -> NotFound:
-    return NotFound(f"environment {name!r} is not registered")
+    return NotFound(f"environment {name!r} is not registered", hint="`rock env list` shows the registered environments")
 
 
 def _load(row: tuple[Any, ...]) -> Registered:

@@ -34,7 +34,9 @@ def _loaded(name: str) -> Dataset:
     try:
         found = entry.load()
     except Exception as error:
-        raise InvalidConfig(f"training set {name} = {entry.value} cannot be loaded: {error!r}") from error
+        raise InvalidConfig(f"the training set {name} = {entry.value} cannot be loaded: {error!r}",
+                            hint="reinstall or remove the package that provides it; its entry point must be a "
+                                 "rock.envhub.Dataset") from error
     if not isinstance(found, Dataset) or found.name != name or not _NAME.fullmatch(name):
         raise InvalidConfig(f"entry point {name} = {entry.value} of {GROUP} is no Dataset of that name",
                             hint="docs/adding-a-dataset.md has an example")  # fmt: skip
@@ -74,7 +76,8 @@ def adapter_of(image: str) -> str:
         return ""
     spec = importlib.util.find_spec(dataset.module)
     if spec is None or spec.origin is None:
-        raise NotFound(f"the adapter of training set {dataset.name} is not installed: no module {dataset.module}")
+        raise NotFound(f"the adapter of training set {dataset.name} is not installed: no module {dataset.module}",
+                       hint="install the package of the training set on the server, and restart the server")
     text = Path(spec.origin).read_text(encoding="utf-8")
     if len(text.encode()) > _LARGEST:
         raise InvalidConfig(f"the adapter {dataset.module} is larger than {_LARGEST} bytes",

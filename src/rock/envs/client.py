@@ -63,7 +63,9 @@ class EnvironmentCall:
         try:
             return values.encode(self.value)
         except values.Unsendable as error:
-            raise errors.InvalidConfig(f"this cannot be sent to an environment: {error}") from None
+            raise errors.InvalidConfig(f"the value cannot be sent to an environment: {error}",
+                                       hint="send plain data: None, bool, int, float, str, bytes, lists, dictionaries "
+                                            "and NumPy arrays") from None
 
     def frame(self, id: int, parts: list[bytes]) -> bytes:
         length = sum(len(part) for part in parts)
@@ -119,9 +121,10 @@ class EnvironmentClient:
         while info.state is State.PENDING:
             left = deadline - time.monotonic()
             if left <= 0:
-                raise errors.StartFailed(
-                    f"{spec.env_id} was not ready within {timeout:g} seconds", sandbox_id=info.sandbox_id
-                )
+                raise errors.StartFailed(f"{spec.env_id} was not ready within {timeout:g} seconds",
+                                         sandbox_id=info.sandbox_id,
+                                         hint="raise start_timeout, or check with `rock ps` whether the server has "
+                                              "free capacity")
             target = f"{path('get_sandbox', info.sandbox_id)}?wait={min(left, POLL):.3f}"
             info = parse(SandboxInfo, self.transport.json("GET", target, timeout=POLL + SLACK))
         if info.state is not State.RUNNING:
@@ -138,7 +141,9 @@ class EnvironmentClient:
         try:
             body = orjson.dumps(spec, option=orjson.OPT_SERIALIZE_NUMPY)
         except TypeError as error:
-            raise errors.InvalidConfig(f"arguments of an environment have to be what JSON holds: {error}") from None
+            raise errors.InvalidConfig(f"the arguments of the environment cannot be written as JSON: {error}",
+                                       hint="use strings, numbers, bools, None, lists and dictionaries with text "
+                                            "keys") from None
         try:
             answer = orjson.loads(self.transport.call("POST", target, body, timeout=timeout))
         except orjson.JSONDecodeError as error:

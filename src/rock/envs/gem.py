@@ -89,7 +89,8 @@ class RockEnv:
         if about.version is None:
             raise unknown
         if about.source.startswith("hf://"):
-            raise errors.InvalidConfig(f"{self.env_id} is {about.source}", hint="rock.gym.SandboxEnv makes those")
+            raise errors.InvalidConfig(f"the source of {self.env_id} is {about.source}, which rock.make does not start",
+                                       hint="use rock.gym.SandboxEnv for it")
         name = about.source.removeprefix("gym://").removeprefix("image://")
         made.update(env_id=name, protocol=about.protocol, imports=[*about.imports, *made.get("imports", [])])
         spec = OpenEnv(env_id=name, protocol=about.protocol)

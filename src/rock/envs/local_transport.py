@@ -80,9 +80,9 @@ def reach(info: EnvInfo, host: str, *, shared: bool = True) -> LocalTransport | 
                 stack.callback(os.close, fd)
             if len(fds) < 2 or not all(stat.S_ISFIFO(os.fstat(fd).st_mode) for fd in fds[:2]):
                 return None
-            told = orjson.loads(data)
-            timeout = float(told["timeout"])
-            memory = _part(fds[2], int(told["offset"])) if shared and len(fds) > 2 else None
+            greeting = orjson.loads(data)
+            timeout = float(greeting["timeout"])
+            memory = _part(fds[2], int(greeting["offset"])) if shared and len(fds) > 2 else None
             connection.setblocking(False)
             stack.pop_all()
             for fd in fds[2:]:
@@ -141,7 +141,7 @@ class LocalTransport:
         self._sign = 0.0
         self._skip = 0 if len(os.sched_getaffinity(0)) > 1 else sys.maxsize  # requests until the next spin
         self._in_vain = 0  # consecutive unsuccessful spins
-        self._told = self._poll(None, 0)
+        self._server_poll = self._poll(None, 0)
         self._readable = self._poll(answers, select.POLLIN)
         self._writable = self._poll(requests, select.POLLOUT)
 
@@ -184,7 +184,7 @@ class LocalTransport:
         try:
             if not self._open:
                 raise TransportUnavailable
-            if self._told.poll(0):  # the server is gone: the next one takes the pipes over
+            if self._server_poll.poll(0):  # the server is gone: the next one takes the pipes over
                 self._door_says(0)
             now = time.monotonic()
             self._deadline = now + self._timeout
@@ -419,10 +419,10 @@ class LocalTransport:
 
     def _door_says(self, patience: float) -> None:
         """Raise the error that the server reports, or TransportUnavailable without one."""
-        told: object = None
-        if self._told.poll(patience * 1000):
+        reply: object = None
+        if self._server_poll.poll(patience * 1000):
             with contextlib.suppress(OSError, ValueError):
-                told = orjson.loads(self._door.recv(_PACKET))
-        if isinstance(told, dict):
-            raise errors.from_wire(told)
+                reply = orjson.loads(self._door.recv(_PACKET))
+        if isinstance(reply, dict):
+            raise errors.from_wire(reply)
         raise TransportUnavailable

@@ -78,10 +78,12 @@ class RockVectorEnv:
         else:
             seeds = [seed + i for i in range(self.num_envs)] if isinstance(seed, int) else list(seed)
         if len(seeds) != self.num_envs:
-            raise errors.InvalidConfig(f"{len(seeds)} seeds for {self.num_envs} environments")
+            raise errors.InvalidConfig(f"{len(seeds)} seeds for {self.num_envs} environments",
+                                       hint=f"give one number, or a sequence of {self.num_envs} seeds")
         specs = {i: {"seed": seeds[i], **options.pop(f"env{i}_kwargs", {})} for i in range(self.num_envs)}
         if options:
-            raise errors.InvalidConfig(f"reset does not take {', '.join(options)}")
+            raise errors.InvalidConfig(f"reset has no option {', '.join(options)}",
+                                       hint="give seed=, or env0_kwargs={...} for environment 0")
         self._reset(specs)
         for flags in (self._terminations, self._truncations, self._ended):
             flags[:] = False
@@ -92,10 +94,13 @@ class RockVectorEnv:
         truncations bool, infos), in the order of `actions`."""
         if not isinstance(actions, Mapping):
             if isinstance(actions, str) or len(actions) != self.num_envs:
-                raise errors.InvalidConfig(f"{len(actions)} actions for {self.num_envs} environments")
+                raise errors.InvalidConfig(f"{len(actions)} actions for {self.num_envs} environments",
+                                           hint=f"give a sequence of {self.num_envs} actions, or a mapping such as "
+                                                f"{{0: action}} to step some")
             actions = dict(enumerate(actions))
         if unknown := [i for i in actions if i not in range(self.num_envs)]:
-            raise errors.InvalidConfig(f"there is no environment {unknown[0]} of {self.num_envs}")
+            raise errors.InvalidConfig(f"there is no environment {unknown[0]} among {self.num_envs}",
+                                       hint=f"use an index from 0 to {self.num_envs - 1}")
         late = {i for i in actions if self.autoreset_mode is AutoresetMode.NEXT_STEP and self._ended[i]}
         problem = self._step({i: action for i, action in actions.items() if i not in late})
         again = late or set()
@@ -212,7 +217,8 @@ def make_vec(
     """
     ids = [env_ids] if isinstance(env_ids, str) else list(env_ids)
     if vec_kwargs is not None and len(vec_kwargs) != len(ids):
-        raise errors.InvalidConfig(f"{len(vec_kwargs)} vec_kwargs for {len(ids)} environments")
+        raise errors.InvalidConfig(f"{len(vec_kwargs)} vec_kwargs for {len(ids)} environments",
+                                   hint=f"give one dictionary for each environment, {len(ids)} in all")
 
     def maker(i: int) -> Callable[[], Any]:
         def make() -> Any:

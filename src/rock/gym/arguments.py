@@ -92,8 +92,9 @@ class Arguments:
                 try:
                     setattr(limits, name, value)
                 except ValidationError as error:
-                    told = error.errors()[0]["msg"].removeprefix("Value error, ")
-                    raise errors.InvalidConfig(f"{name}={value!r}: {told}") from None
+                    reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+                    raise errors.InvalidConfig(f"{name}={value!r} is invalid: {reason}",
+                                               hint="see rock.SandboxConfig, as in memory='2g', cpus=1") from None
         self.limits = limits
 
     def refuse(self, what: str, *names: str) -> None:
@@ -102,11 +103,11 @@ class Arguments:
             if getattr(self, name):
                 raise errors.InvalidConfig(f"{name} does not go with {what.removesuffix(',')}", hint=_INSTEAD[name])
 
-    def check(self, told: Mapping[str, Any]) -> None:
+    def check(self, description: Mapping[str, Any]) -> None:
         """Raise Unsupported unless the environment's description has the requested capabilities."""
-        found = {"render"} if told.get("render_mode") else set()
-        if told.get("num_envs"):
-            metadata = told.get("metadata")
+        found = {"render"} if description.get("render_mode") else set()
+        if description.get("num_envs"):
+            metadata = description.get("metadata")
             mode = metadata.get("autoreset_mode") if isinstance(metadata, dict) else None
             found |= {"vector", *([_MODES[mode]] if mode in _MODES else [])}
         missing = [name for name in self.capabilities or () if name not in found]
@@ -149,5 +150,6 @@ def _mapping(config: Mapping[str, Any] | AnyPath) -> dict[str, Any]:
         hint = "a mapping, a JSON or TOML file with one, or a SandboxConfig"
         raise errors.InvalidConfig(f"config: {path} cannot be read: {error}", hint=hint) from None
     if not isinstance(found, dict):
-        raise errors.InvalidConfig(f"config: {path} holds no mapping")
+        raise errors.InvalidConfig(f"config: {path} does not hold a mapping",
+                                   hint="write a JSON object or a TOML file with fields of rock.SandboxConfig")
     return found

@@ -26,24 +26,24 @@ class SpaceSpec:
     kind: str
     shape: tuple[int, ...] | None
     dtype: str | None
-    _told: Mapping[str, Any] = field(repr=False, compare=False)
+    _data: Mapping[str, Any] = field(repr=False, compare=False)
     _plain: str = field(repr=False)
 
     @classmethod
-    def of(cls, told: Mapping[str, Any], space: Space) -> SpaceSpec:
+    def of(cls, about: Mapping[str, Any], space: Space) -> SpaceSpec:
         dtype = None if space.dtype is None else np.dtype(space.dtype).name
-        kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(told["kind"])).lower()
-        return cls(kind, space.shape, dtype, MappingProxyType(dict(told)), repr(_plain(told)))
+        kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", str(about["kind"])).lower()
+        return cls(kind, space.shape, dtype, MappingProxyType(dict(about)), repr(_plain(about)))
 
     def to_space(self) -> Space:
         """Construct the Gymnasium space."""
-        return space_of(self._told)
+        return space_of(self._data)
 
     to_gym_space = to_space
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: {"kind", "shape", "dtype"} and the fields of its kind, bounds as (nested) lists."""
-        details = {name: value for name, value in _plain(self._told).items() if name not in ("kind", "shape", "dtype")}
+        details = {name: value for name, value in _plain(self._data).items() if name not in ("kind", "shape", "dtype")}
         return {"kind": self.kind, "shape": None if self.shape is None else list(self.shape), "dtype": self.dtype,
                 **details}  # fmt: skip
 
@@ -61,14 +61,14 @@ class EnvContract:
     action_space: SpaceSpec
 
     @classmethod
-    def of(cls, told: Mapping[str, Any], observation: Space, action: Space) -> EnvContract:
+    def of(cls, about: Mapping[str, Any], observation: Space, action: Space) -> EnvContract:
         """Build the contract from an environment's description, and the (single) spaces constructed from it."""
-        prefix = "single_" if told.get("num_envs") else ""
-        spec = told.get("spec")
+        prefix = "single_" if about.get("num_envs") else ""
+        spec = about.get("spec")
         return cls(
-            str(spec["id"]) if spec else UNKNOWN, told["render_mode"], int(told.get("num_envs") or 1),
-            MappingProxyType(dict(told["metadata"])), SpaceSpec.of(told[f"{prefix}observation_space"], observation),
-            SpaceSpec.of(told[f"{prefix}action_space"], action),
+            str(spec["id"]) if spec else UNKNOWN, about["render_mode"], int(about.get("num_envs") or 1),
+            MappingProxyType(dict(about["metadata"])), SpaceSpec.of(about[f"{prefix}observation_space"], observation),
+            SpaceSpec.of(about[f"{prefix}action_space"], action),
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:

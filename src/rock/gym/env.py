@@ -85,14 +85,14 @@ class SandboxEnv(Placed, gymnasium.Env[Any, Any]):
         self._player, found = Making(asked).make()
         self._closed = False
         try:
-            told = described(self._player)
-            asked.check(told)
-            self.observation_space = space_of(told["observation_space"])
-            self.action_space = space_of(told["action_space"])
-            self.metadata = told["metadata"]
-            self.render_mode = told["render_mode"]
-            self.spec = _spec_of(told["spec"], {"rock_source": source, **options, **kwargs})
-            self._contract = EnvContract.of(told, self.observation_space, self.action_space)
+            about = described(self._player)
+            asked.check(about)
+            self.observation_space = space_of(about["observation_space"])
+            self.action_space = space_of(about["action_space"])
+            self.metadata = about["metadata"]
+            self.render_mode = about["render_mode"]
+            self.spec = _spec_of(about["spec"], {"rock_source": source, **options, **kwargs})
+            self._contract = EnvContract.of(about, self.observation_space, self.action_space)
             self._sandbox = sandbox_of(source, found, self._player)
         except BaseException:
             self.close()
@@ -174,13 +174,13 @@ class SandboxEnv(Placed, gymnasium.Env[Any, Any]):
             raise errors.Conflict(f"{self.source} is closed", hint="make a new one")
 
 
-def _spec_of(told: Any, kwargs: dict[str, Any]) -> EnvSpec | None:
+def _spec_of(found: Any, kwargs: dict[str, Any]) -> EnvSpec | None:
     """The specification to create it again with gymnasium.make(env.spec)."""
-    if told is None:
+    if found is None:
         return None
     return EnvSpec(
-        id=str(told["id"]), entry_point="rock.gym:remake", reward_threshold=told["reward_threshold"],
-        nondeterministic=bool(told["nondeterministic"]), max_episode_steps=told["max_episode_steps"], kwargs=kwargs,
+        id=str(found["id"]), entry_point="rock.gym:remake", reward_threshold=found["reward_threshold"],
+        nondeterministic=bool(found["nondeterministic"]), max_episode_steps=found["max_episode_steps"], kwargs=kwargs,
     )  # fmt: skip
 
 

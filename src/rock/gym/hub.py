@@ -83,13 +83,16 @@ class Tree:
                         raise _too_large(what)
                     tree._add(archive, entry)
         except tarfile.TarError as error:
-            raise errors.InvalidConfig(f"{what} is no tar of a source: {error}") from None
+            raise errors.InvalidConfig(f"{what} is not a tar of a source: {error}",
+                                       hint="build the environment again") from None
         return tree
 
     def _add(self, archive: tarfile.TarFile, entry: tarfile.TarInfo) -> None:
         path = PurePosixPath(entry.name)
         if path.is_absolute() or ".." in path.parts or "\0" in entry.name:
-            raise errors.InvalidConfig(f"{self.what} has a file with the name {entry.name[:200]!r}")
+            raise errors.InvalidConfig(f"{self.what} has a file with an absolute name or with `..`: "
+                                       f"{entry.name[:200]!r}",
+                                       hint="rename the file; names must be relative and inside the source")
         name = str(path)
         if entry.islnk():
             known = self._entries.get(str(PurePosixPath(entry.linkname)))
@@ -138,11 +141,12 @@ class Tree:
         if not found[0].isreg():
             raise errors.InvalidConfig(f"{name} in {self.what} is a link or a folder", hint="it has to be a file")
         if len(found[1]) > limit:
-            raise errors.InvalidConfig(f"{name} in {self.what} is larger than {limit >> 10} KiB")
+            raise errors.InvalidConfig(f"{name} in {self.what} is larger than {limit >> 10} KiB",
+                                       hint=f"reduce it to {limit >> 10} KiB")
         try:
             return found[1].decode()
         except UnicodeDecodeError as error:
-            raise errors.InvalidConfig(f"{name} in {self.what} is no text: {error}") from None
+            raise errors.InvalidConfig(f"{name} in {self.what} is not text: {error}", hint="save it as UTF-8") from None
 
     def check(self, cwd: str) -> None:
         """Raise InvalidConfig unless its folder `cwd` contains an env.py."""
@@ -170,7 +174,8 @@ class Tree:
 
 
 def _too_large(what: str) -> errors.InvalidConfig:
-    return errors.InvalidConfig(f"{what} is larger than {LIMIT >> 20} MiB, or has more than {_MOST} files")
+    return errors.InvalidConfig(f"{what} is larger than {LIMIT >> 20} MiB, or has more than {_MOST} files",
+                                hint="move large files into a package or an image")
 
 
 # ---- repositories ----
@@ -252,8 +257,8 @@ def _resolve(url: str, revision: str | None, deadline: float) -> str:
         f"refs/tags/{revision}^{{}}", f"refs/tags/{revision}", f"refs/heads/{revision}"
     ]  # fmt: skip
     with _Git(url, deadline) as git:
-        told = git.run("ls-remote", "--", url, *names, limit=_MOST_REFS).decode(errors="replace")
-    found = {name: commit for commit, _, name in (line.partition("\t") for line in told.splitlines())}
+        refs = git.run("ls-remote", "--", url, *names, limit=_MOST_REFS).decode(errors="replace")
+    found = {name: commit for commit, _, name in (line.partition("\t") for line in refs.splitlines())}
     for name in names:
         if _FULL.fullmatch(found.get(name, "")):
             return found[name]
@@ -293,8 +298,8 @@ class _Git:
         """The output of a git command, at most `limit` bytes."""
         options = [part for pair in _CONFIG for part in ("-c", pair)]
         command = [self._program, f"--git-dir={self.folder}", *options, *arguments]
-        told = Path(self._home.name, "told")
-        with open(told, "wb") as stderr, subprocess.Popen(
+        log = Path(self._home.name, "log")
+        with open(log, "wb") as stderr, subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr, cwd=self._home.name,
             env=settings.git_environment(self._home.name), start_new_session=True,
         ) as child:  # fmt: skip
@@ -316,23 +321,24 @@ class _Git:
         if late.is_set():
             raise errors.Unavailable(f"{self._url} took longer than {TIMEOUT:g} seconds", hint="try again")
         if status != 0:
-            raise self._failure(told.read_bytes()[-4000:].decode(errors="replace"), status)
+            raise self._failure(log.read_bytes()[-4000:].decode(errors="replace"), status)
         return data
 
     def _too_large(self, more: str = "") -> errors.InvalidConfig:
         return errors.InvalidConfig(f"{self._url} is larger than {LIMIT >> 20} MiB{more}",
                                     hint="large files belong into a package or an image")  # fmt: skip
 
-    def _failure(self, told: str, status: int) -> errors.RockError:
+    def _failure(self, output: str, status: int) -> errors.RockError:
         """Convert git's error message, which is in the locale C, to an error."""
-        last = next((line for line in reversed(told.splitlines()) if line.strip()), f"git ended with {status}")
-        if "signal 25" in told or "index-pack" in told or status == -signal.SIGXFSZ:
+        last = next((line for line in reversed(output.splitlines()) if line.strip()), f"git ended with {status}")
+        if "signal 25" in output or "index-pack" in output or status == -signal.SIGXFSZ:
             return self._too_large(", or makes no sense")
-        if re.search(r"not our ref|not find remote ref|unadvertised object|not a valid object name|not a tree", told):
+        if re.search(r"not our ref|not find remote ref|unadvertised object|not a valid object name|not a tree", output):
             return errors.NotFound(f"{self._url} has no such commit", hint="is it one of another repository?")
-        if re.search(r"could not read Username|not found|error: 40[134]|Authentication failed", told):
+        if re.search(r"could not read Username|not found|error: 40[134]|Authentication failed", output):
             return errors.NotFound(f"there is no public repository {self._url}", hint="check its name")
-        return errors.Unavailable(f"{self._url} cannot be fetched: {last[:500]}", details={"output": told})
+        return errors.Unavailable(f"{self._url} cannot be fetched: {last[:500]}", details={"output": output},
+                                  hint="check the URL and the network of this machine, then try again")
 
 
 def _bound(pid: int) -> None:

@@ -74,7 +74,8 @@ def _folder(asked: Arguments, text: str) -> Source:
     if asked.repo_root is not None:
         top = Path(asked.repo_root).expanduser().resolve()
         if not folder.is_relative_to(top):
-            raise errors.InvalidConfig(f"{folder} is not in repo_root, which is {top}")
+            raise errors.InvalidConfig(f"{folder} is not below repo_root, which is {top}",
+                                       hint="set repo_root to the folder itself or to one of its parents")
         cwd = PurePosixPath(folder.relative_to(top).as_posix()) / cwd
     if not asked.trust_remote_code:
         raise errors.InvalidConfig(f"{folder} has code of its own, which runs in the sandbox",

@@ -138,4 +138,5 @@ def _device(name: Any) -> Any:
         return device
     except (RuntimeError, TypeError, AssertionError) as error:
         text = str(error).partition("\n")[0]
-        raise InvalidConfig(f"device={name!r}: {text}", hint='like "cpu", "cuda" or "cuda:1"') from None
+        raise InvalidConfig(f"the device {name!r} cannot be used: {text}",
+                            hint='use a device of this machine, such as "cpu", "cuda" or "cuda:1"') from None

@@ -83,19 +83,19 @@ class SandboxVectorEnv(Placed, VectorEnv[Any, Any, Any]):
         self._player, found = Making(asked, vector).make()
         self.closed = False
         try:
-            told = described(self._player)
-            asked.check(told)
-            self.num_envs = int(told["num_envs"])
-            self.observation_space = space_of(told["observation_space"])
-            self.action_space = space_of(told["action_space"])
-            self.single_observation_space = space_of(told["single_observation_space"])
-            self.single_action_space = space_of(told["single_action_space"])
-            self.metadata = dict(told["metadata"])
+            about = described(self._player)
+            asked.check(about)
+            self.num_envs = int(about["num_envs"])
+            self.observation_space = space_of(about["observation_space"])
+            self.action_space = space_of(about["action_space"])
+            self.single_observation_space = space_of(about["single_observation_space"])
+            self.single_action_space = space_of(about["single_action_space"])
+            self.metadata = dict(about["metadata"])
             if "autoreset_mode" in self.metadata:
                 self.metadata["autoreset_mode"] = AutoresetMode(self.metadata["autoreset_mode"])
-            self.render_mode = told["render_mode"]
-            self.spec = _spec_of(told["spec"], {"rock_source": source, **kwargs})
-            self._contract = EnvContract.of(told, self.single_observation_space, self.single_action_space)
+            self.render_mode = about["render_mode"]
+            self.spec = _spec_of(about["spec"], {"rock_source": source, **kwargs})
+            self._contract = EnvContract.of(about, self.single_observation_space, self.single_action_space)
             self._sandbox = sandbox_of(source, found, self._player)
         except BaseException:
             self.close()

@@ -78,7 +78,8 @@ def not_started(error: OSError, sandbox_id: str | None = None) -> RockError:
     if error.errno in FULL:
         return StorageFull(f"the sandbox could not be made: {_words(error)}", sandbox_id=sandbox_id,
                            hint="free some disk space and try again; nothing half-made was kept")
-    return StartFailed(f"the sandbox could not be made: {_words(error)}", sandbox_id=sandbox_id)
+    return StartFailed(f"the sandbox could not be made: {_words(error)}", sandbox_id=sandbox_id,
+                       hint="the server's log has the whole error; try again once its disk and ROCK_HOME are writable")
 
 
 def not_kept(error: OSError, sandbox_id: str, what: str) -> RockError:
@@ -86,7 +87,8 @@ def not_kept(error: OSError, sandbox_id: str, what: str) -> RockError:
     message = f"there is no room for {what} on the server's disk: {_words(error)}"
     if error.errno in FULL:
         return StorageFull(message, sandbox_id=sandbox_id, hint="free some disk space and try again")
-    return Unavailable(f"{what} cannot be kept on the server's disk: {_words(error)}", sandbox_id=sandbox_id)
+    return Unavailable(f"the server's disk cannot store {what}: {_words(error)}", sandbox_id=sandbox_id,
+                       hint="check the disk and the permissions of ROCK_HOME on the server, then try again")
 
 
 def _words(error: OSError) -> str:

@@ -193,5 +193,5 @@ class ChildLink:
         self._outgoing.clear()
         for future in self._waiting.values():
             if not future.done():
-                future.set_exception(Ended(f"{self.what} ended", hint=self.again))
+                future.set_exception(Ended(f"{self.what} ended before it responded", hint=self.again))
         self._bury()

@@ -81,9 +81,9 @@ def found(folder: Path = _DRIVER) -> list[Gpu]:
             lines = (entry / "information").read_text(errors="replace").splitlines()
         except OSError:
             continue
-        told = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        if told.get("GPU UUID", "").startswith("GPU-"):
-            gpus.append(Gpu(told["GPU UUID"], told.get("Model", "GPU")))
+        fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        if fields.get("GPU UUID", "").startswith("GPU-"):
+            gpus.append(Gpu(fields["GPU UUID"], fields.get("Model", "GPU")))
     return gpus
 
 

@@ -20,7 +20,7 @@ from urllib.parse import parse_qsl
 import orjson
 from pydantic import BaseModel, ValidationError
 
-from rock.errors import InternalServerRockError, InvalidConfig, NotFound, RockError, Unavailable
+from rock.errors import InvalidConfig, RockError, Unavailable, no_such_route, unexpected
 from rock.protocol.keys import CALLER, Caller, caller_of
 from rock.protocol.route import Route
 from rock.protocol.routes import ERROR_CODE, SENT
@@ -34,6 +34,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Model = TypeVar("Model", bound=BaseModel)
 
 MAX_BODY = 64 << 20
+JSON_OBJECT = "send a JSON object with content-type application/json"  # hint of errors
 log = logging.getLogger("rock.wire")
 
 
@@ -79,9 +80,11 @@ class Request:
         try:
             value = float(text)
         except ValueError:
-            raise InvalidConfig(f"query {name}={text!r} is not a number") from None
+            raise InvalidConfig(f"query {name}={text!r} is not a number",
+                                hint=f"give a number, as in {name}={low:g}") from None
         if not low <= value <= high:
-            raise InvalidConfig(f"query {name}={text} is not between {low:g} and {high:g}")
+            raise InvalidConfig(f"query {name}={text} is not between {low:g} and {high:g}",
+                                hint=f"give a number from {low:g} to {high:g}")
         return value
 
     def integer(self, name: str, default: int, *, low: int = 0, high: int = 1 << 53) -> int:
@@ -95,7 +98,8 @@ class Request:
     def required(self, name: str) -> str:
         value = self.query.get(name)
         if not value:
-            raise InvalidConfig(f"query {name} is missing")
+            raise InvalidConfig(f"the query parameter {name!r} is missing",
+                                hint=f"add {name}=VALUE to the URL; /docs lists the parameters")
         return value
 
     async def chunks(self) -> AsyncIterator[bytes]:
@@ -141,7 +145,8 @@ def parsed(data: bytes) -> Any:
     try:
         return orjson.loads(data) if data else {}
     except orjson.JSONDecodeError as error:
-        raise InvalidConfig(f"the body is not JSON: {error}") from None
+        raise InvalidConfig(f"the body is not JSON: {error}",
+                            hint=JSON_OBJECT) from None
 
 
 def validate(kind: type[Model], value: Any) -> Model:
@@ -149,7 +154,8 @@ def validate(kind: type[Model], value: Any) -> Model:
     try:
         return kind.model_validate(value)
     except ValidationError as error:
-        raise InvalidConfig(tell_validation(error)) from None
+        raise InvalidConfig(tell_validation(error),
+                            hint="/docs on this server lists the fields and their types") from None
 
 
 def tell_validation(error: ValidationError) -> str:
@@ -221,8 +227,8 @@ def failure(error: RockError) -> Answer:
 
 def retry_after(error: RockError) -> int:
     """The Retry-After value in whole seconds for an error."""
-    told = error.details.get("retry_after", 1)
-    return max(1, math.ceil(told)) if isinstance(told, int | float) else 1
+    seconds = error.details.get("retry_after", 1)
+    return max(1, math.ceil(seconds)) if isinstance(seconds, int | float) else 1
 
 
 async def deny(scope: Scope, send: Send, error: RockError) -> None:
@@ -313,7 +319,7 @@ class Router:
 
         try:
             if found is None:
-                raise NotFound(f"no such route: {method} {scope['path']}")
+                raise no_such_route(scope["path"], method)
             caller_of(scope).require(found[2].access)
             handler = cast(Handler, found[0])
             reply = await handler(Request(scope, receive, found[1]))
@@ -326,17 +332,20 @@ class Router:
             await failure(error).send(send)
         except asyncio.CancelledError:
             if not started:
-                await failure(Unavailable("the server stopped before this was done", details=SENT)).send(send)
+                await failure(Unavailable("the server stopped before the request was complete", details=SENT,
+                                          hint="check whether the operation took effect, then send the request "
+                                               "again")).send(send)
             raise
         except Exception as error:
             if started:
                 raise  # the head was sent; closing the connection is the only remaining error signal
             if isinstance(error, ValueError) and "embedded null" in str(error):  # of Python, for a path or a word
-                refused = InvalidConfig("a NUL character is where none can be")
+                refused = InvalidConfig("a path or an argument has a NUL character",
+                                        hint="remove it; no path or argument of Linux can contain one")
                 await failure(refused).send(send)
                 return
             log.exception("%s %s", method, scope["path"])
-            await failure(InternalServerRockError(f"{type(error).__name__}: {error}")).send(send)
+            await failure(unexpected(error)).send(send)
 
     async def _socket(self, found: Any, scope: Scope, receive: Receive, send: Send) -> None:
         if found is None:
@@ -360,7 +369,7 @@ class Router:
                 await send({"type": "websocket.send", "text": orjson.dumps(error.to_wire(), default=repr).decode()})
                 await send({"type": "websocket.close", "code": 1011, "reason": error.code})
             except (RuntimeError, OSError):
-                log.debug("the client left before it could be told: %s", error)
+                log.debug("the client disconnected before it received the error: %s", error)
 
 
 async def call(

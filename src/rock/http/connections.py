@@ -194,7 +194,8 @@ class HttpConnection(HttpToolsProtocol):
             self._silent += count
             if self._silent > HEAD_LIMIT:
                 what = "head of the request" if self._head else "framing of the request's body"
-                self._refuse(431, InvalidConfig(f"the {what} is over {HEAD_LIMIT} bytes"))
+                self._refuse(431, InvalidConfig(f"the {what} is over {HEAD_LIMIT} bytes",
+                                                hint="send shorter headers, and fewer of them"))
                 return
         if self._deadline is None and (self._head or self._is_between):
             self._deadline = self.loop.call_later(self._head_within, self._late)
@@ -261,7 +262,9 @@ class HttpConnection(HttpToolsProtocol):
 
     def _stop(self, status: int, message: str) -> None:
         """Stop the parser with an error response."""
-        self._status, self._error = status, InvalidConfig(message)
+        self._status, self._error = status, InvalidConfig(message,
+                                                          hint="shorten the URL and the headers; put large values into "
+                                                               "the body")
         raise ValueError(message)
 
     def send_400_response(self, msg: str) -> None:

@@ -339,8 +339,8 @@ class RemoteApp:
             finally:
                 self._waiting.pop(connection, None)
             begun = True
-            told = [header for header in connection.headers if header[0] not in _HOP_BY_HOP]
-            await send({"type": "http.response.start", "status": connection.status, "headers": told})
+            headers = [header for header in connection.headers if header[0] not in _HOP_BY_HOP]
+            await send({"type": "http.response.start", "status": connection.status, "headers": headers})
             async with contextlib.aclosing(connection.pieces()) as pieces:
                 async for piece in pieces:
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
@@ -358,9 +358,9 @@ class RemoteApp:
 
     def _left(self, connection: _Connection, call: bytes, headers: list[tuple[bytes, bytes]]) -> None:
         """The client disconnected before it received its response."""
-        told = connection.sent  # an incomplete body ends the request without a cancellation
+        complete = connection.sent  # an incomplete body ends the request without a cancellation
         connection.close()
-        if told:
+        if complete:
             task = asyncio.create_task(self._cancel(call, headers), name="remote-cancel")
             self._cancels.add(task)
             task.add_done_callback(self._cancels.discard)

@@ -157,8 +157,8 @@ class Observability:
             route = context.route = name_of(method, path) or "none"
         series = self._series.get((route, status))
         if series is None:
-            told = f"{status // 100}xx" if route in _STREAMS else str(status or "cut")
-            series = (REQUESTS.of(route, told), TIMES.of(route))
+            outcome = f"{status // 100}xx" if route in _STREAMS else str(status or "cut")
+            series = (REQUESTS.of(route, outcome), TIMES.of(route))
             if len(self._series) < 10_000:
                 self._series[route, status] = series
         series[0].value += 1
@@ -203,7 +203,7 @@ class Observability:
     async def _families(self) -> list[Family[Number] | Family[Distribution]]:
         own: list[Family[Number] | Family[Distribution]] = [
             gauge_of("rock_http_requests_under_way", "Requests that are being served", (), {(): self.under_way}),
-            gauge_of("rock_event_loop_lag_worst_seconds", "Worst since it was last told", (), {(): self._lag.worst()}),
+            gauge_of("rock_event_loop_lag_worst_seconds", "Worst since the last report", (), {(): self._lag.worst()}),
             *process.gauges(),
         ]
         return [*REGISTRY.families.values(), *own, *(await self._extra() if self._extra is not None else ())]
@@ -237,10 +237,10 @@ def _context_of(scope: Scope) -> Context:
                 request_id = sane_id(value) or request_id
                 given = value if name == _ID else given
     context = Context(request_id or new_id(), traceparent)
-    told = context.request_id.encode()
-    if told != given:  # forwarded requests use the same id
+    encoded = context.request_id.encode()
+    if encoded != given:  # forwarded requests use the same id
         others = [header for header in headers if header[0] != _ID] if known else headers
-        scope["headers"] = [*others, (_ID, told)]
+        scope["headers"] = [*others, (_ID, encoded)]
     path: str = scope["path"]
     if path.startswith(_SANDBOXES):
         context.sandbox_id = path[len(_SANDBOXES) :].partition("/")[0][:128]

@@ -191,8 +191,8 @@ def _tcp(first: _Address, source_port: int, second: _Address, target_port: int) 
     if state not in _CONNECTED or inode == 0 or tuple(found[:2]) != ends[:2]:
         return None
     size = len(first.packed)
-    told = tuple(_plain_bytes(bytes(part), size) for part in found[2:4])
-    return Owner(uid, inode) if told == (first.packed, second.packed) else None
+    found_pair = tuple(_plain_bytes(bytes(part), size) for part in found[2:4])
+    return Owner(uid, inode) if found_pair == (first.packed, second.packed) else None
 
 
 def _plain(text: str) -> _Address:
@@ -348,6 +348,6 @@ def _own_filters() -> int:
 
 def _filters(status: str) -> int:
     """The number of seccomp filters, from /proc/PID/status; a kernel without that count reports only the mode."""
-    told = {name: value.strip() for name, _, value in (line.partition(":") for line in status.splitlines())}
-    text = told.get("Seccomp_filters", told.get("Seccomp", "0"))
+    fields = {name: value.strip() for name, _, value in (line.partition(":") for line in status.splitlines())}
+    text = fields.get("Seccomp_filters", fields.get("Seccomp", "0"))
     return int(text) if text.isdecimal() else 0

@@ -107,7 +107,9 @@ class RelayedCalls:
         """The client of a call has disconnected. Only this server and the server that made the id know it."""
         caller_of(scope)
         if not call or len(call) > _LONGEST:
-            await failure(InvalidConfig("this is no id of a call")).send(send)
+            await failure(InvalidConfig("the id of the call to cancel is missing or too long",
+                                        hint=f"pass the id that was sent with the call, 1 to {_LONGEST} "
+                                             "bytes")).send(send)
             return
         left = self._left.get(call)
         if left is not None:
@@ -180,11 +182,11 @@ async def joined(
             raise
     try:
         assert there.response is not None
-        told = [(name.lower().encode(), value.encode("latin-1", "replace"))
-                for name, value in there.response.headers.raw_items()
-                if not name.lower().startswith("sec-websocket-")
-                and name.lower() not in ("upgrade", "connection", "date", "server")]  # fmt: skip
-        await send({"type": "websocket.accept", "subprotocol": there.subprotocol, "headers": told})
+        headers = [(name.lower().encode(), value.encode("latin-1", "replace"))
+                   for name, value in there.response.headers.raw_items()
+                   if not name.lower().startswith("sec-websocket-")
+                   and name.lower() not in ("upgrade", "connection", "date", "server")]  # fmt: skip
+        await send({"type": "websocket.accept", "subprotocol": there.subprotocol, "headers": headers})
         await race(inward(there, receive), outward(there, send, "the worker"))
     finally:
         there.transport.abort()
@@ -193,9 +195,9 @@ async def joined(
 async def _refuse(refusal: InvalidStatus, send: Send) -> None:
     """Forward the server's response to a rejected handshake to the client."""
     said = refusal.response
-    told = [(name.lower().encode(), value.encode("latin-1", "replace")) for name, value in said.headers.raw_items()]
+    received = [(name.lower().encode(), value.encode("latin-1", "replace")) for name, value in said.headers.raw_items()]
     body = bytes(said.body or b"")
-    headers = [(name, value) for name, value in told if name not in _FRAMING]
+    headers = [(name, value) for name, value in received if name not in _FRAMING]
     headers.append((b"content-length", b"%d" % len(body)))
     await send({"type": "websocket.http.response.start", "status": said.status_code, "headers": headers})
     await send({"type": "websocket.http.response.body", "body": body})

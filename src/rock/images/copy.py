@@ -142,7 +142,8 @@ def _walk(tree: Merged, node: Node, path: tuple[bytes, ...], count: int) -> Iter
         path, node = todo.pop()
         count += 1
         if count > _MOST or len(path) > _DEEPEST:
-            raise InvalidConfig(f"more than {_MOST} files to copy, or more than {_DEEPEST} folders deep")
+            raise InvalidConfig(f"COPY has more than {_MOST} files, or folders more than {_DEEPEST} levels deep",
+                                hint="copy fewer files, or leave some out with .dockerignore")
         yield path, node
         if node.is_folder:
             todo += [((*path, entry.name), entry) for entry in reversed(list(tree.entries(node)))]
@@ -183,9 +184,11 @@ class Copy:
             return known
         node, left = self._below.walk(path)
         if not node.is_folder:
-            raise InvalidConfig(f"{os.fsdecode(path)!r} is not a folder in the image")
+            raise InvalidConfig(f"{os.fsdecode(path)!r} is not a folder in the image",
+                                hint="choose a target below a folder, or remove the file first")
         if b".." in left:
-            raise InvalidConfig(f"{os.fsdecode(path)!r} leads through something that is not there")
+            raise InvalidConfig(f"{os.fsdecode(path)!r} has a `..` behind a folder that does not exist in the image",
+                                hint="write the path without `..`")
         self._keep(node)
         parts = node.parts
         for name in left:
@@ -200,7 +203,8 @@ class Copy:
     def put(self, found: Sequence[Source], target: bytes) -> None:
         """Copy a source: a folder's content into `target`, a file into it or under its name. InvalidConfig."""
         if len(found) > 1 and not target.endswith(b"/"):
-            raise InvalidConfig("several files are copied, so the target must be a folder and end with /")
+            raise InvalidConfig("several files are copied to a target that does not end with /",
+                                hint="end the target with /, as in COPY a.txt b.txt /data/")
         there = self._below.find(target)
         into = target.endswith(b"/") or (there is not None and there.is_folder)
         for source in found:
@@ -231,7 +235,9 @@ class Copy:
                 if not parts or entry.kind is Kind.DEVICE:
                     continue
                 if any(part.startswith(b".wh.") for part in parts):
-                    raise InvalidConfig(f"the archive has a name that no layer can have: {os.fsdecode(entry.path)!r}")
+                    raise InvalidConfig("the archive has a name that layers reserve for deleted files: "
+                                        f"{os.fsdecode(entry.path)!r}",
+                                        hint="rename the file; names that begin with .wh. mark deleted files")
                 entry.path = b"/".join(self._through((*top, *parts)))
                 if entry.kind is Kind.HARDLINK:
                     entry.target = b"/".join(self._through((*top, *parts_of(entry.target))))
@@ -270,7 +276,8 @@ class Copy:
     def _one(self, node: Node, parts: tuple[bytes, ...]) -> None:
         there = self._below.find(b"/".join(parts), follow=False)
         if there is not None and there.is_folder:
-            raise InvalidConfig(f"/{os.fsdecode(b'/'.join(parts))} is a folder, and a file would take its place")
+            raise InvalidConfig(f"a file cannot replace the folder /{os.fsdecode(b'/'.join(parts))} of the image",
+                                hint="choose another target, or remove the folder first")
         entry = self._entry(node, parts)
         if entry.kind is Kind.DEVICE:
             return
@@ -336,7 +343,8 @@ def _content(node: Node) -> Iterator[bytes]:
         while left:
             chunk = file.read(min(_CHUNK, left))
             if not chunk:
-                raise InvalidConfig(f"{os.fsdecode(node.name)!r} shrank while it was copied")
+                raise InvalidConfig(f"{os.fsdecode(node.name)!r} shrank while it was copied",
+                                    hint="try again once no program changes the files of the build context")
             left -= len(chunk)
             yield chunk
 

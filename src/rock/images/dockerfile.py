@@ -106,7 +106,8 @@ class Dockerfile:
 def parse(text: str) -> Dockerfile:
     """The stages of a Dockerfile. InvalidConfig and Unsupported, each with its line."""
     if len(text) > LARGEST:
-        raise InvalidConfig(f"a Dockerfile of {len(text)} characters; {LARGEST} are the most")
+        raise InvalidConfig(f"the Dockerfile has {len(text)} characters, more than the limit of {LARGEST}",
+                            hint="move its long scripts and data into files and COPY them")
     if "\0" in text:
         raise refuse(text[: text.index("\0")].count("\n") + 1, "it has a NUL character")
     lines = text.removeprefix("\ufeff").split("\n")

@@ -148,7 +148,9 @@ def packages_folder(rootfs: RootFS) -> Path:
     """The folder of the packages on this machine, for programs outside of a sandbox; NotFound without any."""
     link = Path(rootfs.layers[0], FOLDER, "current")
     if not link.is_symlink():
-        raise NotFound(f"image {rootfs.name} has no environment packages")
+        raise NotFound(f"image {rootfs.name} has no environment packages",
+                       hint="build the image with `rock image build`, or choose an image that has the environment's "
+                            "packages")
     return link.parent / os.readlink(link)
 
 
@@ -186,8 +188,8 @@ def _resolve(packages: PackageSet, log: Path, progress: Progress | None) -> _Res
         return _Resolved(())
     with tempfile.TemporaryDirectory(prefix="rock-packages-") as folder:
         if find_spec("pip") is None:
-            told = _pip(packages, ["--dry-run", "--target", folder], log, progress)
-            pins = re.findall(r"^ \+ (\S+==\S+)", told, re.MULTILINE)  # format of uv
+            printed = _pip(packages, ["--dry-run", "--target", folder], log, progress)
+            pins = re.findall(r"^ \+ (\S+==\S+)", printed, re.MULTILINE)  # format of uv
         else:
             report = Path(folder, "report.json")
             _pip(packages, ["--dry-run", "--target", folder, "--report", str(report)], log, progress)
@@ -216,13 +218,13 @@ def _pip(packages: PackageSet, options: list[str], log: Path, progress: Progress
     requirements = packages.requirements
     last: deque[str] = deque(maxlen=_LAST_LINES)
     everything: list[str] = []
-    with open(log, "w") as told, subprocess.Popen(
+    with open(log, "w") as output, subprocess.Popen(
         [*command, "--", *requirements], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, errors="replace",
     ) as child:  # fmt: skip
         assert child.stdout is not None
         for line in child.stdout:
-            told.write(line)
+            output.write(line)
             last.append(line.rstrip())
             everything.append(line)
             if progress is not None and (step := re.match(r"Collecting (\S+)|(Installing) ", line)):
@@ -238,9 +240,9 @@ def _pip(packages: PackageSet, options: list[str], log: Path, progress: Progress
 
 def _reason(lines: Iterable[str]) -> str:
     """The line with the cause: pip's last error, else the last line with text."""
-    told = [line for line in lines if line.strip()]
-    errors = [line for line in told if line.startswith("ERROR: ")]
-    return (errors or told or [""])[-1].removeprefix("ERROR: ")
+    written = [line for line in lines if line.strip()]
+    errors = [line for line in written if line.startswith("ERROR: ")]
+    return (errors or written or [""])[-1].removeprefix("ERROR: ")
 
 
 def _prune(site: Path) -> None:
@@ -260,10 +262,10 @@ def _words(site: Path, target: Path, log: Path, progress: Progress | None) -> No
     if progress is not None:
         progress("fetching word lists")
     fetch = "import nltk, sys; sys.exit(not nltk.download('words', download_dir=sys.argv[1], quiet=True))"
-    with open(log, "a") as told:
+    with open(log, "a") as output:
         try:
             done = subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, sys.argv[2]); {fetch}",
-                                   str(target), str(site)], stdin=subprocess.DEVNULL, stdout=told, stderr=told,
+                                   str(target), str(site)], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                                   timeout=_WORDS_TIMEOUT, check=False).returncode == 0  # fmt: skip
         except subprocess.TimeoutExpired:
             done = False

@@ -94,7 +94,8 @@ def storing(what: str) -> Iterator[None]:
         if error.errno in FULL:
             raise StorageFull(f"no space left while {what}", hint="free some disk space, `rock image rm` for one, "
                               "and try again; nothing half-made was kept") from error
-        raise ImageError(f"{what}: {error.strerror or error}: {error.filename or ''}".rstrip(": ")) from error
+        raise ImageError(f"{what}: {error.strerror or error}: {error.filename or ''}".rstrip(": "),
+                         hint="check the permissions and the disk of the image store below ROCK_HOME") from error
 
 
 # ---- root file system: stacked folders of this machine, and settings ----
@@ -299,7 +300,8 @@ class Leases:
         with storing("taking an image into use"), locked(self._gate, shared=True):
             for layer in rootfs.layers:
                 if not os.path.isdir(layer):
-                    raise ImageError(f"image {rootfs.name} was removed while it was about to be used")
+                    raise ImageError(f"image {rootfs.name} was removed before the sandbox started",
+                                     hint="pull or import the image again")
             if not path.exists():
                 write_atomic(path, body)
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

@@ -74,11 +74,13 @@ class ImageStore:
         try:
             budget = parse_size(settings.image_budget, "image budget") if settings.image_budget else None
         except ValueError as error:
-            raise InvalidConfig(f"ROCK_IMAGE_BUDGET: {error}") from None
+            raise InvalidConfig(f"ROCK_IMAGE_BUDGET has an invalid size: {error}",
+                                hint="set a size, as in ROCK_IMAGE_BUDGET=100g") from None
         try:
             allowance = Allowance(parse_size(settings.image_max_bytes, "image"), settings.image_max_entries)
         except ValueError as error:
-            raise InvalidConfig(f"ROCK_IMAGE_MAX_BYTES: {error}") from None
+            raise InvalidConfig(f"ROCK_IMAGE_MAX_BYTES has an invalid size: {error}",
+                                hint="set a size, as in ROCK_IMAGE_MAX_BYTES=50g") from None
         return cls(settings.image_dir, Logins(settings.registries, docker_config()), budget, allowance)
 
     # ---- lookup ----
@@ -154,14 +156,15 @@ class ImageStore:
         """Import a copy of a folder as a root file system."""
         path = Path(path)
         if not path.is_dir():
-            raise ImageError(f"{path} is no folder")
+            raise ImageError(f"{path} is not a folder", hint="give the folder with the root file system")
         return self._single(name, f"copying {path}", lambda writer: copy_tree(path, writer))
 
     def import_tar(self, path: Path | str, name: str) -> ImageRecord:
         """Import a tar of a root file system, plain or compressed with gzip or zstd."""
         path = Path(path)
         if not path.is_file():
-            raise ImageError(f"{path} is no file")
+            raise ImageError(f"{path} is not a file",
+                             hint="give a tar file of a root file system, plain or compressed with gzip or zstd")
         return self._single(name, f"unpacking {path}", lambda writer: unpack(Blob.of(path), None, writer))
 
     def import_docker_archive(self, path: Path | str, name: str | None = None,

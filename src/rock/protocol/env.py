@@ -239,7 +239,7 @@ def _error(
         )
     if kind == "refused_step":
         return Conflict(text, sandbox_id=sandbox_id, details=details,
-                        hint="steps are numbered from 0; does somebody else play this environment?")  # fmt: skip
+                        hint="steps are numbered from 0; does another client use this environment?")  # fmt: skip
     if kind == "gone":
         return NotFound(text, sandbox_id=sandbox_id, hint="make a new one")
     if kind == "transport":

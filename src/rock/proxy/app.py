@@ -14,13 +14,14 @@ from rock.errors import (
     Exited,
     Expired,
     Lost,
-    NotFound,
     NotHere,
     OutOfMemory,
     RockError,
     StartFailed,
     Unavailable,
     Unsupported,
+    no_such_route,
+    no_such_sandbox,
 )
 from rock.http.asgi import Answer, App, Receive, Request, Router, Scope, Send, deny, failure
 from rock.protocol.keys import caller_of
@@ -60,7 +61,7 @@ class Proxy:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         tenant = caller_of(scope).tenant  # images belong to all tenants and depend on the access rights of the key
         if tenant is not None and scope["path"] != BUILD and not await self._owns(tenant, _sandbox_id(scope)):
-            await _refuse(scope, send, _not_found(_sandbox_id(scope)))
+            await _refuse(scope, send, no_such_sandbox(_sandbox_id(scope)))
             return
         if self._local is None or (len(self._workers) > 1 and scope["path"] != BUILD):
             await self._forward(scope, receive, send)
@@ -105,7 +106,7 @@ class Proxy:
         method = "WEBSOCKET" if scope["type"] == "websocket" else scope["method"]
         found = self._rows.match(method, scope["path"])
         if found is None:
-            raise NotFound(f"no such route: {method} {scope['path']}")
+            raise no_such_route(scope["path"], method)
         caller_of(scope).require(found[2].access)
 
     async def _worker_of(self, sandbox_id: str) -> App:
@@ -116,7 +117,7 @@ class Proxy:
         self._placed.pop(sandbox_id, None)
         record = await self._store.get(sandbox_id)
         if record is None:
-            raise _not_found(sandbox_id)
+            raise no_such_sandbox(sandbox_id)
         if record.info.cause is Cause.LOST:
             raise tell(record.info)
         name = record.info.worker or ""
@@ -136,7 +137,7 @@ class Proxy:
         """A worker does not have the sandbox: returns the error that describes its end."""
         record = await self._store.get(sandbox_id)
         if record is None:
-            return _not_found(sandbox_id)
+            return no_such_sandbox(sandbox_id)
         return tell(record.info)
 
 
@@ -158,10 +159,6 @@ class _Held:
             await self._send(message)
 
 
-def _not_found(sandbox_id: str) -> NotFound:
-    return NotFound(f"Sandbox {sandbox_id} not found", sandbox_id=sandbox_id)
-
-
 async def _refuse(scope: Scope, send: Send, error: RockError) -> None:
     await (deny(scope, send, error) if scope["type"] == "websocket" else failure(error).send(send))
 
@@ -177,9 +174,9 @@ def tell(info: SandboxInfo) -> RockError:
         return Expired(f"sandbox {info.sandbox_id} is {info.state.value}", sandbox_id=info.sandbox_id, hint=hint)
     if info.cause is None:
         starts = info.state is State.PENDING
-        what = "has not started yet" if starts else "is not found on its worker now"
-        return Unavailable(f"sandbox {info.sandbox_id} {what}", sandbox_id=info.sandbox_id, hint="retry",
-                           details=None if starts else OUTAGE)  # fmt: skip
+        missing = f"sandbox {info.sandbox_id} is not found on its worker now"
+        return Unavailable(f"sandbox {info.sandbox_id} has not started yet" if starts else missing,
+                           sandbox_id=info.sandbox_id, hint="retry", details=None if starts else OUTAGE)
     kinds: dict[Cause, type[RockError]] = {
         Cause.OUT_OF_MEMORY: OutOfMemory,
         Cause.DISK_FULL: DiskFull,

@@ -24,7 +24,8 @@ _SMALL = 256 << 10
 def of(runtime: Runtime) -> Files:
     """The runtime's file operations; Unsupported when it has none."""
     if not isinstance(runtime, Files):
-        raise Unsupported(f"runtime {runtime.name} has no file operations")
+        raise Unsupported(f"runtime {runtime.name!r} has no file operations",
+                          hint="use another runtime; `rock doctor` lists those of this machine")
     return runtime
 
 
@@ -33,7 +34,7 @@ def inside(path: str) -> str:
     if not path.startswith("/"):
         raise InvalidConfig(f"the path {path!r} is not absolute", hint="paths inside begin with /")
     if "\0" in path:
-        raise InvalidConfig("a path cannot contain a NUL character")
+        raise InvalidConfig("the path has a NUL character", hint="remove it; no path of Linux can contain one")
     return path
 
 
@@ -125,7 +126,8 @@ def full_or(error: OSError, path: str) -> RockError:
             f"no space left for {path}; the old file, if any, is unchanged",
             hint="free some space on the server, or in the sandbox",
         )
-    return InvalidConfig(f"{path} could not be written: {error.strerror}")
+    return InvalidConfig(f"{path} cannot be written: {error.strerror}",
+                         hint="check that its folder exists and is writable for the user")
 
 
 async def _pump(fd: int, chunks: AsyncIterator[bytes]) -> None:
@@ -259,7 +261,8 @@ def _unpack_thread(fd: int, loop: asyncio.AbstractEventLoop, files: Files, handl
                     target = posixpath.join(base, _safe_name(member.name))
                     _unpack_one(archive, member, target, base, files, handle, do)
         except tarfile.TarError as error:
-            raise InvalidConfig(f"the archive is damaged: {error}") from error
+            raise InvalidConfig(f"the archive cannot be unpacked: {error}",
+                                hint="send an uncompressed or gzip tar, and send it whole") from error
         finally:
             while raw.read(CHUNK):  # drain the stream, so that the sender is not blocked by a full pipe
                 pass
@@ -267,7 +270,8 @@ def _unpack_thread(fd: int, loop: asyncio.AbstractEventLoop, files: Files, handl
 
 def _safe_name(name: str) -> str:
     if name.startswith("/") or ".." in name.split("/"):
-        raise InvalidConfig(f"the archive has a name that leads out of its folder: {name!r}")
+        raise InvalidConfig(f"the archive has an entry outside of its root: {name!r}",
+                            hint="make the archive with relative names and without `..`")
     return posixpath.normpath(name)
 
 

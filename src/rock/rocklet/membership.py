@@ -44,6 +44,7 @@ _IMAGES_EVERY = 10.0
 _MOST_IMAGES = 200
 _AGAIN = 2.0  # seconds after which a failed end is repeated
 _HEADER = EPOCH.encode()
+SERVER_DOWN = "check the URLs of --join and the network; the worker tries again by itself"  # hint of errors
 
 
 def _now() -> float:
@@ -188,7 +189,8 @@ class Membership:
 
     async def _ask(self, method: str, path: str, body: bytes) -> WorkerLease:
         """The response of the first server that responds; the one that responded last is tried first."""
-        last: RockError = Unavailable("there is no server to ask")
+        last: RockError = Unavailable("no admin server is configured",
+                                      hint="start the worker with --join URL of the admin server")
         # Each try has the same timeout, independent of the remaining lease, so the last try is as good as the first.
         each = _ANSWER if self._lease is None else min(_ANSWER, self._lease.seconds / (len(self._servers) + 1))
         for server in list(self._servers):
@@ -196,7 +198,8 @@ class Membership:
                 async with asyncio.timeout(each):
                     status, reply = await server.request(method, path, "", body)
             except TimeoutError:
-                last = Unavailable(f"{server.url} did not answer within {each:.1f} s")
+                last = Unavailable(f"the admin server {server.url} did not respond within {each:.1f} s",
+                                   hint=SERVER_DOWN)
                 continue
             except Unavailable as error:
                 last = error
@@ -206,7 +209,8 @@ class Membership:
                 refused = from_wire(told, status)
                 if isinstance(refused, ClientError):
                     raise refused
-                last = refused if isinstance(refused, Unavailable) else Unavailable(f"{server.url}: {refused.message}")
+                last = refused if isinstance(refused, Unavailable) else Unavailable(
+                    f"the admin server {server.url} refused the request: {refused.message}", hint=SERVER_DOWN)
                 continue
             self._servers.remove(server)
             self._servers.insert(0, server)
@@ -312,12 +316,13 @@ class FencingToken:
     def check(self, text: str) -> None:
         """Conflict for a token below the highest one; InvalidConfig for an invalid one."""
         if not (text.isascii() and text.isdigit() and len(text) < 19):
-            raise InvalidConfig(f"{text[:20]!r} is no token")
+            raise InvalidConfig(f"invalid fencing token {text[:20]!r}",
+                                hint="commands come from an admin server only; use its API")
         token, highest = int(text), self._read()
         if token < highest:
             fence_log.warning("refused a command by lease %d: %d was seen", token, highest)
-            raise Conflict(f"a command by lease {token}, which is over: lease {highest} was seen",
-                           details={"fence": highest})  # fmt: skip
+            raise Conflict(f"the lease {token} of the command has ended: lease {highest} was seen",
+                           details={"fence": highest}, hint="another admin server leads now; send the request to it")
         if token > highest:
             atomic_file.replace(self._path, str(token))
             self._highest = token

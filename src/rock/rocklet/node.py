@@ -36,6 +36,8 @@ from rock.telemetry import tracing
 
 log = logging.getLogger("rock.node")
 
+EXISTS = "choose another sandbox_id, or stop that sandbox first"  # hint of errors
+
 
 class Node:
     """The sandboxes of one machine.
@@ -124,7 +126,7 @@ class Node:
         if found is not None:
             # The registry password is not stored.
             if found.config.model_copy(update={"registry_password": config.registry_password}) != config:
-                raise Conflict(f"sandbox {sandbox_id} exists already", sandbox_id=sandbox_id)
+                raise Conflict(f"sandbox {sandbox_id} exists already", sandbox_id=sandbox_id, hint=EXISTS)
             return found.describe()
         task = self._creating.get(sandbox_id)
         if task is None:
@@ -134,7 +136,9 @@ class Node:
                     hint="stop some, or raise ROCK_SANDBOX_LIMIT",
                 )
             if not wake and sandbox_id in self.kept:
-                raise Conflict(f"sandbox {sandbox_id} exists already: its files are kept", sandbox_id=sandbox_id)
+                raise Conflict(f"sandbox {sandbox_id} exists already: its files are retained after its stop",
+                               sandbox_id=sandbox_id,
+                               hint="choose another sandbox_id, restart that sandbox, or delete it with `rock rm`")
             work = self._wake(sandbox_id, config) if wake else self._create(sandbox_id, config)
             task = asyncio.create_task(work, name=f"create-{sandbox_id}")
             self._creating[sandbox_id] = task
@@ -142,7 +146,8 @@ class Node:
             task.add_done_callback(lambda _: self._creating.pop(sandbox_id, None))
         await settled(task)
         if task.cancelled():
-            raise Conflict(f"sandbox {sandbox_id} was stopped while it started", sandbox_id=sandbox_id)
+            raise Conflict(f"sandbox {sandbox_id} was stopped before its start was complete", sandbox_id=sandbox_id,
+                           hint="create it again")
         return task.result().describe()
 
     async def _create(self, sandbox_id: str, config: SandboxConfig) -> Supervisor:
@@ -248,7 +253,7 @@ class Node:
         found = self.supervisors.get(sandbox_id)
         if found is not None:
             if found.config != config:
-                raise Conflict(f"sandbox {sandbox_id} exists already", sandbox_id=sandbox_id)
+                raise Conflict(f"sandbox {sandbox_id} exists already", sandbox_id=sandbox_id, hint=EXISTS)
             return found.describe()  # the response to an earlier restore was lost
         runtime = self.runtimes.of(config)
         await self.images.prepare(config)
@@ -294,7 +299,8 @@ class Node:
             held = self.quarantine.look(sandbox_id)
             if held is not None:
                 return held
-            raise NotFound(f"sandbox {sandbox_id} is not here", sandbox_id=sandbox_id)
+            raise NotFound(f"sandbox {sandbox_id} is not on this worker", sandbox_id=sandbox_id,
+                           hint="check the id; `rock ps` lists the sandboxes")
         if touch:
             supervisor.touch()
         return supervisor.describe(await supervisor.usage() if usage else None)

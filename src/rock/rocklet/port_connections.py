@@ -43,7 +43,9 @@ class Connections:
     async def dial(self, port: int) -> socket.socket:
         """A connection to a port inside. Unavailable when nothing listens, PortTimeout, Unsupported."""
         if not isinstance(self._runtime, Ports):
-            raise Unsupported(f"the runtime {self._handle.runtime} reaches no ports", sandbox_id=self._id)
+            raise Unsupported(f"the runtime {self._handle.runtime!r} does not connect to ports of a sandbox",
+                              sandbox_id=self._id,
+                              hint="use another runtime; `rock doctor` lists those of this machine")
         fd = -1
         for host in _LOOPBACK:
             try:

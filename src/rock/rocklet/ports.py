@@ -15,7 +15,7 @@ from websockets.exceptions import InvalidStatus, WebSocketException
 from websockets.typing import Subprotocol
 from websockets.uri import WebSocketURI
 
-from rock.errors import InvalidConfig, NotFound, PortFailed, PortTimeout
+from rock.errors import InvalidConfig, PortFailed, PortTimeout, no_such_route
 from rock.http.asgi import Answer, Disconnected, Receive, Request, Router, Send, SocketHandler
 from rock.http.event_loop import BUDGET, rounds
 from rock.http.relay import CLOSE_WITHIN, HANDSHAKE_WITHIN, connection_to, inward, outward, plain_headers, race
@@ -68,7 +68,7 @@ def target_of(request: Request) -> Target:
     parts = raw.split(b"/", 6)  # "", v1, sandboxes, ID, ports, PORT, the rest
     known = ["v1", "sandboxes", request.path["sandbox_id"], "ports", request.path["port"]]
     if [unquote_to_bytes(part) for part in parts[1:6]] != [part.encode() for part in known]:
-        raise NotFound(f"no such route: {request.scope['path']}")  # one of its slashes was encoded as %2F
+        raise no_such_route(request.scope["path"])  # one of its slashes was encoded as %2F
     rest = b"/" + (parts[6] if len(parts) > 6 else b"")
     query: bytes = request.scope.get("query_string", b"")
     own = request.scope.get(PREFIX) or f"/v1/sandboxes/{request.path['sandbox_id']}/ports/{port}"
@@ -319,7 +319,8 @@ def patience_of(request: Request) -> float:
     except ValueError:
         value = -1.0
     if not 0 < value <= 3600:
-        raise InvalidConfig(f"{ANSWER_WITHIN}: {text!r} is no number of seconds from 0 to 3600")
+        raise InvalidConfig(f"the header {ANSWER_WITHIN} has the invalid value {text!r}",
+                            hint="send a number of seconds above 0 and at most 3600")
     return value
 
 
@@ -383,7 +384,8 @@ class _Exchange:
         coding = (self._request.header(b"transfer-encoding") or "").strip().lower()
         if coding:
             if coding != "chunked":
-                raise InvalidConfig(f"a body in the transfer coding {coding[:40]!r} is not passed on")
+                raise InvalidConfig(f"a body with the transfer coding {coding[:40]!r} is not supported",
+                                    hint="send it with content-length, or with transfer-encoding: chunked")
             headers = [(name, value) for name, value in headers if name != b"content-length"]
             headers.append((b"transfer-encoding", b"chunked"))
         headers = [(b"host", self._target.host.encode()), *headers, (b"connection", b"close")]
@@ -392,7 +394,8 @@ class _Exchange:
                 h11.Request(method=self._request.scope["method"], target=self._target.path, headers=headers)
             )
         except h11.LocalProtocolError as error:
-            raise InvalidConfig(f"the request cannot be passed on: {error}") from None
+            raise InvalidConfig(f"the request cannot be sent to the port as HTTP/1.1: {error}",
+                                hint="correct its method, its path and its headers") from None
         return head or b""
 
     async def _serve_client(self, head: bytes) -> None:
@@ -465,8 +468,8 @@ class _Exchange:
             try:
                 event = self._http.next_event()
             except h11.RemoteProtocolError as error:
-                what = f"answered with what is no HTTP: {error}" if self._heard else "hung up without an answer"
-                raise PortFailed(f"port {self._target.port} {what}") from None
+                what = f"sent invalid HTTP: {error}" if self._heard else "closed the connection without a response"
+                raise PortFailed(f"the program at port {self._target.port} {what}") from None
             if event is not h11.NEED_DATA:
                 await self._yield()
                 return event
@@ -479,8 +482,8 @@ class _Exchange:
     def _refuse_endless(self, data: bytes) -> None:
         """Check the limits before one more piece of heads is parsed. PortFailed."""
         if self._bytes > HEAD_LIMIT or self._lines > _LINES:
-            raise PortFailed(f"port {self._target.port} answered with what is no HTTP: more than {HEAD_LIMIT} bytes or "
-                             f"{_LINES} lines of headers")  # fmt: skip
+            raise PortFailed(f"the program at port {self._target.port} sent invalid HTTP: more than {HEAD_LIMIT} bytes "
+                             f"or {_LINES} lines of headers")  # fmt: skip
         self._bytes += len(data)
         self._lines += data.count(b"\n")
 

@@ -81,7 +81,8 @@ class Runtimes:
             runtime = self._by_name[name]
         except KeyError:
             names = ", ".join(sorted(self._by_name))
-            raise InvalidConfig(f"no runtime {name!r} on this machine (there are: {names})") from None
+            raise InvalidConfig(f"there is no runtime {name!r} on this machine",
+                                hint=f"use one of {names}, or leave runtime unset") from None
         if config.keeps_files and not isinstance(runtime, Keeps):
             raise Unsupported(
                 f"runtime {name!r} cannot keep the files of a stopped sandbox",

@@ -202,7 +202,8 @@ class Supervisor:
         try:
             return self.processes[key]
         except KeyError:
-            raise NotFound(f"process {key!r} does not exist in sandbox {self.id}", sandbox_id=self.id) from None
+            raise NotFound(f"process {key!r} does not exist in sandbox {self.id}", sandbox_id=self.id,
+                           hint="check its id; its record is removed some time after its end") from None
 
     async def forget_process(self, key: str) -> programs.Background:
         background = self.process(key)

@@ -12,7 +12,7 @@ Placement = Literal["spread", "pack"]
 
 
 class Scheduler(Protocol):
-    """Decides by what workers reported last and what was placed since; asks nobody."""
+    """Decides by the last reports of the workers and by the placements since, without requests."""
 
     def report(self, workers: Mapping[str, NodeStatus]) -> None:
         """All workers that may take sandboxes now, as they are."""
@@ -21,12 +21,12 @@ class Scheduler(Protocol):
     def place(self, config: SandboxConfig) -> str:
         """The name of a worker. InvalidConfig when none could ever take it, NoCapacity when none can now.
 
-        `landed` has to be told what became of it."""
+        The caller reports the result of the start to `landed`."""
         ...
 
     def place_group(self, config: SandboxConfig, size: int, placement: Placement, whole: bool) -> list[str]:
         """Workers for up to `size` equal sandboxes, in the order of a group; with `whole` for all of them or none.
-        Errors, and what is to be told, as of `place`."""
+        Errors and the report to `landed` are those of `place`."""
         ...
 
     def landed(self, worker: str, gpus: float = 0.0) -> None:

@@ -58,14 +58,14 @@ class _Machine:
     def score(self) -> float:
         return self.memory_free / (1 + self.sandboxes)
 
-    def could_ever(self, spec: _Wish) -> bool:
+    def could_ever(self, spec: _Request) -> bool:
         status = self.status
         return (
             spec.memory <= status.memory_total and spec.cpus <= status.cpus and spec.gpus <= status.gpus
             and (not spec.accelerator or spec.accelerator in status.accelerators)
         )  # fmt: skip
 
-    def room(self, spec: _Wish) -> int:
+    def room(self, spec: _Request) -> int:
         """How many more it takes now."""
         status = self.status
         scarce = self.memory_free < status.memory_total * SCARCE
@@ -80,7 +80,7 @@ class _Machine:
             room = min(room, int(min(self.gpus_free // spec.gpus, _MANY)))
         return max(0, room)
 
-    def wholly(self, spec: _Wish) -> int:
+    def wholly(self, spec: _Request) -> int:
         """How many more it takes without promising memory or cores that it does not have."""
         taken = self.starting + self.since
         by_memory = (self.status.memory_free - taken * spec.memory) // spec.memory
@@ -89,7 +89,7 @@ class _Machine:
 
 
 @dataclass(frozen=True)
-class _Wish:
+class _Request:
     """What of a config matters here, read once."""
 
     memory: int
@@ -99,7 +99,7 @@ class _Wish:
     image: str
 
     @classmethod
-    def of(cls, config: SandboxConfig) -> _Wish:
+    def of(cls, config: SandboxConfig) -> _Request:
         return cls(config.memory_bytes, config.cpus, config.num_gpus or 0.0, config.accelerator_type or "",
                    config.image)  # fmt: skip
 
@@ -112,8 +112,8 @@ class LocalScheduler:
         self._machines: dict[str, _Machine] = {}
         self._heap: list[tuple[float, int, str]] = []  # (minus the score, turn, name); older turns are void
         self._turn = 0
-        self._run: tuple[_Wish, _Machine, int] | None = None  # who takes how many more of what
-        self._last: tuple[SandboxConfig, _Wish] | None = None
+        self._run: tuple[_Request, _Machine, int] | None = None  # the request, its machine, and how many more fit
+        self._last: tuple[SandboxConfig, _Request] | None = None
         self._holders: dict[str, set[str]] = {}  # workers by the images that they have
 
     # ---- what is known ----
@@ -164,7 +164,7 @@ class LocalScheduler:
         machine = self._machines.get(entry[2])
         return machine is not None and machine.turn == entry[1]
 
-    def _take(self, machine: _Machine, spec: _Wish) -> str:
+    def _take(self, machine: _Machine, spec: _Request) -> str:
         machine.starting += 1
         machine.gpus += spec.gpus
         self._queue(machine)
@@ -187,7 +187,7 @@ class LocalScheduler:
             raise self._refusal(config, spec)
         return self._take(best, spec)
 
-    def _top(self, spec: _Wish) -> _Machine | None:
+    def _top(self, spec: _Request) -> _Machine | None:
         """The best of all, where it fits and none of the others could have the image before it."""
         while self._heap and not self._valid(self._heap[0]):
             heapq.heappop(self._heap)
@@ -197,7 +197,7 @@ class LocalScheduler:
         ahead = spec.image in machine.images or spec.image not in self._holders
         return machine if ahead and machine.could_ever(spec) and machine.room(spec) else None
 
-    def _again(self, spec: _Wish) -> _Machine | None:
+    def _again(self, spec: _Request) -> _Machine | None:
         """The same as for the last one, where it has so many already that a few more make no difference: what comes
         close together for one worker goes there in one request."""
         if self._run is None:
@@ -207,13 +207,13 @@ class LocalScheduler:
         fits = left > 0 and what is spec and self._machines.get(machine.name) is machine
         return machine if fits and machine.room(spec) else None
 
-    def _spec(self, config: SandboxConfig) -> _Wish:
+    def _spec(self, config: SandboxConfig) -> _Request:
         """What of it matters; a burst asks for the same again and again."""
         if self._last is None or self._last[0] is not config:
-            self._last = config, _Wish.of(config)
+            self._last = config, _Request.of(config)
         return self._last[1]
 
-    def _candidates(self, spec: _Wish) -> list[_Machine]:
+    def _candidates(self, spec: _Request) -> list[_Machine]:
         """The best few of all that fit, and some of those that have the image."""
         found: list[_Machine] = []
         seen: list[tuple[float, int, str]] = []
@@ -235,8 +235,8 @@ class LocalScheduler:
                     break
         return found
 
-    def _refusal(self, config: SandboxConfig, spec: _Wish) -> RockError:
-        """Why nobody takes it."""
+    def _refusal(self, config: SandboxConfig, spec: _Request) -> RockError:
+        """The error when no worker has the capacity."""
         machines = list(self._machines.values())
         if not machines:
             return NoCapacity("no worker is known", hint="start one with: rocklet --join")
@@ -252,7 +252,7 @@ class LocalScheduler:
     # ---- many ----
 
     def place_group(self, config: SandboxConfig, size: int, placement: Placement, whole: bool) -> list[str]:
-        spec = _Wish.of(config)
+        spec = _Request.of(config)
         fit = [(m, room) for m in self._machines.values() if m.could_ever(spec) and (room := m.room(spec))]
         fit.sort(key=lambda pair: (spec.image in pair[0].images, pair[0].score, pair[0].name), reverse=True)
         there = sum(room for _, room in fit)
@@ -295,13 +295,16 @@ def _never(config: SandboxConfig, statuses: list[NodeStatus]) -> RockError:
     cpus = max(status.cpus for status in statuses)
     total = max(status.memory_total for status in statuses)
     if config.cpus > cpus:
-        return InvalidConfig(f"Requested CPUs {config.cpus} exceed the maximum allowed {cpus}")
+        return InvalidConfig(f"Requested CPUs {config.cpus} exceed the maximum allowed {cpus}",
+                             hint="request fewer CPUs, or add a larger worker")
     if config.memory_bytes > total:
-        return InvalidConfig(f"Requested memory {config.memory} exceeds the largest machine's {total / (1 << 30):.1f}g")
+        return InvalidConfig(f"Requested memory {config.memory} exceeds the largest machine's {total / (1 << 30):.1f}g",
+                             hint="request less memory, or add a larger worker")
     if config.num_gpus or config.accelerator_type:
         kinds = sorted({kind for status in statuses for kind in status.accelerators})
         return Unsupported(
             f"no worker has {config.num_gpus or 1:g} {config.accelerator_type or 'GPU'}: the accelerators here are "
             f"{', '.join(kinds) or 'none'}", hint="leave num_gpus and accelerator_type unset",
         )  # fmt: skip
-    return InvalidConfig(f"no machine has both {config.cpus:g} CPUs and {config.memory}")
+    return InvalidConfig(f"no worker has both {config.cpus:g} CPUs and {config.memory} of memory",
+                         hint="request fewer CPUs or less memory, or add a larger worker")

@@ -89,13 +89,13 @@ class Driver:
         self._hosts: dict[str, Any] = {}
         self._wanted: set[str] = set()  # names that were asked for last, not given back
 
-    def heard(self, told: dict[str, Any]) -> None:
+    def heard(self, request: dict[str, Any]) -> None:
         """A call, in the order in which they came."""
         with self._lock:
-            if told["call"] == "reserve":
-                self._wanted.add(told["name"])
-            elif told["call"] == "release":
-                self._wanted.discard(told["name"])
+            if request["call"] == "reserve":
+                self._wanted.add(request["name"])
+            elif request["call"] == "release":
+                self._wanted.discard(request["name"])
 
     def open(self) -> str:
         """Join the cluster; its address."""
@@ -131,10 +131,11 @@ class Driver:
         return kind.options(name=f"{_PREFIX}{name}", lifetime="detached", get_if_exists=True,
                             scheduling_strategy=where).remote(name, self._options, address)  # fmt: skip
 
-    def answer(self, told: dict[str, Any]) -> None:
-        reply: dict[str, Any] = {"id": told["id"]}
+    def answer(self, request: dict[str, Any]) -> None:
+        reply: dict[str, Any] = {"id": request["id"]}
         try:
-            reply["answer"] = getattr(self, "do_" + told.pop("call"))(**{k: v for k, v in told.items() if k != "id"})
+            reply["answer"] = getattr(self, "do_" + request.pop("call"))(
+                **{name: value for name, value in request.items() if name != "id"})
         except Released as error:
             reply |= {"error": str(error), "kind": "Conflict"}
         except ValueError as error:  # what Ray says of a bundle that is none
@@ -193,9 +194,9 @@ def main() -> None:
     pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="ray-call")
     quick = ThreadPoolExecutor(8, thread_name_prefix="ray-quick")
     for line in sys.stdin:
-        told = json.loads(line)
-        driver.heard(told)
-        (pool if told["call"] == "reserve" else quick).submit(driver.answer, told)
+        request = json.loads(line)
+        driver.heard(request)
+        (pool if request["call"] == "reserve" else quick).submit(driver.answer, request)
     os._exit(0)  # threads may wait for resources
 
 

@@ -44,7 +44,8 @@ def bundle_of(config: SandboxConfig) -> dict[str, float]:
             except ValueError:
                 amount = 0.0
             if not 0 < amount < 1e9:
-                raise InvalidConfig(f"label {name}={text!r}: it says how much of a resource, as in {name}=1")
+                raise InvalidConfig(f"label {name}={text!r} is not an amount of the Ray resource",
+                                    hint=f"give a positive number, as in {name}=1")
             found[name.removeprefix(RESOURCE_LABEL)] = amount
     return found
 
@@ -90,7 +91,7 @@ class RayReservations:
             process.stdin.write(json.dumps(self._options).encode() + b"\n")
             self._process = process
             async for line in process.stdout:
-                self._told(line)
+                self._received(line)
         finally:
             self._process = None
             self._ready.clear()
@@ -108,26 +109,26 @@ class RayReservations:
                 await process.wait()
             log.warning("Ray's driver ended with status %s", process.returncode)
 
-    def _told(self, line: bytes) -> None:
+    def _received(self, line: bytes) -> None:
         try:
-            told = json.loads(line)
+            message = json.loads(line)
         except ValueError:
-            told = None
-        if not isinstance(told, dict):
+            message = None
+        if not isinstance(message, dict):
             log.info("ray: %s", line[:300])  # something in it prints
             return
-        if told.get("ready"):
-            log.info("in the Ray cluster at %s", told["ready"])
+        if message.get("ready"):
+            log.info("in the Ray cluster at %s", message["ready"])
             self._ready.set()
             return
-        future = self._waiting.get(told.get("id", 0))
+        future = self._waiting.get(message.get("id", 0))
         if future is None or future.done():
             return
-        if "error" in told:
-            kind = _KINDS.get(told.get("kind", ""), Unavailable)
-            future.set_exception(kind(f"Ray: {told['error']}"))
+        if "error" in message:
+            kind = _KINDS.get(message.get("kind", ""), Unavailable)
+            future.set_exception(kind(f"Ray: {message['error']}"))
         else:
-            future.set_result(told.get("answer"))
+            future.set_result(message.get("answer"))
 
     async def _call(self, call: str, **values: Any) -> Any:
         await self._ready.wait()
@@ -155,7 +156,7 @@ class RayReservations:
         while True:
             try:
                 return str(await self._call("reserve", name=_PREFIX + sandbox_id, bundle=bundle, worker=worker))
-            except Unavailable as error:  # the head is away: whoever asks knows how long to wait
+            except Unavailable as error:  # the head is away: the caller decides how long to wait
                 log.info("reservation of %s: %s", sandbox_id, error)
                 await asyncio.sleep(_AGAIN)
 

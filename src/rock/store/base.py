@@ -15,6 +15,7 @@ from rock.protocol.keys import KeyInfo, Quota
 from rock.protocol.node import Beat, JoinWorker, NodeStatus, WorkerInfo, WorkerState
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
 
+CLOSED = "the server is stopping; try again after its restart"  # a hint of errors
 
 @dataclass(slots=True)
 class Record:
@@ -51,6 +52,10 @@ def ordered(records: Sequence[Record], group_id: str) -> Sequence[Record]:
     out."""
     mine = (record for record in records if record.info.group == group_id)
     return sorted(mine, key=lambda record: int(record.id[len(group_id) + 1 :]))
+
+
+def no_key(key_id: str) -> NotFound:
+    return NotFound(f"there is no key {key_id}", hint="`rock key ls` shows the ids of the keys")
 
 
 def id_taken(sandbox_id: str) -> Conflict:

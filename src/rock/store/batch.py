@@ -16,14 +16,14 @@ _MOST = 200  # writes of one transaction, so that readers are not delayed
 
 
 class Batch:
-    """A group of writes. transaction: opens a transaction, or raises; told: converts an SQLite error to a ROCK error.
+    """A group of writes. transaction: opens a transaction, or raises; convert: makes a ROCK error of an SQLite one.
     Each write is one statement, or raises before it, so a failed write leaves no change in the shared transaction."""
 
     def __init__(
-        self, transaction: Callable[[], AbstractContextManager[None]], told: Callable[[sqlite3.Error], Exception]
+        self, transaction: Callable[[], AbstractContextManager[None]], convert: Callable[[sqlite3.Error], Exception]
     ) -> None:
         self._transaction = transaction
-        self._told = told
+        self._convert = convert
         # number of writes that waited in the last iteration, and of iterations that they have waited
         self._seen = self._held = 0
         self._waiting: list[tuple[Callable[[], Any], asyncio.Future[Any]]] = []
@@ -71,7 +71,7 @@ class Batch:
             if failed is None:
                 future.set_result(answer)
             else:
-                future.set_exception(self._told(failed) if isinstance(failed, sqlite3.Error) else failed)
+                future.set_exception(self._convert(failed) if isinstance(failed, sqlite3.Error) else failed)
 
     def flush(self) -> None:
         """Commit the waiting writes now."""

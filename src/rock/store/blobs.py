@@ -13,6 +13,7 @@ from typing import Protocol
 
 from rock.errors import InvalidConfig, NotFound, StorageFull, Unavailable
 
+NO_ARCHIVE = "the sandbox cannot be restored; create a new one"  # hint of errors
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
 CHUNK = 1 << 20
 
@@ -42,7 +43,8 @@ class Blobs(Protocol):
 def check_name(name: str) -> str:
     """InvalidConfig for a name that is not a single file name."""
     if not _NAME.fullmatch(name):
-        raise InvalidConfig(f"not a name for an archive: {name!r}")
+        raise InvalidConfig(f"invalid name of an archive: {name!r}",
+                            hint="use a single file name of letters, digits, `.`, `_` and `-`")
     return name
 
 
@@ -66,7 +68,7 @@ class FolderBlobs:
                 os.close(fd)
             await asyncio.to_thread(self._move, beside, place)
         except OSError as error:
-            raise self._told(error) from error
+            raise self._error_of(error) from error
         finally:
             with suppress(OSError):
                 os.unlink(beside)
@@ -90,9 +92,9 @@ class FolderBlobs:
         try:
             fd = os.open(self._folder / check_name(name), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
-            raise NotFound(f"there is no archive {name}") from None
+            raise NotFound(f"there is no archive {name}, or it was removed", hint=NO_ARCHIVE) from None
         except OSError as error:
-            raise self._told(error) from error
+            raise self._error_of(error) from error
         try:
             while part := await asyncio.to_thread(self._read, fd):
                 yield part
@@ -103,13 +105,13 @@ class FolderBlobs:
         try:
             return os.read(fd, CHUNK)
         except OSError as error:
-            raise self._told(error) from error
+            raise self._error_of(error) from error
 
     async def delete(self, name: str) -> None:
         try:
             await asyncio.to_thread(self._delete, self._folder / check_name(name))
         except OSError as error:
-            raise self._told(error) from error
+            raise self._error_of(error) from error
 
     def _delete(self, path: Path) -> None:
         with suppress(FileNotFoundError):
@@ -122,7 +124,7 @@ class FolderBlobs:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise self._told(error) from error
+            raise self._error_of(error) from error
 
     async def sweep(self) -> None:
         """Remove the temporary files that a crash left. An unreadable folder is reported by later operations."""
@@ -134,10 +136,11 @@ class FolderBlobs:
     async def close(self) -> None:
         return
 
-    def _told(self, error: OSError) -> Unavailable | StorageFull:
+    def _error_of(self, error: OSError) -> Unavailable | StorageFull:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return StorageFull(f"the archive {self._folder} is full: {error}", hint="free some space on the server")
-        return Unavailable(f"the archive {self._folder} does not serve: {error}")
+        return Unavailable(f"the archive {self._folder} cannot be accessed: {error}",
+                           hint="check the folder of ROCK_ARCHIVE and its permissions, then try again")
 
 
 def _write(fd: int, data: bytes) -> None:

@@ -20,13 +20,14 @@ import asyncpg
 import orjson
 
 from rock import faults
-from rock.errors import InvalidConfig, NotFound, RockError, StorageFull, Unavailable
+from rock.errors import InvalidConfig, RockError, StorageFull, Unavailable
 from rock.protocol.keys import KeyInfo, Quota
 from rock.protocol.node import Beat, JoinWorker, WorkerInfo
 from rock.protocol.routes import OUTAGE
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
 from rock.store import base
 from rock.store.base import (
+    CLOSED,
     COLUMNS,
     Lease,
     Query,
@@ -37,6 +38,7 @@ from rock.store.base import (
     loaded,
     name_taken,
     next_epoch,
+    no_key,
     not_lost,
     ordered,
     over,
@@ -99,7 +101,8 @@ class PostgresStore:
                 self._url, min_size=1, max_size=_CONNECTIONS, command_timeout=_TIMEOUT, timeout=_TIMEOUT
             )
         except ValueError as error:
-            raise InvalidConfig(f"ROCK_STORE={self._name}: {error}") from None
+            raise InvalidConfig(f"ROCK_STORE={self._name} is not a valid address: {error}",
+                                hint="write it as postgresql://USER:PASSWORD@HOST:5432/DATABASE") from None
         except (asyncpg.PostgresError, *_BROKEN) as error:
             raise Unavailable(f"the database {self._name} does not answer: {error!r}", hint="see ROCK_STORE") from error
         try:
@@ -144,12 +147,12 @@ class PostgresStore:
     async def _connected(self) -> AsyncIterator[Any]:
         """A connection; its errors are raised as ROCK errors."""
         if self._pool is None:
-            raise Unavailable("the store is closed")
+            raise Unavailable("the store is closed", hint=CLOSED)
         try:
             async with self._pool.acquire(timeout=_TIMEOUT) as db:
                 yield db
         except asyncpg.PostgresError as error:
-            raise self._told(error) from error
+            raise self._error_of(error) from error
         except _BROKEN as error:
             raise Unavailable(f"the database {self._name} does not answer: {error!r}", hint="retry",
                               details=OUTAGE) from error  # fmt: skip
@@ -159,7 +162,7 @@ class PostgresStore:
         async with self._connected() as db, db.transaction():
             yield db
 
-    def _told(self, error: asyncpg.PostgresError) -> RockError:
+    def _error_of(self, error: asyncpg.PostgresError) -> RockError:
         if isinstance(error, (asyncpg.DiskFullError, asyncpg.OutOfMemoryError)):
             return StorageFull(f"the database {self._name} is full: {error}", hint="free some space on its server")
         return Unavailable(f"the database {self._name} does not serve: {error}", hint="retry", details=OUTAGE)
@@ -412,7 +415,7 @@ class PostgresStore:
         async with self._transaction() as db:
             found = await db.fetchval("SELECT info FROM api_key WHERE id = $1 FOR UPDATE", _text(key_id))
             if found is None:
-                raise NotFound(f"there is no key {key_id}")
+                raise no_key(key_id)
             info = KeyInfo.model_validate_json(found)
             if info.revoked_at is None:
                 info = info.model_copy(update={"revoked_at": at})

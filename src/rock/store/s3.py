@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from rock.errors import InvalidConfig, NotFound, RockError, ServerError, StorageFull, Unavailable
-from rock.store.blobs import CHUNK, check_name
+from rock.store.blobs import CHUNK, NO_ARCHIVE, check_name
 
 log = logging.getLogger("rock.store")
 
@@ -36,6 +36,7 @@ _PAUSE = 0.2  # seconds; doubled with each attempt
 _TIMEOUT = 60.0
 _LONGEST_ANSWER = 8 << 20  # bytes of XML
 _EMPTY = hashlib.sha256(b"").hexdigest()
+S3_HINT = "check the service and the server's ROCK_ARCHIVE and ROCK_S3_* settings, then try again"  # of errors
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 
 
@@ -145,18 +146,19 @@ class S3Blobs:
         try:
             connection, reply = await asyncio.to_thread(self._open, Request("GET", self._key(name)))
         except (OSError, http.client.HTTPException) as error:
-            raise Unavailable(f"{self.place.endpoint} does not answer: {error!r}") from None
+            raise Unavailable(f"{self.place.endpoint} does not respond: {error!r}", hint=S3_HINT) from None
         try:
             if reply.status == 404:
-                raise NotFound(f"there is no archive {name}")
+                raise NotFound(f"there is no archive {name}, or it was removed", hint=NO_ARCHIVE)
             if reply.status != 200:
-                raise self._told(reply.status, await asyncio.to_thread(reply.read, _LONGEST_ANSWER))
+                raise self._error_of(reply.status, await asyncio.to_thread(reply.read, _LONGEST_ANSWER))
             left = reply.length
             while part := await self._read(reply):
                 left = None if left is None else left - len(part)
                 yield part
             if left:
-                raise Unavailable(f"{self.place.endpoint} broke off in the middle of an archive")
+                raise Unavailable(f"{self.place.endpoint} closed the connection in the middle of an archive",
+                                  hint=S3_HINT)
         finally:
             connection.close()
 
@@ -205,7 +207,7 @@ class S3Blobs:
             ET.SubElement(part, "ETag").text = tag
         reply = await self._ask(Request("POST", key, (("uploadId", upload),), ET.tostring(root)))
         if _tag(_xml(reply)) == "Error":  # reported under status 200, because the error may occur late
-            raise self._told(500, reply)
+            raise self._error_of(500, reply)
 
     async def _abort(self, key: str, upload: str) -> None:
         with suppress(RockError):
@@ -229,13 +231,13 @@ class S3Blobs:
             try:
                 status, headers, body = await asyncio.to_thread(self._exchange, request)
             except (OSError, http.client.HTTPException) as error:
-                failure: RockError = Unavailable(f"{self.place.endpoint} does not answer: {error!r}")
+                failure: RockError = Unavailable(f"{self.place.endpoint} does not respond: {error!r}", hint=S3_HINT)
             else:
                 if status < 300 or (missing and status == 404):
                     if answered is not None:
                         answered.update(headers)
                     return body
-                failure = self._told(status, body)
+                failure = self._error_of(status, body)
                 if status < 500 and status != 429:
                     raise failure
             log.warning("%s %s: %s (try %d)", request.method, request.path, failure, attempt + 1)
@@ -272,9 +274,10 @@ class S3Blobs:
         try:
             return await asyncio.to_thread(reply.read, CHUNK)
         except (OSError, http.client.HTTPException) as error:
-            raise Unavailable(f"{self.place.endpoint} broke off in the middle of an archive: {error!r}") from None
+            raise Unavailable(f"{self.place.endpoint} closed the connection in the middle of an archive: {error!r}",
+                              hint=S3_HINT) from None
 
-    def _told(self, status: int, body: bytes) -> RockError:
+    def _error_of(self, status: int, body: bytes) -> RockError:
         """The ROCK error for a response, with the error code of the service."""
         code = message = ""
         with suppress(ServerError):
@@ -282,9 +285,9 @@ class S3Blobs:
             code, message = _text(found, "Code") or "", _text(found, "Message") or ""
         text = f"bucket {self.place.bucket} at {self.place.endpoint}: HTTP {status} {code} {message[:200]}".rstrip()
         if status == 507 or code in ("QuotaExceeded", "EntityTooLarge", "XMinioStorageFull"):
-            return StorageFull(text)
+            return StorageFull(text, hint="raise the quota of the bucket, or delete archives of sandboxes")
         if status >= 500 or status == 429:
-            return Unavailable(text)
+            return Unavailable(text, hint=S3_HINT)
         return ServerError(text, hint="look at ROCK_ARCHIVE and ROCK_S3_* of the server")
 
 

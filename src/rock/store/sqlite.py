@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rock import faults
-from rock.errors import Conflict, NotFound, RockError, StorageFull, Unavailable
+from rock.errors import Conflict, RockError, StorageFull, Unavailable
 from rock.protocol.keys import KeyInfo, Quota
 from rock.protocol.node import Beat, JoinWorker, WorkerInfo
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State, kept
 from rock.store import base
 from rock.store.base import (
+    CLOSED,
     COLUMNS,
     Lease,
     Query,
@@ -36,6 +37,7 @@ from rock.store.base import (
     loaded,
     name_taken,
     next_epoch,
+    no_key,
     not_lost,
     ordered,
     over,
@@ -66,7 +68,7 @@ class SqliteStore:
         self._side: sqlite3.Connection | None = None  # the connection of the thread
         self._checkpoints: asyncio.Task[None] | None = None
         self._watchers = Watchers()
-        self._batch = Batch(lambda: _transaction(self._open_db, "IMMEDIATE"), self._told)
+        self._batch = Batch(lambda: _transaction(self._open_db, "IMMEDIATE"), self._error_of)
         self.workers = SqliteWorkers(self._within)
 
     async def open(self) -> None:
@@ -110,16 +112,16 @@ class SqliteStore:
 
     async def _checkpoint(self) -> None:
         """Run a checkpoint periodically. It waits for the disk, so it does not run in a writer."""
-        told = False
+        reported = False
         while True:
             await asyncio.sleep(_CHECKPOINT_EVERY)
             try:
                 self._check_file(creating=False)
-                told = False
+                reported = False
             except Unavailable as error:
-                if not told:
+                if not reported:
                     log.error("%s", error)
-                told = True
+                reported = True
             with contextlib.suppress(Unavailable, StorageFull):  # the next write reports the error
                 await self._aside(lambda: self._open_db_aside.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall())
 
@@ -167,13 +169,13 @@ class SqliteStore:
         try:
             return work(*args)
         except sqlite3.Error as error:
-            told = self._told(error)
-            if not isinstance(told, StorageFull) or self.reserve is None or not self.reserve.release():
-                raise told from error
+            failure = self._error_of(error)
+            if not isinstance(failure, StorageFull) or self.reserve is None or not self.reserve.release():
+                raise failure from error
         try:
             return work(*args)
         except sqlite3.Error as error:
-            raise self._told(error) from error
+            raise self._error_of(error) from error
 
     def _within(self, work: Callable[[sqlite3.Connection], T]) -> T:
         def whole() -> T:
@@ -186,24 +188,25 @@ class SqliteStore:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work, *args)
         except sqlite3.Error as error:
-            raise self._told(error) from error
+            raise self._error_of(error) from error
 
-    def _told(self, error: sqlite3.Error) -> RockError:
+    def _error_of(self, error: sqlite3.Error) -> RockError:
         if "full" in str(error) or "disk I/O" in str(error):
             hint = "free some space on the server"
             return StorageFull(f"the store {self.path} cannot be written: {error}", hint=hint)
-        return Unavailable(f"the store {self.path} does not answer: {error}")
+        return Unavailable(f"the store {self.path} does not respond: {error}",
+                           hint="check the file and the disk of the server with `rock doctor`, then try again")
 
     @property
     def _open_db(self) -> sqlite3.Connection:
         if self._db is None:
-            raise Unavailable("the store is closed")
+            raise Unavailable("the store is closed", hint=CLOSED)
         return self._db
 
     @property
     def _open_db_aside(self) -> sqlite3.Connection:
         if self._side is None:
-            raise Unavailable("the store is closed")
+            raise Unavailable("the store is closed", hint=CLOSED)
         return self._side
 
     # ---- records ----
@@ -431,7 +434,7 @@ class SqliteStore:
         with _transaction(self._open_db, "IMMEDIATE"):
             found = self._open_db.execute("SELECT info FROM api_key WHERE id = ?", (key_id,)).fetchone()
             if found is None:
-                raise NotFound(f"there is no key {key_id}")
+                raise no_key(key_id)
             info = KeyInfo.model_validate_json(found[0])
             if info.revoked_at is None:
                 info = info.model_copy(update={"revoked_at": at})

@@ -13,14 +13,14 @@ from rock.telemetry.context import CURRENT
 
 FORMATS = ("text", "json")
 _FORMAT = "%(asctime)s.%(msecs)03d %(levelname)-7s %(name)s: %(message)s"
-# What could end a line, or rule the terminal of whoever reads it
+# What could end a line, or control the terminal of the reader
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code != 9}
 _CONTROLS |= {10: "\\n", 13: "\\r", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 _OTHERS = ("uvicorn", "asyncio", "opentelemetry")  # of libraries that have something to say of a server
 
 
 def known(record: logging.LogRecord) -> dict[str, str]:
-    """What is known of what a line is about: request, sandbox, tenant and trace, as far as there are any. Whoever logs
+    """What is known of what a line is about: request, sandbox, tenant and trace, as far as there are any. A caller
     may name the sandbox, by `extra`."""
     context, sandbox = CURRENT.get(), getattr(record, "sandbox_id", "")
     if context is None:

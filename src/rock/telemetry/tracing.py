@@ -1,4 +1,4 @@
-"""Spans of a trace, for whoever wants them. Without a tracer nothing is made, and what a caller sent is passed on.
+"""Spans of a trace, for an optional tracer. Without a tracer nothing is made, and what a caller sent is passed on.
 
     a call of the SDK ──► the request at a server ──► (the request at its rocklet) ──► the command or process
 
@@ -55,7 +55,7 @@ def tracer() -> Tracer | None:
 
 @contextlib.contextmanager
 def span(name: str, attributes: Mapping[str, Value] | None = None) -> Iterator[Span | None]:
-    """A span around what is done within, as a part of what is being done now; None where nobody traces."""
+    """A span around what is done within, as a part of what is being done now; None without a tracer."""
     made_by, outer = tracer(), CURRENT.get()
     if made_by is None:
         yield None

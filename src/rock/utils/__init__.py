@@ -55,5 +55,6 @@ async def wait_until_alive(
         except Exception as error:
             last = f"{type(error).__name__}: {error}"
         await asyncio.sleep(sleep)
-    raise Unavailable(f"nothing was alive within {timeout:g} seconds: {last}")
+    raise Unavailable(f"no check succeeded within {timeout:g} seconds: {last}",
+                      hint="raise timeout, or check the log of the service")
 

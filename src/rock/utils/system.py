@@ -31,7 +31,7 @@ async def find_free_port(max_attempts: int = 10, sleep_between_attempts: float =
             if attempt == max_attempts - 1:
                 raise
             await asyncio.sleep(sleep_between_attempts)
-    raise InvalidConfig(f"max_attempts={max_attempts}: at least one attempt is needed")
+    raise InvalidConfig(f"max_attempts={max_attempts} permits no attempt", hint="give max_attempts=1 or more")
 
 
 def get_host_ip() -> str:

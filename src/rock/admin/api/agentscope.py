@@ -123,7 +123,9 @@ class Training:
         if host.state is State.PENDING:
             raise Unavailable(f"the sandbox for {dataset.name} has not started yet", hint="ask again")
         if host.state is not State.RUNNING:
-            raise Unavailable(f"the sandbox for {dataset.name} did not start: {host.reason}")
+            raise Unavailable(f"the sandbox for {dataset.name} failed to start: {host.reason}",
+                              hint="call it again to start a new one; if it fails again, the log of the server has the "
+                                   "cause")
         return host.sandbox_id, dataset.name
 
     async def _hosted(self, request: Request, name: str) -> SandboxInfo:
@@ -135,7 +137,7 @@ class Training:
     async def _set_of(self, request: Request, sandbox_id: str) -> str:
         try:
             if not is_id(sandbox_id):
-                raise NotFound(f"there is no sandbox {sandbox_id!r}")
+                raise NotFound(f"invalid id of a sandbox: {sandbox_id!r}", hint="create a box first, and pass its id")
             record = await self._tenant_services(request.scope).load(sandbox_id)
             dataset = datasets.of_image(record.info.image)
         except NotFound as error:
@@ -164,7 +166,8 @@ class Training:
     async def _create(self, request: Request, box: str, env_type: str, body: Body) -> Any:
         _same(body, env_type)
         if body.task_id is None:
-            raise InvalidConfig("task_id is missing")
+            raise InvalidConfig("the field task_id is missing",
+                                hint="pass the id of a task; get_env_profile returns them")
         name = body.instance_id or new_instance_id()
         spec = {"task_id": body.task_id, "params": body.params}
         made = await self._make(request, box, env_type, spec, name=name, idle=IDLE, begin=True)
@@ -210,10 +213,12 @@ def _data(value: Any) -> dict[str, Any]:
 def _named(body: Body) -> str:
     """The path segment of an instance."""
     if not body.instance_id or "/" in body.instance_id:
-        raise InvalidConfig(f"Instance {body.instance_id} not found!")
+        raise InvalidConfig(f"Instance {body.instance_id} not found!",
+                            hint="create the instance first, and pass the instance_id of the reply without a slash")
     return NAMED + body.instance_id
 
 
 def _same(body: Body, env_type: str) -> None:
     if body.env_type is not None and datasets.find(body.env_type).name != env_type:
-        raise InvalidConfig(f"this box has the set {env_type!r}, not {body.env_type!r}")
+        raise InvalidConfig(f"the box has the training set {env_type!r}, not {body.env_type!r}",
+                            hint=f"set env_type={env_type!r}, or use a box of the other set")

@@ -15,7 +15,7 @@ import orjson
 from rock import __version__
 from rock.admin.tenants import TenantServices
 from rock.admin.workers.registry import WorkerRegistry
-from rock.errors import ClientError, NotFound, RockError
+from rock.errors import ClientError, RockError, no_such_route
 from rock.http.asgi import Answer, App, Receive, Request, Router, Scope, Send, answer, answer_model, failure, fit
 from rock.protocol.keys import Access, caller_of
 from rock.protocol.node import Beat, JoinWorker, ServerInfo
@@ -136,7 +136,7 @@ def guarded(app: App) -> App:
                 needed = Access.OPEN if path == "/" else Access.READ
             try:
                 if needed is None and Access.ADMIN not in caller.scopes:
-                    raise NotFound(f"no such route: {method} {path}")
+                    raise no_such_route(path, method)
                 caller.require(needed or Access.ADMIN)
             except RockError as error:
                 await failure(error).send(send)

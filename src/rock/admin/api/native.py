@@ -19,7 +19,13 @@ from rock.admin.reconciler import mark_lost
 from rock.admin.sandboxes.service import Service
 from rock.admin.tenants import Keys, TenantServices
 from rock.envhub import registry
-from rock.errors import ClientError, InternalServerRockError, InvalidConfig, NotFound, RockError
+from rock.errors import (
+    ClientError,
+    InvalidConfig,
+    RockError,
+    no_such_route,
+    unexpected,
+)
 from rock.http.asgi import retry_after
 from rock.protocol import action, env, keys, node, sandbox
 from rock.protocol.action import ConnectionList
@@ -141,20 +147,20 @@ def _errors(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def validation(request: Request, error: RequestValidationError) -> Response:
         text = "; ".join(f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors())
-        return _failure(InvalidConfig(text))
+        return _failure(InvalidConfig(text, hint="/docs on this server lists the fields and their types"))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
         if error.status_code == 404:
-            return _failure(NotFound(f"no such route: {request.method} {request.url.path}"))
-        refused = ClientError(f"{request.method} {request.url.path}: {error.detail}")
+            return _failure(no_such_route(request.url.path, request.method))
+        refused = ClientError(f"{request.method} {request.url.path} was refused: {error.detail}")
         return Response(
             orjson.dumps(refused.to_wire()), error.status_code, dict(error.headers or {}), "application/json"
         )
 
     @app.exception_handler(Exception)
     async def other(request: Request, error: Exception) -> Response:
-        return _failure(InternalServerRockError(f"{type(error).__name__}: {error}"))
+        return _failure(unexpected(error))
 
 
 def _front_page(listing: SandboxList) -> str:

@@ -127,7 +127,8 @@ def _listing(request: Request, limit: int) -> Query:
         elif name in _EQUAL:
             fields[name] = value
         elif name not in ("limit", "after", "history"):
-            raise InvalidConfig(f"cannot list by {name!r}")
+            raise InvalidConfig(f"the query parameter {name!r} is unknown",
+                                hint=f"use label=KEY=VALUE, {', '.join(_EQUAL)}, limit, after or history")
     page: tuple[float, str] | None = None
     after = request.query.get("after")
     if after:
@@ -135,7 +136,9 @@ def _listing(request: Request, limit: int) -> Query:
         try:
             page = float(time_text), sandbox_id
         except ValueError:
-            raise InvalidConfig(f"after={after!r} is not what a page before answered as `next`") from None
+            raise InvalidConfig(f"after={after!r} is not the `next` of an earlier page",
+                                hint="leave after out for the first page, then pass `next` of each page "
+                                     "unchanged") from None
     return Query(states=states, fields=fields, labels=labels, limit=limit, after=page)
 
 

@@ -15,13 +15,13 @@ from rock.admin.sandboxes.records import Records
 from rock.admin.workers.registry import WorkerRegistry
 from rock.errors import (
     Conflict,
-    InternalServerRockError,
     Lost,
     NotFound,
     NotHere,
     RockError,
     ServerError,
     Unavailable,
+    unexpected,
 )
 from rock.protocol.node import NodeCommit
 from rock.protocol.sandbox import CommitError, CommitPhase, CommitRequest, CommitStatus, State
@@ -96,8 +96,7 @@ class Commits:
                 "phase": CommitPhase.SUCCEEDED, "image_digest": made.digest, "pushed_digest": made.pushed}  # fmt: skip
         except Exception as raised:
             log.warning("commit of %s to %s: %r", record.id, spec.image_tag, raised)
-            error = raised if isinstance(raised, RockError) else InternalServerRockError(
-                f"{type(raised).__name__}: {raised}")  # fmt: skip
+            error = raised if isinstance(raised, RockError) else unexpected(raised)
             error.sandbox_id = record.id
             stage = error.details.get("stage")
             fields = {"phase": CommitPhase.FAILED, "failed_stage": stage or "dispatch", "error": error.to_wire(),
@@ -116,8 +115,9 @@ class Commits:
             await asyncio.wait({task}, timeout=wait)
         record = await self.settle(await self._records.load(sandbox_id))
         if record.info.commit is None:
-            raise NotFound(f"no image was made of sandbox {sandbox_id}", sandbox_id=sandbox_id,
-                           details={"commit": CommitError.STATUS_NOT_FOUND})  # fmt: skip
+            raise NotFound(f"sandbox {sandbox_id} has no commit", sandbox_id=sandbox_id,
+                           details={"commit": CommitError.STATUS_NOT_FOUND},
+                           hint="start one first with `rock commit`, or POST .../commit")
         return record.info.commit
 
     async def settle(self, record: Record) -> Record:

@@ -87,7 +87,9 @@ class Groups:
         self._check_config(config)
         ids = [member(group_id, number) for number in range(spec.size)]
         if len(ids[-1]) > _LONGEST_ID:
-            raise InvalidConfig(f"sandbox_id {group_id[:20]}...: it is too long for the names of {spec.size} sandboxes")
+            raise InvalidConfig(f"sandbox_id {group_id[:20]}... is too long for a group of {spec.size} sandboxes: a "
+                                f"member's id has at most {_LONGEST_ID} characters",
+                                hint="choose a shorter sandbox_id, or leave it out")
         workers: list[Worker | None] = [None] * spec.size
         if self._placer.reservations is not None:
             await self._placer.check(config)
@@ -233,13 +235,15 @@ class Groups:
     async def _members(self, group_id: str, tenant: str | None) -> Sequence[Record]:
         records = await self._store.group(group_id, tenant)
         if not records:
-            raise NotFound(f"Group {group_id} not found")
+            raise NotFound(f"there is no group {group_id!r}",
+                           hint="check the id; it is in the reply that created the group")
         return records
 
 
 def _of_group(record: Record) -> Record:
     if record.info.group is None:
-        raise Conflict("this idempotency key made a sandbox that is of no group", sandbox_id=record.id)
+        raise Conflict("the idempotency key belongs to a sandbox that is not in a group", sandbox_id=record.id,
+                       hint="use a new idempotency key for the group")
     return record
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from rock.admin.sandboxes import lifecycle
 from rock.admin.sandboxes.lifecycle import Effect, Event, step
-from rock.errors import NotFound, RockError
+from rock.errors import RockError, no_such_sandbox
 from rock.protocol.keys import Quota
 from rock.protocol.sandbox import State
 from rock.store.base import Record, Store, VersionConflict
@@ -50,7 +50,7 @@ class Records:
         """The record of a sandbox. NotFound."""
         record = await self.store.get(sandbox_id)
         if record is None:
-            raise NotFound(f"Sandbox {sandbox_id} not found", sandbox_id=sandbox_id)
+            raise no_such_sandbox(sandbox_id)
         return record
 
     async def amend(self, sandbox_id: str, **fields: Any) -> Record:

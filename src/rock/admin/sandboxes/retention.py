@@ -18,7 +18,6 @@ from rock.admin.workers.client import Worker
 from rock.admin.workers.registry import WorkerRegistry
 from rock.errors import (
     Conflict,
-    InternalServerRockError,
     Lost,
     NotFound,
     RockError,
@@ -26,6 +25,7 @@ from rock.errors import (
     Unavailable,
     Unsupported,
     from_wire,
+    unexpected,
 )
 from rock.protocol.keys import Quota
 from rock.protocol.node import NodeSandbox
@@ -116,8 +116,8 @@ def _asked_before(record: Record, key: str | None) -> bool:
 def _has_files(record: Record) -> None:
     """Raise Conflict for a stopped sandbox without files."""
     if record.state is State.STOPPED and not record.info.kept:
-        why = "its files went with its stop" if not record.config.keeps_files else "its files are gone"
-        raise Conflict(f"sandbox {record.id}: {why}", sandbox_id=record.id, hint=_NOT_KEPT)
+        why = "its files are gone" if record.config.keeps_files else "they were deleted when it stopped"
+        raise Conflict(f"sandbox {record.id} has no files: {why}", sandbox_id=record.id, hint=_NOT_KEPT)
 
 
 # ---- archive and restore ----
@@ -202,8 +202,7 @@ class Archive:
         except asyncio.CancelledError:
             raise
         except Exception as raised:
-            error = raised if isinstance(raised, RockError) else InternalServerRockError(
-                f"{type(raised).__name__}: {raised}")  # fmt: skip
+            error = raised if isinstance(raised, RockError) else unexpected(raised)
             log.warning("archive of %s: %r", record.id, raised)
             error.sandbox_id = record.id
             phases = _with_phase(record, phase, "failed", error.message)

@@ -17,7 +17,7 @@ from rock.admin.workers.client import Worker
 from rock.admin.workers.placement import Placer
 from rock.admin.workers.registry import WorkerRegistry
 from rock.admin.workers.start_queue import StartQueue, Ticket
-from rock.errors import InternalServerRockError, Lost, RockError, SandboxError, Unavailable, from_wire
+from rock.errors import Lost, RockError, SandboxError, Unavailable, from_wire, unexpected
 from rock.http.event_loop import settled
 from rock.protocol.node import NodeSandbox
 from rock.protocol.routes import LOST_CONTACT, NOTHING_BEGUN
@@ -121,7 +121,7 @@ class Starts:
             error = raised
         except Exception as raised:
             log.exception("launch of %s", record.id)
-            error = InternalServerRockError(f"{type(raised).__name__}: {raised}", sandbox_id=record.id)
+            error = unexpected(raised, record.id)
         else:
             CREATES.of("running", "").add()
             STARTS.of("running").observe(time.monotonic() - began)

@@ -214,7 +214,8 @@ class WireWorker:
         self, method: str, path: str, query: str, body: AsyncIterator[bytes] | None
     ) -> AsyncGenerator[int | bytes]:
         if self._streams is None:
-            raise Unsupported(f"worker {self.name} is not reached in a way that could carry files")
+            raise Unsupported(f"the connection to worker {self.name} does not support the transfer of files",
+                              hint="let the worker join the server: `rocklet --join URL`")
         return self._streams(method, path, query, body, b"")
 
     async def get(self, sandbox_id: str, *, touch: bool = False, usage: bool = False) -> NodeSandbox:

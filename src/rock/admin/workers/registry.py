@@ -306,7 +306,8 @@ class WorkerRegistry(Mapping[str, Worker]):
 
     def _table(self) -> Workers:
         if self._registry is None or self._reach is None:
-            raise NotFound("no worker can join this server")
+            raise NotFound("this server accepts no workers",
+                           hint="start it with ROCK_WORKERS=none; workers can join such a server")
         return self._registry()
 
     def _leased(self, info: WorkerInfo) -> WorkerLease:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Protocol
 
 from rock.errors import ImageError, RockError, StorageFull
-from rock.images.layers.tar_reader import ByteStream, FileStream, Kind, TarReader
+from rock.images.layers.tar_reader import DAMAGED, ByteStream, FileStream, Kind, TarReader
 
 CHUNK = 1 << 20
 _GZIP, _ZSTD, _XZ, _BZIP2 = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ\0", b"BZh"
@@ -58,7 +58,8 @@ class Blob:
     def read(self, limit: int = 64 << 20) -> bytes:
         """The whole content; ImageError when it is larger than `limit` bytes."""
         if self.size > limit:
-            raise ImageError(f"a description of {self.size} bytes in {self.path}; more than {limit} is refused")
+            raise ImageError(f"{self.path} has a description of {self.size} bytes, more than the limit of {limit}",
+                             hint=DAMAGED)
         return b"".join(self.chunks())
 
 
@@ -165,12 +166,12 @@ def _unzstd(chunks: Iterator[bytes]) -> Iterator[bytes]:
     if program is None:
         raise ImageError("this layer is compressed with zstd, and the program zstd is not on this machine",
                          hint="install zstd, or convert the image to gzip layers")
-    with tempfile.TemporaryFile() as packed, tempfile.TemporaryFile() as told:
+    with tempfile.TemporaryFile() as packed, tempfile.TemporaryFile() as stderr:
         for chunk in chunks:
             packed.write(chunk)
         packed.seek(0)
         command = [program, "-dc", "--long=31"]
-        with subprocess.Popen(command, stdin=packed, stdout=subprocess.PIPE, stderr=told) as child:
+        with subprocess.Popen(command, stdin=packed, stdout=subprocess.PIPE, stderr=stderr) as child:
             assert child.stdout is not None
             try:
                 while chunk := child.stdout.read(CHUNK):
@@ -178,9 +179,9 @@ def _unzstd(chunks: Iterator[bytes]) -> Iterator[bytes]:
             finally:
                 child.stdout.close()
                 if child.wait() not in (0, -13):
-                    told.seek(0)
-                    raise ImageError(f"zstd: {told.read(500).decode(errors='replace').strip()}",
-                                     hint="fetch or save it again")
+                    stderr.seek(0)
+                    raise ImageError("zstd failed to decompress a layer: "
+                                     f"{stderr.read(500).decode(errors='replace').strip()}", hint=DAMAGED)
 
 
 def _ahead(chunks: Generator[bytes, None, None], depth: int = 8) -> Generator[bytes, None, None]:
@@ -345,7 +346,8 @@ class Bounds:
     def _refusal(self, what: str, setting: str) -> RockError:
         if self._disk is not None:
             return StorageFull(f"the image has {what} unpacked, which is {_SHARE:.0%} of what {self._disk} has free; "
-                               "nothing half-made was kept")
+                               "nothing half-made was kept",
+                               hint="free some disk space, for example with `rock image prune`, or use a smaller image")
         return ImageError(f"the image has {what} unpacked: it is refused", hint=f"the server's {setting} is the bound")
 
 

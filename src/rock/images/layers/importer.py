@@ -20,6 +20,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from rock.errors import ImageError
 from rock.images.layers.blobs import Archive, Blob, Bounds, first_name
+from rock.images.layers.tar_reader import DAMAGED
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -29,6 +30,7 @@ _INDEXES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.d
 _MACHINES = {"x86_64": "amd64", "aarch64": "arm64", "armv7l": "arm", "i686": "386", "loongarch64": "loong64"}
 _ARCHIVE_NAME = re.compile(r"blobs|oci-layout|index\.json|manifest\.json|repositories|[0-9a-f]{64}(\.json)?", re.ASCII)
 _DEEPEST_INDEX = 4
+SHA256 = "build or save the image again with a current tool; only sha256 digests are supported"
 # Fields of an image's config that are preserved for other tools and have no effect here
 OTHER = ("ExposedPorts", "Volumes", "StopSignal", "Healthcheck", "Shell", "OnBuild")
 
@@ -80,7 +82,8 @@ def kind_of(path: Path, bounds: Bounds) -> str:
             return "oci"
         return "docker" if (path / "manifest.json").is_file() else "folder"
     if not path.is_file():
-        raise ImageError(f"{path} does not exist" if not path.exists() else f"{path} is no file and no folder")
+        raise ImageError(f"{path} does not exist" if not path.exists() else f"{path} is neither a file nor a folder",
+                         hint="give the path of an image archive, an OCI layout or a root folder")
     first = first_name(path, bounds)
     return "archive" if _ARCHIVE_NAME.fullmatch(first.split("/")[0]) else "tar"
 
@@ -93,7 +96,8 @@ def _described(read: Callable[P, T]) -> Callable[P, T]:
         try:
             return read(*args, **kwargs)
         except (AttributeError, TypeError, KeyError, IndexError, ValueError, RecursionError) as error:
-            raise ImageError(f"the image's description is not what it should be: {error!r}"[:300]) from error
+            raise ImageError(f"the image's description has an unexpected form: {error!r}"[:300],
+                             hint=DAMAGED) from error
 
     return reading
 
@@ -107,7 +111,8 @@ def read_docker(archive: Archive) -> list[Archived]:
         config, diff_ids = _config(raw)
         blobs = [archive[str(name)] for name in _list(row.get("Layers"), "Layers")]
         if len(blobs) != len(diff_ids):
-            raise ImageError(f"{archive.path}: {len(blobs)} layers, but its config names {len(diff_ids)}")
+            raise ImageError(f"{archive.path}: the archive has {len(blobs)} layers, but its config has {len(diff_ids)}",
+                             hint=DAMAGED)
         images.append(Archived(
             names=tuple(str(t) for t in row.get("RepoTags") or ()), digest=_sha256(raw), id=_sha256(raw), config=config,
             layers=tuple(LayerBlob(blob, None, diff) for blob, diff in zip(blobs, diff_ids, strict=True)),
@@ -136,13 +141,15 @@ def _resolve(archive: Archive, row: dict[str, Any], depth: int) -> Archived:
     body = _object(json.loads(raw), "a manifest")
     if "manifests" in body or row.get("mediaType") in _INDEXES:
         if depth >= _DEEPEST_INDEX:
-            raise ImageError(f"{archive.path}: its indexes are nested more than {_DEEPEST_INDEX} deep")
+            raise ImageError(f"{archive.path}: the indexes are nested more than {_DEEPEST_INDEX} levels deep",
+                             hint="save the image for one platform, as in `docker save --platform linux/amd64`")
         return _resolve(archive, _choose(archive, _list(body.get("manifests"), "manifests")), depth + 1)
     config_row = _object(body.get("config"), "config")
     config, diff_ids = _config(_checked(archive, config_row))
     rows = _list(body.get("layers"), "layers")
     if len(rows) != len(diff_ids):
-        raise ImageError(f"{archive.path}: {len(rows)} layers, but its config names {len(diff_ids)}")
+        raise ImageError(f"{archive.path}: the manifest has {len(rows)} layers, but the config has {len(diff_ids)}",
+                         hint=DAMAGED)
     return Archived(
         names=(), digest=_text(row, "digest"), id=_text(config_row, "digest"), config=config,
         layers=tuple(LayerBlob(_blob(archive, r), _text(r, "digest"), d) for r, d in zip(rows, diff_ids, strict=True)),
@@ -164,7 +171,7 @@ def choose(name: str, rows: Any) -> str:
     for row in _fitting(rows):
         digest = _text(row, "digest")
         if not _DIGEST.fullmatch(digest):
-            raise ImageError(f"{name}: its index has a digest that is not sha256")
+            raise ImageError(f"{name}: the index has a digest that is not sha256", hint=SHA256)
         return digest
     raise _no_image(name, rows)
 
@@ -203,12 +210,15 @@ def _config(raw: bytes) -> tuple[Config, list[str]]:
     run = body.get("config") or {}
     diff_ids = [str(d) for d in (body.get("rootfs") or {}).get("diff_ids") or ()]
     if not all(_DIGEST.fullmatch(d) for d in diff_ids):
-        raise ImageError("the image's config has a layer digest that is not sha256")
+        raise ImageError("the image's config has a layer digest that is not sha256", hint=SHA256)
     if body.get("os", "linux") != "linux":
-        raise ImageError(f"the image is for {body['os']}; only linux images run here")
+        raise ImageError(f"the image is for {body['os']}, and only Linux images run here",
+                         hint="use the Linux variant of the image")
     architecture = str(body.get("architecture", ""))
     if architecture not in ("", this_architecture()):
-        raise ImageError(f"the image is for {architecture}; this machine is {this_architecture()}")
+        raise ImageError(f"the image is for {architecture}, but this machine is {this_architecture()}",
+                         hint=f"use an image for linux/{this_architecture()}, as in `docker pull --platform "
+                              f"linux/{this_architecture()}`")
     env = dict(str(item).partition("=")[::2] for item in run.get("Env") or ())
     cwd = str(run.get("WorkingDir") or "/")
     return Config(
@@ -223,20 +233,21 @@ def _config(raw: bytes) -> tuple[Config, list[str]]:
 def _checked(archive: Archive, row: dict[str, Any]) -> bytes:
     raw = _blob(archive, row).read()
     if _sha256(raw) != row["digest"]:
-        raise ImageError(f"{archive.path}: {row['digest']} has other content than its name says")
+        raise ImageError(f"{archive.path}: the content of {row['digest']} does not match its digest", hint=DAMAGED)
     return raw
 
 
 def _blob(archive: Archive, row: dict[str, Any]) -> Blob:
     digest = _text(row, "digest")
     if row.get("urls") and archive.get(_path(digest)) is None:
-        raise ImageError(f"{archive.path}: layer {digest} is kept elsewhere and not in the archive")
+        raise ImageError(f"{archive.path}: layer {digest} is stored elsewhere and not in the archive",
+                         hint="pull the image from its registry with `rock image pull`")
     return archive[_path(digest)]
 
 
 def _path(digest: str) -> str:
     if not _DIGEST.fullmatch(digest):
-        raise ImageError(f"the archive has a digest that is not sha256: {digest[:80]!r}")
+        raise ImageError(f"the archive has a digest that is not sha256: {digest[:80]!r}", hint=SHA256)
     return f"blobs/sha256/{digest.removeprefix('sha256:')}"
 
 
@@ -248,23 +259,23 @@ def _json(blob: Blob) -> Any:
     try:
         return json.loads(blob.read())
     except ValueError as error:
-        raise ImageError(f"{blob.path} has a description that is no JSON: {error}") from None
+        raise ImageError(f"{blob.path} has a description that is not JSON: {error}", hint=DAMAGED) from None
 
 
 def _object(value: Any, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ImageError(f"the archive's {what} is not what it should be")
+        raise ImageError(f"the archive's {what} is not a JSON object", hint=DAMAGED)
     return value
 
 
 def _list(value: Any, what: str) -> list[Any]:
     if not isinstance(value, list):
-        raise ImageError(f"the archive's {what} is not what it should be")
+        raise ImageError(f"the archive's {what} is not a JSON list", hint=DAMAGED)
     return value
 
 
 def _text(row: dict[str, Any], key: str) -> str:
     value = _object(row, "manifest").get(key)
     if not isinstance(value, str):
-        raise ImageError(f"the archive's manifest has no {key}")
+        raise ImageError(f"the archive's manifest has no text field {key!r}", hint=DAMAGED)
     return value

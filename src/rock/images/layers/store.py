@@ -87,7 +87,8 @@ class LayerStore:
             return None
         info = LayerInfo(**body)
         if info.diff_id != diff_id:
-            raise ImageError(f"two layers share the first digits of their digests: {info.diff_id} and {diff_id}")
+            raise ImageError(f"two layers have digests with the same first digits: {info.diff_id} and {diff_id}",
+                             hint="remove the image with the other layer, then import this one again")
         return info
 
     def has(self, diff_id: str) -> bool:
@@ -99,7 +100,8 @@ class LayerStore:
         try:
             return LayerInfo(**json.loads(self._meta(os.path.basename(folder)).read_bytes()))
         except FileNotFoundError:
-            raise ImageError(f"layer {os.path.basename(folder)} was removed") from None
+            raise ImageError(f"layer {os.path.basename(folder)} was removed while it was in use",
+                             hint="pull or import the image again") from None
 
     def packed(self, diff_id: str) -> list[PackedLayer]:
         """The known packed forms of a layer, the latest first."""

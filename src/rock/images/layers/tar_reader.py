@@ -13,6 +13,8 @@ from typing import IO
 from rock.errors import ImageError
 
 BLOCK = 512
+DAMAGED = "the archive is damaged; fetch or save it again"  # hint of errors
+NO_TAR = "give a tar archive, plain or compressed with gzip or zstd; if it is one, fetch or save it again"
 _LONGEST_NAME = 1 << 16
 _LONGEST_PAX = 1 << 20
 _ZERO = bytes(BLOCK)
@@ -159,7 +161,7 @@ class TarReader:
         if pax:
             _apply(entry, pax)
         if entry.size < 0:
-            raise ImageError("the archive is damaged: a file of negative size")
+            raise ImageError("a file in the archive has a negative size", hint=DAMAGED)
         self._left = entry.size
         self._padding = -entry.size % BLOCK
         return entry
@@ -180,14 +182,14 @@ class TarReader:
         self.offset += BLOCK
         if header == _ZERO:
             return None
-        told = _number(header[148:156])
-        if sum(header) - sum(header[148:156]) + 256 != told:
-            raise ImageError("this is not a tar archive, or it is damaged: a header's checksum is wrong")
+        checksum = _number(header[148:156])
+        if sum(header) - sum(header[148:156]) + 256 != checksum:
+            raise ImageError("a header of the tar archive has a wrong checksum", hint=NO_TAR)
         return header
 
     def _payload(self, size: int, limit: int) -> bytes:
         if not 0 <= size <= limit:
-            raise ImageError(f"the archive has a header of {size} bytes; more than {limit} is refused")
+            raise ImageError(f"a header of the archive has {size} bytes, more than the limit of {limit}", hint=NO_TAR)
         data = self._stream.exactly(size)
         self._stream.exactly(-size % BLOCK)
         self.offset += size + -size % BLOCK
@@ -232,7 +234,8 @@ def _number(raw: bytes) -> int:
         try:
             value = int(digits, 8) if digits else 0
         except ValueError:
-            raise ImageError(f"this is not a tar archive, or it is damaged: {digits[:20]!r} is no number") from None
+            raise ImageError(f"a header of the tar archive has {digits[:20]!r} where a number is required",
+                             hint=NO_TAR) from None
     return value
 
 
@@ -248,7 +251,7 @@ def _pax(data: bytes) -> dict[str, bytes]:
         end = position + length
         key, equals, value = data[space + 1 : end - 1].partition(b"=")
         if space < 0 or end <= space or end > len(data) or not equals:
-            raise ImageError("the archive is damaged: a pax header cannot be read")
+            raise ImageError("a pax header of the archive cannot be parsed", hint=DAMAGED)
         found[key.decode("utf-8", "surrogateescape")] = value
         position = end
     return found
@@ -285,4 +288,5 @@ def _apply(entry: Entry, pax: dict[str, bytes]) -> None:
             elif key.startswith("SCHILY.xattr."):
                 entry.xattrs[key.removeprefix("SCHILY.xattr.")] = value
         except (ValueError, OverflowError):
-            raise ImageError(f"the archive is damaged: pax header {key}={value[:40]!r}") from None
+            raise ImageError(f"a pax header of the archive has an invalid value: {key}={value[:40]!r}",
+                             hint=DAMAGED) from None

@@ -161,7 +161,7 @@ class Packer:
                 self._count(inner, name, info)
                 if stat.S_ISDIR(info.st_mode):
                     if len(stack) >= _DEEPEST:
-                        raise ImageError(f"a folder is more than {_DEEPEST} deep: {_told(inner)}", hint="remove it")
+                        raise ImageError(f"a folder is more than {_DEEPEST} deep: {_shown(inner)}", hint="remove it")
                     child = os.open(name, _FOLDER, dir_fd=fd)
                     stack.append((child, inner, _entries(child)))
                     self._folder_entry(child, inner)
@@ -176,13 +176,13 @@ class Packer:
         if self._entries > MOST_ENTRIES:
             raise ImageError(f"there are more than {MOST_ENTRIES} files", hint="remove some")
         if name.startswith(_WHITEOUT):
-            raise ImageError(f"a name that begins with .wh. means a deleted file in a layer: {_told(path)}",
+            raise ImageError(f"a name that begins with .wh. means a deleted file in a layer: {_shown(path)}",
                              hint="rename or remove it")
         if stat.S_ISREG(info.st_mode):
             self._bytes += info.st_size
             if self._bytes > self._limit:
                 raise ImageError(
-                    f"the files are over the limit of {self._limit} bytes, holes counted ({_told(path)} has "
+                    f"the files are over the limit of {self._limit} bytes, holes counted ({_shown(path)} has "
                     f"{info.st_size})", hint="remove what is not needed, or raise ROCK_ARCHIVE_LIMIT on the server")
 
     def _folder_entry(self, fd: int, path: bytes) -> None:
@@ -234,7 +234,7 @@ class Packer:
             while left:
                 part = os.read(fd, min(_CHUNK, left))
                 if not part:
-                    raise ImageError(f"{_told(path)} shrank while it was read", hint="retry")
+                    raise ImageError(f"{_shown(path)} shrank while it was read", hint="retry")
                 self._tar.data(part)
                 left -= len(part)
         finally:
@@ -267,7 +267,7 @@ def _travelling(fd: int, names: Iterable[str]) -> dict[str, bytes]:
     return found
 
 
-def _told(path: bytes) -> str:
+def _shown(path: bytes) -> str:
     """A guest's file name for a message: shortened, without terminal control characters."""
     return ascii(os.fsdecode(path[-120:]))
 
@@ -285,7 +285,8 @@ def unpack(chunks: Iterator[bytes], parts: Sequence[Part], *, one_owner: bool) -
             if entry.kind is Kind.HARDLINK:
                 target_place, _, entry.target = _placed(writers, entry.target)
                 if target_place != place:
-                    raise ImageError("the archive has a hard link between file systems")
+                    raise ImageError("the archive has a hard link between two file systems of the sandbox",
+                                     hint="copy the file instead of linking it")
             writer.add(entry, tar.data())
         for _, writer in writers:
             writer.finish()

@@ -83,7 +83,8 @@ class Merged:
             if node.is_link and (todo or follow):
                 links += 1
                 if links > _MOST_LINKS:
-                    raise ImageError(f"{os.fsdecode(path)[:200]!r} in the image leads round in links")
+                    raise ImageError(f"the symbolic links of {os.fsdecode(path)[:200]!r} in the image form a loop",
+                                     hint="correct the symbolic link in the image")
                 target = os.readlink(node.real)
                 if target.startswith(b"/"):
                     trail = [self._root]
@@ -125,7 +126,8 @@ class Merged:
         """The first bytes of a file as text. NotFound when it is not a file."""
         node = self.find(path)
         if node is None or not node.is_file:
-            raise NotFound(f"the image has no file {os.fsdecode(path)}")
+            raise NotFound(f"the image has no file {os.fsdecode(path)!r}",
+                           hint="check the path in a sandbox of the image, for example with `ls`")
         with open(open_file(node), "rb") as file:
             return file.read(limit).decode("utf-8", "replace")
 
@@ -203,7 +205,7 @@ def _entry(root: bytes, path: bytes, info: os.stat_result) -> Entry | None:
     return entry
 
 
-def _content(full: bytes, entry: Entry, told: Callable[[bytes], None]) -> Iterator[bytes]:
+def _content(full: bytes, entry: Entry, on_chunk: Callable[[bytes], None]) -> Iterator[bytes]:
     left = entry.size
     with open(os.open(full, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
         while left:
@@ -212,5 +214,5 @@ def _content(full: bytes, entry: Entry, told: Callable[[bytes], None]) -> Iterat
                 raise ImageError(f"{os.fsdecode(full)} shrank while it was read",
                                  hint="import a folder that is not in use")
             left -= len(chunk)
-            told(chunk)
+            on_chunk(chunk)
             yield chunk

@@ -24,7 +24,7 @@ from typing import Self
 
 from rock.errors import ImageError
 from rock.images.layers.blobs import Bounds
-from rock.images.layers.tar_reader import Entry, Kind, TarReader
+from rock.images.layers.tar_reader import DAMAGED, Entry, Kind, TarReader
 
 _WHITEOUT = b".wh."
 _OPAQUE = b".wh..wh..opq"
@@ -62,9 +62,11 @@ def parts_of(path: bytes) -> list[bytes]:
     """A name's components below the root of a layer; ImageError when one of them is `..`."""
     parts = [p for p in path.split(b"/") if p not in (b"", b".")]
     if b".." in parts or b"\0" in path:
-        raise ImageError(f"the archive has an entry that leads out of it: {os.fsdecode(path)!r}")
+        raise ImageError(f"the archive has an entry outside of its root: {os.fsdecode(path)!r}",
+                         hint="make the archive with relative names and without `..`")
     if len(parts) > _DEEPEST or any(len(p) > 255 for p in parts):
-        raise ImageError(f"the archive has a name that is too long or too deep: {os.fsdecode(path)[:80]!r}...")
+        raise ImageError(f"the archive has a name that is too long or too deep: {os.fsdecode(path)[:80]!r}...",
+                         hint=f"use names of at most 255 bytes, and at most {_DEEPEST} folders deep")
     return parts
 
 
@@ -105,8 +107,8 @@ class LayerWriter:
         self.bounds.take(entries=1)
         parts = parts_of(entry.path)
         if not 0 <= entry.uid < 0xFFFFFFFF or not 0 <= entry.gid < 0xFFFFFFFF:
-            raise ImageError(f"the archive has an impossible owner {entry.uid}:{entry.gid} "
-                             f"of {os.fsdecode(entry.path)!r}")
+            raise ImageError(f"the archive has an invalid owner {entry.uid}:{entry.gid} of {os.fsdecode(entry.path)!r}",
+                             hint="make the archive with user and group ids from 0 to 4294967294")
         entry.mtime = min(max(entry.mtime, 0), _LAST_SECOND * 10**9)
         if not parts:
             if entry.kind is Kind.FOLDER:
@@ -247,7 +249,8 @@ class LayerWriter:
             return  # bookkeeping of aufs
         name = name.removeprefix(_WHITEOUT)
         if name in (b"", b".", b".."):
-            raise ImageError(f"the archive deletes nothing in particular: {os.fsdecode(entry.path)!r}")
+            raise ImageError(f"the archive has a deletion mark without a name: {os.fsdecode(entry.path)!r}",
+                             hint=DAMAGED)
         self.whiteouts = True
         try:
             os.mknod(name, stat.S_IFCHR, os.makedev(0, 0), dir_fd=parent)
@@ -285,9 +288,9 @@ def _is_whiteout(info: os.stat_result) -> bool:
 
 
 def _no_parent(entry: Entry) -> ImageError:
-    return ImageError(f"the archive puts {os.fsdecode(entry.path)!r} below something that is no folder in it")
+    return ImageError(f"the archive puts {os.fsdecode(entry.path)!r} below an entry that is not a folder", hint=DAMAGED)
 
 
 def _no_target(entry: Entry) -> ImageError:
     return ImageError(f"the archive has a hard link {os.fsdecode(entry.path)!r} to {os.fsdecode(entry.target)!r}, "
-                      "which is no file of the same layer")
+                      "which is not a file of the same layer", hint=DAMAGED)

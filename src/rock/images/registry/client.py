@@ -37,6 +37,7 @@ _ATTEMPTS = 5
 _LONGEST_WAIT = 120.0  # maximum seconds of a wait that a registry requests before a retry
 _SLOW_AFTER, _SLOWEST = 60.0, 256  # seconds of the window, and minimum bytes per second in it
 _REDIRECTS = 5
+ALTERED = "try again; if it persists, the registry's data or a mirror of it is damaged"
 _LOST = 3  # attempts of a request whose connection broke before the response
 _BUSY = (429, 500, 502, 503, 504)
 _CHALLENGE = re.compile(r'([a-z]+)="([^"]*)"')
@@ -96,10 +97,11 @@ class Registry:
         with contextlib.closing(response):
             body = response.read(_LARGEST_MANIFEST + 1)
         if len(body) > _LARGEST_MANIFEST:
-            raise ImageError(f"{self._name(what)}: its manifest is larger than {_LARGEST_MANIFEST >> 20} MiB")
+            raise ImageError(f"{self._name(what)}: the manifest is larger than {_LARGEST_MANIFEST >> 20} MiB",
+                             hint="check the image's name; a manifest has a few KiB")
         digest = f"sha256:{hashlib.sha256(body).hexdigest()}"
         if what.startswith("sha256:") and what != digest:
-            raise ImageError(f"{self._name(what)}: the registry sent a manifest with digest {digest}")
+            raise ImageError(f"{self._name(what)}: the registry sent a manifest with digest {digest}", hint=ALTERED)
         return body, digest
 
     def fetch(self, digest: str, size: int, target: Path, progress: Callable[[int], None]) -> None:
@@ -122,7 +124,7 @@ class Registry:
                         for chunk in _steadily(response, digest):
                             done += len(chunk)
                             if done > size:
-                                raise ImageError(f"blob {digest} is longer than its manifest says")
+                                raise ImageError(f"blob {digest} is longer than the manifest states", hint=ALTERED)
                             seen.update(chunk)
                             file.write(chunk)
                             progress(len(chunk))
@@ -134,7 +136,7 @@ class Registry:
             raise ImageError(f"blob {digest} of {self._name()} came only in part ({done} of {size} bytes): {problem}",
                              hint="try again")  # fmt: skip
         if f"sha256:{seen.hexdigest()}" != digest:
-            raise ImageError(f"blob {digest} of {self._name()} has other content than its name says")
+            raise ImageError(f"the content of blob {digest} of {self._name()} does not match its digest", hint=ALTERED)
 
     # ---- writing
 
@@ -163,7 +165,8 @@ class Registry:
         with contextlib.closing(self._asked("POST", "blobs/uploads/", {}, taken=(202,), push=True)) as response:
             location = urljoin(self._base, response.headers.get("location", ""))
         if _origin(location) != _origin(self._base):
-            raise ImageError(f"{self._name()}: the registry would have its data sent to another host")
+            raise ImageError(f"{self._name()}: the registry redirects the upload to another host",
+                             hint="push to the host that the registry names, or correct the registry's external URL")
         mark = "&" if "?" in location else "?"
         headers = {"content-type": "application/octet-stream", "content-length": str(size)}
         with open(path, "rb") as file:
@@ -223,19 +226,21 @@ class Registry:
             answer.close()
             target = urljoin(url, location)
             if urlsplit(target).scheme != "https" and _origin(target) != _origin(self._base):
-                raise ImageError(f"{self._name()}: the registry sends us to a plain connection")
+                raise ImageError(f"{self._name()}: the registry redirects to a connection without TLS",
+                                 hint="use a registry that serves its data with https, or correct its external URL")
             url = target
-        raise ImageError(f"{self._name()}: the registry sends us from one address to the next")
+        raise ImageError(f"{self._name()}: the registry redirects too often",
+                         hint="check the configuration of the registry or of the proxy in front of it")
 
     def _send(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes | Iterator[bytes] | None
     ) -> urllib3.BaseHTTPResponse:
-        told = {"user-agent": "rock", **headers}
+        sent = {"user-agent": "rock", **headers}
         if self._authorization is not None and _origin(url) == _origin(self._base):
-            told["authorization"] = self._authorization
+            sent["authorization"] = self._authorization
         for attempt in range(_LOST):
             try:
-                return self._pool.request(method, url, headers=told, body=body, preload_content=False, redirect=False,
+                return self._pool.request(method, url, headers=sent, body=body, preload_content=False, redirect=False,
                                           decode_content=False)  # fmt: skip
             except (ProtocolError, ReadTimeoutError) as error:
                 if method not in ("GET", "HEAD") or attempt + 1 == _LOST:
@@ -255,19 +260,20 @@ class Registry:
     def _expect(self, answer: urllib3.BaseHTTPResponse, taken: tuple[int, ...], what: str) -> None:
         if answer.status in taken:
             return
-        told = _told(answer)
+        reason = _reason(answer)
         name = self._name()
         if answer.status in (401, 403):
             whom = f"for {self._login.username}" if self._login else "without a login"
-            raise ImageError(f"registry {self.domain} refuses {name} {whom}{told}",
+            raise ImageError(f"registry {self.domain} refuses {name} {whom}{reason}",
                              hint="`rock image login`, or registry_username and registry_password; and is the "
                              "name right?")  # fmt: skip
         if answer.status == 404:
-            raise ImageError(f"registry {self.domain} has no {name}{told}", hint="is its name right?")
+            raise ImageError(f"registry {self.domain} has no {name}{reason}", hint="is its name right?")
         if answer.status == 429:
-            raise ImageError(f"registry {self.domain} wants fewer requests for {name}{told}",
+            raise ImageError(f"registry {self.domain} wants fewer requests for {name}{reason}",
                              hint="log in, or wait; a mirror helps")  # fmt: skip
-        raise ImageError(f"registry {self.domain} answered {answer.status} for {what} of {name}{told}")
+        raise ImageError(f"registry {self.domain} answered HTTP {answer.status} for {what} of {name}{reason}",
+                         hint="try again; if it persists, the log of the registry has the cause")
 
     def _name(self, what: str | None = None) -> str:
         return self.reference.familiar if what is None else f"{self.reference.repository} {what}"
@@ -287,7 +293,8 @@ class Registry:
         if urlsplit(realm).scheme != "https" and not (
             self._base.startswith("http:") and _is_loopback(urlsplit(realm).netloc)
         ):
-            raise ImageError(f"registry {self.domain} names a token service without TLS")
+            raise ImageError(f"registry {self.domain} has a token service without TLS",
+                             hint="use a registry whose token service has an https URL")
         scope = f"repository:{self.reference.repository}:pull{',push' if push else ''}"
         query = {key: wanted[key] for key in ("service",) if key in wanted} | {"scope": scope}
         headers = {"user-agent": "rock"}
@@ -298,14 +305,16 @@ class Registry:
             answer = self._pool_for(realm).request("GET", url, headers=headers, redirect=False, preload_content=False)
             with contextlib.closing(answer):
                 self._expect(answer, (200,), "a token")
-                told = json.loads(answer.read(_LARGEST_TOKEN))
+                reply = json.loads(answer.read(_LARGEST_TOKEN))
         except reach.NearAddress:
             raise reach.near(urlsplit(realm).netloc) from None
         except (HTTPError, ValueError) as error:
-            raise ImageError(f"the token service of {self.domain} fails: {_cause(error)}") from None
-        token = (told.get("token") or told.get("access_token")) if isinstance(told, dict) else None
+            raise ImageError(f"the token service of {self.domain} failed: {_cause(error)}",
+                             hint="try again, or check the login with `rock image login`") from None
+        token = (reply.get("token") or reply.get("access_token")) if isinstance(reply, dict) else None
         if not isinstance(token, str) or not re.fullmatch(r"[\x21-\x7e]{1,65536}", token):
-            raise ImageError(f"the token service of {self.domain} gave no token")
+            raise ImageError(f"the token service of {self.domain} returned no valid token",
+                             hint="check the login with `rock image login`")
         return token
 
 
@@ -319,18 +328,18 @@ def _origin(url: str) -> tuple[str, str]:
     return parts.scheme, parts.netloc
 
 
-def _retry_after(told: str | None, attempt: int) -> float:
+def _retry_after(header: str | None, attempt: int) -> float:
     """Seconds to wait: the registry's value, a number or a date, else an exponential backoff."""
-    told = (told or "").strip()
-    if re.fullmatch(r"\d{1,9}", told):
-        return float(told)
-    if told:
+    header = (header or "").strip()
+    if re.fullmatch(r"\d{1,9}", header):
+        return float(header)
+    if header:
         with contextlib.suppress(ValueError, OverflowError):
-            return max(0.0, email.utils.parsedate_to_datetime(told).timestamp() - time.time())
+            return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
     return min(0.5 * 2.0**attempt, _LONGEST_WAIT)
 
 
-def _told(answer: urllib3.BaseHTTPResponse) -> str:
+def _reason(answer: urllib3.BaseHTTPResponse) -> str:
     """A registry's error message, shortened."""
     try:
         rows = json.loads(answer.read(1 << 16))["errors"]

@@ -30,6 +30,7 @@ _HUB_KEYS = ("https://index.docker.io/v1/", "index.docker.io", HUB)
 _HELPER = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 _HELPER_TIME = 30.0  # seconds
 _LARGEST = 1 << 20
+HELPER = "run it in a shell to see the cause, or save a login of ROCK's own with `rock image login`"
 _TOKEN_USER = "<token>"
 
 
@@ -154,7 +155,8 @@ def _decoded(auth: str, domain: str) -> Login | None:
     try:
         user, colon, password = base64.b64decode(auth, validate=True).decode().partition(":")
     except (binascii.Error, ValueError):
-        raise InvalidConfig(f"Docker's configuration has a damaged login for {domain}") from None
+        raise InvalidConfig(f"Docker's configuration has a damaged login for {domain}",
+                            hint=f"run `docker login {domain}` or `rock image login {domain}` again") from None
     return Login(user, password.rstrip("\0")) if colon else None
 
 
@@ -169,17 +171,17 @@ def _helped(helper: str, key: str) -> Login | None:
     try:
         run = subprocess.run(command, input=key.encode(), capture_output=True, timeout=_HELPER_TIME, cwd=os.sep)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ImageError(f"{name} fails: {type(error).__name__}") from None
+        raise ImageError(f"the credential helper {name} cannot be run: {type(error).__name__}", hint=HELPER) from None
     if run.returncode != 0:
-        told = run.stdout[:300].decode(errors="replace").strip()
-        if "not found" in told:
+        output = run.stdout[:300].decode(errors="replace").strip()
+        if "not found" in output:
             return None
-        raise ImageError(f"{name} fails with status {run.returncode}: {told}")
+        raise ImageError(f"the credential helper {name} failed with status {run.returncode}: {output}", hint=HELPER)
     try:
         body = json.loads(run.stdout)
         login = Login(str(body["Username"]), str(body["Secret"]))
     except (ValueError, KeyError, TypeError):
-        raise ImageError(f"{name} gave something else than a login") from None
+        raise ImageError(f"the output of the credential helper {name} is not a login", hint=HELPER) from None
     if login.username == _TOKEN_USER:
         raise ImageError(f"{name} has an identity token for {key}, which is not supported",
                          hint="`rock image login` with a username and a password or access token")  # fmt: skip

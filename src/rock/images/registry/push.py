@@ -213,7 +213,7 @@ class _Gzip:
         self._progress = progress
         self._packer = zlib.compressobj(_LEVEL, zlib.DEFLATED, 31)
         self._inner, self._outer = hashlib.sha256(), hashlib.sha256()
-        self._came = self._told = self._size = 0
+        self._came = self._reported = self._size = 0
         self._buffer = bytearray()
 
     def __enter__(self) -> _Gzip:
@@ -236,8 +236,8 @@ class _Gzip:
         self._inner.update(data)
         self._put(self._packer.compress(data))
         self._came += len(data)
-        if self._came - self._told >= _STEP:
-            self._told = self._came
+        if self._came - self._reported >= _STEP:
+            self._reported = self._came
             self._progress(self._came)
 
     def _put(self, data: bytes) -> None:

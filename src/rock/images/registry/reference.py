@@ -105,5 +105,6 @@ def new_name(name: str) -> Reference:
     if reference.digest is not None:
         raise InvalidConfig(f"{name} is named by a digest, which a new image cannot choose", hint="give it a tag")
     if reference.familiar.startswith(BUILD_STEPS):  # builds would reuse it as their own step
-        raise InvalidConfig(f"names that begin with {BUILD_STEPS} are those of build steps")
+        raise InvalidConfig(f"names that begin with {BUILD_STEPS} are reserved for build steps",
+                            hint="choose another name, such as my/image:1.0")
     return reference

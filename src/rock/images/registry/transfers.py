@@ -25,6 +25,8 @@ from rock.images.registry.reference import Reference, free_name, parse
 from rock.settings import registry_mirrors
 from rock.telemetry.metrics import REGISTRY
 
+INVALID_IMAGE = "check the image's name; if it is right, push the image to the registry again"
+
 if TYPE_CHECKING:
     from rock.images.registry.client import Registry
 
@@ -127,7 +129,8 @@ def _note(infos: list[LayerInfo]) -> str:
 def _chosen(path: Path, images: list[Archived], name: str | None) -> list[tuple[Archived, tuple[str, ...]]]:
     """The images of an archive to add, and their names."""
     if not images:
-        raise ImageError(f"{path} has no image")
+        raise ImageError(f"{path} contains no image",
+                         hint="make it with `docker save`, or import a root file system with a name")
     there = [n for image in images for n in image.names]
     if name is None:
         unnamed = any(not image.names for image in images)
@@ -204,7 +207,8 @@ class Transfers:
         with closing(target), storing(f"sending {record.name}"), locked(self._gate, shared=True):
             for diff in record.layers:  # the gate prevents their removal
                 if not self._layers.has(diff):
-                    raise ImageError(f"image {record.name} was removed")
+                    raise ImageError(f"image {record.name} was removed while it was sent",
+                                     hint="pull or import the image again, then push it")
             with self._layers.scratch() as scratch:
                 return Push(record, self._layers, target, scratch, progress, ready).run()
 
@@ -280,15 +284,18 @@ class Pull:
             chosen = choose(str(self._reference.familiar), manifest["manifests"])
             body, digest = self._manifest(chosen)
         else:
-            raise ImageError(f"{self._reference.familiar}: its indexes are nested more than {_DEEPEST} deep")
+            raise ImageError(f"{self._reference.familiar}: the indexes are nested more than {_DEEPEST} levels deep",
+                             hint="pull the manifest of this platform by its digest, as in NAME@sha256:...")
         self._keep(digest, body)
         config = _row(manifest.get("config"))
         if config["size"] > _LARGEST_CONFIG:
-            raise ImageError(f"{self._reference.familiar}: its config has {config['size']} bytes")
+            raise ImageError(f"{self._reference.familiar}: the config has {config['size']} bytes, more than the limit "
+                             f"of {_LARGEST_CONFIG}", hint=INVALID_IMAGE)
         self._fetch(config)
         layers = manifest.get("layers")
         if not isinstance(layers, list) or len(layers) > _MOST_LAYERS:
-            raise ImageError(f"{self._reference.familiar}: its manifest has no usable list of layers")
+            raise ImageError(f"{self._reference.familiar}: the manifest has no list of layers, or more than "
+                             f"{_MOST_LAYERS}", hint=INVALID_IMAGE)
         self._layers([_row(layer) for layer in layers], self._diff_ids(config["digest"]))
         name = {"org.opencontainers.image.ref.name": self._reference.familiar}
         row = {"mediaType": manifest.get("mediaType", ""), "digest": digest, "size": len(body), "annotations": name}
@@ -353,17 +360,17 @@ def _object(raw: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise ImageError("the registry sent something else than a description of an image")
+        raise ImageError("the registry returned a manifest that is not a JSON object", hint=INVALID_IMAGE)
     return found
 
 
 def _row(value: Any) -> dict[str, Any]:
     """A descriptor with valid digest and size, whose content is in the registry."""
     if not isinstance(value, dict):
-        raise ImageError("the image's manifest is not what it should be")
+        raise ImageError("a descriptor in the image's manifest is not a JSON object", hint=INVALID_IMAGE)
     digest, size = value.get("digest"), value.get("size")
     if not isinstance(digest, str) or len(digest) != 71 or not digest.startswith("sha256:") or not digest[7:].isalnum():
-        raise ImageError("the image's manifest has a digest that is not sha256")
+        raise ImageError("the image's manifest has a digest that is not sha256", hint=INVALID_IMAGE)
     if type(size) is not int or not 0 <= size < 1 << 44:
-        raise ImageError("the image's manifest has a blob without a size")
+        raise ImageError("the image's manifest has a blob without a valid size", hint=INVALID_IMAGE)
     return {"digest": digest, "size": size}

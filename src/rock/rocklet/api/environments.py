@@ -14,6 +14,7 @@ from rock.guest.environments.frames import HEAD, PLAIN, Frame
 from rock.http.asgi import Answer, Request, Router, answer
 from rock.protocol.env import LEASED, NAMED, OWNER_PATTERN, CallEnv, EnvInfo, EnvOwner, MakeEnv, ResetEnv, StepEnv
 from rock.protocol.routes import FRAMES_TYPE, ROUTES
+from rock.rocklet.api.frames import FRAMES
 from rock.rocklet.durability.idempotency import IdempotentCalls
 from rock.rocklet.environments.host import EnvHost
 from rock.rocklet.environments.registry import Answered
@@ -112,7 +113,7 @@ class EnvApi:
         try:
             asked = list(frames.split(await request.body()))
         except ValueError as error:
-            raise InvalidConfig(f"the body is no sequence of frames: {error}") from None
+            raise InvalidConfig(f"the body is not a sequence of frames: {error}", hint=FRAMES) from None
         if not 1 <= len(asked) <= _FRAMES:
             raise InvalidConfig(f"{len(asked)} frames in one request", hint=f"1 to {_FRAMES} are taken")
         with sandbox.active():
@@ -141,10 +142,12 @@ class EnvApi:
         none."""
         owner = request.path["owner"]
         if not re.fullmatch(OWNER_PATTERN, owner):
-            raise InvalidConfig("the id of an owner has 16 to 64 letters, digits, _ and -")
+            raise InvalidConfig(f"invalid id of an owner: {owner[:80]!r}",
+                                hint="use 16 to 64 letters, digits, `_` and `-`")
         sandbox = self.node.get(request.path["sandbox_id"])
         if not sandbox.hosts_environments:
-            raise NotFound("this sandbox hosts no environments", sandbox_id=sandbox.id)
+            raise NotFound("the sandbox hosts no environments", sandbox_id=sandbox.id,
+                           hint="open an environment with rock.make, which creates a sandbox for it")
         found = await work(await sandbox.environments(), owner)
         if found and LEASED in sandbox.config.labels:
             sandbox.touch()

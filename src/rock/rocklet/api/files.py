@@ -6,7 +6,7 @@ import posixpath
 from typing import Any
 
 from rock.errors import InvalidConfig
-from rock.http.asgi import Answer, Request, Router, answer
+from rock.http.asgi import JSON_OBJECT, Answer, Request, Router, answer
 from rock.protocol.action import ChmodRequest, ChownRequest, FileInfo
 from rock.protocol.node import FileList
 from rock.protocol.routes import ROUTES
@@ -126,7 +126,7 @@ class FileApi:
         spec = await request.model(ChmodRequest)
         mode = mode_of(spec.mode)
         if mode is None or not spec.paths:
-            raise InvalidConfig("chmod needs a mode and at least one path")
+            raise InvalidConfig("chmod has no valid mode, or no path", hint="send {'paths': ['/tmp/a'], 'mode': '755'}")
         with sandbox.active():
             for path in spec.paths:
                 await files.of(sandbox.runtime).chmod(
@@ -138,7 +138,7 @@ class FileApi:
         sandbox = self._find(request)
         spec = await request.model(ChownRequest)
         if not spec.paths:
-            raise InvalidConfig("chown needs at least one path")
+            raise InvalidConfig("chown has no path", hint="send {'paths': ['/tmp/a'], 'remote_user': '1000'}")
         with sandbox.active():
             for path in spec.paths:
                 await files.of(sandbox.runtime).chown(
@@ -164,7 +164,7 @@ class FileApi:
 
 def _object(body: object) -> dict[str, Any]:
     if not isinstance(body, dict):
-        raise InvalidConfig("the body is not a JSON object")
+        raise InvalidConfig("the body is not a JSON object", hint=JSON_OBJECT)
     return body
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import orjson
 
-from rock.errors import Forbidden, InternalServerRockError, InvalidConfig, RockError
+from rock.errors import Forbidden, InvalidConfig, RockError, unexpected
 from rock.http.asgi import Answer, Configs, Request, Router, answer_model, dumps, validate
 from rock.images.derive import MOST_BYTES
 from rock.images.records import storing
@@ -29,6 +29,8 @@ from rock.rocklet.images.commits import scratch_of
 from rock.rocklet.node import Node
 
 log = logging.getLogger("rock.node")
+
+FRAMES = "use a client of the server's release; the frames of its protocol differ"  # hint of errors
 
 
 def add_bulk_routes(router: Router, node: Node) -> None:
@@ -73,7 +75,7 @@ async def _one(node: Node, sandbox_id: str, config: SandboxConfig) -> bytes:
         told = error
     except Exception as error:
         log.exception("create of %s", sandbox_id)
-        told = InternalServerRockError(f"{type(error).__name__}: {error}")
+        told = unexpected(error)
     return pack_frame(Frame.ERROR, orjson.dumps({**told.to_wire(), "sandbox_id": sandbox_id}, default=repr))
 
 
@@ -117,11 +119,11 @@ def add_build_routes(router: Router, node: Node) -> None:
 async def _spec(frames: AsyncGenerator[tuple[Frame, bytes]]) -> BuildRequest:
     kind, payload = await first_of(frames)
     if kind is not Frame.RESULT:
-        raise InvalidConfig("the first frame has to tell what is to be built")
+        raise InvalidConfig("the first frame does not describe the build", hint=FRAMES)
     try:
         return validate(BuildRequest, orjson.loads(payload))
     except orjson.JSONDecodeError as error:
-        raise InvalidConfig(f"the first frame is not JSON: {error}") from None
+        raise InvalidConfig(f"the first frame is not JSON: {error}", hint=FRAMES) from None
 
 
 async def _receive(frames: AsyncGenerator[tuple[Frame, bytes]], tar: Path) -> None:
@@ -149,11 +151,11 @@ def add_retained_routes(router: Router, node: Node) -> None:
         async with contextlib.aclosing(frames):
             kind, payload = await first_of(frames)
             if kind is not Frame.RESULT:
-                raise InvalidConfig("the first frame has to tell what comes")
+                raise InvalidConfig("the first frame does not describe the files", hint=FRAMES)
             try:
                 wanted = validate(NodeFiles, orjson.loads(payload))
             except orjson.JSONDecodeError as error:
-                raise InvalidConfig(f"the first frame is not JSON: {error}") from None
+                raise InvalidConfig(f"the first frame is not JSON: {error}", hint=FRAMES) from None
             made = await node.unpack(request.path["sandbox_id"], wanted.config, wanted.files, payloads_of(frames))
         return answer_model(made, 201)
 
@@ -181,7 +183,7 @@ async def frames_of(request: Request) -> AsyncGenerator[tuple[Frame, bytes]]:
             for frame in parser.feed(chunk):
                 yield frame
         except ValueError as error:
-            raise InvalidConfig(f"this is no frame: {error}") from None
+            raise InvalidConfig(f"the body has an invalid frame: {error}", hint=FRAMES) from None
 
 
 async def first_of(frames: AsyncGenerator[tuple[Frame, bytes]]) -> tuple[Frame, bytes]:
@@ -197,5 +199,5 @@ async def payloads_of(frames: AsyncGenerator[tuple[Frame, bytes]]) -> AsyncItera
     """The payloads of STDOUT frames. InvalidConfig for other frames."""
     async for kind, payload in frames:
         if kind is not Frame.STDOUT:
-            raise InvalidConfig(f"a frame of kind {kind.name} has no place here")
+            raise InvalidConfig(f"a frame of kind {kind.name} is not expected here", hint=FRAMES)
         yield payload

@@ -11,7 +11,17 @@ from typing import Any, Literal, TypeVar
 import orjson
 
 from rock.errors import ClientError, Expired, InvalidConfig, NotHere, RockError, SessionClosed, Unavailable, from_wire
-from rock.http.asgi import Answer, Handler, Request, Router, SocketHandler, answer, answer_model, validate
+from rock.http.asgi import (
+    JSON_OBJECT,
+    Answer,
+    Handler,
+    Request,
+    Router,
+    SocketHandler,
+    answer,
+    answer_model,
+    validate,
+)
 from rock.protocol.action import BashAction, Command, CreateBashSessionRequest
 from rock.protocol.node import NodeCommit, ProcessList, SessionList, WorkerImage
 from rock.protocol.route import SANDBOX, Route
@@ -110,7 +120,7 @@ class Api:
         sandbox = self._find(request)
         body = await request.json()
         if not isinstance(body, dict):
-            raise InvalidConfig("the body is not a JSON object")
+            raise InvalidConfig("the body is not a JSON object", hint=JSON_OBJECT)
         body["session"] = request.path["session"]
         action = validate(BashAction, body)
         if request.flag("stream"):
@@ -325,7 +335,8 @@ def size_of(body: Any) -> tuple[int, int]:
     values = [body.get(name) for name in ("rows", "columns")] if isinstance(body, dict) else [None, None]
     rows, columns = (v if isinstance(v, int) and 1 <= v <= 10_000 else 0 for v in values)
     if not rows or not columns:
-        raise InvalidConfig(f"rows and columns have to be numbers from 1 to 10000, not {values}")
+        raise InvalidConfig(f"the terminal size {values} is invalid",
+                            hint="send rows and columns as numbers from 1 to 10000, as in {'rows': 24, 'columns': 80}")
     return rows, columns
 
 

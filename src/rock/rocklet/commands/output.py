@@ -15,7 +15,7 @@ from typing import Any
 
 import orjson
 
-from rock.errors import InternalServerRockError, RockError
+from rock.errors import RockError, unexpected
 from rock.http.asgi import Answer, Request, dumps
 from rock.protocol.routes import STREAM_TYPE, Frame, pack_frame
 
@@ -310,5 +310,5 @@ def _last(task: asyncio.Future[Any]) -> bytes:
     if error is None:
         return pack_frame(Frame.RESULT, dumps(task.result()))
     if not isinstance(error, RockError):
-        error = InternalServerRockError(f"{type(error).__name__}: {error}")
+        error = unexpected(error)
     return pack_frame(Frame.ERROR, orjson.dumps(error.to_wire(), default=repr))

@@ -240,7 +240,8 @@ async def start(
 
 def _by_entrypoint(runtime: Runtime, handle: Handle, command: Command) -> list[str]:
     if not isinstance(runtime, Snapshots):
-        raise Unsupported(f"runtime {handle.runtime!r} knows no entry points of images")
+        raise Unsupported(f"runtime {handle.runtime!r} does not run entry points of images",
+                          hint="give argv, or use the namespace runtime")
     image = runtime.image(handle)
     argv = [*image.entrypoint, *(command.command or image.cmd)]
     if not argv:
@@ -440,7 +441,8 @@ class Background:
         """Write input, after that of earlier calls; returns when the input is in the program's pipe."""
         async with self._input:
             if self.process.stdin is None:
-                raise InvalidConfig(f"process {self.id} takes no input: it was closed, or it has ended")
+                raise InvalidConfig(f"process {self.id} has no open stdin: it was closed, or the process has ended",
+                                    hint="start it again, and write before its stdin is closed")
             if data and not await write_all(self.process.stdin, data):
                 close = True
             if close:

@@ -135,7 +135,8 @@ class Sessions:
             await asyncio.wait({opening})
         session = self._sessions.pop(name, None)
         if session is None:
-            raise NotFound(f"session {name!r} does not exist", sandbox_id=self._handle.id)
+            raise NotFound(f"session {name!r} does not exist", sandbox_id=self._handle.id,
+                           hint="create it first with create_session; sessions end with their shell")
         await session.close()
         await self._saved()
 

@@ -211,7 +211,8 @@ class Session:
 
     async def _run_now(self, action: BashAction, sink: Sink | None, keep: JournalEntry | None) -> BashObservation:
         if self.spec.pty is not None and action.separate:
-            raise InvalidConfig("a terminal has one stream: stdout and stderr cannot be kept apart on a pty")
+            raise InvalidConfig("stdout and stderr cannot be separate on a pty: a terminal has one stream",
+                                hint="leave separate out, or create the session without pty")
         interpreter = self._interpreter
         async with self._lock:
             self._check_open()

@@ -115,5 +115,6 @@ class _Bridge:
         except (ValueError, KeyError, TypeError):
             valid = False
         if not valid:
-            raise InvalidConfig(f'not understood: {text[:80]!r}; say {{"resize": [rows, columns]}}')
+            raise InvalidConfig(f"invalid message of a terminal: {text[:80]!r}",
+                                hint='send text frames of the form {"resize": [24, 80]}, and input as binary frames')
         await self._process.resize(rows, columns)

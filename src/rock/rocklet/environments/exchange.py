@@ -32,6 +32,8 @@ from rock.rocklet.environments.pipes import HostPipes
 from rock.rocklet.environments.registry import Answered, Batch, Call, Hosted, LentPipes, Names, Owners
 from rock.runtime.base import ExitStatus, Process
 
+IN_USE = "wait until it is released, or open another environment"  # hint of errors
+
 
 class Exchange:
     """The environments of one host, by number, and their pipes.
@@ -305,7 +307,8 @@ def json_of(value: Any) -> bytes:
     try:
         return json.dumps(value).encode()
     except (TypeError, ValueError) as error:
-        raise InvalidConfig(f"an environment can only be given what JSON holds: {error}") from None
+        raise InvalidConfig(f"the argument cannot be written as JSON: {error}",
+                            hint="use strings, numbers, bools, None, lists and dictionaries with text keys") from None
 
 
 def plain_of(answered: Answered) -> Any:
@@ -360,7 +363,8 @@ class PipeLending:
         if self._exchange.failed is not None or self._exchange.link is None or hosted.pipe is None or hosted.closed:
             raise self._exchange.failed or self._unknown(number)
         if hosted.lent is not None or hosted.asked:
-            raise Conflict(f"environment {number} is being played", sandbox_id=self._exchange.sandbox_id)
+            raise Conflict(f"environment {number} is in use by another client", sandbox_id=self._exchange.sandbox_id,
+                           hint=IN_USE)
         own = hosted.pipe + host.OWN
         self._exchange.link.own[own].stop()
         hosted.lent = lost
@@ -371,7 +375,8 @@ class PipeLending:
         return LentPipes(channels[hosted.pipe], channels[own], part, self._exchange.limit(hosted))
 
     def _unknown(self, number: int) -> NotFound:
-        return NotFound(f"there is no environment {number}", sandbox_id=self._exchange.sandbox_id)
+        return NotFound(f"there is no environment {number}", sandbox_id=self._exchange.sandbox_id,
+                        hint="it was closed or never opened; open a new one")
 
     def take_back(self, number: int) -> None:
         """Take the pipes back, when the client returns them or the server needs them. Idempotent."""
@@ -412,5 +417,5 @@ class PipeLending:
             async with asyncio.timeout(_RETURN_TIMEOUT):
                 await hosted.returned.wait()
         except TimeoutError:
-            raise Conflict(f"environment {number} is being played by a client that has its pipes",
-                           sandbox_id=self._exchange.sandbox_id) from None  # fmt: skip
+            raise Conflict(f"environment {number} is in use by a client that holds its pipes",
+                           sandbox_id=self._exchange.sandbox_id, hint=IN_USE) from None

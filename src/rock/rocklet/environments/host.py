@@ -87,7 +87,8 @@ class EnvHost:
             with contextlib.suppress(RockError):
                 await process.kill_tree()
             process.close()
-            raise NotFound("the host of environments is of an older release", sandbox_id=self._handle.id)
+            raise NotFound("the process that hosts the environments is of an older release", sandbox_id=self._handle.id,
+                           hint="open the environments again")
         await self._connect(process)
 
     async def _connect(self, process: Process) -> None:
@@ -126,7 +127,8 @@ class EnvHost:
         if self._exchange.link is not None:
             with contextlib.suppress(RockError):
                 await self._exchange.link.process.kill_tree()
-        self._exchange.let_go(NotFound("the environments of this sandbox were closed", sandbox_id=self._handle.id))
+        self._exchange.let_go(NotFound("the environments of this sandbox were closed", sandbox_id=self._handle.id,
+                                       hint="open a new environment"))
 
     # ---- environments ----
 
@@ -198,7 +200,8 @@ class EnvHost:
             return
         try:
             if hosted.lent is not None:
-                hosted.lent(NotFound(f"environment {number} was closed", sandbox_id=self._handle.id))
+                hosted.lent(NotFound(f"environment {number} was closed", sandbox_id=self._handle.id,
+                                     hint="open a new environment"))
                 self.pipe_lending.take_back(number)
             if hosted.ended is None and self._exchange.failed is None:
                 async with asyncio.timeout(_CLOSE_TIMEOUT):
@@ -234,7 +237,8 @@ class EnvHost:
         for place, (op, flags, number, id, index, payload) in enumerate(asked):
             try:
                 if op not in (RESET, STEP, CALL):
-                    raise InvalidConfig(f"a frame with op {op} is none of reset, step and call")
+                    raise InvalidConfig(f"a frame has the unknown op {op}",
+                                        hint="use reset, step or call; update the client when the server is older")
                 self._exchange.send(batch, place, op, flags, number, id, index, payload)
             except RockError as error:
                 batch.put(place, error)

@@ -131,11 +131,13 @@ class LocalSocket:
         spec = await _packet(client)
         sandbox_id, number, token = spec.get("sandbox"), spec.get("env"), spec.get("token")
         if not isinstance(sandbox_id, str) or type(number) is not int or not isinstance(token, str):
-            raise InvalidConfig("a greeting has sandbox, env and token")
+            raise InvalidConfig("the first packet has no valid sandbox, env and token",
+                                hint="connect through rock.make, or use HTTP")
         supervisor = self._find(sandbox_id)
         host = supervisor.env_host
         if host is None or not host.pipe_lending.is_token(number, token):
-            raise NotFound(f"there is no environment {number} with that token", sandbox_id=sandbox_id)
+            raise NotFound(f"there is no environment {number} with that token", sandbox_id=sandbox_id,
+                           hint="open a new environment; a token is valid while its environment is open")
         return supervisor, host, number, spec.get("memory") is not False
 
     async def _lend(
@@ -170,7 +172,7 @@ async def _packet(client: socket.socket) -> dict[str, Any]:
     except ValueError:
         said = None
     if not isinstance(said, dict) or not said:
-        raise InvalidConfig("a packet is a JSON object")
+        raise InvalidConfig("the packet is not a JSON object", hint="connect through rock.make, or use HTTP")
     return said
 
 

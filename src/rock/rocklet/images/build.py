@@ -124,7 +124,9 @@ class Build:
             except RockError as error:
                 raise at_line(instruction.line, error) from None
             except OSError as error:
-                raise at_line(instruction.line, InvalidConfig(f"{instruction.keyword}: {error}")) from None
+                raise at_line(instruction.line, InvalidConfig(f"the instruction {instruction.keyword} failed: {error}",
+                                                              hint="check the files of the build context and the disk "
+                                                                   "of the server")) from None
         self._done[number] = state
 
     async def _begin(self, base: str, number: int) -> _State:
@@ -227,7 +229,8 @@ class Build:
         def fill(writer: LayerWriter) -> str:
             copy = Copy(below, writer, owner, mode, _refused_of(state.rootfs))
             if len(found) + len(texts) > 1 and not target.endswith("/"):
-                raise InvalidConfig("several files are copied, so the target must be a folder and end with /")
+                raise InvalidConfig("several files are copied to a target that does not end with /",
+                                    hint="end the target with /, as in COPY a.txt b.txt /data/")
             _put(copy, found, texts, os.fsencode(target), unpack=instruction.keyword == "ADD")
             return copy.digest
 
@@ -295,7 +298,8 @@ class Build:
         config = self._spec.limits(state.named).model_copy(update={"network": network})
         runtime = self._runtimes.of(config)
         if not isinstance(runtime, Snapshots) or not isinstance(runtime, Files):
-            raise Unsupported(f"no image can be built with runtime {self._runtimes.default!r}")
+            raise Unsupported(f"runtime {self._runtimes.default!r} cannot build images",
+                              hint="start the server with the namespace runtime; `rock doctor` shows what it needs")
         handle = await runtime.create(f"build-{uuid.uuid4().hex[:12]}", config)
         try:
             self._ran += 1

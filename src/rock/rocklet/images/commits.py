@@ -55,7 +55,8 @@ class Commits:
     async def commit(self, sandbox_id: str, spec: NodeCommit) -> NodeImage:
         """Make the commit. Every error has the stage in its details; Conflict when another commit is in progress."""
         if sandbox_id in self._under_way:
-            raise Conflict(f"sandbox {sandbox_id} is being committed already", sandbox_id=sandbox_id)
+            raise Conflict(f"another commit of sandbox {sandbox_id} is in progress", sandbox_id=sandbox_id,
+                           hint="wait until it has ended, then start the next one")
         task = asyncio.create_task(self._commit(sandbox_id, spec), name=f"commit-{sandbox_id}")
         self._under_way[sandbox_id] = task
         task.add_done_callback(lambda _: self._under_way.pop(sandbox_id, None))
@@ -71,7 +72,8 @@ class Commits:
             stopped = sandbox_id in self._kept
             with self._read(sandbox_id, stopped) as (runtime, handle):
                 if not isinstance(runtime, Snapshots):
-                    raise Unsupported(f"no image can be made of a sandbox of runtime {handle.runtime!r}")
+                    raise Unsupported(f"runtime {handle.runtime!r} cannot commit a sandbox to an image",
+                                      hint="use the namespace runtime, or build an image with `rock image build`")
                 base = runtime.image(handle)
                 login = await self._logged_in(spec, base)
                 async with scratch_of(self._store) as folder:
@@ -130,7 +132,8 @@ class Commits:
         may be missing."""
         supervisor = self._supervisors.get(sandbox_id)
         if supervisor is None or supervisor.cause is not None or supervisor.handle != handle:
-            raise Conflict(f"sandbox {sandbox_id} was stopped while it was committed", sandbox_id=sandbox_id)
+            raise Conflict(f"sandbox {sandbox_id} was stopped during the commit", sandbox_id=sandbox_id,
+                           hint="commit the stopped sandbox if its files are retained, or commit before the stop")
 
     # ---- image; runs in a thread ----
 
@@ -143,7 +146,8 @@ class Commits:
 
         def tell(_: str) -> None:
             if gone.is_set():
-                raise Unavailable("the server is stopping, or whoever asked for it has left")
+                raise Unavailable("the commit was canceled: the server is stopping, or the client disconnected",
+                                  hint="start the commit again")
 
         try:
             digest = self._store.push(record.name, login, tell, {files.digest: tar},

@@ -88,7 +88,8 @@ class Images:
         def pull(gone: threading.Event) -> None:
             def told(text: str) -> None:
                 if gone.is_set():
-                    raise Unavailable("the server is stopping")
+                    raise Unavailable("the pull was canceled: the server is stopping",
+                                      hint="start it again once the server has restarted")
                 tell(text)
 
             self.store.pull(config.image, login, told, public_only=config.public_registries)

@@ -418,12 +418,16 @@ def refusal(error: EngineError, config: SandboxConfig) -> errors.RockError:
     text = error.message
     low = text.lower()
     if "storage-opt" in low or "quota" in low:
-        return errors.Unsupported(f"disk={config.disk}: {text}", hint="leave disk unset")
+        return errors.Unsupported(f"the container engine cannot limit the disk to {config.disk}: {text}",
+                                  hint="leave disk unset, or use the overlay2 driver on XFS with project quotas")
     if "no space left" in low:
-        return errors.StorageFull(f"the container engine's disk is full: {text}")
+        return errors.StorageFull(f"the container engine's disk is full: {text}",
+                                  hint="free space on the engine's disk, for example with `docker system prune`")
     if "bind source path does not exist" in low or "ld.so" in low:
         return errors.Unsupported(f"the container engine does not see the files of this server: {text}",
                                   hint="run the rocklet on the engine's machine, not in a container")
     if error.status == 404 and "no such image" in low:
-        return errors.ImageError(f"image {config.image} was removed from the engine meanwhile")
-    return errors.StartFailed(f"the container engine could not start it: {text}")
+        return errors.ImageError(f"image {config.image} was removed from the container engine during the start",
+                                 hint="start the sandbox again; the image is pulled then")
+    return errors.StartFailed(f"the container engine failed to start the container: {text}",
+                              hint="the engine's log has the cause, as in `journalctl -u docker`")

@@ -75,7 +75,9 @@ def refused(image: str, error: EngineError) -> errors.ImageError:
                                  hint="name it under insecure-registries in the engine's daemon.json")
     if error.status == 404 or "not found" in low or "manifest unknown" in low:
         return errors.ImageError(f"no registry has an image {image}: {text}", hint="check its name and tag")
-    return errors.ImageError(f"image {image} could not be pulled: {text}")
+    return errors.ImageError(f"image {image} could not be pulled: {text}",
+                             hint="check with `docker pull` on the engine's machine; the registry or the network may "
+                                  "be down")
 
 
 class Progress:

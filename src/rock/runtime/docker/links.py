@@ -108,8 +108,8 @@ class InitListener:
                         return sock
                     sock.close()
         except TimeoutError:
-            raise errors.Unavailable(f"the container's pid 1 did not connect in {patience:g} s",
-                                     sandbox_id=sandbox_id) from None
+            raise errors.Unavailable(f"the container's pid 1 did not connect in {patience:g} s", sandbox_id=sandbox_id,
+                                     hint="raise startup_timeout, or check the load of the engine's machine") from None
         raise errors.Lost("the sandbox is being removed", sandbox_id=sandbox_id)
 
     def close(self) -> None:

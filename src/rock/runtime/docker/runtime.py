@@ -40,6 +40,7 @@ from rock.runtime.namespace.limits import cgroups, limiter
 from rock.runtime.process.runtime import read_record, wait_gone
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+IMAGE_RUNS = "check that the image runs with `docker run` on the engine's machine"
 _PREFIX = "d-"
 _AT_ONCE = 4  # concurrent starts of one engine: with 32 and more it collapses
 _JUST = 5.0  # seconds between an out-of-memory kill and the exit that it caused
@@ -223,7 +224,10 @@ class DockerRuntime(DelayedSandboxes[Container]):
             if isinstance(error, EngineError):
                 raise refusal(error, config) from None
             if isinstance(error, OSError | errors.Lost):
-                raise errors.StartFailed(f"the container could not be used: {error}", sandbox_id=id) from None
+                raise errors.StartFailed(f"the container started, but its pid 1 cannot be reached: {error}",
+                                         sandbox_id=id,
+                                         hint="run the rocklet on the engine's machine, with access to its "
+                                              "ROCK_HOME") from None
             raise
         finally:
             self._making.discard(slot)
@@ -233,7 +237,7 @@ class DockerRuntime(DelayedSandboxes[Container]):
         pid = int(state.get("Pid") or 0)
         if pid <= 0:
             text = state.get("Error") or f"exit status {state.get('ExitCode')}"
-            raise errors.StartFailed(f"the container's pid 1 ended at once: {text}")
+            raise errors.StartFailed(f"the container's pid 1 exited during its start: {text}", hint=IMAGE_RUNS)
         return pid
 
     async def _entered(
@@ -250,7 +254,8 @@ class DockerRuntime(DelayedSandboxes[Container]):
             await asyncio.wait({entering, ending}, return_when=asyncio.FIRST_COMPLETED)
             if not entering.done():
                 await self._pid(engine_id)  # raises with the reason of the exit
-                raise errors.StartFailed("the container's pid 1 ended at once", sandbox_id=id)
+                raise errors.StartFailed("the container's pid 1 exited during its start", sandbox_id=id,
+                                         hint=IMAGE_RUNS)
             link = entering.result()
         finally:
             for task in (entering, ending):

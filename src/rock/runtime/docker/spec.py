@@ -9,7 +9,7 @@ from typing import Any, Literal
 from rock import errors
 from rock.host.resources import Gpus
 from rock.protocol.sandbox import Isolation, SandboxConfig, parse_size
-from rock.runtime.base import Enforced
+from rock.runtime.base import LINUX_ONLY, Enforced
 from rock.runtime.docker.engine import Engine, EngineError, Facts
 from rock.runtime.init.python import INSIDE, LINK, GuestPython
 from rock.runtime.namespace.probe import Finding
@@ -32,7 +32,8 @@ _UNSET = ("LD_PRELOAD", "LD_LIBRARY_PATH", "LD_AUDIT", "LD_DEBUG", "GLIBC_TUNABL
 def wanted_runtime(config: SandboxConfig) -> Oci:
     """The requested kind of OCI runtime. InvalidConfig when two are requested."""
     if config.use_kata_runtime and config.oci_runtime not in (None, "kata"):
-        raise errors.InvalidConfig(f'use_kata_runtime and oci_runtime="{config.oci_runtime}" exclude each other')
+        raise errors.InvalidConfig(f'use_kata_runtime and oci_runtime="{config.oci_runtime}" exclude each other',
+                                   hint='leave one out, or set oci_runtime="kata"')
     return "kata" if config.use_kata_runtime else config.oci_runtime or "runc"
 
 
@@ -91,7 +92,8 @@ def _refuse_gpus(config: SandboxConfig, facts: Facts, oci: Oci, gpus: Gpus) -> N
 def refuse(config: SandboxConfig, facts: Facts, oci: Oci, gpus: Gpus) -> None:
     """Raise Unsupported for options that this engine cannot provide."""
     if config.image_os != "linux":
-        raise errors.Unsupported(f"image_os {config.image_os!r}: the docker runtime runs Linux images only")
+        raise errors.Unsupported(f"image_os {config.image_os!r}: the docker runtime runs Linux images only",
+                                 hint=LINUX_ONLY)
     _refuse_gpus(config, facts, oci, gpus)
     if config.image == "host":
         raise errors.Unsupported('image "host" is this machine\'s own system, which no container engine has',

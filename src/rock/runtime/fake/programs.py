@@ -31,6 +31,10 @@ MOST_PROCESSES = 4096
 log = logging.getLogger(__name__)
 
 
+class ToolFailed(Exception):
+    """A program cannot do its work; the text is printed on its standard error, and its status is 1."""
+
+
 class Call:
     """A call of a program: its arguments, files and streams.
 
@@ -157,7 +161,7 @@ class FakeProcess:
         except errors.RockError as error:
             call.err(f"{argv[0]}: {error.message}\n")
             code = 1
-        except OSError as error:
+        except (OSError, ToolFailed) as error:
             call.err(f"{argv[0]}: {error}\n")
             code = 1
         except Exception:
@@ -242,7 +246,8 @@ class FakeSandbox:
 
     def next_pid(self) -> int:
         if len(self.processes) >= MOST_PROCESSES:
-            raise errors.QuotaExceeded(f"a fake sandbox has at most {MOST_PROCESSES} processes", sandbox_id=self.id)
+            raise errors.QuotaExceeded(f"a fake sandbox has its limit of {MOST_PROCESSES} processes",
+                                       sandbox_id=self.id, hint="end some processes, or use the namespace runtime")
         self._pid += 1
         return self._pid
 
@@ -273,20 +278,22 @@ class FakeSandbox:
     def _file(self, path: str, argv: list[str]) -> tuple[Program, list[str]]:
         node = self.files.get(path)
         if node is None:
-            raise errors.NotFound(f"no such program: {argv[0]!r}", sandbox_id=self.id)
+            raise errors.NotFound(f"no such program: {argv[0]!r}", sandbox_id=self.id,
+                                  hint="use a program of the fake runtime, such as sh, or the path of a script")
         if node.kind != "file" or not node.mode & 0o111:
-            raise errors.PermissionDenied(f"program {path!r} must not be executed: permission denied",
-                                          sandbox_id=self.id)
+            raise errors.PermissionDenied(f"program {path!r} is not an executable file", sandbox_id=self.id,
+                                          hint="give the path of a file, and make it executable with chmod")
         if not node.data.startswith(b"#!"):
-            raise errors.InvalidConfig(f"program {path!r} is not in a format that this machine can execute",
-                                       sandbox_id=self.id)
+            raise errors.InvalidConfig(f"program {path!r} does not begin with #!, and the fake runtime runs scripts "
+                                       "only", sandbox_id=self.id,
+                                       hint="begin the script with a line such as #!/bin/sh")
         words = node.data[2:].split(b"\n", 1)[0].decode("utf-8", "replace").split()
         names = [posixpath.basename(word) for word in words]
         interpreter = names[1] if names[:1] == ["env"] and len(names) > 1 else names[0] if names else ""
         program = self.programs.get(interpreter)
         if program is None:
-            raise errors.NotFound(f"program {path!r} is there, but its interpreter {interpreter!r} is missing",
-                                  sandbox_id=self.id)
+            raise errors.NotFound(f"the interpreter {interpreter!r} of program {path!r} does not exist",
+                                  sandbox_id=self.id, hint="use an interpreter that exists, such as #!/bin/sh")
         return program, [interpreter, path, *argv[1:]]
 
     # ---- end ----

@@ -9,17 +9,32 @@ from collections.abc import Mapping, Sequence
 
 from rock import errors
 from rock.protocol.sandbox import Isolation, SandboxConfig
-from rock.runtime.base import Enforced, ExitStatus, FileStat, Handle, Liveness, Program, Trait
+from rock.runtime.base import (
+    Enforced,
+    ExitStatus,
+    FileStat,
+    Handle,
+    Liveness,
+    Program,
+    Trait,
+    key_taken,
+    no_kept_program,
+    no_program,
+    no_such_user,
+    not_writing,
+    unavailable_channel,
+)
 from rock.runtime.fake import programs
 from rock.runtime.fake.builtins import PROGRAMS
 from rock.runtime.fake.programs import Descriptor, FakeProcess, FakeSandbox, Null, Open
 from rock.runtime.fake.tools import TOOLS
-from rock.runtime.fake.tree import MOST_BYTES
+from rock.runtime.fake.tree import MOST_BYTES, SMALLER
 
 HOME = "/work"
 _PATH = "/usr/local/bin:/usr/bin:/bin"
 _ENFORCED: dict[str, Enforced] = {"memory": "none", "cpus": "none", "pids": "none"}
 _ROOT = ("root", "0", "root:root", "0:0", "root:0", "0:root")
+ROOT_ONLY = "leave user unset; a fake sandbox has the user root only"  # hint of errors
 
 
 class SpawnedStreams:
@@ -73,7 +88,8 @@ class SpawnedProcess:
         return await self._sandbox.kill(process, since, include=root)
 
     async def resize(self, rows: int, columns: int) -> None:
-        raise errors.InvalidConfig("this program has no terminal", sandbox_id=self._sandbox.id)
+        raise errors.InvalidConfig("this program has no terminal", sandbox_id=self._sandbox.id,
+                                   hint="the fake runtime has no terminals; use another runtime for a pty")
 
     async def close_stdin(self) -> None:
         if self.stdin is None:
@@ -134,9 +150,11 @@ class FakeRuntime:
                                      hint="use the namespace runtime")
         for name in ("disk", "num_gpus", "accelerator_type", "limit_cpus", "nofile", "shm_size"):
             if getattr(config, name) is not None:
-                raise errors.Unsupported(f"the fake runtime cannot hold {name}")
+                raise errors.Unsupported(f"the fake runtime cannot enforce {name}",
+                                         hint=f"leave {name} unset, or use the namespace runtime")
         if config.use_kata_runtime or config.oci_runtime is not None or config.image_os != "linux":
-            raise errors.Unsupported("the fake runtime runs nothing but programs of its own")
+            raise errors.Unsupported("the fake runtime runs programs of its own only, without an OCI runtime",
+                                     hint="leave use_kata_runtime, oci_runtime and image_os unset")
 
     async def create(self, id: str, config: SandboxConfig) -> Handle:
         await self.check(config)
@@ -217,26 +235,26 @@ class FakeRuntime:
 
     def _admit(self, handle: Handle, sandbox: FakeSandbox, program: Program) -> tuple[list[str], dict[str, str]]:
         if not program.argv or any("\0" in word for word in program.argv):
-            raise errors.InvalidConfig("argv must have a program and no NUL characters", sandbox_id=handle.id)
+            raise no_program(handle.id)
         if not program.argv[0]:
-            raise errors.InvalidConfig("the program's name is empty", sandbox_id=handle.id)
+            raise errors.InvalidConfig("the name of the program is empty", sandbox_id=handle.id,
+                                       hint="give the program and its arguments, as in ['python3', 'main.py']")
         if program.pty is not None:
             raise errors.Unsupported("the fake runtime has no terminals", sandbox_id=handle.id, hint="leave pty out")
         if program.user is not None and program.user not in _ROOT:
-            raise errors.NotFound(f"no such user: {program.user!r}; a fake sandbox has root alone",
-                                  sandbox_id=handle.id)
+            raise no_such_user(program.user, ROOT_ONLY)
         for number, way in program.channels.items():
             if not 3 <= number <= 255 or way not in ("r", "w", "m"):
-                raise errors.InvalidConfig(f"channel {number} must be 3 to 255, and r or w", sandbox_id=handle.id)
+                raise unavailable_channel(number, way, handle.id)
         if program.key and program.key in self._kept.get(handle.data["slot"], {}):
-            raise errors.Conflict(f"a program with the key {program.key!r} exists already", sandbox_id=handle.id)
+            raise key_taken(program.key, handle.id)
         return list(program.argv), {"PATH": _PATH, "HOME": "/root", **sandbox.env, **program.env}
 
     async def attach(self, handle: Handle, key: str) -> SpawnedProcess:
         sandbox = self.sandbox(handle)
         kept = self._kept.get(handle.data["slot"], {}).get(key)
         if kept is None:
-            raise errors.NotFound(f"no kept program has the key {key!r}", sandbox_id=handle.id)
+            raise no_kept_program(key, handle.id)
         return SpawnedProcess(self, sandbox, kept, {name: os.dup(fd) for name, fd in kept.held.items()})
 
     async def processes(self, handle: Handle) -> list[str]:
@@ -255,7 +273,7 @@ class FakeRuntime:
 
     def _user(self, user: str | None) -> None:
         if user is not None and user not in _ROOT:
-            raise errors.NotFound(f"no such user: {user!r}; a fake sandbox has root alone")
+            raise no_such_user(user, ROOT_ONLY)
 
     async def open_read(self, handle: Handle, path: str, *, user: str | None = None) -> int:
         self._user(user)
@@ -284,11 +302,12 @@ class FakeRuntime:
         sandbox = self.sandbox(handle)
         fd = sandbox.writing.pop(token, None)
         if fd is None:
-            raise errors.InvalidConfig("there is no such file being written", sandbox_id=handle.id)
+            raise not_writing(handle.id)
         try:
             size = os.fstat(fd).st_size
             if size > MOST_BYTES:
-                raise errors.StorageFull(f"the files of a fake sandbox are at most {MOST_BYTES} bytes together")
+                raise errors.StorageFull(f"the files of a fake sandbox exceed its limit of {MOST_BYTES} bytes",
+                                         hint=SMALLER)
             data = os.pread(fd, size, 0)
         finally:
             os.close(fd)
@@ -328,7 +347,7 @@ class FakeRuntime:
         name, _, group = user.partition(":")
         ids = [0 if word in ("root", "") else int(word) if word.isdigit() else -1 for word in (name, group)]
         if -1 in ids:
-            raise errors.NotFound(f"no such user: {user!r}; a fake sandbox has root alone")
+            raise no_such_user(user, ROOT_ONLY)
         self.sandbox(handle).files.chown(path, ids[0], ids[1], recursive=recursive)
 
 
@@ -353,14 +372,17 @@ def _streams(program: Program) -> tuple[dict[str, int], dict[int, Open]]:
                 for each in (reading, writing):
                     os.set_blocking(each, False)
             else:
-                raise errors.InvalidConfig(f"{name} cannot be {spec!r}")
+                raise errors.InvalidConfig(f"{name} cannot be {spec!r} in the fake runtime",
+                                           hint="use a pipe, the null device, or stdout for stderr")
     except BaseException as error:
         for fd in ours.values():
             os.close(fd)
         for stream in theirs.values():
             stream.close()
         if isinstance(error, OSError):
-            raise errors.Unavailable(f"the program's streams: {error.strerror}") from None
+            raise errors.Unavailable(f"the streams of the program cannot be opened: {error.strerror}",
+                                     hint="close programs that are no longer needed; the server may be at its limit of "
+                                          "open files") from None
         raise
     return ours, theirs
 

@@ -8,9 +8,8 @@ import re
 import time
 from collections.abc import Callable, Iterator
 
-from rock import errors
 from rock.runtime.fake import printing
-from rock.runtime.fake.programs import Call, Program
+from rock.runtime.fake.programs import Call, Program, ToolFailed
 
 # ---- option parsing and text tools ----
 
@@ -85,7 +84,7 @@ async def grep(call: Call) -> int:
     try:
         regular = re.compile(re.escape(pattern) if "F" in options else pattern, flags)
     except re.error as error:
-        raise errors.InvalidConfig(f"invalid pattern: {error}") from None
+        raise ToolFailed(f"invalid pattern: {error}") from None
     found = 0
     for path, data in await inputs(call, words):
         count = 0
@@ -244,9 +243,9 @@ def rm(call: Call) -> int:
         found = call.files.get(call.path(path), follow=False)
         if found is None:
             if "f" not in options:
-                raise errors.NotFound(f"cannot remove '{path}': No such file or directory")
+                raise ToolFailed(f"cannot remove '{path}': No such file or directory")
         elif found.kind == "directory" and not recursive:
-            raise errors.Conflict(f"cannot remove '{path}': Is a directory")
+            raise ToolFailed(f"cannot remove '{path}': Is a directory")
         else:
             call.files.remove(call.path(path), recursive=recursive)
     return 0
@@ -279,9 +278,9 @@ def _copy(call: Call, source: str, target: str, recursive: bool) -> None:
         call.files.write(target, call.files.read(source), found.mode)
         return
     if not recursive:
-        raise errors.Conflict(f"-r not specified; omitting directory '{source}'")
+        raise ToolFailed(f"-r not specified; omitting directory '{source}'")
     if f"{target}/".startswith(f"{source}/"):
-        raise errors.InvalidConfig(f"cannot copy '{source}' into itself")
+        raise ToolFailed(f"cannot copy '{source}' into itself")
     call.files.make_dir(target, mode=found.mode)
     for name in list(found.children):
         _copy(call, f"{source}/{name}", f"{target}/{name}", recursive)
@@ -297,7 +296,7 @@ def mv(call: Call) -> int:
 def ln(call: Call) -> int:
     options, paths = options_of(call)
     if "s" not in options or not paths:
-        raise errors.Unsupported("only symbolic links (-s)")
+        raise ToolFailed("only symbolic links (-s)")
     target = paths[0]
     path = _into(call, target, paths[1] if len(paths) > 1 else ".")
     if "f" in options and call.files.get(path, follow=False) is not None:
@@ -326,7 +325,7 @@ def chmod(call: Call) -> int:
             bits = sum({"r": 0o444, "w": 0o222, "x": 0o111}[letter] for letter in match[2])
             new = old | bits if match[1] == "+" else old & ~bits
         else:
-            raise errors.InvalidConfig(f"invalid mode: '{mode}'")
+            raise ToolFailed(f"invalid mode: '{mode}'")
         call.files.chmod(call.path(path), new, recursive="R" in options)
     return 0
 
@@ -337,7 +336,7 @@ def seq(call: Call) -> int:
     first, step, last = {1: (1.0, 1.0), 2: (numbers[0], 1.0), 3: (numbers[0], numbers[min(1, len(numbers) - 1)])}[
         len(numbers)] + (numbers[-1],)
     if step == 0 or (last - first) / step > _MOST_LINES:
-        raise errors.InvalidConfig("too many numbers")
+        raise ToolFailed("too many numbers")
     values = (first + index * step for index in range(max(0, int((last - first) / step) + 1)))
     form = options.get("f", "%g" if abs(last) < 1e5 else "%.10g")
     out = [form % value for value in values]
@@ -352,7 +351,7 @@ async def sleep(call: Call) -> int:
     for word in call.argv[1:]:
         match = re.fullmatch(r"(\d*\.?\d+)([smhd]?)", word)
         if match is None and word != "infinity":
-            raise errors.InvalidConfig(f"invalid time interval '{word}'")
+            raise ToolFailed(f"invalid time interval '{word}'")
         total += float(match[1]) * units[match[2] or "s"] if match else 1e9
     await asyncio.sleep(total)
     return 0

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from typing import Literal
 
 from rock import errors
-from rock.runtime.base import FileStat
+from rock.runtime.base import FileStat, is_a_folder, no_such_path, not_a_folder, not_absolute, not_regular
 
 Kind = Literal["file", "directory", "symlink", "device"]
 MOST_BYTES = 256 << 20  # of all files of one sandbox
+SMALLER = "remove some files, or use the namespace runtime"  # hints of errors
+TAKEN = "remove it first, or choose another path"
 _MOST_LINKS = 40
 _FOLDERS = ("bin", "dev", "etc", "home", "opt", "root", "tmp", "usr", "usr/bin", "var", "work")
 _PASSWD = b"root:x:0:0:root:/root:/bin/sh\n"
@@ -36,8 +38,6 @@ class Node:
         return FileStat(name, self.kind, size, self.mode, self.uid, self.gid, self.mtime, self.target)
 
 
-def _missing(path: str) -> errors.NotFound:
-    return errors.NotFound(f"no such file or directory: {path!r}")
 
 
 class Tree:
@@ -59,7 +59,7 @@ class Tree:
 
     def _parts(self, path: str) -> list[str]:
         if not path.startswith("/") or "\0" in path:
-            raise errors.InvalidConfig(f"the path {path!r} is not an absolute one")
+            raise not_absolute(path)
         return [part for part in path.split("/") if part not in ("", ".")]
 
     def _walk(self, path: str, follow: bool) -> tuple[list[tuple[str, Node]], str | None]:
@@ -72,19 +72,20 @@ class Tree:
             part = todo.pop(0)
             at = way[-1][1]
             if at.kind != "directory":
-                raise errors.Conflict(f"not a folder: {way[-1][0]!r} in {path!r}")
+                raise not_a_folder(way[-1][0], path)
             if part == "..":
                 way = way[:-1] or way
                 continue
             found = at.children.get(part)
             if found is None:
                 if todo:
-                    raise _missing(path)
+                    raise no_such_path(path)
                 return way, part
             if found.kind == "symlink" and (todo or follow):
                 links += 1
                 if links > _MOST_LINKS:
-                    raise errors.InvalidConfig(f"too many links: {path!r}")
+                    raise errors.InvalidConfig(f"more than {_MOST_LINKS} symbolic links in {path!r}",
+                                               hint="check the links for a loop with readlink")
                 target = found.target or ""
                 if target.startswith("/"):
                     way = [("/", self.root)]
@@ -97,7 +98,7 @@ class Tree:
         """The node at a path. NotFound."""
         way, missing = self._walk(path, follow)
         if missing is not None:
-            raise _missing(path)
+            raise no_such_path(path)
         return way[-1][1]
 
     def get(self, path: str, *, follow: bool = True) -> Node | None:
@@ -111,22 +112,22 @@ class Tree:
         """The path of a node, without links. NotFound."""
         way, missing = self._walk(path, True)
         if missing is not None:
-            raise _missing(path)
+            raise no_such_path(path)
         return "/" + "/".join(name for name, _ in way[1:])
 
     def folder(self, path: str) -> Node:
         found = self.find(path)
         if found.kind != "directory":
-            raise errors.Conflict(f"not a folder: {path!r}")
+            raise not_a_folder(path)
         return found
 
     def read(self, path: str) -> bytes:
         """The bytes of a regular file."""
         found = self.find(path)
         if found.kind == "directory":
-            raise errors.Conflict(f"is a folder: {path!r}")
+            raise is_a_folder(path)
         if found.kind != "file":
-            raise errors.InvalidConfig(f"not a regular file: {path!r}")
+            raise not_regular(path)
         return found.data
 
     def stat(self, path: str, *, follow: bool = True) -> FileStat:
@@ -139,7 +140,8 @@ class Tree:
 
     def _room(self, more: int) -> None:
         if self.used + more > MOST_BYTES:
-            raise errors.StorageFull(f"the files of a fake sandbox are at most {MOST_BYTES} bytes together")
+            raise errors.StorageFull(f"the files of a fake sandbox exceed its limit of {MOST_BYTES} bytes",
+                                     hint=SMALLER)
         self.used += more
 
     def place(self, path: str, *, parents: bool = False) -> tuple[Node, str, Node | None]:
@@ -149,12 +151,12 @@ class Tree:
         way, missing = self._walk(path, True)
         if missing is not None:
             if way[-1][1].kind != "directory":
-                raise errors.Conflict(f"not a folder: {posixpath.dirname(path)!r}")
+                raise not_a_folder(posixpath.dirname(path))
             return way[-1][1], missing, None
         if len(way) == 1 or way[-1][1].kind == "directory":
-            raise errors.Conflict(f"is a folder: {path!r}")
+            raise is_a_folder(path)
         if way[-1][1].kind != "file":
-            raise errors.InvalidConfig(f"not a regular file: {path!r}")
+            raise not_regular(path)
         return way[-2][1], way[-1][0], way[-1][1]
 
     def write(self, path: str, data: bytes, mode: int | None = None, *, append: bool = False,
@@ -185,44 +187,46 @@ class Tree:
             found = self.get(at)
             if found is None:
                 if not last and not parents:
-                    raise _missing(at)
+                    raise no_such_path(at)
                 way, missing = self._walk(at, True)
                 if missing is not None:
                     way[-1][1].children[missing] = Node("directory", mode if last else 0o755)
             elif found.kind != "directory" or (last and not parents):
-                raise errors.Conflict(f"it exists: {at!r}")
+                raise errors.Conflict(f"the path exists already: {at!r}", hint=TAKEN)
 
     def _entry(self, path: str) -> tuple[Node, str, Node]:
         """(folder, name, node) of an entry; the last link is not followed."""
         way, missing = self._walk(path, False)
         if missing is not None:
-            raise _missing(path)
+            raise no_such_path(path)
         if len(way) == 1:
-            raise errors.InvalidConfig("/ cannot be removed or moved")
+            raise errors.InvalidConfig("the folder / cannot be removed or moved", hint="name an entry below it")
         return way[-2][1], way[-1][0], way[-1][1]
 
     def remove(self, path: str, *, recursive: bool = False) -> None:
         folder, name, found = self._entry(path)
         if found.children and not recursive:
-            raise errors.Conflict(f"the folder is not empty: {path!r}")
+            raise errors.Conflict(f"the folder is not empty: {path!r}",
+                                  hint="remove its entries first, or set recursive")
         del folder.children[name]
         self.used -= sum(len(node.data) for node in self.under(found))
 
     def symlink(self, target: str, path: str) -> None:
         way, missing = self._walk(path, False)
         if missing is None:
-            raise errors.Conflict(f"it exists: {path!r}")
+            raise errors.Conflict(f"the path exists already: {path!r}", hint=TAKEN)
         way[-1][1].children[missing] = Node("symlink", 0o777, target=target)
 
     def move(self, source: str, target: str) -> None:
         folder, name, found = self._entry(source)
         way, missing = self._walk(target, False)
         if any(node is found for _, node in way[:-1]) or (missing is not None and way[-1][1] is found):
-            raise errors.InvalidConfig(f"a folder cannot be moved into itself: {target!r}")
+            raise errors.InvalidConfig(f"a folder cannot be moved into itself: {target!r}",
+                                       hint="choose a target outside of the folder")
         if missing is None:
             old = way[-1][1]
             if old.kind == "directory" and (found.kind != "directory" or old.children):
-                raise errors.Conflict(f"it exists: {target!r}")
+                raise errors.Conflict(f"the target exists already: {target!r}", hint=TAKEN)
             if old is not found:
                 self.used -= len(old.data)
             place, missing = way[-2][1], way[-1][0]

@@ -31,7 +31,7 @@ from rock.guest.init.remove import remove_tree
 from rock.images.records import RootFS
 from rock.images.store import Images
 from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
-from rock.runtime.base import Enforced, Handle, Program, Trait
+from rock.runtime.base import LINUX_ONLY, Enforced, Handle, Program, Trait
 from rock.runtime.gvisor import starter
 from rock.runtime.init.delayed import BACK, DelayedInit, DelayedSandboxes
 from rock.runtime.init.files import merged
@@ -45,6 +45,7 @@ from rock.runtime.namespace.limits.cgroups import Cgroups
 from rock.runtime.process.runtime import children, read_record, reap, wait_gone, write_record
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+RUNSC = "check runsc with `rock doctor` on the worker, and its log"
 _PREFIX = "g-"
 _BASE, _PROBE = "base", "probe"
 _AT_ONCE = 4  # concurrent starts: each uses one CPU for a while
@@ -167,18 +168,19 @@ class GvisorRuntime(DelayedSandboxes[_Sandbox]):
                 pid = self._start(slot, config, rootfs, python)
                 entry = process_tree.read(pid)
                 if entry is None:
-                    raise errors.StartFailed("runsc ended at once", sandbox_id=id)
+                    raise errors.StartFailed("runsc exited during its start", sandbox_id=id, hint=RUNSC)
                 data |= {"pid": pid, "start": entry.start}
                 write_record(folder, data)
                 sandbox = self._live[slot] = _Sandbox(slot, pid, entry.start, folders)
                 await self._enter(sandbox, id, config.startup_timeout)
             return self._handle(id, config, rootfs, data)
         except BaseException as error:
-            told = _told(folder)
+            last = _log_of(folder)
             await asyncio.shield(self._clean_up(slot, pid, None, folders))
             if isinstance(error, OSError | errors.Lost | errors.Unavailable):
-                reason = told or (error.message if isinstance(error, errors.RockError) else str(error))
-                raise errors.StartFailed(f"runsc could not start it: {reason}", sandbox_id=id) from None
+                reason = last or (error.message if isinstance(error, errors.RockError) else str(error))
+                raise errors.StartFailed(f"runsc failed to start the sandbox: {reason}", sandbox_id=id,
+                                         hint=RUNSC) from None
             raise
         finally:
             self._making.discard(slot)
@@ -193,7 +195,8 @@ class GvisorRuntime(DelayedSandboxes[_Sandbox]):
         (folder / "config.json").write_text(json.dumps(bundle_config(config, python)))
         program = shutil.which(self._program)
         if program is None:
-            raise errors.StartFailed(f"{self._program} was removed")
+            raise errors.StartFailed(f"the program {self._program} no longer exists on this machine",
+                                     hint="install runsc again, and restart the server")
         binds = [{"source": bind.source, "target": bind.target, "writable": bind.writable, "public": True}
                  for bind in rootfs.binds]
         spec = {
@@ -335,7 +338,7 @@ class GvisorRuntime(DelayedSandboxes[_Sandbox]):
         return gone
 
 
-def _told(folder: Path) -> str:
+def _log_of(folder: Path) -> str:
     """The reason of a failed start, as the starter or runsc reports it."""
     for name in ("failure", "log"):
         with contextlib.suppress(OSError):
@@ -358,13 +361,14 @@ _UNHELD = {
 def refuse(config: SandboxConfig, groups: Cgroups) -> None:
     """Raise Unsupported, InvalidConfig or NoCapacity for a config that `create` cannot satisfy."""
     if config.image_os != "linux":
-        raise errors.Unsupported(f"image_os {config.image_os!r}: the gvisor runtime runs Linux images only")
+        raise errors.Unsupported(f"image_os {config.image_os!r}: the gvisor runtime runs Linux images only",
+                                 hint=LINUX_ONLY)
     if config.use_kata_runtime or config.oci_runtime not in (None, "runsc"):
         raise errors.Unsupported("the gvisor runtime runs sandboxes under runsc, and nothing else",
                                  hint='runtime="docker" knows other OCI runtimes')
     for name, why in _UNHELD.items():
         if getattr(config, name):
-            raise errors.Unsupported(f"{name}: {why}", hint=f"leave {name} unset")
+            raise errors.Unsupported(f"the gvisor runtime does not support {name}: {why}", hint=f"leave {name} unset")
     if config.network != "none":
         raise errors.Unsupported(f'network "{config.network}": sandboxes of the gvisor runtime have loopback only',
                                  hint='network="none"; ports inside can be reached all the same')

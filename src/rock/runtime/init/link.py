@@ -24,7 +24,7 @@ from rock import errors
 from rock.guest.init.link import PACKET, pack, receive_packet, unpack
 from rock.guest.init.process_tree import TICK
 from rock.protocol.routes import SENT
-from rock.runtime.base import CLOCK, ExitStatus, Program
+from rock.runtime.base import CLOCK, ExitStatus, Program, no_program, not_a_terminal_size
 
 SOCKET_NAME = "s"
 PATIENCE = 60.0  # timeout in seconds of a request that has no time limit of its own
@@ -83,8 +83,8 @@ class InitLink:
 
     def close(self) -> None:
         """Close the connection; pending requests raise Unavailable. The sandbox continues to run. Idempotent."""
-        self._close(errors.Unavailable("the server is letting go of the sandbox", sandbox_id=self.sandbox_id,
-                                       details=SENT))  # fmt: skip
+        self._close(errors.Unavailable("the server closes its connection to the sandbox", sandbox_id=self.sandbox_id,
+                                       details=SENT, hint="send the request again once the server has restarted"))
 
     def _close(self, reason: errors.RockError) -> None:
         if self.closed:
@@ -233,7 +233,7 @@ class InitLink:
     async def spawn(self, program: Program) -> InitProcess:
         """Start a program; `env`, `cwd` and `user` must be complete."""
         if not program.argv or any("\0" in word for word in program.argv):
-            raise errors.InvalidConfig("argv must have a program and no NUL characters", sandbox_id=self.sandbox_id)
+            raise no_program(self.sandbox_id)
         fields = {
             "argv": list(program.argv), "env": dict(program.env), "cwd": program.cwd, "user": program.user,
             "stdin": program.stdin, "stdout": program.stdout, "stderr": program.stderr, "pty": program.pty,
@@ -329,7 +329,7 @@ class InitProcess:
             raise errors.InvalidConfig("this program has no terminal", sandbox_id=self._link.sandbox_id,
                                        hint="start it with pty=(rows, columns)")
         if not (0 < rows < 65536 and 0 < columns < 65536):
-            raise errors.InvalidConfig(f"{rows} x {columns} is no terminal size", sandbox_id=self._link.sandbox_id)
+            raise not_a_terminal_size(rows, columns, self._link.sandbox_id)
         fd = self.stdin if self.stdin is not None else self.stdout
         if fd is not None:
             with contextlib.suppress(OSError):

@@ -84,8 +84,8 @@ class Multiplexer:
             async with asyncio.timeout(patience):
                 rest = await self._answer_to(channels.begin(nonce), ready)
         except TimeoutError:
-            raise errors.Unavailable(f"the sandbox's pid 1 did not answer in {patience:g} s",
-                                     sandbox_id=self._id) from None
+            raise errors.Unavailable(f"the sandbox's pid 1 did not respond within {patience:g} s", sandbox_id=self._id,
+                                     hint="raise startup_timeout, or check the load of the machine") from None
         except OSError as error:
             raise errors.Lost(f"the stream to the sandbox's pid 1 broke: {error}", sandbox_id=self._id) from None
         ours, links = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -417,7 +417,7 @@ class Channel:
     def take(self, data: bytes) -> None:
         self._size += len(data)
         if self.kind != channels.CONTENT or self._size > _LARGEST_FILE:
-            raise ValueError("content that nobody asked for")
+            raise ValueError("content without a request")
         view = memoryview(data)
         while view:
             view = view[os.write(self._ours, view):]

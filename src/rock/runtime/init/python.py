@@ -92,7 +92,8 @@ def _plan(python: str) -> Iterator[tuple[str, str]]:
         look = subprocess.run(command, capture_output=True, timeout=60, check=True)
         found = json.loads(look.stdout)
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        raise Unsupported(f"pid 1 cannot be started with {python}: {error}") from None
+        raise Unsupported(f"pid 1 cannot be started with {python}: {error}",
+                          hint="install a complete Python 3.11 or later on the worker, readable by all users") from None
     loaders = [path for path in found["maps"] if os.path.basename(path).startswith("ld-")]
     if len(loaders) != 1:
         raise Unsupported(f"{python} has no loader that could be taken along", hint="it seems to be linked statically")

@@ -29,7 +29,7 @@ from rock import errors
 from rock.guest.init import process_tree, remove
 from rock.images import host
 from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
-from rock.runtime.base import Enforced, Handle, Program, Trait
+from rock.runtime.base import START_LOG, Enforced, Handle, Program, Trait
 from rock.runtime.init.files import merged
 from rock.runtime.init.link import InitLink, bind_listener
 from rock.runtime.landlock import parent, ruleset
@@ -41,6 +41,7 @@ from rock.runtime.process.runtime import PATH, ProcessRuntime, children, read_re
 
 _NEEDED = 4  # the ABI version that introduces TCP rules
 _FIRST_UID, _SPAN, _MOST = 1_700_000_000, 10_000, 20_000
+OTHER_ISOLATION = "leave isolation unset, or use another runtime of this machine: `rock doctor` lists them"
 _FILES = 65_536
 _ELSEWHERE = Path("/var/lib/rock")
 _ENFORCED: dict[str, Enforced] = {"memory": "watched", "cpus": "affinity", "pids": "rlimit"}
@@ -102,7 +103,8 @@ class LandlockRuntime(ProcessRuntime):
             if getattr(config, name) is not None:
                 raise errors.Unsupported(f"the landlock runtime cannot hold {name}", hint=f"leave {name} unset")
         if config.use_kata_runtime or config.oci_runtime is not None or config.image_os != "linux":
-            raise errors.Unsupported("the landlock runtime runs nothing but programs of this machine")
+            raise errors.Unsupported("the landlock runtime runs programs of this machine only, without an OCI runtime",
+                                     hint="leave use_kata_runtime, oci_runtime and image_os unset")
         admission.refuse_nofile(config)
         admission.refuse_level(config, self.isolation)
         admission.refuse_too_large(config)
@@ -123,7 +125,8 @@ class LandlockRuntime(ProcessRuntime):
                 f"isolation landlock: version {_NEEDED} is needed, this kernel has {found or 'none'}",
                 hint="Linux 6.7 has it; it may be switched off: see lsm= of the kernel's command line")
         if not seccomp.supported():
-            raise errors.Unsupported("isolation landlock: there is no system call filter for this machine")
+            raise errors.Unsupported("isolation landlock: there is no system call filter for this processor",
+                                     hint=OTHER_ISOLATION)
         secret = self._run_dir / f"probe-{secrets.token_hex(4)}"
         try:
             secret.write_text("to be out of reach")
@@ -135,9 +138,10 @@ class LandlockRuntime(ProcessRuntime):
                 return
             finally:
                 await self.destroy(handle)
-            raise errors.Unsupported("isolation landlock: the kernel does not hold to its rules")
+            raise errors.Unsupported("isolation landlock: the kernel did not enforce the rules in a test",
+                                     hint=OTHER_ISOLATION)
         except (errors.StartFailed, OSError) as error:
-            raise errors.Unsupported(f"isolation landlock: {error}") from None
+            raise errors.Unsupported(f"isolation landlock: {error}", hint=OTHER_ISOLATION) from None
         finally:
             secret.unlink(missing_ok=True)
 
@@ -164,7 +168,8 @@ class LandlockRuntime(ProcessRuntime):
             reply, _ = await link.request("hello", patience=config.startup_timeout)
             entry = process_tree.read(pid)
             if entry is None:
-                raise errors.StartFailed(f"its supervisor process ended at once: {_log_of(folder)}", sandbox_id=id)
+                raise errors.StartFailed(f"the supervisor process exited during its start: {_log_of(folder)}",
+                                         sandbox_id=id, hint=START_LOG)
             data |= {"pid": pid, "start": entry.start, "init": int(reply["pid"])}
             enforced = dict(_ENFORCED)
             if config.nofile is not None:
@@ -173,10 +178,11 @@ class LandlockRuntime(ProcessRuntime):
             self._watch_memory(data)
             return Handle(self.name, id, self.isolation, enforced, data)
         except BaseException as error:
-            told = _log_of(folder)
+            last = _log_of(folder)
             await asyncio.shield(self._clean(slot, pid, None))
             if isinstance(error, OSError | errors.Lost | errors.Unavailable):
-                raise errors.StartFailed(f"the landlock runtime: {told or error}", sandbox_id=id) from error
+                raise errors.StartFailed(f"the landlock runtime failed to start the sandbox: {last or error}",
+                                         sandbox_id=id, hint=START_LOG) from error
             raise
 
     def _make_home(self, home: Path, uid: int) -> None:

@@ -11,6 +11,7 @@ from rock import errors
 from rock.host import resources
 from rock.images.records import RootFS
 from rock.protocol.sandbox import Isolation, SandboxConfig
+from rock.runtime.base import LINUX_ONLY
 
 _RESERVE = 256 << 20  # bytes of memory reserved for the host
 _LEAST = 64 << 20  # bytes of free memory that a new sandbox requires, or its limit if that is less
@@ -21,7 +22,8 @@ def refuse_unsupported(config: SandboxConfig, isolation: Isolation, networks: tu
     """Raise Unsupported for options that this runtime or host lacks. why: the reason for which other networks are
     missing."""
     if config.image_os != "linux":
-        raise errors.Unsupported(f"image_os {config.image_os!r}: the namespace runtime runs Linux images only")
+        raise errors.Unsupported(f"image_os {config.image_os!r}: the namespace runtime runs Linux images only",
+                                 hint=LINUX_ONLY)
     if config.use_kata_runtime:
         raise errors.Unsupported("use_kata_runtime: the namespace runtime has no virtual machines",
                                  hint="use a runtime with micro virtual machines")

@@ -22,7 +22,7 @@ from rock.runtime.init.link import InitLink
 log = logging.getLogger(__name__)
 
 FOLDER = "connections"
-_KEPT = 25 * 3600.0  # retention in seconds of the log of an ended sandbox: longer than its tombstone
+_KEPT = 25 * 3600.0  # retention in seconds of the log of an ended sandbox: longer than its record
 _MOST_FILES = 5000
 _TIDY_EVERY = 600.0
 _AGAIN_AFTER = 0.2
@@ -30,7 +30,7 @@ _AT_ONCE = 64  # sandboxes that are passed to a new proxy concurrently
 
 
 @dataclass(frozen=True)
-class _Outlet:
+class _Gateway:
     sandbox_id: str
     link: Callable[[], InitLink]
     egress: list[str] | None
@@ -41,7 +41,7 @@ class EgressSockets:
 
     def __init__(self, run_dir: Path, resolvers: Sequence[str]) -> None:
         self._folder = run_dir / FOLDER
-        self._known: dict[str, _Outlet] = {}
+        self._known: dict[str, _Gateway] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._removing: dict[str, asyncio.Task[None]] = {}  # by sandbox id
         self._proxy = ProxyLink(resolvers, run_dir / "proxy.log", self._lost)
@@ -61,7 +61,7 @@ class EgressSockets:
     async def connect(self, slot: str, sandbox_id: str, link: Callable[[], InitLink], egress: list[str] | None, *,
                       fresh: bool) -> None:
         """Serve the connections of a sandbox. Lost, Unavailable. fresh: the sandbox has no history."""
-        self._known[slot] = _Outlet(sandbox_id, link, egress)
+        self._known[slot] = _Gateway(sandbox_id, link, egress)
         try:
             await self._give(slot, fresh)
         except BaseException:
@@ -70,36 +70,40 @@ class EgressSockets:
 
     def adopt(self, slot: str, sandbox_id: str, link: Callable[[], InitLink], egress: list[str] | None) -> None:
         """Serve a sandbox of a former server in the background; its connections wait until then."""
-        self._known[slot] = _Outlet(sandbox_id, link, egress)
+        self._known[slot] = _Gateway(sandbox_id, link, egress)
         self._spawn(self._again([slot]))
 
     async def _give(self, slot: str, fresh: bool) -> None:
-        outlet = self._known[slot]
-        _, fds = await outlet.link().request("sockets")
+        gateway = self._known[slot]
+        _, fds = await gateway.link().request("sockets")
         try:
             if not _as_made(fds):
-                raise errors.Lost("its sockets are not there", sandbox_id=outlet.sandbox_id)
+                raise errors.Lost("its sockets are not there", sandbox_id=gateway.sandbox_id)
             self._tidy()
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_TRUNC if fresh else 0)
-            file = os.open(self._folder / outlet.sandbox_id, flags, 0o600)
+            file = os.open(self._folder / gateway.sandbox_id, flags, 0o600)
             fds.append(file)
-            reply = await self._proxy.request("add", {"sandbox": slot, "egress": outlet.egress}, fds)
+            reply = await self._proxy.request("add", {"sandbox": slot, "egress": gateway.egress}, fds)
         except OSError as error:
-            raise errors.Unavailable(f"its journal of connections cannot be written: {error}",
-                                     sandbox_id=outlet.sandbox_id) from None
+            raise errors.Unavailable(f"the journal of the sandbox's connections cannot be written: {error}",
+                                     sandbox_id=gateway.sandbox_id,
+                                     hint="check the disk and the permissions of ROCK_HOME on the worker, then try "
+                                          "again") from None
         finally:
             for fd in fds:
                 os.close(fd)
         if "error" in reply:
-            raise errors.Unavailable(f"the network proxy: {reply['error']}", sandbox_id=outlet.sandbox_id)
+            raise errors.Unavailable(f"the network proxy rejected the sandbox: {reply['error']}",
+                                     sandbox_id=gateway.sandbox_id,
+                                     hint="try again; the log of the worker has the cause")
         if slot not in self._known:  # dropped meanwhile
-            self._remove(slot, outlet.sandbox_id)
+            self._remove(slot, gateway.sandbox_id)
 
     def drop(self, slot: str) -> None:
         """Stop serving an ended sandbox."""
-        outlet = self._known.pop(slot, None)
-        if outlet is not None:
-            self._remove(slot, outlet.sandbox_id)
+        gateway = self._known.pop(slot, None)
+        if gateway is not None:
+            self._remove(slot, gateway.sandbox_id)
 
     def _remove(self, slot: str, sandbox_id: str) -> None:
         async def remove() -> None:
@@ -116,13 +120,13 @@ class EgressSockets:
         """The connection log of a running or ended sandbox."""
         if sandbox_id in self._removing:  # open connections are being written to the log
             await asyncio.wait({self._removing[sandbox_id]}, timeout=5)
-        slot = next((slot for slot, outlet in self._known.items() if outlet.sandbox_id == sandbox_id), None)
-        told = None
+        slot = next((slot for slot, gateway in self._known.items() if gateway.sandbox_id == sandbox_id), None)
+        found = None
         if slot is not None:
-            told = (await self._proxy.request("list", {"sandbox": slot})).get("connections")
-        if told is None:
-            told = await asyncio.to_thread(read, str(self._folder / sandbox_id))
-        return ConnectionList.model_validate(told)
+            found = (await self._proxy.request("list", {"sandbox": slot})).get("connections")
+        if found is None:
+            found = await asyncio.to_thread(read, str(self._folder / sandbox_id))
+        return ConnectionList.model_validate(found)
 
     def _lost(self) -> None:
         """The proxy died: its connections are broken, and new ones wait for the next proxy."""
@@ -135,7 +139,7 @@ class EgressSockets:
     async def _give_surely(self, slot: str) -> None:
         """Retry until the sandbox is served or gone; each sandbox has its own task, so one does not delay the
         others."""
-        while (outlet := self._known.get(slot)) is not None:
+        while (gateway := self._known.get(slot)) is not None:
             try:
                 async with self._gate:
                     if slot in self._known:
@@ -144,7 +148,7 @@ class EgressSockets:
             except errors.Lost:
                 return  # the waiter of the sandbox reports its end
             except errors.RockError as error:
-                log.warning("network of %s: %s; trying again", outlet.sandbox_id, error)
+                log.warning("network of %s: %s; trying again", gateway.sandbox_id, error)
                 await asyncio.sleep(_AGAIN_AFTER)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -160,7 +164,7 @@ class EgressSockets:
             return
         self._tidied_at = now
         self._folder.mkdir(mode=0o700, exist_ok=True)
-        known = {outlet.sandbox_id for outlet in self._known.values()}
+        known = {gateway.sandbox_id for gateway in self._known.values()}
         with os.scandir(self._folder) as entries:
             found = sorted((entry.stat(follow_symlinks=False).st_mtime, entry.path) for entry in entries
                            if entry.name not in known)

@@ -101,7 +101,8 @@ class Factory:
                 if reply.get("errno") == errno.ESRCH:
                     raise _ZygoteEnded(f"the sandbox could not be made: {reply['error']}", hint="retry")
                 reason = f"{reply['error']} ({reply['hint']})" if reply.get("hint") else reply["error"]
-                raise errors.StartFailed(f"the sandbox could not be made: {reason}")
+                raise errors.StartFailed(f"the sandbox could not be made: {reason}",
+                                         hint="the log of the worker has the cause; `rock doctor` checks the machine")
             sandbox = Sandbox(slot, reply["pid"], reply["start"], base, folders)
             sandbox.link = InitLink.connect(slots.run_dir / slot, slot)
             slots.live[slot] = sandbox

@@ -85,7 +85,7 @@ class IsolatedNetworkPool:
         assert self._sock is not None
         try:
             self._sock.send(b"1")  # request one more, for a later call
-            told, fds, _, _ = socket.recv_fds(self._sock, 4096, 3, socket.MSG_CMSG_CLOEXEC)
+            reply, fds, _, _ = socket.recv_fds(self._sock, 4096, 3, socket.MSG_CMSG_CLOEXEC)
         except OSError:
             self._sock.close()
             self._sock = None
@@ -96,7 +96,7 @@ class IsolatedNetworkPool:
             os.close(fd)
         self._sock.close()
         self._sock = None
-        number, _, reason = told.decode(errors="replace").partition(" ")
+        number, _, reason = reply.decode(errors="replace").partition(" ")
         raise OSError(int(number) if number.isdecimal() else 0, f"network: {reason or 'its maker ended'}")
 
     def close(self) -> None:

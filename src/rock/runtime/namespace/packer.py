@@ -33,6 +33,7 @@ from rock.images.layers.tar_writer import Packer, Part, TarWriter, unpack
 from rock.runtime.namespace.launcher import kernel, userns
 
 _MEMORY = 2 << 30
+ARCHIVE_ALTERED = "restart the sandbox once more; if it persists, the archive in ROCK_ARCHIVE is damaged"
 _CHUNK = 1 << 20
 
 
@@ -77,13 +78,14 @@ def _unpack(options: dict[str, Any], parts: list[Part], total: _Sum) -> None:
         while data := os.read(0, _CHUNK):
             total.add(data)
             if total.size > int(options["size"]):
-                raise ImageError(f"more than the {options['size']} bytes came that were archived")
+                raise ImageError(f"the stream is longer than the {options['size']} bytes of the archive",
+                                 hint=ARCHIVE_ALTERED)
             yield data
 
     unpack(chunks(), parts, one_owner=bool(options["one_owner"]))
     if (total.size, total.digest) != (options["size"], options["digest"]):
-        raise ImageError(f"what came is not what was archived: {total.size} bytes with {total.digest}, "
-                         f"and not {options['size']} with {options['digest']}")
+        raise ImageError(f"the stream differs from the archive: {total.size} bytes with {total.digest}, not "
+                         f"{options['size']} with {options['digest']}", hint=ARCHIVE_ALTERED)
 
 
 def main() -> None:
@@ -98,14 +100,14 @@ def main() -> None:
         os.umask(0)
         parts = [Part(part["folder"], os.fsencode(part["target"].strip("/"))) for part in options["parts"]]
         (_pack if options["op"] == "pack" else _unpack)(options, parts, total)
-        told: dict[str, Any] = {"size": total.size, "digest": total.digest}
+        result: dict[str, Any] = {"size": total.size, "digest": total.digest}
     except ImageError as error:
-        told = {"error": error.message, "hint": error.hint, "kind": "refused"}
+        result = {"error": error.message, "hint": error.hint, "kind": "refused"}
     except MemoryError:
-        told = {"error": "there are too many files", "hint": "remove some", "kind": "refused"}
+        result = {"error": "there are too many files", "hint": "remove some", "kind": "refused"}
     except OSError as error:
-        told = {"error": str(error), "hint": None, "kind": "system", "errno": error.errno}
-    os.write(int(options["status"]), json.dumps(told).encode())
+        result = {"error": str(error), "hint": None, "kind": "system", "errno": error.errno}
+    os.write(int(options["status"]), json.dumps(result).encode())
 
 
 if __name__ == "__main__":

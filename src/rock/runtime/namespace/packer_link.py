@@ -54,17 +54,17 @@ class _Packer:
             os.close(theirs)
         return self._process
 
-    async def told(self) -> dict[str, Any]:
+    async def result(self) -> dict[str, Any]:
         """The result. InvalidConfig for files that cannot be packed, Unavailable and StorageFull for other errors."""
         await self._process.wait()
         data = os.read(self._status, _LONGEST_STATUS)
-        told: dict[str, Any] = json.loads(data) if data else {"error": "the packer was killed", "kind": "system"}
-        if "error" not in told:
-            return told
-        text = f"the files could not be {self._options['op']}ed: {told['error']}"
-        if told["kind"] == "refused":
-            raise errors.InvalidConfig(text, hint=told.get("hint"))
-        full = told.get("errno") in FULL
+        result: dict[str, Any] = json.loads(data) if data else {"error": "the packer was killed", "kind": "system"}
+        if "error" not in result:
+            return result
+        text = f"the files could not be {self._options['op']}ed: {result['error']}"
+        if result["kind"] == "refused":
+            raise errors.InvalidConfig(text, hint=result.get("hint"))
+        full = result.get("errno") in FULL
         raise (errors.StorageFull if full else errors.Unavailable)(text)
 
     async def __aexit__(self, *_: object) -> None:
@@ -88,8 +88,8 @@ async def pack(options: dict[str, Any], image_digest: str) -> AsyncGenerator[byt
         assert process.stdout is not None
         while data := await process.stdout.read(_CHUNK):
             yield data
-        told = await packer.told()
-    yield ArchivedFiles(size=told["size"], digest=told["digest"], image_digest=image_digest)
+        result = await packer.result()
+    yield ArchivedFiles(size=result["size"], digest=result["digest"], image_digest=image_digest)
 
 
 async def unpack(options: dict[str, Any], data: AsyncIterator[bytes]) -> None:
@@ -102,4 +102,4 @@ async def unpack(options: dict[str, Any], data: AsyncIterator[bytes]) -> None:
                 process.stdin.write(part)
                 await process.stdin.drain()
             process.stdin.close()
-        await packer.told()
+        await packer.result()

@@ -105,7 +105,10 @@ def refuse_unusable(folder: Path, id: str) -> None:
     for name in _MOUNT_POINTS:
         path = folder / "upper" / name
         if os.path.lexists(path) and not _is_folder(path):
-            raise errors.StartFailed(f"its /{name} is no folder any more, so it cannot be started again", sandbox_id=id)
+            raise errors.StartFailed(f"/{name} of the stopped sandbox is not a folder, so it cannot start again",
+                                     sandbox_id=id,
+                                     hint="create a new sandbox; copy files out of this one with `rock cp` before a "
+                                          "stop")
 
 
 def refuse_written(places: Sequence[Mapping[str, str]]) -> None:
@@ -247,7 +250,8 @@ class StoppedSandboxes:
         """End the sandbox and retain its files; returns its new handle."""
         data, slot = handle.data, handle.data["slot"]
         if "rootfs" not in data:
-            raise errors.Unsupported("its files are not kept: it was not made for that", sandbox_id=handle.id)
+            raise errors.Unsupported("the sandbox was created without retained files", sandbox_id=handle.id,
+                                     hint="set auto_delete_seconds, the seconds of their retention, when you create it")
         if slot not in self._leases:  # before its pid 1 releases the lease; a removed image is reported at the restart
             with contextlib.suppress(errors.ImageError):
                 self._leases[slot] = self._images.lease(noted(data["rootfs"]))
@@ -294,7 +298,8 @@ class StoppedSandboxes:
         """The original image."""
         note = handle.data.get("rootfs") or handle.data.get("image")
         if note is None:
-            raise errors.Unsupported("it was made by a server that did not note its image", sandbox_id=handle.id)
+            raise errors.Unsupported("the sandbox was created by an older server, which did not record its image",
+                                     sandbox_id=handle.id, hint="create a new sandbox for this operation")
         return noted(note)
 
     async def snapshot(self, handle: Handle, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:

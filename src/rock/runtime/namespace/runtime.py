@@ -166,7 +166,8 @@ class NamespaceRuntime(InitSandboxes):
                 self._slots.limiter.apply(sandbox.slot, sandbox.pid, config, _POOL)
             except OSError as error:
                 await self._slots.discard(sandbox)
-                raise errors.StartFailed(f"its limits could not be set: {error}", sandbox_id=id) from None
+                raise errors.StartFailed(f"the limits of the sandbox cannot be set: {error}", sandbox_id=id,
+                                         hint="check the cgroups of the worker with `rock doctor`") from None
         else:
             sandbox = await self._made(id, kind, config)
         handle = self._handles.claimed(sandbox, id, kind.rootfs, config)
@@ -239,7 +240,7 @@ class NamespaceRuntime(InitSandboxes):
     async def wait(self, handle: Handle) -> str:
         kills = self.oom_kills(handle)
         await wait_gone(handle.data["pid"], handle.data["start"])
-        if self._slots.was_told(handle):
+        if self._slots.was_signalled(handle):
             return "gone"
         if self._slots.is_full(handle):
             return "disk"

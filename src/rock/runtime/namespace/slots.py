@@ -220,7 +220,7 @@ class Slots:
         await wait_gone(pid, start)
         self.forget(slot)
 
-    def was_told(self, handle: Handle) -> bool:
+    def was_signalled(self, handle: Handle) -> bool:
         """Whether pid 1 ended because of `stop`, or the sandbox was removed."""
         stopped = self._stopped(handle.data["slot"])
         return stopped.exists() or not stopped.parent.exists()

@@ -20,7 +20,19 @@ from pathlib import Path
 from rock import errors
 from rock.guest.init import remove
 from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
-from rock.runtime.base import Enforced, FileStat, Handle, Liveness, Program, Trait
+from rock.runtime.base import (
+    Enforced,
+    FileStat,
+    Handle,
+    Liveness,
+    Program,
+    Trait,
+    key_taken,
+    no_kept_program,
+    no_program,
+    no_such_user,
+    not_writing,
+)
 from rock.runtime.process import portable_files, portable_process
 from rock.runtime.process.portable_process import PlainProcess, PlainSandbox, close_all, read_all, start, streams_of
 from rock.runtime.process.runtime import refuse_unsupported
@@ -114,9 +126,9 @@ class PlainRuntime:
     async def spawn(self, handle: Handle, program: Program) -> PlainProcess:
         sandbox = self._find(handle)
         if not program.argv or not program.argv[0] or any("\0" in word for word in program.argv):
-            raise errors.InvalidConfig("argv must have a program and no NUL characters", sandbox_id=handle.id)
+            raise no_program(handle.id)
         if program.key and program.key in sandbox.kept:
-            raise errors.Conflict(f"a program with the key {program.key!r} exists already", sandbox_id=handle.id)
+            raise key_taken(program.key, handle.id)
         _refuse_other_users(program.user)
         start = asyncio.create_task(self._start(handle, sandbox, program))
         try:
@@ -131,21 +143,22 @@ class PlainRuntime:
     async def _start(self, handle: Handle, sandbox: PlainSandbox, program: Program) -> PlainProcess:
         env = {"PATH": _PATH, "HOME": handle.data["home"], **sandbox.env, **program.env}
         ours, theirs = streams_of(program)
-        told, telling = os.pipe()
+        verdict_pipe, telling = os.pipe()
         try:
             spec = {"fds": theirs, "argv": list(program.argv), "env": env, "cwd": program.cwd or handle.data["home"],
                     "terminal": program.pty is not None, "nofile": program.nofile, "told": telling}
             child = start(spec, {telling, *theirs.values()})
         except BaseException as error:
-            close_all(ours.values(), theirs.values(), (told, telling))
+            close_all(ours.values(), theirs.values(), (verdict_pipe, telling))
             if isinstance(error, OSError):
-                raise errors.InvalidConfig(f"the program could not be started: {error.strerror}") from None
+                raise errors.InvalidConfig(f"the program could not be started: {error.strerror}",
+                                           hint="check the program's name, its cwd and its env") from None
             raise
         close_all(theirs.values(), (telling,))
         try:
-            verdict = await read_all(told)
+            verdict = await read_all(verdict_pipe)
         finally:
-            os.close(told)
+            os.close(verdict_pipe)
         if verdict:
             close_all(ours.values())
             await asyncio.to_thread(child.wait)
@@ -165,7 +178,7 @@ class PlainRuntime:
     async def attach(self, handle: Handle, key: str) -> PlainProcess:
         kept = self._find(handle).kept.get(key)
         if kept is None:
-            raise errors.NotFound(f"no kept program has the key {key!r}", sandbox_id=handle.id)
+            raise no_kept_program(key, handle.id)
         return kept.again()
 
     async def processes(self, handle: Handle) -> list[str]:
@@ -199,7 +212,7 @@ class PlainRuntime:
 
     def _written(self, handle: Handle, token: str) -> None:
         if token not in self._find(handle).writing:
-            raise errors.InvalidConfig("there is no such file being written", sandbox_id=handle.id)
+            raise not_writing(handle.id)
         self._find(handle).writing.discard(token)
 
     async def stat(self, handle: Handle, path: str, *, follow: bool = True) -> FileStat:
@@ -236,9 +249,10 @@ class PlainRuntime:
         try:
             socket.inet_pton(family, host)
         except OSError:
-            raise errors.InvalidConfig(f"{host!r} is no address") from None
+            raise errors.InvalidConfig(f"{host!r} is not an IP address",
+                                       hint="give an address such as 127.0.0.1 or ::1") from None
         if not 0 < port < 65536:
-            raise errors.InvalidConfig(f"{port} is no port")
+            raise errors.InvalidConfig(f"{port} is not a port number", hint="give a port from 1 to 65535")
         with socket.socket(family, socket.SOCK_STREAM) as connection:
             connection.setblocking(False)
             try:
@@ -247,13 +261,16 @@ class PlainRuntime:
             except TimeoutError:
                 raise errors.PortTimeout(f"port {port} does not answer", sandbox_id=handle.id) from None
             except OSError:
-                raise errors.NotFound(f"nothing listens on port {port}", sandbox_id=handle.id) from None
+                raise errors.NotFound(f"nothing listens on port {port}", sandbox_id=handle.id,
+                                      hint="start the server inside first, and let it listen on 127.0.0.1 or "
+                                           "0.0.0.0") from None
             return connection.detach()
 
 
 def _refuse_other_users(user: str | None) -> None:
     if user is not None and _ids(user)[0] != os.geteuid():
-        raise errors.Unsupported(f"user {user}: the process runtime has the server's user alone")
+        raise errors.Unsupported(f"user {user!r} is not available: the process runtime has the server's user only",
+                                 hint="leave user unset, or use another runtime")
 
 
 def _ids(user: str) -> tuple[int, int]:
@@ -264,9 +281,9 @@ def _ids(user: str) -> tuple[int, int]:
         uid, gid = known.pw_uid, known.pw_gid
     except KeyError:
         if not name.isdigit():
-            raise errors.NotFound(f"no such user: {name!r}") from None
+            raise no_such_user(name, "give a user or a user id of this machine") from None
         uid = gid = int(name)
     try:
         return uid, gid if not group else int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
     except KeyError:
-        raise errors.NotFound(f"no such group: {group!r}") from None
+        raise errors.NotFound(f"no such group: {group!r}", hint="give a group or a group id of this machine") from None

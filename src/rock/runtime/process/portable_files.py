@@ -13,7 +13,7 @@ from typing import Literal
 from rock import errors
 from rock.guest.init.files import make_parents
 from rock.guest.init.remove import remove_tree
-from rock.runtime.base import FileStat
+from rock.runtime.base import FileStat, is_a_folder, no_such_path, not_absolute, not_regular
 
 _ERRORS: dict[int, type[errors.RockError]] = {
     errno.ENOENT: errors.NotFound, errno.EACCES: errors.PermissionDenied,
@@ -31,7 +31,7 @@ _KINDS: list[tuple[Callable[[int], bool], Literal["file", "directory", "symlink"
 def told(path: str) -> Iterator[None]:
     """Check a path, and convert OSError to project errors."""
     if not path.startswith("/") or "\0" in path:
-        raise errors.InvalidConfig(f"the path {path!r} is not an absolute one")
+        raise not_absolute(path)
     try:
         yield
     except OSError as error:
@@ -52,8 +52,8 @@ def _regular(fd: int, path: str) -> int:
         return fd
     os.close(fd)
     if modes.S_ISDIR(mode):
-        raise errors.InvalidConfig(f"{path!r} is a folder, not a file")
-    raise errors.InvalidConfig(f"not a regular file: {path!r}")
+        raise is_a_folder(path)
+    raise not_regular(path)
 
 
 def open_write(path: str, *, append: bool, mode: int | None, parents: bool) -> tuple[int, str]:
@@ -67,9 +67,9 @@ def open_write(path: str, *, append: bool, mode: int | None, parents: bool) -> t
         except FileNotFoundError:
             old = None
         if old is not None and modes.S_ISDIR(old.st_mode):
-            raise errors.InvalidConfig(f"{path!r} is a folder, not a file")
+            raise is_a_folder(path)
         if old is not None and not modes.S_ISREG(old.st_mode):
-            raise errors.InvalidConfig(f"not a regular file: {path!r}")
+            raise not_regular(path)
         if append:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK
             return _regular(os.open(real, flags, 0o644 if mode is None else mode), path), ""
@@ -95,7 +95,7 @@ def stat(path: str, *, follow: bool) -> FileStat:
         try:
             found = os.stat(path, follow_symlinks=follow)
         except FileNotFoundError:
-            raise errors.NotFound(f"no such file or directory: {path!r}") from None
+            raise no_such_path(path) from None
         return _described(os.path.basename(path.rstrip("/")) or "/", path, found)
 
 
@@ -120,7 +120,7 @@ def list_folder(path: str, offset: int, limit: int) -> list[FileStat]:
 def remove(path: str, *, recursive: bool) -> None:
     with told(path):
         if os.path.realpath(path) == "/":
-            raise errors.InvalidConfig("/ cannot be removed")
+            raise errors.InvalidConfig("the folder / cannot be removed", hint="remove the entries below it by name")
         if not modes.S_ISDIR(os.lstat(path).st_mode):
             os.unlink(path)
         elif recursive:

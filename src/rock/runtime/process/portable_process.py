@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from rock import errors
 from rock.guest.init import child_setup
 from rock.protocol.sandbox import Usage
-from rock.runtime.base import CLOCK, ExitStatus, Program
+from rock.runtime.base import CLOCK, ExitStatus, Program, not_a_terminal_size, unavailable_channel
 
 _LOOK = 0.02  # polling interval for exits, in seconds
 
@@ -89,7 +89,7 @@ class PlainProcess:
             raise errors.InvalidConfig("this program has no terminal", sandbox_id=self._sandbox.id,
                                        hint="start it with pty=(rows, columns)")
         if not (0 < rows < 65536 and 0 < columns < 65536):
-            raise errors.InvalidConfig(f"{rows} x {columns} is no terminal size", sandbox_id=self._sandbox.id)
+            raise not_a_terminal_size(rows, columns, self._sandbox.id)
         if self.stdin is not None:
             fcntl.ioctl(self.stdin, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
@@ -176,7 +176,7 @@ def streams_of(program: Program) -> tuple[dict[str, int], dict[int, int]]:
             if way == "m":
                 continue  # shared memory is not supported here
             if not 3 <= number <= 255 or way not in ("r", "w"):
-                raise errors.InvalidConfig(f"channel {number} must be 3 to 255, and r or w")
+                raise unavailable_channel(number, way)
             _pipe(ours, theirs, str(number), number, reads=way == "r")
         for fd in ours.values():
             os.set_blocking(fd, False)
@@ -253,9 +253,9 @@ async def scan() -> dict[int, Entry]:
 def scan_now() -> dict[int, Entry]:
     """The same; blocks for some milliseconds."""
     argv = ["ps", "-A", "-o", "pid=,ppid=,pgid=,rss=,time=,stat=,lstart="]
-    told = subprocess.run(argv, capture_output=True, text=True, env={"LC_ALL": "C", "PATH": "/usr/bin:/bin"})
+    listing = subprocess.run(argv, capture_output=True, text=True, env={"LC_ALL": "C", "PATH": "/usr/bin:/bin"})
     found = {}
-    for line in told.stdout.splitlines():
+    for line in listing.stdout.splitlines():
         words = line.split()
         with suppress(ValueError, IndexError):
             born = " ".join(words[6:11])

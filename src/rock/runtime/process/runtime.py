@@ -24,7 +24,7 @@ from rock import errors, faults
 from rock.guest.init import pid1, process_tree, remove
 from rock.host import atomic_file
 from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
-from rock.runtime.base import Enforced, Handle, Liveness, Program, Trait
+from rock.runtime.base import START_LOG, Enforced, Handle, Liveness, Program, Trait
 from rock.runtime.init.files import InitSandboxes, merged
 from rock.runtime.init.link import InitLink, bind_listener
 
@@ -57,9 +57,11 @@ def refuse_unsupported(config: SandboxConfig) -> None:
         raise errors.Unsupported(f'the process runtime cannot give network "{config.network}"', hint='use "host"')
     for name in ("disk", "num_gpus", "accelerator_type", "limit_cpus", "nofile", "shm_size"):
         if getattr(config, name) is not None:
-            raise errors.Unsupported(f"the process runtime cannot hold {name}")
+            raise errors.Unsupported(f"the process runtime cannot enforce {name}",
+                                     hint=f"leave {name} unset, or use the namespace runtime")
     if config.use_kata_runtime or config.oci_runtime is not None or config.image_os != "linux":
-        raise errors.Unsupported("the process runtime runs nothing but programs of this machine")
+        raise errors.Unsupported("the process runtime runs programs of this machine only, without an OCI runtime",
+                                 hint="leave use_kata_runtime, oci_runtime and image_os unset")
 
 
 class ProcessRuntime(InitSandboxes):
@@ -102,7 +104,7 @@ class ProcessRuntime(InitSandboxes):
             await link.request("hello", patience=config.startup_timeout)
             entry = process_tree.read(pid)
             if entry is None:
-                raise errors.StartFailed("its pid 1 ended at once", sandbox_id=id)
+                raise errors.StartFailed("pid 1 of the sandbox exited during its start", sandbox_id=id, hint=START_LOG)
             data: dict[str, Any] = {"slot": slot, "pid": pid, "start": entry.start, "home": str(home),
                                     "env": dict(config.env), "id": id}
             write_record(folder, data)
@@ -110,7 +112,8 @@ class ProcessRuntime(InitSandboxes):
         except BaseException as error:
             await asyncio.shield(self._clean(slot, pid, None))
             if isinstance(error, OSError | errors.Lost | errors.Unavailable):
-                raise errors.StartFailed(f"the process runtime: {error}", sandbox_id=id) from error
+                raise errors.StartFailed(f"the process runtime failed to start the sandbox: {error}", sandbox_id=id,
+                                         hint=START_LOG) from error
             raise
 
     def _start(self, folder: Path) -> int:

@@ -13,7 +13,14 @@ from urllib.parse import urlencode
 import orjson
 from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
 
-from rock.errors import InternalServerRockError, InvalidConfig, NotFound, QuotaExceeded, RockError, from_wire
+from rock.errors import (
+    InvalidConfig,
+    NotFound,
+    QuotaExceeded,
+    RockError,
+    from_wire,
+    unexpected,
+)
 from rock.http.asgi import Answer, App, Disconnected, Handler, Request, answer, call, retry_after
 from rock.protocol.keys import Access, caller_of
 from rock.protocol.routes import ROUTES
@@ -74,6 +81,12 @@ def malformed(error: str) -> Answer:
     return failed("invalid parameter", error)
 
 
+def text_of(error: RockError) -> str:
+    """The text of an error in a response. That of a missing sandbox is ROCK's, without a hint: clients match it."""
+    missing = isinstance(error, NotFound) and error.message == f"Sandbox {error.sandbox_id} not found"
+    return error.message if missing else str(error)
+
+
 def enveloped(
     handler: Callable[[Request], Awaitable[Any]], message: str, fields: dict[str, Any] | None = None
 ) -> Handler:
@@ -99,9 +112,10 @@ def enveloped(
             told = error
         except Exception as error:
             log.error("%s: %s", message, traceback.format_exc())
-            told = InternalServerRockError(f"{type(error).__name__}: {error}")
-        coded = {"code": told.rock_code, "exit_code": None, "failure_reason": str(told)}
-        reply = failed(message, str(told), None if fields is None else {**fields, **coded})
+            told = unexpected(error)
+        text = text_of(told)
+        coded = {"code": told.rock_code, "exit_code": None, "failure_reason": text}
+        reply = failed(message, text, None if fields is None else {**fields, **coded})
         if isinstance(told, QuotaExceeded):
             reply.headers.append((b"retry-after", b"%d" % retry_after(told)))
         return reply
@@ -123,7 +137,7 @@ def detailed(handler: Callable[[Request], Awaitable[Any]], refusal: int | None =
         except Failed as error:
             return answer({"detail": str(error)}, NotFound.status)
         except RockError as error:
-            return answer({"detail": str(error)}, error.status)
+            return answer({"detail": text_of(error)}, error.status)
 
     return reply
 

@@ -54,7 +54,8 @@ class Files:
         try:
             content = data.decode(spec.encoding or "utf-8", spec.errors or "backslashreplace")
         except (LookupError, UnicodeError) as error:
-            raise InvalidConfig(f"{spec.path} cannot be read as {spec.encoding or 'utf-8'}: {error}") from None
+            raise InvalidConfig(f"{spec.path} cannot be read as {spec.encoding or 'utf-8'}: {error}",
+                                hint="set encoding=None for UTF-8, or download the file as bytes") from None
         return {"content": content}
 
     async def write_file(self, request: Request) -> dict[str, Any]:
@@ -113,6 +114,7 @@ async def _pieces(file: IO[bytes]) -> AsyncIterator[bytes]:
 # `multipart/form-data` is parsed as a stream: a file is never held in memory completely.
 
 _HEAD = 64 << 10  # maximum bytes of a part's head, and of a field's value
+FORM = "send a form with the content type multipart/form-data; boundary=..., as `curl -F` does"
 
 
 def boundary_of(content_type: str | None) -> bytes:
@@ -121,7 +123,7 @@ def boundary_of(content_type: str | None) -> bytes:
     head["content-type"] = content_type or ""
     boundary = head.get_boundary()
     if head.get_content_type() != "multipart/form-data" or not boundary:
-        raise InvalidConfig("the body is not multipart/form-data with a boundary")
+        raise InvalidConfig("the body is not a multipart/form-data form, or has no boundary", hint=FORM)
     return boundary.encode("latin-1", "replace")
 
 
@@ -140,7 +142,8 @@ class Part:
         async for piece in self.data:
             value += piece
             if len(value) > _HEAD:
-                raise InvalidConfig(f"the form field {self.name!r} is over {_HEAD} bytes")
+                raise InvalidConfig(f"the form field {self.name!r} has more than {_HEAD} bytes",
+                                    hint="send large content as a file of the form")
         return value.decode(errors="replace")
 
 
@@ -170,7 +173,7 @@ class Form:
         async for chunk in self._chunks:
             self._buffer += chunk
             return
-        raise InvalidConfig("the form is cut off")
+        raise InvalidConfig("the body ends before the last part of the form", hint="send the whole form again")
 
     async def _exactly(self, size: int) -> bytes:
         while len(self._buffer) < size:
@@ -181,12 +184,13 @@ class Form:
         """Parse from the separator's line to the empty line."""
         while (end := self._buffer.find(b"\r\n\r\n")) < 0:
             if len(self._buffer) > _HEAD:
-                raise InvalidConfig("the head of a form's part is too long")
+                raise InvalidConfig(f"the head of a part of the form has more than {_HEAD} bytes",
+                                    hint="use a shorter file name and fewer headers of the part")
             await self._more()
         head = bytes(self._buffer[:end]).partition(b"\r\n")[2]
         del self._buffer[: end + 4]
         if not head:
-            raise InvalidConfig("a form's part has no head")
+            raise InvalidConfig("a part of the form has no headers", hint=FORM)
         return head
 
     async def _data(self) -> AsyncGenerator[bytes]:

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from rock.admin.api.rock_v1.commands import Commands
-from rock.admin.api.rock_v1.envelope import Asked, DataPlane, Failed, Malformed, Name, Row, body_of
+from rock.admin.api.rock_v1.envelope import Asked, DataPlane, Failed, Malformed, Name, Row, body_of, text_of
 from rock.admin.api.rock_v1.files import Files
 from rock.admin.api.rock_v1.sandboxes import Sandboxes
 from rock.errors import CommandTimeout, NotFound, PortTimeout, RockError
@@ -121,7 +121,7 @@ def _bare(handler: Callable[[Request], Awaitable[Any]]) -> Handler:
         except Failed as error:
             return _exception(str(error))
         except RockError as error:
-            return _exception(str(error))
+            return _exception(text_of(error))
 
     return reply
 

@@ -21,9 +21,10 @@ from rock.admin.api.rock_v1.envelope import (
     enveloped,
     query_id,
     query_number,
+    text_of,
 )
 from rock.admin.tenants import TenantService, TenantServices
-from rock.errors import Conflict, InvalidConfig, NotFound, RockError, Unsupported
+from rock.errors import Conflict, InvalidConfig, NotFound, RockError, Unsupported, no_such_sandbox
 from rock.http.asgi import Request, validate
 from rock.protocol.keys import Access
 from rock.protocol.sandbox import (
@@ -170,7 +171,7 @@ class Sandboxes:
         service, all_states = self._tenant_service(request), request.flag("include_all_states")
         found = await self._status(service, sandbox_id, all_states, wait=_A_MOMENT, touch=True)
         if found is None:
-            raise NotFound(f"Sandbox {sandbox_id} not found", sandbox_id=sandbox_id)
+            raise no_such_sandbox(sandbox_id)
         return found
 
     async def _status(
@@ -197,7 +198,7 @@ class Sandboxes:
         try:
             info = await self._tenant_service(request).get(sandbox_id, touch=True)
         except NotFound as error:
-            return {"is_alive": False, "message": str(error)}
+            return {"is_alive": False, "message": text_of(error)}
         return {"is_alive": info.is_alive, "message": (info.host_name if info.is_alive else info.reason) or ""}
 
     async def statistics(self, request: Request) -> dict[str, Any]:
@@ -221,7 +222,7 @@ class Sandboxes:
     async def _usage(self, tenant_service: TenantService, sandbox_id: str) -> SandboxInfo:
         info = await tenant_service.get(sandbox_id, usage=True)
         if not is_listed(info):
-            raise NotFound(f"Sandbox {sandbox_id} not found", sandbox_id=sandbox_id)
+            raise no_such_sandbox(sandbox_id)
         return info
 
     async def batch(self, request: Request) -> dict[str, Any]:
@@ -271,11 +272,8 @@ class Sandboxes:
             pass
         except Conflict:
             state = (await self._tenant_service(request).load(sandbox_id)).state
-            raise Conflict(
-                f"Sandbox {sandbox_id} cannot be deleted: current state is '{state}', "
-                "must be stopped or archived first",
-                sandbox_id=sandbox_id,
-            ) from None
+            raise Conflict(f"Sandbox {sandbox_id} cannot be deleted: current state is '{state}', must be stopped or "
+                           "archived first", sandbox_id=sandbox_id, hint="stop it first") from None
         return f"{sandbox_id} deleted"
 
     # ---- restart and archive ----

@@ -213,20 +213,20 @@ class Launcher:
         listener = self.listeners.pop(os.path.basename(spec["slot"]), None)
         net, sockets = self.nets.take() if spec["network"] == "none" else -1, []
         pid, area = 0, self.zygote.area()
-        ready, told = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ready, reporting = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         gate = os.pipe2(os.O_CLOEXEC)
         try:
             namespace = self.ranges.get(spec["base"])
             if spec["network"] == "nat":
                 net, *sockets = self.wired.take()
             listener = listener or furnish.bind(spec["slot"])
-            fds = child_setup.Descriptors(listener.fileno(), told.fileno(), gate, namespace, spec["lease"], net,
+            fds = child_setup.Descriptors(listener.fileno(), reporting.fileno(), gate, namespace, spec["lease"], net,
                                     tuple(sockets))
             child_setup.plan(area, self.constants, fds, spec)
             self.unnamed.prepare(spec["binds"])
             flags = _ALL & ~(kernel.CLONE_NEWNET if spec["network"] == "host" or net >= 0 else 0)
             pid = self.zygote.clone(area, flags, child_setup.pack_note(fds, self._server_uid()))
-            told.close()
+            reporting.close()
             furnish.build(spec, pid, self.staging, namespace, self.home, lambda: child_setup.receive_proc(ready), net)
             child_setup.open_gate(gate[1])
         except (OSError, furnish.Failure, child_setup.SetupFailed) as error:
@@ -244,7 +244,7 @@ class Launcher:
         else:
             self._wait_for(spec["id"], pid, area, ready)
         finally:
-            told.close()
+            reporting.close()
             if listener is not None:
                 listener.close()
             for fd in (*gate, spec["lease"], net, *sockets):
@@ -328,14 +328,14 @@ class Launcher:
 
     def _reply(self, pid: int, area: Area, message: bytes) -> dict[str, Any]:
         """The reply for a pid 1's message; an empty message means that pid 1 ended."""
-        told: dict[str, Any] = json.loads(message) if message else {"error": "it was killed while it started"}
-        if "row" in told:
-            what, number = area.reason(int(told["row"]))
+        report: dict[str, Any] = json.loads(message) if message else {"error": "it was killed while it started"}
+        if "row" in report:
+            what, number = area.reason(int(report["row"]))
             return {"error": f"{what}: {os.strerror(number)}", "errno": number, "hint": furnish.explain(number)}
         entry = process_tree.read(pid)
-        if "error" not in told and entry is not None:
+        if "error" not in report and entry is not None:
             return {"pid": pid, "start": entry.start}
-        return {"error": told.get("error", "its pid 1 ended at once"), "errno": 0}
+        return {"error": report.get("error", "its pid 1 ended at once"), "errno": 0}
 
     def _give_up(self) -> None:
         now = time.monotonic()

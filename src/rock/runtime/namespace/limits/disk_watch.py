@@ -50,7 +50,8 @@ class Disks:
             if self._reasons is None:
                 await self._find()
         if self.way == "none":
-            raise errors.Unsupported(f"disk={config.disk}: {'; '.join(self._reasons or [])}", hint="leave disk unset")
+            raise errors.Unsupported(f"disk={config.disk} cannot be enforced here: {'; '.join(self._reasons or [])}",
+                                     hint="leave disk unset")
         if self.way == "tmpfs" and config.disk_bytes * 2 > config.memory_bytes:
             raise errors.Unsupported(
                 f"disk={config.disk}: here it is held in memory, and so at most half of that, {config.memory}",
