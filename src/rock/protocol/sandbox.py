@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from enum import StrEnum
 from functools import lru_cache
+from html import escape
 from operator import attrgetter
-from typing import Any, ClassVar, Literal, Self, TypeVar, cast
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic._internal._model_construction import ModelMetaclass
@@ -89,6 +90,16 @@ class Isolation(StrEnum):
         return list(Isolation).index(self)
 
 
+def html_table(rows: Mapping[str, object]) -> str:
+    """Rows of a name and a value for a notebook. All values are escaped: a sandbox may have produced them."""
+    cells = (
+        f"<tr><th style='text-align:left'>{escape(name)}</th><td><pre>{escape(str(value))}</pre></td></tr>"
+        for name, value in rows.items()
+        if value not in (None, "")
+    )
+    return f"<table>{''.join(cells)}</table>"
+
+
 class InvalidValue(InvalidConfig, ValueError):
     """A message was constructed with a wrong value: InvalidConfig, and a ValueError as in pydantic."""
 
@@ -105,14 +116,12 @@ def explain(error: ValidationError, kind: type[BaseModel]) -> InvalidValue:
             hint = f"did you mean {close[0]!r}?" if close else hint
             parts.append(f"{kind.__name__} has no field {where!r}")
             continue
-        message = item["msg"].removeprefix("Value error, ")
+        message = item["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
         shown = repr(item["input"])
-        value = f"={shown if len(shown) <= 80 else shown[:76] + '...'}" if where and item["type"] != "missing" else ""
-        if where in _SECRET:
-            value = ""
+        if item["type"] not in ("value_error", "missing") and where.split(".")[0] not in _SECRET:
+            message += f", not {shown if len(shown) <= 80 else shown[:76] + '...'}"
         hint = hint or _hint(where, item["type"], item["input"], item.get("ctx", {}))
-        text = f"{where}{value}: {message}" if where and not message.startswith(where) else message
-        parts.append(text)
+        parts.append(f"{where}: {message}" if where and not message.startswith(where) else message)
     first = str(items[0]["loc"][0]) if items and items[0]["loc"] else ""
     return InvalidValue("; ".join(parts), hint=hint, details={"field": first})
 
@@ -125,7 +134,9 @@ def _hint(field: str, kind: str, value: object, context: Mapping[str, Any]) -> s
     if field in ("memory", "disk", "shm_size"):
         if isinstance(value, int | float) and not isinstance(value, bool):
             return f"write a string with a unit, like '{value:g}m' for {value:g} MiB"
-        return "write a number and a unit, like '512m' or '8g'"
+        if isinstance(value, str) and value.isdigit():
+            return f"{value} is a number of bytes: write '{value}m' for {value} MiB"
+        return "use a number with a unit, like '512m' or '8g'"
     if kind in ("enum", "literal_error"):
         allowed = re.findall(r"'([^']*)'", str(context.get("expected", "")))
         close = get_close_matches(str(value), allowed, n=1, cutoff=0.5)
@@ -136,11 +147,15 @@ def _hint(field: str, kind: str, value: object, context: Mapping[str, Any]) -> s
 class _Checked(ModelMetaclass):
     """Construction of a message by a user raises InvalidValue; validation of a received one is unchanged."""
 
-    def __call__(cls, *args: Any, **fields: Any) -> Any:
-        try:
-            return super().__call__(*args, **fields)
-        except ValidationError as error:
-            raise explain(error, cast(type[BaseModel], cls)) from None
+
+def _construct(kind: type[BaseModel], *args: Any, **fields: Any) -> Any:
+    try:
+        return type.__call__(kind, *args, **fields)
+    except ValidationError as error:
+        raise explain(error, kind) from None
+
+
+type.__setattr__(_Checked, "__call__", _construct)  # in the class body, it would hide the fields from type checkers
 
 
 class Wire(BaseModel, metaclass=_Checked):
@@ -483,6 +498,10 @@ class SandboxInfo(Wire):
     """
 
     model_config = ConfigDict(extra="ignore")  # fields of a newer server are ignored
+
+    def _repr_html_(self) -> str:
+        return html_table({"sandbox": self.sandbox_id, "state": self.state.value, "image": self.image,
+                           "worker": self.worker, "reason": self.reason})  # fmt: skip
 
     sandbox_id: str
     state: State

@@ -30,7 +30,7 @@ from rock.sync.transport import Transport
 STOP_TIMEOUT = 120.0
 
 
-class Client:
+class Client(primitives.Face):
     """A server, by its base URL and key; ROCK_BASE_URL and ROCK_API_KEY where they are not given. reconnect_timeout:
     seconds for which a call is tried again while the server is away; None is ROCK_RECONNECT_TIMEOUT, 0 is not at
     all."""

@@ -78,7 +78,7 @@ class FakeSandbox:
         if node is None:
             raise errors.NotFound(f"no such program: {argv[0]!r}", sandbox_id=self.id)
         if node.kind != "file" or not node.mode & 0o111:
-            raise errors.PermissionDenied(f"program {path!r} must not be executed: permission denied", sandbox_id=self.id)
+            raise errors.PermissionDenied(f"program {path!r} is not executable: permission denied", sandbox_id=self.id)
         if not node.data.startswith(b"#!"):
             raise errors.InvalidConfig(f"program {path!r} is not in a format that this machine can execute",
                                        sandbox_id=self.id)

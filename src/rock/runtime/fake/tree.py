@@ -124,7 +124,7 @@ class Tree:
         """The bytes of a regular file."""
         found = self.find(path)
         if found.kind == "directory":
-            raise errors.Conflict(f"is a folder: {path!r}")
+            raise errors.InvalidConfig(f"{path!r} is a folder, not a file", hint="list it, or download it as a folder")
         if found.kind != "file":
             raise errors.InvalidConfig(f"not a regular file: {path!r}")
         return found.data

@@ -23,7 +23,7 @@ CLEAN_UP = 60.0
 POLL = 20.0
 
 
-class SandboxGroup:
+class SandboxGroup(primitives.Face):
     """`config.size` equal sandboxes: `sandbox_list`. All of them run after `start`, or none does; with
     mode="best_effort" those that could be started, and the list is as long as they are many."""
 

@@ -13,6 +13,7 @@ from rock import errors, settings
 from rock.protocol.keys import tenant_of
 from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import BaseConfig, Cause, SandboxConfig, SandboxInfo
+from rock.sdk import primitives
 from rock.sdk.http import query_string
 from rock.sdk.transport import ANSWER_TIMEOUT, Transport
 
@@ -110,7 +111,7 @@ async def list_sandboxes(
     return found
 
 
-class Link:
+class Link(primitives.Face):
     """A sandbox as an address: `config`, `sandbox_id`, and calls to it."""
 
     config: SandboxConfig

@@ -213,6 +213,8 @@ class RockMethods(Link):
             has no effect: the end of the command is told when it comes.
         """
         limit = wait_timeout if timeout is None else timeout
+        if check not in ("raise", "silent", "ignore"):
+            raise errors.InvalidConfig(f"check is {check!r}", hint='use "raise", "silent" or "ignore"')
         if mode == "normal":
             body: dict[str, Any] = {"command": cmd, "timeout": limit, "check": "silent"}
             if separate:

@@ -15,6 +15,7 @@ from rock import errors, settings
 from rock.protocol.keys import tenant_of
 from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import BaseConfig, Cause, SandboxConfig, SandboxInfo
+from rock.sync import primitives
 from rock.sdk.http import query_string
 from rock.sync.transport import ANSWER_TIMEOUT, Transport
 
@@ -112,7 +113,7 @@ def list_sandboxes(
     return found
 
 
-class Link:
+class Link(primitives.Face):
     """A sandbox as an address: `config`, `sandbox_id`, and calls to it."""
 
     config: SandboxConfig

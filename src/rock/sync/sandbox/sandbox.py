@@ -23,6 +23,7 @@ from rock.protocol.sandbox import (
     SandboxInfo,
     State,
     Usage,
+    html_table,
 )
 from rock.sync import primitives
 from rock.sync.sandbox.link import (
@@ -81,6 +82,9 @@ class Sandbox(RockMethods):
     ) -> None:
         super().__init__(config_of(SandboxConfig, image, config, options))
 
+    def _repr_html_(self) -> str:
+        return html_table({"sandbox": self.sandbox_id or "not started", "image": self.config.image, "server": self.url})
+
     def __repr__(self) -> str:
         return f"Sandbox({self.sandbox_id or 'not started'}, image={self.config.image!r})"
 
@@ -92,6 +96,7 @@ class Sandbox(RockMethods):
 
     # ---- life
 
+    @primitives.hinted
     def start(self) -> None:
         """Create the sandbox and wait until it runs.
 
@@ -181,7 +186,11 @@ class Sandbox(RockMethods):
             if info.state is not State.ARCHIVING:
                 raise end_of(info)
             if time.monotonic() >= deadline:
-                raise errors.Unavailable(f"sandbox {info.sandbox_id} is not archived yet", sandbox_id=info.sandbox_id)
+                raise errors.Unavailable(
+                    f"the archiving of sandbox {info.sandbox_id} took longer than {timeout:g} seconds",
+                    hint="it continues: call archive again",
+                    sandbox_id=info.sandbox_id,
+                )
 
     def commit(
         self,
@@ -203,7 +212,11 @@ class Sandbox(RockMethods):
         while status.phase is CommitPhase.RUNNING:
             wait = min(deadline - time.monotonic(), POLL)
             if wait <= 0:
-                raise errors.Unavailable(f"{image_tag} is not complete yet", sandbox_id=self.sandbox_id)
+                raise errors.Unavailable(
+                    f"the commit to {image_tag} took longer than {timeout:g} seconds",
+                    hint="it continues: call get_commit_status",
+                    sandbox_id=self.sandbox_id,
+                )
             status = self.get_commit_status(wait)
         if status.phase is CommitPhase.FAILED:
             raise errors.from_wire(status.error or {})
@@ -223,6 +236,7 @@ class Sandbox(RockMethods):
 
     # ---- programs
 
+    @primitives.hinted
     def run(
         self,
         command: str,
@@ -240,6 +254,7 @@ class Sandbox(RockMethods):
         """
         return self.sessions.run(command, session=session, timeout=timeout, check=check, **options)
 
+    @primitives.hinted
     def exec(
         self,
         command: str | Sequence[str],
@@ -364,6 +379,7 @@ class Sandbox(RockMethods):
         at = next((f"; it is in phase {name!r}: {message}" for name, message in running), "")
         return errors.StartFailed(
             f"the sandbox did not run within startup_timeout={self.config.startup_timeout:g} seconds{at}",
+            hint="increase startup_timeout, or pull the image first with `rock image pull`",
             sandbox_id=info.sandbox_id,
         )
 

