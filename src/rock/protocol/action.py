@@ -484,6 +484,7 @@ class SandboxStatusResponse(SandboxResponse):
 #
 # Connections and connection attempts of a sandbox.
 
+
 class Connection(Answer):
     """One connection, or one rejected DNS query. Times are seconds since the epoch.
 

@@ -9,7 +9,7 @@ from enum import StrEnum
 from functools import lru_cache
 from html import escape
 from operator import attrgetter
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar, dataclass_transform
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic._internal._model_construction import ModelMetaclass
@@ -144,11 +144,12 @@ def _hint(field: str, kind: str, value: object, context: Mapping[str, Any]) -> s
     return None
 
 
+@dataclass_transform(kw_only_default=True, field_specifiers=(Field,))
 class _Checked(ModelMetaclass):
     """Construction of a message by a user raises InvalidValue; validation of a received one is unchanged."""
 
 
-def _construct(kind: type[BaseModel], *args: Any, **fields: Any) -> Any:
+def _construct(kind: type[BaseModel], /, *args: Any, **fields: Any) -> Any:
     try:
         return type.__call__(kind, *args, **fields)
     except ValidationError as error:
@@ -337,8 +338,9 @@ class SandboxConfig(BaseConfig, Inside):
         if self.shm_size is not None and self.shm_bytes * 2 > self.memory_bytes:
             raise ValueError(f"shm_size {self.shm_size} is over half of the memory, {self.memory}, that it is part of")
         if self.isolation is not None and self.isolation.rank < self.minimum_isolation.rank:
-            raise ValueError(f"isolation {self.isolation.value} is weaker than minimum_isolation "
-                             f"{self.minimum_isolation.value}")
+            raise ValueError(
+                f"isolation {self.isolation.value} is weaker than minimum_isolation {self.minimum_isolation.value}"
+            )
         return self
 
     @property

@@ -18,7 +18,7 @@ from rock.protocol.images import BuildRequest, BuiltImage
 from rock.protocol.keys import CreateKey, KeyInfo, KeyList, NewKey
 from rock.protocol.node import EnvList, ServerInfo, WorkerInfo, WorkerList
 from rock.protocol.routes import ROUTES, STREAM_TYPE, Frame, FrameParser
-from rock.protocol.sandbox import SandboxInfo
+from rock.protocol.sandbox import SandboxInfo, explain
 from rock.sdk import primitives
 from rock.sdk.context import ContextSource, read_context
 from rock.sdk.http import query_string
@@ -127,7 +127,8 @@ class Client(primitives.Face):
         try:
             spec = BuildRequest(image_tag=image_tag, dockerfile=text, **fields)
         except ValidationError as error:
-            raise InvalidConfig(str(error)) from None
+            raise InvalidConfig(f"the build has a wrong option: {explain(error, BuildRequest).message}",
+                                hint="BuildRequest documents the options") from None  # fmt: skip
         source = ContextSource(context, spec, ignored)
         row, parser = ROUTES["build_image"], FrameParser()
         opened = await self.transport.open(row.method, row.path, source, timeout=silence, content_type=STREAM_TYPE)

@@ -70,7 +70,9 @@ class Transport:
             self.reconnect_timeout = settings.reconnect_timeout(reconnect_timeout)
             given = {name.lower(): value for name, value in settings.extra_headers().items()}
         except ValueError as error:
-            raise errors.InvalidConfig(str(error)) from None
+            raise errors.InvalidConfig(
+                f"a setting of the client is wrong: {error}", hint="correct the environment variable"
+            ) from None
         given |= {"authorization": f"Bearer {api_key}"} if api_key else {}
         given |= {name.lower(): value for name, value in (headers or {}).items()}
         self.url = base_url.strip().rstrip("/")
@@ -328,9 +330,7 @@ class _Server:
         call.end(answer.status)
         return connection, answer
 
-    def _carry(
-        self, head: bytes, body: Body, timeout: float | None, whole: bool
-    ) -> tuple[Connection, Answer]:
+    def _carry(self, head: bytes, body: Body, timeout: float | None, whole: bool) -> tuple[Connection, Answer]:
         connection = POOL.take((primitives.scope(), self._key))
         kept, sent = connection is not None, False
         while True:
@@ -350,11 +350,15 @@ class _Server:
                 return connection, answer
             except TimeoutError:
                 connection.close()
-                raise errors.Unavailable(f"{self.url} did not answer within {timeout} seconds") from None
+                raise errors.Unavailable(
+                    f"{self.url} did not respond within {timeout} seconds", hint="try again, or increase the timeout"
+                ) from None
             except OSError as error:
                 connection.close()
                 if not kept or answer.received:
-                    raise errors.Unavailable(f"the connection to {self.url} broke: {error}", details=SENT) from error
+                    raise errors.Unavailable(
+                        f"the connection to {self.url} broke: {error}", hint="try again", details=SENT
+                    ) from error
                 connection, kept, sent = None, False, True
             except BaseException:
                 connection.close()
@@ -453,10 +457,12 @@ class Download:
                     answer.end()
             except TimeoutError:
                 self.close()
-                raise errors.Unavailable(f"{self._server.url} was silent for {self._timeout} seconds") from None
+                raise errors.Unavailable(
+                    f"{self._server.url} sent nothing for {self._timeout} seconds", hint="try again"
+                ) from None
             except OSError as error:
                 self.close()
-                raise errors.Unavailable(f"the connection to {self._server.url} broke: {error}",
+                raise errors.Unavailable(f"the connection to {self._server.url} broke: {error}", hint="try again",
                                          details=SENT) from error  # fmt: skip
             except BaseException:
                 self.close()

@@ -152,7 +152,7 @@ class Tree:
                 raise errors.Conflict(f"not a folder: {posixpath.dirname(path)!r}")
             return way[-1][1], missing, None
         if len(way) == 1 or way[-1][1].kind == "directory":
-            raise errors.Conflict(f"is a folder: {path!r}")
+            raise errors.InvalidConfig(f"{path!r} is a folder, not a file", hint="write to a file in it")
         if way[-1][1].kind != "file":
             raise errors.InvalidConfig(f"not a regular file: {path!r}")
         return way[-2][1], way[-1][0], way[-1][1]

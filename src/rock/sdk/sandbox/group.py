@@ -69,7 +69,8 @@ class SandboxGroup(primitives.Face):
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise errors.StartFailed(
-                        f"the group did not run within startup_timeout={self.config.startup_timeout:g} seconds"
+                        f"the group did not run within startup_timeout={self.config.startup_timeout:g} seconds",
+                        hint="increase startup_timeout",
                     )
                 target = self._path("get_group", wait=round(min(left, POLL), 3))
                 answer = await self._transport.json("GET", target, timeout=min(left, POLL) + SLACK)
@@ -90,7 +91,13 @@ class SandboxGroup(primitives.Face):
         told = next((one.error for one in ended if one.error), None)
         if ended and (whole or not running):
             reason = next((one.reason for one in ended if one.reason), "it ended while it started")
-            raise errors.from_wire(told) if told else errors.StartFailed(f"group {info.group_id}: {reason}")
+            raise (
+                errors.from_wire(told)
+                if told
+                else errors.StartFailed(
+                    f"group {info.group_id} did not start: {reason}", hint="mode='best_effort' accepts a part of it"
+                )
+            )
         if not whole:
             self.sandbox_list = [
                 self._sandbox(info.group_id, number)

@@ -51,7 +51,9 @@ def _everywhere() -> dict[str, str]:
     try:
         return {name.lower(): value for name, value in settings.extra_headers().items()}
     except ValueError as error:
-        raise errors.InvalidConfig(str(error)) from None
+        raise errors.InvalidConfig(
+            f"ROCK_EXTRA_HEADERS is wrong: {error}", hint="set it to a JSON object of header names and values"
+        ) from None
 
 
 def _extra(config: BaseConfig) -> dict[str, str]:

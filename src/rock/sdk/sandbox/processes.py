@@ -199,9 +199,7 @@ class Processes:
         return [Process(self._link, info) for info in found.items]
 
 
-def split_input(
-    command: str | Sequence[str], timeout: float | None, options: Mapping[str, Any]
-) -> tuple[Any, Command]:
+def split_input(command: str | Sequence[str], timeout: float | None, options: Mapping[str, Any]) -> tuple[Any, Command]:
     """(the input to stream or None, the `Command` of typed options with a small input). InvalidConfig."""
     known(options, ProgramOptions, "a program")
     fields = dict(options)

@@ -30,7 +30,7 @@ class SpeedupType(StrEnum):
 def mirror(value: str) -> str:
     """The base URL of a mirror, without a slash at its end. InvalidConfig when it is no plain http or https URL."""
     if not _MIRROR.fullmatch(value):
-        raise InvalidConfig(f"{value!r} is not the http or https URL of a mirror")
+        raise InvalidConfig(f"{value!r} is not the http or https URL of a mirror", hint="use a URL like https://mirror")
     return value.rstrip("/")
 
 
@@ -51,7 +51,8 @@ def apt_list(value: str, os_release: str) -> str:
     known = {name: text.strip("\"'") for name, _, text in pairs}
     system, codename = known.get("ID", ""), known.get("VERSION_CODENAME", "")
     if not _CODENAME.fullmatch(codename) or system not in ("debian", "ubuntu"):
-        raise InvalidConfig(f"this is no Debian or Ubuntu with a code name (ID={system!r}, {codename!r})")
+        raise InvalidConfig(f"the image is not a Debian or Ubuntu with a code name (ID={system!r}, {codename!r})",
+                            hint="use an image of Debian or Ubuntu")  # fmt: skip
     if system == "debian":
         parts = "main contrib non-free non-free-firmware"
         suites = [("debian", "", parts), ("debian-security", "-security", "main"), ("debian", "-updates", parts)]
@@ -66,7 +67,9 @@ def hosts_with(text: str, address: str) -> str:
     try:
         ipaddress.ip_address(address)
     except ValueError:
-        raise InvalidConfig(f"{address!r} is not an IP address") from None
+        raise InvalidConfig(
+            f"{address!r} is not an IP address", hint="use the address of a mirror of github.com"
+        ) from None
     lines = []
     for line in text.splitlines():
         entry, mark, comment = line.partition("#")

@@ -345,9 +345,7 @@ class Sandbox(RockMethods):
         target = ROUTES["create_sandbox"].path + f"?wait={wait:.3f}"
         return self._begin("create_sandbox", target, self._spec(), wait, key, deadline)
 
-    def _begin(
-        self, name: str, target: str, body: Any, wait: float, key: str, deadline: float
-    ) -> SandboxInfo:
+    def _begin(self, name: str, target: str, body: Any, wait: float, key: str, deadline: float) -> SandboxInfo:
         """Ask for a start, which its key keeps one, until `deadline`: a time of the monotonic clock."""
         left = max(1.0, deadline - time.monotonic())
         timeout = (wait or 1.0) + SLACK

@@ -45,9 +45,7 @@ class NodeRuntimeEnv(RuntimeEnv):
             )
 
     def _fetch(self, folder: Path, tree: Path, target: Target) -> None:
-        found = fetch(
-            [f"{PACKAGE}=={VERSION}"], folder, target, timeout=self._spec.install_timeout, dependencies=False
-        )
+        found = fetch([f"{PACKAGE}=={VERSION}"], folder, target, timeout=self._spec.install_timeout, dependencies=False)
         unpack(found[0], tree, INNER, ["bin", "lib"])
         for name, place in LINKS.items():
             link = tree / INNER / "bin" / name
@@ -58,6 +56,8 @@ class NodeRuntimeEnv(RuntimeEnv):
     def _set_up(self) -> None:
         seen = self._step("node --version", "this is no Node.js")
         if seen.output.strip() != f"v{VERSION}":
-            raise errors.Unsupported(f"this is Node.js {seen.output.strip()[:50]}, and {VERSION} was asked for")
+            raise errors.Unsupported(
+                f"this is Node.js {seen.output.strip()[:50]}, not {VERSION}", hint="use another image"
+            )
         if self._spec.npm_registry:
             self._step(f"npm config set registry {shlex.quote(self._spec.npm_registry)}", "npm config failed")
