@@ -15,8 +15,9 @@ from rock.protocol.sandbox import BaseConfig, SandboxConfig, SandboxGroupConfig,
 from rock.sdk import primitives
 from rock.sdk.http import query_string
 from rock.sdk.sandbox.link import SLACK, new_id, parse, transport_of
-from rock.sdk.sandbox.options import GroupOptions, config_of
+from rock.sdk.sandbox.options import GroupOptions, RunOptions, config_of
 from rock.sdk.sandbox.sandbox import Sandbox
+from rock.sdk.sandbox.sessions import DEFAULT, TIMEOUT
 
 RETRY_AFTER = 1.0  # seconds
 CLEAN_UP = 60.0
@@ -130,13 +131,34 @@ class SandboxGroup(primitives.Face):
         except errors.NotFound:
             return
 
-    async def arun_all(self, cmd: str, *, return_errors: bool = False, **options: Any) -> list[Any]:
-        """Run a command line in each at the same time; `options` are those of `Sandbox.arun`.
+    async def run_all(
+        self,
+        command: str,
+        *,
+        session: str = DEFAULT,
+        timeout: float | None = TIMEOUT,
+        check: bool = False,
+        return_errors: bool = False,
+        **options: Unpack[RunOptions],
+    ) -> list[Any]:
+        """`Sandbox.run` in all sandboxes at the same time.
 
-        Observations in the order of `sandbox_list`. The first error is raised when all have ended; with `return_errors`
-        each stands in its place.
+        Results in the order of `sandbox_list`. The first error is raised after all have ended; with `return_errors`,
+        each error is in the place of its result.
         """
-        calls = [partial(sandbox.arun, cmd, **options) for sandbox in self.sandbox_list]
+        return await self._all(
+            [
+                partial(sandbox.run, command, session=session, timeout=timeout, check=check, **options)
+                for sandbox in self.sandbox_list
+            ],
+            return_errors,
+        )
+
+    async def arun_all(self, cmd: str, *, return_errors: bool = False, **options: Any) -> list[Any]:
+        """`run_all` with ROCK's `arun`, whose options are `options`."""
+        return await self._all([partial(sandbox.arun, cmd, **options) for sandbox in self.sandbox_list], return_errors)
+
+    async def _all(self, calls: list[Any], return_errors: bool) -> list[Any]:
         outcomes: list[BashObservation | BaseException] = await primitives.gather(calls)
         if not return_errors:
             _raise_first(outcomes)

@@ -40,12 +40,12 @@ from rock.sdk import primitives
 from rock.sdk.sandbox.deploy import Deploy
 from rock.sdk.sandbox.files import Files
 from rock.sdk.sandbox.link import Link, parse
-from rock.sdk.sandbox.network import Network
 from rock.sdk.sandbox.options import ProgramOptions
 from rock.sdk.sandbox.processes import LOG_PORTION, TIMEOUT, Process, Processes, raise_if_failed
 from rock.sdk.sandbox.remote_user import RemoteUser
 from rock.sdk.sandbox.scripts import Scripts
 from rock.sdk.sandbox.sessions import DEFAULT, Sessions
+from rock.sdk.sandbox.speedup import Network
 
 PORTION = 1 << 20  # bytes of one read
 _PHASES = {"image": "image_pull", "sandbox": "docker_run"}  # ROCK's names

@@ -42,12 +42,12 @@ from rock.sync import primitives
 from rock.sync.sandbox.deploy import Deploy
 from rock.sync.sandbox.files import Files
 from rock.sync.sandbox.link import Link, parse
-from rock.sync.sandbox.network import Network
 from rock.sync.sandbox.options import ProgramOptions
 from rock.sync.sandbox.processes import LOG_PORTION, TIMEOUT, Process, Processes, raise_if_failed
 from rock.sync.sandbox.remote_user import RemoteUser
 from rock.sync.sandbox.scripts import Scripts
 from rock.sync.sandbox.sessions import DEFAULT, Sessions
+from rock.sync.sandbox.speedup import Network
 
 PORTION = 1 << 20  # bytes of one read
 _PHASES = {"image": "image_pull", "sandbox": "docker_run"}  # ROCK's names
