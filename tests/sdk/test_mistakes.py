@@ -71,6 +71,8 @@ def test_a_config_that_is_built_directly() -> None:
     assert "'512m' for 512 MiB" in raised(lambda: SandboxConfig(memory=512), errors.InvalidConfig)  # type: ignore
     with pytest.raises(ValueError, match="memory"):  # as pydantic's own error, which older code catches
         SandboxConfig(memory="2x")
+    config = SandboxConfig()
+    assert "Invalid memory size" in raised(lambda: setattr(config, "memory", "2x"), errors.InvalidConfig)
     secret = raised(lambda: SandboxConfig(registry_password=["hunter2"]), errors.InvalidConfig)  # type: ignore
     assert "hunter2" not in secret
 

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
-
 from rock import errors
 from rock.protocol.sandbox import SandboxConfig
 
@@ -91,9 +89,9 @@ class Arguments:
             for name, value in plain.items():
                 try:
                     setattr(limits, name, value)
-                except ValidationError as error:
-                    told = error.errors()[0]["msg"].removeprefix("Value error, ")
-                    raise errors.InvalidConfig(f"{name}={value!r}: {told}") from None
+                except errors.InvalidConfig as error:
+                    told = error.message.removeprefix(f"{name}: ")
+                    raise errors.InvalidConfig(f"{name}={value!r}: {told}", hint=error.hint) from None
         self.limits = limits
 
     def refuse(self, what: str, *names: str) -> None:

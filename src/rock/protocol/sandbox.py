@@ -167,6 +167,16 @@ class Wire(BaseModel, metaclass=_Checked):
     model_config = ConfigDict(extra="forbid", validate_assignment=True, defer_build=True)
 
 
+def _assign(message: Wire, name: str, value: object) -> None:
+    try:
+        BaseModel.__setattr__(message, name, value)
+    except ValidationError as error:
+        raise explain(error, type(message)) from None
+
+
+type.__setattr__(Wire, "__setattr__", _assign)
+
+
 class Inside(Wire):
     """Base of messages whose strings reach an operating system, as paths, words or names: NUL characters are rejected.
     texts: fields that may contain one."""

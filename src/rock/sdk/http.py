@@ -138,7 +138,7 @@ class Answer:
         if self.status and self._left is None and not self.done:
             self.done = True
         elif not self.done:
-            raise Unavailable("the connection ended within a response", hint="try again", details=SENT)
+            raise Unavailable("the connection ended in the middle of an answer", hint="try again", details=SENT)
 
     def _feed_plain(self, data: bytes) -> None:
         if self._left is None:

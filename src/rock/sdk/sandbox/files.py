@@ -232,7 +232,8 @@ class Files:
         except (errors.ClientError, OSError) as error:
             if check == "raise":
                 raise
-            return BashObservation(exit_code=1, failure_reason=str(error))
+            reason = error.message if isinstance(error, errors.RockError) else str(error)
+            return BashObservation(exit_code=1, failure_reason=reason)
         return BashObservation(output=f"uploaded {source_dir} -> {target_dir}", exit_code=0)
 
     async def _replace_dir(self, source: Source, target: str, timeout: float) -> None:
