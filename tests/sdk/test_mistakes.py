@@ -144,11 +144,12 @@ def test_files(box: Sandbox, tmp_path: Path) -> None:
 
 
 def test_a_file_without_permission(box: Sandbox) -> None:
-    box.exec("mkdir -p /tmp/mine && chmod 555 /tmp/mine && chown 0 /tmp/mine", check=True)
-    for path in ("/proc/rock", "/sys/rock"):
-        with pytest.raises((errors.PermissionDenied, errors.NotFound)) as caught:
-            box.files.write(path, b"x")
-        assert caught.value.status in (403, 404)
+    assert "read-only" in raised(lambda: box.files.write("/sys/rock", b"x"), errors.PermissionDenied)
+    assert errors.PermissionDenied.status == 403
+    box.exec("mkdir -m 700 /tmp/mine && touch /tmp/program", check=True)
+    assert "/tmp/program" in raised(lambda: box.exec(["/tmp/program"]), errors.PermissionDenied)
+    if box.exec("id -u nobody").exit_code == 0 and box.info().isolation == "namespaces":
+        raised(lambda: box.files.write("/tmp/mine/x", b"x", user="nobody"), errors.PermissionDenied)
 
 
 def test_timeouts_are_timeout_errors(box: Sandbox) -> None:
@@ -240,3 +241,20 @@ def test_notebooks_show_text_that_is_escaped(box: Sandbox) -> None:
     assert "&lt;script&gt;" in result._repr_html_() and "<script>" not in result._repr_html_()
     assert str(box.sandbox_id) in box._repr_html_() and "running" in box.info()._repr_html_()
     assert "<script>" not in Sandbox(hostile)._repr_html_()
+
+
+def test_calls_are_coroutines_for_every_use(server: RunningServer) -> None:
+    sandbox = rock.Sandbox("host", memory="256m", cpus=1.0, base_url=server.url)
+    asyncio.run(sandbox.start())
+    assert asyncio.run(sandbox.run("echo 1")).output == "1\n"
+
+    async def main() -> list[str]:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(sandbox.exec(["echo", str(number)])) for number in range(3)]
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(sandbox.exec("sleep 60"), 0.3)
+        gathered = await asyncio.gather(sandbox.run("echo 3"), sandbox.exec("echo 4"))
+        return [task.result().stdout.strip() for task in tasks] + [one.stdout.strip() for one in gathered]
+
+    assert asyncio.run(main()) == ["0", "1", "2", "3", "4"]
+    asyncio.run(sandbox.delete())

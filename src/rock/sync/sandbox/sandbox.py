@@ -289,14 +289,15 @@ class Sandbox(RockMethods):
     ) -> OutputStream: ...
 
     def stream(
-        self, command: Any, *, session: str | None = None, timeout: float | None = RUN_TIMEOUT, **options: Any
+        self, command: Any, *, session: str | None = None, timeout: float | None = TIMEOUT, **options: Any
     ) -> OutputStream:
         """The output of a program while it runs, or of a command in a session with `session`.
 
             for chunk in sandbox.stream("make"):
                 print(chunk.text, end="")
 
-        The options are those of `exec` or of `run`.
+        timeout: seconds after which the command is killed, by default 1200; None is no limit. The other options are
+        those of `exec` or of `run`. A streamed `stdin` is read while the program runs.
         """
         if isinstance(command, BashAction):
             return self.sessions.stream_of(command)
