@@ -1,18 +1,14 @@
-"""A sandbox that is stopped after twenty minutes without use. Start the server first: rock admin start"""
+"""A sandbox with an idle timeout of twenty minutes. Start the server first: rock admin start"""
 
 import asyncio
 
-from rock.sdk.sandbox import Sandbox, SandboxConfig
+from rock import Sandbox
 
 
-async def main():
-    config = SandboxConfig(
-        image="python:3.11",
-        auto_clear_seconds=60 * 20,
-        experiment_id="test",
-    )
-    async with Sandbox(config) as sandbox:
+async def main() -> None:
+    async with Sandbox("python:3.11", idle_timeout=60 * 20, experiment_id="test") as sandbox:
         info = await sandbox.info()
+        assert info.auto_stop_at is not None and info.last_activity_at is not None
         print(info.experiment_id, round(info.auto_stop_at - info.last_activity_at))
 
 

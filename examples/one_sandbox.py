@@ -2,20 +2,15 @@
 
 import asyncio
 
-from rock.actions import CreateBashSessionRequest
-from rock.sdk.sandbox.client import Sandbox
-from rock.sdk.sandbox.config import SandboxConfig
+from rock import Sandbox
 
 
-async def run_sandbox():
-    config = SandboxConfig(image="python:3.11", memory="8g", cpus=2.0)
-    sandbox = Sandbox(config)
-    await sandbox.start()
-    await sandbox.create_session(CreateBashSessionRequest(session="bash-1"))
-    result = await sandbox.arun(cmd="echo Hello ROCK", session="bash-1")
-    print("\n" + "*" * 50 + "\n" + result.output + "\n" + "*" * 50 + "\n")
-    await sandbox.stop()
+async def main() -> None:
+    async with Sandbox("python:3.11", memory="2g", cpus=2.0) as sandbox:
+        await sandbox.sessions.create("bash-1")
+        result = await sandbox.run("echo Hello ROCK", session="bash-1")
+        print("\n" + "*" * 50 + "\n" + result.output + "\n" + "*" * 50 + "\n")
 
 
 if __name__ == "__main__":
-    asyncio.run(run_sandbox())
+    asyncio.run(main())

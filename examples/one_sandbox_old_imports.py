@@ -1,4 +1,4 @@
-"""The same with the request imported from where older documents have it."""
+"""The same with the names of the original ROCK."""
 
 import asyncio
 
@@ -7,7 +7,7 @@ from rock.sdk.sandbox.config import SandboxConfig
 from rock.sdk.sandbox.request import CreateBashSessionRequest
 
 
-async def run_sandbox():
+async def run_sandbox() -> None:
     sandbox = Sandbox(SandboxConfig(image="python:3.11", memory="8g", cpus=2.0))
     await sandbox.start()
     await sandbox.create_session(CreateBashSessionRequest(session="bash-1"))

@@ -5,7 +5,7 @@ import random
 import rock
 
 
-def main():
+def main() -> None:
     env_id = "game:Sokoban-v0-easy"
     env = rock.make(env_id)
     observation, info = env.reset(seed=42)

@@ -46,7 +46,7 @@ ALLOWED: dict[str, set[str]] = {
 # Old import paths that only name things of a higher floor again.
 ALIASES = {"sdk/envs/__init__": {"envs"}, "sdk/envs/rock_env": {"envs"}, "sdk/envs/registration": {"envs"},
             "sdk/common": {"errors"}}
-ROOFS = {"cli", "__init__", "bench", "testing"}
+ROOFS = {"__main__", "cli", "__init__", "bench", "testing"}
 OPTIONAL = {"numpy", "gymnasium", "torch", "ray", "gem", "httpx", "requests", "aiohttp", "docker", "asyncpg", "psycopg",
             "opentelemetry", "prometheus_client"}
 

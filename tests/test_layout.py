@@ -15,18 +15,18 @@ from tools.layout import Cycle, Layout, back_edges
 # rock.sync is generated and is not counted. largest_folder: files of one folder, __init__.py and sub-folders not
 # counted. cycles: with type-only imports; modules_in_cycles: their members.
 CEILINGS = {
-    "modules": 388,
+    "modules": 389,
     "largest_module_lines": 600,
-    "largest_folder": 20,
+    "largest_folder": 18,
     "folders_above_20": 0,
     "small_modules": 39,  # below 60 lines
-    "type_checking_blocks": 20,
-    "type_only_imports": 28,
+    "type_checking_blocks": 12,
+    "type_only_imports": 20,
     "function_imports": 68,
-    "cycles": 1,
-    "modules_in_cycles": 5,
+    "cycles": 0,
+    "modules_in_cycles": 0,
     "runtime_cycles": 0,
-    "cycles_with_function_imports": 2,
+    "cycles_with_function_imports": 1,
 }
 
 

@@ -42,7 +42,6 @@ DIFFERENCES: dict[str, tuple[str, Any]] = {
     "write nowhere": ("a file that cannot be written", REFUSED),
     "upload nowhere": ("a file that cannot be written", REFUSED),
     "download": ("`fs.download_file`", [True]),
-    "bad memory": ("a size that is none", {"raised": ["ValueError"]}),
     "status after": ("`get_status` of a stopped sandbox", [False]),
     "url": ("`sandbox.url`", ""),
 }

@@ -145,7 +145,7 @@ def test_check_raise(sandbox: Sandbox) -> None:
 
 def test_interrupt(sandbox: Sandbox) -> None:
     sandbox.arun("x=kept")
-    timer = threading.Timer(0.4, sandbox.interrupt)
+    timer = threading.Timer(0.4, sandbox.sessions.interrupt)
     timer.start()
     began = time.monotonic()
     seen = sandbox.arun("echo before; sleep 20; echo after")
@@ -157,7 +157,7 @@ def test_interrupt(sandbox: Sandbox) -> None:
 
 def test_interrupt_lets_a_program_clean_up(sandbox: Sandbox) -> None:
     program = "python3 -c 'import time\ntry: time.sleep(20)\nexcept KeyboardInterrupt: print(\"cleaned\")'"
-    timer = threading.Timer(0.6, sandbox.interrupt)
+    timer = threading.Timer(0.6, sandbox.sessions.interrupt)
     timer.start()
     seen = sandbox.arun(program)
     timer.join()
@@ -266,13 +266,13 @@ def test_root_becomes_another_user_by_the_images_own_means(sandbox: Sandbox) -> 
 def test_a_terminal(sandbox: Sandbox) -> None:
     sandbox.create_session(CreateBashSessionRequest(session="t", pty=(24, 80)))
     assert sandbox.arun("test -t 0 && test -t 1 && stty size", session="t").output == "24 80\r\n"
-    sandbox.resize(50, 132, session="t")
+    sandbox.sessions.resize(50, 132, session="t")
     assert sandbox.arun("stty size", session="t").output == "50 132\r\n"
     timer = threading.Timer(0.3, lambda: sandbox.sessions.send_input("typed\n", session="t"))
     timer.start()
     assert "got typed" in sandbox.arun("read line; echo got $line", session="t").output
     timer.join()
-    timer = threading.Timer(0.3, lambda: sandbox.interrupt(session="t"))
+    timer = threading.Timer(0.3, lambda: sandbox.sessions.interrupt(session="t"))
     timer.start()
     assert sandbox.arun("sleep 20", session="t").exit_code == 130
     timer.join()

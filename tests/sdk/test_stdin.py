@@ -130,9 +130,11 @@ def test_results_have_text_and_bytes(box: Sandbox) -> None:
     assert (seen.stdout, seen.stdout_bytes, seen.stderr_bytes) == ("a\ufffd", b"a\xff", b"b\xfe")
 
 
+LONG = "A" * ((16 << 20) + 4)
+
+
 @pytest.mark.parametrize(
-    "fields",
-    [{"stdin_base64": "no!"}, {"stdin": "a", "stdin_base64": "YQ=="}, {"stdin_base64": "A" * ((16 << 20) + 4)}],
+    "fields", [{"stdin_base64": "no!"}, {"stdin": "a", "stdin_base64": "YQ=="}, {"stdin_base64": LONG}]
 )
 def test_a_server_rejects_a_malformed_input(box: Sandbox, fields: dict[str, str]) -> None:
     with pytest.raises(errors.InvalidConfig, match="stdin"):

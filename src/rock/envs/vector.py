@@ -17,7 +17,10 @@ from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
+try:
+    import numpy as np
+except ImportError as error:
+    raise ImportError(f"rock.envs.vector needs numpy ({error}): pip install 'rock-sandbox[gym]'") from error
 
 from rock import errors
 from rock.envs.client import EnvironmentCall, EnvironmentClient, EnvironmentHandle

@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
-
 from rock import errors
 from rock.protocol.sandbox import SandboxConfig
 
@@ -91,10 +89,10 @@ class Arguments:
             for name, value in plain.items():
                 try:
                     setattr(limits, name, value)
-                except ValidationError as error:
-                    reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-                    raise errors.InvalidConfig(f"{name}={value!r} is invalid: {reason}",
-                                               hint="see rock.SandboxConfig, as in memory='2g', cpus=1") from None
+                except errors.InvalidConfig as error:
+                    reason = error.message.removeprefix(f"{name}: ")
+                    raise errors.InvalidConfig(f"{name}={value!r} is invalid: {reason}", hint=error.hint or
+                                               "see rock.SandboxConfig, as in memory='2g', cpus=1") from None
         self.limits = limits
 
     def refuse(self, what: str, *names: str) -> None:

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from rock.protocol.sandbox import Inside, SandboxConfig, SandboxInfo, Wire
+from rock.protocol.sandbox import SandboxConfig, SandboxInfo
+from rock.protocol.wire import Inside, Wire, html_table
 
 MAX_OUTPUT = 16 << 20
 MAX_STDIN_BASE64 = 16 << 20  # characters; a longer input is streamed to a background process
@@ -252,6 +253,10 @@ class CommandResponse(Answer):
         """The exact bytes of stderr (without those that the limit dropped)."""
         return base64.b64decode(self.stderr_b64) if self.stderr_b64 is not None else self.stderr.encode()
 
+    def _repr_html_(self) -> str:
+        return html_table({"exit code": self.exit_code, "stdout": self.stdout, "stderr": self.stderr,
+                           "failure": self.failure_reason})  # fmt: skip
+
     @property
     def output(self) -> str:
         """stdout, then stderr."""
@@ -291,6 +296,10 @@ class BashObservation(Answer):
     def output_bytes(self) -> bytes:
         """The exact bytes (without those that the limit dropped)."""
         return base64.b64decode(self.output_b64) if self.output_b64 is not None else self.output.encode()
+
+    def _repr_html_(self) -> str:
+        return html_table({"exit code": self.exit_code, "output": self.output, "stderr": self.stderr,
+                           "failure": self.failure_reason})  # fmt: skip
 
     @property
     def stdout(self) -> str:
@@ -475,6 +484,7 @@ class SandboxStatusResponse(SandboxResponse):
 # ---- network ----
 #
 # Connections and connection attempts of a sandbox.
+
 
 class Connection(Answer):
     """One connection, or one rejected DNS query. Times are seconds since the epoch.

@@ -20,7 +20,8 @@ from rock.errors import (
     Unsupported,
 )
 from rock.protocol.action import Answer
-from rock.protocol.sandbox import Inside, SandboxConfig, Wire
+from rock.protocol.sandbox import SandboxConfig
+from rock.protocol.wire import Inside, Wire
 
 TASK_IMAGES = "rock.local/env/set-"  # followed by the name of a training set: the image with its packages
 DOOR = "environments.sock"  # the name of every local socket

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from rock.protocol.sandbox import Inside, SandboxConfig
+from rock.protocol.sandbox import SandboxConfig
+from rock.protocol.wire import Inside, InvalidValue
 
 
 class BuildRequest(Inside):
@@ -48,8 +49,8 @@ class BuildRequest(Inside):
     def _of_sandboxes(self) -> Self:
         try:
             self.limits()
-        except ValidationError as error:
-            raise ValueError("; ".join(item["msg"].removeprefix("Value error, ") for item in error.errors())) from None
+        except InvalidValue as error:
+            raise ValueError(error.message) from None
         return self
 
     def limits(self, image: str = "scratch") -> SandboxConfig:

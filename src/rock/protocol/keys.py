@@ -15,7 +15,8 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from rock.errors import Forbidden
-from rock.protocol.sandbox import Wire, parse_size
+from rock.protocol.sandbox import parse_size
+from rock.protocol.wire import Wire
 
 TENANT_PATTERN = r"^[a-z][a-z0-9]{0,31}$"
 CALLER = "rock.caller"  # in an ASGI scope: a Caller

@@ -9,17 +9,8 @@ from pydantic import Field, field_validator, model_validator
 
 from rock.errors import Unsupported
 from rock.protocol.action import Answer, FileInfo, ProcessInfo, SessionInfo
-from rock.protocol.sandbox import (
-    ID_PATTERN,
-    ArchivedFiles,
-    Cause,
-    Isolation,
-    Phase,
-    SandboxConfig,
-    SandboxInfo,
-    Usage,
-    Wire,
-)
+from rock.protocol.sandbox import ID_PATTERN, ArchivedFiles, Cause, Isolation, Phase, SandboxConfig, SandboxInfo, Usage
+from rock.protocol.wire import Wire
 
 MOST_CREATES = 500  # sandboxes in one request of an admin to a worker
 

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from difflib import get_close_matches
+from collections.abc import Callable
 from enum import StrEnum
 from functools import lru_cache
 from operator import attrgetter
-from typing import Any, ClassVar, Literal, Self, TypeVar, cast
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic._internal._model_construction import ModelMetaclass
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from rock import settings
-from rock.errors import InvalidConfig
 from rock.protocol import egress
+from rock.protocol.wire import Inside, Wire, html_table
 
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?\s*$", re.IGNORECASE)
 _UNIT = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -88,92 +86,6 @@ class Isolation(StrEnum):
     def rank(self) -> int:
         """Its position in this order."""
         return list(Isolation).index(self)
-
-
-class InvalidValue(InvalidConfig, ValueError):
-    """A message was constructed with a wrong value: InvalidConfig, and a ValueError as in pydantic."""
-
-
-def explain(error: ValidationError, kind: type[BaseModel]) -> InvalidValue:
-    """The error of a ValidationError, with the field in `details` and the closest name as hint for a wrong name."""
-    items = error.errors(include_url=False)
-    parts = []
-    hint = None
-    for item in items:
-        where = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            close = get_close_matches(where, kind.model_fields, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}?" if close else hint
-            parts.append(f"{kind.__name__} has no field {where!r}")
-            continue
-        message = item["msg"].removeprefix("Value error, ")
-        shown = repr(item["input"])
-        value = f"={shown if len(shown) <= 80 else shown[:76] + '...'}" if where and item["type"] != "missing" else ""
-        if where in _SECRET:
-            value = ""
-        hint = hint or _hint(where, item["type"], item["input"], item.get("ctx", {}))
-        text = f"{where}{value}: {message}" if where and not message.startswith(where) else message
-        parts.append(text)
-    first = str(items[0]["loc"][0]) if items and items[0]["loc"] else ""
-    return InvalidValue("; ".join(parts), hint=hint, details={"field": first})
-
-
-_SECRET = frozenset({"api_key", "xrl_authorization", "registry_password", "extra_headers", "env"})
-
-
-def _hint(field: str, kind: str, value: object, context: Mapping[str, Any]) -> str | None:
-    """What to do about one wrong value."""
-    if field in ("memory", "disk", "shm_size"):
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return f"write a string with a unit, like '{value:g}m' for {value:g} MiB"
-        return "write a number and a unit, like '512m' or '8g'"
-    if kind in ("enum", "literal_error"):
-        allowed = re.findall(r"'([^']*)'", str(context.get("expected", "")))
-        close = get_close_matches(str(value), allowed, n=1, cutoff=0.5)
-        return f"did you mean {close[0]!r}?" if close else None
-    return None
-
-
-class _Checked(ModelMetaclass):
-    """Construction of a message by a user raises InvalidValue; validation of a received one is unchanged."""
-
-    def __call__(cls, *args: Any, **fields: Any) -> Any:
-        try:
-            return super().__call__(*args, **fields)
-        except ValidationError as error:
-            raise explain(error, cast(type[BaseModel], cls)) from None
-
-
-class Wire(BaseModel, metaclass=_Checked):
-    """Base of all messages: unknown keys are rejected, so that a misspelled key is an error."""
-
-    # Deferred: the validator of a model is built on its first use. Building all of them takes a third of the start
-    # time.
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, defer_build=True)
-
-
-class Inside(Wire):
-    """Base of messages whose strings reach an operating system, as paths, words or names: NUL characters are rejected.
-    texts: fields that may contain one."""
-
-    texts: ClassVar[frozenset[str]] = frozenset()
-
-    @model_validator(mode="after")
-    def _no_nul(self) -> Self:
-        values, texts = self.__dict__, self.texts
-        for name in self.__pydantic_fields_set__:
-            value = values[name]
-            if ("\0" in value if type(value) is str else _has_nul(value)) and name not in texts:
-                raise ValueError(f"{name}: a NUL character cannot be in it")
-        return self
-
-
-def _has_nul(value: object) -> bool:
-    if isinstance(value, str):
-        return "\0" in value
-    if isinstance(value, dict):
-        return any(_has_nul(part) for row in value.items() for part in row)
-    return isinstance(value, list | tuple) and any(map(_has_nul, value))
 
 
 class BaseConfig(Wire):
@@ -326,8 +238,9 @@ class SandboxConfig(BaseConfig, Inside):
         if self.shm_size is not None and self.shm_bytes * 2 > self.memory_bytes:
             raise ValueError(f"shm_size {self.shm_size} is over half of the memory, {self.memory}, that it is part of")
         if self.isolation is not None and self.isolation.rank < self.minimum_isolation.rank:
-            raise ValueError(f"isolation {self.isolation.value} is weaker than minimum_isolation "
-                             f"{self.minimum_isolation.value}")
+            raise ValueError(
+                f"isolation {self.isolation.value} is weaker than minimum_isolation {self.minimum_isolation.value}"
+            )
         return self
 
     @property
@@ -495,6 +408,10 @@ class SandboxInfo(Wire):
     """
 
     model_config = ConfigDict(extra="ignore")  # fields of a newer server are ignored
+
+    def _repr_html_(self) -> str:
+        return html_table({"sandbox": self.sandbox_id, "state": self.state.value, "image": self.image,
+                           "worker": self.worker, "reason": self.reason})  # fmt: skip
 
     sandbox_id: str
     name: str | None = None

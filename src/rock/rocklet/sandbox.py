@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import shutil
+import signal
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
@@ -49,6 +51,7 @@ class Supervisor:
         self.handle = handle
         self._state_dir = state_dir
         self.sessions = Sessions(runtime, handle, config, state_dir, self.saved)
+        self.sessions.memory_kill = self.memory_kill
         self.phases: dict[str, Phase] = {}
         self.cause: Cause | None = None
         self.reason: str | None = None
@@ -68,6 +71,8 @@ class Supervisor:
         self._ended = ended
         self._busy = 0
         self._last = time.monotonic()
+        self._memory_kills = 0  # of which a result told
+        self._killed_at = -math.inf
         self._env_lock = asyncio.Lock()
         self._save_lock = asyncio.Lock()
         self._watch = asyncio.create_task(self._watch_end(), name=f"watch-{sandbox_id}")
@@ -94,6 +99,8 @@ class Supervisor:
     def load_journal(self, record: dict[str, Any]) -> None:
         """Read the requests that an earlier rocklet process left unfinished."""
         self._marked = bool(record.get("marked"))
+        if isinstance(self.runtime, Watches):
+            self._memory_kills = self.runtime.oom_kills(self.handle)  # those of the earlier rocklet process
         self.journal.load(expected=self._marked)
 
     async def attach(self, record: dict[str, Any], kept: Sequence[str]) -> None:
@@ -241,6 +248,18 @@ class Supervisor:
             return self.env_host
 
     # ---- end ----
+
+    def memory_kill(self, exit_code: int | None) -> str:
+        """The failure reason of a program that ended with this exit code: "" unless the kernel killed a process of the
+        sandbox for memory within the last second."""
+        if exit_code != 128 + signal.SIGKILL or not isinstance(self.runtime, Watches):
+            return ""
+        kills, now = self.runtime.oom_kills(self.handle), time.monotonic()
+        if kills > self._memory_kills:
+            self._memory_kills, self._killed_at = kills, now
+        if now - self._killed_at > 1.0:
+            return ""
+        return f"the memory limit of {self.config.memory} was exceeded, and the kernel killed a process"
 
     async def _watch_end(self) -> None:
         why = await self.runtime.wait(self.handle)

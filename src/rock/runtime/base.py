@@ -272,8 +272,8 @@ class Files(Protocol, metaclass=_Capability):
     """Access to files inside, without a shell and without any program of the image.
 
     Paths are absolute and resolve inside, so a symbolic link never leads out. `user` is as in Program: the kernel
-    checks that user's rights. Errors: NotFound, Conflict (exists, not a folder, is a folder, not empty), InvalidConfig
-    (not a regular file: FIFOs, devices and sockets are rejected without blocking), PermissionDenied (permission),
+    checks that user's rights. Errors: NotFound, Conflict (exists, not a folder, not empty), InvalidConfig (not a
+    regular file: folders, FIFOs, devices and sockets are rejected without blocking), PermissionDenied (permission),
     StorageFull.
     """
 

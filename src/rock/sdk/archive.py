@@ -44,7 +44,7 @@ class FolderSource:
         self._folder = Path(folder)
         self._progress = progress
         if not self._folder.is_dir():
-            raise InvalidConfig(f"{self._folder} is not a folder")
+            raise InvalidConfig(f"{self._folder} is not a folder", hint="pass a folder of this machine")
 
     @property
     def size(self) -> int | None:
@@ -204,7 +204,7 @@ class _Unpacker:
 
 def _clear(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
-        raise InvalidConfig(f"{path} is a folder here and a file in the archive")
+        raise InvalidConfig(f"{path} is a folder here and a file in the archive", hint="choose another local folder")
     path.unlink(missing_ok=True)
 
 

@@ -19,6 +19,7 @@ from rock.protocol.keys import CreateKey, KeyInfo, KeyList, NewKey
 from rock.protocol.node import EnvList, ServerInfo, WorkerInfo, WorkerList
 from rock.protocol.routes import ROUTES, STREAM_TYPE, Frame, FrameParser
 from rock.protocol.sandbox import SandboxInfo, UpdateSandbox
+from rock.protocol.wire import explain
 from rock.sdk import primitives
 from rock.sdk.context import ContextSource, read_context
 from rock.sdk.http import query_string
@@ -35,7 +36,7 @@ class SandboxChange(TypedDict, total=False):
     labels: dict[str, str]
 
 
-class Client:
+class Client(primitives.Face):
     """A server, by its base URL and key; ROCK_BASE_URL and ROCK_API_KEY where they are not given. reconnect_timeout:
     seconds for which a call is tried again while the server is away; None is ROCK_RECONNECT_TIMEOUT, 0 is not at
     all."""
@@ -140,7 +141,8 @@ class Client:
         try:
             spec = BuildRequest(image_tag=image_tag, dockerfile=text, **fields)
         except ValidationError as error:
-            raise InvalidConfig(str(error)) from None
+            raise InvalidConfig(f"the build has a wrong option: {explain(error, BuildRequest).message}",
+                                hint="BuildRequest documents the options") from None  # fmt: skip
         source = ContextSource(context, spec, ignored)
         row, parser = ROUTES["build_image"], FrameParser()
         opened = await self.transport.open(row.method, row.path, source, timeout=silence, content_type=STREAM_TYPE)

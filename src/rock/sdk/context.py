@@ -78,7 +78,9 @@ def _pattern(text: str, line: str) -> re.Pattern[str]:
     try:
         return re.compile(out, re.DOTALL)
     except re.error:
-        raise InvalidConfig(f".dockerignore has a pattern that is none: {line!r}") from None
+        raise InvalidConfig(
+            f".dockerignore has an invalid pattern: {line!r}", hint="use a pattern like *.log or **/build"
+        ) from None
 
 
 class ContextSource(FolderSource):

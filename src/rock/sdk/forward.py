@@ -35,7 +35,7 @@ async def web_socket(base_url: str, target: str, headers: Mapping[str, str]) -> 
             raise _refusal(error.response.status_code, bytes(error.response.body or b"")) from None
         except (OSError, WebSocketException) as error:
             failure = error
-    raise Unavailable(f"no WebSocket at {base_url}: {failure}") from None
+    raise Unavailable(f"no WebSocket at {base_url}: {failure}", hint="check the URL of the server") from None
 
 
 def _refusal(status: int, body: bytes) -> RockError:

@@ -13,8 +13,6 @@ from rock.protocol.routes import SENT
 HEAD_LIMIT = 64 << 10
 LINE_LIMIT = 4 << 10
 
-_LIKE = "write it like http://host:8080"
-
 
 @dataclass(frozen=True)
 class Address:
@@ -34,19 +32,23 @@ class Address:
             parts = urlsplit(text)
             host, port = parts.hostname, parts.port
         except ValueError as error:
-            raise InvalidConfig(f"base_url {base_url!r} is not a URL: {error}", hint=_LIKE) from None
+            raise InvalidConfig(
+                f"base_url {base_url!r} is not a URL: {error}", hint="use a URL like http://host:8080"
+            ) from None
         if parts.scheme not in ("http", "https") or not host or parts.username is not None:
-            raise InvalidConfig(f"base_url {base_url!r} is not the URL of a server", hint=_LIKE)
+            raise InvalidConfig(
+                f"base_url {base_url!r} is not a URL like http://host:8080", hint="begin it with http:// or https://"
+            )
         if parts.query or parts.fragment:
-            raise InvalidConfig(f"base_url {base_url!r} must not have a query or a fragment", hint=_LIKE)
+            raise InvalidConfig(f"base_url {base_url!r} must not have a query or a fragment", hint="remove them")
         tls = parts.scheme == "https"
         path = quote(parts.path.rstrip("/"), safe="/%:@!$&'()*+,;=~-._")
         try:
             host.encode("idna" if not host.isascii() else "ascii")
         except UnicodeError:
-            raise InvalidConfig(f"base_url {base_url!r} has a host name that cannot be encoded", hint=_LIKE) from None
+            raise InvalidConfig(f"base_url {base_url!r} has an invalid host name", hint="correct it") from None
         if any(c.isspace() for c in text):
-            raise InvalidConfig(f"base_url {base_url!r} contains a space", hint=_LIKE)
+            raise InvalidConfig(f"base_url {base_url!r} contains a space", hint="remove it")
         return cls(text.rstrip("/"), host, port or (443 if tls else 80), tls, path)
 
     @property
@@ -60,11 +62,13 @@ def header_lines(headers: dict[str, str]) -> bytes:
     lines = []
     for name, value in headers.items():
         if not name or not name.isascii() or any(c in name for c in " \t\r\n:") or any(c in value for c in "\r\n\0"):
-            raise InvalidConfig(f"header {name!r} cannot be sent")
+            raise InvalidConfig(f"header {name!r} cannot be sent", hint="remove line breaks, colons and spaces")
         try:
             lines.append(f"{name}: {value}\r\n".encode("latin-1"))
         except UnicodeEncodeError:
-            raise InvalidConfig(f"header {name!r} has characters that cannot be sent") from None
+            raise InvalidConfig(
+                f"header {name!r} has characters that cannot be sent", hint="use Latin-1 only"
+            ) from None
     return b"".join(lines)
 
 
@@ -134,7 +138,7 @@ class Answer:
         if self.status and self._left is None and not self.done:
             self.done = True
         elif not self.done:
-            raise Unavailable("the connection ended in the middle of an answer", details=SENT)
+            raise Unavailable("the connection ended in the middle of an answer", hint="try again", details=SENT)
 
     def _feed_plain(self, data: bytes) -> None:
         if self._left is None:

@@ -8,12 +8,16 @@ serves calls that each run in an `asyncio.run` of their own.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import socket
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
+from rock.errors import InvalidConfig
+
+P = ParamSpec("P")
 T = TypeVar("T")
 
 sleep = asyncio.sleep
@@ -82,6 +86,70 @@ async def gather(calls: Sequence[Callable[[], Awaitable[T]]], limit: int | None 
             return await call()
 
     return await asyncio.gather(*(one(call) for call in calls), return_exceptions=True)
+
+
+class Misused(InvalidConfig, TypeError):
+    """The asynchronous SDK was used as the blocking one."""
+
+
+class Face:
+    """Base of the asynchronous classes: `with` is an error with a hint."""
+
+
+def _no_with(self: Face, *error: object) -> NoReturn:
+    name = type(self).__name__
+    raise Misused(
+        f"{name} of the asynchronous SDK was used in `with`",
+        hint=f"use `async with`, or the blocking class: from rock.sync import {name}",
+    )
+
+
+for _name in ("__enter__", "__exit__"):
+    setattr(Face, _name, _no_with)  # not in the class: type checkers reject `with` then
+
+
+class Pending(Coroutine[Any, Any, T]):
+    """The coroutine of a call. An attribute of its result before `await` is an error with a hint."""
+
+    __slots__ = ("__name__", "__qualname__", "_inner")
+
+    def __init__(self, inner: Coroutine[Any, Any, T]) -> None:
+        self._inner = inner
+        self.__name__ = self.__qualname__ = str(getattr(inner, "__qualname__", "the call"))
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        return self._inner.__await__()
+
+    def send(self, value: Any) -> Any:
+        return self._inner.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        return self._inner.throw(*error)
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith(("_", "cr_")):
+            return getattr(self._inner, name)
+        raise NotAwaited(
+            f"the result of {self.__qualname__}() was read before the call was awaited",
+            hint="write `await` before the call, or use the blocking class: from rock.sync import Sandbox",
+        )
+
+
+class NotAwaited(InvalidConfig, AttributeError):
+    """An attribute of a result was read without `await`."""
+
+
+def hinted(call: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """A call whose result, read without `await`, is NotAwaited."""
+
+    @functools.wraps(call)
+    def begin(*args: P.args, **options: P.kwargs) -> Coroutine[Any, Any, T]:
+        return Pending(call(*args, **options))
+
+    return begin
 
 
 class Tasks:

@@ -32,5 +32,5 @@ def _addresses(text: str, base_url: str) -> tuple[Address, ...]:
         return (Address.parse(text),)
     found = tuple(Address.parse(part) for part in text.split(",") if part.strip())
     if not found:
-        raise InvalidConfig(f"base_url {base_url!r} names no server")
+        raise InvalidConfig(f"base_url {base_url!r} names no server", hint="use a URL like http://host:8080")
     return found

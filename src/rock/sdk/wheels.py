@@ -35,7 +35,10 @@ class Target:
         """pip's options for it. Unsupported when these are not words that a Linux would say of itself."""
         libc = _LIBC.fullmatch(self.libc)
         if not libc or not _MACHINE.fullmatch(self.machine) or not _VERSION.fullmatch(self.python):
-            raise Unsupported(f"no wheels are known for Python {self.python!r}, {self.machine!r}, {self.libc!r}")
+            raise Unsupported(
+                f"no wheels are known for Python {self.python!r}, {self.machine!r}, {self.libc!r}",
+                hint="use an image with CPython on glibc or musl",
+            )
         family, major, minor = libc[1], libc[2], int(libc[3])
         name = "manylinux" if family == "glibc" else "musllinux"
         platforms = [f"{name}_{major}_{step}" for step in range(minor, _OLDEST[family] - 1, -1)]
@@ -69,9 +72,13 @@ def fetch(
             [*command, "--", *requirements], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout
         )
     except subprocess.TimeoutExpired:
-        raise InvalidConfig(f"pip did not fetch {', '.join(requirements)} within {timeout:g} seconds") from None
+        raise InvalidConfig(
+            f"pip did not fetch {', '.join(requirements)} within {timeout:g} seconds", hint="check the package index"
+        ) from None
     if done.returncode != 0:
-        raise InvalidConfig(f"pip cannot fetch {', '.join(requirements)}: {_reason(done.stderr)}")
+        raise InvalidConfig(
+            f"pip cannot fetch {', '.join(requirements)}: {_reason(done.stderr)}", hint="check the names"
+        )
     return sorted(folder.glob("*.whl"))
 
 

@@ -68,10 +68,13 @@ class HarborTask:
             hint = "it has a task.toml, an instruction.md and tests/test.sh"
             raise errors.InvalidConfig(f"{folder} is no task of Harbor: {error}", hint=hint) from None
         if not (folder / "tests" / "test.sh").is_file():
-            raise errors.InvalidConfig(f"{folder} has no tests/test.sh")
+            raise errors.InvalidConfig(f"{folder} has no tests/test.sh", hint="add the script that judges the task")
         parts = {name: told.get(name, {}) for name in ("environment", "agent", "verifier", "solution")}
         if not all(isinstance(part, dict) for part in parts.values()):
-            raise errors.InvalidConfig(f"{folder}/task.toml: environment, agent, verifier and solution are tables")
+            raise errors.InvalidConfig(
+                f"{folder}/task.toml has a section that is not a table",
+                hint="make environment, agent, verifier and solution tables",
+            )
         box, agent, verifier = parts["environment"], parts["agent"], parts["verifier"]
         memory = box["memory"] if isinstance(box.get("memory"), str) else f"{box.get('memory_mb', 2048)}m"
         try:
@@ -81,7 +84,9 @@ class HarborTask:
                 _texts(box.get("env")), _texts(verifier.get("env")), _texts(parts["solution"].get("env")),
             )  # fmt: skip
         except (TypeError, ValueError, AttributeError) as error:
-            raise errors.InvalidConfig(f"{folder}/task.toml: {error}") from None
+            raise errors.InvalidConfig(
+                f"{folder}/task.toml has a wrong value: {error}", hint="correct its type"
+            ) from None
 
     @property
     def built_image(self) -> str:
@@ -188,7 +193,7 @@ class HarborTasks:
         """Run the message's ```bash block; a message without one ends the episode, which is then judged."""
         episode = self._episode(instance_id)
         if episode.score is not None:
-            raise errors.InvalidConfig("the episode is over: it was judged")
+            raise errors.InvalidConfig("the episode has ended: it was judged", hint="create a new instance")
         text = action.get("content") if isinstance(action, dict) else None
         if not isinstance(text, str):
             told = "an action is a message with text as its content"
@@ -208,7 +213,9 @@ class HarborTasks:
         """Run the task's own solution, as its oracle; answers what that printed. CommandFailed when it failed."""
         episode = self._episode(instance_id)
         if not (episode.task.folder / "solution" / "solve.sh").is_file():
-            raise errors.InvalidConfig(f"task {episode.task.name} has no solution/solve.sh")
+            raise errors.InvalidConfig(
+                f"task {episode.task.name} has no solution/solve.sh", hint="the oracle needs this script"
+            )
         self._put(episode.sandbox, episode.task.folder / "solution", "/solution")
         done = episode.sandbox.execute(
             ["bash", "/solution/solve.sh"], timeout=episode.task.step_timeout, env=episode.task.solution_env,
@@ -254,7 +261,7 @@ class HarborTasks:
     def _episode(self, instance_id: str) -> _Episode:
         found = self._episodes.get(instance_id)
         if found is None:
-            raise errors.NotFound(f"Instance {instance_id} not found!", hint="it was released; make a new one")
+            raise errors.NotFound(f"Instance {instance_id} not found!", hint="it was released; create a new one")
         return found
 
     def _judge(self, episode: _Episode) -> dict[str, float]:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, TypeVar
 
+C = TypeVar("C", bound=Callable[..., Any])
 T = TypeVar("T")
 
 TURN = 1.0  # seconds
@@ -75,6 +76,15 @@ def gather(calls: Sequence[Callable[[], T]], limit: int | None = None) -> list[T
         return [future.exception() or future.result() for future in futures]
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+class Face:
+    """Base of the blocking classes."""
+
+
+def hinted(call: C) -> C:
+    """The call itself: a blocking one has no `await` to forget."""
+    return call
 
 
 class Tasks:

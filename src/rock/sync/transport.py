@@ -36,7 +36,6 @@ ANSWER_TIMEOUT = 60.0
 STREAM_READ_SIZE = 1 << 20
 FIRST_CONTACT = 2.0  # seconds to reach a server that this process has never reached: there may be none
 PAUSE, LONGEST_PAUSE = 0.05, 1.0  # seconds between two tries; each is drawn from 0.5 to 1.5 of it
-HINT = "start it with: rock admin start"
 
 POOL: Pool[Connection] = Pool()
 atexit.register(POOL.clear)
@@ -71,7 +70,9 @@ class Transport:
             self.reconnect_timeout = settings.reconnect_timeout(reconnect_timeout)
             given = {name.lower(): value for name, value in settings.extra_headers().items()}
         except ValueError as error:
-            raise errors.InvalidConfig(str(error)) from None
+            raise errors.InvalidConfig(
+                f"a setting of the client is wrong: {error}", hint="correct the environment variable"
+            ) from None
         given |= {"authorization": f"Bearer {api_key}"} if api_key else {}
         given |= {name.lower(): value for name, value in (headers or {}).items()}
         self.url = base_url.strip().rstrip("/")
@@ -329,9 +330,7 @@ class _Server:
         call.end(answer.status)
         return connection, answer
 
-    def _carry(
-        self, head: bytes, body: Body, timeout: float | None, whole: bool
-    ) -> tuple[Connection, Answer]:
+    def _carry(self, head: bytes, body: Body, timeout: float | None, whole: bool) -> tuple[Connection, Answer]:
         connection = POOL.take((primitives.scope(), self._key))
         kept, sent = connection is not None, False
         while True:
@@ -351,29 +350,41 @@ class _Server:
                 return connection, answer
             except TimeoutError:
                 connection.close()
-                raise errors.Unavailable(f"{self.url} did not answer within {timeout} seconds") from None
+                raise errors.Unavailable(
+                    f"{self.url} did not respond within {timeout} seconds", hint="try again, or increase the timeout"
+                ) from None
             except OSError as error:
                 connection.close()
                 if not kept or answer.received:
-                    raise errors.Unavailable(f"the connection to {self.url} broke: {error}", details=SENT) from error
+                    raise errors.Unavailable(
+                        f"the connection to {self.url} broke: {error}", hint="try again", details=SENT
+                    ) from error
                 connection, kept, sent = None, False, True
             except BaseException:
                 connection.close()
                 raise
+
+    def _hint(self) -> str:
+        host = self.address.host
+        if host == "localhost" or host == "::1" or host.startswith("127."):
+            return "start it with: rock admin start"
+        return "check the host name and the port of base_url or ROCK_BASE_URL, and whether the server runs"
 
     def _connect(self) -> Connection:
         try:
             return Connection.open(self.address, self.connect_timeout, self._ssl_context)
         except TimeoutError:
             message = f"nothing answers at {self.url} within {self.connect_timeout} seconds"
-            raise errors.Unavailable(message, hint=HINT, details=UNSENT) from None
+            raise errors.Unavailable(message, hint=self._hint(), details=UNSENT) from None
         except ssl.SSLError as error:
-            raise errors.Unavailable(f"no TLS connection to {self.url}: {error}",
+            raise errors.Unavailable(f"no TLS connection to {self.url}: {_tls_problem(error)}", hint=_tls_hint(error),
                                      details={**UNSENT, "tls": True}) from error  # fmt: skip
         except ConnectionRefusedError:
-            raise errors.Unavailable(f"no ROCK server at {self.url}", hint=HINT, details=UNSENT) from None
+            raise errors.Unavailable(f"no ROCK server at {self.url}", hint=self._hint(), details=UNSENT) from None
         except OSError as error:
-            raise errors.Unavailable(f"cannot reach {self.url}: {error}", hint=HINT, details=UNSENT) from error
+            raise errors.Unavailable(
+                f"cannot reach {self.url}: {error.strerror or error}", hint=self._hint(), details=UNSENT
+            ) from error
 
     def _send(
         self, connection: Connection, answer: Answer, head: bytes, body: Body, timeout: float | None
@@ -446,10 +457,12 @@ class Download:
                     answer.end()
             except TimeoutError:
                 self.close()
-                raise errors.Unavailable(f"{self._server.url} was silent for {self._timeout} seconds") from None
+                raise errors.Unavailable(
+                    f"{self._server.url} sent nothing for {self._timeout} seconds", hint="try again"
+                ) from None
             except OSError as error:
                 self.close()
-                raise errors.Unavailable(f"the connection to {self._server.url} broke: {error}",
+                raise errors.Unavailable(f"the connection to {self._server.url} broke: {error}", hint="try again",
                                          details=SENT) from error  # fmt: skip
             except BaseException:
                 self.close()
@@ -525,3 +538,17 @@ def failure(status: int, body: bytes, url: str) -> errors.RockError:
     if status < 400:
         return errors.ServerError(f"{url} answered with a redirection ({status}), which is not followed")
     return errors.from_wire(content, status)
+
+
+def _tls_problem(error: ssl.SSLError) -> str:
+    if error.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"):
+        return "the server does not use TLS on this port"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not valid: {error.verify_message}"
+    return str(error)
+
+
+def _tls_hint(error: ssl.SSLError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return "set SSL_CERT_FILE to the certificate of its authority, and use a host name of its certificate"
+    return "use http:// in base_url, or start the server with --tls-cert and --tls-key"

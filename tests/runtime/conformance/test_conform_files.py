@@ -87,9 +87,9 @@ def test_folders(box: Bench) -> None:
                 await runtime.remove(handle, str(root / "x"))
             with pytest.raises(errors.Conflict):
                 await runtime.list(handle, str(root / "x/file"))
-            with pytest.raises(errors.Conflict):
+            with pytest.raises(errors.InvalidConfig):
                 await runtime.open_read(handle, str(root / "x"))
-            with pytest.raises(errors.Conflict):
+            with pytest.raises(errors.InvalidConfig):
                 await runtime.open_write(handle, str(root / "x"))
             await runtime.move(handle, str(root / "x"), str(root / "w"))
             assert [(e.name, e.kind) for e in await runtime.list(handle, str(root / "w"))] == [

@@ -45,6 +45,12 @@ class Sessions:
         self._shells: dict[str | None, Shell] = {}
         self._opening: dict[str, asyncio.Task[Session]] = {}
 
+        self.memory_kill: Callable[[int | None], str] = lambda exit_code: ""  # see Supervisor.memory_kill
+
+    def _add(self, name: str, session: Session) -> None:
+        session.memory_kill = self.memory_kill
+        self._sessions[name] = session
+
     def __contains__(self, name: object) -> bool:
         return name in self._sessions
 
@@ -86,7 +92,7 @@ class Sessions:
             if old is not None:
                 await old.close()
             session = await self._open_shell(request)
-            self._sessions[request.session] = session
+            self._add(request.session, session)
             await faults.point("session.opened")
             if request != DEFAULT:
                 await self._saved()
@@ -144,7 +150,7 @@ class Sessions:
         """Use a default session that was opened in the warm pool; False when it does not fit this sandbox."""
         if not session.claim(self._handle, self._config.env):
             return False
-        self._sessions[DEFAULT.session] = session
+        self._add(DEFAULT.session, session)
         self._shells[None] = session.shell
         return True
 
@@ -170,7 +176,7 @@ class Sessions:
             with contextlib.suppress(RockError):
                 session = Session(self._runtime, self._handle, request, await self.find_shell(request.shell))
                 await session.attach(journal)
-                self._sessions[name] = session
+                self._add(name, session)
 
     # ---- end ----
 

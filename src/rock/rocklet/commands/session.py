@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rock.errors import InvalidConfig, RockError, SessionClosed, StartFailed, Unavailable
@@ -39,6 +39,7 @@ class Session:
         self._interpreter = Interpreter(runtime, handle, spec, sh, rc=spec != DEFAULT)
         self._lock = asyncio.Lock()
         self._leaving = False
+        self.memory_kill: Callable[[int | None], str] = lambda exit_code: ""  # see Supervisor.memory_kill
 
     @property
     def closed(self) -> str | None:
@@ -224,7 +225,10 @@ class Session:
                 if len(command) >= LONG:
                     command = await interpreter.by_file(run, command)
                 script = interpreter.script(run, command, action.separate)
-                return await interpreter.finish(run, script, action.timeout, lost, keep)
+                observation = await interpreter.finish(run, script, action.timeout, lost, keep)
+                if not observation.failure_reason and (reason := self.memory_kill(observation.exit_code)):
+                    observation = observation.model_copy(update={"failure_reason": reason})
+                return observation
             except asyncio.CancelledError:  # the caller disconnected
                 await asyncio.shield(interpreter.give_up(run))
                 raise

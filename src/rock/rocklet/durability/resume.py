@@ -86,7 +86,7 @@ async def execute(sandbox: Supervisor, command: Command, place: str | None) -> A
         raise programs.Detached
     if place is None:
         started = await programs.start(sandbox.runtime, sandbox.handle, command, sh)
-        return answer(await programs.Execution(started, command).run())
+        return answer(_with_memory_kill(sandbox, await programs.Execution(started, command).run()))
     spools: list[SpoolFile] = []
     with contextlib.suppress(OSError):  # the server's disk is full: the program runs, and a crash loses its output
         spools.append(journal.borrow())
@@ -125,13 +125,18 @@ async def execute(sandbox: Supervisor, command: Command, place: str | None) -> A
     return reply
 
 
+def _with_memory_kill(sandbox: Supervisor, response: CommandResponse) -> CommandResponse:
+    reason = sandbox.memory_kill(response.exit_code)
+    return response.model_copy(update={"failure_reason": reason}) if reason else response
+
+
 async def _run(sandbox: Supervisor, execution: programs.Execution, *, fed: bool = False) -> CommandResponse:
     """Run a program that is detached when the server stops."""
     sandbox.executions.add(execution)
     try:
         if sandbox.leaving:
             execution.let_go()
-        return await (execution.take_up() if fed else execution.run())
+        return _with_memory_kill(sandbox, await (execution.take_up() if fed else execution.run()))
     finally:
         sandbox.executions.discard(execution)
 

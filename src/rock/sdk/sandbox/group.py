@@ -15,15 +15,16 @@ from rock.protocol.sandbox import BaseConfig, SandboxConfig, SandboxGroupConfig,
 from rock.sdk import primitives
 from rock.sdk.http import query_string
 from rock.sdk.sandbox.link import SLACK, new_id, parse, transport_of
-from rock.sdk.sandbox.options import GroupOptions, config_of
+from rock.sdk.sandbox.options import GroupOptions, RunOptions, config_of
 from rock.sdk.sandbox.sandbox import Sandbox
+from rock.sdk.sandbox.sessions import DEFAULT, TIMEOUT
 
 RETRY_AFTER = 1.0  # seconds
 CLEAN_UP = 60.0
 POLL = 20.0
 
 
-class SandboxGroup:
+class SandboxGroup(primitives.Face):
     """`config.size` equal sandboxes: `sandbox_list`. All of them run after `start`, or none does; with
     mode="best_effort" those that could be started, and the list is as long as they are many."""
 
@@ -69,7 +70,8 @@ class SandboxGroup:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise errors.StartFailed(
-                        f"the group did not run within startup_timeout={self.config.startup_timeout:g} seconds"
+                        f"the group did not run within startup_timeout={self.config.startup_timeout:g} seconds",
+                        hint="increase startup_timeout",
                     )
                 target = self._path("get_group", wait=round(min(left, POLL), 3))
                 answer = await self._transport.json("GET", target, timeout=min(left, POLL) + SLACK)
@@ -90,7 +92,13 @@ class SandboxGroup:
         told = next((one.error for one in ended if one.error), None)
         if ended and (whole or not running):
             reason = next((one.reason for one in ended if one.reason), "it ended while it started")
-            raise errors.from_wire(told) if told else errors.StartFailed(f"group {info.group_id}: {reason}")
+            raise (
+                errors.from_wire(told)
+                if told
+                else errors.StartFailed(
+                    f"group {info.group_id} did not start: {reason}", hint="mode='best_effort' accepts a part of it"
+                )
+            )
         if not whole:
             self.sandbox_list = [
                 self._sandbox(info.group_id, number)
@@ -123,13 +131,34 @@ class SandboxGroup:
         except errors.NotFound:
             return
 
-    async def arun_all(self, cmd: str, *, return_errors: bool = False, **options: Any) -> list[Any]:
-        """Run a command line in each at the same time; `options` are those of `Sandbox.arun`.
+    async def run_all(
+        self,
+        command: str,
+        *,
+        session: str = DEFAULT,
+        timeout: float | None = TIMEOUT,
+        check: bool = False,
+        return_errors: bool = False,
+        **options: Unpack[RunOptions],
+    ) -> list[Any]:
+        """`Sandbox.run` in all sandboxes at the same time.
 
-        Observations in the order of `sandbox_list`. The first error is raised when all have ended; with `return_errors`
-        each stands in its place.
+        Results in the order of `sandbox_list`. The first error is raised after all have ended; with `return_errors`,
+        each error is in the place of its result.
         """
-        calls = [partial(sandbox.arun, cmd, **options) for sandbox in self.sandbox_list]
+        return await self._all(
+            [
+                partial(sandbox.run, command, session=session, timeout=timeout, check=check, **options)
+                for sandbox in self.sandbox_list
+            ],
+            return_errors,
+        )
+
+    async def arun_all(self, cmd: str, *, return_errors: bool = False, **options: Any) -> list[Any]:
+        """`run_all` with ROCK's `arun`, whose options are `options`."""
+        return await self._all([partial(sandbox.arun, cmd, **options) for sandbox in self.sandbox_list], return_errors)
+
+    async def _all(self, calls: list[Any], return_errors: bool) -> list[Any]:
         outcomes: list[BashObservation | BaseException] = await primitives.gather(calls)
         if not return_errors:
             _raise_first(outcomes)

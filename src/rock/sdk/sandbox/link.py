@@ -13,6 +13,7 @@ from rock import errors, settings
 from rock.protocol.keys import tenant_of
 from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import BaseConfig, Cause, SandboxConfig, SandboxInfo
+from rock.sdk import primitives
 from rock.sdk.http import query_string
 from rock.sdk.transport import ANSWER_TIMEOUT, Transport
 
@@ -50,7 +51,9 @@ def _everywhere() -> dict[str, str]:
     try:
         return {name.lower(): value for name, value in settings.extra_headers().items()}
     except ValueError as error:
-        raise errors.InvalidConfig(str(error)) from None
+        raise errors.InvalidConfig(
+            f"ROCK_EXTRA_HEADERS is wrong: {error}", hint="set it to a JSON object of header names and values"
+        ) from None
 
 
 def _extra(config: BaseConfig) -> dict[str, str]:
@@ -110,7 +113,7 @@ async def list_sandboxes(
     return found
 
 
-class Link:
+class Link(primitives.Face):
     """A sandbox as an address: `config`, `sandbox_id`, and calls to it."""
 
     config: SandboxConfig

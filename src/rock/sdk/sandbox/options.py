@@ -7,7 +7,8 @@ from difflib import get_close_matches
 from typing import Any, BinaryIO, Literal, TypedDict, TypeVar, cast
 
 from rock import errors
-from rock.protocol.sandbox import BaseConfig, InvalidValue, Isolation, SandboxConfig, SandboxGroupConfig
+from rock.protocol.sandbox import BaseConfig, Isolation, SandboxConfig, SandboxGroupConfig
+from rock.protocol.wire import InvalidValue
 
 C = TypeVar("C", bound=SandboxConfig)
 
@@ -182,11 +183,14 @@ def known(options: Mapping[str, Any], kind: type, what: str) -> None:
     names: frozenset[str] = kind.__required_keys__ | kind.__optional_keys__  # type: ignore[attr-defined]
     for name in options:
         if name not in names:
-            raise InvalidValue(f"{what} has no option {name!r}", hint=_closest(name, names))
+            more = {"image"} if what.startswith("Sandbox") else {"timeout", "check", "session"}
+            raise InvalidValue(f"{what} has no option {name!r}", hint=_closest(name, names | more))
 
 
 def _closest(name: str, names: frozenset[str]) -> str:
-    if name in _OPTIONS:
+    if name == "timeout" and "stdin" in names:
+        return "a background process has no time limit: use wait(timeout) and kill()"
+    if name in _OPTIONS and "idle_timeout" in names:
         return f"its name is {_OPTIONS[name]!r}; {name!r} is a field of SandboxConfig"
     other = {"mem": "memory", "cpu": "cpus", "gpu": "gpus", "lifetime": "max_lifetime", "environment": "env",
              "working_dir": "cwd", "wait_timeout": "timeout"}.get(name)  # fmt: skip

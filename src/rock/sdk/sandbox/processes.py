@@ -123,15 +123,13 @@ class Processes:
     def __init__(self, link: Link) -> None:
         self._link = link
 
-    async def start(
-        self, command: str | Sequence[str], *, timeout: float | None = None, **options: Unpack[ProgramOptions]
-    ) -> Process:
+    async def start(self, command: str | Sequence[str], **options: Unpack[ProgramOptions]) -> Process:
         """Start a program in the background. A list is an argv; a string is run by the image's shell.
 
-        timeout: seconds after which it is killed. The other options are those of `ProgramOptions`; its standard input
-        stays open for `Process.write_stdin`.
+        It has no time limit: use `Process.wait(timeout)` and `Process.kill`. Without `stdin`, its standard input stays
+        open for `Process.write_stdin`.
         """
-        source, spec = split_input(command, timeout, options)
+        source, spec = split_input(command, None, options)
         if source is not None:
             raise errors.InvalidConfig(
                 "a background process has no streamed standard input",
@@ -158,6 +156,8 @@ class Processes:
         **options: Unpack[ProgramOptions],
     ) -> CommandResponse:
         """`Sandbox.exec`."""
+        if check is not True and check is not False:
+            raise errors.InvalidConfig(f"check is {check!r}", hint="use True or False")
         source, spec = split_input(command, timeout, options)
         if source is None:
             return await self.execute(spec, check)
@@ -199,9 +199,7 @@ class Processes:
         return [Process(self._link, info) for info in found.items]
 
 
-def split_input(
-    command: str | Sequence[str], timeout: float | None, options: Mapping[str, Any]
-) -> tuple[Any, Command]:
+def split_input(command: str | Sequence[str], timeout: float | None, options: Mapping[str, Any]) -> tuple[Any, Command]:
     """(the input to stream or None, the `Command` of typed options with a small input). InvalidConfig."""
     known(options, ProgramOptions, "a program")
     fields = dict(options)

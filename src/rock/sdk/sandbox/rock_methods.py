@@ -40,12 +40,12 @@ from rock.sdk import primitives
 from rock.sdk.sandbox.deploy import Deploy
 from rock.sdk.sandbox.files import Files
 from rock.sdk.sandbox.link import Link, parse
-from rock.sdk.sandbox.network import Network
 from rock.sdk.sandbox.options import ProgramOptions
 from rock.sdk.sandbox.processes import LOG_PORTION, TIMEOUT, Process, Processes, raise_if_failed
 from rock.sdk.sandbox.remote_user import RemoteUser
 from rock.sdk.sandbox.scripts import Scripts
 from rock.sdk.sandbox.sessions import DEFAULT, Sessions
+from rock.sdk.sandbox.speedup import Network
 
 PORTION = 1 << 20  # bytes of one read
 _PHASES = {"image": "image_pull", "sandbox": "docker_run"}  # ROCK's names
@@ -122,8 +122,12 @@ class RockMethods(Link):
             auto_archive_time=_iso(info.auto_archive_at),
             auto_delete_time=_iso(info.auto_delete_at),
             state_history=[
-                StateTransitionRecord(from_state=step.from_state.value, to_state=step.to_state.value, event=step.event,
-                                      timestamp=_iso(step.timestamp))
+                StateTransitionRecord(
+                    from_state=step.from_state.value,
+                    to_state=step.to_state.value,
+                    event=step.event,
+                    timestamp=_iso(step.timestamp),
+                )
                 for step in info.state_history
             ],
             info=info.model_dump(mode="json"),
@@ -167,7 +171,11 @@ class RockMethods(Link):
     # ---- programs
 
     async def execute(
-        self, command: Command | str | list[str], *, timeout: float | None = TIMEOUT, check: bool = False,
+        self,
+        command: Command | str | list[str],
+        *,
+        timeout: float | None = TIMEOUT,
+        check: bool = False,
         **options: Unpack[ProgramOptions],
     ) -> CommandResponse:
         """`exec`."""
@@ -213,6 +221,8 @@ class RockMethods(Link):
             has no effect: the end of the command is told when it comes.
         """
         limit = wait_timeout if timeout is None else timeout
+        if check not in ("raise", "silent", "ignore"):
+            raise errors.InvalidConfig(f"check is {check!r}", hint='use "raise", "silent" or "ignore"')
         if mode == "normal":
             body: dict[str, Any] = {"command": cmd, "timeout": limit, "check": "silent"}
             if separate:
@@ -225,7 +235,7 @@ class RockMethods(Link):
                 self, cmd, session, limit, output_file, response_limited_bytes_in_nohup, ignore_output
             )
         else:
-            raise errors.InvalidConfig(f"Unsupported arun mode: {mode}", hint='it is "normal" or "nohup"')
+            raise errors.InvalidConfig(f"Unsupported arun mode: {mode}", hint='use "normal" or "nohup"')
         if check == "raise":
             raise_if_failed(cmd, seen, seen.output, "", self.sandbox_id)
         return seen
@@ -273,9 +283,7 @@ class RockMethods(Link):
     ) -> BashObservation:
         """What such a process wrote, as an observation; `success` and `message` are of `wait_for_process_completion`.
         As in ROCK its exit_code is 0 after every end: the status of the process is not known."""
-        return await output_of_session(
-            self, tmp_file, success, message, ignore_output, response_limited_bytes_in_nohup
-        )
+        return await output_of_session(self, tmp_file, success, message, ignore_output, response_limited_bytes_in_nohup)
 
     async def run_in_session(self, action: BashAction) -> BashObservation:
         """`run` with a request; its `check` is "raise" by default."""
@@ -308,11 +316,15 @@ class RockMethods(Link):
         """
         first = 1 if start_line is None else start_line
         if first < 1:
-            raise errors.InvalidConfig(f"start_line({first}) must be positive")
+            raise errors.InvalidConfig(f"start_line({first}) must be positive", hint="lines are counted from 1")
         if end_line is not None and end_line < first:
-            raise errors.InvalidConfig(f"end_line({end_line}) must be greater than start_line({first})")
+            raise errors.InvalidConfig(
+                f"end_line({end_line}) must be greater than start_line({first})", hint="swap both"
+            )
         if not 1 <= lines_per_request <= 10_000:
-            raise errors.InvalidConfig(f"lines_per_request({lines_per_request}) must be between 1 and 10000")
+            raise errors.InvalidConfig(
+                f"lines_per_request({lines_per_request}) must be between 1 and 10000", hint="omit it"
+            )
         kept: list[bytes] = []
         offset = before = 0  # bytes that were read, and line ends among them
         while end_line is None or before < end_line:
@@ -477,7 +489,9 @@ async def _command(sandbox: RockMethods, cmd: str, session: str | None, output_f
         return Command(command=argv, timeout=None)
     info = next((found for found in await sandbox.sessions.list() if found.session == session), None)
     if info is None:
-        raise errors.NotFound(f"session {session!r} does not exist", sandbox_id=sandbox.sandbox_id)
+        raise errors.NotFound(
+            f"session {session!r} does not exist", hint="create it with sessions.create", sandbox_id=sandbox.sandbox_id
+        )
     told = await sandbox.arun("pwd; env -0", session, 30, check="raise")
     folder, _, rest = told.output_bytes.partition(b"\n")
     pairs = (pair.partition(b"=") for pair in rest.split(b"\0") if b"=" in pair)

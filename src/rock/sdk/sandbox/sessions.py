@@ -71,6 +71,8 @@ class Sessions:
         **options: Unpack[RunOptions],
     ) -> BashObservation:
         """`Sandbox.run`."""
+        if check is not True and check is not False:
+            raise errors.InvalidConfig(f"check is {check!r}", hint="use True or False")
         body: dict[str, Any] = {"command": command, "timeout": timeout, "check": "silent"}
         if options:
             known(options, RunOptions, "run")

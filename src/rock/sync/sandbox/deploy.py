@@ -37,7 +37,7 @@ class Deploy:
             raise ValueError(f"local_path must be a directory: {local}")
         target = target_path or f"/tmp/rock_workdir_{os.urandom(16).hex()}"
         if not target.startswith("/"):
-            raise errors.InvalidConfig(f"target_path must be absolute: {target}")
+            raise errors.InvalidConfig(f"target_path must be absolute: {target}", hint="begin it with /")
         self._files.upload_dir(local, target, check="raise")
         self._working_dir = target
         return target

@@ -147,7 +147,7 @@ class Files:
 
     def _told(self, name: str, request: ChownRequest | ChmodRequest, kind: type[R]) -> R:
         if not request.paths:
-            raise errors.InvalidConfig("paths is empty")
+            raise errors.InvalidConfig("the request has no paths", hint="add at least one")
         try:
             return self._done(name, request, kind)
         except errors.ClientError as error:
@@ -225,7 +225,7 @@ class Files:
         """
         try:
             if not target_dir.startswith("/"):
-                raise errors.InvalidConfig(f"target_dir must be absolute path: {target_dir}")
+                raise errors.InvalidConfig(f"target_dir must be absolute path: {target_dir}", hint="begin it with /")
             source = primitives.in_thread(_folder, source_dir, progress)
             if merge:
                 self._put(self._link._path("upload_dir", path=target_dir), source, TAR, extract_timeout)
@@ -234,7 +234,8 @@ class Files:
         except (errors.ClientError, OSError) as error:
             if check == "raise":
                 raise
-            return BashObservation(exit_code=1, failure_reason=str(error))
+            reason = error.message if isinstance(error, errors.RockError) else str(error)
+            return BashObservation(exit_code=1, failure_reason=reason)
         return BashObservation(output=f"uploaded {source_dir} -> {target_dir}", exit_code=0)
 
     def _replace_dir(self, source: Source, target: str, timeout: float) -> None:

