@@ -7,10 +7,9 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from rock.sync.sandbox.process import Process
-
 from rock.errors import Conflict, NoCapacity, NotFound, StorageFull, Unavailable
 from rock.sync import Sandbox, SandboxConfig
+from rock.sync.sandbox.processes import Process
 from tests.faults.history import History, Operation, executions
 from tests.faults.world import World
 
