@@ -30,12 +30,13 @@ def _stop(number: int, _: object) -> None:
 
 
 def campaign(
-    kind: str, runs: int, steps: int, number: int, folder: Path, minutes: float = 1e9, longest: float = 30.0
+    kind: str, runs: int, steps: int, number: int, folder: Path, minutes: float = 1e9, longest: float = 30.0,
+    first: int = 0,
 ) -> Counter[str]:
     """Counts of what was done; "problems" is how many runs broke an invariant, each of which is printed.
 
     longest: seconds that a server is away at most."""
-    counts: Counter[str] = Counter()
+    counts: Counter[str] = Counter(runs=first) if first else Counter()
     options = settings(
         stateful_step_count=steps, deadline=None, database=None, verbosity=Verbosity.quiet,
         phases=[Phase.generate], suppress_health_check=list(HealthCheck), report_multiple_bugs=False,
@@ -75,13 +76,15 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--minutes", type=float, default=1e9)
+    parser.add_argument("--first", type=int, default=0, help="begin at this run of the seed, a multiple of 25")
     parser.add_argument("--kind", choices=KINDS, default="process")
     given = parser.parse_args()
     print(f"seed {given.seed}", flush=True)
     signal.signal(signal.SIGTERM, _stop)  # so that no server is left behind
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="rock-faults-") as folder:
-        counts = campaign(given.kind, given.runs, given.steps, given.seed, Path(folder), given.minutes)
+        counts = campaign(given.kind, given.runs, given.steps, given.seed, Path(folder), given.minutes,
+                          first=given.first)
     print(f"{given.kind}: {counts['runs']} runs, {counts['steps']} steps, {counts['requests']} requests, "
           f"{counts['kills']} kills, {counts['problems']} problems, {time.monotonic() - began:.0f} s")
     print({name: counts[name] for name in COUNTED if counts[name]})

@@ -102,6 +102,7 @@ class FaultMachine(RuleBasedStateMachine):
         self.models: list[Model] = []
         self.seen: dict[str, int] = {}
         self.history = History()
+        self.requests: list[str] = []  # of this run, for the report of a problem
         self.damaged_records: set[str] = set()  # ids of sandboxes whose record was damaged: they cannot be used
 
     @initialize(which=WHICH, work=CLIENTS, faults=FAULT_PLAN)
@@ -115,7 +116,16 @@ class FaultMachine(RuleBasedStateMachine):
 
     def _ask(self, name: str, body: object = None, key: str | None = None, query: str = "", **path: str) -> Any:
         self.counts["requests"] += 1
-        answer = self.world.ask(name, body, key, query, **path)
+        began = time.monotonic()
+        outcome = "no answer"
+        try:
+            answer = self.world.ask(name, body, key, query, **path)
+            outcome = repr(answer)[:300]
+        except BaseException as error:
+            outcome = repr(error)[:300]
+            raise
+        finally:
+            self.requests.append(f"{began:.2f} {name} {key or ''} {body if name == 'execute' else ''} -> {outcome}")
         if isinstance(answer, dict) and "state" in answer and "sandbox_id" in answer:
             self._observe(answer)
         return answer
@@ -129,6 +139,7 @@ class FaultMachine(RuleBasedStateMachine):
     def _step(self, name: str) -> None:
         self.counts["steps"] += 1
         self.counts[f"rule {name}"] += 1
+        self.requests.append(f"{time.monotonic():.2f} step {name}")
         self._revive()
 
     def _revive(self) -> None:
@@ -461,6 +472,10 @@ class FaultMachine(RuleBasedStateMachine):
             self._revive()
             self.world.calm()
             self.settle()
+        except BaseException as error:
+            error.add_note("\n".join([f"models: {[(m.id, [(e.key, e.name) for e in m.effects]) for m in self.models]}",
+                                      *self.requests]))
+            raise
         finally:
             self.clean()
 

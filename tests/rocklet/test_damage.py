@@ -174,6 +174,44 @@ def test_a_command_begun_before_another_one_whose_end_is_damaged(tmp_path: Path)
     asyncio.run(main())
 
 
+def test_a_command_whose_end_is_damaged_and_a_later_one_that_ended(tmp_path: Path) -> None:
+    """The later one shows that the earlier one has ended; its output is not the earlier one's."""
+    folder = tmp_path / "a"
+    spools = SpoolFolder(folder)
+    spools.make()
+    journal = Journal(spools)
+    journal.begin("/run\nfirst", kind="run", session="default", token=1)
+    journal.finish("/run\nfirst", Answer(b'{"output":"first"}', 200))
+    journal.begin("/run\nother", kind="run", session="other", token=1)
+    journal.begin("/run\nsecond", kind="run", session="default", token=2)
+    journal.finish("/run\nsecond", Answer(b'{"output":"second"}', 200))
+    spools.close()
+    lines = (folder / "journal").read_bytes().splitlines(keepends=True)
+    at = sum(map(len, lines[:1])) + 12  # within the end of the first one
+    flip(folder / "journal", at, 4)
+    after = Journal(SpoolFolder(folder))
+    after.load(expected=True)
+    assert after.begun["/run\nfirst"]["superseded"] is True
+    assert "superseded" not in after.begun["/run\nother"]
+    assert "/run\nsecond" not in after.begun
+
+
+def test_marks_of_a_later_command_show_that_an_earlier_one_ended(tmp_path: Path) -> None:
+    spools = SpoolFolder(tmp_path / "a")
+    spools.make()
+    file = spools.file("default.out")
+    starts = []
+    for text in (b"first\n", b"second\n"):
+        starts.append(file.begin(text))
+    spools.close()
+    again = SpoolFolder(tmp_path / "a")
+    again.read_marks()
+    found = again.file("default.out")
+    assert found.has_later(starts[0]) and not found.has_later(starts[1])
+    found.close()
+    again.close()
+
+
 def test_half_a_line_that_nobody_relied_on_is_ignored(tmp_path: Path) -> None:
     """A server that was killed while it wrote a line had not begun the request: it is begun by the retry, and the line
     after the half one is whole."""

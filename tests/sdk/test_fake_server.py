@@ -116,7 +116,7 @@ def test_what_it_lacks_is_refused(server: FakeServer, sandbox: Sandbox) -> None:
     with pytest.raises(errors.Unsupported, match="isolates nothing"):
         Sandbox(image="any:1", base_url=server.url, minimum_isolation="userns").start()
     for fields in ({"nofile": 100}, {"shm_size": "1m"}):
-        with pytest.raises(errors.Unsupported, match="cannot hold"):
+        with pytest.raises(errors.Unsupported, match="cannot enforce"):
             Sandbox(image="any:1", base_url=server.url, **fields).start()
     with pytest.raises(errors.RockError):
         sandbox.execute(["true"], user="alice")

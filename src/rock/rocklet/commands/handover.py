@@ -113,6 +113,12 @@ class Handover:
 
     # ---- recovery by the next rocklet ----
 
+    def is_superseded(self, journal: Journal, entry: Mapping[str, Any]) -> bool:
+        """Whether a later command of the session has begun, although the journal does not contain it: the mark of a
+        spool file is that of output after this command's. OSError."""
+        return any(self._spool(journal, name).has_later(int(entry[name])) for name in ("out", "err", "status")
+                   if name in entry)
+
     def take_up(self, journal: Journal, entry: Mapping[str, Any], run: Run) -> bytes:
         """Give a resumed command its stored output, and continue from there. Returns its reports until now.
 

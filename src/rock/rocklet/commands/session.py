@@ -73,10 +73,13 @@ class Session:
             if entry.get("kind") == "run" and entry.get("session") == self.spec.session
         ]  # fmt: skip
         if journal is not None and runs:
-            # A shell runs one command at a time: those before the last one ended, and their ends are damaged.
-            for place, _ in runs[:-1]:
-                journal.finish(place, failure(unseen(self._interpreter.handle.id, True)))
             place, entry = runs[-1]
+            over = [*runs[:-1]]  # a shell runs one command at a time: they ended, and their ends are damaged
+            if entry.get("superseded") or self._interpreter.handover.is_superseded(journal, entry):
+                over.append(runs[-1])
+            for earlier, _ in over:
+                journal.finish(earlier, failure(unseen(self._interpreter.handle.id, True)))
+        if journal is not None and runs and len(over) < len(runs):
             keep = JournalEntry(journal, place)
             run = self._interpreter.take_up(keep, entry)
             journal.resume(place, asyncio.create_task(self._bring_home(keep, entry, run), name="taken up"))

@@ -270,6 +270,8 @@ class Journal:
             line = told[0]
             old |= told[1]
             if (place := line.pop("begin", None)) is not None:
+                if line.get("kind") == "run":
+                    self._supersede(line.get("session"))
                 self.begun[place] = line
             elif (until := line.get("refused")) is not None:
                 left = min(float(until) - time.clock_gettime(CLOCK), RECONNECT_TIMEOUT)
@@ -283,6 +285,13 @@ class Journal:
                 self.begun.pop(place, None)
                 self._found[place] = _answer_of(line)
         return damaged, old
+
+    def _supersede(self, session: Any) -> None:
+        """A session runs one command at a time. When its next one begins, those without an end have ended: their ends
+        are damaged, and the output after theirs belongs to others."""
+        for entry in self.begun.values():
+            if entry.get("kind") == "run" and entry.get("session") == session:
+                entry["superseded"] = True
 
     def settled(self) -> None:
         """What a former rocklet left half done was looked at: from now on answers are those of this one. A request

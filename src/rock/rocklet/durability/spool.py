@@ -187,6 +187,10 @@ class SpoolFile:
             into.add(self.read())
         return missing
 
+    def has_later(self, start: int) -> bool:
+        """Whether an earlier rocklet process marked output of a command that began after the one with this start."""
+        return self._found is not None and self._found.start > start
+
     def _verify(self, start: int, short: bool) -> tuple[int | None, bool]:
         """(see `load`, whether the content is correct). Continues from there; a damaged file is set aside."""
         found, missing, whole = self._found, None, True
