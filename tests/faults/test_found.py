@@ -290,3 +290,23 @@ def test_randomised_faults(kind: str, tmp_path: Path) -> None:
     runs = max(1, RUNS // 2) if "namespace" in kind or kind == "cluster" else RUNS
     counts = campaign(kind, runs, 5, 5, tmp_path, longest=0.5)
     assert counts["runs"] and not counts["problems"], counts
+
+
+def test_a_rocklet_that_restarts_twice_right_after_the_admin(worlds: Make) -> None:
+    """The sandboxes of "apart" are in memory. The admin has no event of the rocklet yet, and the event of the first
+    restart is lost by the second one."""
+    world = worlds("apart")
+    info = make(world, "restarted-after-the-admin")
+    world.server.kill()
+    world.ensure()
+    assert world.ask("get_sandbox", sandbox_id=info["sandbox_id"])["state"] == "running"
+    assert world.worker is not None
+    os.kill(world.server.pid, signal.SIGSTOP)
+    try:
+        for _ in range(2):
+            world.worker.kill()
+            world.worker.ensure()
+    finally:
+        os.kill(world.server.pid, signal.SIGCONT)
+    until(lambda: world.ask("get_sandbox", sandbox_id=info["sandbox_id"])["state"] == "stopped")
+    assert world.ask("get_sandbox", sandbox_id=info["sandbox_id"])["cause"] == "lost"

@@ -88,7 +88,7 @@ class Databases:
     def away(self, seconds: float) -> None:
         """Stop the server at once, as a machine that dies does, and start it again so much later."""
         self.server.send_signal(signal.SIGQUIT)
-        self.server.wait(30)
+        self.server.wait(120)
         time.sleep(seconds)
         self.server = self._start()
 

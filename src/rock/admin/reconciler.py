@@ -139,6 +139,7 @@ class Reconciler:
         self._next: dict[str, float] = {}  # the time in `_due`, by id
         self._unfinished: set[str] = set()  # ids of which a step was not completed, or not known to be saved
         self._followers: dict[str, asyncio.Task[None]] = {}  # by worker
+        self._boots: dict[str, str] = {}  # by worker, the run whose sandboxes were settled
         self._context = contextvars.copy_context()  # with the fencing token of the lease of this admin
 
     async def start(self) -> None:
@@ -223,7 +224,10 @@ class Reconciler:
         """The ids on a worker; None when it does not respond."""
         try:
             async with asyncio.timeout(_LIST):
+                # First the run of the worker that the list belongs to: a restart after the list is a change of it.
+                boot = (await worker.events(0, 0.0)).boot
                 inventory = await worker.list()
+                self._boots[worker.name] = boot
         except (Unavailable, TimeoutError) as error:
             reconciler_log.warning("worker %s: %r; its sandboxes are looked at when it is back", worker.name, error)
             return None
@@ -456,16 +460,15 @@ class Reconciler:
     # ---- ends reported by workers ----
 
     async def _follow(self, worker: Worker) -> None:
-        after, boot = 0, ""
+        after, boot = 0, self._boots.pop(worker.name, "none")
         while True:
             try:
-                news = await worker.events(after, _POLL)
-                if boot and news.boot != boot:
-                    boot, after = news.boot, 0
-                    # the worker may have restarted twice, and the events of the first run are lost
+                news = await worker.events(after, _POLL, boot)
+                if news.boot != boot:
+                    # the worker restarted, perhaps twice: events of a run between may be lost, with its sandboxes
                     await self._compare(worker)
+                    boot, after = news.boot, 0
                     continue
-                boot = news.boot
                 for event in news.events:
                     with contextlib.suppress(NotFound):
                         await self._ended(event)

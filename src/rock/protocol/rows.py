@@ -515,8 +515,8 @@ def node_rows() -> Iterator[Route]:
         "GET",
         "/node/v1/events",
         "node",
-        "Ends of sandboxes since a number; waits for one",
-        "?after ?wait",
+        "Ends of sandboxes since a number; waits for one, unless ?boot= is another run of the rocklet",
+        "?after ?wait ?boot",
         "NodeEvents",
     )
     yield row(

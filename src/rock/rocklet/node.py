@@ -545,10 +545,11 @@ class Ends:
         cause, reason = found
         return _ERRORS.get(cause, Expired)(f"sandbox {sandbox_id} is gone: {reason}", sandbox_id=sandbox_id)
 
-    async def since(self, after: int, wait: float) -> NodeEvents:
-        """Events with a number above `after`; waits up to `wait` seconds for one."""
+    async def since(self, after: int, wait: float, boot: str = "") -> NodeEvents:
+        """Events with a number above `after`; waits up to `wait` seconds for one, but not if `boot` is another run: its
+        numbers are not those of this one."""
         try:
-            async with asyncio.timeout(wait), self._changed:
+            async with asyncio.timeout(wait if boot in ("", self._boot) else 0), self._changed:
                 await self._changed.wait_for(lambda: self._number > after or self.closing)
         except TimeoutError:
             pass

@@ -89,7 +89,7 @@ class Worker(Protocol):
 
     async def status(self) -> NodeStatus: ...
 
-    async def events(self, after: int, wait: float) -> NodeEvents: ...
+    async def events(self, after: int, wait: float, boot: str = "") -> NodeEvents: ...
 
 
 class _Check:
@@ -234,8 +234,8 @@ class WireWorker:
     async def status(self) -> NodeStatus:
         return await self._call(NodeStatus, "node_status")
 
-    async def events(self, after: int, wait: float) -> NodeEvents:
-        return await self._call(NodeEvents, "node_events", f"after={after}&wait={wait:g}")
+    async def events(self, after: int, wait: float, boot: str = "") -> NodeEvents:
+        return await self._call(NodeEvents, "node_events", f"after={after}&wait={wait:g}&boot={boot}")
 
 
 def _parsed(kind: type[Model], status: int, reply: bytes) -> Model:

@@ -315,5 +315,5 @@ class LocalWorker:
     async def status(self) -> NodeStatus:
         return await self._node.status()
 
-    async def events(self, after: int, wait: float) -> NodeEvents:
-        return await self._node.ends.since(after, wait)
+    async def events(self, after: int, wait: float, boot: str = "") -> NodeEvents:
+        return await self._node.ends.since(after, wait, boot)

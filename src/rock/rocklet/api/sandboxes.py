@@ -327,7 +327,8 @@ class Api:
 
     async def node_events(self, request: Request) -> Answer:
         after = request.integer("after", 0)
-        return answer_model(await self.node.ends.since(after, request.number("wait", 0, high=600)))
+        wait, boot = request.number("wait", 0, high=600), request.query.get("boot") or ""
+        return answer_model(await self.node.ends.since(after, wait, boot))
 
 
 def size_of(body: Any) -> tuple[int, int]:
