@@ -1,5 +1,4 @@
-"""`rock cp` and `rock port-forward`: files and folders into and out of a sandbox, and local ports to ports in a
-sandbox."""
+"""`rock cp`: files and folders into and out of a sandbox."""
 
 from __future__ import annotations
 
@@ -7,35 +6,31 @@ import os
 import posixpath
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
 
-import typer
+import click
 
-from rock.cli.output import fail, transfer
-from rock.errors import InvalidConfig, NotFound, RockError, SandboxError
-
-if TYPE_CHECKING:
-    from rock.sdk.forward import PortForward
-    from rock.sync import Sandbox
+from rock.cli.connection import connected
+from rock.cli.output import transfer
+from rock.cli.parsing import command, complete_path
+from rock.errors import InvalidConfig, NotFound
+from rock.sync import Sandbox
 
 
-def cp(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="A path here, or ID:PATH.")],
-    target: Annotated[str, typer.Argument(metavar="DST", help="A path here, or ID:PATH.")],
-) -> None:
-    """Copy a file or a folder into a sandbox or out of it; one side is ID:PATH.
+@command(example="rock cp model.bin web:/srv/\nrock cp web:/var/log ./logs")
+@click.argument("source", metavar="SOURCE", shell_complete=complete_path)
+@click.argument("target", metavar="TARGET", shell_complete=complete_path)
+def cp(source: str, target: str) -> None:
+    """Copy files to, from and between sandboxes.
 
-    As with `cp -r`, what is copied to an existing folder, or to a name that ends in a slash, is put into it.
+    One side is SANDBOX:PATH. As with `cp -r`, what is copied to an existing folder is put into it.
     """
-    from rock.cli.commands.sandbox import attached
-
     there, here = _remote(source), _remote(target)
     if (there is None) == (here is None):
-        raise typer.BadParameter("one of the two sides is ID:PATH, and the other a path here", param_hint="SRC DST")
+        raise click.UsageError("one of the two sides is SANDBOX:PATH, and the other a local path")
     if there is not None:
-        _download(attached(there[0]), there[1], Path(target), target.endswith(("/", os.sep)))
+        _download(connected(there[0]), there[1], Path(target), target.endswith(("/", os.sep)))
     elif here is not None:
-        _upload(attached(here[0]), Path(source), here[1])
+        _upload(connected(here[0]), Path(source), here[1])
 
 
 def _remote(text: str) -> tuple[str, str] | None:
@@ -86,70 +81,3 @@ def _kind(sandbox: Sandbox, path: str) -> str | None:
 
 def _size_of(folder: Path) -> int:
     return sum(entry.lstat().st_size for entry in folder.rglob("*") if entry.is_file() and not entry.is_symlink())
-
-
-# ---- rock port-forward ----
-
-def port_forward(
-    target: Annotated[str, typer.Argument(metavar="ID", help="Id of a sandbox, or how it begins.")],
-    ports: Annotated[
-        list[str],
-        typer.Argument(metavar="[LOCAL:]REMOTE...", help="A port inside, and the one here; 0 is one that is free."),
-    ],
-) -> None:
-    """Listen on 127.0.0.1 and carry connections to ports in a sandbox, until Ctrl-C."""
-    import asyncio
-
-    from rock.cli.commands.sandbox import attached
-    from rock.protocol.routes import ROUTES
-    from rock.sdk.forward import PortForward
-    from rock.sdk.sandbox.link import headers_of
-
-    pairs = [_pair(text) for text in ports]
-    sandbox = attached(target)
-    sandbox_id = sandbox.sandbox_id or ""
-    wanted = []
-    for local, remote in pairs:
-        path = ROUTES["tunnel"].url(sandbox_id=sandbox_id, port=str(remote))
-        wanted.append((PortForward(sandbox.url, path, headers_of(sandbox.config), local), remote))
-    asyncio.run(_attend(sandbox_id, wanted))
-
-
-def _pair(text: str) -> tuple[int, int]:
-    """(local, remote)."""
-    local, colon, remote = text.rpartition(":")
-    numbers = [int(part) if part.isascii() and part.isdigit() else -1 for part in (local if colon else remote, remote)]
-    if not (0 <= numbers[0] < 65536 and 0 < numbers[1] < 65536):
-        raise InvalidConfig(f"{text!r} is not [LOCAL:]REMOTE", hint="two ports, like 8080:80, or one")
-    return numbers[0], numbers[1]
-
-
-async def _attend(sandbox_id: str, wanted: list[tuple[PortForward, int]]) -> None:
-    """Forward until a signal, or until the sandbox has ended."""
-    import asyncio
-    import contextlib
-    import signal
-
-    loop = asyncio.get_running_loop()
-    ended: asyncio.Future[None] = loop.create_future()
-
-    def failed(error: RockError) -> None:
-        if not isinstance(error, SandboxError | NotFound):
-            fail(error)
-        elif not ended.done():
-            ended.set_exception(error)
-
-    def enough() -> None:
-        if not ended.done():
-            ended.set_result(None)
-
-    async with contextlib.AsyncExitStack() as stack:
-        for forward, remote in wanted:
-            forward.failed = failed
-            await stack.enter_async_context(forward.listening())
-            print(f"{forward.address} -> {sandbox_id}:{remote}", flush=True)
-        with contextlib.suppress(NotImplementedError):  # on Windows Ctrl-C comes as KeyboardInterrupt
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.add_signal_handler(number, enough)
-        await ended
-    print("no longer forwarded", file=sys.stderr)
