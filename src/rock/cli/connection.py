@@ -77,7 +77,11 @@ def find(text: str, server: Client | None = None) -> SandboxInfo:
     except NotFound as error:
         missing = error
     for states in (LIVING, None):
-        found = [info for info in server.list_sandboxes(states) if info.sandbox_id.startswith(text)] if text else []
+        known = server.list_sandboxes(states) if text else []
+        named = [info for info in known if info.name == text]
+        if named:
+            return named[0]  # of ended ones the newest: the name of a running one is unique
+        found = [info for info in known if info.sandbox_id.startswith(text)]
         if len(found) > 1:
             names = ", ".join(info.sandbox_id for info in found[:5])
             raise InvalidConfig(f"{text} is the beginning of several ids: {names}", hint="write more digits of the id")

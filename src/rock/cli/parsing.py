@@ -87,7 +87,8 @@ class Group(click.Group):
         if self.get_command(ctx, name) is None and not ctx.resilient_parsing and not name.startswith("-"):
             close = get_close_matches(name, self.list_commands(ctx), n=1)
             error = click.UsageError(f"there is no command {ctx.command_path} {name}", ctx)
-            raise Hinted(error, f"did you mean {ctx.command_path} {close[0]}?" if close else None)
+            hint = f"did you mean {ctx.command_path} {close[0]}?" if close else f"{ctx.command_path} --help lists them"
+            raise Hinted(error, hint)
         return super().resolve_command(ctx, args)
 
 

@@ -268,7 +268,7 @@ def prune(everything: bool, most: str | None) -> int:
     try:
         limit = None if most is None else parse_size(most, "image store")
     except ValueError as error:
-        raise InvalidConfig(f"--to: {error}", hint="write a number and a unit, like 20g") from None
+        raise InvalidConfig(f"--to is not a size: {error}", hint="write a number and a unit, like 20g") from None
     with busy("removing unused layers"):
         pruned = _store().prune(steps=limit is None, everything=everything, most=limit)
     if pruned.busy:
