@@ -23,7 +23,8 @@ sys.meta_path.insert(0, Hidden())
 """
 SERVER_ONLY = {*installation.SERVER, "starlette", "uvloop", "httptools", "anyio"}
 CLIENT = ["rock", "rock.sync", "rock.sdk.sandbox.client", "rock.sdk.harbor", "rock.training", "rock.actions",
-          "rock.envs", "rock.sdk.envhub", "rock.cli.main", "rock.cli.commands.sandbox", "rock.cli.commands.image",
+          "rock.envs", "rock.sdk.envhub", "rock.cli.main", "rock.cli.commands.sandbox", "rock.cli.commands.run",
+          "rock.cli.commands.observe", "rock.cli.commands.logs", "rock.cli.commands.context", "rock.cli.commands.image",
           "rock.cli.commands.env", "rock.cli.commands.copy", "rock.cli.commands.terminal"]  # fmt: skip
 # Modules that CPython has on Linux only, or not on Windows.
 LINUX_ONLY: dict[str, set[str]] = {

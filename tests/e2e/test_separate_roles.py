@@ -180,7 +180,7 @@ def post(world: World, box: Sandbox, body: Any, key: str, **options: Any) -> Any
 
 def test_a_client_that_leaves_ends_its_command_and_the_key_is_a_conflict(world: World, box: Sandbox) -> None:
     body = {"command": ["sh", "-c", "echo begin >> /tmp/left; echo $$ > /tmp/pid; sleep 600"], "timeout": 900}
-    with pytest.raises(Unavailable, match="did not answer"):
+    with pytest.raises(Unavailable, match="did not respond"):
         post(world, box, body, "left", timeout=1.5)
     pid = box.execute(["cat", "/tmp/pid"]).stdout.strip()
     gone = lambda: box.execute(["test", "-d", f"/proc/{pid}"]).exit_code != 0  # noqa: E731

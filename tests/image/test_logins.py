@@ -157,7 +157,7 @@ def test_in_a_terminal(tmp_path: Path, locked_registry: str) -> None:
     assert USER.password not in right.stdout + right.stderr
     name = f"{locked_registry}/team/tool:1.0"
     fetched = rock("prefetch", name, name, "--pin")
-    assert fetched.stdout.splitlines() == [f"{name}  pulled", f"{name}  was there"], fetched.stderr
+    assert fetched.stdout.splitlines() == [f"{name}  pulled", f"{name}  present"], fetched.stderr
     assert "pinned" in rock("ls").stdout
     assert rock("prune", "--all").stdout.splitlines()[-1].endswith("freed") and name in rock("ls").stdout
     assert rock("unpin", name).returncode == 0

@@ -1,120 +1,140 @@
-"""The `rock` command: parses arguments, calls the SDK, prints. Commands import heavy modules on demand."""
+"""The `rock` command: its options, the table of its commands, and how errors end it."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from typing import Annotated
 
-import typer
+import click
 
 from rock import __version__, settings
-from rock.cli.commands import doctor, env, image, key, sandbox, workers
-from rock.cli.commands.admin import app as admin_app
-from rock.cli.output import OPTIONS, complain, fail
+from rock.cli import parsing
+from rock.cli.connection import OPTIONS, connect_options
+from rock.cli.output import complain, fail
+from rock.cli.parsing import Entry, LazyGroup
 from rock.errors import InvalidConfig, RockError
 
-app = typer.Typer(
-    name="rock",
-    help="ROCK: isolated environments for agentic reinforcement learning.",
-    epilog="Start a server with `rock admin start`, then try: rock run host -- uname -a",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain help: Rich markup would take longer than the rest of the command
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+COMPLETION = "_ROCK_COMPLETE"  # the variable with which the completion of a shell calls `rock`
+
+ENTRIES = [
+    Entry("run", "Sandboxes", "commands.run:run", "Run a program in a new sandbox."),
+    Entry("exec", "Sandboxes", "commands.run:exec_", "Run a program in a sandbox."),
+    Entry("shell", "Sandboxes", "commands.run:shell", "Open a terminal in a sandbox."),
+    Entry("ps", "Sandboxes", "commands.sandbox:ps", "List sandboxes."),
+    Entry("stop", "Sandboxes", "commands.sandbox:stop", "Stop sandboxes."),
+    Entry("restart", "Sandboxes", "commands.sandbox:restart", "Restart stopped or archived sandboxes."),
+    Entry("rm", "Sandboxes", "commands.sandbox:rm", "Delete stopped sandboxes and their retained files."),
+    Entry("rename", "Sandboxes", "commands.sandbox:rename", "Change the name of a sandbox."),
+    Entry("commit", "Sandboxes", "commands.sandbox:commit", "Create an image of a sandbox."),
+    Entry("archive", "Sandboxes", "commands.sandbox:archive", "Move the retained files of sandboxes to the archive."),
+    Entry("wait", "Sandboxes", "commands.sandbox:wait", "Wait until sandboxes end, and print the causes."),
+    Entry("logs", "Inspection", "commands.logs:logs", "Show the output of background processes."),
+    Entry("processes", "Inspection", "commands.logs:processes", "List the background processes of a sandbox."),
+    Entry("inspect", "Inspection", "commands.observe:inspect", "Show all fields of sandboxes as JSON."),
+    Entry("stats", "Inspection", "commands.observe:stats", "Show the resource usage of sandboxes."),
+    Entry("top", "Inspection", "commands.observe:stats", "Show the resource usage of sandboxes.", hidden=True),
+    Entry("events", "Inspection", "commands.observe:events", "Show state changes of sandboxes."),
+    Entry("connections", "Inspection", "commands.observe:connections", "List the network connections of a sandbox."),
+    Entry("cp", "Files and ports", "commands.copy:cp", "Copy files to, from and between sandboxes."),
+    Entry("port-forward", "Files and ports", "commands.forward:port_forward", "Forward local ports to a sandbox."),
+    Entry("image", "Images", "commands.image:image", "Pull, build, import, list and remove images."),
+    Entry("env", "Environments", "commands.env:env", "List, show, add, build and play environments."),
+    Entry("admin", "Server", "commands.admin:admin", "Start, stop, back up and restore the server of this machine."),
+    Entry("login", "Server", "commands.context:login", "Log in to a server and use it from now on."),
+    Entry("context", "Server", "commands.context:context", "Choose the server that commands use."),
+    Entry("key", "Server", "commands.key:key", "Create, list and revoke API keys."),
+    Entry("worker", "Server", "commands.workers:worker", "List, drain and remove workers."),
+    Entry("doctor", "Server", "commands.doctor:doctor", "Check this machine, or the files of its server."),
+    Entry("bench", "Server", "bench.bench:bench", "Measure this machine: results against a baseline."),
+    Entry("completion", "Other", "commands.context:completion", "Print the completion script of a shell."),
+    Entry("version", "Other", "commands.context:version", "Show the version of the client and of the server."),
+]
 
 
-def _version(wanted: bool) -> None:
+def _version(ctx: click.Context, param: click.Parameter, wanted: bool) -> None:
     if wanted:
         print(f"rock {__version__}")
-        raise typer.Exit
+        ctx.exit()
 
 
-@app.callback()
-def options(
-    base_url: Annotated[str | None, typer.Option(help="The server; ROCK_BASE_URL, or http://127.0.0.1:8080.")] = None,
-    api_key: Annotated[str | None, typer.Option(help="Its key; ROCK_API_KEY.")] = None,
-    auth_token: Annotated[str | None, typer.Option(help="The same as --api-key, by ROCK's name.")] = None,
-    config: Annotated[
-        str | None, typer.Option(metavar="FILE", help="ROCK's client configuration: base_url and extra_headers.")
-    ] = None,
-    extra_header: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A header of each request; several times.")
-    ] = None,
-    cluster: Annotated[str | None, typer.Option(help="Sent as the header X-Cluster, as by ROCK.")] = None,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show where an error came from.")] = False,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-) -> None:
-    OPTIONS.base_url, OPTIONS.api_key, OPTIONS.verbose = base_url, api_key or auth_token, verbose
+@click.command(
+    "rock",
+    cls=LazyGroup,
+    entries=ENTRIES,
+    help="ROCK: isolated environments for agentic reinforcement learning.",
+    epilog="Start a server with `rock admin start`, then try: rock run host -- uname -a",
+)
+@click.option("--base-url", metavar="URL", help="Server to use. `rock context --help` has the order of the defaults.")
+@click.option("--api-key", metavar="KEY", help="API key of the server; by default ROCK_API_KEY.")
+@click.option("--auth-token", metavar="KEY", help="The same as --api-key, with ROCK's name.")
+@click.option("--config", metavar="FILE", help="ROCK's client configuration: base_url and extra_headers.")
+@click.option("--extra-header", metavar="NAME=VALUE", multiple=True, help="Header of each request; repeatable.")
+@click.option("--cluster", help="Value of the header X-Cluster of each request.")
+@click.option("--verbose", "-v", is_flag=True, help="Show the traceback of an error.")
+@click.option("--version", is_flag=True, callback=_version, is_eager=True, expose_value=False,
+              help="Show the version and exit.")  # fmt: skip
+def app(
+    base_url: str | None, api_key: str | None, auth_token: str | None, config: str | None,
+    extra_header: tuple[str, ...], cluster: str | None, verbose: bool,
+) -> None:  # fmt: skip
+    OPTIONS.verbose = verbose
     if api_key and auth_token and api_key != auth_token:
         raise InvalidConfig("--api-key and --auth-token are two names of one key, and differ", hint="give one of them")
     if config or extra_header or cluster:
-        _headers(config, extra_header or [], cluster)
+        _headers(config, extra_header, cluster)
+    connect_options(base_url, api_key or auth_token)
 
 
-def _headers(config: str | None, pairs: list[str], cluster: str | None) -> None:
-    """The headers of these options, for every client of the command."""
+def _headers(config: str | None, pairs: tuple[str, ...], cluster: str | None) -> None:
+    """Set the headers of these options for every client of the command."""
     try:
         given = settings.client_file(config) if config else {}
         settings.give(**given)
         headers = settings.extra_headers()
     except ValueError as error:
-        raise InvalidConfig(str(error)) from None
+        raise InvalidConfig(str(error), hint="correct the file or ROCK_EXTRA_HEADERS") from None
     for pair in [*pairs, *([f"X-Cluster={cluster}"] if cluster else [])]:
         name, equals, value = pair.partition("=")
         if not name or not equals:
-            raise InvalidConfig(f"--extra-header {pair!r} is not NAME=VALUE")
+            raise InvalidConfig(f"--extra-header {pair!r} is not NAME=VALUE", hint="write it like X-Team=blue")
         headers[name] = value
     settings.give(ROCK_EXTRA_HEADERS=json.dumps(headers))
 
 
-sandbox.add_commands(app)
-app.add_typer(doctor.app, name="doctor")
-app.add_typer(image.app, name="image")
-app.add_typer(env.app, name="env")
-app.add_typer(key.app, name="key")
-app.add_typer(workers.app, name="worker")
-app.add_typer(admin_app, name="admin")
-
-
-@app.command(
-    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
-)
-def bench(context: typer.Context) -> None:
-    """Measure this machine: figures next to their floors."""
-    from rock.cli.bench.bench import (
-        app as bench_app,  # imports the SDK and more, which other commands do not need
-    )
-
-    bench_app(context.args, prog_name="rock bench")
-
-
 def main() -> None:
-    """Run a command. Exit status: 0, 1 for an error, 2 for a wrong call, 130 for Ctrl-C, or that of the command run."""
+    """Run a command.
+
+    Exit code: 0, or that of the program; 1 for a failed command, 2 for a wrong call; of run, exec and shell 124 for a
+    timeout, 125 for an error of rock, 126 for a program that cannot be executed, 127 for one that does not exist; 130
+    for Ctrl-C.
+    """
     try:
-        app(prog_name="rock")
+        status = app.main(prog_name="rock", complete_var=COMPLETION, standalone_mode=False) or 0
+        sys.stdout.flush()
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        status = 0
+    except click.ClickException as error:
+        status = parsing.wrong_call(error)
     except RockError as error:
         _trace(error)
-        status = fail(error)
+        fail(error)
+        status = parsing.code_of(error)
     except BrokenPipeError:
         # The reader of the output has closed it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 141
-    except KeyboardInterrupt:
-        status = 130
+        status = parsing.CLOSED_PIPE
+    except (KeyboardInterrupt, click.Abort):
+        status = parsing.INTERRUPTED
     except OSError as error:
         _trace(error)
-        status = complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        status = parsing.NOT_RUN if OPTIONS.passes_codes else parsing.FAILED
     except Exception as error:
         _trace(error)
-        status = _unexpected(error)
-    else:
-        status = 0
+        _unexpected(error)
+        status = parsing.NOT_RUN if OPTIONS.passes_codes else parsing.FAILED
     sys.exit(status)
 
 

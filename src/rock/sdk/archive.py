@@ -8,7 +8,7 @@ import stat
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, BinaryIO
 
 from rock.errors import InvalidConfig, ServerError
 
@@ -35,6 +35,25 @@ class FileSource:
                 if self._progress:
                     self._progress(len(chunk))
                 yield chunk
+
+
+class StreamSource:
+    """The bytes of a binary file or a pipe, of unknown length."""
+
+    def __init__(self, file: BinaryIO, progress: Progress | None = None) -> None:
+        self._file = file
+        self._progress = progress
+
+    @property
+    def size(self) -> int | None:
+        return None
+
+    def chunks(self) -> Iterator[bytes]:
+        read = getattr(self._file, "read1", self._file.read)
+        while chunk := read(CHUNK):
+            if self._progress:
+                self._progress(len(chunk))
+            yield chunk
 
 
 class FolderSource:

@@ -9,9 +9,9 @@ import asyncio
 import json
 import statistics
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Any
 
-import typer
+import click
 
 from rock.cli.bench.floors import bare_server
 from rock.cli.bench.measuring import (
@@ -26,9 +26,8 @@ from rock.cli.bench.measuring import (
     server_side,
     transfers,
 )
+from rock.cli.parsing import command, json_option
 from rock.cli.serve import serve
-
-app = typer.Typer(help="Measure this machine: figures next to their floors.", invoke_without_command=True)
 
 
 @dataclass
@@ -127,22 +126,24 @@ async def measure(short: bool, inside: tuple[list[float], list[float]]) -> list[
     return figures
 
 
-@app.callback()
-def run(
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
-    short: Annotated[bool, typer.Option(help="Few repetitions: does it work at all?")] = False,
-) -> None:
-    """Measure the embedded runtime on this machine; takes about a minute and a half."""
+@command(example="rock bench --short")
+@json_option
+@click.option("--short", is_flag=True, help="Repeat each measurement a few times only, as a functional test.")
+def bench(json_: bool, short: bool) -> None:
+    """Measure this machine: results against a baseline.
+
+    It measures the embedded runtime with a server of its own, and takes about a minute and a half.
+    """
     inside = serve.run(server_side(50 if short else 1000))
     rows = [figure.row() for figure in asyncio.run(measure(short, inside))]
-    if as_json:
-        typer.echo(json.dumps({"figures": rows}, indent=1))
+    if json_:
+        print(json.dumps({"figures": rows}, indent=1))
         return
-    typer.echo(f"{'':<40} {'unit':>5} {'n':>5} {'min':>9} {'p50':>9} {'p95':>9}  {'target':<14} floor p50, ratio")
+    print(f"{'':<40} {'unit':>5} {'n':>5} {'min':>9} {'p50':>9} {'p95':>9}  {'target':<14} floor p50, ratio")
     for row in rows:
         floor = row.get("floor")
         beside = f"{floor['p50']:9.2f} x{row['ratio']:.2f}  {floor['name']}" if floor else ""
-        typer.echo(
+        print(
             f"{row['name']:<40} {row['unit']:>5} {row['n']:>5} {row['min']:>9.2f} {row['p50']:>9.2f} "
             f"{row['p95']:>9.2f}  {row['target']:<14} {beside}"
         )

@@ -76,7 +76,8 @@ def _port(child: subprocess.Popen[bytes], note: Path, log: Path) -> int:
         with contextlib.suppress(OSError, ValueError):
             return int(json.loads(note.read_text())["port"])
         time.sleep(0.02)
-    raise Unavailable(f"the server did not start: {log.read_text(errors='replace')[-500:]}")
+    raise Unavailable(f"the server did not start: {log.read_text(errors='replace')[-500:]}",
+                      hint="the text is the end of its log; repeat with less load on the machine")
 
 
 @contextlib.contextmanager

@@ -9,12 +9,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+import click
 
 from rock.admin.preflight import require_key_beyond_loopback, role_of
 from rock.cli import installation
+from rock.cli.contexts import url_of
+from rock.cli.output import busy
+from rock.cli.parsing import Group, json_option
 from rock.cli.serve.home import Home, make_private
 from rock.cli.serve.tls import tls_of
 from rock.errors import Conflict, InvalidConfig, RockError, ServerError, Unavailable
@@ -23,42 +26,49 @@ from rock.settings import Settings, child_environment
 if TYPE_CHECKING:
     from rock.sync.transport import Transport
 
-app = typer.Typer(no_args_is_help=True, help="Start and stop the server of this machine.")
-
 _START_TIMEOUT = 60.0
+_RUNNING = (
+    "all commands of this ROCK_HOME use it already; `rock admin status` describes it. For a second server set another "
+    "ROCK_HOME and --port 0"
+)
 
 
 def _settings(**given: Any) -> Settings:
     try:
         return Settings.read(**given)
     except ValueError as error:
-        raise InvalidConfig(str(error)) from None
+        raise InvalidConfig(str(error), hint="correct the variable or the option") from None
 
 
-@app.command()
+@click.group(cls=Group)
+def admin() -> None:
+    """Start, stop, back up and restore the server of this machine.
+
+    The server of ROCK_HOME, which is ~/.rock by default.
+    """
+
+
+@admin.command(example="rock admin start\nrock admin start --port 0")
+@click.option("--port", type=click.IntRange(0, 65535), help="Port; by default 8080. 0 selects a free port.")
+@click.option("--host", help="Address to listen on, by default 127.0.0.1; other addresses need an API key.")
+@click.option("--env", default="local", help="Accepted for ROCK's command line; local is the only one.")
+@click.option("--role", help="all, write (or admin), or read (or proxy); the last two have no sandboxes here.")
+@click.option("--tls-cert", metavar="FILE", help="Serve TLS with this certificate chain, in PEM.")
+@click.option("--tls-key", metavar="FILE", help="Key of the certificate, in PEM.")
+@click.option("--foreground", is_flag=True, help="Stay in the foreground, and log to the terminal.")
+@click.option("--adopt", is_flag=True, help="The store was lost: continue with the running sandboxes in a new one.")
+@click.option("--abandon", is_flag=True, help="The store was lost: end all sandboxes, and delete retained files.")
 def start(
-    port: Annotated[int | None, typer.Option(help="Port; 8080 by default, 0 takes a free one.")] = None,
-    host: Annotated[
-        str | None, typer.Option(help="Address to listen on; beyond loopback an API key is needed.")
-    ] = None,
-    env: Annotated[str, typer.Option(help="Kept for ROCK's command line; local is the only one.")] = "local",
-    role: Annotated[
-        str | None, typer.Option(help="all, write (or admin), read (or proxy); the last two have no sandboxes here.")
-    ] = None,
-    tls_cert: Annotated[str | None, typer.Option(help="Serve TLS with this chain of certificates, in PEM.")] = None,
-    tls_key: Annotated[str | None, typer.Option(help="The key of the certificate, in PEM.")] = None,
-    foreground: Annotated[bool, typer.Option("--foreground", help="Stay, and log to the terminal.")] = False,
-    adopt: Annotated[
-        bool, typer.Option("--adopt", help="The store was lost: go on with the sandboxes that run, in a new one.")
-    ] = False,
-    abandon: Annotated[
-        bool, typer.Option("--abandon", help="The store was lost: end all sandboxes, and remove files that are kept.")
-    ] = False,
-) -> None:
-    """Start the server and return when it serves. Sandboxes of a server that crashed are found again."""
+    port: int | None, host: str | None, env: str, role: str | None, tls_cert: str | None, tls_key: str | None,
+    foreground: bool, adopt: bool, abandon: bool,
+) -> None:  # fmt: skip
+    """Start the server, and return when it serves.
+
+    A server that crashed continues with its running sandboxes.
+    """
     installation.require_server()
     if adopt and abandon:
-        raise InvalidConfig("--adopt and --abandon exclude each other")
+        raise InvalidConfig("--adopt and --abandon exclude each other", hint="give one of them")
     changed = "adopt" if adopt else "abandon" if abandon else None
     settings = _settings(host=host, port=port, tls_cert=_file(tls_cert), tls_key=_file(tls_key), role=role,
                          store_changed=changed)  # fmt: skip
@@ -74,11 +84,12 @@ def start(
         return
     running = Home(settings.home).read()
     if running is not None:
-        raise Conflict(f"a server runs already for {settings.home} ({_where(running)})", hint="rock admin stop")
+        raise Conflict(f"a server runs already with ROCK_HOME={settings.home}: {url_of(running)}", hint=_RUNNING)
     began = time.monotonic()
-    note = _launch(settings)
-    typer.echo(
-        f"ROCK serves on {_where(note)} after {time.monotonic() - began:.2f} s "
+    with busy("starting the server"):
+        note = _launch(settings)
+    print(
+        f"ROCK serves on {url_of(note)} after {time.monotonic() - began:.2f} s "
         f"(pid {note['pid']}, home {settings.home}, log {settings.log_dir / 'server.log'})"
     )
 
@@ -128,39 +139,38 @@ def _why(output: Path) -> RockError:
     return ServerError(f"the server ended at once: {lines[-1] if lines else 'no output'}", hint=f"look into {output}")
 
 
-def _where(note: dict[str, Any]) -> str:
-    host = note.get("host", "?")
-    scheme = "https" if note.get("tls_cert") else "http"
-    return f"{scheme}://{f'[{host}]' if ':' in str(host) else host}:{note.get('port', '?')}"
+@admin.command(example="rock admin stop\nrock admin stop --keep")
+@click.option("--keep", is_flag=True, help="Leave the sandboxes running for the next start.")
+def stop(keep: bool) -> None:
+    """Stop the server and all its sandboxes.
 
-
-@app.command()
-def stop(
-    keep: Annotated[bool, typer.Option("--keep", help="Leave the sandboxes alive for the next start.")] = False,
-) -> None:
-    """Stop the server and, without --keep, every sandbox first, so that nothing is left behind."""
+    With --keep the sandboxes continue, and the next start finds them.
+    """
     settings = _settings()
     home = Home(settings.home)
     note = home.read()
     if note is None:
-        typer.echo(f"no server runs for {settings.home}")
+        print(f"no server runs for {settings.home}")
         return
     pid = int(note.get("pid", 0))
     if not pid:
-        raise Unavailable("a server holds the folder but has not said where it listens; try again")
+        raise Unavailable("a server has locked ROCK_HOME and does not listen yet", hint="try again in a second")
     if not keep:
-        count = _stop_sandboxes(note, settings)
-        typer.echo(f"stopped {count} sandboxes")
+        with busy("stopping the sandboxes"):
+            count = _stop_sandboxes(note, settings)
+        print(f"stopped {count} sandboxes")
     try:
         os.kill(pid, signal.SIGTERM)
     except ProcessLookupError:
         pass
-    end = time.monotonic() + 30.0 + settings.drain_seconds
-    while home.read() is not None:
-        if time.monotonic() > end:
-            raise Unavailable(f"the server (pid {pid}) does not stop", hint=f"kill -9 {pid}; sandboxes survive that")
-        time.sleep(0.02)
-    typer.echo("stopped")
+    with busy("stopping the server"):
+        end = time.monotonic() + 30.0 + settings.drain_seconds
+        while home.read() is not None:
+            if time.monotonic() > end:
+                raise Unavailable(f"the server (pid {pid}) does not stop",
+                                  hint=f"kill -9 {pid}; sandboxes survive that")
+            time.sleep(0.02)
+    print("stopped")
 
 
 def _own_transport(note: dict[str, Any], key: str | None) -> Transport:
@@ -170,11 +180,11 @@ def _own_transport(note: dict[str, Any], key: str | None) -> Transport:
     from rock.sync.transport import Transport
 
     if not note.get("tls_cert"):
-        return Transport(_where(note), key)
+        return Transport(url_of(note), key)
     context = ssl.create_default_context(cafile=str(note["tls_cert"]))
     context.check_hostname = False
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # whoever issued it
-    return Transport(_where(note), key, ssl_context=context)
+    return Transport(url_of(note), key, ssl_context=context)
 
 
 def _stop_sandboxes(note: dict[str, Any], settings: Settings) -> int:
@@ -182,7 +192,7 @@ def _stop_sandboxes(note: dict[str, Any], settings: Settings) -> int:
 
     from rock.sync import Client
 
-    with Client(_where(note), settings.api_key) as client:
+    with Client(url_of(note), settings.api_key) as client:
         client.transport = _own_transport(note, settings.api_key)
         ids = [item.sandbox_id for item in client.list_sandboxes(states="pending,running,stopping")]
         with ThreadPoolExecutor(8) as pool:
@@ -191,50 +201,57 @@ def _stop_sandboxes(note: dict[str, Any], settings: Settings) -> int:
     return len(ids)
 
 
-@app.command()
-def status(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
-    """Whether a server runs for this ROCK_HOME, and where."""
+@admin.command(example="rock admin status --json")
+@json_option
+def status(json_: bool) -> int:
+    """Show whether a server runs with this ROCK_HOME, and where.
+
+    The exit code is 3 when none runs.
+    """
     settings = _settings()
     note = Home(settings.home).read()
-    if as_json:
-        typer.echo(json.dumps({"running": note is not None, "home": str(settings.home), **(note or {})}))
+    if json_:
+        print(json.dumps({"running": note is not None, "home": str(settings.home), **(note or {})}))
     elif note is None:
-        typer.echo(f"no server runs for {settings.home}; start one with: rock admin start")
+        print(f"no server runs for {settings.home}; start one with: rock admin start")
     else:
-        typer.echo(f"serving on {_where(note)} (pid {note.get('pid')}, home {settings.home})")
-    if note is None:
-        raise typer.Exit(3)
+        print(f"serving on {url_of(note)} (pid {note.get('pid')}, home {settings.home})")
+    return 3 if note is None else 0
 
 
-@app.command()
-def backup(
-    file: Annotated[Path, typer.Argument(help="The file to write; it is replaced at once.")],
-    as_json: Annotated[bool, typer.Option("--json")] = False,
-) -> None:
-    """Copy the store, the catalogue and the logins of registries to a file. The server may run. Files of sandboxes and
-    images are not in it."""
+@admin.command(example="rock admin backup rock-backup.tar")
+@click.argument("file", type=click.Path(path_type=Path))
+@json_option
+def backup(file: Path, json_: bool) -> None:
+    """Copy the store of the server to a file.
+
+    It has the records of sandboxes, the catalogue and the logins of registries, but no files of sandboxes and no
+    images. The server may run. An existing file is replaced.
+    """
     from rock.cli.serve import upkeep
 
     done = upkeep.backup(_settings(), file)
-    if as_json:
-        typer.echo(json.dumps(done))
+    if json_:
+        print(json.dumps(done))
     else:
-        typer.echo(f"{done['sandboxes']} records of sandboxes, {', '.join(done['files'])}: {done['bytes']} bytes in "
+        print(f"{done['sandboxes']} records of sandboxes, {', '.join(done['files'])}: {done['bytes']} bytes in "
                    f"{done['file']}")  # fmt: skip
 
 
-@app.command()
-def restore(
-    file: Annotated[Path, typer.Argument(help="What `rock admin backup` wrote.")],
-    force: Annotated[bool, typer.Option("--force", help="Replace a store that is newer than the backup.")] = False,
-    as_json: Annotated[bool, typer.Option("--json")] = False,
-) -> None:
-    """Put a backup in the place of the store, while no server runs. What was there is kept beside it."""
+@admin.command(example="rock admin restore rock-backup.tar")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True, help="Replace a store that is newer than the backup.")
+@json_option
+def restore(file: Path, force: bool, json_: bool) -> None:
+    """Replace the store by a backup, while no server runs.
+
+    The replaced files are kept beside it.
+    """
     from rock.cli.serve import upkeep
 
     done = upkeep.restore(_settings(), file, force)
-    if as_json:
-        typer.echo(json.dumps(done))
+    if json_:
+        print(json.dumps(done))
     else:
         kept = f"; what was there is kept: {', '.join(done['kept'])}" if done["kept"] else ""
-        typer.echo(f"restored {done['sandboxes']} records of sandboxes to {done['store']}{kept}")
+        print(f"restored {done['sandboxes']} records of sandboxes to {done['store']}{kept}")

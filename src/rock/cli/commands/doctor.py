@@ -2,62 +2,62 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
+import click
 
 from rock.cli.output import as_json, busy, table
+from rock.cli.parsing import Group, json_option
 
 if TYPE_CHECKING:
     from rock.runtime.base import Runtime
     from rock.runtime.namespace.probe import Finding
 
-app = typer.Typer(help="Look at this machine, or at the files of its server.")
-
 _PATIENCE = 30.0  # timeout in seconds for a runtime to open
 
 
-@app.callback(invoke_without_command=True)
-def doctor(
-    context: typer.Context, json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
-) -> None:
-    """Look at this machine: isolation, limits, images. Exits with 1 when something essential is missing."""
+@click.group(cls=Group, invoke_without_command=True, no_args_is_help=False)
+@json_option
+@click.pass_context
+def doctor(context: click.Context, json_: bool) -> int:
+    """Check this machine, or the files of its server.
+
+    Without a command it checks isolation, limits and images. The exit code is 1 when something essential is missing.
+    """
     if context.invoked_subcommand is not None:
-        return
-    with busy("trying what this machine can do"):
+        return 0
+    with busy("checking this machine"):
         findings = _findings()
-    if json:
+    if json_:
         as_json([{"name": f.name, "ok": f.ok, "detail": f.detail, "hint": f.hint} for f in findings])
     else:
         signs = {True: "ok", False: "no", None: "-"}
         table(["", "", ""], [[signs[f.ok], f.name, _text(f)] for f in findings])
-    if any(f.ok is False for f in findings):
-        raise typer.Exit(1)
+    return int(any(f.ok is False for f in findings))
 
 
-@app.command()
-def store(
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Move what is damaged to ROCK_HOME/damaged. Needs a stopped server.")
-    ] = False,
-    images: Annotated[bool, typer.Option("--images", help="Look at the layers of images too.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Look at all that the server keeps on disk. Exits with 1 when something is damaged and was not repaired."""
+@doctor.command(example="rock doctor store --repair")
+@click.option("--repair", is_flag=True, help="Move damaged files to ROCK_HOME/damaged. It needs a stopped server.")
+@click.option("--images", is_flag=True, help="Check the layers of images too.")
+@json_option
+def store(repair: bool, images: bool, json_: bool) -> int:
+    """Check all files that the server stores.
+
+    The exit code is 1 when something is damaged and was not repaired.
+    """
     from rock.cli.serve.storecheck import Check, as_data
     from rock.settings import Settings
 
-    with busy("looking at the server's files"):
+    with busy("checking the files of the server"):
         found = Check(Settings.read(), repair, images).run()
     wrong = [one for one in found if not one.ok and one.repaired is None]
-    if json:
+    if json_:
         as_json({"ok": not wrong, "findings": [as_data(one) for one in found]})
     else:
         rows = [["ok" if one.ok else "moved" if one.repaired else "no", one.kind, one.path, one.detail,
                  one.repaired or one.hint] for one in found]  # fmt: skip
         table(["", "", "", "", ""], rows)
-    if wrong:
-        raise typer.Exit(1)
+    return int(bool(wrong))
 
 
 def _text(finding: Finding) -> str:

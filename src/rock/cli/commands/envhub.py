@@ -38,7 +38,8 @@ def database_of(url: str) -> Path:
         raise Unsupported(f"there is no store for {scheme}://", hint="sqlite:///FILE is the one there is")
     name = url.removeprefix(_SCHEME).partition("?")[0]
     if not name or name == ":memory:":
-        raise InvalidConfig(f"{url!r} names no file: what is registered would not outlive the server")
+        raise InvalidConfig(f"{url!r} names no file: what is registered would not outlive the server",
+                            hint="write it like sqlite:///envs.db")
     return Path(name).expanduser().absolute()
 
 

@@ -3,26 +3,39 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
+import click
 
+from rock.cli.connection import client, variables
 from rock.cli.output import age, as_json, busy, complain, fail, size, table
+from rock.cli.parsing import Group, complete_image, json_option
+from rock.errors import InvalidConfig, RockError
+from rock.protocol.sandbox import parse_size
+from rock.settings import Settings
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the client runs on machines that cannot store images
     from rock.images.registry.logins import Login
     from rock.images.store import ImageStore
 
-app = typer.Typer(no_args_is_help=True, help="Pull, push, build, import, list and remove the images of this machine.")
+_username = click.option("--username", help="User of the registry; the password is prompted for.")
+_name = click.argument("name", shell_complete=complete_image)
+_names = click.argument("names", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_image)
 
-Username = Annotated[str | None, typer.Option(help="For the registry; its password is asked for.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+@click.group(cls=Group)
+def image() -> None:
+    """Pull, build, import, list and remove images.
+
+    They are the images of this machine, in ROCK_HOME; `build` runs on the server.
+    """
 
 
 def _store() -> ImageStore:
     from rock.images.store import ImageStore
-    from rock.settings import Settings
 
     return ImageStore.of(Settings.read())
 
@@ -30,24 +43,24 @@ def _store() -> ImageStore:
 def _login(username: str | None) -> Login | None:
     from rock.images.registry.logins import Login
 
-    return None if username is None else Login(username, _asked())
+    return None if username is None else Login(username, _password())
 
 
-def _asked() -> str:
-    return str(typer.prompt("Password", hide_input=True, err=True))
+def _password() -> str:
+    return str(click.prompt("Password", hide_input=True, err=True))
 
 
-@app.command("ls")
-def list_images(
-    json: Json = False,
-    steps: Annotated[bool, typer.Option("--steps", help="The kept steps of builds, too.")] = False,
-) -> None:
-    """List the images."""
+@image.command("ls", example="rock image ls")
+@json_option
+@click.option("--steps", is_flag=True, help="Include the cached steps of builds.")
+@click.option("--no-trunc", is_flag=True, help="Do not cut cells.")
+def list_images(json_: bool, steps: bool, no_trunc: bool) -> None:
+    """List images."""
     from rock.images.gc import is_step
 
     store = _store()
     found = [record for record in store.list() if steps or not is_step(record)]
-    if json:
+    if json_:
         as_json([asdict(record) for record in found])
         return
     rows = [
@@ -63,115 +76,122 @@ def list_images(
         ]
         for record in found
     ]
-    table(["NAME", "KIND", "DIGEST", "LAYERS", "SIZE", "AGE", "USED", ""], rows, "no images")
+    table(["NAME", "KIND", "DIGEST", "LAYERS", "SIZE", "AGE", "USED", ""], rows, "no images", whole=no_trunc)
 
 
-@app.command("pull")
-def pull_image(
-    name: Annotated[str, typer.Argument(help="Its name, like python:3.11 or localhost:5000/team/tool:1.0.")],
-    username: Username = None,
-) -> None:
-    """Fetch an image from its registry."""
+@image.command("pull", example="rock image pull python:3.11")
+@click.argument("name")
+@_username
+def pull_image(name: str, username: str | None) -> None:
+    """Pull an image from its registry."""
     login = _login(username)
-    with busy(f"pulling {name}") as tell:
-        record = _store().pull(name, login, tell)
+    with busy(f"pulling {name}") as update:
+        record = _store().pull(name, login, update)
     print(f"{record.name}  {record.digest}")
 
 
-@app.command("build")
+@image.command("build", example="rock image build -t team/tool:1 .")
+@click.argument("path", type=click.Path(), metavar="FOLDER")
+@click.option("--tag", "-t", metavar="NAME", required=True, help="Name of the image.")
+@click.option("--file", "-f", metavar="FILE", help="Dockerfile; by default FOLDER/Dockerfile.")
+@click.option("--target", metavar="STAGE", help="Stage to build; by default the last one.")
+@click.option("--build-arg", metavar="K=V", multiple=True, help="Value of an ARG. Repeatable.")
+@click.option("--label", metavar="K=V", multiple=True, help="Label of the image. Repeatable.")
+@click.option("--network", type=click.Choice(["none", "nat", "host"]), default="none", show_default=True,
+              help="Network of RUN.")  # fmt: skip
+@click.option("--memory", "-m", default="2g", show_default=True, metavar="SIZE", help="Memory limit of each RUN.")
+@click.option("--cpus", "-c", type=float, default=2.0, show_default=True, help="CPU limit of each RUN.")
+@click.option("--no-cache", is_flag=True, help="Do not use the build cache.")
+@click.option("--pull", is_flag=True, help="Pull newer images of FROM.")
+@_username
 def build_image(
-    path: Annotated[str, typer.Argument(help="The context: a folder, with a Dockerfile unless -f names one.")],
-    tag: Annotated[str, typer.Option("--tag", "-t", metavar="NAME", help="The name of the image.")],
-    file: Annotated[str | None, typer.Option("--file", "-f", help="The Dockerfile.")] = None,
-    target: Annotated[str | None, typer.Option(help="The stage to build; the last one unless told.")] = None,
-    build_arg: Annotated[list[str] | None, typer.Option(metavar="K=V", help="A value for an ARG.")] = None,
-    label: Annotated[list[str] | None, typer.Option(metavar="K=V", help="A label.")] = None,
-    network: Annotated[str, typer.Option(help="Of RUN: none, nat or host.")] = "none",
-    memory: Annotated[str, typer.Option("--memory", "-m", help="Limit of each RUN.")] = "2g",
-    cpus: Annotated[float, typer.Option("--cpus", "-c", help="Limit of each RUN.")] = 2.0,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Take no step over from former builds.")] = False,
-    pull: Annotated[bool, typer.Option("--pull", help="Look for newer images of FROM in their registries.")] = False,
-    username: Username = None,
-) -> None:
+    path: str, tag: str, file: str | None, target: str | None, build_arg: tuple[str, ...], label: tuple[str, ...],
+    network: str, memory: str, cpus: float, no_cache: bool, pull: bool, username: str | None,
+) -> None:  # fmt: skip
     """Build an image of a Dockerfile, on the server."""
-    from rock.cli.commands.sandbox import client, variables
-
     login = _login(username)
     fields: dict[str, Any] = {
-        "target": target, "build_args": variables(build_arg), "labels": variables(label), "network": network,
-        "memory": memory, "cpus": cpus, "use_cache": not no_cache, "pull": "always" if pull else "missing",
-        "registry_username": login.username if login else None, "registry_password": login.password if login else None,
+        "target": target, "build_args": variables(build_arg, "--build-arg"), "labels": variables(label, "--label"),
+        "network": network, "memory": memory, "cpus": cpus, "use_cache": not no_cache,
+        "pull": "always" if pull else "missing", "registry_username": login.username if login else None,
+        "registry_password": login.password if login else None,
     }  # fmt: skip
-
-    def show(text: str) -> None:
-        print(text, end="", file=sys.stderr, flush=True)
-
-    made = client().build_image(path, tag, dockerfile=file, progress=show, **fields)
+    made = client().build_image(path, tag, dockerfile=file, progress=_show, **fields)
     print(f"{made.name}  {made.digest}")
-    print(f"{made.layers} layers, {size(made.size)}; {made.cached} steps taken over, {made.ran} run", file=sys.stderr)
+    print(f"{made.layers} layers, {size(made.size)}; {made.cached} steps from the cache, {made.ran} run",
+          file=sys.stderr)  # fmt: skip
 
 
-@app.command("push")
-def push_image(
-    name: Annotated[str, typer.Argument(help="Its name, which tells the registry, like localhost:5000/team/tool:1.0.")],
-    username: Username = None,
-) -> None:
-    """Send an image to its registry."""
+def _show(text: str) -> None:
+    print(text, end="", file=sys.stderr, flush=True)
+
+
+@image.command("push", example="rock image push localhost:5000/team/tool:1.0")
+@_name
+@_username
+def push_image(name: str, username: str | None) -> None:
+    """Push an image to the registry in its name."""
     login = _login(username)
-    with busy(f"pushing {name}") as tell:
-        digest = _store().push(name, login, tell)
+    with busy(f"pushing {name}") as update:
+        digest = _store().push(name, login, update)
     print(f"{name}  {digest}")
 
 
-@app.command("export")
-def export_image(
-    name: Annotated[str, typer.Argument(help="Its name.")],
-    path: Annotated[str, typer.Argument(help="A file that is not there yet: the tar of an OCI layout.")],
-) -> None:
-    """Write an image to a file, for `rock image import` and other tools."""
-    with busy(f"writing {path}") as tell:
-        digest = _store().export(name, path, tell)
+@image.command("export", example="rock image export team/tool:1 tool.tar")
+@_name
+@click.argument("path", metavar="FILE")
+def export_image(name: str, path: str) -> None:
+    """Write an image to a new file.
+
+    The file is the tar of an OCI layout, for `rock image import` and other tools.
+    """
+    with busy(f"writing {path}") as update:
+        digest = _store().export(name, path, update)
     print(f"{name}  {digest}")
 
 
-@app.command("import")
-def import_image(
-    path: Annotated[str, typer.Argument(help="A root folder, a tar of one, a `docker save` archive or an OCI layout.")],
-    name: Annotated[
-        str | None, typer.Argument(help="Its name, like my/image:1.0; archives have names of their own.")
-    ] = None,
-) -> None:
-    """Import an image from a folder or a file."""
-    with busy(f"importing {path}") as tell:
-        records = _store().import_any(path, name, tell)
+@image.command("import", example="rock image import ./rootfs team/base:1")
+@click.argument("path")
+@click.argument("name", required=False)
+def import_image(path: str, name: str | None) -> None:
+    """Import an image from a folder or a file.
+
+    PATH is a root folder, a tar of one, an archive of `docker save` or an OCI layout; archives have names of their own.
+    """
+    with busy(f"importing {path}") as update:
+        records = _store().import_any(path, name, update)
     for record in records:
         print(f"{record.name}  {record.digest}")
 
 
-@app.command("from-host")
-def from_host(name: Annotated[str, typer.Argument(help="A name, like python:3.11.")]) -> None:
-    """Give this machine's own system, read-only and without its secrets, the name of an image."""
-    with busy("looking through this system"):
+@image.command("from-host", example="rock image from-host python:3.11")
+@click.argument("name")
+def from_host(name: str) -> None:
+    """Create an image of this machine's root file system.
+
+    It refers to the file system of the host, read-only and without private files: nothing is copied. It has the
+    programs of the host, whatever NAME says.
+    """
+    with busy("reading the root file system"):
         record = _store().from_host(name)
     print(f"{record.name}  {record.digest}")
 
 
-@app.command("login")
-def log_in(
-    registry: Annotated[str, typer.Argument(help="Like localhost:5000, ghcr.io or docker.io.")],
-    username: Annotated[str, typer.Option(prompt=True, help="Of the registry.")],
-    password_stdin: Annotated[
-        bool, typer.Option("--password-stdin", help="Read the password from the standard input.")
-    ] = False,
-) -> None:
-    """See that a registry takes a login, and keep it in ROCK_HOME/registries.json for you alone."""
-    from contextlib import closing
+@image.command("login", example="rock image login ghcr.io --username me")
+@click.argument("registry")
+@click.option("--username", prompt=True, help="User of the registry.")
+@click.option("--password-stdin", is_flag=True, help="Read the password from the standard input.")
+def log_in(registry: str, username: str, password_stdin: bool) -> None:
+    """Log in to a registry.
 
+    Checks the login, and stores it in ROCK_HOME/registries.json, which only you can read. REGISTRY is like
+    localhost:5000, ghcr.io or docker.io.
+    """
     from rock.images.registry.client import Registry
     from rock.images.registry.logins import Login, any_of, domain_of
 
     domain = domain_of(registry)
-    password = sys.stdin.readline().rstrip("\r\n") if password_stdin else _asked()
+    password = sys.stdin.readline().rstrip("\r\n") if password_stdin else _password()
     login = Login(username, password)
     with closing(Registry(any_of(domain), login)) as there:
         there.log_in()
@@ -179,97 +199,96 @@ def log_in(
     print(f"{domain}  {username}")
 
 
-@app.command("logout")
-def log_out(registry: Annotated[str, typer.Argument(help="Its name.")]) -> None:
-    """Forget the login of a registry."""
+@image.command("logout", example="rock image logout ghcr.io")
+@click.argument("registry")
+def log_out(registry: str) -> None:
+    """Remove the stored login of a registry."""
     from rock.images.registry.logins import domain_of
 
     _store().logins.forget(domain_of(registry))
 
 
-@app.command("logins")
+@image.command("logins", example="rock image logins")
 def list_logins() -> None:
-    """List the registries that a login is kept for."""
+    """List the stored logins."""
     table(["REGISTRY", "USERNAME"], [list(row) for row in _store().logins.domains().items()], "no logins")
 
 
-@app.command("prefetch")
-def prefetch(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...")],
-    pin: Annotated[bool, typer.Option("--pin", help="Keep them whatever the budget says.")] = False,
-) -> None:
-    """Pull those images that are not on this machine yet, ahead of the sandboxes that will need them."""
-    from rock.errors import RockError
+@image.command("prefetch", example="rock image prefetch --pin python:3.11 python:3.12")
+@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@click.option("--pin", is_flag=True, help="Exempt the images from garbage collection.")
+def prefetch(names: tuple[str, ...], pin: bool) -> int:
+    """Pull images that are not on this machine yet."""
+    store = _store()
 
-    store, failed = _store(), 0
+    def one(name: str) -> str:
+        present = store.has(name)
+        if not present:
+            with busy(f"pulling {name}") as update:
+                store.pull(name, progress=update)
+        if pin:
+            store.pin(name)
+        return f"{name}  {'present' if present else 'pulled'}"
+
+    return _each(names, one)
+
+
+def _each(names: tuple[str, ...], act: Callable[[str], str]) -> int:
+    """Print the result for each image; 1 when one failed."""
+    failed = 0
     for name in names:
         try:
-            there = store.has(name)
-            if not there:
-                with busy(f"pulling {name}") as tell:
-                    store.pull(name, progress=tell)
-            if pin:
-                store.pin(name)
-            print(f"{name}  {'was there' if there else 'pulled'}")
+            print(act(name))
         except RockError as error:
             failed = fail(error)
-    if failed:
-        raise typer.Exit(failed)
+    return failed
 
 
-@app.command("pin")
-def pin(names: Annotated[list[str], typer.Argument(metavar="NAME...")]) -> None:
-    """Keep images whatever the budget says."""
+@image.command("pin", example="rock image pin python:3.11")
+@_names
+def pin(names: tuple[str, ...]) -> None:
+    """Exempt images from garbage collection."""
     for name in names:
         _store().pin(name)
 
 
-@app.command("unpin")
-def unpin(names: Annotated[list[str], typer.Argument(metavar="NAME...")]) -> None:
-    """Let images go again when there is no room for them."""
+@image.command("unpin", example="rock image unpin python:3.11")
+@_names
+def unpin(names: tuple[str, ...]) -> None:
+    """Allow images to be evicted again."""
     for name in names:
         _store().pin(name, False)
 
 
-@app.command("prune")
-def prune(
-    everything: Annotated[bool, typer.Option("--all", help="Every image that is neither pinned nor in use.")] = False,
-    most: Annotated[
-        str | None, typer.Option("--to", metavar="SIZE", help="The least recently used, until that much is left.")
-    ] = None,
-) -> None:
-    """Remove layers that no image has, and the kept steps of builds."""
-    from rock.errors import InvalidConfig
-    from rock.protocol.sandbox import parse_size
-
+@image.command("prune", example="rock image prune\nrock image prune --to 20g")
+@click.option("--all", "everything", is_flag=True, help="Also every image that is neither pinned nor in use.")
+@click.option("--to", "most", metavar="SIZE", help="Also the least recently used images, until this size remains.")
+def prune(everything: bool, most: str | None) -> int:
+    """Remove unused layers and the build cache."""
     try:
         limit = None if most is None else parse_size(most, "image store")
     except ValueError as error:
-        raise InvalidConfig(str(error)) from None
-    pruned = _store().prune(steps=limit is None, everything=everything, most=limit)
+        raise InvalidConfig(f"--to is not a size: {error}", hint="write a number and a unit, like 20g") from None
+    with busy("removing unused layers"):
+        pruned = _store().prune(steps=limit is None, everything=everything, most=limit)
     if pruned.busy:
-        raise typer.Exit(complain("an image is being added now, and nothing was removed", "try again in a moment"))
+        return complain("an image is being added now, and nothing was removed", "try again in a moment")
     for name in pruned.names:
         print(name)
     print(f"{size(pruned.freed)} freed")
+    return 0
 
 
-@app.command("rm")
-def remove(names: Annotated[list[str], typer.Argument(metavar="NAME...")]) -> None:
-    """Remove images; layers that nothing else needs go with them."""
-    from rock.errors import RockError
-
-    store, failed = _store(), 0
-    for name in names:
-        try:
-            print(f"{name}  {size(store.remove(name))} freed")
-        except RockError as error:
-            failed = fail(error)
-    if failed:
-        raise typer.Exit(failed)
+@image.command("rm", example="rock image rm team/tool:1")
+@_names
+def remove(names: tuple[str, ...]) -> int:
+    """Remove images, and layers that no other image needs."""
+    store = _store()
+    return _each(names, lambda name: f"{name}  {size(store.remove(name))} freed")
 
 
-@app.command()
-def inspect(name: Annotated[str, typer.Argument()]) -> None:
-    """Show what is known of an image, as JSON."""
+@image.command("inspect", example="rock image inspect python:3.11")
+@_name
+def inspect(name: str) -> None:
+    """Show all fields of an image as JSON."""
     as_json(asdict(_store().inspect(name)))

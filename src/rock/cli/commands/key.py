@@ -2,75 +2,81 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
 
-import typer
+import click
 
-from rock.cli.output import OPTIONS, age, as_json, table
+from rock.cli.connection import client
+from rock.cli.output import age, as_json, table
+from rock.cli.parsing import Group, json_option
+from rock.protocol.keys import CreateKey, Quota
 
-app = typer.Typer(no_args_is_help=True, help="API keys: who may use the server, for what, and how much of it.")
 
-AsJson = Annotated[bool, typer.Option("--json", help="JSON.")]
+@click.group(cls=Group)
+def key() -> None:
+    """Create, list and revoke API keys.
+
+    A key belongs to a tenant, and has scopes and a quota. These commands need the key of the server's owner.
+    """
 
 
-@app.command()
+@key.command(example="rock key create ci --sandboxes 20 --memory 64g")
+@click.argument("name")
+@click.option("--tenant", help="Tenant of the key, [a-z][a-z0-9]*; by default a new one.")
+@click.option("--scope", multiple=True,
+              help="read, run, create, images or admin; repeatable. Default: read, run and create.")  # fmt: skip
+@click.option("--sandboxes", type=int, help="Maximum number of sandboxes at once.")
+@click.option("--cpus", type=float, help="Maximum number of CPUs of all sandboxes.")
+@click.option("--memory", metavar="SIZE", help="Maximum memory of all sandboxes, like 64g.")
+@click.option("--creates-per-minute", type=int, help="Maximum number of starts within 60 seconds.")
+@json_option
 def create(
-    name: Annotated[str, typer.Argument(help="What to call it, for people.")],
-    tenant: Annotated[
-        str | None, typer.Option(help="Whose sandboxes it is for: [a-z][a-z0-9]*; a new tenant unless given.")
-    ] = None,
-    scope: Annotated[
-        list[str] | None,
-        typer.Option(help="read, run, create, images, admin; again for each. Read, run and create unless given."),
-    ] = None,
-    sandboxes: Annotated[int | None, typer.Option(help="Most sandboxes at once.")] = None,
-    cpus: Annotated[float | None, typer.Option(help="Most CPUs of them together.")] = None,
-    memory: Annotated[str | None, typer.Option(help="Most memory of them together, like 64g.")] = None,
-    creates_per_minute: Annotated[int | None, typer.Option(help="Most starts within 60 seconds.")] = None,
-    json: AsJson = False,
-) -> None:
-    """Make a key, and show it this once: the server keeps its digest alone."""
-    from rock.protocol.keys import CreateKey, Quota
-    from rock.sync import Client
+    name: str, tenant: str | None, scope: tuple[str, ...], sandboxes: int | None, cpus: float | None,
+    memory: str | None, creates_per_minute: int | None, json_: bool,
+) -> None:  # fmt: skip
+    """Create a key, and print it.
 
+    The key is shown only once: the server stores its digest. NAME is a description for people.
+    """
     quota = Quota(sandboxes=sandboxes, cpus=cpus, memory=memory, creates_per_minute=creates_per_minute)
-    given = {"scopes": scope} if scope else {}
+    given = {"scopes": list(scope)} if scope else {}
     spec = CreateKey.model_validate({"name": name, "tenant": tenant, "quota": quota, **given})
-    with Client(OPTIONS.base_url, OPTIONS.api_key) as client:
-        made = client.create_key(spec)
-    if json:
+    with client() as server:
+        made = server.create_key(spec)
+    if json_:
         as_json(made.model_dump(mode="json"))
         return
-    typer.echo(f"key {made.id} of tenant {made.tenant}: {', '.join(made.scopes)}", err=True)
-    typer.echo(made.key)
+    print(f"key {made.id} of tenant {made.tenant}: {', '.join(made.scopes)}", file=sys.stderr)
+    print(made.key)
 
 
-@app.command("ls")
-def list_keys(
-    all_keys: Annotated[bool, typer.Option("--all", "-a", help="Revoked ones too.")] = False, json: AsJson = False
-) -> None:
+@key.command("ls", example="rock key ls -a")
+@click.option("--all", "-a", "everything", is_flag=True, help="Include revoked keys.")
+@json_option
+def list_keys(everything: bool, json_: bool) -> None:
     """List keys."""
-    from rock.sync import Client
-
-    with Client(OPTIONS.base_url, OPTIONS.api_key) as client:
-        keys = [key for key in client.list_keys() if all_keys or key.revoked_at is None]
-    if json:
-        as_json([key.model_dump(mode="json") for key in keys])
+    with client() as server:
+        keys = [item for item in server.list_keys() if everything or item.revoked_at is None]
+    if json_:
+        as_json([item.model_dump(mode="json") for item in keys])
         return
     rows = []
-    for key in keys:
-        limits = key.quota.model_dump(exclude_none=True)
+    for item in keys:
+        limits = item.quota.model_dump(exclude_none=True)
         quota = ", ".join(f"{value} {name}" for name, value in limits.items())
-        state = "revoked" if key.revoked_at else ""
-        rows.append((key.id, key.name, key.tenant, ",".join(key.scopes), quota, age(key.created_at), state))
-    table(("ID", "NAME", "TENANT", "SCOPES", "QUOTA", "AGE", ""), rows, "no keys; make one with: rock key create NAME")
+        state = "revoked" if item.revoked_at else ""
+        rows.append((item.id, item.name, item.tenant, ",".join(item.scopes), quota, age(item.created_at), state))
+    table(("ID", "NAME", "TENANT", "SCOPES", "QUOTA", "AGE", ""), rows,
+          "no keys; create one with: rock key create NAME")  # fmt: skip
 
 
-@app.command()
-def revoke(key_id: Annotated[str, typer.Argument(help="Its ID, as rock key ls shows it.")]) -> None:
-    """End a key at once. The sandboxes of its tenant stay."""
-    from rock.sync import Client
+@key.command(example="rock key revoke k3f2a")
+@click.argument("key_id", metavar="ID")
+def revoke(key_id: str) -> None:
+    """Revoke a key at once.
 
-    with Client(OPTIONS.base_url, OPTIONS.api_key) as client:
-        client.revoke_key(key_id)
-    typer.echo(f"revoked {key_id}")
+    The sandboxes of its tenant continue. `rock key ls` shows the ids.
+    """
+    with client() as server:
+        server.revoke_key(key_id)
+    print(f"revoked {key_id}")

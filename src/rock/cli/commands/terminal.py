@@ -15,6 +15,7 @@ from typing import Any
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
+from rock.cli.parsing import TIMED_OUT
 from rock.errors import Unavailable, Unsupported, from_wire
 from rock.protocol.routes import ROUTES
 from rock.sdk.forward import web_socket
@@ -23,16 +24,25 @@ from rock.sdk.sandbox.link import headers_of
 from rock.settings import terminal_environment
 from rock.sync import Sandbox
 
-DETACH_HINT = "the terminal was cut off; the sandbox is as it was"
+DETACH_HINT = "the sandbox was not changed; connect again, or see `rock ps -a`"
 END_OF_INPUT = b"\x04"
 
 
-async def attend(sandbox: Sandbox, query: dict[str, object]) -> int:
-    """Connect this terminal until the program inside ends; returns its exit status."""
+async def attend(sandbox: Sandbox, query: dict[str, object], timeout: float | None = None) -> int:
+    """Connect this terminal until the program inside ends; returns its exit code. timeout: seconds after which the
+    program is killed and the exit code is 124."""
     try:
         async with await web_socket(sandbox.url, _target(sandbox, query), headers_of(sandbox.config)) as socket:
             with _raw_terminal():
-                return await _Terminal(socket).run()
+                limit = asyncio.timeout(timeout)
+                try:
+                    async with limit:
+                        return await _Terminal(socket).run()
+                except TimeoutError:
+                    if not limit.expired():
+                        raise
+        print(f"error: timed out after {timeout:g} s; the program was killed", file=sys.stderr)
+        return TIMED_OUT
     except ConnectionClosed as error:
         raise Unavailable(f"the server closed the terminal: {error}", hint=DETACH_HINT) from None
 

@@ -3,92 +3,98 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
 
-import typer
+import click
 
-from rock.cli.output import OPTIONS, as_json, table
+from rock.cli.connection import client
+from rock.cli.output import as_json, busy, table
+from rock.cli.parsing import Group, json_option
 from rock.errors import Unavailable
+from rock.protocol.node import WorkerInfo
 
-app = typer.Typer(no_args_is_help=True, help="Workers: the machines that sandboxes are on.")
-
-AsJson = Annotated[bool, typer.Option("--json", help="JSON.")]
-Name = Annotated[str, typer.Argument(help="Its name, as rock worker ls shows it.")]
+_name = click.argument("name")
 
 
-@app.command("ls")
-def list_workers(json: AsJson = False) -> None:
-    """List workers, lost ones too."""
-    from rock.sync import Client
+@click.group(cls=Group)
+def worker() -> None:
+    """List, drain and remove workers.
 
-    with Client(OPTIONS.base_url, OPTIONS.api_key) as client:
-        found = client.list_workers()
-    if json:
-        as_json([worker.model_dump(mode="json") for worker in found])
+    Workers are the machines on which sandboxes run.
+    """
+
+
+@worker.command("ls", example="rock worker ls")
+@json_option
+def list_workers(json_: bool) -> None:
+    """List workers, lost ones included."""
+    with client() as server:
+        found = server.list_workers()
+    if json_:
+        as_json([item.model_dump(mode="json") for item in found])
         return
     rows = []
-    for worker in found:
-        status = worker.status
+    for item in found:
+        status = item.status
         room = ("", "", "", "")
         if status is not None:
             free = f"{status.memory_free / (1 << 30):.1f}/{status.memory_total / (1 << 30):.1f} GiB"
             room = (f"{status.sandboxes}/{status.sandbox_limit}", str(status.cpus), free, f"{status.load:.2f}")
-        heard = f"{worker.age:.0f} s" if worker.url else ""
-        rows.append((worker.name, worker.state.value, *room, heard, worker.url))
-    table(("NAME", "STATE", "SANDBOXES", "CPUS", "MEMORY FREE", "LOAD", "HEARD", "URL"), rows,
+        seen = f"{item.age:.0f} s" if item.url else ""
+        rows.append((item.name, item.state.value, *room, seen, item.url))
+    table(("NAME", "STATE", "SANDBOXES", "CPUS", "MEMORY FREE", "LOAD", "LAST SEEN", "URL"), rows,
           "no workers; start one with: rocklet --join URL")  # fmt: skip
 
 
-@app.command()
-def drain(
-    name: Name,
-    wait: Annotated[float, typer.Option(help="Seconds to wait until it has no sandboxes.")] = 0.0,
-    json: AsJson = False,
-) -> None:
-    """It gets no more sandboxes, and keeps those that it has."""
-    from rock.sync import Client
+@worker.command(example="rock worker drain gpu-3 --wait 600")
+@_name
+@click.option("--wait", type=float, default=0.0, metavar="SECONDS",
+              help="Wait up to this time until the worker has no sandboxes.")  # fmt: skip
+@json_option
+def drain(name: str, wait: float, json_: bool) -> None:
+    """Place no further sandboxes on a worker.
 
+    The sandboxes that it has continue.
+    """
     end = time.monotonic() + wait
-    with Client(OPTIONS.base_url, OPTIONS.api_key) as client:
-        info = client.drain_worker(name)
-        while wait > 0:
-            left = client.list_sandboxes(states="pending,running,stopping", limit=1, worker=name)
-            if not left:
-                break
-            if time.monotonic() > end:
-                raise Unavailable(f"worker {name} still has sandboxes after {wait:g} s", hint="wait, or stop them")
-            time.sleep(0.5)
-    if json:
+    with client() as server:
+        info = server.drain_worker(name)
+        with busy(f"waiting until {name} has no sandboxes"):
+            while wait > 0:
+                if not server.list_sandboxes(states="pending,running,stopping", limit=1, worker=name):
+                    break
+                if time.monotonic() > end:
+                    raise Unavailable(f"worker {name} still has sandboxes after {wait:g} s",
+                                      hint="wait, or stop them")
+                time.sleep(0.5)
+    _show(info, json_, f"{name} gets no more sandboxes")
+
+
+def _show(info: WorkerInfo, json_: bool, text: str) -> None:
+    if json_:
         as_json(info.model_dump(mode="json"))
     else:
-        typer.echo(f"{name} gets no more sandboxes")
+        print(text)
 
 
-@app.command()
-def undrain(name: Name, json: AsJson = False) -> None:
-    """It gets sandboxes again."""
-    from rock.sync import Client
-
-    with Client(OPTIONS.base_url, OPTIONS.api_key) as client:
-        info = client.drain_worker(name, False)
-    if json:
-        as_json(info.model_dump(mode="json"))
-    else:
-        typer.echo(f"{name} gets sandboxes again")
+@worker.command(example="rock worker undrain gpu-3")
+@_name
+@json_option
+def undrain(name: str, json_: bool) -> None:
+    """Place sandboxes on a drained worker again."""
+    with client() as server:
+        info = server.drain_worker(name, False)
+    _show(info, json_, f"{name} gets sandboxes again")
 
 
-@app.command()
-def rm(
-    name: Name,
-    force: Annotated[bool, typer.Option("--force", help="Take it for lost now: its sandboxes are over.")] = False,
-    json: AsJson = False,
-) -> None:
-    """Forget a worker that is lost. One that comes back joins anew."""
-    from rock.sync import Client
+@worker.command(example="rock worker rm gpu-3")
+@_name
+@click.option("--force", is_flag=True, help="Mark the worker lost first, which ends its sandboxes.")
+@json_option
+def rm(name: str, force: bool, json_: bool) -> None:
+    """Remove a lost worker.
 
-    with Client(OPTIONS.base_url, OPTIONS.api_key) as client:
-        info = client.remove_worker(name, force=force)
-    if json:
-        as_json(info.model_dump(mode="json"))
-    else:
-        typer.echo(f"forgot {name}")
+    A removed worker that comes back joins as a new one.
+    """
+    with client() as server:
+        info = server.remove_worker(name, force=force)
+    _show(info, json_, f"removed {name}")

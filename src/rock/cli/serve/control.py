@@ -174,7 +174,8 @@ def workers_of(text: str) -> dict[str, str]:
         if not separator or not name or not url.startswith(("http://", "https://")):
             raise InvalidConfig(f"ROCK_WORKERS: {part!r} names no worker", hint="NAME=http://HOST:PORT,NAME=...")
         if name in found:
-            raise InvalidConfig(f"ROCK_WORKERS: {name} is named twice")
+            raise InvalidConfig(f"ROCK_WORKERS: {name} is named twice",
+                                hint="give each worker one name")
         found[name] = url
     return found
 

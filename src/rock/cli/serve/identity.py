@@ -33,7 +33,7 @@ class Identity:
     def __init__(self, run_dir: Path, store: Store, changed: str, node: Node | None) -> None:
         """node: the rocklet of a server with local sandboxes. InvalidConfig."""
         if changed not in WAYS:
-            raise InvalidConfig(f"ROCK_STORE_CHANGED={changed}: adopt or abandon")
+            raise InvalidConfig(f"ROCK_STORE_CHANGED={changed} is not a known choice", hint="use adopt or abandon")
         if changed == "adopt" and node is None:
             raise Unsupported("sandboxes of other machines cannot be adopted",
                               hint="restore a backup, or rock admin start --abandon")  # fmt: skip

@@ -114,7 +114,8 @@ def _disk_limit(settings: Settings) -> int:
     try:
         return parse_size(settings.disk_limit, "disk")
     except ValueError as error:
-        raise InvalidConfig(f"ROCK_DISK_LIMIT: {error}") from None
+        raise InvalidConfig(f"ROCK_DISK_LIMIT is not a size: {error}",
+                            hint="use a size like 10g, or 0 for none") from None
 
 
 def _resolvers(settings: Settings) -> list[str]:
@@ -124,7 +125,8 @@ def _resolvers(settings: Settings) -> list[str]:
         for text in settings.resolvers:
             parse_server(text)
     except ValueError as error:
-        raise InvalidConfig(f"ROCK_NETWORK_RESOLVERS: {error}") from None
+        raise InvalidConfig(f"ROCK_NETWORK_RESOLVERS is not a list of resolvers: {error}",
+                            hint="write addresses like 203.0.113.1:53, separated by commas") from None
     return settings.resolvers
 
 
@@ -191,7 +193,7 @@ def membership_of(settings: Settings, node: Node) -> Membership | None:
     name = settings.worker_name or re.sub(r"[^A-Za-z0-9_.-]", "-", socket.gethostname())[:63]
     url = settings.advertise or f"{'https' if settings.tls_cert else 'http'}://{_reached_at(settings, servers[0])}"
     if settings.lease_lost not in ("stop", "keep"):
-        raise InvalidConfig(f"ROCK_LEASE_LOST={settings.lease_lost}: stop or keep")
+        raise InvalidConfig(f"ROCK_LEASE_LOST={settings.lease_lost} is not a known choice", hint="use stop or keep")
     return Membership(node, Joining(servers, name, url.rstrip("/"), settings.lease_lost == "keep"),
                       settings.home / "worker.json")  # fmt: skip
 

@@ -26,6 +26,7 @@ from rock.store.migrations import SQLITE
 _STORE, _CATALOGUE, _ABOUT = "rock.sqlite", "envhub.sqlite", "about.json"
 _FILES = ("registries.json", "worker.json")  # copied unchanged
 _MOST = 64 << 30  # maximum bytes of one file of a backup
+_BACKUP = "give a file that `rock admin backup` wrote"
 
 
 def store_file(settings: Settings) -> Path:
@@ -50,7 +51,8 @@ def fact(path: Path) -> dict[str, Any]:
             return {"schema": schema, "identity": identity[0] if identity else "", "sandboxes": count,
                     "changed": max(created, stopped, key)}  # fmt: skip
     except sqlite3.Error as error:
-        raise Unavailable(f"{path} cannot be read as a store: {error}") from None
+        raise Unavailable(f"{path} cannot be read as a store: {error}",
+                          hint="`rock doctor store` checks the files of the server") from None
 
 
 def _copied(source: Path, target: Path) -> None:
@@ -64,7 +66,7 @@ def backup(settings: Settings, target: Path) -> dict[str, Any]:
     """Write the store, the catalogue and the registry logins to a file with mode 0600. Returns a summary."""
     source = store_file(settings)
     if not source.exists():
-        raise NotFound(f"there is no store at {source}")
+        raise NotFound(f"there is no store at {source}", hint="set ROCK_HOME to the home folder of the server")
     target = target.expanduser().absolute()
     try:
         with tempfile.TemporaryDirectory(prefix=".rock-backup-", dir=target.parent) as name:
@@ -147,17 +149,18 @@ def _unpacked(source: Path, folder: Path) -> dict[str, Any]:
             raise ValueError("it is of another format")
     except FileNotFoundError as error:
         if Path(str(error.filename)) == source.expanduser():
-            raise NotFound(f"there is no file {source}") from None
-        raise InvalidConfig(f"{source} is no backup: it has no {Path(str(error.filename)).name}") from None
+            raise NotFound(f"there is no file {source}", hint="check the path of the backup") from None
+        raise InvalidConfig(f"{source} is no backup: it has no {Path(str(error.filename)).name}",
+                            hint=_BACKUP) from None
     except (tarfile.TarError, EOFError, ValueError) as error:
-        raise InvalidConfig(f"{source} is no backup, or it is damaged: {error}") from None
+        raise InvalidConfig(f"{source} is no backup, or it is damaged: {error}", hint=_BACKUP) from None
     return dict(about)
 
 
 def _check_whole(path: Path, source: Path) -> None:
     with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as db:
         if (told := db.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
-            raise InvalidConfig(f"the store in {source} is damaged: {told}")
+            raise InvalidConfig(f"the store in {source} is damaged: {told}", hint=_BACKUP)
 
 
 def _refuse_newer(target: Path, found: dict[str, Any]) -> None:
@@ -190,5 +193,7 @@ def _told(error: OSError, path: Path) -> RockError:
     import errno
 
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StorageFull(f"{path} cannot be written: the disk is full")
-    return Unavailable(f"{path} cannot be written: {error.strerror or error}")
+        return StorageFull(f"{path} cannot be written: the disk is full",
+                           hint="free some space, or choose another disk")
+    return Unavailable(f"{path} cannot be written: {error.strerror or error}",
+                       hint="check the permissions of the folder")

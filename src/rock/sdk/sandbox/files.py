@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, TypeVar
+from typing import IO, Any, BinaryIO, TypeVar
 
 from rock import errors
 from rock.protocol.action import (
@@ -23,7 +23,7 @@ from rock.protocol.action import (
 )
 from rock.protocol.node import FileList
 from rock.sdk import primitives
-from rock.sdk.archive import CHUNK, FileSource, FolderSource, Incoming, Progress, unpack
+from rock.sdk.archive import CHUNK, FileSource, FolderSource, Incoming, Progress, StreamSource, unpack
 from rock.sdk.http import Source
 from rock.sdk.sandbox.link import Link, parse
 from rock.sdk.transport import Download
@@ -265,6 +265,18 @@ class Files:
                 await _pump(answer, file.write, progress)
                 file.seek(0)
                 return await primitives.in_thread(unpack, file, local_dir)
+
+    async def pack(self, path: str) -> AsyncIterator[bytes]:
+        """A folder as a tar, in pieces while they arrive. The names are relative to the folder. NotFound, Conflict."""
+        target = self._link._path("download_dir", path=path)
+        async with await self._link._transport.open("GET", target, timeout=TRANSFER_TIMEOUT) as answer:
+            async for part in answer:
+                yield part
+
+    async def unpack(self, source: BinaryIO, path: str, *, progress: Progress | None = None) -> None:
+        """Unpack a tar, read from a binary file, into a folder, which is created. InvalidConfig: it is no tar.
+        progress: called with the number of bytes of each piece."""
+        await self._put(self._link._path("upload_dir", path=path), StreamSource(source, progress), TAR)
 
     async def chunks(self, path: str) -> AsyncIterator[bytes]:
         """The bytes of a file while they come."""
