@@ -102,8 +102,7 @@ def test_wrong_calls(arguments: list[str]) -> None:
         (["run", "--memory", "much", "host", "true"], 125, "Invalid memory size: much"),
         (["run", "-e", "NOVALUE", "host", "true"], 125, "--env NOVALUE: this environment has no such variable"),
         (["run", "-e", "=x", "host", "true"], 125, "'=x' is not K=V"),
-        (["--base-url", "nonsense", "ps"], 1, "write it like http://host:8080"),
-        (["cp", "xx:relative", "."], 1, "has to be absolute"),
+        (["--base-url", "nonsense", "ps"], 1, "is not a URL like http://host:8080"),
     ],
 )
 def test_bad_values_are_one_clear_line(arguments: list[str], status: int, words: str) -> None:
