@@ -43,6 +43,7 @@ from rock.store.base import (
 )
 from rock.store.batch import Batch
 from rock.store.migrations import SQLITE
+from rock.store.volumes import SqliteVolumes
 
 T = TypeVar("T")
 log = logging.getLogger("rock.admin")
@@ -68,6 +69,7 @@ class SqliteStore:
         self._watchers = Watchers()
         self._batch = Batch(lambda: _transaction(self._open_db, "IMMEDIATE"), self._told)
         self.workers = SqliteWorkers(self._within)
+        self.volumes = SqliteVolumes(self._within)
 
     async def open(self) -> None:
         self._now(self._open)
@@ -510,7 +512,6 @@ def _load(row: tuple[Any, ...]) -> Record:
 # ---- workers ----
 #
 # Implements `Workers` of base.py.
-
 
 
 class SqliteWorkers:
