@@ -201,9 +201,9 @@ def check_targets(targets: Iterable[str]) -> None:
     ordered = sorted(target + "/" for target in targets)
     if len(ordered) > MOST_MOUNTS:
         raise ValueError(f"{len(ordered)} volumes and mounts: a sandbox has at most {MOST_MOUNTS}")
-    for first, second in zip(ordered, ordered[1:], strict=False):
-        if second.startswith(first):
-            raise ValueError(f"target={second[:-1]!r} is equal to or below {first[:-1]!r}: choose separate folders")
+    for index, target in enumerate(ordered[1:]):
+        if target.startswith(ordered[index]):
+            raise ValueError(f"target={target[:-1]!r} is {ordered[index][:-1]!r} or below it: choose separate folders")
 
 
 class SandboxConfig(BaseConfig, Inside):
@@ -233,8 +233,7 @@ class SandboxConfig(BaseConfig, Inside):
     env: environment of all programs inside. labels: the user's own key-value pairs, for filtering lists.
     public_registries: pull only from public addresses, and from registries that the owner of the server has listed; set
     for each tenant.
-    volumes: volumes that are mounted, see VolumeMount. mounts: read-only folders of the worker, see HostMount. A worker
-    has both outside of the sandbox: they are not retained, archived or committed with it.
+    volumes, mounts: see VolumeMount and HostMount. They are not retained, archived or committed with the sandbox.
     name: a name for people, of up to 63 letters, digits and "_.-". It is unique among the tenant's sandboxes that are
     pending, running or stopping (else Conflict), and free again afterwards.
     sandbox_id: an id of your own choice; an id in use is a Conflict, also after the end of its sandbox.

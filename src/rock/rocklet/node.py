@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import socket
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from rock.rocklet.retained import Quarantine, RetainedSandboxes
 from rock.rocklet.runtimes import Runtimes
 from rock.rocklet.sandbox import Supervisor
 from rock.rocklet.state import StateDirectory
+from rock.rocklet.volumes import HostFolders, Volumes
 from rock.runtime.base import Handle, Liveness, Pools, Prepared, Runtime
 from rock.telemetry import tracing
 
@@ -51,7 +53,9 @@ class Node:
         limit: int,
         images: Images,
         env_lease: float = ENV_LEASE,
+        host_mounts: Sequence[str] = (),
     ) -> None:
+        """host_mounts: folders of this machine below which sandboxes may mount folders."""
         self.images = images
         self.runtimes = Runtimes(runtimes, default, images)
         self.state_dir = StateDirectory(folder)
@@ -66,6 +70,8 @@ class Node:
         self.quarantine = Quarantine(self.state_dir, self.runtimes, folder)
         self.commits = Commits(images.store, self.kept, self.supervisors, self.get)
         self.builds = Builds(images, self.runtimes)
+        self.volumes = Volumes(folder.parent / "volumes", HostFolders(host_mounts, folder.parent), self._users_of)
+        self.runtimes.mount_source = self.volumes
         self._creating: dict[str, asyncio.Task[Supervisor]] = {}
         self._destroying: dict[str, asyncio.Task[NodeSandbox]] = {}
         self._stopped: dict[str, asyncio.Task[NodeSandbox]] = {}
@@ -78,6 +84,7 @@ class Node:
         """Open the runtimes, recover the sandboxes of an earlier run, and remove resources without a record."""
         self.state_dir.make()
         self.local_socket.open()
+        await asyncio.to_thread(self.volumes.open)
         await self.runtimes.open()
         for name in reversed(await asyncio.to_thread(self.images.store.names)):
             self._used.note(name)
@@ -135,7 +142,9 @@ class Node:
                 )
             if not wake and sandbox_id in self.kept:
                 raise Conflict(f"sandbox {sandbox_id} exists already: its files are kept", sandbox_id=sandbox_id)
-            work = self._wake(sandbox_id, config) if wake else self._create(sandbox_id, config)
+            start = self._wake if wake else self._create
+            work = start(sandbox_id, config) if not config.volumes else \
+                self.volumes.during(config, functools.partial(start, sandbox_id, config))
             task = asyncio.create_task(work, name=f"create-{sandbox_id}")
             self._creating[sandbox_id] = task
             self.ends.forget(sandbox_id)  # the end of an earlier sandbox with this name
@@ -262,6 +271,12 @@ class Node:
             await asyncio.wait({task})
             raise
         return self.kept.describe(sandbox_id)
+
+    def _users_of(self, volume_id: str) -> list[str]:
+        """The sandboxes that use a volume; those with a damaged record may use any."""
+        running = (one for one in self.supervisors.values() if one.config.volumes)
+        mounted = [one.id for one in running if volume_id in (m.volume_id for m in one.config.volumes or ())]
+        return [*mounted, *self.quarantine.ids()]
 
     async def _after_creation(self, sandbox_id: str) -> Supervisor | None:
         """The sandbox, once its creation is complete."""

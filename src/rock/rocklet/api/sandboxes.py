@@ -13,7 +13,7 @@ import orjson
 from rock.errors import ClientError, Expired, InvalidConfig, NotHere, RockError, SessionClosed, Unavailable, from_wire
 from rock.http.asgi import Answer, Handler, Request, Router, SocketHandler, answer, answer_model, validate
 from rock.protocol.action import BashAction, Command, CreateBashSessionRequest
-from rock.protocol.node import NodeCommit, ProcessList, SessionList, WorkerImage
+from rock.protocol.node import NodeCommit, NodeVolume, ProcessList, SessionList, WorkerImage
 from rock.protocol.route import SANDBOX, Route
 from rock.protocol.routes import LOG_NEXT, LOG_RUNNING, LOG_START, ROUTES
 from rock.protocol.sandbox import SandboxConfig
@@ -67,6 +67,9 @@ class Api:
             "node_image",
             "node_status",
             "node_events",
+            "node_volumes",
+            "node_create_volume",
+            "node_delete_volume",
         ):
             router.add(ROUTES[name], getattr(self, name))
         router.add(ROUTES["terminal"], terminal.handler(self.node))
@@ -318,6 +321,16 @@ class Api:
     async def node_events(self, request: Request) -> Answer:
         after = request.integer("after", 0)
         return answer_model(await self.node.ends.since(after, request.number("wait", 0, high=600)))
+
+    async def node_volumes(self, request: Request) -> Answer:
+        return answer_model(self.node.volumes.inventory())
+
+    async def node_create_volume(self, request: Request) -> Answer:
+        spec = await request.model(NodeVolume)
+        return answer_model(await self.node.volumes.create(request.path["volume_id"], spec))
+
+    async def node_delete_volume(self, request: Request) -> Answer:
+        return answer_model(await self.node.volumes.delete(request.path["volume_id"]))
 
 
 def size_of(body: Any) -> tuple[int, int]:
