@@ -46,7 +46,7 @@ class HostFolders:
         for path in listed:
             if not path.startswith("/"):
                 raise InvalidConfig(f"ROCK_HOST_MOUNTS: {path!r} is not an absolute path", hint="/data:/models")
-        # A link in a listed path is resolved once, here: whoever changes one later changes nothing.
+        # Links in a listed path are resolved once, here: a later change of one has no effect.
         self._listed = [(os.path.normpath(path), os.path.realpath(path)) for path in listed]
         self._home = home
 
@@ -86,7 +86,7 @@ def _refused(source: str, error: OSError) -> Exception:
         return Forbidden(f"the folder {source} may not be mounted: its path has a symbolic link",
                          hint=f"name the folder to which the link leads; {_SETTING}")  # fmt: skip
     if error.errno == errno.ENOENT:
-        return NotFound(f"there is no folder {source} on the server's machine")
+        return NotFound(f"there is no folder {source} on the server's machine", hint="create it there first")
     if error.errno == errno.ENOTDIR:
         return InvalidConfig(f"{source} is not a folder", hint="only folders can be mounted")
     return Forbidden(f"the folder {source} cannot be opened: {os.strerror(error.errno or 0)}", hint=_SETTING)
@@ -247,7 +247,7 @@ class Volumes:
 
 def _check(volume_id: str) -> None:
     if _ID.fullmatch(volume_id) is None:
-        raise InvalidConfig(f"volume_id={volume_id[:64]!r} is no id of a volume")
+        raise InvalidConfig(f"volume_id={volume_id[:64]!r} is no id of a volume", hint="use the id of its record")
 
 
 def _sync(path: Path) -> None:
