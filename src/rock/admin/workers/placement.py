@@ -85,8 +85,9 @@ class Placer:
         """The worker of its volumes, which rejects what exceeds its capacity. Unavailable."""
         name = config.volumes[0].worker or "" if config.volumes else ""
         if name not in self.statuses:
+            away = name not in self._workers or self._workers.is_silent(name) or self._workers.is_failing(name)
             raise Unavailable(f"worker {name}, which has the volumes of the sandbox, accepts no sandboxes now",
-                              hint="retry when it is ready: rock worker ls", details=OUTAGE)  # fmt: skip
+                              hint="retry when it is ready: rock worker ls", details=OUTAGE if away else None)
         return self._there(name)
 
     def _there(self, name: str) -> Worker:
