@@ -19,7 +19,7 @@ from rock.errors import Conflict, DiskFull, Exited, Expired, Lost, NoCapacity, N
 from rock.host import atomic_file, resources
 from rock.host.atomic_file import not_started
 from rock.http.event_loop import settled
-from rock.protocol.node import NodeEvent, NodeEvents, NodeInventory, NodeSandbox, NodeStatus
+from rock.protocol.node import NodeEvent, NodeEvents, NodeInventory, NodeSandbox, NodeStatus, NodeVolumes
 from rock.protocol.sandbox import ArchivedFiles, Cause, Isolation, Phase, SandboxConfig
 from rock.rocklet.commands.session import Session
 from rock.rocklet.durability import resume
@@ -277,6 +277,14 @@ class Node:
         running = (one for one in self.supervisors.values() if one.config.volumes)
         mounted = [one.id for one in running if volume_id in (m.volume_id for m in one.config.volumes or ())]
         return [*mounted, *self.quarantine.ids()]
+
+    async def delete_volume(self, volume_id: str) -> NodeVolumes:
+        """Delete a volume, after the removal of sandboxes that have ended. Conflict, Unavailable."""
+        for sandbox_id in self._users_of(volume_id):
+            supervisor = self.supervisors.get(sandbox_id)
+            if supervisor is not None and supervisor.cause is not None:
+                await self._clean_up(supervisor)
+        return await self.volumes.delete(volume_id)
 
     async def _after_creation(self, sandbox_id: str) -> Supervisor | None:
         """The sandbox, once its creation is complete."""

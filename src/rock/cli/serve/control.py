@@ -327,4 +327,4 @@ class LocalWorker:
         return await self._node.volumes.create(volume_id, spec)
 
     async def delete_volume(self, volume_id: str) -> NodeVolumes:
-        return await self._node.volumes.delete(volume_id)
+        return await self._node.delete_volume(volume_id)

@@ -330,7 +330,7 @@ class Api:
         return answer_model(await self.node.volumes.create(request.path["volume_id"], spec))
 
     async def node_delete_volume(self, request: Request) -> Answer:
-        return answer_model(await self.node.volumes.delete(request.path["volume_id"]))
+        return answer_model(await self.node.delete_volume(request.path["volume_id"]))
 
 
 def size_of(body: Any) -> tuple[int, int]:
