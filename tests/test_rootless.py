@@ -33,6 +33,7 @@ WHOLE = [
         "tests/e2e/test_commit.py",
         "tests/e2e/test_parity.py",
         "tests/e2e/test_keyless.py",
+        "tests/e2e/test_volumes.py",
     ],
 ]
 
@@ -87,6 +88,9 @@ SHARE = [
         "tests/e2e/test_commit.py::test_of_a_stopped_one",
         "tests/e2e/test_commit.py::test_who_writes_stands_still_and_goes_on",
         "tests/e2e/test_parity.py::test_rewards[namespace]",
+        "tests/e2e/test_volumes.py::test_sandboxes_share_a_volume_that_outlives_them",
+        "tests/e2e/test_volumes.py::test_deleted_files_count_for_their_volume_alone",
+        "tests/e2e/test_volumes.py::test_a_listed_folder_is_read_only",
         "tests/e2e/test_keyless.py::test_code_in_a_sandbox_on_the_network_of_the_host_is_refused",
         "tests/e2e/test_keyless.py::test_clients_of_the_same_account_need_nothing",
         "tests/e2e/test_keyless.py::test_the_sdk_sends_the_key_by_itself",

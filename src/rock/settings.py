@@ -18,6 +18,7 @@ running operations when the server in front of it is gone |
 | ROCK_HOST, ROCK_PORT | 127.0.0.1, 8080 | listening address of the server |
 | ROCK_PUBLIC_NAMES | none | names by which clients call the server, comma-separated: docs/security.md |
 | ROCK_SANDBOX_LIMIT | 2000 | maximum concurrent sandboxes on this machine |
+| ROCK_HOST_MOUNTS | none | folders of this machine below which sandboxes may mount folders, read-only: /data:/models |
 | ROCK_INSECURE_REGISTRIES | none | registries that are contacted without TLS, comma-separated |
 | ROCK_PRIVATE_REGISTRIES | none | registries on private addresses that tenants may use, comma-separated |
 | ROCK_REGISTRY_MIRRORS | none | mirrors, tried first: docker.io=mirror.local:5000, comma-separated |
@@ -279,6 +280,7 @@ class Settings:
     runtime: str = "namespace"
     sandbox_limit: int = 2000
     disk_limit: str = "10g"
+    host_mounts: str = ""
     network_resolvers: str = ""
     docker_host: str = ""
     log_level: str = "info"
@@ -328,6 +330,11 @@ class Settings:
     def resolvers(self) -> list[str]:
         """Name servers for sandboxes; empty means this machine's own."""
         return [text.strip() for text in self.network_resolvers.split(",") if text.strip()]
+
+    @property
+    def host_mount_folders(self) -> list[str]:
+        """Folders of this machine below which sandboxes may mount folders."""
+        return [path for path in self.host_mounts.split(":") if path]
 
     @property
     def run_dir(self) -> Path:
@@ -401,6 +408,7 @@ class Settings:
             ("archive", str),
             ("archive_limit", str),
             ("disk_limit", str),
+            ("host_mounts", str),
             ("image_budget", str),
             ("image_max_bytes", str),
             ("s3_endpoint", str),

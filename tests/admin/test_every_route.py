@@ -26,7 +26,7 @@ from rock.sync import Client, Sandbox, SandboxConfig
 # Routes that are about no sandbox that is named: they make one, or change what all share.
 _MAKES = {"/v1/sandboxes", "/v1/groups", "/v1/envs", "/v1/envs/add", "/v1/envs/build", f"{SANDBOXES}/start",
           f"{SANDBOXES}/start_async", f"{GEM}/make", "/env/register", "/env/delete", "/v1/keys",
-          "/v1/keys/{key_id}", "/v1/workers", "/v1/workers/{worker}/beat"}  # fmt: skip
+          "/v1/keys/{key_id}", "/v1/volumes", "/v1/workers", "/v1/workers/{worker}/beat"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ def ask(server: RunningServer, key: str | None, method: str, path: str, body: An
 def request(server: RunningServer, key: str | None, row: Row, sandbox_id: str) -> tuple[int, str]:
     """What a row answers of a sandbox."""
     path = row.path.format(sandbox_id=sandbox_id, box=sandbox_id, session="default", process_id="1", port="8000",
-                           rest="x", env="1", owner="x" * 16, key_id="x", worker="x", group_id=sandbox_id)  # fmt: skip
+                           rest="x", env="1", owner="x" * 16, key_id="x", worker="x", group_id=sandbox_id,
+                           volume=sandbox_id)  # fmt: skip
     named = f"{sandbox_id}/1/game:Sokoban-v0-easy" if row.path.startswith(GEM) else sandbox_id
     body: dict[str, Any] = {
         "sandbox_id": named, "sandbox_ids": [sandbox_id], "command": "touch /tmp/was-here", "path": "/tmp/was-here",
@@ -115,8 +116,10 @@ def keys(guarded: RunningServer) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def victim(guarded: RunningServer, keys: dict[str, str]) -> Iterator[Sandbox]:
     config = SandboxConfig(base_url=guarded.url, api_key=keys["mine"], image=IMAGE, memory="128m", cpus=0.5)
-    with Sandbox(config) as sandbox:
+    with Sandbox(config) as sandbox, Client(guarded.url, keys["mine"]) as client:
+        client.create_volume(str(sandbox.sandbox_id))
         yield sandbox
+        client.delete_volume(str(sandbox.sandbox_id))
 
 
 def all_rows(server: RunningServer) -> list[Row]:

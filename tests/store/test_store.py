@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from rock.errors import Conflict, NotFound, QuotaExceeded, Unavailable
 from rock.protocol.keys import Access, KeyInfo, Quota
-from rock.protocol.node import Beat, JoinWorker, NodeStatus, WorkerState
+from rock.protocol.node import Beat, JoinWorker, NodeStatus, VolumeInfo, WorkerState
 from rock.protocol.sandbox import Isolation, SandboxConfig, SandboxInfo, State
 from rock.store.base import Lease, Query, Record, Store, VersionConflict
 from rock.store.sqlite import SqliteStore
@@ -612,3 +612,61 @@ def test_what_is_not_set_is_not_written(model: type[BaseModel]) -> None:
             models = (kind for kind in inner if isinstance(kind, type) and issubclass(kind, BaseModel))
             seen += [kind for kind in models if kind not in seen]
     assert len(seen) > 1 or model is SandboxConfig
+
+
+# ---- volumes ----
+
+
+def volume(name: str, tenant: str = "", worker: str = "local", volume_id: str = "") -> VolumeInfo:
+    return VolumeInfo(name=name, volume_id=volume_id or uuid.uuid4().hex, worker=worker, size=1 << 20,
+                      state="creating", created_at=1.0, tenant=tenant)  # fmt: skip
+
+
+def test_volumes_are_found_by_tenant_and_name(with_store: Any) -> None:
+    async def work(store: Store) -> None:
+        mine = await store.volumes.add(volume("data", "a"))
+        others = await store.volumes.add(volume("data", "b", "far"))
+        assert await store.volumes.find("a", "data") == mine
+        assert await store.volumes.find("b", "data") == others
+        assert await store.volumes.find("", "data") is None and await store.volumes.find("a", "\0") is None
+        with pytest.raises(Conflict, match="a volume data already"):
+            await store.volumes.add(volume("data", "a"))
+        assert {one.tenant for one in await store.volumes.list()} == {"a", "b"}
+        assert await store.volumes.list(tenant="a") == [mine]
+        assert await store.volumes.list(worker="far") == [others]
+        await store.volumes.mark(mine.volume_id, "ready")
+        found = await store.volumes.find("a", "data")
+        assert found is not None and found.state == "ready"
+        await store.volumes.remove(mine.volume_id)
+        await store.volumes.mark(mine.volume_id, "deleting")
+        assert await store.volumes.list(tenant="a") == []
+        assert (await store.volumes.add(volume("data", "a"))).volume_id != mine.volume_id
+
+    with_store(work)
+
+
+def test_a_volume_is_created_once_for_a_key(with_store: Any) -> None:
+    async def work(store: Store) -> None:
+        first = await store.volumes.add(volume("data", "a"), "key")
+        assert await store.volumes.add(volume("data", "a"), "key") == first
+        assert await store.volumes.add(volume("more", "a"), "key") == first
+        assert (await store.volumes.add(volume("data", "b"), "key")) != first
+        both = await asyncio.gather(*(store.volumes.add(volume("both", "c"), f"k{n}") for n in range(4)),
+                                    return_exceptions=True)  # fmt: skip
+        assert sum(isinstance(one, VolumeInfo) for one in both) == 1
+        assert sum(isinstance(one, Conflict) for one in both) == 3
+
+    with_store(work)
+
+
+def test_a_tenant_has_a_limited_number_of_volumes(with_store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rock.store.volumes.MOST_OF_TENANT", 2)
+
+    async def work(store: Store) -> None:
+        for name in ("one", "two"):
+            await store.volumes.add(volume(name, "a"))
+        with pytest.raises(QuotaExceeded):
+            await store.volumes.add(volume("three", "a"))
+        await store.volumes.add(volume("three", "b"))
+
+    with_store(work)

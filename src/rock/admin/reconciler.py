@@ -181,6 +181,7 @@ class Reconciler:
                 if here is not None:
                     known = {record.id async for record in self._settled({worker.name: here}, worker.name)}
                     await self._remove_strays(worker, here, known)
+                    await self.service.volumes.settle(worker)
                     break
             except Exception as error:
                 reconciler_log.warning("settling worker %s: %r; trying again", worker.name, error)
@@ -219,6 +220,7 @@ class Reconciler:
         for worker in workers:
             if worker.name in here:
                 await self._remove_strays(worker, here[worker.name], known)
+                await self.service.volumes.settle(worker)
 
     async def _here(self, worker: Worker) -> _Here | None:
         """The ids on a worker; None when it does not respond."""

@@ -24,7 +24,7 @@ from rock.protocol import egress
 from rock.protocol.action import ConnectionList, GroupInfo, GroupRequest
 from rock.protocol.env import OpenEnv
 from rock.protocol.keys import Access, Caller, CreateKey, KeyInfo, NewKey, caller_of, digest_of
-from rock.protocol.node import SandboxList
+from rock.protocol.node import CreateVolume, SandboxList, VolumeInfo
 from rock.protocol.sandbox import CommitRequest, CommitStatus, Isolation, SandboxConfig, SandboxInfo, UpdateSandbox
 from rock.store.base import Query, Record, Store, member
 
@@ -135,6 +135,24 @@ class TenantService:
 
     def _mine(self, query: Query) -> Query:
         return query if self.caller.tenant is None else replace(query, tenant=self.caller.tenant)
+
+    # ---- volumes ----
+
+    async def create_volume(self, spec: CreateVolume, key: str | None = None) -> VolumeInfo:
+        return await self._service.volumes.create(spec, key, self.caller.owner)
+
+    async def list_volumes(self) -> Sequence[VolumeInfo]:
+        return await self._service.volumes.list(self.caller.tenant)
+
+    async def get_volume(self, name: str, tenant: str = "") -> VolumeInfo:
+        return await self._service.volumes.get(self._of(tenant), name)
+
+    async def delete_volume(self, name: str, tenant: str = "") -> VolumeInfo:
+        return await self._service.volumes.delete(self._of(tenant), name)
+
+    def _of(self, tenant: str) -> str:
+        """The tenant whose volume is meant: only the server's owner may name another one."""
+        return tenant if self.caller.tenant is None else self.caller.owner
 
     # ---- change ----
 

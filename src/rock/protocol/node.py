@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from rock.errors import Unsupported
 from rock.protocol.action import Answer, FileInfo, ProcessInfo, SessionInfo
-from rock.protocol.sandbox import ID_PATTERN, ArchivedFiles, Cause, Isolation, Phase, SandboxConfig, SandboxInfo, Usage
+from rock.protocol.sandbox import (
+    ID_PATTERN,
+    ArchivedFiles,
+    Cause,
+    Isolation,
+    Phase,
+    SandboxConfig,
+    SandboxInfo,
+    Usage,
+    parse_size,
+)
 from rock.protocol.wire import Wire
 
 MOST_CREATES = 500  # sandboxes in one request of an admin to a worker
@@ -185,6 +195,56 @@ class FileList(Answer):
 
 class EnvList(Answer):
     items: list[dict[str, Any]]
+
+
+# ---- volumes ----
+
+
+class CreateVolume(Wire):
+    """A request for a volume. name: unique among the volumes of the tenant. size: limit of its files, like 10g; it is
+    measured every few seconds. worker: the worker that has it; None lets the server choose."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$")
+    size: str = "10g"
+    worker: str | None = None
+
+    @field_validator("size")
+    @classmethod
+    def _size(cls, value: str) -> str:
+        if parse_size(value, "size") < 1 << 20:
+            raise ValueError(f"Invalid size: {value} (a volume has at least 1m)")
+        return value
+
+
+class VolumeInfo(Answer):
+    """A volume. size: limit of its files in bytes. state: "creating" and "deleting" until its worker has done it.
+    created_at: seconds since the epoch. tenant: of the key that created it; "" is the server's owner."""
+
+    name: str
+    volume_id: str
+    worker: str
+    size: int
+    state: Literal["creating", "ready", "deleting"] = "ready"
+    created_at: float = 0.0
+    tenant: str = ""
+
+
+class VolumeList(Answer):
+    items: list[VolumeInfo]
+
+
+class NodeVolume(Wire):
+    """A volume as its worker stores it. size: limit in bytes. name, tenant: for a server that lost its store."""
+
+    name: str = Field(max_length=63)
+    tenant: str = Field(default="", max_length=64)
+    size: int = Field(ge=1, lt=1 << 60)
+
+
+class NodeVolumes(Answer):
+    """The volumes of a worker, by id."""
+
+    volumes: dict[str, NodeVolume] = Field(default_factory=dict)
 
 
 # ---- workers ----

@@ -169,6 +169,14 @@ def control_rows() -> Iterator[Route]:
         "",
         "KeyInfo",
     )
+    # volumes
+    v = "/v1/volumes/{volume}"
+    yield row("create_volume", "POST", "/v1/volumes", "control", "Create a volume on a worker", "CreateVolume",
+              "VolumeInfo")  # fmt: skip
+    yield row("list_volumes", "GET", "/v1/volumes", "control", "List volumes, oldest first", "", "VolumeList")
+    yield row("get_volume", "GET", v, "control", "A volume by its name", "?tenant", "VolumeInfo")
+    yield row("delete_volume", "DELETE", v, "control", "Delete a volume that no sandbox uses, and its files", "?tenant",
+              "VolumeInfo")  # fmt: skip
     # workers
     w = "/v1/workers/{worker}"
     yield row(
@@ -195,7 +203,7 @@ def control_rows() -> Iterator[Route]:
         "DELETE",
         w,
         "control",
-        "Remove a lost worker; ?force=1 declares it lost first, which ends its sandboxes",
+        "Remove a lost worker without volumes; ?force=1 declares it lost first, which ends its sandboxes and volumes",
         "?force",
         "WorkerInfo",
     )
@@ -509,6 +517,11 @@ def node_rows() -> Iterator[Route]:
         "WorkerImage",
         "ImageState",
     )
+    yield row("node_volumes", "GET", "/node/v1/volumes", "node", "The volumes here", "", "NodeVolumes")
+    yield row("node_create_volume", "PUT", "/node/v1/volumes/{volume_id}", "node", "Create a volume here; idempotent",
+              "NodeVolume", "NodeVolumes")  # fmt: skip
+    yield row("node_delete_volume", "DELETE", "/node/v1/volumes/{volume_id}", "node",
+              "Delete a volume that no sandbox here uses; idempotent", "", "NodeVolumes")  # fmt: skip
     yield row("node_status", "GET", "/node/v1/status", "node", "Capacity, isolation, load", "", "NodeStatus")
     yield row(
         "node_events",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import StrEnum
 from functools import lru_cache
 from operator import attrgetter
@@ -99,6 +99,82 @@ class BaseConfig(Wire):
     reconnect_timeout: float | None = Field(default=None, ge=0, le=3600, exclude=True)
 
 
+# ---- folders from outside ----
+
+MOST_MOUNTS = 16  # volumes and host folders of one sandbox
+_LONGEST_PATH = 1024
+_CLOSED = ("/proc", "/sys", "/dev")
+
+
+class VolumeMount(Inside):
+    """A volume in a sandbox. name: of a volume of the tenant. target: the absolute path at which it is mounted; a
+    missing folder is created. read_only: rejects writes.
+
+    volume_id, worker: set by the server; values of a client are replaced.
+    """
+
+    name: str = Field(pattern=NAME_PATTERN)
+    target: str
+    read_only: bool = False
+    volume_id: str | None = None
+    worker: str | None = None
+
+    @field_validator("target")
+    @classmethod
+    def _target(cls, value: str) -> str:
+        return mount_target(value)
+
+
+class HostMount(Inside):
+    """A folder of the worker in a sandbox, always read-only. source: an absolute path in a folder of ROCK_HOST_MOUNTS,
+    without symbolic links. target: as of VolumeMount."""
+
+    source: str
+    target: str
+
+    @field_validator("source")
+    @classmethod
+    def _source(cls, value: str) -> str:
+        return _plain_path(value, "source")
+
+    @field_validator("target")
+    @classmethod
+    def _target(cls, value: str) -> str:
+        return mount_target(value)
+
+
+def _plain_path(text: str, what: str) -> str:
+    """An absolute path without "." and ".." parts and without repeated slashes. ValueError."""
+    parts = text.split("/")
+    if not text.startswith("/") or len(text.encode("utf-8", "surrogateescape")) > _LONGEST_PATH or "\0" in text:
+        raise ValueError(f"{what}={text[:100]!r} is not an absolute path of at most {_LONGEST_PATH} bytes")
+    if "." in parts or ".." in parts:
+        raise ValueError(f"{what}={text[:100]!r} has a part \".\" or \"..\": write the path without it")
+    return "/" + "/".join(filter(None, parts))
+
+
+def mount_target(text: str) -> str:
+    """The normalized path of a mount. ValueError for /, /proc, /sys, /dev and what is below the last three."""
+    target = _plain_path(text, "target")
+    if target == "/" or any(_is_below(target, closed) for closed in _CLOSED):
+        raise ValueError(f"target={target!r}: nothing can be mounted there; choose another folder, like /data")
+    return target
+
+
+def _is_below(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder + "/")
+
+
+def check_targets(targets: Iterable[str]) -> None:
+    """Raise ValueError for too many targets, and for one that is equal to another or below it."""
+    ordered = sorted(target + "/" for target in targets)
+    if len(ordered) > MOST_MOUNTS:
+        raise ValueError(f"{len(ordered)} volumes and mounts: a sandbox has at most {MOST_MOUNTS}")
+    for index, target in enumerate(ordered[1:]):
+        if target.startswith(ordered[index]):
+            raise ValueError(f"target={target[:-1]!r} is {ordered[index][:-1]!r} or below it: choose separate folders")
+
+
 class SandboxConfig(BaseConfig, Inside):
     """The configuration of a new sandbox; the wire format has the same fields.
 
@@ -126,6 +202,7 @@ class SandboxConfig(BaseConfig, Inside):
     env: environment of all programs inside. labels: the user's own key-value pairs, for filtering lists.
     public_registries: pull only from public addresses, and from registries that the owner of the server has listed; set
     for each tenant.
+    volumes, mounts: see VolumeMount and HostMount. They are not retained, archived or committed with the sandbox.
     name: a name for people, of up to 63 letters, digits and "_.-". It is unique among the tenant's sandboxes that are
     pending, running or stopping (else Conflict), and free again afterwards.
     sandbox_id: an id of your own choice; an id in use is a Conflict, also after the end of its sandbox.
@@ -151,6 +228,8 @@ class SandboxConfig(BaseConfig, Inside):
     startup_timeout: float = Field(default=180.0, gt=0, le=_LONGEST)
     network: Literal["none", "nat", "bridge", "host"] = "none"
     egress: list[str] | None = Field(default=None, max_length=egress.MOST_ENTRIES)
+    volumes: list[VolumeMount] | None = None
+    mounts: list[HostMount] | None = None
     runtime: str | None = None
     isolation: Isolation | None = None
     minimum_isolation: Isolation = Isolation.NONE
@@ -233,6 +312,8 @@ class SandboxConfig(BaseConfig, Inside):
 
     @model_validator(mode="after")
     def _fitting(self) -> Self:
+        if self.volumes or self.mounts:
+            check_targets(mount.target for mount in (*(self.volumes or ()), *(self.mounts or ())))
         if self.inodes is not None and self.disk is None:
             raise ValueError("inodes: it is a limit of a disk with a size; give disk too")
         if self.shm_size is not None and self.shm_bytes * 2 > self.memory_bytes:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import socket
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from rock.errors import Conflict, DiskFull, Exited, Expired, Lost, NoCapacity, N
 from rock.host import atomic_file, resources
 from rock.host.atomic_file import not_started
 from rock.http.event_loop import settled
-from rock.protocol.node import NodeEvent, NodeEvents, NodeInventory, NodeSandbox, NodeStatus
+from rock.protocol.node import NodeEvent, NodeEvents, NodeInventory, NodeSandbox, NodeStatus, NodeVolumes
 from rock.protocol.sandbox import ArchivedFiles, Cause, Isolation, Phase, SandboxConfig
 from rock.rocklet.commands.session import Session
 from rock.rocklet.durability import resume
@@ -31,6 +32,7 @@ from rock.rocklet.retained import Quarantine, RetainedSandboxes
 from rock.rocklet.runtimes import Runtimes
 from rock.rocklet.sandbox import Supervisor
 from rock.rocklet.state import StateDirectory
+from rock.rocklet.volumes import HostFolders, Volumes
 from rock.runtime.base import Handle, Liveness, Pools, Prepared, Runtime
 from rock.telemetry import tracing
 
@@ -53,7 +55,9 @@ class Node:
         limit: int,
         images: Images,
         env_lease: float = ENV_LEASE,
+        host_mounts: Sequence[str] = (),
     ) -> None:
+        """host_mounts: folders of this machine below which sandboxes may mount folders."""
         self.images = images
         self.runtimes = Runtimes(runtimes, default, images)
         self.state_dir = StateDirectory(folder)
@@ -68,6 +72,8 @@ class Node:
         self.quarantine = Quarantine(self.state_dir, self.runtimes, folder)
         self.commits = Commits(images.store, self.kept, self.supervisors, self.get)
         self.builds = Builds(images, self.runtimes)
+        self.volumes = Volumes(folder.parent / "volumes", HostFolders(host_mounts, folder.parent), self._users_of)
+        self.runtimes.mount_source = self.volumes
         self._creating: dict[str, asyncio.Task[Supervisor]] = {}
         self._destroying: dict[str, asyncio.Task[NodeSandbox]] = {}
         self._stopped: dict[str, asyncio.Task[NodeSandbox]] = {}
@@ -80,6 +86,7 @@ class Node:
         """Open the runtimes, recover the sandboxes of an earlier run, and remove resources without a record."""
         self.state_dir.make()
         self.local_socket.open()
+        await asyncio.to_thread(self.volumes.open)
         await self.runtimes.open()
         for name in reversed(await asyncio.to_thread(self.images.store.names)):
             self._used.note(name)
@@ -139,7 +146,9 @@ class Node:
                 raise Conflict(f"sandbox {sandbox_id} exists already: its files are retained after its stop",
                                sandbox_id=sandbox_id,
                                hint="choose another sandbox_id, restart that sandbox, or delete it with `rock rm`")
-            work = self._wake(sandbox_id, config) if wake else self._create(sandbox_id, config)
+            start = self._wake if wake else self._create
+            work = start(sandbox_id, config) if not config.volumes else \
+                self.volumes.during(config, functools.partial(start, sandbox_id, config))
             task = asyncio.create_task(work, name=f"create-{sandbox_id}")
             self._creating[sandbox_id] = task
             self.ends.forget(sandbox_id)  # the end of an earlier sandbox with this name
@@ -267,6 +276,20 @@ class Node:
             await asyncio.wait({task})
             raise
         return self.kept.describe(sandbox_id)
+
+    def _users_of(self, volume_id: str) -> list[str]:
+        """The sandboxes that use a volume; those with a damaged record may use any."""
+        running = (one for one in self.supervisors.values() if one.config.volumes)
+        mounted = [one.id for one in running if volume_id in (m.volume_id for m in one.config.volumes or ())]
+        return [*mounted, *self.quarantine.ids()]
+
+    async def delete_volume(self, volume_id: str) -> NodeVolumes:
+        """Delete a volume, after the removal of sandboxes that have ended. Conflict, Unavailable."""
+        for sandbox_id in self._users_of(volume_id):
+            supervisor = self.supervisors.get(sandbox_id)
+            if supervisor is not None and supervisor.cause is not None:
+                await self._clean_up(supervisor)
+        return await self.volumes.delete(volume_id)
 
     async def _after_creation(self, sandbox_id: str) -> Supervisor | None:
         """The sandbox, once its creation is complete."""

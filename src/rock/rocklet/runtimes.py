@@ -11,7 +11,7 @@ from rock.protocol.action import ConnectionList
 from rock.protocol.sandbox import Isolation, SandboxConfig
 from rock.rocklet.commands.registry import open_ahead
 from rock.rocklet.images.store import Fetching, Images
-from rock.runtime.base import Accelerates, Connects, Keeps, OwnImages, Pools, Runtime, Trait
+from rock.runtime.base import Accelerates, Connects, Keeps, Mounts, MountSource, OwnImages, Pools, Runtime, Trait
 from rock.runtime.plugins import BrokenRuntime
 
 log = logging.getLogger("rock.node")
@@ -25,6 +25,7 @@ class Runtimes:
         self.default = default
         self._images = images
         self.fetching = Fetching()
+        self.mount_source: MountSource | None = None
 
     def __getitem__(self, name: str) -> Runtime:
         return self._by_name[name]
@@ -43,6 +44,8 @@ class Runtimes:
     async def _open(self, runtime: Runtime) -> None:
         if isinstance(runtime, Pools):
             runtime.prepare = functools.partial(open_ahead, runtime)
+        if isinstance(runtime, Mounts):
+            runtime.mount_source = self.mount_source
         try:
             await runtime.open()
         except Exception as error:
@@ -92,6 +95,11 @@ class Runtimes:
             raise Unsupported(
                 f"runtime {name!r} cannot hold a sandbox to a list of places (egress)",
                 hint="use the namespace runtime, or leave egress unset",
+            )
+        if (config.volumes or config.mounts) and not isinstance(runtime, Mounts):
+            raise Unsupported(
+                f"runtime {name!r} cannot mount volumes and folders",
+                hint="use the namespace runtime, or leave volumes and mounts unset",
             )
         return runtime
 

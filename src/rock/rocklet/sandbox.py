@@ -266,8 +266,9 @@ class Supervisor:
         kills = self.runtime.oom_kills(self.handle) if isinstance(self.runtime, Watches) else 0
         if why == "oom":
             cause, text = Cause.OUT_OF_MEMORY, f"it ran out of its {self.config.memory} of memory"
-        elif why == "disk":
-            cause, text = Cause.DISK_FULL, "its files took more of the disk than a sandbox may have"
+        elif why.partition(": ")[0] == "disk":
+            cause = Cause.DISK_FULL
+            text = why.partition(": ")[2] or "its files took more of the disk than a sandbox may have"
         else:
             what, _, more = why.partition(": ")
             cause = Cause.EXITED if what == "exited" else Cause.LOST

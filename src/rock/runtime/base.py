@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import signal as signals
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -218,7 +218,8 @@ class Runtime(Protocol):
         """Return the reason when the sandbox has ended.
 
         "exited": its pid 1 exited, possibly because of code inside. "oom": it ran out of memory. "disk": its files
-        exceeded the disk limit. "gone", or a sentence with the known reason: it was ended from outside."""
+        exceeded the disk limit; "disk: " and a sentence for those of a volume. "gone", or a sentence with the known
+        reason: it was ended from outside."""
         ...
 
     async def stop(self, handle: Handle, grace: float) -> None:
@@ -410,6 +411,55 @@ class Snapshots(Protocol, metaclass=_Capability):
         """Yield the written files as `Keeps.pack` does, while the processes are frozen. The processes continue when the
         generator is closed, and when the rocklet crashes. Unsupported for files that a layer cannot represent."""
         ...
+
+
+@dataclass(frozen=True)
+class FolderMount:
+    """A folder of this machine that a sandbox mounts.
+
+    root, path: the folder is `path` relative to `root`; no symbolic link is followed in either.
+    target: the path inside.
+    volume, name: id and name of the volume that it is; "" for a folder of the host, whose files keep their owners.
+    identity: device and inode that a folder of the host had when it was checked.
+    """
+
+    root: str
+    path: str
+    target: str
+    read_only: bool
+    volume: str = ""
+    name: str = ""
+    identity: tuple[int, int] | None = None
+
+
+class MountSource(Protocol):
+    """What a runtime has to know of the volumes and host folders of this machine."""
+
+    def resolve(self, config: SandboxConfig) -> Sequence[FolderMount]:
+        """The folders of `config.volumes` and `config.mounts`. Called at each check and each start. NotFound,
+        Forbidden, InvalidConfig, StorageFull."""
+        ...
+
+    def limit(self, volume_id: str) -> tuple[str, int] | None:
+        """The folder of a volume, and the limit of its files in bytes; None for an unknown one."""
+        ...
+
+    def full(self) -> Collection[str]:
+        """Ids of volumes that were over their limit when they were last measured."""
+        ...
+
+    def measured(self, volume_id: str, size: int) -> bool:
+        """Take the size in bytes of a volume; returns whether it is over its limit."""
+        ...
+
+
+@runtime_checkable
+class Mounts(Protocol, metaclass=_Capability):
+    """The runtime mounts folders of this machine with nosuid and nodev, and ends the sandboxes that write to a volume
+    over its limit. Configs with `volumes` or `mounts` reach no other runtime."""
+
+    mount_source: MountSource | None
+    """Set before `open`."""
 
 
 @runtime_checkable

@@ -14,6 +14,7 @@ from rock.errors import Conflict, NotFound, QuotaExceeded
 from rock.protocol.keys import KeyInfo, Quota
 from rock.protocol.node import Beat, JoinWorker, NodeStatus, WorkerInfo, WorkerState
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
+from rock.store.volumes import Volumes
 
 CLOSED = "the server is stopping; try again after its restart"  # a hint of errors
 
@@ -116,6 +117,9 @@ class Store(Protocol):
 
     @property
     def workers(self) -> Workers: ...
+
+    @property
+    def volumes(self) -> Volumes: ...
 
     async def open(self) -> None: ...
 

@@ -107,6 +107,21 @@ SQLITE: tuple[tuple[str, ...], ...] = (
         """CREATE UNIQUE INDEX sandbox_name ON sandbox (tenant, name)
             WHERE name IS NOT NULL AND state IN ('pending', 'running', 'stopping')""",
     ),
+    (  # 7: volumes
+        """CREATE TABLE volume (
+            id TEXT PRIMARY KEY,
+            tenant TEXT NOT NULL,
+            name TEXT NOT NULL,
+            worker TEXT NOT NULL,
+            size INTEGER NOT NULL,
+            state TEXT NOT NULL,
+            created_at REAL NOT NULL,
+            idempotency_key TEXT,
+            UNIQUE (tenant, name),
+            UNIQUE (tenant, idempotency_key)
+        ) WITHOUT ROWID""",
+        "CREATE INDEX volume_worker ON volume (worker)",
+    ),
 )
 
 POSTGRES: tuple[tuple[str, ...], ...] = (
@@ -166,5 +181,20 @@ POSTGRES: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE sandbox ADD COLUMN name text",
         """CREATE UNIQUE INDEX sandbox_name ON sandbox (tenant, name)
             WHERE name IS NOT NULL AND state IN ('pending', 'running', 'stopping')""",
+    ),
+    (  # 5: volumes, as in SQLite's version 7
+        """CREATE TABLE volume (
+            id text PRIMARY KEY,
+            tenant text NOT NULL,
+            name text NOT NULL,
+            worker text NOT NULL,
+            size bigint NOT NULL,
+            state text NOT NULL,
+            created_at double precision NOT NULL,
+            idempotency_key text,
+            UNIQUE (tenant, name),
+            UNIQUE (tenant, idempotency_key)
+        )""",
+        "CREATE INDEX volume_worker ON volume (worker)",
     ),
 )

@@ -45,6 +45,7 @@ from rock.store.base import (
     unknown,
 )
 from rock.store.migrations import POSTGRES
+from rock.store.volumes import PostgresVolumes
 
 log = logging.getLogger("rock.store")
 
@@ -94,6 +95,7 @@ class PostgresStore:
         self._watchers = Watchers()
         self._listener: asyncio.Task[None] | None = None
         self.workers = PostgresWorkers(self._transaction)
+        self.volumes = PostgresVolumes(self._transaction, _text)
 
     async def open(self) -> None:
         try:

@@ -45,6 +45,7 @@ from rock.store.base import (
 )
 from rock.store.batch import Batch
 from rock.store.migrations import SQLITE
+from rock.store.volumes import SqliteVolumes
 
 T = TypeVar("T")
 log = logging.getLogger("rock.admin")
@@ -70,6 +71,7 @@ class SqliteStore:
         self._watchers = Watchers()
         self._batch = Batch(lambda: _transaction(self._open_db, "IMMEDIATE"), self._error_of)
         self.workers = SqliteWorkers(self._within)
+        self.volumes = SqliteVolumes(self._within)
 
     async def open(self) -> None:
         self._now(self._open)
@@ -513,7 +515,6 @@ def _load(row: tuple[Any, ...]) -> Record:
 # ---- workers ----
 #
 # Implements `Workers` of base.py.
-
 
 
 class SqliteWorkers:

@@ -18,7 +18,7 @@ from rock.errors import InvalidConfig, ServerError, StartFailed, from_wire
 from rock.protocol.env import AddEnv, BuildEnv, EnvAbout
 from rock.protocol.images import BuildRequest, BuiltImage
 from rock.protocol.keys import CreateKey, KeyInfo, KeyList, NewKey
-from rock.protocol.node import EnvList, ServerInfo, WorkerInfo, WorkerList
+from rock.protocol.node import EnvList, ServerInfo, VolumeInfo, VolumeList, WorkerInfo, WorkerList
 from rock.protocol.routes import ROUTES, STREAM_TYPE, Frame, FrameParser
 from rock.protocol.sandbox import SandboxInfo, UpdateSandbox
 from rock.protocol.wire import explain
@@ -94,6 +94,28 @@ class Client(primitives.Face):
         """Forget a stopped one and its files; with `force` it is stopped first. NotFound, Conflict."""
         target = path("delete_sandbox", sandbox_id) + query_string({"force": force or None})
         return parse(SandboxInfo, self.transport.json("DELETE", target, timeout=STOP_TIMEOUT))
+
+    def create_volume(self, name: str, size: str = "10g", *, worker: str | None = None) -> VolumeInfo:
+        """Create a volume: a folder on one worker that sandboxes mount by its name (`SandboxConfig.volumes`), and that
+        outlives them. size: limit of its files. worker: its worker; None lets the server choose. Conflict when the name
+        is taken; InvalidConfig, NotFound, Unavailable."""
+        body = {"name": name, "size": size, "worker": worker}
+        key = os.urandom(16).hex()
+        return parse(VolumeInfo, self.transport.json("POST", ROUTES["create_volume"].path, body, key=key))
+
+    def list_volumes(self) -> list[VolumeInfo]:
+        """Volumes, oldest first; for the owner of the server those of all tenants."""
+        return parse(VolumeList, self.transport.json("GET", ROUTES["list_volumes"].path)).items
+
+    def get_volume(self, name: str, *, tenant: str | None = None) -> VolumeInfo:
+        """A volume by its name. tenant: its tenant, for the owner of the server. NotFound."""
+        target = ROUTES["get_volume"].url(volume=name) + query_string({"tenant": tenant})
+        return parse(VolumeInfo, self.transport.json("GET", target))
+
+    def delete_volume(self, name: str, *, tenant: str | None = None) -> VolumeInfo:
+        """Delete a volume and its files. tenant: as of `get_volume`. NotFound; Conflict while a sandbox uses it."""
+        target = ROUTES["delete_volume"].url(volume=name) + query_string({"tenant": tenant})
+        return parse(VolumeInfo, self.transport.json("DELETE", target, timeout=STOP_TIMEOUT))
 
     def list_envs(self) -> list[dict[str, Any]]:
         """Environments that can be made."""

@@ -31,8 +31,8 @@ from rock.protocol import action, env, keys, node, sandbox
 from rock.protocol.action import ConnectionList
 from rock.protocol.env import AddEnv, BuildEnv, EnvAbout
 from rock.protocol.keys import CreateKey, KeyInfo, KeyList, NewKey
-from rock.protocol.node import EnvList, SandboxList, WorkerInfo, WorkerList
-from rock.protocol.routes import METHODS, ROUTES
+from rock.protocol.node import CreateVolume, EnvList, SandboxList, VolumeInfo, VolumeList, WorkerInfo, WorkerList
+from rock.protocol.routes import IDEMPOTENCY_KEY, METHODS, ROUTES
 from rock.protocol.sandbox import SandboxInfo
 from rock.store.base import Query as Listing
 
@@ -64,6 +64,7 @@ def build(
     app = FastAPI(title="ROCK", version=__version__, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     _errors(app)
     _sandboxes(app, tenant_services)
+    _volumes(app, tenant_services)
     _keys(app, keys)
     _environments(app, envs)
     add_routes(app, service)
@@ -91,6 +92,29 @@ def _sandboxes(app: FastAPI, tenant_services: TenantServices) -> None:
     async def delete_sandbox(request: Request, sandbox_id: str, force: bool = False) -> Response:
         """Delete a stopped one and its retained files; `force` stops it first."""
         return _json(await tenant_services(request.scope).delete(sandbox_id, force))
+
+
+def _volumes(app: FastAPI, tenant_services: TenantServices) -> None:
+    @app.post(**_row("create_volume", VolumeInfo, "volumes"), status_code=201)
+    async def create_volume(request: Request, body: CreateVolume) -> Response:
+        """Create a volume on a worker; the same idempotency key returns the same volume."""
+        key = request.headers.get(IDEMPOTENCY_KEY)
+        return _json(await tenant_services(request.scope).create_volume(body, key), 201)
+
+    @app.get(**_row("list_volumes", VolumeList, "volumes"))
+    async def list_volumes(request: Request) -> Response:
+        """Volumes, oldest first; for the server's owner those of all tenants."""
+        return _json(VolumeList(items=list(await tenant_services(request.scope).list_volumes())))
+
+    @app.get(**_row("get_volume", VolumeInfo, "volumes"))
+    async def get_volume(request: Request, volume: str, tenant: str = "") -> Response:
+        """A volume by its name. `tenant`: its tenant, for the server's owner alone."""
+        return _json(await tenant_services(request.scope).get_volume(volume, tenant))
+
+    @app.delete(**_row("delete_volume", VolumeInfo, "volumes"))
+    async def delete_volume(request: Request, volume: str, tenant: str = "") -> Response:
+        """Delete a volume that no sandbox uses, and its files. `tenant`: as of get_volume."""
+        return _json(await tenant_services(request.scope).delete_volume(volume, tenant))
 
 
 def _keys(app: FastAPI, keys: Keys) -> None:
@@ -256,11 +280,15 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     @app.delete(**_row("remove_worker", WorkerInfo, "workers"))
     async def remove_worker(worker: str, force: bool = False) -> WorkerInfo:
-        """Remove a lost worker. `force`: declare it lost first, which ends its sandboxes."""
+        """Remove a lost worker without volumes. `force`: declare it lost first, which ends its sandboxes and removes
+        the records of its volumes."""
         info = await worker_registry.info(worker)
+        if not force:
+            await service.volumes.refuse_removal(worker)
         if force and not info.is_lost:
             await worker_registry.lose(info, surely=True)
         if (await worker_registry.info(worker)).is_lost:
             await mark_lost(service, worker)
+            await service.volumes.lose(worker)
         await worker_registry.remove(worker)
         return info

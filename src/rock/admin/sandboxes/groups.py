@@ -41,16 +41,18 @@ class Stop(Protocol):
 
 
 class Groups:
-    """The group operations of the service. check: raises for a config that this server cannot serve."""
+    """The group operations of the service. check: raises for a config that this server cannot serve. resolve: adds the
+    ids of the volumes of a tenant to a config."""
 
     def __init__(
         self, store: Store, placer: Placer, start_tasks: Starts, check: Callable[[SandboxConfig], None],
-        stop: Stop,
+        resolve: Callable[[SandboxConfig, str], Awaitable[SandboxConfig]], stop: Stop,
     ) -> None:  # fmt: skip
         self._store = store
         self._placer = placer
         self._start_tasks = start_tasks
         self._check_config = check
+        self._resolve = resolve
         self._stop = stop
         self._undoing: dict[str, asyncio.Task[None]] = {}
 
@@ -85,6 +87,8 @@ class Groups:
             raise InvalidConfig(f"name={config.name!r}: a name is for one sandbox, and this group has {spec.size}",
                                 hint="use labels for the sandboxes of a group")
         self._check_config(config)
+        if config.volumes:
+            config = await self._resolve(config, caller.owner)
         ids = [member(group_id, number) for number in range(spec.size)]
         if len(ids[-1]) > _LONGEST_ID:
             raise InvalidConfig(f"sandbox_id {group_id[:20]}... is too long for a group of {spec.size} sandboxes: a "

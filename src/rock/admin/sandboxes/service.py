@@ -20,6 +20,7 @@ from rock.admin.sandboxes.lifecycle import Effect, Event
 from rock.admin.sandboxes.records import Records
 from rock.admin.sandboxes.retention import Archive, Cleanup, RetainedSandboxes
 from rock.admin.sandboxes.starts import CREATES, Starts
+from rock.admin.volumes import Volumes
 from rock.admin.workers.client import Worker
 from rock.admin.workers.placement import Placer
 from rock.admin.workers.registry import WorkerRegistry
@@ -55,13 +56,14 @@ class Service:
         self.workers = workers
         self.records = Records(store)
         self.placer = Placer(scheduler, workers, reservations)
+        self.volumes = Volumes(store, workers)
         self.cleanup = Cleanup(self.records, workers, reservations)
         self.archive = Archive(self.records, workers, self.cleanup, blobs, archive_limit)
         self.start_tasks = Starts(self.records, workers, self.placer, self.archive)
         started = self.start_tasks.waited
         self.kept = RetainedSandboxes(self.records, workers, self.cleanup, self.archive, self.stop, started)
         self.commits = Commits(self.records, workers, archive_limit)
-        self.groups = Groups(store, self.placer, self.start_tasks, self.archive.check, self.stop)
+        self.groups = Groups(store, self.placer, self.start_tasks, self.archive.check, self.volumes.resolve, self.stop)
         self.envs = EnvironmentHosts(store, workers, self.placer, started, self.insert)
         self.start_tasks.on_failed.append(self.groups.launch_failed)
         self.records.on_withdrawn.append(self.start_tasks.withdraw)
@@ -77,6 +79,7 @@ class Service:
         await asyncio.gather(*tasks, return_exceptions=True)
         self.start_tasks.queue.close()
         await self.groups.close()
+        await self.volumes.close()
         await self.placer.close()
         await self.archive.close()
         await self.commits.close()
@@ -109,6 +112,8 @@ class Service:
     async def insert(self, config: SandboxConfig, key: str | None, caller: Caller) -> Record:
         """Insert the record of a new sandbox and start it."""
         self.archive.check(config)
+        if config.volumes:
+            config = await self.volumes.resolve(config, caller.owner)
         sandbox_id = config.sandbox_id or secrets.token_hex(16)
         record: Record | None = None
         try:

@@ -164,6 +164,7 @@ class Starts:
             return await self._start(worker, record)
         end, pause = time.monotonic() + RECONNECT_TIMEOUT, _PAUSE
         moves = fresh and not record.info.gang and not record.info.kept and self._placer.reservations is None
+        moves = moves and not record.config.volumes
         there: Worker | None = worker
         while True:
             try:

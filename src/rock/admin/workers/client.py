@@ -27,6 +27,8 @@ from rock.protocol.node import (
     NodeInventory,
     NodeSandbox,
     NodeStatus,
+    NodeVolume,
+    NodeVolumes,
 )
 from rock.protocol.routes import OUTAGE, ROUTES, Frame, FrameParser, pack_frame
 from rock.protocol.sandbox import ArchivedFiles, SandboxConfig, travelling
@@ -90,6 +92,16 @@ class Worker(Protocol):
     async def status(self) -> NodeStatus: ...
 
     async def events(self, after: int, wait: float, boot: str = "") -> NodeEvents: ...
+
+    async def volumes(self) -> NodeVolumes: ...
+
+    async def create_volume(self, volume_id: str, spec: NodeVolume) -> NodeVolumes:
+        """Create a volume, or change its size. StorageFull."""
+        ...
+
+    async def delete_volume(self, volume_id: str) -> NodeVolumes:
+        """Delete a volume and its files; an unknown one is no error. Conflict while a sandbox uses it."""
+        ...
 
 
 class _Check:
@@ -236,6 +248,15 @@ class WireWorker:
 
     async def events(self, after: int, wait: float, boot: str = "") -> NodeEvents:
         return await self._call(NodeEvents, "node_events", f"after={after}&wait={wait:g}&boot={boot}")
+
+    async def volumes(self) -> NodeVolumes:
+        return await self._call(NodeVolumes, "node_volumes")
+
+    async def create_volume(self, volume_id: str, spec: NodeVolume) -> NodeVolumes:
+        return await self._call(NodeVolumes, "node_create_volume", "", spec.model_dump(), volume_id=volume_id)
+
+    async def delete_volume(self, volume_id: str) -> NodeVolumes:
+        return await self._call(NodeVolumes, "node_delete_volume", volume_id=volume_id)
 
 
 def _parsed(kind: type[Model], status: int, reply: bytes) -> Model:

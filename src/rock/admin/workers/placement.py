@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from rock.admin.workers.client import Worker
 from rock.admin.workers.registry import WorkerRegistry
-from rock.errors import NoCapacity, RockError, Unavailable
+from rock.errors import NoCapacity, RockError, Unavailable, Unsupported
 from rock.protocol.node import NodeStatus
 from rock.protocol.routes import OUTAGE
 from rock.protocol.sandbox import SandboxConfig, State
@@ -55,6 +55,8 @@ class Placer:
     async def place(self, sandbox_id: str, config: SandboxConfig) -> Worker:
         """Choose a worker; call `landed` when the start is over, or is abandoned."""
         await self._known()
+        if config.volumes:
+            return self._with_volumes(config)
         try:
             name = self._scheduler.place(config)
         except NoCapacity:
@@ -72,10 +74,21 @@ class Placer:
     ) -> list[Worker]:
         """Workers for the first of these sandboxes, with `whole` for all of them."""
         await self._known(_NEW)
+        if config.volumes:
+            return [self._with_volumes(config)] * len(ids)
         names = self._scheduler.place_group(config, len(ids), placement, whole)
         for sandbox_id, name in zip(ids, names, strict=False):
             self._placed.setdefault(sandbox_id, []).append((name, config.num_gpus or 0.0))
         return [self._there(name) for name in names]
+
+    def _with_volumes(self, config: SandboxConfig) -> Worker:
+        """The worker of its volumes, which rejects what exceeds its capacity. Unavailable."""
+        name = config.volumes[0].worker or "" if config.volumes else ""
+        if name not in self.statuses:
+            away = name not in self._workers or self._workers.is_silent(name) or self._workers.is_failing(name)
+            raise Unavailable(f"worker {name}, which has the volumes of the sandbox, accepts no sandboxes now",
+                              hint="retry when it is ready: rock worker ls", details=OUTAGE if away else None)
+        return self._there(name)
 
     def _there(self, name: str) -> Worker:
         worker = self._workers.get(name)
@@ -110,6 +123,9 @@ class Placer:
 
     async def check(self, config: SandboxConfig) -> None:
         """Raise the errors that a create would raise at once on some worker, when the worker is not chosen yet."""
+        if config.volumes:
+            raise Unsupported("volumes: a Ray cluster decides on which worker a sandbox runs, and volumes stay on one",
+                              hint="use the scheduler of ROCK, or leave volumes unset")  # fmt: skip
         for worker in self._workers.values():
             with contextlib.suppress(Unavailable):
                 await worker.check(config)

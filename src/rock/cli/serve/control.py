@@ -39,6 +39,8 @@ from rock.protocol.node import (
     NodeInventory,
     NodeSandbox,
     NodeStatus,
+    NodeVolume,
+    NodeVolumes,
     WorkerInfo,
 )
 from rock.protocol.sandbox import ArchivedFiles, SandboxConfig
@@ -318,3 +320,12 @@ class LocalWorker:
 
     async def events(self, after: int, wait: float, boot: str = "") -> NodeEvents:
         return await self._node.ends.since(after, wait, boot)
+
+    async def volumes(self) -> NodeVolumes:
+        return self._node.volumes.inventory()
+
+    async def create_volume(self, volume_id: str, spec: NodeVolume) -> NodeVolumes:
+        return await self._node.volumes.create(volume_id, spec)
+
+    async def delete_volume(self, volume_id: str) -> NodeVolumes:
+        return await self._node.delete_volume(volume_id)

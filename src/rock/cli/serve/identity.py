@@ -12,6 +12,7 @@ from typing import Any
 from rock.admin.sandboxes.lifecycle import new_info
 from rock.errors import Conflict, InvalidConfig, Unsupported
 from rock.host import atomic_file
+from rock.protocol.node import VolumeInfo
 from rock.protocol.owner import RESTORED, STORE_NOTE
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
 from rock.rocklet.node import Node
@@ -24,10 +25,11 @@ WAYS = ("", "adopt", "abandon")
 
 class Identity:
     """The identity of the store, recorded in the run folder. A server with a different or missing store does not start
-    while there are sandboxes, because it would end all sandboxes that the store does not contain.
+    while there are sandboxes or volumes, because it would remove all that the store does not contain.
 
     changed: the action in this case. "adopt": creates records for the sandboxes of this machine, which then belong to
-    the server's owner and have no idempotency key. "abandon": ends them, and removes retained files.
+    the server's owner and have no idempotency key, and for its volumes, which keep their tenants. "abandon": ends the
+    sandboxes, and removes retained files and volumes.
     """
 
     def __init__(self, run_dir: Path, store: Store, changed: str, node: Node | None) -> None:
@@ -72,22 +74,25 @@ class Identity:
             return None
 
     def _left(self) -> Sequence[str]:
-        """Sandboxes that would be ended. Those of other machines are not included."""
+        """Sandboxes that would be ended, and volumes that would be removed. Those of other machines are not
+        included."""
         node = self._node
         if node is None:
             return ["those of its workers"]
-        return sorted({*node.supervisors, *node.kept.ids(), *node.quarantine.ids()})
+        return sorted({*node.supervisors, *node.kept.ids(), *node.quarantine.ids(), *node.volumes.ids()})
 
     async def _unknown(self) -> Sequence[str]:
-        """Local sandboxes that are not in the store."""
+        """Local sandboxes and volumes that are not in the store."""
         if self._node is None:
             return [] if self._noted() == RESTORED else self._left()
-        return [one for one in self._left() if await self._store.get(one) is None]
+        volumes = {row.volume_id for row in await self._store.volumes.list()}
+        return [one for one in self._left() if one not in volumes and await self._store.get(one) is None]
 
     def _decide(self, why: str, left: Sequence[str]) -> None:
         if not left or self._changed:
             return
-        count = f"{len(left)} sandboxes are" if self._node is not None else "sandboxes of its workers may be"
+        kinds = "sandboxes and volumes" if self._node is not None and self._node.volumes.ids() else "sandboxes"
+        count = f"{len(left)} {kinds} are" if self._node is not None else "sandboxes of its workers may be"
         raise Conflict(
             f"the server does not start: {count} there, and {why}",
             hint="put the store back with: rock admin restore FILE. Or start with a new one: "
@@ -109,6 +114,11 @@ class Identity:
         unknown = SandboxConfig(image="unknown")  # for a damaged record
         for sandbox_id in self._node.quarantine.ids():
             await self._insert(new_info(sandbox_id, unknown, "local", status, ""), unknown, {"state": State.RUNNING})
+        known = {row.volume_id for row in await self._store.volumes.list()}
+        for volume_id, volume in self._node.volumes.inventory().volumes.items():
+            if volume_id not in known:
+                await self._store.volumes.add(VolumeInfo(volume_id=volume_id, worker="local", created_at=now,
+                                                         **volume.model_dump()))  # fmt: skip
 
     async def _insert(self, info: SandboxInfo, config: SandboxConfig, fields: dict[str, Any]) -> None:
         if await self._store.get(info.sandbox_id) is None:

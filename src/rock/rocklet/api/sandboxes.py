@@ -23,7 +23,7 @@ from rock.http.asgi import (
     validate,
 )
 from rock.protocol.action import BashAction, Command, CreateBashSessionRequest
-from rock.protocol.node import NodeCommit, ProcessList, SessionList, WorkerImage
+from rock.protocol.node import NodeCommit, NodeVolume, ProcessList, SessionList, WorkerImage
 from rock.protocol.route import SANDBOX, Route
 from rock.protocol.routes import LOG_NEXT, LOG_RUNNING, LOG_START, ROUTES
 from rock.protocol.sandbox import SandboxConfig
@@ -77,6 +77,9 @@ class Api:
             "node_image",
             "node_status",
             "node_events",
+            "node_volumes",
+            "node_create_volume",
+            "node_delete_volume",
         ):
             router.add(ROUTES[name], getattr(self, name))
         router.add(ROUTES["terminal"], terminal.handler(self.node))
@@ -329,6 +332,16 @@ class Api:
         after = request.integer("after", 0)
         wait, boot = request.number("wait", 0, high=600), request.query.get("boot") or ""
         return answer_model(await self.node.ends.since(after, wait, boot))
+
+    async def node_volumes(self, request: Request) -> Answer:
+        return answer_model(self.node.volumes.inventory())
+
+    async def node_create_volume(self, request: Request) -> Answer:
+        spec = await request.model(NodeVolume)
+        return answer_model(await self.node.volumes.create(request.path["volume_id"], spec))
+
+    async def node_delete_volume(self, request: Request) -> Answer:
+        return answer_model(await self.node.delete_volume(request.path["volume_id"]))
 
 
 def size_of(body: Any) -> tuple[int, int]:

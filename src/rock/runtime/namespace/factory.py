@@ -11,7 +11,7 @@ import errno
 import logging
 import os
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -21,6 +21,7 @@ from rock.host.child_process import Ended
 from rock.images.records import Lease
 from rock.images.store import Images
 from rock.protocol.sandbox import SandboxConfig
+from rock.runtime.base import FolderMount
 from rock.runtime.init.link import InitLink
 from rock.runtime.namespace import records
 from rock.runtime.namespace.admission import Kind
@@ -58,13 +59,14 @@ class Factory:
         for digest in list(self._leases):
             self._end_lease(digest)
 
-    async def make(self, id: str, kind: Kind, config: SandboxConfig, kept: RetainedFiles | None = None) -> Sandbox:
-        """Have the launcher create a sandbox, over the files of `kept` if given, with a record on disk; without an `id`
-        it has no owner. StartFailed, StorageFull, ImageError.
+    async def make(self, id: str, kind: Kind, config: SandboxConfig, kept: RetainedFiles | None = None,
+                   folders: Sequence[FolderMount] = ()) -> Sandbox:
+        """Have the launcher create a sandbox, over the files of `kept` if given, with these folders, and a record on
+        disk; without an `id` it has no owner. StartFailed, StorageFull, ImageError.
 
         A started create runs to its end when the caller is cancelled, so that nothing is left behind.
         """
-        task = asyncio.create_task(self._make_whole(id, kind, config, kept))
+        task = asyncio.create_task(self._make_whole(id, kind, config, kept, folders))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -73,16 +75,18 @@ class Factory:
                 await (self._slots.discard(made) if kept is None else kept.put_back(made.base))
             raise
 
-    async def _make_whole(self, id: str, kind: Kind, config: SandboxConfig, kept: RetainedFiles | None) -> Sandbox:
+    async def _make_whole(self, id: str, kind: Kind, config: SandboxConfig, kept: RetainedFiles | None,
+                          mounted: Sequence[FolderMount]) -> Sandbox:
         """Create a sandbox; retry once in another run folder when the launcher or its zygote died meanwhile."""
         try:
-            return await self._make_once(id, kind, config, kept)
+            return await self._make_once(id, kind, config, kept, mounted)
         except (Ended, _ZygoteEnded):
             if kept is not None:  # its files are restored; the next request uses a new launcher
                 raise
-            return await self._make_once(id, kind, config, kept)
+            return await self._make_once(id, kind, config, kept, mounted)
 
-    async def _make_once(self, id: str, kind: Kind, config: SandboxConfig, kept: RetainedFiles | None) -> Sandbox:
+    async def _make_once(self, id: str, kind: Kind, config: SandboxConfig, kept: RetainedFiles | None,
+                         mounted: Sequence[FolderMount]) -> Sandbox:
         slots = self._slots
         slot = kept.slot if kept else self.spares.pop(0) if self.spares else records.new_slot()
         base = slots.ranges.take(slot)
@@ -94,7 +98,8 @@ class Factory:
             if config.disk is not None:
                 await self._disks.prepare(str(slots.run_dir / slot), config)
             lease = self._lease(kind)
-            spec = {**self._spec(slot, base, kind, config, folders), "woken": kept is not None}
+            spec = {**self._spec(slot, base, kind, config, folders), "woken": kept is not None,
+                    "folders": [_folder_spec(one) for one in mounted]}
             await faults.point("namespace.placed")
             reply = await slots.launcher.request("create", spec, lease.fd if lease else None)
             if "error" in reply:
@@ -104,6 +109,8 @@ class Factory:
                 raise errors.StartFailed(f"the sandbox could not be made: {reason}",
                                          hint="the log of the worker has the cause; `rock doctor` checks the machine")
             sandbox = Sandbox(slot, reply["pid"], reply["start"], base, folders)
+            if mounted:
+                sandbox.volumes = {one.volume: [one.name, one.read_only] for one in mounted if one.volume}
             sandbox.link = InitLink.connect(slots.run_dir / slot, slot)
             slots.live[slot] = sandbox
             await faults.point("namespace.born")
@@ -162,6 +169,11 @@ class Factory:
             "affinity": limiter.affinity(config), "processes": limiter.processes(config),
             "disk": self._disks.spec(config),
         }
+
+
+def _folder_spec(mount: FolderMount) -> dict[str, Any]:
+    return {"root": mount.root, "path": mount.path, "target": mount.target, "read_only": mount.read_only,
+            "volume": bool(mount.volume), "identity": mount.identity}
 
 
 # ---- warm pool ----

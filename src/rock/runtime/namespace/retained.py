@@ -196,6 +196,8 @@ class Handles:
             data["disk_limit"], enforced["disk"] = self._disk_limit, "watched"
         else:
             enforced["disk"] = "none"
+        if sandbox.volumes:
+            data["volumes"] = sandbox.volumes
         if config.nofile is not None:
             data["nofile"], enforced["nofile"] = config.nofile, "rlimit"
         if config.shm_size is not None:

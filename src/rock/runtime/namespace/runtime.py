@@ -18,7 +18,7 @@ from rock.images.records import RootFS
 from rock.images.store import Images
 from rock.protocol.action import ConnectionList
 from rock.protocol.sandbox import ArchivedFiles, Isolation, SandboxConfig, Usage
-from rock.runtime.base import Handle, Liveness, Prepared, Program, Trait
+from rock.runtime.base import FolderMount, Handle, Liveness, MountSource, Prepared, Program, Trait
 from rock.runtime.init.files import InitSandboxes
 from rock.runtime.init.link import InitLink
 from rock.runtime.namespace import admission, retained
@@ -27,7 +27,7 @@ from rock.runtime.namespace.egress_sockets import EgressSockets
 from rock.runtime.namespace.factory import Factory, Pool, RetainedFiles
 from rock.runtime.namespace.launcher.link import LaunchLink
 from rock.runtime.namespace.limits import disk_layout, limiter
-from rock.runtime.namespace.limits.disk_watch import Disks, DiskWatch
+from rock.runtime.namespace.limits.disk_watch import Disks, DiskWatch, Held
 from rock.runtime.namespace.limits.limiter import MemoryWatch
 from rock.runtime.namespace.retained import RUNTIME, Handles, StoppedSandboxes
 from rock.runtime.namespace.slots import Sandbox, Slots
@@ -62,7 +62,9 @@ class NamespaceRuntime(InitSandboxes):
         self._watch = MemoryWatch("namespace", lambda: {
             sandbox.pid: (sandbox.memory, sandbox.count_kill)
             for sandbox in self._slots.live.values() if sandbox.memory})  # fmt: skip
-        self._disk_watch = DiskWatch(self._slots.measured) if disk_limit else None
+        self._disk_watch = DiskWatch(self._measured)
+        self._disk_limit = disk_limit
+        self.mount_source: MountSource | None = None
         self._opened = False
         self._known_images: dict[str, Kind] = {}
         self.isolation = Isolation.NAMESPACES
@@ -83,8 +85,12 @@ class NamespaceRuntime(InitSandboxes):
         self._opened = True
         if self._slots.limiter.enforced()["memory"] == "watched":
             self._watch.start()
-        if self._disk_watch is not None:
+        if self._disk_limit or self.mount_source is not None:
             self._disk_watch.start()
+
+    def _measured(self) -> list[Held]:
+        volumes = [] if self.mount_source is None else self._slots.measured_volumes(self.mount_source)
+        return [*self._slots.measured(), *volumes]
 
     async def _choose_level(self) -> None:
         """Start a test sandbox to detect the isolation level; as root, fall back to a lower level."""
@@ -121,8 +127,7 @@ class NamespaceRuntime(InitSandboxes):
 
     async def close(self) -> None:
         await self._watch.close()
-        if self._disk_watch is not None:
-            await self._disk_watch.close()
+        await self._disk_watch.close()
         await self._pool.close()
         await self._egress.close()
         self._factory.close()
@@ -143,7 +148,16 @@ class NamespaceRuntime(InitSandboxes):
         self._refuse(config)
         if config.disk is not None:
             await self._disks.choose(config)
+        self._folders(config)
         return await self._kind(config)
+
+    def _folders(self, config: SandboxConfig) -> Sequence[FolderMount]:
+        """The volumes and host folders of a sandbox. NotFound, Forbidden, InvalidConfig, StorageFull, Unsupported."""
+        if not config.volumes and not config.mounts:
+            return ()
+        if self.mount_source is None:
+            raise errors.Unsupported("this runtime has no volumes and folders to mount", hint="leave them unset")
+        return self.mount_source.resolve(config)
 
     def _refuse(self, config: SandboxConfig) -> None:
         admission.refuse_unsupported(config, self.isolation, self._egress.networks, why=self._egress.missing)
@@ -159,7 +173,8 @@ class NamespaceRuntime(InitSandboxes):
 
     async def create(self, id: str, config: SandboxConfig) -> Handle:
         kind = await self._admit(config)
-        special = config.disk is not None or config.nofile is not None or config.shm_size is not None
+        special = config.disk is not None or config.nofile is not None or config.shm_size is not None \
+            or config.volumes or config.mounts
         sandbox = None if special else self._pool.claim(kind)
         if sandbox is not None:
             try:
@@ -181,7 +196,7 @@ class NamespaceRuntime(InitSandboxes):
 
     async def _made(self, id: str, kind: Kind, config: SandboxConfig, kept: RetainedFiles | None = None) -> Sandbox:
         try:
-            return await self._factory.make(id, kind, config, kept)
+            return await self._factory.make(id, kind, config, kept, self._folders(config))
         except errors.RockError as error:
             error.sandbox_id = id
             raise
@@ -242,8 +257,8 @@ class NamespaceRuntime(InitSandboxes):
         await wait_gone(handle.data["pid"], handle.data["start"])
         if self._slots.was_signalled(handle):
             return "gone"
-        if self._slots.is_full(handle):
-            return "disk"
+        if (full := self._slots.full(handle)) is not None:
+            return full
         return "oom" if self.oom_kills(handle) > kills else "exited"
 
     async def usage(self, handle: Handle) -> Usage:

@@ -17,7 +17,7 @@ from typing import Any
 from rock import errors
 from rock.guest.init import process_tree
 from rock.guest.init.remove import remove_tree
-from rock.runtime.base import Handle, Prepared
+from rock.runtime.base import Handle, MountSource, Prepared
 from rock.runtime.init.link import InitLink
 from rock.runtime.namespace import records
 from rock.runtime.namespace.egress_sockets import EgressSockets
@@ -86,6 +86,10 @@ def _cpu_of(folders: Mapping[str, str]) -> str:
     return f"{folders['cpu']}/cpu.stat" if os.path.exists(f"{folders.get('cpu', '')}/cpu.stat") else ""
 
 
+def _processes(one: Sandbox) -> tuple[int, str]:
+    return one.pid, one.folders.get("pids", "")
+
+
 @dataclass
 class Sandbox:
     """State of a living sandbox in this server; all of it can be recovered from the handle."""
@@ -101,6 +105,8 @@ class Sandbox:
     over: int = 0  # their size when that ended the sandbox
     kills: int = 0  # by the memory monitor
     prepared: Prepared | None = None
+    volumes: dict[str, list[Any]] | None = None  # name, and whether it is read-only, by id
+    over_volume: str = ""  # the name of the volume whose size ended it
 
     def count_kill(self) -> None:
         """Record a kill by the memory monitor."""
@@ -173,7 +179,8 @@ class Slots:
             if "pid" not in data or not process_tree.lives(data["pid"], data["start"]):  # a stopped one has none
                 raise errors.Lost("the sandbox is gone", sandbox_id=handle.id)
             sandbox = Sandbox(slot, data["pid"], data["start"], data["base"], dict(data["cgroups"]),
-                              memory=int(data["memory"]), disk=int(data.get("disk_limit", 0)))
+                              memory=int(data["memory"]), disk=int(data.get("disk_limit", 0)),
+                              volumes=data.get("volumes"))
             self.ranges.reserve(sandbox.base, slot)
             self.live[slot] = sandbox
         return sandbox
@@ -193,17 +200,46 @@ class Slots:
 
     def measured(self) -> list[Held]:
         """The sandboxes whose files are measured."""
-        return [Held(str(self.run_dir / one.slot), one.pid, one.disk, one.folders.get("pids", ""), _cpu_of(one.folders),
-                     partial(self._end_full, one)) for one in self.live.values() if one.disk]
+        return [Held(str(self.run_dir / one.slot), one.disk, [_processes(one)], [_cpu_of(one.folders)],
+                     partial(self._end_full, one), without=list(one.volumes or ()))
+                for one in self.live.values() if one.disk]
 
-    def _end_full(self, sandbox: Sandbox, size: int) -> None:
-        sandbox.over = size
-        kill_init(sandbox.pid, sandbox.start)
+    def measured_volumes(self, source: MountSource) -> list[Held]:
+        """The volumes that sandboxes write, and those that were over their limit."""
+        writers: dict[str, list[Sandbox]] = {volume_id: [] for volume_id in source.full()}
+        for one in self.live.values():
+            for volume_id, (_, read_only) in (one.volumes or {}).items():
+                if not read_only:
+                    writers.setdefault(volume_id, []).append(one)
+        found = []
+        for volume_id, sandboxes in writers.items():
+            held = source.limit(volume_id)
+            if held is not None:
+                found.append(Held(held[0], held[1], [_processes(one) for one in sandboxes],
+                                  [_cpu_of(one.folders) for one in sandboxes],
+                                  partial(self._volume_measured, source, volume_id, sandboxes), only=volume_id))
+        return found
 
-    def is_full(self, handle: Handle) -> bool:
-        """Whether it was ended because its files exceeded the limit."""
+    @staticmethod
+    def _volume_measured(source: MountSource, volume_id: str, writers: Sequence[Sandbox], size: int) -> None:
+        if source.measured(volume_id, size):
+            for one in writers:
+                one.over_volume = str((one.volumes or {})[volume_id][0])
+                one.over = size
+                kill_init(one.pid, one.start)
+
+    @staticmethod
+    def _end_full(sandbox: Sandbox, size: int) -> None:
+        if size > sandbox.disk:
+            sandbox.over = size
+            kill_init(sandbox.pid, sandbox.start)
+
+    def full(self, handle: Handle) -> str | None:
+        """The reason for `wait`, when it was ended because files exceeded their limit."""
         sandbox = self.live.get(handle.data["slot"])
-        return sandbox is not None and sandbox.over > 0
+        if sandbox is None or not sandbox.over:
+            return None
+        return f"disk: volume {sandbox.over_volume} is over its limit" if sandbox.over_volume else "disk"
 
     # ---- stop and destroy ----
 

@@ -74,7 +74,7 @@ def build(spec: dict[str, Any], pid: int, staging: str, namespace: int, home: Ho
     namespace: its user namespace. proc: returns the detached /proc that the child created. net: see
     HostNamespaces.enter.
     """
-    step, disk = "run folder", -1
+    step, disk, opened = "run folder", -1, list[int]()
     try:
         if spec["disk"]:
             step = "disk"
@@ -83,6 +83,9 @@ def build(spec: dict[str, Any], pid: int, staging: str, namespace: int, home: Ho
         mounts.make_folders(spec if disk < 0 else {**spec, "slot": f"/proc/self/fd/{disk}"})
         step = "cgroup"
         _limit(spec, pid)
+        if spec["folders"]:
+            step = "volumes and mounts"
+            opened = mounts.open_folders(spec, namespace if spec["privileged"] else -1)
         step = "files"
         try:
             home.enter(pid, spec["base"], None if spec["network"] == "host" else net)
@@ -91,11 +94,15 @@ def build(spec: dict[str, Any], pid: int, staging: str, namespace: int, home: Ho
             mounts.switch(staging)
             mounts.furnish(spec, waiting)
             mounts.leave()
+            if opened:
+                step = "volumes and mounts"
+                mounts.attach_folders(spec, opened)
         finally:
             home.back()
     except OSError as error:
         raise Failure(step, error) from None
     finally:
+        mounts.close_folders(opened)
         if disk >= 0:
             os.close(disk)
 

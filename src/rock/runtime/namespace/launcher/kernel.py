@@ -148,10 +148,10 @@ def pivot_root(new: str, old: str) -> None:
         _raise("pivot_root")
 
 
-def open_tree(path: str, *, recursive: bool = False) -> int:
-    """A detached copy of the mount at `path`, as a descriptor."""
-    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | (_AT_RECURSIVE if recursive else 0)
-    fd = int(_syscall(_long(_OPEN_TREE), _long(_AT_FDCWD), ctypes.c_char_p(os.fsencode(path)), _long(flags)))
+def open_tree(path: str, *, recursive: bool = False, folder: int = _AT_FDCWD) -> int:
+    """A detached copy of the mount at `path`, as a descriptor; without a path, at the descriptor `folder`."""
+    flags = _OPEN_TREE_CLONE | os.O_CLOEXEC | (_AT_RECURSIVE if recursive else 0) | (0 if path else _AT_EMPTY_PATH)
+    fd = int(_syscall(_long(_OPEN_TREE), _long(folder), ctypes.c_char_p(os.fsencode(path)), _long(flags)))
     if fd < 0:
         _raise(f"open_tree {path}")
     return fd
@@ -170,9 +170,9 @@ def set_attributes(fd: int, attributes: int, *, userns: int = -1, recursive: boo
 
 
 def move_mount(fd: int, target: str, folder: int = _AT_FDCWD) -> None:
-    """Attach a detached mount at a path."""
-    path = ctypes.c_char_p(os.fsencode(target))
-    if _syscall(_long(_MOVE_MOUNT), _long(fd), ctypes.c_char_p(b""), _long(folder), path, _long(4)) < 0:
+    """Attach a detached mount at a path; without a path, at the descriptor `folder`."""
+    path, flags = ctypes.c_char_p(os.fsencode(target)), 4 if target else 4 | 0x40  # F_EMPTY_PATH, T_EMPTY_PATH
+    if _syscall(_long(_MOVE_MOUNT), _long(fd), ctypes.c_char_p(b""), _long(folder), path, _long(flags)) < 0:
         _raise(f"move_mount to {target}")
 
 

@@ -20,6 +20,7 @@ import errno
 import os
 from typing import Any
 
+from rock.host import folders
 from rock.runtime.namespace.launcher import kernel
 
 # ---- run folder ----
@@ -66,6 +67,9 @@ _EMPTY = "/dev/mqueue"  # a folder of the read-only /dev; a separate tmpfs would
 _SAFE = kernel.ATTR_NOSUID | kernel.ATTR_NODEV
 _STRANGER = 199_999  # an id outside of every range (userns.py), which owns no files
 _SYS_ADMIN = 21
+_TARGETS = {errno.EXDEV: "it is in a folder that the sandbox already mounts: choose another one, like /data",
+            errno.ENOTDIR: "a part of it is not a folder", errno.ELOOP: "a part of it is a link in a loop",
+            errno.EROFS: "it cannot be created there"}  # fmt: skip
 _LONGEST = 3500  # characters of overlay options for mount(2), whose limit is a page
 
 
@@ -233,6 +237,70 @@ def _writable_bind(bind: dict[str, Any], index: int, spec: dict[str, Any], writa
     spot = f"b{SLOTS - 1 - index}"
     overlay(spot, [lower], f"{writable}/upper{index}", f"{writable}/work{index}", rootless=not spec["privileged"])
     return kernel.open_tree(spot)
+
+
+def open_folders(spec: dict[str, Any], userns: int) -> list[int]:
+    """The volumes and host folders of a sandbox, as detached mounts in the order of `spec["folders"]`."""
+    made: list[int] = []
+    try:
+        for folder in spec["folders"]:
+            made.append(_open_folder(folder, userns))
+    except BaseException:
+        close_folders(made)
+        raise
+    return made
+
+
+def close_folders(opened: list[int]) -> None:
+    for fd in opened:
+        os.close(fd)
+
+
+def _open_folder(folder: dict[str, Any], userns: int) -> int:
+    """The path was checked by the server, and is resolved again here: its owner may have changed it since."""
+    source = folders.open_listed(folder["root"], folder["path"])
+    try:
+        info = os.fstat(source)
+        if folder["identity"] and folder["identity"] != [info.st_dev, info.st_ino]:
+            raise OSError(errno.ESTALE, "the folder was replaced while the sandbox started", folder["target"])
+        recursive = False
+        try:
+            fd = kernel.open_tree("", folder=source)
+        except OSError as error:
+            if error.errno != errno.EINVAL or folder["volume"]:  # in a user namespace, submounts must be included
+                raise
+            recursive = True
+            fd = kernel.open_tree("", folder=source, recursive=True)
+    finally:
+        os.close(source)
+    try:
+        attributes = _SAFE | (kernel.ATTR_RDONLY if folder["read_only"] else 0)
+        mapping = userns if folder["volume"] else -1  # files of the host keep their owners
+        kernel.set_attributes(fd, attributes, userns=mapping, recursive=recursive, private=True)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def attach_folders(spec: dict[str, Any], opened: list[int]) -> None:
+    """Attach them, in a complete sandbox without the old root. Missing targets are created in the writable layer."""
+    if not opened:
+        return
+    root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for fd, folder in zip(opened, spec["folders"], strict=True):
+            try:
+                target = folders.make_in_root(root, folder["target"])
+            except OSError as error:
+                raise OSError(error.errno, f"target {folder['target']}: {_TARGETS.get(error.errno or 0, error)}") \
+                    from None  # fmt: skip
+            try:
+                kernel.move_mount(fd, "", target)
+            finally:
+                os.close(target)
+    finally:
+        os.close(root)
 
 
 class UnnamedFolders:

@@ -1,8 +1,8 @@
 """The disk under the run folders: ext4 directory placement, disk images of sandboxes with a limit, and measured usage.
 
 launcher/furnish.py mounts the disk images. `python -I -S disk_layout.py` adds up the files of sandboxes for
-disk_watch.py: it reads a list of [folder, limit, pid, cgroup] and writes a line [folder, bytes, seconds] for each, all
-as JSON. Standard library only."""
+disk_watch.py: it reads a list of [folder, limit, [[pid, cgroup], ...], volume, volumes], see `Held`, and writes a line
+[folder, bytes, seconds] for each, all as JSON. Standard library only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
@@ -102,8 +102,9 @@ def written(folder: str) -> int | None:
     return total
 
 
-def deleted(pids: Iterable[int]) -> int:
-    """Bytes of deleted files that these processes hold open. Blocking."""
+def deleted(pids: Iterable[int], counts: Callable[[int, str], bool] = lambda pid, name: True) -> int:
+    """Bytes of deleted files that these processes hold open. Blocking. counts: whether to count the descriptor of a
+    process."""
     found: dict[tuple[int, int], int] = {}
     for pid in pids:
         folder = f"/proc/{pid}/fd"
@@ -111,10 +112,44 @@ def deleted(pids: Iterable[int]) -> int:
             for name in os.listdir(folder):
                 with contextlib.suppress(OSError):
                     path = os.readlink(f"{folder}/{name}")
-                    if path.endswith(" (deleted)") and not path.startswith(("/memfd:", "/dev/shm/")):
+                    gone = path.endswith(" (deleted)") and not path.startswith(("/memfd:", "/dev/shm/"))
+                    if gone and counts(pid, name):
                         file = os.stat(f"{folder}/{name}")
                         found[file.st_dev, file.st_ino] = file.st_blocks * 512
     return sum(found.values())
+
+
+def _mounts_of(pid: int, volumes: Sequence[str]) -> set[str]:
+    """The ids of the mounts of these volumes in the mount namespace of a process. A path would not do: a guest may
+    rename the folders above a mount."""
+    found = set()
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/mountinfo").read_text().splitlines():
+            number, _, _, root, *_ = line.split(" ")
+            if any(root.endswith(f"/{volume}/data") for volume in volumes):
+                found.add(number)
+    return found
+
+
+def _mount_of(pid: int, name: str) -> str:
+    """The id of the mount of an open file."""
+    for line in Path(f"/proc/{pid}/fdinfo/{name}").read_text().splitlines():
+        if line.startswith("mnt_id:"):
+            return line.split()[1]
+    return ""
+
+
+def _deleted(processes: Sequence[tuple[int, str]], only: str, without: Sequence[str]) -> int:
+    """Bytes of deleted files that are still open, see `Held`."""
+    total = 0
+    for pid, group in processes:
+        if not only and not without:
+            total += deleted(_tree(pid, group))
+            continue
+        mounts = _mounts_of(pid, [only] if only else without)
+        inside = bool(only)
+        total += deleted(_tree(pid, group), lambda pid, name: (_mount_of(pid, name) in mounts) is inside)  # noqa: B023
+    return total
 
 
 def _tree(pid: int, group: str) -> list[int]:
@@ -178,7 +213,8 @@ def main() -> None:
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     # Processes first: a sibling user namespace cannot access those of a sandbox.
-    specs = [(folder, limit, deleted(_tree(pid, group))) for folder, limit, pid, group in json.load(sys.stdin)]
+    specs = [(folder, limit, _deleted(processes, only, without))
+             for folder, limit, processes, only, without in json.load(sys.stdin)]
     with contextlib.suppress(OSError):
         _see_all()
     for folder, limit, removed in specs:

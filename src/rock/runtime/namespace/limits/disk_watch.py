@@ -96,15 +96,20 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Held:
-    """A sandbox whose files are measured. folder: its files. limit: bytes. processes: the folder of its pids cgroup, or
-    "". cpu: the file with its CPU time, or "". end: called when it exceeds the limit."""
+    """Files that are measured: of a sandbox, or of a volume. folder: the files. limit: bytes. processes: of each
+    sandbox that writes them, pid 1 and the folder of its pids cgroup, or "". cpus: of each, the file with its CPU time,
+    or "". tell: called with each measured size; a size over the limit may be less than the real one.
+
+    only: the id of the volume, of which alone deleted files count. without: ids of volumes of which none count.
+    """
 
     folder: str
-    pid: int
     limit: int
-    processes: str
-    cpu: str
-    end: Callable[[int], None]
+    processes: Sequence[tuple[int, str]]
+    cpus: Sequence[str]
+    tell: Callable[[int], None]
+    only: str = ""
+    without: Sequence[str] = ()
 
 
 class DiskWatch:
@@ -139,13 +144,13 @@ class DiskWatch:
 
     def _is_due(self, one: Held, now: float) -> bool:
         due, before = self._due.get(one.folder, (0.0, ""))
-        return now >= due and (not before or before != _used(one))  # a sandbox without CPU use has not written
+        return now >= due and (not before or before != _used(one))  # without CPU use nothing was written
 
     async def _look(self, due: Sequence[Held]) -> None:
         if not due:
             return
         by_folder = {one.folder: (one, _used(one)) for one in due}
-        request = json.dumps([[one.folder, one.limit, one.pid, one.processes] for one in due])
+        request = json.dumps([[one.folder, one.limit, one.processes, one.only, one.without] for one in due])
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-I", "-S", disk_layout.__file__,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={})
@@ -157,8 +162,7 @@ class DiskWatch:
                 folder, size, seconds = json.loads(line)
                 one, used = by_folder[folder]
                 self._due[folder] = time.monotonic() + seconds * _SHARE * 2, used
-                if size > one.limit:
-                    one.end(size)
+                one.tell(size)
         finally:
             if process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
@@ -167,4 +171,6 @@ class DiskWatch:
 
 
 def _used(one: Held) -> str:
-    return cgroups.read_text(one.cpu) if one.cpu else ""
+    """The CPU time of the writers, as one text; "" when one of them is not known."""
+    texts = [cgroups.read_text(cpu) if cpu else "" for cpu in one.cpus]
+    return "\n".join(texts) if all(texts) else ""
