@@ -62,6 +62,19 @@ def test_the_name_and_the_labels_can_be_changed(server: RunningServer, client: C
         client.update_sandbox("nosuchsandbox", name="names-x")
 
 
+def test_connect_takes_a_name(server: RunningServer, client: Client) -> None:
+    with Sandbox(IMAGE, name="names-connect", memory="256m", base_url=server.url) as made:
+        found = Sandbox.connect("names-connect", base_url=server.url)
+        assert found.sandbox_id == made.sandbox_id and found.run("echo hi").output == "hi\n"
+        (info,) = Sandbox.list(filters={"name": "names-connect"}, base_url=server.url)
+        assert info.sandbox_id == made.sandbox_id
+    with Sandbox(IMAGE, name="names-connect", memory="256m", base_url=server.url) as later:
+        assert Sandbox.connect("names-connect", base_url=server.url).sandbox_id == later.sandbox_id
+    assert Sandbox.connect("names-connect", base_url=server.url).sandbox_id == later.sandbox_id
+    with pytest.raises(NotFound):
+        Sandbox.connect("names-none", base_url=server.url)
+
+
 @pytest.mark.parametrize("name", ["", "-x", "a/b", "a b", "x" * 64, "\u00e9", "a\0"])
 def test_a_wrong_name_is_refused(client: Client, name: str) -> None:
     with pytest.raises(InvalidConfig, match="name"):

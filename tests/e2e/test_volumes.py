@@ -19,6 +19,7 @@ from rock.errors import Conflict, DiskFull, Forbidden, InvalidConfig, NotFound, 
 from rock.protocol.keys import CreateKey
 from rock.protocol.node import CreateVolume
 from rock.protocol.sandbox import Cause, HostMount, SandboxGroupConfig, SandboxInfo, State, VolumeMount
+from rock.sdk.sandbox.options import ConnectOptions
 from rock.sync import Client, Sandbox, SandboxConfig, SandboxGroup
 
 OWNER = "owner-key"
@@ -353,6 +354,18 @@ def test_a_listed_folder_is_read_only(volumes: RunningServer, client: Client, sh
         if ROOT:  # files keep their owners: root inside is not their owner
             assert two.execute("cat /host/private").exit_code != 0
     assert (shared / "listed" / "models" / "weights").read_text() == "w"
+
+
+def test_options_of_the_sdk(volumes: RunningServer, client: Client, shared: Path) -> None:
+    client.create_volume("data", "64m")
+    reach: ConnectOptions = {"base_url": volumes.url, "api_key": OWNER}
+    host = {"/host": str(shared / "listed" / "models")}
+    with Sandbox(IMAGE, memory="256m", volumes={"/data": "data", "/ref": "data:ro"}, mounts=host, **reach) as one:
+        assert out(one, "cp /host/weights /data/w; cat /ref/w") == "w"
+        assert one.exec("touch /ref/x").exit_code != 0
+    for wrong in (["data"], {"/data": 1}, "data"):
+        with pytest.raises(InvalidConfig, match="write it like volumes="):
+            Sandbox(IMAGE, volumes=wrong, **reach)  # type: ignore[arg-type]
 
 
 def test_other_folders_are_refused(volumes: RunningServer, client: Client, shared: Path) -> None:

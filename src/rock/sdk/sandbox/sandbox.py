@@ -385,7 +385,7 @@ class Sandbox(RockMethods):
         """Sandboxes on the server, newest first.
 
         states: names of states; None is all. labels: only sandboxes with all of these labels. filters: equality of
-        `image`, `user_id`, `experiment_id`, `namespace`. limit: maximum number.
+        `name`, `image`, `user_id`, `experiment_id`, `namespace`. limit: maximum number.
         """
         reach = BaseConfig(**reach_of(options, "list"))
         query: dict[str, object] = {**(filters or {})}

@@ -60,6 +60,11 @@ class SandboxOptions(ConnectOptions, total=False):
     use_kata_runtime: the same as oci_runtime "kata".
     isolation: exactly this isolation level. minimum_isolation: the weakest level that is acceptable.
     env: environment variables of all programs. labels: key-value pairs for `Sandbox.list`.
+    name: a name for `Sandbox.connect`, unique among your sandboxes until this one ends; then it is free again.
+    volumes: volumes by the path inside at which they are mounted: {"/data": "results", "/models": "models:ro"}. A name
+    that ends in ":ro" is mounted read-only. `Client.create_volume` creates a volume.
+    mounts: host folders by the path inside, read-only: {"/srv": "/srv/datasets"}. The owner of the server lists the
+    allowed folders in ROCK_HOST_MOUNTS.
     pull: "missing", "always" or "never". public_registries: pull only from public and listed registries.
     registry_username, registry_password: login for the image's registry.
     sandbox_id: an id of your choice; an id in use is a Conflict.
@@ -91,6 +96,9 @@ class SandboxOptions(ConnectOptions, total=False):
     minimum_isolation: IsolationLevel
     env: dict[str, str]
     labels: dict[str, str]
+    name: str | None
+    volumes: Mapping[str, str]
+    mounts: Mapping[str, str]
     pull: Literal["missing", "always", "never"]
     public_registries: bool
     registry_username: str | None
@@ -207,7 +215,23 @@ def fields_of(options: Mapping[str, Any]) -> dict[str, Any]:
         value = fields.get(name)
         if isinstance(value, int) and not isinstance(value, bool):
             fields[name] = str(value)
+    if "volumes" in fields:
+        pairs = _paths(fields["volumes"], "volumes", '{"/data": "my-volume"}').items()
+        fields["volumes"] = [
+            {"target": target, "name": name.removesuffix(":ro"), "read_only": name.endswith(":ro")}
+            for target, name in pairs
+        ]
+    if "mounts" in fields:
+        pairs = _paths(fields["mounts"], "mounts", '{"/data": "/srv/datasets"}').items()
+        fields["mounts"] = [{"target": target, "source": source} for target, source in pairs]
     return fields
+
+
+def _paths(value: object, option: str, example: str) -> Mapping[str, str]:
+    """A mapping of strings to strings. InvalidConfig."""
+    if not isinstance(value, Mapping) or not all(isinstance(one, str) for pair in value.items() for one in pair):
+        raise InvalidValue(f"{option} is no mapping of paths to strings", hint=f"write it like {option}={example}")
+    return value
 
 
 def config_of(

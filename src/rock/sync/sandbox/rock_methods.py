@@ -37,11 +37,11 @@ from rock.protocol.action import (
     WriteFileRequest,
     WriteFileResponse,
 )
-from rock.protocol.sandbox import CommitStatus, SandboxConfig, SandboxInfo
+from rock.protocol.sandbox import CommitStatus, SandboxConfig, SandboxInfo, State
 from rock.sync import primitives
 from rock.sync.sandbox.deploy import Deploy
 from rock.sync.sandbox.files import Files
-from rock.sync.sandbox.link import Link, parse
+from rock.sync.sandbox.link import Link, list_sandboxes, parse
 from rock.sync.sandbox.options import ProgramOptions
 from rock.sync.sandbox.processes import LOG_PORTION, TIMEOUT, Process, Processes, raise_if_failed
 from rock.sync.sandbox.remote_user import RemoteUser
@@ -87,6 +87,13 @@ class RockMethods(Link):
         before, self.sandbox_id = self.sandbox_id, sandbox_id
         try:
             self.sandbox_id = (self._get()).sandbox_id
+        except errors.NotFound:
+            self.sandbox_id = before
+            found = list_sandboxes(self._transport, None, None, {"name": sandbox_id})
+            if not found:
+                raise
+            live = [info for info in found if info.state in (State.PENDING, State.RUNNING, State.STOPPING)]
+            self.sandbox_id = [*live, *found][0].sandbox_id  # the only one that has not ended, else the newest
         except BaseException:
             self.sandbox_id = before
             raise
