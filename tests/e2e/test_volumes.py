@@ -371,13 +371,14 @@ def test_options_of_the_sdk(volumes: RunningServer, client: Client, shared: Path
 def test_other_folders_are_refused(volumes: RunningServer, client: Client, shared: Path) -> None:
     client.create_volume("data")  # else there is no folder of volumes
     listed = shared / "listed"
-    links = {"out": shared / "other", "up": Path(".."), "home": volumes.home, "within": listed / "models"}
+    links = {"out": shared / "other", "up": Path(".."), "home": volumes.home, "within": listed / "models",
+             "beside": Path("models")}
     for name, target in links.items():
         (listed / name).symlink_to(target)
     try:
         for source in (shared, shared / "other", "/", "/etc", f"{listed}-other", listed / "out", listed / "up",
-                       listed / "up" / "other", listed / "within", listed / "home", volumes.home,
-                       volumes.home / "volumes", volumes.home / "images"):  # fmt: skip
+                       listed / "up" / "other", listed / "within", listed / "beside", listed / "home",
+                       volumes.home, volumes.home / "volumes", volumes.home / "images"):  # fmt: skip
             with pytest.raises(Forbidden, match="may not be mounted") as caught:
                 mounted(volumes, source).start()
             assert "ROCK_HOST_MOUNTS" in str(caught.value.hint) or "ROCK_HOME" in str(caught.value.hint)
@@ -508,3 +509,9 @@ def test_a_server_with_another_store_does_not_remove_volumes(own_server: Callabl
         (found,) = client.list_volumes()
         assert (found.name, found.volume_id, found.size) == (made.name, made.volume_id, made.size)
         client.delete_volume("data")
+
+
+def test_a_relative_path_is_no_setting(tmp_path: Path) -> None:
+    server = RunningServer(tmp_path, ROCK_HOST_MOUNTS="/srv:data")
+    with pytest.raises(AssertionError, match="'data' is not an absolute path"):
+        server.start(seconds=30)

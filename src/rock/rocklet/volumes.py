@@ -202,11 +202,13 @@ class Volumes:
             self._starting.subtract(ids)
             self._starting += Counter()  # drops zeros
 
-    def resolve(self, config: SandboxConfig) -> Sequence[FolderMount]:
+    async def resolve(self, config: SandboxConfig) -> Sequence[FolderMount]:
         """The folders that a sandbox mounts. NotFound, Forbidden, InvalidConfig; StorageFull for a volume over its
-        limit. Blocking, for less than a millisecond."""
+        limit."""
         found = [self._volume(mount) for mount in config.volumes or ()]
-        return [*found, *(self._host.find(mount) for mount in config.mounts or ())]
+        for mount in config.mounts or ():  # a network file system may be slow
+            found.append(await asyncio.to_thread(self._host.find, mount))
+        return found
 
     def _volume(self, mount: VolumeMount) -> FolderMount:
         volume_id = mount.volume_id or ""

@@ -435,7 +435,7 @@ class FolderMount:
 class MountSource(Protocol):
     """What a runtime has to know of the volumes and host folders of this machine."""
 
-    def resolve(self, config: SandboxConfig) -> Sequence[FolderMount]:
+    async def resolve(self, config: SandboxConfig) -> Sequence[FolderMount]:
         """The folders of `config.volumes` and `config.mounts`. Called at each check and each start. NotFound,
         Forbidden, InvalidConfig, StorageFull."""
         ...

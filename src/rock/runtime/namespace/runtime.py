@@ -148,16 +148,16 @@ class NamespaceRuntime(InitSandboxes):
         self._refuse(config)
         if config.disk is not None:
             await self._disks.choose(config)
-        self._folders(config)
+        await self._folders(config)
         return await self._kind(config)
 
-    def _folders(self, config: SandboxConfig) -> Sequence[FolderMount]:
+    async def _folders(self, config: SandboxConfig) -> Sequence[FolderMount]:
         """The volumes and host folders of a sandbox. NotFound, Forbidden, InvalidConfig, StorageFull, Unsupported."""
         if not config.volumes and not config.mounts:
             return ()
         if self.mount_source is None:
             raise errors.Unsupported("this runtime has no volumes and folders to mount", hint="leave them unset")
-        return self.mount_source.resolve(config)
+        return await self.mount_source.resolve(config)
 
     def _refuse(self, config: SandboxConfig) -> None:
         admission.refuse_unsupported(config, self.isolation, self._egress.networks, why=self._egress.missing)
@@ -196,7 +196,7 @@ class NamespaceRuntime(InitSandboxes):
 
     async def _made(self, id: str, kind: Kind, config: SandboxConfig, kept: RetainedFiles | None = None) -> Sandbox:
         try:
-            return await self._factory.make(id, kind, config, kept, self._folders(config))
+            return await self._factory.make(id, kind, config, kept, await self._folders(config))
         except errors.RockError as error:
             error.sandbox_id = id
             raise
