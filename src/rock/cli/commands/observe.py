@@ -121,7 +121,7 @@ def events(
     """
     server = client()
     ids = {find(text, server).sandbox_id for text in sandboxes}
-    seen: dict[str, tuple[int, float]] = {}
+    seen: dict[str, tuple[str, float]] = {}
     start = None if since is None else time.time() - since
     if follow and since is None:
         start = time.time()
@@ -144,17 +144,20 @@ def events(
 
 
 def _changes(
-    server: Client, ids: set[str], seen: dict[str, tuple[int, float]]
+    server: Client, ids: set[str], seen: dict[str, tuple[str, float]]
 ) -> Iterator[tuple[float, SandboxInfo, str, str, str]]:
-    """State changes since the last call. seen: the version and the last change of each sandbox, which are updated."""
-    for item in server.list_sandboxes():
-        version, last = seen.get(item.sandbox_id, (-1, 0.0))
-        if (ids and item.sandbox_id not in ids) or item.version <= version:
+    """State changes since the last call. seen: what the state depends on and the last change of each sandbox, which are
+    updated."""
+    first = not seen
+    for item in server.list_sandboxes(history="1") if first else server.list_sandboxes():
+        marks = f"{item.state} {item.created_at} {item.started_at} {item.stopped_at} {item.archived_at}"
+        known, last = seen.get(item.sandbox_id, ("", 0.0))
+        if (ids and item.sandbox_id not in ids) or marks == known:
             continue
         with contextlib.suppress(NotFound):  # it was deleted meanwhile
-            info = server.get_sandbox(item.sandbox_id)
+            info = item if first else server.get_sandbox(item.sandbox_id)
             fresh = [change for change in info.state_history if change.timestamp > last]
-            seen[item.sandbox_id] = info.version, max([last, *(change.timestamp for change in fresh)])
+            seen[item.sandbox_id] = marks, max([last, *(change.timestamp for change in fresh)])
             for change in fresh:
                 yield change.timestamp, info, change.event, change.from_state.value, change.to_state.value
 

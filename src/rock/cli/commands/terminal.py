@@ -48,7 +48,10 @@ async def attend(sandbox: Sandbox, query: dict[str, object], timeout: float | No
 
 
 def _target(sandbox: Sandbox, query: dict[str, object]) -> str:
-    size = shutil.get_terminal_size()
+    try:
+        size = os.get_terminal_size(sys.stdin.fileno())  # the terminal itself, before COLUMNS and LINES
+    except OSError:
+        size = shutil.get_terminal_size()
     term = terminal_environment().get("TERM")
     values = {"rows": size.lines, "columns": size.columns, "term": term, **query}
     return ROUTES["terminal"].url(sandbox_id=sandbox.sandbox_id or "") + query_string(values)

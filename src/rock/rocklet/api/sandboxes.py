@@ -405,6 +405,7 @@ _SOON = 2.0  # seconds to notice the end of pid 1 after its link has broken
 PERHAPS = 0.5  # seconds to notice the end when only a shell or a program may have ended
 _NO_STATUS = b'"exit_code":null'
 _TIMED_OUT = b'"timed_out":true'
+_RUNNING = b'"running":true'  # a background process, which has no exit status yet
 
 
 class SandboxRouter(Router):
@@ -499,5 +500,6 @@ async def _ends(supervisor: Supervisor, within: float, error: RockError | None =
 def _has_no_status(answer: Any) -> bool:
     """Whether it is the result of a command with an unknown exit status."""
     if isinstance(answer, Answer):
-        return _NO_STATUS in answer.body and _TIMED_OUT not in answer.body
-    return getattr(answer, "exit_code", 0) is None and not getattr(answer, "timed_out", False)
+        return _NO_STATUS in answer.body and _TIMED_OUT not in answer.body and _RUNNING not in answer.body
+    known = getattr(answer, "timed_out", False) or getattr(answer, "running", False)
+    return getattr(answer, "exit_code", 0) is None and not known
