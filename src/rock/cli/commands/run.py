@@ -186,6 +186,7 @@ def run(
     _exclusive(detach=detach, interactive=interactive)
     _exclusive(detach=detach, tty=tty)
     _exclusive(detach=detach, rm=remove)
+    _exclusive(detach=detach, timeout=timeout is not None)
     _exclusive(keep=keep, rm=remove)
     _exclusive(rm=remove, retain=retain is not None)
     argv, ports = _words(words), port_pairs(publish, "--publish")
@@ -207,7 +208,7 @@ def run(
     status = 0
     try:
         if detach:
-            _start(sandbox, argv, entrypoint=by_image, cwd=cwd, user=user, timeout=timeout)
+            _start(sandbox, argv, entrypoint=by_image, cwd=cwd, user=user)
         else:
             with contextlib.ExitStack() as stack:
                 for local, remote in ports:
