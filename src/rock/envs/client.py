@@ -25,6 +25,7 @@ import orjson
 
 from rock import errors, settings
 from rock.envs.local_transport import LocalTransport, TransportUnavailable, reach
+from rock.envs.progress import INTERVAL, Report, StartProgress
 from rock.guest.environments import frames, values
 from rock.guest.environments.frames import ERROR, HEAD, RESET
 from rock.protocol.env import EnvAbout, EnvInfo, OpenEnv
@@ -77,7 +78,7 @@ class EnvironmentClient:
 
     base_url, api_key: default to ROCK_BASE_URL and ROCK_API_KEY. config: limits of a dedicated sandbox, which `close`
     stops; `exclusive` requests one too. timeout: seconds for one reset, step or call, after which the environment is
-    killed; None uses the server's default.
+    killed; None uses the server's default. progress: how `open` reports the phases of the start: see progress.py.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class EnvironmentClient:
         exclusive: bool = False,
         timeout: float | None = None,
         graph: Graph | None = None,
+        progress: Report = None,
     ) -> None:
         if config is not None and base_url is None and api_key is None:
             self.transport = transport_of(config)
@@ -105,32 +107,41 @@ class EnvironmentClient:
         self._limit = timeout
         self._timeout = None if timeout is None else timeout + SLACK  # the server reports the timeout first
         self._graph = graph
+        self._progress = progress
         self._target = ""
         self.ways: dict[int, LocalTransport] = {}
         self._owners: dict[int, str] = {}  # by environment: the owner of its lease
 
     def open(self, spec: OpenEnv, timeout: float) -> None:
-        """Find or start the sandbox. The first use installs the packages of its family, which takes minutes."""
+        """Find or start the sandbox. The first use installs the packages of its family."""
         spec.exclusive = self.exclusive
         if self._config is not None:
             spec.config = self._config
+        with StartProgress(spec.env_id, self._progress) as progress:
+            info = self._opened(spec, timeout, progress)
+            if info.state is not State.RUNNING:
+                raise end_of(info)
+        self.sandbox_id = info.sandbox_id
+        self._target = ROUTES["env_frames"].url(sandbox_id=self.sandbox_id)
+
+    def _opened(self, spec: OpenEnv, timeout: float, progress: StartProgress) -> SandboxInfo:
+        """The sandbox once it is no longer pending. StartFailed after `timeout` seconds."""
         deadline = time.monotonic() + timeout
-        target = f"{ROUTES['open_env'].path}?wait={min(POLL, timeout):.3f}"
+        poll = INTERVAL if progress.wanted else POLL
+        target = f"{ROUTES['open_env'].path}?wait={min(poll, timeout):.3f}"
         body = spec.model_dump(mode="json", exclude_unset=True)
         info = parse(SandboxInfo, self.transport.json("POST", target, body, timeout=POLL + SLACK))
         while info.state is State.PENDING:
+            progress.show(info)
             left = deadline - time.monotonic()
             if left <= 0:
                 raise errors.StartFailed(f"{spec.env_id} was not ready within {timeout:g} seconds",
                                          sandbox_id=info.sandbox_id,
                                          hint="raise start_timeout, or check with `rock ps` whether the server has "
                                               "free capacity")
-            target = f"{path('get_sandbox', info.sandbox_id)}?wait={min(left, POLL):.3f}"
+            target = f"{path('get_sandbox', info.sandbox_id)}?wait={min(left, poll):.3f}"
             info = parse(SandboxInfo, self.transport.json("GET", target, timeout=POLL + SLACK))
-        if info.state is not State.RUNNING:
-            raise end_of(info)
-        self.sandbox_id = info.sandbox_id
-        self._target = ROUTES["env_frames"].url(sandbox_id=self.sandbox_id)
+        return info
 
     def make(self, spec: dict[str, Any], timeout: float) -> int:
         """Create an environment (fields of MakeEnv); returns its number."""
