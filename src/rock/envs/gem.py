@@ -13,8 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rock import errors
-from rock.envs.client import EnvironmentClient, EnvironmentHandle
-from rock.envs.progress import Report
+from rock.envs.client import EnvironmentClient, EnvironmentHandle, Report
 from rock.protocol.env import OpenEnv
 from rock.protocol.sandbox import SandboxConfig
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rock import errors
-from rock.envs.progress import Report
+from rock.envs.client import Report
 from rock.protocol.sandbox import SandboxConfig
 
 START_TIMEOUT = 1200.0  # the first environment of a package set installs it

@@ -11,7 +11,7 @@ from gymnasium.envs.registration import EnvSpec
 
 from rock import errors
 from rock.envs.aio import AsyncEnv, made
-from rock.envs.progress import Report
+from rock.envs.client import Report
 from rock.gym.arguments import START_TIMEOUT, STEP_TIMEOUT, AnyPath, Arguments, Config, Network, for_single
 from rock.gym.contract import EnvContract, Placed, space_of
 from rock.gym.source import Making, described, sandbox_of

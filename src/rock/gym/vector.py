@@ -11,7 +11,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from rock import errors
-from rock.envs.progress import Report
+from rock.envs.client import Report
 from rock.gym.arguments import START_TIMEOUT, STEP_TIMEOUT, AnyPath, Arguments, Config, Network
 from rock.gym.contract import EnvContract, Placed, space_of
 from rock.gym.env import _spec_of
