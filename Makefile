@@ -42,6 +42,8 @@ lint: $(VENV)/ready-dev
 	$(VENV)/bin/ruff check src tests tools bench setup.py
 	$(PY) tools/unasync.py --check
 	$(PY) tools/runtimes.py --check
+	$(PY) tools/settings_reference.py --check
+	$(PY) tools/errors_reference.py --check
 	$(PY) -m tests.escape.syscall_table --check
 
 types: $(VENV)/ready-dev
