@@ -21,16 +21,17 @@ test: $(VENV)/ready-dev
 # The editable installation builds the extension when there is a C compiler; an older one must not stay.
 $(VENV)/ready: requirements.lock pyproject.toml setup.py $(wildcard native/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ROCK needs Python 3.11 or newer; name one: make PYTHON=python3.12 ...")'
-	@$(PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV) ..."
-	@$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	@$(PYTHON) tools/step.py "creating $(VENV)" $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) tools/step.py "installing the dependencies into $(VENV)" \
+		$(PY) -m pip install --disable-pip-version-check --require-hashes -r requirements.lock
 	@find src -name librocknative.so -delete
-	@$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@$(PYTHON) tools/step.py "installing ROCK into $(VENV)" \
+		$(PY) -m pip install --disable-pip-version-check --no-deps -e .
 	@touch $@
 
 $(VENV)/ready-dev: requirements-dev.lock $(VENV)/ready
-	@echo "installing the development tools into $(VENV) ..."
-	@$(PY) -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.lock
+	@$(PYTHON) tools/step.py "installing the development tools into $(VENV)" \
+		$(PY) -m pip install --disable-pip-version-check --require-hashes -r requirements-dev.lock
 	@touch $@
 
 # ---- checking ----
@@ -41,6 +42,8 @@ lint: $(VENV)/ready-dev
 	$(VENV)/bin/ruff check src tests tools bench setup.py
 	$(PY) tools/unasync.py --check
 	$(PY) tools/runtimes.py --check
+	$(PY) tools/settings_reference.py --check
+	$(PY) tools/errors_reference.py --check
 	$(PY) -m tests.escape.syscall_table --check
 
 types: $(VENV)/ready-dev

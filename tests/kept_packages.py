@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rock.envhub.packages import GEM, SETS, image_of
+from rock.envhub.packages import GEM_GAMES, SETS, image_of
 from rock.errors import NotFound
 from rock.images.packages import PackageSet, ensure
 from rock.images.store import ImageStore
@@ -17,7 +17,7 @@ from tests.unprivileged import Checkout
 
 CACHE = Path(os.environ.get("ROCK_TEST_CACHE") or Path.home() / ".cache" / "rock-tests")
 KEPT = CACHE / "rootless"  # layer/, notes/ of what pip resolved, and diff_id
-PACKAGES = PackageSet(image_of(GEM), SETS[GEM])
+PACKAGES = PackageSet(image_of(GEM_GAMES), SETS[GEM_GAMES], no_deps=True)
 # As the user: a copied folder becomes a layer of the user's store. Whether it is what is needed, the store judges.
 TAKE = """
 import os, sys

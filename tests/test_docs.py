@@ -1,5 +1,19 @@
-"""Code blocks in README and docs are run: python ones as scripts, sh ones with `rock` on the PATH and a home of their
-own."""
+"""Code blocks in README and docs are run, in the environment that their page describes.
+
+The words after the language of a block:
+
+    python            a script; a server runs
+    sh                a shell script with `rock` on the PATH, a home of its own and the extra `server`
+    env               the server of a python block can host environments
+    EXTRA             `server`, `gym`: the block needs this extra; the text above it names it
+    pytest            the block needs pytest; the text above it names it
+    continued         a part of the same script as the sh block before it
+    cli, volume       skipped while the command line has no `rock inspect`, no `rock volume`
+    file, run         used by another test
+
+By default the modules that the base installation and these extras do not bring are hidden (tests/hiding).
+ROCK_TEST_DOCS_INSTALL=1 installs the package into a virtual environment for each set of extras instead.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +21,26 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
+from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from tools import settings_reference
 
 from tests.conftest import RunningServer
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.M | re.S)
+EXTRAS = {"server", "gym"}
+WORDS = EXTRAS | {"env", "pytest", "continued", "cli", "volume", "file", "run"}
+INSTALL = bool(os.environ.get("ROCK_TEST_DOCS_INSTALL"))
+ALWAYS = {"pip", "setuptools", "rock"}
 
 
 def _blocks() -> Iterator[Any]:
@@ -31,36 +54,163 @@ def _blocks() -> Iterator[Any]:
 BLOCKS = list(_blocks())
 
 
+def _scripts() -> Iterator[Any]:
+    """The sh blocks; continued ones are joined to the one before."""
+    scripts: list[tuple[str, list[tuple[set[str], str]]]] = []
+    for block in BLOCKS:
+        kind, words, code = block.values
+        if kind == "sh":
+            if "continued" in words.split():
+                scripts[-1][1].append((set(words.split()), code))
+            else:
+                scripts.append((block.id, [(set(words.split()), code)]))
+    for name, parts in scripts:
+        yield pytest.param(parts, id=name)
+
+
 def test_there_are_blocks() -> None:
     kinds = [block.values[0] for block in BLOCKS]
     assert kinds.count("python") >= 4 and kinds.count("sh") >= 1
     assert set(kinds) <= {"python", "sh", "text"}
+    for block in BLOCKS:
+        words = block.values[1]
+        assert "file" in words.split() or set(words.split()) <= WORDS, block.id
 
 
-def _run(arguments: list[str], **environment: str) -> None:
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(arguments, env={**os.environ, "PATH": path, **environment}, cwd=ROOT, text=True, timeout=1100,
-                          capture_output=True)  # fmt: skip
+def test_extras_are_named_above_their_blocks() -> None:
+    """A reader sees what to install before the block that needs it."""
+    for page in PAGES:
+        text = page.read_text()
+        for match in BLOCK.finditer(text):
+            if match[1] != "python":
+                continue
+            for word in set(match[2].split()) & {*EXTRAS, "pytest"}:
+                name = "pip install pytest" if word == "pytest" else f"rock-sandbox[{word}]"
+                assert name in text[: match.start()].replace("\n", " "), f"{page.name}: {name}"
+
+
+@cache
+def _hidden(extras: frozenset[str]) -> str:
+    """The installed top-level modules that the base installation with these extras does not bring."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"]]
+    for extra in extras & set(project["optional-dependencies"]):
+        wanted += project["optional-dependencies"][extra]
+    if "pytest" in extras:
+        wanted.append("pytest")
+    found: set[str] = set()
+    queue = [(Requirement(text), {""}) for text in wanted]
+    while queue:
+        requirement, of = queue.pop()
+        name = re.sub(r"[-_.]+", "-", requirement.name).lower()
+        if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in of):
+            continue
+        if name in found:
+            continue
+        found.add(name)
+        queue += [(Requirement(text), {"", *requirement.extras}) for text in metadata.requires(name) or ()]
+    modules = metadata.packages_distributions()
+    hidden = {
+        module for module, owners in modules.items()
+        if module not in ALWAYS and not {re.sub(r"[-_.]+", "-", owner).lower() for owner in owners} & found
+    }  # fmt: skip
+    return ",".join(sorted(hidden))
+
+
+@pytest.fixture(scope="session")
+def python_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[frozenset[str]], Path]:
+    """The Python of an installation with these extras."""
+    made: dict[frozenset[str], Path] = {}
+
+    def find(extras: frozenset[str]) -> Path:
+        if not INSTALL:
+            return Path(sys.executable)
+        if extras not in made:
+            folder = tmp_path_factory.mktemp("installed")
+            subprocess.run([sys.executable, "-m", "venv", folder], check=True, timeout=300)
+            names = ",".join(sorted(extras & EXTRAS))
+            more = ["pytest"] if "pytest" in extras else []
+            subprocess.run([folder / "bin" / "pip", "install", "-q", "-e", f"{ROOT}[{names}]", *more], check=True,
+                           timeout=900)  # fmt: skip
+            made[extras] = folder / "bin" / "python"
+        return made[extras]
+
+    return find
+
+
+def _run(arguments: list[str], python: Path, extras: frozenset[str], **environment: str) -> None:
+    path = f"{python.parent}:{os.environ['PATH']}"
+    more = {} if INSTALL else {"PYTHONPATH": str(ROOT / "tests" / "hiding"), "ROCK_TEST_HIDDEN": _hidden(extras)}
+    done = subprocess.run(arguments, env={**os.environ, "PATH": path, **more, **environment}, cwd=ROOT, text=True,
+                          timeout=1100, capture_output=True)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_hidden_modules_are_not_found(python_of: Callable[[frozenset[str]], Path]) -> None:
+    base, server, gym = frozenset[str](), frozenset({"server"}), frozenset({"gym"})
+    missing = "import importlib.util as u, sys; sys.exit(any(u.find_spec(name) for name in sys.argv[1:]))"
+    for extras, names in ((base, ["fastapi", "uvicorn", "numpy", "gymnasium", "pytest"]), (server, ["numpy", "pytest"]),
+                          (gym, ["fastapi", "pytest"])):  # fmt: skip
+        python = python_of(extras)
+        _run([str(python), "-c", missing, *names], python, extras)
+    _run([str(python_of(server)), "-c", "import fastapi, uvicorn, pydantic, orjson"], python_of(server), server)
 
 
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("kind", "words", "code"), [b for b in BLOCKS if b.values[0] == "python"])
-def test_python_block(request: pytest.FixtureRequest, kind: str, words: str, code: str) -> None:
+def test_python_block(
+    request: pytest.FixtureRequest, kind: str, words: str, code: str, python_of: Callable[[frozenset[str]], Path]
+) -> None:
     server: RunningServer = request.getfixturevalue("env_server" if "env" in words.split() else "server")
-    _run([sys.executable, "-W", "error", "-c", code], ROCK_BASE_URL=server.url)
+    extras = frozenset(words.split()) & {*EXTRAS, "pytest"}
+    python = python_of(extras)
+    _run([str(python), "-W", "error", "-c", code], python, extras, ROCK_BASE_URL=server.url)
 
 
-@pytest.mark.parametrize(("kind", "words", "code"), [b for b in BLOCKS if b.values[0] == "sh"])
-def test_sh_block(tmp_path: Path, kind: str, words: str, code: str, free_port: Callable[[], int]) -> None:
-    port = str(free_port())
-    script = "\n".join(line for line in code.splitlines() if not line.startswith(". .venv"))
-    _run(["sh", "-euxc", script], ROCK_HOME=str(tmp_path / "home"), ROCK_PORT=port,
+@cache
+def _has(command: str) -> bool:
+    """Whether `rock` has a command."""
+    done = subprocess.run([sys.executable, "-m", "rock.cli.main", command, "--help"], capture_output=True, timeout=60)
+    return done.returncode == 0
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("parts", list(_scripts()))
+def test_sh_block(
+    tmp_path: Path, parts: list[tuple[set[str], str]], free_port: Callable[[], int],
+    python_of: Callable[[frozenset[str]], Path],
+) -> None:  # fmt: skip
+    enabled = [code for words, code in parts
+               if not ("cli" in words and not _has("inspect")) and not ("volume" in words and not _has("volume"))]
+    if not enabled:
+        pytest.skip("the command line has no such commands yet")
+    port, extras = str(free_port()), frozenset({"server"})
+    script = "\n".join(line for code in enabled for line in code.splitlines() if not line.startswith(". .venv"))
+    _run(["sh", "-euxc", script], python_of(extras), extras, ROCK_HOME=str(tmp_path / "home"), ROCK_PORT=port,
          ROCK_BASE_URL=f"http://127.0.0.1:{port}")  # fmt: skip
 
 
 def test_the_table_of_runtimes_is_what_they_declare() -> None:
-    _run([sys.executable, "tools/runtimes.py", "--check"])
+    subprocess.run([sys.executable, "tools/runtimes.py", "--check"], cwd=ROOT, check=True, timeout=300)
+
+
+@pytest.mark.parametrize("tool", ["settings_reference", "errors_reference"])
+def test_generated_references_are_current(tool: str) -> None:
+    subprocess.run([sys.executable, f"tools/{tool}.py", "--check"], cwd=ROOT, check=True, timeout=300)
+
+
+def test_the_configuration_reference_has_every_setting_of_a_server() -> None:
+    page = settings_reference.PAGE.read_text()
+    assert sorted(name for name in settings_reference.fields() if f"`{name}`" not in page) == []
+
+
+def test_the_index_has_every_guide_and_reference() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    pages = [*(ROOT / "docs" / "guides").glob("*.md"), *(ROOT / "docs" / "reference").glob("*.md"),
+             *(ROOT / "docs").glob("*.md")]  # fmt: skip
+    for page in pages:
+        name = str(page.relative_to(ROOT / "docs"))
+        assert name == "README.md" or f"({name})" in index, name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -19,6 +19,7 @@ running operations when the server in front of it is gone |
 | ROCK_PUBLIC_NAMES | none | names by which clients call the server, comma-separated: docs/security.md |
 | ROCK_SANDBOX_LIMIT | 2000 | maximum concurrent sandboxes on this machine |
 | ROCK_HOST_MOUNTS | none | folders of this machine below which sandboxes may mount folders, read-only: /data:/models |
+| ROCK_DISK_LIMIT | 10g | bytes of written files above which a sandbox without `disk` is ended; 0 is no limit |
 | ROCK_INSECURE_REGISTRIES | none | registries that are contacted without TLS, comma-separated |
 | ROCK_PRIVATE_REGISTRIES | none | registries on private addresses that tenants may use, comma-separated |
 | ROCK_REGISTRY_MIRRORS | none | mirrors, tried first: docker.io=mirror.local:5000, comma-separated |

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import small_gem
 
-from rock.envhub.packages import GEM, SETS, image_of
+from rock.envhub.packages import GEM, GEM_GAMES, SETS, image_of
 from rock.errors import ImageError
 from rock.images.packages import PackageSet, ensure, packages_folder
 from rock.images.store import ImageStore
@@ -59,10 +59,20 @@ def hosted(tmp_path: Path) -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def gem_folder() -> Iterator[Path]:
     """GEM's packages, installed by pip the first time and kept between runs."""
+    yield from _installed(PackageSet(image_of(GEM), SETS[GEM]))
+
+
+@pytest.fixture(scope="session")
+def games_folder() -> Iterator[Path]:
+    """The packages of GEM's games alone, likewise."""
+    yield from _installed(PackageSet(image_of(GEM_GAMES), SETS[GEM_GAMES], no_deps=True))
+
+
+def _installed(packages: PackageSet) -> Iterator[Path]:
     base = Path(os.environ.get("ROCK_TEST_CACHE") or Path.home() / ".cache" / "rock-tests")
     store = ImageStore(base / "images")
     try:
-        rootfs = ensure(store, PackageSet(image_of(GEM), SETS[GEM]))
+        rootfs = ensure(store, packages)
     except ImageError as error:
         if "failed" not in error.message:
             raise

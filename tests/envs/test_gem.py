@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from rock.envhub.packages import without_dependencies
 from rock.envhub.registry import ALIASES, IDS, REASONING, find
 from rock.errors import ActionError, NotFound
 from rock.rocklet.environments.host import EnvHost
@@ -79,7 +80,8 @@ async def remote(host: EnvHost, case: Case) -> list[Any]:
     return json.loads(json.dumps(results))  # type: ignore[no-any-return]
 
 
-def compare(gem_folder: Path, hosted: Run, cases: list[Case]) -> None:
+def compare(gem_folder: Path, hosted: Run, cases: list[Case], folder: Path | None = None) -> None:
+    """folder: the packages of the host, when they are others than those at home."""
     async def body(host: EnvHost, *_: Any) -> list[Any]:
         slots = asyncio.Semaphore(4)
 
@@ -89,7 +91,7 @@ def compare(gem_folder: Path, hosted: Run, cases: list[Case]) -> None:
 
         return await asyncio.gather(*(play(case) for case in cases))
 
-    for case, here, there in zip(cases, local(gem_folder, cases), hosted(gem_folder, body), strict=True):
+    for case, here, there in zip(cases, local(gem_folder, cases), hosted(folder or gem_folder, body), strict=True):
         assert there == here, case
 
 
@@ -104,6 +106,42 @@ def test_every_game_is_the_same_as_at_home(gem_folder: Path, hosted: Run) -> Non
     games = [i for i in IDS if i.startswith("game:") and not i.removeprefix("game:").startswith(left_out)]
     assert len(games) == 22
     compare(gem_folder, hosted, [(game, SEEDS, ["\\boxed{1}", "what?"]) for game in games])
+
+
+def test_every_game_is_the_same_with_the_packages_of_games_alone(
+    gem_folder: Path, games_folder: Path, hosted: Run
+) -> None:
+    """The larger set of GEM is three times that size."""
+    installed = {path.name for path in (games_folder / "site").iterdir()}
+    assert "gem" in installed and not installed & {"reasoning_gym", "sympy", "matplotlib", "fontTools"}
+    left_out = ("Wordle", "Hangman", "WordSearch", "Crosswords", "Sokoban-v0-hard", "Sokoban-v0-random",
+                "FifteenPuzzle-v0-random")  # fmt: skip
+    games = [i for i in IDS if i.startswith("game:") and not i.removeprefix("game:").startswith(left_out)]
+    compare(gem_folder, hosted, [(game, [0], ["\\boxed{1}", "what?"]) for game in games], games_folder)
+
+
+def test_word_games_with_the_packages_of_games_alone(
+    gem_folder: Path, games_folder: Path, word_list: Path, tmp_path: Path, hosted: Run
+) -> None:
+    folders = []
+    for name, packages in (("home", gem_folder), ("games", games_folder)):
+        words = tmp_path / name / "nltk_data/corpora/words"
+        words.mkdir(parents=True)
+        (tmp_path / name / "site").symlink_to(packages / "site")
+        plain = [word for word in word_list.read_text().split() if word.isascii() and word.isalpha()]
+        for file in ("en", "en-basic"):
+            (words / file).write_text("\n".join(plain))
+        folders.append(tmp_path / name)
+    games = [f"game:{game}-v0-easy" for game in ("Wordle", "Hangman", "WordSearch")]
+    compare(folders[0], hosted, [(game, [0], ["\\boxed{crane}", "\\boxed{e}", "what?"]) for game in games], folders[1])
+
+
+def test_crosswords_have_all_their_packages() -> None:
+    """Their set names every distribution: pip installs no others."""
+    needed = set(find("game:Crosswords-v0-easy").requirements)
+    assert needed > set(find("game:Sokoban-v0-easy").requirements)
+    assert without_dependencies(find("game:Crosswords-v0-easy").image)
+    assert not without_dependencies(find("rg:sokoban").image)
 
 
 @pytest.mark.parametrize("third", [0, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 2))])
@@ -160,7 +198,8 @@ def test_the_registry_knows_what_gem_knows(gem_folder: Path) -> None:
 def test_names() -> None:
     assert find("game:Sokoban-v0").id == "game:Sokoban-v0-easy"
     assert all(find(alias).id == name for alias, name in ALIASES.items())
-    assert find("rg:sokoban").image == find("game:Sokoban-v0-easy").image == "rock.local/env/gem"
+    assert find("rg:sokoban").image == find("math:GSM8K").image == "rock.local/env/gem"
+    assert find("game:Sokoban-v0-easy").image == "rock.local/env/gem-games"
     assert "pandas" in find("game:Crosswords-v0-easy").requirements
     assert "network" in find("math:GSM8K").note
     with pytest.raises(NotFound, match=r"Environment game:Sokobn-v0 not found in registry\.") as caught:

@@ -13,14 +13,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import rock
 from rock.errors import RockError
-from rock.protocol.action import Command
 from rock.settings import child_environment
-from rock.sync import Client, Sandbox, SandboxConfig, SandboxGroup, SandboxGroupConfig
+from rock.sync import Client, Sandbox, SandboxGroup
 
 HOME = Path(sys.prefix) / "rock-demo"
 IMAGE = "python:3.11"
@@ -53,24 +52,24 @@ def server(home: Path) -> str:
 
 
 def one_sandbox(url: str, folder: Path) -> None:
-    sandbox = Sandbox(SandboxConfig(base_url=url, image=IMAGE, memory="1g", cpus=1.0))
+    sandbox = Sandbox(IMAGE, memory="1g", cpus=1.0, base_url=url)
     with timed("start a sandbox"):
         sandbox.start()
     try:
         with timed("first command"):
-            seen = sandbox.arun("echo hello from $(hostname); id -un; ls /root /home | wc -l")
-        print("      " + " | ".join(seen.output.split("\n")))
+            result = sandbox.run("echo hello from $(hostname); id -un; ls /root /home | wc -l")
+        print("      " + " | ".join(result.output.split("\n")))
         with timed("100 commands in its session"):
             for number in range(100):
-                assert sandbox.arun(f"echo {number}").output == f"{number}\n"
+                assert sandbox.run(f"echo {number}").output == f"{number}\n"
         with timed("a Python program in it"):
-            done = sandbox.execute(Command(command=["python3", "-c", "print(sum(range(10**6)))"]))
-        print(f"      it printed {done.stdout.strip()}, exit status {done.exit_code}")
-        seen = sandbox.arun("kill -9 $$")
-        print(f"      a shell that kills itself is told as: exit status {seen.exit_code}, {seen.failure_reason}")
+            program = sandbox.exec(["python3", "-c", "print(sum(range(10**6)))"])
+        print(f"      it printed {program.stdout.strip()}, exit code {program.exit_code}")
+        result = sandbox.run("kill -9 $$")
+        print(f"      a shell that kills itself: exit code {result.exit_code}, {result.failure_reason}")
         files(sandbox, folder)
         info = sandbox.info(usage=True)
-        print(f"      isolation: {info.isolation}; limits held by {dict(info.enforced)}")
+        print(f"      isolation: {info.isolation}; limits enforced by {dict(info.enforced)}")
     finally:
         with timed("stop it"):
             sandbox.stop()
@@ -80,31 +79,46 @@ def files(sandbox: Sandbox, folder: Path) -> None:
     source, back = folder / "there.bin", folder / "back.bin"
     source.write_bytes(os.urandom(1 << 20) * 32)
     with timed("32 MB in"):
-        sandbox.fs.upload_file(str(source), "/tmp/there.bin")
+        sandbox.files.upload(source, "/tmp/there.bin")
     with timed("32 MB out"):
-        sandbox.fs.download_file("/tmp/there.bin", str(back))
+        sandbox.files.download("/tmp/there.bin", back)
     assert source.read_bytes() == back.read_bytes()
 
 
 def group(url: str) -> None:
-    worker_registry = SandboxGroup(
-        SandboxGroupConfig(base_url=url, image=IMAGE, size=GROUP, start_concurrency=4, memory="512m")
-    )
+    sandboxes = SandboxGroup(IMAGE, size=GROUP, memory="512m", base_url=url)
     with timed(f"start a group of {GROUP}"):
-        worker_registry.start()
+        sandboxes.start()
     try:
         with timed("a command in each"):
-            seen = worker_registry.arun_all("echo $((6 * 7))")
-        assert [s.output for s in seen] == ["42\n"] * GROUP
+            results = sandboxes.run_all("echo $((6 * 7))")
+        assert [result.output for result in results] == ["42\n"] * GROUP
     finally:
         with timed("stop the group"):
-            worker_registry.stop()
+            sandboxes.stop()
 
 
-def episode(url: str) -> None:
-    print("  (the first run installs the environment packages, which takes minutes)", flush=True)
+def progress() -> Callable[[str], None] | None:
+    """How the installation of the environment packages is reported: by `rock.make` itself on a terminal, as a line per
+    phase elsewhere."""
+    if sys.stderr.isatty():
+        return None
+    phases: list[str] = []
+
+    def show(message: str) -> None:
+        phase = message.partition(" ")[0]
+        if phase not in phases:
+            phases.append(phase)
+            print(f"      {message}", flush=True)
+
+    return show
+
+
+def episode(url: str, home: Path) -> None:
+    if not (home / "images" / "packages").exists():
+        print("  (the first run installs 70 MB of packages for the games)", flush=True)
     with timed('rock.make("game:Sokoban-v0-easy")'):
-        env = rock.make("game:Sokoban-v0-easy", base_url=url)
+        env = rock.make("game:Sokoban-v0-easy", base_url=url, progress=progress())
     try:
         with timed("reset"):
             _, info = env.reset(seed=42)
@@ -125,13 +139,14 @@ def main(home: Path) -> int:
     began = time.perf_counter()
     home.mkdir(parents=True, exist_ok=True)
     print(f"ROCK {rock.__version__}, {'root' if os.geteuid() == 0 else 'an ordinary user'}, home {home}")
-    run_cli(home, "image", "from-host", IMAGE)
+    with timed(f"rock image from-host {IMAGE}"):
+        run_cli(home, "image", "from-host", IMAGE)
     url = server(home)
     try:
         with tempfile.TemporaryDirectory() as folder:
             one_sandbox(url, Path(folder))
         group(url)
-        episode(url)
+        episode(url, home)
         with Client(url) as client:
             left = client.list_sandboxes(states="running")
             print(f"  still running: {len(left)} (the host of environments, kept warm)")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rock.envhub import datasets
-from rock.envhub.packages import GEM, GEM_PANDAS, GYM, SETS, image_of, with_packages
+from rock.envhub.packages import GEM, GEM_CROSSWORDS, GEM_GAMES, GYM, SETS, image_of, with_packages
 from rock.errors import InvalidConfig, NotFound
 from rock.protocol.env import OpenEnv
 
@@ -97,8 +97,15 @@ def find(env_id: str) -> EnvSpec:
         near = difflib.get_close_matches(env_id, (*IDS, *ALIASES), 3, 0.6)
         raise NotFound(f"Environment {env_id} not found in registry.",
                        hint=f"did you mean {', '.join(near)}?" if near else "`rock env list` shows what there is")
-    packages = GEM_PANDAS if name.startswith("game:Crosswords-") else GEM
+    packages = _packages(name)
     return EnvSpec(id=name, image=image_of(packages), requirements=SETS[packages], note=_note(name))
+
+
+def _packages(name: str) -> str:
+    """The package set of an id of GEM."""
+    if name.startswith("game:Crosswords-"):
+        return GEM_CROSSWORDS
+    return GEM_GAMES if name.startswith("game:") else GEM
 
 
 def image_for(spec: OpenEnv) -> str:

@@ -14,12 +14,14 @@ import contextlib
 import math
 import os
 import secrets
+import sys
 import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import TracebackType
+from typing import Any, Self, TextIO
 
 import orjson
 
@@ -39,6 +41,89 @@ _CLOSE = 5.0  # seconds of retries of a close; afterwards the lease of the envir
 
 Graph = Callable[[Any, Any, Any], Any]
 
+
+# ---- progress of a start ----
+#
+# `SandboxInfo.phases` reports the phases of a start, which installs packages at the first use of a package set. A
+# terminal shows a line per phase, with the elapsed time; without a terminal nothing is shown.
+
+INTERVAL = 1.0  # seconds between two requests while progress is reported
+_LONGEST = 50  # characters of a message, so that a line with the id of an environment fits a terminal
+
+# How to report: a function that is called with each new message; True: on the standard error; False: not at all;
+# None: on the standard error if it is a terminal.
+Report = Callable[[str], None] | bool | None
+
+_terminal = threading.Lock()  # environments that start at the same time in other threads report nothing
+
+
+class StartProgress:
+    """Reports the phases of one start. `wanted` is False when nothing is reported."""
+
+    def __init__(self, what: str, report: Report = None) -> None:
+        self._what = what
+        self._report = report if callable(report) else None
+        self.wanted = report is True or callable(report) or (report is None and _is_terminal(sys.stderr))
+        self._holds = False
+        self._began = 0.0
+        self._phase = ""
+        self._message = ""
+
+    def __enter__(self) -> Self:
+        if self.wanted and self._report is None:
+            self._holds = self.wanted = _terminal.acquire(blocking=False)
+        self._began = time.monotonic()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._phase and self._report is None:
+            if _is_terminal(sys.stderr):
+                sys.stderr.write("\n")
+            outcome = "failed" if error is not None else "ready"
+            sys.stderr.write(f"{self._what}: {outcome} after {time.monotonic() - self._began:.0f} s\n")
+            sys.stderr.flush()
+        if self._holds:
+            self._holds = False
+            _terminal.release()
+
+    def show(self, info: SandboxInfo) -> None:
+        """Report the current phase of a pending sandbox."""
+        if not self.wanted:
+            return
+        running = [phase.message for phase in info.phases.values() if phase.status == "running" and phase.message]
+        message = _plain(running[-1]) if running else self._message or "starting a sandbox"
+        phase = message.partition(" ")[0]
+        if self._report is not None:
+            if message != self._message:
+                self._report(message)
+        elif _is_terminal(sys.stderr):
+            if self._phase and phase != self._phase:
+                sys.stderr.write("\n")
+            seconds = time.monotonic() - self._began
+            sys.stderr.write(f"\r\033[K{self._what}: {message} ({seconds:.0f} s)")
+            sys.stderr.flush()
+        elif phase != self._phase:
+            sys.stderr.write(f"{self._what}: {message}\n")
+            sys.stderr.flush()
+        self._phase, self._message = phase, message
+
+
+def _plain(text: str) -> str:
+    """The server's text on one line, without control characters."""
+    return "".join(char if char.isprintable() else " " for char in text)[:_LONGEST]
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    """Whether a stream is an open terminal; a program may have replaced or closed sys.stderr."""
+    try:
+        return stream is not None and stream.isatty()
+    except (ValueError, AttributeError):
+        return False
+
+
+# ---- requests ----
 
 _NO_WAYS: dict[int, LocalTransport] = {}
 
@@ -77,7 +162,7 @@ class EnvironmentClient:
 
     base_url, api_key: default to ROCK_BASE_URL and ROCK_API_KEY. config: limits of a dedicated sandbox, which `close`
     stops; `exclusive` requests one too. timeout: seconds for one reset, step or call, after which the environment is
-    killed; None uses the server's default.
+    killed; None uses the server's default. progress: how `open` reports the phases of the start: see `Report`.
     """
 
     def __init__(
@@ -89,6 +174,7 @@ class EnvironmentClient:
         exclusive: bool = False,
         timeout: float | None = None,
         graph: Graph | None = None,
+        progress: Report = None,
     ) -> None:
         if config is not None and base_url is None and api_key is None:
             self.transport = transport_of(config)
@@ -105,32 +191,41 @@ class EnvironmentClient:
         self._limit = timeout
         self._timeout = None if timeout is None else timeout + SLACK  # the server reports the timeout first
         self._graph = graph
+        self._progress = progress
         self._target = ""
         self.ways: dict[int, LocalTransport] = {}
         self._owners: dict[int, str] = {}  # by environment: the owner of its lease
 
     def open(self, spec: OpenEnv, timeout: float) -> None:
-        """Find or start the sandbox. The first use installs the packages of its family, which takes minutes."""
+        """Find or start the sandbox. The first use installs the packages of its family."""
         spec.exclusive = self.exclusive
         if self._config is not None:
             spec.config = self._config
+        with StartProgress(spec.env_id, self._progress) as progress:
+            info = self._opened(spec, timeout, progress)
+            if info.state is not State.RUNNING:
+                raise end_of(info)
+        self.sandbox_id = info.sandbox_id
+        self._target = ROUTES["env_frames"].url(sandbox_id=self.sandbox_id)
+
+    def _opened(self, spec: OpenEnv, timeout: float, progress: StartProgress) -> SandboxInfo:
+        """The sandbox once it is no longer pending. StartFailed after `timeout` seconds."""
         deadline = time.monotonic() + timeout
-        target = f"{ROUTES['open_env'].path}?wait={min(POLL, timeout):.3f}"
+        poll = INTERVAL if progress.wanted else POLL
+        target = f"{ROUTES['open_env'].path}?wait={min(poll, timeout):.3f}"
         body = spec.model_dump(mode="json", exclude_unset=True)
         info = parse(SandboxInfo, self.transport.json("POST", target, body, timeout=POLL + SLACK))
         while info.state is State.PENDING:
+            progress.show(info)
             left = deadline - time.monotonic()
             if left <= 0:
                 raise errors.StartFailed(f"{spec.env_id} was not ready within {timeout:g} seconds",
                                          sandbox_id=info.sandbox_id,
                                          hint="raise start_timeout, or check with `rock ps` whether the server has "
                                               "free capacity")
-            target = f"{path('get_sandbox', info.sandbox_id)}?wait={min(left, POLL):.3f}"
+            target = f"{path('get_sandbox', info.sandbox_id)}?wait={min(left, poll):.3f}"
             info = parse(SandboxInfo, self.transport.json("GET", target, timeout=POLL + SLACK))
-        if info.state is not State.RUNNING:
-            raise end_of(info)
-        self.sandbox_id = info.sandbox_id
-        self._target = ROUTES["env_frames"].url(sandbox_id=self.sandbox_id)
+        return info
 
     def make(self, spec: dict[str, Any], timeout: float) -> int:
         """Create an environment (fields of MakeEnv); returns its number."""

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rock import errors
-from rock.envs.client import EnvironmentClient, EnvironmentHandle
+from rock.envs.client import EnvironmentClient, EnvironmentHandle, Report
 from rock.protocol.env import OpenEnv
 from rock.protocol.sandbox import SandboxConfig
 
@@ -30,7 +30,9 @@ class RockEnv:
     base_url, api_key: default to ROCK_BASE_URL and ROCK_API_KEY.
     config: limits of a dedicated sandbox, which `close` stops. `exclusive` requests one too.
     packages: requirements beside GEM, in pip's syntax. imports: modules that register it.
-    start_timeout, step_timeout: seconds. kwargs: passed to the environment's constructor.
+    start_timeout, step_timeout: seconds. progress: how a start that takes over a second is reported: by default on the
+    standard error if it is a terminal; False reports nothing, True always, and a function is called with each message.
+    kwargs: passed to the environment's constructor.
 
     Errors are typed: NotFound (no such environment), EnvironmentRaised (it raised, and stays usable), EnvironmentEnded
     (its process is gone), CommandTimeout, Unavailable, ...
@@ -48,6 +50,7 @@ class RockEnv:
         imports: list[str] | None = None,
         start_timeout: float = START_TIMEOUT,
         step_timeout: float | None = STEP_TIMEOUT,
+        progress: Report = None,
         **kwargs: Any,
     ) -> None:
         self.env_id = env_id
@@ -56,10 +59,12 @@ class RockEnv:
         self._process = os.getpid()
         self._options: dict[str, Any] = {
             "base_url": base_url, "api_key": api_key, "config": config, "exclusive": exclusive, "packages": packages,
-            "imports": imports, "start_timeout": start_timeout, "step_timeout": step_timeout, **kwargs,
+            "imports": imports, "start_timeout": start_timeout, "step_timeout": step_timeout, "progress": progress,
+            **kwargs,
         }  # fmt: skip
         self._link = EnvironmentClient(
-            base_url=base_url, api_key=api_key, config=config, exclusive=exclusive, timeout=step_timeout
+            base_url=base_url, api_key=api_key, config=config, exclusive=exclusive, timeout=step_timeout,
+            progress=progress,
         )
         spec = OpenEnv(env_id=env_id)
         made: dict[str, Any] = {"env_id": env_id, "kwargs": kwargs}

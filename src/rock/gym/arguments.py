@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rock import errors
+from rock.envs.client import Report
 from rock.protocol.sandbox import SandboxConfig
 
 START_TIMEOUT = 1200.0  # the first environment of a package set installs it
@@ -53,6 +54,7 @@ class Arguments:
     exclusive: bool = False
     start_timeout: float = START_TIMEOUT
     step_timeout: float | None = STEP_TIMEOUT
+    progress: Report = None
     limits: SandboxConfig | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from gymnasium.envs.registration import EnvSpec
 
 from rock import errors
 from rock.envs.aio import AsyncEnv, made
+from rock.envs.client import Report
 from rock.gym.arguments import START_TIMEOUT, STEP_TIMEOUT, AnyPath, Arguments, Config, Network, for_single
 from rock.gym.contract import EnvContract, Placed, space_of
 from rock.gym.source import Making, described, sandbox_of
@@ -34,7 +35,7 @@ class SandboxEnv(Placed, gymnasium.Env[Any, Any]):
     cwd: the folder with env.py, in the source or (absolute) in the image. repo_root: a folder that contains the source,
         sent as a whole. build_memory: None, "off" or "auto", as nothing is built.
     base_url, api_key: default to ROCK_BASE_URL and ROCK_API_KEY. exclusive: a dedicated sandbox.
-    start_timeout, step_timeout: seconds.
+    start_timeout, step_timeout: seconds. progress: as of `rock.make`.
     kwargs: passed to gymnasium.make or make_env: render_mode, ...; JSON types only.
 
     Errors: NotFound (no such environment), EnvironmentRaised (with `type` and `traceback`; it stays usable),
@@ -67,6 +68,7 @@ class SandboxEnv(Placed, gymnasium.Env[Any, Any]):
         exclusive: bool = False,
         start_timeout: float = START_TIMEOUT,
         step_timeout: float | None = STEP_TIMEOUT,
+        progress: Report = None,
         **kwargs: Any,
     ) -> None:
         self._closed = True
@@ -80,6 +82,7 @@ class SandboxEnv(Placed, gymnasium.Env[Any, Any]):
             "override": override, "cwd": cwd, "repo_root": repo_root, "memory": memory, "cpus": cpus,
             "network": network, "base_url": base_url, "api_key": api_key, "exclusive": exclusive,
             "start_timeout": start_timeout, "step_timeout": step_timeout,
+            "progress": progress,
         }  # fmt: skip
         asked = Arguments(source, kwargs, **options)
         self._player, found = Making(asked).make()

@@ -131,7 +131,7 @@ class Making:
         """Create the environment; a failure leaves nothing behind."""
         asked = self.asked
         link = EnvironmentClient(base_url=asked.base_url, api_key=asked.api_key, config=asked.limits, graph=_graph,
-                       exclusive=asked.exclusive, timeout=asked.step_timeout)  # fmt: skip
+                       exclusive=asked.exclusive, timeout=asked.step_timeout, progress=asked.progress)  # fmt: skip
         asked = _registered(link, asked)
         source = find(asked)
         if source.files is not None or source.image is not None:

@@ -11,6 +11,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from rock import errors
+from rock.envs.client import Report
 from rock.gym.arguments import START_TIMEOUT, STEP_TIMEOUT, AnyPath, Arguments, Config, Network
 from rock.gym.contract import EnvContract, Placed, space_of
 from rock.gym.env import _spec_of
@@ -61,6 +62,7 @@ class SandboxVectorEnv(Placed, VectorEnv[Any, Any, Any]):
         exclusive: bool = False,
         start_timeout: float = START_TIMEOUT,
         step_timeout: float | None = STEP_TIMEOUT,
+        progress: Report = None,
         **kwargs: Any,
     ) -> None:
         self.closed = True
@@ -77,7 +79,7 @@ class SandboxVectorEnv(Placed, VectorEnv[Any, Any, Any]):
             trust_remote_code=trust_remote_code, allow_unpinned_hf=allow_unpinned_hf, build_memory=build_memory,
             task=task, config=config, capabilities=capabilities, override=override, cwd=cwd, repo_root=repo_root,
             memory=memory, cpus=cpus, network=network, base_url=base_url, api_key=api_key, exclusive=exclusive,
-            start_timeout=start_timeout, step_timeout=step_timeout,
+            start_timeout=start_timeout, step_timeout=step_timeout, progress=progress,
         )  # fmt: skip
         self._process = os.getpid()
         self._player, found = Making(asked, vector).make()

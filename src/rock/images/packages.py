@@ -164,9 +164,9 @@ def _build(
     pins = home / "pins"  # install the resolved versions, independent of later releases
     pins.write_text("".join(f"{pin}\n" for pin in resolved.pins))
     if packages.requirements:
-        _pip(packages, ["--target", str(site), "--constraint", str(pins)], log, progress)
+        _pip(packages, ["--target", str(site), "--constraint", str(pins)], log, progress, "fetching")
     if progress is not None:
-        progress("compiling")
+        progress("compiling packages")
     _prune(site)
     # Compiled files are never checked against their sources: the layer is read-only. A file that does not compile, such
     # as an example for another Python, is never imported
@@ -188,19 +188,21 @@ def _resolve(packages: PackageSet, log: Path, progress: Progress | None) -> _Res
         return _Resolved(())
     with tempfile.TemporaryDirectory(prefix="rock-packages-") as folder:
         if find_spec("pip") is None:
-            printed = _pip(packages, ["--dry-run", "--target", folder], log, progress)
+            printed = _pip(packages, ["--dry-run", "--target", folder], log, progress, "resolving")
             pins = re.findall(r"^ \+ (\S+==\S+)", printed, re.MULTILINE)  # format of uv
         else:
             report = Path(folder, "report.json")
-            _pip(packages, ["--dry-run", "--target", folder, "--report", str(report)], log, progress)
+            _pip(packages, ["--dry-run", "--target", folder, "--report", str(report)], log, progress, "resolving")
             found = (item["metadata"] for item in json.loads(report.read_bytes())["install"])
             pins = [f"{item['name']}=={item['version']}" for item in found]
     return _Resolved(tuple(sorted(re.sub(r"[-_.]+", "-", pin.partition("==")[0]).lower()
                                   + "==" + pin.partition("==")[2] for pin in pins)))  # fmt: skip
 
 
-def _pip(packages: PackageSet, options: list[str], log: Path, progress: Progress | None) -> str:
+def _pip(packages: PackageSet, options: list[str], log: Path, progress: Progress | None, phase: str) -> str:
     """Run pip to install or resolve the requirements; returns its output. ImageError with its last lines."""
+    if progress is not None:
+        progress(f"{phase} packages")
     if find_spec("pip") is not None:
         command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--no-compile",
                    "--no-user", "--no-warn-script-location", *options]  # fmt: skip
@@ -227,8 +229,8 @@ def _pip(packages: PackageSet, options: list[str], log: Path, progress: Progress
             output.write(line)
             last.append(line.rstrip())
             everything.append(line)
-            if progress is not None and (step := re.match(r"Collecting (\S+)|(Installing) ", line)):
-                progress(f"fetching {step[1]}" if step[1] else "installing")
+            if progress is not None and (step := re.match(r"Collecting ([\w.-]+)|Installing ", line)):
+                progress(f"{phase} {step[1]}" if step[1] else "installing packages")
         status = child.wait()
     if status != 0:
         raise ImageError(

@@ -37,6 +37,7 @@ import select
 import signal
 import sys
 import traceback
+import types
 from collections import deque
 from typing import Any, NoReturn
 
@@ -315,6 +316,8 @@ def _import(folder: str, adapter: str) -> dict[str, Any] | None:
     sys.path.insert(0, folder)
     try:
         if os.path.isdir(os.path.join(folder, "gem")):
+            if not os.path.isdir(os.path.join(folder, "reasoning_gym")):
+                _without_reasoning_gym()
             import gem
             import gem.envs  # registers the environments
 
@@ -331,6 +334,14 @@ def _import(folder: str, adapter: str) -> dict[str, Any] | None:
     except BaseException as error:
         return failure(error, "import")
     return None
+
+
+def _without_reasoning_gym() -> None:
+    """GEM imports reasoning-gym only to register an id for each of its data sets. The package set of the games has no
+    reasoning-gym, so GEM finds one without data sets."""
+    module = types.ModuleType("reasoning_gym")
+    module.factory = types.SimpleNamespace(DATASETS={})  # type: ignore[attr-defined]
+    sys.modules["reasoning_gym"] = module
 
 
 def _own() -> dict[str, Any] | None:

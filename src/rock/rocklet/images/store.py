@@ -78,7 +78,7 @@ class Images:
         packages = _packages(config.image)
         if packages is not None:
             async with self._gate:  # takes minutes, so it does not use a thread that heartbeats and ends wait for
-                await in_dedicated_thread(lambda gone: ensure(self.store, packages), "rock-packages")
+                await in_dedicated_thread(lambda gone: ensure(self.store, packages, tell), "rock-packages")
             return
         await asyncio.to_thread(self._refuse_replacing, config.image)
         login = None
