@@ -33,7 +33,7 @@ LINUX_ONLY: dict[str, set[str]] = {
 # Imported before the platform is faked: code that is not ours and looks at the platform when it is imported.
 LIBRARIES = """
 import asyncio, bz2, concurrent.futures, ctypes, fractions, hashlib, importlib.metadata, ipaddress, lzma
-import multiprocessing, pydantic, queue, secrets, shutil, sqlite3, ssl, subprocess, sysconfig, tarfile, tempfile, typer
+import multiprocessing, pydantic, queue, secrets, shutil, sqlite3, ssl, subprocess, sysconfig, tarfile, tempfile, click
 import urllib.request, uuid, uvicorn, webbrowser, websockets.asyncio.client, zipfile, zoneinfo
 sysconfig.get_config_vars()
 """
