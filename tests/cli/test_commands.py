@@ -16,6 +16,7 @@ from typing import Any
 
 import click
 import pytest
+from tests.cli.forking import Forking
 from tests.conftest import RunningServer
 
 from rock.cli import connection
@@ -32,8 +33,22 @@ IMAGE = "host"
 ROCK = [sys.executable, "-m", "rock.cli.main"]
 
 
-def rock(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*ROCK, *words], **{"capture_output": True, "text": True, "timeout": 100, **options})
+forking: list[Forking] = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forks() -> Iterator[None]:
+    forking.append(Forking())
+    yield
+    forking.pop().close()
+
+
+def rock(*words: str, text: bool = True, input: str | bytes = b"", **options: Any) -> Any:
+    """Run a command; its output is bytes with text=False."""
+    done = forking[0].run(*words, stdin=input.encode() if isinstance(input, str) else input, **options)
+    if not text:
+        return done
+    return subprocess.CompletedProcess(words, done.returncode, done.stdout.decode(), done.stderr.decode())
 
 
 @pytest.fixture
@@ -246,7 +261,7 @@ def test_cp_by_the_rules_of_docker(box: Sandbox, tmp_path: Path) -> None:
     (tmp_path / "-").write_text("dash")
     box.files.mkdir("/tmp/cli-rules")
 
-    def cp(*words: str) -> subprocess.CompletedProcess[str]:
+    def cp(*words: str) -> Any:
         return rock("cp", *words, cwd=tmp_path)
 
     folder = box.exec("pwd").stdout.strip()
@@ -282,7 +297,7 @@ def test_contexts(own_server: Any, tmp_path: Path) -> None:
     home = tmp_path / "client"
     kept = {name: value for name, value in os.environ.items() if not name.startswith("ROCK_")}
 
-    def run(*words: str, **more: Any) -> subprocess.CompletedProcess[str]:
+    def run(*words: str, **more: Any) -> Any:
         variables = {"ROCK_HOME": str(home), **more.pop("env", {})}
         return rock(*words, env={**kept, **variables}, **more)
 
