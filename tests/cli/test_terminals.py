@@ -218,7 +218,7 @@ def test_events_are_followed_until_ctrl_c(box: Sandbox) -> None:
 
 
 def test_a_table_fits_the_terminal(server: Any) -> None:
-    long = "a-name-of-forty-characters-in-one-cell--"
+    long = "a-name-of-forty-digits-to-be-completed"
     rock("run", "-d", "--name", long, IMAGE)
     try:
         child = terminal("ps", "-a", columns=80)
