@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +96,32 @@ def test_the_client_imports_on_other_platforms(platform: str, module: str) -> No
     faked = FAKED.format(platform=platform, system={"win32": "Windows", "darwin": "Darwin"}[platform])
     done = python("\n".join([LIBRARIES, faked, hidden, forget, f"import {module}"]))
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.skipif(not os.environ.get("ROCK_TEST_INSTALL"), reason="installs with pip: set ROCK_TEST_INSTALL=1")
+def test_the_client_is_at_most_8_distributions(tmp_path: Path) -> None:
+    """A new virtual environment with the wheel, without extras: what is installed, and that the command works."""
+    root = Path(__file__).parent.parent.parent
+    source = tmp_path / "source"
+    shutil.copytree(root, source, ignore=shutil.ignore_patterns(".venv", ".git", "build", "*.egg-info", "tests"))
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q"]
+    subprocess.run([*pip, "wheel", "--no-deps", "-w", str(tmp_path), str(source)], check=True, timeout=600)
+    (wheel,) = tmp_path.glob("rock_sandbox-*.whl")
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    inside = str(tmp_path / "venv" / "bin" / "python")
+    before = distributions(inside)
+    subprocess.run([inside, *pip[1:], "install", str(wheel)], check=True, timeout=600)
+    added = distributions(inside) - before - {"rock-sandbox"}
+    assert {"pydantic", "orjson", "websockets", "click"} <= added and len(added) <= 8, added
+    shown = subprocess.run([str(tmp_path / "venv" / "bin" / "rock"), "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0 and "Sandboxes:" in shown.stdout, shown.stderr
+
+
+def distributions(python: str) -> set[str]:
+    """The names of the distributions of an environment."""
+    done = subprocess.run([python, "-m", "pip", "list", "--format", "json", "--disable-pip-version-check"], check=True,
+                          capture_output=True, text=True)  # fmt: skip
+    return {item["name"].lower().replace("_", "-") for item in json.loads(done.stdout)}
 
 
 def test_a_distribution_that_overwrites_this_one_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

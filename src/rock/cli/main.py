@@ -38,6 +38,7 @@ ENTRIES = [
     Entry("connections", "Inspection", "commands.observe:connections", "List the network connections of a sandbox."),
     Entry("cp", "Files and ports", "commands.copy:cp", "Copy files to, from and between sandboxes."),
     Entry("port-forward", "Files and ports", "commands.forward:port_forward", "Forward local ports to a sandbox."),
+    Entry("volume", "Files and ports", "commands.volume:volume", "Create, list and delete volumes."),
     Entry("image", "Images", "commands.image:image", "Pull, build, import, list and remove images."),
     Entry("env", "Environments", "commands.env:env", "List, show, add, build and play environments."),
     Entry("admin", "Server", "commands.admin:admin", "Start, stop, back up and restore the server of this machine."),

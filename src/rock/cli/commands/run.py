@@ -107,7 +107,7 @@ def _volumes(texts: tuple[str, ...]) -> list[dict[str, Any]]:
     for text in texts:
         name, _, rest = text.partition(":")
         target, colon, mode = rest.partition(":")
-        if not name or not target.startswith("/") or (colon and mode not in ("ro", "rw")):
+        if not name or "/" in name or not target.startswith("/") or (colon and mode not in ("ro", "rw")):
             hint = "--mount mounts a folder of the server's machine" if name.startswith(("/", ".")) else (
                 "write it like --volume data:/data or --volume data:/data:ro")  # fmt: skip
             raise InvalidConfig(f"--volume {text!r} is not NAME:PATH[:ro]", hint=hint)

@@ -48,13 +48,19 @@ async def attend(sandbox: Sandbox, query: dict[str, object], timeout: float | No
 
 
 def _target(sandbox: Sandbox, query: dict[str, object]) -> str:
-    try:
-        size = os.get_terminal_size(sys.stdin.fileno())  # the terminal itself, before COLUMNS and LINES
-    except OSError:
-        size = shutil.get_terminal_size()
+    size = _size(sys.stdin.fileno()) or shutil.get_terminal_size()
     term = terminal_environment().get("TERM")
     values = {"rows": size.lines, "columns": size.columns, "term": term, **query}
     return ROUTES["terminal"].url(sandbox_id=sandbox.sandbox_id or "") + query_string(values)
+
+
+def _size(fd: int) -> os.terminal_size | None:
+    """The size of the terminal itself, which COLUMNS and LINES do not change; None when it has none."""
+    try:
+        size = os.get_terminal_size(fd)
+    except OSError:
+        return None
+    return size if size.lines and size.columns else None
 
 
 @contextlib.contextmanager
@@ -120,8 +126,9 @@ class _Terminal:
         self._input.put_nowait(data)
 
     def _resized(self) -> None:
-        size = os.get_terminal_size(self._keyboard)
-        self._input.put_nowait(json.dumps({"resize": [size.lines, size.columns]}))
+        size = _size(self._keyboard)
+        if size is not None:
+            self._input.put_nowait(json.dumps({"resize": [size.lines, size.columns]}))
 
     async def _send(self) -> None:
         while True:
