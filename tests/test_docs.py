@@ -128,9 +128,9 @@ def python_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[frozenset[s
         if extras not in made:
             folder = tmp_path_factory.mktemp("installed")
             subprocess.run([sys.executable, "-m", "venv", folder], check=True, timeout=300)
-            names = ",".join(sorted(extras & EXTRAS))
+            names = f"[{','.join(sorted(extras & EXTRAS))}]" if extras & EXTRAS else ""
             more = ["pytest"] if "pytest" in extras else []
-            subprocess.run([folder / "bin" / "pip", "install", "-q", "-e", f"{ROOT}[{names}]", *more], check=True,
+            subprocess.run([folder / "bin" / "pip", "install", "-q", "-e", f"{ROOT}{names}", *more], check=True,
                            timeout=900)  # fmt: skip
             made[extras] = folder / "bin" / "python"
         return made[extras]

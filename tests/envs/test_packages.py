@@ -52,7 +52,7 @@ def test_they_are_installed_once(tmp_path: Path, tiny: PackageSet) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert told.count("compiling") == 1
+    assert told.count("compiling packages") == 1
     rootfs = stores[0].resolve(IMAGE)
     assert rootfs == stores[1].resolve(IMAGE)
     folder = packages_folder(rootfs)
@@ -78,7 +78,7 @@ def test_what_comes_to_the_same_is_one_layer(tmp_path: Path, tiny: PackageSet) -
     other = PackageSet("rock.local/env/other", (str(link),))
     assert not is_built(store, other)
     assert ensure(store, other, told.append).layers == first.layers
-    assert told.count("compiling") == 1 and is_built(store, other) and is_built(store, tiny)
+    assert told.count("compiling packages") == 1 and is_built(store, other) and is_built(store, tiny)
     store.remove(IMAGE)
     assert is_built(store, other) and not is_built(store, tiny)
     assert (packages_folder(store.resolve(other.image)) / "pins").read_text() == "tiny==1.0\n"

@@ -28,8 +28,14 @@ GROUP = 8
 
 @contextlib.contextmanager
 def timed(what: str) -> Iterator[None]:
+    """Print the duration of a step. A terminal shows its name while it runs."""
+    terminal = sys.stdout.isatty()
+    if terminal:
+        print(f"  {what} ...", end="", flush=True)
     began = time.perf_counter()
     yield
+    if terminal:
+        print("\r\033[K", end="")
     print(f"  {what:<58} {(time.perf_counter() - began) * 1000:9.1f} ms", flush=True)
 
 
