@@ -185,6 +185,8 @@ class Volumes:
             await faults.point("node.volume.renamed")
             await asyncio.to_thread(remove_tree, str(removed))
         except OSError as error:
+            if known is not None and not removed.exists():
+                self._known[volume_id] = known  # it was not renamed
             raise Unavailable(f"the files of a volume could not be removed: {os.strerror(error.errno or 0)}",
                               hint="retry; the next start of its worker tries again") from None  # fmt: skip
         self._full.discard(volume_id)
