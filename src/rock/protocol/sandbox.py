@@ -552,7 +552,13 @@ _kept: dict[int, tuple[SandboxConfig, str]] = {}
 
 def travelling(config: SandboxConfig) -> bytes:
     """The encoding for a worker."""
-    return _encoded(_travelling, config, lambda: config.model_dump_json(exclude=config.unchosen).encode())
+    return _encoded(_travelling, config, lambda: config.model_dump_json(exclude=not_sent(config)).encode())
+
+
+def not_sent(config: SandboxConfig) -> set[str]:
+    """Fields that a worker does not get: the name is the admin's, and unset fields that are newer than a worker would
+    be rejected by it."""
+    return config.unchosen | {"name"} | {name for name in ("volumes", "mounts") if getattr(config, name) is None}
 
 
 def kept(config: SandboxConfig) -> str:
