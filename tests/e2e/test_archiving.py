@@ -225,7 +225,7 @@ def test_an_archive_that_is_full(own_server: Callable[..., RunningServer], tmp_p
     place.write_text("not a folder")
     server = own_server(ROCK_ARCHIVE=str(place / "archive"))
     sandbox, before = stopped(server)
-    with pytest.raises(ServerError, match="does not serve"):
+    with pytest.raises(ServerError, match="cannot be accessed"):
         sandbox.archive()
     assert sandbox.info().kept
     place.unlink()

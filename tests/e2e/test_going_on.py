@@ -170,9 +170,13 @@ def test_what_answers_with_a_stream_is_not_begun_again(server: Server, box: Sand
 
 
 def test_input_that_was_cut_is_told(server: Server, box: Sandbox) -> None:
-    text = "x" * 3_000_000
+    """Input of one request; a larger one is streamed, and the piece under way is a Conflict."""
+    text = "x" * 1_000_000
     seen = over_a_crash(server, lambda: box.execute(["sh", "-c", "sleep 3; wc -c"], stdin=text))
     assert seen.exit_code in (None, 137) and "while its input was being given" in seen.failure_reason
+    with pytest.raises(Conflict, match="killed in the middle of this"):
+        over_a_crash(server, lambda: box.execute(["sh", "-c", "echo $$ > /tmp/reads; sleep 3; wc -c"], stdin=text * 3))
+    assert box.execute("kill -0 $(cat /tmp/reads)").exit_code != 0  # the program of half an input does not go on
 
 
 def test_a_spool_that_cannot_be_written_costs_nothing_but_itself(server: Server) -> None:

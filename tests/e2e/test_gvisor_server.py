@@ -86,7 +86,7 @@ def test_a_command_is_run_once_over_a_crash(gvisor_server: RunningServer) -> Non
 
 
 @pytest.mark.parametrize(
-    "spec", [{"disk": "64m"}, {"network": "nat"}, {"pids": 16}, {"oci_runtime": "kata"}, {"auto_delete_seconds": 60}],
+    "spec", [{"disk": "64m"}, {"network": "nat"}, {"pids": 16}, {"oci_runtime": "kata"}, {"retain": 60}],
     ids=lambda spec: next(iter(spec)),
 )  # fmt: skip
 def test_what_it_cannot_hold_is_refused(gvisor_server: RunningServer, spec: dict[str, object]) -> None:

@@ -55,7 +55,7 @@ def test_an_agent_works_in_it(server: RunningServer) -> None:
         seen = tasks.step("a", bash('echo "$GREETING, world" > greeting.txt; pwd'))
         assert "/tmp/app" in seen["state"][0]["content"] and seen["info"]["exit_code"] == 0
         assert tasks.step("a", DONE)["reward"] == 1.0
-        with pytest.raises(errors.InvalidConfig, match="the episode is over"):
+        with pytest.raises(errors.InvalidConfig, match="the episode has ended"):
             tasks.step("a", bash("true"))
 
 
