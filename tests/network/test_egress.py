@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from pydantic import ValidationError
 from tests.network.conftest import Opener, World
 from tests.network.test_nat import attempt, python
 
+from rock.errors import InvalidConfig
 from rock.sync import SandboxConfig
 
 _REQUEST = """
@@ -203,7 +203,7 @@ def test_nothing_at_all(opened: Opener, world: World) -> None:
     "-a.test", "a..test", "x" * 64 + ".test", "x" * 301, "a.test\n", "a.test:٤٤٣", "[a.test]:80",
 ])  # fmt: skip
 def test_entries_that_mean_nothing(entry: str) -> None:
-    with pytest.raises(ValidationError, match="egress"):
+    with pytest.raises(InvalidConfig, match="egress"):
         SandboxConfig(egress=[entry])
 
 
@@ -211,9 +211,9 @@ def test_what_egress_goes_with() -> None:
     assert SandboxConfig(egress=["a.test"]).network == "nat"
     assert SandboxConfig(egress=["a.test"], network="nat").network == "nat"
     for network in ("none", "host"):
-        with pytest.raises(ValidationError, match="cannot be enforced"):
+        with pytest.raises(InvalidConfig, match="cannot be enforced"):
             SandboxConfig(egress=["a.test"], network=network)
-    with pytest.raises(ValidationError, match="1000"):
+    with pytest.raises(InvalidConfig, match="1000"):
         SandboxConfig(egress=["a.test"] * 1001)
     config = SandboxConfig()
     config.egress = ["a.test"]

@@ -135,7 +135,7 @@ def test_an_endless_loop_holds_up_nobody(server: FakeServer, sandbox: Sandbox) -
 
 
 def test_the_fixture_of_the_docs(tmp_path: Path) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
+    blocks = re.findall(r"^```python[^\n]*\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
     (tmp_path / "test_mine.py").write_text(next(code for code in blocks if "fixture" in code))
     argv = [sys.executable, "-W", "error", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:hypothesispytest",
             str(tmp_path)]

@@ -218,7 +218,10 @@ def test_images_are_listed_and_used(old: Opened) -> None:
 def test_a_registered_environment_is_known(old: Opened) -> None:
     before = old.manifest["environment"]
     now = done(old.url, "GET", f"/v1/envs/about?id={before['id']}")
-    assert {key: value for key, value in now.items() if key in before} == before
+    chosen = ("image", "requirements")  # by this version: games have a package set of their own
+    assert {key: now[key] for key in before if key not in chosen} == \
+        {key: value for key, value in before.items() if key not in chosen}  # fmt: skip
+    assert now["versions"] == before["versions"] and now["image"] == "rock.local/env/gem-games"
     assert "kept over an upgrade" in json.dumps(done(old.url, "GET", "/v1/envs")["items"])
 
 
