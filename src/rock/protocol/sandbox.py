@@ -551,14 +551,10 @@ _kept: dict[int, tuple[SandboxConfig, str]] = {}
 
 
 def travelling(config: SandboxConfig) -> bytes:
-    """The encoding for a worker."""
-    return _encoded(_travelling, config, lambda: config.model_dump_json(exclude=not_sent(config)).encode())
-
-
-def not_sent(config: SandboxConfig) -> set[str]:
-    """Fields that a worker does not get: the name is the admin's, and unset fields that are newer than a worker would
-    be rejected by it."""
-    return config.unchosen | {"name"} | {name for name in ("volumes", "mounts") if getattr(config, name) is None}
+    """The encoding for a worker: without the name, which is the admin's, and without unset fields, which a worker of an
+    older version may not have."""
+    exclude = {"name", *config.unchosen}
+    return _encoded(_travelling, config, lambda: config.model_dump_json(exclude=exclude, exclude_none=True).encode())
 
 
 def kept(config: SandboxConfig) -> str:

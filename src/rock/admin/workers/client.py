@@ -31,12 +31,12 @@ from rock.protocol.node import (
     NodeVolumes,
 )
 from rock.protocol.routes import OUTAGE, ROUTES, Frame, FrameParser, pack_frame
-from rock.protocol.sandbox import ArchivedFiles, SandboxConfig, not_sent, travelling
+from rock.protocol.sandbox import ArchivedFiles, SandboxConfig, travelling
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
-_NOT_CHECKED = {"sandbox_id", "labels", "user_id", "experiment_id", "namespace", "route_key"}
+_NOT_CHECKED = {"sandbox_id", "name", "labels", "user_id", "experiment_id", "namespace", "route_key"}
 _MOST_PASSED = 256
 _WORTH = 10.0  # seconds
 
@@ -145,7 +145,7 @@ class WireWorker:
         # A burst repeats the same check; the create itself detects later changes.
         if self._passed_last[0] is config and self._passed_last[1] > time.monotonic():
             return
-        body = config.model_dump(mode="json", exclude=_NOT_CHECKED | not_sent(config))
+        body = config.model_dump(mode="json", exclude=_NOT_CHECKED | config.unchosen, exclude_none=True)
         key, now = orjson.dumps(body), time.monotonic()
         if (until := self._passed.get(key, 0.0)) > now:
             self._passed_last = config, until
