@@ -15,7 +15,7 @@ from rock.protocol.node import ProcessList
 from rock.protocol.routes import LOG_NEXT, LOG_RUNNING
 from rock.sdk import primitives
 from rock.sdk.sandbox.link import SLACK, Link, parse
-from rock.sdk.sandbox.options import ProgramOptions, known
+from rock.sdk.sandbox.options import ProgramOptions, known, require_flag
 from rock.sdk.sandbox.stream import Chunk, OutputStream
 from rock.sdk.stdin import SMALL, Pump, piece_of
 
@@ -156,8 +156,7 @@ class Processes:
         **options: Unpack[ProgramOptions],
     ) -> CommandResponse:
         """`Sandbox.exec`."""
-        if check is not True and check is not False:
-            raise errors.InvalidConfig(f"check is {check!r}", hint="use True or False")
+        require_flag("check", check)
         source, spec = split_input(command, timeout, options)
         if source is None:
             return await self.execute(spec, check)

@@ -18,7 +18,7 @@ from rock.protocol.action import (
 )
 from rock.protocol.node import SessionList
 from rock.sdk.sandbox.link import LATE, SLACK, Link, parse
-from rock.sdk.sandbox.options import RunOptions, SessionOptions, known
+from rock.sdk.sandbox.options import RunOptions, SessionOptions, known, require_flag
 from rock.sdk.sandbox.processes import raise_if_failed, wire
 from rock.sdk.sandbox.stream import OutputStream
 
@@ -71,8 +71,7 @@ class Sessions:
         **options: Unpack[RunOptions],
     ) -> BashObservation:
         """`Sandbox.run`."""
-        if check is not True and check is not False:
-            raise errors.InvalidConfig(f"check is {check!r}", hint="use True or False")
+        require_flag("check", check)
         body: dict[str, Any] = {"command": command, "timeout": timeout, "check": "silent"}
         if options:
             known(options, RunOptions, "run")

@@ -197,6 +197,12 @@ def known(options: Mapping[str, Any], kind: type, what: str) -> None:
             raise InvalidValue(f"{what} has no option {name!r}", hint=_closest(name, names | more))
 
 
+def require_flag(name: str, value: object) -> None:
+    """InvalidConfig for anything but True and False: ROCK's `check` is a word."""
+    if value is not True and value is not False:
+        raise errors.InvalidConfig(f"{name} is {value!r}", hint="use True or False")
+
+
 def _closest(name: str, names: frozenset[str]) -> str:
     if name == "timeout" and "stdin" in names:
         return "a background process has no time limit: use wait(timeout) and kill()"

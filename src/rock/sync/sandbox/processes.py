@@ -17,7 +17,7 @@ from rock.protocol.node import ProcessList
 from rock.protocol.routes import LOG_NEXT, LOG_RUNNING
 from rock.sync import primitives
 from rock.sync.sandbox.link import SLACK, Link, parse
-from rock.sync.sandbox.options import ProgramOptions, known
+from rock.sync.sandbox.options import ProgramOptions, known, require_flag
 from rock.sync.sandbox.stream import Chunk, OutputStream
 from rock.sdk.stdin import SMALL, Pump, piece_of
 
@@ -158,8 +158,7 @@ class Processes:
         **options: Unpack[ProgramOptions],
     ) -> CommandResponse:
         """`Sandbox.exec`."""
-        if check is not True and check is not False:
-            raise errors.InvalidConfig(f"check is {check!r}", hint="use True or False")
+        require_flag("check", check)
         source, spec = split_input(command, timeout, options)
         if source is None:
             return self.execute(spec, check)

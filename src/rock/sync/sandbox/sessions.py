@@ -20,7 +20,7 @@ from rock.protocol.action import (
 )
 from rock.protocol.node import SessionList
 from rock.sync.sandbox.link import LATE, SLACK, Link, parse
-from rock.sync.sandbox.options import RunOptions, SessionOptions, known
+from rock.sync.sandbox.options import RunOptions, SessionOptions, known, require_flag
 from rock.sync.sandbox.processes import raise_if_failed, wire
 from rock.sync.sandbox.stream import OutputStream
 
@@ -73,8 +73,7 @@ class Sessions:
         **options: Unpack[RunOptions],
     ) -> BashObservation:
         """`Sandbox.run`."""
-        if check is not True and check is not False:
-            raise errors.InvalidConfig(f"check is {check!r}", hint="use True or False")
+        require_flag("check", check)
         body: dict[str, Any] = {"command": command, "timeout": timeout, "check": "silent"}
         if options:
             known(options, RunOptions, "run")
