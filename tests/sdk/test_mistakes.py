@@ -16,6 +16,7 @@ from tests.conftest import RunningServer
 
 import rock
 from rock import errors
+from rock.images.store import ImageStore
 from rock.protocol.action import CommandResponse
 from rock.sync import Client, Sandbox, SandboxConfig, SandboxGroup
 
@@ -107,6 +108,65 @@ def test_tls_to_a_plain_server(server: RunningServer) -> None:
     client = Client(server.url.replace("http:", "https:"), reconnect_timeout=0)
     text = raised(client.server_info, errors.Unavailable)
     assert "does not use TLS" in text and "use http://" in text
+
+
+def start(server: RunningServer, image: str = "host", **options: Any) -> None:
+    with Sandbox(image, base_url=server.url, **options):
+        raise AssertionError("it started")
+
+
+@pytest.mark.parametrize(("options", "kind", "texts"), [
+    ({"memory": "900g"}, errors.InvalidConfig, ("memory 900g exceeds the largest machine's", "request less memory")),
+    ({"cpus": 64}, errors.InvalidConfig, ("CPUs 64.0 exceed the maximum allowed", "request fewer CPUs")),
+    ({"gpus": 1}, errors.Unsupported, ("no worker has 1 GPU", "leave gpus and gpu_type unset")),
+    ({"image": "Big Name"}, errors.InvalidConfig, ("invalid image name 'Big Name'", "lower-case letters")),
+])  # fmt: skip
+def test_what_no_worker_has(
+    server: RunningServer, options: dict[str, Any], kind: type[errors.RockError], texts: tuple[str, ...]
+) -> None:
+    text = raised(lambda: start(server, **options), kind)
+    assert all(one in text for one in texts), text
+
+
+def test_an_image_with_a_typo_and_no_network(server: RunningServer) -> None:
+    with pytest.raises(errors.ImageError) as caught:
+        start(server, image="localhost:9/pythn:3.11")
+    assert "registry localhost:9 cannot be reached: " in caught.value.message
+    assert "Connection(" not in str(caught.value), "no text of a library"
+    local = Sandbox("host", base_url=server.url)
+    with local:
+        local.commit("localhost:9/python:3.11")
+    try:
+        text = raised(lambda: start(server, image="localhost:9/pythn:3.11"), errors.ImageError)
+        assert "did you mean localhost:9/python:3.11" in text
+    finally:
+        ImageStore(server.home / "images").remove("localhost:9/python:3.11")
+
+
+@pytest.mark.skipif(Path("/var/run/docker.sock").exists(), reason="a container engine runs on this machine")
+def test_no_container_engine(server: RunningServer) -> None:
+    for _ in range(3):  # after some failures the circuit breaker answers, and states the same cause
+        with pytest.raises((errors.Unavailable, errors.NoCapacity)) as caught:
+            start(server, runtime="docker")
+        assert "no container engine listens on" in caught.value.message and caught.value.hint
+
+
+def test_a_missing_program(box: Sandbox) -> None:
+    assert "install it in the image" in raised(lambda: box.exec(["nosuch"]), errors.NotFound)
+
+
+def test_a_restart_without_files(server: RunningServer) -> None:
+    box = Sandbox("host", base_url=server.url)
+    box.start()
+    box.stop()
+    assert "retain or archive_after" in raised(box.restart, errors.Conflict)
+
+
+def test_an_unknown_environment(server: RunningServer) -> None:
+    import rock.envs
+
+    text = raised(lambda: rock.envs.make("game:Sokoban-v9", base_url=server.url), errors.NotFound)
+    assert "did you mean game:Sokoban-v0" in text
 
 
 def test_a_sandbox_that_was_not_started() -> None:

@@ -109,7 +109,7 @@ class Gpus:
         if count > len(fit):
             there = ", ".join(self.kinds()) or "none"
             raise Unsupported(f"{count} accelerators of type {kind or 'GPU'} were asked for; this machine has {there}",
-                              hint="leave num_gpus and accelerator_type unset")
+                              hint="leave gpus and gpu_type unset")
 
     def take(self, owner: str, config: SandboxConfig) -> tuple[str, ...]:
         """Assign GPUs to a sandbox; returns their UUIDs. NoCapacity, Unsupported."""

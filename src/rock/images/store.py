@@ -16,6 +16,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Protocol
 
@@ -29,7 +30,7 @@ from rock.images.layers.store import Fill, LayerStore
 from rock.images.layers.views import copy_tree
 from rock.images.records import ImageRecord, Lease, Leases, Records, RootFS, storing
 from rock.images.registry.logins import Login, Logins
-from rock.images.registry.reference import HOST, free_name, new_name, parse
+from rock.images.registry.reference import BUILD_STEPS, HOST, free_name, new_name, parse
 from rock.images.registry.transfers import ImageImports, Progress, Transfers, unpack
 from rock.protocol.sandbox import parse_size
 from rock.settings import Settings, docker_config
@@ -194,8 +195,15 @@ class ImageStore:
         changed. public_only: see Reference. ImageError, StorageFull; a failure retains nothing incomplete."""
         free_name(name)
         reference = replace(parse(name), public_only=public_only)
-        with self._tidied():
-            found = self._transfers.pull(name, reference, login, progress)
+        try:
+            with self._tidied():
+                found = self._transfers.pull(name, reference, login, progress)
+        except ImageError as error:
+            near = self._near(reference.familiar)
+            if near is None:
+                raise
+            raise ImageError(error.message, hint=f"did you mean {near}, an image of this machine? Otherwise: "
+                             f"{error.hint}") from error  # fmt: skip
         self._came(found.name)
         return found
 
@@ -234,6 +242,12 @@ class ImageStore:
     def came(self, name: str) -> None:
         """Record the use of a derived image: see `budget`."""
         self._came(parse(name).familiar)
+
+    def _near(self, name: str) -> str | None:
+        """The image with the most similar name, among those that have no owner."""
+        names = [record.name for record in self._records.all()
+                 if not record.owner and not record.name.startswith(BUILD_STEPS)]
+        return next(iter(get_close_matches(name, names, n=1, cutoff=0.8)), None)
 
     def push(
         self, name: str, login: Login | None = None, progress: Progress | None = None,

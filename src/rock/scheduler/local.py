@@ -303,8 +303,8 @@ def _never(config: SandboxConfig, statuses: list[NodeStatus]) -> RockError:
     if config.num_gpus or config.accelerator_type:
         kinds = sorted({kind for status in statuses for kind in status.accelerators})
         return Unsupported(
-            f"no worker has {config.num_gpus or 1:g} {config.accelerator_type or 'GPU'}: the accelerators here are "
-            f"{', '.join(kinds) or 'none'}", hint="leave num_gpus and accelerator_type unset",
+            f"no worker has {config.num_gpus or 1:g} {config.accelerator_type or 'GPU'}: the workers have "
+            f"{', '.join(kinds) or 'no GPUs'}", hint="leave gpus and gpu_type unset",
         )  # fmt: skip
     return InvalidConfig(f"no worker has both {config.cpus:g} CPUs and {config.memory} of memory",
                          hint="request fewer CPUs or less memory, or add a larger worker")

@@ -34,7 +34,7 @@ from rock.scheduler.base import Reservations
 from rock.store.base import Record
 from rock.store.blobs import Blobs
 
-_NOT_KEPT = "set auto_delete_seconds or auto_archive_seconds, and the files of the next one are kept"
+_NOT_KEPT = "create the next one with retain or archive_after (auto_delete_seconds, auto_archive_seconds)"
 
 
 class RetainedSandboxes:
@@ -263,7 +263,7 @@ def _with_phase(record: Record, phase: Phase, status: str, message: str) -> dict
 def _archiving_has_files(record: Record) -> None:
     if record.state is State.STOPPED and not record.info.kept:
         raise Conflict(f"sandbox {record.id} left no files to archive", sandbox_id=record.id,
-                       hint="set auto_archive_seconds or auto_delete_seconds for the next one")  # fmt: skip
+                       hint="create the next one with retain or archive_after")  # fmt: skip
 
 
 # ---- cleanup of workers ----

@@ -349,8 +349,9 @@ def _reason(answer: urllib3.BaseHTTPResponse) -> str:
 
 
 def _cause(error: Exception) -> str:
-    reason = getattr(error, "reason", None)
-    return str(reason or error)[:300]
+    """The text of a connection error, without the representation of the connection."""
+    reason = str(getattr(error, "reason", None) or error)
+    return re.sub(r"^<?\w*Connection\([^)]*\)[^:]*: ", "", reason)[:300]
 
 
 def _steadily(response: urllib3.BaseHTTPResponse, digest: str) -> Iterator[bytes]:

@@ -122,15 +122,15 @@ class Engine:
             self.breaker.refuse(what)
             try:
                 result = await work()
-            except errors.Unavailable:
-                self.breaker.failed()
+            except errors.Unavailable as error:
+                self.breaker.failed(error.message)
                 if attempt == _ATTEMPTS:
                     raise
             except EngineError as error:
                 if error.status not in _OVERLOADED or any(word in error.message.lower() for word in _TELLING):
                     self.breaker.worked()
                     raise
-                self.breaker.failed()
+                self.breaker.failed(error.message)
                 if attempt == _ATTEMPTS:
                     raise
             except BaseException:
@@ -365,6 +365,7 @@ class Breaker:
         self._first_rest = self._rest = rest
         self._clock = clock
         self._failures = 0
+        self._cause = ""
         self._until: float | None = None
         self._looking_since: float | None = None
 
@@ -377,7 +378,8 @@ class Breaker:
         looking = self._looking_since is not None and now - self._looking_since < _LONGEST_REST
         if left > 0 or looking:
             raise errors.NoCapacity(
-                f"the container engine failed {self._failures} times in a row, so it was not asked to {what}",
+                f"no request is sent to the container engine, which failed {self._failures} times in a row: "
+                f"{self._cause or what}",
                 hint=f"try again in {max(1.0, left):.0f} s; see the engine's own log, and start fewer at once")
         self._looking_since = now
 
@@ -390,9 +392,10 @@ class Breaker:
         """Record that the call was cancelled before its outcome was known."""
         self._looking_since = None
 
-    def failed(self) -> None:
+    def failed(self, cause: str = "") -> None:
         """Record that the engine did not respond or reported an internal failure."""
         self._failures += 1
+        self._cause = cause
         if self._looking_since is not None:
             self._looking_since = None
             self._rest = min(self._rest * 2, _LONGEST_REST)

@@ -80,12 +80,12 @@ def _refuse_gpus(config: SandboxConfig, facts: Facts, oci: Oci, gpus: Gpus) -> N
     if not config.num_gpus and not config.accelerator_type:
         return
     if oci != "runc":
-        raise errors.Unsupported(f"{oci} gives sandboxes no accelerators", hint="leave num_gpus unset, or oci_runtime")
+        raise errors.Unsupported(f"{oci} gives sandboxes no accelerators", hint="leave gpus unset, or oci_runtime")
     if GPU_RUNTIME not in facts.runtimes:
         there = ", ".join(sorted(facts.runtimes)) or "none"
         raise errors.Unsupported(
             f"this container engine gives no accelerators: it has no {GPU_RUNTIME} runtime (its runtimes: {there})",
-            hint="install nvidia-container-toolkit, or leave num_gpus unset")
+            hint="install nvidia-container-toolkit, or leave gpus unset")
     gpus.refuse(config)
 
 

@@ -30,6 +30,7 @@ SOCKET_NAME = "s"
 PATIENCE = 60.0  # timeout in seconds of a request that has no time limit of its own
 log = logging.getLogger(__name__)
 Answer = tuple[dict[str, Any], list[int]]
+_PROGRAM_HINT = "install it in the image, or give its path; a shell's syntax needs `sh -c`"
 _buffer = bytearray(PACKET + 4096)
 
 
@@ -158,7 +159,9 @@ class InitLink:
 
     def _error(self, error: Any) -> errors.RockError:
         code, message = (error[0], error[1]) if isinstance(error, list) and len(error) == 2 else ("", str(error))
-        return errors.from_wire({"error": {"code": code, "message": message, "sandbox_id": self.sandbox_id}})
+        hint = _PROGRAM_HINT if str(message).startswith("no such program") else None
+        return errors.from_wire(
+            {"error": {"code": code, "message": message, "sandbox_id": self.sandbox_id, "hint": hint}})
 
     def _send(self, message: dict[str, Any]) -> None:
         self._outgoing.append(pack(message))

@@ -31,7 +31,7 @@ def refuse_unsupported(config: SandboxConfig, isolation: Isolation, networks: tu
         raise errors.Unsupported(f'oci_runtime="{config.oci_runtime}": the namespace runtime has no containers',
                                  hint='use runtime="docker"')
     if config.num_gpus or config.accelerator_type:
-        raise errors.Unsupported("the namespace runtime gives sandboxes no accelerators", hint="leave num_gpus unset")
+        raise errors.Unsupported("the namespace runtime gives sandboxes no accelerators", hint="leave gpus unset")
     if config.disk is not None and config.keeps_files:
         raise errors.Unsupported(f"disk={config.disk}: a disk with a limit goes with its sandbox, and cannot be kept",
                                  hint="leave disk, or auto_delete_seconds and auto_archive_seconds, unset")
