@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import re
 import shutil
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 import pexpect
 import pytest
 from tests.conftest import RunningServer
+from tests.packages import CannotBeHad, tree
 
 from rock.sync import Client, Sandbox
 
@@ -258,6 +260,55 @@ def test_completion_in_bash(server: RunningServer, commands: Path) -> None:
         child.sendcontrol("u")
         child.sendline("exit")
         child.close()
+    finally:
+        rock("rm", "-f", "completed-box")
+
+
+def shell_of(name: str) -> tuple[list[str], dict[str, str]]:
+    """The command and the environment of zsh or fish: of this machine, else of Debian's packages."""
+    if shutil.which(name):
+        return [name], {}
+    try:
+        root = tree(name, [name]) / "opt" / "programs"
+    except CannotBeHad as error:
+        pytest.skip(str(error))
+    libraries = [root / "usr" / "lib" / f"{platform.machine()}-linux-gnu", root / "lib"]
+    env = {"LD_LIBRARY_PATH": ":".join(map(str, libraries))}
+    if name == "zsh":
+        env["MODULES"] = str(next(libraries[0].glob("zsh/*")))
+        env["FPATH"] = ":".join(str(path) for path in (root / "usr/share/zsh").rglob("*") if path.is_dir())
+        return [str(root / "bin" / "zsh")], env
+    return [str(root / "usr" / "bin" / "fish")], env
+
+
+@pytest.mark.parametrize(("name", "options", "setup"), [
+    ("zsh", ["-f", "-i"], "autoload -U compinit; compinit -D -u; PS1='$ '; "
+                          "eval \"$(rock completion zsh)\"; echo load\"\"ed"),
+    ("fish", ["--no-config", "-i"], "rock completion fish | source; echo load\"\"ed"),
+])  # fmt: skip
+def test_completion_in_other_shells(
+    name: str, options: list[str], setup: str, server: RunningServer, commands: Path, tmp_path: Path
+) -> None:
+    shell, more = shell_of(name)
+    rock("run", "-d", "--name", "completed-box", IMAGE)
+    try:
+        child = pexpect.spawn(
+            shell[0], options, encoding="utf-8", timeout=30, dimensions=(24, 200),
+            env={**os.environ, **more, "PATH": f"{commands}:{os.environ['PATH']}", "HOME": str(tmp_path),
+                 "XDG_DATA_HOME": str(tmp_path), "TERM": "xterm"},
+        )  # fmt: skip
+        child.sendline(f"module_path=($MODULES); {setup}" if "MODULES" in more else setup)
+        child.expect("loaded")
+        for typed, rest in (("rock conn", "ections"), ("rock stop compl", "eted-box"), ("rock image imp", "ort")):
+            child.send("\x15")
+            time.sleep(0.3)
+            child.send(typed)
+            time.sleep(0.3)
+            child.send("\t")
+            child.expect_exact(rest)
+        child.send("\x15")
+        child.sendline("exit")
+        child.close(force=True)
     finally:
         rock("rm", "-f", "completed-box")
 
