@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,8 @@ def test_the_tool_prints_its_figures(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, tool, "--source", top], capture_output=True, text=True, check=True)
     assert "cycle 1: 2 modules, type imports alone close it\n    rock.a\n    rock.b\n" in done.stdout
     assert "type import rock.a:3 of rock.b; back: rock.b -> rock.a" in done.stdout
+
+
+def test_names_of_test_modules_are_unique() -> None:
+    names = Counter(path.name for path in Path(__file__).parent.rglob("test_*.py"))
+    assert not [name for name, times in names.items() if times > 1], "pytest imports only one of them"
