@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
+PYTHONS := 3.12 3.13 3.14
 unexport PYTHONDONTWRITEBYTECODE  # what is started by the hundred is compiled once
 
-.PHONY: demo test check lint types layout unit rootless long compat upgrade-fixture docker gvisor seccomp-programs fuzz \
+.PHONY: demo test pythons python-version check lint types layout unit rootless long compat upgrade-fixture docker gvisor seccomp-programs fuzz \
 	faults recovery admins \
 	training env-packages gym-extras sync wheel \
 	lock bench bench-environments soak soak-mixed load attacks escape-table walls front cluster fleet ray ray-shapes clean
@@ -68,6 +69,19 @@ long: $(VENV)/ready-dev
 # ROCK's own client in several versions, installed from PyPI and kept in ROCK_TEST_CACHE; `test` runs the fast half.
 compat: $(VENV)/ready-dev
 	ROCK_TEST_COMPAT=1 $(PY) -m pytest tests/compat
+
+# The client, the command line, the fake runtime and the main calls on other versions of Python, each in its own virtual
+# environment in ROCK_TEST_CACHE; a version that this machine lacks is skipped.
+pythons:
+	@for version in $(PYTHONS); do \
+		command -v python$$version > /dev/null && python$$version -c "" 2> /dev/null || { echo "skipped: no python$$version"; continue; }; \
+		echo "== python$$version"; \
+		$(MAKE) --no-print-directory PYTHON=python$$version VENV=$${ROCK_TEST_CACHE:-$$HOME/.cache/rock-tests}/python$$version/venv python-version || exit 1; \
+	done
+
+python-version: $(VENV)/ready-dev
+	$(PY) -m pytest -q -p no:cacheprovider tests/sdk tests/cli/test_cli.py tests/cli/test_commands.py tests/wire \
+		tests/e2e/test_sessions.py tests/e2e/test_programs_and_files.py tests/e2e/test_lifecycle.py tests/envs
 
 # Homes and a database as this checkout writes them, for tests/upgrade of later versions; needs root and PostgreSQL.
 upgrade-fixture: $(VENV)/ready-dev

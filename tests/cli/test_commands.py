@@ -223,6 +223,23 @@ def test_wrong_options_of_run(words: list[str], why: str) -> None:
     assert done.returncode == 125 and why in done.stderr
 
 
+def test_resources_of_run(server: Any) -> None:
+    write = "head -c 30000000 /dev/zero > /tmp/file"
+    done = rock("run", "--disk", "10m", "--memory", "256m", "--isolation", "namespaces", IMAGE, "--", "sh", "-c", write)
+    if "--isolation" not in done.stderr and done.returncode == 125:  # an ordinary user has another level
+        done = rock("run", "--disk", "10m", "--memory", "256m", IMAGE, "--", "sh", "-c", write)
+    assert done.returncode not in (0, 125) and done.stderr, "the disk is full, or the sandbox ended for it"
+    for words, why in (
+        (["--gpus", "1"], "no worker has 1 GPU"),
+        (["--runtime", "nosuch"], "nosuch"),
+        (["--isolation", "microvm"], "microvm"),
+    ):
+        refused = rock("run", *words, IMAGE, "true")
+        assert refused.returncode == 125 and why in refused.stderr, refused.stderr
+    named = rock("run", "--runtime", "namespace", IMAGE, "true")
+    assert named.returncode == 0, named.stderr
+
+
 # ---- cp
 
 

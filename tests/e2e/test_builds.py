@@ -392,6 +392,18 @@ def test_in_a_terminal(server: RunningServer, store: ImageStore, tmp_path: Path)
         return "rock-build" not in rock("ls", "--steps").stdout
 
     until(pruned, 30, "the worker retains the lease of an image for two seconds after a create")
+    text = b"FROM small:1\nLABEL a=b\n"
+    command = [sys.executable, "-m", "rock.cli.main", "image", "build", "-t", "team/piped:1", "-"]
+    assert subprocess.run(command, env=environ, input=text, timeout=60).returncode == 0, "a Dockerfile as input"
+    for mode in ("w", "w:gz"):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode=mode) as archive:
+            archive.add(folder, ".")
+        assert subprocess.run(command, env=environ, input=buffer.getvalue(), timeout=60).returncode == 0, mode
+    for wrong in (b"", b"\x1f\x8bno tar"):
+        refused = subprocess.run(command, env=environ, input=wrong, capture_output=True, text=False, timeout=60)
+        assert refused.returncode == 1 and b"error: the standard input is" in refused.stderr
+    store.remove("team/piped:1")
     (folder / "Dockerfile").write_text("FROM small:1\nRUN exit 5\n")
     bad = rock("build", "-t", "team/built:1", str(folder))
     assert bad.returncode == 1 and "error: Dockerfile line 2: RUN ended with status 5" in bad.stderr

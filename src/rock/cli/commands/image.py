@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
+import tarfile
+import zlib
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,6 +26,9 @@ from rock.settings import Settings
 if TYPE_CHECKING:  # the client runs on machines that cannot store images
     from rock.images.registry.logins import Login
     from rock.images.store import ImageStore
+
+_TAR_MAGIC = slice(257, 262)
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00")
 
 _username = click.option("--username", help="User of the registry; the password is prompted for.")
 _name = click.argument("name", shell_complete=complete_image)
@@ -90,7 +99,7 @@ def pull_image(name: str, username: str | None) -> None:
     print(f"{record.name}  {record.digest}")
 
 
-@image.command("build", example="rock image build -t team/tool:1 .")
+@image.command("build", example="rock image build -t team/tool:1 .\nrock image build -t team/tool:1 - < Dockerfile")
 @click.argument("path", type=click.Path(), metavar="FOLDER")
 @click.option("--tag", "-t", metavar="NAME", required=True, help="Name of the image.")
 @click.option("--file", "-f", metavar="FILE", help="Dockerfile; by default FOLDER/Dockerfile.")
@@ -108,7 +117,10 @@ def build_image(
     path: str, tag: str, file: str | None, target: str | None, build_arg: tuple[str, ...], label: tuple[str, ...],
     network: str, memory: str, cpus: float, no_cache: bool, pull: bool, username: str | None,
 ) -> None:  # fmt: skip
-    """Build an image of a Dockerfile, on the server."""
+    """Build an image of a Dockerfile, on the server.
+
+    With `-` the standard input is a Dockerfile without other files, or a tar of a folder, plain or compressed.
+    """
     login = _login(username)
     fields: dict[str, Any] = {
         "target": target, "build_args": variables(build_arg, "--build-arg"), "labels": variables(label, "--label"),
@@ -116,10 +128,36 @@ def build_image(
         "pull": "always" if pull else "missing", "registry_username": login.username if login else None,
         "registry_password": login.password if login else None,
     }  # fmt: skip
-    made = client().build_image(path, tag, dockerfile=file, progress=_show, **fields)
+    with TemporaryDirectory(prefix="rock-context-") as folder:
+        if path == "-":
+            _receive_context(Path(folder))
+            path = folder
+            file = None if file is None else os.path.join(folder, file)
+        made = client().build_image(path, tag, dockerfile=file, progress=_show, **fields)
     print(f"{made.name}  {made.digest}")
     print(f"{made.layers} layers, {size(made.size)}; {made.cached} steps from the cache, {made.ran} run",
           file=sys.stderr)  # fmt: skip
+
+
+def _receive_context(folder: Path) -> None:
+    """Write the standard input into a folder: a tar is unpacked, any other text is the Dockerfile. InvalidConfig."""
+    with TemporaryFile() as received:
+        shutil.copyfileobj(sys.stdin.buffer, received)
+        received.seek(0)
+        begin = received.read(_TAR_MAGIC.stop)
+        received.seek(0)
+        if not begin:
+            raise InvalidConfig("the standard input is empty", hint="rock image build -t NAME - < Dockerfile")
+        if not begin.startswith(_COMPRESSED) and begin[_TAR_MAGIC] != b"ustar":
+            with open(folder / "Dockerfile", "wb") as dockerfile:
+                shutil.copyfileobj(received, dockerfile)
+            return
+        try:
+            with tarfile.open(fileobj=received) as archive:
+                archive.extractall(folder, filter="data")
+        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+            raise InvalidConfig(f"the standard input is not a tar of a build context: {error}",
+                                hint="tar --create . | rock image build -t NAME -") from None  # fmt: skip
 
 
 def _show(text: str) -> None:
