@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -109,6 +110,22 @@ def test_bad_values_are_one_clear_line(arguments: list[str], status: int, words:
     done = rock(*arguments)
     assert done.returncode == status and done.stderr.startswith("error: ") and words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_servers_that_cannot_start(server: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    port = str(urlsplit(server.url).port)
+    without_key = {key: value for key, value in os.environ.items() if key != "ROCK_API_KEY"}
+    for home, words, error, hint in (
+        ("file/home", ["--port", "0"], "Not a directory", "set ROCK_HOME"),
+        ("home", ["--host", "0.0.0.0", "--port", "0"], "refusing to listen on 0.0.0.0 without an API key",
+         "set ROCK_API_KEY"),
+        ("home", ["--port", port], f"cannot listen on 127.0.0.1:{port}", "--port"),
+    ):  # fmt: skip
+        done = rock("admin", "start", *words, env={**without_key, "ROCK_HOME": str(tmp_path / home)})
+        first, second = done.stderr.splitlines()
+        assert done.returncode == 1 and first.startswith(f"error: {error}"), done.stderr
+        assert second.startswith("hint: ") and hint in second, done.stderr
 
 
 def test_images_need_no_server(tmp_path: Path) -> None:

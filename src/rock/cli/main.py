@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 
 import click
 
@@ -130,13 +131,18 @@ def main() -> None:
         status = parsing.INTERRUPTED
     except OSError as error:
         _trace(error)
-        complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", _home_hint(error))
         status = parsing.NOT_RUN if OPTIONS.passes_codes else parsing.FAILED
     except Exception as error:
         _trace(error)
         _unexpected(error)
         status = parsing.NOT_RUN if OPTIONS.passes_codes else parsing.FAILED
     sys.exit(status)
+
+
+def _home_hint(error: OSError) -> str | None:
+    inside = isinstance(error.filename, str) and Path(error.filename).is_relative_to(settings.home())
+    return "set ROCK_HOME to a folder that you may write" if inside else None
 
 
 def _trace(error: Exception) -> None:
