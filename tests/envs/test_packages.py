@@ -12,6 +12,7 @@ import pytest
 
 from rock.envhub.packages import GEM, SETS, image_of, requirements_of
 from rock.errors import ImageError, InvalidConfig, NotFound
+from rock.images.host import PYTHON_LIBRARIES
 from rock.images.packages import PackageSet, ensure, is_built, packages_folder
 from rock.images.store import ImageStore
 
@@ -142,7 +143,8 @@ def test_they_work_inside(tmp_path: Path, tiny: PackageSet) -> None:
     base = "/opt/rock/envs/current"
     code = f"import sys; sys.path.insert(0, '{base}/site'); import tiny; print(tiny.ANSWER, tiny.__cached__)"
     lines.append(f'exec chroot root {base}/python -I -B -c "{code}"')
-    run = subprocess.run(["unshare", "-Urm", "sh", "-ec", "\n".join(lines)], capture_output=True, text=True, env={})
+    run = subprocess.run(["unshare", "-Urm", "sh", "-ec", "\n".join(lines)], capture_output=True, text=True,
+                         env={"LD_LIBRARY_PATH": PYTHON_LIBRARIES})  # fmt: skip
     if "unshare" in run.stderr:
         pytest.skip(f"no user namespaces here: {run.stderr.strip()}")
     assert run.stdout.startswith("42 /opt/rock/envs/current/site/__pycache__/tiny"), run.stderr

@@ -274,8 +274,8 @@ class SqliteStore:
 
     def _group(self, group_id: str, tenant: str | None) -> Sequence[Record]:
         rows = self._open_db.execute(
-            f"{_SELECT} WHERE id > ?1 AND id < ?2 AND (?3 IS NULL OR tenant = ?3)",
-            (f"{group_id}-", f"{group_id}.", tenant),
+            f"{_SELECT} WHERE id > :first AND id < :last AND (:tenant IS NULL OR tenant = :tenant)",
+            {"first": f"{group_id}-", "last": f"{group_id}.", "tenant": tenant},
         ).fetchall()
         return ordered([_load(row) for row in rows], group_id)
 
@@ -447,7 +447,8 @@ class SqliteStore:
 
     async def take_lease(self, name: str, holder: str, seconds: float) -> Lease | None:
         now = time.time()
-        row = self._now(lambda: self._open_db.execute(_TAKE_LEASE, (name, holder, now + seconds, now)).fetchone())
+        values = {"name": name, "holder": holder, "until": now + seconds, "now": now}
+        row = self._now(lambda: self._open_db.execute(_TAKE_LEASE, values).fetchone())
         return None if row is None else Lease(name, holder, row[0])
 
     async def drop_lease(self, name: str, holder: str) -> None:
@@ -468,8 +469,9 @@ def _transaction(db: sqlite3.Connection, kind: str) -> Iterator[None]:
 
 _LEFT = "coalesce(json_extract(info, '$.kept'), 0) OR json_extract(info, '$.archive') IS NOT NULL"
 _TAKE_LEASE = """
-INSERT INTO lease (name, holder, token, until) VALUES (?1, ?2, 1, ?3) ON CONFLICT (name) DO UPDATE
-SET token = lease.token + (lease.holder != ?2), holder = ?2, until = ?3 WHERE lease.holder = ?2 OR lease.until < ?4
+INSERT INTO lease (name, holder, token, until) VALUES (:name, :holder, 1, :until) ON CONFLICT (name) DO UPDATE
+SET token = lease.token + (lease.holder != :holder), holder = :holder, until = :until
+WHERE lease.holder = :holder OR lease.until < :now
 RETURNING token
 """
 _ADD = (
@@ -552,9 +554,8 @@ class SqliteWorkers:
 
     async def lose(self, name: str, epoch: int, beat: int | None = None) -> bool:
         def work(db: sqlite3.Connection) -> bool:
-            done = db.execute("UPDATE worker SET lost = 1 WHERE name = ?1 AND epoch = ?2 AND (?3 IS NULL OR beat = ?3)",
-                              (name, epoch, beat))  # fmt: skip
-            return done.rowcount == 1
+            text = "UPDATE worker SET lost = 1 WHERE name = :name AND epoch = :epoch AND beat = coalesce(:beat, beat)"
+            return db.execute(text, {"name": name, "epoch": epoch, "beat": beat}).rowcount == 1
 
         done: bool = self._do(work)
         return done

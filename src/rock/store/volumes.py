@@ -92,9 +92,9 @@ class SqliteVolumes:
         return found
 
     async def list(self, tenant: str | None = None, worker: str | None = None) -> Sequence[VolumeInfo]:
-        text = (f"SELECT {_COLUMNS} FROM volume WHERE (?1 IS NULL OR tenant = ?1) AND (?2 IS NULL OR worker = ?2) "
-                "ORDER BY created_at, id")  # fmt: skip
-        rows: Sequence[Any] = self._do(lambda db: db.execute(text, (tenant, worker)).fetchall())
+        text = (f"SELECT {_COLUMNS} FROM volume WHERE (:tenant IS NULL OR tenant = :tenant) AND "
+                "(:worker IS NULL OR worker = :worker) ORDER BY created_at, id")  # fmt: skip
+        rows: Sequence[Any] = self._do(lambda db: db.execute(text, {"tenant": tenant, "worker": worker}).fetchall())
         return [_loaded(row) for row in rows]
 
     async def mark(self, volume_id: str, state: VolumeState) -> None:
