@@ -9,7 +9,7 @@ from pathlib import Path
 from rock.cli.serve.serve import make_runtimes
 from rock.protocol.sandbox import Isolation
 from rock.rocklet.images.store import Images
-from rock.runtime.base import Files, Keeps, Limits, Pools, Ports, Runtime, Snapshots, Trait, Watches
+from rock.runtime.base import Files, Keeps, Limits, Pauses, Pools, Ports, Runtime, Snapshots, Trait, Watches
 from rock.runtime.plugins import OWN
 from rock.settings import Settings
 
@@ -33,6 +33,7 @@ TYPES = {
     Limits: "measured use",
     Watches: "tells of kills for memory",
     Keeps: "stopped sandboxes keep their files, and are archived",
+    Pauses: "pauses and resumes",
     Snapshots: "becomes an image (`commit`)",
     Pools: "warm pool",
 }

@@ -46,6 +46,7 @@ def test_no_request_is_an_internal_error(guarded: RunningServer, operations: dic
         for number, (name, operation) in enumerate(operations.items()):
             if number % 4 == share and operation.definition.raw.get("operationId") not in _NOT:
                 _try(session, guarded, sandbox, name, operation, statuses)
+        sandbox.resume()  # a request may have paused it
         assert sandbox.execute("echo here").stdout == "here\n"
         with Client(guarded.url, KEY) as client:
             assert client.server_info().pid == guarded.pid

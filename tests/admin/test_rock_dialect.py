@@ -152,7 +152,7 @@ def test_a_name_of_its_own_is_taken_once(client: RockClient) -> None:
         ({"image": IMAGE, "memory": "abc"}, 4000, "Invalid memory size: abc"),
         ({"image": IMAGE, "cpus": 4096}, 4000, "4096"),
         ({"image": IMAGE, "use_kata_runtime": True, "disk": "50G"}, 4000, "kata"),
-        ({"image": IMAGE, "num_gpus": 1}, 4000, "accelerator"),
+        ({"image": IMAGE, "num_gpus": 1}, 4000, "no worker has 1 GPU"),
         ({"image": IMAGE, "sandbox_id": "../up"}, 4000, "sandbox_id"),
     ],
 )

@@ -18,6 +18,7 @@ np = pytest.importorskip("numpy", reason="install the development extra: pip ins
 import rock
 from rock import errors
 from rock.envs.vector import AutoresetMode, RockVectorEnv
+from rock.sync import Client
 
 pytestmark = pytest.mark.timeout(1200)
 GUESS = "game:GuessTheNumber-v0-easy"
@@ -144,3 +145,20 @@ def test_spawn(guess: str) -> None:
             assert other.reset()[0]
     with pytest.raises(errors.Conflict, match="is closed"):
         env.spawn()
+
+
+def test_open_environments_prevent_a_pause(guess: str, env_server: RunningServer) -> None:
+    env = rock.make(guess)
+    client = Client(env_server.url)
+    hosts = [info.sandbox_id for info in client.list_sandboxes("running")]
+    assert hosts
+    refused = []
+    for sandbox_id in hosts:
+        try:
+            client.pause_sandbox(sandbox_id)
+            client.resume_sandbox(sandbox_id)
+        except errors.Conflict as error:
+            refused.append(str(error))
+    assert any("open environments" in text for text in refused), refused
+    env.reset()
+    env.close()

@@ -178,6 +178,14 @@ class TenantService:
         await self._own(sandbox_id)
         return await self._service.archive.archive(sandbox_id, key, wait)
 
+    async def pause(self, sandbox_id: str) -> SandboxInfo:
+        await self._own(sandbox_id)
+        return await self._service.pause(sandbox_id)
+
+    async def resume(self, sandbox_id: str) -> SandboxInfo:
+        await self._own(sandbox_id)
+        return await self._service.resume(sandbox_id)
+
     async def commit(self, sandbox_id: str, spec: CommitRequest, wait: float = 0.0) -> CommitStatus:
         await self._own(sandbox_id)
         if Access.ADMIN not in self.caller.scopes:

@@ -28,8 +28,8 @@ MOST_CREATES = 500  # sandboxes in one request of an admin to a worker
 class NodeSandbox(Answer):
     """A sandbox as its rocklet reports it. `idle_seconds`: since the last activity; 0 while a request is in progress.
 
-    kept: it is stopped, and its files are retained. environments: of a sandbox that hosts them, the number of existing
-    ones, and the number made since its rocklet started.
+    paused: its processes are stopped for a while. kept: it is stopped, and its files are retained. environments: of a
+    sandbox that hosts them, the number of existing ones, and the number made since its rocklet started.
     """
 
     sandbox_id: str
@@ -43,6 +43,7 @@ class NodeSandbox(Answer):
     reason: str | None = None
     usage: Usage | None = None
     kept: bool = False
+    paused: bool = False
     environments: tuple[int, int] | None = None
 
 

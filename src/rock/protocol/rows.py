@@ -57,6 +57,16 @@ def control_rows() -> Iterator[Route]:
         "SandboxInfo",
     )
     yield row(
+        "pause_sandbox",
+        "POST",
+        _S + "/pause",
+        "control",
+        "Stop all processes of a running sandbox until it is resumed; it has no idle timeout meanwhile",
+        "",
+        "SandboxInfo",
+    )
+    yield row("resume_sandbox", "POST", _S + "/resume", "control", "Continue a paused sandbox", "", "SandboxInfo")
+    yield row(
         "archive_sandbox",
         "POST",
         _S + "/archive",
@@ -499,6 +509,9 @@ def node_rows() -> Iterator[Route]:
         "frames",
         "NodeSandbox",
     )
+    for name in ("pause", "resume"):
+        yield row(f"node_{name}", "POST", f"/node/v1/sandboxes/{{sandbox_id}}/{name}", "node",
+                  f"{name.capitalize()} its processes; idempotent", "", "NodeSandbox")  # fmt: skip
     yield row(
         "node_commit",
         "POST",

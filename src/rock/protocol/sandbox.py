@@ -480,6 +480,7 @@ class SandboxInfo(Wire):
     enforced: how each limit is enforced on this host ("cgroup-v1", "cgroup-v2", "watched", "affinity", "rlimit",
     "none").
     cause, reason: why it no longer runs, as an enum value and as a sentence.
+    paused_at: time of the pause, while it is paused.
     kept: it is stopped, and its files are on its worker: it can be restarted. archive: the files are in the archive.
     commit: the last commit of it to an image.
     auto_stop_at, auto_archive_at, auto_delete_at: times of the automatic actions, as of now.
@@ -521,6 +522,7 @@ class SandboxInfo(Wire):
     labels: dict[str, str] = Field(default_factory=dict)
     created_at: float = 0.0
     started_at: float | None = None
+    paused_at: float | None = None
     stopped_at: float | None = None
     last_activity_at: float | None = None
     auto_stop_at: float | None = None

@@ -315,6 +315,18 @@ class Node:
         held = self.quarantine.error(sandbox_id)
         raise held or self.ends.error(sandbox_id) or NotHere(f"sandbox {sandbox_id} not found", sandbox_id=sandbox_id)
 
+    async def pause(self, sandbox_id: str) -> NodeSandbox:
+        """See `Supervisor.pause`."""
+        supervisor = self.get(sandbox_id)
+        await supervisor.pause()
+        return supervisor.describe()
+
+    async def resume(self, sandbox_id: str) -> NodeSandbox:
+        """See `Supervisor.resume`."""
+        supervisor = self.get(sandbox_id)
+        await supervisor.resume()
+        return supervisor.describe()
+
     async def look(self, sandbox_id: str, *, touch: bool = False, usage: bool = False) -> NodeSandbox:
         """The current state of a sandbox. NotFound when it is not on this machine."""
         supervisor = self.supervisors.get(sandbox_id)

@@ -14,7 +14,7 @@ from typing import Any
 from rock import faults
 from rock.envhub import datasets
 from rock.envhub.packages import requirements_of
-from rock.errors import NotFound, RockError
+from rock.errors import Conflict, NotFound, RockError, Unsupported
 from rock.host import atomic_file
 from rock.host.atomic_file import not_kept
 from rock.images.packages import CURRENT
@@ -28,7 +28,7 @@ from rock.rocklet.durability.journal import Journal
 from rock.rocklet.environments.host import ENV_LEASE, EnvHost
 from rock.rocklet.port_connections import Connections
 from rock.rocklet.state import StateDirectory, written
-from rock.runtime.base import Handle, Keeps, Limits, Runtime, Watches
+from rock.runtime.base import Handle, Keeps, Limits, Pauses, Runtime, Watches
 
 
 class Supervisor:
@@ -70,6 +70,7 @@ class Supervisor:
         self._marked = False  # whether the folder of spool files has been made
         self._ended = ended
         self._busy = 0
+        self.paused = False
         self._last = time.monotonic()
         self._memory_kills = 0  # of which a result told
         self._killed_at = -math.inf
@@ -94,7 +95,7 @@ class Supervisor:
     def _record(self) -> str:
         processes = {p.id: {"command": p.command, "started_at": p.started_at} for p in self.processes.values()}
         return written(self.config, self.handle, sessions=self.sessions.record(), processes=processes,
-                       spools=self.spools.path.name, marked=self._marked)  # fmt: skip
+                       spools=self.spools.path.name, marked=self._marked, paused=self.paused)  # fmt: skip
 
     def load_journal(self, record: dict[str, Any]) -> None:
         """Read the requests that an earlier rocklet process left unfinished."""
@@ -107,6 +108,9 @@ class Supervisor:
         """Attach to the sessions and processes of an earlier rocklet process; those that ended are omitted. kept: the
         keys of the processes that the runtime still has."""
         await self.sessions.recover(record.get("sessions", {}), kept, self.journal)
+        if record.get("paused") and isinstance(self.runtime, Pauses):
+            self.paused = True
+            await self.runtime.pause(self.handle)  # the crash may have come before it
         for key, entry in record.get("processes", {}).items():
             with contextlib.suppress(RockError):
                 process = await self.runtime.attach(self.handle, programs.KEY + key)
@@ -123,6 +127,9 @@ class Supervisor:
         return self
 
     def __enter__(self) -> None:
+        if self.paused:
+            raise Conflict(f"sandbox {self.id} is paused", sandbox_id=self.id,
+                           hint="resume it first, as with `rock resume`")  # fmt: skip
         self._busy += 1
 
     def __exit__(self, *_: object) -> None:
@@ -136,12 +143,50 @@ class Supervisor:
                 async for part in stream:
                     yield part
 
+    async def pause(self) -> None:
+        """Stop all processes until `resume`; requests that need them are refused meanwhile. Idempotent.
+
+        Conflict while requests are in progress, and for open environments, whose clients would hang. Unsupported.
+        """
+        runtime = self._pausing()
+        environments = self._env_host_kept or (self.env_host is not None and self.env_host.load()[0] > 0)
+        if not self.paused and (self._busy or environments):
+            what = (f"{self._busy} requests are in progress, such as commands, terminals or followed logs"
+                    if self._busy else "it has open environments")  # fmt: skip
+            raise Conflict(f"sandbox {self.id} cannot be paused: {what}", sandbox_id=self.id,
+                           hint="wait for their end, or close them")  # fmt: skip
+        self.paused = True
+        try:
+            await self.saved()
+            await faults.point("sandbox.pausing")
+            await runtime.pause(self.handle)
+        except BaseException:
+            self.paused = False
+            with contextlib.suppress(RockError):
+                await asyncio.shield(runtime.resume(self.handle))
+            await asyncio.shield(self.saved())
+            raise
+
+    async def resume(self) -> None:
+        """Continue the processes. Idempotent."""
+        await self._pausing().resume(self.handle)
+        await faults.point("sandbox.resumed")
+        self.paused = False
+        self.touch()
+        await self.saved()
+
+    def _pausing(self) -> Pauses:
+        if isinstance(self.runtime, Pauses):
+            return self.runtime
+        raise Unsupported(f"runtime {self.handle.runtime!r} cannot pause a sandbox", sandbox_id=self.id,
+                          hint="stop it with retained files, and restart it later")
+
     def touch(self) -> None:
         self._last = time.monotonic()
 
     @property
     def idle_seconds(self) -> float:
-        return 0.0 if self._busy else time.monotonic() - self._last
+        return 0.0 if self._busy or self.paused else time.monotonic() - self._last
 
     async def usage(self) -> Usage | None:
         return await self.runtime.usage(self.handle) if isinstance(self.runtime, Limits) else None
@@ -150,6 +195,7 @@ class Supervisor:
         return NodeSandbox(
             sandbox_id=self.id,
             alive=self.cause is None,
+            paused=self.paused,
             idle_seconds=self.idle_seconds,
             isolation=self.handle.isolation,
             enforced=dict(self.handle.enforced),

@@ -334,6 +334,19 @@ class Ports(Protocol, metaclass=_Capability):
 
 
 @runtime_checkable
+class Pauses(Protocol, metaclass=_Capability):
+    """Stops all processes of a sandbox for a while; their memory is kept."""
+
+    async def pause(self, handle: Handle) -> None:
+        """Stop all processes, also over a crash of the rocklet. Idempotent. Unavailable when some do not stop."""
+        ...
+
+    async def resume(self, handle: Handle) -> None:
+        """Continue them. Idempotent."""
+        ...
+
+
+@runtime_checkable
 class Connects(Protocol, metaclass=_Capability):
     """Network "nat": sandboxes reach the destinations that their policy allows, and each attempt is logged."""
 

@@ -76,6 +76,14 @@ class Client(primitives.Face):
             await self.transport.json("POST", path("stop_sandbox", sandbox_id), timeout=STOP_TIMEOUT),
         )
 
+    async def pause_sandbox(self, sandbox_id: str) -> SandboxInfo:
+        """Stop its processes until it is resumed; it has no idle timeout meanwhile. NotFound, Conflict, Unsupported."""
+        return parse(SandboxInfo, await self.transport.json("POST", path("pause_sandbox", sandbox_id)))
+
+    async def resume_sandbox(self, sandbox_id: str) -> SandboxInfo:
+        """Continue a paused one. NotFound, Conflict."""
+        return parse(SandboxInfo, await self.transport.json("POST", path("resume_sandbox", sandbox_id)))
+
     async def restart_sandbox(self, sandbox_id: str, wait: float = 60.0) -> SandboxInfo:
         """Start a stopped or archived one again over its kept files, waiting up to `wait` seconds. NotFound, Conflict,
         and what a start raises."""

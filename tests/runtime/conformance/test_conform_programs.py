@@ -18,7 +18,7 @@ import pytest
 
 from rock import errors
 from rock.guest.init.link import CHANNEL_MEMORY
-from rock.runtime.base import CLOCK, ExitStatus, Files, Handle, Limits, Liveness, Ports, Process, Runtime, Trait
+from rock.runtime.base import CLOCK, ExitStatus, Files, Handle, Limits, Liveness, Pauses, Ports, Process, Runtime, Trait
 from tests.runtime.boxes import Box, read_all, run, until_line
 from tests.runtime.conformance.conftest import Bench
 from tests.runtime.conformance.subject import needs
@@ -412,3 +412,37 @@ def test_usage(box: Bench) -> None:
             assert used.cpu_seconds is not None
 
     run(main())
+
+
+@needs(Trait.PROGRAMS, Pauses)
+def test_pause_and_resume(box: Bench) -> None:
+    """A program's clock advances while it runs, and not while it is paused; another connection resumes it."""
+
+    async def main() -> None:
+        async with box() as b:
+            counting = await b.spawn("sh", "-c", "while :; do echo x; sleep 0.02; done")
+            assert counting.stdout is not None
+            await until_line(counting.stdout)
+            await b.runtime.pause(b.handle)
+            await b.runtime.pause(b.handle)
+            while True:  # what was written before
+                await asyncio.sleep(0.3)
+                if not _available(counting.stdout):
+                    break
+            with pytest.raises(errors.Conflict, match="paused"):
+                await b.spawn("true")
+            await b.runtime.resume(b.handle)
+            await b.runtime.resume(b.handle)
+            await asyncio.sleep(0.5)
+            assert _available(counting.stdout)
+            assert (await b.run("true"))[0].code == 0
+            await counting.kill_tree()
+
+    run(main())
+
+
+def _available(fd: int) -> bytes:
+    try:
+        return os.read(fd, 65536)
+    except BlockingIOError:
+        return b""

@@ -18,6 +18,7 @@ _LONGEST_WAIT = 3600.0  # seconds
 _MOST_LISTED = 2000
 _EQUAL = ("user_id", "experiment_id", "namespace", "image", "runtime", "worker", "cause", "name")
 NAMES = ("create_sandbox", "list_sandboxes", "get_sandbox", "update_sandbox", "stop_sandbox",
+         "pause_sandbox", "resume_sandbox",
          "restart_sandbox", "archive_sandbox", "commit_sandbox", "get_commit", "open_env", "create_group",
          "get_group", "stop_group")  # fmt: skip
 
@@ -67,6 +68,12 @@ class Sandboxes:
 
     async def stop_sandbox(self, request: Request) -> Answer:
         return answer_model(await self._tenant_service(request).stop(request.path["sandbox_id"]))
+
+    async def pause_sandbox(self, request: Request) -> Answer:
+        return answer_model(await self._tenant_service(request).pause(request.path["sandbox_id"]))
+
+    async def resume_sandbox(self, request: Request) -> Answer:
+        return answer_model(await self._tenant_service(request).resume(request.path["sandbox_id"]))
 
     async def restart_sandbox(self, request: Request) -> Answer:
         return answer_model(

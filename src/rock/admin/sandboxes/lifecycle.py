@@ -221,7 +221,7 @@ def running(made: NodeSandbox) -> dict[str, Any]:
 def seen(record: Record, found: NodeSandbox) -> SandboxInfo:
     """The record's info with the current report of its worker."""
     last = time.time() - found.idle_seconds
-    idle = record.config.auto_clear_seconds
+    idle = None if found.paused else record.config.auto_clear_seconds
     deadlines = [last + idle] if idle else []
     if record.config.timeout is not None and record.info.started_at is not None:
         deadlines.append(record.info.started_at + record.config.timeout)
@@ -249,7 +249,7 @@ def stamped(record: Record, event: Event, state: State, key: str | None, fields:
         step = StateChange(from_state=info.state, to_state=state, event=event.value, timestamp=now, key=key)
         stamp["state_history"] = [*info.state_history[1 - _MOST_STEPS :], step]
     if info.state is State.RUNNING and state is not State.RUNNING:
-        stamp["kept"] = record.config.keeps_files
+        stamp |= {"kept": record.config.keeps_files, "paused_at": None}
     if state is State.RUNNING:
         stamp |= {"kept": False, "archive": None, "archived_at": None}
     elif state is State.PENDING:

@@ -53,10 +53,12 @@ class Records:
             raise no_such_sandbox(sandbox_id)
         return record
 
-    async def amend(self, sandbox_id: str, **fields: Any) -> Record:
-        """Change fields of the record, in any state."""
+    async def amend(self, sandbox_id: str, when: State | None = None, **fields: Any) -> Record:
+        """Change fields of the record, in any state or only in state `when`."""
         while True:
             record = await self.load(sandbox_id)
+            if when is not None and record.state is not when:
+                return record
             try:
                 new = await self.store.put(record.changed(**fields))
             except VersionConflict:

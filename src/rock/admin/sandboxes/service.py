@@ -24,7 +24,7 @@ from rock.admin.volumes import Volumes
 from rock.admin.workers.client import Worker
 from rock.admin.workers.placement import Placer
 from rock.admin.workers.registry import WorkerRegistry
-from rock.errors import RockError, Unavailable
+from rock.errors import Conflict, RockError, Unavailable
 from rock.protocol.action import ConnectionList
 from rock.protocol.keys import Caller
 from rock.protocol.node import NodeStatus, SandboxList
@@ -201,6 +201,36 @@ class Service:
         return SandboxList(
             items=items, next=f"{last.created_at!r}:{last.sandbox_id}" if last else None
         )
+
+    # ---- pause ----
+
+    async def pause(self, sandbox_id: str) -> SandboxInfo:
+        """Stop its processes until it is resumed. Idempotent. Conflict when it does not run or has requests in
+        progress; Unsupported by its runtime."""
+        record, worker = await self._on_worker(sandbox_id, "paused")
+        await worker.pause(record.id)
+        return await self._noted(record, time.time() if record.info.paused_at is None else record.info.paused_at)
+
+    async def resume(self, sandbox_id: str) -> SandboxInfo:
+        """Continue a paused sandbox. Idempotent."""
+        record, worker = await self._on_worker(sandbox_id, "resumed")
+        await worker.resume(record.id)
+        return await self._noted(record, None)
+
+    async def _on_worker(self, sandbox_id: str, what: str) -> tuple[Record, Worker]:
+        record = await self.records.load(sandbox_id)
+        if record.state is not State.RUNNING:
+            raise Conflict(f"sandbox {sandbox_id} is {record.state.value}: it cannot be {what}", sandbox_id=sandbox_id,
+                           hint="only a running sandbox can")  # fmt: skip
+        worker = self.workers.get(record.info.worker or "")
+        if worker is None:
+            raise Unavailable(f"worker {record.info.worker} is not known here", sandbox_id=sandbox_id, hint="retry")
+        return record, worker
+
+    async def _noted(self, record: Record, paused_at: float | None) -> SandboxInfo:
+        if record.info.paused_at != paused_at:
+            record = await self.records.amend(record.id, when=State.RUNNING, paused_at=paused_at)
+        return record.info
 
     # ---- stop ----
 

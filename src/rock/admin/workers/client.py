@@ -73,6 +73,12 @@ class Worker(Protocol):
         """Send it such files, for a later `wake`. ImageError when it has another image of that name."""
         ...
 
+    async def pause(self, sandbox_id: str) -> NodeSandbox:
+        """Stop its processes for a while. Conflict, Unsupported."""
+        ...
+
+    async def resume(self, sandbox_id: str) -> NodeSandbox: ...
+
     async def commit(self, sandbox_id: str, spec: NodeCommit) -> NodeImage:
         """Commit it to an image, and push it. Errors have `details["stage"]`."""
         ...
@@ -188,6 +194,12 @@ class WireWorker:
 
     async def wake(self, sandbox_id: str, config: SandboxConfig) -> NodeSandbox:
         return await self._call(NodeSandbox, "node_wake", "", travelling(config), sandbox_id=sandbox_id)
+
+    async def pause(self, sandbox_id: str) -> NodeSandbox:
+        return await self._call(NodeSandbox, "node_pause", sandbox_id=sandbox_id)
+
+    async def resume(self, sandbox_id: str) -> NodeSandbox:
+        return await self._call(NodeSandbox, "node_resume", sandbox_id=sandbox_id)
 
     async def commit(self, sandbox_id: str, spec: NodeCommit) -> NodeImage:
         return await self._call(NodeImage, "node_commit", "", spec.model_dump(mode="json"), sandbox_id=sandbox_id)

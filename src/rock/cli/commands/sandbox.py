@@ -69,7 +69,8 @@ def ps(
 
 
 def _fields(info: SandboxInfo) -> dict[str, Any]:
-    more = {"ID": info.sandbox_id, "Age": age(info.created_at, info.stopped_at), "Status": info.state.value}
+    status = "paused" if info.paused_at else info.state.value
+    more = {"ID": info.sandbox_id, "Age": age(info.created_at, info.stopped_at), "Status": status}
     return {**more, **info.model_dump(mode="json")}
 
 
@@ -80,7 +81,7 @@ def _table(found: list[SandboxInfo], ended: bool, whole: bool) -> None:
             info.sandbox_id if whole else short(info.sandbox_id),
             info.name,
             info.image,
-            info.state.value,
+            "paused" if info.paused_at else info.state.value,
             age(info.created_at, info.stopped_at),
             info.memory,
             f"{info.cpus:g}",
@@ -115,6 +116,23 @@ def stop(sandboxes: tuple[str, ...], everything: bool) -> int:
     """
     server = client()
     return each(chosen(server, sandboxes, everything), server.stop_sandbox, "stopping")
+
+
+@command(example="rock pause web")
+@click.argument("sandboxes", metavar="SANDBOX...", nargs=-1, required=True, shell_complete=complete_id)
+def pause(sandboxes: tuple[str, ...]) -> int:
+    """Stop all processes of sandboxes for a while.
+
+    Memory, sessions and processes are kept, and there is no idle timeout. `rock resume` continues them.
+    """
+    return each(list(sandboxes), client().pause_sandbox, "pausing")
+
+
+@command(example="rock resume web")
+@click.argument("sandboxes", metavar="SANDBOX...", nargs=-1, required=True, shell_complete=complete_id)
+def resume(sandboxes: tuple[str, ...]) -> int:
+    """Continue paused sandboxes."""
+    return each(list(sandboxes), client().resume_sandbox, "resuming")
 
 
 @command(example="rock restart web")

@@ -300,6 +300,12 @@ class LocalWorker:
     ) -> NodeSandbox:
         return await self._node.unpack(sandbox_id, config, files, data)
 
+    async def pause(self, sandbox_id: str) -> NodeSandbox:
+        return await self._node.pause(sandbox_id)
+
+    async def resume(self, sandbox_id: str) -> NodeSandbox:
+        return await self._node.resume(sandbox_id)
+
     async def commit(self, sandbox_id: str, spec: NodeCommit) -> NodeImage:
         return await self._node.commits.commit(sandbox_id, spec)
 

@@ -1,7 +1,9 @@
-"""Freezes all processes of a sandbox while its files are read from outside. Standard library only.
+"""Freezes all processes of a sandbox. Standard library only.
 
-A freeze belongs to one connection and ends with it, so a crashed server leaves no process stopped. Requests that start
-a program or change a file wait for its end.
+While its files are read from outside: such a freeze belongs to one connection and ends with it, so a crashed server
+leaves no process stopped. Requests that start a program or change a file wait for its end.
+
+While it is paused: that freeze stays until it is released. Such requests are refused.
 """
 
 from __future__ import annotations
@@ -27,14 +29,17 @@ class Freeze:
 
     def __init__(self, again: Callable[[Connection, dict[str, Any]], None]) -> None:
         self.owner: Connection | None = None
+        self.paused = False
         self._again = again
         self._held: list[tuple[Connection, dict[str, Any]]] = []
         self._stopped: dict[tuple[int, int], float] = {}  # pid and start -> when
 
     def holds(self, connection: Connection, request: dict[str, Any]) -> bool:
         """Whether a request waits for the end of the freeze; Fault when too many do."""
-        if self.owner is None or request.get("op") not in _HELD:
+        if request.get("op") not in _HELD or not (self.paused or self.owner is not None):
             return False
+        if self.owner is None:
+            raise Fault("conflict", "the sandbox is paused")
         if len(self._held) >= _MOST_HELD:
             raise Fault("unavailable", "the sandbox stands still, and too many requests wait for it")
         self._held.append((connection, request))
@@ -48,9 +53,20 @@ class Freeze:
         self.owner = owner
         return self._stop_all(time.monotonic() + _PATIENCE)
 
+    def pause(self) -> Generator[float, None, int]:
+        """As `begin`, until `unpause`. Idempotent."""
+        self.paused = True
+        return self._stop_all(time.monotonic() + _PATIENCE)
+
+    def unpause(self) -> None:
+        """End a pause. Idempotent."""
+        self.paused = False
+        if self.owner is None:
+            self.end()
+
     def _stop_all(self, end: float) -> Generator[float, None, int]:
         pause = 0.0005
-        while self.owner is not None:
+        while self.paused or self.owner is not None:
             restless, now = False, time.monotonic()
             for entry in _under_us():  # parents first, so that none sees its children stop
                 state = _state(entry)
@@ -73,10 +89,12 @@ class Freeze:
         return -1
 
     def end(self) -> None:
-        """Continue the stopped processes, children before their parents, and execute the delayed requests.
-        Idempotent."""
+        """Continue the stopped processes, children before their parents, and execute the delayed requests. The
+        processes of a paused sandbox remain stopped. Idempotent."""
         self.owner = None
-        stopped, self._stopped = self._stopped, {}
+        stopped = {}
+        if not self.paused:
+            stopped, self._stopped = self._stopped, {}
         if stopped:
             for entry in reversed(_under_us()):
                 if (entry.pid, entry.start) in stopped:

@@ -352,6 +352,22 @@ class Init(Loop):
             self.frozen.end()
         self.answer(connection, number, {}, [])
 
+    def do_hold(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        """Stop every process until `release`; it survives this connection."""
+
+        def done(count: int) -> None:
+            if count >= 0:
+                self.answer(connection, number, {"count": count}, [])
+                return
+            self.frozen.unpause()
+            self.refuse(connection, number, Fault("unavailable", "not all processes could be stopped"))
+
+        self._step(self.frozen.pause(), done)
+
+    def do_release(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        self.frozen.unpause()
+        self.answer(connection, number, {}, [])
+
     def _step(self, job: Generator[float, None, int], done: Callable[[int], None]) -> None:
         """Run a job step by step from the loop, which serves other requests meanwhile."""
         try:
@@ -365,6 +381,7 @@ class Init(Loop):
         """SIGTERM (and SIGHUP to programs with a terminal), SIGKILL after `grace` seconds; then pid 1 exits."""
         end = time.monotonic() + max(0.0, min(float(request.get("grace", 0)), 3600.0))
         self.answer(connection, number, {}, [])
+        self.frozen.unpause()
         self.frozen.end()
         for program in self.programs.values():
             if program.has_pty and program.ended is None:

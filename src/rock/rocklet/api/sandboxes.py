@@ -73,6 +73,8 @@ class Api:
             "node_connections",
             "node_rest",
             "node_wake",
+            "node_pause",
+            "node_resume",
             "node_commit",
             "node_image",
             "node_status",
@@ -317,6 +319,12 @@ class Api:
 
     async def node_wake(self, request: Request) -> Answer:
         return answer_model(await self.node.wake(request.path["sandbox_id"], await request.model(SandboxConfig)))
+
+    async def node_pause(self, request: Request) -> Answer:
+        return answer_model(await self.node.pause(request.path["sandbox_id"]))
+
+    async def node_resume(self, request: Request) -> Answer:
+        return answer_model(await self.node.resume(request.path["sandbox_id"]))
 
     async def node_commit(self, request: Request) -> Answer:
         return answer_model(await self.node.commits.commit(request.path["sandbox_id"], await request.model(NodeCommit)))

@@ -98,6 +98,9 @@ class Commits:
                 yield found.runtime, found.handle
             return
         supervisor = self._get(sandbox_id)
+        if supervisor.paused:  # it has no idle timeout now, and its processes are stopped already
+            yield supervisor.runtime, supervisor.handle
+            return
         with supervisor.active():
             yield supervisor.runtime, supervisor.handle
 

@@ -46,6 +46,12 @@ class InitSandboxes:
     async def processes(self, handle: Handle) -> list[str]:
         return await (await self.linked(handle)).kept()
 
+    async def pause(self, handle: Handle) -> None:
+        await (await self.linked(handle)).request("hold", patience=60.0)
+
+    async def resume(self, handle: Handle) -> None:
+        await (await self.linked(handle)).request("release", patience=60.0)
+
     # ---- files ----
 
     async def _ask(self, handle: Handle, op: str, **fields: Any) -> tuple[dict[str, Any], list[int]]:

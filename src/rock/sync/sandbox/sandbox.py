@@ -145,6 +145,18 @@ class Sandbox(RockMethods):
         except errors.NotFound:
             return
 
+    def pause(self) -> None:
+        """Stop all processes until `resume`. Memory, sessions and processes are kept, and there is no idle timeout.
+
+        Conflict while requests are in progress or environments are open; other calls meanwhile raise Conflict too.
+        Unsupported by runtimes without our pid 1.
+        """
+        self._call("pause_sandbox", self._path("pause_sandbox"), wait=CLEAN_UP)
+
+    def resume(self) -> None:
+        """Continue a paused sandbox. Nothing happens when it is not paused."""
+        self._call("resume_sandbox", self._path("resume_sandbox"), wait=CLEAN_UP)
+
     def restart(self) -> None:
         """Start a stopped or archived sandbox again with its retained files, without its sessions and processes.
 
