@@ -164,7 +164,7 @@ def _list(tenant: str | None, label: tuple[str, str] | None, limit: int) -> Step
         rows = yield f"SELECT {_JOB} FROM job ORDER BY created_at DESC, id", ()
     else:
         rows = yield f"SELECT {_JOB} FROM job WHERE tenant = $1 ORDER BY created_at DESC, id", (tenant,)
-    found = []
+    found: list[JobInfo] = []
     for row in rows:
         if len(found) == limit:
             break
@@ -267,7 +267,7 @@ def _finish(now: float, job_id: str, tenant: str | None, number: int, spec: Fini
             hint="stop to run this trial: its lease ended, or another runner took it over",
         )
     if trial.state is not TrialState.RUNNING:
-        if trial.state.is_final and trial.state == spec.outcome:
+        if trial.state.is_final and trial.state.value == spec.outcome:
             return trial  # a repeated request
         raise Conflict(f"trial {number} of job {job_id} is {trial.state}", hint="a final trial does not change")
     again = spec.outcome in ("retry", "release")
