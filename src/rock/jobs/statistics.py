@@ -112,7 +112,8 @@ def compare(a: Mapping[str, Sequence[float]], b: Mapping[str, Sequence[float]]) 
         difference = Estimate(sum(changes.values()) / len(both), low, high, len(both))
     means = [sum(side[task] for task in both) / max(1, len(both)) for side in (left, right)]
     return Comparison(
-        len(both), means[0], means[1], difference, better, worse, len(both) - len(better) - len(worse), sign_test(len(better), len(worse)),
+        len(both), means[0], means[1], difference, better, worse,
+        len(both) - len(better) - len(worse), sign_test(len(better), len(worse)),
         sorted(left.keys() - right.keys()), sorted(right.keys() - left.keys()),
     )  # fmt: skip
 

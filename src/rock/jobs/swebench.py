@@ -2,7 +2,7 @@
 
 An instance is a JSON object with instance_id, base_commit, problem_statement, test_patch, FAIL_TO_PASS, PASS_TO_PASS
 and `patch`, the solution. Beyond SWE-bench: `image`, or `repository`, a local Git repository whose base_commit is
-copied without its history; `workdir`, `test_cmd` and `timeout`.
+copied without its history; `workdir`, `test_cmd`, `timeout`, and `parser`, the format of the output of the tests: "pytest" or "unittest".
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ LARGEST_PATCH = 16 << 20  # bytes
 LARGEST_DATA = 1 << 30
 WORKDIR = "/testbed"
 TEST_TIMEOUT = 1800.0
+PARSERS = ("pytest", "unittest")
+UNITTEST = "python3 -m unittest -v"
 PYTEST = "python3 -m pytest -rA -v --tb=short -p no:cacheprovider"
 
 APPLIED, APPLY_FAILED = ">>>>> Applied Patch", ">>>>> Patch Apply Failed"
@@ -53,6 +55,7 @@ class Instance:
     workdir: str = WORKDIR
     test_cmd: str = ""
     timeout: float = TEST_TIMEOUT
+    parser: str = "pytest"
 
     @classmethod
     def parse(cls, data: Any, base: Path | None = None) -> Instance:
@@ -69,7 +72,7 @@ class Instance:
                 str(data.get("patch") or ""), str(data.get("test_patch") or ""), _tests(data["FAIL_TO_PASS"]),
                 _tests(data.get("PASS_TO_PASS", [])), data.get("image") or data.get("docker_image"), repository,
                 str(data.get("workdir", WORKDIR)), str(data.get("test_cmd") or ""),
-                float(data.get("timeout", TEST_TIMEOUT)),
+                float(data.get("timeout", TEST_TIMEOUT)), str(data.get("parser", "pytest")),
             )  # fmt: skip
         except (KeyError, TypeError, ValueError) as error:
             raise InvalidConfig(f"instance {name!r} is invalid: {error!r}", hint="see docs/guides/jobs.md") from None
@@ -77,6 +80,10 @@ class Instance:
             raise InvalidConfig(f"{made.id[:80]!r} is not an instance id", hint="use letters, digits and _.+-")
         if not re.fullmatch(r"[A-Za-z0-9_./~^-]{1,200}", made.base_commit) or made.base_commit.startswith("-"):
             raise InvalidConfig(f"instance {made.id}: {made.base_commit!r} is not a commit", hint="use its hash")
+        if made.parser not in PARSERS:
+            raise InvalidConfig(f"instance {made.id}: there is no parser {made.parser!r}", hint="pytest or unittest")
+        if not made.timeout > 0:
+            raise InvalidConfig(f"instance {made.id}: timeout {made.timeout} is not positive", hint="write seconds")
         if not made.workdir.startswith("/"):
             raise InvalidConfig(f"instance {made.id}: workdir {made.workdir} is not absolute", hint="begin it with /")
         return made
@@ -91,6 +98,8 @@ class Instance:
         """The command line of the tests; by default pytest on the Python files of the test patch."""
         if self.test_cmd:
             return self.test_cmd
+        if self.parser == "unittest":
+            return UNITTEST
         files = [file for file in self.test_files if file.endswith(".py")]
         named = sorted({test.partition("::")[0] for test in (*self.fail_to_pass, *self.pass_to_pass)})
         return " ".join([PYTEST, *("'" + file.replace("'", "'\\''") + "'" for file in files or named)])
@@ -149,6 +158,26 @@ def parse_log(log: str) -> dict[str, str]:
             name = match[2] if match[1] == "PASSED" else _without_reason(match[2])
             found[name] = match[1]
     return found
+
+
+_UNITTEST = re.compile(r"^(.+?) \.\.\. (ok|FAIL|ERROR|skipped .*|expected failure|unexpected success)$")
+_WORDS = {"ok": "PASSED", "FAIL": "FAILED", "ERROR": "ERROR", "expected failure": "XFAIL",
+          "unexpected success": "XPASS"}  # fmt: skip
+
+
+def parse_unittest(log: str) -> dict[str, str]:
+    """Status by test, from the output of unittest -v; a test is "NAME (MODULE.CLASS.NAME)"."""
+    found: dict[str, str] = {}
+    for line in log.splitlines():
+        match = _UNITTEST.match(line.rstrip())
+        if match is not None:
+            found[match[1]] = _WORDS.get(match[2], "SKIPPED")
+    return found
+
+
+def statuses_of(instance: Instance, log: str) -> dict[str, str]:
+    """Status by test id, from the output of the tests of an instance."""
+    return parse_unittest(log) if instance.parser == "unittest" else parse_log(log)
 
 
 def _without_reason(text: str) -> str:

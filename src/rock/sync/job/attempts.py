@@ -97,8 +97,8 @@ class Attempt:
     def open(self, suffix: str = "", **fields: Any) -> Sandbox:
         """The sandbox of this try with that suffix: the existing one, or a new one. fields: of SandboxConfig."""
         self.check()
-        labels = {**self.plan.environment.get("labels", {}), **self.plan.labels, "rock_job_id": self.job.job_id,
-                  "rock_run_id": self.job.job_id, "rock_task_id": self.trial.task[:200],
+        labels = {"rock_run_id": self.job.job_id, **self.plan.environment.get("labels", {}), **self.plan.labels,
+                  "rock_job_id": self.job.job_id, "rock_task_id": self.trial.task[:200],
                   "rock_trial": str(self.trial.number)}  # fmt: skip
         given = {**self.plan.environment, **{name: value for name, value in fields.items() if value is not None}}
         given["env"] = {**self.plan.environment.get("env", {}), **(fields.get("env") or {})}

@@ -166,7 +166,7 @@ class Job(primitives.Face):
         self._concurrency = concurrency
         self._folder = None if folder is None else Path(folder)
         self._base = None if base is None else Path(base)
-        self._on_event = on_event
+        self.on_event = on_event
         self._lease = lease
         self._runner: Runner | None = None
         self._running = primitives.Tasks()
@@ -243,7 +243,7 @@ class Job(primitives.Face):
         detail = self._client.jobs.get(self.job_id)
         self._runner = Runner(
             self._client.jobs, detail, self.plan, self._reach, config=self.config, concurrency=self._concurrency,
-            folder=self._logs(detail), lease=self._lease, take_over=take_over, on_event=self._on_event,
+            folder=self._logs(detail), lease=self._lease, take_over=take_over, on_event=self.on_event,
         )  # fmt: skip
         return self._runner
 

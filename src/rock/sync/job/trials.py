@@ -281,7 +281,7 @@ class SweTrial(AbstractTrial):
         if done.timed_out:
             raise VerifierTimeout(f"the tests of {instance.id} took longer than {limit:g} s and were killed",
                                   details={"traceback": done.output[-SHOWN:]})  # fmt: skip
-        grade = swebench.grade(instance, swebench.parse_log(done.output))
+        grade = swebench.grade(instance, swebench.statuses_of(instance, done.output))
         told["resolved"], told["tests_status"] = grade.resolved, grade.tests_status()
         told["exit_code"] = done.exit_code
         return {"reward": float(grade.resolved)}
