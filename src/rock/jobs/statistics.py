@@ -65,8 +65,8 @@ def pass_at(passed: Mapping[str, Sequence[bool]], k: int) -> Estimate | None:
     if not counts:
         return None
     values = [pass_at_k(n, c, k) for n, c in counts]
-    if k == 1 and all(n == 1 for n, _ in counts):
-        low, high = wilson(sum(c for _, c in counts), len(counts))
+    if k == 1 and (len(counts) == 1 or all(n == 1 for n, _ in counts)):
+        low, high = wilson(sum(c for _, c in counts), sum(n for n, _ in counts))
     else:
         low, high = bootstrap(values)
     return Estimate(sum(values) / len(values), low, high, len(values))
