@@ -181,7 +181,7 @@ class Datasets:
             return cls(BucketFiles(Bucket.parse(root, endpoint, region or "us-east-1", key, secret)))
         return cls(FolderFiles(Path(root).expanduser()))
 
-    async def list(self) -> list[tuple[str, str]]:
+    async def all(self) -> list[tuple[str, str]]:
         """(ORG/NAME, SPLIT) of all data sets."""
         found = [name.rstrip("/").split("/") for name in await self._files.names("", 3) if name.endswith("/")]
         return [(f"{parts[0]}/{parts[1]}", parts[2]) for parts in found if len(parts) == 3]

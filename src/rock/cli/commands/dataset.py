@@ -44,7 +44,7 @@ def _at(root: str | None) -> Datasets:
 @json_option
 def list_datasets(root: str | None, json_: bool) -> None:
     """List data sets and their splits."""
-    found = asyncio.run(_at(root).list())
+    found = asyncio.run(_at(root).all())
     if json_:
         as_json([{"id": name, "split": split} for name, split in found])
         return

@@ -9,7 +9,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -274,9 +274,9 @@ def show(job_id: str, format_: str, out: Path | None, task: str | None) -> None:
         return
     agents = detail.config.get("agents") or [{}]
     model = str(agents[0].get("model") or agents[0].get("name") or "agent")
-    files = {"rock": lambda: iter([("result.json", reports.rock(detail, trials))]),
-             "harbor": lambda: reports.harbor(detail, trials),
-             "swebench": lambda: reports.swe(detail, trials, model)}[format_]()  # fmt: skip
+    files: Iterator[tuple[str, Any]] = iter([("result.json", reports.rock(detail, trials))])
+    if format_ != "rock":
+        files = reports.harbor(detail, trials) if format_ == "harbor" else reports.swe(detail, trials, model)
     if out is not None:
         for path in reports.write(out, files):
             print(path)
