@@ -2,7 +2,8 @@
 
 An instance is a JSON object with instance_id, base_commit, problem_statement, test_patch, FAIL_TO_PASS, PASS_TO_PASS
 and `patch`, the solution. Beyond SWE-bench: `image`, or `repository`, a local Git repository whose base_commit is
-copied without its history; `workdir`, `test_cmd`, `timeout`, and `parser`, the format of the output of the tests: "pytest" or "unittest".
+copied without its history; `workdir`, `test_cmd`, `timeout`, and `parser`, the format of the output of the tests:
+"pytest" or "unittest".
 """
 
 from __future__ import annotations

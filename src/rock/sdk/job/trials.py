@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -22,6 +23,7 @@ from rock.sdk.sandbox.sandbox import Sandbox
 from rock.sdk.training import TrainingSandbox
 
 Rewards = dict[str, float] | None
+_COMMIT = re.compile(r"[0-9a-f]{40,64}")
 _GIT_TIMEOUT = 300.0
 _LARGEST_ARTIFACTS = 256 << 20  # bytes of the artifacts of a trial
 _GIT = ("git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c safe.directory='*' -c user.name=rock "
@@ -217,10 +219,10 @@ class SweTrial(AbstractTrial):
         async with attempt.phase("environment_setup"):
             sandbox = await attempt.open(image=instance.image)
             await self._ready(attempt, sandbox)
-            await self._provide(attempt, sandbox, instance)
+            base = await self._provide(attempt, sandbox, instance)
         limit = self._agent_timeout(attempt, 1800.0)
         await self._agent(attempt, AgentTask(instance.id, instance.problem, limit, workdir=instance.workdir))
-        script = (f"{_GIT} add -A && {_GIT} diff --cached --binary --no-color --no-ext-diff --no-textconv rock-base "
+        script = (f"{_GIT} add -A && {_GIT} diff --cached --binary --no-color --no-ext-diff --no-textconv {base} "
                   "> /tmp/rock.patch")
         done = await attempt.program("diff", script, _GIT_TIMEOUT, cwd=instance.workdir)
         await collect(attempt, sandbox)
@@ -231,28 +233,31 @@ class SweTrial(AbstractTrial):
             raise TrialFailed("agent", f"the patch has more than {swebench.LARGEST_PATCH} bytes")
         return await sandbox.fs.read("/tmp/rock.patch", length=swebench.LARGEST_PATCH)
 
-    async def _provide(self, attempt: Attempt, sandbox: Sandbox, instance: swebench.Instance) -> None:
-        """The repository at the base commit, without later history, with the tag rock-base."""
-        if await attempt.is_started("prepare"):
-            await attempt.program("prepare", "", _GIT_TIMEOUT)
-            return
-        if instance.repository is not None:
+    async def _provide(self, attempt: Attempt, sandbox: Sandbox, instance: swebench.Instance) -> str:
+        """The repository at the base commit, without later history, with the tag rock-base. Returns the id of this
+        commit: the agent may move the tag."""
+        started = await attempt.is_started("prepare")
+        if instance.repository is not None and not started:
             archive = await primitives.in_thread(_archive, instance.repository, instance.base_commit)
             try:
                 await sandbox.fs.mkdir(instance.workdir)
                 await sandbox.fs.unpack(archive, instance.workdir)
             finally:
                 archive.close()
+        if instance.repository is not None:
             script = (f"{_GIT} init -q . && {_GIT} add -A -f && {_GIT} commit -q --allow-empty -m base && "
                       f"{_GIT} tag -f rock-base")
         else:
             script = (f"{_GIT} tag -f rock-base {instance.base_commit} && {_GIT} add -A && "
                       f"({_GIT} diff --cached --quiet rock-base || "
                       f"{{ {_GIT} commit -q -m base && {_GIT} tag -f rock-base; }})")
+        script = f"{script} >/dev/null && {_GIT} rev-parse rock-base^{{commit}}"
         done = await attempt.program("prepare", script, _GIT_TIMEOUT, cwd=instance.workdir)
-        if done.exit_code != 0:
+        base = done.output.strip().rpartition("\n")[2]
+        if done.exit_code != 0 or not _COMMIT.fullmatch(base):
             raise TrialFailed("request", f"the repository of {instance.id} cannot be prepared: {done.output[-500:]}",
                               hint="the sandbox needs git, and the repository at workdir or in `repository`")
+        return base
 
     async def _grade(
         self, attempt: Attempt, instance: swebench.Instance, patch: bytes, told: dict[str, Any]

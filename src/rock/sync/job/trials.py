@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import tempfile
 from pathlib import Path
@@ -24,6 +25,7 @@ from rock.sync.sandbox.sandbox import Sandbox
 from rock.sync.training import TrainingSandbox
 
 Rewards = dict[str, float] | None
+_COMMIT = re.compile(r"[0-9a-f]{40,64}")
 _GIT_TIMEOUT = 300.0
 _LARGEST_ARTIFACTS = 256 << 20  # bytes of the artifacts of a trial
 _GIT = ("git -c core.hooksPath=/dev/null -c core.fsmonitor=false -c safe.directory='*' -c user.name=rock "
@@ -219,10 +221,10 @@ class SweTrial(AbstractTrial):
         with attempt.phase("environment_setup"):
             sandbox = attempt.open(image=instance.image)
             self._ready(attempt, sandbox)
-            self._provide(attempt, sandbox, instance)
+            base = self._provide(attempt, sandbox, instance)
         limit = self._agent_timeout(attempt, 1800.0)
         self._agent(attempt, AgentTask(instance.id, instance.problem, limit, workdir=instance.workdir))
-        script = (f"{_GIT} add -A && {_GIT} diff --cached --binary --no-color --no-ext-diff --no-textconv rock-base "
+        script = (f"{_GIT} add -A && {_GIT} diff --cached --binary --no-color --no-ext-diff --no-textconv {base} "
                   "> /tmp/rock.patch")
         done = attempt.program("diff", script, _GIT_TIMEOUT, cwd=instance.workdir)
         collect(attempt, sandbox)
@@ -233,28 +235,31 @@ class SweTrial(AbstractTrial):
             raise TrialFailed("agent", f"the patch has more than {swebench.LARGEST_PATCH} bytes")
         return sandbox.fs.read("/tmp/rock.patch", length=swebench.LARGEST_PATCH)
 
-    def _provide(self, attempt: Attempt, sandbox: Sandbox, instance: swebench.Instance) -> None:
-        """The repository at the base commit, without later history, with the tag rock-base."""
-        if attempt.is_started("prepare"):
-            attempt.program("prepare", "", _GIT_TIMEOUT)
-            return
-        if instance.repository is not None:
+    def _provide(self, attempt: Attempt, sandbox: Sandbox, instance: swebench.Instance) -> str:
+        """The repository at the base commit, without later history, with the tag rock-base. Returns the id of this
+        commit: the agent may move the tag."""
+        started = attempt.is_started("prepare")
+        if instance.repository is not None and not started:
             archive = primitives.in_thread(_archive, instance.repository, instance.base_commit)
             try:
                 sandbox.fs.mkdir(instance.workdir)
                 sandbox.fs.unpack(archive, instance.workdir)
             finally:
                 archive.close()
+        if instance.repository is not None:
             script = (f"{_GIT} init -q . && {_GIT} add -A -f && {_GIT} commit -q --allow-empty -m base && "
                       f"{_GIT} tag -f rock-base")
         else:
             script = (f"{_GIT} tag -f rock-base {instance.base_commit} && {_GIT} add -A && "
                       f"({_GIT} diff --cached --quiet rock-base || "
                       f"{{ {_GIT} commit -q -m base && {_GIT} tag -f rock-base; }})")
+        script = f"{script} >/dev/null && {_GIT} rev-parse rock-base^{{commit}}"
         done = attempt.program("prepare", script, _GIT_TIMEOUT, cwd=instance.workdir)
-        if done.exit_code != 0:
+        base = done.output.strip().rpartition("\n")[2]
+        if done.exit_code != 0 or not _COMMIT.fullmatch(base):
             raise TrialFailed("request", f"the repository of {instance.id} cannot be prepared: {done.output[-500:]}",
                               hint="the sandbox needs git, and the repository at workdir or in `repository`")
+        return base
 
     def _grade(
         self, attempt: Attempt, instance: swebench.Instance, patch: bytes, told: dict[str, Any]
