@@ -141,8 +141,8 @@ def test_hostile_output_fits_into_the_result(server: RunningServer, tmp_path: Pa
     (trial,) = run(job).trial_results
     assert trial.score == 0.75 and trial.rewards == {"a": 0.5, "b": 1.0}
     assert len(json.dumps(trial.result)) < 300_000
-    told = trial.result["artifacts"]
-    assert told[0]["destination"] == "1.tar" and told[1]["destination"] is None and "error" in told[1]
+    found = trial.result["artifacts"]
+    assert found[0]["destination"] == "1.tar" and found[1]["destination"] is None and "error" in found[1]
     logs = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert all(path.stat().st_size < 5 << 20 for path in logs) and any(path.name == "1.tar" for path in logs)
 
@@ -163,10 +163,10 @@ def test_a_lost_sandbox_is_retried_and_never_zero(server: RunningServer, tmp_pat
     job = harbor(server, greet(tmp_path, solution=solution))
     stopped: list[str] = []
 
-    def event(told: dict[str, Any]) -> None:
-        if told["event"] == "job_started" and not stopped:
-            stopped.append(told["sandbox_id"])
-            threading.Thread(target=stop, args=(server.url, told["sandbox_id"])).start()
+    def event(found: dict[str, Any]) -> None:
+        if found["event"] == "job_started" and not stopped:
+            stopped.append(found["sandbox_id"])
+            threading.Thread(target=stop, args=(server.url, found["sandbox_id"])).start()
 
     job.on_event = event
     done = run(job)
@@ -278,9 +278,9 @@ def test_reports_of_a_job(server: RunningServer, tmp_path: Path) -> None:
     (stats,) = total["stats"]["evals"].values()
     assert total["n_total_trials"] == 4 and stats["n_errors"] == 2 and stats["metrics"] == [{"mean": 1.0}]
     assert stats["pass_at_k"] == {"1": 1.0, "2": 1.0} and len(stats["exception_stats"]["NoReward"]) == 2
-    told = reports.rock(detail, trials)
-    assert told["score"] == 1.0 and told["summary"]["pass_rate"] == 1.0 and told["summary"]["failed"] == 2
-    assert [one["score"] for one in told["trial_results"]] == [1.0, None, 1.0, None]
+    found = reports.rock(detail, trials)
+    assert found["score"] == 1.0 and found["summary"]["pass_rate"] == 1.0 and found["summary"]["failed"] == 2
+    assert [one["score"] for one in found["trial_results"]] == [1.0, None, 1.0, None]
 
 
 def test_names_of_tasks_are_never_paths(server: RunningServer, tmp_path: Path) -> None:

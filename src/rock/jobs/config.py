@@ -278,7 +278,7 @@ def parse(fields: Any, source: str) -> JobConfig:
         made = kind.model_validate(fields)
     except ValidationError as error:
         found = explain(error, kind)
-        raise InvalidConfig(f"{source}: {found.message}", hint=found.hint, details=found.details) from None
+        raise InvalidConfig(f"{source} is no job: {found.message}", hint=found.hint, details=found.details) from None
     check_supported(made)
     return made
 

@@ -174,16 +174,16 @@ def class_of(error: BaseException) -> ErrorClass:
 class TrialFailed(errors.RockError):
     """A try ended without a reward. kind: its class."""
 
-    def __init__(self, kind: ErrorClass, message: str, **more: Any) -> None:
+    def __init__(self, message: str, kind: ErrorClass, **more: Any) -> None:
         super().__init__(message, **more)
         self.kind = kind
 
 
 class VerifierTimeout(TrialFailed):
     def __init__(self, message: str, **more: Any) -> None:
-        super().__init__("verifier", message, **more)
+        super().__init__(message, "verifier", **more)
 
 
 class NoReward(TrialFailed):
     def __init__(self, message: str, **more: Any) -> None:
-        super().__init__("verifier", message, **more)
+        super().__init__(message, "verifier", **more)

@@ -86,7 +86,7 @@ def trial_name(trial: TrialInfo) -> str:
 def rock(job: JobDetail, trials: Sequence[TrialInfo]) -> dict[str, Any]:
     """ROCK's JobResult, with its score summary. score: mean of the valid rewards. pass_rate: of valid rewards of at
     least 1; ROCK counts finished trials as passed."""
-    told = summary(job, trials)
+    figures = summary(job, trials)
     passed = sum(trial.reward is not None and trial.reward >= PASSING for trial in trials)
     return {
         "job_id": job.job_id, "status": job.state.value, "labels": job.labels, "score": job.mean_reward,
@@ -94,8 +94,8 @@ def rock(job: JobDetail, trials: Sequence[TrialInfo]) -> dict[str, Any]:
         "trial_results": [rock_trial(trial) for trial in trials],
         "summary": {
             "total": job.trials, "completed": job.counts.completed, "failed": job.counts.failed,
-            "skipped": job.counts.cancelled, "avg_score": job.mean_reward, "valid": told["valid"],
-            "pass_rate": passed / told["valid"] if told["valid"] else None, "pass_at_k": told["pass_at_k"],
+            "skipped": job.counts.cancelled, "avg_score": job.mean_reward, "valid": figures["valid"],
+            "pass_rate": passed / figures["valid"] if figures["valid"] else None, "pass_at_k": figures["pass_at_k"],
         },
     }  # fmt: skip
 
@@ -167,9 +167,9 @@ def harbor(job: JobDetail, trials: Sequence[TrialInfo]) -> Iterator[tuple[str, A
         for name, value in (trial.rewards or {}).items():
             one["reward_stats"].setdefault(name, {}).setdefault(str(value), []).append(trial_name(trial))
     for one in evals.values():
-        told = summary(job, one.pop("_trials"))
-        one["metrics"] = [] if told["mean_reward"] is None else [{"mean": told["mean_reward"]["value"]}]
-        one["pass_at_k"] = {k: estimate["value"] for k, estimate in told["pass_at_k"].items()}
+        figures = summary(job, one.pop("_trials"))
+        one["metrics"] = [] if figures["mean_reward"] is None else [{"mean": figures["mean_reward"]["value"]}]
+        one["pass_at_k"] = {k: estimate["value"] for k, estimate in figures["pass_at_k"].items()}
     done = sum(trial.state.is_final for trial in trials)
     yield "result.json", {
         "id": job.job_id, "started_at": _time(job.started_at), "finished_at": _time(job.finished_at),

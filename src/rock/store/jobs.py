@@ -134,13 +134,13 @@ def _load(job_id: str, tenant: str | None, lock: bool = False) -> Steps[Row]:
 def _info(job_id: str, tenant: str | None) -> Steps[JobInfo]:
     job = yield from _load(job_id, tenant)
     counts = yield _COUNT, (job_id,)
-    return _told(job, counts)
+    return _job_info(job, counts)
 
 
 _COUNT = "SELECT state, count(*), count(reward), sum(reward) FROM trial WHERE job = $1 GROUP BY state"
 
 
-def _told(job: Row, counts: Sequence[Row]) -> JobInfo:
+def _job_info(job: Row, counts: Sequence[Row]) -> JobInfo:
     job_id, tenant, name, created, started, finished, cancelled, tasks, attempts, labels = job
     by_state = JobCounts(**{row[0]: row[1] for row in counts})
     valid = sum(row[2] for row in counts)
@@ -169,7 +169,7 @@ def _list(tenant: str | None, label: tuple[str, str] | None, limit: int) -> Step
         if len(found) == limit:
             break
         if label is None or json.loads(row[9]).get(label[0]) == label[1]:
-            found.append(_told(row, (yield _COUNT, (row[0],))))
+            found.append(_job_info(row, (yield _COUNT, (row[0],))))
     return found
 
 

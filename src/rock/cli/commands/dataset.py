@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from rock import settings
 from rock.cli.output import as_json, busy, table
 from rock.cli.parsing import Group, json_option
-
-if TYPE_CHECKING:
-    from rock.store.datasets import Datasets
+from rock.jobs.tasks import local_tasks
+from rock.store.datasets import Datasets
 
 _root = click.option("--root", metavar="FOLDER|s3://BUCKET/PREFIX",
                      help="Where the data sets are; by default `datasets` below ROCK_HOME.")  # fmt: skip
@@ -31,8 +30,6 @@ def dataset() -> None:
 
 
 def _at(root: str | None) -> Datasets:
-    from rock.store.datasets import Datasets
-
     place = root or str(settings.home() / "datasets")
     names = ("endpoint", "region", "key", "secret")
     given = {name: settings.variable(f"ROCK_S3_{name.upper()}") or "" for name in names}
@@ -59,8 +56,6 @@ def list_datasets(root: str | None, json_: bool) -> None:
 def show(name: str, split: str, root: str | None, json_: bool) -> None:
     """List the tasks of a data set, or of a local folder or file."""
     if Path(name).exists():
-        from rock.jobs.tasks import local_tasks
-
         found = [{"id": task.name, "kind": task.spec["kind"]} for task in local_tasks(name)]
         if json_:
             as_json(found)
@@ -89,7 +84,7 @@ def upload(folder: Path, name: str, split: str, root: str | None, overwrite: boo
     """
     with busy(f"uploading {folder}"):
         done = asyncio.run(_at(root).upload(folder, name, split, overwrite))
-    _told(asdict(done), f"{done.uploaded} tasks uploaded, {done.skipped} skipped", json_)
+    _done(asdict(done), f"{done.uploaded} tasks uploaded, {done.skipped} skipped", json_)
 
 
 @dataset.command(example="rock dataset download acme/repairs tasks/ --split test")
@@ -103,10 +98,10 @@ def download(name: str, target: Path, split: str, root: str | None, tasks: tuple
     """Download a data set into a new folder, which `rock job run` accepts."""
     with busy(f"downloading {name}"):
         found = asyncio.run(_at(root).download(name, split, target, list(tasks) or None))
-    _told({"tasks": found}, f"{len(found)} tasks downloaded", json_)
+    _done({"tasks": found}, f"{len(found)} tasks downloaded", json_)
 
 
-def _told(fields: dict[str, Any], text: str, json_: bool) -> None:
+def _done(fields: dict[str, Any], text: str, json_: bool) -> None:
     if json_:
         as_json(fields)
     else:

@@ -10,22 +10,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from rock import settings
-from rock.cli.commands.job_progress import Progress
 from rock.cli.connection import OPTIONS, client, variables
 from rock.cli.output import age, as_json, busy, fail, table
 from rock.cli.parsing import Group, json_option
+from rock.cli.progress import Progress
 from rock.errors import InvalidConfig, RockError
-
-if TYPE_CHECKING:
-    from rock.jobs.plan import Plan
-    from rock.protocol.jobs import JobTask, TrialInfo
-    from rock.sdk.job import Job
+from rock.jobs import reports, tasks
+from rock.jobs.config import BashJobConfig, HarborJobConfig, JobConfig
+from rock.jobs.plan import AgentPlan, Plan, plan_of
+from rock.jobs.reports import rewards_by_task
+from rock.jobs.statistics import compare as compared
+from rock.protocol.jobs import JobTask, TrialInfo
+from rock.sdk.job import Job
 
 _job = click.argument("job_id", metavar="JOB")
 _FORMATS = ("table", "json", "rock", "harbor", "swebench")
@@ -87,11 +90,6 @@ def run(config: str | None, job_config: str | None, **options: Any) -> int:
 
 def _made(given: str, options: Mapping[str, Any]) -> Job:
     """The job of a YAML file or of a data set, with the options."""
-    from rock.jobs import tasks
-    from rock.jobs.config import JobConfig
-    from rock.jobs.plan import Plan, plan_of
-    from rock.sdk.job import Job
-
     place = Path(given)
     base_url, api_key = OPTIONS.base_url, OPTIONS.api_key
     names = options["tasks"].split(",") if options["tasks"] else [options["task"]] if options["task"] else None
@@ -118,9 +116,6 @@ def _run_id() -> str:
 def _config_tasks(
     config: Any, plan: Plan, base: Path, names: list[str] | None, options: Mapping[str, Any]
 ) -> list[JobTask]:
-    from rock.jobs import tasks
-    from rock.jobs.config import BashJobConfig, HarborJobConfig
-
     if isinstance(config, HarborJobConfig):
         return tasks.selected(tasks.harbor_tasks(config, base), names, None, options["limit"])
     assert isinstance(config, BashJobConfig)
@@ -146,8 +141,6 @@ def _config_tasks(
 
 def _with_options(plan: Plan, options: Mapping[str, Any]) -> Plan:
     """The plan with the options of the command line, which replace those of the file."""
-    from rock.jobs.plan import AgentPlan
-
     box = {name: options[name] for name in ("image", "memory", "cpus") if options[name] is not None}
     env = {**plan.environment.get("env", {}), **variables(options["env"])}
     changes: dict[str, Any] = {"environment": {**plan.environment, **box, **({"env": env} if env else {})}}
@@ -182,12 +175,12 @@ def _follow(made: Job, jsonl: bool, take_over: bool = False) -> int:
         raise
     progress.end()
     if jsonl:
-        told = result.summary
+        figures = result.summary
         print(json.dumps({
-            "event": "summary", "status": result.status, "total": told["trials"],
+            "event": "summary", "status": result.status, "total": figures["trials"],
             "passed": sum(one.score is not None and one.score >= 1.0 for one in result.trial_results),
-            "failed": told["failed"], "avg_score": result.score, "duration_s": told["duration"],
-            "pass_rate": told["pass_at_k"].get("1", {}).get("value"), "pass_at_k": told["pass_at_k"],
+            "failed": figures["failed"], "avg_score": result.score, "duration_s": figures["duration"],
+            "pass_rate": figures["pass_at_k"].get("1", {}).get("value"), "pass_at_k": figures["pass_at_k"],
             "run_id": result.job_id,
         }), flush=True)  # fmt: skip
     else:
@@ -220,8 +213,6 @@ def resume(job_id: str, take_over: bool, concurrency: int | None, out: str | Non
     Trials that an earlier runner left continue in their sandboxes, or are repeated. They are leased again when the
     leases of that runner have ended, after 30 seconds, or at once with --take-over.
     """
-    from rock.sdk.job import Job
-
     loaded = asyncio.run(Job.load(job_id, base_url=OPTIONS.base_url, api_key=OPTIONS.api_key, concurrency=concurrency,
                                   folder=out))  # fmt: skip
     return _follow(loaded, jsonl, take_over)
@@ -258,8 +249,6 @@ def list_jobs(label: str | None, limit: int, json_: bool) -> None:
 @click.option("--task", help="Show all of the trials of this task, as JSON.")
 def show(job_id: str, format_: str, out: Path | None, task: str | None) -> None:
     """Show a job and its trials, or write a report."""
-    from rock.jobs import reports
-
     server = client()
     detail, trials = server.jobs.get(job_id), server.jobs.trials(job_id)
     if task is not None:
@@ -297,12 +286,13 @@ def _trial_table(trials: Sequence[TrialInfo]) -> None:
     table(["#", "TASK", "ATTEMPT", "STATE", "REWARD", "TRIES", "TIME", "ERROR"], rows, "no trials")
 
 
-def _summary(told: Mapping[str, Any]) -> None:
-    print(f"job {told['job_id']}: {told['state']}, {told['completed']} completed, {told['failed']} failed, "
-          f"{told['cancelled']} cancelled of {told['trials']} trials; {told['invalid']} without a valid reward")
-    if told["mean_reward"] is not None:
-        print(f"mean reward {_interval(told['mean_reward'])}")
-    for k, estimate in told["pass_at_k"].items():
+def _summary(figures: Mapping[str, Any]) -> None:
+    counts = ", ".join(f"{figures[name]} {name}" for name in ("completed", "failed", "cancelled"))
+    print(f"job {figures['job_id']}: {figures['state']}, {counts} of {figures['trials']} trials; "
+          f"{figures['invalid']} without a valid reward")
+    if figures["mean_reward"] is not None:
+        print(f"mean reward {_interval(figures['mean_reward'])}")
+    for k, estimate in figures["pass_at_k"].items():
         print(f"pass@{k} {_interval(estimate)}")
 
 
@@ -353,11 +343,6 @@ def compare(a: str, b: str, json_: bool) -> None:
 
     Only tasks with a valid reward in both jobs count. The interval and the p-value are those of paired differences.
     """
-    from dataclasses import asdict
-
-    from rock.jobs.reports import rewards_by_task
-    from rock.jobs.statistics import compare as compared
-
     server = client()
     with busy("reading the trials"):
         found = compared(*(rewards_by_task(server.jobs.trials(one)) for one in (a, b)))

@@ -98,7 +98,7 @@ class Oracle(Nop):
 
     async def run(self, programs: Programs, task: AgentTask) -> AgentResult:
         if task.solution is None or not (task.solution / "solve.sh").is_file():
-            raise TrialFailed("request", f"task {task.name} has no solution/solve.sh", hint="the oracle needs it")
+            raise TrialFailed(f"task {task.name} has no solution/solve.sh", "request", hint="the oracle needs it")
         if not await programs.is_started("agent"):
             await programs.sandbox.fs.upload_dir(task.solution, "/solution", check="raise")
         return await programs.program("agent", "exec bash /solution/solve.sh", task.timeout, cwd=task.workdir,

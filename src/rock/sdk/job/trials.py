@@ -114,9 +114,9 @@ class BashTrial(AbstractTrial):
         attempt.result["output"], attempt.result["exit_code"] = done.output[-SHOWN:], done.exit_code
         await collect(attempt, sandbox)
         if done.timed_out:
-            raise ProcessTimeout("timeout", f"the script took longer than {attempt.plan.timeout:g} s and was killed")
+            raise ProcessTimeout(f"the script took longer than {attempt.plan.timeout:g} s and was killed", "timeout")
         if done.exit_code != 0:
-            raise BashExitCode("agent", f"the script ended with exit status {done.exit_code}",
+            raise BashExitCode(f"the script ended with exit status {done.exit_code}", "agent",
                                details={"traceback": done.output[-SHOWN:]})  # fmt: skip
         path = spec.get("reward_file")
         return None if path is None else await read_rewards(sandbox, [str(path)], done.output)
@@ -139,7 +139,7 @@ class HarborTrial(AbstractTrial):
         spec = attempt.task.spec
         folder = Path(str(spec["folder"]))
         if spec.get("digest") not in (None, await primitives.in_thread(folder_digest, folder)):
-            raise TrialFailed("request", f"the folder {folder} has changed since the job was created",
+            raise TrialFailed(f"the folder {folder} has changed since the job was created", "request",
                               hint="create a new job")  # fmt: skip
         task = await primitives.in_thread(HarborTask.load, folder)
         plan = attempt.plan
@@ -199,17 +199,17 @@ class SweTrial(AbstractTrial):
 
     async def run(self, attempt: Attempt) -> Rewards:
         instance = await primitives.in_thread(instance_of, attempt.task.spec)
-        told: dict[str, Any] = {"patch_exists": False, "applied": False, "resolved": False}
-        attempt.result["swe"] = told
+        report: dict[str, Any] = {"patch_exists": False, "applied": False, "resolved": False}
+        attempt.result["swe"] = report
         patch = await self._patch(attempt, instance)
-        told["patch_exists"] = bool(patch.strip())
-        told["patch"] = patch[:100_000].decode("utf-8", "replace")
-        told["patch_size"] = len(patch)
+        report["patch_exists"] = bool(patch.strip())
+        report["patch"] = patch[:100_000].decode("utf-8", "replace")
+        report["patch_size"] = len(patch)
         attempt.log("agent/patch.diff", patch.decode("utf-8", "replace"))
         if not patch.strip():
             return {"reward": 0.0}
         async with attempt.phase("verifier"):
-            return await self._grade(attempt, instance, patch, told)
+            return await self._grade(attempt, instance, patch, report)
 
     async def _patch(self, attempt: Attempt, instance: swebench.Instance) -> bytes:
         """The changes of the agent. The solution and the tests are not in its sandbox."""
@@ -230,7 +230,7 @@ class SweTrial(AbstractTrial):
             attempt.result["swe"]["diff_error"] = done.output[-2000:]
             return b""
         if (await sandbox.fs.stat("/tmp/rock.patch", follow=False)).size > swebench.LARGEST_PATCH:
-            raise TrialFailed("agent", f"the patch has more than {swebench.LARGEST_PATCH} bytes")
+            raise TrialFailed(f"the patch has more than {swebench.LARGEST_PATCH} bytes", "agent")
         return await sandbox.fs.read("/tmp/rock.patch", length=swebench.LARGEST_PATCH)
 
     async def _provide(self, attempt: Attempt, sandbox: Sandbox, instance: swebench.Instance) -> str:
@@ -255,12 +255,12 @@ class SweTrial(AbstractTrial):
         done = await attempt.program("prepare", script, _GIT_TIMEOUT, cwd=instance.workdir)
         base = done.output.strip().rpartition("\n")[2]
         if done.exit_code != 0 or not _COMMIT.fullmatch(base):
-            raise TrialFailed("request", f"the repository of {instance.id} cannot be prepared: {done.output[-500:]}",
+            raise TrialFailed(f"the repository of {instance.id} cannot be prepared: {done.output[-500:]}", "request",
                               hint="the sandbox needs git, and the repository at workdir or in `repository`")
         return base
 
     async def _grade(
-        self, attempt: Attempt, instance: swebench.Instance, patch: bytes, told: dict[str, Any]
+        self, attempt: Attempt, instance: swebench.Instance, patch: bytes, report: dict[str, Any]
     ) -> dict[str, float]:
         sandbox = await attempt.open("-grade", image=instance.image)
         await self._provide(attempt, sandbox, instance)
@@ -270,12 +270,12 @@ class SweTrial(AbstractTrial):
             await sandbox.fs.write("/tmp/tests.list", "".join(f"{name}\0" for name in instance.test_files))
             await sandbox.fs.write("/tmp/apply.sh", _apply(self.PROTECTED))
         done = await attempt.program("apply", "exec bash /tmp/apply.sh", _GIT_TIMEOUT, cwd=instance.workdir)
-        told["applied"] = done.exit_code == 0
+        report["applied"] = done.exit_code == 0
         if done.exit_code == 3:
-            raise TrialFailed("request", f"the test patch of {instance.id} cannot be applied: {done.output[-500:]}")
+            raise TrialFailed(f"the test patch of {instance.id} cannot be applied: {done.output[-500:]}", "request")
         if done.exit_code != 0:
-            told["log"] = swebench.log_text(done.output[-SHOWN:], None, False, False)
-            attempt.log("verifier/test_output.txt", told["log"])
+            report["log"] = swebench.log_text(done.output[-SHOWN:], None, False, False)
+            attempt.log("verifier/test_output.txt", report["log"])
             return {"reward": 0.0}
         limit = instance.timeout * attempt.plan.verifier_factor
         done = await attempt.program("verifier", instance.command, limit, cwd=instance.workdir, shown=KEPT,
@@ -285,8 +285,8 @@ class SweTrial(AbstractTrial):
             raise VerifierTimeout(f"the tests of {instance.id} took longer than {limit:g} s and were killed",
                                   details={"traceback": done.output[-SHOWN:]})  # fmt: skip
         grade = swebench.grade(instance, swebench.statuses_of(instance, done.output))
-        told["resolved"], told["tests_status"] = grade.resolved, grade.tests_status()
-        told["exit_code"] = done.exit_code
+        report["resolved"], report["tests_status"] = grade.resolved, grade.tests_status()
+        report["exit_code"] = done.exit_code
         return {"reward": float(grade.resolved)}
 
 
@@ -316,7 +316,7 @@ def instance_of(spec: dict[str, Any]) -> swebench.Instance:
     path = Path(str(spec["file"]))
     data = swebench.load(path).get(str(spec["id"]))
     if data is None or swebench.digest(data) != spec["digest"]:
-        raise TrialFailed("request", f"instance {spec['id']} of {path} has changed since the job was created",
+        raise TrialFailed(f"instance {spec['id']} of {path} has changed since the job was created", "request",
                           hint="create a new job")  # fmt: skip
     return swebench.Instance.parse(data, path.parent)
 
@@ -348,7 +348,7 @@ class TrainingTrial(AbstractTrial):
     async def run(self, attempt: Attempt) -> Rewards:
         spec, name = attempt.task.spec, attempt.agent.name
         if name not in ("oracle", "nop"):
-            raise TrialFailed("request", f"agent {name} cannot act in a training set", hint="use oracle or nop")
+            raise TrialFailed(f"agent {name} cannot act in a training set", "request", hint="use oracle or nop")
         attempt.result["agent_info"] = {"name": name, "version": "1", "model_info": None}
         box = TrainingSandbox(box_type=str(spec["set"]), base_url=attempt.reach.get("base_url"),
                               bearer_token=attempt.reach.get("api_key"), data=spec.get("data"))  # fmt: skip
@@ -372,12 +372,12 @@ async def collect(attempt: Attempt, sandbox: Sandbox) -> None:
     if attempt.folder is None or not attempt.plan.artifacts:
         return
     left = _LARGEST_ARTIFACTS
-    told: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     folder = attempt.folder / "artifacts"
     folder.mkdir(parents=True, exist_ok=True)
     for number, source in enumerate(attempt.plan.artifacts, 1):
         entry: dict[str, Any] = {"source": source, "destination": None}
-        told.append(entry)
+        entries.append(entry)
         try:
             is_folder = (await sandbox.fs.stat(source)).kind == "directory"
             place = folder / (f"{number}.tar" if is_folder else f"{number}.bin")
@@ -396,7 +396,7 @@ async def collect(attempt: Attempt, sandbox: Sandbox) -> None:
             entry["destination"] = place.name
         except errors.ClientError as error:
             entry["error"] = error.message[:200]
-    attempt.result["artifacts"] = told
+    attempt.result["artifacts"] = entries
 
 
 _KINDS: dict[str, type[AbstractTrial]] = {

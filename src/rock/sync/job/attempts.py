@@ -119,7 +119,7 @@ class Attempt:
                     info = sandbox.info(wait=_POLL)
                 if info.state is not State.RUNNING:
                     ended = end_of(info)
-                    raise TrialFailed("infrastructure", f"an earlier runner's sandbox has ended: {ended.message}",
+                    raise TrialFailed(f"an earlier runner's sandbox has ended: {ended.message}", "infrastructure",
                                       hint="the trial is repeated in a new sandbox")  # fmt: skip
                 self.result["reattached"] = True
         if sandbox.sandbox_id is None:

@@ -50,13 +50,13 @@ class TrialResult:
 
     @classmethod
     def of(cls, trial: TrialInfo) -> Self:
-        told = reports.rock_trial(trial)
-        times = {name: None if told[name] is None else datetime.fromisoformat(told[name])
+        figures = reports.rock_trial(trial)
+        times = {name: None if figures[name] is None else datetime.fromisoformat(figures[name])
                  for name in ("started_at", "finished_at")}  # fmt: skip
-        return cls(trial.task, told["trial_name"], trial.state.value, trial.reward, told["exception_info"],
-                   raw_output=told["raw_output"], exit_code=told["exit_code"], rewards=trial.rewards,
-                   agent_info=told["agent_info"], agent_result=told["agent_result"],
-                   verifier_result=told["verifier_result"], result=trial.result, **times)  # fmt: skip
+        return cls(trial.task, figures["trial_name"], trial.state.value, trial.reward, figures["exception_info"],
+                   raw_output=figures["raw_output"], exit_code=figures["exit_code"], rewards=trial.rewards,
+                   agent_info=figures["agent_info"], agent_result=figures["agent_result"],
+                   verifier_result=figures["verifier_result"], result=trial.result, **times)  # fmt: skip
 
 
 HarborTrialResult = TrialResult
@@ -301,8 +301,8 @@ class Job(primitives.Face):
         """The result as it is stored now."""
         detail = self._client.jobs.get(self.job_id)
         trials = self._client.jobs.trials(self.job_id)
-        told = reports.summary(detail, trials)
+        figures = reports.summary(detail, trials)
         failed = detail.state.value in ("failed", "cancelled")
         results = [TrialResult.of(trial) for trial in trials]
-        return JobResult(self.job_id, detail.state.value, detail.labels, results, detail.mean_reward, int(failed), told,
-                         results[0].raw_output if results else "")  # fmt: skip
+        return JobResult(self.job_id, detail.state.value, detail.labels, results, detail.mean_reward, int(failed),
+                         figures, results[0].raw_output if results else "")  # fmt: skip

@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from rock import errors
 from rock.jobs.config import JobConfig
 from rock.jobs.plan import Plan, error_of
@@ -238,8 +240,6 @@ class Runner:
 
 def _fitting(result: dict[str, Any]) -> dict[str, Any]:
     """A result within the limit of the server: long texts are cut."""
-    import orjson
-
     limit = LARGEST_RESULT // 2
     while len(orjson.dumps(result, default=str)) > LARGEST_RESULT - 4096 and limit > 500:
         limit //= 2
