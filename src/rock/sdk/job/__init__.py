@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rock.jobs.config import BashJobConfig, HarborJobConfig, JobConfig
 from rock.jobs.plan import AgentPlan, Plan, Retry
-from rock.sdk.job.agents import AgentResult, AgentRunner, AgentTask, register_agent
+from rock.sdk.job.agents import AgentResult, AgentRunner, AgentTask, register_agent, use_recipes
 from rock.sdk.job.job import (
     HarborTrialResult,
     Job,
@@ -44,4 +44,5 @@ __all__ = [
     "TrialResult",
     "register_agent",
     "register_trial",
+    "use_recipes",
 ]

@@ -177,6 +177,7 @@ class Runner:
                        total=self.job.trials, sandbox_id=attempt.sandbox_id())  # fmt: skip
             spec = await self._end_of(attempt, kind)
             if spec is not None:
+                await attempt.end_run(spec.rewards)
                 await self._finish(attempt, spec)
             if attempt.stopped != "lost":
                 await attempt.close()

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
@@ -53,18 +54,19 @@ class AbstractTrial:
             await sandbox.fs.upload(local, remote)
 
     async def _agent(self, attempt: Attempt, task: AgentTask) -> AgentResult:
-        """Install and run the agent."""
+        """Install and run the agent, with a gateway run if the plan has `model`."""
         plan = attempt.agent
         agent = agent_of(plan)
         model = None if plan.model is None else {"name": plan.model, "provider": plan.model.partition("/")[0]}
         attempt.result["agent_info"] = {"name": agent.name, "version": agent.version, "model_info": model}
         async with attempt.phase("agent_setup"):
+            task = replace(task, run=await attempt.open_run())
             await agent.setup(attempt, task)
         async with attempt.phase("agent_execution"):
             done = await agent.run(attempt, task)
         attempt.log("agent/output.txt", done.output)
         usage = {"n_input_tokens": None, "n_cache_tokens": None, "n_output_tokens": None, "cost_usd": None,
-                 "rollout_details": None, "metadata": None, **done.usage}  # fmt: skip
+                 "rollout_details": None, "metadata": None, **done.usage, **await attempt.usage()}  # fmt: skip
         attempt.result["agent_result"] = usage
         attempt.result["agent"] = {"exit_code": done.exit_code, "timed_out": done.timed_out}
         attempt.result["output"] = done.output[-SHOWN:]
@@ -146,7 +148,7 @@ class HarborTrial(AbstractTrial):
         async with attempt.phase("environment_setup"):
             image = await self._image(attempt, task)
             sandbox = await attempt.open(image=image, memory=plan.memory or task.memory, cpus=plan.cpus or task.cpus,
-                                         disk=plan.disk, env=task.env)  # fmt: skip
+                                         disk=plan.disk, env=task.env, **agent_of(attempt.agent).fields())  # fmt: skip
             await self._ready(attempt, sandbox)
         agent = AgentTask(attempt.trial.task, task.instruction, self._agent_timeout(attempt, task.step_timeout),
                           solution=task.folder / "solution", solution_env=task.solution_env)  # fmt: skip
@@ -217,7 +219,7 @@ class SweTrial(AbstractTrial):
             attempt.result["agent_info"] = {"name": "oracle", "version": "1", "model_info": None}
             return instance.patch.encode()
         async with attempt.phase("environment_setup"):
-            sandbox = await attempt.open(image=instance.image)
+            sandbox = await attempt.open(image=instance.image, **agent_of(attempt.agent).fields())
             await self._ready(attempt, sandbox)
             base = await self._provide(attempt, sandbox, instance)
         limit = self._agent_timeout(attempt, 1800.0)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from rock.jobs.config import BashJobConfig, HarborJobConfig, JobConfig
 from rock.jobs.plan import AgentPlan, Plan, Retry
-from rock.sync.job.agents import AgentResult, AgentRunner, AgentTask, register_agent
+from rock.sync.job.agents import AgentResult, AgentRunner, AgentTask, register_agent, use_recipes
 from rock.sync.job.job import (
     HarborTrialResult,
     Job,
@@ -46,4 +46,5 @@ __all__ = [
     "TrialResult",
     "register_agent",
     "register_trial",
+    "use_recipes",
 ]

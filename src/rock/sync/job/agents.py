@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +68,10 @@ class AgentRunner(Protocol):
     name: str
     version: str
 
+    def fields(self) -> dict[str, Any]:
+        """Fields of SandboxConfig that the agent needs."""
+        ...
+
     def setup(self, programs: Programs, task: AgentTask) -> None:
         """Install and configure it."""
         ...
@@ -85,6 +88,9 @@ class Nop:
 
     def __init__(self, plan: AgentPlan) -> None:
         self.plan = plan
+
+    def fields(self) -> dict[str, Any]:
+        return {}
 
     def setup(self, programs: Programs, task: AgentTask) -> None:
         return None
@@ -129,6 +135,51 @@ class Command(Nop):
         return programs.program("agent", self.command, task.timeout, env=env, cwd=task.workdir)
 
 
+class Recipe(Protocol):
+    """A recipe of an agent: the programs that a worker mounts, and the command line of one run."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def version(self) -> str: ...
+
+    @property
+    def packages(self) -> Any: ...
+
+    def render(self, prompt: str, *, base_url: str, api_key: str, home: str, model: str | None, path: str) -> Any:
+        """The command: `line` for a shell, `env`, and `files` by absolute path."""
+        ...
+
+
+class RecipeAgent(Nop):
+    """An agent of a recipe. It calls the model through a gateway run, so the plan needs `model`."""
+
+    def __init__(self, plan: AgentPlan, recipe: Recipe) -> None:
+        super().__init__(plan)
+        self.recipe = recipe
+        self.name, self.version = recipe.name, recipe.version or "0"
+
+    def fields(self) -> dict[str, Any]:
+        return {"agents": [self.recipe.name]} if self.recipe.packages else {}
+
+    def run(self, programs: Programs, task: AgentTask) -> AgentResult:
+        if programs.is_started("agent"):  # by an earlier runner, which alone had the secret of the run
+            return programs.program("agent", "", task.timeout)
+        run = task.run or {}
+        if not run.get("api_key"):
+            raise TrialFailed(f"agent {self.name} has no gateway run", "request", hint="set `model` of the job plan")
+        home = f"/tmp/rock-agent-{run['id']}"
+        found = programs.program("path", 'printf %s "$PATH"', 60.0)
+        command = self.recipe.render(task.instruction, base_url=str(run["base_url"]), api_key=str(run["api_key"]),
+                                     home=home, model=self.plan.model, path=found.output.strip())  # fmt: skip
+        programs.sandbox.fs.mkdir(home, mode=0o700)
+        for path, text in command.files.items():
+            programs.sandbox.fs.write(path, text, mode=0o600)
+        env = {**task.env, **command.env, **self.plan.env}
+        return programs.program("agent", command.line, task.timeout, env=env, cwd=task.workdir)
+
+
 _AGENTS: dict[str, Callable[[AgentPlan], AgentRunner]] = {"oracle": Oracle, "nop": Nop, "bash": Command}
 
 
@@ -137,14 +188,22 @@ def register_agent(name: str, make: Callable[[AgentPlan], AgentRunner]) -> None:
     _AGENTS[name] = make
 
 
+_find_recipe: Callable[[str], Recipe | None] = lambda name: None  # noqa: E731
+
+
+def use_recipes(find: Callable[[str], Recipe | None]) -> None:
+    """Where agents that are not registered are found. find: a recipe by its name, or None."""
+    global _find_recipe
+    _find_recipe = find
+
+
 def agent_of(plan: AgentPlan) -> AgentRunner:
     """The agent of a plan. InvalidConfig with the known names."""
     make = _AGENTS.get(plan.name)
     if make is None:
+        recipe = _find_recipe(plan.name)
+        if recipe is not None:
+            return RecipeAgent(plan, recipe)
         raise InvalidConfig(f"there is no agent {plan.name!r}", hint=f"known agents: {', '.join(sorted(_AGENTS))}")
     return make(plan)
 
-
-def quoted(words: list[str]) -> str:
-    """Words as a command line of /bin/sh."""
-    return shlex.join(words)

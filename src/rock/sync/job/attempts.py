@@ -21,6 +21,7 @@ from rock.protocol.action import Command, ProcessInfo
 from rock.protocol.jobs import JobDetail, JobTask, TrialInfo
 from rock.protocol.keys import tenant_of
 from rock.protocol.sandbox import SandboxConfig, State
+from rock.sdk.http import query_string
 from rock.sync.job.agents import AgentResult
 from rock.sync.sandbox.link import end_of, parse
 from rock.sync.sandbox.processes import Process, wire
@@ -30,6 +31,7 @@ SHOWN = 20_000  # bytes of output in a result
 KEPT = 4 << 20  # bytes of output in a log file, and of tests that are graded
 _POLL = 20.0
 _TAG = "rock-job:"
+_RUNS = "/v1/runs"  # of the model gateway
 
 
 class Stopped(Exception):
@@ -57,6 +59,7 @@ class Attempt:
         self.pid: int | str | None = None
         self.reach = reach
         self._opened: list[Sandbox] = []
+        self._run: str | None = None
         self._found: dict[str, dict[str, Process]] = {}
 
     @property
@@ -144,6 +147,51 @@ class Attempt:
                 sandbox.stop()
             except errors.RockError:
                 continue
+
+    # ---- the gateway
+
+    def open_run(self) -> dict[str, Any] | None:
+        """The gateway run of this try: a new one, or the active one of an earlier runner, without its secret. None: the
+        plan has no `model`."""
+        if self.plan.model is None:
+            return None
+        transport, place = self.sandbox._transport, str(self.sandbox.sandbox_id)
+        if self.trial.token > 1:
+            found = transport.json("GET", _RUNS + query_string({"sandbox": place, "state": "active"}))
+            if found["items"]:
+                self._run = str(found["items"][0]["id"])
+                self.result["run_id"] = self._run
+                return dict(found["items"][0])
+        tags = {"rock_job_id": self.job.job_id, "rock_trial": str(self.trial.number), "rock_task_id": self.trial.task}
+        key = hashlib.sha256(f"{place}/{self.trial.token}/run".encode()).hexdigest()[:32]
+        body = {"sandbox": place, "tags": tags, **self.plan.model}
+        made = dict(transport.json("POST", _RUNS, body, timeout=120.0, key=key))
+        self._run = str(made["id"])
+        self.result["run_id"] = self._run
+        return made
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens and cost of the gateway run, with the names of Harbor's agent_result."""
+        if self._run is None:
+            return {}
+        counts = (self.sandbox._transport.json("GET", f"{_RUNS}/{self._run}")).get("counts", {})
+        return {
+            "n_input_tokens": counts.get("prompt_tokens"), "n_cache_tokens": counts.get("cached_tokens"),
+            "n_output_tokens": counts.get("completion_tokens"), "cost_usd": counts.get("cost"),
+            "metadata": {"run_id": self._run, "calls": counts.get("calls")},
+        }  # fmt: skip
+
+    def end_run(self, rewards: dict[str, float] | None) -> None:
+        """Freeze the gateway run with the rewards; without valid ones it has none."""
+        if self._run is None:
+            return
+        body = {"rewards": rewards, "valid": True} if rewards else {"valid": False}
+        if rewards and "reward" in rewards:
+            body = {"reward": rewards["reward"], **body}
+        try:
+            self.sandbox._transport.json("POST", f"{_RUNS}/{self._run}/end", body)
+        except errors.RockError:
+            return  # the run ends with its sandbox
 
     # ---- programs
 

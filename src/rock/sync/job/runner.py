@@ -179,6 +179,7 @@ class Runner:
                        total=self.job.trials, sandbox_id=attempt.sandbox_id())  # fmt: skip
             spec = self._end_of(attempt, kind)
             if spec is not None:
+                attempt.end_run(spec.rewards)
                 self._finish(attempt, spec)
             if attempt.stopped != "lost":
                 attempt.close()
