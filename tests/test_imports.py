@@ -31,8 +31,10 @@ ALLOWED: dict[str, set[str]] = {
     "rocklet": {"rocklet", "runtime", "images", "egress", "host", "guest", "envhub", *GROUND},
     "proxy": {"proxy", "scheduler", "store", *GROUND},
     "admin": {"admin", "envhub", "scheduler", "store", *GROUND},
-    "sdk": {"sdk", "protocol", "errors", "settings", "telemetry"},
-    "sync": {"sync", "sdk", "protocol", "errors", "settings", "telemetry"},
+    # configurations, plans, grading, statistics and reports of jobs: no I/O but local files
+    "jobs": {"jobs", "protocol", "errors", "settings"},
+    "sdk": {"sdk", "jobs", "protocol", "errors", "settings", "telemetry"},
+    "sync": {"sync", "sdk", "jobs", "protocol", "errors", "settings", "telemetry"},
     "actions": {"actions", "protocol"},
     # ROCK's paths, that nothing of ours imports
     "env_vars": {"settings"},

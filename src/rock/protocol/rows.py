@@ -187,6 +187,21 @@ def control_rows() -> Iterator[Route]:
     yield row("get_volume", "GET", v, "control", "A volume by its name", "?tenant", "VolumeInfo")
     yield row("delete_volume", "DELETE", v, "control", "Delete a volume that no sandbox uses, and its files", "?tenant",
               "VolumeInfo")  # fmt: skip
+    # jobs
+    j = "/v1/jobs/{job_id}"
+    yield row("create_job", "POST", "/v1/jobs", "control", "Create a job with its trials", "CreateJob", "JobInfo")
+    yield row("list_jobs", "GET", "/v1/jobs", "control", "List jobs, newest first", "?label=k=v ?limit", "JobList")
+    yield row("get_job", "GET", j, "control", "A job with its configuration and tasks", "", "JobDetail")
+    yield row("list_trials", "GET", j + "/trials", "control", "List trials of a job by number", "?after ?limit",
+              "TrialList")  # fmt: skip
+    yield row("claim_trials", "POST", j + "/claim", "control", "Lease trials of a job to a runner", "ClaimTrials",
+              "ClaimedTrials")  # fmt: skip
+    yield row("beat_trials", "POST", j + "/heartbeat", "control", "Renew the leases of a runner", "BeatTrials",
+              "BeatenTrials")  # fmt: skip
+    yield row("finish_trial", "POST", j + "/trials/{number}/finish", "control", "Store the end of a try of a trial",
+              "FinishTrial", "TrialInfo")  # fmt: skip
+    yield row("cancel_job", "POST", j + "/cancel", "control", "Cancel the trials of a job", "", "JobInfo")
+    yield row("delete_job", "DELETE", j, "control", "Delete a job that no runner runs", "", "JobInfo")
     # workers
     w = "/v1/workers/{worker}"
     yield row(

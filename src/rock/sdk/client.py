@@ -23,6 +23,7 @@ from rock.protocol.wire import explain
 from rock.sdk import primitives
 from rock.sdk.context import ContextSource, read_context
 from rock.sdk.http import query_string
+from rock.sdk.jobs import Jobs
 from rock.sdk.sandbox.link import list_sandboxes, parse, path
 from rock.sdk.transport import Transport
 
@@ -47,6 +48,7 @@ class Client(primitives.Face):
         self.transport = Transport(
             base_url or settings.base_url(), api_key or settings.api_key(), reconnect_timeout=reconnect_timeout
         )
+        self.jobs = Jobs(self.transport)
 
     async def list_sandboxes(
         self, states: str | Iterable[str] | None = None, *, limit: int | None = None, **filters: str

@@ -122,6 +122,41 @@ SQLITE: tuple[tuple[str, ...], ...] = (
         ) WITHOUT ROWID""",
         "CREATE INDEX volume_worker ON volume (worker)",
     ),
+    (  # 8: jobs and their trials. task: index in the tasks of the job; until: end of the lease; reward: of `info`
+        """CREATE TABLE job (
+            id TEXT NOT NULL PRIMARY KEY,
+            tenant TEXT NOT NULL,
+            name TEXT NOT NULL,
+            created_at REAL NOT NULL,
+            started_at REAL,
+            finished_at REAL,
+            cancelled INTEGER NOT NULL,
+            tasks INTEGER NOT NULL,
+            attempts INTEGER NOT NULL,
+            labels TEXT NOT NULL,
+            idempotency_key TEXT,
+            spec TEXT NOT NULL
+        )""",
+        "CREATE UNIQUE INDEX job_key ON job (tenant, idempotency_key) WHERE idempotency_key IS NOT NULL",
+        "CREATE INDEX job_created ON job (tenant, created_at)",
+        """CREATE TABLE trial (
+            job TEXT NOT NULL,
+            number INTEGER NOT NULL,
+            task INTEGER NOT NULL,
+            name TEXT NOT NULL,
+            attempt INTEGER NOT NULL,
+            state TEXT NOT NULL,
+            tries INTEGER NOT NULL,
+            token INTEGER NOT NULL,
+            holder TEXT NOT NULL,
+            until REAL NOT NULL,
+            not_before REAL NOT NULL,
+            reward REAL,
+            info TEXT NOT NULL,
+            PRIMARY KEY (job, number)
+        ) WITHOUT ROWID""",
+        "CREATE INDEX trial_state ON trial (job, state, number)",
+    ),
 )
 
 POSTGRES: tuple[tuple[str, ...], ...] = (
@@ -196,5 +231,40 @@ POSTGRES: tuple[tuple[str, ...], ...] = (
             UNIQUE (tenant, idempotency_key)
         )""",
         "CREATE INDEX volume_worker ON volume (worker)",
+    ),
+    (  # 6: jobs and their trials, as in SQLite's version 8
+        """CREATE TABLE job (
+            id text PRIMARY KEY,
+            tenant text NOT NULL,
+            name text NOT NULL,
+            created_at double precision NOT NULL,
+            started_at double precision,
+            finished_at double precision,
+            cancelled int NOT NULL,
+            tasks int NOT NULL,
+            attempts int NOT NULL,
+            labels text NOT NULL,
+            idempotency_key text,
+            spec text NOT NULL,
+            UNIQUE (tenant, idempotency_key)
+        )""",
+        "CREATE INDEX job_created ON job (tenant, created_at)",
+        """CREATE TABLE trial (
+            job text NOT NULL,
+            number int NOT NULL,
+            task int NOT NULL,
+            name text NOT NULL,
+            attempt int NOT NULL,
+            state text NOT NULL,
+            tries int NOT NULL,
+            token bigint NOT NULL,
+            holder text NOT NULL,
+            until double precision NOT NULL,
+            not_before double precision NOT NULL,
+            reward double precision,
+            info text NOT NULL,
+            PRIMARY KEY (job, number)
+        )""",
+        "CREATE INDEX trial_state ON trial (job, state, number)",
     ),
 )

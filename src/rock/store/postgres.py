@@ -44,6 +44,7 @@ from rock.store.base import (
     over,
     unknown,
 )
+from rock.store.jobs import PostgresJobs
 from rock.store.migrations import POSTGRES
 from rock.store.volumes import PostgresVolumes
 
@@ -96,6 +97,7 @@ class PostgresStore:
         self._listener: asyncio.Task[None] | None = None
         self.workers = PostgresWorkers(self._transaction)
         self.volumes = PostgresVolumes(self._transaction, _text)
+        self.jobs = PostgresJobs(self._transaction)
 
     async def open(self) -> None:
         try:

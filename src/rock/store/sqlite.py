@@ -44,6 +44,7 @@ from rock.store.base import (
     unknown,
 )
 from rock.store.batch import Batch
+from rock.store.jobs import SqliteJobs
 from rock.store.migrations import SQLITE
 from rock.store.volumes import SqliteVolumes
 
@@ -72,6 +73,7 @@ class SqliteStore:
         self._batch = Batch(lambda: _transaction(self._open_db, "IMMEDIATE"), self._error_of)
         self.workers = SqliteWorkers(self._within)
         self.volumes = SqliteVolumes(self._within)
+        self.jobs = SqliteJobs(self._within)
 
     async def open(self) -> None:
         self._now(self._open)
@@ -514,9 +516,7 @@ def _load(row: tuple[Any, ...]) -> Record:
     return Record(SandboxInfo.model_validate_json(info), SandboxConfig.model_validate_json(config), key, version)
 
 
-# ---- workers ----
-#
-# Implements `Workers` of base.py.
+# ---- workers: implements `Workers` of base.py ----
 
 
 class SqliteWorkers:

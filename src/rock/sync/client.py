@@ -25,6 +25,7 @@ from rock.protocol.wire import explain
 from rock.sync import primitives
 from rock.sdk.context import ContextSource, read_context
 from rock.sdk.http import query_string
+from rock.sync.jobs import Jobs
 from rock.sync.sandbox.link import list_sandboxes, parse, path
 from rock.sync.transport import Transport
 
@@ -49,6 +50,7 @@ class Client(primitives.Face):
         self.transport = Transport(
             base_url or settings.base_url(), api_key or settings.api_key(), reconnect_timeout=reconnect_timeout
         )
+        self.jobs = Jobs(self.transport)
 
     def list_sandboxes(
         self, states: str | Iterable[str] | None = None, *, limit: int | None = None, **filters: str

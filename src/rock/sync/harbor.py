@@ -13,7 +13,6 @@ would like: none, unless told otherwise.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -24,6 +23,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rock import errors
+from rock.jobs import rewards
 from rock.protocol.env import IDLE, new_instance_id
 from rock.protocol.sandbox import SandboxConfig
 from rock.sync.client import Client
@@ -32,7 +32,6 @@ from rock.sync.training import Message
 
 REWARDS = "/logs/verifier"
 _SHOWN = 20_000  # bytes of a command's output that the agent sees
-_LARGEST = 64 << 10  # bytes of a file with rewards
 _SESSION = "agent"
 _BLOCK = re.compile(r"```(?:bash|sh|shell)?[ \t]*\n(.*?)(?:```|\Z)", re.S)
 _SYSTEM = (
@@ -276,13 +275,12 @@ class HarborTasks:
         if done.timed_out:
             raise errors.CommandTimeout(f"the tests of {task.name} took longer than {task.verifier_timeout:g} s",
                                         sandbox_id=sandbox.sandbox_id)  # fmt: skip
-        for name, read in (("reward.json", _many), ("reward.txt", _one)):
+        for name in ("reward.json", "reward.txt"):
             try:
-                raw = sandbox.fs.read(f"{REWARDS}/{name}", length=_LARGEST)
-                return read(raw.decode())
+                return rewards.read(name, sandbox.fs.read(f"{REWARDS}/{name}", length=rewards.LARGEST))
             except errors.NotFound:
                 continue
-            except (ValueError, RecursionError, errors.ClientError) as error:
+            except (ValueError, errors.ClientError) as error:
                 raise self._no_reward(episode, f"{name} is no reward: {error}", done.stdout + done.stderr) from None
         raise self._no_reward(episode, "they wrote no reward", done.stdout + done.stderr)
 
@@ -311,23 +309,3 @@ def _says(content: str, role: str = "user") -> Message:
 
 def _step(state: list[Message], reward: float, over: bool, **info: Any) -> dict[str, Any]:
     return {"state": state, "reward": reward, "is_terminated": over, "info": info}
-
-
-def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(f"{str(value)[:40]!r} is no number")
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"{number} is no reward")
-    return number
-
-
-def _one(text: str) -> dict[str, float]:
-    return {"reward": _number(text.strip())}
-
-
-def _many(text: str) -> dict[str, float]:
-    found = json.loads(text)
-    if not isinstance(found, dict) or not found:
-        raise ValueError("it is no object")
-    return {str(name): _number(value) for name, value in found.items()}

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from rock import __version__
-from rock.admin.api import bare, reference, sandboxes
+from rock.admin.api import bare, jobs, reference, sandboxes
 from rock.admin.environments import Environments
 from rock.admin.reconciler import mark_lost
 from rock.admin.sandboxes.service import Service
@@ -28,6 +28,7 @@ from rock.errors import (
 )
 from rock.http.asgi import retry_after
 from rock.protocol import action, env, keys, node, sandbox
+from rock.protocol import jobs as job_messages
 from rock.protocol.action import ConnectionList
 from rock.protocol.env import AddEnv, BuildEnv, EnvAbout
 from rock.protocol.keys import CreateKey, KeyInfo, KeyList, NewKey
@@ -65,6 +66,7 @@ def build(
     _errors(app)
     _sandboxes(app, tenant_services)
     _volumes(app, tenant_services)
+    jobs.add_routes(app, service.store.jobs)
     _keys(app, keys)
     _environments(app, envs)
     add_routes(app, service)
@@ -203,7 +205,7 @@ def _models() -> dict[str, type[BaseModel]]:
     """The wire models, by name."""
     return {
         name: kind
-        for module in (sandbox, action, env, node, keys)
+        for module in (sandbox, action, env, node, keys, job_messages)
         for name, kind in vars(module).items()
         if isinstance(kind, type) and issubclass(kind, BaseModel)
     }

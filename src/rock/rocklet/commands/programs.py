@@ -435,7 +435,11 @@ class Background:
 
     def feed(self, data: bytes) -> None:
         """Write all its input and then end of file, as fast as the process reads."""
-        self._spawn(self.write(data, True))
+        self._spawn(self._feed(data))
+
+    async def _feed(self, data: bytes) -> None:
+        with contextlib.suppress(InvalidConfig):  # the process ended before it read its input
+            await self.write(data, True)
 
     async def write(self, data: bytes, close: bool) -> None:
         """Write input, after that of earlier calls; returns when the input is in the program's pipe."""

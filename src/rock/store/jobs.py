@@ -1,0 +1,408 @@
+"""Jobs and their trials, in SQLite and in PostgreSQL.
+
+Each operation is a generator that yields SQL statements and receives rows; it contains no I/O. Two small classes at the
+end run it in one transaction of their database. Every operation on trials first locks the row of its job, so that
+claims, results and cancellations of a job are sequential.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import sqlite3
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Protocol, TypeVar
+
+from rock import faults
+from rock.errors import Conflict, NotFound, QuotaExceeded
+from rock.protocol.jobs import (
+    HISTORY,
+    BeatenTrials,
+    BeatTrials,
+    ClaimedTrials,
+    ClaimTrials,
+    CreateJob,
+    FinishTrial,
+    JobCounts,
+    JobDetail,
+    JobInfo,
+    JobState,
+    TrialError,
+    TrialInfo,
+    TrialList,
+    TrialState,
+)
+
+T = TypeVar("T")
+Row = Sequence[Any]
+Steps = Generator[tuple[str, Sequence[Any]], list[Row], T]
+
+MOST_JOBS = 10_000  # of one tenant
+PAGE = 1000  # trials of one response
+_JOB = "id, tenant, name, created_at, started_at, finished_at, cancelled, tasks, attempts, labels"
+_TRIAL = "number, task, name, attempt, state, tries, token, holder, until, not_before, info"
+_LOCK = 0x524F434A  # advisory lock of new jobs, in PostgreSQL
+
+
+class Jobs(Protocol):
+    """The jobs of all tenants. tenant None: of any tenant. Each method raises Unavailable or StorageFull when the
+    database fails, and NotFound for an unknown job or trial."""
+
+    async def create(self, spec: CreateJob, tenant: str, key: str | None = None) -> JobInfo:
+        """Create a job with its trials, or return the one that the tenant created with this key. QuotaExceeded."""
+        ...
+
+    async def list(
+        self, tenant: str | None, label: tuple[str, str] | None = None, limit: int = 100
+    ) -> Sequence[JobInfo]:
+        """Jobs, newest first."""
+        ...
+
+    async def get(self, job_id: str, tenant: str | None) -> JobDetail: ...
+
+    async def trials(self, job_id: str, tenant: str | None, after: int = 0, limit: int = PAGE) -> TrialList: ...
+
+    async def claim(self, job_id: str, tenant: str | None, spec: ClaimTrials) -> ClaimedTrials: ...
+
+    async def beat(self, job_id: str, tenant: str | None, spec: BeatTrials) -> BeatenTrials: ...
+
+    async def finish(self, job_id: str, tenant: str | None, number: int, spec: FinishTrial) -> TrialInfo:
+        """The end of a try. Conflict when the token is not the current one. The same result twice is accepted."""
+        ...
+
+    async def cancel(self, job_id: str, tenant: str | None) -> JobInfo:
+        """Cancel pending trials, and request the cancellation of running ones."""
+        ...
+
+    async def delete(self, job_id: str, tenant: str | None) -> JobInfo:
+        """Delete a job. Conflict while a runner has a lease of a trial."""
+        ...
+
+
+# ---- operations ----
+
+
+def _create(now: float, spec: CreateJob, tenant: str, key: str | None, lock: bool) -> Steps[JobInfo]:
+    digest = None if key is None else hashlib.sha256(key.encode()).hexdigest()
+    if lock:
+        yield f"SELECT pg_advisory_xact_lock({_LOCK}, hashtext($1))", (tenant,)
+    if digest is not None:
+        known = yield "SELECT id FROM job WHERE tenant = $1 AND idempotency_key = $2", (tenant, digest)
+        if known:
+            return (yield from _info(known[0][0], tenant))
+    count = yield "SELECT count(*) FROM job WHERE tenant = $1", (tenant,)
+    if count[0][0] >= MOST_JOBS:
+        raise QuotaExceeded(f"there are {MOST_JOBS} jobs: a tenant has at most so many", hint="delete some")
+    job_id = secrets.token_hex(8)
+    tasks = [task.model_dump(mode="json") for task in spec.tasks]
+    yield (
+        f"INSERT INTO job ({_JOB}, idempotency_key, spec) "
+        "VALUES ($1, $2, $3, $4, NULL, NULL, 0, $5, $6, $7, $8, $9)",
+        (job_id, tenant, spec.name, now, len(tasks), spec.attempts, json.dumps(spec.labels), digest,
+         json.dumps({"config": spec.config, "tasks": tasks})),
+    )  # fmt: skip
+    number = 0
+    rows: list[tuple[int, int, int, str]] = []
+    for attempt in range(1, spec.attempts + 1):
+        for index, task in enumerate(spec.tasks):
+            number += 1
+            rows.append((number, index, attempt, task.name))
+            if len(rows) == 200:
+                yield _add(job_id, rows)
+                rows = []
+    if rows:
+        yield _add(job_id, rows)
+    return (yield from _info(job_id, tenant))
+
+
+def _add(job_id: str, rows: Sequence[tuple[int, int, int, str]]) -> tuple[str, Sequence[Any]]:
+    """The INSERT of many trials."""
+    values = ", ".join(f"($1, {number}, {task}, ${place}, {attempt}, 'pending', 0, 0, '', 0, 0, '{{}}')"
+                       for place, (number, task, attempt, _) in enumerate(rows, 2))  # fmt: skip
+    return f"INSERT INTO trial (job, {_TRIAL}) VALUES {values}", (job_id, *(row[3] for row in rows))
+
+
+def _load(job_id: str, tenant: str | None, lock: bool = False) -> Steps[Row]:
+    rows = yield f"SELECT {_JOB} FROM job WHERE id = $1{' FOR UPDATE' if lock else ''}", (job_id,)
+    if not rows or (tenant is not None and rows[0][1] != tenant):
+        raise NotFound(f"there is no job {job_id}", hint="rock job ls")
+    return rows[0]
+
+
+def _info(job_id: str, tenant: str | None) -> Steps[JobInfo]:
+    job = yield from _load(job_id, tenant)
+    counts = yield _COUNT, (job_id,)
+    return _job_info(job, counts)
+
+
+_COUNT = "SELECT state, count(*), count(reward), sum(reward) FROM trial WHERE job = $1 GROUP BY state"
+
+
+def _job_info(job: Row, counts: Sequence[Row]) -> JobInfo:
+    job_id, tenant, name, created, started, finished, cancelled, tasks, attempts, labels = job
+    by_state = JobCounts(**{row[0]: row[1] for row in counts})
+    valid = sum(row[2] for row in counts)
+    total = sum(row[3] or 0.0 for row in counts)
+    if by_state.pending + by_state.running:
+        state = JobState.PENDING if started is None else JobState.RUNNING
+    elif by_state.cancelled:
+        state = JobState.CANCELLED
+    else:
+        state = JobState.FAILED if by_state.failed else JobState.COMPLETED
+    return JobInfo(
+        job_id=job_id, name=name, state=state, tenant=tenant, labels=json.loads(labels), tasks=tasks, attempts=attempts,
+        trials=tasks * attempts, counts=by_state, valid=valid, mean_reward=total / valid if valid else None,
+        cancelling=bool(cancelled) and by_state.running > 0, created_at=created, started_at=started,
+        finished_at=finished,
+    )  # fmt: skip
+
+
+def _list(tenant: str | None, label: tuple[str, str] | None, limit: int) -> Steps[list[JobInfo]]:
+    if tenant is None:
+        rows = yield f"SELECT {_JOB} FROM job ORDER BY created_at DESC, id", ()
+    else:
+        rows = yield f"SELECT {_JOB} FROM job WHERE tenant = $1 ORDER BY created_at DESC, id", (tenant,)
+    found: list[JobInfo] = []
+    for row in rows:
+        if len(found) == limit:
+            break
+        if label is None or json.loads(row[9]).get(label[0]) == label[1]:
+            found.append(_job_info(row, (yield _COUNT, (row[0],))))
+    return found
+
+
+def _get(job_id: str, tenant: str | None) -> Steps[JobDetail]:
+    info = yield from _info(job_id, tenant)
+    rows = yield "SELECT spec FROM job WHERE id = $1", (job_id,)
+    spec = json.loads(rows[0][0])
+    return JobDetail(**info.model_dump(), config=spec["config"], task_list=spec["tasks"])
+
+
+def _trials(job_id: str, tenant: str | None, after: int, limit: int) -> Steps[TrialList]:
+    yield from _load(job_id, tenant)
+    rows = yield (f"SELECT {_TRIAL} FROM trial WHERE job = $1 AND number > $2 ORDER BY number LIMIT $3",
+                  (job_id, after, limit + 1))  # fmt: skip
+    items = [_trial(row) for row in rows[:limit]]
+    return TrialList(items=items, next=items[-1].number if len(rows) > limit else None)
+
+
+def _trial(row: Row) -> TrialInfo:
+    number, task, name, attempt, state, tries, token, holder, _, not_before, info = row
+    return TrialInfo(number=number, task=name, task_index=task, attempt=attempt, state=state, tries=tries,
+                     token=token, holder=holder, not_before=not_before, **json.loads(info))  # fmt: skip
+
+
+def _claim(now: float, job_id: str, tenant: str | None, spec: ClaimTrials) -> Steps[ClaimedTrials]:
+    job = yield from _load(job_id, tenant, lock=True)
+    cancelling = bool(job[6])
+    if cancelling:  # trials of runners that are gone
+        yield from _drop(now, job_id, spec.take_over)
+    rows = yield (
+        f"SELECT {_TRIAL} FROM trial WHERE job = $1 AND ((state = 'pending' AND not_before <= $2) OR "
+        "(state = 'running' AND (until < $2 OR ($3 = 1 AND holder <> $4)))) ORDER BY number LIMIT $5",
+        (job_id, now, int(spec.take_over), spec.holder, 0 if cancelling else spec.count),
+    )
+    items = []
+    for row in rows:
+        trial = _trial(row)
+        trial = trial.model_copy(update={"state": TrialState.RUNNING, "token": trial.token + 1, "holder": spec.holder,
+                                         "not_before": 0.0, "started_at": trial.started_at or now})  # fmt: skip
+        yield ("UPDATE trial SET state = 'running', token = $3, holder = $4, until = $5, not_before = 0, info = $6 "
+               "WHERE job = $1 AND number = $2",
+               (job_id, trial.number, trial.token, spec.holder, now + spec.lease, _kept(trial)))  # fmt: skip
+        items.append(trial)
+    if items and job[4] is None:
+        yield "UPDATE job SET started_at = $2 WHERE id = $1", (job_id, now)
+    left = yield ("SELECT count(*), min(CASE WHEN state = 'pending' THEN not_before ELSE until END) FROM trial "
+                  "WHERE job = $1 AND state IN ('pending', 'running')", (job_id,))  # fmt: skip
+    others = yield ("SELECT min(CASE WHEN state = 'pending' THEN not_before ELSE until END) FROM trial WHERE job = $1 "
+                    "AND (state = 'pending' OR (state = 'running' AND holder <> $2))",
+                    (job_id, spec.holder))  # fmt: skip
+    yield from _end_if_complete(now, job_id)
+    first = others[0][0]
+    return ClaimedTrials(items=items, left=left[0][0], wait=None if first is None else max(0.0, first - now),
+                         cancelling=cancelling)  # fmt: skip
+
+
+def _kept(trial: TrialInfo) -> str:
+    fields = {"started_at", "finished_at", "rewards", "error", "result", "history"}
+    return trial.model_dump_json(include=fields, exclude_none=True)
+
+
+def _drop(now: float, job_id: str, all_running: bool) -> Steps[None]:
+    """Cancel the trials of a cancelled job that no runner has. A result of a former runner has an old token."""
+    yield ("UPDATE trial SET state = 'cancelled', token = token + 1 WHERE job = $1 AND (state = 'pending' OR "
+           "(state = 'running' AND (until < $2 OR $3 = 1)))", (job_id, now, int(all_running)))  # fmt: skip
+
+
+def _end_if_complete(now: float, job_id: str) -> Steps[None]:
+    left = yield "SELECT count(*) FROM trial WHERE job = $1 AND state IN ('pending', 'running')", (job_id,)
+    if not left[0][0]:
+        yield "UPDATE job SET finished_at = $2 WHERE id = $1 AND finished_at IS NULL", (job_id, now)
+
+
+def _beat(now: float, job_id: str, tenant: str | None, spec: BeatTrials) -> Steps[BeatenTrials]:
+    job = yield from _load(job_id, tenant, lock=True)
+    lost = []
+    for number, token in spec.trials.items():
+        rows = yield ("UPDATE trial SET until = $5 WHERE job = $1 AND number = $2 AND token = $3 AND holder = $4 AND "
+                      "state = 'running' RETURNING number",
+                      (job_id, number, token, spec.holder, now + spec.lease))  # fmt: skip
+        if not rows:
+            lost.append(number)
+    return BeatenTrials(lost=lost, cancelling=bool(job[6]))
+
+
+def _finish(now: float, job_id: str, tenant: str | None, number: int, spec: FinishTrial) -> Steps[TrialInfo]:
+    job = yield from _load(job_id, tenant, lock=True)
+    rows = yield f"SELECT {_TRIAL} FROM trial WHERE job = $1 AND number = $2", (job_id, number)
+    if not rows:
+        raise NotFound(f"job {job_id} has no trial {number}", hint="trials are numbered from 1")
+    trial = _trial(rows[0])
+    if trial.token != spec.token:
+        raise Conflict(
+            f"trial {number} of job {job_id} has token {trial.token}, not {spec.token}: another runner has it",
+            hint="stop to run this trial: its lease ended, or another runner took it over",
+        )
+    if trial.state is not TrialState.RUNNING:
+        if trial.state.is_final and trial.state.value == spec.outcome:
+            return trial  # a repeated request
+        raise Conflict(f"trial {number} of job {job_id} is {trial.state}", hint="a final trial does not change")
+    again = spec.outcome in ("retry", "release")
+    if again and job[6]:
+        spec, again = spec.model_copy(update={"outcome": "cancelled"}), False
+    state = TrialState.PENDING if again else TrialState(spec.outcome)
+    error = spec.error if spec.error is None or spec.error.at else spec.error.model_copy(update={"at": now})
+    history = list(trial.history)
+    if again and error is not None:
+        history = [*history, error.model_copy(update={"traceback": ""})][-HISTORY:]
+    trial = trial.model_copy(update={
+        "state": state, "tries": trial.tries + (spec.outcome != "release"), "error": None if again else error,
+        "rewards": spec.rewards, "result": spec.result, "history": history, "holder": "" if again else trial.holder,
+        "not_before": now + spec.delay if again else 0.0, "finished_at": None if again else now,
+        "token": trial.token,
+    })  # fmt: skip
+    yield ("UPDATE trial SET state = $3, tries = $4, holder = $5, not_before = $6, info = $7, reward = $8 "
+           "WHERE job = $1 AND number = $2",
+           (job_id, number, state.value, trial.tries, trial.holder, trial.not_before, _kept(trial),
+            trial.reward))  # fmt: skip
+    if not again:
+        yield from _end_if_complete(now, job_id)
+    return trial
+
+
+def _cancel(now: float, job_id: str, tenant: str | None) -> Steps[JobInfo]:
+    yield from _load(job_id, tenant, lock=True)
+    yield "UPDATE job SET cancelled = 1 WHERE id = $1", (job_id,)
+    yield from _drop(now, job_id, False)
+    yield from _end_if_complete(now, job_id)
+    return (yield from _info(job_id, tenant))
+
+
+def _delete(now: float, job_id: str, tenant: str | None) -> Steps[JobInfo]:
+    yield from _load(job_id, tenant, lock=True)
+    info = yield from _info(job_id, tenant)
+    held = yield "SELECT count(*) FROM trial WHERE job = $1 AND state = 'running' AND until >= $2", (job_id, now)
+    if held[0][0]:
+        raise Conflict(f"job {job_id} cannot be deleted: a runner has {held[0][0]} of its trials",
+                       hint=f"cancel it first: rock job cancel {job_id}")  # fmt: skip
+    yield "DELETE FROM trial WHERE job = $1", (job_id,)
+    yield "DELETE FROM job WHERE id = $1", (job_id,)
+    return info
+
+
+def error_of(trial: TrialInfo) -> TrialError | None:
+    """The error of a trial, else that of its last try."""
+    return trial.error or (trial.history[-1] if trial.history else None)
+
+
+# ---- databases ----
+
+
+class _Operations:
+    """`Jobs` over a function that runs an operation in a transaction. advisory: whether the database has advisory
+    locks, which it needs for counts."""
+
+    advisory = False
+
+    async def _run(self, operation: Callable[[float], Steps[T]]) -> T:
+        raise NotImplementedError
+
+    async def create(self, spec: CreateJob, tenant: str, key: str | None = None) -> JobInfo:
+        await faults.point("store.job.create")
+        return await self._run(lambda now: _create(now, spec, tenant, key, self.advisory))
+
+    async def list(
+        self, tenant: str | None, label: tuple[str, str] | None = None, limit: int = 100
+    ) -> Sequence[JobInfo]:
+        return await self._run(lambda _: _list(tenant, label, limit))
+
+    async def get(self, job_id: str, tenant: str | None) -> JobDetail:
+        return await self._run(lambda _: _get(job_id, tenant))
+
+    async def trials(self, job_id: str, tenant: str | None, after: int = 0, limit: int = PAGE) -> TrialList:
+        return await self._run(lambda _: _trials(job_id, tenant, after, limit))
+
+    async def claim(self, job_id: str, tenant: str | None, spec: ClaimTrials) -> ClaimedTrials:
+        await faults.point("store.job.claim")
+        return await self._run(lambda now: _claim(now, job_id, tenant, spec))
+
+    async def beat(self, job_id: str, tenant: str | None, spec: BeatTrials) -> BeatenTrials:
+        return await self._run(lambda now: _beat(now, job_id, tenant, spec))
+
+    async def finish(self, job_id: str, tenant: str | None, number: int, spec: FinishTrial) -> TrialInfo:
+        await faults.point("store.job.finish")
+        return await self._run(lambda now: _finish(now, job_id, tenant, number, spec))
+
+    async def cancel(self, job_id: str, tenant: str | None) -> JobInfo:
+        return await self._run(lambda now: _cancel(now, job_id, tenant))
+
+    async def delete(self, job_id: str, tenant: str | None) -> JobInfo:
+        return await self._run(lambda now: _delete(now, job_id, tenant))
+
+
+class SqliteJobs(_Operations):
+    """do: runs a function on the open database in a transaction of its own, and converts errors."""
+
+    def __init__(self, do: Callable[[Callable[[sqlite3.Connection], Any]], Any]) -> None:
+        self._do = do
+
+    async def _run(self, operation: Callable[[float], Steps[T]]) -> T:
+        def work(db: sqlite3.Connection) -> T:
+            now = db.execute("SELECT (julianday('now') - 2440587.5) * 86400.0").fetchone()[0]
+            steps = operation(now)
+            try:
+                text, values = next(steps)
+                while True:
+                    text = text.replace("$", "?").replace(" FOR UPDATE", "")
+                    text, values = steps.send(db.execute(text, values).fetchall())
+            except StopIteration as end:
+                done: T = end.value
+                return done
+
+        made: T = self._do(work)
+        return made
+
+
+class PostgresJobs(_Operations):
+    """transaction: opens a connection in a transaction of its own. All stored texts are JSON or without NUL."""
+
+    advisory = True
+
+    def __init__(self, transaction: Callable[[], AbstractAsyncContextManager[Any]]) -> None:
+        self._transaction = transaction
+
+    async def _run(self, operation: Callable[[float], Steps[T]]) -> T:
+        async with self._transaction() as db:
+            now = await db.fetchval("SELECT extract(epoch FROM clock_timestamp())::float8")
+            steps = operation(now)
+            try:
+                text, values = next(steps)
+                while True:
+                    rows = await db.fetch(text, *values)
+                    text, values = steps.send([tuple(row) for row in rows])
+            except StopIteration as end:
+                done: T = end.value
+                return done
