@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 from rock.gateway.call import Delta, ModelRequest, ModelResponse
 from rock.gateway.dialects.fields import DialectError as DialectError
 from rock.gateway.dialects.fields import Truncated as Truncated
+from rock.gateway.dialects.openai_chat import OpenAIChat
 from rock.gateway.sse import SSEEvent
 
 __all__ = ["DIALECTS", "Dialect", "DialectError", "ErrorKind", "StreamParser", "StreamRenderer", "Truncated"]
@@ -61,9 +62,7 @@ class Dialect(Protocol):
     ) -> ModelRequest:
         """model_of_path, stream: from the path of the request (Gemini); None: the body has them. DialectError."""
 
-    def render_request(
-        self, request: ModelRequest, *, stream: bool, token_fields: bool = False
-    ) -> dict[str, Any]:
+    def render_request(self, request: ModelRequest, *, stream: bool, token_fields: bool = False) -> dict[str, Any]:
         """The body for an upstream of this dialect. In the dialect of the request, `request.raw` with the model,
         sampling parameters and stream of the request; unknown fields pass. token_fields: also request token ids and log
         probabilities, with the fields of vLLM and SGLang. DialectError: it cannot be converted; the text says why."""
@@ -95,4 +94,5 @@ class Dialect(Protocol):
     def auth_headers(self, key: str) -> dict[str, str]: ...
 
 
-DIALECTS: Mapping[str, Dialect] = {}
+_ALL: tuple[Dialect, ...] = (OpenAIChat(),)
+DIALECTS: Mapping[str, Dialect] = {dialect.name: dialect for dialect in _ALL}

@@ -135,7 +135,7 @@ def index(row: Mapping[str, Any], key: str, default: int = 0) -> int:
 
 
 def token_ids(value: Any, where: str) -> list[int] | None:
-    """A list of token ids; None for a missing one. DialectError for anything else: a wrong id must not be trained on."""
+    """A list of token ids; None for a missing one. DialectError for anything else."""
     if value is None:
         return None
     if not isinstance(value, list) or not all(type(entry) is int and 0 <= entry < 1 << 32 for entry in value):
