@@ -21,7 +21,7 @@ import orjson
 from rock import faults
 from rock.errors import RockError, Unsupported, no_such_route
 from rock.gateway import budget
-from rock.gateway.dialects import DIALECTS, Dialect, DialectError
+from rock.gateway.dialects import DIALECTS, Dialect, DialectError, ErrorKind
 from rock.gateway.exchange import Exchange
 from rock.gateway.live import JSON_TYPE, SSE_TYPE, Live
 from rock.gateway.runs import Call, Run, request_of, restored
@@ -229,7 +229,7 @@ class Endpoint:
 class _Refused(Exception):
     """No call begins. kind: of the dialect's error."""
 
-    def __init__(self, kind: str, message: str) -> None:
+    def __init__(self, kind: ErrorKind, message: str) -> None:
         super().__init__(message)
         self.kind = kind
         self.message = message
@@ -314,7 +314,7 @@ async def _body(request: Request, limit: int) -> bytes:
     return b"".join(parts)
 
 
-async def _refuse(dialect: Dialect, send: Send, kind: str, message: str) -> None:
+async def _refuse(dialect: Dialect, send: Send, kind: ErrorKind, message: str) -> None:
     status, body = dialect.render_error(kind, message)
     final = kind not in ("overloaded", "timeout", "upstream")
     headers = [(b"x-should-retry", b"false" if final else b"true")]

@@ -21,10 +21,10 @@ import orjson
 from rock import faults
 from rock.errors import RockError
 from rock.gateway.call import ModelRequest, ModelResponse
-from rock.gateway.dialects import DIALECTS, Dialect, DialectError, Truncated
+from rock.gateway.dialects import DIALECTS, Dialect, DialectError, ErrorKind, StreamRenderer, Truncated
 from rock.gateway.live import SSE_TYPE, Live
 from rock.gateway.runs import Call, Run
-from rock.gateway.sse import SSEEvent, SSEParser
+from rock.gateway.sse import SSEError, SSEEvent, SSEParser
 from rock.gateway.upstreams import Attempts, Upstream, UpstreamFailed
 from rock.http.client import Headers, Interrupted, Response
 from rock.protocol.runs import Price
@@ -51,6 +51,14 @@ class Exchange:
         self.dialect: Dialect = DIALECTS[call.dialect]
         self.live = call.live = Live()
         self._price: Price | None = prices
+        self._renderer: StreamRenderer | None = None
+
+    @property
+    def renderer(self) -> StreamRenderer:
+        """Renders the response as a stream of the agent's dialect."""
+        if self._renderer is None:
+            self._renderer = self.dialect.stream_renderer(self.request)
+        return self._renderer
 
     # ---- results ----
 
@@ -70,9 +78,8 @@ class Exchange:
         if self.call.stream:
             if not self.live.status:
                 self.live.start(200, SSE_TYPE)
-            renderer = self.dialect.stream_renderer(self.request)
-            self.live.send(renderer.begin())
-            self.live.send(renderer.end(response))
+            self.live.send(self.renderer.begin())
+            self.live.send(self.renderer.end(response))
             self.live.end()
         else:
             self.live.whole(200, orjson.dumps(rendered) if wire is None else wire)
@@ -93,7 +100,7 @@ class Exchange:
         return True
 
     def fail(
-        self, kind: str, message: str, *, status: int | None = None, body: bytes | None = None,
+        self, kind: ErrorKind, message: str, *, status: int | None = None, body: bytes | None = None,
         headers: Headers | None = None, cancelled: bool = False,
     ) -> None:  # fmt: skip
         """End the call without a response: an error in the dialect of the agent. body: the error as it is sent."""
@@ -104,9 +111,8 @@ class Exchange:
         if live.complete:
             return
         if live.status:
-            renderer = self.dialect.stream_renderer(self.request)
             try:
-                live.send(renderer.error(kind, message))
+                live.send(self.renderer.error(kind, message))
             finally:
                 live.abort()  # a stream without its end: the agent sees a broken response, never a complete one
             return
@@ -148,12 +154,19 @@ async def from_upstream(exchange: Exchange, upstream: Upstream, original: bytes,
         exchange.fail(error.kind, error.message, status=error.status or None, headers=pause,
                   body=_passed(error) if same else None)  # fmt: skip
     except Interrupted as error:
-        kind = "timeout" if error.timed_out else "upstream"
+        kind: ErrorKind = "timeout" if error.timed_out else "upstream"
         exchange.fail(kind, f"the response of upstream {upstream.name} broke: {error}")
-    except (Truncated, DialectError) as error:
+    except (Truncated, DialectError, SSEError) as error:
         exchange.fail("upstream", f"upstream {upstream.name} sent an invalid response: {error}")
     finally:
         exchange.call.attempts = max(1, attempts.count)
+
+
+def _adds_usage(exchange: Exchange, same: bool) -> bool:
+    """Whether the gateway requests the usage at the end of a stream, which the agent did not request."""
+    options = exchange.raw.get("stream_options")
+    wanted = isinstance(options, dict) and bool(options.get("include_usage"))
+    return same and exchange.call.stream and exchange.call.dialect == "openai-chat" and not wanted
 
 
 def _passed(error: UpstreamFailed) -> bytes | None:
@@ -168,7 +181,7 @@ def _upstream_body(exchange: Exchange, upstream: Upstream, original: bytes, same
     model = exchange.call.upstream_model or exchange.call.model
     request = exchange.request
     unchanged = same and not token_fields and model == request.model and not exchange.run.spec.sampling
-    if unchanged:
+    if unchanged and not _adds_usage(exchange, same):
         return original
     request = replace(request, model=model, sampling=overridden(request.sampling, exchange.run.spec.sampling))
     stream = exchange.call.stream
@@ -194,7 +207,7 @@ async def _whole(exchange: Exchange, upstream: Upstream, response: Response, sam
         await exchange.respond(parsed)
         return
     if token_fields:
-        found = upstream.dialect.strip_token_fields(found)
+        found = upstream.dialect.strip_token_fields(found, exchange.request)
         data = orjson.dumps(found)
     await exchange.respond(parsed, found, data)
 
@@ -207,7 +220,8 @@ def _versioned(exchange: Exchange, upstream: Upstream, response: ModelResponse) 
 async def _relay(exchange: Exchange, upstream: Upstream, response: Response, same: bool, token_fields: bool) -> None:
     """A stream: each piece is sent as it arrives, but the event that ends the response only after it was recorded."""
     parser, sse = upstream.dialect.stream_parser(), SSEParser(MAX_RESPONSE)
-    renderer = None if same else exchange.dialect.stream_renderer(exchange.request)
+    renderer = None if same else exchange.renderer
+    hides_usage = _adds_usage(exchange, same)
     live, size, finished = exchange.live, 0, False
     held: list[bytes] = []
     async with aclosing(response.pieces()) as pieces:
@@ -226,8 +240,8 @@ async def _relay(exchange: Exchange, upstream: Upstream, response: Response, sam
             finished = finished or any(ends_stream(event) for event in events)
             if renderer is not None:
                 parts = [renderer.feed(delta) for delta in deltas]
-            elif token_fields:
-                parts = list(_stripped(upstream.dialect, events))
+            elif token_fields or hides_usage:
+                parts = list(_stripped(upstream.dialect, events, exchange, token_fields, hides_usage))
             else:
                 parts = [piece]
             if finished:
@@ -253,14 +267,20 @@ def ends_stream(event: SSEEvent) -> bool:
     return event.data == "[DONE]" or event.event in _LAST_EVENTS or '"finishReason"' in event.data
 
 
-def _stripped(dialect: Dialect, events: list[SSEEvent]) -> Iterator[bytes]:
+def _stripped(
+    dialect: Dialect, events: list[SSEEvent], exchange: Exchange, token_fields: bool, hides_usage: bool
+) -> Iterator[bytes]:
+    """The events without what the gateway requested and the agent did not."""
     for event in events:
-        try:
-            data = orjson.loads(event.data)
-        except orjson.JSONDecodeError:
+        data = orjson.loads(event.data) if event.data != "[DONE]" else None
+        if not isinstance(data, dict):
             yield event.render()
+        elif hides_usage and data.get("choices") == [] and data.get("usage") is not None:
             continue
-        text = orjson.dumps(dialect.strip_token_fields(data)).decode() if isinstance(data, dict) else event.data
-        yield replace(event, data=text).render()
+        elif token_fields:
+            text = orjson.dumps(dialect.strip_token_fields(data, exchange.request)).decode()
+            yield replace(event, data=text).render()
+        else:
+            yield event.render()
 
 

@@ -83,8 +83,14 @@ async def answer(run: Run, exchange: Exchange | None, call: Call, spec: AnswerCa
         except DialectError as error:
             raise InvalidConfig(f"the response is not one of dialect {dialect}: {error}",
                                 hint="answer with a response body of that dialect, or with text") from None
-        body = DIALECTS[dialect].strip_token_fields(spec.response) if dialect == call.dialect else None
-    await exchange.respond(_with_tokens(parsed, spec, run), body)
+        body = None
+        if dialect == call.dialect:
+            body = DIALECTS[dialect].strip_token_fields(spec.response, exchange.request)
+    try:
+        await exchange.respond(_with_tokens(parsed, spec, run), body)
+    except DialectError as error:
+        raise InvalidConfig(f"the response cannot be sent in dialect {call.dialect}: {error}",
+                            hint="answer with parts that the agent's dialect has") from None
     return run.describe(call)
 
 
@@ -115,7 +121,7 @@ async def answer_stream(
     if not _open(run, call) or exchange is None:
         return run.describe(call)
     parser = DIALECTS[dialect].stream_parser()
-    renderer = exchange.dialect.stream_renderer(exchange.request)
+    renderer = exchange.renderer
     try:
         async for line in lines:
             event = _event(line)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from rock.errors import InvalidConfig, NotFound
-from rock.gateway.dialects import DIALECTS, Dialect
+from rock.gateway.dialects import DIALECTS, Dialect, ErrorKind
 from rock.host import atomic_file
 from rock.http.client import Address, ConnectFailed, Headers, Interrupted, Pool, Response
 from rock.protocol.runs import UpstreamInfo, UpstreamSpec
@@ -41,7 +41,9 @@ class UpstreamFailed(Exception):
     """No response of the upstream was received. kind: of the dialect's error. status, body: of its last response, in
     the dialect of the upstream; 0 when there was none."""
 
-    def __init__(self, kind: str, message: str, status: int = 0, body: bytes = b"", retry_after: float = 0.0) -> None:
+    def __init__(
+        self, kind: ErrorKind, message: str, status: int = 0, body: bytes = b"", retry_after: float = 0.0
+    ) -> None:
         super().__init__(message)
         self.kind = kind
         self.message = message
@@ -120,7 +122,7 @@ class Upstream:
                 continue
             except Interrupted as error:
                 self._chosen[run_id] = (place + 1) % len(self._pools)
-                kind = "timeout" if error.timed_out else "upstream"
+                kind: ErrorKind = "timeout" if error.timed_out else "upstream"
                 failure = UpstreamFailed(kind, f"upstream {self.name} sent no response: {error}")
                 continue
             async with response:
@@ -141,7 +143,7 @@ class Upstream:
         status = response.status
         if status in (401, 403):  # it concerns our key, not that of the agent
             return UpstreamFailed("upstream", f"upstream {self.name} refused the key of the gateway: status {status}")
-        kind = "overloaded" if status in (429, 503, 529) else "timeout" if status in (408, 504) else \
+        kind: ErrorKind = "overloaded" if status in (429, 503, 529) else "timeout" if status in (408, 504) else \
             "upstream" if status >= 500 or status < 400 else "bad_request"
         return UpstreamFailed(kind, f"upstream {self.name} responded with status {status}",
                               status if status >= 400 else 0, body, _seconds(response.header(b"retry-after")))
