@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, Protocol, TypeAlias
 
 from rock.gateway.call import Delta, ModelRequest, ModelResponse
+from rock.gateway.dialects.anthropic import Anthropic
 from rock.gateway.dialects.fields import DialectError as DialectError
 from rock.gateway.dialects.fields import Truncated as Truncated
 from rock.gateway.dialects.openai_chat import OpenAIChat
@@ -94,5 +95,5 @@ class Dialect(Protocol):
     def auth_headers(self, key: str) -> dict[str, str]: ...
 
 
-_ALL: tuple[Dialect, ...] = (OpenAIChat(),)
+_ALL: tuple[Dialect, ...] = (OpenAIChat(), Anthropic())
 DIALECTS: Mapping[str, Dialect] = {dialect.name: dialect for dialect in _ALL}
