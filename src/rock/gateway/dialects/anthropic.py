@@ -28,6 +28,7 @@ from rock.gateway.dialects.anthropic_stream import AnthropicParser, AnthropicRen
 from rock.gateway.dialects.fields import DialectError
 from rock.gateway.dialects.parts import (
     STATUS,
+    add_turn,
     as_base64,
     check_convertible,
     convertible_tools,
@@ -164,19 +165,10 @@ def _message(row: Mapping[str, Any], where: str, messages: list[Message]) -> Non
         return
     if role != "user":
         raise DialectError(f"{where}.role is {role[:40]!r}; it is user or assistant")
-    if not any(isinstance(part, ToolResult) for part in parts):
-        messages.append(Message("user", tuple(parts)))
-        return
-    group: list[Part] = []
-    for place, part in enumerate(parts):
-        group.append(part)
-        result = isinstance(part, ToolResult)
-        if place + 1 == len(parts) or isinstance(parts[place + 1], ToolResult) != result:
-            if result and messages and messages[-1].role == "tool":
-                messages[-1] = Message("tool", messages[-1].parts + tuple(group))
-            else:
-                messages.append(Message("tool" if result else "user", tuple(group)))
-            group = []
+    if parts:
+        add_turn(messages, parts)
+    else:
+        messages.append(Message("user", ()))
 
 
 def _content(value: Any, where: str) -> list[Part]:
