@@ -177,6 +177,9 @@ class Run:
                 body = self._requests.unpack(call.number, cache)
                 self._requests.note(call.number, body)
                 self._prefixes.add(call.number, request_of(call, body))
+                answer = self.response(call)
+                if answer is not None:
+                    self._prefixes.answered(call.number, DIALECTS[call.dialect].parse_response(answer))
 
     def _replay(self, offset: int, record: dict[str, Any], counts: Counts) -> None:
         kind = record["k"]
@@ -350,6 +353,7 @@ class Run:
         }  # fmt: skip
         more = {"rs": body, "ti": self._tokens.pack(call.number, {k: v for k, v in tokens.items() if v is not None})}
         self._ended(call, "done", more)
+        self._prefixes.answered(call.number, response)
         if call.retry_of is not None:
             self._complete_again()
 
