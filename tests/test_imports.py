@@ -30,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "datasets": {"datasets", "guest"},
     "rocklet": {"rocklet", "runtime", "images", "egress", "host", "guest", "envhub", *GROUND},
     "proxy": {"proxy", "scheduler", "store", *GROUND},
+    "ui": {"ui", "admin", "store", *GROUND},
     "admin": {"admin", "envhub", "scheduler", "store", *GROUND},
     "sdk": {"sdk", "protocol", "errors", "settings", "telemetry"},
     "sync": {"sync", "sdk", "protocol", "errors", "settings", "telemetry"},

@@ -321,6 +321,8 @@ class Settings:
     faults: str = ""
     env_lease: float = 50.0
     dialect_network: str = "nat"
+    ui: str = "on"
+    audit_days: float = 90.0
 
     @property
     def archive_dir(self) -> Path:
@@ -419,6 +421,8 @@ class Settings:
             ("faults", str),
             ("env_lease", float),
             ("dialect_network", str),
+            ("ui", str),
+            ("audit_days", float),
             ("port", int),
             ("image_max_entries", int),
             ("pool_size", int),
@@ -439,6 +443,11 @@ class Settings:
         network = values.get("dialect_network", "nat")
         if network not in ("none", "nat", "host", "bridge"):
             raise ValueError(f"ROCK_DIALECT_NETWORK={network!r} is none of none, nat, host and bridge")
+        if values.get("ui", "on") not in ("on", "off"):
+            raise ValueError(f"ROCK_UI={values['ui']!r} is neither on nor off")
+        days = values.get("audit_days", 90.0)
+        if not isinstance(days, int | float) or not 0 <= days <= 36500:
+            raise ValueError(f"ROCK_AUDIT_DAYS={days} is not between 0 and 36500")
         if values.get("log_format", "text") not in ("text", "json"):
             raise ValueError(f"ROCK_LOG_FORMAT={values['log_format']!r} is neither text nor json")
         return cls(**values)  # type: ignore[arg-type]

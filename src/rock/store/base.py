@@ -14,6 +14,7 @@ from rock.errors import Conflict, NotFound, QuotaExceeded
 from rock.protocol.keys import KeyInfo, Quota
 from rock.protocol.node import Beat, JoinWorker, NodeStatus, WorkerInfo, WorkerState
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
+from rock.store.access import AccessStore
 from rock.store.volumes import Volumes
 
 CLOSED = "the server is stopping; try again after its restart"  # a hint of errors
@@ -120,6 +121,9 @@ class Store(Protocol):
 
     @property
     def volumes(self) -> Volumes: ...
+
+    @property
+    def access(self) -> AccessStore: ...
 
     async def open(self) -> None: ...
 

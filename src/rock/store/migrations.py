@@ -122,6 +122,29 @@ SQLITE: tuple[tuple[str, ...], ...] = (
         ) WITHOUT ROWID""",
         "CREATE INDEX volume_worker ON volume (worker)",
     ),
+    (),  # 8: reserved
+    (  # 9: sessions of the web page, and the audit log. key: digest of an API key; until: end of the session
+        """CREATE TABLE page_session (
+            digest TEXT NOT NULL PRIMARY KEY,
+            kind TEXT NOT NULL,
+            key TEXT NOT NULL,
+            until REAL NOT NULL
+        ) WITHOUT ROWID""",
+        """CREATE TABLE audit (
+            number INTEGER PRIMARY KEY AUTOINCREMENT,
+            at REAL NOT NULL,
+            tenant TEXT NOT NULL,
+            key_id TEXT NOT NULL,
+            action TEXT NOT NULL,
+            target TEXT NOT NULL,
+            status INTEGER NOT NULL,
+            request_id TEXT NOT NULL,
+            address TEXT NOT NULL
+        )""",
+        "CREATE INDEX audit_at ON audit (at)",
+        "CREATE INDEX audit_tenant ON audit (tenant, number)",
+        "CREATE INDEX audit_target ON audit (target, number)",
+    ),
 )
 
 POSTGRES: tuple[tuple[str, ...], ...] = (
@@ -196,5 +219,28 @@ POSTGRES: tuple[tuple[str, ...], ...] = (
             UNIQUE (tenant, idempotency_key)
         )""",
         "CREATE INDEX volume_worker ON volume (worker)",
+    ),
+    (),  # 6: reserved
+    (  # 7: sessions of the web page, and the audit log, as in SQLite's version 9
+        """CREATE TABLE page_session (
+            digest text PRIMARY KEY,
+            kind text NOT NULL,
+            key text NOT NULL,
+            until double precision NOT NULL
+        )""",
+        """CREATE TABLE audit (
+            number bigserial PRIMARY KEY,
+            at double precision NOT NULL,
+            tenant text NOT NULL,
+            key_id text NOT NULL,
+            action text NOT NULL,
+            target text NOT NULL,
+            status int NOT NULL,
+            request_id text NOT NULL,
+            address text NOT NULL
+        )""",
+        "CREATE INDEX audit_at ON audit (at)",
+        "CREATE INDEX audit_tenant ON audit (tenant, number)",
+        "CREATE INDEX audit_target ON audit (target, number)",
     ),
 )

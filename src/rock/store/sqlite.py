@@ -24,6 +24,7 @@ from rock.protocol.keys import KeyInfo, Quota
 from rock.protocol.node import Beat, JoinWorker, WorkerInfo
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State, kept
 from rock.store import base
+from rock.store.access import SqliteAccess
 from rock.store.base import (
     CLOSED,
     COLUMNS,
@@ -72,6 +73,7 @@ class SqliteStore:
         self._batch = Batch(lambda: _transaction(self._open_db, "IMMEDIATE"), self._error_of)
         self.workers = SqliteWorkers(self._within)
         self.volumes = SqliteVolumes(self._within)
+        self.access = SqliteAccess(self._within, lambda work: self._aside(lambda: work(self._open_db_aside)))
 
     async def open(self) -> None:
         self._now(self._open)
@@ -512,9 +514,7 @@ def _load(row: tuple[Any, ...]) -> Record:
     return Record(SandboxInfo.model_validate_json(info), SandboxConfig.model_validate_json(config), key, version)
 
 
-# ---- workers ----
-#
-# Implements `Workers` of base.py.
+# ---- workers: implements `Workers` of base.py ----
 
 
 class SqliteWorkers:

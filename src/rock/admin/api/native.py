@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from rock import __version__
+from rock.admin import audit
 from rock.admin.api import bare, reference, sandboxes
 from rock.admin.environments import Environments
 from rock.admin.reconciler import mark_lost
@@ -28,6 +29,7 @@ from rock.errors import (
 )
 from rock.http.asgi import retry_after
 from rock.protocol import action, env, keys, node, sandbox
+from rock.protocol import audit as audit_messages
 from rock.protocol.action import ConnectionList
 from rock.protocol.env import AddEnv, BuildEnv, EnvAbout
 from rock.protocol.keys import CreateKey, KeyInfo, KeyList, NewKey
@@ -36,7 +38,7 @@ from rock.protocol.routes import IDEMPOTENCY_KEY, METHODS, ROUTES
 from rock.protocol.sandbox import SandboxInfo
 from rock.store.base import Query as Listing
 
-BARE = (*sandboxes.NAMES, *bare.NAMES, *bare.WORKER_NAMES)
+BARE = (*sandboxes.NAMES, *bare.NAMES, *bare.WORKER_NAMES, *audit.NAMES)
 Wait = Annotated[float, Query(ge=0, le=3600)]
 
 
@@ -203,7 +205,7 @@ def _models() -> dict[str, type[BaseModel]]:
     """The wire models, by name."""
     return {
         name: kind
-        for module in (sandbox, action, env, node, keys)
+        for module in (sandbox, action, env, node, keys, audit_messages)
         for name, kind in vars(module).items()
         if isinstance(kind, type) and issubclass(kind, BaseModel)
     }

@@ -49,6 +49,8 @@ from rock.rocklet.node import Node
 from rock.settings import Settings
 from rock.store.base import Store
 from rock.store.sqlite import SqliteStore
+from rock.ui.live import Live
+from rock.ui.page import Page
 
 _LONG = ("/commit", "/wake")
 _EVENTS = routes.ROUTES["node_events"].path
@@ -188,6 +190,11 @@ def door_of(settings: Settings, home: Home) -> dict[str, Any]:
             "checks_host": bool(settings.public_names)}  # fmt: skip
 
 
+def page_of(settings: Settings, admin: Admin, store: Store) -> Page | None:
+    """The web page of a server; None with ROCK_UI=off."""
+    return Page(lambda: store.access, Live(store), admin.audit.note) if settings.ui == "on" else None
+
+
 class Control:
     """Store, admin and proxy, over remote workers; for one role (admin/auth.py), or for both."""
 
@@ -218,16 +225,18 @@ class Control:
             self.admin.opened = self._identity.check
         self.observed = observe(settings, "admin", store)
         # a server of the other role may forward requests
-        relayed = RelayedCalls(self._route, settings.reconnect_timeout)
-        door = Authenticated(self.observed.measured(relayed), settings.api_key, self.admin.keys,
-                             settings.worker_key, **door_of(settings, self.home))  # fmt: skip
-        app: App = door
+        relayed = RelayedCalls(self.admin.audit.over(self._route), settings.reconnect_timeout)
+        self.page = page_of(settings, self.admin, store)
+        door = Authenticated(self.observed.measured(self.page.inside(relayed) if self.page else relayed),
+                             settings.api_key, self.admin.keys, settings.worker_key,
+                             **door_of(settings, self.home))  # fmt: skip
+        app: App = self.page.over(door) if self.page else door
         # Forwarded requests arrive from a local socket, so a server without a key would treat every client as the
         # owner.
         if role == "read":
-            app = RoleFilter(door, "read", self._others(settings.writer), door.problem)
+            app = RoleFilter(app, "read", self._others(settings.writer), door.problem)
         elif role == "write":
-            app = RoleFilter(door, "write", self._others(settings.reader), door.problem)
+            app = RoleFilter(app, "write", self._others(settings.reader), door.problem)
         self.app = self.observed.over(app)
 
     def _others(self, text: str) -> list[RemoteApp]:
@@ -265,6 +274,8 @@ class Control:
             await self.observed.close()
             for remote in self._remotes:
                 await remote.close()
+            if self.page is not None:
+                await self.page.close()
             await self.admin.close()
 
 

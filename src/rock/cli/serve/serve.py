@@ -26,7 +26,7 @@ from rock.admin.auth import Authenticated
 from rock.admin.preflight import require_key_beyond_loopback, role_of
 from rock.admin.workers.client import Worker
 from rock.admin.workers.registry import WorkerRegistry
-from rock.cli.serve.control import Control, LocalWorker, door_of, lease_of, reach_with
+from rock.cli.serve.control import Control, LocalWorker, door_of, lease_of, page_of, reach_with
 from rock.cli.serve.home import Home, Reserve, make_private
 from rock.cli.serve.identity import Identity
 from rock.cli.serve.observing import observe
@@ -238,9 +238,12 @@ class Server:
         self._identity = Identity(settings.run_dir, self.store, settings.store_changed, self.node)
         self.admin.opened = self._identity.check
         self.observed = self.rocklet.observed = observe(settings, "server", self.store, self.node)
-        door = Authenticated(self.observed.measured(self._route), settings.api_key, self.admin.keys,
-                             settings.worker_key, **door_of(settings, self.home))  # fmt: skip
-        self.app = self.observed.over(door)
+        self.page = page_of(settings, self.admin, self.store)
+        routed = self.admin.audit.over(self._route)
+        door = Authenticated(self.observed.measured(self.page.inside(routed) if self.page else routed),
+                             settings.api_key, self.admin.keys, settings.worker_key,
+                             **door_of(settings, self.home))  # fmt: skip
+        self.app = self.observed.over(self.page.over(door) if self.page else door)
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         with contextlib.suppress(asyncio.CancelledError):  # cancelled by the shutdown
@@ -264,6 +267,8 @@ class Server:
 
     async def close(self) -> None:
         """Stop serving; sandboxes survive and are found again by the next server."""
+        if self.page is not None:
+            await self.page.close()
         await self.admin.close()
         await self.rocklet.close()
 
