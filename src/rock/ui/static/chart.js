@@ -26,12 +26,12 @@ export function Chart(/** @type {any} */ { title, points, format, steps = false 
       plot.current = new uPlot({
         width: Math.max(220, box.current.clientWidth), height: 150, legend: { show: false }, cursor: { show: false },
         scales: { x: { time: !steps }, y: { range: (/** @type {any} */ _u, /** @type {number} */ low, /** @type {number} */ high) => [Math.min(0, low ?? 0), high > 0 ? high * 1.1 : 1] } },
-        axes: [axis, { ...axis, size: 70, values: (/** @type {any} */ _u, /** @type {number[]} */ found) => found.map(format) }],
+        axes: [axis, { ...axis, size: 84, values: (/** @type {any} */ _u, /** @type {number[]} */ found) => found.map(format) }],
         series: [{}, { stroke: colour("--accent"), width: 2, fill: `${colour("--accent")}22`, points: { show: points.length < 3 } }],
       }, data(), box.current);
     };
     make();
-    const observer = new ResizeObserver(() => plot.current && plot.current.setSize({ width: Math.max(220, box.current.clientWidth), height: 150 }));
+    const observer = new ResizeObserver(() => plot.current && box.current && plot.current.setSize({ width: Math.max(220, box.current.clientWidth), height: 150 }));
     observer.observe(box.current);
     const dark = matchMedia("(prefers-color-scheme: dark)");
     dark.addEventListener("change", make);

@@ -19,10 +19,11 @@ export function can(/** @type {string} */ scope) { return !!session && session.s
 /** An error of the server: what, why, and what to do. */
 export class ApiError extends Error {
   constructor(/** @type {number} */ status, /** @type {any} */ body) {
-    super(body.message || `HTTP ${status}`);
+    const found = body.error || body;
+    super(found.message || `HTTP ${status}`);
     this.status = status;
-    this.code = body.code || "";
-    this.hint = body.hint || "";
+    this.code = found.code || "";
+    this.hint = found.hint || "";
   }
 }
 

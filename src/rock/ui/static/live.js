@@ -63,7 +63,7 @@ export class LiveRows {
     this.changed();
   }
   receive(/** @type {any} */ message) {
-    if (message.message) { this.error = message; this.changed(); return; }
+    if (message.error || message.message) { this.error = message.error || message; this.changed(); return; }
     if (message.reset) { this.load(); return; }
     if (this.loaded && applyChanges(this.rows, message, this.names)) this.changed();
   }

@@ -61,7 +61,7 @@ export default function Shell() {
       const message = JSON.parse(event.data);
       ended = true;
       if ("exit" in message) setState(`ended with exit status ${message.exit}`);
-      else { setError(message); setState("ended"); }
+      else { setError(message.error || message); setState("ended"); }
     };
     socket.onclose = () => { if (!ended) setState("disconnected"); };
     const resize = () => {
@@ -70,6 +70,12 @@ export default function Shell() {
     };
     const encoder = new TextEncoder();
     const typed = term.onData((text) => { if (socket.readyState === WebSocket.OPEN) socket.send(encoder.encode(text)); });
+    // Programs inside receive Tab; F6 leaves the terminal.
+    term.attachCustomKeyEventHandler((event) => {
+      if (event.key !== "F6") return true;
+      if (event.type === "keydown") /** @type {HTMLElement|null} */ (document.getElementById("after-terminal"))?.focus();
+      return false;
+    });
     const observer = new ResizeObserver(resize);
     observer.observe(box.current);
     return () => { ended = true; observer.disconnect(); typed.dispose(); socket.close(); term.dispose(); unstyle(); };
@@ -78,6 +84,6 @@ export default function Shell() {
     ${state !== "connected" && state !== "connecting" && html`<button type="button" onClick=${() => { setError(null); setState("connecting"); setAttempt(attempt + 1); }}>Connect again</button>`}</div>
     <${Problem} error=${error} />
     <div class="terminal" ref=${box}></div>
-    <p class="muted">Ctrl+Shift+C copies the selection. To leave the terminal with the keyboard, press Ctrl+Shift+Tab or F6.</p>
+    <p class="muted" id="after-terminal" tabindex="-1">The program inside receives all keys; F6 leaves the terminal.</p>
     <${Same} cli=${["rock", "shell", id]} http=${`WebSocket /v1/sandboxes/${id}/terminal?rows=24&columns=80`} />`;
 }
