@@ -129,13 +129,13 @@ export function StateMark(/** @type {{state: string}} */ { state }) {
 export function Same(/** @type {{cli: (string|undefined)[], http: string}} */ { cli, http }) {
   const command = cli.filter(Boolean).map((word) => shellWord(String(word))).join(" ");
   return html`<details class="same"><summary>Command and HTTP call</summary>
-    <dl><dt>CLI</dt><dd><code>${command}</code> <${Copy} text=${command} /></dd><dt>HTTP</dt><dd><code>${http}</code> <${Copy} text=${http} /></dd></dl></details>`;
+    <dl><dt>CLI</dt><dd><code>${command}</code> <${Copy} text=${command} what="the command" /></dd><dt>HTTP</dt><dd><code>${http}</code> <${Copy} text=${http} what="the HTTP call" /></dd></dl></details>`;
 }
-export function Copy(/** @type {{text: string}} */ { text }) {
+export function Copy(/** @type {{text: string, what: string}} */ { text, what }) {
   const [done, set] = useState(false);
   return html`<button type="button" class="small" onClick=${async () => {
     try { await navigator.clipboard.writeText(text); set(true); setTimeout(() => set(false), 1500); } catch { set(false); }
-  }} aria-label=${`Copy ${text}`}>${done ? "Copied" : "Copy"}</button>`;
+  }} aria-label=${`Copy ${what}`}>${done ? "Copied" : "Copy"}</button>`;
 }
 
 /** A modal dialog: focus stays inside, Escape closes it, focus returns. */

@@ -38,7 +38,7 @@ export class LiveRows {
       const wait = Math.min(10000, 250 * 2 ** this.failures++) * (0.75 + Math.random() / 2);
       this.timer = setTimeout(async () => {
         // A WebSocket reports no reason: a request shows whether the session has ended.
-        try { await api("GET", "/v1/server"); } catch { /* it is told by the next failure */ }
+        try { await api("GET", "/v1/server"); } catch (error) { if (/** @type {any} */ (error).status === 401) return; }
         if (this.open) this.connect();
       }, wait);
     };
@@ -79,8 +79,14 @@ export class LiveRows {
     this.open = false;
     clearTimeout(this.timer);
     clearInterval(this.watch);
-    if (this.socket) this.socket.close();
+    if (this.socket) closeQuietly(this.socket);
   }
+}
+
+/** Close a WebSocket; one that is still connecting is closed once it is open, because browsers report the other. */
+export function closeQuietly(/** @type {WebSocket} */ socket) {
+  if (socket.readyState === WebSocket.CONNECTING) socket.onopen = () => socket.close();
+  else socket.close();
 }
 
 export function useRows(/** @type {string} */ filter) {

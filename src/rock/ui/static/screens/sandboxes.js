@@ -35,8 +35,8 @@ export default function Sandboxes() {
       <span class=${`live ${live.connected ? "on" : "off"}`} role="status">${live.connected ? "live" : "reconnecting…"}</span>
       <span class="grow"></span>
       ${can("create") && html`<button type="button" class="primary" onClick=${() => setDialog("start")}>Start a sandbox</button>`}</div>
-    <p class="counts" aria-label="Number of sandboxes by state">${counts.map(([state, count]) => html`<${Link} key=${state} to=${`/ui/sandboxes?state=${state}`}><${StateMark} state=${state} /> ${count}<//> `)}
-      ${filter && html`<${Link} to="/ui/sandboxes">Remove the filters (${[...new URLSearchParams(filter)].map(([k, v]) => `${k}=${v}`).join(", ")})<//>`}</p>
+    <div class="counts" role="group" aria-label="Number of sandboxes in each state">${counts.map(([state, count]) => html`<${Link} key=${state} to=${`/ui/sandboxes?state=${state}`}><${StateMark} state=${state} /> ${count}<//> `)}
+      ${filter && html`<${Link} to="/ui/sandboxes">Remove the filters (${[...new URLSearchParams(filter)].map(([k, v]) => `${k}=${v}`).join(", ")})<//>`}</div>
     <div class="tools"><${Field} label="Search" type="search" value=${search} onInput=${(/** @type {any} */ e) => setSearch(e.target.value)} />
       <${Filter} name="state" options=${["", "pending", "running", "stopping", "stopped", "archiving", "archived", "deleted"]} />
       <${Filter} name="image" /><${Filter} name="label" hint="KEY=VALUE" />

@@ -1,5 +1,6 @@
 // A terminal: xterm over the WebSocket of the API.
 import { Link, Problem, Same, here, html, useEffect, useRef, useState } from "../lib.js";
+import { closeQuietly } from "../live.js";
 import { Terminal } from "../vendor/xterm.js";
 import { FitAddon } from "../vendor/xterm-fit.js";
 
@@ -57,6 +58,7 @@ export default function Shell() {
     let ended = false;
     socket.onopen = () => { setState("connected"); resize(); term.focus(); };
     socket.onmessage = (event) => {
+      if (ended) return;
       if (typeof event.data !== "string") { term.write(new Uint8Array(event.data)); return; }
       const message = JSON.parse(event.data);
       ended = true;
@@ -78,7 +80,7 @@ export default function Shell() {
     });
     const observer = new ResizeObserver(resize);
     observer.observe(box.current);
-    return () => { ended = true; observer.disconnect(); typed.dispose(); socket.close(); term.dispose(); unstyle(); };
+    return () => { ended = true; observer.disconnect(); typed.dispose(); closeQuietly(socket); term.dispose(); unstyle(); };
   }, [id, attempt]);
   return html`<div class="title"><h1>Terminal</h1> <${Link} to=${`/ui/sandbox/${encodeURIComponent(id)}`}>${id}<//><span class="grow"></span><span role="status" class="terminal-state">${state}</span>
     ${state !== "connected" && state !== "connecting" && html`<button type="button" onClick=${() => { setError(null); setState("connecting"); setAttempt(attempt + 1); }}>Connect again</button>`}</div>
