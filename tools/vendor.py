@@ -67,7 +67,7 @@ def fetched(package: Package, folder: Path) -> bytes:
     data = (folder / f"{stem}-{package.version}.tgz").read_bytes()
     found = "sha512-" + base64.b64encode(hashlib.sha512(data).digest()).decode()
     if found != package.integrity:
-        raise SystemExit(f"{package.name}@{package.version}: the tarball has {found}, and {package.integrity} is pinned")
+        raise SystemExit(f"{package.name}@{package.version}: the tarball has {found}, pinned is {package.integrity}")
     return data
 
 
@@ -75,7 +75,8 @@ def adapted(data: bytes) -> bytes:
     """A file as it is stored: relative imports, no reference to a source map."""
     for name, path in _IMPORTS.items():
         data = data.replace(b"from" + name, b"from" + path).replace(b"from " + name, b"from " + path)
-    lines = [line for line in data.splitlines() if not line.startswith((b"//# sourceMappingURL=", b"/*# sourceMapping"))]
+    maps = (b"//# sourceMappingURL=", b"/*# sourceMapping")
+    lines = [line for line in data.splitlines() if not line.startswith(maps)]
     return b"\n".join(line.rstrip() for line in lines) + b"\n"
 
 

@@ -1,7 +1,7 @@
 """Chromium for the tests of the web page, driven by playwright; with what they need, kept in ROCK_TEST_CACHE.
 
-playwright is 130 MB with its driver, so it is no part of the development lock: it is installed with pip into a folder of
-its own. Chromium is Debian's package, axe-core a pinned package of npm.
+playwright is 130 MB with its driver, so it is no part of the development lock: it is installed with pip into a folder
+of its own. Chromium is Debian's package, axe-core a pinned package of npm.
 """
 
 from __future__ import annotations

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-
-from rock.protocol.keys import CreateKey
-from rock.sync import Client
 from tests.conftest import RunningServer, give_image
 from tests.leaks import Inventory
 from tests.ui.browser import FLAGS, Missing, Watched, chromium, playwright
+
+from rock.protocol.keys import CreateKey
+from rock.sync import Client
 
 OWNER = "owner-key-of-the-tests"
 

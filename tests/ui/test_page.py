@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from rock.sync import Client, Sandbox, SandboxConfig
 from tests.conftest import IMAGE, RunningServer
 from tests.ui.browser import Watched
 from tests.ui.conftest import OWNER, sign_in, tenant_key
+
+from rock.sync import Client, Sandbox, SandboxConfig
 
 Open = Callable[[], Watched]
 

@@ -13,11 +13,12 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 import pytest
-
-from rock.sync import Sandbox, SandboxConfig
 from tests.conftest import IMAGE, RunningServer
 from tests.ui.browser import Watched
 from tests.ui.conftest import OWNER, sign_in, tenant_key
+
+from rock.errors import RockError
+from rock.sync import Sandbox, SandboxConfig
 
 Open = Callable[[], Watched]
 ATTACK = "<img src=x onerror=\"window.attacked=1;alert('xss')\"><script>window.attacked=1</script>"
@@ -39,7 +40,7 @@ def test_hostile_text_is_only_text(web: RunningServer, open_page: Open) -> None:
         box.files.write("/tmp/" + ATTACK.replace("/", "-"), ATTACK)
         process = box.processes.start(["echo", ATTACK, "\x1b]0;title\x07\u202e"])
         process.wait()
-        with pytest.raises(Exception, match="."):  # noqa: B017 - any refusal of the image; its record stays
+        with pytest.raises(RockError):
             Sandbox(config.model_copy(update={"image": "x" + ATTACK, "pull": "never"})).start()
         watched = open_page()
         page = sign_in(watched, web, path="/ui/sandboxes")
@@ -171,7 +172,7 @@ def test_limits_come_before_parsing(web: RunningServer) -> None:
     assert _ask(web, "GET", "/ui/v1/sandboxes?" + "x" * 20_000)[0] == 422
     for cookie in ("rock_session=" + "a" * 5000, "rock_session=\x01", "rock_session=; ;=", "=" * 9000):
         status, _, body = _ask(web, "GET", "/ui/api/session", b"", Cookie=cookie)
-        assert status == 200 and b'"signed_in":false' in body
+        assert status == 400 or (status == 200 and b'"signed_in":false' in body), cookie
     cookie, _ = _login(web)
     for text in ("state=nonsense", "label=%00", "unknown=1", "after=x"):
         assert _ask(web, "GET", f"/ui/api/rows?{text}", b"", Cookie=cookie)[0] in (200, 422), text

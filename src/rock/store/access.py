@@ -1,7 +1,7 @@
 """Sessions of the web page and the audit log, in SQLite and in PostgreSQL.
 
-A session is stored by the SHA-256 of its cookie, with the SHA-256 of the API key that opened it: a session has no rights
-of its own. A one-time link is a session row of kind "link", which its first use removes.
+A session is stored by the SHA-256 of its cookie, with the SHA-256 of the API key that opened it: a session has no
+rights of its own. A one-time link is a session row of kind "link", which its first use removes.
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent / "static"
 _TYPES = {".js": b"text/javascript; charset=utf-8", ".css": b"text/css; charset=utf-8", ".svg": b"image/svg+xml",
-          ".html": b"text/html; charset=utf-8", ".txt": b"text/plain; charset=utf-8", ".json": b"application/json"}  # fmt: skip
+          ".html": b"text/html; charset=utf-8", ".txt": b"text/plain; charset=utf-8",
+          ".json": b"application/json"}  # fmt: skip
 POLICY = (b"default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; form-action 'self'; "
           b"frame-ancestors 'none'")
 HEADERS = [(b"content-security-policy", POLICY), (b"x-content-type-options", b"nosniff"),

@@ -26,7 +26,8 @@ from rock.store.base import Query, Record, Store
 log = logging.getLogger("rock.ui")
 
 COLUMNS = ("sandbox_id", "name", "state", "cause", "image", "tenant", "worker", "isolation", "cpus", "memory",
-           "created_at", "stopped_at", "auto_stop_at", "user_id", "experiment_id", "group", "labels", "version")  # fmt: skip
+           "created_at", "stopped_at", "auto_stop_at", "user_id", "experiment_id", "group", "labels",
+           "version")  # fmt: skip
 MOST_ROWS = 10_000
 _TICK = 1.0  # seconds
 _PING = 15.0  # seconds between two messages at most: a tab notices a server that is gone
@@ -130,8 +131,12 @@ class Live:
     # ---- changes ----
 
     async def serve(self, caller: Caller, receive: Receive, send: Send) -> None:
-        """Serve one tab. Its messages: {"filter": "state=running", "version", "start"} of the rows that it has. Ours: {"version", "changed": [row], "gone": [id]},
-        {"reset": true} for a tab that has to load its rows again, {} to show that the server is there."""
+        """Serve one tab.
+
+        Its messages: {"filter": "state=running", "version", "start"} of the rows that it has. Ours: {"version",
+        "changed": [row], "gone": [id]}, {"reset": true} for a tab that has to load its rows again, {} to show that the
+        server is there.
+        """
         caller.require(Access.READ)
         if self._tabs >= _MOST_TABS:
             raise Unavailable(f"{_MOST_TABS} tabs are open on this server", hint="close some tabs")
