@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,16 @@ def axe() -> str:
 
 
 # Chromium reports a failed request on the console too; a test that provokes one names its status.
-_FAILED_REQUEST = re.compile(r"Failed to load resource: .* (?:status of (\d+)|net::ERR_)")
+_FAILED_REQUEST = re.compile(r"Failed to load resource: .*(?:status of (\d+)|net::ERR_)")
+
+
+def until(page: Any, expression: str, seconds: float = 20.0) -> None:
+    """Wait until a JavaScript expression is true. playwright's own wait evaluates text in the page, which the Content
+    Security Policy refuses."""
+    end = time.monotonic() + seconds
+    while not page.evaluate(expression):
+        assert time.monotonic() < end, f"not true within {seconds:g} s: {expression}"
+        page.wait_for_timeout(50)
 
 
 class Watched:

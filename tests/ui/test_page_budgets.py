@@ -15,11 +15,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+from tests.conftest import RunningServer
+from tests.ui.browser import Watched
 
 from rock.sync import Client, SandboxConfig
 from rock.ui.assets import FOLDER
-from tests.conftest import RunningServer
-from tests.ui.browser import Watched
 
 Open = Callable[[], Watched]
 FIRST_LOAD = 60_000  # bytes

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from tests.conftest import IMAGE, RunningServer, hosting
-from tests.ui.browser import Missing, Watched, axe
+from tests.ui.browser import Missing, Watched, axe, until
 from tests.ui.conftest import OWNER, sign_in, tenant_key
 
 from rock.sync import Client, Sandbox, SandboxConfig
@@ -84,11 +84,11 @@ def test_exports_are_complete(web: RunningServer, boxes: list[Sandbox], open_pag
 def test_a_chart_changes(web: RunningServer, boxes: list[Sandbox], open_page: Open) -> None:
     page = sign_in(open_page(), web, path=f"/ui/sandbox/{boxes[0].sandbox_id}")
     chart = page.get_by_role("img", name="Chart of Memory")
-    page.wait_for_function("document.querySelector('[aria-label^=\"Chart of Memory, 2 points\"]')")
+    until(page, "!!document.querySelector('[aria-label^=\"Chart of Memory, 2 points\"]')")
     before, pixels = chart.get_attribute("aria-label"), chart.screenshot()
     boxes[0].processes.start(["python3", "-c", "x = bytearray(150 << 20); import time; time.sleep(8)"])
-    page.wait_for_function("document.querySelector('[aria-label^=\"Chart of Memory\"]').getAttribute('aria-label')"
-                           ".match(/now 1\\d\\d MiB/)", timeout=15_000)  # fmt: skip
+    until(page, "/now 1\\d\\d MiB/.test(document.querySelector('[aria-label^=\"Chart of Memory\"]')"
+                ".getAttribute('aria-label'))")  # fmt: skip
     assert chart.get_attribute("aria-label") != before
     assert chart.screenshot() != pixels
     _shot(page, "page-sandbox")
@@ -120,7 +120,7 @@ def test_logs_are_read_by_range(web: RunningServer, boxes: list[Sandbox], open_p
     log.get_by_text("line 39999").wait_for()
     assert len(log.inner_text()) < 70_000
     page.get_by_role("button", name="Earlier").click()
-    page.wait_for_function("!document.querySelector('pre[aria-label=\"Log\"]').textContent.includes('line 39999')")
+    until(page, "!document.querySelector('pre[aria-label=\"Log\"]').textContent.includes('line 39999')")
     assert "offset=" in page.url
 
 
@@ -279,15 +279,14 @@ def test_an_environment_is_played(
             page.get_by_text(f"Step {number},").wait_for()
         assert page.locator(".total").inner_text() == "3"
         assert page.locator(".reward").inner_text() == "1"
+        page.get_by_role("heading", level=1).scroll_into_view_if_needed()
         _shot(page, "page-environment")
-        for _ in range(40):
-            page.get_by_label("Action").fill("1")
+        for number in range(4, 30):
+            page.get_by_role("button", name="Step", exact=True).click()
+            page.get_by_text(f"Step {number},").wait_for()
+            page.wait_for_timeout(50)
             if page.get_by_text("The episode has ended").count():
                 break
-            step = page.get_by_role("button", name="Step", exact=True)
-            if step.is_enabled():
-                step.click()
-            page.wait_for_timeout(150)
         page.get_by_text("The episode has ended").wait_for()
         page.get_by_role("button", name="Reset").click()
         page.get_by_text("Step 0,").wait_for()

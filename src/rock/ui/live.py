@@ -20,13 +20,12 @@ from rock.admin.api.sandboxes import listing
 from rock.errors import InvalidConfig, RockError, Unavailable
 from rock.http.asgi import Receive, Request, Send
 from rock.protocol.keys import Access, Caller
-from rock.protocol.sandbox import SandboxInfo
 from rock.store.base import Query, Record, Store
 
 log = logging.getLogger("rock.ui")
 
 COLUMNS = ("sandbox_id", "name", "state", "cause", "image", "tenant", "worker", "isolation", "cpus", "memory",
-           "created_at", "stopped_at", "auto_stop_at", "user_id", "experiment_id", "group", "labels",
+           "created_at", "stopped_at", "deadline", "user_id", "experiment_id", "group", "labels",
            "version")  # fmt: skip
 MOST_ROWS = 10_000
 _TICK = 1.0  # seconds
@@ -38,14 +37,17 @@ _LONGEST_MESSAGE = 8 << 10  # bytes from a tab
 _CACHED = 8  # compressed lists, one second each
 
 
-def row_of(info: SandboxInfo) -> list[Any]:
-    """The values of COLUMNS. Times have milliseconds."""
+def row_of(record: Record) -> list[Any]:
+    """The values of COLUMNS. Times have milliseconds. deadline: the time at which a running sandbox ends in any case;
+    None without one."""
+    info, timeout = record.info, record.config.timeout
     found: list[Any] = []
     for name in COLUMNS:
-        value = getattr(info, name)
-        if isinstance(value, float) and name.endswith("_at"):
-            value = round(value, 3)
-        found.append(value)
+        if name == "deadline":
+            value: Any = info.started_at + timeout if timeout and info.started_at else None
+        else:
+            value = getattr(info, name)
+        found.append(round(value, 3) if isinstance(value, float) and name != "cpus" else value)
     return found
 
 
@@ -122,7 +124,7 @@ class Live:
     async def _columns(self, query: Query) -> bytes:
         version = self._version
         records = await self._store.list(query)
-        rows = [row_of(record.info) for record in records]
+        rows = [row_of(record) for record in records]
         columns = dict(zip(COLUMNS, map(list, zip(*rows, strict=True)), strict=True)) if rows else \
             {name: [] for name in COLUMNS}  # fmt: skip
         data = {"version": version, "start": self._start, "columns": columns, "complete": len(rows) < MOST_ROWS}
@@ -244,7 +246,7 @@ class Live:
             if record is None:
                 gone.append(sandbox_id)
             elif matches(record, query):
-                changed.append(row_of(record.info))
+                changed.append(row_of(record))
             elif query.tenant is None or record.tenant == query.tenant:
                 gone.append(sandbox_id)  # an id of another tenant is never sent
         if query.tenant is not None:

@@ -64,14 +64,14 @@ function Filter(/** @type {any} */ { name, options, hint }) {
     : html`<${Field} label=${name} placeholder=${hint} defaultValue=${value} onChange=${(/** @type {any} */ e) => set(e.target.value.trim())} />`;
 }
 
-const COLUMNS = ["Sandbox", "State", "Image", "Owner", "Age", "Ends in", "CPU", "Memory", "Worker", "Isolation"];
+const COLUMNS = ["Sandbox", "State", "Image", "Owner", "Age", "Deadline in", "CPU", "Memory", "Worker", "Isolation"];
 
 function cells(/** @type {any} */ row, /** @type {number} */ now) {
   return [
     html`<${Link} to=${`/ui/sandbox/${encodeURIComponent(row.sandbox_id)}`} title=${row.sandbox_id}>${row.name || row.sandbox_id}<//>`,
-    html`<${StateMark} state=${row.state} />${row.cause ? html` <span class="cause">${row.cause}</span>` : null}`,
+    html`<${StateMark} state=${row.state} />${row.cause && row.cause !== "stopped_by_user" ? html` <span class="cause" title=${row.cause}>${row.cause}</span>` : null}`,
     row.image, row.user_id || row.tenant || "owner", duration(now - row.created_at),
-    row.auto_stop_at && row.state === "running" ? duration(row.auto_stop_at - now) : "", row.cpus, row.memory, row.worker || "", row.isolation || "",
+    row.deadline && row.state === "running" ? duration(row.deadline - now) : "", row.cpus, row.memory, row.worker || "", row.isolation || "",
   ];
 }
 
