@@ -18,6 +18,8 @@ running operations when the server in front of it is gone |
 | ROCK_HOST, ROCK_PORT | 127.0.0.1, 8080 | listening address of the server |
 | ROCK_PUBLIC_NAMES | none | names by which clients call the server, comma-separated: docs/security.md |
 | ROCK_SANDBOX_LIMIT | 2000 | maximum concurrent sandboxes on this machine |
+| ROCK_UI | on | off: no web page, and no route below /ui |
+| ROCK_AUDIT_DAYS | 90 | retention of the audit log in days; 0 keeps no log |
 | ROCK_HOST_MOUNTS | none | folders of this machine below which sandboxes may mount folders, read-only: /data:/models |
 | ROCK_DISK_LIMIT | 10g | bytes of written files above which a sandbox without `disk` is ended; 0 is no limit |
 | ROCK_INSECURE_REGISTRIES | none | registries that are contacted without TLS, comma-separated |

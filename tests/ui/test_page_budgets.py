@@ -37,13 +37,14 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """10,000 sandboxes of the fake runtime."""
     server = RunningServer(tmp_path_factory.mktemp("large"), ROCK_RUNTIME="fake", ROCK_SANDBOX_LIMIT="20000")
     server.start()
-    with Client(server.url) as client:
-        config = SandboxConfig(memory="64m", cpus=0.1, auto_clear_seconds=0, experiment_id="large")
-        body = {"config": json.loads(config.model_dump_json(exclude_unset=True)), "size": ROWS, "mode": "best_effort"}
-        client.transport.json("POST", "/v1/groups?wait=600", json.dumps(body).encode())
-    yield server
-    assert server.process is not None
-    server.kill()
+    try:
+        with Client(server.url) as client:
+            config = SandboxConfig(memory="64m", cpus=0.1, auto_clear_seconds=0, experiment_id="large")
+            body = {"config": json.loads(config.model_dump_json(exclude_unset=True)), "size": ROWS}
+            client.transport.json("POST", "/v1/groups?wait=600", {**body, "mode": "best_effort"}, timeout=700)
+        yield server
+    finally:
+        server.kill()
 
 
 def test_the_first_load_is_small(chrome: Any, web: RunningServer) -> None:

@@ -16,8 +16,7 @@ from typing import Any
 
 from rock.errors import InvalidConfig, RockError
 from rock.http.asgi import Answer, App, Receive, Request, Router, Scope, Send, answer_model
-from rock.protocol.audit import AuditEntry, AuditList
-from rock.protocol.keys import Caller, caller_of
+from rock.protocol.keys import AuditEntry, AuditList, Caller, caller_of
 from rock.protocol.routes import ROUTES
 from rock.store.access import AccessStore, AuditQuery
 from rock.telemetry.context import CURRENT

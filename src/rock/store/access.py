@@ -12,7 +12,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from rock.protocol.audit import AuditEntry
+from rock.protocol.keys import AuditEntry
 
 Kind = Literal["session", "link"]
 _COLUMNS = "at, tenant, key_id, action, target, status, request_id, address"

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from rock import settings
 from rock.errors import InvalidConfig, ServerError, StartFailed, from_wire
-from rock.protocol.audit import AuditEntry, AuditList
+from rock.protocol.keys import AuditEntry, AuditList
 from rock.protocol.env import AddEnv, BuildEnv, EnvAbout
 from rock.protocol.images import BuildRequest, BuiltImage
 from rock.protocol.keys import CreateKey, KeyInfo, KeyList, NewKey

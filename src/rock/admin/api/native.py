@@ -29,7 +29,6 @@ from rock.errors import (
 )
 from rock.http.asgi import retry_after
 from rock.protocol import action, env, keys, node, sandbox
-from rock.protocol import audit as audit_messages
 from rock.protocol.action import ConnectionList
 from rock.protocol.env import AddEnv, BuildEnv, EnvAbout
 from rock.protocol.keys import CreateKey, KeyInfo, KeyList, NewKey
@@ -205,7 +204,7 @@ def _models() -> dict[str, type[BaseModel]]:
     """The wire models, by name."""
     return {
         name: kind
-        for module in (sandbox, action, env, node, keys, audit_messages)
+        for module in (sandbox, action, env, node, keys)
         for name, kind in vars(module).items()
         if isinstance(kind, type) and issubclass(kind, BaseModel)
     }

@@ -19,7 +19,8 @@ from rock.cli.parsing import command, json_option
 def ui(only_print: bool) -> None:
     """Open the web page of the server, signed in with the configured key.
 
-    The link signs in once, within a minute. It contains no key.
+    The link signs in once, within a minute. It contains no key. On a server that recognizes its owner without a key,
+    it is the plain address of the page.
     """
     with client() as server:
         url = server.transport.url.partition(";")[0].rstrip("/") + server.page_link()
