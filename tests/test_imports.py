@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "rocklet": {"rocklet", "runtime", "images", "egress", "host", "guest", "envhub", *GROUND},
     "gateway": {"gateway", "host", *GROUND},
     "proxy": {"proxy", "scheduler", "store", *GROUND},
+    "ui": {"ui", "admin", "store", *GROUND},
     "admin": {"admin", "envhub", "scheduler", "store", *GROUND},
     # configurations, plans, grading, statistics and reports of jobs: no I/O but local files
     "jobs": {"jobs", "protocol", "errors", "settings"},

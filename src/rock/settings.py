@@ -18,6 +18,8 @@ running operations when the server in front of it is gone |
 | ROCK_HOST, ROCK_PORT | 127.0.0.1, 8080 | listening address of the server |
 | ROCK_PUBLIC_NAMES | none | names by which clients call the server, comma-separated: docs/security.md |
 | ROCK_SANDBOX_LIMIT | 2000 | maximum concurrent sandboxes on this machine |
+| ROCK_UI | on | off: no web page, and no route below /ui |
+| ROCK_AUDIT_DAYS | 90 | retention of the audit log in days; 0 keeps no log |
 | ROCK_HOST_MOUNTS | none | folders of this machine below which sandboxes may mount folders, read-only: /data:/models |
 | ROCK_DISK_LIMIT | 10g | bytes of written files above which a sandbox without `disk` is ended; 0 is no limit |
 | ROCK_INSECURE_REGISTRIES | none | registries that are contacted without TLS, comma-separated |
@@ -329,6 +331,8 @@ class Settings:
     gateway_retain: float = 604_800.0
     gateway_runs: int = 10_000
     gateway_orphan: float = 10.0
+    ui: str = "on"
+    audit_days: float = 90.0
 
     @property
     def archive_dir(self) -> Path:
@@ -436,6 +440,8 @@ class Settings:
             ("gateway_retain", float),
             ("gateway_orphan", float),
             ("gateway_runs", int),
+            ("ui", str),
+            ("audit_days", float),
             ("port", int),
             ("image_max_entries", int),
             ("pool_size", int),
@@ -462,6 +468,11 @@ class Settings:
         network = values.get("dialect_network", "nat")
         if network not in ("none", "nat", "host", "bridge"):
             raise ValueError(f"ROCK_DIALECT_NETWORK={network!r} is none of none, nat, host and bridge")
+        if values.get("ui", "on") not in ("on", "off"):
+            raise ValueError(f"ROCK_UI={values['ui']!r} is neither on nor off")
+        days = values.get("audit_days", 90.0)
+        if not isinstance(days, int | float) or not 0 <= days <= 36500:
+            raise ValueError(f"ROCK_AUDIT_DAYS={days} is not between 0 and 36500")
         if values.get("log_format", "text") not in ("text", "json"):
             raise ValueError(f"ROCK_LOG_FORMAT={values['log_format']!r} is neither text nor json")
         return cls(**values)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ from rock.admin.api.agentscope import Training
 from rock.admin.api.bare import About, Heartbeats, LazyApp, guarded
 from rock.admin.api.rock_v1 import RockV1
 from rock.admin.api.sandboxes import Sandboxes
+from rock.admin.audit import Audit
 from rock.admin.environments import Environments
 from rock.admin.reconciler import Reconciler
 from rock.admin.sandboxes.service import Service
@@ -95,7 +96,9 @@ class Admin:
         self._tenant_services = tenant_services
         # The busiest routes are matched first.
         about, heartbeats = About(tenant_services, workers, settings, roles), Heartbeats(workers)
-        self.app: App = Sandboxes(tenant_services).over(Training(tenant_services, data).over(rest), about, heartbeats)
+        self.audit = Audit(lambda: store.access, settings.audit_days)
+        training = Training(tenant_services, data).over(rest)
+        self.app: App = Sandboxes(tenant_services).over(training, about, heartbeats, self.audit)
         self._store = store
 
     async def check_sandbox(self, scope: Scope, sandbox_id: str) -> None:
@@ -120,8 +123,10 @@ class Admin:
             await self._reservations.open()
         if self.leader is not None:
             await self.leader.start()
+        await self.audit.open()
 
     async def close(self) -> None:
+        await self.audit.close()
         if self.leader is not None:
             await self.leader.close()
         await self.service.close()

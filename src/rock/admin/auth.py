@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import hmac
 import re
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -22,6 +23,7 @@ from rock.protocol.keys import CALLER, NOBODY, OPERATOR, WORKER, Access, Caller,
 from rock.protocol.routes import HANDED_ON, OTHER_KEY, Role, role_for
 from rock.telemetry.context import CURRENT
 
+PAGE_KEY = "rock.page_key"  # in an ASGI scope: the digest of the key of a session of the web page
 _WORKERS = "/v1/workers/"
 _OPEN = ("/healthz", "/")
 # Headers that may contain a key, in order of preference. The last three are those of ROCK's clients and servers.
@@ -59,7 +61,7 @@ class Authenticated:
             await self._app(scope, receive, send)
             return
         try:
-            caller = await self._caller(scope)
+            caller = await self.caller(scope)
         except RockError as error:
             # queued by address, so that different keys of one client share a queue
             turn = await self._turns.take(_peer(scope), scope.get(PLACE))
@@ -93,10 +95,16 @@ class Authenticated:
         finally:
             self._turns.leave(turn)
 
-    async def _caller(self, scope: Scope) -> Caller:
+    async def caller(self, scope: Scope) -> Caller:
+        """The caller of a request. Unauthorized."""
         is_open = scope["type"] == "http" and scope["path"] in _OPEN
         if self._names is not None and not is_open:
             check_host(scope, self._names)
+        digest = scope.get(PAGE_KEY)
+        if digest:
+            if (caller := await self._holder_of(digest)) is not None:
+                return caller
+            raise Unauthorized("the session has ended, because its key was revoked", hint="sign in with another key")
         given = [header for header in scope["headers"] if header[0] in _KEYS]
         if len(given) > 1:
             given.sort(key=lambda header: KEY_HEADERS.index(header[0]))
@@ -109,10 +117,26 @@ class Authenticated:
             return NOBODY
         raise Unauthorized("the API key is missing or wrong", hint="set ROCK_API_KEY to a key of the server")
 
+    @property
+    def is_keyless(self) -> bool:
+        """Whether the owner is recognized without a key."""
+        return self._keyless is not None
+
+    async def sign_in(self, key: bytes) -> str | None:
+        """The digest under which a session of the web page stores a key; None for an unknown or revoked one."""
+        digest = hashlib.sha256(key).hexdigest()
+        return None if await self._holder_of(digest) is None else digest
+
+    async def _holder_of(self, digest: str) -> Caller | None:
+        """The caller with the key of this digest. A worker's key opens no session."""
+        if self._key is not None and hmac.compare_digest(digest, hashlib.sha256(self._key).hexdigest()):
+            return OPERATOR
+        return await self._keys.caller_of(digest) if self._keys is not None else None
+
     async def problem(self, scope: Scope) -> RockError | None:
         """The error of a rejected request; None for an accepted one."""
         try:
-            await self._caller(scope)
+            await self.caller(scope)
         except RockError as error:
             return error
         return None
@@ -171,6 +195,12 @@ def _peer(scope: Scope) -> str:
     """The client address of a request."""
     client = scope.get("client")
     return str(client[0]) if client else ""
+
+
+def given_key(scope: Scope) -> bytes:
+    """The key in the headers of a request, the preferred one; b"" without one."""
+    given = [header for header in scope["headers"] if header[0] in _KEYS]
+    return _bare(*min(given, key=lambda header: KEY_HEADERS.index(header[0]))) if given else b""
 
 
 def _bare(name: bytes, value: bytes) -> bytes:

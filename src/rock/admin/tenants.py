@@ -273,8 +273,10 @@ class Keys:
     async def caller(self, key: bytes) -> Caller | None:
         """The caller with this key; None for an unknown or revoked one."""
         digest = digest_of(key)
-        if digest is None:
-            return None
+        return None if digest is None else await self.caller_of(digest)
+
+    async def caller_of(self, digest: str) -> Caller | None:
+        """The caller with the key of this digest; None for an unknown or revoked one."""
         found = self._seen.get(digest)
         if found is not None and found[0] > time.monotonic():
             return found[1]

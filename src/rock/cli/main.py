@@ -53,6 +53,8 @@ ENTRIES = [
     Entry("login", "Server", "commands.context:login", "Log in to a server and use it from now on."),
     Entry("context", "Server", "commands.context:context", "Choose the server that commands use."),
     Entry("key", "Server", "commands.key:key", "Create, list and revoke API keys."),
+    Entry("ui", "Server", "commands.page:ui", "Open the web page of the server."),
+    Entry("audit", "Server", "commands.page:audit", "Show which key performed which action."),
     Entry("worker", "Server", "commands.workers:worker", "List, drain and remove workers."),
     Entry("doctor", "Server", "commands.doctor:doctor", "Check this machine, or the files of its server."),
     Entry("bench", "Server", "bench.bench:bench", "Measure this machine: results against a baseline."),

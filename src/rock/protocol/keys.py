@@ -1,4 +1,4 @@
-"""API keys: the caller of a request, the access rights of a key, and the quota of its tenant.
+"""API keys: the caller of a request, the access rights of a key, the quota of its tenant, and the audit log.
 
 A key is `rock_TENANT_SECRET`. The server stores only SHA-256 of the whole key. A fast digest is sufficient: the secret
 is 256 random bits, so a dictionary attack is not possible, and the digest is computed for every request.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
 from rock.errors import Forbidden
 from rock.protocol.sandbox import parse_size
@@ -156,3 +156,37 @@ def tenant_of(key: bytes) -> str | None:
 def digest_of(key: bytes) -> str | None:
     """The digest by which a key is stored; None for other formats."""
     return hashlib.sha256(key).hexdigest() if _KEY.fullmatch(key) else None
+
+
+# ---- audit log ----
+#
+# Which key performed which control-plane call that changes something. An entry names the route and has no body of a
+# request, which may contain secrets.
+
+
+class AuditEntry(Wire):
+    """One call. number: grows with each entry. at: seconds since the epoch. tenant, key_id: of the key; both "" for the
+    server's owner. action: the name of the route in protocol/rows.py, `rock:CALL` for calls of ROCK's dialect, or login
+    and logout of the web page. target: the id or name of the changed resource; "" where the call failed before it had
+    one. status: of the HTTP response; 0 where the connection ended first. address: of the client."""
+
+    model_config = ConfigDict(extra="ignore")  # fields of a newer server are ignored
+
+    number: int = 0
+    at: float
+    tenant: str = ""
+    key_id: str = ""
+    action: str
+    target: str = ""
+    status: int = 0
+    request_id: str = ""
+    address: str = ""
+
+
+class AuditList(Wire):
+    """`next`: the `before` of the next page; None at the end."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    items: list[AuditEntry]
+    next: int | None = None

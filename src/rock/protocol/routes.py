@@ -123,6 +123,8 @@ def name_of(method: str, path: str) -> str:
 Role = Literal["write", "read"]
 
 PREFIX = "/v1/sandboxes/"
+PAGE = "/ui"  # the web page; the API below it accepts its sessions
+PAGE_API = PAGE + "/v1/"
 BUILD = ROUTES["build_image"].path
 _CALLS = ROUTES["cancel_call"].path.partition("{")[0]
 _CONTROL = {"stop", "pause", "resume", "restart", "archive", "commit", "connections"}
@@ -143,6 +145,7 @@ def is_data(path: str) -> bool:
 
 def role_for(method: str, path: str) -> Role | None:
     """The role that serves a request; None is any. A WebSocket's method is GET."""
+    path = path.removeprefix(PAGE) if path.startswith(PAGE_API) else path
     if is_data(path):
         return "read"
     if path.startswith(_ROCK):

@@ -179,6 +179,15 @@ def control_rows() -> Iterator[Route]:
         "",
         "KeyInfo",
     )
+    yield row(
+        "list_audit",
+        "GET",
+        "/v1/audit",
+        "control",
+        "Audit log: calls that changed something, newest first",
+        "?tenant ?key_id ?action ?target ?since ?until ?limit ?before",
+        "AuditList",
+    )
     # volumes
     v = "/v1/volumes/{volume}"
     yield row("create_volume", "POST", "/v1/volumes", "control", "Create a volume on a worker", "CreateVolume",

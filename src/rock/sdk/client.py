@@ -15,7 +15,7 @@ from rock import settings
 from rock.errors import InvalidConfig, ServerError, StartFailed, from_wire
 from rock.protocol.env import AddEnv, BuildEnv, EnvAbout
 from rock.protocol.images import BuildRequest, BuiltImage
-from rock.protocol.keys import CreateKey, KeyInfo, KeyList, NewKey
+from rock.protocol.keys import AuditEntry, AuditList, CreateKey, KeyInfo, KeyList, NewKey
 from rock.protocol.node import EnvList, ServerInfo, VolumeInfo, VolumeList, WorkerInfo, WorkerList
 from rock.protocol.routes import ROUTES, STREAM_TYPE, Frame, FrameParser
 from rock.protocol.sandbox import SandboxInfo, UpdateSandbox
@@ -205,6 +205,32 @@ class Client(primitives.Face):
         """End a key at once; its tenant's sandboxes stay. NotFound, Forbidden."""
         target = ROUTES["revoke_key"].url(key_id=key_id)
         return parse(KeyInfo, await self.transport.json("DELETE", target))
+
+    async def audit(self, *, tenant: str | None = None, key_id: str | None = None, action: str | None = None,
+                    target: str | None = None, since: float | None = None, until: float | None = None,
+                    limit: int = 500) -> list[AuditEntry]:
+        """Entries of the audit log, newest first. since, until: seconds since the epoch. limit: maximum number of
+        entries; InvalidConfig below 1."""
+        if limit < 1:
+            raise InvalidConfig(f"limit={limit} is below 1", hint="leave it out, or give a number from 1")
+        found: list[AuditEntry] = []
+        before: int | None = None
+        while len(found) < limit:
+            target_path = ROUTES["list_audit"].path + query_string({
+                "tenant": tenant, "key_id": key_id, "action": action, "target": target, "since": since, "until": until,
+                "limit": min(limit - len(found), 2000), "before": before,
+            })  # fmt: skip
+            page = parse(AuditList, await self.transport.json("GET", target_path))
+            found += page.items
+            before = page.next
+            if before is None:
+                break
+        return found
+
+    async def page_link(self) -> str:
+        """The path and fragment of a link that signs in to the web page with this client's key: once, within a
+        minute. Without a key it is the path of the page."""
+        return str((await self.transport.json("POST", "/ui/api/link", repeats=False))["path"])
 
     async def list_workers(self) -> list[WorkerInfo]:
         """The machines that sandboxes are on, lost ones too. Forbidden."""

@@ -14,6 +14,7 @@ from rock.errors import Conflict, NotFound, QuotaExceeded
 from rock.protocol.keys import KeyInfo, Quota
 from rock.protocol.node import Beat, JoinWorker, NodeStatus, WorkerInfo, WorkerState
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
+from rock.store.access import AccessStore
 from rock.store.jobs import Jobs
 from rock.store.volumes import Volumes
 
@@ -124,6 +125,9 @@ class Store(Protocol):
 
     @property
     def jobs(self) -> Jobs: ...
+
+    @property
+    def access(self) -> AccessStore: ...
 
     async def open(self) -> None: ...
 

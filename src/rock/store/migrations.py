@@ -157,6 +157,28 @@ SQLITE: tuple[tuple[str, ...], ...] = (
         ) WITHOUT ROWID""",
         "CREATE INDEX trial_state ON trial (job, state, number)",
     ),
+    (  # 9: sessions of the web page, and the audit log. key: digest of an API key; until: end of the session
+        """CREATE TABLE page_session (
+            digest TEXT NOT NULL PRIMARY KEY,
+            kind TEXT NOT NULL,
+            key TEXT NOT NULL,
+            until REAL NOT NULL
+        ) WITHOUT ROWID""",
+        """CREATE TABLE audit (
+            number INTEGER PRIMARY KEY AUTOINCREMENT,
+            at REAL NOT NULL,
+            tenant TEXT NOT NULL,
+            key_id TEXT NOT NULL,
+            action TEXT NOT NULL,
+            target TEXT NOT NULL,
+            status INTEGER NOT NULL,
+            request_id TEXT NOT NULL,
+            address TEXT NOT NULL
+        )""",
+        "CREATE INDEX audit_at ON audit (at)",
+        "CREATE INDEX audit_tenant ON audit (tenant, number)",
+        "CREATE INDEX audit_target ON audit (target, number)",
+    ),
 )
 
 POSTGRES: tuple[tuple[str, ...], ...] = (
@@ -266,5 +288,27 @@ POSTGRES: tuple[tuple[str, ...], ...] = (
             PRIMARY KEY (job, number)
         )""",
         "CREATE INDEX trial_state ON trial (job, state, number)",
+    ),
+    (  # 7: sessions of the web page, and the audit log, as in SQLite's version 9
+        """CREATE TABLE page_session (
+            digest text PRIMARY KEY,
+            kind text NOT NULL,
+            key text NOT NULL,
+            until double precision NOT NULL
+        )""",
+        """CREATE TABLE audit (
+            number bigserial PRIMARY KEY,
+            at double precision NOT NULL,
+            tenant text NOT NULL,
+            key_id text NOT NULL,
+            action text NOT NULL,
+            target text NOT NULL,
+            status int NOT NULL,
+            request_id text NOT NULL,
+            address text NOT NULL
+        )""",
+        "CREATE INDEX audit_at ON audit (at)",
+        "CREATE INDEX audit_tenant ON audit (tenant, number)",
+        "CREATE INDEX audit_target ON audit (target, number)",
     ),
 )

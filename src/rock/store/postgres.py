@@ -26,6 +26,7 @@ from rock.protocol.node import Beat, JoinWorker, WorkerInfo
 from rock.protocol.routes import OUTAGE
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
 from rock.store import base
+from rock.store.access import PostgresAccess
 from rock.store.base import (
     CLOSED,
     COLUMNS,
@@ -98,6 +99,7 @@ class PostgresStore:
         self.workers = PostgresWorkers(self._transaction)
         self.volumes = PostgresVolumes(self._transaction, _text)
         self.jobs = PostgresJobs(self._transaction)
+        self.access = PostgresAccess(self._transaction, _text)
 
     async def open(self) -> None:
         try:

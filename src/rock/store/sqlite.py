@@ -24,6 +24,7 @@ from rock.protocol.keys import KeyInfo, Quota
 from rock.protocol.node import Beat, JoinWorker, WorkerInfo
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State, kept
 from rock.store import base
+from rock.store.access import SqliteAccess
 from rock.store.base import (
     CLOSED,
     COLUMNS,
@@ -42,7 +43,7 @@ from rock.store.base import (
     ordered,
     over,
     unknown,
-)
+)  # fmt: skip
 from rock.store.batch import Batch
 from rock.store.jobs import SqliteJobs
 from rock.store.migrations import SQLITE
@@ -74,6 +75,7 @@ class SqliteStore:
         self.workers = SqliteWorkers(self._within)
         self.volumes = SqliteVolumes(self._within)
         self.jobs = SqliteJobs(self._within)
+        self.access = SqliteAccess(self._within, lambda work: self._aside(lambda: work(self._open_db_aside)))
 
     async def open(self) -> None:
         self._now(self._open)

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from rock import __version__
+from rock.admin import audit
 from rock.admin.api import bare, jobs, reference, sandboxes
 from rock.admin.environments import Environments
 from rock.admin.reconciler import mark_lost
@@ -37,7 +38,7 @@ from rock.protocol.routes import IDEMPOTENCY_KEY, METHODS, ROUTES
 from rock.protocol.sandbox import SandboxInfo
 from rock.store.base import Query as Listing
 
-BARE = (*sandboxes.NAMES, *bare.NAMES, *bare.WORKER_NAMES)
+BARE = (*sandboxes.NAMES, *bare.NAMES, *bare.WORKER_NAMES, *audit.NAMES)
 Wait = Annotated[float, Query(ge=0, le=3600)]
 
 

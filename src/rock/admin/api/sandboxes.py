@@ -5,6 +5,7 @@ from __future__ import annotations
 from urllib.parse import parse_qsl
 
 from rock.admin.api.bare import About, Heartbeats
+from rock.admin.audit import Audit
 from rock.admin.tenants import TenantService, TenantServices
 from rock.errors import InvalidConfig
 from rock.http.asgi import Answer, App, Configs, Receive, Request, Router, Scope, Send, answer_model
@@ -30,11 +31,12 @@ class Sandboxes:
         self._tenant_services = tenant_services
         self._configs = Configs()
 
-    def over(self, rest: App, about: About, heartbeats: Heartbeats) -> App:
-        """These routes and those of `about` and `beats`, and `rest` for all others."""
+    def over(self, rest: App, about: About, heartbeats: Heartbeats, audit: Audit) -> App:
+        """These routes and those of `about`, `heartbeats` and `audit`, and `rest` for all others."""
         router = Router("sandboxes")
         about.add_to(router)
         heartbeats.add_to(router)
+        audit.add_to(router)
         for name in NAMES:
             router.add(ROUTES[name], getattr(self, name))
 
@@ -54,7 +56,8 @@ class Sandboxes:
 
     async def list_sandboxes(self, request: Request) -> Answer:
         limit = request.integer("limit", 500, low=1, high=_MOST_LISTED)
-        return answer_model(await self._tenant_service(request).list(_listing(request, limit), request.flag("history")))
+        query = listing(request.scope.get("query_string", b""), limit)
+        return answer_model(await self._tenant_service(request).list(query, request.flag("history")))
 
     async def get_sandbox(self, request: Request) -> Answer:
         look = {"touch": request.flag("touch"), "usage": request.flag("usage")}
@@ -120,8 +123,8 @@ def _key(request: Request) -> str | None:
     return request.header(IDEMPOTENCY_KEY.encode())
 
 
-def _listing(request: Request, limit: int) -> Query:
-    raw: bytes = request.scope.get("query_string", b"")
+def listing(raw: bytes, limit: int) -> Query:
+    """The query for records in a query string. InvalidConfig."""
     states: list[State] = []
     labels: dict[str, str] = {}
     fields: dict[str, str] = {}
@@ -137,7 +140,7 @@ def _listing(request: Request, limit: int) -> Query:
             raise InvalidConfig(f"the query parameter {name!r} is unknown",
                                 hint=f"use label=KEY=VALUE, {', '.join(_EQUAL)}, limit, after or history")
     page: tuple[float, str] | None = None
-    after = request.query.get("after")
+    after = next((value for name, value in parse_qsl(raw.decode("latin-1")) if name == "after"), "")
     if after:
         time_text, _, sandbox_id = after.partition(":")
         try:

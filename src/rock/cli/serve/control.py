@@ -50,6 +50,8 @@ from rock.rocklet.node import Node
 from rock.settings import Settings
 from rock.store.base import Store
 from rock.store.sqlite import SqliteStore
+from rock.ui.live import Live
+from rock.ui.page import Page
 
 _LONG = ("/commit", "/wake")
 _EVENTS = routes.ROUTES["node_events"].path
@@ -189,6 +191,11 @@ def door_of(settings: Settings, home: Home) -> dict[str, Any]:
             "checks_host": bool(settings.public_names)}  # fmt: skip
 
 
+def page_of(settings: Settings, admin: Admin, store: Store) -> Page | None:
+    """The web page of a server; None with ROCK_UI=off."""
+    return Page(lambda: store.access, Live(store), admin.audit.note) if settings.ui == "on" else None
+
+
 class Control:
     """Store, admin and proxy, over remote workers; for one role (admin/auth.py), or for both."""
 
@@ -219,24 +226,26 @@ class Control:
             self.admin.opened = self._identity.check
         self.observed = observe(settings, "admin", store)
         # a server of the other role may forward requests
-        relayed = RelayedCalls(self._route, settings.reconnect_timeout)
+        relayed = RelayedCalls(self.admin.audit.over(self._route), settings.reconnect_timeout)
         self.gateway = None
         self._routes = self.admin.app
         if settings.gateway == "on" and role != "read":
             self.gateway = ServerGateway(settings, self._proxy, self.admin.check_sandbox)
             self._routes = self.gateway.over(self.admin.app)
-        door = Authenticated(self.observed.measured(relayed), settings.api_key, self.admin.keys,
-                             settings.worker_key, **door_of(settings, self.home))  # fmt: skip
-        app: App = door
+        self.page = page_of(settings, self.admin, store)
+        checked = Authenticated(self.observed.measured(self.page.inside(relayed) if self.page else relayed),
+                              settings.api_key, self.admin.keys, settings.worker_key,
+                              **door_of(settings, self.home))  # fmt: skip
+        app: App = self.page.over(checked) if self.page else checked
         # Forwarded requests arrive from a local socket, so a server without a key would treat every client as the
         # owner.
         if role == "read":
             writers = self._others(settings.writer)
-            app = RoleFilter(door, "read", writers, door.problem)
+            app = RoleFilter(app, "read", writers, checked.problem)
             if writers:
                 app = endpoint_of(remote_gateway(writers), app)
         elif role == "write":
-            app = RoleFilter(door, "write", self._others(settings.reader), door.problem)
+            app = RoleFilter(app, "write", self._others(settings.reader), checked.problem)
         self.app = self.observed.over(app if self.gateway is None else self.gateway.before_authentication(app))
 
     def _others(self, text: str) -> list[RemoteApp]:
@@ -282,6 +291,8 @@ class Control:
                 await self.gateway.close()
             for remote in self._remotes:
                 await remote.close()
+            if self.page is not None:
+                await self.page.close()
             await self.admin.close()
 
 

@@ -26,7 +26,7 @@ from rock.admin.auth import Authenticated
 from rock.admin.preflight import require_key_beyond_loopback, role_of
 from rock.admin.workers.client import Worker
 from rock.admin.workers.registry import WorkerRegistry
-from rock.cli.serve.control import Control, LocalWorker, door_of, lease_of, reach_with
+from rock.cli.serve.control import Control, LocalWorker, door_of, lease_of, page_of, reach_with
 from rock.cli.serve.gateway import ServerGateway, remote_gateway
 from rock.cli.serve.home import Home, Reserve, make_private
 from rock.cli.serve.identity import Identity
@@ -247,8 +247,12 @@ class Server:
             self.gateway = ServerGateway(settings, self._proxy, self.admin.check_sandbox)
             self._routes = self.gateway.over(self.admin.app)
             self.node.gateway = self.gateway.endpoint
-        app: App = Authenticated(self.observed.measured(self._route), settings.api_key, self.admin.keys,
-                                 settings.worker_key, **door_of(settings, self.home))  # fmt: skip
+        self.page = page_of(settings, self.admin, self.store)
+        routed = self.admin.audit.over(self._route)
+        checked = Authenticated(self.observed.measured(self.page.inside(routed) if self.page else routed),
+                              settings.api_key, self.admin.keys, settings.worker_key,
+                              **door_of(settings, self.home))  # fmt: skip
+        app: App = self.page.over(checked) if self.page else checked
         self.app = self.observed.over(app if self.gateway is None else self.gateway.before_authentication(app))
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -281,6 +285,8 @@ class Server:
         """Stop serving; sandboxes survive and are found again by the next server."""
         if self.gateway is not None:
             await self.gateway.close()
+        if self.page is not None:
+            await self.page.close()
         await self.admin.close()
         await self.rocklet.close()
 

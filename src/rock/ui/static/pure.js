@@ -1,0 +1,144 @@
+// Pure functions of the page: no DOM, no network. tests/ui/pure.test.mjs tests them with `node --test`.
+
+/** @typedef {Record<string, any>} Row */
+
+/** Rows from columns: {name: [values]} -> [{name: value}].
+ * @param {Record<string, any[]>} columns @returns {Row[]} */
+export function fromColumns(columns) {
+  const names = Object.keys(columns);
+  const count = names.length ? columns[names[0]].length : 0;
+  const rows = new Array(count);
+  for (let i = 0; i < count; i++) {
+    /** @type {Row} */ const row = {};
+    for (const name of names) row[name] = columns[name][i];
+    rows[i] = row;
+  }
+  return rows;
+}
+
+/** Apply a message of the push channel. A row of an older version than the known one is ignored.
+ * @param {Map<string, Row>} rows @param {{changed?: any[][], gone?: string[]}} message @param {string[]} names
+ * @returns {boolean} whether something changed */
+export function applyChanges(rows, message, names) {
+  let changed = false;
+  const version = names.indexOf("version");
+  for (const values of message.changed || []) {
+    const known = rows.get(values[0]);
+    if (known && known.version > values[version]) continue;
+    /** @type {Row} */ const row = {};
+    names.forEach((name, i) => { row[name] = values[i]; });
+    rows.set(values[0], row);
+    changed = true;
+  }
+  for (const id of message.gone || []) changed = rows.delete(id) || changed;
+  return changed;
+}
+
+/** Whether a row contains every word of a search text, in its visible fields.
+ * @param {Row} row @param {string} text */
+export function matchesSearch(row, text) {
+  const words = text.toLowerCase().split(/\s+/).filter(Boolean);
+  if (!words.length) return true;
+  const labels = Object.entries(row.labels || {}).map(([k, v]) => `${k}=${v}`).join(" ");
+  const all = [row.sandbox_id, row.name, row.state, row.cause, row.image, row.tenant, row.worker, row.user_id,
+    row.experiment_id, row.group, labels].filter(Boolean).join(" ").toLowerCase();
+  return words.every((word) => all.includes(word));
+}
+
+/** The window of rows to render. @returns {{first: number, last: number}} of rows, last exclusive
+ * @param {number} scroll @param {number} height @param {number} rowHeight @param {number} count */
+export function windowOf(scroll, height, rowHeight, count, extra = 6) {
+  const first = Math.max(0, Math.min(count, Math.floor(scroll / rowHeight) - extra));
+  return { first, last: Math.min(count, Math.ceil((scroll + height) / rowHeight) + extra) };
+}
+
+/** @param {number | null | undefined} n */
+export function bytes(n) {
+  if (n === null || n === undefined) return "";
+  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
+  let i = 0;
+  while (n >= 1024 && i < units.length - 1) { n /= 1024; i++; }
+  return `${i && n < 10 ? n.toFixed(1) : Math.round(n)} ${units[i]}`;
+}
+
+/** @param {number} seconds */
+export function duration(seconds) {
+  const s = Math.max(0, Math.round(seconds));
+  if (s < 60) return `${s} s`;
+  if (s < 3600) return `${Math.floor(s / 60)} min`;
+  if (s < 86400) return `${Math.floor(s / 3600)} h ${Math.floor((s % 3600) / 60)} min`;
+  return `${Math.floor(s / 86400)} d ${Math.floor((s % 86400) / 3600)} h`;
+}
+
+/** A word of a POSIX shell. @param {string} word */
+export function shellWord(word) {
+  return /^[A-Za-z0-9_@%+=:,./-]+$/.test(word) ? word : `'${word.replace(/'/g, `'\\''`)}'`;
+}
+
+/** Lines of text without control characters of a terminal, which hide text in a document. @param {string} text */
+export function plainText(text) {
+  return text
+    .replace(/\u001b\][^\u0007\u001b]*(?:\u0007|\u001b\\)/g, "")
+    .replace(/\u001b\[[0-?]*[ -/]*[@-~]/g, "")
+    .replace(/[\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f\u202a-\u202e\u2066-\u2069]/g, "\ufffd")
+    .replace(/\r\n?/g, "\n");
+}
+
+/** The events of a sandbox's life, oldest first, from responses of the API.
+ * @param {{info: Row, processes: Row[], connections: Row[], outputs: Record<string, string>}} data
+ * @returns {{at: number, kind: string, title: string, text: string}[]} */
+export function timelineOf({ info, processes, connections, outputs }) {
+  /** @type {{at: number, kind: string, title: string, text: string}[]} */ const events = [];
+  const add = (/** @type {number|null|undefined} */ at, /** @type {string} */ kind, /** @type {string} */ title, text = "") => {
+    if (at) events.push({ at, kind, title, text });
+  };
+  add(info.created_at, "state", "created", `image ${info.image}`);
+  for (const [name, phase] of Object.entries(info.phases || {})) {
+    add(phase.completed_at || phase.started_at, "phase", `start phase ${name}: ${phase.status}`, phase.message || "");
+  }
+  for (const change of info.state_history || []) {
+    add(change.timestamp, "state", `${change.from_state} to ${change.to_state}`, change.event);
+  }
+  for (const p of processes) {
+    const words = Array.isArray(p.command) ? p.command.map(shellWord).join(" ") : p.command;
+    add(p.started_at, "command", `process ${words}`, "");
+    if (!p.running) add(p.ended_at, "command", `exit ${p.exit_code ?? "unknown"}: ${words}`, outputs[p.process_id] || "");
+  }
+  for (const c of connections) {
+    add(c.at, "egress", `${c.allowed ? "connection" : "refused connection"} to ${c.host || c.address}:${c.port}`,
+      c.allowed ? `${c.sent} bytes sent, ${c.received} bytes received` : c.reason || "");
+  }
+  if (info.commit) add(info.commit.completed_at || info.commit.started_at, "commit", `commit ${info.commit.image_tag}: ${info.commit.phase}`);
+  if (info.stopped_at) add(info.stopped_at, "end", info.cause || "stopped", info.reason || "");
+  return events.map((e, i) => ({ e, i })).sort((a, b) => a.e.at - b.e.at || a.i - b.i).map(({ e }) => e);
+}
+
+/** The index of the first event in which two timelines differ, times left out; -1 when they are equal.
+ * @param {{kind: string, title: string, text: string}[]} a @param {{kind: string, title: string, text: string}[]} b */
+export function firstDifference(a, b) {
+  for (let i = 0; i < Math.max(a.length, b.length); i++) {
+    if (!a[i] || !b[i] || a[i].kind !== b[i].kind || a[i].title !== b[i].title || a[i].text !== b[i].text) return i;
+  }
+  return -1;
+}
+
+/** Samples of Prometheus text: [{name, labels, value}]. @param {string} text */
+export function parseMetrics(text) {
+  const found = [];
+  for (const line of text.split("\n")) {
+    const match = /^([a-zA-Z_:][a-zA-Z0-9_:]*)(?:\{(.*)\})? (\S+)/.exec(line);
+    if (!match) continue;
+    /** @type {Record<string, string>} */ const labels = {};
+    for (const part of (match[2] || "").matchAll(/([a-zA-Z_][a-zA-Z0-9_]*)="((?:[^"\\]|\\.)*)"/g)) labels[part[1]] = part[2];
+    found.push({ name: match[1], labels, value: Number(match[3]) });
+  }
+  return found;
+}
+
+/** A percentile from cumulative buckets [[upper bound, count]]. @param {[number, number][]} buckets @param {number} q */
+export function quantile(buckets, q) {
+  const total = buckets.length ? buckets[buckets.length - 1][1] : 0;
+  if (!total) return null;
+  const found = buckets.find(([, count]) => count >= total * q);
+  return found ? found[0] : null;
+}
