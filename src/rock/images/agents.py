@@ -44,8 +44,8 @@ _FACTS = """
 import json, sys, sysconfig
 print(json.dumps([sys.version_info[:3], sysconfig.get_path("stdlib"), sys._base_executable, sys.base_prefix]))
 """
-_UNUSED = ("test", "tests", "idlelib", "ensurepip", "turtledemo", "lib2to3", "tkinter", "site-packages", "dist-packages",
-           "__pycache__")  # fmt: skip
+_UNUSED = ("test", "tests", "idlelib", "ensurepip", "turtledemo", "lib2to3", "tkinter", "site-packages",
+           "dist-packages", "__pycache__")  # fmt: skip
 _COMMON = ("libstdc++.so.6", "libgcc_s.so.1", "libz.so.1", "libresolv.so.2", "libpthread.so.0", "libdl.so.2",
            "librt.so.1", "libutil.so.1", "libm.so.6", "libcrypt.so.1")  # fmt: skip
 _COMPILED = ["-m", "compileall", "-qq", "-j", "0", "--invalidation-mode", "unchecked-hash"]
@@ -166,7 +166,8 @@ class AgentLayers:
         try:
             tree = folder / "tree"
             tree.mkdir()
-            building = Building(recipe.name, recipe.packages, tree, folder / "log", progress or (lambda _: None), python)
+            tell = progress or (lambda _: None)
+            building = Building(recipe.name, recipe.packages, tree, folder / "log", tell, python)
             building.run()
             os.chmod(folder, 0o755)
             os.chmod(tree, 0o755)
