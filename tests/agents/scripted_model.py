@@ -116,8 +116,10 @@ class _Handler(BaseHTTPRequestHandler):
         if not stream:
             self._send(200, json.dumps(whole).encode(), "application/json")
             return
-        text = "".join((f"event: {name}\n" if name else "") + f"data: {value if isinstance(value, str) else json.dumps(value)}\n\n"
-                       for name, value in events)  # fmt: skip
+        text = ""
+        for name, value in events:
+            data = value if isinstance(value, str) else json.dumps(value)
+            text += (f"event: {name}\n" if name else "") + f"data: {data}\n\n"
         self._send(200, text.encode(), "text/event-stream")
 
     def _send(self, status: int, data: bytes, kind: str) -> None:
@@ -145,8 +147,9 @@ def _chat(model: ScriptedModel, body: dict[str, Any]) -> Reply:
              "choices": [{"index": 0, "message": message, "finish_reason": finish}]}  # fmt: skip
     delta = {**message, "tool_calls": [{**t, "index": i} for i, t in enumerate(message.get("tool_calls", ()))]}
     chunk = {**base, "object": "chat.completion.chunk"}
+    first = {"index": 0, "delta": {k: v for k, v in delta.items() if v}, "finish_reason": None}
     events: list[tuple[str, Any]] = [
-        ("", {**chunk, "choices": [{"index": 0, "delta": {k: v for k, v in delta.items() if v}, "finish_reason": None}]}),
+        ("", {**chunk, "choices": [first]}),
         ("", {**chunk, "choices": [{"index": 0, "delta": {}, "finish_reason": finish}]}),
     ]  # fmt: skip
     if (body.get("stream_options") or {}).get("include_usage"):

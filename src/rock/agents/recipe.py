@@ -15,8 +15,8 @@
     [log]                       where its output has the result: file, format, text, input_tokens, output_tokens
 
 Values of `command`, `env` and `files` contain ${base_url}, ${api_key}, ${model}, ${prompt} and ${home}. In `command`
-they are quoted for the shell, in `files` escaped as in a JSON string. Packages and paths of programs contain ${arch} ("x64",
-"arm64") and ${machine} ("x86_64", "aarch64").
+they are quoted for the shell, in `files` escaped as in a JSON string. Packages and paths of programs contain ${arch}
+("x64", "arm64") and ${machine} ("x86_64", "aarch64").
 """
 
 from __future__ import annotations

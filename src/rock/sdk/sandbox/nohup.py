@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Awaitable, Callable
-from typing import Protocol
+from collections.abc import Callable, Coroutine
+from typing import Any, Protocol
 
 from rock import errors
 from rock.protocol.action import BACKGROUND_PID, MAX_OUTPUT, BashObservation, Check, Command
@@ -53,7 +53,7 @@ async def run_nohup(
     output_file: str | None,
     limit: int | None,
     ignore_output: bool,
-    started: Callable[[int], Awaitable[None]] | None = None,
+    started: Callable[[int], Coroutine[Any, Any, None]] | None = None,
 ) -> BashObservation:
     """Start, wait, and read what came. After a timeout `exit_code` is None and the process is left running. started:
     called with the process id inside."""

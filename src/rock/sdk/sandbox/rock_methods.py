@@ -35,6 +35,7 @@ from rock.protocol.sandbox import CommitStatus, SandboxConfig, SandboxInfo, Stat
 from rock.sdk.sandbox.deploy import Deploy
 from rock.sdk.sandbox.files import Files
 from rock.sdk.sandbox.link import Link, list_sandboxes, parse
+from rock.sdk.sandbox.model_service.base import ModelService
 from rock.sdk.sandbox.nohup import output_of_session, run_nohup, start_in_session, wait_in_session
 from rock.sdk.sandbox.options import ProgramOptions
 from rock.sdk.sandbox.processes import TIMEOUT, Processes, raise_if_failed
@@ -52,6 +53,7 @@ class RockMethods(Link):
 
     fs: `files`. process: scripts. remote_user: users inside. deploy: a local folder as the working folder inside.
     network: mirrors of package managers. runtime_envs: installed Python and Node.js, by `runtime_env_id`.
+    model_service: ROCK's model service, once an agent has one or you set one.
     """
 
     def __init__(self, config: SandboxConfig) -> None:
@@ -65,6 +67,7 @@ class RockMethods(Link):
         self.deploy = Deploy(self.files)
         self.network = Network(self.files, self.processes)
         self.runtime_envs: dict[str, Any] = {}
+        self.model_service: ModelService | None = None
 
     @abstractmethod
     async def stop(self) -> None:
