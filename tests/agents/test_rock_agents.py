@@ -1,4 +1,4 @@
-"""ROCK's agents in real sandboxes without a network: the phases of RockAgent and its YAML, and the classes of agents."""
+"""ROCK's agents in sandboxes without a network: the phases of RockAgent and its YAML, and the classes of agents."""
 
 from __future__ import annotations
 
@@ -46,9 +46,11 @@ runtime_env_config:
   type: node
   custom_install_cmd: echo install >> /tmp/order; touch /tmp/tool
 """
-NODE = "mkdir -p runtime-env/bin && printf '#!/bin/sh\\necho v22.18.0\\n' > runtime-env/bin/node && " \
-       "printf '#!/bin/sh\\necho tool \"$@\"\\n' > runtime-env/bin/tool && cp runtime-env/bin/node runtime-env/bin/npm " \
-       "&& chmod +x runtime-env/bin/*"  # fmt: skip
+NODE = (
+    "mkdir -p runtime-env/bin && printf '#!/bin/sh\\necho v22.18.0\\n' > runtime-env/bin/node && "
+    "printf '#!/bin/sh\\necho tool \"$@\"\\n' > runtime-env/bin/tool && "
+    "cp runtime-env/bin/node runtime-env/bin/npm && chmod +x runtime-env/bin/*"
+)
 PYTHON = "mkdir -p runtime-env/bin && ln -s $(command -v python3) runtime-env/bin/python && " \
          "printf '#!/bin/sh\\necho sweagent \"$@\"; echo $OPENAI_BASE_URL\\n' > runtime-env/bin/sweagent && " \
          "chmod +x runtime-env/bin/sweagent"  # fmt: skip
@@ -85,7 +87,7 @@ def test_the_phases_of_a_yaml(sandbox: Sandbox, tmp_path: Path) -> None:
 def test_a_run_without_a_runtime_environment(sandbox: Sandbox, tmp_path: Path) -> None:
     (tmp_path / "f").mkdir()
     sandbox.agent.install(
-        RockAgentConfig(run_cmd="pwd; echo ${bin_dir} ${prompt}", runtime_env_config=None, working_dir=str(tmp_path / "f"))
+        RockAgentConfig(run_cmd="pwd; echo ${prompt}", runtime_env_config=None, working_dir=str(tmp_path / "f"))
     )
     seen = sandbox.agent.run("x y")
     assert seen.output.splitlines() == [sandbox.deploy.working_dir, "x y"] and seen.exit_code == 0
@@ -112,7 +114,7 @@ def test_failures_of_an_installation(sandbox: Sandbox, tmp_path: Path, monkeypat
     with pytest.raises(FileNotFoundError, match="Agent config file not found"):
         sandbox.agent.install(str(tmp_path / "none.yaml"))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="Unsupported config file format: .json"):
+    with pytest.raises(ValueError, match=r"Unsupported config file format: \.json"):
         sandbox.agent.install(str(tmp_path / "config.json"))
     (tmp_path / "config.yaml").write_text("- a\n")
     with pytest.raises(ValueError, match="no mapping"):
