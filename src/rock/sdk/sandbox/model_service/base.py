@@ -22,8 +22,9 @@ from rock import errors
 from rock.protocol.runs import RunInfo
 from rock.protocol.wire import Wire
 from rock.sdk.sandbox.files import Files
-from rock.sdk.sandbox.gateway_run import CHAT, GatewayRun, delete_upstream, put_upstream, replay_of, rock_records
+from rock.sdk.sandbox.model_service.records import CHAT, replay_of, rock_records
 from rock.sdk.sandbox.processes import Processes
+from rock.sdk.sandbox.runs import Run, Runs, Upstreams
 from rock.sdk.sandbox.runtime_env.config import PythonRuntimeEnvConfig
 from rock.sdk.transport import Transport
 
@@ -135,7 +136,7 @@ class ModelService:
         self.runtime_env: Any = None  # ROCK's; there is none
         self.is_installed = False
         self.is_started = False
-        self._run: GatewayRun | None = None
+        self._run: Run | None = None
         self._options = StartOptions()
         self._upstream: str | None = None
         self._pid: int | None = None
@@ -148,13 +149,13 @@ class ModelService:
 
     @property
     def environ(self) -> dict[str, str]:
-        return {} if self._run is None else dict(self._run.info.environ)
+        return {} if self._run is None else self._run.environ
 
     def state(self) -> dict[str, Any]:
         """What `resume` needs in another process, as JSON values. It has the secret of the run."""
         assert self._run is not None
         return {
-            "sandbox": self._sandbox.sandbox_id, "run": self._run.info.model_dump(mode="json"),
+            "sandbox": self._sandbox.sandbox_id, "run": self._run.info.model_dump(mode="json") | {"api_key": self._run.api_key, "environ": self.environ},
             "config": self.config.model_dump(mode="json"), "upstream": self._upstream, "pid": self._pid,
             "last": self._last, "numbers": {str(index): number for index, number in self._numbers.items()},
         }  # fmt: skip
@@ -164,7 +165,7 @@ class ModelService:
         """A started service, from the state of another process."""
         service = cls(sandbox, ModelServiceConfig.model_validate(state["config"]))
         service._options = StartOptions.of(service.config)
-        service._run = GatewayRun(sandbox._transport, RunInfo.model_validate(state["run"]))
+        service._run = Run(sandbox._transport, RunInfo.model_validate(state["run"]))
         service._upstream, service._pid, service._last = state["upstream"], state["pid"], int(state["last"])
         service._numbers = {int(index): int(number) for index, number in state["numbers"].items()}
         service.is_installed = service.is_started = True
@@ -182,7 +183,7 @@ class ModelService:
             raise RuntimeError(f"[{self._sandbox.sandbox_id}] Cannot start model service: call install() first")
         if self.is_started:
             await self.stop()
-        spec: dict[str, Any] = {"sandbox": self._sandbox.sandbox_id, "port": self._options.port}
+        spec: dict[str, Any] = {"port": self._options.port}
         if self._options.type == "local":
             spec["pull"] = True
         elif self._options.replay_file:
@@ -190,7 +191,7 @@ class ModelService:
             spec["replay"] = replay_of(text)
         else:
             spec["upstream"] = await self._upstream_name()
-        self._run = await GatewayRun.create(self._sandbox._transport, spec)
+        self._run = await Runs(self._sandbox._transport).create(sandbox=self._sandbox.sandbox_id, **spec)
         self._pid, self._last, self._numbers = None, 0, {0: 0}
         self.is_started = True
 
@@ -201,12 +202,9 @@ class ModelService:
             raise ValueError("type proxy: name an upstream of the gateway in `upstream`, or use --proxy-base-url")
         self._upstream = f"model-service-{os.urandom(6).hex()}"
         url = self._options.proxy_base_url.rstrip("/")
-        fields: dict[str, Any] = {"urls": [url], "dialect": CHAT}
-        if self._options.proxy_api_key:
-            fields["key"] = self._options.proxy_api_key
-        if self._options.request_timeout:
-            fields["timeout"] = self._options.request_timeout
-        await put_upstream(self._sandbox._transport, self._upstream, fields)
+        fields = {"timeout": self._options.request_timeout} if self._options.request_timeout else {}
+        key = self._options.proxy_api_key
+        await Upstreams(self._sandbox._transport).put(self._upstream, url, key=key, dialect=CHAT, **fields)
         return self._upstream
 
     async def stop(self) -> None:
@@ -214,16 +212,19 @@ class ModelService:
         if not self.is_started or self._run is None:
             return
         self.is_started = False
-        await self._run.end(reason="the model service was stopped")
+        try:
+            await self._run.end(reason="the model service was stopped")
+        except (errors.Conflict, errors.NotFound):
+            pass  # it was ended or deleted by its owner
         if self._options.type == "proxy" and not self._options.replay_file:
             path = self._options.recording_file or f"{self.config.logging_path}/{TRAJECTORY}"
             try:
-                await self._sandbox.files.write(path, rock_records(await self._run.calls(CHAT)))
+                await self._sandbox.files.write(path, rock_records(await self._run.calls(dialect=CHAT)))
             except errors.SandboxError:
                 pass  # the sandbox has ended; the run has the calls
         if self._upstream is not None:
-            await delete_upstream(self._sandbox._transport, self._upstream)
-            self._upstream = None
+            upstream, self._upstream = self._upstream, None
+            await Upstreams(self._sandbox._transport).delete(upstream)
 
     async def watch_agent(self, pid: str | int) -> None:
         """From now on `anti_call_llm` returns "SESSION_END" once this process of the sandbox has ended. RuntimeError:
@@ -257,7 +258,7 @@ class ModelService:
             await self._answer(run, index, response_payload)
         return await self._request(run, index + 1, deadline)
 
-    async def _answer(self, run: GatewayRun, index: int, payload: str) -> None:
+    async def _answer(self, run: Run, index: int, payload: str) -> None:
         try:
             response = json.loads(payload)
         except ValueError:
@@ -265,18 +266,18 @@ class ModelService:
         if not isinstance(response, dict):
             raise ValueError(f"response_payload of index {index} is not a JSON object")
         try:
-            await run.answer(self._numbers.get(index, index), response=response, dialect=CHAT)
+            await run.answer(self._numbers.get(index, index), response, dialect=CHAT)
         except errors.Conflict:
             pass  # the agent gave up this call, or an earlier request answered it and its response was lost
         self._last = index
 
-    async def _request(self, run: GatewayRun, index: int, deadline: float) -> str:
+    async def _request(self, run: Run, index: int, deadline: float) -> str:
         """The request of the call with that index."""
         after, ended = self._numbers.get(index - 1, index - 1), False
         while True:
             left = deadline - time.monotonic()
             wait = 0.0 if ended else max(0.0, min(left, _TIMEOUT if self._pid is None else _CHECK))
-            found = await run.next(after, wait, CHAT)
+            found = await run.next(after, wait=wait, dialect=CHAT)
             if found.call is not None:
                 self._numbers[index] = found.call.number
                 return json.dumps(found.call.request, ensure_ascii=False)
