@@ -124,7 +124,8 @@ def test_the_loop_of_roll(equipped: Sandbox, service: ModelService) -> None:
     agent = Agent(equipped, service, "/tmp/agent.py", "begin LLM_REQUEST_END and LLM_RESPONSE_START")
     requests = roll(service, lambda request: next(answers))
     assert requests[-1] == SESSION_END and len(requests) == 4
-    assert [last_message(one) for one in requests[:3]] == ["begin LLM_REQUEST_END and LLM_RESPONSE_START", "made\n", "one\n"]
+    said = [last_message(one) for one in requests[:3]]
+    assert said == ["begin LLM_REQUEST_END and LLM_RESPONSE_START", "made\n", "one\n"]
     assert agent.output() == "the end\n" and equipped.files.read("/tmp/one") == b"one\n"
     assert service.anti_call_llm(len(requests), completion("late"), call_timeout=10) == SESSION_END
     service.stop()
@@ -163,7 +164,7 @@ def test_wrong_arguments(equipped: Sandbox, service: ModelService) -> None:
         service.anti_call_llm(0, call_timeout=0.2)
     other = ModelService(equipped, ModelServiceConfig())
     for call in (other.start, lambda: other.watch_agent("1"), lambda: other.anti_call_llm(0)):
-        with pytest.raises(RuntimeError, match="call (install|start)"):
+        with pytest.raises(RuntimeError, match=r"call (install|start)"):
             call()
     other.stop()  # nothing happens
     for start_cmd in ("rock model-service start --port x", "rock model-service start --replay-file /tmp/x",
@@ -190,8 +191,8 @@ def test_a_streaming_agent_and_a_large_answer(equipped: Sandbox, service: ModelS
 
 
 def test_a_port_in_use_is_an_error(equipped: Sandbox, service: ModelService) -> None:
-    code = "import socket, time; s = socket.socket(); s.bind(('127.0.0.1', 28081)); s.listen(); print(1, flush=True); " \
-           "time.sleep(60)"  # fmt: skip
+    code = "import socket, time; s = socket.socket(); s.bind(('127.0.0.1', 28081)); s.listen(); " \
+           "print(1, flush=True); time.sleep(60)"  # fmt: skip
     process = equipped.processes.start(["python3", "-c", code])
     process.logs(wait=20)
     other = ModelService(equipped, ModelServiceConfig(start_cmd="rock model-service start --port 28081"))
@@ -222,8 +223,8 @@ def test_record_and_replay(equipped: Sandbox) -> None:
     assert outputs[0] == outputs[1] and "The file is written." in outputs[0] and trees[0] == trees[1]
     [line] = equipped.files.read("/tmp/recording.jsonl").decode().splitlines()
     record = json.loads(line)
-    assert set(record) == {"model", "stream", "status", "response_time", "start_time", "end_time", "request", "response",
-                           "error"}  # fmt: skip
+    assert set(record) == {"model", "stream", "status", "response_time", "start_time", "end_time", "request",
+                           "response", "error"}  # fmt: skip
     assert record["status"] == "success" and record["request"]["messages"][-1]["content"] == "begin"
     assert record["response"]["choices"][0]["message"]["content"] == "The file is written." and KEY not in line
     with Client() as client:

@@ -3,8 +3,9 @@
     folder/runs/ID/run.json   spec, secret-free state and counts; replaced atomically
     folder/runs/ID/calls      magic, then records: length (4 bytes), CRC-32 (4 bytes), JSON
 
-A record is written with one system call, before its effect is visible to anyone. A crash (kill -9) can leave one torn
-record at the end, which the next start moves to calls.torn-N. Records survive a crash of the server, not of the machine.
+A record is written with one system call, before its effect is visible outside. A crash (kill -9) can leave one torn
+record at the end, which the next start moves to calls.torn-N. Records survive a crash of the server, but not of the
+machine.
 
 A request of an agent repeats all earlier messages and the definitions of its tools. `Deltas` stores a body relative to
 an earlier one: for each field whether it is equal, or how many leading elements of a list are.
@@ -220,7 +221,7 @@ class Deltas:
             packed = self._fetch(at)
             chain.append((at, packed))
             base = packed.get("base")
-            at = int(base) if base is not None and int(base) < at else None
+            at = int(base) if base is not None else None
         for which, packed in reversed(chain):
             base = packed.get("base")
             below = cache[int(base)] if base is not None else {}

@@ -2,9 +2,10 @@
 
     pool.send(method, target, headers, body) ──► Response: status, headers, pieces()
 
-A connection belongs to one request at a time. `limit` bounds the concurrent requests of a pool; others wait. No response
-is decompressed, redirected or retried. A request over a kept-alive connection that the server closed meanwhile is sent
-again over a new one, if no byte of a response arrived: HTTP servers close idle connections at any time.
+A connection belongs to one request at a time. `limit` bounds the concurrent requests of a pool; others wait. Responses
+are not decompressed, and redirections are not followed. A request over a kept-alive connection that the server closed
+meanwhile is sent again over a new one, if no byte of a response arrived: HTTP servers close idle connections at any
+time.
 """
 
 from __future__ import annotations

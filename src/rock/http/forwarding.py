@@ -227,7 +227,8 @@ class RemoteApp:
         self._sockets: set[asyncio.Task[None]] = set()
         self._calls = Ids()
         self._cancels: set[asyncio.Task[None]] = set()
-        self._waiting: dict[ClientConnection, float] = {}  # forwarded requests without a response, with their start times
+        # forwarded requests without a response, with their start times
+        self._waiting: dict[ClientConnection, float] = {}
         self._probing: asyncio.Task[None] | None = None
 
     @property
@@ -310,7 +311,9 @@ class RemoteApp:
         drop = _HOP_BY_HOP | self._names
         return [header for header in scope["headers"] if header[0] not in drop and header[0] != _CALL] + self._own
 
-    async def _exchange(self, connection: ClientConnection, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _exchange(
+        self, connection: ClientConnection, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         """One request. An error before the response has begun is Unavailable; after that the client's own connection
         has to be closed."""
         first = await receive()

@@ -22,11 +22,10 @@ from typing import Any, cast
 import uvicorn
 from uvicorn.server import ServerState
 
-from rock.errors import NotHere, RockError, SandboxError, Unsupported
+from rock.errors import RockError, SandboxError, Unsupported
 from rock.http.asgi import App, Receive, Scope, Send
 from rock.http.connections import Admission, HttpConnection
 from rock.protocol.gateway_rows import ENDPOINT
-from rock.protocol.keys import CALLER, NOBODY
 from rock.protocol.routes import CALL, EPOCH, FENCE, HANDED_ON, OTHER_KEY
 from rock.runtime.base import Handle, Listens, Runtime
 
@@ -59,8 +58,9 @@ class Confined:
             below, raw = ENDPOINT + "/", b"/"
         raw = raw if raw.startswith(ENDPOINT.encode() + b"/") else ENDPOINT.encode() + raw
         headers = [header for header in scope["headers"] if header[0] not in _OURS]
+        scope = {**scope, "path": below, "raw_path": raw, "headers": headers}
         with self._active():
-            await self._app({**scope, "path": below, "raw_path": raw, "headers": headers, CALLER: NOBODY}, receive, send)
+            await self._app(scope, receive, send)
 
 
 async def _upgrade_refused(scope: Scope, receive: Receive, send: Send) -> None:
@@ -104,7 +104,8 @@ class GatewayPort:
         if self.port is not None and port in (None, self.port):
             return self.port
         if self._app is None:
-            raise NotHere("this worker has no server whose gateway it could forward to", sandbox_id=self._id)
+            raise Unsupported("this worker has no server whose gateway it could forward to", sandbox_id=self._id,
+                              hint="let the worker join its server: rocklet --join URL")
         if not isinstance(self._runtime, Listens):
             raise Unsupported(f"the runtime {self._handle.runtime!r} opens no ports in a sandbox", sandbox_id=self._id,
                               hint="use another runtime for agents; `rock doctor` lists those of this machine")
@@ -112,7 +113,8 @@ class GatewayPort:
         await self.close()
         self.port = opened
         self._config = uvicorn.Config(
-            cast(Any, Confined(self._app, self._active)), http=cast(Any, partial(HttpConnection, admission=self._admission)),
+            cast(Any, Confined(self._app, self._active)),
+            http=cast(Any, partial(HttpConnection, admission=self._admission)),
             log_config=None, access_log=False, lifespan="off", timeout_keep_alive=75, server_header=False,
             proxy_headers=False, date_header=False,
         )  # fmt: skip

@@ -98,7 +98,8 @@ class Supervisor:
     def _record(self) -> str:
         processes = {p.id: {"command": p.command, "started_at": p.started_at} for p in self.processes.values()}
         return written(self.config, self.handle, sessions=self.sessions.record(), processes=processes,
-                       spools=self.spools.path.name, marked=self._marked, gateway_port=self.gateway_port.port)  # fmt: skip
+                       spools=self.spools.path.name, marked=self._marked,
+                       gateway_port=self.gateway_port.port)  # fmt: skip
 
     def load_journal(self, record: dict[str, Any]) -> None:
         """Read the requests that an earlier rocklet process left unfinished."""

@@ -140,6 +140,7 @@ class ModelService:
         self._options = StartOptions()
         self._upstream: str | None = None
         self._pid: int | None = None
+        self._session_ended = False
         self._last = 0  # index of the last answer
         self._numbers = {0: 0}  # number of the call by index
 
@@ -157,7 +158,7 @@ class ModelService:
         return {
             "sandbox": self._sandbox.sandbox_id, "run": self._run.info.model_dump(mode="json") | {"api_key": self._run.api_key, "environ": self.environ},
             "config": self.config.model_dump(mode="json"), "upstream": self._upstream, "pid": self._pid,
-            "last": self._last, "numbers": {str(index): number for index, number in self._numbers.items()},
+            "ended": self._session_ended, "last": self._last, "numbers": {str(index): number for index, number in self._numbers.items()},
         }  # fmt: skip
 
     @classmethod
@@ -168,6 +169,7 @@ class ModelService:
         service._run = Run(sandbox._transport, RunInfo.model_validate(state["run"]))
         service._upstream, service._pid, service._last = state["upstream"], state["pid"], int(state["last"])
         service._numbers = {int(index): int(number) for index, number in state["numbers"].items()}
+        service._session_ended = bool(state["ended"])
         service.is_installed = service.is_started = True
         return service
 
@@ -192,7 +194,7 @@ class ModelService:
         else:
             spec["upstream"] = await self._upstream_name()
         self._run = await Runs(self._sandbox._transport).create(sandbox=self._sandbox.sandbox_id, **spec)
-        self._pid, self._last, self._numbers = None, 0, {0: 0}
+        self._pid, self._session_ended, self._last, self._numbers = None, False, 0, {0: 0}
         self.is_started = True
 
     async def _upstream_name(self) -> str:
@@ -254,6 +256,8 @@ class ModelService:
             raise ValueError("index 0 has no response_payload, and every other index has one")
         if index < self._last:
             raise ValueError(f"index {index} must not be smaller than the last answered index {self._last}")
+        if self._session_ended:
+            return SESSION_END
         if response_payload and index > self._last:
             await self._answer(run, index, response_payload)
         return await self._request(run, index + 1, deadline)
@@ -267,6 +271,8 @@ class ModelService:
             raise ValueError(f"response_payload of index {index} is not a JSON object")
         try:
             await run.answer(self._numbers.get(index, index), response, dialect=CHAT)
+        except errors.NotFound:
+            raise ValueError(f"index {index}: there is no such call yet") from None
         except errors.Conflict:
             pass  # the agent gave up this call, or an earlier request answered it and its response was lost
         self._last = index
@@ -282,6 +288,7 @@ class ModelService:
                 self._numbers[index] = found.call.number
                 return json.dumps(found.call.request, ensure_ascii=False)
             if ended or found.state == "ended":
+                self._session_ended = True
                 return SESSION_END
             if left <= 0:
                 raise RuntimeError(f"Anti-call LLM command failed: call {index} did not arrive in time")

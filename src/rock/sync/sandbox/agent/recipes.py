@@ -15,9 +15,9 @@ from rock.agents import Recipe, RecipeError, builtin, load, names
 from rock.agents.results import parse as parse_log
 from rock.protocol.runs import RunInfo
 from rock.sync import primitives
-from rock.sync.sandbox.gateway_run import GatewayRun
 from rock.sync.sandbox.link import CLEAN_UP
 from rock.sync.sandbox.processes import Processes
+from rock.sync.sandbox.runs import Run, Runs
 from rock.sync.transport import Transport
 
 HOMES = "/tmp/rock-agents"  # inside: one home folder for each run
@@ -49,7 +49,7 @@ class AgentOptions(TypedDict, total=False):
     upstream: str | None
     pull: bool
     replay: str | dict[str, Any] | None
-    run: RunInfo | None
+    run: Run | None
     model: str | None
     models: dict[str, str] | None
     budget: dict[str, float] | None
@@ -129,7 +129,7 @@ def run_agent(
             hint=f'create the sandbox with it: Sandbox(image, agents=["{recipe.name}"])',
         )  # fmt: skip
     given = options.get("run")
-    run = GatewayRun(sandbox._transport, given) if given is not None else _create(sandbox, recipe, options)
+    run = _create(sandbox, recipe, options) if given is None else given
     ends = given is None and options.get("end", True)
     try:
         result = _execute(sandbox, recipe, prompt, run, looked.stdout.strip(), options)
@@ -140,9 +140,9 @@ def run_agent(
     return _finished(result, run, ends)
 
 
-def _create(sandbox: Host, recipe: Recipe, options: AgentOptions) -> GatewayRun:
+def _create(sandbox: Host, recipe: Recipe, options: AgentOptions) -> Run:
     tags = {"agent": recipe.name, **(options.get("tags") or {})}
-    spec: dict[str, Any] = {"sandbox": sandbox.sandbox_id, "tags": tags}
+    spec: dict[str, Any] = {"tags": tags}
     replay = options.get("replay")
     if replay is not None:
         spec["replay"] = {"run": replay} if isinstance(replay, str) else replay
@@ -152,17 +152,16 @@ def _create(sandbox: Host, recipe: Recipe, options: AgentOptions) -> GatewayRun:
             spec[name] = value
     if options.get("pull"):
         spec["pull"] = True
-    return GatewayRun.create(sandbox._transport, spec)
+    return Runs(sandbox._transport).create(sandbox=sandbox.sandbox_id, **spec)
 
 
 def _execute(
-    sandbox: Host, recipe: Recipe, prompt: str, run: GatewayRun, path: str, options: AgentOptions
+    sandbox: Host, recipe: Recipe, prompt: str, run: Run, path: str, options: AgentOptions
 ) -> AgentResult:
     info, user, home = run.info, options.get("user"), f"{HOMES}/{run.id}"
-    if info.api_key is None:
-        raise errors.InvalidConfig(f"the run {info.id} has no secret here",
-                                   hint="pass the run as its creation returned it")  # fmt: skip
-    command = recipe.render(prompt, base_url=info.base_url, api_key=info.api_key, home=home,
+    if run.api_key is None:
+        raise errors.InvalidConfig(f"the secret of run {run.id} is unknown here", hint="pass the run that created it")
+    command = recipe.render(prompt, base_url=run.base_url, api_key=run.api_key, home=home,
                             model=options.get("model"), path=path)  # fmt: skip
     for name, text in {f"{home}/.rock-agent": f"{recipe.name} {recipe.version}\n", **command.files}.items():
         argv = ["sh", "-c", _WRITE, "sh", name]
@@ -186,7 +185,7 @@ def _execute(
     )  # fmt: skip
 
 
-def _finished(result: AgentResult, run: GatewayRun, ends: bool) -> AgentResult:
+def _finished(result: AgentResult, run: Run, ends: bool) -> AgentResult:
     """The result with the counts of the run."""
     info = (run.end(reason="timeout" if result.timed_out else None) if ends else run.refresh())
     counts = info.counts

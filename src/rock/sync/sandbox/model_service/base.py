@@ -24,8 +24,9 @@ from rock import errors
 from rock.protocol.runs import RunInfo
 from rock.protocol.wire import Wire
 from rock.sync.sandbox.files import Files
-from rock.sync.sandbox.gateway_run import CHAT, GatewayRun, delete_upstream, put_upstream, replay_of, rock_records
+from rock.sync.sandbox.model_service.records import CHAT, replay_of, rock_records
 from rock.sync.sandbox.processes import Processes
+from rock.sync.sandbox.runs import Run, Runs, Upstreams
 from rock.sync.sandbox.runtime_env.config import PythonRuntimeEnvConfig
 from rock.sync.transport import Transport
 
@@ -137,10 +138,11 @@ class ModelService:
         self.runtime_env: Any = None  # ROCK's; there is none
         self.is_installed = False
         self.is_started = False
-        self._run: GatewayRun | None = None
+        self._run: Run | None = None
         self._options = StartOptions()
         self._upstream: str | None = None
         self._pid: int | None = None
+        self._session_ended = False
         self._last = 0  # index of the last answer
         self._numbers = {0: 0}  # number of the call by index
 
@@ -150,15 +152,15 @@ class ModelService:
 
     @property
     def environ(self) -> dict[str, str]:
-        return {} if self._run is None else dict(self._run.info.environ)
+        return {} if self._run is None else self._run.environ
 
     def state(self) -> dict[str, Any]:
         """What `resume` needs in another process, as JSON values. It has the secret of the run."""
         assert self._run is not None
         return {
-            "sandbox": self._sandbox.sandbox_id, "run": self._run.info.model_dump(mode="json"),
+            "sandbox": self._sandbox.sandbox_id, "run": self._run.info.model_dump(mode="json") | {"api_key": self._run.api_key, "environ": self.environ},
             "config": self.config.model_dump(mode="json"), "upstream": self._upstream, "pid": self._pid,
-            "last": self._last, "numbers": {str(index): number for index, number in self._numbers.items()},
+            "ended": self._session_ended, "last": self._last, "numbers": {str(index): number for index, number in self._numbers.items()},
         }  # fmt: skip
 
     @classmethod
@@ -166,9 +168,10 @@ class ModelService:
         """A started service, from the state of another process."""
         service = cls(sandbox, ModelServiceConfig.model_validate(state["config"]))
         service._options = StartOptions.of(service.config)
-        service._run = GatewayRun(sandbox._transport, RunInfo.model_validate(state["run"]))
+        service._run = Run(sandbox._transport, RunInfo.model_validate(state["run"]))
         service._upstream, service._pid, service._last = state["upstream"], state["pid"], int(state["last"])
         service._numbers = {int(index): int(number) for index, number in state["numbers"].items()}
+        service._session_ended = bool(state["ended"])
         service.is_installed = service.is_started = True
         return service
 
@@ -184,7 +187,7 @@ class ModelService:
             raise RuntimeError(f"[{self._sandbox.sandbox_id}] Cannot start model service: call install() first")
         if self.is_started:
             self.stop()
-        spec: dict[str, Any] = {"sandbox": self._sandbox.sandbox_id, "port": self._options.port}
+        spec: dict[str, Any] = {"port": self._options.port}
         if self._options.type == "local":
             spec["pull"] = True
         elif self._options.replay_file:
@@ -192,8 +195,8 @@ class ModelService:
             spec["replay"] = replay_of(text)
         else:
             spec["upstream"] = self._upstream_name()
-        self._run = GatewayRun.create(self._sandbox._transport, spec)
-        self._pid, self._last, self._numbers = None, 0, {0: 0}
+        self._run = Runs(self._sandbox._transport).create(sandbox=self._sandbox.sandbox_id, **spec)
+        self._pid, self._session_ended, self._last, self._numbers = None, False, 0, {0: 0}
         self.is_started = True
 
     def _upstream_name(self) -> str:
@@ -203,12 +206,9 @@ class ModelService:
             raise ValueError("type proxy: name an upstream of the gateway in `upstream`, or use --proxy-base-url")
         self._upstream = f"model-service-{os.urandom(6).hex()}"
         url = self._options.proxy_base_url.rstrip("/")
-        fields: dict[str, Any] = {"urls": [url], "dialect": CHAT}
-        if self._options.proxy_api_key:
-            fields["key"] = self._options.proxy_api_key
-        if self._options.request_timeout:
-            fields["timeout"] = self._options.request_timeout
-        put_upstream(self._sandbox._transport, self._upstream, fields)
+        fields = {"timeout": self._options.request_timeout} if self._options.request_timeout else {}
+        key = self._options.proxy_api_key
+        Upstreams(self._sandbox._transport).put(self._upstream, url, key=key, dialect=CHAT, **fields)
         return self._upstream
 
     def stop(self) -> None:
@@ -216,16 +216,19 @@ class ModelService:
         if not self.is_started or self._run is None:
             return
         self.is_started = False
-        self._run.end(reason="the model service was stopped")
+        try:
+            self._run.end(reason="the model service was stopped")
+        except (errors.Conflict, errors.NotFound):
+            pass  # it was ended or deleted by its owner
         if self._options.type == "proxy" and not self._options.replay_file:
             path = self._options.recording_file or f"{self.config.logging_path}/{TRAJECTORY}"
             try:
-                self._sandbox.files.write(path, rock_records(self._run.calls(CHAT)))
+                self._sandbox.files.write(path, rock_records(self._run.calls(dialect=CHAT)))
             except errors.SandboxError:
                 pass  # the sandbox has ended; the run has the calls
         if self._upstream is not None:
-            delete_upstream(self._sandbox._transport, self._upstream)
-            self._upstream = None
+            upstream, self._upstream = self._upstream, None
+            Upstreams(self._sandbox._transport).delete(upstream)
 
     def watch_agent(self, pid: str | int) -> None:
         """From now on `anti_call_llm` returns "SESSION_END" once this process of the sandbox has ended. RuntimeError:
@@ -255,11 +258,13 @@ class ModelService:
             raise ValueError("index 0 has no response_payload, and every other index has one")
         if index < self._last:
             raise ValueError(f"index {index} must not be smaller than the last answered index {self._last}")
+        if self._session_ended:
+            return SESSION_END
         if response_payload and index > self._last:
             self._answer(run, index, response_payload)
         return self._request(run, index + 1, deadline)
 
-    def _answer(self, run: GatewayRun, index: int, payload: str) -> None:
+    def _answer(self, run: Run, index: int, payload: str) -> None:
         try:
             response = json.loads(payload)
         except ValueError:
@@ -267,22 +272,25 @@ class ModelService:
         if not isinstance(response, dict):
             raise ValueError(f"response_payload of index {index} is not a JSON object")
         try:
-            run.answer(self._numbers.get(index, index), response=response, dialect=CHAT)
+            run.answer(self._numbers.get(index, index), response, dialect=CHAT)
+        except errors.NotFound:
+            raise ValueError(f"index {index}: there is no such call yet") from None
         except errors.Conflict:
             pass  # the agent gave up this call, or an earlier request answered it and its response was lost
         self._last = index
 
-    def _request(self, run: GatewayRun, index: int, deadline: float) -> str:
+    def _request(self, run: Run, index: int, deadline: float) -> str:
         """The request of the call with that index."""
         after, ended = self._numbers.get(index - 1, index - 1), False
         while True:
             left = deadline - time.monotonic()
             wait = 0.0 if ended else max(0.0, min(left, _TIMEOUT if self._pid is None else _CHECK))
-            found = run.next(after, wait, CHAT)
+            found = run.next(after, wait=wait, dialect=CHAT)
             if found.call is not None:
                 self._numbers[index] = found.call.number
                 return json.dumps(found.call.request, ensure_ascii=False)
             if ended or found.state == "ended":
+                self._session_ended = True
                 return SESSION_END
             if left <= 0:
                 raise RuntimeError(f"Anti-call LLM command failed: call {index} did not arrive in time")
