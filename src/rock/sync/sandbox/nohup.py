@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from rock import errors
@@ -55,10 +55,10 @@ def run_nohup(
     output_file: str | None,
     limit: int | None,
     ignore_output: bool,
-    started: Callable[[int], None] | None = None,
+    started: Callable[[int], Any] | None = None,
 ) -> BashObservation:
     """Start, wait, and read what came. After a timeout `exit_code` is None and the process is left running. started:
-    called with the process id inside."""
+    called with the process id inside, and waited for."""
     began = time.monotonic()
     if ignore_output and not output_file:
         output_file = f"/tmp/tmp_{time.time_ns()}.out"

@@ -157,10 +157,11 @@ class ModelService:
     def state(self) -> dict[str, Any]:
         """What `resume` needs in another process, as JSON values. It has the secret of the run."""
         assert self._run is not None
+        info = self._run.info.model_copy(update={"api_key": self._run.api_key, "environ": self._run.environ})
         return {
-            "sandbox": self._sandbox.sandbox_id, "run": self._run.info.model_dump(mode="json") | {"api_key": self._run.api_key, "environ": self.environ},
+            "sandbox": self._sandbox.sandbox_id, "run": info.model_dump(mode="json"), "last": self._last,
             "config": self.config.model_dump(mode="json"), "upstream": self._upstream, "pid": self._pid,
-            "ended": self._session_ended, "last": self._last, "numbers": {str(index): number for index, number in self._numbers.items()},
+            "ended": self._session_ended, "numbers": {str(index): n for index, n in self._numbers.items()},
         }  # fmt: skip
 
     @classmethod
