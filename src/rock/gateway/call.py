@@ -46,12 +46,11 @@ class Media:
 @dataclass(frozen=True, slots=True)
 class Reasoning:
     """Reasoning of the model. signature: data of the provider that belongs to it, returned unchanged in later requests
-    (Anthropic: signature; Responses: encrypted_content; Gemini: thoughtSignature). redacted: signature is all there is.
-    """
+    (Anthropic: signature, or "redacted:" and the data of a redacted block; Responses: encrypted_content; Gemini:
+    thoughtSignature)."""
 
     text: str
     signature: str | None = None
-    redacted: bool = False
     id: str | None = None
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import orjson
 
 from rock import faults
-from rock.errors import RockError, Unsupported, no_such_route
+from rock.errors import RockError, no_such_route
 from rock.gateway import budget
 from rock.gateway.dialects import DIALECTS, Dialect, DialectError, ErrorKind
 from rock.gateway.exchange import Exchange
@@ -27,7 +27,7 @@ from rock.gateway.live import JSON_TYPE, SSE_TYPE, Live
 from rock.gateway.runs import Call, Run, request_of, restored
 from rock.gateway.service import Gateway
 from rock.gateway.upstreams import Upstream
-from rock.http.asgi import Answer, Disconnected, Receive, Request, Scope, Send, deny, failure
+from rock.http.asgi import Answer, Disconnected, Receive, Request, Scope, Send, failure, refuse_upgrade
 from rock.http.client import Headers
 from rock.http.peers import PEER
 from rock.protocol.gateway_rows import ENDPOINT
@@ -55,7 +55,7 @@ class Endpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
-            await deny(scope, send, Unsupported("the gateway serves no WebSockets", hint="use HTTP"))
+            await refuse_upgrade(scope, receive, send)
             return
         with contextlib.suppress(Disconnected):
             await self._serve(Request(scope, receive, {}), send)

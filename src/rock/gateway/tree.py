@@ -1,4 +1,15 @@
-"""The prefix tree of a run's calls."""
+"""The prefix tree of a run's calls: which call continues which.
+
+A request repeats the messages of its conversation. The parent of a call is the earlier call with the longest prefix of
+these messages; among calls with the same prefix, the one whose response the next message repeats, else the latest one.
+A call without a parent is a root: a new conversation, a sub-agent, or a conversation that was compacted.
+
+    1 ─ 2 ─ 4          3 was made by a sub-agent, with another system prompt; 5 continues 2 in another way than 4,
+    3       └ (2) ─ 5  as parallel calls and edited histories do
+
+Messages are equal when their roles, texts, media and tool calls are. Ids of tool calls, reasoning and the format of
+arguments are ignored: agents leave them out or change them when they repeat a response.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +17,101 @@ from hashlib import blake2b
 
 import orjson
 
-from rock.gateway.call import ModelRequest
+from rock.gateway.call import Message, ModelRequest, ModelResponse, Part, Reasoning, Refusal, Text, ToolCall, ToolResult
+
+_DIGEST = 16  # bytes
+
+
+def message_key(message: Message) -> bytes:
+    """A hash of a message, equal for a response and its repetition in a later request."""
+    values = [value for part in message.parts if (value := _value(part)) is not None]
+    if message.role == "assistant":
+        values = _joined(values)
+    return blake2b(orjson.dumps([message.role, values], option=orjson.OPT_SORT_KEYS), digest_size=_DIGEST).digest()
+
+
+def _value(part: Part) -> object:
+    match part:
+        case Text(text) | Refusal(text):
+            stripped = text.strip()
+            return stripped or None
+        case Reasoning():
+            return None
+        case ToolCall(name=name, arguments=arguments):
+            return ["call", name, _arguments(arguments)]
+        case ToolResult(parts=parts):
+            return ["result", [value for inner in parts if (value := _value(inner)) is not None]]
+    return part
+
+
+def _arguments(text: str) -> object:
+    try:
+        return orjson.loads(text) if text.strip() else {}
+    except orjson.JSONDecodeError:
+        return text
+
+
+def _joined(values: list[object]) -> list[object]:
+    """Consecutive texts as one, because dialects divide them differently."""
+    found: list[object] = []
+    for value in values:
+        if isinstance(value, str) and found and isinstance(found[-1], str):
+            found[-1] += value
+        else:
+            found.append(value)
+    return found
+
+
+def prefix_keys(request: ModelRequest) -> list[bytes]:
+    """Hashes of the prefixes of a request: entry i has the system prompt and the first i messages."""
+    at = blake2b((request.system or "").strip().encode("utf-8", "replace"), digest_size=_DIGEST).digest()
+    keys = [at]
+    for message in request.messages:
+        at = _next(at, message_key(message))
+        keys.append(at)
+    return keys
+
+
+def _next(key: bytes, message: bytes) -> bytes:
+    return blake2b(key + message, digest_size=_DIGEST).digest()
 
 
 class Prefixes:
+    """The tree of one run. Memory: two hashes of 16 bytes for each call."""
+
     def __init__(self) -> None:
-        self._ends: dict[bytes, int] = {}
+        self._requests: dict[bytes, int] = {}  # all messages of a request: the latest call
+        self._answered: dict[bytes, int] = {}  # and its response
+        self._ends: dict[int, bytes] = {}
 
     def add(self, number: int, request: ModelRequest) -> int | None:
-        """Add a call; returns the call with the longest proper prefix of its messages."""
-        at = blake2b(orjson.dumps(request.system), digest_size=16).digest()
+        """Add a call; returns its parent. Calls are added in the order of arrival."""
+        keys = prefix_keys(request)
+        self._ends[number] = keys[-1]
         parent = None
-        for message in request.messages[:-1]:
-            at = blake2b(at + orjson.dumps(message), digest_size=16).digest()
-            parent = self._ends.get(at, parent)
-        if request.messages:
-            at = blake2b(at + orjson.dumps(request.messages[-1]), digest_size=16).digest()
-        self._ends[at] = number
+        for length in range(len(keys) - 2, 0, -1):
+            parent = self._answered.get(keys[length + 1]) or self._requests.get(keys[length])
+            if parent is not None:
+                break
+        self._requests[keys[-1]] = number
         return parent
+
+    def answered(self, number: int, response: ModelResponse) -> None:
+        """The response of a call, by which later calls recognize it among calls with the same messages."""
+        end = self._ends.pop(number, None)
+        if end is not None:
+            self._answered[_next(end, message_key(response.message))] = number
+
+
+def branches(parents: dict[int, int | None]) -> list[list[int]]:
+    """The paths from roots to leaves, in the order of their leaves. parents: by number of the call."""
+    inner = set(parents.values())
+    found: list[list[int]] = []
+    for leaf in sorted(number for number in parents if number not in inner):
+        path, at, seen = [leaf], parents[leaf], {leaf}
+        while at is not None and at in parents and at not in seen:
+            path.append(at)
+            seen.add(at)
+            at = parents[at]
+        found.append(path[::-1])
+    return found

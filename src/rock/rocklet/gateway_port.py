@@ -23,7 +23,7 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from rock.errors import RockError, SandboxError, Unsupported
-from rock.http.asgi import App, Receive, Scope, Send
+from rock.http.asgi import App, Receive, Scope, Send, refuse_upgrade
 from rock.http.connections import Admission, HttpConnection
 from rock.protocol.gateway_rows import ENDPOINT
 from rock.protocol.routes import CALL, EPOCH, FENCE, HANDED_ON, OTHER_KEY
@@ -49,7 +49,7 @@ class Confined:
         if scope["type"] == "lifespan":
             return
         if scope["type"] == "websocket":
-            await _upgrade_refused(scope, receive, send)
+            await refuse_upgrade(scope, receive, send)
             return
         path = scope["path"]
         below = path if path.startswith(ENDPOINT + "/") else ENDPOINT + path
@@ -61,18 +61,6 @@ class Confined:
         scope = {**scope, "path": below, "raw_path": raw, "headers": headers}
         with self._active():
             await self._app(scope, receive, send)
-
-
-async def _upgrade_refused(scope: Scope, receive: Receive, send: Send) -> None:
-    """426 for a WebSocket: the gateway speaks HTTP only."""
-    await receive()
-    if "websocket.http.response" not in scope.get("extensions", {}):
-        await send({"type": "websocket.close", "code": 1008, "reason": "use HTTP"})
-        return
-    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-    body = b'{"error":{"message":"the gateway serves no WebSockets; use HTTP","type":"invalid_request_error"}}'
-    await send({"type": "websocket.http.response.start", "status": 426, "headers": headers})
-    await send({"type": "websocket.http.response.body", "body": body})
 
 
 class GatewayPort:

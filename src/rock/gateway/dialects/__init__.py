@@ -11,9 +11,12 @@ from collections.abc import Mapping
 from typing import Any, Literal, Protocol, TypeAlias
 
 from rock.gateway.call import Delta, ModelRequest, ModelResponse
+from rock.gateway.dialects.anthropic import Anthropic
 from rock.gateway.dialects.fields import DialectError as DialectError
 from rock.gateway.dialects.fields import Truncated as Truncated
+from rock.gateway.dialects.gemini import Gemini
 from rock.gateway.dialects.openai_chat import OpenAIChat
+from rock.gateway.dialects.openai_responses import OpenAIResponses
 from rock.gateway.sse import SSEEvent
 
 __all__ = ["DIALECTS", "Dialect", "DialectError", "ErrorKind", "StreamParser", "StreamRenderer", "Truncated"]
@@ -94,5 +97,5 @@ class Dialect(Protocol):
     def auth_headers(self, key: str) -> dict[str, str]: ...
 
 
-_ALL: tuple[Dialect, ...] = (OpenAIChat(),)
+_ALL: tuple[Dialect, ...] = (OpenAIChat(), OpenAIResponses(), Anthropic(), Gemini())
 DIALECTS: Mapping[str, Dialect] = {dialect.name: dialect for dialect in _ALL}

@@ -154,6 +154,9 @@ def logprob_values(value: Any, where: str) -> list[float] | None:
     return [float(entry) for entry in value]
 
 
+_INVALID = "INVALID_JSON"  # Anthropic's convention for arguments that are no JSON object
+
+
 def arguments(value: Any, where: str) -> str:
     """Arguments of a tool call as JSON text. Text that is no JSON passes: it is what the model wrote."""
     if isinstance(value, str):
@@ -162,14 +165,17 @@ def arguments(value: Any, where: str) -> str:
         return "{}"
     if not isinstance(value, dict):
         raise DialectError(f"{where} is not an object")
+    if len(value) == 1 and isinstance(invalid := value.get(_INVALID), str):
+        return invalid
     return dumps(value)
 
 
-def argument_object(value: str, where: str) -> dict[str, Any]:
-    """Arguments as an object, for dialects without JSON text. {} for "". DialectError for text that is no object."""
+def argument_object(value: str) -> dict[str, Any]:
+    """Arguments as an object, for dialects without JSON text. {} for "". Text that is no JSON object is the value of
+    "INVALID_JSON", because a model that writes invalid arguments is no error of the upstream."""
     if not value.strip():
         return {}
-    found = loads(value, where)
-    if not isinstance(found, dict):
-        raise DialectError(f"{where} is not a JSON object, and this dialect has no other form for it")
-    return found
+    try:
+        return checked(loads(value, "the arguments"))
+    except DialectError:
+        return {_INVALID: value}

@@ -122,6 +122,8 @@ class OpenAIChat:
         finish = _FINISH.get(fields.text(choice, "finish_reason", "choices[0]", ""))
         if finish == "stop" and any(isinstance(part, Refusal) for part in message.parts):
             finish = "refusal"
+        if finish == "stop" and any(isinstance(part, ToolCall) for part in message.parts):
+            finish = "tool_calls"  # of a forced tool
         prompt_ids, ids, logprobs = _tokens(body, choice)
         sequence = choice.get("stop_reason")
         metadata = body.get("metadata")
@@ -271,8 +273,8 @@ def _function(row: Mapping[str, Any], id: str, where: str) -> ToolCall:
 def _tool(row: Mapping[str, Any]) -> Tool:
     kind = fields.text(row, "type", "tools", "function")
     if kind == "custom":
-        custom = fields.mapping(row, "custom", "tools")
-        return Tool(fields.name(custom, "name", "tools"), fields.text(custom, "description", "tools", ""), kind="custom")
+        row = fields.mapping(row, "custom", "tools")
+        return Tool(fields.name(row, "name", "tools"), fields.text(row, "description", "tools", ""), kind="custom")
     if kind != "function":
         return Tool(fields.name(row, "name", "tools", kind), kind="provider")
     function = fields.mapping(row, "function", "tools")

@@ -147,6 +147,20 @@ def _size(part: Part) -> tuple[int, int]:
     return len(part.text.encode()), 0
 
 
+def add_turn(messages: list[Message], parts: list[Part]) -> None:
+    """Append a message of the user, in which tool results and the rest are separate messages."""
+    group: list[Part] = []
+    for place, part in enumerate(parts):
+        group.append(part)
+        result = isinstance(part, ToolResult)
+        if place + 1 == len(parts) or isinstance(parts[place + 1], ToolResult) != result:
+            if result and messages and messages[-1].role == "tool":
+                messages[-1] = Message("tool", messages[-1].parts + tuple(group))
+            else:
+                messages.append(Message("tool" if result else "user", tuple(group)))
+            group = []
+
+
 def passes_unchanged(response: ModelResponse, dialect: str) -> bool:
     """Whether the response has a body of the dialect."""
     return response.raw is not None and response.dialect == dialect
