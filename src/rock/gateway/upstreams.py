@@ -162,6 +162,11 @@ class Upstream:
         """The run has ended."""
         self._chosen.pop(run_id, None)
 
+    def retire(self) -> None:
+        """Close its connections as soon as no call uses them: it was replaced or deleted."""
+        for pool in self._pools:
+            pool.retire()
+
     async def close(self) -> None:
         for pool in self._pools:
             await pool.close()
@@ -222,6 +227,8 @@ class Upstreams:
         table = {**self._table, (tenant, name): made}
         self._save(table)
         self._table = table
+        if before is not None:
+            before.retire()
         return made.info
 
     def list(self, tenant: str | None) -> list[UpstreamInfo]:
@@ -240,10 +247,11 @@ class Upstreams:
         if (tenant, name) not in self._table:
             raise NotFound(f"there is no upstream {name}", hint="rock upstream ls")
         table = dict(self._table)
-        info = table.pop((tenant, name)).info
+        removed = table.pop((tenant, name))
         self._save(table)
         self._table = table
-        return info
+        removed.retire()
+        return removed.info
 
     async def close(self) -> None:
         for upstream in self._table.values():
