@@ -179,17 +179,17 @@ def test_options_of_a_run(agent_server: RunningServer, model: ScriptedModel) -> 
     model.requests.clear()
     with Sandbox("host", base_url=agent_server.url, memory="1g") as sandbox:
         with sandbox.start_run(upstream="openai-chat", model="pinned", tags={"task": "7"}) as run:
-            result = sandbox.run_agent(SCRIPTED, "p", run=run, cwd="/tmp", env={"MORE": "x"}, user="nobody")
+            result = sandbox.run_agent(SCRIPTED, "p", run=run, cwd="/tmp", env={"MORE": "x"}, user="daemon")
             assert result.exit_code == 0 and result.run.state == "active" and result.run_id == run.id, result.stderr
             assert {body["model"] for _, _, body in model.requests} == {"pinned"}
             owner = sandbox.exec(["stat", "-c", "%U %a", result.home, f"{result.home}/agent.py"], check=True).stdout
-            assert owner.splitlines() == ["nobody 700", "nobody 600"]
+            assert owner.splitlines() == ["daemon 700", "daemon 600"]
         kept = sandbox.run_agent(SCRIPTED, "p", upstream="openai-chat", end=False, cwd="/tmp", timeout=60.0)
         assert kept.run.state == "active"
         slow = parse('name = "slow"\ncommand = "echo ${prompt}; sleep 60"\n')
         late = sandbox.run_agent(slow, "begun", upstream="openai-chat", timeout=1.0)
         assert (late.exit_code, late.timed_out, late.text, late.run.reason) == (None, True, "begun", "timeout")
-        for agent, words in (("nobody", "no recipe 'nobody'"), ("codex", "is not in the sandbox"),
+        for agent, words in (("absent", "no recipe 'absent'"), ("codex", "is not in the sandbox"),
                              ("./none.toml", "cannot be read")):  # fmt: skip
             with pytest.raises(InvalidConfig, match=words):
                 sandbox.run_agent(agent, "p", upstream="openai-chat")

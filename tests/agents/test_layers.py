@@ -99,7 +99,7 @@ def test_a_used_agent_is_not_removed(snake_server: RunningServer) -> None:
 
 
 def test_agents_are_refused_before_the_start(snake_server: RunningServer) -> None:
-    for agents, kind, words in ((["nobody"], InvalidConfig, "no recipe for agent 'nobody'"),
+    for agents, kind, words in ((["absent"], InvalidConfig, "no recipe for agent 'absent'"),
                                 (["never"], ImageError, "needs Python >3.90"),
                                 (["snake", "snake"], InvalidConfig, "separate folders")):  # fmt: skip
         with pytest.raises(kind, match=words):

@@ -219,7 +219,7 @@ def test_record_and_replay(equipped: Sandbox) -> None:
             outputs.append(seen.stdout)
             trees.append(equipped.exec("cd /tmp/work && sha256sum $(find . -type f | sort); rm -r /tmp/work").stdout)
             service.stop()
-        assert len(model.requests) == 1  # the replay calls nobody
+        assert len(model.requests) == 1  # the replay calls no model
     assert outputs[0] == outputs[1] and "The file is written." in outputs[0] and trees[0] == trees[1]
     [line] = equipped.files.read("/tmp/recording.jsonl").decode().splitlines()
     record = json.loads(line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -15,9 +15,8 @@ from rock.cli.output import age, as_json, busy, fail, size, table
 from rock.cli.parsing import Group, json_option
 from rock.errors import InvalidConfig, RockError
 from rock.settings import Settings
-
-if TYPE_CHECKING:  # the client runs on machines that cannot store images
-    from rock.images.agents import AgentLayers
+from rock.sync import Sandbox
+from rock.sync.sandbox.agent.recipes import recipe_of
 
 
 @click.group(cls=Group)
@@ -29,7 +28,8 @@ def agent() -> None:
     """
 
 
-def _layers() -> AgentLayers:
+def _layers() -> Any:
+    """AgentLayers. The client runs on machines that cannot store images, so it is imported here."""
     from rock.images.agents import AgentLayers
 
     return AgentLayers(Settings.read().image_dir / "agents")
@@ -39,10 +39,11 @@ def _is_file(name: str) -> bool:
     return name.endswith(".toml") or "/" in name
 
 
-def _recipe(layers: AgentLayers, name: str) -> Recipe:
+def _recipe(layers: Any, name: str) -> Recipe:
     """A recipe by its name or its file. InvalidConfig."""
     if not _is_file(name):
-        return layers.recipe(name)
+        found: Recipe = layers.recipe(name)
+        return found
     try:
         return load(name)
     except (RecipeError, OSError) as error:
@@ -154,9 +155,6 @@ def run_agent(
 
     The exit status is that of the agent, and 124 after a timeout. The run keeps every call: rock runs show RUN.
     """
-    from rock.sync import Sandbox
-    from rock.sync.sandbox.agent.recipes import recipe_of
-
     recipe = recipe_of(name)
     budget: dict[str, Any] = {key: value for key, value in (("calls", calls), ("tokens", tokens), ("cost", cost))
                               if value is not None}  # fmt: skip

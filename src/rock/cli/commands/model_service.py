@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -14,9 +14,8 @@ from rock.cli.output import as_json
 from rock.cli.parsing import Group, json_option
 from rock.errors import InvalidConfig
 from rock.host import atomic_file
-
-if TYPE_CHECKING:
-    from rock.sync.sandbox.model_service.base import ModelService
+from rock.sync import Sandbox
+from rock.sync.sandbox.model_service.base import ModelService, ModelServiceConfig
 
 
 @click.group(cls=Group)
@@ -41,9 +40,6 @@ def _keep(service: ModelService) -> None:
 
 def _resume() -> ModelService:
     """The started service. InvalidConfig when there is none."""
-    from rock.sync import Sandbox
-    from rock.sync.sandbox.model_service.base import ModelService
-
     try:
         state = json.loads(_file().read_bytes())
         sandbox = Sandbox()
@@ -78,9 +74,6 @@ def start(
 
     An earlier service of this user stops.
     """
-    from rock.sync import Sandbox
-    from rock.sync.sandbox.model_service.base import ModelService, ModelServiceConfig
-
     if _file().exists():
         _stop()
     given = {"--type": kind, "--port": port, "--proxy-base-url": proxy_base_url, "--proxy-api-key": proxy_api_key,

@@ -9,7 +9,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from rock.envhub.packages import requirements_of, wheels_only, without_dependencies
@@ -31,9 +31,13 @@ class Images:
 
     def __init__(self, store: ImageStore) -> None:
         self.store = store
-        self.agents = AgentLayers(store.folder / "agents")
         self._preparing: dict[str, asyncio.Task[None]] = {}
         self._gate = asyncio.Semaphore(_AT_ONCE)
+
+    @cached_property
+    def agents(self) -> AgentLayers:
+        """The layers of agents."""
+        return AgentLayers(self.store.folder / "agents")
 
     def is_ready(self, config: SandboxConfig) -> bool:
         """Whether `prepare` has no work to do. InvalidConfig for an unknown package set or agent."""

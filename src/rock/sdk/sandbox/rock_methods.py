@@ -36,11 +36,10 @@ from rock.sdk.sandbox.deploy import Deploy
 from rock.sdk.sandbox.files import Files
 from rock.sdk.sandbox.link import Link, list_sandboxes, parse
 from rock.sdk.sandbox.model_service.base import ModelService
-from rock.sdk.sandbox.nohup import output_of_session, run_nohup, start_in_session, wait_in_session
 from rock.sdk.sandbox.options import ProgramOptions
 from rock.sdk.sandbox.processes import TIMEOUT, Processes, raise_if_failed
 from rock.sdk.sandbox.remote_user import RemoteUser
-from rock.sdk.sandbox.scripts import Scripts
+from rock.sdk.sandbox.scripts import Scripts, output_of_session, run_nohup, start_in_session, wait_in_session
 from rock.sdk.sandbox.sessions import DEFAULT, Sessions
 from rock.sdk.sandbox.speedup import Network
 

@@ -38,11 +38,10 @@ from rock.sync.sandbox.deploy import Deploy
 from rock.sync.sandbox.files import Files
 from rock.sync.sandbox.link import Link, list_sandboxes, parse
 from rock.sync.sandbox.model_service.base import ModelService
-from rock.sync.sandbox.nohup import output_of_session, run_nohup, start_in_session, wait_in_session
 from rock.sync.sandbox.options import ProgramOptions
 from rock.sync.sandbox.processes import TIMEOUT, Processes, raise_if_failed
 from rock.sync.sandbox.remote_user import RemoteUser
-from rock.sync.sandbox.scripts import Scripts
+from rock.sync.sandbox.scripts import Scripts, output_of_session, run_nohup, start_in_session, wait_in_session
 from rock.sync.sandbox.sessions import DEFAULT, Sessions
 from rock.sync.sandbox.speedup import Network
 

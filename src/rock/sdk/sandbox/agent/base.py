@@ -22,8 +22,8 @@ from rock.sdk.sandbox.agent.config import AgentBashCommand, DefaultAgentConfig
 from rock.sdk.sandbox.deploy import Deploy
 from rock.sdk.sandbox.files import Files
 from rock.sdk.sandbox.model_service.base import ModelService, ModelServiceConfig
-from rock.sdk.sandbox.nohup import run_nohup
 from rock.sdk.sandbox.processes import Processes
+from rock.sdk.sandbox.scripts import run_nohup
 from rock.sdk.sandbox.sessions import Sessions
 from rock.sdk.transport import Transport
 

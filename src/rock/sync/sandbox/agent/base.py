@@ -24,8 +24,8 @@ from rock.sync.sandbox.agent.config import AgentBashCommand, DefaultAgentConfig
 from rock.sync.sandbox.deploy import Deploy
 from rock.sync.sandbox.files import Files
 from rock.sync.sandbox.model_service.base import ModelService, ModelServiceConfig
-from rock.sync.sandbox.nohup import run_nohup
 from rock.sync.sandbox.processes import Processes
+from rock.sync.sandbox.scripts import run_nohup
 from rock.sync.sandbox.sessions import Sessions
 from rock.sync.transport import Transport
 
