@@ -432,13 +432,13 @@ def test_listen(box: Bench) -> None:
                 os.set_blocking(fd, True)
                 assert await asyncio.to_thread(os.read, fd, 100) == b"hello"
                 os.write(fd, b"HELLO\n")
-                assert await until_line(process.stdout) == "HELLO"
+                assert await until_line(process.stdout) == b"HELLO\n"
                 os.close(fd)
             early = await b.spawn(b.interpreter, "-I", "-S", "-c", client, str(port))  # waits in the backlog
             await asyncio.sleep(0.2)
             fd = await b.runtime.accept(b.handle, port)
             os.write(fd, b"late\n")
-            assert await until_line(early.stdout) == "late"
+            assert await until_line(early.stdout) == b"late\n"
             os.close(fd)
             pending = asyncio.create_task(b.runtime.accept(b.handle, port))
             await asyncio.sleep(0.05)
