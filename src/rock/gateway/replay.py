@@ -12,14 +12,9 @@ from rock.errors import InvalidConfig
 from rock.gateway.call import ModelRequest, ModelResponse
 from rock.gateway.dialects import DIALECTS, DialectError
 from rock.gateway.exchange import Exchange
-from rock.gateway.recording import digest
 from rock.gateway.runs import REPLAY_FILE, Run
+from rock.gateway.tree import prefix_keys
 from rock.protocol.runs import Replay
-
-
-def prefix_key(request: ModelRequest) -> bytes:
-    """A hash of system prompt and messages, independent of the dialect and of sampling parameters."""
-    return digest([request.system, request.messages])
 
 
 class Recorded:
@@ -32,7 +27,7 @@ class Recorded:
         for request, response in rows:
             self._ordered.append(response)
             if request is not None and by == "prefix":
-                self._by_prefix.setdefault(prefix_key(request), deque()).append(response)
+                self._by_prefix.setdefault(prefix_keys(request)[-1], deque()).append(response)
 
     @classmethod
     def of_run(cls, run: Run, by: str) -> Recorded:
@@ -58,7 +53,7 @@ class Recorded:
         """The response of a call; place: its place among the calls, from 0."""
         if self._by == "order":
             return self._ordered[place] if place < len(self._ordered) else None
-        found = self._by_prefix.get(prefix_key(exchange.request))
+        found = self._by_prefix.get(prefix_keys(exchange.request)[-1])
         if not found:
             return None
         return found.popleft() if len(found) > 1 else found[0]

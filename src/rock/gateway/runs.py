@@ -12,7 +12,7 @@ import json
 import logging
 import shutil
 import time
-from asyncio import Event, Task
+from asyncio import Event, Semaphore, Task
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,6 +43,7 @@ from rock.protocol.runs import (
 
 log = logging.getLogger("rock.gateway")
 
+_LARGE_AT_ONCE = 2
 _CHUNK = 256  # token ids that a delta compares at once
 RUN_FILE, CALLS_FILE, REPLAY_FILE = "run.json", "calls", "replay.json"
 
@@ -105,6 +106,8 @@ class Run:
         self.last_call_at: float | None = None
         self.incomplete = False
         self.idempotency = ""
+        self.closing = False  # the server stops: long polls return
+        self.large = Semaphore(_LARGE_AT_ONCE)  # for the bodies of large requests
         self.calls: list[Call] = []
         self.changed = Event()  # set and replaced whenever a call or the state changes
         self._log: CallLog | None = None
@@ -177,6 +180,9 @@ class Run:
                 body = self._requests.unpack(call.number, cache)
                 self._requests.note(call.number, body)
                 self._prefixes.add(call.number, request_of(call, body))
+                answer = self.response(call)
+                if answer is not None:
+                    self._prefixes.answered(call.number, DIALECTS[call.dialect].parse_response(answer))
 
     def _replay(self, offset: int, record: dict[str, Any], counts: Counts) -> None:
         kind = record["k"]
@@ -350,6 +356,7 @@ class Run:
         }  # fmt: skip
         more = {"rs": body, "ti": self._tokens.pack(call.number, {k: v for k, v in tokens.items() if v is not None})}
         self._ended(call, "done", more)
+        self._prefixes.answered(call.number, response)
         if call.retry_of is not None:
             self._complete_again()
 
