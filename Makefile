@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE  # what is started by the hundred is compiled o
 
 .PHONY: demo test pythons python-version check lint types layout unit rootless long compat upgrade-fixture docker gvisor seccomp-programs fuzz \
 	faults recovery admins \
-	training env-packages gym-extras sync wheel \
+	training agents env-packages gym-extras sync wheel \
 	lock bench bench-environments soak soak-mixed load attacks escape-table walls front cluster fleet ray ray-shapes clean
 
 demo: $(VENV)/ready
@@ -158,6 +158,11 @@ training: $(VENV)/ready-dev
 # ROCK_TEST_CACHE.
 env-packages: $(VENV)/ready-dev
 	ROCK_TEST_PACKAGES=1 $(PY) -m pytest tests/envs/test_env_packages.py
+
+# Real agents in sandboxes without a network, with a scripted model; installs them from npm and PyPI, kept in
+# ROCK_TEST_CACHE (2.5 GB).
+agents: $(VENV)/ready-dev
+	ROCK_TEST_AGENTS=1 $(PY) -m pytest tests/agents
 
 # Steps of environments next to rlmesh 0.1.0 and AsyncVectorEnv; needs a quiet machine.
 RLMESH := $(or $(ROCK_TEST_CACHE),$(HOME)/.cache/rock-tests)/rlmesh

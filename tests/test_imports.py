@@ -21,22 +21,24 @@ ALLOWED: dict[str, set[str]] = {
     "guest": {"guest"},
     "host": {"host", "guest", *GROUND},
     "egress": {"egress", "host", "guest", *GROUND},
-    "images": {"images", "egress", "host", "guest", *GROUND},
+    # recipes: data that the client and the worker share
+    "agents": {"agents"},
+    "images": {"images", "agents", "egress", "host", "guest", *GROUND},
     "runtime": {"runtime", "images", "egress", "host", "guest", *GROUND},
     "store": {"store", *GROUND},
     "scheduler": {"scheduler", *GROUND},
     "envhub": {"envhub", "datasets", *GROUND},
     # what runs inside a sandbox, and the plain data that tells the server of it
     "datasets": {"datasets", "guest"},
-    "rocklet": {"rocklet", "runtime", "images", "egress", "host", "guest", "envhub", *GROUND},
+    "rocklet": {"rocklet", "agents", "runtime", "images", "egress", "host", "guest", "envhub", *GROUND},
     "gateway": {"gateway", "host", *GROUND},
     "proxy": {"proxy", "scheduler", "store", *GROUND},
     "ui": {"ui", "admin", "store", *GROUND},
     "admin": {"admin", "envhub", "scheduler", "store", *GROUND},
     # configurations, plans, grading, statistics and reports of jobs: no I/O but local files
     "jobs": {"jobs", "protocol", "errors", "settings"},
-    "sdk": {"sdk", "jobs", "protocol", "errors", "settings", "telemetry"},
-    "sync": {"sync", "sdk", "jobs", "protocol", "errors", "settings", "telemetry"},
+    "sdk": {"sdk", "agents", "jobs", "protocol", "errors", "settings", "telemetry"},
+    "sync": {"sync", "sdk", "agents", "jobs", "protocol", "errors", "settings", "telemetry"},
     "actions": {"actions", "protocol"},
     # ROCK's paths, that nothing of ours imports
     "env_vars": {"settings"},

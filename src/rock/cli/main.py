@@ -47,6 +47,8 @@ ENTRIES = [
     Entry("env", "Environments", "commands.env:env", "List, show, add, build and play environments."),
     Entry("job", "Jobs", "commands.job:job", "Run, list, show, cancel, resume and compare jobs."),
     Entry("dataset", "Jobs", "commands.dataset:dataset", "List, show, upload and download data sets."),
+    Entry("agent", "Agents", "commands.agent:agent", "List, install and run agents."),
+    Entry("model-service", "Agents", "commands.model_service:model_service", "Answer the model calls of an agent."),
     Entry("runs", "Agents", "commands.runs:runs", "List, show, export and end runs of agents."),
     Entry("upstream", "Agents", "commands.upstream:upstream", "List, define and delete upstreams: model servers."),
     Entry("admin", "Server", "commands.admin:admin", "Start, stop, back up and restore the server of this machine."),

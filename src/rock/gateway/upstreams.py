@@ -162,6 +162,11 @@ class Upstream:
         """The run has ended."""
         self._chosen.pop(run_id, None)
 
+    def retire(self) -> None:
+        """Close its connections as soon as no call uses them: it was replaced or deleted."""
+        for pool in self._pools:
+            pool.retire()
+
     async def close(self) -> None:
         for pool in self._pools:
             await pool.close()
@@ -222,11 +227,15 @@ class Upstreams:
         table = {**self._table, (tenant, name): made}
         self._save(table)
         self._table = table
+        if before is not None:
+            before.retire()
         return made.info
 
     def list(self, tenant: str | None) -> list[UpstreamInfo]:
-        """The upstreams of a tenant, and shared ones; None is all tenants."""
-        return [u.info for (owner, _), u in sorted(self._table.items()) if tenant is None or owner in ("", tenant)]
+        """The upstreams of a tenant, and shared ones without their addresses; None is all tenants."""
+        rows = [u.info for (owner, _), u in sorted(self._table.items()) if tenant is None or owner in ("", tenant)]
+        hidden: dict[str, Any] = {"urls": [], "headers": []}
+        return [row if tenant in (None, row.tenant) else row.model_copy(update=hidden) for row in rows]
 
     def find(self, tenant: str, name: str) -> Upstream:
         """The upstream of a tenant, or the shared one. NotFound."""
@@ -240,10 +249,11 @@ class Upstreams:
         if (tenant, name) not in self._table:
             raise NotFound(f"there is no upstream {name}", hint="rock upstream ls")
         table = dict(self._table)
-        info = table.pop((tenant, name)).info
+        removed = table.pop((tenant, name))
         self._save(table)
         self._table = table
-        return info
+        removed.retire()
+        return removed.info
 
     async def close(self) -> None:
         for upstream in self._table.values():

@@ -111,6 +111,7 @@ class Pool:
         self._turn = asyncio.Semaphore(limit)
         self._idle: list[ClientConnection] = []
         self._busy: set[ClientConnection] = set()
+        self._retired = False
 
     async def send(self, method: str, target: str, headers: Headers, body: bytes, *, timeout: float) -> Response:
         """Send a request, and wait for the head of the response for up to `timeout` seconds. target: path and query.
@@ -197,7 +198,7 @@ class Pool:
         """The response was read, or is not needed."""
         self._turn.release()
         self._busy.discard(connection)
-        if connection.reusable:
+        if connection.reusable and not self._retired:
             connection.used_at = time.monotonic()
             self._idle.append(connection)
         else:
@@ -206,6 +207,13 @@ class Pool:
     def _drop(self, connection: ClientConnection) -> None:
         self._busy.discard(connection)
         connection.close()
+
+    def retire(self) -> None:
+        """Close idle connections now, and the others when their responses end."""
+        self._retired = True
+        for connection in self._idle:
+            connection.close()
+        self._idle.clear()
 
     async def close(self) -> None:
         """Close all connections; pending requests are interrupted."""

@@ -179,7 +179,7 @@ def _build(
     (base / "current").symlink_to(resolved.key)
     if (site / "nltk").is_dir() and not packages.wheels_only:
         _words(site, home / "nltk_data", log, progress)
-    writer.size = _readable(Path(writer.folder))
+    writer.size = make_readable(Path(writer.folder))
 
 
 def _resolve(packages: PackageSet, log: Path, progress: Progress | None) -> _Resolved:
@@ -284,7 +284,7 @@ def _words(site: Path, target: Path, log: Path, progress: Progress | None) -> No
             return
 
 
-def _readable(folder: Path) -> int:
+def make_readable(folder: Path) -> int:
     """Make everything readable for all users, whatever the umask; returns the bytes of its files."""
     size = 0
     for base, folders, files in os.walk(folder):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from enum import StrEnum
 from functools import lru_cache
 from operator import attrgetter
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -104,6 +104,8 @@ class BaseConfig(Wire):
 MOST_MOUNTS = 16  # volumes and host folders of one sandbox
 _LONGEST_PATH = 1024
 _CLOSED = ("/proc", "/sys", "/dev")
+AGENTS = "/opt/rock/agents"  # one folder for each agent
+AGENT_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 
 
 class VolumeMount(Inside):
@@ -203,6 +205,8 @@ class SandboxConfig(BaseConfig, Inside):
     public_registries: pull only from public addresses, and from registries that the owner of the server has listed; set
     for each tenant.
     volumes, mounts: see VolumeMount and HostMount. They are not retained, archived or committed with the sandbox.
+    agents: names of recipes whose programs are mounted read-only at /opt/rock/agents/NAME; the worker installs missing
+    ones (docs/guides/agents.md).
     name: a name for people, of up to 63 letters, digits and "_.-". It is unique among the tenant's sandboxes that are
     pending, running or stopping (else Conflict), and free again afterwards.
     sandbox_id: an id of your own choice; an id in use is a Conflict, also after the end of its sandbox.
@@ -230,6 +234,7 @@ class SandboxConfig(BaseConfig, Inside):
     egress: list[str] | None = Field(default=None, max_length=egress.MOST_ENTRIES)
     volumes: list[VolumeMount] | None = None
     mounts: list[HostMount] | None = None
+    agents: list[Annotated[str, Field(pattern=AGENT_PATTERN)]] | None = Field(default=None, max_length=MOST_MOUNTS)
     runtime: str | None = None
     isolation: Isolation | None = None
     minimum_isolation: Isolation = Isolation.NONE
@@ -312,8 +317,9 @@ class SandboxConfig(BaseConfig, Inside):
 
     @model_validator(mode="after")
     def _fitting(self) -> Self:
-        if self.volumes or self.mounts:
-            check_targets(mount.target for mount in (*(self.volumes or ()), *(self.mounts or ())))
+        if self.has_mounts:
+            mounts = [mount.target for mount in (*(self.volumes or ()), *(self.mounts or ()))]
+            check_targets([*mounts, *(f"{AGENTS}/{name}" for name in self.agents or ())])
         if self.inodes is not None and self.disk is None:
             raise ValueError("inodes: it is a limit of a disk with a size; give disk too")
         if self.shm_size is not None and self.shm_bytes * 2 > self.memory_bytes:
@@ -329,6 +335,11 @@ class SandboxConfig(BaseConfig, Inside):
         """Fields to omit when the config is stored or forwarded: a default network would otherwise return as an
         explicit choice."""
         return {"network"} - self.model_fields_set
+
+    @property
+    def has_mounts(self) -> bool:
+        """Whether folders of the worker are mounted: volumes, host folders or agents."""
+        return bool(self.volumes or self.mounts or self.agents)
 
     @property
     def memory_bytes(self) -> int:

@@ -74,7 +74,8 @@ class Node:
         self.quarantine = Quarantine(self.state_dir, self.runtimes, folder)
         self.commits = Commits(images.store, self.kept, self.supervisors, self.get)
         self.builds = Builds(images, self.runtimes)
-        self.volumes = Volumes(folder.parent / "volumes", HostFolders(host_mounts, folder.parent), self._users_of)
+        self.volumes = Volumes(folder.parent / "volumes", HostFolders(host_mounts, folder.parent), self._users_of,
+                               images.agents)  # fmt: skip
         self.runtimes.mount_source = self.volumes
         self._creating: dict[str, asyncio.Task[Supervisor]] = {}
         self._destroying: dict[str, asyncio.Task[NodeSandbox]] = {}

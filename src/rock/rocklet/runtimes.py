@@ -96,10 +96,10 @@ class Runtimes:
                 f"runtime {name!r} cannot hold a sandbox to a list of places (egress)",
                 hint="use the namespace runtime, or leave egress unset",
             )
-        if (config.volumes or config.mounts) and not isinstance(runtime, Mounts):
+        if config.has_mounts and not isinstance(runtime, Mounts):
             raise Unsupported(
-                f"runtime {name!r} cannot mount volumes and folders",
-                hint="use the namespace runtime, or leave volumes and mounts unset",
+                f"runtime {name!r} cannot mount volumes, folders and agents",
+                hint="use the namespace runtime, or leave volumes, mounts and agents unset",
             )
         return runtime
 

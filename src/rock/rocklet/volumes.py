@@ -1,4 +1,5 @@
-"""Folders that sandboxes of this machine mount: volumes, and the host folders that the server's owner has listed.
+"""Folders that sandboxes of this machine mount: volumes, the host folders that the server's owner has listed, and the
+layers of agents.
 
     folder/ID/data          the files of a volume, which sandboxes write
              /record.json   name, tenant and limit
@@ -26,6 +27,7 @@ from rock import faults
 from rock.errors import Conflict, Forbidden, InvalidConfig, NotFound, StorageFull, Unavailable
 from rock.guest.init.remove import remove_tree
 from rock.host import atomic_file, folders
+from rock.images.agents import AgentLayers
 from rock.protocol.node import NodeVolume, NodeVolumes
 from rock.protocol.sandbox import HostMount, SandboxConfig, VolumeMount
 from rock.runtime.base import FolderMount
@@ -93,10 +95,14 @@ def _refused(source: str, error: OSError) -> Exception:
 
 
 class Volumes:
-    """The volumes of this machine. users: ids of the sandboxes that may use a volume."""
+    """The volumes of this machine. users: ids of the sandboxes that may use a volume. agents: layers that sandboxes
+    mount too."""
 
-    def __init__(self, folder: Path, host: HostFolders, users: Callable[[str], Collection[str]]) -> None:
+    def __init__(
+        self, folder: Path, host: HostFolders, users: Callable[[str], Collection[str]], agents: AgentLayers
+    ) -> None:
         self._folder = folder
+        self._agents = agents
         self._host = host
         self._users = users
         self._known: dict[str, NodeVolume] = {}
@@ -210,6 +216,21 @@ class Volumes:
         found = [self._volume(mount) for mount in config.volumes or ()]
         for mount in config.mounts or ():  # a network file system may be slow
             found.append(await asyncio.to_thread(self._host.find, mount))
+        if config.agents:
+            found += await asyncio.to_thread(self._layers, config.agents)
+        return found
+
+    def _layers(self, names: Sequence[str]) -> Sequence[FolderMount]:
+        """The layers of agents, without those of recipes without packages. InvalidConfig, NotFound."""
+        found = []
+        for name in names:
+            recipe = self._agents.recipe(name)
+            layer = self._agents.find(recipe)
+            if layer is not None:
+                tree = os.path.realpath(layer.tree)
+                found.append(FolderMount(os.path.dirname(tree), "tree", recipe.mount, read_only=True))
+            elif recipe.packages:
+                raise NotFound(f"agent {name} is not installed on this worker any more", hint=f"rock agent add {name}")
         return found
 
     def _volume(self, mount: VolumeMount) -> FolderMount:

@@ -452,7 +452,8 @@ class FolderMount:
 
     root, path: the folder is `path` relative to `root`; no symbolic link is followed in either.
     target: the path inside.
-    volume, name: id and name of the volume that it is; "" for a folder of the host, whose files keep their owners.
+    volume, name: id and name of the volume that it is; "" for a folder of the host and the layer of an agent, whose
+    files keep their owners.
     identity: device and inode that a folder of the host had when it was checked.
     """
 
@@ -469,8 +470,8 @@ class MountSource(Protocol):
     """What a runtime has to know of the volumes and host folders of this machine."""
 
     async def resolve(self, config: SandboxConfig) -> Sequence[FolderMount]:
-        """The folders of `config.volumes` and `config.mounts`. Called at each check and each start. NotFound,
-        Forbidden, InvalidConfig, StorageFull."""
+        """The folders of `config.volumes`, `config.mounts` and `config.agents`. Called at each check and each start.
+        NotFound, Forbidden, InvalidConfig, StorageFull."""
         ...
 
     def limit(self, volume_id: str) -> tuple[str, int] | None:
@@ -489,7 +490,7 @@ class MountSource(Protocol):
 @runtime_checkable
 class Mounts(Protocol, metaclass=_Capability):
     """The runtime mounts folders of this machine with nosuid and nodev, and ends the sandboxes that write to a volume
-    over its limit. Configs with `volumes` or `mounts` reach no other runtime."""
+    over its limit. Configs with `volumes`, `mounts` or `agents` reach no other runtime."""
 
     mount_source: MountSource | None
     """Set before `open`."""

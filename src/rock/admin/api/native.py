@@ -28,17 +28,20 @@ from rock.errors import (
     unexpected,
 )
 from rock.http.asgi import retry_after
-from rock.protocol import action, env, keys, node, sandbox
+from rock.protocol import action, env, keys, node, runs, sandbox
 from rock.protocol import jobs as job_messages
 from rock.protocol.action import ConnectionList
 from rock.protocol.env import AddEnv, BuildEnv, EnvAbout
+from rock.protocol.gateway_rows import gateway_rows
 from rock.protocol.keys import CreateKey, KeyInfo, KeyList, NewKey
 from rock.protocol.node import CreateVolume, EnvList, SandboxList, VolumeInfo, VolumeList, WorkerInfo, WorkerList
+from rock.protocol.route import Route
 from rock.protocol.routes import IDEMPOTENCY_KEY, METHODS, ROUTES
 from rock.protocol.sandbox import SandboxInfo
 from rock.store.base import Query as Listing
 
-BARE = (*sandboxes.NAMES, *bare.NAMES, *bare.WORKER_NAMES, *audit.NAMES)
+GATEWAY = tuple(row.name for row in gateway_rows() if row.plane == "control")
+BARE = (*sandboxes.NAMES, *bare.NAMES, *bare.WORKER_NAMES, *audit.NAMES, *GATEWAY)
 Wait = Annotated[float, Query(ge=0, le=3600)]
 
 
@@ -202,11 +205,17 @@ def _front_page(listing: SandboxList) -> str:
     )
 
 
+def _tag(row: Route) -> str:
+    if row.plane == "data":
+        return "data"
+    return "server" if row.name in bare.NAMES else "gateway" if row.name in GATEWAY else "sandboxes"
+
+
 def _models() -> dict[str, type[BaseModel]]:
     """The wire models, by name."""
     return {
         name: kind
-        for module in (sandbox, action, env, node, keys, job_messages)
+        for module in (sandbox, action, env, node, keys, runs, job_messages)
         for name, kind in vars(module).items()
         if isinstance(kind, type) and issubclass(kind, BaseModel)
     }
@@ -242,11 +251,11 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             if q.startswith("?")
         ]
         kind = "application/octet-stream" if row.answer == "raw" else "application/json"
-        status = "201" if row.name in ("create_sandbox", "create_group", "open_env") else "200"
+        status = "201" if row.name in ("create_sandbox", "create_group", "open_env", "create_run") else "200"
         operation: dict[str, Any] = {
             "summary": row.summary,
             "operationId": row.name,
-            "tags": ["data" if row.plane == "data" else "server" if row.name in bare.NAMES else "sandboxes"],
+            "tags": [_tag(row)],
             "parameters": parameters,
             "responses": {status: {"description": "done", "content": {kind: reference(row.answer)}}},
         }

@@ -1,4 +1,5 @@
-"""Images of a worker: stored, pulled on first use, or built with the packages of environments on first use."""
+"""Images of a worker: stored, pulled on first use, or built with the packages of environments on first use; and the
+layers of agents."""
 
 from __future__ import annotations
 
@@ -6,12 +7,14 @@ import asyncio
 import contextlib
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from functools import cached_property, partial
+from typing import Any, TypeVar
 
 from rock.envhub.packages import requirements_of, wheels_only, without_dependencies
 from rock.errors import Conflict, ImageError, NotFound, Unavailable
+from rock.images.agents import AgentLayers
 from rock.images.packages import PackageSet, ensure, is_built, packages_folder
 from rock.images.registry.logins import Login
 from rock.images.store import ImageStore
@@ -31,27 +34,54 @@ class Images:
         self._preparing: dict[str, asyncio.Task[None]] = {}
         self._gate = asyncio.Semaphore(_AT_ONCE)
 
+    @cached_property
+    def agents(self) -> AgentLayers:
+        """The layers of agents."""
+        return AgentLayers(self.store.folder / "agents")
+
     def is_ready(self, config: SandboxConfig) -> bool:
-        """Whether `prepare` has no work to do. InvalidConfig for an unknown package set."""
+        """Whether `prepare` has no work to do. InvalidConfig for an unknown package set or agent."""
+        return self._has_image(config) and all(self._has_agent(name) for name in config.agents or ())
+
+    def _has_agent(self, name: str) -> bool:
+        recipe = self.agents.recipe(name)
+        return not recipe.packages or self.agents.find(recipe) is not None
+
+    def _has_image(self, config: SandboxConfig) -> bool:
         packages = _packages(config.image)
         if packages is not None:
             return is_built(self.store, packages)
         return config.pull == "never" or (config.pull == "missing" and self.store.has(config.image))
 
     async def prepare(self, config: SandboxConfig, tell: Callable[[str], None] = lambda _: None) -> None:
-        """Install the packages that an image is named after, or pull the image, once for all concurrent callers.
+        """Install the packages that an image is named after, or pull the image, and install the agents; once for all
+        concurrent callers.
 
         tell: called with progress messages, from any thread; only that of the first caller is used.
         """
-        if self.is_ready(config):
+        for name in config.agents or ():
+            if not self._has_agent(name):
+                await self._once(f"agent {name}", partial(self._install, name, tell))
+        if self._has_image(config):
             return
         key = f"{config.image} {config.public_registries} {config.registry_username or ''}"
+        await self._once(key, lambda: self._build(config, tell))
+
+    async def _once(self, key: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Wait for the work with that key; begin it when it is not in progress."""
         task = self._preparing.get(key)
         if task is None:
-            task = asyncio.create_task(self._build(config, tell), name=f"prepare-{config.image}")
+            task = asyncio.create_task(work(), name=f"prepare-{key}")
             self._preparing[key] = task
             task.add_done_callback(lambda _: self._preparing.pop(key, None))
         await asyncio.shield(task)
+
+    async def _install(self, name: str, tell: Callable[[str], None]) -> None:
+        recipe = self.agents.recipe(name)
+        async with self._gate:
+            await in_dedicated_thread(
+                lambda gone: self.agents.ensure(recipe, lambda text: tell(f"agent {name}: {text}")), "rock-agents"
+            )
 
     async def look(self, image: str, wait: float) -> ImageState:
         """The state of an image; spends up to `wait` seconds on building or pulling it. ImageError when that fails."""

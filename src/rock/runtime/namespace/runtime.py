@@ -153,7 +153,7 @@ class NamespaceRuntime(InitSandboxes):
 
     async def _folders(self, config: SandboxConfig) -> Sequence[FolderMount]:
         """The volumes and host folders of a sandbox. NotFound, Forbidden, InvalidConfig, StorageFull, Unsupported."""
-        if not config.volumes and not config.mounts:
+        if not config.has_mounts:
             return ()
         if self.mount_source is None:
             raise errors.Unsupported("this runtime has no volumes and folders to mount", hint="leave them unset")
@@ -174,7 +174,7 @@ class NamespaceRuntime(InitSandboxes):
     async def create(self, id: str, config: SandboxConfig) -> Handle:
         kind = await self._admit(config)
         special = config.disk is not None or config.nofile is not None or config.shm_size is not None \
-            or config.volumes or config.mounts
+            or config.has_mounts
         sandbox = None if special else self._pool.claim(kind)
         if sandbox is not None:
             try:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import time
 from abc import abstractmethod
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,8 +9,6 @@ from typing import Any, Self, Unpack
 
 from rock import errors
 from rock.protocol.action import (
-    BACKGROUND_PID,
-    MAX_OUTPUT,
     BashAction,
     BashObservation,
     Check,
@@ -36,14 +32,14 @@ from rock.protocol.action import (
     WriteFileResponse,
 )
 from rock.protocol.sandbox import CommitStatus, SandboxConfig, SandboxInfo, State
-from rock.sdk import primitives
 from rock.sdk.sandbox.deploy import Deploy
 from rock.sdk.sandbox.files import Files
 from rock.sdk.sandbox.link import Link, list_sandboxes, parse
+from rock.sdk.sandbox.model_service.base import ModelService
 from rock.sdk.sandbox.options import ProgramOptions
-from rock.sdk.sandbox.processes import LOG_PORTION, TIMEOUT, Process, Processes, raise_if_failed
+from rock.sdk.sandbox.processes import TIMEOUT, Processes, raise_if_failed
 from rock.sdk.sandbox.remote_user import RemoteUser
-from rock.sdk.sandbox.scripts import Scripts
+from rock.sdk.sandbox.scripts import Scripts, output_of_session, run_nohup, start_in_session, wait_in_session
 from rock.sdk.sandbox.sessions import DEFAULT, Sessions
 from rock.sdk.sandbox.speedup import Network
 
@@ -56,6 +52,7 @@ class RockMethods(Link):
 
     fs: `files`. process: scripts. remote_user: users inside. deploy: a local folder as the working folder inside.
     network: mirrors of package managers. runtime_envs: installed Python and Node.js, by `runtime_env_id`.
+    model_service: ROCK's model service, once an agent has one or you set one.
     """
 
     def __init__(self, config: SandboxConfig) -> None:
@@ -69,6 +66,7 @@ class RockMethods(Link):
         self.deploy = Deploy(self.files)
         self.network = Network(self.files, self.processes)
         self.runtime_envs: dict[str, Any] = {}
+        self.model_service: ModelService | None = None
 
     @abstractmethod
     async def stop(self) -> None:
@@ -381,168 +379,3 @@ class RockMethods(Link):
 def _iso(seconds: float | None) -> str | None:
     """A time of the epoch as ROCK has it: ISO 8601 to the second, in UTC."""
     return None if not seconds else datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
-
-
-# ---- commands in the background ----
-#
-# `arun(mode="nohup")`: a command in the background of a sandbox, waited for, with its true exit status.
-
-_START = 30.0  # seconds for a command of the session that is over at once
-# Its arguments: the command, the file for its output ("" is none), and the shell ("" is bash, or sh).
-SCRIPT = """
-if [ -n "$2" ]; then
-    case $2 in */*) mkdir -p -- "${2%/*}" || exit 125 ;; esac
-    exec > "$2" || exit 125
-fi
-exec 2>&1
-shell=$3
-if [ -z "$shell" ]; then
-    if command -v bash > /dev/null 2>&1; then shell=bash; else shell=sh; fi
-fi
-exec "$shell" -c "$1"
-"""
-
-
-async def run_nohup(
-    sandbox: RockMethods,
-    cmd: str,
-    session: str | None,
-    timeout: float | None,
-    output_file: str | None,
-    limit: int | None,
-    ignore_output: bool,
-) -> BashObservation:
-    """Start, wait, and read what came. After a timeout `exit_code` is None and the process is left running."""
-    started = time.monotonic()
-    if ignore_output and not output_file:
-        output_file = f"/tmp/tmp_{time.time_ns()}.out"
-    process = await sandbox.processes.begin(await _command(sandbox, cmd, session, output_file))
-    info = await process.wait(timeout)
-    seen = BashObservation(exit_code=info.exit_code)
-    if info.running:
-        took = time.monotonic() - started
-        seen.timed_out = True
-        seen.failure_reason = (
-            f"Process {info.pid} did not complete within {took:.1f}s (timeout: {timeout:g}s); "
-            f"it is left running as process {info.process_id}"
-        )
-    elif info.exit_code is None:
-        seen.failure_reason = f"Process {info.pid} ended and its exit status is not known"
-    if ignore_output:
-        assert output_file is not None
-        seen.output = await _where(sandbox, output_file, seen)
-    else:
-        data, size = await _read(sandbox, process, output_file, MAX_OUTPUT if limit is None else limit)
-        seen.output = data.decode("utf-8", "replace")
-        seen.dropped_bytes = max(0, size - len(data))
-    if not info.running:
-        await process.forget()
-    seen.duration = time.monotonic() - started
-    return seen
-
-
-# ---- ROCK's three steps of the same, for code that takes them one by one: the process is a job of the session's shell.
-
-
-async def start_in_session(
-    sandbox: RockMethods, cmd: str, tmp_file: str, session: str
-) -> tuple[int | None, BashObservation | None]:
-    """(pid, None), or (None, what the session saw) where it could not be started."""
-    line = f"{cmd} < /dev/null > {shlex.quote(tmp_file)} 2>&1 & echo PIDSTART${{!}}PIDEND; disown 2>/dev/null || :"
-    seen = await sandbox.arun(line, session, _START)
-    found = BACKGROUND_PID.search(seen.output)
-    if found is None:
-        seen.failure_reason = seen.failure_reason or "the command could not be started in the background"
-        return None, seen
-    return int(found[1]), None
-
-
-async def wait_in_session(sandbox: RockMethods, pid: int, session: str, timeout: float) -> tuple[bool, str]:
-    """(True, how long it took) when the process ended in time, else (False, why not)."""
-    started, pause = time.monotonic(), 0.02
-    while True:
-        alive = (await sandbox.arun(f"kill -0 {int(pid)}", session, _START)).exit_code == 0
-        took = time.monotonic() - started
-        if not alive:
-            return True, f"Process completed successfully in {took:.1f}s"
-        if took + pause > timeout:
-            return False, f"Process {pid} did not complete within {took:.1f}s (timeout: {timeout:g}s)"
-        await primitives.sleep(pause)
-        pause = min(pause * 1.5, 1.0)
-
-
-async def output_of_session(
-    sandbox: RockMethods, tmp_file: str, success: bool, message: str, ignore_output: bool, limit: int | None
-) -> BashObservation:
-    """The output file as an observation: exit_code 0 after a success, as in ROCK, which does not know the status."""
-    seen = BashObservation(exit_code=0 if success else 1, failure_reason="" if success else message)
-    if ignore_output:
-        seen.output = await _where(sandbox, tmp_file, seen)
-        return seen
-    try:
-        size = (await sandbox.files.stat(tmp_file)).size
-        data = await sandbox.files.read(tmp_file, length=MAX_OUTPUT if limit is None else limit)
-    except errors.NotFound:
-        size, data = 0, b""
-    seen.output = data.decode("utf-8", "replace")
-    seen.dropped_bytes = max(0, size - len(data))
-    return seen
-
-
-async def _command(sandbox: RockMethods, cmd: str, session: str | None, output_file: str | None) -> Command:
-    """The command as a program of its own, in the folder, environment, user and shell of its session if it has one."""
-    argv = ["sh", "-c", SCRIPT, "sh", cmd, output_file or "", ""]
-    if session is None:
-        return Command(command=argv, timeout=None)
-    info = next((found for found in await sandbox.sessions.list() if found.session == session), None)
-    if info is None:
-        raise errors.NotFound(
-            f"session {session!r} does not exist", hint="create it with sessions.create", sandbox_id=sandbox.sandbox_id
-        )
-    told = await sandbox.arun("pwd; env -0", session, 30, check="raise")
-    folder, _, rest = told.output_bytes.partition(b"\n")
-    pairs = (pair.partition(b"=") for pair in rest.split(b"\0") if b"=" in pair)
-    env = {_text(name): _text(value) for name, _, value in pairs}
-    argv[-1] = info.shell
-    return Command(command=argv, timeout=None, env=env, cwd=_text(folder), user=info.user)
-
-
-def _text(data: bytes) -> str:
-    return data.decode("utf-8", "replace")
-
-
-async def _read(sandbox: RockMethods, process: Process, output_file: str | None, limit: int) -> tuple[bytes, int]:
-    """The first `limit` bytes of the output, and how many there are in all."""
-    if output_file:
-        try:
-            size = (await sandbox.files.stat(output_file)).size
-            return await sandbox.files.read(output_file, length=limit), size
-        except errors.NotFound:
-            return b"", 0  # the command moved it away
-    parts: list[bytes] = []
-    got = 0
-    while got < limit:
-        part = await process.logs(offset=got, limit=min(LOG_PORTION, limit - got))
-        if not part.data:
-            break
-        parts.append(part.data)
-        got += len(part.data)
-    return b"".join(parts), max(process.info.stdout_size, got)
-
-
-async def _where(sandbox: RockMethods, output_file: str, seen: BashObservation) -> str:
-    """ROCK's block of text for an output that is not sent back."""
-    try:
-        size = f"{(await sandbox.files.stat(output_file)).size} bytes"
-    except errors.NotFound:
-        size = "unknown"
-    status = "running" if seen.timed_out else "completed" if seen.exit_code == 0 else "failed"
-    detail = seen.failure_reason or f"exit code {seen.exit_code}"
-    return (
-        "Command executed in nohup mode without streaming the log content.\n"
-        f"Status: {status}\n"
-        f"Output file: {output_file}\n"
-        f"File size: {size}\n"
-        "Read it with sandbox.fs.read, or download it with sandbox.fs.download_file.\n"
-        f"Detail: {detail}\n"
-    )

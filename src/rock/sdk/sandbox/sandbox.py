@@ -11,11 +11,14 @@ from types import TracebackType
 from typing import Any, Protocol, Self, Unpack, overload
 
 from rock import errors
+from rock.agents import Recipe
 from rock.protocol.action import BashAction, BashObservation, CommandResponse, ConnectionList
 from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import BaseConfig, CommitPhase, CommitStatus, SandboxConfig, SandboxInfo, State, Usage
 from rock.protocol.wire import html_table
 from rock.sdk import primitives
+from rock.sdk.sandbox.agent.recipes import AgentOptions, AgentResult, run_agent
+from rock.sdk.sandbox.agent.rock_agent import RockAgent
 from rock.sdk.sandbox.link import (
     CLEAN_UP,
     SLACK,
@@ -26,7 +29,15 @@ from rock.sdk.sandbox.link import (
     parse,
     transport_of,
 )
-from rock.sdk.sandbox.options import ConnectOptions, ProgramOptions, RunOptions, SandboxOptions, config_of, reach_of
+from rock.sdk.sandbox.options import (
+    ConnectOptions,
+    ProgramOptions,
+    RunOptions,
+    SandboxOptions,
+    config_of,
+    known,
+    reach_of,
+)
 from rock.sdk.sandbox.processes import TIMEOUT
 from rock.sdk.sandbox.rock_methods import RockMethods
 from rock.sdk.sandbox.runs import Run, Runs
@@ -56,8 +67,8 @@ class Sandbox(RockMethods):
     `Sandbox(SandboxConfig(...))` uses a configuration of ROCK. `options.py` documents all options.
 
     files: read, write, list, upload and download files. sessions: shells that keep their state. processes: background
-    processes. config: the configuration. sandbox_id: None before the start. url: URL of the server. host_name, host_ip,
-    cluster: location of the sandbox.
+    processes. agent: ROCK's configurable agent. config: the configuration. sandbox_id: None before the start. url: URL
+    of the server. host_name, host_ip, cluster: location of the sandbox.
 
     Calls are safe from all threads and event loops. Each call raises RockError: Unavailable when the server is
     unreachable, NotFound when the sandbox does not exist, SandboxStopped, OutOfMemory, Exited or Lost when it has
@@ -72,6 +83,7 @@ class Sandbox(RockMethods):
         **options: Unpack[SandboxOptions],
     ) -> None:
         super().__init__(config_of(SandboxConfig, image, config, options))
+        self.agent = RockAgent(self)
 
     def _repr_html_(self) -> str:
         return html_table({"sandbox": self.sandbox_id or "not started", "image": self.config.image, "server": self.url})
@@ -315,6 +327,24 @@ class Sandbox(RockMethods):
         if session is not None:
             return self.sessions.stream(command, session=session, timeout=timeout, **options)
         return self.processes.stream(command, timeout=timeout, **options)
+
+    # ---- agents
+
+    @primitives.hinted
+    async def run_agent(
+        self, agent: str | os.PathLike[str] | Recipe, prompt: str, **options: Unpack[AgentOptions]
+    ) -> AgentResult:
+        """Run an agent on a task, with a run of the model gateway, and wait for its end.
+
+            async with Sandbox("python:3.11", agents=["claude-code"]) as sandbox:
+                result = await sandbox.run_agent("claude-code", "fix the tests", upstream="main", budget={"calls": 50})
+
+        agent: name of a recipe, path of a recipe file, or a Recipe. The options are those of `AgentOptions`; one of
+        `upstream`, `pull`, `replay` and `run` is the source of responses. InvalidConfig: there is no such recipe, or
+        the sandbox was created without it. An exit code other than 0 is no error.
+        """
+        known(options, AgentOptions, "run_agent")
+        return await run_agent(self, agent, prompt, **options)
 
     # ---- ports
 
