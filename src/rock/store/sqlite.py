@@ -23,8 +23,7 @@ from rock.errors import Conflict, RockError, StorageFull, Unavailable
 from rock.protocol.keys import KeyInfo, Quota
 from rock.protocol.node import Beat, JoinWorker, WorkerInfo
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State, kept
-from rock.store import base
-from rock.store.access import SqliteAccess
+from rock.store import access, base, jobs
 from rock.store.base import (
     CLOSED,
     COLUMNS,
@@ -45,7 +44,6 @@ from rock.store.base import (
     unknown,
 )  # fmt: skip
 from rock.store.batch import Batch
-from rock.store.jobs import SqliteJobs
 from rock.store.migrations import SQLITE
 from rock.store.volumes import SqliteVolumes
 
@@ -74,8 +72,8 @@ class SqliteStore:
         self._batch = Batch(lambda: _transaction(self._open_db, "IMMEDIATE"), self._error_of)
         self.workers = SqliteWorkers(self._within)
         self.volumes = SqliteVolumes(self._within)
-        self.jobs = SqliteJobs(self._within)
-        self.access = SqliteAccess(self._within, lambda work: self._aside(lambda: work(self._open_db_aside)))
+        self.jobs = jobs.SqliteJobs(self._within)
+        self.access = access.SqliteAccess(self._within, lambda work: self._aside(lambda: work(self._open_db_aside)))
 
     async def open(self) -> None:
         self._now(self._open)
