@@ -67,7 +67,7 @@ class OpenAIResponses:
         given = body.get("input")
         if isinstance(given, str):
             messages = [Message("user", (Text(given),))]
-        elif given is None or isinstance(given, list):
+        elif isinstance(given, list) or (given is None and any(body.get(key) for key in _UNCONVERTIBLE)):
             items = fields.rows(body, "input", "the body", fields.MAX_MESSAGES)
             messages = _messages(items, "input")
         else:
