@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from rock.gateway.call import Delta, Message, ModelRequest, ModelResponse, Reasoning, Text, ToolCall
@@ -22,7 +22,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=8)
 NASTY = st.one_of(JSON, st.sampled_from([[], {}, "", 0, -1, 1.5, True, None, [None], [[]], ["x"], [{}], {"type": 5},
                                          [{"type": "text"}], "data:image/png;base64,", 1 << 70]))  # fmt: skip
-FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+FUZZ = settings(max_examples=250, deadline=None, phases=(Phase.explicit, Phase.generate), database=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -163,8 +163,8 @@ DELTAS = st.builds(
 def test_deltas_in_any_order_give_a_stream_that_is_complete(name: str, deltas: list[Delta]) -> None:
     renderer = DIALECTS[name].stream_renderer(DIALECTS[name].parse_request(request_body(name), "m", True))
     message = Message("assistant", (Reasoning("t", "s"), Text("x"), ToolCall("c", "f", "{")))
-    data = renderer.begin() + b"".join(map(renderer.feed, deltas)) + renderer.end(ModelResponse("r", "m", message,
-                                                                                                "tool_calls"))  # fmt: skip
+    response = ModelResponse("r", "m", message, "tool_calls")
+    data = renderer.begin() + b"".join(map(renderer.feed, deltas)) + renderer.end(response)
     parser = DIALECTS[name].stream_parser()
     try:
         for event in SSEParser().feed(data):

@@ -373,6 +373,8 @@ def _rendered_part(part: Part) -> dict[str, Any]:
             return {"type": "input_file", "filename": part.name or "file", "file_data": url_of(part)}
         case Media(kind="file"):
             return {"type": "input_file", "file_url": part.url}
+        case Other(dialect=dialect) if dialect == NAME:
+            return dict(part.raw)
         case Other():
             raise refusal(part, NAME)
     raise refusal(f"a part of kind {type(part).__name__}", NAME)
