@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     # what runs inside a sandbox, and the plain data that tells the server of it
     "datasets": {"datasets", "guest"},
     "rocklet": {"rocklet", "runtime", "images", "egress", "host", "guest", "envhub", *GROUND},
+    "gateway": {"gateway", "host", *GROUND},
     "proxy": {"proxy", "scheduler", "store", *GROUND},
     "admin": {"admin", "envhub", "scheduler", "store", *GROUND},
     "sdk": {"sdk", "protocol", "errors", "settings", "telemetry"},

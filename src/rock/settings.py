@@ -29,6 +29,10 @@ running operations when the server in front of it is gone |
 | ROCK_ENV_PIPES | 1 | 0: clients on the server's machine use HTTP for environments too |
 | ROCK_ENV_SHARED | 1 | 0: large responses to such clients use the pipes too, and not shared memory |
 | ROCK_DIALECT_NETWORK | nat | default network of the ROCK dialect: none, nat, host or bridge |
+| ROCK_GATEWAY | on | off: the server has no model gateway (/v1/runs, /gateway) |
+| ROCK_GATEWAY_RETAIN | 604800 | seconds for which an ended run and its recorded calls are kept |
+| ROCK_GATEWAY_RUNS | 10000 | maximum runs of one tenant; above it the oldest ended run is deleted |
+| ROCK_GATEWAY_ORPHAN | 10 | seconds for which a model call continues after its agent has disconnected |
 | ROCK_CONFIG | none | a YAML file of ROCK's own server, of which known keys are applied: docs/guides/from-rock.md |
 | ROCK_ENV_LEASE | 50 | seconds without a renewal by a client process after which its environments are released |
 | ROCK_ARCHIVE | archive in ROCK_HOME | location of archived sandboxes: a folder, s3://BUCKET/PREFIX, or "off" |
@@ -321,6 +325,10 @@ class Settings:
     faults: str = ""
     env_lease: float = 50.0
     dialect_network: str = "nat"
+    gateway: str = "on"
+    gateway_retain: float = 604_800.0
+    gateway_runs: int = 10_000
+    gateway_orphan: float = 10.0
 
     @property
     def archive_dir(self) -> Path:
@@ -350,6 +358,11 @@ class Settings:
     def registries(self) -> Path:
         """Logins of registries; apart from the images, and readable by the user only."""
         return self.home / "registries.json"
+
+    @property
+    def gateway_dir(self) -> Path:
+        """State of the model gateway: upstreams with their keys, runs and their calls."""
+        return self.home / "gateway"
 
     @property
     def log_dir(self) -> Path:
@@ -419,6 +432,10 @@ class Settings:
             ("faults", str),
             ("env_lease", float),
             ("dialect_network", str),
+            ("gateway", str),
+            ("gateway_retain", float),
+            ("gateway_orphan", float),
+            ("gateway_runs", int),
             ("port", int),
             ("image_max_entries", int),
             ("pool_size", int),
@@ -436,6 +453,12 @@ class Settings:
             number = values.get(name, least)
             if not isinstance(number, int | float) or not least <= number <= 3600:
                 raise ValueError(f"ROCK_{name.upper()}={number} is not between {least:g} and 3600")
+        for name, most in (("gateway_retain", 10 * 31_536_000), ("gateway_runs", 1_000_000), ("gateway_orphan", 3600)):
+            number = values.get(name, 1)
+            if not isinstance(number, int | float) or not 0 <= number <= most:
+                raise ValueError(f"ROCK_{name.upper()}={number} is not between 0 and {most}")
+        if values.get("gateway", "on") not in ("on", "off"):
+            raise ValueError(f"ROCK_GATEWAY={values['gateway']!r} is neither on nor off")
         network = values.get("dialect_network", "nat")
         if network not in ("none", "nat", "host", "bridge"):
             raise ValueError(f"ROCK_DIALECT_NETWORK={network!r} is none of none, nat, host and bridge")

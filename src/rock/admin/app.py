@@ -16,7 +16,7 @@ from rock.admin.workers.leader import Leader
 from rock.admin.workers.registry import WorkerRegistry
 from rock.envhub.catalogue import Catalogue
 from rock.errors import InvalidConfig
-from rock.http.asgi import App
+from rock.http.asgi import App, Scope
 from rock.protocol.sandbox import parse_size
 from rock.scheduler.local import LocalScheduler
 from rock.scheduler.raylink import RayReservations
@@ -92,10 +92,15 @@ class Admin:
             return native.build(tenant_services, self.keys, self.service, environments, guarded=bool(settings.api_key))
 
         rest = RockV1(tenant_services, data, self.catalogue, settings.dialect_network).over(guarded(LazyApp(pages)))
+        self._tenant_services = tenant_services
         # The busiest routes are matched first.
         about, heartbeats = About(tenant_services, workers, settings, roles), Heartbeats(workers)
         self.app: App = Sandboxes(tenant_services).over(Training(tenant_services, data).over(rest), about, heartbeats)
         self._store = store
+
+    async def check_sandbox(self, scope: Scope, sandbox_id: str) -> None:
+        """NotFound for a sandbox that the caller of a request does not own."""
+        await self._tenant_services(scope).get(sandbox_id)
 
     async def open(self) -> None:
         """Open the store and settle the unfinished operations of an earlier run."""

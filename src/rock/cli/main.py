@@ -41,6 +41,8 @@ ENTRIES = [
     Entry("volume", "Files and ports", "commands.volume:volume", "Create, list and delete volumes."),
     Entry("image", "Images", "commands.image:image", "Pull, build, import, list and remove images."),
     Entry("env", "Environments", "commands.env:env", "List, show, add, build and play environments."),
+    Entry("runs", "Agents", "commands.runs:runs", "List, show, export and end runs of agents."),
+    Entry("upstream", "Agents", "commands.upstream:upstream", "List, define and delete upstreams: model servers."),
     Entry("admin", "Server", "commands.admin:admin", "Start, stop, back up and restore the server of this machine."),
     Entry("login", "Server", "commands.context:login", "Log in to a server and use it from now on."),
     Entry("context", "Server", "commands.context:context", "Choose the server that commands use."),

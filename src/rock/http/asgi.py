@@ -243,6 +243,18 @@ async def deny(scope: Scope, send: Send, error: RockError) -> None:
     await failure(error).send(translate)
 
 
+async def refuse_upgrade(scope: Scope, receive: Receive, send: Send) -> None:
+    """Reject a WebSocket with 426, for an application that serves HTTP only."""
+    await receive()
+    if "websocket.http.response" not in scope.get("extensions", {}):
+        await send({"type": "websocket.close", "code": 1008, "reason": "use HTTP"})
+        return
+    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+    body = b'{"error":{"message":"WebSockets are not served here; use HTTP","type":"invalid_request_error"}}'
+    await send({"type": "websocket.http.response.start", "status": 426, "headers": headers})
+    await send({"type": "websocket.http.response.body", "body": body})
+
+
 Handler = Callable[[Request], Awaitable[Answer]]
 SocketHandler = Callable[[Request, Receive, Send], Awaitable[None]]
 

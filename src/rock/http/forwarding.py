@@ -48,7 +48,7 @@ class Broken(Exception):
     """The connection ended, or its data is not valid HTTP."""
 
 
-class _Connection(asyncio.Protocol):
+class ClientConnection(asyncio.Protocol):
     """One connection, and the response that arrives over it."""
 
     def __init__(self) -> None:
@@ -222,12 +222,13 @@ class RemoteApp:
         own = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
         self._own = [(b"host", parts.netloc.rpartition("@")[2].encode()), *own]
         self._names = frozenset(name for name, _ in self._own)
-        self._idle: list[_Connection] = []
-        self._busy: set[_Connection] = set()
+        self._idle: list[ClientConnection] = []
+        self._busy: set[ClientConnection] = set()
         self._sockets: set[asyncio.Task[None]] = set()
         self._calls = Ids()
         self._cancels: set[asyncio.Task[None]] = set()
-        self._waiting: dict[_Connection, float] = {}  # forwarded requests without a response, with their start times
+        # forwarded requests without a response, with their start times
+        self._waiting: dict[ClientConnection, float] = {}
         self._probing: asyncio.Task[None] | None = None
 
     @property
@@ -257,7 +258,7 @@ class RemoteApp:
 
     # ---- connection pool ----
 
-    async def _connection(self) -> _Connection:
+    async def _connection(self) -> ClientConnection:
         now = time.monotonic()
         while self._idle:
             found = self._idle.pop()
@@ -268,7 +269,7 @@ class RemoteApp:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(_CONNECT_WITHIN):
-                _, made = await loop.create_connection(_Connection, self._host, self._port, ssl=self._tls)
+                _, made = await loop.create_connection(ClientConnection, self._host, self._port, ssl=self._tls)
         except (OSError, TimeoutError) as error:
             why = str(error) or f"no answer within {_CONNECT_WITHIN:g} s"
             raise self._unreached(why, **UNSENT) from None
@@ -289,7 +290,7 @@ class RemoteApp:
     def _unreached(self, why: str, **details: bool) -> Unavailable:
         return Unavailable(f"the worker at {self.url} is not reached: {why}", hint="retry", details=details)
 
-    def _done(self, connection: _Connection) -> None:
+    def _done(self, connection: ClientConnection) -> None:
         self._busy.discard(connection)
         if connection.reusable and len(self._idle) < self._most_idle:
             connection.used_at = time.monotonic()
@@ -310,7 +311,9 @@ class RemoteApp:
         drop = _HOP_BY_HOP | self._names
         return [header for header in scope["headers"] if header[0] not in drop and header[0] != _CALL] + self._own
 
-    async def _exchange(self, connection: _Connection, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _exchange(
+        self, connection: ClientConnection, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         """One request. An error before the response has begun is Unavailable; after that the client's own connection
         has to be closed."""
         first = await receive()
@@ -356,7 +359,7 @@ class RemoteApp:
             await asyncio.gather(rest, return_exceptions=True)
             self._done(connection)
 
-    def _left(self, connection: _Connection, call: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+    def _left(self, connection: ClientConnection, call: bytes, headers: list[tuple[bytes, bytes]]) -> None:
         """The client disconnected before it received its response."""
         complete = connection.sent  # an incomplete body ends the request without a cancellation
         connection.close()
@@ -378,7 +381,7 @@ class RemoteApp:
 
     # ---- workers that accept connections and do not respond ----
 
-    def _waits(self, connection: _Connection) -> None:
+    def _waits(self, connection: ClientConnection) -> None:
         self._waiting[connection] = time.monotonic()
         if self._probing is None or self._probing.done():
             self._probing = asyncio.create_task(self._probe(), name="remote-probe")
@@ -406,7 +409,7 @@ class RemoteApp:
                     if connection in self._waiting:
                         connection.give_up("it takes connections, and has not answered a probe of its health twice")
 
-    async def _rest(self, connection: _Connection, receive: Receive, chunked: bool, more: bool) -> None:
+    async def _rest(self, connection: ClientConnection, receive: Receive, chunked: bool, more: bool) -> None:
         """Forward the rest of the request's body; then wait for the client's disconnect."""
         while more:
             message = await receive()
@@ -506,7 +509,7 @@ def _chunk(data: bytes) -> bytes:
     return b"%x\r\n%s\r\n" % (len(data), data)
 
 
-async def _write_all(connection: _Connection, body: AsyncIterator[bytes]) -> None:
+async def _write_all(connection: ClientConnection, body: AsyncIterator[bytes]) -> None:
     async for part in body:
         if part:
             await connection.write(_chunk(part))

@@ -31,6 +31,7 @@ from collections.abc import Iterator
 from enum import IntEnum
 from typing import Literal
 
+from rock.protocol.gateway_rows import ENDPOINT, gateway_rows
 from rock.protocol.route import Route
 from rock.protocol.rows import control_rows, data_rows, node_rows
 
@@ -95,7 +96,7 @@ class FrameParser:
 
 
 ROUTES: dict[str, Route] = {
-    route.name: route for rows in (control_rows, data_rows, node_rows) for route in rows()
+    route.name: route for rows in (control_rows, gateway_rows, data_rows, node_rows) for route in rows()
 }
 
 
@@ -150,6 +151,8 @@ def role_for(method: str, path: str) -> Role | None:
         return "write" if path.endswith("/make") else "read"
     if path.startswith((_TRAINING, "/env/", "/v1/envs")):
         return "write"  # they may create a sandbox, or read the writer's catalog
+    if path.startswith((ENDPOINT + "/", "/v1/runs", "/v1/gateway/")):
+        return "write"  # the gateway is in the process of the writer
     if path.startswith(_CALLS):
         return None
     if path == "/v1/workers" or (path.startswith("/v1/workers/") and path.endswith("/beat")):

@@ -54,7 +54,7 @@ def explain(error: ValidationError, kind: type[BaseModel]) -> InvalidValue:
     return InvalidValue("; ".join(parts), hint=hint, details={"field": first})
 
 
-_SECRET = frozenset({"api_key", "xrl_authorization", "registry_password", "extra_headers", "env"})
+_SECRET = frozenset({"key", "headers", "api_key", "xrl_authorization", "registry_password", "extra_headers", "env"})
 
 
 def _hint(field: str, kind: str, value: object, context: Mapping[str, Any]) -> str | None:

@@ -18,6 +18,7 @@ from rock import faults
 from rock.errors import Conflict, DiskFull, Exited, Expired, Lost, NoCapacity, NotFound, NotHere, OutOfMemory, RockError
 from rock.host import atomic_file, resources
 from rock.host.atomic_file import not_started
+from rock.http.asgi import App
 from rock.http.event_loop import settled
 from rock.protocol.node import NodeEvent, NodeEvents, NodeInventory, NodeSandbox, NodeStatus, NodeVolumes
 from rock.protocol.sandbox import ArchivedFiles, Cause, Isolation, Phase, SandboxConfig
@@ -66,6 +67,7 @@ class Node:
         self._env_lease = env_lease
         self.boot = uuid.uuid4().hex[:12]
         self.ends = Ends(self.boot)
+        self.gateway: App | None = None  # serves /gateway for the loopback ports of sandboxes
         self._host_name = socket.gethostname()
         self.supervisors: dict[str, Supervisor] = {}
         self.kept = RetainedSandboxes(self.state_dir)
@@ -195,7 +197,8 @@ class Node:
         self, sandbox_id: str, config: SandboxConfig, runtime: Runtime, handle: Handle, spools: str | None = None
     ) -> Supervisor:
         """The supervisor of a running sandbox. spools: the name of its existing spool folder."""
-        return Supervisor(sandbox_id, config, runtime, handle, self.state_dir, self._ended, spools, self._env_lease)
+        return Supervisor(sandbox_id, config, runtime, handle, self.state_dir, self._ended, spools, self._env_lease,
+                          self.gateway)  # fmt: skip
 
     @staticmethod
     async def _open_default(supervisor: Supervisor, unfit: Prepared | None) -> None:

@@ -16,10 +16,11 @@ from websockets.typing import Subprotocol
 from websockets.uri import WebSocketURI
 
 from rock.errors import InvalidConfig, PortFailed, PortTimeout, no_such_route
-from rock.http.asgi import Answer, Disconnected, Receive, Request, Router, Send, SocketHandler
+from rock.http.asgi import Answer, Disconnected, Receive, Request, Router, Send, SocketHandler, answer_model
 from rock.http.event_loop import BUDGET, rounds
 from rock.http.relay import CLOSE_WITHIN, HANDSHAKE_WITHIN, connection_to, inward, outward, plain_headers, race
 from rock.protocol.routes import ANSWER_WITHIN, ERROR_CODE, HANDED_ON, OTHER_KEY, ROUTES
+from rock.protocol.runs import GatewayPort, GatewayPortInfo
 from rock.rocklet.node import Node
 from rock.rocklet.port_connections import CHUNK, port_of
 from rock.rocklet.sandbox import Supervisor
@@ -514,6 +515,20 @@ def add_routes(router: Router, node: Node) -> None:
     async def port(request: Request) -> Answer:
         return Relay(node.get(request.path["sandbox_id"]), request)
 
+    async def open_gateway_port(request: Request) -> Answer:
+        sandbox = node.get(request.path["sandbox_id"])
+        wanted = await request.model(GatewayPort)
+        opened = await sandbox.open_gateway_port(wanted.port)
+        return answer_model(GatewayPortInfo(port=opened, connections=sandbox.gateway_port.connections))
+
+    async def close_gateway_port(request: Request) -> Answer:
+        sandbox = node.get(request.path["sandbox_id"])
+        before = sandbox.gateway_port.port or 0
+        await sandbox.close_gateway_port()
+        return answer_model(GatewayPortInfo(port=before))
+
+    router.add(ROUTES["open_gateway_port"], open_gateway_port)
+    router.add(ROUTES["close_gateway_port"], close_gateway_port)
     router.add(ROUTES["port"], port)
     router.add(ROUTES["port_socket"], web_socket(node))
     router.add(ROUTES["tunnel"], tunnel(node))

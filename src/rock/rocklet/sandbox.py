@@ -17,6 +17,7 @@ from rock.envhub.packages import requirements_of
 from rock.errors import NotFound, RockError
 from rock.host import atomic_file
 from rock.host.atomic_file import not_kept
+from rock.http.asgi import App
 from rock.images.packages import CURRENT
 from rock.protocol.action import Command
 from rock.protocol.node import NodeSandbox
@@ -26,6 +27,7 @@ from rock.rocklet.commands.registry import Sessions
 from rock.rocklet.commands.shell_process import Shell
 from rock.rocklet.durability.journal import Journal
 from rock.rocklet.environments.host import ENV_LEASE, EnvHost
+from rock.rocklet.gateway_port import GatewayPort
 from rock.rocklet.port_connections import Connections
 from rock.rocklet.state import StateDirectory, written
 from rock.runtime.base import Handle, Keeps, Limits, Runtime, Watches
@@ -44,6 +46,7 @@ class Supervisor:
         ended: Callable[[Supervisor, Cause, str], None],
         spools: str | None = None,
         env_lease: float = ENV_LEASE,
+        gateway: App | None = None,
     ) -> None:
         self.id = sandbox_id
         self.config = config
@@ -65,6 +68,7 @@ class Supervisor:
         # a host of an earlier rocklet process exists; attached only on use, because it may hang
         self._env_host_kept = False
         self.connections = Connections(sandbox_id, runtime, handle)
+        self.gateway_port = GatewayPort(sandbox_id, runtime, handle, gateway, self.active)
         self.spools = state_dir.spools(spools)
         self.journal = Journal(self.spools)
         self._marked = False  # whether the folder of spool files has been made
@@ -94,7 +98,8 @@ class Supervisor:
     def _record(self) -> str:
         processes = {p.id: {"command": p.command, "started_at": p.started_at} for p in self.processes.values()}
         return written(self.config, self.handle, sessions=self.sessions.record(), processes=processes,
-                       spools=self.spools.path.name, marked=self._marked)  # fmt: skip
+                       spools=self.spools.path.name, marked=self._marked,
+                       gateway_port=self.gateway_port.port)  # fmt: skip
 
     def load_journal(self, record: dict[str, Any]) -> None:
         """Read the requests that an earlier rocklet process left unfinished."""
@@ -115,6 +120,21 @@ class Supervisor:
                 self.processes[key] = programs.Background(key, entry["command"], process, folder, entry["started_at"],
                                                           marks=self.spools.marks, found=self.spools.found)  # fmt: skip
         self._env_host_kept = EnvHost.KEY in kept
+        if record.get("gateway_port"):
+            with contextlib.suppress(RockError):
+                await self.gateway_port.open(int(record["gateway_port"]))
+
+    async def open_gateway_port(self, port: int | None) -> int:
+        """Open the loopback port to the gateway; returns its number. Unsupported, Conflict."""
+        before = self.gateway_port.port
+        opened = await self.gateway_port.open(port)
+        if opened != before:
+            await self.saved()
+        return opened
+
+    async def close_gateway_port(self) -> None:
+        await self.gateway_port.close()
+        await self.saved()
 
     # ---- activity ----
 
@@ -293,6 +313,7 @@ class Supervisor:
         """Prepare for the stop of the server: waiting requests get an error, and programs continue. Idempotent."""
         self.leaving = True
         self.connections.cut()
+        self.gateway_port.cut()
         self.sessions.let_go()
         for execution in self.executions:
             execution.let_go()
@@ -337,6 +358,7 @@ class Supervisor:
         """Stop watching for its end, opening sessions, and connections to its ports."""
         self._over.set()
         self.connections.cut()
+        self.gateway_port.cut()
         await self._end_tasks()
 
     async def _end_tasks(self) -> None:

@@ -334,6 +334,26 @@ class Ports(Protocol, metaclass=_Capability):
 
 
 @runtime_checkable
+class Listens(Protocol, metaclass=_Capability):
+    """Loopback ports inside whose connections the rocklet serves. They need no network, and stay open while the rocklet
+    restarts: connections wait until they are accepted."""
+
+    async def listen(self, handle: Handle, port: int) -> int:
+        """Listen on a port of 127.0.0.1 inside; 0 chooses one. Returns the port. Idempotent for a port that is open.
+        Conflict when a program inside has it; Unsupported for a sandbox without ports."""
+        ...
+
+    async def accept(self, handle: Handle, port: int) -> int:
+        """Wait for the next connection: the descriptor of a stream. NotFound when the port is closed. A cancelled call
+        may lose a connection; close the port afterwards."""
+        ...
+
+    async def unlisten(self, handle: Handle, port: int) -> None:
+        """Close the port. Idempotent; accepted connections stay."""
+        ...
+
+
+@runtime_checkable
 class Connects(Protocol, metaclass=_Capability):
     """Network "nat": sandboxes reach the destinations that their policy allows, and each attempt is logged."""
 

@@ -26,6 +26,7 @@ from rock.sync import primitives
 from rock.sdk.context import ContextSource, read_context
 from rock.sdk.http import query_string
 from rock.sync.sandbox.link import list_sandboxes, parse, path
+from rock.sync.sandbox.runs import Runs, Upstreams
 from rock.sync.transport import Transport
 
 STOP_TIMEOUT = 120.0
@@ -41,7 +42,7 @@ class SandboxChange(TypedDict, total=False):
 class Client(primitives.Face):
     """A server, by its base URL and key; ROCK_BASE_URL and ROCK_API_KEY where they are not given. reconnect_timeout:
     seconds for which a call is tried again while the server is away; None is ROCK_RECONNECT_TIMEOUT, 0 is not at
-    all."""
+    all. runs, upstreams: of the model gateway."""
 
     def __init__(
         self, base_url: str | None = None, api_key: str | None = None, *, reconnect_timeout: float | None = None
@@ -49,6 +50,8 @@ class Client(primitives.Face):
         self.transport = Transport(
             base_url or settings.base_url(), api_key or settings.api_key(), reconnect_timeout=reconnect_timeout
         )
+        self.runs = Runs(self.transport)
+        self.upstreams = Upstreams(self.transport)
 
     def list_sandboxes(
         self, states: str | Iterable[str] | None = None, *, limit: int | None = None, **filters: str

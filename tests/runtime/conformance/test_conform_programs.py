@@ -18,7 +18,19 @@ import pytest
 
 from rock import errors
 from rock.guest.init.link import CHANNEL_MEMORY
-from rock.runtime.base import CLOCK, ExitStatus, Files, Handle, Limits, Liveness, Ports, Process, Runtime, Trait
+from rock.runtime.base import (
+    CLOCK,
+    ExitStatus,
+    Files,
+    Handle,
+    Limits,
+    Listens,
+    Liveness,
+    Ports,
+    Process,
+    Runtime,
+    Trait,
+)
 from tests.runtime.boxes import Box, read_all, run, until_line
 from tests.runtime.conformance.conftest import Bench
 from tests.runtime.conformance.subject import needs
@@ -397,6 +409,48 @@ def test_dial(box: Bench) -> None:
             for host, number in (("no name", 80), ("127.0.0.1", 0), ("127.0.0.1", 70000)):
                 with pytest.raises(errors.InvalidConfig):
                     await b.runtime.dial(b.handle, number, host=host)
+
+    run(main())
+
+
+@needs(Trait.PROGRAMS, Listens)
+def test_listen(box: Bench) -> None:
+    client = ("import socket,sys;s=socket.create_connection(('127.0.0.1',int(sys.argv[1])));s.sendall(b'hello');"
+              "print(s.recv(100).decode(),flush=True)")
+
+    async def main() -> None:
+        async with box() as b:
+            try:
+                port = await b.runtime.listen(b.handle, 0)
+            except errors.Unsupported:
+                return  # a level without sockets
+            assert await b.runtime.listen(b.handle, port) == port
+            for _ in range(3):
+                waiting = asyncio.create_task(b.runtime.accept(b.handle, port))
+                process = await b.spawn(b.interpreter, "-I", "-S", "-c", client, str(port))
+                fd = await waiting
+                os.set_blocking(fd, True)
+                assert await asyncio.to_thread(os.read, fd, 100) == b"hello"
+                os.write(fd, b"HELLO\n")
+                assert await until_line(process.stdout) == b"HELLO\n"
+                os.close(fd)
+            early = await b.spawn(b.interpreter, "-I", "-S", "-c", client, str(port))  # waits in the backlog
+            await asyncio.sleep(0.2)
+            fd = await b.runtime.accept(b.handle, port)
+            os.write(fd, b"late\n")
+            assert await until_line(early.stdout) == b"late\n"
+            os.close(fd)
+            pending = asyncio.create_task(b.runtime.accept(b.handle, port))
+            await asyncio.sleep(0.05)
+            await b.runtime.unlisten(b.handle, port)
+            with pytest.raises(errors.NotFound):
+                await pending
+            with pytest.raises(errors.NotFound):
+                await b.runtime.accept(b.handle, port)
+            with pytest.raises(errors.InvalidConfig):
+                await b.runtime.listen(b.handle, 70000)
+            refused = await b.spawn(b.interpreter, "-I", "-S", "-c", client, str(port))
+            assert (await refused.wait()).code == 1
 
     run(main())
 

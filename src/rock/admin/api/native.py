@@ -27,16 +27,19 @@ from rock.errors import (
     unexpected,
 )
 from rock.http.asgi import retry_after
-from rock.protocol import action, env, keys, node, sandbox
+from rock.protocol import action, env, keys, node, runs, sandbox
 from rock.protocol.action import ConnectionList
 from rock.protocol.env import AddEnv, BuildEnv, EnvAbout
+from rock.protocol.gateway_rows import gateway_rows
 from rock.protocol.keys import CreateKey, KeyInfo, KeyList, NewKey
 from rock.protocol.node import CreateVolume, EnvList, SandboxList, VolumeInfo, VolumeList, WorkerInfo, WorkerList
+from rock.protocol.route import Route
 from rock.protocol.routes import IDEMPOTENCY_KEY, METHODS, ROUTES
 from rock.protocol.sandbox import SandboxInfo
 from rock.store.base import Query as Listing
 
-BARE = (*sandboxes.NAMES, *bare.NAMES, *bare.WORKER_NAMES)
+GATEWAY = tuple(row.name for row in gateway_rows() if row.plane == "control")
+BARE = (*sandboxes.NAMES, *bare.NAMES, *bare.WORKER_NAMES, *GATEWAY)
 Wait = Annotated[float, Query(ge=0, le=3600)]
 
 
@@ -199,11 +202,17 @@ def _front_page(listing: SandboxList) -> str:
     )
 
 
+def _tag(row: Route) -> str:
+    if row.plane == "data":
+        return "data"
+    return "server" if row.name in bare.NAMES else "gateway" if row.name in GATEWAY else "sandboxes"
+
+
 def _models() -> dict[str, type[BaseModel]]:
     """The wire models, by name."""
     return {
         name: kind
-        for module in (sandbox, action, env, node, keys)
+        for module in (sandbox, action, env, node, keys, runs)
         for name, kind in vars(module).items()
         if isinstance(kind, type) and issubclass(kind, BaseModel)
     }
@@ -239,11 +248,11 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             if q.startswith("?")
         ]
         kind = "application/octet-stream" if row.answer == "raw" else "application/json"
-        status = "201" if row.name in ("create_sandbox", "create_group", "open_env") else "200"
+        status = "201" if row.name in ("create_sandbox", "create_group", "open_env", "create_run") else "200"
         operation: dict[str, Any] = {
             "summary": row.summary,
             "operationId": row.name,
-            "tags": ["data" if row.plane == "data" else "server" if row.name in bare.NAMES else "sandboxes"],
+            "tags": [_tag(row)],
             "parameters": parameters,
             "responses": {status: {"description": "done", "content": {kind: reference(row.answer)}}},
         }

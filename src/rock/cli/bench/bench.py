@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from rock.cli.bench import gateway
 from rock.cli.bench.floors import bare_server
 from rock.cli.bench.measuring import (
     commands,
@@ -113,6 +114,7 @@ async def measure(short: bool, inside: tuple[list[float], list[float]]) -> list[
         figures.append(
             Figure("memory of an idle sandbox, all in", "MB", await memory(url, pid, 5 if short else 50), "<= 2")
         )
+    figures += await _gateway(short)
     warm: list[float] = []
     again: list[float] = []
     with running_server(4) as (url, _):
@@ -124,6 +126,25 @@ async def measure(short: bool, inside: tuple[list[float], list[float]]) -> list[
     figures.append(Figure("base install, distributions", "", [float(count)], "<= 40"))
     figures.append(Figure("base install, size", "MB", [size], "<= 60"))
     return figures
+
+
+async def _gateway(short: bool) -> list[Figure]:
+    """The rows of the model gateway."""
+    with running_server(0) as (url, pid), gateway.fake_upstream() as upstream:
+        memory_used = await gateway.memory_of_calls(url, pid, upstream, 50 if short else 1000)
+        times = await gateway.overhead(url, upstream, 5 if short else 100)
+        agents, calls = (20, 2) if short else (200, 5)
+        return [
+            Figure("a model call of 80 kB", "ms", times["call"][0], "<= floor + 2", "the same without gateway",
+                   times["call"][1]),
+            Figure("the first streamed byte of one", "ms", times["first byte"][0], "<= floor + 2",
+                   "the same without gateway", times["first byte"][1]),
+            Figure("a model call in pull mode", "ms", await gateway.pulled(url, 5 if short else 100), "<= 5"),
+            Figure(f"model calls a second, {agents} agents", "1/s",
+                   await gateway.many_agents(url, upstream, agents, calls), ">= 200"),
+            Figure("memory of 1,000 recorded calls" if not short else "memory of 50 recorded calls", "MB",
+                   memory_used, "<= 20"),
+        ]  # fmt: skip
 
 
 @command(example="rock bench --short")

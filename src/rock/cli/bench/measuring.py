@@ -219,18 +219,18 @@ async def memory(url: str, pid: int, count: int) -> list[float]:
     launcher. The free memory of the whole machine would include noise of other programs."""
     values = []
     for _ in range(3):
-        before = _used(pid)
+        before = used_memory(pid)
         async with contextlib.AsyncExitStack() as stack:
             for _ in range(count):
                 sandbox = await stack.enter_async_context(_sandbox(url))
                 await sandbox.arun("true")
             await asyncio.sleep(1.0)
-            values.append((_used(pid) - before) / count / 1e6)
+            values.append((used_memory(pid) - before) / count / 1e6)
         await asyncio.sleep(1.0)
     return values
 
 
-def _used(pid: int) -> int:
+def used_memory(pid: int) -> int:
     """Memory of a process tree in bytes, shared pages divided among their users (PSS). Where an ordinary user cannot
     read it: bytes in use on this machine, without reclaimable caches."""
     with contextlib.suppress(PermissionError):

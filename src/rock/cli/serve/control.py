@@ -21,6 +21,7 @@ from rock.admin.preflight import require_key_beyond_loopback, role_of
 from rock.admin.workers.batching import CreateBatch
 from rock.admin.workers.client import FENCE, Transport, WireWorker, Worker
 from rock.admin.workers.registry import Reached, WorkerRegistry
+from rock.cli.serve.gateway import ServerGateway, endpoint_of, remote_gateway
 from rock.cli.serve.home import Home
 from rock.cli.serve.identity import Identity
 from rock.cli.serve.observing import observe
@@ -219,16 +220,24 @@ class Control:
         self.observed = observe(settings, "admin", store)
         # a server of the other role may forward requests
         relayed = RelayedCalls(self._route, settings.reconnect_timeout)
+        self.gateway = None
+        self._routes = self.admin.app
+        if settings.gateway == "on" and role != "read":
+            self.gateway = ServerGateway(settings, self._proxy, self.admin.check_sandbox)
+            self._routes = self.gateway.over(self.admin.app)
         door = Authenticated(self.observed.measured(relayed), settings.api_key, self.admin.keys,
                              settings.worker_key, **door_of(settings, self.home))  # fmt: skip
         app: App = door
         # Forwarded requests arrive from a local socket, so a server without a key would treat every client as the
         # owner.
         if role == "read":
-            app = RoleFilter(door, "read", self._others(settings.writer), door.problem)
+            writers = self._others(settings.writer)
+            app = RoleFilter(door, "read", writers, door.problem)
+            if writers:
+                app = endpoint_of(remote_gateway(writers), app)
         elif role == "write":
             app = RoleFilter(door, "write", self._others(settings.reader), door.problem)
-        self.app = self.observed.over(app)
+        self.app = self.observed.over(app if self.gateway is None else self.gateway.before_authentication(app))
 
     def _others(self, text: str) -> list[RemoteApp]:
         found = servers(text)
@@ -239,7 +248,7 @@ class Control:
         if scope["type"] != "lifespan" and is_data(scope["path"]):
             await self._proxy(scope, receive, send)
         else:
-            await self.admin.app(scope, receive, send)
+            await self._routes(scope, receive, send)
 
     def let_go(self) -> None:
         """Nothing to release: no local sandboxes."""
@@ -254,6 +263,12 @@ class Control:
             if self._identity is not None:
                 self._identity.check_there()
             await self.admin.open()
+            if self.gateway is not None:
+                try:
+                    await self.gateway.open()
+                except BaseException:
+                    await self.admin.close()
+                    raise
         except BaseException:
             self.home.release()
             raise
@@ -263,6 +278,8 @@ class Control:
         with contextlib.ExitStack() as stack:
             stack.callback(self.home.release)
             await self.observed.close()
+            if self.gateway is not None:
+                await self.gateway.close()
             for remote in self._remotes:
                 await remote.close()
             await self.admin.close()

@@ -27,6 +27,7 @@ from rock.admin.preflight import require_key_beyond_loopback, role_of
 from rock.admin.workers.client import Worker
 from rock.admin.workers.registry import WorkerRegistry
 from rock.cli.serve.control import Control, LocalWorker, door_of, lease_of, reach_with
+from rock.cli.serve.gateway import ServerGateway, remote_gateway
 from rock.cli.serve.home import Home, Reserve, make_private
 from rock.cli.serve.identity import Identity
 from rock.cli.serve.observing import observe
@@ -143,6 +144,8 @@ class Rocklet:
         self.router = Api(self.node, settings.reconnect_timeout).router()
         self.router.add(ROUTES["health"], _health)
         self.membership = membership_of(settings, self.node)
+        if settings.join:
+            self.node.gateway = remote_gateway(servers_of(settings.join, None))
         fenced = FencingToken(settings.run_dir / "fence").over(self.router)
         app = RelayedCalls(
             fenced if self.membership is None else self.membership.over(fenced), settings.reconnect_timeout
@@ -238,16 +241,22 @@ class Server:
         self._identity = Identity(settings.run_dir, self.store, settings.store_changed, self.node)
         self.admin.opened = self._identity.check
         self.observed = self.rocklet.observed = observe(settings, "server", self.store, self.node)
-        door = Authenticated(self.observed.measured(self._route), settings.api_key, self.admin.keys,
-                             settings.worker_key, **door_of(settings, self.home))  # fmt: skip
-        self.app = self.observed.over(door)
+        self.gateway = None
+        self._routes = self.admin.app
+        if settings.gateway == "on":
+            self.gateway = ServerGateway(settings, self._proxy, self.admin.check_sandbox)
+            self._routes = self.gateway.over(self.admin.app)
+            self.node.gateway = self.gateway.endpoint
+        app: App = Authenticated(self.observed.measured(self._route), settings.api_key, self.admin.keys,
+                                 settings.worker_key, **door_of(settings, self.home))  # fmt: skip
+        self.app = self.observed.over(app if self.gateway is None else self.gateway.before_authentication(app))
 
     async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
         with contextlib.suppress(asyncio.CancelledError):  # cancelled by the shutdown
             if scope["type"] != "lifespan" and is_data(scope["path"]):
                 await self._proxy(scope, receive, send)
             else:
-                await self.admin.app(scope, receive, send)
+                await self._routes(scope, receive, send)
 
     @property
     def left(self) -> int:
@@ -258,12 +267,20 @@ class Server:
         try:
             self._identity.check_there()
             await self.admin.open()
+            if self.gateway is not None:
+                try:
+                    await self.gateway.open()
+                except BaseException:
+                    await self.admin.close()
+                    raise
         except BaseException:
             await self.rocklet.close()
             raise
 
     async def close(self) -> None:
         """Stop serving; sandboxes survive and are found again by the next server."""
+        if self.gateway is not None:
+            await self.gateway.close()
         await self.admin.close()
         await self.rocklet.close()
 

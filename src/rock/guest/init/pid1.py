@@ -42,6 +42,7 @@ from typing import Any, TypeVar
 from rock.guest.init import files, process_tree, programs, syscalls, users
 from rock.guest.init.freeze import Freeze
 from rock.guest.init.link import Connection, Fault, Loop, of_os_error, send_patiently
+from rock.guest.init.listening import Listening
 from rock.guest.init.sharing import PageSharing
 
 _CHILD_PATIENCE = 600.0
@@ -69,6 +70,7 @@ class Init(Loop):
         self.stopping = False
         self.sockets: list[int] = []  # egress sockets, served by the proxy
         self.frozen = Freeze(self._handle)
+        self.listening = Listening(self, self)
         os.umask(0o022)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         self.limits = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -388,6 +390,16 @@ class Init(Loop):
 
     def do_dial(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
         start_connection(self, connection, number, request)
+
+    def do_listen(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        self.answer(connection, number, {"port": self.listening.listen(int(request["port"]))}, [])
+
+    def do_accept(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        self.listening.accept(connection, number, int(request["port"]))
+
+    def do_unlisten(self, connection: Connection, number: int, request: dict[str, Any]) -> None:
+        self.listening.unlisten(int(request["port"]))
+        self.answer(connection, number, {}, [])
 
     # ---- children: long operations and those as another user ----
 

@@ -111,6 +111,21 @@ class InitSandboxes:
         spec = {"port": port, "host": host, "timeout": timeout}
         return _single(await (await self.linked(handle)).request("dial", spec, patience=timeout + 5), handle)[1]
 
+    async def listen(self, handle: Handle, port: int) -> int:
+        reply, fds = await (await self.linked(handle)).request("listen", {"port": port})
+        for fd in fds:
+            os.close(fd)
+        found = reply.get("port")
+        if not isinstance(found, int) or not 0 < found < 65536:
+            raise errors.Lost("the sandbox's pid 1 answered without a port", sandbox_id=handle.id)
+        return found
+
+    async def accept(self, handle: Handle, port: int) -> int:
+        return _single(await (await self.linked(handle)).request("accept", {"port": port}, patience=None), handle)[1]
+
+    async def unlisten(self, handle: Handle, port: int) -> None:
+        await (await self.linked(handle)).request("unlisten", {"port": port})
+
 
 def _single(answer: tuple[dict[str, Any], list[int]], handle: Handle) -> tuple[dict[str, Any], int]:
     """The descriptor of a response that must have exactly one."""

@@ -239,6 +239,12 @@ class LandlockRuntime(ProcessRuntime):
                                      hint='a network of its own takes namespaces; "host" would have ports')
         return await super().dial(handle, port, host=host, timeout=timeout)
 
+    async def listen(self, handle: Handle, port: int) -> int:
+        if handle.data["network"] != "host":
+            raise errors.Unsupported("a sandbox of the landlock runtime has no ports", sandbox_id=handle.id,
+                                     hint='a network of its own takes namespaces; "host" would have ports')
+        return await super().listen(handle, port)
+
     async def usage(self, handle: Handle) -> Usage:
         self._watch_memory(dict(handle.data))
         return await asyncio.to_thread(limiter.usage, {}, handle.data["init"], self._kills.get(handle.data["slot"], 0))

@@ -29,6 +29,7 @@ from rock.sdk.sandbox.link import (
 from rock.sdk.sandbox.options import ConnectOptions, ProgramOptions, RunOptions, SandboxOptions, config_of, reach_of
 from rock.sdk.sandbox.processes import TIMEOUT
 from rock.sdk.sandbox.rock_methods import RockMethods
+from rock.sdk.sandbox.runs import Run, Runs
 from rock.sdk.sandbox.sessions import DEFAULT
 from rock.sdk.sandbox.sessions import TIMEOUT as RUN_TIMEOUT
 from rock.sdk.sandbox.stream import OutputStream
@@ -83,6 +84,14 @@ class Sandbox(RockMethods):
         """An existing sandbox by its id or name. NotFound."""
         sandbox = cls(SandboxConfig(**reach_of(options, "connect")))
         return await sandbox.attach(id_or_name)
+
+    # ---- runs of agents
+
+    async def start_run(self, **fields: Any) -> Run:
+        """Start a run of an agent in this sandbox: a port on its loopback leads to the model gateway, without a
+        network. The run has `base_url`, `api_key`, and `environ` with the variables of common agents. fields: of
+        RunSpec, as in `upstream="NAME"` or `pull=True`."""
+        return await Runs(self._transport).create(sandbox=self._id(), **fields)
 
     # ---- life
 

@@ -31,6 +31,7 @@ from rock.sync.sandbox.link import (
 from rock.sync.sandbox.options import ConnectOptions, ProgramOptions, RunOptions, SandboxOptions, config_of, reach_of
 from rock.sync.sandbox.processes import TIMEOUT
 from rock.sync.sandbox.rock_methods import RockMethods
+from rock.sync.sandbox.runs import Run, Runs
 from rock.sync.sandbox.sessions import DEFAULT
 from rock.sync.sandbox.sessions import TIMEOUT as RUN_TIMEOUT
 from rock.sync.sandbox.stream import OutputStream
@@ -85,6 +86,14 @@ class Sandbox(RockMethods):
         """An existing sandbox by its id or name. NotFound."""
         sandbox = cls(SandboxConfig(**reach_of(options, "connect")))
         return sandbox.attach(id_or_name)
+
+    # ---- runs of agents
+
+    def start_run(self, **fields: Any) -> Run:
+        """Start a run of an agent in this sandbox: a port on its loopback leads to the model gateway, without a
+        network. The run has `base_url`, `api_key`, and `environ` with the variables of common agents. fields: of
+        RunSpec, as in `upstream="NAME"` or `pull=True`."""
+        return Runs(self._transport).create(sandbox=self._id(), **fields)
 
     # ---- life
 
