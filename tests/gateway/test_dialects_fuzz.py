@@ -18,11 +18,14 @@ from rock.gateway.tree import Prefixes, message_key
 from tests.gateway.bodies import NAMES, request_body, response_body
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-(1 << 63), 1 << 64) | st.floats() | st.text(max_size=8),
+    st.none() | st.booleans() | st.integers(-(1 << 63), (1 << 64) - 1) | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3), max_leaves=8)
 NASTY = st.one_of(JSON, st.sampled_from([[], {}, "", 0, -1, 1.5, True, None, [None], [[]], ["x"], [{}], {"type": 5},
-                                         [{"type": "text"}], "data:image/png;base64,", 1 << 70]))  # fmt: skip
-FUZZ = settings(max_examples=250, deadline=None, phases=(Phase.explicit, Phase.generate), database=None, suppress_health_check=[HealthCheck.too_slow])
+                                         [{"type": "text"}], "data:image/png;base64,", 1 << 63]))  # fmt: skip
+FUZZ = settings(
+    max_examples=40, deadline=None, database=None, phases=(Phase.explicit, Phase.generate),
+    suppress_health_check=[HealthCheck.too_slow],
+)  # fmt: skip
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -119,23 +122,18 @@ def test_damaged_streams(name: str, data: st.DataObject) -> None:
                  for other in NAMES]  # fmt: skip
     try:
         for row in events:
-            text = orjson.dumps(row, option=orjson.OPT_NON_STR_KEYS) if row is not None else b"null"
-            for delta in parser.feed(SSEEvent("", text.decode())):
+            for delta in parser.feed(SSEEvent("", orjson.dumps(row).decode())):
                 for renderer in renderers:
                     renderer.feed(delta)
         response = parser.finish()
-    except (DialectError, TypeError) as error:
-        assert isinstance(error, DialectError) or "Integer exceeds 64-bit" in str(error)
-        return
-    except orjson.JSONEncodeError:
+    except DialectError:
         return
     used_response(response)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @FUZZ
-@given(text=st.text(max_size=60) | JSON.map(lambda value: orjson.dumps(value, default=str).decode()
-                                            if not _too_big(value) else "1"))  # fmt: skip
+@given(text=st.text(max_size=60) | JSON.map(lambda value: orjson.dumps(value).decode()))
 def test_arbitrary_events(name: str, text: str) -> None:
     parser = DIALECTS[name].stream_parser()
     try:
@@ -143,12 +141,6 @@ def test_arbitrary_events(name: str, text: str) -> None:
         parser.finish()
     except DialectError:
         pass
-
-
-def _too_big(value: Any) -> bool:
-    if isinstance(value, int):
-        return not -(1 << 63) <= value < 1 << 64
-    return any(map(_too_big, value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()))
 
 
 DELTAS = st.builds(
