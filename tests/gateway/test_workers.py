@@ -23,7 +23,8 @@ def test_a_joined_worker_forwards_to_the_server(tmp_path: Path, upstream: FakeUp
         with Client(admin.url, KEY) as client:
             until(lambda: any(one.state is WorkerState.READY for one in client.list_workers()))
             client.upstreams.put("fake", upstream.url, key="sk-of-the-upstream")
-            config = SandboxConfig(base_url=admin.url, api_key=KEY, image=IMAGE, memory="128m", cpus=0.5, network="none")
+            config = SandboxConfig(base_url=admin.url, api_key=KEY, image=IMAGE, memory="128m", cpus=0.5,
+                                   network="none")
             with Sandbox(config) as sandbox:
                 run = sandbox.start_run(upstream="fake")
                 for stream in (False, True):

@@ -147,14 +147,10 @@ class GatewayRoutes:
         if run.counts.calls:
             run.call(1)  # reads the index of an ended run
         rest = run.calls[after:]
-        items: list[CallInfo] = []
-        size = 0
-        cache: dict[int, dict[str, Any]] = {}
-        for call in rest[:limit]:
-            items.append(_converted(run.describe(call, bodies, cache), request.query.get("dialect"), run, call))
-            size += len(orjson.dumps([items[-1].request, items[-1].response])) if bodies else 0
-            if size > _PAGE_BYTES:
-                break
+        if bodies:
+            items = await asyncio.to_thread(_page, run, rest[:limit], request.query.get("dialect"))
+        else:
+            items = [run.describe(call) for call in rest[:limit]]
         more = len(rest) > len(items)
         return answer_model(CallList.made(items=items, after=items[-1].number if more else None))
 
@@ -196,8 +192,26 @@ class GatewayRoutes:
         kind = request.query.get("format") or "atif"
         if kind not in ("atif", "openai", "chains", "rock"):
             raise InvalidConfig(f"query format={kind[:40]!r} is no format", hint="atif, openai, chains or rock")
-        calls: list[RecordedCall] = list(run.recorded())
-        return Answer(orjson.dumps(export(kind, calls, run.info)))
+        return Answer(await asyncio.to_thread(_exported, kind, run))
+
+
+def _page(run: Run, calls: list[Call], dialect: str | None) -> list[CallInfo]:
+    """Calls with their bodies, up to a number of bytes. In a thread."""
+    items: list[CallInfo] = []
+    size = 0
+    cache: dict[int, dict[str, Any]] = {}
+    for call in calls:
+        items.append(_converted(run.describe(call, True, cache), dialect, run, call))
+        size += len(orjson.dumps([items[-1].request, items[-1].response]))
+        if size > _PAGE_BYTES:
+            break
+    return items
+
+
+def _exported(kind: str, run: Run) -> bytes:
+    """In a thread: a run may have thousands of calls."""
+    calls: list[RecordedCall] = list(run.recorded())
+    return orjson.dumps(export(kind, calls, run.info))
 
 
 def _known(dialect: str) -> None:

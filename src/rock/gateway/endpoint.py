@@ -40,6 +40,8 @@ _POSTS = {
 }  # fmt: skip
 _METHODS = {"generateContent": ("generate", False), "streamGenerateContent": ("generate", True),
             "countTokens": ("count", False)}  # fmt: skip
+_LARGE = 2 << 20  # bytes of a large body
+_BODY_WITHIN = 120.0  # seconds for a body
 _JOIN_WITHIN = 600.0  # seconds after the end of a call in which a retry repeats its response
 _RETRY_COUNTERS = (b"x-stainless-retry-count", b"x-retry-count", b"x-rock-retry-count")
 _IDEMPOTENCY = (b"idempotency-key", b"x-idempotency-key")
@@ -121,7 +123,7 @@ class Endpoint:
         send: Send,
     ) -> None:  # fmt: skip
         try:
-            raw = await _body(request, self._gateway.limits.body)
+            raw = await _body(request, self._gateway.limits.body, run.large)
             body = orjson.loads(raw)
             if not isinstance(body, dict):
                 raise DialectError("the body is not a JSON object")
@@ -207,7 +209,7 @@ class Endpoint:
         """Send the response as it is produced, until its end or until the client disconnects."""
         live.followers += 1
         gone = asyncio.ensure_future(request.disconnected())
-        sending = asyncio.ensure_future(_send(live, send))
+        sending = asyncio.ensure_future(_send(live, DIALECTS[call.dialect], send))
         try:
             await asyncio.wait({gone, sending}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done() and not sending.cancelled() and sending.exception() is None:
@@ -235,8 +237,11 @@ class _Refused(Exception):
         self.message = message
 
 
-async def _send(live: Live, send: Send) -> None:
+async def _send(live: Live, dialect: Dialect, send: Send) -> None:
     await live.begun()
+    if not live.status:
+        await _refuse(dialect, send, "overloaded", "the server stops; repeat the request")
+        return
     headers = [*live.headers, (b"cache-control", b"no-store")]
     stream = not live.complete or live.headers[0][1] == SSE_TYPE
     if not stream:
@@ -299,18 +304,25 @@ def _first(request: Request, names: tuple[bytes, ...]) -> str:
     return next((value for name in names if (value := request.header(name)) is not None), "")[:200]
 
 
-async def _body(request: Request, limit: int) -> bytes:
-    """The body. DialectError above the limit, and for compressed bodies."""
+async def _body(request: Request, limit: int, large: asyncio.Semaphore) -> bytes:
+    """The body. DialectError above the limit, after too long a time, and for compressed bodies. large: bounds the
+    concurrent large bodies of a run."""
     if (request.header(b"content-encoding") or "identity") != "identity":
         raise DialectError("compressed request bodies are not supported")
     if int(request.header(b"content-length") or 0) > limit:
         raise DialectError(f"the body is over {limit} bytes")
     parts, size = [], 0
-    async for part in request.chunks():
-        size += len(part)
-        if size > limit:
-            raise DialectError(f"the body is over {limit} bytes")
-        parts.append(part)
+    try:
+        async with asyncio.timeout(_BODY_WITHIN), contextlib.AsyncExitStack() as stack:
+            async for part in request.chunks():
+                size += len(part)
+                if size > limit:
+                    raise DialectError(f"the body is over {limit} bytes")
+                parts.append(part)
+                if size > _LARGE > size - len(part):
+                    await stack.enter_async_context(large)
+    except TimeoutError:
+        raise DialectError(f"the body did not arrive within {_BODY_WITHIN:g} s") from None
     return b"".join(parts)
 
 

@@ -64,8 +64,8 @@ class Live:
         await future
 
     async def begun(self) -> None:
-        """Wait for the head of the response."""
-        while not self.status:
+        """Wait for the head of the response, or its end without one."""
+        while not (self.status or self.complete):
             await self._changed()
 
     async def ended(self) -> None:

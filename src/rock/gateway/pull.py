@@ -43,7 +43,7 @@ async def next_call(run: Run, after: int, wait: float) -> NextCall:
         waiting = [call for call in run.calls if call.state == "waiting"]
         found = next((call for call in waiting if call.number > after), None)
         remaining = deadline - time.monotonic()
-        if found is not None or run.state == "ended" or remaining <= 0:
+        if found is not None or run.state == "ended" or run.closing or remaining <= 0:
             info = None if found is None else run.describe(found, bodies=True)
             return NextCall.made(state=run.state, call=info, waiting=len(waiting))
         changed = run.changed

@@ -199,8 +199,9 @@ class Deltas:
                 continue
             ours, other = mine[key], theirs.get(key)
             count = _shared(ours, other) if isinstance(ours, tuple) and isinstance(other, tuple) else 0
-            if count:
+            if count and isinstance(ours, tuple) and isinstance(other, tuple):
                 heads[key] = count
+                mine[key] = other[:count] + ours[count:]  # equal hashes are one object in memory
             new[key] = value[count:] if count else value
         return {"base": base, "same": same, "heads": heads, "set": new}
 

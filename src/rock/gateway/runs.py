@@ -12,7 +12,7 @@ import json
 import logging
 import shutil
 import time
-from asyncio import Event, Task
+from asyncio import Event, Semaphore, Task
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -43,6 +43,7 @@ from rock.protocol.runs import (
 
 log = logging.getLogger("rock.gateway")
 
+_LARGE_AT_ONCE = 2
 _CHUNK = 256  # token ids that a delta compares at once
 RUN_FILE, CALLS_FILE, REPLAY_FILE = "run.json", "calls", "replay.json"
 
@@ -105,6 +106,8 @@ class Run:
         self.last_call_at: float | None = None
         self.incomplete = False
         self.idempotency = ""
+        self.closing = False  # the server stops: long polls return
+        self.large = Semaphore(_LARGE_AT_ONCE)  # for the bodies of large requests
         self.calls: list[Call] = []
         self.changed = Event()  # set and replaced whenever a call or the state changes
         self._log: CallLog | None = None

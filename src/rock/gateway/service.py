@@ -55,7 +55,7 @@ class Limits:
     runs: int = 10_000
     calls: int = 100_000
     concurrent: int = 256
-    body: int = 64 << 20
+    body: int = 32 << 20
     retain: float = 7 * 86_400.0
     orphan: float = _ORPHAN_SECONDS
 
@@ -128,6 +128,16 @@ class Gateway:
         body = run.request(call)
         return Exchange(run, call, request_of(call, body), body)
 
+    def let_go(self) -> None:
+        """Prepare for the stop of the server: long polls return, and calls of pull mode wait for the next process."""
+        self.closing = True
+        for run in self.runs.values():
+            run.closing = True
+            run.notify()
+        for exchange in self._exchanges.values():
+            if exchange.run.spec.pull and not exchange.live.complete:
+                exchange.live.abort()
+
     async def close(self) -> None:
         """Stop. Calls in progress are interrupted; those of pull mode wait for the next process."""
         self.closing = True
@@ -197,7 +207,7 @@ class Gateway:
         self._check_quota(owner)
         if spec.upstream is not None:
             self.upstreams.find(owner, spec.upstream)
-        recorded = self._recording_of(caller, spec)
+        recorded = await asyncio.to_thread(self._recording_of, caller, spec)
         base_url = f"{address}/gateway"
         if spec.sandbox is not None:
             port = await self._open_port(spec.sandbox, spec.port)

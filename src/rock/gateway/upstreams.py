@@ -225,8 +225,10 @@ class Upstreams:
         return made.info
 
     def list(self, tenant: str | None) -> list[UpstreamInfo]:
-        """The upstreams of a tenant, and shared ones; None is all tenants."""
-        return [u.info for (owner, _), u in sorted(self._table.items()) if tenant is None or owner in ("", tenant)]
+        """The upstreams of a tenant, and shared ones without their addresses; None is all tenants."""
+        rows = [u.info for (owner, _), u in sorted(self._table.items()) if tenant is None or owner in ("", tenant)]
+        hidden: dict[str, Any] = {"urls": [], "headers": []}
+        return [row if tenant in (None, row.tenant) else row.model_copy(update=hidden) for row in rows]
 
     def find(self, tenant: str, name: str) -> Upstream:
         """The upstream of a tenant, or the shared one. NotFound."""

@@ -251,7 +251,9 @@ class Control:
             await self._routes(scope, receive, send)
 
     def let_go(self) -> None:
-        """Nothing to release: no local sandboxes."""
+        """Prepare for a stop of the server. There are no local sandboxes."""
+        if self.gateway is not None:
+            self.gateway.gateway.let_go()
 
     @property
     def left(self) -> int:

@@ -227,7 +227,6 @@ class Server:
         self.settings = settings
         self.rocklet = Rocklet(settings, runtimes)
         self.home, self.node = self.rocklet.home, self.rocklet.node
-        self.let_go = self.rocklet.let_go
         # Not the host name, which changes with the network: every sandbox would then belong to an unknown worker.
         name = "local"
         self.store = make_store(settings)
@@ -257,6 +256,12 @@ class Server:
                 await self._proxy(scope, receive, send)
             else:
                 await self._routes(scope, receive, send)
+
+    def let_go(self) -> None:
+        """Prepare for a stop of the server."""
+        self.rocklet.let_go()
+        if self.gateway is not None:
+            self.gateway.gateway.let_go()
 
     @property
     def left(self) -> int:
