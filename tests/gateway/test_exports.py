@@ -93,7 +93,7 @@ def test_a_call_continues_the_one_whose_messages_it_repeats() -> None:
     assert branches(dict(enumerate(run.parents, 1))) == [[3], [1, 2, 4], [1, 2, 5]]
 
 
-def test_parallel_samples_are_told_apart_by_their_responses() -> None:
+def test_parallel_samples_differ_by_their_responses() -> None:
     run = Recorder()
     first = [user("Go.")]
     run.call(first, said("Left", "c1"))
