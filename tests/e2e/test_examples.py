@@ -20,9 +20,9 @@ SAYS = {
 }
 
 
-def run_script(path: Path, url: str, timeout: float = 60.0) -> str:
+def run_script(path: Path, url: str, timeout: float = 60.0, *arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-W", "error", str(path)],
+        [sys.executable, "-W", "error", str(path), *arguments],
         env={**os.environ, "ROCK_BASE_URL": url}, capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -42,3 +42,10 @@ def test_example(server: RunningServer, name: str) -> None:
 @pytest.mark.timeout(1200)
 def test_sokoban(env_server: RunningServer) -> None:
     assert SAYS["sokoban.py"] in run_script(EXAMPLES / "sokoban.py", env_server.url, 1200)
+
+
+def test_the_training_loop(server: RunningServer) -> None:
+    """Two steps of two groups of 8 rollouts, each with valid token chains."""
+    lines = run_script(EXAMPLES / "train_loop" / "train_loop.py", server.url, 300, "2").splitlines()
+    assert [line.split(":")[0] for line in lines] == ["step 1", "step 2"]
+    assert all("rollouts 16" in line and "trained_tokens" in line for line in lines)

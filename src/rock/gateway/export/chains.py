@@ -8,7 +8,7 @@
 
 tokens: all token ids, T of them, prompt and completions in their order. mask: 1 for tokens that the model wrote in
 these calls, else 0. logprobs: log probability of each token under the policy that wrote it, 0.0 where mask is 0; null
-when one call of the chain has none. segments: tokens[start:end] is the completion of one call; the mask is 1 exactly there.
+when one call of the chain has none. segments: tokens[start:end] is the completion of a call, where mask is 1.
 prompt_length: tokens before the first completion.
 
 A call extends the chain of its parent if its prompt begins with all tokens of that chain. Otherwise it begins a new
