@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import re
 import shutil
@@ -23,6 +24,7 @@ from rock.sdk.job import HarborTrial, Job, ScatterOperator, register_trial
 from rock.sdk.sandbox.sandbox import Sandbox
 from rock.sync import Client
 from rock.sync.job import Job as BlockingJob
+from rock.testing import FakeServer
 
 GREET = Path(__file__).parent.parent / "envs" / "harbor" / "greet"
 BOX = {"image": IMAGE, "memory": "256m", "cpus": 0.5}
@@ -300,3 +302,13 @@ def test_an_unknown_agent_is_refused_before_the_start(server: RunningServer) -> 
         run(harbor(server, GREET, agent="bash"))
     with Client(server.url) as client:
         assert all(job.name != "absent" for job in client.jobs.list())
+
+
+def test_a_program_that_ends_before_its_input_is_no_error_of_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    """Each program of a trial has an empty input. The programs of the fake runtime end before it is written."""
+    with FakeServer() as fake:
+        environment = {"base_url": fake.url}
+        done = run(Job(BashJobConfig(environment=environment, script="echo hi", attempts=8, concurrency=4)))
+        assert done.status == "completed" and done.trial_results[7].raw_output == "hi\n"
+    gc.collect()
+    assert "never retrieved" not in caplog.text
