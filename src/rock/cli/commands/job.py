@@ -72,9 +72,9 @@ def job() -> None:
 @click.option("--jsonl", is_flag=True, help="Print an event per line as JSON.")
 @click.option("--detach", is_flag=True, help="Run in the background; print the id of the job.")
 def run(config: str | None, job_config: str | None, **options: Any) -> int:
-    """Run a job: a YAML file, a folder of Harbor tasks, a file of SWE-bench instances, or a training set by its name.
+    """Run a job: a YAML file, or a data set.
 
-    The exit status is 0 if all trials are completed, and 1 otherwise. An interrupted job continues with `rock job
+    A data set is a folder of Harbor tasks, a file of SWE-bench instances, or the name of a training set. The exit status is 0 if all trials are completed, and 1 otherwise. An interrupted job continues with `rock job
     resume`.
     """
     given = config or job_config
@@ -114,8 +114,8 @@ def _tasks_of(given: str, split: str) -> list[JobTask]:
     """The tasks of a local data set, or of a training set by its name."""
     if given not in tasks.TRAINING_SETS or Path(given).exists():
         return tasks.local_tasks(given)
-    reach = {"base_url": OPTIONS.base_url, "bearer_token": OPTIONS.api_key}
-    with busy(f"reading the tasks of {given}"), TrainingSandbox(box_type=given, **reach) as box:
+    sandbox = TrainingSandbox(None, OPTIONS.base_url, OPTIONS.api_key, given)
+    with busy(f"reading the tasks of {given}"), sandbox as box:
         return [tasks.training_task(given, name) for name in box.get_env_profile(given, split or "test")]
 
 
