@@ -166,7 +166,12 @@ def _list(tenant: str | None, label: tuple[str, str] | None, limit: int) -> Step
     return found
 
 
-def _get(job_id: str, tenant: str | None) -> Steps[JobDetail]:
+def _get(now: float, job_id: str, tenant: str | None) -> Steps[JobDetail]:
+    job = yield from _load(job_id, tenant)
+    if job[6] and job[5] is None:  # cancelled, but not final: its runners may be gone
+        yield from _load(job_id, tenant, lock=True)
+        yield from _drop(now, job_id, False)
+        yield from _end_if_complete(now, job_id)
     info = yield from _info(job_id, tenant)
     rows = yield "SELECT spec FROM job WHERE id = $1", (job_id,)
     spec = json.loads(rows[0][0])
@@ -338,7 +343,7 @@ class _Operations:
         return await self._run(lambda _: _list(tenant, label, limit))
 
     async def get(self, job_id: str, tenant: str | None) -> JobDetail:
-        return await self._run(lambda _: _get(job_id, tenant))
+        return await self._run(lambda now: _get(now, job_id, tenant))
 
     async def trials(self, job_id: str, tenant: str | None, after: int = 0, limit: int = PAGE) -> TrialList:
         return await self._run(lambda _: _trials(job_id, tenant, after, limit))

@@ -74,8 +74,8 @@ def job() -> None:
 def run(config: str | None, job_config: str | None, **options: Any) -> int:
     """Run a job: a YAML file, or a data set.
 
-    A data set is a folder of Harbor tasks, a file of SWE-bench instances, or the name of a training set. The exit status is 0 if all trials are completed, and 1 otherwise. An interrupted job continues with `rock job
-    resume`.
+    A data set is a folder of Harbor tasks, a file of SWE-bench instances, or the name of a training set. The exit
+    status is 0 if all trials are completed, and 1 otherwise. An interrupted job continues with `rock job resume`.
     """
     given = config or job_config
     if given is None:
