@@ -169,9 +169,9 @@ def test_names_of_rock() -> None:
     from rock.sdk import bench, job
     from rock.sdk.envhub import config
 
-    for name in ("Job", "JobConfig", "BashJobConfig", "HarborJobConfig", "TrialResult", "HarborTrialResult",
-                 "JobResult", "JobStatus", "JobClient", "TrialClient", "Operator", "ScatterOperator", "AbstractTrial", "HarborTrial",
-                 "BashTrial", "register_trial"):  # fmt: skip
+    names = """Job JobConfig BashJobConfig HarborJobConfig TrialResult HarborTrialResult JobResult JobStatus JobClient
+        TrialClient Operator ScatterOperator AbstractTrial HarborTrial BashTrial register_trial"""
+    for name in names.split():
         assert hasattr(job, name), name
     assert bench.AgentConfig(name="oracle").name == "oracle" and bench.HarborJobConfig is HarborJobConfig
     assert config.EnvironmentConfig(image="x").image == "x" and config.ProxyConfig().port == 28080
