@@ -163,3 +163,16 @@ def test_tasks_are_selected_by_name() -> None:
     assert selected(found, None, ["g*"], None) == []
     with pytest.raises(Exception, match="there is no task 'absent'"):
         selected(found, ["absent"], None, None)
+
+
+def test_names_of_rock() -> None:
+    from rock.sdk import bench, job
+    from rock.sdk.envhub import config
+
+    names = """Job JobConfig BashJobConfig HarborJobConfig TrialResult HarborTrialResult JobResult JobStatus JobClient
+        TrialClient Operator ScatterOperator AbstractTrial HarborTrial BashTrial register_trial"""
+    for name in names.split():
+        assert hasattr(job, name), name
+    assert bench.AgentConfig(name="oracle").name == "oracle" and bench.HarborJobConfig is HarborJobConfig
+    assert config.EnvironmentConfig(image="x").image == "x" and config.ProxyConfig().port == 28080
+    assert job.Job(BashJobConfig(script="x"), operator=job.ScatterOperator(3)).plan.attempts == 3

@@ -107,6 +107,26 @@ def test_another_runner_replaces_a_killed_one(server: RunningServer, tmp_path: P
             client.jobs.delete(job_id)
 
 
+GREET = Path(__file__).parent.parent / "envs" / "harbor" / "greet"
+AGENT = 'mkdir -p /tmp/app; echo begun >> /tmp/starts; sleep 5; wc -l < /tmp/starts; ' \
+        'echo "hello, world" > /tmp/app/greeting.txt'  # fmt: skip
+
+
+def test_an_agent_goes_on_when_its_runner_was_killed(server: RunningServer) -> None:
+    runner = RunnerProcess(server, "run", str(GREET), "--name", "crash", "--memory", "256m", "--command", AGENT)
+    with Client(server.url) as client:
+        try:
+            job_id, _ = wait_for(client, lambda trials: trials[0].state is TrialState.RUNNING)
+            time.sleep(2.0)
+        finally:
+            runner.kill()
+        RunnerProcess(server, "resume", job_id, "--take-over").events()
+        (trial,) = client.jobs.trials(job_id)
+        assert trial.rewards == {"reward": 1.0} and trial.tries == 1 and trial.token == 2
+        assert trial.result["reattached"] and trial.result["output"] == "1\n"  # the agent ran once
+        client.jobs.delete(job_id)
+
+
 def test_a_server_that_is_killed_loses_nothing(own_server: Callable[..., RunningServer], tmp_path: Path) -> None:
     server = own_server(ROCK_POOL_SIZE="0")
     port = int(server.url.rpartition(":")[2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import re
 import shutil
@@ -22,7 +23,9 @@ from rock.jobs.tasks import bash_task, harbor_task
 from rock.sdk.job import HarborTrial, Job, ScatterOperator, register_trial
 from rock.sdk.sandbox.sandbox import Sandbox
 from rock.sync import Client
+from rock.sync import Sandbox as BlockingSandbox
 from rock.sync.job import Job as BlockingJob
+from rock.testing import FakeServer
 
 GREET = Path(__file__).parent.parent / "envs" / "harbor" / "greet"
 BOX = {"image": IMAGE, "memory": "256m", "cpus": 0.5}
@@ -300,3 +303,13 @@ def test_an_unknown_agent_is_refused_before_the_start(server: RunningServer) -> 
         run(harbor(server, GREET, agent="bash"))
     with Client(server.url) as client:
         assert all(job.name != "absent" for job in client.jobs.list())
+
+
+def test_a_program_that_ends_before_its_input_is_no_error_of_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    """Each program of a trial has an empty input. The programs of the fake runtime end before it is written."""
+    with FakeServer() as fake:
+        with BlockingSandbox("python:3.11", base_url=fake.url) as sandbox:
+            for text in ("", "x"):
+                sandbox.processes.start(["/bin/sh", "-c", "true"], stdin=text).wait(20)
+        gc.collect()
+    assert "never retrieved" not in caplog.text

@@ -142,6 +142,21 @@ def test_a_cancelled_job_ends(with_store: Any) -> None:
     with_store(work)
 
 
+def test_a_cancelled_job_without_a_runner_ends(with_store: Any) -> None:
+    async def work(store: Any) -> None:
+        made = await store.jobs.create(job(2), "")
+        await store.jobs.claim(made.job_id, None, claim(count=1, lease=1))
+        assert (await store.jobs.cancel(made.job_id, None)).cancelling
+        assert (await store.jobs.get(made.job_id, None)).finished_at is None
+        await asyncio.sleep(1.1)
+        found = await store.jobs.get(made.job_id, None)
+        assert found.state is JobState.CANCELLED and found.finished_at is not None and found.counts.cancelled == 2
+        with pytest.raises(Conflict, match="another runner"):  # the runner comes back
+            await store.jobs.finish(made.job_id, None, 1, done(1))
+
+    with_store(work)
+
+
 def test_jobs_belong_to_a_tenant(with_store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async def work(store: Any) -> None:
         jobs = store.jobs

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import threading
 import time
 from typing import Any
 
 from rock.cli.output import lines_of
 
 _ROWS = 12  # running trials in the table
-_EVERY = 0.1  # seconds between two drawings
+_EVERY = 0.25  # seconds between two drawings
 
 
 class Progress:
@@ -23,10 +24,24 @@ class Progress:
         self._running: dict[str, float] = {}
         self._counts = {"completed": 0, "passed": 0, "failed": 0, "total": 0}
         self._lines = 0
-        self._drawn = 0.0
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._drawer: threading.Thread | None = None
 
     def event(self, event: dict[str, Any]) -> None:
         """Show one event."""
+        if self._live and self._drawer is None:
+            self._drawer = threading.Thread(target=self._redraw, name="job progress", daemon=True)
+            self._drawer.start()
+        with self._lock:
+            self._show(event)
+
+    def _redraw(self) -> None:
+        while not self._ended.wait(_EVERY):
+            with self._lock:
+                self._draw()
+
+    def _show(self, event: dict[str, Any]) -> None:
         if self._jsonl:
             print(json.dumps({**event, "time": time.time()}), flush=True)
             return
@@ -44,11 +59,12 @@ class Progress:
             self._counts = {key: event[key] for key in self._counts}
         elif kind == "job_recovered":
             self._print(f"{name}: taken over from another runner")
-        if self._live and time.monotonic() - self._drawn > _EVERY:
-            self._draw()
 
     def end(self) -> None:
         """Remove the table."""
+        self._ended.set()
+        if self._drawer is not None:
+            self._drawer.join()
         self._clear()
 
     def _print(self, text: str) -> None:
@@ -72,7 +88,7 @@ class Progress:
         lines = [head[:width], *lines_of(["TRIAL", "TIME"], rows, width)]
         sys.stderr.write("\n".join(lines) + "\n")
         sys.stderr.flush()
-        self._lines, self._drawn = len(lines), now
+        self._lines = len(lines)
 
 
 def _line(event: dict[str, Any], seconds: float) -> str:

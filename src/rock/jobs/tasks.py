@@ -15,7 +15,7 @@ from rock.jobs import swebench
 from rock.jobs.config import DatasetConfig, HarborJobConfig
 from rock.protocol.jobs import JobTask
 
-TRAINING_SETS = ("humaneval", "bfcl", "appworld", "webshop", "textworld", "reasoning-gym")
+TRAINING_SETS = ("humaneval", "bfcl", "appworld", "webshop", "textworld", "reasoning-gym")  # docs/guides/training.md
 _LARGEST_FOLDER = 4 << 30  # bytes
 
 

@@ -20,7 +20,7 @@ from rock.protocol.action import Answer
 from rock.protocol.wire import Wire
 
 MOST_TASKS = 20_000
-MOST_TRIALS = 100_000
+MOST_TRIALS = 50_000
 LARGEST_SPEC = 16 << 20  # bytes of the JSON of a job: its configuration and its tasks
 LARGEST_RESULT = 256 << 10  # bytes of the JSON of a trial's result
 MOST_REWARDS = 100
@@ -183,8 +183,8 @@ class ClaimTrials(Wire):
 
 
 class ClaimedTrials(Answer):
-    """items: leased trials. left: trials of the job without a final state. wait: seconds until another trial may be
-    leased; None when there is none."""
+    """items: leased trials. left: trials of the job without a final state, counted up to 2,000. wait: seconds until
+    another trial may be leased; None when there is none."""
 
     items: list[TrialInfo]
     left: int

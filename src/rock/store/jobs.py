@@ -8,6 +8,7 @@ claims, results and cancellations of a job are sequential.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import secrets
 import sqlite3
@@ -44,6 +45,13 @@ PAGE = 1000  # trials of one response
 _JOB = "id, tenant, name, created_at, started_at, finished_at, cancelled, tasks, attempts, labels"
 _TRIAL = "number, task, name, attempt, state, tries, token, holder, until, not_before, info"
 _LOCK = 0x524F434A  # advisory lock of new jobs, in PostgreSQL
+
+
+class Many(list[Sequence[Any]]):
+    """Values of a statement that is executed for each of them. It returns no rows."""
+
+
+_ADD = (f"INSERT INTO trial (job, {_TRIAL}) VALUES ($1, $2, $3, $4, $5, 'pending', 0, 0, '', 0, 0, '{{}}')")
 
 
 class Jobs(Protocol):
@@ -103,25 +111,10 @@ def _create(now: float, spec: CreateJob, tenant: str, key: str | None, lock: boo
         (job_id, tenant, spec.name, now, len(tasks), spec.attempts, json.dumps(spec.labels), digest,
          json.dumps({"config": spec.config, "tasks": tasks})),
     )  # fmt: skip
-    number = 0
-    rows: list[tuple[int, int, int, str]] = []
-    for attempt in range(1, spec.attempts + 1):
-        for index, task in enumerate(spec.tasks):
-            number += 1
-            rows.append((number, index, attempt, task.name))
-            if len(rows) == 200:
-                yield _add(job_id, rows)
-                rows = []
-    if rows:
-        yield _add(job_id, rows)
+    trials = itertools.product(range(1, spec.attempts + 1), enumerate(spec.tasks))
+    yield _ADD, Many((job_id, number, index, task.name, attempt)
+                     for number, (attempt, (index, task)) in enumerate(trials, 1))  # fmt: skip
     return (yield from _info(job_id, tenant))
-
-
-def _add(job_id: str, rows: Sequence[tuple[int, int, int, str]]) -> tuple[str, Sequence[Any]]:
-    """The INSERT of many trials."""
-    values = ", ".join(f"($1, {number}, {task}, ${place}, {attempt}, 'pending', 0, 0, '', 0, 0, '{{}}')"
-                       for place, (number, task, attempt, _) in enumerate(rows, 2))  # fmt: skip
-    return f"INSERT INTO trial (job, {_TRIAL}) VALUES {values}", (job_id, *(row[3] for row in rows))
 
 
 def _load(job_id: str, tenant: str | None, lock: bool = False) -> Steps[Row]:
@@ -173,7 +166,12 @@ def _list(tenant: str | None, label: tuple[str, str] | None, limit: int) -> Step
     return found
 
 
-def _get(job_id: str, tenant: str | None) -> Steps[JobDetail]:
+def _get(now: float, job_id: str, tenant: str | None) -> Steps[JobDetail]:
+    job = yield from _load(job_id, tenant)
+    if job[6] and job[5] is None:  # cancelled, but not final: its runners may be gone
+        yield from _load(job_id, tenant, lock=True)
+        yield from _drop(now, job_id, False)
+        yield from _end_if_complete(now, job_id)
     info = yield from _info(job_id, tenant)
     rows = yield "SELECT spec FROM job WHERE id = $1", (job_id,)
     spec = json.loads(rows[0][0])
@@ -199,11 +197,14 @@ def _claim(now: float, job_id: str, tenant: str | None, spec: ClaimTrials) -> St
     cancelling = bool(job[6])
     if cancelling:  # trials of runners that are gone
         yield from _drop(now, job_id, spec.take_over)
+    count = 0 if cancelling else spec.count
     rows = yield (
-        f"SELECT {_TRIAL} FROM trial WHERE job = $1 AND ((state = 'pending' AND not_before <= $2) OR "
-        "(state = 'running' AND (until < $2 OR ($3 = 1 AND holder <> $4)))) ORDER BY number LIMIT $5",
-        (job_id, now, int(spec.take_over), spec.holder, 0 if cancelling else spec.count),
+        f"SELECT {_TRIAL} FROM trial WHERE job = $1 AND state = 'running' AND "
+        "(until < $2 OR ($3 = 1 AND holder <> $4)) ORDER BY number LIMIT $5",
+        (job_id, now, int(spec.take_over), spec.holder, count),
     )
+    rows += yield (f"SELECT {_TRIAL} FROM trial WHERE job = $1 AND state = 'pending' AND not_before <= $2 "
+                   "ORDER BY number LIMIT $3", (job_id, now, count - len(rows)))  # fmt: skip
     items = []
     for row in rows:
         trial = _trial(row)
@@ -215,13 +216,15 @@ def _claim(now: float, job_id: str, tenant: str | None, spec: ClaimTrials) -> St
         items.append(trial)
     if items and job[4] is None:
         yield "UPDATE job SET started_at = $2 WHERE id = $1", (job_id, now)
-    left = yield ("SELECT count(*), min(CASE WHEN state = 'pending' THEN not_before ELSE until END) FROM trial "
-                  "WHERE job = $1 AND state IN ('pending', 'running')", (job_id,))  # fmt: skip
-    others = yield ("SELECT min(CASE WHEN state = 'pending' THEN not_before ELSE until END) FROM trial WHERE job = $1 "
-                    "AND (state = 'pending' OR (state = 'running' AND holder <> $2))",
-                    (job_id, spec.holder))  # fmt: skip
-    yield from _end_if_complete(now, job_id)
-    first = others[0][0]
+    left = yield ("SELECT count(*) FROM (SELECT 1 FROM trial WHERE job = $1 AND state IN ('pending', 'running') "
+                  "LIMIT 2000) AS open", (job_id,))  # fmt: skip
+    first = now
+    if not items:
+        others = yield ("SELECT min(CASE WHEN state = 'pending' THEN not_before ELSE until END) FROM trial "
+                        "WHERE job = $1 AND (state = 'pending' OR (state = 'running' AND holder <> $2))",
+                        (job_id, spec.holder))  # fmt: skip
+        first = others[0][0]
+        yield from _end_if_complete(now, job_id)
     return ClaimedTrials(items=items, left=left[0][0], wait=None if first is None else max(0.0, first - now),
                          cancelling=cancelling)  # fmt: skip
 
@@ -238,8 +241,8 @@ def _drop(now: float, job_id: str, all_running: bool) -> Steps[None]:
 
 
 def _end_if_complete(now: float, job_id: str) -> Steps[None]:
-    left = yield "SELECT count(*) FROM trial WHERE job = $1 AND state IN ('pending', 'running')", (job_id,)
-    if not left[0][0]:
+    left = yield "SELECT 1 FROM trial WHERE job = $1 AND state IN ('pending', 'running') LIMIT 1", (job_id,)
+    if not left:
         yield "UPDATE job SET finished_at = $2 WHERE id = $1 AND finished_at IS NULL", (job_id, now)
 
 
@@ -340,7 +343,7 @@ class _Operations:
         return await self._run(lambda _: _list(tenant, label, limit))
 
     async def get(self, job_id: str, tenant: str | None) -> JobDetail:
-        return await self._run(lambda _: _get(job_id, tenant))
+        return await self._run(lambda now: _get(now, job_id, tenant))
 
     async def trials(self, job_id: str, tenant: str | None, after: int = 0, limit: int = PAGE) -> TrialList:
         return await self._run(lambda _: _trials(job_id, tenant, after, limit))
@@ -377,7 +380,8 @@ class SqliteJobs(_Operations):
                 text, values = next(steps)
                 while True:
                     text = text.replace("$", "?").replace(" FOR UPDATE", "")
-                    text, values = steps.send(db.execute(text, values).fetchall())
+                    run = db.executemany if isinstance(values, Many) else db.execute
+                    text, values = steps.send(run(text, values).fetchall())
             except StopIteration as end:
                 done: T = end.value
                 return done
@@ -401,7 +405,11 @@ class PostgresJobs(_Operations):
             try:
                 text, values = next(steps)
                 while True:
-                    rows = await db.fetch(text, *values)
+                    if isinstance(values, Many):
+                        await db.executemany(text, values)
+                        rows = []
+                    else:
+                        rows = await db.fetch(text, *values)
                     text, values = steps.send([tuple(row) for row in rows])
             except StopIteration as end:
                 done: T = end.value

@@ -29,6 +29,7 @@ from rock.jobs.reports import rewards_by_task
 from rock.jobs.statistics import compare as compared
 from rock.protocol.jobs import JobTask, TrialInfo
 from rock.sdk.job import Job
+from rock.sync.training import TrainingSandbox
 
 _job = click.argument("job_id", metavar="JOB")
 _FORMATS = ("table", "json", "rock", "harbor", "swebench")
@@ -54,7 +55,7 @@ def job() -> None:
 @click.option("--all", "all_", is_flag=True, help="Run all tasks of the data set. The default, except for scripts.")
 @click.option("--limit", type=click.IntRange(1), help="Run the first N tasks.")
 @click.option("--dataset", help="Data set of a script: a folder, of which each entry is a task.")
-@click.option("--split", default="", help="Split of the data set, for scripts.")
+@click.option("--split", default="", help="Split of a training set, or of the data set of a script.")
 @click.option("--agent", help="Agent: oracle, nop, bash (with --command) or a recipe.")
 @click.option("--command", help="Shell command of agent bash.")
 @click.option("--model", help="Model of the agent.")
@@ -71,10 +72,10 @@ def job() -> None:
 @click.option("--jsonl", is_flag=True, help="Print an event per line as JSON.")
 @click.option("--detach", is_flag=True, help="Run in the background; print the id of the job.")
 def run(config: str | None, job_config: str | None, **options: Any) -> int:
-    """Run a job: a YAML file, a folder of Harbor tasks, or a file of SWE-bench instances.
+    """Run a job: a YAML file, or a data set.
 
-    The exit status is 0 if all trials are completed, and 1 otherwise. An interrupted job continues with `rock job
-    resume`.
+    A data set is a folder of Harbor tasks, a file of SWE-bench instances, or the name of a training set. The exit
+    status is 0 if all trials are completed, and 1 otherwise. An interrupted job continues with `rock job resume`.
     """
     given = config or job_config
     if given is None:
@@ -102,11 +103,20 @@ def _made(given: str, options: Mapping[str, Any]) -> Job:
             base_url, api_key = config.environment.base_url, config.environment.api_key or api_key
         found = _config_tasks(config, plan, place.parent, names, options)
     else:
-        found = tasks.selected(tasks.local_tasks(place), names, None, options["limit"])
+        found = tasks.selected(_tasks_of(given, options["split"]), names, None, options["limit"])
         plan = Plan(name=f"{place.stem or 'job'}-{_run_id()}", kind=str(found[0].spec["kind"]), dataset=place.name)
         plan = plan.model_copy(update={"labels": {"rock_dataset": place.name}})
     plan = _with_options(plan, options)
     return Job(plan, tasks=found, base_url=base_url, api_key=api_key, folder=options["out"], base=place.parent)
+
+
+def _tasks_of(given: str, split: str) -> list[JobTask]:
+    """The tasks of a local data set, or of a training set by its name."""
+    if given not in tasks.TRAINING_SETS or Path(given).exists():
+        return tasks.local_tasks(given)
+    sandbox = TrainingSandbox(None, OPTIONS.base_url, OPTIONS.api_key, given)
+    with busy(f"reading the tasks of {given}"), sandbox as box:
+        return [tasks.training_task(given, name) for name in box.get_env_profile(given, split or "test")]
 
 
 def _run_id() -> str:

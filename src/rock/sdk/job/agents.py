@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ from rock.errors import InvalidConfig
 from rock.jobs.plan import AgentPlan, TrialFailed
 from rock.sdk.sandbox.sandbox import Sandbox
 
+INSTALL_TIMEOUT = 1800.0  # seconds
 PROMPT = "/tmp/rock-instruction.md"  # the instruction, for shell commands
 
 
@@ -159,7 +161,10 @@ class RecipeAgent(Nop):
         self.name, self.version = recipe.name, recipe.version or "0"
 
     def fields(self) -> dict[str, Any]:
-        return {"agents": [self.recipe.name]} if self.recipe.packages else {}
+        """Its programs, and time for a worker to install them."""
+        if not self.recipe.packages:
+            return {}
+        return {"agents": [self.recipe.name], "startup_timeout": max(self.plan.setup_timeout, INSTALL_TIMEOUT)}
 
     async def run(self, programs: Programs, task: AgentTask) -> AgentResult:
         if await programs.is_started("agent"):  # by an earlier runner, which alone had the secret of the run
@@ -186,7 +191,17 @@ def register_agent(name: str, make: Callable[[AgentPlan], AgentRunner]) -> None:
     _AGENTS[name] = make
 
 
-_find_recipe: Callable[[str], Recipe | None] = lambda name: None  # noqa: E731
+def _builtin(name: str) -> Recipe | None:
+    """A recipe of this installation, if it has recipes."""
+    try:
+        recipes = importlib.import_module("rock.agents.recipe")
+    except ModuleNotFoundError:
+        return None
+    found: Recipe | None = recipes.builtin(name)
+    return found
+
+
+_find_recipe: Callable[[str], Recipe | None] = _builtin
 
 
 def use_recipes(find: Callable[[str], Recipe | None]) -> None:

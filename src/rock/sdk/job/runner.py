@@ -69,6 +69,7 @@ class Runner:
         self._take_over = take_over
         self._on_event = on_event
         self._holder = f"runner-{os.urandom(8).hex()}"
+        self._built: set[str] = set()
         self._working = 0
         self._error: BaseException | None = None
 
@@ -167,6 +168,7 @@ class Runner:
     async def _one(self, trial: TrialInfo) -> None:
         folder = None if self._folder is None else self._folder / trial_name(trial)
         attempt = Attempt(self.job, self.plan, trial, self._reach, folder)
+        attempt.built = self._built
         self.attempts[trial.number] = attempt
         if trial.token > 1:
             self._tell("job_recovered", task_id=trial.task, job_name=trial_name(trial), tries=trial.tries)

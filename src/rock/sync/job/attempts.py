@@ -55,6 +55,7 @@ class Attempt:
         self.agent: AgentPlan = plan.agents[int(self.task.spec.get("agent", 0))]
         self.folder = folder
         self.result: dict[str, Any] = {"phases": {}}
+        self.built: set[str] = set()  # images that this runner has built
         self.stopped = ""
         self.pid: int | str | None = None
         self.reach = reach

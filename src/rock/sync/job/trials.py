@@ -170,10 +170,13 @@ class HarborTrial(AbstractTrial):
         if not (task.folder / "environment" / "Dockerfile").is_file():
             return None
         name = task.built_image
+        if name in attempt.built:
+            return name
         options = attempt.plan.environment
         with Client(attempt.reach.get("base_url"), attempt.reach.get("api_key")) as client:
             client.build_image(task.folder / "environment", name, network=options.get("network", "none"),
-                                     memory=task.memory)  # fmt: skip
+                                     memory=task.memory, use_cache=not attempt.plan.force_build)  # fmt: skip
+        attempt.built.add(name)
         return name
 
     def _verify(self, attempt: Attempt, task: HarborTask, sandbox: Sandbox) -> Rewards:
