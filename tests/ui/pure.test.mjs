@@ -6,9 +6,9 @@ import { applyChanges, bytes, firstDifference, fromColumns, matchesSearch, parse
 const NAMES = ["sandbox_id", "state", "version"];
 
 test("columns become rows", () => {
-  assert.deepEqual(fromColumns({ a: [1, 2], b: ["x", "y"] }), [{ a: 1, b: "x" }, { a: 2, b: "y" }]);
-  assert.deepEqual(fromColumns({ a: [] }), []);
-  assert.deepEqual(fromColumns({}), []);
+  const columns = { a: { plain: [1, 2] }, b: { same: null }, c: { times: [1700000000500, -250] }, d: { distinct: ["x", {}], at: [1, 0] } };
+  assert.deepEqual(fromColumns(columns, 2), [{ a: 1, b: null, c: 1700000000.5, d: {} }, { a: 2, b: null, c: 1700000000.25, d: "x" }]);
+  assert.deepEqual(fromColumns({ a: { same: null } }, 0), []);
 });
 
 test("changes are applied, and an older version is ignored", () => {

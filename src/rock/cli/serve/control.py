@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -190,6 +190,18 @@ def door_of(settings: Settings, home: Home) -> dict[str, Any]:
             "checks_host": bool(settings.public_names)}  # fmt: skip
 
 
+def refusal_of(door: Authenticated) -> Callable[[Scope], Awaitable[RockError | None]]:
+    """Why a request must not be forwarded to a server of the other role. A session of the web page is authenticated
+    there, from the same store."""
+
+    async def refusal(scope: Scope) -> RockError | None:
+        if scope["path"].startswith(routes.PAGE_API) and not door.is_keyless:
+            return None
+        return await door.problem(scope)
+
+    return refusal
+
+
 def page_of(settings: Settings, admin: Admin, store: Store) -> Page | None:
     """The web page of a server; None with ROCK_UI=off."""
     return Page(lambda: store.access, Live(store), admin.audit.note) if settings.ui == "on" else None
@@ -234,9 +246,9 @@ class Control:
         # Forwarded requests arrive from a local socket, so a server without a key would treat every client as the
         # owner.
         if role == "read":
-            app = RoleFilter(app, "read", self._others(settings.writer), door.problem)
+            app = RoleFilter(app, "read", self._others(settings.writer), refusal_of(door))
         elif role == "write":
-            app = RoleFilter(app, "write", self._others(settings.reader), door.problem)
+            app = RoleFilter(app, "write", self._others(settings.reader), refusal_of(door))
         self.app = self.observed.over(app)
 
     def _others(self, text: str) -> list[RemoteApp]:
