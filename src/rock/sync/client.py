@@ -15,10 +15,9 @@ from pydantic import ValidationError
 
 from rock import settings
 from rock.errors import InvalidConfig, ServerError, StartFailed, from_wire
-from rock.protocol.keys import AuditEntry, AuditList
 from rock.protocol.env import AddEnv, BuildEnv, EnvAbout
 from rock.protocol.images import BuildRequest, BuiltImage
-from rock.protocol.keys import CreateKey, KeyInfo, KeyList, NewKey
+from rock.protocol.keys import AuditEntry, AuditList, CreateKey, KeyInfo, KeyList, NewKey
 from rock.protocol.node import EnvList, ServerInfo, VolumeInfo, VolumeList, WorkerInfo, WorkerList
 from rock.protocol.routes import ROUTES, STREAM_TYPE, Frame, FrameParser
 from rock.protocol.sandbox import SandboxInfo, UpdateSandbox

@@ -190,14 +190,14 @@ def door_of(settings: Settings, home: Home) -> dict[str, Any]:
             "checks_host": bool(settings.public_names)}  # fmt: skip
 
 
-def refusal_of(door: Authenticated) -> Callable[[Scope], Awaitable[RockError | None]]:
+def refusal_of(auth: Authenticated) -> Callable[[Scope], Awaitable[RockError | None]]:
     """Why a request must not be forwarded to a server of the other role. A session of the web page is authenticated
     there, from the same store."""
 
     async def refusal(scope: Scope) -> RockError | None:
-        if scope["path"].startswith(routes.PAGE_API) and not door.is_keyless:
+        if scope["path"].startswith(routes.PAGE_API) and not auth.is_keyless:
             return None
-        return await door.problem(scope)
+        return await auth.problem(scope)
 
     return refusal
 
