@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE  # what is started by the hundred is compiled o
 
 .PHONY: demo test pythons python-version check lint types layout unit rootless long compat upgrade-fixture docker gvisor seccomp-programs fuzz \
 	faults recovery admins \
-	training agents env-packages gym-extras sync wheel \
+	training agents ui env-packages gym-extras sync wheel \
 	lock bench bench-environments soak soak-mixed load attacks escape-table walls front cluster fleet ray ray-shapes clean
 
 demo: $(VENV)/ready
@@ -45,6 +45,7 @@ lint: $(VENV)/ready-dev
 	$(PY) tools/runtimes.py --check
 	$(PY) tools/settings_reference.py --check
 	$(PY) tools/errors_reference.py --check
+	$(PY) tools/vendor.py --check
 	$(PY) -m tests.escape.syscall_table --check
 
 types: $(VENV)/ready-dev
@@ -65,6 +66,13 @@ rootless: $(VENV)/ready-dev
 # What `test` has a few of, or smaller: more moments for a crash, larger files, more of each.
 long: $(VENV)/ready-dev
 	ROCK_TEST_LONG=1 $(PY) -m pytest -n 2 --dist loadfile -m long --ignore=tests/runtime --ignore=tests/rocklet
+
+# The web page in Debian's Chromium: every screen in both themes, budgets, accessibility; `test` runs the main path.
+# SCREENSHOTS=1 writes those of the documentation.
+ui: $(VENV)/ready-dev
+	$(PY) tools/vendor.py --check
+	node --test tests/ui/pure.test.mjs
+	ROCK_TEST_UI=1 ROCK_TEST_SCREENSHOTS=$(SCREENSHOTS) $(PY) -m pytest -s tests/ui
 
 # ROCK's own client in several versions, installed from PyPI and kept in ROCK_TEST_CACHE; `test` runs the fast half.
 compat: $(VENV)/ready-dev

@@ -30,7 +30,7 @@ def test_sign_in_and_out(web: RunningServer, open_page: Open, context: Any) -> N
     watched.allowed = {"401"}
     page = watched.page
     page.goto(f"{web.url}/")
-    page.get_by_label("API key").fill("rock_nobody_wrong")
+    page.get_by_label("API key").fill("rock_unknown_wrong")
     page.get_by_role("button", name="Sign in").click()
     page.get_by_role("alert").get_by_text("the key is unknown").wait_for()
     page.get_by_label("API key").fill(OWNER)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import itertools
 import logging
 import time
 from collections import OrderedDict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,6 +36,7 @@ _MOST_CHANGES = 1000  # records read in one tick
 _KEPT_CHANGES = 4000  # records in the log of all ticks
 _MOST_TABS = 1000
 _LONGEST_MESSAGE = 8 << 10  # bytes from a tab
+_MOST_DISTINCT = 500  # values of a column that are sent by index
 _CACHED = 8  # compressed lists, one second each
 
 
@@ -66,7 +69,36 @@ def parse_filter(text: str, caller: Caller) -> Query:
     """The query of a tab's filter, for the tenant of its key. InvalidConfig."""
     if len(text) > _LONGEST_MESSAGE:
         raise InvalidConfig(f"the filter is over {_LONGEST_MESSAGE} bytes", hint="use fewer filters")
-    return replace(listing(text.encode(), MOST_ROWS), tenant=caller.tenant, after=None)
+    return replace(listing(text.encode(), MOST_ROWS + 1), tenant=caller.tenant, after=None)
+
+
+def encode(values: Sequence[Any]) -> dict[str, Any]:
+    """A column, in the smallest of these forms: {"same": value}; {"times": [milliseconds]}, each as the difference to
+    the one before; {"distinct": [value], "at": [index]}; {"plain": [value]}."""
+    if all(value == values[0] for value in values):
+        return {"same": values[0] if values else None}
+    if all(isinstance(value, float) and value > 1e8 for value in values):
+        times = [round(value * 1000) for value in values]
+        return {"times": [times[0], *(b - a for a, b in itertools.pairwise(times))]}
+    known: dict[bytes, int] = {}
+    distinct: list[Any] = []
+    at: list[int] = []
+    for value in values:
+        index = known.setdefault(orjson.dumps(value), len(known))
+        if index == len(distinct):
+            distinct.append(value)
+        at.append(index)
+        if len(distinct) > _MOST_DISTINCT:
+            return {"plain": values}
+    return {"distinct": distinct, "at": at}
+
+
+def _encoded(rows: list[list[Any]], version: int, start: int) -> bytes:
+    shown = rows[:MOST_ROWS]
+    columns = {name: encode([row[number] for row in shown]) for number, name in enumerate(COLUMNS)}
+    data = {"version": version, "start": start, "count": len(shown), "columns": columns,
+            "complete": len(rows) == len(shown)}  # fmt: skip
+    return gzip.compress(orjson.dumps(data), 6, mtime=0)
 
 
 @dataclass(frozen=True)
@@ -103,8 +135,8 @@ class Live:
     # ---- rows ----
 
     async def columns(self, caller: Caller, request: Request) -> bytes:
-        """All rows of a filter, newest first, as gzipped JSON: {"version", "columns": {name: [...]}, "complete"}.
-        Tabs with the same filter share the result for a second."""
+        """Rows of a filter, newest first, as gzipped JSON: {"version", "count", "columns", "complete"}. columns: see
+        encode. complete: there are no others. Tabs with the same filter share the result for a second."""
         caller.require(Access.READ)
         raw: bytes = request.scope.get("query_string", b"")
         query = parse_filter(raw.decode("latin-1"), caller)
@@ -125,10 +157,7 @@ class Live:
         version = self._version
         records = await self._store.list(query)
         rows = [row_of(record) for record in records]
-        columns = dict(zip(COLUMNS, map(list, zip(*rows, strict=True)), strict=True)) if rows else \
-            {name: [] for name in COLUMNS}  # fmt: skip
-        data = {"version": version, "start": self._start, "columns": columns, "complete": len(rows) < MOST_ROWS}
-        return await asyncio.to_thread(lambda: gzip.compress(orjson.dumps(data), 6, mtime=0))
+        return await asyncio.to_thread(_encoded, rows, version, self._start)
 
     # ---- changes ----
 

@@ -51,7 +51,7 @@ class Page:
 
     # ---- before authentication ----
 
-    def over(self, authenticated: Authenticated) -> App:
+    def over(self, auth: Authenticated) -> App:
         """Wrap the authenticated application."""
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -59,16 +59,16 @@ class Page:
                 if scope["type"] == "http" and scope["path"] == "/" and _wants_html(scope):
                     await _redirect(PAGE + "/").send(send)
                     return
-                await authenticated(scope, receive, send)
+                await auth(scope, receive, send)
                 return
             try:
-                await self._serve(authenticated, scope, receive, send)
+                await self._serve(auth, scope, receive, send)
             except RockError as error:
                 await (deny(scope, send, error) if scope["type"] == "websocket" else failure(error).send(send))
 
         return app
 
-    async def _serve(self, authenticated: Authenticated, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _serve(self, auth: Authenticated, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"]
         if len(path) + len(scope.get("query_string", b"")) > _TOLD:
             raise InvalidConfig(f"the URL is over {_TOLD} bytes", hint="use fewer filters")
@@ -78,7 +78,7 @@ class Page:
             await self._file(scope).send(send)
             return
         if scope["type"] == "http" and scope["method"] == "POST" and path == _API + "login":
-            await (await self._login(authenticated, scope, receive)).send(send)
+            await (await self._login(auth, scope, receive)).send(send)
             return
         token = token_of(scope)
         session = await self._sessions.find(token) if token else None
@@ -87,14 +87,14 @@ class Page:
             check_csrf(scope, token)
             if path == _API + "logout":
                 await self._sessions.close(token)
-                self._note(scope, await authenticated.caller({**scope, PAGE_KEY: session.key}), "logout", 200)
+                self._note(scope, await auth.caller({**scope, PAGE_KEY: session.key}), "logout", 200)
                 await Answer(b"{}", headers=[cookie(scope, "", 0), NEVER]).send(send)
                 return
-        elif path == _API + "session" and not authenticated.is_keyless:
+        elif path == _API + "session" and not auth.is_keyless:
             await _json({"signed_in": False, "version": __version__}).send(send)
             return
         elif path == _API + "link" and (key := given_key(scope)):
-            scope = {**scope, "rock.key_digest": await authenticated.sign_in(key)}
+            scope = {**scope, "rock.key_digest": await auth.sign_in(key)}
         inner = {**scope, "headers": [h for h in scope["headers"] if h[0] != b"cookie"]}
         if session is not None:
             inner |= {PAGE_KEY: session.key, "rock.page_token": token}
@@ -105,13 +105,13 @@ class Page:
                                   hint="use an API key, or: rock port-forward SANDBOX PORT")
             inner |= {"path": path, "raw_path": scope.get("raw_path", b"").removeprefix(PAGE.encode())}
             send = _hardened(send)
-        await authenticated(inner, receive, send)
+        await auth(inner, receive, send)
 
-    async def _login(self, authenticated: Authenticated, scope: Scope, receive: Receive) -> Answer:
+    async def _login(self, auth: Authenticated, scope: Scope, receive: Receive) -> Answer:
         """Exchange a key, or the token of a one-time link, for a session."""
         check_same_origin(scope)
         body = orjson_object(await _limited(scope, receive, _LONGEST_LOGIN))
-        if authenticated.is_keyless:
+        if auth.is_keyless:
             raise Conflict("this server recognizes its owner without a key", hint="reload the page")
         if isinstance(link := body.get("link"), str):
             key = await self._sessions.enter(link)
@@ -120,12 +120,12 @@ class Page:
             given = body.get("key")
             if not isinstance(given, str) or not given.strip():
                 raise InvalidConfig("the login has no key", hint='send {"key": KEY} or {"link": TOKEN}')
-            key = await authenticated.sign_in(given.strip().encode())
+            key = await auth.sign_in(given.strip().encode())
             problem = Unauthorized("the key is unknown or was revoked", hint="use a key from `rock key create`")
         if key is None:
             raise problem
         token = await self._sessions.open(key)
-        caller = await authenticated.caller({**scope, PAGE_KEY: key})
+        caller = await auth.caller({**scope, PAGE_KEY: key})
         self._note(scope, caller, "login", 200)
         return Answer(orjson.dumps(_about(caller, csrf_of(token))), headers=[cookie(scope, token, LASTS), NEVER])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -191,6 +191,18 @@ def door_of(settings: Settings, home: Home) -> dict[str, Any]:
             "checks_host": bool(settings.public_names)}  # fmt: skip
 
 
+def refusal_of(auth: Authenticated) -> Callable[[Scope], Awaitable[RockError | None]]:
+    """Why a request must not be forwarded to a server of the other role. A session of the web page is authenticated
+    there, from the same store."""
+
+    async def refusal(scope: Scope) -> RockError | None:
+        if scope["path"].startswith(routes.PAGE_API) and not auth.is_keyless:
+            return None
+        return await auth.problem(scope)
+
+    return refusal
+
+
 def page_of(settings: Settings, admin: Admin, store: Store) -> Page | None:
     """The web page of a server; None with ROCK_UI=off."""
     return Page(lambda: store.access, Live(store), admin.audit.note) if settings.ui == "on" else None
@@ -242,12 +254,12 @@ class Control:
         # owner.
         if role == "read":
             writers = self._others(settings.writer)
-            app = RoleFilter(app, "read", writers, checked.problem)
+            app = RoleFilter(app, "read", writers, refusal_of(checked))
             if writers:
                 self._remote_gateway = RemoteGateway(writers)
                 app = endpoint_of(self._remote_gateway, app)
         elif role == "write":
-            app = RoleFilter(app, "write", self._others(settings.reader), checked.problem)
+            app = RoleFilter(app, "write", self._others(settings.reader), refusal_of(checked))
         self.app = self.observed.over(app if self.gateway is None else self.gateway.before_authentication(app))
 
     def _others(self, text: str) -> list[RemoteApp]:

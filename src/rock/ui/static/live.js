@@ -49,7 +49,7 @@ export class LiveRows {
       const data = await api("GET", `/ui/api/rows${this.filter ? `?${this.filter}` : ""}`);
       if (!this.open || asked !== this.asked) return;
       this.names = Object.keys(data.columns);
-      this.rows = new Map(fromColumns(data.columns).map((row) => [row.sandbox_id, row]));
+      this.rows = new Map(fromColumns(data.columns, data.count).map((row) => [row.sandbox_id, row]));
       this.complete = data.complete;
       this.error = null;
       this.loaded = true;

@@ -2,16 +2,17 @@
 
 /** @typedef {Record<string, any>} Row */
 
-/** Rows from columns: {name: [values]} -> [{name: value}].
- * @param {Record<string, any[]>} columns @returns {Row[]} */
-export function fromColumns(columns) {
-  const names = Object.keys(columns);
-  const count = names.length ? columns[names[0]].length : 0;
-  const rows = new Array(count);
-  for (let i = 0; i < count; i++) {
-    /** @type {Row} */ const row = {};
-    for (const name of names) row[name] = columns[name][i];
-    rows[i] = row;
+/** Rows from columns as the server encodes them: see encode in live.py.
+ * @param {Record<string, any>} columns @param {number} count @returns {Row[]} */
+export function fromColumns(columns, count) {
+  const rows = Array.from({ length: count }, () => /** @type {Row} */ ({}));
+  for (const [name, column] of Object.entries(columns)) {
+    let time = 0;
+    for (let i = 0; i < count; i++) {
+      if (column.times) rows[i][name] = (time += column.times[i]) / 1000;
+      else if (column.distinct) rows[i][name] = column.distinct[column.at[i]];
+      else rows[i][name] = column.plain ? column.plain[i] : column.same;
+    }
   }
   return rows;
 }
