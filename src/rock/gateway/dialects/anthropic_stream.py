@@ -136,7 +136,7 @@ class AnthropicRenderer:
 
     def end(self, response: ModelResponse) -> bytes:
         body = self._render(response, self._request)
-        usage = body.get("usage") or {}
+        usage = found if isinstance(found := body.get("usage"), dict) else {}
         if not self._blocks.blocks:
             self._id = response.id or self._id
             data = b"" if self._started else self._start({**usage, "output_tokens": 0}, response.model)

@@ -13,7 +13,7 @@ from rock.gateway.dialects.parts import error_text, event
 from rock.gateway.sse import SSEEvent
 
 _TEXT, _REASONING, _REFUSAL, _FIRST_CALL = 0, 1, 2, 3  # Delta.index
-_JOINED = ("content", "refusal", "reasoning_content", "reasoning")
+_ORDER = {"reasoning_content": 0, "reasoning": 0, "content": 1, "refusal": 1, "tool_calls": 2}  # within a chunk
 
 
 class ChatParser:
@@ -50,11 +50,11 @@ class ChatParser:
         which = fields.index(row, "index")
         choice = self._choices.setdefault(which, {"index": which, "finish_reason": None, "message": {}})
         delta = fields.mapping(row, "delta", "the chunk")
-        for key, value in delta.items():
+        for key, value in sorted(delta.items(), key=lambda field: _ORDER.get(field[0], 3)):
             if key == "tool_calls":
                 for call in fields.rows(delta, key, "delta", fields.MAX_PARTS):
                     self._call(which, call, found)
-            elif key in _JOINED:
+            elif key in _ORDER:
                 if value is not None and not isinstance(value, str):
                     raise DialectError(f"delta.{key} is not a text")
                 if value:

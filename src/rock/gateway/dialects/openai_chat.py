@@ -55,6 +55,7 @@ _FINISH: Mapping[str, FinishReason] = {
 _FINISH_OUT = {"refusal": "stop", "pause": "stop"}
 _ERROR_TYPES = {"unauthorized": "authentication_error", "budget": "budget_exceeded", "ended": "permission_error"}
 _AUDIO_FORMATS = {"audio/wav": "wav", "audio/x-wav": "wav", "audio/mpeg": "mp3", "audio/mp3": "mp3"}
+_CALL = "tool_calls."  # before the type of a tool call of another type than function
 # Without a form in other dialects.
 _UNCONVERTIBLE = ("functions", "function_call", "audio", "prediction", "web_search_options")
 
@@ -256,7 +257,7 @@ def _part(row: Any, where: str) -> Part:
 
 def _tool_call(row: Mapping[str, Any], where: str) -> Part:
     if row.get("type") not in (None, "function"):
-        return Other(NAME, str(row["type"])[:100], row)
+        return Other(NAME, f"{_CALL}{str(row['type'])[:100]}", row)
     call = _function(fields.mapping(row, "function", where), fields.name(row, "id", where, ""), where)
     google = row.get("extra_content")
     google = google.get("google") if isinstance(google, dict) else None
@@ -406,23 +407,26 @@ def _rendered(message: Message) -> list[dict[str, Any]]:
 
 
 def _assistant(message: Message) -> dict[str, Any]:
-    row: dict[str, Any] = {"role": "assistant", "content": plain_text(
-        part for part in message.parts if isinstance(part, Text)) or None}  # fmt: skip
-    reasoning = "".join(part.text for part in message.parts if isinstance(part, Reasoning))
-    if reasoning:
-        row["reasoning_content"] = reasoning
-    declined = "".join(part.text for part in message.parts if isinstance(part, Refusal))
-    if declined:
-        row["refusal"] = declined
-    calls = [_rendered_call(part) for part in message.parts if isinstance(part, ToolCall)]
-    if calls:
-        row["tool_calls"] = calls
+    content: list[Part] = []
+    calls: list[dict[str, Any]] = []
+    texts: dict[str, list[str]] = {"reasoning_content": [], "refusal": []}
     for part in message.parts:
-        if isinstance(part, Other):
-            raise refusal(part, NAME)
-        if isinstance(part, (Media, ToolResult)):
-            raise refusal("media in a message of the assistant", NAME)
-    return row
+        match part:
+            case ToolCall():
+                calls.append(_rendered_call(part))
+            case Other(dialect=dialect, kind=kind) if dialect == NAME and kind.startswith(_CALL):
+                calls.append(dict(part.raw))
+            case Reasoning(text):
+                texts["reasoning_content"].append(text)
+            case Refusal(text):
+                texts["refusal"].append(text)
+            case _:
+                content.append(part)
+    only_text = all(isinstance(part, Text) for part in content)
+    row: dict[str, Any] = {"role": "assistant", "content": (plain_text(content) or None) if only_text
+                           else [_rendered_part(part) for part in content]}  # fmt: skip
+    row |= {key: text for key, parts in texts.items() if (text := "".join(parts))}
+    return row | ({"tool_calls": calls} if calls else {})
 
 
 def _rendered_call(call: ToolCall) -> dict[str, Any]:
@@ -445,6 +449,8 @@ def _rendered_part(part: Part) -> dict[str, Any]:
             return {"type": "input_audio", "input_audio": {"data": data, "format": _AUDIO_FORMATS[part.media_type]}}
         case Media(kind="file", data=str()):
             return {"type": "file", "file": {"filename": part.name or "file", "file_data": url_of(part)}}
+        case Other(dialect=dialect) if dialect == NAME:
+            return dict(part.raw)
         case Other():
             raise refusal(part, NAME)
     raise refusal(f"a part of kind {type(part).__name__}", NAME)

@@ -67,7 +67,7 @@ class OpenAIResponses:
         given = body.get("input")
         if isinstance(given, str):
             messages = [Message("user", (Text(given),))]
-        elif given is None or isinstance(given, list):
+        elif isinstance(given, list) or (given is None and any(body.get(key) for key in _UNCONVERTIBLE)):
             items = fields.rows(body, "input", "the body", fields.MAX_MESSAGES)
             messages = _messages(items, "input")
         else:
@@ -373,6 +373,8 @@ def _rendered_part(part: Part) -> dict[str, Any]:
             return {"type": "input_file", "filename": part.name or "file", "file_data": url_of(part)}
         case Media(kind="file"):
             return {"type": "input_file", "file_url": part.url}
+        case Other(dialect=dialect) if dialect == NAME:
+            return dict(part.raw)
         case Other():
             raise refusal(part, NAME)
     raise refusal(f"a part of kind {type(part).__name__}", NAME)

@@ -22,7 +22,7 @@ from rock.gateway.call import (
     ToolCall,
     ToolResult,
 )
-from rock.gateway.dialects.fields import DialectError, checked, loads
+from rock.gateway.dialects.fields import DialectError, checked, dumps, loads
 
 _DATA_URL = re.compile(r"data:([A-Za-z0-9.+-]+/[A-Za-z0-9.+-]+)?(?:;[A-Za-z0-9=._-]+)*;base64,", re.ASCII)
 _IMAGE_TOKENS = 1_000
@@ -121,7 +121,7 @@ def estimate_tokens(request: ModelRequest) -> int:
     """A quarter of the UTF-8 bytes of the prompt, and 1,000 for an image or another file."""
     size, media = len((request.system or "").encode()), 0
     for tool in request.tools:
-        size += len(tool.name) + len(tool.description.encode()) + len(orjson.dumps(tool.parameters or {}))
+        size += len(tool.name) + len(tool.description.encode()) + len(dumps(tool.parameters or {}))
     for message in request.messages:
         for part in message.parts:
             more, files = _size(part)
@@ -143,7 +143,7 @@ def _size(part: Part) -> tuple[int, int]:
         case Media():
             return 0, 1
         case Other(raw=raw):
-            return len(orjson.dumps(raw)), 0
+            return len(dumps(raw)), 0
     return len(part.text.encode()), 0
 
 
