@@ -187,7 +187,7 @@ async def _finished(result: AgentResult, run: Run, ends: bool) -> AgentResult:
     """The result with the counts of the run."""
     info = await (run.end(reason="timeout" if result.timed_out else None) if ends else run.refresh())
     counts = info.counts
-    told = counts.prompt_tokens or counts.completion_tokens
-    if not told:
+    counted = counts.prompt_tokens or counts.completion_tokens
+    if not counted:
         return replace(result, run=info)
     return replace(result, run=info, input_tokens=counts.prompt_tokens, output_tokens=counts.completion_tokens)
