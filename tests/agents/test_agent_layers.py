@@ -122,13 +122,13 @@ def test_a_restart_has_the_agent_again(snake_server: RunningServer) -> None:
 
 
 def test_callers_share_one_installation(tmp_path: Path) -> None:
-    layers, lines = AgentLayers(tmp_path), list[str]()
-    threads = [threading.Thread(target=lambda: layers.ensure(SNAKE, lines.append)) for _ in range(3)]
+    layers, messages = AgentLayers(tmp_path), list[str]()
+    threads = [threading.Thread(target=lambda: layers.ensure(SNAKE, messages.append)) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert lines.count("compiling packages") == 1
+    assert messages.count("compiling packages") == 1
     assert [(layer.name, layer.size > 10 << 20) for layer in layers.installed()] == [("snake", True)]
     assert layers.ensure(UNNAMED) is None
     assert layers.remove("snake") > 10 << 20 and not list(layers.installed())

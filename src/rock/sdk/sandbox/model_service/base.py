@@ -298,7 +298,7 @@ class ModelService:
 
     async def _is_alive(self, pid: int) -> bool:
         try:
-            found = await self._sandbox.processes.run(["sh", "-c", _ALIVE, "sh", str(pid)], timeout=10.0)
+            seen = await self._sandbox.processes.run(["sh", "-c", _ALIVE, "sh", str(pid)], timeout=10.0)
         except errors.SandboxError:
             return False
-        return found.exit_code == 0
+        return seen.exit_code == 0

@@ -300,7 +300,7 @@ class ModelService:
 
     def _is_alive(self, pid: int) -> bool:
         try:
-            found = self._sandbox.processes.run(["sh", "-c", _ALIVE, "sh", str(pid)], timeout=10.0)
+            seen = self._sandbox.processes.run(["sh", "-c", _ALIVE, "sh", str(pid)], timeout=10.0)
         except errors.SandboxError:
             return False
-        return found.exit_code == 0
+        return seen.exit_code == 0
