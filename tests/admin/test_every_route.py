@@ -83,7 +83,7 @@ def request(server: RunningServer, key: str | None, row: Row, sandbox_id: str) -
     """What a row answers of a sandbox."""
     path = row.path.format(sandbox_id=sandbox_id, box=sandbox_id, session="default", process_id="1", port="8000",
                            rest="x", env="1", owner="x" * 16, key_id="x", worker="x", group_id=sandbox_id,
-                           volume=sandbox_id)  # fmt: skip
+                           volume=sandbox_id, upstream="x", run="x", number="1")  # fmt: skip
     named = f"{sandbox_id}/1/game:Sokoban-v0-easy" if row.path.startswith(GEM) else sandbox_id
     body: dict[str, Any] = {
         "sandbox_id": named, "sandbox_ids": [sandbox_id], "command": "touch /tmp/was-here", "path": "/tmp/was-here",

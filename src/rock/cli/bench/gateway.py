@@ -154,7 +154,7 @@ async def many_agents(server: str, upstream: str, agents: int, calls: int) -> li
 
 
 async def memory_of_calls(server: str, pid: int, upstream: str, count: int) -> list[float]:
-    """Megabytes that one run of `count` calls of 80 kB adds to the server."""
+    """Kilobytes that each call adds to the server, of a run of `count` calls of 80 kB."""
     client = Client(server)
     await client.upstreams.put("bench", upstream)
     run = await client.runs.create(upstream="bench")
@@ -163,7 +163,7 @@ async def memory_of_calls(server: str, pid: int, upstream: str, count: int) -> l
     before = used_memory(pid)
     for number in range(count):
         await caller.call(_body("task", turns=number % 100))
-    grown = (used_memory(pid) - before) / 1e6
+    grown = (used_memory(pid) - before) / count / 1e3
     await caller.close()
     await run.delete(force=True)
     return [max(0.0, grown)]

@@ -21,7 +21,7 @@ from rock.admin.preflight import require_key_beyond_loopback, role_of
 from rock.admin.workers.batching import CreateBatch
 from rock.admin.workers.client import FENCE, Transport, WireWorker, Worker
 from rock.admin.workers.registry import Reached, WorkerRegistry
-from rock.cli.serve.gateway import ServerGateway, endpoint_of, remote_gateway
+from rock.cli.serve.gateway import RemoteGateway, ServerGateway, endpoint_of
 from rock.cli.serve.home import Home
 from rock.cli.serve.identity import Identity
 from rock.cli.serve.observing import observe
@@ -220,7 +220,8 @@ class Control:
         self.observed = observe(settings, "admin", store)
         # a server of the other role may forward requests
         relayed = RelayedCalls(self._route, settings.reconnect_timeout)
-        self.gateway = None
+        self.gateway: ServerGateway | None = None
+        self._remote_gateway: RemoteGateway | None = None
         self._routes = self.admin.app
         if settings.gateway == "on" and role != "read":
             self.gateway = ServerGateway(settings, self._proxy, self.admin.check_sandbox)
@@ -234,7 +235,8 @@ class Control:
             writers = self._others(settings.writer)
             app = RoleFilter(door, "read", writers, door.problem)
             if writers:
-                app = endpoint_of(remote_gateway(writers), app)
+                self._remote_gateway = RemoteGateway(writers)
+                app = endpoint_of(self._remote_gateway, app)
         elif role == "write":
             app = RoleFilter(door, "write", self._others(settings.reader), door.problem)
         self.app = self.observed.over(app if self.gateway is None else self.gateway.before_authentication(app))
@@ -282,6 +284,8 @@ class Control:
             await self.observed.close()
             if self.gateway is not None:
                 await self.gateway.close()
+            if self._remote_gateway is not None:
+                await self._remote_gateway.close()
             for remote in self._remotes:
                 await remote.close()
             await self.admin.close()

@@ -50,15 +50,20 @@ class ServerGateway:
         return found
 
 
-def remote_gateway(servers: Sequence[RemoteApp]) -> App:
-    """The gateway of other servers, without our key: the secret of a run is the only credential."""
-    bare = [RemoteApp(server.url) for server in servers]
+class RemoteGateway:
+    """The gateway of other servers as an ASGI application, without our key: the secret of a run is the only
+    credential."""
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        server = bare[0] if len(bare) == 1 else await first_reached(bare)
+    def __init__(self, servers: Sequence[RemoteApp]) -> None:
+        self._servers = [RemoteApp(server.url) for server in servers]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        server = self._servers[0] if len(self._servers) == 1 else await first_reached(self._servers)
         await server(scope, receive, send)
 
-    return app
+    async def close(self) -> None:
+        for server in self._servers:
+            await server.close()
 
 
 def endpoint_of(gateway: App, rest: App) -> App:

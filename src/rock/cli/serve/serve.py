@@ -27,7 +27,7 @@ from rock.admin.preflight import require_key_beyond_loopback, role_of
 from rock.admin.workers.client import Worker
 from rock.admin.workers.registry import WorkerRegistry
 from rock.cli.serve.control import Control, LocalWorker, door_of, lease_of, reach_with
-from rock.cli.serve.gateway import ServerGateway, remote_gateway
+from rock.cli.serve.gateway import RemoteGateway, ServerGateway
 from rock.cli.serve.home import Home, Reserve, make_private
 from rock.cli.serve.identity import Identity
 from rock.cli.serve.observing import observe
@@ -144,8 +144,10 @@ class Rocklet:
         self.router = Api(self.node, settings.reconnect_timeout).router()
         self.router.add(ROUTES["health"], _health)
         self.membership = membership_of(settings, self.node)
+        self._remote_gateway: RemoteGateway | None = None
         if settings.join:
-            self.node.gateway = remote_gateway(servers_of(settings.join, None))
+            self._remote_gateway = RemoteGateway(servers_of(settings.join, None))
+            self.node.gateway = self._remote_gateway
         fenced = FencingToken(settings.run_dir / "fence").over(self.router)
         app = RelayedCalls(
             fenced if self.membership is None else self.membership.over(fenced), settings.reconnect_timeout
@@ -185,6 +187,8 @@ class Rocklet:
             await self.membership.close()
         await self.observed.close()
         await self.node.close()
+        if self._remote_gateway is not None:
+            await self._remote_gateway.close()
         self.home.release()
 
 
