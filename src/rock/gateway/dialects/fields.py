@@ -14,6 +14,7 @@ MAX_TOOLS = 2_000
 MAX_NAME = 512  # characters of names and ids
 MAX_CHOICES = 128
 MAX_TOKENS = 1 << 53
+_CONTAINERS = frozenset({dict, list})  # of JSON; subclasses do not occur
 
 
 class DialectError(ValueError):
@@ -32,8 +33,8 @@ def checked(body: Any, where: str = "the body") -> dict[str, Any]:
     for _ in range(MAX_DEPTH):
         below: list[Any] = []
         for container in level:
-            values = container.values() if isinstance(container, dict) else container
-            below += [value for value in values if isinstance(value, (dict, list))]
+            values = container.values() if type(container) is dict else container
+            below += [value for value in values if type(value) in _CONTAINERS]
         if not below:
             return body
         level = below

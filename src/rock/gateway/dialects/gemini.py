@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, cast
 from urllib.parse import quote
 
@@ -191,8 +192,14 @@ def _key(row: Mapping[str, Any], name: str) -> str:
     """The name of a field, or its snake case form if the row has that one."""
     if name in row:
         return name
-    snake = "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name)
+    snake = _snake(name)
     return snake if snake in row else name
+
+
+@cache
+def _snake(name: str) -> str:
+    """Called with names of this module only."""
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name)
 
 
 class _Ids:
