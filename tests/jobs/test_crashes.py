@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 from tests.conftest import IMAGE, RunningServer
 
+from rock.errors import RockError
 from rock.protocol.jobs import ClaimTrials, JobTask, TrialInfo, TrialState
-from rock.sync import Client
+from rock.sync import Client, Sandbox
 
 # Each trial prints when its script began: a repeated script would print another time. Odd trials take long.
 SCRIPT = 'date +%s%N; case $TASK in *[13579]) sleep SECONDS;; esac; echo "0.$RANDOM" > /tmp/reward; date +%s%N'
@@ -70,6 +71,27 @@ def partly_done(trials: list[TrialInfo]) -> bool:
     return done >= 2 and sum(trial.state is TrialState.RUNNING for trial in trials) >= 2
 
 
+def begun(server: RunningServer, job_id: str, seconds: float = 60) -> set[int]:
+    """Numbers of the running trials whose long program runs; at least one."""
+    end = time.monotonic() + seconds
+    found: set[int] = set()
+    with Client(server.url) as client:
+        while not found and time.monotonic() < end:
+            for trial in client.jobs.trials(job_id):
+                if trial.state is not TrialState.RUNNING or trial.task[-1] in "02468":
+                    continue
+                try:
+                    sandbox = Sandbox.connect(f"job-{job_id}-{trial.number}-0", base_url=server.url)
+                    names = [process.info.command[-1] for process in sandbox.processes.list() if process.info.running]
+                except (RockError, IndexError):
+                    continue
+                if {"rock-job:script", "rock-job:agent"} & set(names):
+                    found.add(trial.number)
+            time.sleep(0.05)
+    assert found, "no program has begun"
+    return found
+
+
 def began(trial: TrialInfo) -> int:
     return int(trial.result["output"].split()[0])
 
@@ -79,7 +101,7 @@ def test_another_runner_replaces_a_killed_one(server: RunningServer, tmp_path: P
     with Client(server.url) as client:
         try:
             job_id, _ = wait_for(client, partly_done)
-            time.sleep(1.0)  # the scripts of the running trials have begun
+            programs = begun(server, job_id)
         finally:
             runner.kill()
         killed = time.time_ns()
@@ -94,11 +116,9 @@ def test_another_runner_replaces_a_killed_one(server: RunningServer, tmp_path: P
             for number, trial in before.items():
                 if trial.state is TrialState.COMPLETED:
                     assert after[number] == trial  # not repeated
-            reattached = [number for number in running if after[number].result.get("reattached")]
-            for number in reattached:
-                assert after[number].token == 2 and after[number].tries == 1
+            for number in programs:
+                assert after[number].result["reattached"] and after[number].token == 2 and after[number].tries == 1
                 assert began(after[number]) < killed  # the same process
-            assert reattached
             started = [event["index"] for event in events if event["event"] == "job_started"]
             assert set(started) == {number for number, trial in before.items() if not trial.state.is_final}
             assert next(event for event in events if event["event"] == "run_started")["resumed"]
@@ -117,7 +137,7 @@ def test_an_agent_goes_on_when_its_runner_was_killed(server: RunningServer) -> N
     with Client(server.url) as client:
         try:
             job_id, _ = wait_for(client, lambda trials: trials[0].state is TrialState.RUNNING)
-            time.sleep(2.0)
+            assert begun(server, job_id) == {1}
         finally:
             runner.kill()
         RunnerProcess(server, "resume", job_id, "--take-over").events()
@@ -135,7 +155,7 @@ def test_a_server_that_is_killed_loses_nothing(own_server: Callable[..., Running
         with Client(server.url) as client:
             job_id, _ = wait_for(client, lambda trials: sum(one.state is TrialState.COMPLETED for one in trials) >= 1
                                  and sum(bool(one.state is TrialState.RUNNING) for one in trials) >= 1)  # fmt: skip
-            time.sleep(1.0)
+            programs = begun(server, job_id)
             before = {trial.number: trial for trial in client.jobs.trials(job_id)}
         server.kill()
         killed = time.time_ns()
@@ -151,7 +171,7 @@ def test_a_server_that_is_killed_loses_nothing(own_server: Callable[..., Running
     for number, trial in before.items():
         if trial.state is TrialState.COMPLETED:
             assert after[number] == trial
-        elif trial.state is TrialState.RUNNING and trial.task[-1] in "13579":
+        elif number in programs:
             assert after[number].tries == 1 and began(after[number]) < killed  # the same process, over the restart
     assert all(trial.tries == 1 and trial.state is TrialState.COMPLETED for trial in after.values())
 
