@@ -196,7 +196,7 @@ def refusal_of(auth: Authenticated) -> Callable[[Scope], Awaitable[RockError | N
     there, from the same store."""
 
     async def refusal(scope: Scope) -> RockError | None:
-        if scope["path"].startswith(routes.PAGE_API) and not auth.is_keyless:
+        if scope["path"].startswith(routes.PAGE + "/") and not auth.is_keyless:
             return None
         return await auth.problem(scope)
 
