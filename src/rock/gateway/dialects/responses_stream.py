@@ -260,6 +260,8 @@ class ResponsesRenderer:
 
     def _whole(self, place: int, item: dict[str, Any]) -> bytes:
         """The events of a complete item."""
+        if isinstance(text := item.get("content"), str):  # a short form that some servers send
+            item = {**item, "content": [{"type": "output_text", "text": text, "annotations": []}]}
         at = {"item_id": item.get("id"), "output_index": place}
         empty = {**item, **_EMPTY.get(str(item.get("type")), {})}
         added = self._event("response.output_item.added", output_index=place, item=empty)
