@@ -47,7 +47,7 @@ def test_hostile_text_is_only_text(web: RunningServer, open_page: Open) -> None:
         page.get_by_role("row").filter(has_text=ATTACK[:20]).first.wait_for()
         _not_attacked(page)
         page.goto(f"{web.url}/ui/sandboxes?group_by=experiment_id&q={quote(ATTACK)}&image={quote(ATTACK)}")
-        page.get_by_text("Remove the filters").wait_for()
+        page.get_by_role("link", name="Remove the filters").wait_for()
         _not_attacked(page)
         page.goto(f"{web.url}/ui/sandbox/{box.sandbox_id}")
         page.get_by_text(ATTACK).first.wait_for()
