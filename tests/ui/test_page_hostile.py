@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -47,7 +49,7 @@ def test_hostile_text_is_only_text(web: RunningServer, open_page: Open) -> None:
         page.get_by_role("row").filter(has_text=ATTACK[:20]).first.wait_for()
         _not_attacked(page)
         page.goto(f"{web.url}/ui/sandboxes?group_by=experiment_id&q={quote(ATTACK)}&image={quote(ATTACK)}")
-        page.get_by_text("Remove the filters").wait_for()
+        page.get_by_role("link", name="Remove the filters").wait_for()
         _not_attacked(page)
         page.goto(f"{web.url}/ui/sandbox/{box.sandbox_id}")
         page.get_by_text(ATTACK).first.wait_for()
@@ -229,3 +231,23 @@ def test_the_audit_log_names_the_key(web: RunningServer) -> None:
     assert entries(OWNER, f"key_id={key_id}&since={time.time() + 60}") == []
     with pytest.raises(urllib.error.HTTPError, match="422"):
         entries(OWNER, "nonsense=1")
+
+
+def test_the_commands(web: RunningServer) -> None:
+    """`rock ui --print` prints a link that signs in; `rock audit` finds the sign-in."""
+    key_id, key = tenant_key(web, "commands")
+    environ = {**os.environ, "ROCK_BASE_URL": web.url, "ROCK_API_KEY": key}
+
+    def rock(*words: str) -> str:
+        done = subprocess.run([sys.executable, "-m", "rock", *words], env=environ, capture_output=True, text=True,
+                              timeout=60)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    link = rock("ui", "--print").strip()
+    assert link.startswith(f"{web.url}/ui/#link=")
+    body = json.dumps({"link": link.partition("#link=")[2]}).encode()
+    assert _ask(web, "POST", "/ui/api/login", body)[0] == 200
+    (entry,) = json.loads(rock("audit", "--key", key_id, "--since", "600", "--json"))
+    assert (entry["action"], entry["tenant"], entry["key_id"]) == ("login", "commands", key_id)
+    assert "login" in rock("audit")

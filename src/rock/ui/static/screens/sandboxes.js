@@ -64,7 +64,7 @@ function Filter(/** @type {any} */ { name, options, hint }) {
     : html`<${Field} label=${name} placeholder=${hint} defaultValue=${value} onChange=${(/** @type {any} */ e) => set(e.target.value.trim())} />`;
 }
 
-const COLUMNS = ["Sandbox", "State", "Image", "Owner", "Age", "Deadline in", "CPU", "Memory", "Worker", "Isolation"];
+const COLUMNS = ["Sandbox", "State", "Image", "Owner", "Age", "Deadline", "CPU", "Memory", "Worker", "Isolation"];
 
 function cells(/** @type {any} */ row, /** @type {number} */ now) {
   return [
