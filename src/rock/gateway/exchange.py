@@ -70,19 +70,26 @@ class Exchange:
         self, response: ModelResponse, body: dict[str, Any] | None = None, wire: bytes | None = None
     ) -> None:
         """Record a complete response and send it, as a stream if the agent requested one. body: it in the agent's
-        dialect; wire: its bytes."""
+        dialect; wire: its bytes. A response that cannot be rendered is not recorded: the call still waits."""
         self.first_byte()
         rendered = self.dialect.render_response(response, self.request) if body is None else body
+        stream = self._whole_stream(response) if self.call.stream else b""
         if not await self.record(response, rendered):
             return
         if self.call.stream:
             if not self.live.status:
                 self.live.start(200, SSE_TYPE)
-            self.live.send(self.renderer.begin())
-            self.live.send(self.renderer.end(response))
+            self.live.send(stream)
             self.live.end()
         else:
             self.live.whole(200, orjson.dumps(rendered) if wire is None else wire)
+
+    def _whole_stream(self, response: ModelResponse) -> bytes:
+        try:
+            return self.renderer.begin() + self.renderer.end(response)
+        except BaseException:
+            self._renderer = None
+            raise
 
     async def record(self, response: ModelResponse, body: dict[str, Any]) -> bool:
         """Record the response; False when that failed, and the agent got an error."""
