@@ -140,7 +140,7 @@ def test_callers_share_one_installation(tmp_path: Path) -> None:
 def test_an_interrupted_installation_leaves_nothing_after_the_next(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from rock.images.agents import AgentLayers; "
-        "from tests.agents.test_layers import SNAKE; import os, signal; "
+        "from tests.agents.test_agent_layers import SNAKE; import os, signal; "
         "AgentLayers(Path(sys.argv[1])).ensure(SNAKE, lambda t: os.kill(os.getpid(), signal.SIGKILL))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[2])

@@ -132,7 +132,7 @@ def test_the_page_of_the_api_has_every_route(server: RunningServer) -> None:
             for method in METHODS if row.method == "ANY" else (row.method,):
                 assert method.lower() in page["paths"][row.path], row.name
     assert ask(server, "GET", "/")[1] == {"message": "hello, ROCK!"}
-    assert b"<h1>ROCK</h1>" in ask(server, "GET", "/", accept="text/html")[1]
+    assert ask(server, "GET", "/", accept="text/html")[0] in (302, 303, 307), "to the web page"
 
 
 def test_beyond_loopback_a_key_is_needed(tmp_path: Path) -> None:

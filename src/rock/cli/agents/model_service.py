@@ -20,7 +20,7 @@ from rock.sync.sandbox.model_service.base import ModelService, ModelServiceConfi
 
 @click.group(cls=Group)
 def model_service() -> None:
-    """Answer the model calls of an agent in a sandbox.
+    """Answer the model calls of an agent.
 
     `start` creates a run and opens a port in the sandbox. The agent calls it there; `anti-call-llm` answers one call
     and prints the next request. Nothing is installed in the sandbox.
@@ -111,7 +111,7 @@ def watch_agent(pid: int, host: str | None, port: str | None) -> None:
 @click.option("--response-file", type=click.Path(exists=True, dir_okay=False), help="File with it; deleted afterwards.")
 @click.option("--timeout", type=float, default=600.0, show_default=True, metavar="SECONDS", help="Time limit.")
 def anti_call_llm(index: int, response: str | None, response_file: str | None, timeout: float) -> None:
-    """Answer one call, wait for the next one, and print its request as JSON, or SESSION_END."""
+    """Answer a call, and print the next request as JSON or SESSION_END."""
     if response is not None and response_file is not None:
         raise InvalidConfig("--response and --response-file exclude each other", hint="give one of them")
     if response_file is not None:

@@ -105,7 +105,7 @@ def calls(run: str, after: int, limit: int | None, bodies: bool, json_: bool, no
               show_default=True, help="Format of the trajectory.")  # fmt: skip
 @click.option("--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="File; by default the output.")
 def export(run: str, kind: TrajectoryFormat, output: Path | None) -> None:
-    """Export the calls of a run: ATIF, OpenAI messages, token chains, or ROCK's LLMTraj."""
+    """Export the calls of a run, as ATIF, OpenAI, token chains or LLMTraj."""
     found = client().runs.get(run).trajectory(kind)
     if output is None:
         as_json(found)

@@ -19,7 +19,7 @@ _MOST_KEY = 16 << 10
 
 @click.group(cls=Group)
 def upstream() -> None:
-    """List, define and delete upstreams: model servers that answer the calls of runs.
+    """List, define and delete upstreams: model servers.
 
     The key of an upstream stays on the server. No command prints it, and none takes it as an argument.
     """

@@ -17,7 +17,7 @@ from rock.cli.parsing import command, json_option
 @command(example="rock ui\nrock ui --print")
 @click.option("--print", "only_print", is_flag=True, help="Print the address instead of opening a browser.")
 def ui(only_print: bool) -> None:
-    """Open the web page of the server, signed in with the configured key.
+    """Open the web page of the server, signed in.
 
     The link signs in once, within a minute. It contains no key. On a server that recognizes its owner without a key,
     it is the plain address of the page.
