@@ -46,7 +46,7 @@ def damaged(draw: Callable[..., Any], body: dict[str, Any]) -> dict[str, Any]:
         for key in path[:-1]:
             holder = holder[key]
         if draw(st.booleans()) or isinstance(holder, list):
-            holder[path[-1]] = draw(NASTY)
+            holder[path[-1]] = copy.deepcopy(draw(NASTY))  # a shared value must not change between examples
         else:
             holder.pop(path[-1], None)
     return body

@@ -97,7 +97,7 @@ def test_workers_come_and_go() -> None:
 @pytest.mark.parametrize(
     ("fields", "kind", "words"),
     [({"cpus": 9}, InvalidConfig, "CPUs"), ({"memory": "64g"}, InvalidConfig, "memory"),
-     ({"num_gpus": 1}, Unsupported, "none"), ({"accelerator_type": "A100"}, Unsupported, "A100")],
+     ({"num_gpus": 1}, Unsupported, "no GPUs"), ({"accelerator_type": "A100"}, Unsupported, "A100")],
 )  # fmt: skip
 def test_what_nobody_could_ever_give_is_refused(fields: dict[str, Any], kind: type[RockError], words: str) -> None:
     scheduler = worker_registry(a=worker(), b=worker())
