@@ -559,6 +559,14 @@ def node_rows() -> Iterator[Route]:
               "NodeVolume", "NodeVolumes")  # fmt: skip
     yield row("node_delete_volume", "DELETE", "/node/v1/volumes/{volume_id}", "node",
               "Delete a volume that no sandbox here uses; idempotent", "", "NodeVolumes")  # fmt: skip
+    s = "/node/v1/snapshots"
+    yield row("node_snapshots", "GET", s, "node", "The snapshots here", "", "NodeSnapshots")
+    yield row("node_delete_snapshot", "DELETE", s + "/{snapshot_id}", "node",
+              "Delete a snapshot; its layer stays while others use it; idempotent", "", "NodeSnapshots")  # fmt: skip
+    yield row("node_checkpoint", "POST", "/node/v1/sandboxes/{sandbox_id}/checkpoint", "node",
+              "Take a snapshot of a running one; idempotent by its id", "NodeCheckpoint", "NodeSnapshot")  # fmt: skip
+    yield row("node_rollback", "POST", "/node/v1/sandboxes/{sandbox_id}/rollback", "node",
+              "Return a running sandbox to a snapshot", "NodeRollback", "NodeSandbox")  # fmt: skip
     yield row("node_status", "GET", "/node/v1/status", "node", "Capacity, isolation, load", "", "NodeStatus")
     yield row(
         "node_events",

@@ -496,6 +496,46 @@ class Mounts(Protocol, metaclass=_Capability):
     """Set before `open`."""
 
 
+@dataclass(frozen=True)
+class Frozen:
+    """What a checkpoint took. handle: of the sandbox from now on; store it before anything else. bytes: size of the new
+    layer; None while it is unknown. layers: number of layers of the snapshot above the image."""
+
+    handle: Handle
+    files: Literal["switch", "copy"]
+    bytes: int | None
+    layers: int
+    paused_ms: float
+    left_out: Sequence[str] = ()
+
+
+@runtime_checkable
+class Forks(Protocol, metaclass=_Capability):
+    """Snapshots of running sandboxes, and sandboxes from snapshots (decision 45). `create` with `config.snapshot`
+    starts from one; NotFound when it is not here. Snapshots are named by 32 hexadecimal digits."""
+
+    async def checkpoint(self, handle: Handle, snapshot_id: str, files: Literal["auto", "switch", "copy"]) -> Frozen:
+        """Take the files of a running sandbox. Repeats are no error. Unsupported with the reason where `files` is not
+        possible; nothing has changed then. StorageFull, Unavailable: nothing has changed."""
+        ...
+
+    def parent(self, handle: Handle) -> str | None:
+        """The snapshot on which a sandbox runs."""
+        ...
+
+    async def replace(self, handle: Handle, config: SandboxConfig, snapshot_id: str) -> Handle:
+        """A new sandbox from a snapshot, under the id of `handle`, which continues to run until it is destroyed."""
+        ...
+
+    def snapshots(self) -> Mapping[str, Sequence[str]]:
+        """Ids of all snapshots here, with the ids of the sandboxes that use their files, running or retained."""
+        ...
+
+    async def drop_snapshot(self, snapshot_id: str) -> bool:
+        """Remove a snapshot. One that is in use is hidden, and removed with its last user: False. Idempotent."""
+        ...
+
+
 @runtime_checkable
 class OwnImages(Protocol, metaclass=_Capability):
     """The runtime finds and fetches its own images, instead of using the server's store."""
