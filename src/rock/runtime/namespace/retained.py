@@ -71,8 +71,9 @@ def make_empty(run_dir: Path, slot: str, id: str, rootfs: RootFS) -> None:
         (folder / f"upper{suffix}").mkdir(mode=0o755)
 
 
-def strip(run_dir: Path, slot: str, id: str, groups: list[str]) -> None:
-    """Remove everything but the files of a sandbox without processes, and sync them to disk. Blocking, idempotent.
+def strip(run_dir: Path, slot: str, id: str, groups: list[str], layers: Sequence[str]) -> None:
+    """Remove everything but the files of a sandbox without processes, and sync them to disk. layers: of snapshots, on
+    which it runs. Blocking, idempotent.
 
     Lost when there are no files; Unavailable when something remains that must not.
     """
@@ -91,7 +92,7 @@ def strip(run_dir: Path, slot: str, id: str, groups: list[str]) -> None:
                 work = folder / f"work{name.removeprefix('upper')}"
                 remove_tree(str(work))  # the kernel's state of the former mount, which blocks a new mount
                 os.mkdir(work)
-        records.write(run_dir, slot, record(id, slot, records.read(run_dir, slot).get("snapshots", ())))
+        records.write(run_dir, slot, record(id, slot, layers))
         _sync(folder)
     except OSError as error:
         raise errors.Unavailable(f"the files of a stopped sandbox could not be put away: {error}",
@@ -270,7 +271,8 @@ class StoppedSandboxes:
                 await wait_gone(*found)
         folders = self._slots.limiter.groups.folders(slot)
         try:
-            await asyncio.to_thread(strip, self._slots.run_dir, slot, handle.id, list(folders.values()))
+            layers = self._slots.layers.get(slot, ())
+            await asyncio.to_thread(strip, self._slots.run_dir, slot, handle.id, list(folders.values()), layers)
         except errors.Lost:
             self.let_go(slot)
             raise
@@ -301,7 +303,7 @@ class StoppedSandboxes:
         return packer_link.pack({**self._packer_options(parts), "limit": limit}, rootfs.digest)
 
     def _refuse_layers(self, handle: Handle) -> None:
-        if records.read(self._slots.run_dir, handle.data["slot"]).get("snapshots"):
+        if self._slots.layers.get(handle.data["slot"]):
             raise errors.Unsupported("the sandbox runs on a snapshot, and its files are in several layers",
                                      sandbox_id=handle.id,
                                      hint="copy what you need out of it with `rock cp`")

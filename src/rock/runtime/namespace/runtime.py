@@ -302,6 +302,7 @@ class NamespaceRuntime(InitSandboxes):
         data = handle.data
         self._stopped.let_go(data["slot"])
         await self._slots.clean_up(data["slot"], data.get("pid"), data.get("start"), data.get("base"), data["cgroups"])
+        await self._snapshots.collected()
 
     async def sweep(self, known: Sequence[str]) -> list[str]:
         return await self._slots.sweep(known)

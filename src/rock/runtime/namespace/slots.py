@@ -135,6 +135,7 @@ class Slots:
         self.live: dict[str, Sandbox] = {}
         self.making: set[str] = set()
         self.slot_of: dict[str, str] = {}  # by sandbox: a rollback gives a sandbox another slot
+        self.layers: dict[str, Sequence[str]] = {}  # by slot: layers of snapshots above the image, newest first
         self.removed: list[Callable[[str], None]] = []  # called with a slot whose files are gone
         self._egress = egress
 
@@ -188,7 +189,7 @@ class Slots:
             sandbox = Sandbox(slot, data["pid"], data["start"], data["base"], dict(data["cgroups"]),
                               memory=int(data["memory"]), disk=int(data.get("disk_limit", 0)),
                               volumes=data.get("volumes"),
-                              snapshots=records.read(self.run_dir, slot).get("snapshots", ()))
+                              snapshots=self.layers.get(slot, ()))
             self.ranges.reserve(sandbox.base, slot)
             self.live[slot] = sandbox
         return sandbox

@@ -67,10 +67,11 @@ class Snapshots:
         self._slots = slots
         self._images = images
         self._known: dict[str, Snapshot] = {}
-        self._layers: dict[str, Sequence[str]] = {}  # by slot: the layers of each sandbox
+        self._layers = slots.layers  # also of starts and checkpoints in progress, under other names
         self._parents: dict[str, Sequence[str]] = {}  # by slot: the last snapshot, where that was a copy
         self._leases: dict[str, Lease | None] = {}  # by snapshot
         self._removing: set[asyncio.Task[None]] = set()
+        self._again = False
         slots.removed.append(self._slot_removed)
 
     @property
@@ -107,7 +108,7 @@ class Snapshots:
 
     async def close(self) -> None:
         """Release the leases; wait for removals."""
-        await asyncio.gather(*self._removing, return_exceptions=True)
+        await self.collected()
         for lease in self._leases.values():
             if lease is not None:
                 lease.close()
@@ -198,18 +199,22 @@ class Snapshots:
             self._collect()
 
     def _collect(self) -> None:
-        names = self._unused()
-        if names:
-            task = asyncio.create_task(self._remove(names), name="unused layers")
+        if not self._removing:
+            task = asyncio.create_task(self._remove(), name="unused layers")
             self._removing.add(task)
             task.add_done_callback(self._removing.discard)
+        else:
+            self._again = True
 
-    async def _remove(self, names: Sequence[str]) -> None:
-        for name in names:
-            try:
-                await asyncio.to_thread(remove_tree, self.folder(name))
-            except OSError as error:  # the next start tries again
-                log.warning("layer %s could not be removed: %s", name, error)
+    async def _remove(self) -> None:
+        self._again = True
+        while self._again:
+            self._again = False
+            for name in self._unused():
+                try:
+                    await asyncio.to_thread(remove_tree, self.folder(name))
+                except OSError as error:  # the next start tries again
+                    log.warning("layer %s could not be removed: %s", name, error)
 
     # ---- read ----
 
@@ -245,7 +250,7 @@ class Snapshots:
             paused = -1.0
             used: Literal["switch", "copy"] = "copy"
             if files != "copy":
-                reasons, paused, lost = await self._switch(sandbox, spec, folder, layers)
+                reasons, paused, lost = await self._switch(sandbox, spec, folder)
                 left_out += lost
                 if paused >= 0:
                     used = "switch"
@@ -256,6 +261,8 @@ class Snapshots:
                 left_out += [f"the files were copied: {reason}" for reason in reasons]
                 paused = await self._copy(sandbox, handle, folder)
             if used == "switch":
+                self._layers[sandbox.slot] = [snapshot_id, *layers]
+                await faults.point("namespace.checkpoint.switched")
                 self._switched(sandbox, handle, [snapshot_id, *layers])
             await faults.point("namespace.checkpoint.frozen")
             size = await asyncio.to_thread(disk_layout.written, f"{folder}/upper")
@@ -284,11 +291,16 @@ class Snapshots:
                                      sandbox_id=handle.id,
                                      hint="use files=\"copy\" for some, or commit it to an image and go on from that")
 
-    async def _switch(self, sandbox: Sandbox, spec: dict[str, Any], folder: str,
-                      layers: Sequence[str]) -> tuple[list[str], float, list[str]]:
+    async def _switch(self, sandbox: Sandbox, spec: dict[str, Any], folder: str) -> tuple[list[str], float, list[str]]:
         """The reasons against a switch; else how long processes were stopped in seconds, and those that were killed."""
         spec = {**spec, "pid": sandbox.pid, "start": sandbox.start, "frozen": folder}
-        reply = await self._slots.launcher.request("switch", spec)
+        try:
+            reply = await self._slots.launcher.request("switch", spec)
+        except errors.RockError:  # the launcher ended in the middle: as after a crash of the server
+            await asyncio.to_thread(self._settle, sandbox.slot)
+            found = records.read(self._slots.run_dir, sandbox.slot).get("snapshots", [])
+            sandbox.snapshots = self._layers[sandbox.slot] = [str(one) for one in found]
+            raise
         if "refused" in reply:
             return list(reply["refused"]), -1.0, []
         if "error" in reply:
@@ -300,9 +312,8 @@ class Snapshots:
     def _switched(self, sandbox: Sandbox, handle: Handle, layers: Sequence[str]) -> None:
         """Record that the sandbox runs on its frozen files."""
         folder = f"{self._slots.run_dir}/{sandbox.slot}"
-        sandbox.snapshots = list(layers)
+        sandbox.snapshots = self._layers[sandbox.slot] = list(layers)
         records.write(self._slots.run_dir, sandbox.slot, sandbox.record(handle.id))
-        self._layers[sandbox.slot] = list(layers)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(f"{folder}/{switch.JOURNAL}")
 
@@ -342,9 +353,14 @@ class Snapshots:
         lease = self._leases.pop(snapshot_id, None)
         if lease is not None:
             lease.close()
-        names = self._unused()
-        await self._remove(names)
-        return snapshot_id in names
+        self._collect()
+        await self.collected()
+        return not os.path.lexists(self.folder(snapshot_id))
+
+    async def collected(self) -> None:
+        """Wait for the removal of layers that nobody uses."""
+        if self._removing:
+            await asyncio.gather(*self._removing)
 
 
 def _told(handle: Handle, found: Snapshot) -> Frozen:

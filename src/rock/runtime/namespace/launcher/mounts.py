@@ -130,6 +130,10 @@ def make_folders(spec: dict[str, Any]) -> None:
         if bind["writable"]:
             os.mkdir(f"{spec['slot']}/upper{index}")
             os.mkdir(f"{spec['slot']}/work{index}")
+            if bind.get("over"):
+                copy_owner(bind["over"][0], f"{spec['slot']}/upper{index}")
+    if spec["frozen"]:
+        copy_owner(f"{spec['frozen']}/upper", upper)
     for name, mode in (("proc", 0o555), ("sys", 0o555), ("dev", 0o755), ("tmp", 0o1777)):
         if not any(os.path.isdir(f"{layer}/{name}") for layer in reversed(spec["layers"])):
             os.mkdir(f"{upper}/{name}")
@@ -138,6 +142,15 @@ def make_folders(spec: dict[str, Any]) -> None:
         os.mkdir(f"{upper}/etc", 0o755)
     for name, text in spec["etc"].items():
         write_file(f"{upper}/etc/{name}", text)
+
+
+def copy_owner(source: str, target: str) -> None:
+    """The top folder of the written files is a root directory inside: owner, mode and times are those of the layer
+    below."""
+    info = os.lstat(source)
+    os.chown(target, info.st_uid, info.st_gid)
+    os.chmod(target, info.st_mode & 0o7777)
+    os.utime(target, ns=(info.st_atime_ns, info.st_mtime_ns))
 
 
 def stack(spec: dict[str, Any], staging: str, userns: int) -> list[tuple[int, str]]:

@@ -172,18 +172,11 @@ def _moved(spec: dict[str, Any]) -> Iterator[None]:
             moved.append(name)
             os.mkdir(f"{slot}/{name}", 0o755 if name.startswith("upper") else 0o700)
             if name.startswith("upper"):
-                _copy_owner(f"{frozen}/{name}", f"{slot}/{name}")
+                mounts.copy_owner(f"{frozen}/{name}", f"{slot}/{name}")
         yield
     except BaseException:
         undo_move(slot, frozen, moved)
         raise
-
-
-def _copy_owner(source: str, target: str) -> None:
-    """The top folder is / inside: its owner, mode and attributes are those of the frozen one."""
-    info = os.lstat(source)
-    os.chown(target, info.st_uid, info.st_gid)
-    os.chmod(target, info.st_mode & 0o7777)
 
 
 def undo_move(slot: str, frozen: str, names: Sequence[str]) -> None:
