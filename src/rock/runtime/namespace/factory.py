@@ -60,14 +60,15 @@ class Factory:
             self._end_lease(digest)
 
     async def make(self, id: str, kind: Kind, config: SandboxConfig, kept: RetainedFiles | None = None,
-                   folders: Sequence[FolderMount] = (), layers: Sequence[str] = ()) -> Sandbox:
+                   folders: Sequence[FolderMount] = (), layers: Sequence[str] = (),
+                   identity: Sequence[str] = ()) -> Sandbox:
         """Have the launcher create a sandbox, over the files of `kept` if given, with these folders, and a record on
-        disk; without an `id` it has no owner. layers: snapshots above its image, newest first. StartFailed,
-        StorageFull, ImageError.
+        disk; without an `id` it has no owner. layers: snapshots above its image, newest first. identity: their
+        files that it has new, or not at all. StartFailed, StorageFull, ImageError.
 
         A started create runs to its end when the caller is cancelled, so that nothing is left behind.
         """
-        task = asyncio.create_task(self._make_whole(id, kind, config, kept, folders, layers))
+        task = asyncio.create_task(self._make_whole(id, kind, config, kept, folders, layers, identity))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -77,17 +78,17 @@ class Factory:
             raise
 
     async def _make_whole(self, id: str, kind: Kind, config: SandboxConfig, kept: RetainedFiles | None,
-                          mounted: Sequence[FolderMount], layers: Sequence[str]) -> Sandbox:
+                          mounted: Sequence[FolderMount], layers: Sequence[str], identity: Sequence[str]) -> Sandbox:
         """Create a sandbox; retry once in another run folder when the launcher or its zygote died meanwhile."""
         try:
-            return await self._make_once(id, kind, config, kept, mounted, layers)
+            return await self._make_once(id, kind, config, kept, mounted, layers, identity)
         except (Ended, _ZygoteEnded):
             if kept is not None:  # its files are restored; the next request uses a new launcher
                 raise
-            return await self._make_once(id, kind, config, kept, mounted, layers)
+            return await self._make_once(id, kind, config, kept, mounted, layers, identity)
 
     async def _make_once(self, id: str, kind: Kind, config: SandboxConfig, kept: RetainedFiles | None,
-                         mounted: Sequence[FolderMount], layers: Sequence[str]) -> Sandbox:
+                         mounted: Sequence[FolderMount], layers: Sequence[str], identity: Sequence[str]) -> Sandbox:
         slots = self._slots
         slot = kept.slot if kept else self.spares.pop(0) if self.spares else records.new_slot()
         base = slots.ranges.take(slot)
@@ -100,7 +101,7 @@ class Factory:
                 await self._disks.prepare(str(slots.run_dir / slot), config)
             lease = self._lease(kind)
             spec = {**self.spec(slot, base, kind, config, layers), "woken": kept is not None,
-                    "folders": [_folder_spec(one) for one in mounted]}
+                    "identity": list(identity), "folders": [_folder_spec(one) for one in mounted]}
             await faults.point("namespace.placed")
             reply = await slots.launcher.request("create", spec, lease.fd if lease else None)
             if "error" in reply:

@@ -194,8 +194,11 @@ class NamespaceRuntime(InitSandboxes):
                 raise errors.StartFailed(f"the limits of the sandbox cannot be set: {error}", sandbox_id=id,
                                          hint="check the cgroups of the worker with `rock doctor`") from None
         else:
-            layers = self._snapshots.get(config.snapshot).layers if config.snapshot is not None else ()
-            sandbox = await self._made(id, kind, config, layers=layers)
+            if config.snapshot is None:
+                sandbox = await self._made(id, kind, config)
+            else:
+                found = self._snapshots.get(config.snapshot)
+                sandbox = await self._made(id, kind, config, layers=found.layers, identity=found.identity)
         handle = self._handles.claimed(sandbox, id, kind.rootfs, config)
         if config.network == "nat":
             try:
@@ -206,11 +209,12 @@ class NamespaceRuntime(InitSandboxes):
         return handle
 
     async def _made(self, id: str, kind: Kind, config: SandboxConfig, kept: RetainedFiles | None = None,
-                    layers: Sequence[str] = ()) -> Sandbox:
-        """layers: snapshots above its image."""
+                    layers: Sequence[str] = (), identity: Sequence[str] = ()) -> Sandbox:
+        """layers: snapshots above its image. identity: see Factory.make."""
         with self._snapshots.using(layers) as claim:
             try:
-                sandbox = await self._factory.make(id, kind, config, kept, await self._folders(config), layers)
+                sandbox = await self._factory.make(id, kind, config, kept, await self._folders(config), layers,
+                                                   identity)
             except errors.RockError as error:
                 error.sandbox_id = id
                 raise

@@ -28,7 +28,7 @@ from typing import Any, Literal
 from rock import errors, faults
 from rock.guest.init import process_tree
 from rock.guest.init.remove import remove_tree
-from rock.host import atomic_file
+from rock.host import atomic_file, folders
 from rock.images.records import Lease, RootFS
 from rock.images.store import Images
 from rock.runtime.base import Frozen, Handle
@@ -41,14 +41,15 @@ from rock.runtime.namespace.slots import Sandbox, Slots
 log = logging.getLogger(__name__)
 MOST_LAYERS = 64
 _COPY_PATIENCE = 600.0  # seconds
-_MOST_NAMED = 20  # processes in a report
+_MOST_KEYS = 100
 _MOUNT_POINTS = ("proc", "sys", "dev")
 _COPIER = str(Path(__file__).with_name("copier.py"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """A snapshot. layers: its own and those below it, newest first. rootfs: the image, see `retained.write_note`."""
+    """A snapshot. layers: its own and those below it, newest first. rootfs: the image, see `retained.write_note`.
+    identity: files that each new sandbox has new, or not at all: the machine id and the host keys of SSH."""
 
     id: str
     sandbox: str
@@ -58,6 +59,7 @@ class Snapshot:
     bytes: int | None
     left_out: Sequence[str]
     paused_ms: float
+    identity: Sequence[str] = ()
 
 
 class Snapshots:
@@ -268,7 +270,7 @@ class Snapshots:
             size = await asyncio.to_thread(disk_layout.written, f"{folder}/upper")
             made = Snapshot(snapshot_id, handle.id, retained.write_note(rootfs), [snapshot_id, *layers], used, size,
                             left_out, round(paused * 1000, 3))
-            await asyncio.to_thread(self._complete, made)
+            made = await asyncio.to_thread(self._complete, made, rootfs)
         except BaseException as error:
             self._layers.pop(f"new {snapshot_id}", None)
             self._collect()  # the layer stays while the sandbox runs on it
@@ -330,7 +332,7 @@ class Snapshots:
         finally:
             link.close()
 
-    def _complete(self, made: Snapshot) -> None:
+    def _complete(self, made: Snapshot, rootfs: RootFS) -> Snapshot:
         folder = Path(self.folder(made.id))
         for name in _MOUNT_POINTS:
             path = folder / "upper" / name
@@ -340,7 +342,10 @@ class Snapshots:
         for name in os.listdir(folder):
             if name.startswith("work"):
                 remove_tree(str(folder / name))
+        made = dataclasses.replace(made, identity=_identity([f"{self.folder(one)}/upper" for one in made.layers],
+                                                            rootfs.layers))  # fmt: skip
         atomic_file.replace(folder / "record.json", atomic_file.summed(json.dumps(dataclasses.asdict(made))))
+        return made
 
     # ---- delete ----
 
@@ -361,6 +366,30 @@ class Snapshots:
         """Wait for the removal of layers that nobody uses."""
         if self._removing:
             await asyncio.gather(*self._removing)
+
+
+def _identity(frozen: Sequence[str], image: Sequence[str]) -> list[str]:
+    """The machine id of the image or the layers, and host keys that were made in a sandbox, relative to /. Blocking."""
+    found = []
+    if any("machine-id" in _names(layer, "etc") for layer in (*frozen, *image)):
+        found.append("etc/machine-id")
+    keys = {name for layer in frozen for name in _names(layer, "etc/ssh") if name.startswith("ssh_host_")}
+    return [*found, *(f"etc/ssh/{name}" for name in sorted(keys)[:_MOST_KEYS])]
+
+
+def _names(layer: str, path: str) -> list[str]:
+    """The names in a folder of a guest's layer; no link is followed."""
+    with contextlib.suppress(OSError):
+        top = os.open(layer, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fd = folders.open_under(top, path, folders.NO_SYMLINKS | folders.BENEATH)
+        finally:
+            os.close(top)
+        try:
+            return os.listdir(f"/proc/self/fd/{fd}")
+        finally:
+            os.close(fd)
+    return []
 
 
 def _told(handle: Handle, found: Snapshot) -> Frozen:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 from collections.abc import Collection
 from typing import Any
 
@@ -138,8 +139,10 @@ def make_folders(spec: dict[str, Any]) -> None:
         if not any(os.path.isdir(f"{layer}/{name}") for layer in reversed(spec["layers"])):
             os.mkdir(f"{upper}/{name}")
             os.chmod(f"{upper}/{name}", mode)
+    if spec["frozen"] and not _make_identity(spec, upper):
+        return
     if spec["etc"]:
-        os.mkdir(f"{upper}/etc", 0o755)
+        os.makedirs(f"{upper}/etc", 0o755, exist_ok=True)
     for name, text in spec["etc"].items():
         write_file(f"{upper}/etc/{name}", text)
 
@@ -151,6 +154,28 @@ def copy_owner(source: str, target: str) -> None:
     os.chown(target, info.st_uid, info.st_gid)
     os.chmod(target, info.st_mode & 0o7777)
     os.utime(target, ns=(info.st_atime_ns, info.st_mtime_ns))
+
+
+def _make_identity(spec: dict[str, Any], upper: str) -> bool:
+    """Give a sandbox of a snapshot a machine id of its own, and hide the host keys of the one that the snapshot was
+    taken of. False when /etc is not a folder: then nothing is written there."""
+    for folder in ("etc", "etc/ssh"):
+        if folder == "etc" and not spec["etc"] and not spec["identity"]:
+            continue
+        if folder == "etc/ssh" and not any(path.startswith("etc/ssh/") for path in spec["identity"]):
+            continue
+        above = next((path for layer in spec["layers"] if os.path.lexists(path := f"{layer}/{folder}")), None)
+        if above is not None and (os.path.islink(above) or not os.path.isdir(above)):
+            return False
+        os.mkdir(f"{upper}/{folder}", 0o755)
+        if above is not None:
+            copy_owner(above, f"{upper}/{folder}")
+    for path in spec["identity"]:
+        if path == "etc/machine-id":
+            write_file(f"{upper}/{path}", f"{os.urandom(16).hex()}\n")
+        else:
+            os.mknod(f"{upper}/{path}", stat.S_IFCHR, 0)  # overlay's mark of a deleted file
+    return True
 
 
 def stack(spec: dict[str, Any], staging: str, userns: int) -> list[tuple[int, str]]:

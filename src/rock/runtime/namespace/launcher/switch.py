@@ -36,6 +36,8 @@ def switch(spec: dict[str, Any], staging: str, namespace: int, home: furnish.Hos
     entry = process_tree.read(spec["pid"])
     if entry is None or entry.start != spec["start"]:
         raise ProcessLookupError(errno.ESRCH, "its pid 1 has ended")
+    if not spec["privileged"]:
+        raise Refused("the server is not root, so it cannot stop pid 1 of a sandbox from outside")
     if not ptrace.SUPPORTED:
         raise Refused("this machine's processor is not supported")
     stopped, began = ptrace.Stopped(), time.monotonic()
