@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from rock import __version__
 from rock.admin import audit
-from rock.admin.api import bare, jobs, reference, sandboxes
+from rock.admin.api import bare, jobs, reference, sandboxes, snapshots
 from rock.admin.environments import Environments
 from rock.admin.reconciler import mark_lost
 from rock.admin.sandboxes.service import Service
@@ -70,6 +70,7 @@ def build(
     _errors(app)
     _sandboxes(app, tenant_services)
     _volumes(app, tenant_services)
+    snapshots.add_routes(app, tenant_services)
     jobs.add_routes(app, service.store.jobs)
     _keys(app, keys)
     _environments(app, envs)
@@ -297,10 +298,12 @@ def add_routes(app: FastAPI, service: Service) -> None:
         info = await worker_registry.info(worker)
         if not force:
             await service.volumes.refuse_removal(worker)
+            await service.snapshots.refuse_removal(worker)
         if force and not info.is_lost:
             await worker_registry.lose(info, surely=True)
         if (await worker_registry.info(worker)).is_lost:
             await mark_lost(service, worker)
             await service.volumes.lose(worker)
+            await service.snapshots.lose(worker)
         await worker_registry.remove(worker)
         return info
