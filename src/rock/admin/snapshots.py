@@ -282,7 +282,7 @@ class Snapshots:
         busy = {task.get_name() for task in self._tasks}
         for row in rows.values():
             try:
-                await self._settle(row, here.get(row.snapshot_id), bool(busy))
+                await self._settle(worker, row, here.get(row.snapshot_id), bool(busy))
             except RockError as error:
                 log.error("settling snapshot %s: %s", row.snapshot_id, error)
         for snapshot_id in here.keys() - rows.keys() if not busy else ():
@@ -292,13 +292,15 @@ class Snapshots:
             except RockError as error:
                 log.error("removing snapshot %s: %s", snapshot_id, error)
 
-    async def _settle(self, row: SnapshotInfo, found: NodeSnapshot | None, busy: bool) -> None:
+    async def _settle(self, worker: Worker, row: SnapshotInfo, found: NodeSnapshot | None, busy: bool) -> None:
         if row.state == "deleting":
             await self._delete(row)
         elif row.state == "creating" and not busy:
             if found is not None and found.created_at:
                 await self._ready(row, found)
             else:
+                if found is not None:  # files without the worker's record
+                    await worker.delete_snapshot(row.snapshot_id)
                 await self._store.snapshots.remove(row.snapshot_id)
         elif row.state == "ready" and found is None:
             log.error("snapshot %s has no files on its worker %s", row.snapshot_id, row.worker)

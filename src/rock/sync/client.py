@@ -21,8 +21,8 @@ from rock.protocol.keys import AuditEntry, AuditList, CreateKey, KeyInfo, KeyLis
 from rock.protocol.node import EnvList, ServerInfo, VolumeInfo, VolumeList, WorkerInfo, WorkerList
 from rock.protocol.routes import ROUTES, STREAM_TYPE, Frame, FrameParser
 from rock.protocol.sandbox import SandboxInfo, UpdateSandbox
-from rock.protocol.wire import explain
 from rock.protocol.snapshots import SnapshotInfo, SnapshotList
+from rock.protocol.wire import explain
 from rock.sync import primitives
 from rock.sdk.context import ContextSource, read_context
 from rock.sdk.http import query_string

@@ -30,6 +30,7 @@ from rock.errors import (
 from rock.http.asgi import retry_after
 from rock.protocol import action, env, keys, node, runs, sandbox
 from rock.protocol import jobs as job_messages
+from rock.protocol import snapshots as snapshot_messages
 from rock.protocol.action import ConnectionList
 from rock.protocol.env import AddEnv, BuildEnv, EnvAbout
 from rock.protocol.gateway_rows import gateway_rows
@@ -216,7 +217,7 @@ def _models() -> dict[str, type[BaseModel]]:
     """The wire models, by name."""
     return {
         name: kind
-        for module in (sandbox, action, env, node, keys, runs, job_messages)
+        for module in (sandbox, action, env, node, keys, runs, job_messages, snapshot_messages)
         for name, kind in vars(module).items()
         if isinstance(kind, type) and issubclass(kind, BaseModel)
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import posixpath
 import time
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Literal
 
 from rock import errors
@@ -54,6 +55,12 @@ class Tree:
         self.write("/bin/sh", b"#!fake\n", 0o755)
         self.write("/etc/passwd", _PASSWD)
         self.find("/dev").children["null"] = Node("device", 0o666)
+
+    def copy(self) -> Tree:
+        """An independent copy; names of one file remain names of one file."""
+        other = Tree.__new__(Tree)
+        other.root, other.used = deepcopy(self.root), self.used
+        return other
 
     # ---- lookup ----
 

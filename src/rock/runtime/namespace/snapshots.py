@@ -88,14 +88,12 @@ class Snapshots:
 
     def open(self) -> None:
         """Read the records, complete or undo interrupted switches, and remove what nobody uses. Blocking."""
-        self._folder.mkdir(mode=0o700, exist_ok=True)
-        disk_layout.spread(str(self._folder))
         for slot in records.slots(self._slots.run_dir):
             self._settle(slot)
             layers = records.read(self._slots.run_dir, slot).get("snapshots", [])
             if layers:
                 self._layers[slot] = [str(one) for one in layers]
-        for name in os.listdir(self._folder):
+        for name in self._names():
             try:
                 data = atomic_file.parsed((self._folder / name / "record.json").read_bytes())
                 self._known[name] = Snapshot(**data)
@@ -187,12 +185,16 @@ class Snapshots:
                     found[one].append(slot)
         return found
 
+    def _names(self) -> list[str]:
+        try:
+            return os.listdir(self._folder)
+        except FileNotFoundError:
+            return []
+
     def _unused(self) -> list[str]:
         used = {one for layers in self._layers.values() for one in layers}
         used.update(one for found in self._known.values() for one in found.layers)
-        with contextlib.suppress(FileNotFoundError):
-            return [name for name in os.listdir(self._folder) if name not in used]
-        return []
+        return [name for name in self._names() if name not in used]
 
     def _slot_removed(self, slot: str) -> None:
         """A sandbox is gone: layers that nobody else uses are removed."""
@@ -217,6 +219,9 @@ class Snapshots:
                     await asyncio.to_thread(remove_tree, self.folder(name))
                 except OSError as error:  # the next start tries again
                     log.warning("layer %s could not be removed: %s", name, error)
+        if not self._layers:  # else a checkpoint may be about to use it
+            with contextlib.suppress(OSError):
+                os.rmdir(self._folder)
 
     # ---- read ----
 
@@ -246,7 +251,7 @@ class Snapshots:
         folder = self.folder(snapshot_id)
         self._layers[f"new {snapshot_id}"] = [snapshot_id, *layers]  # it must not be collected meanwhile
         try:
-            await asyncio.to_thread(os.mkdir, folder, 0o700)
+            await asyncio.to_thread(self._make, folder)
             left_out = await asyncio.to_thread(_left_out, sandbox.pid)
             reasons: list[str] = []
             paused = -1.0
@@ -283,6 +288,12 @@ class Snapshots:
         with contextlib.suppress(errors.ImageError):
             self._leases[snapshot_id] = self._images.lease(rootfs)
         return _told(handle, made)
+
+    def _make(self, folder: str) -> None:
+        if not self._folder.exists():
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+            disk_layout.spread(str(self._folder))
+        os.mkdir(folder, 0o700)
 
     def _refuse(self, handle: Handle, layers: Sequence[str]) -> None:
         if "disk" in handle.data:
