@@ -142,7 +142,7 @@ class Snapshots:
         try:
             group = await self._groups.create(request, key, spec.start, caller)
         except RockError:
-            if spec.name is None and key is None:  # nobody knows it
+            if spec.name is None and key is None:  # no client has its id
                 await self._discard(taken)
             raise
         return ForkResult(snapshot=taken, group=group)
@@ -322,4 +322,5 @@ def _config_of_children(config: SandboxConfig, changes: dict[str, Any]) -> Sandb
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise InvalidConfig(f"changes: {place}: {first['msg']}", hint="see SandboxConfig") from None
+        raise InvalidConfig(f"changes: the value of {place} is not valid: {first['msg']}",
+                            hint="see SandboxConfig") from None  # fmt: skip

@@ -10,27 +10,13 @@ from typing import Literal
 
 from rock import errors
 from rock.protocol.sandbox import Isolation, SandboxConfig
-from rock.runtime.base import (
-    Enforced,
-    ExitStatus,
-    FileStat,
-    Frozen,
-    Handle,
-    Liveness,
-    Program,
-    Trait,
-    key_taken,
-    no_kept_program,
-    no_program,
-    no_such_user,
-    not_writing,
-    unavailable_channel,
-)
+from rock.runtime.base import Enforced, ExitStatus, FileStat, Frozen, Handle, Liveness, Program, Trait
 from rock.runtime.fake import programs
 from rock.runtime.fake.builtins import PROGRAMS
 from rock.runtime.fake.programs import Descriptor, FakeProcess, FakeSandbox, Null, Open
 from rock.runtime.fake.tools import TOOLS
 from rock.runtime.fake.tree import MOST_BYTES, SMALLER, Tree
+from rock.runtime.refusals import key_taken, no_kept_program, no_program, no_such_user, not_writing, unavailable_channel
 
 HOME = "/work"
 _PATH = "/usr/local/bin:/usr/bin:/bin"

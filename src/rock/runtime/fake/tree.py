@@ -9,7 +9,8 @@ from copy import deepcopy
 from typing import Literal
 
 from rock import errors
-from rock.runtime.base import FileStat, is_a_folder, no_such_path, not_a_folder, not_absolute, not_regular
+from rock.runtime.base import FileStat
+from rock.runtime.refusals import is_a_folder, no_such_path, not_a_folder, not_absolute, not_regular
 
 Kind = Literal["file", "directory", "symlink", "device"]
 MOST_BYTES = 256 << 20  # of all files of one sandbox

@@ -87,7 +87,7 @@ class Snapshots:
     # ---- start and end of the runtime ----
 
     def open(self) -> None:
-        """Read the records, complete or undo interrupted switches, and remove what nobody uses. Blocking."""
+        """Read the records, complete or undo interrupted switches, and remove unused layers. Blocking."""
         for slot in records.slots(self._slots.run_dir):
             self._settle(slot)
             layers = records.read(self._slots.run_dir, slot).get("snapshots", [])
@@ -197,7 +197,7 @@ class Snapshots:
         return [name for name in self._names() if name not in used]
 
     def _slot_removed(self, slot: str) -> None:
-        """A sandbox is gone: layers that nobody else uses are removed."""
+        """A sandbox is gone: layers without another user are removed."""
         self._parents.pop(slot, None)
         if self._layers.pop(slot, None):
             self._collect()
@@ -244,7 +244,7 @@ class Snapshots:
         """See `Forks.checkpoint`. spec: of a create of this sandbox."""
         known = self._known.get(snapshot_id)
         if known is not None:
-            return _told(handle, known)
+            return _report(handle, known)
         sandbox = self._slots.find(handle)
         layers = self.layers(sandbox.slot)
         self._refuse(handle, layers)
@@ -287,7 +287,7 @@ class Snapshots:
         self._layers.pop(f"new {snapshot_id}", None)
         with contextlib.suppress(errors.ImageError):
             self._leases[snapshot_id] = self._images.lease(rootfs)
-        return _told(handle, made)
+        return _report(handle, made)
 
     def _make(self, folder: str) -> None:
         if not self._folder.exists():
@@ -374,7 +374,7 @@ class Snapshots:
         return not os.path.lexists(self.folder(snapshot_id))
 
     async def collected(self) -> None:
-        """Wait for the removal of layers that nobody uses."""
+        """Wait for the removal of unused layers."""
         if self._removing:
             await asyncio.gather(*self._removing)
 
@@ -403,7 +403,7 @@ def _names(layer: str, path: str) -> list[str]:
     return []
 
 
-def _told(handle: Handle, found: Snapshot) -> Frozen:
+def _report(handle: Handle, found: Snapshot) -> Frozen:
     return Frozen(handle, found.files, found.bytes, len(found.layers), found.paused_ms, list(found.left_out))
 
 
