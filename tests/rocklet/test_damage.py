@@ -13,7 +13,7 @@ import orjson
 import pytest
 
 from rock.host import atomic_file
-from rock.http.asgi import Answer
+from rock.http.asgi import Answer, answer
 from rock.rocklet.commands.output import Capped
 from rock.rocklet.durability.journal import Journal
 from rock.rocklet.durability.spool import SpoolFile, SpoolFolder
@@ -406,3 +406,29 @@ def test_a_record_with_one_bit_wrong(tmp_path: Path) -> None:
             continue
         assert {**seen, **record} == seen and b'"crc"' not in data, at  # only the name of the checksum is another
     assert atomic_file.parsed(b'{"id": "old"}') == {"id": "old"}
+
+
+def test_a_folder_of_an_earlier_process_is_empty_for_its_next_sandbox(tmp_path: Path) -> None:
+    """The marks of the earlier sandbox, in whose folder this process wrote nothing, are not those of the next one."""
+    first = SpoolFolder(tmp_path / "spools")
+    first.make()
+    journal = Journal(first)
+    for number in range(3):
+        journal.begin(f"key{number}", kind="call")
+        journal.finish(f"key{number}", answer({"number": number}))
+    journal.flush()
+    first.close()
+
+    recovered = SpoolFolder(tmp_path / "spools")
+    Journal(recovered).load(expected=True)
+    assert recovered.clear()
+    recovered.make()
+    again = Journal(recovered)
+    again.begin("other", kind="call")
+    again.finish("other", answer({}))
+    again.flush()
+    recovered.close()
+
+    last = Journal(SpoolFolder(tmp_path / "spools"))
+    last.load(expected=True)
+    assert last.damage is None

@@ -46,6 +46,12 @@ def _limit(text: str) -> int:
                             hint="set a size, as in ROCK_ARCHIVE_LIMIT=10g") from None
 
 
+def _ttl(seconds: float) -> float:
+    if not 1.0 <= seconds <= 10 * 365 * 86400.0:
+        raise InvalidConfig(f"ROCK_SNAPSHOT_TTL={seconds:g} is not from one second to ten years", hint="3600 is usual")
+    return seconds
+
+
 def make_reservations(settings: Settings) -> RayReservations | None:
     """The external scheduler that decides on placement, if one is configured. InvalidConfig."""
     if settings.scheduler in ("", "local"):
@@ -79,7 +85,8 @@ class Admin:
         self._blobs = make_blobs(settings)
         limit = _limit(settings.archive_limit)
         self._reservations = make_reservations(settings)
-        self.service = Service(store, LocalScheduler(), workers, self._blobs, limit, self._reservations)
+        self.service = Service(store, LocalScheduler(), workers, self._blobs, limit, self._reservations,
+                               _ttl(settings.snapshot_ttl))
         self.workers = workers
         self.leader = Leader(store, lambda: Reconciler(self.service)) if leads else None
         self.catalogue = Catalogue(settings.catalogue)

@@ -155,6 +155,7 @@ class Reconciler:
         self._tasks += [
             asyncio.create_task(self._deadlines(), name="deadlines"),
             asyncio.create_task(self._prune(), name="prune"),
+            asyncio.create_task(self.service.snapshots.run(), name="retention of snapshots"),
             asyncio.create_task(LostWorkers(self.service, workers).run(), name="losses"),
         ]
         for worker in workers.values():
@@ -182,6 +183,7 @@ class Reconciler:
                     known = {record.id async for record in self._settled({worker.name: here}, worker.name)}
                     await self._remove_strays(worker, here, known)
                     await self.service.volumes.settle(worker)
+                    await self.service.snapshots.settle(worker)
                     break
             except Exception as error:
                 reconciler_log.warning("settling worker %s: %r; trying again", worker.name, error)
@@ -221,6 +223,7 @@ class Reconciler:
             if worker.name in here:
                 await self._remove_strays(worker, here[worker.name], known)
                 await self.service.volumes.settle(worker)
+                await self.service.snapshots.settle(worker)
 
     async def _here(self, worker: Worker) -> _Here | None:
         """The ids on a worker; None when it does not respond."""

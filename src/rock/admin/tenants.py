@@ -26,6 +26,7 @@ from rock.protocol.env import OpenEnv
 from rock.protocol.keys import Access, Caller, CreateKey, KeyInfo, NewKey, caller_of, digest_of
 from rock.protocol.node import CreateVolume, SandboxList, VolumeInfo
 from rock.protocol.sandbox import CommitRequest, CommitStatus, Isolation, SandboxConfig, SandboxInfo, UpdateSandbox
+from rock.protocol.snapshots import CheckpointRequest, ForkRequest, ForkResult, SnapshotInfo
 from rock.store.base import Query, Record, Store, member
 
 
@@ -153,6 +154,29 @@ class TenantService:
     def _of(self, tenant: str) -> str:
         """The tenant whose volume is meant: only the server's owner may name another one."""
         return tenant if self.caller.tenant is None else self.caller.owner
+
+    # ---- snapshots ----
+
+    async def checkpoint(self, sandbox_id: str, spec: CheckpointRequest, key: str | None = None) -> SnapshotInfo:
+        await self._own(sandbox_id)
+        return await self._service.snapshots.checkpoint(sandbox_id, spec, key)
+
+    async def rollback(self, sandbox_id: str, snapshot: str) -> SandboxInfo:
+        await self._own(sandbox_id)
+        return await self._service.snapshots.rollback(sandbox_id, snapshot)
+
+    async def fork(self, sandbox_id: str, spec: ForkRequest, key: str | None = None) -> ForkResult:
+        await self._own(sandbox_id)
+        return await self._service.snapshots.fork(sandbox_id, spec, key, self.caller, self._allowed)
+
+    async def list_snapshots(self, sandbox: str | None = None) -> Sequence[SnapshotInfo]:
+        return await self._service.snapshots.list(self.caller.tenant, sandbox)
+
+    async def get_snapshot(self, name: str, tenant: str = "") -> SnapshotInfo:
+        return await self._service.snapshots.get(self._of(tenant), name)
+
+    async def delete_snapshot(self, name: str, tenant: str = "") -> SnapshotInfo:
+        return await self._service.snapshots.delete(self._of(tenant), name)
 
     # ---- change ----
 

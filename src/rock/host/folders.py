@@ -27,10 +27,10 @@ def _syscall() -> Any:
     return call
 
 
-def open_under(folder: int, path: str, rules: int) -> int:
+def open_under(folder: int, path: str, rules: int, flags: int = _FOLDER) -> int:
     """A descriptor (O_PATH) of the folder at `path`, relative to the descriptor `folder`, under these rules. OSError:
     ELOOP for a rejected link, EXDEV for a path that leads out, ENOTDIR for a file, ENOSYS before Linux 5.6."""
-    how = ctypes.create_string_buffer(struct.pack("=QQQ", _FOLDER, 0, rules), 24)
+    how = ctypes.create_string_buffer(struct.pack("=QQQ", flags, 0, rules), 24)
     fd = int(_syscall()(ctypes.c_long(_OPENAT2), ctypes.c_long(folder), ctypes.c_char_p(os.fsencode(path) or b"."),
                         how, ctypes.c_long(24)))  # fmt: skip
     if fd < 0:
@@ -51,6 +51,13 @@ def open_listed(listed: str, path: str) -> int:
         return open_under(top, path, NO_SYMLINKS | BENEATH)
     finally:
         os.close(top)
+
+
+def open_place(root: int, path: str, *, mounted: bool) -> int:
+    """A descriptor (O_PATH) of the file or folder at `path` in a tree whose root is `root`; no symbolic link is
+    followed. mounted: what is mounted there, else what is below in the same mount."""
+    rules = NO_SYMLINKS | BENEATH | (0 if mounted else NO_XDEV)
+    return open_under(root, path.strip("/"), rules, _FOLDER & ~os.O_DIRECTORY)
 
 
 def make_in_root(root: int, path: str) -> int:

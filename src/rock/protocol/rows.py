@@ -65,6 +65,12 @@ def control_rows() -> Iterator[Route]:
         "",
         "SandboxInfo",
     )
+    yield row("checkpoint_sandbox", "POST", _S + "/checkpoint", "control", "Take a snapshot of a running sandbox",
+              "CheckpointRequest", "SnapshotInfo")  # fmt: skip
+    yield row("rollback_sandbox", "POST", _S + "/rollback", "control", "Return a running sandbox to a snapshot",
+              "RollbackRequest", "SandboxInfo")  # fmt: skip
+    yield row("fork_sandbox", "POST", _S + "/fork", "control", "Take a snapshot, and start sandboxes from it",
+              "ForkRequest", "ForkResult")  # fmt: skip
     yield row("resume_sandbox", "POST", _S + "/resume", "control", "Continue a paused sandbox", "", "SandboxInfo")
     yield row(
         "archive_sandbox",
@@ -188,6 +194,14 @@ def control_rows() -> Iterator[Route]:
         "?tenant ?key_id ?action ?target ?since ?until ?limit ?before",
         "AuditList",
     )
+    # snapshots
+    n = "/v1/snapshots/{snapshot}"
+    yield row("list_snapshots", "GET", "/v1/snapshots", "control", "List snapshots, oldest first", "?sandbox",
+              "SnapshotList")  # fmt: skip
+    yield row("get_snapshot", "GET", n, "control", "A snapshot by its id or name", "?tenant", "SnapshotInfo")
+    yield row("delete_snapshot", "DELETE", n, "control",
+              "Delete a snapshot; its files stay while sandboxes or other snapshots use them", "?tenant",
+              "SnapshotInfo")  # fmt: skip
     # volumes
     v = "/v1/volumes/{volume}"
     yield row("create_volume", "POST", "/v1/volumes", "control", "Create a volume on a worker", "CreateVolume",
@@ -559,6 +573,14 @@ def node_rows() -> Iterator[Route]:
               "NodeVolume", "NodeVolumes")  # fmt: skip
     yield row("node_delete_volume", "DELETE", "/node/v1/volumes/{volume_id}", "node",
               "Delete a volume that no sandbox here uses; idempotent", "", "NodeVolumes")  # fmt: skip
+    s = "/node/v1/snapshots"
+    yield row("node_snapshots", "GET", s, "node", "The snapshots here", "", "NodeSnapshots")
+    yield row("node_delete_snapshot", "DELETE", s + "/{snapshot_id}", "node",
+              "Delete a snapshot; its layer stays while others use it; idempotent", "", "NodeSnapshots")  # fmt: skip
+    yield row("node_checkpoint", "POST", "/node/v1/sandboxes/{sandbox_id}/checkpoint", "node",
+              "Take a snapshot of a running one; idempotent by its id", "NodeCheckpoint", "NodeSnapshot")  # fmt: skip
+    yield row("node_rollback", "POST", "/node/v1/sandboxes/{sandbox_id}/rollback", "node",
+              "Return a running sandbox to a snapshot", "NodeRollback", "NodeSandbox")  # fmt: skip
     yield row("node_status", "GET", "/node/v1/status", "node", "Capacity, isolation, load", "", "NodeStatus")
     yield row(
         "node_events",

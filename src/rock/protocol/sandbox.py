@@ -205,6 +205,8 @@ class SandboxConfig(BaseConfig, Inside):
     public_registries: pull only from public addresses, and from registries that the owner of the server has listed; set
     for each tenant.
     volumes, mounts: see VolumeMount and HostMount. They are not retained, archived or committed with the sandbox.
+    snapshot: id or name of a snapshot from which it starts; its image is the snapshot's. The server replaces a name by
+    the id. snapshot_worker: set by the server; a value of a client is replaced.
     agents: names of recipes whose programs are mounted read-only at /opt/rock/agents/NAME; the worker installs missing
     ones (docs/guides/agents.md).
     name: a name for people, of up to 63 letters, digits and "_.-". It is unique among the tenant's sandboxes that are
@@ -235,6 +237,8 @@ class SandboxConfig(BaseConfig, Inside):
     volumes: list[VolumeMount] | None = None
     mounts: list[HostMount] | None = None
     agents: list[Annotated[str, Field(pattern=AGENT_PATTERN)]] | None = Field(default=None, max_length=MOST_MOUNTS)
+    snapshot: str | None = Field(default=None, min_length=1, max_length=64)
+    snapshot_worker: str | None = None
     runtime: str | None = None
     isolation: Isolation | None = None
     minimum_isolation: Isolation = Isolation.NONE

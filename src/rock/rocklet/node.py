@@ -7,21 +7,19 @@ import functools
 import logging
 import os
 import socket
-import time
 import uuid
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
 from rock import faults
-from rock.errors import Conflict, DiskFull, Exited, Expired, Lost, NoCapacity, NotFound, NotHere, OutOfMemory, RockError
+from rock.errors import Conflict, Lost, NoCapacity, NotFound, NotHere
 from rock.host import atomic_file, resources
 from rock.host.atomic_file import not_started
 from rock.http.asgi import App
 from rock.http.event_loop import settled
-from rock.protocol.node import NodeEvent, NodeEvents, NodeInventory, NodeSandbox, NodeStatus, NodeVolumes
-from rock.protocol.sandbox import ArchivedFiles, Cause, Isolation, Phase, SandboxConfig
+from rock.protocol.node import NodeInventory, NodeSandbox, NodeStatus, NodeVolumes
+from rock.protocol.sandbox import ArchivedFiles, Cause, Isolation, SandboxConfig
 from rock.rocklet.commands.session import Session
 from rock.rocklet.durability import resume
 from rock.rocklet.environments.host import ENV_LEASE
@@ -29,13 +27,14 @@ from rock.rocklet.environments.local_socket import LocalSocket
 from rock.rocklet.images.build import Builds
 from rock.rocklet.images.commits import Commits
 from rock.rocklet.images.store import Images, UsedImages
+from rock.rocklet.lifecycle import Ends, make, wake_sandbox
 from rock.rocklet.retained import Quarantine, RetainedSandboxes
 from rock.rocklet.runtimes import Runtimes
 from rock.rocklet.sandbox import Supervisor
+from rock.rocklet.snapshots import Snapshots
 from rock.rocklet.state import StateDirectory
 from rock.rocklet.volumes import HostFolders, Volumes
 from rock.runtime.base import Handle, Liveness, Pools, Prepared, Runtime
-from rock.telemetry import tracing
 
 log = logging.getLogger("rock.node")
 
@@ -77,9 +76,11 @@ class Node:
         self.volumes = Volumes(folder.parent / "volumes", HostFolders(host_mounts, folder.parent), self._users_of,
                                images.agents)  # fmt: skip
         self.runtimes.mount_source = self.volumes
+        self.snapshots = Snapshots(folder.parent / "snapshots", self.runtimes, self.get)
         self._creating: dict[str, asyncio.Task[Supervisor]] = {}
         self._destroying: dict[str, asyncio.Task[NodeSandbox]] = {}
         self._stopped: dict[str, asyncio.Task[NodeSandbox]] = {}
+        self._rolling: dict[str, asyncio.Task[NodeSandbox]] = {}
         self._used = UsedImages()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -90,6 +91,7 @@ class Node:
         self.state_dir.make()
         self.local_socket.open()
         await asyncio.to_thread(self.volumes.open)
+        await asyncio.to_thread(self.snapshots.open)
         await self.runtimes.open()
         for name in reversed(await asyncio.to_thread(self.images.store.names)):
             self._used.note(name)
@@ -103,10 +105,12 @@ class Node:
     async def close(self) -> None:
         """Detach from every sandbox and leave it running."""
         self.ends.closing = True
-        tasks = [*self._creating.values(), *self._destroying.values(), *self._stopped.values(), *self._tasks]
+        tasks = [*self._creating.values(), *self._destroying.values(), *self._stopped.values(), *self._rolling.values(),
+                 *self._tasks]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self.snapshots.close()
         await self.commits.close()
         await self.builds.close()
         await self.local_socket.close()
@@ -219,7 +223,7 @@ class Node:
         Concurrent calls share one removal, which continues when callers disconnect; all get the response when it is
         complete.
         """
-        await self._ended_first(sandbox_id, self._stopped)
+        await self._ended_first(sandbox_id, self._stopped, self._rolling)
         return await _joined(self._destroying, sandbox_id, lambda: self._destroy(sandbox_id, grace))
 
     async def _destroy(self, sandbox_id: str, grace: float) -> NodeSandbox:
@@ -243,7 +247,7 @@ class Node:
 
         Concurrent calls share one operation, as in `destroy`.
         """
-        await self._ended_first(sandbox_id, self._destroying)
+        await self._ended_first(sandbox_id, self._destroying, self._rolling)
         return await _joined(self._stopped, sandbox_id, lambda: self._rest(sandbox_id, grace))
 
     async def _rest(self, sandbox_id: str, grace: float) -> NodeSandbox:
@@ -280,6 +284,30 @@ class Node:
             await asyncio.wait({task})
             raise
         return self.kept.describe(sandbox_id)
+
+    async def rollback(self, sandbox_id: str, snapshot_id: str) -> NodeSandbox:
+        """Return a running sandbox to a snapshot: a new sandbox under its id replaces it. NotFound, Conflict,
+        Unsupported; the sandbox then continues unchanged."""
+        await self._ended_first(sandbox_id, self._destroying, self._stopped, self._rolling)
+        return await _joined(self._rolling, sandbox_id, lambda: self._rollback(sandbox_id, snapshot_id))
+
+    async def _rollback(self, sandbox_id: str, snapshot_id: str) -> NodeSandbox:
+        old = self.get(sandbox_id)
+        handle = await self.snapshots.replacement(old, snapshot_id)
+        new = self.supervise(sandbox_id, old.config, old.runtime, handle)
+        try:
+            new.save()  # from here on a crash finds the new one
+        except OSError as error:
+            await new.destroy(0)
+            self.state_dir.give_back(new.spools)
+            raise not_started(error, sandbox_id) from None
+        await faults.point("node.rollback.saved")
+        self.supervisors[sandbox_id] = new
+        await old.replaced()
+        await self.snapshots.restore_sessions(new, snapshot_id)
+        if (port := old.gateway_port.port) is not None:
+            await new.open_gateway_port(port)
+        return new.describe()
 
     def _users_of(self, volume_id: str) -> list[str]:
         """The sandboxes that use a volume; those with a damaged record may use any."""
@@ -386,7 +414,8 @@ class Node:
 
     async def emptied(self, seconds: float) -> bool:
         """Wait for the removals in progress, up to a time limit; whether none is left."""
-        tasks = [*self._creating.values(), *self._destroying.values(), *self._stopped.values(), *self._tasks]
+        tasks = [*self._creating.values(), *self._destroying.values(), *self._stopped.values(), *self._rolling.values(),
+                 *self._tasks]
         if tasks:
             await asyncio.wait(tasks, timeout=seconds)
         return not self.has_sandboxes
@@ -420,41 +449,6 @@ async def _joined(
         task = tasks[sandbox_id] = asyncio.create_task(work(), name=f"end-{sandbox_id}")
         task.add_done_callback(lambda _: tasks.pop(sandbox_id, None))
     return await asyncio.shield(task)
-
-
-# ---- creation ----
-
-Made = tuple[Runtime, Handle, dict[str, Phase]]
-
-
-async def make(runtimes: Runtimes, sandbox_id: str, config: SandboxConfig) -> Made:
-    """Create a new sandbox, its image first."""
-    runtime, began = runtimes.of(config), time.time()
-    try:
-        await runtimes.prepare_image(runtime, config)
-        image = _done("on disk", began)
-        began = time.time()
-        with tracing.span("create sandbox", {"rock.sandbox_id": sandbox_id, "rock.runtime": runtime.name}):
-            await faults.point("node.create.begun")
-            handle = await runtime.create(sandbox_id, config)
-            await faults.point("node.create.made")
-    except RockError as error:
-        error.sandbox_id = sandbox_id
-        raise
-    return runtime, handle, {"image": image, "sandbox": _done("running", began)}
-
-
-async def wake_sandbox(kept: RetainedSandboxes, sandbox_id: str, config: SandboxConfig) -> Made:
-    """Start a sandbox from its retained files."""
-    began = time.time()
-    await faults.point("node.wake.begun")
-    runtime, handle = await kept.wake(sandbox_id, config)
-    await faults.point("node.wake.made")
-    return runtime, handle, {"image": Phase(status="success", message="on disk"), "sandbox": _done("running", began)}
-
-
-def _done(message: str, began: float) -> Phase:
-    return Phase(status="success", message=message, started_at=began, completed_at=time.time())
 
 
 # ---- recovery ----
@@ -532,64 +526,3 @@ class Recovery:
             raise
         node.supervisors[sandbox_id] = supervisor
         log.info("found sandbox %s again, sessions: %s", sandbox_id, supervisor.sessions.names())
-
-
-# ---- events of ends ----
-
-_ERRORS: dict[Cause, type[RockError]] = {
-    Cause.OUT_OF_MEMORY: OutOfMemory, Cause.DISK_FULL: DiskFull, Cause.EXITED: Exited, Cause.LOST: Lost}
-_KEPT_EVENTS = 10_000
-_KEPT_ENDS = 5_000
-
-
-class Ends:
-    """The sandboxes that ended by themselves. Each end is an event for followers, and the error of later requests to
-    the sandbox.
-
-    boot: the run of the server that the numbers of the events belong to. closing: calls return without waiting for
-    events.
-    """
-
-    def __init__(self, boot: str) -> None:
-        self._boot = boot
-        self.closing = False
-        self._events: list[NodeEvent] = []
-        self._number = 0
-        self._changed = asyncio.Condition()
-        self._ends: OrderedDict[str, tuple[Cause, str]] = OrderedDict()
-
-    def tell(self, sandbox_id: str, cause: Cause, reason: str) -> None:
-        """Record one end; `notify` wakes the waiting calls."""
-        self._ends[sandbox_id] = (cause, reason)
-        while len(self._ends) > _KEPT_ENDS:
-            self._ends.popitem(last=False)
-        self._number += 1
-        self._events.append(NodeEvent(number=self._number, sandbox_id=sandbox_id, cause=cause, reason=reason,
-                                      at=time.time()))  # fmt: skip
-        del self._events[:-_KEPT_EVENTS]
-
-    async def notify(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
-
-    def forget(self, sandbox_id: str) -> None:
-        """Another sandbox uses the name now."""
-        self._ends.pop(sandbox_id, None)
-
-    def error(self, sandbox_id: str) -> RockError | None:
-        """The error for a request to a sandbox that ended; None when it did not."""
-        found = self._ends.get(sandbox_id)
-        if found is None:
-            return None
-        cause, reason = found
-        return _ERRORS.get(cause, Expired)(f"sandbox {sandbox_id} is gone: {reason}", sandbox_id=sandbox_id)
-
-    async def since(self, after: int, wait: float, boot: str = "") -> NodeEvents:
-        """Events with a number above `after`; waits up to `wait` seconds for one, but not if `boot` is another run: its
-        numbers are not those of this one."""
-        try:
-            async with asyncio.timeout(wait if boot in ("", self._boot) else 0), self._changed:
-                await self._changed.wait_for(lambda: self._number > after or self.closing)
-        except TimeoutError:
-            pass
-        return NodeEvents(boot=self._boot, events=[event for event in self._events if event.number > after])

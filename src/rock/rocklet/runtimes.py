@@ -11,7 +11,7 @@ from rock.protocol.action import ConnectionList
 from rock.protocol.sandbox import Isolation, SandboxConfig
 from rock.rocklet.commands.registry import open_ahead
 from rock.rocklet.images.store import Fetching, Images
-from rock.runtime.base import Accelerates, Connects, Keeps, Mounts, MountSource, OwnImages, Pools, Runtime, Trait
+from rock.runtime.base import Accelerates, Connects, Forks, Keeps, Mounts, MountSource, OwnImages, Pools, Runtime, Trait
 from rock.runtime.plugins import BrokenRuntime
 
 log = logging.getLogger("rock.node")
@@ -101,6 +101,9 @@ class Runtimes:
                 f"runtime {name!r} cannot mount volumes, folders and agents",
                 hint="use the namespace runtime, or leave volumes, mounts and agents unset",
             )
+        if config.snapshot is not None and not isinstance(runtime, Forks):
+            raise Unsupported(f"runtime {name!r} cannot start from a snapshot",
+                              hint="use the namespace runtime, or leave snapshot unset")
         return runtime
 
     def _giving(self, isolation: Isolation | None) -> str:
@@ -125,12 +128,16 @@ class Runtimes:
     # ---- images ----
 
     async def _has_image(self, runtime: Runtime, config: SandboxConfig) -> bool:
+        if config.snapshot is not None:
+            return True
         if isinstance(runtime, OwnImages):
             return await runtime.has_image(config)
         return not _mounts_images(runtime) or self._images.is_ready(config)
 
     async def prepare_image(self, runtime: Runtime, config: SandboxConfig) -> None:
         """Prepare the image of a sandbox for its runtime; `fetching` reports the progress."""
+        if config.snapshot is not None:
+            return  # it has its layers, also when the name means another image now
         with self.fetching.of(config.image) as tell:
             if isinstance(runtime, OwnImages):
                 await runtime.prepare_image(config, tell)

@@ -33,6 +33,44 @@ from rock.rocklet.state import StateDirectory, written
 from rock.runtime.base import Handle, Keeps, Limits, Pauses, Runtime, Watches
 
 
+class Uploads:
+    """Writes of files through descriptors of the rocklet. A checkpoint waits for their end and delays new ones."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._changed = asyncio.Condition()
+        self._held = False
+
+    @contextlib.asynccontextmanager
+    async def one(self) -> AsyncGenerator[None]:
+        """Context of one upload."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._held)
+            self._count += 1
+        try:
+            yield
+        finally:
+            self._count -= 1
+            if self._held:
+                async with self._changed:
+                    self._changed.notify_all()
+
+    @contextlib.asynccontextmanager
+    async def none(self) -> AsyncGenerator[None]:
+        """Context without uploads."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._held)
+            self._held = True
+        try:
+            async with self._changed:
+                await self._changed.wait_for(lambda: not self._count)
+            yield
+        finally:
+            self._held = False
+            async with self._changed:
+                self._changed.notify_all()
+
+
 class Supervisor:
     """Owns all resources of one sandbox on this machine. `ended` is called once, when the sandbox ends by itself."""
 
@@ -69,6 +107,7 @@ class Supervisor:
         self._env_host_kept = False
         self.connections = Connections(sandbox_id, runtime, handle)
         self.gateway_port = GatewayPort(sandbox_id, runtime, handle, gateway, self.active)
+        self.uploads = Uploads()
         self.spools = state_dir.spools(spools)
         self.journal = Journal(self.spools)
         self._marked = False  # whether the folder of spool files has been made
@@ -162,6 +201,23 @@ class Supervisor:
             async with contextlib.aclosing(stream):
                 async for part in stream:
                     yield part
+
+    @contextlib.asynccontextmanager
+    async def quiet(self, wait: float) -> AsyncGenerator[None]:
+        """No command of a session and no upload is in progress, and none begins meanwhile. Conflict when one does not
+        end within `wait` seconds."""
+        async with contextlib.AsyncExitStack() as stack:
+            try:
+                async with asyncio.timeout(max(wait, 0.01)):
+                    for session in list(self.sessions):
+                        await stack.enter_async_context(session.between_commands)
+                    await stack.enter_async_context(self.uploads.none())
+            except TimeoutError:
+                busy = [session.spec.session for session in self.sessions if session.info.busy]
+                what = f"a command runs in session {busy[0]}" if busy else "files are being uploaded"
+                raise Conflict(f"sandbox {self.id} is not quiet after {wait:g} s: {what}", sandbox_id=self.id,
+                               hint="wait for its end, or give a longer wait") from None  # fmt: skip
+            yield
 
     async def pause(self) -> None:
         """Stop all processes until `resume`; requests that need them are refused meanwhile. Idempotent.
@@ -384,6 +440,14 @@ class Supervisor:
             await self.runtime.stop(self.handle, grace)
         await self.runtime.destroy(self.handle)
         await self._close_all()
+
+    async def replaced(self) -> None:
+        """End it: another sandbox has its id and its record now."""
+        await self._let_go()
+        await self.runtime.destroy(self.handle)
+        await self._close_all()
+        await asyncio.to_thread(self._state_dir.remove_logs, self.id)
+        self._state_dir.give_back(self.spools)
 
     async def rest(self, grace: float) -> Handle:
         """End it and retain its files: returns the handle of the files. The intent is written to disk first."""

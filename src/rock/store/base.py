@@ -16,6 +16,7 @@ from rock.protocol.node import Beat, JoinWorker, NodeStatus, WorkerInfo, WorkerS
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State
 from rock.store.access import AccessStore
 from rock.store.jobs import Jobs
+from rock.store.snapshots import Snapshots
 from rock.store.volumes import Volumes
 
 CLOSED = "the server is stopping; try again after its restart"  # a hint of errors
@@ -122,6 +123,9 @@ class Store(Protocol):
 
     @property
     def volumes(self) -> Volumes: ...
+
+    @property
+    def snapshots(self) -> Snapshots: ...
 
     @property
     def jobs(self) -> Jobs: ...

@@ -179,6 +179,26 @@ SQLITE: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX audit_tenant ON audit (tenant, number)",
         "CREATE INDEX audit_target ON audit (target, number)",
     ),
+    (  # 10: snapshots
+        """CREATE TABLE snapshot (
+            id TEXT NOT NULL PRIMARY KEY,
+            tenant TEXT NOT NULL,
+            name TEXT,
+            worker TEXT NOT NULL,
+            sandbox TEXT NOT NULL,
+            state TEXT NOT NULL,
+            used_at REAL NOT NULL,
+            ttl REAL NOT NULL,
+            created_at REAL NOT NULL,
+            idempotency_key TEXT,
+            info TEXT NOT NULL,
+            UNIQUE (tenant, name),
+            UNIQUE (tenant, idempotency_key)
+        ) WITHOUT ROWID""",
+        "CREATE INDEX snapshot_worker ON snapshot (worker)",
+        "CREATE INDEX snapshot_sandbox ON snapshot (sandbox)",
+        "CREATE INDEX snapshot_state ON snapshot (state, used_at)",
+    ),
 )
 
 POSTGRES: tuple[tuple[str, ...], ...] = (
@@ -310,5 +330,25 @@ POSTGRES: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX audit_at ON audit (at)",
         "CREATE INDEX audit_tenant ON audit (tenant, number)",
         "CREATE INDEX audit_target ON audit (target, number)",
+    ),
+    (  # 8: snapshots, as in SQLite's version 10
+        """CREATE TABLE snapshot (
+            id text PRIMARY KEY,
+            tenant text NOT NULL,
+            name text,
+            worker text NOT NULL,
+            sandbox text NOT NULL,
+            state text NOT NULL,
+            used_at double precision NOT NULL,
+            ttl double precision NOT NULL,
+            created_at double precision NOT NULL,
+            idempotency_key text,
+            info text NOT NULL,
+            UNIQUE (tenant, name),
+            UNIQUE (tenant, idempotency_key)
+        )""",
+        "CREATE INDEX snapshot_worker ON snapshot (worker)",
+        "CREATE INDEX snapshot_sandbox ON snapshot (sandbox)",
+        "CREATE INDEX snapshot_state ON snapshot (state, used_at)",
     ),
 )

@@ -47,6 +47,7 @@ from rock.store.base import (
 )
 from rock.store.jobs import PostgresJobs
 from rock.store.migrations import POSTGRES
+from rock.store.snapshots import PostgresSnapshots
 from rock.store.volumes import PostgresVolumes
 
 log = logging.getLogger("rock.store")
@@ -98,6 +99,7 @@ class PostgresStore:
         self._listener: asyncio.Task[None] | None = None
         self.workers = PostgresWorkers(self._transaction)
         self.volumes = PostgresVolumes(self._transaction, _text)
+        self.snapshots = PostgresSnapshots(self._transaction, _text)
         self.jobs = PostgresJobs(self._transaction)
         self.access = PostgresAccess(self._transaction, _text)
 

@@ -23,7 +23,7 @@ from rock.errors import Conflict, RockError, StorageFull, Unavailable
 from rock.protocol.keys import KeyInfo, Quota
 from rock.protocol.node import Beat, JoinWorker, WorkerInfo
 from rock.protocol.sandbox import SandboxConfig, SandboxInfo, State, kept
-from rock.store import access, base, jobs
+from rock.store import access, base, jobs, snapshots, volumes
 from rock.store.base import (
     CLOSED,
     COLUMNS,
@@ -45,7 +45,6 @@ from rock.store.base import (
 )  # fmt: skip
 from rock.store.batch import Batch
 from rock.store.migrations import SQLITE
-from rock.store.volumes import SqliteVolumes
 
 T = TypeVar("T")
 log = logging.getLogger("rock.admin")
@@ -71,7 +70,8 @@ class SqliteStore:
         self._watchers = Watchers()
         self._batch = Batch(lambda: _transaction(self._open_db, "IMMEDIATE"), self._error_of)
         self.workers = SqliteWorkers(self._within)
-        self.volumes = SqliteVolumes(self._within)
+        self.volumes = volumes.SqliteVolumes(self._within)
+        self.snapshots = snapshots.SqliteSnapshots(self._within)
         self.jobs = jobs.SqliteJobs(self._within)
         self.access = access.SqliteAccess(self._within, lambda work: self._aside(lambda: work(self._open_db_aside)))
 

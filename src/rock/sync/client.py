@@ -21,6 +21,7 @@ from rock.protocol.keys import AuditEntry, AuditList, CreateKey, KeyInfo, KeyLis
 from rock.protocol.node import EnvList, ServerInfo, VolumeInfo, VolumeList, WorkerInfo, WorkerList
 from rock.protocol.routes import ROUTES, STREAM_TYPE, Frame, FrameParser
 from rock.protocol.sandbox import SandboxInfo, UpdateSandbox
+from rock.protocol.snapshots import SnapshotInfo, SnapshotList
 from rock.protocol.wire import explain
 from rock.sync import primitives
 from rock.sdk.context import ContextSource, read_context
@@ -129,6 +130,22 @@ class Client(primitives.Face):
         """Delete a volume and its files. tenant: as of `get_volume`. NotFound; Conflict while a sandbox uses it."""
         target = ROUTES["delete_volume"].url(volume=name) + query_string({"tenant": tenant})
         return parse(VolumeInfo, self.transport.json("DELETE", target, timeout=STOP_TIMEOUT))
+
+    def list_snapshots(self, sandbox_id: str | None = None) -> list[SnapshotInfo]:
+        """Snapshots, oldest first; for the owner of the server those of all tenants. sandbox_id: of which they were
+        taken."""
+        target = ROUTES["list_snapshots"].path + query_string({"sandbox": sandbox_id})
+        return parse(SnapshotList, self.transport.json("GET", target)).items
+
+    def get_snapshot(self, snapshot: str, *, tenant: str | None = None) -> SnapshotInfo:
+        """A snapshot by its id or name, with the sandboxes that run on it. NotFound."""
+        target = ROUTES["get_snapshot"].url(snapshot=snapshot) + query_string({"tenant": tenant})
+        return parse(SnapshotInfo, self.transport.json("GET", target))
+
+    def delete_snapshot(self, snapshot: str, *, tenant: str | None = None) -> SnapshotInfo:
+        """Delete a snapshot; its files stay while sandboxes or other snapshots use them. NotFound."""
+        target = ROUTES["delete_snapshot"].url(snapshot=snapshot) + query_string({"tenant": tenant})
+        return parse(SnapshotInfo, self.transport.json("DELETE", target, timeout=STOP_TIMEOUT))
 
     def list_envs(self) -> list[dict[str, Any]]:
         """Environments that can be made."""

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from rock import __version__
 from rock.admin import audit
-from rock.admin.api import bare, jobs, reference, sandboxes
+from rock.admin.api import bare, jobs, reference, sandboxes, snapshots
 from rock.admin.environments import Environments
 from rock.admin.reconciler import mark_lost
 from rock.admin.sandboxes.service import Service
@@ -30,6 +30,7 @@ from rock.errors import (
 from rock.http.asgi import retry_after
 from rock.protocol import action, env, keys, node, runs, sandbox
 from rock.protocol import jobs as job_messages
+from rock.protocol import snapshots as snapshot_messages
 from rock.protocol.action import ConnectionList
 from rock.protocol.env import AddEnv, BuildEnv, EnvAbout
 from rock.protocol.gateway_rows import gateway_rows
@@ -70,6 +71,7 @@ def build(
     _errors(app)
     _sandboxes(app, tenant_services)
     _volumes(app, tenant_services)
+    snapshots.add_routes(app, tenant_services)
     jobs.add_routes(app, service.store.jobs)
     _keys(app, keys)
     _environments(app, envs)
@@ -215,7 +217,7 @@ def _models() -> dict[str, type[BaseModel]]:
     """The wire models, by name."""
     return {
         name: kind
-        for module in (sandbox, action, env, node, keys, runs, job_messages)
+        for module in (sandbox, action, env, node, keys, runs, job_messages, snapshot_messages)
         for name, kind in vars(module).items()
         if isinstance(kind, type) and issubclass(kind, BaseModel)
     }
@@ -297,10 +299,12 @@ def add_routes(app: FastAPI, service: Service) -> None:
         info = await worker_registry.info(worker)
         if not force:
             await service.volumes.refuse_removal(worker)
+            await service.snapshots.refuse_removal(worker)
         if force and not info.is_lost:
             await worker_registry.lose(info, surely=True)
         if (await worker_registry.info(worker)).is_lost:
             await mark_lost(service, worker)
             await service.volumes.lose(worker)
+            await service.snapshots.lose(worker)
         await worker_registry.remove(worker)
         return info

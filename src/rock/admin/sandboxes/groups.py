@@ -87,8 +87,7 @@ class Groups:
             raise InvalidConfig(f"name={config.name!r}: a name is for one sandbox, and this group has {spec.size}",
                                 hint="use labels for the sandboxes of a group")
         self._check_config(config)
-        if config.volumes:
-            config = await self._resolve(config, caller.owner)
+        config = await self._resolve(config, caller.owner)
         ids = [member(group_id, number) for number in range(spec.size)]
         if len(ids[-1]) > _LONGEST_ID:
             raise InvalidConfig(f"sandbox_id {group_id[:20]}... is too long for a group of {spec.size} sandboxes: a "

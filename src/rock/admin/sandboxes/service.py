@@ -20,6 +20,7 @@ from rock.admin.sandboxes.lifecycle import Effect, Event
 from rock.admin.sandboxes.records import Records
 from rock.admin.sandboxes.retention import Archive, Cleanup, RetainedSandboxes
 from rock.admin.sandboxes.starts import CREATES, Starts
+from rock.admin.snapshots import Snapshots
 from rock.admin.volumes import Volumes
 from rock.admin.workers.client import Worker
 from rock.admin.workers.placement import Placer
@@ -51,6 +52,7 @@ class Service:
         blobs: Blobs | None = None,
         archive_limit: int = 64 << 30,
         reservations: Reservations | None = None,
+        snapshot_ttl: float = 3600.0,
     ) -> None:
         self.store = store
         self.workers = workers
@@ -63,7 +65,8 @@ class Service:
         started = self.start_tasks.waited
         self.kept = RetainedSandboxes(self.records, workers, self.cleanup, self.archive, self.stop, started)
         self.commits = Commits(self.records, workers, archive_limit)
-        self.groups = Groups(store, self.placer, self.start_tasks, self.archive.check, self.volumes.resolve, self.stop)
+        self.groups = Groups(store, self.placer, self.start_tasks, self.archive.check, self.resolve, self.stop)
+        self.snapshots = Snapshots(store, self.records, workers, self.groups, snapshot_ttl)
         self.envs = EnvironmentHosts(store, workers, self.placer, started, self.insert)
         self.start_tasks.on_failed.append(self.groups.launch_failed)
         self.records.on_withdrawn.append(self.start_tasks.withdraw)
@@ -79,6 +82,7 @@ class Service:
         await asyncio.gather(*tasks, return_exceptions=True)
         self.start_tasks.queue.close()
         await self.groups.close()
+        await self.snapshots.close()
         await self.volumes.close()
         await self.placer.close()
         await self.archive.close()
@@ -112,8 +116,7 @@ class Service:
     async def insert(self, config: SandboxConfig, key: str | None, caller: Caller) -> Record:
         """Insert the record of a new sandbox and start it."""
         self.archive.check(config)
-        if config.volumes:
-            config = await self.volumes.resolve(config, caller.owner)
+        config = await self.resolve(config, caller.owner)
         sandbox_id = config.sandbox_id or secrets.token_hex(16)
         record: Record | None = None
         try:
@@ -132,6 +135,15 @@ class Service:
         finally:
             if record is None or sandbox_id not in self.start_tasks:
                 self.placer.landed(sandbox_id)
+
+    async def resolve(self, config: SandboxConfig, owner: str) -> SandboxConfig:
+        """The config with the ids and the worker of its volumes and its snapshot. NotFound, Conflict, InvalidConfig,
+        Unsupported."""
+        if config.volumes:
+            config = await self.volumes.resolve(config, owner)
+        if config.snapshot is not None:
+            return await self.snapshots.resolve(config, owner)
+        return config if config.snapshot_worker is None else config.model_copy(update={"snapshot_worker": None})
 
     async def _placed(self, sandbox_id: str, config: SandboxConfig) -> tuple[Worker, NodeStatus | None]:
         """A worker that accepts it. An unreachable worker, or one that rejects because of its lease, is skipped:

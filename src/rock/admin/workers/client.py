@@ -32,6 +32,7 @@ from rock.protocol.node import (
 )
 from rock.protocol.routes import OUTAGE, ROUTES, Frame, FrameParser, pack_frame
 from rock.protocol.sandbox import ArchivedFiles, SandboxConfig, travelling
+from rock.protocol.snapshots import NodeCheckpoint, NodeSnapshot, NodeSnapshots
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -107,6 +108,22 @@ class Worker(Protocol):
 
     async def delete_volume(self, volume_id: str) -> NodeVolumes:
         """Delete a volume and its files; an unknown one is no error. Conflict while a sandbox uses it."""
+        ...
+
+    async def snapshots(self) -> NodeSnapshots: ...
+
+    async def checkpoint(self, sandbox_id: str, spec: NodeCheckpoint) -> NodeSnapshot:
+        """Take a snapshot of a running sandbox; a repetition with the same id returns the same. Conflict, Unsupported,
+        StorageFull."""
+        ...
+
+    async def rollback(self, sandbox_id: str, snapshot_id: str) -> NodeSandbox:
+        """Return a running sandbox to a snapshot. NotFound, Conflict, Unsupported."""
+        ...
+
+    async def delete_snapshot(self, snapshot_id: str) -> NodeSnapshots:
+        """Delete a snapshot; an unknown one is no error. One that is in use is hidden, and removed with its last
+        user."""
         ...
 
 
@@ -269,6 +286,19 @@ class WireWorker:
 
     async def delete_volume(self, volume_id: str) -> NodeVolumes:
         return await self._call(NodeVolumes, "node_delete_volume", volume_id=volume_id)
+
+    async def snapshots(self) -> NodeSnapshots:
+        return await self._call(NodeSnapshots, "node_snapshots")
+
+    async def checkpoint(self, sandbox_id: str, spec: NodeCheckpoint) -> NodeSnapshot:
+        return await self._call(NodeSnapshot, "node_checkpoint", "", spec.model_dump(), sandbox_id=sandbox_id)
+
+    async def rollback(self, sandbox_id: str, snapshot_id: str) -> NodeSandbox:
+        body = {"snapshot_id": snapshot_id}
+        return await self._call(NodeSandbox, "node_rollback", "", body, sandbox_id=sandbox_id)
+
+    async def delete_snapshot(self, snapshot_id: str) -> NodeSnapshots:
+        return await self._call(NodeSnapshots, "node_delete_snapshot", snapshot_id=snapshot_id)
 
 
 def _parsed(kind: type[Model], status: int, reply: bytes) -> Model:

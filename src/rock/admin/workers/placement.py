@@ -55,8 +55,8 @@ class Placer:
     async def place(self, sandbox_id: str, config: SandboxConfig) -> Worker:
         """Choose a worker; call `landed` when the start is over, or is abandoned."""
         await self._known()
-        if config.volumes:
-            return self._with_volumes(config)
+        if config.volumes or config.snapshot is not None:
+            return self._pinned(config)
         try:
             name = self._scheduler.place(config)
         except NoCapacity:
@@ -74,19 +74,20 @@ class Placer:
     ) -> list[Worker]:
         """Workers for the first of these sandboxes, with `whole` for all of them."""
         await self._known(_NEW)
-        if config.volumes:
-            return [self._with_volumes(config)] * len(ids)
+        if config.volumes or config.snapshot is not None:
+            return [self._pinned(config)] * len(ids)
         names = self._scheduler.place_group(config, len(ids), placement, whole)
         for sandbox_id, name in zip(ids, names, strict=False):
             self._placed.setdefault(sandbox_id, []).append((name, config.num_gpus or 0.0))
         return [self._there(name) for name in names]
 
-    def _with_volumes(self, config: SandboxConfig) -> Worker:
-        """The worker of its volumes, which rejects what exceeds its capacity. Unavailable."""
-        name = config.volumes[0].worker or "" if config.volumes else ""
+    def _pinned(self, config: SandboxConfig) -> Worker:
+        """The worker of its volumes or its snapshot, which rejects what exceeds its capacity. Unavailable."""
+        what = "the snapshot" if config.snapshot is not None else "the volumes"
+        name = (config.volumes[0].worker if config.volumes else config.snapshot_worker) or ""
         if name not in self.statuses:
             away = name not in self._workers or self._workers.is_silent(name) or self._workers.is_failing(name)
-            raise Unavailable(f"worker {name}, which has the volumes of the sandbox, accepts no sandboxes now",
+            raise Unavailable(f"worker {name}, which has {what} of the sandbox, accepts no sandboxes now",
                               hint="retry when it is ready: rock worker ls", details=OUTAGE if away else None)
         return self._there(name)
 
@@ -123,6 +124,9 @@ class Placer:
 
     async def check(self, config: SandboxConfig) -> None:
         """Raise the errors that a create would raise at once on some worker, when the worker is not chosen yet."""
+        if config.snapshot is not None:
+            raise Unsupported("snapshot: a Ray cluster chooses the worker of a sandbox, and a snapshot is on one",
+                              hint="use the scheduler of ROCK, or leave snapshot unset")  # fmt: skip
         if config.volumes:
             raise Unsupported("volumes: a Ray cluster decides on which worker a sandbox runs, and volumes stay on one",
                               hint="use the scheduler of ROCK, or leave volumes unset")  # fmt: skip

@@ -45,6 +45,7 @@ from rock.protocol.node import (
     WorkerInfo,
 )
 from rock.protocol.sandbox import ArchivedFiles, SandboxConfig
+from rock.protocol.snapshots import NodeCheckpoint, NodeSnapshot, NodeSnapshots
 from rock.proxy.app import Proxy, is_data
 from rock.rocklet.node import Node
 from rock.settings import Settings
@@ -381,3 +382,15 @@ class LocalWorker:
 
     async def delete_volume(self, volume_id: str) -> NodeVolumes:
         return await self._node.delete_volume(volume_id)
+
+    async def snapshots(self) -> NodeSnapshots:
+        return self._node.snapshots.inventory()
+
+    async def checkpoint(self, sandbox_id: str, spec: NodeCheckpoint) -> NodeSnapshot:
+        return await self._node.snapshots.checkpoint(sandbox_id, spec)
+
+    async def rollback(self, sandbox_id: str, snapshot_id: str) -> NodeSandbox:
+        return await self._node.rollback(sandbox_id, snapshot_id)
+
+    async def delete_snapshot(self, snapshot_id: str) -> NodeSnapshots:
+        return await self._node.snapshots.delete(snapshot_id)

@@ -59,10 +59,11 @@ class FileApi:
         mode = mode_of(request.query.get("mode"))
 
         async def work() -> Answer:
-            await files.write_stream(
-                sandbox.runtime, sandbox.handle, path, request.chunks(), append=append, mode=mode,
-                user=request.query.get("user"),
-            )  # fmt: skip
+            async with sandbox.uploads.one():
+                await files.write_stream(
+                    sandbox.runtime, sandbox.handle, path, request.chunks(), append=append, mode=mode,
+                    user=request.query.get("user"),
+                )  # fmt: skip
             return answer(await self._info(sandbox, path))
 
         if append:
@@ -158,7 +159,8 @@ class FileApi:
         sandbox = self._find(request)
         path = files.inside(request.required("path"))
         with sandbox.active():
-            await files.unpack(sandbox.runtime, sandbox.handle, path, request.chunks())
+            async with sandbox.uploads.one():
+                await files.unpack(sandbox.runtime, sandbox.handle, path, request.chunks())
             return answer(await self._info(sandbox, path))
 
 

@@ -27,6 +27,7 @@ from rock.protocol.node import NodeCommit, NodeVolume, ProcessList, SessionList,
 from rock.protocol.route import SANDBOX, Route
 from rock.protocol.routes import LOG_NEXT, LOG_RUNNING, LOG_START, ROUTES
 from rock.protocol.sandbox import SandboxConfig
+from rock.protocol.snapshots import NodeCheckpoint, NodeRollback
 from rock.rocklet import ports
 from rock.rocklet.api import environments, files, frames
 from rock.rocklet.commands import programs, terminal
@@ -82,6 +83,10 @@ class Api:
             "node_volumes",
             "node_create_volume",
             "node_delete_volume",
+            "node_snapshots",
+            "node_checkpoint",
+            "node_rollback",
+            "node_delete_snapshot",
         ):
             router.add(ROUTES[name], getattr(self, name))
         router.add(ROUTES["terminal"], terminal.handler(self.node))
@@ -350,6 +355,20 @@ class Api:
 
     async def node_delete_volume(self, request: Request) -> Answer:
         return answer_model(await self.node.delete_volume(request.path["volume_id"]))
+
+    async def node_snapshots(self, request: Request) -> Answer:
+        return answer_model(self.node.snapshots.inventory())
+
+    async def node_checkpoint(self, request: Request) -> Answer:
+        spec = await request.model(NodeCheckpoint)
+        return answer_model(await self.node.snapshots.checkpoint(request.path["sandbox_id"], spec))
+
+    async def node_rollback(self, request: Request) -> Answer:
+        spec = await request.model(NodeRollback)
+        return answer_model(await self.node.rollback(request.path["sandbox_id"], spec.snapshot_id))
+
+    async def node_delete_snapshot(self, request: Request) -> Answer:
+        return answer_model(await self.node.snapshots.delete(request.path["snapshot_id"]))
 
 
 def size_of(body: Any) -> tuple[int, int]:

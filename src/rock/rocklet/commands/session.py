@@ -46,6 +46,11 @@ class Session:
         """The reason why the session is closed; None while it is open."""
         return self._interpreter.closed
 
+    @property
+    def between_commands(self) -> asyncio.Lock:
+        """Held while a command runs."""
+        return self._lock
+
     # ---- start and end ----
 
     async def open(self) -> None:

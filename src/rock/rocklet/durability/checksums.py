@@ -169,6 +169,8 @@ class Checksums:
         self._places.clear()
         if self._fd >= 0:
             os.ftruncate(self._fd, 0)
+        else:  # nothing was written since an earlier rocklet process
+            self.path.unlink(missing_ok=True)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

@@ -9,10 +9,11 @@ from typing import Any, Literal
 from rock import errors
 from rock.host.resources import Gpus
 from rock.protocol.sandbox import Isolation, SandboxConfig, parse_size
-from rock.runtime.base import LINUX_ONLY, Enforced
+from rock.runtime.base import Enforced
 from rock.runtime.docker.engine import Engine, EngineError, Facts
 from rock.runtime.init.python import INSIDE, LINK, GuestPython
 from rock.runtime.namespace.probe import Finding
+from rock.runtime.refusals import LINUX_ONLY
 
 Oci = Literal["runc", "runsc", "kata"]
 CAPABILITIES = ("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID", "NET_BIND_SERVICE",

@@ -244,6 +244,10 @@ class FakeSandbox:
             self._files = Tree()
         return self._files
 
+    @files.setter
+    def files(self, tree: Tree) -> None:
+        self._files = tree
+
     def next_pid(self) -> int:
         if len(self.processes) >= MOST_PROCESSES:
             raise errors.QuotaExceeded(f"a fake sandbox has its limit of {MOST_PROCESSES} processes",

@@ -6,29 +6,17 @@ import os
 import secrets
 import tempfile
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from rock import errors
 from rock.protocol.sandbox import Isolation, SandboxConfig
-from rock.runtime.base import (
-    Enforced,
-    ExitStatus,
-    FileStat,
-    Handle,
-    Liveness,
-    Program,
-    Trait,
-    key_taken,
-    no_kept_program,
-    no_program,
-    no_such_user,
-    not_writing,
-    unavailable_channel,
-)
+from rock.runtime.base import Enforced, ExitStatus, FileStat, Frozen, Handle, Liveness, Program, Trait
 from rock.runtime.fake import programs
 from rock.runtime.fake.builtins import PROGRAMS
 from rock.runtime.fake.programs import Descriptor, FakeProcess, FakeSandbox, Null, Open
 from rock.runtime.fake.tools import TOOLS
-from rock.runtime.fake.tree import MOST_BYTES, SMALLER
+from rock.runtime.fake.tree import MOST_BYTES, SMALLER, Tree
+from rock.runtime.refusals import key_taken, no_kept_program, no_program, no_such_user, not_writing, unavailable_channel
 
 HOME = "/work"
 _PATH = "/usr/local/bin:/usr/bin:/bin"
@@ -128,6 +116,8 @@ class FakeRuntime:
         self._programs = {**TOOLS, **PROGRAMS, **(programs or {})}
         self._sandboxes: dict[str, FakeSandbox] = {}
         self._kept: dict[str, dict[str, SpawnedStreams]] = {}  # by slot and key
+        self._snapshots: dict[str, tuple[Tree, Frozen]] = {}
+        self._runs_on: dict[str, str] = {}  # by slot, the snapshot on which a sandbox runs
 
     # ---- sandboxes ----
 
@@ -155,11 +145,16 @@ class FakeRuntime:
         if config.use_kata_runtime or config.oci_runtime is not None or config.image_os != "linux":
             raise errors.Unsupported("the fake runtime runs programs of its own only, without an OCI runtime",
                                      hint="leave use_kata_runtime, oci_runtime and image_os unset")
+        if config.snapshot is not None:
+            self._snapshot(config.snapshot)
 
     async def create(self, id: str, config: SandboxConfig) -> Handle:
         await self.check(config)
         slot = secrets.token_hex(6)
-        self._sandboxes[slot] = FakeSandbox(id, dict(config.env), self._programs)
+        made = self._sandboxes[slot] = FakeSandbox(id, dict(config.env), self._programs)
+        if config.snapshot is not None:
+            made.files = self._snapshot(config.snapshot).copy()
+            self._runs_on[slot] = config.snapshot
         return Handle(self.name, id, Isolation.NONE, _ENFORCED, {"slot": slot})
 
     def sandbox(self, handle: Handle) -> FakeSandbox:
@@ -168,6 +163,40 @@ class FakeRuntime:
         if found is None or not found.alive:
             raise errors.Lost("the sandbox is gone", sandbox_id=handle.id)
         return found
+
+    # ---- snapshots ----
+
+    def _snapshot(self, snapshot_id: str) -> Tree:
+        found = self._snapshots.get(snapshot_id)
+        if found is None:
+            raise errors.NotFound(f"there is no snapshot {snapshot_id} on this worker", hint="`rock snapshot ls`")
+        return found[0]
+
+    async def checkpoint(self, handle: Handle, snapshot_id: str, files: Literal["auto", "switch", "copy"]) -> Frozen:
+        if snapshot_id not in self._snapshots:
+            if files == "switch":
+                raise errors.Unsupported("the fake runtime has no layers to switch", sandbox_id=handle.id,
+                                         hint='use files="copy" or "auto"')
+            tree = self.sandbox(handle).files.copy()
+            self._snapshots[snapshot_id] = tree, Frozen(handle, "copy", tree.used, 1, 0.0)
+            self._runs_on[handle.data["slot"]] = snapshot_id
+        return self._snapshots[snapshot_id][1]
+
+    def parent(self, handle: Handle) -> str | None:
+        found = self._runs_on.get(handle.data["slot"])
+        return found if found in self._snapshots else None
+
+    async def replace(self, handle: Handle, config: SandboxConfig, snapshot_id: str) -> Handle:
+        return await self.create(handle.id, config.model_copy(update={"snapshot": snapshot_id}))
+
+    def snapshots(self) -> Mapping[str, Sequence[str]]:
+        return {one: [] for one in self._snapshots}  # each sandbox has a copy
+
+    async def drop_snapshot(self, snapshot_id: str) -> bool:
+        self._snapshots.pop(snapshot_id, None)
+        return True
+
+    # ---- end ----
 
     async def recover(self, handle: Handle) -> Liveness:
         found = self._sandboxes.get(handle.data["slot"])
@@ -198,6 +227,7 @@ class FakeRuntime:
             os.close(fd)
         found.writing.clear()
         self._sandboxes.pop(slot, None)
+        self._runs_on.pop(slot, None)
 
     async def sweep(self, known: Sequence[str]) -> list[str]:
         names = set(known)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import posixpath
 import time
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Literal
 
 from rock import errors
-from rock.runtime.base import FileStat, is_a_folder, no_such_path, not_a_folder, not_absolute, not_regular
+from rock.runtime.base import FileStat
+from rock.runtime.refusals import is_a_folder, no_such_path, not_a_folder, not_absolute, not_regular
 
 Kind = Literal["file", "directory", "symlink", "device"]
 MOST_BYTES = 256 << 20  # of all files of one sandbox
@@ -54,6 +56,12 @@ class Tree:
         self.write("/bin/sh", b"#!fake\n", 0o755)
         self.write("/etc/passwd", _PASSWD)
         self.find("/dev").children["null"] = Node("device", 0o666)
+
+    def copy(self) -> Tree:
+        """An independent copy; names of one file remain names of one file."""
+        other = Tree.__new__(Tree)
+        other.root, other.used = deepcopy(self.root), self.used
+        return other
 
     # ---- lookup ----
 

@@ -31,7 +31,7 @@ from rock.guest.init.remove import remove_tree
 from rock.images.records import RootFS
 from rock.images.store import Images
 from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
-from rock.runtime.base import LINUX_ONLY, Enforced, Handle, Program, Trait
+from rock.runtime.base import Enforced, Handle, Program, Trait
 from rock.runtime.gvisor import starter
 from rock.runtime.init.delayed import BACK, DelayedInit, DelayedSandboxes
 from rock.runtime.init.files import merged
@@ -43,6 +43,7 @@ from rock.runtime.namespace.launcher import mounts, seccomp
 from rock.runtime.namespace.limits import cgroups, disk_layout, limiter
 from rock.runtime.namespace.limits.cgroups import Cgroups
 from rock.runtime.process.runtime import children, read_record, reap, wait_gone, write_record
+from rock.runtime.refusals import LINUX_ONLY
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 RUNSC = "check runsc with `rock doctor` on the worker, and its log"

@@ -24,7 +24,8 @@ from rock import errors
 from rock.guest.init.link import PACKET, pack, receive_packet, unpack
 from rock.guest.init.process_tree import TICK
 from rock.protocol.routes import SENT
-from rock.runtime.base import CLOCK, ExitStatus, Program, no_program, not_a_terminal_size
+from rock.runtime.base import CLOCK, ExitStatus, Program
+from rock.runtime.refusals import no_program, not_a_terminal_size
 
 SOCKET_NAME = "s"
 PATIENCE = 60.0  # timeout in seconds of a request that has no time limit of its own

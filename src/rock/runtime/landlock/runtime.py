@@ -29,7 +29,7 @@ from rock import errors
 from rock.guest.init import process_tree, remove
 from rock.images import host
 from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
-from rock.runtime.base import START_LOG, Enforced, Handle, Program, Trait
+from rock.runtime.base import Enforced, Handle, Program, Trait
 from rock.runtime.init.files import merged
 from rock.runtime.init.link import InitLink, bind_listener
 from rock.runtime.landlock import parent, ruleset
@@ -38,6 +38,7 @@ from rock.runtime.namespace.launcher import seccomp
 from rock.runtime.namespace.limits import limiter
 from rock.runtime.namespace.limits.limiter import MemoryWatch
 from rock.runtime.process.runtime import PATH, ProcessRuntime, children, read_record, write_record
+from rock.runtime.refusals import START_LOG
 
 _NEEDED = 4  # the ABI version that introduces TCP rules
 _FIRST_UID, _SPAN, _MOST = 1_700_000_000, 10_000, 20_000

@@ -11,7 +11,7 @@ from rock import errors
 from rock.host import resources
 from rock.images.records import RootFS
 from rock.protocol.sandbox import Isolation, SandboxConfig
-from rock.runtime.base import LINUX_ONLY
+from rock.runtime.refusals import LINUX_ONLY
 
 _RESERVE = 256 << 20  # bytes of memory reserved for the host
 _LEAST = 64 << 20  # bytes of free memory that a new sandbox requires, or its limit if that is less

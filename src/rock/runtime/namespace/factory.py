@@ -11,7 +11,7 @@ import errno
 import logging
 import os
 from collections import OrderedDict, deque
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -60,13 +60,15 @@ class Factory:
             self._end_lease(digest)
 
     async def make(self, id: str, kind: Kind, config: SandboxConfig, kept: RetainedFiles | None = None,
-                   folders: Sequence[FolderMount] = ()) -> Sandbox:
+                   folders: Sequence[FolderMount] = (), layers: Sequence[str] = (),
+                   identity: Sequence[str] = ()) -> Sandbox:
         """Have the launcher create a sandbox, over the files of `kept` if given, with these folders, and a record on
-        disk; without an `id` it has no owner. StartFailed, StorageFull, ImageError.
+        disk; without an `id` it has no owner. layers: snapshots above its image, newest first. identity: their
+        files that it has new, or not at all. StartFailed, StorageFull, ImageError.
 
         A started create runs to its end when the caller is cancelled, so that nothing is left behind.
         """
-        task = asyncio.create_task(self._make_whole(id, kind, config, kept, folders))
+        task = asyncio.create_task(self._make_whole(id, kind, config, kept, folders, layers, identity))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -76,17 +78,17 @@ class Factory:
             raise
 
     async def _make_whole(self, id: str, kind: Kind, config: SandboxConfig, kept: RetainedFiles | None,
-                          mounted: Sequence[FolderMount]) -> Sandbox:
+                          mounted: Sequence[FolderMount], layers: Sequence[str], identity: Sequence[str]) -> Sandbox:
         """Create a sandbox; retry once in another run folder when the launcher or its zygote died meanwhile."""
         try:
-            return await self._make_once(id, kind, config, kept, mounted)
+            return await self._make_once(id, kind, config, kept, mounted, layers, identity)
         except (Ended, _ZygoteEnded):
             if kept is not None:  # its files are restored; the next request uses a new launcher
                 raise
-            return await self._make_once(id, kind, config, kept, mounted)
+            return await self._make_once(id, kind, config, kept, mounted, layers, identity)
 
     async def _make_once(self, id: str, kind: Kind, config: SandboxConfig, kept: RetainedFiles | None,
-                         mounted: Sequence[FolderMount]) -> Sandbox:
+                         mounted: Sequence[FolderMount], layers: Sequence[str], identity: Sequence[str]) -> Sandbox:
         slots = self._slots
         slot = kept.slot if kept else self.spares.pop(0) if self.spares else records.new_slot()
         base = slots.ranges.take(slot)
@@ -98,8 +100,8 @@ class Factory:
             if config.disk is not None:
                 await self._disks.prepare(str(slots.run_dir / slot), config)
             lease = self._lease(kind)
-            spec = {**self._spec(slot, base, kind, config, folders), "woken": kept is not None,
-                    "folders": [_folder_spec(one) for one in mounted]}
+            spec = {**self.spec(slot, base, kind, config, layers), "woken": kept is not None,
+                    "identity": list(identity), "folders": [_folder_spec(one) for one in mounted]}
             await faults.point("namespace.placed")
             reply = await slots.launcher.request("create", spec, lease.fd if lease else None)
             if "error" in reply:
@@ -108,7 +110,7 @@ class Factory:
                 reason = f"{reply['error']} ({reply['hint']})" if reply.get("hint") else reply["error"]
                 raise errors.StartFailed(f"the sandbox could not be made: {reason}",
                                          hint="the log of the worker has the cause; `rock doctor` checks the machine")
-            sandbox = Sandbox(slot, reply["pid"], reply["start"], base, folders)
+            sandbox = Sandbox(slot, reply["pid"], reply["start"], base, folders, snapshots=layers)
             if mounted:
                 sandbox.volumes = {one.volume: [one.name, one.read_only] for one in mounted if one.volume}
             sandbox.link = InitLink.connect(slots.run_dir / slot, slot)
@@ -151,8 +153,10 @@ class Factory:
         folders = [str(self._slots.run_dir / records.SPARE / slot) for slot in fresh]
         self._slots.launcher.post("ahead", {"ranges": self._slots.ranges.coming(_SPARES), "folders": folders})
 
-    def _spec(self, slot: str, base: int, kind: Kind, config: SandboxConfig,
-              folders: Mapping[str, str]) -> dict[str, Any]:
+    def spec(self, slot: str, base: int, kind: Kind, config: SandboxConfig, layers: Sequence[str],
+             freezing: bool = False) -> dict[str, Any]:
+        """What the launcher needs to know of a sandbox. layers: see `make`. freezing: the first layer will receive what
+        the sandbox has written."""
         run_dir, limiter = self._slots.run_dir, self._slots.limiter
         etc = {}
         if config.network == "host":
@@ -160,14 +164,22 @@ class Factory:
                 etc["resolv.conf"] = Path("/etc/resolv.conf").read_text()
         elif config.network == "nat":
             etc["resolv.conf"] = isolated_network.RESOLV_CONF
+        frozen = [f"{run_dir}/{records.SNAPSHOTS}/{one}" for one in layers]
+        binds: list[dict[str, Any]] = [
+            {"source": bind.source, "target": bind.target, "writable": bind.writable, "idmap": bind.idmap}
+            for bind in kind.rootfs.binds]  # fmt: skip
+        for index, bind in enumerate(binds if frozen else ()):
+            if bind["writable"]:
+                known = [os.path.isdir(f"{one}/upper{index}") for one in frozen]
+                known[0] |= freezing and os.path.isdir(f"{run_dir}/{slot}/upper{index}")
+                bind["over"] = [f"{one}/upper{index}" for one, exists in zip(frozen, known, strict=True) if exists]
         return {
-            "slot": str(run_dir / slot), "base": base, "network": config.network,
-            "shared": kind.shared, "layers": [str(run_dir / records.BASE), *kind.rootfs.layers], "etc": etc,
-            "binds": [{"source": bind.source, "target": bind.target, "writable": bind.writable, "idmap": bind.idmap}
-                      for bind in kind.rootfs.binds],
-            "cgroups": list(folders.values()), "limits": limiter.files(slot, config),
+            "slot": str(run_dir / slot), "base": base, "network": config.network, "shared": kind.shared,
+            "layers": [*(f"{one}/upper" for one in frozen), str(run_dir / records.BASE), *kind.rootfs.layers],
+            "etc": etc, "binds": binds,
+            "cgroups": list(limiter.groups.folders(slot).values()), "limits": limiter.files(slot, config),
             "affinity": limiter.affinity(config), "processes": limiter.processes(config),
-            "disk": self._disks.spec(config),
+            "disk": self._disks.spec(config), "frozen": frozen[0] if frozen else "",
         }
 
 

@@ -20,6 +20,7 @@ from rock.runtime.namespace.launcher import userns
 SLOT_PREFIX = "n-"
 BASE = "base"  # the layer on top of every image
 SPARE = "spare"  # folder of prepared run folders
+SNAPSHOTS = "snapshots"  # folder of the layers of snapshots
 _SPAN = 20_000
 
 

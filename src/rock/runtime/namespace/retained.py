@@ -56,9 +56,10 @@ def noted(data: Mapping[str, Any]) -> RootFS:
     return RootFS(**fields)
 
 
-def record(id: str, slot: str) -> dict[str, Any]:
-    """The record of a stopped sandbox."""
-    return {"id": id, "slot": slot, "resting": True}
+def record(id: str, slot: str, snapshots: Sequence[str] = ()) -> dict[str, Any]:
+    """The record of a stopped sandbox. snapshots: its layers above the image."""
+    more = {"snapshots": list(snapshots)} if snapshots else {}
+    return {"id": id, "slot": slot, "resting": True, **more}
 
 
 def make_empty(run_dir: Path, slot: str, id: str, rootfs: RootFS) -> None:
@@ -70,8 +71,9 @@ def make_empty(run_dir: Path, slot: str, id: str, rootfs: RootFS) -> None:
         (folder / f"upper{suffix}").mkdir(mode=0o755)
 
 
-def strip(run_dir: Path, slot: str, id: str, groups: list[str]) -> None:
-    """Remove everything but the files of a sandbox without processes, and sync them to disk. Blocking, idempotent.
+def strip(run_dir: Path, slot: str, id: str, groups: list[str], layers: Sequence[str]) -> None:
+    """Remove everything but the files of a sandbox without processes, and sync them to disk. layers: of snapshots, on
+    which it runs. Blocking, idempotent.
 
     Lost when there are no files; Unavailable when something remains that must not.
     """
@@ -90,7 +92,7 @@ def strip(run_dir: Path, slot: str, id: str, groups: list[str]) -> None:
                 work = folder / f"work{name.removeprefix('upper')}"
                 remove_tree(str(work))  # the kernel's state of the former mount, which blocks a new mount
                 os.mkdir(work)
-        records.write(run_dir, slot, record(id, slot))
+        records.write(run_dir, slot, record(id, slot, layers))
         _sync(folder)
     except OSError as error:
         raise errors.Unavailable(f"the files of a stopped sandbox could not be put away: {error}",
@@ -207,6 +209,7 @@ class Handles:
     def claimed(self, sandbox: Sandbox, id: str, rootfs: RootFS, config: SandboxConfig) -> Handle:
         """The handle of a claimed pool member, with the limits of `config`."""
         sandbox.disk = self._disk_limit if config.disk is None else 0
+        self._slots.slot_of[id] = sandbox.slot
         sandbox.memory = config.memory_bytes - self._disks.in_memory(config)
         if sandbox.link is not None:
             sandbox.link.sandbox_id = id
@@ -257,6 +260,7 @@ class StoppedSandboxes:
         if slot not in self._leases:  # before its pid 1 releases the lease; a removed image is reported at the restart
             with contextlib.suppress(errors.ImageError):
                 self._leases[slot] = self._images.lease(noted(data["rootfs"]))
+        self._slots.slot_of[handle.id] = slot
         pid, start = data.get("pid"), data.get("start")
         if pid is not None and grace > 0:
             await self._slots.stop(handle, grace)
@@ -267,7 +271,8 @@ class StoppedSandboxes:
                 await wait_gone(*found)
         folders = self._slots.limiter.groups.folders(slot)
         try:
-            await asyncio.to_thread(strip, self._slots.run_dir, slot, handle.id, list(folders.values()))
+            layers = self._slots.layers.get(slot, ())
+            await asyncio.to_thread(strip, self._slots.run_dir, slot, handle.id, list(folders.values()), layers)
         except errors.Lost:
             self.let_go(slot)
             raise
@@ -293,8 +298,15 @@ class StoppedSandboxes:
     def pack(self, handle: Handle, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:
         """The written files, as a layer."""
         rootfs = noted(handle.data["rootfs"])
+        self._refuse_layers(handle)
         parts = packer_link.parts(self._slots.run_dir / handle.data["slot"], rootfs)
         return packer_link.pack({**self._packer_options(parts), "limit": limit}, rootfs.digest)
+
+    def _refuse_layers(self, handle: Handle) -> None:
+        if self._slots.layers.get(handle.data["slot"]):
+            raise errors.Unsupported("the sandbox runs on a snapshot, and its files are in several layers",
+                                     sandbox_id=handle.id,
+                                     hint="copy what you need out of it with `rock cp`")
 
     def image(self, handle: Handle) -> RootFS:
         """The original image."""
@@ -310,6 +322,7 @@ class StoppedSandboxes:
         if "disk" in handle.data:
             raise errors.Unsupported("what is on a disk with a limit cannot be read from outside",
                                      sandbox_id=handle.id, hint="commit a sandbox that was made without disk=")
+        self._refuse_layers(handle)
         places = packer_link.parts(folder, rootfs)
         async with contextlib.AsyncExitStack() as stack:
             if "pid" in handle.data:

@@ -12,13 +12,14 @@ import os
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from rock import errors
 from rock.images.records import RootFS
 from rock.images.store import Images
 from rock.protocol.action import ConnectionList
 from rock.protocol.sandbox import ArchivedFiles, Isolation, SandboxConfig, Usage
-from rock.runtime.base import FolderMount, Handle, Liveness, MountSource, Prepared, Program, Trait
+from rock.runtime.base import FolderMount, Frozen, Handle, Liveness, MountSource, Prepared, Program, Trait
 from rock.runtime.init.files import InitSandboxes
 from rock.runtime.init.link import InitLink
 from rock.runtime.namespace import admission, retained
@@ -31,6 +32,7 @@ from rock.runtime.namespace.limits.disk_watch import Disks, DiskWatch, Held
 from rock.runtime.namespace.limits.limiter import MemoryWatch
 from rock.runtime.namespace.retained import RUNTIME, Handles, StoppedSandboxes
 from rock.runtime.namespace.slots import Sandbox, Slots
+from rock.runtime.namespace.snapshots import Snapshots
 from rock.runtime.process.runtime import wait_gone
 
 _POOL = SandboxConfig(image="pool", memory="1g", cpus=1.0)  # limits of unclaimed pool members
@@ -58,6 +60,7 @@ class NamespaceRuntime(InitSandboxes):
         self._handles = Handles(self._slots, self._disks, disk_limit)
         self._factory = Factory(self._slots, self._disks, images)
         self._stopped = StoppedSandboxes(self._slots, self._handles, images)
+        self._snapshots = Snapshots(self._slots, images)
         self._pool: Pool[Kind, Sandbox] = Pool(pool_size, self._prepare, self._slots.discard, self._usable)
         self._watch = MemoryWatch("namespace", lambda: {
             sandbox.pid: (sandbox.memory, sandbox.count_kill)
@@ -76,6 +79,7 @@ class NamespaceRuntime(InitSandboxes):
         if self._opened:
             return
         await self._slots.open()
+        await asyncio.to_thread(self._snapshots.open)
         try:
             await self._choose_level()
         except BaseException:
@@ -132,6 +136,7 @@ class NamespaceRuntime(InitSandboxes):
         await self._egress.close()
         self._factory.close()
         self._stopped.close()
+        await self._snapshots.close()
         self._slots.let_go_of_all()
         if self._opened:
             self._slots.launcher.close()
@@ -149,6 +154,11 @@ class NamespaceRuntime(InitSandboxes):
         if config.disk is not None:
             await self._disks.choose(config)
         await self._folders(config)
+        if config.snapshot is not None:
+            if config.disk is not None:
+                raise errors.Unsupported("snapshot and disk: the files of a snapshot are not on a disk with a limit",
+                                         hint="leave disk unset")
+            return Kind.of(self._snapshots.rootfs(config.snapshot), config)
         return await self._kind(config)
 
     async def _folders(self, config: SandboxConfig) -> Sequence[FolderMount]:
@@ -174,7 +184,7 @@ class NamespaceRuntime(InitSandboxes):
     async def create(self, id: str, config: SandboxConfig) -> Handle:
         kind = await self._admit(config)
         special = config.disk is not None or config.nofile is not None or config.shm_size is not None \
-            or config.has_mounts
+            or config.has_mounts or config.snapshot is not None
         sandbox = None if special else self._pool.claim(kind)
         if sandbox is not None:
             try:
@@ -184,7 +194,11 @@ class NamespaceRuntime(InitSandboxes):
                 raise errors.StartFailed(f"the limits of the sandbox cannot be set: {error}", sandbox_id=id,
                                          hint="check the cgroups of the worker with `rock doctor`") from None
         else:
-            sandbox = await self._made(id, kind, config)
+            if config.snapshot is None:
+                sandbox = await self._made(id, kind, config)
+            else:
+                found = self._snapshots.get(config.snapshot)
+                sandbox = await self._made(id, kind, config, layers=found.layers, identity=found.identity)
         handle = self._handles.claimed(sandbox, id, kind.rootfs, config)
         if config.network == "nat":
             try:
@@ -194,12 +208,18 @@ class NamespaceRuntime(InitSandboxes):
                 raise
         return handle
 
-    async def _made(self, id: str, kind: Kind, config: SandboxConfig, kept: RetainedFiles | None = None) -> Sandbox:
-        try:
-            return await self._factory.make(id, kind, config, kept, await self._folders(config))
-        except errors.RockError as error:
-            error.sandbox_id = id
-            raise
+    async def _made(self, id: str, kind: Kind, config: SandboxConfig, kept: RetainedFiles | None = None,
+                    layers: Sequence[str] = (), identity: Sequence[str] = ()) -> Sandbox:
+        """layers: snapshots above its image. identity: see Factory.make."""
+        with self._snapshots.using(layers) as claim:
+            try:
+                sandbox = await self._factory.make(id, kind, config, kept, await self._folders(config), layers,
+                                                   identity)
+            except errors.RockError as error:
+                error.sandbox_id = id
+                raise
+            claim(sandbox.slot)
+        return sandbox
 
     async def _connect(self, handle: Handle, *, fresh: bool = False) -> None:
         """Have the egress proxy serve its connections, according to its policy."""
@@ -286,6 +306,7 @@ class NamespaceRuntime(InitSandboxes):
         data = handle.data
         self._stopped.let_go(data["slot"])
         await self._slots.clean_up(data["slot"], data.get("pid"), data.get("start"), data.get("base"), data["cgroups"])
+        await self._snapshots.collected()
 
     async def sweep(self, known: Sequence[str]) -> list[str]:
         return await self._slots.sweep(known)
@@ -300,7 +321,8 @@ class NamespaceRuntime(InitSandboxes):
         rootfs, slot = retained.noted(handle.data["rootfs"]), handle.data["slot"]
         retained.refuse_unusable(self._run_dir / slot, handle.id)
         kept = RetainedFiles(slot, partial(self._stopped.put_back, handle))
-        sandbox = await self._made(handle.id, Kind.of(rootfs, config), config, kept)
+        layers = self._snapshots.layers(slot)
+        sandbox = await self._made(handle.id, Kind.of(rootfs, config), config, kept, layers)
         self._stopped.let_go(slot)  # its pid 1 holds the lease now
         woken = self._handles.claimed(sandbox, handle.id, rootfs, config)
         if config.network == "nat":
@@ -310,6 +332,41 @@ class NamespaceRuntime(InitSandboxes):
                 await asyncio.shield(self._stopped.put_back(handle, sandbox.base))
                 raise
         return woken
+
+    # ---- snapshots ----
+
+    async def checkpoint(self, handle: Handle, snapshot_id: str, files: Literal["auto", "switch", "copy"]) -> Frozen:
+        rootfs, slot = self.image(handle), handle.data["slot"]
+        layers = [snapshot_id, *self._snapshots.layers(slot)]
+        config = SandboxConfig(image=rootfs.name)  # its limits do not matter here
+        spec = self._factory.spec(slot, handle.data["base"], Kind.of(rootfs, config), config, layers,
+                                  freezing=True)
+        return await self._snapshots.checkpoint(handle, snapshot_id, files, rootfs, spec)
+
+    def parent(self, handle: Handle) -> str | None:
+        return self._snapshots.parent(handle.data["slot"])
+
+    async def replace(self, handle: Handle, config: SandboxConfig, snapshot_id: str) -> Handle:
+        found = self._snapshots.get(snapshot_id)
+        rootfs = self._snapshots.rootfs(snapshot_id)
+        sandbox = await self._made(handle.id, Kind.of(rootfs, config), config, layers=found.layers)
+        replaced = self._handles.claimed(sandbox, handle.id, rootfs, config)
+        if config.network == "nat":
+            try:
+                await self._connect(replaced)
+            except BaseException:
+                await asyncio.shield(self._slots.discard(sandbox))
+                raise
+        return replaced
+
+    def snapshots(self) -> Mapping[str, Sequence[str]]:
+        names = {slot: id for id, slot in self._slots.slot_of.items()}
+        return {one: [names.get(slot, slot) for slot in slots] for one, slots in self._snapshots.users().items()}
+
+    async def drop_snapshot(self, snapshot_id: str) -> bool:
+        return await self._snapshots.drop(snapshot_id)
+
+    # ---- archives ----
 
     def pack(self, handle: Handle, limit: int) -> AsyncGenerator[bytes | ArchivedFiles]:
         return self._stopped.pack(handle, limit)

@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -106,6 +106,7 @@ class Sandbox:
     kills: int = 0  # by the memory monitor
     prepared: Prepared | None = None
     volumes: dict[str, list[Any]] | None = None  # name, and whether it is read-only, by id
+    snapshots: Sequence[str] = ()  # its layers above the image, newest first
     over_volume: str = ""  # the name of the volume whose size ended it
 
     def count_kill(self) -> None:
@@ -114,8 +115,11 @@ class Sandbox:
 
     def record(self, id: str) -> dict[str, Any]:
         """Its record on disk, under the name `id`."""
-        return {"id": id, "slot": self.slot, "pid": self.pid, "start": self.start, "base": self.base,
-                "cgroups": self.folders}
+        found: dict[str, Any] = {"id": id, "slot": self.slot, "pid": self.pid, "start": self.start, "base": self.base,
+                                 "cgroups": self.folders}
+        if self.snapshots:
+            found["snapshots"] = list(self.snapshots)
+        return found
 
 
 class Slots:
@@ -130,6 +134,9 @@ class Slots:
         self.run_dir = run_dir
         self.live: dict[str, Sandbox] = {}
         self.making: set[str] = set()
+        self.slot_of: dict[str, str] = {}  # by sandbox: a rollback gives a sandbox another slot
+        self.layers: dict[str, Sequence[str]] = {}  # by slot: layers of snapshots above the image, newest first
+        self.removed: list[Callable[[str], None]] = []  # called with a slot whose files are gone
         self._egress = egress
 
     async def open(self) -> None:
@@ -174,13 +181,15 @@ class Slots:
         """The living sandbox. Lost."""
         slot = handle.data["slot"]
         sandbox = self.live.get(slot)
+        self.slot_of[handle.id] = slot
         if sandbox is None:
             data = handle.data
             if "pid" not in data or not process_tree.lives(data["pid"], data["start"]):  # a stopped one has none
                 raise errors.Lost("the sandbox is gone", sandbox_id=handle.id)
             sandbox = Sandbox(slot, data["pid"], data["start"], data["base"], dict(data["cgroups"]),
                               memory=int(data["memory"]), disk=int(data.get("disk_limit", 0)),
-                              volumes=data.get("volumes"))
+                              volumes=data.get("volumes"),
+                              snapshots=self.layers.get(slot, ()))
             self.ranges.reserve(sandbox.base, slot)
             self.live[slot] = sandbox
         return sandbox
@@ -287,6 +296,8 @@ class Slots:
             await asyncio.to_thread(remove_remains, self.run_dir / slot, list(folders.values()))
         if base is not None:
             self.ranges.give_back(base, slot)
+        for tell in self.removed:
+            tell(slot)
 
     async def _retire(self, slot: str, pid: int, start: int, folders: Mapping[str, str]) -> bool:
         """Have the launcher end it; False when more remains than the launcher removes."""
@@ -308,7 +319,7 @@ class Slots:
         for slot in sorted({*records.slots(self.run_dir), *groups}):
             record = records.read(self.run_dir, slot)
             id = str(record.get("id", ""))
-            if slot in self.making or (id in keep if id else slot in self.live):
+            if slot in self.making or (id in keep and self.slot_of.get(id, slot) == slot if id else slot in self.live):
                 continue
             folders = self.limiter.groups.folders(slot)
             await self.clean_up(slot, record.get("pid"), record.get("start"), record.get("base"), folders)

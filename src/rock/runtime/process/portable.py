@@ -20,22 +20,11 @@ from pathlib import Path
 from rock import errors
 from rock.guest.init import remove
 from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
-from rock.runtime.base import (
-    Enforced,
-    FileStat,
-    Handle,
-    Liveness,
-    Program,
-    Trait,
-    key_taken,
-    no_kept_program,
-    no_program,
-    no_such_user,
-    not_writing,
-)
+from rock.runtime.base import Enforced, FileStat, Handle, Liveness, Program, Trait
 from rock.runtime.process import portable_files, portable_process
 from rock.runtime.process.portable_process import PlainProcess, PlainSandbox, close_all, read_all, start, streams_of
 from rock.runtime.process.runtime import refuse_unsupported
+from rock.runtime.refusals import key_taken, no_kept_program, no_program, no_such_user, not_writing
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _ENFORCED: dict[str, Enforced] = {"memory": "none", "cpus": "none", "pids": "none"}

@@ -13,7 +13,8 @@ from typing import Literal
 from rock import errors
 from rock.guest.init.files import make_parents
 from rock.guest.init.remove import remove_tree
-from rock.runtime.base import FileStat, is_a_folder, no_such_path, not_absolute, not_regular
+from rock.runtime.base import FileStat
+from rock.runtime.refusals import is_a_folder, no_such_path, not_absolute, not_regular
 
 _ERRORS: dict[int, type[errors.RockError]] = {
     errno.ENOENT: errors.NotFound, errno.EACCES: errors.PermissionDenied,

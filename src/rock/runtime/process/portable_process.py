@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from rock import errors
 from rock.guest.init import child_setup
 from rock.protocol.sandbox import Usage
-from rock.runtime.base import CLOCK, ExitStatus, Program, not_a_terminal_size, unavailable_channel
+from rock.runtime.base import CLOCK, ExitStatus, Program
+from rock.runtime.refusals import not_a_terminal_size, unavailable_channel
 
 _LOOK = 0.02  # polling interval for exits, in seconds
 

@@ -24,9 +24,10 @@ from rock import errors, faults
 from rock.guest.init import pid1, process_tree, remove
 from rock.host import atomic_file
 from rock.protocol.sandbox import Isolation, SandboxConfig, Usage
-from rock.runtime.base import START_LOG, Enforced, Handle, Liveness, Program, Trait
+from rock.runtime.base import Enforced, Handle, Liveness, Program, Trait
 from rock.runtime.init.files import InitSandboxes, merged
 from rock.runtime.init.link import InitLink, bind_listener
+from rock.runtime.refusals import START_LOG
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _ENFORCED: dict[str, Enforced] = {"memory": "none", "cpus": "none", "pids": "none"}

@@ -12,11 +12,13 @@ from typing import Any, Protocol, Self, Unpack, overload
 
 from rock import errors
 from rock.agents import Recipe
-from rock.protocol.action import BashAction, BashObservation, CommandResponse, ConnectionList
+from rock.protocol.action import BashAction, BashObservation, CommandResponse, ConnectionList, GroupInfo
 from rock.protocol.routes import ROUTES
 from rock.protocol.sandbox import BaseConfig, CommitPhase, CommitStatus, SandboxConfig, SandboxInfo, State, Usage
+from rock.protocol.snapshots import ForkResult, Mechanism, Memory, SnapshotInfo
 from rock.protocol.wire import html_table
 from rock.sdk import primitives
+from rock.sdk.http import query_string
 from rock.sdk.sandbox.agent.recipes import AgentOptions, AgentResult, run_agent
 from rock.sdk.sandbox.agent.rock_agent import RockAgent
 from rock.sdk.sandbox.link import (
@@ -175,6 +177,84 @@ class Sandbox(RockMethods):
     async def resume(self) -> None:
         """Continue a paused sandbox. Nothing happens when it is not paused."""
         await self._call("resume_sandbox", self._path("resume_sandbox"), wait=CLEAN_UP)
+
+    async def checkpoint(
+        self,
+        *,
+        memory: Memory = "auto",
+        files: Mechanism = "auto",
+        name: str | None = None,
+        wait: float = 5.0,
+        ttl_seconds: float | None = None,
+    ) -> SnapshotInfo:
+        """Take a snapshot. It continues to run; processes stop for some milliseconds.
+
+        memory: what is taken beside the files; a named level is refused where it is not possible. files: "switch"
+        freezes them without a copy, "copy" copies them, "auto" copies only where it must. name: unique among your
+        snapshots. wait: seconds to wait for running commands. ttl_seconds: retention after the last use.
+
+        The result states what was taken, and `left_out` what was not. Conflict: a command runs, or the name is taken.
+        Unsupported: it cannot be taken this way; nothing has changed.
+        """
+        body = {"memory": memory, "files": files, "name": name, "wait": wait, "ttl_seconds": ttl_seconds}
+        return parse(SnapshotInfo, await self._snapshot_call("checkpoint_sandbox", body, wait))
+
+    async def rollback(self, snapshot: SnapshotInfo | str) -> None:
+        """Return to a snapshot (or its id or name): a new set of files, processes end, and the sessions of the snapshot
+        are opened again. The id, the limits and the deadline stay. NotFound, Conflict, Unsupported; it then continues
+        unchanged."""
+        name = snapshot if isinstance(snapshot, str) else snapshot.snapshot_id
+        target = self._path("rollback_sandbox")
+        await self._transport.json("POST", target, {"snapshot": name}, timeout=CLEAN_UP + SLACK)
+
+    async def fork(
+        self,
+        count: int = 1,
+        *,
+        memory: Memory = "auto",
+        files: Mechanism = "auto",
+        name: str | None = None,
+        wait: float = 5.0,
+        ttl_seconds: float | None = None,
+        best_effort: bool = False,
+        **changes: Any,
+    ) -> list[Self]:
+        """Take one snapshot and start `count` sandboxes from it; returns them running, each with
+        `config.snapshot`.
+
+        memory, files, name, wait, ttl_seconds: as of `checkpoint`. best_effort: as many as fit, else all or none.
+        changes: fields of SandboxConfig that differ from this sandbox's, such as env, labels, auto_clear_seconds.
+        """
+        begun = min(self.config.startup_timeout, POLL)
+        body = {"memory": memory, "files": files, "name": name, "wait": wait, "ttl_seconds": ttl_seconds,
+                "count": count, "start": begun, "changes": changes, "best_effort": best_effort}  # fmt: skip
+        made = parse(ForkResult, await self._snapshot_call("fork_sandbox", body, wait + begun))
+        group, deadline = made.group, time.monotonic() + self.config.startup_timeout
+        while any(one.state is State.PENDING for one in group.sandboxes):
+            left = min(deadline - time.monotonic(), POLL)
+            if left <= 0:
+                break
+            target = ROUTES["get_group"].url(group_id=group.group_id) + query_string({"wait": round(left, 3)})
+            group = parse(GroupInfo, await self._transport.json("GET", target, timeout=left + SLACK))
+        running = [one for one in group.sandboxes if one.state is State.RUNNING]
+        if not running or (len(running) < count and not best_effort):
+            await self._transport.json("POST", ROUTES["stop_group"].url(group_id=group.group_id),
+                                       timeout=CLEAN_UP + SLACK)  # fmt: skip
+            ended = next((one for one in group.sandboxes if one.state is not State.RUNNING), None)
+            raise end_of(ended) if ended is not None and ended.state is not State.PENDING else errors.StartFailed(
+                "the children did not start in time", hint="increase startup_timeout")  # fmt: skip
+        return [self._child(one, made.snapshot.snapshot_id) for one in running]
+
+    def _child(self, info: SandboxInfo, snapshot: str) -> Self:
+        config = self.config.model_copy(update={"sandbox_id": info.sandbox_id, "snapshot": snapshot, "name": None})
+        child = type(self)(config)
+        child.sandbox_id = info.sandbox_id
+        child.host_name, child.host_ip = info.host_name, info.host_ip
+        return child
+
+    async def _snapshot_call(self, name: str, body: dict[str, Any], wait: float) -> Any:
+        key = os.urandom(16).hex()
+        return await self._transport.json("POST", self._path(name), body, timeout=wait + CLEAN_UP + SLACK, key=key)
 
     async def restart(self) -> None:
         """Start a stopped or archived sandbox again with its retained files, without its sessions and processes.

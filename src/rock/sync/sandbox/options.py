@@ -65,6 +65,7 @@ class SandboxOptions(ConnectOptions, total=False):
     that ends in ":ro" is mounted read-only. `Client.create_volume` creates a volume.
     mounts: host folders by the path inside, read-only: {"/srv": "/srv/datasets"}. The owner of the server lists the
     allowed folders in ROCK_HOST_MOUNTS.
+    snapshot: id or name of a snapshot to start from (`Sandbox.checkpoint`); its image is the snapshot's.
     agents: agents to mount, like ["claude-code"], for `run_agent`. The worker installs missing ones.
     pull: "missing", "always" or "never". public_registries: pull only from public and listed registries.
     registry_username, registry_password: login for the image's registry.
@@ -101,6 +102,7 @@ class SandboxOptions(ConnectOptions, total=False):
     volumes: Mapping[str, str]
     mounts: Mapping[str, str]
     agents: list[str]
+    snapshot: str
     pull: Literal["missing", "always", "never"]
     public_registries: bool
     registry_username: str | None

@@ -45,6 +45,10 @@ class HostNamespaces:
             os.close(fd)
         if net is not None and net >= 0 and self._nets.usable:
             self._nets.enter(net)
+        self.own(owner)
+
+    def own(self, owner: int) -> None:
+        """New files and mounts belong to `owner` from now on. All rights are retained."""
         if self._privileged:
             kernel.set_file_owner(owner)
             kernel.capset(self._permitted)

@@ -3,10 +3,11 @@
     rocklet ── SOCK_SEQPACKET, JSON ──► launcher ── zygote.py ──► a waiting child in new namespaces (child_setup.py)
                                            └── enters them, builds the mounts (furnish.py), then lets the child continue
 
-Requests: create, retire (end a sandbox and remove its remains), ahead (prepare user namespaces and run folders while
-idle), wired (whether networks with egress are possible), floor (a bare namespace fork, for `bench`). Several
-creates run concurrently; the launcher replies when each sandbox is ready. It exits when its socket closes; sandboxes
-continue to run. Standard library only, with few imports: each import adds to the memory of every pid 1.
+Requests: create, retire (end a sandbox and remove its remains), switch (freeze its files as a layer), ahead (prepare
+user namespaces and run folders while idle), wired (whether networks with egress are possible), floor (a bare namespace
+fork, for `bench`). Several creates run concurrently; the launcher replies when each sandbox is ready. It exits when its
+socket closes; sandboxes continue to run. Standard library only, with few imports: each import adds to the memory of
+every pid 1.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from typing import Any
 
 from rock.guest.init import native, process_tree, syscalls
 from rock.guest.init.link import pack, receive_packet, unpack
-from rock.runtime.namespace.launcher import child_setup, furnish, kernel, mounts, seccomp, snapshot, userns
+from rock.runtime.namespace.launcher import child_setup, furnish, kernel, mounts, seccomp, snapshot, switch, userns
 from rock.runtime.namespace.launcher.zygote import Area, Zygote
 from rock.runtime.namespace.limits import cgroups, counters
 from rock.runtime.namespace.limits.counters import Counters
@@ -166,6 +167,8 @@ class Launcher:
                 self.queue.append(request)
             elif request["op"] == "retire":
                 self._retire(request)
+            elif request["op"] == "switch":
+                self._answer(request, self._switch(request))
             elif request["op"] == "ahead":
                 bases = [base for base in request["ranges"] if base not in self.ranges]
                 self.spare = deque([*bases, *request["folders"]])  # replaces the earlier request
@@ -250,6 +253,17 @@ class Launcher:
             for fd in (*gate, spec["lease"], net, *sockets):
                 if fd >= 0:
                     os.close(fd)
+
+    def _switch(self, spec: dict[str, Any]) -> dict[str, Any]:
+        """Freeze the written files of a sandbox as a layer."""
+        spec["privileged"] = self.privileged
+        try:
+            namespace = self.ranges.get(spec["base"]) if self.privileged else -1
+            return switch.switch(spec, self.staging, namespace, self.home)
+        except switch.Refused as error:
+            return {"refused": [str(reason) for reason in error.args]}
+        except OSError as error:
+            return {"error": str(error), "errno": error.errno or 0}
 
     def _try_wired(self) -> dict[str, Any]:
         """Whether this host supports a network namespace with egress; leaves nothing behind."""

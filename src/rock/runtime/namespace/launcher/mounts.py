@@ -18,6 +18,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
+from collections.abc import Collection
 from typing import Any
 
 from rock.host import folders
@@ -102,11 +104,12 @@ def make_base(folder: str) -> None:
     """Create the top layer of every image with the host name files. The host name is the same everywhere, for
     reproducible runs."""
     os.makedirs(f"{folder}/etc", mode=0o755, exist_ok=True)
-    _write(f"{folder}/etc/hostname", f"{HOST_NAME}\n")
-    _write(f"{folder}/etc/hosts", _HOSTS)
+    write_file(f"{folder}/etc/hostname", f"{HOST_NAME}\n")
+    write_file(f"{folder}/etc/hosts", _HOSTS)
 
 
-def _write(path: str, text: str) -> None:
+def write_file(path: str, text: str) -> None:
+    """Write a small file, and follow no link."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
         os.write(fd, text.encode())
@@ -128,39 +131,106 @@ def make_folders(spec: dict[str, Any]) -> None:
         if bind["writable"]:
             os.mkdir(f"{spec['slot']}/upper{index}")
             os.mkdir(f"{spec['slot']}/work{index}")
+            if bind.get("over"):
+                copy_owner(bind["over"][0], f"{spec['slot']}/upper{index}")
+    if spec["frozen"]:
+        copy_owner(f"{spec['frozen']}/upper", upper)
     for name, mode in (("proc", 0o555), ("sys", 0o555), ("dev", 0o755), ("tmp", 0o1777)):
         if not any(os.path.isdir(f"{layer}/{name}") for layer in reversed(spec["layers"])):
             os.mkdir(f"{upper}/{name}")
             os.chmod(f"{upper}/{name}", mode)
+    if spec["frozen"] and not _make_identity(spec, upper):
+        return
     if spec["etc"]:
-        os.mkdir(f"{upper}/etc", 0o755)
+        os.makedirs(f"{upper}/etc", 0o755, exist_ok=True)
     for name, text in spec["etc"].items():
-        _write(f"{upper}/etc/{name}", text)
+        write_file(f"{upper}/etc/{name}", text)
+
+
+def copy_owner(source: str, target: str) -> None:
+    """The top folder of the written files is a root directory inside: owner, mode and times are those of the layer
+    below."""
+    info = os.lstat(source)
+    os.chown(target, info.st_uid, info.st_gid)
+    os.chmod(target, info.st_mode & 0o7777)
+    os.utime(target, ns=(info.st_atime_ns, info.st_mtime_ns))
+
+
+def _make_identity(spec: dict[str, Any], upper: str) -> bool:
+    """Give a sandbox of a snapshot a machine id of its own, and hide the host keys of the one that the snapshot was
+    taken of. False when /etc is not a folder: then nothing is written there."""
+    for folder in ("etc", "etc/ssh"):
+        if folder == "etc" and not spec["etc"] and not spec["identity"]:
+            continue
+        if folder == "etc/ssh" and not any(path.startswith("etc/ssh/") for path in spec["identity"]):
+            continue
+        above = next((path for layer in spec["layers"] if os.path.lexists(path := f"{layer}/{folder}")), None)
+        if above is not None and (os.path.islink(above) or not os.path.isdir(above)):
+            return False
+        os.mkdir(f"{upper}/{folder}", 0o755)
+        if above is not None:
+            copy_owner(above, f"{upper}/{folder}")
+    for path in spec["identity"]:
+        if path == "etc/machine-id":
+            write_file(f"{upper}/{path}", f"{os.urandom(16).hex()}\n")
+        else:
+            os.mknod(f"{upper}/{path}", stat.S_IFCHR, 0)  # overlay's mark of a deleted file
+    return True
 
 
 def stack(spec: dict[str, Any], staging: str, userns: int) -> list[tuple[int, str]]:
     """Mount the overlay at staging/root; returns detached mounts and their targets after the switch, in order."""
-    mapped = userns >= 0
     os.chdir(staging)
+    with contextlib.ExitStack() as opened:
+        return _detached(spec, _stack_root(spec, userns, opened), userns)
+
+
+def stack_written(spec: dict[str, Any], staging: str, userns: int, targets: Collection[str]) -> dict[str, int]:
+    """The overlays of a sandbox that it writes to, as detached mounts by target: the root and those of `targets`."""
+    os.chdir(staging)
+    made: dict[str, int] = {}
+    try:
+        with contextlib.ExitStack() as opened:
+            writable = _stack_root(spec, userns, opened)
+            made["/"] = kernel.open_tree("root")
+            for index, bind in enumerate(spec["binds"]):
+                if bind["target"] in targets:
+                    made[bind["target"]] = _writable_bind(bind, index, spec, writable, userns)
+        return made
+    except BaseException:
+        for fd in made.values():
+            os.close(fd)
+        raise
+
+
+def _stack_root(spec: dict[str, Any], userns: int, opened: contextlib.ExitStack) -> str:
+    """Mount the overlay at root; returns the folder with the writable folders, valid until `opened` is closed."""
+    mapped = userns >= 0
     if spec["disk"]:
         if mapped:
             kernel.set_attributes(spec["mounted"], _SAFE, userns=userns)
         kernel.move_mount(spec["mounted"], "rw")
     elif mapped:
         _attach_mapped(spec["slot"], "rw", userns)
-    with contextlib.ExitStack() as opened:
-        writable = "rw" if mapped or spec["disk"] else _unnamed(spec["slot"], opened)
-        lowers = []
-        for index, layer in enumerate(spec["layers"]):
-            if not os.path.isdir(layer):
-                raise FileNotFoundError(errno.ENOENT, "a layer of the image is missing", layer)
-            if mapped and index < SLOTS:
-                _attach_mapped(layer, f"l{index}", userns)
-                lowers.append(f"l{index}")
-            else:
-                lowers.append(_unnamed(layer, opened))
-        overlay("root", lowers, f"{writable}/upper", f"{writable}/work", rootless=not spec["privileged"])
-        return _detached(spec, writable, userns)
+    writable = "rw" if mapped or spec["disk"] else _unnamed(spec["slot"], opened)
+    lowers = []
+    for index, layer in enumerate(spec["layers"]):
+        if not os.path.isdir(layer):
+            raise FileNotFoundError(errno.ENOENT, "a layer of the image is missing", layer)
+        lowers.append(_lower(layer, f"l{index}", index < SLOTS, userns, opened))
+    overlay("root", lowers, f"{writable}/upper", f"{writable}/work", rootless=not spec["privileged"])
+    return writable
+
+
+def _lower(layer: str, spot: str, prepared: bool, userns: int, opened: contextlib.ExitStack) -> str:
+    """A lower folder with the sandbox's id mapping; its spot in the staging folder is made unless it is prepared."""
+    if userns < 0:
+        return _unnamed(layer, opened)
+    if not prepared:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(spot)
+    _attach_mapped(layer, spot, userns)
+    return spot
 
 
 def _unnamed(folder: str, opened: contextlib.ExitStack) -> str:
@@ -234,8 +304,12 @@ def _writable_bind(bind: dict[str, Any], index: int, spec: dict[str, Any], writa
         _attach_mapped(lower, f"b{index}", userns)
         mount_public(f"b{index}", f"p{index}", "nothing", spec["base"])
         lower = f"p{index}"
-    spot = f"b{SLOTS - 1 - index}"
-    overlay(spot, [lower], f"{writable}/upper{index}", f"{writable}/work{index}", rootless=not spec["privileged"])
+    with contextlib.ExitStack() as opened:
+        frozen = [_lower(folder, f"o{index}.{number}", prepared=False, userns=userns, opened=opened)
+                  for number, folder in enumerate(bind.get("over", ()))]  # fmt: skip
+        spot = f"b{SLOTS - 1 - index}"
+        overlay(spot, [*frozen, lower], f"{writable}/upper{index}", f"{writable}/work{index}",
+                rootless=not spec["privileged"])  # fmt: skip
     return kernel.open_tree(spot)
 
 

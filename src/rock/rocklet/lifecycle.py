@@ -1,0 +1,111 @@
+"""The creation of sandboxes on this machine, and their ends as events."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+
+from rock import faults
+from rock.errors import DiskFull, Exited, Expired, Lost, OutOfMemory, RockError
+from rock.protocol.node import NodeEvent, NodeEvents
+from rock.protocol.sandbox import Cause, Phase, SandboxConfig
+from rock.rocklet.retained import RetainedSandboxes
+from rock.rocklet.runtimes import Runtimes
+from rock.runtime.base import Handle, Runtime
+from rock.telemetry import tracing
+
+# ---- creation ----
+
+Made = tuple[Runtime, Handle, dict[str, Phase]]
+
+
+async def make(runtimes: Runtimes, sandbox_id: str, config: SandboxConfig) -> Made:
+    """Create a new sandbox, its image first."""
+    runtime, began = runtimes.of(config), time.time()
+    try:
+        await runtimes.prepare_image(runtime, config)
+        image = _done("on disk", began)
+        began = time.time()
+        with tracing.span("create sandbox", {"rock.sandbox_id": sandbox_id, "rock.runtime": runtime.name}):
+            await faults.point("node.create.begun")
+            handle = await runtime.create(sandbox_id, config)
+            await faults.point("node.create.made")
+    except RockError as error:
+        error.sandbox_id = sandbox_id
+        raise
+    return runtime, handle, {"image": image, "sandbox": _done("running", began)}
+
+
+async def wake_sandbox(kept: RetainedSandboxes, sandbox_id: str, config: SandboxConfig) -> Made:
+    """Start a sandbox from its retained files."""
+    began = time.time()
+    await faults.point("node.wake.begun")
+    runtime, handle = await kept.wake(sandbox_id, config)
+    await faults.point("node.wake.made")
+    return runtime, handle, {"image": Phase(status="success", message="on disk"), "sandbox": _done("running", began)}
+
+
+def _done(message: str, began: float) -> Phase:
+    return Phase(status="success", message=message, started_at=began, completed_at=time.time())
+
+
+# ---- events of ends ----
+
+_ERRORS: dict[Cause, type[RockError]] = {
+    Cause.OUT_OF_MEMORY: OutOfMemory, Cause.DISK_FULL: DiskFull, Cause.EXITED: Exited, Cause.LOST: Lost}
+_KEPT_EVENTS = 10_000
+_KEPT_ENDS = 5_000
+
+
+class Ends:
+    """The sandboxes that ended by themselves. Each end is an event for followers, and the error of later requests to
+    the sandbox.
+
+    boot: the run of the server that the numbers of the events belong to. closing: calls return without waiting for
+    events.
+    """
+
+    def __init__(self, boot: str) -> None:
+        self._boot = boot
+        self.closing = False
+        self._events: list[NodeEvent] = []
+        self._number = 0
+        self._changed = asyncio.Condition()
+        self._ends: OrderedDict[str, tuple[Cause, str]] = OrderedDict()
+
+    def tell(self, sandbox_id: str, cause: Cause, reason: str) -> None:
+        """Record one end; `notify` wakes the waiting calls."""
+        self._ends[sandbox_id] = (cause, reason)
+        while len(self._ends) > _KEPT_ENDS:
+            self._ends.popitem(last=False)
+        self._number += 1
+        self._events.append(NodeEvent(number=self._number, sandbox_id=sandbox_id, cause=cause, reason=reason,
+                                      at=time.time()))  # fmt: skip
+        del self._events[:-_KEPT_EVENTS]
+
+    async def notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    def forget(self, sandbox_id: str) -> None:
+        """Another sandbox uses the name now."""
+        self._ends.pop(sandbox_id, None)
+
+    def error(self, sandbox_id: str) -> RockError | None:
+        """The error for a request to a sandbox that ended; None when it did not."""
+        found = self._ends.get(sandbox_id)
+        if found is None:
+            return None
+        cause, reason = found
+        return _ERRORS.get(cause, Expired)(f"sandbox {sandbox_id} is gone: {reason}", sandbox_id=sandbox_id)
+
+    async def since(self, after: int, wait: float, boot: str = "") -> NodeEvents:
+        """Events with a number above `after`; waits up to `wait` seconds for one, but not if `boot` is another run: its
+        numbers are not those of this one."""
+        try:
+            async with asyncio.timeout(wait if boot in ("", self._boot) else 0), self._changed:
+                await self._changed.wait_for(lambda: self._number > after or self.closing)
+        except TimeoutError:
+            pass
+        return NodeEvents(boot=self._boot, events=[event for event in self._events if event.number > after])

@@ -1,0 +1,253 @@
+"""Stops all threads of a sandbox from outside, and has a stopped process execute single system calls.
+
+The caller is the processes' tracer until `release`. When the caller dies, the kernel detaches it and the processes
+continue. x86_64 only. Standard library only.
+
+Everything that is read of a process may be hostile: registers and memory are only saved, and written back as they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import platform
+import signal
+import struct
+import time
+from collections.abc import Sequence
+
+SUPPORTED = platform.machine() == "x86_64"
+
+_SINGLESTEP, _DETACH = 9, 17
+_GETREGSET, _SETREGSET, _SEIZE, _INTERRUPT = 0x4204, 0x4205, 0x4206, 0x4207
+_GETSIGMASK, _SETSIGMASK = 0x420A, 0x420B
+_PRSTATUS = 1
+_REGISTERS = 27 * 8
+_RAX, _RDX, _RSI, _RDI, _ORIG_RAX, _RIP = 10, 12, 13, 14, 15, 16
+_R8, _R9, _R10 = 9, 8, 7
+_WALL = 0x40000000
+_EVENT_STOP = 128
+_SYSCALL = b"\x0f\x05"
+_PAGE = 4096
+_LONGEST = 4096  # bytes of an argument in memory
+_MOST_THREADS = 4096
+_MOST_STEPS = 100
+
+_offset: list[int] = []  # of the system call instruction in the vDSO: the same in each process
+_libc = ctypes.CDLL(None, use_errno=True)
+_ptrace = _libc.ptrace
+_ptrace.restype = ctypes.c_long
+_ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+
+
+class NotStopped(Exception):
+    """Some processes could not be stopped in time, or there are too many."""
+
+
+class _Vector(ctypes.Structure):
+    _fields_ = [("base", ctypes.c_void_p), ("length", ctypes.c_size_t)]
+
+
+def _call(request: int, tid: int, address: int = 0, data: int = 0) -> int:
+    result = int(_ptrace(request, tid, address, data))
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"ptrace {request:#x}: {os.strerror(number)}")
+    return result
+
+
+class Stopped:
+    """All threads of some processes, stopped one process after the other."""
+
+    def __init__(self) -> None:
+        self._threads: dict[int, int] = {}  # thread -> its process
+        self._pending: dict[int, list[int]] = {}  # thread -> signals that it has to get when it continues
+
+    @property
+    def pids(self) -> list[int]:
+        """The stopped processes, in the order in which they were found."""
+        return list(dict.fromkeys(self._threads.values()))
+
+    def seize(self, pids: Sequence[int], end: float) -> int:
+        """Stop the threads of these processes that are not stopped yet; returns their number. A process that ends
+        meanwhile is omitted. NotStopped, OSError."""
+        fresh = []
+        for pid in pids:
+            for tid in _threads(pid):
+                if tid in self._threads:
+                    continue
+                if len(self._threads) >= _MOST_THREADS:
+                    raise NotStopped(f"more than {_MOST_THREADS} threads")
+                try:
+                    _call(_SEIZE, tid)
+                except OSError as error:
+                    if error.errno == errno.ESRCH or _is_dead(pid, tid):
+                        continue
+                    raise
+                self._threads[tid] = pid
+                with contextlib.suppress(OSError):
+                    _call(_INTERRUPT, tid)
+                fresh.append(tid)
+        for tid in fresh:
+            self._await_stop(tid, end)
+        return len(fresh)
+
+    def _await_stop(self, tid: int, end: float) -> None:
+        pause = 0.0
+        while True:
+            try:
+                found, status = os.waitpid(tid, _WALL | os.WNOHANG)
+            except ChildProcessError:
+                self._threads.pop(tid, None)
+                return
+            if found:
+                if os.WIFSTOPPED(status):
+                    self._note(tid, status)
+                else:  # it ended
+                    self._threads.pop(tid, None)
+                return
+            if time.monotonic() > end:
+                raise NotStopped(f"process {self._threads[tid]} does not stop")
+            time.sleep(pause)
+            pause = min(pause + 0.00005, 0.001)
+
+    def _note(self, tid: int, status: int) -> None:
+        """Record a signal that the thread was about to receive."""
+        if status >> 16 != _EVENT_STOP and (number := os.WSTOPSIG(status)) != signal.SIGTRAP:
+            self._pending.setdefault(tid, []).append(number)
+
+    def release(self) -> None:
+        """Let all threads continue, children first. Idempotent."""
+        threads, self._threads = self._threads, {}
+        for tid in reversed(threads):
+            signals = self._pending.pop(tid, [])
+            with contextlib.suppress(OSError):
+                _call(_DETACH, tid, 0, signals[0] if signals else 0)
+            for number in signals[1:]:
+                with contextlib.suppress(OSError):
+                    os.kill(tid, number)
+
+
+def _threads(pid: int) -> list[int]:
+    try:
+        return [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+    except OSError:
+        return []
+
+
+def _is_dead(pid: int, tid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/task/{tid}/stat", "rb") as file:
+            return file.read(4096).rpartition(b")")[2].split()[0] in (b"Z", b"X")
+    except OSError:
+        return True
+
+
+class Injection:
+    """System calls in the main thread of a stopped process. Use as a context; its state is then as before.
+
+    OSError when that is not possible: no memory or no system call instruction is found.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._memory = -1
+
+    def __enter__(self) -> Injection:
+        saved = ctypes.create_string_buffer(_REGISTERS)
+        vector = _Vector(ctypes.addressof(saved), _REGISTERS)
+        _call(_GETREGSET, self.pid, _PRSTATUS, ctypes.addressof(vector))
+        if vector.length != _REGISTERS:
+            raise OSError(errno.ENOTSUP, "it is not a 64-bit program")
+        self._saved = bytes(saved.raw)
+        mask = ctypes.create_string_buffer(8)
+        _call(_GETSIGMASK, self.pid, 8, ctypes.addressof(mask))
+        self._mask = bytes(mask.raw)
+        instruction, self._room = _places(self.pid)
+        self._memory = os.open(f"/proc/{self.pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            self._instruction = self._find(*instruction)
+            self._old = os.pread(self._memory, _LONGEST, self._room)
+            self._set_mask(b"\xff" * 8)
+        except BaseException:
+            os.close(self._memory)
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            os.pwrite(self._memory, self._old, self._room)
+            self._set_registers(self._saved)
+            self._set_mask(self._mask)
+        finally:
+            os.close(self._memory)
+
+    def _find(self, start: int, end: int) -> int:
+        if _offset and os.pread(self._memory, 2, start + _offset[0]) == _SYSCALL:
+            return start + _offset[0]
+        at = os.pread(self._memory, end - start, start).find(_SYSCALL)
+        if at < 0:
+            raise OSError(errno.ENOTSUP, "its vDSO has no system call instruction")
+        _offset[:] = [at]
+        return start + at
+
+    def _set_registers(self, data: bytes) -> None:
+        vector = _Vector(ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p), len(data))
+        _call(_SETREGSET, self.pid, _PRSTATUS, ctypes.addressof(vector))
+
+    def _set_mask(self, mask: bytes) -> None:
+        _call(_SETSIGMASK, self.pid, 8, ctypes.cast(ctypes.c_char_p(mask), ctypes.c_void_p).value or 0)
+
+    def text(self, value: bytes) -> int:
+        """Put a string into its memory for the next call; returns the address. OSError for a too long one."""
+        data = value + b"\0"
+        if len(data) > _LONGEST:
+            raise OSError(errno.ENAMETOOLONG, "the path is too long")
+        if os.pwrite(self._memory, data, self._room) != len(data):
+            raise OSError(errno.EFAULT, "its memory cannot be written")
+        return self._room
+
+    def call(self, number: int, *arguments: int) -> int:
+        """Execute a system call; returns its result. OSError with its errno."""
+        values = list(struct.unpack("=27Q", self._saved))
+        values[_RIP], values[_RAX], values[_ORIG_RAX] = self._instruction, number, (1 << 64) - 1
+        for place, value in zip((_RDI, _RSI, _RDX, _R10, _R8, _R9), arguments, strict=False):
+            values[place] = value & (1 << 64) - 1
+        self._set_registers(struct.pack("=27Q", *values))
+        for _ in range(_MOST_STEPS):
+            _call(_SINGLESTEP, self.pid)
+            _, status = os.waitpid(self.pid, _WALL)
+            if not os.WIFSTOPPED(status):
+                raise OSError(errno.ESRCH, "it ended meanwhile")
+            after = ctypes.create_string_buffer(_REGISTERS)
+            vector = _Vector(ctypes.addressof(after), _REGISTERS)
+            _call(_GETREGSET, self.pid, _PRSTATUS, ctypes.addressof(vector))
+            found = struct.unpack("=27Q", after.raw)
+            if found[_RIP] != self._instruction:
+                break
+        else:
+            raise OSError(errno.EAGAIN, "it is stopped again and again")
+        result = found[_RAX]
+        if result >= (1 << 64) - 4095:
+            failed = (1 << 64) - result
+            raise OSError(failed, os.strerror(failed))
+        return int(result)
+
+
+def _places(pid: int) -> tuple[tuple[int, int], int]:
+    """The vDSO, and the address of a page of its stack for arguments."""
+    code, room = None, 0
+    with open(f"/proc/{pid}/maps", "rb") as file:
+        for line in file:
+            fields = line.split(None, 5)
+            start, end = (int(part, 16) for part in fields[0].split(b"-"))
+            name = fields[5].strip() if len(fields) > 5 else b""
+            if name == b"[vdso]":
+                code = start, end
+            elif fields[1].startswith(b"rw-p") and (name == b"[stack]" or not room):
+                room = end - _PAGE
+    if code is None or not room:
+        raise OSError(errno.ENOTSUP, "it has no vDSO, or no stack")
+    return code, room

@@ -1,0 +1,442 @@
+"""Snapshots of the namespace runtime: frozen upper folders, shared as layers (decision 45).
+
+    <run_dir>/snapshots/ID/upper, /upperN   the written files: below /, and at the image's writable binds
+                          /record.json      what it is; without it, it is hidden: only the layer of others
+    <run_dir>/<slot>/record.json            "snapshots": the layers of a sandbox above its image, newest first
+                    /switch                 a switch is in progress (launcher/switch.py)
+
+A layer is removed with its last user: a snapshot with a record, or a sandbox, running or stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import errno
+import json
+import logging
+import os
+import secrets
+import shutil
+import stat
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from rock import errors, faults
+from rock.guest.init import process_tree
+from rock.guest.init.remove import remove_tree
+from rock.host import atomic_file, folders
+from rock.images.records import Lease, RootFS
+from rock.images.store import Images
+from rock.runtime.base import Frozen, Handle
+from rock.runtime.init.link import InitLink
+from rock.runtime.namespace import records, retained
+from rock.runtime.namespace.launcher import switch
+from rock.runtime.namespace.limits import disk_layout
+from rock.runtime.namespace.slots import Sandbox, Slots
+
+log = logging.getLogger(__name__)
+MOST_LAYERS = 64
+_COPY_PATIENCE = 600.0  # seconds
+_MOST_KEYS = 100
+_MOUNT_POINTS = ("proc", "sys", "dev")
+_COPIER = str(Path(__file__).with_name("copier.py"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """A snapshot. layers: its own and those below it, newest first. rootfs: the image, see `retained.write_note`.
+    identity: files that each new sandbox has new, or not at all: the machine id and the host keys of SSH."""
+
+    id: str
+    sandbox: str
+    rootfs: Mapping[str, Any]
+    layers: Sequence[str]
+    files: Literal["switch", "copy"]
+    bytes: int | None
+    left_out: Sequence[str]
+    paused_ms: float
+    identity: Sequence[str] = ()
+
+
+class Snapshots:
+    """The snapshots below the run folder of `slots`."""
+
+    def __init__(self, slots: Slots, images: Images) -> None:
+        self._slots = slots
+        self._images = images
+        self._known: dict[str, Snapshot] = {}
+        self._layers = slots.layers  # also of starts and checkpoints in progress, under other names
+        self._parents: dict[str, Sequence[str]] = {}  # by slot: the last snapshot, where that was a copy
+        self._leases: dict[str, Lease | None] = {}  # by snapshot
+        self._removing: set[asyncio.Task[None]] = set()
+        self._again = False
+        slots.removed.append(self._slot_removed)
+
+    @property
+    def _folder(self) -> Path:
+        return self._slots.run_dir / records.SNAPSHOTS
+
+    def folder(self, snapshot_id: str) -> str:
+        """The folder of a snapshot's layer."""
+        return f"{self._folder}/{snapshot_id}"
+
+    # ---- start and end of the runtime ----
+
+    def open(self) -> None:
+        """Read the records, complete or undo interrupted switches, and remove unused layers. Blocking."""
+        for slot in records.slots(self._slots.run_dir):
+            self._settle(slot)
+            layers = records.read(self._slots.run_dir, slot).get("snapshots", [])
+            if layers:
+                self._layers[slot] = [str(one) for one in layers]
+        for name in self._names():
+            try:
+                data = atomic_file.parsed((self._folder / name / "record.json").read_bytes())
+                self._known[name] = Snapshot(**data)
+            except (OSError, ValueError, TypeError):  # hidden, or incomplete; a damaged one is hidden too
+                continue
+        for name, found in self._known.items():
+            with contextlib.suppress(errors.ImageError):
+                self._leases[name] = self._images.lease(retained.noted(found.rootfs))
+        for name in self._unused():
+            with contextlib.suppress(OSError):
+                remove_tree(self.folder(name))
+
+    async def close(self) -> None:
+        """Release the leases; wait for removals."""
+        await self.collected()
+        for lease in self._leases.values():
+            if lease is not None:
+                lease.close()
+        self._leases.clear()
+        self._known.clear()
+        self._layers.clear()
+
+    def _settle(self, slot: str) -> None:
+        """A crash came during a switch: the device number of the root tells whether it happened."""
+        folder = f"{self._slots.run_dir}/{slot}"
+        try:
+            with open(f"{folder}/{switch.JOURNAL}", encoding="utf-8") as file:
+                journal = json.load(file)
+            frozen, device = str(journal["frozen"]), int(journal["device"])
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, KeyError, TypeError):  # written before anything else, so nothing has changed
+            os.unlink(f"{folder}/{switch.JOURNAL}")
+            return
+        record = records.read(self._slots.run_dir, slot)
+        try:
+            switched = os.stat(f"/proc/{record.get('pid')}/root/").st_dev != device
+        except OSError:
+            switched = True  # it has ended: both states have the same files
+        if process_tree.lives(int(record.get("pid") or 0), record.get("start")) and not switched:
+            names = [name for name in sorted(os.listdir(frozen)) if name.startswith(("upper", "work"))]
+            switch.undo_move(folder, frozen, names)
+            log.warning("an interrupted snapshot of %s was undone", record.get("id"))
+            return
+        name = os.path.basename(frozen)
+        if name not in record.get("snapshots", []):
+            record["snapshots"] = [name, *record.get("snapshots", [])]
+            records.write(self._slots.run_dir, slot, record)
+        os.unlink(f"{folder}/{switch.JOURNAL}")
+
+    # ---- users of layers ----
+
+    def note(self, slot: str, layers: Sequence[str]) -> None:
+        """A sandbox with these layers exists."""
+        if layers:
+            self._layers[slot] = list(layers)
+
+    @contextlib.contextmanager
+    def using(self, layers: Sequence[str]) -> Iterator[Callable[[str], None]]:
+        """These layers are not removed in this context; the function that it gives claims them for a slot."""
+        if not layers:
+            yield lambda slot: None
+            return
+        place = f"new {secrets.token_hex(8)}"
+        self._layers[place] = list(layers)
+        try:
+            yield lambda slot: self.note(slot, layers)
+        finally:
+            del self._layers[place]
+            self._collect()
+
+    def parent(self, slot: str) -> str | None:
+        """The newest snapshot of which a sandbox has the files."""
+        return next((one for one in self._parents.get(slot, self.layers(slot)) if one in self._known), None)
+
+    def layers(self, slot: str) -> Sequence[str]:
+        """The layers of a sandbox above its image, newest first."""
+        return self._layers.get(slot, ())
+
+    def folders(self, layers: Sequence[str]) -> list[str]:
+        return [self.folder(one) for one in layers]
+
+    def users(self) -> dict[str, list[str]]:
+        """Ids of all snapshots, with the slots of the sandboxes that use their layers."""
+        found: dict[str, list[str]] = {name: [] for name in self._known}
+        for slot, layers in self._layers.items():
+            for one in layers if slot.startswith(records.SLOT_PREFIX) else ():
+                if one in found:
+                    found[one].append(slot)
+        return found
+
+    def _names(self) -> list[str]:
+        try:
+            return os.listdir(self._folder)
+        except FileNotFoundError:
+            return []
+
+    def _unused(self) -> list[str]:
+        used = {one for layers in self._layers.values() for one in layers}
+        used.update(one for found in self._known.values() for one in found.layers)
+        return [name for name in self._names() if name not in used]
+
+    def _slot_removed(self, slot: str) -> None:
+        """A sandbox is gone: layers without another user are removed."""
+        self._parents.pop(slot, None)
+        if self._layers.pop(slot, None):
+            self._collect()
+
+    def _collect(self) -> None:
+        if not self._removing:
+            task = asyncio.create_task(self._remove(), name="unused layers")
+            self._removing.add(task)
+            task.add_done_callback(self._removing.discard)
+        else:
+            self._again = True
+
+    async def _remove(self) -> None:
+        self._again = True
+        while self._again:
+            self._again = False
+            for name in self._unused():
+                try:
+                    await asyncio.to_thread(remove_tree, self.folder(name))
+                except OSError as error:  # the next start tries again
+                    log.warning("layer %s could not be removed: %s", name, error)
+        if not self._layers:  # else a checkpoint may be about to use it
+            with contextlib.suppress(OSError):
+                os.rmdir(self._folder)
+
+    # ---- read ----
+
+    def get(self, snapshot_id: str) -> Snapshot:
+        """A snapshot. NotFound."""
+        found = self._known.get(snapshot_id)
+        if found is None:
+            raise errors.NotFound(f"there is no snapshot {snapshot_id} on this worker",
+                                  hint="its retention has ended, or it is on another worker: `rock snapshot ls`")
+        return found
+
+    def rootfs(self, snapshot_id: str) -> RootFS:
+        """The image of a snapshot. NotFound."""
+        return retained.noted(self.get(snapshot_id).rootfs)
+
+    # ---- checkpoint ----
+
+    async def checkpoint(self, handle: Handle, snapshot_id: str, files: Literal["auto", "switch", "copy"],
+                         rootfs: RootFS, spec: dict[str, Any]) -> Frozen:
+        """See `Forks.checkpoint`. spec: of a create of this sandbox."""
+        known = self._known.get(snapshot_id)
+        if known is not None:
+            return _report(handle, known)
+        sandbox = self._slots.find(handle)
+        layers = self.layers(sandbox.slot)
+        self._refuse(handle, layers)
+        folder = self.folder(snapshot_id)
+        self._layers[f"new {snapshot_id}"] = [snapshot_id, *layers]  # it must not be collected meanwhile
+        try:
+            await asyncio.to_thread(self._make, folder)
+            left_out = await asyncio.to_thread(_left_out, sandbox.pid)
+            reasons: list[str] = []
+            paused = -1.0
+            used: Literal["switch", "copy"] = "copy"
+            if files != "copy":
+                reasons, paused, lost = await self._switch(sandbox, spec, folder)
+                left_out += lost
+                if paused >= 0:
+                    used = "switch"
+                elif files == "switch":
+                    raise errors.Unsupported(f"files cannot be switched: {'; '.join(reasons)}", sandbox_id=handle.id,
+                                             hint='use files="copy", or "auto", which copies where that is necessary')
+            if paused < 0:
+                left_out += [f"the files were copied: {reason}" for reason in reasons]
+                paused = await self._copy(sandbox, handle, folder)
+            if used == "switch":
+                self._layers[sandbox.slot] = [snapshot_id, *layers]
+                await faults.point("namespace.checkpoint.switched")
+                self._switched(sandbox, handle, [snapshot_id, *layers])
+            await faults.point("namespace.checkpoint.frozen")
+            size = await asyncio.to_thread(disk_layout.written, f"{folder}/upper")
+            made = Snapshot(snapshot_id, handle.id, retained.write_note(rootfs), [snapshot_id, *layers], used, size,
+                            left_out, round(paused * 1000, 3))
+            made = await asyncio.to_thread(self._complete, made, rootfs)
+        except BaseException as error:
+            self._layers.pop(f"new {snapshot_id}", None)
+            self._collect()  # the layer stays while the sandbox runs on it
+            if isinstance(error, OSError):
+                raise atomic_file.not_kept(error, handle.id, "a snapshot") from None
+            raise
+        self._known[snapshot_id] = made
+        self._parents[sandbox.slot] = made.layers
+        self._layers.pop(f"new {snapshot_id}", None)
+        with contextlib.suppress(errors.ImageError):
+            self._leases[snapshot_id] = self._images.lease(rootfs)
+        return _report(handle, made)
+
+    def _make(self, folder: str) -> None:
+        if not self._folder.exists():
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+            disk_layout.spread(str(self._folder))
+        os.mkdir(folder, 0o700)
+
+    def _refuse(self, handle: Handle, layers: Sequence[str]) -> None:
+        if "disk" in handle.data:
+            raise errors.Unsupported("a disk with a limit cannot be frozen", sandbox_id=handle.id,
+                                     hint="create the sandbox without disk=")
+        if len(layers) >= MOST_LAYERS:
+            raise errors.Unsupported(f"the sandbox has {len(layers)} layers of snapshots: that is the most",
+                                     sandbox_id=handle.id,
+                                     hint="use files=\"copy\" for some, or commit it to an image and go on from that")
+
+    async def _switch(self, sandbox: Sandbox, spec: dict[str, Any], folder: str) -> tuple[list[str], float, list[str]]:
+        """The reasons against a switch; else how long processes were stopped in seconds, and those that were killed."""
+        spec = {**spec, "pid": sandbox.pid, "start": sandbox.start, "frozen": folder}
+        try:
+            reply = await self._slots.launcher.request("switch", spec)
+        except errors.RockError:  # the launcher ended in the middle: as after a crash of the server
+            await asyncio.to_thread(self._settle, sandbox.slot)
+            found = records.read(self._slots.run_dir, sandbox.slot).get("snapshots", [])
+            sandbox.snapshots = self._layers[sandbox.slot] = [str(one) for one in found]
+            raise
+        if "refused" in reply:
+            return list(reply["refused"]), -1.0, []
+        if "error" in reply:
+            if reply.get("errno") == errno.ESRCH:
+                raise errors.Lost("the sandbox has ended")
+            return [str(reply["error"])], -1.0, []
+        return [], float(reply["paused"]), list(reply["lost"])
+
+    def _switched(self, sandbox: Sandbox, handle: Handle, layers: Sequence[str]) -> None:
+        """Record that the sandbox runs on its frozen files."""
+        folder = f"{self._slots.run_dir}/{sandbox.slot}"
+        sandbox.snapshots = self._layers[sandbox.slot] = list(layers)
+        records.write(self._slots.run_dir, sandbox.slot, sandbox.record(handle.id))
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{folder}/{switch.JOURNAL}")
+
+    async def _copy(self, sandbox: Sandbox, handle: Handle, folder: str) -> float:
+        """Copy the written files while all processes are stopped; returns for how long."""
+        slot = self._slots.run_dir / sandbox.slot
+        link = InitLink.connect(slot, handle.id)  # separate: pid 1 continues them when it closes
+        try:
+            await link.request("pause")
+            began = time.monotonic()
+            await faults.point("namespace.checkpoint.stopped")
+            await _run_copier({"source": str(slot), "target": folder, "enter": os.geteuid() != 0})
+            return time.monotonic() - began
+        finally:
+            link.close()
+
+    def _complete(self, made: Snapshot, rootfs: RootFS) -> Snapshot:
+        folder = Path(self.folder(made.id))
+        for name in _MOUNT_POINTS:
+            path = folder / "upper" / name
+            if os.path.lexists(path) and not stat.S_ISDIR(os.lstat(path).st_mode):
+                raise errors.Unsupported(f"/{name} of the sandbox is not a folder, so nothing can start from it",
+                                         sandbox_id=made.sandbox, hint="restore it")  # fmt: skip
+        for name in os.listdir(folder):
+            if name.startswith("work"):
+                remove_tree(str(folder / name))
+        made = dataclasses.replace(made, identity=_identity([f"{self.folder(one)}/upper" for one in made.layers],
+                                                            rootfs.layers))  # fmt: skip
+        atomic_file.replace(folder / "record.json", atomic_file.summed(json.dumps(dataclasses.asdict(made))))
+        return made
+
+    # ---- delete ----
+
+    async def drop(self, snapshot_id: str) -> bool:
+        """Remove a snapshot; False when its layer is still used. Idempotent."""
+        if self._known.pop(snapshot_id, None) is None:
+            return True
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(f"{self.folder(snapshot_id)}/record.json")
+        lease = self._leases.pop(snapshot_id, None)
+        if lease is not None:
+            lease.close()
+        self._collect()
+        await self.collected()
+        return not os.path.lexists(self.folder(snapshot_id))
+
+    async def collected(self) -> None:
+        """Wait for the removal of unused layers."""
+        if self._removing:
+            await asyncio.gather(*self._removing)
+
+
+def _identity(frozen: Sequence[str], image: Sequence[str]) -> list[str]:
+    """The machine id of the image or the layers, and host keys that were made in a sandbox, relative to /. Blocking."""
+    found = []
+    if any("machine-id" in _names(layer, "etc") for layer in (*frozen, *image)):
+        found.append("etc/machine-id")
+    keys = {name for layer in frozen for name in _names(layer, "etc/ssh") if name.startswith("ssh_host_")}
+    return [*found, *(f"etc/ssh/{name}" for name in sorted(keys)[:_MOST_KEYS])]
+
+
+def _names(layer: str, path: str) -> list[str]:
+    """The names in a folder of a guest's layer; no link is followed."""
+    with contextlib.suppress(OSError):
+        top = os.open(layer, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fd = folders.open_under(top, path, folders.NO_SYMLINKS | folders.BENEATH)
+        finally:
+            os.close(top)
+        try:
+            return os.listdir(f"/proc/self/fd/{fd}")
+        finally:
+            os.close(fd)
+    return []
+
+
+def _report(handle: Handle, found: Snapshot) -> Frozen:
+    return Frozen(handle, found.files, found.bytes, len(found.layers), found.paused_ms, list(found.left_out))
+
+
+def _left_out(first: int) -> list[str]:
+    """Files in memory, which no layer has. Blocking."""
+    with contextlib.suppress(OSError):
+        info = os.statvfs(f"/proc/{first}/root/dev/shm")
+        used = (info.f_blocks - info.f_bfree) * info.f_frsize
+        if used:
+            return [f"/dev/shm: {used} bytes in memory"]
+    return []
+
+
+async def _run_copier(options: dict[str, Any]) -> None:
+    """Copy the written folders of a run folder. StorageFull, Unavailable."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-I", "-S", _COPIER, json.dumps(options), stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, cwd="/", start_new_session=True,
+        env={"PATH": disk_layout.PATH, "PYTHONDONTWRITEBYTECODE": "1", "LC_ALL": "C"})  # fmt: skip
+    try:
+        async with asyncio.timeout(_COPY_PATIENCE):
+            _, output = await process.communicate()
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+        raise
+    if process.returncode:
+        text = output.decode("utf-8", "replace").strip()[-300:]
+        kind = errors.StorageFull if "No space left" in text or "quota" in text else errors.Unavailable
+        raise kind(f"the files could not be copied: {text}", hint="the sandbox continues unchanged")
+
+
+def has_copier() -> bool:
+    """Whether this machine has the program that copies."""
+    return shutil.which("cp", path=disk_layout.PATH) is not None
