@@ -43,6 +43,8 @@ _SECRET = re.compile(r"sk-rock-([A-Za-z0-9_-]{1,64})\.([A-Za-z0-9_-]{43})")
 _SWEEP_EVERY = 600.0
 _ORPHAN_SECONDS = 10.0
 _PORT_SECONDS = 20.0  # for which the port of a sandbox stays open after its last run
+_REOPEN_WITHIN = 10.0  # seconds for the port of a restarted sandbox
+_REOPEN_AT_ONCE = 8
 _OPEN_ENDED = 32  # ended runs whose index is in memory
 
 
@@ -101,6 +103,7 @@ class Gateway:
             if run.state == "active":
                 self._resume(run)
         self._spawn(self._sweep())
+        self._spawn(self._reopen_ports())
 
     def _load(self) -> None:
         for name in sorted(os.listdir(self._folder / "runs")):
@@ -348,6 +351,29 @@ class Gateway:
         if not any(run.state == "active" and run.spec.sandbox == sandbox for run in self.runs.values()):
             with contextlib.suppress(RockError):  # the sandbox may have ended
                 await self._close_port(sandbox)
+
+    async def reopen_port(self, sandbox: str) -> None:
+        """Open the port of a sandbox that runs again, with the number that its active runs have. Raises nothing."""
+        runs = (run for run in self.runs.values() if run.state == "active" and run.spec.sandbox == sandbox)
+        run = max(runs, key=lambda run: run.created_at, default=None)
+        if run is None:
+            return
+        try:
+            async with asyncio.timeout(_REOPEN_WITHIN):
+                await self._open_port(sandbox, int(run.base_url.rpartition(":")[2]))
+        except (RockError, TimeoutError) as error:
+            log.warning("the gateway port of sandbox %s is not open: %s", sandbox, error)
+
+    async def _reopen_ports(self) -> None:
+        """Open the ports of all active runs: this process may have ended between a restart and its port."""
+        slots = asyncio.Semaphore(_REOPEN_AT_ONCE)
+
+        async def reopen(sandbox: str) -> None:
+            async with slots:
+                await self.reopen_port(sandbox)
+
+        found = {run.spec.sandbox for run in self.runs.values() if run.state == "active"}
+        await asyncio.gather(*(reopen(sandbox) for sandbox in found if sandbox is not None))
 
     async def delete(self, run: Run, force: bool) -> RunInfo:
         """Delete a run and its calls. Conflict for an active one without `force`."""
