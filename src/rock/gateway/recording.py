@@ -4,8 +4,8 @@
     folder/runs/ID/calls      magic, then records: length (4 bytes), CRC-32 (4 bytes), JSON
 
 A record is written with one system call, before its effect is visible outside. A crash (kill -9) can leave one torn
-record at the end, which the next start moves to calls.torn-N. Records survive a crash of the server, but not of the
-machine.
+record at the end, which the next start moves to calls.torn-N. Records survive a crash of the server. durability.py
+syncs them, so that they also survive a crash of the machine.
 
 A request of an agent repeats all earlier messages and the definitions of its tools. `Deltas` stores a body relative to
 an earlier one: for each field whether it is equal, or how many leading elements of a list are.
@@ -137,6 +137,19 @@ def _records(fd: int, size: int) -> Iterator[tuple[int, dict[str, Any], int]]:
         del buffer[:end]
         yield start, record, start + end
         start += end
+
+
+def damage(path: Path) -> str | None:
+    """What is damaged in a log, which is not changed; None: it is intact. OSError."""
+    with path.open("rb") as file:
+        size, end, count = os.fstat(file.fileno()).st_size, len(_MAGIC), 0
+        if not size:
+            return None
+        for _, _, behind in _records(file.fileno(), size):
+            end, count = behind, count + 1
+    if end >= size:
+        return None
+    return f"{size - end} of {size} bytes, after {count} records, are no complete record"
 
 
 def _set_aside(path: Path, fd: int, end: int, size: int) -> None:
