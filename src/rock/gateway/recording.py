@@ -25,7 +25,7 @@ from typing import Any
 
 import orjson
 
-from rock.errors import StorageFull, Unavailable
+from rock.errors import InvalidConfig, StorageFull, Unavailable
 from rock.host.atomic_file import FULL
 
 log = logging.getLogger("rock.gateway")
@@ -69,10 +69,13 @@ class CallLog:
             raise
 
     def append(self, record: Mapping[str, Any]) -> int:
-        """Write a record; returns its offset. StorageFull, Unavailable: nothing was written."""
+        """Write a record; returns its offset. StorageFull, Unavailable, InvalidConfig: nothing was written."""
         if self._fd < 0:
             raise Unavailable("the recording of the run is closed", hint="retry once the server has restarted")
-        payload = orjson.dumps(record)
+        try:
+            payload = orjson.dumps(record)
+        except TypeError as error:
+            raise InvalidConfig(f"a call has no JSON form: {error}", hint="send valid Unicode text") from None
         data = _HEAD.pack(len(payload), zlib.crc32(payload)) + payload
         offset, written = self.size, 0
         try:
@@ -175,7 +178,11 @@ Fingerprint = dict[str, bytes | tuple[bytes, ...]]
 
 def digest(value: object) -> bytes:
     """A short hash of a JSON value; equal values of equal key order have the same."""
-    return blake2b(orjson.dumps(value), digest_size=_DIGEST).digest()
+    try:
+        data = orjson.dumps(value)
+    except TypeError as error:
+        raise InvalidConfig(f"a call has no JSON form: {error}", hint="send valid Unicode text") from None
+    return blake2b(data, digest_size=_DIGEST).digest()
 
 
 def _fingerprint(body: Mapping[str, Any]) -> Fingerprint:

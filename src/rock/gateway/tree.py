@@ -27,7 +27,15 @@ def message_key(message: Message) -> bytes:
     values = [value for part in message.parts if (value := _value(part)) is not None]
     if message.role == "assistant":
         values = _joined(values)
-    return blake2b(orjson.dumps([message.role, values], option=orjson.OPT_SORT_KEYS), digest_size=_DIGEST).digest()
+    return blake2b(canonical([message.role, values]), digest_size=_DIGEST).digest()
+
+
+def canonical(value: object) -> bytes:
+    """JSON with sorted keys; another unique form of a value that JSON cannot express, such as a lone surrogate."""
+    try:
+        return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+    except TypeError:
+        return repr(value).encode("utf-8", "backslashreplace")
 
 
 def _value(part: Part) -> object:
@@ -64,7 +72,7 @@ def _joined(values: list[object]) -> list[object]:
 
 def prefix_keys(request: ModelRequest) -> list[bytes]:
     """Hashes of the prefixes of a request: entry i has the system prompt and the first i messages."""
-    at = blake2b((request.system or "").strip().encode("utf-8", "replace"), digest_size=_DIGEST).digest()
+    at = blake2b((request.system or "").strip().encode("utf-8", "surrogatepass"), digest_size=_DIGEST).digest()
     keys = [at]
     for message in request.messages:
         at = _next(at, message_key(message))
