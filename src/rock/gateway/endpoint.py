@@ -142,7 +142,8 @@ class Endpoint:
         if kind == "count":
             await Answer(_count(dialect.name, tokens)).send(send)
             return
-        hash_ = blake2b(raw + b"\0" + (model or "").encode("utf-8", "surrogatepass") + (b"s" if parsed.stream else b""), digest_size=16)
+        named = (model or "").encode("utf-8", "surrogatepass")
+        hash_ = blake2b(raw + b"\0" + named + (b"s" if parsed.stream else b""), digest_size=16)
         try:
             live, call = self._joined(run, request, hash_.hexdigest()) or self._begun(
                 run, parsed, body, raw, hash_.hexdigest(), request
