@@ -24,10 +24,19 @@ _DIGEST = 16  # bytes
 
 def message_key(message: Message) -> bytes:
     """A hash of a message, equal for a response and its repetition in a later request."""
-    values = [value for part in message.parts if (value := _value(part)) is not None]
+    return blake2b(_form(message), digest_size=_DIGEST).digest()
+
+
+def _form(message: Message) -> bytes:
+    """The bytes by which messages are compared."""
+    parts = message.parts
+    if len(parts) == 1 and type(parts[0]) is Text:  # the most common message
+        text = parts[0].text.strip()
+        return canonical([message.role, [text] if text else []])
+    values = [value for part in parts if (value := _value(part)) is not None]
     if message.role == "assistant":
         values = _joined(values)
-    return blake2b(canonical([message.role, values]), digest_size=_DIGEST).digest()
+    return canonical([message.role, values])
 
 
 def canonical(value: object) -> bytes:
@@ -75,13 +84,9 @@ def prefix_keys(request: ModelRequest) -> list[bytes]:
     at = blake2b((request.system or "").strip().encode("utf-8", "surrogatepass"), digest_size=_DIGEST).digest()
     keys = [at]
     for message in request.messages:
-        at = _next(at, message_key(message))
+        at = blake2b(at + _form(message), digest_size=_DIGEST).digest()
         keys.append(at)
     return keys
-
-
-def _next(key: bytes, message: bytes) -> bytes:
-    return blake2b(key + message, digest_size=_DIGEST).digest()
 
 
 class Prefixes:
@@ -108,7 +113,7 @@ class Prefixes:
         """The response of a call, by which later calls recognize it among calls with the same messages."""
         end = self._ends.pop(number, None)
         if end is not None:
-            self._answered[_next(end, message_key(response.message))] = number
+            self._answered[blake2b(end + _form(response.message), digest_size=_DIGEST).digest()] = number
 
 
 def branches(parents: dict[int, int | None]) -> list[list[int]]:
