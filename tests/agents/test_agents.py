@@ -157,6 +157,13 @@ def test_a_scripted_agent(agent_server: RunningServer, model: ScriptedModel) -> 
     assert len(model.requests) == 2
 
 
+def test_swe_agent_needs_a_source(agent_server: RunningServer) -> None:
+    """Its recipe has no packages: an image without the program is an error that says what to do."""
+    result, _ = run_in(agent_server, "swe-agent", upstream="openai-chat")
+    assert result.exit_code == 127 and result.run.counts.calls == 0
+    assert "the image has no program sweagent" in result.stderr and "docs/guides/agents.md" in result.stderr
+
+
 def test_a_budget_ends_the_agent(agent_server: RunningServer) -> None:
     result, files = run_in(agent_server, SCRIPTED, upstream="openai-chat", budget={"calls": 1})
     assert result.exit_code == 1 and "budget" in result.stderr and result.run.counts.refused == 1
