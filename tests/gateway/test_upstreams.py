@@ -183,6 +183,10 @@ def test_cost_and_tokens_end_a_run(client: Client, upstream: FakeUpstream) -> No
     run = client.runs.create(upstream="fake", budget={"tokens": 20, "cost": 1.0}, prices={"*": {"prompt": 1e4}})
     assert [chat(address(run), chat_body(text))[0] for text in "abc"] == [200, 200, 400]
     assert run.refresh().counts.cost == pytest.approx(0.2) and run.info.left.tokens == 0
+    run = client.runs.create(upstream="fake", budget={"cost": 0.15}, prices={"*": {"prompt": 1e4}})
+    answers = [chat(address(run), chat_body(text)) for text in "abc"]
+    assert [status for status, _, _ in answers] == [200, 200, 400] and "cost" in answers[-1][1]["error"]["message"]
+    assert run.refresh().counts.refused == 1 and len(upstream.seen()) == 4
 
 
 def test_the_seconds_of_a_run_end_a_running_call(client: Client, upstream: FakeUpstream) -> None:
